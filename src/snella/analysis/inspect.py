@@ -1,0 +1,234 @@
+"""What a run holds, in the terminal: state, budgets, sparsity, frozen matrices, sizes, settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from snella.analysis.adapter_file import read_adapter, saved_budgets
+from snella.analysis.formats import bytes_text, count_text, percent_text, plain_text, seconds_text
+from snella.analysis.matrix_grid import adapter_budgets, arrange
+from snella.analysis.run_files import (
+    Allocation,
+    Scores,
+    read_allocation,
+    read_if_present,
+    read_metrics,
+    read_run,
+)
+
+__all__ = ["inspect_run", "inspect_summary"]
+
+_INDEX_BYTES = 4
+
+
+def inspect_summary(run: str | Path) -> dict[str, Any]:
+    """Gather what the files of a run say, without backbone and data.
+
+    Args:
+        run: Folder of the run, finished or not.
+
+    Returns:
+        Plain values, ready for JSON: `status`, `method`, `method_options`, `backbone`, `data`, `classes`, `scores`,
+        `best_epoch`, `train_s`, `sizes`, `parameters`, `settings`, and `budgets` (None for a method without).
+
+    Raises:
+        FileNotFoundError: The folder holds no `run.json`.
+        ValueError: A file is damaged, or the adapter is of another run.
+    """
+    folder = Path(run)
+    info = read_run(folder)
+    metrics = read_if_present(read_metrics, folder, "metrics.json")
+    allocation = read_if_present(read_allocation, folder, "allocation.json")
+    adapter = read_adapter(folder)
+    saved = saved_budgets(adapter, allocation.matrices) if adapter and allocation else {}
+    budgets = None if allocation is None else adapter_budgets(allocation, metrics) | saved
+    value_bytes = adapter.value_bytes if adapter else 4
+    summary: dict[str, Any] = {
+        "run": str(folder),
+        "status": info.status,
+        "error": info.error,
+        "method": info.method,
+        "method_options": info.method_options,
+        "backbone": info.backbone,
+        "data": info.data,
+        "classes": info.classes,
+        "command": info.command,
+        "best_epoch": metrics and metrics.best_epoch,
+        "epochs": len(metrics.history) if metrics else 0,
+        "train_s": metrics and metrics.train_s,
+        "scores": {
+            "validation": _scores(metrics.val if metrics else None),
+            "test": _scores(metrics.test if metrics else None),
+        },
+        "parameters": {
+            "trainable": metrics and metrics.trainable_parameters,
+            "in_adapter": adapter and adapter.parameters,
+            "parts": dict(adapter.parts) if adapter else {},
+        },
+        "sizes": {"adapter_bytes": adapter.size_bytes if adapter else None},
+        "settings": dict(adapter.config) if adapter else {},
+        "budgets": None,
+    }
+    if allocation is not None and budgets is not None:
+        kept = sum(budgets.values())
+        summary["sizes"] |= {
+            "sparse_update_bytes": kept * (value_bytes + _INDEX_BYTES),
+            "adapted_weights_bytes": allocation.total_weights * value_bytes,
+        }
+        summary["budgets"] = _budgets(allocation, budgets, from_adapter=bool(saved))
+    return summary
+
+
+def inspect_run(run: str | Path) -> Group:
+    """Return what `inspect_summary` finds as tables for a rich console; raises as that does."""
+    summary = inspect_summary(run)
+    budgets = summary["budgets"]
+    parts: list[Table | Text] = [_overview(summary)]
+    if budgets is not None:
+        parts += [Text(), _grid_table(budgets)]
+        frozen = budgets["frozen"]
+        if frozen:
+            names = ", ".join(frozen)
+            parts.append(Text(f"\nFrozen ({len(frozen)} of {len(budgets['matrices'])}, budget 0): {names}", "yellow"))
+        else:
+            parts.append(Text("\nNo matrix is frozen."))
+        parts.append(Text(_nonzeros_text(budgets), "red" if budgets["mismatches"] else ""))
+    if summary["settings"]:
+        parts += [Text(), _settings_table(summary["settings"])]
+    return Group(*parts)
+
+
+def _scores(scores: Scores | None) -> dict[str, Any] | None:
+    """Result on a split."""
+    if scores is None:
+        return None
+    return {"accuracy": scores.accuracy, "balanced_accuracy": scores.balanced_accuracy, "images": scores.count}
+
+
+def _budgets(allocation: Allocation, budgets: dict[str, int], from_adapter: bool) -> dict[str, Any]:
+    """Budgets in total, by matrix and by kind and depth."""
+    grid = arrange(allocation.matrices, budgets)
+    counted = {m.name: m.nonzeros for m in allocation.matrices if m.nonzeros is not None}
+    return {
+        "total_weights": allocation.total_weights,
+        "target": allocation.target_budget,
+        "kept": sum(budgets.values()),
+        "from_adapter": from_adapter,
+        "allocations": len(allocation.history),
+        "frozen": [m.name for m in allocation.matrices if budgets[m.name] == 0],
+        "nonzeros": sum(counted.values()) if len(counted) == len(budgets) else None,
+        "mismatches": [name for name, count in counted.items() if count != budgets[name]],
+        "matrices": [
+            {
+                "name": m.name,
+                "kind": m.kind,
+                "depth": m.depth,
+                "shape": list(m.shape),
+                "size": m.size,
+                "budget": budgets[m.name],
+                "sparsity": 1 - budgets[m.name] / max(m.size, 1),
+                "nonzeros": m.nonzeros,
+            }
+            for m in allocation.matrices
+        ],
+        "kinds": grid.kinds,
+        "depths": grid.depths,
+        "sparsity": {
+            kind: [grid.cells[kind, d].sparsity if (kind, d) in grid.cells else None for d in grid.depths]
+            for kind in grid.kinds
+        },
+    }
+
+
+def _overview(summary: dict[str, Any]) -> Table:
+    """State, data, results and sizes as a table of two columns."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    rows = [("run", summary["run"]), ("status", summary["status"])]
+    if summary["error"]:
+        rows.append(("error", summary["error"]))
+    backbone, data, sizes = summary["backbone"], summary["data"], summary["sizes"]
+    rows += [
+        ("method", summary["method"]),
+        ("options", plain_text(summary["method_options"])),
+        ("backbone", backbone["name"] + (f" ({backbone['weights']})" if backbone["weights"] else "")),
+        ("data", f"{data['spec']}, {len(summary['classes'])} classes, {plain_text(data['sizes'])}"),
+    ]
+    for split, scores in summary["scores"].items():
+        if scores:
+            text = f"accuracy {percent_text(scores['accuracy'])}, balanced {percent_text(scores['balanced_accuracy'])}"
+            rows.append((split, f"{text}, {count_text(scores['images'])} images"))
+    if summary["best_epoch"] is not None:
+        rows.append(
+            ("best epoch", f"{summary['best_epoch']} of {summary['epochs']}, {seconds_text(summary['train_s'])}")
+        )
+    parameters = summary["parameters"]
+    if parameters["trainable"] is not None:
+        rows.append(("trainable", f"{parameters['trainable']:,} parameters"))
+    if sizes["adapter_bytes"] is not None:
+        held = ", ".join(f"{part} {count:,}" for part, count in parameters["parts"].items())
+        rows.append(("adapter", f"{bytes_text(sizes['adapter_bytes'])}: {held}"))
+    budgets = summary["budgets"]
+    if budgets is not None:
+        share = percent_text(budgets["kept"] / max(budgets["total_weights"], 1))
+        rows += [
+            ("budget", f"{budgets['kept']:,} of {budgets['total_weights']:,} adapted weights kept ({share})"),
+            ("target", f"{budgets['target']:,} after the last allocation, {budgets['allocations']} made so far"),
+            (
+                "as a sparse file",
+                f"{bytes_text(sizes['sparse_update_bytes'])} (value and 32-bit index of each kept weight); "
+                f"the adapted matrices themselves {bytes_text(sizes['adapted_weights_bytes'])}",
+            ),
+        ]
+    for name, value in rows:
+        table.add_row(name, Text(value))
+    return table
+
+
+def _grid_table(budgets: dict[str, Any]) -> Table:
+    """Sparsity in percent, a row a block and a column a kind."""
+    table = Table(title="Sparsity in percent (× frozen)", title_justify="left", title_style="bold", box=None)
+    table.add_column("block", justify="right", style="dim")
+    for kind in budgets["kinds"]:
+        table.add_column(Text(kind), justify="right")
+    for row, depth in enumerate(budgets["depths"]):
+        values = [budgets["sparsity"][kind][row] for kind in budgets["kinds"]]
+        table.add_row("–" if depth is None else str(depth), *map(_cell, values))
+    return table
+
+
+def _cell(sparsity: float | None) -> Text:
+    """One sparsity; a matrix that is not quite frozen never shows 100."""
+    if sparsity is None:
+        return Text("")
+    return Text("×", "yellow") if sparsity == 1 else Text(f"{min(100 * sparsity, 99.9):.1f}")
+
+
+def _nonzeros_text(budgets: dict[str, Any]) -> str:
+    """How the counted non-zero entries compare with the budgets."""
+    source = "the adapter file" if budgets["from_adapter"] else "allocation.json"
+    if budgets["mismatches"]:
+        names = ", ".join(budgets["mismatches"][:5])
+        return f"Non-zero entries differ from the budget in {len(budgets['mismatches'])} matrices: {names}"
+    if budgets["nonzeros"] is None:
+        return f"Budgets are those in {source}; this run did not record a count of the non-zero entries."
+    return f"Non-zero entries: {budgets['nonzeros']:,}, equal to the budget (from {source}) in every matrix."
+
+
+def _settings_table(settings: dict[str, Any]) -> Table:
+    """The adapter's settings that are set."""
+    table = Table(
+        title="Settings of the adapter", title_justify="left", title_style="bold", show_header=False, box=None
+    )
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for key, value in settings.items():
+        if value is not None:
+            table.add_row(Text(key), Text(plain_text(value)))
+    return table

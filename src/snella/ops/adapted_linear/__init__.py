@@ -1,0 +1,18 @@
+"""The adapted layer as one op: entry points, a plain reference and an implementation that keeps little."""
+
+from .api import Implementation, adapted_linear, adapted_product, resolve_implementation
+from .products import Conv2dProduct, LinearProduct, Product
+from .reference import effective_weight
+from .update import Update
+
+__all__ = [
+    "Conv2dProduct",
+    "Implementation",
+    "LinearProduct",
+    "Product",
+    "Update",
+    "adapted_linear",
+    "adapted_product",
+    "effective_weight",
+    "resolve_implementation",
+]

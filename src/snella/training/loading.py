@@ -1,0 +1,53 @@
+"""A run's best model, ready to be used."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from snella.data import build_transform
+from snella.methods import load_trained
+from snella.training.assembly import choose_device, make_backbone
+from snella.training.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """The best model of a run with all that its use needs."""
+
+    folder: RunFolder
+    model: nn.Module
+    transform: Callable[..., Tensor]
+    classes: list[str]
+    info: dict[str, Any]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+
+def load_run(run: str | Path | RunFolder, device: str = "auto") -> LoadedRun:
+    """Load the best adapter of a run onto a fresh backbone.
+
+    Args:
+        run: Folder of the run.
+        device: auto, cpu or cuda.
+
+    Returns:
+        Model in evaluation mode, its transform, the class names and the content of `run.json`.
+
+    Raises:
+        FileNotFoundError: Not the folder of a run, or no epoch was finished yet.
+        AdapterFileError: The adapter is damaged or belongs to another model; names the tensor.
+    """
+    folder = run if isinstance(run, RunFolder) else RunFolder(run)
+    info = folder.read_json("run.json")
+    if not folder.adapter.is_dir():
+        raise FileNotFoundError(f"{folder.path} holds no adapter yet (status {info['status']}); finish the run with --resume")
+    model = load_trained(folder.adapter, make_backbone(info["backbone"])).to(choose_device(device))
+    transform = build_transform(info["data_config"], train=False, augment="none")
+    return LoadedRun(folder, model, transform, list(info["classes"]), info)

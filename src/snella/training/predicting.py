@@ -1,0 +1,128 @@
+"""Class names and probabilities for any images."""
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from snella.data import IMAGE_SUFFIXES, open_image
+from snella.tasks import ClassificationTask
+from snella.training.atomic_files import write_text
+from snella.training.loading import LoadedRun, load_run
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says about one image: all classes with their probabilities, the likeliest first."""
+
+    path: Path
+    ranking: list[tuple[str, float]]
+
+    @property
+    def label(self) -> str:
+        """The likeliest class."""
+        return self.ranking[0][0]
+
+    @property
+    def probability(self) -> float:
+        """Its probability."""
+        return self.ranking[0][1]
+
+
+def predict(
+    run: str | Path | LoadedRun,
+    images: Sequence[str | Path],
+    *,
+    batch_size: int = 32,
+    skip_broken: bool = False,
+    device: str = "auto",
+) -> list[Prediction]:
+    """Classify images with the best model of a run.
+
+    Args:
+        run: Folder of the run, or a loaded one.
+        images: Files and folders; a folder stands for all images in it, at any depth.
+        batch_size: Images at a time.
+        skip_broken: Leave out images that cannot be read, instead of stopping.
+        device: auto, cpu or cuda.
+
+    Returns:
+        One prediction per image, in the order given.
+
+    Raises:
+        FileNotFoundError: A path does not exist, or a folder holds no images.
+        ValueError: An image cannot be read.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    paths = _expand(images)
+    loaded = run if isinstance(run, LoadedRun) else load_run(run, device)
+    task = ClassificationTask(len(loaded.classes))
+    predictions: list[Prediction] = []
+    for batch in _batches(paths, loaded, batch_size, skip_broken):
+        with torch.inference_mode():
+            logits = loaded.model(torch.stack([image for _, image in batch]).to(loaded.device))
+        for (path, _), row in zip(batch, task.probabilities(logits).cpu().tolist(), strict=True):
+            ranking = sorted(zip(loaded.classes, row, strict=True), key=lambda pair: -pair[1])
+            predictions.append(Prediction(path, ranking))
+    return predictions
+
+
+def write_predictions(predictions: Sequence[Prediction], out: str | Path, top_k: int | None = None) -> Path:
+    """Write predictions as CSV: `image`, then `class_1`, `probability_1`, `class_2`, …
+
+    Args:
+        predictions: From `predict`.
+        out: The file; replaced if it exists.
+        top_k: How many classes an image; all if None.
+    """
+    ranks = min(top_k or len(predictions[0].ranking), len(predictions[0].ranking)) if predictions else 0
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["image", *(f"{name}_{rank + 1}" for rank in range(ranks) for name in ("class", "probability"))])
+    for prediction in predictions:
+        cells = [cell for name, p in prediction.ranking[:ranks] for cell in (name, f"{p:.6f}")]
+        writer.writerow([str(prediction.path), *cells])
+    path = Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text.getvalue())
+    return path
+
+
+def _expand(images: Iterable[str | Path]) -> list[Path]:
+    """Files as given, folders as the images in them."""
+    paths: list[Path] = []
+    for image in map(Path, images):
+        if image.is_dir():
+            inside = sorted(path for path in image.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+            if not inside:
+                raise FileNotFoundError(f"the folder {image} holds no images; known endings are {', '.join(sorted(IMAGE_SUFFIXES))}")
+            paths += inside
+        elif image.exists():
+            paths.append(image)
+        else:
+            raise FileNotFoundError(f"no image {image}")
+    if not paths:
+        raise ValueError("images must name at least one file or folder, got none")
+    return paths
+
+
+def _batches(paths: list[Path], loaded: LoadedRun, size: int, skip_broken: bool) -> Iterable[list[tuple[Path, Tensor]]]:
+    """Transformed images, `size` at a time."""
+    batch: list[tuple[Path, Tensor]] = []
+    for path in paths:
+        try:
+            batch.append((path, loaded.transform(open_image(path))))
+        except (OSError, ValueError) as fault:
+            if skip_broken:
+                continue
+            raise ValueError(f"{path} cannot be read as an image ({fault}); leave it out, or pass --skip-broken") from fault
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

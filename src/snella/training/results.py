@@ -1,0 +1,130 @@
+"""What a finished run leaves behind: its description, metrics, allocation and predictions."""
+
+import math
+import platform
+import resource
+import shlex
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import Tensor, nn
+
+from snella.data import ImageDataset
+from snella.methods import spec_of
+from snella.training.assembly import Assembly
+from snella.training.config import TrainConfig
+from snella import SnellaCallback
+from snella.tuner.matrices import AdaptedMatrix, adapted_matrices
+
+_PACKAGES = ("snella", "torch", "peft", "timm", "transformers")
+
+
+def describe_run(config: TrainConfig, parts: Assembly) -> dict[str, Any]:
+    """The entries of `run.json` but for the status."""
+    splits = parts.splits
+    return {
+        "method": config.method,
+        "method_options": config.options_of_method(),
+        "backbone": parts.backbone,
+        "classes": list(splits.classes),
+        "data": {
+            "spec": config.data,
+            "seed": config.seed,
+            "description": splits.description,
+            "sizes": {"train": len(splits.train), "val": len(splits.val), "test": 0 if splits.test is None else len(splits.test)},
+            "notes": list(splits.notes),
+        },
+        "data_config": parts.data_config,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+        "command": command_of(config),
+    }
+
+
+def command_of(config: TrainConfig) -> str:
+    """The command line that gives these settings; defaults are left out."""
+    default = TrainConfig(data="-", backbone="-", out="-")
+    words = ["snella", "train"]
+    for name, value in config.as_dict().items():
+        if name in ("resume", "overwrite") or value is None or value == getattr(default, name):
+            continue
+        option = "--" + name.replace("_", "-")
+        if isinstance(value, dict):
+            words += [word for key, inner in value.items() for word in (f"{option}.{key}", str(inner))]
+        else:
+            words += [option, str(value).lower() if isinstance(value, bool) else str(value)]
+    return shlex.join(words)
+
+
+def matrices_of(model: nn.Module) -> list[AdaptedMatrix]:
+    """The sparse matrices of a model; none for methods without budgets."""
+    is_sparse = isinstance(model, PeftModel) and spec_of(model).family in ("snella", "snell")
+    return adapted_matrices(model) if is_sparse else []
+
+
+def trainable_parameters(model: nn.Module) -> int:
+    """How many values training may change, the head's included."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def describe_allocation(model: nn.Module, callback: SnellaCallback) -> dict[str, Any]:
+    """The content of `allocation.json`: what the matrices are, what the best adapter keeps, how budgets evolved."""
+    allocator = callback.allocator
+    if allocator is None:
+        raise RuntimeError("the allocation can be described after training has begun, got a callback without an allocator")
+    return {
+        "total_weights": allocator.total_weights,
+        "target_budget": allocator.target_budget,
+        "matrices": [
+            {
+                "name": matrix.name,
+                "kind": matrix.kind,
+                "depth": matrix.depth,
+                "shape": list(matrix.shape),
+                "size": matrix.size,
+                "budget": matrix.budget,
+                "nonzeros": matrix.nonzeros(),
+            }
+            for matrix in matrices_of(model)
+        ],
+        "history": _finite(allocator.history),
+    }
+
+
+def describe_predictions(dataset: ImageDataset, probabilities: Tensor, split: str) -> dict[str, Any]:
+    """The content of `predictions.json`."""
+    return {
+        "split": split,
+        "items": [
+            {"index": index, "name": name, "label": int(label), "probabilities": [round(p, 6) for p in row]}
+            for index, (name, label, row) in enumerate(zip(dataset.names, dataset.labels, probabilities.tolist(), strict=True))
+        ],
+    }
+
+
+def best_epoch(history: Sequence[dict[str, Any]]) -> int:
+    """The epoch of the highest validation accuracy, the earliest of equals."""
+    return int(max(history, key=lambda row: (row["val_accuracy"], -row["epoch"]))["epoch"])
+
+
+def folder_bytes(folder: Path) -> int:
+    """Size of the weights in an adapter's folder."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def peak_rss_mib() -> float:
+    """The most memory that this process has held so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / 2 ** (20 if sys.platform == "darwin" else 10), 1)
+
+
+def _finite(value: Any) -> Any:
+    """The value with None in place of NaN and infinities, which JSON lacks."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,148 @@
+"""The folder of one run: what lies where, who may write into it."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from snella.training.atomic_files import write_json, write_text
+from snella.training.config import SESSION_FIELDS, TrainConfig
+
+Status = Literal["running", "interrupted", "failed", "finished"]
+
+FORMAT = 1
+_FILES = ("config.yaml", "run.json", "metrics.json", "allocation.json", "predictions.json", "comparison.json", "report.html")
+_FOLDERS = ("adapter", "checkpoints")
+
+
+class RunFolder:
+    """Paths and small files of one run.
+
+    Args:
+        path: The folder; need not exist yet.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.adapter = self.path / "adapter"
+        self.checkpoints = self.path / "checkpoints"
+        self.report = self.path / "report.html"
+
+    @property
+    def status(self) -> Status | None:
+        """What `run.json` says; None where no run is."""
+        return self.read_json("run.json")["status"] if (self.path / "run.json").is_file() else None
+
+    def read_json(self, name: str) -> Any:
+        """Content of one of the JSON files.
+
+        Raises:
+            FileNotFoundError: This is not the folder of a run, or the run has not come so far.
+            ValueError: The file is damaged.
+        """
+        path = self.path / name
+        if not path.is_file():
+            known = "the run has not come so far" if (self.path / "run.json").is_file() else "this is not the folder of a run"
+            raise FileNotFoundError(f"no file {path}: {known}")
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as fault:
+            raise ValueError(f"{path} is damaged: {fault}; train again with overwrite") from None
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write one of the JSON files, whole or not at all."""
+        write_json(self.path / name, value)
+
+    def update(self, status: Status, error: str | None = None, **values: Any) -> None:
+        """Change entries of `run.json`."""
+        run = self.read_json("run.json") if (self.path / "run.json").is_file() else {"format": FORMAT}
+        run.update(values, status=status)
+        run.pop("error", None)
+        if error is not None:
+            run["error"] = error
+        self.write_json("run.json", run)
+
+    def write_config(self, config: TrainConfig) -> None:
+        """Write `config.yaml`."""
+        write_text(self.path / "config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False))
+
+    def read_config(self) -> TrainConfig:
+        """The configuration that the run was started with.
+
+        Raises:
+            FileNotFoundError: This is not the folder of a run.
+            ValueError: It holds settings that are out of range or unknown.
+        """
+        path = self.path / "config.yaml"
+        if not path.is_file():
+            raise FileNotFoundError(f"no file {path}: this is not the folder of a run")
+        try:
+            return TrainConfig(**yaml.safe_load(path.read_text(encoding="utf-8")))
+        except (TypeError, yaml.YAMLError) as fault:
+            raise ValueError(f"{path} is damaged: {fault}; train again with overwrite") from None
+
+    def settle(self, config: TrainConfig) -> TrainConfig:
+        """Decide what to train, before anything is loaded or written.
+
+        Args:
+            config: The settings asked for; `resume` and `overwrite` decide what happens to an existing run.
+
+        Returns:
+            Resolved settings: those of the stored run when it is resumed.
+
+        Raises:
+            FileExistsError: The folder holds a run and neither was asked for, or something that is not a run.
+            FileNotFoundError: `resume` without a run, and without data and backbone to start one.
+            ValueError: `resume` with settings that differ from the stored ones.
+        """
+        status = self.status
+        if config.resume and status is not None:
+            return self._resumed(config)
+        if config.resume and not (config.data and config.backbone):
+            raise FileNotFoundError(
+                f"resume must name the folder of a run, got {self.path}, which holds none; give data and backbone to start one"
+            )
+        if status is not None and not config.overwrite:
+            state, hint = (
+                ("a finished run", "") if status == "finished" else (f"an unfinished run ({status})", "continue it with --resume, ")
+            )
+            raise FileExistsError(f"out={self.path} holds {state}; {hint}choose another folder, or start over with --overwrite")
+        if status is None and self._holds_strangers():
+            raise FileExistsError(f"out={self.path} holds files but no run; choose an empty or a new folder")
+        return config.resolved()
+
+    def create(self, config: TrainConfig) -> None:
+        """Start a run: remove the old one, make the folders, write `config.yaml`."""
+        self._clear()
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.checkpoints.mkdir(exist_ok=True)
+        self.write_config(config)
+
+    def _resumed(self, config: TrainConfig) -> TrainConfig:
+        """The stored settings, if what was asked for does not contradict them."""
+        stored = self.read_config()
+        differences = config.differences(stored)
+        if differences:
+            raise ValueError(f"resume continues {self.path} with its own settings, but {'; '.join(differences)}; leave them out")
+        for name in SESSION_FIELDS:
+            setattr(stored, name, getattr(config, name))
+        return stored
+
+    def _holds_strangers(self) -> bool:
+        """Whether something lies here that no unfinished start of ours left behind."""
+        if not self.path.exists():
+            return False
+        if not self.path.is_dir():
+            return True
+        ours = {*_FILES, *_FOLDERS}
+        return any(entry.name not in ours and not entry.name.startswith(".") for entry in self.path.iterdir())
+
+    def _clear(self) -> None:
+        """Remove a run, and only what belongs to it."""
+        for name in _FILES:
+            (self.path / name).unlink(missing_ok=True)
+        for name in _FOLDERS:
+            if (self.path / name).exists():
+                shutil.rmtree(self.path / name)

@@ -1,0 +1,43 @@
+"""The order of the training images: a function of the seed and the epoch alone."""
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import Sampler
+
+
+class EpochSampler(Sampler[int]):
+    """A permutation of `range(length)` that depends only on `(seed, epoch)`, however often it is drawn.
+
+    Args:
+        length: Number of items.
+        seed: Seed of the run.
+    """
+
+    def __init__(self, length: int, seed: int) -> None:
+        self.length = length
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the permutation."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
+        return iter(torch.randperm(self.length, generator=generator).tolist())
+
+    def __len__(self) -> int:
+        return self.length
+
+
+def mix_seed(*parts: int) -> int:
+    """One seed out of several numbers, different for different ones.
+
+    The state of a multiplicative hash modulo 2⁶³ after each number; neighbours end up far apart.
+    """
+    state = 0x9E3779B97F4A7C15
+    for part in parts:
+        state = ((state ^ part) * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) % 2**64
+        state ^= state >> 31
+    return state % 2**63

@@ -1,0 +1,279 @@
+"""Lowers the global budget while training runs and shares it out among the matrices by their importance."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from .allocation import allocate
+from .importance import ImportanceTracker
+from .matrices import AdaptedMatrix, adapted_matrices
+from .schedule import budget_at
+
+_STATE_KEY = "snella_allocator"  # in the first parameter group of an optimiser's state
+_FORMAT = 1
+
+__all__ = ["BudgetAllocator", "allocate"]
+
+
+class BudgetAllocator:
+    """The layer-level competition of SNELLA (section 3.3, Algorithm 1 of arXiv 2510.24037).
+
+    Every optimiser step updates the importance of every matrix; every epoch, or every N steps (`realloc_every`), the
+    global budget follows the schedule and is shared out anew. After the last epoch it is exactly
+    `b_T = (1 − target_sparsity)·(all adapted weights)`.
+
+    Usually one call suffices, in any training loop:
+
+        allocator = BudgetAllocator(model, total_epochs=10, steps_per_epoch=len(loader))
+        allocator.attach(optimizer)
+
+    From then on `optimizer.step()` does the rest, and `optimizer.state_dict()` carries the allocator's state, so that a
+    checkpoint of the optimiser is a checkpoint of the allocator. Without `attach`, call `update_and_allocate` yourself
+    between `loss.backward()` and `optimizer.step()`.
+
+    Args:
+        model: Model with SNELLA layers, wrapped by PEFT, DDP, `torch.compile` or not.
+        total_epochs: Epochs of the whole training.
+        steps_per_epoch: Optimiser steps (not batches, where gradients are accumulated) of one epoch.
+        adapter_name: The adapter to train, default the first active one.
+
+    Attributes:
+        history: One entry an allocation: `step`, `t` and `total` (the schedule's time), `budget`, and for every matrix
+            `budgets` and `importance`. The first entry is the start.
+
+    Raises:
+        ValueError: The model has no such adapter, or a number of epochs or steps below 1.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, total_epochs: int, steps_per_epoch: int, adapter_name: str | None = None
+    ) -> None:
+        for name, value in (("total_epochs", total_epochs), ("steps_per_epoch", steps_per_epoch)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.matrices: list[AdaptedMatrix] = adapted_matrices(model, adapter_name)
+        first = self.matrices[0]
+        self.adapter_name = first.adapter_name
+        self.config = first.layer.snella_config[self.adapter_name]
+        self.total_epochs, self.steps_per_epoch = total_epochs, steps_per_epoch
+        self.importance = ImportanceTracker(
+            self.matrices,
+            metric=self.config.importance,
+            beta1=self.config.beta1,
+            beta2=self.config.beta2,
+            zero_start=bool(self.config.zero_start),
+        )
+        self.step = 0
+        self.history: list[dict[str, Any]] = []
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._allocate(0)
+
+    # what it works towards -----------------------------------------------------------------------------------------
+
+    @property
+    def total_weights(self) -> int:
+        """All adapted weights."""
+        return sum(matrix.size for matrix in self.matrices)
+
+    @property
+    def start_budget(self) -> int:
+        """`b_0`, all adapted weights but `init_sparsity` of them."""
+        return self.total_weights - round(self.config.init_sparsity * self.total_weights)
+
+    @property
+    def target_budget(self) -> int:
+        """`b_T`."""
+        return self.total_weights - round(self.config.target_sparsity * self.total_weights)
+
+    @property
+    def budgets(self) -> dict[str, int]:
+        """Entries that each matrix may keep now, by the name of the matrix."""
+        return {matrix.name: matrix.budget for matrix in self.matrices}
+
+    @property
+    def frozen(self) -> list[str]:
+        """Matrices without budget. They get no gradient, so that nothing but `min_layer_share` brings them back."""
+        return [matrix.name for matrix in self.matrices if matrix.is_frozen]
+
+    def is_due(self, step: int) -> bool:
+        """Whether the budget is shared out anew after optimiser step `step`, counted from 1."""
+        every = self.config.realloc_every
+        total = self.total_epochs * self.steps_per_epoch
+        interval = self.steps_per_epoch if every == "epoch" else int(every)
+        return step <= total and (step % interval == 0 or step == total)
+
+    def _time(self, step: int) -> tuple[int, int]:
+        """`(t, T)` of the schedule after `step` steps: in epochs where it is due every epoch, else in steps."""
+        if self.config.realloc_every == "epoch":
+            return step // self.steps_per_epoch, self.total_epochs
+        return step, self.total_epochs * self.steps_per_epoch
+
+    # in a training loop --------------------------------------------------------------------------------------------
+
+    def attach(self, optimizer: Optimizer) -> Self:
+        """Follow an optimiser: from now on its steps drive the allocator and its state carries the allocator's.
+
+        The importance is read before the optimiser changes the parameters (after, with `preset="official"`), the budget
+        changes after. Attaching after `optimizer.load_state_dict` restores the allocator just as attaching before does.
+
+        Args:
+            optimizer: Any optimiser, wrapped by Accelerate or not.
+
+        Returns:
+            The allocator.
+
+        Raises:
+            RuntimeError: It is attached already.
+        """
+        if self._handles:
+            raise RuntimeError("the allocator is attached to an optimiser already; call detach() first")
+        while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+            optimizer = inner
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_state_dict_post_hook(self._save_into),
+            optimizer.register_load_state_dict_post_hook(self._load_from),
+        ]
+        self._watch(attached=True)
+        self._load_from(optimizer)
+        return self
+
+    def detach(self) -> None:
+        """Let go of the optimiser."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def update_and_allocate(self, step: int) -> None:
+        """Update the importance and, if it is due, the budgets. For loops that do not `attach`.
+
+        Call it once an optimiser step, between `loss.backward()` and `optimizer.step()` (after it with
+        `preset="official"`), and before the gradients are cleared.
+
+        Args:
+            step: Number of this optimiser step, counted from 1.
+        """
+        self._watch(attached=True)
+        self._update_importance()
+        self._finish_step(step)
+
+    def _before_step(self, *_: Any) -> None:
+        if not self.config.zero_start:
+            self._update_importance()
+
+    def _after_step(self, *_: Any) -> None:
+        if self.config.zero_start:
+            self._update_importance()
+        self._finish_step(self.step + 1)
+
+    def _watch(self, *, attached: bool) -> None:
+        """Tell the layers that somebody takes care of their budgets."""
+        self.config.watch.is_attached = attached
+
+    def _update_importance(self) -> None:
+        self.importance.update()
+        untouched = self.importance.without_gradient
+        if untouched and self.step == 0:
+            warnings.warn(
+                f"{len(untouched)} of {len(self.matrices)} adapted matrices got no gradient in the first step, e.g. "
+                f"{untouched[:3]}: the model does not use these layers, or reads their weights past them; "
+                "leave them out with exclude_modules",
+                stacklevel=3,
+            )
+
+    def _finish_step(self, step: int) -> None:
+        self.step = step
+        if self.is_due(step):
+            self._allocate(step)
+
+    def _allocate(self, step: int) -> None:
+        """Share out the budget of the time after `step` steps and write it into the layers."""
+        t, total = self._time(step)
+        budget = budget_at(t, total, self.start_budget, self.target_budget, self.config.schedule)
+        caps = [matrix.size for matrix in self.matrices]
+        scores = _same_on_every_rank(self.importance.scores())
+        # before the first step nothing is known of any matrix: size decides, as it always does with "uniform"
+        by_size = self.config.allocation == "uniform" or step == 0
+        shares = allocate(
+            [float(cap) for cap in caps] if by_size else scores, caps, budget, self.config.min_layer_share
+        )
+        self._set_budgets(shares)
+        names = [matrix.name for matrix in self.matrices]
+        self.history.append(
+            {
+                "step": step,
+                "t": t,
+                "total": total,
+                "budget": budget,
+                "budgets": dict(zip(names, shares, strict=True)),
+                "importance": dict(zip(names, scores, strict=True)),
+            }
+        )
+
+    def _set_budgets(self, shares: list[int]) -> None:
+        """Write one budget a matrix into the layers."""
+        by_layer: dict[int, list[int]] = {}
+        for matrix, share in zip(self.matrices, shares, strict=True):
+            by_layer.setdefault(id(matrix.layer), []).append(share)
+        for matrix in self.matrices:
+            if matrix.group == 0:
+                matrix.layer.set_budget(self.adapter_name, by_layer[id(matrix.layer)])
+
+    # state ---------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that `load_state_dict` needs: tensors and plain values only."""
+        return {
+            "format": _FORMAT,
+            "step": self.step,
+            "budgets": self.budgets,
+            "importance": self.importance.state_dict(),
+            "history": [dict(entry) for entry in self.history],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken: the same budgets, averages and history.
+
+        Raises:
+            ValueError: The state is of another format or of other matrices.
+        """
+        if state.get("format") != _FORMAT:
+            raise ValueError(f"the allocator's state must have format {_FORMAT}, got {state.get('format')!r}")
+        names = [matrix.name for matrix in self.matrices]
+        if list(state["budgets"]) != names:
+            different = sorted(set(state["budgets"]).symmetric_difference(names))[:3] or names[:3]
+            raise ValueError(
+                f"the allocator's state is of other matrices than this model adapts, e.g. {different}; "
+                "load it into a model with the same target_modules"
+            )
+        self.importance.load_state_dict(state["importance"])
+        self.step = state["step"]
+        self.history = [dict(entry) for entry in state["history"]]
+        self._set_budgets([int(value) for value in state["budgets"].values()])
+
+    def _save_into(self, _: Optimizer, state_dict: dict[str, Any]) -> None:
+        state_dict["param_groups"][0][_STATE_KEY] = self.state_dict()
+
+    def _load_from(self, optimizer: Optimizer) -> None:
+        state = optimizer.param_groups[0].pop(_STATE_KEY, None)
+        if state is not None:
+            self.load_state_dict(state)
+
+
+def _same_on_every_rank(scores: list[float]) -> list[float]:
+    """The scores of rank 0 on every rank; gradients are averaged already, so that this only settles rounding."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return scores
+    values = torch.tensor(scores, dtype=torch.float64)
+    if distributed.get_backend() == "nccl":
+        values = values.cuda()
+    distributed.broadcast(values, src=0)
+    return values.tolist()

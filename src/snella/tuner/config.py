@@ -1,0 +1,218 @@
+"""Settings of one SNELLA adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any, Literal, get_args
+
+from peft import PeftConfig
+
+from snella.ops.adapted_linear import resolve_implementation
+from snella.ops.kernels import KERNELS
+from snella.ops.sparsify import SparsifyMode
+
+from .schedule import Schedule
+from .watch import TrainingWatch
+
+Preset = Literal["paper", "official"]
+Allocation = Literal["competition", "uniform"]
+ImportanceMetric = Literal["sensitivity", "magnitude", "delta_magnitude"]
+
+# what a preset decides where the user leaves a field at None
+_PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "sparsify_mode": "soft",
+        "learn_piece_coeff": True,
+        "learn_temperature": False,
+        "update_dropout": 0.0,
+        "update_drop_path": 0.0,
+        "dropout_exclude": [],
+        "zero_start": False,
+    },
+    "official": {
+        "sparsify_mode": "official",
+        "learn_piece_coeff": False,
+        "learn_temperature": True,
+        "update_dropout": 0.1,
+        "update_drop_path": 0.1,
+        "dropout_exclude": ["proj", "out_proj", "o_proj", "output.dense"],
+        "zero_start": True,
+    },
+}
+
+
+@dataclass
+class SnellaConfig(PeftConfig):
+    """Settings of one SNELLA adapter: which matrices, how they are merged, how many weights survive.
+
+    Args:
+        r: Rank of the two factors; `num_pieces` must divide it.
+        kernel: Kernel function that merges the factors: `mix_k`, `p_linear` (SNELL), `normalized_rbf`, `rbf`,
+            `sigmoid` or `linear` (LoRA's product).
+        num_pieces: Pieces that each factor row is cut into.
+        target_sparsity: Fraction of the adapted weights that is zero in the update once training ends, in `[0, 1)`.
+        init_sparsity: The same when training starts, at most `target_sparsity`.
+        target_modules: Modules to adapt: a list of names or suffixes, a regular expression, or `"all-linear"` (every
+            linear layer of any model but the head, patch embedding and patch merging). `None` chooses by model: the
+            attention projections of Stable Diffusion 3, the image encoder of SAM, else `"all-linear"`.
+        exclude_modules: Modules to leave out, a list of names or suffixes or a regular expression.
+        layers_to_transform: Block numbers to adapt, with `target_modules` as a list.
+        layers_pattern: Name of the list of blocks, if it is not the first numbered one.
+        qkv_groups: How fused query-key-value layers are cut into matrices that compete on their own. `"auto"` knows
+            the names that timm and transformers use; an integer cuts those layers into that many equal matrices (1:
+            not at all); a mapping from suffixes to an integer or a list of row counts decides layer by layer.
+        modules_to_save: Modules that are trained in full and saved with the adapter, such as the classifier head.
+        scaling: Factor before the update.
+        update_dropout: Dropout on the input of the update alone; takes two products instead of one.
+        update_drop_path: Chance that a sample skips the update; takes two products instead of one.
+        dropout_exclude: Suffixes of modules whose update sees no `update_dropout`.
+        preset: `"paper"`, or `"official"` for what the authors' released code does; it decides the fields left at
+            `None`.
+        sparsify_mode: `"soft"` (eq. 13) or `"official"`.
+        learn_piece_coeff: Whether the coefficients `α_p` are learned.
+        learn_temperature: Whether the softmax has a learned temperature.
+        zero_start: Whether the importance's moving averages start at zero and are read after the optimiser's step, as
+            in the authors' code, instead of at the first value and before it.
+        allocation: `"competition"` shares the budget out by importance, `"uniform"` by size (SNELL).
+        schedule: How the budget shrinks: `cubic`, `quadratic`, `linear` or `constant`.
+        importance: `sensitivity` (eq. 11), `magnitude` of the factors or `delta_magnitude` of the update.
+        realloc_every: `"epoch"`, or a number of optimiser steps.
+        beta1: Decay of the moving average of the importance.
+        beta2: Decay of the moving average of its uncertainty.
+        min_layer_share: Fraction of its uniform share that every matrix keeps; 0 is the paper.
+        softmax_dim: 0 normalises each column of the merged matrix over its outputs, 1 each row over its inputs.
+        center_softmax: Subtract the softmax's mean. Not in the paper.
+        keep_delta: Keep the merged matrix for the backward pass instead of rebuilding it.
+        impl: Implementation of the adapted layer: `"auto"`, `"eager"` or `"reference"`.
+        init_weights: `True` starts with factors so small that the model starts at the pre-trained one to within 1e-6;
+            `False` draws larger ones, for tests.
+
+    Raises:
+        ValueError: One error that lists every setting out of range.
+    """
+
+    r: int = field(default=8, metadata={"help": "rank of the two factors"})
+    kernel: str = field(default="mix_k", metadata={"help": "kernel function that merges the factors"})
+    num_pieces: int = field(default=2, metadata={"help": "pieces that each factor row is cut into"})
+    target_sparsity: float = field(default=0.7, metadata={"help": "fraction of zeros in the final update"})
+    init_sparsity: float = field(default=0.0, metadata={"help": "fraction of zeros in the first update"})
+    target_modules: set[str] | list[str] | str | None = field(default=None, metadata={"help": "modules to adapt"})
+    exclude_modules: set[str] | list[str] | str | None = field(default=None, metadata={"help": "modules to leave out"})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "block numbers to adapt"})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "name of the list of blocks"})
+    qkv_groups: int | str | dict[str, int | list[int]] = field(
+        default="auto", metadata={"help": "how fused query-key-value layers are cut into matrices"}
+    )
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "modules trained in full"})
+    scaling: float = field(default=1.0, metadata={"help": "factor before the update"})
+    update_dropout: float | None = field(default=None, metadata={"help": "dropout on the update's input"})
+    update_drop_path: float | None = field(default=None, metadata={"help": "chance that a sample skips the update"})
+    dropout_exclude: list[str] | None = field(default=None, metadata={"help": "modules without update_dropout"})
+    preset: str = field(default="paper", metadata={"help": "paper or official"})
+    sparsify_mode: str | None = field(default=None, metadata={"help": "soft or official"})
+    learn_piece_coeff: bool | None = field(default=None, metadata={"help": "learn the piece coefficients"})
+    learn_temperature: bool | None = field(default=None, metadata={"help": "learn the softmax temperature"})
+    zero_start: bool | None = field(default=None, metadata={"help": "moving averages as in the authors' code"})
+    allocation: str = field(default="competition", metadata={"help": "competition or uniform"})
+    schedule: str = field(default="cubic", metadata={"help": "how the budget shrinks"})
+    importance: str = field(default="sensitivity", metadata={"help": "importance metric of the competition"})
+    realloc_every: int | str = field(default="epoch", metadata={"help": "epoch, or a number of steps"})
+    beta1: float = field(default=0.85, metadata={"help": "decay of the importance"})
+    beta2: float = field(default=0.85, metadata={"help": "decay of its uncertainty"})
+    min_layer_share: float = field(default=0.0, metadata={"help": "share of the uniform budget each matrix keeps"})
+    softmax_dim: int = field(default=0, metadata={"help": "axis of the softmax, 0 or 1"})
+    center_softmax: bool = field(default=False, metadata={"help": "subtract the softmax's mean"})
+    keep_delta: bool = field(default=False, metadata={"help": "keep the merged matrix for the backward pass"})
+    impl: str = field(default="auto", metadata={"help": "implementation of the adapted layer"})
+    init_weights: bool = field(default=True, metadata={"help": "start next to the pre-trained model"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # a plain string: PEFT's own enumeration has no such member, see snella._registration
+        self.peft_type = "SNELLA"
+        self.watch = TrainingWatch()
+        self._apply_preset()
+        faults = [*self._choice_faults(), *self._range_faults(), *self._target_faults()]
+        if faults:
+            raise ValueError("; ".join(faults))
+        self.target_modules = set(self.target_modules) if isinstance(self.target_modules, list) else self.target_modules
+        self.exclude_modules = (
+            set(self.exclude_modules) if isinstance(self.exclude_modules, list) else self.exclude_modules
+        )
+
+    def _apply_preset(self) -> None:
+        """Fill what the user left at `None`."""
+        for name, value in _PRESETS.get(self.preset, {}).items():
+            if getattr(self, name) is None:
+                setattr(self, name, list(value) if isinstance(value, list) else value)
+
+    def _choice_faults(self) -> list[str]:
+        """Name every field whose value is not among its choices, with the nearest one."""
+        choices = {
+            "preset": get_args(Preset),
+            "kernel": tuple(KERNELS),
+            "sparsify_mode": get_args(SparsifyMode),
+            "allocation": get_args(Allocation),
+            "schedule": get_args(Schedule),
+            "importance": get_args(ImportanceMetric),
+        }
+        faults = []
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            # a wrong preset leaves its dependants at None: one fault, not seven
+            if value not in allowed and not (value is None and self.preset not in _PRESETS):
+                near = get_close_matches(str(value), allowed, 1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                faults.append(f"{name} must be one of {list(allowed)}, got {value!r}{hint}")
+        try:
+            resolve_implementation(self.impl)
+        except ValueError as error:
+            faults.append(str(error))
+        return faults
+
+    def _range_faults(self) -> list[str]:
+        """Name every number out of range."""
+        faults = []
+        cuts_rows = self.kernel in KERNELS and "piece_coeff" in KERNELS[self.kernel].scalars
+        if self.r < 1 or self.num_pieces < 1 or (cuts_rows and self.r % self.num_pieces):
+            faults.append(f"num_pieces must divide r, both at least 1, got r={self.r} and num_pieces={self.num_pieces}")
+        if not 0 <= self.target_sparsity < 1:
+            faults.append(
+                f"target_sparsity must be in [0, 1), got {self.target_sparsity}; to train nothing, remove the adapter"
+            )
+        elif not 0 <= self.init_sparsity <= self.target_sparsity:
+            faults.append(
+                f"init_sparsity must be in [0, target_sparsity], got {self.init_sparsity} "
+                f"with target_sparsity={self.target_sparsity}"
+            )
+        for name in ("beta1", "beta2", "update_dropout", "update_drop_path"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                faults.append(f"{name} must be in [0, 1), got {value}")
+        if not 0 <= self.min_layer_share <= 1:
+            faults.append(f"min_layer_share must be in [0, 1], got {self.min_layer_share}")
+        if self.softmax_dim not in (0, 1):
+            faults.append(f"softmax_dim must be 0 or 1, got {self.softmax_dim}")
+        every = self.realloc_every
+        if every != "epoch" and not (isinstance(every, int) and not isinstance(every, bool) and every >= 1):
+            faults.append(f"realloc_every must be 'epoch' or a number of steps of at least 1, got {every!r}")
+        groups = self.qkv_groups
+        if not (groups == "auto" or isinstance(groups, dict) or (isinstance(groups, int) and groups >= 1)):
+            faults.append(f"qkv_groups must be 'auto', a number of at least 1 or a mapping, got {groups!r}")
+        return faults
+
+    def _target_faults(self) -> list[str]:
+        """Name what cannot be combined in the selection of modules."""
+        faults = []
+        for name in ("layers_to_transform", "layers_pattern"):
+            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
+                if self.target_modules.lower() == "all-linear":
+                    continue
+                faults.append(
+                    f"{name} needs target_modules as a list, got target_modules={self.target_modules!r} "
+                    f"and {name}={getattr(self, name)!r}; put the block numbers into the regular expression"
+                )
+        if self.layers_pattern and self.layers_to_transform is None:
+            faults.append(f"layers_pattern needs layers_to_transform, got layers_pattern={self.layers_pattern!r}")
+        return faults

@@ -1,0 +1,109 @@
+"""What a layer remembers between forward passes while its parameters stay the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from snella.ops.adapted_linear import Update
+
+_optimizer_steps: list[int] = []  # one number once somebody counts; empty before
+
+
+def optimizer_steps() -> int:
+    """Number of optimiser steps of this process since the first call.
+
+    Not every optimiser tells torch that it changed a parameter (8-bit ones write through raw pointers), so a tensor's
+    version alone does not prove that it is unchanged.
+    """
+    if not _optimizer_steps:
+        _optimizer_steps.append(0)
+        register_optimizer_step_post_hook(_count_step)
+    return _optimizer_steps[0]
+
+
+def _count_step(*_: Any) -> None:
+    _optimizer_steps[0] += 1
+
+
+class _State:
+    """The tensors that something was computed from, and what torch knows of their contents."""
+
+    def __init__(self, tensors: Sequence[Tensor], *settings: Any) -> None:
+        # the tensors themselves, not their ids: an id is reused once its owner is gone
+        self.tensors = tuple(tensors)
+        self.contents = (*((t.data_ptr(), t._version) for t in tensors), *settings)
+
+    def is_same_as(self, other: _State) -> bool:
+        """Whether nothing changed between the two."""
+        return self.contents == other.contents and all(
+            mine is theirs for mine, theirs in zip(self.tensors, other.tensors, strict=True)
+        )
+
+
+def _keeps_versions(tensors: Sequence[Tensor]) -> bool:
+    """Whether torch counts changes of these tensors: not of those born in inference mode, nor on the meta device."""
+    return not any(tensor.is_inference() or tensor.is_meta for tensor in tensors)
+
+
+class EffectiveWeightCache:
+    """Thresholds (a few bytes, kept while training) and the effective weight (kept in evaluation only).
+
+    Both are valid for one state of the tensors that they were computed from. Copies and pickles start empty.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._thresholds: dict[str, tuple[_State, list[Tensor]]] = {}
+        self._integers: dict[str, tuple[_State, tuple[int, ...]]] = {}
+        self.drop_effective_weight()
+
+    def drop_effective_weight(self) -> None:
+        """Let the effective weight go: training starts, which must not hold a second copy of the model."""
+        self._effective: tuple[_State, Tensor] | None = None
+
+    def thresholds(self, name: str, update: Update) -> list[Tensor]:
+        """The list that `update` reads its thresholds from and writes them to; empty if something changed."""
+        tensors = [tensor for tensor in update.tensors() if tensor is not None]
+        if not _keeps_versions(tensors):
+            return []
+        state = _State(tensors, optimizer_steps(), update.budgets, update.mode)
+        known = self._thresholds.get(name)
+        if known is None or not known[0].is_same_as(state):
+            known = self._thresholds[name] = (state, [])
+        return known[1]
+
+    def integers(self, name: str, budgets: Tensor) -> tuple[int, ...]:
+        """The budgets as Python integers; reading them waits for the device only after they changed."""
+        if not _keeps_versions([budgets]):
+            return tuple(budgets.tolist())
+        state = _State([budgets])
+        known = self._integers.get(name)
+        if known is None or not known[0].is_same_as(state):
+            known = self._integers[name] = (state, tuple(budgets.tolist()))
+        return known[1]
+
+    def effective_weight(
+        self, tensors: Sequence[Tensor], settings: tuple[Any, ...], compute: Callable[[], Tensor]
+    ) -> Tensor:
+        """The effective weight for this state of `tensors` and `settings`, computed at most once."""
+        if not _keeps_versions(tensors):
+            return compute()
+        state = _State(tensors, optimizer_steps(), settings)
+        if self._effective is None or not self._effective[0].is_same_as(state):
+            with torch.inference_mode(False), torch.no_grad():
+                self._effective = (state, compute())
+        return self._effective[1]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EffectiveWeightCache:
+        return EffectiveWeightCache()
+
+    def __reduce__(self) -> tuple[type[EffectiveWeightCache], tuple[()]]:
+        return (EffectiveWeightCache, ())
