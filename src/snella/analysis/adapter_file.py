@@ -81,9 +81,11 @@ def saved_budgets(adapter: AdapterFile, matrices: Sequence[MatrixInfo]) -> dict[
     """
     budgets: dict[str, int] = {}
     with safe_open(adapter.path, framework="numpy") as file:
-        for key in (name for name in adapter.shapes if name.endswith(".snella_budget")):
-            module = key.removesuffix(".snella_budget").removeprefix("base_model.model.")
-            names = [m.name for m in matrices if m.name == module or m.name.rpartition(".")[0] == module]
+        modules = {_module_of(key): key for key in adapter.shapes if key.endswith(".snella_budget")}
+        for module, key in modules.items():
+            own = (m.name for m in matrices if m.name == module)
+            fused = (m.name for m in matrices if m.name.rpartition(".")[0] == module and m.name not in modules)
+            names = [*own, *fused]
             values = [int(value) for value in file.get_tensor(key).reshape(-1)]
             if len(names) != len(values):
                 raise ValueError(
@@ -92,6 +94,11 @@ def saved_budgets(adapter: AdapterFile, matrices: Sequence[MatrixInfo]) -> dict[
                 )
             budgets.update(zip(names, values, strict=True))
     return budgets
+
+
+def _module_of(key: str) -> str:
+    """The layer that a budget in a PEFT file belongs to."""
+    return key.removesuffix(".snella_budget").removeprefix("base_model.model.")
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 __all__ = [
@@ -60,7 +61,12 @@ CURVE = (430.0, 310.0)
 
 def new_figure(width: float, height: float, title: str = "") -> tuple[Figure, Axes]:
     """Return a figure of `width` × `height` CSS pixels with one pair of axes in the house look."""
-    figure = Figure(figsize=(width / 72, height / 72), dpi=72, layout="constrained", facecolor=PANEL)
+    figure = Figure(
+        figsize=(width / 72, height / 72),
+        dpi=72,
+        layout=ConstrainedLayoutEngine(h_pad=5 / 72, w_pad=5 / 72),
+        facecolor=PANEL,
+    )
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set_facecolor("none")
@@ -115,8 +121,10 @@ def accent_map() -> ListedColormap:
 
 def scale_bar(figure: Figure, axes: Axes, label: str, ticks: dict[float, str]) -> None:
     """Draw the accent's colour scale below the axes, `ticks` naming some of its values in [0, 1]."""
+    width, height = figure.get_size_inches() * 72
+    shrink = min(0.5, 260 / width)
     bar = figure.colorbar(
-        ScalarMappable(cmap=accent_map()), ax=axes, location="bottom", shrink=0.5, aspect=28, pad=0.03
+        ScalarMappable(cmap=accent_map()), ax=axes, location="bottom", shrink=shrink, aspect=26, pad=12 / height
     )
     if bar.solids is not None:
         bar.solids.set_visible(False)  # one smooth picture instead of 256 rectangles with visible seams
@@ -135,9 +143,9 @@ def text_on(share: float) -> str:
 
 
 def shortened(text: str, length: int = 18) -> str:
-    """Cut a label to `length` characters, without line breaks or characters that a picture cannot show."""
+    """Cut a label in the middle to `length` characters; line breaks and what a picture cannot show are replaced."""
     text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
-    text = text if len(text) <= length else text[: length - 1] + "…"
+    text = text if len(text) <= length else text[: length - length // 3 - 1] + "…" + text[-(length // 3) :]
     return text.replace("$", r"\$")  # Matplotlib would read what lies between two dollar signs as mathematics
 
 
@@ -178,7 +186,7 @@ def inline_svg(figure: Figure, name: str, description: str) -> str:
     used = set(re.findall(r'(?:url\(|href=")#([^")]+)', svg))
     svg = re.sub(r' id="([^"]+)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", svg)
     svg = re.sub(r'(url\(|href=")#', rf"\1#{name}-", svg)
-    svg = re.sub(r"""(font: [\w ]*?[\d.]+px )[^;"]+""", r"\1var(--font)", svg)
+    svg = re.sub(r"""font-family: [^;"]+""", "font-family: var(--font)", svg)
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
     width, height = (figure.get_size_inches() * 72).round().astype(int).tolist()

@@ -1,0 +1,241 @@
+"""What each section of the report page says, from the files of a run."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from snella.analysis import figures
+from snella.analysis.allocation_figures import has_importance
+from snella.analysis.examples import ImageSource, choose_examples, load_example
+from snella.analysis.formats import bytes_text, count_text, percent_text, plain_text, seconds_text
+from snella.analysis.matrix_grid import adapter_step, arrange, epochs_of_allocation
+from snella.analysis.run_files import (
+    Allocation,
+    ComparisonRow,
+    Metrics,
+    Prediction,
+    RunInfo,
+    Scores,
+    read_if_present,
+    read_predictions,
+)
+
+__all__ = [
+    "allocation_section",
+    "comparison_section",
+    "confusion_section",
+    "curves_section",
+    "examples_section",
+    "results_section",
+]
+
+
+def results_section(
+    metrics: Metrics | None, allocation: Allocation | None, budgets: dict[str, int]
+) -> list[dict[str, str]]:
+    """The numbers at the top: label, value, small print."""
+    if metrics is None:
+        return []
+    rows: list[tuple[str, str, str]] = []
+    for split, scores in (("test", metrics.test), ("validation", metrics.val)):
+        if scores is not None:
+            error = f"± {100 * scores.standard_error:.1f} (one standard error), " if scores.count else ""
+            images = f"{error}{count_text(scores.count)} images" if scores.count else ""
+            rows.append((f"{split} accuracy", percent_text(scores.accuracy), images))
+            rows.append((f"{split} balanced accuracy", percent_text(scores.balanced_accuracy), "mean of the classes"))
+    if metrics.best_epoch is not None:
+        best_of = (
+            f"of {metrics.history[-1].epoch}, by {metrics.best_metric.replace('val_', 'validation ').replace('_', ' ')}"
+            if metrics.history
+            else ""
+        )
+        rows.append(("best epoch", str(metrics.best_epoch), best_of))
+    rows.append(
+        ("trainable parameters", count_text(metrics.trainable_parameters), _exact(metrics.trainable_parameters))
+    )
+    if allocation is not None:
+        kept, total = sum(budgets.values()), allocation.total_weights
+        frozen = sum(budget == 0 for budget in budgets.values())
+        note = (
+            f"of {count_text(total)} ({percent_text(kept / max(total, 1))}), {len(budgets)} matrices, {frozen} frozen"
+        )
+        rows.append(("adapted weights kept", count_text(kept), note))
+    elif metrics.adapted_weights:
+        rows.append(("adapted weights", count_text(metrics.adapted_weights), _exact(metrics.adapted_weights)))
+    rows.append(("adapter file", bytes_text(metrics.adapter_bytes), "to load on top of the backbone"))
+    memory = "" if math.isnan(metrics.peak_rss_mib) else f"peak memory {bytes_text(metrics.peak_rss_mib * 2**20)}"
+    rows.append(("training time", seconds_text(metrics.train_s), memory))
+    return [{"label": label, "value": value, "note": note} for label, value, note in rows]
+
+
+def comparison_section(rows: list[ComparisonRow] | None) -> dict[str, Any] | None:
+    """Accuracy and cost of several methods."""
+    if not rows:
+        return None
+    accuracy = _inline(figures.comparison_bars(rows), "comparison-accuracy", "Accuracy of each method, as bars.")
+    cost = _inline(figures.cost_bars(rows), "comparison-cost", "Training time of each method, as bars.")
+    return {"rows": rows, "figures": [accuracy, cost]}
+
+
+def curves_section(metrics: Metrics | None) -> list[Markup]:
+    """Loss and accuracy over the epochs."""
+    if metrics is None or not metrics.history:
+        return []
+    last = metrics.history[-1]
+    return [
+        _inline(
+            figures.loss_curves(metrics),
+            "curve-loss",
+            f"Loss by epoch; in epoch {last.epoch}, the last: training {plain_text(last.train_loss)}, "
+            f"validation {plain_text(last.val_loss)}.",
+        ),
+        _inline(
+            figures.accuracy_curves(metrics),
+            "curve-accuracy",
+            f"Validation accuracy by epoch; in the last, epoch {last.epoch}: {percent_text(last.val_accuracy)}.",
+        ),
+    ]
+
+
+def confusion_section(info: RunInfo, metrics: Metrics | None) -> dict[str, Any] | None:
+    """Confusion matrix and the numbers of each class, on the test split where there is one."""
+    if metrics is None:
+        return None
+    split, scores = ("test", metrics.test) if metrics.test is not None else ("validation", metrics.val)
+    if scores is None or not scores.confusion:
+        return None
+    return {
+        "split": split,
+        "count": scores.count,
+        "numbered": len(info.classes) <= figures.NUMBERED_CLASSES,
+        "figure": _inline(
+            figures.confusion_matrix(scores.confusion, info.classes),
+            "confusion-matrix",
+            f"Confusion matrix of {len(info.classes)} classes on the {split} images; the table below has the numbers.",
+        ),
+        "rows": _class_rows(info, scores),
+    }
+
+
+def _class_rows(info: RunInfo, scores: Scores) -> list[dict[str, Any]]:
+    """Images, recall and precision of each class."""
+    rows = []
+    for i, name in enumerate(info.classes):
+        images, taken = sum(scores.confusion[i]), sum(row[i] for row in scores.confusion)
+        hits = scores.confusion[i][i]
+        recall, precision = (hits / n if n else math.nan for n in (images, taken))
+        rows.append({"name": name, "images": images, "recall": recall, "precision": precision})
+    return rows
+
+
+def allocation_section(
+    info: RunInfo, metrics: Metrics | None, allocation: Allocation | None, budgets: dict[str, int]
+) -> dict[str, Any] | None:
+    """Sparsity map, evolution of budgets and importance, table of matrices."""
+    if allocation is None or not allocation.matrices:
+        return None
+    epochs = epochs_of_allocation(allocation, metrics, info.is_finished)
+    grid = arrange(allocation.matrices, budgets)
+    step = adapter_step(allocation, metrics)
+    evolution = []
+    if allocation.history:
+        evolution = [
+            _inline(
+                figures.budget_curve(allocation, epochs),
+                "budget-total",
+                f"Total budget over time, from {allocation.total_weights:,} to {allocation.target_budget:,}.",
+            ),
+            *(
+                _inline(
+                    figures.budget_shares(allocation, epochs, by),
+                    f"budget-{by}",
+                    f"Share of each {by} in the total budget over time.",
+                )
+                for by in ("kind", "depth")
+            ),
+            _inline(
+                figures.frozen_curve(allocation, epochs),
+                "budget-frozen",
+                f"Number of frozen and full matrices over time; {grid.frozen_count} are frozen in the saved adapter.",
+            ),
+        ]
+    importance = None
+    if has_importance(allocation):
+        importance = _inline(
+            figures.importance_curves(allocation, epochs),
+            "importance-curves",
+            f"Importance of {len(allocation.matrices)} matrices over time, logarithmic, with the mean of each kind.",
+        )
+    return {
+        "map": _inline(
+            figures.sparsity_map(allocation.matrices, budgets),
+            "sparsity-map",
+            f"Sparsity of each matrix by block and kind; {grid.frozen_count} of {len(allocation.matrices)} are frozen. "
+            "The table of matrices has the numbers.",
+        ),
+        "kept": sum(budgets.values()),
+        "total": allocation.total_weights,
+        "frozen": [matrix.name for matrix in allocation.matrices if budgets[matrix.name] == 0],
+        "evolution": evolution,
+        "importance": importance,
+        "counted": any(matrix.nonzeros is not None for matrix in allocation.matrices),
+        "rows": [
+            {
+                "matrix": matrix,
+                "budget": budgets[matrix.name],
+                "sparsity": 1 - budgets[matrix.name] / max(matrix.size, 1),
+                "importance": math.nan if step is None else step.importance.get(matrix.name, math.nan),
+            }
+            for matrix in allocation.matrices
+        ],
+    }
+
+
+def examples_section(folder: Path, info: RunInfo, images: ImageSource | None) -> dict[str, Any] | None:
+    """Some images with what the model says about them."""
+    predictions = read_if_present(lambda run: read_predictions(run, len(info.classes)), folder, "predictions.json")
+    if predictions is None or not predictions.items:
+        return None
+    wrong, right = choose_examples(predictions.items)
+    n_wrong = sum(not item.is_right for item in predictions.items)
+
+    def shown(items: list[Prediction]) -> list[dict[str, Any]]:
+        return [
+            {
+                "image": load_example(item, images),
+                "predicted": info.classes[item.predicted],
+                "label": info.classes[item.label],
+            }
+            for item in items
+        ]
+
+    return {
+        "split": "validation" if predictions.split == "val" else predictions.split,
+        "groups": [
+            {
+                "title": "Wrong",
+                "note": f"{len(wrong)} of {n_wrong} wrong predictions, the most confident first",
+                "items": shown(wrong),
+            },
+            {
+                "title": "Right",
+                "note": f"{len(right)} of {len(predictions.items) - n_wrong} right predictions, evenly spread",
+                "items": shown(right),
+            },
+        ],
+    }
+
+
+def _inline(figure: Figure, name: str, description: str) -> Markup:
+    """A figure as markup; `inline_svg` escapes what comes from the run."""
+    return Markup(figures.inline_svg(figure, name, description))
+
+
+def _exact(count: int) -> str:
+    """A count with all its digits; empty where the short form has them already."""
+    return f"{count:,}" if count >= 1000 else ""

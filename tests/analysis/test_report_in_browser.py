@@ -1,0 +1,108 @@
+"""The report page in a real browser: what it asks for, what it shows, whether people can read it."""
+
+import pytest
+
+from snella.analysis.report import write_report
+
+SECTIONS = [
+    *("results", "comparison", "curves", "confusion", "sparsity", "budgets", "importance", "matrices"),
+    *("examples", "use", "configuration"),
+]
+
+# texts of a figure that leave it, or that lie on each other (turned ones count by their own box)
+FAULTY_TEXTS = """
+[...document.querySelectorAll('svg.figure')].flatMap(svg => {
+  const frame = svg.getBoundingClientRect(), faults = []
+  const texts = [...svg.querySelectorAll('text')].map(t => [t.textContent, t.getBoundingClientRect()])
+  texts.forEach(([text, box], i) => {
+    if (Math.min(box.left - frame.left, frame.right - box.right, box.top - frame.top, frame.bottom - box.bottom) < -1)
+      faults.push(svg.getAttribute('aria-label') + ': cut: ' + text)
+    texts.slice(i + 1).forEach(([other, b]) => {
+      const wide = Math.min(box.right, b.right) - Math.max(box.left, b.left)
+      const high = Math.min(box.bottom, b.bottom) - Math.max(box.top, b.top)
+      if (wide > 1 && high > 3) faults.push(svg.getAttribute('aria-label') + ': overlap: ' + text + ' / ' + other)
+    })
+  })
+  return faults
+})"""
+SMALLEST_TEXT = """
+Math.min(...[...document.querySelectorAll('svg.figure')].flatMap(svg => {
+  const scale = svg.getBoundingClientRect().width / svg.viewBox.baseVal.width
+  return [...svg.querySelectorAll('text')].map(t => parseFloat(getComputedStyle(t).fontSize) * scale)
+}))"""
+CONTRAST = """
+(() => {
+  const light = c => { const [r, g, b] = c.match(/[\\d.]+/g).map(v => v / 255)
+    .map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4); return .2126 * r + .7152 * g + .0722 * b }
+  const ground = light(getComputedStyle(document.querySelector('section')).backgroundColor)
+  return Math.min(...['h2', '.quiet', 'td', '.verdict.wrong', '.verdict.right', '.numbers dt', 'nav a'].map(s => {
+    const ink = light(getComputedStyle(document.querySelector(s)).color)
+    return (Math.max(ink, ground) + .05) / (Math.min(ink, ground) + .05) }))
+})()"""
+
+
+def test_the_page_shows_all_sections_and_pictures_and_asks_the_network_for_nothing(browser, compared_report):
+    browser.open(compared_report)
+    assert browser.evaluate("[...document.querySelectorAll('section')].map(s => s.id)") == SECTIONS
+    widths = browser.evaluate("[...document.images].map(i => i.complete ? i.naturalWidth : 0)")
+    assert len(widths) == 24
+    assert min(widths) > 0
+    assert browser.evaluate("[...document.querySelectorAll('svg')].every(s => s.getBoundingClientRect().width > 200)")
+    assert browser.complaints() == []
+    assert [url for url in browser.requested() if not url.startswith("data:")] == [compared_report.resolve().as_uri()]
+    assert browser.evaluate("performance.getEntriesByType('resource').filter(e => !e.name.startsWith('data:'))") == []
+
+
+def test_a_page_that_asks_for_something_is_noticed(browser, compared_report, tmp_path):
+    text = compared_report.read_text(encoding="utf-8")
+    asking = tmp_path / "asking.html"
+    asking.write_text(text.replace("</main>", '<img src="missing.png" alt=""></main>'), encoding="utf-8")
+    assert any("Content Security Policy" in str(entry) for entry in browser.open(asking).complaints())
+
+
+@pytest.mark.parametrize("width", [1200, 768, 400])
+def test_no_text_is_cut_or_covered_or_tiny_at_any_width(browser, compared_report, width):
+    browser.open(compared_report, width)
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    assert browser.evaluate(FAULTY_TEXTS) == []
+    assert browser.evaluate(SMALLEST_TEXT) >= 8.5
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_texts_stand_out_from_the_ground_in_both_modes(browser, compared_report, dark):
+    browser.open(compared_report, dark=dark)
+    ground = browser.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (ground == "rgb(17, 21, 27)") == dark
+    assert browser.evaluate(CONTRAST) >= 4.5
+    ink = browser.evaluate("getComputedStyle(document.querySelector('#curves svg text')).fill")
+    assert ink == ("rgb(230, 234, 240)" if dark else "rgb(28, 37, 49)")
+
+
+@pytest.mark.parametrize("n", [2, 10, 37, 120])
+def test_confusion_matrices_are_readable_for_few_and_for_many_classes(browser, run, n):
+    names = [f"a rather long class name, number {i}" if i % 2 else f"c{i}" for i in range(n)]
+    report = write_report(run.finished(classes=names, method="lora", images=50 * n).folder)
+    for width in (1200, 400):
+        browser.open(report, width)
+        assert browser.evaluate("document.documentElement.scrollWidth") <= width
+        assert browser.evaluate(FAULTY_TEXTS) == []
+        assert browser.evaluate(SMALLEST_TEXT) >= 8.5
+
+
+def test_names_that_look_like_markup_stay_text(browser, run):
+    evil = "<img src=x onerror='document.title=1'>"
+    run.finished(classes=(evil, "--></svg><script>document.title = 2</script>"), method="lora")
+    report = write_report(run.folder)
+    browser.open(report)
+    assert browser.evaluate("document.title") == "lora on elpv · snella report"
+    assert browser.evaluate("document.scripts.length + document.images.length") == 0
+    assert browser.evaluate("document.querySelector('#confusion tbody th').textContent") == evil
+    assert browser.complaints() == []
+
+
+def test_the_table_of_matrices_opens(browser, compared_report):
+    browser.open(compared_report)
+    assert browser.evaluate("document.querySelector('#matrices table').checkVisibility()") is False
+    browser.evaluate("document.querySelector('#matrices summary').click()")
+    assert browser.evaluate("document.querySelector('#matrices table').checkVisibility()") is True
+    assert browser.evaluate("document.querySelectorAll('#matrices tbody tr').length") == 72
