@@ -48,7 +48,7 @@ def read_google_npz(path: Path) -> tuple[dict[str, Tensor], int]:
 def _shapes(path: Path) -> _Arrays:
     """Shapes of all arrays; objects are not unpickled."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             return {key: arrays[key].shape for key in arrays.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
         raise ValueError(f"weights '{path}' are not a readable .npz file: {error}") from error

@@ -1,0 +1,164 @@
+"""A folder of images: `class/image`, or `train|val|test/class/image`."""
+
+import difflib
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from snella.data.collection import Collection
+from snella.data.dataset import ImageDataset
+from snella.data.images import IMAGE_SUFFIXES, broken_images
+from snella.data.sources import FileImages
+
+__all__ = ["load_folder"]
+
+_PARTS = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}
+_NAMED = 5
+_Files = dict[str, list[Path]]
+
+
+def load_folder(path: str, *, skip_broken: bool = False) -> Collection:
+    """Collect the images of a folder; the names of the folders inside it are the classes.
+
+    Every file is decoded once, so that a broken one is known before training. Hidden files are passed over, files of
+    other kinds are left out and noted, images in folders below a class folder belong to that class.
+
+    Args:
+        path: The folder. It counts as divided where it holds a folder `train` with class folders inside.
+        skip_broken: Leave broken images out and note how many instead of refusing.
+
+    Raises:
+        FileNotFoundError: There is no such folder; near names are given.
+        ValueError: No class folders, an empty one, fewer than two classes, classes in a later part that training does
+            not have, or broken images (named and counted).
+    """
+    root = _existing(path)
+    folders, has_parts = _part_folders(root)
+    others: Counter[str] = Counter()
+    files = {part: _class_files(folder, others) for part, folder in folders.items()}
+    _check_classes(files, folders, root)
+    notes = [_other_kinds(others)] if others else []
+    broken = _broken(files)
+    if broken:
+        listed = _listed([f"{file.relative_to(root).as_posix()} ({reason})" for file, reason in broken.items()])
+        if not skip_broken:
+            raise ValueError(
+                f"{len(broken)} of {sum(len(f) for c in files.values() for f in c.values())} images in '{path}' cannot "
+                f"be read: {listed}. Remove or replace them, or leave them out with --skip-broken (skip_broken=True)"
+            )
+        notes.append(f"left out {len(broken)} broken images: {listed}")
+        files = {
+            part: {name: [file for file in found if file not in broken] for name, found in classes.items()}
+            for part, classes in files.items()
+        }
+        _check_classes(files, folders, root)
+    classes = list(files["train"])
+    parts = {part: _dataset(found, classes, root) for part, found in files.items()}
+    return Collection(root.name, classes, parts["train"], parts.get("val"), parts.get("test"), has_parts, notes)
+
+
+def _existing(path: str) -> Path:
+    """The folder, or an error with what lies nearby under like names."""
+    root = Path(path).expanduser()
+    if root.is_dir():
+        return root.resolve()
+    if root.exists():
+        raise ValueError(f"folder:{path} must be a folder with one folder a class, got a file")
+    parent = next(folder for folder in root.absolute().parents if folder.is_dir())
+    missing = root.absolute().relative_to(parent).parts[0]
+    siblings = sorted(child.name for child in parent.iterdir() if child.is_dir() and not child.name.startswith("."))
+    nearest = difflib.get_close_matches(missing, siblings, n=3, cutoff=0.4)
+    hint = f"nearest there: {', '.join(map(repr, nearest))}" if nearest else f"'{parent}' has no folder of a like name"
+    raise FileNotFoundError(f"folder:{path}: there is no {missing!r} in '{parent}'; {hint}")
+
+
+def _part_folders(root: Path) -> tuple[dict[str, Path], bool]:
+    """The folders of the parts, `{"train": root}` where the folder is not divided."""
+    found: dict[str, Path] = {}
+    for folder in _subfolders(root):
+        part = _PARTS.get(folder.name.lower())
+        if part is None or not _subfolders(folder):
+            continue
+        if part in found:
+            raise ValueError(f"folder '{root}' has two parts '{part}': {found[part].name!r} and {folder.name!r}")
+        found[part] = folder
+    if "train" in found:
+        return {part: found[part] for part in ("train", "val", "test") if part in found}, True
+    if found and len(found) == len(_subfolders(root)):
+        names = ", ".join(repr(folder.name) for folder in found.values())
+        raise ValueError(f"folder '{root}' has {names} but no 'train' with class folders inside")
+    return {"train": root}, False
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    """Folders that are not hidden, by name."""
+    return sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+
+
+def _class_files(folder: Path, others: Counter[str]) -> _Files:
+    """Image files by class; the suffixes of files of other kinds are counted."""
+    files: _Files = {}
+    for class_folder in _subfolders(folder):
+        files[class_folder.name] = []
+        for file in _walk(class_folder):
+            if file.suffix.lower() in IMAGE_SUFFIXES:
+                files[class_folder.name].append(file)
+            else:
+                others[file.suffix or file.name] += 1
+    return files
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """All files below a folder that are not hidden, in the order of their names."""
+    for current, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(current, name) for name in sorted(names) if not name.startswith("."))
+
+
+def _check_classes(files: dict[str, _Files], folders: dict[str, Path], root: Path) -> None:
+    """Refuse folders that give no classification problem, all faults in one message."""
+    faults = []
+    if not files["train"]:
+        loose = sum(file.suffix.lower() in IMAGE_SUFFIXES for file in folders["train"].iterdir())
+        faults.append(f"no class folders in '{folders['train']}' ({loose} images lie there without a class)")
+    elif len(files["train"]) == 1:
+        faults.append(f"at least two classes are needed, there is one: {next(iter(files['train']))!r}")
+    for part, classes in files.items():
+        empty = [str((folders[part] / name).relative_to(root)) for name, found in classes.items() if not found]
+        if empty:
+            faults.append(f"class folders without a readable image: {_listed([repr(name) for name in empty])}")
+        unknown = [repr(name) for name in classes if name not in files["train"]]
+        if unknown:
+            faults.append(
+                f"classes of '{folders[part].name}' unknown to training: {_listed(unknown)}; "
+                f"training has {_listed([repr(name) for name in files['train']])}"
+            )
+    if faults:
+        raise ValueError(f"folder '{root}' cannot be used: {'; '.join(faults)}")
+
+
+def _broken(files: dict[str, _Files]) -> dict[Path, str]:
+    """Files that cannot be decoded, with the reason."""
+    paths = [file for classes in files.values() for found in classes.values() for file in found]
+    return {paths[index]: reason for index, reason in broken_images(paths).items()}
+
+
+def _dataset(files: _Files, classes: list[str], root: Path) -> ImageDataset:
+    """The images of one part."""
+    pairs = [(file, classes.index(name)) for name, found in files.items() for file in found]
+    names = [file.relative_to(root).as_posix() for file, _ in pairs]
+    source = FileImages([file for file, _ in pairs])
+    return ImageDataset(source, range(len(pairs)), [label for _, label in pairs], names)
+
+
+def _other_kinds(others: Counter[str]) -> str:
+    """The note about files that are no images by their name."""
+    kinds = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(_NAMED))
+    return f"left out {others.total()} files that are not {', '.join(IMAGE_SUFFIXES)}: {kinds}"
+
+
+def _listed(items: list[str]) -> str:
+    """The first few, and how many more there are."""
+    rest = len(items) - _NAMED
+    return ", ".join(items[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,98 @@
+"""Stratified, seeded splits that leave every class in every part."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from sklearn.model_selection import train_test_split
+
+__all__ = ["stratified_sample", "stratified_split"]
+
+
+def stratified_split(
+    labels: Sequence[int], fraction: float, *, seed: int, classes: Sequence[str], reserve: int = 1, part: str = "val"
+) -> tuple[list[int], list[int]]:
+    """Take a fraction of every class away, at least one image of each.
+
+    Args:
+        labels: Class indices.
+        fraction: Of all images, in (0, 1).
+        seed: The same seed gives the same parts.
+        classes: Names by class index, for messages.
+        reserve: How many images of each class must be left.
+        part: What is taken: `val` or `test`, for messages.
+
+    Returns:
+        Positions left and positions taken, both ascending.
+
+    Raises:
+        ValueError: A class has fewer than `reserve + 1` images.
+    """
+    counts = np.bincount(labels, minlength=len(classes))
+    few = [f"{name!r} has {count}" for name, count in zip(classes, counts, strict=True) if count < reserve + 1]
+    if few:
+        raise ValueError(
+            f"every class needs at least {reserve + 1} images for a part '{part}' of its own beside the others; "
+            f"{', '.join(few)}. Add images, or give the parts as folders of their own"
+        )
+    total = max(round(fraction * len(labels)), len(classes))
+    return _take(labels, _quotas(counts, min(total, int((counts - reserve).sum())), reserve), seed)
+
+
+def stratified_sample(
+    labels: Sequence[int], size: int, *, seed: int, classes: Sequence[str], argument: str
+) -> list[int]:
+    """Choose `size` positions, each class by its share, at least one of each that is there.
+
+    Args:
+        labels: Class indices.
+        size: How many in all.
+        seed: The same seed gives the same choice.
+        classes: Names by class index, for messages.
+        argument: Name of the size as the user gave it, for messages.
+
+    Returns:
+        Positions, ascending.
+
+    Raises:
+        ValueError: There are fewer images than `size`, or fewer than one a class are asked for.
+    """
+    counts = np.bincount(labels, minlength=len(classes))
+    present = int((counts > 0).sum())
+    if size > len(labels):
+        raise ValueError(
+            f"{argument} must be at most {len(labels)}, the images of that part, got {size}; "
+            "the parts' shares are set with val_fraction and test_fraction"
+        )
+    if size < present:
+        raise ValueError(f"{argument} must be at least {present}, one image a class, got {size}")
+    return _take(labels, _quotas(counts, size, 0), seed)[1]
+
+
+def _quotas(counts: np.ndarray, total: int, reserve: int) -> np.ndarray:
+    """Share `total` out by class size: at least one of each class, exact sum, largest remainders first."""
+    caps = np.maximum(counts - reserve, 0)
+    share = total * counts / max(counts.sum(), 1)
+    quotas = np.minimum(np.maximum(np.floor(share).astype(int), 1), caps)
+    while (gap := total - int(quotas.sum())) != 0:
+        step = 1 if gap > 0 else -1
+        possible = quotas < caps if gap > 0 else quotas > 1
+        lacking = np.where(possible, step * (share - quotas), -np.inf)
+        quotas[int(np.argmax(lacking))] += step
+    return quotas
+
+
+def _take(labels: Sequence[int], quotas: np.ndarray, seed: int) -> tuple[list[int], list[int]]:
+    """Draw each class's quota; positions left and positions taken."""
+    labels_array = np.asarray(labels)
+    generator = np.random.RandomState(seed)
+    left: list[int] = []
+    taken: list[int] = []
+    for label, quota in enumerate(quotas.tolist()):
+        members = np.flatnonzero(labels_array == label)
+        if quota in (0, len(members)):
+            (taken if quota else left).extend(members.tolist())
+            continue
+        kept, drawn = train_test_split(members, test_size=quota, random_state=generator)
+        left.extend(kept.tolist())
+        taken.extend(drawn.tolist())
+    return sorted(left), sorted(taken)

@@ -1,0 +1,90 @@
+"""From an RGB image to the tensor that a backbone was trained on, with or without augmentation."""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+
+__all__ = ["Augment", "build_transform"]
+
+Augment = Literal["none", "flip", "crop"]
+CropMode = Literal["center", "squash"]
+_CROP_SCALE = (0.5, 1.0)
+_INTERPOLATIONS = {
+    "nearest": InterpolationMode.NEAREST,
+    "bilinear": InterpolationMode.BILINEAR,
+    "bicubic": InterpolationMode.BICUBIC,
+    "lanczos": InterpolationMode.LANCZOS,
+}
+
+
+def build_transform(data_config: dict[str, Any], *, train: bool, augment: Augment) -> Callable[[Image.Image], Tensor]:
+    """Build timm's evaluation transform for a model, or one with augmentation for training.
+
+    Evaluation: the short side is resized to `input_size / crop_pct` (both sides with `crop_mode="squash"`), the centre
+    is cut out, values become `(pixel / 255 - mean) / std`. Everything random draws from torch's generator.
+
+    Args:
+        data_config: `timm.data.resolve_model_data_config(model)`; read are `input_size`, `mean`, `std`,
+            `interpolation`, `crop_pct` and `crop_mode`.
+        train: False leaves augmentation out, whatever `augment` says.
+        augment: "none", "flip" (evaluation and a flip left to right in half of the cases) or "crop" (a random part of
+            50 to 100 % of the area, and the flip).
+
+    Returns:
+        From RGB image to float32 `[3, height, width]`; picklable.
+
+    Raises:
+        ValueError: An unknown augmentation, interpolation or crop mode, or an incomplete configuration.
+        NotImplementedError: An input that is not square.
+    """
+    if augment not in get_args(Augment):
+        raise ValueError(f"augment must be one of {', '.join(get_args(Augment))}, got {augment!r}")
+    size, interpolation = _size(data_config), _interpolation(data_config)
+    steps: list[Callable[[Any], Any]]
+    if train and augment == "crop":
+        steps = [v2.RandomResizedCrop(size, scale=_CROP_SCALE, interpolation=interpolation, antialias=True)]
+    else:
+        steps = _resize_and_cut(data_config, size, interpolation)
+    if train and augment in ("flip", "crop"):
+        steps.append(v2.RandomHorizontalFlip())
+    steps += [
+        v2.PILToTensor(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(list(data_config["mean"]), list(data_config["std"]), inplace=True),
+    ]
+    return v2.Compose(steps)
+
+
+def _resize_and_cut(config: dict[str, Any], size: int, interpolation: InterpolationMode) -> list[Callable[[Any], Any]]:
+    """The geometry of evaluation."""
+    mode = config.get("crop_mode") or "center"
+    if mode not in get_args(CropMode):
+        raise ValueError(f"crop_mode must be one of {', '.join(get_args(CropMode))}, got {mode!r}")
+    scaled = math.floor(size / (config.get("crop_pct") or 1.0))
+    target = [scaled, scaled] if mode == "squash" else [scaled]
+    resize = v2.Resize(target, interpolation=interpolation, antialias=True)
+    return [resize] if mode == "squash" and scaled == size else [resize, v2.CenterCrop(size)]
+
+
+def _size(config: dict[str, Any]) -> int:
+    """Side of the square input."""
+    missing = [key for key in ("input_size", "mean", "std") if key not in config]
+    if missing:
+        raise ValueError(f"data_config lacks {', '.join(missing)}; timm.data.resolve_model_data_config(model) has them")
+    *_, height, width = config["input_size"]
+    if height != width:
+        raise NotImplementedError(f"input_size must be square, got {[height, width]}; give the backbone an img_size")
+    return height
+
+
+def _interpolation(config: dict[str, Any]) -> InterpolationMode:
+    """Torchvision's constant for timm's word."""
+    word = config.get("interpolation", "bicubic")
+    if word not in _INTERPOLATIONS:
+        raise ValueError(f"interpolation must be one of {', '.join(_INTERPOLATIONS)}, got {word!r}")
+    return _INTERPOLATIONS[word]

@@ -1,0 +1,180 @@
+import re
+from collections import Counter
+
+import pytest
+from PIL import Image
+
+from snella.data import load_data
+
+
+def load(root, **options):
+    return load_data(f"folder:{root}", **options)
+
+
+def test_class_folders_become_a_stratified_split_in_three(write_images):
+    data = load(write_images({"dog": 20, "cat": 10}), seed=3)
+    assert data.classes == ["cat", "dog"] and data.name == "photos"
+    counts = [Counter(part.labels) for part in (data.train, data.val, data.test)]
+    assert counts == [{0: 6, 1: 12}, {0: 2, 1: 4}, {0: 2, 1: 4}]
+    names = [name for part in (data.train, data.val, data.test) for name in part.names]
+    assert len(set(names)) == 30 and set(names) == {
+        f"{c}/{i:03}.png" for c, n in (("cat", 10), ("dog", 20)) for i in range(n)
+    }
+    assert all(
+        (name.startswith("dog")) == bool(label) for name, label in zip(data.val.names, data.val.labels, strict=True)
+    )
+    assert data.description == "photos: 30 images in 2 classes; train 18 · val 6 · test 6"
+
+
+def test_an_item_is_the_image_that_its_name_says(write_images):
+    root = write_images({"a": 5, "b": 5})
+    data = load(root)
+    for index, name in enumerate(data.test.names):
+        assert data.test.image(index).tobytes() == Image.open(root / name).tobytes()
+
+
+@pytest.mark.parametrize("word", ["val", "validation", "valid", "Val"])
+def test_parts_that_are_there_are_kept(word, write_images):
+    data = load(write_images({"train/a": 4, "train/b": 3, f"{word}/a": 2, f"{word}/b": 1, "test/a": 1, "test/b": 2}))
+    assert [Counter(part.labels) for part in (data.train, data.val, data.test)] == [
+        {0: 4, 1: 3},
+        {0: 2, 1: 1},
+        {0: 1, 1: 2},
+    ]
+    assert data.val.names == [f"{word}/a/000.png", f"{word}/a/001.png", f"{word}/b/000.png"]
+
+
+def test_a_missing_validation_part_is_split_from_training(write_images):
+    data = load(write_images({"train/a": 10, "train/b": 10, "test/a": 2, "test/b": 2}))
+    assert (len(data.train), len(data.val), len(data.test)) == (16, 4, 4)
+    assert all(name.startswith("train/") for name in data.val.names)
+
+
+def test_a_divided_folder_without_a_test_part_has_none(write_images):
+    root = write_images({"train/a": 4, "train/b": 4, "val/a": 1, "val/b": 1})
+    assert load(root).test is None
+    with pytest.raises(ValueError, match="test_size=2 given, but 'photos' has no test part"):
+        load(root, test_size=2)
+
+
+def test_a_class_named_train_is_a_class(write_images):
+    assert load(write_images({"bus": 5, "train": 5})).classes == ["bus", "train"]
+
+
+def test_hidden_files_are_ignored_and_other_kinds_noted(write_images):
+    root = write_images({"a": 5, "b": 5, ".cache": 5, "a/.thumbs": 5})
+    (root / "a" / ".DS_Store").write_bytes(b"x")
+    (root / "a" / "._000.png").write_bytes(b"x")
+    (root / "a" / "labels.txt").write_bytes(b"x")
+    (root / "b" / "photo.heic").write_bytes(b"x")
+    data = load(root)
+    assert data.classes == ["a", "b"]
+    assert len(data.train) + len(data.val) + len(data.test) == 10
+    (note,) = data.notes
+    assert note.startswith("left out 2 files that are not .png,") and "1 .txt" in note and "1 .heic" in note
+
+
+def test_images_below_a_class_folder_belong_to_the_class(write_images):
+    data = load(write_images({"a/day": 3, "a/night/late": 2, "b": 5}))
+    assert data.classes == ["a", "b"]
+    assert len(data.train) + len(data.val) + len(data.test) == 10
+
+
+def test_suffixes_count_in_any_case(write_images):
+    root = write_images({"a": 5, "b": 5}, suffix=".JPG")
+    assert load(root).train.image(0).mode == "RGB"
+
+
+def break_files(root, count):
+    for index in range(count):
+        file = root / "a" / f"{index:03}.png"
+        file.write_bytes(file.read_bytes()[:60] if index % 2 else b"no image")
+
+
+def test_broken_images_are_named_and_counted(write_images):
+    root = write_images({"a": 6, "b": 5})
+    break_files(root, 2)
+    with pytest.raises(ValueError) as caught:
+        load(root)
+    message = str(caught.value)
+    assert "2 of 11 images in" in message and "--skip-broken" in message
+    assert "a/000.png (cannot identify image file" in message and "a/001.png (" in message
+
+
+def test_of_many_broken_images_five_are_named(write_images):
+    root = write_images({"a": 12, "b": 5})
+    break_files(root, 8)
+    with pytest.raises(ValueError, match=r"8 of 17 images .*a/004\.png .* and 3 more\. Remove") as caught:
+        load(root)
+    assert "a/005.png" not in str(caught.value)
+
+
+def test_broken_images_are_left_out_and_noted_on_demand(write_images):
+    root = write_images({"a": 7, "b": 5})
+    break_files(root, 2)
+    data = load(root, skip_broken=True)
+    names = data.train.names + data.val.names + data.test.names
+    assert len(names) == 10 and not {"a/000.png", "a/001.png"} & set(names)
+    (note,) = data.notes
+    assert note.startswith("left out 2 broken images: a/000.png (")
+
+
+def test_a_class_of_broken_images_only_is_refused_all_the_same(write_images):
+    root = write_images({"a": 2, "b": 5, "c": 5})
+    break_files(root, 2)
+    with pytest.raises(ValueError, match="class folders without a readable image: 'a'"):
+        load(root, skip_broken=True)
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ({"a": 5, "b": 0, "c": 5}, "class folders without a readable image: 'b'"),
+        ({"a": 5}, "at least two classes are needed, there is one: 'a'"),
+        ({".": 3}, r"no class folders in '.*photos' \(3 images lie there without a class\)"),
+        ({"train/a": 2, "train/b": 2, "val/c": 1}, "classes of 'val' unknown to training: 'c'; training has 'a', 'b'"),
+        (
+            {"train/a": 2, "train/b": 2, "test/B": 1},
+            "classes of 'test' unknown to training: 'B'; training has 'a', 'b'",
+        ),
+        ({"train/a": 2, "train/b": 2, "val/a": 1, "val/b": 0}, "without a readable image: 'val/b'"),
+        ({"val/a": 2, "test/a": 2}, "has 'test', 'val' but no 'train' with class folders inside"),
+        ({"train/a": 2, "val/a": 2, "valid/a": 2}, "has two parts 'val': 'val' and 'valid'"),
+        ({"a": 9, "b": 2}, "every class needs at least 3 images for a part 'test' .*'b' has 2"),
+        ({"train/a": 9, "train/b": 1}, "every class needs at least 2 images for a part 'val' .*'b' has 1"),
+    ],
+    ids=["empty", "one", "loose", "unknown-val", "unknown-test", "empty-val", "no-train", "two-vals", "few", "few-val"],
+)
+def test_a_folder_that_gives_no_classification_is_refused(counts, message, write_images):
+    with pytest.raises(ValueError, match=message):
+        load(write_images(counts))
+
+
+def test_several_faults_are_reported_together(write_images):
+    root = write_images({"train/a": 2, "train/b": 0, "val/c": 1})
+    with pytest.raises(
+        ValueError, match="without a readable image: 'train/b'; classes of 'val' unknown to training: 'c'"
+    ):
+        load(root)
+
+
+def test_a_missing_folder_is_answered_with_its_neighbours(write_images):
+    root = write_images({"a": 3, "b": 3})
+    missing = root.parent / "fotos" / "2024"
+    with pytest.raises(FileNotFoundError, match=f"folder:{missing}: there is no 'fotos' in .*nearest there: 'photos'"):
+        load(missing)
+    with pytest.raises(FileNotFoundError, match=r"there is no 'zzz' in .* has no folder of a like name"):
+        load(root.parent / "zzz")
+
+
+def test_a_file_is_not_a_folder(tmp_path):
+    (tmp_path / "x.png").write_bytes(b"")
+    with pytest.raises(
+        ValueError, match=re.escape(f"folder:{tmp_path}/x.png must be a folder with one folder a class")
+    ):
+        load(tmp_path / "x.png")
+
+
+def test_a_class_that_only_training_has_is_noted(write_images):
+    data = load(write_images({"train/a": 4, "train/b": 4, "val/a": 2}))
+    assert data.notes == ["no image in val of 1 classes: 'b'"]
