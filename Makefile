@@ -32,10 +32,10 @@ demo: install ## fine-tune a real pre-trained ViT on real photographs; writes ru
 	$(BIN)/snella demo --out runs/demo --overwrite
 
 test: install packages lint types ## lint, types and tests
-	$(BIN)/python -m pytest -n 2 -m 'not slow and not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not slow and not gpu'
 
 test-slow: install packages ## all tests, the slow ones too
-	$(BIN)/python -m pytest -n 2 -m 'not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not gpu'
 
 lint: install ## style and formatting
 	$(BIN)/ruff check .

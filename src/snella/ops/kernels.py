@@ -313,7 +313,8 @@ def merge_factors(
     check_factors(A, B, spec, scalars)
     dtype = torch.promote_types(A.dtype, torch.float32)
     widened = KernelScalars(*(value if value is None else value.to(dtype) for value in scalars))
-    return spec.merge(A.to(dtype), B.to(dtype), widened)
+    with torch.autocast(A.device.type, enabled=False):
+        return spec.merge(A.to(dtype), B.to(dtype), widened)
 
 
 def check_factors(A: Tensor, B: Tensor, kernel: Kernel, scalars: KernelScalars) -> None:

@@ -38,7 +38,8 @@ def quantile_threshold(delta: Tensor, sparsity: float) -> Tensor:
 
         t = quantile(|delta|, sparsity)
 
-    Equal to `torch.quantile`, without its limit on the number of entries.
+    Equal to `torch.quantile`, without its limit on the number of entries; the position of the quantile is computed in
+    double precision also where `delta` is not.
 
     Args:
         delta: Matrix of any shape, floating point.

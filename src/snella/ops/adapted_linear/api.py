@@ -63,8 +63,10 @@ def adapted_product(
         The layer's output, in the dtype of `weight` or of autocast.
 
     Raises:
-        ValueError: `impl` is unknown.
+        ValueError: `impl` is unknown, or there is neither a weight nor an update.
     """
+    if weight is None and not updates:
+        raise ValueError("adapted_product needs a weight or at least one update, got neither")
     if weight_shape is None:
         weight_shape = torch.Size((updates[0].num_rows, updates[0].A.shape[1])) if weight is None else weight.shape
     if torch.is_autocast_enabled(x.device.type):

@@ -39,8 +39,8 @@ def adapted_product_eager(
 def merge_groups(update: Update) -> list[Tensor | None]:
     """Return `ΔW` of each matrix, `[rows, n]`; `None` where the budget is 0, so that nothing is merged in vain."""
     return [
-        update.kernel.merge(A, B, scalars) if budget else None
-        for (A, B, scalars), budget in zip(update.group_factors(), update.budgets, strict=True)
+        update.merge(factors) if budget else None
+        for factors, budget in zip(update.group_factors(), update.budgets, strict=True)
     ]
 
 
@@ -60,12 +60,14 @@ def effective_weight_eager(
     deltas: Sequence[Sequence[Tensor | None]],
 ) -> Tensor:
     """Return `W0 + Σ scaling·S` from merged matrices whose thresholds are known; values as `effective_weight`."""
-    first = updates[0].A.dtype if updates else torch.float32
-    dtype = torch.promote_types(first, torch.float32)
+    dtype = torch.float32 if weight is None else torch.promote_types(weight.dtype, torch.float32)
+    for update in updates:
+        dtype = torch.promote_types(dtype, update.A.dtype)
     if weight is None:
         total = torch.zeros(weight_shape, dtype=dtype, device=updates[0].A.device)
     else:
-        total = weight.to(torch.promote_types(weight.dtype, dtype), copy=True)
+        # contiguous, so that it can be seen as a matrix: the weight itself may be laid out channels last
+        total = weight.to(dtype, copy=True, memory_format=torch.contiguous_format)
     flat = total.view(weight_shape[0], -1)
     for update, merged in zip(updates, deltas, strict=True):
         for rows, delta, threshold in zip(update.rows, merged, update.thresholds, strict=True):
@@ -157,7 +159,7 @@ def _update_gradients(
     for group, (factors, rows, delta) in enumerate(zip(update.group_factors(), update.rows, deltas, strict=True)):
         if delta is None or grad_weight is None:
             continue
-        grad_sparse = grad_weight.view(weight_shape[0], -1)[rows].to(delta.dtype)
+        grad_sparse = grad_weight.reshape(weight_shape[0], -1)[rows].to(delta.dtype)
         slope = sparsify_slope(delta, update.thresholds[group], update.mode)
         found: MergeGradients = update.kernel.vjp(*factors, slope.mul_(grad_sparse).mul_(update.scaling))
         for k, grad in enumerate(found):

@@ -53,7 +53,7 @@ class Conv2dProduct:
     groups: int = 1
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: D102
-        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        return F.conv2d(x, weight, bias, self.stride, self.padding_sizes(weight.shape), self.dilation, self.groups)
 
     def grad_input(self, grad_y: Tensor, weight: Tensor, x_shape: torch.Size) -> Tensor:  # noqa: D102
         return self._backward(grad_y, grad_y.new_empty(1).expand(x_shape), weight, (True, False, False))[0]

@@ -84,6 +84,11 @@ class Update:
             scalars = KernelScalars(*(value if value is None else value[group].to(dtype) for value in self.scalars))
             yield GroupFactors(self.A[group].to(dtype), self.B[rows].to(dtype), scalars)
 
+    def merge(self, factors: GroupFactors) -> Tensor:
+        """`ΔW` of one matrix, `[rows, n]`. Autocast does not reach it, wherever this is called from."""
+        with torch.autocast(factors.A.device.type, enabled=False):
+            return self.kernel.merge(*factors)
+
     def threshold_of(self, group: int, delta: Tensor) -> Tensor:
         """Threshold of matrix `group` whose merged value is `delta`, from the list where it is known."""
         if len(self.thresholds) <= group:
@@ -98,8 +103,8 @@ class Update:
     def sparse_groups(self) -> list[Tensor]:
         """Merge and sparsify every matrix by plain torch operations: `G` tensors `[rows, n]`, without `scaling`."""
         groups = []
-        for group, (A, B, scalars) in enumerate(self.group_factors()):
-            delta = self.kernel.merge(A, B, scalars)
+        for group, factors in enumerate(self.group_factors()):
+            delta = self.merge(factors)
             threshold = self.threshold_of(group, delta)
             groups.append(sparsify(delta, threshold, self.mode))
         return groups

@@ -1,0 +1,160 @@
+"""Adapted layers with every gradient, and the law that an implementation is held to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from snella.ops.adapted_linear import LinearProduct, Product, Update, adapted_product
+from snella.ops.kernels import Kernel, KernelScalars, make_kernel
+
+DRAWS = 16  # the law compares losses over several draws, so that neither side is judged by one lucky rounding
+SCALAR_NAMES = KernelScalars._fields
+
+
+@dataclass
+class Problem:
+    """Everything that one call of `adapted_product` reads, and ∂L/∂y."""
+
+    tensors: dict[str, Tensor | None]  # x, weight, bias, A, B and the kernel's scalars: what can have a gradient
+    kernel: Kernel
+    budgets: tuple[int, ...]
+    row_counts: tuple[int, ...]
+    product: Product
+    grad_y: Tensor
+    scaling: float = 1.5
+    mode: str = "soft"
+    weight_shape: torch.Size | None = None
+    thresholds: tuple[Tensor, ...] = ()
+
+    def cast(self, change: Callable[[Tensor], Tensor]) -> Problem:
+        """The same problem with every tensor changed."""
+        tensors = {name: None if tensor is None else change(tensor) for name, tensor in self.tensors.items()}
+        return replace(self, tensors=tensors, grad_y=change(self.grad_y))
+
+    def update(self, tensors: dict[str, Tensor | None]) -> Update:
+        scalars = KernelScalars(**{name: tensors[name] for name in SCALAR_NAMES})
+        settings = (self.kernel, self.budgets, self.row_counts, self.scaling, self.mode, list(self.thresholds))
+        return Update(tensors["A"], tensors["B"], scalars, *settings)
+
+    def forward(self, tensors: dict[str, Tensor | None], impl: str, keep_delta: bool = False) -> Tensor:
+        return adapted_product(
+            tensors["x"],
+            tensors["weight"],
+            tensors["bias"],
+            [self.update(tensors)],
+            self.product,
+            weight_shape=self.weight_shape,
+            impl=impl,
+            keep_delta=keep_delta,
+        )
+
+
+def make_problem(
+    kernel: str = "mix_k",
+    *,
+    m: int = 7,
+    n: int = 5,
+    r: int = 4,
+    batch: Sequence[int] = (6,),
+    budget: int | None = None,
+    rows: Sequence[int] | None = None,
+    budgets: Sequence[int] | None = None,
+    dtype: torch.dtype = torch.float32,
+    base_dtype: torch.dtype | None = None,
+    seed: int = 0,
+    mode: str = "soft",
+    **kernel_options: object,
+) -> Problem:
+    """A linear layer with one update; `budget` defaults to two fifths of the entries, at least one."""
+    generator = torch.Generator().manual_seed(seed)
+    base_dtype = base_dtype or dtype
+
+    def uniform(*shape: int) -> Tensor:
+        return 2 * torch.rand(*shape, generator=generator, dtype=torch.float64) - 1
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    rows = tuple(rows or (m,))
+    groups, m = len(rows), sum(rows)
+    spec = make_kernel(kernel, **kernel_options)
+    scalars = {
+        "piece_coeff": (0.75 + uniform(groups, spec.num_pieces) / 4) * (-1) ** torch.arange(spec.num_pieces),
+        "alpha": 1 + uniform(groups) / 4,
+        "beta": uniform(groups) / 4,
+        "temperature": 0.8 + uniform(groups) / 4,
+    }
+    factors = {"A": uniform(groups, n, r), "B": uniform(m, r)} | {
+        name: scalars[name] if name in spec.scalars else None for name in SCALAR_NAMES
+    }
+    base = {"x": normal(*batch, n), "weight": normal(m, n), "bias": normal(m)}
+    tensors = {name: tensor.to(base_dtype) for name, tensor in base.items()} | {
+        name: tensor if tensor is None else tensor.to(dtype) for name, tensor in factors.items()
+    }
+    if budgets is None:
+        budgets = tuple(max(1, 2 * count * n // 5) if budget is None else budget for count in rows)
+    return Problem(tensors, spec, tuple(budgets), rows, LinearProduct(), normal(*batch, m).to(base_dtype), mode=mode)
+
+
+def solve(
+    problem: Problem, impl: str, *, keep_delta: bool = False, needed: Sequence[str] | None = None
+) -> dict[str, Tensor]:
+    """Output `y` and the gradient of every tensor in `needed` (default: all), by one backward pass."""
+    leaves = {
+        name: None if tensor is None else tensor.detach().requires_grad_(needed is None or name in needed)
+        for name, tensor in problem.tensors.items()
+    }
+    y = problem.forward(leaves, impl, keep_delta)
+    wanted = {name: leaf for name, leaf in leaves.items() if leaf is not None and leaf.requires_grad}
+    grads = torch.autograd.grad(y, list(wanted.values()), problem.grad_y) if wanted else ()
+    return {"y": y.detach(), **dict(zip(wanted, grads, strict=True))}
+
+
+def losses(found: Sequence[dict[str, Tensor]], exact: Sequence[dict[str, Tensor]]) -> dict[str, float]:
+    """What is lost of `y` and of each gradient: root mean square over the draws of the largest error of each.
+
+    A fraction of the largest exact value of all draws. The kernel's scalars are judged by the worst of them in
+    `assert_law`: their gradients are sums of one matrix that cancel down to a single number.
+    """
+    found_losses = {}
+    for name in exact[0]:
+        scale = max(solution[name].abs().max().item() if solution[name].numel() else 0.0 for solution in exact) or 1.0
+        errors = [(mine[name].double() - true[name]).abs() for mine, true in zip(found, exact, strict=True)]
+        largest = [error.max().item() / scale if error.numel() else 0.0 for error in errors]
+        found_losses[name] = math.sqrt(sum(error * error for error in largest) / len(largest))
+    return found_losses
+
+
+def assert_law(
+    problems: Sequence[Problem], *, within: Callable[[], AbstractContextManager[object]] = nullcontext
+) -> None:
+    """`eager` loses at most twice what the reference itself loses, plus one rounding: output and every gradient.
+
+    Both ways of `eager` (ΔW rebuilt and kept) and the reference are compared with the reference in float64; `within`
+    surrounds all but that one.
+    """
+    exact = [solve(problem.cast(Tensor.double), "reference") for problem in problems]
+    with within():
+        plain = [solve(problem, "reference") for problem in problems]
+        rebuilt = [solve(problem, "eager") for problem in problems]
+        kept = [solve(problem, "eager", keep_delta=True) for problem in problems]
+    reference_losses = losses(plain, exact)
+    worst_scalar = max((reference_losses.get(name, 0.0) for name in SCALAR_NAMES), default=0.0)
+    for eager in (rebuilt, kept):
+        for name, eager_loss in losses(eager, exact).items():
+            assert eager[0][name].dtype == plain[0][name].dtype, name
+            assert eager[0][name].shape == exact[0][name].shape, name
+            reference_loss = worst_scalar if name in SCALAR_NAMES else reference_losses[name]
+            rounding = torch.finfo(eager[0][name].dtype).eps / 2
+            assert eager_loss <= 2 * reference_loss + rounding, (name, eager_loss, reference_loss)
+
+
+def draws(kernel: str = "mix_k", *, count: int = DRAWS, **options: object) -> list[Problem]:
+    """`count` problems that differ only in their random numbers."""
+    return [make_problem(kernel, seed=seed, **options) for seed in range(count)]
