@@ -35,7 +35,8 @@ class PredictOptions:
         run: Folder of the run.
         images: Image files, or folders of them.
         out: Write a CSV file instead of a table.
-        top_k: So many classes for each image, the likeliest first; all in the CSV file and three in the table if not given.
+        top_k: So many classes for each image, the likeliest first; if not given, all in the CSV file and three in the
+            table.
         batch_size: Images at a time.
         skip_broken: Leave out images that cannot be read.
         device: auto, cpu or cuda.

@@ -1,10 +1,12 @@
 """The parsers of all commands, made from their dataclasses."""
 
 import difflib
+import re
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NoReturn, get_type_hints
+from types import UnionType
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
@@ -25,7 +27,7 @@ class _HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
 class _Parser(ArgumentParser):
     """An argument parser whose errors are exceptions of ours."""
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise instead of printing the usage."""
         raise UsageError(message)
 
@@ -37,7 +39,8 @@ class Command:
     options: type
     summary: str
     examples: str
-    positional: tuple[str, ...] = ()
+    takes_run: bool = True
+    takes_images: bool = False
 
 
 COMMANDS: dict[str, Command] = {
@@ -51,39 +54,38 @@ COMMANDS: dict[str, Command] = {
 
 folder:photos holds one folder of images per class, or train, val and test folders of such folders. The run's folder
 receives the best adapter, metrics, predictions and report.html.""",
+        takes_run=False,
     ),
     "evaluate": Command(
         EvaluateOptions,
         "Measure a run's best model: accuracy, balanced accuracy, confusion matrix.",
         """  snella evaluate runs/photos
   snella evaluate runs/photos --data folder:more-photos""",
-        ("run",),
     ),
     "predict": Command(
         PredictOptions,
         "Class names and probabilities for images.",
         """  snella predict runs/photos cat.jpg dog.jpg
   snella predict runs/photos folder/of/images --out predictions.csv --top-k 3""",
-        ("run", "images"),
+        takes_images=True,
     ),
     "merge": Command(
         MergeOptions,
         "Write the fine-tuned model as plain timm weights, usable without snella.",
         "  snella merge runs/photos --out model.safetensors",
-        ("run",),
     ),
     "inspect": Command(
         InspectOptions,
         "Show a run's budgets, sparsity, frozen matrices and sizes.",
         """  snella inspect runs/photos
   snella inspect runs/photos --report""",
-        ("run",),
     ),
     "demo": Command(
         DemoOptions,
         "Compare a linear probe, LoRA and SNELLA on photographs of solar cells.",
         """  snella demo
   snella demo --out runs/demo""",
+        takes_run=False,
     ),
 }
 
@@ -124,7 +126,10 @@ def parse(arguments: Sequence[str]) -> tuple[str, bool, dict[str, Any]]:
     if command in COMMANDS:
         _check_options(command, words)
         words = _give_flags_values(COMMANDS[command], words)
-    namespace = build_parser().parse_args(words)
+    try:
+        namespace = build_parser().parse_args(words)
+    except UsageError as fault:
+        raise UsageError(_as_typed(str(fault), command)) from None
     chosen = namespace.command
     values: Namespace = namespace[chosen]
     return chosen, is_debugging, {k: v for k, v in values.as_dict().items() if k != "config"}
@@ -133,6 +138,71 @@ def parse(arguments: Sequence[str]) -> tuple[str, bool, dict[str, Any]]:
 def _command_parser(command: Command) -> ArgumentParser:
     """The parser of one command."""
     parser = _Parser(description=f"{command.summary}\n\n{command.examples}", formatter_class=_HelpFormatter)
-    parser.add_argument("--config", action="config", help="YAML file with any of the settings below; the command line wins.")
-    parser.add_class_arguments(command.options, as_group=False, as_positional=False, skip=set(command.positional) - {"run"})
+    positional = set()
+    if command.takes_run:
+        positional.add("run")
+        parser.add_argument("run", type=str, help="Folder of the run.")
+    if command.takes_images:
+        positional.add("images")
+        parser.add_argument("images", type=str, nargs="+", help="Image files, or folders of them.")
+    parser.add_argument(
+        "--config", action="config", help="YAML file with any of the options below; the command line wins."
+    )
+    parser.add_class_arguments(command.options, as_group=False, skip=positional)
+    for action in parser._actions:
+        # options are shown with dashes; the spelling of the configuration file works too
+        dashed = [option.replace("_", "-") for option in action.option_strings]
+        parser._option_string_actions.update(dict.fromkeys(dashed, action))
+        action.option_strings = dashed
     return parser
+
+
+def _give_flags_values(command: Command, words: list[str]) -> list[str]:
+    """Let `--resume` alone mean `--resume=true`, whatever follows."""
+    flags = {f"--{name}" for name, kind in get_type_hints(command.options).items() if kind is bool}
+    result = []
+    for index, word in enumerate(words):
+        follower = words[index + 1].lower() if index + 1 < len(words) else ""
+        is_bare = word.replace("-", "_").replace("__", "--", 1) in flags and follower not in _TRUTH
+        result.append(f"{word}=true" if is_bare else word)
+    return result
+
+
+def _as_typed(message: str, command: str | None) -> str:
+    """The parser's message in the user's own words: option, what it takes, what came."""
+    if command not in COMMANDS:
+        return message if command else f"a command is needed: {', '.join(COMMANDS)}; see snella --help"
+    hints = get_type_hints(COMMANDS[command].options)
+    for name in sorted(hints, key=len, reverse=True):
+        option = "--" + name.replace("_", "-")
+        keys = (f'Parser key "{command}.{name}"', f'Parser key "{name}"', f"{command}.{name}")
+        for key in keys:
+            message = message.replace(key, option)
+        value = re.search(r"(?:Got|Given) value: (.*)", message)
+        if value and message.startswith(f"{option}:"):
+            return f"{option} must be {_in_words(hints[name])}, got {value[1]}"
+    return message.replace("required: --images", "required: images")
+
+
+def _in_words(kind: Any) -> str:
+    """A type as people say it."""
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, get_args(kind)))}"
+    inner = [part for part in get_args(kind) if part is not type(None)]
+    if get_origin(kind) is UnionType and len(inner) == 1:
+        return _in_words(inner[0])
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    return names.get(kind, "settings such as {kernel: rbf}")
+
+
+def _check_options(name: str, words: list[str]) -> None:
+    """Refuse unknown options, naming the nearest ones."""
+    known = [f.name.replace("_", "-") for f in fields(COMMANDS[name].options)] + ["config", "print-config", "help"]
+    for word in words:
+        if not word.startswith("--") or word == "--":
+            continue
+        option = word[2:].split("=")[0].split(".")[0].replace("_", "-")
+        if option not in known:
+            near = difflib.get_close_matches(option, known, n=2, cutoff=0.5)
+            hint = f"; nearest: {', '.join('--' + match for match in near)}" if near else ""
+            raise UsageError(f"snella {name} has no option --{option}{hint}; see snella {name} --help")

@@ -26,7 +26,8 @@ def read_header(path: Path) -> dict[str, list[int]]:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
             raise AdapterFileError(
-                f"{path} is damaged: a safetensors header of {length} bytes cannot be in a file of {size} bytes; copy the adapter again"
+                f"{path} is damaged: a safetensors header of {length} bytes cannot be in a file of {size} bytes; "
+                "copy the adapter again"
             )
         try:
             header: dict[str, Any] = json.loads(file.read(length))
@@ -34,14 +35,19 @@ def read_header(path: Path) -> dict[str, list[int]]:
             ends = {name: 8 + length + int(entry["data_offsets"][1]) for name, entry in tensors.items()}
             shapes = {name: [int(n) for n in entry["shape"]] for name, entry in tensors.items()}
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as fault:
-            raise AdapterFileError(f"{path} is damaged: its safetensors header is unreadable ({fault}); copy the adapter again") from None
+            raise AdapterFileError(
+                f"{path} is damaged: its safetensors header is unreadable ({fault}); copy the adapter again"
+            ) from None
     cut = [name for name, end in ends.items() if end > size]
     if cut:
         raise AdapterFileError(
-            f"{path} is damaged: cut off at {size} of {max(ends.values())} bytes, so {_some(cut)} is incomplete; copy the adapter again"
+            f"{path} is damaged: cut off at {size} of {max(ends.values())} bytes, so {_some(cut)} is incomplete; "
+            "copy the adapter again"
         )
     if max(ends.values(), default=8 + length) != size:
-        raise AdapterFileError(f"{path} is damaged: {size} bytes, its header describes {max(ends.values(), default=8 + length)}")
+        raise AdapterFileError(
+            f"{path} is damaged: {size} bytes, its header describes {max(ends.values(), default=8 + length)}"
+        )
     return shapes
 
 

@@ -22,7 +22,9 @@ def find_head(model: nn.Module, head: str | None = None) -> str:
     if head is not None:
         if head not in modules:
             linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-            raise ValueError(f"head must name a module of the model, got {head!r}; its last linear layers are {linears[-3:]}")
+            raise ValueError(
+                f"head must name a module of the model, got {head!r}; its last linear layers are {linears[-3:]}"
+            )
         name = head
     else:
         name = _declared_head(model, modules)

@@ -47,7 +47,8 @@ def build_method(name: str, model: nn.Module, *, head: str | None = None, **opti
         name: `linear`, `bias`, `full`, `lora`, `snella` or `snell`; `lora-8` sets the rank, as `r=8` does.
         model: A classifier, changed in place; freshly created, without adapters.
         head: Module name of its head; timm models say it themselves.
-        **options: What `method_options(name)` lists: SnellaConfig's fields for `snella`, LoraConfig's `r`, `lora_alpha`, … for `lora`.
+        **options: What `method_options(name)` lists: SnellaConfig's fields for `snella`, some of LoraConfig's for
+            `lora`.
 
     Returns:
         The model to train: `model` itself, or a `PeftModel` around it.
@@ -75,7 +76,8 @@ def check_method(name: str, options: dict[str, Any]) -> dict[str, Any]:
         The options, with the rank of the name among them.
 
     Raises:
-        ValueError: Unknown name or option, the rank given twice with different values, or a value that the method refuses.
+        ValueError: Unknown name or option, the rank given twice with different values, or a value that the method
+            refuses.
     """
     family, rank = parse_method(name)
     method = _METHODS[family]
@@ -84,7 +86,9 @@ def check_method(name: str, options: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(_unknown_options(name, unknown, method.options))
     if rank is not None:
         if options.get("r", rank) != rank:
-            raise ValueError(f"method {name!r} sets the rank to {rank}, but r={options['r']} was given too; leave one out")
+            raise ValueError(
+                f"method {name!r} sets the rank to {rank}, but r={options['r']} was given too; leave one out"
+            )
         options = {**options, "r": rank}
     if method.config is not None:
         method.config("head", {"target_modules": ["placeholder"], **options})
@@ -209,7 +213,16 @@ def _own_fields(config: type[PeftConfig]) -> tuple[str, ...]:
     return tuple(f.name for f in dataclasses.fields(config) if f.name not in base and f.init)
 
 
-_LORA_OPTIONS = ("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora", "use_dora", "bias")
+_LORA_OPTIONS = (
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "exclude_modules",
+    "use_rslora",
+    "use_dora",
+    "bias",
+)
 _SNELLA_OPTIONS = _own_fields(SnellaConfig)
 
 _SNELL_OPTIONS = tuple(option for option in _SNELLA_OPTIONS if option not in ("kernel", "allocation"))

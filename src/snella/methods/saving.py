@@ -77,7 +77,8 @@ def load_trained_into(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     Raises:
         FileNotFoundError: The folder holds no tensors.
-        AdapterFileError: The file is damaged or belongs to another model; names the tensor. The model is then unchanged.
+        AdapterFileError: The file is damaged or belongs to another model; names the tensor, and leaves the model as
+            it was.
     """
     if isinstance(model, PeftModel):
         path = Path(folder) / SAFETENSORS_WEIGHTS_NAME
@@ -91,7 +92,7 @@ def load_trained_into(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         own[name].data.copy_(value)
 
 
-def _rebuild_adapter(folder: Path, backbone: nn.Module) -> PeftModel:
+def _rebuild_adapter(folder: Path, backbone: nn.Module) -> nn.Module:
     """The adapter of `folder` around `backbone`, values still to be loaded."""
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = False
@@ -100,7 +101,7 @@ def _rebuild_adapter(folder: Path, backbone: nn.Module) -> PeftModel:
     method = folder / METHOD_FILE
     described: dict[str, Any] = json.loads(method.read_text()) if method.is_file() else {}
     name = described.get("method", str(getattr(config.peft_type, "value", config.peft_type)).lower())
-    model.snella_method = MethodSpec(name, described.get("options", {}), described.get("head", "head"))  # type: ignore[assignment]
+    model.snella_method = MethodSpec(name, described.get("options", {}), described.get("head", "head"))
     return model
 
 

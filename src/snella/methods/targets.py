@@ -9,8 +9,8 @@ from snella.tuner.targets import all_linear_names
 def adaptable_layers(model: nn.Module, head: str) -> list[str]:
     """Names of the layers that LoRA and SNELLA adapt.
 
-    Those of SNELLA's `"all-linear"`: every `Linear` except head, patch embedding and patch merging. In a network without any,
-    every ungrouped `Conv2d` except the first, which is the stem.
+    Those of SNELLA's `"all-linear"`: every `Linear` except head, patch embedding and patch merging. In a network
+    without any, every ungrouped `Conv2d` except the first, which is the stem.
 
     Args:
         model: The backbone with its head.

@@ -62,7 +62,8 @@ class ClassificationTask:
     def metrics(self, logits: ArrayLike, labels: ArrayLike) -> dict[str, Any]:
         """Accuracy, balanced accuracy, loss and the confusion matrix.
 
-        Balanced accuracy is the mean over the classes that occur of the share recognised. The loss is without smoothing.
+        Balanced accuracy is the mean, over the classes that occur, of the share recognised. The loss is without
+        smoothing.
 
         Args:
             logits: `[images, classes]`.
@@ -77,7 +78,9 @@ class ClassificationTask:
         scores = torch.as_tensor(np.asarray(logits))
         truth = np.asarray(labels)
         if len(truth) == 0 or len(scores) != len(truth):
-            raise ValueError(f"logits and labels must have the same length of at least 1, got {len(scores)} and {len(truth)}")
+            raise ValueError(
+                f"logits and labels must have the same length of at least 1, got {len(scores)} and {len(truth)}"
+            )
         predicted = scores.argmax(dim=-1).numpy()
         return {
             "accuracy": float(accuracy_score(truth, predicted)),

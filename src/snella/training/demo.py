@@ -18,6 +18,7 @@ DEMO_SETTINGS: dict[str, Any] = {
     "train_size": 600,
     "val_size": 200,
     "test_size": 600,
+    "test_fraction": 0.3,
     "batch_size": 32,
     "augment": "flip",
     "seed": 0,
@@ -25,14 +26,16 @@ DEMO_SETTINGS: dict[str, Any] = {
 """What all three share: data, split, backbone and input size."""
 
 DEMO_METHODS: dict[str, dict[str, Any]] = {
-    "linear": {"epochs": 10},
-    "lora-8": {"epochs": 8},
-    "snella-8": {"epochs": 8},
+    "linear": {"epochs": 6},
+    "lora-8": {"epochs": 5},
+    "snella-8": {"epochs": 5},
 }
 """What each method is given beyond its defaults."""
 
 
-def run_demo(out: str | Path = "runs/demo", *, overwrite: bool = True, console: Console | None = None, **settings: Any) -> Path:
+def run_demo(
+    out: str | Path = "runs/demo", *, overwrite: bool = True, console: Console | None = None, **settings: Any
+) -> Path:
     """Train a linear probe, LoRA and SNELLA on the same split and compare them.
 
     Args:
@@ -50,7 +53,9 @@ def run_demo(out: str | Path = "runs/demo", *, overwrite: bool = True, console: 
     for number, (method, own) in enumerate(DEMO_METHODS.items(), start=1):
         target = folder if method.startswith("snella") else folder / method
         console.rule(f"{number}/{len(DEMO_METHODS)}  {method}")
-        config = TrainConfig(**{**DEMO_SETTINGS, **own, **settings}, out=str(target), method=method, overwrite=overwrite)
+        config = TrainConfig(
+            **{**DEMO_SETTINGS, **own, **settings}, out=str(target), method=method, overwrite=overwrite
+        )
         run = train(config, console)
         rows.append(_row(run, method))
     run = RunFolder(folder)
@@ -91,4 +96,3 @@ def _table(rows: list[dict[str, Any]]) -> Table:
             f"{row['adapter_bytes'] / 2**20:.2f}",
         )
     return table
-

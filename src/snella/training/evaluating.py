@@ -45,13 +45,14 @@ def evaluate(
     Args:
         run: Folder of the run.
         data: Other images than the run's own, as for training; its classes must be among the run's.
-        split: `auto` is the test part of the run's own data (validation where there is none), and all images of other data.
+        split: `auto` is the test part of the run's own data (validation where there is none), and all of other data.
         batch_size: Images at a time.
         skip_broken: Go on without images that cannot be read.
         device: auto, cpu or cuda.
 
     Returns:
-        `data`, `split`, `images` (their number), `notes`, `classes`, `accuracy`, `balanced_accuracy`, `loss`, `confusion`.
+        `data`, `split`, `images` (their number), `notes`, `classes`, `accuracy`, `balanced_accuracy`, `loss` and
+        `confusion`.
 
     Raises:
         ValueError: A class that the run does not know, or a split that the data does not have.
@@ -65,7 +66,12 @@ def evaluate(
     items = _Relabelled(parts, _numbers(splits.classes, loaded))
     logits, labels = _run_model(loaded, items, batch_size)
     scores = ClassificationTask(len(loaded.classes)).metrics(logits, labels)
-    head = {"data": data or loaded.info["data"]["spec"], "split": chosen, "images": len(items), "notes": list(splits.notes)}
+    head = {
+        "data": data or loaded.info["data"]["spec"],
+        "split": chosen,
+        "images": len(items),
+        "notes": list(splits.notes),
+    }
     return {**head, "classes": loaded.classes, **scores}
 
 

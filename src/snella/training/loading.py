@@ -47,7 +47,9 @@ def load_run(run: str | Path | RunFolder, device: str = "auto") -> LoadedRun:
     folder = run if isinstance(run, RunFolder) else RunFolder(run)
     info = folder.read_json("run.json")
     if not folder.adapter.is_dir():
-        raise FileNotFoundError(f"{folder.path} holds no adapter yet (status {info['status']}); finish the run with --resume")
+        raise FileNotFoundError(
+            f"{folder.path} holds no adapter yet (status {info['status']}); finish the run with --resume"
+        )
     model = load_trained(folder.adapter, make_backbone(info["backbone"])).to(choose_device(device))
     transform = build_transform(info["data_config"], train=False, augment="none")
     return LoadedRun(folder, model, transform, list(info["classes"]), info)

@@ -14,9 +14,9 @@ from snella.training.loading import load_run
 def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> Path:
     """Write the fine-tuned model as a plain timm state dict.
 
-    `timm.create_model(architecture, num_classes=…, img_size=…).load_state_dict(load_file(out), strict=True)` loads it; these
-    values, the class names and the data configuration stand in the file's metadata. Outputs equal those of the adapted model
-    (bit for bit with SNELLA, whose layers compute with the sum of both weights anyway).
+    `timm.create_model(architecture, num_classes=…, img_size=…).load_state_dict(load_file(out), strict=True)` loads it;
+    these values, the class names and the data configuration stand in the file's metadata. Outputs equal those of the
+    adapted model (bit for bit with SNELLA, whose layers compute with the sum of both weights anyway).
 
     Args:
         run: Folder of the run.
@@ -54,4 +54,4 @@ def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> Path:
 
 def merged_model(model: nn.Module) -> nn.Module:
     """The backbone with the update folded in; `model` itself where the method has no adapter."""
-    return model.merge_and_unload() if isinstance(model, PeftModel) else model  # type: ignore[operator]
+    return model.merge_and_unload() if isinstance(model, PeftModel) else model

@@ -4,10 +4,10 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from snella import create_snella_optimizer
 from snella.methods import spec_of
 from snella.methods.head import is_inside
 from snella.training.config import TrainConfig
-from snella import create_snella_optimizer
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -24,7 +24,9 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     head_lr = lr if config.head_lr is None else config.head_lr
     if spec_of(model).family in ("snella", "snell"):
         scalars = {} if config.scalar_lr is None else {"scalar_lr": config.scalar_lr}
-        return create_snella_optimizer(model, torch.optim.AdamW, lr=lr, head_lr=head_lr, weight_decay=weight_decay, **scalars)
+        return create_snella_optimizer(
+            model, torch.optim.AdamW, lr=lr, head_lr=head_lr, weight_decay=weight_decay, **scalars
+        )
     head = ("base_model.model." if isinstance(model, PeftModel) else "") + spec_of(model).head
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from snella.data import IMAGE_SUFFIXES, open_image
+from snella.data import read_image
+from snella.data.images import IMAGE_SUFFIXES
 from snella.tasks import ClassificationTask
 from snella.training.atomic_files import write_text
 from snella.training.loading import LoadedRun, load_run
@@ -73,7 +74,7 @@ def predict(
 
 
 def write_predictions(predictions: Sequence[Prediction], out: str | Path, top_k: int | None = None) -> Path:
-    """Write predictions as CSV: `image`, then `class_1`, `probability_1`, `class_2`, …
+    """Write predictions as CSV with the columns `image`, `class_1`, `probability_1`, `class_2` and so on.
 
     Args:
         predictions: From `predict`.
@@ -100,7 +101,9 @@ def _expand(images: Iterable[str | Path]) -> list[Path]:
         if image.is_dir():
             inside = sorted(path for path in image.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
             if not inside:
-                raise FileNotFoundError(f"the folder {image} holds no images; known endings are {', '.join(sorted(IMAGE_SUFFIXES))}")
+                raise FileNotFoundError(
+                    f"the folder {image} holds no images; known endings are {', '.join(sorted(IMAGE_SUFFIXES))}"
+                )
             paths += inside
         elif image.exists():
             paths.append(image)
@@ -116,11 +119,12 @@ def _batches(paths: list[Path], loaded: LoadedRun, size: int, skip_broken: bool)
     batch: list[tuple[Path, Tensor]] = []
     for path in paths:
         try:
-            batch.append((path, loaded.transform(open_image(path))))
-        except (OSError, ValueError) as fault:
+            image = read_image(path)
+        except ValueError as fault:
             if skip_broken:
                 continue
-            raise ValueError(f"{path} cannot be read as an image ({fault}); leave it out, or pass --skip-broken") from fault
+            raise ValueError(f"{fault}; leave it out, or pass --skip-broken") from fault
+        batch.append((path, loaded.transform(image)))
         if len(batch) == size:
             yield batch
             batch = []

@@ -21,7 +21,11 @@ class ProgressDisplay(TrainerCallback):
     """
 
     def __init__(
-        self, console: Console, total_weights: int | None = None, allocation: SnellaCallback | None = None, show_bar: bool = True
+        self,
+        console: Console,
+        total_weights: int | None = None,
+        allocation: SnellaCallback | None = None,
+        show_bar: bool = True,
     ) -> None:
         self.console = console
         self.total_weights = total_weights
@@ -32,12 +36,20 @@ class ProgressDisplay(TrainerCallback):
         self._task: Any = None
         self._best = float("-inf")
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Start the bar where the run stands."""
         past = [row["val_accuracy"] for row in state.log_history if "val_accuracy" in row]
         self._best = max(past, default=float("-inf"))
         if self.show_bar and state.is_world_process_zero:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[shown]}"))
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[shown]}"),
+            )
             self._bar = Progress(*columns, console=self.console, transient=True)
             self._task = self._bar.add_task("training", total=state.max_steps, completed=state.global_step, shown="")
             self._bar.start()
@@ -49,7 +61,9 @@ class ProgressDisplay(TrainerCallback):
             shown = f"loss {self.last_loss():.3f}{self._budget()}"
             self._bar.update(self._task, completed=state.global_step, description=epoch, shown=shown)
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any) -> None:
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
+    ) -> None:
         """Write the epoch's line."""
         if not state.is_world_process_zero:
             return
@@ -60,6 +74,7 @@ class ProgressDisplay(TrainerCallback):
             f"val loss {metrics['val_loss']:.4f}  accuracy {metrics['val_accuracy']:.4f}  "
             f"balanced {metrics['val_balanced_accuracy']:.4f}{self._budget()}{'  best' if is_best else ''}",
             highlight=False,
+            soft_wrap=True,
         )
 
     def close(self) -> None:
@@ -68,7 +83,9 @@ class ProgressDisplay(TrainerCallback):
             self._bar.stop()
             self._bar = None
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Take the bar away."""
         self.close()
 

@@ -13,11 +13,11 @@ from typing import Any
 from peft import PeftModel
 from torch import Tensor, nn
 
+from snella import SnellaCallback
 from snella.data import ImageDataset
 from snella.methods import spec_of
 from snella.training.assembly import Assembly
 from snella.training.config import TrainConfig
-from snella import SnellaCallback
 from snella.tuner.matrices import AdaptedMatrix, adapted_matrices
 
 _PACKAGES = ("snella", "torch", "peft", "timm", "transformers")
@@ -35,7 +35,11 @@ def describe_run(config: TrainConfig, parts: Assembly) -> dict[str, Any]:
             "spec": config.data,
             "seed": config.seed,
             "description": splits.description,
-            "sizes": {"train": len(splits.train), "val": len(splits.val), "test": 0 if splits.test is None else len(splits.test)},
+            "sizes": {
+                "train": len(splits.train),
+                "val": len(splits.val),
+                "test": 0 if splits.test is None else len(splits.test),
+            },
             "notes": list(splits.notes),
         },
         "data_config": parts.data_config,
@@ -74,7 +78,9 @@ def describe_allocation(model: nn.Module, callback: SnellaCallback) -> dict[str,
     """The content of `allocation.json`: what the matrices are, what the best adapter keeps, how budgets evolved."""
     allocator = callback.allocator
     if allocator is None:
-        raise RuntimeError("the allocation can be described after training has begun, got a callback without an allocator")
+        raise RuntimeError(
+            "the allocation can be described after training has begun, got a callback without an allocator"
+        )
     return {
         "total_weights": allocator.total_weights,
         "target_budget": allocator.target_budget,
@@ -100,7 +106,9 @@ def describe_predictions(dataset: ImageDataset, probabilities: Tensor, split: st
         "split": split,
         "items": [
             {"index": index, "name": name, "label": int(label), "probabilities": [round(p, 6) for p in row]}
-            for index, (name, label, row) in enumerate(zip(dataset.names, dataset.labels, probabilities.tolist(), strict=True))
+            for index, (name, label, row) in enumerate(
+                zip(dataset.names, dataset.labels, probabilities.tolist(), strict=True)
+            )
         ],
     }
 

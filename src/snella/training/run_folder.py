@@ -13,8 +13,16 @@ from snella.training.config import SESSION_FIELDS, TrainConfig
 Status = Literal["running", "interrupted", "failed", "finished"]
 
 FORMAT = 1
-_FILES = ("config.yaml", "run.json", "metrics.json", "allocation.json", "predictions.json", "comparison.json", "report.html")
-_FOLDERS = ("adapter", "checkpoints")
+_FILES = (
+    "config.yaml",
+    "run.json",
+    "metrics.json",
+    "allocation.json",
+    "predictions.json",
+    "comparison.json",
+    "report.html",
+)
+_FOLDERS = ("adapter", "checkpoints", "commands")
 
 
 class RunFolder:
@@ -44,7 +52,11 @@ class RunFolder:
         """
         path = self.path / name
         if not path.is_file():
-            known = "the run has not come so far" if (self.path / "run.json").is_file() else "this is not the folder of a run"
+            known = (
+                "the run has not come so far"
+                if (self.path / "run.json").is_file()
+                else "this is not the folder of a run"
+            )
             raise FileNotFoundError(f"no file {path}: {known}")
         try:
             return json.loads(path.read_text(encoding="utf-8"))
@@ -102,13 +114,18 @@ class RunFolder:
             return self._resumed(config)
         if config.resume and not (config.data and config.backbone):
             raise FileNotFoundError(
-                f"resume must name the folder of a run, got {self.path}, which holds none; give data and backbone to start one"
+                f"resume must name the folder of a run, got {self.path}, which holds none; "
+                "give data and backbone to start one"
             )
         if status is not None and not config.overwrite:
             state, hint = (
-                ("a finished run", "") if status == "finished" else (f"an unfinished run ({status})", "continue it with --resume, ")
+                ("a finished run", "")
+                if status == "finished"
+                else (f"an unfinished run ({status})", "continue it with --resume, ")
             )
-            raise FileExistsError(f"out={self.path} holds {state}; {hint}choose another folder, or start over with --overwrite")
+            raise FileExistsError(
+                f"out={self.path} holds {state}; {hint}choose another folder, or start over with --overwrite"
+            )
         if status is None and self._holds_strangers():
             raise FileExistsError(f"out={self.path} holds files but no run; choose an empty or a new folder")
         return config.resolved()
@@ -125,19 +142,22 @@ class RunFolder:
         stored = self.read_config()
         differences = config.differences(stored)
         if differences:
-            raise ValueError(f"resume continues {self.path} with its own settings, but {'; '.join(differences)}; leave them out")
+            raise ValueError(
+                f"resume continues {self.path} with its own settings, but {'; '.join(differences)}; leave them out"
+            )
         for name in SESSION_FIELDS:
             setattr(stored, name, getattr(config, name))
         return stored
 
     def _holds_strangers(self) -> bool:
-        """Whether something lies here that no unfinished start of ours left behind."""
+        """Whether something lies here besides other runs and what an unfinished start of ours left behind."""
         if not self.path.exists():
             return False
         if not self.path.is_dir():
             return True
         ours = {*_FILES, *_FOLDERS}
-        return any(entry.name not in ours and not entry.name.startswith(".") for entry in self.path.iterdir())
+        strangers = [e for e in self.path.iterdir() if e.name not in ours and not e.name.startswith(".")]
+        return any(not (entry / "run.json").is_file() for entry in strangers)
 
     def _clear(self) -> None:
         """Remove a run, and only what belongs to it."""

@@ -2,6 +2,7 @@
 
 from rich.console import Console
 
+from snella import SnellaCallback
 from snella.analysis import write_report
 from snella.methods import load_trained_into
 from snella.training.announcing import announce
@@ -22,7 +23,6 @@ from snella.training.results import (
 from snella.training.run_folder import RunFolder
 from snella.training.stopping import InterruptCallback, TrainingInterrupted
 from snella.training.trainer import SnellaTrainer
-from snella import SnellaCallback
 
 
 def train(config: TrainConfig, console: Console | None = None) -> RunFolder:
@@ -47,7 +47,7 @@ def train(config: TrainConfig, console: Console | None = None) -> RunFolder:
     run = RunFolder(str(config.out))
     config = run.settle(config)
     if config.resume and run.status == "finished":
-        console.print(f"{run.path} is finished already; its report is {run.report}", highlight=False)
+        console.print(f"{run.path} is finished already; its report is {run.report}", highlight=False, soft_wrap=True)
         return run
     parts = assemble(config)
     if not (config.resume and run.status is not None):
@@ -73,7 +73,9 @@ def train(config: TrainConfig, console: Console | None = None) -> RunFolder:
     return run
 
 
-def _fit(config: TrainConfig, parts: Assembly, run: RunFolder, interrupt: InterruptCallback, console: Console) -> SnellaTrainer:
+def _fit(
+    config: TrainConfig, parts: Assembly, run: RunFolder, interrupt: InterruptCallback, console: Console
+) -> SnellaTrainer:
     """Train, from the last checkpoint if there is one."""
     remove_incomplete(run.checkpoints)
     checkpoint = latest_checkpoint(run.checkpoints)
@@ -84,7 +86,7 @@ def _fit(config: TrainConfig, parts: Assembly, run: RunFolder, interrupt: Interr
     trainer = SnellaTrainer(parts.model, config, parts.task, parts.splits.train, parts.splits.val, run, callbacks)
     display.last_loss = lambda: trainer.last_loss
     if checkpoint is not None:
-        console.print(f"continuing from {checkpoint}", highlight=False)
+        console.print(f"continuing from {checkpoint}", highlight=False, soft_wrap=True)
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
@@ -121,10 +123,12 @@ def _finish(trainer: SnellaTrainer, parts: Assembly, run: RunFolder, console: Co
         },
     )
     run.update("finished")
-    report = write_report(run.path)
-    shown = f"validation {val['accuracy']:.4f}" + ("" if test is None else f", test {test['accuracy']:.4f} (balanced {test['balanced_accuracy']:.4f})")
-    console.print(f"best epoch {best}: {shown}", highlight=False)
-    console.print(f"adapter {run.adapter}, report {report}", highlight=False)
+    report = write_report(run.path, splits.val.image)
+    shown = f"validation {val['accuracy']:.4f}" + (
+        "" if test is None else f", test {test['accuracy']:.4f} (balanced {test['balanced_accuracy']:.4f})"
+    )
+    console.print(f"best epoch {best}: {shown}", highlight=False, soft_wrap=True)
+    console.print(f"adapter {run.adapter}, report {report}", highlight=False, soft_wrap=True)
 
 
 def _record_failure(run: RunFolder, fault: Exception) -> None:

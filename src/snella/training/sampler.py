@@ -1,9 +1,11 @@
-"""The order of the training images: a function of the seed and the epoch alone."""
+"""The order of the training images and their augmentation: functions of the seed and the epoch alone."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
 class EpochSampler(Sampler[int]):
@@ -29,6 +31,25 @@ class EpochSampler(Sampler[int]):
 
     def __len__(self) -> int:
         return self.length
+
+
+class EpochCallback(TrainerCallback):
+    """Tell the training images which epoch it is.
+
+    Accelerate does so too, except for an epoch that is resumed in its middle.
+
+    Args:
+        dataset: What has `set_epoch(number)`, counted from 0.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set the number of the epoch that begins or goes on."""
+        self.dataset.set_epoch(state.global_step // (state.max_steps // int(state.num_train_epochs)))
 
 
 def mix_seed(*parts: int) -> int:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from snella import SnellaCallback
+from snella.data import ImageDataset
 from snella.methods import load_trained_into, save_trained
 from snella.tasks import ClassificationTask
 from snella.training.assembly import choose_device
@@ -21,9 +23,8 @@ from snella.training.checkpoints import remove_incomplete, saving, staged
 from snella.training.config import TrainConfig
 from snella.training.optimizer import build_optimizer
 from snella.training.run_folder import RunFolder
-from snella.training.sampler import EpochSampler, mix_seed
+from snella.training.sampler import EpochCallback, EpochSampler, mix_seed
 from snella.training.stopping import NonFiniteLossError
-from snella import SnellaCallback
 
 _PROGRESS_FILE = "progress.json"
 
@@ -41,8 +42,8 @@ class SnellaTrainer(Trainer):
     """One training run over `(image, label)` data sets.
 
     Differs from its base class in that
-    - every step draws its random numbers (dropout, drop-path) from `(seed, step)`, and every epoch its order from `(seed, epoch)`,
-      so that a resumed run repeats them wherever it was cut;
+    - every step draws its random numbers (dropout, drop-path) from `(seed, step)`, and every epoch its order from
+      `(seed, epoch)`, so that a resumed run repeats them wherever it was cut;
     - a checkpoint holds what was trained, not the backbone, and appears under its name only when it is complete;
     - the adapter of the best epoch (validation accuracy, the earlier one of equals) is written when it is found;
     - a loss or gradient that is not finite ends the run before it reaches the weights.
@@ -62,13 +63,15 @@ class SnellaTrainer(Trainer):
         model: nn.Module,
         config: TrainConfig,
         task: ClassificationTask,
-        train: Dataset[Any],
-        val: Dataset[Any],
+        train: ImageDataset,
+        val: ImageDataset,
         run: RunFolder,
         callbacks: list[TrainerCallback],
     ) -> None:
         self.config = config
         self.task = task
+        self.trained_model = model
+        self.validation_set = val
         self.run_folder = run
         self.progress = _Progress()
         self.last_loss = float("nan")
@@ -80,16 +83,19 @@ class SnellaTrainer(Trainer):
             data_collator=task.collate,
             train_dataset=train,
             eval_dataset=val,
-            callbacks=callbacks,
+            callbacks=[EpochCallback(train), *callbacks],
         )
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """One row per finished epoch: `epoch`, `train_loss`, `val_loss`, `val_accuracy`, `val_balanced_accuracy`, `lr`, `budget`."""
+        """One row per finished epoch, as `metrics.json` holds them."""
         rows = [row for row in self.state.log_history if "val_accuracy" in row]
-        return [{**{k: v for k, v in row.items() if k != "step"}, "epoch": round(row["epoch"])} for row in rows]
+        return [
+            {"epoch": round(row["epoch"]), **{k: v for k, v in row.items() if k not in ("step", "epoch")}}
+            for row in rows
+        ]
 
     @property
     def elapsed_s(self) -> float:
@@ -108,13 +114,15 @@ class SnellaTrainer(Trainer):
         logits = np.asarray(output.predictions)
         return self.task.metrics(logits, np.asarray(output.label_ids)), self.task.probabilities(torch.as_tensor(logits))
 
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "val") -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "val"
+    ) -> dict[str, float]:
         """Measure the epoch on validation, log it, and keep its adapter if it is the best so far.
 
         Raises:
             NonFiniteLossError: The loss is not finite; nothing is saved then.
         """
-        scores, _ = self.score(self.eval_dataset)
+        scores, _ = self.score(self.validation_set)
         if not math.isfinite(scores["loss"]):
             raise self._not_finite("the validation loss", scores["loss"])
         row = {
@@ -130,14 +138,14 @@ class SnellaTrainer(Trainer):
         self.log(row)
         if is_best and self.args.should_save:
             with saving(self.run_folder.adapter):
-                save_trained(self.accelerator.unwrap_model(self.model), self.run_folder.adapter)
+                save_trained(self.trained_model, self.run_folder.adapter)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, row)
         return row
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the optimiser with its groups."""
         if self.optimizer is None:
-            self.optimizer = build_optimizer(self.model, self.config)
+            self.optimizer = build_optimizer(self.trained_model, self.config)
         return self.optimizer
 
     def compute_loss(
@@ -209,11 +217,11 @@ class SnellaTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Write what was trained."""
-        save_trained(self.accelerator.unwrap_model(self.model), output_dir or str(self.run_folder.adapter))
+        save_trained(self.trained_model, output_dir or str(self.run_folder.adapter))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Read what was trained, and our share of the state."""
-        load_trained_into(self.model, resume_from_checkpoint)
+        load_trained_into(self.trained_model, resume_from_checkpoint)
         self.progress = _Progress(**json.loads((Path(resume_from_checkpoint) / _PROGRESS_FILE).read_text()))
 
     def _budget(self) -> int | None:
@@ -229,14 +237,14 @@ class SnellaTrainer(Trainer):
         epoch = (step - 1) // per_epoch + 1
         done = len(self.history)
         kept = f"the state after epoch {done} is kept, and the best adapter" if done else "no epoch was finished before"
-        rates = ", ".join(
-            f"--{name.replace('_', '-')} (now {value:g})"
-            for name in ("lr", "scalar_lr", "head_lr", "scaling")
-            if (value := getattr(self.config, name)) is not None
+        rates = {name: getattr(self.config, name) for name in ("lr", "scalar_lr", "head_lr", "scaling")}
+        shown = ", ".join(
+            f"--{name.replace('_', '-')} (now {rate:g})" for name, rate in rates.items() if rate is not None
         )
         return NonFiniteLossError(
-            f"{what} became {value} in epoch {epoch}, step {step} of {self.state.max_steps}; {kept} in {self.run_folder.path}; "
-            f"start a new run with a lower {rates} or a longer --warmup"
+            f"{what} became {value} in epoch {epoch}, step {step} of {self.state.max_steps}; "
+            f"{kept} in {self.run_folder.path}; "
+            f"start a new run with a lower {shown} or a longer --warmup"
         )
 
 

@@ -1,0 +1,174 @@
+import csv
+import json
+import os
+import signal
+
+import pytest
+import yaml
+
+from snella.cli.main import main
+from snella.training import RunFolder
+from snella.training.trainer import SnellaTrainer
+
+
+def test_train_leaves_a_finished_run_with_its_resolved_configuration(run):
+    values = yaml.safe_load((run / "config.yaml").read_text())
+    assert RunFolder(run).status == "finished"
+    assert (values["r"], values["target_sparsity"], values["epochs"], values["method_options"]) == (
+        2,
+        0.8,
+        2,
+        {"kernel": "mix_k"},
+    )
+    assert values["lr"] is not None
+
+
+def test_the_command_in_run_json_is_one_that_the_parser_understands(run):
+    import shlex
+
+    from snella.cli.parser import parse
+    from snella.training import TrainConfig
+
+    words = shlex.split(RunFolder(run).read_json("run.json")["command"])
+    assert words[0] == "snella"
+    name, _, settings = parse(words[1:])
+    assert name == "train" and TrainConfig(**settings) == RunFolder(run).read_config()
+
+
+def test_evaluate_prints_and_writes_the_measures(run, capsys, tmp_path):
+    assert main(["evaluate", str(run), "--out", str(tmp_path / "result.json")]) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    text = capsys.readouterr().out
+    assert f"accuracy {result['accuracy']:.4f}" in text and "cats" in text and "dogs" in text
+    assert yaml.safe_load((run / "commands" / "evaluate.yaml").read_text())["split"] == "auto"
+
+
+def test_predict_prints_a_line_an_image(run, photos, capsys):
+    assert (
+        main(["predict", str(run), "--skip-broken", str(photos / "cats" / "00.png"), str(photos / "dogs" / "01.png")])
+        == 0
+    )
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith(str(photos / "cats" / "00.png") + ": ") and "cats 0." in first and "dogs 0." in first
+    assert second.startswith(str(photos / "dogs" / "01.png"))
+
+
+def test_predict_writes_csv(run, photos, tmp_path, capsys):
+    assert main(["predict", str(run), str(photos / "cats"), "--out", str(tmp_path / "p.csv"), "--top-k", "1"]) == 0
+    with (tmp_path / "p.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 15 and set(rows[0]) == {"image", "class_1", "probability_1"}
+    assert "15 images" in capsys.readouterr().out
+
+
+def test_merge_writes_a_file(run, tmp_path, capsys):
+    assert main(["merge", str(run), "--out", str(tmp_path / "m.safetensors")]) == 0
+    assert (tmp_path / "m.safetensors").stat().st_size > 1_000_000
+    assert "plain timm weights" in capsys.readouterr().out
+
+
+def test_inspect_shows_the_budgets(run, capsys):
+    assert main(["inspect", str(run), "--report"]) == 0
+    text = capsys.readouterr().out
+    assert "snella" in text and "report: " in text
+    assert (run / "report.html").exists()
+
+
+def test_settings_come_from_a_file_and_the_command_line_wins(train_words, tmp_path, capsys):
+    settings = {"epochs": 7, "method": "linear", "seed": 3}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings))
+    words = [word for word in train_words if word not in ("--r",)]
+    words.remove("2")  # epochs stay, the rank goes
+    words = [w for w in words if w != "--epochs"]
+    if "2" in words:
+        words.remove("2")
+    out = str(tmp_path / "run")
+    assert main([words[0], "--config", str(tmp_path / "c.yaml"), *words[1:], "--epochs", "1", "--out", out]) == 0
+    values = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (values["epochs"], values["method"], values["seed"]) == (1, "linear", 3)
+
+
+def test_a_finished_run_is_protected_and_said_to_be_finished(run, train_words, failing, capsys):
+    assert "holds a finished run" in failing(*train_words, "--out", str(run))
+    assert main(["train", "--out", str(run), "--resume"]) == 0
+    assert "is finished already" in capsys.readouterr().out
+
+
+def test_ctrl_c_ends_with_130_and_the_command_that_continues(train_words, tmp_path, failing, monkeypatch):
+    original = SnellaTrainer.training_step
+
+    def press_ctrl_c(self, *args, **kwargs):
+        if self.state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *args, **kwargs)
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(SnellaTrainer, "training_step", press_ctrl_c)
+        line = failing(*train_words, "--out", str(out), status=130)
+    command = line.strip().partition("continue with: snella ")[2].split()
+    assert command == ["train", "--out", str(out), "--resume"]
+    assert main(command) == 0 and RunFolder(out).status == "finished"
+
+
+def test_ctrl_c_before_training_ends_with_130(train_words, tmp_path, failing, monkeypatch):
+    def press_ctrl_c(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("snella.training.running.assemble", press_ctrl_c)
+    assert failing(*train_words, "--out", str(tmp_path / "run"), status=130) == "snella: interrupted\n"
+
+
+def test_a_loss_that_is_no_number_is_one_line(train_words, tmp_path, failing):
+    line = failing(
+        *train_words,
+        "--out",
+        str(tmp_path / "run"),
+        "--lr",
+        "1e30",
+        "--head-lr",
+        "1e30",
+        "--scalar-lr",
+        "1e30",
+        "--warmup",
+        "0",
+    )
+    assert "epoch 1, step" in line and "lower --lr (now 1e+30)" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data", "folder:nowhere"], "nowhere"),
+        (["--backbone", "tset_vit"], "test_vit"),
+        (["--batch-size", "1000"], "batch_size must be at most the number of training images"),
+        (["--r", "3"], "3"),
+        (["--target-sparsity", "1"], "target_sparsity must be in [0, 1), got 1.0"),
+        (["--method", "lorra"], "nearest: lora"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_no_folder(words, message, train_words, tmp_path, failing):
+    out = tmp_path / "run"
+    assert message in failing(*train_words, *words, "--out", str(out))
+    assert not out.exists()
+
+
+def test_a_truncated_image_is_named_and_can_be_skipped(train_words, photos, tmp_path, failing, capsys):
+    import shutil
+
+    shutil.copytree(photos, tmp_path / "photos")
+    broken = tmp_path / "photos" / "cats" / "07.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    words = [f"folder:{tmp_path / 'photos'}" if word.startswith("folder:") else word for word in train_words]
+    assert "07.png" in failing(*words, "--out", str(tmp_path / "run"))
+    assert main([*words, "--out", str(tmp_path / "run"), "--skip-broken", "--epochs", "1"]) == 0
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert any("07.png" in note for note in run["data"]["notes"])
+    assert sum(run["data"]["sizes"].values()) == 29
+
+
+def test_debug_shows_the_traceback(tmp_path, capsys):
+    assert main(["--debug", "evaluate", str(tmp_path)]) == 2
+    assert "Traceback" in capsys.readouterr().err
+    assert main(["evaluate", str(tmp_path), "--debug"]) == 2
+    assert "FileNotFoundError" in capsys.readouterr().err

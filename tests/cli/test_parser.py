@@ -1,0 +1,85 @@
+import subprocess
+import sys
+
+import pytest
+
+from snella.cli.main import main
+from snella.cli.parser import COMMANDS, UsageError, parse
+
+
+@pytest.mark.parametrize("name", [None, *COMMANDS])
+def test_help_explains_every_command_with_an_example(name, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"] if name is None else [name, "--help"])
+    text = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert f"  snella {name or 'train'}" in text
+    assert "_" not in "".join(word for word in text.split() if word.startswith("--"))
+    for other in COMMANDS if name is None else ["--config"]:
+        assert other in text
+
+
+def test_options_are_understood_with_dashes_and_underscores():
+    for option in ("--target-sparsity", "--target_sparsity"):
+        name, is_debugging, settings = parse(["train", "--data", "digits", option, "0.5"])
+        assert (name, is_debugging, settings["target_sparsity"], settings["data"]) == ("train", False, 0.5, "digits")
+    assert parse(["train", "--target-sparsity=0.25"])[2]["target_sparsity"] == 0.25
+
+
+def test_flags_need_no_value_and_take_one():
+    assert parse(["train", "--resume", "--out", "x"])[2]["resume"] is True
+    assert parse(["train", "--out", "x", "--resume"])[2]["resume"] is True
+    assert parse(["train", "--resume", "false"])[2]["resume"] is False
+    assert parse(["train", "--skip_broken"])[2]["skip_broken"] is True
+    settings = parse(["predict", "run", "--skip-broken", "a.png", "b.png"])[2]
+    assert (settings["skip_broken"], settings["images"]) == (True, ["a.png", "b.png"])
+
+
+def test_method_options_are_set_one_by_one():
+    words = ["train", "--method-options.kernel", "rbf", "--method-options.min_layer_share", "0.1"]
+    assert parse(words)[2]["method_options"] == {"kernel": "rbf", "min_layer_share": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["train", "--target-sparsty", "0.5"],
+            "snella train has no option --target-sparsty; nearest: --target-sparsity",
+        ),
+        (["trian"], "invalid choice: 'trian'"),
+        ([], "a command is needed: train, evaluate, predict, merge, inspect, demo; see snella --help"),
+        (["train", "--epochs", "many"], "--epochs must be a whole number, got many"),
+        (["train", "--lr", "x"], "--lr must be a number, got x"),
+        (["train", "--resume=perhaps"], "--resume must be true or false, got perhaps"),
+        (["train", "--method-options", "rbf"], "--method-options must be settings such as {kernel: rbf}, got rbf"),
+        (["train", "--epochs"], "expected one argument"),
+        (["merge", "run"], "required: --out"),
+        (["predict", "run"], "required: images"),
+        (["evaluate"], "run"),
+        (["train", "--augment", "flop"], "--augment must be one of none, flip, crop, got flop"),
+        (["train", "--config", "missing.yaml"], "missing.yaml"),
+    ],
+)
+def test_a_wrong_command_line_is_told_in_the_user_s_words(words, message):
+    with pytest.raises(UsageError, match=message):
+        parse(words)
+
+
+def test_unknown_keys_in_a_configuration_file_are_refused(tmp_path):
+    (tmp_path / "c.yaml").write_text("epochs: 3\nepoks: 3\n")
+    with pytest.raises(UsageError, match="epoks"):
+        parse(["train", "--config", str(tmp_path / "c.yaml")])
+
+
+def test_help_waits_for_no_library_besides_those_of_the_package_itself():
+    code = (
+        "import sys, snella; own = set(sys.modules)\n"
+        "from snella.cli.main import main\n"
+        "try: main(['train', '--help'])\n"
+        "except SystemExit: pass\n"
+        "late = {name.split('.')[0] for name in set(sys.modules) - own}\n"
+        "print('LATE', sorted(late & {'timm', 'torchvision', 'matplotlib', 'sklearn', 'accelerate'}))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "LATE []" in done.stdout

@@ -1,0 +1,172 @@
+"""Evaluating, predicting and merging a finished run."""
+
+import csv
+import json
+import shutil
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from snella.methods import AdapterFileError
+from snella.training import evaluate, load_run, merge, predict, train
+from snella.training.predicting import write_predictions
+
+
+def test_evaluating_repeats_the_test_result(finished):
+    result = evaluate(finished.path)
+    test = finished.read_json("metrics.json")["test"]
+    assert (result["split"], result["images"]) == ("test", sum(map(sum, test["confusion"])))
+    assert result["confusion"] == test["confusion"] and result["accuracy"] == test["accuracy"]
+    assert result["loss"] == pytest.approx(test["loss"], abs=1e-6)
+
+
+def test_evaluating_another_part(finished):
+    val = evaluate(finished.path, split="val", batch_size=3)
+    assert val["accuracy"] == finished.read_json("metrics.json")["val"]["accuracy"]
+    assert evaluate(finished.path, split="all")["images"] == 48
+
+
+def test_other_data_is_evaluated_in_full_with_the_run_s_class_numbers(finished, make_photos, tmp_path):
+    folder = make_photos(tmp_path / "new", {"owls": 5, "dogs": 5}, contrast=0)
+    result = evaluate(finished.path, f"folder:{folder}")
+    assert (result["split"], result["images"], result["classes"]) == ("all", 10, ["cats", "dogs", "owls"])
+    assert [sum(row) for row in result["confusion"]] == [0, 5, 5]
+
+
+def test_classes_that_the_run_does_not_know_are_named(finished, make_photos, tmp_path):
+    folder = make_photos(tmp_path / "new", {"cats": 5, "newts": 5})
+    with pytest.raises(
+        ValueError, match=r"classes \['newts'\] that the run does not know; it knows \['cats', 'dogs', 'owls'\]"
+    ):
+        evaluate(finished.path, f"folder:{folder}")
+
+
+def test_unusable_evaluation_settings_are_named(finished):
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        evaluate(finished.path, batch_size=0)
+    with pytest.raises(ValueError, match="split must be one of train, val, test, all, auto for this data, got 'dev'"):
+        evaluate(finished.path, split="dev")
+
+
+def test_predictions_are_the_model_s_own(finished, photos):
+    paths = [photos / "dogs" / "003.png", photos / "cats" / "001.png"]
+    one, two = predict(finished.path, paths, batch_size=1), predict(finished.path, [str(p) for p in paths])
+    assert [p.path for p in one] == paths
+    for a, b in zip(one, two, strict=True):
+        assert a.label == b.label and a.probability == pytest.approx(b.probability, abs=1e-6)
+        assert sum(p for _, p in a.ranking) == pytest.approx(1.0, abs=1e-5)
+        assert [p for _, p in a.ranking] == sorted((p for _, p in a.ranking), reverse=True)
+    loaded = load_run(finished.path)
+    with torch.inference_mode():
+        logits = loaded.model(loaded.transform(Image.open(paths[0]).convert("RGB"))[None])
+    assert one[0].label == loaded.classes[int(logits.argmax())]
+
+
+def test_a_folder_stands_for_the_images_in_it(finished, photos):
+    assert len(predict(finished.path, [photos / "cats"])) == 16
+    assert len(predict(load_run(finished.path), [photos, photos / "cats" / "000.png"])) == 49
+
+
+def test_predictions_are_written_as_csv(finished, photos, tmp_path):
+    predictions = predict(finished.path, [photos / "cats"])
+    path = write_predictions(predictions, tmp_path / "deep" / "out.csv", top_k=2)
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 16 and list(rows[0]) == ["image", "class_1", "probability_1", "class_2", "probability_2"]
+    assert rows[3]["class_1"] == predictions[3].label
+    assert float(rows[3]["probability_1"]) == pytest.approx(predictions[3].probability, abs=1e-6)
+    assert len((write_predictions(predictions, path)).read_text().splitlines()[0].split(",")) == 7
+
+
+def test_images_that_cannot_be_read_are_named_or_left_out(finished, photos, tmp_path):
+    whole = (photos / "cats" / "000.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    images = [photos / "cats" / "000.png", tmp_path / "cut.png"]
+    with pytest.raises(ValueError, match=r"cut\.png' is not a readable image.*; leave it out, or pass --skip-broken"):
+        predict(finished.path, images)
+    assert [p.path for p in predict(finished.path, images, skip_broken=True)] == images[:1]
+
+
+def test_paths_without_images_are_named(finished, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no image .*nothing\.png"):
+        predict(finished.path, [tmp_path / "nothing.png"])
+    with pytest.raises(FileNotFoundError, match=rf"folder .*{tmp_path.name} holds no images; known endings are"):
+        predict(finished.path, [tmp_path])
+    with pytest.raises(ValueError, match="images must name at least one file or folder"):
+        predict(finished.path, [])
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got -1"):
+        predict(finished.path, [tmp_path], batch_size=-1)
+
+
+def test_merged_weights_are_plain_timm_weights_with_equal_outputs(finished, tmp_path):
+    path = merge(finished.path, tmp_path / "deep" / "model.safetensors")
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    plain = timm.create_model(
+        metadata["architecture"], num_classes=int(metadata["num_classes"]), img_size=json.loads(metadata["img_size"])
+    )
+    plain.load_state_dict(load_file(path), strict=True)
+    assert not [
+        name for name in load_file(path) if "snella" in name or "base_model" in name or "modules_to_save" in name
+    ]
+    assert json.loads(metadata["classes"]) == ["cats", "dogs", "owls"]
+    assert json.loads(metadata["data_config"])["input_size"] == [3, 32, 32]
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(plain.eval()(images), load_run(finished.path).model(images))
+
+
+@pytest.mark.parametrize("method", ["linear", "lora-2"])
+def test_other_methods_merge_too(method, settings, console, no_report, tmp_path):
+    run = train(settings(method=method, epochs=1), console)
+    path = merge(run.path, tmp_path / "model.safetensors")
+    plain = timm.create_model("test_vit", num_classes=3, img_size=32)
+    plain.load_state_dict(load_file(path), strict=True)
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(plain.eval()(images), load_run(run.path).model(images))
+
+
+def test_merging_does_not_overwrite_by_accident(finished, tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_text("mine")
+    with pytest.raises(
+        FileExistsError, match=r"out=.*model\.safetensors exists; choose another name, or replace it with --overwrite"
+    ):
+        merge(finished.path, path)
+    assert path.read_text() == "mine"
+    assert merge(finished.path, path, overwrite=True).stat().st_size > 1000
+    with pytest.raises(ValueError, match=r"out must end with \.safetensors, got 'model\.pth'"):
+        merge(finished.path, "model.pth")
+
+
+def test_a_damaged_adapter_is_reported_with_its_tensor(finished, tmp_path):
+    shutil.copytree(finished.path, tmp_path / "run")
+    path = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(AdapterFileError, match=r"is damaged: cut off at .*'base_model.model.* is incomplete"):
+        load_run(tmp_path / "run")
+
+
+def test_a_run_without_an_adapter_says_what_to_do(finished, tmp_path):
+    shutil.copytree(finished.path, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    with pytest.raises(
+        FileNotFoundError, match=r"holds no adapter yet \(status finished\); finish the run with --resume"
+    ):
+        load_run(tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match="this is not the folder of a run"):
+        load_run(tmp_path)
+
+
+def test_a_finished_run_is_not_trained_again_by_resuming(finished, console):
+    from snella.training import TrainConfig
+
+    before = (finished.path / "metrics.json").read_bytes()
+    train(TrainConfig(out=str(finished.path), resume=True), console)
+    assert (finished.path / "metrics.json").read_bytes() == before
+    assert "is finished already" in console.file.getvalue()
