@@ -41,6 +41,8 @@ class BudgetAllocator:
         model: Model with SNELLA layers, wrapped by PEFT, DDP, `torch.compile` or not.
         total_epochs: Epochs of the whole training.
         steps_per_epoch: Optimiser steps (not batches, where gradients are accumulated) of one epoch.
+        total_steps: Optimiser steps of the whole training, where it stops within an epoch; the last one always brings
+            the target budget.
         adapter_name: The adapter to train, default the first active one.
 
     Attributes:
@@ -48,20 +50,31 @@ class BudgetAllocator:
             `budgets` and `importance`. The first entry is the start.
 
     Raises:
-        ValueError: The model has no such adapter, or a number of epochs or steps below 1.
+        ValueError: The model has no such adapter, or a number of epochs or steps is below 1.
     """
 
     def __init__(
-        self, model: nn.Module, *, total_epochs: int, steps_per_epoch: int, adapter_name: str | None = None
+        self,
+        model: nn.Module,
+        *,
+        total_epochs: int,
+        steps_per_epoch: int,
+        total_steps: int | None = None,
+        adapter_name: str | None = None,
     ) -> None:
-        for name, value in (("total_epochs", total_epochs), ("steps_per_epoch", steps_per_epoch)):
+        total_steps = total_epochs * steps_per_epoch if total_steps is None else total_steps
+        for name, value in (
+            ("total_epochs", total_epochs),
+            ("steps_per_epoch", steps_per_epoch),
+            ("total_steps", total_steps),
+        ):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.matrices: list[AdaptedMatrix] = adapted_matrices(model, adapter_name)
         first = self.matrices[0]
         self.adapter_name = first.adapter_name
         self.config = first.layer.snella_config[self.adapter_name]
-        self.total_epochs, self.steps_per_epoch = total_epochs, steps_per_epoch
+        self.total_epochs, self.steps_per_epoch, self.total_steps = total_epochs, steps_per_epoch, total_steps
         self.importance = ImportanceTracker(
             self.matrices,
             metric=self.config.importance,
@@ -104,15 +117,15 @@ class BudgetAllocator:
     def is_due(self, step: int) -> bool:
         """Whether the budget is shared out anew after optimiser step `step`, counted from 1."""
         every = self.config.realloc_every
-        total = self.total_epochs * self.steps_per_epoch
         interval = self.steps_per_epoch if every == "epoch" else int(every)
-        return step <= total and (step % interval == 0 or step == total)
+        return step <= self.total_steps and (step % interval == 0 or step == self.total_steps)
 
     def _time(self, step: int) -> tuple[int, int]:
         """`(t, T)` of the schedule after `step` steps: in epochs where it is due every epoch, else in steps."""
         if self.config.realloc_every == "epoch":
-            return step // self.steps_per_epoch, self.total_epochs
-        return step, self.total_epochs * self.steps_per_epoch
+            is_over = step >= self.total_steps
+            return self.total_epochs if is_over else step // self.steps_per_epoch, self.total_epochs
+        return step, self.total_steps
 
     # in a training loop --------------------------------------------------------------------------------------------
 
@@ -163,6 +176,14 @@ class BudgetAllocator:
         self._watch(attached=True)
         self._update_importance()
         self._finish_step(step)
+
+    def catch_up(self, step: int) -> None:
+        """Count steps that the optimiser never took, up to `step`, so that the budget still ends at its target.
+
+        A gradient scaler skips the optimiser's step where float16 gradients overflowed. `SnellaCallback` calls this.
+        """
+        while self.step < step:
+            self._finish_step(self.step + 1)
 
     def _before_step(self, *_: Any) -> None:
         if not self.config.zero_start:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sized
 from typing import Any
 
 from torch import nn
@@ -44,13 +45,28 @@ class SnellaCallback(TrainerCallback):
         self.allocator = BudgetAllocator(
             model,
             total_epochs=epochs,
-            steps_per_epoch=max(math.ceil(state.max_steps / epochs), 1),
+            steps_per_epoch=_steps_per_epoch(args, kwargs.get("train_dataloader"))
+            or max(math.ceil(state.max_steps / epochs), 1),
+            total_steps=max(state.max_steps, 1),
             adapter_name=self.adapter_name,
         )
         self.allocator.attach(optimizer)
+
+    def on_step_end(  # noqa: D102
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.allocator is not None:
+            self.allocator.catch_up(state.global_step)
 
     def on_train_end(  # noqa: D102
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.allocator is not None:
             self.allocator.detach()
+
+
+def _steps_per_epoch(args: TrainingArguments, loader: Any) -> int:
+    """Optimiser steps of one epoch as the Trainer counts them, 0 where the data have no length."""
+    if not isinstance(loader, Sized):
+        return 0
+    return math.ceil(len(loader) / args.gradient_accumulation_steps)

@@ -28,6 +28,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "update_dropout": 0.0,
         "update_drop_path": 0.0,
         "dropout_exclude": [],
+        "train_tokens": [],
         "zero_start": False,
     },
     "official": {
@@ -36,7 +37,9 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "learn_temperature": True,
         "update_dropout": 0.1,
         "update_drop_path": 0.1,
-        "dropout_exclude": ["proj", "out_proj", "o_proj", "output.dense"],
+        # the output projection of the attention, by the names that libraries use
+        "dropout_exclude": ["proj", "out_proj", "o_proj", "to_out.0", "attn.c_proj", "attention.output.dense"],
+        "train_tokens": ["cls_token"],
         "zero_start": True,
     },
 }
@@ -63,6 +66,7 @@ class SnellaConfig(PeftConfig):
             the names that timm and transformers use; an integer cuts those layers into that many equal matrices (1:
             not at all); a mapping from suffixes to an integer or a list of row counts decides layer by layer.
         modules_to_save: Modules that are trained in full and saved with the adapter, such as the classifier head.
+        train_tokens: The same for bare parameters, such as `cls_token`, by name or suffix.
         scaling: Factor before the update.
         update_dropout: Dropout on the input of the update alone; takes two products instead of one.
         update_drop_path: Chance that a sample skips the update; takes two products instead of one.
@@ -85,7 +89,7 @@ class SnellaConfig(PeftConfig):
         center_softmax: Subtract the softmax's mean. Not in the paper.
         keep_delta: Keep the merged matrix for the backward pass instead of rebuilding it.
         impl: Implementation of the adapted layer: `"auto"`, `"eager"` or `"reference"`.
-        init_weights: `True` starts with factors so small that the model starts at the pre-trained one to within 1e-6;
+        init_weights: `True` starts with factors so small that the update of a weight of ViT-B's size starts near 5e-6;
             `False` draws larger ones, for tests.
 
     Raises:
@@ -105,6 +109,7 @@ class SnellaConfig(PeftConfig):
         default="auto", metadata={"help": "how fused query-key-value layers are cut into matrices"}
     )
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "modules trained in full"})
+    train_tokens: list[str] | None = field(default=None, metadata={"help": "bare parameters trained in full"})
     scaling: float = field(default=1.0, metadata={"help": "factor before the update"})
     update_dropout: float | None = field(default=None, metadata={"help": "dropout on the update's input"})
     update_drop_path: float | None = field(default=None, metadata={"help": "chance that a sample skips the update"})
@@ -141,8 +146,14 @@ class SnellaConfig(PeftConfig):
             set(self.exclude_modules) if isinstance(self.exclude_modules, list) else self.exclude_modules
         )
 
+    def wanted_tokens(self) -> list[str]:
+        """Names of the bare parameters to train: the user's, or the preset's whatever another model made of them."""
+        return list((self.train_tokens if self.requires_tokens else _PRESETS[self.preset]["train_tokens"]) or [])
+
     def _apply_preset(self) -> None:
         """Fill what the user left at `None`."""
+        # a preset's tokens may be absent from a model, the user's own may not
+        self.requires_tokens = self.train_tokens is not None
         for name, value in _PRESETS.get(self.preset, {}).items():
             if getattr(self, name) is None:
                 setattr(self, name, list(value) if isinstance(value, list) else value)

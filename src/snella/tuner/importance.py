@@ -76,7 +76,7 @@ class ImportanceTracker:
             self.without_gradient.append(matrix.name)
             return {key: torch.zeros_like(factor, dtype=torch.float32) for key, factor in factors.items()}
         gradients = dict(zip("AB", matrix.parts(grad_A, grad_B), strict=True))
-        return {key: (gradients[key] * factor.detach()).abs().float() for key, factor in factors.items()}
+        return {key: (gradients[key].float() * factor.detach().float()).abs() for key, factor in factors.items()}
 
     def _smooth(self, key: str, value: Tensor) -> None:
         """One step of both moving averages."""

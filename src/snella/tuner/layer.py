@@ -283,6 +283,8 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
 
     # forward -------------------------------------------------------------------------------------------------------
 
+    # what is remembered between calls depends on addresses and versions of tensors, which a compiled graph cannot see
+    @torch.compiler.disable
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Apply the base layer with the updates of all active adapters."""
         if self.disable_adapters:
@@ -311,9 +313,9 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
                 config.watch.observe_training(config.target_sparsity)
 
     def _folded(self, x: Tensor, names: list[str]) -> Tensor:
-        """Base layer and updates in one product; without gradients the effective weight is computed once."""
+        """Base layer and updates in one product; evaluation computes the effective weight once."""
         weight, bias, product = self._oriented_weight(), self._base_tensor("bias"), self._product()
-        if not torch.is_grad_enabled() and names:
+        if names and not self.training and not self._needs_gradients(names):
             effective = self._cache.effective_weight(
                 (self._base_tensor("weight"), *(tensor for name in names for tensor in self._tensors(name))),
                 tuple((name, self.scaling[name]) for name in names),
@@ -330,6 +332,13 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
             product,
             impl=config.impl if config else "auto",
             keep_delta=config.keep_delta if config else False,
+        )
+
+    def _needs_gradients(self, names: list[str]) -> bool:
+        """Whether autograd will ask for gradients of anything that the effective weight is made of."""
+        weight = self._base_tensor("weight")
+        return torch.is_grad_enabled() and any(
+            tensor.requires_grad for tensor in (weight, *(tensor for name in names for tensor in self._tensors(name)))
         )
 
     def _branch(self, x: Tensor, name: str) -> Tensor:
@@ -399,7 +408,12 @@ class Linear(SnellaLayer):
 class Conv2d(SnellaLayer):
     """A two-dimensional convolution, its weight `[m, c/groups, kh, kw]` seen as `[m, c/groups·kh·kw]`."""
 
-    def _product(self) -> Product:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # refuse here what the backward pass could not do
+        self._product().padding_sizes(self._oriented_weight().shape)
+
+    def _product(self) -> Conv2dProduct:
         base = cast(nn.Conv2d, self.get_base_layer())
         padding = base.padding if base.padding_mode == "zeros" else (0, 0)
         return Conv2dProduct(base.stride, padding, base.dilation, base.groups)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from .layer import SnellaLayer
@@ -87,13 +88,15 @@ def adapted_matrices(model: nn.Module, adapter_name: str | None = None) -> list[
     Raises:
         ValueError: The model has no SNELLA layer, or none with that adapter.
     """
+    if isinstance(model, BaseTuner):
+        model = model.model
     layers = {_plain_name(name): module for name, module in model.named_modules() if isinstance(module, SnellaLayer)}
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no SNELLA layer; wrap it with get_peft_model(model, SnellaConfig(…)) first"
         )
     if adapter_name is None:
-        adapter_name = next(iter(layers.values())).active_adapters[0]
+        adapter_name = next((name for layer in layers.values() for name in layer.active_adapters), "default")
     holders = {name: layer for name, layer in layers.items() if adapter_name in layer.snella_A}
     if not holders:
         present = sorted({name for layer in layers.values() for name in layer.snella_A})

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import SnellaConfig
 from .layer import Conv2d, Linear, SnellaLayer
-from .targets import all_linear_names, count_rows, default_targets, unmatched_message
+from .targets import all_linear_names, block_number, count_rows, default_targets, unmatched_message
+from .tokens import TokenAdapter, attach_tokens, find_tokens, token_adapters
 
 
 class SnellaModel(BaseTuner):
@@ -31,7 +33,8 @@ class SnellaModel(BaseTuner):
     Raises:
         ValueError: No module matches `target_modules`, or a fused layer cannot be cut as `qkv_groups` says.
         TypeError: A targeted module is neither linear nor a two-dimensional convolution.
-        NotImplementedError: A targeted module reads its weight past the layer (`nn.MultiheadAttention`).
+        NotImplementedError: A targeted module reads its weight past the layer (`nn.MultiheadAttention`), has a
+            quantised weight or a `forward` of its own, or carries an adapter of another method.
     """
 
     prefix = "snella_"
@@ -49,6 +52,9 @@ class SnellaModel(BaseTuner):
         targets = peft_config.target_modules
         if targets is None:
             targets = default_targets(model)
+            if isinstance(targets, str) and targets != "all-linear":
+                # by name, so that `layers_to_transform` can choose among them
+                targets = {name for name, _ in model.named_modules() if _matches(targets, name)}
         if isinstance(targets, str) and targets.lower() == "all-linear":
             targets = set(all_linear_names(model))
             if not targets:
@@ -57,6 +63,62 @@ class SnellaModel(BaseTuner):
         # only names that miss are refused here: what is excluded on purpose is PEFT's own business
         if not any(_matches(targets, name) for name, _ in model.named_modules()):
             raise ValueError(unmatched_message(targets, model))
+        peft_config.train_tokens = find_tokens(
+            model, peft_config.wanted_tokens(), is_required=peft_config.requires_tokens
+        )
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool | re.Match[str] | None:
+        """Match as PEFT does, but let `layers_to_transform` choose among full names and top-level blocks too."""
+        if not isinstance(peft_config, SnellaConfig) or peft_config.layers_to_transform is None:
+            return check_target_module_exists(peft_config, key)
+        of_all_layers = copy.copy(peft_config)
+        of_all_layers.layers_to_transform = None
+        found = check_target_module_exists(of_all_layers, key)
+        wanted = peft_config.layers_to_transform
+        blocks = [wanted] if isinstance(wanted, int) else wanted
+        if found and blocks and block_number(key, peft_config.layers_pattern) not in blocks:
+            return False
+        return found
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put one more adapter into the model."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = cast(SnellaConfig, self.peft_config[adapter_name])
+        attach_tokens(
+            model, config.train_tokens or [], adapter_name, self.active_adapters, inference_mode=config.inference_mode
+        )
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Set the active adapters; refused before anything changes where they cannot be active together."""
+        tokens = token_adapters(self.model)
+        for token in tokens:
+            token.check_active(adapter_name)
+        super().set_adapter(adapter_name, inference_mode)
+        for token in tokens:
+            token.set_adapter(adapter_name, inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; if it was active, PEFT chooses another one."""
+        super().delete_adapter(adapter_name)
+        for token in token_adapters(self.model):
+            token.delete_adapter(adapter_name)
+            if token.active_adapters != self.active_adapters:
+                token.set_adapter(self.active_adapters)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Factors and scalars become float32; tokens keep the dtype of the model that they are a part of."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for token in token_adapters(self.model):
+            token._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]
+        """Give the parameters back once PEFT has merged and replaced everything else."""
+        tokens = token_adapters(self.model)
+        model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore[assignment]
+        for token in tokens:
+            token.remove()
+        return model
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -68,7 +130,12 @@ class SnellaModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if isinstance(target, BaseTunerLayer) and not isinstance(target, SnellaLayer):
+            raise NotImplementedError(
+                f"target_modules matches {current_key!r}, which carries {_class_name(target)} already; its update "
+                "would be lost under SNELLA's, merge or unload it first"
+            )
+        base = target.get_base_layer() if isinstance(target, SnellaLayer) else target
         layer_cls = _layer_class(base, parent, current_key)
         weight = cast(Tensor, base.weight.T if isinstance(base, Conv1D) else base.weight)
         rows = count_rows(current_key, weight.shape[0], weight.shape[1:].numel(), parent, peft_config.qkv_groups)
@@ -100,8 +167,9 @@ class SnellaModel(BaseTuner):
         expected = {
             f"{name}.{attribute}.{adapter_name}": getattr(module, attribute)[adapter_name]
             for name, module in model.named_modules()
-            if isinstance(module, SnellaLayer)
-            for attribute in (*SnellaLayer.adapter_layer_names, "snella_budget")
+            if isinstance(module, (SnellaLayer, TokenAdapter))
+            for attribute in (*module.adapter_layer_names, *module.other_param_names)
+            if attribute.startswith(cls.prefix) and attribute != "snella_config"
             if adapter_name in getattr(module, attribute)
         }
         faults = [f"{key} is missing" for key in expected if key not in remapped]
@@ -127,14 +195,35 @@ def _layer_class(base: nn.Module, parent: nn.Module, name: str) -> type[SnellaLa
             f"target_modules matches {name!r}, but nn.MultiheadAttention reads its weights past the layer, so that an "
             "update would never be used; exclude it and adapt the other layers"
         )
-    if isinstance(base, (nn.Linear, Conv1D)):
-        return Linear
-    if isinstance(base, nn.Conv2d):
-        return Conv2d
+    weight = getattr(base, "weight", None)
+    if isinstance(base, nn.Module) and isinstance(weight, Tensor) and not weight.is_floating_point():
+        raise NotImplementedError(
+            f"target_modules matches {name!r}, a {type(base).__name__} whose weight is {weight.dtype}; SNELLA adds its "
+            "update to the weight itself and cannot do so in a quantised one; load the model unquantised"
+        )
+    kind = next((kind for kind in (nn.Linear, Conv1D, nn.Conv2d) if isinstance(base, kind)), None)
+    own = [method for method in ("forward", "_conv_forward") if _overrides(base, kind, method)]
+    if own:
+        raise NotImplementedError(
+            f"target_modules matches {name!r}, a {_class_name(base)} with a {own[0]}() of its own, which the update "
+            "would bypass; leave it out with exclude_modules"
+        )
+    if kind is not None:
+        return Conv2d if kind is nn.Conv2d else Linear
     raise TypeError(
         f"target_modules matches {name!r}, a {type(base).__name__}; "
         "SNELLA adapts torch.nn.Linear, torch.nn.Conv2d and transformers' Conv1D"
     )
+
+
+def _class_name(module: nn.Module) -> str:
+    """Full name of a module's class."""
+    return f"{type(module).__module__}.{type(module).__name__}"
+
+
+def _overrides(base: nn.Module, kind: type[nn.Module] | None, method: str) -> bool:
+    """Whether the class of `base` changes what `kind` computes, such as timm's convolutions with dynamic padding."""
+    return kind is not None and getattr(type(base), method, None) is not getattr(kind, method, None)
 
 
 def _matches(targets: set[str] | str, name: str) -> bool:

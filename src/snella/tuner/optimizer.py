@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from .layer import SnellaLayer
+from .tokens import token_adapters
 
 _FACTORS = ("snella_A", "snella_B")
 
@@ -36,7 +37,7 @@ def create_snella_optimizer(
         scalar_lr: Rate of `α`, `β`, `α_p` and the temperature.
         head_lr: Rate of everything else that is trained, default `lr`.
         weight_decay: Weight decay of the factors.
-        head_weight_decay: Weight decay of the other weights, default `weight_decay`; never on biases and norms.
+        head_weight_decay: Weight decay of the other weights, default `weight_decay`; never on biases, norms and tokens.
         optimizer_kwargs: Passed on.
 
     Returns:
@@ -54,13 +55,16 @@ def create_snella_optimizer(
                 kind.extend(p for p in getattr(module, attribute).values() if p.requires_grad)
     of_adapter = {id(parameter) for parameter in (*factors, *scalars)}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in of_adapter]
+    tokens = {id(p) for token in token_adapters(model) for p in token.snella_token.values()}
+    decayed = [p for p in others if p.ndim > 1 and id(p) not in tokens]
+    not_decayed = [p for p in others if p.ndim <= 1 or id(p) in tokens]
     rate = lr if head_lr is None else head_lr
     decay = weight_decay if head_weight_decay is None else head_weight_decay
     groups = [
         {"name": "factors", "params": factors, "lr": lr, "weight_decay": weight_decay},
         {"name": "scalars", "params": scalars, "lr": scalar_lr, "weight_decay": 0.0},
-        {"name": "head", "params": [p for p in others if p.ndim > 1], "lr": rate, "weight_decay": decay},
-        {"name": "head_no_decay", "params": [p for p in others if p.ndim <= 1], "lr": rate, "weight_decay": 0.0},
+        {"name": "head", "params": decayed, "lr": rate, "weight_decay": decay},
+        {"name": "head_no_decay", "params": not_decayed, "lr": rate, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     if not groups:

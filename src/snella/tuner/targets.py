@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -62,6 +63,21 @@ def _head_modules(model: nn.Module) -> set[nn.Module]:
             continue
         heads.update(m for m in (found if isinstance(found, Iterable) else [found]) if isinstance(m, nn.Module))
     return heads
+
+
+def block_number(name: str, layers_pattern: list[str] | str | None) -> int | None:
+    """Return the number of the block that module `name` lies in, `None` outside of blocks.
+
+    Args:
+        name: Full name of the module.
+        layers_pattern: Names of the lists of blocks, default whatever comes before the first number.
+    """
+    patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern or [r"[^.]+"]
+    for pattern in patterns:
+        match = re.match(rf"(?:.*?\.)??(?:{pattern})\.(\d+)\.", name)
+        if match:
+            return int(match.group(1))
+    return None
 
 
 def count_rows(

@@ -1,0 +1,415 @@
+"""The competition while training runs: order, budgets, resuming, errors."""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import pytest
+import torch
+
+from snella import BudgetAllocator, create_snella_optimizer
+from snella.tuner import adapted_matrices, allocate, budget_at
+from snella.tuner.importance import ImportanceTracker
+
+EPOCHS, STEPS = 4, 3
+
+
+def optimiser(model, cls=torch.optim.AdamW, **settings):
+    return create_snella_optimizer(model, cls, **{"lr": 1e-2, "scalar_lr": 1e-3} | settings)
+
+
+def step(case, model, optimizer, number):
+    """One step, whose data depend on its number alone."""
+    optimizer.zero_grad()
+    case.run(model, case.inputs(number)).square().sum().backward()
+    optimizer.step()
+
+
+def train(case, model, optimizer, first=1, last=EPOCHS * STEPS):
+    model.train()
+    for number in range(first, last + 1):
+        step(case, model, optimizer, number)
+
+
+def allocator_of(model, **settings):
+    return BudgetAllocator(model, **{"total_epochs": EPOCHS, "steps_per_epoch": STEPS} | settings)
+
+
+# budgets ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", ["paper", "official"])
+def test_every_matrix_keeps_exactly_its_budget_after_every_allocation(kind, preset):
+    # the authors' quantile is strict: of a dense matrix, the smallest entry does not survive
+    lost = 1 if preset == "official" else 0
+    model = kind.adapted(preset=preset)
+    optimizer = optimiser(model)
+    allocator = allocator_of(model).attach(optimizer)
+    model.train()
+    for number in range(1, EPOCHS * STEPS + 1):
+        step(kind, model, optimizer, number)
+        assert sum(allocator.budgets.values()) == allocator.history[-1]["budget"]
+        if number % STEPS == 0:
+            assert all(m.nonzeros() == m.budget - lost * (m.budget == m.size) for m in allocator.matrices)
+    assert sum(allocator.budgets.values()) == allocator.target_budget
+    assert allocator.target_budget == allocator.total_weights - round(0.7 * allocator.total_weights)
+    assert len(allocator.history) == EPOCHS + 1
+
+
+def test_the_history_tells_every_allocation(mlp):
+    model = mlp.adapted()
+    optimizer = optimiser(model)
+    allocator = allocator_of(model).attach(optimizer)
+    train(mlp, model, optimizer)
+    assert [entry["step"] for entry in allocator.history] == [0, 3, 6, 9, 12]
+    assert [(entry["t"], entry["total"]) for entry in allocator.history] == [(t, 4) for t in range(5)]
+    expected = [budget_at(t, 4, allocator.start_budget, allocator.target_budget) for t in range(5)]
+    assert [entry["budget"] for entry in allocator.history] == expected
+    assert allocator.history[0]["budgets"] == {"lin0": 120, "lin1": 96}
+    assert allocator.history[0]["importance"] == {"lin0": 0.0, "lin1": 0.0}
+    assert all(value > 0 for entry in allocator.history[1:] for value in entry["importance"].values())
+    for entry in allocator.history[1:]:
+        assert list(entry["budgets"].values()) == allocate(
+            list(entry["importance"].values()), [120, 96], entry["budget"]
+        )
+    assert allocator.budgets == allocator.history[-1]["budgets"]
+
+
+def test_budgets_can_follow_every_few_steps(mlp):
+    model = mlp.adapted(realloc_every=5)
+    optimizer = optimiser(model)
+    allocator = allocator_of(model).attach(optimizer)
+    train(mlp, model, optimizer)
+    assert [entry["step"] for entry in allocator.history] == [0, 5, 10, 12]
+    assert [(entry["t"], entry["total"]) for entry in allocator.history] == [(0, 12), (5, 12), (10, 12), (12, 12)]
+    assert sum(allocator.budgets.values()) == allocator.target_budget
+
+
+def test_a_training_that_stops_within_an_epoch_ends_at_the_target(mlp):
+    model = mlp.adapted()
+    optimizer = optimiser(model)
+    allocator = allocator_of(model, total_steps=10).attach(optimizer)
+    train(mlp, model, optimizer, last=10)
+    assert [(entry["step"], entry["t"]) for entry in allocator.history] == [(0, 0), (3, 1), (6, 2), (9, 3), (10, 4)]
+    assert sum(allocator.budgets.values()) == allocator.target_budget
+
+
+def test_steps_past_the_end_change_no_budget(mlp):
+    model = mlp.adapted()
+    optimizer = optimiser(model)
+    allocator = allocator_of(model).attach(optimizer)
+    train(mlp, model, optimizer, last=EPOCHS * STEPS + 6)
+    assert len(allocator.history) == EPOCHS + 1
+
+
+def test_a_start_below_all_weights_is_where_the_schedule_starts(mlp):
+    allocator = allocator_of(mlp.adapted(init_sparsity=0.5))
+    assert allocator.start_budget == 108
+    assert sum(allocator.budgets.values()) == 108
+    assert [m.nonzeros() for m in allocator.matrices] == list(allocator.budgets.values())
+
+
+def test_a_constant_schedule_is_at_the_target_from_the_first_step(mlp):
+    model = mlp.adapted(schedule="constant")
+    optimizer = optimiser(model)
+    allocator = allocator_of(model).attach(optimizer)
+    assert sum(allocator.budgets.values()) == allocator.target_budget
+    train(mlp, model, optimizer)
+    assert {entry["budget"] for entry in allocator.history} == {allocator.target_budget}
+    assert len({tuple(entry["budgets"].values()) for entry in allocator.history}) > 1
+
+
+def test_uniform_allocation_goes_by_size_and_ignores_importance(mlp):
+    model = mlp.adapted(allocation="uniform", kernel="p_linear")
+    optimizer = optimiser(model)
+    allocator = allocator_of(model).attach(optimizer)
+    train(mlp, model, optimizer)
+    for entry in allocator.history:
+        assert list(entry["budgets"].values()) == allocate([120.0, 96.0], [120, 96], entry["budget"])
+
+
+@pytest.mark.parametrize("metric", ["sensitivity", "magnitude", "delta_magnitude"])
+def test_every_metric_moves_budgets_and_meets_the_target(mlp, metric):
+    model = mlp.adapted(importance=metric)
+    optimizer = optimiser(model)
+    allocator = allocator_of(model).attach(optimizer)
+    train(mlp, model, optimizer)
+    assert sum(allocator.budgets.values()) == allocator.target_budget
+    assert list(allocator.budgets.values()) != allocate([120.0, 96.0], [120, 96], allocator.target_budget)
+
+
+def test_frozen_matrices_are_reported_and_a_minimal_share_prevents_them(mlp):
+    for share, frozen in ((0.0, ["lin1"]), (0.2, [])):
+        model = mlp.adapted(min_layer_share=share)
+        optimizer = optimiser(model)
+        allocator = allocator_of(model).attach(optimizer)
+        model.train()
+        for number in range(1, EPOCHS * STEPS + 1):
+            optimizer.zero_grad()
+            mlp.run(model, mlp.inputs(number)).square().sum().backward()
+            allocator.matrices[1].layer.snella_A["default"].grad.zero_()
+            allocator.matrices[1].layer.snella_B["default"].grad.zero_()
+            optimizer.step()
+        assert allocator.frozen == frozen
+    assert allocator.budgets["lin1"] == int(0.2 * allocator.target_budget * 96 / 216)
+
+
+def test_of_several_adapters_the_named_one_is_trained(mlp):
+    model = mlp.adapted()
+    model.add_adapter("second", mlp.config(target_sparsity=0.5))
+    model.set_adapter("second")
+    assert allocator_of(model).adapter_name == "second"
+    allocator = allocator_of(model, adapter_name="default")
+    assert allocator.adapter_name == "default"
+    assert allocator.target_budget == 216 - round(0.7 * 216)
+
+
+# order --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", ["paper", "official"])
+def test_the_importance_is_read_before_the_step_and_after_it_in_the_authors_code(mlp, preset):
+    model = mlp.adapted(preset=preset, update_dropout=0.0, update_drop_path=0.0)
+    optimizer = optimiser(model, torch.optim.SGD, lr=1e-3)
+    allocator = allocator_of(model).attach(optimizer)
+    by_hand = ImportanceTracker(adapted_matrices(model), zero_start=preset == "official")
+    model.train()
+    for number in (1, 2, 3):
+        optimizer.zero_grad()
+        mlp.run(model, mlp.inputs(number)).square().sum().backward()
+        if preset == "paper":
+            by_hand.update()
+        optimizer.step()
+        if preset == "official":
+            by_hand.update()
+    assert allocator.importance.scores() == by_hand.scores()
+    assert allocator.history[-1]["importance"] == dict(zip(["lin0", "lin1"], by_hand.scores(), strict=True))
+
+
+@pytest.mark.parametrize("preset", ["paper", "official"])
+def test_calling_for_every_step_does_the_same_as_attaching(mlp, preset):
+    settings = {"preset": preset, "update_dropout": 0.0, "update_drop_path": 0.0}
+    attached, called = mlp.adapted(**settings), mlp.adapted(**settings)
+    optimizer = optimiser(attached)
+    reference = allocator_of(attached).attach(optimizer)
+    train(mlp, attached, optimizer)
+    optimizer, allocator = optimiser(called), allocator_of(called)
+    called.train()
+    for number in range(1, EPOCHS * STEPS + 1):
+        optimizer.zero_grad()
+        mlp.run(called, mlp.inputs(number)).square().sum().backward()
+        if preset == "official":
+            optimizer.step()
+        allocator.update_and_allocate(number)
+        if preset == "paper":
+            optimizer.step()
+    assert allocator.history == reference.history
+    assert all(torch.equal(tensor, attached.state_dict()[name]) for name, tensor in called.state_dict().items())
+
+
+def test_a_detached_allocator_follows_no_more(mlp):
+    model = mlp.adapted()
+    optimizer = optimiser(model)
+    allocator = allocator_of(model).attach(optimizer)
+    allocator.detach()
+    train(mlp, model, optimizer)
+    assert allocator.step == 0
+    allocator.attach(optimizer)
+    train(mlp, model, optimizer, last=3)
+    assert allocator.step == 3
+
+
+# resuming -----------------------------------------------------------------------------------------------------------
+
+
+def state_of(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("restores_first", [True, False], ids=["load-then-attach", "attach-then-load"])
+@pytest.mark.parametrize(
+    ("name", "stop"), [("mlp", 1), ("mlp", 5), ("mlp", 6), ("mlp", 11), ("conv", 5), ("timm_vit", 6), ("gpt2", 5)]
+)
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(cases, name, stop, restores_first):
+    kind = cases[name]
+    settings = {"realloc_every": 2} if stop == 11 else {}
+    whole = kind.adapted(**settings)
+    optimizer = optimiser(whole)
+    reference = allocator_of(whole).attach(optimizer)
+    _without_dropout(whole)
+    start = state_of(whole)
+    train(kind, whole, optimizer)
+
+    first = kind.adapted(**settings)
+    first.load_state_dict(start)
+    _without_dropout(first)
+    optimizer = optimiser(first)
+    allocator_of(first).attach(optimizer)
+    train(kind, first, optimizer, last=stop)
+    file = io.BytesIO()
+    torch.save({"model": first.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    checkpoint = torch.load(file, weights_only=True)
+
+    second = kind.adapted(**settings)
+    second.load_state_dict(checkpoint["model"])
+    _without_dropout(second)
+    optimizer = optimiser(second)
+    allocator = allocator_of(second)
+    if restores_first:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        allocator.attach(optimizer)
+    else:
+        allocator.attach(optimizer)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    assert allocator.step == stop
+    train(kind, second, optimizer, first=stop + 1)
+    assert allocator.history == reference.history
+    assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in second.state_dict().items())
+
+
+def _without_dropout(model):
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+
+
+def test_a_state_is_taken_and_given_back_by_hand(mlp):
+    model = mlp.adapted()
+    optimizer = optimiser(model)
+    allocator = allocator_of(model).attach(optimizer)
+    train(mlp, model, optimizer, last=7)
+    other = allocator_of(mlp.adapted())
+    other.load_state_dict(allocator.state_dict())
+    assert (other.step, other.history, other.budgets) == (7, allocator.history, allocator.budgets)
+    assert other.importance.scores() == allocator.importance.scores()
+    assert [m.nonzeros() for m in other.matrices] == list(allocator.budgets.values())
+
+
+def test_the_optimisers_own_groups_stay_clean(mlp):
+    model = mlp.adapted()
+    optimizer = optimiser(model)
+    allocator_of(model).attach(optimizer)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert "snella_allocator" not in optimizer.param_groups[0]
+    assert "snella_allocator" in optimizer.state_dict()["param_groups"][0]
+
+
+def test_an_optimiser_checkpoint_without_an_allocator_can_be_loaded(mlp):
+    model = mlp.adapted()
+    state = optimiser(model).state_dict()
+    optimizer = optimiser(model)
+    allocator = allocator_of(model).attach(optimizer)
+    optimizer.load_state_dict(state)
+    assert allocator.step == 0
+
+
+def test_a_state_of_another_format_is_refused(mlp):
+    with pytest.raises(ValueError, match="the allocator's state must have format 1, got 2"):
+        allocator_of(mlp.adapted()).load_state_dict({"format": 2})
+    with pytest.raises(ValueError, match="must have format 1, got None"):
+        allocator_of(mlp.adapted()).load_state_dict({})
+
+
+def test_a_state_of_another_model_is_refused_with_a_name(mlp):
+    state = allocator_of(mlp.adapted(target_modules=["lin1"])).state_dict()
+    with pytest.raises(ValueError, match=r"of other matrices than this model adapts, e\.g\. \['lin0'\]"):
+        allocator_of(mlp.adapted()).load_state_dict(state)
+
+
+# wrapped optimisers -------------------------------------------------------------------------------------------------
+
+
+def test_an_optimiser_wrapped_by_accelerate_is_followed(mlp):
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    try:
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+        model = mlp.adapted()
+        model, optimizer = accelerator.prepare(model, optimiser(model))
+        allocator = allocator_of(model).attach(optimizer)
+        model.train()
+        for number in range(1, 2 * EPOCHS * STEPS + 1):
+            with accelerator.accumulate(model):
+                accelerator.backward(mlp.run(model, mlp.inputs(number)).square().sum())
+                optimizer.step()
+                optimizer.zero_grad()
+        assert allocator.step == EPOCHS * STEPS
+        assert sum(allocator.budgets.values()) == allocator.target_budget
+        assert "snella_allocator" in optimizer.state_dict()["param_groups"][0]
+    finally:
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+
+
+def test_a_step_that_the_gradient_scaler_skips_does_not_count(mlp):
+    model = mlp.adapted()
+    optimizer = optimiser(model)
+    allocator = allocator_of(model).attach(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    model.train()
+    for broken in (False, True, False):
+        optimizer.zero_grad()
+        scaler.scale(mlp.run(model).square().sum()).backward()
+        if broken:
+            allocator.matrices[0].layer.snella_A["default"].grad.fill_(torch.inf)
+        scaler.step(optimizer)
+        scaler.update()
+    assert allocator.step == 2
+    assert [entry["step"] for entry in allocator.history] == [0]
+    allocator.catch_up(3)
+    assert [entry["step"] for entry in allocator.history] == [0, 3]
+    assert all(torch.isfinite(torch.tensor(allocator.importance.scores())))
+
+
+# errors and warnings ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"total_epochs": 0}, "total_epochs must be at least 1, got 0"),
+        ({"steps_per_epoch": -3}, "steps_per_epoch must be at least 1, got -3"),
+        ({"total_steps": 0}, "total_steps must be at least 1, got 0"),
+        ({"adapter_name": "nobody"}, r"adapter_name must be one of \['default'\], got 'nobody'"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(mlp, settings, message):
+    with pytest.raises(ValueError, match=message):
+        allocator_of(mlp.adapted(), **settings)
+
+
+def test_attaching_twice_is_refused(mlp):
+    model = mlp.adapted()
+    optimizer = optimiser(model)
+    allocator = allocator_of(model).attach(optimizer)
+    with pytest.raises(RuntimeError, match=r"attached to an optimiser already; call detach\(\) first"):
+        allocator.attach(optimizer)
+
+
+def test_matrices_without_gradient_are_named_in_one_warning(mlp):
+    model = mlp.adapted()
+    optimizer = optimiser(model)
+    allocator_of(model).attach(optimizer)
+    layer = model.base_model.model.lin1
+    model.base_model.model.lin1 = layer.get_base_layer()
+    model.train()
+    with pytest.warns(UserWarning, match=r"1 of 2 adapted matrices got no gradient .* \['lin1'\]"):
+        step(mlp, model, optimizer, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(mlp, model, optimizer, 2)
+
+
+# SNELL and the numbers of large models ------------------------------------------------------------------------------
+
+
+def test_snell_is_a_setting(vit):
+    model = vit.adapted(kernel="p_linear", allocation="uniform", target_sparsity=0.9)
+    optimizer = optimiser(model)
+    allocator = allocator_of(model, total_epochs=1, steps_per_epoch=2).attach(optimizer)
+    train(vit, model, optimizer, last=2)
+    assert all(m.sparsity == pytest.approx(0.9, abs=0.001) for m in allocator.matrices)
+    assert all(m.nonzeros() == m.budget for m in allocator.matrices)

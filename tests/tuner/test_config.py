@@ -1,0 +1,151 @@
+"""The settings: presets, faults, files."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+
+import pytest
+from peft import PeftConfig
+
+from snella import SnellaConfig
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"preset": "offical"},
+            r"^preset must be one of .*, got 'offical'; did you mean 'official'\?$",
+        ),
+        ({"kernel": "mix"}, r"kernel must be one of \[.*'mix_k'\], got 'mix'; did you mean 'mix_k'\?"),
+        ({"kernel": 7}, r"kernel must be one of \[.*\], got 7$"),
+        ({"sparsify_mode": "hard"}, r"sparsify_mode must be one of \['soft', 'official'\], got 'hard'"),
+        ({"allocation": "unifrom"}, r"allocation must be one of .* got 'unifrom'; did you mean 'uniform'\?"),
+        ({"schedule": "cube"}, r"schedule must be one of .* got 'cube'; did you mean 'cubic'\?"),
+        ({"importance": "sensitive"}, r"importance must be one of .* got 'sensitive'; did you mean 'sensitivity'\?"),
+        ({"impl": "fast"}, r"impl must be one of .* got 'fast'"),
+        ({"r": 8, "num_pieces": 3}, "num_pieces must divide r, both at least 1, got r=8 and num_pieces=3"),
+        ({"r": 0}, "num_pieces must divide r, both at least 1, got r=0"),
+        ({"num_pieces": 0, "kernel": "linear"}, "got r=8 and num_pieces=0"),
+        (
+            {"target_sparsity": 1.0},
+            r"target_sparsity must be in \[0, 1\), got 1\.0; to train nothing",
+        ),
+        ({"target_sparsity": -0.1}, r"target_sparsity must be in \[0, 1\), got -0\.1"),
+        (
+            {"init_sparsity": 0.8},
+            r"init_sparsity must be in \[0, target_sparsity\], got 0\.8 with target_sparsity=0\.7",
+        ),
+        ({"init_sparsity": -0.5}, r"init_sparsity must be in .* got -0\.5"),
+        ({"beta1": 1.0}, r"beta1 must be in \[0, 1\), got 1\.0"),
+        ({"beta2": -0.2}, r"beta2 must be in \[0, 1\), got -0\.2"),
+        ({"update_dropout": 1.0}, r"update_dropout must be in \[0, 1\), got 1\.0"),
+        ({"update_drop_path": 2}, r"update_drop_path must be in \[0, 1\), got 2"),
+        ({"min_layer_share": 1.01}, r"min_layer_share must be in \[0, 1\], got 1\.01"),
+        ({"softmax_dim": 2}, "softmax_dim must be 0 or 1, got 2"),
+        ({"realloc_every": 0}, "realloc_every must be 'epoch' or a number of steps of at least 1, got 0"),
+        ({"realloc_every": "step"}, "realloc_every must be 'epoch' or .* got 'step'"),
+        ({"realloc_every": True}, "realloc_every must be 'epoch' or .* got True"),
+        ({"qkv_groups": 0}, "qkv_groups must be 'auto', a number of at least 1 or a mapping, got 0"),
+        ({"qkv_groups": "three"}, "qkv_groups must be .* got 'three'"),
+        (
+            {"target_modules": r".*fc\d", "layers_to_transform": [1]},
+            r"layers_to_transform needs target_modules as a list, got target_modules='\.\*fc.*' and "
+            r"layers_to_transform=\[1\]; put the block numbers into the regular expression",
+        ),
+        (
+            {"target_modules": ".*fc", "layers_to_transform": [1], "layers_pattern": "h"},
+            "layers_pattern needs target_modules as a list",
+        ),
+        ({"layers_pattern": "blocks"}, "layers_pattern needs layers_to_transform, got layers_pattern='blocks'"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SnellaConfig(**settings)
+
+
+def test_several_faults_are_reported_in_one_error():
+    with pytest.raises(ValueError) as caught:
+        SnellaConfig(r=7, target_sparsity=1.5, importance="rbff", beta1=3, schedule="x", softmax_dim=-1)
+    message = str(caught.value)
+    for part in ("r=7", "got 1.5", "'rbff'", "beta1 must be in [0, 1), got 3", "schedule must be", "got -1"):
+        assert part in message
+    assert message.count("; ") >= 5
+
+
+def test_an_unknown_setting_is_refused():
+    with pytest.raises(TypeError, match="target_sparsitty"):
+        SnellaConfig(target_sparsitty=0.5)
+
+
+def test_kernels_without_pieces_need_no_divisible_rank():
+    assert SnellaConfig(r=7, kernel="linear").r == 7
+    assert SnellaConfig(r=7, kernel="rbf").r == 7
+
+
+def test_the_paper_preset_is_the_paper():
+    config = SnellaConfig()
+    assert (config.sparsify_mode, config.learn_piece_coeff, config.learn_temperature) == ("soft", True, False)
+    assert (config.update_dropout, config.update_drop_path, config.zero_start) == (0.0, 0.0, False)
+    assert (config.r, config.kernel, config.num_pieces, config.target_sparsity) == (8, "mix_k", 2, 0.7)
+    assert (config.beta1, config.beta2, config.schedule, config.realloc_every) == (0.85, 0.85, "cubic", "epoch")
+    assert config.train_tokens == []
+
+
+def test_the_official_preset_is_the_authors_code():
+    config = SnellaConfig(preset="official")
+    assert (config.sparsify_mode, config.learn_piece_coeff, config.learn_temperature) == ("official", False, True)
+    assert (config.update_dropout, config.update_drop_path, config.zero_start) == (0.1, 0.1, True)
+    assert "proj" in config.dropout_exclude
+    assert config.train_tokens == ["cls_token"]
+
+
+def test_what_the_user_sets_wins_over_the_preset():
+    config = SnellaConfig(preset="official", update_dropout=0.0, learn_piece_coeff=True, dropout_exclude=[])
+    assert (config.update_dropout, config.learn_piece_coeff, config.dropout_exclude) == (0.0, True, [])
+    assert config.update_drop_path == 0.1
+
+
+def test_presets_are_not_shared_between_configurations():
+    SnellaConfig(preset="official").dropout_exclude.append("changed")
+    assert "changed" not in SnellaConfig(preset="official").dropout_exclude
+
+
+def test_a_configuration_survives_its_file(tmp_path):
+    config = SnellaConfig(
+        r=4,
+        kernel="p_linear",
+        preset="official",
+        target_modules=["qkv", "proj"],
+        exclude_modules=["head"],
+        qkv_groups={"qkv": [4, 2, 2]},
+        realloc_every=50,
+        modules_to_save=["head"],
+        train_tokens=["cls_token"],
+    )
+    config.save_pretrained(str(tmp_path))
+    stored = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert stored["peft_type"] == "SNELLA"
+    assert sorted(stored["target_modules"]) == ["proj", "qkv"]
+    for loaded in (SnellaConfig.from_pretrained(str(tmp_path)), PeftConfig.from_pretrained(str(tmp_path))):
+        assert type(loaded) is SnellaConfig
+        assert loaded == config
+
+
+def test_a_damaged_configuration_file_is_refused(tmp_path):
+    SnellaConfig().save_pretrained(str(tmp_path))
+    file = tmp_path / "adapter_config.json"
+    stored = json.loads(file.read_text()) | {"target_sparsity": 7}
+    file.write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match=r"target_sparsity must be in \[0, 1\), got 7"):
+        PeftConfig.from_pretrained(str(tmp_path))
+
+
+def test_configurations_are_copied_and_pickled():
+    config = SnellaConfig(r=4, target_modules=["a"])
+    for twin in (copy.deepcopy(config), copy.copy(config), pickle.loads(pickle.dumps(config))):
+        assert twin == config
+        assert twin.peft_type == "SNELLA"
