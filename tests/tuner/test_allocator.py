@@ -325,6 +325,9 @@ def test_an_optimiser_wrapped_by_accelerate_is_followed(mlp):
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
+    # these are shared by the whole process, and the Trainers of other tests leave theirs behind
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
     try:
         accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
         model = mlp.adapted()
