@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from snella.ops import effective_weight
-from snella.ops.adapted_linear.eager import effective_weight_eager, fill_thresholds, merge_groups
+from snella.ops.adapted_linear.backends import TorchBackend
+from snella.ops.adapted_linear.eager import effective_weight_eager, merge_groups
 from snella.ops.kernels import KERNELS
 
 from .problems import assert_law, draws, make_problem
 
-IMPL = pytest.mark.parametrize("impl", ["reference", "eager"])
+IMPL = pytest.mark.parametrize("impl", ["reference", "eager", "auto"])
 
 
 def autocast():
@@ -53,10 +54,10 @@ def test_merging_and_selecting_inside_autocast_gives_the_same_bits_as_outside(ke
 
     def compute() -> list[Tensor]:
         update = problem.update(problem.tensors)
-        deltas = [merge_groups(update)]
-        fill_thresholds(update, deltas[0])
-        eager = effective_weight_eager(weight, [update], weight.shape, deltas)
-        return [*deltas[0], *update.thresholds, *update.sparse_groups(), eager, effective_weight(weight, [update])]
+        backend = TorchBackend()
+        deltas = [one.delta for one in merge_groups(update, backend)]
+        eager = effective_weight_eager(weight, [update], weight.shape, backend)
+        return [*deltas, *update.thresholds, *update.sparse_groups(), eager, effective_weight(weight, [update])]
 
     outside = compute()
     with autocast():

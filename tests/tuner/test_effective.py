@@ -10,19 +10,27 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from snella.ops.adapted_linear import numba_backend
 from snella.ops.adapted_linear import update as update_module
-from snella.ops.kernels import MixK
+from snella.ops.adapted_linear.backends import TorchBackend
+from snella.ops.adapted_linear.numba_backend import NumbaBackend
 from snella.tuner import adapted_matrices
 from snella.tuner.effective import EffectiveWeightCache
 from snella.tuner.layer import SnellaLayer
+
+
+def count(monkeypatch, calls, *functions):
+    """Let every call of the functions, given as owner and name, add to `calls`."""
+    for owner, name in functions:
+        plain = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, plain=plain: calls.append(1) or plain(*args))
 
 
 @pytest.fixture
 def merges(monkeypatch):
     """Counts how often two factors are merged."""
     calls = []
-    plain = MixK.merge
-    monkeypatch.setattr(MixK, "merge", lambda self, *args: calls.append(1) or plain(self, *args))
+    count(monkeypatch, calls, (TorchBackend, "merge"), (NumbaBackend, "merge"))
     return calls
 
 
@@ -30,8 +38,7 @@ def merges(monkeypatch):
 def selections(monkeypatch):
     """Counts how often a threshold is looked for."""
     calls = []
-    plain = update_module.keep_threshold
-    monkeypatch.setattr(update_module, "keep_threshold", lambda *args: calls.append(1) or plain(*args))
+    count(monkeypatch, calls, (update_module, "keep_threshold"), (numba_backend, "_threshold"))
     return calls
 
 

@@ -88,7 +88,8 @@ class SnellaConfig(PeftConfig):
         softmax_dim: 0 normalises each column of the merged matrix over its outputs, 1 each row over its inputs.
         center_softmax: Subtract the softmax's mean. Not in the paper.
         keep_delta: Keep the merged matrix for the backward pass instead of rebuilding it.
-        impl: Implementation of the adapted layer: `"auto"`, `"eager"` or `"reference"`.
+        impl: Implementation of the adapted layer: `"auto"`, `"numba"` (compiled loops on the CPU), `"eager"` or
+            `"reference"`; see `snella.ops.adapted_product`.
         init_weights: `True` starts with factors so small that the update of a weight of ViT-B's size starts near 5e-6;
             `False` draws larger ones, for tests.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import Any, Self, cast
 
@@ -14,8 +15,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from snella.ops.adapted_linear import Conv2dProduct, LinearProduct, Product, Update, adapted_product
-from snella.ops.adapted_linear.eager import effective_weight_eager, fill_thresholds, merge_groups
+from snella.ops.adapted_linear import (
+    Conv2dProduct,
+    LinearProduct,
+    Product,
+    Update,
+    adapted_product,
+    effective_weight_of,
+)
 from snella.ops.kernels import KernelScalars, make_kernel
 from snella.ops.sparsify import SparsifyMode
 
@@ -222,14 +229,16 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
     def _effective(self, weight: Tensor | None, adapter_names: list[str], shape: torch.Size | None = None) -> Tensor:
         """`W0 + Σ scaling·S`, without gradient; the same bits that the forward pass uses."""
         updates = [self._update(name) for name in adapter_names]
-        deltas = [merge_groups(update) for update in updates]
-        for update, merged in zip(updates, deltas, strict=True):
-            fill_thresholds(update, merged)
-        return effective_weight_eager(weight, updates, shape or self._oriented_weight().shape, deltas)
+        impl = self.snella_config[adapter_names[0]].impl
+        return effective_weight_of(weight, updates, shape or self._oriented_weight().shape, impl)
 
     def sparse_updates(self, adapter_name: str) -> list[Tensor]:
-        """`S` of each matrix of one adapter, `[rows, n]`, without `scaling`."""
-        return self._update(adapter_name).sparse_groups()
+        """`S` of each matrix of one adapter, `[rows, n]`, without `scaling` and gradient."""
+        update = replace(self._update(adapter_name), scaling=1.0)
+        whole = effective_weight_of(
+            None, [update], torch.Size(self._matrix_shape()), self.snella_config[adapter_name].impl
+        )
+        return [whole[rows] for rows in self.matrix_rows(adapter_name)]
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return `scaling·S` of one adapter in the layout of the base weight."""

@@ -1,6 +1,13 @@
 """The adapted layer as one op: entry points, a plain reference and an implementation that keeps little."""
 
-from .api import Implementation, adapted_linear, adapted_product, resolve_implementation
+from .api import (
+    Implementation,
+    adapted_linear,
+    adapted_product,
+    choose_backend,
+    effective_weight_of,
+    resolve_implementation,
+)
 from .products import Conv2dProduct, LinearProduct, Product
 from .reference import effective_weight
 from .update import Update
@@ -13,6 +20,8 @@ __all__ = [
     "Update",
     "adapted_linear",
     "adapted_product",
+    "choose_backend",
     "effective_weight",
+    "effective_weight_of",
     "resolve_implementation",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -11,23 +12,67 @@ from torch import Tensor
 from snella.ops.kernels import KernelScalars, make_kernel
 from snella.ops.sparsify import SparsifyMode
 
-from .eager import adapted_product_eager
+from .backends import Backend, TorchBackend
+from .eager import adapted_product_eager, effective_weight_eager
 from .products import LinearProduct, Product
-from .reference import adapted_product_reference
+from .reference import adapted_product_reference, effective_weight
 from .update import Update
 
-Implementation = Literal["auto", "eager", "reference"]
+Implementation = Literal["auto", "numba", "eager", "reference"]
 
 
 def resolve_implementation(impl: str) -> str:
-    """Return the implementation that `impl` stands for: `"auto"` is `"eager"`, on every device.
+    """Check `impl`, and return it.
 
     Raises:
         ValueError: `impl` is unknown.
     """
     if impl not in get_args(Implementation):
         raise ValueError(f"impl must be one of {list(get_args(Implementation))}, got {impl!r}")
-    return "eager" if impl == "auto" else impl
+    return impl
+
+
+def choose_backend(impl: str, updates: Sequence[Update]) -> Backend:
+    """Return what computes these updates.
+
+    `"auto"` is `"numba"` where that is installed and can do it (float32 factors on the CPU, a piecewise kernel), else
+    `"eager"`. The choice depends on these settings alone, so that a layer computes the same bits every time.
+
+    Raises:
+        ImportError: `impl="numba"` and numba is missing.
+        NotImplementedError: `impl="numba"` for an update that it cannot compute.
+    """
+    if impl not in ("auto", "numba"):
+        return TorchBackend()
+    if impl == "auto" and importlib.util.find_spec("numba") is None:
+        return TorchBackend()
+    try:
+        from .numba_backend import NumbaBackend, obstacle
+    except ImportError as error:
+        raise ImportError("impl='numba' needs numba; install it with: pip install 'snella[fast]'") from error
+    obstacles = [reason for update in updates if (reason := obstacle(update))]
+    if not obstacles:
+        return NumbaBackend()
+    if impl == "numba":
+        raise NotImplementedError(f"impl='numba' {obstacles[0]}; impl='eager' would work")
+    return TorchBackend()
+
+
+def effective_weight_of(
+    weight: Tensor | None, updates: Sequence[Update], weight_shape: torch.Size, impl: str = "auto"
+) -> Tensor:
+    """Return `W0 + Σ scaling·S` without gradients, in the bits that `adapted_product` uses with this `impl`.
+
+    Args:
+        weight: `[m, …]`, or `None` for the sum of the updates alone.
+        updates: Updates of this weight.
+        weight_shape: Shape of the result.
+        impl: See `adapted_product`.
+    """
+    if resolve_implementation(impl) == "reference":
+        with torch.no_grad():
+            return effective_weight(weight, updates, weight_shape)
+    return effective_weight_eager(weight, updates, weight_shape, choose_backend(impl, updates))
 
 
 def adapted_product(
@@ -55,9 +100,10 @@ def adapted_product(
         updates: Updates of this weight, each `[m, n]` with `n` the product of the weight's other axes.
         product: The layer's product.
         weight_shape: Shape of the weight where `weight` is `None`; default `[m, n]`.
-        impl: `"auto"`, `"eager"` (hand-written backward, rebuilds the update) or `"reference"` (autograd).
+        impl: `"eager"` (hand-written backward that rebuilds the update, torch operations), `"numba"` (the same in
+            compiled loops on the CPU), `"auto"` (see `choose_backend`) or `"reference"` (autograd).
         keep_delta: Keep `ΔW` for the backward pass instead of rebuilding it: faster, and one matrix more in memory.
-            Only for `"eager"`.
+            Not for `"reference"`.
 
     Returns:
         The layer's output, in the dtype of `weight` or of autocast.
@@ -78,7 +124,8 @@ def adapted_product(
         return product(x, weight.to(x.dtype), bias)
     if resolve_implementation(impl) == "reference":
         return adapted_product_reference(x, weight, bias, updates, product, weight_shape)
-    return adapted_product_eager(x, weight, bias, updates, product, weight_shape, keep_delta)
+    backend = choose_backend(impl, updates)
+    return adapted_product_eager(x, weight, bias, updates, product, weight_shape, backend, keep_delta)
 
 
 def adapted_linear(

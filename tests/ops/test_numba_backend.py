@@ -1,0 +1,153 @@
+"""The compiled loops: when they are chosen, and what they promise beyond the law of the op."""
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from snella.ops.adapted_linear import choose_backend, effective_weight_of, numba_backend, numba_loops
+from snella.ops.kernels import KERNELS
+from snella.ops.threshold import keep_threshold
+
+from .problems import make_problem, solve
+
+PIECEWISE = ["p_linear", "normalized_rbf", "mix_k"]
+
+
+def update_of(kernel: str = "mix_k", **options):
+    problem = make_problem(kernel, **options)
+    return problem.update(problem.tensors)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_auto_is_numba_for_piecewise_kernels_in_float32_and_eager_for_the_others(kernel):
+    assert choose_backend("auto", [update_of(kernel)]).name == ("numba" if kernel in PIECEWISE else "eager")
+    assert choose_backend("auto", [update_of(kernel, dtype=torch.float64)]).name == "eager"
+    assert choose_backend("eager", [update_of(kernel)]).name == "eager"
+
+
+def test_auto_is_eager_as_soon_as_one_of_several_updates_cannot_be_compiled():
+    assert choose_backend("auto", [update_of("mix_k"), update_of("linear")]).name == "eager"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kernel": "rbf"}, "impl='numba' has the piecewise kernels only, got kernel='rbf'; impl='eager' would work"),
+        ({"dtype": torch.float64}, "computes in float32, got factors in torch.float64"),
+        ({"softmax_dim": 1}, "normalises over the outputs, got softmax_dim=1"),
+    ],
+)
+def test_what_numba_cannot_compute_is_refused_when_it_is_asked_for(options, message):
+    with pytest.raises(NotImplementedError, match=message):
+        choose_backend("numba", [update_of(**options)])
+
+
+def test_factors_elsewhere_than_on_the_cpu_are_refused():
+    update = update_of()
+    elsewhere = replace(update, A=update.A.to("meta"), B=update.B.to("meta"))
+    with pytest.raises(NotImplementedError, match="runs on the CPU, got factors on 'meta'"):
+        choose_backend("numba", [elsewhere])
+
+
+def test_without_numba_auto_is_eager_and_asking_for_it_names_the_command(monkeypatch):
+    for module in ("numba", "snella.ops.adapted_linear.numba_backend", "snella.ops.adapted_linear.numba_loops"):
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert choose_backend("auto", [update_of()]).name == "eager"
+    with pytest.raises(ImportError, match=r"impl='numba' needs numba; install it with: pip install 'snella\[fast\]'"):
+        choose_backend("numba", [update_of()])
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.integers(1, 40), columns=st.integers(1, 40), seed=st.integers(0, 1000), data=st.data())
+def test_the_threshold_has_the_bits_of_keep_threshold(rows, columns, seed, data):
+    value = np.random.default_rng(seed).standard_normal((rows, columns)).astype(np.float32) * 10.0 ** (seed % 9 - 6)
+    budget = data.draw(st.integers(0, value.size))
+    assert numba_backend._threshold(value, budget) == keep_threshold(torch.from_numpy(value), budget).item()
+
+
+@pytest.mark.parametrize("budget", [0, 1, 500_000, 999_999, 1_000_000])
+def test_the_threshold_is_exact_where_most_magnitudes_are_equal(budget):
+    value = np.ones((1000, 1000), np.float32)
+    value[::7] = -0.5
+    value[3, :5] = [0, 2, -3, 1e-40, np.inf]
+    assert numba_backend._threshold(value, budget) == keep_threshold(torch.from_numpy(value), budget).item()
+
+
+def test_the_threshold_is_exact_beyond_two_to_the_24_entries():
+    value = np.random.default_rng(0).standard_normal((4100, 4100), dtype=np.float32)
+    budget = 5_000_000
+    threshold = numba_backend._threshold(value, budget)
+    assert np.count_nonzero(np.abs(value) > threshold) == budget
+
+
+def test_the_exponential_is_within_two_units_in_the_last_place():
+    value = -np.concatenate([np.linspace(0, 87, 100_003), np.logspace(-9, 1.9, 10_007)]).astype(np.float32)[None]
+    result, total = np.empty_like(value), np.empty_like(value)
+    numba_loops.exponentials(0, 1, value, np.float32(1), np.zeros(value.shape[1], np.float32), result, total)
+    exact = np.exp(value.astype(np.float64))
+    assert (np.abs(result - exact) / np.spacing(exact.astype(np.float32))).max() <= 2
+    assert result[0, 0] == 1
+
+
+@pytest.mark.parametrize("kernel", PIECEWISE)
+def test_results_do_not_depend_on_the_number_of_threads(kernel):
+    problem = make_problem(kernel, m=601, n=401, r=8, batch=(5,))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = solve(problem, "numba")
+        torch.set_num_threads(3)
+        together = solve(problem, "numba")
+    finally:
+        torch.set_num_threads(threads)
+    # the product itself is torch's, which may split its sums by threads
+    for name in set(alone) - {"y", "x", "weight", "bias"}:
+        torch.testing.assert_close(together[name], alone[name], rtol=1e-4, atol=1e-6)
+    update = problem.update(problem.tensors)
+    weight = problem.tensors["weight"]
+    try:
+        torch.set_num_threads(1)
+        expected = effective_weight_of(weight, [replace(update, thresholds=[])], weight.shape, "numba")
+        torch.set_num_threads(3)
+        found = effective_weight_of(weight, [replace(update, thresholds=[])], weight.shape, "numba")
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found, expected)
+
+
+def test_several_callers_at_once_do_not_disturb_each_other():
+    problems = [make_problem("mix_k", seed=seed, m=601, n=401, r=8) for seed in range(4)]
+    expected = [solve(problem, "numba") for problem in problems]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda problem: solve(problem, "numba"), problems))
+    for mine, theirs in zip(found, expected, strict=True):
+        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e3])
+def test_the_softmax_neither_overflows_nor_divides_by_zero(scale):
+    problem = make_problem("mix_k", m=40, n=30, r=8)
+    problem = replace(problem, tensors=problem.tensors | {k: problem.tensors[k] * scale for k in ("A", "B")})
+    for name, value in solve(problem, "numba").items():
+        assert torch.isfinite(value).all(), name
+
+
+def test_equal_rows_have_no_gradient_and_no_nan():
+    problem = make_problem("p_linear", m=6, n=5)
+    ones = {name: torch.ones_like(problem.tensors[name]) for name in ("A", "B")}
+    found = solve(replace(problem, tensors=problem.tensors | ones), "numba")
+    assert torch.equal(found["A"], torch.zeros_like(found["A"]))
+    assert torch.equal(found["B"], torch.zeros_like(found["B"]))
+
+
+def test_nan_in_a_factor_is_not_hidden():
+    problem = make_problem("mix_k", budget=35)
+    problem.tensors["A"][0, 0, 0] = torch.nan
+    assert solve(problem, "numba")["y"].isnan().any()
