@@ -9,11 +9,12 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from snella.analysis import inspect_run, write_report
+from snella.analysis import inspect_run
 from snella.cli.options import DemoOptions, EvaluateOptions, InspectOptions, MergeOptions, PredictOptions
 from snella.training import TrainConfig, evaluate, merge, predict, run_demo, train
 from snella.training.atomic_files import write_json, write_text
 from snella.training.predicting import write_predictions
+from snella.training.reporting import refresh_report
 
 _SHOWN_CLASSES = 3
 
@@ -82,13 +83,13 @@ def _inspect(settings: dict[str, Any]) -> None:
     options = InspectOptions(**settings)
     Console().print(inspect_run(options.run))
     if options.report:
-        Console().print(f"report: {write_report(options.run)}", highlight=False)
+        Console().print(f"report: {refresh_report(options.run)}", highlight=False)
 
 
 def _demo(settings: dict[str, Any]) -> None:
     """`snella demo`."""
     options = DemoOptions(**settings)
-    changes: dict[str, Any] = {} if options.epochs is None else {"epochs": options.epochs}
+    changes: dict[str, Any] = {"seed": options.seed} | ({} if options.epochs is None else {"epochs": options.epochs})
     run_demo(options.out, overwrite=options.overwrite, device=options.device, **changes)
 
 

@@ -87,10 +87,12 @@ class DemoOptions:
         out: Folder for SNELLA's run; the others go into its subfolders.
         overwrite: Replace earlier runs there.
         epochs: Epochs of each method; the demonstration's own if not given.
+        seed: Decides the split, the initial values and the order of the images.
         device: auto, cpu or cuda.
     """
 
     out: str = "runs/demo"
     overwrite: bool = True
     epochs: int | None = None
+    seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"

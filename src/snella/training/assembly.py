@@ -35,16 +35,7 @@ def assemble(config: TrainConfig) -> Assembly:
         ValueError: Fewer training images than a batch, or whatever the parts refuse.
     """
     device = choose_device(config.device)
-    splits = load_data(
-        str(config.data),
-        seed=config.seed,
-        val_fraction=config.val_fraction,
-        test_fraction=config.test_fraction,
-        train_size=config.train_size,
-        val_size=config.val_size,
-        test_size=config.test_size,
-        skip_broken=config.skip_broken,
-    )
+    splits = load_splits(config)
     if len(splits.train) < config.batch_size:
         raise ValueError(
             f"batch_size must be at most the number of training images, {len(splits.train)} in {config.data}, "
@@ -71,6 +62,20 @@ def assemble(config: TrainConfig) -> Assembly:
     splits.test = None if splits.test is None else splits.test.with_transform(transform)
     task = ClassificationTask(len(splits.classes), config.label_smoothing)
     return Assembly(splits, model, task, described, data_config)
+
+
+def load_splits(config: TrainConfig) -> DataSplits:
+    """The images of a run, split as its settings say; the same ones every time."""
+    return load_data(
+        str(config.data),
+        seed=config.seed,
+        val_fraction=config.val_fraction,
+        test_fraction=config.test_fraction,
+        train_size=config.train_size,
+        val_size=config.val_size,
+        test_size=config.test_size,
+        skip_broken=config.skip_broken,
+    )
 
 
 def make_backbone(backbone: dict[str, Any]) -> nn.Module:

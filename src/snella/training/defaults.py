@@ -3,12 +3,12 @@
 from typing import Any
 
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
-    "linear": {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4},
+    "linear": {"lr": 3e-3, "head_lr": 3e-3, "weight_decay": 1e-4},
     "bias": {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 0.0},
     "full": {"lr": 5e-5, "head_lr": 1e-3, "weight_decay": 1e-2},
     "lora": {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4, "r": 8},
     "snella": {
-        "lr": 2e-3,
+        "lr": 5e-3,
         "scalar_lr": 1e-4,
         "head_lr": 1e-3,
         "weight_decay": 0.0,
@@ -17,7 +17,7 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
         "scaling": 10.0,
     },
     "snell": {
-        "lr": 2e-3,
+        "lr": 5e-3,
         "scalar_lr": 1e-4,
         "head_lr": 1e-3,
         "weight_decay": 0.0,
