@@ -9,6 +9,7 @@ from snella.training.announcing import announce
 from snella.training.assembly import Assembly, assemble
 from snella.training.checkpoints import latest_checkpoint, remove_incomplete
 from snella.training.config import TrainConfig
+from snella.training.features import cache_features, can_cache_features
 from snella.training.progress import ProgressDisplay
 from snella.training.results import (
     best_epoch,
@@ -83,7 +84,10 @@ def _fit(
     allocation = SnellaCallback() if matrices else None
     display = ProgressDisplay(console, sum(m.size for m in matrices) or None, allocation, config.progress)
     callbacks = [*([allocation] if allocation else []), interrupt, display]
-    trainer = SnellaTrainer(parts.model, config, parts.task, parts.splits.train, parts.splits.val, run, callbacks)
+    trained_part = cache_features(parts, config.batch_size) if can_cache_features(config, parts.model) else None
+    trainer = SnellaTrainer(
+        parts.model, config, parts.task, parts.splits.train, parts.splits.val, run, callbacks, trained_part
+    )
     display.last_loss = lambda: trainer.last_loss
     if checkpoint is not None:
         console.print(f"continuing from {checkpoint}", highlight=False, soft_wrap=True)

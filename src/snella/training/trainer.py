@@ -56,6 +56,7 @@ class SnellaTrainer(Trainer):
         val: Validation items.
         run: Where checkpoints and the best adapter go.
         callbacks: Further callbacks.
+        trained_part: The part of the model that the data sets are inputs of, where that is not the whole.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class SnellaTrainer(Trainer):
         val: ImageDataset,
         run: RunFolder,
         callbacks: list[TrainerCallback],
+        trained_part: nn.Module | None = None,
     ) -> None:
         self.config = config
         self.task = task
@@ -78,7 +80,7 @@ class SnellaTrainer(Trainer):
         self._session_start = time.monotonic()
         self._staging: Path | None = None
         super().__init__(
-            model,
+            model if trained_part is None else trained_part,
             training_arguments(config, run.checkpoints),
             data_collator=task.collate,
             train_dataset=train,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -101,8 +101,7 @@ def adapted_matrices(model: nn.Module, adapter_name: str | None = None) -> list[
     if not holders:
         present = sorted({name for layer in layers.values() for name in layer.snella_A})
         raise ValueError(f"adapter_name must be one of {present}, got {adapter_name!r}")
-    blocks = list(dict.fromkeys(_split_name(name)[0] for name in holders))
-    depths = {block: depth for depth, block in enumerate(block for block in blocks if block)}
+    depths = _number_blocks(model, holders)
     return [
         AdaptedMatrix(
             name=name + (f".{part}" if part else ""),
@@ -126,6 +125,18 @@ def _plain_name(name: str) -> str:
         if wrapper == "base_model" and parts and parts[0] == "model":
             parts.pop(0)
     return ".".join(part for part in parts if part not in {"_orig_mod", "_fsdp_wrapped_module"})
+
+
+def _number_blocks(model: nn.Module, holders: Iterable[str]) -> dict[str, int]:
+    """Number the blocks through the whole model, adapted or not, so that a block keeps its number."""
+    patterns = {_without_numbers(block) for block in (_split_name(name)[0] for name in holders) if block}
+    blocks = dict.fromkeys(_split_name(_plain_name(name))[0] for name, _ in model.named_modules())
+    return {block: depth for depth, block in enumerate(b for b in blocks if _without_numbers(b) in patterns)}
+
+
+def _without_numbers(name: str) -> str:
+    """The name of a block without saying which."""
+    return ".".join("#" if part.isdigit() else part for part in name.split("."))
 
 
 def _split_name(name: str) -> tuple[str, str]:
