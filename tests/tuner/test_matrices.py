@@ -106,3 +106,8 @@ def test_a_model_whose_adapters_were_deleted_is_refused(mlp):
     model.delete_adapter("default")
     with pytest.raises(ValueError, match=r"adapter_name must be one of \[\], got 'default'"):
         adapted_matrices(model)
+
+
+def test_a_block_keeps_its_number_when_others_are_left_out(cases):
+    model = cases["timm_vit"].adapted(exclude_modules=r"blocks\.[0-3]\..*")
+    assert {m.depth for m in adapted_matrices(model)} == {4, 5}
