@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PACKAGES := dataset-fashion-mnist tuxpaint-stamps-default chromium
 
 .DEFAULT_GOAL := help
-.PHONY: help install packages demo test test-slow lint format types clean
+.PHONY: help install packages demo test test-slow bench lint format types clean
 
 help: ## print the verbs
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ test: install packages lint types ## lint, types and tests
 
 test-slow: install packages ## all tests, the slow ones too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not gpu'
+
+bench: install ## time a training step beside PEFT's LoRA and full fine-tuning; appends to benchmarks/results.jsonl
+	$(BIN)/python benchmarks/step_time.py --out benchmarks/results.jsonl
 
 lint: install ## style and formatting
 	$(BIN)/ruff check .

@@ -16,10 +16,11 @@ def saved_bytes(model: nn.Module, images: Tensor) -> int:
     keep_alive: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            sizes[storage.data_ptr()] = storage.nbytes()
-            keep_alive.append(tensor)
+        parts = [tensor._indices(), tensor._values()] if tensor.layout == torch.sparse_coo else [tensor]
+        for storage in (part.untyped_storage() for part in parts):
+            if storage.data_ptr() not in own:
+                sizes[storage.data_ptr()] = storage.nbytes()
+                keep_alive.append(tensor)
         return tensor
 
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
