@@ -3,7 +3,7 @@
 from typing import Any
 
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
-    "linear": {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4},
+    "linear": {"lr": 3e-3, "head_lr": 3e-3, "weight_decay": 1e-4},
     "bias": {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 0.0},
     "full": {"lr": 5e-5, "head_lr": 1e-3, "weight_decay": 1e-2},
     "lora": {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4, "r": 8},
