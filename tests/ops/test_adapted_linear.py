@@ -242,7 +242,13 @@ def test_a_weight_of_another_shape_is_refused():
         call(problem)
 
 
-@pytest.mark.parametrize("impl", ["reference", "eager"])
+@pytest.mark.parametrize("impl", ["reference", "eager", "numba"])
 def test_an_unknown_sparsifier_is_refused(impl):
     with pytest.raises(ValueError, match=r"mode must be one of .*, got 'hard'"):
         call(make_problem(), mode="hard", impl=impl)
+
+
+def test_adapted_linear_takes_every_setting_of_the_kernel():
+    for options in ({"softmax_dim": 1}, {"center_softmax": True}):
+        problem = make_problem(**options)
+        assert torch.equal(call(problem, **options), problem.forward(problem.tensors, "auto"))

@@ -56,7 +56,7 @@ def test_merging_and_selecting_inside_autocast_gives_the_same_bits_as_outside(ke
         update = problem.update(problem.tensors)
         backend = TorchBackend()
         deltas = [one.delta for one in merge_groups(update, backend)]
-        eager = effective_weight_eager(weight, [update], weight.shape, backend)
+        eager = effective_weight_eager(weight, [update], weight.shape, [backend])
         return [*deltas, *update.thresholds, *update.sparse_groups(), eager, effective_weight(weight, [update])]
 
     outside = compute()

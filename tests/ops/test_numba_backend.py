@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snella.ops.adapted_linear import choose_backend, effective_weight_of, numba_backend, numba_loops
+from snella.ops.adapted_linear.api import numba_problem
 from snella.ops.kernels import KERNELS
 from snella.ops.threshold import keep_threshold
 
@@ -26,13 +27,17 @@ def update_of(kernel: str = "mix_k", **options):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_auto_is_numba_for_piecewise_kernels_in_float32_and_eager_for_the_others(kernel):
-    assert choose_backend("auto", [update_of(kernel)]).name == ("numba" if kernel in PIECEWISE else "eager")
-    assert choose_backend("auto", [update_of(kernel, dtype=torch.float64)]).name == "eager"
-    assert choose_backend("eager", [update_of(kernel)]).name == "eager"
+    assert choose_backend("auto", update_of(kernel))[0].name == ("numba" if kernel in PIECEWISE else "eager")
+    assert choose_backend("auto", update_of(kernel, dtype=torch.float64))[0].name == "eager"
+    assert choose_backend("eager", update_of(kernel))[0].name == "eager"
 
 
-def test_auto_is_eager_as_soon_as_one_of_several_updates_cannot_be_compiled():
-    assert choose_backend("auto", [update_of("mix_k"), update_of("linear")]).name == "eager"
+def test_each_of_several_updates_is_computed_by_what_can():
+    first, second = make_problem("mix_k"), make_problem("linear")
+    shape = first.tensors["weight"].shape
+    updates = [problem.update(problem.tensors) for problem in (first, second)]
+    alone = [effective_weight_of(None, [replace(update, thresholds=[])], shape) for update in updates]
+    torch.testing.assert_close(effective_weight_of(None, updates, shape), alone[0] + alone[1])
 
 
 @pytest.mark.parametrize(
@@ -45,23 +50,51 @@ def test_auto_is_eager_as_soon_as_one_of_several_updates_cannot_be_compiled():
 )
 def test_what_numba_cannot_compute_is_refused_when_it_is_asked_for(options, message):
     with pytest.raises(NotImplementedError, match=message):
-        choose_backend("numba", [update_of(**options)])
+        choose_backend("numba", update_of(**options))
 
 
 def test_factors_elsewhere_than_on_the_cpu_are_refused():
     update = update_of()
     elsewhere = replace(update, A=update.A.to("meta"), B=update.B.to("meta"))
     with pytest.raises(NotImplementedError, match="runs on the CPU, got factors on 'meta'"):
-        choose_backend("numba", [elsewhere])
+        choose_backend("numba", elsewhere)
 
 
-def test_without_numba_auto_is_eager_and_asking_for_it_names_the_command(monkeypatch):
-    for module in ("numba", "snella.ops.adapted_linear.numba_backend", "snella.ops.adapted_linear.numba_loops"):
-        monkeypatch.setitem(sys.modules, module, None)
+@pytest.fixture
+def fresh_look():
+    """Let the machine be looked at again, before and after."""
+    numba_problem.cache_clear()
+    yield
+    numba_problem.cache_clear()
+
+
+def test_without_numba_auto_is_eager_and_asking_for_it_names_the_command(monkeypatch, fresh_look):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert choose_backend("auto", [update_of()]).name == "eager"
-    with pytest.raises(ImportError, match=r"impl='numba' needs numba; install it with: pip install 'snella\[fast\]'"):
-        choose_backend("numba", [update_of()])
+    backend, reason = choose_backend("auto", update_of())
+    assert backend.name == "eager"
+    assert "numba is not installed" in reason
+    with pytest.raises(ImportError, match=r"impl='numba', but numba is not installed; .* pip install 'snella\[fast\]'"):
+        choose_backend("numba", update_of())
+
+
+def test_a_numba_that_does_not_work_is_said_to_be_so(monkeypatch, fresh_look):
+    monkeypatch.delattr(sys.modules["snella.ops.adapted_linear"], "numba_backend")
+    monkeypatch.setitem(sys.modules, "snella.ops.adapted_linear.numba_backend", None)
+    backend, reason = choose_backend("auto", update_of())
+    assert backend.name == "eager"
+    assert "numba cannot be used" in reason
+    with pytest.raises(ImportError, match="impl='numba', but numba cannot be used"):
+        choose_backend("numba", update_of())
+
+
+def test_loops_are_compiled_without_a_folder_to_keep_them_in(monkeypatch):
+    def refuse_to_cache(**settings):
+        if settings.get("cache"):
+            raise RuntimeError("cannot cache function 'f': no locator available")
+        return lambda function: "compiled"
+
+    monkeypatch.setattr(numba_loops, "njit", refuse_to_cache)
+    assert numba_loops._compiled({})(len) == "compiled"
 
 
 @settings(max_examples=60, deadline=None)

@@ -95,8 +95,13 @@ def test_ties_go_to_the_more_important_then_to_the_larger():
     assert allocate([3.0, 1.0], [9, 9], 2) == [2, 0]
 
 
-@pytest.mark.parametrize("broken", [0.0, -3.0, math.nan, math.inf])
-def test_a_matrix_without_usable_importance_gets_only_what_others_cannot_hold(broken):
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_one_importance_that_is_not_finite_leaves_the_decision_to_size(broken):
+    assert allocate([1.0, broken, 5.0], [10, 20, 30], 12) == [2, 4, 6]
+
+
+@pytest.mark.parametrize("broken", [0.0, -3.0])
+def test_a_matrix_without_importance_gets_only_what_others_cannot_hold(broken):
     assert allocate([1.0, broken], [10, 10], 8) == [8, 0]
     assert allocate([1.0, broken], [10, 10], 15) == [10, 5]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import warnings
 
 import pytest
@@ -213,7 +214,7 @@ def test_a_detached_allocator_follows_no_more(mlp):
     optimizer = optimiser(model)
     allocator = allocator_of(model).attach(optimizer)
     allocator.detach()
-    train(mlp, model, optimizer)
+    train(mlp, model, optimizer, last=5)
     assert allocator.step == 0
     allocator.attach(optimizer)
     train(mlp, model, optimizer, last=3)
@@ -345,6 +346,68 @@ def test_an_optimiser_wrapped_by_accelerate_is_followed(mlp):
     finally:
         for state in (AcceleratorState, GradientState, PartialState):
             state._reset_state()
+
+
+def test_an_overflow_that_a_fused_optimiser_skips_itself_leaves_the_importance_finite(mlp):
+    torch.manual_seed(0)
+    model = mlp.adapted().train()
+    optimizer = optimiser(model, fused=True)
+    allocator = allocator_of(model).attach(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for number in range(1, EPOCHS * STEPS + 1):
+        loss = mlp.run(model, mlp.inputs(number)).square().sum()
+        scaler.scale(loss * (math.inf if number == 1 else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    scores = list(allocator.history[-1]["importance"].values())
+    assert all(0 < score < math.inf for score in scores)
+    assert len({matrix.budget / matrix.size for matrix in allocator.matrices}) > 1
+
+
+def test_scaled_gradients_have_the_importance_of_unscaled_ones(mlp):
+    scores = {}
+    for scale in (1.0, 1024.0):
+        model = mlp.adapted().train()
+        optimizer = optimiser(model, fused=True)
+        allocator = allocator_of(model).attach(optimizer)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10**6)
+        for number in (1, 2, 3):
+            scaler.scale(mlp.run(model, mlp.inputs(number)).square().sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        scores[scale] = list(allocator.history[-1]["importance"].values())
+    assert scores[1024.0] == pytest.approx(scores[1.0], rel=1e-3)
+
+
+def test_one_infinite_gradient_entry_does_not_freeze_its_matrix(mlp):
+    model = mlp.adapted().train()
+    optimizer = optimiser(model)
+    allocator = allocator_of(model).attach(optimizer)
+    for number in range(1, STEPS + 1):
+        mlp.run(model, mlp.inputs(number)).square().sum().backward()
+        if number == 2:
+            allocator.matrices[0].layer.snella_A["default"].grad[0, 0, 0] = math.inf
+            optimizer.param_groups[0]["lr"] = 0.0
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(0 < score < math.inf for score in allocator.history[-1]["importance"].values())
+
+
+def test_an_optimiser_without_the_factors_is_refused(mlp):
+    model = mlp.adapted()
+    other = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
+    with pytest.raises(ValueError, match="SGD holds none of the factors of adapter 'default'; attach to the optimiser"):
+        allocator_of(model).attach(other)
+
+
+def test_training_on_without_the_allocator_warns_again(mlp):
+    model = mlp.adapted()
+    optimizer = optimiser(model)
+    allocator_of(model).attach(optimizer).detach()
+    with pytest.warns(UserWarning, match="no budget allocator is attached"):
+        train(mlp, model, optimizer, last=30)
 
 
 def test_a_step_that_the_gradient_scaler_skips_does_not_count(mlp):

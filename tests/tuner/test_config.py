@@ -149,3 +149,18 @@ def test_configurations_are_copied_and_pickled():
     for twin in (copy.deepcopy(config), copy.copy(config), pickle.loads(pickle.dumps(config))):
         assert twin == config
         assert twin.peft_type == "SNELLA"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"r": 8.0}, "r must be a whole number, got 8.0"),
+        ({"target_sparsity": "0.7"}, "target_sparsity must be a number, got '0.7'"),
+        ({"scaling": 0.0}, "scaling must be finite and not 0, got 0.0"),
+        ({"scaling": float("nan")}, "scaling must be finite and not 0, got nan"),
+        ({"update_dropout": "a"}, "update_dropout must be a number, got 'a'"),
+    ],
+)
+def test_a_setting_of_the_wrong_kind_is_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SnellaConfig(**settings)

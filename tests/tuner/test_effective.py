@@ -267,3 +267,31 @@ def test_copies_and_pickles_start_empty(mlp):
         assert isinstance(twin, EffectiveWeightCache)
         assert twin._effective is None
         assert not twin._thresholds
+
+
+# entries in inference mode ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda mlp, model: mlp.run(model),
+        lambda mlp, model: adapted_matrices(model)[0].nonzeros(),
+        lambda mlp, model: layers(model)[0].get_delta_weight("default"),
+    ],
+    ids=["forward", "nonzeros", "get_delta_weight"],
+)
+def test_a_look_in_inference_mode_does_not_disturb_training(mlp, look):
+    model = mlp.adapted().train()
+    with torch.inference_mode():
+        look(mlp, model)
+    mlp.run(model).sum().backward()
+    assert layers(model)[0].snella_A["default"].grad.any()
+
+
+def test_setting_the_mode_that_is_set_already_keeps_the_thresholds(mlp, selections):
+    model = mlp.adapted().train()
+    for number in range(4):
+        model.train()  # as transformers' Trainer does before every batch
+        mlp.run(model, mlp.inputs(number)).sum().backward()
+    assert spent(selections) == 2

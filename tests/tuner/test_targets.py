@@ -340,3 +340,33 @@ def test_each_matrix_of_a_fused_layer_trains_like_a_layer_of_its_own():
             optimizer.step()
         joined = torch.cat([one.base_model.model[0].get_delta_weight("default") for one in apart])
         assert torch.allclose(layer.get_delta_weight("default"), joined, rtol=1e-4, atol=1e-6), step
+
+
+def test_the_head_of_a_wrapped_model_is_left_out():
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = timm.create_model("test_vit", num_classes=3)
+
+    assert "net.head" not in all_linear_names(Wrapper())
+    assert "net.blocks.0.attn.qkv" in all_linear_names(Wrapper())
+
+
+def test_a_weight_that_two_targeted_layers_share_is_refused():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    with pytest.raises(NotImplementedError, match=r"target_modules matches '0', whose weight \['0', '1'\] share"):
+        get_peft_model(model, SnellaConfig(r=2, target_modules=["0", "1"]))
+
+
+def test_a_layer_with_two_names_is_refused():
+    model = nn.Sequential(nn.Linear(4, 4), nn.GELU())
+    model.again = model[0]
+    with pytest.raises(NotImplementedError, match=r"whose weight \['0', 'again'\] share"):
+        get_peft_model(model, SnellaConfig(r=2, target_modules=["0"]))
+
+
+def test_the_choice_of_the_implementation_is_logged_with_its_reason(caplog):
+    caplog.set_level("INFO", logger="snella")
+    get_peft_model(nn.Sequential(nn.Linear(4, 4)), SnellaConfig(r=2, target_modules=["0"], kernel="rbf"))
+    assert "impl='auto' is 'eager' (numba has the piecewise kernels only, got kernel='rbf')" in caplog.text

@@ -50,35 +50,41 @@ def can_cache_features(config: TrainConfig, model: nn.Module) -> bool:
         and config.augment == "none"
         and has_features
         and isinstance(model.get_submodule(spec_of(model).head), nn.Linear)
-        and not getattr(getattr(model, "head_drop", None), "p", 0.0)
+        and not _draws_random_numbers(model)
     )
 
 
-def cache_features(parts: Assembly, batch_size: int) -> nn.Module:
+def _draws_random_numbers(model: nn.Module) -> bool:
+    """Whether dropout or drop-path is active somewhere, as a module or as timm's functional `drop_rate`."""
+    rates = ((module, name) for module in model.modules() for name in ("p", "drop_prob", "drop_rate"))
+    return any(isinstance(rate := getattr(module, name, None), float) and rate > 0 for module, name in rates)
+
+
+def cache_features(parts: Assembly, config: TrainConfig) -> nn.Module:
     """Put features in the place of all images, and return what is left to train: the head.
 
     Args:
         parts: Its data sets are replaced.
-        batch_size: Images at a time.
+        config: Resolved settings; the batch size and the workers count.
     """
-    parts.splits.train = _featurise(parts.model, parts.splits.train, batch_size)
-    parts.splits.val = _featurise(parts.model, parts.splits.val, batch_size)
+    parts.splits.train = _featurise(parts.model, parts.splits.train, config)
+    parts.splits.val = _featurise(parts.model, parts.splits.val, config)
     if parts.splits.test is not None:
-        parts.splits.test = _featurise(parts.model, parts.splits.test, batch_size)
+        parts.splits.test = _featurise(parts.model, parts.splits.test, config)
     return parts.model.get_submodule(spec_of(parts.model).head)
 
 
-def _featurise(model: nn.Module, images: ImageDataset, batch_size: int) -> ImageDataset:
+def _featurise(model: nn.Module, images: ImageDataset, config: TrainConfig) -> ImageDataset:
     """The data set with features for images."""
-    features = torch.cat(list(_features(model, images, batch_size)))
+    features = torch.cat(list(_features(model, images, config)))
     return FeatureDataset(images, features)  # type: ignore[return-value]
 
 
 @torch.no_grad()
-def _features(model: nn.Module, images: ImageDataset, batch_size: int) -> Iterator[Tensor]:
+def _features(model: nn.Module, images: ImageDataset, config: TrainConfig) -> Iterator[Tensor]:
     """Pooled features of one batch after the other, on the CPU."""
     device = next(model.parameters()).device
     model.eval()
-    for batch, _ in DataLoader(images, batch_size=batch_size):
+    for batch, _ in DataLoader(images, batch_size=config.batch_size, num_workers=config.workers):
         pooled = model.forward_head(model.forward_features(batch.to(device)), pre_logits=True)  # type: ignore[operator]
         yield pooled.float().cpu()

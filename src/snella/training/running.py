@@ -84,7 +84,7 @@ def _fit(
     allocation = SnellaCallback() if matrices else None
     display = ProgressDisplay(console, sum(m.size for m in matrices) or None, allocation, config.progress)
     callbacks = [*([allocation] if allocation else []), interrupt, display]
-    trained_part = cache_features(parts, config.batch_size) if can_cache_features(config, parts.model) else None
+    trained_part = cache_features(parts, config) if can_cache_features(config, parts.model) else None
     trainer = SnellaTrainer(
         parts.model, config, parts.task, parts.splits.train, parts.splits.val, run, callbacks, trained_part
     )
@@ -132,6 +132,11 @@ def _finish(trainer: SnellaTrainer, parts: Assembly, run: RunFolder, console: Co
         "" if test is None else f", test {test['accuracy']:.4f} (balanced {test['balanced_accuracy']:.4f})"
     )
     console.print(f"best epoch {best}: {shown}", highlight=False, soft_wrap=True)
+    if matrices:
+        kept, total = sum(m.budget for m in matrices), sum(m.size for m in matrices)
+        console.print(
+            f"its update changes {kept:,} of {total:,} weights ({1 - kept / total:.1%} sparse)", highlight=False
+        )
     console.print(f"adapter {run.adapter}, report {report}", highlight=False, soft_wrap=True)
 
 

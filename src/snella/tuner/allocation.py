@@ -15,8 +15,8 @@ def allocate(importance: Sequence[float], caps: Sequence[int], budget: int, min_
     matrices does not matter, and every machine finds the same numbers. Fractions of an entry go by largest remainder.
 
     Args:
-        importance: One number a matrix; what is negative or not finite counts as 0. If nothing is left above 0, shares
-            go by size.
+        importance: One number a matrix; what is negative counts as 0. If one of them is not finite, or nothing is left
+            above 0, shares go by size.
         caps: Size of each matrix.
         budget: Entries to give away, in `[0, sum(caps)]`.
         min_layer_share: Fraction of its uniform share `budget · cap / Σ caps` that every matrix gets beforehand, so
@@ -41,7 +41,8 @@ def allocate(importance: Sequence[float], caps: Sequence[int], budget: int, min_
         return [0] * len(caps)
     share = Fraction(min_layer_share)
     floors = [int(share * budget * cap / total) for cap in caps]
-    scores = [Fraction(value) if math.isfinite(value) and value > 0 else Fraction(0) for value in importance]
+    is_usable = all(math.isfinite(value) for value in importance)
+    scores = [Fraction(value) if is_usable and value > 0 else Fraction(0) for value in importance]
     rooms = [cap - floor for cap, floor in zip(caps, floors, strict=True)]
     shares = _fill_in_proportion(scores, rooms, budget - sum(floors))
     rounded = _round_to_sum(shares, rooms, budget - sum(floors), scores)

@@ -143,11 +143,18 @@ class BudgetAllocator:
 
         Raises:
             RuntimeError: It is attached already.
+            ValueError: The optimiser has none of the adapter's factors, so that its steps say nothing about them.
         """
         if self._handles:
             raise RuntimeError("the allocator is attached to an optimiser already; call detach() first")
         while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
             optimizer = inner
+        optimised = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if not any(id(matrix.layer.snella_A[self.adapter_name]) in optimised for matrix in self.matrices):
+            raise ValueError(
+                f"{type(optimizer).__name__} holds none of the factors of adapter {self.adapter_name!r}; attach to the "
+                "optimiser that trains them, made after the adapter, e.g. with create_snella_optimizer(model, lr=…)"
+            )
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -163,6 +170,7 @@ class BudgetAllocator:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._watch(attached=False)
 
     def update_and_allocate(self, step: int) -> None:
         """Update the importance and, if it is due, the budgets. For loops that do not `attach`.
@@ -185,21 +193,21 @@ class BudgetAllocator:
         while self.step < step:
             self._finish_step(self.step + 1)
 
-    def _before_step(self, *_: Any) -> None:
+    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         if not self.config.zero_start:
-            self._update_importance()
+            self._update_importance(_gradient_scale(optimizer))
 
-    def _after_step(self, *_: Any) -> None:
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         if self.config.zero_start:
-            self._update_importance()
+            self._update_importance(_gradient_scale(optimizer))
         self._finish_step(self.step + 1)
 
     def _watch(self, *, attached: bool) -> None:
         """Tell the layers that somebody takes care of their budgets."""
         self.config.watch.is_attached = attached
 
-    def _update_importance(self) -> None:
-        self.importance.update()
+    def _update_importance(self, gradient_scale: float = 1.0) -> None:
+        self.importance.update(gradient_scale)
         untouched = self.importance.without_gradient
         if untouched and self.step == 0:
             warnings.warn(
@@ -286,6 +294,12 @@ class BudgetAllocator:
         state = optimizer.param_groups[0].pop(_STATE_KEY, None)
         if state is not None:
             self.load_state_dict(state)
+
+
+def _gradient_scale(optimizer: Optimizer) -> float:
+    """What a gradient scaler left for a fused optimiser to divide by; others get their gradients divided before."""
+    scale = getattr(optimizer, "grad_scale", None)
+    return 1.0 if scale is None else float(scale)
 
 
 def _same_on_every_rank(scores: list[float]) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal, get_args
@@ -185,7 +186,9 @@ class SnellaConfig(PeftConfig):
 
     def _range_faults(self) -> list[str]:
         """Name every number out of range."""
-        faults = []
+        faults = self._kind_faults()
+        if faults:
+            return faults
         cuts_rows = self.kernel in KERNELS and "piece_coeff" in KERNELS[self.kernel].scalars
         if self.r < 1 or self.num_pieces < 1 or (cuts_rows and self.r % self.num_pieces):
             faults.append(f"num_pieces must divide r, both at least 1, got r={self.r} and num_pieces={self.num_pieces}")
@@ -198,6 +201,8 @@ class SnellaConfig(PeftConfig):
                 f"init_sparsity must be in [0, target_sparsity], got {self.init_sparsity} "
                 f"with target_sparsity={self.target_sparsity}"
             )
+        if not math.isfinite(self.scaling) or self.scaling == 0:
+            faults.append(f"scaling must be finite and not 0, got {self.scaling}")
         for name in ("beta1", "beta2", "update_dropout", "update_drop_path"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
@@ -212,6 +217,20 @@ class SnellaConfig(PeftConfig):
         groups = self.qkv_groups
         if not (groups == "auto" or isinstance(groups, dict) or (isinstance(groups, int) and groups >= 1)):
             faults.append(f"qkv_groups must be 'auto', a number of at least 1 or a mapping, got {groups!r}")
+        return faults
+
+    def _kind_faults(self) -> list[str]:
+        """Name every field that must be a number and is not."""
+        faults = [
+            f"{name} must be a whole number, got {getattr(self, name)!r}"
+            for name in ("r", "num_pieces", "softmax_dim")
+            if not isinstance(getattr(self, name), int)
+        ]
+        numbers = ("target_sparsity", "init_sparsity", "scaling", "beta1", "beta2", "min_layer_share")
+        for name in (*numbers, "update_dropout", "update_drop_path"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) and not (value is None and name not in numbers):
+                faults.append(f"{name} must be a number, got {value!r}")
         return faults
 
     def _target_faults(self) -> list[str]:

@@ -72,7 +72,8 @@ class EffectiveWeightCache:
     def thresholds(self, name: str, update: Update) -> list[Tensor]:
         """The list that `update` reads its thresholds from and writes them to; empty if something changed."""
         tensors = [tensor for tensor in update.tensors() if tensor is not None]
-        if not _keeps_versions(tensors):
+        if torch.is_inference_mode_enabled() or not _keeps_versions(tensors):
+            # what is computed in inference mode cannot be kept for a backward pass afterwards
             return []
         state = _State(tensors, optimizer_steps(), update.budgets, update.mode)
         known = self._thresholds.get(name)

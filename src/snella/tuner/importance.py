@@ -43,14 +43,23 @@ class ImportanceTracker:
         self._averages: dict[str, Tensor] = {}
         self._uncertainties: dict[str, Tensor] = {}
         self.without_gradient: list[str] = []
+        self._sparse_updates: dict[int, list[Tensor]] = {}
+        self._gradient_scale = 1.0
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Take the gradients and parameters as they are now into the averages."""
+    def update(self, gradient_scale: float = 1.0) -> None:
+        """Take the gradients and parameters as they are now into the averages.
+
+        Args:
+            gradient_scale: What the gradients are multiplied by at present, by a gradient scaler.
+        """
+        self._gradient_scale = gradient_scale
         self.without_gradient = []
+        self._sparse_updates = {}
         for matrix in self.matrices:
             for key, value in self._instant_importance(matrix).items():
                 self._smooth(f"{matrix.name}/{key}", value)
+        self._sparse_updates = {}
 
     @torch.no_grad()
     def scores(self) -> list[float]:
@@ -66,7 +75,10 @@ class ImportanceTracker:
     def _instant_importance(self, matrix: AdaptedMatrix) -> dict[str, Tensor]:
         """`I` of one matrix, by the name of what it is the importance of."""
         if self.metric == "delta_magnitude":
-            return {"S": matrix.sparse_update().abs().mean()}
+            # a fused layer is merged once for all of its matrices
+            whole = self._sparse_updates.setdefault(id(matrix.layer), [])
+            whole.extend(matrix.layer.sparse_updates(matrix.adapter_name) if not whole else [])
+            return {"S": whole[matrix.group].abs().mean()}
         factors = dict(zip("AB", matrix.factors, strict=True))
         if self.metric == "magnitude":
             return {key: factor.detach().abs().float() for key, factor in factors.items()}
@@ -76,18 +88,27 @@ class ImportanceTracker:
             self.without_gradient.append(matrix.name)
             return {key: torch.zeros_like(factor, dtype=torch.float32) for key, factor in factors.items()}
         gradients = dict(zip("AB", matrix.parts(grad_A, grad_B), strict=True))
-        return {key: (gradients[key].float() * factor.detach().float()).abs() for key, factor in factors.items()}
+        scale = 1 / self._gradient_scale
+        return {
+            key: (gradients[key].float() * scale * factor.detach().float()).abs() for key, factor in factors.items()
+        }
 
     def _smooth(self, key: str, value: Tensor) -> None:
-        """One step of both moving averages."""
+        """One step of both moving averages; an entry that is not finite leaves its average as it is.
+
+        A moving average never gets rid of an infinity, and one overflow of a half-precision gradient is no news.
+        """
+        is_finite = torch.isfinite(value)
         if key not in self._averages:
-            self._averages[key] = torch.zeros_like(value) if self.zero_start else value.clone()
+            first = torch.where(is_finite, value, 0)
+            self._averages[key] = torch.zeros_like(value) if self.zero_start else first
             self._uncertainties[key] = torch.zeros_like(value)
             if not self.zero_start:
                 return
         average, uncertainty = self._averages[key], self._uncertainties[key]
-        average.lerp_(value.to(average.device), 1 - self.beta1)
-        uncertainty.lerp_((average - value.to(average.device)).abs_(), 1 - self.beta2)
+        value = torch.where(is_finite, value, average.to(value.device)).to(average.device)
+        average.lerp_(value, 1 - self.beta1)
+        uncertainty.lerp_((average - value).abs_(), 1 - self.beta2)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that `load_state_dict` needs, tensors and plain values only."""

@@ -21,6 +21,7 @@ from snella.ops.adapted_linear import (
     Product,
     Update,
     adapted_product,
+    choose_backend,
     effective_weight_of,
 )
 from snella.ops.kernels import KernelScalars, make_kernel
@@ -84,7 +85,8 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
 
     def train(self, mode: bool = True) -> Self:
         """Switch between training and evaluation; the weight computed for evaluation is let go."""
-        self._cache.clear()
+        if mode != self.training:
+            self._cache.clear()
         return super().train(mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -229,8 +231,16 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
     def _effective(self, weight: Tensor | None, adapter_names: list[str], shape: torch.Size | None = None) -> Tensor:
         """`W0 + Σ scaling·S`, without gradient; the same bits that the forward pass uses."""
         updates = [self._update(name) for name in adapter_names]
-        impl = self.snella_config[adapter_names[0]].impl
-        return effective_weight_of(weight, updates, shape or self._oriented_weight().shape, impl)
+        shape = shape or self._oriented_weight().shape
+        return effective_weight_of(weight, updates, shape, self._common_impl(adapter_names))
+
+    def backend(self, adapter_name: str) -> str:
+        """Which implementation computes this adapter's update, and why."""
+        impl = self.snella_config[adapter_name].impl
+        if impl == "reference":
+            return "'reference' (as asked for)"
+        chosen, reason = choose_backend(impl, self._update(adapter_name))
+        return f"{chosen.name!r} ({reason})"
 
     def sparse_updates(self, adapter_name: str) -> list[Tensor]:
         """`S` of each matrix of one adapter, `[rows, n]`, without `scaling` and gradient."""
@@ -332,16 +342,26 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
             )
             return adapted_product(x, effective, bias, [], product)
         self._cache.drop_effective_weight()
-        config = self.snella_config[names[0]] if names else None
         return adapted_product(
             x,
             weight,
             bias,
             [self._update(name) for name in names],
             product,
-            impl=config.impl if config else "auto",
-            keep_delta=config.keep_delta if config else False,
+            impl=self._common_impl(names),
+            keep_delta=any(self.snella_config[name].keep_delta for name in names),
         )
+
+    def _common_impl(self, names: list[str]) -> str:
+        """The implementation that these adapters ask for.
+
+        Raises:
+            ValueError: They ask for different ones.
+        """
+        wanted = {name: self.snella_config[name].impl for name in names}
+        if len(set(wanted.values())) > 1:
+            raise ValueError(f"impl must be the same in all active adapters, got {wanted}")
+        return next(iter(wanted.values()), "auto")
 
     def _needs_gradients(self, names: list[str]) -> bool:
         """Whether autograd will ask for gradients of anything that the effective weight is made of."""

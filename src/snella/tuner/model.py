@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from .config import SnellaConfig
 from .layer import Conv2d, Linear, SnellaLayer
 from .targets import all_linear_names, block_number, count_rows, default_targets, unmatched_message
 from .tokens import TokenAdapter, attach_tokens, find_tokens, token_adapters
+
+logger = logging.getLogger(__name__)
 
 
 class SnellaModel(BaseTuner):
@@ -63,9 +66,28 @@ class SnellaModel(BaseTuner):
         # only names that miss are refused here: what is excluded on purpose is PEFT's own business
         if not any(_matches(targets, name) for name, _ in model.named_modules()):
             raise ValueError(unmatched_message(targets, model))
+        self._refuse_shared_weights(peft_config, model)
         peft_config.train_tokens = find_tokens(
             model, peft_config.wanted_tokens(), is_required=peft_config.requires_tokens
         )
+
+    def _refuse_shared_weights(self, peft_config: SnellaConfig, model: nn.Module) -> None:
+        """Refuse to adapt a weight that several modules use, or a module that has several names."""
+        users: dict[int, list[tuple[str, nn.Module]]] = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+            if isinstance(base, (nn.Linear, nn.Conv2d, Conv1D)) and not name.endswith(".base_layer"):
+                users.setdefault(id(base.weight), []).append((name, base))
+        for sharing in users.values():
+            if len(sharing) < 2:
+                continue
+            targeted = [name for name, _ in sharing if self._check_target_module_exists(peft_config, name)]
+            is_alias = len({id(base) for _, base in sharing}) < len(sharing)
+            if targeted and (is_alias or len(targeted) > 1):
+                raise NotImplementedError(
+                    f"target_modules matches {targeted[0]!r}, whose weight {[name for name, _ in sharing]} share; an "
+                    "update of one would change or miss the others; exclude them, or give each a weight of its own"
+                )
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool | re.Match[str] | None:
@@ -85,6 +107,9 @@ class SnellaModel(BaseTuner):
         """Put one more adapter into the model."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = cast(SnellaConfig, self.peft_config[adapter_name])
+        layer = next((m for m in model.modules() if isinstance(m, SnellaLayer) and adapter_name in m.snella_A), None)
+        if layer is not None and not layer.snella_A[adapter_name].is_meta:
+            logger.info("adapter %r: impl=%r is %s", adapter_name, config.impl, layer.backend(adapter_name))
         attach_tokens(
             model, config.train_tokens or [], adapter_name, self.active_adapters, inference_mode=config.inference_mode
         )

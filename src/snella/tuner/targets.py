@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
+from itertools import product
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
@@ -50,10 +51,10 @@ def all_linear_names(model: nn.Module) -> list[str]:
 
 
 def _head_modules(model: nn.Module) -> set[nn.Module]:
-    """The modules that the model itself calls its classifier or its output embedding."""
+    """The modules that the model, or a model within it, calls its classifier or its output embedding."""
     heads: set[nn.Module] = set()
-    for method in ("get_classifier", "get_output_embeddings"):
-        getter = getattr(model, method, None)
+    for module, method in product(model.modules(), ("get_classifier", "get_output_embeddings")):
+        getter = getattr(module, method, None)
         if not callable(getter):
             continue
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Literal, get_args
 
 import torch
@@ -32,30 +33,44 @@ def resolve_implementation(impl: str) -> str:
     return impl
 
 
-def choose_backend(impl: str, updates: Sequence[Update]) -> Backend:
-    """Return what computes these updates.
+@lru_cache(maxsize=1)
+def numba_problem() -> str | None:
+    """Why the compiled loops cannot be used on this machine, or `None`."""
+    if importlib.util.find_spec("numba") is None:
+        return "numba is not installed; install it with: pip install 'snella[fast]'"
+    try:
+        from . import numba_backend  # noqa: F401
+    except Exception as error:  # numba fails in many ways where it does not fit numpy, LLVM or the machine
+        return f"numba cannot be used: {error}"
+    return None
+
+
+def choose_backend(impl: str, update: Update) -> tuple[Backend, str]:
+    """Return what computes this update, and why.
 
     `"auto"` is `"numba"` where that is installed and can do it (float32 factors on the CPU, a piecewise kernel), else
-    `"eager"`. The choice depends on these settings alone, so that a layer computes the same bits every time.
+    `"eager"`. The choice depends on the machine, the kernel, and the factors' device and dtype alone, so that a layer
+    computes the same bits every time.
 
     Raises:
-        ImportError: `impl="numba"` and numba is missing.
+        ImportError: `impl="numba"` and numba is missing or does not work.
         NotImplementedError: `impl="numba"` for an update that it cannot compute.
     """
     if impl not in ("auto", "numba"):
-        return TorchBackend()
-    if impl == "auto" and importlib.util.find_spec("numba") is None:
-        return TorchBackend()
-    try:
-        from .numba_backend import NumbaBackend, obstacle
-    except ImportError as error:
-        raise ImportError("impl='numba' needs numba; install it with: pip install 'snella[fast]'") from error
-    obstacles = [reason for update in updates if (reason := obstacle(update))]
-    if not obstacles:
-        return NumbaBackend()
+        return TorchBackend(), "as asked for"
+    problem = numba_problem()
+    if problem is not None:
+        if impl == "numba":
+            raise ImportError(f"impl='numba', but {problem}")
+        return TorchBackend(), problem
+    from .numba_backend import NumbaBackend, obstacle
+
+    reason = obstacle(update)
+    if reason is None:
+        return NumbaBackend(), "compiled loops on the CPU"
     if impl == "numba":
-        raise NotImplementedError(f"impl='numba' {obstacles[0]}; impl='eager' would work")
-    return TorchBackend()
+        raise NotImplementedError(f"impl='numba' {reason}; impl='eager' would work")
+    return TorchBackend(), f"numba {reason}"
 
 
 def effective_weight_of(
@@ -72,7 +87,8 @@ def effective_weight_of(
     if resolve_implementation(impl) == "reference":
         with torch.no_grad():
             return effective_weight(weight, updates, weight_shape)
-    return effective_weight_eager(weight, updates, weight_shape, choose_backend(impl, updates))
+    backends = [choose_backend(impl, update)[0] for update in updates]
+    return effective_weight_eager(weight, updates, weight_shape, backends)
 
 
 def adapted_product(
@@ -124,8 +140,8 @@ def adapted_product(
         return product(x, weight.to(x.dtype), bias)
     if resolve_implementation(impl) == "reference":
         return adapted_product_reference(x, weight, bias, updates, product, weight_shape)
-    backend = choose_backend(impl, updates)
-    return adapted_product_eager(x, weight, bias, updates, product, weight_shape, backend, keep_delta)
+    backends = [choose_backend(impl, update)[0] for update in updates]
+    return adapted_product_eager(x, weight, bias, updates, product, weight_shape, backends, keep_delta)
 
 
 def adapted_linear(
@@ -142,6 +158,8 @@ def adapted_linear(
     beta: Tensor | None = None,
     temperature: Tensor | None = None,
     num_pieces: int = 2,
+    softmax_dim: int = 0,
+    center_softmax: bool = False,
     scaling: float = 1.0,
     mode: SparsifyMode = "soft",
     impl: str = "auto",
@@ -158,12 +176,15 @@ def adapted_linear(
         A: Input-side factor, `[n, r]`.
         B: Output-side factor, `[m, r]`.
         budget: Entries of `S` that may differ from zero, in `[0, m·n]`.
-        kernel: Name of the kernel function, see `merge_factors`, as are the four scalars and `num_pieces`.
+        kernel: Name of the kernel function, see `merge_factors`, as are the four scalars, `num_pieces`, `softmax_dim`
+            and `center_softmax`.
         piece_coeff: `[P]`.
         alpha: 0-dim.
         beta: 0-dim.
         temperature: 0-dim or `None`.
         num_pieces: `P`.
+        softmax_dim: 0 or 1.
+        center_softmax: Whether the softmax is shifted to mean 0.
         scaling: Factor before `S`.
         mode: `"soft"` (eq. 13) or `"official"`.
         impl: See `adapted_product`.
@@ -176,8 +197,7 @@ def adapted_linear(
         ValueError: Shapes, budget, kernel or scalars do not fit together.
     """
     scalars = KernelScalars(*(v if v is None else v[None] for v in (piece_coeff, alpha, beta, temperature)))
-    update = Update(
-        A[None], B, scalars, make_kernel(kernel, num_pieces=num_pieces), (budget,), (B.shape[0],), scaling, mode
-    )
+    spec = make_kernel(kernel, num_pieces=num_pieces, softmax_dim=softmax_dim, center_softmax=center_softmax)
+    update = Update(A[None], B, scalars, spec, (budget,), (B.shape[0],), scaling, mode)
     update.check(weight.shape)
     return adapted_product(x, weight, bias, [update], LinearProduct(), impl=impl, keep_delta=keep_delta)

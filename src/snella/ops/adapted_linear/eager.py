@@ -28,12 +28,12 @@ def adapted_product_eager(
     updates: Sequence[Update],
     product: Product,
     weight_shape: torch.Size,
-    backend: Backend,
+    backends: Sequence[Backend],
     keep_delta: bool = False,
 ) -> Tensor:
     """Same contract as `adapted_product`."""
     tensors = [tensor for update in updates for tensor in update.tensors()]
-    settings = _Settings(tuple(updates), product, weight_shape, backend, keep_delta)
+    settings = _Settings(tuple(updates), product, weight_shape, tuple(backends), keep_delta)
     return _AdaptedProduct.apply(x, weight, bias, settings, *tensors)
 
 
@@ -44,7 +44,7 @@ class _Settings:
     updates: tuple[Update, ...]
     product: Product
     weight_shape: torch.Size
-    backend: Backend
+    backends: tuple[Backend, ...]
     keep_delta: bool
 
 
@@ -66,7 +66,7 @@ def add_updates(
     updates: Sequence[Update],
     weight_shape: torch.Size,
     merged: Sequence[Sequence[Merged | None]],
-    backend: Backend,
+    backends: Sequence[Backend],
 ) -> Tensor:
     """Return `W0 + Σ scaling·S` from merged matrices; values as `effective_weight`."""
     dtype = torch.float32 if weight is None else torch.promote_types(weight.dtype, torch.float32)
@@ -81,7 +81,7 @@ def add_updates(
     owned = weight is None or base.data_ptr() != weight.data_ptr()
     total = base if owned else torch.empty_like(base)
     source, target = base.view(weight_shape[0], -1), total.view(weight_shape[0], -1)
-    for update, groups in zip(updates, merged, strict=True):
+    for update, groups, backend in zip(updates, merged, backends, strict=True):
         for group, (rows, one) in enumerate(zip(update.rows, groups, strict=True)):
             if one is not None:
                 backend.add_sparse(update, group, one, source[rows], target[rows])
@@ -92,11 +92,12 @@ def add_updates(
 
 
 def effective_weight_eager(
-    weight: Tensor | None, updates: Sequence[Update], weight_shape: torch.Size, backend: Backend
+    weight: Tensor | None, updates: Sequence[Update], weight_shape: torch.Size, backends: Sequence[Backend]
 ) -> Tensor:
     """Return `W0 + Σ scaling·S` without gradients, with the bits that the adapted layer uses."""
     with torch.no_grad():
-        return add_updates(weight, updates, weight_shape, [merge_groups(u, backend) for u in updates], backend)
+        merged = [merge_groups(update, backend) for update, backend in zip(updates, backends, strict=True)]
+        return add_updates(weight, updates, weight_shape, merged, backends)
 
 
 class _AdaptedProduct(torch.autograd.Function):
@@ -106,10 +107,10 @@ class _AdaptedProduct(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, settings: _Settings, *tensors: Tensor | None
     ) -> Tensor:
-        updates, backend = settings.updates, settings.backend
+        updates, backends = settings.updates, settings.backends
         with torch.autocast(x.device.type, enabled=False):
-            merged = [merge_groups(update, backend) for update in updates]
-            effective = add_updates(weight, updates, settings.weight_shape, merged, backend).to(x.dtype)
+            merged = [merge_groups(update, backend) for update, backend in zip(updates, backends, strict=True)]
+            effective = add_updates(weight, updates, settings.weight_shape, merged, backends).to(x.dtype)
             y = settings.product(x, effective, bias)
         ctx.settings, ctx.x_shape, ctx.has_bias = settings, x.shape, bias is not None
         some_update_learns = any(ctx.needs_input_grad[4:]) and any(any(update.budgets) for update in updates)
@@ -132,7 +133,7 @@ class _AdaptedProduct(torch.autograd.Function):
         with torch.autocast(grad_y.device.type, enabled=False):
             updates, merged = _restore(settings, ctx.num_thresholds, rest)
             if needs_x:
-                effective = add_updates(weight, updates, shape, merged, settings.backend).to(grad_y.dtype)
+                effective = add_updates(weight, updates, shape, merged, settings.backends).to(grad_y.dtype)
                 grad_x = product.grad_input(grad_y, effective, ctx.x_shape)
                 del effective
             if x is not None:
@@ -140,7 +141,7 @@ class _AdaptedProduct(torch.autograd.Function):
             for k, (update, groups) in enumerate(zip(updates, merged, strict=True)):
                 needed = ctx.needs_input_grad[4 + k * _TENSORS_PER_UPDATE :][:_TENSORS_PER_UPDATE]
                 if any(needed):
-                    found = _update_gradients(update, groups, grad_weight, settings)
+                    found = _update_gradients(update, groups, grad_weight, shape, settings.backends[k])
                     grads.extend(grad if need else None for grad, need in zip(found, needed, strict=True))
                 else:
                     grads.extend([None] * _TENSORS_PER_UPDATE)
@@ -159,7 +160,7 @@ def _restore(
     kept = list(saved[num_thresholds : len(saved) - len(tensors)])
     updates: list[Update] = []
     merged: list[list[Merged | None]] = []
-    for update in settings.updates:
+    for update, backend in zip(settings.updates, settings.backends, strict=True):
         count = len(update.row_counts)
         restored = update.with_tensors(tuple(tensors[:_TENSORS_PER_UPDATE]))
         restored.thresholds = thresholds[:count]
@@ -167,21 +168,25 @@ def _restore(
         if settings.keep_delta:
             merged.append([None if delta is None else Merged(delta) for delta in kept[:count]])
         else:
-            merged.append(merge_groups(restored, settings.backend))
+            merged.append(merge_groups(restored, backend))
         del tensors[:_TENSORS_PER_UPDATE], thresholds[:count], kept[:count]
     return updates, merged
 
 
 def _update_gradients(
-    update: Update, merged: Sequence[Merged | None], grad_weight: Tensor | None, settings: _Settings
+    update: Update,
+    merged: Sequence[Merged | None],
+    grad_weight: Tensor | None,
+    weight_shape: torch.Size,
+    backend: Backend,
 ) -> tuple[Tensor | None, ...]:
     """Gradients to `update.tensors()`, given ∂L/∂W of the effective weight; zero for matrices without budget."""
     grads = [None if tensor is None else torch.zeros_like(tensor) for tensor in update.tensors()]
     for group, (factors, rows, one) in enumerate(zip(update.group_factors(), update.rows, merged, strict=True)):
         if one is None or grad_weight is None:
             continue
-        grad = grad_weight.reshape(settings.weight_shape[0], -1)[rows]
-        found = settings.backend.factor_gradients(update, group, factors, one, grad)
+        grad = grad_weight.reshape(weight_shape[0], -1)[rows]
+        found = backend.factor_gradients(update, group, factors, one, grad)
         for k, value in enumerate(found):
             into = grads[k]
             if value is not None and into is not None:

@@ -21,7 +21,8 @@ _ENTRIES_PER_CHUNK = 1 << 16
 _MAX_CHUNKS = 32  # more would only make the partial sums larger
 _LEAST_ENTRIES_FOR_THREADS = 1 << 17
 _pools: dict[int, ThreadPoolExecutor] = {}
-os.register_at_fork(after_in_child=_pools.clear)  # threads do not survive a fork
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pools.clear)  # threads do not survive a fork
 
 
 def obstacle(update: Update) -> str | None:
@@ -38,7 +39,7 @@ def obstacle(update: Update) -> str | None:
 
 
 class _Shares:
-    """The softmax of a matrix before its columns are divided by their sums, and what was used to form it."""
+    """The softmax of a matrix in two parts: exponentials, and one over the sum of each column."""
 
     def __init__(self, exponential: np.ndarray, inv_sum: np.ndarray) -> None:
         self.exponential, self.inv_sum = exponential, inv_sum

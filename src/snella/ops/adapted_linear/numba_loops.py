@@ -11,6 +11,7 @@ innermost loop runs over memory.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,6 @@ from numba.extending import intrinsic
 # no flag that lets the compiler assume away NaN or infinity
 _JIT: dict[str, Any] = {
     "nogil": True,
-    "cache": True,
     "error_model": "numpy",
     "fastmath": {"contract", "nsz", "arcp", "reassoc"},
 }
@@ -32,6 +32,18 @@ _JIT_AS_TORCH: dict[str, Any] = {**_JIT, "fastmath": {"nsz"}}
 _ZERO, _ONE = np.float32(0), np.float32(1)
 HISTOGRAM_SHIFT = np.int32(16)  # bins by exponent and the first 7 bits of the mantissa
 HISTOGRAM_BINS = 1 << (31 - int(HISTOGRAM_SHIFT))
+
+
+def _compiled(settings: dict[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Compile at the first call, and keep the result on disk where there is a folder to write to."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        try:
+            return njit(**settings, cache=True)(function)
+        except RuntimeError:  # no folder for the cache: compile in every process
+            return njit(**settings)(function)
+
+    return decorate
 
 
 @intrinsic
@@ -81,7 +93,7 @@ def _rows_of(chunk: Any, chunks: Any, m: Any) -> Any:
     return min(chunk * per, m), min((chunk + 1) * per, m)
 
 
-@njit(**_JIT)
+@_compiled(_JIT)
 def piecewise(first, last, A, B, coeff, inv_temperature, value, column_max):
     # value[i, j] = Σ_p coeff[p]·‖B[i, piece p] − A[piece p, j]‖;  column_max[q, j] = max over the chunk of value/γ
     m, n = value.shape
@@ -114,7 +126,7 @@ def piecewise(first, last, A, B, coeff, inv_temperature, value, column_max):
                 top[j] = max(top[j], row[j] * inv_temperature)
 
 
-@njit(**_JIT_IN_ORDER)
+@_compiled(_JIT_IN_ORDER)
 def exponentials(first, last, value, inv_temperature, shift, result, column_sum):
     # result = exp(value/γ − shift);  column_sum[q, j] = its sum over the chunk
     m, n = value.shape
@@ -132,7 +144,7 @@ def exponentials(first, last, value, inv_temperature, shift, result, column_sum)
                 total[j] += exponential
 
 
-@njit(**_JIT)
+@_compiled(_JIT)
 def combine(first, last, linear, scale, beta, exponential, value):
     # value ← linear·value + scale[j]·exponential + beta
     n = value.shape[1]
@@ -142,7 +154,7 @@ def combine(first, last, linear, scale, beta, exponential, value):
             row[j] = linear * row[j] + scale[j] * other[j] + beta
 
 
-@njit(**_JIT)
+@_compiled(_JIT)
 def histogram(first, last, value, bins):
     # bins[q, h] = entries of the chunk whose magnitude's leading bits are h
     m, n = value.shape
@@ -160,7 +172,7 @@ def histogram(first, last, value, bins):
                 counts[leading[j]] += 1
 
 
-@njit(**_JIT)
+@_compiled(_JIT)
 def collect(first, last, value, wanted, offsets, result):
     # the magnitudes whose leading bits are `wanted`, chunk by chunk from offsets[q] on
     m, n = value.shape
@@ -177,7 +189,7 @@ def collect(first, last, value, wanted, offsets, result):
                     at += 1
 
 
-@njit(**_JIT_AS_TORCH)
+@_compiled(_JIT_AS_TORCH)
 def add_sparse(first, last, base, value, threshold, scaling, is_soft, result):
     # result = base + scaling·S
     n = base.shape[1]
@@ -195,7 +207,7 @@ def add_sparse(first, last, base, value, threshold, scaling, is_soft, result):
                 target[j] = source[j] + scaling * (row[j] * weight)
 
 
-@njit(**_JIT)
+@_compiled(_JIT)
 def slope_products(first, last, grad, value, threshold, scaling, is_soft, shares, has_shares, result, columns, totals):
     # result = grad·scaling·∂S/∂value;  columns[q, j] = Σ result·shares, totals[q] = Σ result over the chunk
     m, n = value.shape
@@ -223,7 +235,7 @@ def slope_products(first, last, grad, value, threshold, scaling, is_soft, shares
         totals[chunk] = total
 
 
-@njit(**_JIT)
+@_compiled(_JIT)
 def factor_gradients(
     first, last, A, B, coeff, grad, linear, shares, has_shares, alpha, inv_sum, column_mean, grad_A, grad_B, sums
 ):

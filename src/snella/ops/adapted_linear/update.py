@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -50,6 +50,10 @@ class Update:
     scaling: float = 1.0
     mode: SparsifyMode = "soft"
     thresholds: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(SparsifyMode):
+            raise ValueError(f"mode must be one of {list(get_args(SparsifyMode))}, got {self.mode!r}")
 
     @property
     def num_rows(self) -> int:
