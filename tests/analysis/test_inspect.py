@@ -95,7 +95,7 @@ def test_counted_non_zeros_are_compared_with_the_budgets(run):
     assert f"Non-zero entries: {values['history'][9]['budget']:,}, equal to the budget" in printed(run)
     values["matrices"][4]["nonzeros"] += 1
     run.write("allocation.json", values)
-    assert "differ from the budget in 1 matrices: blocks.0.mlp.fc1" in printed(run)
+    assert "differ from the budget in 1 matrix: blocks.0.mlp.fc1" in printed(run)
 
 
 def test_a_method_without_budgets_shows_its_sizes_only(run):
@@ -110,7 +110,18 @@ def test_a_run_that_has_only_begun_can_be_inspected(run):
     run.run_json(status="running")
     summary = inspect_summary(run.folder)
     assert (summary["status"], summary["best_epoch"], summary["sizes"]["adapter_bytes"]) == ("running", None, None)
-    assert "running" in printed(run)
+    assert "running or killed" in printed(run) and not summary["adapter_missing"]
+
+
+def test_a_finished_run_without_its_adapter_is_not_called_well(run):
+    run.finished()
+    for file in (run.folder / "adapter").iterdir():
+        file.unlink()
+    assert inspect_summary(run.folder)["adapter_missing"]
+    text = printed(run)
+    assert "missing; restore the folder `adapter` from a copy, or train again with `--overwrite`" in text
+    assert "The adapter is missing; these budgets are those that allocation.json notes." in text
+    assert "Non-zero entries" not in text
 
 
 def test_a_failed_run_shows_its_error(run):

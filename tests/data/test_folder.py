@@ -129,21 +129,26 @@ def test_a_class_of_broken_images_only_is_refused_all_the_same(write_images):
 @pytest.mark.parametrize(
     ("counts", "message"),
     [
-        ({"a": 5, "b": 0, "c": 5}, "class folders without a readable image: 'b'"),
-        ({"a": 5}, "at least two classes are needed, there is one: 'a'"),
-        ({".": 3}, r"no class folders in '.*photos' \(3 images lie there without a class\)"),
+        ({"a": 5, "b": 0, "c": 5}, r"without a readable image: 'b', remove them or add images \(\.png, \.jpg"),
+        ({"a": 5}, "at least two classes are needed, there is one: 'a'; .* PATH/class/image.jpg, one folder for each"),
+        ({".": 3}, r"no class folders in '.*photos' \(3 images lie there without a class\); .* PATH/class/image\.jpg"),
+        ({".": 0}, r"'.*photos' is empty; images are laid out as PATH/class/image\.jpg"),
         ({"train/a": 2, "train/b": 2, "val/c": 1}, "classes of 'val' unknown to training: 'c'; training has 'a', 'b'"),
         (
             {"train/a": 2, "train/b": 2, "test/B": 1},
-            "classes of 'test' unknown to training: 'B'; training has 'a', 'b'",
+            r"classes of 'test' unknown to training: 'B' \(nearest: 'b'\); training has 'a', 'b'",
         ),
+        ({"train/cats": 2, "train/dogs": 2, "val/cat": 1}, r"unknown to training: 'cat' \(nearest: 'cats'\)"),
         ({"train/a": 2, "train/b": 2, "val/a": 1, "val/b": 0}, "without a readable image: 'val/b'"),
-        ({"val/a": 2, "test/a": 2}, "has 'test', 'val' but no 'train' with class folders inside"),
+        ({"val/a": 2, "test/a": 2}, "has 'test', 'val' but no 'train' with class folders inside; add PATH/train/"),
         ({"train/a": 2, "val/a": 2, "valid/a": 2}, "has two parts 'val': 'val' and 'valid'"),
         ({"a": 9, "b": 2}, "every class needs at least 3 images for a part 'test' .*'b' has 2"),
         ({"train/a": 9, "train/b": 1}, "every class needs at least 2 images for a part 'val' .*'b' has 1"),
     ],
-    ids=["empty", "one", "loose", "unknown-val", "unknown-test", "empty-val", "no-train", "two-vals", "few", "few-val"],
+    ids=[
+        *("empty", "one", "loose", "nothing", "unknown-val", "unknown-test", "near-val", "empty-val", "no-train"),
+        *("two-vals", "few", "few-val"),
+    ],
 )
 def test_a_folder_that_gives_no_classification_is_refused(counts, message, write_images):
     with pytest.raises(ValueError, match=message):
@@ -153,7 +158,7 @@ def test_a_folder_that_gives_no_classification_is_refused(counts, message, write
 def test_several_faults_are_reported_together(write_images):
     root = write_images({"train/a": 2, "train/b": 0, "val/c": 1})
     with pytest.raises(
-        ValueError, match="without a readable image: 'train/b'; classes of 'val' unknown to training: 'c'"
+        ValueError, match=r"without a readable image: 'train/b', remove .*; classes of 'val' unknown to training: 'c'"
     ):
         load(root)
 
@@ -165,6 +170,11 @@ def test_a_missing_folder_is_answered_with_its_neighbours(write_images):
         load(missing)
     with pytest.raises(FileNotFoundError, match=r"there is no 'zzz' in .* has no folder of a like name"):
         load(root.parent / "zzz")
+
+
+def test_an_empty_path_is_refused():
+    with pytest.raises(ValueError, match=r"data must name a folder after 'folder:', got 'folder:'; write folder:PATH"):
+        load("")
 
 
 def test_a_file_is_not_a_folder(tmp_path):

@@ -150,6 +150,15 @@ def test_a_folder_without_an_adapter_is_named(tmp_path):
         load_trained(tmp_path, backbone())
 
 
+@pytest.mark.parametrize(("method", "name"), [("lora-2", "adapter_config.json"), ("linear", "method.json")])
+@pytest.mark.parametrize(("content", "reason"), [("{", "Expecting"), ("[1]", r"must hold a mapping, got \[1\]")])
+def test_damaged_settings_are_named_with_the_way_out(method, name, content, reason, tmp_path):
+    save_trained(trained(method), tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(AdapterFileError, match=rf"{name} is damaged: .*{reason}.*; copy the adapter again, or train"):
+        load_trained(tmp_path, backbone())
+
+
 def test_method_json_tells_how_to_build_the_model_again(tmp_path):
     save_trained(trained("snella-2"), tmp_path)
     described = json.loads((tmp_path / "method.json").read_text())

@@ -16,6 +16,7 @@ from snella.training.checkpoints import is_write_failure
 from snella.training.memory import estimate_bytes, saved_bytes
 from snella.training.optimizer import build_optimizer
 from snella.training.progress import ProgressDisplay
+from snella.training.results import best_epoch
 from snella.training.sampler import EpochSampler, mix_seed
 
 
@@ -115,7 +116,7 @@ def test_the_bar_appears_on_a_terminal_and_goes_away():
 def test_without_a_terminal_there_are_lines_only_and_the_best_one_is_marked():
     output = io.StringIO()
     display = ProgressDisplay(Console(file=output, width=200))
-    state = TrainerState(max_steps=10, num_train_epochs=2, log_history=[{"val_accuracy": 0.5}])
+    state = TrainerState(max_steps=10, num_train_epochs=2, log_history=[{"val_accuracy": 0.5, "val_loss": 0.9}])
     display.on_train_begin(None, state, TrainerControl())
     assert display._bar is None
     for epoch, accuracy in ((1.0, 0.5), (2.0, 0.75)):
@@ -148,6 +149,12 @@ def test_an_allocation_is_described_after_training_has_begun():
 
     with pytest.raises(RuntimeError, match="after training has begun, got a callback without an allocator"):
         describe_allocation(vit("snella-2"), SnellaCallback())
+
+
+def test_of_equally_accurate_epochs_the_one_with_the_lower_loss_is_best_and_then_the_later():
+    rows = [(0.5, 0.1), (0.75, 0.9), (0.75, 0.8), (0.75, 0.8), (0.75, 0.85)]
+    history = [{"epoch": n + 1, "val_accuracy": a, "val_loss": loss} for n, (a, loss) in enumerate(rows)]
+    assert best_epoch(history) == 4 and best_epoch(history[:3]) == 3 and best_epoch(history[:1]) == 1
 
 
 def test_unknown_public_names_are_refused():

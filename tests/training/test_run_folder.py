@@ -40,6 +40,29 @@ def test_resuming_uses_the_stored_settings(tmp_path):
         run.settle(config(run.path, epochs=3, resume=True))
 
 
+def test_the_settings_of_one_call_are_neither_stored_nor_read_back(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    run.create(config(run.path, overwrite=True, progress=False).resolved())
+    text = (run.path / "config.yaml").read_text()
+    assert not any(name in text for name in ("overwrite", "resume", "progress"))
+    (run.path / "config.yaml").write_text(text + "overwrite: true\nprogress: false\nresume: false\n")
+    read = run.read_config()
+    assert (read.overwrite, read.progress, read.resume) == (False, True, False)
+
+
+def test_a_status_that_is_none_is_called_damage(tmp_path):
+    run = made(tmp_path / "run", "running")
+    (run.path / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"run.json is damaged: it holds no status; copy the file again, or train"):
+        run.settle(config(run.path))
+
+
+def test_a_run_that_is_running_may_have_been_killed(tmp_path):
+    run = made(tmp_path / "run", "running")
+    with pytest.raises(FileExistsError, match=r"an unfinished run \(running or killed\); continue it with --resume"):
+        run.settle(config(run.path))
+
+
 def test_resuming_without_a_run_needs_to_know_what_to_start(tmp_path):
     run = RunFolder(tmp_path / "run")
     with pytest.raises(FileNotFoundError, match=r"got .*run, which holds none; give data and backbone"):

@@ -33,7 +33,8 @@ def test_run_json_describes_the_run(finished):
 def test_config_yaml_is_resolved_and_gives_the_same_configuration(finished):
     values = yaml.safe_load((finished.path / "config.yaml").read_text())
     assert values["r"] == 2 and values["lr"] is not None and values["scalar_lr"] is not None
-    assert finished.read_config().as_dict() == values
+    assert finished.read_config().stored() == values
+    assert not {"overwrite", "resume", "progress"} & set(values)
 
 
 def test_the_history_has_a_row_an_epoch_and_the_budget_falls_to_its_target(finished):
@@ -50,11 +51,11 @@ def test_the_history_has_a_row_an_epoch_and_the_budget_falls_to_its_target(finis
     )
 
 
-def test_the_best_epoch_is_the_earliest_of_the_most_accurate(finished):
+def test_the_best_epoch_is_the_most_accurate_and_of_equals_that_with_the_lower_loss(finished):
     metrics = finished.read_json("metrics.json")
-    accuracies = [row["val_accuracy"] for row in metrics["history"]]
-    assert metrics["best_epoch"] == accuracies.index(max(accuracies)) + 1
-    assert metrics["val"]["accuracy"] == max(accuracies)
+    ranks = [(row["val_accuracy"], -row["val_loss"]) for row in metrics["history"]]
+    assert metrics["best_epoch"] == ranks.index(max(ranks)) + 1
+    assert metrics["val"]["accuracy"] == max(ranks)[0]
     assert metrics["val"]["loss"] == pytest.approx(metrics["history"][metrics["best_epoch"] - 1]["val_loss"], abs=1e-6)
 
 
@@ -160,6 +161,35 @@ def test_fewer_images_than_a_batch_is_said_with_both_numbers(settings, console):
     ):
         train(settings(batch_size=100), console)
     assert not RunFolder(settings().out).path.exists()
+
+
+def test_a_batch_size_that_nobody_gave_shrinks_to_the_training_images(settings, console, no_report):
+    run = train(settings(batch_size=None, epochs=1, train_size=9), console)
+    assert run.read_config().batch_size == 9
+    text = console.file.getvalue()
+    assert "all 9 training images in one batch, instead of 32 images" in text
+    assert "1 epoch of 1 step, 9 images each" in text
+
+
+@pytest.mark.parametrize(("best", "says"), [(1, True), (3, False)])
+def test_a_best_epoch_before_the_target_is_said_to_be_one(best, says, settings, console, no_report, monkeypatch):
+    from snella.training.trainer import SnellaTrainer
+
+    score = SnellaTrainer.score
+
+    def chosen(self, dataset):
+        scores, probabilities = score(self, dataset)
+        epoch = round(self.state.epoch)
+        return {**scores, "accuracy": 0.5, "loss": abs(epoch - best) + 1.0}, probabilities
+
+    monkeypatch.setattr(SnellaTrainer, "score", chosen)
+    run = train(settings(), console)
+    target = run.read_json("allocation.json")["target_budget"]
+    sentence = f"epoch {best} was chosen before the schedule reached its target, {target:,} weights"
+    assert run.read_json("metrics.json")["best_epoch"] == best
+    assert (sentence in console.file.getvalue()) == says
+    kept = sum(matrix["budget"] for matrix in run.read_json("allocation.json")["matrices"])
+    assert (kept > target) == says
 
 
 def test_a_failure_is_noted_in_run_json(settings, console, monkeypatch):

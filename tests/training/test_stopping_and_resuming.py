@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -167,6 +168,34 @@ def test_a_run_killed_while_the_test_is_measured_resumes_to_the_same_result(
     assert same(outcome(resumed(config)[0]), uninterrupted)
 
 
+SPOILT = {
+    "adapter_model.safetensors": "cut off at",
+    "optimizer.pt": "cut off at",
+    "trainer_state.json": "Expecting|Unterminated|Extra data",
+    "progress.json": "Expecting|Unterminated|Extra data",
+}
+
+
+def test_a_truncated_checkpoint_is_named_with_the_ways_out(settings, console, uninterrupted, monkeypatch):
+    config = settings()
+    with monkeypatch.context() as patch:
+        patch.setattr("snella.training.running._finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(TrainingInterrupted, match="checkpoint-12"):
+            train(config, console)
+    checkpoint = RunFolder(config.out).checkpoints / "checkpoint-12"
+    for name, reason in SPOILT.items():
+        whole = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(
+            CheckpointError,
+            match=rf"checkpoint is damaged: .*{name}: .*({reason}).*start over with --overwrite, or remove .*-12 and",
+        ):
+            resumed(config)
+        (checkpoint / name).write_bytes(whole)
+    shutil.rmtree(checkpoint)
+    assert same(outcome(resumed(config)[0]), uninterrupted)
+
+
 @pytest.mark.parametrize("method", ["lora-2", "linear", "full"])
 def test_other_methods_resume_to_the_same_bits_too(method, settings, console, monkeypatch, tmp_path):
     options = {"lora_dropout": 0.3} if method == "lora-2" else {}
@@ -282,7 +311,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_says_where(settings, console
 
     monkeypatch.setattr(SnellaTrainer, "compute_loss", broken)
     message = (
-        r"the loss became nan in epoch 2, step 6 of 12; the state after epoch 1 is kept.*lower --lr \(now 0\.002\)"
+        r"the loss became nan in epoch 2, step 6 of 12; the state after epoch 1 is kept.*lower --lr \(now 0\.005\)"
     )
     with pytest.raises(NonFiniteLossError, match=message):
         train(config, console)

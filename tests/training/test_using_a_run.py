@@ -11,8 +11,10 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from snella.analysis.inspect import inspect_summary
 from snella.methods import AdapterFileError
-from snella.training import evaluate, load_run, merge, predict, train
+from snella.training import RunFolder, TrainConfig, evaluate, load_run, merge, predict, train
+from snella.training.merging import loading_lines
 from snella.training.predicting import write_predictions
 
 
@@ -79,7 +81,29 @@ def test_predictions_are_written_as_csv(finished, photos, tmp_path):
     assert len(rows) == 16 and list(rows[0]) == ["image", "class_1", "probability_1", "class_2", "probability_2"]
     assert rows[3]["class_1"] == predictions[3].label
     assert float(rows[3]["probability_1"]) == pytest.approx(predictions[3].probability, abs=1e-6)
-    assert len((write_predictions(predictions, path)).read_text().splitlines()[0].split(",")) == 7
+    whole = write_predictions(predictions, path, overwrite=True)
+    assert len(whole.read_text().splitlines()[0].split(",")) == 7
+
+
+def test_an_output_of_predictions_that_cannot_be_meant_is_refused(tmp_path):
+    (tmp_path / "p.csv").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"out=.*p\.csv exists; .* with --overwrite \(overwrite=True\)"):
+        write_predictions([], tmp_path / "p.csv")
+    assert (tmp_path / "p.csv").read_text() == "mine"
+    with pytest.raises(
+        ValueError, match=rf"out must be a CSV file, got the folder '.*{tmp_path.name}'; write .*p\.csv"
+    ):
+        write_predictions([], tmp_path)
+    with pytest.raises(ValueError, match="top_k must be at least 1, got 0; leave it out for all classes"):
+        write_predictions([], tmp_path / "new.csv", top_k=0)
+
+
+def test_an_image_in_the_run_s_place_is_answered_with_the_order(finished, photos):
+    image = photos / "cats" / "000.png"
+    with pytest.raises(ValueError, match=r"run must be the folder of a run, got the file '.*000\.png'; the run comes"):
+        predict(image, [finished.path])
+    with pytest.raises(ValueError, match=r"got '.*cats'; '.*run' is one: it comes before the images"):
+        predict(photos / "cats", [finished.path])
 
 
 def test_images_that_cannot_be_read_are_named_or_left_out(finished, photos, tmp_path):
@@ -91,9 +115,15 @@ def test_images_that_cannot_be_read_are_named_or_left_out(finished, photos, tmp_
     assert [p.path for p in predict(finished.path, images, skip_broken=True)] == images[:1]
 
 
-def test_paths_without_images_are_named(finished, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no image .*nothing\.png"):
+def test_paths_without_images_are_named(finished, photos, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no image .*nothing\.png; .* has no file of a like name"):
         predict(finished.path, [tmp_path / "nothing.png"])
+    with pytest.raises(FileNotFoundError, match=r"no image .*00\.png; nearest there: '0\d+\.png'"):
+        predict(finished.path, [photos / "cats" / "00.png"])
+    with pytest.raises(FileNotFoundError, match=r"no image .*\*\.tif; no file in .*cats matches the pattern"):
+        predict(finished.path, [photos / "cats" / "*.tif"])
+    with pytest.raises(FileNotFoundError, match=r"no image .*a\.png; there is no folder .*lions"):
+        predict(finished.path, [photos / "lions" / "a.png"])
     with pytest.raises(FileNotFoundError, match=rf"folder .*{tmp_path.name} holds no images; known endings are"):
         predict(finished.path, [tmp_path])
     with pytest.raises(ValueError, match="images must name at least one file or folder"):
@@ -131,6 +161,17 @@ def test_other_methods_merge_too(method, settings, console, no_report, tmp_path)
         torch.testing.assert_close(plain.eval()(images), load_run(run.path).model(images))
 
 
+def test_the_lines_that_load_a_merged_file_give_equal_outputs(finished, tmp_path):
+    lines = loading_lines(merge(finished.path, tmp_path / "model.safetensors"))
+    assert len(lines.splitlines()) == 3 and "snella" not in lines.replace(str(tmp_path), "")
+    assert "timm.create_model('test_vit', num_classes=3, img_size=32)" in lines
+    names: dict = {}
+    exec(lines, names)
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(names["model"](images), load_run(finished.path).model(images))
+
+
 def test_merging_does_not_overwrite_by_accident(finished, tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_text("mine")
@@ -152,11 +193,32 @@ def test_a_damaged_adapter_is_reported_with_its_tensor(finished, tmp_path):
         load_run(tmp_path / "run")
 
 
+def test_a_damaged_file_gets_the_same_advice_from_every_command(finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished.path, folder)
+    path = folder / "adapter" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    for command in (load_run, inspect_summary):
+        with pytest.raises(ValueError, match=r"damaged: .*; copy the adapter again, or train again with `--overwrite`"):
+            command(folder)
+    for content in ("{", '{"status": "finished"}', '{"status": "done"}', "[]"):
+        (folder / "run.json").write_text(content)
+        for command in (load_run, inspect_summary):
+            with pytest.raises(ValueError, match=r"run.json.*; copy the file again, or train again with `--overwrite`"):
+                command(folder)
+
+
 def test_a_run_without_an_adapter_says_what_to_do(finished, tmp_path):
     shutil.copytree(finished.path, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "adapter")
+    missing = r"run.adapter is missing, though the run is finished; restore .*train again with `--overwrite`"
+    with pytest.raises(FileNotFoundError, match=missing):
+        load_run(tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match=missing):
+        train(TrainConfig(out=str(tmp_path / "run"), resume=True))
+    RunFolder(tmp_path / "run").update("running")
     with pytest.raises(
-        FileNotFoundError, match=r"holds no adapter yet \(status finished\); finish the run with --resume"
+        FileNotFoundError, match=r"no adapter yet \(status running or killed\); finish the run with --resume"
     ):
         load_run(tmp_path / "run")
     with pytest.raises(FileNotFoundError, match="this is not the folder of a run"):
@@ -164,8 +226,6 @@ def test_a_run_without_an_adapter_says_what_to_do(finished, tmp_path):
 
 
 def test_a_finished_run_is_not_trained_again_by_resuming(finished, console):
-    from snella.training import TrainConfig
-
     before = (finished.path / "metrics.json").read_bytes()
     train(TrainConfig(out=str(finished.path), resume=True), console)
     assert (finished.path / "metrics.json").read_bytes() == before

@@ -16,6 +16,7 @@ from snella.analysis.run_files import MatrixInfo
 
 __all__ = ["AdapterFile", "read_adapter", "saved_budgets"]
 
+_WAY_OUT = "copy the adapter again, or train again with `--overwrite`"
 _FILES = ("adapter_model.safetensors", "trainable.safetensors")
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _PART = re.compile(r"\.(?P<part>(?:snella|lora)_(?!embedding)\w+?)(?:\.weight|\.\d+)?$")
@@ -62,7 +63,7 @@ def read_adapter(run: str | Path) -> AdapterFile | None:
             shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
             dtypes = {name: str(part.get_dtype()) for name, part in slices.items()}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged: {error}; train again with `--overwrite`") from error
+        raise ValueError(f"{path} is damaged: {error}; {_WAY_OUT}") from error
     parts: dict[str, int] = {}
     for name, shape in shapes.items():
         found = _PART.search(name)
@@ -109,6 +110,6 @@ def _config(folder: Path) -> dict[str, Any]:
             try:
                 values = json.loads(file.read_text(encoding="utf-8"))
             except ValueError as error:
-                raise ValueError(f"{file} is damaged: {error}; train again with `--overwrite`") from error
+                raise ValueError(f"{file} is damaged: {error}; {_WAY_OUT}") from error
             return values if isinstance(values, dict) else {}
     return {}

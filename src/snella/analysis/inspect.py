@@ -24,6 +24,7 @@ from snella.analysis.run_files import (
 __all__ = ["inspect_run", "inspect_summary"]
 
 _INDEX_BYTES = 4
+_MISSING = "missing; restore the folder `adapter` from a copy, or train again with `--overwrite`"
 
 
 def inspect_summary(run: str | Path) -> dict[str, Any]:
@@ -34,7 +35,8 @@ def inspect_summary(run: str | Path) -> dict[str, Any]:
 
     Returns:
         Plain values, ready for JSON: `status`, `method`, `method_options`, `backbone`, `data`, `classes`, `scores`,
-        `best_epoch`, `train_s`, `sizes`, `parameters`, `settings`, and `budgets` (None for a method without).
+        `best_epoch`, `train_s`, `adapter_missing` (though the run is finished), `sizes`, `parameters`, `settings`,
+        and `budgets` (None for a method without).
 
     Raises:
         FileNotFoundError: The folder holds no `run.json`.
@@ -70,6 +72,7 @@ def inspect_summary(run: str | Path) -> dict[str, Any]:
             "in_adapter": adapter and adapter.parameters,
             "parts": dict(adapter.parts) if adapter else {},
         },
+        "adapter_missing": adapter is None and info.is_finished,
         "sizes": {"adapter_bytes": adapter.size_bytes if adapter else None},
         "settings": dict(adapter.config) if adapter else {},
         "budgets": None,
@@ -97,10 +100,17 @@ def inspect_run(run: str | Path) -> Group:
             parts.append(Text(f"\nFrozen ({len(frozen)} of {len(budgets['matrices'])}, budget 0): {names}", "yellow"))
         else:
             parts.append(Text("\nNo matrix is frozen."))
-        parts.append(Text(_nonzeros_text(budgets), "red" if budgets["mismatches"] else ""))
+        is_fault = summary["adapter_missing"] or budgets["mismatches"]
+        text = "The adapter is missing; these budgets are those that allocation.json notes."
+        parts.append(Text(text if summary["adapter_missing"] else _nonzeros_text(budgets), "red" if is_fault else ""))
     if summary["settings"]:
         parts += [Text(), _settings_table(summary["settings"])]
     return Group(*parts)
+
+
+def _counted(number: int, one: str, more: str) -> str:
+    """A number and its noun."""
+    return f"{count_text(number)} {one if number == 1 else more}"
 
 
 def _scores(scores: Scores | None) -> dict[str, Any] | None:
@@ -150,7 +160,8 @@ def _overview(summary: dict[str, Any]) -> Table:
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
-    rows = [("run", summary["run"]), ("status", summary["status"])]
+    is_running = summary["status"] == "running"
+    rows = [("run", summary["run"]), ("status", "running or killed" if is_running else summary["status"])]
     if summary["error"]:
         rows.append(("error", summary["error"]))
     backbone, data, sizes = summary["backbone"], summary["data"], summary["sizes"]
@@ -163,7 +174,7 @@ def _overview(summary: dict[str, Any]) -> Table:
     for split, scores in summary["scores"].items():
         if scores:
             text = f"accuracy {percent_text(scores['accuracy'])}, balanced {percent_text(scores['balanced_accuracy'])}"
-            rows.append((split, f"{text}, {count_text(scores['images'])} images"))
+            rows.append((split, f"{text}, {_counted(scores['images'], 'image', 'images')}"))
     if summary["best_epoch"] is not None:
         rows.append(
             ("best epoch", f"{summary['best_epoch']} of {summary['epochs']}, {seconds_text(summary['train_s'])}")
@@ -171,6 +182,8 @@ def _overview(summary: dict[str, Any]) -> Table:
     parameters = summary["parameters"]
     if parameters["trainable"] is not None:
         rows.append(("trainable", f"{parameters['trainable']:,} parameters"))
+    if summary["adapter_missing"]:
+        rows.append(("adapter", _MISSING))
     if sizes["adapter_bytes"] is not None:
         held = ", ".join(f"{part} {count:,}" for part, count in parameters["parts"].items())
         rows.append(("adapter", f"{bytes_text(sizes['adapter_bytes'])}: {held}"))
@@ -215,7 +228,8 @@ def _nonzeros_text(budgets: dict[str, Any]) -> str:
     source = "the adapter file" if budgets["from_adapter"] else "allocation.json"
     if budgets["mismatches"]:
         names = ", ".join(budgets["mismatches"][:5])
-        return f"Non-zero entries differ from the budget in {len(budgets['mismatches'])} matrices: {names}"
+        where = _counted(len(budgets["mismatches"]), "matrix", "matrices")
+        return f"Non-zero entries differ from the budget in {where}: {names}"
     if budgets["nonzeros"] is None:
         return f"Budgets are those in {source}; this run did not record a count of the non-zero entries."
     return f"Non-zero entries: {budgets['nonzeros']:,}, equal to the budget (from {source}) in every matrix."

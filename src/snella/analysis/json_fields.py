@@ -113,7 +113,8 @@ def read_fields(file: Path) -> Fields:
         state = "the folder is not a run of snella" if folder.is_dir() else "there is no such folder"
         if (folder / "run.json").is_file():
             state = "the run did not get that far or the file was removed"
-        raise FileNotFoundError(f"{file} is missing: {state}; {_way_out(file)}")
+        hint = "give the folder that `snella train --out` wrote" if file.name == "run.json" else _way_out(file)
+        raise FileNotFoundError(f"{file} is missing: {state}; {hint}")
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
@@ -137,7 +138,7 @@ def _way_out(file: Path) -> str:
     if file.name == "comparison.json":
         return f"run `snella compare` again or delete {file.name}"
     if file.name == "run.json":
-        return "give the folder that `snella train --out` wrote"
+        return "copy the file again, or train again with `--overwrite`"
     return f"go on with `snella train --resume --out {file.parent}`, or train again with `--overwrite`"
 
 

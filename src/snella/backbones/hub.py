@@ -21,8 +21,8 @@ _PROBE_TIMEOUT_S = 5.0
 _NETWORK_MODULES = ("httpx", "httpx2", "httpcore", "requests", "urllib3")
 _LOCAL_WAYS = (
     "Without the hub: weights=PATH with a file (.pth, .safetensors, Google's .npz), a local folder in the hub's "
-    f"format as the backbone, a name whose weights ship inside a package ({', '.join(packaged_names())}), "
-    "or pretrained=False for random values"
+    f"format as the backbone, a name whose weights ship inside a package ({', '.join(packaged_names())}; on the "
+    f"command line: --backbone {packaged_names()[0]} --img-size 224), or pretrained=False for random values"
 )
 
 

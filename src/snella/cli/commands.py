@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
 from rich.table import Table
 
 from snella.analysis import inspect_run
 from snella.cli.options import DemoOptions, EvaluateOptions, InspectOptions, MergeOptions, PredictOptions
 from snella.training import TrainConfig, evaluate, merge, predict, run_demo, train
 from snella.training.atomic_files import write_json, write_text
-from snella.training.predicting import write_predictions
+from snella.training.console import counted, make_console
+from snella.training.merging import loading_lines
+from snella.training.predicting import check_output, write_predictions
 from snella.training.reporting import refresh_report
 
 _SHOWN_CLASSES = 3
@@ -36,7 +37,7 @@ def _evaluate(settings: dict[str, Any]) -> None:
         device=options.device,
     )
     _record("evaluate", options.run, asdict(options))
-    console = Console()
+    console = make_console()
     for note in result["notes"]:
         console.print(f"note: {note}", highlight=False)
     console.print(
@@ -52,6 +53,7 @@ def _evaluate(settings: dict[str, Any]) -> None:
 def _predict(settings: dict[str, Any]) -> None:
     """`snella predict`."""
     options = PredictOptions(**settings)
+    check_output(options.out, options.top_k, overwrite=options.overwrite)
     predictions = predict(
         options.run,
         options.images,
@@ -60,10 +62,10 @@ def _predict(settings: dict[str, Any]) -> None:
         device=options.device,
     )
     _record("predict", options.run, asdict(options))
-    console = Console()
+    console = make_console()
     if options.out is not None:
-        path = write_predictions(predictions, options.out, options.top_k)
-        console.print(f"{len(predictions)} images: {path}", highlight=False)
+        path = write_predictions(predictions, options.out, options.top_k, overwrite=options.overwrite)
+        console.print(f"{counted(len(predictions), 'image')}: {path}", highlight=False)
         return
     for prediction in predictions:
         shown = ", ".join(f"{name} {p:.3f}" for name, p in prediction.ranking[: options.top_k or _SHOWN_CLASSES])
@@ -75,15 +77,17 @@ def _merge(settings: dict[str, Any]) -> None:
     options = MergeOptions(**settings)
     path = merge(options.run, options.out, overwrite=options.overwrite)
     _record("merge", options.run, asdict(options))
-    Console().print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB of plain timm weights", highlight=False)
+    console = make_console()
+    console.print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB of plain timm weights; to load them:", soft_wrap=True)
+    console.print(loading_lines(path), highlight=False, markup=False, soft_wrap=True)
 
 
 def _inspect(settings: dict[str, Any]) -> None:
     """`snella inspect`."""
     options = InspectOptions(**settings)
-    Console().print(inspect_run(options.run))
+    make_console().print(inspect_run(options.run))
     if options.report:
-        Console().print(f"report: {refresh_report(options.run)}", highlight=False)
+        make_console().print(f"report: {refresh_report(options.run)}", highlight=False)
 
 
 def _demo(settings: dict[str, Any]) -> None:

@@ -5,10 +5,9 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from snella.cli.parser import UsageError, parse
+from snella.cli.interrupts import INTERRUPTED, end_when_interrupted, raise_when_interrupted
 
 _USER_ERROR = 2
-_INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,13 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     is_debugging = "--debug" in words
     try:
-        name, is_debugging, settings = parse(words)
-    except UsageError as fault:
-        return _report(fault, is_debugging)
-    try:
-        return _call(name, settings)
+        return _run(words)
     except KeyboardInterrupt:
-        return _report("interrupted", is_debugging, _INTERRUPTED)
+        print("snella: interrupted", file=sys.stderr)
+        return INTERRUPTED
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - closed with the process
         return 1
@@ -39,26 +35,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _report(fault, is_debugging)
 
 
-def _call(name: str, settings: dict[str, object]) -> int:
-    """Import what the command needs, and run it."""
+def _run(words: list[str]) -> int:
+    """Parse, import what the command needs, and run it; importing late lets Ctrl-C end it from the first second."""
+    end_when_interrupted()
+    from snella.cli.parser import parse
+
+    name, _, settings = parse(words)
     from snella.cli import commands
     from snella.training.stopping import NonFiniteLossError, TrainingInterrupted
 
+    raise_when_interrupted()
     try:
         commands.COMMANDS[name](settings)
     except TrainingInterrupted as fault:
-        return _report(fault, False, _INTERRUPTED)
+        return _report(fault, False, INTERRUPTED)
     except NonFiniteLossError as fault:
         return _report(fault, False)
     return 0
 
 
-def _report(fault: Exception | str, is_debugging: bool, status: int = _USER_ERROR) -> int:
+def _report(fault: Exception, is_debugging: bool, status: int = _USER_ERROR) -> int:
     """Write one line, or the traceback."""
-    if is_debugging and isinstance(fault, Exception):
+    from snella.cli.wording import as_flags
+
+    if is_debugging:
         traceback.print_exception(fault)
     else:
-        print("snella: " + " ".join(str(fault).split()), file=sys.stderr)
+        print("snella: " + as_flags(" ".join(str(fault).split())), file=sys.stderr)
     return status
 
 

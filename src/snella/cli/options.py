@@ -35,6 +35,7 @@ class PredictOptions:
         run: Folder of the run.
         images: Image files, or folders of them.
         out: Write a CSV file instead of a table.
+        overwrite: Replace an existing file.
         top_k: So many classes for each image, the likeliest first; if not given, all in the CSV file and three in the
             table.
         batch_size: Images at a time.
@@ -45,6 +46,7 @@ class PredictOptions:
     run: str
     images: list[str] = field(default_factory=list)
     out: str | None = None
+    overwrite: bool = False
     top_k: int | None = None
     batch_size: int = 32
     skip_broken: bool = False

@@ -2,14 +2,15 @@
 
 import difflib
 import re
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from types import UnionType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+from jsonargparse import ArgumentParser, Namespace
 
+from snella.cli.config_file import config_faults
+from snella.cli.help import HelpFormatter, group_options
 from snella.cli.options import DemoOptions, EvaluateOptions, InspectOptions, MergeOptions, PredictOptions
 from snella.training.config import TrainConfig
 
@@ -18,10 +19,6 @@ _TRUTH = ("true", "false", "yes", "no")
 
 class UsageError(ValueError):
     """The command line itself is wrong."""
-
-
-class _HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
-    """Argument types and defaults shown, descriptions left as written."""
 
 
 class _Parser(ArgumentParser):
@@ -98,7 +95,7 @@ def build_parser() -> ArgumentParser:
         "  snella train --data folder:photos --backbone vit_base_patch16_224.augreg_in21k --out runs/photos\n"
         "  snella predict runs/photos new.jpg\n\n"
         "Each command explains itself: snella train --help",
-        formatter_class=_HelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--debug", action="store_true", help="Show the traceback of errors.")
     subcommands = parser.add_subcommands(dest="command", required=True, metavar="COMMAND")
@@ -121,10 +118,11 @@ def parse(arguments: Sequence[str]) -> tuple[str, bool, dict[str, Any]]:
     """
     words = list(arguments)
     is_debugging = "--debug" in words
-    words = [word for word in words if word != "--debug"]
+    words = [_as_registered(word) for word in words if word != "--debug"]
     command = next((word for word in words if not word.startswith("-")), None)
     if command in COMMANDS:
         _check_options(command, words)
+        _check_config(command, words)
         words = _give_flags_values(COMMANDS[command], words)
     try:
         namespace = build_parser().parse_args(words)
@@ -137,7 +135,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, bool, dict[str, Any]]:
 
 def _command_parser(command: Command) -> ArgumentParser:
     """The parser of one command."""
-    parser = _Parser(description=f"{command.summary}\n\n{command.examples}", formatter_class=_HelpFormatter)
+    parser = _Parser(description=f"{command.summary}\n\n{command.examples}", formatter_class=HelpFormatter)
     positional = set()
     if command.takes_run:
         positional.add("run")
@@ -154,7 +152,28 @@ def _command_parser(command: Command) -> ArgumentParser:
         dashed = [option.replace("_", "-") for option in action.option_strings]
         parser._option_string_actions.update(dict.fromkeys(dashed, action))
         action.option_strings = dashed
+    group_options(parser, {f.name for f in fields(command.options)} - positional)
     return parser
+
+
+def _as_registered(word: str) -> str:
+    """An option as the parser knows it: `--method_options.kernel` with dashes, `--print-config` with its underscore."""
+    if not word.startswith("--"):
+        return word
+    name, rest = re.fullmatch(r"([^.=]*)(.*)", word, re.DOTALL).groups()  # type: ignore[union-attr]
+    name = name.replace("_", "-")
+    return ("--print_config" if name == "--print-config" else name) + rest
+
+
+def _check_config(name: str, words: list[str]) -> None:
+    """Refuse a configuration file that cannot be used, naming it."""
+    known = [f.name for f in fields(COMMANDS[name].options)]
+    for word, follower in zip(words, [*words[1:], ""], strict=True):
+        option, sign, value = word.partition("=")
+        if option == "--config" and (value or follower):
+            fault = config_faults(value if sign else follower, known)
+            if fault is not None:
+                raise UsageError(fault)
 
 
 def _give_flags_values(command: Command, words: list[str]) -> list[str]:

@@ -15,6 +15,7 @@ __all__ = ["load_folder"]
 
 _PARTS = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}
 _NAMED = 5
+_LAYOUT = "images are laid out as PATH/class/image.jpg"
 _Files = dict[str, list[Path]]
 
 
@@ -60,11 +61,15 @@ def load_folder(path: str, *, skip_broken: bool = False) -> Collection:
 
 def _existing(path: str) -> Path:
     """The folder, or an error with what lies nearby under like names."""
+    if not path.strip():
+        raise ValueError(
+            "data must name a folder after 'folder:', got 'folder:'; write folder:PATH, e.g. folder:photos"
+        )
     root = Path(path).expanduser()
     if root.is_dir():
         return root.resolve()
     if root.exists():
-        raise ValueError(f"folder:{path} must be a folder with one folder a class, got a file")
+        raise ValueError(f"folder:{path} must be a folder with one folder a class, got a file; {_LAYOUT}")
     parent = next(folder for folder in root.absolute().parents if folder.is_dir())
     missing = root.absolute().relative_to(parent).parts[0]
     siblings = sorted(child.name for child in parent.iterdir() if child.is_dir() and not child.name.startswith("."))
@@ -87,7 +92,10 @@ def _part_folders(root: Path) -> tuple[dict[str, Path], bool]:
         return {part: found[part] for part in ("train", "val", "test") if part in found}, True
     if found and len(found) == len(_subfolders(root)):
         names = ", ".join(repr(folder.name) for folder in found.values())
-        raise ValueError(f"folder '{root}' has {names} but no 'train' with class folders inside")
+        raise ValueError(
+            f"folder '{root}' has {names} but no 'train' with class folders inside; add "
+            "PATH/train/class/image.jpg, or leave the parts out and write PATH/class/image.jpg"
+        )
     return {"train": root}, False
 
 
@@ -120,22 +128,42 @@ def _check_classes(files: dict[str, _Files], folders: dict[str, Path], root: Pat
     """Refuse folders that give no classification problem, all faults in one message."""
     faults = []
     if not files["train"]:
-        loose = sum(file.suffix.lower() in IMAGE_SUFFIXES for file in folders["train"].iterdir())
-        faults.append(f"no class folders in '{folders['train']}' ({loose} images lie there without a class)")
+        faults.append(_no_classes(folders["train"]))
     elif len(files["train"]) == 1:
-        faults.append(f"at least two classes are needed, there is one: {next(iter(files['train']))!r}")
+        only = next(iter(files["train"]))
+        faults.append(f"at least two classes are needed, there is one: {only!r}; {_LAYOUT}, one folder for each class")
     for part, classes in files.items():
         empty = [str((folders[part] / name).relative_to(root)) for name, found in classes.items() if not found]
         if empty:
-            faults.append(f"class folders without a readable image: {_listed([repr(name) for name in empty])}")
-        unknown = [repr(name) for name in classes if name not in files["train"]]
+            faults.append(
+                f"class folders without a readable image: {_listed([repr(name) for name in empty])}, remove them or "
+                f"add images ({', '.join(IMAGE_SUFFIXES)})"
+            )
+        unknown = [name for name in classes if name not in files["train"]]
         if unknown:
             faults.append(
-                f"classes of '{folders[part].name}' unknown to training: {_listed(unknown)}; "
+                f"classes of '{folders[part].name}' unknown to training: "
+                f"{_listed([_with_nearest(name, list(files['train'])) for name in unknown])}; "
                 f"training has {_listed([repr(name) for name in files['train']])}"
             )
     if faults:
         raise ValueError(f"folder '{root}' cannot be used: {'; '.join(faults)}")
+
+
+def _no_classes(folder: Path) -> str:
+    """The fault of a folder without class folders: it is empty, or its images lie there loose."""
+    visible = [child for child in folder.iterdir() if not child.name.startswith(".")]
+    if not visible:
+        return f"'{folder}' is empty; {_LAYOUT}"
+    loose = sum(child.suffix.lower() in IMAGE_SUFFIXES for child in visible)
+    return f"no class folders in '{folder}' ({loose} images lie there without a class); {_LAYOUT}"
+
+
+def _with_nearest(name: str, classes: list[str]) -> str:
+    """A class that training does not have, with the likeliest one that was meant."""
+    lowered = {known.lower(): known for known in classes}
+    near = difflib.get_close_matches(name.lower(), lowered, n=1)
+    return f"{name!r} (nearest: {lowered[near[0]]!r})" if near else repr(name)
 
 
 def _broken(files: dict[str, _Files]) -> dict[Path, str]:

@@ -6,48 +6,56 @@ from typing import Any
 
 _MAX_HEADER_BYTES = 100_000_000
 _SHOWN = 3
+WAY_OUT = "copy the adapter again, or train again with `--overwrite`"
+"""What to do about an adapter that is damaged or incomplete; `snella inspect` says the same."""
 
 
 class AdapterFileError(ValueError):
     """An adapter file is damaged, or belongs to another model."""
 
 
+class HeaderError(ValueError):
+    """What is wrong with a safetensors file, without its name."""
+
+
 def read_header(path: Path) -> dict[str, list[int]]:
-    """Names and shapes of the tensors in a safetensors file, without reading them.
+    """Names and shapes of the tensors in an adapter's safetensors file, without reading them.
 
     Raises:
         FileNotFoundError: No such file.
         AdapterFileError: The file is cut off (says which tensors are incomplete) or is not a safetensors file.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no adapter file {path}")
+        raise FileNotFoundError(f"no adapter file {path}; {WAY_OUT}")
+    try:
+        return parse_header(path)
+    except HeaderError as fault:
+        raise AdapterFileError(f"{path} is damaged: {fault}; {WAY_OUT}") from None
+
+
+def parse_header(path: Path) -> dict[str, list[int]]:
+    """Names and shapes of the tensors in an existing safetensors file.
+
+    Raises:
+        HeaderError: The file is cut off or of another kind.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise AdapterFileError(
-                f"{path} is damaged: a safetensors header of {length} bytes cannot be in a file of {size} bytes; "
-                "copy the adapter again"
-            )
+            raise HeaderError(f"a safetensors header of {length} bytes cannot be in a file of {size} bytes")
         try:
             header: dict[str, Any] = json.loads(file.read(length))
             tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
             ends = {name: 8 + length + int(entry["data_offsets"][1]) for name, entry in tensors.items()}
             shapes = {name: [int(n) for n in entry["shape"]] for name, entry in tensors.items()}
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as fault:
-            raise AdapterFileError(
-                f"{path} is damaged: its safetensors header is unreadable ({fault}); copy the adapter again"
-            ) from None
+            raise HeaderError(f"its safetensors header is unreadable ({fault})") from None
     cut = [name for name, end in ends.items() if end > size]
     if cut:
-        raise AdapterFileError(
-            f"{path} is damaged: cut off at {size} of {max(ends.values())} bytes, so {_some(cut)} is incomplete; "
-            "copy the adapter again"
-        )
+        raise HeaderError(f"cut off at {size} of {max(ends.values())} bytes, so {_some(cut)} is incomplete")
     if max(ends.values(), default=8 + length) != size:
-        raise AdapterFileError(
-            f"{path} is damaged: {size} bytes, its header describes {max(ends.values(), default=8 + length)}"
-        )
+        raise HeaderError(f"{size} bytes, its header describes {max(ends.values(), default=8 + length)}")
     return shapes
 
 

@@ -12,7 +12,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from snella.methods.adapter_files import check_fits, read_header
+from snella.methods.adapter_files import WAY_OUT, AdapterFileError, check_fits, read_header
 from snella.methods.normalisation import freeze_running_statistics
 from snella.methods.registry import MethodSpec, build_method, spec_of
 
@@ -64,10 +64,12 @@ def load_trained(folder: str | os.PathLike[str], backbone: nn.Module) -> nn.Modu
     if (source / CONFIG_NAME).is_file():
         model = _rebuild_adapter(source, backbone)
     elif (source / METHOD_FILE).is_file():
-        described = json.loads((source / METHOD_FILE).read_text())
+        described = _read_settings(source / METHOD_FILE)
         model = build_method(described["method"], backbone, head=described["head"], **described["options"])
     else:
-        raise FileNotFoundError(f"{source} holds no adapter: neither {CONFIG_NAME} nor {METHOD_FILE} is there")
+        raise FileNotFoundError(
+            f"{source} holds no adapter: neither {CONFIG_NAME} nor {METHOD_FILE} is there; {WAY_OUT}"
+        )
     load_trained_into(model, source)
     return model.eval()
 
@@ -94,15 +96,27 @@ def load_trained_into(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 def _rebuild_adapter(folder: Path, backbone: nn.Module) -> nn.Module:
     """The adapter of `folder` around `backbone`, values still to be loaded."""
+    _read_settings(folder / CONFIG_NAME)
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = False
     freeze_running_statistics(backbone)
     model = get_peft_model(backbone, config)
     method = folder / METHOD_FILE
-    described: dict[str, Any] = json.loads(method.read_text()) if method.is_file() else {}
+    described: dict[str, Any] = _read_settings(method) if method.is_file() else {}
     name = described.get("method", str(getattr(config.peft_type, "value", config.peft_type)).lower())
     model.snella_method = MethodSpec(name, described.get("options", {}), described.get("head", "head"))
     return model
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of an adapter."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as fault:
+        raise AdapterFileError(f"{path} is damaged: {fault}; {WAY_OUT}") from None
+    if not isinstance(values, dict):
+        raise AdapterFileError(f"{path} is damaged: it must hold a mapping, got {values!r:.60}; {WAY_OUT}")
+    return values
 
 
 def _adapter_tensors(model: PeftModel) -> dict[str, Tensor]:

@@ -4,12 +4,12 @@ from typing import cast
 
 from peft import PeftModel
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from snella import SnellaConfig
 from snella.training.assembly import Assembly
 from snella.training.config import TrainConfig
+from snella.training.console import counted, print_rows
 from snella.training.memory import estimate_bytes
 from snella.training.results import matrices_of, trainable_parameters
 
@@ -24,27 +24,22 @@ def announce(console: Console, config: TrainConfig, parts: Assembly) -> None:
     """
     splits, model = parts.splits, parts.model
     size = tuple(parts.data_config["input_size"])
-    table = Table.grid(padding=(0, 2))
     classes = ", ".join(splits.classes[:6]) + (", …" if len(splits.classes) > 6 else "")
-    table.add_row("data", splits.description)
-    table.add_row("classes", f"{len(splits.classes)}: {classes}")
-    for note in splits.notes:
-        table.add_row("note", note)
-    table.add_row("backbone", f"{config.backbone}, {_count(model):,} weights, images of {size[1]}×{size[2]} px")
-    table.add_row("method", f"{config.method}, {trainable_parameters(model):,} trainable parameters{_adapted(model)}")
-    if matrices_of(model):
-        table.add_row("budget", _budgets(model))
-    steps = -(-len(splits.train) // config.batch_size)
-    table.add_row(
-        "training",
-        f"{config.epochs} epochs of {steps} steps, {config.batch_size} images each, "
-        f"on {next(model.parameters()).device}",
-    )
-    estimate = estimate_bytes(model, (size[0], size[1], size[2]), config.batch_size)
-    table.add_row(
-        "memory", f"about {estimate / 2**20:,.0f} MiB for weights, gradients, optimiser and a batch (estimated)"
-    )
-    console.print(table, highlight=False, soft_wrap=True)
+    batch = config.images_per_step
+    steps = counted(-(-len(splits.train) // batch), "step")
+    device = next(model.parameters()).device
+    estimate = estimate_bytes(model, (size[0], size[1], size[2]), batch) / 2**20
+    rows = [
+        ("data", splits.description),
+        ("classes", f"{len(splits.classes)}: {classes}"),
+        *(("note", note) for note in splits.notes),
+        ("backbone", f"{config.backbone}, {_count(model):,} weights, images of {size[1]}×{size[2]} px"),
+        ("method", f"{config.method}, {trainable_parameters(model):,} trainable parameters{_adapted(model)}"),
+        *([("budget", _budgets(model))] if matrices_of(model) else []),
+        ("training", f"{counted(config.epochs, 'epoch')} of {steps}, {counted(batch, 'image')} each, on {device}"),
+        ("memory", f"about {estimate:,.0f} MiB for weights, gradients, optimiser and a batch (estimated)"),
+    ]
+    print_rows(console, rows)
 
 
 def _count(model: nn.Module) -> int:

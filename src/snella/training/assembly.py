@@ -11,7 +11,8 @@ from snella.backbones import create_backbone
 from snella.data import DataSplits, build_transform, load_data
 from snella.methods import build_method
 from snella.tasks import ClassificationTask
-from snella.training.config import TrainConfig
+from snella.training.config import DEFAULT_BATCH_SIZE, TrainConfig
+from snella.training.console import counted
 
 
 @dataclass
@@ -36,7 +37,11 @@ def assemble(config: TrainConfig) -> Assembly:
     """
     device = choose_device(config.device)
     splits = load_splits(config)
-    if len(splits.train) < config.batch_size:
+    if config.batch_size is None and len(splits.train) < DEFAULT_BATCH_SIZE:
+        splits.notes.append(
+            f"all {counted(len(splits.train), 'training image')} in one batch, instead of {DEFAULT_BATCH_SIZE} images"
+        )
+    elif len(splits.train) < config.images_per_step:
         raise ValueError(
             f"batch_size must be at most the number of training images, {len(splits.train)} in {config.data}, "
             f"got {config.batch_size}; "
@@ -65,7 +70,7 @@ def assemble(config: TrainConfig) -> Assembly:
 
 
 def load_splits(config: TrainConfig) -> DataSplits:
-    """The images of a run, split as its settings say; the same ones every time."""
+    """The images that settings name, split as they say; the same ones every time while the files are the same."""
     return load_data(
         str(config.data),
         seed=config.seed,

@@ -2,19 +2,22 @@
 
 import contextlib
 import errno
+import json
 import re
 import shutil
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from snella.methods.adapter_files import parse_header
 from snella.training.atomic_files import sync_folder, sync_tree
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 class CheckpointError(OSError):
-    """A checkpoint or the best adapter could not be written; the previous one is intact."""
+    """A checkpoint or the best adapter could not be written (the previous one is intact), or one is damaged."""
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -27,6 +30,38 @@ def latest_checkpoint(folder: Path) -> Path | None:
         return None
     steps = {int(match[1]): path for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))}
     return steps[max(steps)] if steps else None
+
+
+def check_complete(checkpoint: Path) -> None:
+    """Look at every file of a checkpoint before anything is loaded from it.
+
+    Args:
+        checkpoint: One of the run's `checkpoints`.
+
+    Raises:
+        CheckpointError: A file is damaged; names it and the ways out.
+    """
+    for path in sorted(checkpoint.iterdir()):
+        fault = _damage(path)
+        if fault:
+            raise CheckpointError(
+                f"the checkpoint is damaged: {path}: {fault}; start over with --overwrite, "
+                f"or remove {checkpoint} and --resume again, which trains from the first epoch"
+            )
+
+
+def _damage(path: Path) -> str:
+    """What is wrong with a file of a checkpoint; empty if nothing is."""
+    try:
+        if path.suffix == ".safetensors":
+            parse_header(path)
+        elif path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+        elif path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
+            return f"cut off at {path.stat().st_size} bytes"
+    except ValueError as fault:
+        return str(fault)
+    return ""
 
 
 def remove_incomplete(folder: Path) -> int:

@@ -21,6 +21,9 @@ _LEAST = {
 }
 SESSION_FIELDS = ("out", "resume", "overwrite", "workers", "progress")
 """Fields that may differ between the parts of a resumed run."""
+UNSTORED_FIELDS = ("resume", "overwrite", "progress")
+"""Fields that say how one call behaves; they are no part of a stored configuration."""
+DEFAULT_BATCH_SIZE = 32
 
 
 @dataclass
@@ -36,25 +39,29 @@ class TrainConfig:
         method: linear, bias, full, lora, snella or snell; lora-8 sets the rank.
         weights: Weight file for a backbone that is given by its architecture's name.
         pretrained: Load pre-trained weights; false starts from random ones, for tests.
-        img_size: Side of the input image in pixels; None is the model's own.
-        r: Rank of the factors (lora, snella, snell).
-        target_sparsity: Fraction of the adapted weights that the update leaves untouched in the end (snella, snell).
-        scaling: Factor on the sparse update (snella, snell).
+        img_size: Side of the input image in pixels; the model's own if not given.
+        r: Rank of the factors (lora, snella, snell): more can change more, at more memory and time.
+        target_sparsity: Fraction of the adapted weights that the update leaves untouched in the end (snella, snell);
+            0.7 changes 30 % of them.
+        scaling: Factor on the sparse update (snella, snell): how far a step of the learning rate moves the model. Lower
+            it where training jumps about, raise it where the accuracy hardly moves.
         method_options: Further options of the method, e.g. kernel, preset, schedule, min_layer_share for snella;
             lora_alpha for lora. On the command line --method-options.kernel rbf.
         epochs: Passes over the training images.
-        batch_size: Images per step.
-        lr: Learning rate of the factors (of all weights in full and bias).
-        scalar_lr: Learning rate of the kernels' scalars (snella, snell).
+        batch_size: Images per step; if not given 32, or all training images where there are fewer.
+        lr: Learning rate, the size of each training step, of the factors (of all weights in full and bias). Lower it
+            where the loss jumps or is no number, raise it where it falls slowly.
+        scalar_lr: The same for the few numbers that shape how the factors are combined (snella, snell); rarely worth
+            changing.
         head_lr: Learning rate of the classifier head.
         weight_decay: Decoupled weight decay; none on the kernels' scalars.
         warmup: Fraction of all steps over which the rates rise linearly, before they fall along a cosine.
         max_grad_norm: Gradients are scaled down to this norm; 0 leaves them.
         label_smoothing: Share of the target spread over all classes.
         augment: Random changes to training images: none, flip, or crop (random resized crop and flip).
-        train_size: Use so many training images, drawn stratified; None is all.
-        val_size: Use so many validation images; None is all.
-        test_size: Use so many test images; None is all.
+        train_size: Use so many training images, each class by its share; all if not given.
+        val_size: Use so many validation images; all if not given.
+        test_size: Use so many test images; all if not given.
         val_fraction: Share of the training images held out for validation where the data has no such part.
         test_fraction: The same for the test; 0 for none.
         skip_broken: Go on without images that cannot be read, and say how many.
@@ -79,7 +86,7 @@ class TrainConfig:
     scaling: float | None = None
     method_options: dict[str, Any] = field(default_factory=dict)
     epochs: int = 10
-    batch_size: int = 32
+    batch_size: int | None = None
     lr: float | None = None
     scalar_lr: float | None = None
     head_lr: float | None = None
@@ -125,6 +132,15 @@ class TrainConfig:
         check_method(result.method, result.options_of_method())
         return result
 
+    @property
+    def images_per_step(self) -> int:
+        """`batch_size`, or its default."""
+        return DEFAULT_BATCH_SIZE if self.batch_size is None else self.batch_size
+
+    def fitted_to(self, images: int) -> "TrainConfig":
+        """The same settings with `batch_size` decided for so many training images."""
+        return self if self.batch_size else dataclasses.replace(self, batch_size=min(DEFAULT_BATCH_SIZE, images))
+
     def options_of_method(self) -> dict[str, Any]:
         """Options for `build_method`: `method_options` and the named ones that are set."""
         named = {name: getattr(self, name) for name in _METHOD_OPTION_FIELDS if getattr(self, name) is not None}
@@ -133,6 +149,10 @@ class TrainConfig:
     def as_dict(self) -> dict[str, Any]:
         """The settings as plain values, for YAML and JSON."""
         return dataclasses.asdict(self)
+
+    def stored(self) -> dict[str, Any]:
+        """What `config.yaml` holds: `as_dict` without the fields of one call, such as `overwrite`."""
+        return {name: value for name, value in self.as_dict().items() if name not in UNSTORED_FIELDS}
 
     def differences(self, other: "TrainConfig") -> list[str]:
         """What this configuration asks for beyond the defaults that `other` does differently, one text a field."""

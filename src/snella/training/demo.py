@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from snella.training.config import TrainConfig
+from snella.training.console import make_console
 from snella.training.reporting import refresh_report
 from snella.training.run_folder import RunFolder
 from snella.training.running import train
@@ -50,7 +51,7 @@ def run_demo(
     Returns:
         The folder.
     """
-    console = console or Console()
+    console = console or make_console()
     folder = Path(out)
     rows = []
     for number, (method, own) in enumerate(DEMO_METHODS.items(), start=1):
@@ -63,11 +64,13 @@ def run_demo(
         rows.append(_row(run, method))
     run = RunFolder(folder)
     run.write_json("comparison.json", {"format": 1, "rows": rows})
-    report = refresh_report(folder)
+    report = refresh_report(folder, console)
     console.rule("comparison")
-    console.print(f"{folder}: {DEMO_SETTINGS['train_size']} training images, measured on the same test images")
+    console.print(
+        f"{folder}: {DEMO_SETTINGS['train_size']} training images, measured on the same test images", soft_wrap=True
+    )
     console.print(_table(rows))
-    console.print(f"best SNELLA adapter {run.adapter}; report {report}", highlight=False)
+    console.print(f"best SNELLA adapter {run.adapter}; report {report}", highlight=False, soft_wrap=True)
     return folder
 
 

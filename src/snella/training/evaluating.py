@@ -1,5 +1,6 @@
 """Measuring a run's best model on images."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +11,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from snella.data import DataSplits, ImageDataset, load_data
 from snella.tasks import ClassificationTask
+from snella.training.assembly import load_splits
 from snella.training.loading import LoadedRun, load_run
+from snella.training.split_identity import check_splits, find_data, same_splits
 
 Split = Literal["auto", "train", "val", "test", "all"]
 
@@ -45,7 +48,8 @@ def evaluate(
     Args:
         run: Folder of the run.
         data: Other images than the run's own, as for training; its classes must be among the run's.
-        split: `auto` is the test part of the run's own data (validation where there is none), and all of other data.
+        split: `auto` is the test part of the run's own data (validation where there is none), wherever it lies now, and
+            all of other data.
         batch_size: Images at a time.
         skip_broken: Go on without images that cannot be read.
         device: auto, cpu or cuda.
@@ -55,13 +59,15 @@ def evaluate(
         `confusion`.
 
     Raises:
-        ValueError: A class that the run does not know, or a split that the data does not have.
+        FileNotFoundError: The run's own data is not there any more.
+        ValueError: A class that the run does not know, a split that the data does not have, or own data with files
+            added or removed, which would be split differently.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     loaded = load_run(run, device)
-    splits = _load_splits(loaded, data, skip_broken)
-    chosen = split if split != "auto" else "all" if data is not None else "test" if splits.test is not None else "val"
+    splits, are_own = _load_splits(loaded, data, skip_broken)
+    chosen = split if split != "auto" else "all" if not are_own else "test" if splits.test is not None else "val"
     parts = [part.with_transform(loaded.transform) for part in _parts(splits, chosen)]
     items = _Relabelled(parts, _numbers(splits.classes, loaded))
     logits, labels = _run_model(loaded, items, batch_size)
@@ -75,21 +81,22 @@ def evaluate(
     return {**head, "classes": loaded.classes, **scores}
 
 
-def _load_splits(loaded: LoadedRun, data: str | None, skip_broken: bool) -> DataSplits:
-    """The run's own data with its own split, or other data in full."""
-    config = loaded.folder.read_config()
-    if data is not None:
-        return load_data(data, seed=config.seed, skip_broken=skip_broken)
-    return load_data(
-        str(config.data),
-        seed=config.seed,
-        val_fraction=config.val_fraction,
-        test_fraction=config.test_fraction,
-        train_size=config.train_size,
-        val_size=config.val_size,
-        test_size=config.test_size,
-        skip_broken=skip_broken or config.skip_broken,
-    )
+def _load_splits(loaded: LoadedRun, data: str | None, skip_broken: bool) -> tuple[DataSplits, bool]:
+    """The run's own data with its own split, or other data in full, and which of both it is."""
+    config, stored = loaded.folder.read_config(), loaded.info["data"]
+    config.skip_broken = skip_broken or config.skip_broken
+    if data is None:
+        config.data = find_data(loaded.folder.path, str(config.data), stored)
+        splits = load_splits(config)
+        check_splits(loaded.folder.path, stored, splits)
+        return splits, True
+    if stored.get("digest"):
+        config.data = data
+        with contextlib.suppress(ValueError):
+            splits = load_splits(config)
+            if same_splits(stored, splits):
+                return splits, True
+    return load_data(data, seed=config.seed, skip_broken=skip_broken), False
 
 
 def _parts(splits: DataSplits, split: str) -> list[ImageDataset]:

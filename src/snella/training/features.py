@@ -85,6 +85,6 @@ def _features(model: nn.Module, images: ImageDataset, config: TrainConfig) -> It
     """Pooled features of one batch after the other, on the CPU."""
     device = next(model.parameters()).device
     model.eval()
-    for batch, _ in DataLoader(images, batch_size=config.batch_size, num_workers=config.workers):
+    for batch, _ in DataLoader(images, batch_size=config.images_per_step, num_workers=config.workers):
         pooled = model.forward_head(model.forward_features(batch.to(device)), pre_logits=True)  # type: ignore[operator]
         yield pooled.float().cpu()

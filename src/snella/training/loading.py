@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from snella.analysis.run_files import read_run
 from snella.data import build_transform
 from snella.methods import load_trained
 from snella.training.assembly import choose_device, make_backbone
@@ -41,15 +42,14 @@ def load_run(run: str | Path | RunFolder, device: str = "auto") -> LoadedRun:
         Model in evaluation mode, its transform, the class names and the content of `run.json`.
 
     Raises:
-        FileNotFoundError: Not the folder of a run, or no epoch was finished yet.
+        FileNotFoundError: Not the folder of a run, no epoch was finished yet, or the adapter is missing.
+        ValueError: `run.json` is damaged.
         AdapterFileError: The adapter is damaged or belongs to another model; names the tensor.
     """
     folder = run if isinstance(run, RunFolder) else RunFolder(run)
     info = folder.read_json("run.json")
-    if not folder.adapter.is_dir():
-        raise FileNotFoundError(
-            f"{folder.path} holds no adapter yet (status {info['status']}); finish the run with --resume"
-        )
+    read_run(folder.path)
+    folder.check_adapter()
     model = load_trained(folder.adapter, make_backbone(info["backbone"])).to(choose_device(device))
     transform = build_transform(info["data_config"], train=False, augment="none")
     return LoadedRun(folder, model, transform, list(info["classes"]), info)

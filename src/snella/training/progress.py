@@ -8,6 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from snella import SnellaCallback
+from snella.training.results import rank_of_epoch
 
 
 class ProgressDisplay(TrainerCallback):
@@ -34,14 +35,14 @@ class ProgressDisplay(TrainerCallback):
         self.last_loss: Callable[[], float] = lambda: float("nan")
         self._bar: Progress | None = None
         self._task: Any = None
-        self._best = float("-inf")
+        self._best = (float("-inf"), float("-inf"))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start the bar where the run stands."""
-        past = [row["val_accuracy"] for row in state.log_history if "val_accuracy" in row]
-        self._best = max(past, default=float("-inf"))
+        past = [rank_of_epoch(row) for row in state.log_history if "val_accuracy" in row]
+        self._best = max(past, default=self._best)
         if self.show_bar and state.is_world_process_zero:
             columns = (
                 TextColumn("{task.description}"),
@@ -67,8 +68,8 @@ class ProgressDisplay(TrainerCallback):
         """Write the epoch's line."""
         if not state.is_world_process_zero:
             return
-        is_best = metrics["val_accuracy"] > self._best
-        self._best = max(self._best, metrics["val_accuracy"])
+        is_best = rank_of_epoch(metrics) >= self._best
+        self._best = max(self._best, rank_of_epoch(metrics))
         self.console.print(
             f"epoch {round(state.epoch):>3}/{state.num_train_epochs}  loss {metrics['train_loss']:.4f}  "
             f"val loss {metrics['val_loss']:.4f}  accuracy {metrics['val_accuracy']:.4f}  "

@@ -5,7 +5,7 @@ import platform
 import resource
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from snella import SnellaCallback
 from snella.data import ImageDataset
 from snella.methods import spec_of
 from snella.training.assembly import Assembly
-from snella.training.config import TrainConfig
+from snella.training.config import UNSTORED_FIELDS, TrainConfig
+from snella.training.split_identity import digest_of, folder_of, sizes_of
 from snella.tuner.matrices import AdaptedMatrix, adapted_matrices
 
 _PACKAGES = ("snella", "torch", "peft", "timm", "transformers")
@@ -35,11 +36,9 @@ def describe_run(config: TrainConfig, parts: Assembly) -> dict[str, Any]:
             "spec": config.data,
             "seed": config.seed,
             "description": splits.description,
-            "sizes": {
-                "train": len(splits.train),
-                "val": len(splits.val),
-                "test": 0 if splits.test is None else len(splits.test),
-            },
+            "sizes": sizes_of(splits),
+            "digest": digest_of(splits),
+            "folder": folder_of(str(config.data)),
             "notes": list(splits.notes),
         },
         "data_config": parts.data_config,
@@ -53,7 +52,7 @@ def command_of(config: TrainConfig) -> str:
     default = TrainConfig(data="-", backbone="-", out="-")
     words = ["snella", "train"]
     for name, value in config.as_dict().items():
-        if name in ("resume", "overwrite") or value is None or value == getattr(default, name):
+        if name in UNSTORED_FIELDS or value is None or value == getattr(default, name):
             continue
         option = "--" + name.replace("_", "-")
         if isinstance(value, dict):
@@ -114,8 +113,13 @@ def describe_predictions(dataset: ImageDataset, probabilities: Tensor, split: st
 
 
 def best_epoch(history: Sequence[dict[str, Any]]) -> int:
-    """The epoch of the highest validation accuracy, the earliest of equals."""
-    return int(max(history, key=lambda row: (row["val_accuracy"], -row["epoch"]))["epoch"])
+    """The epoch of the highest rank, the latest of equals."""
+    return int(max(history, key=lambda row: (rank_of_epoch(row), row["epoch"]))["epoch"])
+
+
+def rank_of_epoch(row: Mapping[str, Any]) -> tuple[float, float]:
+    """What epochs are compared by: higher validation accuracy first, then lower validation loss."""
+    return row["val_accuracy"], -row["val_loss"]
 
 
 def folder_bytes(folder: Path) -> int:

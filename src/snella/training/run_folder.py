@@ -3,12 +3,12 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 
 from snella.training.atomic_files import write_json, write_text
-from snella.training.config import SESSION_FIELDS, TrainConfig
+from snella.training.config import SESSION_FIELDS, UNSTORED_FIELDS, TrainConfig
 
 Status = Literal["running", "interrupted", "failed", "finished"]
 
@@ -23,6 +23,12 @@ _FILES = (
     "report.html",
 )
 _FOLDERS = ("adapter", "checkpoints", "commands")
+_WAY_OUT = "copy the file again, or train again with `--overwrite`"
+
+
+def status_text(status: Status) -> str:
+    """A status for people: a killed process could not change it any more."""
+    return "running or killed" if status == "running" else status
 
 
 class RunFolder:
@@ -40,8 +46,17 @@ class RunFolder:
 
     @property
     def status(self) -> Status | None:
-        """What `run.json` says; None where no run is."""
-        return self.read_json("run.json")["status"] if (self.path / "run.json").is_file() else None
+        """What `run.json` says; None where no run is.
+
+        Raises:
+            ValueError: The file is damaged.
+        """
+        if not (self.path / "run.json").is_file():
+            return None
+        run = self.read_json("run.json")
+        if not isinstance(run, dict) or run.get("status") not in get_args(Status):
+            raise ValueError(f"{self.path / 'run.json'} is damaged: it holds no status; {_WAY_OUT}")
+        return run["status"]
 
     def read_json(self, name: str) -> Any:
         """Content of one of the JSON files.
@@ -61,7 +76,7 @@ class RunFolder:
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except ValueError as fault:
-            raise ValueError(f"{path} is damaged: {fault}; train again with overwrite") from None
+            raise ValueError(f"{path} is damaged: {fault}; {_WAY_OUT}") from None
 
     def write_json(self, name: str, value: Any) -> None:
         """Write one of the JSON files, whole or not at all."""
@@ -77,8 +92,8 @@ class RunFolder:
         self.write_json("run.json", run)
 
     def write_config(self, config: TrainConfig) -> None:
-        """Write `config.yaml`."""
-        write_text(self.path / "config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False))
+        """Write `config.yaml`: the settings of the run, not those of one call such as `overwrite`."""
+        write_text(self.path / "config.yaml", yaml.safe_dump(config.stored(), sort_keys=False))
 
     def read_config(self) -> TrainConfig:
         """The configuration that the run was started with.
@@ -91,9 +106,26 @@ class RunFolder:
         if not path.is_file():
             raise FileNotFoundError(f"no file {path}: this is not the folder of a run")
         try:
-            return TrainConfig(**yaml.safe_load(path.read_text(encoding="utf-8")))
-        except (TypeError, yaml.YAMLError) as fault:
-            raise ValueError(f"{path} is damaged: {fault}; train again with overwrite") from None
+            values = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+            return TrainConfig(**{name: value for name, value in values.items() if name not in UNSTORED_FIELDS})
+        except (TypeError, UnicodeDecodeError, yaml.YAMLError) as fault:
+            raise ValueError(f"{path} is damaged: {fault}; train again with `--overwrite`") from None
+
+    def check_adapter(self) -> None:
+        """Refuse to go on without a best adapter.
+
+        Raises:
+            FileNotFoundError: There is none; says whether it is missing or not there yet.
+        """
+        if any(self.adapter.glob("*.safetensors")):
+            return
+        if self.status == "finished":
+            raise FileNotFoundError(
+                f"{self.adapter} is missing, though the run is finished; "
+                "restore that folder from a copy, or train again with `--overwrite`"
+            )
+        state = status_text(self.status) if self.status else "not begun"
+        raise FileNotFoundError(f"{self.path} holds no adapter yet (status {state}); finish the run with --resume")
 
     def settle(self, config: TrainConfig) -> TrainConfig:
         """Decide what to train, before anything is loaded or written.
@@ -121,7 +153,7 @@ class RunFolder:
             state, hint = (
                 ("a finished run", "")
                 if status == "finished"
-                else (f"an unfinished run ({status})", "continue it with --resume, ")
+                else (f"an unfinished run ({status_text(status)})", "continue it with --resume, ")
             )
             raise FileExistsError(
                 f"out={self.path} holds {state}; {hint}choose another folder, or start over with --overwrite"
@@ -138,8 +170,10 @@ class RunFolder:
         self.write_config(config)
 
     def _resumed(self, config: TrainConfig) -> TrainConfig:
-        """The stored settings, if what was asked for does not contradict them."""
+        """The stored settings, if what was asked for does not contradict them; `data` may say where it lies now."""
         stored = self.read_config()
+        if config.data and self.read_json("run.json").get("data", {}).get("digest"):
+            stored.data = config.data
         differences = config.differences(stored)
         if differences:
             raise ValueError(

@@ -7,8 +7,9 @@ from snella.analysis import write_report
 from snella.methods import load_trained_into
 from snella.training.announcing import announce
 from snella.training.assembly import Assembly, assemble
-from snella.training.checkpoints import latest_checkpoint, remove_incomplete
+from snella.training.checkpoints import check_complete, latest_checkpoint, remove_incomplete
 from snella.training.config import TrainConfig
+from snella.training.console import make_console
 from snella.training.features import cache_features, can_cache_features
 from snella.training.progress import ProgressDisplay
 from snella.training.results import (
@@ -22,6 +23,7 @@ from snella.training.results import (
     trainable_parameters,
 )
 from snella.training.run_folder import RunFolder
+from snella.training.split_identity import check_splits, find_data
 from snella.training.stopping import InterruptCallback, TrainingInterrupted
 from snella.training.trainer import SnellaTrainer
 
@@ -40,18 +42,29 @@ def train(config: TrainConfig, console: Console | None = None) -> RunFolder:
 
     Raises:
         FileExistsError: The folder holds a run, and neither `resume` nor `overwrite` was asked for.
+        FileNotFoundError: The data of a resumed run is not there, or the adapter of a finished one.
+        ValueError: Settings that contradict each other or the data, or a resumed run whose images have changed.
         TrainingInterrupted: Ctrl-C; a checkpoint is saved.
         NonFiniteLossError: The loss or the gradient became infinite or NaN; the last good state is kept.
-        CheckpointError: The disk is full; the last checkpoint is kept.
+        CheckpointError: The disk is full, and the last checkpoint is kept; or that of a resumed run is damaged.
     """
-    console = console or Console()
+    console = console or make_console()
     run = RunFolder(str(config.out))
     config = run.settle(config)
+    is_resumed = config.resume and run.status is not None
     if config.resume and run.status == "finished":
+        run.check_adapter()
         console.print(f"{run.path} is finished already; its report is {run.report}", highlight=False, soft_wrap=True)
         return run
+    stored = run.read_json("run.json").get("data", {}) if is_resumed else {}
+    if is_resumed:
+        config.data = find_data(run.path, str(config.data), stored)
     parts = assemble(config)
-    if not (config.resume and run.status is not None):
+    check_splits(run.path, stored, parts.splits)
+    config = config.fitted_to(len(parts.splits.train))
+    if is_resumed:
+        run.write_config(config)
+    else:
         run.create(config)
     run.checkpoints.mkdir(exist_ok=True)
     run.update("running", **describe_run(config, parts))
@@ -90,6 +103,7 @@ def _fit(
     )
     display.last_loss = lambda: trainer.last_loss
     if checkpoint is not None:
+        check_complete(checkpoint)
         console.print(f"continuing from {checkpoint}", highlight=False, soft_wrap=True)
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -135,8 +149,17 @@ def _finish(trainer: SnellaTrainer, parts: Assembly, run: RunFolder, console: Co
     if matrices:
         kept, total = sum(m.budget for m in matrices), sum(m.size for m in matrices)
         console.print(
-            f"its update changes {kept:,} of {total:,} weights ({1 - kept / total:.1%} sparse)", highlight=False
+            f"its update changes {kept:,} of {total:,} weights ({1 - kept / total:.1%} sparse)",
+            highlight=False,
+            soft_wrap=True,
         )
+        target = callback.allocator.target_budget if callback is not None and callback.allocator else kept
+        if kept > target:
+            console.print(
+                f"epoch {best} was chosen before the schedule reached its target, {target:,} weights",
+                highlight=False,
+                soft_wrap=True,
+            )
     console.print(f"adapter {run.adapter}, report {report}", highlight=False, soft_wrap=True)
 
 

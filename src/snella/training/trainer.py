@@ -22,6 +22,7 @@ from snella.training.atomic_files import write_json
 from snella.training.checkpoints import remove_incomplete, saving, staged
 from snella.training.config import TrainConfig
 from snella.training.optimizer import build_optimizer
+from snella.training.results import rank_of_epoch
 from snella.training.run_folder import RunFolder
 from snella.training.sampler import EpochCallback, EpochSampler, mix_seed
 from snella.training.stopping import NonFiniteLossError
@@ -45,7 +46,7 @@ class SnellaTrainer(Trainer):
     - every step draws its random numbers (dropout, drop-path) from `(seed, step)`, and every epoch its order from
       `(seed, epoch)`, so that a resumed run repeats them wherever it was cut;
     - a checkpoint holds what was trained, not the backbone, and appears under its name only when it is complete;
-    - the adapter of the best epoch (validation accuracy, the earlier one of equals) is written when it is found;
+    - the adapter of the best epoch (see `results.rank_of_epoch`) is written when it is found;
     - a loss or gradient that is not finite ends the run before it reaches the weights.
 
     Args:
@@ -136,7 +137,7 @@ class SnellaTrainer(Trainer):
             "budget": self._budget(),
         }
         self.progress.loss_sum, self.progress.steps = 0.0, 0
-        is_best = all(past["val_accuracy"] < row["val_accuracy"] for past in self.history)
+        is_best = all(rank_of_epoch(past) <= rank_of_epoch(row) for past in self.history)
         self.log(row)
         if is_best and self.args.should_save:
             with saving(self.run_folder.adapter):
@@ -255,8 +256,8 @@ def training_arguments(config: TrainConfig, checkpoints: Path) -> TrainingArgume
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         num_train_epochs=config.epochs,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.batch_size,
+        per_device_train_batch_size=config.images_per_step,
+        per_device_eval_batch_size=config.images_per_step,
         learning_rate=config.lr or 0.0,
         lr_scheduler_type="cosine",
         warmup_steps=config.warmup,

@@ -20,6 +20,8 @@ Preset = Literal["paper", "official"]
 Allocation = Literal["competition", "uniform"]
 ImportanceMetric = Literal["sensitivity", "magnitude", "delta_magnitude"]
 
+_NO_UPDATE = "0.9 keeps a tenth of the update; to train nothing, remove the adapter (snella train --method linear)"
+
 # what a preset decides where the user leaves a field at None
 _PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
@@ -190,12 +192,19 @@ class SnellaConfig(PeftConfig):
         if faults:
             return faults
         cuts_rows = self.kernel in KERNELS and "piece_coeff" in KERNELS[self.kernel].scalars
-        if self.r < 1 or self.num_pieces < 1 or (cuts_rows and self.r % self.num_pieces):
-            faults.append(f"num_pieces must divide r, both at least 1, got r={self.r} and num_pieces={self.num_pieces}")
+        faults += [
+            f"{name} must be at least 1, got {name}={getattr(self, name)}"
+            for name in ("r", "num_pieces")
+            if getattr(self, name) < 1
+        ]
+        if not faults and cuts_rows and self.r % self.num_pieces:
+            below = self.r // self.num_pieces * self.num_pieces
+            near = " or ".join(f"r={rank}" for rank in (below, below + self.num_pieces) if rank > 0)
+            faults.append(f"r must be divisible by num_pieces={self.num_pieces}, got r={self.r}; {near} would fit")
         if not 0 <= self.target_sparsity < 1:
-            faults.append(
-                f"target_sparsity must be in [0, 1), got {self.target_sparsity}; to train nothing, remove the adapter"
-            )
+            is_percent = 1 < self.target_sparsity < 100
+            hint = f"did you mean {self.target_sparsity / 100:g}?" if is_percent else _NO_UPDATE
+            faults.append(f"target_sparsity must be in [0, 1), got {self.target_sparsity}; {hint}")
         elif not 0 <= self.init_sparsity <= self.target_sparsity:
             faults.append(
                 f"init_sparsity must be in [0, target_sparsity], got {self.init_sparsity} "
