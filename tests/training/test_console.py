@@ -4,7 +4,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from snella.training.console import counted, make_console, print_rows
+from snella.training.console import counted, make_console, print_heading, print_rows
 
 
 def test_what_is_no_terminal_gets_whole_lines_without_padding():
@@ -43,3 +43,9 @@ def test_rows_stand_in_two_columns_and_are_wrapped_on_a_terminal_only(is_termina
 
 def test_numbers_and_nouns_agree():
     assert (counted(1, "image"), counted(0, "step"), counted(1200, "image")) == ("1 image", "0 steps", "1,200 images")
+
+
+def test_a_heading_in_a_file_is_one_short_line():
+    file = io.StringIO()
+    print_heading(make_console(file), "1/3  linear")
+    assert file.getvalue() == "--- 1/3  linear ---\n"

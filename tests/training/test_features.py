@@ -1,5 +1,7 @@
 """A linear probe trains on features that are computed once, and gives what it would give without."""
 
+import time
+
 import pytest
 import timm
 from timm.models import VisionTransformer
@@ -7,7 +9,7 @@ from timm.models import VisionTransformer
 from snella.methods import build_method
 from snella.training import TrainConfig, TrainingInterrupted, train
 from snella.training import running as running_module
-from snella.training.features import can_cache_features
+from snella.training.features import cache_features, can_cache_features
 from snella.training.trainer import SnellaTrainer
 
 LINEAR = {"method": "linear", "method_options": {}, "augment": "none", "epochs": 3}
@@ -52,6 +54,13 @@ def test_the_backbone_runs_once_for_every_image(settings, monkeypatch, no_report
     sizes = run.read_json("run.json")["data"]["sizes"]
     # two small forward passes are for the estimate of memory
     assert sum(seen) == sizes["train"] + sizes["val"] + sizes["test"] + 2 + 3
+
+
+def test_the_time_of_a_probe_counts_its_features(settings, monkeypatch, no_report):
+    monkeypatch.setattr(
+        running_module, "cache_features", lambda parts, config: time.sleep(1.5) or cache_features(parts, config)
+    )
+    assert train(settings(**LINEAR)).read_json("metrics.json")["train_s"] > 1.5
 
 
 def test_an_interrupted_probe_resumes_to_the_same_result(settings, tmp_path, monkeypatch, no_report):

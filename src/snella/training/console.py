@@ -53,6 +53,14 @@ def print_rows(console: Console, rows: Sequence[tuple[str, str]]) -> None:
     console.print(table, highlight=False)
 
 
+def print_heading(console: Console, text: str) -> None:
+    """Print a heading: across a terminal, a plain line elsewhere."""
+    if console.is_terminal:
+        console.rule(text)
+    else:
+        console.print(Text(f"--- {text} ---"), soft_wrap=True)
+
+
 def counted(number: int, noun: str) -> str:
     """A number and its noun, with an s where it is not one: `1 image`, `1,200 images`."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from snella.training.config import TrainConfig
-from snella.training.console import make_console
+from snella.training.console import make_console, print_heading
 from snella.training.reporting import refresh_report
 from snella.training.run_folder import RunFolder
 from snella.training.running import train
@@ -56,7 +56,7 @@ def run_demo(
     rows = []
     for number, (method, own) in enumerate(DEMO_METHODS.items(), start=1):
         target = folder if method.startswith("snella") else folder / method
-        console.rule(f"{number}/{len(DEMO_METHODS)}  {method}")
+        print_heading(console, f"{number}/{len(DEMO_METHODS)}  {method}")
         config = TrainConfig(
             **{**DEMO_SETTINGS, **own, **settings}, out=str(target), method=method, overwrite=overwrite
         )
@@ -65,7 +65,7 @@ def run_demo(
     run = RunFolder(folder)
     run.write_json("comparison.json", {"format": 1, "rows": rows})
     report = refresh_report(folder, console)
-    console.rule("comparison")
+    print_heading(console, "comparison")
     console.print(
         f"{folder}: {DEMO_SETTINGS['train_size']} training images, measured on the same test images", soft_wrap=True
     )

@@ -1,5 +1,7 @@
 """One training run, from settings to report."""
 
+import time
+
 from rich.console import Console
 
 from snella import SnellaCallback
@@ -97,9 +99,10 @@ def _fit(
     allocation = SnellaCallback() if matrices else None
     display = ProgressDisplay(console, sum(m.size for m in matrices) or None, allocation, config.progress)
     callbacks = [*([allocation] if allocation else []), interrupt, display]
+    start = time.monotonic()
     trained_part = cache_features(parts, config) if can_cache_features(config, parts.model) else None
     trainer = SnellaTrainer(
-        parts.model, config, parts.task, parts.splits.train, parts.splits.val, run, callbacks, trained_part
+        parts.model, config, parts.task, parts.splits.train, parts.splits.val, run, callbacks, trained_part, start
     )
     display.last_loss = lambda: trainer.last_loss
     if checkpoint is not None:

@@ -58,6 +58,7 @@ class SnellaTrainer(Trainer):
         run: Where checkpoints and the best adapter go.
         callbacks: Further callbacks.
         trained_part: The part of the model that the data sets are inputs of, where that is not the whole.
+        start: When this session's work began, as `time.monotonic()` counts; now if not given.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class SnellaTrainer(Trainer):
         run: RunFolder,
         callbacks: list[TrainerCallback],
         trained_part: nn.Module | None = None,
+        start: float | None = None,
     ) -> None:
         self.config = config
         self.task = task
@@ -78,7 +80,7 @@ class SnellaTrainer(Trainer):
         self.run_folder = run
         self.progress = _Progress()
         self.last_loss = float("nan")
-        self._session_start = time.monotonic()
+        self._session_start = time.monotonic() if start is None else start
         self._staging: Path | None = None
         super().__init__(
             model if trained_part is None else trained_part,
