@@ -19,7 +19,9 @@ def main(rank: int, world: int, meeting_point: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=world)
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(10, 12), nn.Tanh(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 3))
-    config = SnellaConfig(r=4, init_weights=False, scaling=0.1, target_modules=["0", "2"], modules_to_save=["4"])
+    config = SnellaConfig(
+        r=4, init_weights=False, scaling=0.1, target_modules=["0", "2"], modules_to_save=["4"], impl="eager"
+    )
     model = DistributedDataParallel(get_peft_model(base, config))
     optimizer = create_snella_optimizer(model, lr=1e-2)
     allocator = BudgetAllocator(model, total_epochs=4, steps_per_epoch=3).attach(optimizer)
