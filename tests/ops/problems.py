@@ -132,22 +132,28 @@ def losses(found: Sequence[dict[str, Tensor]], exact: Sequence[dict[str, Tensor]
 
 
 def assert_law(
-    problems: Sequence[Problem], *, within: Callable[[], AbstractContextManager[object]] = nullcontext
+    problems: Sequence[Problem],
+    *,
+    within: Callable[[], AbstractContextManager[object]] = nullcontext,
+    impls: Sequence[str] | None = None,
+    keep: Sequence[bool] = (False, True),
+    needed: Sequence[str] | None = None,
 ) -> None:
     """An implementation loses at most twice what the reference itself loses, plus one rounding: output and gradients.
 
-    Holds for `eager`, and for `numba` where it can compute the problem, each with ΔW rebuilt and kept. They and the
-    reference are compared with the reference in float64; `within` surrounds all but that one.
+    Holds for `impls`, by default `eager`, and `numba` where it can compute the problem, each with ΔW rebuilt and kept.
+    They and the reference are compared with the reference in float64; `within` surrounds all but that one; `needed` are
+    the tensors whose gradients are asked for, default all.
     """
-    exact = [solve(problem.cast(Tensor.double), "reference") for problem in problems]
+    exact = [solve(problem.cast(Tensor.double), "reference", needed=needed) for problem in problems]
     with within():
-        plain = [solve(problem, "reference") for problem in problems]
+        plain = [solve(problem, "reference", needed=needed) for problem in problems]
         found = {
             f"{impl}, {'kept' if keep_delta else 'rebuilt'}": [
-                solve(problem, impl, keep_delta=keep_delta) for problem in problems
+                solve(problem, impl, keep_delta=keep_delta, needed=needed) for problem in problems
             ]
-            for impl in handwritten(problems[0])
-            for keep_delta in (False, True)
+            for impl in impls or handwritten(problems[0])
+            for keep_delta in keep
         }
     reference_losses = losses(plain, exact)
     worst_scalar = max((reference_losses.get(name, 0.0) for name in SCALAR_NAMES), default=0.0)

@@ -117,6 +117,14 @@ def _convnext() -> nn.Module:
     return transformers.ConvNextForImageClassification(config)
 
 
+def _torch_vit() -> nn.Module:
+    from torchvision.models import VisionTransformer
+
+    return VisionTransformer(
+        image_size=16, patch_size=8, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=24, num_classes=3
+    )
+
+
 def _llama() -> nn.Module:
     config = transformers.LlamaConfig(
         vocab_size=32,
@@ -255,6 +263,7 @@ CASES = [
     ),
     Case("swin", _swin, _pixels(16), 12, head=["classifier"]),
     Case("convnext", _convnext, _pixels(32), 4, head=["classifier"]),
+    Case("torch_vit", _torch_vit, _images(16), 12, head=["heads.head"]),
     Case("sam", _sam, _pixels(32, 1), 12),
     Case("llama", _llama, _tokens, 14),
     Case("gpt2", _gpt2, _tokens, 12),
@@ -269,9 +278,9 @@ def case(request: pytest.FixtureRequest) -> Case:
     return request.param
 
 
-@pytest.fixture(params=["mlp", "conv", "timm_vit", "gpt2"])
+@pytest.fixture(params=["mlp", "conv", "timm_vit", "gpt2", "torch_vit"])
 def kind(request: pytest.FixtureRequest) -> Case:
-    """One model for each kind of layer: linear, convolution, fused and transposed."""
+    """One model for each kind of layer: linear, convolution, fused, transposed, and torch's attention."""
     return _BY_NAME[request.param]
 
 

@@ -13,7 +13,6 @@ from torch import nn
 from snella.ops.adapted_linear import numba_backend
 from snella.ops.adapted_linear import update as update_module
 from snella.ops.adapted_linear.backends import TorchBackend
-from snella.ops.adapted_linear.numba_backend import NumbaBackend
 from snella.tuner import adapted_matrices
 from snella.tuner.effective import EffectiveWeightCache
 from snella.tuner.layer import SnellaLayer
@@ -30,7 +29,7 @@ def count(monkeypatch, calls, *functions):
 def merges(monkeypatch):
     """Counts how often two factors are merged."""
     calls = []
-    count(monkeypatch, calls, (TorchBackend, "merge"), (NumbaBackend, "merge"))
+    count(monkeypatch, calls, (TorchBackend, "merge"), (numba_backend, "_prepare"))
     return calls
 
 
@@ -266,7 +265,7 @@ def test_copies_and_pickles_start_empty(mlp):
     for twin in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
         assert isinstance(twin, EffectiveWeightCache)
         assert twin._effective is None
-        assert not twin._thresholds
+        assert not twin._shared
 
 
 # entries in inference mode ------------------------------------------------------------------------------------------

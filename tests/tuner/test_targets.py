@@ -194,29 +194,6 @@ def test_a_layer_norm_cannot_be_adapted(mlp):
         get_peft_model(mlp.base(), SnellaConfig(target_modules=["norm"]))
 
 
-class WithAttention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner = nn.Linear(8, 8)
-        self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
-
-    def forward(self, x):
-        x = self.inner(x)
-        return self.attn(x, x, x)[0]
-
-
-def test_the_projection_inside_torchs_attention_is_left_out():
-    assert all_linear_names(WithAttention()) == ["inner"]
-
-
-@pytest.mark.parametrize("target", ["attn", "attn.out_proj"])
-def test_torchs_attention_is_refused_when_named(target):
-    with pytest.raises(
-        NotImplementedError, match=f"target_modules matches '{target}', but nn.MultiheadAttention reads"
-    ):
-        get_peft_model(WithAttention(), SnellaConfig(target_modules=[target]))
-
-
 def test_a_quantised_weight_is_refused():
     model = nn.Sequential(nn.Linear(4, 4))
     model[0].weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)

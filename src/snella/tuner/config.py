@@ -91,8 +91,11 @@ class SnellaConfig(PeftConfig):
         softmax_dim: 0 normalises each column of the merged matrix over its outputs, 1 each row over its inputs.
         center_softmax: Subtract the softmax's mean. Not in the paper.
         keep_delta: Keep the merged matrix for the backward pass instead of rebuilding it.
-        impl: Implementation of the adapted layer: `"auto"`, `"numba"` (compiled loops on the CPU), `"eager"` or
-            `"reference"`; see `snella.ops.adapted_product`.
+        fixed_support: Let `layer.set_support` say once which entries may change (the paper's predefined mask), instead
+            of letting them compete: the update is then the merged matrix itself at these entries, unshrunk. Sparsities,
+            schedule and allocation mean nothing then.
+        impl: Implementation of the adapted layer: `"auto"`, `"triton"` (kernels on a CUDA device), `"numba"` (compiled
+            loops on the CPU), `"eager"` or `"reference"`; see `snella.ops.adapted_product`.
         init_weights: `True` starts with factors so small that the update of a weight of ViT-B's size starts near 5e-6;
             `False` draws larger ones, for tests.
 
@@ -133,6 +136,7 @@ class SnellaConfig(PeftConfig):
     softmax_dim: int = field(default=0, metadata={"help": "axis of the softmax, 0 or 1"})
     center_softmax: bool = field(default=False, metadata={"help": "subtract the softmax's mean"})
     keep_delta: bool = field(default=False, metadata={"help": "keep the merged matrix for the backward pass"})
+    fixed_support: bool = field(default=False, metadata={"help": "change entries that are given, see set_support"})
     impl: str = field(default="auto", metadata={"help": "implementation of the adapted layer"})
     init_weights: bool = field(default=True, metadata={"help": "start next to the pre-trained model"})
 
@@ -223,6 +227,11 @@ class SnellaConfig(PeftConfig):
         every = self.realloc_every
         if every != "epoch" and not (isinstance(every, int) and not isinstance(every, bool) and every >= 1):
             faults.append(f"realloc_every must be 'epoch' or a number of steps of at least 1, got {every!r}")
+        if self.fixed_support and (self.update_dropout or self.update_drop_path):
+            faults.append(
+                f"fixed_support=True needs update_dropout=0 and update_drop_path=0, got {self.update_dropout} and "
+                f"{self.update_drop_path}"
+            )
         groups = self.qkv_groups
         if not (groups == "auto" or isinstance(groups, dict) or (isinstance(groups, int) and groups >= 1)):
             faults.append(f"qkv_groups must be 'auto', a number of at least 1 or a mapping, got {groups!r}")

@@ -11,6 +11,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from snella.ops.adapted_linear import Update
 
+from .support import unpack_positions
+
 _optimizer_steps: list[int] = []  # one number once somebody counts; empty before
 
 
@@ -61,25 +63,26 @@ class EffectiveWeightCache:
 
     def clear(self) -> None:
         """Forget everything."""
-        self._thresholds: dict[str, tuple[_State, list[Tensor]]] = {}
+        self._shared: dict[str, tuple[_State, list[Tensor], list[Any]]] = {}
         self._integers: dict[str, tuple[_State, tuple[int, ...]]] = {}
+        self._positions: dict[str, tuple[_State, Tensor]] = {}
         self.drop_effective_weight()
 
     def drop_effective_weight(self) -> None:
         """Let the effective weight go: training starts, which must not hold a second copy of the model."""
         self._effective: tuple[_State, Tensor] | None = None
 
-    def thresholds(self, name: str, update: Update) -> list[Tensor]:
-        """The list that `update` reads its thresholds from and writes them to; empty if something changed."""
+    def share(self, name: str, update: Update) -> None:
+        """Give `update` the lists that all calls share while nothing changes: thresholds, and the handover's slot."""
         tensors = [tensor for tensor in update.tensors() if tensor is not None]
         if torch.is_inference_mode_enabled() or not _keeps_versions(tensors):
             # what is computed in inference mode cannot be kept for a backward pass afterwards
-            return []
+            return
         state = _State(tensors, optimizer_steps(), update.budgets, update.mode)
-        known = self._thresholds.get(name)
+        known = self._shared.get(name)
         if known is None or not known[0].is_same_as(state):
-            known = self._thresholds[name] = (state, [])
-        return known[1]
+            known = self._shared[name] = (state, [], [])
+        update.thresholds, update.handover = known[1:]
 
     def integers(self, name: str, budgets: Tensor) -> tuple[int, ...]:
         """The budgets as Python integers; reading them waits for the device only after they changed."""
@@ -89,6 +92,17 @@ class EffectiveWeightCache:
         known = self._integers.get(name)
         if known is None or not known[0].is_same_as(state):
             known = self._integers[name] = (state, tuple(budgets.tolist()))
+        return known[1]
+
+    def positions(self, name: str, packed: Tensor) -> Tensor:
+        """The entries that a fixed support names, unpacked once for each of its states."""
+        if not _keeps_versions([packed]):
+            return unpack_positions(packed)
+        state = _State([packed])
+        known = self._positions.get(name)
+        if known is None or not known[0].is_same_as(state):
+            with torch.inference_mode(False), torch.no_grad():
+                known = self._positions[name] = (state, unpack_positions(packed))
         return known[1]
 
     def effective_weight(

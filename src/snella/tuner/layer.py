@@ -1,350 +1,120 @@
-"""The layers that carry sparse updates: `Linear` (also for transformers' `Conv1D`) and `Conv2d`."""
+"""`SnellaLayer`: the forward passes of a layer whose weight carries sparse updates."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable
-from dataclasses import replace
-from itertools import accumulate, pairwise
-from typing import Any, Self, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
-from snella.ops.adapted_linear import (
-    Conv2dProduct,
-    LinearProduct,
-    Product,
-    Update,
-    adapted_product,
-    choose_backend,
-    effective_weight_of,
-)
-from snella.ops.kernels import KernelScalars, make_kernel
-from snella.ops.sparsify import SparsifyMode
+from snella.ops.adapted_linear import adapted_product, adapted_product_in_graph
+from snella.ops.merged_entries import merged_entries
+from snella.ops.sparse_product import sparse_product
 
-from .config import SnellaConfig
-from .effective import EffectiveWeightCache
-
-_SCALARS = ("piece_coeff", "alpha", "beta", "temperature")
-_FIRST_VALUES = {"alpha": 1.0, "beta": 0.0, "temperature": 1.0}
-_PIECE_COEFF = 0.1
+from .adapted_weight import AdaptedWeight
 
 
-class SnellaLayer(nn.Module, BaseTunerLayer):
-    """Factors, scalars, budgets and the cache of one adapted weight, for any number of adapters.
+class SnellaLayer(AdaptedWeight):
+    """One adapted weight and its product with an input, for any number of adapters.
 
-    A weight `[m, …]` is seen as `G` matrices one above the other (3 in a fused qkv layer). Every adapter has `snella_A`
-    `[G, n, r]`, `snella_B` `[m, r]`, the kernel's scalars `[G]` or `[G, P]`, and `snella_budget` `[G]`, which is saved
-    with the adapter so that a reloaded one keeps exactly the same weights.
+    Base layer and updates are folded into one matrix product; an update with dropout on its input or drop-path on its
+    output is a branch of its own in training.
     """
 
-    adapter_layer_names = (
-        "snella_A",
-        "snella_B",
-        "snella_piece_coeff",
-        "snella_alpha",
-        "snella_beta",
-        "snella_temperature",
-    )
-    other_param_names = ("snella_budget", "snella_config", "scaling", "row_counts")
-
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str,
-        config: SnellaConfig,
-        row_counts: tuple[int, ...],
-        module_name: str = "",
-    ) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.module_name = module_name
-        self.snella_A = nn.ParameterDict({})
-        self.snella_B = nn.ParameterDict({})
-        self.snella_piece_coeff = nn.ParameterDict({})
-        self.snella_alpha = nn.ParameterDict({})
-        self.snella_beta = nn.ParameterDict({})
-        self.snella_temperature = nn.ParameterDict({})
-        self.snella_budget = BufferDict({}, persistent=True)
-        self.snella_config: dict[str, SnellaConfig] = {}
-        self.scaling: dict[str, float] = {}
-        self.row_counts: dict[str, tuple[int, ...]] = {}
-        self.merged_adapters: list[str] = []
-        self.frozen_peft_weight_names = {}
-        self._disable_adapters = False
-        self._cache = EffectiveWeightCache()
-        self._unmerged_weight: Tensor | None = None
-        self.out_features, self.in_features = self._matrix_shape()
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config, row_counts)
-
-    def train(self, mode: bool = True) -> Self:
-        """Switch between training and evaluation; the weight computed for evaluation is let go."""
-        if mode != self.training:
-            self._cache.clear()
-        return super().train(mode)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter from this layer."""
-        super().delete_adapter(adapter_name)
-        self._cache.clear()
-
-    # what differs between layer types ------------------------------------------------------------------------------
-
-    def _matrix_shape(self) -> tuple[int, int]:
-        """`(m, n)` of the weight seen as a matrix."""
-        weight = self._oriented_weight()
-        return weight.shape[0], weight.shape[1:].numel()
-
-    def _oriented_weight(self) -> Tensor:
-        """The base weight with its outputs first, `[m, …]`; a view that shares memory with it."""
-        return self._base_tensor("weight")
-
-    def _base_tensor(self, name: str) -> Tensor:
-        """A parameter of the base layer."""
-        tensor: Tensor = getattr(self.get_base_layer(), name)
-        return tensor
-
-    def _product(self) -> Product:
-        """The product of the base layer."""
-        raise NotImplementedError
-
-    def _prepare_input(self, x: Tensor) -> Tensor:
-        """What the base layer does to its input before the product."""
-        return x
-
-    # adapters ------------------------------------------------------------------------------------------------------
-
-    def update_layer(self, adapter_name: str, config: SnellaConfig, row_counts: tuple[int, ...]) -> None:
-        """Give the layer one more adapter, or replace it.
-
-        Args:
-            adapter_name: Its name.
-            config: Its settings.
-            row_counts: Rows of each matrix of the weight; they sum to `m`.
-        """
-        m, n = self._matrix_shape()
-        groups = len(row_counts)
-        kernel = make_kernel(config.kernel, num_pieces=config.num_pieces)
-        self.snella_A[adapter_name] = nn.Parameter(torch.empty(groups, n, config.r))
-        self.snella_B[adapter_name] = nn.Parameter(torch.empty(m, config.r))
-        frozen = []
-        for name in kernel.scalars:
-            if name == "temperature" and not config.learn_temperature:
-                continue
-            shape = (groups, config.num_pieces) if name == "piece_coeff" else (groups,)
-            getattr(self, f"snella_{name}")[adapter_name] = nn.Parameter(torch.empty(shape))
-            if name == "piece_coeff" and not config.learn_piece_coeff:
-                frozen.append("snella_piece_coeff")
-        self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter_name: tuple(frozen)}
-        sizes = torch.tensor([rows * n for rows in row_counts])
-        self.snella_budget[adapter_name] = sizes - (sizes * config.init_sparsity).long()
-        self.snella_config[adapter_name] = config
-        self.scaling[adapter_name] = config.scaling
-        self.row_counts[adapter_name] = row_counts
-        self._reset_parameters(adapter_name, larger=not config.init_weights)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self._cache.clear()
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def _reset_parameters(self, adapter_name: str, larger: bool = False) -> None:
-        """Draw the factors uniformly from `±1/√(n·r/P)` (A) and `±1/√(rows·r/P)` (B); `larger` from `±1`."""
-        A, B = self.snella_A[adapter_name], self.snella_B[adapter_name]
-        if A.device.type == "meta":
-            return
-        config = self.snella_config[adapter_name]
-        width = max(config.r // config.num_pieces, 1)
-        with torch.no_grad():
-            for group, rows in enumerate(self.matrix_rows(adapter_name)):
-                for factor, fan in ((A[group], A.shape[1] * width), (B[rows], (rows.stop - rows.start) * width)):
-                    factor.uniform_(-1, 1).mul_(1.0 if larger else fan**-0.5)
-            for name, value in _FIRST_VALUES.items():
-                if adapter_name in getattr(self, f"snella_{name}"):
-                    getattr(self, f"snella_{name}")[adapter_name].fill_(value)
-            if adapter_name in self.snella_piece_coeff:
-                coeff = self.snella_piece_coeff[adapter_name]
-                coeff.copy_(_PIECE_COEFF * (-1.0) ** torch.arange(coeff.shape[1]))
-
-    def matrix_rows(self, adapter_name: str) -> list[slice]:
-        """Rows of the weight that each matrix occupies."""
-        ends = accumulate(self.row_counts[adapter_name], initial=0)
-        return [slice(start, stop) for start, stop in pairwise(ends)]
-
-    def set_budget(self, adapter_name: str, budgets: Iterable[int]) -> None:
-        """Let each matrix keep that many entries, from the next forward pass on."""
-        buffer = self.snella_budget[adapter_name]
-        buffer.copy_(torch.tensor(list(budgets), dtype=buffer.dtype))
-        self._cache.clear()
-
-    def budgets(self, adapter_name: str) -> tuple[int, ...]:
-        """Entries that each matrix may keep."""
-        return self._cache.integers(adapter_name, self.snella_budget[adapter_name])
-
-    def set_scale(self, adapter: str, scale: float) -> None:
-        """Set the factor before the update to `scale` times the configured one; other adapters stay as they are."""
-        if adapter in self.scaling:
-            self.scaling[adapter] = scale * self.snella_config[adapter].scaling
-
-    def scale_layer(self, scale: float) -> None:
-        """Multiply the factor before the update of every active adapter by `scale`."""
-        for adapter in self.active_adapters:
-            if adapter in self.scaling:
-                self.scaling[adapter] *= scale
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the factors by `scale`, or return to the configured ones."""
-        for adapter in self.active_adapters:
-            if adapter in self.scaling:
-                configured = self.snella_config[adapter].scaling
-                self.scaling[adapter] = configured if scale is None else self.scaling[adapter] / scale
-
-    # the update ----------------------------------------------------------------------------------------------------
-
-    def _update(self, adapter_name: str) -> Update:
-        """The op's description of one adapter; thresholds are shared between calls while nothing changes."""
-        config = self.snella_config[adapter_name]
-        kernel = make_kernel(
-            config.kernel,
-            num_pieces=config.num_pieces,
-            softmax_dim=config.softmax_dim,
-            center_softmax=config.center_softmax,
-        )
-        scalars = {name: getattr(self, f"snella_{name}") for name in _SCALARS}
-        update = Update(
-            A=self.snella_A[adapter_name],
-            B=self.snella_B[adapter_name],
-            scalars=KernelScalars(**{name: values.get(adapter_name) for name, values in scalars.items()}),
-            kernel=kernel,
-            budgets=self.budgets(adapter_name),
-            row_counts=self.row_counts[adapter_name],
-            scaling=self.scaling[adapter_name],
-            mode=cast(SparsifyMode, config.sparsify_mode),
-        )
-        update.thresholds = self._cache.thresholds(adapter_name, update)
-        return update
-
-    def _effective(self, weight: Tensor | None, adapter_names: list[str], shape: torch.Size | None = None) -> Tensor:
-        """`W0 + Σ scaling·S`, without gradient; the same bits that the forward pass uses."""
-        updates = [self._update(name) for name in adapter_names]
-        shape = shape or self._oriented_weight().shape
-        return effective_weight_of(weight, updates, shape, self._common_impl(adapter_names))
-
-    def backend(self, adapter_name: str) -> str:
-        """Which implementation computes this adapter's update, and why."""
-        impl = self.snella_config[adapter_name].impl
-        if impl == "reference":
-            return "'reference' (as asked for)"
-        chosen, reason = choose_backend(impl, self._update(adapter_name))
-        return f"{chosen.name!r} ({reason})"
-
-    def sparse_updates(self, adapter_name: str) -> list[Tensor]:
-        """`S` of each matrix of one adapter, `[rows, n]`, without `scaling` and gradient."""
-        update = replace(self._update(adapter_name), scaling=1.0)
-        whole = effective_weight_of(
-            None, [update], torch.Size(self._matrix_shape()), self.snella_config[adapter_name].impl
-        )
-        return [whole[rows] for rows in self.matrix_rows(adapter_name)]
-
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return `scaling·S` of one adapter in the layout of the base weight."""
-        with torch.no_grad():
-            delta = self._effective(None, [adapter], self._oriented_weight().shape)
-        return self._base_layout(delta)
-
-    def _base_layout(self, oriented: Tensor) -> Tensor:
-        """Turn a matrix `[m, …]` into the layout of the base layer's own weight."""
-        return oriented
-
-    def _set_base_weight(self, oriented: Tensor) -> None:
-        """Write into the base weight, in place, so that ties and views stay."""
-        self._oriented_weight().data.copy_(oriented)
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the updates to the base weight. A copy of the weight is kept, so that `unmerge` restores every bit.
-
-        Args:
-            safe_merge: Look at the result first and refuse one that is not finite.
-            adapter_names: Adapters to merge, default the active ones.
-
-        Raises:
-            ValueError: `safe_merge` found a value that is not finite.
-        """
-        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.snella_A]
-        if not names:
-            return
-        weight = self._oriented_weight()
-        with torch.no_grad():
-            # one sum from the untouched weight: merging one after the other would round at each step
-            original = weight.detach().clone() if self._unmerged_weight is None else self._unmerged_weight
-            merged = self._effective(original, [*self.merged_adapters, *names])
-            if safe_merge and not torch.isfinite(merged).all():
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {names} seems to be broken")
-            self._unmerged_weight = original
-            self._set_base_weight(merged)
-        self.merged_adapters.extend(names)
-        self._cache.clear()
-
-    def unmerge(self) -> None:
-        """Restore the base weight to the bits it had before `merge`."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        if self._unmerged_weight is not None:
-            self._set_base_weight(self._unmerged_weight)
-        self._unmerged_weight = None
-        self.merged_adapters.clear()
-        self._cache.clear()
-
-    # forward -------------------------------------------------------------------------------------------------------
-
-    # what is remembered between calls depends on addresses and versions of tensors, which a compiled graph cannot see
-    @torch.compiler.disable
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Apply the base layer with the updates of all active adapters."""
+        if torch.compiler.is_compiling():
+            return self._forward_in_graph(x, *args, **kwargs)
+        return self._forward(x, *args, **kwargs)
+
+    def _forward_in_graph(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The same for `torch.compile`: nothing is remembered between calls, since a graph cannot see what changed."""
+        names = [name for name in self.active_adapters if name in self.snella_A]
+        if self.quantization is None and (self.disable_adapters or self.merged or not names):
+            return self.base_layer(x, *args, **kwargs)
+        if self.quantization is not None or any(name in self.snella_support for name in names):
+            return torch.compiler.disable(self._forward)(x, *args, **kwargs)
+        weight, bias, dtype, product = self._oriented_weight(), self._base_tensor("bias"), x.dtype, self._product()
+        x = self._prepare_input(self._cast_input_dtype(x, weight.dtype))
+        is_autocast = torch.is_autocast_enabled(x.device.type)
+        x = x.to(torch.get_autocast_dtype(x.device.type) if is_autocast else weight.dtype)
+        bias = bias if bias is None else bias.to(x.dtype)
+        branches = [name for name in names if self.training and self._is_regularised(name)]
+        folded = [name for name in names if name not in branches]
+        # the first folded update goes into the base weight, and the others come on top
+        first, others = folded[:1], folded[1:]
+        y = self._update_in_graph(x, first[0], weight, bias) if first else product(x, weight.to(x.dtype), bias)
+        for name in others:
+            y = y + self._update_in_graph(x, name).to(y.dtype)
+        for name in branches:
+            source = F.dropout(x, self._update_dropout(name), training=True)
+            y = y + self._drop_path(self._update_in_graph(source, name), name).to(y.dtype)
+        return y if is_autocast else y.to(dtype)
+
+    def _update_in_graph(
+        self, x: Tensor, name: str, weight: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
+        """One update's product, with the base weight or alone."""
+        shape, impl = self._weight().shape, self.snella_config[name].impl
+        budgets, update = self.snella_budget[name], self._described(name)
+        return adapted_product_in_graph(x, weight, bias, update, budgets, self._product(), shape, impl)
+
+    def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The forward pass outside of graphs; remembers thresholds and, in evaluation, the effective weight."""
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
+            return self._without_updates(x, *args, **kwargs)
         names = [name for name in self.active_adapters if name in self.snella_A]
         if self.merged or not names:
-            return self.base_layer(x, *args, **kwargs)
+            return self._without_updates(x, *args, **kwargs)
         if self.training and torch.is_grad_enabled():
             self._observe_training(names)
         branches = [name for name in names if self.training and self._is_regularised(name)]
         folded = [name for name in names if name not in branches]
         dtype = x.dtype
-        x = self._prepare_input(self._cast_input_dtype(x, self._oriented_weight().dtype))
+        x = self._prepare_input(self._cast_input_dtype(x, self._dtype_of_product(x)))
         y = self._folded(x, folded)
         for name in branches:
             y = y + self._branch(x, name).to(y.dtype)
         return y if torch.is_autocast_enabled(x.device.type) else y.to(dtype)
 
+    def _without_updates(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer as it is."""
+        if self.quantization is None or self.quantization.is_safe_to_apply(self.get_base_layer()):
+            return self.base_layer(x, *args, **kwargs)
+        wide = self._prepare_input(self._cast_input_dtype(x, self._dtype_of_product(x)))
+        y = adapted_product(wide, self._weight(), self._base_tensor("bias"), [], self._product())
+        return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
+
+    def _dtype_of_product(self, x: Tensor) -> torch.dtype:
+        """The dtype that this layer computes in, autocast aside."""
+        if self.quantization is None:
+            return self._base_tensor("weight").dtype
+        return self.quantization.product_dtype(self.get_base_layer(), x.dtype)
+
     def _observe_training(self, names: list[str]) -> None:
         """Let the watch of each adapter that is to become sparser know that it is being trained."""
         for name in names:
             config = self.snella_config[name]
-            if config.target_sparsity > config.init_sparsity and self.snella_A[name].requires_grad:
+            becomes_sparser = config.target_sparsity > config.init_sparsity and not config.fixed_support
+            if becomes_sparser and self.snella_A[name].requires_grad:
                 config.watch.observe_training(config.target_sparsity)
 
     def _folded(self, x: Tensor, names: list[str]) -> Tensor:
         """Base layer and updates in one product; evaluation computes the effective weight once."""
-        weight, bias, product = self._oriented_weight(), self._base_tensor("bias"), self._product()
+        bias, product = self._base_tensor("bias"), self._product()
         if names and not self.training and not self._needs_gradients(names):
-            effective = self._cache.effective_weight(
-                (self._base_tensor("weight"), *(tensor for name in names for tensor in self._tensors(name))),
-                tuple((name, self.scaling[name]) for name in names),
-                lambda: self._effective(weight, names),
-            )
-            return adapted_product(x, effective, bias, [], product)
+            is_autocast = torch.is_autocast_enabled(x.device.type)
+            dtype = torch.get_autocast_dtype(x.device.type) if is_autocast else x.dtype
+            return adapted_product(x, self._remembered_weight(names, dtype), bias, [], product)
         self._cache.drop_effective_weight()
+        if any(name in self.snella_support for name in names):
+            return self._folded_on_support(x, names)
         return adapted_product(
             x,
-            weight,
+            self._weight(),
             bias,
             [self._update(name) for name in names],
             product,
@@ -352,23 +122,25 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
             keep_delta=any(self.snella_config[name].keep_delta for name in names),
         )
 
-    def _common_impl(self, names: list[str]) -> str:
-        """The implementation that these adapters ask for.
+    def _folded_on_support(self, x: Tensor, names: list[str]) -> Tensor:
+        """Base layer and the update of one adapter with a fixed support.
 
         Raises:
-            ValueError: They ask for different ones.
+            NotImplementedError: Other adapters are active besides it.
         """
-        wanted = {name: self.snella_config[name].impl for name in names}
-        if len(set(wanted.values())) > 1:
-            raise ValueError(f"impl must be the same in all active adapters, got {wanted}")
-        return next(iter(wanted.values()), "auto")
-
-    def _needs_gradients(self, names: list[str]) -> bool:
-        """Whether autograd will ask for gradients of anything that the effective weight is made of."""
-        weight = self._base_tensor("weight")
-        return torch.is_grad_enabled() and any(
-            tensor.requires_grad for tensor in (weight, *(tensor for name in names for tensor in self._tensors(name)))
-        )
+        if len(names) > 1:
+            raise NotImplementedError(
+                f"adapters {names} cannot be trained together, as the support of "
+                f"{[name for name in names if name in self.snella_support]} is fixed; activate one"
+            )
+        weight, bias = self._weight(), self._base_tensor("bias")
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        elif isinstance(weight, Tensor):
+            x = x.to(weight.dtype)
+        indices = self._cache.positions(names[0], self.snella_support[names[0]])
+        values = merged_entries(self._update(names[0]), indices)
+        return sparse_product(x, weight, None if bias is None else bias.to(x.dtype), values, indices, self._product())
 
     def _branch(self, x: Tensor, name: str) -> Tensor:
         """The update alone, with dropout on its input and drop-path on its output."""
@@ -380,11 +152,15 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
             None,
             [self._update(name)],
             self._product(),
-            weight_shape=self._oriented_weight().shape,
+            weight_shape=self._weight().shape,
             impl=config.impl,
             keep_delta=config.keep_delta,
         )
-        rate = config.update_drop_path or 0.0
+        return self._drop_path(y, name)
+
+    def _drop_path(self, y: Tensor, name: str) -> Tensor:
+        """Leave the update out for whole samples, and scale the others up."""
+        rate = self.snella_config[name].update_drop_path or 0.0
         if rate == 0:
             return y
         keep = torch.rand((y.shape[0],) + (1,) * (y.ndim - 1), device=y.device) >= rate
@@ -402,59 +178,9 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         )
         return 0.0 if excluded else config.update_dropout or 0.0
 
-    def _tensors(self, name: str) -> list[Tensor]:
-        """Every tensor that the update of `name` depends on."""
-        attrs = [*(getattr(self, attr) for attr in self.adapter_layer_names), self.snella_budget]
-        return [attr[name] for attr in attrs if name in attr]
-
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """The update is a plain addition to the weight, which a low-rank fit can approximate."""
         return True
 
 
-class Linear(SnellaLayer):
-    """A linear layer, or transformers' `Conv1D`, which stores its weight transposed."""
-
-    @property
-    def is_transposed(self) -> bool:
-        """Whether the base weight is stored as `[in, out]`."""
-        return isinstance(self.get_base_layer(), Conv1D)
-
-    def _oriented_weight(self) -> Tensor:
-        weight = self._base_tensor("weight")
-        return weight.T if self.is_transposed else weight
-
-    def _base_layout(self, oriented: Tensor) -> Tensor:
-        return oriented.T if self.is_transposed else oriented
-
-    def _product(self) -> Product:
-        return LinearProduct()
-
-    def __repr__(self) -> str:
-        return "snella." + super().__repr__()
-
-
-class Conv2d(SnellaLayer):
-    """A two-dimensional convolution, its weight `[m, c/groups, kh, kw]` seen as `[m, c/groups·kh·kw]`."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # refuse here what the backward pass could not do
-        self._product().padding_sizes(self._oriented_weight().shape)
-
-    def _product(self) -> Conv2dProduct:
-        base = cast(nn.Conv2d, self.get_base_layer())
-        padding = base.padding if base.padding_mode == "zeros" else (0, 0)
-        return Conv2dProduct(base.stride, padding, base.dilation, base.groups)
-
-    def _prepare_input(self, x: Tensor) -> Tensor:
-        base = cast(nn.Conv2d, self.get_base_layer())
-        if base.padding_mode == "zeros":
-            return x
-        return F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode)
-
-    def __repr__(self) -> str:
-        return "snella." + super().__repr__()
-
-
-__all__ = ["Conv2d", "Linear", "SnellaLayer"]
+__all__ = ["SnellaLayer"]

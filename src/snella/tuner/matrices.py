@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -10,6 +11,8 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from .layer import SnellaLayer
+
+_NUMBERED = re.compile(r"(.*(?:layer|block)_)?\d+")  # "3", or torchvision's "encoder_layer_3"
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ def adapted_matrices(model: nn.Module, adapter_name: str | None = None) -> list[
             group=group,
         )
         for name, layer in holders.items()
-        for group, part in enumerate(_part_names(len(layer.row_counts[adapter_name])))
+        for group, part in enumerate(_part_names(name, len(layer.row_counts[adapter_name])))
     ]
 
 
@@ -136,19 +139,22 @@ def _number_blocks(model: nn.Module, holders: Iterable[str]) -> dict[str, int]:
 
 def _without_numbers(name: str) -> str:
     """The name of a block without saying which."""
-    return ".".join("#" if part.isdigit() else part for part in name.split("."))
+    numbered = ((part, _NUMBERED.fullmatch(part)) for part in name.split("."))
+    return ".".join(f"{match[1] or ''}#" if match else part for part, match in numbered)
 
 
 def _split_name(name: str) -> tuple[str, str]:
     """Cut a name after its last number that something follows: the block, and the rest."""
     parts = name.split(".")
-    numbers = [k for k, part in enumerate(parts[:-1]) if part.isdigit()]
+    numbers = [k for k, part in enumerate(parts[:-1]) if _NUMBERED.fullmatch(part)]
     cut = numbers[-1] + 1 if numbers else 0
     return ".".join(parts[:cut]), ".".join(parts[cut:])
 
 
-def _part_names(count: int) -> Sequence[str]:
+def _part_names(name: str, count: int) -> Sequence[str]:
     """Names of the matrices in one weight."""
+    if count == 2 and name.rpartition(".")[2] == "kv":
+        return ["k", "v"]
     return {1: [""], 3: ["q", "k", "v"]}.get(count) or [str(k) for k in range(count)]
 
 

@@ -11,11 +11,15 @@ from typing import Any, cast
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .attention import AdaptedAttention, Projection, input_projections, is_adaptable, keep_off_fast_path
 from .config import SnellaConfig
-from .layer import Conv2d, Linear, SnellaLayer
+from .layer import SnellaLayer
+from .layer_choice import choose_layer_class, class_name, matrix_shape, refuse_quantized_projection
+from .merge_loss import one_warning
 from .targets import all_linear_names, block_number, count_rows, default_targets, unmatched_message
 from .tokens import TokenAdapter, attach_tokens, find_tokens, token_adapters
 
@@ -36,8 +40,10 @@ class SnellaModel(BaseTuner):
     Raises:
         ValueError: No module matches `target_modules`, or a fused layer cannot be cut as `qkv_groups` says.
         TypeError: A targeted module is neither linear nor a two-dimensional convolution.
-        NotImplementedError: A targeted module reads its weight past the layer (`nn.MultiheadAttention`), has a
-            quantised weight or a `forward` of its own, or carries an adapter of another method.
+        NotImplementedError: A targeted module has a weight quantised in a way that is not supported or a `forward` of
+            its own, carries an adapter of another method, or is the output projection of an attention that is the whole
+            model.
+        RuntimeError: A targeted module of bitsandbytes is not quantised yet.
     """
 
     prefix = "snella_"
@@ -62,7 +68,10 @@ class SnellaModel(BaseTuner):
             targets = set(all_linear_names(model))
             if not targets:
                 raise ValueError(f"target_modules='all-linear' found no linear layer in {type(model).__name__}")
-        peft_config.target_modules = targets = targets if isinstance(targets, str) else set(targets)
+        targets = self._with_output_projections(
+            targets if isinstance(targets, str) else set(targets), peft_config, model
+        )
+        peft_config.target_modules = targets
         # only names that miss are refused here: what is excluded on purpose is PEFT's own business
         if not any(_matches(targets, name) for name, _ in model.named_modules()):
             raise ValueError(unmatched_message(targets, model))
@@ -71,13 +80,35 @@ class SnellaModel(BaseTuner):
             model, peft_config.wanted_tokens(), is_required=peft_config.requires_tokens
         )
 
+    def _with_output_projections(
+        self, targets: set[str] | str, peft_config: SnellaConfig, model: nn.Module
+    ) -> set[str] | str:
+        """Let the name of a torch attention stand for all of its projections, the one of its output included."""
+        probe = copy.copy(peft_config)
+        probe.target_modules = targets
+        outputs = {
+            f"{name}.out_proj"
+            for name, module in model.named_modules()
+            if name and is_adaptable(module) and self._check_target_module_exists(probe, name)
+        }
+        if not outputs:
+            return targets
+        if isinstance(targets, str):
+            targets = {name for name, _ in model.named_modules() if _matches(targets, name)}
+        return targets | outputs
+
     def _refuse_shared_weights(self, peft_config: SnellaConfig, model: nn.Module) -> None:
         """Refuse to adapt a weight that several modules use, or a module that has several names."""
         users: dict[int, list[tuple[str, nn.Module]]] = {}
         for name, module in model.named_modules(remove_duplicate=False):
             base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-            if isinstance(base, (nn.Linear, nn.Conv2d, Conv1D)) and not name.endswith(".base_layer"):
+            if name.endswith(".base_layer"):
+                continue
+            if isinstance(base, (nn.Linear, nn.Conv2d, Conv1D)):
                 users.setdefault(id(base.weight), []).append((name, base))
+            elif isinstance(base, nn.MultiheadAttention):
+                for weight in (base.in_proj_weight, base.q_proj_weight, base.k_proj_weight, base.v_proj_weight):
+                    users.setdefault(id(weight), []).append((name, base)) if weight is not None else None
         for sharing in users.values():
             if len(sharing) < 2:
                 continue
@@ -92,6 +123,8 @@ class SnellaModel(BaseTuner):
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool | re.Match[str] | None:
         """Match as PEFT does, but let `layers_to_transform` choose among full names and top-level blocks too."""
+        # what an adapted attention wraps is known by the name that it had before
+        key = key.replace(".base_layer.", ".")
         if not isinstance(peft_config, SnellaConfig) or peft_config.layers_to_transform is None:
             return check_target_module_exists(peft_config, key)
         of_all_layers = copy.copy(peft_config)
@@ -106,6 +139,7 @@ class SnellaModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put one more adapter into the model."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        keep_off_fast_path(model)
         config = cast(SnellaConfig, self.peft_config[adapter_name])
         layer = next((m for m in model.modules() if isinstance(m, SnellaLayer) and adapter_name in m.snella_A), None)
         if layer is not None and not layer.snella_A[adapter_name].is_meta:
@@ -137,10 +171,16 @@ class SnellaModel(BaseTuner):
         for token in token_adapters(self.model):
             token._move_adapter_to_device_of_base_layer(adapter_name)
 
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Add the updates to the base weights; what quantised ones lost is said once for all of them."""
+        with one_warning():
+            super().merge_adapter(*args, **kwargs)
+
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]
         """Give the parameters back once PEFT has merged and replaced everything else."""
         tokens = token_adapters(self.model)
-        model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore[assignment]
+        with one_warning():
+            model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore[assignment]
         for token in tokens:
             token.remove()
         return model
@@ -155,15 +195,22 @@ class SnellaModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        if isinstance(parent, AdaptedAttention) and target_name != "out_proj":
+            return  # the attention itself, or a projection that its name stands for
+        if isinstance(parent, (nn.MultiheadAttention, AdaptedAttention)) and target_name == "out_proj":
+            self._adapt_output(peft_config, adapter_name, parent, current_key)
+            return
+        if is_adaptable(target):
+            self._adapt_attention(peft_config, adapter_name, target, target_name, parent, current_key)
+            return
         if isinstance(target, BaseTunerLayer) and not isinstance(target, SnellaLayer):
             raise NotImplementedError(
-                f"target_modules matches {current_key!r}, which carries {_class_name(target)} already; its update "
+                f"target_modules matches {current_key!r}, which carries {class_name(target)} already; its update "
                 "would be lost under SNELLA's, merge or unload it first"
             )
         base = target.get_base_layer() if isinstance(target, SnellaLayer) else target
-        layer_cls = _layer_class(base, parent, current_key)
-        weight = cast(Tensor, base.weight.T if isinstance(base, Conv1D) else base.weight)
-        rows = count_rows(current_key, weight.shape[0], weight.shape[1:].numel(), parent, peft_config.qkv_groups)
+        layer_cls = choose_layer_class(base, current_key)
+        rows = count_rows(current_key, *matrix_shape(base), parent, peft_config.qkv_groups)
         if isinstance(target, SnellaLayer):
             target.update_layer(adapter_name, peft_config, rows)
             return
@@ -172,6 +219,72 @@ class SnellaModel(BaseTuner):
             # an additional adapter is not trained until it is made active
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _adapt_attention(
+        self,
+        peft_config: SnellaConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+    ) -> None:
+        """Adapt the projections of queries, keys and values of a torch attention, wrapping it first."""
+        wrapper = self._wrapped(target, target_name, parent)
+        for name in input_projections(wrapper.base_layer):
+            self._adapt_projection(peft_config, adapter_name, wrapper, name, current_key)
+
+    def _adapt_output(
+        self,
+        peft_config: SnellaConfig,
+        adapter_name: str,
+        parent: nn.Module,
+        current_key: str,
+    ) -> None:
+        """Adapt the projection of a torch attention's output, which only the attention itself can apply."""
+        name = current_key.replace(".base_layer.", ".").rpartition(".")[0]
+        if not name:
+            raise NotImplementedError(
+                f"target_modules matches {current_key!r} of a model that is itself an nn.MultiheadAttention, which can "
+                "only be adapted inside of another module; wrap it in one, e.g. nn.ModuleDict"
+            )
+        attention = self.model.get_submodule(name)
+        if not is_adaptable(attention):
+            choose_layer_class(attention, name)
+        outer = self.model.get_submodule(name.rpartition(".")[0])
+        wrapper = self._wrapped(attention, name.rpartition(".")[2], outer)
+        # an output that was adapted before has two names here; the one of its adapter counts
+        if wrapper.find_projection("out_proj") is None or isinstance(parent, AdaptedAttention):
+            self._adapt_projection(peft_config, adapter_name, wrapper, "out_proj", name)
+
+    def _wrapped(self, attention: nn.Module, attention_name: str, parent: nn.Module) -> AdaptedAttention:
+        """The wrapper of a torch attention, put into the model where there is none yet."""
+        if isinstance(attention, AdaptedAttention):
+            return attention
+        wrapper = AdaptedAttention(cast(nn.MultiheadAttention, attention)).train(attention.training)
+        self._replace_module(parent, attention_name, wrapper, attention)
+        return wrapper
+
+    def _adapt_projection(
+        self, peft_config: SnellaConfig, adapter_name: str, wrapper: AdaptedAttention, name: str, attention_name: str
+    ) -> None:
+        """Give one projection of a wrapped attention an adapter."""
+        full_name = f"{attention_name}.{name}"
+        base = wrapper.base_layer.get_parameter("out_proj.weight" if name == "out_proj" else f"{name}_weight")
+        refuse_quantized_projection(base, full_name)
+        rows = count_rows(full_name, base.shape[0], base.shape[1], wrapper, peft_config.qkv_groups)
+        is_new = wrapper.adapt(name, adapter_name, peft_config, rows, full_name)
+        if is_new and adapter_name not in self.active_adapters:
+            # an additional adapter is not trained until it is made active
+            cast(Projection, wrapper.find_projection(name)).requires_grad_(False)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Put a module into the place of another one."""
+        if isinstance(child, (AdaptedAttention, AuxiliaryTrainingWrapper)):
+            # given back as it is; PEFT would copy a `weight`, which an attention or a head of several layers lacks
+            setattr(parent, child_name, new_module)
+            return
+        super()._replace_module(parent, child_name, new_module, child)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Iterator[None]:
@@ -211,44 +324,6 @@ class SnellaModel(BaseTuner):
                 "load it into the architecture it was trained on"
             )
         return remapped
-
-
-def _layer_class(base: nn.Module, parent: nn.Module, name: str) -> type[SnellaLayer]:
-    """Return the layer that can adapt `base`, or raise."""
-    if isinstance(base, nn.MultiheadAttention) or isinstance(parent, nn.MultiheadAttention):
-        raise NotImplementedError(
-            f"target_modules matches {name!r}, but nn.MultiheadAttention reads its weights past the layer, so that an "
-            "update would never be used; exclude it and adapt the other layers"
-        )
-    weight = getattr(base, "weight", None)
-    if isinstance(base, nn.Module) and isinstance(weight, Tensor) and not weight.is_floating_point():
-        raise NotImplementedError(
-            f"target_modules matches {name!r}, a {type(base).__name__} whose weight is {weight.dtype}; SNELLA adds its "
-            "update to the weight itself and cannot do so in a quantised one; load the model unquantised"
-        )
-    kind = next((kind for kind in (nn.Linear, Conv1D, nn.Conv2d) if isinstance(base, kind)), None)
-    own = [method for method in ("forward", "_conv_forward") if _overrides(base, kind, method)]
-    if own:
-        raise NotImplementedError(
-            f"target_modules matches {name!r}, a {_class_name(base)} with a {own[0]}() of its own, which the update "
-            "would bypass; leave it out with exclude_modules"
-        )
-    if kind is not None:
-        return Conv2d if kind is nn.Conv2d else Linear
-    raise TypeError(
-        f"target_modules matches {name!r}, a {type(base).__name__}; "
-        "SNELLA adapts torch.nn.Linear, torch.nn.Conv2d and transformers' Conv1D"
-    )
-
-
-def _class_name(module: nn.Module) -> str:
-    """Full name of a module's class."""
-    return f"{type(module).__module__}.{type(module).__name__}"
-
-
-def _overrides(base: nn.Module, kind: type[nn.Module] | None, method: str) -> bool:
-    """Whether the class of `base` changes what `kind` computes, such as timm's convolutions with dynamic padding."""
-    return kind is not None and getattr(type(base), method, None) is not getattr(kind, method, None)
 
 
 def _matches(targets: set[str] | str, name: str) -> bool:

@@ -12,9 +12,11 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .attention import AdaptedAttention, is_adaptable
+
 _HEAD_NAMES = {"head", "heads", "head_dist", "classifier", "score", "fc", "lm_head", "qa_outputs"}
 _PATCH_NAMES = {"patch_embed", "patch_embedding", "patch_embeddings", "downsample", "patch_merging"}
-_FUSED_NAMES = {"qkv", "Wqkv", "to_qkv", "qkv_proj", "c_attn", "in_proj"}
+_FUSED_NAMES = {"qkv", "Wqkv", "to_qkv", "qkv_proj", "c_attn", "in_proj", "kv"}
 
 # by class name, so that neither library has to be imported
 _DEFAULT_TARGETS: dict[str, str | list[str]] = {
@@ -31,9 +33,8 @@ def default_targets(model: nn.Module) -> str | list[str]:
 def all_linear_names(model: nn.Module) -> list[str]:
     """Return the names of all linear layers of any model that the method adapts.
 
-    Linear layers and transformers' `Conv1D`, also those that carry adapters already; left out are the head, patch
-    embedding and patch merging, the output projection inside `nn.MultiheadAttention` (which reads the weight past the
-    layer), and what lies inside of adapters.
+    Linear layers, transformers' `Conv1D`, and `nn.MultiheadAttention` with its output projection, also those that carry
+    adapters already; left out are the head, patch embedding and patch merging, and what lies inside of adapters.
     """
     heads = _head_modules(model)
     names = []
@@ -42,8 +43,10 @@ def all_linear_names(model: nn.Module) -> list[str]:
         parts = name.split(".")
         if any(name.startswith(prefix) for prefix in inside) or module in heads or parts[0] in _HEAD_NAMES:
             continue
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper, nn.MultiheadAttention)):
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper, nn.MultiheadAttention, AdaptedAttention)):
             inside.append(name + ".")
+        if is_adaptable(module) and name and not _PATCH_NAMES.intersection(parts):
+            names += [name, f"{name}.out_proj"]
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         if isinstance(base, (nn.Linear, Conv1D)) and name and not _PATCH_NAMES.intersection(parts):
             names.append(name)
@@ -118,6 +121,8 @@ def count_rows(
 
 def _recognise(suffix: str, out_features: int, in_features: int, parent: nn.Module) -> int | list[int]:
     """Tell how a layer with a fused one's name is laid out: equal parts, or fewer rows for keys and values."""
+    if suffix == "kv":
+        return 2 if out_features % 2 == 0 else 1
     config = getattr(parent, "config", None)
     heads, kv_heads = getattr(config, "num_attention_heads", None), getattr(config, "num_key_value_heads", None)
     if heads and kv_heads and kv_heads != heads and out_features % (heads + 2 * kv_heads) == 0:

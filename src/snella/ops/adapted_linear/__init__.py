@@ -8,9 +8,11 @@ from .api import (
     effective_weight_of,
     resolve_implementation,
 )
+from .graph_op import adapted_product_in_graph
 from .products import Conv2dProduct, LinearProduct, Product
 from .reference import effective_weight
 from .update import Update
+from .weight_source import WeightSource
 
 __all__ = [
     "Conv2dProduct",
@@ -18,8 +20,10 @@ __all__ = [
     "LinearProduct",
     "Product",
     "Update",
+    "WeightSource",
     "adapted_linear",
     "adapted_product",
+    "adapted_product_in_graph",
     "choose_backend",
     "effective_weight",
     "effective_weight_of",

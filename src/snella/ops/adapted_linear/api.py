@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal, get_args
@@ -18,8 +19,10 @@ from .eager import adapted_product_eager, effective_weight_eager
 from .products import LinearProduct, Product
 from .reference import adapted_product_reference, effective_weight
 from .update import Update
+from .weight_source import WeightSource
 
-Implementation = Literal["auto", "numba", "eager", "reference"]
+logger = logging.getLogger(__name__)
+Implementation = Literal["auto", "triton", "numba", "eager", "reference"]
 
 
 def resolve_implementation(impl: str) -> str:
@@ -45,19 +48,33 @@ def numba_problem() -> str | None:
     return None
 
 
+@lru_cache(maxsize=1)
+def triton_problem() -> str | None:
+    """Why the Triton kernels cannot be used on this machine, or `None`."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; it comes with torch for CUDA, or with: pip install triton"
+    try:
+        from . import triton_backend  # noqa: F401
+    except Exception as error:  # a Triton that does not fit this torch or this machine
+        return f"triton cannot be used: {error}"
+    return None
+
+
 def choose_backend(impl: str, update: Update) -> tuple[Backend, str]:
     """Return what computes this update, and why.
 
-    `"auto"` is `"numba"` where that is installed and can do it (float32 factors on the CPU, a piecewise kernel), else
-    `"eager"`. The choice depends on the machine, the kernel, and the factors' device and dtype alone, so that a layer
-    computes the same bits every time.
+    `"auto"` is `"triton"` for factors on a CUDA device and `"numba"` for factors elsewhere, where these are installed
+    and can do it (a piecewise kernel, no factors in float64), else `"eager"`. The choice depends on the machine, the
+    kernel, and the factors' device and dtype alone, so that a layer computes the same bits every time.
 
     Raises:
-        ImportError: `impl="numba"` and numba is missing or does not work.
-        NotImplementedError: `impl="numba"` for an update that it cannot compute.
+        ImportError: `impl` is `"triton"` or `"numba"`, and that is missing or does not work.
+        NotImplementedError: `impl` is `"triton"` or `"numba"`, and the update is one that it cannot compute.
     """
-    if impl not in ("auto", "numba"):
+    if impl not in ("auto", "triton", "numba"):
         return TorchBackend(), "as asked for"
+    if impl == "triton" or (impl == "auto" and update.A.device.type == "cuda"):
+        return _choose_triton(impl, update)
     problem = numba_problem()
     if problem is not None:
         if impl == "numba":
@@ -73,8 +90,40 @@ def choose_backend(impl: str, update: Update) -> tuple[Backend, str]:
     return TorchBackend(), f"numba {reason}"
 
 
+def _choose_triton(impl: str, update: Update) -> tuple[Backend, str]:
+    """The same for `"triton"`, and for `"auto"` on a CUDA device."""
+    problem = triton_problem()
+    if problem is not None:
+        if impl == "triton":
+            raise ImportError(f"impl='triton', but {problem}")
+        return TorchBackend(), problem
+    from .triton_backend import TritonBackend, obstacle
+
+    reason = obstacle(update)
+    if not torch.compiler.is_compiling():
+        _log_triton(str(update.A.device), reason)
+    if reason is None:
+        return TritonBackend(), f"Triton kernels on {str(update.A.device)!r}"
+    if impl == "triton":
+        raise NotImplementedError(f"impl='triton' {reason}; impl='eager' would work")
+    return TorchBackend(), f"triton {reason}"
+
+
+@lru_cache(maxsize=64)
+def _log_triton(device: str, reason: str | None) -> None:
+    """Say once what computes updates on this device: a model is often moved there after its adapters are injected."""
+    if reason is None:
+        logger.info("updates on %r are computed by Triton kernels", device)
+    else:
+        logger.info("updates on %r are computed by torch operations: triton %s", device, reason)
+
+
 def effective_weight_of(
-    weight: Tensor | None, updates: Sequence[Update], weight_shape: torch.Size, impl: str = "auto"
+    weight: Tensor | WeightSource | None,
+    updates: Sequence[Update],
+    weight_shape: torch.Size,
+    impl: str = "auto",
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Return `W0 + Σ scaling·S` without gradients, in the bits that `adapted_product` uses with this `impl`.
 
@@ -83,17 +132,21 @@ def effective_weight_of(
         updates: Updates of this weight.
         weight_shape: Shape of the result.
         impl: See `adapted_product`.
+        dtype: Dtype of the result where `weight` is a `WeightSource`: that of the product it is made for, or float32 to
+            lose nothing. A tensor's own dtype is kept.
     """
     if resolve_implementation(impl) == "reference":
         with torch.no_grad():
+            if isinstance(weight, WeightSource):
+                return effective_weight(weight.make_wide(), updates, weight_shape).to(dtype)
             return effective_weight(weight, updates, weight_shape)
     backends = [choose_backend(impl, update)[0] for update in updates]
-    return effective_weight_eager(weight, updates, weight_shape, backends)
+    return effective_weight_eager(weight, updates, weight_shape, backends, dtype)
 
 
 def adapted_product(
     x: Tensor,
-    weight: Tensor | None,
+    weight: Tensor | WeightSource | None,
     bias: Tensor | None,
     updates: Sequence[Update],
     product: Product,
@@ -111,18 +164,20 @@ def adapted_product(
 
     Args:
         x: Input of the layer.
-        weight: Frozen weight `W0`, `[m, …]`; `None` applies the updates alone.
+        weight: Frozen weight `W0`, `[m, …]`; `None` applies the updates alone. A `WeightSource` is asked for it in both
+            passes and decides no dtype: the product is computed in that of `x`.
         bias: `[m]` or `None`.
         updates: Updates of this weight, each `[m, n]` with `n` the product of the weight's other axes.
         product: The layer's product.
         weight_shape: Shape of the weight where `weight` is `None`; default `[m, n]`.
         impl: `"eager"` (hand-written backward that rebuilds the update, torch operations), `"numba"` (the same in
-            compiled loops on the CPU), `"auto"` (see `choose_backend`) or `"reference"` (autograd).
+            compiled loops on the CPU), `"triton"` (the same in kernels of few launches on a CUDA device), `"auto"`
+            (see `choose_backend`) or `"reference"` (autograd).
         keep_delta: Keep `ΔW` for the backward pass instead of rebuilding it: faster, and one matrix more in memory.
             Not for `"reference"`.
 
     Returns:
-        The layer's output, in the dtype of `weight` or of autocast.
+        The layer's output, in the dtype of `weight` or of autocast; with a `WeightSource` in the dtype of `x`.
 
     Raises:
         ValueError: `impl` is unknown, or there is neither a weight nor an update.
@@ -133,13 +188,14 @@ def adapted_product(
         weight_shape = torch.Size((updates[0].num_rows, updates[0].A.shape[1])) if weight is None else weight.shape
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    elif weight is not None:
+    elif isinstance(weight, Tensor):
         x = x.to(weight.dtype)
     bias = bias if bias is None else bias.to(x.dtype)
-    if weight is not None and not updates:
+    if isinstance(weight, Tensor) and not updates:
         return product(x, weight.to(x.dtype), bias)
     if resolve_implementation(impl) == "reference":
-        return adapted_product_reference(x, weight, bias, updates, product, weight_shape)
+        known = weight.make_wide() if isinstance(weight, WeightSource) else weight
+        return adapted_product_reference(x, known, bias, updates, product, weight_shape)
     backends = [choose_backend(impl, update)[0] for update in updates]
     return adapted_product_eager(x, weight, bias, updates, product, weight_shape, backends, keep_delta)
 

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from snella.ops.kernels import KernelScalars, MergeGradients, MixK, NormalizedRBF, PLinear
+from snella.ops.kernels import KernelScalars, MixK, NormalizedRBF, PLinear
 
 from . import numba_loops as loops
-from .backends import Merged
+from . import numba_sampling as sampling
+from .backends import FusedBackend, Merged
+from .numba_gradients import factor_gradients
+from .threads import run_together
 from .update import GroupFactors, Update
 
-_ENTRIES_PER_CHUNK = 1 << 16
-_MAX_CHUNKS = 32  # more would only make the partial sums larger
+_MAX_WIDTH, _LEAST_WIDTH = 192, 32
+_LEAST_BLOCKS = 6  # so that a few threads have something to share
+_SCRATCH_ENTRIES = 1 << 20  # of a block's two scratch matrices together, to stay in cache
+_MAX_CHUNKS = 16  # each has its own partial gradient of B
 _LEAST_ENTRIES_FOR_THREADS = 1 << 17
-_pools: dict[int, ThreadPoolExecutor] = {}
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pools.clear)  # threads do not survive a fork
+_PIECES_PER_THREAD = 2  # so that a thread that comes late does not hold up the others
+_SAMPLED_DENSITY = 0.05  # below it single entries of a weight's gradient cost less than all of it; measured
+_TOKENS = 256  # of one pass over the kept entries
+_SUPPORTED = (torch.float32, torch.bfloat16)
+_UNWRITTEN, _NOTHING = torch.empty(0), np.empty((0, 0), np.float32)
 
 
 def obstacle(update: Update) -> str | None:
@@ -38,137 +45,203 @@ def obstacle(update: Update) -> str | None:
     return None
 
 
-class _Shares:
-    """The softmax of a matrix in two parts: exponentials, and one over the sum of each column."""
+class _Factors(NamedTuple):
+    """What the loops take for one matrix: `A` `[K, n]`, `B` `[m, K]`, `[P]`, and the numbers of its softmax."""
 
-    def __init__(self, exponential: np.ndarray, inv_sum: np.ndarray) -> None:
-        self.exponential, self.inv_sum = exponential, inv_sum
+    A: np.ndarray
+    B: np.ndarray
+    coeff: np.ndarray
+    softmax: tuple[np.float32, np.float32, float, np.float32, bool]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(m, n)`."""
+        return self.B.shape[0], self.A.shape[1]
 
 
-class NumbaBackend:
-    """Mix-K, its normalised RBF and P-Linear in float32 on the CPU."""
+class NumbaBackend(FusedBackend):
+    """Mix-K, its normalised RBF and P-Linear in float32 on the CPU.
+
+    A merged matrix is written only to find its threshold; once that is known, both the effective weight and the
+    gradients are computed from the factors, block by block.
+    """
 
     name = "numba"
+    adds_while_differentiating = True
 
-    def merge(self, update: Update, group: int, factors: GroupFactors) -> Merged:  # noqa: D102
-        value, shares = _merge(update.kernel, factors)
-        delta = torch.from_numpy(value)
-        if len(update.thresholds) <= group:
+    def merge_groups(self, update: Update) -> list[Merged | None]:  # noqa: D102
+        merged: list[Merged | None] = []
+        for group, (factors, budget) in enumerate(zip(update.group_factors(), update.budgets, strict=True)):
+            is_known = len(update.thresholds) > group
+            if budget == 0:
+                merged.append(None)
+                if not is_known:
+                    update.thresholds.append(update.B.new_full((), torch.inf))
+                continue
+            prepared = _prepare(update.kernel, factors)
+            if is_known:
+                merged.append(Merged(_UNWRITTEN, prepared))
+                continue
+            value, bins = _merge(prepared)
+            delta = torch.from_numpy(value)
             if update.mode == "soft":
-                update.thresholds.append(torch.tensor(_threshold(value, update.budgets[group])))
+                update.thresholds.append(torch.tensor(_threshold(value, budget, bins)))
             else:
                 update.threshold_of(group, delta)
-        return Merged(delta, shares)
+            merged.append(Merged(delta, prepared))
+        return merged
 
-    def add_sparse(  # noqa: D102
-        self, update: Update, group: int, merged: Merged, base: Tensor, out: Tensor
+    def add_groups(  # noqa: D102
+        self, update: Update, merged: Sequence[Merged | None], base: Tensor, out: Tensor
     ) -> None:
-        threshold = np.float32(update.thresholds[group].item())
-        scaling, is_soft = np.float32(update.scaling), update.mode == "soft"
-        value = merged.delta.numpy()
-        if base.dtype != torch.float32:
-            sparse = torch.zeros_like(merged.delta)
-            _over_rows(
-                loops.add_sparse, value.shape, sparse.numpy(), value, threshold, scaling, is_soft, sparse.numpy()
-            )
-            torch.add(base, sparse, out=out)
-            return
-        _over_rows(loops.add_sparse, value.shape, base.numpy(), value, threshold, scaling, is_soft, out.numpy())
+        for group, (rows, one) in enumerate(zip(update.rows, merged, strict=True)):
+            if one is None:
+                if out is not base:
+                    out[rows] = base[rows]
+            elif base.dtype in _SUPPORTED and out.dtype in _SUPPORTED:
+                self._add(update, group, one, base[rows], out[rows])
+            else:
+                sparse = torch.zeros(out[rows].shape)
+                self._add(update, group, one, sparse, sparse)
+                torch.add(base[rows], sparse, out=out[rows])
 
-    def factor_gradients(  # noqa: D102
-        self, update: Update, group: int, factors: GroupFactors, merged: Merged, grad: Tensor
-    ) -> MergeGradients:
-        kernel, (A, B, scalars) = update.kernel, factors
-        value = merged.delta.numpy()
-        shares = merged.extra
-        if shares is None and isinstance(kernel, NormalizedRBF):
-            # ΔW was kept, its softmax was not
-            shares = _merge(kernel, factors)[1]
-        chunks, n = _num_chunks(value.shape), value.shape[1]
-        threshold, scaling = np.float32(update.thresholds[group].item()), np.float32(update.scaling)
-        slopes, totals = np.empty_like(value), np.empty(chunks, np.float64)
-        columns = np.empty((chunks, n), np.float32)
-        exponential, inv_sum = (value, columns[0]) if shares is None else (shares.exponential, shares.inv_sum)
-        has_shares = shares is not None
-        _over_chunks(
-            loops.slope_products,
-            chunks,
-            value.shape,
-            grad.detach().to(torch.float32).contiguous().numpy(),
-            value,
+    def _add(self, update: Update, group: int, merged: Merged, base: Tensor, out: Tensor) -> None:
+        """Add one matrix."""
+        how = (np.float32(update.thresholds[group].item()), np.float32(update.scaling), update.mode == "soft")
+        source, target, shape = _bits(base), _bits(out), tuple(out.shape)
+        if merged.delta.numel():
+            _share_out(loops.add_sparse, shape[0], shape, source, merged.delta.numpy(), *how, target)
+            return
+        width, blocks = _blocks(shape)
+        _share_out(loops.merge_and_add, blocks, shape, width, *merged.extra, source, *how, target)
+
+    def group_gradients(  # noqa: D102
+        self,
+        update: Update,
+        merged: Sequence[Merged | None],
+        grad: Tensor,
+        base: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> tuple[Tensor | None, ...]:
+        grads = [None if tensor is None else torch.zeros_like(tensor) for tensor in update.tensors()]
+        can_add = all(tensor is None or tensor.dtype in _SUPPORTED for tensor in (base, out))
+        if base is not None and out is not None and not can_add:
+            self.add_groups(update, merged, base, out)
+        for group, (rows, one) in enumerate(zip(update.rows, merged, strict=True)):
+            adding = base is not None and out is not None and can_add
+            if one is None:
+                if adding:
+                    out[rows] = base[rows]  # type: ignore[index]
+                continue
+            ends = (base[rows], out[rows]) if adding else None  # type: ignore[index]
+            found = self._gradients(update, group, _factors_of(update, group, one), grad[rows].detach(), ends)
+            for k, value in enumerate(found):
+                into = grads[k]
+                if value is not None and into is not None:
+                    (into[rows] if k == 1 else into[group]).copy_(value)
+        return tuple(grads)
+
+    def samples_gradient(self, update: Update, group: int) -> bool:  # noqa: D102
+        rows, n = update.row_counts[group], update.A.shape[1]
+        return update.mode == "soft" and update.budgets[group] < _SAMPLED_DENSITY * rows * n
+
+    def sample_gradient(  # noqa: D102
+        self, update: Update, group: int, merged: Merged, grad_y: Tensor, x: Tensor, out: Tensor
+    ) -> None:
+        shape, budget = tuple(out.shape), update.budgets[group]
+        width, blocks = _blocks(shape)
+        capacity = min(budget, shape[0] * width)
+        rows, columns = (np.empty((blocks, capacity), np.int32) for _ in range(2))
+        counts, sums = np.empty(blocks, np.int64), np.zeros((blocks, capacity), np.float32)
+        threshold = np.float32(update.thresholds[group].item())
+        _share_out(
+            sampling.list_kept,
+            blocks,
+            shape,
+            width,
+            *_factors_of(update, group, merged),
             threshold,
-            scaling,
-            update.mode == "soft",
-            exponential,
-            has_shares,
-            slopes,
+            rows,
             columns,
-            totals,
+            counts,
         )
-        column_mean = columns.sum(0) * inv_sum if has_shares else columns[0]
-        alpha, inv_temperature = _softmax_scalars(scalars)
-        grad_A = np.empty((chunks, A.shape[1], n), np.float32)
-        grad_B, coeff = np.empty(tuple(B.shape), np.float32), _array(scalars.piece_coeff)
-        sums = np.empty((chunks, len(coeff) + 1), np.float64)
-        _over_chunks(
-            loops.factor_gradients,
+        for tokens in range(0, x.shape[0], _TOKENS):
+            columns_of = (part[tokens : tokens + _TOKENS].T.float().contiguous().numpy() for part in (grad_y, x))
+            _share_out(sampling.add_products, blocks, shape, *columns_of, rows, columns, counts, sums)
+        _share_out(sampling.scatter, blocks, shape, rows, columns, counts, sums, out.numpy())
+
+    def _gradients(
+        self, update: Update, group: int, factors: _Factors, grad: Tensor, ends: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of one matrix, in the order of `Update.tensors()`; adds it to the first of `ends` on the way."""
+        (m, n), kernel = factors.shape, update.kernel
+        (K, pieces), (width, blocks) = (len(factors.A), len(factors.coeff)), _blocks(factors.shape)
+        per_chunk = -(-blocks // _MAX_CHUNKS)
+        chunks = -(-blocks // per_chunk)
+        grad_A, grad_B = np.empty((K, n), np.float32), np.empty((chunks, m, K), np.float32)
+        means, sums = np.empty(n, np.float32), np.empty((chunks, pieces + 2), np.float64)
+        _share_out(
+            factor_gradients,
             chunks,
-            value.shape,
-            _array(A.T),
-            _array(B),
-            coeff,
-            slopes,
-            np.float32(_linear_weight(kernel)),
-            exponential,
-            has_shares,
-            np.float32(alpha * inv_temperature),
-            inv_sum,
-            column_mean,
+            factors.shape,
+            per_chunk,
+            width,
+            *factors,
+            grad.to(torch.float32).contiguous().numpy(),
+            np.float32(update.thresholds[group].item()),
+            np.float32(update.scaling),
+            update.mode == "soft",
+            ends is not None,
+            *((_NOTHING, _NOTHING) if ends is None else map(_bits, ends)),
             grad_A,
             grad_B,
+            means,
             sums,
         )
-        total, by_scalar = totals.sum(), sums.sum(0)
-        grads = MergeGradients(
-            A=torch.from_numpy(grad_A.sum(0)).T,
-            B=torch.from_numpy(grad_B),
-            piece_coeff=torch.from_numpy(by_scalar[: len(coeff)].astype(np.float32)),
-        )
-        if not has_shares:
-            return grads
-        grad_alpha = column_mean.sum(dtype=np.float64) - (total / value.shape[0] if kernel.center_softmax else 0.0)
-        temperature = None if scalars.temperature is None else _scalar(-by_scalar[-1] * inv_temperature)
-        return grads._replace(alpha=_scalar(grad_alpha), beta=_scalar(total), temperature=temperature)
+        *by_piece, by_softmax, total = sums.sum(0)
+        of_factors = (torch.from_numpy(grad_A).T, torch.from_numpy(grad_B.sum(0)), torch.tensor(by_piece))
+        if not isinstance(kernel, NormalizedRBF):
+            return (*of_factors, None, None, None)
+        of_alpha = float(means.sum(dtype=np.float64)) - (total / m if kernel.center_softmax else 0.0)
+        inv_temperature = float(factors.softmax[0])
+        return (*of_factors, torch.tensor(of_alpha), torch.tensor(total), torch.tensor(-by_softmax * inv_temperature))
 
 
-def _merge(kernel: Any, factors: GroupFactors) -> tuple[np.ndarray, _Shares | None]:
-    """`ΔW` `[m, n]`, and the softmax that went into it."""
+def _prepare(kernel: Any, factors: GroupFactors) -> _Factors:
+    """Contiguous arrays and plain numbers."""
     A, B, scalars = factors
-    shape = (B.shape[0], A.shape[0])
-    chunks = _num_chunks(shape)
-    value, extremes = np.empty(shape, np.float32), np.empty((chunks, shape[1]), np.float32)
-    alpha, inv_temperature = _softmax_scalars(scalars)
-    inv_gamma = np.float32(inv_temperature)
-    coeff = _array(scalars.piece_coeff)
-    _over_chunks(loops.piecewise, chunks, shape, _array(A.T), _array(B), coeff, inv_gamma, value, extremes)
-    if not isinstance(kernel, NormalizedRBF):
-        return value, None
-    exponential, sums = np.empty(shape, np.float32), np.empty((chunks, shape[1]), np.float32)
-    _over_chunks(loops.exponentials, chunks, shape, value, inv_gamma, extremes.max(0), exponential, sums)
-    inv_sum = (1 / sums.sum(0, dtype=np.float64)).astype(np.float32)
-    beta = float(scalars.require("beta")[0]) - (alpha / shape[0] if kernel.center_softmax else 0.0)
-    linear, scale = np.float32(_linear_weight(kernel)), (alpha * inv_sum.astype(np.float64)).astype(np.float32)
-    _over_rows(loops.combine, shape, linear, scale, np.float32(beta), exponential, value)
-    return value, _Shares(exponential, inv_sum)
+    has_softmax = isinstance(kernel, NormalizedRBF)
+    alpha = 0.0 if scalars.alpha is None else float(scalars.alpha)
+    inv_temperature = 1.0 if scalars.temperature is None else 1.0 / float(scalars.temperature)
+    beta = 0.0
+    if has_softmax:
+        beta = float(scalars.require("beta")[0]) - (alpha / B.shape[0] if kernel.center_softmax else 0.0)
+    linear = 1.0 if isinstance(kernel, MixK) or not has_softmax else 0.0
+    softmax = (np.float32(inv_temperature), np.float32(linear), alpha, np.float32(beta), has_softmax)
+    return _Factors(_array(A.T), _array(B), _pieces(scalars), softmax)
 
 
-def _threshold(value: np.ndarray, budget: int) -> np.float32:
+def _factors_of(update: Update, group: int, merged: Merged) -> _Factors:
+    """What `merge_groups` prepared; a matrix that was kept from the forward pass comes without."""
+    return merged.extra or _prepare(update.kernel, list(update.group_factors())[group])
+
+
+def _merge(factors: _Factors) -> tuple[np.ndarray, np.ndarray]:
+    """`ΔW` `[m, n]`, and how many of its magnitudes begin with which bits, by blocks."""
+    width, blocks = _blocks(factors.shape)
+    value, bins = np.empty(factors.shape, np.float32), np.empty((blocks, loops.HISTOGRAM_BINS), np.int32)
+    _share_out(loops.merge_and_count, blocks, factors.shape, width, *factors, value, bins)
+    return value, bins
+
+
+def _threshold(value: np.ndarray, budget: int, bins: np.ndarray | None = None) -> np.float32:
     """The `(budget + 1)`-th largest magnitude: count by leading bits, then select within one bin."""
     if budget == value.size:
         return np.float32(0)
-    chunks = _num_chunks(value.shape)
-    bins = np.empty((chunks, loops.HISTOGRAM_BINS), np.int32)
-    _over_chunks(loops.histogram, chunks, value.shape, value, bins)
+    width, blocks = _blocks(value.shape)
+    if bins is None:
+        bins = np.empty((blocks, loops.HISTOGRAM_BINS), np.int32)
+        _share_out(loops.count, blocks, value.shape, width, value, bins)
     counts = bins.sum(0, dtype=np.int64)
     at_least = np.cumsum(counts[::-1])  # entries in this bin or a higher one, from the top
     position = int(np.searchsorted(at_least, budget, side="right"))
@@ -176,55 +249,39 @@ def _threshold(value: np.ndarray, budget: int) -> np.float32:
     above = int(at_least[position]) - int(counts[wanted])
     ends = np.cumsum(bins[:, wanted], dtype=np.int64)
     candidates = np.empty(int(ends[-1]), np.float32)
-    _over_chunks(loops.collect, chunks, value.shape, value, np.int32(wanted), ends - bins[:, wanted], candidates)
+    offsets = ends - bins[:, wanted]
+    _share_out(loops.collect, blocks, value.shape, width, value, np.int32(wanted), offsets, candidates)
     rank = len(candidates) - 1 - (budget - above)
     candidates.partition(rank)
     return candidates[rank]
 
 
-def _linear_weight(kernel: Any) -> float:
-    """Weight of `κ_p` itself: not in the normalised RBF kernel."""
-    return 1.0 if isinstance(kernel, MixK) or not isinstance(kernel, NormalizedRBF) else 0.0
+def _pieces(scalars: KernelScalars) -> np.ndarray:
+    """`piece_coeff` as an array."""
+    return _array(scalars.require("piece_coeff")[0])
 
 
-def _softmax_scalars(scalars: KernelScalars) -> tuple[float, float]:
-    """`α` and `1/γ`."""
-    alpha = 0.0 if scalars.alpha is None else float(scalars.alpha)
-    return alpha, 1.0 if scalars.temperature is None else 1.0 / float(scalars.temperature)
-
-
-def _scalar(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float32)
-
-
-def _array(tensor: Tensor | None) -> np.ndarray:
+def _array(tensor: Tensor) -> np.ndarray:
     """A contiguous numpy array of a detached tensor."""
-    if tensor is None:
-        raise ValueError("this kernel needs piece_coeff, got None")
     return tensor.detach().to(torch.float32).contiguous().numpy()
 
 
-def _num_chunks(shape: tuple[int, ...]) -> int:
-    """Blocks of rows; by size alone, so that sums do not depend on the number of threads."""
-    return max(1, min(_MAX_CHUNKS, shape[0], shape[0] * shape[1] // _ENTRIES_PER_CHUNK))
+def _bits(tensor: Tensor) -> np.ndarray:
+    """A float32 tensor as an array, a bfloat16 one as its bit patterns; shares memory."""
+    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
-def _over_chunks(function: Callable[..., None], chunks: int, shape: tuple[int, ...], *arguments: Any) -> None:
-    """Call `function(first, last, …)` over all chunks, a part of them on each thread."""
-    threads = min(torch.get_num_threads(), chunks) if shape[0] * shape[1] >= _LEAST_ENTRIES_FOR_THREADS else 1
-    if threads < 2:
-        function(0, chunks, *arguments)
-        return
-    bounds = [chunks * k // threads for k in range(threads + 1)]
-    pool = _pools.get(threads)
-    if pool is None:
-        pool = _pools[threads] = ThreadPoolExecutor(threads - 1, thread_name_prefix="snella")
-    pending = [pool.submit(function, bounds[k], bounds[k + 1], *arguments) for k in range(1, threads)]
-    function(bounds[0], bounds[1], *arguments)
-    for one in pending:
-        one.result()
+def _blocks(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Columns of a block, and number of blocks; by shape alone, so that sums do not depend on the number of threads."""
+    m, n = shape
+    width = min(_MAX_WIDTH, -(-n // _LEAST_BLOCKS), max(_LEAST_WIDTH, _SCRATCH_ENTRIES // (2 * m)))
+    width = max(_LEAST_WIDTH, (width + 15) // 16 * 16)
+    return width, -(-n // width)
 
 
-def _over_rows(function: Callable[..., None], shape: tuple[int, ...], *arguments: Any) -> None:
-    """The same for functions that go by rows."""
-    _over_chunks(function, shape[0], shape, *arguments)
+def _share_out(function: Callable[..., None], count: int, shape: tuple[int, ...], *arguments: Any) -> None:
+    """Call `function(first, last, …)` over `count` pieces of work, a part of them on each thread."""
+    threads = min(torch.get_num_threads(), count) if shape[0] * shape[1] >= _LEAST_ENTRIES_FOR_THREADS else 1
+    pieces = min(count, _PIECES_PER_THREAD * threads) if threads > 1 else 1
+    bounds = [count * k // pieces for k in range(pieces + 1)]
+    run_together([partial(function, *ends, *arguments) for ends in pairwise(bounds)], threads)

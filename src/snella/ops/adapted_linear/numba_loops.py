@@ -1,295 +1,190 @@
-"""Loops over a merged matrix, compiled by numba: each pass reads and writes memory once, intermediates stay in cache.
+"""Loops that merge a matrix from its factors, compiled by numba; `numba_gradients` holds the way back.
 
-Every function works on the chunks `first … last − 1` of a matrix cut into `chunks` blocks of rows (`combine` and
-`add_sparse`: on those rows), so that several threads can share one matrix; the interpreter's lock is released. Sums are
-kept per chunk and added up by the caller in a fixed order: results do not depend on the number of threads. Shape
-letters: `m` outputs, `n` inputs, `P` pieces of width `R`, `K = P·R`, `q` chunks. `A` comes as `[K, n]`, so that the
-innermost loop runs over memory.
+A matrix is cut into blocks of columns, so that a block's softmax, which runs down the columns, is complete while its
+numbers are still in the processor's cache: `ΔW` is read from memory only where it has to be selected from, and the
+passes that know the threshold never write it. Every function works on the blocks (or rows) `first … last − 1`, so that
+several threads can share one matrix; the interpreter's lock is released. What is computed does not depend on how the
+blocks are shared out, and a value has the same bits in every pass, since all of them come from `merge_block`.
+
+Shape letters: `m` outputs, `n` inputs, `P` pieces of width `R`, `K = P·R`, `w` columns of a block. `A` comes as
+`[K, n]`, so that the innermost loop runs over memory.
 """
 
 # ruff: noqa: D103
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 
-# no flag that lets the compiler assume away NaN or infinity
-_JIT: dict[str, Any] = {
-    "nogil": True,
-    "error_model": "numpy",
-    "fastmath": {"contract", "nsz", "arcp", "reassoc"},
-}
-# sums within a row may be regrouped, so that they use whole vectors; an exponential must keep its order of operations
-_JIT_IN_ORDER: dict[str, Any] = {**_JIT, "fastmath": {"contract", "nsz"}}
-# and `W0 + scaling·S` is rounded as torch rounds it, so that a merged weight is the base plus `get_delta_weight`
-_JIT_AS_TORCH: dict[str, Any] = {**_JIT, "fastmath": {"nsz"}}
-_ZERO, _ONE = np.float32(0), np.float32(1)
+from .numba_compiling import AS_TORCH, IN_ORDER, bits_of_float, compiled, exponential, float_of_bits, narrowed, widened
+
+ZERO = np.float32(0)
 HISTOGRAM_SHIFT = np.int32(16)  # bins by exponent and the first 7 bits of the mantissa
 HISTOGRAM_BINS = 1 << (31 - int(HISTOGRAM_SHIFT))
+_MAGNITUDE = np.int32(0x7FFFFFFF)
 
 
-def _compiled(settings: dict[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Compile at the first call, and keep the result on disk where there is a folder to write to."""
-
-    def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        try:
-            return njit(**settings, cache=True)(function)
-        except RuntimeError:  # no folder for the cache: compile in every process
-            return njit(**settings)(function)
-
-    return decorate
-
-
-@intrinsic
-def _float_of_bits(typing_context: Any, bits: Any) -> Any:
-    """The float32 with the bit pattern of an int32."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.FloatType())
-
-    return types.float32(types.int32), generate
-
-
-@intrinsic
-def _bits_of_float(typing_context: Any, value: Any) -> Any:
-    """The bit pattern of a float32 as an int32."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.IntType(32))
-
-    return types.int32(types.float32), generate
+@njit(**IN_ORDER)
+def squared_distances(A, b, first, last, start, stop, result):
+    # result[j] = Σ_k (b[k] − A[k, start + j])², k = first … last − 1, four at a time
+    w = stop - start
+    k = first
+    while k + 4 <= last:
+        b0, b1, b2, b3 = b[k], b[k + 1], b[k + 2], b[k + 3]
+        a0, a1, a2, a3 = A[k, start:stop], A[k + 1, start:stop], A[k + 2, start:stop], A[k + 3, start:stop]
+        if k == first:
+            for j in range(w):
+                d0, d1, d2, d3 = b0 - a0[j], b1 - a1[j], b2 - a2[j], b3 - a3[j]
+                result[j] = (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)
+        else:
+            for j in range(w):
+                d0, d1, d2, d3 = b0 - a0[j], b1 - a1[j], b2 - a2[j], b3 - a3[j]
+                result[j] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)
+        k += 4
+    while k < last:
+        one, a = b[k], A[k, start:stop]
+        if k == first:
+            for j in range(w):
+                difference = one - a[j]
+                result[j] = difference * difference
+        else:
+            for j in range(w):
+                difference = one - a[j]
+                result[j] += difference * difference
+        k += 1
 
 
-@njit(inline="always")
-def _exp(x: Any) -> Any:
-    """`exp(x)` for `x ≤ 0` to within two units in the last place; below −87 it is taken at −87.
-
-    2^k·exp(r) with `|r| ≤ ln 2 / 2`, `k·ln 2` subtracted in two parts, exp(r) by its Taylor series to the 7th power.
-    """
-    x = max(x, np.float32(-87))
-    k = np.float32(math.floor(x * np.float32(1.4426950408889634) + np.float32(0.5)))
-    r = x - k * np.float32(0.693145751953125)
-    r = r - k * np.float32(1.428606765330187e-06)
-    p = np.float32(1 / 5040)
-    p = p * r + np.float32(1 / 720)
-    p = p * r + np.float32(1 / 120)
-    p = p * r + np.float32(1 / 24)
-    p = p * r + np.float32(1 / 6)
-    p = p * r + np.float32(0.5)
-    p = p * r * r + r + _ONE
-    return p * _float_of_bits((np.int32(k) + np.int32(127)) << np.int32(23))
-
-
-@njit(inline="always")
-def _rows_of(chunk: Any, chunks: Any, m: Any) -> Any:
-    """First and last row (exclusive) of a chunk."""
-    per = (m + chunks - 1) // chunks
-    return min(chunk * per, m), min((chunk + 1) * per, m)
-
-
-@_compiled(_JIT)
-def piecewise(first, last, A, B, coeff, inv_temperature, value, column_max):
-    # value[i, j] = Σ_p coeff[p]·‖B[i, piece p] − A[piece p, j]‖;  column_max[q, j] = max over the chunk of value/γ
-    m, n = value.shape
-    pieces, chunks = coeff.shape[0], column_max.shape[0]
-    width = A.shape[0] // pieces
-    squares = np.empty(n, np.float32)
-    for chunk in range(first, last):
-        start, stop = _rows_of(chunk, chunks, m)
-        top = column_max[chunk]
-        for j in range(n):
-            top[j] = np.float32(-np.inf)
-        for i in range(start, stop):
-            row = value[i]
-            for p in range(pieces):
-                for j in range(n):
-                    squares[j] = _ZERO
-                for k in range(p * width, (p + 1) * width):
-                    b, a = B[i, k], A[k]
-                    for j in range(n):
-                        difference = b - a[j]
-                        squares[j] += difference * difference
-                c = coeff[p]
-                if p == 0:
-                    for j in range(n):
-                        row[j] = c * math.sqrt(squares[j])
-                else:
-                    for j in range(n):
-                        row[j] += c * math.sqrt(squares[j])
-            for j in range(n):
+@njit(**IN_ORDER)
+def merge_block(A, B, coeff, softmax, start, stop, value, shares, inv_sum, scratch):
+    # value[i, j] = linear·κ_p + scale[j]·shares[i, j] + β,  κ_p[i, j] = Σ_p coeff[p]·‖B[i, piece p] − A[piece p, j]‖;
+    # shares = exp(κ_p/γ − its largest in the column), inv_sum[j] = 1 / Σ_i shares, scale = α·inv_sum
+    inv_temperature, linear, alpha, beta, has_softmax = softmax
+    m, pieces = B.shape[0], coeff.shape[0]
+    R, w = A.shape[0] // pieces, stop - start
+    squares, top = scratch[0], scratch[1]
+    for j in range(w):
+        top[j] = np.float32(-np.inf)
+        inv_sum[j] = ZERO
+    for i in range(m):
+        row, b = value[i], B[i]
+        for p in range(pieces):
+            squared_distances(A, b, p * R, (p + 1) * R, start, stop, squares)
+            c = coeff[p]
+            if p == 0:
+                for j in range(w):
+                    row[j] = c * math.sqrt(squares[j])
+            else:
+                for j in range(w):
+                    row[j] += c * math.sqrt(squares[j])
+        if has_softmax:
+            for j in range(w):
                 top[j] = max(top[j], row[j] * inv_temperature)
+    if not has_softmax:
+        return
+    for i in range(m):
+        row, share = value[i], shares[i]
+        for j in range(w):
+            one = exponential(row[j] * inv_temperature - top[j])
+            share[j] = one
+            inv_sum[j] += one
+    for j in range(w):
+        inverse = 1.0 / np.float64(inv_sum[j])
+        inv_sum[j] = np.float32(inverse)
+        top[j] = np.float32(alpha * inverse)
+    for i in range(m):
+        row, share = value[i], shares[i]
+        for j in range(w):
+            row[j] = linear * row[j] + top[j] * share[j] + beta
 
 
-@_compiled(_JIT_IN_ORDER)
-def exponentials(first, last, value, inv_temperature, shift, result, column_sum):
-    # result = exp(value/γ − shift);  column_sum[q, j] = its sum over the chunk
-    m, n = value.shape
-    chunks = column_sum.shape[0]
-    for chunk in range(first, last):
-        start, stop = _rows_of(chunk, chunks, m)
-        total = column_sum[chunk]
-        for j in range(n):
-            total[j] = _ZERO
-        for i in range(start, stop):
-            source, target = value[i], result[i]
-            for j in range(n):
-                exponential = _exp(source[j] * inv_temperature - shift[j])
-                target[j] = exponential
-                total[j] += exponential
-
-
-@_compiled(_JIT)
-def combine(first, last, linear, scale, beta, exponential, value):
-    # value ← linear·value + scale[j]·exponential + beta
-    n = value.shape[1]
-    for i in range(first, last):
-        row, other = value[i], exponential[i]
-        for j in range(n):
-            row[j] = linear * row[j] + scale[j] * other[j] + beta
-
-
-@_compiled(_JIT)
-def histogram(first, last, value, bins):
-    # bins[q, h] = entries of the chunk whose magnitude's leading bits are h
-    m, n = value.shape
-    chunks = bins.shape[0]
-    leading = np.empty(n, np.int32)
-    for chunk in range(first, last):
-        start, stop = _rows_of(chunk, chunks, m)
-        counts = bins[chunk]
+@compiled(IN_ORDER)
+def merge_and_count(first, last, width, A, B, coeff, softmax, result, bins):
+    # result = ΔW;  bins[block, h] = entries of the block whose magnitude's leading bits are h
+    m, n = result.shape
+    value, shares = np.empty((m, width), np.float32), np.empty((m, width), np.float32)
+    inv_sum, scratch = np.empty(width, np.float32), np.empty((2, width), np.float32)
+    leading = np.empty(width, np.int32)
+    for block in range(first, last):
+        start, stop = block * width, min(block * width + width, n)
+        merge_block(A, B, coeff, softmax, start, stop, value, shares, inv_sum, scratch)
+        counts = bins[block]
         counts[:] = 0
-        for i in range(start, stop):
-            row = value[i]
-            for j in range(n):
-                leading[j] = (_bits_of_float(row[j]) & np.int32(0x7FFFFFFF)) >> HISTOGRAM_SHIFT
-            for j in range(n):
+        for i in range(m):
+            row, target = value[i], result[i, start:stop]
+            for j in range(stop - start):
+                target[j] = row[j]
+                leading[j] = (bits_of_float(row[j]) & _MAGNITUDE) >> HISTOGRAM_SHIFT
+            for j in range(stop - start):
                 counts[leading[j]] += 1
 
 
-@_compiled(_JIT)
-def collect(first, last, value, wanted, offsets, result):
-    # the magnitudes whose leading bits are `wanted`, chunk by chunk from offsets[q] on
+@compiled(IN_ORDER)
+def count(first, last, width, value, bins):
+    # the same counts for a matrix that is there already
     m, n = value.shape
-    chunks = offsets.shape[0]
-    for chunk in range(first, last):
-        start, stop = _rows_of(chunk, chunks, m)
-        at = offsets[chunk]
-        for i in range(start, stop):
-            row = value[i]
-            for j in range(n):
-                bits = _bits_of_float(row[j]) & np.int32(0x7FFFFFFF)
+    for block in range(first, last):
+        start, stop = block * width, min(block * width + width, n)
+        counts = bins[block]
+        counts[:] = 0
+        for i in range(m):
+            row = value[i, start:stop]
+            for j in range(stop - start):
+                counts[(bits_of_float(row[j]) & _MAGNITUDE) >> HISTOGRAM_SHIFT] += 1
+
+
+@compiled(IN_ORDER)
+def collect(first, last, width, value, wanted, offsets, result):
+    # the magnitudes whose leading bits are `wanted`, block by block from offsets[block] on
+    m, n = value.shape
+    for block in range(first, last):
+        start, stop = block * width, min(block * width + width, n)
+        at = offsets[block]
+        for i in range(m):
+            row = value[i, start:stop]
+            found = np.int32(0)
+            for j in range(stop - start):
+                found += (bits_of_float(row[j]) & _MAGNITUDE) >> HISTOGRAM_SHIFT == wanted
+            if found == 0:
+                continue
+            for j in range(stop - start):
+                bits = bits_of_float(row[j]) & _MAGNITUDE
                 if bits >> HISTOGRAM_SHIFT == wanted:
-                    result[at] = _float_of_bits(bits)
+                    result[at] = float_of_bits(bits)
                     at += 1
 
 
-@_compiled(_JIT_AS_TORCH)
+@njit(**AS_TORCH)
+def add_row(base, row, threshold, scaling, is_soft, result):
+    # result = base + scaling·S, in the types that the two arrays hold
+    if is_soft:
+        for j in range(len(base)):
+            magnitude = abs(row[j])
+            weight = magnitude - threshold if magnitude > threshold else ZERO
+            result[j] = narrowed(widened(base[j]) + scaling * (row[j] * weight), result[j])
+    else:
+        for j in range(len(base)):
+            magnitude = abs(row[j])
+            weight = magnitude if magnitude > threshold else ZERO
+            result[j] = narrowed(widened(base[j]) + scaling * (row[j] * weight), result[j])
+
+
+@compiled(AS_TORCH)
 def add_sparse(first, last, base, value, threshold, scaling, is_soft, result):
-    # result = base + scaling·S
-    n = base.shape[1]
+    # result = base + scaling·S on the rows first … last − 1, S from a matrix that is there already
     for i in range(first, last):
-        source, row, target = base[i], value[i], result[i]
-        if is_soft:
-            for j in range(n):
-                magnitude = abs(row[j])
-                weight = magnitude - threshold if magnitude > threshold else _ZERO
-                target[j] = source[j] + scaling * (row[j] * weight)
-        else:
-            for j in range(n):
-                magnitude = abs(row[j])
-                weight = magnitude if magnitude > threshold else _ZERO
-                target[j] = source[j] + scaling * (row[j] * weight)
+        add_row(base[i], value[i], threshold, scaling, is_soft, result[i])
 
 
-@_compiled(_JIT)
-def slope_products(first, last, grad, value, threshold, scaling, is_soft, shares, has_shares, result, columns, totals):
-    # result = grad·scaling·∂S/∂value;  columns[q, j] = Σ result·shares, totals[q] = Σ result over the chunk
-    m, n = value.shape
-    chunks = totals.shape[0]
-    for chunk in range(first, last):
-        start, stop = _rows_of(chunk, chunks, m)
-        column = columns[chunk]
-        for j in range(n):
-            column[j] = _ZERO
-        total = 0.0
-        for i in range(start, stop):
-            source, row, target = grad[i], value[i], result[i]
-            row_total = _ZERO
-            for j in range(n):
-                magnitude = abs(row[j])
-                slope = magnitude + magnitude - threshold if is_soft else magnitude
-                product = source[j] * scaling * slope if magnitude > threshold else _ZERO
-                target[j] = product
-                row_total += product
-            if has_shares:
-                share = shares[i]
-                for j in range(n):
-                    column[j] += target[j] * share[j]
-            total += row_total
-        totals[chunk] = total
-
-
-@_compiled(_JIT)
-def factor_gradients(
-    first, last, A, B, coeff, grad, linear, shares, has_shares, alpha, inv_sum, column_mean, grad_A, grad_B, sums
-):
-    # grad: ∂L/∂ΔW; ∂L/∂κ = linear·grad + alpha·share·(grad − column_mean), share = shares·inv_sum;
-    # grad_A[q] and sums[q] are partial: sums[q, p] = Σ ∂L/∂κ·d_p, sums[q, P] = Σ (∂L/∂softmax's argument)·κ
-    m, n = grad.shape
-    pieces, chunks = coeff.shape[0], sums.shape[0]
-    width = A.shape[0] // pieces
-    grad_value, grad_softmax = np.empty(n, np.float32), np.empty(n, np.float32)
-    distance, weight, value = np.empty(n, np.float32), np.empty(n, np.float32), np.empty(n, np.float32)
-    for chunk in range(first, last):
-        start, stop = _rows_of(chunk, chunks, m)
-        partial_A = grad_A[chunk]
-        partial_A[:] = _ZERO
-        sums[chunk] = 0.0
-        for i in range(start, stop):
-            row = grad[i]
-            if has_shares:
-                share = shares[i]
-                for j in range(n):
-                    grad_softmax[j] = alpha * (share[j] * inv_sum[j]) * (row[j] - column_mean[j])
-                    grad_value[j] = linear * row[j] + grad_softmax[j]
-                    value[j] = _ZERO
-            else:
-                for j in range(n):
-                    grad_value[j] = linear * row[j]
-            for p in range(pieces):
-                for j in range(n):
-                    distance[j] = _ZERO
-                for k in range(p * width, (p + 1) * width):
-                    b, a = B[i, k], A[k]
-                    for j in range(n):
-                        difference = b - a[j]
-                        distance[j] += difference * difference
-                c = coeff[p]
-                by_distance = _ZERO
-                for j in range(n):
-                    distance[j] = math.sqrt(distance[j])
-                    by_distance += grad_value[j] * distance[j]
-                    weight[j] = c * grad_value[j] / distance[j] if distance[j] > _ZERO else _ZERO
-                sums[chunk, p] += by_distance
-                if has_shares:
-                    for j in range(n):
-                        value[j] += c * distance[j]
-                for k in range(p * width, (p + 1) * width):
-                    b, a, target = B[i, k], A[k], partial_A[k]
-                    total = _ZERO
-                    for j in range(n):
-                        pull = weight[j] * (b - a[j])
-                        total += pull
-                        target[j] -= pull
-                    grad_B[i, k] = total
-            if has_shares:
-                by_value = _ZERO
-                for j in range(n):
-                    by_value += grad_softmax[j] * value[j]
-                sums[chunk, pieces] += by_value
+@compiled(AS_TORCH)
+def merge_and_add(first, last, width, A, B, coeff, softmax, base, threshold, scaling, is_soft, result):
+    # result = base + scaling·S, S merged on the way
+    m, n = result.shape
+    value, shares = np.empty((m, width), np.float32), np.empty((m, width), np.float32)
+    inv_sum, scratch = np.empty(width, np.float32), np.empty((2, width), np.float32)
+    for block in range(first, last):
+        start, stop = block * width, min(block * width + width, n)
+        merge_block(A, B, coeff, softmax, start, stop, value, shares, inv_sum, scratch)
+        for i in range(m):
+            add_row(base[i, start:stop], value[i], threshold, scaling, is_soft, result[i, start:stop])

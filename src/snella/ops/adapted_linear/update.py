@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ class Update:
         mode: How `ΔW` is sparsified.
         thresholds: Thresholds of the current factors, one a matrix, if somebody computed them before; an
             implementation that finds this list empty computes and stores them here.
+        handover: A place for what a recomputation leaves to the backward pass; shared like `thresholds`.
     """
 
     A: Tensor
@@ -50,6 +51,7 @@ class Update:
     scaling: float = 1.0
     mode: SparsifyMode = "soft"
     thresholds: list[Tensor] = field(default_factory=list)
+    handover: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(SparsifyMode):
@@ -78,7 +80,7 @@ class Update:
         A, B, *scalars = tensors
         if A is None or B is None:
             raise TypeError("an update needs both factors, got None")
-        settings = (self.kernel, self.budgets, self.row_counts, self.scaling, self.mode, self.thresholds)
+        settings = (self.kernel, self.budgets, self.row_counts, self.scaling, self.mode, self.thresholds, self.handover)
         return Update(A, B, KernelScalars(*scalars), *settings)
 
     def group_factors(self) -> Iterator[GroupFactors]:

@@ -1,0 +1,105 @@
+"""How the loops are compiled, and the few operations on single numbers that they share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic, overload
+
+# No flag that lets the compiler assume away NaN or infinity. Sums may be regrouped, so that they use whole vectors …
+REGROUPED: dict[str, Any] = {
+    "nogil": True,
+    "error_model": "numpy",
+    "fastmath": {"contract", "nsz", "arcp", "reassoc"},
+}
+# … but what is computed in several passes must have the same bits in each of them, and an exponential its own order
+IN_ORDER: dict[str, Any] = {**REGROUPED, "fastmath": {"contract", "nsz"}}
+# and `W0 + scaling·S` is rounded as torch rounds it, so that a merged weight is the base plus `get_delta_weight`
+AS_TORCH: dict[str, Any] = {**REGROUPED, "fastmath": {"nsz"}}
+
+
+def compiled(settings: dict[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Compile at the first call, and keep the result on disk where there is a folder to write to."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        try:
+            return njit(**settings, cache=True)(function)
+        except RuntimeError:  # no folder for the cache: compile in every process
+            return njit(**settings)(function)
+
+    return decorate
+
+
+@intrinsic
+def float_of_bits(typing_context: Any, bits: Any) -> Any:
+    """The float32 with the bit pattern of an int32."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.int32), generate
+
+
+@intrinsic
+def bits_of_float(typing_context: Any, value: Any) -> Any:
+    """The bit pattern of a float32 as an int32."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.IntType(32))
+
+    return types.int32(types.float32), generate
+
+
+def widened(stored):
+    """A float32 from what an array holds: itself, or the upper 16 bits of one (bfloat16, seen as int16)."""
+    raise NotImplementedError
+
+
+@overload(widened)
+def _widened(stored):
+    if stored == types.int16:
+        return lambda stored: float_of_bits(np.int32(np.int32(stored) << np.int32(16)))
+    return lambda stored: stored
+
+
+def narrowed(value, like):
+    """What an array holds for a float32, rounded to the nearest even where that is a bfloat16; `like` is an entry."""
+    raise NotImplementedError
+
+
+@overload(narrowed)
+def _narrowed(value, like):
+    if like == types.int16:
+
+        def round_to_bfloat16(value, like):
+            bits = bits_of_float(value)
+            rounded = bits + np.int32(0x7FFF) + ((bits >> np.int32(16)) & np.int32(1))
+            return np.int16((rounded if value == value else np.int32(0x7FC00000)) >> np.int32(16))
+
+        return round_to_bfloat16
+    return lambda value, like: value
+
+
+@njit(inline="always")
+def exponential(x: Any) -> Any:
+    """`exp(x)` for `x ≤ 0` to within two units in the last place; below −87 it is taken at −87.
+
+    2^k·exp(r) with `|r| ≤ ln 2 / 2`, `k·ln 2` subtracted in two parts, exp(r) by its Taylor series to the 7th power.
+    """
+    x = max(x, np.float32(-87))
+    k = np.float32(math.floor(x * np.float32(1.4426950408889634) + np.float32(0.5)))
+    r = x - k * np.float32(0.693145751953125)
+    r = r - k * np.float32(1.428606765330187e-06)
+    p = np.float32(1 / 5040)
+    p = p * r + np.float32(1 / 720)
+    p = p * r + np.float32(1 / 120)
+    p = p * r + np.float32(1 / 24)
+    p = p * r + np.float32(1 / 6)
+    p = p * r + np.float32(0.5)
+    p = p * r * r + r + np.float32(1)
+    return p * float_of_bits((np.int32(k) + np.int32(127)) << np.int32(23))

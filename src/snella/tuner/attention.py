@@ -1,0 +1,268 @@
+"""`nn.MultiheadAttention`, which reads its weights past the layers that hold them, with updates that it really uses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from snella.ops.adapted_linear import LinearProduct, Product
+
+from .attend import attend
+from .config import SnellaConfig
+from .layer import SnellaLayer
+
+_INPUTS = ("in_proj",)
+_SEPARATE_INPUTS = ("q_proj", "k_proj", "v_proj")
+_OUTPUT = "out_proj"
+
+
+class AdaptedAttention(nn.Module):
+    """An `nn.MultiheadAttention` whose projections carry updates.
+
+    The attention keeps its parameters. Each adapted projection is a child of its own: `in_proj` with its three
+    matrices (`q_proj`, `k_proj` and `v_proj` where the attention stores them apart, because keys or values have
+    another width), and `out_proj`. With gradients the projections are applied one by one and the attention between
+    them by `attend`, so that nothing merged is kept; without, torch's own `forward` runs with the effective weights,
+    fast path included, and gives the bits of the merged model.
+
+    Other attributes (`num_heads`, `batch_first`, …) are those of the attention; `in_proj_weight` is the frozen weight.
+
+    Args:
+        base_layer: The attention.
+    """
+
+    def __init__(self, base_layer: nn.MultiheadAttention) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+
+    def __getattr__(self, name: str) -> Any:
+        """Attributes of the attention, for code that reads them from outside."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+    def projections(self) -> list[Projection]:
+        """The adapted projections."""
+        return [child for child in self.children() if isinstance(child, Projection)]
+
+    def find_projection(self, name: str) -> Projection | None:
+        """The adapted projection of that name."""
+        child = self._modules.get(name)
+        return child if isinstance(child, Projection) else None
+
+    def adapt(
+        self, name: str, adapter_name: str, config: SnellaConfig, row_counts: tuple[int, ...], module_name: str
+    ) -> bool:
+        """Give one projection an adapter, one more or the first.
+
+        Args:
+            name: `in_proj`, `q_proj`, `k_proj`, `v_proj` or `out_proj`.
+            adapter_name: Name of the adapter.
+            config: Its settings.
+            row_counts: Rows of each matrix of the projection's weight.
+            module_name: Full name of the projection.
+
+        Returns:
+            Whether the projection is new.
+        """
+        known = self.find_projection(name)
+        if known is not None:
+            known.update_layer(adapter_name, config, row_counts)
+            return False
+        weight = cast(nn.Module, ProjectionWeight(self.base_layer, name))
+        projection = Projection(weight, adapter_name, config, row_counts, module_name=module_name)
+        setattr(self, name, projection.train(self.training))
+        return True
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend as `nn.MultiheadAttention` does, with the updates of all active adapters."""
+        masks = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask, "is_causal": is_causal}
+        weights = {"need_weights": need_weights, "average_attn_weights": average_attn_weights}
+        updated = [projection for projection in self.projections() if projection.is_updated()]
+        if updated and torch.compiler.is_compiling():
+            # a graph cannot see what changed since an effective weight was computed
+            return self._attend(query, key, value, **masks, **weights)
+        if any(projection.needs_its_own_product() for projection in updated):
+            return self._attend(query, key, value, **masks, **weights)
+        if not updated:
+            return self.base_layer(query, key, value, **masks, **weights)
+        effective = {projection.parameter_name: projection.effective_weight() for projection in updated}
+        return functional_call(self.base_layer, effective, (query, key, value), masks | weights)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+        """Project, attend and project back, each product on its own."""
+        base, is_batched = self.base_layer, query.dim() == 3
+        is_self, is_shared = query is key and key is value, key is value
+
+        def batch_first(x: Tensor) -> Tensor:
+            return x[None] if not is_batched else x if base.batch_first else x.transpose(0, 1)
+
+        query = batch_first(query)
+        key = query if is_self else batch_first(key)
+        value = key if is_shared else batch_first(value)
+        output, weights = attend(base, *self._project(query, key, value), **options, is_batched=is_batched)
+        output = self._projection("out_proj")(output)
+        if not is_batched:
+            return output[0], weights
+        return output if base.batch_first else output.transpose(0, 1), weights
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        """Queries, keys and values, `[N, L, E]` each."""
+        if not self.base_layer._qkv_same_embed_dim:
+            inputs = zip(_SEPARATE_INPUTS, (query, key, value), strict=True)
+            return [self._projection(name)(x) for name, x in inputs]
+        project = self._projection("in_proj")
+        if query is key and key is value:
+            return list(project(query).chunk(3, dim=-1))
+        # where inputs differ, all three matrices are applied to each of them and what is not needed is let go
+        of_query, of_key = project(query).chunk(3, dim=-1)[0], project(key).chunk(3, dim=-1)
+        of_value = of_key[2] if value is key else project(value).chunk(3, dim=-1)[2]
+        return [of_query, of_key[1], of_value]
+
+    def _projection(self, name: str) -> Projection | ProjectionWeight:
+        """The projection of that name, with its updates where it has some."""
+        return self.find_projection(name) or ProjectionWeight(self.base_layer, name)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.MultiheadAttention:
+        """Give the attention back, as PEFT asks a module that does more than wrap one weight."""
+        for projection in self.projections():
+            if merge:
+                projection.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        return self.base_layer
+
+
+class ProjectionWeight:
+    """One projection of an attention as a layer: its weight and bias wherever they are at this moment.
+
+    Not a module, or the attention would be a child of its own child.
+
+    Args:
+        attention: The attention.
+        name: `in_proj`, `q_proj`, `k_proj`, `v_proj` or `out_proj`.
+    """
+
+    def __init__(self, attention: nn.MultiheadAttention, name: str) -> None:
+        self.attention = attention
+        self.name = name
+
+    @property
+    def parameter_name(self) -> str:
+        """Name of the weight among the attention's parameters."""
+        return "out_proj.weight" if self.name == _OUTPUT else f"{self.name}_weight"
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The weight itself, `[m, n]`."""
+        holder = self.attention.out_proj if self.name == _OUTPUT else self.attention
+        weight: nn.Parameter = getattr(holder, "weight" if self.name == _OUTPUT else f"{self.name}_weight")
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """`[m]`, or `None`."""
+        if self.name == _OUTPUT:
+            return self.attention.out_proj.bias
+        bias = self.attention.in_proj_bias
+        if bias is None or self.name not in _SEPARATE_INPUTS:
+            return bias
+        width, place = self.attention.embed_dim, _SEPARATE_INPUTS.index(self.name)
+        return bias[place * width : (place + 1) * width]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Apply the projection as it is."""
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+class Projection(SnellaLayer):
+    """A projection of an attention, with updates."""
+
+    @property
+    def parameter_name(self) -> str:
+        """Name of the weight among the attention's parameters."""
+        return cast(ProjectionWeight, self.base_layer).parameter_name
+
+    def _product(self) -> Product:
+        return LinearProduct()
+
+    def is_updated(self) -> bool:
+        """Whether an update has to be added to the weight; a merged and disabled one is unmerged."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        return not self.disable_adapters and not self.merged and bool(self._names_in_use())
+
+    def needs_its_own_product(self) -> bool:
+        """Whether the weight cannot simply be replaced: in training, and where gradients are asked for."""
+        return self.training or self._needs_gradients(self._names_in_use())
+
+    def effective_weight(self) -> Tensor:
+        """Weight and updates in one matrix, computed once while nothing changes."""
+        return self._remembered_weight(self._names_in_use())
+
+    def _names_in_use(self) -> list[str]:
+        """The active adapters that this projection has."""
+        return [name for name in self.active_adapters if name in self.snella_A]
+
+    def __repr__(self) -> str:
+        return "snella." + super().__repr__()
+
+
+def input_projections(attention: nn.MultiheadAttention) -> tuple[str, ...]:
+    """Names of the projections of queries, keys and values: one that holds all three, or three."""
+    return _INPUTS if attention._qkv_same_embed_dim else _SEPARATE_INPUTS
+
+
+def is_adaptable(module: nn.Module) -> bool:
+    """Whether a module is an attention that computes what `nn.MultiheadAttention` does, adapted or not."""
+    if isinstance(module, AdaptedAttention):
+        return True
+    return isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward
+
+
+def keep_off_fast_path(model: nn.Module) -> None:
+    """Make torch's encoder layers call their parts, where one of these is adapted.
+
+    In evaluation `nn.TransformerEncoderLayer` hands the weights of all its parts to one fused function, which knows
+    nothing of updates; it does not do so while any part has a hook. The hook leaves with the adapted part.
+    """
+    for layer in model.modules():
+        if isinstance(layer, nn.TransformerEncoderLayer):
+            for part in _adapted_parts(layer):
+                if not part._forward_pre_hooks:
+                    part.register_forward_pre_hook(_do_nothing)
+
+
+def _adapted_parts(layer: nn.Module) -> Iterator[nn.Module]:
+    return (part for part in layer.modules() if isinstance(part, SnellaLayer))
+
+
+def _do_nothing(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Be there."""
+
+
+__all__ = [
+    "AdaptedAttention",
+    "Projection",
+    "ProjectionWeight",
+    "input_projections",
+    "is_adaptable",
+    "keep_off_fast_path",
+]

@@ -1,0 +1,76 @@
+"""Which layer adapts a module of the model, and which modules none can."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .conv import Conv2d
+from .layer import SnellaLayer
+from .linear import Linear
+from .quantized import find_quantization
+
+
+def choose_layer_class(base: nn.Module, name: str) -> type[SnellaLayer]:
+    """Return the layer that can adapt a module.
+
+    Args:
+        base: The module, without adapters.
+        name: Its full name, for errors.
+
+    Raises:
+        NotImplementedError: It has a `forward` of its own, or a weight quantised in a way that is not supported.
+        RuntimeError: It is to be quantised by bitsandbytes and is not yet.
+        TypeError: It is neither linear nor a two-dimensional convolution.
+    """
+    if isinstance(base, nn.MultiheadAttention):
+        raise NotImplementedError(
+            f"target_modules matches {name!r}, a {class_name(base)} with a forward() of its own, which may use the "
+            "weights in another way; leave it out with exclude_modules"
+        )
+    if find_quantization(base, name) is not None:
+        return Linear
+    kind = next((kind for kind in (nn.Linear, Conv1D, nn.Conv2d) if isinstance(base, kind)), None)
+    own = [method for method in ("forward", "_conv_forward") if _overrides(base, kind, method)]
+    if own:
+        raise NotImplementedError(
+            f"target_modules matches {name!r}, a {class_name(base)} with a {own[0]}() of its own, which the update "
+            "would bypass; leave it out with exclude_modules"
+        )
+    if kind is not None:
+        return Conv2d if kind is nn.Conv2d else Linear
+    raise TypeError(
+        f"target_modules matches {name!r}, a {type(base).__name__}; "
+        "SNELLA adapts torch.nn.Linear, torch.nn.Conv2d and transformers' Conv1D"
+    )
+
+
+def matrix_shape(base: nn.Module) -> tuple[int, int]:
+    """`(m, n)` of the weight of a module that can be adapted, seen as a matrix."""
+    if isinstance(base, nn.Linear):
+        return base.out_features, base.in_features  # a quantised weight may have any shape
+    weight: Tensor = base.weight.T if isinstance(base, Conv1D) else base.weight  # type: ignore[assignment]
+    return weight.shape[0], weight.shape[1:].numel()
+
+
+def refuse_quantized_projection(weight: Tensor, name: str) -> None:
+    """Raise `NotImplementedError` where a projection of a torch attention has a quantised weight."""
+    if type(weight).__module__.startswith(("bitsandbytes.", "torchao.")) or not weight.is_floating_point():
+        raise NotImplementedError(
+            f"target_modules matches {name!r}, a projection of an nn.MultiheadAttention whose weight is a "
+            f"{type(weight).__name__} of {weight.dtype}; only linear layers can be adapted where they are quantised; "
+            "leave the attention unquantised"
+        )
+
+
+def class_name(module: nn.Module) -> str:
+    """Full name of a module's class."""
+    return f"{type(module).__module__}.{type(module).__name__}"
+
+
+def _overrides(base: nn.Module, kind: type[nn.Module] | None, method: str) -> bool:
+    """Whether the class of `base` changes what `kind` computes, such as timm's convolutions with dynamic padding."""
+    return kind is not None and getattr(type(base), method, None) is not getattr(kind, method, None)
+
+
+__all__ = ["choose_layer_class", "class_name", "matrix_shape", "refuse_quantized_projection"]

@@ -1,0 +1,70 @@
+"""Weights quantised by torchao: weight-only integers of one to eight bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from snella.ops.adapted_linear import WeightSource
+
+from .quantized import Quantization
+
+
+def obstacle(weight: Any) -> str | None:
+    """Why a weight of this kind cannot be adapted, `None` where it can."""
+    if type(weight).__name__ not in ("Int8Tensor", "IntxUnpackedToInt8Tensor"):
+        return "it cannot be dequantised and quantised again; IntxWeightOnlyConfig makes integers of any width that can"
+    for attribute in ("act_quant_kwargs", "activation_quantization", "act_pre_scale"):
+        value = getattr(weight, attribute, None)
+        if value is not None:
+            kind = value.item() if isinstance(value, Tensor) and value.numel() == 1 else type(value).__name__
+            return f"it also changes the layer's input ({attribute}={kind}); use a weight-only configuration"
+    return None
+
+
+class TorchaoWeight(Quantization):
+    """A linear layer whose `weight` is a tensor of torchao's that stores integers and scales."""
+
+    name = "torchao"
+
+    def source(self, base: Any) -> WeightSource:  # noqa: D102
+        weight = base.weight
+        parts = (weight.qdata, weight.scale, getattr(weight, "zero_point", None))
+        tensors = tuple(part for part in parts if part is not None)
+        return WeightSource(weight.shape, tensors, weight.dequantize)
+
+    def write(self, base: Any, weight: Tensor) -> None:  # noqa: D102
+        old = base.weight
+        base.weight = nn.Parameter(_quantise(old, weight.to(old.dtype).contiguous()), requires_grad=False)
+
+    def snapshot(self, base: Any) -> Any:  # noqa: D102
+        return base.weight
+
+    def restore(self, base: Any, snapshot: Any) -> None:  # noqa: D102
+        device = base.weight.device
+        base.weight = snapshot
+        base.to(device)
+
+    def product_dtype(self, base: Any, dtype: torch.dtype) -> torch.dtype:  # noqa: D102
+        return base.weight.dtype
+
+
+def _quantise(old: Any, weight: Tensor) -> Tensor:
+    """Quantise `weight` as `old` was: the same blocks, the same width, a zero point only where there was one."""
+    from torchao.quantization import granularity
+    from torchao.quantization.quant_primitives import MappingType
+
+    has_zero_point = getattr(old, "zero_point", None) is not None and bool(torch.count_nonzero(old.zero_point))
+    mapping = MappingType.ASYMMETRIC if has_zero_point else MappingType.SYMMETRIC
+    if type(old).__name__ == "IntxUnpackedToInt8Tensor":
+        return type(old).from_hp(weight, old.block_size, old.target_dtype, mapping_type=mapping)
+    rows, columns = old.block_size
+    blocks: granularity.Granularity = granularity.PerGroup(columns)
+    if columns == weight.shape[1]:
+        blocks = granularity.PerTensor() if rows == weight.shape[0] else granularity.PerRow()
+    return type(old).from_hp(weight, blocks, mapping_type=mapping, reduce_range=old.reduce_range)
+
+
+__all__ = ["TorchaoWeight", "obstacle"]

@@ -1,0 +1,110 @@
+"""Models with adapters in `torch.compile`, without a graph break."""
+
+import pytest
+import timm
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from snella import SnellaConfig
+
+BACKEND = "aot_eager"  # the graphs of forward and backward, without generating code for them
+
+
+@pytest.fixture(autouse=True)
+def _forget_graphs():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def vit(**options):
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", num_classes=4, img_size=32, depth=1)
+    config = SnellaConfig(
+        r=4, target_modules="all-linear", modules_to_save=["head"], target_sparsity=0.5, init_sparsity=0.5, **options
+    )
+    return get_peft_model(model, config).train()
+
+
+def convnet():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 3, stride=2, padding_mode="circular")
+    )
+    return get_peft_model(model, SnellaConfig(r=4, target_modules=["0", "2"], target_sparsity=0.5, init_sparsity=0.5))
+
+
+def step(function, model, x):
+    model.zero_grad()
+    torch.manual_seed(1)
+    y = function(x)
+    y.square().sum().backward()
+    return y.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("build", [vit, convnet])
+def test_a_compiled_model_gives_the_same_numbers_in_one_graph(build):
+    model, x = build(), torch.randn(2, 3, 32, 32)
+    y, grads = step(model, model, x)
+    compiled = torch.compile(model, fullgraph=True, backend=BACKEND)
+    z, others = step(compiled, model, x)
+    assert torch.equal(y, z)
+    assert others.keys() == grads.keys()
+    assert all(torch.equal(others[name], grads[name]) for name in grads)
+
+
+def test_new_budgets_reach_a_compiled_model_without_compiling_it_anew():
+    model, x = convnet(), torch.randn(2, 3, 8, 8)
+    compiled = torch.compile(model, fullgraph=True, backend=BACKEND)
+    before = compiled(x)
+    layer = model.base_model.model[0]
+    layer.set_budget("default", [5])
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        after = compiled(x)
+    assert torch.equal(after, model(x))
+    assert not torch.equal(after, before)
+
+
+def test_autocast_and_two_adapters_compile():
+    model, x = convnet(), torch.randn(2, 3, 8, 8)
+    model.add_adapter("second", SnellaConfig(r=4, target_modules=["0", "2"], target_sparsity=0.5, init_sparsity=0.5))
+    model.base_model.set_adapter(["default", "second"])
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), model(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = compiled(x), model(x)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+
+
+def test_dropout_on_the_update_is_drawn_in_the_graph():
+    model, x = vit(update_dropout=0.5, update_drop_path=0.5), torch.randn(2, 3, 32, 32)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    y, grads = step(model, model, x)
+    z, others = step(compiled, model, x)
+    torch.testing.assert_close(z, y)
+    for name in grads:
+        torch.testing.assert_close(others[name], grads[name], msg=name)
+
+
+def test_disabled_and_merged_adapters_compile_to_the_base_layer():
+    model, x = convnet().eval(), torch.randn(2, 3, 8, 8)
+    expected = model(x)
+    with model.disable_adapter():
+        base = torch.compile(model, fullgraph=True, backend="eager")(x)
+        assert torch.equal(base, model(x))
+    model.merge_adapter()
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor imports what torch has deprecated
+def test_generated_code_gives_the_same_numbers_to_rounding():
+    model, x = vit(), torch.randn(2, 3, 32, 32)
+    y, grads = step(model, model, x)
+    z, others = step(torch.compile(model, fullgraph=True), model, x)
+    torch.testing.assert_close(z, y)
+    for name in grads:
+        torch.testing.assert_close(others[name], grads[name], rtol=1e-3, atol=1e-4, msg=name)
