@@ -91,19 +91,19 @@ def test_running_statistics_stay_as_pre_trained_except_in_full_fine_tuning():
 def test_a_typo_in_the_name_gives_the_nearest_names():
     with pytest.raises(ValueError, match="got 'snela'; nearest: snella, snell"):
         build_method("snela", vit())
-    with pytest.raises(ValueError, match=r"one of linear, bias, full, lora, snella, snell .*, got 'vpt'"):
-        parse_method("vpt")
+    with pytest.raises(ValueError, match=r"one of linear, bias, .*, lora-N, .*, got 'vpt-deap-5'; nearest: vpt-deep"):
+        parse_method("vpt-deap-5")
 
 
 def test_a_rank_where_there_is_none_is_refused():
-    with pytest.raises(ValueError, match="method 'linear' has no rank, got 'linear-8'"):
+    with pytest.raises(ValueError, match="method 'linear' takes no number, got 'linear-8'; write 'linear'"):
         build_method("linear-8", vit())
-    with pytest.raises(ValueError, match="at least 1, got 'lora-0'"):
+    with pytest.raises(ValueError, match="name, r, must be at least 1, got 'lora-0'"):
         parse_method("lora-0")
 
 
 def test_two_different_ranks_are_refused():
-    with pytest.raises(ValueError, match="'lora-8' sets the rank to 8, but r=4 was given too"):
+    with pytest.raises(ValueError, match="'lora-8' sets r to 8, but r=4 was given too"):
         build_method("lora-8", vit(), r=4)
     assert build_method("lora-4", vit(), r=4).peft_config["default"].r == 4
 
@@ -129,7 +129,31 @@ def test_the_options_of_snella_are_the_fields_of_its_configuration():
     assert {"r", "kernel", "target_sparsity", "preset", "min_layer_share"} <= options
     assert options <= set(SnellaConfig.__dataclass_fields__)
     assert "peft_type" not in options and "modules_to_save" not in options
-    assert method_names() == ["linear", "bias", "full", "lora", "snella", "snell"]
+
+
+def test_every_contender_has_a_name():
+    wanted = "linear bias full partial mlp vpt-shallow vpt-deep vqt adapter mosa ssf lora dora adalora snella snell"
+    catalogue = "shira supertuning fourierft randlora vera loha lokr boft hra delora ln_tuning"
+    assert set(wanted.split()) | set(catalogue.split()) <= set(method_names())
+
+
+def test_a_name_of_several_words_keeps_its_hyphens():
+    assert parse_method("vpt-deep-50") == ("vpt-deep", 50)
+    assert parse_method("vpt-deep") == ("vpt-deep", None)
+    assert parse_method("ln_tuning") == ("ln_tuning", None)
+
+
+def test_all_faults_of_the_options_are_reported_together():
+    with pytest.raises(
+        ValueError, match=r"'adapter-8': scale must be a finite number .*, got 'x'; dropout .*, got 1\.5"
+    ):
+        check_method("adapter-8", {"scale": "x", "dropout": 1.5})
+
+
+def test_without_sparsity_snella_is_kernelised_lora():
+    model = build_method("snella", vit(), r=4, target_sparsity=0.0)
+    assert all(matrix.budget == matrix.size for matrix in adapted_matrices(model))
+    assert adapted_matrices(model)[0].nonzeros() == adapted_matrices(model)[0].size
 
 
 def test_a_model_knows_its_method():

@@ -7,14 +7,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from snella.methods.adalora import all_ranks
 from snella.methods.adapter_files import WAY_OUT, AdapterFileError, check_fits, read_header
-from snella.methods.normalisation import freeze_running_statistics
-from snella.methods.registry import MethodSpec, build_method, spec_of
+from snella.methods.building import restore_method, spec_of
+from snella.methods.method import MethodSpec
+from snella.methods.peft_adapter import inject, without_harmless_warnings
+from snella.methods.registry import METHODS, parse_method
 
 METHOD_FILE = "method.json"
 TENSOR_FILE = "trainable.safetensors"
@@ -36,7 +39,7 @@ def save_trained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     if isinstance(model, PeftModel):
         config = copy.copy(model.peft_config["default"])
         config.inference_mode = True
-        with tempfile.TemporaryDirectory(dir=target, prefix=".config-") as folder_for_config:
+        with all_ranks(config), tempfile.TemporaryDirectory(dir=target, prefix=".config-") as folder_for_config:
             config.save_pretrained(folder_for_config)
             _publish(Path(folder_for_config) / CONFIG_NAME, target / CONFIG_NAME)
         _write(_as_safetensors(_adapter_tensors(model)), target / SAFETENSORS_WEIGHTS_NAME)
@@ -65,7 +68,9 @@ def load_trained(folder: str | os.PathLike[str], backbone: nn.Module) -> nn.Modu
         model = _rebuild_adapter(source, backbone)
     elif (source / METHOD_FILE).is_file():
         described = _read_settings(source / METHOD_FILE)
-        model = build_method(described["method"], backbone, head=described["head"], **described["options"])
+        read_header(source / TENSOR_FILE)
+        tensors = load_file(source / TENSOR_FILE)
+        model = restore_method(described["method"], backbone, tensors, head=described["head"], **described["options"])
     else:
         raise FileNotFoundError(
             f"{source} holds no adapter: neither {CONFIG_NAME} nor {METHOD_FILE} is there; {WAY_OUT}"
@@ -85,7 +90,8 @@ def load_trained_into(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     if isinstance(model, PeftModel):
         path = Path(folder) / SAFETENSORS_WEIGHTS_NAME
         _check(path, _adapter_tensors(model))
-        set_peft_model_state_dict(model, load_file(path))
+        with all_ranks(model.peft_config["default"]), without_harmless_warnings():
+            set_peft_model_state_dict(model, load_file(path))
         return
     path = Path(folder) / TENSOR_FILE
     own = _own_tensors(model)
@@ -97,14 +103,15 @@ def load_trained_into(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 def _rebuild_adapter(folder: Path, backbone: nn.Module) -> nn.Module:
     """The adapter of `folder` around `backbone`, values still to be loaded."""
     _read_settings(folder / CONFIG_NAME)
-    config = PeftConfig.from_pretrained(str(folder))
+    with without_harmless_warnings():
+        config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = False
-    freeze_running_statistics(backbone)
-    model = get_peft_model(backbone, config)
+    model = inject(backbone, config)
     method = folder / METHOD_FILE
     described: dict[str, Any] = _read_settings(method) if method.is_file() else {}
     name = described.get("method", str(getattr(config.peft_type, "value", config.peft_type)).lower())
-    model.snella_method = MethodSpec(name, described.get("options", {}), described.get("head", "head"))
+    family = parse_method(name)[0] if "method" in described else (name if name in METHODS else "")
+    model.snella_method = MethodSpec(name, described.get("options", {}), described.get("head", "head"), family)  # type: ignore[assignment]
     return model
 
 
@@ -121,12 +128,16 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 def _adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
     """Tensors of the adapter under the names of its file."""
-    return dict(get_peft_model_state_dict(model))
+    with all_ranks(model.peft_config["default"]):
+        return dict(get_peft_model_state_dict(model))
 
 
 def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Trained parameters; with full fine-tuning the buffers (running statistics) too."""
+    """Trained parameters, buffers that say where they belong, and with full fine-tuning all buffers (statistics)."""
     tensors: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for name, module in model.named_modules():
+        for buffer in getattr(module, "saved_buffers", ()):
+            tensors[f"{name}.{buffer}" if name else buffer] = module.get_buffer(buffer)
     if spec_of(model).family == "full":
         kept = model.state_dict().keys()
         tensors.update((name, buffer) for name, buffer in model.named_buffers() if name in kept)
@@ -140,7 +151,15 @@ def _check(path: Path, wanted: dict[str, Tensor]) -> None:
 
 def _as_safetensors(tensors: dict[str, Tensor]) -> bytes:
     """The bytes of a safetensors file (`save_file` itself would hide the errno of a full disk)."""
-    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, {"format": "pt"})
+    seen: set[int] = set()
+    values = {}
+    for name, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        pointer = value.untyped_storage().data_ptr()
+        # the format has no tensors that share memory
+        values[name] = value.clone() if pointer in seen else value
+        seen.add(pointer)
+    return save(values, {"format": "pt"})
 
 
 def _write(content: bytes, path: Path) -> None:

@@ -1,0 +1,155 @@
+"""`gps`: of every neuron, the few input weights on which the loss depends most."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from snella.methods.head import is_inside
+from snella.methods.method import Batches, Method, Options
+from snella.methods.option_checks import check_by, number, one_of, whole_number
+from snella.methods.own_weights import train_head
+from snella.methods.restoring import restoring
+from snella.methods.selection_data import loss_of, selection_data
+from snella.methods.sensitivity import Loss, summed_gradients
+from snella.methods.sparse_update import SparseUpdate, can_be_sparse, merge_sparse
+
+_SELECTION_LOSSES = ("contrastive", "task")
+
+
+def neuron_layers(model: nn.Module, head: str) -> list[str]:
+    """Layers whose neurons GPS selects inputs for: every `Linear` and `Conv2d` but the head, patch embedding included.
+
+    Left frozen are layers with a forward pass of their own and the projection inside of `nn.MultiheadAttention`, whose
+    weight is read past the layer.
+    """
+    past = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
+    return [
+        name
+        for name, module in model.named_modules()
+        if can_be_sparse(module) and not is_inside(name, head) and not any(is_inside(name, outer) for outer in past)
+    ]
+
+
+def strongest_inputs(gradient: Tensor, k: int) -> Tensor:
+    """Positions of the `k` inputs of each neuron with the largest magnitude of gradient.
+
+    A neuron is a row of the weight seen as a matrix; of equal inputs the first ones count.
+
+    Args:
+        gradient: `[m, ...]`.
+        k: Inputs a neuron; all where it has fewer.
+
+    Returns:
+        Flattened positions, ascending, `[m · min(k, n)]` int64.
+    """
+    magnitude = gradient.reshape(len(gradient), -1).abs()
+    columns = magnitude.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
+    rows = torch.arange(len(magnitude), device=gradient.device)[:, None]
+    return (rows * magnitude.shape[1] + columns).flatten()
+
+
+def supervised_contrastive(features: Tensor, labels: Tensor, temperature: float = 0.07) -> Tensor:
+    """How much nearer each feature should be to those of its own class: a loss that needs no head.
+
+    loss = mean_i( -1/|P(i)| Σ_{p in P(i)} log( exp(z_i·z_p/τ) / Σ_{a≠i} exp(z_i·z_a/τ) ) ),   z = features/‖features‖
+
+    `P(i)` are the other features of the class of `i`; features without any are left out of the mean.
+
+    Args:
+        features: `[n, width]`.
+        labels: `[n]`.
+        temperature: τ.
+
+    Returns:
+        0-dim, float32; 0 where no two features share a class.
+
+    Source: Khosla et al., arXiv 2004.11362, eq. 2.
+    """
+    z = F.normalize(features.float(), dim=1)
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    log_shares = (z @ z.T / temperature).masked_fill(itself, -torch.inf).log_softmax(dim=1)
+    positive = (labels[:, None] == labels[None, :]) & ~itself
+    counts = positive.sum(dim=1)
+    means = -log_shares.masked_fill(~positive, 0.0).sum(dim=1) / counts.clamp(min=1)
+    return means.sum() / (counts > 0).sum().clamp(min=1)
+
+
+def contrastive_loss(head: str, temperature: float = 0.07) -> Loss:
+    """`supervised_contrastive` of what the head reads, over each image and its mirror image."""
+
+    def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        read: list[Tensor] = []
+        handle = model.get_submodule(head).register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+        try:
+            model(torch.cat([images, images.flip(-1)]))
+        finally:
+            handle.remove()
+        return supervised_contrastive(read[0].flatten(1), torch.cat([labels, labels]), temperature)
+
+    return loss
+
+
+def _build(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
+    """Measure the gradient, pick each neuron's inputs, wrap the layers."""
+    data, names = selection_data(batches), neuron_layers(model, head)
+    contrastive = options.get("selection_loss", "contrastive") == "contrastive"
+    loss = contrastive_loss(head, options.get("temperature", 0.07)) if contrastive else loss_of(data)
+    weights = [f"{name}.weight" for name in names]
+    gradients = summed_gradients(model, weights, data, loss, options.get("calibration_batches"))
+    chosen = {name: strongest_inputs(gradients.pop(f"{name}.weight"), options.get("k", 1)) for name in names}
+    return _apply(model, head, chosen)
+
+
+def _apply(model: nn.Module, head: str, chosen: Mapping[str, Tensor]) -> nn.Module:
+    """Train the chosen weights, the neurons' biases, what scales whole layers, and the head."""
+    train_head(model, head)
+    for name in neuron_layers(model, head):
+        bias: Any = model.get_submodule(name).bias
+        if bias is not None:
+            bias.requires_grad_(True)
+    for name, parameter in model.named_parameters():
+        if name.rsplit(".", 1)[-1].startswith("gamma"):
+            parameter.requires_grad_(True)
+    for name, indices in chosen.items():
+        model.set_submodule(name, SparseUpdate(model.get_submodule(name), indices))
+    return model
+
+
+def _restore(model: nn.Module, head: str, options: Options, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """The same structure from the stored positions."""
+    with restoring(model):
+        stored = {key.removesuffix(".indices"): value for key, value in tensors.items() if key.endswith(".indices")}
+        return _apply(model, head, stored)
+
+
+GPS = Method(
+    "the k weights of each neuron with the largest gradient, and all biases but those of norms",
+    "gradient-based parameter selection, Zhang et al., arXiv 2312.10136",
+    _build,
+    ("k", "selection_loss", "temperature", "calibration_batches"),
+    suffix="k",
+    check=check_by(
+        {
+            "k": whole_number(),
+            "selection_loss": one_of(*_SELECTION_LOSSES),
+            "temperature": number(0.001),
+            "calibration_batches": whole_number(),
+        }
+    ),
+    needs_batches=True,
+    restore=_restore,
+    merge=merge_sparse,
+)
+"""Trains of every neuron (a row of a `Linear` or `Conv2d` weight) the `k` inputs whose gradient is the largest,
+
+    M[i, j] = 1 where |Σ_batches ∂loss/∂W[i, j]| is among the k largest of row i,
+
+its bias, layer scales, and the head; norms, tokens and positions stay frozen. With `k = 1` on a ViT-B/16 these are
+83,712 weights and as many biases. The gradient is that of `selection_loss`, before training: `contrastive` (default, as
+in the paper) compares what the head reads within a batch, so that the head's random values play no part; `task` is the
+loss of training and goes through the head. The paper's two augmented views of each image are here the image and its
+mirror image. `calibration_batches` limits how many batches are looked at; by default one pass over all.
+"""

@@ -1,0 +1,74 @@
+"""What a method is: the row type of the table of methods, and how a model remembers which one it got."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig
+from torch import Tensor, nn
+
+Options = dict[str, Any]
+"""Options of a method by name, as the user gave them, the number of the method's name among them."""
+
+Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
+"""Gives a fresh pass over training data each time it is called: pairs of images `[n, C, H, W]` and labels `[n]`."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way of fine-tuning: one row of the table in `snella.methods.registry`.
+
+    Args:
+        summary: What is trained, in a few words; the head always is.
+        source: Where the method is published.
+        build: `(model, head, options, batches) -> model`. Gets a model whose parameters are all frozen, the name of its
+            head, checked options, and the training data where `needs_batches` (None otherwise). Returns the model to
+            train: the same one changed in place, or a `PeftModel` around it.
+        options: Names of the options that it takes.
+        suffix: The option that a number at the end of the name sets: `"r"` makes `adapter-8` mean `r=8`. None: no
+            number is taken.
+        check: `options -> faults`, everything that can be said against the values without a model.
+        config: `(head, options) -> PeftConfig`, for a method that is an adapter of PEFT; what it raises counts as a
+            fault of the options. Called with `target_modules` among the options.
+        needs_batches: What is trained depends on training data, so that `build_method` needs `batches`.
+        restore: `(model, head, options, tensors) -> model`, the structure of a saved adapter from its tensors alone;
+            needed where `needs_batches`. None: `build` does it.
+        merge: `model -> backbone`, folds what was trained into plain weights of the backbone. None: it cannot be.
+        penalty: `model -> 0-dim tensor`, added to the loss of each training step. None: nothing is.
+        unmerged_reason: Why `merge` is None, to end a sentence with: "adds prompt tokens, which are no weights".
+    """
+
+    summary: str
+    source: str
+    build: Callable[[nn.Module, str, Options, Batches | None], nn.Module]
+    options: tuple[str, ...] = ()
+    suffix: str | None = None
+    check: Callable[[Options], list[str]] | None = None
+    config: Callable[[str, Options], PeftConfig] | None = None
+    needs_batches: bool = False
+    restore: Callable[[nn.Module, str, Options, Mapping[str, Tensor]], nn.Module] | None = None
+    merge: Callable[[nn.Module], nn.Module] | None = None
+    penalty: Callable[[nn.Module], Tensor] | None = None
+    unmerged_reason: str = ""
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """How a model was made trainable: enough to do it again.
+
+    Args:
+        name: As given to `build_method`, e.g. `snella-8`.
+        options: As given to the method's `build`.
+        head: Module name of the classifier head.
+        family: The row of the table: `snella` for `snella-8`. Empty for an adapter of a method that is not in it.
+    """
+
+    name: str
+    options: Options = field(default_factory=dict)
+    head: str = "head"
+    family: str = ""
+
+
+def unchanged(model: nn.Module) -> nn.Module:
+    """Merge for methods that train the backbone's own weights: there is nothing to fold."""
+    return model
