@@ -166,7 +166,9 @@ def test_a_file_without_tensors_says_what_it_holds(content, found, tmp_path):
 
 def test_another_kind_of_file_is_refused_with_the_kinds_that_are_read(tmp_path):
     (tmp_path / "w.h5").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"must end in one of \.pth, \.pt, \.bin, \.safetensors, \.npz, got '\.h5'"):
+    with pytest.raises(
+        ValueError, match=r"must end in one of \.pth, \.pt, \.bin, \.pth\.tar, \.safetensors, \.npz, got '\.h5'"
+    ):
         create_backbone("test_vit", num_classes=2, weights=str(tmp_path / "w.h5"))
 
 

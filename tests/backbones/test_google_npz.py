@@ -85,3 +85,19 @@ def test_other_layouts_of_google_are_told_apart(key, kind, tiny_vit, write_npz, 
     write_npz(tiny_vit(), tmp_path / "vit.npz", **{key: np.zeros(1, dtype=np.float32)})
     with pytest.raises(NotImplementedError, match=kind):
         load(tmp_path / "vit.npz")
+
+
+def test_an_array_that_no_vit_has_is_named(tiny_vit, write_npz, tmp_path):
+    write_npz(tiny_vit(), tmp_path / "vit.npz", **{"Transformer/encoderblock_9/extra": np.zeros(3, dtype=np.float32)})
+    with pytest.raises(ValueError, match=r"Transformer/encoderblock_9/extra: file \[3\], not part of a ViT"):
+        load(tmp_path / "vit.npz")
+
+
+def test_the_representation_layer_of_the_first_releases_is_left_out_with_a_note(
+    tiny_vit, write_npz, images, tmp_path, caplog
+):
+    caplog.set_level("INFO", logger="snella.backbones")
+    layer = {"pre_logits/kernel": np.ones((64, 64), dtype=np.float32), "pre_logits/bias": np.ones(64, dtype=np.float32)}
+    write_npz(tiny_vit(), tmp_path / "vit.npz", **layer)
+    assert torch.equal(load(tmp_path / "vit.npz").forward_features(images), tiny_vit().forward_features(images))
+    assert "representation layer before the head in" in caplog.text

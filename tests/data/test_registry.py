@@ -6,7 +6,9 @@ from snella.data import data_names, load_data
 
 
 def test_the_names_are_listed():
-    assert data_names() == ["folder:PATH", "digits", "mnist5k", "fashion-mnist", "elpv", "stamps"]
+    families = ["folder:PATH", "masks:PATH", "kvasir:PATH", "vtab:PATH", "fgvc:PATH"]
+    bundled = ["digits", "mnist5k", "fashion-mnist", "elpv", "stamps", "mri", "mri-lobes", "mri-regions"]
+    assert data_names() == [*families, *bundled]
 
 
 def names_of(data) -> list[list[str]]:
@@ -51,7 +53,7 @@ def test_sizes_choose_from_the_parts_and_leave_the_other_parts_as_they_are():
     [
         ("digit", "got 'digit'; nearest: 'digits'"),
         ("fashion_mnist", "nearest: 'fashion-mnist'"),
-        ("qqqq", "data must be one of folder:PATH, digits, mnist5k, fashion-mnist, elpv, stamps, got 'qqqq'"),
+        ("qqqq", f"data must be one of {', '.join(data_names())}, got 'qqqq'"),
     ],
 )
 def test_an_unknown_specification_is_answered_with_the_nearest(spec, message):

@@ -90,7 +90,7 @@ def test_a_transform_survives_pickling(image):
 @pytest.mark.parametrize(
     ("changes", "augment", "error", "message"),
     [
-        ({}, "mirror", ValueError, "augment must be one of none, flip, crop, got 'mirror'"),
+        ({}, "mirror", ValueError, "augment must be one of none, flip, crop, imagenet, got 'mirror'"),
         ({"interpolation": "random"}, "none", ValueError, "bilinear, bicubic, lanczos, got 'random'"),
         ({"crop_mode": "border"}, "none", ValueError, "crop_mode must be one of center, squash, got 'border'"),
         ({"input_size": (3, 32, 48)}, "none", NotImplementedError, "input_size must be square, got [32, 48]"),
@@ -104,3 +104,13 @@ def test_what_is_not_known_is_refused_with_the_choices(changes, augment, error, 
 def test_an_incomplete_configuration_names_what_it_lacks():
     with pytest.raises(ValueError, match=r"data_config lacks mean, std; timm.data.resolve_model_data_config"):
         build_transform({"input_size": (3, 8, 8)}, train=True, augment="none")
+
+
+def test_imagenets_augmentation_changes_colours_too():
+    image = Image.new("RGB", (64, 64), (90, 120, 200))
+    torch.manual_seed(0)
+    plain, drawn = (build_transform(CONFIG, train=True, augment=name)(image) for name in ("crop", "imagenet"))
+    assert drawn.shape == plain.shape and not torch.allclose(drawn, plain, atol=0.1)
+    assert drawn.flatten(1).std(dim=1).max() < 1e-4, "one colour stays one colour"
+    measured = [build_transform(CONFIG, train=False, augment=name)(image) for name in ("none", "imagenet")]
+    assert torch.equal(*measured)

@@ -2,5 +2,6 @@
 
 from snella.backbones.packaged import packaged_names
 from snella.backbones.registry import create_backbone
+from snella.backbones.segmenter import DECODER, create_segmenter
 
-__all__ = ["create_backbone", "packaged_names"]
+__all__ = ["DECODER", "create_backbone", "create_segmenter", "packaged_names"]

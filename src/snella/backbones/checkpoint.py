@@ -4,7 +4,7 @@ import argparse
 import logging
 import pickle
 import sys
-from collections.abc import Iterable
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,32 +14,37 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from snella.backbones.data_config import update_config
 from snella.backbones.google_npz import read_google_npz
+from snella.backbones.origins import GOOGLE, Origin, encoder_alone, origin_of
+from snella.backbones.strict_fit import faults, listed
 
-__all__ = ["WEIGHT_SUFFIXES", "Checkpoint", "load_weights", "read_checkpoint"]
+__all__ = ["WEIGHT_SUFFIXES", "Checkpoint", "load_weights", "read_checkpoint", "weight_suffix"]
 
 _logger = logging.getLogger(__name__)
-_TORCH_SUFFIXES = (".pth", ".pt", ".bin")
+_TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".pth.tar")
 WEIGHT_SUFFIXES = (*_TORCH_SUFFIXES, ".safetensors", ".npz")
 _NESTED_UNDER = ("state_dict", "model", "model_state_dict")
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
-_SHOWN = 5
+_TABLE = "relative_position_bias_table"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Tensors of a weight file by name, and the number of attention heads where the file tells it."""
+    """Tensors of a weight file by name, the number of attention heads where the file tells it, and its publisher."""
 
     state: dict[str, Tensor]
     source: Path
     num_heads: int | None = None
+    origin: Origin | None = None
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read a weight file; no code inside it is run.
 
     Dictionaries nested under `state_dict`, `model` or `model_state_dict` are opened, and prefixes that wrappers put
-    before every name (`module.`, `_orig_mod.`, `model.`) are removed. Google's `.npz` comes out in timm's names.
+    before every name (`module.`, `_orig_mod.`, `model.`) are removed. Google's `.npz` comes out in timm's names; of a
+    checkpoint that holds a whole pre-training (MAE's decoder, MoCo v3's second encoder) the encoder alone.
 
     Args:
         path: File ending in one of `WEIGHT_SUFFIXES`.
@@ -50,16 +55,28 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     if not path.is_file():
         raise FileNotFoundError(f"weights '{path}': no such file")
-    if path.suffix == ".npz":
-        state, num_heads = read_google_npz(path)
-        return Checkpoint(state, path, num_heads)
-    if path.suffix == ".safetensors":
+    suffix = weight_suffix(path)
+    if suffix == ".npz":
+        state, heads = read_google_npz(path)
+        return Checkpoint(state, path, heads, GOOGLE)
+    if suffix == ".safetensors":
         content = _read_safetensors(path)
-    elif path.suffix in _TORCH_SUFFIXES:
+    elif suffix in _TORCH_SUFFIXES:
         content = _read_torch(path)
     else:
         raise ValueError(f"weights '{path}' must end in one of {', '.join(WEIGHT_SUFFIXES)}, got {path.suffix!r}")
-    return Checkpoint(_unwrap(_open_nested(content, path)), path)
+    state, left_out = encoder_alone(_unwrap(_open_nested(content, path)))
+    if left_out is not None:
+        _logger.info("of '%s' the encoder alone is taken; left out: %s", path, left_out)
+    origin = origin_of(state)
+    heads_by_width = origin.num_heads if origin is not None else {}
+    num_heads = heads_by_width.get(state["pos_embed"].shape[-1]) if heads_by_width else None
+    return Checkpoint(state, path, num_heads, origin)
+
+
+def weight_suffix(path: Path) -> str:
+    """The ending of a file's name that tells its kind, of two parts for `.pth.tar`."""
+    return next((suffix for suffix in WEIGHT_SUFFIXES if path.name.endswith(suffix)), path.suffix)
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint, *, name: str) -> None:
@@ -72,18 +89,40 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, *, name: str) -> None
         checkpoint: What `read_checkpoint` returned.
         name: The backbone as the user typed it, for messages.
 
+    Where the content tells who published the weights, the model's data config takes their mean and standard deviation.
+
     Raises:
         ValueError: Tensors are missing, unexpected or of another shape; each is named with its shapes.
     """
     reference = model.state_dict()
     _check_patch_and_heads(model, checkpoint, name, reference)
+    _check_position_tables(checkpoint, name, reference)
     state = _filtered(model, checkpoint, name)
     heads = _head_names(model)
     state = _without_other_head(state, reference, heads, checkpoint.source)
-    faults = _faults(state, reference, heads)
-    if faults:
-        raise ValueError(f"weights '{checkpoint.source}' do not fit backbone {name!r}: {'; '.join(faults)}")
+    found = faults(
+        state,
+        reference,
+        may_lack=tuple(f"{head}." for head in heads),
+        may_lack_endings=("num_batches_tracked",),
+    )
+    if found:
+        raise ValueError(f"weights '{checkpoint.source}' do not fit backbone {name!r}: {'; '.join(found)}")
     model.load_state_dict(state, strict=False)
+    _take_normalisation(model, checkpoint)
+
+
+def _take_normalisation(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Note the mean and standard deviation of the weights' publisher in the model's data config."""
+    origin, cfg = checkpoint.origin, dict(getattr(model, "pretrained_cfg", None) or {})
+    if origin is None or not cfg:
+        return
+    if (tuple(cfg["mean"]), tuple(cfg["std"])) != (origin.mean, origin.std):
+        _logger.info(
+            "'%s' holds weights of %s: images are normalised with mean %s and std %s",
+            *(checkpoint.source, origin.label, origin.mean, origin.std),
+        )
+    update_config(model, mean=origin.mean, std=origin.std)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -115,9 +154,7 @@ def _open_nested(content: Any, path: Path) -> dict[str, Tensor]:
         content = content[key]
     tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)} if _is_dict(content) else {}
     if not tensors:
-        seen = (
-            f"a dictionary with {_listed(map(str, content))}" if isinstance(content, dict) else type(content).__name__
-        )
+        seen = f"a dictionary with {listed(map(str, content))}" if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"weights '{path}' must hold a dictionary of tensors, found {seen}")
     return tensors
 
@@ -154,17 +191,35 @@ def _check_patch_and_heads(model: nn.Module, checkpoint: Checkpoint, name: str, 
         )
 
 
+def _check_position_tables(checkpoint: Checkpoint, name: str, reference: dict[str, Tensor]) -> None:
+    """Refuse Swin's position tables of another number of heads, or of blocks that the model lacks.
+
+    timm's filter resizes tables to the model's window, and fails or resizes heads where these differ.
+    """
+    file, own = (
+        # one row of each: the number of rows may differ, the number of heads may not
+        {key: value[:1] for key, value in part.items() if key.endswith(_TABLE)}
+        for part in (checkpoint.state, reference)
+    )
+    found = faults(file, own, may_lack=tuple(own)) if own else []
+    if found:
+        raise ValueError(f"weights '{checkpoint.source}' do not fit backbone {name!r}: {'; '.join(found)}")
+
+
 def _filtered(model: nn.Module, checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
     """The checkpoint through the filter that timm has for the model's family."""
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if convert is None:
         return dict(checkpoint.state)
     try:
-        return convert(dict(checkpoint.state), model)
+        with warnings.catch_warnings():
+            # timm's resampling of Swin's tables: about its speed, and about how it writes an index
+            warnings.filterwarnings("ignore", message="torch.searchsorted|Using a non-tuple sequence")
+            return convert(dict(checkpoint.state), model)
     except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError) as error:
         raise ValueError(
             f"weights '{checkpoint.source}' do not fit backbone {name!r}: timm cannot convert them ({error}); "
-            f"the file holds {_listed(f'{k} {list(v.shape)}' for k, v in checkpoint.state.items())}"
+            f"the file holds {listed(f'{k} {list(v.shape)}' for k, v in checkpoint.state.items())}"
         ) from error
 
 
@@ -184,28 +239,3 @@ def _without_other_head(
             _logger.info("head of %d classes in '%s' left out; the new one starts at random", weight.shape[0], source)
             state = {key: value for key, value in state.items() if not key.startswith(f"{head}.")}
     return state
-
-
-def _faults(state: dict[str, Tensor], reference: dict[str, Tensor], heads: tuple[str, ...]) -> list[str]:
-    """What keeps `state` from fitting `reference`, in words; empty where it fits."""
-    may_lack = tuple(f"{head}." for head in heads)
-    missing = [
-        f"{key} {list(value.shape)}"
-        for key, value in reference.items()
-        if key not in state and not key.startswith(may_lack) and not key.endswith("num_batches_tracked")
-    ]
-    unexpected = [f"{key} {list(value.shape)}" for key, value in state.items() if key not in reference]
-    reshaped = [
-        f"{key}: file {list(value.shape)}, model {list(reference[key].shape)}"
-        for key, value in state.items()
-        if key in reference and value.shape != reference[key].shape
-    ]
-    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
-    return [f"{len(found)} {kind} ({_listed(found)})" for kind, found in kinds if found]
-
-
-def _listed(items: Iterable[str]) -> str:
-    """The first few items, and how many more there are."""
-    shown = list(items)
-    rest = len(shown) - _SHOWN
-    return ", ".join(shown[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,5 +1,6 @@
 """Google's original ViT checkpoints (`.npz`), brought into timm's names by timm's own reader."""
 
+import logging
 import math
 import zipfile
 from pathlib import Path
@@ -11,7 +12,10 @@ from torch import Tensor
 
 __all__ = ["read_google_npz"]
 
+_logger = logging.getLogger(__name__)
 _Arrays = dict[str, tuple[int, ...]]
+# a layer between features and classes that only the first releases have; timm's ViT has none
+_REPRESENTATION = ("pre_logits/kernel", "pre_logits/bias")
 
 
 def read_google_npz(path: Path) -> tuple[dict[str, Tensor], int]:
@@ -27,7 +31,8 @@ def read_google_npz(path: Path) -> tuple[dict[str, Tensor], int]:
         State dict in timm's names and the number of attention heads.
 
     Raises:
-        ValueError: The file is damaged, or an array is missing or of a shape that does not agree with the others.
+        ValueError: The file is damaged, or an array is missing, extra or of a shape that does not agree with the
+            others.
         NotImplementedError: A ResNet-ViT hybrid or a big_vision checkpoint.
     """
     shapes = _shapes(path)
@@ -98,6 +103,7 @@ def _check(shapes: _Arrays, prefix: str, sizes: dict[str, Any], path: Path) -> N
     }
     if sizes["num_classes"]:
         wanted["head/kernel"] = (width, sizes["num_classes"])
+        wanted["head/bias"] = (sizes["num_classes"],)
     for index in range(depth):
         block = f"Transformer/encoderblock_{index}/"
         attention = f"{block}MultiHeadDotProductAttention_1/"
@@ -118,6 +124,11 @@ def _check(shapes: _Arrays, prefix: str, sizes: dict[str, Any], path: Path) -> N
         for key, shape in wanted.items()
         if shapes.get(f"{prefix}{key}") != shape
     ]
+    extra = [key for key in shapes if key.startswith(prefix) and key.removeprefix(prefix) not in wanted]
+    representation = [key for key in extra if key.removeprefix(prefix) in _REPRESENTATION]
+    faults += [f"{key}: file {list(shapes[key])}, not part of a ViT" for key in extra if key not in representation]
+    if representation and not faults:
+        _logger.info("representation layer before the head in '%s' left out: %s", path, ", ".join(representation))
     if faults:
         more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise ValueError(f"weights '{path}' do not hold together: {'; '.join(faults[:5])}{more}")

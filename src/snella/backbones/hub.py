@@ -14,7 +14,7 @@ from torch import nn
 
 from snella.backbones.packaged import packaged_names
 
-__all__ = ["create_from_hub"]
+__all__ = ["cache_only_if_unreachable", "create_from_hub"]
 
 _logger = logging.getLogger(__name__)
 _PROBE_TIMEOUT_S = 5.0
@@ -41,7 +41,7 @@ def create_from_hub(name: str, *, pretrained: bool, **options: Any) -> nn.Module
         ConnectionError: Neither the hub nor the cache has the files.
         ValueError: The hub answers but does not hold them.
     """
-    with _cache_only_if_unreachable() as reason:
+    with cache_only_if_unreachable() as reason:
         try:
             return timm.create_model(name, pretrained=pretrained, **options)
         except Exception as error:
@@ -59,7 +59,7 @@ def create_from_hub(name: str, *, pretrained: bool, **options: Any) -> nn.Module
 
 
 @contextmanager
-def _cache_only_if_unreachable() -> Iterator[str | None]:
+def cache_only_if_unreachable() -> Iterator[str | None]:
     """Put the hub's client into offline mode where one short request gets no answer; gives the reason."""
     before = constants.HF_HUB_OFFLINE
     reason = "HF_HUB_OFFLINE is set" if before else _why_unreachable()

@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -15,10 +14,11 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from snella.backbones.checkpoint import Checkpoint, load_weights
+from snella.backbones.data_config import update_config
 from snella.backbones.dinov2_onnx import convert_dinov2_onnx
 from snella.backbones.efficientnet_lite import convert_efficientnet_lite
 
-__all__ = ["PACKAGED", "PackagedBackbone", "cache_folder", "load_packaged", "packaged_names", "update_config"]
+__all__ = ["PACKAGED", "PackagedBackbone", "cache_folder", "load_packaged", "packaged_names"]
 
 _logger = logging.getLogger(__name__)
 _FORMAT = 1  # raise when a converter changes what it writes
@@ -98,14 +98,6 @@ def load_packaged(model: nn.Module, name: str) -> None:
         state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], grid, antialias=False)
     load_weights(model, Checkpoint(state, Path(PACKAGED[name].file)), name=name)
     update_config(model, tag=name.partition(".")[2], url="", hf_hub_id=None)
-
-
-def update_config(model: nn.Module, **entries: Any) -> None:
-    """Change entries of a timm model's `pretrained_cfg`, which its data config is resolved from."""
-    cfg: dict[str, Any] = dict(model.pretrained_cfg)  # type: ignore[arg-type]
-    cfg.update(entries)
-    for alias in ("pretrained_cfg", "default_cfg"):
-        setattr(model, alias, cfg)
 
 
 def _cached_state(name: str) -> dict[str, Tensor]:

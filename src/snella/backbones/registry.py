@@ -5,14 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models import get_deprecated_models
+from timm.models import get_deprecated_models, is_model_in_modules
 from torch import nn
 
-from snella.backbones.checkpoint import WEIGHT_SUFFIXES, load_weights, read_checkpoint
+from snella.backbones.architecture import infer_architecture
+from snella.backbones.checkpoint import WEIGHT_SUFFIXES, Checkpoint, load_weights, read_checkpoint, weight_suffix
+from snella.backbones.data_config import update_config
 from snella.backbones.folder import read_folder
 from snella.backbones.hub import create_from_hub
-from snella.backbones.packaged import PACKAGED, load_packaged, packaged_names, update_config
-from snella.backbones.vit_shapes import infer_vit
+from snella.backbones.packaged import PACKAGED, load_packaged, packaged_names
 
 __all__ = ["create_backbone"]
 
@@ -37,10 +38,12 @@ def create_backbone(
     Args:
         name: A timm name (`vit_base_patch16_224.augreg_in21k`, or `hf-hub:owner/repo`), a package-borne name
             (`packaged_names()`), a folder in the hub's timm format (`config.json` and `model.safetensors` or
-            `pytorch_model.bin`), or a weight file of a ViT whose architecture is read from its shapes.
+            `pytorch_model.bin`), or a weight file of a ViT, Swin or ConvNeXt whose architecture is read from its
+            shapes.
         num_classes: Outputs of the head; 0 leaves the head out.
-        weights: Weight file (`.pth`, `.pt`, `.bin`, `.safetensors`, Google's `.npz`) for the architecture `name`; it
-            takes the place of the hub, whatever `pretrained` says.
+        weights: Weight file (`.pth`, `.pth.tar`, `.pt`, `.bin`, `.safetensors`, Google's `.npz`) for the architecture
+            `name`; it takes the place of the hub, whatever `pretrained` says. Where its content tells who published
+            it (Google, MAE, MoCo v3, Microsoft's Swin, Facebook's ConvNeXt), images are normalised as they did.
         pretrained: False leaves every weight at its random start and needs neither hub nor package.
         img_size: Side of the square input in pixels; by default the one that the weights were trained with.
 
@@ -65,8 +68,10 @@ def create_backbone(
         _refuse_second_weights(name, weights, "comes with weights of its own")
         model = _from_path(path, name, options, pretrained, img_size)
     elif weights is not None:
-        model = _build(_known(name), options, img_size)
-        load_weights(model, read_checkpoint(Path(weights).expanduser()), name=name)
+        known, checkpoint = _known(name), read_checkpoint(Path(weights).expanduser())
+        extra = _pooling(known, checkpoint)
+        model = _keep_arguments(_build(known, options | extra, img_size), extra)
+        load_weights(model, checkpoint, name=name)
     elif pretrained:
         known = _known(name)
         _check_has_weights(known)
@@ -86,12 +91,26 @@ def _from_path(path: Path, name: str, options: dict[str, Any], pretrained: bool,
             load_weights(model, read_checkpoint(folder.weights), name=name)
         return model
     checkpoint = read_checkpoint(path)
-    found = infer_vit(checkpoint.state, source=name)
+    found = infer_architecture(checkpoint, source=name)
     side = found.img_size if img_size is None else img_size
-    model = timm.create_model(found.name, pretrained=False, img_size=side, **found.options, **options)
+    model = _keep_arguments(_build(found.name, options | found.options, side), found.options)
     if pretrained:
         load_weights(model, checkpoint, name=found.name)
     return _with_input_size(model, found.name, side)
+
+
+def _keep_arguments(model: nn.Module, arguments: dict[str, Any]) -> nn.Module:
+    """Note what a name alone does not say, under timm's own key for it, so that others can build the same model."""
+    if arguments:
+        update_config(model, model_args=arguments)
+    return model
+
+
+def _pooling(name: str, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Average pooling for a ViT whose weights hold the norm that follows it, as MAE's fine-tuned ones do."""
+    has_norm_after = "fc_norm.weight" in checkpoint.state and "norm.weight" not in checkpoint.state
+    is_vit = is_model_in_modules(name.partition(".")[0], ["vision_transformer"])
+    return {"global_pool": "avg"} if has_norm_after and is_vit else {}
 
 
 def _build(name: str, options: dict[str, Any], img_size: int | None) -> nn.Module:
@@ -127,7 +146,7 @@ def _as_path(name: str) -> Path | None:
         path = Path(name.removeprefix(_FOLDER_PREFIX)).expanduser()
     else:
         path = Path(name).expanduser()
-        looks_like_path = path.suffix in WEIGHT_SUFFIXES or "/" in name or "\\" in name
+        looks_like_path = weight_suffix(path) in WEIGHT_SUFFIXES or "/" in name or "\\" in name
         if not looks_like_path and (timm.is_model(name) or not path.exists()):
             return None
     if not path.exists():

@@ -1,34 +1,28 @@
 """Which ViT of timm a state dict belongs to, told from its shapes."""
 
 import math
-from dataclasses import dataclass, field
 from typing import Any
 
 import timm
 from torch import Tensor
 
-__all__ = ["InferredVit", "infer_vit"]
+from snella.backbones.inferred import InferredArchitecture
 
-# Heads are not visible in the shapes; these widths and depths are used with one number of heads only.
+__all__ = ["infer_vit"]
+
+# Heads are not visible in the shapes; these widths and depths have the same number of them almost everywhere.
 _SIZES = {(192, 12): "tiny", (384, 12): "small", (768, 12): "base", (1024, 24): "large", (1280, 32): "huge"}
+_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 _PATCH = "patch_embed.proj.weight"
 
 
-@dataclass(frozen=True)
-class InferredVit:
-    """timm's name of the architecture, the input size of the positions and further arguments of `create_model`."""
-
-    name: str
-    img_size: int
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-def infer_vit(state: dict[str, Tensor], *, source: str) -> InferredVit:
+def infer_vit(state: dict[str, Tensor], *, source: str, num_heads: int | None = None) -> InferredArchitecture:
     """Find timm's ViT by width, depth, patch size, layer scale and register tokens.
 
     Args:
         state: State dict in timm's or DINOv2's own names.
         source: The file as the user typed it, for messages.
+        num_heads: Attention heads, where the file or its publisher tells their number.
 
     Raises:
         ValueError: Not a ViT, or one that timm has no plain name for; the message says what was seen.
@@ -39,6 +33,12 @@ def infer_vit(state: dict[str, Tensor], *, source: str) -> InferredVit:
         raise ValueError(
             f"the architecture of '{source}' cannot be read from its shapes: {_PATCH} or pos_embed is missing, "
             f"it holds {seen}, …; give its timm name as the backbone and weights={source!r}"
+        )
+    if "norm_pre.weight" in state:
+        raise ValueError(
+            f"the architecture of '{source}' cannot be read from its shapes: a norm before the blocks, as in CLIP's "
+            "image towers, whose activation the shapes do not tell; give its timm name as the backbone, for example "
+            f"vit_base_patch16_clip_224 or vit_base_patch16_clip_quickgelu_224, and weights={source!r}"
         )
     width, side = patch.shape[0], patch.shape[-1]
     depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
@@ -53,7 +53,10 @@ def infer_vit(state: dict[str, Tensor], *, source: str) -> InferredVit:
             f"{'with' if is_scaled else 'without'} layer scale; "
             f"give its timm name as the backbone and weights={source!r}"
         )
-    return InferredVit(name, grid * side, {"global_pool": "avg"} if "fc_norm.weight" in state else {})
+    options: dict[str, Any] = {"global_pool": "avg"} if "fc_norm.weight" in state else {}
+    if num_heads is not None and num_heads != _HEADS[width]:
+        options["num_heads"] = num_heads
+    return InferredArchitecture(name, grid * side, options)
 
 
 def _name(size: str | None, patch: int, is_scaled: bool, registers: int) -> str | None:

@@ -2,7 +2,18 @@
 
 from snella.data.dataset import ImageDataset
 from snella.data.images import read_image
-from snella.data.registry import DataSplits, data_names, load_data
+from snella.data.mask_dataset import MaskDataset
+from snella.data.registry import DataSplits, data_folder, data_names, load_data, split_spec
 from snella.data.transforms import build_transform
 
-__all__ = ["DataSplits", "ImageDataset", "build_transform", "data_names", "load_data", "read_image"]
+__all__ = [
+    "DataSplits",
+    "ImageDataset",
+    "MaskDataset",
+    "build_transform",
+    "data_folder",
+    "data_names",
+    "load_data",
+    "read_image",
+    "split_spec",
+]

@@ -2,10 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 from snella.data.dataset import ImageDataset
 
-__all__ = ["Collection"]
+__all__ = ["Collection", "Protocol"]
+
+Protocol = Literal["standard", "final", "official"]
+"""Which images are learnt from and which choose the best epoch; see `load_data`."""
 
 
 @dataclass
@@ -20,6 +24,9 @@ class Collection:
         test: Test part, if the data has one.
         has_parts: Whether the data is divided by itself; then no test part is split off.
         notes: What a user should know: files left out, choices made, licences.
+        strata: Names of the images' labels where these are not the classes: images with masks have a class a pixel.
+        is_resized_whole: Whether images are resized as a whole, where others have their centre cut out.
+        official_joins_val: Whether the authors' scripts learn from the validation part too.
     """
 
     name: str
@@ -29,6 +36,14 @@ class Collection:
     test: ImageDataset | None = None
     has_parts: bool = False
     notes: list[str] = field(default_factory=list)
+    strata: list[str] | None = None
+    is_resized_whole: bool = False
+    official_joins_val: bool = False
+
+    @property
+    def label_names(self) -> list[str]:
+        """Names of the images' labels, which splits are stratified by."""
+        return self.classes if self.strata is None else self.strata
 
     def parts(self) -> Iterator[tuple[str, ImageDataset]]:
         """The parts that there are, by name."""

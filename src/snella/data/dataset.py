@@ -61,12 +61,11 @@ class ImageDataset(Dataset[tuple[Any, int]]):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         """Transformed image (the RGB image itself without a transform) and class index."""
         index = self._position(index)
-        image = self.source.load(self.rows[index])
         if self.transform is None:
-            return image.copy(), self.labels[index]
+            return self._item(index)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(_item_seed(self.seed, self.epoch, index))
-            return self.transform(image), self.labels[index]
+            return self._item(index)
 
     @property
     def epoch(self) -> int:
@@ -91,16 +90,23 @@ class ImageDataset(Dataset[tuple[Any, int]]):
 
     def _selected(self, positions: Sequence[int], transform: Callable[[Image.Image], Any] | None) -> "ImageDataset":
         """A copy with some of the items."""
-        selected = ImageDataset(
-            self.source,
+        selected = self._made(
             [self.rows[position] for position in positions],
             [self.labels[position] for position in positions],
             [self.names[position] for position in positions],
-            transform=transform,
-            seed=self.seed,
+            transform,
         )
         selected.set_epoch(self.epoch)
         return selected
+
+    def _item(self, index: int) -> tuple[Any, Any]:
+        """Transformed image and class index; what is random in it is seeded already."""
+        image = self.source.load(self.rows[index])
+        return image.copy() if self.transform is None else self.transform(image), self.labels[index]
+
+    def _made(self, rows: list[int], labels: list[int], names: list[str], transform: Any) -> "ImageDataset":
+        """A data set of the same source."""
+        return ImageDataset(self.source, rows, labels, names, transform=transform, seed=self.seed)
 
     def _position(self, index: int) -> int:
         """`index` counted from the front."""

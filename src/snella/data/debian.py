@@ -11,7 +11,7 @@ from snella.data.collection import Collection
 from snella.data.dataset import ImageDataset
 from snella.data.sources import ArrayImages, FileImages
 
-__all__ = ["load_fashion_mnist", "load_stamps"]
+__all__ = ["load_fashion_mnist", "load_stamps", "not_there"]
 
 _FASHION_FOLDER = "/usr/share/datasets/fashion-mnist"  # where Debian's package puts it
 _FASHION_CLASSES = [
@@ -62,7 +62,7 @@ def load_stamps(folder: str | None = None) -> Collection:
     """
     root = Path(folder or os.environ.get("SNELLA_STAMPS") or _STAMPS_FOLDER).expanduser()
     if not root.is_dir():
-        raise FileNotFoundError(_not_there("stamps", root, "tuxpaint-stamps-default", "SNELLA_STAMPS"))
+        raise FileNotFoundError(not_there("stamps", root, "tuxpaint-stamps-default", "SNELLA_STAMPS"))
     files = {
         category.name: [file for file in sorted(category.rglob("*.png")) if not file.stem.endswith("_mirror")]
         for category in sorted(root.iterdir())
@@ -87,7 +87,7 @@ def load_stamps(folder: str | None = None) -> Collection:
 def _read_idx(file: Path, dimensions: int) -> np.ndarray:
     """Read a gzipped IDX file of unsigned bytes."""
     if not file.is_file():
-        raise FileNotFoundError(_not_there("fashion-mnist", file, "dataset-fashion-mnist", "SNELLA_FASHION_MNIST"))
+        raise FileNotFoundError(not_there("fashion-mnist", file, "dataset-fashion-mnist", "SNELLA_FASHION_MNIST"))
     try:
         content = gzip.decompress(file.read_bytes())
     except (OSError, EOFError, zlib.error) as error:
@@ -103,6 +103,6 @@ def _read_idx(file: Path, dimensions: int) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
-def _not_there(data: str, path: Path, package: str, variable: str) -> str:
+def not_there(data: str, path: Path, package: str, variable: str) -> str:
     """Message about a missing Debian package."""
     return f"data {data}: '{path}' is not there; run `apt install {package}`, or set {variable} to its folder"

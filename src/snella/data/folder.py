@@ -3,7 +3,7 @@
 import difflib
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from snella.data.collection import Collection
@@ -11,7 +11,7 @@ from snella.data.dataset import ImageDataset
 from snella.data.images import IMAGE_SUFFIXES, broken_images
 from snella.data.sources import FileImages
 
-__all__ = ["load_folder"]
+__all__ = ["existing_folder", "listed", "load_folder"]
 
 _PARTS = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}
 _NAMED = 5
@@ -34,7 +34,7 @@ def load_folder(path: str, *, skip_broken: bool = False) -> Collection:
         ValueError: No class folders, an empty one, fewer than two classes, classes in a later part that training does
             not have, or broken images (named and counted).
     """
-    root = _existing(path)
+    root = existing_folder(path)
     folders, has_parts = _part_folders(root)
     others: Counter[str] = Counter()
     files = {part: _class_files(folder, others) for part, folder in folders.items()}
@@ -42,13 +42,13 @@ def load_folder(path: str, *, skip_broken: bool = False) -> Collection:
     notes = [_other_kinds(others)] if others else []
     broken = _broken(files)
     if broken:
-        listed = _listed([f"{file.relative_to(root).as_posix()} ({reason})" for file, reason in broken.items()])
+        named = listed([f"{file.relative_to(root).as_posix()} ({reason})" for file, reason in broken.items()])
         if not skip_broken:
             raise ValueError(
                 f"{len(broken)} of {sum(len(f) for c in files.values() for f in c.values())} images in '{path}' cannot "
-                f"be read: {listed}. Remove or replace them, or leave them out with --skip-broken (skip_broken=True)"
+                f"be read: {named}. Remove or replace them, or leave them out with --skip-broken (skip_broken=True)"
             )
-        notes.append(f"left out {len(broken)} broken images: {listed}")
+        notes.append(f"left out {len(broken)} broken images: {named}")
         files = {
             part: {name: [file for file in found if file not in broken] for name, found in classes.items()}
             for part, classes in files.items()
@@ -59,23 +59,35 @@ def load_folder(path: str, *, skip_broken: bool = False) -> Collection:
     return Collection(root.name, classes, parts["train"], parts.get("val"), parts.get("test"), has_parts, notes)
 
 
-def _existing(path: str) -> Path:
-    """The folder, or an error with what lies nearby under like names."""
+def existing_folder(
+    path: str, family: str = "folder", needed: str = "with one folder a class, PATH/class/image.jpg"
+) -> Path:
+    """The folder that stands after `folder:` and the like.
+
+    Args:
+        path: As typed.
+        family: What stands before the colon.
+        needed: What the folder must hold, for messages.
+
+    Raises:
+        FileNotFoundError: There is no such folder; says what lies nearby under like names.
+        ValueError: Nothing was typed, or it is a file.
+    """
     if not path.strip():
         raise ValueError(
-            "data must name a folder after 'folder:', got 'folder:'; write folder:PATH, e.g. folder:photos"
+            f"data must name a folder after '{family}:', got '{family}:'; write {family}:PATH, e.g. {family}:photos"
         )
     root = Path(path).expanduser()
     if root.is_dir():
         return root.resolve()
     if root.exists():
-        raise ValueError(f"folder:{path} must be a folder with one folder a class, got a file; {_LAYOUT}")
+        raise ValueError(f"{family}:{path} must be a folder {needed}, got a file")
     parent = next(folder for folder in root.absolute().parents if folder.is_dir())
     missing = root.absolute().relative_to(parent).parts[0]
     siblings = sorted(child.name for child in parent.iterdir() if child.is_dir() and not child.name.startswith("."))
     nearest = difflib.get_close_matches(missing, siblings, n=3, cutoff=0.4)
     hint = f"nearest there: {', '.join(map(repr, nearest))}" if nearest else f"'{parent}' has no folder of a like name"
-    raise FileNotFoundError(f"folder:{path}: there is no {missing!r} in '{parent}'; {hint}")
+    raise FileNotFoundError(f"{family}:{path}: there is no {missing!r} in '{parent}'; {hint}")
 
 
 def _part_folders(root: Path) -> tuple[dict[str, Path], bool]:
@@ -136,15 +148,15 @@ def _check_classes(files: dict[str, _Files], folders: dict[str, Path], root: Pat
         empty = [str((folders[part] / name).relative_to(root)) for name, found in classes.items() if not found]
         if empty:
             faults.append(
-                f"class folders without a readable image: {_listed([repr(name) for name in empty])}, remove them or "
+                f"class folders without a readable image: {listed([repr(name) for name in empty])}, remove them or "
                 f"add images ({', '.join(IMAGE_SUFFIXES)})"
             )
         unknown = [name for name in classes if name not in files["train"]]
         if unknown:
             faults.append(
                 f"classes of '{folders[part].name}' unknown to training: "
-                f"{_listed([_with_nearest(name, list(files['train'])) for name in unknown])}; "
-                f"training has {_listed([repr(name) for name in files['train']])}"
+                f"{listed([_with_nearest(name, list(files['train'])) for name in unknown])}; "
+                f"training has {listed([repr(name) for name in files['train']])}"
             )
     if faults:
         raise ValueError(f"folder '{root}' cannot be used: {'; '.join(faults)}")
@@ -186,7 +198,7 @@ def _other_kinds(others: Counter[str]) -> str:
     return f"left out {others.total()} files that are not {', '.join(IMAGE_SUFFIXES)}: {kinds}"
 
 
-def _listed(items: list[str]) -> str:
-    """The first few, and how many more there are."""
+def listed(items: Sequence[str]) -> str:
+    """The first few of many faults, and how many more there are."""
     rest = len(items) - _NAMED
     return ", ".join(items[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")

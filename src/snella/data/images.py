@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-__all__ = ["IMAGE_SUFFIXES", "broken_images", "read_image", "to_rgb"]
+__all__ = ["DECODING_ERRORS", "IMAGE_SUFFIXES", "broken_images", "read_image", "to_rgb"]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm")
 _THREADS = 4  # decoding releases the interpreter lock
-_DECODING_ERRORS = (
+DECODING_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
@@ -24,6 +24,7 @@ _DECODING_ERRORS = (
     MemoryError,
     Image.DecompressionBombError,
 )
+"""What Pillow raises for files that are no images, cut off or damaged."""
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -39,7 +40,7 @@ def read_image(path: str | Path) -> Image.Image:
         with Image.open(path) as image:
             image.load()
             return to_rgb(ImageOps.exif_transpose(image))
-    except _DECODING_ERRORS as error:
+    except DECODING_ERRORS as error:
         raise ValueError(f"'{path}' is not a readable image: {error or type(error).__name__}") from error
 
 

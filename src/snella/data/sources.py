@@ -42,8 +42,8 @@ class FileImages:
 
     Args:
         paths: Files.
-        budget_bytes: Of all decoded images together, three bytes a pixel; loader workers share it out. Images beyond
-            it are decoded every time.
+        budget_bytes: Of all decoded images together, one byte a pixel and channel; loader workers share it out. Images
+            beyond it are decoded every time.
     """
 
     def __init__(self, paths: Sequence[Path], *, budget_bytes: int = _BUDGET_BYTES) -> None:
@@ -60,14 +60,18 @@ class FileImages:
         """
         if (kept := self._kept.get(row)) is not None:
             return kept
-        image = read_image(self.paths[row])
+        image = self.read(row)
         worker = get_worker_info()
         budget = self.budget_bytes // (1 if worker is None else worker.num_workers)
-        size = 3 * image.width * image.height
+        size = len(image.getbands()) * image.width * image.height
         if self.kept_bytes + size <= budget:
             self._kept[row] = image
             self.kept_bytes += size
         return image
+
+    def read(self, row: int) -> Image.Image:
+        """Decode one file."""
+        return read_image(self.paths[row])
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the decoded images: a worker starts with none."""

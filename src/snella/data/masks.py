@@ -1,0 +1,284 @@
+"""A folder of images and masks: `images/` and `masks/`, or `train|val|test/` with both inside."""
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from snella.data.collection import Collection
+from snella.data.folder import existing_folder, listed
+from snella.data.images import IMAGE_SUFFIXES, read_image
+from snella.data.label_maps import THRESHOLD, read_label_map
+from snella.data.mask_dataset import FileMasks, MaskDataset
+from snella.data.overlap import overlap_note
+from snella.data.sources import FileImages
+
+__all__ = ["BINARY_CLASSES", "MASK_STRATA", "MaskPair", "collect_masks", "find_pairs", "load_masks"]
+
+BINARY_CLASSES = ["background", "foreground"]
+MASK_STRATA = ["image with a mask"]
+"""What a split of images with masks is stratified by: they are all of one kind."""
+_LAYOUT = "it must hold images/NAME.jpg and masks/NAME.png, or train, val and test folders with both inside"
+_PARTS = ("train", "val", "test")
+_CLASS_FILE = "classes.txt"
+_THREADS = 4  # decoding releases the interpreter lock
+_MAX_LABELS = 256
+
+
+@dataclass(frozen=True)
+class MaskPair:
+    """An image file and its mask file."""
+
+    image: Path
+    mask: Path
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What decoding one pair showed: what cannot be read, both sizes (width, height), and the labels that occur."""
+
+    broken: str = ""
+    image_size: tuple[int, int] = (0, 0)
+    mask_size: tuple[int, int] = (0, 0)
+    labels: tuple[int, ...] = ()
+    is_thresholded: bool = False
+
+
+def load_masks(path: str, *, skip_broken: bool = False) -> Collection:
+    """Collect the images of a folder with their masks; an image and its mask have the same name but for the ending.
+
+    A mask's values are class numbers: palette indices or grey values 0, 1, 2 … without gaps; 0 is the background. Masks
+    of 0 and 255 are binary, and JPEG masks are cut at 128 to become so. `classes.txt` in the folder names the classes,
+    one a line, the background first, and may name more than occur. Every file is decoded once.
+
+    Args:
+        path: The folder.
+        skip_broken: Leave pairs with an unreadable file out and note them instead of refusing.
+
+    Raises:
+        FileNotFoundError: There is no such folder; near names are given.
+        ValueError: Everything that is wrong with the files, in one message: images without masks and masks without
+            images, sizes that differ, labels out of range, unreadable files.
+    """
+    root = existing_folder(path, "masks", "with images/ and masks/ inside")
+    divided = (root / "train" / "images").is_dir()
+    folders = {part: root / part for part in _PARTS if (root / part).is_dir()} if divided else {"train": root}
+    faults: list[str] = []
+    pairs = {part: find_pairs(folder, root, faults) for part, folder in folders.items()}
+    collection = collect_masks(
+        f"masks:{path}", root, pairs, faults, class_names=_class_names(root), has_parts=divided, skip_broken=skip_broken
+    )
+    for part in (collection.val, collection.test):
+        if part is not None:
+            collection.notes += overlap_note(collection.train, part, "val" if part is collection.val else "test")
+    return collection
+
+
+def collect_masks(
+    spec: str,
+    root: Path,
+    pairs: Mapping[str, Sequence[MaskPair]],
+    faults: list[str],
+    *,
+    class_names: list[str] | None = None,
+    has_parts: bool = False,
+    skip_broken: bool = False,
+) -> Collection:
+    """Decode all pairs once and make a collection of them.
+
+    Args:
+        spec: What the user typed, for messages.
+        root: Folder that names are relative to.
+        pairs: Files of each part.
+        faults: What is known to be wrong already.
+        class_names: Names by label; found from the labels where None.
+        has_parts: Whether the data is divided by itself.
+        skip_broken: Leave pairs with an unreadable file out and note them.
+
+    Raises:
+        ValueError: As `load_masks`.
+    """
+    everything = [pair for found in pairs.values() for pair in found]
+    looks = dict(zip(everything, _look_at(everything), strict=True))
+    names = {pair: pair.image.relative_to(root).as_posix() for pair in everything}
+    masks = {pair: pair.mask.relative_to(root).as_posix() for pair in everything}
+    broken = {pair: look.broken for pair, look in looks.items() if look.broken}
+    notes: list[str] = []
+    if broken:
+        text = f"{_many(len(broken), 'pair')} with an unreadable file: {listed(list(broken.values()))}"
+        if skip_broken:
+            notes.append(f"left out {text}")
+        else:
+            faults.append(f"{text} (leave them out with --skip-broken (skip_broken=True))")
+    good = {pair: look for pair, look in looks.items() if not look.broken}
+    unlike = [
+        f"{masks[pair]} is {_size(look.mask_size)}, its image {_size(look.image_size)}"
+        for pair, look in good.items()
+        if look.image_size != look.mask_size
+    ]
+    if unlike:
+        faults.append(f"{_many(len(unlike), 'mask')} of another size than the image: {listed(unlike)}")
+    thresholded = sum(look.is_thresholded for look in good.values())
+    labels = Counter(label for look in good.values() for label in look.labels)
+    is_white = class_names is None or len(class_names) == 2
+    is_white = is_white and set(labels) <= {0, 255}
+    classes = class_names or _found_classes(1 if is_white else _without_gaps(labels))
+    if good and not is_white:
+        faults += _out_of_range({masks[pair]: look.labels for pair, look in good.items()}, classes, class_names)
+    if not faults:
+        faults += _unusable(labels, pairs, broken)
+    if faults:
+        raise ValueError(f"{spec} cannot be used: {'; '.join(faults)}")
+    if thresholded:
+        notes.append(
+            f"{_many(thresholded, 'mask')} in a lossy format (JPEG), which does not keep labels: "
+            f"values from {THRESHOLD} count as {classes[1]!r}"
+        )
+    parts = {
+        part: _dataset([pair for pair in found if pair not in broken], names, is_white) for part, found in pairs.items()
+    }
+    return Collection(
+        root.name,
+        classes,
+        parts["train"],
+        parts.get("val"),
+        parts.get("test"),
+        has_parts,
+        notes,
+        strata=MASK_STRATA,
+    )
+
+
+def find_pairs(folder: Path, root: Path, faults: list[str]) -> list[MaskPair]:
+    """Find the images and masks of one part by name; what has no partner is added to the faults.
+
+    Args:
+        folder: Holds `images/` and `masks/`.
+        root: Folder that messages name files relative to.
+        faults: What is wrong is added here.
+    """
+    where = "" if folder == root else f" in {folder.relative_to(root)}"
+    found = {kind: _files(folder / kind, root, faults) for kind in ("images", "masks")}
+    images, masks = found["images"], found["masks"]
+    for kind, files in found.items():
+        if not files:
+            faults.append(f"no image files in {(folder / kind).relative_to(root)}/; {_LAYOUT}")
+    if not images or not masks:
+        return []
+    without_mask = [images[stem].name for stem in images if stem not in masks]
+    without_image = [masks[stem].name for stem in masks if stem not in images]
+    if without_mask:
+        faults.append(f"{_many(len(without_mask), 'image')} without a mask{where}: {listed(without_mask)}")
+    if without_image:
+        faults.append(f"{_many(len(without_image), 'mask')} without an image{where}: {listed(without_image)}")
+    return [MaskPair(images[stem], masks[stem]) for stem in images if stem in masks]
+
+
+def _files(folder: Path, root: Path, faults: list[str]) -> dict[str, Path]:
+    """Image files of a folder by their name without ending."""
+    if not folder.is_dir():
+        return {}
+    files: dict[str, Path] = {}
+    for file in sorted(folder.iterdir()):
+        if file.suffix.lower() not in IMAGE_SUFFIXES or file.name.startswith("."):
+            continue
+        if file.stem in files:
+            faults.append(f"two files of one name in {folder.relative_to(root)}/: {files[file.stem].name}, {file.name}")
+        files[file.stem] = file
+    return files
+
+
+def _look_at(pairs: Sequence[MaskPair]) -> list[_Look]:
+    """Decode all files."""
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads:
+        return list(threads.map(_look, pairs))
+
+
+def _look(pair: MaskPair) -> _Look:
+    """Decode one image and its mask."""
+    try:
+        image = read_image(pair.image)
+        values, is_thresholded = read_label_map(pair.mask)
+    except ValueError as error:
+        return _Look(broken=str(error))
+    labels = tuple(np.flatnonzero(np.bincount(values.reshape(-1))).tolist())
+    return _Look("", image.size, (values.shape[1], values.shape[0]), labels, is_thresholded)
+
+
+def _class_names(root: Path) -> list[str] | None:
+    """The lines of `classes.txt`, None where there is no such file."""
+    file = root / _CLASS_FILE
+    if not file.is_file():
+        return None
+    names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if len(names) < 2 or len(set(names)) < len(names) or len(names) > _MAX_LABELS:
+        raise ValueError(
+            f"{file} must name 2 to {_MAX_LABELS} different classes, one a line, the background first, got {names}"
+        )
+    return names
+
+
+def _without_gaps(labels: Mapping[int, int]) -> int:
+    """The last of the labels 0, 1, 2 … that occur one after the other."""
+    last = 0
+    while last + 1 in labels:
+        last += 1
+    return max(last, 1)
+
+
+def _found_classes(last: int) -> list[str]:
+    """Names for classes that nobody named."""
+    return BINARY_CLASSES if last == 1 else ["background", *(f"class {label}" for label in range(1, last + 1))]
+
+
+def _out_of_range(
+    labels: Mapping[str, tuple[int, ...]], classes: list[str], class_names: list[str] | None
+) -> list[str]:
+    """The fault of masks with labels that no class has."""
+    strange = {mask: [label for label in found if label >= len(classes)] for mask, found in labels.items()}
+    texts = [f"{mask} has {', '.join(map(str, found[:5]))}" for mask, found in strange.items() if found]
+    if not texts:
+        return []
+    why = (
+        f"{_CLASS_FILE} names {len(classes)} classes"
+        if class_names
+        else f"labels count up from 0 without gaps, or are 0 and 255; {_CLASS_FILE} may name rare ones"
+    )
+    return [f"{_many(len(texts), 'mask')} with labels out of range 0 to {len(classes) - 1} ({why}): {listed(texts)}"]
+
+
+def _unusable(
+    labels: Mapping[int, int], pairs: Mapping[str, Sequence[MaskPair]], broken: Mapping[MaskPair, str]
+) -> list[str]:
+    """Faults of files that are all right one by one."""
+    faults = [
+        f"no readable pair of image and mask in the part '{part}'"
+        for part, found in pairs.items()
+        if all(pair in broken for pair in found)
+    ]
+    if not faults and len(labels) < 2:
+        faults.append(f"all masks hold one label only, {next(iter(labels))}; there is nothing to learn")
+    return faults
+
+
+def _dataset(pairs: Sequence[MaskPair], names: Mapping[MaskPair, str], is_white: bool) -> MaskDataset:
+    """The images of one part."""
+    images, masks = (
+        FileImages([p.image for p in pairs]),
+        FileMasks([p.mask for p in pairs], is_white_foreground=is_white),
+    )
+    return MaskDataset(images, masks, range(len(pairs)), [names[pair] for pair in pairs])
+
+
+def _size(size: tuple[int, int]) -> str:
+    """Width × height."""
+    return f"{size[0]}×{size[1]}"
+
+
+def _many(number: int, noun: str) -> str:
+    """A number and its noun."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
