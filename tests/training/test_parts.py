@@ -1,4 +1,4 @@
-"""Sampler, optimiser groups, memory estimate, progress, devices."""
+"""Sampler, optimiser groups, progress, devices."""
 
 import io
 
@@ -6,18 +6,20 @@ import pytest
 import timm
 import torch
 from rich.console import Console
-from torch import nn
 from transformers import TrainerControl, TrainerState
 
 from snella.methods import build_method
+from snella.tasks import ClassificationTask
 from snella.training import TrainConfig
 from snella.training.assembly import choose_device, data_config_of
 from snella.training.checkpoints import is_write_failure
-from snella.training.memory import estimate_bytes, saved_bytes
 from snella.training.optimizer import build_optimizer
 from snella.training.progress import ProgressDisplay
+from snella.training.protocol import PROTOCOLS
 from snella.training.results import best_epoch
 from snella.training.sampler import EpochSampler, mix_seed
+
+TASK = ClassificationTask(3)
 
 
 def config(method, **changes):
@@ -72,37 +74,9 @@ def test_a_model_with_nothing_to_train_is_refused():
         build_optimizer(model, config("linear"))
 
 
-def test_saved_bytes_are_those_that_autograd_keeps():
-    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
-    # the input, the first layer's output after the activation; weights are not counted
-    assert saved_bytes(model, torch.zeros(5, 8)) == 4 * (5 * 8 + 5 * 16)
-
-
-def test_measuring_memory_changes_nothing():
-    model = timm.create_model("test_resnet", num_classes=3)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    torch.manual_seed(5)
-    expected = torch.rand(1)
-    torch.manual_seed(5)
-    estimate_bytes(model, (3, 64, 64), 8)
-    assert torch.equal(torch.rand(1), expected) and model.training
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-
-
-def test_the_estimate_grows_with_the_batch_by_the_same_amount_each_image():
-    model = vit("lora-2")
-    eight, sixteen, more = (estimate_bytes(model, (3, 32, 32), n) for n in (8, 16, 24))
-    assert sixteen - eight == more - sixteen > 0
-    held = sum(p.numel() * 4 for p in model.parameters())
-    assert eight > held
-    measured = saved_bytes(model, torch.zeros(24, 3, 32, 32))
-    trained = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
-    assert more == pytest.approx(held + 3 * trained + measured, rel=0.02)
-
-
 def test_the_bar_appears_on_a_terminal_and_goes_away():
     output = io.StringIO()
-    display = ProgressDisplay(Console(file=output, force_terminal=True, width=100))
+    display = ProgressDisplay(Console(file=output, force_terminal=True, width=100), TASK, PROTOCOLS["standard"])
     display.last_loss = lambda: 0.125
     state = TrainerState(max_steps=10, num_train_epochs=2, epoch=0.2, global_step=1)
     display.on_train_begin(None, state, TrainerControl())
@@ -115,8 +89,9 @@ def test_the_bar_appears_on_a_terminal_and_goes_away():
 
 def test_without_a_terminal_there_are_lines_only_and_the_best_one_is_marked():
     output = io.StringIO()
-    display = ProgressDisplay(Console(file=output, width=200))
-    state = TrainerState(max_steps=10, num_train_epochs=2, log_history=[{"val_accuracy": 0.5, "val_loss": 0.9}])
+    display = ProgressDisplay(Console(file=output, width=200), TASK, PROTOCOLS["standard"])
+    past = {"val_accuracy": 0.5, "val_loss": 0.9, "budget": None}
+    state = TrainerState(max_steps=10, num_train_epochs=2, log_history=[past])
     display.on_train_begin(None, state, TrainerControl())
     assert display._bar is None
     for epoch, accuracy in ((1.0, 0.5), (2.0, 0.75)):
@@ -154,7 +129,7 @@ def test_an_allocation_is_described_after_training_has_begun():
 def test_of_equally_accurate_epochs_the_one_with_the_lower_loss_is_best_and_then_the_later():
     rows = [(0.5, 0.1), (0.75, 0.9), (0.75, 0.8), (0.75, 0.8), (0.75, 0.85)]
     history = [{"epoch": n + 1, "val_accuracy": a, "val_loss": loss} for n, (a, loss) in enumerate(rows)]
-    assert best_epoch(history) == 4 and best_epoch(history[:3]) == 3 and best_epoch(history[:1]) == 1
+    assert [best_epoch(history[:count], TASK.rank) for count in (5, 3, 1)] == [4, 3, 1]
 
 
 def test_unknown_public_names_are_refused():

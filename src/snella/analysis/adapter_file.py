@@ -19,6 +19,7 @@ __all__ = ["AdapterFile", "read_adapter", "saved_budgets"]
 _WAY_OUT = "copy the adapter again, or train again with `--overwrite`"
 _FILES = ("adapter_model.safetensors", "trainable.safetensors")
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_UNTRAINED = ("snella_budget", "snella_support", "positions")
 _PART = re.compile(r"\.(?P<part>(?:snella|lora)_(?!embedding)\w+?)(?:\.weight|\.\d+)?$")
 
 
@@ -26,7 +27,8 @@ _PART = re.compile(r"\.(?P<part>(?:snella|lora)_(?!embedding)\w+?)(?:\.weight|\.
 class AdapterFile:
     """The adapter's file: its tensors by name, without their values.
 
-    `parts` counts the values of each part: `snella_A`, `snella_B`, the scalars, and `other` for the head.
+    `parts` counts the values of each part: `snella_A`, `snella_B`, the scalars, `positions` of entries that are trained
+    one by one, and `other` for the head.
     """
 
     path: Path
@@ -38,8 +40,8 @@ class AdapterFile:
 
     @property
     def parameters(self) -> int:
-        """Number of trained values: all but the budgets, which are integers."""
-        return sum(count for part, count in self.parts.items() if part != "snella_budget")
+        """Number of trained values: all but budgets, masks and positions, which are integers."""
+        return sum(count for part, count in self.parts.items() if part not in _UNTRAINED)
 
     @property
     def value_bytes(self) -> int:
@@ -67,7 +69,7 @@ def read_adapter(run: str | Path) -> AdapterFile | None:
     parts: dict[str, int] = {}
     for name, shape in shapes.items():
         found = _PART.search(name)
-        part = found["part"] if found else "other"
+        part = found["part"] if found else "positions" if name.endswith(".indices") else "other"
         parts[part] = parts.get(part, 0) + math.prod(shape)
     return AdapterFile(path, path.stat().st_size, shapes, dtypes, parts, _config(folder))
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from snella.analysis.run_files import Prediction
 
-__all__ = ["Example", "ImageSource", "choose_examples", "load_example", "picture_uri"]
+__all__ = ["Example", "ImageSource", "choose_examples", "load_example", "load_picture", "picture_uri"]
 
 ImageSource = Mapping[int, Image.Image | None] | Callable[[int], Image.Image | None]
 """Index of an image in its split → the picture, or None where there is none to show."""
@@ -43,17 +43,21 @@ def choose_examples(items: Sequence[Prediction], limit: int = 24) -> tuple[list[
 
 def load_example(prediction: Prediction, images: ImageSource | None) -> Example:
     """Fetch the picture of a prediction; one that cannot be read is reported in its place, not raised."""
+    return Example(prediction, *load_picture(prediction.index, images))
+
+
+def load_picture(index: int, images: ImageSource | None, longest: int = 176) -> tuple[str | None, int, int, str]:
+    """Fetch a picture: its URI, width and height, and, where there is none, the reason."""
     problem = "no picture"
     image = None
     try:
         if images is not None:
-            image = images(prediction.index) if callable(images) else images.get(prediction.index)
+            image = images(index) if callable(images) else images.get(index)
         if image is not None:
-            uri, width, height = picture_uri(image)
-            return Example(prediction, uri, width, height, "")
+            return *picture_uri(image, longest), ""
     except OSError as error:
         problem = f"cannot be read: {error}"
-    return Example(prediction, None, 0, 0, problem)
+    return None, 0, 0, problem
 
 
 def picture_uri(image: Image.Image, longest: int = 176) -> tuple[str, int, int]:

@@ -48,6 +48,7 @@ __all__ = [
     "comparison_bars",
     "confusion_matrix",
     "cost_bars",
+    "dice_curves",
     "frozen_curve",
     "importance_curves",
     "inline_svg",
@@ -61,24 +62,34 @@ NUMBERED_CLASSES = 50
 
 
 def loss_curves(metrics: Metrics) -> Figure:
-    """Draw the training and validation loss of each epoch."""
-    return _curves(
-        metrics,
-        "Loss",
-        [("training", lambda row: row.train_loss, WARM), ("validation", lambda row: row.val_loss, ACCENT)],
-    )
+    """Draw the training loss of each epoch, and that on the images that the best epoch was chosen on."""
+    lines: list[tuple[str, Callable[[EpochRow], float], str]] = [("training", lambda row: row.train_loss, WARM)]
+    if metrics.selected_on is not None:
+        lines.append((metrics.selection, lambda row: row.val_loss, ACCENT))
+    return _curves(metrics, "Loss", lines)
 
 
 def accuracy_curves(metrics: Metrics) -> Figure:
     """Draw the validation accuracy and balanced accuracy of each epoch."""
     figure = _curves(
         metrics,
-        "Accuracy on validation",
+        f"Accuracy on {metrics.selection}",
         [
             ("accuracy", lambda row: row.val_accuracy, ACCENT),
             ("balanced accuracy", lambda row: row.val_balanced_accuracy, COLOURS[2]),
         ],
     )
+    percent_axis(figure.axes[0])
+    return figure
+
+
+def dice_curves(metrics: Metrics) -> Figure:
+    """Draw the validation Dice and IoU of each epoch."""
+    lines: list[tuple[str, Callable[[EpochRow], float], str]] = [
+        ("Dice", lambda row: row.val_dice, ACCENT),
+        ("IoU", lambda row: row.val_iou, COLOURS[2]),
+    ]
+    figure = _curves(metrics, f"Overlap on {metrics.selection}, mean of the images", lines)
     percent_axis(figure.axes[0])
     return figure
 
@@ -166,9 +177,10 @@ def _curves(metrics: Metrics, title: str, lines: list[tuple[str, Callable[[Epoch
     handles = []
     labels = []
     for label, value, colour in lines:
-        numbers = [value(row) for row in metrics.history]
-        marker = "o" if len(epochs) <= 30 else ""
-        handles += axes.plot(epochs, numbers, color=colour, linewidth=2, marker=marker, markersize=4)
+        measured = [row for row in metrics.history if not math.isnan(value(row))]  # not every protocol measures each
+        marker = "o" if len(measured) <= 30 else ""
+        places, numbers = [row.epoch for row in measured], [value(row) for row in measured]
+        handles += axes.plot(places, numbers, color=colour, linewidth=2, marker=marker, markersize=4)
         labels.append(label)
     if metrics.best_epoch is not None:
         handles.append(axes.axvline(metrics.best_epoch, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1))

@@ -14,12 +14,12 @@ from snella.analysis.formats import bytes_text, count_text, percent_text, plain_
 from snella.analysis.matrix_grid import adapter_budgets, arrange
 from snella.analysis.run_files import (
     Allocation,
-    Scores,
     read_allocation,
     read_if_present,
     read_metrics,
     read_run,
 )
+from snella.analysis.scores import MaskScores, Scores
 
 __all__ = ["inspect_run", "inspect_summary"]
 
@@ -35,8 +35,8 @@ def inspect_summary(run: str | Path) -> dict[str, Any]:
 
     Returns:
         Plain values, ready for JSON: `status`, `method`, `method_options`, `backbone`, `data`, `classes`, `scores`,
-        `best_epoch`, `train_s`, `adapter_missing` (though the run is finished), `sizes`, `parameters`, `settings`,
-        and `budgets` (None for a method without).
+        `best_epoch`, `protocol`, `selected_on`, `ema`, `train_s`, `adapter_missing` (though the run is finished),
+        `sizes`, `parameters`, `settings`, and `budgets` (None for a method without).
 
     Raises:
         FileNotFoundError: The folder holds no `run.json`.
@@ -62,6 +62,9 @@ def inspect_summary(run: str | Path) -> dict[str, Any]:
         "command": info.command,
         "best_epoch": metrics and metrics.best_epoch,
         "epochs": len(metrics.history) if metrics else 0,
+        "protocol": metrics and metrics.protocol,
+        "selected_on": metrics and metrics.selected_on,
+        "ema": metrics and metrics.ema,
         "train_s": metrics and metrics.train_s,
         "scores": {
             "validation": _scores(metrics.val if metrics else None),
@@ -113,11 +116,9 @@ def _counted(number: int, one: str, more: str) -> str:
     return f"{count_text(number)} {one if number == 1 else more}"
 
 
-def _scores(scores: Scores | None) -> dict[str, Any] | None:
+def _scores(scores: Scores | MaskScores | None) -> dict[str, Any] | None:
     """Result on a split."""
-    if scores is None:
-        return None
-    return {"accuracy": scores.accuracy, "balanced_accuracy": scores.balanced_accuracy, "images": scores.count}
+    return None if scores is None else {**scores.values(), "text": scores.text()}
 
 
 def _budgets(allocation: Allocation, budgets: dict[str, int], from_adapter: bool) -> dict[str, Any]:
@@ -173,12 +174,18 @@ def _overview(summary: dict[str, Any]) -> Table:
     ]
     for split, scores in summary["scores"].items():
         if scores:
-            text = f"accuracy {percent_text(scores['accuracy'])}, balanced {percent_text(scores['balanced_accuracy'])}"
-            rows.append((split, f"{text}, {_counted(scores['images'], 'image', 'images')}"))
+            rows.append((split, f"{scores['text']}, {_counted(scores['images'], 'image', 'images')}"))
     if summary["best_epoch"] is not None:
         rows.append(
             ("best epoch", f"{summary['best_epoch']} of {summary['epochs']}, {seconds_text(summary['train_s'])}")
         )
+    if summary["selected_on"] == "test":
+        text = f"{summary['protocol']}: the test images chose the epoch, so their result is too good"
+        rows.append(("protocol", text))
+    elif summary["protocol"] not in (None, "standard"):
+        rows.append(("protocol", f"{summary['protocol']}: the last epoch, nothing chose it"))
+    if summary["ema"] is not None:
+        rows.append(("average", f"exponential moving average of the weights, decay {summary['ema']:g}"))
     parameters = summary["parameters"]
     if parameters["trainable"] is not None:
         rows.append(("trainable", f"{parameters['trainable']:,} parameters"))

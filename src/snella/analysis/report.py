@@ -14,6 +14,7 @@ from snella.analysis.adapter_file import read_adapter, saved_budgets
 from snella.analysis.examples import ImageSource
 from snella.analysis.figure_style import write_whole
 from snella.analysis.formats import bytes_text, count_text, percent_text, plain_text, seconds_text
+from snella.analysis.mask_sections import classes_section, masks_section
 from snella.analysis.matrix_grid import adapter_budgets
 from snella.analysis.report_sections import (
     allocation_section,
@@ -23,9 +24,19 @@ from snella.analysis.report_sections import (
     examples_section,
     results_section,
 )
-from snella.analysis.run_files import read_allocation, read_comparison, read_if_present, read_metrics, read_run
+from snella.analysis.run_files import Metrics, read_allocation, read_comparison, read_if_present, read_metrics, read_run
 
 __all__ = ["write_report"]
+
+_USES = {
+    "classification": ("Classify images", "photo.jpg another.png", "Write plain weights that need nothing of snella"),
+    "segmentation": (
+        "Segment images: masks and overlays",
+        "photo.jpg another.png --out masks",
+        "Write the whole model with the update folded in",
+    ),
+}
+"""How a run of each task is used: what `predict` does, its arguments, and what `merge` gives."""
 
 
 def write_report(run: str | Path, images: ImageSource | None = None) -> Path:
@@ -51,6 +62,16 @@ def write_report(run: str | Path, images: ImageSource | None = None) -> Path:
     return folder / "report.html"
 
 
+def _warning(metrics: Metrics | None) -> str:
+    """What the results must not be mistaken for; empty where there is nothing to warn of."""
+    if metrics is None or metrics.selected_on != "test":
+        return ""
+    return (
+        f"Protocol {metrics.protocol}: the best epoch was chosen on the test images, so that the test results are too "
+        "good, and not comparable with those of runs that chose on validation."
+    )
+
+
 def _render(folder: Path, images: ImageSource | None) -> str:
     """The page as a text."""
     info = read_run(folder)
@@ -66,6 +87,7 @@ def _render(folder: Path, images: ImageSource | None) -> str:
         "folder": str(folder),
         "quoted": shlex.quote(str(folder)),
         "metrics": metrics,
+        "warning": _warning(metrics),
         "results": results_section(metrics, allocation, budgets),
         "curves": curves_section(metrics),
         "confusion": confusion_section(info, metrics),
@@ -73,6 +95,9 @@ def _render(folder: Path, images: ImageSource | None) -> str:
         "has_adapter": adapter is not None,
         "comparison": comparison_section(comparison),
         "examples": examples_section(folder, info, images),
+        "classes": classes_section(metrics),
+        "masks": masks_section(folder, info, images),
+        "use": _USES.get(info.task, _USES["classification"]),
         "config": config.read_text(encoding="utf-8") if config.is_file() else "",
         "test_name": "test" if metrics is None or metrics.test else "validation",
     }

@@ -44,17 +44,9 @@ def results_section(
     rows: list[tuple[str, str, str]] = []
     for split, scores in (("test", metrics.test), ("validation", metrics.val)):
         if scores is not None:
-            error = f"± {100 * scores.standard_error:.1f} (one standard error), " if scores.count else ""
-            images = f"{error}{count_text(scores.count)} images" if scores.count else ""
-            rows.append((f"{split} accuracy", percent_text(scores.accuracy), images))
-            rows.append((f"{split} balanced accuracy", percent_text(scores.balanced_accuracy), "mean of the classes"))
+            rows += scores.rows(split)
     if metrics.best_epoch is not None:
-        best_of = (
-            f"of {metrics.history[-1].epoch}, by {metrics.best_metric.replace('val_', 'validation ').replace('_', ' ')}"
-            if metrics.history
-            else ""
-        )
-        rows.append(("best epoch", str(metrics.best_epoch), best_of))
+        rows.append(_kept_epoch(metrics))
     rows.append(
         ("trainable parameters", count_text(metrics.trainable_parameters), _exact(metrics.trainable_parameters))
     )
@@ -71,6 +63,16 @@ def results_section(
     memory = "" if math.isnan(metrics.peak_rss_mib) else f"peak memory {bytes_text(metrics.peak_rss_mib * 2**20)}"
     rows.append(("training time", seconds_text(metrics.train_s), memory))
     return [{"label": label, "value": value, "note": note} for label, value, note in rows]
+
+
+def _kept_epoch(metrics: Metrics) -> tuple[str, str, str]:
+    """Which epoch's adapter was kept, of how many, and what chose it."""
+    total = f"of {metrics.history[-1].epoch}" if metrics.history else ""
+    average = "" if metrics.ema is None else f"; average of the weights, decay {metrics.ema:g}"
+    if metrics.selected_on is None:
+        return "epoch", str(metrics.best_epoch), f"{total}, the last; nothing chose it{average}"
+    chosen_by = metrics.best_metric.replace("val_", "validation ").replace("_", " ")
+    return "best epoch", str(metrics.best_epoch), (f"{total}, by {chosen_by}" if total else "") + average
 
 
 def comparison_section(rows: list[ComparisonRow] | None) -> dict[str, Any] | None:
@@ -92,14 +94,25 @@ def curves_section(metrics: Metrics | None) -> list[Markup]:
             figures.loss_curves(metrics),
             "curve-loss",
             f"Loss by epoch; in epoch {last.epoch}, the last: training {plain_text(last.train_loss)}, "
-            f"validation {plain_text(last.val_loss)}.",
+            f"{metrics.selection} {plain_text(last.val_loss)}.",
         ),
-        _inline(
-            figures.accuracy_curves(metrics),
-            "curve-accuracy",
-            f"Validation accuracy by epoch; in the last, epoch {last.epoch}: {percent_text(last.val_accuracy)}.",
-        ),
+        *([] if metrics.selected_on is None else [_quality_curves(metrics)]),
     ]
+
+
+def _quality_curves(metrics: Metrics) -> Markup:
+    """What epochs are compared by, over the epochs."""
+    last = metrics.history[-1]
+    is_overlap = metrics.best_metric.endswith("_dice")
+    curves = figures.dice_curves if is_overlap else figures.accuracy_curves
+    name, what, value = (
+        ("curve-dice", "Dice", last.val_dice) if is_overlap else ("curve-accuracy", "accuracy", last.val_accuracy)
+    )
+    return _inline(
+        curves(metrics),
+        name,
+        f"{metrics.selection.capitalize()} {what} by epoch; in the last, epoch {last.epoch}: {percent_text(value)}.",
+    )
 
 
 def confusion_section(info: RunInfo, metrics: Metrics | None) -> dict[str, Any] | None:
@@ -107,7 +120,7 @@ def confusion_section(info: RunInfo, metrics: Metrics | None) -> dict[str, Any] 
     if metrics is None:
         return None
     split, scores = ("test", metrics.test) if metrics.test is not None else ("validation", metrics.val)
-    if scores is None or not scores.confusion:
+    if not isinstance(scores, Scores) or not scores.confusion:
         return None
     return {
         "split": split,
@@ -198,6 +211,8 @@ def allocation_section(
 
 def examples_section(folder: Path, info: RunInfo, images: ImageSource | None) -> dict[str, Any] | None:
     """Some images with what the model says about them."""
+    if info.task != "classification":
+        return None
     predictions = read_if_present(lambda run: read_predictions(run, len(info.classes)), folder, "predictions.json")
     if predictions is None or not predictions.items:
         return None

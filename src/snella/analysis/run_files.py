@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from snella.analysis.json_fields import FORMAT, Fields, read_fields
+from snella.analysis.scores import MaskScores, Scores, read_scores
 
 __all__ = [
     "FORMAT",
@@ -17,6 +18,8 @@ __all__ = [
     "AllocationStep",
     "ComparisonRow",
     "EpochRow",
+    "MaskPrediction",
+    "MaskPredictions",
     "MatrixInfo",
     "Metrics",
     "Prediction",
@@ -26,6 +29,7 @@ __all__ = [
     "read_allocation",
     "read_comparison",
     "read_if_present",
+    "read_mask_predictions",
     "read_metrics",
     "read_predictions",
     "read_run",
@@ -50,6 +54,7 @@ class RunInfo:
     versions: dict[str, Any]
     command: str
     error: str | None
+    task: str = "classification"
 
     @property
     def is_finished(self) -> bool:
@@ -58,28 +63,11 @@ class RunInfo:
 
 
 @dataclass(frozen=True)
-class Scores:
-    """Result on one split; `confusion[i][j]` counts images of class i taken for class j."""
-
-    accuracy: float
-    balanced_accuracy: float
-    loss: float
-    confusion: list[list[int]]
-
-    @property
-    def count(self) -> int:
-        """Number of images."""
-        return sum(map(sum, self.confusion))
-
-    @property
-    def standard_error(self) -> float:
-        """One standard error of the accuracy, sqrt(a (1 - a) / n)."""
-        return math.sqrt(self.accuracy * (1 - self.accuracy) / self.count) if self.count else math.nan
-
-
-@dataclass(frozen=True)
 class EpochRow:
-    """One epoch of training; NaN where a value was not measured."""
+    """One epoch of training; NaN where a value was not measured.
+
+    `val_…` is what the best epoch was chosen on: the test images where `Metrics.selected_on` says so.
+    """
 
     epoch: int
     train_loss: float
@@ -88,6 +76,8 @@ class EpochRow:
     val_balanced_accuracy: float
     lr: float
     budget: int | None
+    val_dice: float = math.nan
+    val_iou: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -102,8 +92,16 @@ class Metrics:
     adapter_bytes: int
     peak_rss_mib: float
     history: list[EpochRow]
-    val: Scores | None
-    test: Scores | None
+    val: Scores | MaskScores | None
+    test: Scores | MaskScores | None
+    protocol: str = "standard"
+    selected_on: str | None = "val"
+    ema: float | None = None
+
+    @property
+    def selection(self) -> str:
+        """The images that the best epoch was chosen on, in words."""
+        return "test" if self.selected_on == "test" else "validation"
 
 
 @dataclass(frozen=True)
@@ -175,6 +173,25 @@ class Predictions:
 
 
 @dataclass(frozen=True)
+class MaskPrediction:
+    """How well one image was segmented; NaN where nothing was to be found. `mask` is a file of the run's folder."""
+
+    index: int
+    name: str
+    dice: float
+    iou: float
+    mask: str | None
+
+
+@dataclass(frozen=True)
+class MaskPredictions:
+    """Segmented images of one split: `predictions.json`."""
+
+    split: str
+    items: list[MaskPrediction]
+
+
+@dataclass(frozen=True)
 class ComparisonRow:
     """One method of a comparison; NaN or None where a value was not measured."""
 
@@ -216,12 +233,14 @@ def read_run(run: str | Path) -> RunInfo:
         versions=fields.get("versions", dict, {}),
         command=fields.get("command", str, ""),
         error=fields.get("error", str, None),
+        task=fields.get("task", str, "classification"),
     )
 
 
 def read_metrics(run: str | Path) -> Metrics:
     """Read `metrics.json`; raises as `read_run`."""
     fields = read_fields(Path(run) / "metrics.json")
+    selected_on = fields.get("selected_on", str, None if "selected_on" in fields.values else "val")
     return Metrics(
         best_epoch=fields.get("best_epoch", int, None),
         best_metric=fields.get("best_metric", str, "val_accuracy"),
@@ -230,9 +249,12 @@ def read_metrics(run: str | Path) -> Metrics:
         adapted_weights=fields.get("adapted_weights", int, None),
         adapter_bytes=fields.get("adapter_bytes", int, 0),
         peak_rss_mib=fields.get("peak_rss_mib", float, math.nan),
-        history=[_epoch_row(row) for row in fields.each("history", [])],
-        val=_scores(fields, "val"),
-        test=_scores(fields, "test"),
+        history=[_epoch_row(row, selected_on or "val") for row in fields.each("history", [])],
+        val=read_scores(fields, "val"),
+        test=read_scores(fields, "test"),
+        protocol=fields.get("protocol", str, "standard"),
+        selected_on=selected_on,
+        ema=fields.get("ema", float, None),
     )
 
 
@@ -271,6 +293,24 @@ def read_predictions(run: str | Path, num_classes: int | None = None) -> Predict
     return Predictions(fields.get("split", str, "val"), items)
 
 
+def read_mask_predictions(run: str | Path) -> MaskPredictions:
+    """Read the `predictions.json` of a segmentation; raises as `read_run`."""
+    fields = read_fields(Path(run) / "predictions.json")
+    return MaskPredictions(
+        fields.get("split", str, "val"),
+        [
+            MaskPrediction(
+                row.get("index", int),
+                row.get("name", str, ""),
+                row.get("dice", float, math.nan),
+                row.get("iou", float, math.nan),
+                row.get("mask", str, None),
+            )
+            for row in fields.each("items")
+        ],
+    )
+
+
 def read_comparison(run: str | Path) -> list[ComparisonRow]:
     """Read the rows of `comparison.json`; raises as `read_run`."""
     fields = read_fields(Path(run) / "comparison.json")
@@ -292,30 +332,11 @@ def read_if_present(reader: Callable[[Path], R], run: str | Path, file: str) -> 
     return reader(Path(run)) if (Path(run) / file).exists() else None
 
 
-def _epoch_row(row: Fields) -> EpochRow:
-    """One entry of the metrics' history."""
-    names = ("train_loss", "val_loss", "val_accuracy", "val_balanced_accuracy", "lr")
-    values = {name: row.get(name, float, math.nan) for name in names}
+def _epoch_row(row: Fields, selected_on: str) -> EpochRow:
+    """One entry of the metrics' history, its `val_…` measured on the images that the best epoch was chosen on."""
+    names = ("train_loss", "val_loss", "val_accuracy", "val_balanced_accuracy", "val_dice", "val_iou", "lr")
+    values = {name: row.get(name.replace("val_", f"{selected_on}_"), float, math.nan) for name in names}
     return EpochRow(epoch=row.get("epoch", int), budget=row.get("budget", int, None), **values)
-
-
-def _scores(fields: Fields, split: str) -> Scores | None:
-    """Result on a split, None where it was not measured; the confusion matrix must be square."""
-    if fields.values.get(split) is None:
-        return None
-    scores = fields.inner(split)
-    confusion = scores.get("confusion", list, [])
-    if any(not isinstance(row, list) or len(row) != len(confusion) for row in confusion):
-        raise ValueError(
-            f"{fields.file}: '{split}.confusion' must be square, got {len(confusion)} rows of lengths "
-            f"{sorted({len(row) if isinstance(row, list) else 0 for row in confusion})}; run `snella evaluate` again"
-        )
-    return Scores(
-        accuracy=scores.get("accuracy", float),
-        balanced_accuracy=scores.get("balanced_accuracy", float, math.nan),
-        loss=scores.get("loss", float, math.nan),
-        confusion=[[int(count) for count in row] for row in confusion],
-    )
 
 
 def _matrix(row: Fields) -> MatrixInfo:

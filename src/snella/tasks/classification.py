@@ -1,15 +1,21 @@
 """Image classification: batches of (image, label), cross entropy, accuracies."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from sklearn.metrics import accuracy_score, confusion_matrix, recall_score
-from torch import Tensor
+from torch import Tensor, nn
+
+from snella.analysis.examples import ImageSource
+from snella.backbones import create_backbone
+from snella.data import ImageDataset, MaskDataset
+from snella.tasks.task import ResultTable
 
 
 @dataclass(frozen=True)
@@ -18,6 +24,11 @@ class ClassificationTask:
 
     num_classes: int
     label_smoothing: float = 0.0
+
+    name: ClassVar[str] = "classification"
+    head: ClassVar[str | None] = None
+    best_metric: ClassVar[str] = "val_accuracy"
+    settings: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         """Check both values at once."""
@@ -28,6 +39,28 @@ class ClassificationTask:
             faults.append(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
         if faults:
             raise ValueError("; ".join(faults))
+
+    @classmethod
+    def create(cls, classes: Sequence[str], *, label_smoothing: float = 0.0, **others: Any) -> "ClassificationTask":
+        """Make the task for some classes."""
+        return cls(len(classes), label_smoothing)
+
+    @staticmethod
+    def build_model(name: str, **options: Any) -> nn.Module:
+        """A timm model with a head of `num_classes`; arguments as for `create_backbone`."""
+        return create_backbone(name, **options)
+
+    def check_data(self, dataset: ImageDataset, spec: str) -> None:
+        """Refuse images with masks.
+
+        Raises:
+            ValueError: They are.
+        """
+        if isinstance(dataset, MaskDataset):
+            raise ValueError(
+                f"task must be segmentation for images with masks such as {spec}, got {self.name!r}; "
+                "add --task segmentation"
+            )
 
     def collate(self, items: Sequence[tuple[Tensor, int]]) -> dict[str, Tensor]:
         """Make a batch of transformed items.
@@ -88,6 +121,63 @@ class ClassificationTask:
             "loss": float(F.cross_entropy(self._scores(scores), torch.as_tensor(truth, dtype=torch.long))),
             "confusion": confusion_matrix(truth, predicted, labels=range(self.num_classes)).tolist(),
         }
+
+    def keep(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits in float32 and labels, as they are."""
+        return outputs.float(), labels
+
+    def verdicts(self, kept: ArrayLike) -> Tensor:
+        """Probabilities `[images, classes]` from logits."""
+        return self.probabilities(torch.as_tensor(np.asarray(kept)))
+
+    def items(self, dataset: ImageDataset, verdicts: Tensor, folder: Path) -> list[dict[str, Any]]:
+        """Label and probabilities of each image."""
+        return [
+            {"index": index, "name": name, "label": int(label), "probabilities": [round(p, 6) for p in row]}
+            for index, (name, label, row) in enumerate(
+                zip(dataset.names, dataset.labels, verdicts.tolist(), strict=True)
+            )
+        ]
+
+    def keep_examples(self, model: nn.Module, dataset: ImageDataset, verdicts: Tensor, folder: Path) -> None:
+        """Nothing: the report shows the images themselves."""
+
+    def pictures(self, dataset: ImageDataset, folder: Path) -> ImageSource:
+        """The images themselves."""
+        return dataset.image
+
+    def renumbered(self, label: int, numbers: Sequence[int]) -> int:
+        """The class number `numbers[label]`."""
+        return numbers[label]
+
+    def epoch_row(self, scores: Mapping[str, Any]) -> dict[str, float]:
+        """Both accuracies."""
+        return {"val_accuracy": scores["accuracy"], "val_balanced_accuracy": scores["balanced_accuracy"]}
+
+    def rank(self, row: Mapping[str, Any]) -> tuple[float, float]:
+        """Higher validation accuracy first, then lower validation loss."""
+        return row["val_accuracy"], -row["val_loss"]
+
+    def epoch_text(self, row: Mapping[str, Any]) -> str:
+        """Both accuracies."""
+        return f"accuracy {row['val_accuracy']:.4f}  balanced {row['val_balanced_accuracy']:.4f}"
+
+    def final_text(self, val: Mapping[str, Any], test: Mapping[str, Any] | None) -> str:
+        """Accuracies."""
+        text = "" if test is None else f", test {test['accuracy']:.4f} (balanced {test['balanced_accuracy']:.4f})"
+        return f"validation {val['accuracy']:.4f}{text}"
+
+    def result_text(self, scores: Mapping[str, Any]) -> str:
+        """Both accuracies and the loss."""
+        return (
+            f"accuracy {scores['accuracy']:.4f}, balanced accuracy {scores['balanced_accuracy']:.4f}, "
+            f"loss {scores['loss']:.4f}"
+        )
+
+    def result_table(self, scores: Mapping[str, Any], classes: Sequence[str]) -> ResultTable:
+        """The confusion matrix."""
+        rows = [[name, *map(str, row)] for name, row in zip(classes, scores["confusion"], strict=True)]
+        return ResultTable("true class (rows) and predicted class (columns)", ["", *classes], rows)
 
     @staticmethod
     def _scores(logits: Tensor) -> Tensor:

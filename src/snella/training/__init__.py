@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from snella.training.demo import run_demo
     from snella.training.evaluating import evaluate
     from snella.training.loading import LoadedRun, load_run
-    from snella.training.merging import merge
+    from snella.training.merging import load_merged, merge
     from snella.training.predicting import predict
     from snella.training.run_folder import RunFolder
     from snella.training.running import train
@@ -26,6 +26,7 @@ _HOMES = {
     "TrainConfig": "config",
     "TrainingInterrupted": "stopping",
     "evaluate": "evaluating",
+    "load_merged": "merging",
     "load_run": "loading",
     "merge": "merging",
     "predict": "predicting",
@@ -41,6 +42,7 @@ __all__ = [
     "TrainConfig",
     "TrainingInterrupted",
     "evaluate",
+    "load_merged",
     "load_run",
     "merge",
     "predict",

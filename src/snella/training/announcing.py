@@ -10,7 +10,8 @@ from snella import SnellaConfig
 from snella.training.assembly import Assembly
 from snella.training.config import TrainConfig
 from snella.training.console import counted, print_rows
-from snella.training.memory import estimate_bytes
+from snella.training.memory import predict_step_memory
+from snella.training.protocol import protocol_of
 from snella.training.results import matrices_of, trainable_parameters
 
 
@@ -28,18 +29,30 @@ def announce(console: Console, config: TrainConfig, parts: Assembly) -> None:
     batch = config.images_per_step
     steps = counted(-(-len(splits.train) // batch), "step")
     device = next(model.parameters()).device
-    estimate = estimate_bytes(model, (size[0], size[1], size[2]), batch) / 2**20
+    memory = predict_step_memory(model, (size[0], size[1], size[2]), batch).total / 2**20
     rows = [
         ("data", splits.description),
         ("classes", f"{len(splits.classes)}: {classes}"),
         *(("note", note) for note in splits.notes),
+        *_protocol_rows(config),
         ("backbone", f"{config.backbone}, {_count(model):,} weights, images of {size[1]}×{size[2]} px"),
         ("method", f"{config.method}, {trainable_parameters(model):,} trainable parameters{_adapted(model)}"),
         *([("budget", _budgets(model))] if matrices_of(model) else []),
         ("training", f"{counted(config.epochs, 'epoch')} of {steps}, {counted(batch, 'image')} each, on {device}"),
-        ("memory", f"about {estimate:,.0f} MiB for weights, gradients, optimiser and a batch (estimated)"),
+        ("memory", f"about {memory:,.0f} MiB for weights, gradients, optimiser and a batch (estimated)"),
     ]
     print_rows(console, rows)
+
+
+def _protocol_rows(config: TrainConfig) -> list[tuple[str, str]]:
+    """How the kept weights are chosen, where that is not the usual way."""
+    protocol = protocol_of(config.protocol)
+    rows = [] if protocol.name == "standard" else [("protocol", f"{protocol.name}: {protocol.summary}")]
+    if protocol.warning:
+        rows.append(("warning", protocol.warning))
+    if config.ema is not None:
+        rows.append(("average", f"exponential moving average of the trained weights, decay {config.ema:g}"))
+    return rows
 
 
 def _count(model: nn.Module) -> int:

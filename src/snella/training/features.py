@@ -44,14 +44,18 @@ class FeatureDataset(Dataset[tuple[Tensor, int]]):
 
 def can_cache_features(config: TrainConfig, model: nn.Module) -> bool:
     """Whether nothing before the head changes during training: a linear probe of a timm model without augmentation."""
-    has_features = all(callable(getattr(model, name, None)) for name in ("forward_features", "forward_head"))
     return (
         spec_of(model).family == "linear"
         and config.augment == "none"
-        and has_features
+        and has_timm_features(model)
         and isinstance(model.get_submodule(spec_of(model).head), nn.Linear)
         and not _draws_random_numbers(model)
     )
+
+
+def has_timm_features(model: nn.Module) -> bool:
+    """Whether the model says its pooled features in timm's way."""
+    return all(callable(getattr(model, name, None)) for name in ("forward_features", "forward_head"))
 
 
 def _draws_random_numbers(model: nn.Module) -> bool:
@@ -68,7 +72,8 @@ def cache_features(parts: Assembly, config: TrainConfig) -> nn.Module:
         config: Resolved settings; the batch size and the workers count.
     """
     parts.splits.train = _featurise(parts.model, parts.splits.train, config)
-    parts.splits.val = _featurise(parts.model, parts.splits.val, config)
+    if parts.splits.val is not None:
+        parts.splits.val = _featurise(parts.model, parts.splits.val, config)
     if parts.splits.test is not None:
         parts.splits.test = _featurise(parts.model, parts.splits.test, config)
     return parts.model.get_submodule(spec_of(parts.model).head)
@@ -76,12 +81,12 @@ def cache_features(parts: Assembly, config: TrainConfig) -> nn.Module:
 
 def _featurise(model: nn.Module, images: ImageDataset, config: TrainConfig) -> ImageDataset:
     """The data set with features for images."""
-    features = torch.cat(list(_features(model, images, config)))
+    features = torch.cat(list(pooled_features(model, images, config)))
     return FeatureDataset(images, features)  # type: ignore[return-value]
 
 
 @torch.no_grad()
-def _features(model: nn.Module, images: ImageDataset, config: TrainConfig) -> Iterator[Tensor]:
+def pooled_features(model: nn.Module, images: ImageDataset, config: TrainConfig) -> Iterator[Tensor]:
     """Pooled features of one batch after the other, on the CPU."""
     device = next(model.parameters()).device
     model.eval()

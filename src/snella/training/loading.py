@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from snella.analysis.run_files import read_run
 from snella.data import build_transform
 from snella.methods import load_trained
+from snella.tasks import Task, create_task
 from snella.training.assembly import choose_device, make_backbone
 from snella.training.run_folder import RunFolder
 
@@ -23,6 +24,7 @@ class LoadedRun:
     model: nn.Module
     transform: Callable[..., Tensor]
     classes: list[str]
+    task: Task
     info: dict[str, Any]
 
     @property
@@ -50,6 +52,16 @@ def load_run(run: str | Path | RunFolder, device: str = "auto") -> LoadedRun:
     info = folder.read_json("run.json")
     read_run(folder.path)
     folder.check_adapter()
-    model = load_trained(folder.adapter, make_backbone(info["backbone"])).to(choose_device(device))
+    task = task_of(info)
+    model = load_trained(folder.adapter, make_backbone(info["backbone"], task.name)).to(choose_device(device))
     transform = build_transform(info["data_config"], train=False, augment="none")
-    return LoadedRun(folder, model, transform, list(info["classes"]), info)
+    return LoadedRun(folder, model, transform, list(info["classes"]), task, info)
+
+
+def task_of(info: dict[str, Any]) -> Task:
+    """The task of a run; runs that do not tell were classification.
+
+    Args:
+        info: Content of `run.json`.
+    """
+    return create_task(info.get("task", "classification"), info["classes"])

@@ -1,7 +1,44 @@
-"""How much memory training will take, estimated from what one forward pass keeps for the backward pass."""
+"""How much memory a training step will take, predicted from what two small forward passes keep."""
+
+import math
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+
+from snella.training.forward_record import Call, ForwardRecord, record_forward, working_modules
+from snella.tuner.layer import SnellaLayer
+
+_FEW, _MORE = 2, 3
+"""Images of the two passes. One alone is no sample: batch norm refuses it, and an axis of length 1 needs no copies."""
+_ROWS_OF_TILE, _COLUMNS_OF_TILE = 32, 64  # of the Triton kernels: each tile has its own partial gradients
+_EAGER_MATRICES = 14  # that torch operations need at once beside `ΔW` in the default kernel's backward pass; measured
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Peak memory of one training step with AdamW, in bytes, and what it is made of.
+
+    `total` is the most that is there at one time, which is less than the sum of the parts: the gradients appear while
+    what was kept is let go, and each temporary tensor has its own moment.
+
+    Args:
+        weights: Parameters and buffers.
+        gradients: One value for each trained parameter, after the backward pass.
+        optimizer_state: AdamW's two moments.
+        kept: What the forward pass keeps for the backward pass.
+        temporary: The largest set of temporary tensors of one module or of the optimiser: gradients of activations,
+            an effective weight, `ΔW`, a weight's gradient that is not a parameter's.
+        total: Peak.
+    """
+
+    weights: int
+    gradients: int
+    optimizer_state: int
+    kept: int
+    temporary: int
+    total: int
 
 
 def saved_bytes(model: nn.Module, images: Tensor) -> int:
@@ -11,47 +48,102 @@ def saved_bytes(model: nn.Module, images: Tensor) -> int:
         model: Left as it was: mode, buffers and the random state are restored.
         images: `[batch, channels, height, width]` on the model's device.
     """
-    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
-    sizes: dict[int, int] = {}
-    keep_alive: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        parts = [tensor._indices(), tensor._values()] if tensor.layout == torch.sparse_coo else [tensor]
-        for storage in (part.untyped_storage() for part in parts):
-            if storage.data_ptr() not in own:
-                sizes[storage.data_ptr()] = storage.nbytes()
-                keep_alive.append(tensor)
-        return tensor
-
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    was_training = model.training
-    devices = [images.device] if images.is_cuda else []
-    with torch.random.fork_rng(devices), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model.train()
-        model(images)
-    model.train(was_training)
-    for name, buffer in model.named_buffers():
-        buffer.copy_(buffers[name])
-    return sum(sizes.values())
+    return record_forward(model, images).kept
 
 
-def estimate_bytes(model: nn.Module, image_shape: tuple[int, int, int], batch_size: int) -> int:
-    """Memory of training: parameters and buffers, gradients, AdamW's two moments, and what a batch keeps.
+def predict_step_memory(
+    model: nn.Module, image_shape: tuple[int, int, int], batch_size: int, *, device_type: str | None = None
+) -> StepMemory:
+    """Predict the peak memory of one training step: forward, backward, AdamW.
 
-    total = weights + 3 · trainable + base + batch_size · per_image, the last two from forward passes of 2 and 3 images.
-    Libraries, the allocator's rounding and temporary tensors come on top.
+        at module i of the backward pass:  kept_until(i) + gradients(i, i+1, …) + temporary(i)
+        at the optimiser's step:           gradients + temporary(AdamW)
+        total = weights + optimizer_state + images + max of these
+
+    `kept_until` and the activations' part of `temporary` are linear in the batch; forward passes of 2 and 3 images give
+    the line. Libraries, the allocator's rounding and workspaces come on top; the latter count where convolutions are
+    trained in full on the CPU.
 
     Args:
-        model: From `build_method`, on the device where it will train.
+        model: From `build_method`, on any device.
         image_shape: `(channels, height, width)`.
         batch_size: Images per step.
+        device_type: Where it will train, `"cpu"` or `"cuda"`, which have temporary tensors of their own; the model's
+            device if None.
     """
+    few, more = _two_passes(model, image_shape)
+    device_type = device_type or next(model.parameters()).device.type
+    modules = working_modules(model)
+    last_call = {name: (name, number) for name, number in few.calls}
+    still_to_come: dict[Call, int] = {}
+    gradients = 0
+    for call in reversed(few.calls):
+        gradients += _trained_bytes(modules[call[0]]) if call == last_call[call[0]] else 0
+        still_to_come[call] = gradients
+    gradients = _trained_bytes(model)
+    kept = _on_line(few.kept, more.kept, batch_size)
+    of_step = _step_temporary(model, device_type)
+    temporary, peak = of_step, max(kept, gradients + of_step)
+    for call in few.calls.keys() & more.calls.keys():
+        one, two = few.calls[call], more.calls[call]
+        own = _on_line(one.passed, two.passed, batch_size) + _matrix_temporary(modules[call[0]], device_type)
+        temporary = max(temporary, own)
+        peak = max(peak, _on_line(one.kept, two.kept, batch_size) + still_to_come[call] + own)
+    if not few.keeps_images:
+        peak += batch_size * math.prod(image_shape) * next(model.parameters()).element_size()
+    weights = _bytes([*model.parameters(), *model.buffers()])
+    return StepMemory(weights, gradients, 2 * gradients, kept, temporary, weights + 2 * gradients + peak)
+
+
+def _two_passes(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[ForwardRecord, ForwardRecord]:
+    """What forward passes of few images and of one more keep."""
     first = next(model.parameters())
     with torch.random.fork_rng([first.device] if first.is_cuda else []):
-        images = torch.randn(3, *image_shape, device=first.device)
-    two, three = saved_bytes(model, images[:2].contiguous()), saved_bytes(model, images)
-    per_image = max(three - two, 0)
-    base = max(two - 2 * per_image, 0)
-    held = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    return held + 3 * trained + base + batch_size * per_image
+        images = torch.randn(_MORE, *image_shape, device=first.device, dtype=first.dtype)
+    return record_forward(model, images[:_FEW].clone()), record_forward(model, images)
+
+
+def _on_line(few: int, more: int, batch_size: int) -> int:
+    """The value at `batch_size` of the line through those of the two passes."""
+    per_image = max(more - few, 0) // (_MORE - _FEW)
+    return max(few - _FEW * per_image, 0) + batch_size * per_image
+
+
+def _matrix_temporary(module: nn.Module, device_type: str) -> int:
+    """Bytes of the weight-sized tensors that an adapted layer makes and lets go within one pass, the larger of both.
+
+    The weight's gradient takes the place of the effective weight. Compiled loops write `ΔW` in the forward pass alone,
+    to find its threshold; Triton kernels and torch operations merge it in both passes.
+    """
+    if not isinstance(module, SnellaLayer) or module.merged or module.disable_adapters:
+        return 0
+    entries, weight = module.out_features * module.in_features, cast(Tensor, module.get_base_layer().weight)
+    largest = 0
+    for name in module.active_adapters:
+        if name not in module.snella_A:
+            continue
+        backend = module.backend(name).split("'")[1]
+        float32 = entries
+        if backend == "triton" or (backend == "numba" and device_type == "cuda"):
+            rank = module.snella_A[name].shape[-1]
+            float32 += entries * rank // _ROWS_OF_TILE + entries * rank // _COLUMNS_OF_TILE
+        elif backend != "numba":
+            float32 += _EAGER_MATRICES * max(module.row_counts[name]) * module.in_features
+        largest = max(largest, 4 * float32)
+    return largest + entries * weight.element_size() if largest else 0
+
+
+def _step_temporary(model: nn.Module, device_type: str) -> int:
+    """Bytes that AdamW makes and lets go: a denominator for all parameters at once on a GPU, else one by one, twice."""
+    sizes = [_bytes([p]) for p in model.parameters() if p.requires_grad]
+    return sum(sizes) if device_type == "cuda" else 2 * max(sizes, default=0)
+
+
+def _trained_bytes(module: nn.Module) -> int:
+    """Bytes of the parameters that learn."""
+    return _bytes([p for p in module.parameters() if p.requires_grad])
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    """Bytes of their values."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

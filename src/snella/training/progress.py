@@ -8,7 +8,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from snella import SnellaCallback
-from snella.training.results import rank_of_epoch
+from snella.tasks import Task
+from snella.training.protocol import RunProtocol
 
 
 class ProgressDisplay(TrainerCallback):
@@ -16,6 +17,8 @@ class ProgressDisplay(TrainerCallback):
 
     Args:
         console: Where to write; the bar appears only if it is a terminal.
+        task: How an epoch's results read and rank.
+        protocol: What chooses the best epoch.
         total_weights: Adapted weights, to give the budget as a share; None without budgets.
         allocation: The callback that owns the allocator; None without budgets.
         show_bar: Whether a bar is wanted.
@@ -24,11 +27,14 @@ class ProgressDisplay(TrainerCallback):
     def __init__(
         self,
         console: Console,
+        task: Task,
+        protocol: RunProtocol,
         total_weights: int | None = None,
         allocation: SnellaCallback | None = None,
         show_bar: bool = True,
     ) -> None:
         self.console = console
+        self.task, self.protocol = task, protocol
         self.total_weights = total_weights
         self.allocation = allocation
         self.show_bar = show_bar and console.is_terminal
@@ -41,7 +47,7 @@ class ProgressDisplay(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start the bar where the run stands."""
-        past = [rank_of_epoch(row) for row in state.log_history if "val_accuracy" in row]
+        past = [self.protocol.rank(row, self.task.rank) for row in state.log_history if "budget" in row]
         self._best = max(past, default=self._best)
         if self.show_bar and state.is_world_process_zero:
             columns = (
@@ -68,12 +74,15 @@ class ProgressDisplay(TrainerCallback):
         """Write the epoch's line."""
         if not state.is_world_process_zero:
             return
-        is_best = rank_of_epoch(metrics) >= self._best
-        self._best = max(self._best, rank_of_epoch(metrics))
+        rank = self.protocol.rank(metrics, self.task.rank)
+        self._best, is_best = max(self._best, rank), rank >= self._best
+        part, shown = self.protocol.selected_on, ""
+        if part is not None and f"{part}_loss" in metrics:
+            text = self.task.epoch_text(self.protocol.unnamed(metrics))
+            shown = f"  {part} loss {metrics[f'{part}_loss']:.4f}  {text}"
         self.console.print(
-            f"epoch {round(state.epoch):>3}/{state.num_train_epochs}  loss {metrics['train_loss']:.4f}  "
-            f"val loss {metrics['val_loss']:.4f}  accuracy {metrics['val_accuracy']:.4f}  "
-            f"balanced {metrics['val_balanced_accuracy']:.4f}{self._budget()}{'  best' if is_best else ''}",
+            f"epoch {round(state.epoch):>3}/{state.num_train_epochs}  loss {metrics['train_loss']:.4f}"
+            f"{shown}{self._budget()}{'  best' if shown and is_best else ''}",
             highlight=False,
             soft_wrap=True,
         )

@@ -5,9 +5,11 @@ from pathlib import Path
 from rich.console import Console
 
 from snella.analysis import write_report
+from snella.analysis.examples import ImageSource
 from snella.data import ImageDataset
 from snella.training.assembly import load_splits
 from snella.training.console import make_console
+from snella.training.loading import task_of
 from snella.training.run_folder import RunFolder
 from snella.training.split_identity import check_splits, find_data
 
@@ -28,9 +30,11 @@ def refresh_report(run: str | Path, console: Console | None = None) -> Path:
         FileNotFoundError: This is not the folder of a run.
     """
     folder = RunFolder(run)
-    stored = folder.read_json("run.json").get("data", {})
+    info = folder.read_json("run.json")
+    stored = info.get("data", {})
     try:
-        images = _validation_images(folder, stored).image
+        shown = _shown_images(folder, stored)
+        images: ImageSource | None = None if shown is None else task_of(info).pictures(shown, folder.path)
     except (OSError, ValueError, ImportError) as fault:
         (console or make_console()).print(
             f"note: the report has no pictures: {fault}", highlight=False, soft_wrap=True, markup=False
@@ -39,10 +43,10 @@ def refresh_report(run: str | Path, console: Console | None = None) -> Path:
     return write_report(folder.path, images)
 
 
-def _validation_images(folder: RunFolder, stored: dict[str, object]) -> ImageDataset:
+def _shown_images(folder: RunFolder, stored: dict[str, object]) -> ImageDataset | None:
     """The images that `predictions.json` is about."""
     config = folder.read_config()
     config.data = find_data(folder.path, str(config.data), stored)
     splits = load_splits(config)
     check_splits(folder.path, stored, splits)
-    return splits.val
+    return splits.test if splits.val is None else splits.val

@@ -3,21 +3,20 @@
 import math
 import platform
 import resource
-import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 
 from snella import SnellaCallback
-from snella.data import ImageDataset
 from snella.methods import spec_of
 from snella.training.assembly import Assembly
-from snella.training.config import UNSTORED_FIELDS, TrainConfig
+from snella.training.config import TrainConfig
+from snella.training.settings import command_line
 from snella.training.split_identity import digest_of, folder_of, sizes_of
 from snella.tuner.matrices import AdaptedMatrix, adapted_matrices
 
@@ -28,6 +27,9 @@ def describe_run(config: TrainConfig, parts: Assembly) -> dict[str, Any]:
     """The entries of `run.json` but for the status."""
     splits = parts.splits
     return {
+        "task": parts.task.name,
+        "protocol": config.protocol,
+        "ema": config.ema,
         "method": config.method,
         "method_options": config.options_of_method(),
         "backbone": parts.backbone,
@@ -49,17 +51,7 @@ def describe_run(config: TrainConfig, parts: Assembly) -> dict[str, Any]:
 
 def command_of(config: TrainConfig) -> str:
     """The command line that gives these settings; defaults are left out."""
-    default = TrainConfig(data="-", backbone="-", out="-")
-    words = ["snella", "train"]
-    for name, value in config.as_dict().items():
-        if name in UNSTORED_FIELDS or value is None or value == getattr(default, name):
-            continue
-        option = "--" + name.replace("_", "-")
-        if isinstance(value, dict):
-            words += [word for key, inner in value.items() for word in (f"{option}.{key}", str(inner))]
-        else:
-            words += [option, str(value).lower() if isinstance(value, bool) else str(value)]
-    return shlex.join(words)
+    return command_line(config, TrainConfig(data="-", backbone="-", out="-"), "train")
 
 
 def matrices_of(model: nn.Module) -> list[AdaptedMatrix]:
@@ -99,27 +91,9 @@ def describe_allocation(model: nn.Module, callback: SnellaCallback) -> dict[str,
     }
 
 
-def describe_predictions(dataset: ImageDataset, probabilities: Tensor, split: str) -> dict[str, Any]:
-    """The content of `predictions.json`."""
-    return {
-        "split": split,
-        "items": [
-            {"index": index, "name": name, "label": int(label), "probabilities": [round(p, 6) for p in row]}
-            for index, (name, label, row) in enumerate(
-                zip(dataset.names, dataset.labels, probabilities.tolist(), strict=True)
-            )
-        ],
-    }
-
-
-def best_epoch(history: Sequence[dict[str, Any]]) -> int:
-    """The epoch of the highest rank, the latest of equals."""
-    return int(max(history, key=lambda row: (rank_of_epoch(row), row["epoch"]))["epoch"])
-
-
-def rank_of_epoch(row: Mapping[str, Any]) -> tuple[float, float]:
-    """What epochs are compared by: higher validation accuracy first, then lower validation loss."""
-    return row["val_accuracy"], -row["val_loss"]
+def best_epoch(history: Sequence[dict[str, Any]], rank: Callable[[Mapping[str, Any]], tuple[float, float]]) -> int:
+    """The epoch of the highest rank, the latest of equals; see `RunProtocol.rank`."""
+    return int(max(history, key=lambda row: (rank(row), row["epoch"]))["epoch"])
 
 
 def folder_bytes(folder: Path) -> int:

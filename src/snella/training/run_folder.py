@@ -3,14 +3,17 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args
 
 import yaml
 
 from snella.training.atomic_files import write_json, write_text
-from snella.training.config import SESSION_FIELDS, UNSTORED_FIELDS, TrainConfig
+from snella.training.config import TrainConfig
+from snella.training.settings import SESSION_FIELDS, UNSTORED_FIELDS, RunSettings
 
 Status = Literal["running", "interrupted", "failed", "finished"]
+
+S = TypeVar("S", bound=RunSettings)
 
 FORMAT = 1
 _FILES = (
@@ -22,7 +25,7 @@ _FILES = (
     "comparison.json",
     "report.html",
 )
-_FOLDERS = ("adapter", "checkpoints", "commands")
+_FOLDERS = ("adapter", "checkpoints", "commands", "masks", "selection")
 _WAY_OUT = "copy the file again, or train again with `--overwrite`"
 
 
@@ -31,12 +34,21 @@ def status_text(status: Status) -> str:
     return "running or killed" if status == "running" else status
 
 
-class RunFolder:
+class RunFolderOf(Generic[S]):
     """Paths and small files of one run.
 
     Args:
         path: The folder; need not exist yet.
+
+    Attributes:
+        settings_type: Class of the run's settings.
+        files: Files at its top that are the run's own.
+        folders: Folders at its top that are the run's own.
     """
+
+    settings_type: type[S]
+    files: ClassVar[tuple[str, ...]] = _FILES
+    folders: ClassVar[tuple[str, ...]] = _FOLDERS
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -91,11 +103,11 @@ class RunFolder:
             run["error"] = error
         self.write_json("run.json", run)
 
-    def write_config(self, config: TrainConfig) -> None:
+    def write_config(self, config: S) -> None:
         """Write `config.yaml`: the settings of the run, not those of one call such as `overwrite`."""
         write_text(self.path / "config.yaml", yaml.safe_dump(config.stored(), sort_keys=False))
 
-    def read_config(self) -> TrainConfig:
+    def read_config(self) -> S:
         """The configuration that the run was started with.
 
         Raises:
@@ -107,7 +119,7 @@ class RunFolder:
             raise FileNotFoundError(f"no file {path}: this is not the folder of a run")
         try:
             values = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
-            return TrainConfig(**{name: value for name, value in values.items() if name not in UNSTORED_FIELDS})
+            return self.settings_type(**{name: value for name, value in values.items() if name not in UNSTORED_FIELDS})
         except (TypeError, UnicodeDecodeError, yaml.YAMLError) as fault:
             raise ValueError(f"{path} is damaged: {fault}; train again with `--overwrite`") from None
 
@@ -127,7 +139,7 @@ class RunFolder:
         state = status_text(self.status) if self.status else "not begun"
         raise FileNotFoundError(f"{self.path} holds no adapter yet (status {state}); finish the run with --resume")
 
-    def settle(self, config: TrainConfig) -> TrainConfig:
+    def settle(self, config: S) -> S:
         """Decide what to train, before anything is loaded or written.
 
         Args:
@@ -142,14 +154,15 @@ class RunFolder:
             ValueError: `resume` with settings that differ from the stored ones.
         """
         status = self.status
-        if config.resume and status is not None:
+        asked: Any = config
+        if asked.resume and status is not None:
             return self._resumed(config)
-        if config.resume and not (config.data and config.backbone):
+        if asked.resume and not all(getattr(config, name) for name in config.needed):
             raise FileNotFoundError(
                 f"resume must name the folder of a run, got {self.path}, which holds none; "
-                "give data and backbone to start one"
+                f"give {' and '.join(config.needed)} to start one"
             )
-        if status is not None and not config.overwrite:
+        if status is not None and not asked.overwrite:
             state, hint = (
                 ("a finished run", "")
                 if status == "finished"
@@ -162,25 +175,27 @@ class RunFolder:
             raise FileExistsError(f"out={self.path} holds files but no run; choose an empty or a new folder")
         return config.resolved()
 
-    def create(self, config: TrainConfig) -> None:
+    def create(self, config: S) -> None:
         """Start a run: remove the old one, make the folders, write `config.yaml`."""
         self._clear()
         self.path.mkdir(parents=True, exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
         self.write_config(config)
 
-    def _resumed(self, config: TrainConfig) -> TrainConfig:
+    def _resumed(self, config: S) -> S:
         """The stored settings, if what was asked for does not contradict them; `data` may say where it lies now."""
         stored = self.read_config()
-        if config.data and self.read_json("run.json").get("data", {}).get("digest"):
-            stored.data = config.data
+        data = getattr(config, "data", None)
+        if data and self.read_json("run.json").get("data", {}).get("digest"):
+            setattr(stored, "data", data)  # noqa: B010 - a field of the subclass
         differences = config.differences(stored)
         if differences:
             raise ValueError(
                 f"resume continues {self.path} with its own settings, but {'; '.join(differences)}; leave them out"
             )
         for name in SESSION_FIELDS:
-            setattr(stored, name, getattr(config, name))
+            if hasattr(config, name):
+                setattr(stored, name, getattr(config, name))
         return stored
 
     def _holds_strangers(self) -> bool:
@@ -189,14 +204,20 @@ class RunFolder:
             return False
         if not self.path.is_dir():
             return True
-        ours = {*_FILES, *_FOLDERS}
+        ours = {*self.files, *self.folders}
         strangers = [e for e in self.path.iterdir() if e.name not in ours and not e.name.startswith(".")]
         return any(not (entry / "run.json").is_file() for entry in strangers)
 
     def _clear(self) -> None:
         """Remove a run, and only what belongs to it."""
-        for name in _FILES:
+        for name in self.files:
             (self.path / name).unlink(missing_ok=True)
-        for name in _FOLDERS:
+        for name in self.folders:
             if (self.path / name).exists():
                 shutil.rmtree(self.path / name)
+
+
+class RunFolder(RunFolderOf[TrainConfig]):
+    """The folder of a run of `snella train`."""
+
+    settings_type = TrainConfig

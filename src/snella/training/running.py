@@ -1,23 +1,29 @@
 """One training run, from settings to report."""
 
 import time
+from typing import Any
 
 from rich.console import Console
 
 from snella import SnellaCallback
 from snella.analysis import write_report
+from snella.data import DataSplits, ImageDataset
 from snella.methods import load_trained_into
+from snella.methods.adalora import is_adalora
+from snella.tasks import Task
 from snella.training.announcing import announce
 from snella.training.assembly import Assembly, assemble
 from snella.training.checkpoints import check_complete, latest_checkpoint, remove_incomplete
 from snella.training.config import TrainConfig
 from snella.training.console import make_console
 from snella.training.features import cache_features, can_cache_features
+from snella.training.head_start import start_head_from_probe
 from snella.training.progress import ProgressDisplay
+from snella.training.protocol import RunProtocol, protocol_of
+from snella.training.rank_callback import RankCallback
 from snella.training.results import (
     best_epoch,
     describe_allocation,
-    describe_predictions,
     describe_run,
     folder_bytes,
     matrices_of,
@@ -25,12 +31,23 @@ from snella.training.results import (
     trainable_parameters,
 )
 from snella.training.run_folder import RunFolder
+from snella.training.selection import store_selection
 from snella.training.split_identity import check_splits, find_data
+from snella.training.step_costs import StepCosts
 from snella.training.stopping import InterruptCallback, TrainingInterrupted
 from snella.training.trainer import SnellaTrainer
 
+_MOST_PREDICTIONS = 5_000  # of a benchmark's test part they would fill hundreds of megabytes
 
-def train(config: TrainConfig, console: Console | None = None) -> RunFolder:
+
+def train(
+    config: TrainConfig,
+    console: Console | None = None,
+    *,
+    measure_test: bool = True,
+    keep_checkpoints: bool = True,
+    draw_report: bool = True,
+) -> RunFolder:
     """Fine-tune a backbone and leave a complete run folder behind.
 
     The best epoch is chosen on validation; the test images are measured once, at the end, with its adapter.
@@ -38,6 +55,9 @@ def train(config: TrainConfig, console: Console | None = None) -> RunFolder:
     Args:
         config: What to do. With `resume` a stored run goes on from its last checkpoint, with its own settings.
         console: Where to write; standard output if None.
+        measure_test: False leaves the test images untouched, for runs that only choose settings.
+        keep_checkpoints: False saves no state to resume from after each epoch, for short runs.
+        draw_report: False leaves the report page out; `snella inspect --report` draws it later.
 
     Returns:
         The folder, its run finished.
@@ -61,7 +81,7 @@ def train(config: TrainConfig, console: Console | None = None) -> RunFolder:
     stored = run.read_json("run.json").get("data", {}) if is_resumed else {}
     if is_resumed:
         config.data = find_data(run.path, str(config.data), stored)
-    parts = assemble(config)
+    parts = assemble(config, run.path if is_resumed else None, console)
     check_splits(run.path, stored, parts.splits)
     config = config.fitted_to(len(parts.splits.train))
     if is_resumed:
@@ -69,14 +89,18 @@ def train(config: TrainConfig, console: Console | None = None) -> RunFolder:
     else:
         run.create(config)
     run.checkpoints.mkdir(exist_ok=True)
+    store_selection(run.path, config.method, parts.model)
     run.update("running", **describe_run(config, parts))
     announce(console, config, parts)
+    if not measure_test:
+        parts.splits.test = None
+    costs = StepCosts(next(parts.model.parameters()).device)
     try:
         with InterruptCallback() as interrupt:
-            trainer = _fit(config, parts, run, interrupt, console)
+            trainer = _fit(config, parts, run, interrupt, console, costs, keep_checkpoints)
         if trainer.state.global_step < trainer.state.max_steps:
             raise KeyboardInterrupt
-        _finish(trainer, parts, run, console)
+        _finish(trainer, parts, run, console, costs, draw_report)
     except KeyboardInterrupt:
         saved = latest_checkpoint(run.checkpoints)
         where = f"saved as {saved}" if saved else "no checkpoint was written yet"
@@ -90,19 +114,39 @@ def train(config: TrainConfig, console: Console | None = None) -> RunFolder:
 
 
 def _fit(
-    config: TrainConfig, parts: Assembly, run: RunFolder, interrupt: InterruptCallback, console: Console
+    config: TrainConfig,
+    parts: Assembly,
+    run: RunFolder,
+    interrupt: InterruptCallback,
+    console: Console,
+    costs: StepCosts,
+    keep_checkpoints: bool,
 ) -> SnellaTrainer:
     """Train, from the last checkpoint if there is one."""
     remove_incomplete(run.checkpoints)
     checkpoint = latest_checkpoint(run.checkpoints)
     matrices = matrices_of(parts.model)
     allocation = SnellaCallback() if matrices else None
-    display = ProgressDisplay(console, sum(m.size for m in matrices) or None, allocation, config.progress)
-    callbacks = [*([allocation] if allocation else []), interrupt, display]
+    protocol = protocol_of(config.protocol)
+    weights = sum(m.size for m in matrices) or None
+    display = ProgressDisplay(console, parts.task, protocol, weights, allocation, config.progress)
+    ranks = [RankCallback()] if is_adalora(parts.model) else []
+    callbacks = [*([allocation] if allocation else []), *ranks, interrupt, display, costs]
     start = time.monotonic()
+    if config.head_start == "probe" and checkpoint is None:
+        start_head_from_probe(parts, config)
     trained_part = cache_features(parts, config) if can_cache_features(config, parts.model) else None
     trainer = SnellaTrainer(
-        parts.model, config, parts.task, parts.splits.train, parts.splits.val, run, callbacks, trained_part, start
+        parts.model,
+        config,
+        parts.task,
+        parts.splits.train,
+        protocol.selection_part(parts.splits),
+        run,
+        callbacks,
+        trained_part,
+        start,
+        keep_checkpoints,
     )
     display.last_loss = lambda: trainer.last_loss
     if checkpoint is not None:
@@ -115,40 +159,53 @@ def _fit(
     return trainer
 
 
-def _finish(trainer: SnellaTrainer, parts: Assembly, run: RunFolder, console: Console) -> None:
+def _finish(
+    trainer: SnellaTrainer, parts: Assembly, run: RunFolder, console: Console, costs: StepCosts, draw_report: bool
+) -> None:
     """Measure the best adapter, write the results and the report."""
     train_s = trainer.elapsed_s
     splits, model = parts.splits, parts.model
     load_trained_into(model, run.adapter)
-    val, probabilities = trainer.score(splits.val)
-    test = None if splits.test is None else trainer.score(splits.test)[0]
+    protocol = trainer.protocol
+    measured = {name: trainer.score(part) for name, part in _parts_of(splits).items()}
+    val, test = (measured[name][0] if name in measured else None for name in ("val", "test"))
     matrices = matrices_of(model)
-    best = best_epoch(trainer.history)
+    best = best_epoch(trainer.history, lambda row: protocol.rank(row, parts.task.rank))
     callback = trainer.allocation_callback
     if callback is not None:
         run.write_json("allocation.json", describe_allocation(model, callback))
-    run.write_json("predictions.json", describe_predictions(splits.val, probabilities, "val"))
+    pictures = None
+    name, shown_part = ("val", splits.val) if splits.val is not None else ("test", splits.test)
+    if shown_part is not None and len(shown_part) <= _MOST_PREDICTIONS:
+        verdicts = measured[name][1]
+        parts.task.keep_examples(model, shown_part, verdicts, run.path)
+        items = parts.task.items(shown_part, verdicts, run.path)
+        run.write_json("predictions.json", {"split": name, "items": items})
+        pictures = parts.task.pictures(shown_part, run.path)
     run.write_json(
         "metrics.json",
         {
             "best_epoch": best,
-            "best_metric": "val_accuracy",
+            "protocol": protocol.name,
+            "selected_on": protocol.selected_on,
+            "best_metric": protocol.best_metric(parts.task.best_metric),
+            "ema": trainer.config.ema,
             "train_s": round(train_s, 3),
             "trainable_parameters": trainable_parameters(model),
             "adapted_weights": sum(m.size for m in matrices) if matrices else None,
             "adapter_bytes": folder_bytes(run.adapter),
             "peak_rss_mib": peak_rss_mib(),
+            **costs.summary(),
             "history": trainer.history,
             "val": val,
             "test": test,
         },
     )
     run.update("finished")
-    report = write_report(run.path, splits.val.image)
-    shown = f"validation {val['accuracy']:.4f}" + (
-        "" if test is None else f", test {test['accuracy']:.4f} (balanced {test['balanced_accuracy']:.4f})"
-    )
-    console.print(f"best epoch {best}: {shown}", highlight=False, soft_wrap=True)
+    report = write_report(run.path, pictures) if draw_report else None
+    console.print(_final_text(parts.task, protocol, best, val, test), highlight=False, soft_wrap=True)
+    if protocol.warning:
+        console.print(f"{protocol.name} protocol: {protocol.warning}", highlight=False, soft_wrap=True)
     if matrices:
         kept, total = sum(m.budget for m in matrices), sum(m.size for m in matrices)
         console.print(
@@ -163,7 +220,23 @@ def _finish(trainer: SnellaTrainer, parts: Assembly, run: RunFolder, console: Co
                 highlight=False,
                 soft_wrap=True,
             )
-    console.print(f"adapter {run.adapter}, report {report}", highlight=False, soft_wrap=True)
+    shown = f"adapter {run.adapter}" + (f", report {report}" if report else "")
+    console.print(shown, highlight=False, soft_wrap=True)
+
+
+def _parts_of(splits: DataSplits) -> dict[str, ImageDataset]:
+    """The parts that are measured in the end."""
+    return {name: part for name, part in (("val", splits.val), ("test", splits.test)) if part is not None}
+
+
+def _final_text(
+    task: Task, protocol: RunProtocol, best: int, val: dict[str, Any] | None, test: dict[str, Any] | None
+) -> str:
+    """The results of the kept epoch, and what chose it."""
+    if val is not None:
+        return f"best epoch {best}: {task.final_text(val, test)}"
+    which = f"epoch {best}, the last" if protocol.selected_on is None else f"epoch {best}, the best on the test images"
+    return f"{which}: " + ("nothing was measured" if test is None else f"test {task.result_text(test)}")
 
 
 def _record_failure(run: RunFolder, fault: Exception) -> None:

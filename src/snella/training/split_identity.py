@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from snella.data import DataSplits
-
-_FOLDER = "folder:"
+from snella.data import DataSplits, data_folder, split_spec
 
 
 def digest_of(splits: DataSplits) -> str:
@@ -22,14 +20,15 @@ def sizes_of(splits: DataSplits) -> dict[str, int]:
     """How many images each part has."""
     return {
         "train": len(splits.train),
-        "val": len(splits.val),
+        "val": 0 if splits.val is None else len(splits.val),
         "test": 0 if splits.test is None else len(splits.test),
     }
 
 
 def folder_of(spec: str) -> str | None:
-    """The absolute place of `folder:PATH`; None for other data."""
-    return str(Path(spec.removeprefix(_FOLDER)).expanduser().resolve()) if spec.startswith(_FOLDER) else None
+    """The absolute place of `folder:PATH` and the like; None for other data."""
+    folder = data_folder(spec)
+    return None if folder is None else str(folder.resolve())
 
 
 def same_splits(data: Mapping[str, Any], splits: DataSplits) -> bool:
@@ -65,14 +64,16 @@ def find_data(run: Path, spec: str, data: Mapping[str, Any]) -> str:
     Raises:
         FileNotFoundError: The folder is in neither place.
     """
-    if not spec.startswith(_FOLDER) or Path(spec.removeprefix(_FOLDER)).expanduser().is_dir():
+    prefix, path = split_spec(spec)
+    folder = data_folder(spec)
+    if folder is None or folder.is_dir():
         return spec
     absolute = data.get("folder")
     if absolute and Path(absolute).is_dir():
-        return f"{_FOLDER}{absolute}"
-    places = spec if absolute in (None, spec.removeprefix(_FOLDER)) else f"{spec} (then {absolute})"
+        return f"{prefix}{absolute}"
+    places = spec if absolute in (None, path) else f"{spec} (then {absolute})"
     raise FileNotFoundError(
-        f"data must be where {run} had it, {places}, but no folder is there; pass its new place with --data folder:NEW"
+        f"data must be where {run} had it, {places}, but no folder is there; pass its new place with --data {prefix}NEW"
     )
 
 

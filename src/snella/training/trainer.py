@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,15 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from snella import SnellaCallback
 from snella.data import ImageDataset
-from snella.methods import load_trained_into, save_trained
-from snella.tasks import ClassificationTask
+from snella.methods import load_trained_into, method_of, save_trained
+from snella.tasks import Task
 from snella.training.assembly import choose_device
 from snella.training.atomic_files import write_json
 from snella.training.checkpoints import remove_incomplete, saving, staged
 from snella.training.config import TrainConfig
+from snella.training.ema import EmaCallback, WeightAverage
 from snella.training.optimizer import build_optimizer
-from snella.training.results import rank_of_epoch
+from snella.training.protocol import protocol_of
 from snella.training.run_folder import RunFolder
 from snella.training.sampler import EpochCallback, EpochSampler, mix_seed
 from snella.training.stopping import NonFiniteLossError
@@ -46,7 +48,7 @@ class SnellaTrainer(Trainer):
     - every step draws its random numbers (dropout, drop-path) from `(seed, step)`, and every epoch its order from
       `(seed, epoch)`, so that a resumed run repeats them wherever it was cut;
     - a checkpoint holds what was trained, not the backbone, and appears under its name only when it is complete;
-    - the adapter of the best epoch (see `results.rank_of_epoch`) is written when it is found;
+    - the adapter of the best epoch (see `Task.rank`) is written when it is found;
     - a loss or gradient that is not finite ends the run before it reaches the weights.
 
     Args:
@@ -54,29 +56,34 @@ class SnellaTrainer(Trainer):
         config: Resolved settings.
         task: Loss and metrics.
         train: Training items.
-        val: Validation items.
+        val: Items that choose the best epoch, as the protocol of `config` has it; None keeps the last.
         run: Where checkpoints and the best adapter go.
         callbacks: Further callbacks.
         trained_part: The part of the model that the data sets are inputs of, where that is not the whole.
         start: When this session's work began, as `time.monotonic()` counts; now if not given.
+        keep_checkpoints: Whether each epoch ends with a checkpoint.
     """
 
     def __init__(
         self,
         model: nn.Module,
         config: TrainConfig,
-        task: ClassificationTask,
+        task: Task,
         train: ImageDataset,
-        val: ImageDataset,
+        val: ImageDataset | None,
         run: RunFolder,
         callbacks: list[TrainerCallback],
         trained_part: nn.Module | None = None,
         start: float | None = None,
+        keep_checkpoints: bool = True,
     ) -> None:
         self.config = config
         self.task = task
         self.trained_model = model
         self.validation_set = val
+        self.protocol = protocol_of(config.protocol)
+        self.average = None if config.ema is None else WeightAverage(model, config.ema)
+        averaging = [] if self.average is None else [EmaCallback(self.average)]
         self.run_folder = run
         self.progress = _Progress()
         self.last_loss = float("nan")
@@ -84,11 +91,11 @@ class SnellaTrainer(Trainer):
         self._staging: Path | None = None
         super().__init__(
             model if trained_part is None else trained_part,
-            training_arguments(config, run.checkpoints),
+            training_arguments(config, run.checkpoints, keep_checkpoints),
             data_collator=task.collate,
             train_dataset=train,
-            eval_dataset=val,
-            callbacks=[EpochCallback(train), *callbacks],
+            eval_dataset=train if val is None else val,  # `evaluate` decides itself what is measured
+            callbacks=[EpochCallback(train), *averaging, *callbacks],
         )
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False
@@ -96,7 +103,7 @@ class SnellaTrainer(Trainer):
     @property
     def history(self) -> list[dict[str, Any]]:
         """One row per finished epoch, as `metrics.json` holds them."""
-        rows = [row for row in self.state.log_history if "val_accuracy" in row]
+        rows = [row for row in self.state.log_history if "budget" in row]
         return [
             {"epoch": round(row["epoch"]), **{k: v for k, v in row.items() if k not in ("step", "epoch")}}
             for row in rows
@@ -114,38 +121,52 @@ class SnellaTrainer(Trainer):
         return found[0] if found else None
 
     def score(self, dataset: Dataset[Any]) -> tuple[dict[str, Any], Tensor]:
-        """Metrics on a data set, and the class probabilities of its items `[items, classes]`."""
+        """Metrics on a data set, and what the task says about each of its items (class probabilities, say)."""
         output = self.evaluation_loop(self.get_eval_dataloader(dataset), "evaluation", prediction_loss_only=False)
-        logits = np.asarray(output.predictions)
-        return self.task.metrics(logits, np.asarray(output.label_ids)), self.task.probabilities(torch.as_tensor(logits))
+        kept = np.asarray(output.predictions)
+        return self.task.metrics(kept, np.asarray(output.label_ids)), self.task.verdicts(kept)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "val"
     ) -> dict[str, float]:
-        """Measure the epoch on validation, log it, and keep its adapter if it is the best so far.
+        """Measure the epoch as the protocol has it, log it, and keep its adapter if it is the best so far.
+
+        With an average of the weights, that is what is measured and kept.
 
         Raises:
             NonFiniteLossError: The loss is not finite; nothing is saved then.
         """
-        scores, _ = self.score(self.validation_set)
-        if not math.isfinite(scores["loss"]):
-            raise self._not_finite("the validation loss", scores["loss"])
-        row = {
+        with nullcontext() if self.average is None else self.average.applied():
+            return self._measure_epoch()
+
+    def _measure_epoch(self) -> dict[str, float]:
+        """The work of `evaluate`, with the values that are to be measured in place."""
+        row: dict[str, Any] = {
             "train_loss": self.progress.loss_sum / max(self.progress.steps, 1),
-            "val_loss": scores["loss"],
-            "val_accuracy": scores["accuracy"],
-            "val_balanced_accuracy": scores["balanced_accuracy"],
+            **self._selection_scores(),
             "lr": float(self._get_learning_rate()),
             "budget": self._budget(),
         }
         self.progress.loss_sum, self.progress.steps = 0.0, 0
-        is_best = all(rank_of_epoch(past) <= rank_of_epoch(row) for past in self.history)
+        rank = self.protocol.rank(row, self.task.rank)
+        is_best = all(self.protocol.rank(past, self.task.rank) <= rank for past in self.history)
         self.log(row)
         if is_best and self.args.should_save:
             with saving(self.run_folder.adapter):
                 save_trained(self.trained_model, self.run_folder.adapter)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, row)
         return row
+
+    def _selection_scores(self) -> dict[str, float]:
+        """Results on the images that choose the epoch, by the names of the history; none where it is not measured."""
+        epoch = round(self.state.epoch or 0)
+        if self.validation_set is None or not self.protocol.is_measured(epoch, self.config.epochs):
+            return {}
+        scores, _ = self.score(self.validation_set)
+        if not math.isfinite(scores["loss"]):
+            part = "test" if self.protocol.selected_on == "test" else "validation"
+            raise self._not_finite(f"the {part} loss", scores["loss"])
+        return self.protocol.named({"val_loss": scores["loss"], **self.task.epoch_row(scores)})
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the optimiser with its groups."""
@@ -163,6 +184,9 @@ class SnellaTrainer(Trainer):
         """Loss of a batch; with `return_outputs` the logits too."""
         logits = model(inputs["images"])
         loss = self.task.loss(logits, inputs["labels"])
+        penalty = None if (method := method_of(self.trained_model)) is None else method.penalty
+        if penalty is not None and model.training:
+            loss = loss + penalty(self.trained_model)
         return (loss, logits) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -184,11 +208,11 @@ class SnellaTrainer(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Loss, logits and labels of one batch."""
+        """Loss of one batch, and what the task keeps of it."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
             loss, logits = self.compute_loss(model, inputs, return_outputs=True)
-        return loss.detach(), logits.detach().float(), inputs["labels"]
+        return loss.detach(), *self.task.keep(logits.detach(), inputs["labels"])
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
         """The order of an epoch."""
@@ -216,6 +240,8 @@ class SnellaTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
                 progress = _Progress(self.progress.loss_sum, self.progress.steps, self.elapsed_s)
                 write_json(self._staging / name / _PROGRESS_FILE, asdict(progress))
+                if self.average is not None:
+                    self.average.save(self._staging / name)
             finally:
                 self._staging = None
         remove_incomplete(folder)
@@ -227,6 +253,8 @@ class SnellaTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Read what was trained, and our share of the state."""
         load_trained_into(self.trained_model, resume_from_checkpoint)
+        if self.average is not None:
+            self.average.load(Path(resume_from_checkpoint))
         self.progress = _Progress(**json.loads((Path(resume_from_checkpoint) / _PROGRESS_FILE).read_text()))
 
     def _budget(self) -> int | None:
@@ -237,7 +265,7 @@ class SnellaTrainer(Trainer):
 
     def _not_finite(self, what: str, value: float) -> NonFiniteLossError:
         """The error that says where, what is left, and what to try."""
-        step = self.state.global_step + (1 if what != "the validation loss" else 0)
+        step = self.state.global_step + (1 if what in ("the loss", "the gradient") else 0)
         per_epoch = max(1, self.state.max_steps // max(1, int(self.state.num_train_epochs)))
         epoch = (step - 1) // per_epoch + 1
         done = len(self.history)
@@ -253,7 +281,7 @@ class SnellaTrainer(Trainer):
         )
 
 
-def training_arguments(config: TrainConfig, checkpoints: Path) -> TrainingArguments:
+def training_arguments(config: TrainConfig, checkpoints: Path, keep_checkpoints: bool = True) -> TrainingArguments:
     """The Trainer's own settings: quiet, an evaluation and a checkpoint each epoch, warm-up and a cosine."""
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
@@ -261,11 +289,12 @@ def training_arguments(config: TrainConfig, checkpoints: Path) -> TrainingArgume
         per_device_train_batch_size=config.images_per_step,
         per_device_eval_batch_size=config.images_per_step,
         learning_rate=config.lr or 0.0,
-        lr_scheduler_type="cosine",
+        lr_scheduler_type="cosine_with_min_lr" if config.final_lr else "cosine",
+        lr_scheduler_kwargs={"min_lr_rate": config.final_lr / (config.lr or 1.0)} if config.final_lr else {},
         warmup_steps=config.warmup,
         max_grad_norm=config.max_grad_norm,
         eval_strategy="epoch",
-        save_strategy="epoch",
+        save_strategy="epoch" if keep_checkpoints else "no",
         logging_strategy="no",
         logging_nan_inf_filter=False,
         report_to="none",

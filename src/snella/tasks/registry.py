@@ -1,0 +1,45 @@
+"""Tasks by the names of `--task`."""
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+from snella.tasks.classification import ClassificationTask
+from snella.tasks.segmentation import SegmentationTask
+from snella.tasks.task import Task
+
+__all__ = ["create_task", "task_class", "task_names"]
+
+_TASKS: dict[str, type[Task]] = {task.name: task for task in (ClassificationTask, SegmentationTask)}
+
+
+def task_names() -> list[str]:
+    """Names that `task_class` knows."""
+    return list(_TASKS)
+
+
+def task_class(name: str) -> type[Task]:
+    """The class of a task.
+
+    Raises:
+        ValueError: No such task; the nearest is given.
+    """
+    if name not in _TASKS:
+        near = difflib.get_close_matches(name, _TASKS, n=1)
+        hint = f"; nearest: {near[0]}" if near else ""
+        raise ValueError(f"task must be one of {', '.join(_TASKS)}, got {name!r}{hint}")
+    return _TASKS[name]
+
+
+def create_task(name: str, classes: Sequence[str], **settings: Any) -> Task:
+    """Make a task for some classes.
+
+    Args:
+        name: One of `task_names()`.
+        classes: Names by number.
+        **settings: Settings of a run; the task takes its own.
+
+    Raises:
+        ValueError: No such task, or values that it refuses.
+    """
+    return task_class(name).create(classes, **settings)

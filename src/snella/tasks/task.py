@@ -1,0 +1,96 @@
+"""What every task says about itself, so that training, evaluation and reports need not know which one it is."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from numpy.typing import ArrayLike
+from torch import Tensor, nn
+
+from snella.analysis.examples import ImageSource
+from snella.data import ImageDataset
+
+__all__ = ["ResultTable", "Task"]
+
+
+@dataclass(frozen=True)
+class ResultTable:
+    """Numbers for people: a title, the columns' names (the first one heads the rows' names), and rows of texts."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+
+
+class Task(Protocol):
+    """A kind of learning: what a batch is, which model fits, loss, metrics, and how results read.
+
+    A model's outputs of a batch are turned into two small tensors by `keep`; those of a whole data set, concatenated,
+    are what `metrics` and `verdicts` are computed from.
+    """
+
+    name: ClassVar[str]
+    """As in `--task`."""
+    head: ClassVar[str | None]
+    """Module of the model that is new and trained in full; None where the model itself says which."""
+    best_metric: ClassVar[str]
+    """Entry of an epoch's row that epochs are compared by first."""
+    settings: ClassVar[tuple[str, ...]]
+    """Settings of a run that only this task has."""
+
+    @classmethod
+    def create(cls, classes: Sequence[str], **settings: Any) -> "Task":
+        """Make the task for some classes; settings of other tasks are passed over."""
+
+    @staticmethod
+    def build_model(name: str, **options: Any) -> nn.Module:
+        """The pre-trained model, with a new head for `num_classes`; options as for `create_backbone`."""
+
+    def check_data(self, dataset: ImageDataset, spec: str) -> None:
+        """Refuse data of another kind than the task learns from, with a ValueError."""
+
+    def collate(self, items: Sequence[tuple[Any, Any]]) -> dict[str, Tensor]:
+        """Make a batch, `images` and `labels`, of transformed items."""
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """What training lowers, 0-dim, float32 at least."""
+
+    def keep(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """What `metrics` needs of a batch: two tensors with a row an item, small enough to hold for a data set."""
+
+    def metrics(self, kept: ArrayLike, labels: ArrayLike) -> dict[str, Any]:
+        """Results on a data set, `loss` among them, as plain values."""
+
+    def verdicts(self, kept: ArrayLike) -> Tensor:
+        """What is said about each item in the run's `predictions.json`, a row an item."""
+
+    def items(self, dataset: ImageDataset, verdicts: Tensor, folder: Path) -> list[dict[str, Any]]:
+        """The entries of `predictions.json`."""
+
+    def keep_examples(self, model: nn.Module, dataset: ImageDataset, verdicts: Tensor, folder: Path) -> None:
+        """Leave in the run's folder what its report's pictures need beside the images."""
+
+    def pictures(self, dataset: ImageDataset, folder: Path) -> ImageSource:
+        """The report's pictures by index."""
+
+    def renumbered(self, label: Any, numbers: Sequence[int]) -> Any:
+        """An item's label with the class numbers `numbers[old]`."""
+
+    def epoch_row(self, scores: Mapping[str, Any]) -> dict[str, float]:
+        """The entries of an epoch's row that this task measures on validation, besides the loss."""
+
+    def rank(self, row: Mapping[str, Any]) -> tuple[float, float]:
+        """What epochs are compared by; the higher the better."""
+
+    def epoch_text(self, row: Mapping[str, Any]) -> str:
+        """An epoch's row in a few words."""
+
+    def final_text(self, val: Mapping[str, Any], test: Mapping[str, Any] | None) -> str:
+        """The best epoch's results on validation and, where there are test images, on these."""
+
+    def result_text(self, scores: Mapping[str, Any]) -> str:
+        """Results in a few words."""
+
+    def result_table(self, scores: Mapping[str, Any], classes: Sequence[str]) -> ResultTable:
+        """Results class by class."""
