@@ -1,0 +1,29 @@
+"""An honest comparison of methods: the same images, epochs and batches, rates chosen on validation, test measured once.
+
+The names are imported when they are first used: the command line shows its help without waiting for the libraries.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from snella.comparison.comparing import compare
+    from snella.comparison.experiment import Experiment, Grid
+    from snella.comparison.experiment_files import bundled_experiments, read_experiment
+
+_HOMES = {
+    "Experiment": "experiment",
+    "Grid": "experiment",
+    "bundled_experiments": "experiment_files",
+    "compare": "comparing",
+    "read_experiment": "experiment_files",
+}
+
+__all__ = ["Experiment", "Grid", "bundled_experiments", "compare", "read_experiment"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module of a public name on first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,153 @@
+"""Training one cell, once, whoever asks for it."""
+
+import os
+import shutil
+import time
+import traceback
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+from rich.console import Console
+
+from snella.comparison.cells import Cell
+from snella.comparison.experiment import Experiment
+from snella.comparison.forgetting import measure_forgetting
+from snella.comparison.locks import cell_lock, remove_locks
+from snella.comparison.results_file import append_row, read_row
+from snella.comparison.rows import head_of_row, results_of
+from snella.training import RunFolder, TrainingInterrupted, train
+
+LOCKS = "locks"
+LOGS = "logs"
+_ERROR_LENGTH = 400
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt at a cell ended.
+
+    Args:
+        state: done (by us or before us), or taken (another process is at it).
+        row: Its row, where it is done.
+    """
+
+    state: Literal["done", "taken"]
+    row: dict[str, Any] | None = None
+
+
+def run_cell(root: Path, experiment: Experiment, cell: Cell, is_own_process: bool = False) -> Outcome:
+    """Train a cell and store its row, unless that is done already or being done.
+
+    What an interrupted attempt left is removed first. A training that fails becomes a row with its error.
+
+    Args:
+        root: Folder of the comparison.
+        experiment: What the cell belongs to.
+        cell: Which.
+        is_own_process: Whether this process has done nothing else, so that its peak memory is the cell's.
+
+    Raises:
+        TrainingInterrupted: Ctrl-C; the cell is free for the next attempt.
+        OSError: The row could not be written.
+    """
+    folder = cell.folder(root)
+    row = read_row(folder)
+    if row is not None:
+        return Outcome("done", row)
+    with cell_lock(root / LOCKS, cell.name) as is_ours:
+        row = read_row(folder)
+        if row is not None:
+            return Outcome("done", row)
+        if not is_ours:
+            return Outcome("taken")
+        row = _row(root, experiment, cell, folder, is_own_process)
+        append_row(root, folder, row)
+    remove_locks(root / LOCKS, cell.name)
+    return Outcome("done", row)
+
+
+def record_death(root: Path, experiment: Experiment, cell: Cell, error: str) -> dict[str, Any]:
+    """Store the row of a cell whose process ended without one."""
+    row = _failed(head_of_row(cell, experiment, _now()), error, 0.0)
+    append_row(root, cell.folder(root), row)
+    return row
+
+
+def _row(root: Path, experiment: Experiment, cell: Cell, folder: Path, is_own_process: bool) -> dict[str, Any]:
+    """Train and measure; the row of the results, or of the failure."""
+    start, before_mib = time.monotonic(), psutil.Process().memory_info().rss / 2**20
+    created_at = _now()
+    log = root / LOGS / (cell.name.replace("/", "!") + ".txt")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    if folder.exists():
+        shutil.rmtree(folder)
+    head = head_of_row(cell, experiment, created_at)
+    with log.open("w", encoding="utf-8") as file:
+        try:
+            run = train(
+                cell.config(experiment, folder),
+                Console(file=file, width=200),
+                measure_test=cell.is_final,
+                keep_checkpoints=False,
+                draw_report=False,
+            )
+            results = results_of(run)
+            if cell.is_final and results["test_accuracy"] is None:
+                raise ValueError(f"data {cell.data.data!r} must have a test part for the table, got none")
+            memory = _memory(run, before_mib) if is_own_process else {"peak_rss_mib": None, "training_mib": None}
+            probe = _forgetting(root, experiment, cell, run)
+            _tidy(run, cell)
+        except (KeyboardInterrupt, TrainingInterrupted):
+            raise
+        except Exception as fault:
+            traceback.print_exc(file=file)
+            return _failed(head, f"{type(fault).__name__}: {_first_lines(fault)}", time.monotonic() - start)
+    total = round(time.monotonic() - start, 3)
+    return {**head, "status": "success", "error": None, "total_time": total, **results, **memory, **probe}
+
+
+def _memory(run: RunFolder, before_mib: float) -> dict[str, float]:
+    """Peak resident memory of the process, and what of it came after the libraries were loaded."""
+    peak = run.read_json("metrics.json")["peak_rss_mib"]
+    return {"peak_rss_mib": peak, "training_mib": round(peak - before_mib, 1)}
+
+
+def _forgetting(root: Path, experiment: Experiment, cell: Cell, run: RunFolder) -> dict[str, Any]:
+    """The columns of forgetting, for final cells."""
+    data = experiment.probe_data(cell.data) if cell.is_final else None
+    if data is None:
+        return {"forgetting": None, "forgetting_data": None}
+    return measure_forgetting(run.path, data, experiment.forgetting_images, root / "frozen")
+
+
+def _tidy(run: RunFolder, cell: Cell) -> None:
+    """Remove what is large and not needed: checkpoints, and the adapters of trials."""
+    shutil.rmtree(run.checkpoints, ignore_errors=True)
+    if not cell.is_final:
+        shutil.rmtree(run.adapter, ignore_errors=True)
+
+
+def _failed(head: dict[str, Any], error: str, elapsed_s: float) -> dict[str, Any]:
+    """The row of a training that failed."""
+    return {**head, "status": "failed", "error": error, "total_time": round(elapsed_s, 3)}
+
+
+def _first_lines(fault: Exception) -> str:
+    """An error's message, cut where libraries write pages; the log has all of it."""
+    text = " ".join(str(fault).split())
+    return text if len(text) <= _ERROR_LENGTH else text[:_ERROR_LENGTH] + " …"
+
+
+def _now() -> str:
+    """The time of day, in UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def set_threads(threads: int) -> None:
+    """Let this process compute with so many threads."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)

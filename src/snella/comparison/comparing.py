@@ -1,0 +1,240 @@
+"""`snella compare`: train what is missing, then draw the table and the page."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from snella.backbones import create_backbone
+from snella.comparison.beside_paper import print_published
+from snella.comparison.cell_run import LOCKS, record_death
+from snella.comparison.cells import Cell
+from snella.comparison.entries import DataEntry, MethodEntry, config_of
+from snella.comparison.executors import Executor, InProcesses, InThisProcess
+from snella.comparison.experiment import FILE, Experiment
+from snella.comparison.experiment_files import read_experiment
+from snella.comparison.locks import is_locked, remove_locks
+from snella.comparison.page import write_page
+from snella.comparison.plan import Hopeless, Plan
+from snella.comparison.progress import ComparisonProgress
+from snella.comparison.ray_executor import OnRay, import_ray
+from snella.comparison.results_file import collect, drop_failed, read_row
+from snella.comparison.search import Candidate
+from snella.comparison.summary import print_summary, summarise
+from snella.data import load_data
+from snella.tasks import create_task
+from snella.training import TrainingInterrupted
+from snella.training.assembly import choose_device, load_splits
+from snella.training.console import counted, make_console
+from snella.training.protocol import protocol_of
+
+_POLL_S = 2.0
+
+
+def compare(
+    experiment: Experiment | None,
+    out: str | Path,
+    *,
+    workers: int = 1,
+    threads: int | None = None,
+    ray: bool = False,
+    retry_failed: bool = False,
+    draw_only: bool = False,
+    console: Console | None = None,
+) -> Path:
+    """Train every cell of an experiment that is not done yet, and compare the methods.
+
+    Several processes may work on one folder at once; each cell is trained once.
+
+    Args:
+        experiment: What to compare; None goes on with what the folder holds.
+        out: Folder of the comparison; created.
+        workers: Processes, one cell each; 0 trains in this process, one cell after the other, without measuring memory.
+        threads: Threads of each; this machine's processors shared out if None.
+        ray: Give the cells to Ray instead.
+        retry_failed: Train failed cells again.
+        draw_only: Train nothing; draw the table and the page from the rows that there are.
+        console: Where to write; standard output if None.
+
+    Returns:
+        The page.
+
+    Raises:
+        FileExistsError: `out` holds something else.
+        FileNotFoundError: Nothing to go on with.
+        ImportError: Ray is asked for and not installed.
+        ValueError: Settings that contradict each other, the folder's, or the data; all that is known beforehand.
+        TrainingInterrupted: Ctrl-C; what is done stays done.
+    """
+    console = console or make_console()
+    root = Path(out)
+    if workers < 0 or (threads is not None and threads < 1):
+        raise ValueError(f"workers must be at least 0 and threads at least 1, got {workers} and {threads}")
+    if ray:
+        import_ray()
+    experiment = _settle(experiment, root)
+    if not draw_only:
+        check_parts(experiment, console)
+    root.mkdir(parents=True, exist_ok=True)
+    experiment.write(root)
+    if retry_failed:
+        for name in drop_failed(root):
+            remove_locks(root / LOCKS, name)
+    rows, notes = collect(root)
+    for note in notes:
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+    plan = Plan(experiment, rows)
+    if not draw_only:
+        _train_all(root, plan, _executor(root, experiment, workers, threads, ray), console)
+    rows, _ = collect(root)
+    page = write_page(root, experiment, list(rows.values()))
+    print_summary(console, experiment, list(rows.values()))
+    print_published(console, experiment, summarise(experiment, list(rows.values())))
+    warning = protocol_of(experiment.settings.get("protocol", "standard")).warning
+    if warning:
+        console.print(f"official protocol: {warning}", highlight=False, soft_wrap=True)
+    console.print(f"rows {root / 'results.jsonl'}, page {page}", highlight=False, soft_wrap=True)
+    return page
+
+
+def check_parts(experiment: Experiment, console: Console) -> None:
+    """Look at all data and the backbone before anything is trained.
+
+    Raises:
+        ValueError: Something is missing or does not fit; all faults in one message.
+    """
+    faults = []
+    for data in experiment.data:
+        try:
+            _check_data(experiment, data, console)
+        except (OSError, ValueError, ImportError) as fault:
+            faults.append(f"{data.name}: {fault}")
+    for name in {experiment.probe_data(data) for data in experiment.data} - {None}:
+        try:
+            load_data(str(name))
+        except (OSError, ValueError, ImportError) as fault:
+            faults.append(f"forgetting: {fault}")
+    config = config_of(
+        MethodEntry("linear", "linear"), experiment.data[0], experiment.settings, backbone=experiment.backbone, out="-"
+    )
+    try:
+        choose_device(config.device)
+        create_backbone(
+            experiment.backbone,
+            num_classes=2,
+            weights=config.weights,
+            pretrained=config.pretrained,
+            img_size=config.img_size,
+        )
+    except (OSError, ValueError, ImportError) as fault:
+        faults.append(str(fault))
+    if faults:
+        raise ValueError("; ".join(dict.fromkeys(faults)))
+
+
+def _check_data(experiment: Experiment, data: DataEntry, console: Console) -> None:
+    """Load the splits of one task, as its cells will."""
+    cell = Cell(data, MethodEntry("linear", "linear"), 0, Candidate(), True)
+    config = cell.config(experiment, "-")
+    splits = load_splits(config)
+    create_task(config.task, splits.classes, **config.as_dict()).check_data(splits.train, data.data)
+    if splits.test is None or (splits.val is None and config.protocol == "standard"):
+        raise ValueError(f"data {data.data!r} must have a validation and a test part, got {splits.description}")
+    if len(splits.train) < config.images_per_step and config.batch_size is not None:
+        raise ValueError(f"batch_size must be at most the {len(splits.train)} training images, got {config.batch_size}")
+    console.print(f"data {splits.description}", highlight=False, soft_wrap=True)
+
+
+def _settle(experiment: Experiment | None, root: Path) -> Experiment:
+    """The experiment, joined with what the folder holds."""
+    stored = read_experiment(str(root / FILE)) if (root / FILE).is_file() else None
+    if stored is None:
+        if experiment is None:
+            raise FileNotFoundError(f"out={root} holds no comparison to go on with; give methods, data and a backbone")
+        if root.exists() and (not root.is_dir() or any(not p.name.startswith(".") for p in root.iterdir())):
+            raise FileExistsError(f"out={root} holds files but no comparison; choose an empty or a new folder")
+        return experiment
+    return stored if experiment is None else experiment.joined_with(stored, root)
+
+
+def _executor(root: Path, experiment: Experiment, workers: int, threads: int | None, ray: bool) -> Executor:
+    """Who trains."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    each = threads or max(1, cores // max(workers, 1))
+    if ray:
+        config = experiment.settings.get("device", "auto")
+        gpus = 1.0 / max(workers, 1) if choose_device(config).type == "cuda" else 0.0
+        return OnRay(root, experiment, workers if workers > 1 else None, threads or 1, gpus)
+    if workers == 0:
+        return InThisProcess(root, experiment)
+    return InProcesses(root, experiment, workers, each)
+
+
+def _train_all(root: Path, plan: Plan, executor: Executor, console: Console) -> None:
+    """Hand out cells until all are done, by us or by others."""
+    running: dict[str, Cell] = {}
+    try:
+        with ComparisonProgress(console, plan, executor.slots) as progress:
+            while True:
+                ready = plan.ready()
+                if not ready and not running:
+                    return
+                foreign = _start(root, plan, [c for c in ready if _name(c) not in running], running, executor, progress)
+                if not running and foreign == 0:
+                    continue
+                if not running:
+                    progress.waiting(foreign)
+                for ended in executor.wait(_POLL_S):
+                    running.pop(ended.cell.name)
+                    row = ended.outcome.row if ended.outcome else None
+                    if ended.outcome is None:
+                        row = record_death(root, plan.experiment, ended.cell, ended.error)
+                        remove_locks(root / LOCKS, ended.cell.name)
+                    if row is not None:
+                        plan.record(row)
+                        progress.ended(ended.cell, row)
+    except (KeyboardInterrupt, TrainingInterrupted):
+        raise TrainingInterrupted(
+            f"interrupted; {counted(plan.done(), 'cell')} of the comparison are done; "
+            f"continue with: snella compare --out {root}"
+        ) from None
+    finally:
+        executor.close()
+
+
+def _start(
+    root: Path,
+    plan: Plan,
+    ready: list[Cell | Hopeless],
+    running: dict[str, Cell],
+    executor: Executor,
+    progress: ComparisonProgress,
+) -> int:
+    """Start cells in free slots, and note those that others have finished; how many others are at."""
+    foreign = 0
+    for item in ready:
+        cell = item.cell if isinstance(item, Hopeless) else item
+        row: dict[str, Any] | None = read_row(cell.folder(root))
+        if row is None and isinstance(item, Hopeless):
+            row = record_death(root, plan.experiment, cell, item.error)
+            is_ours = True
+        else:
+            is_ours = False
+        if row is not None:
+            plan.record(row)
+            progress.ended(cell, row, is_ours)
+        elif is_locked(root / LOCKS, cell.name):
+            foreign += 1
+        elif len(running) < executor.slots:
+            running[cell.name] = cell
+            progress.started(cell)
+            executor.start(cell)
+            if executor.slots == 1:
+                return foreign
+    return foreign
+
+
+def _name(item: Cell | Hopeless) -> str:
+    """Name of a cell."""
+    return item.cell.name if isinstance(item, Hopeless) else item.name

@@ -1,0 +1,168 @@
+"""Who trains the cells: this process, processes of their own, or Ray's workers."""
+
+import contextlib
+import multiprocessing
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, Protocol
+
+from snella.comparison.cell_run import Outcome, run_cell, set_threads
+from snella.comparison.cells import Cell
+from snella.comparison.experiment import Experiment
+from snella.training import TrainingInterrupted
+
+_PRELOADED = ["snella.comparison.cell_run"]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A cell that an executor is through with.
+
+    Args:
+        cell: Which.
+        outcome: How its attempt ended; None where its process died.
+        error: What is known of the death, or of an error that is not the training's.
+    """
+
+    cell: Cell
+    outcome: Outcome | None
+    error: str = ""
+
+
+class Executor(Protocol):
+    """Trains cells, several at a time if it can."""
+
+    slots: int
+
+    def start(self, cell: Cell) -> None:
+        """Begin a cell; there must be a free slot."""
+
+    def wait(self, timeout_s: float) -> list[Ended]:
+        """Cells that have ended, after the first one or the timeout."""
+
+    def close(self) -> None:
+        """Stop what is under way."""
+
+
+class InThisProcess:
+    """One cell after the other, here. Memory is not measured: it would be that of all cells so far."""
+
+    slots = 1
+
+    def __init__(self, root: Path, experiment: Experiment) -> None:
+        self._root, self._experiment = root, experiment
+        self._ended: list[Ended] = []
+
+    def start(self, cell: Cell) -> None:
+        """Train it now."""
+        self._ended.append(Ended(cell, run_cell(self._root, self._experiment, cell)))
+
+    def wait(self, timeout_s: float) -> list[Ended]:
+        """What was trained."""
+        if not self._ended:
+            time.sleep(timeout_s)
+        ended, self._ended = self._ended, []
+        return ended
+
+    def close(self) -> None:
+        """Nothing runs."""
+
+
+class InProcesses:
+    """A fresh process for every cell, `slots` at a time; one that dies takes its cell alone with it.
+
+    Processes are forked from a server that has imported the libraries and done nothing else, so that they start at once
+    and their peak memory is the cell's.
+
+    Args:
+        root: Folder of the comparison.
+        experiment: What the cells belong to.
+        slots: Processes at a time.
+        threads: Threads of each.
+    """
+
+    def __init__(self, root: Path, experiment: Experiment, slots: int, threads: int) -> None:
+        self.slots = slots
+        self._root, self._experiment, self._threads = root, experiment, threads
+        methods = multiprocessing.get_all_start_methods()
+        self._context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+        if "forkserver" in methods:
+            self._context.set_forkserver_preload(_PRELOADED)
+        self._running: dict[Connection, tuple[Cell, Any]] = {}
+
+    def start(self, cell: Cell) -> None:
+        """Begin a cell in a process of its own."""
+        receiving, sending = self._context.Pipe(duplex=False)
+        arguments = (sending, self._root, self._experiment, cell, self._threads)
+        process = self._context.Process(target=_work, args=arguments, name=cell.name)
+        process.start()
+        sending.close()
+        self._running[receiving] = (cell, process)
+
+    def wait(self, timeout_s: float) -> list[Ended]:
+        """Cells that have ended, after the first one or the timeout."""
+        if not self._running:
+            time.sleep(timeout_s)
+            return []
+        return [self._end(ready) for ready in wait(list(self._running), timeout_s) if isinstance(ready, Connection)]
+
+    def close(self) -> None:
+        """Ask what is under way to stop, as Ctrl-C does, and wait for it."""
+        for _, process in self._running.values():
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
+        for connection, (_, process) in self._running.items():
+            process.join(20)
+            if process.is_alive():
+                process.kill()
+                process.join()
+            connection.close()
+        self._running.clear()
+
+    def _end(self, connection: Connection) -> Ended:
+        """What a process has sent, or how it died."""
+        cell, process = self._running.pop(connection)
+        try:
+            outcome, error = connection.recv()
+        except EOFError:
+            outcome, error = None, ""
+        process.join()
+        connection.close()
+        if outcome is None and not error:
+            error = _death(process.exitcode)
+        return Ended(cell, outcome, error)
+
+
+def _work(connection: Connection, root: Path, experiment: Experiment, cell: Cell, threads: int) -> None:
+    """The life of a cell's process. Ctrl-C reaches it through the parent, which ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    set_threads(threads)
+    with _reported(connection) as send:
+        send((run_cell(root, experiment, cell, is_own_process=True), ""))
+
+
+@contextlib.contextmanager
+def _reported(connection: Connection) -> Iterator[Any]:
+    """Send an error instead of dying of it."""
+    try:
+        yield connection.send
+    except (KeyboardInterrupt, TrainingInterrupted, BrokenPipeError):
+        return  # nobody asks any more
+    except Exception as fault:
+        with contextlib.suppress(BrokenPipeError):
+            connection.send((None, f"{type(fault).__name__}: {fault}"))
+    finally:
+        connection.close()
+
+
+def _death(exit_code: int | None) -> str:
+    """How a process ended that has sent nothing."""
+    if exit_code is not None and exit_code < 0:
+        name = signal.Signals(-exit_code).name
+        hint = "; the machine may be out of memory" if name == "SIGKILL" else ""
+        return f"its process was ended by {name}{hint}"
+    return f"its process ended with status {exit_code} and without a result"

@@ -1,0 +1,255 @@
+"""An experiment: which methods meet on which data, and how their rates are chosen."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from snella.comparison.entries import (
+    SHARED_SETTINGS,
+    DataEntry,
+    MethodEntry,
+    config_of,
+    data_entry,
+    entry_faults,
+    method_entry,
+    plain_entry,
+    unknown_keys,
+)
+from snella.comparison.published import published_faults
+from snella.methods import parse_method
+from snella.training.atomic_files import write_text
+
+_TEXTS = ("name", "about", "command", "cost", "expected")
+_GROWING = ("methods", "data", "seeds", *_TEXTS, "reference", "published")
+"""Fields that may change between two calls on one folder: no finished cell depends on them."""
+FILE = "experiment.yaml"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where learning rate and weight decay are looked for, the same for all methods.
+
+    Args:
+        lr_factors: Times the method's own default learning rate.
+        weight_decays: Tried at the best learning rate, besides the method's default.
+        max_extensions: While the best value lies on the edge, the grid grows by its outermost ratio, at most so often
+            on either axis.
+        seeds: Seeds of each trial.
+    """
+
+    lr_factors: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0)
+    weight_decays: tuple[float, ...] = (0.0, 0.1)
+    max_extensions: int = 2
+    seeds: int = 1
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that decides the rows of a comparison.
+
+    Args:
+        methods: The contenders.
+        data: The tasks.
+        backbone: Pre-trained model, as `snella train --backbone` takes it.
+        name: Short name.
+        seeds: Final runs of each method on each task, with seeds 0, 1, …
+        grid: Where rates are looked for.
+        settings: What all runs share: entries of `SHARED_SETTINGS`.
+        reference: The method that others are compared to in pairs; the first LoRA, else the first method, if None.
+        forgetting: Data whose linear probe tells what the features have lost; a task that is itself the first of them
+            takes the second. `()` measures nothing, None takes the first two tasks, then digits.
+        forgetting_images: At most so many images in that probe.
+        about: What it is for.
+        command: How it is started.
+        cost: What it costs.
+        expected: What came out, or should.
+        published: Numbers of a paper to stand beside ours: `source`, and `values` in percent, from a method's label and
+            a task, a group, `mean over tasks` or `mean over groups`.
+    """
+
+    methods: tuple[MethodEntry, ...]
+    data: tuple[DataEntry, ...]
+    backbone: str
+    name: str = "comparison"
+    seeds: int = 3
+    grid: Grid = field(default_factory=Grid)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    reference: str | None = None
+    forgetting: tuple[str, ...] | None = None
+    forgetting_images: int = 400
+    about: str = ""
+    command: str = ""
+    cost: str = ""
+    expected: str = ""
+    published: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check everything that can be known before data and model are there, and report all faults together."""
+        faults = [*self._size_faults(), *entry_faults("methods", self.methods), *entry_faults("data", self.data)]
+        fault = unknown_keys("train", self.settings, SHARED_SETTINGS)
+        names = [entry.name for entry in self.methods]
+        if self.reference is not None and self.reference not in names:
+            near = difflib.get_close_matches(self.reference, names, n=2, cutoff=0.4)
+            hint = f" (nearest: {', '.join(near)})" if near else ""
+            faults.append(f"reference must be one of the methods {', '.join(names)}, got {self.reference!r}{hint}")
+        faults += [fault] if fault else self._cell_faults()
+        faults += published_faults(self.published, [d.name for d in self.data], [d.group for d in self.data])
+        has_search = len(set(self.grid.lr_factors)) > 1 or len(self.grid.weight_decays) > 0
+        if self.settings.get("protocol") == "official" and has_search:
+            faults.append(
+                "protocol official has no validation images to choose rates on; set grid.lr_factors to one number and "
+                f"grid.weight_decays to [], got {list(self.grid.lr_factors)} and {list(self.grid.weight_decays)}"
+            )
+        if faults:
+            raise ValueError("; ".join(dict.fromkeys(faults)))
+
+    @property
+    def reference_name(self) -> str:
+        """The label of the method that others are compared to."""
+        loras = [entry.name for entry in self.methods if parse_method(entry.method)[0] == "lora"]
+        return self.reference or (loras[0] if loras else self.methods[0].name)
+
+    def probe_data(self, task: DataEntry) -> str | None:
+        """Data on which forgetting is measured after training on `task`: never the task's own; None for none."""
+        usual = (*(entry.data for entry in self.data[:2]), "digits")
+        wanted = usual if self.forgetting is None else self.forgetting
+        return next((data for data in wanted if data != task.data), None)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as an experiment file holds them."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values["methods"] = [plain_entry(entry) for entry in self.methods]
+        values["data"] = [plain_entry(entry) for entry in self.data]
+        values["grid"] = {f.name: _plain(getattr(self.grid, f.name)) for f in fields(Grid)}
+        values["train"] = dict(values.pop("settings"))
+        values["forgetting"] = _plain(self.forgetting)
+        values["published"] = dict(self.published)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Experiment":
+        """Read plain values.
+
+        Raises:
+            ValueError: Unknown keys, missing ones, or values out of range.
+        """
+        known = [f.name for f in fields(cls) if f.name != "settings"] + ["train"]
+        faults: list[str | None] = [
+            f"{key} must be a mapping, got {values[key]!r}"
+            for key in ("grid", "train")
+            if not isinstance(values.get(key) or {}, Mapping)
+        ]
+        if faults:
+            raise ValueError("; ".join(map(str, faults)))
+        faults = [unknown_keys("the experiment", values, known)]
+        faults += [unknown_keys("grid", dict(values.get("grid") or {}), [f.name for f in fields(Grid)])]
+        faults += [
+            f"{key} must be given, e.g. {key}: {example}"
+            for key, example in (("methods", "[lora-8, snella-8]"), ("data", "[digits]"), ("backbone", "NAME"))
+            if not values.get(key)
+        ]
+        if any(faults):
+            raise ValueError("; ".join(fault for fault in faults if fault))
+        plain = {k: v for k, v in values.items() if k not in ("methods", "data", "grid", "train", "forgetting")}
+        grid: dict[str, Any] = {
+            key: tuple(float(v) for v in value) if isinstance(value, list | tuple) else value
+            for key, value in dict(values.get("grid") or {}).items()
+        }
+        return cls(
+            methods=tuple(method_entry(value) for value in listed(values["methods"])),
+            data=tuple(data_entry(value) for value in listed(values["data"])),
+            grid=Grid(**grid),
+            settings=dict(values.get("train") or {}),
+            forgetting=None if values.get("forgetting") is None else tuple(listed(values["forgetting"])),
+            **plain,
+        )
+
+    def write(self, folder: Path) -> None:
+        """Write `experiment.yaml`."""
+        write_text(folder / FILE, yaml.safe_dump(self.as_dict(), sort_keys=False))
+
+    def joined_with(self, stored: "Experiment", folder: Path) -> "Experiment":
+        """This experiment with the contenders, tasks and seeds that `folder` has already.
+
+        Raises:
+            ValueError: Something that finished cells depend on differs.
+        """
+        mine, theirs = self.as_dict(), stored.as_dict()
+        changed = [key for key in mine if key not in _GROWING and mine[key] != theirs[key]]
+        for kind in ("methods", "data"):
+            old = {entry["name"]: entry for entry in theirs[kind]}
+            changed += [f"{kind} {e['name']!r}" for e in mine[kind] if old.get(e["name"], e) != e]
+        if changed:
+            texts = [_difference(key, mine, theirs) for key in changed]
+            raise ValueError(
+                f"{folder} holds a comparison with other settings: {'; '.join(texts)}; its rows would not be "
+                "comparable: choose another folder, or leave these settings as they were"
+            )
+        return replace(
+            self,
+            methods=(*stored.methods, *(e for e in self.methods if e.name not in [s.name for s in stored.methods])),
+            data=(*stored.data, *(e for e in self.data if e.name not in [s.name for s in stored.data])),
+            seeds=max(self.seeds, stored.seeds),
+            reference=self.reference or stored.reference,
+        )
+
+    def _size_faults(self) -> list[str]:
+        """Numbers out of range."""
+        grid = self.grid
+        faults = [
+            f"{name} must be a whole number of at least {least}, got {value!r}"
+            for name, value, least in (
+                ("seeds", self.seeds, 1),
+                ("grid.seeds", grid.seeds, 1),
+                ("grid.max_extensions", grid.max_extensions, 0),
+                ("forgetting_images", self.forgetting_images, 10),
+            )
+            if not isinstance(value, int) or isinstance(value, bool) or value < least
+        ]
+        if not grid.lr_factors or not all(0 < f < float("inf") for f in grid.lr_factors):
+            faults.append(f"grid.lr_factors must be positive numbers, got {list(grid.lr_factors)}")
+        if not all(0 <= w < float("inf") for w in grid.weight_decays):
+            faults.append(f"grid.weight_decays must be at least 0, got {list(grid.weight_decays)}")
+        return faults
+
+    def _cell_faults(self) -> list[str]:
+        """What the settings of any cell refuse."""
+        faults = []
+        for method in self.methods:
+            for data in self.data[:1]:
+                try:
+                    config_of(method, data, self.settings, backbone=self.backbone, out="-")
+                except (ValueError, TypeError) as fault:
+                    faults.append(str(fault))
+        for data in self.data[1:]:
+            try:
+                config_of(MethodEntry("linear", "linear"), data, self.settings, backbone=self.backbone, out="-")
+            except (ValueError, TypeError) as fault:
+                faults.append(str(fault))
+        return faults
+
+
+def listed(value: Any) -> Sequence[Any]:
+    """A list as it is; a text split at its commas."""
+    if isinstance(value, str):
+        return [word.strip() for word in value.split(",") if word.strip()]
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _difference(key: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    """What a changed setting is there and here; only the inner entries that differ."""
+    if key.partition(" ")[0] in ("methods", "data") and " " in key:
+        return f"{key} is set up in another way"
+    if isinstance(mine[key], dict):
+        inner = [k for k in {**theirs[key], **mine[key]} if mine[key].get(k) != theirs[key].get(k)]
+        return ", ".join(f"{k} is {theirs[key].get(k)!r} there and {mine[key].get(k)!r} here" for k in inner)
+    return f"{key} is {theirs[key]!r} there and {mine[key]!r} here"

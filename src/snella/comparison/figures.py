@@ -1,0 +1,228 @@
+"""Pictures of a comparison: accuracy against cost, against the learning rate, and paired differences."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+
+from snella.analysis.figure_style import (
+    ACCENT,
+    COLOURS,
+    CURVE,
+    INK,
+    MUTED,
+    WARM,
+    add_legend,
+    new_figure,
+    percent_axis,
+    shortened,
+)
+from snella.comparison.statistics import Rows
+from snella.comparison.summary import Summary
+
+_MARKERS = "osD^vPX*<>hp"
+SHOWN_RANGE = 0.3
+"""Curves are cut off so far below the best accuracy, so that the upper part can be read."""
+
+
+def style_of(number: int) -> tuple[str, str]:
+    """Colour and marker of the method of this number; markers tell methods of one colour apart."""
+    return COLOURS[number % len(COLOURS)], _MARKERS[(number + number // len(COLOURS)) % len(_MARKERS)]
+
+
+def pareto(summary: Summary, cost: str, label: str, title: str, is_log: bool) -> Figure | None:
+    """Draw mean accuracy against a cost, with the frontier of methods that no other beats in both.
+
+    Args:
+        summary: The table.
+        cost: A column of `MethodSummary.costs`.
+        label: Name and unit of the axis.
+        title: Of the picture.
+        is_log: Whether the cost spans orders of magnitude.
+
+    Returns:
+        None where fewer than two methods have both numbers.
+    """
+    points = []
+    for number, method in enumerate(summary.methods):
+        accuracy, value = method.over_tasks["test_accuracy"], method.costs[cost]
+        if accuracy is not None and value is not None and (value > 0 or not is_log):
+            points.append((value, accuracy.mean, accuracy.std, number, method.name))
+    if len(points) < 2:
+        return None
+    figure, axes = new_figure(CURVE[0], CURVE[1] + 70 + 17 * math.ceil(len(points) / 3), title)
+    handles = []
+    for value, mean, std, number, _ in points:
+        colour, marker = style_of(number)
+        if not math.isnan(std):
+            axes.errorbar(value, mean, std, color=colour, linewidth=1.2, capsize=0, alpha=0.6)
+        handles += axes.plot(value, mean, marker=marker, color=colour, markersize=8, linestyle="none")
+    frontier = pareto_front([(value, mean) for value, mean, *_ in points])
+    axes.plot(*zip(*frontier, strict=True), color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
+    if is_log:
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _short(v)))
+    else:
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _short(v)))
+    axes.margins(0.08)
+    axes.set_xlabel(label)
+    axes.set_ylabel("test accuracy, mean over tasks" if len(summary.tasks) > 1 else "test accuracy")
+    percent_axis(axes)
+    add_legend(figure, handles, [shortened(name) for *_, name in points])
+    return figure
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points for which no other costs at most as much and reaches at least as much, by ascending cost."""
+    front: list[tuple[float, float]] = []
+    for cost, gain in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not front or gain > front[-1][1]:
+            front.append((cost, gain))
+    return front
+
+
+def learning_rate_curves(summary: Summary, rows: Rows, tasks: Sequence[str], title: str) -> Figure | None:
+    """Draw the accuracy on validation against the learning rate, one line a method; the best rate is filled.
+
+    Rates are given as factors on each method's default, so that methods of different scales share an axis. A training
+    that failed has no point; its factor is marked at the bottom.
+
+    Args:
+        summary: For the order of methods.
+        rows: All rows.
+        tasks: The mean over these tasks is drawn, at factors that were tried on all of them.
+        title: Of the picture.
+    """
+    curves = [(number, m.name, _mean_curve(rows, m.name, tasks)) for number, m in enumerate(summary.methods)]
+    curves = [curve for curve in curves if len(curve[2]) > 1]
+    if not curves:
+        return None
+    figure, axes = new_figure(CURVE[0], CURVE[1] + 40 + 17 * math.ceil(len(curves) / 3), title)
+    handles = [_draw_curve(axes, number, points) for number, _, points in curves]
+    _factor_axis(axes, sorted({factor for *_, points in curves for factor, _ in points}))
+    found = [accuracy for *_, points in curves for _, accuracy in points if accuracy is not None]
+    if found:
+        axes.set_ylim(bottom=max(axes.get_ylim()[0], max(found) - SHOWN_RANGE))
+    axes.set_ylabel("validation accuracy")
+    percent_axis(axes)
+    add_legend(figure, handles, [shortened(name) for _, name, _ in curves])
+    return figure
+
+
+def _draw_curve(axes: Axes, number: int, points: Sequence[tuple[float, float | None]]) -> Line2D:
+    """One method's line; what it is called by in the legend."""
+    colour, marker = style_of(number)
+    dashes: Any = "-" if number < len(COLOURS) else (0, (5, 2))
+    kept = [(factor, accuracy) for factor, accuracy in points if accuracy is not None]
+    x, y = [factor for factor, _ in kept], [accuracy for _, accuracy in kept]
+    look: dict[str, Any] = {"color": colour, "marker": marker}
+    line = axes.plot(x, y, **look, markersize=5, linewidth=1.6, linestyle=dashes, markerfacecolor="none")[0]
+    if kept:
+        axes.plot(*max(kept, key=lambda point: point[1]), **look, markersize=8)
+    for factor, accuracy in points:
+        if accuracy is None:
+            axes.plot(factor, 0.02, color=colour, marker="x", transform=axes.get_xaxis_transform(), clip_on=False)
+    return line
+
+
+def _mean_curve(rows: Rows, method: str, tasks: Sequence[str]) -> list[tuple[float, float | None]]:
+    """The mean of several tasks' curves, at the factors that all of them have."""
+    curves = [dict(lr_curve(rows, method, task)) for task in tasks]
+    common = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
+    return [(factor, _mean([curve[factor] for curve in curves])) for factor in common]
+
+
+def lr_curve(rows: Rows, method: str, task: str) -> list[tuple[float, float | None]]:
+    """Mean validation accuracy by learning-rate factor at the method's own weight decay; None where it failed."""
+    found: dict[float, list[float | None]] = {}
+    for row in rows:
+        is_ours = row["experiment_name"] == method and row["task_name"] == task
+        if is_ours and row["purpose"] == "trial" and row["tried_weight_decay"] is None:
+            accuracy = row["val_accuracy"] if row["status"] == "success" else None
+            found.setdefault(row["lr_factor"], []).append(accuracy)
+    return [(factor, _mean(values)) for factor, values in sorted(found.items())]
+
+
+def forest(summary: Summary, with_tasks: bool) -> Figure | None:
+    """Draw the paired differences to the reference over all tasks with their intervals, below each those of its tasks.
+
+    Args:
+        summary: The table.
+        with_tasks: Whether single tasks are drawn too.
+    """
+    lines: list[tuple[str, Any, bool]] = []
+    for method in summary.methods:
+        overall = method.to_reference["test_accuracy"]
+        if overall is None:
+            continue
+        lines.append((method.name, overall, True))
+        if with_tasks:
+            lines += [(task, method.to_reference_on[task], False) for task in summary.tasks]
+    if not lines:
+        return None
+    figure, axes = new_figure(
+        640, 110 + (19 if with_tasks else 26) * len(lines), f"Accuracy minus that of {shortened(summary.reference, 30)}"
+    )
+    for place, (_, value, is_whole) in enumerate(lines):
+        if value is None:
+            continue
+        is_clear = value.low > 0 or value.high < 0
+        colour = ACCENT if is_whole and is_clear and value.low > 0 else WARM if is_whole and is_clear else MUTED
+        colour = INK if is_whole and not is_clear else colour
+        axes.plot([value.low, value.high], [place, place], color=colour, linewidth=2.4 if is_whole else 1.2)
+        axes.plot(value.mean, place, color=colour, marker="D" if is_whole else "o", markersize=7 if is_whole else 4)
+    axes.axvline(0, color=MUTED, linewidth=1.2)
+    axes.set_ylim(len(lines) - 0.5, -0.5)
+    axes.set_yticks(range(len(lines)), [shortened(name, 30) for name, *_ in lines])
+    for text, (_, _, is_whole) in zip(axes.get_yticklabels(), lines, strict=True):
+        text.set(fontweight="bold" if is_whole else "normal", color=INK if is_whole else MUTED)
+    axes.grid(False, axis="y")
+    axes.tick_params(axis="y", length=0)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _points(v)))
+    axes.set_xlabel("points of test accuracy")
+    return figure
+
+
+def _factor_axis(axes: Axes, factors: Sequence[float]) -> None:
+    """A logarithmic axis with the tried factors as ticks."""
+    axes.set_xscale("log")
+    shown = factors if len(factors) <= 8 else factors[:: math.ceil(len(factors) / 8)]
+    axes.xaxis.set_major_locator(FixedLocator(list(shown)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"×{v:g}"))
+    axes.set_xlabel("learning rate, times the method's default")
+
+
+def _points(share: float) -> str:
+    """A difference of shares in points: 0, +2."""
+    points = round(100 * share, 3)
+    return "0" if points == 0 else f"{points:+g}".replace("-", "\N{MINUS SIGN}")
+
+
+def _short(value: float) -> str:
+    """A number in three digits: 768, 1.33 M."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.3g}"
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """The mean; None if one is missing."""
+    numbers = [value for value in values if value is not None]
+    return sum(numbers) / len(numbers) if len(numbers) == len(values) else None
+
+
+__all__ = [
+    "forest",
+    "learning_rate_curves",
+    "lr_curve",
+    "pareto",
+    "pareto_front",
+    "style_of",
+]

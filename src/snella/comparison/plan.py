@@ -1,0 +1,133 @@
+"""What is left to do: trials first, then the final cells with the rates that were chosen."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from snella.comparison.cells import Cell, rates_of
+from snella.comparison.entries import DataEntry, MethodEntry
+from snella.comparison.experiment import Experiment
+from snella.comparison.rows import trial_result
+from snella.comparison.search import Candidate, Choice, TrialResult, next_trials
+
+
+@dataclass(frozen=True)
+class Hopeless:
+    """A final cell that cannot be trained, since no trial could.
+
+    Args:
+        cell: Which.
+        error: Why, with the error of the first trial.
+    """
+
+    cell: Cell
+    error: str
+
+
+class Plan:
+    """The cells of an experiment, of which some are done.
+
+    Args:
+        experiment: What is compared.
+        rows: Rows of finished cells, by the cell's name; grows with `record`.
+    """
+
+    def __init__(self, experiment: Experiment, rows: Mapping[str, dict[str, Any]]) -> None:
+        self.experiment = experiment
+        self.rows = dict(rows)
+        self._default_decays = {
+            (data.name, method.name): rates_of(experiment, data, method, Candidate())["weight_decay"]
+            for data, method in self._pairs()
+        }
+
+    def record(self, row: dict[str, Any]) -> None:
+        """Note that a cell is done."""
+        self.rows[row["cell"]] = row
+
+    def ready(self) -> list[Cell | Hopeless]:
+        """Cells that are not done and wait for no other, in the order of the experiment; empty when all is done."""
+        return [cell for pair in self._pairs() for cell in self._ready(*pair)]
+
+    def left(self) -> list[tuple[Cell, int]]:
+        """What is left of every pair: a cell of it, and how many such trainings, extensions of the grid apart."""
+        counts = []
+        for data, method in self._pairs():
+            ready = self._ready(data, method)
+            if ready:
+                first = ready[0].cell if isinstance(ready[0], Hopeless) else ready[0]
+                counts.append((first, len(ready) + self._later(data, method, first)))
+        return counts
+
+    def done(self) -> int:
+        """How many cells of this experiment have a row."""
+        names = {(row["task_name"], row["experiment_name"]) for row in self.rows.values()}
+        pairs = {(data.name, method.name) for data, method in self._pairs()} & names
+        return sum((row["task_name"], row["experiment_name"]) in pairs for row in self.rows.values())
+
+    def choice(self, data: DataEntry, method: MethodEntry) -> Choice | list[Candidate]:
+        """The rates chosen for a pair, or what must be tried first."""
+        decay = self._default_decays[data.name, method.name]
+        return next_trials(self.experiment.grid, decay, self._results(data, method))
+
+    def _pairs(self) -> list[tuple[DataEntry, MethodEntry]]:
+        """Tasks, and on each all methods."""
+        return [(data, method) for data in self.experiment.data for method in self.experiment.methods]
+
+    def _ready(self, data: DataEntry, method: MethodEntry) -> list[Cell | Hopeless]:
+        """The next cells of one pair."""
+        found = self.choice(data, method)
+        if isinstance(found, list):
+            trials = [
+                Cell(data, method, seed, candidate, False)
+                for candidate in found
+                for seed in range(self.experiment.grid.seeds)
+            ]
+            return [cell for cell in trials if cell.name not in self.rows]
+        finals = [
+            Cell(data, method, seed, found.candidate or Candidate(), True) for seed in range(self.experiment.seeds)
+        ]
+        missing = [cell for cell in finals if cell.name not in self.rows]
+        if missing and found.candidate is not None:
+            rates = {c: rates_of(self.experiment, data, method, c) for c in found.tried}
+            search = found.as_dict(self._results(data, method), rates.__getitem__)
+            return [replace(cell, search=search) for cell in missing]
+        error = f"none of the {len(found.tried)} trials could be trained; the first: {self._first_error(data, method)}"
+        return [Hopeless(cell, error) for cell in missing]
+
+    def _later(self, data: DataEntry, method: MethodEntry, next_cell: Cell) -> int:
+        """Trainings of a pair that are not ready yet."""
+        if next_cell.is_final:
+            return 0
+        finals = self.experiment.seeds
+        if next_cell.candidate.weight_decay is not None:
+            return finals
+        decays = {w for w in self.experiment.grid.weight_decays if w != self._default_decays[data.name, method.name]}
+        return finals + len(decays) * self.experiment.grid.seeds
+
+    def _results(self, data: DataEntry, method: MethodEntry) -> dict[Candidate, list[TrialResult]]:
+        """Finished trials of a pair."""
+        results: dict[Candidate, list[TrialResult]] = {}
+        for row in self._trials(data, method):
+            candidate = _candidate_of(row)
+            results.setdefault(candidate, []).append(trial_result(row))
+        return results
+
+    def _trials(self, data: DataEntry, method: MethodEntry) -> list[dict[str, Any]]:
+        """Rows of a pair's trials, in the order of their names."""
+        pair = (data.name, method.name)
+        rows = [r for r in self.rows.values() if r["purpose"] == "trial" and _pair_of(r) == pair]
+        return sorted((r for r in rows if r["seed"] < self.experiment.grid.seeds), key=lambda row: str(row["cell"]))
+
+    def _first_error(self, data: DataEntry, method: MethodEntry) -> str:
+        """What the first failed trial said."""
+        return next((str(row["error"]) for row in self._trials(data, method) if row["error"]), "no error was recorded")
+
+
+def _pair_of(row: Mapping[str, Any]) -> tuple[str, str]:
+    """Task and method of a row."""
+    return row["task_name"], row["experiment_name"]
+
+
+def _candidate_of(row: Mapping[str, Any]) -> Candidate:
+    """The candidate that a trial's row is about."""
+    return Candidate(row["lr_factor"], row["tried_weight_decay"])

@@ -1,0 +1,223 @@
+"""The table of a comparison: the numbers of every method, for the page and for the terminal."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from snella.analysis.formats import bytes_text, count_text, seconds_text
+from snella.comparison.experiment import Experiment
+from snella.comparison.statistics import (
+    LEVEL,
+    Difference,
+    Rows,
+    Spread,
+    average,
+    difference,
+    final_rows,
+    mean_over_groups,
+    mean_over_tasks,
+    spread,
+)
+
+METRICS = {"test_accuracy": "accuracy", "test_balanced_accuracy": "balanced accuracy"}
+_COSTS = (
+    *("num_trainable_params", "adapted_weights", "kept_weights", "file_size", "step_time", "train_time"),
+    *("training_mib", "peak_rss_mib", "accelerator_memory_max", "forgetting"),
+)
+
+
+@dataclass(frozen=True)
+class MethodSummary:
+    """One line of the table.
+
+    Args:
+        name: The method's label.
+        per_task: Mean and deviation on every task, by metric; None where a cell is missing.
+        over_tasks: Mean over tasks, by metric.
+        over_groups: Mean over groups, by metric.
+        to_reference: Paired difference to the reference over all tasks, by metric; None for the reference.
+        to_reference_on: The same on each task, for the accuracy.
+        costs: Means over tasks of the columns of cost, None where not measured.
+        edges: On how many tasks the chosen learning rate lies on the grid's edge.
+        failed: How many of its cells failed.
+    """
+
+    name: str
+    per_task: Mapping[str, Mapping[str, Spread | None]]
+    over_tasks: Mapping[str, Spread | None]
+    over_groups: Mapping[str, Spread | None]
+    to_reference: Mapping[str, Difference | None]
+    to_reference_on: Mapping[str, Difference | None]
+    costs: Mapping[str, float | None]
+    edges: int
+    failed: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The whole table.
+
+    Args:
+        methods: Lines, in the order of the experiment.
+        tasks: Tasks that have a row, in the order of the experiment.
+        groups: Their groups, by name.
+        reference: The method that others are compared to.
+        finals: Finished final cells.
+        expected: Final cells that the experiment has.
+        failed: Rows of cells that failed.
+    """
+
+    methods: list[MethodSummary]
+    tasks: list[str]
+    groups: dict[str, list[str]]
+    reference: str
+    finals: int
+    expected: int
+    failed: list[Mapping[str, Any]]
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether the mean over groups differs from the mean over tasks."""
+        return 1 < len(self.groups) < len(self.tasks)
+
+
+def summarise(experiment: Experiment, rows: Rows) -> Summary:
+    """Compute the table.
+
+    Args:
+        experiment: Order, groups and reference.
+        rows: All rows; those of other methods and tasks are left out.
+    """
+    names, known = [m.name for m in experiment.methods], [d.name for d in experiment.data]
+    rows = [row for row in rows if row["experiment_name"] in names and row["task_name"] in known]
+    finals = final_rows(rows)
+    seen = {row["task_name"] for row in finals}
+    data = [entry for entry in experiment.data if entry.name in seen]
+    tasks = [entry.name for entry in data]
+    groups: dict[str, list[str]] = {}
+    for entry in data:
+        groups.setdefault(entry.group, []).append(entry.name)
+    failed = [row for row in rows if row["status"] == "failed"]
+    reference = experiment.reference_name
+    return Summary(
+        [_line(name, finals, tasks, groups, reference, failed) for name in names],
+        tasks,
+        groups,
+        reference,
+        len(finals),
+        len(names) * len(known) * experiment.seeds,
+        failed,
+    )
+
+
+def _line(
+    name: str,
+    rows: Rows,
+    tasks: list[str],
+    groups: dict[str, list[str]],
+    reference: str,
+    failed: list[Mapping[str, Any]],
+) -> MethodSummary:
+    """The numbers of one method."""
+    is_reference = name == reference
+    own = [row for row in rows if row["experiment_name"] == name]
+    on_edge = {row["task_name"] for row in own if (row.get("search") or {}).get("lr_on_edge")}
+    return MethodSummary(
+        name,
+        {metric: {task: spread(rows, name, task, metric) for task in tasks} for metric in METRICS},
+        {metric: mean_over_tasks(rows, name, tasks, metric) for metric in METRICS},
+        {metric: mean_over_groups(rows, name, groups, metric) for metric in METRICS},
+        {m: None if is_reference else difference(rows, name, reference, tasks, m) for m in METRICS},
+        {task: None if is_reference else difference(rows, name, reference, [task], "test_accuracy") for task in tasks},
+        {column: average(rows, name, column) for column in _COSTS},
+        len(on_edge),
+        sum(row["experiment_name"] == name for row in failed),
+    )
+
+
+def spread_text(value: Spread | None) -> str:
+    """A share with its deviation in percent: 85.2 ± 0.4."""
+    if value is None:
+        return "–"
+    deviation = "" if math.isnan(value.std) else f" ± {100 * value.std:.1f}"
+    return f"{100 * value.mean:.1f}{deviation}"
+
+
+def difference_text(value: Difference | None) -> str:
+    """A difference in points with its interval: -0.8 [-1.9, +0.2]."""
+    if value is None:
+        return "–"
+    return f"{_signed(value.mean)} [{_signed(value.low)}, {_signed(value.high)}]"
+
+
+def cost_texts(costs: Mapping[str, float | None]) -> dict[str, str]:
+    """Costs for people."""
+    memory = costs["accelerator_memory_max"]
+    texts = {
+        "trainable": _text(costs["num_trainable_params"], lambda v: count_text(round(v))),
+        "adapted": _text(costs["adapted_weights"], lambda v: count_text(round(v))),
+        "kept": _text(costs["kept_weights"], lambda v: count_text(round(v))),
+        "file": _text(costs["file_size"], bytes_text),
+        "step": _text(costs["step_time"], lambda v: f"{1000 * v:.1f} ms"),
+        "time": _text(costs["train_time"], seconds_text),
+        "memory": bytes_text(memory) if memory else _text(costs["training_mib"], lambda v: bytes_text(v * 2**20)),
+        "forgetting": _text(costs["forgetting"], _signed),
+    }
+    return texts
+
+
+def print_summary(console: Console, experiment: Experiment, rows: Rows) -> None:
+    """Print the table."""
+    summary = summarise(experiment, rows)
+    if not summary.finals:
+        console.print("no final cell is finished yet", highlight=False)
+        return
+    for metric, title in METRICS.items():
+        console.print(_table(summary, metric, title))
+    pairs = max((m.to_reference["test_accuracy"] or Difference(0, 0, 0, 0, 0)).pairs for m in summary.methods)
+    console.print(
+        f"test {'/'.join(METRICS.values())} in percent, mean ± standard deviation over seeds; differences to "
+        f"{summary.reference} in points, {LEVEL:.0%} bootstrap interval, n = {pairs} pairs",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for row in summary.failed:
+        console.print(f"FAILED {row['cell']}: {row['error']}", highlight=False, markup=False, soft_wrap=True)
+    if summary.failed:
+        console.print("failed cells are trained again with --retry-failed", highlight=False)
+
+
+def _table(summary: Summary, metric: str, title: str) -> Table:
+    """The lines for people."""
+    table = Table(title=f"test {title}", title_justify="left")
+    table.add_column("method")
+    headings = [*summary.tasks, "mean over tasks"] if len(summary.tasks) > 1 else list(summary.tasks)
+    headings += ["mean over groups"] if summary.has_groups else []
+    headings += [f"difference to {summary.reference}"]
+    is_first = metric == "test_accuracy"
+    for heading in [*headings, *(["trainable", "file", "step", "memory", "forgetting"] if is_first else [])]:
+        table.add_column(heading, justify="right")
+    for method in summary.methods:
+        cells = [spread_text(method.per_task[metric][task]) for task in summary.tasks]
+        cells += [spread_text(method.over_tasks[metric])] if len(summary.tasks) > 1 else []
+        cells += [spread_text(method.over_groups[metric])] if summary.has_groups else []
+        cells += [difference_text(method.to_reference[metric])]
+        costs = cost_texts(method.costs)
+        cells += [costs[key] for key in ("trainable", "file", "step", "memory", "forgetting")] if is_first else []
+        table.add_row(method.name, *cells)
+    return table
+
+
+def _signed(share: float) -> str:
+    """A difference of shares in points, with its sign."""
+    text = f"{100 * share:+.1f}"
+    return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "\N{MINUS SIGN}")
+
+
+def _text(value: float | None, write: Any) -> str:
+    """A number written, or a dash."""
+    return "–" if value is None else str(write(value))

@@ -1,0 +1,249 @@
+"""Whole comparisons: tiny models, real images, real processes."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+
+from snella.comparison import compare
+from snella.comparison.results_file import read_lines
+from snella.training import RunFolder, TrainingInterrupted, load_run
+
+
+@pytest.fixture(scope="module")
+def experiment():
+    from snella.comparison.experiment import Experiment
+
+    values = {
+        "methods": ["linear", "lora-2"],
+        "data": ["digits"],
+        "backbone": "test_vit",
+        "seeds": 1,
+        "grid": {"lr_factors": [0.3, 1.0], "weight_decays": [], "max_extensions": 0},
+        "forgetting": ["mnist5k"],
+        "forgetting_images": 60,
+        "train": {"pretrained": False, "img_size": 32, "epochs": 1, "batch_size": 20, "device": "cpu"},
+    }
+    values["train"] |= {"train_size": 40, "val_size": 20, "test_size": 30, "augment": "none"}
+    return Experiment.from_dict(values)
+
+
+@pytest.fixture(scope="module")
+def finished(experiment, tmp_path_factory):
+    """One finished comparison, for all tests that only read it."""
+    import io
+
+    import torch
+    from rich.console import Console
+
+    pytest.importorskip("mlxtend")
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("finished") / "c"
+    output = io.StringIO()
+    compare(experiment, root, workers=0, console=Console(file=output, width=200))
+    return root, output.getvalue()
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A copy of it to change."""
+    shutil.copytree(finished[0], tmp_path / "c")
+    return tmp_path / "c"
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    """Fail where anything is trained."""
+
+    def refuse(*arguments, **options):
+        raise AssertionError("nothing should be trained")
+
+    monkeypatch.setattr("snella.comparison.cell_run.train", refuse)
+
+
+def rows_of(root):
+    return read_lines(root / "results.jsonl")[0]
+
+
+def test_every_cell_has_a_row_with_what_it_cost_and_reached(finished):
+    rows = rows_of(finished[0])
+    assert sorted(name for name, row in rows.items() if row["purpose"] == "final") == [
+        "digits/linear/seed-0",
+        "digits/lora-2/seed-0",
+    ]
+    assert len(rows) == 6 and {row["status"] for row in rows.values()} == {"success"}
+    row = rows["digits/lora-2/seed-0"]
+    run = finished[0] / "cells" / "digits/lora-2/seed-0"
+    metrics = RunFolder(run).read_json("metrics.json")
+    assert row["test_accuracy"] == metrics["test"]["accuracy"] and row["val_accuracy"] == metrics["val"]["accuracy"]
+    assert row["test_balanced_accuracy"] == metrics["test"]["balanced_accuracy"]
+    assert row["peft_type"] == "LORA" and row["peft_config"]["r"] == 2
+    assert row["file_size"] == (run / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert row["num_trainable_params"] > rows["digits/linear/seed-0"]["num_trainable_params"]
+    assert row["train_samples"] == 40 and row["model_id"] == "test_vit" and row["train_config"]["epochs"] == 1
+    assert 0 < row["step_time"] < row["train_time"] < row["total_time"]
+    assert row["forgetting"] == pytest.approx(row["probe_accuracy_frozen"] - row["probe_accuracy_adapted"])
+    assert row["torch_version"] == row["package_info"]["torch-version"] and row["system_info"]["threads"] == 1
+    assert row["peak_rss_mib"] is None  # shared with all other cells of this process
+
+
+def test_rates_are_chosen_on_validation_and_the_choice_is_recorded(finished):
+    rows = rows_of(finished[0])
+    for method in ("linear", "lora-2"):
+        trials = [r for r in rows.values() if r["purpose"] == "trial" and r["experiment_name"] == method]
+        assert {row["lr_factor"] for row in trials} == {0.3, 1.0}
+        assert all(row["test_accuracy"] is None for row in trials)
+        best = max(trials, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
+        final = rows[f"digits/{method}/seed-0"]
+        assert (final["lr"], final["head_lr"]) == (best["lr"], best["head_lr"])
+        told = final["search"]
+        assert told["lr_factor"] == best["lr_factor"] and told["lr_on_edge"]
+        assert {t["lr_factor"]: t["val_accuracy"] for t in told["trials"]} == {
+            row["lr_factor"]: row["val_accuracy"] for row in trials
+        }
+
+
+def test_all_cells_see_the_same_images_transforms_epochs_and_batches(finished):
+    rows = list(rows_of(finished[0]).values())
+    assert len({row["split"] for row in rows}) == 1
+    runs = [RunFolder(finished[0] / "cells" / row["cell"]) for row in rows]
+    assert len({json.dumps(run.read_json("run.json")["data_config"], sort_keys=True) for run in runs}) == 1
+    own = ("method", "lr", "head_lr", "weight_decay", "out", "r")
+    shared = [{k: v for k, v in row["train_config"].items() if k not in own} for row in rows]
+    assert all(values == shared[0] for values in shared)
+
+
+def test_final_cells_are_run_folders_that_can_be_used_and_trials_keep_no_weights(finished):
+    root, _ = finished
+    assert load_run(root / "cells/digits/lora-2/seed-0").classes == [str(i) for i in range(10)]
+    assert not list((root / "cells").rglob("checkpoints"))
+    assert len(list((root / "cells").rglob("*.safetensors"))) == 2
+
+
+def test_a_linear_probe_forgets_nothing(finished):
+    assert rows_of(finished[0])["digits/linear/seed-0"]["forgetting"] == 0.0
+
+
+def test_the_lines_tell_what_was_done_and_the_table_what_came_out(finished):
+    root, text = finished
+    assert "[1/6] digits · linear · trial lr-x0.3 · seed 0: validation 0." in text and "left\n" in text
+    assert "[6/6] digits · lora-2 · final · seed 0: validation" in text
+    assert "difference to lora-2" in text and "n = 1 pairs" in text
+    assert f"page {root / 'comparison.html'}" in text and (root / "comparison.html").stat().st_size > 20_000
+    assert not list((root / "locks").glob("digits*"))
+
+
+def test_a_finished_comparison_trains_nothing_again(copy, console, no_training):
+    before = (copy / "results.jsonl").read_text()
+    compare(None, copy, workers=0, console=console)
+    assert (copy / "results.jsonl").read_text() == before
+
+
+def test_rows_alone_are_enough_to_draw_and_to_go_on(copy, console, no_training):
+    shutil.rmtree(copy / "cells")
+    (copy / "comparison.html").unlink()
+    compare(None, copy, workers=0, draw_only=True, console=console)
+    assert "lora-2" in (copy / "comparison.html").read_text()
+    compare(None, copy, workers=0, console=console)
+
+
+def test_a_cell_without_its_row_is_trained_again_and_no_other(copy, console):
+    cell = "digits/linear/seed-0"
+    (copy / "cells" / cell / "cell.json").unlink()
+    lines = [line for line in (copy / "results.jsonl").read_text().splitlines(keepends=True) if cell not in line]
+    (copy / "results.jsonl").write_text("".join(lines) + '{"cell": "digits/li')
+    old = rows_of(copy)
+    compare(None, copy, workers=0, console=console)
+    new = rows_of(copy)
+    assert set(new) == {*old, cell} and all(new[name] == old[name] for name in old)
+    text = console.file.getvalue()
+    assert "note: " in text and "is cut off in mid-line (19 characters)" in text and "[6/6] digits · linear" in text
+
+
+def test_a_training_that_fails_is_a_row_with_its_error_and_the_others_go_on(tiny, tmp_path, console):
+    hopeless = {"name": "hopeless", "method": "bias", "lr": 1e30}
+    experiment = tiny(methods=[hopeless, "bias"], grid={"lr_factors": [1.0, 1e33]}, forgetting=[])
+    compare(experiment, tmp_path / "c", workers=0, console=console)
+    rows = rows_of(tmp_path / "c")
+    trial, final = rows["digits/bias/trials/lr-x1e+33_seed-0"], rows["digits/bias/seed-0"]
+    assert trial["status"] == "failed" and trial["error"].startswith("NonFiniteLossError: the ")
+    assert final["status"] == "success" and final["search"]["lr_factor"] == 1.0
+    error = rows["digits/hopeless/seed-0"]["error"]
+    assert "none of the 2 trials could be trained; the first: NonFiniteLossError" in error
+    assert "Traceback" in (tmp_path / "c/logs/digits!bias!trials!lr-x1e+33_seed-0.txt").read_text()
+    text = console.file.getvalue()
+    assert "FAILED digits/hopeless/seed-0" in text and "--retry-failed" in text
+    assert "NonFiniteLossError" in (tmp_path / "c" / "comparison.html").read_text()
+
+
+def test_failed_cells_are_trained_again_when_asked(copy, console, monkeypatch):
+    cell = "digits/linear/seed-0"
+    row = {**rows_of(copy)[cell], "status": "failed", "error": "OSError: disk full"}
+    (copy / "cells" / cell / "cell.json").write_text(json.dumps(row))
+    compare(None, copy, workers=0, console=console)
+    assert rows_of(copy)[cell]["status"] == "failed"
+    compare(None, copy, workers=0, retry_failed=True, console=console)
+    assert rows_of(copy)[cell]["status"] == "success" and len(rows_of(copy)) == 6
+
+
+def test_ctrl_c_ends_with_the_command_that_continues(copy, console, monkeypatch):
+    (copy / "results.jsonl").unlink()
+    (copy / "cells/digits/linear/seed-0/cell.json").unlink()
+
+    def press_ctrl_c(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("snella.comparison.cell_run.train", press_ctrl_c)
+        with pytest.raises(TrainingInterrupted, match=r"5 cells .* continue with: snella compare --out .*/c"):
+            compare(None, copy, workers=0, console=console)
+    compare(None, copy, workers=0, console=console)
+    assert len(rows_of(copy)) == 6
+
+
+def test_what_is_missing_is_told_all_at_once_before_anything_is_trained(tiny, tmp_path, console, no_training):
+    experiment = tiny(data=["digits", "elvp", "folder:nowhere"], backbone="tset_vit", forgetting=["stamsp"])
+    with pytest.raises(ValueError, match=r"nearest: 'elpv'.*nowhere.*'stamsp'.*'tset_vit'") as caught:
+        compare(experiment, tmp_path / "c", workers=0, console=console)
+    assert "test_vit" in str(caught.value) and not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": {"batch_size": 41}}, "batch_size must be at most the 40 training images, got 41"),
+        ({"train": {"test_size": None, "test_fraction": 0.0}}, "data 'digits' must have a validation and a test part"),
+        ({"train": {"device": "cuda"}}, "got 'cuda'"),
+    ],
+)
+def test_settings_that_do_not_fit_the_data_are_told_beforehand(changes, message, tiny, tmp_path, console, no_training):
+    import torch
+
+    if torch.cuda.is_available() and "device" in changes["train"]:
+        pytest.skip("there is a GPU here")
+    with pytest.raises(ValueError, match=message):
+        compare(tiny(**changes), tmp_path / "c", workers=0, console=console)
+
+
+def test_a_folder_with_other_things_is_left_alone(tiny, tmp_path, console):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"out=.* holds files but no comparison; choose an empty or a new folder"):
+        compare(tiny(), tmp_path, workers=0, console=console)
+    with pytest.raises(FileNotFoundError, match=r"out=.*/empty holds no comparison to go on with"):
+        compare(None, tmp_path / "empty", workers=0, console=console)
+
+
+def test_workers_and_threads_must_be_numbers_that_make_sense(tiny, tmp_path, console):
+    with pytest.raises(ValueError, match="workers must be at least 0 and threads at least 1, got -1 and None"):
+        compare(tiny(), tmp_path / "c", workers=-1, console=console)
+
+
+def test_ray_that_is_not_installed_is_told_with_its_command(tiny, tmp_path, console, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    with pytest.raises(ImportError, match=r"ray=True needs Ray, which is not installed \(.*run `pip install ray`"):
+        compare(tiny(), tmp_path / "c", ray=True, console=console)
+
+
+def test_the_folder_remembers_the_experiment(finished, experiment):
+    assert yaml.safe_load((finished[0] / "experiment.yaml").read_text()) == experiment.as_dict()

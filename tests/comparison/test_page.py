@@ -1,0 +1,55 @@
+"""The page: what is on it, and that nothing of a row becomes markup."""
+
+import re
+
+import pytest
+
+from snella.comparison.experiment import Experiment
+from snella.comparison.page import write_page
+
+
+@pytest.fixture(scope="module")
+def page(request, tmp_path_factory):
+    experiment, rows = request.getfixturevalue("large_once")
+    return write_page(tmp_path_factory.mktemp("page"), experiment, rows).read_text()
+
+
+def test_the_page_has_its_sections_and_pictures_and_asks_the_network_for_nothing(page):
+    assert re.findall(r'<section id="(\w+)"', page) == ["accuracy", "differences", "costs", "rates", "failed", "how"]
+    assert page.count('<svg class="figure"') == 2 + 3 + 7
+    assert not re.findall(r'(?:src|href)="(?:https?:)?//', page)
+    ids = re.findall(r' id="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+
+
+def test_the_page_states_how_its_numbers_came_about(page):
+    for text in ("n = 18 pairs", "10,000 resamples", "360 trainings that never saw a test image", "minus lora-8"):
+        assert text in page, text
+    assert "natural (fashion, stamps)" in page and "snella compare --experiment large" in page
+
+
+def test_the_best_of_each_column_is_marked(page):
+    line = re.search(r'<th scope="row">full</th>.*', page)[0]
+    assert line.count("n best") == 8
+
+
+def test_names_that_look_like_markup_stay_text(large, tmp_path):
+    experiment, rows = large
+    evil = "<img src=x onerror=alert(1)>"
+    values = experiment.as_dict()
+    values["methods"][0]["name"] = values["data"][0]["name"] = evil
+    values["about"] = evil
+    values["methods"], values["data"] = values["methods"][:1], values["data"][:1]
+    changed = [
+        {k: evil if v in ("linear", "fashion") and k in ("experiment_name", "task_name") else v for k, v in row.items()}
+        for row in rows
+    ]
+    text = write_page(tmp_path, Experiment.from_dict(values), changed).read_text()
+    assert "<img" not in text and "&lt;img" in text
+
+
+def test_a_comparison_that_has_only_begun_has_a_page(large, tmp_path):
+    experiment, rows = large
+    assert "0 of 216 final runs finished" in write_page(tmp_path, experiment, []).read_text()
+    trials = [row for row in rows if row["purpose"] == "trial"][:3]
+    assert 'id="rates"' in write_page(tmp_path, experiment, trials).read_text()

@@ -1,0 +1,176 @@
+"""The experiment files of the paper's tables: what they say is checked against the data they are about."""
+
+import io
+
+import pytest
+import timm
+import torch
+from rich.console import Console
+
+from snella.comparison.beside_paper import PublishedRow, print_published, published_rows
+from snella.comparison.cells import Cell
+from snella.comparison.experiment import Experiment
+from snella.comparison.experiment_files import bundled_experiments, read_experiment
+from snella.comparison.published import published_faults
+from snella.comparison.search import Candidate, Choice, next_trials
+from snella.comparison.summary import summarise
+from snella.data.fgvc import FGVC_DATASETS
+from snella.data.vtab import VTAB_TASKS
+from snella.methods import build_method
+
+PAPER = (
+    *("table1-vtab", "table1-fgvc", "table1-vtab-official", "table1-fgvc-official", "table2-mae", "table2-moco"),
+    *("table3-swin", "table3-convnext", "table4-vit-l", "table4-vit-h"),
+)
+
+
+@pytest.fixture(scope="module")
+def experiments():
+    return {name: read_experiment(name) for name in PAPER}
+
+
+def test_every_table_has_its_file_and_says_what_it_is(experiments):
+    files = {name for name, path in bundled_experiments().items() if path.parent.name == "paper"}
+    assert files == set(PAPER)
+    for name, experiment in experiments.items():
+        assert experiment.command == f"snella compare --experiment {name} --out runs/{name}"
+        assert min(len(experiment.about), len(experiment.cost), len(experiment.expected)) > 50
+        assert experiment.settings["epochs"] == 100
+
+
+def test_tasks_are_the_benchmarks_own_in_their_groups(experiments):
+    vtab = [(task.name, f"vtab:data/vtab-1k/{task.name}", task.group) for task in VTAB_TASKS.values()]
+    fgvc = [(name, f"fgvc:data/fgvc/{name}", "fgvc") for name in FGVC_DATASETS]
+    for name, experiment in experiments.items():
+        entries = [(entry.name, entry.data, entry.group) for entry in experiment.data]
+        whole = fgvc if "fgvc" in name else vtab
+        assert set(entries) <= set(whole) and ("official" in name or entries == whole)
+
+
+def test_the_papers_means_follow_from_its_values(experiments):
+    """Table XIII prints the mean of 19 tasks; the ablations' numbers are the mean of three group means."""
+    experiment = experiments["table1-vtab"]
+    tasks = [entry.name for entry in experiment.data]
+    assert len(experiment.published["values"]) == 20
+    for values in experiment.published["values"].values():
+        groups = []
+        for group in ("natural", "specialised", "structured"):
+            own = [values[entry.name] for entry in experiment.data if entry.group == group]
+            groups.append(sum(own) / len(own))
+            assert values[group] == pytest.approx(groups[-1], abs=0.006)
+        assert values["mean over groups"] == pytest.approx(sum(groups) / 3, abs=0.006)
+        assert values["mean over tasks"] == pytest.approx(sum(values[task] for task in tasks) / 19, abs=0.06)
+
+
+def test_rates_are_chosen_on_validation_and_the_final_run_learns_from_it_too(experiments):
+    experiment = experiments["table1-vtab"]
+    trial, final = (
+        Cell(experiment.data[0], experiment.methods[-1], 0, Candidate(), is_final).config(experiment, "-")
+        for is_final in (False, True)
+    )
+    assert (trial.protocol, final.protocol) == ("standard", "final")
+
+
+def test_the_official_files_need_no_trial_and_set_each_task_by_itself(experiments):
+    experiment = experiments["table1-vtab-official"]
+    configs = {
+        data.name: Cell(data, experiment.methods[0], 0, Candidate(), True).config(experiment, "-")
+        for data in experiment.data
+    }
+    assert configs["cifar"].protocol == "official" and configs["cifar"].method_options["preset"] == "official"
+    assert (configs["cifar"].batch_size, configs["cifar"].weight_decay, configs["cifar"].target_sparsity) == (
+        8,
+        0.05,
+        0.8,
+    )
+    assert (configs["dtd"].weight_decay, configs["dtd"].target_sparsity) == (0.005, 0.93)
+    assert configs["dtd"].lr == configs["dtd"].scalar_lr == configs["dtd"].head_lr == 0.001
+    assert next_trials(experiment.grid, 0.05, {}) == Choice(Candidate(1.0), (Candidate(1.0),), False, False)
+    dogs = experiments["table1-fgvc-official"]
+    config = Cell(dogs.data[-1], dogs.methods[0], 0, Candidate(), True).config(dogs, "-")
+    assert (config.lr, config.ema, config.augment) == (0.0001, 0.9999, "imagenet")
+
+
+def changed(experiment, **changes):
+    return Experiment.from_dict({**experiment.as_dict(), **changes})
+
+
+def test_a_search_under_the_official_protocol_is_refused(experiments):
+    message = r"protocol official has no validation images to choose rates on; .* got \[0\.3, 1\.0\] and \[\]"
+    with pytest.raises(ValueError, match=message):
+        changed(experiments["table1-vtab-official"], grid={"lr_factors": [0.3, 1.0], "weight_decays": []})
+
+
+@pytest.mark.parametrize(
+    ("published", "message"),
+    [
+        ({"values": {}}, "published must hold 'source' and 'values', got values"),
+        ({"source": "T", "value": {}}, "published must hold 'source' and 'values', got source, value"),
+        ({"source": "T", "values": {"lora-8": 3}}, "published.values 'lora-8' must hold numbers by task, got 3"),
+        ({"source": "T", "values": {"lora-8": {"cifr": 3}}}, "by task, group or mean, got cifr: 3"),
+        ({"source": "T", "values": {"lora-8": {"cifar": "x"}}}, "must be numbers in percent .* got cifar: 'x'"),
+    ],
+)
+def test_published_numbers_of_another_form_are_refused(published, message, experiments):
+    with pytest.raises(ValueError, match=message):
+        changed(experiments["table1-vtab"], published=published)
+    assert published_faults({}, [], []) == []
+
+
+def row(method, task, accuracy):
+    common = {"purpose": "final", "status": "success", "seed": 0, "test_balanced_accuracy": accuracy}
+    return {"experiment_name": method, "task_name": task, "test_accuracy": accuracy, **common}
+
+
+def test_our_numbers_stand_beside_the_papers(experiments):
+    values = {"lora-8": {"kitti": 78.5, "structured": 60.0, "mean over tasks": 72.3, "dmlab": 49.8}}
+    experiment = changed(experiments["table1-vtab"], published={"source": "Table XIII", "values": values})
+    rows = [row("lora-8", "kitti", 0.80), row("lora-8", "cifar", 0.60)]
+    summary = summarise(experiment, rows)
+    found = published_rows(experiment, summary)
+    assert [(r.column, r.paper, r.ours and round(r.ours, 3)) for r in found] == [
+        ("kitti", 78.5, 80.0),
+        ("structured", 60.0, 80.0),
+        ("mean over tasks", 72.3, 70.0),
+        ("dmlab", 49.8, None),
+    ]
+    output = io.StringIO()
+    print_published(Console(file=output, width=120), experiment, summary)
+    assert "beside the paper's: Table XIII" in output.getvalue() and "+1.5" in output.getvalue()
+    assert PublishedRow("lora-8", "dmlab", 49.8, None).texts == ("lora-8", "dmlab", "49.8", "–", "–")
+
+
+def test_without_published_numbers_nothing_is_printed(experiments):
+    experiment = changed(experiments["table4-vit-l"])
+    output = io.StringIO()
+    print_published(Console(file=output), experiment, summarise(experiment, []))
+    assert output.getvalue() == ""
+
+
+SMALL = {
+    "vit": ("test_vit", {"img_size": 32}),
+    "swin": (
+        "swin_tiny_patch4_window7_224",
+        {"img_size": 32, "window_size": 2, "embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2)},
+    ),
+    "convnext": ("test_convnext", {}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SMALL)
+def test_every_method_of_a_table_can_be_applied_to_backbones_of_its_kind(kind, experiments):
+    """On small models of the same architecture."""
+    architecture, options = SMALL[kind]
+    entries = {
+        entry.method: entry.options
+        for experiment in experiments.values()
+        for entry in experiment.methods
+        if kind in experiment.backbone
+    }
+    batches = [(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))]
+    for name, chosen in entries.items():
+        torch.manual_seed(0)
+        model = timm.create_model(architecture, num_classes=3, **options)
+        built = build_method(name, model, batches=lambda: batches, **chosen)
+        assert any(parameter.requires_grad for parameter in built.parameters()), name

@@ -1,0 +1,85 @@
+"""`results.jsonl`: cut off, doubled, lost, and mended."""
+
+import json
+
+import pytest
+
+from snella.comparison.results_file import append_row, collect, drop_failed, read_lines
+
+
+def row(cell, **more):
+    return {"cell": cell, "status": "success", "purpose": "final", "created_at": "2026-01-01", **more}
+
+
+@pytest.fixture
+def root(tmp_path):
+    for number in range(3):
+        append_row(tmp_path, tmp_path / "cells" / f"c{number}", row(f"c{number}", value=number))
+    return tmp_path
+
+
+def values(root):
+    return {name: found["value"] for name, found in read_lines(root / "results.jsonl")[0].items()}
+
+
+def test_rows_are_lines(root):
+    lines = (root / "results.jsonl").read_text().splitlines()
+    assert [json.loads(line)["value"] for line in lines] == [0, 1, 2]
+    assert collect(root)[1] == []
+
+
+def test_a_file_cut_off_in_mid_line_is_mended_from_the_cells_and_said(root):
+    path = root / "results.jsonl"
+    path.write_bytes(path.read_bytes()[:-30])
+    rows, notes = collect(root)
+    assert sorted(rows) == ["c0", "c1", "c2"] and values(root) == {"c0": 0, "c1": 1, "c2": 2}
+    assert "results.jsonl, line 3 is cut off in mid-line" in notes[0] and "1 of the rows" in notes[1]
+    assert collect(root)[1] == []
+
+
+def test_a_cut_line_whose_cell_is_gone_is_left_out_and_the_others_stay(root):
+    path = root / "results.jsonl"
+    path.write_bytes(path.read_bytes()[:-30])
+    (root / "cells" / "c2" / "cell.json").unlink()
+    rows, notes = collect(root)
+    assert sorted(rows) == ["c0", "c1"] and len(notes) == 1
+    assert path.read_text().count("\n") == 2
+
+
+def test_a_row_after_a_cut_line_begins_a_line_of_its_own(root):
+    path = root / "results.jsonl"
+    path.write_bytes(path.read_bytes()[:-30])
+    append_row(root, root / "cells" / "c3", row("c3", value=3))
+    assert values(root) == {"c0": 0, "c1": 1, "c3": 3}
+
+
+def test_rows_without_their_folder_are_kept_and_folders_without_their_row_are_added(root):
+    (root / "cells" / "c0" / "cell.json").unlink()
+    lines = (root / "results.jsonl").read_text().splitlines(keepends=True)
+    (root / "results.jsonl").write_text("".join(lines[:2]))
+    assert sorted(collect(root)[0]) == ["c0", "c1", "c2"] and values(root) == {"c0": 0, "c1": 1, "c2": 2}
+
+
+def test_a_row_that_is_there_twice_is_written_once(root):
+    path = root / "results.jsonl"
+    path.write_text(path.read_text() * 2)
+    collect(root)
+    assert path.read_text().count("\n") == 3
+
+
+def test_lines_of_another_kind_are_named(root):
+    path = root / "results.jsonl"
+    path.write_text('{"a": 1}\n[]\n' + path.read_text())
+    notes = collect(root)[1]
+    assert "line 1 is no row of a comparison" in notes[0] and "line 2" in notes[1]
+
+
+def test_failed_cells_can_be_forgotten(root):
+    append_row(root, root / "cells" / "bad", row("bad", value=9, status="failed"))
+    assert drop_failed(root) == ["bad"]
+    assert sorted(collect(root)[0]) == ["c0", "c1", "c2"]
+    assert drop_failed(root) == []
+
+
+def test_a_folder_without_rows_is_empty(tmp_path):
+    assert collect(tmp_path) == ({}, []) and not (tmp_path / "results.jsonl").exists()

@@ -1,0 +1,142 @@
+"""The numbers of the table, against numbers worked out by hand."""
+
+import math
+
+import pytest
+
+from snella.comparison.experiment import Experiment
+from snella.comparison.figures import forest, learning_rate_curves, lr_curve, pareto, pareto_front
+from snella.comparison.statistics import Difference, average, difference, mean_over_groups, mean_over_tasks, spread
+from snella.comparison.summary import cost_texts, difference_text, spread_text, summarise
+
+VALUES = {
+    ("a", "t1"): [0.5, 0.7],
+    ("a", "t2"): [0.9, 0.9],
+    ("a", "t3"): [0.2, 0.4],
+    ("b", "t1"): [0.4, 0.7],
+    ("b", "t2"): [0.8, 0.8],
+    ("b", "t3"): [0.2, 0.3],
+}
+
+
+@pytest.fixture
+def rows():
+    return [
+        {"experiment_name": method, "task_name": task, "seed": seed, "m": value}
+        for (method, task), values in VALUES.items()
+        for seed, value in enumerate(values)
+    ]
+
+
+def test_mean_and_deviation_are_those_of_the_seeds(rows):
+    found = spread(rows, "a", "t1", "m")
+    assert (found.mean, found.std, found.count) == pytest.approx((0.6, math.sqrt(0.02), 2))
+    assert spread(rows, "c", "t1", "m") is None
+    assert math.isnan(spread(rows[:1], "a", "t1", "m").std)
+
+
+def test_the_mean_over_tasks_and_the_mean_over_groups_differ(rows):
+    tasks = mean_over_tasks(rows, "a", ["t1", "t2", "t3"], "m")
+    groups = mean_over_groups(rows, "a", {"x": ["t1", "t2"], "y": ["t3"]}, "m")
+    assert tasks.mean == pytest.approx((0.6 + 0.9 + 0.3) / 3)
+    assert groups.mean == pytest.approx(((0.6 + 0.9) / 2 + 0.3) / 2)
+    assert tasks.std == pytest.approx(math.sqrt(2) / 2 * (2.0 / 3 - 1.6 / 3))
+
+
+def test_a_mean_needs_every_task(rows):
+    assert mean_over_tasks(rows[:4], "a", ["t1", "t2", "t3"], "m") is None
+    fewer = [row for row in rows if row["task_name"] != "t3" or row["seed"] == 0]
+    assert mean_over_tasks(fewer, "a", ["t1", "t3"], "m").count == 1
+
+
+def test_differences_are_taken_in_pairs(rows):
+    found = difference(rows, "b", "a", ["t1", "t2", "t3"], "m")
+    assert (found.pairs, found.tasks) == (6, 3)
+    assert found.mean == pytest.approx((-0.05 - 0.1 - 0.05) / 3)
+    assert -0.1 <= found.low < found.mean < found.high <= 0.0
+    unpaired = [row for row in rows if (row["experiment_name"], row["seed"]) != ("a", 0)]
+    assert difference(unpaired, "b", "a", ["t1"], "m") == Difference(0.0, 0.0, 0.0, 1, 1)
+    assert difference(rows, "c", "a", ["t1"], "m") is None
+
+
+def test_the_interval_of_one_task_is_that_of_its_seeds():
+    values = [0.01, 0.02, 0.03, 0.04]
+    rows = [{"experiment_name": "b", "task_name": "t", "seed": i, "m": v} for i, v in enumerate(values)]
+    rows += [{"experiment_name": "a", "task_name": "t", "seed": i, "m": 0.0} for i in range(4)]
+    found = difference(rows, "b", "a", ["t"], "m")
+    # 2.5 % and 97.5 % of the mean of four draws from these four: 1.5 and 3.5 hundredths
+    assert (found.low, found.high) == pytest.approx((0.015, 0.035), abs=1e-9)
+    assert found == difference(rows, "b", "a", ["t"], "m")
+
+
+def test_the_interval_over_tasks_holds_the_spread_between_tasks():
+    rows = []
+    for task, value in (("t1", -0.1), ("t2", 0.1), ("t3", 0.12)):
+        rows += [{"experiment_name": "b", "task_name": task, "seed": s, "m": value} for s in range(3)]
+        rows += [{"experiment_name": "a", "task_name": task, "seed": s, "m": 0.0} for s in range(3)]
+    found = difference(rows, "b", "a", ["t1", "t2", "t3"], "m")
+    assert (found.low, found.high) == pytest.approx((-0.1, 0.12))
+
+
+def test_a_mean_of_costs_counts_every_task_alike():
+    rows = [{"experiment_name": "a", "task_name": t, "c": c} for t, c in (("x", 1), ("x", 3), ("y", 10), ("y", None))]
+    assert average(rows, "a", "c") == 6 and average(rows, "a", "none") is None
+
+
+def test_the_frontier_is_what_nothing_beats_in_both():
+    assert pareto_front([(3, 0.9), (1, 0.5), (2, 0.4), (2, 0.6), (4, 0.9)]) == [(1, 0.5), (2, 0.6), (3, 0.9)]
+
+
+def test_the_summary_is_the_table(large):
+    experiment, rows = large
+    summary = summarise(experiment, rows)
+    assert (summary.finals, summary.expected, len(summary.failed)) == (216, 216, 6)
+    assert summary.has_groups and list(summary.groups) == ["natural", "specialised", "glyphs"]
+    by_name = {line.name: line for line in summary.methods}
+    assert by_name["lora-8"].failed == 6 and by_name["lora-8"].to_reference["test_accuracy"] is None
+    found = by_name["snella-8"].to_reference["test_accuracy"]
+    assert (found.pairs, found.tasks) == (18, 6) and found.low > 0
+    assert by_name["full"].over_tasks["test_accuracy"].mean > by_name["linear"].over_tasks["test_accuracy"].mean
+
+
+def test_rows_of_another_experiment_are_left_out(large, make_row):
+    experiment, rows = large
+    smaller = Experiment.from_dict({**experiment.as_dict(), "methods": ["linear", "lora-8"]})
+    assert summarise(smaller, rows).finals == 36
+
+
+def test_curves_hold_the_trials_at_the_methods_own_weight_decay(large, make_row):
+    experiment, rows = large
+    more = make_row(experiment, "elpv", "linear", 0, purpose="trial", factor=1.0, decay=0.1, val_accuracy=0.0)
+    curve = lr_curve([*rows, more], "linear", "elpv")
+    assert [factor for factor, _ in curve] == [0.1, 0.3, 1.0, 3.0, 10.0] and curve[2][1] > 0.5
+    assert lr_curve(rows, "lora-8", "elpv")[-1] == (10.0, None)
+
+
+def test_pictures_show_every_method(large):
+    experiment, rows = large
+    summary = summarise(experiment, rows)
+    names = [method.name for method in summary.methods]
+    for figure in (
+        pareto(summary, "training_mib", "MiB", "memory", False),
+        learning_rate_curves(summary, rows, summary.tasks, "mean"),
+    ):
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == names
+    overall, each = forest(summary, False), forest(summary, True)
+    assert len(overall.axes[0].get_yticks()) == 11 and len(each.axes[0].get_yticks()) == 77
+
+
+def test_what_was_not_measured_is_not_drawn(large):
+    experiment, rows = large
+    summary = summarise(experiment, rows)
+    assert pareto(summary, "accelerator_memory_max", "B", "memory", False) is None
+    assert learning_rate_curves(summary, [], summary.tasks, "mean") is None
+    assert forest(summarise(experiment, []), False) is None
+
+
+def test_numbers_read_as_people_write_them(large):
+    experiment, rows = large
+    texts = cost_texts(summarise(experiment, rows).methods[0].costs)
+    assert texts["trainable"] == "4,000" and texts["step"] == "40.0 ms" and texts["kept"] == "–"
+    assert difference_text(Difference(-0.0123, -0.02, 0.0001, 9, 3)) == "−1.2 [−2.0, 0.0]"
+    assert difference_text(None) == spread_text(None) == "–"
