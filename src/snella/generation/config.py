@@ -1,0 +1,236 @@
+"""Everything that a personalisation run is told."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
+
+from snella.training.settings import RunSettings
+
+METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
+    "full": {"lr": 5e-6},
+    "lora": {"lr": 1e-4, "r": 8},
+    "dora": {"lr": 1e-4, "r": 8},
+    "snella": {"lr": 1e-4, "scalar_lr": 1e-4, "r": 8, "target_sparsity": 0.7, "scaling": 100.0},
+    "snell": {"lr": 1e-4, "scalar_lr": 1e-4, "r": 8, "target_sparsity": 0.7, "scaling": 100.0},
+}
+"""By method: what it takes where the user gives none. The rate of the adapters is the paper's (section A.4 of arXiv
+2510.24037), that of full fine-tuning is usual for DreamBooth. The scaling brings the update that 500 steps at this rate
+can reach to the order of LoRA's, see docs/generation.md; the paper has none."""
+_METHOD_OPTION_FIELDS = ("r", "target_sparsity", "scaling")
+_LEAST = {
+    "resolution": 8,
+    "steps": 1,
+    "batch_size": 1,
+    "accumulation": 1,
+    "class_images": 1,
+    "max_sequence_length": 1,
+    "save_every": 1,
+    "samples": 0,
+    "sample_steps": 1,
+    "seed": 0,
+}
+
+
+@dataclass
+class DreamBoothConfig(RunSettings):
+    """Settings of one personalisation run; None means the default of the method.
+
+    Args:
+        data: Images of the subject: folder:PATH, or dreambooth:PATH for a folder that holds a folder of images for
+            each of several subjects.
+        subject: Which of the folders of dreambooth:PATH.
+        pipeline: Stable Diffusion 3: a local folder in diffusers' format, or a name on the hub.
+        out: Folder of the run; created.
+        method: snella, snell, lora, dora or full; lora-8 sets the rank.
+        token: Rare word that will stand for the subject in prompts.
+        class_name: What kind of thing the subject is, e.g. dog; dreambooth:PATH may tell it.
+        prompt: Prompt that the images are learned under; "a photo of TOKEN CLASS" if not given.
+        r: Rank of the factors (lora, dora, snella, snell).
+        target_sparsity: Fraction of the adapted weights that the update leaves untouched in the end (snella, snell).
+        scaling: Factor on the sparse update (snella, snell): how far a step of the learning rate moves the model.
+        method_options: Further options of the method. On the command line --method-options.kernel rbf.
+        resolution: Side of the images in pixels; they are scaled and cut to a square about their centre.
+        steps: Optimiser steps.
+        batch_size: Images of one forward pass.
+        accumulation: Forward passes of one optimiser step.
+        lr: Learning rate, constant, of the factors (of all weights in full).
+        scalar_lr: The same for the few numbers that shape how the factors are combined (snella, snell).
+        weight_decay: Decoupled weight decay; none on the kernels' scalars.
+        max_grad_norm: Gradients are scaled down to this norm; 0 leaves them.
+        optimizer: auto is 8-bit AdamW where the package bitsandbytes runs, else AdamW; adamw8bit insists on it.
+        gradient_checkpointing: Compute each block's activations a second time instead of keeping them.
+        weighting: How times of the diffusion are drawn and weighted: logit_normal, mode, uniform, sigma_sqrt or cosmap.
+        precondition: Compare predicted images instead of predicted velocities.
+        flip: Learn each image also mirrored.
+        prior_weight: Weight of the loss on images of the class, which keep the class from drifting; 0 leaves it out.
+        class_images: How many images of the class; the pipeline draws them itself.
+        class_prompt: Prompt that they are drawn and learned under; "a photo of CLASS" if not given.
+        max_sequence_length: Tokens of a prompt that the third text encoder sees.
+        save_every: Steps between checkpoints.
+        samples: Pictures to draw at the end, under the learned prompt.
+        sample_steps: Steps of the sampler for each of them.
+        guidance: How strongly the sampler follows the prompt.
+        skip_broken: Go on without images that cannot be read, and say how many.
+        seed: Decides initial values, order of images, noise and dropout.
+        device: auto, cpu or cuda (the first visible GPU).
+        precision: fp32, or bf16 for autocast and for the text encoders.
+        resume: Continue the run in `out` from its last checkpoint, with its own settings.
+        overwrite: Start over in a folder that holds a run.
+        progress: Show a progress bar on a terminal.
+    """
+
+    needed: ClassVar[tuple[str, ...]] = ("data", "pipeline")
+    method_defaults: ClassVar[dict[str, dict[str, Any]]] = METHOD_DEFAULTS
+    basic: ClassVar[tuple[str, ...]] = (
+        *("data", "subject", "pipeline", "out", "method", "class_name", "token", "prompt", "resolution", "steps", "lr"),
+        *("prior_weight", "samples", "skip_broken", "device", "precision", "resume", "overwrite"),
+    )
+
+    data: str | None = None
+    subject: str | None = None
+    pipeline: str | None = None
+    out: str | None = None
+    method: str = "snella"
+    token: str = "sks"
+    class_name: str | None = None
+    prompt: str | None = None
+    r: int | None = None
+    target_sparsity: float | None = None
+    scaling: float | None = None
+    method_options: dict[str, Any] = field(default_factory=dict)
+    resolution: int = 512
+    steps: int = 500
+    batch_size: int = 1
+    accumulation: int = 4
+    lr: float | None = None
+    scalar_lr: float | None = None
+    weight_decay: float = 1e-4
+    max_grad_norm: float = 1.0
+    optimizer: Literal["auto", "adamw", "adamw8bit"] = "auto"
+    gradient_checkpointing: bool = True
+    weighting: Literal["logit_normal", "mode", "uniform", "sigma_sqrt", "cosmap"] = "logit_normal"
+    precondition: bool = True
+    flip: bool = False
+    prior_weight: float = 0.0
+    class_images: int = 100
+    class_prompt: str | None = None
+    max_sequence_length: int = 77
+    save_every: int = 100
+    samples: int = 4
+    sample_steps: int = 28
+    guidance: float = 7.0
+    skip_broken: bool = False
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    resume: bool = False
+    overwrite: bool = False
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        """Check everything that can be known without data and model, and report all faults together."""
+        faults = [*self._place_faults(), *self._choice_faults(), *self._range_faults(), *self._method_faults()]
+        if faults:
+            raise ValueError("; ".join(faults))
+
+    def resolved(self) -> "DreamBoothConfig":
+        """The same settings with the method's defaults in place of None."""
+        from snella.methods import check_method, parse_method
+
+        family, rank = parse_method(self.method)
+        values = {
+            name: value
+            for name, value in METHOD_DEFAULTS[family].items()
+            if getattr(self, name) is None and name not in self.method_options
+        }
+        if rank is not None:
+            values["r"] = rank
+        result = dataclasses.replace(self, **values)
+        check_method(result.method, result.options_of_method())
+        return result
+
+    def options_of_method(self) -> dict[str, Any]:
+        """Options of the method: `method_options` and the named ones that are set."""
+        named = {name: getattr(self, name) for name in _METHOD_OPTION_FIELDS if getattr(self, name) is not None}
+        return {**named, **self.method_options}
+
+    def named(self, class_name: str | None) -> "DreamBoothConfig":
+        """The same settings with prompts for a subject whose class the data tells.
+
+        Raises:
+            ValueError: A prompt is to be made and neither user nor data tell the class.
+        """
+        known = self.class_name or class_name
+        lacking = [] if self.prompt else ["prompt"]
+        lacking += ["class_prompt"] if self.prior_weight > 0 and not self.class_prompt else []
+        if lacking and not known:
+            raise ValueError(
+                f"class_name must say what kind of thing the subject is, e.g. dog, got none, and {self.data} does not "
+                f"tell; give it, or {' and '.join(lacking)}"
+            )
+        return dataclasses.replace(
+            self,
+            class_name=known,
+            prompt=self.prompt or f"a photo of {self.token} {known}",
+            class_prompt=self.class_prompt or (f"a photo of {known}" if known else None),
+        )
+
+    def _place_faults(self) -> list[str]:
+        """What is missing or contradictory about data and folder."""
+        faults = [] if self.out else ["out must name the folder of the run, e.g. runs/my-dog"]
+        if not self.resume:
+            if not self.data:
+                faults.append("data must say where the images are, e.g. folder:photos/my-dog")
+            if not self.pipeline:
+                faults.append("pipeline must name a Stable Diffusion 3 folder in diffusers' format, or its hub name")
+        if self.resume and self.overwrite:
+            faults.append("resume and overwrite exclude each other, got both; leave one out")
+        if not self.token.strip():
+            faults.append(f"token must be a word, got {self.token!r}")
+        return faults
+
+    def _choice_faults(self) -> list[str]:
+        """Fields whose value is not among the choices of their type."""
+        hints = get_type_hints(type(self))
+        faults = []
+        for name in ("optimizer", "weighting", "device", "precision"):
+            choices, value = get_args(hints[name]), getattr(self, name)
+            if value not in choices:
+                faults.append(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        return faults
+
+    def _range_faults(self) -> list[str]:
+        """Numbers out of their range."""
+        faults = [
+            f"{name} must be at least {least}, got {getattr(self, name)}"
+            for name, least in _LEAST.items()
+            if getattr(self, name) < least
+        ]
+        for name in ("lr", "scalar_lr", "weight_decay", "max_grad_norm", "prior_weight", "guidance"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value < float("inf"):
+                faults.append(f"{name} must be at least 0 and finite, got {value}")
+        return faults
+
+    def _method_faults(self) -> list[str]:
+        """What the method refuses: its name, its options, their values."""
+        from snella.methods import check_method, parse_method
+
+        twice = [
+            name for name in _METHOD_OPTION_FIELDS if getattr(self, name) is not None and name in self.method_options
+        ]
+        faults = [f"{', '.join(twice)} given both by name and in method_options; leave one out"] if twice else []
+        try:
+            family, _ = parse_method(self.method)
+            if family not in METHOD_DEFAULTS:
+                faults.append(f"method must be one of {', '.join(METHOD_DEFAULTS)} for generation, got {self.method!r}")
+            elif self.scalar_lr is not None and "scalar_lr" not in METHOD_DEFAULTS[family]:
+                faults.append(
+                    f"scalar_lr is for the kernels' scalars of snella and snell, got {self.scalar_lr} with method "
+                    f"{self.method!r}"
+                )
+            else:
+                check_method(self.method, self.options_of_method())
+        except (ValueError, TypeError) as fault:
+            faults.append(str(fault))
+        return faults
