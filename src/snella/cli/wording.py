@@ -4,13 +4,29 @@ import re
 from dataclasses import fields
 from typing import get_type_hints
 
-from snella.cli.options import DemoOptions, EvaluateOptions, InspectOptions, MergeOptions, PredictOptions
+from snella.cli.generation_options import EvaluateGenerationOptions, GenerateOptions
+from snella.cli.language_options import EvaluateLanguageOptions
+from snella.cli.options import (
+    CompareOptions,
+    DataOptions,
+    DemoOptions,
+    EvaluateOptions,
+    InspectOptions,
+    MergeOptions,
+    PredictOptions,
+)
+from snella.generation.config import DreamBoothConfig
+from snella.language.config import LanguageConfig
 from snella.training.config import TrainConfig
 
-_ALL = (TrainConfig, EvaluateOptions, PredictOptions, MergeOptions, InspectOptions, DemoOptions)
+_ALL = (
+    *(TrainConfig, EvaluateOptions, PredictOptions, MergeOptions, InspectOptions, DataOptions, CompareOptions),
+    *(DreamBoothConfig, GenerateOptions, EvaluateGenerationOptions, LanguageConfig, EvaluateLanguageOptions),
+    DemoOptions,
+)
 _SETTINGS = "|".join(sorted({f.name for options in _ALL for f in fields(options)}))
 _FLAGS = "|".join(sorted({name for options in _ALL for name, kind in get_type_hints(options).items() if kind is bool}))
-_POSITIONAL = ("run", "images")
+_POSITIONAL = ("run", "images", "action", "folder")
 _HINTS: tuple[tuple[str, str], ...] = (
     # said both ways already: Python's goes
     (rf" \((?:{_FLAGS})=(?:True|False)\)", ""),

@@ -1,0 +1,91 @@
+"""What is measured."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from typing import Literal
+
+import timm
+import torch
+
+from snella.benchmark.contenders import CONTENDERS, Setting
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PEER = "lora"
+"""The contender that ratios are taken to."""
+
+
+@dataclass
+class BenchConfig:
+    """Settings of `snella bench`.
+
+    Args:
+        backbones: timm names; their weights are random.
+        batch: Images per step.
+        methods: Contenders; lora is the one that ratios are taken to.
+        r: Ranks.
+        sparsity: Fractions of the adapted weights that SNELLA leaves as they are.
+        dtype: fp32 or bf16, of weights and activations alike.
+        device: cpu, cuda or cuda:1.
+        rounds: Steps of each contender; medians are reported.
+        memory: Also measure the peak memory of each contender, in a process of its own where there is no GPU.
+        out: JSON lines file to append to.
+        figures: Folder to draw the pictures of all rows in `out` into.
+    """
+
+    backbones: list[str] = field(default_factory=lambda: ["vit_base_patch16_224"])
+    batch: list[int] = field(default_factory=lambda: [4, 16])
+    methods: list[str] = field(default_factory=lambda: ["frozen", "lora", "full", "snella"])
+    r: list[int] = field(default_factory=lambda: [8])
+    sparsity: list[float] = field(default_factory=lambda: [0.7])
+    dtype: list[Literal["fp32", "bf16"]] = field(default_factory=lambda: ["fp32"])
+    device: str = "cpu"
+    rounds: int = 5
+    memory: bool = False
+    out: str | None = None
+    figures: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check everything that can be known without a model, and report all faults together."""
+        faults = [f"batch must be at least 1, got {size}" for size in self.batch if size < 1]
+        faults += [f"r must be at least 1, got {r}" for r in self.r if r < 1]
+        faults += [f"sparsity must be in [0, 1), got {s}" for s in self.sparsity if not 0 <= s < 1]
+        faults += [
+            f"methods must be among {', '.join(CONTENDERS)}, got {name!r}"
+            for name in self.methods
+            if name not in CONTENDERS
+        ]
+        faults += [
+            f"dtype must be among {', '.join(_DTYPES)}, got {name!r}" for name in self.dtype if name not in _DTYPES
+        ]
+        faults += [f"backbones must be timm names, got {name!r}" for name in self.backbones if not timm.is_model(name)]
+        if self.rounds < 1:
+            faults.append(f"rounds must be at least 1, got {self.rounds}")
+        if self.figures is not None and self.out is None:
+            faults.append(f"figures are drawn from the rows of a file, got figures={self.figures!r} without out")
+        if faults:
+            raise ValueError("; ".join(faults))
+
+    def settings(self) -> list[tuple[Setting, int]]:
+        """Every combination, with its batch size."""
+        axes = (self.backbones, self.r, self.sparsity, self.dtype, self.batch)
+        return [
+            (Setting(backbone, r, sparsity, _DTYPES[dtype], self.device), batch)
+            for backbone, r, sparsity, dtype, batch in itertools.product(*axes)
+        ]
+
+
+def grid(device: str = "cpu", out: str | None = None) -> BenchConfig:
+    """The full grid: four ViTs, batches 1 to 64, two ranks, four sparsities, two dtypes, every peer. Hours."""
+    return BenchConfig(
+        backbones=["vit_small_patch16_224", "vit_base_patch16_224", "vit_large_patch16_224", "vit_huge_patch14_224"],
+        batch=[1, 4, 16, 64],
+        methods=["frozen", "lora", "dora", "shira", "full", "snella", "snella-keep-delta", "paper"],
+        r=[8, 32],
+        sparsity=[0.0, 0.7, 0.99, 0.9999],
+        dtype=["fp32", "bf16"],
+        device=device,
+        memory=True,
+        out=out,
+    )

@@ -1,0 +1,93 @@
+"""Pictures of the rows: time against batch, memory against model size (the paper's Figure 7 b, c)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from snella.analysis.figure_style import COLOURS, CURVE, add_legend, new_figure, save_figure
+from snella.benchmark.rows import read_rows
+
+_COMMON = ("dtype", "r", "sparsity", "device")
+_ORDER = ("lora", "snella", "full", "paper", "frozen", "dora", "shira", "snella-keep-delta")
+
+
+def draw_figures(rows_file: str | Path, folder: str | Path) -> list[Path]:
+    """Draw every picture that the rows allow.
+
+    Args:
+        rows_file: JSON lines of `bench`. Of several rows of one setting the last one counts.
+        folder: Where the SVG files go.
+
+    Returns:
+        Their paths.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    latest = {_key(row): row for row in read_rows(rows_file) if row.get("benchmark") == "step_time"}
+    rows = list(latest.values())
+    drawn = []
+    for (backbone, *common), part in _grouped(rows, "backbone", *_COMMON).items():
+        if len({row["batch"] for row in part}) > 1:
+            path = folder / f"time-{backbone}{_suffix(*common)}.svg"
+            title = f"{backbone}, {_words(*common)}"
+            drawn.append(_lines(path, part, "batch", "step_s", title, "images per step", "seconds per step"))
+    for (batch, *common), part in _grouped(rows, "batch", *_COMMON).items():
+        memory = next((key for key in ("peak_gpu_mib", "peak_step_mib", "saved_mib") if key in part[0]), None)
+        if memory is not None and len({row["backbone"] for row in part}) > 1:
+            path = folder / f"memory-batch{batch}{_suffix(*common)}.svg"
+            label = {"saved_mib": "kept for backward (MiB)"}.get(memory, "peak memory (MiB)")
+            for row in part:
+                row["million"] = row["weights"] / 1e6
+            title = f"batch {batch}, {_words(*common)}"
+            drawn.append(_lines(path, part, "million", memory, title, "weights (millions)", label))
+    return drawn
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What makes two rows measurements of the same thing."""
+    return tuple(row.get(name) for name in ("contender", "backbone", "r", "sparsity", "dtype", "batch", "device"))
+
+
+def _grouped(rows: list[dict[str, Any]], *names: str) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+    """Rows that share some values."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        groups[tuple(row[name] for name in names)].append(row)
+    return groups
+
+
+def _lines(path: Path, rows: list[dict[str, Any]], x: str, y: str, title: str, x_label: str, y_label: str) -> Path:
+    """One line a contender."""
+    figure, axes = new_figure(*CURVE, title)
+    names = sorted({row["contender"] for row in rows}, key=_place)
+    for index, name in enumerate(names):
+        points = sorted((row[x], row[y]) for row in rows if row["contender"] == name and y in row)
+        colour = COLOURS[index % len(COLOURS)]
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=colour, label=name)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(left=0)
+    handles, labels = axes.get_legend_handles_labels()
+    add_legend(figure, handles, labels)
+    save_figure(figure, path)
+    return path
+
+
+def _place(name: str) -> tuple[int, str]:
+    """Where a contender stands among the others, so that it keeps its colour."""
+    return _ORDER.index(name) if name in _ORDER else len(_ORDER), name
+
+
+def _words(dtype: str, r: int, sparsity: float, device: str) -> str:
+    """What a picture's rows have in common; a CPU says that it is one."""
+    where = device.partition(",")[0].upper() if device.startswith("cpu") else device
+    return f"{dtype}, r {r}, sparsity {sparsity}, {where}"
+
+
+def _suffix(dtype: str, r: int, sparsity: float, device: str) -> str:
+    """The same for a file's name."""
+    where = "cpu" if device.startswith("cpu") else "".join(c if c.isalnum() else "-" for c in device.lower())
+    return f"-{dtype}-r{r}-sparsity{sparsity}-{where}"

@@ -1,0 +1,91 @@
+"""The rows as a table for people who read Markdown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from snella.benchmark.config import PEER
+from snella.benchmark.rows import read_rows
+
+_BEGIN, _END = "<!-- rows of benchmarks/results.jsonl begin -->", "<!-- rows end -->"
+
+
+def performance_section(rows: list[dict[str, Any]]) -> str:
+    """Markdown tables of the latest row of each setting: step times with their ratio to LoRA, and single matrices."""
+    latest: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        if row["benchmark"] == "step_time":
+            key = (row["backbone"], row["batch"], row["r"], row["sparsity"], row["dtype"], row["device"])
+            latest[(*key, row["contender"])] = row
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for key, row in latest.items():
+        groups.setdefault(key[:-1], []).append(row)
+    parts = [_step_table(key, group) for key, group in groups.items()]
+    matrices = {tuple(row["shape"]): row for row in rows if row["benchmark"] == "one_matrix"}
+    if matrices:
+        parts.append(_matrix_table(list(matrices.values())))
+    return "\n\n".join(parts)
+
+
+def update_document(path: str | Path, rows_file: str | Path) -> bool:
+    """Put the tables between the two marks of a Markdown file.
+
+    Returns:
+        Whether the file changed.
+
+    Raises:
+        ValueError: The file has no marks.
+    """
+    file = Path(path)
+    text = file.read_text(encoding="utf-8")
+    if _BEGIN not in text or _END not in text:
+        raise ValueError(f"{file} has no place for the rows; put the lines {_BEGIN!r} and {_END!r} into it")
+    before, rest = text.split(_BEGIN)
+    after = rest.split(_END)[1]
+    updated = f"{before}{_BEGIN}\n\n{performance_section(read_rows(rows_file))}\n\n{_END}{after}"
+    if updated != text:
+        file.write_text(updated, encoding="utf-8")
+    return updated != text
+
+
+def _step_table(key: tuple[Any, ...], rows: list[dict[str, Any]]) -> str:
+    """One setting."""
+    backbone, batch, r, sparsity, dtype, device = key
+    memory = next((name for name in ("peak_gpu_mib", "peak_rss_mib") if any(name in row for row in rows)), None)
+    head = ["", "step", "÷ LoRA (quartiles)", "kept for backward"] + ([_MEMORY[memory]] if memory else [])
+    lines = [
+        f"**{backbone}, batch {batch}, r {r}, sparsity {sparsity}, {dtype}** · {device} · commit {rows[0]['commit']}"
+        f"{' with changes' if rows[0]['dirty'] else ''}, {rows[0]['date'][:10]}",
+        "",
+        "| " + " | ".join(head) + " |",
+        "|---" * len(head) + "|",
+    ]
+    for row in rows:
+        low, high = row.get(f"step_over_{PEER}_quartiles", ("", ""))
+        cells = [row["contender"], f"{row['step_s']:.2f} s", f"{row.get(f'step_over_{PEER}', '')} ({low}–{high})"]
+        cells += [f"{row['saved_mib']:,.0f} MiB"]
+        cells += [f"{row[memory]:,.0f} MiB" if memory in row else ""] if memory else []
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+_MEMORY = {"peak_gpu_mib": "peak memory", "peak_rss_mib": "peak resident size"}
+
+
+def _matrix_table(rows: list[dict[str, Any]]) -> str:
+    """Single matrices."""
+    lines = [
+        "**One matrix merged, selected exactly and added to its weight** · "
+        f"{rows[0]['device']}, {rows[0]['date'][:10]}",
+        "",
+        "| matrix | seconds | ÷ its forward product | tokens of the product | extra memory ÷ its own size |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        m, n = row["shape"]
+        lines.append(
+            f"| {m}×{n} | {row['effective_s']:.4f} | {row['effective_over_product']} | {row['tokens']:,} "
+            f"| {row['extra_over_matrix']} |"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,189 @@
+"""The measurement itself, on models that take milliseconds."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from snella.benchmark import CONTENDERS, BenchConfig, bench, grid, measure_matrix
+from snella.benchmark.contenders import Setting
+from snella.benchmark.figures import draw_figures
+from snella.benchmark.op_check import op_fault
+from snella.benchmark.rows import append_rows, conditions, read_rows
+from snella.benchmark.running import quartiles
+from snella.benchmark.step import Runner, random_batch
+from snella.benchmark.summary import performance_section, update_document
+from snella.cli.main import main
+from snella.ops.adapted_linear import numba_backend
+
+TINY = Setting("test_vit", r=4, sparsity=0.5)
+QUIET = Console(quiet=True)
+
+# PEFT's SHiRA makes sparse tensors without saying whether they are to be checked
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning")
+
+
+@pytest.mark.parametrize("name", [name for name in CONTENDERS if "compiled" not in name and "triton" not in name])
+def test_every_contender_takes_a_step(name):
+    runner, (images, labels) = Runner(name, TINY), random_batch(TINY, 2)
+    assert runner.has_finite_gradients(images, labels)
+    time = runner.step(images, labels)
+    assert 0 < time.forward_s + time.backward_s < time.step_s
+
+
+def test_the_papers_computation_and_the_folded_op_are_the_same_function():
+    images, _ = random_batch(TINY, 2)
+    found = []
+    for name in ("snella", "paper"):
+        model = Runner(name, TINY).model.train()
+        y = model(images)
+        y.square().sum().backward()
+        found.append([y.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    folded, paper = found
+    # the quantile lies within one rank of the exact threshold
+    torch.testing.assert_close(paper[0], folded[0], rtol=1e-3, atol=1e-4)
+    assert len(paper) == len(folded)
+
+
+def test_rows_hold_medians_ratios_and_conditions(tmp_path):
+    config = BenchConfig(
+        ["test_vit"], [2, 3], ["lora", "snella"], r=[4], rounds=3, out=str(tmp_path / "a" / "rows.jsonl"),
+        figures=str(tmp_path / "pictures"),
+    )  # fmt: skip
+    rows = bench(config, QUIET)
+    assert read_rows(config.out) == json.loads(json.dumps(rows))
+    assert [(row["contender"], row["batch"]) for row in rows] == [
+        ("lora", 2), ("snella", 2), ("lora", 3), ("snella", 3)
+    ]  # fmt: skip
+    lora, snella, *_ = rows
+    assert lora["step_over_lora"] == 1.0
+    assert snella["step_over_lora"] > 0
+    assert snella["saved_mib"] <= lora["saved_mib"]
+    assert lora["device"].startswith("cpu, ")
+    assert {"torch", "peft", "timm"} <= set(lora["versions"])
+    assert {"command", "commit", "dirty", "date"} <= set(lora)
+    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["time-test_vit-float32-r4-sparsity0.7-cpu.svg"]
+
+
+def test_a_contender_whose_op_is_wrong_is_not_timed(monkeypatch, capsys):
+    original = numba_backend._threshold
+    monkeypatch.setattr(numba_backend, "_threshold", lambda *args: original(*args) * 1.5)
+    assert "differs by" in op_fault("numba")
+    rows = bench(BenchConfig(["test_vit"], [2], ["lora", "snella"], r=[4], rounds=1), Console())
+    assert [row["contender"] for row in rows] == ["lora"]
+    assert "snella is not timed: y differs by" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="impl='numba' is not timed: y differs by"):
+        measure_matrix(8, 8, impl="numba", rounds=1)
+
+
+def test_a_contender_without_finite_gradients_is_not_timed(monkeypatch, capsys):
+    build = CONTENDERS["lora"]
+
+    def broken(model, setting):
+        model = build(model, setting)
+        next(p for p in model.parameters() if p.requires_grad).data.fill_(torch.nan)
+        return model
+
+    monkeypatch.setitem(CONTENDERS, "lora", broken)
+    assert bench(BenchConfig(["test_vit"], [2], ["lora"], rounds=1), Console()) == []
+    assert "lora is not timed: its gradients are not finite" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_peak_memory_is_measured_in_a_process_of_its_own():
+    rows = bench(BenchConfig(["test_vit"], [2], ["lora"], rounds=1, memory=True), QUIET)
+    assert rows[0]["peak_rss_mib"] > rows[0]["peak_step_mib"] >= 0
+
+
+def test_one_matrix_is_timed_beside_its_product():
+    row = measure_matrix(96, 64, tokens=50, rounds=3)
+    assert row["shape"] == [96, 64]
+    assert row["effective_over_product"] > 0
+    assert 1 <= row["extra_over_matrix"] < 400
+
+
+def test_all_faults_of_a_configuration_are_told_together():
+    with pytest.raises(ValueError, match=r"batch must be at least 1, got 0; r must be at least 1, got 0") as caught:
+        BenchConfig(["vit_bse"], [0], ["lorra"], [0], [1.0], ["fp8"], rounds=0, figures="here")
+    for text in (
+        "sparsity must be in [0, 1), got 1.0", "methods must be among", "got 'lorra'", "dtype must be among fp32, bf16",
+        "got 'fp8'", "timm names, got 'vit_bse'", "rounds must be at least 1, got 0", "got figures='here' without out",
+    ):  # fmt: skip
+        assert text in str(caught.value)
+
+
+def test_the_grid_is_what_it_says():
+    config = grid()
+    assert len(config.settings()) == 4 * 4 * 2 * 4 * 2
+    assert {"frozen", "lora", "dora", "shira", "full", "snella", "snella-keep-delta", "paper"} == set(config.methods)
+
+
+def test_quartiles_of_one_value_are_that_value():
+    assert quartiles([2.0]) == (2.0, 2.0)
+    assert quartiles([1.0, 2.0, 3.0, 4.0]) == (1.75, 3.25)
+
+
+def test_a_line_that_was_cut_off_is_left_out_and_a_damaged_one_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    append_rows(path, [{"a": 1}, {"a": 2}])
+    path.write_text(path.read_text() + '{"a": ')
+    assert read_rows(path) == [{"a": 1}, {"a": 2}]
+    path.write_text('{"a": \n{"a": 2}\n')
+    with pytest.raises(ValueError, match=r"line 1 of .*rows.jsonl is damaged"):
+        read_rows(path)
+
+
+def test_memory_is_drawn_against_the_size_of_the_model(tmp_path):
+    rows = [
+        {"benchmark": "step_time", "contender": name, "backbone": backbone, "r": 8, "sparsity": 0.7, "dtype": "float32",
+         "batch": 4, "device": "cpu, 2 threads", "weights": weights, "step_s": 1.0, "saved_mib": weights / 1e5}
+        for name in ("lora", "snella") for backbone, weights in (("small", 22e6), ("base", 86e6))
+    ]  # fmt: skip
+    append_rows(tmp_path / "rows.jsonl", rows)
+    assert [path.name for path in draw_figures(tmp_path / "rows.jsonl", tmp_path)] == [
+        "memory-batch4-float32-r8-sparsity0.7-cpu.svg"
+    ]
+
+
+def test_conditions_name_the_device():
+    assert conditions("cpu")["device"].startswith("cpu, 1 threads, ")
+
+
+def test_the_command_line_takes_lists_with_commas(tmp_path, capsys):
+    out = tmp_path / "rows.jsonl"
+    words = ["bench", "--backbones", "test_vit", "--batch", "1,2", "--methods", "lora", "--rounds", "1"]
+    assert main([*words, "--out", str(out)]) == 0
+    assert [row["batch"] for row in read_rows(out)] == [1, 2]
+    assert main([*words[:3], "--batch", "a,b"]) != 0
+    assert "batch must be whole numbers separated by commas, e.g. 4,16; got 'a,b'" in capsys.readouterr().err
+
+
+def test_a_setting_builds_the_same_weights_each_time():
+    first, second = TINY.base(), replace(TINY, r=8).base()
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_the_readme_shows_the_committed_rows(tmp_path):
+    root = Path(__file__).parents[2]
+    copy = tmp_path / "README.md"
+    copy.write_text((root / "README.md").read_text())
+    assert not update_document(copy, root / "benchmarks" / "results.jsonl"), "run: python benchmarks/readme.py"
+
+
+def test_a_document_without_a_place_for_rows_is_refused(tmp_path):
+    (tmp_path / "page.md").write_text("nothing here")
+    append_rows(tmp_path / "rows.jsonl", [])
+    with pytest.raises(ValueError, match=r"page.md has no place for the rows; put the lines"):
+        update_document(tmp_path / "page.md", tmp_path / "rows.jsonl")
+
+
+def test_tables_say_where_and_when(tmp_path):
+    config = BenchConfig(["test_vit"], [2], ["lora", "snella"], r=[4], rounds=1)
+    rows = [*bench(config, QUIET), measure_matrix(64, 48, tokens=10, rounds=1)]
+    text = performance_section(rows)
+    assert "**test_vit, batch 2, r 4, sparsity 0.7, float32** · cpu, 1 threads" in text
+    assert "| lora | " in text
+    assert "| 64×48 | " in text

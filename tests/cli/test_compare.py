@@ -1,0 +1,77 @@
+"""`snella compare` on the command line."""
+
+from dataclasses import asdict
+
+import pytest
+
+from snella.cli.main import main
+from snella.cli.options import CompareOptions
+from snella.cli.parser import parse
+from snella.comparison.asking import experiment_of
+from snella.comparison.results_file import read_lines
+
+WORDS = [
+    *("compare", "--methods", "linear,bias", "--data", "digits", "--backbone", "test_vit", "--pretrained", "false"),
+    *("--img-size", "32", "--epochs", "1", "--batch-size", "20", "--train-size", "40", "--val-size", "20"),
+    *("--test-size", "30", "--device", "cpu", "--seeds", "1", "--lr-factors", "1", "--weight-decays", "none"),
+    *("--extensions", "0", "--forgetting", "none", "--workers", "0"),
+]
+
+
+def asked(*words):
+    return experiment_of(asdict(CompareOptions(**parse(list(words))[2])))
+
+
+def test_a_comparison_is_trained_and_gone_on_with(tmp_path, capsys):
+    out = str(tmp_path / "c")
+    assert main([*WORDS, "--out", out]) == 0
+    rows, _ = read_lines(tmp_path / "c" / "results.jsonl")
+    assert {row["experiment_name"] for row in rows.values()} == {"linear", "bias"}
+    assert main(["compare", "--out", out, "--draw-only"]) == 0
+    assert "difference to linear" in capsys.readouterr().out and (tmp_path / "c" / "comparison.html").exists()
+
+
+def test_flags_become_an_experiment():
+    experiment = asked(
+        *("compare", "--out", "x", "--methods", "lora-8, snella-8", "--data", "elpv,digits", "--backbone", "test_vit"),
+        *("--lr-factors", "0.3,1", "--weight-decays", "none", "--tune-seeds", "2", "--epochs", "4"),
+        *("--forgetting", "none", "--workers", "3"),
+    )
+    assert [entry.name for entry in experiment.methods] == ["lora-8", "snella-8"]
+    assert (experiment.grid.lr_factors, experiment.grid.weight_decays, experiment.grid.seeds) == ((0.3, 1.0), (), 2)
+    assert experiment.settings == {"epochs": 4} and experiment.forgetting == ()
+
+
+def test_flags_go_before_the_file():
+    words = ("compare", "--out", "x", "--experiment", "coffee", "--seeds", "4", "--epochs", "2", "--methods", "linear")
+    experiment = asked(*words)
+    assert experiment.seeds == 4 and experiment.settings["epochs"] == 2 and experiment.settings["img_size"] == 56
+    assert [entry.name for entry in experiment.methods] == ["linear"] and experiment.reference_name == "linear"
+
+
+def test_a_folder_alone_means_its_own_experiment(tmp_path):
+    assert asked("compare", "--out", str(tmp_path)) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--methods", "linear,lorra-8"], "got 'lorra-8'; nearest: lora"),
+        (["--lr-factors", "1,x"], "--lr-factors must be numbers with commas between, e.g. 0.3,1,3, got '1,x'"),
+        (["--data", "digits,elvp"], "nearest: 'elpv'"),
+        (["--backbone", "tset_vit"], "'tset_vit'"),
+        (["--experiment", "cofee"], "--experiment must be a YAML file or one of"),
+        (["--seeds", "0"], "--seeds must be a whole number of at least 1, got 0"),
+        (["--workers", "-1"], "--workers must be at least 0"),
+        (["--method", "linear"], "snella compare has no option --method; nearest: --methods"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_no_folder(words, message, tmp_path, failing):
+    assert message in failing(*WORDS, *words, "--out", str(tmp_path / "c"))
+    assert not (tmp_path / "c").exists()
+
+
+def test_nothing_to_go_on_with_is_said(tmp_path, failing):
+    assert "holds no comparison to go on with; give methods, data and a backbone" in failing(
+        "compare", "--out", str(tmp_path / "c")
+    )
