@@ -44,7 +44,9 @@ FAMILIES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "options", "kinds", "count", "head"), FAMILIES, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(
+    ("name", "options", "kinds", "count", "head"), FAMILIES, ids=[family[0] for family in FAMILIES]
+)
 def test_a_family_is_adapted_in_its_matrices_and_trains_all_of_them(name, options, kinds, count, head):
     torch.manual_seed(0)
     size = {} if name == "convnext_base" else {"img_size": 32}

@@ -13,14 +13,24 @@ QUIET = Console(quiet=True)
 
 
 def config(out, **options):
-    return TrainConfig(
-        **{
-            "data": "digits", "backbone": "test_vit", "pretrained": False, "img_size": 32, "out": str(out),
-            "device": "cpu", "train_size": 60, "val_size": 20, "test_size": 20, "epochs": 1, "batch_size": 20, "r": 2, "augment": "flip",
-            "head_start": "probe", "progress": False,
-        }
-        | options
-    )  # fmt: skip
+    settings = {
+        "data": "digits",
+        "backbone": "test_vit",
+        "pretrained": False,
+        "img_size": 32,
+        "out": str(out),
+        "device": "cpu",
+        "train_size": 60,
+        "val_size": 20,
+        "test_size": 20,
+        "epochs": 1,
+        "batch_size": 20,
+        "r": 2,
+        "augment": "flip",
+        "head_start": "probe",
+        "progress": False,
+    }
+    return TrainConfig(**settings | options)
 
 
 def logits_of(parts):
