@@ -33,11 +33,12 @@ def main() -> None:
             )
         append_rows(args.out, matrices)
     small, base, huge = "vit_small_patch16_224", "vit_base_patch16_224", "vit_huge_patch14_224"
-    common = {"device": args.device, "out": args.out, "rounds": 5}
-    bench(BenchConfig([base], [4, 16], PEERS, memory=True, **common), console)
-    bench(BenchConfig([base], [16], ["lora", "snella"], sparsity=[0.99], **common), console)
-    bench(BenchConfig([base], [16], ["lora", "snella", "paper"], **{**common, "rounds": 2}), console)
-    bench(BenchConfig([small], [4], ["lora", "full", "snella"], memory=True, **common), console)
+    common = {"device": args.device, "out": args.out}
+    bench(BenchConfig([base], [4], PEERS, rounds=5, **common), console)
+    bench(BenchConfig([base], [16], ["frozen", "lora", "full", "snella"], rounds=4, **common), console)
+    bench(BenchConfig([base], [16], ["lora", "snella"], sparsity=[0.99], rounds=3, **common), console)
+    bench(BenchConfig([base], [16], ["lora", "snella", "paper"], rounds=1, **common), console)
+    bench(BenchConfig([small], [4], ["lora", "full", "snella"], rounds=5, memory=True, **common), console)
     if args.device != "cpu":
         bench(BenchConfig([base], [64], [*PEERS, "paper"], dtype=["bf16"], memory=True, **common), console)
         bench(BenchConfig([huge], [8], PEERS, dtype=["bf16"], memory=True, **common), console)
