@@ -4,10 +4,10 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PACKAGES := dataset-fashion-mnist tuxpaint-stamps-default chromium
+PACKAGES := dataset-fashion-mnist tuxpaint-stamps-default mricron-data chromium
 
 .DEFAULT_GOAL := help
-.PHONY: help install packages demo test test-slow bench lint format types clean
+.PHONY: help install packages demo compare test test-slow bench lint format types clean
 
 help: ## print the verbs
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ packages:
 
 demo: install ## fine-tune a real pre-trained ViT on real photographs; writes runs/demo/
 	$(BIN)/snella demo --out runs/demo --overwrite
+
+compare: install ## compare four methods on two real tasks; writes runs/coffee/
+	$(BIN)/snella compare --experiment coffee --out runs/coffee --workers 2
 
 test: $(VENV)/.installed-for-tests packages lint types ## lint, types and tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not slow and not gpu'

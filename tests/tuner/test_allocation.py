@@ -40,7 +40,7 @@ def test_the_order_of_the_matrices_does_not_matter(problem, random):
     shuffled = allocate([scores[k] for k in order], [caps[k] for k in order], budget)
 
     def kinds(scores, caps, shares):
-        return Counter(zip(map(str, scores), caps, shares, strict=True))
+        return Counter(zip((str(score + 0.0) for score in scores), caps, shares, strict=True))  # -0.0 is 0.0
 
     # matrices alike in importance and size are interchangeable
     assert kinds([scores[k] for k in order], [caps[k] for k in order], shuffled) == kinds(scores, caps, shares)

@@ -203,6 +203,8 @@ def test_a_compiled_model_takes_the_quantised_layer_as_it_is():
     torch.testing.assert_close(torch.compile(model, backend="eager")(x), expected)
 
 
+# peft calls transformers by a name that transformers is about to change
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.parametrize("package", ["bitsandbytes", "torchao"])
 def test_a_language_model_that_transformers_has_quantised_learns_under_checkpointing(package, tmp_path):
     need(package)
@@ -309,6 +311,18 @@ def test_merging_quantises_the_sum_and_says_what_that_lost(kind):
     merged = layer.get_base_layer()(x.to(layer._dtype_of_product(x))) if kind != "int8" else layer(x)
     wanted = x @ after.T + layer.bias.float()
     torch.testing.assert_close(merged.float(), wanted, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("kind", TORCHAO)
+def test_torchao_keeps_the_scales_where_new_ones_would_lose_more(kind):
+    model, _ = adapted(kind, scaling=1e-3)
+    layer, before = the_layer(model), bits(model)
+    with pytest.warns(UserWarning, match=r"by (100\.0|\d\d?\.\d)% of"):  # all of the update at the worst
+        layer.merge()
+    after = bits(model)
+    assert torch.equal(after[1], before[1]), "scales"
+    untouched = layer.get_delta_weight("default") == 0
+    assert torch.equal(after[0][untouched], before[0][untouched])
 
 
 def test_unmerging_restores_every_bit(kind):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import statistics
 from dataclasses import asdict
@@ -48,6 +49,7 @@ def bench(config: BenchConfig, console: Console | None = None) -> list[dict[str,
     rows = []
     for setting, batch in config.settings():
         found = _measure(config, setting, batch, console)
+        gc.collect()  # models and optimisers hold each other, and the next setting needs their memory
         console.print(_table(found, setting, batch))
         if config.out is not None:
             append_rows(config.out, found)

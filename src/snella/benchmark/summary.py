@@ -16,7 +16,7 @@ def performance_section(rows: list[dict[str, Any]]) -> str:
     latest: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
         if row["benchmark"] == "step_time":
-            key = (row["backbone"], row["batch"], row["r"], row["sparsity"], row["dtype"], row["device"])
+            key = tuple(row[name] for name in ("backbone", "batch", "r", "sparsity", "dtype", "device", "rounds"))
             latest[(*key, row["contender"])] = row
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for key, row in latest.items():
@@ -51,12 +51,12 @@ def update_document(path: str | Path, rows_file: str | Path) -> bool:
 
 def _step_table(key: tuple[Any, ...], rows: list[dict[str, Any]]) -> str:
     """One setting."""
-    backbone, batch, r, sparsity, dtype, device = key
+    backbone, batch, r, sparsity, dtype, device, rounds = key
     memory = next((name for name in ("peak_gpu_mib", "peak_rss_mib") if any(name in row for row in rows)), None)
     head = ["", "step", "÷ LoRA (quartiles)", "kept for backward"] + ([_MEMORY[memory]] if memory else [])
     lines = [
         f"**{backbone}, batch {batch}, r {r}, sparsity {sparsity}, {dtype}** · {device} · commit {rows[0]['commit']}"
-        f"{' with changes' if rows[0]['dirty'] else ''}, {rows[0]['date'][:10]}",
+        f"{' with changes' if rows[0]['dirty'] else ''}, {rows[0]['date'][:10]}, medians of {rounds}",
         "",
         "| " + " | ".join(head) + " |",
         "|---" * len(head) + "|",

@@ -29,7 +29,7 @@ class Difference:
 
     Args:
         mean: Mean over tasks of the means over seeds.
-        low: Lower end of the 95 % interval.
+        low: Lower end of the 95 % interval; NaN for a single pair, which has none.
         high: Upper end.
         pairs: Pairs of the same task and seed.
         tasks: Tasks they come from.
@@ -82,6 +82,9 @@ def difference(rows: Rows, method: str, reference: str, tasks: Sequence[str], me
     pairs = [found for task in tasks if (found := _paired(rows, method, reference, task, metric))]
     if not pairs:
         return None
+    mean, count = float(np.mean([np.mean(found) for found in pairs])), sum(map(len, pairs))
+    if count == 1:
+        return Difference(mean, math.nan, math.nan, 1, 1)
     generator = np.random.default_rng(0)
     drawn = generator.integers(0, len(pairs), (RESAMPLES, len(pairs)))
     total = np.zeros(RESAMPLES)
@@ -90,8 +93,7 @@ def difference(rows: Rows, method: str, reference: str, tasks: Sequence[str], me
         total += means[drawn[:, place], np.arange(RESAMPLES)]
     resamples = total / len(pairs)
     low, high = np.quantile(resamples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    mean = float(np.mean([np.mean(found) for found in pairs]))
-    return Difference(mean, float(low), float(high), sum(map(len, pairs)), len(pairs))
+    return Difference(mean, float(low), float(high), count, len(pairs))
 
 
 def average(rows: Rows, method: str, column: str) -> float | None:

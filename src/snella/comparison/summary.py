@@ -22,6 +22,7 @@ from snella.comparison.statistics import (
     mean_over_tasks,
     spread,
 )
+from snella.training.console import counted
 
 METRICS = {"test_accuracy": "accuracy", "test_balanced_accuracy": "balanced accuracy"}
 _COSTS = (
@@ -148,9 +149,11 @@ def spread_text(value: Spread | None) -> str:
 
 
 def difference_text(value: Difference | None) -> str:
-    """A difference in points with its interval: -0.8 [-1.9, +0.2]."""
+    """A difference in points with its interval, where it has one: -0.8 [-1.9, +0.2]."""
     if value is None:
         return "–"
+    if math.isnan(value.low):
+        return _signed(value.mean)
     return f"{_signed(value.mean)} [{_signed(value.low)}, {_signed(value.high)}]"
 
 
@@ -181,7 +184,7 @@ def print_summary(console: Console, experiment: Experiment, rows: Rows) -> None:
     pairs = max((m.to_reference["test_accuracy"] or Difference(0, 0, 0, 0, 0)).pairs for m in summary.methods)
     console.print(
         f"test {'/'.join(METRICS.values())} in percent, mean ± standard deviation over seeds; differences to "
-        f"{summary.reference} in points, {LEVEL:.0%} bootstrap interval, n = {pairs} pairs",
+        f"{summary.reference} in points, {LEVEL:.0%} bootstrap interval, n = {counted(pairs, 'pair')}",
         highlight=False,
         soft_wrap=True,
     )

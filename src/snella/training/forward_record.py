@@ -49,10 +49,10 @@ def working_modules(model: nn.Module) -> dict[str, nn.Module]:
     for name, module in model.named_modules():
         if any(name.startswith(f"{outer}.") for outer in adapted[-1:]):
             continue
-        if isinstance(module, BaseTunerLayer):
+        is_adapted = isinstance(module, BaseTunerLayer)
+        if is_adapted:
             adapted.append(name)
-            found[name] = module
-        elif next(module.children(), None) is None:
+        if is_adapted or next(module.children(), None) is None:
             found[name] = module
     return found
 

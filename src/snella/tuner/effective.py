@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from snella.ops.adapted_linear import Update
+from snella.ops.adapted_linear.update import Guess
 
 from .support import unpack_positions
 
@@ -64,6 +65,7 @@ class EffectiveWeightCache:
     def clear(self) -> None:
         """Forget everything."""
         self._shared: dict[str, tuple[_State, list[Tensor], list[Any]]] = {}
+        self._guesses: dict[str, list[Guess]] = {}
         self._integers: dict[str, tuple[_State, tuple[int, ...]]] = {}
         self._positions: dict[str, tuple[_State, Tensor]] = {}
         self.drop_effective_weight()
@@ -73,7 +75,8 @@ class EffectiveWeightCache:
         self._effective: tuple[_State, Tensor] | None = None
 
     def share(self, name: str, update: Update) -> None:
-        """Give `update` the lists that all calls share while nothing changes: thresholds, and the handover's slot."""
+        """Give `update` what calls share: guesses always; thresholds and the handover's slot while nothing changes."""
+        update.guesses = self._guesses.setdefault(name, [])
         tensors = [tensor for tensor in update.tensors() if tensor is not None]
         if torch.is_inference_mode_enabled() or not _keeps_versions(tensors):
             # what is computed in inference mode cannot be kept for a backward pass afterwards

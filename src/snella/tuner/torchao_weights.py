@@ -36,8 +36,14 @@ class TorchaoWeight(Quantization):
         return WeightSource(weight.shape, tensors, weight.dequantize)
 
     def write(self, base: Any, weight: Tensor) -> None:  # noqa: D102
-        old = base.weight
-        base.weight = nn.Parameter(_quantise(old, weight.to(old.dtype).contiguous()), requires_grad=False)
+        old, wanted = base.weight, weight.contiguous()
+        in_its_dtype = wanted.to(old.dtype)
+        # new scales suit a large change; the old ones leave every entry alone that a small change does not touch
+        found = min(
+            (_quantise(old, in_its_dtype), _quantise(old, in_its_dtype, keeps_scales=True)),
+            key=lambda one: torch.linalg.vector_norm(one.dequantize().to(wanted.dtype) - wanted).item(),
+        )
+        base.weight = nn.Parameter(found, requires_grad=False)
 
     def snapshot(self, base: Any) -> Any:  # noqa: D102
         return base.weight
@@ -51,7 +57,7 @@ class TorchaoWeight(Quantization):
         return base.weight.dtype
 
 
-def _quantise(old: Any, weight: Tensor) -> Tensor:
+def _quantise(old: Any, weight: Tensor, keeps_scales: bool = False) -> Any:
     """Quantise `weight` as `old` was: the same blocks, the same width, a zero point only where there was one."""
     from torchao.quantization import granularity
     from torchao.quantization.quant_primitives import MappingType
@@ -59,12 +65,15 @@ def _quantise(old: Any, weight: Tensor) -> Tensor:
     has_zero_point = getattr(old, "zero_point", None) is not None and bool(torch.count_nonzero(old.zero_point))
     mapping = MappingType.ASYMMETRIC if has_zero_point else MappingType.SYMMETRIC
     if type(old).__name__ == "IntxUnpackedToInt8Tensor":
-        return type(old).from_hp(weight, old.block_size, old.target_dtype, mapping_type=mapping)
+        of_old = {"custom_scale": old.scale, "custom_zero_point": old.zero_point, "intx_choose_qparams_algorithm": None}
+        scales = of_old if keeps_scales else {}
+        return type(old).from_hp(weight, old.block_size, old.target_dtype, mapping_type=mapping, **scales)
     rows, columns = old.block_size
     blocks: granularity.Granularity = granularity.PerGroup(columns)
     if columns == weight.shape[1]:
         blocks = granularity.PerTensor() if rows == weight.shape[0] else granularity.PerRow()
-    return type(old).from_hp(weight, blocks, mapping_type=mapping, reduce_range=old.reduce_range)
+    scales = {"scale": old.scale, "zero_point": old.zero_point} if keeps_scales else {}
+    return type(old).from_hp(weight, blocks, mapping_type=mapping, reduce_range=old.reduce_range, **scales)
 
 
 __all__ = ["TorchaoWeight", "obstacle"]

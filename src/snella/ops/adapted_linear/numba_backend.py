@@ -17,8 +17,9 @@ from . import numba_loops as loops
 from . import numba_sampling as sampling
 from .backends import FusedBackend, Merged
 from .numba_gradients import factor_gradients
+from .numba_window import merge_and_collect
 from .threads import run_together
-from .update import GroupFactors, Update
+from .update import GroupFactors, Guess, Update
 
 _MAX_WIDTH, _LEAST_WIDTH = 192, 32
 _LEAST_BLOCKS = 6  # so that a few threads have something to share
@@ -26,6 +27,8 @@ _SCRATCH_ENTRIES = 1 << 20  # of a block's two scratch matrices together, to sta
 _MAX_CHUNKS = 16  # each has its own partial gradient of B
 _LEAST_ENTRIES_FOR_THREADS = 1 << 17
 _PIECES_PER_THREAD = 2  # so that a thread that comes late does not hold up the others
+_WINDOW = 0.02  # a threshold within two per cent of the last one is looked for there alone
+_LEAST_CANDIDATES, _MOST_CANDIDATES = 256, 1 / 8  # room for the magnitudes in the window: entries, part of a block
 _SAMPLED_DENSITY = 0.05  # below it single entries of a weight's gradient cost less than all of it; measured
 _TOKENS = 256  # of one pass over the kept entries
 _SUPPORTED = (torch.float32, torch.bfloat16)
@@ -82,10 +85,17 @@ class NumbaBackend(FusedBackend):
             if is_known:
                 merged.append(Merged(_UNWRITTEN, prepared))
                 continue
+            near = _threshold_near_the_last(update, group, prepared)
+            if near is not None:
+                update.thresholds.append(torch.tensor(near))
+                merged.append(Merged(_UNWRITTEN, prepared))
+                continue
             value, bins = _merge(prepared)
             delta = torch.from_numpy(value)
             if update.mode == "soft":
-                update.thresholds.append(torch.tensor(_threshold(value, budget, bins)))
+                threshold = _threshold(value, budget, bins)
+                _remember(update, group, threshold)
+                update.thresholds.append(torch.tensor(threshold))
             else:
                 update.threshold_of(group, delta)
             merged.append(Merged(delta, prepared))
@@ -254,6 +264,36 @@ def _threshold(value: np.ndarray, budget: int, bins: np.ndarray | None = None) -
     rank = len(candidates) - 1 - (budget - above)
     candidates.partition(rank)
     return candidates[rank]
+
+
+def _threshold_near_the_last(update: Update, group: int, factors: _Factors) -> np.float32 | None:
+    """The same threshold, if earlier factors had one near it; `None` means that it has to be looked for everywhere."""
+    budget, m = update.budgets[group], factors.shape[0]
+    if update.mode != "soft" or len(update.guesses) <= group or not update.guesses[group].is_steady:
+        return None
+    guess, (width, blocks) = update.guesses[group].threshold, _blocks(factors.shape)
+    low, high = np.float32(guess * (1 - _WINDOW)), np.float32(guess * (1 + _WINDOW))
+    candidates = np.empty((blocks, max(_LEAST_CANDIDATES, int(m * width * _MOST_CANDIDATES))), np.float32)
+    inside, above = np.empty(blocks, np.int64), np.empty(blocks, np.int64)
+    _share_out(merge_and_collect, blocks, factors.shape, width, *factors, low, high, candidates, inside, above)
+    rank = budget - int(above.sum())
+    if inside.min() < 0 or not 0 <= rank < inside.sum():
+        return None
+    found = np.concatenate([part[:size] for part, size in zip(candidates, inside, strict=True)])
+    position = len(found) - 1 - rank
+    found.partition(position)
+    _remember(update, group, found[position])
+    return found[position]
+
+
+def _remember(update: Update, group: int, threshold: np.float32) -> None:
+    """Note where the threshold was, and whether it moves slowly enough to be looked for nearby."""
+    del update.guesses[len(update.row_counts) :]
+    while len(update.guesses) <= group:
+        update.guesses.append(Guess())
+    last = update.guesses[group].threshold
+    is_steady = last > 0 and abs(float(threshold) - last) < _WINDOW * last
+    update.guesses[group] = Guess(float(threshold), is_steady)
 
 
 def _pieces(scalars: KernelScalars) -> np.ndarray:

@@ -22,6 +22,13 @@ class GroupFactors(NamedTuple):
     scalars: KernelScalars
 
 
+class Guess(NamedTuple):
+    """The last threshold, and whether it was near the one before."""
+
+    threshold: float = 0.0
+    is_steady: bool = False
+
+
 @dataclass
 class Update:
     """The sparse update `S` of a weight that holds `G` matrices one above the other (3 in a fused qkv layer, else 1).
@@ -39,6 +46,7 @@ class Update:
         mode: How `ΔW` is sparsified.
         thresholds: Thresholds of the current factors, one a matrix, if somebody computed them before; an
             implementation that finds this list empty computes and stores them here.
+        guesses: Thresholds of earlier factors, one a matrix: where a backend may look first. It keeps them up to date.
         handover: A place for what a recomputation leaves to the backward pass; shared like `thresholds`.
     """
 
@@ -52,6 +60,7 @@ class Update:
     mode: SparsifyMode = "soft"
     thresholds: list[Tensor] = field(default_factory=list)
     handover: list[Any] = field(default_factory=list)
+    guesses: list[Guess] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(SparsifyMode):
@@ -81,7 +90,7 @@ class Update:
         if A is None or B is None:
             raise TypeError("an update needs both factors, got None")
         settings = (self.kernel, self.budgets, self.row_counts, self.scaling, self.mode, self.thresholds, self.handover)
-        return Update(A, B, KernelScalars(*scalars), *settings)
+        return Update(A, B, KernelScalars(*scalars), *settings, self.guesses)
 
     def group_factors(self) -> Iterator[GroupFactors]:
         """Yield the factors and scalars of each matrix, half precision widened to float32."""
