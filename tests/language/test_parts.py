@@ -101,6 +101,11 @@ def test_a_template_takes_instruction_and_input_whatever_braces_they_hold(tmp_pa
         ({"resume": True, "overwrite": True}, "resume and overwrite exclude each other, got both"),
         ({"data": None, "model": None, "out": None}, "out must name .*; data must name .*; model must name"),
         ({"template": "gone.txt"}, "template must be an existing text file, got 'gone.txt'"),
+        ({"r": 8, "method_options": {"r": 4}}, "r given both by name and in method_options; leave one out"),
+        (
+            {"method": "lora", "scalar_lr": 1e-4},
+            "scalar_lr is for the kernels' scalars of snella and snell, got 0.0001",
+        ),
     ],
 )
 def test_faults_of_the_settings_are_told_with_their_values(changes, message):

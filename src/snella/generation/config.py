@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args, get_type_hints
+from typing import Any, ClassVar, Literal
 
 from snella.training.settings import RunSettings
 
@@ -16,7 +16,7 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
 """By method: what it takes where the user gives none. The rate of the adapters is the paper's (section A.4 of arXiv
 2510.24037), that of full fine-tuning is usual for DreamBooth. The scaling brings the update that 500 steps at this rate
 can reach to the order of LoRA's, see docs/generation.md; the paper has none."""
-_METHOD_OPTION_FIELDS = ("r", "target_sparsity", "scaling")
+_RATES = ("lr", "scalar_lr", "weight_decay", "max_grad_norm", "prior_weight", "guidance")
 _LEAST = {
     "resolution": 8,
     "steps": 1,
@@ -81,6 +81,7 @@ class DreamBoothConfig(RunSettings):
 
     needed: ClassVar[tuple[str, ...]] = ("data", "pipeline")
     method_defaults: ClassVar[dict[str, dict[str, Any]]] = METHOD_DEFAULTS
+    purpose: ClassVar[str] = "generation"
     basic: ClassVar[tuple[str, ...]] = (
         *("data", "subject", "pipeline", "out", "method", "class_name", "token", "prompt", "resolution", "steps", "lr"),
         *("prior_weight", "samples", "skip_broken", "device", "precision", "resume", "overwrite"),
@@ -129,30 +130,10 @@ class DreamBoothConfig(RunSettings):
 
     def __post_init__(self) -> None:
         """Check everything that can be known without data and model, and report all faults together."""
-        faults = [*self._place_faults(), *self._choice_faults(), *self._range_faults(), *self._method_faults()]
+        faults = [*self._place_faults(), *self.choice_faults(), *self.least_faults(_LEAST)]
+        faults += [*self.finite_faults(_RATES), *self.method_faults()]
         if faults:
             raise ValueError("; ".join(faults))
-
-    def resolved(self) -> "DreamBoothConfig":
-        """The same settings with the method's defaults in place of None."""
-        from snella.methods import check_method, parse_method
-
-        family, rank = parse_method(self.method)
-        values = {
-            name: value
-            for name, value in METHOD_DEFAULTS[family].items()
-            if getattr(self, name) is None and name not in self.method_options
-        }
-        if rank is not None:
-            values["r"] = rank
-        result = dataclasses.replace(self, **values)
-        check_method(result.method, result.options_of_method())
-        return result
-
-    def options_of_method(self) -> dict[str, Any]:
-        """Options of the method: `method_options` and the named ones that are set."""
-        named = {name: getattr(self, name) for name in _METHOD_OPTION_FIELDS if getattr(self, name) is not None}
-        return {**named, **self.method_options}
 
     def named(self, class_name: str | None) -> "DreamBoothConfig":
         """The same settings with prompts for a subject whose class the data tells.
@@ -187,50 +168,4 @@ class DreamBoothConfig(RunSettings):
             faults.append("resume and overwrite exclude each other, got both; leave one out")
         if not self.token.strip():
             faults.append(f"token must be a word, got {self.token!r}")
-        return faults
-
-    def _choice_faults(self) -> list[str]:
-        """Fields whose value is not among the choices of their type."""
-        hints = get_type_hints(type(self))
-        faults = []
-        for name in ("optimizer", "weighting", "device", "precision"):
-            choices, value = get_args(hints[name]), getattr(self, name)
-            if value not in choices:
-                faults.append(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-        return faults
-
-    def _range_faults(self) -> list[str]:
-        """Numbers out of their range."""
-        faults = [
-            f"{name} must be at least {least}, got {getattr(self, name)}"
-            for name, least in _LEAST.items()
-            if getattr(self, name) < least
-        ]
-        for name in ("lr", "scalar_lr", "weight_decay", "max_grad_norm", "prior_weight", "guidance"):
-            value = getattr(self, name)
-            if value is not None and not 0.0 <= value < float("inf"):
-                faults.append(f"{name} must be at least 0 and finite, got {value}")
-        return faults
-
-    def _method_faults(self) -> list[str]:
-        """What the method refuses: its name, its options, their values."""
-        from snella.methods import check_method, parse_method
-
-        twice = [
-            name for name in _METHOD_OPTION_FIELDS if getattr(self, name) is not None and name in self.method_options
-        ]
-        faults = [f"{', '.join(twice)} given both by name and in method_options; leave one out"] if twice else []
-        try:
-            family, _ = parse_method(self.method)
-            if family not in METHOD_DEFAULTS:
-                faults.append(f"method must be one of {', '.join(METHOD_DEFAULTS)} for generation, got {self.method!r}")
-            elif self.scalar_lr is not None and "scalar_lr" not in METHOD_DEFAULTS[family]:
-                faults.append(
-                    f"scalar_lr is for the kernels' scalars of snella and snell, got {self.scalar_lr} with method "
-                    f"{self.method!r}"
-                )
-            else:
-                check_method(self.method, self.options_of_method())
-        except (ValueError, TypeError) as fault:
-            faults.append(str(fault))
         return faults

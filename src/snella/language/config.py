@@ -1,9 +1,8 @@
 """Everything that an instruction fine-tuning is told."""
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args, get_type_hints
+from typing import Any, ClassVar, Literal
 
 from snella.training.settings import RunSettings
 
@@ -15,7 +14,7 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "snell": {"lr": 1e-3, "scalar_lr": 1e-4, "r": 8, "target_sparsity": 0.7, "scaling": 10.0},
 }
 """By method: what it takes where the user gives none. LoRA's rate is the benchmark's own; the others are untuned."""
-_METHOD_OPTION_FIELDS = ("r", "target_sparsity", "scaling")
+_RATES = ("lr", "scalar_lr", "weight_decay", "max_grad_norm")
 _LEAST = {"max_length": 2, "epochs": 1, "batch_size": 1, "accumulation": 1, "warmup_steps": 0, "val_size": 0, "seed": 0}
 
 
@@ -57,6 +56,7 @@ class LanguageConfig(RunSettings):
 
     needed: ClassVar[tuple[str, ...]] = ("data", "model")
     method_defaults: ClassVar[dict[str, dict[str, Any]]] = METHOD_DEFAULTS
+    purpose: ClassVar[str] = "language"
     basic: ClassVar[tuple[str, ...]] = (
         *("data", "model", "out", "method", "template", "epochs", "batch_size", "accumulation", "max_length", "lr"),
         *("device", "precision", "resume", "overwrite"),
@@ -94,30 +94,10 @@ class LanguageConfig(RunSettings):
 
     def __post_init__(self) -> None:
         """Check everything that can be known without data and model, and report all faults together."""
-        faults = [*self._place_faults(), *self._range_faults(), *self._method_faults()]
+        faults = [*self._place_faults(), *self.choice_faults(), *self.least_faults(_LEAST)]
+        faults += [*self.finite_faults(_RATES), *self.method_faults()]
         if faults:
             raise ValueError("; ".join(faults))
-
-    def resolved(self) -> "LanguageConfig":
-        """The same settings with the method's defaults in place of None."""
-        from snella.methods import check_method, parse_method
-
-        family, rank = parse_method(self.method)
-        values = {
-            name: value
-            for name, value in METHOD_DEFAULTS[family].items()
-            if getattr(self, name) is None and name not in self.method_options
-        }
-        if rank is not None:
-            values["r"] = rank
-        result = dataclasses.replace(self, **values)
-        check_method(result.method, result.options_of_method())
-        return result
-
-    def options_of_method(self) -> dict[str, Any]:
-        """Options of the method: `method_options` and the named ones that are set."""
-        named = {name: getattr(self, name) for name in _METHOD_OPTION_FIELDS if getattr(self, name) is not None}
-        return {**named, **self.method_options}
 
     def _place_faults(self) -> list[str]:
         """What is missing or contradictory about data and folder."""
@@ -131,38 +111,4 @@ class LanguageConfig(RunSettings):
             faults.append("resume and overwrite exclude each other, got both; leave one out")
         if self.template is not None and not Path(self.template).expanduser().is_file():
             faults.append(f"template must be an existing text file, got {self.template!r}")
-        return faults
-
-    def _range_faults(self) -> list[str]:
-        """Values out of their range."""
-        hints = get_type_hints(type(self))
-        faults = []
-        for name in ("optimizer", "base", "device", "precision"):
-            choices, value = get_args(hints[name]), getattr(self, name)
-            if value not in choices:
-                faults.append(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-        faults += [
-            f"{name} must be at least {least}, got {getattr(self, name)}"
-            for name, least in _LEAST.items()
-            if getattr(self, name) < least
-        ]
-        for name in ("lr", "scalar_lr", "weight_decay", "max_grad_norm"):
-            value = getattr(self, name)
-            if value is not None and not 0.0 <= value < float("inf"):
-                faults.append(f"{name} must be at least 0 and finite, got {value}")
-        return faults
-
-    def _method_faults(self) -> list[str]:
-        """What the method refuses: its name, its options, their values."""
-        from snella.methods import check_method, parse_method
-
-        faults = []
-        try:
-            family, _ = parse_method(self.method)
-            if family not in METHOD_DEFAULTS:
-                faults.append(f"method must be one of {', '.join(METHOD_DEFAULTS)} for language, got {self.method!r}")
-            else:
-                check_method(self.method, self.options_of_method())
-        except (ValueError, TypeError) as fault:
-            faults.append(str(fault))
         return faults

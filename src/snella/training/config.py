@@ -3,12 +3,11 @@
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args, get_type_hints
+from typing import Any, ClassVar, Literal
 
 from snella.training.defaults import METHOD_DEFAULTS
 from snella.training.settings import RunSettings
 
-_METHOD_OPTION_FIELDS = ("r", "target_sparsity", "scaling")
 _RATE_FIELDS = ("lr", "scalar_lr", "head_lr", "weight_decay")
 _LEAST = {
     "epochs": 1,
@@ -140,27 +139,10 @@ class TrainConfig(RunSettings):
 
     def __post_init__(self) -> None:
         """Check everything that can be known without data and model, and report all faults together."""
-        faults = [*self._place_faults(), *self._choice_faults(), *self._range_faults()]
-        faults += [*self._method_faults(), *self._task_faults()]
+        faults = [*self._place_faults(), *self.choice_faults(), *self._range_faults()]
+        faults += [*self.method_faults(), *self._task_faults()]
         if faults:
             raise ValueError("; ".join(faults))
-
-    def resolved(self) -> "TrainConfig":
-        """The same settings with the method's defaults in place of None."""
-        from snella.methods import check_method, find_method, parse_method
-
-        family, number = parse_method(self.method)
-        rank = number if find_method(self.method).suffix == "r" else None
-        values: dict[str, Any] = {}
-        for name, value in METHOD_DEFAULTS[family].items():
-            inside = name in self.method_options or (name == "r" and rank is not None)
-            if getattr(self, name) is None and not inside:
-                values[name] = value
-        if rank is not None:
-            values["r"] = rank
-        result = dataclasses.replace(self, **values)
-        check_method(result.method, result.options_of_method())
-        return result
 
     @property
     def images_per_step(self) -> int:
@@ -170,11 +152,6 @@ class TrainConfig(RunSettings):
     def fitted_to(self, images: int) -> "TrainConfig":
         """The same settings with `batch_size` decided for so many training images."""
         return self if self.batch_size else dataclasses.replace(self, batch_size=min(DEFAULT_BATCH_SIZE, images))
-
-    def options_of_method(self) -> dict[str, Any]:
-        """Options for `build_method`: `method_options` and the named ones that are set."""
-        named = {name: getattr(self, name) for name in _METHOD_OPTION_FIELDS if getattr(self, name) is not None}
-        return {**named, **self.method_options}
 
     def _place_faults(self) -> list[str]:
         """What is missing or contradictory about data and folder."""
@@ -192,23 +169,9 @@ class TrainConfig(RunSettings):
             faults.append(f"weights must be an existing file, got {self.weights!r}")
         return faults
 
-    def _choice_faults(self) -> list[str]:
-        """Fields whose value is not among the choices of their type."""
-        hints = get_type_hints(type(self))
-        faults = []
-        for name in ("task", "mask_loss", "head_start", "augment", "protocol", "device", "precision"):
-            choices, value = _choices(hints[name]), getattr(self, name)
-            if value is not None and value not in choices:
-                faults.append(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-        return faults
-
     def _range_faults(self) -> list[str]:
         """Numbers out of their range."""
-        faults = []
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                faults.append(f"{name} must be at least {least}, got {value}")
+        faults = self.least_faults(_LEAST)
         for name in ("warmup", "label_smoothing", "test_fraction"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 faults.append(f"{name} must be in [0, 1), got {getattr(self, name)}")
@@ -216,10 +179,7 @@ class TrainConfig(RunSettings):
             faults.append(f"ema must be in (0, 1), got {self.ema}; leave it out for no average")
         if not 0.0 < self.val_fraction < 1.0:
             faults.append(f"val_fraction must be in (0, 1), got {self.val_fraction}")
-        for name in (*_RATE_FIELDS, "final_lr", "max_grad_norm"):
-            value = getattr(self, name)
-            if value is not None and not 0.0 <= value < float("inf"):
-                faults.append(f"{name} must be at least 0 and finite, got {value}")
+        faults += self.finite_faults((*_RATE_FIELDS, "final_lr", "max_grad_norm"))
         return faults
 
     def _task_faults(self) -> list[str]:
@@ -238,30 +198,3 @@ class TrainConfig(RunSettings):
         if self.lr is not None and self.final_lr > self.lr:
             faults.append(f"final_lr must be at most lr, {self.lr}, got {self.final_lr}")
         return faults
-
-    def _method_faults(self) -> list[str]:
-        """What the method refuses: its name, its options, their values."""
-        from snella.methods import check_method, parse_method
-
-        faults = []
-        twice = [
-            name for name in _METHOD_OPTION_FIELDS if getattr(self, name) is not None and name in self.method_options
-        ]
-        if twice:
-            faults.append(f"{', '.join(twice)} given both by name and in method_options; leave one out")
-        try:
-            if self.scalar_lr is not None and "scalar_lr" not in METHOD_DEFAULTS[parse_method(self.method)[0]]:
-                faults.append(
-                    f"scalar_lr is for the kernels' scalars of snella, snell and fixed-mask, got {self.scalar_lr} "
-                    f"with method {self.method!r}"
-                )
-            check_method(self.method, self.options_of_method())
-        except (ValueError, TypeError) as fault:
-            faults.append(str(fault))
-        return faults
-
-
-def _choices(kind: Any) -> tuple[str, ...]:
-    """The values of a `Literal`, also of one that may be None."""
-    values = [value for part in get_args(kind) for value in (get_args(part) or (part,))]
-    return tuple(value for value in values if isinstance(value, str))

@@ -2,8 +2,9 @@
 
 Between two products torch's OpenMP threads wait in a loop for some milliseconds, each on its own core. Other threads
 would have to share these cores with them: inside a training step of ViT-B on two cores our loops took 1.3 to 1.6 times
-as long on threads of their own (one profile, no benchmark row). So the work is given to those very threads, through the entry point that compilers call for a parallel region. Where torch was
-built with another runtime, ordinary threads do it.
+as long on threads of their own (one profile, no benchmark row). So the work is given to those very threads, through the
+entry point that compilers call for a parallel region. Where torch was built with another runtime, ordinary threads do
+it.
 """
 
 from __future__ import annotations
