@@ -3,8 +3,13 @@
 import os
 
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     # read when Triton is imported, which other packages do: its kernels are then run by an interpreter on the CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+settings.register_profile("same", derandomize=True, deadline=None)  # the same examples in every run: a red test is a change of ours
+settings.register_profile("new", max_examples=500, deadline=None)  # `make test-slow` looks for examples that nobody has seen
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
