@@ -10,6 +10,7 @@ if not torch.cuda.is_available():
     # read when Triton is imported, which other packages do: its kernels are then run by an interpreter on the CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-settings.register_profile("same", derandomize=True, deadline=None)  # the same examples in every run: a red test is a change of ours
-settings.register_profile("new", max_examples=500, deadline=None)  # `make test-slow` looks for examples that nobody has seen
+# the same examples in every run, so that a red test is a change of ours; `make test-slow` looks for new ones
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.register_profile("new", max_examples=500, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
