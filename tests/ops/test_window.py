@@ -57,10 +57,11 @@ def test_a_threshold_that_jumps_is_found_everywhere(searches):
     fresh = effective(update, problem.tensors["weight"])
     wrong = float(update.thresholds[0]) * 1.5
     searches.clear()
-    update = replace(problem.update(problem.tensors), guesses=[Guess(wrong, True)])
+    update = replace(problem.update(problem.tensors), guesses=[Guess(wrong, wrong, 0.0, 0.02)])
     assert torch.equal(effective(update, problem.tensors["weight"]), fresh)
     assert len(searches) == 1
-    assert update.guesses == [Guess(float(update.thresholds[0]), False)]
+    assert update.guesses[0].last == float(update.thresholds[0])
+    assert update.guesses[0].window == 0, "after a miss this large, the next one is looked for everywhere"
 
 
 def test_equal_magnitudes_that_overflow_the_room_are_found_everywhere(searches):
@@ -71,7 +72,7 @@ def test_equal_magnitudes_that_overflow_the_room_are_found_everywhere(searches):
     update = problem.update(problem.tensors)
     fresh = effective(update, problem.tensors["weight"])
     searches.clear()
-    update = replace(problem.update(problem.tensors), guesses=[Guess(float(update.thresholds[0]), True)])
+    update = replace(problem.update(problem.tensors), guesses=[Guess(*[float(update.thresholds[0])] * 2, 0.0, 0.02)])
     assert torch.equal(effective(update, problem.tensors["weight"]), fresh)
     assert len(searches) == 1
 
@@ -83,5 +84,28 @@ def test_the_matrices_of_a_fused_weight_have_a_guess_each():
         update = problem.update(problem.tensors)
         update.guesses = guesses
         effective(update, problem.tensors["weight"])
-    assert [guess.is_steady for guess in guesses] == [True, False, True]
-    assert guesses[2].threshold == float(update.thresholds[2])
+    assert [guess.window > 0 for guess in guesses] == [True, False, True]
+    assert guesses[2].last == float(update.thresholds[2])
+
+
+def test_a_threshold_that_moves_evenly_is_found_where_it_is_expected(searches):
+    problem = make_problem("p_linear", m=60, n=50, r=8)
+    guesses = []
+    for _ in range(8):
+        for name in ("A", "B"):
+            problem.tensors[name] *= 0.97  # and so does the threshold, by more than any window is wide in three steps
+        update = problem.update(problem.tensors)
+        update.guesses = guesses
+        effective(update, problem.tensors["weight"])
+    assert len(searches) < 5
+    assert guesses[0].expected == pytest.approx(0.97 * guesses[0].last, rel=1e-3)
+
+
+def test_a_guess_widens_at_a_miss_and_narrows_again():
+    guess = Guess(0.0, 0.0).follow(1.0, (0.004, 0.06)).follow(1.01, (0.004, 0.06))
+    assert guess.expected == pytest.approx(1.01**2) and guess.window == pytest.approx(0.03)
+    widths = [guess.window]
+    for k in range(2, 12):
+        guess = guess.follow(1.01**k, (0.004, 0.06))
+        widths.append(guess.window)
+    assert widths == sorted(widths, reverse=True) and widths[-1] == 0.004

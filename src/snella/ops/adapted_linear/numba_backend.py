@@ -23,11 +23,11 @@ from .update import GroupFactors, Guess, Update
 
 _MAX_WIDTH, _LEAST_WIDTH = 192, 32
 _LEAST_BLOCKS = 6  # so that a few threads have something to share
-_SCRATCH_ENTRIES = 1 << 20  # of a block's two scratch matrices together, to stay in cache
+_SCRATCH_ENTRIES = 1 << 19  # of a block's two scratch matrices together, to stay in cache
 _MAX_CHUNKS = 16  # each has its own partial gradient of B
 _LEAST_ENTRIES_FOR_THREADS = 1 << 17
-_PIECES_PER_THREAD = 2  # so that a thread that comes late does not hold up the others
-_WINDOW = 0.02  # a threshold within two per cent of the last one is looked for there alone
+_PIECES_PER_THREAD = 4  # so that a thread that comes late does not hold up the others
+_WINDOWS = (0.004, 0.06)  # narrowest and widest, relative to the threshold that is expected
 _LEAST_CANDIDATES, _MOST_CANDIDATES = 256, 1 / 8  # room for the magnitudes in the window: entries, part of a block
 _SAMPLED_DENSITY = 0.05  # below it a weight's gradient is sampled; an estimate, confirmed at 0.01 alone
 _TOKENS = 256  # of one pass over the kept entries
@@ -85,7 +85,7 @@ class NumbaBackend(FusedBackend):
             if is_known:
                 merged.append(Merged(_UNWRITTEN, prepared))
                 continue
-            near = _threshold_near_the_last(update, group, prepared)
+            near = _threshold_where_expected(update, group, prepared)
             if near is not None:
                 update.thresholds.append(torch.tensor(near))
                 merged.append(Merged(_UNWRITTEN, prepared))
@@ -266,13 +266,14 @@ def _threshold(value: np.ndarray, budget: int, bins: np.ndarray | None = None) -
     return candidates[rank]
 
 
-def _threshold_near_the_last(update: Update, group: int, factors: _Factors) -> np.float32 | None:
-    """The same threshold, if earlier factors had one near it; `None` means that it has to be looked for everywhere."""
+def _threshold_where_expected(update: Update, group: int, factors: _Factors) -> np.float32 | None:
+    """The same threshold, if it is where it was expected; `None` means that it has to be looked for everywhere."""
     budget, m = update.budgets[group], factors.shape[0]
-    if update.mode != "soft" or len(update.guesses) <= group or not update.guesses[group].is_steady:
+    if update.mode != "soft" or len(update.guesses) <= group or not update.guesses[group].window:
         return None
-    guess, (width, blocks) = update.guesses[group].threshold, _blocks(factors.shape)
-    low, high = np.float32(guess * (1 - _WINDOW)), np.float32(guess * (1 + _WINDOW))
+    _, expected, _, window = update.guesses[group]
+    low, high = np.float32(expected * (1 - window)), np.float32(expected * (1 + window))
+    width, blocks = _blocks(factors.shape)
     candidates = np.empty((blocks, max(_LEAST_CANDIDATES, int(m * width * _MOST_CANDIDATES))), np.float32)
     inside, above = np.empty(blocks, np.int64), np.empty(blocks, np.int64)
     _share_out(merge_and_collect, blocks, factors.shape, width, *factors, low, high, candidates, inside, above)
@@ -287,13 +288,11 @@ def _threshold_near_the_last(update: Update, group: int, factors: _Factors) -> n
 
 
 def _remember(update: Update, group: int, threshold: np.float32) -> None:
-    """Note where the threshold was, and whether it moves slowly enough to be looked for nearby."""
+    """Note where the threshold was, and where the next one is expected."""
     del update.guesses[len(update.row_counts) :]
     while len(update.guesses) <= group:
-        update.guesses.append(Guess())
-    last = update.guesses[group].threshold
-    is_steady = last > 0 and abs(float(threshold) - last) < _WINDOW * last
-    update.guesses[group] = Guess(float(threshold), is_steady)
+        update.guesses.append(Guess(0.0, 0.0))
+    update.guesses[group] = update.guesses[group].follow(float(threshold), _WINDOWS)
 
 
 def _pieces(scalars: KernelScalars) -> np.ndarray:

@@ -10,30 +10,29 @@ from __future__ import annotations
 import numpy as np
 
 from .numba_compiling import IN_ORDER, REGROUPED, compiled
-from .numba_loops import ZERO, merge_block
+from .numba_loops import ZERO, copy_tile, merge_block, scratch_of
 
 
 @compiled(IN_ORDER)
 def list_kept(first, last, width, A, B, coeff, softmax, threshold, rows, columns, counts):
     # positions of the entries of each block that exceed the threshold, counts[block] of them
     m, n = B.shape[0], A.shape[1]
-    value, shares = np.empty((m, width), np.float32), np.empty((m, width), np.float32)
-    inv_sum, scratch = np.empty(width, np.float32), np.empty((2, width), np.float32)
+    tile, value, shares, inv_sum, scratch = scratch_of(m, A.shape[0], width)
     for block in range(first, last):
-        start, stop = block * width, min(block * width + width, n)
-        merge_block(A, B, coeff, softmax, start, stop, value, shares, inv_sum, scratch)
-        into_rows, into_columns = rows[block], columns[block]
+        start = block * width
+        w = min(width, n - start)
+        copy_tile(A, start, w, tile)
+        merge_block(tile, B, coeff, softmax, w, value, shares, inv_sum, scratch)
         at = 0
         for i in range(m):
-            row = value[i]
             found = np.int32(0)
-            for j in range(stop - start):
-                found += abs(row[j]) > threshold
+            for j in range(w):
+                found += abs(value[i, j]) > threshold
             if found == 0:
                 continue
-            for j in range(stop - start):
-                if abs(row[j]) > threshold:
-                    into_rows[at], into_columns[at] = i, start + j
+            for j in range(w):
+                if abs(value[i, j]) > threshold:
+                    rows[block, at], columns[block, at] = i, start + j
                     at += 1
         counts[block] = at
 

@@ -8,40 +8,53 @@ and collects those inside finds it exactly, if it is there, and has no need to w
 from __future__ import annotations
 
 import numpy as np
+from numba import njit
 
 from .numba_compiling import IN_ORDER, compiled
-from .numba_loops import merge_block
+from .numba_loops import copy_tile, merge_block, scratch_of
+
+_TILE = 32  # entries that are looked at together; most tiles have nothing inside the window
+
+
+@njit(**IN_ORDER)
+def collect_row(value, i, w, low, high, candidates, block, at):
+    # append the magnitudes of row i in [low, high] to candidates[block, :at] and return how many there are now, −1 if
+    # there may be no room
+    for start in range(0, w, _TILE):
+        width = min(_TILE, w - start)
+        found = np.int32(0)
+        for j in range(width):
+            magnitude = abs(value[i, np.uintp(start + j)])
+            found += (magnitude >= low) & (magnitude <= high)
+        if found == 0:
+            continue
+        if at + width > candidates.shape[1]:
+            return -1
+        for j in range(width):  # without a branch: what is not wanted is written over by the next
+            magnitude = abs(value[i, np.uintp(start + j)])
+            candidates[block, at] = magnitude
+            at += (magnitude >= low) & (magnitude <= high)
+    return at
 
 
 @compiled(IN_ORDER)
 def merge_and_collect(first, last, width, A, B, coeff, softmax, low, high, candidates, inside, above):
-    # candidates[block] = magnitudes in [low, high], inside[block] of them, −1 for more than there is room for;
-    # above[block] = how many exceed high
+    # candidates[block] = magnitudes in [low, high], inside[block] of them, −1 if there may be more than there is room
+    # for; above[block] = how many exceed high
     m, n = B.shape[0], A.shape[1]
-    value, shares = np.empty((m, width), np.float32), np.empty((m, width), np.float32)
-    inv_sum, scratch = np.empty(width, np.float32), np.empty((2, width), np.float32)
+    tile, value, shares, inv_sum, scratch = scratch_of(m, A.shape[0], width)
     for block in range(first, last):
-        start, stop = block * width, min(block * width + width, n)
-        merge_block(A, B, coeff, softmax, start, stop, value, shares, inv_sum, scratch)
-        into = candidates[block]
+        start = block * width
+        w = min(width, n - start)
+        copy_tile(A, start, w, tile)
+        merge_block(tile, B, coeff, softmax, w, value, shares, inv_sum, scratch)
         at, total = 0, 0
         for i in range(m):
-            row = value[i]
-            at_least, more = np.int32(0), np.int32(0)
-            for j in range(stop - start):
-                magnitude = abs(row[j])
-                at_least += magnitude >= low
-                more += magnitude > high
+            more = np.int32(0)
+            for j in range(w):
+                more += abs(value[i, j]) > high
             total += more
-            found = at_least - more
-            if found == 0:
-                continue
-            if at + found > len(into):
-                at = -1
+            at = collect_row(value, i, w, low, high, candidates, block, at)
+            if at < 0:
                 break
-            for j in range(stop - start):
-                magnitude = abs(row[j])
-                if low <= magnitude <= high:
-                    into[at] = magnitude
-                    at += 1
         inside[block], above[block] = at, total

@@ -13,6 +13,9 @@ from snella.ops.kernels import Kernel, KernelScalars, check_factors
 from snella.ops.sparsify import SparsifyMode, sparsify
 from snella.ops.threshold import keep_threshold, quantile_threshold
 
+_FADING = 0.7  # what is left of a miss after a step
+_WINDOW_OVER_MISS = 3.0  # 92 to 95 of 100 thresholds then lie in the window, with factor rates of 1e-4 to 5e-3
+
 
 class GroupFactors(NamedTuple):
     """What one of an update's matrices is merged from: `A` `[n, r]`, `B` `[rows, r]` and 0-dim or `[P]` scalars."""
@@ -23,10 +26,26 @@ class GroupFactors(NamedTuple):
 
 
 class Guess(NamedTuple):
-    """The last threshold, and whether it was near the one before."""
+    """Where the next threshold is looked for first: in `expected · (1 ± window)`, or nowhere if `window` is 0.
 
-    threshold: float = 0.0
-    is_steady: bool = False
+    A threshold is expected to go on as it went last. How far it was from there (`miss`, relative, the largest of the
+    last few) says how wide to look.
+    """
+
+    last: float
+    expected: float
+    miss: float = 0.0
+    window: float = 0.0
+
+    def follow(self, threshold: float, widths: tuple[float, float]) -> Guess:
+        """The guess after the next threshold turned out to be `threshold`; `widths` are least and most of a window."""
+        if min(threshold, self.last, self.expected) <= 0:
+            return Guess(threshold, threshold)
+        least, most = widths
+        miss = max(abs(threshold / self.expected - 1), _FADING * self.miss)
+        window = max(_WINDOW_OVER_MISS * miss, least)
+        miss = min(miss, most / _WINDOW_OVER_MISS)  # after a jump, a new budget's for one, there are no such jumps
+        return Guess(threshold, threshold * threshold / self.last, miss, window if window <= most else 0.0)
 
 
 @dataclass
