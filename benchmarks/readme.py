@@ -1,11 +1,15 @@
-"""Put the rows of results.jsonl into the README: python benchmarks/readme.py"""
+"""Put the rows of results.jsonl, and the costs estimated from them, into README, docs/ and experiments/.
 
-from pathlib import Path
+python benchmarks/readme.py
+"""
+
+from costs import ROOT, update_costs
 
 from snella.benchmark.summary import update_document
 
-HERE = Path(__file__).parent
-
 if __name__ == "__main__":
-    changed = update_document(HERE.parent / "README.md", HERE / "results.jsonl")
-    print("README.md changed" if changed else "README.md is up to date")
+    rows = ROOT / "benchmarks" / "results.jsonl"
+    changed = [ROOT / "README.md"] if update_document(ROOT / "README.md", rows) else []
+    changed += update_costs(rows)
+    names = [str(path.relative_to(ROOT)) for path in changed]
+    print("\n".join(f"{name} changed" for name in names) or "README.md, docs/ and experiments/ are up to date")

@@ -37,13 +37,18 @@ def update_document(path: str | Path, rows_file: str | Path) -> bool:
     Raises:
         ValueError: The file has no marks.
     """
+    return put_between(path, _BEGIN, _END, performance_section(read_rows(rows_file)))
+
+
+def put_between(path: str | Path, begin: str, end: str, section: str) -> bool:
+    """Put text between two marks of a Markdown file; returns and raises as `update_document`."""
     file = Path(path)
     text = file.read_text(encoding="utf-8")
-    if _BEGIN not in text or _END not in text:
-        raise ValueError(f"{file} has no place for the rows; put the lines {_BEGIN!r} and {_END!r} into it")
-    before, rest = text.split(_BEGIN)
-    after = rest.split(_END)[1]
-    updated = f"{before}{_BEGIN}\n\n{performance_section(read_rows(rows_file))}\n\n{_END}{after}"
+    if begin not in text or end not in text:
+        raise ValueError(f"{file} has no place for the rows; put the lines {begin!r} and {end!r} into it")
+    before, rest = text.split(begin)
+    after = rest.split(end)[1]
+    updated = f"{before}{begin}\n\n{section}\n\n{end}{after}"
     if updated != text:
         file.write_text(updated, encoding="utf-8")
     return updated != text

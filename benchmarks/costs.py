@@ -1,0 +1,203 @@
+"""What the tables of the paper cost, estimated from the rows of results.jsonl: text for docs/ and for experiments/."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cost_wording import flop_text, markdown_table, memory_text, notes_text, time_text
+from counted_step import CountedStep
+from paper_models import METHOD, SAM_NAMES, classifier, llama_7b, sam, sd3_medium
+from row_speed import BACKBONE, RowSpeed, has_gpu_rows, row_speed
+from workloads import Workload, final_run, one_method, seconds, training
+
+from snella.benchmark.rows import read_rows
+from snella.benchmark.summary import put_between
+from snella.comparison.experiment_files import read_experiment
+from snella.data.fgvc import FGVC_DATASETS
+from snella.generation.config import DreamBoothConfig
+from snella.language.config import LanguageConfig
+from snella.training.atomic_files import write_text
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- cost estimated by benchmarks/readme.py begins -->", "<!-- cost ends -->"
+_MARK = "Estimated by benchmarks/readme.py:"
+_BACKBONES = {
+    "table1-vtab": ("ViT-B/16", "vit_base_patch16_224"),
+    "table2-mae": ("ViT-B/16", "vit_base_patch16_224"),
+    "table2-moco": ("ViT-B/16", "vit_base_patch16_224"),
+    "table3-swin": ("Swin-B", "swin_base_patch4_window7_224"),
+    "table3-convnext": ("ConvNeXt-B", "convnext_base"),
+    "table4-vit-l": ("ViT-L/16", "vit_large_patch16_224"),
+    "table4-vit-h": ("ViT-H/14", "vit_huge_patch14_224"),
+    "table1-vtab-official": ("ViT-B/16", "vit_base_patch16_224"),
+    "table1-fgvc": ("ViT-B/16", "vit_base_patch16_224"),
+    "table1-fgvc-official": ("ViT-B/16", "vit_base_patch16_224"),
+}
+_BATCH = 32  # of the experiment files
+_POLYP_TRAIN, _POLYP_VAL, _POLYP_TEST, _POLYP_EPOCHS = 704, 176, 120, 20
+_SUBJECTS, _PICTURES = 30, 3000  # 25 prompts, four times each
+_INSTRUCTIONS = 170_000
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Text of every page and of every experiment file.
+
+    Args:
+        pages: By name of the page.
+        experiments: By path inside `experiments/`.
+    """
+
+    pages: dict[str, str]
+    experiments: dict[str, str]
+
+
+def estimate(rows: list[dict[str, Any]]) -> Costs:
+    """Estimate everything.
+
+    Raises:
+        ValueError: The rows that it is estimated from are missing or contradict each other; see `row_speed`.
+    """
+    speed = row_speed(rows, classifier(BACKBONE, 1))
+    notes = notes_text(speed, has_gpu_rows(rows))
+    makers = {"vtab": _vtab, "fgvc": _fgvc, "segmentation": _polyps, "generation": _dreambooth, "language": _language}
+    pages, experiments = {}, {}
+    for page, make in makers.items():
+        table, of_experiments = make(speed)
+        pages[f"{page}.md"] = f"{table}\n\n{notes}"
+        for path, text in of_experiments.items():
+            experiments[path] = f"{_MARK} {METHOD} in float32 on {speed.device} takes {text}; docs/{page}.md says how."
+    return Costs(pages, experiments)
+
+
+def update_costs(rows_file: Path, root: Path = ROOT) -> list[Path]:
+    """Write the estimates into the pages and the experiment files.
+
+    Returns:
+        The files that changed.
+
+    Raises:
+        ValueError: A file has no place for them, or see `estimate`.
+    """
+    costs = estimate(read_rows(rows_file))
+    pages = {root / "docs" / name: text for name, text in costs.pages.items()}
+    changed = [path for path, text in pages.items() if put_between(path, BEGIN, END, text)]
+    for name, text in costs.experiments.items():
+        path = root / "experiments" / name
+        content = path.read_text(encoding="utf-8")
+        updated = with_cost(content, text, path)
+        if updated != content:
+            write_text(path, updated)
+            changed.append(path)
+    return changed
+
+
+def with_cost(content: str, text: str, path: Path) -> str:
+    """An experiment file with the estimate in it: the lines from its first words up to those of the next field.
+
+    Raises:
+        ValueError: There is no such line.
+    """
+    pattern = rf"^(?P<indent>(?:#| ) +){re.escape(_MARK)}.*\n(?:(?P=indent)(?! ).*\n)*"
+    found = re.search(pattern, content, re.MULTILINE)
+    if found is None:
+        raise ValueError(f"{path} has no place for its cost; put a line {_MARK!r} at the end of it")
+    lines = textwrap.wrap(text, 116, initial_indent=found["indent"], subsequent_indent=found["indent"])
+    return content[: found.start()] + "\n".join(lines) + "\n" + content[found.end() :]
+
+
+def _vtab(speed: RowSpeed) -> tuple[str, dict[str, str]]:
+    """Tables I to IV."""
+    lines, experiments = [], {}
+    for name, (label, backbone) in _BACKBONES.items():
+        if "vtab" not in name and "table1" in name:
+            continue
+        experiment, counted = read_experiment(name), classifier(backbone, _BATCH)
+        run = seconds(speed, counted, final_run(experiment)) / len(experiment.data)
+        whole = _whole(speed, counted, name)
+        lines.append([f"`{name}`", label, time_text(run), whole, flop_text(counted), memory_text(counted)])
+        experiments[f"paper/{name}.yaml"] = _of_experiment(name, whole, counted)
+    head = ["experiment", "backbone", "one final run of one task", "SNELLA-8 in the whole experiment"]
+    return markdown_table([*head, "FLOP an image", f"memory, batch {_BATCH}"], lines), experiments
+
+
+def _fgvc(speed: RowSpeed) -> tuple[str, dict[str, str]]:
+    """Tables I and XVII."""
+    names = ("table1-fgvc", "table1-fgvc-official")
+    counted = classifier(_BACKBONES[names[0]][1], _BATCH)
+    epochs = int(read_experiment(names[0]).settings["epochs"])
+    lines = []
+    for name, data in FGVC_DATASETS.items():
+        train, val, test = data.sizes
+        run = seconds(speed, counted, training(train + val, epochs, _BATCH, test))
+        lines.append([f"one final run on `{name}`", time_text(run)])
+    wholes = {name: _whole(speed, counted, name) for name in names}
+    lines += [[f"SNELLA-8 in the whole of `{name}`", whole] for name, whole in wholes.items()]
+    lines.append([f"memory at batch {_BATCH}", memory_text(counted)])
+    experiments = {f"paper/{name}.yaml": _of_experiment(name, whole, counted) for name, whole in wholes.items()}
+    return markdown_table([f"ViT-B/16, {flop_text(counted)} an image", ""], lines), experiments
+
+
+def _polyps(speed: RowSpeed) -> tuple[str, dict[str, str]]:
+    """Table V."""
+    measured = _POLYP_EPOCHS * _POLYP_VAL + _POLYP_TEST
+    work, lines = training(_POLYP_TRAIN, _POLYP_EPOCHS, 1, measured), []
+    for name in SAM_NAMES:
+        counted = sam(name, 1)
+        lines.append([name, time_text(seconds(speed, counted, work)), flop_text(counted), memory_text(counted)])
+    first = lines[0]
+    experiment = {"polyp/table5.yaml": f"{first[1]}, and {first[3]} of memory"}
+    return markdown_table(["1024×1024", "the run of Table V", "FLOP an image", "memory, batch 1"], lines), experiment
+
+
+def _dreambooth(speed: RowSpeed) -> tuple[str, dict[str, str]]:
+    """Table VI."""
+    config = DreamBoothConfig(data="-", pipeline="-", out="-")
+    counted = sd3_medium(config.resolution, config.max_sequence_length, config.batch_size)
+    passes = config.steps * config.accumulation
+    run = Workload(passes, passes * config.batch_size)
+    drawing = Workload(0, 0, 2 * config.sample_steps)  # with the prompt and without
+    learning = seconds(speed, counted, run, is_checkpointed=True)
+    pictures = _PICTURES * seconds(speed, counted, drawing)
+    lines = [
+        [f"learning one subject, {config.steps} steps", time_text(learning)],
+        ["drawing one picture", time_text(pictures / _PICTURES)],
+        [f"the table: {_SUBJECTS} subjects, {_PICTURES:,} pictures", time_text(_SUBJECTS * learning + pictures)],
+        ["memory in learning, transformer alone", memory_text(counted)],
+    ]
+    text = f"{time_text(learning)} a subject and {time_text(pictures)} for all pictures, "
+    text += f"and {memory_text(counted)} of memory for the transformer"
+    return markdown_table([f"512×512, {flop_text(counted)} an image", ""], lines), {"dreambooth/table6.yaml": text}
+
+
+def _language(speed: RowSpeed) -> tuple[str, dict[str, str]]:
+    """Table XVIII."""
+    config = LanguageConfig(data="-", model="-", out="-")
+    counted = llama_7b(config.max_length, config.batch_size)
+    work = training(_INSTRUCTIONS, config.epochs, config.batch_size)
+    time = time_text(seconds(speed, counted, work, is_checkpointed=True))
+    lines = [
+        [f"{config.epochs} epochs of {_INSTRUCTIONS:,} entries", time],
+        [f"memory at batch {config.batch_size}", memory_text(counted)],
+    ]
+    head = [f"LLaMA-2-7B, {config.max_length} tokens, {flop_text(counted)} an entry", ""]
+    return markdown_table(head, lines), {"language/table18.yaml": f"{time}, and {memory_text(counted)} of memory"}
+
+
+def _whole(speed: RowSpeed, counted: CountedStep, name: str) -> str:
+    """One method in an experiment, with the fewest and the most trials."""
+    fewest, most = (time_text(seconds(speed, counted, work)) for work in one_method(read_experiment(name)))
+    if fewest == most:
+        return fewest
+    (low, unit), (high, other) = fewest.split(), most.split()
+    return f"{low} to {high} {unit}" if unit == other else f"{fewest} to {most}"
+
+
+def _of_experiment(name: str, whole: str, counted: CountedStep) -> str:
+    """What an experiment file says."""
+    official = " (rank 32 more)" if name.endswith("-official") else ""
+    return f"{whole}{official}, and {memory_text(counted)} of memory at batch {counted.batch}"
