@@ -16,7 +16,7 @@ from snella.comparison.search import Candidate, Choice, next_trials
 from snella.comparison.summary import summarise
 from snella.data.fgvc import FGVC_DATASETS
 from snella.data.vtab import VTAB_TASKS
-from snella.methods import build_method
+from snella.methods import SelectionData, build_method
 
 PAPER = (
     *("table1-vtab", "table1-fgvc", "table1-vtab-official", "table1-fgvc-official", "table2-mae", "table2-moco"),
@@ -157,6 +157,9 @@ SMALL = {
 }
 
 
+QUICK = {"noah": {"supernet_epochs": 1, "population": 2, "generations": 1}}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", SMALL)
 def test_every_method_of_a_table_can_be_applied_to_backbones_of_its_kind(kind, experiments):
@@ -169,8 +172,9 @@ def test_every_method_of_a_table_can_be_applied_to_backbones_of_its_kind(kind, e
         if kind in experiment.backbone
     }
     batches = [(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))]
+    data = SelectionData(lambda: batches, lambda: batches)
     for name, chosen in entries.items():
         torch.manual_seed(0)
         model = timm.create_model(architecture, num_classes=3, **options)
-        built = build_method(name, model, batches=lambda: batches, **chosen)
+        built = build_method(name, model, batches=data, **{**chosen, **QUICK.get(name, {})})
         assert any(parameter.requires_grad for parameter in built.parameters()), name

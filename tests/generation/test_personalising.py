@@ -10,12 +10,14 @@ import numpy as np
 import peft
 import pytest
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from safetensors.torch import load_file
 
 from snella.cli.main import main
 from snella.generation import Drawing, DreamBoothConfig, draw_images, generate, load_pipeline, personalise
 from snella.generation.learning import Learner
+from snella.methods import load_trained
 from snella.training.stopping import NonFiniteLossError, TrainingInterrupted
 
 STEPS = 12
@@ -223,3 +225,43 @@ def test_eight_bit_adam_resumes_to_the_same_bits(settings, tmp_path, no_report):
     first, second = (load_file(each.adapter / "trainable.safetensors") for each in (whole, run))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert math.isfinite(metrics_of(run.path)["fixed_loss"]["after"])
+
+
+@pytest.mark.parametrize("method", ["snella", "lora-8"])
+def test_after_a_few_steps_of_the_defaults_the_update_is_a_small_part_of_the_weights(settings, method, no_report):
+    run = personalise(settings(method=method, lr=None, scaling=None, steps=4, save_every=4, samples=0))
+    model = load_trained(run.adapter, load_pipeline(str(run.read_config().pipeline)).transformer)
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    changes = torch.cat([layer.get_delta_weight("default").flatten() for layer in layers])
+    weights = torch.cat([layer.get_base_layer().weight.flatten() for layer in layers])
+    # these matrices are 48 times narrower than the real model's, so that the update starts larger beside the weights
+    assert 1e-4 < changes.norm() / weights.norm() < 0.1
+
+
+def test_inspect_tells_what_the_generator_learned_and_draws_its_own_page(taught, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(taught, run)
+    scores = {"concept_alignment": 0.75, "text_alignment": 0.3, "text_alignment_without_token": 0.25}
+    (run / "generation.json").write_text(json.dumps({"format": 1, **scores, "vendi": 2.5, "vendi_by_prompt": 1.5}))
+    (run / "report.html").unlink()
+    assert main(["inspect", str(run), "--report"]) == 0
+    text = " ".join(capsys.readouterr().out.replace("\N{NO-BREAK SPACE}", " ").split())
+    fixed = metrics_of(run)["fixed_loss"]
+    for words in (
+        "16×16 px",
+        "4 images of toy, learned as “a photo of sks toy”",
+        f"steps {STEPS} in",
+        f"loss {fixed['after']:.5f} on fixed noise, {fixed['before']:.4g} before training",
+        "concept alignment 0.750, text alignment 0.300",
+        "adapted weights kept (30",
+        "report: ",
+    ):
+        assert words in text, words
+    assert "classes" not in text and "best epoch" not in text
+    assert "Pictures drawn after training" in (run / "report.html").read_text()
+
+
+@pytest.mark.parametrize("words", [["evaluate"], ["predict", "photo.png"], ["merge", "--out", "merged.safetensors"]])
+def test_commands_for_labelled_images_name_those_of_generators(taught, capsys, words):
+    assert main([words[0], str(taught), *words[1:]]) != 0
+    assert "got a run of 'generation'; snella generate and snella evaluate-generation use it" in capsys.readouterr().err

@@ -1,6 +1,8 @@
 """From a JSON file to answers, through the command line, with a LLaMA that is real but for its size and weights."""
 
 import json
+import math
+import shutil
 import signal
 import string
 
@@ -187,6 +189,12 @@ def test_entries_whose_prompt_leaves_no_room_are_left_out_and_counted(settings, 
     assert notes == ["left out 1 entries whose prompt alone fills max_length=64 tokens"]
 
 
+def test_a_gradient_that_is_no_number_ends_the_run_before_it_reaches_the_weights(settings, monkeypatch):
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args, **options: torch.tensor(math.inf))
+    with pytest.raises(NonFiniteLossError, match=r"the gradient became inf in step 1 of 6; the last checkpoint in"):
+        fine_tune(settings())
+
+
 def test_a_loss_that_is_no_number_ends_the_run(settings, tmp_path):
     with pytest.raises(NonFiniteLossError, match=r"became (nan|inf) in step \d of 6; .*lower --lr \(now 1e\+30\)"):
         fine_tune(settings(method="full", scaling=None, lr=1e30, max_grad_norm=0.0))
@@ -209,3 +217,25 @@ def test_a_resumed_run_needs_the_data_it_began_with(settings, tmp_path, data):
     copy.write_text(json.dumps(json.loads(copy.read_text())[:-1]))
     with pytest.raises(ValueError, match=r"must be the file that .*run began with, got other content in .*copy.json"):
         fine_tune(LanguageConfig(out=str(run.path), resume=True))
+
+
+def test_inspect_tells_what_the_language_model_learned(tuned, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(tuned, run)
+    tasks = {"boolq": {"accuracy": 0.5}, "piqa": {"accuracy": 1.0}}
+    (run / "language.json").write_text(json.dumps({"format": 1, "tasks": tasks, "mean": 0.75}))
+    page = run / "report.html"
+    assert main(["inspect", str(run)]) == 0
+    text = " ".join(capsys.readouterr().out.replace("\N{NO-BREAK SPACE}", " ").split())
+    losses = [row for row in json.loads((run / "metrics.json").read_text())["loss_history"] if "eval_loss" in row]
+    for words in (
+        "20 instructions, 4 held out",
+        "steps 18 (6 epochs) in",
+        f"{losses[-1]['eval_loss']:.4f} on held-out entries",
+        "accuracy 75.0 %, the mean of boolq 50.0 %, piqa 100.0 %",
+        "adapted weights kept (30",
+    ):
+        assert words in text, words
+    assert "classes" not in text
+    assert main(["inspect", str(run), "--report"]) != 0 and not page.exists()
+    assert "got a run of 'language'; snella evaluate-language uses it" in capsys.readouterr().err

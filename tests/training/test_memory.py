@@ -37,6 +37,20 @@ def step_on(model, images):
     return step
 
 
+def highest_of(work, folder):
+    """The most bytes that are there at one time while `work` is done, over what was there before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    profile.export_chrome_trace(str(folder / "trace.json"))
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
+    height = highest = 0
+    for _, change in changes:
+        height += change
+        highest = max(highest, height)
+    return highest
+
+
 def held_bytes(model):
     return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
 
@@ -96,19 +110,28 @@ def test_snella_keeps_no_more_than_lora(name, dtype):
 def test_the_peak_is_what_the_allocator_reports(method, options, tmp_path):
     model, images = make(method, **options), torch.randn(12, 3, SIDE, SIDE)
     memory = predict_step_memory(model, (3, SIDE, SIDE), 12)
-    step = step_on(model, images)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    profile.export_chrome_trace(str(tmp_path / "trace.json"))
-    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
-    height = highest = 0
-    for _, change in changes:
-        height += change
-        highest = max(highest, height)
+    highest = highest_of(step_on(model, images), tmp_path)
     before = held_bytes(model) + 2 * trained_bytes(model) + images.nbytes
     assert highest > memory.kept / 2
     assert memory.total == pytest.approx(before + highest, rel=0.1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_predicting_takes_less_memory_than_a_step_of_a_single_image(method, tmp_path):
+    torch.manual_seed(0)
+    model = build_method(method, timm.create_model("test_vit", num_classes=3, img_size=128, depth=12))
+    predicted = highest_of(lambda: predict_step_memory(model, (3, 128, 128), 1), tmp_path)
+    trained = highest_of(step_on(model, torch.randn(1, 3, 128, 128)), tmp_path)
+    assert predicted < 0.6 * trained
+
+
+def test_a_model_that_asks_for_gradients_in_its_forward_pass_cannot_be_recorded():
+    class Asking(nn.Linear):
+        def forward(self, x):
+            return torch.autograd.grad(super().forward(x).square().sum(), self.weight)[0]
+
+    with pytest.raises(RuntimeError, match="record_forward keeps nothing for a backward pass, got one"):
+        saved_bytes(Asking(4, 3), torch.zeros(2, 4))
 
 
 def test_an_adapted_layer_is_one_part_and_its_base_layer_none_of_its_own():

@@ -74,6 +74,23 @@ def test_a_run_trains_and_its_adapter_is_used_without_the_data(method, settings,
         assert "blocks.0.attn.qkv.weight" in merged
 
 
+def test_noah_searches_on_images_apart_though_the_run_learns_from_them_too(settings, console, no_report, monkeypatch):
+    seen = {}
+
+    def watched(train, val, *others):
+        seen["train"], seen["val"] = (set(part.names) for part in (train, val))
+        seen["transforms"] = train.transform is not None and val.transform is not None
+        return selection_data(train, val, *others)
+
+    monkeypatch.setattr("snella.training.assembly.selection_data", watched)
+    config = settings(method="noah", method_options=OPTIONS["noah"], epochs=1, protocol="final")
+    run = train(config, console)
+    parts = load_data(str(config.data), seed=config.seed, protocol="standard")
+    assert seen["val"] == set(parts.val.names) and seen["train"] == set(parts.train.names) and seen["transforms"]
+    assert not (seen["train"] | seen["val"]) & set(parts.test.names)
+    assert run.read_json("run.json")["data"]["sizes"]["train"] == len(seen["train"] | seen["val"])
+
+
 def test_a_resumed_run_does_not_choose_again_and_ends_in_the_same_bits(settings, console, no_report, monkeypatch):
     chosen = {"method": "spt-lora-2", "method_options": {"budget": 0.003, "alpha": 40}, "epochs": 2}
     whole = train(settings(**chosen, out=settings().out + "-whole"), console)

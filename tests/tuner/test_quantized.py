@@ -14,8 +14,10 @@ from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 
 from snella import SnellaConfig
+from snella.ops.adapted_linear import WeightSource
 from snella.tuner.layer import SnellaLayer
 from snella.tuner.merge_loss import MergeLoss, measure_loss
+from snella.tuner.quantized import Quantization
 
 M, N = 64, 128
 BITSANDBYTES = ["nf4", "fp4", "nf4 double", "nf4 bfloat16", "int8"]
@@ -114,8 +116,18 @@ def kind(request):
     return request.param
 
 
+@pytest.fixture(params=["bytes", *BITSANDBYTES, *TORCHAO])
+def kind_or_bytes(request):
+    return request.param
+
+
 @pytest.fixture(params=["nf4 double", "int8", "torchao int4"])
 def one_of_each(request):
+    return request.param
+
+
+@pytest.fixture(params=["bytes", "nf4 double", "int8", "torchao int4"])
+def one_of_each_or_bytes(request):
     return request.param
 
 
@@ -239,18 +251,96 @@ def test_a_language_model_that_transformers_has_quantised_learns_under_checkpoin
 # evaluation ---------------------------------------------------------------------------------------------------------
 
 
-def test_evaluation_gives_the_bits_of_training_and_dequantises_once(kind, monkeypatch):
-    model, _ = adapted(kind)
-    layer = the_layer(model)
+class Bytes(Quantization):
+    """A weight as bytes with one scale, which needs no package."""
+
+    name = "bytes"
+
+    def __init__(self, weight):
+        self.scale = weight.abs().max() / 127
+        self.codes = (weight / self.scale).round().to(torch.int8)
+
+    def source(self, base):
+        return WeightSource(self.codes.shape, (self.codes, self.scale), lambda: self.codes * self.scale)
+
+    def write(self, base, weight):
+        raise NotImplementedError
+
+    def snapshot(self, base):
+        raise NotImplementedError
+
+    def restore(self, base, snapshot):
+        raise NotImplementedError
+
+
+def adapted_on(kind, **options):
+    """A model with one quantised layer that carries an update; `bytes` runs without any package."""
+    if kind != "bytes":
+        return adapted(kind, **options)[0]
+    torch.manual_seed(0)
+    net = Net(nn.Linear(N, M))
+    torch.manual_seed(1)
+    model = get_peft_model(net, SnellaConfig(**CONFIG | options))
+    the_layer(model).quantization = Bytes(net.lin.weight.detach())
+    return model
+
+
+def test_evaluation_gives_the_bits_of_training_and_keeps_nothing_dequantised(kind_or_bytes, monkeypatch):
+    model = adapted_on(kind_or_bytes)
+    layer, kept = the_layer(model), []
     trained = layer(x)
-    layer.eval()
+    model.eval()
+    effective = layer._effective
+
+    def watched(*args, **options):
+        weight = effective(*args, **options)
+        kept.append(weakref.ref(weight))
+        return weight
+
+    monkeypatch.setattr(layer, "_effective", watched)
+    for is_enabled in (False, True):
+        with torch.set_grad_enabled(is_enabled):
+            torch.testing.assert_close(layer(x), trained.detach(), rtol=0, atol=0)
+    assert layer._cache._effective is None
+    assert kept and all(made() is None for made in kept)
+
+
+def test_a_frozen_adapter_passes_gradients_on_without_keeping_its_weight(one_of_each_or_bytes):
+    model = adapted_on(one_of_each_or_bytes)
+    layer, found, expected = the_layer(model), *(x.clone().requires_grad_() for _ in range(2))
+    layer(expected).square().sum().backward()
+    model.requires_grad_(False).eval()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = layer(found)
+    assert max((t.numel() for t in kept), default=0) < M * N / 2
+    y.square().sum().backward()
+    torch.testing.assert_close(found.grad, expected.grad, rtol=0, atol=0)
+
+
+def test_a_weight_that_changes_between_evaluation_s_passes_is_noticed():
+    model = adapted_on("bytes")
+    model.requires_grad_(False).eval()
+    y = the_layer(model)(x.clone().requires_grad_())
+    the_layer(model).snella_B["default"].add_(1)
+    with pytest.raises(RuntimeError, match=rf"a weight \[{M}, {N}\] .* changed in place between forward and backward"):
+        y.sum().backward()
+
+
+def test_evaluation_keeps_the_weight_where_it_is_told_to(kind_or_bytes, monkeypatch):
+    model = adapted_on(kind_or_bytes)
+    layer = the_layer(model)
+    model.eval()
     with torch.no_grad():
-        first = layer(x)
-        monkeypatch.setattr(layer, "_effective", None)  # not needed any more
-        torch.testing.assert_close(layer(x), first, rtol=0, atol=0)
-    torch.testing.assert_close(first, trained, rtol=0, atol=0)
-    assert layer._cache._effective is not None
-    layer.train()
+        expected = layer(x)
+        model.peft_config["default"].keep_delta = True
+        torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
+        assert layer._cache._effective is not None
+        with monkeypatch.context() as patch:
+            patch.setattr(layer, "_effective", None)  # not needed any more
+            torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
+        model.peft_config["default"].keep_delta = False
+        torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
     assert layer._cache._effective is None
 
 

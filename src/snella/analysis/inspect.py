@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,12 @@ from rich.text import Text
 
 from snella.analysis.adapter_file import read_adapter, saved_budgets
 from snella.analysis.formats import bytes_text, count_text, percent_text, plain_text, seconds_text
+from snella.analysis.generator_runs import (
+    GENERATOR_TASKS,
+    generator_rows,
+    read_learning_curve,
+    read_scores_of_generator,
+)
 from snella.analysis.matrix_grid import adapter_budgets, arrange
 from snella.analysis.run_files import (
     Allocation,
@@ -34,9 +42,10 @@ def inspect_summary(run: str | Path) -> dict[str, Any]:
         run: Folder of the run, finished or not.
 
     Returns:
-        Plain values, ready for JSON: `status`, `method`, `method_options`, `backbone`, `data`, `classes`, `scores`,
-        `best_epoch`, `protocol`, `selected_on`, `ema`, `train_s`, `adapter_missing` (though the run is finished),
-        `sizes`, `parameters`, `settings`, and `budgets` (None for a method without).
+        Plain values, ready for JSON: `status`, `task`, `method`, `method_options`, `backbone`, `data`, `classes`,
+        `scores`, `best_epoch`, `protocol`, `selected_on`, `ema`, `train_s`, `learning` (of a generator: its losses),
+        `adapter_missing` (though the run is finished), `sizes`, `parameters`, `settings`, and `budgets` (None for a
+        method without).
 
     Raises:
         FileNotFoundError: The folder holds no `run.json`.
@@ -50,10 +59,18 @@ def inspect_summary(run: str | Path) -> dict[str, Any]:
     saved = saved_budgets(adapter, allocation.matrices) if adapter and allocation else {}
     budgets = None if allocation is None else adapter_budgets(allocation, metrics) | saved
     value_bytes = adapter.value_bytes if adapter else 4
+    is_generator = info.task in GENERATOR_TASKS
+    scores: dict[str, Any] = (
+        dict(read_scores_of_generator(folder, info.task))
+        if is_generator
+        else {name: _scores(getattr(metrics, part, None)) for name, part in (("validation", "val"), ("test", "test"))}
+    )
+    curve = read_if_present(read_learning_curve, folder, "metrics.json") if is_generator else None
     summary: dict[str, Any] = {
         "run": str(folder),
         "status": info.status,
         "error": info.error,
+        "task": info.task,
         "method": info.method,
         "method_options": info.method_options,
         "backbone": info.backbone,
@@ -66,10 +83,8 @@ def inspect_summary(run: str | Path) -> dict[str, Any]:
         "selected_on": metrics and metrics.selected_on,
         "ema": metrics and metrics.ema,
         "train_s": metrics and metrics.train_s,
-        "scores": {
-            "validation": _scores(metrics.val if metrics else None),
-            "test": _scores(metrics.test if metrics else None),
-        },
+        "learning": curve and {name: _measured(value) for name, value in asdict(curve).items() if name != "history"},
+        "scores": scores,
         "parameters": {
             "trainable": metrics and metrics.trainable_parameters,
             "in_adapter": adapter and adapter.parameters,
@@ -121,6 +136,11 @@ def _scores(scores: Scores | MaskScores | None) -> dict[str, Any] | None:
     return None if scores is None else {**scores.values(), "text": scores.text()}
 
 
+def _measured(value: Any) -> Any:
+    """A value for JSON, which lacks NaN."""
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
 def _budgets(allocation: Allocation, budgets: dict[str, int], from_adapter: bool) -> dict[str, Any]:
     """Budgets in total, by matrix and by kind and depth."""
     grid = arrange(allocation.matrices, budgets)
@@ -165,27 +185,9 @@ def _overview(summary: dict[str, Any]) -> Table:
     rows = [("run", summary["run"]), ("status", "running or killed" if is_running else summary["status"])]
     if summary["error"]:
         rows.append(("error", summary["error"]))
-    backbone, data, sizes = summary["backbone"], summary["data"], summary["sizes"]
-    rows += [
-        ("method", summary["method"]),
-        ("options", plain_text(summary["method_options"])),
-        ("backbone", backbone["name"] + (f" ({backbone['weights']})" if backbone["weights"] else "")),
-        ("data", f"{data['spec']}, {len(summary['classes'])} classes, {plain_text(data['sizes'])}"),
-    ]
-    for split, scores in summary["scores"].items():
-        if scores:
-            rows.append((split, f"{scores['text']}, {_counted(scores['images'], 'image', 'images')}"))
-    if summary["best_epoch"] is not None:
-        rows.append(
-            ("best epoch", f"{summary['best_epoch']} of {summary['epochs']}, {seconds_text(summary['train_s'])}")
-        )
-    if summary["selected_on"] == "test":
-        text = f"{summary['protocol']}: the test images chose the epoch, so their result is too good"
-        rows.append(("protocol", text))
-    elif summary["protocol"] not in (None, "standard"):
-        rows.append(("protocol", f"{summary['protocol']}: the last epoch, nothing chose it"))
-    if summary["ema"] is not None:
-        rows.append(("average", f"exponential moving average of the weights, decay {summary['ema']:g}"))
+    rows += [("method", summary["method"]), ("options", plain_text(summary["method_options"]))]
+    rows += generator_rows(summary) if summary["task"] in GENERATOR_TASKS else _epoch_rows(summary)
+    sizes = summary["sizes"]
     parameters = summary["parameters"]
     if parameters["trainable"] is not None:
         rows.append(("trainable", f"{parameters['trainable']:,} parameters"))
@@ -209,6 +211,30 @@ def _overview(summary: dict[str, Any]) -> Table:
     for name, value in rows:
         table.add_row(name, Text(value))
     return table
+
+
+def _epoch_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a run learned from labelled images: its classes, its results, and what chose the best epoch."""
+    backbone, data = summary["backbone"], summary["data"]
+    rows = [
+        ("backbone", backbone["name"] + (f" ({backbone['weights']})" if backbone["weights"] else "")),
+        ("data", f"{data['spec']}, {len(summary['classes'])} classes, {plain_text(data['sizes'])}"),
+    ]
+    for split, scores in summary["scores"].items():
+        if scores:
+            rows.append((split, f"{scores['text']}, {_counted(scores['images'], 'image', 'images')}"))
+    if summary["best_epoch"] is not None:
+        rows.append(
+            ("best epoch", f"{summary['best_epoch']} of {summary['epochs']}, {seconds_text(summary['train_s'])}")
+        )
+    if summary["selected_on"] == "test":
+        text = f"{summary['protocol']}: the test images chose the epoch, so their result is too good"
+        rows.append(("protocol", text))
+    elif summary["protocol"] not in (None, "standard"):
+        rows.append(("protocol", f"{summary['protocol']}: the last epoch, nothing chose it"))
+    if summary["ema"] is not None:
+        rows.append(("average", f"exponential moving average of the weights, decay {summary['ema']:g}"))
+    return rows
 
 
 def _grid_table(budgets: dict[str, Any]) -> Table:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from snella.analysis import inspect_run
 from snella.cli.bench_commands import BENCH_COMMANDS
-from snella.cli.generation_commands import GENERATION_COMMANDS
+from snella.cli.generation_commands import GENERATION_COMMANDS, draw_generation_report
 from snella.cli.language_commands import LANGUAGE_COMMANDS
 from snella.cli.options import (
     CompareOptions,
@@ -112,7 +112,9 @@ def _inspect(settings: dict[str, Any]) -> None:
         return
     make_console().print(inspect_run(options.run))
     if options.report:
-        make_console().print(f"report: {refresh_report(options.run)}", highlight=False)
+        task = RunFolder(options.run).read_json("run.json").get("task")
+        draw = draw_generation_report if task == "generation" else refresh_report
+        make_console().print(f"report: {draw(options.run)}", highlight=False)
 
 
 def _data(settings: dict[str, Any]) -> None:

@@ -65,6 +65,13 @@ def _evaluate_generation(settings: dict[str, Any]) -> None:
         write_json(Path(options.out), result)
 
 
+def draw_generation_report(run: str) -> Path:
+    """Draw the report page of a run of `snella dreambooth` again."""
+    from snella.generation import write_generation_report
+
+    return write_generation_report(run)
+
+
 def _scores(result: dict[str, Any]) -> Table:
     """One row a subject, then mean and standard error over subjects."""
     table = Table(title="alignments are cosines of CLIP embeddings, Vendi scores are of DINOv2's", title_justify="left")

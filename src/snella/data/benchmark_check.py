@@ -1,40 +1,21 @@
 """What of VTAB-1k and FGVC lies in a folder, what is missing, and what is wrong with it."""
 
 import difflib
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from snella.data.fgvc import FGVC_DATASETS, FGVC_LAYOUT, fgvc_dataset, fgvc_folder, inspect_fgvc
+from snella.data.benchmark_family import BenchmarkFamily
+from snella.data.fgvc import FGVC, FGVC_DATASETS
 from snella.data.folder import listed
 from snella.data.images import broken_images
 from snella.data.listed_images import Inspection
-from snella.data.vtab import VTAB_LAYOUT, VTAB_TASKS, inspect_vtab, vtab_folder, vtab_task
+from snella.data.vtab import VTAB, VTAB_TASKS
 
 __all__ = ["BenchmarkCheck", "check_benchmarks"]
 
 
-@dataclass(frozen=True)
-class _Family:
-    """How the data sets of one benchmark are known, found and read."""
-
-    title: str
-    members: Mapping[str, Any]
-    layout: str
-    known: Callable[[str], Any]
-    place: Callable[[Path, Any], Path]
-    read: Callable[[Path, Any], Inspection]
-
-    def holds(self, folder: Path) -> bool:
-        """Whether any of the data sets lies in this folder."""
-        return any(self.place(folder, member).is_dir() for member in self.members.values())
-
-
-_FAMILIES = (
-    _Family("VTAB-1k", VTAB_TASKS, VTAB_LAYOUT, vtab_task, vtab_folder, inspect_vtab),
-    _Family("FGVC", FGVC_DATASETS, FGVC_LAYOUT, fgvc_dataset, fgvc_folder, inspect_fgvc),
-)
+_FAMILIES: tuple[BenchmarkFamily[Any], ...] = (VTAB, FGVC)
 
 
 @dataclass
@@ -124,7 +105,7 @@ def _all(root: Path) -> list[BenchmarkCheck]:
     return [_whole(family, place) for family in _FAMILIES for place in places if family.holds(place)]
 
 
-def _whole(family: _Family, root: Path) -> BenchmarkCheck:
+def _whole(family: BenchmarkFamily[Any], root: Path) -> BenchmarkCheck:
     """The check of a whole benchmark."""
     found, missing = [], []
     for name, member in family.members.items():

@@ -1,11 +1,11 @@
 """FGVC: five data sets of birds, flowers, dogs and cars, as JSON lists beside the images."""
 
-import difflib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from snella.data.benchmark_family import BenchmarkFamily
 from snella.data.collection import Collection
 from snella.data.folder import listed
 from snella.data.listed_images import (
@@ -17,18 +17,9 @@ from snella.data.listed_images import (
     overlap_faults,
 )
 
-__all__ = [
-    "FGVC_DATASETS",
-    "FGVC_LAYOUT",
-    "FgvcDataset",
-    "fgvc_dataset",
-    "fgvc_folder",
-    "inspect_fgvc",
-    "load_fgvc",
-    "resolve_fgvc",
-]
+__all__ = ["FGVC", "FGVC_DATASETS", "FgvcDataset", "inspect_fgvc", "load_fgvc"]
 
-FGVC_LAYOUT = "DATASET/{train,val,test}.json, each one object {image path: class}, beside the images"
+_LAYOUT = "DATASET/{train,val,test}.json, each one object {image path: class}, beside the images"
 _PARTS = ("train", "val", "test")
 
 
@@ -64,23 +55,6 @@ FGVC_DATASETS: dict[str, FgvcDataset] = {
 """The data sets in the order of the paper's Table I."""
 
 
-def fgvc_dataset(name: str) -> FgvcDataset | None:
-    """The data set that a folder of this name holds."""
-    return next((data for data in FGVC_DATASETS.values() if name in (data.name, *data.aliases)), None)
-
-
-def fgvc_folder(root: Path, dataset: FgvcDataset) -> Path:
-    """Where a data set lies in the benchmark's folder: the first of its names that is there, or belongs there."""
-    places = [root / name for name in (dataset.name, *dataset.aliases)]
-    return next((place for place in places if place.is_dir()), places[0])
-
-
-def resolve_fgvc(path: Path) -> Path:
-    """The folder that a path to a data set means: the path itself, or what lies beside it under another name."""
-    dataset = fgvc_dataset(path.name)
-    return path if dataset is None else fgvc_folder(path.parent, dataset)
-
-
 def load_fgvc(path: str, *, check_sizes: bool = True) -> Collection:
     """Collect one data set.
 
@@ -92,19 +66,7 @@ def load_fgvc(path: str, *, check_sizes: bool = True) -> Collection:
         FileNotFoundError: There is no such folder.
         ValueError: Not a data set's name, or whatever `inspect_fgvc` finds, all in one message.
     """
-    wanted = Path(path).expanduser()
-    dataset = fgvc_dataset(wanted.name)
-    if dataset is None:
-        near = difflib.get_close_matches(wanted.name, FGVC_DATASETS, n=2, cutoff=0.4)
-        hint = f"nearest: {', '.join(near)}" if near else f"data sets are {', '.join(FGVC_DATASETS)}"
-        raise ValueError(f"fgvc:{path} must end with the name of a data set, got {wanted.name!r}; {hint}")
-    folder = fgvc_folder(wanted.parent, dataset)
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"fgvc:{path}: there is no folder '{folder}'; `snella data check {wanted.parent}` tells what belongs there"
-        )
-    found = inspect_fgvc(folder, dataset)
-    found.check(f"fgvc:{path}", check_sizes=check_sizes)
+    dataset, found = FGVC.load(path, check_sizes=check_sizes)
     parts = {name: dataset_of(found.parts[name]) for name in _PARTS if name in found.parts}
     return Collection(
         dataset.name,
@@ -163,7 +125,7 @@ def _lists(found: Inspection) -> dict[str, dict[str, int]]:
         found.notes.append(f"{found.name}: no train.json; trainval.json is divided into training and validation")
     missing = [file.name for file in files.values() if not file.is_file()]
     if missing:
-        found.faults.append(f"missing in '{found.folder}': {', '.join(missing)}; the layout is {FGVC_LAYOUT}")
+        found.faults.append(f"missing in '{found.folder}': {', '.join(missing)}; the layout is {_LAYOUT}")
     for name, file in files.items():
         if file.is_file():
             entries, fault = _read(file)
@@ -217,3 +179,7 @@ def _check_numbers(found: Inspection, dataset: FgvcDataset) -> None:
     for name, part in found.parts.items():
         if len(part) != sizes[name]:
             found.deviations.append(f"{name} must have {sizes[name]:,} images, got {len(part):,}")
+
+
+FGVC = BenchmarkFamily("fgvc", "FGVC", "data set", FGVC_DATASETS, _LAYOUT, inspect_fgvc)
+"""The benchmark: how its data sets are known, found and read."""

@@ -9,14 +9,14 @@ from snella.data.bundled import load_digits, load_elpv, load_mnist5k
 from snella.data.collection import Collection, Protocol
 from snella.data.dataset import ImageDataset
 from snella.data.debian import load_fashion_mnist, load_stamps
-from snella.data.fgvc import load_fgvc, resolve_fgvc
+from snella.data.fgvc import FGVC, load_fgvc
 from snella.data.folder import load_folder
 from snella.data.joining import joined
 from snella.data.kvasir import load_kvasir
 from snella.data.masks import load_masks
 from snella.data.mri import load_mri, load_mri_lobes, load_mri_regions
 from snella.data.splits import stratified_sample, stratified_split
-from snella.data.vtab import load_vtab, resolve_vtab
+from snella.data.vtab import VTAB, load_vtab
 
 __all__ = ["DataSplits", "data_folder", "data_names", "load_data", "split_spec"]
 
@@ -29,7 +29,7 @@ _IN_FOLDERS: dict[str, Callable[..., Collection]] = {
 """Families that stand before the path of a folder; each takes the path and `skip_broken`."""
 _BENCHMARKS: dict[str, Callable[..., Collection]] = {"vtab:": load_vtab, "fgvc:": load_fgvc}
 """Families of published benchmarks; each takes the path of one data set and `check_sizes`."""
-_BENCHMARK_FOLDERS: dict[str, Callable[[Path], Path]] = {"vtab:": resolve_vtab, "fgvc:": resolve_fgvc}
+_BENCHMARK_FOLDERS: dict[str, Callable[[Path], Path]] = {"vtab:": VTAB.resolve, "fgvc:": FGVC.resolve}
 """How their data sets are found under other names of their folders."""
 _FAMILIES: dict[str, Callable[[], Collection]] = {
     "digits": load_digits,

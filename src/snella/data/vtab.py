@@ -1,9 +1,9 @@
 """VTAB-1k: 19 tasks with 1,000 images to learn from, as lists of files beside the images."""
 
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
+from snella.data.benchmark_family import BenchmarkFamily
 from snella.data.collection import Collection
 from snella.data.folder import listed
 from snella.data.listed_images import (
@@ -15,18 +15,9 @@ from snella.data.listed_images import (
     overlap_faults,
 )
 
-__all__ = [
-    "VTAB_LAYOUT",
-    "VTAB_TASKS",
-    "VtabTask",
-    "inspect_vtab",
-    "load_vtab",
-    "resolve_vtab",
-    "vtab_folder",
-    "vtab_task",
-]
+__all__ = ["VTAB", "VTAB_TASKS", "VtabTask", "inspect_vtab", "load_vtab"]
 
-VTAB_LAYOUT = "TASK/{train800,val200,train800val200,test}.txt and TASK/images/{train800,val200,train800val200,test}/"
+_LAYOUT = "TASK/{train800,val200,train800val200,test}.txt and TASK/images/{train800,val200,train800val200,test}/"
 _SIZES = {"train800": 800, "val200": 200, "train800val200": 1000}
 _JOINED = "train800val200"
 
@@ -77,23 +68,6 @@ VTAB_TASKS: dict[str, VtabTask] = {
 """The tasks in the order of the paper's Table XIII."""
 
 
-def vtab_task(name: str) -> VtabTask | None:
-    """The task that a folder of this name holds."""
-    return next((task for task in VTAB_TASKS.values() if name in (task.name, *task.aliases)), None)
-
-
-def vtab_folder(root: Path, task: VtabTask) -> Path:
-    """Where a task lies below the folder of the benchmark: the first of its names that is there, or belongs there."""
-    places = [root / name for name in (task.name, *task.aliases)]
-    return next((place for place in places if place.is_dir()), places[0])
-
-
-def resolve_vtab(path: Path) -> Path:
-    """The folder that a path to a task means: the path itself, or what lies beside it under another of its names."""
-    task = vtab_task(path.name)
-    return path if task is None else vtab_folder(path.parent, task)
-
-
 def load_vtab(path: str, *, check_sizes: bool = True) -> Collection:
     """Collect one task: `train800` to learn from, `val200` to choose on, and the test images.
 
@@ -105,19 +79,7 @@ def load_vtab(path: str, *, check_sizes: bool = True) -> Collection:
         FileNotFoundError: There is no such folder.
         ValueError: Not a task's name, or whatever `inspect_vtab` finds, all in one message.
     """
-    wanted = Path(path).expanduser()
-    task = vtab_task(wanted.name)
-    if task is None:
-        near = difflib.get_close_matches(wanted.name, VTAB_TASKS, n=3, cutoff=0.4)
-        hint = f"nearest: {', '.join(near)}" if near else f"tasks are {', '.join(VTAB_TASKS)}"
-        raise ValueError(f"vtab:{path} must end with the name of a task, got {wanted.name!r}; {hint}")
-    folder = vtab_folder(wanted.parent, task)
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"vtab:{path}: there is no folder '{folder}'; `snella data check {wanted.parent}` tells what belongs there"
-        )
-    found = inspect_vtab(folder, task)
-    found.check(f"vtab:{path}", check_sizes=check_sizes)
+    task, found = VTAB.load(path, check_sizes=check_sizes)
     return Collection(
         task.name,
         found.classes,
@@ -178,7 +140,7 @@ def _complete(found: Inspection) -> None:
         found.notes.append(f"{found.name}: train800 and val200 are the first 800 and the last 200 of {_JOINED}.txt")
     missing = [f"{name}.txt" for name in ("train800", "val200", "test") if name not in parts]
     if missing:
-        found.faults.append(f"missing in '{found.folder}': {', '.join(missing)}; the layout is {VTAB_LAYOUT}")
+        found.faults.append(f"missing in '{found.folder}': {', '.join(missing)}; the layout is {_LAYOUT}")
     elif joined is not None and joined.labels != parts["train800"].labels + parts["val200"].labels:
         found.faults.append(f"{_JOINED}.txt must list the labels of train800.txt followed by those of val200.txt")
 
@@ -204,3 +166,7 @@ def _read(list_file: Path, folder: Path) -> tuple[ListedPart, list[str]]:
     elif not files:
         faults.append(f"{list_file.name} is empty")
     return ListedPart(list_file.stem, folder, files, labels), faults
+
+
+VTAB = BenchmarkFamily("vtab", "VTAB-1k", "task", VTAB_TASKS, _LAYOUT, inspect_vtab)
+"""The benchmark: how its data sets are known, found and read."""

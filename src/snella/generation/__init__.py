@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from snella.generation.generating import generate
     from snella.generation.personalising import personalise
     from snella.generation.pipeline import load_pipeline
+    from snella.generation.report import write_generation_report
     from snella.generation.scores import mean_cosine, vendi_score
 
 _HOMES = {
@@ -27,6 +28,7 @@ _HOMES = {
     "mean_cosine": "scores",
     "personalise": "personalising",
     "vendi_score": "scores",
+    "write_generation_report": "report",
 }
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "mean_cosine",
     "personalise",
     "vendi_score",
+    "write_generation_report",
 ]
 
 

@@ -23,10 +23,11 @@ from snella.generation.report import write_generation_report
 from snella.methods import save_trained
 from snella.methods.headless import adapt_headless
 from snella.training.assembly import choose_device
-from snella.training.checkpoints import check_complete, latest_checkpoint, remove_incomplete, saving
+from snella.training.checkpoints import saving
 from snella.training.console import make_console
-from snella.training.results import describe_allocation, matrices_of
-from snella.training.stopping import InterruptCallback, TrainingInterrupted
+from snella.training.results import describe_allocation, kept_text, matrices_of
+from snella.training.session import checkpoint_to_continue, outcome_recorded, settle_unfinished
+from snella.training.stopping import InterruptCallback
 
 
 def personalise(config: DreamBoothConfig, console: Console | None = None) -> DreamBoothFolder:
@@ -49,12 +50,10 @@ def personalise(config: DreamBoothConfig, console: Console | None = None) -> Dre
     """
     console = console or make_console()
     run = DreamBoothFolder(str(config.out))
-    config = run.settle(config)
-    is_resumed = config.resume and run.status is not None
-    if config.resume and run.status == "finished":
-        run.check_adapter()
-        console.print(f"{run.path} is finished already; its report is {run.report}", highlight=False, soft_wrap=True)
+    settled = settle_unfinished(run, config, console, f"its report is {run.report}")
+    if settled is None:
         return run
+    config, is_resumed = settled
     device = choose_device(config.device)
     concept = load_concept(str(config.data), config.subject, skip_broken=config.skip_broken)
     if is_resumed:
@@ -63,44 +62,30 @@ def personalise(config: DreamBoothConfig, console: Console | None = None) -> Dre
     encoder_dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     pipeline = load_pipeline(str(config.pipeline), encoder_dtype=encoder_dtype)
     check_resolution(pipeline, config.resolution)
-    if is_resumed:
-        run.write_config(config)
-    else:
-        run.create(config)
-    run.checkpoints.mkdir(exist_ok=True)
+    run.begin(config, is_resumed=is_resumed)
     run.update("running", **describe_run(config, concept))
-    try:
-        with InterruptCallback() as interrupt:
-            drawing = Drawing(
-                config.resolution,
-                config.sample_steps,
-                config.guidance,
-                config.max_sequence_length,
-                config.precision,
-            )
-            subject = _lesson(pipeline, config, device, str(config.prompt), concept)
-            classes = None
-            if config.prior_weight > 0:
-                pictures = draw_class_images(run.path / "class_images", pipeline, config, drawing, device, console)
-                classes = _lesson(pipeline, config, device, str(config.class_prompt), pictures)
-            torch.manual_seed(config.seed)
-            model = adapt_headless(config.method, pipeline.transformer, config.options_of_method())
-            loss = FlowMatching(pipeline.scheduler, config.weighting, config.precondition)
-            learner = Learner(model, config, loss, subject, classes, run, device)
-            announce(console, config, concept, model, learner.optimizer_name, device)
-            _resume(learner, run, console)
-            learner.run(console, interrupt)
-            _finish(learner, pipeline, drawing, run, console)
-    except KeyboardInterrupt:
-        saved = latest_checkpoint(run.checkpoints)
-        where = f"saved as {saved}" if saved else "no checkpoint was written yet"
-        run.update("interrupted")
-        raise TrainingInterrupted(
-            f"interrupted; {where}; continue with: snella dreambooth --out {run.path} --resume"
-        ) from None
-    except Exception as fault:
-        _record_failure(run, fault)
-        raise
+    with outcome_recorded(run, "dreambooth"), InterruptCallback() as interrupt:
+        drawing = Drawing(
+            config.resolution,
+            config.sample_steps,
+            config.guidance,
+            config.max_sequence_length,
+            config.precision,
+        )
+        subject = _lesson(pipeline, config, device, str(config.prompt), concept)
+        classes = None
+        if config.prior_weight > 0:
+            pictures = draw_class_images(run.path / "class_images", pipeline, config, drawing, device, console)
+            classes = _lesson(pipeline, config, device, str(config.class_prompt), pictures)
+        torch.manual_seed(config.seed)
+        model = adapt_headless(config.method, pipeline.transformer, config.options_of_method())
+        loss = FlowMatching(pipeline.scheduler, config.weighting, config.precondition)
+        learner = Learner(model, config, loss, subject, classes, run, device)
+        announce(console, config, concept, model, learner.optimizer_name, device)
+        if (checkpoint := checkpoint_to_continue(run, console)) is not None:
+            learner.load(checkpoint)
+        learner.run(console, interrupt)
+        _finish(learner, pipeline, drawing, run, console)
     return run
 
 
@@ -122,16 +107,6 @@ def _lesson(
     embedded = embed_prompts(pipeline, [prompt], device, config.max_sequence_length)[0]
     images = encode_images(pipeline, concept.images(), device, config.resolution, flip=config.flip)
     return Lesson(images, embedded)
-
-
-def _resume(learner: Learner, run: DreamBoothFolder, console: Console) -> None:
-    """Go back to the last checkpoint, if there is one."""
-    remove_incomplete(run.checkpoints)
-    checkpoint = latest_checkpoint(run.checkpoints)
-    if checkpoint is not None:
-        check_complete(checkpoint)
-        console.print(f"continuing from {checkpoint}", highlight=False, soft_wrap=True)
-        learner.load(checkpoint)
 
 
 def _finish(
@@ -170,18 +145,5 @@ def _finish(
     )
     matrices = matrices_of(learner.model)
     if matrices:
-        kept, total = sum(m.budget for m in matrices), sum(m.size for m in matrices)
-        console.print(
-            f"the update changes {kept:,} of {total:,} weights ({1 - kept / total:.1%} sparse)",
-            highlight=False,
-            soft_wrap=True,
-        )
+        console.print(f"the update {kept_text(matrices)}", highlight=False, soft_wrap=True)
     console.print(f"adapter {run.adapter}, report {report}", highlight=False, soft_wrap=True)
-
-
-def _record_failure(run: DreamBoothFolder, fault: Exception) -> None:
-    """Note the error in `run.json`; a full disk must not hide the error itself."""
-    try:
-        run.update("failed", error=str(fault))
-    except OSError as second:
-        fault.add_note(f"the status in {run.path} could not be updated either: {second}")

@@ -19,6 +19,7 @@ from snella.analysis.adapter_file import read_adapter, saved_budgets
 from snella.analysis.examples import picture_uri
 from snella.analysis.figure_style import ACCENT, CURVE, MUTED, add_legend, inline_svg, new_figure, write_whole
 from snella.analysis.formats import bytes_text, count_text, percent_text, plain_text, seconds_text
+from snella.analysis.generator_runs import read_learning_curve
 from snella.analysis.matrix_grid import adapter_budgets
 from snella.analysis.report_sections import allocation_section
 from snella.analysis.run_files import read_allocation, read_if_present, read_metrics, read_run
@@ -43,14 +44,13 @@ def write_generation_report(run: str | Path) -> Path:
     """
     folder = Path(run)
     info, metrics = read_run(folder), read_metrics(folder)
-    raw = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    curve = read_learning_curve(folder)
     allocation = read_if_present(read_allocation, folder, "allocation.json")
     adapter = read_adapter(folder)
     saved = saved_budgets(adapter, allocation.matrices) if adapter and allocation else {}
     budgets = adapter_budgets(allocation, metrics) | saved if allocation else {}
-    before, after = raw["fixed_loss"]["before"], raw["fixed_loss"]["after"]
     numbers = [
-        ("loss on fixed noise", plain_text(after), f"{plain_text(before)} before training"),
+        ("loss on fixed noise", plain_text(curve.fixed_after), f"{plain_text(curve.fixed_before)} before training"),
         ("trainable parameters", count_text(metrics.trainable_parameters), ""),
         *(
             [("adapted weights kept", count_text(sum(budgets.values())), _share(budgets, allocation))]
@@ -58,7 +58,7 @@ def write_generation_report(run: str | Path) -> Path:
             else []
         ),
         ("adapter file", bytes_text(metrics.adapter_bytes), "to load on top of the pipeline"),
-        ("training time", seconds_text(metrics.train_s), str(raw["optimizer"])),
+        ("training time", seconds_text(metrics.train_s), curve.optimizer),
     ]
     data = info.data
     subject = [folder_of_data / name for folder_of_data in [Path(data["folder"])] for name in data["files"]]
@@ -67,9 +67,7 @@ def write_generation_report(run: str | Path) -> Path:
         "title": f"{info.method} on {data['subject']}",
         "quoted": shlex.quote(str(folder)),
         "numbers": [{"label": label, "value": value, "note": note} for label, value, note in numbers],
-        "curve": _inline(
-            loss_curve(raw["loss_history"]), "curve-loss", f"Loss by step; {len(raw['loss_history'])} steps."
-        ),
+        "curve": _inline(loss_curve(curve.history), "curve-loss", f"Loss by step; {curve.steps} steps."),
         "groups": [
             {"title": "Images of the subject", "note": str(data["description"]), "items": _pictures(subject)},
             {"title": "Pictures drawn after training", "note": "", "items": _samples(folder / "samples")},

@@ -54,7 +54,11 @@ class LanguageConfig(RunSettings):
         progress: Show a progress bar on a terminal.
     """
 
-    needed: ClassVar[tuple[str, ...]] = ("data", "model")
+    needed: ClassVar[dict[str, str]] = {
+        "data": "must name a JSON file of instructions, e.g. commonsense_170k.json",
+        "model": "must name a folder in transformers' format, or a hub name",
+    }
+    out_hint: ClassVar[str] = "must name the folder of the run, e.g. runs/llama"
     method_defaults: ClassVar[dict[str, dict[str, Any]]] = METHOD_DEFAULTS
     purpose: ClassVar[str] = "language"
     basic: ClassVar[tuple[str, ...]] = (
@@ -94,21 +98,13 @@ class LanguageConfig(RunSettings):
 
     def __post_init__(self) -> None:
         """Check everything that can be known without data and model, and report all faults together."""
-        faults = [*self._place_faults(), *self.choice_faults(), *self.least_faults(_LEAST)]
+        faults = [*self.place_faults(), *self._template_faults(), *self.choice_faults(), *self.least_faults(_LEAST)]
         faults += [*self.finite_faults(_RATES), *self.method_faults()]
         if faults:
             raise ValueError("; ".join(faults))
 
-    def _place_faults(self) -> list[str]:
-        """What is missing or contradictory about data and folder."""
-        faults = [] if self.out else ["out must name the folder of the run, e.g. runs/llama"]
-        if not self.resume:
-            if not self.data:
-                faults.append("data must name a JSON file of instructions, e.g. commonsense_170k.json")
-            if not self.model:
-                faults.append("model must name a folder in transformers' format, or a hub name")
-        if self.resume and self.overwrite:
-            faults.append("resume and overwrite exclude each other, got both; leave one out")
-        if self.template is not None and not Path(self.template).expanduser().is_file():
-            faults.append(f"template must be an existing text file, got {self.template!r}")
-        return faults
+    def _template_faults(self) -> list[str]:
+        """A template that is not there."""
+        if self.template is None or Path(self.template).expanduser().is_file():
+            return []
+        return [f"template must be an existing text file, got {self.template!r}"]

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import nn
-from transformers import PrinterCallback
 
 from snella import SnellaCallback
 from snella.data.instructions import read_instructions
@@ -24,18 +23,20 @@ from snella.language.trainer import LanguageProgress, LanguageTrainer, training_
 from snella.methods import save_trained
 from snella.methods.headless import adapt_headless
 from snella.training.assembly import choose_device
-from snella.training.checkpoints import check_complete, latest_checkpoint, remove_incomplete, saving
+from snella.training.checkpoints import saving
 from snella.training.console import counted, make_console, print_rows
 from snella.training.low_bit_optimizer import build_low_bit_optimizer
 from snella.training.results import (
     describe_allocation,
     folder_bytes,
+    kept_text,
     matrices_of,
     peak_rss_mib,
     trainable_parameters,
 )
+from snella.training.session import checkpoint_to_continue, outcome_recorded, settle_unfinished
 from snella.training.settings import command_line
-from snella.training.stopping import InterruptCallback, TrainingInterrupted
+from snella.training.stopping import InterruptCallback
 
 _PACKAGES = ("snella", "torch", "peft", "transformers", "accelerate")
 _Item = dict[str, list[int]]
@@ -63,12 +64,10 @@ def fine_tune(config: LanguageConfig, console: Console | None = None) -> Languag
     """
     console = console or make_console()
     run = LanguageFolder(str(config.out))
-    config = run.settle(config)
-    is_resumed = config.resume and run.status is not None
-    if config.resume and run.status == "finished":
-        run.check_adapter()
-        console.print(f"{run.path} is finished already; its adapter is {run.adapter}", highlight=False, soft_wrap=True)
+    settled = settle_unfinished(run, config, console, f"its adapter is {run.adapter}")
+    if settled is None:
         return run
+    config, is_resumed = settled
     data = Path(str(config.data)).expanduser()
     tokenizer = load_tokenizer(str(config.model))
     train, val, notes = _items(config, tokenizer)
@@ -84,11 +83,7 @@ def fine_tune(config: LanguageConfig, console: Console | None = None) -> Languag
         enable({"use_reentrant": False})
     torch.manual_seed(config.seed)
     model = adapt_headless(config.method, base, config.options_of_method()).to(device)
-    if is_resumed:
-        run.write_config(config)
-    else:
-        run.create(config)
-    run.checkpoints.mkdir(exist_ok=True)
+    run.begin(config, is_resumed=is_resumed)
     described = {
         "spec": config.data,
         "seed": config.seed,
@@ -111,22 +106,12 @@ def fine_tune(config: LanguageConfig, console: Console | None = None) -> Languag
         ),
     ]
     print_rows(console, rows)
-    try:
+    with outcome_recorded(run, "language"):
         with InterruptCallback() as interrupt:
             trainer, progress, optimizer = _fit(config, model, tokenizer, train, val, run, interrupt, console, device)
         if trainer.state.global_step < trainer.state.max_steps:
             raise KeyboardInterrupt
         _finish(trainer, progress, optimizer, model, run, console)
-    except KeyboardInterrupt:
-        saved = latest_checkpoint(run.checkpoints)
-        where = f"saved as {saved}" if saved else "no checkpoint was written yet"
-        run.update("interrupted")
-        raise TrainingInterrupted(
-            f"interrupted; {where}; continue with: snella language --out {run.path} --resume"
-        ) from None
-    except Exception as fault:
-        run.update("failed", error=str(fault))
-        raise
     return run
 
 
@@ -166,11 +151,7 @@ def _fit(
     device: torch.device,
 ) -> tuple[LanguageTrainer, LanguageProgress, str]:
     """Train, from the last checkpoint if there is one."""
-    remove_incomplete(run.checkpoints)
-    checkpoint = latest_checkpoint(run.checkpoints)
-    if checkpoint is not None:
-        check_complete(checkpoint)
-        console.print(f"continuing from {checkpoint}", highlight=False, soft_wrap=True)
+    checkpoint = checkpoint_to_continue(run, console)
     optimizer, name = build_low_bit_optimizer(
         model,
         config.optimizer,
@@ -191,7 +172,6 @@ def _fit(
         callbacks=[*([allocation] if allocation else []), interrupt, progress],
         optimizers=(optimizer, None),
     )
-    trainer.remove_callback(PrinterCallback)
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
@@ -232,9 +212,7 @@ def _finish(
     )
     run.update("finished")
     if matrices:
-        kept, total = sum(m.budget for m in matrices), sum(m.size for m in matrices)
-        shown = f"the update changes {kept:,} of {total:,} weights ({1 - kept / total:.1%} sparse)"
-        console.print(shown, highlight=False, soft_wrap=True)
+        console.print(f"the update {kept_text(matrices)}", highlight=False, soft_wrap=True)
     console.print(f"adapter {run.adapter}", highlight=False, soft_wrap=True)
 
 

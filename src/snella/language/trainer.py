@@ -1,95 +1,31 @@
-"""The Hugging Face Trainer with checkpoints that hold what was trained and are complete or not there."""
+"""The trainer of language models, its settings, and what it shows."""
 
 from __future__ import annotations
 
-import json
-import math
-import time
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from snella import SnellaCallback
 from snella.language.config import LanguageConfig
-from snella.language.folder import LanguageFolder
-from snella.methods import load_trained_into, save_trained
 from snella.training.assembly import choose_device
-from snella.training.atomic_files import write_json
-from snella.training.checkpoints import remove_incomplete, staged
+from snella.training.checkpointing import CheckpointingTrainer, quiet_arguments
 from snella.training.stopping import NonFiniteLossError
 
-_TIME_FILE = "time.json"
 
+class LanguageTrainer(CheckpointingTrainer):
+    """Instruction fine-tuning."""
 
-class LanguageTrainer(Trainer):
-    """Instruction fine-tuning.
-
-    Args:
-        trained: The model, from `adapt_headless`.
-        run: Where checkpoints go.
-        **options: As for transformers' Trainer.
-
-    Attributes:
-        last_loss: Of the latest forward pass.
-    """
-
-    def __init__(self, trained: nn.Module, run: LanguageFolder, **options: Any) -> None:
-        self.trained_model, self.run_folder = trained, run
-        self.last_loss = math.nan
-        self._earlier_s, self._start = 0.0, time.monotonic()
-        self._staging: Path | None = None
-        super().__init__(model=trained, **options)
-
-    @property
-    def elapsed_s(self) -> float:
-        """Seconds spent, those before an interruption included."""
-        return self._earlier_s + time.monotonic() - self._start
-
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward of one batch.
-
-        Raises:
-            NonFiniteLossError: The loss is not finite; nothing of this step is kept.
-        """
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self.last_loss = loss.item()
-        if not math.isfinite(self.last_loss):
-            raise NonFiniteLossError(
-                f"the loss became {self.last_loss} in step {self.state.global_step + 1} of {self.state.max_steps}; the "
-                f"last checkpoint in {self.run_folder.checkpoints} is kept; start a new run with a lower --lr (now "
-                f"{self.args.learning_rate:g})"
-            )
-        return loss
-
-    def _get_output_dir(self, trial: Any) -> str:
-        """Where the base class writes a checkpoint: the staging folder while one is open."""
-        return str(self._staging or self.run_folder.checkpoints)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint, whole or not at all, and then remove the older ones."""
-        folder, name = self.run_folder.checkpoints, f"checkpoint-{self.state.global_step}"
-        if (folder / name).is_dir():
-            return
-        with staged(folder, name) as self._staging:
-            try:
-                super()._save_checkpoint(model, trial)
-                write_json(self._staging / name / _TIME_FILE, {"elapsed_s": self.elapsed_s})
-            finally:
-                self._staging = None
-        remove_incomplete(folder)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Write what was trained."""
-        save_trained(self.trained_model, output_dir or str(self.run_folder.adapter))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Read what was trained."""
-        load_trained_into(self.trained_model, resume_from_checkpoint)
-        self._earlier_s = json.loads((Path(resume_from_checkpoint) / _TIME_FILE).read_text())["elapsed_s"]
+    def _not_finite(self, what: str, value: float) -> NonFiniteLossError:
+        """The error that says where, what is left, and what to try."""
+        return NonFiniteLossError(
+            f"{what} became {value} in step {self.state.global_step + 1} of {self.state.max_steps}; the "
+            f"last checkpoint in {self.run_folder.checkpoints} is kept; start a new run with a lower --lr (now "
+            f"{self.args.learning_rate:g})"
+        )
 
 
 class LanguageProgress(TrainerCallback):
@@ -143,9 +79,11 @@ class LanguageProgress(TrainerCallback):
 
 def training_arguments(config: LanguageConfig, checkpoints: Path) -> TrainingArguments:
     """The Trainer's own settings: quiet, a checkpoint each epoch, warm-up and a linear fall."""
-    device = choose_device(config.device)
-    arguments = TrainingArguments(
-        output_dir=str(checkpoints),
+    return quiet_arguments(
+        checkpoints,
+        choose_device(config.device),
+        seed=config.seed,
+        precision=config.precision,
         num_train_epochs=config.epochs,
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,
@@ -157,17 +95,5 @@ def training_arguments(config: LanguageConfig, checkpoints: Path) -> TrainingArg
         eval_strategy="epoch" if config.val_size else "no",
         save_strategy="epoch",
         logging_strategy="epoch",
-        logging_nan_inf_filter=False,
-        report_to="none",
-        disable_tqdm=True,
-        log_level="error",
-        seed=config.seed,
-        use_cpu=device.type == "cpu",
-        bf16=config.precision == "bf16",
-        dataloader_pin_memory=False,
-        remove_unused_columns=False,
-        label_names=["labels"],
         prediction_loss_only=True,
     )
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    return arguments

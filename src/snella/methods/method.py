@@ -31,6 +31,7 @@ class Method:
         config: `(head, options) -> PeftConfig`, for a method that is an adapter of PEFT; what it raises counts as a
             fault of the options. Called with `target_modules` among the options.
         needs_batches: What is trained depends on training data, so that `build_method` needs `batches`.
+        needs_validation: Candidates are compared on validation images, which `batches` must have too.
         restore: `(model, head, options, tensors) -> model`, the structure of a saved adapter from its tensors alone;
             needed where `needs_batches`. None: `build` does it.
         merge: `model -> backbone`, folds what was trained into plain weights of the backbone. None: it cannot be.
@@ -46,6 +47,7 @@ class Method:
     check: Callable[[Options], list[str]] | None = None
     config: Callable[[str, Options], PeftConfig] | None = None
     needs_batches: bool = False
+    needs_validation: bool = False
     restore: Callable[[nn.Module, str, Options, Mapping[str, Tensor]], nn.Module] | None = None
     merge: Callable[[nn.Module], nn.Module] | None = None
     penalty: Callable[[nn.Module], Tensor] | None = None

@@ -137,6 +137,7 @@ NOAH = Method(
     ("budget", "sizes", "supernet_epochs", "supernet_lr", "population", "generations"),
     check=_check,
     needs_batches=True,
+    needs_validation=True,
     restore=_restore,
     unmerged_reason="adds prompt tokens and nonlinear bottlenecks, which are no weights of the backbone",
 )

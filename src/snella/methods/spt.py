@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from snella.methods.head import is_inside
-from snella.methods.method import Options
+from snella.methods.method import Batches, Method, Options
 from snella.methods.option_checks import check_by, number, whole_number
 from snella.methods.own_weights import train_head
 from snella.methods.restoring import restoring
-from snella.methods.selection_data import SelectionData, loss_of
+from snella.methods.selection_data import SelectionData, loss_of, selection_data
 from snella.methods.sensitivity import rank_entries, squared_gradients
 from snella.methods.sparse_update import SparseEntries, SparseUpdate, can_be_sparse, merge_sparse
 from snella.methods.targets import adaptable_layers
@@ -327,3 +327,28 @@ def merge_selection(model: nn.Module) -> nn.Module:
             for name in list(module.parametrizations):  # type: ignore[arg-type]
                 parametrize.remove_parametrizations(module, str(name), leave_parametrized=True)
     return model
+
+
+def spt_method(
+    summary: str, source: str, make_structured: Structure, count_structured: Callable[[int, int, int], int], **own: Any
+) -> Method:
+    """The method that SPT is with one kind of structured module.
+
+    Args:
+        summary: Of the method.
+        source: Of the method.
+        make_structured: `(rows, columns, r) -> module` of one matrix.
+        count_structured: `(rows, columns, r) -> parameters` of that module.
+        **own: Further fields of `Method`: how it is merged, or why it cannot be.
+    """
+
+    def build(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
+        """Select from data, then make it trainable."""
+        selection = select(model, head, options, selection_data(batches), count_structured)
+        return apply_selection(model, head, selection, options.get("r", 8), make_structured)
+
+    def restore(model: nn.Module, head: str, options: Options, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """The same structure from a file."""
+        return restore_selection(model, head, options, tensors, make_structured)
+
+    return Method(summary, source, build, OPTIONS, suffix="r", check=CHECK, needs_batches=True, restore=restore, **own)

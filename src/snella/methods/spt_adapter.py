@@ -1,13 +1,9 @@
 """`spt-adapter`: sensitive weights one by one, and an adapter behind a matrix that has many of them."""
 
-from collections.abc import Mapping
-
-from torch import Tensor, nn
+from torch import Tensor
 
 from snella.methods import spt
 from snella.methods.adapter import Adapter
-from snella.methods.method import Batches, Method, Options
-from snella.methods.selection_data import selection_data
 
 
 class AdapterBehind(spt.StructuredModule):
@@ -35,26 +31,11 @@ def count_adapter(rows: int, columns: int, r: int) -> int:
     return 2 * r * rows + r + rows
 
 
-def _build(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
-    """Select from data, then make it trainable."""
-    selection = spt.select(model, head, options, selection_data(batches), count_adapter)
-    return spt.apply_selection(model, head, selection, options.get("r", 8), AdapterBehind)
-
-
-def _restore(model: nn.Module, head: str, options: Options, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """The same structure from a file."""
-    return spt.restore_selection(model, head, options, tensors, AdapterBehind)
-
-
-SPT_ADAPTER = Method(
+SPT_ADAPTER = spt.spt_method(
     "the most sensitive weights, and an adapter behind a matrix that has many of them",
     "SPT-Adapter, He et al., arXiv 2303.08566",
-    _build,
-    spt.OPTIONS,
-    suffix="r",
-    check=spt.CHECK,
-    needs_batches=True,
-    restore=_restore,
+    AdapterBehind,
+    count_adapter,
     unmerged_reason="adds nonlinear bottlenecks behind matrices",
 )
 """As `SPT_LORA`, with h + U gelu(D h + d) + u behind a matrix that has at least `(2·r·rows + r + rows) / alpha` weights

@@ -1,6 +1,5 @@
 """`spt-lora`: sensitive weights one by one, and a low-rank update where a matrix has many of them."""
 
-from collections.abc import Mapping
 from math import sqrt
 from typing import cast
 
@@ -9,8 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from snella.methods import spt
-from snella.methods.method import Batches, Method, Options
-from snella.methods.selection_data import selection_data
 from snella.ops.adapted_linear import LinearProduct
 
 
@@ -57,26 +54,11 @@ def count_low_rank(rows: int, columns: int, r: int) -> int:
     return r * (rows + columns)
 
 
-def _build(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
-    """Select from data, then make it trainable."""
-    selection = spt.select(model, head, options, selection_data(batches), count_low_rank)
-    return spt.apply_selection(model, head, selection, options.get("r", 8), LowRank)
-
-
-def _restore(model: nn.Module, head: str, options: Options, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """The same structure from a file."""
-    return spt.restore_selection(model, head, options, tensors, LowRank)
-
-
-SPT_LORA = Method(
+SPT_LORA = spt.spt_method(
     "the most sensitive weights, in low-rank updates where a matrix has many of them",
     "SPT-LoRA, He et al., arXiv 2303.08566",
-    _build,
-    spt.OPTIONS,
-    suffix="r",
-    check=spt.CHECK,
-    needs_batches=True,
-    restore=_restore,
+    LowRank,
+    count_low_rank,
     merge=spt.merge_selection,
 )
 """Trains exactly `budget` million parameters besides the head, where the task is most sensitive to them.

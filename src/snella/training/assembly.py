@@ -1,15 +1,18 @@
 """From settings to data, model and task."""
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm.data
 import torch
+from PIL import Image
 from rich.console import Console
 from torch import nn
 
-from snella.data import DataSplits, build_transform, load_data
+from snella.data import DataSplits, ImageDataset, build_transform, load_data
 from snella.methods import build_method, find_method
 from snella.tasks import Task, create_task, task_class
 from snella.training.config import DEFAULT_BATCH_SIZE, TrainConfig
@@ -78,11 +81,27 @@ def assemble(config: TrainConfig, resumed: Path | None = None, console: Console 
     else:
         data = None
         if find_method(config.method).needs_batches:
-            data = selection_data(splits.train, splits.val, task, config, console)
+            train, val = _images_to_choose_from(config, splits, transform)
+            data = selection_data(train, val, task, config, console)
             backbone.to(device)
         model = build_method(config.method, backbone, head=task.head, batches=data, **config.options_of_method())
         model = model.to(device)
     return Assembly(splits, model, task, described, data_config)
+
+
+def _images_to_choose_from(
+    config: TrainConfig, splits: DataSplits, transform: Callable[[Image.Image], Any]
+) -> tuple[ImageDataset, ImageDataset | None]:
+    """Training and validation images for a method that chooses what is trained.
+
+    A protocol that learns from the validation images too leaves none to compare candidates on. They are then compared
+    on those of the standard protocol, and with training images that these are no part of; never on test images.
+    """
+    if splits.val is not None or not find_method(config.method).needs_validation:
+        return splits.train, splits.val
+    apart = load_splits(dataclasses.replace(config, protocol="standard"))
+    val = None if apart.val is None else apart.val.with_transform(transform)
+    return apart.train.with_transform(splits.train.transform), val
 
 
 def load_splits(config: TrainConfig) -> DataSplits:

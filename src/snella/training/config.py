@@ -91,7 +91,11 @@ class TrainConfig(RunSettings):
         progress: Show a progress bar on a terminal.
     """
 
-    needed: ClassVar[tuple[str, ...]] = ("data", "backbone")
+    needed: ClassVar[dict[str, str]] = {
+        "data": "must say where the images are, e.g. folder:photos or digits",
+        "backbone": "must name a pre-trained model, e.g. vit_base_patch16_224.augreg_in21k",
+    }
+    out_hint: ClassVar[str] = "must name the folder of the run, e.g. runs/photos"
     method_defaults: ClassVar[dict[str, dict[str, Any]]] = METHOD_DEFAULTS
 
     data: str | None = None
@@ -139,7 +143,7 @@ class TrainConfig(RunSettings):
 
     def __post_init__(self) -> None:
         """Check everything that can be known without data and model, and report all faults together."""
-        faults = [*self._place_faults(), *self.choice_faults(), *self._range_faults()]
+        faults = [*self.place_faults(), *self._weights_faults(), *self.choice_faults(), *self._range_faults()]
         faults += [*self.method_faults(), *self._task_faults()]
         if faults:
             raise ValueError("; ".join(faults))
@@ -153,21 +157,11 @@ class TrainConfig(RunSettings):
         """The same settings with `batch_size` decided for so many training images."""
         return self if self.batch_size else dataclasses.replace(self, batch_size=min(DEFAULT_BATCH_SIZE, images))
 
-    def _place_faults(self) -> list[str]:
-        """What is missing or contradictory about data and folder."""
-        faults = []
-        if not self.out:
-            faults.append("out must name the folder of the run, e.g. runs/photos")
-        if not self.resume:
-            if not self.data:
-                faults.append("data must say where the images are, e.g. folder:photos or digits")
-            if not self.backbone:
-                faults.append("backbone must name a pre-trained model, e.g. vit_base_patch16_224.augreg_in21k")
-        if self.resume and self.overwrite:
-            faults.append("resume and overwrite exclude each other, got both; leave one out")
-        if self.weights is not None and not Path(self.weights).exists():
-            faults.append(f"weights must be an existing file, got {self.weights!r}")
-        return faults
+    def _weights_faults(self) -> list[str]:
+        """A file of weights that is not there."""
+        if self.weights is None or Path(self.weights).exists():
+            return []
+        return [f"weights must be an existing file, got {self.weights!r}"]
 
     def _range_faults(self) -> list[str]:
         """Numbers out of their range."""

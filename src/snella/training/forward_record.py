@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 Call = tuple[str, int]
 """A module's name, and which of its calls within the pass."""
@@ -60,25 +61,29 @@ def working_modules(model: nn.Module) -> dict[str, nn.Module]:
 def record_forward(model: nn.Module, images: Tensor) -> ForwardRecord:
     """Run the model once in training mode, and note what is kept.
 
+    It is noted and not kept, so that this takes the memory of a forward pass without gradients.
+
     Args:
         model: Left as it was: mode, buffers and the random state are restored.
         images: `[batch, channels, height, width]` on the model's device.
     """
     record = ForwardRecord()
     own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
-    sizes: dict[int, int] = {}
-    keep_alive: list[Tensor] = []
+    # a storage's data goes with its last tensor; what is known of it stays, so that no other one takes its identity
+    noted: dict[int, StorageWeakRef] = {}
     seen: Counter[str] = Counter()
 
-    def pack(tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> None:
         parts = [tensor._indices(), tensor._values()] if tensor.layout == torch.sparse_coo else [tensor]
         for storage in (part.untyped_storage() for part in parts):
-            if storage.data_ptr() not in own and storage.data_ptr() not in sizes:
-                sizes[storage.data_ptr()] = storage.nbytes()
+            known = StorageWeakRef(storage)
+            if storage.data_ptr() not in own and known.cdata not in noted:
+                noted[known.cdata] = known
                 record.kept += storage.nbytes()
-                keep_alive.append(tensor)
                 record.keeps_images |= storage.data_ptr() == images.untyped_storage().data_ptr()
-        return tensor
+
+    def unpack(_: None) -> Tensor:
+        raise RuntimeError("record_forward keeps nothing for a backward pass, got one; record the forward pass alone")
 
     def noting(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def note(_: nn.Module, inputs: Any, output: Any) -> None:
@@ -90,7 +95,7 @@ def record_forward(model: nn.Module, images: Tensor) -> ForwardRecord:
 
     handles = [module.register_forward_hook(noting(name)) for name, module in working_modules(model).items()]
     try:
-        with _unchanged(model, images), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with _unchanged(model, images), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             model.train()
             model(images)
     finally:

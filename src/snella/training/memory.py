@@ -61,8 +61,8 @@ def predict_step_memory(
         total = weights + optimizer_state + images + max of these
 
     `kept_until` and the activations' part of `temporary` are linear in the batch; forward passes of 2 and 3 images give
-    the line. Libraries, the allocator's rounding and workspaces come on top; the latter count where convolutions are
-    trained in full on the CPU.
+    the line, and take the memory of passes without gradients. Libraries, the allocator's rounding and workspaces come
+    on top; the latter count where convolutions are trained in full on the CPU.
 
     Args:
         model: From `build_method`, on any device.

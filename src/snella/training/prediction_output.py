@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from snella.training.class_predictions import check_output, class_predictions, class_text, write_predictions
-from snella.training.loading import LoadedRun
+from snella.training.loading import LoadedRun, task_name_of
 from snella.training.mask_predictions import check_mask_output, mask_predictions, mask_text, write_mask_predictions
 from snella.training.run_folder import RunFolder
 
@@ -63,4 +63,4 @@ def output_of_run(run: str | Path) -> PredictionOutput:
     """The output of a run's task; that of classification where there is no run, which is told later."""
     folder = RunFolder(run)
     has_run = (folder.path / "run.json").is_file()
-    return output_of(folder.read_json("run.json").get("task", "classification") if has_run else "classification")
+    return output_of(task_name_of(folder.read_json("run.json")) if has_run else "classification")

@@ -28,13 +28,14 @@ def refresh_report(run: str | Path, console: Console | None = None) -> Path:
 
     Raises:
         FileNotFoundError: This is not the folder of a run.
+        ValueError: The run is of another kind, such as a personalised generator.
     """
     folder = RunFolder(run)
     info = folder.read_json("run.json")
-    stored = info.get("data", {})
+    stored, task = info.get("data", {}), task_of(info)
     try:
         shown = _shown_images(folder, stored)
-        images: ImageSource | None = None if shown is None else task_of(info).pictures(shown, folder.path)
+        images: ImageSource | None = None if shown is None else task.pictures(shown, folder.path)
     except (OSError, ValueError, ImportError) as fault:
         (console or make_console()).print(
             f"note: the report has no pictures: {fault}", highlight=False, soft_wrap=True, markup=False

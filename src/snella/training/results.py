@@ -54,6 +54,12 @@ def command_of(config: TrainConfig) -> str:
     return command_line(config, TrainConfig(data="-", backbone="-", out="-"), "train")
 
 
+def kept_text(matrices: Sequence[AdaptedMatrix]) -> str:
+    """How many weights an update changes, in words."""
+    kept, total = sum(m.budget for m in matrices), sum(m.size for m in matrices)
+    return f"changes {kept:,} of {total:,} weights ({1 - kept / total:.1%} sparse)"
+
+
 def matrices_of(model: nn.Module) -> list[AdaptedMatrix]:
     """The sparse matrices of a model; none for methods without budgets."""
     is_sparse = isinstance(model, PeftModel) and spec_of(model).family in ("snella", "snell")

@@ -175,6 +175,14 @@ class RunFolderOf(Generic[S]):
             raise FileExistsError(f"out={self.path} holds files but no run; choose an empty or a new folder")
         return config.resolved()
 
+    def begin(self, config: S, *, is_resumed: bool) -> None:
+        """Start a run anew, or go on with the one that is there; checkpoints can be written afterwards."""
+        if is_resumed:
+            self.write_config(config)
+        else:
+            self.create(config)
+        self.checkpoints.mkdir(exist_ok=True)
+
     def create(self, config: S) -> None:
         """Start a run: remove the old one, make the folders, write `config.yaml`."""
         self._clear()

@@ -13,7 +13,6 @@ from snella.methods.adalora import is_adalora
 from snella.tasks import Task
 from snella.training.announcing import announce
 from snella.training.assembly import Assembly, assemble
-from snella.training.checkpoints import check_complete, latest_checkpoint, remove_incomplete
 from snella.training.config import TrainConfig
 from snella.training.console import make_console
 from snella.training.features import cache_features, can_cache_features
@@ -26,15 +25,17 @@ from snella.training.results import (
     describe_allocation,
     describe_run,
     folder_bytes,
+    kept_text,
     matrices_of,
     peak_rss_mib,
     trainable_parameters,
 )
 from snella.training.run_folder import RunFolder
 from snella.training.selection import store_selection
+from snella.training.session import checkpoint_to_continue, outcome_recorded, settle_unfinished
 from snella.training.split_identity import check_splits, find_data
 from snella.training.step_costs import StepCosts
-from snella.training.stopping import InterruptCallback, TrainingInterrupted
+from snella.training.stopping import InterruptCallback
 from snella.training.trainer import SnellaTrainer
 
 _MOST_PREDICTIONS = 5_000  # of a benchmark's test part they would fill hundreds of megabytes
@@ -72,44 +73,29 @@ def train(
     """
     console = console or make_console()
     run = RunFolder(str(config.out))
-    config = run.settle(config)
-    is_resumed = config.resume and run.status is not None
-    if config.resume and run.status == "finished":
-        run.check_adapter()
-        console.print(f"{run.path} is finished already; its report is {run.report}", highlight=False, soft_wrap=True)
+    settled = settle_unfinished(run, config, console, f"its report is {run.report}")
+    if settled is None:
         return run
+    config, is_resumed = settled
     stored = run.read_json("run.json").get("data", {}) if is_resumed else {}
     if is_resumed:
         config.data = find_data(run.path, str(config.data), stored)
     parts = assemble(config, run.path if is_resumed else None, console)
     check_splits(run.path, stored, parts.splits)
     config = config.fitted_to(len(parts.splits.train))
-    if is_resumed:
-        run.write_config(config)
-    else:
-        run.create(config)
-    run.checkpoints.mkdir(exist_ok=True)
+    run.begin(config, is_resumed=is_resumed)
     store_selection(run.path, config.method, parts.model)
     run.update("running", **describe_run(config, parts))
     announce(console, config, parts)
     if not measure_test:
         parts.splits.test = None
     costs = StepCosts(next(parts.model.parameters()).device)
-    try:
+    with outcome_recorded(run, "train"):
         with InterruptCallback() as interrupt:
             trainer = _fit(config, parts, run, interrupt, console, costs, keep_checkpoints)
         if trainer.state.global_step < trainer.state.max_steps:
             raise KeyboardInterrupt
         _finish(trainer, parts, run, console, costs, draw_report)
-    except KeyboardInterrupt:
-        saved = latest_checkpoint(run.checkpoints)
-        where = f"saved as {saved}" if saved else "no checkpoint was written yet"
-        message = f"interrupted; {where}; continue with: snella train --out {run.path} --resume"
-        run.update("interrupted")
-        raise TrainingInterrupted(message) from None
-    except Exception as fault:
-        _record_failure(run, fault)
-        raise
     return run
 
 
@@ -123,8 +109,7 @@ def _fit(
     keep_checkpoints: bool,
 ) -> SnellaTrainer:
     """Train, from the last checkpoint if there is one."""
-    remove_incomplete(run.checkpoints)
-    checkpoint = latest_checkpoint(run.checkpoints)
+    checkpoint = checkpoint_to_continue(run, console)
     matrices = matrices_of(parts.model)
     allocation = SnellaCallback() if matrices else None
     protocol = protocol_of(config.protocol)
@@ -149,9 +134,6 @@ def _fit(
         keep_checkpoints,
     )
     display.last_loss = lambda: trainer.last_loss
-    if checkpoint is not None:
-        check_complete(checkpoint)
-        console.print(f"continuing from {checkpoint}", highlight=False, soft_wrap=True)
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
@@ -207,12 +189,8 @@ def _finish(
     if protocol.warning:
         console.print(f"{protocol.name} protocol: {protocol.warning}", highlight=False, soft_wrap=True)
     if matrices:
-        kept, total = sum(m.budget for m in matrices), sum(m.size for m in matrices)
-        console.print(
-            f"its update changes {kept:,} of {total:,} weights ({1 - kept / total:.1%} sparse)",
-            highlight=False,
-            soft_wrap=True,
-        )
+        kept = sum(m.budget for m in matrices)
+        console.print(f"its update {kept_text(matrices)}", highlight=False, soft_wrap=True)
         target = callback.allocator.target_budget if callback is not None and callback.allocator else kept
         if kept > target:
             console.print(
@@ -237,11 +215,3 @@ def _final_text(
         return f"best epoch {best}: {task.final_text(val, test)}"
     which = f"epoch {best}, the last" if protocol.selected_on is None else f"epoch {best}, the best on the test images"
     return f"{which}: " + ("nothing was measured" if test is None else f"test {task.result_text(test)}")
-
-
-def _record_failure(run: RunFolder, fault: Exception) -> None:
-    """Note the error in `run.json`; a full disk must not hide the error itself."""
-    try:
-        run.update("failed", error=str(fault))
-    except OSError as second:
-        fault.add_note(f"the status in {run.path} could not be updated either: {second}")

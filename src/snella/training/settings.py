@@ -20,13 +20,15 @@ class RunSettings:
     `target_sparsity` and `scaling`.
 
     Attributes:
-        needed: Fields without which no new run can start.
+        needed: Fields without which no new run can start, and how each error goes on after the field's name.
+        out_hint: How the error goes on where there is no folder.
         basic: Fields that most runs set, which help shows first.
         method_defaults: By method, what fields that are None mean; other methods are refused.
         purpose: What the methods are for, where that leaves some of them out.
     """
 
-    needed: ClassVar[tuple[str, ...]] = ("data",)
+    needed: ClassVar[dict[str, str]] = {}
+    out_hint: ClassVar[str] = ""
     basic: ClassVar[tuple[str, ...]] = ()
     method_defaults: ClassVar[dict[str, dict[str, Any]]] = {}
     purpose: ClassVar[str] = ""
@@ -74,6 +76,16 @@ class RunSettings:
         """Options for `build_method`: `method_options` and the named ones that are set."""
         named = {name: getattr(self, name) for name in _OPTION_FIELDS if getattr(self, name) is not None}
         return {**named, **self.method_options}
+
+    def place_faults(self) -> list[str]:
+        """What is missing or contradictory about folder and data."""
+        settings: Any = self
+        faults = [] if settings.out else [f"out {self.out_hint}"]
+        if not settings.resume:
+            faults += [f"{name} {hint}" for name, hint in self.needed.items() if not getattr(self, name)]
+        if settings.resume and settings.overwrite:
+            faults.append("resume and overwrite exclude each other, got both; leave one out")
+        return faults
 
     def choice_faults(self) -> list[str]:
         """Fields whose value is not among the choices of their type."""

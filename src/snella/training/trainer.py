@@ -1,8 +1,6 @@
-"""The Hugging Face Trainer with our batches, optimiser, checkpoints and randomness."""
+"""The Trainer of labelled images: our batches, optimiser, best epoch and randomness."""
 
-import json
 import math
-import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,15 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from snella import SnellaCallback
 from snella.data import ImageDataset
-from snella.methods import load_trained_into, method_of, save_trained
+from snella.methods import method_of, save_trained
 from snella.tasks import Task
 from snella.training.assembly import choose_device
-from snella.training.atomic_files import write_json
-from snella.training.checkpoints import remove_incomplete, saving, staged
+from snella.training.checkpointing import CheckpointingTrainer, quiet_arguments
+from snella.training.checkpoints import saving
 from snella.training.config import TrainConfig
 from snella.training.ema import EmaCallback, WeightAverage
 from snella.training.optimizer import build_optimizer
@@ -29,27 +27,23 @@ from snella.training.run_folder import RunFolder
 from snella.training.sampler import EpochCallback, EpochSampler, mix_seed
 from snella.training.stopping import NonFiniteLossError
 
-_PROGRESS_FILE = "progress.json"
-
 
 @dataclass
 class _Progress:
-    """What the Trainer's own state lacks: the running epoch's loss, and the time of earlier sessions."""
+    """The running epoch's loss."""
 
     loss_sum: float = 0.0
     steps: int = 0
-    elapsed_s: float = 0.0
 
 
-class SnellaTrainer(Trainer):
+class SnellaTrainer(CheckpointingTrainer):
     """One training run over `(image, label)` data sets.
 
     Differs from its base class in that
     - every step draws its random numbers (dropout, drop-path) from `(seed, step)`, and every epoch its order from
       `(seed, epoch)`, so that a resumed run repeats them wherever it was cut;
-    - a checkpoint holds what was trained, not the backbone, and appears under its name only when it is complete;
     - the adapter of the best epoch (see `Task.rank`) is written when it is found;
-    - a loss or gradient that is not finite ends the run before it reaches the weights.
+    - an average of the weights, where one is kept, is part of a checkpoint.
 
     Args:
         model: From `build_method`.
@@ -79,25 +73,22 @@ class SnellaTrainer(Trainer):
     ) -> None:
         self.config = config
         self.task = task
-        self.trained_model = model
         self.validation_set = val
         self.protocol = protocol_of(config.protocol)
         self.average = None if config.ema is None else WeightAverage(model, config.ema)
         averaging = [] if self.average is None else [EmaCallback(self.average)]
-        self.run_folder = run
         self.progress = _Progress()
-        self.last_loss = float("nan")
-        self._session_start = time.monotonic() if start is None else start
-        self._staging: Path | None = None
         super().__init__(
-            model if trained_part is None else trained_part,
-            training_arguments(config, run.checkpoints, keep_checkpoints),
+            model,
+            run,
+            start,
+            model=model if trained_part is None else trained_part,
+            args=training_arguments(config, run.checkpoints, keep_checkpoints),
             data_collator=task.collate,
             train_dataset=train,
             eval_dataset=train if val is None else val,  # `evaluate` decides itself what is measured
             callbacks=[EpochCallback(train), *averaging, *callbacks],
         )
-        self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False
 
     @property
@@ -108,11 +99,6 @@ class SnellaTrainer(Trainer):
             {"epoch": round(row["epoch"]), **{k: v for k, v in row.items() if k not in ("step", "epoch")}}
             for row in rows
         ]
-
-    @property
-    def elapsed_s(self) -> float:
-        """Seconds spent, those before an interruption included."""
-        return self.progress.elapsed_s + time.monotonic() - self._session_start
 
     @property
     def allocation_callback(self) -> SnellaCallback | None:
@@ -197,11 +183,7 @@ class SnellaTrainer(Trainer):
         """
         torch.manual_seed(mix_seed(self.config.seed, 1, self.state.global_step, self.args.process_index))
         loss = super().training_step(model, inputs, num_items_in_batch)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise self._not_finite("the loss", value)
-        self.last_loss = value
-        self.progress.loss_sum += value
+        self.progress.loss_sum += self.last_loss
         self.progress.steps += 1
         return loss
 
@@ -218,44 +200,19 @@ class SnellaTrainer(Trainer):
         """The order of an epoch."""
         return EpochSampler(len(self.train_dataset), self.config.seed)  # type: ignore[arg-type]
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Norm of the gradient before clipping, checked before the optimiser uses it."""
-        norm = super()._get_grad_norm(model, grad_norm)
-        if not math.isfinite(float(norm)):
-            raise self._not_finite("the gradient", float(norm))
-        return norm
-
-    def _get_output_dir(self, trial: Any) -> str:
-        """Where the base class writes a checkpoint: the staging folder while one is open."""
-        return str(self._staging or self.run_folder.checkpoints)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint, whole or not at all, and then remove the older ones."""
-        name = f"checkpoint-{self.state.global_step}"
-        folder = self.run_folder.checkpoints
-        if (folder / name).is_dir():
-            return
-        with staged(folder, name) as self._staging:
-            try:
-                super()._save_checkpoint(model, trial)
-                progress = _Progress(self.progress.loss_sum, self.progress.steps, self.elapsed_s)
-                write_json(self._staging / name / _PROGRESS_FILE, asdict(progress))
-                if self.average is not None:
-                    self.average.save(self._staging / name)
-            finally:
-                self._staging = None
-        remove_incomplete(folder)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Write what was trained."""
-        save_trained(self.trained_model, output_dir or str(self.run_folder.adapter))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Read what was trained, and our share of the state."""
-        load_trained_into(self.trained_model, resume_from_checkpoint)
+    def _write_state(self, checkpoint: Path, **values: Any) -> None:
+        """Write the running epoch's loss and the average of the weights too."""
+        super()._write_state(checkpoint, **asdict(self.progress), **values)
         if self.average is not None:
-            self.average.load(Path(resume_from_checkpoint))
-        self.progress = _Progress(**json.loads((Path(resume_from_checkpoint) / _PROGRESS_FILE).read_text()))
+            self.average.save(checkpoint)
+
+    def _read_state(self, checkpoint: Path) -> dict[str, Any]:
+        """Read what `_write_state` wrote."""
+        values = super()._read_state(checkpoint)
+        self.progress = _Progress(values["loss_sum"], values["steps"])
+        if self.average is not None:
+            self.average.load(checkpoint)
+        return values
 
     def _budget(self) -> int | None:
         """Weights kept at present, over all matrices."""
@@ -283,8 +240,11 @@ class SnellaTrainer(Trainer):
 
 def training_arguments(config: TrainConfig, checkpoints: Path, keep_checkpoints: bool = True) -> TrainingArguments:
     """The Trainer's own settings: quiet, an evaluation and a checkpoint each epoch, warm-up and a cosine."""
-    arguments = TrainingArguments(
-        output_dir=str(checkpoints),
+    return quiet_arguments(
+        checkpoints,
+        choose_device(config.device),
+        seed=config.seed,
+        precision=config.precision,
         num_train_epochs=config.epochs,
         per_device_train_batch_size=config.images_per_step,
         per_device_eval_batch_size=config.images_per_step,
@@ -296,17 +256,5 @@ def training_arguments(config: TrainConfig, checkpoints: Path, keep_checkpoints:
         eval_strategy="epoch",
         save_strategy="epoch" if keep_checkpoints else "no",
         logging_strategy="no",
-        logging_nan_inf_filter=False,
-        report_to="none",
-        disable_tqdm=True,
-        log_level="error",
-        seed=config.seed,
-        use_cpu=choose_device(config.device).type == "cpu",
-        bf16=config.precision == "bf16",
         dataloader_num_workers=config.workers,
-        dataloader_pin_memory=False,
-        remove_unused_columns=False,
-        label_names=["labels"],
     )
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    return arguments

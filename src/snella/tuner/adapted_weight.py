@@ -188,6 +188,19 @@ class AdaptedWeight(AdapterHolder):
         self.merged_adapters.clear()
         self._cache.clear()
 
+    def _weight_in_evaluation(self, names: list[str], dtype: torch.dtype) -> Tensor | WeightSource:
+        """The effective weight without gradient: remembered, unless the base weight is quantised.
+
+        Whoever quantises a model has no room for its matrices in evaluation either. They are then made in each pass
+        and let go; with `keep_delta` they are remembered.
+        """
+        weight = self._weight()
+        if isinstance(weight, Tensor) or any(self.snella_config[name].keep_delta for name in names):
+            return self._remembered_weight(names, dtype)
+        self._cache.drop_effective_weight()
+        made_of = (*weight.tensors, *(tensor for name in names for tensor in self._tensors(name)))
+        return WeightSource(weight.shape, made_of, lambda: self._effective(weight, names, dtype=dtype))
+
     def _remembered_weight(self, names: list[str], dtype: torch.dtype = torch.float32) -> Tensor:
         """The effective weight without gradient, computed once for the present state of everything it is made of.
 

@@ -103,12 +103,12 @@ class SnellaLayer(AdaptedWeight):
                 config.watch.observe_training(config.target_sparsity)
 
     def _folded(self, x: Tensor, names: list[str]) -> Tensor:
-        """Base layer and updates in one product; evaluation computes the effective weight once."""
+        """Base layer and updates in one product, whose weight evaluation remembers unless the base is quantised."""
         bias, product = self._base_tensor("bias"), self._product()
         if names and not self.training and not self._needs_gradients(names):
             is_autocast = torch.is_autocast_enabled(x.device.type)
             dtype = torch.get_autocast_dtype(x.device.type) if is_autocast else x.dtype
-            return adapted_product(x, self._remembered_weight(names, dtype), bias, [], product)
+            return adapted_product(x, self._weight_in_evaluation(names, dtype), bias, [], product)
         self._cache.drop_effective_weight()
         if any(name in self.snella_support for name in names):
             return self._folded_on_support(x, names)
