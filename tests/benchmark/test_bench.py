@@ -180,6 +180,24 @@ def test_a_document_without_a_place_for_rows_is_refused(tmp_path):
         update_document(tmp_path / "page.md", tmp_path / "rows.jsonl")
 
 
+def test_a_run_is_left_out_once_all_its_contenders_were_measured_again():
+    shared = {"benchmark": "step_time", "backbone": "b", "batch": 1, "r": 8, "sparsity": 0.7, "dtype": "float32"}
+    shared |= {"device": "cpu", "commit": "c", "dirty": False, "date": "2026-01-01", "saved_mib": 1.0}
+    runs = [
+        (4, "lora", 1.0),
+        (4, "snella", 2.0),
+        (2, "lora", 1.5),
+        (2, "paper", 9.0),
+        (6, "lora", 1.2),
+        (6, "snella", 1.3),
+    ]
+    rows = [shared | {"rounds": n, "contender": name, "step_s": seconds} for n, name, seconds in runs]
+    text = performance_section(rows)
+    assert "medians of 4" not in text and "medians of 6" in text
+    assert "| paper | 9.00 s" in text, "a run with a contender of its own stays, with the peer it was measured beside"
+    assert "| lora | 1.50 s" in text
+
+
 def test_tables_say_where_and_when(tmp_path):
     config = BenchConfig(["test_vit"], [2], ["lora", "snella"], r=[4], rounds=1)
     rows = [*bench(config, QUIET), measure_matrix(64, 48, tokens=10, rounds=1)]

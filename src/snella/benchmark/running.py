@@ -22,6 +22,7 @@ from snella.benchmark.step import Runner, StepTime, random_batch
 from snella.training.console import make_console
 from snella.training.memory import saved_bytes
 
+_WARM_UP = 2  # steps before the clock: from the third on SNELLA knows how its thresholds move
 _IMPLEMENTATIONS = {
     "snella": "auto",
     "snella-keep-delta": "auto",
@@ -35,8 +36,8 @@ _SHOWN = ("contender", "forward_s", "backward_s", "step_s", f"step_over_{PEER}",
 def bench(config: BenchConfig, console: Console | None = None) -> list[dict[str, Any]]:
     """Time training steps of all contenders on the same images.
 
-    In each round every contender takes one step, in an order that changes from round to round. A contender whose op
-    differs from the reference, or whose gradients are not finite, gets no row.
+    In each round every contender takes one step, in an order that changes from round to round, after two steps that
+    are not timed. A contender whose op differs from the reference, or whose gradients are not finite, gets no row.
 
     Args:
         config: What to measure.
@@ -73,6 +74,9 @@ def _measure(config: BenchConfig, setting: Setting, batch: int, console: Console
             runners[name] = runner
         else:
             console.print(f"{name} is not timed: {fault}", highlight=False, soft_wrap=True)
+    for runner in runners.values():
+        for _ in range(_WARM_UP):
+            runner.step(images, labels)
     times: dict[str, list[StepTime]] = {name: [] for name in runners}
     order, shuffle = list(runners), random.Random(0)
     for _ in track(range(config.rounds), f"{setting.backbone}, batch {batch}", console=console, transient=True):

@@ -12,15 +12,23 @@ _BEGIN, _END = "<!-- rows of benchmarks/results.jsonl begin -->", "<!-- rows end
 
 
 def performance_section(rows: list[dict[str, Any]]) -> str:
-    """Markdown tables of the latest row of each setting: step times with their ratio to LoRA, and single matrices."""
-    latest: dict[tuple[Any, ...], dict[str, Any]] = {}
+    """Markdown tables of the latest row of each setting: step times with their ratio to LoRA, and single matrices.
+
+    Rows of one setting that were measured with other numbers of rounds stay beside each other, as ratios hold within a
+    run alone; a run all of whose contenders were measured again later is left out.
+    """
+    runs: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for row in rows:
         if row["benchmark"] == "step_time":
-            key = tuple(row[name] for name in ("backbone", "batch", "r", "sparsity", "dtype", "device", "rounds"))
-            latest[(*key, row["contender"])] = row
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for key, row in latest.items():
-        groups.setdefault(key[:-1], []).append(row)
+            run = tuple(row[name] for name in ("backbone", "batch", "r", "sparsity", "dtype", "device", "rounds"))
+            earlier = runs.pop(run, {})  # and to the end: the order is that of the last measurement
+            runs[run] = earlier | {row["contender"]: row}
+    order = list(runs)
+    groups = {
+        run: list(found.values())
+        for k, (run, found) in enumerate(runs.items())
+        if not any(later[:-1] == run[:-1] and found.keys() <= runs[later].keys() for later in order[k + 1 :])
+    }
     parts = [_step_table(key, group) for key, group in groups.items()]
     matrices = {tuple(row["shape"]): row for row in rows if row["benchmark"] == "one_matrix"}
     if matrices:
