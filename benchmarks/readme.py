@@ -1,9 +1,10 @@
-"""Put the rows of results.jsonl, and the costs estimated from them, into README, docs/ and experiments/.
+"""Put the rows of results.jsonl, the costs estimated from them and the bundled suite's table into the documents.
 
 python benchmarks/readme.py
 """
 
 from costs import ROOT, update_costs
+from suite_table import PAGE, update_suite
 
 from snella.benchmark.summary import update_document
 
@@ -11,5 +12,6 @@ if __name__ == "__main__":
     rows = ROOT / "benchmarks" / "results.jsonl"
     changed = [ROOT / "README.md"] if update_document(ROOT / "README.md", rows) else []
     changed += update_costs(rows)
+    changed += [PAGE] if update_suite() else []
     names = [str(path.relative_to(ROOT)) for path in changed]
     print("\n".join(f"{name} changed" for name in names) or "README.md, docs/ and experiments/ are up to date")

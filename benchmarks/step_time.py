@@ -7,7 +7,7 @@ python benchmarks/step_time.py --grid              every backbone, batch, rank, 
 import argparse
 from pathlib import Path
 
-from snella.benchmark import BenchConfig, bench, grid, measure_matrix
+from snella.benchmark import BenchConfig, bench, grid, measure_matrix, measure_sampling
 from snella.benchmark.rows import append_rows
 from snella.training.console import make_console
 
@@ -31,7 +31,13 @@ def main() -> None:
             console.print(
                 {key: row[key] for key in ("shape", "effective_s", "effective_over_product", "extra_over_matrix")}
             )
-        append_rows(args.out, matrices)
+        samplings = [
+            measure_sampling(m, n, tokens=tokens, density=density)
+            for m, n in ((3072, 768), (768, 768))
+            for tokens in (788, 3152)
+            for density in (0.01, 0.03, 0.05, 0.1)
+        ]
+        append_rows(args.out, [*matrices, *samplings])
     small, base, large, huge = (
         f"vit_{size}_224" for size in ("small_patch16", "base_patch16", "large_patch16", "huge_patch14")
     )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from snella.benchmark import CONTENDERS, BenchConfig, bench, grid, measure_matrix
+from snella.benchmark import CONTENDERS, BenchConfig, bench, grid, measure_matrix, measure_sampling
 from snella.benchmark.contenders import Setting
 from snella.benchmark.figures import draw_figures
 from snella.benchmark.op_check import op_fault
@@ -200,8 +200,17 @@ def test_a_run_is_left_out_once_all_its_contenders_were_measured_again():
 
 def test_tables_say_where_and_when(tmp_path):
     config = BenchConfig(["test_vit"], [2], ["lora", "snella"], r=[4], rounds=1)
+    sampling = {"tokens": 10, "rounds": 1}
     rows = [*bench(config, QUIET), measure_matrix(64, 48, tokens=10, rounds=1)]
+    rows += [measure_sampling(64, 48, density=density, **sampling) for density in (0.02, 0.5)]
     text = performance_section(rows)
     assert "**test_vit, batch 2, r 4, sparsity 0.7, float32** · cpu, 1 threads" in text
     assert "| lora | " in text
     assert "| 64×48 | " in text
+    assert f"| 64×48 | 10 | {rows[-2]['sampled_over_dense']:.2f} | {rows[-1]['sampled_over_dense']:.2f} |" in text
+    assert "2.0% kept | 50.0% kept" in text
+
+
+def test_a_sampling_without_entries_is_refused():
+    with pytest.raises(RuntimeError, match=r"density must leave entries to sample, got 0\.0"):
+        measure_sampling(8, 8, density=0.0)

@@ -199,3 +199,11 @@ def test_that_nothing_was_measured_on_a_gpu_is_said_only_while_it_is_so():
     speed = row_speed([a_row(4, 3.0, 1.0), a_row(16, 9.0, 3.0)], counted())
     assert not has_gpu_rows([a_row(4, 1, 1)]) and has_gpu_rows([*rows, {"device": "NVIDIA H100"}])
     assert ["nothing on a GPU" in notes_text(speed, measured) for measured in (False, True)] == [True, False]
+
+
+def test_the_page_of_comparisons_shows_the_committed_rows(tmp_path):
+    from suite_table import PAGE, update_suite
+
+    copy = tmp_path / "compare.md"
+    copy.write_text(PAGE.read_text())
+    assert not update_suite(copy), "docs/compare.md differs from experiments/results; run: python benchmarks/readme.py"

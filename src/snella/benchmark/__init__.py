@@ -4,5 +4,6 @@ from snella.benchmark.config import BenchConfig, grid
 from snella.benchmark.contenders import CONTENDERS
 from snella.benchmark.one_matrix import measure_matrix
 from snella.benchmark.running import bench
+from snella.benchmark.sampling import measure_sampling
 
-__all__ = ["CONTENDERS", "BenchConfig", "bench", "grid", "measure_matrix"]
+__all__ = ["CONTENDERS", "BenchConfig", "bench", "grid", "measure_matrix", "measure_sampling"]

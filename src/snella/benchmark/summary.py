@@ -33,6 +33,11 @@ def performance_section(rows: list[dict[str, Any]]) -> str:
     matrices = {tuple(row["shape"]): row for row in rows if row["benchmark"] == "one_matrix"}
     if matrices:
         parts.append(_matrix_table(list(matrices.values())))
+    samplings = {
+        (*row["shape"], row["tokens"], row["density"]): row for row in rows if row["benchmark"] == "sampled_gradient"
+    }
+    if samplings:
+        parts.append(_sampling_table(list(samplings.values())))
     return "\n\n".join(parts)
 
 
@@ -101,4 +106,23 @@ def _matrix_table(rows: list[dict[str, Any]]) -> str:
             f"| {m}×{n} | {row['effective_s']:.4f} | {row['effective_over_product']} | {row['tokens']:,} "
             f"| {row['extra_over_matrix']} |"
         )
+    return "\n".join(lines)
+
+
+def _sampling_table(rows: list[dict[str, Any]]) -> str:
+    """The sampled gradient beside the whole product: a line for each matrix and number of tokens."""
+    densities = sorted({row["density"] for row in rows})
+    lines = [
+        f"**A weight's gradient at its kept entries alone ÷ the whole product** · {rows[0]['device']}, "
+        f"{rows[0]['date'][:10]}",
+        "",
+        "| matrix | tokens | " + " | ".join(f"{density:.1%} kept" for density in densities) + " |",
+        "|---|---|" + "---|" * len(densities),
+    ]
+    found: dict[tuple[int, int, int], dict[float, float]] = {}
+    for row in rows:
+        found.setdefault((*row["shape"], row["tokens"]), {})[row["density"]] = row["sampled_over_dense"]
+    for (m, n, tokens), ratios in found.items():
+        cells = [f"{ratios[density]:.2f}" if density in ratios else "" for density in densities]
+        lines.append(f"| {m}×{n} | {tokens:,} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

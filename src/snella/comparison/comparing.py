@@ -15,6 +15,7 @@ from snella.comparison.executors import Executor, InProcesses, InThisProcess
 from snella.comparison.experiment import FILE, Experiment
 from snella.comparison.experiment_files import read_experiment
 from snella.comparison.locks import is_locked, remove_locks
+from snella.comparison.markdown import write_markdown
 from snella.comparison.page import write_page
 from snella.comparison.plan import Hopeless, Plan
 from snella.comparison.progress import ComparisonProgress
@@ -89,6 +90,7 @@ def compare(
         _train_all(root, plan, _executor(root, experiment, workers, threads, ray), console)
     rows, _ = collect(root)
     page = write_page(root, experiment, list(rows.values()))
+    write_markdown(root, experiment, list(rows.values()))
     print_summary(console, experiment, list(rows.values()))
     print_published(console, experiment, summarise(experiment, list(rows.values())))
     warning = protocol_of(experiment.settings.get("protocol", "standard")).warning

@@ -173,6 +173,15 @@ def cost_texts(costs: Mapping[str, float | None]) -> dict[str, str]:
     return texts
 
 
+def caption(summary: Summary) -> str:
+    """What the numbers of the tables are."""
+    pairs = max((m.to_reference["test_accuracy"] or Difference(0, 0, 0, 0, 0)).pairs for m in summary.methods)
+    return (
+        f"test {'/'.join(METRICS.values())} in percent, mean ± standard deviation over seeds; differences to "
+        f"{summary.reference} in points, {LEVEL:.0%} bootstrap interval, n = {counted(pairs, 'pair')}"
+    )
+
+
 def print_summary(console: Console, experiment: Experiment, rows: Rows) -> None:
     """Print the table."""
     summary = summarise(experiment, rows)
@@ -181,37 +190,37 @@ def print_summary(console: Console, experiment: Experiment, rows: Rows) -> None:
         return
     for metric, title in METRICS.items():
         console.print(_table(summary, metric, title))
-    pairs = max((m.to_reference["test_accuracy"] or Difference(0, 0, 0, 0, 0)).pairs for m in summary.methods)
-    console.print(
-        f"test {'/'.join(METRICS.values())} in percent, mean ± standard deviation over seeds; differences to "
-        f"{summary.reference} in points, {LEVEL:.0%} bootstrap interval, n = {counted(pairs, 'pair')}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    console.print(caption(summary), highlight=False, soft_wrap=True)
     for row in summary.failed:
         console.print(f"FAILED {row['cell']}: {row['error']}", highlight=False, markup=False, soft_wrap=True)
     if summary.failed:
         console.print("failed cells are trained again with --retry-failed", highlight=False)
 
 
-def _table(summary: Summary, metric: str, title: str) -> Table:
-    """The lines for people."""
-    table = Table(title=f"test {title}", title_justify="left")
-    table.add_column("method")
-    headings = [*summary.tasks, "mean over tasks"] if len(summary.tasks) > 1 else list(summary.tasks)
+def table_cells(summary: Summary, metric: str, *, with_costs: bool) -> list[list[str]]:
+    """The table as text, its first line the headings: tasks, means, the difference to the reference, costs."""
+    costs = ("trainable", "file", "step", "memory", "forgetting") if with_costs else ()
+    headings = ["method", *summary.tasks, *(["mean over tasks"] if len(summary.tasks) > 1 else [])]
     headings += ["mean over groups"] if summary.has_groups else []
-    headings += [f"difference to {summary.reference}"]
-    is_first = metric == "test_accuracy"
-    for heading in [*headings, *(["trainable", "file", "step", "memory", "forgetting"] if is_first else [])]:
-        table.add_column(heading, justify="right")
+    lines = [[*headings, f"difference to {summary.reference}", *costs]]
     for method in summary.methods:
         cells = [spread_text(method.per_task[metric][task]) for task in summary.tasks]
         cells += [spread_text(method.over_tasks[metric])] if len(summary.tasks) > 1 else []
         cells += [spread_text(method.over_groups[metric])] if summary.has_groups else []
         cells += [difference_text(method.to_reference[metric])]
-        costs = cost_texts(method.costs)
-        cells += [costs[key] for key in ("trainable", "file", "step", "memory", "forgetting")] if is_first else []
-        table.add_row(method.name, *cells)
+        cells += [cost_texts(method.costs)[key] for key in costs]
+        lines.append([method.name, *cells])
+    return lines
+
+
+def _table(summary: Summary, metric: str, title: str) -> Table:
+    """The lines for people."""
+    headings, *lines = table_cells(summary, metric, with_costs=metric == "test_accuracy")
+    table = Table(title=f"test {title}", title_justify="left")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    for cells in lines:
+        table.add_row(*cells)
     return table
 
 
