@@ -1,4 +1,4 @@
-"""The table of the bundled suite in docs/compare.md, from the rows in experiments/results/bundled-suite.
+"""The table of the bundled suite in docs/compare.md, from the rows in benchmarks/bundled-suite.
 
 `snella compare --out` on a copy of that folder goes on where its rows end.
 """
@@ -13,9 +13,9 @@ from snella.comparison.markdown import markdown_tables
 from snella.comparison.results_file import read_lines
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "experiments" / "results" / "bundled-suite"
+RESULTS = ROOT / "benchmarks" / "bundled-suite"
 PAGE = ROOT / "docs" / "compare.md"
-BEGIN, END = "<!-- rows of experiments/results/bundled-suite begin -->", "<!-- rows end -->"
+BEGIN, END = "<!-- rows of benchmarks/bundled-suite begin -->", "<!-- rows end -->"
 
 
 def update_suite(page: Path = PAGE) -> bool:

@@ -206,4 +206,6 @@ def test_the_page_of_comparisons_shows_the_committed_rows(tmp_path):
 
     copy = tmp_path / "compare.md"
     copy.write_text(PAGE.read_text())
-    assert not update_suite(copy), "docs/compare.md differs from experiments/results; run: python benchmarks/readme.py"
+    assert not update_suite(copy), (
+        "docs/compare.md differs from benchmarks/bundled-suite; run: python benchmarks/readme.py"
+    )
