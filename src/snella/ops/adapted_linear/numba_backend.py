@@ -22,7 +22,7 @@ from .threads import run_together
 from .update import GroupFactors, Guess, Update
 
 _MAX_WIDTH, _LEAST_WIDTH = 192, 32
-_LEAST_BLOCKS = 6  # so that a few threads have something to share
+_LEAST_BLOCKS = 4  # so that a few threads have something to share
 _SCRATCH_ENTRIES = 1 << 19  # of a block's two scratch matrices together, to stay in cache
 _MAX_CHUNKS = 16  # each has its own partial gradient of B
 _LEAST_ENTRIES_FOR_THREADS = 1 << 17
