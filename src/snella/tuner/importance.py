@@ -3,12 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .matrices import AdaptedMatrix
+
+
+class _Read(NamedTuple):
+    """What the importance of one factor is computed from; without a gradient it is the magnitude of the value."""
+
+    value: Tensor
+    gradient: Tensor | None
+
+
+@dataclass
+class _Flat:
+    """Both averages of all entries on one device, one beside the other, so that a step is a few operations."""
+
+    keys: list[str]
+    averages: Tensor
+    uncertainties: Tensor
+    first: Tensor | None = None
+
+    def views_of(self, tensor: Tensor, shapes: Sequence[torch.Size]) -> dict[str, Tensor]:
+        """Cut one of them into its parts."""
+        parts = tensor.split([shape.numel() for shape in shapes])
+        return {key: part.view(shape) for key, part, shape in zip(self.keys, parts, shapes, strict=True)}
 
 
 class ImportanceTracker:
@@ -43,8 +66,7 @@ class ImportanceTracker:
         self._averages: dict[str, Tensor] = {}
         self._uncertainties: dict[str, Tensor] = {}
         self.without_gradient: list[str] = []
-        self._sparse_updates: dict[int, list[Tensor]] = {}
-        self._gradient_scale = 1.0
+        self._flat: dict[torch.device, _Flat] = {}
 
     @torch.no_grad()
     def update(self, gradient_scale: float = 1.0) -> None:
@@ -53,13 +75,13 @@ class ImportanceTracker:
         Args:
             gradient_scale: What the gradients are multiplied by at present, by a gradient scaler.
         """
-        self._gradient_scale = gradient_scale
         self.without_gradient = []
-        self._sparse_updates = {}
-        for matrix in self.matrices:
-            for key, value in self._instant_importance(matrix).items():
-                self._smooth(f"{matrix.name}/{key}", value)
-        self._sparse_updates = {}
+        read = self._read_updates() if self.metric == "delta_magnitude" else self._read_factors()
+        by_device: dict[torch.device, dict[str, _Read]] = {}
+        for key, one in read.items():
+            by_device.setdefault(one.value.device, {})[key] = one
+        for device, values in by_device.items():
+            self._smooth(self._averages_on(device, values), list(values.values()), 1 / gradient_scale)
 
     @torch.no_grad()
     def scores(self) -> list[float]:
@@ -72,43 +94,68 @@ class ImportanceTracker:
         # one transfer for all matrices
         return torch.stack([score.cpu() for score in scores]).tolist() if scores else []
 
-    def _instant_importance(self, matrix: AdaptedMatrix) -> dict[str, Tensor]:
-        """`I` of one matrix, by the name of what it is the importance of."""
-        if self.metric == "delta_magnitude":
-            # a fused layer is merged once for all of its matrices
-            whole = self._sparse_updates.setdefault(id(matrix.layer), [])
-            whole.extend(matrix.layer.sparse_updates(matrix.adapter_name) if not whole else [])
-            return {"S": whole[matrix.group].abs().mean()}
-        factors = dict(zip("AB", matrix.factors, strict=True))
-        if self.metric == "magnitude":
-            return {key: factor.detach().abs().float() for key, factor in factors.items()}
-        layer, name = matrix.layer, matrix.adapter_name
-        grad_A, grad_B = layer.snella_A[name].grad, layer.snella_B[name].grad
-        if grad_A is None or grad_B is None:
-            self.without_gradient.append(matrix.name)
-            return {key: torch.zeros_like(factor, dtype=torch.float32) for key, factor in factors.items()}
-        gradients = dict(zip("AB", matrix.parts(grad_A, grad_B), strict=True))
-        scale = 1 / self._gradient_scale
-        return {
-            key: (gradients[key].float() * scale * factor.detach().float()).abs() for key, factor in factors.items()
-        }
+    def _read_factors(self) -> dict[str, _Read]:
+        """Factors and their gradients, by matrix and letter."""
+        read = {}
+        for matrix in self.matrices:
+            layer, name = matrix.layer, matrix.adapter_name
+            gradients = layer.snella_A[name].grad, layer.snella_B[name].grad
+            if self.metric == "magnitude":
+                parts: tuple[Tensor | None, ...] = (None, None)
+            elif gradients[0] is None or gradients[1] is None:
+                self.without_gradient.append(matrix.name)
+                parts = tuple(map(torch.zeros_like, matrix.factors))
+            else:
+                parts = matrix.parts(gradients[0], gradients[1])
+            for letter, factor, gradient in zip("AB", matrix.factors, parts, strict=True):
+                read[f"{matrix.name}/{letter}"] = _Read(factor.detach(), gradient)
+        return read
 
-    def _smooth(self, key: str, value: Tensor) -> None:
-        """One step of both moving averages; an entry that is not finite leaves its average as it is.
+    def _read_updates(self) -> dict[str, _Read]:
+        """The mean magnitude of every sparse update; a fused layer is merged once for all of its matrices."""
+        merged: dict[int, list[Tensor]] = {}
+        read = {}
+        for matrix in self.matrices:
+            if id(matrix.layer) not in merged:
+                merged[id(matrix.layer)] = list(matrix.layer.sparse_updates(matrix.adapter_name))
+            read[f"{matrix.name}/S"] = _Read(merged[id(matrix.layer)][matrix.group].abs().mean(), None)
+        return read
+
+    def _averages_on(self, device: torch.device, values: Mapping[str, _Read]) -> _Flat:
+        """The averages of these entries, one beside the other; those that are not known yet begin."""
+        flat = self._flat.get(device)
+        if flat is None or flat.keys != list(values) or self._averages.get(flat.keys[0]) is not flat.first:
+            averages, uncertainties = [], []
+            for key, (value, _) in values.items():
+                nothing = torch.zeros(value.numel(), dtype=torch.float32, device=device)
+                known = self._averages.get(key)
+                # NaN: the first value is taken as it is
+                start = nothing if self.zero_start else torch.full_like(nothing, torch.nan)
+                averages.append(start if known is None else known.to(device).reshape(-1))
+                uncertainty = self._uncertainties.get(key)
+                uncertainties.append(nothing if uncertainty is None else uncertainty.to(device).reshape(-1))
+            shapes = [one.value.shape for one in values.values()]
+            flat = self._flat[device] = _Flat(list(values), torch.cat(averages), torch.cat(uncertainties))
+            self._averages |= flat.views_of(flat.averages, shapes)
+            self._uncertainties |= flat.views_of(flat.uncertainties, shapes)
+            flat.first = self._averages[flat.keys[0]]
+        return flat
+
+    def _smooth(self, flat: _Flat, read: Sequence[_Read], scale: float) -> None:
+        """One step of both moving averages, all entries at once; one that is not finite leaves its average as it is.
 
         A moving average never gets rid of an infinity, and one overflow of a half-precision gradient is no news.
         """
-        is_finite = torch.isfinite(value)
-        if key not in self._averages:
-            first = torch.where(is_finite, value, 0)
-            self._averages[key] = torch.zeros_like(value) if self.zero_start else first
-            self._uncertainties[key] = torch.zeros_like(value)
-            if not self.zero_start:
-                return
-        average, uncertainty = self._averages[key], self._uncertainties[key]
-        value = torch.where(is_finite, value, average.to(value.device)).to(average.device)
-        average.lerp_(value, 1 - self.beta1)
-        uncertainty.lerp_((average - value).abs_(), 1 - self.beta2)
+        value = torch.cat([one.value.reshape(-1) for one in read]).float()
+        gradients = [one.gradient.reshape(-1) for one in read if one.gradient is not None]
+        if gradients:
+            value = torch.cat(gradients).float() * scale * value
+        value = value.abs()
+        is_new = torch.isnan(flat.averages)
+        value = torch.where(torch.isfinite(value), value, torch.where(is_new, 0, flat.averages))
+        torch.where(is_new, value, flat.averages, out=flat.averages)
+        flat.averages.lerp_(value, 1 - self.beta1)
+        flat.uncertainties.lerp_((flat.averages - value).abs_(), 1 - self.beta2)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that `load_state_dict` needs, tensors and plain values only."""
