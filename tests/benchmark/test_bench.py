@@ -139,7 +139,8 @@ def test_a_line_that_was_cut_off_is_left_out_and_a_damaged_one_is_named(tmp_path
 def test_memory_is_drawn_against_the_size_of_the_model(tmp_path):
     rows = [
         {"benchmark": "step_time", "contender": name, "backbone": backbone, "r": 8, "sparsity": 0.7, "dtype": "float32",
-         "batch": 4, "device": "cpu, 2 threads", "weights": weights, "step_s": 1.0, "saved_mib": weights / 1e5}
+         "batch": 4, "device": "cpu, 2 threads", "weights": weights, "step_s": 1.0, "saved_mib": weights / 1e5,
+         "trainable": 1000}
         for name in ("lora", "snella") for backbone, weights in (("small", 22e6), ("base", 86e6))
     ]  # fmt: skip
     append_rows(tmp_path / "rows.jsonl", rows)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from snella.analysis.figure_style import COLOURS, CURVE, add_legend, new_figure, save_figure
+from snella.benchmark.config import PEER
 from snella.benchmark.rows import read_rows
 
 _COMMON = ("dtype", "r", "sparsity", "device")
@@ -26,7 +27,7 @@ def draw_figures(rows_file: str | Path, folder: str | Path) -> list[Path]:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     latest = {_key(row): row for row in read_rows(rows_file) if row.get("benchmark") == "step_time"}
-    rows = list(latest.values())
+    rows = [row | {"million": row["weights"] / 1e6, "counted_mib": _counted_mib(row)} for row in latest.values()]
     drawn = []
     for (backbone, *common), part in _grouped(rows, "backbone", *_COMMON).items():
         if len({row["batch"] for row in part}) > 1:
@@ -34,15 +35,19 @@ def draw_figures(rows_file: str | Path, folder: str | Path) -> list[Path]:
             title = f"{backbone}, {_words(*common)}"
             drawn.append(_lines(path, part, "batch", "step_s", title, "images per step", "seconds per step"))
     for (batch, *common), part in _grouped(rows, "batch", *_COMMON).items():
-        memory = next((key for key in ("peak_gpu_mib", "peak_step_mib", "saved_mib") if key in part[0]), None)
+        memory = next((key for key in ("peak_gpu_mib", "peak_step_mib", "counted_mib") if key in part[0]), None)
         if memory is not None and len({row["backbone"] for row in part}) > 1:
             path = folder / f"memory-batch{batch}{_suffix(*common)}.svg"
-            label = {"saved_mib": "kept for backward (MiB)"}.get(memory, "peak memory (MiB)")
-            for row in part:
-                row["million"] = row["weights"] / 1e6
+            label = {"counted_mib": "memory by count (MiB)"}.get(memory, "peak memory (MiB)")
             title = f"batch {batch}, {_words(*common)}"
             drawn.append(_lines(path, part, "million", memory, title, "weights (millions)", label))
     return drawn
+
+
+def _counted_mib(row: dict[str, Any]) -> float:
+    """What a step needs by count: weights, gradients and AdamW's two moments of what is trained, kept activations."""
+    bytes_each = 2 if row["dtype"] in ("bfloat16", "float16") else 4
+    return float(row["saved_mib"] + (row["weights"] + 3 * row["trainable"]) * bytes_each / 2**20)
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -62,10 +67,12 @@ def _lines(path: Path, rows: list[dict[str, Any]], x: str, y: str, title: str, x
     """One line a contender."""
     figure, axes = new_figure(*CURVE, title)
     names = sorted({row["contender"] for row in rows}, key=_place)
-    for index, name in enumerate(names):
+    for name in names:
         points = sorted((row[x], row[y]) for row in rows if row["contender"] == name and y in row)
-        colour = COLOURS[index % len(COLOURS)]
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=colour, label=name)
+        colour = COLOURS[_place(name)[0] % len(COLOURS)]
+        # the peer is dashed and on top: where another's line is the same, both are seen
+        style: dict[str, Any] = {"linestyle": "--", "zorder": 3} if name == PEER else {}
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=colour, label=name, **style)
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.set_ylim(bottom=0)
