@@ -45,7 +45,7 @@ def test_flags_become_an_experiment():
 def test_flags_go_before_the_file():
     words = ("compare", "--out", "x", "--experiment", "coffee", "--seeds", "4", "--epochs", "2", "--methods", "linear")
     experiment = asked(*words)
-    assert experiment.seeds == 4 and experiment.settings["epochs"] == 2 and experiment.settings["img_size"] == 56
+    assert experiment.seeds == 4 and experiment.settings["epochs"] == 2 and experiment.settings["img_size"] == 42
     assert [entry.name for entry in experiment.methods] == ["linear"] and experiment.reference_name == "linear"
 
 

@@ -130,7 +130,7 @@ def test_changes_go_before_the_file_one_by_one():
     assert merged({"reference": "a", "seeds": 3}, {"methods": ["b", "a"]})["reference"] == "a"
     assert merged({"seeds": 3, "grid": {"a": 1, "b": 2}}, {"grid": {"b": 3}}) == {"seeds": 3, "grid": {"a": 1, "b": 3}}
     experiment = read_experiment("coffee", {"seeds": 5, "train": {"epochs": 2}})
-    assert experiment.seeds == 5 and experiment.settings["epochs"] == 2 and experiment.settings["img_size"] == 56
+    assert experiment.seeds == 5 and experiment.settings["epochs"] == 2 and experiment.settings["img_size"] == 42
 
 
 def test_a_folder_takes_further_methods_tasks_and_seeds(tiny, tmp_path):
