@@ -38,15 +38,13 @@ def main() -> None:
             for density in (0.01, 0.03, 0.05, 0.1)
         ]
         append_rows(args.out, [*matrices, *samplings])
-    small, base, large, huge = (
-        f"vit_{size}_224" for size in ("small_patch16", "base_patch16", "large_patch16", "huge_patch14")
-    )
+    small, base, huge = "vit_small_patch16_224", "vit_base_patch16_224", "vit_huge_patch14_224"
     common = {"device": args.device, "out": args.out}
-    bench(BenchConfig([base], [4], PEERS, rounds=6, **common), console)
-    bench(BenchConfig([base], [16], ["frozen", "lora", "full", "snella"], rounds=5, **common), console)
-    bench(BenchConfig([base], [16], ["lora", "snella"], sparsity=[0.99], rounds=3, **common), console)
-    bench(BenchConfig([base], [16], ["lora", "snella", "paper"], rounds=2, **common), console)
-    bench(BenchConfig([small, large], [4], ["lora", "full", "snella"], rounds=3, **common), console)
+    bench(BenchConfig([base], [4], PEERS, rounds=5, **common), console)
+    bench(BenchConfig([base], [16], ["frozen", "lora", "full", "snella"], rounds=4, **common), console)
+    bench(BenchConfig([base], [16], ["lora", "snella"], sparsity=[0.99], rounds=2, **common), console)
+    bench(BenchConfig([base], [4], ["lora", "snella", "paper"], rounds=2, **common), console)
+    bench(BenchConfig([small], [4], ["lora", "full", "snella"], rounds=4, **common), console)
     if args.device != "cpu":
         bench(BenchConfig([base], [64], [*PEERS, "paper"], dtype=["bf16"], memory=True, **common), console)
         bench(BenchConfig([huge], [8], PEERS, dtype=["bf16"], memory=True, **common), console)

@@ -21,5 +21,13 @@ def test_it_has_a_line_for_each_method_and_says_where_the_numbers_come_from(tiny
     assert text.endswith(f"4 of 6 final cells. `{command}`, a processor, 2026-01-02.\n")
 
 
+def test_it_tells_what_failed_and_which_images_chose_the_epoch(tiny, make_row):
+    experiment = tiny(train={"protocol": "official"}, grid={"lr_factors": [1.0]})
+    rows = [make_row(experiment, "digits", "linear", 0)]
+    rows += [make_row(experiment, "digits", "lora-2", 0, status="failed", error="ValueError: too warm")]
+    text = markdown_tables(experiment, rows)
+    assert "Official protocol: " in text and "Failed: `digits/lora-2/seed-0`, ValueError: too warm" in text
+
+
 def test_it_says_where_nothing_is_finished(tiny, tmp_path):
     assert write_markdown(tmp_path, tiny(), []).read_text() == "No final cell is finished yet.\n"

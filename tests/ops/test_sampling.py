@@ -40,8 +40,11 @@ def test_all_tokens_count_and_few_at_a_time_are_seen(products):
 
 
 def test_a_dense_matrix_is_not_sampled(products):
-    solve(make_problem("mix_k", **SPARSE | {"budget": 41 * 37 // 10}), "numba")
+    limit = numba_backend._SAMPLED_DENSITY * 41 * 37
+    solve(make_problem("mix_k", **SPARSE | {"budget": int(limit) + 1}), "numba", needed=("A", "B"))
     assert not products
+    solve(make_problem("mix_k", **SPARSE | {"budget": int(limit)}), "numba", needed=("A", "B"))
+    assert products
 
 
 def test_a_weight_that_learns_itself_needs_its_whole_gradient(products):

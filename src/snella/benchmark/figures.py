@@ -45,9 +45,13 @@ def draw_figures(rows_file: str | Path, folder: str | Path) -> list[Path]:
 
 
 def _counted_mib(row: dict[str, Any]) -> float:
-    """What a step needs by count: weights, gradients and AdamW's two moments of what is trained, kept activations."""
+    """What a step needs by count: weights, kept activations, and of what is trained gradients and AdamW's two moments.
+
+    SNELLA's importance is two more averages, in float32.
+    """
     bytes_each = 2 if row["dtype"] in ("bfloat16", "float16") else 4
-    return float(row["saved_mib"] + (row["weights"] + 3 * row["trainable"]) * bytes_each / 2**20)
+    importance = 2 * 4 * row["trainable"] if row["contender"].startswith("snella") else 0
+    return float(row["saved_mib"] + ((row["weights"] + 3 * row["trainable"]) * bytes_each + importance) / 2**20)
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -25,7 +25,7 @@ def conditions(device: str) -> dict[str, Any]:
         "device": device_name(device),
         "versions": {name: version(name) for name in _PACKAGES if find_spec(name) is not None},
         "commit": _output([*git, "rev-parse", "--short", "HEAD"]),
-        "dirty": bool(_output([*git, "status", "--porcelain", "."])),
+        "dirty": bool(_output([*git, "status", "--porcelain", "--untracked-files=no", ":/"])),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

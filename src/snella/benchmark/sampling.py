@@ -52,7 +52,9 @@ def measure_sampling(
         return grad_y.T @ x
 
     some, whole = sampled(), dense()
-    if not torch.allclose(some, torch.where(some == 0, some, whole), atol=1e-3 * float(whole.abs().max())):
+    if int(some.count_nonzero()) != update.budgets[0] or not torch.allclose(
+        some, torch.where(some == 0, some, whole), atol=1e-3 * float(whole.abs().max())
+    ):
         raise RuntimeError(f"density {density} is not timed: the sampled entries differ from the product's")
     times: dict[str, list[float]] = {"sampled_s": [], "dense_s": []}
     for _ in range(rounds):

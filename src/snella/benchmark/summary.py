@@ -59,8 +59,8 @@ def put_between(path: str | Path, begin: str, end: str, section: str) -> bool:
     text = file.read_text(encoding="utf-8")
     if begin not in text or end not in text:
         raise ValueError(f"{file} has no place for the rows; put the lines {begin!r} and {end!r} into it")
-    before, rest = text.split(begin)
-    after = rest.split(end)[1]
+    before, _, rest = text.partition(begin)
+    after = rest.partition(end)[2]
     updated = f"{before}{begin}\n\n{section}\n\n{end}{after}"
     if updated != text:
         file.write_text(updated, encoding="utf-8")

@@ -6,6 +6,7 @@ from snella.comparison.experiment import Experiment
 from snella.comparison.statistics import Rows, final_rows
 from snella.comparison.summary import METRICS, caption, summarise, table_cells
 from snella.training.atomic_files import write_text
+from snella.training.protocol import protocol_of
 
 FILE = "comparison.md"
 
@@ -31,6 +32,10 @@ def markdown_tables(experiment: Experiment, rows: Rows) -> str:
         parts.append(f"**Test {title}**\n\n" + "\n".join(table))
     done = f"{summary.finals} of {summary.expected} final cells"
     parts.append(f"{caption(summary)[0].upper()}{caption(summary)[1:]}. {done}. {_provenance(experiment, rows)}")
+    warning = protocol_of(experiment.settings.get("protocol", "standard")).warning
+    parts += [f"Official protocol: {warning}"] if warning else []
+    if summary.failed:
+        parts.append("Failed: " + "; ".join(f"`{row['cell']}`, {row['error']}" for row in summary.failed))
     return "\n\n".join(parts) + "\n"
 
 

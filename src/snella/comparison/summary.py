@@ -178,7 +178,7 @@ def caption(summary: Summary) -> str:
     pairs = max((m.to_reference["test_accuracy"] or Difference(0, 0, 0, 0, 0)).pairs for m in summary.methods)
     return (
         f"test {'/'.join(METRICS.values())} in percent, mean ± standard deviation over seeds; differences to "
-        f"{summary.reference} in points, {LEVEL:.0%} bootstrap interval, n = {counted(pairs, 'pair')}"
+        f"{summary.reference} in points, {LEVEL:.0%} bootstrap interval, up to {counted(pairs, 'pair')}"
     )
 
 

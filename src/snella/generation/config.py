@@ -15,7 +15,8 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """By method: what it takes where the user gives none. The rate of the adapters is the paper's (section A.4 of arXiv
 2510.24037), that of full fine-tuning is usual for DreamBooth. The scaling keeps the update of 500 steps at this rate
-near the size of LoRA's, as measured on a block of the real width, see docs/generation.md; the paper has none."""
+near the size of LoRA's, as measured for `snella` on a block of the real width (docs/generation.md) and taken over for
+`snell`; the paper has none."""
 _RATES = ("lr", "scalar_lr", "weight_decay", "max_grad_norm", "prior_weight", "guidance")
 _LEAST = {
     "resolution": 8,

@@ -90,8 +90,9 @@ class SnellaConfig(PeftConfig):
         min_layer_share: Fraction of its uniform share that every matrix keeps; 0 is the paper.
         softmax_dim: 0 normalises each column of the merged matrix over its outputs, 1 each row over its inputs.
         center_softmax: Subtract the softmax's mean. Not in the paper.
-        keep_delta: Keep the merged matrix for the backward pass instead of rebuilding it, and in evaluation the
-            effective weight of a layer whose base weight is quantised.
+        keep_delta: Keep the merged matrix for the backward pass instead of rebuilding it (numba rebuilds as fast as it
+            would read, and keeps nothing), and in evaluation the effective weight
+            of a layer whose base weight is quantised.
         fixed_support: Let `layer.set_support` say once which entries may change (the paper's predefined mask), instead
             of letting them compete: the update is then the merged matrix itself at these entries, unshrunk. Sparsities,
             schedule and allocation mean nothing then.

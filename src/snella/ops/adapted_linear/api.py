@@ -173,7 +173,8 @@ def adapted_product(
         impl: `"eager"` (hand-written backward that rebuilds the update, torch operations), `"numba"` (the same in
             compiled loops on the CPU), `"triton"` (the same in kernels of few launches on a CUDA device), `"auto"`
             (see `choose_backend`) or `"reference"` (autograd).
-        keep_delta: Keep `ΔW` for the backward pass instead of rebuilding it: faster, and one matrix more in memory.
+        keep_delta: Keep `ΔW` for the backward pass instead of rebuilding it: one matrix more in memory, and faster
+            except with `impl="numba"`, which has nothing to gain and keeps nothing.
             Not for `"reference"`.
 
     Returns:

@@ -62,6 +62,9 @@ class FusedBackend(ABC):
     def add_groups(self, update: Update, merged: Sequence[Merged | None], base: Tensor, out: Tensor) -> None:
         """Write `base + scaling·S` into `out`, both `[m, n]`, contiguous, of any two dtypes; they may be the same."""
 
+    keeps_delta = True
+    """Whether `keep_delta` has anything to keep: not where rebuilding a matrix takes no longer than reading it."""
+
     adds_while_differentiating = False
     """Whether `group_gradients` takes `base` and `out`."""
 

@@ -91,6 +91,8 @@ def add_updates(
     A float32 weight may come out in `dtype_of_product`, to which the caller would round it next. One that was made for
     this sum alone is written over, and the sum is not rounded to its dtype.
     """
+    if not updates and weight is not None and is_made_here:
+        return weight
     if len(updates) == 1 and weight is not None and isinstance(backends[0], FusedBackend):
         base, single = _base_and_target(weight, weight_shape, dtype_of_product, is_made_here)
         backends[0].add_groups(updates[0], merged[0], base, single.view(weight_shape[0], -1))
@@ -251,7 +253,8 @@ class _AdaptedProduct(torch.autograd.Function):
         ctx.source_versions = settings.source and settings.source.versions()
         some_update_learns = any(ctx.needs_input_grad[4:]) and any(any(update.budgets) for update in updates)
         thresholds = [threshold for update in updates for threshold in update.thresholds]
-        kept = [one and one.delta for groups in merged for one in groups] if settings.keep_delta else []
+        kept = [delta for one in zip(merged, settings.backends, strict=True) for delta in _to_keep(*one)]
+        kept = kept if settings.keep_delta else []
         ctx.num_thresholds = len(thresholds)
         needs_x = some_update_learns or ctx.needs_input_grad[1]
         ctx.save_for_backward(x if needs_x else None, weight, *thresholds, *kept, *tensors)
@@ -289,9 +292,16 @@ def _restore(
     return replace(settings, updates=tuple(updates)), kept
 
 
+def _to_keep(merged: Sequence[Merged | None], backend: Backend) -> list[Tensor | None]:
+    """What `keep_delta` keeps of one update; an empty tensor where its backend rather rebuilds it."""
+    if isinstance(backend, FusedBackend) and not backend.keeps_delta:
+        return [None if one is None else one.delta.new_empty(0) for one in merged]
+    return [None if one is None else one.delta for one in merged]
+
+
 def _restored(update: Update, backend: Backend, kept: Sequence[Tensor | None]) -> list[Merged | None]:
     """The merged matrices: kept ones, or merged anew."""
-    # a fused backend that knew the thresholds had nothing to keep
+    # a fused backend that rebuilds as fast as it reads had nothing to keep
     if kept and all(delta is None or delta.numel() for delta in kept):
         return [None if delta is None else Merged(delta) for delta in kept]
     return merge_groups(update, backend)

@@ -21,8 +21,8 @@ from .numba_window import merge_and_collect
 from .threads import run_together
 from .update import GroupFactors, Guess, Update
 
-_MAX_WIDTH, _LEAST_WIDTH = 192, 32
-_LEAST_BLOCKS = 4  # so that a few threads have something to share
+_MAX_WIDTH, _LEAST_WIDTH = 192, 96
+_LEAST_BLOCKS = 8  # so that a few threads have something to share
 _SCRATCH_ENTRIES = 1 << 19  # of a block's two scratch matrices together, to stay in cache
 _MAX_CHUNKS = 16  # each has its own partial gradient of B
 _LEAST_ENTRIES_FOR_THREADS = 1 << 17
@@ -72,6 +72,7 @@ class NumbaBackend(FusedBackend):
     """
 
     name = "numba"
+    keeps_delta = False
     adds_while_differentiating = True
 
     def merge_groups(self, update: Update) -> list[Merged | None]:  # noqa: D102

@@ -1,4 +1,4 @@
-"""A threshold looked for where the last one was, compiled by numba; letters as in `numba_loops`.
+"""A threshold looked for where it is expected, compiled by numba; letters as in `numba_loops`.
 
 From one training step to the next a threshold moves little. One pass that counts the magnitudes above a narrow window
 and collects those inside finds it exactly, if it is there, and has no need to write the matrix.
