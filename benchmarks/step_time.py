@@ -1,6 +1,6 @@
 """Training-step time and memory of SNELLA beside its peers; `snella bench` is the same with all its options.
 
-python benchmarks/step_time.py                     ten minutes on two cores; appends to benchmarks/results.jsonl
+python benchmarks/step_time.py                     some ten minutes, by the last rows; appends to results.jsonl
 python benchmarks/step_time.py --grid              every backbone, batch, rank, sparsity and dtype: hours
 """
 

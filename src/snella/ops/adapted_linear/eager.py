@@ -253,8 +253,8 @@ class _AdaptedProduct(torch.autograd.Function):
         ctx.source_versions = settings.source and settings.source.versions()
         some_update_learns = any(ctx.needs_input_grad[4:]) and any(any(update.budgets) for update in updates)
         thresholds = [threshold for update in updates for threshold in update.thresholds]
-        kept = [delta for one in zip(merged, settings.backends, strict=True) for delta in _to_keep(*one)]
-        kept = kept if settings.keep_delta else []
+        pairs = zip(merged, settings.backends, strict=True) if settings.keep_delta else ()
+        kept = [delta for one in pairs for delta in _to_keep(*one)]
         ctx.num_thresholds = len(thresholds)
         needs_x = some_update_learns or ctx.needs_input_grad[1]
         ctx.save_for_backward(x if needs_x else None, weight, *thresholds, *kept, *tensors)

@@ -9,8 +9,8 @@ blocks are shared out, and a value has the same bits in every pass, since all of
 Shape letters: `m` outputs, `n` inputs, `P` pieces of width `R`, `K = P·R`, `w` columns of a block. `A` comes as
 `[K, n]`, so that the innermost loop runs over memory; a block's part of it is copied to `tile` `[K, w]`.
 
-Inside a row no array is sliced: numba counts references to a slice with atomic operations, which cost as much as a
-hundred entries. A column of the whole matrix is an unsigned number, for which numba asks not whether it is negative.
+Inside a row no array is sliced: merging with slices took 1.7 times as long in blocks of 128 columns, and 3.8 times in
+blocks of 16. A column of the whole matrix is an unsigned number, for which numba asks not whether it is negative.
 """
 
 # ruff: noqa: D103
