@@ -2,12 +2,16 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import yaml
 
 from snella.comparison import compare
+from snella.comparison.cell_run import run_cell
+from snella.comparison.cells import Cell
 from snella.comparison.results_file import read_lines
+from snella.comparison.search import Candidate
 from snella.training import RunFolder, TrainingInterrupted, load_run
 
 
@@ -119,6 +123,48 @@ def test_final_cells_are_run_folders_that_can_be_used_and_trials_keep_no_weights
     assert load_run(root / "cells/digits/lora-2/seed-0").classes == [str(i) for i in range(10)]
     assert not list((root / "cells").rglob("checkpoints"))
     assert len(list((root / "cells").rglob("*.safetensors"))) == 2
+
+
+def test_the_chosen_trial_is_the_final_cell_of_its_seed_and_training_it_again_changes_nothing_but_time(copy, console):
+    before = rows_of(copy)["digits/lora-2/seed-0"]
+    assert before["trained_as"] == f"digits/lora-2/trials/lr-x{before['lr_factor']:g}_seed-0"
+    config = RunFolder(copy / "cells/digits/lora-2/seed-0").read_config()
+    assert config.out.endswith("lora-2/seed-0") and config.lr == before["lr"]
+    shutil.rmtree(copy / "cells/digits/lora-2/seed-0")  # the trials' adapters are gone: it must be trained
+    lines = (copy / "results.jsonl").read_text().splitlines(keepends=True)
+    (copy / "results.jsonl").write_text("".join(line for line in lines if json.loads(line)["cell"] != before["cell"]))
+    compare(None, copy, workers=0, console=console)
+    after = rows_of(copy)["digits/lora-2/seed-0"]
+    assert after["trained_as"] is None
+    own = ("created_at", "trained_as", "total_time", "train_time", "step_time")
+    assert {k: v for k, v in after.items() if k not in own} == {k: v for k, v in before.items() if k not in own}
+
+
+def test_the_best_trial_alone_keeps_its_adapter_until_its_final_cell_is_done(tiny, tmp_path):
+    experiment = tiny(methods=["lora-2"], seeds=1, grid={"lr_factors": [0.3, 1.0, 1e-6]})
+    data, method = experiment.data[0], experiment.methods[0]
+    cells = [Cell(data, method, 0, Candidate(factor), False) for factor in (1e-6, 0.3, 1.0)]
+    rows = [run_cell(tmp_path, experiment, cell).row for cell in cells]
+    ranks = [(row["val_accuracy"], -row["val_loss"]) for row in rows]
+    best = cells[ranks.index(max(ranks))]
+    assert list(tmp_path.rglob("adapter")) == [best.folder(tmp_path) / "adapter"]
+    final = replace(best, is_final=True)
+    assert run_cell(tmp_path, experiment, final).row["trained_as"] == best.name
+    assert list(tmp_path.rglob("adapter")) == [final.folder(tmp_path) / "adapter"]
+
+
+@pytest.mark.parametrize("change", ["version", "damaged", "final protocol"])
+def test_a_trial_that_is_not_the_final_training_is_not_taken_for_it(tiny, tmp_path, change):
+    experiment = tiny(methods=["lora-2"], seeds=1, train={"protocol": "final"} if change == "final protocol" else {})
+    cell = Cell(experiment.data[0], experiment.methods[0], 0, Candidate(), False)
+    run_cell(tmp_path, experiment, cell)
+    if change == "version":
+        path = cell.folder(tmp_path) / "cell.json"
+        path.write_text(path.read_text().replace('"torch-version": "', '"torch-version": "1.'))
+    elif change == "damaged":
+        (cell.folder(tmp_path) / "cell.json").write_text("{")
+    row = run_cell(tmp_path, experiment, replace(cell, is_final=True)).row
+    assert row["status"] == "success" and row["trained_as"] is None
 
 
 def test_a_linear_probe_forgets_nothing(finished):

@@ -18,6 +18,7 @@ from snella.comparison.experiment import Experiment
 from snella.comparison.forgetting import measure_forgetting
 from snella.comparison.locks import cell_lock, remove_locks
 from snella.comparison.results_file import append_row, read_row
+from snella.comparison.reuse import MEMORY, drop_adapters, finish_trial
 from snella.comparison.rows import head_of_row, results_of
 from snella.training import RunFolder, TrainingInterrupted, train
 
@@ -66,6 +67,7 @@ def run_cell(root: Path, experiment: Experiment, cell: Cell, is_own_process: boo
             return Outcome("taken")
         row = _row(root, experiment, cell, folder, is_own_process)
         append_row(root, folder, row)
+        drop_adapters(root, experiment, cell)
     remove_locks(root / LOCKS, cell.name)
     return Outcome("done", row)
 
@@ -88,26 +90,33 @@ def _row(root: Path, experiment: Experiment, cell: Cell, folder: Path, is_own_pr
     head = head_of_row(cell, experiment, created_at)
     with log.open("w", encoding="utf-8") as file:
         try:
-            run = train(
-                cell.config(experiment, folder),
-                Console(file=file, width=200),
-                measure_test=cell.is_final,
-                keep_checkpoints=False,
-                draw_report=False,
-            )
+            trial = finish_trial(root, experiment, cell, folder)
+            if trial is None:
+                train(
+                    cell.config(experiment, folder),
+                    Console(file=file, width=200),
+                    measure_test=cell.is_final,
+                    keep_checkpoints=False,
+                    draw_report=False,
+                )
+            run = RunFolder(folder)
             results = results_of(run)
             if cell.is_final and results["test_accuracy"] is None:
                 raise ValueError(f"data {cell.data.data!r} must have a test part for the table, got none")
-            memory = _memory(run, before_mib) if is_own_process else {"peak_rss_mib": None, "training_mib": None}
+            if trial is not None:
+                memory = {key: trial[key] for key in MEMORY}
+            else:
+                memory = _memory(run, before_mib) if is_own_process else dict.fromkeys(MEMORY)
             probe = _forgetting(root, experiment, cell, run)
-            _tidy(run, cell)
+            shutil.rmtree(run.checkpoints, ignore_errors=True)
         except (KeyboardInterrupt, TrainingInterrupted):
             raise
         except Exception as fault:
             traceback.print_exc(file=file)
             return _failed(head, f"{type(fault).__name__}: {_first_lines(fault)}", time.monotonic() - start)
-    total = round(time.monotonic() - start, 3)
-    return {**head, "status": "success", "error": None, "total_time": total, **results, **memory, **probe}
+    total = round(time.monotonic() - start + (0.0 if trial is None else trial["total_time"]), 3)
+    origin = {"trained_as": None if trial is None else trial["cell"]}
+    return {**head, "status": "success", "error": None, "total_time": total, **origin, **results, **memory, **probe}
 
 
 def _memory(run: RunFolder, before_mib: float) -> dict[str, float]:
@@ -122,13 +131,6 @@ def _forgetting(root: Path, experiment: Experiment, cell: Cell, run: RunFolder) 
     if data is None:
         return {"forgetting": None, "forgetting_data": None}
     return measure_forgetting(run.path, data, experiment.forgetting_images, root / "frozen")
-
-
-def _tidy(run: RunFolder, cell: Cell) -> None:
-    """Remove what is large and not needed: checkpoints, and the adapters of trials."""
-    shutil.rmtree(run.checkpoints, ignore_errors=True)
-    if not cell.is_final:
-        shutil.rmtree(run.adapter, ignore_errors=True)
 
 
 def _failed(head: dict[str, Any], error: str, elapsed_s: float) -> dict[str, Any]:

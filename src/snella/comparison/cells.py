@@ -60,8 +60,11 @@ class Cell:
         """The settings of its run."""
         rates = rates_of(experiment, self.data, self.method, self.candidate)
         settings = dict(experiment.settings)
-        if not self.is_final and settings.get("protocol") == "final":
-            settings["protocol"] = "standard"  # rates are chosen on the images that the final run then learns from
+        if settings.get("protocol") == "final":  # rates are chosen on images that the final run then learns from
+            if self.is_final:
+                settings.pop("val_size", None)
+            else:
+                settings["protocol"] = "standard"
         return config_of(
             self.method,
             self.data,
