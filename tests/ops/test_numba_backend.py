@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from numba import njit
 
 from snella.ops.adapted_linear import choose_backend, effective_weight_of, numba_backend, numba_compiling
+from snella.ops.adapted_linear import numba_loops as loops
 from snella.ops.adapted_linear.api import numba_problem
 from snella.ops.kernels import KERNELS
 from snella.ops.threshold import keep_threshold
@@ -112,6 +113,23 @@ def test_the_threshold_is_exact_where_most_magnitudes_are_equal(budget):
     value[::7] = -0.5
     value[3, :5] = [0, 2, -3, 1e-40, np.inf]
     assert numba_backend._threshold(value, budget) == keep_threshold(torch.from_numpy(value), budget).item()
+
+
+@pytest.mark.parametrize("kernel", PIECEWISE)
+@pytest.mark.parametrize(("r", "num_pieces"), [(8, 2), (8, 1), (6, 3), (5, 1), (16, 4)])
+def test_a_row_merged_alone_has_the_bits_of_the_merged_matrix(kernel, r, num_pieces):
+    for m, n in ((7, 5), (61, 97), (40, 1700)):
+        problem = make_problem(kernel, m=m, n=n, r=r, num_pieces=num_pieces)
+        update = problem.update(problem.tensors)
+        factors = numba_backend._prepare(update.kernel, next(iter(update.group_factors())))
+        value, _ = numba_backend._merge(factors)
+        base = np.zeros_like(value)
+        threshold, scaling = np.float32(0), np.float32(1)
+        from_matrix, from_rows = np.empty_like(value), np.empty_like(value)
+        loops.add_sparse(0, m, base, value, threshold, scaling, False, from_matrix)
+        columns = numba_backend._columns(factors)
+        loops.merge_and_add(0, m, *factors, columns, base, threshold, scaling, False, from_rows)
+        assert np.array_equal(from_matrix, from_rows) and np.count_nonzero(from_rows) > 0
 
 
 def test_the_threshold_is_exact_beyond_two_to_the_24_entries():

@@ -22,8 +22,8 @@ from .threads import run_together
 from .update import GroupFactors, Guess, Update
 
 _MAX_WIDTH, _LEAST_WIDTH = 192, 96
-_LEAST_BLOCKS = 8  # so that a few threads have something to share
-_SCRATCH_ENTRIES = 1 << 19  # of a block's two scratch matrices together, to stay in cache
+_LEAST_BLOCKS = 6  # so that a few threads have something to share
+_SCRATCH_ENTRIES = 1 << 20  # of a block's two scratch matrices together, to stay in cache
 _MAX_CHUNKS = 16  # each has its own partial gradient of B
 _LEAST_ENTRIES_FOR_THREADS = 1 << 17
 _PIECES_PER_THREAD = 4  # so that a thread that comes late does not hold up the others
@@ -64,6 +64,13 @@ class _Factors(NamedTuple):
         return self.B.shape[0], self.A.shape[1]
 
 
+class _Prepared(NamedTuple):
+    """A matrix that is not written: its factors, and top and scale of its columns `[2, n]` where they are known."""
+
+    factors: _Factors
+    columns: np.ndarray | None = None
+
+
 class NumbaBackend(FusedBackend):
     """Mix-K, its normalised RBF and P-Linear in float32 on the CPU.
 
@@ -84,16 +91,16 @@ class NumbaBackend(FusedBackend):
                 if not is_known:
                     update.thresholds.append(update.B.new_full((), torch.inf))
                 continue
-            prepared = _prepare(update.kernel, factors)
+            prepared = _Prepared(_prepare(update.kernel, factors))
             if is_known:
                 merged.append(Merged(_UNWRITTEN, prepared))
                 continue
-            near = _threshold_where_expected(update, group, prepared)
+            near = _threshold_where_expected(update, group, prepared.factors)
             if near is not None:
-                update.thresholds.append(torch.tensor(near))
-                merged.append(Merged(_UNWRITTEN, prepared))
+                update.thresholds.append(torch.tensor(near[0]))
+                merged.append(Merged(_UNWRITTEN, prepared._replace(columns=near[1])))
                 continue
-            value, bins = _merge(prepared)
+            value, bins = _merge(prepared.factors)
             delta = torch.from_numpy(value)
             if update.mode == "soft":
                 threshold = _threshold(value, budget, bins)
@@ -125,8 +132,9 @@ class NumbaBackend(FusedBackend):
         if merged.delta.numel():
             _share_out(loops.add_sparse, shape[0], shape, source, merged.delta.numpy(), *how, target)
             return
-        width, blocks = _blocks(shape)
-        _share_out(loops.merge_and_add, blocks, shape, width, *merged.extra, source, *how, target)
+        factors, columns = merged.extra
+        columns = _columns(factors) if columns is None else columns
+        _share_out(loops.merge_and_add, shape[0], shape, *factors, columns, source, *how, target)
 
     def group_gradients(  # noqa: D102
         self,
@@ -236,7 +244,16 @@ def _prepare(kernel: Any, factors: GroupFactors) -> _Factors:
 
 def _factors_of(update: Update, group: int, merged: Merged) -> _Factors:
     """What `merge_groups` prepared; a matrix that was kept from the forward pass comes without."""
-    return merged.extra or _prepare(update.kernel, list(update.group_factors())[group])
+    return merged.extra.factors if merged.extra else _prepare(update.kernel, list(update.group_factors())[group])
+
+
+def _columns(factors: _Factors) -> np.ndarray:
+    """Top and scale of the columns' softmax, `[2, n]`."""
+    columns = np.empty((2, factors.shape[1]), np.float32)
+    width, blocks = _blocks(factors.shape)
+    if factors.softmax[-1]:
+        _share_out(loops.measure_columns, blocks, factors.shape, width, *factors, columns)
+    return columns
 
 
 def _merge(factors: _Factors) -> tuple[np.ndarray, np.ndarray]:
@@ -269,8 +286,8 @@ def _threshold(value: np.ndarray, budget: int, bins: np.ndarray | None = None) -
     return candidates[rank]
 
 
-def _threshold_where_expected(update: Update, group: int, factors: _Factors) -> np.float32 | None:
-    """The same threshold, if it is where it was expected; `None` means that it has to be looked for everywhere."""
+def _threshold_where_expected(update: Update, group: int, factors: _Factors) -> tuple[np.float32, np.ndarray] | None:
+    """The same threshold and `_columns`, if it is where it was expected; `None`: it has to be looked for everywhere."""
     budget, m = update.budgets[group], factors.shape[0]
     if update.mode != "soft" or len(update.guesses) <= group or not update.guesses[group].window:
         return None
@@ -279,7 +296,8 @@ def _threshold_where_expected(update: Update, group: int, factors: _Factors) -> 
     width, blocks = _blocks(factors.shape)
     candidates = np.empty((blocks, max(_LEAST_CANDIDATES, int(m * width * _MOST_CANDIDATES))), np.float32)
     inside, above = np.empty(blocks, np.int64), np.empty(blocks, np.int64)
-    _share_out(merge_and_collect, blocks, factors.shape, width, *factors, low, high, candidates, inside, above)
+    columns = np.empty((2, factors.shape[1]), np.float32)
+    _share_out(merge_and_collect, blocks, factors.shape, width, *factors, columns, low, high, candidates, inside, above)
     rank = budget - int(above.sum())
     if inside.min() < 0 or not 0 <= rank < inside.sum():
         return None
@@ -287,7 +305,7 @@ def _threshold_where_expected(update: Update, group: int, factors: _Factors) -> 
     position = len(found) - 1 - rank
     found.partition(position)
     _remember(update, group, found[position])
-    return found[position]
+    return found[position], columns
 
 
 def _remember(update: Update, group: int, threshold: np.float32) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 # No flag that lets the compiler assume away NaN or infinity. Sums may be regrouped, so that they use whole vectors …
@@ -53,6 +54,26 @@ def bits_of_float(typing_context: Any, value: Any) -> Any:
         return builder.bitcast(args[0], ir.IntType(32))
 
     return types.int32(types.float32), generate
+
+
+@intrinsic
+def prefetch(typing_context: Any, array: Any, i: Any, j: Any) -> Any:
+    """Have the cache line of `array[i, j]` on its way from memory; a hint, which changes no value."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        of_array, *of_indices = signature.args
+        values = zip(args[1:], of_indices, strict=True)
+        indices = [context.cast(builder, value, kind, types.intp) for value, kind in values]
+        array = context.make_array(of_array)(context, builder, args[0])
+        place = cgutils.get_item_pointer(context, builder, of_array, array, indices, wraparound=False)
+        address, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [address, number, number, number])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+        to_read, keep, data = number(0), number(3), number(1)
+        builder.call(function, [builder.bitcast(place, address), to_read, keep, data])
+        return context.get_dummy_value()
+
+    return types.void(array, i, j), generate
 
 
 def widened(stored):

@@ -9,39 +9,87 @@ import numpy as np
 from numba import njit
 
 from .numba_compiling import REGROUPED, compiled
-from .numba_loops import ZERO, add_row, copy_tile, merge_block, scratch_of, squared_distances
+from .numba_loops import ZERO, add_row, copy_tile, fetch_ahead, merge_block, scratch_of, squared_distances
+
+ROWS = 4  # of the merged matrix that pull at the factors together
 
 
 @njit(**REGROUPED)
-def gradients_of_row(i, w, R, tile, B, coeff, softmax, value, shares, scale, mean, rows, pulls_A, grad_B, sums, chunk):
-    # from G = value[i]: add to pulls_A, which is −∂L/∂A of the block, to grad_B[chunk, i] and to sums[chunk]
+def gradient_of_row(grad, value, i, start, w, threshold, scaling, is_soft):
+    # value[i] = G; returns Σ_j G
+    times = np.float32(2) if is_soft else np.float32(1)
+    less = threshold if is_soft else ZERO
+    total = ZERO
+    for j in range(w):
+        magnitude = abs(value[i, j])
+        one = grad[i, np.uintp(start + j)] * scaling * (times * magnitude - less) if magnitude > threshold else ZERO
+        value[i, j] = one
+        total += one
+    return total
+
+
+@njit(**REGROUPED, inline="always")
+def lengths_of_row(i, q, w, R, tile, B, coeff, softmax, value, shares, scale, mean, rows, lengths, sums, chunk):
+    # lengths[q, p] = ∂L/∂κ_p·coeff[p] / distance of row i: times B − tile it is the pull at both factors;
+    # sums[chunk] takes the row's part of the scalars' gradients
     _, linear, _, _, has_softmax = softmax
     pieces = coeff.shape[0]
-    from_softmax, from_value, kappa, squares = rows[0], rows[1], rows[2], rows[3]
+    from_softmax, from_value, squares = rows[0], rows[1], rows[2]
     for j in range(w):
         from_softmax[j] = scale[j] * shares[i, j] * (value[i, j] - mean[j]) if has_softmax else ZERO
         from_value[j] = linear * value[i, j] + from_softmax[j]
-        kappa[j] = ZERO
-    for p in range(pieces):
-        c, by_distance = coeff[p], ZERO
-        squared_distances(tile, B, i, p * R, (p + 1) * R, w, squares)
-        for j in range(w):
-            distance = math.sqrt(squares[j])
-            by_distance += from_value[j] * distance
-            kappa[j] += c * distance
-            squares[j] = c * from_value[j] / distance if distance > ZERO else ZERO  # a pull's length over its distance
-        sums[chunk, p] += by_distance
-        for k in range(p * R, (p + 1) * R):
-            one, total = B[i, k], ZERO
-            for j in range(w):
-                pull = squares[j] * (one - tile[k, j])
-                total += pull
-                pulls_A[k, j] += pull
-            grad_B[chunk, i, k] += total
     by_value = ZERO
-    for j in range(w):
-        by_value += from_softmax[j] * kappa[j]
+    for p in range(pieces):
+        c, by_distance, by_softmax = coeff[p], ZERO, ZERO
+        k = p * R
+        if R == 4:
+            b0, b1, b2, b3 = B[i, k], B[i, k + 1], B[i, k + 2], B[i, k + 3]
+            for j in range(w):
+                d0, d1, d2, d3 = b0 - tile[k, j], b1 - tile[k + 1, j], b2 - tile[k + 2, j], b3 - tile[k + 3, j]
+                distance = math.sqrt((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3))
+                by_distance += from_value[j] * distance
+                by_softmax += from_softmax[j] * distance
+                lengths[q, p, j] = c * from_value[j] / distance if distance > ZERO else ZERO
+        else:
+            squared_distances(tile, B, i, k, k + R, w, squares)
+            for j in range(w):
+                distance = math.sqrt(squares[j])
+                by_distance += from_value[j] * distance
+                by_softmax += from_softmax[j] * distance
+                lengths[q, p, j] = c * from_value[j] / distance if distance > ZERO else ZERO
+        sums[chunk, p] += by_distance
+        by_value += c * by_softmax
     sums[chunk, pieces] += by_value
+
+
+@njit(**REGROUPED)
+def pull_rows(i, rows_left, w, R, tile, B, lengths, pulls_A, grad_B, chunk):
+    # add lengths·(B − tile) of the rows i … i + ROWS − 1, of which rows_left exist, to pulls_A and to grad_B[chunk]:
+    # several rows in one loop, so that tile and pulls_A are read once for all of them
+    pieces, m = lengths.shape[1], B.shape[0]
+    i1, i2, i3 = min(i + 1, m - 1), min(i + 2, m - 1), min(i + 3, m - 1)
+    for p in range(pieces):
+        for k in range(p * R, (p + 1) * R):
+            b0, b1, b2, b3 = B[i, k], B[i1, k], B[i2, k], B[i3, k]
+            t0, t1, t2, t3 = ZERO, ZERO, ZERO, ZERO
+            for j in range(w):
+                a = tile[k, j]
+                x0 = lengths[0, p, j] * (b0 - a)
+                x1 = lengths[1, p, j] * (b1 - a)
+                x2 = lengths[2, p, j] * (b2 - a)
+                x3 = lengths[3, p, j] * (b3 - a)
+                pulls_A[k, j] += (x0 + x1) + (x2 + x3)
+                t0 += x0
+                t1 += x1
+                t2 += x2
+                t3 += x3
+            grad_B[chunk, i, k] += t0
+            if rows_left > 1:
+                grad_B[chunk, i1, k] += t1
+            if rows_left > 2:
+                grad_B[chunk, i2, k] += t2
+            if rows_left > 3:
+                grad_B[chunk, i3, k] += t3
 
 
 @compiled(REGROUPED)
@@ -75,7 +123,8 @@ def factor_gradients(
     pieces, K = coeff.shape[0], A.shape[0]
     R, blocks = K // pieces, (n + width - 1) // width
     tile, value, shares, inv_sum, scratch = scratch_of(m, K, width)
-    pulls_A, rows = np.empty((K, width), np.float32), np.empty((4, width), np.float32)
+    pulls_A, rows = np.empty((K, width), np.float32), np.empty((3, width), np.float32)
+    lengths = np.empty((ROWS, pieces, width), np.float32)
     scale, mean = np.empty(width, np.float32), np.empty(width, np.float32)
     for chunk in range(first, last):
         grad_B[chunk, :, :] = ZERO
@@ -87,18 +136,16 @@ def factor_gradients(
             merge_block(tile, B, coeff, softmax, w, value, shares, inv_sum, scratch)
             for j in range(w):
                 mean[j] = ZERO
+            if adds:
+                for i in range(m):
+                    fetch_ahead(base, i, start, w)
+                    fetch_ahead(result, i, start, w)
+                    add_row(base, value, i, i, start, w, threshold, scaling, is_soft, result)
             for i in range(m):
-                if adds:
-                    add_row(base, value, i, start, w, threshold, scaling, is_soft, result)
-                row_sum = ZERO
-                for j in range(w):
-                    magnitude = abs(value[i, j])
-                    slope = magnitude + magnitude - threshold if is_soft else magnitude
-                    one = grad[i, np.uintp(start + j)] * scaling * slope if magnitude > threshold else ZERO
-                    value[i, j] = one
-                    row_sum += one
-                sums[chunk, pieces + 1] += row_sum
-                if has_softmax:
+                fetch_ahead(grad, i, start, w)
+                sums[chunk, pieces + 1] += gradient_of_row(grad, value, i, start, w, threshold, scaling, is_soft)
+            if has_softmax:
+                for i in range(m):
                     for j in range(w):
                         mean[j] += value[i, j] * shares[i, j]
             for j in range(w):
@@ -106,10 +153,15 @@ def factor_gradients(
                 means[np.uintp(start + j)] = mean[j]
                 scale[j] = np.float32(alpha) * inv_temperature * inv_sum[j]
             pulls_A[:, :] = ZERO
-            for i in range(m):
-                gradients_of_row(
-                    i, w, R, tile, B, coeff, softmax, value, shares, scale, mean, rows, pulls_A, grad_B, sums, chunk
-                )
+            for i in range(0, m, ROWS):
+                left = min(ROWS, m - i)
+                for q in range(left):
+                    lengths_of_row(
+                        i + q, q, w, R, tile, B, coeff, softmax, value, shares, scale, mean, rows, lengths, sums, chunk
+                    )
+                if left < ROWS:
+                    lengths[left:, :, :] = ZERO
+                pull_rows(i, left, w, R, tile, B, lengths, pulls_A, grad_B, chunk)
             for k in range(K):
                 for j in range(w):
                     grad_A[k, np.uintp(start + j)] = -pulls_A[k, j]

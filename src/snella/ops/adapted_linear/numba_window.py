@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit
 
 from .numba_compiling import IN_ORDER, compiled
-from .numba_loops import copy_tile, merge_block, scratch_of
+from .numba_loops import copy_tile, keep_columns, merge_block, scratch_of
 
 _TILE = 32  # entries that are looked at together; most tiles have nothing inside the window
 
@@ -38,9 +38,9 @@ def collect_row(value, i, w, low, high, candidates, block, at):
 
 
 @compiled(IN_ORDER)
-def merge_and_collect(first, last, width, A, B, coeff, softmax, low, high, candidates, inside, above):
-    # candidates[block] = magnitudes in [low, high], inside[block] of them, −1 if there may be more than there is room
-    # for; above[block] = how many exceed high
+def merge_and_collect(first, last, width, A, B, coeff, softmax, columns, low, high, candidates, inside, above):
+    # columns = top and scale of every column; candidates[block] = magnitudes in [low, high], inside[block] of them, −1
+    # if there may be more than there is room for; above[block] = how many exceed high
     m, n = B.shape[0], A.shape[1]
     tile, value, shares, inv_sum, scratch = scratch_of(m, A.shape[0], width)
     for block in range(first, last):
@@ -48,12 +48,15 @@ def merge_and_collect(first, last, width, A, B, coeff, softmax, low, high, candi
         w = min(width, n - start)
         copy_tile(A, start, w, tile)
         merge_block(tile, B, coeff, softmax, w, value, shares, inv_sum, scratch)
-        at, total = 0, 0
+        keep_columns(scratch, start, w, columns)
+        total = 0
         for i in range(m):
             more = np.int32(0)
             for j in range(w):
                 more += abs(value[i, j]) > high
             total += more
+        at = 0
+        for i in range(m):
             at = collect_row(value, i, w, low, high, candidates, block, at)
             if at < 0:
                 break
