@@ -175,6 +175,7 @@ def test_the_lines_tell_what_was_done_and_the_table_what_came_out(finished):
     root, text = finished
     assert "[1/6] digits · linear · trial lr-x0.3 · seed 0: validation 0." in text and "left\n" in text
     assert "[6/6] digits · lora-2 · final · seed 0: validation" in text
+    assert text.count(", trained as the trial that was chosen)") == 2
     assert "difference to lora-2" in text and "up to 1 pair\n" in text
     assert f"page {root / 'comparison.html'}" in text and (root / "comparison.html").stat().st_size > 20_000
     assert not list((root / "locks").glob("digits*"))

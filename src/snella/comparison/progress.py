@@ -62,7 +62,8 @@ class ComparisonProgress:
             result = f"FAILED, {row['error']}"
         remaining = f"; about {seconds_text(self._remaining_s())} left" if left else ""
         others = "" if is_ours else " by another process"
-        text = f"{number} {cell.title}: {result} ({seconds_text(row['total_time'])}{others}){remaining}"
+        origin = ", trained as the trial that was chosen" if row.get("trained_as") else ""
+        text = f"{number} {cell.title}: {result} ({seconds_text(row['total_time'])}{others}{origin}){remaining}"
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
         self._refresh()
 
