@@ -50,7 +50,7 @@ test: $(VENV)/.installed-for-tests packages lint types ## lint, types and tests
 test-slow: $(VENV)/.installed-for-tests packages ## all tests, the slow ones too
 	HYPOTHESIS_PROFILE=new OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not gpu'
 
-bench: install ## step times (some ten minutes, by the last rows) beside PEFT's LoRA and others; appends to benchmarks/results.jsonl
+bench: install ## step times (twelve minutes on two cores) beside PEFT's LoRA and others; appends to benchmarks/results.jsonl
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/readme.py
 

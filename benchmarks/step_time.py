@@ -1,6 +1,7 @@
 """Training-step time and memory of SNELLA beside its peers; `snella bench` is the same with all its options.
 
-python benchmarks/step_time.py                     some ten minutes, by the last rows; appends to results.jsonl
+python benchmarks/step_time.py                     twelve minutes on two cores; appends to results.jsonl
+python benchmarks/step_time.py --matrices          the single matrices alone: a minute or two
 python benchmarks/step_time.py --grid              every backbone, batch, rank, sparsity and dtype: hours
 """
 
@@ -18,6 +19,7 @@ PEERS = ["frozen", "lora", "dora", "shira", "full", "snella", "snella-keep-delta
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grid", action="store_true", help="the full grid instead of the selection")
+    parser.add_argument("--matrices", action="store_true", help="only merge, and sample gradients of, single matrices")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", default=str(HERE / "results.jsonl"))
     args = parser.parse_args()
@@ -38,6 +40,8 @@ def main() -> None:
             for density in (0.01, 0.03, 0.05, 0.1)
         ]
         append_rows(args.out, [*matrices, *samplings])
+    if args.matrices:
+        return
     small, base, huge = "vit_small_patch16_224", "vit_base_patch16_224", "vit_huge_patch14_224"
     common = {"device": args.device, "out": args.out}
     bench(BenchConfig([base], [4], PEERS, rounds=5, **common), console)
