@@ -99,6 +99,12 @@ def test_loops_are_compiled_without_a_folder_to_keep_them_in(monkeypatch):
     assert numba_compiling.compiled({})(len) == "compiled"
 
 
+def test_what_was_compiled_before_any_of_the_files_changed_is_not_taken_from_the_disk():
+    for function in (loops.merge_and_add, numba_backend.sampling.list_kept, numba_backend.merge_and_collect):
+        stamp = dict((name, rest) for name, *rest in function._cache._cache_file._source_stamp)
+        assert {"numba_loops.py", "numba_window.py", "numba_sampling.py", "numba_compiling.py"} <= set(stamp)
+
+
 @settings(max_examples=60, deadline=None)
 @given(rows=st.integers(1, 40), columns=st.integers(1, 40), seed=st.integers(0, 1000), data=st.data())
 def test_the_threshold_has_the_bits_of_keep_threshold(rows, columns, seed, data):

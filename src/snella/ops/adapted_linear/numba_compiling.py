@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,13 +26,24 @@ IN_ORDER: dict[str, Any] = {**REGROUPED, "fastmath": {"contract", "nsz"}}
 AS_TORCH: dict[str, Any] = {**REGROUPED, "fastmath": {"nsz"}}
 
 
+@cache
+def _stamp() -> tuple[tuple[str, float, int], ...]:
+    """Name, time and size of every file of loops: what is compiled from one may call into the others."""
+    files = sorted(Path(__file__).parent.glob("numba_*.py"))
+    return tuple((file.name, file.stat().st_mtime, file.stat().st_size) for file in files)
+
+
 def compiled(settings: dict[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Compile at the first call, and keep the result on disk where there is a folder to write to."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         try:
-            return njit(**settings, cache=True)(function)
-        except RuntimeError:  # no folder for the cache: compile in every process
+            dispatcher = njit(**settings, cache=True)(function)
+            # numba looks at the function's own file alone; one compiled with an older helper from another file would be
+            # taken from the disk, and both helpers, of one name, mixed in one process
+            dispatcher._cache._cache_file._source_stamp = _stamp()
+            return dispatcher
+        except (RuntimeError, AttributeError):  # no folder for the cache, or no such cache: compile in every process
             return njit(**settings)(function)
 
     return decorate
