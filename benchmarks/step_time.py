@@ -1,7 +1,7 @@
 """Training-step time and memory of SNELLA beside its peers; `snella bench` is the same with all its options.
 
 python benchmarks/step_time.py                     twelve minutes on two cores; appends to results.jsonl
-python benchmarks/step_time.py --matrices          the single matrices alone: a minute or two
+python benchmarks/step_time.py --matrices          single matrices on the CPU alone: a quarter of a minute
 python benchmarks/step_time.py --grid              every backbone, batch, rank, sparsity and dtype: hours
 """
 

@@ -33,19 +33,19 @@ def finish_trial(root: Path, experiment: Experiment, cell: Cell, folder: Path) -
         other settings, by other versions or on another machine.
     """
     trial = replace(cell, is_final=False, search=None)
+    if not cell.is_final or cell.config(experiment, "-") != trial.config(experiment, "-"):
+        return None  # under the final protocol it also learns from the images that chose the rates
     run = RunFolder(trial.folder(root))
     row = read_row(run.path)
-    if not cell.is_final or row is None or row["status"] != "success" or not run.adapter.is_dir():
+    if row is None or row["status"] != "success" or not run.adapter.is_dir():
         return None
-    config = cell.config(experiment, folder)
     trained = (row["train_config"], row["package_info"], row["system_info"])
     if trained != (trial.config(experiment, trial.name).stored(), package_info(), system_info()):
         return None
-    if replace(config, out="-") != replace(trial.config(experiment, "-"), out="-"):
-        return None  # under the final protocol it also learns from the images that chose the rates
     shutil.copytree(run.path, folder, ignore=shutil.ignore_patterns(CELL_FILE))
     own = RunFolder(folder)
-    own.write_config(replace(own.read_config(), out=str(folder)))
+    config = replace(own.read_config(), out=str(folder))
+    own.write_config(config)
     scores = evaluate(folder, split="test", batch_size=config.images_per_step, device=config.device)
     metrics = own.read_json("metrics.json")
     own.write_json("metrics.json", {**metrics, "test": {k: v for k, v in scores.items() if k in metrics["val"]}})
