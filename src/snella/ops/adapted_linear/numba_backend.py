@@ -30,7 +30,7 @@ _PIECES_PER_THREAD = 4  # so that a thread that comes late does not hold up the 
 _WINDOWS = (0.004, 0.06)  # narrowest and widest, relative to the threshold that is expected
 _LEAST_CANDIDATES, _MOST_CANDIDATES = 256, 1 / 8  # room for the magnitudes in the window: entries, part of a block
 _SAMPLED_DENSITY = (
-    0.1  # below it a weight's gradient is sampled; there it takes about the whole product's time (README)
+    0.1  # below it a weight's gradient is sampled: 0.54 to 0.86 of the whole product's time there (README)
 )
 _TOKENS = 256  # of one pass over the kept entries
 _SUPPORTED = (torch.float32, torch.bfloat16)
