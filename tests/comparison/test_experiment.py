@@ -80,6 +80,7 @@ def test_forgetting_is_never_probed_on_the_task_itself(tiny):
         ({"seeds": "3"}, "seeds must be a whole number of at least 1, got '3'"),
         ({"forgetting_images": 2}, "forgetting_images must be a whole number of at least 10, got 2"),
         ({"grid": {"lr_factors": [0, 1]}}, r"grid.lr_factors must be positive numbers, got \[0.0, 1.0\]"),
+        ({"grid": {"lr_factors": "0.3, one"}}, r"grid.lr_factors must be numbers, e.g. \[0.3, 1, 3\], got '0.3, one'"),
         ({"grid": {"weight_decays": [-1]}}, r"grid.weight_decays must be at least 0, got \[-1.0\]"),
         ({"grid": {"max_extensions": -1}}, "grid.max_extensions must be a whole number of at least 0, got -1"),
         ({"grid": {"lr_factor": [1]}}, r"grid has unknown settings: 'lr_factor' \(nearest: lr_factors"),
@@ -131,6 +132,26 @@ def test_changes_go_before_the_file_one_by_one():
     assert merged({"seeds": 3, "grid": {"a": 1, "b": 2}}, {"grid": {"b": 3}}) == {"seeds": 3, "grid": {"a": 1, "b": 3}}
     experiment = read_experiment("coffee", {"seeds": 5, "train": {"epochs": 2}})
     assert experiment.seeds == 5 and experiment.settings["epochs"] == 2 and experiment.settings["img_size"] == 42
+
+
+def test_entries_that_are_asked_for_by_name_keep_what_the_file_says_of_them():
+    whole = read_experiment("bundled-suite")
+    part = read_experiment("bundled-suite", {"data": ["stamps", "mnist5k", "elpv"], "methods": ["lora-8", "vqt"]})
+    assert [entry.name for entry in part.data] == ["stamps", "mnist", "elpv"]
+    assert all(entry in whole.data for entry in part.data)
+    assert [entry.method for entry in part.methods] == ["lora-8", "vqt"] and part.reference == "lora-8"
+    official = read_experiment("table1-vtab-official", {"methods": ["snella-32"]})
+    assert official.methods == read_experiment("table1-vtab-official").methods
+
+
+def test_data_added_later_does_not_change_what_forgetting_is_probed_on(tiny, tmp_path):
+    stored = tiny(data=["mnist5k"]).with_probes()
+    assert stored.forgetting == ("mnist5k", "digits")
+    joined = tiny(data=["elpv"]).joined_with(stored, tmp_path)
+    assert joined.forgetting == stored.forgetting and joined.probe_data(joined.data[0]) == "digits"
+    assert tiny(data=["mnist5k"], forgetting=[]).joined_with(tiny(forgetting=[]), tmp_path).forgetting == ()
+    with pytest.raises(ValueError, match="forgetting is"):
+        tiny(data=["mnist5k"], forgetting=["elpv"]).joined_with(stored, tmp_path)
 
 
 def test_a_folder_takes_further_methods_tasks_and_seeds(tiny, tmp_path):

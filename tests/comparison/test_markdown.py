@@ -31,3 +31,13 @@ def test_it_tells_what_failed_and_which_images_chose_the_epoch(tiny, make_row):
 
 def test_it_says_where_nothing_is_finished(tiny, tmp_path):
     assert write_markdown(tmp_path, tiny(), []).read_text() == "No final cell is finished yet.\n"
+
+
+def test_it_names_every_version_of_the_code(tiny, make_row):
+    experiment = tiny(seeds=2)
+    info = {"torch-version": "2.13.0"}
+    rows = [
+        make_row(experiment, "digits", "linear", seed, package_info={**info, "snella-commit-hash": 5 * commit})
+        for seed, commit in enumerate(("0123abcd", "4567ef01"))
+    ]
+    assert markdown_tables(experiment, rows).endswith("2026-01-02, snella 0123abcd, 4567ef01.\n")

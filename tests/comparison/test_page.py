@@ -23,7 +23,7 @@ def test_the_page_has_its_sections_and_pictures_and_asks_the_network_for_nothing
 
 
 def test_the_page_states_how_its_numbers_came_about(page):
-    for text in ("n = 18 pairs", "10,000 resamples", "360 trainings that never saw a test image", "minus lora-8"):
+    for text in ("up to 18 pairs", "10,000 resamples", "360 trainings that never saw a test image", "minus lora-8"):
         assert text in page, text
     assert "natural (fashion, stamps)" in page and "snella compare --experiment large" in page
 
@@ -53,3 +53,28 @@ def test_a_comparison_that_has_only_begun_has_a_page(large, tmp_path):
     assert "0 of 216 final runs finished" in write_page(tmp_path, experiment, []).read_text()
     trials = [row for row in rows if row["purpose"] == "trial"][:3]
     assert 'id="rates"' in write_page(tmp_path, experiment, trials).read_text()
+
+
+def test_a_trial_that_became_a_final_cell_is_counted_once_in_the_time(tiny, make_row, tmp_path):
+    experiment = tiny()
+    trial = make_row(experiment, "digits", "linear", 0, purpose="trial", total_time=100.0)
+    final = make_row(experiment, "digits", "linear", 0, total_time=130.0, trained_as=trial["cell"])
+    text = write_page(tmp_path, experiment, [trial, final]).read_text()
+    assert "All trainings together took 2 min 10 s." in text.replace("\N{NO-BREAK SPACE}", " ").replace(
+        "\N{NARROW NO-BREAK SPACE}", " "
+    )
+
+
+def test_the_memory_says_where_it_was_measured(tiny, make_row, tmp_path):
+    experiment = tiny()
+    for memory, words in ((None, "beyond what the libraries take"), (2**30, "a process of its own on the GPU")):
+        row = make_row(experiment, "digits", "linear", 0, accelerator_memory_max=memory)
+        assert words in write_page(tmp_path, experiment, [row]).read_text()
+
+
+def test_a_difference_over_some_of_the_tasks_says_so(large, tmp_path):
+    experiment, rows = large
+    rows = [row for row in rows if row["experiment_name"] != "full" or row["task_name"] in ("fashion", "elpv")]
+    text = write_page(tmp_path, experiment, rows).read_text()
+    assert re.search(r'<th scope="row">full</th>.*\] \(2 of 6 tasks\)</td>', text)
+    assert text.count("(2 of 6 tasks)") >= 3  # both tables and the picture

@@ -102,6 +102,14 @@ def test_two_workers_give_the_same_numbers_as_this_process(tiny, tmp_path):
         )
 
 
+def test_rows_name_the_code_that_was_loaded_and_not_what_the_checkout_has_become(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("snella.comparison.provenance._state", ("feed", False))
+    experiment = tiny(methods=["linear"], grid={"lr_factors": [1.0]})
+    compare(experiment, tmp_path / "c", workers=1, threads=1, console=Console(file=io.StringIO()))
+    (row,) = read_lines(tmp_path / "c" / "results.jsonl")[0].values()
+    assert row["package_info"]["snella-commit-hash"] == "feed" and row["git_dirty"] is False
+
+
 def test_ray_trains_the_cells_on_a_local_cluster_of_several_processes(tiny, tmp_path, monkeypatch):
     ray = pytest.importorskip("ray")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)

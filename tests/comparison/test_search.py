@@ -4,6 +4,7 @@ import pytest
 
 from snella.comparison.cells import HEAD_ONLY, Cell, rates_of
 from snella.comparison.experiment import Grid
+from snella.comparison.plan import Plan
 from snella.comparison.search import Candidate, Choice, TrialResult, next_trials
 from snella.methods import build_method
 from snella.methods.head import is_inside
@@ -125,6 +126,24 @@ def test_all_seeds_of_a_task_share_its_test_images(tiny):
     first, second = (load_splits(cell.config(experiment, "-")) for cell in cells)
     assert first.test.names == second.test.names and first.train.names != second.train.names
     assert not set(first.test.names) & {*second.train.names, *second.val.names}
+
+
+def test_rates_that_were_measured_on_test_stand_for_all_seeds(tiny, make_row):
+    experiment = tiny(methods=["linear"], seeds=3)
+    accuracies = {0.3: 0.7, 1.0: 0.9}
+    rows = [
+        make_row(experiment, "digits", "linear", 0, purpose="trial", factor=factor, val_accuracy=accuracy)
+        for factor, accuracy in accuracies.items()
+    ]
+    chosen = Plan(experiment, {row["cell"]: row for row in rows}).ready()
+    assert {(cell.seed, cell.candidate.lr_factor) for cell in chosen} == {(0, 1.0), (1, 1.0), (2, 1.0)}
+    # the trial at 1.0 had failed when the first seed was measured, and was trained again since
+    rows.append(make_row(experiment, "digits", "linear", 0, factor=0.3))
+    plan = Plan(experiment, {row["cell"]: row for row in rows})
+    assert [(cell.seed, cell.candidate.lr_factor) for cell in plan.ready()] == [(1, 0.3), (2, 0.3)]
+    assert [cell.search for cell in plan.ready()] == [rows[-1]["search"]] * 2
+    without_trials = Plan(experiment, {rows[-1]["cell"]: rows[-1]})
+    assert [cell.is_final for cell in without_trials.ready()] == [True, True]
 
 
 def test_a_grid_of_two_points_goes_on_by_its_ratio():

@@ -56,7 +56,7 @@ def test_differences_are_taken_in_pairs(rows):
     assert -0.1 <= found.low < found.mean < found.high <= 0.0
     unpaired = [row for row in rows if (row["experiment_name"], row["seed"]) != ("a", 0)]
     single = difference(unpaired, "b", "a", ["t1"], "m")
-    assert (single.mean, single.pairs) == (0.0, 1) and math.isnan(single.low) and difference_text(single) == "0.0"
+    assert (single.mean, single.pairs) == (0.0, 1) and math.isnan(single.low) and difference_text(single, 1) == "0.0"
     assert difference(rows, "c", "a", ["t1"], "m") is None
 
 
@@ -139,5 +139,15 @@ def test_numbers_read_as_people_write_them(large):
     experiment, rows = large
     texts = cost_texts(summarise(experiment, rows).methods[0].costs)
     assert texts["trainable"] == "4,000" and texts["step"] == "40.0 ms" and texts["kept"] == "–"
-    assert difference_text(Difference(-0.0123, -0.02, 0.0001, 9, 3)) == "−1.2 [−2.0, 0.0]"
-    assert difference_text(None) == spread_text(None) == "–"
+    assert difference_text(Difference(-0.0123, -0.02, 0.0001, 9, 3), 3) == "−1.2 [−2.0, 0.0]"
+    assert difference_text(Difference(-0.0123, -0.02, 0.0001, 9, 3), 4) == "−1.2 [−2.0, 0.0] (3 of 4 tasks)"
+    assert difference_text(None, 3) == spread_text(None) == "–"
+
+
+def test_the_filled_mark_is_the_rate_that_was_chosen_where_accuracies_are_equal(tiny, make_row):
+    experiment = tiny(methods=["linear"])
+    trials = [make_row(experiment, "digits", "linear", 0, purpose="trial", factor=f) for f in (0.3, 1.0, 3.0)]
+    final = make_row(experiment, "digits", "linear", 0, factor=1.0)
+    for rows, filled in (([*trials, final], 1.0), (trials, 0.3)):
+        figure = learning_rate_curves(summarise(experiment, rows), rows, ["digits"], "digits")
+        assert list(figure.axes[0].lines[1].get_xdata()) == [filled]

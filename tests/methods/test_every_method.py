@@ -28,6 +28,7 @@ STARTS_ELSEWHERE = {
     "fourierft",
     "snella",
     "snell",
+    "klora",
     "fixed-mask",
     "noah",
 }

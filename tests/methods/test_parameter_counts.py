@@ -8,6 +8,7 @@ from snella.methods import build_method
 
 HEAD = 768 * 100 + 100
 LORA_8 = 8 * 12 * (768 + 2304 + 768 + 768 + 768 + 3072 + 3072 + 768)
+SNELLA_8 = LORA_8 + 8 * 12 * 2 * 768 + 72 * 4  # q, k and v have an A of their own; α, β and two α_p a matrix
 
 
 @pytest.mark.parametrize(
@@ -26,6 +27,8 @@ LORA_8 = 8 * 12 * (768 + 2304 + 768 + 768 + 768 + 3072 + 3072 + 768)
         ("mosa-16", 12 * (2 * 16 * 768 + 16 + 768)),  # as many as one adapter
         ("ssf", 205_824),  # 0.21 M, 0.28 M with a head of 100 classes in SSF
         ("lora-8", LORA_8),
+        ("snella-8", SNELLA_8),
+        ("klora-8", SNELLA_8),
         ("dora-8", LORA_8 + 12 * (2304 + 768 + 3072 + 768)),
         ("supertuning", 12 * (17_694 + 5_898 + 23_592 + 23_592)),  # 1 % of each matrix
         ("vera-256", 12 * (4 * 256 + 2304 + 768 + 3072 + 768)),

@@ -133,8 +133,9 @@ def test_the_options_of_snella_are_the_fields_of_its_configuration():
 
 def test_every_contender_has_a_name():
     wanted = "linear bias full partial mlp vpt-shallow vpt-deep vqt adapter mosa ssf lora dora adalora snella snell"
+    chosen = "klora gps spt-lora spt-adapter fixed-mask noah"
     catalogue = "shira supertuning fourierft randlora vera loha lokr boft hra delora ln_tuning"
-    assert set(wanted.split()) | set(catalogue.split()) <= set(method_names())
+    assert {*wanted.split(), *chosen.split(), *catalogue.split()} == set(method_names())
 
 
 def test_a_name_of_several_words_keeps_its_hyphens():
@@ -150,10 +151,25 @@ def test_all_faults_of_the_options_are_reported_together():
         check_method("adapter-8", {"scale": "x", "dropout": 1.5})
 
 
-def test_without_sparsity_snella_is_kernelised_lora():
-    model = build_method("snella", vit(), r=4, target_sparsity=0.0)
-    assert all(matrix.budget == matrix.size for matrix in adapted_matrices(model))
-    assert adapted_matrices(model)[0].nonzeros() == adapted_matrices(model)[0].size
+@pytest.mark.parametrize("kernel", ["mix_k", "p_linear", "linear"])
+def test_kernelised_lora_adds_the_merged_matrix_as_it_is(kernel):
+    model = build_method("klora-4", vit(), kernel=kernel, scaling=2.0)
+    matrix = next(m for m in adapted_matrices(model) if m.name.endswith("fc1"))
+    layer, weight = matrix.layer, matrix.layer.get_base_layer().weight
+    A, B = layer.snella_A["default"][0], layer.snella_B["default"]
+    if kernel == "linear":
+        delta = B @ A.T
+    else:
+        coeff = layer.snella_piece_coeff["default"][0]
+        pieces = [(B[:, None, p : p + 2] - A[None, :, p : p + 2]).norm(dim=-1) for p in (0, 2)]
+        delta = coeff[0] * pieces[0] + coeff[1] * pieces[1]
+        delta = delta + delta.softmax(0) if kernel == "mix_k" else delta
+    x = torch.randn(3, weight.shape[1])
+    expected = x @ (weight + 2.0 * delta).T + layer.get_base_layer().bias
+    torch.testing.assert_close(layer(x), expected)
+    assert matrix.budget == matrix.size
+    with pytest.raises(ValueError, match=r"sparsify_mode='none' keeps every weight .* must be 0, got 0\.7"):
+        SnellaConfig(sparsify_mode="none")
 
 
 def test_a_model_knows_its_method():

@@ -31,14 +31,14 @@ def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
         yield triton_kernels.merge, merge | {"COUNT": True}
         yield triton_kernels.merge, merge | {"COUNT": False, "counts": None}
         yield triton_kernels.merge, merge | no_softmax | {"COUNT": True, "alpha": None, "beta": None}
-        yield triton_gradients.softmax_weighted_sums, axis | TILE | {"SOFT": axis is plain}
-        terms = {"SOFTMAX": True, "LINEAR_TERM": axis is plain, "SOFT": axis is plain}
+        yield triton_gradients.softmax_weighted_sums, axis | TILE | {"MODE": 0 if axis is plain else 1}
+        terms = {"SOFTMAX": True, "LINEAR_TERM": axis is plain, "MODE": 0 if axis is plain else 1}
         yield triton_gradients.factor_gradients, axis | TILE | terms
         yield triton_gradients.scalar_gradients, axis | {"SOFTMAX": True, "CENTER": axis is warm, "BLOCK": 512}
-    nothing = no_softmax | {"alpha": None, "weighted_sum": None, "SOFT": True}
+    nothing = no_softmax | {"alpha": None, "weighted_sum": None, "MODE": 2}
     yield triton_gradients.factor_gradients, plain | TILE | nothing
     for targets in (1, 2):
-        yield triton_kernels.add_sparse, {"SOFT": targets == 1, "BLOCK": 2048}
+        yield triton_kernels.add_sparse, {"MODE": targets - 1, "BLOCK": 2048}
         yield triton_select.count_within_bin, {"TARGETS": targets, "LEVEL": targets, "BLOCK": 4096}
         yield triton_select.finish_thresholds, {"TARGETS": targets}
 

@@ -71,7 +71,7 @@ def make_problem(
     mode: str = "soft",
     **kernel_options: object,
 ) -> Problem:
-    """A linear layer with one update; `budget` defaults to two fifths of the entries, at least one."""
+    """A linear layer with one update; `budget` defaults to two fifths of the entries, in mode `none` to all of them."""
     generator = torch.Generator().manual_seed(seed)
     base_dtype = base_dtype or dtype
 
@@ -98,7 +98,8 @@ def make_problem(
         name: tensor if tensor is None else tensor.to(dtype) for name, tensor in factors.items()
     }
     if budgets is None:
-        budgets = tuple(max(1, 2 * count * n // 5) if budget is None else budget for count in rows)
+        least = 1.0 if mode == "none" else 0.4
+        budgets = tuple(max(1, int(least * count * n)) if budget is None else budget for count in rows)
     return Problem(tensors, spec, tuple(budgets), rows, LinearProduct(), normal(*batch, m).to(base_dtype), mode=mode)
 
 

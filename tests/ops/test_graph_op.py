@@ -29,6 +29,7 @@ PROBLEMS = {
     "float64": lambda: make_problem("rbf", m=9, n=8, dtype=torch.float64),
     "convolution": convolution,
     "official": lambda: make_problem("mix_k", m=9, n=8, mode="official"),
+    "none": lambda: make_problem("mix_k", m=9, n=8, mode="none"),
 }
 
 

@@ -1,4 +1,4 @@
-"""`mode="official"` against what the authors' released modules returned, values and gradients, in float64."""
+"""Modes `official` and `none` (kernelised LoRA) against the authors' released modules: values, gradients, float64."""
 
 import json
 from pathlib import Path
@@ -18,6 +18,7 @@ CASES = {name: case for name, case in json.loads((FOLDER / "official.json").read
 KERNEL = {"klora": "p_linear", "snell": "p_linear", "mixk": "mix_k", "snella": "mix_k"}
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
 SPARSE = [name for name, case in CASES.items() if case["quantile"] is not None]
+DENSE = [name for name in CASES if name not in SPARSE]
 
 
 def stored(name: str) -> dict[str, Tensor]:
@@ -97,24 +98,29 @@ def test_outputs_and_all_gradients_equal_the_authors(name):
 def test_the_adapted_layer_in_official_mode_equals_the_authors(name, impl):
     official, case = stored(name), CASES[name]
     leaves = leaves_of(official)
-    kernel = KERNEL[case["kind"]]
-    delta = merge(official, leaves, kernel)
+    threshold = quantile_threshold(merge(official, leaves, KERNEL[case["kind"]]), case["quantile"])
+    budget = int(official["delta_sparse"].count_nonzero())
+    update = update_of(name, leaves, budget, mode="official", thresholds=[threshold])
+    compare(adapted_product(leaves["x"], None, None, [update], LinearProduct(), impl=impl), leaves, official)
+
+
+@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("impl", ["reference", "eager"])
+def test_the_adapted_layer_without_sparsity_equals_the_authors_kernelised_lora(name, impl):
+    official, case = stored(name), CASES[name]
+    leaves = leaves_of(official)
+    update = update_of(name, leaves, case["in_features"] * case["out_features"], mode="none")
+    compare(adapted_product(leaves["x"], None, None, [update], LinearProduct(), impl=impl), leaves, official)
+
+
+def update_of(name: str, leaves: dict[str, Tensor], budget: int, **settings: object) -> Update:
+    case = CASES[name]
     scalars = KernelScalars(
-        official["shared_coeff_fc"].reshape(1, -1),
+        stored(name)["shared_coeff_fc"].reshape(1, -1),
         *(leaves[field][None] if field in leaves else None for field in ("alpha", "beta", "temperature")),
     )
-    update = Update(
-        leaves["A"][None],
-        leaves["B"],
-        scalars,
-        make_kernel(kernel, num_pieces=case["num_pieces"]),
-        budgets=(int(official["delta_sparse"].count_nonzero()),),
-        row_counts=(case["out_features"],),
-        mode="official",
-        thresholds=[quantile_threshold(delta, case["quantile"])],
-    )
-    y = adapted_product(leaves["x"], None, None, [update], LinearProduct(), impl=impl)
-    compare(y, leaves, official)
+    kernel = make_kernel(KERNEL[case["kind"]], num_pieces=case["num_pieces"])
+    return Update(leaves["A"][None], leaves["B"], scalars, kernel, (budget,), (case["out_features"],), **settings)
 
 
 @pytest.mark.parametrize("impl", ["reference", "eager"])

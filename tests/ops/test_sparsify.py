@@ -20,6 +20,10 @@ def test_official_entries_are_squares_with_their_sign():
     assert torch.equal(sparsify(DELTA, THRESHOLD, "official"), kept)
 
 
+def test_without_sparsity_the_merged_matrix_stays_as_it_is():
+    assert torch.equal(sparsify(DELTA, THRESHOLD, "none"), DELTA)
+
+
 @pytest.mark.parametrize("budget", [0, 1, 10, 34, 35])
 def test_random_entries_equal_eq_13_computed_by_hand(budget):
     delta = torch.randn(7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -28,7 +32,7 @@ def test_random_entries_equal_eq_13_computed_by_hand(budget):
     torch.testing.assert_close(found, sparsify_by_hand(delta, budget), rtol=1e-15, atol=0)
 
 
-@pytest.mark.parametrize("mode", ["soft", "official"])
+@pytest.mark.parametrize("mode", ["soft", "official", "none"])
 @pytest.mark.parametrize("threshold", [0.0, 1.0])
 def test_the_slope_equals_autograd(mode, threshold):
     limit = torch.tensor(threshold, dtype=torch.float64)
@@ -59,10 +63,11 @@ def test_the_threshold_is_a_constant_for_differentiation():
     assert grads[0] is not None and grads[1] is None
 
 
-@pytest.mark.parametrize("mode", ["soft", "official"])
+@pytest.mark.parametrize("mode", ["soft", "official", "none"])
 def test_not_a_number_is_not_hidden(mode):
     found = sparsify(torch.tensor([float("nan"), 0.5]), torch.tensor(1.0), mode)
     assert found.isnan().tolist() == [True, False]
+    assert found[1] == (0.5 if mode == "none" else 0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -71,5 +76,5 @@ def test_the_dtype_stays(dtype):
 
 
 def test_an_unknown_mode_is_named_with_the_choices():
-    with pytest.raises(ValueError, match=r"mode must be one of \['soft', 'official'\], got 'hard'"):
+    with pytest.raises(ValueError, match=r"mode must be one of \['soft', 'official', 'none'\], got 'hard'"):
         sparsify(DELTA, THRESHOLD, "hard")

@@ -32,6 +32,8 @@ def keeps_the_law(problems, **options):
         pytest.param("normalized_rbf", {"m": 7, "n": 65, "softmax_dim": 1, "center_softmax": True}, id="rbf-by-rows"),
         pytest.param("mix_k", FUSED, id="fused-with-no-some-and-full-budget"),
         pytest.param("mix_k", {**FUSED, "mode": "official", "center_softmax": True}, id="fused-official-centred"),
+        pytest.param("mix_k", {"rows": (9, 4), "n": 35, "mode": "none", **MIXED}, id="fused-unsparsified-bfloat16"),
+        pytest.param("p_linear", {"m": 7, "n": 5, "mode": "none", "num_pieces": 1}, id="p_linear-unsparsified"),
         pytest.param("mix_k", {"m": 1, "n": 1, "budget": 1}, id="one-entry"),
     ],
 )

@@ -21,7 +21,7 @@ from snella import SnellaConfig
         ),
         ({"kernel": "mix"}, r"kernel must be one of \[.*'mix_k'\], got 'mix'; did you mean 'mix_k'\?"),
         ({"kernel": 7}, r"kernel must be one of \[.*\], got 7$"),
-        ({"sparsify_mode": "hard"}, r"sparsify_mode must be one of \['soft', 'official'\], got 'hard'"),
+        ({"sparsify_mode": "hard"}, r"sparsify_mode must be one of \['soft', 'official', 'none'\], got 'hard'"),
         ({"allocation": "unifrom"}, r"allocation must be one of .* got 'unifrom'; did you mean 'uniform'\?"),
         ({"schedule": "cube"}, r"schedule must be one of .* got 'cube'; did you mean 'cubic'\?"),
         ({"importance": "sensitive"}, r"importance must be one of .* got 'sensitive'; did you mean 'sensitivity'\?"),

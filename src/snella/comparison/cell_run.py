@@ -72,10 +72,17 @@ def run_cell(root: Path, experiment: Experiment, cell: Cell, is_own_process: boo
     return Outcome("done", row)
 
 
-def record_death(root: Path, experiment: Experiment, cell: Cell, error: str) -> dict[str, Any]:
-    """Store the row of a cell whose process ended without one."""
-    row = _failed(head_of_row(cell, experiment, _now()), error, 0.0)
-    append_row(root, cell.folder(root), row)
+def record_death(root: Path, experiment: Experiment, cell: Cell, error: str) -> dict[str, Any] | None:
+    """Store the row of a cell whose process ended without one; None where another process has taken it over."""
+    folder = cell.folder(root)
+    with cell_lock(root / LOCKS, cell.name) as is_ours:
+        row = read_row(folder)
+        if row is None and not is_ours:
+            return None
+        if row is None:
+            row = _failed(head_of_row(cell, experiment, _now()), error, 0.0)
+            append_row(root, folder, row)
+    remove_locks(root / LOCKS, cell.name)
     return row
 
 

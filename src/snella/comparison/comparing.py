@@ -1,6 +1,7 @@
 """`snella compare`: train what is missing, then draw the table and the page."""
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from snella.comparison.entries import DataEntry, MethodEntry, config_of
 from snella.comparison.executors import Executor, InProcesses, InThisProcess
 from snella.comparison.experiment import FILE, Experiment
 from snella.comparison.experiment_files import read_experiment
-from snella.comparison.locks import is_locked, remove_locks
+from snella.comparison.forgetting import probe_images
+from snella.comparison.locks import cell_lock, is_locked, remove_locks
 from snella.comparison.markdown import write_markdown
 from snella.comparison.page import write_page
 from snella.comparison.plan import Hopeless, Plan
@@ -23,7 +25,6 @@ from snella.comparison.ray_executor import OnRay, import_ray
 from snella.comparison.results_file import collect, drop_failed, read_row
 from snella.comparison.search import Candidate
 from snella.comparison.summary import print_summary, summarise
-from snella.data import load_data
 from snella.tasks import create_task
 from snella.training import TrainingInterrupted
 from snella.training.assembly import choose_device, load_splits
@@ -78,7 +79,7 @@ def compare(
     if not draw_only:
         check_parts(experiment, console)
     root.mkdir(parents=True, exist_ok=True)
-    experiment.write(root)
+    experiment = _store(root, experiment)
     if retry_failed:
         for name in drop_failed(root):
             remove_locks(root / LOCKS, name)
@@ -114,7 +115,7 @@ def check_parts(experiment: Experiment, console: Console) -> None:
             faults.append(f"{data.name}: {fault}")
     for name in {experiment.probe_data(data) for data in experiment.data} - {None}:
         try:
-            load_data(str(name))
+            probe_images(str(name), experiment.forgetting_images)
         except (OSError, ValueError, ImportError) as fault:
             faults.append(f"forgetting: {fault}")
     config = config_of(
@@ -160,6 +161,17 @@ def _settle(experiment: Experiment | None, root: Path) -> Experiment:
     return stored if experiment is None else experiment.joined_with(stored, root)
 
 
+def _store(root: Path, experiment: Experiment) -> Experiment:
+    """Write the experiment, joined with what another command may have stored since `_settle`; the joined one."""
+    while True:
+        with cell_lock(root / LOCKS, FILE) as is_ours:
+            if is_ours:
+                experiment = _settle(experiment, root) if (root / FILE).is_file() else experiment.with_probes()
+                experiment.write(root)
+                return experiment
+        time.sleep(0.05)
+
+
 def _executor(root: Path, experiment: Experiment, workers: int, threads: int | None, ray: bool) -> Executor:
     """Who trains."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -192,7 +204,6 @@ def _train_all(root: Path, plan: Plan, executor: Executor, console: Console) -> 
                     row = ended.outcome.row if ended.outcome else None
                     if ended.outcome is None:
                         row = record_death(root, plan.experiment, ended.cell, ended.error)
-                        remove_locks(root / LOCKS, ended.cell.name)
                     if row is not None:
                         plan.record(row)
                         progress.ended(ended.cell, row)

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from snella.comparison.cell_run import Outcome, run_cell, set_threads
 from snella.comparison.cells import Cell
 from snella.comparison.experiment import Experiment
+from snella.comparison.provenance import GitState, git_state, take_git_state
 from snella.training import TrainingInterrupted
 
 _PRELOADED = ["snella.comparison.cell_run"]
@@ -97,7 +98,7 @@ class InProcesses:
     def start(self, cell: Cell) -> None:
         """Begin a cell in a process of its own."""
         receiving, sending = self._context.Pipe(duplex=False)
-        arguments = (sending, self._root, self._experiment, cell, self._threads)
+        arguments = (sending, self._root, self._experiment, cell, self._threads, git_state())
         process = self._context.Process(target=_work, args=arguments, name=cell.name)
         process.start()
         sending.close()
@@ -137,10 +138,13 @@ class InProcesses:
         return Ended(cell, outcome, error)
 
 
-def _work(connection: Connection, root: Path, experiment: Experiment, cell: Cell, threads: int) -> None:
+def _work(
+    connection: Connection, root: Path, experiment: Experiment, cell: Cell, threads: int, state: GitState
+) -> None:
     """The life of a cell's process. Ctrl-C reaches it through the parent, which ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     set_threads(threads)
+    take_git_state(state)
     with _reported(connection) as send:
         send((run_cell(root, experiment, cell, is_own_process=True), ""))
 

@@ -115,9 +115,12 @@ class Experiment:
 
     def probe_data(self, task: DataEntry) -> str | None:
         """Data on which forgetting is measured after training on `task`: never the task's own; None for none."""
+        return next((data for data in self.with_probes().forgetting or () if data != task.data), None)
+
+    def with_probes(self) -> "Experiment":
+        """This experiment with the data of its probes written down, so that tasks that are added later leave them."""
         usual = (*(entry.data for entry in self.data[:2]), "digits")
-        wanted = usual if self.forgetting is None else self.forgetting
-        return next((data for data in wanted if data != task.data), None)
+        return replace(self, forgetting=usual if self.forgetting is None else self.forgetting)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as an experiment file holds them."""
@@ -155,10 +158,9 @@ class Experiment:
         if any(faults):
             raise ValueError("; ".join(fault for fault in faults if fault))
         plain = {k: v for k, v in values.items() if k not in ("methods", "data", "grid", "train", "forgetting")}
-        grid: dict[str, Any] = {
-            key: tuple(float(v) for v in value) if isinstance(value, list | tuple) else value
-            for key, value in dict(values.get("grid") or {}).items()
-        }
+        grid = dict(values.get("grid") or {})
+        for key in {"lr_factors", "weight_decays"} & grid.keys():
+            grid[key] = _numbers(f"grid.{key}", grid[key])
         return cls(
             methods=tuple(method_entry(value) for value in listed(values["methods"])),
             data=tuple(data_entry(value) for value in listed(values["data"])),
@@ -178,7 +180,9 @@ class Experiment:
         Raises:
             ValueError: Something that finished cells depend on differs.
         """
-        mine, theirs = self.as_dict(), stored.as_dict()
+        if self.forgetting is None:
+            return replace(self, forgetting=stored.with_probes().forgetting).joined_with(stored.with_probes(), folder)
+        mine, theirs = self.as_dict(), stored.with_probes().as_dict()
         changed = [key for key in mine if key not in _GROWING and mine[key] != theirs[key]]
         for kind in ("methods", "data"):
             old = {entry["name"]: entry for entry in theirs[kind]}
@@ -238,6 +242,14 @@ def listed(value: Any) -> Sequence[Any]:
     if isinstance(value, str):
         return [word.strip() for word in value.split(",") if word.strip()]
     return value if isinstance(value, list | tuple) else [value]
+
+
+def _numbers(name: str, value: Any) -> tuple[float, ...]:
+    """Numbers in a list, or between commas."""
+    try:
+        return tuple(float(number) for number in listed(value))
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be numbers, e.g. [0.3, 1, 3], got {value!r}") from None
 
 
 def _plain(value: Any) -> Any:

@@ -1,13 +1,15 @@
 """Experiment files: YAML, found by path, or by the name of one that ships with snella."""
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 import snella
-from snella.comparison.experiment import Experiment
+from snella.comparison.entries import DataEntry, MethodEntry, data_entry, method_entry, plain_entry
+from snella.comparison.experiment import Experiment, listed
 
 
 def bundled_experiments() -> dict[str, Path]:
@@ -43,14 +45,31 @@ def read_experiment(name: str, changes: dict[str, Any] | None = None) -> Experim
 
 
 def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Settings with changes, one level deep; a reference that other methods no longer hold is forgotten."""
-    result = {**values}
+    """Settings with changes, one level deep.
+
+    A method or task that is asked for by its label, or a task by its data, keeps what the entry says of it. A reference
+    that other methods no longer hold is forgotten.
+    """
+    result, changes = {**values}, {**changes}
+    if "methods" in changes:
+        methods = {e.name: e for e in map(method_entry, listed(values.get("methods") or []))}
+        changes["methods"] = [_as_known(asked, methods) for asked in changes["methods"]]
+    if "data" in changes:
+        data = [data_entry(value) for value in listed(values.get("data") or [])]
+        tasks = {e.data: e for e in reversed(data)} | {e.name: e for e in data}
+        changes["data"] = [_as_known(asked, tasks) for asked in changes["data"]]
     for key, value in changes.items():
         inner = result.get(key)
         result[key] = {**inner, **value} if isinstance(inner, dict) and isinstance(value, dict) else value
-    if "methods" in changes and "reference" not in changes and result.get("reference") not in changes["methods"]:
-        result["reference"] = None
+    if "methods" in changes and "reference" not in changes:
+        names = [method_entry(value).name for value in changes["methods"]]
+        result["reference"] = result["reference"] if result.get("reference") in names else None
     return result
+
+
+def _as_known(asked: Any, known: Mapping[str, MethodEntry] | Mapping[str, DataEntry]) -> Any:
+    """The known entry of that name; what was asked for where there is none."""
+    return plain_entry(known[asked]) if isinstance(asked, str) and asked in known else asked
 
 
 def _find(name: str) -> Path:

@@ -21,8 +21,9 @@ from snella.analysis.figure_style import (
     percent_axis,
     shortened,
 )
-from snella.comparison.statistics import Rows
+from snella.comparison.statistics import Rows, final_rows
 from snella.comparison.summary import Summary
+from snella.training.console import counted
 
 _MARKERS = "osD^vPX*<>hp"
 SHOWN_RANGE = 0.3
@@ -87,7 +88,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
 
 
 def learning_rate_curves(summary: Summary, rows: Rows, tasks: Sequence[str], title: str) -> Figure | None:
-    """Draw the accuracy on validation against the learning rate, one line a method; the best rate is filled.
+    """Draw the accuracy on validation against the learning rate, one line a method; the chosen rate is filled.
 
     Rates are given as factors on each method's default, so that methods of different scales share an axis. A training
     that failed has no point; its factor is marked at the bottom.
@@ -95,7 +96,7 @@ def learning_rate_curves(summary: Summary, rows: Rows, tasks: Sequence[str], tit
     Args:
         summary: For the order of methods.
         rows: All rows.
-        tasks: The mean over these tasks is drawn, at factors that were tried on all of them.
+        tasks: The mean over these tasks is drawn, at factors that were tried on all of them; its best rate is filled.
         title: Of the picture.
     """
     curves = [(number, m.name, _mean_curve(rows, m.name, tasks)) for number, m in enumerate(summary.methods)]
@@ -103,7 +104,7 @@ def learning_rate_curves(summary: Summary, rows: Rows, tasks: Sequence[str], tit
     if not curves:
         return None
     figure, axes = new_figure(CURVE[0], CURVE[1] + 40 + 17 * math.ceil(len(curves) / 3), title)
-    handles = [_draw_curve(axes, number, points) for number, _, points in curves]
+    handles = [_draw_curve(axes, number, points, _chosen(rows, name, tasks)) for number, name, points in curves]
     _factor_axis(axes, sorted({factor for *_, points in curves for factor, _ in points}))
     found = [accuracy for *_, points in curves for _, accuracy in points if accuracy is not None]
     if found:
@@ -114,8 +115,14 @@ def learning_rate_curves(summary: Summary, rows: Rows, tasks: Sequence[str], tit
     return figure
 
 
-def _draw_curve(axes: Axes, number: int, points: Sequence[tuple[float, float | None]]) -> Line2D:
-    """One method's line; what it is called by in the legend."""
+def _chosen(rows: Rows, method: str, tasks: Sequence[str]) -> float | None:
+    """The factor that a method's final cells of one task were trained with; None for several tasks or no cell."""
+    finals = [row for row in final_rows(rows) if row["experiment_name"] == method and [row["task_name"]] == [*tasks]]
+    return finals[0]["lr_factor"] if finals else None
+
+
+def _draw_curve(axes: Axes, number: int, points: Sequence[tuple[float, float | None]], chosen: float | None) -> Line2D:
+    """One method's line, the chosen rate or else the best one filled; what it is called by in the legend."""
     colour, marker = style_of(number)
     dashes: Any = "-" if number < len(COLOURS) else (0, (5, 2))
     kept = [(factor, accuracy) for factor, accuracy in points if accuracy is not None]
@@ -123,7 +130,7 @@ def _draw_curve(axes: Axes, number: int, points: Sequence[tuple[float, float | N
     look: dict[str, Any] = {"color": colour, "marker": marker}
     line = axes.plot(x, y, **look, markersize=5, linewidth=1.6, linestyle=dashes, markerfacecolor="none")[0]
     if kept:
-        axes.plot(*max(kept, key=lambda point: point[1]), **look, markersize=8)
+        axes.plot(*max(kept, key=lambda point: (point[0] == chosen, point[1])), **look, markersize=8)
     for factor, accuracy in points:
         if accuracy is None:
             axes.plot(factor, 0.02, color=colour, marker="x", transform=axes.get_xaxis_transform(), clip_on=False)
@@ -160,7 +167,9 @@ def forest(summary: Summary, with_tasks: bool) -> Figure | None:
         overall = method.to_reference["test_accuracy"]
         if overall is None:
             continue
-        lines.append((method.name, overall, True))
+        is_whole = overall.tasks == len(summary.tasks)
+        part = "" if is_whole else f" ({overall.tasks} of {counted(len(summary.tasks), 'task')})"
+        lines.append((f"{method.name}{part}", overall, True))
         if with_tasks:
             lines += [(task, method.to_reference_on[task], False) for task in summary.tasks]
     if not lines:

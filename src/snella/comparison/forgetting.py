@@ -3,7 +3,7 @@
     forgetting = accuracy(probe on frozen features) - accuracy(probe on adapted features)
 
 The probe is scikit-learn's logistic regression on standardised features, measured by stratified cross-validation over
-training and validation images of the other data; its test images are left alone. The features are what enters the
+training and validation images of the other data's own default split. The features are what enters the
 classifier head, whatever a method has put in front of it.
 """
 
@@ -48,7 +48,7 @@ def measure_forgetting(run: Path, data: str, images: int, cache: Path, batch_siz
         `probe_accuracy_frozen` and `probe_accuracy_adapted`.
     """
     loaded = load_run(run)
-    items, labels = _probe_images(data, images)
+    items, labels = probe_images(data, images)
     transform = build_transform(loaded.info["data_config"], train=False, augment="none")
     items = [part.with_transform(transform) for part in items]
     adapted = probe_accuracy(head_inputs(loaded.model, items, batch_size), labels)
@@ -110,8 +110,12 @@ def probe_accuracy(features: NDArray[np.float32], labels: NDArray[np.int64]) -> 
     return float((predicted == labels).mean())
 
 
-def _probe_images(data: str, images: int) -> tuple[list[ImageDataset], NDArray[np.int64]]:
-    """Training and validation images of a data set, a stratified choice of them."""
+def probe_images(data: str, images: int) -> tuple[list[ImageDataset], NDArray[np.int64]]:
+    """Training and validation images of a data set, a stratified choice of at most `images`, and their labels.
+
+    Raises:
+        ValueError: Cross-validation cannot be done, since a class has one image alone.
+    """
     splits = load_data(data, seed=0)
     parts = [splits.train] if splits.val is None else [splits.train, splits.val]
     labels = [label for part in parts for label in part.labels]
@@ -120,4 +124,12 @@ def _probe_images(data: str, images: int) -> tuple[list[ImageDataset], NDArray[n
         first = len(splits.train)
         inside = [[i for i in chosen if i < first], [i - first for i in chosen if i >= first]]
         parts = [part.subset(own) for part, own in zip(parts, inside, strict=False) if own]
-    return parts, np.array([label for part in parts for label in part.labels])
+    found = np.array([label for part in parts for label in part.labels])
+    counts = np.bincount(found, minlength=len(splits.classes))
+    few = [name for name, count in zip(splits.classes, counts, strict=True) if count == 1]
+    if few:
+        raise ValueError(
+            f"forgetting on {data!r} needs two images of every class, got one of {', '.join(few)}; "
+            f"raise forgetting_images ({images}) or name other data"
+        )
+    return parts, found

@@ -57,4 +57,6 @@ def _provenance(experiment: Experiment, rows: Rows) -> str:
     machines = sorted({str(row["system_info"].get("processor") or row["system_info"].get("machine")) for row in finals})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     command = f"`{experiment.command}`, " if experiment.command else ""
-    return f"{command}{', '.join(machines)}, {when}."
+    commits = dict.fromkeys(str(row["package_info"].get("snella-commit-hash") or "")[:8] for row in finals)
+    code = ", ".join(commit for commit in commits if commit)
+    return f"{command}{', '.join(machines)}, {when}{f', snella {code}' if code else ''}."

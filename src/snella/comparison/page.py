@@ -56,12 +56,13 @@ def write_page(root: Path, experiment: Experiment, rows: Rows) -> Path:
         if len(summary.tasks) > 1
         else "",
         "shown_points": f"{100 * figures.SHOWN_RANGE:g}",
+        "on_gpu": any(row.get("accelerator_memory_max") for row in rows),
         "pairs": max((d.pairs for m in summary.methods if (d := m.to_reference["test_accuracy"])), default=0),
         "level": f"{LEVEL:.0%}",
         "resamples": RESAMPLES,
         "machines": _machines(rows),
         "trials": sum(row["purpose"] == "trial" for row in rows),
-        "hours": seconds_text(sum(row["total_time"] for row in rows)),
+        "hours": seconds_text(sum(row["total_time"] for row in rows) - _counted_twice(rows)),
         "settings": yaml.safe_dump(experiment.as_dict(), sort_keys=False, allow_unicode=True),
     }
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -71,6 +72,12 @@ def write_page(root: Path, experiment: Experiment, rows: Rows) -> Path:
     page = environment.from_string(template).render(context, style=Markup(style))
     write_whole(root / FILE, page.encode("utf-8"))
     return root / FILE
+
+
+def _counted_twice(rows: Rows) -> float:
+    """Seconds of trials that are in the rows of the final cells which they became, too."""
+    times = {row["cell"]: row["total_time"] for row in rows}
+    return sum(times.get(row.get("trained_as"), 0.0) for row in rows)
 
 
 def _table(summary: Summary, metric: str, title: str) -> dict[str, Any]:
@@ -94,7 +101,9 @@ def _table(summary: Summary, metric: str, title: str) -> dict[str, Any]:
             is_best = value is not None and value.mean == top
             cells.append({"text": spread_text(value), "is_best": is_best})
         difference = method.to_reference[metric]
-        lines.append({"name": method.name, "cells": cells, "difference": difference_text(difference)})
+        lines.append(
+            {"name": method.name, "cells": cells, "difference": difference_text(difference, len(summary.tasks))}
+        )
     is_main = metric == "test_accuracy"
     return {"title": title, "headings": headings, "means": means, "lines": lines, "is_main": is_main}
 

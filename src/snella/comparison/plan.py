@@ -65,7 +65,16 @@ class Plan:
         return sum((row["task_name"], row["experiment_name"]) in pairs for row in self.rows.values())
 
     def choice(self, data: DataEntry, method: MethodEntry) -> Choice | list[Candidate]:
-        """The rates chosen for a pair, or what must be tried first."""
+        """The rates chosen for a pair, or what must be tried first.
+
+        A choice that has been measured on test images stands, whatever trials are repeated afterwards: all seeds of a
+        pair have the same rates.
+        """
+        measured = self._measured(data, method)
+        if measured is not None:
+            search = measured["search"] or {}
+            edges = (search.get("lr_on_edge", False), search.get("weight_decay_on_edge", False))
+            return Choice(_candidate_of(measured), (), *edges)
         decay = self._default_decays[data.name, method.name]
         return next_trials(self.experiment.grid, decay, self._results(data, method))
 
@@ -87,6 +96,9 @@ class Plan:
             Cell(data, method, seed, found.candidate or Candidate(), True) for seed in range(self.experiment.seeds)
         ]
         missing = [cell for cell in finals if cell.name not in self.rows]
+        measured = self._measured(data, method)
+        if missing and measured is not None:
+            return [replace(cell, search=measured["search"]) for cell in missing]
         if missing and found.candidate is not None:
             rates = {c: rates_of(self.experiment, data, method, c) for c in found.tried}
             search = found.as_dict(self._results(data, method), rates.__getitem__)
@@ -111,6 +123,12 @@ class Plan:
             candidate = _candidate_of(row)
             results.setdefault(candidate, []).append(trial_result(row))
         return results
+
+    def _measured(self, data: DataEntry, method: MethodEntry) -> dict[str, Any] | None:
+        """A final row of a pair, the first of its seeds; None where there is none yet."""
+        pair = (data.name, method.name)
+        rows = (r for r in self.rows.values() if r["purpose"] == "final" and _pair_of(r) == pair)
+        return min((r for r in rows if r["status"] == "success"), key=lambda row: int(row["seed"]), default=None)
 
     def _trials(self, data: DataEntry, method: MethodEntry) -> list[dict[str, Any]]:
         """Rows of a pair's trials, in the order of their names."""

@@ -6,12 +6,14 @@ import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 import snella
 
+GitState: TypeAlias = tuple[str | None, bool | None]
+_state: GitState | None = None
 _PACKAGES = ("snella", "peft", "transformers", "accelerate", "torch", "timm", "numpy", "scikit-learn", "numba")
 
 
@@ -35,9 +37,25 @@ def system_info() -> dict[str, Any]:
     }
 
 
-@functools.cache
-def git_state() -> tuple[str | None, bool | None]:
-    """Commit of the checkout that snella was imported from, and whether tracked files differ; None outside of one."""
+def git_state() -> GitState:
+    """Commit of the checkout that snella was imported from, and whether tracked files differ; None outside of one.
+
+    Asked for once in the life of a process, or of the one that started it and handed its own on.
+    """
+    global _state
+    if _state is None:
+        _state = _ask_git()
+    return _state
+
+
+def take_git_state(state: GitState) -> None:
+    """Hold what the process that started this one has found: the code that runs here was loaded then."""
+    global _state
+    _state = state
+
+
+def _ask_git() -> GitState:
+    """What git says of the checkout now."""
     root = Path(snella.__file__).parents[2]
     if not (root / ".git").exists():
         return None, None

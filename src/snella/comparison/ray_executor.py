@@ -9,6 +9,7 @@ from snella.comparison.cell_run import Outcome, run_cell, set_threads
 from snella.comparison.cells import Cell
 from snella.comparison.executors import Ended
 from snella.comparison.experiment import Experiment
+from snella.comparison.provenance import GitState, git_state, take_git_state
 
 
 class OnRay:
@@ -34,11 +35,14 @@ class OnRay:
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
             address = os.environ.get("RAY_ADDRESS")
-            here: dict[str, Any] = {"num_cpus": (slots or os.cpu_count() or 1) * threads, "include_dashboard": False}
+            here: dict[str, Any] = {
+                "num_cpus": slots * threads if slots else os.cpu_count() or 1,
+                "include_dashboard": False,
+            }
             ray.init(address=address or "local", log_to_driver=False, **({} if address else here))
         available = int(ray.cluster_resources().get("CPU", 1)) // threads
         self.slots = max(1, available if slots is None else slots)
-        self._arguments = (root.resolve(), experiment, threads)
+        self._arguments = (root.resolve(), experiment, threads, git_state())
         # a worker that ends after each cell: its peak memory is the cell's
         self._task = ray.remote(num_cpus=threads, num_gpus=gpus, max_calls=1, max_retries=0)(_work)
         self._running: dict[Any, Cell] = {}
@@ -87,7 +91,8 @@ def import_ray() -> Any:
     return ray
 
 
-def _work(root: Path, experiment: Experiment, threads: int, cell: Cell) -> Outcome:
+def _work(root: Path, experiment: Experiment, threads: int, state: GitState, cell: Cell) -> Outcome:
     """What a worker does."""
     set_threads(threads)
+    take_git_state(state)
     return run_cell(root, experiment, cell, is_own_process=True)

@@ -148,13 +148,17 @@ def spread_text(value: Spread | None) -> str:
     return f"{100 * value.mean:.1f}{deviation}"
 
 
-def difference_text(value: Difference | None) -> str:
-    """A difference in points with its interval, where it has one: -0.8 [-1.9, +0.2]."""
+def difference_text(value: Difference | None, tasks: int) -> str:
+    """A difference in points with its interval, where it has one: -0.8 [-1.9, +0.2].
+
+    Says how many tasks it is about where that is not all of `tasks`.
+    """
     if value is None:
         return "–"
+    part = "" if value.tasks == tasks else f" ({value.tasks} of {counted(tasks, 'task')})"
     if math.isnan(value.low):
-        return _signed(value.mean)
-    return f"{_signed(value.mean)} [{_signed(value.low)}, {_signed(value.high)}]"
+        return f"{_signed(value.mean)}{part}"
+    return f"{_signed(value.mean)} [{_signed(value.low)}, {_signed(value.high)}]{part}"
 
 
 def cost_texts(costs: Mapping[str, float | None]) -> dict[str, str]:
@@ -207,7 +211,7 @@ def table_cells(summary: Summary, metric: str, *, with_costs: bool) -> list[list
         cells = [spread_text(method.per_task[metric][task]) for task in summary.tasks]
         cells += [spread_text(method.over_tasks[metric])] if len(summary.tasks) > 1 else []
         cells += [spread_text(method.over_groups[metric])] if summary.has_groups else []
-        cells += [difference_text(method.to_reference[metric])]
+        cells += [difference_text(method.to_reference[metric], len(summary.tasks))]
         cells += [cost_texts(method.costs)[key] for key in costs]
         lines.append([method.name, *cells])
     return lines

@@ -15,7 +15,7 @@ from snella.methods.noah import NOAH
 from snella.methods.own_weights import BIAS, FULL, LINEAR
 from snella.methods.partial import PARTIAL
 from snella.methods.peft_catalogue import catalogue
-from snella.methods.snell_family import SNELL, SNELLA
+from snella.methods.snell_family import KLORA, SNELL, SNELLA
 from snella.methods.spt_adapter import SPT_ADAPTER
 from snella.methods.spt_lora import SPT_LORA
 from snella.methods.ssf import SSF
@@ -42,6 +42,7 @@ METHODS: dict[str, Method] = {
     "adalora": ADALORA,
     "snella": SNELLA,
     "snell": SNELL,
+    "klora": KLORA,
     # chosen by gradients of the training data before training
     "gps": GPS,
     "spt-lora": SPT_LORA,

@@ -25,6 +25,7 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
         "target_sparsity": 0.7,
         "scaling": 10.0,
     },
+    "klora": {"lr": 2e-3, "scalar_lr": 1e-4, "head_lr": 1e-3, "weight_decay": 0.0, "r": 8},
     "partial": {"lr": 1e-4, "head_lr": 1e-3, "weight_decay": 1e-2},
     "mlp": {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4},
     "vpt-shallow": {"lr": 5e-3, "head_lr": 1e-3, "weight_decay": 1e-4},

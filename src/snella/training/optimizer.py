@@ -22,7 +22,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     """
     lr, weight_decay = config.lr or 0.0, config.weight_decay or 0.0
     head_lr = lr if config.head_lr is None else config.head_lr
-    if spec_of(model).family in ("snella", "snell", "fixed-mask"):
+    if spec_of(model).family in ("snella", "snell", "klora", "fixed-mask"):
         scalars = {} if config.scalar_lr is None else {"scalar_lr": config.scalar_lr}
         return create_snella_optimizer(
             model, torch.optim.AdamW, lr=lr, head_lr=head_lr, weight_decay=weight_decay, **scalars

@@ -76,7 +76,8 @@ class SnellaConfig(PeftConfig):
         dropout_exclude: Suffixes of modules whose update sees no `update_dropout`.
         preset: `"paper"`, or `"official"` for what the authors' released code does; it decides the fields left at
             `None`.
-        sparsify_mode: `"soft"` (eq. 13) or `"official"`.
+        sparsify_mode: `"soft"` (eq. 13), `"official"`, or `"none"`: the update is the merged matrix itself, which is
+            kernelised LoRA; needs `target_sparsity=0`.
         learn_piece_coeff: Whether the coefficients `α_p` are learned.
         learn_temperature: Whether the softmax has a learned temperature.
         zero_start: Whether the importance's moving averages start at zero and are read after the optimiser's step, as
@@ -124,7 +125,7 @@ class SnellaConfig(PeftConfig):
     update_drop_path: float | None = field(default=None, metadata={"help": "chance that a sample skips the update"})
     dropout_exclude: list[str] | None = field(default=None, metadata={"help": "modules without update_dropout"})
     preset: str = field(default="paper", metadata={"help": "paper or official"})
-    sparsify_mode: str | None = field(default=None, metadata={"help": "soft or official"})
+    sparsify_mode: str | None = field(default=None, metadata={"help": "soft, official or none"})
     learn_piece_coeff: bool | None = field(default=None, metadata={"help": "learn the piece coefficients"})
     learn_temperature: bool | None = field(default=None, metadata={"help": "learn the softmax temperature"})
     zero_start: bool | None = field(default=None, metadata={"help": "moving averages as in the authors' code"})
@@ -215,6 +216,11 @@ class SnellaConfig(PeftConfig):
             faults.append(
                 f"init_sparsity must be in [0, target_sparsity], got {self.init_sparsity} "
                 f"with target_sparsity={self.target_sparsity}"
+            )
+        if self.sparsify_mode == "none" and self.target_sparsity != 0:
+            faults.append(
+                f"sparsify_mode='none' keeps every weight of the update: target_sparsity must be 0, got "
+                f"{self.target_sparsity}"
             )
         if not math.isfinite(self.scaling) or self.scaling == 0:
             faults.append(f"scaling must be finite and not 0, got {self.scaling}")

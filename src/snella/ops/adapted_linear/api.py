@@ -243,7 +243,7 @@ def adapted_linear(
         softmax_dim: 0 or 1.
         center_softmax: Whether the softmax is shifted to mean 0.
         scaling: Factor before `S`.
-        mode: `"soft"` (eq. 13) or `"official"`.
+        mode: `"soft"` (eq. 13), `"official"`, or `"none"` with a full budget: `S = ΔW`.
         impl: See `adapted_product`.
         keep_delta: See `adapted_product`.
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from snella.ops.kernels import KernelScalars, MixK, NormalizedRBF, PLinear
+from snella.ops.sparsify import KEEPS_EVERYTHING
 
 from . import numba_loops as loops
 from . import numba_sampling as sampling
@@ -33,6 +34,7 @@ _SAMPLED_DENSITY = (
     0.1  # below it a weight's gradient is sampled: 0.54 to 0.86 of the whole product's time there (README)
 )
 _TOKENS = 256  # of one pass over the kept entries
+_MODES = {"soft": loops.SOFT, "official": loops.OFFICIAL, "none": loops.NONE}
 _SUPPORTED = (torch.float32, torch.bfloat16)
 _UNWRITTEN, _NOTHING = torch.empty(0), np.empty((0, 0), np.float32)
 
@@ -95,6 +97,10 @@ class NumbaBackend(FusedBackend):
             if is_known:
                 merged.append(Merged(_UNWRITTEN, prepared))
                 continue
+            if update.mode == "none":
+                update.thresholds.append(torch.tensor(KEEPS_EVERYTHING))
+                merged.append(Merged(_UNWRITTEN, prepared))
+                continue
             near = _threshold_where_expected(update, group, prepared.factors)
             if near is not None:
                 update.thresholds.append(torch.tensor(near[0]))
@@ -127,7 +133,7 @@ class NumbaBackend(FusedBackend):
 
     def _add(self, update: Update, group: int, merged: Merged, base: Tensor, out: Tensor) -> None:
         """Add one matrix."""
-        how = (np.float32(update.thresholds[group].item()), np.float32(update.scaling), update.mode == "soft")
+        how = (np.float32(update.thresholds[group].item()), np.float32(update.scaling), _MODES[update.mode])
         source, target, shape = _bits(base), _bits(out), tuple(out.shape)
         if merged.delta.numel():
             _share_out(loops.add_sparse, shape[0], shape, source, merged.delta.numpy(), *how, target)
@@ -211,7 +217,7 @@ class NumbaBackend(FusedBackend):
             grad.to(torch.float32).contiguous().numpy(),
             np.float32(update.thresholds[group].item()),
             np.float32(update.scaling),
-            update.mode == "soft",
+            _MODES[update.mode],
             ends is not None,
             *((_NOTHING, _NOTHING) if ends is None else map(_bits, ends)),
             grad_A,

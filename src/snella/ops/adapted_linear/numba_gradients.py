@@ -9,16 +9,19 @@ import numpy as np
 from numba import njit
 
 from .numba_compiling import REGROUPED, compiled
-from .numba_loops import ZERO, add_row, copy_tile, fetch_ahead, merge_block, scratch_of, squared_distances
+from .numba_loops import NONE, SOFT, ZERO, add_row, copy_tile, fetch_ahead, merge_block, scratch_of, squared_distances
 
 ROWS = 4  # of the merged matrix that pull at the factors together
 
 
 @njit(**REGROUPED)
-def gradient_of_row(grad, value, i, start, w, threshold, scaling, is_soft):
+def gradient_of_row(grad, value, i, start, w, threshold, scaling, mode):
     # value[i] = G; returns Σ_j G
-    times = np.float32(2) if is_soft else np.float32(1)
-    less = threshold if is_soft else ZERO
+    times, less = np.float32(1), ZERO
+    if mode == SOFT:
+        times, less = np.float32(2), threshold
+    elif mode == NONE:
+        times, less = ZERO, np.float32(-1)
     total = ZERO
     for j in range(w):
         magnitude = abs(value[i, j])
@@ -105,7 +108,7 @@ def factor_gradients(
     grad,
     threshold,
     scaling,
-    is_soft,
+    mode,
     adds,
     base,
     result,
@@ -140,10 +143,10 @@ def factor_gradients(
                 for i in range(m):
                     fetch_ahead(base, i, start, w)
                     fetch_ahead(result, i, start, w)
-                    add_row(base, value, i, i, start, w, threshold, scaling, is_soft, result)
+                    add_row(base, value, i, i, start, w, threshold, scaling, mode, result)
             for i in range(m):
                 fetch_ahead(grad, i, start, w)
-                sums[chunk, pieces + 1] += gradient_of_row(grad, value, i, start, w, threshold, scaling, is_soft)
+                sums[chunk, pieces + 1] += gradient_of_row(grad, value, i, start, w, threshold, scaling, mode)
             if has_softmax:
                 for i in range(m):
                     for j in range(w):

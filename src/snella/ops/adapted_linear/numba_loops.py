@@ -43,6 +43,7 @@ HISTOGRAM_BINS = 1 << (31 - int(HISTOGRAM_SHIFT))
 WIDTH_OF_ROWS = 768  # columns of a tile where rows are merged: 24 KiB at rank 8
 AHEAD = 6  # how many rows before its turn a block's part of a row is asked for
 _MAGNITUDE = np.int32(0x7FFFFFFF)
+SOFT, OFFICIAL, NONE = 0, 1, 2  # the modes of `sparsify`
 
 
 @njit(**IN_ORDER)
@@ -238,27 +239,31 @@ def collect(first, last, width, value, wanted, offsets, result):
 
 
 @njit(**AS_TORCH)
-def add_row(base, value, of, i, start, w, threshold, scaling, is_soft, result):
+def add_row(base, value, of, i, start, w, threshold, scaling, mode, result):
     # result[i, start + j] = base + scaling·S of value[of, j], in the types that the two arrays hold
-    if is_soft:
+    if mode == SOFT:
         for j in range(w):
             one, at = value[of, j], np.uintp(start + j)
             magnitude = abs(one)
             weight = magnitude - threshold if magnitude > threshold else ZERO
             result[i, at] = narrowed(widened(base[i, at]) + scaling * (one * weight), result[i, at])
-    else:
+    elif mode == OFFICIAL:
         for j in range(w):
             one, at = value[of, j], np.uintp(start + j)
             magnitude = abs(one)
             weight = magnitude if magnitude > threshold else ZERO
             result[i, at] = narrowed(widened(base[i, at]) + scaling * (one * weight), result[i, at])
+    else:
+        for j in range(w):
+            at = np.uintp(start + j)
+            result[i, at] = narrowed(widened(base[i, at]) + scaling * value[of, j], result[i, at])
 
 
 @compiled(AS_TORCH)
-def add_sparse(first, last, base, value, threshold, scaling, is_soft, result):
+def add_sparse(first, last, base, value, threshold, scaling, mode, result):
     # result = base + scaling·S on the rows first … last − 1, S from a matrix that is there already
     for i in range(first, last):
-        add_row(base, value, i, i, 0, value.shape[1], threshold, scaling, is_soft, result)
+        add_row(base, value, i, i, 0, value.shape[1], threshold, scaling, mode, result)
 
 
 @compiled(IN_ORDER)
@@ -275,7 +280,7 @@ def measure_columns(first, last, width, A, B, coeff, softmax, columns):
 
 
 @compiled(AS_TORCH)
-def merge_and_add(first, last, A, B, coeff, softmax, columns, base, threshold, scaling, is_soft, result):
+def merge_and_add(first, last, A, B, coeff, softmax, columns, base, threshold, scaling, mode, result):
     # result = base + scaling·S on the rows first … last − 1, S merged on the way, along the rows as they lie in memory
     n = result.shape[1]
     width = min(n, WIDTH_OF_ROWS)
@@ -289,4 +294,4 @@ def merge_and_add(first, last, A, B, coeff, softmax, columns, base, threshold, s
         copy_tile(A, start, w, tile)
         for i in range(first, last):
             merge_row(tile, B, coeff, softmax, i, w, columns, start, row, squares)
-            add_row(base, row, 0, i, start, w, threshold, scaling, is_soft, result)
+            add_row(base, row, 0, i, start, w, threshold, scaling, mode, result)

@@ -9,18 +9,20 @@ tiles of columns.
 import triton
 import triton.language as tl
 
-from .triton_kernels import LAYOUT_FIELDS, along_axis, distance, logits_of, mean_share, piecewise, shares_of
+from .triton_kernels import LAYOUT_FIELDS, NONE, SOFT, along_axis, distance, logits_of, mean_share, piecewise, shares_of
 
 
 @triton.jit
-def delta_gradient(delta, grad, thresholds, group, rows, j, inside, scaling, n, SOFT: tl.constexpr):
+def delta_gradient(delta, grad, thresholds, group, rows, j, inside, scaling, n, MODE: tl.constexpr):
     """`G = ∂L/∂ΔW` on a tile: `scaling·∂S/∂ΔW ⊙ ∂L/∂W`."""
     entry = rows[:, None] * n + j[None, :]
     magnitude = tl.abs(tl.load(delta + entry, mask=inside, other=0.0))
     threshold = tl.load(thresholds + group)
     slope = magnitude
-    if SOFT:
+    if MODE == SOFT:
         slope = 2 * magnitude - threshold
+    elif MODE == NONE:
+        slope = tl.zeros_like(magnitude) + 1.0
     slope = tl.where(inside & (magnitude > threshold), slope, 0.0)
     return slope * tl.load(grad + entry, mask=inside, other=0.0).to(tl.float32) * scaling
 
@@ -45,7 +47,7 @@ def softmax_weighted_sums(
     R: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
     AXIS: tl.constexpr,
-    SOFT: tl.constexpr,
+    MODE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -62,7 +64,7 @@ def softmax_weighted_sums(
         value, temperature, peak, inverse_sum, group, start, i, j, i_inside, j_inside, n, HAS_TEMPERATURE, AXIS
     )
     rows = (start + i).to(tl.int64)
-    gradient = delta_gradient(delta, grad, thresholds, group, rows, j, inside, scaling, n, SOFT)
+    gradient = delta_gradient(delta, grad, thresholds, group, rows, j, inside, scaling, n, MODE)
     weighted = tl.where(inside, gradient * share, 0.0)
     if AXIS == 0:
         tl.store(partial + tl.program_id(1) * num_kept + group * n + j, tl.sum(weighted, 0), mask=j < n)
@@ -96,7 +98,7 @@ def factor_gradients(
     LINEAR_TERM: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
     AXIS: tl.constexpr,
-    SOFT: tl.constexpr,
+    MODE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -114,7 +116,7 @@ def factor_gradients(
     inside = i_inside[:, None] & j_inside[None, :]
     first, second = B + start * R, A + group * n * R
     rows = (start + i).to(tl.int64)
-    gradient = delta_gradient(delta, grad, thresholds, group, rows, j, inside, scaling, n, SOFT)
+    gradient = delta_gradient(delta, grad, thresholds, group, rows, j, inside, scaling, n, MODE)
     tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     sums += (group * tl.num_programs(1) * tl.num_programs(0) + tile) * (P + 3)
     tl.store(sums + P, tl.sum(gradient))

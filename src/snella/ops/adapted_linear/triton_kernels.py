@@ -13,6 +13,7 @@ import triton.language as tl
 LAYOUT_FIELDS = tl.constexpr(6)
 HIGH_BINS = tl.constexpr(2048)  # bins of the first of three histograms: exponent and 3 bits of the mantissa
 HIGH_SHIFT = tl.constexpr(20)
+SOFT, OFFICIAL, NONE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # the modes of `sparsify`
 
 
 @triton.jit
@@ -220,7 +221,7 @@ def mean_share(active, n, AXIS: tl.constexpr):
 
 
 @triton.jit
-def add_sparse(delta, thresholds, layout, base, out, scaling, n, SOFT: tl.constexpr, BLOCK: tl.constexpr):
+def add_sparse(delta, thresholds, layout, base, out, scaling, n, MODE: tl.constexpr, BLOCK: tl.constexpr):
     """`out = base + scaling·S`, rounded once to the dtype of `out`; all `[m, n]`, `out` may be `base`."""
     group = tl.program_id(1)
     start = tl.load(layout + group * LAYOUT_FIELDS).to(tl.int64)
@@ -232,7 +233,7 @@ def add_sparse(delta, thresholds, layout, base, out, scaling, n, SOFT: tl.conste
     threshold = tl.load(thresholds + group)
     magnitude = tl.abs(value)
     # not a number stays one: it is multiplied with 0
-    sparse = scaling * (value * tl.where(magnitude > threshold, excess(magnitude, threshold, SOFT), 0.0))
+    sparse = scaling * (value * tl.where(magnitude > threshold, excess(magnitude, threshold, MODE), 0.0))
     source = tl.load(base + start * n + entry, mask=inside, other=0.0)
     wide = tl.float64 if base.dtype.element_ty == tl.float64 else tl.float32
     total = source.to(wide) + sparse.to(wide)
@@ -240,8 +241,11 @@ def add_sparse(delta, thresholds, layout, base, out, scaling, n, SOFT: tl.conste
 
 
 @triton.jit
-def excess(magnitude, threshold, SOFT: tl.constexpr):
+def excess(magnitude, threshold, MODE: tl.constexpr):
     """The factor beside `ΔW` in `S`, above the threshold."""
-    if SOFT:
-        magnitude -= threshold
-    return magnitude
+    factor = magnitude
+    if MODE == SOFT:
+        factor = magnitude - threshold
+    elif MODE == NONE:
+        factor = tl.zeros_like(magnitude) + 1.0
+    return factor

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from snella.ops.kernels import MixK, NormalizedRBF
+from snella.ops.sparsify import KEEPS_EVERYTHING
 
 from . import triton_gradients as gradients
 from . import triton_kernels as kernels
@@ -26,6 +27,7 @@ _ENTRIES_TO_ADD = 2048
 _ENTRIES_TO_COUNT = 4096
 _MOST_PROGRAMS_TO_COUNT = 256  # each adds its counts to the matrix's histogram once
 _SUMS_AT_ONCE = 512
+_MODES = {"soft": kernels.SOFT.value, "official": kernels.OFFICIAL.value, "none": kernels.NONE.value}
 LAUNCH: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
 
 
@@ -66,7 +68,7 @@ class UpdateOnDevice:
             update.row_counts,
             update.budgets,
             self.n,
-            update.mode == "soft",
+            update.mode != "official",
             self.A.device,
             torch.cuda.current_stream(self.A.device).cuda_stream if is_cuda else 0,
         )
@@ -135,7 +137,10 @@ class UpdateOnDevice:
         )
 
     def merge_and_select(self, delta: Tensor, peak: Tensor | None, inverse_sum: Tensor | None) -> Tensor:
-        """Write `ΔW`, and return the thresholds, `[G]`."""
+        """Write `ΔW`, and return the thresholds, `[G]`; without a selection where everything is kept."""
+        if self.update.mode == "none":
+            self.merge(delta, peak, inverse_sum)
+            return self.new(self.groups).fill_(KEEPS_EVERYTHING)
         targets = 1 if self.update.mode == "soft" else 2
         high_bins, low_bins = kernels.HIGH_BINS.value * self.groups, select.LOW_BINS.value * self.groups * targets
         counts = torch.zeros(high_bins + 2 * low_bins, dtype=torch.int32, device=self.A.device)
@@ -174,14 +179,14 @@ class UpdateOnDevice:
             out,
             self.update.scaling,
             self.n,
-            SOFT=self.update.mode == "soft",
+            MODE=_MODES[self.update.mode],
             BLOCK=_ENTRIES_TO_ADD,
             **LAUNCH,
         )
 
     def gradients(self, fused: Fused, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients to A, B and the scalars."""
-        grid, is_soft = self.tiles(), {"SOFT": self.update.mode == "soft"}
+        grid, mode = self.tiles(), {"MODE": _MODES[self.update.mode]}
         columns, rows, groups = grid
         matrix = (fused.delta, fused.thresholds, grad)
         weighted_sum = None
@@ -204,7 +209,7 @@ class UpdateOnDevice:
                 kept,
                 **self.sizes,
                 **self.axis,
-                **is_soft,
+                **mode,
                 **TILE,
                 **LAUNCH,
             )
@@ -231,7 +236,7 @@ class UpdateOnDevice:
             **self.sizes,
             **self.terms,
             **self.axis,
-            **is_soft,
+            **mode,
             **TILE,
             **LAUNCH,
         )
@@ -256,7 +261,7 @@ class UpdateOnDevice:
 
 @lru_cache(maxsize=4096)
 def _layout(
-    row_counts: tuple[int, ...], budgets: tuple[int, ...], n: int, is_soft: bool, device: torch.device, stream: int
+    row_counts: tuple[int, ...], budgets: tuple[int, ...], n: int, takes_rank: bool, device: torch.device, stream: int
 ) -> Tensor:
     """The table that every kernel reads, `[G, 6]` on `device`, one a `stream`; copied without a wait, then kept."""
     table = np.zeros((len(budgets), kernels.LAYOUT_FIELDS.value), np.int32)
@@ -264,7 +269,7 @@ def _layout(
     for entry, count, budget in zip(table, row_counts, budgets, strict=True):
         size = count * n
         entry[:3] = start, count, count if budget else 0
-        if is_soft:
+        if takes_rank:
             entry[3] = -1 if budget == size else budget
         elif budget:
             # ranks from the largest on of the two entries that the quantile lies between: see `quantile_threshold`

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from snella.ops.kernels import Kernel, KernelScalars, check_factors
-from snella.ops.sparsify import SparsifyMode, sparsify
+from snella.ops.sparsify import KEEPS_EVERYTHING, SparsifyMode, sparsify
 from snella.ops.threshold import keep_threshold, quantile_threshold
 
 _FADING = 0.7  # what is left of a miss after a step
@@ -127,7 +127,9 @@ class Update:
         """Threshold of matrix `group` whose merged value is `delta`, from the list where it is known."""
         if len(self.thresholds) <= group:
             budget = self.budgets[group]
-            if self.mode == "official":
+            if self.mode == "none":
+                threshold = delta.new_full((), KEEPS_EVERYTHING)
+            elif self.mode == "official":
                 threshold = quantile_threshold(delta, 1 - budget / delta.numel())
             else:
                 threshold = keep_threshold(delta, budget)
@@ -155,6 +157,11 @@ class Update:
                 raise ValueError(
                     f"budget must be in [0, {rows * self.A.shape[1]}] for a matrix {[rows, self.A.shape[1]]}, "
                     f"got {budget}"
+                )
+            if self.mode == "none" and budget != rows * self.A.shape[1]:
+                raise ValueError(
+                    f"mode='none' keeps every entry: budget must be {rows * self.A.shape[1]} for a matrix "
+                    f"{[rows, self.A.shape[1]]}, got {budget}"
                 )
         for A, B, scalars in self.group_factors():
             check_factors(A, B, self.kernel, scalars)
