@@ -7,6 +7,7 @@ STAMP := $(VENV)/.installed
 PACKAGES := dataset-fashion-mnist tuxpaint-stamps-default mricron-data chromium
 # those that need bitsandbytes or torchao; without them they are skipped
 QUANTIZED_TESTS := tests/tuner/test_quantized.py tests/generation/test_personalising.py
+RAY_TESTS := tests/comparison/test_processes.py -k ray
 
 .DEFAULT_GOAL := help
 .PHONY: help install packages demo compare test test-slow bench lint format types clean
@@ -30,6 +31,8 @@ $(VENV)/.installed-for-tests: $(STAMP)
 	if [ "$$(uname -s)" = Linux ]; then $(BIN)/python -m pip install --quiet --no-deps 'triton>=3.5,<4'; fi
 	@# aside, since PEFT imports them wherever they are installed, slowly and with warnings
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/quantized 'bitsandbytes>=0.49' 'torchao>=0.18'
+	@# aside too: it brings versions of its own of what others need
+	$(BIN)/python -m pip install --quiet --no-warn-conflicts --upgrade --target $(VENV)/ray 'ray>=2.40'
 	@touch $@
 
 packages:
@@ -46,6 +49,7 @@ compare: install ## compare four methods on two real tasks; writes runs/coffee/
 test: $(VENV)/.installed-for-tests packages lint types ## lint, types and tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not slow and not gpu'
 	PYTHONPATH=$(VENV)/quantized OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(QUANTIZED_TESTS)
+	PYTHONPATH=$(VENV)/ray OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(RAY_TESTS)
 
 test-slow: $(VENV)/.installed-for-tests packages ## all tests, the slow ones too
 	HYPOTHESIS_PROFILE=new OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not gpu'

@@ -33,6 +33,8 @@ SNELLA_8 = LORA_8 + 8 * 12 * 2 * 768 + 72 * 4  # q, k and v have an A of their o
         ("supertuning", 12 * (17_694 + 5_898 + 23_592 + 23_592)),  # 1 % of each matrix
         ("vera-256", 12 * (4 * 256 + 2304 + 768 + 3072 + 768)),
         ("loha-8", 2 * LORA_8),
+        ("lokr-8", 80_640),  # the docs' number: factors of the sizes nearest to the square roots
+        ("randlora-32", 12 * 4 * 24 * (32 + 768)),  # 768 / 32 bases, scales of their rows and columns
         ("hra-8", 8 * 12 * (768 + 768 + 768 + 3072)),
         ("delora-8", LORA_8 + 48),
         ("ln_tuning", 25 * 2 * 768),
