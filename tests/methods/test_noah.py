@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from snella.methods import SelectionData, build_method, spec_of
-from snella.methods.noah import space_of
+from snella.methods.noah import _apply, space_of
 from snella.methods.noah_search import Subnet, SubnetSpace, search_subnet
 from snella.methods.noah_supernet import SuperAdapter, SuperLowRank, activate, build_supernet
 from snella.methods.spt_lora import LowRank
@@ -101,6 +101,27 @@ def test_a_supernet_computes_as_the_subnet_of_its_first_parts(make_model, images
         torch.testing.assert_close(adapter(x), x + adapter.bottleneck(x))
         adapter.active = 0
         assert adapter(x) is x
+
+
+def test_the_model_that_is_built_computes_what_the_supernet_did_as_that_combination(make_model, images):
+    torch.manual_seed(1)
+    supernet = build_supernet(make_model().requires_grad_(False), "head", 4).eval()
+    for parameter in supernet.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.1)
+    subnet = Subnet((2, 4, 1, 0, 0, 0), (4, 2, 2, 1, 0, 0), (1, 2, 3, 4, 4, 2))
+    activate(supernet, subnet)
+    built = _apply(make_model().requires_grad_(False), "head", subnet).eval()
+    with torch.no_grad():
+        large = dict(supernet.named_parameters())
+        for name, parameter in built.named_parameters():
+            if parameter.requires_grad:
+                source = large[name.replace(".prompts.tokens", ".prompts.prompts.tokens")]
+                parameter.copy_(source[tuple(slice(size) for size in parameter.shape)])
+        outputs = built(images)
+        torch.testing.assert_close(supernet(images), outputs)
+        activate(supernet, Subnet(*((0,) * 6,) * 3))
+        assert not torch.allclose(supernet(images), outputs, atol=1e-2)
 
 
 def test_the_model_gets_fresh_modules_within_the_budget_and_nothing_of_the_supernet(make_model, batches):
