@@ -4,41 +4,12 @@ import pytest
 
 from snella.analysis.report import write_report
 
+from ..browser import CONTRAST, FAULTY_TEXTS, SMALLEST_TEXT
+
 SECTIONS = [
     *("results", "comparison", "curves", "confusion", "sparsity", "budgets", "importance", "matrices"),
     *("examples", "use", "configuration"),
 ]
-
-# texts of a figure that leave it, or that lie on each other (turned ones count by their own box)
-FAULTY_TEXTS = """
-[...document.querySelectorAll('svg.figure')].flatMap(svg => {
-  const frame = svg.getBoundingClientRect(), faults = []
-  const texts = [...svg.querySelectorAll('text')].map(t => [t.textContent, t.getBoundingClientRect()])
-  texts.forEach(([text, box], i) => {
-    if (Math.min(box.left - frame.left, frame.right - box.right, box.top - frame.top, frame.bottom - box.bottom) < -1)
-      faults.push(svg.getAttribute('aria-label') + ': cut: ' + text)
-    texts.slice(i + 1).forEach(([other, b]) => {
-      const wide = Math.min(box.right, b.right) - Math.max(box.left, b.left)
-      const high = Math.min(box.bottom, b.bottom) - Math.max(box.top, b.top)
-      if (wide > 1 && high > 3) faults.push(svg.getAttribute('aria-label') + ': overlap: ' + text + ' / ' + other)
-    })
-  })
-  return faults
-})"""
-SMALLEST_TEXT = """
-Math.min(...[...document.querySelectorAll('svg.figure')].flatMap(svg => {
-  const scale = svg.getBoundingClientRect().width / svg.viewBox.baseVal.width
-  return [...svg.querySelectorAll('text')].map(t => parseFloat(getComputedStyle(t).fontSize) * scale)
-}))"""
-CONTRAST = """
-(() => {
-  const light = c => { const [r, g, b] = c.match(/[\\d.]+/g).map(v => v / 255)
-    .map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4); return .2126 * r + .7152 * g + .0722 * b }
-  const ground = light(getComputedStyle(document.querySelector('section')).backgroundColor)
-  return Math.min(...['h2', '.quiet', 'td', '.verdict.wrong', '.verdict.right', '.numbers dt', 'nav a'].map(s => {
-    const ink = light(getComputedStyle(document.querySelector(s)).color)
-    return (Math.max(ink, ground) + .05) / (Math.min(ink, ground) + .05) }))
-})()"""
 
 
 def test_the_page_shows_all_sections_and_pictures_and_asks_the_network_for_nothing(browser, compared_report):

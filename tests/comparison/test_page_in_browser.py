@@ -1,0 +1,32 @@
+"""The page of a comparison in a real browser: whether people can read it, whatever is missing in it."""
+
+import pytest
+
+from snella.comparison.page import write_page
+
+from ..browser import FAULTY_TEXTS, SMALLEST_TEXT
+
+
+@pytest.fixture(scope="module", params=["whole", "begun"])
+def page(request, tmp_path_factory):
+    """All rows of twelve methods on six tasks, or a third of them, so that names and differences say what they miss."""
+    experiment, rows = request.getfixturevalue("large_once")
+    if request.param == "begun":
+        known = {"fashion", "elpv"}
+        rows = [row for row in rows if row["task_name"] in known or row["experiment_name"] in ("lora-8", "linear")]
+    return write_page(tmp_path_factory.mktemp(request.param), experiment, rows)
+
+
+@pytest.mark.parametrize("width", [1200, 768, 400])
+def test_no_text_is_cut_or_covered_or_tiny_at_any_width(browser, page, width):
+    browser.open(page, width)
+    browser.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    assert browser.evaluate(FAULTY_TEXTS) == []
+    assert browser.evaluate(SMALLEST_TEXT) >= 8.5
+
+
+def test_it_asks_for_nothing_and_complains_of_nothing(browser, page):
+    browser.open(page)
+    assert browser.complaints() == []
+    assert [url for url in browser.requested() if not url.startswith("data:")] == [page.resolve().as_uri()]
