@@ -65,6 +65,12 @@ def test_a_trial_that_became_a_final_cell_is_counted_once_in_the_time(tiny, make
     )
 
 
+def test_rates_that_were_not_searched_for_are_not_said_to_be(tiny, make_row, tmp_path):
+    experiment = tiny(train={"protocol": "official"}, grid={"lr_factors": [1.0]})
+    text = write_page(tmp_path, experiment, [make_row(experiment, "digits", "linear", 0)]).read_text()
+    assert "Rates were given, not searched for; each final run" in text and "chosen on validation, in" not in text
+
+
 def test_the_memory_says_where_it_was_measured(tiny, make_row, tmp_path):
     experiment = tiny()
     for memory, words in ((None, "beyond what the libraries take"), (2**30, "a process of its own on the GPU")):

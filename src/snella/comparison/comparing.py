@@ -204,7 +204,9 @@ def _train_all(root: Path, plan: Plan, executor: Executor, console: Console) -> 
                     row = ended.outcome.row if ended.outcome else None
                     if ended.outcome is None:
                         row = record_death(root, plan.experiment, ended.cell, ended.error)
-                    if row is not None:
+                    if row is None:
+                        progress.left_to_another(ended.cell)
+                    else:
                         plan.record(row)
                         progress.ended(ended.cell, row)
     except (KeyboardInterrupt, TrainingInterrupted):

@@ -67,6 +67,11 @@ class ComparisonProgress:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
         self._refresh()
 
+    def left_to_another(self, cell: Cell) -> None:
+        """Another process has a cell that was to be ours."""
+        self._running.pop(cell.title, None)
+        self._refresh()
+
     def waiting(self, count: int) -> None:
         """Other processes have all that could be done now."""
         if not self._is_waiting:
