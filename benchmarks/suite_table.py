@@ -1,4 +1,4 @@
-"""The table of the bundled suite in docs/compare.md, from the rows in benchmarks/bundled-suite.
+"""What the bundled suite found, from its rows: the tables in docs/compare.md and README.md, and pictures.
 
 `snella compare --out` on a copy of that folder goes on where its rows end.
 """
@@ -6,29 +6,108 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from snella.analysis.figure_style import save_figure
 from snella.benchmark.summary import put_between
+from snella.comparison.experiment import Experiment
 from snella.comparison.experiment_files import read_experiment
+from snella.comparison.figures import forest, learning_rate_curves
 from snella.comparison.markdown import markdown_tables
 from snella.comparison.results_file import read_lines
+from snella.comparison.summary import Summary, cost_texts, difference_text, spread_text, summarise
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "bundled-suite"
-PAGE = ROOT / "docs" / "compare.md"
+PAGE, README = ROOT / "docs" / "compare.md", ROOT / "README.md"
+PICTURES = ROOT / "docs" / "images" / "suite"
 BEGIN, END = "<!-- rows of benchmarks/bundled-suite begin -->", "<!-- rows end -->"
+OVERVIEW_BEGIN, OVERVIEW_END = "<!-- overview of benchmarks/bundled-suite begins -->", "<!-- overview ends -->"
 
 
-def update_suite(page: Path = PAGE) -> bool:
-    """Put the table into the page.
-
-    Returns:
-        Whether the page changed.
+def read_suite() -> tuple[Experiment, list[dict[str, Any]]]:
+    """The suite's experiment and its rows.
 
     Raises:
-        ValueError: A line of the rows is damaged, or the page has no marks.
+        ValueError: A line of the rows is damaged.
     """
     rows, notes = read_lines(RESULTS / "results.jsonl")
     if notes:
         raise ValueError("; ".join(notes))
-    experiment = read_experiment(str(RESULTS / "experiment.yaml"))
-    return put_between(page, BEGIN, END, markdown_tables(experiment, list(rows.values())).strip())
+    return read_experiment(str(RESULTS / "experiment.yaml")), list(rows.values())
+
+
+def update_suite(page: Path = PAGE) -> bool:
+    """Put the tables into the page; whether it changed.
+
+    Raises:
+        ValueError: A line of the rows is damaged, or the page has no marks.
+    """
+    experiment, rows = read_suite()
+    return put_between(page, BEGIN, END, markdown_tables(experiment, rows).strip())
+
+
+def update_overview(readme: Path = README) -> bool:
+    """Put the means over all tasks into the README; whether it changed.
+
+    Raises:
+        ValueError: A line of the rows is damaged, or the README has no marks.
+    """
+    experiment, rows = read_suite()
+    return put_between(readme, OVERVIEW_BEGIN, OVERVIEW_END, overview(experiment, rows))
+
+
+def overview(experiment: Experiment, rows: list[dict[str, Any]]) -> str:
+    """The means of the methods that have been on every task with every seed."""
+    finished = _finished(experiment, rows)
+    if finished is None:
+        return "No method has been on every task with every seed yet."
+    summary = summarise(finished, rows)
+    lines = [
+        f"| method | mean over {len(summary.tasks)} tasks | minus {summary.reference} | trainable | adapter |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for method in summary.methods:
+        costs, difference = cost_texts(method.costs), method.to_reference["test_accuracy"]
+        cells = (
+            method.name,
+            spread_text(method.over_tasks["test_accuracy"]),
+            difference_text(difference, len(summary.tasks)),
+            costs["trainable"],
+            costs["file"],
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw_suite(folder: Path = PICTURES) -> list[Path]:
+    """Draw the differences on each task and the accuracies against the learning rate; the pictures' paths."""
+    experiment, rows = read_suite()
+    finished = _finished(experiment, rows)
+    if finished is None:
+        return []
+    summary = summarise(finished, rows)
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = {
+        "differences": forest(summary, True),
+        "learning-rates": learning_rate_curves(summary, rows, summary.tasks, "Mean over tasks"),
+    }
+    return [save_figure(figure, folder / f"{name}.svg") for name, figure in figures.items() if figure is not None]
+
+
+def _finished(experiment: Experiment, rows: list[dict[str, Any]]) -> Experiment | None:
+    """The experiment with the methods alone that have been on every task with every seed; None without any."""
+    summary: Summary = summarise(experiment, rows)
+    wanted = [entry.name for entry in experiment.data]
+    names = {
+        method.name
+        for method in summary.methods
+        if all(
+            (value := method.per_task["test_accuracy"].get(task)) is not None and value.count == experiment.seeds
+            for task in wanted
+        )
+    }
+    values = experiment.as_dict()
+    if not names:
+        return None
+    return Experiment.from_dict({**values, "methods": [entry for entry in values["methods"] if entry["name"] in names]})

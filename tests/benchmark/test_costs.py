@@ -201,11 +201,10 @@ def test_that_nothing_was_measured_on_a_gpu_is_said_only_while_it_is_so():
     assert ["nothing on a GPU" in notes_text(speed, measured) for measured in (False, True)] == [True, False]
 
 
-def test_the_page_of_comparisons_shows_the_committed_rows(tmp_path):
-    from suite_table import PAGE, update_suite
+def test_the_documents_show_the_committed_rows_of_the_suite(tmp_path):
+    from suite_table import PAGE, README, update_overview, update_suite
 
-    copy = tmp_path / "compare.md"
-    copy.write_text(PAGE.read_text())
-    assert not update_suite(copy), (
-        "docs/compare.md differs from benchmarks/bundled-suite; run: python benchmarks/readme.py"
-    )
+    for page, update in ((PAGE, update_suite), (README, update_overview)):
+        copy = tmp_path / page.name
+        copy.write_text(page.read_text())
+        assert not update(copy), f"{page.name} differs from benchmarks/bundled-suite; run: python benchmarks/readme.py"
