@@ -1,8 +1,11 @@
 """The compiled loops: when they are chosen, and what they promise beyond the law of the op."""
 
+import os
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -215,3 +218,26 @@ def test_nan_in_a_factor_is_not_hidden():
     problem = make_problem("mix_k", budget=35)
     problem.tensors["A"][0, 0, 0] = torch.nan
     assert solve(problem, "numba")["y"].isnan().any()
+
+
+COMPUTED = """
+import hashlib, torch
+torch.set_num_threads(1)
+from problems import make_problem, solve
+for m, n, mode in ((384, 1536, "soft"), (64, 64, "official"), (64, 48, "none")):
+    solution = solve(make_problem(m=m, n=n, r=8, batch=(16,), mode=mode), "numba")
+    print({name: hashlib.md5(value.numpy().tobytes()).hexdigest() for name, value in solution.items()})
+"""
+
+
+def test_a_process_that_compiles_computes_the_bits_of_one_that_takes_the_loops_from_the_disk(tmp_path):
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parent)}
+    found = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", COMPUTED], capture_output=True, text=True, env=environment, timeout=280
+        )
+        assert done.returncode == 0, done.stderr
+        found.append(done.stdout)
+    assert list(tmp_path.rglob("*.nbc"))
+    assert len(found[0].splitlines()) == 3 and found[0] == found[1]

@@ -1,4 +1,9 @@
-"""The loop from ∂L/∂W back to the factors and the kernel's scalars, compiled by numba; letters as in `numba_loops`."""
+"""The loop from ∂L/∂W back to the factors and the kernel's scalars, compiled by numba; letters as in `numba_loops`.
+
+A sum whose order the compiler may choose is inlined by numba: as a function of its own it would exist twice in the
+process that compiles it, alone and inside its caller, in two orders perhaps, of which a process that takes the caller
+from the disk has the other one. A run that is resumed would then differ in its last bits.
+"""
 
 # ruff: noqa: D103
 from __future__ import annotations
@@ -14,7 +19,7 @@ from .numba_loops import NONE, SOFT, ZERO, add_row, copy_tile, fetch_ahead, merg
 ROWS = 4  # of the merged matrix that pull at the factors together
 
 
-@njit(**REGROUPED)
+@njit(**REGROUPED, inline="always")
 def gradient_of_row(grad, value, i, start, w, threshold, scaling, mode):
     # value[i] = G; returns Σ_j G
     times, less = np.float32(1), ZERO
@@ -65,7 +70,7 @@ def lengths_of_row(i, q, w, R, tile, B, coeff, softmax, value, shares, scale, me
     sums[chunk, pieces] += by_value
 
 
-@njit(**REGROUPED)
+@njit(**REGROUPED, inline="always")
 def pull_rows(i, rows_left, w, R, tile, B, lengths, pulls_A, grad_B, chunk):
     # add lengths·(B − tile) of the rows i … i + ROWS − 1, of which rows_left exist, to pulls_A and to grad_B[chunk]:
     # several rows in one loop, so that tile and pulls_A are read once for all of them
