@@ -22,8 +22,7 @@ from snella.analysis.figure_style import (
     shortened,
 )
 from snella.comparison.statistics import Rows, final_rows
-from snella.comparison.summary import Summary
-from snella.training.console import counted
+from snella.comparison.summary import Summary, part_text
 
 _MARKERS = "osD^vPX*<>hp"
 SHOWN_RANGE = 0.3
@@ -167,9 +166,7 @@ def forest(summary: Summary, with_tasks: bool) -> Figure | None:
         overall = method.to_reference["test_accuracy"]
         if overall is None:
             continue
-        is_whole = overall.tasks == len(summary.tasks)
-        part = "" if is_whole else f" ({overall.tasks} of {counted(len(summary.tasks), 'task')})"
-        lines.append((f"{method.name}{part}", overall, True))
+        lines.append((f"{method.name}{part_text(overall, len(summary.tasks))}", overall, True))
         if with_tasks:
             lines += [(task, method.to_reference_on[task], False) for task in summary.tasks]
     if not lines:

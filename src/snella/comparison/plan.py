@@ -65,16 +65,7 @@ class Plan:
         return sum((row["task_name"], row["experiment_name"]) in pairs for row in self.rows.values())
 
     def choice(self, data: DataEntry, method: MethodEntry) -> Choice | list[Candidate]:
-        """The rates chosen for a pair, or what must be tried first.
-
-        A choice that has been measured on test images stands, whatever trials are repeated afterwards: all seeds of a
-        pair have the same rates.
-        """
-        measured = self._measured(data, method)
-        if measured is not None:
-            search = measured["search"] or {}
-            edges = (search.get("lr_on_edge", False), search.get("weight_decay_on_edge", False))
-            return Choice(_candidate_of(measured), (), *edges)
+        """The rates chosen for a pair, or what must be tried first."""
         decay = self._default_decays[data.name, method.name]
         return next_trials(self.experiment.grid, decay, self._results(data, method))
 
@@ -83,7 +74,16 @@ class Plan:
         return [(data, method) for data in self.experiment.data for method in self.experiment.methods]
 
     def _ready(self, data: DataEntry, method: MethodEntry) -> list[Cell | Hopeless]:
-        """The next cells of one pair."""
+        """The next cells of one pair.
+
+        Rates that have been measured on test images stand, whatever trials are repeated afterwards: all seeds of a pair
+        have the same ones.
+        """
+        measured = self._measured(data, method)
+        if measured is not None:
+            seeds = range(self.experiment.seeds)
+            rest = (Cell(data, method, s, _candidate_of(measured), True, measured["search"]) for s in seeds)
+            return [cell for cell in rest if cell.name not in self.rows]
         found = self.choice(data, method)
         if isinstance(found, list):
             trials = [
@@ -96,9 +96,6 @@ class Plan:
             Cell(data, method, seed, found.candidate or Candidate(), True) for seed in range(self.experiment.seeds)
         ]
         missing = [cell for cell in finals if cell.name not in self.rows]
-        measured = self._measured(data, method)
-        if missing and measured is not None:
-            return [replace(cell, search=measured["search"]) for cell in missing]
         if missing and found.candidate is not None:
             rates = {c: rates_of(self.experiment, data, method, c) for c in found.tried}
             search = found.as_dict(self._results(data, method), rates.__getitem__)

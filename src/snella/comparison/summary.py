@@ -155,10 +155,15 @@ def difference_text(value: Difference | None, tasks: int) -> str:
     """
     if value is None:
         return "–"
-    part = "" if value.tasks == tasks else f" ({value.tasks} of {counted(tasks, 'task')})"
+    part = part_text(value, tasks)
     if math.isnan(value.low):
         return f"{_signed(value.mean)}{part}"
     return f"{_signed(value.mean)} [{_signed(value.low)}, {_signed(value.high)}]{part}"
+
+
+def part_text(value: Difference, tasks: int) -> str:
+    """How many of `tasks` a difference is about; empty where it is all of them."""
+    return "" if value.tasks == tasks else f" ({value.tasks} of {counted(tasks, 'task')})"
 
 
 def cost_texts(costs: Mapping[str, float | None]) -> dict[str, str]:
