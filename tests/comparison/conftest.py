@@ -78,8 +78,7 @@ def row(experiment, data, method, seed, *, purpose="final", factor=1.0, decay=No
         "test_accuracy": 0.8 if purpose == "final" else None,
         "test_balanced_accuracy": 0.75 if purpose == "final" else None,
         "num_trainable_params": 1000,
-        "adapted_weights": None,
-        "kept_weights": None,
+        "changed_weights": None,
         "file_size": 5000,
         "step_time": 0.05,
         "train_time": 10.0,
@@ -145,6 +144,7 @@ def _large():
                 accuracy = base + random.normal(0, 0.01)
                 values = {
                     "num_trainable_params": int(4000 * 2.3**number),
+                    "changed_weights": None if name in ("vpt-deep", "adapter-8") else 9000 * number,
                     "training_mib": 140.0 + 12 * number,
                     "step_time": 0.04 + 0.004 * number,
                     "test_accuracy": accuracy,

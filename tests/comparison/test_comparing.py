@@ -90,6 +90,9 @@ def test_every_cell_has_a_row_with_what_it_cost_and_reached(finished):
     assert row["train_samples"] == 40 and row["model_id"] == "test_vit" and row["train_config"]["epochs"] == 1
     assert 0 < row["step_time"] < row["train_time"] < row["total_time"]
     assert row["forgetting"] == pytest.approx(row["probe_accuracy_frozen"] - row["probe_accuracy_adapted"])
+    matrices = [p.numel() for n, p in load_run(run).model.named_parameters() if n.endswith("base_layer.weight")]
+    assert 0.9 * sum(matrices) < row["changed_weights"] <= sum(matrices)
+    assert rows["digits/linear/seed-0"]["changed_weights"] == 0
     assert row["torch_version"] == row["package_info"]["torch-version"] and row["system_info"]["threads"] == 1
     assert row["peak_rss_mib"] is None  # shared with all other cells of this process
 

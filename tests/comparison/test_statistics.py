@@ -138,7 +138,7 @@ def test_what_was_not_measured_is_not_drawn(large):
 def test_numbers_read_as_people_write_them(large):
     experiment, rows = large
     texts = cost_texts(summarise(experiment, rows).methods[0].costs)
-    assert texts["trainable"] == "4,000" and texts["step"] == "40.0 ms" and texts["kept"] == "–"
+    assert texts["trainable"] == "4,000" and texts["step"] == "40.0 ms" and texts["changed"] == "0"
     assert difference_text(Difference(-0.0123, -0.02, 0.0001, 9, 3), 3) == "−1.2 [−2.0, 0.0]"
     assert difference_text(Difference(-0.0123, -0.02, 0.0001, 9, 3), 4) == "−1.2 [−2.0, 0.0] (3 of 4 tasks)"
     assert difference_text(None, 3) == spread_text(None) == "–"

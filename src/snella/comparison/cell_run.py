@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from snella.comparison.cells import Cell
+from snella.comparison.changed_weights import count_changed_weights
 from snella.comparison.experiment import Experiment
 from snella.comparison.forgetting import measure_forgetting
 from snella.comparison.locks import cell_lock, remove_locks
@@ -114,6 +115,7 @@ def _row(root: Path, experiment: Experiment, cell: Cell, folder: Path, is_own_pr
                 memory = {key: trial[key] for key in MEMORY}
             else:
                 memory = _memory(run, before_mib) if is_own_process else dict.fromkeys(MEMORY)
+            changed = count_changed_weights(run.path) if cell.is_final else None
             probe = _forgetting(root, experiment, cell, run)
             shutil.rmtree(run.checkpoints, ignore_errors=True)
         except (KeyboardInterrupt, TrainingInterrupted):
@@ -123,7 +125,17 @@ def _row(root: Path, experiment: Experiment, cell: Cell, folder: Path, is_own_pr
             return _failed(head, f"{type(fault).__name__}: {_first_lines(fault)}", time.monotonic() - start)
     total = round(time.monotonic() - start + (0.0 if trial is None else trial["total_time"]), 3)
     origin = {"trained_as": None if trial is None else trial["cell"]}
-    return {**head, "status": "success", "error": None, "total_time": total, **origin, **results, **memory, **probe}
+    return {
+        **head,
+        "status": "success",
+        "error": None,
+        "total_time": total,
+        **origin,
+        **results,
+        "changed_weights": changed,
+        **memory,
+        **probe,
+    }
 
 
 def _memory(run: RunFolder, before_mib: float) -> dict[str, float]:

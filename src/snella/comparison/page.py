@@ -112,8 +112,7 @@ def _costs(summary: Summary) -> dict[str, Any]:
     """Headings and lines of the costs; columns that nobody has are left out."""
     titles = {
         "trainable": "trainable",
-        "adapted": "adapted weights",
-        "kept": "kept weights",
+        "changed": "changed weights",
         "file": "file",
         "step": "median step",
         "time": "training",
@@ -127,6 +126,7 @@ def _costs(summary: Summary) -> dict[str, Any]:
         "lines": [{"name": name, "cells": [line[key] for key in shown]} for name, line in texts],
         "has_memory": "memory" in shown,
         "has_forgetting": "forgetting" in shown,
+        "has_changed": "changed" in shown,
     }
 
 

@@ -26,7 +26,7 @@ from snella.training.console import counted
 
 METRICS = {"test_accuracy": "accuracy", "test_balanced_accuracy": "balanced accuracy"}
 _COSTS = (
-    *("num_trainable_params", "adapted_weights", "kept_weights", "file_size", "step_time", "train_time"),
+    *("num_trainable_params", "changed_weights", "file_size", "step_time", "train_time"),
     *("training_mib", "peak_rss_mib", "accelerator_memory_max", "forgetting"),
 )
 
@@ -171,8 +171,7 @@ def cost_texts(costs: Mapping[str, float | None]) -> dict[str, str]:
     memory = costs["accelerator_memory_max"]
     texts = {
         "trainable": _text(costs["num_trainable_params"], lambda v: count_text(round(v))),
-        "adapted": _text(costs["adapted_weights"], lambda v: count_text(round(v))),
-        "kept": _text(costs["kept_weights"], lambda v: count_text(round(v))),
+        "changed": _text(costs["changed_weights"], lambda v: count_text(round(v))),
         "file": _text(costs["file_size"], bytes_text),
         "step": _text(costs["step_time"], lambda v: f"{1000 * v:.1f} ms"),
         "time": _text(costs["train_time"], seconds_text),
@@ -208,7 +207,7 @@ def print_summary(console: Console, experiment: Experiment, rows: Rows) -> None:
 
 def table_cells(summary: Summary, metric: str, *, with_costs: bool) -> list[list[str]]:
     """The table as text, its first line the headings: tasks, means, the difference to the reference, costs."""
-    costs = ("trainable", "file", "step", "memory", "forgetting") if with_costs else ()
+    costs = ("trainable", "changed", "file", "step", "memory", "forgetting") if with_costs else ()
     headings = ["method", *summary.tasks, *(["mean over tasks"] if len(summary.tasks) > 1 else [])]
     headings += ["mean over groups"] if summary.has_groups else []
     lines = [[*headings, f"difference to {summary.reference}", *costs]]
