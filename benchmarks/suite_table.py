@@ -12,7 +12,7 @@ from snella.analysis.figure_style import save_figure
 from snella.benchmark.summary import put_between
 from snella.comparison.experiment import Experiment
 from snella.comparison.experiment_files import read_experiment
-from snella.comparison.figures import forest, learning_rate_curves
+from snella.comparison.figures import forest, learning_rate_curves, pareto
 from snella.comparison.markdown import markdown_tables
 from snella.comparison.results_file import read_lines
 from snella.comparison.summary import Summary, cost_texts, difference_text, spread_text, summarise
@@ -81,7 +81,7 @@ def overview(experiment: Experiment, rows: list[dict[str, Any]]) -> str:
 
 
 def draw_suite(folder: Path = PICTURES) -> list[Path]:
-    """Draw the differences on each task and the accuracies against the learning rate; the pictures' paths."""
+    """Draw differences, accuracy against memory and accuracy against the learning rate; the pictures' paths."""
     experiment, rows = read_suite()
     finished = _finished(experiment, rows)
     if finished is None:
@@ -89,7 +89,10 @@ def draw_suite(folder: Path = PICTURES) -> list[Path]:
     summary = summarise(finished, rows)
     folder.mkdir(parents=True, exist_ok=True)
     figures = {
-        "differences": forest(summary, True),
+        "differences": forest(summary, False),
+        "memory": pareto(
+            summary, "training_mib", "peak memory beyond the libraries, MiB", "Accuracy against memory", False
+        ),
         "learning-rates": learning_rate_curves(summary, rows, summary.tasks, "Mean over tasks"),
     }
     return [save_figure(figure, folder / f"{name}.svg") for name, figure in figures.items() if figure is not None]
