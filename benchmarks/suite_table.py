@@ -15,7 +15,7 @@ from snella.comparison.experiment_files import read_experiment
 from snella.comparison.figures import forest, learning_rate_curves, pareto
 from snella.comparison.markdown import markdown_tables
 from snella.comparison.results_file import read_lines
-from snella.comparison.summary import Summary, cost_texts, difference_text, spread_text, summarise
+from snella.comparison.summary import MethodSummary, Summary, cost_texts, difference_text, spread_text, summarise
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "bundled-suite"
@@ -67,7 +67,7 @@ def overview(experiment: Experiment, rows: list[dict[str, Any]]) -> str:
         f"| method | mean over {len(summary.tasks)} tasks | minus {summary.reference} | trainable | adapter |",
         "|---|---:|---:|---:|---:|",
     ]
-    for method in summary.methods:
+    for method in sorted(summary.methods, key=_mean, reverse=True):
         costs, difference = cost_texts(method.costs), method.to_reference["test_accuracy"]
         cells = (
             method.name,
@@ -78,6 +78,12 @@ def overview(experiment: Experiment, rows: list[dict[str, Any]]) -> str:
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _mean(method: MethodSummary) -> float:
+    """The method's mean accuracy over tasks."""
+    mean = method.over_tasks["test_accuracy"]
+    return 0.0 if mean is None else mean.mean
 
 
 def draw_suite(folder: Path = PICTURES) -> list[Path]:
