@@ -159,6 +159,22 @@ def test_convolution_gradients_equal_those_of_the_plain_reference(cases):
             assert torch.allclose(mine.grad, theirs.grad, rtol=1e-3, atol=1e-5), name
 
 
+@pytest.mark.parametrize("settings", [{}, {"fixed_support": True}, {"preset": "official"}], ids=str)
+@pytest.mark.parametrize(
+    ("layer", "shape"), [(nn.Linear(8, 8), (2, 3, 8)), (nn.Conv2d(8, 8, 1), (8, 4, 4))], ids=["linear", "unbatched"]
+)
+def test_what_follows_may_work_in_place(layer, shape, settings):
+    x, gradients = torch.randn(shape), {}
+    for inplace in (False, True):
+        model = adapted(nn.Sequential(copy.deepcopy(layer), nn.ReLU(inplace=inplace)), **settings)
+        if "fixed_support" in settings:
+            first_layer(model).set_support("default", torch.arange(0, 64, 2))
+        torch.manual_seed(0)
+        model(x).square().sum().backward()
+        gradients[inplace] = [p.grad for p in model.parameters() if p.requires_grad]
+    assert all(map(torch.equal, gradients[False], gradients[True]))
+
+
 def test_two_active_adapters_add_up():
     model = adapted(sequential())
     torch.manual_seed(5)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .adapted_linear.products import Product
+from .adapted_linear.products import Product, without_view
 from .adapted_linear.weight_source import WeightSource
 
 
@@ -60,7 +60,8 @@ class _SparseProduct(torch.autograd.Function):
         needs_x = ctx.needs_input_grad[1] or (ctx.needs_input_grad[3] and len(values))
         ctx.save_for_backward(x if needs_x else None, weight, values, indices)
         with torch.autocast(x.device.type, enabled=False):
-            return product(x, fold_entries(_matrix(weight, source), values, indices).to(x.dtype), bias)
+            effective = fold_entries(_matrix(weight, source), values, indices).to(x.dtype)
+            return without_view(product(x, effective, bias))
 
     @staticmethod
     @once_differentiable

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from .backends import Backend, FusedBackend, Merged
 from .handover import hand_over, handed_over
-from .products import LinearProduct, Product
+from .products import LinearProduct, Product, without_view
 from .update import Update
 from .weight_source import WeightSource
 
@@ -258,7 +258,7 @@ class _AdaptedProduct(torch.autograd.Function):
         ctx.num_thresholds = len(thresholds)
         needs_x = some_update_learns or ctx.needs_input_grad[1]
         ctx.save_for_backward(x if needs_x else None, weight, *thresholds, *kept, *tensors)
-        return y
+        return without_view(y)
 
     @staticmethod
     @once_differentiable

@@ -99,3 +99,12 @@ class Conv2dProduct:
                 )
             return (totals[0] // 2, totals[1] // 2)
         return self.padding
+
+
+def without_view(y: Tensor) -> Tensor:
+    """`y` as a tensor of its own over the same memory.
+
+    torch forbids in-place operations on a view that a hand-written autograd function returns, and a product is one
+    wherever torch reshapes it (a bias and three axes, a convolution without a batch).
+    """
+    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
