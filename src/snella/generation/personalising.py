@@ -26,7 +26,7 @@ from snella.training.assembly import choose_device
 from snella.training.checkpoints import saving
 from snella.training.console import make_console
 from snella.training.results import describe_allocation, kept_text, matrices_of
-from snella.training.session import checkpoint_to_continue, outcome_recorded, settle_unfinished
+from snella.training.session import checkpoint_to_continue, outcome_recorded, run_owned, settle_unfinished
 from snella.training.stopping import InterruptCallback
 
 
@@ -42,6 +42,7 @@ def personalise(config: DreamBoothConfig, console: Console | None = None) -> Dre
 
     Raises:
         FileExistsError: The folder holds a run, and neither `resume` nor `overwrite` was asked for.
+        RunInUseError: Another process is writing into the folder.
         FileNotFoundError: Images, subject or pipeline are not there.
         ValueError: Settings that contradict each other, broken images, or a resumed run whose images have changed.
         TrainingInterrupted: Ctrl-C; a checkpoint is saved.
@@ -50,6 +51,12 @@ def personalise(config: DreamBoothConfig, console: Console | None = None) -> Dre
     """
     console = console or make_console()
     run = DreamBoothFolder(str(config.out))
+    with run_owned(run):
+        return _personalise(config, run, console)
+
+
+def _personalise(config: DreamBoothConfig, run: DreamBoothFolder, console: Console) -> DreamBoothFolder:
+    """The work of `personalise`, in a folder that no other process writes into."""
     settled = settle_unfinished(run, config, console, f"its report is {run.report}")
     if settled is None:
         return run

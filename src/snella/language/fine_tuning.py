@@ -34,7 +34,7 @@ from snella.training.results import (
     peak_rss_mib,
     trainable_parameters,
 )
-from snella.training.session import checkpoint_to_continue, outcome_recorded, settle_unfinished
+from snella.training.session import checkpoint_to_continue, outcome_recorded, run_owned, settle_unfinished
 from snella.training.settings import command_line
 from snella.training.stopping import InterruptCallback
 
@@ -56,6 +56,7 @@ def fine_tune(config: LanguageConfig, console: Console | None = None) -> Languag
 
     Raises:
         FileExistsError: The folder holds a run, and neither `resume` nor `overwrite` was asked for.
+        RunInUseError: Another process is writing into the folder.
         FileNotFoundError: Data or model are not there.
         ValueError: Faulty data, settings that contradict each other, or a resumed run whose data have changed.
         TrainingInterrupted: Ctrl-C; a checkpoint is saved.
@@ -64,6 +65,12 @@ def fine_tune(config: LanguageConfig, console: Console | None = None) -> Languag
     """
     console = console or make_console()
     run = LanguageFolder(str(config.out))
+    with run_owned(run):
+        return _fine_tune(config, run, console)
+
+
+def _fine_tune(config: LanguageConfig, run: LanguageFolder, console: Console) -> LanguageFolder:
+    """The work of `fine_tune`, in a folder that no other process writes into."""
     settled = settle_unfinished(run, config, console, f"its adapter is {run.adapter}")
     if settled is None:
         return run

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from snella.training.predicting import predict
     from snella.training.run_folder import RunFolder
     from snella.training.running import train
+    from snella.training.session import RunInUseError
     from snella.training.stopping import NonFiniteLossError, TrainingInterrupted
 
 _HOMES = {
@@ -23,6 +24,7 @@ _HOMES = {
     "LoadedRun": "loading",
     "NonFiniteLossError": "stopping",
     "RunFolder": "run_folder",
+    "RunInUseError": "session",
     "TrainConfig": "config",
     "TrainingInterrupted": "stopping",
     "evaluate": "evaluating",
@@ -39,6 +41,7 @@ __all__ = [
     "LoadedRun",
     "NonFiniteLossError",
     "RunFolder",
+    "RunInUseError",
     "TrainConfig",
     "TrainingInterrupted",
     "evaluate",

@@ -32,7 +32,7 @@ from snella.training.results import (
 )
 from snella.training.run_folder import RunFolder
 from snella.training.selection import store_selection
-from snella.training.session import checkpoint_to_continue, outcome_recorded, settle_unfinished
+from snella.training.session import checkpoint_to_continue, outcome_recorded, run_owned, settle_unfinished
 from snella.training.split_identity import check_splits, find_data
 from snella.training.step_costs import StepCosts
 from snella.training.stopping import InterruptCallback
@@ -65,6 +65,7 @@ def train(
 
     Raises:
         FileExistsError: The folder holds a run, and neither `resume` nor `overwrite` was asked for.
+        RunInUseError: Another process is writing into the folder.
         FileNotFoundError: The data of a resumed run is not there, or the adapter of a finished one.
         ValueError: Settings that contradict each other or the data, or a resumed run whose images have changed.
         TrainingInterrupted: Ctrl-C; a checkpoint is saved.
@@ -73,6 +74,14 @@ def train(
     """
     console = console or make_console()
     run = RunFolder(str(config.out))
+    with run_owned(run):
+        return _train(config, run, console, measure_test, keep_checkpoints, draw_report)
+
+
+def _train(
+    config: TrainConfig, run: RunFolder, console: Console, measure_test: bool, keep_checkpoints: bool, draw_report: bool
+) -> RunFolder:
+    """The work of `train`, in a folder that no other process writes into."""
     settled = settle_unfinished(run, config, console, f"its report is {run.report}")
     if settled is None:
         return run

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +18,86 @@ from snella.training.settings import RunSettings
 from snella.training.stopping import TrainingInterrupted
 
 S = TypeVar("S", bound=RunSettings)
+
+_LOCK = ".lock"
+_HELD: set[int] = set()
+"""Descriptors of the locks that this process holds."""
+
+
+class RunInUseError(OSError):
+    """Another process is writing into the folder of a run."""
+
+
+@contextmanager
+def run_owned(run: RunFolderOf[Any]) -> Iterator[None]:
+    """Be the only process that writes into a run's folder, while the work inside lasts.
+
+    The lock is one of the kernel's, which frees it when the process ends in whatever way. Folders that are made for it
+    and stay empty are removed.
+
+    Args:
+        run: Folder of the run; need not exist yet.
+
+    Raises:
+        RunInUseError: A living process owns it; names the process.
+        NotImplementedError: This is one of several processes of one training, as `torchrun` starts them.
+    """
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes not in ("", "1"):
+        raise NotImplementedError(
+            f"training runs in one process, got WORLD_SIZE={processes} from torchrun or accelerate; start it with "
+            "`snella` or `python` alone, or leave WORLD_SIZE unset"
+        )
+    if run.path.exists() and not run.path.is_dir():
+        yield  # refused when settings are compared with what is there
+        return
+    made = [folder for folder in (run.path, *run.path.parents) if not folder.exists()]
+    run.path.mkdir(parents=True, exist_ok=True)
+    lock = run.path / _LOCK
+    descriptor = _lock(lock, run.path)
+    _HELD.add(descriptor)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        _HELD.discard(descriptor)
+        os.close(descriptor)
+        with contextlib.suppress(OSError):
+            for folder in made:
+                folder.rmdir()
+
+
+def _lock(path: Path, run: Path) -> int:
+    """An open lock file that this process alone has locked, with its process id inside."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.pread(descriptor, 20, 0).decode(errors="replace").strip()
+            os.close(descriptor)
+            raise RunInUseError(
+                f"out={run} is being written by process {owner or 'of unknown number'}, which is still alive; wait for "
+                "it, end it, or choose another folder"
+            ) from None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        if os.fstat(descriptor).st_nlink:
+            os.truncate(descriptor, 0)
+            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+            return descriptor
+        os.close(descriptor)  # its owner ended, and removed it, after it was opened here
+
+
+def _close_inherited() -> None:
+    """Let a forked process, such as a loader's worker, hold no lock: it may outlive the owner."""
+    for descriptor in _HELD:
+        os.close(descriptor)
+    _HELD.clear()
+
+
+os.register_at_fork(after_in_child=_close_inherited)
 
 
 def settle_unfinished(run: RunFolderOf[S], config: S, console: Console, result: str) -> tuple[S, bool] | None:
