@@ -14,7 +14,7 @@ from snella.comparison.experiment import Experiment
 from snella.comparison.experiment_files import read_experiment
 from snella.comparison.figures import forest, learning_rate_curves, pareto
 from snella.comparison.markdown import markdown_tables
-from snella.comparison.results_file import read_lines
+from snella.comparison.store import read_lines
 from snella.comparison.summary import MethodSummary, Summary, cost_texts, difference_text, spread_text, summarise
 
 ROOT = Path(__file__).parents[1]

@@ -8,7 +8,7 @@ from snella.cli.main import main
 from snella.cli.options import CompareOptions
 from snella.cli.parser import parse
 from snella.comparison.asking import experiment_of
-from snella.comparison.results_file import read_lines
+from snella.comparison.store import read_lines
 
 WORDS = [
     *("compare", "--methods", "linear,bias", "--data", "digits", "--backbone", "test_vit", "--pretrained", "false"),
@@ -47,6 +47,29 @@ def test_flags_go_before_the_file():
     experiment = asked(*words)
     assert experiment.seeds == 4 and experiment.settings["epochs"] == 2 and experiment.settings["img_size"] == 42
     assert [entry.name for entry in experiment.methods] == ["linear"] and experiment.reference_name == "linear"
+
+
+def test_head_start_and_ema_hold_for_every_method(tmp_path):
+    words = ("--head-start", "probe", "--ema", "0.5", "--methods", "bias,lora-2")
+    assert main([*WORDS, *words, "--out", str(tmp_path / "c")]) == 0
+    rows, _ = read_lines(tmp_path / "c" / "results.jsonl")
+    assert {(row["train_config"]["head_start"], row["ema"]) for row in rows.values()} == {("probe", 0.5)}
+
+
+def test_the_status_says_that_runs_failed(tmp_path, capsys, monkeypatch):
+    def fail(*arguments, **options):
+        raise OSError("no space left on device")
+
+    out = str(tmp_path / "c")
+    with monkeypatch.context() as patch:
+        patch.setattr("snella.comparison.cell_run.train", fail)
+        assert main([*WORDS, "--out", out]) == 1
+    error = capsys.readouterr().err
+    assert "2 of 2 cells failed, e.g. digits/bias/seed-0: OSError: no space left on device" in error
+    assert "--retry-failed trains the failed ones again" in error
+    assert main(["compare", "--out", out, "--draw-only"]) == 0
+    assert main(["compare", "--out", out, "--workers", "0"]) == 1
+    assert main(["compare", "--out", out, "--workers", "0", "--retry-failed"]) == 0
 
 
 def test_a_folder_alone_means_its_own_experiment(tmp_path):

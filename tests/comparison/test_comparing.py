@@ -7,13 +7,12 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from snella.comparison import compare
+from snella.comparison import CellsFailedError, compare
 from snella.comparison.cell_run import record_death, run_cell
 from snella.comparison.cells import Cell
 from snella.comparison.experiment_files import read_experiment
-from snella.comparison.locks import cell_lock, is_locked
-from snella.comparison.results_file import read_lines
 from snella.comparison.search import Candidate
+from snella.comparison.store import append_row, cell_lock, is_locked, read_lines
 from snella.training import RunFolder, TrainingInterrupted, load_run
 
 
@@ -141,7 +140,7 @@ def test_the_chosen_trial_is_the_final_cell_of_its_seed_and_training_it_again_ch
     compare(None, copy, workers=0, console=console)
     after = rows_of(copy)["digits/lora-2/seed-0"]
     assert after["trained_as"] is None
-    own = ("created_at", "trained_as", "total_time", "train_time", "step_time")
+    own = ("created_at", "sha256", "trained_as", "total_time", "train_time", "step_time")
     assert {k: v for k, v in after.items() if k not in own} == {k: v for k, v in before.items() if k not in own}
 
 
@@ -216,7 +215,8 @@ def test_a_cell_without_its_row_is_trained_again_and_no_other(copy, console):
 def test_a_training_that_fails_is_a_row_with_its_error_and_the_others_go_on(tiny, tmp_path, console):
     hopeless = {"name": "hopeless", "method": "bias", "lr": 1e30}
     experiment = tiny(methods=[hopeless, "bias"], grid={"lr_factors": [1.0, 1e33]}, forgetting=[])
-    compare(experiment, tmp_path / "c", workers=0, console=console)
+    with pytest.raises(CellsFailedError, match=r"2 of 6 cells failed, e.g. digits/hopeless/seed-0: none of the 2"):
+        compare(experiment, tmp_path / "c", workers=0, console=console)
     rows = rows_of(tmp_path / "c")
     trial, final = rows["digits/bias/trials/lr-x1e+33_seed-0"], rows["digits/bias/seed-0"]
     assert trial["status"] == "failed" and trial["error"].startswith("NonFiniteLossError: the ")
@@ -232,8 +232,10 @@ def test_a_training_that_fails_is_a_row_with_its_error_and_the_others_go_on(tiny
 def test_failed_cells_are_trained_again_when_asked(copy, console, monkeypatch):
     cell = "digits/linear/seed-0"
     row = {**rows_of(copy)[cell], "status": "failed", "error": "OSError: disk full"}
-    (copy / "cells" / cell / "cell.json").write_text(json.dumps(row))
-    compare(None, copy, workers=0, console=console)
+    append_row(copy, copy / "cells" / cell, row)
+    with pytest.raises(CellsFailedError, match=r"1 of 6 cells failed.*OSError: disk full; the others are in .*html"):
+        compare(None, copy, workers=0, console=console)
+    compare(None, copy, draw_only=True, console=console)
     assert rows_of(copy)[cell]["status"] == "failed"
     compare(None, copy, workers=0, retry_failed=True, console=console)
     assert rows_of(copy)[cell]["status"] == "success" and len(rows_of(copy)) == 6

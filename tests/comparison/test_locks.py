@@ -1,23 +1,20 @@
 """One owner at a time, and a new one when it dies."""
 
-import json
 import multiprocessing
 import os
 import signal
-import socket
 import time
 
 import pytest
 
-from snella.comparison import locks
-from snella.comparison.locks import cell_lock, is_locked, remove_locks
+from snella.comparison.store import cell_lock, is_locked, remove_lock
 
 FORK = multiprocessing.get_context("fork")
 
 
 def hold(folder, ready):
-    with cell_lock(folder, "a/b") as is_ours:
-        ready.put(is_ours)
+    with cell_lock(folder, "a/b") as is_acquired:
+        ready.put(is_acquired)
         time.sleep(60)
 
 
@@ -36,13 +33,13 @@ def owner(tmp_path):
 
 def test_a_lock_that_another_process_holds_is_refused_and_a_killed_owner_is_followed(owner, tmp_path):
     assert is_locked(tmp_path, "a/b")
-    with cell_lock(tmp_path, "a/b") as is_ours:
-        assert not is_ours
+    with cell_lock(tmp_path, "a/b") as is_acquired:
+        assert not is_acquired
     os.kill(owner.pid, signal.SIGKILL)
     owner.join()
     assert not is_locked(tmp_path, "a/b")
-    with cell_lock(tmp_path, "a/b") as is_ours:
-        assert is_ours and is_locked(tmp_path, "a/b")
+    with cell_lock(tmp_path, "a/b") as is_acquired:
+        assert is_acquired and is_locked(tmp_path, "a/b")
     assert not is_locked(tmp_path, "a/b")
 
 
@@ -54,19 +51,19 @@ def test_a_stopped_owner_is_alive(owner, tmp_path):
 def test_a_lock_is_free_again_after_an_error(tmp_path):
     with pytest.raises(KeyError), cell_lock(tmp_path, "x"):
         raise KeyError
-    with cell_lock(tmp_path, "x") as is_ours:
-        assert is_ours
+    with cell_lock(tmp_path, "x") as is_acquired:
+        assert is_acquired
 
 
 def contend(folder, names):
     for name in names:
-        with cell_lock(folder / "locks", name) as is_ours:
-            if is_ours and not (folder / f"{name}.done").exists():
+        with cell_lock(folder / "locks", name) as is_acquired:
+            if is_acquired and not (folder / f"{name}.done").exists():
                 with (folder / "log").open("a") as log:
                     log.write(f"{name}\n")
                 time.sleep(0.002)
                 (folder / f"{name}.done").touch()
-        remove_locks(folder / "locks", name) if (folder / f"{name}.done").exists() else None
+        remove_lock(folder / "locks", name) if (folder / f"{name}.done").exists() else None
 
 
 def test_of_many_contenders_one_does_each_cell(tmp_path):
@@ -80,27 +77,62 @@ def test_of_many_contenders_one_does_each_cell(tmp_path):
     assert sorted((tmp_path / "log").read_text().split()) == sorted(names)
 
 
-def test_an_owner_on_another_machine_lives_by_its_heartbeat(tmp_path, monkeypatch):
-    (tmp_path / "x.0").write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": 0}))
-    assert is_locked(tmp_path, "x")
-    old = time.time() - locks.STALE_S - 5
-    os.utime(tmp_path / "x.0", (old, old))
-    assert not is_locked(tmp_path, "x")
-    with cell_lock(tmp_path, "x", heartbeat_s=0.02) as is_ours:
-        assert is_ours and (tmp_path / "x.1").exists()
-        os.utime(tmp_path / "x.1", (old, old))
-        time.sleep(0.2)
-        assert locks._age_s(tmp_path / "x.1") < 5
+def test_clocks_have_no_say(owner, tmp_path, monkeypatch):
+    """A clock that is set while an owner works gives its cell to nobody else."""
+    for step_s in (-86400, 86400):
+        now = time.time() + step_s
+        os.utime(tmp_path / "a!b.lock", (now, now))
+        monkeypatch.setattr(time, "time", lambda now=now: now)
+        assert is_locked(tmp_path, "a/b")
+        with cell_lock(tmp_path, "a/b") as is_acquired:
+            assert not is_acquired
+    os.kill(owner.pid, signal.SIGKILL)
+    owner.join()
+    with cell_lock(tmp_path, "a/b") as is_acquired:
+        assert is_acquired
 
 
-def test_a_process_number_that_was_given_again_is_not_the_owner(tmp_path):
-    (tmp_path / "x.0").write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": 1.0}))
-    assert not is_locked(tmp_path, "x")
+def test_children_of_a_killed_owner_do_not_hold_its_lock(tmp_path):
+    """As the loaders' processes of a run that the system killed for its memory."""
+    ready = FORK.Queue()
+
+    def own():
+        with cell_lock(tmp_path, "x"):
+            child = FORK.Process(target=time.sleep, args=(30,))
+            child.start()
+            ready.put(child.pid)
+            time.sleep(60)
+
+    process = FORK.Process(target=own)
+    process.start()
+    child = ready.get(timeout=30)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    try:
+        os.kill(child, 0)
+        with cell_lock(tmp_path, "x") as is_acquired:
+            assert is_acquired
+    finally:
+        os.kill(child, signal.SIGKILL)
 
 
-def test_a_damaged_lock_is_free(tmp_path):
-    (tmp_path / "x.0").write_text('{"host": ')
-    assert not is_locked(tmp_path, "x")
+def test_looking_at_a_free_lock_takes_it_from_nobody(tmp_path):
+    (tmp_path / "x.lock").touch()
+    stop = FORK.Event()
+
+    def look():
+        while not stop.is_set():
+            is_locked(tmp_path, "x")
+
+    process = FORK.Process(target=look)
+    process.start()
+    try:
+        for _ in range(100):
+            with cell_lock(tmp_path, "x") as is_acquired:
+                assert is_acquired
+    finally:
+        stop.set()
+        process.join()
 
 
 def test_names_that_begin_alike_are_different_locks(tmp_path):

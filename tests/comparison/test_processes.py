@@ -12,8 +12,8 @@ import psutil
 import pytest
 from rich.console import Console
 
-from snella.comparison import compare
-from snella.comparison.results_file import read_lines
+from snella.comparison import CellsFailedError, compare
+from snella.comparison.store import read_lines
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -83,7 +83,8 @@ def test_a_cell_whose_process_is_killed_is_recorded_and_the_others_go_on(tiny, t
             os.kill(next(iter(self._running.values()))[1].pid, signal.SIGKILL)
 
     monkeypatch.setattr(executors.InProcesses, "start", start_and_kill)
-    compare(tiny(methods=["linear"]), tmp_path / "c", workers=1, threads=1, console=Console(file=io.StringIO()))
+    with pytest.raises(CellsFailedError, match="SIGKILL"):
+        compare(tiny(methods=["linear"]), tmp_path / "c", workers=1, threads=1, console=Console(file=io.StringIO()))
     rows = read_lines(tmp_path / "c" / "results.jsonl")[0]
     assert rows[killed[0]]["status"] == "failed"
     assert rows[killed[0]]["error"] == "its process was ended by SIGKILL; the machine may be out of memory"

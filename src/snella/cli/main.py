@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command line without the program's name; that of the process if None.
 
     Returns:
-        Exit status: 0, 2 for an error, 130 after Ctrl-C.
+        Exit status: 0, 1 for a comparison with failed runs, 2 for an error, 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     is_debugging = "--debug" in words
@@ -42,6 +42,7 @@ def _run(words: list[str]) -> int:
 
     name, _, settings = parse(words)
     from snella.cli import commands
+    from snella.comparison import CellsFailedError
     from snella.training.stopping import NonFiniteLossError, TrainingInterrupted
 
     raise_when_interrupted()
@@ -51,6 +52,8 @@ def _run(words: list[str]) -> int:
         return _report(fault, False, INTERRUPTED)
     except NonFiniteLossError as fault:
         return _report(fault, False)
+    except CellsFailedError as fault:
+        return _report(fault, False, 1)
     return 0
 
 

@@ -19,7 +19,11 @@ _HOMES = {
     "read_experiment": "experiment_files",
 }
 
-__all__ = ["Experiment", "Grid", "bundled_experiments", "compare", "read_experiment"]
+__all__ = ["CellsFailedError", "Experiment", "Grid", "bundled_experiments", "compare", "read_experiment"]
+
+
+class CellsFailedError(RuntimeError):
+    """A comparison is drawn, but lacks runs that failed."""
 
 
 def __getattr__(name: str) -> Any:

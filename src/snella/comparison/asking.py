@@ -10,7 +10,7 @@ from snella.comparison.experiment_files import merged, read_experiment
 _NONE = "none"
 _TRAIN = (
     *("epochs", "batch_size", "img_size", "train_size", "val_size", "test_size", "augment", "weights", "pretrained"),
-    *("device", "precision"),
+    *("head_start", "ema", "device", "precision"),
 )
 """Settings that all runs share; `workers` is not that of their loaders."""
 

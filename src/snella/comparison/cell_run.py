@@ -17,13 +17,11 @@ from snella.comparison.cells import Cell
 from snella.comparison.changed_weights import count_changed_weights
 from snella.comparison.experiment import Experiment
 from snella.comparison.forgetting import measure_forgetting
-from snella.comparison.locks import cell_lock, remove_locks
-from snella.comparison.results_file import append_row, read_row
 from snella.comparison.reuse import MEMORY, drop_adapters, finish_trial
 from snella.comparison.rows import head_of_row, results_of
+from snella.comparison.store import LOCKS, append_row, cell_lock, read_row, remove_lock
 from snella.training import RunFolder, TrainingInterrupted, train
 
-LOCKS = "locks"
 LOGS = "logs"
 _ERROR_LENGTH = 400
 
@@ -60,30 +58,28 @@ def run_cell(root: Path, experiment: Experiment, cell: Cell, is_own_process: boo
     row = read_row(folder)
     if row is not None:
         return Outcome("done", row)
-    with cell_lock(root / LOCKS, cell.name) as is_ours:
+    with cell_lock(root / LOCKS, cell.name) as is_acquired:
         row = read_row(folder)
         if row is not None:
             return Outcome("done", row)
-        if not is_ours:
+        if not is_acquired:
             return Outcome("taken")
-        row = _row(root, experiment, cell, folder, is_own_process)
-        append_row(root, folder, row)
+        row = append_row(root, folder, _row(root, experiment, cell, folder, is_own_process))
         drop_adapters(root, experiment, cell)
-    remove_locks(root / LOCKS, cell.name)
+    remove_lock(root / LOCKS, cell.name)
     return Outcome("done", row)
 
 
 def record_death(root: Path, experiment: Experiment, cell: Cell, error: str) -> dict[str, Any] | None:
     """Store the row of a cell whose process ended without one; None where another process has taken it over."""
     folder = cell.folder(root)
-    with cell_lock(root / LOCKS, cell.name) as is_ours:
+    with cell_lock(root / LOCKS, cell.name) as is_acquired:
         row = read_row(folder)
-        if row is None and not is_ours:
+        if row is None and not is_acquired:
             return None
         if row is None:
-            row = _failed(head_of_row(cell, experiment, _now()), error, 0.0)
-            append_row(root, folder, row)
-    remove_locks(root / LOCKS, cell.name)
+            row = append_row(root, folder, _failed(head_of_row(cell, experiment, _now()), error, 0.0))
+    remove_lock(root / LOCKS, cell.name)
     return row
 
 

@@ -1,35 +1,36 @@
 """`snella compare`: train what is missing, then draw the table and the page."""
 
 import os
-import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from snella.backbones import create_backbone
+from snella.comparison import CellsFailedError
 from snella.comparison.beside_paper import print_published
-from snella.comparison.cell_run import LOCKS, record_death
+from snella.comparison.cell_run import record_death
 from snella.comparison.cells import Cell
 from snella.comparison.entries import DataEntry, MethodEntry, config_of
 from snella.comparison.executors import Executor, InProcesses, InThisProcess
 from snella.comparison.experiment import FILE, Experiment
 from snella.comparison.experiment_files import read_experiment
 from snella.comparison.forgetting import probe_images
-from snella.comparison.locks import cell_lock, is_locked, remove_locks
 from snella.comparison.markdown import write_markdown
 from snella.comparison.page import write_page
 from snella.comparison.plan import Hopeless, Plan
 from snella.comparison.progress import ComparisonProgress
 from snella.comparison.ray_executor import OnRay, import_ray
-from snella.comparison.results_file import collect, drop_failed, read_row
 from snella.comparison.search import Candidate
+from snella.comparison.store import LOCKS, cell_lock, collect, drop_failed, is_locked, read_row
 from snella.comparison.summary import print_summary, summarise
 from snella.tasks import create_task
 from snella.training import TrainingInterrupted
 from snella.training.assembly import choose_device, load_splits
 from snella.training.console import counted, make_console
 from snella.training.protocol import protocol_of
+from snella.training.stopping import NonFiniteLossError
 
 _POLL_S = 2.0
 
@@ -67,6 +68,8 @@ def compare(
         FileNotFoundError: Nothing to go on with.
         ImportError: Ray is asked for and not installed.
         ValueError: Settings that contradict each other, the folder's, or the data; all that is known beforehand.
+        CellsFailedError: Everything was tried and drawn, and runs failed: final ones, or tuning runs for another reason
+            than a loss that diverged, which only says that the learning rate was too high. Not with `draw_only`.
         TrainingInterrupted: Ctrl-C; what is done stays done.
     """
     console = console or make_console()
@@ -81,8 +84,7 @@ def compare(
     root.mkdir(parents=True, exist_ok=True)
     experiment = _store(root, experiment)
     if retry_failed:
-        for name in drop_failed(root):
-            remove_locks(root / LOCKS, name)
+        drop_failed(root)
     rows, notes = collect(root)
     for note in notes:
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
@@ -98,7 +100,19 @@ def compare(
     if warning:
         console.print(f"official protocol: {warning}", highlight=False, soft_wrap=True)
     console.print(f"rows {root / 'results.jsonl'}, page {page}", highlight=False, soft_wrap=True)
+    failed = [row for row in rows.values() if row["status"] == "failed" and not _has_diverged(row)]
+    if failed and not draw_only:
+        first = min(failed, key=lambda row: (row["purpose"] != "final", str(row["cell"])))
+        raise CellsFailedError(
+            f"{len(failed)} of {counted(len(rows), 'cell')} failed, e.g. {first['cell']}: {first['error']}; the others "
+            f"are in {page}; once the cause is mended, --retry-failed trains the failed ones again"
+        )
     return page
+
+
+def _has_diverged(row: Mapping[str, Any]) -> bool:
+    """Whether a row is a tuning run whose loss stopped being finite, one of the results that a search expects."""
+    return row["purpose"] == "trial" and str(row["error"]).startswith(NonFiniteLossError.__name__)
 
 
 def check_parts(experiment: Experiment, console: Console) -> None:
@@ -164,12 +178,11 @@ def _settle(experiment: Experiment | None, root: Path) -> Experiment:
 def _store(root: Path, experiment: Experiment) -> Experiment:
     """Write the experiment, joined with what another command may have stored since `_settle`; the joined one."""
     while True:
-        with cell_lock(root / LOCKS, FILE) as is_ours:
-            if is_ours:
+        with cell_lock(root / LOCKS, FILE) as is_acquired:
+            if is_acquired:
                 experiment = _settle(experiment, root) if (root / FILE).is_file() else experiment.with_probes()
                 experiment.write(root)
                 return experiment
-        time.sleep(0.05)
 
 
 def _executor(root: Path, experiment: Experiment, workers: int, threads: int | None, ray: bool) -> Executor:

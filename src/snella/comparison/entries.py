@@ -20,8 +20,8 @@ DATA_SETTINGS = (
 """Settings that a data entry may set for itself; those of sparse methods pass the others over."""
 SHARED_SETTINGS = (
     *("epochs", "img_size", "weights", "pretrained", "augment", "warmup", "max_grad_norm"),
-    *("label_smoothing", *DATA_SETTINGS, "skip_broken", "check_sizes", "protocol", "ema", "final_lr", "device"),
-    *("precision", "workers"),
+    *("label_smoothing", *DATA_SETTINGS, "skip_broken", "check_sizes", "protocol", "head_start", "ema", "final_lr"),
+    *("device", "precision", "workers"),
 )
 """Settings that are the same in all cells."""
 

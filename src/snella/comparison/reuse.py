@@ -12,8 +12,8 @@ from typing import Any
 from snella.comparison.cells import Cell
 from snella.comparison.experiment import Experiment
 from snella.comparison.provenance import package_info, system_info
-from snella.comparison.results_file import CELL_FILE, read_row
 from snella.comparison.rows import trial_result
+from snella.comparison.store import CELL_FILE, read_row
 from snella.training import RunFolder, evaluate
 
 MEMORY = ("peak_rss_mib", "training_mib")

@@ -1,10 +1,11 @@
 """`results.jsonl`: cut off, doubled, lost, and mended."""
 
 import json
+import re
 
 import pytest
 
-from snella.comparison.results_file import append_row, collect, drop_failed, read_lines
+from snella.comparison.store import append_row, collect, drop_failed, read_lines, read_row
 
 
 def row(cell, **more):
@@ -83,3 +84,61 @@ def test_failed_cells_can_be_forgotten(root):
 
 def test_a_folder_without_rows_is_empty(tmp_path):
     assert collect(tmp_path) == ({}, []) and not (tmp_path / "results.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", ["../../victim", "/etc", "a/../../victim", "..", ".", "a//b", "", 3, None, ["a"]])
+def test_a_row_whose_cell_leads_elsewhere_is_no_row(root, name):
+    victim = root.parent / "victim"
+    victim.mkdir(exist_ok=True)
+    (victim / "cell.json").write_text("mine")
+    with (root / "results.jsonl").open("a") as file:
+        file.write(json.dumps(row(name, status="failed")) + "\n")
+    notes = read_lines(root / "results.jsonl")[1]
+    assert f"line 4 names the cell {name!r}, which must be a path such as 'digits/lora-8/seed-0'" in notes[0]
+    assert drop_failed(root) == [] and (victim / "cell.json").read_text() == "mine"
+    assert sorted(collect(root)[0]) == ["c0", "c1", "c2"]
+
+
+def altered(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize("has_digest", [True, False], ids=["new", "without a digest"])
+def test_an_altered_cell_does_not_go_before_an_intact_line_and_is_restored(root, has_digest):
+    cell = root / "cells" / "c1" / "cell.json"
+    if not has_digest:
+        for path in [*root.rglob("cell.json"), root / "results.jsonl"]:
+            path.write_text(re.sub(r',\s*"sha256": "\w+"', "", path.read_text()))
+    altered(cell, '"value": 1', '"value": 7')
+    rows, notes = collect(root)
+    assert rows["c1"]["value"] == values(root)["c1"] == json.loads(cell.read_text())["value"] == 1
+    reason = "was changed after it was written (the sha256 of 'c1' differs)" if has_digest else "differs from its line"
+    assert notes == [f"{cell} {reason}; it was restored from results.jsonl"]
+    assert collect(root)[1] == []
+
+
+def test_an_altered_line_is_restored_from_its_cell(root):
+    altered(root / "results.jsonl", '"value": 1', '"value": 7')
+    rows, notes = collect(root)
+    assert rows["c1"]["value"] == values(root)["c1"] == 1
+    assert "line 2 was changed after it was written" in notes[0] and "1 of the rows were restored" in notes[1]
+
+
+def test_a_row_that_is_altered_in_both_places_is_left_out(root):
+    altered(root / "results.jsonl", '"value": 1', '"value": 7')
+    altered(root / "cells" / "c1" / "cell.json", '"value": 1', '"value": 8')
+    assert sorted(collect(root)[0]) == ["c0", "c2"] and read_row(root / "cells" / "c1") is None
+
+
+def test_a_row_in_another_cells_folder_is_left_out(root):
+    (root / "cells" / "c0").rename(root / "cells" / "other")
+    (root / "results.jsonl").unlink()
+    rows, notes = collect(root)
+    assert sorted(rows) == ["c1", "c2"] and "other/cell.json is the row of 'c0', another cell" in notes[0]
+
+
+def test_the_digest_does_not_depend_on_what_json_makes_of_values(tmp_path):
+    append_row(tmp_path, tmp_path / "cells" / "a", row("a", sizes={10: 1, 9: 2}, both=(1, 2.5)))
+    assert read_row(tmp_path / "cells" / "a")["sizes"] == {"10": 1, "9": 2} and collect(tmp_path)[1] == []
