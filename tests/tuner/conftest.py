@@ -15,8 +15,10 @@ import timm
 import torch
 import transformers
 from peft import PeftModel, get_peft_model
+from timm.models.beit import Beit
 from timm.models.convnext import ConvNeXt
 from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor, nn
 
 from snella import SnellaConfig
@@ -122,6 +124,14 @@ def _torch_vit() -> nn.Module:
 
     return VisionTransformer(
         image_size=16, patch_size=8, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=24, num_classes=3
+    )
+
+
+def _torch_swin() -> nn.Module:
+    from torchvision.models.swin_transformer import SwinTransformer
+
+    return SwinTransformer(
+        patch_size=[2, 2], embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=[4, 4], num_classes=3
     )
 
 
@@ -243,6 +253,26 @@ CASES = [
         8,
         head=["head.fc"],
     ),
+    # these read the weights of some layers instead of calling them
+    Case(
+        "timm_beit",
+        lambda: Beit(
+            img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=3, use_shared_rel_pos_bias=True
+        ),
+        _images(16),
+        12,
+        head=["head"],
+    ),
+    Case(
+        "timm_swin_v2",
+        lambda: SwinTransformerV2(
+            img_size=16, patch_size=2, window_size=4, embed_dim=8, depths=(1, 1), num_heads=(1, 2), num_classes=3
+        ),
+        _images(16),
+        16,
+        head=["head.fc"],
+    ),
+    Case("torch_swin", _torch_swin, _images(16), 12, ["qkv", "proj", "mlp.0", "mlp.3"], ["head"]),
     Case(
         "vit",
         lambda: transformers.ViTForImageClassification(

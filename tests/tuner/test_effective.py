@@ -7,9 +7,13 @@ import pickle
 
 import pytest
 import torch
-from peft import PeftModel
+import torch.nn.functional as F
+from peft import PeftModel, get_peft_model
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
+from snella import SnellaConfig
 from snella.ops.adapted_linear import numba_backend
 from snella.ops.adapted_linear import update as update_module
 from snella.ops.adapted_linear.backends import TorchBackend
@@ -294,3 +298,159 @@ def test_setting_the_mode_that_is_set_already_keeps_the_thresholds(mlp, selectio
         model.train()  # as transformers' Trainer does before every batch
         mlp.run(model, mlp.inputs(number)).sum().backward()
     assert spent(selections) == 2
+
+
+# read by the model --------------------------------------------------------------------------------------------------
+
+
+class Reader(nn.Module):
+    """Calls its layer, or reads its weight as BEiT, Swin V2 and others do."""
+
+    def __init__(self, layer, reads):
+        super().__init__()
+        self.layer, self.reads = layer, reads
+
+    def forward(self, x):
+        if not self.reads:
+            return self.layer(x)
+        bias = None if self.layer.bias is None else self.layer.bias.to(x.dtype)
+        weight = self.layer.weight
+        if isinstance(self.layer.get_base_layer(), nn.Conv2d):
+            return F.conv2d(x, weight, bias, padding=1)
+        return F.linear(x, weight.T if isinstance(self.layer.get_base_layer(), Conv1D) else weight, bias)
+
+
+READ_LAYERS = {
+    "linear": (lambda: nn.Linear(6, 9), (2, 3, 6)),
+    "transposed": (lambda: Conv1D(9, 6), (2, 3, 6)),
+    "conv": (lambda: nn.Conv2d(4, 5, 3, padding=1), (2, 4, 5, 5)),
+}
+
+
+def pair(kind="linear", **settings):
+    """The same adapted layer called and read, and an input."""
+    make, shape = READ_LAYERS[kind]
+    torch.manual_seed(0)
+    layer = make()
+    models = []
+    for reads in (False, True):
+        torch.manual_seed(1)
+        config = SnellaConfig(**{"r": 4, "target_modules": ["layer"], "init_weights": False, "scaling": 0.1} | settings)
+        model = get_peft_model(Reader(copy.deepcopy(layer), reads), config)
+        if config.fixed_support:
+            layers(model)[0].set_support("default", torch.arange(0, 50, 3))
+        models.append(model)
+    return *models, torch.randn(shape)
+
+
+def gradients(model, x):
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    model(x).square().sum().backward()
+    return [x.grad, *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
+
+
+@pytest.mark.parametrize("settings", [{}, {"impl": "eager"}, {"impl": "reference"}, {"fixed_support": True}], ids=str)
+@pytest.mark.parametrize("kind", READ_LAYERS)
+def test_a_weight_that_the_model_reads_is_the_one_that_the_layer_applies(kind, settings):
+    called, reading, x = pair(kind, **settings)
+    torch.testing.assert_close(reading(x), called(x))
+    torch.testing.assert_close(gradients(reading, x), gradients(called, x))
+    for model in (called, reading):
+        model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(reading(x), called(x))
+        unmerged = reading(x)
+        with reading.disable_adapter():
+            assert not torch.equal(reading(x), unmerged)
+        reading.merge_adapter()
+        torch.testing.assert_close(reading(x), unmerged)
+
+
+@pytest.mark.parametrize("kind", READ_LAYERS)
+def test_a_compiled_model_that_reads_a_weight_gives_the_same_numbers(kind):
+    called, reading, x = pair(kind)
+    torch._dynamo.reset()
+    compiled = torch.compile(reading, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), called(x))
+    compiled(x).square().sum().backward()
+    expected = gradients(called, x)[1:]
+    torch.testing.assert_close([p.grad for p in reading.parameters() if p.requires_grad], expected)
+
+
+def test_a_read_weight_under_checkpointing_and_autocast_trains_as_a_called_layer():
+    called, reading, x = pair()
+    expected = gradients(called, x)
+    assert all(map(torch.equal, gradients(lambda_module(reading), x)[1:], gradients(reading, x)[1:]))
+    torch.testing.assert_close(gradients(reading, x), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert reading(x).dtype == torch.bfloat16
+        torch.testing.assert_close(reading(x), called(x))
+
+
+def lambda_module(model):
+    """The same model with its activations checkpointed."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return checkpoint(self.model, x, use_reentrant=False)
+
+    return Checkpointed()
+
+
+def test_a_weight_that_is_only_described_is_not_merged(mlp, merges):
+    model = mlp.adapted().train()
+    layer = layers(model)[0]
+    spent(merges)
+    weight = layer.weight
+    assert (weight.dtype, weight.shape, weight.size(0)) == (torch.float32, (12, 10), 12)
+    assert (len(weight), weight.ndim, weight.device.type, weight.is_floating_point()) == (12, 2, "cpu", True)
+    assert weight.data_ptr() == layer.base_layer.weight.data_ptr()
+    assert not merges
+    assert torch.equal(weight.detach(), layer.base_layer.weight + layer.get_delta_weight("default"))
+
+
+def test_writing_into_a_weight_writes_into_the_base(mlp):
+    layer = layers(mlp.adapted())[0]
+    nn.init.ones_(layer.weight)
+    assert (layer.base_layer.weight == 1).all()
+    with torch.no_grad():
+        layer.weight.mul_(2)
+        layer.weight.data.add_(1)
+    assert (layer.base_layer.weight == 3).all()
+    assert not (layer.weight == 3).all()
+
+
+def test_a_read_weight_is_remembered_in_evaluation(merges):
+    _, reading, x = pair()
+    reading.eval()
+    spent(merges)
+    with torch.no_grad():
+        for _ in range(3):
+            reading(x)
+    assert spent(merges) == 1
+
+
+def test_one_warning_says_that_dropout_cannot_act_on_a_read_weight():
+    _, reading, x = pair(update_dropout=0.5)
+    with pytest.warns(UserWarning, match="the model reads the weight of 'layer'.*update_dropout") as caught:
+        reading(x)
+        reading(x)
+    assert len(caught) == 1
+
+
+def test_the_weight_of_an_adapted_attention_can_be_read():
+    torch.manual_seed(0)
+    model = get_peft_model(
+        nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2)}),
+        SnellaConfig(r=4, target_modules=["attn"], init_weights=False),
+    )
+    attention = model.base_model.model["attn"]
+    update = attention.in_proj.get_delta_weight("default")
+    torch.testing.assert_close(attention.in_proj_weight.detach(), attention.base_layer.in_proj_weight + update)
+    attention.in_proj_weight.sum().backward()
+    assert attention.in_proj.snella_A["default"].grad is not None

@@ -29,7 +29,8 @@ class AdaptedAttention(nn.Module):
     them by `attend`, so that nothing merged is kept; without, torch's own `forward` runs with the effective weights,
     fast path included, and gives the bits of the merged model.
 
-    Other attributes (`num_heads`, `batch_first`, …) are those of the attention; `in_proj_weight` is the frozen weight.
+    Other attributes (`num_heads`, `batch_first`, …) are those of the attention. `in_proj_weight` is the weight with its
+    updates, for a model that reads it.
 
     Args:
         base_layer: The attention.
@@ -46,7 +47,8 @@ class AdaptedAttention(nn.Module):
         except AttributeError:
             if name == "base_layer":
                 raise
-            return getattr(self.base_layer, name)
+            projection = self._modules.get(name.removesuffix("_weight")) if name.endswith("_weight") else None
+            return projection.weight if isinstance(projection, Projection) else getattr(self.base_layer, name)
 
     def projections(self) -> list[Projection]:
         """The adapted projections."""

@@ -1,4 +1,4 @@
-"""What a layer remembers between forward passes while its parameters stay the same."""
+"""What a layer remembers while its parameters stay the same, and its weight as others read it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._pytree import tree_map_only
 
 from snella.ops.adapted_linear import Update
 from snella.ops.adapted_linear.update import Guess
@@ -125,3 +126,59 @@ class EffectiveWeightCache:
 
     def __reduce__(self) -> tuple[type[EffectiveWeightCache], tuple[()]]:
         return (EffectiveWeightCache, ())
+
+
+_DESCRIPTIONS = {
+    *("size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size", "is_contiguous"),
+    *("is_floating_point", "is_complex", "is_signed", "get_device", "data_ptr", "untyped_storage", "__len__"),
+}
+_VALUES = {"T", "mT", "H", "mH", "real", "imag"}  # attributes that are operations
+
+
+class EffectiveWeight(Tensor):
+    """`W0 + Σ scaling·S` as a model reads it from `layer.weight`; merged once an operation asks for its values.
+
+    Shape, dtype, device and `data` are those of the base weight, and so is what an in-place operation writes into.
+    """
+
+    _stored: Tensor
+    _compute: Callable[[], Tensor]
+    _effective: Tensor | None
+
+    @staticmethod
+    def of(base: Tensor, compute: Callable[[], Tensor]) -> EffectiveWeight:
+        """The weight that `compute` returns, in the shape, dtype and device of `base`."""
+        weight = base.detach().as_subclass(EffectiveWeight)
+        weight._stored, weight._compute, weight._effective = base, compute, None
+        return weight
+
+    def value(self) -> Tensor:
+        """The weight itself, computed once."""
+        if self._effective is None:
+            self._effective = self._compute()
+        return self._effective
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call `func` with the base weight where it describes or writes, else with the effective one."""
+        kwargs = kwargs or {}
+        name = func.__name__
+        if name == "__get__":
+            describes = func.__self__.__name__ not in _VALUES
+        else:
+            describes = name in _DESCRIPTIONS or name in ("__set__", "__setitem__")
+        writes = name.endswith("_") and not name.endswith("__")
+        if describes or (writes and not args):
+            return func(*_replace(args, "_stored"), **_replace(kwargs, "_stored"))
+        if writes:
+            args = (*_replace(args[:1], "_stored"), *args[1:])
+        return func(*_replace(args), **_replace(kwargs))
+
+
+def _replace(arguments: Any, attribute: str | None = None) -> Any:
+    """Arguments with every effective weight replaced by its value, or by one of its attributes."""
+    if attribute is not None:
+        return tree_map_only(EffectiveWeight, lambda weight: getattr(weight, attribute), arguments)
+    return tree_map_only(EffectiveWeight, EffectiveWeight.value, arguments)

@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from snella.ops.adapted_linear import adapted_product, adapted_product_in_graph
+from snella.ops.adapted_linear import LinearProduct, WeightItself, adapted_product, adapted_product_in_graph
 from snella.ops.merged_entries import merged_entries
-from snella.ops.sparse_product import sparse_product
+from snella.ops.sparse_product import fold_entries, sparse_product
 
 from .adapted_weight import AdaptedWeight
+from .effective import EffectiveWeight
 
 
 class SnellaLayer(AdaptedWeight):
@@ -27,6 +28,63 @@ class SnellaLayer(AdaptedWeight):
         if torch.compiler.is_compiling():
             return self._forward_in_graph(x, *args, **kwargs)
         return self._forward(x, *args, **kwargs)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight with the updates of all active adapters, differentiable, for models that read it themselves.
+
+        Base weight where it is quantised. Dropout and drop-path do not act on an update that is read.
+        """
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        names = [name for name in self.active_adapters if name in self.snella_A]
+        base: Tensor = super().weight
+        if self.disable_adapters or self.merged or not names or self.quantization is not None:
+            return base
+        if torch.compiler.is_compiling():
+            return self._base_layout(self._read_in_graph(names))
+        return EffectiveWeight.of(base, lambda: self._base_layout(self._read(names)))
+
+    def _read(self, names: list[str]) -> Tensor:
+        """`W0 + Σ scaling·S`, `[m, …]`; remembered in evaluation without gradients, as for a forward pass."""
+        if not self._needs_gradients(names):
+            return self._effective(self._weight(), names) if self.training else self._remembered_weight(names)
+        self._observe_training(names)
+        if any(self._is_regularised(name) for name in names) and self.training:
+            self.snella_config[names[0]].watch.observe_read(self.module_name)
+        self._cache.drop_effective_weight()
+        weight = self._oriented_weight()
+        with torch.autocast(weight.device.type, enabled=False):
+            if any(name in self.snella_support for name in names):
+                return fold_entries(weight, *self._entries(names))
+            return adapted_product(
+                weight.new_empty(0),
+                weight,
+                None,
+                [self._update(name) for name in names],
+                WeightItself(),
+                impl=self._common_impl(names),
+                keep_delta=any(self.snella_config[name].keep_delta for name in names),
+            )
+
+    def _read_in_graph(self, names: list[str]) -> Tensor:
+        """The same for `torch.compile`: the product with the identity, which the compiler drops where it is unused."""
+        if any(name in self.snella_support for name in names):
+            return torch.compiler.disable(self._read)(names)
+        weight = self._oriented_weight()
+        matrix = weight.reshape(weight.shape[0], -1)
+        with torch.autocast(weight.device.type, enabled=False):
+            identity = torch.eye(matrix.shape[1], dtype=weight.dtype, device=weight.device)
+            update, impl = self._described(names[0]), self.snella_config[names[0]].impl
+            total = adapted_product_in_graph(
+                identity, matrix, None, update, self.snella_budget[names[0]], LinearProduct(), matrix.shape, impl
+            )
+            for name in names[1:]:
+                update, impl = self._described(name), self.snella_config[name].impl
+                total = total + adapted_product_in_graph(
+                    identity, None, None, update, self.snella_budget[name], LinearProduct(), matrix.shape, impl
+                ).to(total.dtype)
+        return total.T.reshape(weight.shape)
 
     def _forward_in_graph(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The same for `torch.compile`: nothing is remembered between calls, since a graph cannot see what changed."""
@@ -123,7 +181,17 @@ class SnellaLayer(AdaptedWeight):
         )
 
     def _folded_on_support(self, x: Tensor, names: list[str]) -> Tensor:
-        """Base layer and the update of one adapter with a fixed support.
+        """Base layer and the update of one adapter with a fixed support."""
+        weight, bias = self._weight(), self._base_tensor("bias")
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        elif isinstance(weight, Tensor):
+            x = x.to(weight.dtype)
+        values, indices = self._entries(names)
+        return sparse_product(x, weight, None if bias is None else bias.to(x.dtype), values, indices, self._product())
+
+    def _entries(self, names: list[str]) -> tuple[Tensor, Tensor]:
+        """Values and positions of the one adapter with a fixed support.
 
         Raises:
             NotImplementedError: Other adapters are active besides it.
@@ -133,14 +201,8 @@ class SnellaLayer(AdaptedWeight):
                 f"adapters {names} cannot be trained together, as the support of "
                 f"{[name for name in names if name in self.snella_support]} is fixed; activate one"
             )
-        weight, bias = self._weight(), self._base_tensor("bias")
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        elif isinstance(weight, Tensor):
-            x = x.to(weight.dtype)
         indices = self._cache.positions(names[0], self.snella_support[names[0]])
-        values = merged_entries(self._update(names[0]), indices)
-        return sparse_product(x, weight, None if bias is None else bias.to(x.dtype), values, indices, self._product())
+        return merged_entries(self._update(names[0]), indices), indices
 
     def _branch(self, x: Tensor, name: str) -> Tensor:
         """The update alone, with dropout on its input and drop-path on its output."""

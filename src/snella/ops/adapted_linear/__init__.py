@@ -9,7 +9,7 @@ from .api import (
     resolve_implementation,
 )
 from .graph_op import adapted_product_in_graph
-from .products import Conv2dProduct, LinearProduct, Product
+from .products import Conv2dProduct, LinearProduct, Product, WeightItself
 from .reference import effective_weight
 from .update import Update
 from .weight_source import WeightSource
@@ -20,6 +20,7 @@ __all__ = [
     "LinearProduct",
     "Product",
     "Update",
+    "WeightItself",
     "WeightSource",
     "adapted_linear",
     "adapted_product",

@@ -101,6 +101,23 @@ class Conv2dProduct:
         return self.padding
 
 
+@dataclass(frozen=True)
+class WeightItself:
+    """The weight `W` `[m, …]` alone, for a model that multiplies with it elsewhere; `x` and a bias play no part."""
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: D102
+        return weight
+
+    def grad_input(self, grad_y: Tensor, weight: Tensor, x_shape: torch.Size) -> Tensor:  # noqa: D102
+        return grad_y.new_zeros(x_shape)
+
+    def grad_weight(self, grad_y: Tensor, x: Tensor, weight_shape: torch.Size) -> Tensor:  # noqa: D102
+        return grad_y.reshape(weight_shape)
+
+    def grad_bias(self, grad_y: Tensor) -> Tensor:  # noqa: D102
+        return grad_y.new_zeros(len(grad_y))
+
+
 def without_view(y: Tensor) -> Tensor:
     """`y` as a tensor of its own over the same memory.
 
