@@ -57,6 +57,25 @@ def test_the_names_are_the_same_everywhere():
     assert list(PROTOCOLS) == list(Protocol.__args__) == list(choices.__args__)
 
 
+def test_with_a_schedule_that_ends_early_the_kept_epoch_has_the_sparsity_that_was_asked_for(words, tmp_path):
+    assert main([*words, "--method-options.schedule_end", "0.5", "--epochs", "4", "--out", str(tmp_path / "run")]) == 0
+    metrics = RunFolder(tmp_path / "run").read_json("metrics.json")
+    assert [row.get("is_denser", False) for row in metrics["history"]] == [True, False, False, False]
+    assert metrics["best_epoch"] >= 2
+    model = load_run(tmp_path / "run").model
+    matrices = adapted_matrices(model)
+    assert sum(m.budget for m in matrices) == sum(m.size for m in matrices) - round(0.8 * sum(m.size for m in matrices))
+
+
+def test_an_epoch_denser_than_asked_ranks_below_every_other():
+    def of_task(row):
+        return row["val_accuracy"], -row["val_loss"]
+
+    protocol = protocol_of("standard")
+    denser = {"val_accuracy": 0.9, "val_loss": 0.1, "is_denser": True}
+    assert protocol.rank(denser, of_task) < protocol.rank({"val_accuracy": 0.1, "val_loss": 3.0}, of_task)
+
+
 def test_an_unknown_protocol_is_refused():
     message = "protocol must be one of standard, final, official, got 'offical'"
     with pytest.raises(ValueError, match=message):

@@ -479,3 +479,17 @@ def test_snell_is_a_setting(vit):
     train(vit, model, optimizer, last=2)
     assert all(m.sparsity == pytest.approx(0.9, abs=0.001) for m in allocator.matrices)
     assert all(m.nonzeros() == m.budget for m in allocator.matrices)
+
+
+@pytest.mark.parametrize(
+    ("every", "end", "reached_at"), [("epoch", 0.5, 6), ("epoch", 0.6, 9), (2, 0.5, 6), (4, 0.3, 4), ("epoch", 1.0, 12)]
+)
+def test_the_target_is_reached_once_the_schedule_ends_and_kept(mlp, every, end, reached_at):
+    model = mlp.adapted(schedule_end=end, realloc_every=every)
+    optimizer = optimiser(model)
+    allocator = BudgetAllocator(model, total_epochs=4, steps_per_epoch=3).attach(optimizer)
+    assert not allocator.has_reached_target
+    train(mlp, model, optimizer, last=12)
+    at_target = [entry["step"] for entry in allocator.history if entry["budget"] == allocator.target_budget]
+    assert at_target == [entry["step"] for entry in allocator.history if entry["step"] >= reached_at]
+    assert allocator.has_reached_target

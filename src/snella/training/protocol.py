@@ -50,12 +50,12 @@ class RunProtocol:
         """What epochs are compared by: the task's rank, the lowest where an epoch was not measured.
 
         Args:
-            row: Of the history.
+            row: Of the history; with `is_denser` it holds more weights than were asked for, and counts as not measured.
             of_task: `Task.rank`.
         """
         if self.selected_on is None:
             return 0.0, 0.0  # all alike, so that the last is kept
-        if f"{self.selected_on}_loss" not in row:
+        if f"{self.selected_on}_loss" not in row or row.get("is_denser"):
             return -math.inf, -math.inf
         return of_task(self.unnamed(row))
 

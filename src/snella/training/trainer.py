@@ -133,6 +133,8 @@ class SnellaTrainer(CheckpointingTrainer):
             "lr": float(self._get_learning_rate()),
             "budget": self._budget(),
         }
+        if self._is_denser_than_asked():
+            row["is_denser"] = True
         self.progress.loss_sum, self.progress.steps = 0.0, 0
         rank = self.protocol.rank(row, self.task.rank)
         is_best = all(self.protocol.rank(past, self.task.rank) <= rank for past in self.history)
@@ -219,6 +221,12 @@ class SnellaTrainer(CheckpointingTrainer):
         callback = self.allocation_callback
         allocator = None if callback is None else callback.allocator
         return None if allocator is None else sum(allocator.budgets.values())
+
+    def _is_denser_than_asked(self) -> bool:
+        """Whether epochs with the target budget are still to come, of which the best is to be kept."""
+        callback = self.allocation_callback
+        allocator = None if callback is None else callback.allocator
+        return allocator is not None and allocator.config.schedule_end < 1 and not allocator.has_reached_target
 
     def _not_finite(self, what: str, value: float) -> NonFiniteLossError:
         """The error that says where, what is left, and what to try."""

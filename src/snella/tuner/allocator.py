@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any, Self
@@ -25,8 +26,8 @@ class BudgetAllocator:
     """The layer-level competition of SNELLA (section 3.3, Algorithm 1 of arXiv 2510.24037).
 
     Every optimiser step updates the importance of every matrix; every epoch, or every N steps (`realloc_every`), the
-    global budget follows the schedule and is shared out anew. After the last epoch it is exactly
-    `b_T = (1 − target_sparsity)·(all adapted weights)`.
+    global budget follows the schedule and is shared out anew. After the last epoch (after the fraction `schedule_end` of
+    the training, rounded up to an allocation) it is exactly `b_T = (1 − target_sparsity)·(all adapted weights)`.
 
     Usually one call suffices, in any training loop:
 
@@ -114,6 +115,11 @@ class BudgetAllocator:
         """Matrices without budget. They get no gradient, so that nothing but `min_layer_share` brings them back."""
         return [matrix.name for matrix in self.matrices if matrix.is_frozen]
 
+    @property
+    def has_reached_target(self) -> bool:
+        """Whether the budget is down to its target, as it stays from there on."""
+        return self.history[-1]["budget"] == self.target_budget
+
     def is_due(self, step: int) -> bool:
         """Whether the budget is shared out anew after optimiser step `step`, counted from 1."""
         every = self.config.realloc_every
@@ -122,10 +128,11 @@ class BudgetAllocator:
 
     def _time(self, step: int) -> tuple[int, int]:
         """`(t, T)` of the schedule after `step` steps: in epochs where it is due every epoch, else in steps."""
+        is_over = step >= self.total_steps
         if self.config.realloc_every == "epoch":
-            is_over = step >= self.total_steps
-            return self.total_epochs if is_over else step // self.steps_per_epoch, self.total_epochs
-        return step, self.total_steps
+            total = math.ceil(self.config.schedule_end * self.total_epochs)
+            return total if is_over else step // self.steps_per_epoch, total
+        return step, math.ceil(self.config.schedule_end * self.total_steps)
 
     # in a training loop --------------------------------------------------------------------------------------------
 

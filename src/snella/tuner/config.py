@@ -84,6 +84,8 @@ class SnellaConfig(PeftConfig):
             in the authors' code, instead of at the first value and before it.
         allocation: `"competition"` shares the budget out by importance, `"uniform"` by size (SNELL).
         schedule: How the budget shrinks: `cubic`, `quadratic`, `linear` or `constant`.
+        schedule_end: Fraction of the training after which the budget has reached its target, in `(0, 1]`; 1 is the
+            paper. Below 1, the steps that are left train the sparsity that was asked for.
         importance: `sensitivity` (eq. 11), `magnitude` of the factors or `delta_magnitude` of the update.
         realloc_every: `"epoch"`, or a number of optimiser steps.
         beta1: Decay of the moving average of the importance.
@@ -131,6 +133,7 @@ class SnellaConfig(PeftConfig):
     zero_start: bool | None = field(default=None, metadata={"help": "moving averages as in the authors' code"})
     allocation: str = field(default="competition", metadata={"help": "competition or uniform"})
     schedule: str = field(default="cubic", metadata={"help": "how the budget shrinks"})
+    schedule_end: float = field(default=1.0, metadata={"help": "fraction of the training in which the budget shrinks"})
     importance: str = field(default="sensitivity", metadata={"help": "importance metric of the competition"})
     realloc_every: int | str = field(default="epoch", metadata={"help": "epoch, or a number of steps"})
     beta1: float = field(default=0.85, metadata={"help": "decay of the importance"})
@@ -230,6 +233,8 @@ class SnellaConfig(PeftConfig):
                 faults.append(f"{name} must be in [0, 1), got {value}")
         if not 0 <= self.min_layer_share <= 1:
             faults.append(f"min_layer_share must be in [0, 1], got {self.min_layer_share}")
+        if not 0 < self.schedule_end <= 1:
+            faults.append(f"schedule_end must be in (0, 1], got {self.schedule_end}; 1 shrinks the budget to the end")
         if self.softmax_dim not in (0, 1):
             faults.append(f"softmax_dim must be 0 or 1, got {self.softmax_dim}")
         every = self.realloc_every
@@ -252,7 +257,7 @@ class SnellaConfig(PeftConfig):
             for name in ("r", "num_pieces", "softmax_dim")
             if not isinstance(getattr(self, name), int)
         ]
-        numbers = ("target_sparsity", "init_sparsity", "scaling", "beta1", "beta2", "min_layer_share")
+        numbers = ("target_sparsity", "init_sparsity", "scaling", "beta1", "beta2", "min_layer_share", "schedule_end")
         for name in (*numbers, "update_dropout", "update_drop_path"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) and not (value is None and name not in numbers):
