@@ -302,7 +302,7 @@ def test_each_matrix_of_a_fused_layer_trains_like_a_layer_of_its_own():
     apart = []
     for group, part in enumerate(rows):
         linear = nn.Linear(6, part.stop - part.start)
-        linear.load_state_dict({"weight": fused[0].weight[part], "bias": fused[0].bias[part]})
+        linear.load_state_dict({"weight": layer.base_layer.weight[part], "bias": layer.base_layer.bias[part]})
         single = get_peft_model(nn.Sequential(linear), SnellaConfig(target_modules=["0"], **config))
         for name, parameter in single.base_model.model[0].named_parameters():
             if name.startswith("snella_"):
