@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -83,12 +84,31 @@ def test_merge_writes_a_file(run, tmp_path, capsys):
     assert main(["merge", str(run), "--out", str(tmp_path / "m.safetensors")]) == 0
     assert (tmp_path / "m.safetensors").stat().st_size > 1_000_000
     first, *lines = capsys.readouterr().out.splitlines()
-    assert "plain timm weights; to load them:" in first and len(lines) == 3
+    assert "plain timm weights; to load it:" in first and len(lines) == 7
     names: dict = {}
     exec("\n".join(lines), names)
     images, loaded = torch.randn(2, 3, 32, 32), load_run(run)
     with torch.no_grad():
         assert torch.equal(names["model"](images), loaded.model(images))
+
+
+def test_merge_writes_a_folder_of_timm(run, tmp_path, capsys):
+    assert main(["merge", str(run), "--out", str(tmp_path / "model")]) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert "a model in timm's format; to load it:" in first
+    names: dict = {}
+    exec("\n".join(lines), names)
+    assert names["classes"] == load_run(run).classes
+
+
+def test_a_run_that_cannot_be_written_is_read_all_the_same(run, photos, tmp_path, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("commands"))
+    (copy / "commands").write_text("in the way, since root may write into any folder")
+    assert main(["predict", str(copy), str(photos / "cats" / "00.png")]) == 0
+    assert main(["evaluate", str(copy)]) == 0
+    assert main(["merge", str(copy), "--out", str(tmp_path / "model")]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_inspect_shows_the_budgets(run, capsys):

@@ -1,5 +1,6 @@
 """What each command calls and prints."""
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, astuple
 from pathlib import Path
@@ -100,7 +101,10 @@ def _merge(settings: dict[str, Any]) -> None:
     path = merge(options.run, options.out, overwrite=options.overwrite)
     _record("merge", options.run, asdict(options))
     console = make_console()
-    console.print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB of {what_it_is(path)}; to load them:", soft_wrap=True)
+    size = sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path])) / 2**20
+    console.print(
+        f"{path}: {size:.1f} MiB, {what_it_is(path)}; to load it:", soft_wrap=True, highlight=False, markup=False
+    )
     console.print(loading_lines(path), highlight=False, markup=False, soft_wrap=True)
 
 
@@ -152,10 +156,11 @@ def _demo(settings: dict[str, Any]) -> None:
 
 
 def _record(name: str, run: str, options: dict[str, Any]) -> None:
-    """Leave a command's settings in the run's folder, `commands/NAME.yaml`."""
+    """Leave a command's settings in the run's folder, `commands/NAME.yaml`, where that can be written."""
     folder = Path(run) / "commands"
-    folder.mkdir(exist_ok=True)
-    write_text(folder / f"{name}.yaml", yaml.safe_dump(options, sort_keys=False))
+    with contextlib.suppress(OSError):  # the result does not depend on it: a run may lie on a read-only disk
+        folder.mkdir(exist_ok=True)
+        write_text(folder / f"{name}.yaml", yaml.safe_dump(options, sort_keys=False))
 
 
 def _benchmark(check: BenchmarkCheck) -> Table:

@@ -59,8 +59,9 @@ class MergeOptions:
 
     Args:
         run: Folder of the run.
-        out: File to write, ending with .safetensors.
-        overwrite: Replace an existing file.
+        out: Folder for a model in timm's format, with preprocessing and class names; or a file ending with
+            .safetensors, for the weights alone.
+        overwrite: Replace what is there.
     """
 
     run: str

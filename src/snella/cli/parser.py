@@ -86,7 +86,10 @@ receives the best adapter, metrics, predictions and report.html.""",
     "merge": Command(
         MergeOptions,
         "Write the fine-tuned model as plain timm weights, usable without snella.",
-        "  snella merge runs/photos --out model.safetensors",
+        """  snella merge runs/photos --out photos-model
+  snella merge runs/photos --out model.safetensors
+
+photos-model is a folder that timm loads: timm.create_model("local-dir:photos-model", pretrained=True).""",
     ),
     "inspect": Command(
         InspectOptions,
