@@ -71,6 +71,56 @@ def test_training_can_go_on_after_loading(tmp_path):
     assert first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
 
 
+@pytest.mark.parametrize("method", ["linear", "snella-2"])
+def test_no_flipped_bit_of_the_values_goes_unnoticed(method, tmp_path):
+    model = trained(method)
+    save_trained(model, tmp_path)
+    (path,) = tmp_path.glob("*.safetensors")
+    whole = path.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    for position in range(start, len(whole), (len(whole) - start) // 7):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        with pytest.raises(AdapterFileError, match=rf"{path.name} is damaged: its values were altered .*; copy the ad"):
+            load_trained_into(model, tmp_path)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize(("method", "name"), [("linear", "method.json"), ("snella-2", "adapter_config.json")])
+def test_other_settings_than_the_saved_ones_are_noticed(method, name, tmp_path):
+    save_trained(trained(method), tmp_path)
+    (tmp_path / name).write_text((tmp_path / name).read_text() + " ")
+    with pytest.raises(AdapterFileError, match=rf"{name} is damaged: it is not what the adapter was saved with"):
+        load_trained(tmp_path, backbone())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("method", ["linear", "snella-2"])
+def test_values_that_are_not_finite_are_refused(method, value, tmp_path):
+    model = trained(method)
+    name = next(n for n, p in model.named_parameters() if p.requires_grad)
+    model.get_parameter(name).data.view(-1)[:2] = value
+    save_trained(model, tmp_path)
+    with pytest.raises(AdapterFileError, match=r"is damaged: '.*' holds 2 values that are not finite, of \d+; copy"):
+        load_trained(tmp_path, backbone())
+
+
+def test_an_adapter_without_a_digest_is_loaded_with_a_note(tmp_path, caplog):
+    save_trained(trained("lora-2"), tmp_path)
+    load_trained(tmp_path, backbone())
+    assert not caplog.text
+    path = tmp_path / "adapter_model.safetensors"
+    save_file(load_file(path), path, {"format": "pt"})
+    load_trained(tmp_path, backbone())
+    assert f"note: {path} names no SHA-256 digest" in caplog.text
+
+
+def test_targets_are_written_in_the_same_order_by_every_process(tmp_path):
+    save_trained(trained("lora-2"), tmp_path)
+    names = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    assert len(names) > 1 and names == sorted(names)
+
+
 @pytest.mark.parametrize("method", ["linear", "lora-2", "snella-2"])
 def test_a_truncated_file_names_the_incomplete_tensor(method, tmp_path):
     save_trained(trained(method), tmp_path)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from snella.training import CheckpointError, NonFiniteLossError, RunFolder, TrainConfig, TrainingInterrupted, train
 from snella.training.checkpoints import latest_checkpoint
+from snella.training.session import checkpoint_to_continue
 from snella.training.trainer import SnellaTrainer
 
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -168,31 +169,41 @@ def test_a_run_killed_while_the_test_is_measured_resumes_to_the_same_result(
     assert same(outcome(resumed(config)[0]), uninterrupted)
 
 
-SPOILT = {
-    "adapter_model.safetensors": "cut off at",
-    "optimizer.pt": "cut off at",
-    "trainer_state.json": "Expecting|Unterminated|Extra data",
-    "progress.json": "Expecting|Unterminated|Extra data",
-}
+FILES = ("adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "scheduler.pt", "trainer_state.json")
 
 
-def test_a_truncated_checkpoint_is_named_with_the_ways_out(settings, console, uninterrupted, monkeypatch):
+def flipped(content):
+    """The bytes with one bit in the middle turned."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 8]) + content[middle + 1 :]
+
+
+def test_a_checkpoint_that_is_not_as_it_was_written_is_named_with_the_ways_out(
+    settings, console, uninterrupted, monkeypatch
+):
     config = settings()
     with monkeypatch.context() as patch:
         patch.setattr("snella.training.running._finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(TrainingInterrupted, match="checkpoint-12"):
             train(config, console)
     checkpoint = RunFolder(config.out).checkpoints / "checkpoint-12"
-    for name, reason in SPOILT.items():
+    refused = r"checkpoint is damaged: .*-12: {}.*; start over with --overwrite, or remove .*checkpoints and --resume"
+    for name in (*FILES, "rng_state.pth", "progress.json", "manifest.json"):
         whole = (checkpoint / name).read_bytes()
-        (checkpoint / name).write_bytes(whole[: len(whole) // 2])
-        with pytest.raises(
-            CheckpointError,
-            match=rf"checkpoint is damaged: .*{name}: .*({reason}).*start over with --overwrite, or remove .*-12 and",
-        ):
+        for content in (whole[: len(whole) // 2], flipped(whole)):
+            (checkpoint / name).write_bytes(content)
+            with pytest.raises(CheckpointError, match=refused.format(name)):
+                resumed(config)
+        (checkpoint / name).unlink()
+        with pytest.raises(CheckpointError, match=refused.format(rf"{name} is missing")):
             resumed(config)
         (checkpoint / name).write_bytes(whole)
-    shutil.rmtree(checkpoint)
+    older = shutil.copytree(checkpoint, checkpoint.with_name("checkpoint-4"))
+    (checkpoint / "optimizer.pt").write_bytes(flipped((checkpoint / "optimizer.pt").read_bytes()))
+    note = io.StringIO()
+    assert checkpoint_to_continue(RunFolder(config.out), Console(file=note, width=400)) == older
+    assert "note: passed over" in note.getvalue() and "optimizer.pt was altered" in note.getvalue()
+    shutil.rmtree(older)
     assert same(outcome(resumed(config)[0]), uninterrupted)
 
 

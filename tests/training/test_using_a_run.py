@@ -242,8 +242,14 @@ def test_a_damaged_adapter_is_reported_with_its_tensor(finished, tmp_path):
     shutil.copytree(finished.path, tmp_path / "run")
     path = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(AdapterFileError, match=r"is damaged: cut off at .*'base_model.model.* is incomplete"):
+    with pytest.raises(
+        ValueError, match=r"run: adapter/adapter_model.safetensors: damaged: altered after it was writt"
+    ):
         load_run(tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
+    run.update("finished", files={})
+    with pytest.raises(AdapterFileError, match=r"is damaged: cut off at .*'base_model.model.* is incomplete"):
+        load_run(run)
 
 
 def test_a_damaged_file_gets_the_same_advice_from_every_command(finished, tmp_path):
@@ -252,7 +258,7 @@ def test_a_damaged_file_gets_the_same_advice_from_every_command(finished, tmp_pa
     path = folder / "adapter" / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     for command in (load_run, inspect_summary):
-        with pytest.raises(ValueError, match=r"damaged: .*; copy the adapter again, or train again with `--overwrite`"):
+        with pytest.raises(ValueError, match=r"damaged: .*; copy it again, or train again with `--overwrite`"):
             command(folder)
     for content in ("{", '{"status": "finished"}', '{"status": "done"}', "[]"):
         (folder / "run.json").write_text(content)
@@ -283,3 +289,32 @@ def test_a_finished_run_is_not_trained_again_by_resuming(finished, console):
     train(TrainConfig(out=str(finished.path), resume=True), console)
     assert (finished.path / "metrics.json").read_bytes() == before
     assert "is finished already" in console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "name", ["run.json", "config.yaml", "metrics.json", "predictions.json", "adapter/adapter_config.json"]
+)
+def test_a_flipped_bit_in_a_file_of_a_finished_run_is_noticed(name, finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished.path, folder)
+    content = bytearray((folder / name).read_bytes())
+    position = content.index(b"e")  # of the kind that leaves JSON readable
+    content[position] ^= 4
+    (folder / name).write_bytes(content)
+    commands = {
+        "predict, evaluate and merge": lambda: load_run(folder),
+        "inspect": lambda: inspect_summary(folder),
+        "resume": lambda: train(TrainConfig(out=str(folder), resume=True)),
+    }
+    for command in commands.values():
+        with pytest.raises(ValueError, match=rf"{name}.*(altered after it was written|damaged|must be|missing)"):
+            command()
+
+
+def test_what_the_run_itself_writes_again_is_its_own(finished, tmp_path):
+    run = RunFolder(shutil.copytree(finished.path, tmp_path / "run"))
+    run.write_json("metrics.json", {**run.read_json("metrics.json"), "train_s": 1.0})
+    run.write_config(run.read_config())
+    run.check_files()
+    (run.path / "predictions.json").unlink()  # to save room: whoever needs it says so
+    run.check_files()

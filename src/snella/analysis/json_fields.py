@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from snella._files import is_intact
+
 T = TypeVar("T")
 
 FORMAT = 1
@@ -123,6 +125,8 @@ def read_fields(file: Path) -> Fields:
         raise ValueError(
             f"{file} is damaged: {error.msg} in line {error.lineno}, column {error.colno}; {_way_out(file)}"
         ) from error
+    if not is_intact(values):
+        raise ValueError(f"{file} was altered after it was written: its SHA-256 is another; {_way_out(file)}")
     fields = Fields(file, values)
     number = values.get("format", FORMAT)
     if number != FORMAT:

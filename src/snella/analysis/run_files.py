@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from snella._files import check_files
 from snella.analysis.json_fields import FORMAT, Fields, read_fields
 from snella.analysis.scores import MaskScores, Scores, read_scores
 
@@ -204,14 +205,15 @@ class ComparisonRow:
 
 
 def read_run(run: str | Path) -> RunInfo:
-    """Read `run.json`.
+    """Read `run.json`, and compare the files that it names with their digests there.
 
     Raises:
         FileNotFoundError: The folder holds no such file.
-        ValueError: The file is damaged or of an unknown format.
+        ValueError: The file is damaged or of an unknown format, or another one was altered.
     """
     folder = Path(run)
     fields = read_fields(folder / "run.json")
+    check_files(folder, fields.get("files", dict, {}))
     classes = [str(name) for name in fields.get("classes", list)]
     backbone, data = fields.inner("backbone"), fields.inner("data")
     return RunInfo(

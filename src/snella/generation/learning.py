@@ -23,7 +23,7 @@ from snella.generation.config import DreamBoothConfig
 from snella.generation.flow_matching import FlowMatching
 from snella.generation.folder import DreamBoothFolder
 from snella.methods import load_trained_into, save_trained
-from snella.training.checkpoints import remove_incomplete, staged
+from snella.training.checkpoints import reading, remove_incomplete, staged
 from snella.training.low_bit_optimizer import build_low_bit_optimizer
 from snella.training.results import matrices_of
 from snella.training.sampler import EpochSampler, mix_seed
@@ -166,13 +166,14 @@ class Learner:
         """Go back to a checkpoint.
 
         Raises:
-            ValueError: It was written with another optimiser.
+            CheckpointError: It was written with another optimiser, or holds something else than a learner's state.
         """
-        load_trained_into(self.model, checkpoint)
-        state = torch.load(checkpoint / _STATE, map_location=self.device, weights_only=True)
-        self.step, self.history, self.loss_before = state["step"], state["history"], state["loss_before"]
-        self._earlier_s = state["elapsed_s"]
-        self.optimizer.load_state_dict(state["optimizer"])
+        with reading(checkpoint):
+            load_trained_into(self.model, checkpoint)
+            state = torch.load(checkpoint / _STATE, map_location=self.device, weights_only=True)
+            self.step, self.history, self.loss_before = state["step"], state["history"], state["loss_before"]
+            self._earlier_s = state["elapsed_s"]
+            self.optimizer.load_state_dict(state["optimizer"])
 
     @torch.no_grad()
     def fixed_loss(self) -> float:

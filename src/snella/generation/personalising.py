@@ -143,7 +143,7 @@ def _finish(
             overwrite=True,
             show_bar=config.progress,
         )
-    run.update("finished")
+    run.finish()
     report = write_generation_report(run.path)
     console.print(
         f"loss on fixed noise: {learner.loss_before:.5f} before, {learner.loss_after:.5f} after {config.steps} steps",

@@ -217,7 +217,7 @@ def _finish(
             "loss_history": history,
         },
     )
-    run.update("finished")
+    run.finish()
     if matrices:
         console.print(f"the update {kept_text(matrices)}", highlight=False, soft_wrap=True)
     console.print(f"adapter {run.adapter}", highlight=False, soft_wrap=True)

@@ -1,14 +1,17 @@
 """Saving what a method trained, and putting it back onto a fresh backbone."""
 
 import copy
+import hashlib
 import json
+import logging
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -21,13 +24,17 @@ from snella.methods.registry import METHODS, parse_method
 
 METHOD_FILE = "method.json"
 TENSOR_FILE = "trainable.safetensors"
+_TENSORS_DIGEST, _SETTINGS_DIGEST = "sha256", "settings_sha256"
+
+_logger = logging.getLogger(__name__)
 
 
 def save_trained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Write what was trained, and nothing of the backbone.
 
     PEFT models become a PEFT adapter (`adapter_config.json`, `adapter_model.safetensors`), others
-    `trainable.safetensors` and `method.json`. Each file is written under a temporary name and renamed.
+    `trainable.safetensors` and `method.json`. Each file is written under a temporary name and renamed; the tensors come
+    last, with the SHA-256 digests of their values and of the settings beside them in the file's metadata.
 
     Args:
         model: From `build_method` or `load_trained`.
@@ -36,17 +43,17 @@ def save_trained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     target = Path(folder)
     spec = spec_of(model)
     target.mkdir(parents=True, exist_ok=True)
+    tensors, file = _own_tensors(model), TENSOR_FILE
     if isinstance(model, PeftModel):
+        tensors, file = _adapter_tensors(model), SAFETENSORS_WEIGHTS_NAME
         config = copy.copy(model.peft_config["default"])
         config.inference_mode = True
-        with all_ranks(config), tempfile.TemporaryDirectory(dir=target, prefix=".config-") as folder_for_config:
-            config.save_pretrained(folder_for_config)
-            _publish(Path(folder_for_config) / CONFIG_NAME, target / CONFIG_NAME)
-        _write(_as_safetensors(_adapter_tensors(model)), target / SAFETENSORS_WEIGHTS_NAME)
-    else:
-        _write(_as_safetensors(_own_tensors(model)), target / TENSOR_FILE)
+        with all_ranks(config):
+            settings = _plain(config.to_dict())
+        _write(json.dumps(settings, indent=2, sort_keys=True).encode(), target / CONFIG_NAME)
     described = {"format": 1, "method": spec.name, "options": _plain(spec.options), "head": spec.head}
     _write(json.dumps(described, indent=2).encode() + b"\n", target / METHOD_FILE)
+    _write(_as_safetensors(tensors, _settings_digest(target)), target / file)
 
 
 def load_trained(folder: str | os.PathLike[str], backbone: nn.Module) -> nn.Module:
@@ -61,7 +68,8 @@ def load_trained(folder: str | os.PathLike[str], backbone: nn.Module) -> nn.Modu
 
     Raises:
         FileNotFoundError: The folder holds no adapter.
-        AdapterFileError: The file is damaged or belongs to another model; names the tensor.
+        AdapterFileError: The file is damaged or altered, belongs to another model, or holds values that are not finite;
+            names the tensor.
     """
     source = Path(folder)
     if (source / CONFIG_NAME).is_file():
@@ -69,7 +77,7 @@ def load_trained(folder: str | os.PathLike[str], backbone: nn.Module) -> nn.Modu
     elif (source / METHOD_FILE).is_file():
         described = _read_settings(source / METHOD_FILE)
         read_header(source / TENSOR_FILE)
-        tensors = load_file(source / TENSOR_FILE)
+        tensors = _read_tensors(source / TENSOR_FILE)
         model = restore_method(described["method"], backbone, tensors, head=described["head"], **described["options"])
     else:
         raise FileNotFoundError(
@@ -84,19 +92,20 @@ def load_trained_into(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     Raises:
         FileNotFoundError: The folder holds no tensors.
-        AdapterFileError: The file is damaged or belongs to another model; names the tensor, and leaves the model as
-            it was.
+        AdapterFileError: The file is damaged or altered, belongs to another model, or holds values that are not finite;
+            names the tensor, and leaves the model as it was.
     """
-    if isinstance(model, PeftModel):
-        path = Path(folder) / SAFETENSORS_WEIGHTS_NAME
-        _check(path, _adapter_tensors(model))
-        with all_ranks(model.peft_config["default"]), without_harmless_warnings():
-            set_peft_model_state_dict(model, load_file(path))
-        return
-    path = Path(folder) / TENSOR_FILE
-    own = _own_tensors(model)
+    is_peft = isinstance(model, PeftModel)
+    own = _adapter_tensors(model) if isinstance(model, PeftModel) else _own_tensors(model)
+    path = Path(folder) / (SAFETENSORS_WEIGHTS_NAME if is_peft else TENSOR_FILE)
     _check(path, own)
-    for name, value in load_file(path).items():
+    tensors = _read_tensors(path)
+    _check_finite(path, tensors, own)
+    if isinstance(model, PeftModel):
+        with all_ranks(model.peft_config["default"]), without_harmless_warnings():
+            set_peft_model_state_dict(model, tensors)
+        return
+    for name, value in tensors.items():
         own[name].data.copy_(value)
 
 
@@ -149,7 +158,59 @@ def _check(path: Path, wanted: dict[str, Tensor]) -> None:
     check_fits(path, read_header(path), {name: list(tensor.shape) for name, tensor in wanted.items()})
 
 
-def _as_safetensors(tensors: dict[str, Tensor]) -> bytes:
+def _check_finite(path: Path, tensors: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    """Refuse infinite values and NaN, but where the model itself has them (a buffer that masks with minus infinity)."""
+    for name, value in tensors.items():
+        wrong = ~torch.isfinite(value)
+        if wrong.any() and (wrong & torch.isfinite(own[name].detach().cpu())).any():
+            raise AdapterFileError(
+                f"{path} is damaged: {name!r} holds {int(wrong.sum())} values that are not finite, of "
+                f"{value.numel()}; {WAY_OUT}"
+            )
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file whose header was checked, compared with the digests in its metadata."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+    tensors = load_file(path)
+    if _TENSORS_DIGEST not in metadata:
+        _logger.warning("note: %s names no SHA-256 digest; whether it is as it was written is not known", path)
+        return tensors
+    if metadata[_TENSORS_DIGEST] != _tensors_digest(tensors):
+        raise AdapterFileError(
+            f"{path} is damaged: its values were altered after they were written (SHA-256 is another); {WAY_OUT}"
+        )
+    if metadata.get(_SETTINGS_DIGEST) != _settings_digest(path.parent):
+        raise AdapterFileError(
+            f"{_settings_file(path.parent)} is damaged: it is not what the adapter was saved with (SHA-256 is another)"
+            f"; {WAY_OUT}"
+        )
+    return tensors
+
+
+def _tensors_digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of the names, types, shapes and values of tensors, in whatever order they lie in a file."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name}\n{tensor.dtype}\n{list(tensor.shape)}\n".encode())
+        total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def _settings_file(folder: Path) -> Path:
+    """The file that says what the tensors beside it are."""
+    path = folder / CONFIG_NAME
+    return path if path.is_file() else folder / METHOD_FILE
+
+
+def _settings_digest(folder: Path) -> str:
+    """SHA-256 of the settings beside the tensors; empty where there are none."""
+    path = _settings_file(folder)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
+def _as_safetensors(tensors: dict[str, Tensor], settings_digest: str) -> bytes:
     """The bytes of a safetensors file (`save_file` itself would hide the errno of a full disk)."""
     seen: set[int] = set()
     values = {}
@@ -159,7 +220,7 @@ def _as_safetensors(tensors: dict[str, Tensor]) -> bytes:
         # the format has no tensors that share memory
         values[name] = value.clone() if pointer in seen else value
         seen.add(pointer)
-    return save(values, {"format": "pt"})
+    return save(values, {"format": "pt", _TENSORS_DIGEST: _tensors_digest(values), _SETTINGS_DIGEST: settings_digest})
 
 
 def _write(content: bytes, path: Path) -> None:

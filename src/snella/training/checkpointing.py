@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from snella.methods import load_trained_into, save_trained
 from snella.training.atomic_files import write_json
-from snella.training.checkpoints import remove_incomplete, staged
+from snella.training.checkpoints import reading, remove_incomplete, staged
 from snella.training.run_folder import RunFolderOf
 from snella.training.stopping import NonFiniteLossError
 
@@ -101,8 +102,20 @@ class CheckpointingTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Read what was trained, and our share of the state."""
-        load_trained_into(self.trained_model, resume_from_checkpoint)
-        self._read_state(Path(resume_from_checkpoint))
+        checkpoint = Path(resume_from_checkpoint)
+        with reading(checkpoint):
+            load_trained_into(self.trained_model, checkpoint)
+            self._read_state(checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Read their states."""
+        with nullcontext() if checkpoint is None else reading(Path(checkpoint)):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Read the states of the generators of random numbers."""
+        with nullcontext() if checkpoint is None else reading(Path(checkpoint)):
+            super()._load_rng_state(checkpoint)
 
     def _write_state(self, checkpoint: Path, **values: Any) -> None:
         """Write what the Trainer's own state lacks, `values` with it."""

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args
 
 import yaml
 
+from snella._files import check_files, is_intact, sealed, sha256_of
 from snella.training.atomic_files import write_json, write_text
 from snella.training.config import TrainConfig
 from snella.training.settings import SESSION_FIELDS, UNSTORED_FIELDS, RunSettings
@@ -26,6 +27,8 @@ _FILES = (
     "report.html",
 )
 _FOLDERS = ("adapter", "checkpoints", "commands", "masks", "selection")
+_DIGESTED = ("config.yaml", "metrics.json", "allocation.json", "predictions.json")
+_DIGESTED_FOLDERS = ("adapter", "selection")
 _WAY_OUT = "copy the file again, or train again with `--overwrite`"
 
 
@@ -86,13 +89,17 @@ class RunFolderOf(Generic[S]):
             )
             raise FileNotFoundError(f"no file {path}: {known}")
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as fault:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as fault:
             raise ValueError(f"{path} is damaged: {fault}; {_WAY_OUT}") from None
+        if not is_intact(values):
+            raise ValueError(f"{path} was altered after it was written: its SHA-256 is another; {_WAY_OUT}")
+        return values
 
     def write_json(self, name: str, value: Any) -> None:
         """Write one of the JSON files, whole or not at all."""
         write_json(self.path / name, value)
+        self._note_digest(name)
 
     def update(self, status: Status, error: str | None = None, **values: Any) -> None:
         """Change entries of `run.json`."""
@@ -101,11 +108,35 @@ class RunFolderOf(Generic[S]):
         run.pop("error", None)
         if error is not None:
             run["error"] = error
-        self.write_json("run.json", run)
+        write_json(self.path / "run.json", sealed(run))
+
+    def finish(self) -> None:
+        """Say that the run is finished, and of what bytes its settings, results and adapter consist."""
+        paths = [self.path / name for name in _DIGESTED]
+        for folder in _DIGESTED_FOLDERS:
+            paths += sorted(path for path in (self.path / folder).rglob("*") if path.is_file())
+        files = {path.relative_to(self.path).as_posix(): sha256_of(path) for path in paths if path.is_file()}
+        self.update("finished", files=files)
+
+    def check_files(self) -> None:
+        """Compare the files of a finished run with their digests in `run.json`; those of older runs pass.
+
+        Raises:
+            ValueError: One was altered; all of them are named.
+        """
+        check_files(self.path, self.read_json("run.json").get("files", {}))
+
+    def _note_digest(self, name: str) -> None:
+        """Bring the digest of a file of a finished run up to date, after writing it."""
+        values = self.read_json("run.json") if (self.path / "run.json").is_file() else {}
+        if name in values.get("files", {}):
+            files = {**values["files"], name: sha256_of(self.path / name)}
+            write_json(self.path / "run.json", sealed({**values, "files": files}))
 
     def write_config(self, config: S) -> None:
         """Write `config.yaml`: the settings of the run, not those of one call such as `overwrite`."""
         write_text(self.path / "config.yaml", yaml.safe_dump(config.stored(), sort_keys=False))
+        self._note_digest("config.yaml")
 
     def read_config(self) -> S:
         """The configuration that the run was started with.
@@ -120,16 +151,18 @@ class RunFolderOf(Generic[S]):
         try:
             values = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
             return self.settings_type(**{name: value for name, value in values.items() if name not in UNSTORED_FIELDS})
-        except (TypeError, UnicodeDecodeError, yaml.YAMLError) as fault:
+        except (TypeError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as fault:
             raise ValueError(f"{path} is damaged: {fault}; train again with `--overwrite`") from None
 
     def check_adapter(self) -> None:
-        """Refuse to go on without a best adapter.
+        """Refuse to go on without a best adapter, or with files that are not what the run wrote.
 
         Raises:
             FileNotFoundError: There is none; says whether it is missing or not there yet.
+            ValueError: A file was altered.
         """
         if any(self.adapter.glob("*.safetensors")):
+            self.check_files()
             return
         if self.status == "finished":
             raise FileNotFoundError(

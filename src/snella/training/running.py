@@ -192,7 +192,7 @@ def _finish(
             "test": test,
         },
     )
-    run.update("finished")
+    run.finish()
     report = write_report(run.path, pictures) if draw_report else None
     console.print(_final_text(parts.task, protocol, best, val, test), highlight=False, soft_wrap=True)
     if protocol.warning:

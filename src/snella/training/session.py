@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 
-from snella.training.checkpoints import check_complete, latest_checkpoint, remove_incomplete
+from snella.training.checkpoints import latest_checkpoint, remove_incomplete, sound_checkpoint
 from snella.training.run_folder import RunFolderOf
 from snella.training.settings import RunSettings
 from snella.training.stopping import TrainingInterrupted
@@ -127,19 +127,20 @@ def settle_unfinished(run: RunFolderOf[S], config: S, console: Console, result: 
 
 
 def checkpoint_to_continue(run: RunFolderOf[Any], console: Console) -> Path | None:
-    """The checkpoint that training goes on from; None where it begins.
+    """The checkpoint that training goes on from, the latest sound one; None where it begins.
 
     Args:
         run: Folder of the run; what a killed process left half written is removed.
-        console: Is told which one it is.
+        console: Is told which one it is, and what is wrong with later ones.
 
     Raises:
-        CheckpointError: It is damaged; names the file and the ways out.
+        CheckpointError: There are checkpoints, all of them damaged; names the file and the ways out.
     """
-    remove_incomplete(run.checkpoints)
-    checkpoint = latest_checkpoint(run.checkpoints)
+    checkpoint, damages = sound_checkpoint(run.checkpoints)
+    for damage in damages:
+        console.print(f"note: passed over {damage}", highlight=False, soft_wrap=True)
+    remove_incomplete(run.checkpoints, checkpoint)
     if checkpoint is not None:
-        check_complete(checkpoint)
         console.print(f"continuing from {checkpoint}", highlight=False, soft_wrap=True)
     return checkpoint
 

@@ -1,0 +1,58 @@
+"""Whether files are still what was written: SHA-256 digests of files, and of what a JSON file holds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+SEAL = "sha256"
+"""The entry of a sealed JSON object that holds the digest of all its others."""
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal digits.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_files(folder: Path, digests: Mapping[str, str]) -> None:
+    """Refuse files that are not what was written; missing ones pass, whoever needs them says so.
+
+    Args:
+        folder: Where they lie.
+        digests: SHA-256 by name, relative to `folder`.
+
+    Raises:
+        ValueError: A file's digest is not the stated one; all such files are named.
+    """
+    present = ((name, digest) for name, digest in digests.items() if (folder / name).is_file())
+    altered = [name for name, digest in present if sha256_of(folder / name) != digest]
+    if altered:
+        raise ValueError(
+            f"{folder}: {', '.join(altered)}: damaged: altered after it was written (SHA-256 is not the one in "
+            "run.json); copy it again, or train again with `--overwrite`"
+        )
+
+
+def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with the SHA-256 digest of all its other entries as entry `sha256`."""
+    return {**{name: value for name, value in values.items() if name != SEAL}, SEAL: _digest(values)}
+
+
+def is_intact(values: Any) -> bool:
+    """Whether a JSON object holds what it held when it was sealed; True for one that was not."""
+    return not isinstance(values, Mapping) or values.get(SEAL, _digest(values)) == _digest(values)
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    """Digest of the entries but the seal, in whatever order they stand."""
+    # read back first, as keys become texts
+    plain = json.loads(json.dumps({name: value for name, value in values.items() if name != SEAL}))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
