@@ -109,3 +109,10 @@ def test_a_guess_widens_at_a_miss_and_narrows_again():
         guess = guess.follow(1.01**k, (0.004, 0.06))
         widths.append(guess.window)
     assert widths == sorted(widths, reverse=True) and widths[-1] == 0.004
+
+
+def test_a_threshold_that_is_not_finite_leads_to_no_guess():
+    guess = Guess(0.0, 0.0).follow(float("nan"), (0.004, 0.06))
+    assert guess == Guess(0.0, 0.0)
+    assert guess.follow(1.0, (0.004, 0.06)) == Guess(1.0, 1.0)
+    assert Guess(1.0, 1.0).follow(float("inf"), (0.004, 0.06)) == Guess(0.0, 0.0)

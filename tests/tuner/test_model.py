@@ -351,3 +351,11 @@ def test_many_faults_of_an_adapter_are_counted(vit):
     state = get_peft_model_state_dict(vit.adapted(r=4))
     with pytest.raises(ValueError, match=r"and \d+ more; load it into the architecture it was trained on"):
         set_peft_model_state_dict(vit.adapted(r=2), state)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_adapter_that_is_not_finite_is_refused_with_the_tensor(mlp, value):
+    state = get_peft_model_state_dict(mlp.adapted(r=4))
+    state["base_model.model.lin0.snella_A"][0, 3, 1] = value
+    with pytest.raises(ValueError, match=r"not finite: base_model\.model\.lin0\.snella_A\.default \(1 of 40\)"):
+        set_peft_model_state_dict(mlp.adapted(r=4), state)

@@ -448,7 +448,7 @@ def test_a_merge_that_is_not_finite_is_refused_and_changes_nothing(one_of_each):
     model, _ = adapted(one_of_each)
     before = bits(model)
     the_layer(model).snella_A["default"].data[0, 0, 0] = torch.nan
-    with pytest.raises(ValueError, match=r"NaNs detected in the merged weights\. The adapter \['default'\]"):
+    with pytest.raises(ValueError, match=r"NaNs detected in the merged weights\. The adapter default"):
         the_layer(model).merge(safe_merge=True)
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(bits(model), before, strict=True))
 

@@ -148,7 +148,8 @@ class AdaptedWeight(AdapterHolder):
             original = self._original_weight()
             merged = self._effective(original, [*self.merged_adapters, *names])
             if safe_merge and not torch.isfinite(merged).all():
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {names} seems to be broken")
+                broken = ", ".join(names)
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {broken} seems to be broken")
             if isinstance(original, WeightSource):
                 self._quantise(merged, original)
             else:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper
@@ -322,6 +323,17 @@ class SnellaModel(BaseTuner):
             raise ValueError(
                 f"the adapter does not fit {type(model).__name__}: {'; '.join(faults[:3])}{more}; "
                 "load it into the architecture it was trained on"
+            )
+        broken = [
+            f"{key} ({bad} of {remapped[key].numel()})"
+            for key in expected
+            if (bad := int(remapped[key].numel() - torch.isfinite(remapped[key]).sum()))
+        ]
+        if broken:
+            more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+            raise ValueError(
+                f"the adapter holds values that are not finite: {', '.join(broken[:3])}{more}; its training "
+                "diverged or its file is damaged, load an earlier one"
             )
         return remapped
 

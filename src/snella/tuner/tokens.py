@@ -130,7 +130,7 @@ class TokenAdapter(nn.Module, BaseTunerLayer):
             return
         value = self.snella_token[names[0]].detach()
         if safe_merge and not torch.isfinite(value).all():
-            raise ValueError(f"NaNs detected in {self.parameter_name!r}. The adapter {names} seems to be broken")
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken")
         self._unmerged_weight = self.base_layer.weight.detach().clone()
         self.base_layer.weight.data.copy_(value)
         self.merged_adapters.extend(names)

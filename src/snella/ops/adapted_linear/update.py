@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, get_args
@@ -39,6 +40,8 @@ class Guess(NamedTuple):
 
     def follow(self, threshold: float, widths: tuple[float, float]) -> Guess:
         """The guess after the next threshold turned out to be `threshold`; `widths` are least and most of a window."""
+        if not math.isfinite(threshold):  # a factor that is not: nothing follows from it
+            return Guess(0.0, 0.0)
         if min(threshold, self.last, self.expected) <= 0:
             return Guess(threshold, threshold)
         least, most = widths
