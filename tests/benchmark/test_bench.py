@@ -17,7 +17,7 @@ from snella.benchmark.running import quartiles
 from snella.benchmark.step import Runner, random_batch
 from snella.benchmark.summary import performance_section, update_document
 from snella.cli.main import main
-from snella.ops.adapted_linear import numba_backend
+from snella.ops.backends.numba import backend as numba_backend
 
 TINY = Setting("test_vit", r=4, sparsity=0.5)
 QUIET = Console(quiet=True)

@@ -13,11 +13,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from snella.ops.adapted_linear import triton_gradients, triton_kernels, triton_launches, triton_select
+from snella.ops.backends.triton import backend, backward, forward
 
 INTEGERS = {"n": "i32", "m": "i32", "num_kept": "i32", "num_tiles": "i32", "scaling": "fp32"}
 TABLES = dict.fromkeys(("layout", "counts", "high", "middle", "low", "state"), "*i32")
-TILE, STATISTICS = triton_launches.TILE, triton_launches.STATISTICS
+TILE, STATISTICS = backend.TILE, backend.STATISTICS
 
 
 def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
@@ -26,21 +26,21 @@ def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
     warm = {"P": 3, "R": 6, "HAS_TEMPERATURE": True, "AXIS": 1}
     no_softmax = {"peak": None, "inverse_sum": None, "SOFTMAX": False, "LINEAR_TERM": True}
     for axis in (plain, warm):
-        yield triton_kernels.softmax_statistics, axis | STATISTICS
+        yield forward.softmax_statistics, axis | STATISTICS
         merge = axis | TILE | {"SOFTMAX": True, "LINEAR_TERM": axis is plain, "CENTER": axis is warm, "TILES": 4}
-        yield triton_kernels.merge, merge | {"COUNT": True}
-        yield triton_kernels.merge, merge | {"COUNT": False, "counts": None}
-        yield triton_kernels.merge, merge | no_softmax | {"COUNT": True, "alpha": None, "beta": None}
-        yield triton_gradients.softmax_weighted_sums, axis | TILE | {"MODE": 0 if axis is plain else 1}
+        yield forward.merge, merge | {"COUNT": True}
+        yield forward.merge, merge | {"COUNT": False, "counts": None}
+        yield forward.merge, merge | no_softmax | {"COUNT": True, "alpha": None, "beta": None}
+        yield backward.softmax_weighted_sums, axis | TILE | {"MODE": 0 if axis is plain else 1}
         terms = {"SOFTMAX": True, "LINEAR_TERM": axis is plain, "MODE": 0 if axis is plain else 1}
-        yield triton_gradients.factor_gradients, axis | TILE | terms
-        yield triton_gradients.scalar_gradients, axis | {"SOFTMAX": True, "CENTER": axis is warm, "BLOCK": 512}
+        yield backward.factor_gradients, axis | TILE | terms
+        yield backward.scalar_gradients, axis | {"SOFTMAX": True, "CENTER": axis is warm, "BLOCK": 512}
     nothing = no_softmax | {"alpha": None, "weighted_sum": None, "MODE": 2}
-    yield triton_gradients.factor_gradients, plain | TILE | nothing
+    yield backward.factor_gradients, plain | TILE | nothing
     for targets in (1, 2):
-        yield triton_kernels.add_sparse, {"MODE": targets - 1, "BLOCK": 2048}
-        yield triton_select.count_within_bin, {"TARGETS": targets, "LEVEL": targets, "BLOCK": 4096}
-        yield triton_select.finish_thresholds, {"TARGETS": targets}
+        yield forward.add_sparse, {"MODE": targets - 1, "BLOCK": 2048}
+        yield forward.count_within_bin, {"TARGETS": targets, "LEVEL": targets, "BLOCK": 4096}
+        yield forward.finish_thresholds, {"TARGETS": targets}
 
 
 def compile_for(capability: int, kernel: Any, settings: dict[str, Any]) -> None:
@@ -54,7 +54,7 @@ def compile_for(capability: int, kernel: Any, settings: dict[str, Any]) -> None:
             signature[name] = (INTEGERS | TABLES)[name]
         else:
             signature[name] = "*bf16" if name in ("base", "out", "grad", "A") else "*fp32"
-    options = triton_launches.LAUNCH
+    options = backend.LAUNCH
     compiled = triton.compile(
         ASTSource(kernel, signature, constants), target=GPUTarget("cuda", capability, 32), options=options
     )

@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from snella.ops.adapted_linear import LinearProduct, Product, Update, adapted_product, numba_backend
+from snella.ops.backends.numba import backend as numba_backend
+from snella.ops.functional import adapted_product
 from snella.ops.kernels import Kernel, KernelScalars, make_kernel
+from snella.ops.spec import LinearProduct, Product, Update
 
 DRAWS = 16  # the law compares losses over several draws, so that neither side is judged by one lucky rounding
 SCALAR_NAMES = KernelScalars._fields

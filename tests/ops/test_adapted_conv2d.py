@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from snella.ops import effective_weight
-from snella.ops.adapted_linear import Conv2dProduct
+from snella.ops.spec import Conv2dProduct
 
 from .problems import DRAWS, Problem, assert_law, make_problem, solve
 

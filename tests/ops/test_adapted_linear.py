@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from snella.ops import adapted_linear, adapted_product, effective_weight
-from snella.ops.adapted_linear import LinearProduct
 from snella.ops.kernels import KERNELS, KernelScalars
+from snella.ops.spec import LinearProduct
 
 from .formulas import merge_by_hand, sparsify_by_hand
 from .problems import Problem, assert_law, draws, make_problem, solve

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from snella.ops import effective_weight
-from snella.ops.adapted_linear.backends import TorchBackend
-from snella.ops.adapted_linear.eager import effective_weight_eager, merge_groups
+from snella.ops.autograd import effective_weight_eager, merge_groups
+from snella.ops.backends.torch import TorchBackend
 from snella.ops.kernels import KERNELS
 
 from .problems import assert_law, draws, make_problem

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from snella.ops.adapted_linear import Conv2dProduct, adapted_product
+from snella.ops.functional import adapted_product
 from snella.ops.kernels import KERNELS
+from snella.ops.spec import Conv2dProduct
 
 from .problems import Problem, make_problem, solve
 

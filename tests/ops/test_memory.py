@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from snella.ops import adapted_linear
-from snella.ops.adapted_linear import Conv2dProduct
+from snella.ops.spec import Conv2dProduct
 
 from .problems import Problem, make_problem
 

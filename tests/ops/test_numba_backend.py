@@ -14,11 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import njit
 
-from snella.ops.adapted_linear import choose_backend, effective_weight_of, numba_backend, numba_compiling
-from snella.ops.adapted_linear import numba_loops as loops
-from snella.ops.adapted_linear.api import numba_problem
+from snella.ops.backends import choose_backend, numba_problem
+from snella.ops.backends.numba import backend as numba_backend
+from snella.ops.backends.numba import compile as numba_compile
+from snella.ops.backends.numba import forward as loops
+from snella.ops.functional import effective_weight_of
 from snella.ops.kernels import KERNELS
-from snella.ops.threshold import keep_threshold
+from snella.ops.sparsify import keep_threshold
 
 from .problems import make_problem, solve
 
@@ -83,8 +85,8 @@ def test_without_numba_auto_is_eager_and_asking_for_it_names_the_command(monkeyp
 
 
 def test_a_numba_that_does_not_work_is_said_to_be_so(monkeypatch, fresh_look):
-    monkeypatch.delattr(sys.modules["snella.ops.adapted_linear"], "numba_backend")
-    monkeypatch.setitem(sys.modules, "snella.ops.adapted_linear.numba_backend", None)
+    monkeypatch.delattr(sys.modules["snella.ops.backends.numba"], "backend")
+    monkeypatch.setitem(sys.modules, "snella.ops.backends.numba.backend", None)
     backend, reason = choose_backend("auto", update_of())
     assert backend.name == "eager"
     assert "numba cannot be used" in reason
@@ -98,14 +100,14 @@ def test_loops_are_compiled_without_a_folder_to_keep_them_in(monkeypatch):
             raise RuntimeError("cannot cache function 'f': no locator available")
         return lambda function: "compiled"
 
-    monkeypatch.setattr(numba_compiling, "njit", refuse_to_cache)
-    assert numba_compiling.compiled({})(len) == "compiled"
+    monkeypatch.setattr(numba_compile, "njit", refuse_to_cache)
+    assert numba_compile.compiled({})(len) == "compiled"
 
 
 def test_what_was_compiled_before_any_of_the_files_changed_is_not_taken_from_the_disk():
-    for function in (loops.merge_and_add, numba_backend.sampling.list_kept, numba_backend.merge_and_collect):
+    for function in (loops.merge_and_add, numba_backend.backward.list_kept, loops.merge_and_collect):
         stamp = dict((name, rest) for name, *rest in function._cache._cache_file._source_stamp)
-        assert {"numba_loops.py", "numba_window.py", "numba_sampling.py", "numba_compiling.py"} <= set(stamp)
+        assert {"forward.py", "backward.py", "compile.py"} <= set(stamp)
 
 
 @settings(max_examples=60, deadline=None)
@@ -151,10 +153,10 @@ def test_the_threshold_is_exact_beyond_two_to_the_24_entries():
 def test_the_exponential_is_within_two_units_in_the_last_place():
     value = -np.concatenate([np.linspace(0, 87, 100_003), np.logspace(-9, 1.9, 10_007)]).astype(np.float32)[None]
 
-    @njit(**numba_compiling.IN_ORDER)
+    @njit(**numba_compile.IN_ORDER)
     def exponentials(values, results):
         for k in range(len(values)):
-            results[k] = numba_compiling.exponential(values[k])
+            results[k] = numba_compile.exponential(values[k])
 
     result = np.empty_like(value)
     exponentials(value[0], result[0])
@@ -231,7 +233,8 @@ for m, n, mode in ((384, 1536, "soft"), (64, 64, "official"), (64, 48, "none")):
 
 
 def test_a_process_that_compiles_computes_the_bits_of_one_that_takes_the_loops_from_the_disk(tmp_path):
-    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parent)}
+    paths = [str(Path(__file__).parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     found = []
     for _ in range(2):
         done = subprocess.run(

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from snella.ops import adapted_product, merge_factors, quantile_threshold, sparsify
-from snella.ops.adapted_linear import LinearProduct, Update
 from snella.ops.kernels import KernelScalars, make_kernel
+from snella.ops.spec import LinearProduct, Update
 
 FOLDER = Path(__file__).parent / "official_parity"
 TENSORS = load_file(FOLDER / "official.safetensors")

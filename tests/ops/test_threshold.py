@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from snella.ops import keep_threshold, quantile_threshold, sparsify
-from snella.ops.threshold import _smallest
+from snella.ops.sparsify import _smallest
 
 
 def tie_free(m, n, dtype=torch.float32, seed=0):

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from snella.ops.adapted_linear import choose_backend
-from snella.ops.adapted_linear.api import _log_triton
-from snella.ops.adapted_linear.api import triton_problem as problem_with_triton
-from snella.ops.adapted_linear.eager import effective_weight_eager
+from snella.ops.autograd import effective_weight_eager
+from snella.ops.backends import _log_triton, choose_backend
+from snella.ops.backends import triton_problem as problem_with_triton
 
 from .triton_problems import DEVICE, needs_triton, triton_problem
 
@@ -40,7 +39,7 @@ def test_triton_is_chosen_where_it_is_asked_for():
 @needs_triton
 def test_the_choice_is_logged_once_for_each_device(caplog):
     _log_triton.cache_clear()
-    with caplog.at_level("INFO", logger="snella.ops.adapted_linear.api"):
+    with caplog.at_level("INFO", logger="snella.ops.backends"):
         for _ in range(2):
             choose_backend("triton", update_of())
     assert caplog.messages == [f"updates on {str(update_of().A.device)!r} are computed by Triton kernels"]
@@ -99,9 +98,9 @@ def test_without_triton_asking_for_it_names_the_command(monkeypatch, fresh_look)
 
 
 def test_a_triton_that_does_not_work_is_said_to_be_so(monkeypatch, fresh_look):
-    module = "snella.ops.adapted_linear.triton_backend"
+    module = "snella.ops.backends.triton.backend"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    monkeypatch.delattr(sys.modules["snella.ops.adapted_linear"], "triton_backend", raising=False)
+    monkeypatch.delattr(sys.modules["snella.ops.backends.triton"], "backend", raising=False)
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match="impl='triton', but triton cannot be used"):
         choose_backend("triton", update_of())
@@ -109,8 +108,8 @@ def test_a_triton_that_does_not_work_is_said_to_be_so(monkeypatch, fresh_look):
 
 @needs_triton
 def test_updates_of_different_backends_are_added():
-    from snella.ops.adapted_linear.backends import TorchBackend
-    from snella.ops.adapted_linear.triton_backend import TritonBackend
+    from snella.ops.backends.torch import TorchBackend
+    from snella.ops.backends.triton.backend import TritonBackend
 
     first, second = (problem.update(problem.tensors) for problem in (triton_problem(), triton_problem("linear")))
     shape = torch.Size((7, 5))
@@ -126,8 +125,8 @@ def test_updates_of_different_backends_are_added():
 
 @needs_triton
 def test_matrices_that_were_kept_apart_are_put_together_again():
-    from snella.ops.adapted_linear.backends import Merged
-    from snella.ops.adapted_linear.triton_backend import TritonBackend
+    from snella.ops.backends.base import Merged
+    from snella.ops.backends.triton.backend import TritonBackend
 
     backend = TritonBackend()
     update = update_of(rows=(3, 4, 5), n=6, budgets=(4, 0, 9))

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from snella.ops.threshold import keep_threshold, quantile_threshold
+from snella.ops.sparsify import keep_threshold, quantile_threshold
 
 from .triton_problems import DEVICE, needs_triton, triton_problem
 
@@ -14,7 +14,7 @@ pytestmark = needs_triton
 
 def merged(magnitudes, budgets, mode="soft"):
     """The matrices and thresholds of an update whose entries are these magnitudes, groups one above the other."""
-    from snella.ops.adapted_linear.triton_backend import TritonBackend
+    from snella.ops.backends.triton.backend import TritonBackend
 
     groups = torch.stack(list(magnitudes))
     size = groups.shape[1]
@@ -86,7 +86,7 @@ def test_not_a_number_is_larger_than_every_number():
 
 
 def test_known_thresholds_are_taken_as_they_are():
-    from snella.ops.adapted_linear.triton_backend import TritonBackend
+    from snella.ops.backends.triton.backend import TritonBackend
 
     problem = triton_problem(rows=(5, 4), n=6, budgets=(7, 9))
     update = problem.update(problem.tensors)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from snella.ops import KernelScalars, adapted_product, effective_weight, keep_threshold
-from snella.ops.adapted_linear import LinearProduct, Update
+from snella.ops.spec import LinearProduct, Update
 
 from .problems import Problem, assert_law, draws, make_problem, solve
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from snella.ops.adapted_linear.triton_kernels import exp_of_nonpositive
+from snella.ops.backends.triton.forward import exp_of_nonpositive
 
 
 @triton.jit

@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from snella import SnellaConfig
-from snella.ops.adapted_linear import numba_backend
-from snella.ops.adapted_linear import update as update_module
-from snella.ops.adapted_linear.backends import TorchBackend
+from snella.ops import spec
+from snella.ops.backends.numba import backend as numba_backend
+from snella.ops.backends.torch import TorchBackend
 from snella.tuner import adapted_matrices
 from snella.tuner.effective import EffectiveWeightCache
 from snella.tuner.layer import SnellaLayer
@@ -41,7 +41,7 @@ def merges(monkeypatch):
 def selections(monkeypatch):
     """Counts how often a threshold is looked for."""
     calls = []
-    count(monkeypatch, calls, (update_module, "keep_threshold"), (numba_backend, "_threshold"))
+    count(monkeypatch, calls, (spec, "keep_threshold"), (numba_backend, "_threshold"))
     return calls
 
 

@@ -232,7 +232,9 @@ def test_safe_merge_refuses_a_broken_adapter_and_leaves_the_weight_alone(kind, v
     broken = layers(model)[-1]
     broken.snella_alpha["default"].data.fill_(value)
     before = broken.get_base_layer().weight.clone()
-    with pytest.raises(ValueError, match=r"NaNs detected in the merged weights\. The adapter default seems to be broken"):
+    with pytest.raises(
+        ValueError, match=r"NaNs detected in the merged weights\. The adapter default seems to be broken"
+    ):
         model.merge_adapter(safe_merge=True)
     assert torch.equal(broken.get_base_layer().weight, before)
     assert not broken.merged

@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 
 from snella import SnellaConfig
-from snella.ops.adapted_linear import WeightSource
+from snella.ops.spec import WeightSource
 from snella.tuner.layer import SnellaLayer
 from snella.tuner.merge_loss import MergeLoss, measure_loss
 from snella.tuner.quantized import Quantization

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 
 from snella.benchmark.op_check import op_fault
 from snella.benchmark.rows import conditions
-from snella.ops.adapted_linear import Update, effective_weight_of
+from snella.ops.functional import effective_weight_of
 from snella.ops.kernels import KernelScalars, make_kernel
+from snella.ops.spec import Update
 
 
 def measure_matrix(

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import torch
 
-from snella.ops.adapted_linear import LinearProduct, Update, adapted_product
+from snella.ops.functional import adapted_product
 from snella.ops.kernels import KernelScalars, make_kernel
+from snella.ops.spec import LinearProduct, Update
 
 _SHAPES = (((96,), 80), ((40, 40, 40), 64))
 

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from snella.ops.sparsify import sparsify
-from snella.ops.threshold import quantile_threshold
+from snella.ops.sparsify import quantile_threshold, sparsify
 from snella.tuner.layer import SnellaLayer
 
 _MOST_OF_QUANTILE = 2**24  # entries that torch.quantile takes

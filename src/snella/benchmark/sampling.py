@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from snella.benchmark.rows import conditions
-from snella.ops.adapted_linear import Update
-from snella.ops.adapted_linear.numba_backend import NumbaBackend
+from snella.ops.backends.numba.backend import NumbaBackend
 from snella.ops.kernels import KernelScalars, make_kernel
+from snella.ops.spec import Update
 
 
 def measure_sampling(

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from snella.ops.adapted_linear import Conv2dProduct, LinearProduct, Product
-from snella.ops.sparse_product import fold_entries, sparse_product
+from snella.ops.fixed_support import fold_entries, sparse_product
+from snella.ops.spec import Conv2dProduct, LinearProduct, Product
 
 
 class SparseUpdate(nn.Module):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from snella.methods import spt
-from snella.ops.adapted_linear import LinearProduct
+from snella.ops.spec import LinearProduct
 
 
 class LowRank(spt.StructuredModule):

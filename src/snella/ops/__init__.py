@@ -1,9 +1,8 @@
 """Pure functions of tensors: merge, select, sparsify, apply. Knows torch and nothing else of this project."""
 
-from .adapted_linear import adapted_linear, adapted_product, effective_weight
+from .functional import adapted_linear, adapted_product, effective_weight
 from .kernels import KERNELS, KernelScalars, make_kernel, merge_factors
-from .sparsify import sparsify
-from .threshold import keep_threshold, quantile_threshold
+from .sparsify import keep_threshold, quantile_threshold, sparsify
 
 __all__ = [
     "KERNELS",

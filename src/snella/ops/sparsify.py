@@ -1,9 +1,10 @@
-"""Weight-level competition: what is left of a merged matrix once only its largest entries survive."""
+"""Weight-level competition: the exact threshold, and what is left of a merged matrix above it."""
 
 from __future__ import annotations
 
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,3 +52,69 @@ def sparsify_slope(delta: Tensor, threshold: Tensor, mode: SparsifyMode = "soft"
     magnitude = delta.abs()
     slope = 2 * magnitude - threshold if mode == "soft" else magnitude
     return torch.where(magnitude > threshold, slope, 0)
+
+
+def keep_threshold(delta: Tensor, budget: int) -> Tensor:
+    """Return the magnitude that exactly `budget` entries of a tie-free matrix exceed.
+
+        t = the (budget + 1)-th largest |delta|,   t = 0 when budget = delta.numel()
+
+    Eq. 13 of the paper takes the `budget`-th largest, which leaves one entry fewer; its text wants `budget` of them.
+    The selection is exact at every size (`torch.quantile` refuses more than 2²⁴ entries) and waits for no device.
+
+    Args:
+        delta: Matrix of any shape, floating point.
+        budget: Number of entries to keep, in `[0, delta.numel()]`.
+
+    Returns:
+        0-dim, dtype and device of `delta`, detached.
+
+    Raises:
+        ValueError: `budget` is out of range.
+    """
+    size = delta.numel()
+    if not 0 <= budget <= size:
+        raise ValueError(f"budget must be in [0, {size}] for a matrix {list(delta.shape)}, got {budget}")
+    if budget == size:
+        return delta.new_zeros(())
+    return _smallest(delta.detach().abs(), [size - budget - 1])[0]
+
+
+def quantile_threshold(delta: Tensor, sparsity: float) -> Tensor:
+    """Return the `sparsity`-quantile of the magnitudes, linearly interpolated, as the authors' code takes it.
+
+        t = quantile(|delta|, sparsity)
+
+    Equal to `torch.quantile`, without its limit on the number of entries; the position of the quantile is computed in
+    double precision also where `delta` is not.
+
+    Args:
+        delta: Matrix of any shape, floating point.
+        sparsity: Fraction of the entries below the threshold, in `[0, 1]`.
+
+    Returns:
+        0-dim, dtype and device of `delta`, detached.
+
+    Raises:
+        ValueError: `sparsity` is out of range.
+    """
+    if not 0 <= sparsity <= 1:
+        raise ValueError(f"sparsity must be in [0, 1], got {sparsity}")
+    position = sparsity * (delta.numel() - 1)
+    below = int(position)
+    above = min(below + 1, delta.numel() - 1)
+    low, high = _smallest(delta.detach().abs(), [below, above])
+    return torch.lerp(low, high, position - below)
+
+
+def _smallest(magnitudes: Tensor, ranks: list[int]) -> list[Tensor]:
+    """Return the `rank`-th smallest entry, counted from 0, for each of `ranks`; exact and without a full sort.
+
+    `magnitudes` is a fresh tensor and is reordered in place.
+    """
+    flat = magnitudes.flatten()
+    if flat.device.type == "cpu" and flat.dtype in (torch.float32, torch.float64):
+        array = flat.numpy()
+        array.partition(np.unique(ranks))
+        return [flat[rank].clone() for rank in ranks]
+    return [torch.kthvalue(flat, rank + 1).values for rank in ranks]

@@ -10,11 +10,12 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor
 
-from snella.ops.adapted_linear import Update, WeightSource, choose_backend, effective_weight_of
+from snella.ops.backends import choose_backend
+from snella.ops.fixed_support import fold_entries, merged_entries
+from snella.ops.functional import effective_weight_of
 from snella.ops.kernels import KernelScalars, make_kernel
-from snella.ops.merged_entries import merged_entries
-from snella.ops.sparse_product import fold_entries
 from snella.ops.sparsify import SparsifyMode
+from snella.ops.spec import Update, WeightSource
 
 from .adapters import AdapterHolder
 from .merge_loss import measure_loss, report

@@ -11,8 +11,8 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from snella.ops.adapted_linear import Product, WeightSource
 from snella.ops.kernels import make_kernel
+from snella.ops.spec import Product, WeightSource
 
 from .config import SnellaConfig
 from .effective import EffectiveWeightCache

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from snella.ops.adapted_linear import LinearProduct, Product
+from snella.ops.spec import LinearProduct, Product
 
 from .attend import attend
 from .config import SnellaConfig

@@ -10,7 +10,7 @@ import torch
 from peft.utils.quantization_utils import Bnb4bitBackend, Bnb8bitBackend
 from torch import Tensor, nn
 
-from snella.ops.adapted_linear import WeightSource
+from snella.ops.spec import WeightSource
 
 from .quantized import Quantization
 

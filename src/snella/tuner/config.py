@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from peft import PeftConfig
 
-from snella.ops.adapted_linear import resolve_implementation
+from snella.ops.backends import resolve_implementation
 from snella.ops.kernels import KERNELS
 from snella.ops.sparsify import SparsifyMode
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from snella.ops.adapted_linear import Conv2dProduct
+from snella.ops.spec import Conv2dProduct
 
 from .layer import SnellaLayer
 

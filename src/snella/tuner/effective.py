@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._pytree import tree_map_only
 
-from snella.ops.adapted_linear import Update
-from snella.ops.adapted_linear.update import Guess
+from snella.ops.spec import Guess, Update
 
 from .support import unpack_positions
 

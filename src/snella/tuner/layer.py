@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from snella.ops.adapted_linear import LinearProduct, WeightItself, adapted_product, adapted_product_in_graph
-from snella.ops.merged_entries import merged_entries
-from snella.ops.sparse_product import fold_entries, sparse_product
+from snella.ops.custom_op import adapted_product_in_graph
+from snella.ops.fixed_support import fold_entries, merged_entries, sparse_product
+from snella.ops.functional import adapted_product
+from snella.ops.spec import LinearProduct, WeightItself
 
 from .adapted_weight import AdaptedWeight
 from .effective import EffectiveWeight

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from snella.ops.adapted_linear import LinearProduct, Product
+from snella.ops.spec import LinearProduct, Product
 
 from .layer import SnellaLayer
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from snella.ops.adapted_linear import WeightSource
+from snella.ops.spec import WeightSource
 
 _WHAT_WORKS = (
     "of quantised layers, those of bitsandbytes (Linear4bit, Linear8bitLt) and linear layers with weight-only tensors "

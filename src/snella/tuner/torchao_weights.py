@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from snella.ops.adapted_linear import WeightSource
+from snella.ops.spec import WeightSource
 
 from .quantized import Quantization
 

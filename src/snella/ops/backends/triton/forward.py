@@ -1,0 +1,347 @@
+# mypy: ignore-errors
+"""Triton kernels of the forward pass: distances, softmax over one axis, merge, `W0 + scaling·S`.
+
+Every kernel works on all `G` matrices of a fused weight in one launch. `layout` `[G, 6]`, int32, says for each matrix:
+its first row in the weight, its rows, its rows if it has a budget (else 0), two ranks for the selection and a fraction.
+No product is contracted with a sum but where `tl.fma` says so (`enable_fp_fusion=False` at every launch): a distance
+has the same bits in every kernel. Shape letters: `m` outputs, `n` inputs, `R` rank, `P` pieces of width `R / P`.
+"""
+
+import triton
+import triton.language as tl
+
+LAYOUT_FIELDS = tl.constexpr(6)
+HIGH_BINS = tl.constexpr(2048)  # bins of the first of three histograms: exponent and 3 bits of the mantissa
+HIGH_SHIFT = tl.constexpr(20)
+SOFT, OFFICIAL, NONE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # the modes of `sparsify`
+
+
+@triton.jit
+def exp_of_nonpositive(x):
+    """`exp(x)` for `x ≤ 0` to within two units in the last place; below −87 it is taken at −87.
+
+    2^k·exp(r) with `|r| ≤ ln 2 / 2`, `k·ln 2` subtracted in two parts, exp(r) by its Taylor series to the 7th power.
+    Above 0 it is taken at 0: lanes outside the matrix must not overflow. The hardware's own exponential is off by up to
+    `|x|` roundings.
+    """
+    x = tl.where(x < -87.0, -87.0, tl.where(x > 0.0, 0.0, x))
+    k = tl.floor(x * 1.4426950408889634 + 0.5)
+    k = tl.where(x == x, k, 0.0)
+    r = tl.fma(k, -0.693145751953125, x)
+    r = tl.fma(k, -1.428606765330187e-06, r)
+    p = tl.fma(r, 1.0 / 5040, 1.0 / 720)
+    p = tl.fma(p, r, 1.0 / 120)
+    p = tl.fma(p, r, 1.0 / 24)
+    p = tl.fma(p, r, 1.0 / 6)
+    p = tl.fma(p, r, 0.5)
+    p = tl.fma(p, r * r, r) + 1.0
+    return p * ((k.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def distance(first, second, i, j, i_inside, j_inside, piece, P: tl.constexpr, R: tl.constexpr):
+    """`d[i, j] = ‖first[i, piece] − second[j, piece]‖`; differences are formed before they are squared."""
+    squares = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
+    for k in range(R // P):
+        b = tl.load(first + i * R + piece * (R // P) + k, mask=i_inside, other=0.0).to(tl.float32)
+        a = tl.load(second + j * R + piece * (R // P) + k, mask=j_inside, other=0.0).to(tl.float32)
+        difference = b[:, None] - a[None, :]
+        squares = tl.fma(difference, difference, squares)
+    return tl.sqrt_rn(squares)
+
+
+@triton.jit
+def piecewise(first, second, coeff, i, j, i_inside, j_inside, P: tl.constexpr, R: tl.constexpr):
+    """`κ[i, j] = Σ_p coeff[p]·d_p[i, j]`."""
+    value = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
+    for p in tl.static_range(P):
+        weight = tl.load(coeff + p).to(tl.float32)
+        value += weight * distance(first, second, i, j, i_inside, j_inside, p, P, R)
+    return value
+
+
+@triton.jit
+def logits_of(value, temperature, group, HAS_TEMPERATURE: tl.constexpr):
+    """`κ/γ`."""
+    if HAS_TEMPERATURE:
+        gamma = tl.load(temperature + group).to(tl.float32)
+        value = tl.div_rn(value, gamma + tl.zeros_like(value))
+    return value
+
+
+@triton.jit
+def along_axis(vector, group, start, i, j, i_inside, j_inside, n, AXIS: tl.constexpr):
+    """What `vector` holds for each column (`AXIS` 0) or row (1) of a tile, as `[1, columns]` or `[rows, 1]`."""
+    if AXIS == 0:
+        values = tl.load(vector + group * n + j, mask=j_inside, other=0.0)[None, :]
+    else:
+        values = tl.load(vector + start + i, mask=i_inside, other=0.0)[:, None]
+    return values
+
+
+@triton.jit
+def shares_of(
+    value,
+    temperature,
+    peak,
+    inverse_sum,
+    group,
+    start,
+    i,
+    j,
+    i_inside,
+    j_inside,
+    n,
+    HAS_TEMPERATURE: tl.constexpr,
+    AXIS: tl.constexpr,
+):
+    """`softmax(κ/γ)` over `AXIS` on a tile, from the largest logit and one over the sum of each column or row."""
+    top = along_axis(peak, group, start, i, j, i_inside, j_inside, n, AXIS)
+    scale = along_axis(inverse_sum, group, start, i, j, i_inside, j_inside, n, AXIS)
+    return exp_of_nonpositive(logits_of(value, temperature, group, HAS_TEMPERATURE) - top) * scale
+
+
+@triton.jit
+def softmax_statistics(
+    A,
+    B,
+    coeff,
+    temperature,
+    layout,
+    peak,
+    inverse_sum,
+    n,
+    P: tl.constexpr,
+    R: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    AXIS: tl.constexpr,
+    ALONG: tl.constexpr,
+    ACROSS: tl.constexpr,
+):
+    """Largest logit, and one over the sum of exponentials, of each column (`AXIS` 0, `[G, n]`) or row (1, `[m]`).
+
+    A program goes once along `ACROSS` columns or rows, in steps of `ALONG` entries, and keeps a maximum and a sum for
+    each of its lanes; nothing of size `m·n` is read or written.
+    """
+    group = tl.program_id(1)
+    start = tl.load(layout + group * LAYOUT_FIELDS)
+    active = tl.load(layout + group * LAYOUT_FIELDS + 2)
+    if AXIS == 0:
+        kept, summed, num_kept, num_summed, position = A + group * n * R, B + start * R, n, active, group * n
+    else:
+        kept, summed, num_kept, num_summed, position = B + start * R, A + group * n * R, active, n, start
+    j = tl.program_id(0) * ACROSS + tl.arange(0, ACROSS)
+    j_inside = j < num_kept
+    top = tl.full([ALONG, ACROSS], -3.0e38, tl.float32)
+    total = tl.zeros([ALONG, ACROSS], tl.float32)
+    for first in range(0, num_summed, ALONG):
+        i = first + tl.arange(0, ALONG)
+        i_inside = i < num_summed
+        value = piecewise(summed, kept, coeff + group * P, i, j, i_inside, j_inside, P, R)
+        logits = logits_of(value, temperature, group, HAS_TEMPERATURE)
+        inside = i_inside[:, None] & j_inside[None, :]
+        higher = tl.where(inside & (logits > top), logits, top)
+        added = tl.where(inside, exp_of_nonpositive(logits - higher), 0.0)
+        total = tl.fma(total, exp_of_nonpositive(top - higher), added)
+        top = higher
+    highest = tl.max(top, 0)
+    sums = tl.sum(total * exp_of_nonpositive(top - highest[None, :]), 0)
+    sums = tl.where(sums == 0.0, 1.0, sums)
+    tl.store(peak + position + j, highest, mask=j_inside)
+    tl.store(inverse_sum + position + j, tl.div_rn(tl.full([ACROSS], 1.0, tl.float32), sums), mask=j_inside)
+
+
+@triton.jit
+def merge(
+    A,
+    B,
+    coeff,
+    alpha,
+    beta,
+    temperature,
+    layout,
+    peak,
+    inverse_sum,
+    delta,
+    counts,
+    n,
+    P: tl.constexpr,
+    R: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    LINEAR_TERM: tl.constexpr,
+    CENTER: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    AXIS: tl.constexpr,
+    COUNT: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """`ΔW` `[m, n]`; with `COUNT` also the histogram `counts` `[G, HIGH_BINS]` of the leading bits of `|ΔW|`."""
+    group = tl.program_id(2)
+    start = tl.load(layout + group * LAYOUT_FIELDS)
+    active = tl.load(layout + group * LAYOUT_FIELDS + 2)
+    j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    j_inside = j < tl.where(active > 0, n, 0)
+    first_row = tl.program_id(1) * TILES * BLOCK_M
+    bins = tl.zeros([HIGH_BINS], tl.int32)
+    for first in range(first_row, tl.minimum(first_row + TILES * BLOCK_M, active), BLOCK_M):
+        i = first + tl.arange(0, BLOCK_M)
+        i_inside = i < active
+        inside = i_inside[:, None] & j_inside[None, :]
+        value = piecewise(B + start * R, A + group * n * R, coeff + group * P, i, j, i_inside, j_inside, P, R)
+        if SOFTMAX:
+            share = shares_of(
+                value, temperature, peak, inverse_sum, group, start, i, j, i_inside, j_inside, n, HAS_TEMPERATURE, AXIS
+            )
+            if CENTER:
+                share -= mean_share(active, n, AXIS)
+            weighted = tl.load(alpha + group).to(tl.float32) * share + tl.load(beta + group).to(tl.float32)
+            value = weighted + value if LINEAR_TERM else weighted
+        rows = (start + i).to(tl.int64)
+        tl.store(delta + rows[:, None] * n + j[None, :], value, mask=inside)
+        if COUNT:
+            leading = (value.to(tl.int32, bitcast=True) & 0x7FFFFFFF) >> HIGH_SHIFT
+            bins += tl.histogram(
+                tl.reshape(leading, [BLOCK_M * BLOCK_N]),
+                HIGH_BINS,
+                mask=tl.reshape(inside, [BLOCK_M * BLOCK_N]),
+            )
+    if COUNT:
+        tl.atomic_add(counts + group * HIGH_BINS + tl.arange(0, HIGH_BINS), bins, mask=bins > 0, sem="relaxed")
+
+
+@triton.jit
+def mean_share(active, n, AXIS: tl.constexpr):
+    """Mean of a softmax over `AXIS`."""
+    length = n
+    if AXIS == 0:
+        length = active
+    return tl.div_rn(1.0, tl.maximum(length, 1).to(tl.float32))
+
+
+@triton.jit
+def add_sparse(delta, thresholds, layout, base, out, scaling, n, MODE: tl.constexpr, BLOCK: tl.constexpr):
+    """`out = base + scaling·S`, rounded once to the dtype of `out`; all `[m, n]`, `out` may be `base`."""
+    group = tl.program_id(1)
+    start = tl.load(layout + group * LAYOUT_FIELDS).to(tl.int64)
+    rows = tl.load(layout + group * LAYOUT_FIELDS + 1)
+    active = tl.load(layout + group * LAYOUT_FIELDS + 2)
+    entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = entry < rows.to(tl.int64) * n
+    value = tl.load(delta + start * n + entry, mask=entry < active.to(tl.int64) * n, other=0.0)
+    threshold = tl.load(thresholds + group)
+    magnitude = tl.abs(value)
+    # not a number stays one: it is multiplied with 0
+    sparse = scaling * (value * tl.where(magnitude > threshold, excess(magnitude, threshold, MODE), 0.0))
+    source = tl.load(base + start * n + entry, mask=inside, other=0.0)
+    wide = tl.float64 if base.dtype.element_ty == tl.float64 else tl.float32
+    total = source.to(wide) + sparse.to(wide)
+    tl.store(out + start * n + entry, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def excess(magnitude, threshold, MODE: tl.constexpr):
+    """The factor beside `ΔW` in `S`, above the threshold."""
+    factor = magnitude
+    if MODE == SOFT:
+        factor = magnitude - threshold
+    elif MODE == NONE:
+        factor = tl.zeros_like(magnitude) + 1.0
+    return factor
+
+
+LOW_BINS = tl.constexpr(1024)
+LOW_BITS = tl.constexpr(10)
+
+
+@triton.jit
+def bin_of_rank(counts, rank, BINS: tl.constexpr):
+    """The bin that holds the entry of this rank, and its rank within the bin."""
+    bins = tl.arange(0, BINS)
+    count = tl.load(counts + bins)
+    at_least = tl.cumsum(count, 0, reverse=True)
+    wanted = tl.sum((at_least > rank).to(tl.int32), 0) - 1
+    above = tl.sum(tl.where(bins > wanted, count, 0), 0)
+    return wanted, rank - above
+
+
+@triton.jit
+def leading_bits(layout, high, middle, state, group, target, TARGETS: tl.constexpr, LEVEL: tl.constexpr):
+    """The bits known after `LEVEL` histograms of the wanted entry, and its rank among the entries that share them."""
+    if LEVEL == 1:
+        rank = tl.load(layout + group * LAYOUT_FIELDS + 3 + target)
+        known, rank = bin_of_rank(high + group * HIGH_BINS, rank, HIGH_BINS)
+    else:
+        before = state + (group * TARGETS + target) * 2
+        found, rank = bin_of_rank(middle + (group * TARGETS + target) * LOW_BINS, tl.load(before + 1), LOW_BINS)
+        known = (tl.load(before) << LOW_BITS) | found
+    return known, rank
+
+
+@triton.jit
+def count_within_bin(
+    delta,
+    layout,
+    high,
+    middle,
+    low,
+    state,
+    n,
+    TARGETS: tl.constexpr,
+    LEVEL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Histogram `[G, TARGETS, LOW_BINS]` of the next ten bits of the entries that begin as the wanted one does.
+
+    `LEVEL` 1 reads `high` and writes `middle`, 2 reads `middle` and writes `low`. What level 1 found stays in `state`.
+    """
+    group = tl.program_id(1)
+    start = tl.load(layout + group * LAYOUT_FIELDS).to(tl.int64)
+    size = tl.load(layout + group * LAYOUT_FIELDS + 2) * n
+    shift: tl.constexpr = HIGH_SHIFT - LOW_BITS * LEVEL
+    for target in tl.static_range(TARGETS):
+        known, rank = leading_bits(layout, high, middle, state, group, target, TARGETS, LEVEL)
+        if LEVEL == 1:  # noqa: SIM102 - decided when the kernel is compiled
+            if tl.program_id(0) == 0:
+                tl.store(state + (group * TARGETS + target) * 2, known)
+                tl.store(state + (group * TARGETS + target) * 2 + 1, rank)
+        bins = tl.zeros([LOW_BINS], tl.int32)
+        for first in range(tl.program_id(0) * BLOCK, size, tl.num_programs(0) * BLOCK):
+            entry = first + tl.arange(0, BLOCK)
+            value = tl.load(delta + start * n + entry, mask=entry < size, other=0.0)
+            bits = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+            same = (entry < size) & ((bits >> (shift + LOW_BITS)) == known)
+            bins += tl.histogram((bits >> shift) & (LOW_BINS - 1), LOW_BINS, mask=same)
+        out = middle if LEVEL == 1 else low
+        out += (group * TARGETS + target) * LOW_BINS + tl.arange(0, LOW_BINS)
+        tl.atomic_add(out, bins, mask=bins > 0, sem="relaxed")
+
+
+@triton.jit
+def order_statistic(layout, high, middle, low, state, group, target, TARGETS: tl.constexpr):
+    """The wanted magnitude itself."""
+    known, rank = leading_bits(layout, high, middle, state, group, target, TARGETS, 2)
+    found, _ = bin_of_rank(low + (group * TARGETS + target) * LOW_BINS, rank, LOW_BINS)
+    return ((known << LOW_BITS) | found).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def finish_thresholds(layout, high, middle, low, state, thresholds, TARGETS: tl.constexpr):
+    """Threshold of each matrix, `[G]`: infinity without a budget, 0 where the whole matrix is kept (rank −1).
+
+    With two targets it lies between them, by the fraction whose bits are the last field of `layout`.
+    """
+    group = tl.program_id(0)
+    active = tl.load(layout + group * LAYOUT_FIELDS + 2)
+    rank = tl.load(layout + group * LAYOUT_FIELDS + 3)
+    threshold = order_statistic(layout, high, middle, low, state, group, 0, TARGETS)
+    if TARGETS == 2:
+        above = order_statistic(layout, high, middle, low, state, group, 1, TARGETS)
+        fraction = tl.load(layout + group * LAYOUT_FIELDS + 5).to(tl.float32, bitcast=True)
+        # from the nearer end, as torch.lerp does it
+        upwards = threshold + fraction * (above - threshold)
+        downwards = above - (above - threshold) * (1.0 - fraction)
+        threshold = tl.where(fraction < 0.5, upwards, downwards)
+    threshold = tl.where(rank < 0, 0.0, threshold)
+    tl.store(thresholds + group, tl.where(active > 0, threshold, float("inf")))
