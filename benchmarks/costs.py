@@ -14,13 +14,12 @@ from paper_models import METHOD, SAM_NAMES, classifier, llama_7b, sam, sd3_mediu
 from row_speed import BACKBONE, RowSpeed, has_gpu_rows, row_speed
 from workloads import Workload, final_run, one_method, seconds, training
 
-from snella.benchmark.rows import read_rows
-from snella.benchmark.summary import put_between
+from snella._files import write_text
+from snella.benchmark.rows import put_between, read_rows
 from snella.comparison.experiment_files import read_experiment
 from snella.data.fgvc import FGVC_DATASETS
-from snella.generation.config import DreamBoothConfig
-from snella.language.config import LanguageConfig
-from snella.training.atomic_files import write_text
+from snella.recipes.dreambooth.config import DreamBoothConfig
+from snella.recipes.instruct.config import LanguageConfig
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- cost estimated by benchmarks/readme.py begins -->", "<!-- cost ends -->"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from snella.training.forward_record import working_modules
+from snella.runs.memory import working_modules
 from snella.tuner.layer import SnellaLayer
 
 _MOMENTS = 2  # of AdamW

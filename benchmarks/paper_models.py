@@ -12,10 +12,10 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, SamConfig, SamModel, SamVisionConfig
 
-from snella.backbones.sam_segmenter import SamSegmenter
+from snella.backbones.sam import SamSegmenter
 from snella.backbones.segmenter import DECODER
 from snella.methods import build_method
-from snella.methods.headless import adapt_headless
+from snella.methods.registry import adapt_headless
 
 METHOD = "snella-8"
 _CLASSES = 100

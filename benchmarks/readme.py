@@ -6,8 +6,7 @@ python benchmarks/readme.py
 from costs import ROOT, update_costs
 from suite_table import PAGE, PICTURES, draw_suite, update_overview, update_suite
 
-from snella.benchmark.figures import draw_figures
-from snella.benchmark.summary import update_document
+from snella.benchmark.rows import draw_figures, update_document
 
 if __name__ == "__main__":
     rows = ROOT / "benchmarks" / "results.jsonl"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from snella.benchmark import BenchConfig, bench, grid, measure_matrix, measure_sampling
 from snella.benchmark.rows import append_rows
-from snella.training.console import make_console
+from snella.runs.console import make_console
 
 HERE = Path(__file__).parent
 PEERS = ["frozen", "lora", "dora", "shira", "full", "snella", "snella-keep-delta"]

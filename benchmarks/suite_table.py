@@ -8,14 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from snella.analysis.figure_style import save_figure
-from snella.benchmark.summary import put_between
+from snella.benchmark.rows import put_between
 from snella.comparison.experiment import Experiment
 from snella.comparison.experiment_files import read_experiment
 from snella.comparison.figures import forest, learning_rate_curves, pareto
 from snella.comparison.markdown import markdown_tables
 from snella.comparison.store import read_lines
 from snella.comparison.summary import MethodSummary, Summary, cost_texts, difference_text, spread_text, summarise
+from snella.report.style import save_figure
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "bundled-suite"

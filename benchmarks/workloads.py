@@ -11,7 +11,7 @@ from row_speed import RowSpeed
 from snella.comparison.experiment import Experiment
 from snella.data.fgvc import FGVC_DATASETS
 from snella.data.vtab import VTAB_TASKS
-from snella.training.protocol import PROTOCOLS
+from snella.runs.protocol import PROTOCOLS
 
 _VTAB_TRAIN, _VTAB_VAL = 800, 200
 

@@ -12,7 +12,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPE
 from torch import Tensor, nn
 
 from snella.backbones import create_backbone
-from snella.backbones.architecture import infer_architecture
+from snella.backbones.architectures import infer_architecture
 from snella.backbones.checkpoint import Checkpoint, load_weights, read_checkpoint
 
 SIZE = 64

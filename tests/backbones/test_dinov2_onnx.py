@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from snella.backbones.dinov2_onnx import convert_dinov2_onnx
+from snella.backbones.bundled import convert_dinov2_onnx
 
 onnx = pytest.importorskip("onnx", reason="package onnx is not installed")
 

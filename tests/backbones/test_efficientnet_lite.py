@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 
-from snella.backbones.efficientnet_lite import convert_efficientnet_lite
+from snella.backbones.bundled import convert_efficientnet_lite
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,7 @@ from peft import get_peft_model
 from timm.models.mlp_mixer import MlpMixer
 
 from snella import SnellaConfig
-from snella.methods.head import find_head
-from snella.methods.targets import adaptable_layers
+from snella.methods.model_parts import adaptable_layers, find_head
 from snella.tuner import adapted_matrices
 
 ATTENTION = {"attn.q", "attn.k", "attn.v", "attn.proj"}

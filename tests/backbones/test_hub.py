@@ -11,7 +11,7 @@ from huggingface_hub import constants
 from safetensors.torch import save
 
 from snella.backbones import create_backbone
-from snella.backbones.hub import create_from_hub
+from snella.backbones.create import create_from_hub
 
 
 @pytest.fixture(autouse=True)

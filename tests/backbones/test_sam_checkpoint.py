@@ -12,8 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import SamConfig, SamModel
 
-from snella.backbones.sam_checkpoint import load_sam
-from snella.backbones.sam_shapes import infer_sam_config
+from snella.backbones.sam import infer_sam_config, load_sam
 
 
 def tiny_config(hidden_size: int = 24, heads: int = 3, depth: int = 3, image_size: int = 64, **vision) -> SamConfig:

@@ -5,7 +5,7 @@ import timm
 import torch
 
 from snella.backbones import create_backbone
-from snella.backbones.vit_shapes import infer_vit
+from snella.backbones.architectures import infer_vit
 
 
 def shapes_of(name: str, **options) -> dict[str, torch.Tensor]:

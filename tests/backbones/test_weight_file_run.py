@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from snella.training import TrainConfig, load_run, train
-from snella.training.merging import loading_lines, merge
+from snella.runs import TrainConfig, load_run
+from snella.runs.merge import loading_lines, merge
+from snella.runs.train import train
 
 
 @pytest.mark.parametrize(
@@ -26,7 +27,7 @@ from snella.training.merging import loading_lines, merge
 def test_a_run_on_a_weight_file_alone_merges_into_a_file_that_the_printed_lines_load(
     architecture, options, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("snella.training.running.write_report", lambda run, images=None: run / "report.html")
+    monkeypatch.setattr("snella.runs.train.write_report", lambda run, images=None: run / "report.html")
     torch.manual_seed(0)
     torch.save(timm.create_model(architecture, num_classes=7, **options).state_dict(), tmp_path / "weights.pth")
     rng = np.random.default_rng(0)

@@ -9,13 +9,9 @@ import torch
 from rich.console import Console
 
 from snella.benchmark import CONTENDERS, BenchConfig, bench, grid, measure_matrix, measure_sampling
+from snella.benchmark.bench import Runner, op_fault, quartiles, random_batch
 from snella.benchmark.contenders import Setting
-from snella.benchmark.figures import draw_figures
-from snella.benchmark.op_check import op_fault
-from snella.benchmark.rows import append_rows, conditions, read_rows
-from snella.benchmark.running import quartiles
-from snella.benchmark.step import Runner, random_batch
-from snella.benchmark.summary import performance_section, update_document
+from snella.benchmark.rows import append_rows, conditions, draw_figures, performance_section, read_rows, update_document
 from snella.cli.main import main
 from snella.ops.backends.numba import backend as numba_backend
 

@@ -9,8 +9,8 @@ import torch
 import yaml
 
 from snella.cli.main import main
-from snella.training import RunFolder, load_run
-from snella.training.trainer import SnellaTrainer
+from snella.runs import RunFolder, load_run
+from snella.runs.trainer import SnellaTrainer
 
 
 def test_train_leaves_a_finished_run_with_its_resolved_configuration(run):
@@ -29,7 +29,7 @@ def test_the_command_in_run_json_is_one_that_the_parser_understands(run):
     import shlex
 
     from snella.cli.parser import parse
-    from snella.training import TrainConfig
+    from snella.runs import TrainConfig
 
     words = shlex.split(RunFolder(run).read_json("run.json")["command"])
     assert words[0] == "snella"
@@ -159,7 +159,7 @@ def test_ctrl_c_before_training_ends_with_130(train_words, tmp_path, failing, mo
     def press_ctrl_c(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("snella.training.running.assemble", press_ctrl_c)
+    monkeypatch.setattr("snella.runs.train.assemble", press_ctrl_c)
     assert failing(*train_words, "--out", str(tmp_path / "run"), status=130) == "snella: interrupted\n"
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from snella.cli.main import main
 from snella.cli.parser import COMMANDS, UsageError, parse
-from snella.training.defaults import METHOD_DEFAULTS
+from snella.runs.config import METHOD_DEFAULTS
 
 
 @pytest.mark.parametrize("name", [None, *COMMANDS])

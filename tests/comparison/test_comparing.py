@@ -13,7 +13,7 @@ from snella.comparison.cells import Cell
 from snella.comparison.experiment_files import read_experiment
 from snella.comparison.search import Candidate
 from snella.comparison.store import append_row, cell_lock, is_locked, read_lines
-from snella.training import RunFolder, TrainingInterrupted, load_run
+from snella.runs import RunFolder, TrainingInterrupted, load_run
 
 
 @pytest.fixture(scope="module")

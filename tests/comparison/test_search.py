@@ -7,7 +7,7 @@ from snella.comparison.experiment import Grid
 from snella.comparison.plan import Plan
 from snella.comparison.search import Candidate, Choice, TrialResult, next_trials
 from snella.methods import build_method
-from snella.methods.head import is_inside
+from snella.methods.model_parts import is_inside
 
 
 def run(grid, accuracy, decay=0.0):
@@ -119,7 +119,7 @@ def test_the_methods_that_count_as_heads_alone_are_that(name):
 
 
 def test_all_seeds_of_a_task_share_its_test_images(tiny):
-    from snella.training.assembly import load_splits
+    from snella.runs.build import load_splits
 
     experiment = tiny()
     cells = [Cell(experiment.data[0], experiment.methods[0], seed, Candidate(), True) for seed in (0, 1)]

@@ -1,6 +1,6 @@
 import pytest
 
-from snella.data.benchmark_check import check_benchmarks
+from snella.data.check import check_benchmarks
 
 from ..benchmark_folders import write_fgvc, write_vtab
 

@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from snella.data import ImageDataset, build_transform
-from snella.data.sources import ArrayImages
+from snella.data.datasets import ArrayImages
 
 CONFIG = {
     "input_size": (3, 16, 16),

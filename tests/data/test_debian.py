@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from snella.data import load_data
-from snella.data.debian import load_fashion_mnist, load_stamps
+from snella.data.bundled import load_fashion_mnist, load_stamps
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 STAMPS = Path("/usr/share/tuxpaint/stamps")

@@ -3,7 +3,7 @@ import shutil
 import pytest
 from PIL import Image
 
-from snella.data.dreambooth import load_concept
+from snella.recipes.dreambooth.data import load_concept
 
 
 def write_images(folder, count):

@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from snella.data import read_image
-from snella.data.images import IMAGE_SUFFIXES, broken_images, to_rgb
+from snella.data.datasets import IMAGE_SUFFIXES, broken_images, to_rgb
 
 
 @pytest.mark.parametrize("suffix", IMAGE_SUFFIXES)

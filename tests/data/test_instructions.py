@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from snella.data.instructions import Instruction, read_benchmark, read_instructions
+from snella.recipes.instruct.data import Instruction, read_benchmark, read_instructions
 
 ENTRY = {"instruction": "Is it wet? true/false", "input": "", "output": "the correct answer is true", "answer": "true"}
 CHOICES = {"boolq": ("true", "false"), "piqa": ("solution1", "solution2")}

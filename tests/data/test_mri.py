@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 from snella.data import load_data
-from snella.data.mri import REGIONS, load_mri
-from snella.data.nifti import read_nifti
+from snella.data.bundled import REGIONS, load_mri, read_nifti
 
 
 def write_nifti(path, volume, kind=2):
@@ -64,7 +63,7 @@ def test_missing_volumes_are_told_with_the_command(tmp_path):
 
 def test_volumes_that_do_not_belong_together_are_refused(templates):
     write_nifti(templates / "aal.nii.gz", np.zeros((60, 70, 150), np.uint8))
-    from snella.data.mri import _volume
+    from snella.data.bundled import _volume
 
     _volume.cache_clear()
     with pytest.raises(ValueError, match=r"must be aligned and at least 155 slices, got .*\[60, 70, 150\]"):

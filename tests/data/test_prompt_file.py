@@ -1,6 +1,6 @@
 import pytest
 
-from snella.data.prompt_file import fill, read_prompt_file
+from snella.recipes.dreambooth.data import fill, read_prompt_file
 
 GOOGLE = """Classes
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from snella.data.sources import FileImages
+from snella.data.datasets import FileImages
 
 
 @pytest.fixture

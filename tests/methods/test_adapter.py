@@ -4,8 +4,7 @@ from torch import nn
 from torch.nn.functional import gelu
 
 from snella.methods import build_method
-from snella.methods.adapter import Adapter
-from snella.methods.mosa import SparseAdapters
+from snella.methods.adapter import Adapter, SparseAdapters
 
 
 def filled(adapter):

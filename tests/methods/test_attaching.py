@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from snella.methods.attaching import attach, attached, detach
+from snella.methods.model_parts import attach, attached, detach
 
 
 class Add(nn.Module):

@@ -2,7 +2,7 @@ import pytest
 import timm
 import torch
 
-from snella.methods.blocks import find_blocks, mlps
+from snella.methods.model_parts import find_blocks, mlps
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from peft import PeftModel
 from torch import nn
 
 from snella.methods import load_trained, save_trained
-from snella.methods.headless import adapt_headless
+from snella.methods.registry import adapt_headless
 
 
 def model():

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from snella.methods import build_method
-from snella.methods.mlp_head import MlpHead
+from snella.methods.partial import MlpHead
 
 
 def test_the_forward_pass_is_that_of_the_formula():

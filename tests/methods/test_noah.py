@@ -7,10 +7,18 @@ import torch
 from torch import nn
 
 from snella.methods import SelectionData, build_method, spec_of
-from snella.methods.noah import _apply, space_of
-from snella.methods.noah_search import Subnet, SubnetSpace, search_subnet
-from snella.methods.noah_supernet import SuperAdapter, SuperLowRank, activate, build_supernet
-from snella.methods.spt_lora import LowRank
+from snella.methods.noah import (
+    Subnet,
+    SubnetSpace,
+    SuperAdapter,
+    SuperLowRank,
+    _apply,
+    activate,
+    build_supernet,
+    search_subnet,
+    space_of,
+)
+from snella.methods.spt import LowRank
 
 SPACE = SubnetSpace((8, 8, 8, 8), (32, 32, 32, 32), (1, 2, 4), budget=400)
 QUICK = {"sizes": [1, 2], "supernet_epochs": 1, "population": 4, "generations": 1}

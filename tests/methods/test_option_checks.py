@@ -1,6 +1,6 @@
 import pytest
 
-from snella.methods.option_checks import check_by, number, one_of, whole_number
+from snella.methods.method import check_by, number, one_of, whole_number
 
 CHECK = check_by(
     {

@@ -4,8 +4,7 @@ import torch
 from torch import nn
 
 from snella.methods import build_method, load_trained, method_options, save_trained
-from snella.methods.peft_adapter import merge_adapter
-from snella.methods.peft_catalogue import catalogue
+from snella.methods.peft_methods import catalogue, merge_adapter
 
 
 def test_a_method_that_this_peft_lacks_is_refused_by_name_with_the_version_that_has_it(monkeypatch, make_model):

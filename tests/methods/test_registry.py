@@ -5,8 +5,7 @@ from torch import nn
 
 from snella import SnellaConfig
 from snella.methods import build_method, check_method, method_names, method_options, parse_method, spec_of
-from snella.methods.head import find_head
-from snella.methods.targets import adaptable_layers
+from snella.methods.model_parts import adaptable_layers, find_head
 from snella.tuner import adapted_matrices
 
 

@@ -4,8 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from snella.methods.selection_data import SelectionData, loss_of, selection_data
-from snella.methods.sensitivity import rank_entries, squared_gradients, summed_gradients
+from snella.methods.calibration import (
+    SelectionData,
+    loss_of,
+    rank_entries,
+    selection_data,
+    squared_gradients,
+    summed_gradients,
+)
 
 X = [torch.tensor([[1.0, 2.0]]), torch.tensor([[-3.0, 1.0]])]
 

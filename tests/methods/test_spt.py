@@ -6,9 +6,7 @@ from torch import nn
 
 from snella.methods import build_method, spec_of
 from snella.methods.adapter import Adapter
-from snella.methods.spt import SptLayer, budget_of, spend_budget
-from snella.methods.spt_adapter import AdapterBehind, count_adapter
-from snella.methods.spt_lora import LowRank, count_low_rank
+from snella.methods.spt import AdapterBehind, LowRank, SptLayer, budget_of, count_adapter, count_low_rank, spend_budget
 
 VALUES = [torch.tensor([9.0, 8.0, 1.0, 7.0]), torch.tensor([6.0, 0.0]), torch.tensor([5.0, 4.0, 3.0])]
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from snella.methods import METHODS, load_trained
-from snella.training.assembly import make_backbone
-from snella.training.config import TrainConfig
-from snella.training.rank_callback import RankCallback
-from snella.training.running import train
+from snella.runs.build import make_backbone
+from snella.runs.callbacks import RankCallback
+from snella.runs.config import TrainConfig
+from snella.runs.train import train
 
 QUICK = {"noah": {"supernet_epochs": 1}}
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from snella.methods import build_method
-from snella.methods.vpt import Prompts
+from snella.methods.prompts import Prompts
 
 
 def tokens_of(model, images):

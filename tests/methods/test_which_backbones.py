@@ -10,7 +10,7 @@ from timm.models.convnext import ConvNeXt
 from timm.models.swin_transformer import SwinTransformer
 
 from snella.methods import build_method, load_trained, method_names, save_trained, spec_of
-from snella.methods.head import is_inside
+from snella.methods.model_parts import is_inside
 
 BACKBONES = {
     "swin": lambda: SwinTransformer(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from snella.tasks.mask_scores import image_scores, pixel_counts, pooled_scores
+from snella.tasks.segmentation import image_scores, pixel_counts, pooled_scores
 
 
 def counts_of(predicted, labels, classes=2):

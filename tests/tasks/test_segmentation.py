@@ -3,10 +3,9 @@ import torch
 import torch.nn.functional as F
 
 from snella.data import ImageDataset
+from snella.runs.config import TrainConfig
 from snella.tasks import SegmentationTask, create_task, task_class, task_names
-from snella.tasks.example_masks import choose_indices
-from snella.tasks.mask_loss import overlap_losses
-from snella.training.config import TrainConfig
+from snella.tasks.segmentation import choose_indices, overlap_losses
 
 LABELS = torch.tensor([[[0, 1], [1, 1]]])
 SCORES = torch.tensor([[[[2.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [3.0, 1.0]]]])

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from snella.backbones.registry import create_backbone
+from snella.backbones.create import create_backbone
 
 __all__ = ["DECODER", "SAM_PREFIX", "LightDecoder", "SegmentationModel", "create_segmenter"]
 
@@ -108,7 +108,7 @@ def create_segmenter(
         img_size: As for `create_backbone`.
     """
     if name.startswith(SAM_PREFIX):
-        from snella.backbones.sam_segmenter import create_sam_segmenter  # transformers' SAM takes a while to import
+        from snella.backbones.sam import create_sam_segmenter  # transformers' SAM takes a while to import
 
         if weights is not None:
             raise ValueError(f"weights={weights!r} given, but backbone {name!r} comes with weights of its own")

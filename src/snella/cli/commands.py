@@ -12,7 +12,7 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from snella.analysis import inspect_run
+from snella._files import write_json, write_text
 from snella.cli.bench_commands import BENCH_COMMANDS
 from snella.cli.generation_commands import GENERATION_COMMANDS, draw_generation_report
 from snella.cli.language_commands import LANGUAGE_COMMANDS
@@ -27,18 +27,18 @@ from snella.cli.options import (
 )
 from snella.comparison import compare
 from snella.comparison.asking import experiment_of
-from snella.data.benchmark_check import BenchmarkCheck, check_benchmarks
+from snella.data.check import BenchmarkCheck, check_benchmarks
+from snella.recipes.demo import run_demo
+from snella.report import inspect_run
+from snella.runs import RunFolder, TrainConfig
+from snella.runs.build import choose_device, task_of
+from snella.runs.console import counted, make_console
+from snella.runs.evaluate import evaluate, refresh_report
+from snella.runs.memory import methods_compared, predict_for_methods
+from snella.runs.merge import loading_lines, merge, what_it_is
+from snella.runs.predict import output_of_run, predict_each
+from snella.runs.train import train
 from snella.tasks import ResultTable
-from snella.training import RunFolder, TrainConfig, evaluate, merge, run_demo, train
-from snella.training.assembly import choose_device
-from snella.training.atomic_files import write_json, write_text
-from snella.training.console import counted, make_console
-from snella.training.loading import task_of
-from snella.training.memory_of_methods import methods_compared, predict_for_methods
-from snella.training.merging import loading_lines, what_it_is
-from snella.training.predicting import predict_each
-from snella.training.prediction_output import output_of_run
-from snella.training.reporting import refresh_report
 
 
 def _train(settings: dict[str, Any]) -> None:

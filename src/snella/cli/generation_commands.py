@@ -6,16 +6,16 @@ from typing import Any
 
 from rich.table import Table
 
+from snella._files import write_json
 from snella.cli.generation_options import EvaluateGenerationOptions, GenerateOptions
-from snella.generation import DreamBoothConfig
-from snella.training.atomic_files import write_json
-from snella.training.console import counted, make_console
+from snella.recipes.dreambooth import DreamBoothConfig
+from snella.runs.console import counted, make_console
 
 
 def _dreambooth(settings: dict[str, Any]) -> None:
     """`snella dreambooth`."""
     config = DreamBoothConfig(**settings)
-    from snella.generation import personalise
+    from snella.recipes.dreambooth import personalise
 
     personalise(config)
 
@@ -23,8 +23,7 @@ def _dreambooth(settings: dict[str, Any]) -> None:
 def _generate(settings: dict[str, Any]) -> None:
     """`snella generate`."""
     options = GenerateOptions(**settings)
-    from snella.generation import generate
-    from snella.generation.generating import prompts_of
+    from snella.recipes.dreambooth.generate import generate, prompts_of
 
     pictures = generate(
         options.run,
@@ -45,7 +44,7 @@ def _generate(settings: dict[str, Any]) -> None:
 def _evaluate_generation(settings: dict[str, Any]) -> None:
     """`snella evaluate-generation`."""
     options = EvaluateGenerationOptions(**settings)
-    from snella.generation import evaluate_generation
+    from snella.recipes.dreambooth import evaluate_generation
 
     result = evaluate_generation(
         options.run,
@@ -67,7 +66,7 @@ def _evaluate_generation(settings: dict[str, Any]) -> None:
 
 def draw_generation_report(run: str) -> Path:
     """Draw the report page of a run of `snella dreambooth` again."""
-    from snella.generation import write_generation_report
+    from snella.recipes.dreambooth import write_generation_report
 
     return write_generation_report(run)
 

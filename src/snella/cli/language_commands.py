@@ -6,14 +6,14 @@ from typing import Any
 from rich.table import Table
 
 from snella.cli.language_options import EvaluateLanguageOptions
-from snella.language import LanguageConfig
-from snella.training.console import make_console
+from snella.recipes.instruct import LanguageConfig
+from snella.runs.console import make_console
 
 
 def _language(settings: dict[str, Any]) -> None:
     """`snella language`."""
     config = LanguageConfig(**settings)
-    from snella.language import fine_tune
+    from snella.recipes.instruct import fine_tune
 
     fine_tune(config)
 
@@ -21,7 +21,7 @@ def _language(settings: dict[str, Any]) -> None:
 def _evaluate_language(settings: dict[str, Any]) -> None:
     """`snella evaluate-language`."""
     options = EvaluateLanguageOptions(**settings)
-    from snella.language import evaluate_language
+    from snella.recipes.instruct import evaluate_language
 
     result = evaluate_language(
         options.run,

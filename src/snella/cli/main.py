@@ -43,7 +43,7 @@ def _run(words: list[str]) -> int:
     name, _, settings = parse(words)
     from snella.cli import commands
     from snella.comparison import CellsFailedError
-    from snella.training.stopping import NonFiniteLossError, TrainingInterrupted
+    from snella.runs.session import NonFiniteLossError, TrainingInterrupted
 
     raise_when_interrupted()
     try:

@@ -15,9 +15,9 @@ from snella.cli.options import (
     MergeOptions,
     PredictOptions,
 )
-from snella.generation.config import DreamBoothConfig
-from snella.language.config import LanguageConfig
-from snella.training.config import TrainConfig
+from snella.recipes.dreambooth.config import DreamBoothConfig
+from snella.recipes.instruct.config import LanguageConfig
+from snella.runs.config import TrainConfig
 
 _ALL = (
     *(TrainConfig, EvaluateOptions, PredictOptions, MergeOptions, InspectOptions, DataOptions, CompareOptions),

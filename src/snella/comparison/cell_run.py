@@ -20,7 +20,8 @@ from snella.comparison.forgetting import measure_forgetting
 from snella.comparison.reuse import MEMORY, drop_adapters, finish_trial
 from snella.comparison.rows import head_of_row, results_of
 from snella.comparison.store import LOCKS, append_row, cell_lock, read_row, remove_lock
-from snella.training import RunFolder, TrainingInterrupted, train
+from snella.runs import RunFolder, TrainingInterrupted
+from snella.runs.train import train
 
 LOGS = "logs"
 _ERROR_LENGTH = 400

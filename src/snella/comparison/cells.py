@@ -9,7 +9,7 @@ from snella.comparison.entries import DataEntry, MethodEntry, config_of, folder_
 from snella.comparison.experiment import Experiment
 from snella.comparison.search import Candidate
 from snella.methods import parse_method
-from snella.training import TrainConfig
+from snella.runs import TrainConfig
 
 TEST_SEED = 0
 """Decides the test images of every cell: other seeds draw other training and validation images, never a test image, so

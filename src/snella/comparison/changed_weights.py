@@ -5,9 +5,9 @@ from pathlib import Path
 from torch import nn
 
 from snella.methods import merge_trained, spec_of
-from snella.methods.head import is_inside
-from snella.training import load_run
-from snella.training.assembly import make_backbone
+from snella.methods.model_parts import is_inside
+from snella.runs import load_run
+from snella.runs.build import make_backbone
 
 
 def count_changed_weights(run: Path) -> int | None:

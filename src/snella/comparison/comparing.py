@@ -25,12 +25,12 @@ from snella.comparison.ray_executor import OnRay, import_ray
 from snella.comparison.search import Candidate
 from snella.comparison.store import LOCKS, cell_lock, collect, drop_failed, is_locked, read_row
 from snella.comparison.summary import print_summary, summarise
+from snella.runs import TrainingInterrupted
+from snella.runs.build import choose_device, load_splits
+from snella.runs.console import counted, make_console
+from snella.runs.protocol import protocol_of
+from snella.runs.session import NonFiniteLossError
 from snella.tasks import create_task
-from snella.training import TrainingInterrupted
-from snella.training.assembly import choose_device, load_splits
-from snella.training.console import counted, make_console
-from snella.training.protocol import protocol_of
-from snella.training.stopping import NonFiniteLossError
 
 _POLL_S = 2.0
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from snella.methods import method_options
-from snella.training import TrainConfig
+from snella.runs import TrainConfig
 
 METHOD_SETTINGS = ("r", "target_sparsity", "scaling", "lr", "scalar_lr", "head_lr", "weight_decay")
 """Settings that a method's entry may set for itself; rates are the centre of its grid."""

@@ -14,7 +14,7 @@ from snella.comparison.cell_run import Outcome, run_cell, set_threads
 from snella.comparison.cells import Cell
 from snella.comparison.experiment import Experiment
 from snella.comparison.provenance import GitState, git_state, take_git_state
-from snella.training import TrainingInterrupted
+from snella.runs import TrainingInterrupted
 
 _PRELOADED = ["snella.comparison.cell_run"]
 

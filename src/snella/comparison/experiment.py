@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from snella._files import write_text
 from snella.comparison.entries import (
     SHARED_SETTINGS,
     DataEntry,
@@ -21,7 +22,6 @@ from snella.comparison.entries import (
 )
 from snella.comparison.published import published_faults
 from snella.methods import parse_method
-from snella.training.atomic_files import write_text
 
 _TEXTS = ("name", "about", "command", "cost", "expected")
 _GROWING = ("methods", "data", "seeds", *_TEXTS, "reference", "published")

@@ -9,7 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
-from snella.analysis.figure_style import (
+from snella.comparison.statistics import Rows, final_rows
+from snella.comparison.summary import Summary, part_text
+from snella.report.style import (
     ACCENT,
     COLOURS,
     CURVE,
@@ -21,8 +23,6 @@ from snella.analysis.figure_style import (
     percent_axis,
     shortened,
 )
-from snella.comparison.statistics import Rows, final_rows
-from snella.comparison.summary import Summary, part_text
 
 _MARKERS = "osD^vPX*<>hp"
 SHOWN_RANGE = 0.3

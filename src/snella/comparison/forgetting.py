@@ -23,12 +23,12 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader
 
+from snella._files import write_json
 from snella.data import ImageDataset, build_transform, load_data
 from snella.data.splits import stratified_sample
 from snella.methods import build_method, spec_of
-from snella.training import load_run
-from snella.training.assembly import make_backbone
-from snella.training.atomic_files import write_json
+from snella.runs import load_run
+from snella.runs.build import make_backbone
 
 _FOLDS = 5
 

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
+from snella._files import write_text
 from snella.comparison.experiment import Experiment
 from snella.comparison.statistics import Rows, final_rows
 from snella.comparison.summary import METRICS, caption, summarise, table_cells
-from snella.training.atomic_files import write_text
-from snella.training.protocol import protocol_of
+from snella.runs.protocol import protocol_of
 
 FILE = "comparison.md"
 

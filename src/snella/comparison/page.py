@@ -10,14 +10,14 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from snella.analysis.figure_style import inline_svg, shortened, write_whole
-from snella.analysis.formats import count_text, plain_text, seconds_text
+from snella._text import count_text, plain_text, seconds_text
 from snella.comparison import figures
 from snella.comparison.beside_paper import published_rows
 from snella.comparison.experiment import Experiment
 from snella.comparison.statistics import LEVEL, RESAMPLES, Rows, final_rows
 from snella.comparison.summary import METRICS, Summary, cost_texts, difference_text, spread_text, summarise
-from snella.training.protocol import protocol_of
+from snella.report.style import inline_svg, shortened, write_whole
+from snella.runs.protocol import protocol_of
 
 FILE = "comparison.html"
 _KEPT = {
@@ -68,7 +68,7 @@ def write_page(root: Path, experiment: Experiment, rows: Rows) -> Path:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(count=count_text, plain=plain_text)
     template = resources.files("snella.comparison").joinpath("comparison.html.jinja").read_text(encoding="utf-8")
-    style = resources.files("snella.analysis").joinpath("report.css").read_text(encoding="utf-8")
+    style = resources.files("snella.report").joinpath("report.css").read_text(encoding="utf-8")
     page = environment.from_string(template).render(context, style=Markup(style))
     write_whole(root / FILE, page.encode("utf-8"))
     return root / FILE

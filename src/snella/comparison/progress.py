@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from snella.analysis.formats import seconds_text
+from snella._text import seconds_text
 from snella.comparison.cells import Cell
 from snella.comparison.plan import Plan
 

@@ -14,7 +14,8 @@ from snella.comparison.experiment import Experiment
 from snella.comparison.provenance import package_info, system_info
 from snella.comparison.rows import trial_result
 from snella.comparison.store import CELL_FILE, read_row
-from snella.training import RunFolder, evaluate
+from snella.runs import RunFolder
+from snella.runs.evaluate import evaluate
 
 MEMORY = ("peak_rss_mib", "training_mib")
 

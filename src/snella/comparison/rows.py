@@ -15,7 +15,7 @@ from snella.comparison.experiment import Experiment
 from snella.comparison.provenance import git_state, package_info, system_info
 from snella.comparison.search import TrialResult
 from snella.methods import parse_method
-from snella.training import RunFolder
+from snella.runs import RunFolder
 
 _FULL = "full-finetuning"
 

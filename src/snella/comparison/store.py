@@ -19,7 +19,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from snella.training.atomic_files import write_json, write_text
+from snella._files import write_json, write_text
 
 FILE = "results.jsonl"
 CELL_FILE = "cell.json"

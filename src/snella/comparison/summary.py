@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from snella.analysis.formats import bytes_text, count_text, seconds_text
+from snella._text import bytes_text, count_text, seconds_text
 from snella.comparison.experiment import Experiment
 from snella.comparison.statistics import (
     LEVEL,
@@ -22,7 +22,7 @@ from snella.comparison.statistics import (
     mean_over_tasks,
     spread,
 )
-from snella.training.console import counted
+from snella.runs.console import counted
 
 METRICS = {"test_accuracy": "accuracy", "test_balanced_accuracy": "balanced accuracy"}
 _COSTS = (

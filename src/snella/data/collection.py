@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from snella.data.dataset import ImageDataset
+from snella.data.datasets import ImageDataset
 
 __all__ = ["Collection", "Protocol"]
 

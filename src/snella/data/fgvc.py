@@ -5,10 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from snella.data.benchmark_family import BenchmarkFamily
-from snella.data.collection import Collection
-from snella.data.folder import listed
-from snella.data.listed_images import (
+from snella.data.benchmarks import (
+    BenchmarkFamily,
     Inspection,
     ListedPart,
     class_faults,
@@ -16,6 +14,8 @@ from snella.data.listed_images import (
     file_faults,
     overlap_faults,
 )
+from snella.data.collection import Collection
+from snella.data.folder import listed
 
 __all__ = ["FGVC", "FGVC_DATASETS", "FgvcDataset", "inspect_fgvc", "load_fgvc"]
 

@@ -7,9 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from snella.data.collection import Collection
-from snella.data.dataset import ImageDataset
-from snella.data.images import IMAGE_SUFFIXES, broken_images
-from snella.data.sources import FileImages
+from snella.data.datasets import IMAGE_SUFFIXES, FileImages, ImageDataset, broken_images
 
 __all__ = ["existing_folder", "listed", "load_folder"]
 

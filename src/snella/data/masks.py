@@ -1,5 +1,6 @@
 """A folder of images and masks: `images/` and `masks/`, or `train|val|test/` with both inside."""
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,14 +11,56 @@ from pathlib import Path
 import numpy as np
 
 from snella.data.collection import Collection
+from snella.data.datasets import (
+    IMAGE_SUFFIXES,
+    THRESHOLD,
+    FileImages,
+    FileMasks,
+    ImageDataset,
+    MaskDataset,
+    read_image,
+    read_label_map,
+)
 from snella.data.folder import existing_folder, listed
-from snella.data.images import IMAGE_SUFFIXES, read_image
-from snella.data.label_maps import THRESHOLD, read_label_map
-from snella.data.mask_dataset import FileMasks, MaskDataset
-from snella.data.overlap import overlap_note
-from snella.data.sources import FileImages
 
-__all__ = ["BINARY_CLASSES", "MASK_STRATA", "MaskPair", "collect_masks", "find_pairs", "load_masks"]
+_OVERLAP_THREADS = 4  # decoding and hashing release the interpreter lock
+_SHOWN = 3
+
+
+def same_images(first: ImageDataset, second: ImageDataset) -> list[tuple[str, str]]:
+    """Pairs of names whose decoded pixels are equal, one from each data set.
+
+    A picture that was compressed or resized again has other pixels and is not found.
+    """
+    known = dict(zip(_digests(first), first.names, strict=True))
+    return [
+        (known[digest], name) for digest, name in zip(_digests(second), second.names, strict=True) if digest in known
+    ]
+
+
+def overlap_note(train: ImageDataset, test: ImageDataset, part: str = "test") -> list[str]:
+    """One note where test images are training images as well, none where all differ."""
+    both = same_images(train, test)
+    if not both:
+        return []
+    shown = ", ".join(f"{mine} = {theirs}" for mine, theirs in both[:_SHOWN])
+    more = f" and {len(both) - _SHOWN} more" if len(both) > _SHOWN else ""
+    return [
+        f"{len(both)} of {len(test)} {part} images are training images too, by their pixels: {shown}{more}; "
+        f"results on {part} are too good by as much"
+    ]
+
+
+def _digests(images: ImageDataset) -> Sequence[str]:
+    """SHA-256 of the size and the pixels of each image."""
+
+    def digest(index: int) -> str:
+        image = images.image(index)
+        return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
+
+    with ThreadPoolExecutor(min(_OVERLAP_THREADS, os.cpu_count() or 1)) as threads:
+        return list(threads.map(digest, range(len(images))))
+
 
 BINARY_CLASSES = ["background", "foreground"]
 MASK_STRATA = ["image with a mask"]
@@ -282,3 +325,92 @@ def _size(size: tuple[int, int]) -> str:
 def _many(number: int, noun: str) -> str:
     """A number and its noun."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+CLASSES = ["background", "polyp"]
+_SPLIT_FILES = {"train": "train.txt", "test": "val.txt"}
+_TEST_SHARE = 0.12
+
+
+def load_kvasir(path: str, *, skip_broken: bool = False) -> Collection:
+    """Collect Kvasir-SEG as its authors distribute it: `images/NAME.jpg`, `masks/NAME.jpg` (cut at 128).
+
+    The official split is in `train.txt` (880 names) and `val.txt` (120), one name a line; the latter is the test part,
+    and validation is split off the training part. Without these files, the names are ordered by their SHA-256 and the
+    first 12 % are the test part: 120 of 1,000, the same ones everywhere, but not the official ones.
+
+    Args:
+        path: The folder.
+        skip_broken: Leave pairs with an unreadable file out and note them instead of refusing.
+
+    Raises:
+        FileNotFoundError: There is no such folder; near names are given.
+        ValueError: As `load_masks`; one split file without the other; names in both of them, or without a file.
+    """
+    root = existing_folder(path, "kvasir", "with images/ and masks/ inside")
+    faults: list[str] = []
+    pairs = {pair.image.stem: pair for pair in find_pairs(root, root, faults)}
+    names = _official_split(root, pairs, faults)
+    notes = []
+    if names is None:
+        names = _own_split(list(pairs))
+        notes.append(
+            f"kvasir: no {' and '.join(_SPLIT_FILES.values())} in the folder: {len(names['test'])} test images chosen "
+            "by the SHA-256 of their names, which is not the official split"
+        )
+    parts = {part: [pairs[name] for name in chosen if name in pairs] for part, chosen in names.items()}
+    collection = collect_masks(
+        f"kvasir:{path}", root, parts, faults, class_names=CLASSES, has_parts=True, skip_broken=skip_broken
+    )
+    collection.name = "kvasir"
+    if collection.test is not None:
+        notes += overlap_note(collection.train, collection.test)
+    collection.notes += notes
+    return collection
+
+
+def _official_split(root: Path, pairs: dict[str, MaskPair], faults: list[str]) -> dict[str, list[str]] | None:
+    """Names of the training and the test part from the split files, None where neither is there."""
+    files = {part: root / name for part, name in _SPLIT_FILES.items()}
+    present = [file for file in files.values() if file.is_file()]
+    if not present:
+        return None
+    if len(present) < len(files):
+        absent = next(file.name for file in files.values() if not file.is_file())
+        faults.append(f"{present[0].name} is there but {absent} is not; add it, or remove both for our own split")
+        return {"train": list(pairs)}
+    names = {part: _names(file) for part, file in files.items()}
+    for part, chosen in names.items():
+        unknown = [name for name in chosen if name not in pairs]
+        if unknown:
+            faults.append(f"{len(unknown)} names in {_SPLIT_FILES[part]} without image and mask: {listed(unknown)}")
+    both = sorted(set(names["train"]) & set(names["test"]))
+    if both:
+        faults.append(f"{len(both)} names stand in {' and in '.join(_SPLIT_FILES.values())}: {listed(both)}")
+    return names
+
+
+def _names(file: Path) -> list[str]:
+    """Names in a split file, without folders and endings."""
+    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    return list(dict.fromkeys(Path(line).stem if "." in line else Path(line).name for line in lines if line))
+
+
+def _own_split(names: list[str]) -> dict[str, list[str]]:
+    """The same 12 % for the test everywhere, whatever the folder's order."""
+    ordered = sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    test = set(ordered[: max(1, round(_TEST_SHARE * len(ordered)))])
+    return {"train": [n for n in names if n not in test], "test": [n for n in names if n in test]}
+
+
+__all__ = [
+    "BINARY_CLASSES",
+    "MASK_STRATA",
+    "MaskPair",
+    "collect_masks",
+    "find_pairs",
+    "load_kvasir",
+    "load_masks",
+    "overlap_note",
+    "same_images",
+]

@@ -3,10 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from snella.data.benchmark_family import BenchmarkFamily
-from snella.data.collection import Collection
-from snella.data.folder import listed
-from snella.data.listed_images import (
+from snella.data.benchmarks import (
+    BenchmarkFamily,
     Inspection,
     ListedPart,
     class_faults,
@@ -14,6 +12,8 @@ from snella.data.listed_images import (
     file_faults,
     overlap_faults,
 )
+from snella.data.collection import Collection
+from snella.data.folder import listed
 
 __all__ = ["VTAB", "VTAB_TASKS", "VtabTask", "inspect_vtab", "load_vtab"]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from snella.methods.method import Method, Options
-from snella.methods.peft_adapter import peft_method
+from snella.methods.peft_methods import peft_method
 
 _STATE_KEY = "adalora_ranks"
 _WARMUP_SHARE, _FINAL_SHARE = 0.1, 0.5

@@ -7,11 +7,9 @@ from peft import PeftConfig
 from torch import Tensor, nn
 
 from snella.methods import spt
-from snella.methods.method import Batches, Method, Options
-from snella.methods.option_checks import check_by, number, whole_number
-from snella.methods.peft_adapter import inject, merge_adapter, own_fields
-from snella.methods.selection_data import loss_of, selection_data
-from snella.methods.sensitivity import rank_entries, squared_gradients
+from snella.methods.calibration import loss_of, rank_entries, selection_data, squared_gradients
+from snella.methods.method import Batches, Method, Options, check_by, number, whole_number
+from snella.methods.peft_methods import inject, merge_adapter, own_fields
 from snella.tuner.config import SnellaConfig
 from snella.tuner.layer import SnellaLayer
 

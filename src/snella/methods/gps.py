@@ -7,13 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from snella.methods.head import is_inside
-from snella.methods.method import Batches, Method, Options
-from snella.methods.option_checks import check_by, number, one_of, whole_number
-from snella.methods.own_weights import train_head
-from snella.methods.restoring import restoring
-from snella.methods.selection_data import loss_of, selection_data
-from snella.methods.sensitivity import Loss, summed_gradients
+from snella.methods.calibration import Loss, loss_of, selection_data, summed_gradients
+from snella.methods.files import restoring
+from snella.methods.method import Batches, Method, Options, check_by, number, one_of, whole_number
+from snella.methods.model_parts import is_inside
+from snella.methods.partial import train_head
 from snella.methods.sparse_update import SparseUpdate, can_be_sparse, merge_sparse
 
 _SELECTION_LOSSES = ("contrastive", "task")

@@ -1,23 +1,302 @@
 """`noah`: a searched combination of prompts, low-rank updates and adapters, a size of its own in each block."""
 
-from collections.abc import Mapping
-from typing import cast
+import copy
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from math import ceil
+from random import Random
+from typing import NamedTuple, cast
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from snella.methods.adapter import Adapter, apply_adapter
-from snella.methods.attaching import attach
-from snella.methods.blocks import token_blocks, width_of_block
-from snella.methods.method import Batches, Method, Options
-from snella.methods.noah_search import Subnet, SubnetSpace, search_subnet
-from snella.methods.noah_supernet import accuracy_of, build_supernet, train_supernet
-from snella.methods.option_checks import check_by, number, whole_number
-from snella.methods.own_weights import train_head
-from snella.methods.restoring import restoring
-from snella.methods.selection_data import selection_data
-from snella.methods.spt import budget_of
-from snella.methods.spt_lora import LowRank, add_low_rank
-from snella.methods.vpt import insert_prompts, make_prompts, remove_prompts
+from snella.methods.calibration import SelectionData, selection_data
+from snella.methods.files import restoring
+from snella.methods.method import Batches, Method, Options, check_by, number, whole_number
+from snella.methods.model_parts import attach, token_blocks, width_of_block
+from snella.methods.partial import train_head
+from snella.methods.prompts import Prompts, insert_prompts, make_prompts, remove_prompts
+from snella.methods.spt import LowRank, add_low_rank, budget_of
+
+_PARENTS = 10
+_MUTATION = 0.2
+_DEPTH_MUTATION = 0.4
+_TRIES = 200
+
+
+class Subnet(NamedTuple):
+    """Sizes in each block, 0 for none: prompts, rank of the low-rank update, width of the adapter."""
+
+    prompts: tuple[int, ...]
+    ranks: tuple[int, ...]
+    widths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SubnetSpace:
+    """Which combinations there are.
+
+    Args:
+        block_widths: Channels of a token in each block.
+        qkv_sides: Inputs plus outputs of each block's qkv layer.
+        sizes: Sizes to choose from, ascending.
+        budget: Parameters that a combination may have.
+    """
+
+    block_widths: tuple[int, ...]
+    qkv_sides: tuple[int, ...]
+    sizes: tuple[int, ...]
+    budget: int
+
+    @property
+    def depths(self) -> list[int]:
+        """How many of the first blocks a kind may fill: a quarter, half, three quarters, all."""
+        blocks = len(self.block_widths)
+        return sorted({ceil(blocks * quarters / 4) for quarters in (1, 2, 3, 4)})
+
+    def with_budget(self, budget: int) -> "SubnetSpace":
+        """The same combinations under another budget."""
+        return replace(self, budget=budget)
+
+    def count(self, subnet: Subnet) -> int:
+        """Parameters: Σ_blocks p·d + r·(in + out) + (2·d·a + a + d where a > 0)."""
+        rows = zip(self.block_widths, self.qkv_sides, *subnet, strict=True)
+        return sum(p * d + r * sides + (2 * d * a + a + d if a else 0) for d, sides, p, r, a in rows)
+
+    def least(self) -> Subnet:
+        """The smallest combination: the least size of everything in the first quarter of the blocks."""
+        return Subnet(*[self._padded([self.sizes[0]] * self.depths[0])] * 3)
+
+    def sample(self, draw: Random) -> Subnet:
+        """A random combination, within the budget or not."""
+        return Subnet(*(self._padded(self._sizes(draw, draw.choice(self.depths))) for _ in range(3)))
+
+    def mutate(self, subnet: Subnet, draw: Random) -> Subnet:
+        """Draw some sizes anew, and sometimes how many blocks a kind fills."""
+        kinds = []
+        for sizes in subnet:
+            depth = sum(size > 0 for size in sizes)
+            if draw.random() < _DEPTH_MUTATION:
+                depth = draw.choice(self.depths)
+            kept = [draw.choice(self.sizes) if not s or draw.random() < _MUTATION else s for s in sizes[:depth]]
+            kinds.append(self._padded(kept))
+        return Subnet(*kinds)
+
+    def cross(self, mother: Subnet, father: Subnet, draw: Random) -> Subnet:
+        """Each kind from one of the two."""
+        return Subnet(*(draw.choice(pair) for pair in zip(mother, father, strict=True)))
+
+    def _sizes(self, draw: Random, depth: int) -> list[int]:
+        """A random size for each of so many blocks."""
+        return [draw.choice(self.sizes) for _ in range(depth)]
+
+    def _padded(self, sizes: list[int]) -> tuple[int, ...]:
+        """With 0 for the blocks behind."""
+        return (*sizes, *[0] * (len(self.block_widths) - len(sizes)))
+
+
+def search_subnet(
+    space: SubnetSpace,
+    score: Callable[[Subnet], tuple[float, float]],
+    draw: Random,
+    *,
+    population: int,
+    generations: int,
+    report: Callable[[str], None],
+) -> Subnet:
+    """Find the combination with the highest score by evolution.
+
+    A generation has `population` new candidates within the budget: up to a half mutations of the best ten so far, up to
+    a half crossings of them, and random ones for the rest. None is measured twice.
+
+    Args:
+        space: The candidates.
+        score: The higher the better.
+        draw: Random numbers.
+        population: Candidates in a generation.
+        generations: After the first one, which is random.
+        report: Is told of each generation.
+
+    Returns:
+        The best of all that were measured; of equals the one with the fewest parameters.
+    """
+    scores: dict[Subnet, tuple[float, float]] = {}
+
+    def rank(subnet: Subnet) -> tuple[tuple[float, float], int, Subnet]:
+        return scores[subnet], -space.count(subnet), subnet
+
+    def breed(make: Callable[[], Subnet], wanted: int) -> None:
+        for _ in range(wanted * _TRIES):
+            if wanted <= 0:
+                return
+            subnet = make()
+            if subnet not in scores and space.count(subnet) <= space.budget:
+                scores[subnet] = score(subnet)
+                wanted -= 1
+
+    def mutant() -> Subnet:
+        return space.mutate(draw.choice(parents), draw)
+
+    def cross() -> Subnet:
+        return space.cross(draw.choice(parents), draw.choice(parents), draw)
+
+    for generation in range(generations + 1):
+        before = len(scores)
+        if generation == 0:
+            scores[space.least()] = score(space.least())
+        else:
+            parents = sorted(scores, key=rank, reverse=True)[:_PARENTS]
+            breed(mutant, population // 2)
+            breed(cross, population // 2)
+        breed(partial(space.sample, draw), population - (len(scores) - before))
+        if len(scores) == before:
+            report(f"noah: no candidates of at most {space.budget:,} parameters are left")
+            break
+        best = max(scores, key=rank)
+        report(
+            f"noah: generation {generation} of {generations}, {len(scores)} candidates measured, "
+            f"best {scores[best][0]:.4f} with {space.count(best):,} parameters"
+        )
+    return max(scores, key=rank)
+
+
+class SuperPrompts(nn.Module):
+    """Prompts of which the first `active` stand in.
+
+    Args:
+        prompts: All of them.
+    """
+
+    def __init__(self, prompts: Prompts) -> None:
+        super().__init__()
+        self.prompts, self.active = prompts, 0
+
+    def insert(self, x: Tensor) -> Tensor:
+        """`x` with the active prompts behind its prefix."""
+        prefix = self.prompts.prefix
+        tokens = self.prompts.tokens[: self.active].to(x.dtype).expand(len(x), -1, -1)
+        return torch.cat([x[:, :prefix], tokens, x[:, prefix:]], dim=1)
+
+    def remove(self, x: Tensor) -> Tensor:
+        """`x` without what became of them."""
+        prefix = self.prompts.prefix
+        return torch.cat([x[:, :prefix], x[:, prefix + self.active :]], dim=1)
+
+
+class SuperLowRank(LowRank):
+    """A low-rank update of which the first `active` ranks work."""
+
+    active = 0
+
+    def update(self, x: Tensor) -> Tensor:
+        """What the active ranks add."""
+        return F.linear(F.linear(x, self.A[: self.active]), self.B[:, : self.active])
+
+
+class SuperAdapter(Adapter):
+    """A bottleneck of which the first `active` channels work."""
+
+    active = 0
+
+    def forward(self, h: Tensor) -> Tensor:
+        """`h` and what the active channels add; `h` itself without any."""
+        if not self.active:
+            return h
+        inner = F.linear(h, self.down.weight[: self.active], self.down.bias[: self.active])
+        return h + F.linear(self.act(inner), self.up.weight[:, : self.active], self.up.bias)
+
+
+def build_supernet(model: nn.Module, head: str, size: int) -> nn.Module:
+    """A copy of a frozen model with everything of the largest size in every block, and its head trainable."""
+    supernet = copy.deepcopy(model)
+    train_head(supernet, head)
+    for _, block in token_blocks("noah", supernet, head):
+        attention, mlp = cast(nn.Module, block.attn), cast(nn.Module, block.mlp)
+        qkv = cast(nn.Linear, attention.qkv)
+        prompts = SuperPrompts(make_prompts(supernet, block, size))
+        attach(block, "prompts", prompts, before=insert_prompts, after=remove_prompts)
+        attach(qkv, "low_rank", SuperLowRank(qkv.out_features, qkv.in_features, size), after=add_low_rank)
+        attach(mlp, "adapter", SuperAdapter(width_of_block(block) or 0, size), after=apply_adapter)
+    return supernet
+
+
+def activate(supernet: nn.Module, subnet: Subnet) -> None:
+    """Let the supernet compute as one of its combinations."""
+    kinds: tuple[type[SuperPrompts | SuperLowRank | SuperAdapter], ...] = (SuperPrompts, SuperLowRank, SuperAdapter)
+    for kind, sizes in zip(kinds, subnet, strict=True):
+        parts = [module for module in supernet.modules() if isinstance(module, kind)]
+        for part, size in zip(parts, sizes, strict=True):
+            part.active = size
+
+
+def train_supernet(
+    supernet: nn.Module, space: SubnetSpace, data: SelectionData, *, epochs: int, lr: float, weight_decay: float
+) -> Random:
+    """Train with a random combination for each batch; the rate falls along a cosine, epoch by epoch.
+
+    Args:
+        supernet: From `build_supernet`.
+        space: Combinations, whatever their parameters.
+        data: Training batches and the loss.
+        epochs: Passes over the training data.
+        lr: First learning rate of AdamW.
+        weight_decay: Of AdamW.
+
+    Returns:
+        The source of random numbers, seeded from torch's, for the search to go on with.
+
+    Raises:
+        ValueError: There is no batch, or a loss is not finite.
+    """
+    draw = Random(int(torch.randint(2**31, ())))
+    device = next(supernet.parameters()).device
+    optimizer = torch.optim.AdamW([p for p in supernet.parameters() if p.requires_grad], lr, weight_decay=weight_decay)
+    supernet.train()
+    for epoch in range(epochs):
+        optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * epoch / epochs)) / 2
+        total, steps = 0.0, 0
+        for images, labels in data():
+            activate(supernet, space.sample(draw))
+            loss = data.loss(supernet(images.to(device)), labels.to(device))
+            if not math.isfinite(loss.item()):
+                raise ValueError(
+                    f"the loss of NOAH's supernet is {loss.item()} in epoch {epoch + 1}; lower supernet_lr={lr:g}"
+                )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total, steps = total + loss.item(), steps + 1
+        if not steps:
+            raise ValueError("batches() must give at least one batch of images and labels, got none")
+        data.report(f"noah: supernet epoch {epoch + 1} of {epochs}, loss {total / steps:.4f}")
+    return draw
+
+
+@torch.no_grad()
+def accuracy_of(supernet: nn.Module, subnet: Subnet, data: SelectionData) -> tuple[float, float]:
+    """Share of validation images that a combination recognises, and the negative loss, which decides between equals.
+
+    Raises:
+        ValueError: There is no validation image.
+    """
+    activate(supernet, subnet)
+    supernet.eval()
+    device = next(supernet.parameters()).device
+    right = images_seen = 0
+    loss = 0.0
+    for images, labels in data.validation() if data.validation is not None else ():
+        outputs, labels = supernet(images.to(device)), labels.to(device)
+        right += int((outputs.argmax(dim=1) == labels).sum())
+        loss += float(data.loss(outputs, labels)) * len(images)
+        images_seen += len(images)
+    if not images_seen:
+        raise ValueError("validation must give at least one batch of images and labels, got none")
+    return right / images_seen, -loss / images_seen
+
 
 _SIZES = (5, 10, 50, 100)
 

@@ -16,11 +16,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from snella.methods.adalora import all_ranks
-from snella.methods.adapter_files import WAY_OUT, AdapterFileError, check_fits, read_header
-from snella.methods.building import restore_method, spec_of
+from snella.methods.files import WAY_OUT, AdapterFileError, check_fits, read_header
 from snella.methods.method import MethodSpec
-from snella.methods.peft_adapter import inject, without_harmless_warnings
-from snella.methods.registry import METHODS, parse_method
+from snella.methods.peft_methods import inject, without_harmless_warnings
+from snella.methods.registry import METHODS, parse_method, restore_method, spec_of
 
 METHOD_FILE = "method.json"
 TENSOR_FILE = "trainable.safetensors"

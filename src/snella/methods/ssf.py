@@ -7,11 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from snella.methods.attaching import attach, attached, detach, remove_hooks
-from snella.methods.head import is_inside
-from snella.methods.method import Batches, Method, Options
-from snella.methods.option_checks import check_by, number
-from snella.methods.own_weights import train_head
+from snella.methods.method import Batches, Method, Options, check_by, number
+from snella.methods.model_parts import attach, attached, detach, is_inside, remove_hooks
+from snella.methods.partial import train_head
 
 
 class ScaleShift(nn.Module):

@@ -1,8 +1,8 @@
 """Pure functions of tensors: merge, select, sparsify, apply. Knows torch and nothing else of this project."""
 
-from .functional import adapted_linear, adapted_product, effective_weight
-from .kernels import KERNELS, KernelScalars, make_kernel, merge_factors
-from .sparsify import keep_threshold, quantile_threshold, sparsify
+from snella.ops.functional import adapted_linear, adapted_product, effective_weight
+from snella.ops.kernels import KERNELS, KernelScalars, make_kernel, merge_factors
+from snella.ops.sparsify import keep_threshold, quantile_threshold, sparsify
 
 __all__ = [
     "KERNELS",

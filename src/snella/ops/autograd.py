@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .backends.base import Backend, FusedBackend, Merged
-from .spec import LinearProduct, Product, Update, WeightSource, without_view
+from snella.ops.backends.base import Backend, FusedBackend, Merged
+from snella.ops.spec import LinearProduct, Product, Update, WeightSource, without_view
 
 
 @dataclass(frozen=True)

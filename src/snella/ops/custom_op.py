@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from snella.ops.autograd import Needs, Settings, backward_pass, forward_pass
+from snella.ops.backends import choose_backend
 from snella.ops.kernels import KernelScalars, make_kernel
-
-from .autograd import Needs, Settings, backward_pass, forward_pass
-from .backends import choose_backend
-from .spec import Conv2dProduct, LinearProduct, Product, Update
+from snella.ops.spec import Conv2dProduct, LinearProduct, Product, Update
 
 _NUM_SCALARS = len(KernelScalars._fields)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .spec import Product, Update, WeightSource, without_view
+from snella.ops.spec import Product, Update, WeightSource, without_view
 
 
 def merged_entries(update: Update, indices: Tensor) -> Tensor:

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from snella.ops.autograd import adapted_product_eager, effective_weight_eager
+from snella.ops.backends import choose_backend, resolve_implementation
 from snella.ops.kernels import KernelScalars, make_kernel
 from snella.ops.sparsify import SparsifyMode
-
-from .autograd import adapted_product_eager, effective_weight_eager
-from .backends import choose_backend, resolve_implementation
-from .spec import LinearProduct, Product, Update, WeightSource
+from snella.ops.spec import LinearProduct, Product, Update, WeightSource
 
 
 def effective_weight_of(

@@ -12,9 +12,9 @@ from numpy.typing import ArrayLike
 from sklearn.metrics import accuracy_score, confusion_matrix, recall_score
 from torch import Tensor, nn
 
-from snella.analysis.examples import ImageSource
 from snella.backbones import create_backbone
 from snella.data import ImageDataset, MaskDataset
+from snella.report.examples import ImageSource
 from snella.tasks.task import ResultTable
 
 

@@ -3,23 +3,218 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike
+from PIL import Image
 from torch import Tensor, nn
 
-from snella.analysis.examples import ImageSource
 from snella.backbones import DECODER, create_segmenter
 from snella.data import ImageDataset, MaskDataset
-from snella.tasks.example_masks import choose_indices, mask_file, overlay_source, write_masks
-from snella.tasks.mask_loss import MaskLoss, overlap_losses
-from snella.tasks.mask_scores import image_scores, pixel_counts, pooled_scores
+from snella.report.examples import ImageSource, overlay_panels, read_mask, write_mask
 from snella.tasks.task import ResultTable
 
-__all__ = ["SegmentationTask"]
+
+def pixel_counts(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Count, for each image, the pixels of each true class (row) by predicted class (column).
+
+    Args:
+        predicted: `[batch, height, width]`, int64.
+        labels: The same shape.
+        num_classes: Classes.
+
+    Returns:
+        `[batch, classes, classes]`, int64.
+    """
+    batch, size = len(labels), num_classes**2
+    cells = labels * num_classes + predicted + size * torch.arange(batch, device=labels.device)[:, None, None]
+    return torch.bincount(cells.reshape(-1), minlength=batch * size).reshape(batch, num_classes, num_classes)
+
+
+def image_scores(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Dice and IoU of each foreground class in each image.
+
+    Dice = 2 TP / (2 TP + FP + FN),  IoU = TP / (TP + FP + FN)
+
+    Args:
+        counts: `[images, classes, classes]` from `pixel_counts`; class 0 is the background.
+
+    Returns:
+        Two arrays `[images, classes - 1]`; NaN where a class is neither in the image nor predicted.
+    """
+    hits, wrong = _hits_and_errors(counts)
+    with np.errstate(invalid="ignore"):
+        return (2 * hits / (2 * hits + wrong))[:, 1:], (hits / (hits + wrong))[:, 1:]
+
+
+def pooled_scores(counts: np.ndarray, classes: list[str]) -> dict[str, Any]:
+    """All results on a data set, means over the foreground classes.
+
+    By image: the mean over the images of the mean over the classes that are in the image or predicted there; images
+    with neither are left out, and 1 is the result where no image is left. Pooled: the pixels of all images together.
+    GPS's variant is pooled too, but drops every pixel whose true class is the background before counting, so that false
+    positives there never count: for two classes IoU becomes the recall R and Dice 2R / (1 + R).
+
+    Args:
+        counts: `[images, classes, classes]` from `pixel_counts`; class 0 is the background.
+        classes: Names by number.
+
+    Returns:
+        `dice`, `iou` (by image), `dice_pooled`, `iou_pooled`, `iou_pooled_with_background`,
+        `dice_gps_foreground_only`, `iou_gps_foreground_only`, `pixel_accuracy`, `images`, `per_class`, and `confusion`
+        (pixels; rows are true classes).
+    """
+    dice, iou = image_scores(counts)
+    total = counts.sum(0)
+    pooled_dice, pooled_iou = (values[0] for values in _pooled(total))
+    inside = total.copy()
+    inside[0] = 0
+    gps_dice, gps_iou = (values[0] for values in _pooled(inside))
+    return {
+        "dice": _mean_of_means(dice),
+        "iou": _mean_of_means(iou),
+        "dice_pooled": _mean(pooled_dice[1:]),
+        "iou_pooled": _mean(pooled_iou[1:]),
+        "iou_pooled_with_background": _mean(pooled_iou),
+        "dice_gps_foreground_only": _mean(gps_dice[1:]),
+        "iou_gps_foreground_only": _mean(gps_iou[1:]),
+        "pixel_accuracy": float(np.trace(total) / total.sum()),
+        "images": len(counts),
+        "per_class": [
+            {
+                "name": name,
+                "pixels": int(total[label].sum()),
+                "dice": _number(dice[:, label - 1]) if label else None,
+                "iou": _number(iou[:, label - 1]) if label else None,
+                "dice_pooled": _number(pooled_dice[label]),
+                "iou_pooled": _number(pooled_iou[label]),
+            }
+            for label, name in enumerate(classes)
+        ],
+        "confusion": total.astype(int).tolist(),
+    }
+
+
+def _pooled(total: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Dice and IoU of every class, `[1, classes]`, of counts `[classes, classes]`."""
+    hits, wrong = _hits_and_errors(total[None])
+    with np.errstate(invalid="ignore"):
+        return 2 * hits / (2 * hits + wrong), hits / (hits + wrong)
+
+
+def _hits_and_errors(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """TP and FP + FN of each class, `[images, classes]`."""
+    hits = np.diagonal(counts, axis1=1, axis2=2).astype(float)
+    return hits, counts.sum(1) + counts.sum(2) - 2 * hits
+
+
+def _mean_of_means(values: np.ndarray) -> float:
+    """Mean over images of the mean over the classes that have a value."""
+    by_image = [float(row[~np.isnan(row)].mean()) for row in values if not np.isnan(row).all()]
+    return float(np.mean(by_image)) if by_image else 1.0
+
+
+def _mean(values: np.ndarray) -> float:
+    """Mean of what has a value; 1 where nothing was there and nothing was found."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else 1.0
+
+
+def _number(values: np.ndarray | np.floating[Any]) -> float | None:
+    """Mean of what has a value, None where nothing has."""
+    known = np.atleast_1d(values)[~np.isnan(np.atleast_1d(values))]
+    return float(known.mean()) if len(known) else None
+
+
+_LIMIT = 12
+
+
+def mask_file(index: int) -> str:
+    """Where the predicted mask of an image lies in the run's folder."""
+    return f"masks/{index:05}.png"
+
+
+def choose_indices(dice: Sequence[float | None], limit: int = _LIMIT) -> list[int]:
+    """Choose images to show: half of them the worst, the others evenly spread over the rest, from bad to good.
+
+    Args:
+        dice: Of each image; None for those without anything to find, which come last.
+        limit: How many.
+    """
+    order = sorted(range(len(dice)), key=lambda index: (dice[index] is None, dice[index] or 0.0, index))
+    worst, rest = order[: limit // 2], order[limit // 2 :]
+    count = min(len(rest), limit - len(worst))
+    return worst + [rest[(2 * i + 1) * len(rest) // (2 * count)] for i in range(count)]
+
+
+@torch.inference_mode()
+def write_masks(model: nn.Module, dataset: ImageDataset, indices: Sequence[int], folder: Path) -> None:
+    """Predict the masks of some images again and write them as label maps, in place of those of before.
+
+    Args:
+        model: Class scores from images.
+        dataset: Transformed items.
+        indices: Which images.
+        folder: Of the run.
+    """
+    target = (folder / mask_file(0)).parent
+    target.mkdir(exist_ok=True)
+    for old in target.glob("*.png"):
+        old.unlink()
+    device = next(model.parameters()).device
+    model.eval()
+    for index in indices:
+        image, _ = dataset[index]
+        labels = model(image[None].to(device)).argmax(1)[0].to(torch.uint8).cpu().numpy()
+        write_mask(labels, folder / mask_file(index))
+
+
+def overlay_source(dataset: MaskDataset, folder: Path) -> ImageSource:
+    """Panels of image, true and predicted mask by index; None where no mask was kept."""
+
+    def picture(index: int) -> Image.Image | None:
+        path = folder / mask_file(index)
+        if not path.is_file():
+            return None
+        return overlay_panels(dataset.image(index), [dataset.mask(index), np.asarray(read_mask(path))])
+
+    return picture
+
+
+MaskLoss = Literal["dice", "iou", "none"]
+_SMOOTHING = 1.0  # a pixel: keeps classes that an image lacks from dividing by zero, and punishes finding them
+
+
+def overlap_losses(scores: Tensor, labels: Tensor, kind: MaskLoss) -> Tensor:
+    """One minus the soft overlap of each image, mean over the foreground classes.
+
+    dice: 1 - (2 Σ p t + 1) / (Σ p + Σ t + 1)        iou: 1 - (Σ p t + 1) / (Σ p + Σ t - Σ p t + 1)
+
+    Sums over the pixels of an image; `p` is the softmax of the scores, `t` is 1 on pixels of the class.
+
+    Args:
+        scores: `[batch, classes, height, width]`, floating point; class 0 is the background.
+        labels: `[batch, height, width]`, int64.
+        kind: dice, iou, or none for zeros.
+
+    Returns:
+        `[batch]`.
+    """
+    if kind == "none":
+        return scores.new_zeros(len(scores))
+    p = scores.softmax(1)[:, 1:].flatten(2)  # [batch, classes - 1, pixels]
+    t = F.one_hot(labels.flatten(1), scores.shape[1])[..., 1:].transpose(1, 2).to(p.dtype)
+    both, sums = (p * t).sum(-1), p.sum(-1) + t.sum(-1)
+    overlap = (
+        (2 * both + _SMOOTHING) / (sums + _SMOOTHING)
+        if kind == "dice"
+        else (both + _SMOOTHING) / (sums - both + _SMOOTHING)
+    )
+    return (1 - overlap).mean(-1)
+
 
 _SCORES = ("dice", "iou", "dice_pooled", "iou_pooled", "pixel_accuracy")
 
@@ -217,3 +412,17 @@ class SegmentationTask:
 def _by_image(values: np.ndarray) -> list[float | None]:
     """Mean over the classes of each image, None where no class is in it."""
     return [None if np.isnan(row).all() else float(row[~np.isnan(row)].mean()) for row in values]
+
+
+__all__ = [
+    "MaskLoss",
+    "SegmentationTask",
+    "choose_indices",
+    "image_scores",
+    "mask_file",
+    "overlap_losses",
+    "overlay_source",
+    "pixel_counts",
+    "pooled_scores",
+    "write_masks",
+]

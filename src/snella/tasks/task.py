@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Protocol
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from snella.analysis.examples import ImageSource
 from snella.data import ImageDataset
+from snella.report.examples import ImageSource
 
 __all__ = ["ResultTable", "Task"]
 

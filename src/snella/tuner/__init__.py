@@ -1,13 +1,13 @@
 """The PEFT tuner: configuration, layers, injection, budget allocation."""
 
-from .allocator import BudgetAllocator, allocate
-from .callback import SnellaCallback
-from .config import SnellaConfig
-from .layer import SnellaLayer
-from .matrices import AdaptedMatrix, adapted_matrices
-from .model import SnellaModel
-from .optimizer import create_snella_optimizer
-from .schedule import budget_at
+from snella.tuner.allocator import BudgetAllocator, allocate
+from snella.tuner.callback import SnellaCallback
+from snella.tuner.config import SnellaConfig
+from snella.tuner.layer import SnellaLayer
+from snella.tuner.matrices import AdaptedMatrix, adapted_matrices
+from snella.tuner.model import SnellaModel
+from snella.tuner.optimizer import create_snella_optimizer
+from snella.tuner.schedule import budget_at
 
 __all__ = [
     "AdaptedMatrix",

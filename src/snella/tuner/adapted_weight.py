@@ -16,10 +16,9 @@ from snella.ops.functional import effective_weight_of
 from snella.ops.kernels import KernelScalars, make_kernel
 from snella.ops.sparsify import SparsifyMode
 from snella.ops.spec import Update, WeightSource
-
-from .adapters import AdapterHolder
-from .merge_loss import measure_loss, report
-from .quantized import Quantization
+from snella.tuner.adapters import AdapterHolder
+from snella.tuner.merge_loss import measure_loss, report
+from snella.tuner.quantized import Quantization
 
 _SCALARS = ("piece_coeff", "alpha", "beta", "temperature")
 

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from snella.ops.kernels import make_kernel
 from snella.ops.spec import Product, WeightSource
-
-from .config import SnellaConfig
-from .effective import EffectiveWeightCache
-from .quantized import find_quantization
-from .support import pack_positions
+from snella.tuner.config import SnellaConfig
+from snella.tuner.effective import EffectiveWeightCache
+from snella.tuner.quantized import find_quantization
+from snella.tuner.support import pack_positions
 
 _FIRST_VALUES = {"alpha": 1.0, "beta": 0.0, "temperature": 1.0}
 _PIECE_COEFF = 0.1

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .allocation import allocate
-from .importance import ImportanceTracker
-from .matrices import AdaptedMatrix, adapted_matrices
-from .schedule import budget_at
+from snella.tuner.allocation import allocate
+from snella.tuner.importance import ImportanceTracker
+from snella.tuner.matrices import AdaptedMatrix, adapted_matrices
+from snella.tuner.schedule import budget_at
 
 _STATE_KEY = "snella_allocator"  # in the first parameter group of an optimiser's state
 _FORMAT = 1
@@ -26,8 +26,8 @@ class BudgetAllocator:
     """The layer-level competition of SNELLA (section 3.3, Algorithm 1 of arXiv 2510.24037).
 
     Every optimiser step updates the importance of every matrix; every epoch, or every N steps (`realloc_every`), the
-    global budget follows the schedule and is shared out anew. After the last epoch (after the fraction `schedule_end` of
-    the training, rounded up to an allocation) it is exactly `b_T = (1 − target_sparsity)·(all adapted weights)`.
+    global budget follows the schedule and is shared out anew. After the last epoch (after the fraction `schedule_end`
+    of the training, rounded up to an allocation) it is exactly `b_T = (1 − target_sparsity)·(all adapted weights)`.
 
     Usually one call suffices, in any training loop:
 

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from snella.ops.spec import LinearProduct, Product
-
-from .attend import attend
-from .config import SnellaConfig
-from .layer import SnellaLayer
+from snella.tuner.attend import attend
+from snella.tuner.config import SnellaConfig
+from snella.tuner.layer import SnellaLayer
 
 _INPUTS = ("in_proj",)
 _SEPARATE_INPUTS = ("q_proj", "k_proj", "v_proj")

@@ -11,8 +11,7 @@ from peft.utils.quantization_utils import Bnb4bitBackend, Bnb8bitBackend
 from torch import Tensor, nn
 
 from snella.ops.spec import WeightSource
-
-from .quantized import Quantization
+from snella.tuner.quantized import Quantization
 
 
 class Bitsandbytes4bit(Quantization):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .allocator import BudgetAllocator
+from snella.tuner.allocator import BudgetAllocator
 
 
 class SnellaCallback(TrainerCallback):

@@ -12,9 +12,8 @@ from peft import PeftConfig
 from snella.ops.backends import resolve_implementation
 from snella.ops.kernels import KERNELS
 from snella.ops.sparsify import SparsifyMode
-
-from .schedule import Schedule
-from .watch import TrainingWatch
+from snella.tuner.schedule import Schedule
+from snella.tuner.watch import TrainingWatch
 
 Preset = Literal["paper", "official"]
 Allocation = Literal["competition", "uniform"]

@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from snella.ops.spec import Conv2dProduct
-
-from .layer import SnellaLayer
+from snella.tuner.layer import SnellaLayer
 
 
 class Conv2d(SnellaLayer):

@@ -11,8 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._pytree import tree_map_only
 
 from snella.ops.spec import Guess, Update
-
-from .support import unpack_positions
+from snella.tuner.support import unpack_positions
 
 _optimizer_steps: list[int] = []  # one number once somebody counts; empty before
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .matrices import AdaptedMatrix
+from snella.tuner.matrices import AdaptedMatrix
 
 
 class _Read(NamedTuple):

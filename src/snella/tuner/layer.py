@@ -12,9 +12,8 @@ from snella.ops.custom_op import adapted_product_in_graph
 from snella.ops.fixed_support import fold_entries, merged_entries, sparse_product
 from snella.ops.functional import adapted_product
 from snella.ops.spec import LinearProduct, WeightItself
-
-from .adapted_weight import AdaptedWeight
-from .effective import EffectiveWeight
+from snella.tuner.adapted_weight import AdaptedWeight
+from snella.tuner.effective import EffectiveWeight
 
 
 class SnellaLayer(AdaptedWeight):

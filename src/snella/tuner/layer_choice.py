@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .conv import Conv2d
-from .layer import SnellaLayer
-from .linear import Linear
-from .quantized import find_quantization
+from snella.tuner.conv import Conv2d
+from snella.tuner.layer import SnellaLayer
+from snella.tuner.linear import Linear
+from snella.tuner.quantized import find_quantization
 
 
 def choose_layer_class(base: nn.Module, name: str) -> type[SnellaLayer]:

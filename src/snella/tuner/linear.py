@@ -6,8 +6,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from snella.ops.spec import LinearProduct, Product
-
-from .layer import SnellaLayer
+from snella.tuner.layer import SnellaLayer
 
 
 class Linear(SnellaLayer):

@@ -10,7 +10,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from .layer import SnellaLayer
+from snella.tuner.layer import SnellaLayer
 
 _NUMBERED = re.compile(r"(.*(?:layer|block)_)?\d+")  # "3", or torchvision's "encoder_layer_3"
 

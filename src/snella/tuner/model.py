@@ -16,13 +16,13 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .attention import AdaptedAttention, Projection, input_projections, is_adaptable, keep_off_fast_path
-from .config import SnellaConfig
-from .layer import SnellaLayer
-from .layer_choice import choose_layer_class, class_name, matrix_shape, refuse_quantized_projection
-from .merge_loss import one_warning
-from .targets import all_linear_names, block_number, count_rows, default_targets, unmatched_message
-from .tokens import TokenAdapter, attach_tokens, find_tokens, token_adapters
+from snella.tuner.attention import AdaptedAttention, Projection, input_projections, is_adaptable, keep_off_fast_path
+from snella.tuner.config import SnellaConfig
+from snella.tuner.layer import SnellaLayer
+from snella.tuner.layer_choice import choose_layer_class, class_name, matrix_shape, refuse_quantized_projection
+from snella.tuner.merge_loss import one_warning
+from snella.tuner.targets import all_linear_names, block_number, count_rows, default_targets, unmatched_message
+from snella.tuner.tokens import TokenAdapter, attach_tokens, find_tokens, token_adapters
 
 logger = logging.getLogger(__name__)
 

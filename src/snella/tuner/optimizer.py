@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from .layer import SnellaLayer
-from .tokens import token_adapters
+from snella.tuner.layer import SnellaLayer
+from snella.tuner.tokens import token_adapters
 
 _FACTORS = ("snella_A", "snella_B")
 

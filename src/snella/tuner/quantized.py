@@ -60,7 +60,7 @@ def find_quantization(base: Any, name: str) -> Quantization | None:
     weight = getattr(base, "weight", None)
     of_bitsandbytes = [cls.__name__ for cls in type(base).__mro__ if cls.__module__.startswith("bitsandbytes.")]
     if of_bitsandbytes:
-        from .bitsandbytes_weights import Bitsandbytes4bit, Bitsandbytes8bit
+        from snella.tuner.bitsandbytes_weights import Bitsandbytes4bit, Bitsandbytes8bit
 
         for kind in (Bitsandbytes4bit(), Bitsandbytes8bit()):
             if kind.layer_class in of_bitsandbytes:
@@ -68,7 +68,7 @@ def find_quantization(base: Any, name: str) -> Quantization | None:
                 return kind
         raise _refusal(name, f"a {type(base).__name__} of bitsandbytes")
     if type(weight).__module__.startswith("torchao."):
-        from .torchao_weights import TorchaoWeight, obstacle
+        from snella.tuner.torchao_weights import TorchaoWeight, obstacle
 
         problem = obstacle(weight) if isinstance(base, nn.Linear) else "only linear layers are supported"
         if problem is not None:

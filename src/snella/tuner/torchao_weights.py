@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from snella.ops.spec import WeightSource
-
-from .quantized import Quantization
+from snella.tuner.quantized import Quantization
 
 
 def obstacle(weight: Any) -> str | None:

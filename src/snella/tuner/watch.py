@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 
-from .effective import optimizer_steps
+from snella.tuner.effective import optimizer_steps
 
 _PATIENCE = 10  # optimiser steps before the warning: enough to tell training from a probe of the gradients
 

@@ -9,10 +9,9 @@ from typing import Literal, get_args
 
 from torch.compiler import is_compiling
 
+from snella.ops.backends.base import Backend
+from snella.ops.backends.torch import TorchBackend
 from snella.ops.spec import Update
-
-from .base import Backend
-from .torch import TorchBackend
 
 logger = logging.getLogger(__name__)
 Implementation = Literal["auto", "triton", "numba", "eager", "reference"]
@@ -35,7 +34,7 @@ def numba_problem() -> str | None:
     if importlib.util.find_spec("numba") is None:
         return "numba is not installed; install it with: pip install 'snella[fast]'"
     try:
-        from .numba import backend  # noqa: F401
+        from snella.ops.backends.numba import backend  # noqa: F401
     except Exception as error:  # numba fails in many ways where it does not fit numpy, LLVM or the machine
         return f"numba cannot be used: {error}"
     return None
@@ -47,7 +46,7 @@ def triton_problem() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; it comes with torch for CUDA, or with: pip install triton"
     try:
-        from .triton import backend  # noqa: F401
+        from snella.ops.backends.triton import backend  # noqa: F401
     except Exception as error:  # a Triton that does not fit this torch or this machine
         return f"triton cannot be used: {error}"
     return None
@@ -73,7 +72,7 @@ def choose_backend(impl: str, update: Update) -> tuple[Backend, str]:
         if impl == "numba":
             raise ImportError(f"impl='numba', but {problem}")
         return TorchBackend(), problem
-    from .numba.backend import NumbaBackend, obstacle
+    from snella.ops.backends.numba.backend import NumbaBackend, obstacle
 
     reason = obstacle(update)
     if reason is None:
@@ -90,7 +89,7 @@ def _choose_triton(impl: str, update: Update) -> tuple[Backend, str]:
         if impl == "triton":
             raise ImportError(f"impl='triton', but {problem}")
         return TorchBackend(), problem
-    from .triton.backend import TritonBackend, obstacle
+    from snella.ops.backends.triton.backend import TritonBackend, obstacle
 
     reason = obstacle(update)
     if not is_compiling():

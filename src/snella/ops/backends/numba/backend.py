@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from snella.ops.backends.base import FusedBackend, Merged
+from snella.ops.backends.numba import backward, forward
 from snella.ops.kernels import KernelScalars, MixK, NormalizedRBF, PLinear
 from snella.ops.sparsify import KEEPS_EVERYTHING
 from snella.ops.spec import GroupFactors, Guess, Update
-
-from . import backward, forward
 
 _MAX_WIDTH, _LEAST_WIDTH = 192, 96
 _LEAST_BLOCKS = 6  # so that a few threads have something to share

@@ -13,8 +13,18 @@ import math
 import numpy as np
 from numba import njit
 
-from .compile import IN_ORDER, REGROUPED, compiled
-from .forward import NONE, SOFT, ZERO, add_row, copy_tile, fetch_ahead, merge_block, scratch_of, squared_distances
+from snella.ops.backends.numba.compile import IN_ORDER, REGROUPED, compiled
+from snella.ops.backends.numba.forward import (
+    NONE,
+    SOFT,
+    ZERO,
+    add_row,
+    copy_tile,
+    fetch_ahead,
+    merge_block,
+    scratch_of,
+    squared_distances,
+)
 
 ROWS = 4  # of the merged matrix that pull at the factors together
 

@@ -25,7 +25,7 @@ import math
 import numpy as np
 from numba import njit
 
-from .compile import (
+from snella.ops.backends.numba.compile import (
     AS_TORCH,
     IN_ORDER,
     bits_of_float,

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from snella.ops.backends.base import FusedBackend, Merged
+from snella.ops.backends.triton import backward, forward
 from snella.ops.kernels import MixK, NormalizedRBF, PLinear
 from snella.ops.sparsify import KEEPS_EVERYTHING
 from snella.ops.spec import Update
-
-from . import backward, forward
 
 # fixed, not tuned on the machine: the order of sums, and so the bits of a result, depends on them
 TILE = {"BLOCK_M": 32, "BLOCK_N": 64}

@@ -9,7 +9,17 @@ tiles of columns.
 import triton
 import triton.language as tl
 
-from .forward import LAYOUT_FIELDS, NONE, SOFT, along_axis, distance, logits_of, mean_share, piecewise, shares_of
+from snella.ops.backends.triton.forward import (
+    LAYOUT_FIELDS,
+    NONE,
+    SOFT,
+    along_axis,
+    distance,
+    logits_of,
+    mean_share,
+    piecewise,
+    shares_of,
+)
 
 
 @triton.jit

@@ -1,0 +1,69 @@
+"""Numbers as people read them, a no-break space before the unit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+_SPACE = "\N{NO-BREAK SPACE}"
+
+
+def count_text(count: int) -> str:
+    """Write a count: 768, 12,345, 1.33 M, 84.9 M."""
+    if count < 100_000:
+        return f"{count:,}"
+    unit, size = ("G", 10**9) if count >= 10**9 else ("M", 10**6) if count >= 10**6 else ("k", 10**3)
+    return f"{_three_digits(count / size)}{_SPACE}{unit}"
+
+
+def percent_text(share: float) -> str:
+    """Write a share of 1: 87.5 %; one that was not measured is a dash."""
+    return "–" if math.isnan(share) else f"{100 * share:.1f}{_SPACE}%"
+
+
+def seconds_text(seconds: float) -> str:
+    """Write a time: 8.2 s, 2 min 5 s, 3 h 20 min."""
+    if math.isnan(seconds):
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.1f}{_SPACE}s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60}{_SPACE}min {whole % 60}{_SPACE}s"
+    return f"{whole // 3600}{_SPACE}h {whole % 3600 // 60}{_SPACE}min"
+
+
+def bytes_text(size: float) -> str:
+    """Write a size in bytes: 512 B, 3.1 MiB."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= scale:
+            return f"{_three_digits(size / scale)}{_SPACE}{unit}"
+    return f"{size:.0f}{_SPACE}B"
+
+
+def plain_text(value: Any) -> str:
+    """A value of a settings table: short numbers, lists and mappings in one line."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "–"}[value]
+    if isinstance(value, float):
+        return "–" if math.isnan(value) else f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {plain_text(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(plain_text, value))
+    return str(value)
+
+
+def _three_digits(value: float) -> str:
+    """A number with three digits, none of them in exponents."""
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+
+
+__all__ = [
+    "bytes_text",
+    "count_text",
+    "percent_text",
+    "plain_text",
+    "seconds_text",
+]

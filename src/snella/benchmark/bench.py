@@ -1,0 +1,317 @@
+"""The measurement: contenders interleaved in one process, medians and ratios."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import random
+import resource
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import timm
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+
+from snella.benchmark.config import PEER, BenchConfig
+from snella.benchmark.contenders import CONTENDERS, NUM_CLASSES, Setting
+from snella.benchmark.rows import append_rows, conditions, draw_figures
+from snella.ops.functional import adapted_product
+from snella.ops.kernels import KernelScalars, make_kernel
+from snella.ops.spec import LinearProduct, Update
+from snella.runs.console import make_console
+from snella.runs.memory import saved_bytes
+from snella.tuner import BudgetAllocator, create_snella_optimizer
+from snella.tuner.layer import SnellaLayer
+
+_SHAPES = (((96,), 80), ((40, 40, 40), 64))
+
+
+def op_fault(impl: str, device: str = "cpu", sparsity: float = 0.7) -> str | None:
+    """Compare output and every gradient of an implementation with the reference in float64.
+
+    Args:
+        impl: As in `adapted_product`.
+        device: Where.
+        sparsity: Of the update.
+
+    Returns:
+        The first thing that differs by more than float32 can excuse, or `None`.
+    """
+    for rows, n in _SHAPES:
+        generator = torch.Generator().manual_seed(0)
+        m, groups = sum(rows), len(rows)
+        drawn = [torch.rand(*s, generator=generator) * 2 - 1 for s in ((groups, n, 8), (m, 8), (4, n), (m, n), (4, m))]
+        A, B, x, weight, grad_y = (tensor.to(device) for tensor in drawn)
+        scalars = KernelScalars(
+            torch.tensor([[0.1, -0.1]], device=device).repeat(groups, 1),
+            torch.ones(groups, device=device),
+            torch.zeros(groups, device=device),
+            None,
+        )
+        budgets = tuple(max(1, int(count * n * (1 - sparsity))) for count in rows)
+        update = Update(A, B, scalars, make_kernel("mix_k"), budgets, rows)
+        found = _solve(update, x, weight, grad_y, impl, torch.float32)
+        exact = _solve(update, x, weight, grad_y, "reference", torch.float64)
+        for name, (mine, true) in zip(
+            ("y", "x", "A", "B", "piece_coeff", "alpha", "beta"), zip(found, exact, strict=True), strict=True
+        ):
+            error = (mine.double() - true).abs().max().item()
+            allowed = 2e-4 * (true.abs().max().item() + 1e-3)
+            if not error <= allowed:
+                return f"{name} differs by {error:.2e} from the reference at {[m, n]}, allowed is {allowed:.2e}"
+    return None
+
+
+def _solve(
+    update: Update, x: torch.Tensor, weight: torch.Tensor, grad_y: torch.Tensor, impl: str, dtype: torch.dtype
+) -> list[torch.Tensor]:
+    """Output and gradients."""
+    x, A, B, *scalars = (
+        tensor.detach().to(dtype).requires_grad_()
+        for tensor in (x, *(tensor for tensor in update.tensors() if tensor is not None))
+    )
+    piece_coeff, alpha, beta = scalars
+    described = replace(update, A=A, B=B, scalars=KernelScalars(piece_coeff, alpha, beta), thresholds=[], handover=[])
+    y = adapted_product(x, weight.to(dtype), None, [described], LinearProduct(), impl=impl)
+    return [y.detach(), *torch.autograd.grad(y, [x, A, B, *scalars], grad_y.to(dtype))]
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one training step."""
+
+    forward_s: float
+    backward_s: float
+    step_s: float
+
+
+class Runner:
+    """A contender with its optimiser, ready to step.
+
+    Args:
+        name: One of `CONTENDERS`.
+        setting: What it is built for.
+    """
+
+    def __init__(self, name: str, setting: Setting) -> None:
+        self.device = torch.device(setting.device)
+        self.model = CONTENDERS[name](setting.base(), setting).train()
+        self.optimizer = create_snella_optimizer(self.model, lr=1e-4)
+        if any(isinstance(module, SnellaLayer) for module in self.model.modules()):
+            BudgetAllocator(self.model, total_epochs=100, steps_per_epoch=100).attach(self.optimizer)
+
+    def step(self, images: Tensor, labels: Tensor) -> StepTime:
+        """Forward, backward, optimiser."""
+        start = self._now()
+        loss = nn.functional.cross_entropy(self.model(images), labels)
+        forward = self._now()
+        loss.backward()
+        backward = self._now()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return StepTime(forward - start, backward - forward, self._now() - start)
+
+    def has_finite_gradients(self, images: Tensor, labels: Tensor) -> bool:
+        """Whether a step's gradients are there and finite; also a warm-up."""
+        nn.functional.cross_entropy(self.model(images), labels).backward()
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        found = bool(gradients) and all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
+        self.optimizer.zero_grad()
+        return found
+
+    @property
+    def trainable(self) -> int:
+        """Parameters that learn."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    def _now(self) -> float:
+        """A clock, once the device has done all that it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def random_batch(setting: Setting, batch: int) -> tuple[Tensor, Tensor]:
+    """Images as the backbone takes them, and labels."""
+    configuration = timm.get_pretrained_cfg(setting.backbone)
+    side = configuration.input_size[-1] if configuration is not None else 224
+    images = torch.randn(batch, 3, side, side, device=setting.device, dtype=setting.dtype)
+    return images, torch.randint(0, NUM_CLASSES, (batch,), device=setting.device)
+
+
+_STEPS = 2
+
+
+def peak_mib(name: str, setting: Setting, batch: int) -> dict[str, float]:
+    """Peak memory of two training steps, in MiB.
+
+    On a GPU what its allocator held at most. On the CPU the largest resident size of a process that does nothing else
+    (`peak_rss_mib`) and how much of it came after the model and its optimiser were there (`peak_step_mib`): libraries
+    and thread pools are in the first.
+    """
+    if torch.device(setting.device).type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(setting.device)
+        _run(name, setting, batch)
+        return {"peak_gpu_mib": round(torch.cuda.max_memory_allocated(setting.device) / 2**20, 1)}
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_report, args=(sender, name, setting, batch, torch.get_num_threads()))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"measuring the memory of {name!r} ended with exit code {process.exitcode}") from None
+    finally:
+        process.join()
+
+
+def _report(sender: Any, name: str, setting: Setting, batch: int, threads: int) -> None:
+    """Run in a process of its own, and send what it needed."""
+    torch.set_num_threads(threads)
+    before = _run(name, setting, batch)
+    peak = _peak_rss_mib()
+    sender.send({"peak_rss_mib": round(peak, 1), "peak_step_mib": round(max(peak - before, 0.0), 1)})
+
+
+def _run(name: str, setting: Setting, batch: int) -> float:
+    """Take the steps; returns the peak so far, before the first."""
+    runner, (images, labels) = Runner(name, setting), random_batch(setting, batch)
+    before = _peak_rss_mib()
+    for _ in range(_STEPS):
+        runner.step(images, labels)
+    return before
+
+
+def _peak_rss_mib() -> float:
+    """Largest resident size of this process until now."""
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+_WARM_UP = 2  # steps before the clock: from the third on SNELLA knows how its thresholds move
+_IMPLEMENTATIONS = {
+    "snella": "auto",
+    "snella-keep-delta": "auto",
+    "snella-compiled": "auto",
+    "snella-eager": "eager",
+    "snella-triton": "triton",
+}
+_SHOWN = ("contender", "forward_s", "backward_s", "step_s", f"step_over_{PEER}", "saved_mib", "trainable")
+
+
+def bench(config: BenchConfig, console: Console | None = None) -> list[dict[str, Any]]:
+    """Time training steps of all contenders on the same images.
+
+    In each round every contender takes one step, in an order that changes from round to round, after two steps that
+    are not timed. A contender whose op differs from the reference, or whose gradients are not finite, gets no row.
+
+    Args:
+        config: What to measure.
+        console: Where to write; standard output if None.
+
+    Returns:
+        The rows, also appended to `config.out`.
+    """
+    console = console or make_console()
+    rows = []
+    for setting, batch in config.settings():
+        found = _measure(config, setting, batch, console)
+        gc.collect()  # models and optimisers hold each other, and the next setting needs their memory
+        console.print(_table(found, setting, batch))
+        if config.out is not None:
+            append_rows(config.out, found)
+        rows.extend(found)
+    if config.figures is not None and config.out is not None:
+        for path in draw_figures(config.out, config.figures):
+            console.print(f"picture {path}", highlight=False, soft_wrap=True)
+    return rows
+
+
+def _measure(config: BenchConfig, setting: Setting, batch: int, console: Console) -> list[dict[str, Any]]:
+    """Rows of one setting."""
+    images, labels = random_batch(setting, batch)
+    runners: dict[str, Runner] = {}
+    for name in config.methods:
+        fault = op_fault(_IMPLEMENTATIONS[name], setting.device, setting.sparsity) if name in _IMPLEMENTATIONS else None
+        if fault is None:
+            runner = Runner(name, setting)
+            fault = None if runner.has_finite_gradients(images, labels) else "its gradients are not finite"
+        if fault is None:
+            runners[name] = runner
+        else:
+            console.print(f"{name} is not timed: {fault}", highlight=False, soft_wrap=True)
+    for runner in runners.values():
+        for _ in range(_WARM_UP):
+            runner.step(images, labels)
+    times: dict[str, list[StepTime]] = {name: [] for name in runners}
+    order, shuffle = list(runners), random.Random(0)
+    for _ in track(range(config.rounds), f"{setting.backbone}, batch {batch}", console=console, transient=True):
+        shuffle.shuffle(order)
+        for name in order:
+            times[name].append(runners[name].step(images, labels))
+    common = {
+        "benchmark": "step_time",
+        **{key: value for key, value in asdict(setting).items() if key not in ("dtype", "device")},
+        "dtype": str(setting.dtype).removeprefix("torch."),
+        "batch": batch,
+        "rounds": config.rounds,
+        **conditions(setting.device),
+    }
+    rows = []
+    for name, runner in runners.items():
+        row = {**common, "contender": name, **_summary(times[name], times.get(PEER))}
+        row["saved_mib"] = round(saved_bytes(runner.model, images) / 2**20, 1)
+        row["weights"] = sum(p.numel() for p in runner.model.parameters())
+        row["trainable"] = runner.trainable
+        rows.append(row)
+    del runners
+    if config.memory:
+        for row in rows:
+            row.update(peak_mib(str(row["contender"]), setting, batch))
+    return rows
+
+
+def _summary(steps: list[StepTime], peer: list[StepTime] | None) -> dict[str, Any]:
+    """Medians, and the ratio to the peer round by round."""
+    found: dict[str, Any] = {
+        key: round(statistics.median(getattr(step, key) for step in steps), 4)
+        for key in ("forward_s", "backward_s", "step_s")
+    }
+    if peer:
+        ratios = [mine.step_s / theirs.step_s for mine, theirs in zip(steps, peer, strict=True)]
+        found[f"step_over_{PEER}"] = round(statistics.median(ratios), 3)
+        found[f"step_over_{PEER}_quartiles"] = [round(q, 3) for q in quartiles(ratios)]
+    return found
+
+
+def quartiles(values: list[float]) -> tuple[float, float]:
+    """First and third quartile."""
+    if len(values) < 2:
+        return values[0], values[0]
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return first, third
+
+
+def _table(rows: list[dict[str, Any]], setting: Setting, batch: int) -> Table:
+    """The rows for people."""
+    peak = next((key for key in ("peak_gpu_mib", "peak_rss_mib") if rows and key in rows[0]), None)
+    shown = [*_SHOWN, *([peak] if peak else [])]
+    dtype = str(setting.dtype).removeprefix("torch.")
+    title = f"{setting.backbone}, batch {batch}, r {setting.r}, sparsity {setting.sparsity}, {dtype}"
+    table = Table(title=title, title_justify="left")
+    for name in shown:
+        table.add_column(name.replace("_", " "), justify="left" if name == "contender" else "right")
+    for row in rows:
+        values = [row.get(name, "") for name in shown]
+        table.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in values))
+    return table

@@ -1,0 +1,444 @@
+"""Labelled images as a torch data set whose augmentation does not depend on workers, prefetching or resuming."""
+
+import hashlib
+import os
+import struct
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset, get_worker_info
+from torchvision import tv_tensors
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm")
+_THREADS = 4  # decoding releases the interpreter lock
+DECODING_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    struct.error,
+    OverflowError,
+    MemoryError,
+    Image.DecompressionBombError,
+)
+"""What Pillow raises for files that are no images, cut off or damaged."""
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Read and fully decode an image file as RGB, turned upright where the camera noted it.
+
+    Args:
+        path: File in any format that Pillow reads; of an animation the first frame.
+
+    Raises:
+        ValueError: The file is no image, is truncated, or has values that have no 8-bit meaning.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return to_rgb(ImageOps.exif_transpose(image))
+    except DECODING_ERRORS as error:
+        raise ValueError(f"'{path}' is not a readable image: {error or type(error).__name__}") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert any mode to 8-bit RGB: transparency on white, grey three times, 16-bit values by their high byte.
+
+    Args:
+        image: Image of any mode but 32-bit floating point.
+
+    Raises:
+        ValueError: Floating-point values: which of them is white is not known.
+    """
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        colours = image.convert("RGBA")
+        white = Image.new("RGBA", colours.size, "white")
+        return Image.alpha_composite(white, colours).convert("RGB")
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        eight_bit = values >> 8 if values.max(initial=0) > 255 or image.mode != "I" else values
+        return Image.fromarray(np.clip(eight_bit, 0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("floating-point values, save it with 8 or 16 bits")
+    return image.convert("RGB")
+
+
+def broken_images(paths: Sequence[Path]) -> dict[int, str]:
+    """Decode every file once and tell which ones cannot be.
+
+    Args:
+        paths: Image files.
+
+    Returns:
+        From the position in `paths` to the reason, in order.
+    """
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads:
+        reasons = threads.map(_why_broken, paths)
+        return {index: reason for index, reason in enumerate(reasons) if reason is not None}
+
+
+def _why_broken(path: Path) -> str | None:
+    """The reason why a file cannot be decoded, None where it can."""
+    try:
+        read_image(path)
+    except ValueError as error:
+        return str(error).partition("image: ")[2]
+    return None
+
+
+THRESHOLD = 128
+"""Least value that is foreground in a mask of a lossy format."""
+LOSSY_FORMATS = ("JPEG", "MPO", "WEBP")
+_GREYS = ("L", "I", "I;16", "I;16B", "I;16L")
+
+
+def read_label_map(path: str | Path) -> tuple[np.ndarray, bool]:
+    """Read a mask: palette indices, grey values, or a picture of black and white.
+
+    A lossy format (JPEG) does not keep labels, so that only two can be told apart: such a mask is cut at `THRESHOLD`
+    and becomes 0 and 1.
+
+    Args:
+        path: PNG and the like in palette, grey or black-and-white mode, RGB where the three channels are equal; or
+            JPEG.
+
+    Returns:
+        `[height, width]`, uint16; and whether it was cut at the threshold.
+
+    Raises:
+        ValueError: The file is no image, is truncated, or holds colours instead of labels.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            is_lossy = image.format in LOSSY_FORMATS
+            upright = ImageOps.exif_transpose(image)
+            values = np.asarray(upright.convert("L")) >= THRESHOLD if is_lossy else _labels(upright)
+            return values.astype(np.uint16), is_lossy
+    except DECODING_ERRORS as error:
+        raise ValueError(f"'{path}' is not a readable mask: {error or type(error).__name__}") from error
+
+
+def _labels(image: Image.Image) -> np.ndarray:
+    """The labels that a lossless mask holds."""
+    if image.mode == "P" or image.mode == "1" or image.mode in _GREYS:
+        return np.asarray(image)
+    if image.mode in ("LA", "PA"):
+        return np.asarray(image)[..., 0]
+    if image.mode in ("RGB", "RGBA"):
+        colours = np.asarray(image)[..., :3]
+        if (colours == colours[..., :1]).all():
+            return colours[..., 0]
+        raise ValueError("it holds colours, save it as a palette or grey PNG whose values are the labels")
+    raise ValueError(f"mode {image.mode} has no labels, save it as a palette or grey PNG")
+
+
+_BUDGET_BYTES = 512 * 2**20
+
+
+class ImageSource(Protocol):
+    """Images by row; picklable, so that loader workers can have it."""
+
+    def load(self, row: int) -> Image.Image:
+        """The image as RGB; it may be shared, so it is not changed in place."""
+
+
+class ArrayImages:
+    """Grey images in one array.
+
+    Args:
+        pixels: `[n, height, width]`, uint8.
+    """
+
+    def __init__(self, pixels: np.ndarray) -> None:
+        self.pixels = pixels
+
+    def load(self, row: int) -> Image.Image:
+        """The image as RGB."""
+        return Image.fromarray(self.pixels[row]).convert("RGB")
+
+
+class FileImages:
+    """Image files; decoded ones are kept in memory up to a budget, so that later epochs do not decode again.
+
+    Args:
+        paths: Files.
+        budget_bytes: Of all decoded images together, one byte a pixel and channel; loader workers share it out. Images
+            beyond it are decoded every time.
+    """
+
+    def __init__(self, paths: Sequence[Path], *, budget_bytes: int = _BUDGET_BYTES) -> None:
+        self.paths = list(paths)
+        self.budget_bytes = budget_bytes
+        self.kept_bytes = 0
+        self._kept: dict[int, Image.Image] = {}
+
+    def load(self, row: int) -> Image.Image:
+        """The image as RGB.
+
+        Raises:
+            ValueError: The file is gone or broken by now.
+        """
+        if (kept := self._kept.get(row)) is not None:
+            return kept
+        image = self.read(row)
+        worker = get_worker_info()
+        budget = self.budget_bytes // (1 if worker is None else worker.num_workers)
+        size = len(image.getbands()) * image.width * image.height
+        if self.kept_bytes + size <= budget:
+            self._kept[row] = image
+            self.kept_bytes += size
+        return image
+
+    def read(self, row: int) -> Image.Image:
+        """Decode one file."""
+        return read_image(self.paths[row])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the decoded images: a worker starts with none."""
+        return {**self.__dict__, "_kept": {}, "kept_bytes": 0}
+
+
+class ImageDataset(Dataset[tuple[Any, int]]):
+    """A selection of a source's images with labels, names and a transform.
+
+    The transform of item `i` runs with torch's generator seeded by (seed, epoch, i) and leaves the generator as it was:
+    what is drawn depends neither on the worker, nor on the order, nor on what was drawn before.
+
+    Args:
+        source: Where the images come from.
+        rows: Which images of the source, in order.
+        labels: Class index of each selected image.
+        names: Name of each selected image.
+        transform: From RGB image to tensor; without one, items are images.
+        seed: Of the augmentation.
+
+    Raises:
+        ValueError: `rows`, `labels` and `names` differ in length.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        rows: Sequence[int],
+        labels: Sequence[int],
+        names: Sequence[str],
+        *,
+        transform: Callable[[Image.Image], Any] | None = None,
+        seed: int = 0,
+    ) -> None:
+        if not len(rows) == len(labels) == len(names):
+            raise ValueError(
+                f"rows, labels and names must be equally many, got {len(rows)}, {len(labels)} and {len(names)}"
+            )
+        self.source = source
+        self.rows = list(rows)
+        self.labels = list(labels)
+        self.names = list(names)
+        self.transform = transform
+        self.seed = seed
+        # in shared memory: persistent workers, which hold a copy of this object, see a new epoch too
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        """Transformed image (the RGB image itself without a transform) and class index."""
+        index = self._position(index)
+        if self.transform is None:
+            return self._item(index)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(_item_seed(self.seed, self.epoch, index))
+            return self._item(index)
+
+    @property
+    def epoch(self) -> int:
+        """Epoch that the augmentation is drawn for."""
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw another augmentation from here on; Accelerate's loaders call this at each epoch's start."""
+        self._epoch.fill_(epoch)
+
+    def image(self, index: int) -> Image.Image:
+        """The image as it is, RGB; a copy to draw on."""
+        return self.source.load(self.rows[self._position(index)]).copy()
+
+    def with_transform(self, transform: Callable[[Image.Image], Any] | None) -> "ImageDataset":
+        """The same images with another transform, in the same epoch; decoded images are shared."""
+        return self._selected(range(len(self)), transform)
+
+    def subset(self, positions: Sequence[int]) -> "ImageDataset":
+        """The images at these positions, in this order."""
+        return self._selected([self._position(position) for position in positions], self.transform)
+
+    def _selected(self, positions: Sequence[int], transform: Callable[[Image.Image], Any] | None) -> "ImageDataset":
+        """A copy with some of the items."""
+        selected = self._made(
+            [self.rows[position] for position in positions],
+            [self.labels[position] for position in positions],
+            [self.names[position] for position in positions],
+            transform,
+        )
+        selected.set_epoch(self.epoch)
+        return selected
+
+    def _item(self, index: int) -> tuple[Any, Any]:
+        """Transformed image and class index; what is random in it is seeded already."""
+        image = self.source.load(self.rows[index])
+        return image.copy() if self.transform is None else self.transform(image), self.labels[index]
+
+    def _made(self, rows: list[int], labels: list[int], names: list[str], transform: Any) -> "ImageDataset":
+        """A data set of the same source."""
+        return ImageDataset(self.source, rows, labels, names, transform=transform, seed=self.seed)
+
+    def _position(self, index: int) -> int:
+        """`index` counted from the front."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} is out of range for {len(self)} images")
+        return index % len(self)
+
+
+def _item_seed(seed: int, epoch: int, index: int) -> int:
+    """64 bits that differ for every (seed, epoch, index)."""
+    digest = hashlib.blake2b(struct.pack("<qqq", seed, epoch, index), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class FileMasks(FileImages):
+    """Mask files, kept in memory like images.
+
+    Args:
+        paths: Files that `read_label_map` reads.
+        is_white_foreground: Whether 255 stands for label 1.
+    """
+
+    def __init__(self, paths: Sequence[Path], *, is_white_foreground: bool = False) -> None:
+        super().__init__(paths)
+        self.is_white_foreground = is_white_foreground
+
+    def read(self, row: int) -> Image.Image:
+        """Labels as the grey values of a picture."""
+        labels, _ = read_label_map(self.paths[row])
+        if self.is_white_foreground:
+            labels = labels > 0
+        return Image.fromarray(labels.astype(np.uint8))
+
+
+class ArrayMasks:
+    """Masks in one array.
+
+    Args:
+        labels: `[n, height, width]`, uint8.
+    """
+
+    def __init__(self, labels: np.ndarray) -> None:
+        self.labels = labels
+
+    def load(self, row: int) -> Image.Image:
+        """Labels as the grey values of a picture."""
+        return Image.fromarray(self.labels[row])
+
+
+class MaskDataset(ImageDataset):
+    """A selection of images with their masks; see `ImageDataset` for what is drawn at random.
+
+    Args:
+        source: Where the images come from.
+        masks: Where their masks come from, under the same rows.
+        rows: Which images of the source, in order.
+        names: Name of each selected image.
+        transform: From (RGB image, mask) to two tensors; without one, items are an image and a label array.
+        seed: Of the augmentation.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        masks: ImageSource,
+        rows: Sequence[int],
+        names: Sequence[str],
+        *,
+        transform: Callable[..., Any] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(source, rows, [0] * len(rows), names, transform=transform, seed=seed)
+        self.masks = masks
+
+    def mask(self, index: int) -> np.ndarray:
+        """Labels of the image as it is, `[height, width]`, uint8."""
+        return np.array(self.masks.load(self.rows[self._position(index)]))
+
+    def _item(self, index: int) -> tuple[Any, Any]:
+        """Image and labels, transformed together: `[3, height, width]` and `[height, width]`, int64."""
+        image, labels = self.source.load(self.rows[index]), torch.from_numpy(self.mask(index))
+        if self.transform is None:
+            return image.copy(), labels.numpy()
+        moved, mask = cast(Callable[..., Any], self.transform)(image, tv_tensors.Mask(labels))
+        return moved, _plain(mask).long()
+
+    def _made(self, rows: list[int], labels: list[int], names: list[str], transform: Any) -> "MaskDataset":
+        """A data set of the same sources."""
+        return MaskDataset(self.source, self.masks, rows, names, transform=transform, seed=self.seed)
+
+
+def _plain(mask: Tensor) -> Tensor:
+    """An ordinary tensor with the mask's values."""
+    return mask.as_subclass(Tensor)
+
+
+class _JoinedSource:
+    """Rows below a boundary from one source, the others from another."""
+
+    def __init__(self, first: ImageSource, second: ImageSource, boundary: int) -> None:
+        self.first, self.second, self.boundary = first, second, boundary
+
+    def load(self, row: int) -> Image.Image:
+        """The image of either source."""
+        return self.first.load(row) if row < self.boundary else self.second.load(row - self.boundary)
+
+
+def joined(first: ImageDataset, second: ImageDataset) -> ImageDataset:
+    """The images of both, without transform, with the seed of the first.
+
+    Args:
+        first: Of the same kind as `second`: images, or images with masks.
+        second: Follows.
+    """
+    boundary = 1 + max(first.rows, default=-1)
+    rows = [*first.rows, *(boundary + row for row in second.rows)]
+    names = [*first.names, *second.names]
+    source = _JoinedSource(first.source, second.source, boundary)
+    if isinstance(first, MaskDataset) and isinstance(second, MaskDataset):
+        return MaskDataset(source, _JoinedSource(first.masks, second.masks, boundary), rows, names, seed=first.seed)
+    return ImageDataset(source, rows, [*first.labels, *second.labels], names, seed=first.seed)
+
+
+__all__ = [
+    "DECODING_ERRORS",
+    "IMAGE_SUFFIXES",
+    "LOSSY_FORMATS",
+    "THRESHOLD",
+    "ArrayImages",
+    "ArrayMasks",
+    "FileImages",
+    "FileMasks",
+    "ImageDataset",
+    "ImageSource",
+    "MaskDataset",
+    "broken_images",
+    "joined",
+    "read_image",
+    "read_label_map",
+    "to_rgb",
+]

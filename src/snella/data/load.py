@@ -1,0 +1,244 @@
+"""From what a user typed after `--data` to a training, a validation and a test part."""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from snella.data.bundled import (
+    load_digits,
+    load_elpv,
+    load_fashion_mnist,
+    load_mnist5k,
+    load_mri,
+    load_mri_lobes,
+    load_mri_regions,
+    load_stamps,
+)
+from snella.data.collection import Collection, Protocol
+from snella.data.datasets import ImageDataset, joined
+from snella.data.fgvc import FGVC, load_fgvc
+from snella.data.folder import load_folder
+from snella.data.masks import load_kvasir, load_masks
+from snella.data.splits import stratified_sample, stratified_split
+from snella.data.vtab import VTAB, load_vtab
+
+_FOLDER = "folder:"
+_IN_FOLDERS: dict[str, Callable[..., Collection]] = {
+    _FOLDER: load_folder,
+    "masks:": load_masks,
+    "kvasir:": load_kvasir,
+}
+"""Families that stand before the path of a folder; each takes the path and `skip_broken`."""
+_BENCHMARKS: dict[str, Callable[..., Collection]] = {"vtab:": load_vtab, "fgvc:": load_fgvc}
+"""Families of published benchmarks; each takes the path of one data set and `check_sizes`."""
+_BENCHMARK_FOLDERS: dict[str, Callable[[Path], Path]] = {"vtab:": VTAB.resolve, "fgvc:": FGVC.resolve}
+"""How their data sets are found under other names of their folders."""
+_FAMILIES: dict[str, Callable[[], Collection]] = {
+    "digits": load_digits,
+    "mnist5k": load_mnist5k,
+    "fashion-mnist": load_fashion_mnist,
+    "elpv": load_elpv,
+    "stamps": load_stamps,
+    "mri": load_mri,
+    "mri-lobes": load_mri_lobes,
+    "mri-regions": load_mri_regions,
+}
+
+
+@dataclass
+class DataSplits:
+    """Data ready for training.
+
+    Attributes:
+        train: Images to learn from.
+        val: Images to choose the best epoch on; None where none are held out.
+        test: Images to measure once at the end; None where the data is divided without a test part.
+        classes: Class names by index.
+        name: Short name of the data.
+        description: One line with numbers, for people.
+        notes: What a user should know: files left out, choices made, licences.
+        is_resized_whole: Whether images are resized as a whole, where others have their centre cut out.
+    """
+
+    train: ImageDataset
+    val: ImageDataset | None
+    test: ImageDataset | None
+    classes: list[str]
+    name: str
+    description: str
+    notes: list[str] = field(default_factory=list)
+    is_resized_whole: bool = False
+
+
+def data_names() -> list[str]:
+    """What a data specification may be."""
+    return [*(f"{prefix}PATH" for prefix in (*_IN_FOLDERS, *_BENCHMARKS)), *_FAMILIES]
+
+
+def split_spec(spec: str) -> tuple[str, str | None]:
+    """Cut `folder:PATH` into `("folder:", "PATH")`; data that needs no path is `(name, None)`."""
+    prefix = next((prefix for prefix in (*_IN_FOLDERS, *_BENCHMARKS) if spec.startswith(prefix)), None)
+    return (spec, None) if prefix is None else (prefix, spec.removeprefix(prefix))
+
+
+def data_folder(spec: str) -> Path | None:
+    """The folder that `folder:PATH` and the like name, whether it is there or not; None for other data."""
+    prefix, path = split_spec(spec)
+    if path is None:
+        return None
+    return _BENCHMARK_FOLDERS.get(prefix, Path)(Path(path).expanduser())
+
+
+def load_data(
+    spec: str,
+    *,
+    seed: int = 0,
+    val_fraction: float = 0.2,
+    test_fraction: float = 0.2,
+    train_size: int | None = None,
+    val_size: int | None = None,
+    test_size: int | None = None,
+    test_seed: int | None = None,
+    skip_broken: bool = False,
+    check_sizes: bool = True,
+    protocol: Protocol = "standard",
+) -> DataSplits:
+    """Load data and divide it, stratified and seeded.
+
+    Parts that the data has are kept: a test part is split off only where the data is not divided at all, a validation
+    part wherever it is missing. Both are shares of all images to be divided. Sizes then choose from the parts, so that
+    the test images do not change with the number of training images.
+
+    Args:
+        spec: One of `data_names()`: `folder:PATH` (`class/image` or `train|val|test/class/image`) or a data set.
+        seed: Of the splits, the sizes' choice and the augmentation.
+        val_fraction: Share of the validation part.
+        test_fraction: Share of the test part; 0 for none.
+        train_size: How many training images to choose; all by default.
+        val_size: The same for validation.
+        test_size: The same for the test.
+        test_seed: Of the test part alone, so that other seeds share it; `seed` by default.
+        skip_broken: Leave broken images of a folder out and note them instead of refusing.
+        check_sizes: Refuse a benchmark's data whose numbers of images or classes are not the benchmark's; otherwise
+            they are noted.
+        protocol: `standard` keeps a validation part; `final` learns from it too, and leaves none; `official` divides as
+            the authors' scripts do, who choose on the test images: none is held out, and of data with a validation part
+            VTAB's is learnt from and others' are left unused.
+
+    Raises:
+        ValueError: An unknown specification (with the nearest ones), numbers out of range, too few images.
+        FileNotFoundError: A folder or Debian package that is not there.
+        ImportError: A Python package that is not installed.
+    """
+    for_test = seed if test_seed is None else test_seed
+    sizes = {"train": train_size, "val": val_size, "test": test_size}
+    _check_numbers({"seed": seed, "test_seed": for_test}, val_fraction, test_fraction, sizes)
+    collection = _collect(spec, skip_broken, check_sizes)
+    train, val, test = _divide(collection, seed, for_test, val_fraction, test_fraction, protocol)
+    labels = collection.label_names
+    train = _choose("train", train, train_size, seed, labels)
+    if val is not None:
+        val = _choose("val", val, val_size, seed, labels)
+    elif val_size is not None:
+        raise ValueError(f"val_size={val_size} given, but protocol={protocol} holds no validation part out")
+    if test is not None:
+        test = _choose("test", test, test_size, for_test, labels)
+    elif test_size is not None:
+        raise ValueError(f"test_size={test_size} given, but {collection.name!r} has no test part")
+    parts = {name: part for name, part in (("train", train), ("val", val), ("test", test)) if part is not None}
+    for part in parts.values():
+        part.seed = seed
+    counts = " · ".join(f"{name} {len(part):,}" for name, part in parts.items())
+    total = sum(len(images) for _, images in collection.parts())
+    description = f"{collection.name}: {total:,} images in {len(collection.classes)} classes; {counts}"
+    notes = [*collection.notes, *_absent_classes(parts, labels)]
+    whole = collection.is_resized_whole
+    return DataSplits(train, val, test, collection.classes, collection.name, description, notes, is_resized_whole=whole)
+
+
+def _collect(spec: str, skip_broken: bool, check_sizes: bool) -> Collection:
+    """The data as its family has it."""
+    prefix, path = split_spec(spec)
+    if prefix in _BENCHMARKS:
+        return _BENCHMARKS[prefix](path, check_sizes=check_sizes)
+    if path is not None:
+        return _IN_FOLDERS[prefix](path, skip_broken=skip_broken)
+    if spec in _FAMILIES:
+        return _FAMILIES[spec]()
+    nearest = difflib.get_close_matches(spec, _FAMILIES, n=2, cutoff=0.4)
+    if Path(spec).expanduser().is_dir():
+        hint = f"; a folder is written {_FOLDER}{spec}"
+    else:
+        hint = f"; nearest: {', '.join(map(repr, nearest))}" if nearest else ""
+    raise ValueError(f"data must be one of {', '.join(data_names())}, got {spec!r}{hint}")
+
+
+def _divide(
+    collection: Collection, seed: int, test_seed: int, val_fraction: float, test_fraction: float, protocol: Protocol
+) -> tuple[ImageDataset, ImageDataset | None, ImageDataset | None]:
+    """Split off the parts that the data does not have."""
+    train, val, test = collection.train, collection.val, collection.test
+    total, classes = len(train), collection.label_names
+    if not collection.has_parts and test_fraction > 0:
+        left, taken = stratified_split(
+            train.labels, test_fraction, seed=test_seed, classes=classes, reserve=2, part="test"
+        )
+        train, test = train.subset(left), train.subset(taken)
+    if protocol == "official" and test is None:
+        raise ValueError(
+            f"protocol=official chooses on the test images, and {collection.name!r} has none; use another protocol"
+        )
+    if protocol != "standard":
+        is_learnt = val is not None and (protocol == "final" or collection.official_joins_val)
+        return joined(train, val) if is_learnt and val is not None else train, None, test
+    if val is None:
+        share = val_fraction * total / len(train)
+        left, taken = stratified_split(train.labels, share, seed=seed, classes=classes, part="val")
+        train, val = train.subset(left), train.subset(taken)
+    return train, val, test
+
+
+def _choose(part: str, images: ImageDataset, size: int | None, seed: int, classes: list[str]) -> ImageDataset:
+    """`size` images of a part, all of them where no size is given."""
+    if size is None:
+        return images
+    return images.subset(stratified_sample(images.labels, size, seed=seed, classes=classes, argument=f"{part}_size"))
+
+
+def _absent_classes(parts: dict[str, ImageDataset], classes: list[str]) -> list[str]:
+    """Notes about classes that a later part has no image of."""
+    notes = []
+    for part, images in parts.items():
+        there = set(images.labels)
+        absent = [repr(name) for label, name in enumerate(classes) if label not in there]
+        if absent:
+            notes.append(f"no image in {part} of {len(absent)} classes: {', '.join(absent[:5])}")
+    return notes
+
+
+def _check_numbers(
+    seeds: dict[str, int], val_fraction: float, test_fraction: float, sizes: dict[str, int | None]
+) -> None:
+    """Refuse numbers out of range, all of them in one message."""
+    faults = [f"{name} must be in [0, 2^32), got {seed}" for name, seed in seeds.items() if not 0 <= seed < 2**32][:1]
+    if not 0 < val_fraction < 1:
+        faults.append(f"val_fraction must be in (0, 1), got {val_fraction}")
+    if not 0 <= test_fraction < 1:
+        faults.append(f"test_fraction must be in [0, 1), got {test_fraction}")
+    if val_fraction + test_fraction >= 1:
+        faults.append(f"val_fraction + test_fraction must leave images to train on, got {val_fraction + test_fraction}")
+    faults += [
+        f"{part}_size must be at least 1, got {size}" for part, size in sizes.items() if size is not None and size < 1
+    ]
+    if faults:
+        raise ValueError("; ".join(faults))
+
+
+__all__ = [
+    "DataSplits",
+    "data_folder",
+    "data_names",
+    "load_data",
+    "split_spec",
+]

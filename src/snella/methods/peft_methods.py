@@ -1,0 +1,333 @@
+"""Methods that are configurations of PEFT and nothing else."""
+
+import dataclasses
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import peft
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from snella.methods.method import Batches, Method, Options
+from snella.methods.model_parts import adaptable_layers, freeze_running_statistics, is_inside
+from snella.tuner.config import SnellaConfig
+
+Targets = Callable[[nn.Module, str], list[str] | str]
+"""`(model, head) -> names`, or one regular expression for all: the modules to adapt where the user names none."""
+
+_HARMLESS = (
+    # the random projections come from a seed that is saved, so that they need not be
+    "Specified to not save",
+    "Specified to not load",
+    # BOFT's compiled extension is an option of speed
+    "Failed to load the CUDA extension",
+    "Setting boft_n_butterfly_factor to 1",
+    # of a LayerNorm, or a subclass of it, which is copied and trained all the same
+    "Unsupported layer type .*LayerNorm",
+)
+
+
+def peft_method(
+    summary: str,
+    source: str,
+    config: Callable[[str, Options], PeftConfig],
+    options: tuple[str, ...],
+    *,
+    suffix: str | None = None,
+    targets: Targets = adaptable_layers,
+    penalty: Callable[[nn.Module], Tensor] | None = None,
+) -> Method:
+    """A row of the table for an adapter of PEFT.
+
+    Args:
+        summary: As for `Method`.
+        source: As for `Method`.
+        config: `(head, options) -> PeftConfig`; `target_modules` is among the options.
+        options: Names of the options.
+        suffix: As for `Method`.
+        targets: Which modules are adapted where `target_modules` is not given.
+        penalty: As for `Method`.
+    """
+
+    def build(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
+        given = options if "target_modules" in options else {"target_modules": targets(model, head), **options}
+        return inject(model, config(head, given))
+
+    return Method(summary, source, build, options, suffix=suffix, config=config, merge=merge_adapter, penalty=penalty)
+
+
+def inject(model: nn.Module, config: PeftConfig) -> PeftModel:
+    """Put an adapter into a model, with frozen statistics below it.
+
+    Raises:
+        ValueError: PEFT cannot adapt one of the targets; says which.
+    """
+    freeze_running_statistics(model)
+    invariants = torch.sparse.check_sparse_tensor_invariants
+    if str(getattr(config.peft_type, "value", config.peft_type)) == "SHIRA" and not invariants.is_enabled():
+        invariants.disable()  # PEFT's indices are valid; undecided, torch warns at every sparse tensor
+    with without_harmless_warnings():
+        return get_peft_model(model, config)
+
+
+@contextmanager
+def without_harmless_warnings() -> Iterator[None]:
+    """Keep PEFT from warning of what is meant to be."""
+    with warnings.catch_warnings():
+        for message in _HARMLESS:
+            warnings.filterwarnings("ignore", message)
+        yield
+
+
+def merge_adapter(model: nn.Module) -> nn.Module:
+    """The backbone with the adapter's update in its weights.
+
+    Raises:
+        TypeError: The model is no `PeftModel`.
+    """
+    if not isinstance(model, PeftModel):
+        raise TypeError(f"only a PeftModel has an adapter to merge, got {type(model).__name__}")
+    inner: nn.Module = model.base_model.model  # type: ignore[assignment]
+    for name, module in list(inner.named_modules()):
+        # unwrapped first: PEFT's LN tuning leaves the head wrapped, and others want a head to be a single layer
+        if isinstance(module, ModulesToSaveWrapper):
+            inner.set_submodule(name, module.modules_to_save[module.active_adapters[0]])
+    merged: nn.Module = model.merge_and_unload()
+    return merged
+
+
+def own_fields(config: type[PeftConfig]) -> tuple[str, ...]:
+    """Fields of a configuration that PEFT's base class does not have; `modules_to_save` is the head, always."""
+    base = {f.name for f in dataclasses.fields(PeftConfig)} | {"modules_to_save"}
+    return tuple(f.name for f in dataclasses.fields(config) if f.name not in base and f.init)
+
+
+_SNELL_OPTIONS = own_fields(SnellaConfig)
+_OF_SPARSITY = (
+    *("target_sparsity", "init_sparsity", "sparsify_mode", "allocation", "schedule", "importance", "realloc_every"),
+    *("beta1", "beta2", "min_layer_share", "zero_start", "fixed_support"),
+)
+
+
+def _snella_config(head: str, options: Options) -> PeftConfig:
+    """SNELLA with the head trained in full."""
+    return SnellaConfig(modules_to_save=[head], **options)
+
+
+def _snell_config(head: str, options: Options) -> PeftConfig:
+    """SNELL: the kernel p_linear, and the same sparsity in every matrix."""
+    return _snella_config(head, {"kernel": "p_linear", "allocation": "uniform", **options})
+
+
+def _klora_config(head: str, options: Options) -> PeftConfig:
+    """Kernelised LoRA: the merged matrix as it is."""
+    return _snella_config(head, {**options, "sparsify_mode": "none", "target_sparsity": 0.0})
+
+
+SNELLA = peft_method(
+    "sparse high-rank updates, budgets by competition",
+    "SNELLA, Shen et al., arXiv 2510.24037",
+    _snella_config,
+    _SNELL_OPTIONS,
+    suffix="r",
+)
+"""Trains the factors `A`, `B` and scalars of every matrix, and the head:
+
+    W = W0 + scaling · S    S[i, j] = ΔW[i, j] · max(|ΔW[i, j]| − t, 0)    ΔW[i, j] = κ(A[j], B[i])
+
+with κ = Mix-K and `t` such that as many entries survive as the matrix's budget allows; see docs/method.md.
+"""
+
+SNELL = peft_method(
+    "sparse updates, the same sparsity everywhere",
+    "SNELL, Shen et al., arXiv 2411.01800",
+    _snell_config,
+    tuple(option for option in _SNELL_OPTIONS if option not in ("kernel", "allocation")),
+    suffix="r",
+)
+"""As SNELLA with κ = P-Linear, `ΔW[i, j] = Σ_p α_p ‖A[j, piece p] − B[i, piece p]‖`, and one sparsity for all."""
+
+KLORA = peft_method(
+    "a kernel's high-rank update without sparsity",
+    "kernelised LoRA (KLoRA) of SNELLA, Shen et al., arXiv 2510.24037, Tables VII to IX",
+    _klora_config,
+    tuple(option for option in _SNELL_OPTIONS if option not in _OF_SPARSITY),
+    suffix="r",
+)
+"""Trains what SNELLA trains: `W = W0 + scaling · ΔW`, `ΔW[i, j] = κ(A[j], B[i])`, every entry of it.
+
+`kernel` is mix_k (default), p_linear, rbf, …, or linear, which is LoRA's product with both factors drawn at random.
+`ΔW` is not zero at the start: about 1/m with mix_k, m the outputs of the matrix.
+"""
+
+
+_LORA_OPTIONS = (
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "exclude_modules",
+    "use_rslora",
+    "use_dora",
+    "bias",
+)
+
+
+def lora_config(head: str, options: Options) -> PeftConfig:
+    """W = W0 + (lora_alpha / r) B A, with `lora_alpha = r` (scaling 1) unless told otherwise."""
+    return LoraConfig(modules_to_save=[head], **{"r": 8, "lora_alpha": options.get("r", 8), **options})
+
+
+def _dora_config(head: str, options: Options) -> PeftConfig:
+    """W = m ⊙ (W0 + B A) / ‖W0 + B A‖, the norm taken of each output's row; m starts as ‖W0‖."""
+    return lora_config(head, {"use_dora": True, **options})
+
+
+LORA = peft_method(
+    "low-rank updates",
+    "LoRA, Hu et al., arXiv 2106.09685; PEFT's implementation",
+    lora_config,
+    _LORA_OPTIONS,
+    suffix="r",
+)
+DORA = peft_method(
+    "low-rank updates of the direction and a magnitude for each output",
+    "DoRA, Liu et al., arXiv 2402.09353; PEFT's implementation",
+    _dora_config,
+    tuple(option for option in _LORA_OPTIONS if option != "use_dora"),
+    suffix="r",
+)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A configuration class of PEFT under a name of ours.
+
+    Args:
+        summary: As for `Method`.
+        source: As for `Method`.
+        config: Name of the class in `peft`.
+        since: The first version of PEFT that has it.
+        suffix: As for `Method`.
+        values: Values that differ from PEFT's defaults, where the user gives none.
+        targets: Which modules are adapted.
+    """
+
+    summary: str
+    source: str
+    config: str
+    since: str
+    suffix: str | None = None
+    values: tuple[tuple[str, Any], ...] = ()
+    targets: Targets = adaptable_layers
+
+
+def layer_norms(model: nn.Module, head: str) -> str:
+    """A regular expression for the names of the layer normalisations outside of the head.
+
+    As plain names they would match too much: `norm` is also how `blocks.0.attn.norm` ends.
+
+    Raises:
+        ValueError: There is none.
+    """
+    found = [
+        name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm) and not is_inside(name, head)
+    ]
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no LayerNorm outside of its head {head!r}")
+    return "|".join(re.escape(name) for name in found)
+
+
+_ENTRIES = {
+    "shira": _Entry(
+        "a random choice of weights, r (m + n) of each m x n matrix",
+        "SHiRA, Bhardwaj et al., arXiv 2406.13175",
+        "ShiraConfig",
+        "0.16",
+        "r",
+        (("r", 8), ("random_seed", 0)),
+    ),
+    "supertuning": _Entry(
+        "the weights of largest magnitude", "Super-Tuning, arXiv 2607.09287", "SupertuningConfig", "0.21"
+    ),
+    "fourierft": _Entry(
+        "coefficients of a few frequencies of each update's two-dimensional Fourier transform",
+        "FourierFT, Gao et al., arXiv 2405.03003",
+        "FourierFTConfig",
+        "0.12",
+        "n_frequency",
+        (("n_frequency", 3000), ("scaling", 300.0)),
+    ),
+    "randlora": _Entry(
+        "scales of random low-rank bases that add up to full rank",
+        "RandLoRA, Albert et al., arXiv 2502.00987",
+        "RandLoraConfig",
+        "0.14",
+        "r",
+        (("save_projection", False),),
+    ),
+    "vera": _Entry(
+        "two vectors a layer that scale shared random factors",
+        "VeRA, Kopiczko et al., arXiv 2310.11454",
+        "VeraConfig",
+        "0.10",
+        "r",
+        (("r", 256), ("save_projection", False)),
+    ),
+    "loha": _Entry(
+        "Hadamard products of two low-rank updates",
+        "FedPara / LoHa, Hyeon-Woo et al., arXiv 2108.06098",
+        "LoHaConfig",
+        "0.6",
+        "r",
+    ),
+    "lokr": _Entry("Kronecker products", "LoKr, Yeh et al., arXiv 2309.14859", "LoKrConfig", "0.7", "r"),
+    "boft": _Entry(
+        "orthogonal factors in butterfly form",
+        "BOFT, Liu et al., arXiv 2311.06243",
+        "BOFTConfig",
+        "0.9",
+        "boft_block_size",
+    ),
+    "hra": _Entry("chains of Householder reflections", "HRA, Yuan et al., arXiv 2405.17484", "HRAConfig", "0.12", "r"),
+    "delora": _Entry(
+        "low-rank updates of a learned norm", "DeLoRA, Bini et al., arXiv 2503.18225", "DeloraConfig", "0.18", "r"
+    ),
+    "ln_tuning": _Entry(
+        "weights and biases of the layer normalisations",
+        "LN tuning, Zhao et al., arXiv 2312.11420",
+        "LNTuningConfig",
+        "0.10",
+        targets=layer_norms,
+    ),
+}
+
+
+def catalogue() -> dict[str, Method]:
+    """One row for each of PEFT's methods; one that this version of PEFT lacks says so when it is asked for."""
+    return {name: _row(name, entry) for name, entry in _ENTRIES.items()}
+
+
+def _row(name: str, entry: _Entry) -> Method:
+    """The row of one entry."""
+    kind = getattr(peft, entry.config, None)
+
+    def config(head: str, options: Options) -> PeftConfig:
+        if kind is None:
+            raise ValueError(
+                f"method {name!r} needs peft>={entry.since} for its {entry.config}, got peft {version('peft')}; "
+                f"pip install --upgrade 'peft>={entry.since}'"
+            )
+        with without_harmless_warnings():
+            return kind(modules_to_save=[head], **{**dict(entry.values), **options})
+
+    options = () if kind is None else own_fields(kind)
+    source = f"{entry.source}; PEFT's implementation"
+    return peft_method(entry.summary, source, config, options, suffix=entry.suffix, targets=entry.targets)

@@ -1,0 +1,54 @@
+"""Teaching an image generator one subject, drawing pictures with it, and measuring them.
+
+The names are imported when they are first used: the command line reads the settings without waiting for the libraries.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from snella.recipes.dreambooth.config import DreamBoothConfig
+    from snella.recipes.dreambooth.evaluate import evaluate_generation, mean_cosine, vendi_score
+    from snella.recipes.dreambooth.generate import Drawing, draw_images
+    from snella.recipes.dreambooth.pipeline import load_pipeline
+    from snella.recipes.dreambooth.report import write_generation_report
+    from snella.recipes.dreambooth.train import personalise
+    from snella.recipes.dreambooth.trainer import FlowMatching
+
+_HOMES = {
+    "Drawing": "generate",
+    "DreamBoothConfig": "config",
+    "FlowMatching": "trainer",
+    "draw_images": "generate",
+    "evaluate_generation": "evaluate",
+    "load_pipeline": "pipeline",
+    "mean_cosine": "evaluate",
+    "personalise": "train",
+    "vendi_score": "evaluate",
+    "write_generation_report": "report",
+}
+
+__all__ = [
+    "Drawing",
+    "DreamBoothConfig",
+    "FlowMatching",
+    "draw_images",
+    "evaluate_generation",
+    "load_pipeline",
+    "mean_cosine",
+    "personalise",
+    "vendi_score",
+    "write_generation_report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module of a public name on first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    except ModuleNotFoundError as fault:
+        if fault.name != "diffusers":
+            raise
+        raise ImportError("personalised generation needs diffusers; pip install 'snella[generation]'") from fault

@@ -1,0 +1,175 @@
+"""Everything that a personalisation run is told."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from snella.runs.config import RunSettings
+from snella.runs.folder import RunFolderOf
+
+METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
+    "full": {"lr": 5e-6},
+    "lora": {"lr": 1e-4, "r": 8},
+    "dora": {"lr": 1e-4, "r": 8},
+    "snella": {"lr": 1e-4, "scalar_lr": 1e-4, "r": 8, "target_sparsity": 0.7, "scaling": 3.0},
+    "snell": {"lr": 1e-4, "scalar_lr": 1e-4, "r": 8, "target_sparsity": 0.7, "scaling": 3.0},
+}
+"""By method: what it takes where the user gives none. The rate of the adapters is the paper's (section A.4 of arXiv
+2510.24037), that of full fine-tuning is usual for DreamBooth. The scaling keeps the update of 500 steps at this rate
+near the size of LoRA's, as measured for `snella` on a block of the real width (docs/generation.md) and taken over for
+`snell`; the paper has none."""
+_RATES = ("lr", "scalar_lr", "weight_decay", "max_grad_norm", "prior_weight", "guidance")
+_LEAST = {
+    "resolution": 8,
+    "steps": 1,
+    "batch_size": 1,
+    "accumulation": 1,
+    "class_images": 1,
+    "max_sequence_length": 1,
+    "save_every": 1,
+    "samples": 0,
+    "sample_steps": 1,
+    "seed": 0,
+}
+
+
+@dataclass
+class DreamBoothConfig(RunSettings):
+    """Settings of one personalisation run; None means the default of the method.
+
+    Args:
+        data: Images of the subject: folder:PATH, or dreambooth:PATH for a folder that holds a folder of images for
+            each of several subjects.
+        subject: Which of the folders of dreambooth:PATH.
+        pipeline: Stable Diffusion 3: a local folder in diffusers' format, or a name on the hub.
+        out: Folder of the run; created.
+        method: snella, snell, lora, dora or full; lora-8 sets the rank.
+        token: Rare word that will stand for the subject in prompts.
+        class_name: What kind of thing the subject is, e.g. dog; dreambooth:PATH may tell it.
+        prompt: Prompt that the images are learned under; "a photo of TOKEN CLASS" if not given.
+        r: Rank of the factors (lora, dora, snella, snell).
+        target_sparsity: Fraction of the adapted weights that the update leaves untouched in the end (snella, snell).
+        scaling: Factor on the sparse update (snella, snell): how far a step of the learning rate moves the model.
+        method_options: Further options of the method. On the command line --method-options.kernel rbf.
+        resolution: Side of the images in pixels; they are scaled and cut to a square about their centre.
+        steps: Optimiser steps.
+        batch_size: Images of one forward pass.
+        accumulation: Forward passes of one optimiser step.
+        lr: Learning rate, constant, of the factors (of all weights in full).
+        scalar_lr: The same for the few numbers that shape how the factors are combined (snella, snell).
+        weight_decay: Decoupled weight decay; none on the kernels' scalars.
+        max_grad_norm: Gradients are scaled down to this norm; 0 leaves them.
+        optimizer: auto is 8-bit AdamW where the package bitsandbytes runs, else AdamW; adamw8bit insists on it.
+        gradient_checkpointing: Compute each block's activations a second time instead of keeping them.
+        weighting: How times of the diffusion are drawn and weighted: logit_normal, mode, uniform, sigma_sqrt or cosmap.
+        precondition: Compare predicted images instead of predicted velocities.
+        flip: Learn each image also mirrored.
+        prior_weight: Weight of the loss on images of the class, which keep the class from drifting; 0 leaves it out.
+        class_images: How many images of the class; the pipeline draws them itself.
+        class_prompt: Prompt that they are drawn and learned under; "a photo of CLASS" if not given.
+        max_sequence_length: Tokens of a prompt that the third text encoder sees.
+        save_every: Steps between checkpoints.
+        samples: Pictures to draw at the end, under the learned prompt.
+        sample_steps: Steps of the sampler for each of them.
+        guidance: How strongly the sampler follows the prompt.
+        skip_broken: Go on without images that cannot be read, and say how many.
+        seed: Decides initial values, order of images, noise and dropout.
+        device: auto, cpu or cuda (the first visible GPU).
+        precision: fp32, or bf16 for autocast and for the text encoders.
+        resume: Continue the run in `out` from its last checkpoint, with its own settings.
+        overwrite: Start over in a folder that holds a run.
+        progress: Show a progress bar on a terminal.
+    """
+
+    needed: ClassVar[dict[str, str]] = {
+        "data": "must say where the images are, e.g. folder:photos/my-dog",
+        "pipeline": "must name a Stable Diffusion 3 folder in diffusers' format, or its hub name",
+    }
+    out_hint: ClassVar[str] = "must name the folder of the run, e.g. runs/my-dog"
+    method_defaults: ClassVar[dict[str, dict[str, Any]]] = METHOD_DEFAULTS
+    purpose: ClassVar[str] = "generation"
+    basic: ClassVar[tuple[str, ...]] = (
+        *("data", "subject", "pipeline", "out", "method", "class_name", "token", "prompt", "resolution", "steps", "lr"),
+        *("prior_weight", "samples", "skip_broken", "device", "precision", "resume", "overwrite"),
+    )
+
+    data: str | None = None
+    subject: str | None = None
+    pipeline: str | None = None
+    out: str | None = None
+    method: str = "snella"
+    token: str = "sks"
+    class_name: str | None = None
+    prompt: str | None = None
+    r: int | None = None
+    target_sparsity: float | None = None
+    scaling: float | None = None
+    method_options: dict[str, Any] = field(default_factory=dict)
+    resolution: int = 512
+    steps: int = 500
+    batch_size: int = 1
+    accumulation: int = 4
+    lr: float | None = None
+    scalar_lr: float | None = None
+    weight_decay: float = 1e-4
+    max_grad_norm: float = 1.0
+    optimizer: Literal["auto", "adamw", "adamw8bit"] = "auto"
+    gradient_checkpointing: bool = True
+    weighting: Literal["logit_normal", "mode", "uniform", "sigma_sqrt", "cosmap"] = "logit_normal"
+    precondition: bool = True
+    flip: bool = False
+    prior_weight: float = 0.0
+    class_images: int = 100
+    class_prompt: str | None = None
+    max_sequence_length: int = 77
+    save_every: int = 100
+    samples: int = 4
+    sample_steps: int = 28
+    guidance: float = 7.0
+    skip_broken: bool = False
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    resume: bool = False
+    overwrite: bool = False
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        """Check everything that can be known without data and model, and report all faults together."""
+        faults = [*self.place_faults(), *self._token_faults(), *self.choice_faults(), *self.least_faults(_LEAST)]
+        faults += [*self.finite_faults(_RATES), *self.method_faults()]
+        if faults:
+            raise ValueError("; ".join(faults))
+
+    def named(self, class_name: str | None) -> "DreamBoothConfig":
+        """The same settings with prompts for a subject whose class the data tells.
+
+        Raises:
+            ValueError: A prompt is to be made and neither user nor data tell the class.
+        """
+        known = self.class_name or class_name
+        lacking = [] if self.prompt else ["prompt"]
+        lacking += ["class_prompt"] if self.prior_weight > 0 and not self.class_prompt else []
+        if lacking and not known:
+            raise ValueError(
+                f"class_name must say what kind of thing the subject is, e.g. dog, got none, and {self.data} does not "
+                f"tell; give it, or {' and '.join(lacking)}"
+            )
+        return dataclasses.replace(
+            self,
+            class_name=known,
+            prompt=self.prompt or f"a photo of {self.token} {known}",
+            class_prompt=self.class_prompt or (f"a photo of {known}" if known else None),
+        )
+
+    def _token_faults(self) -> list[str]:
+        """A word for the subject that is none."""
+        return [] if self.token.strip() else [f"token must be a word, got {self.token!r}"]
+
+
+class DreamBoothFolder(RunFolderOf[DreamBoothConfig]):
+    """Paths and small files of one personalisation run."""
+
+    settings_type = DreamBoothConfig
+    files = (*RunFolderOf.files, "images.json", "generation.json")
+    folders = (*RunFolderOf.folders, "class_images", "samples", "evaluation")

@@ -1,0 +1,140 @@
+"""The report page of a personalisation run: one HTML file that opens anywhere and asks the network for nothing."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from PIL import Image
+
+from snella._text import bytes_text, count_text, percent_text, plain_text, seconds_text
+from snella.recipes.dreambooth.generate import MANIFEST
+from snella.records import read_allocation, read_if_present, read_metrics, read_run
+from snella.report.allocation import adapter_budgets
+from snella.report.examples import picture_uri
+from snella.report.generator_runs import read_learning_curve
+from snella.report.inspect import read_adapter, saved_budgets
+from snella.report.report import allocation_section
+from snella.report.style import ACCENT, CURVE, MUTED, add_legend, inline_svg, new_figure, write_whole
+
+_LONGEST = 320
+_WINDOW = 20
+
+
+def write_generation_report(run: str | Path) -> Path:
+    """Write `RUN/report.html` from the files of the run, whole or not at all.
+
+    Args:
+        run: Folder of a run of `snella dreambooth`.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        FileNotFoundError: The folder holds no finished run.
+        ValueError: A file of the run is damaged.
+    """
+    folder = Path(run)
+    info, metrics = read_run(folder), read_metrics(folder)
+    curve = read_learning_curve(folder)
+    allocation = read_if_present(read_allocation, folder, "allocation.json")
+    adapter = read_adapter(folder)
+    saved = saved_budgets(adapter, allocation.matrices) if adapter and allocation else {}
+    budgets = adapter_budgets(allocation, metrics) | saved if allocation else {}
+    numbers = [
+        ("loss on fixed noise", plain_text(curve.fixed_after), f"{plain_text(curve.fixed_before)} before training"),
+        ("trainable parameters", count_text(metrics.trainable_parameters), ""),
+        *(
+            [("adapted weights kept", count_text(sum(budgets.values())), _share(budgets, allocation))]
+            if budgets
+            else []
+        ),
+        ("adapter file", bytes_text(metrics.adapter_bytes), "to load on top of the pipeline"),
+        ("training time", seconds_text(metrics.train_s), curve.optimizer),
+    ]
+    data = info.data
+    subject = [folder_of_data / name for folder_of_data in [Path(data["folder"])] for name in data["files"]]
+    context = {
+        "run": info,
+        "title": f"{info.method} on {data['subject']}",
+        "quoted": shlex.quote(str(folder)),
+        "numbers": [{"label": label, "value": value, "note": note} for label, value, note in numbers],
+        "curve": _inline(loss_curve(curve.history), "curve-loss", f"Loss by step; {curve.steps} steps."),
+        "groups": [
+            {"title": "Images of the subject", "note": str(data["description"]), "items": _pictures(subject)},
+            {"title": "Pictures drawn after training", "note": "", "items": _samples(folder / "samples")},
+        ],
+        "allocation": allocation_section(info, metrics, allocation, budgets),
+        "config": (folder / "config.yaml").read_text(encoding="utf-8"),
+    }
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(count=count_text, percent=percent_text, plain=plain_text)
+    template = environment.from_string(_text("snella.recipes.dreambooth", "report.html.jinja"))
+    page = template.render(context, style=Markup(_text("snella.report", "report.css")))
+    write_whole(folder / "report.html", page.encode("utf-8"))
+    return folder / "report.html"
+
+
+def loss_curve(history: Sequence[dict[str, Any]]) -> Figure:
+    """Draw the loss of each step, and the mean of the last twenty."""
+    figure, axes = new_figure(2 * CURVE[0], CURVE[1], "Loss")
+    steps = [row["step"] for row in history]
+    losses = np.array([np.nan if row["loss"] is None else row["loss"] for row in history], dtype=float)
+    mean = [float(np.mean(losses[max(0, k + 1 - _WINDOW) : k + 1])) for k in range(len(losses))]
+    single = axes.plot(steps, losses, color=MUTED, linewidth=0.8, marker="o" if len(steps) < 3 else "")
+    line = axes.plot(steps, mean, color=ACCENT, linewidth=2)
+    axes.set_xlabel("step")
+    axes.set_ylim(bottom=0.0)
+    add_legend(figure, [*single, *line], ["each step", f"mean of the last {_WINDOW}"])
+    return figure
+
+
+def _samples(folder: Path) -> list[dict[str, Any]]:
+    """Pictures that the run drew at its end."""
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        return []
+    entries = json.loads(manifest.read_text(encoding="utf-8"))["images"]
+    shown = _pictures(folder / entry["file"] for entry in entries)
+    return [
+        item | {"text": f"{entry['prompt']} · seed {entry['seed']}"} for item, entry in zip(shown, entries, strict=True)
+    ]
+
+
+def _pictures(paths: Iterable[Path]) -> list[dict[str, Any]]:
+    """Files as parts of the page; one that is gone says so."""
+    items: list[dict[str, Any]] = []
+    for path in paths:
+        item: dict[str, Any] = {"text": path.name, "uri": None, "problem": ""}
+        try:
+            with Image.open(path) as image:
+                item["uri"], item["width"], item["height"] = picture_uri(image, _LONGEST)
+        except OSError as fault:
+            item["problem"] = f"cannot be read: {fault}"
+        items.append(item)
+    return items
+
+
+def _share(budgets: dict[str, int], allocation: Any) -> str:
+    """How much of all adapted weights is kept, and where nothing is."""
+    total = max(allocation.total_weights, 1)
+    frozen = sum(budget == 0 for budget in budgets.values())
+    return f"of {count_text(total)} ({percent_text(sum(budgets.values()) / total)}), {frozen} matrices frozen"
+
+
+def _inline(figure: Figure, name: str, description: str) -> Markup:
+    """A figure as markup; `inline_svg` escapes what comes from the run."""
+    return Markup(inline_svg(figure, name, description))
+
+
+def _text(package: str, name: str) -> str:
+    """A text file of ours."""
+    return resources.files(package).joinpath(name).read_text(encoding="utf-8")

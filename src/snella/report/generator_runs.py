@@ -1,0 +1,129 @@
+"""What the files of a run say that taught a generator: of images (`generation`) or of text (`language`)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from snella._text import percent_text, plain_text, seconds_text
+from snella.records import Fields, read_fields
+
+GENERATOR_TASKS = ("generation", "language")
+"""Tasks without classes: their runs count steps and have a loss instead of a best epoch and its accuracy."""
+_SCORE_FILES = {"generation": "generation.json", "language": "language.json"}
+_ALIGNMENTS = ("concept_alignment", "text_alignment", "text_alignment_without_token", "vendi", "vendi_by_prompt")
+
+
+@dataclass(frozen=True)
+class LearningCurve:
+    """The losses of a run; NaN where a value was not measured.
+
+    Attributes:
+        history: One mapping for each step or epoch that was noted, as in `metrics.json`.
+        steps: Optimiser steps.
+        epochs: Passes over the data; NaN where the run counts steps alone.
+        first: Loss of the first entry.
+        last: Loss of the last.
+        held_out: Last loss of held-out entries.
+        fixed_before: Loss on fixed noise and times before training.
+        fixed_after: The same after it.
+        optimizer: Which one, in words.
+    """
+
+    history: list[dict[str, Any]]
+    steps: int
+    epochs: float
+    first: float
+    last: float
+    held_out: float
+    fixed_before: float
+    fixed_after: float
+    optimizer: str
+
+
+def read_learning_curve(run: str | Path) -> LearningCurve:
+    """Read the losses in `metrics.json`; raises as `read_run`."""
+    fields = read_fields(Path(run) / "metrics.json")
+    rows = fields.each("loss_history", [])
+    fixed = fields.inner("fixed_loss") if "fixed_loss" in fields.values else Fields(fields.file, {}, "fixed_loss")
+    losses = [row.get("loss", float, math.nan) for row in rows if "loss" in row.values]
+    held_out = [row.get("eval_loss", float, math.nan) for row in rows if "eval_loss" in row.values]
+    return LearningCurve(
+        history=[dict(row.values) for row in rows],
+        steps=max((row.get("step", int, 0) for row in rows), default=0),
+        epochs=max((row.get("epoch", float) for row in rows if "epoch" in row.values), default=math.nan),
+        first=losses[0] if losses else math.nan,
+        last=losses[-1] if losses else math.nan,
+        held_out=held_out[-1] if held_out else math.nan,
+        fixed_before=fixed.get("before", float, math.nan),
+        fixed_after=fixed.get("after", float, math.nan),
+        optimizer=fields.get("optimizer", str, ""),
+    )
+
+
+def read_scores_of_generator(run: str | Path, task: str) -> dict[str, float]:
+    """What an evaluation measured, by name; nothing where there was none. Raises as `read_run`.
+
+    Args:
+        run: Folder of the run.
+        task: One of `GENERATOR_TASKS`.
+    """
+    file = Path(run) / _SCORE_FILES[task]
+    if not file.is_file():
+        return {}
+    fields = read_fields(file)
+    if task == "generation":
+        return {name: fields.get(name, float) for name in _ALIGNMENTS}
+    tasks = fields.inner("tasks")
+    return {"mean": fields.get("mean", float)} | {
+        str(name): tasks.inner(str(name)).get("accuracy", float) for name in tasks.values
+    }
+
+
+def generator_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """What such a run learned from, for how long and with what result, as lines of `snella inspect`.
+
+    Args:
+        summary: From `inspect_summary`, with a task of `GENERATOR_TASKS`.
+    """
+    backbone, data, curve = summary["backbone"], summary["data"], summary["learning"]
+    of_images = summary["task"] == "generation"
+    size = f", {backbone['img_size']}×{backbone['img_size']} px" if backbone["img_size"] else ""
+    held = data["sizes"].get("val") or 0
+    rows = [
+        ("pipeline" if of_images else "model", backbone["name"] + size),
+        ("data", f"{data['spec']}, {data['description']}" + (f", {held} held out" if held else "")),
+    ]
+    if curve is not None:
+        epochs = "" if curve["epochs"] is None else f" ({plain_text(curve['epochs'])} epochs)"
+        duration = f"{curve['steps']:,}{epochs} in {seconds_text(summary['train_s'])}"
+        rows.append(("steps", duration + (f", {curve['optimizer']}" if curve["optimizer"] else "")))
+        rows.append(("loss", _loss_text(curve)))
+    scores = summary["scores"]
+    if scores and of_images:
+        rows.append(("scores", ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in scores.items())))
+    elif scores:
+        each = ", ".join(f"{name} {percent_text(value)}" for name, value in scores.items() if name != "mean")
+        rows.append(("accuracy", f"{percent_text(scores['mean'])}, the mean of {each}"))
+    return rows
+
+
+def _loss_text(curve: dict[str, Any]) -> str:
+    """How the loss fell: on fixed noise where that was measured, else from the first entry to the last."""
+    if curve["fixed_after"] is not None:
+        return f"{curve['fixed_after']:.5f} on fixed noise, {plain_text(curve['fixed_before'])} before training"
+    if curve["last"] is None:
+        return "not noted"
+    held_out = "" if curve["held_out"] is None else f"; {curve['held_out']:.4f} on held-out entries"
+    return f"{curve['last']:.4f} at the end, {plain_text(curve['first'])} at the beginning{held_out}"
+
+
+__all__ = [
+    "GENERATOR_TASKS",
+    "LearningCurve",
+    "generator_rows",
+    "read_learning_curve",
+    "read_scores_of_generator",
+]

@@ -1,0 +1,393 @@
+"""The report page of a run: one HTML file that opens anywhere and asks the network for nothing."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+from snella._text import bytes_text, count_text, percent_text, plain_text, seconds_text
+from snella.records import (
+    Allocation,
+    ComparisonRow,
+    MaskScores,
+    Metrics,
+    Prediction,
+    RunInfo,
+    Scores,
+    read_allocation,
+    read_comparison,
+    read_if_present,
+    read_mask_predictions,
+    read_metrics,
+    read_predictions,
+    read_run,
+)
+from snella.report import figures
+from snella.report.allocation import adapter_budgets, adapter_step, arrange, epochs_of_allocation, has_importance
+from snella.report.examples import ImageSource, choose_examples, load_example, load_picture, mask_colours
+from snella.report.inspect import read_adapter, saved_budgets
+from snella.report.style import write_whole
+
+_LONGEST = 800
+
+
+def classes_section(metrics: Metrics | None) -> dict[str, Any] | None:
+    """Dice and IoU of each class, on the test split where there is one."""
+    if metrics is None:
+        return None
+    split, scores = ("test", metrics.test) if metrics.test is not None else ("validation", metrics.val)
+    if not isinstance(scores, MaskScores):
+        return None
+    return {"split": split, "count": scores.count, "rows": scores.classes}
+
+
+def masks_section(folder: Path, info: RunInfo, images: ImageSource | None) -> dict[str, Any] | None:
+    """Some images with true and predicted mask, the worst ones first."""
+    if info.task != "segmentation":
+        return None
+    predictions = read_if_present(read_mask_predictions, folder, "predictions.json")
+    if predictions is None:
+        return None
+    shown = [item for item in predictions.items if item.mask]
+    shown.sort(key=lambda item: (math.isnan(item.dice), item.dice))
+    if not shown:
+        return None
+    items = []
+    for item in shown:
+        uri, width, height, problem = load_picture(item.index, images, _LONGEST)
+        picture = {"uri": uri, "width": width, "height": height, "problem": problem}
+        items.append({"name": item.name, "dice": item.dice, "iou": item.iou, **picture})
+    colours = mask_colours(len(info.classes)) / 255
+    return {
+        "split": "validation" if predictions.split == "val" else predictions.split,
+        "note": f"{len(items)} of {len(predictions.items)} images: the worst ones, then others evenly spread.",
+        "legend": [
+            {"name": name, "colour": to_hex(colour)} for name, colour in zip(info.classes, colours, strict=True)
+        ][1:],
+        "items": items,
+    }
+
+
+def results_section(
+    metrics: Metrics | None, allocation: Allocation | None, budgets: dict[str, int]
+) -> list[dict[str, str]]:
+    """The numbers at the top: label, value, small print."""
+    if metrics is None:
+        return []
+    rows: list[tuple[str, str, str]] = []
+    for split, scores in (("test", metrics.test), ("validation", metrics.val)):
+        if scores is not None:
+            rows += scores.rows(split)
+    if metrics.best_epoch is not None:
+        rows.append(_kept_epoch(metrics))
+    rows.append(
+        ("trainable parameters", count_text(metrics.trainable_parameters), _exact(metrics.trainable_parameters))
+    )
+    if allocation is not None:
+        kept, total = sum(budgets.values()), allocation.total_weights
+        frozen = sum(budget == 0 for budget in budgets.values())
+        note = (
+            f"of {count_text(total)} ({percent_text(kept / max(total, 1))}), {len(budgets)} matrices, {frozen} frozen"
+        )
+        rows.append(("adapted weights kept", count_text(kept), note))
+    elif metrics.adapted_weights:
+        rows.append(("adapted weights", count_text(metrics.adapted_weights), _exact(metrics.adapted_weights)))
+    rows.append(("adapter file", bytes_text(metrics.adapter_bytes), "to load on top of the backbone"))
+    memory = "" if math.isnan(metrics.peak_rss_mib) else f"peak memory {bytes_text(metrics.peak_rss_mib * 2**20)}"
+    rows.append(("training time", seconds_text(metrics.train_s), memory))
+    return [{"label": label, "value": value, "note": note} for label, value, note in rows]
+
+
+def _kept_epoch(metrics: Metrics) -> tuple[str, str, str]:
+    """Which epoch's adapter was kept, of how many, and what chose it."""
+    total = f"of {metrics.history[-1].epoch}" if metrics.history else ""
+    average = "" if metrics.ema is None else f"; average of the weights, decay {metrics.ema:g}"
+    if metrics.selected_on is None:
+        return "epoch", str(metrics.best_epoch), f"{total}, the last; nothing chose it{average}"
+    chosen_by = metrics.best_metric.replace("val_", "validation ").replace("_", " ")
+    return "best epoch", str(metrics.best_epoch), (f"{total}, by {chosen_by}" if total else "") + average
+
+
+def comparison_section(rows: list[ComparisonRow] | None) -> dict[str, Any] | None:
+    """Accuracy and cost of several methods."""
+    if not rows:
+        return None
+    accuracy = _inline(figures.comparison_bars(rows), "comparison-accuracy", "Accuracy of each method, as bars.")
+    cost = _inline(figures.cost_bars(rows), "comparison-cost", "Training time of each method, as bars.")
+    return {"rows": rows, "figures": [accuracy, cost]}
+
+
+def curves_section(metrics: Metrics | None) -> list[Markup]:
+    """Loss and accuracy over the epochs."""
+    if metrics is None or not metrics.history:
+        return []
+    last = metrics.history[-1]
+    return [
+        _inline(
+            figures.loss_curves(metrics),
+            "curve-loss",
+            f"Loss by epoch; in epoch {last.epoch}, the last: training {plain_text(last.train_loss)}, "
+            f"{metrics.selection} {plain_text(last.val_loss)}.",
+        ),
+        *([] if metrics.selected_on is None else [_quality_curves(metrics)]),
+    ]
+
+
+def _quality_curves(metrics: Metrics) -> Markup:
+    """What epochs are compared by, over the epochs."""
+    last = metrics.history[-1]
+    is_overlap = metrics.best_metric.endswith("_dice")
+    curves = figures.dice_curves if is_overlap else figures.accuracy_curves
+    name, what, value = (
+        ("curve-dice", "Dice", last.val_dice) if is_overlap else ("curve-accuracy", "accuracy", last.val_accuracy)
+    )
+    return _inline(
+        curves(metrics),
+        name,
+        f"{metrics.selection.capitalize()} {what} by epoch; in the last, epoch {last.epoch}: {percent_text(value)}.",
+    )
+
+
+def confusion_section(info: RunInfo, metrics: Metrics | None) -> dict[str, Any] | None:
+    """Confusion matrix and the numbers of each class, on the test split where there is one."""
+    if metrics is None:
+        return None
+    split, scores = ("test", metrics.test) if metrics.test is not None else ("validation", metrics.val)
+    if not isinstance(scores, Scores) or not scores.confusion:
+        return None
+    return {
+        "split": split,
+        "count": scores.count,
+        "numbered": len(info.classes) <= figures.NUMBERED_CLASSES,
+        "figure": _inline(
+            figures.confusion_matrix(scores.confusion, info.classes),
+            "confusion-matrix",
+            f"Confusion matrix of {len(info.classes)} classes on the {split} images; the table below has the numbers.",
+        ),
+        "rows": _class_rows(info, scores),
+    }
+
+
+def _class_rows(info: RunInfo, scores: Scores) -> list[dict[str, Any]]:
+    """Images, recall and precision of each class."""
+    rows = []
+    for i, name in enumerate(info.classes):
+        images, taken = sum(scores.confusion[i]), sum(row[i] for row in scores.confusion)
+        hits = scores.confusion[i][i]
+        recall, precision = (hits / n if n else math.nan for n in (images, taken))
+        rows.append({"name": name, "images": images, "recall": recall, "precision": precision})
+    return rows
+
+
+def allocation_section(
+    info: RunInfo, metrics: Metrics | None, allocation: Allocation | None, budgets: dict[str, int]
+) -> dict[str, Any] | None:
+    """Sparsity map, evolution of budgets and importance, table of matrices."""
+    if allocation is None or not allocation.matrices:
+        return None
+    epochs = epochs_of_allocation(allocation, metrics, info.is_finished)
+    grid = arrange(allocation.matrices, budgets)
+    step = adapter_step(allocation, metrics)
+    evolution = []
+    if allocation.history:
+        evolution = [
+            _inline(
+                figures.budget_curve(allocation, epochs),
+                "budget-total",
+                f"Total budget over time, from {allocation.total_weights:,} to {allocation.target_budget:,}.",
+            ),
+            *(
+                _inline(
+                    figures.budget_shares(allocation, epochs, by),
+                    f"budget-{by}",
+                    f"Share of each {by} in the total budget over time.",
+                )
+                for by in ("kind", "depth")
+            ),
+            _inline(
+                figures.frozen_curve(allocation, epochs),
+                "budget-frozen",
+                f"Number of frozen and full matrices over time; {grid.frozen_count} are frozen in the saved adapter.",
+            ),
+        ]
+    importance = None
+    if has_importance(allocation):
+        importance = _inline(
+            figures.importance_curves(allocation, epochs),
+            "importance-curves",
+            f"Importance of {len(allocation.matrices)} matrices over time, logarithmic, with the mean of each kind.",
+        )
+    return {
+        "map": _inline(
+            figures.sparsity_map(allocation.matrices, budgets),
+            "sparsity-map",
+            f"Sparsity of each matrix by block and kind; {grid.frozen_count} of {len(allocation.matrices)} are frozen. "
+            "The table of matrices has the numbers.",
+        ),
+        "kept": sum(budgets.values()),
+        "total": allocation.total_weights,
+        "frozen": [matrix.name for matrix in allocation.matrices if budgets[matrix.name] == 0],
+        "evolution": evolution,
+        "importance": importance,
+        "counted": any(matrix.nonzeros is not None for matrix in allocation.matrices),
+        "rows": [
+            {
+                "matrix": matrix,
+                "budget": budgets[matrix.name],
+                "sparsity": 1 - budgets[matrix.name] / max(matrix.size, 1),
+                "importance": math.nan if step is None else step.importance.get(matrix.name, math.nan),
+            }
+            for matrix in allocation.matrices
+        ],
+    }
+
+
+def examples_section(folder: Path, info: RunInfo, images: ImageSource | None) -> dict[str, Any] | None:
+    """Some images with what the model says about them."""
+    if info.task != "classification":
+        return None
+    predictions = read_if_present(lambda run: read_predictions(run, len(info.classes)), folder, "predictions.json")
+    if predictions is None or not predictions.items:
+        return None
+    wrong, right = choose_examples(predictions.items)
+    n_wrong = sum(not item.is_right for item in predictions.items)
+
+    def shown(items: list[Prediction]) -> list[dict[str, Any]]:
+        return [
+            {
+                "image": load_example(item, images),
+                "predicted": info.classes[item.predicted],
+                "label": info.classes[item.label],
+            }
+            for item in items
+        ]
+
+    return {
+        "split": "validation" if predictions.split == "val" else predictions.split,
+        "groups": [
+            {
+                "title": "Wrong",
+                "note": f"{len(wrong)} of {n_wrong} wrong predictions, the most confident first",
+                "items": shown(wrong),
+            },
+            {
+                "title": "Right",
+                "note": f"{len(right)} of {len(predictions.items) - n_wrong} right predictions, evenly spread",
+                "items": shown(right),
+            },
+        ],
+    }
+
+
+def _inline(figure: Figure, name: str, description: str) -> Markup:
+    """A figure as markup; `inline_svg` escapes what comes from the run."""
+    return Markup(figures.inline_svg(figure, name, description))
+
+
+def _exact(count: int) -> str:
+    """A count with all its digits; empty where the short form has them already."""
+    return f"{count:,}" if count >= 1000 else ""
+
+
+_USES = {
+    "classification": ("Classify images", "photo.jpg another.png", "Write plain weights that need nothing of snella"),
+    "segmentation": (
+        "Segment images: masks and overlays",
+        "photo.jpg another.png --out masks",
+        "Write the whole model with the update folded in",
+    ),
+}
+"""How a run of each task is used: what `predict` does, its arguments, and what `merge` gives."""
+
+
+def write_report(run: str | Path, images: ImageSource | None = None) -> Path:
+    """Write `RUN/report.html` from the files of the run, whole or not at all.
+
+    Sections without material (budgets of a method that has none, results of a run that has only begun) are left out.
+
+    Args:
+        run: Folder of the run.
+        images: Pictures of the split in `predictions.json`, by index: a mapping, or a function such as the
+            validation set's `image`.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        FileNotFoundError: The folder holds no `run.json`, or the run is finished and has no `metrics.json`.
+        ValueError: A file of the run is damaged.
+    """
+    folder = Path(run)
+    page = _render(folder, images)
+    write_whole(folder / "report.html", page.encode("utf-8"))
+    return folder / "report.html"
+
+
+def _warning(metrics: Metrics | None) -> str:
+    """What the results must not be mistaken for; empty where there is nothing to warn of."""
+    if metrics is None or metrics.selected_on != "test":
+        return ""
+    return (
+        f"Protocol {metrics.protocol}: the best epoch was chosen on the test images, so that the test results are too "
+        "good, and not comparable with those of runs that chose on validation."
+    )
+
+
+def _render(folder: Path, images: ImageSource | None) -> str:
+    """The page as a text."""
+    info = read_run(folder)
+    metrics = read_metrics(folder) if info.is_finished else read_if_present(read_metrics, folder, "metrics.json")
+    allocation = read_if_present(read_allocation, folder, "allocation.json")
+    adapter = read_adapter(folder)
+    saved = saved_budgets(adapter, allocation.matrices) if adapter and allocation else {}
+    budgets = adapter_budgets(allocation, metrics) | saved if allocation else {}
+    comparison = read_if_present(read_comparison, folder, "comparison.json")
+    config = folder / "config.yaml"
+    context: dict[str, Any] = {
+        "run": info,
+        "folder": str(folder),
+        "quoted": shlex.quote(str(folder)),
+        "metrics": metrics,
+        "warning": _warning(metrics),
+        "results": results_section(metrics, allocation, budgets),
+        "curves": curves_section(metrics),
+        "confusion": confusion_section(info, metrics),
+        "allocation": allocation_section(info, metrics, allocation, budgets),
+        "has_adapter": adapter is not None,
+        "comparison": comparison_section(comparison),
+        "examples": examples_section(folder, info, images),
+        "classes": classes_section(metrics),
+        "masks": masks_section(folder, info, images),
+        "use": _USES.get(info.task, _USES["classification"]),
+        "config": config.read_text(encoding="utf-8") if config.is_file() else "",
+        "test_name": "test" if metrics is None or metrics.test else "validation",
+    }
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(
+        count=count_text, percent=percent_text, seconds=seconds_text, bytes=bytes_text, plain=plain_text
+    )
+    texts = resources.files("snella.report")
+    template = environment.from_string(texts.joinpath("report.html.jinja").read_text(encoding="utf-8"))
+    style = texts.joinpath("report.css").read_text(encoding="utf-8")
+    return template.render(context, style=Markup(style))
+
+
+__all__ = [
+    "allocation_section",
+    "classes_section",
+    "comparison_section",
+    "confusion_section",
+    "curves_section",
+    "examples_section",
+    "masks_section",
+    "results_section",
+    "write_report",
+]

@@ -1,0 +1,218 @@
+"""The look of all figures, and how a figure becomes a file or a part of a page.
+
+One unit of a figure is one CSS pixel (72 dots per inch, one point a dot), so a font size of 12 is 12 px on the page.
+Inks are plain colours in a file; inside a page `inline_svg` turns them into CSS variables, so that one picture serves
+the light and the dark mode.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+INK, MUTED, GRID, PANEL = "#1c2531", "#566172", "#dbe0e8", "#fefefd"
+ACCENT, WARM = "#2f6fdd", "#d2680c"
+COLOURS = (ACCENT, WARM, "#1d9367", "#c8446a", "#8a5cd0", "#148fa8", "#9a8410", "#7b6a5c")
+"""Line colours, at least 3:1 against the light and the dark panel."""
+
+_VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--line", PANEL: "--panel"}
+_FONT = 12.0
+CURVE = (430.0, 310.0)
+"""Width and height of a picture that stands beside another, and is still readable on a telephone."""
+
+
+def new_figure(width: float, height: float, title: str = "") -> tuple[Figure, Axes]:
+    """Return a figure of `width` × `height` CSS pixels with one pair of axes in the house look."""
+    figure = Figure(
+        figsize=(width / 72, height / 72),
+        dpi=72,
+        layout=ConstrainedLayoutEngine(h_pad=5 / 72, w_pad=5 / 72),
+        facecolor=PANEL,
+    )
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_facecolor("none")
+    axes.tick_params(colors=MUTED, labelcolor=INK, labelsize=_FONT - 1, length=3)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(MUTED)
+    axes.grid(True, color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.xaxis.label.set(color=INK, fontsize=_FONT)
+    axes.yaxis.label.set(color=INK, fontsize=_FONT)
+    if title:
+        axes.set_title(title, color=INK, fontsize=_FONT + 1, fontweight="bold", loc="left", x=0.0, pad=10)
+    return figure, axes
+
+
+def epoch_axis(axes: Axes, label: str = "epoch") -> None:
+    """Label the x axis, with ticks at whole numbers only."""
+    axes.set_xlabel(label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
+
+
+def percent_axis(axes: Axes) -> None:
+    """Show the values of the y axis, shares, as percentages."""
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None, symbol=" %"))
+
+
+def add_legend(figure: Figure, handles: Sequence[Artist], labels: Sequence[str], columns: int = 3) -> None:
+    """Put a legend below the axes, where it hides no line."""
+    if handles:
+        legend = figure.legend(
+            handles,
+            [str(i) for i in range(len(handles))],  # the names come below: here a leading underscore would hide one
+            loc="outside lower center",
+            ncols=min(columns, len(handles)),
+            frameon=False,
+            fontsize=_FONT - 1,
+            labelcolor=INK,
+            handlelength=1.6,
+            columnspacing=1.2,
+        )
+        for text, label in zip(legend.get_texts(), labels, strict=True):
+            text.set_text(label)
+
+
+def accent_map() -> ListedColormap:
+    """Return the colour map from nothing (transparent, so the page shows through) to the full accent."""
+    red, green, blue = to_rgb(ACCENT)
+    return ListedColormap([(red, green, blue, 0.04 + 0.96 * i / 255) for i in range(256)], name="accent")
+
+
+def scale_bar(figure: Figure, axes: Axes, label: str, ticks: dict[float, str]) -> None:
+    """Draw the accent's colour scale below the axes, `ticks` naming some of its values in [0, 1]."""
+    width, height = figure.get_size_inches() * 72
+    shrink = min(0.5, 260 / width)
+    bar = figure.colorbar(
+        ScalarMappable(cmap=accent_map()), ax=axes, location="bottom", shrink=shrink, aspect=26, pad=12 / height
+    )
+    if bar.solids is not None:
+        bar.solids.set_visible(False)  # one smooth picture instead of 256 rectangles with visible seams
+    bar.ax.imshow(
+        accent_map()(np.linspace(0, 1, 256)[None]), extent=(0, 1, 0, 1), aspect="auto", interpolation="none", zorder=0
+    )
+    bar.set_ticks(list(ticks), labels=list(ticks.values()))
+    bar.ax.tick_params(colors=MUTED, labelcolor=INK, labelsize=_FONT - 1, length=3)
+    bar.outline.set(edgecolor=MUTED, linewidth=0.8)
+    bar.set_label(label, color=INK, fontsize=_FONT - 1)
+
+
+def text_on(share: float) -> str:
+    """Return the colour of a text on a cell of the accent's colour map, legible in both modes."""
+    return "#ffffff" if share > 0.85 else INK
+
+
+def shortened(text: str, length: int = 18) -> str:
+    """Cut a label in the middle to `length` characters; line breaks and what a picture cannot show are replaced."""
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
+    text = text if len(text) <= length else text[: length - length // 3 - 1] + "…" + text[-(length // 3) :]
+    return text.replace("$", r"\$")  # Matplotlib would read what lies between two dollar signs as mathematics
+
+
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Write a figure as `.svg` or `.png` (two dots a pixel), whole or not at all.
+
+    Raises:
+        ValueError: The ending is another.
+    """
+    path = Path(path)
+    if path.suffix not in (".svg", ".png"):
+        raise ValueError(f"a figure is written as .svg or .png, got {path.name!r}; rename it")
+    data = io.BytesIO()
+    metadata = {"Date": None} if path.suffix == ".svg" else {}
+    with matplotlib.rc_context({"svg.hashsalt": path.stem}):
+        figure.savefig(data, format=path.suffix[1:], dpi=144, metadata=metadata)
+    write_whole(path, data.getvalue())
+    return path
+
+
+def inline_svg(figure: Figure, name: str, description: str) -> str:
+    """Return a figure as an `<svg>` element for an HTML page.
+
+    Texts stay texts in the page's font, inks follow the page's variables `--ink`, `--muted`, `--line` and `--panel`.
+
+    Args:
+        figure: The figure.
+        name: Unique in the page, of letters, digits and hyphens; prefix of all ids.
+        description: Alternative text.
+    """
+    out = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}), warnings.catch_warnings():
+        # the browser has the characters that Matplotlib's own font lacks
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    svg = out.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    used = set(re.findall(r'(?:url\(|href=")#([^")]+)', svg))
+    svg = re.sub(r' id="([^"]+)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", svg)
+    svg = re.sub(r'(url\(|href=")#', rf"\1#{name}-", svg)
+    svg = re.sub(r"""font-family: [^;"]+""", "font-family: var(--font)", svg)
+    for colour, variable in _VARIABLES.items():
+        svg = svg.replace(colour, f"var({variable})")
+    width, height = (figure.get_size_inches() * 72).round().astype(int).tolist()
+    head = (
+        f'<svg class="figure" role="img" aria-label="{_attribute(description)}" viewBox="0 0 {width} {height}" '
+        f'style="--w: {width}px" xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
+    )
+    return re.sub(r"<svg[^>]*>", lambda _: head, svg, count=1)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that its name never stands for half of it."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _attribute(text: str) -> str:
+    """Escape a text for an attribute in double quotes."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")
+
+
+__all__ = [
+    "ACCENT",
+    "COLOURS",
+    "CURVE",
+    "GRID",
+    "INK",
+    "MUTED",
+    "PANEL",
+    "WARM",
+    "accent_map",
+    "add_legend",
+    "epoch_axis",
+    "inline_svg",
+    "new_figure",
+    "percent_axis",
+    "save_figure",
+    "scale_bar",
+    "shortened",
+    "text_on",
+    "write_whole",
+]

@@ -1,0 +1,46 @@
+"""A training run from the first image to the report, and what is done with it afterwards.
+
+The names are imported when they are first used: the command line reads `TrainConfig` without waiting for the libraries.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from snella.runs.build import LoadedRun, load_run
+    from snella.runs.checkpoints import CheckpointError
+    from snella.runs.config import TrainConfig
+    from snella.runs.folder import RunFolder
+    from snella.runs.merge import load_merged
+    from snella.runs.session import NonFiniteLossError, RunInUseError, TrainingInterrupted
+
+_HOMES = {
+    "CheckpointError": "checkpoints",
+    "LoadedRun": "build",
+    "NonFiniteLossError": "session",
+    "RunFolder": "folder",
+    "RunInUseError": "session",
+    "TrainConfig": "config",
+    "TrainingInterrupted": "session",
+    "load_merged": "merge",
+    "load_run": "build",
+}
+
+__all__ = [
+    "CheckpointError",
+    "LoadedRun",
+    "NonFiniteLossError",
+    "RunFolder",
+    "RunInUseError",
+    "TrainConfig",
+    "TrainingInterrupted",
+    "load_merged",
+    "load_run",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module of a public name on first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

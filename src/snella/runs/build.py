@@ -1,0 +1,390 @@
+"""From settings to data, model and task."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import timm.data
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from snella.data import DataSplits, ImageDataset, build_transform, data_folder, load_data, split_spec
+from snella.methods import SelectionData, build_method, find_method, load_trained, save_trained
+from snella.methods.saving import METHOD_FILE
+from snella.records import read_run
+from snella.runs.config import DEFAULT_BATCH_SIZE, TrainConfig
+from snella.runs.console import counted
+from snella.runs.folder import RunFolder
+from snella.runs.protocol import protocol_of
+from snella.runs.sampler import EpochSampler
+from snella.tasks import Task, create_task, task_class, task_names
+
+
+def digest_of(splits: DataSplits) -> str:
+    """SHA-256 of the classes and of the ordered names and labels of all parts; the folder's place does not count."""
+    parts = {"train": splits.train, "val": splits.val, "test": splits.test}
+    named = {key: None if part is None else [part.names, part.labels] for key, part in parts.items()}
+    return hashlib.sha256(json.dumps([splits.classes, named]).encode()).hexdigest()
+
+
+def sizes_of(splits: DataSplits) -> dict[str, int]:
+    """How many images each part has."""
+    return {
+        "train": len(splits.train),
+        "val": 0 if splits.val is None else len(splits.val),
+        "test": 0 if splits.test is None else len(splits.test),
+    }
+
+
+def folder_of(spec: str) -> str | None:
+    """The absolute place of `folder:PATH` and the like; None for other data."""
+    folder = data_folder(spec)
+    return None if folder is None else str(folder.resolve())
+
+
+def same_splits(data: Mapping[str, Any], splits: DataSplits) -> bool:
+    """Whether these are the splits in `run.json`'s entry `data`; True for old runs, which do not tell."""
+    return data.get("digest") in (None, digest_of(splits))
+
+
+def check_splits(run: Path, data: Mapping[str, Any], splits: DataSplits) -> None:
+    """Compare the images as they are now with those that the run was split from.
+
+    Args:
+        run: The run's folder, for the message.
+        data: The entry of `run.json`; old runs, which do not tell, pass.
+        splits: From the run's own settings.
+
+    Raises:
+        ValueError: They differ; says how many there were and are, and what to do.
+    """
+    if same_splits(data, splits):
+        return
+    then, now = _counts(data["sizes"]), _counts(sizes_of(splits))
+    files = "the same numbers of other files" if then == now else now
+    raise ValueError(
+        f"data must hold the images that {run} was split from, {then}, got {files} in {data['spec']}: "
+        "files were added, removed or renamed, and a new split would measure on training images; restore them, "
+        "measure on images of your own with evaluate --data, or train a new run"
+    )
+
+
+def find_data(run: Path, spec: str, data: Mapping[str, Any]) -> str:
+    """The specification under which a run's images are found now: `spec`, or the absolute folder it stood for.
+
+    Raises:
+        FileNotFoundError: The folder is in neither place.
+    """
+    prefix, path = split_spec(spec)
+    folder = data_folder(spec)
+    if folder is None or folder.is_dir():
+        return spec
+    absolute = data.get("folder")
+    if absolute and Path(absolute).is_dir():
+        return f"{prefix}{absolute}"
+    places = spec if absolute in (None, path) else f"{spec} (then {absolute})"
+    raise FileNotFoundError(
+        f"data must be where {run} had it, {places}, but no folder is there; pass its new place with --data {prefix}NEW"
+    )
+
+
+def _counts(sizes: Mapping[str, int]) -> str:
+    """Sizes for people."""
+    return ", ".join(f"{name} {count}" for name, count in sizes.items())
+
+
+FOLDER = "selection"
+"""Folder of a run with the structure that was chosen, and its first values."""
+
+
+def selection_data(
+    train: ImageDataset, val: ImageDataset | None, task: Task, config: TrainConfig, console: Console | None = None
+) -> SelectionData:
+    """Training and validation batches, the same for the same seed, and never test images.
+
+    Pass number `k` over the training images has the order and the augmentation of the run's own epoch `k`; validation
+    images come in their order.
+
+    Args:
+        train: Training images with the run's transform.
+        val: Validation images with theirs; None where there are none.
+        task: Makes batches, and has the loss.
+        config: Batch size, seed and workers.
+        console: Where progress is shown; None for nowhere.
+    """
+    passes = count()
+    show = config.progress and console is not None and console.is_terminal
+
+    def batches(images: ImageDataset, order: EpochSampler | None) -> Iterator[tuple[Tensor, Tensor]]:
+        loader = DataLoader(
+            images,
+            config.images_per_step,
+            sampler=order,
+            collate_fn=task.collate,
+            num_workers=config.workers,
+            generator=torch.Generator().manual_seed(config.seed),  # or a pass would draw from torch's own numbers
+        )
+        steps = track(loader, "choosing what is trained", console=console, transient=True) if show else loader
+        yield from ((batch["images"], batch["labels"]) for batch in steps)
+
+    def train_pass() -> Iterator[tuple[Tensor, Tensor]]:
+        epoch, images = next(passes), train.with_transform(train.transform)
+        order = EpochSampler(len(images), config.seed)
+        images.set_epoch(epoch)
+        order.set_epoch(epoch)
+        return batches(images, order)
+
+    def say(text: str) -> None:
+        if console is not None:
+            console.print(text, highlight=False, soft_wrap=True)
+
+    validation: Callable[[], Iterator[tuple[Tensor, Tensor]]] | None = None
+    if val is not None:
+        validation = lambda: batches(val, None)  # noqa: E731
+    return SelectionData(train_pass, validation, task.loss, say)
+
+
+def store_selection(run: Path, method: str, model: nn.Module) -> None:
+    """Keep what a method has chosen, so that a resumed run need not choose again; nothing for other methods.
+
+    Args:
+        run: Folder of the run.
+        method: Name of the method.
+        model: As `build_method` made it.
+    """
+    if find_method(method).needs_batches and not has_selection(run):
+        save_trained(model, run / FOLDER)
+
+
+def has_selection(run: Path) -> bool:
+    """Whether a run has kept a choice, whole."""
+    return (run / FOLDER / METHOD_FILE).is_file()
+
+
+def restore_selection(run: Path, backbone: nn.Module) -> nn.Module:
+    """The backbone with the choice that a run has kept, its values as training began with them.
+
+    Raises:
+        AdapterFileError: The kept choice is damaged.
+    """
+    return load_trained(run / FOLDER, backbone)
+
+
+@dataclass
+class Assembly:
+    """All parts of a run, ready to train."""
+
+    splits: DataSplits
+    model: nn.Module
+    task: Task
+    backbone: dict[str, Any]
+    data_config: dict[str, Any]
+
+
+def assemble(config: TrainConfig, resumed: Path | None = None, console: Console | None = None) -> Assembly:
+    """Load the data, create the backbone and make it trainable.
+
+    Args:
+        config: Resolved settings.
+        resumed: Folder of the run that goes on: what its method has chosen from data is not chosen again.
+        console: Where the progress of such a choice is shown; None for nowhere.
+
+    Raises:
+        ValueError: Fewer training images than a batch, or whatever the parts refuse.
+    """
+    device = choose_device(config.device)
+    splits = load_splits(config)
+    task = create_task(config.task, splits.classes, **config.as_dict())
+    task.check_data(splits.train, str(config.data))
+    if config.batch_size is None and len(splits.train) < DEFAULT_BATCH_SIZE:
+        splits.notes.append(
+            f"all {counted(len(splits.train), 'training image')} in one batch, instead of {DEFAULT_BATCH_SIZE} images"
+        )
+    elif len(splits.train) < config.images_per_step:
+        raise ValueError(
+            f"batch_size must be at most the number of training images, {len(splits.train)} in {config.data}, "
+            f"got {config.batch_size}; "
+            f"pass --batch-size {len(splits.train)} or less, or add images"
+        )
+    wanted = {
+        "name": config.backbone,
+        "weights": config.weights,
+        "pretrained": config.pretrained,
+        "img_size": config.img_size,
+        "num_classes": len(splits.classes),
+        "seed": config.seed,
+    }
+    backbone = make_backbone(wanted, config.task)
+    data_config = protocol_of(config.protocol).data_config(
+        data_config_of(backbone, config.img_size), is_resized_whole=splits.is_resized_whole
+    )
+    described = {**wanted, "architecture": architecture_of(backbone)}
+    train_transform = build_transform(data_config, train=True, augment=config.augment)
+    transform = build_transform(data_config, train=False, augment="none")
+    splits.train = splits.train.with_transform(train_transform)
+    splits.val = None if splits.val is None else splits.val.with_transform(transform)
+    splits.test = None if splits.test is None else splits.test.with_transform(transform)
+    torch.manual_seed(config.seed)
+    if resumed is not None and has_selection(resumed):
+        model = restore_selection(resumed, backbone).to(device)
+    else:
+        data = None
+        if find_method(config.method).needs_batches:
+            train, val = _images_to_choose_from(config, splits, transform)
+            data = selection_data(train, val, task, config, console)
+            backbone.to(device)
+        model = build_method(config.method, backbone, head=task.head, batches=data, **config.options_of_method())
+        model = model.to(device)
+    return Assembly(splits, model, task, described, data_config)
+
+
+def _images_to_choose_from(
+    config: TrainConfig, splits: DataSplits, transform: Callable[[Image.Image], Any]
+) -> tuple[ImageDataset, ImageDataset | None]:
+    """Training and validation images for a method that chooses what is trained.
+
+    A protocol that learns from the validation images too leaves none to compare candidates on. They are then compared
+    on those of the standard protocol, and with training images that these are no part of; never on test images.
+    """
+    if splits.val is not None or not find_method(config.method).needs_validation:
+        return splits.train, splits.val
+    apart = load_splits(dataclasses.replace(config, protocol="standard"))
+    val = None if apart.val is None else apart.val.with_transform(transform)
+    return apart.train.with_transform(splits.train.transform), val
+
+
+def load_splits(config: TrainConfig) -> DataSplits:
+    """The images that settings name, split as they say; the same ones every time while the files are the same."""
+    return load_data(
+        str(config.data),
+        seed=config.seed,
+        test_seed=config.test_seed,
+        val_fraction=config.val_fraction,
+        test_fraction=config.test_fraction,
+        train_size=config.train_size,
+        val_size=config.val_size,
+        test_size=config.test_size,
+        skip_broken=config.skip_broken,
+        check_sizes=config.check_sizes,
+        protocol=config.protocol,
+    )
+
+
+def make_backbone(backbone: dict[str, Any], task: str = "classification") -> nn.Module:
+    """Create the model that `run.json` describes; what is not pre-trained in it comes from the run's seed."""
+    torch.manual_seed(backbone["seed"])
+    return task_class(task).build_model(
+        backbone["name"],
+        num_classes=backbone["num_classes"],
+        weights=backbone["weights"],
+        pretrained=backbone["pretrained"],
+        img_size=backbone["img_size"],
+    )
+
+
+def data_config_of(model: nn.Module, img_size: int | None) -> dict[str, Any]:
+    """The model's own mean, std, size and interpolation as plain values, with the size that was asked for."""
+    config = dict(timm.data.resolve_model_data_config(model))
+    if img_size is not None:
+        config["input_size"] = (config["input_size"][0], img_size, img_size)
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
+
+
+def architecture_of(model: nn.Module) -> str | None:
+    """The name under which timm creates such a model; None for models of other origin."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    name = config.get("architecture")
+    return str(name) if name else None
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that `auto`, `cpu` or `cuda` means here.
+
+    Raises:
+        ValueError: `cuda` without a usable GPU.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device must be usable here, got {name!r}, but torch {torch.__version__} sees no GPU; leave it at auto"
+        )
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+_COMMANDS_OF_OTHERS = {
+    "generation": "snella generate and snella evaluate-generation use it",
+    "language": "snella evaluate-language uses it",
+}
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """The best model of a run with all that its use needs."""
+
+    folder: RunFolder
+    model: nn.Module
+    transform: Callable[..., Tensor]
+    classes: list[str]
+    task: Task
+    info: dict[str, Any]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+
+def load_run(run: str | Path | RunFolder, device: str = "auto") -> LoadedRun:
+    """Load the best adapter of a run onto a fresh backbone.
+
+    Args:
+        run: Folder of the run.
+        device: auto, cpu or cuda.
+
+    Returns:
+        Model in evaluation mode, its transform, the class names and the content of `run.json`.
+
+    Raises:
+        FileNotFoundError: Not the folder of a run, no epoch was finished yet, or the adapter is missing.
+        ValueError: `run.json` is damaged, or the run is of another kind, such as a personalised generator.
+        AdapterFileError: The adapter is damaged or belongs to another model; names the tensor.
+    """
+    folder = run if isinstance(run, RunFolder) else RunFolder(run)
+    info = folder.read_json("run.json")
+    read_run(folder.path)
+    task = task_of(info)
+    folder.check_adapter()
+    model = load_trained(folder.adapter, make_backbone(info["backbone"], task.name)).to(choose_device(device))
+    transform = build_transform(info["data_config"], train=False, augment="none")
+    return LoadedRun(folder, model, transform, list(info["classes"]), task, info)
+
+
+def task_of(info: dict[str, Any]) -> Task:
+    """The task of a run.
+
+    Args:
+        info: Content of `run.json`.
+
+    Raises:
+        ValueError: The run is of another kind, such as a personalised generator; names the commands that use it.
+    """
+    return create_task(task_name_of(info), info["classes"])
+
+
+def task_name_of(info: dict[str, Any]) -> str:
+    """The name of a run's task; runs that do not tell were classification. Raises as `task_of`."""
+    name = str(info.get("task", "classification"))
+    if name not in task_names():
+        hint = _COMMANDS_OF_OTHERS.get(name, "another version of snella wrote it")
+        raise ValueError(f"run must be of the task {' or '.join(task_names())}, got a run of {name!r}; {hint}")
+    return name

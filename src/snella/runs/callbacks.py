@@ -1,0 +1,294 @@
+"""What a run shows while it is under way: a bar on a terminal, a line an epoch everywhere."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from snella import SnellaCallback
+from snella.methods.adalora import RankSchedule
+from snella.runs.checkpoints import CheckpointError
+from snella.runs.protocol import RunProtocol
+from snella.tasks import Task
+
+_FILE = "ema.safetensors"
+
+
+class WeightAverage:
+    """The average of every trainable parameter over the optimiser's steps.
+
+    average ← d_t · average + (1 − d_t) · value,   d_t = min(decay, (1 + t) / (10 + t)),   t = 1, 2, … steps
+
+    The decay warms up: without it, a short run with a decay of 0.9999 would still weigh the values it began with. While
+    (1 + t) / (10 + t) is the lesser, the average spans about the last ninth of the steps so far.
+
+    Averaged are parameters alone: factors, scalars, head. Budgets are buffers and stay those of the present, so that
+    an update built of averaged factors keeps exactly as many entries as its budget: the threshold is recomputed from
+    them. (Averaging merged matrices, or restoring budgets of another time, would lose the sparsity.)
+
+    Args:
+        model: From `build_method`; only what is trainable now is averaged.
+        decay: In (0, 1); nearer to 1 averages over more steps.
+
+    Attributes:
+        steps: How many steps were averaged.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.steps = 0
+        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._averages = {name: p.detach().clone() for name, p in self._parameters.items()}
+
+    @property
+    def decay_now(self) -> float:
+        """`d_t` of the last step."""
+        return min(self.decay, (1 + self.steps) / (10 + self.steps))
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take the values after an optimiser's step in."""
+        self.steps += 1
+        values = [parameter.detach() for parameter in self._parameters.values()]
+        get_ema_multi_avg_fn(self.decay_now)(list(self._averages.values()), values, self.steps)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Let the model have the averages in place of its values, inside."""
+        values = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+        self._write(self._averages)
+        try:
+            yield
+        finally:
+            self._write(values)
+
+    def save(self, checkpoint: Path) -> None:
+        """Write the averages into a checkpoint's folder."""
+        tensors = {name: average.cpu().contiguous() for name, average in self._averages.items()}
+        save_file(tensors, checkpoint / _FILE, {"steps": str(self.steps)})
+
+    def load(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            CheckpointError: It holds no averages, or those of other parameters.
+        """
+        path = checkpoint / _FILE
+        if not path.is_file():
+            raise CheckpointError(f"the checkpoint is damaged: {path} is missing; start over with --overwrite")
+        with safe_open(path, "pt") as file:
+            names = set(file.keys())
+            if names != set(self._averages):
+                different = sorted(names ^ set(self._averages))[:3]
+                raise CheckpointError(
+                    f"{path} must hold the averages of this model's trainable parameters, it differs in "
+                    f"{', '.join(different)}; start over with --overwrite"
+                )
+            for name, average in self._averages.items():
+                average.copy_(file.get_tensor(name))
+            self.steps = int(file.metadata()["steps"])
+
+    @torch.no_grad()
+    def _write(self, values: dict[str, torch.Tensor]) -> None:
+        """Copy values into the model's own parameters, so that layers notice that what they remember is out of date."""
+        for name, parameter in self._parameters.items():
+            parameter.copy_(values[name])
+
+
+class EmaCallback(TrainerCallback):
+    """Takes every optimiser step into an average.
+
+    Args:
+        average: Of the model that is trained.
+    """
+
+    def __init__(self, average: WeightAverage) -> None:
+        self.average = average
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Average the step."""
+        self.average.update()
+
+
+class RankCallback(TrainerCallback):
+    """Attaches a `RankSchedule` when training starts.
+
+    Attributes:
+        schedule: It, from the start of training on.
+    """
+
+    def __init__(self) -> None:
+        self.schedule: RankSchedule | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        optimizer: Optimizer | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if model is None or optimizer is None:
+            raise RuntimeError(f"RankCallback needs the Trainer's model and optimizer, got {model} and {optimizer}")
+        self.schedule = RankSchedule(model, max(state.max_steps, 1)).attach(optimizer)
+
+
+class StepCosts(TrainerCallback):
+    """Time every step, from before the forward pass to after the optimiser's step; loading images is not in it.
+
+    Args:
+        device: Where the model is; memory is noted on a GPU only.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.step_s: list[float] = []
+        self.reserved_bytes: list[int] = []
+        self._start: float | None = None
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock."""
+        self._wait()
+        self._start = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stop the clock."""
+        self._wait()
+        if self._start is not None:
+            self.step_s.append(time.perf_counter() - self._start)
+        if self.device.type == "cuda":
+            self.reserved_bytes.append(torch.cuda.memory_reserved(self.device))
+
+    def summary(self) -> dict[str, Any]:
+        """Median seconds of a step, and bytes on the GPU (None on a CPU) as PEFT's method comparison names them."""
+        reserved = self.reserved_bytes
+        return {
+            "step_s": round(statistics.median(self.step_s), 6) if self.step_s else None,
+            "accelerator_memory_max": torch.cuda.max_memory_reserved(self.device) if reserved else None,
+            "accelerator_memory_reserved_avg": int(np.mean(reserved)) if reserved else None,
+            "accelerator_memory_reserved_99th": int(np.percentile(reserved, 99)) if reserved else None,
+        }
+
+    def _wait(self) -> None:
+        """Let the GPU finish, so that the clock counts its work."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+class ProgressDisplay(TrainerCallback):
+    """Progress bar with the loss and the budget, and a line with the results of each epoch.
+
+    Args:
+        console: Where to write; the bar appears only if it is a terminal.
+        task: How an epoch's results read and rank.
+        protocol: What chooses the best epoch.
+        total_weights: Adapted weights, to give the budget as a share; None without budgets.
+        allocation: The callback that owns the allocator; None without budgets.
+        show_bar: Whether a bar is wanted.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        task: Task,
+        protocol: RunProtocol,
+        total_weights: int | None = None,
+        allocation: SnellaCallback | None = None,
+        show_bar: bool = True,
+    ) -> None:
+        self.console = console
+        self.task, self.protocol = task, protocol
+        self.total_weights = total_weights
+        self.allocation = allocation
+        self.show_bar = show_bar and console.is_terminal
+        self.last_loss: Callable[[], float] = lambda: float("nan")
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._best = (float("-inf"), float("-inf"))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the bar where the run stands."""
+        past = [self.protocol.rank(row, self.task.rank) for row in state.log_history if "budget" in row]
+        self._best = max(past, default=self._best)
+        if self.show_bar and state.is_world_process_zero:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[shown]}"),
+            )
+            self._bar = Progress(*columns, console=self.console, transient=True)
+            self._task = self._bar.add_task("training", total=state.max_steps, completed=state.global_step, shown="")
+            self._bar.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Move the bar."""
+        if self._bar is not None:
+            epoch = f"epoch {int(min(state.epoch, state.num_train_epochs - 1e-6)) + 1}/{state.num_train_epochs}"
+            shown = f"loss {self.last_loss():.3f}{self._budget()}"
+            self._bar.update(self._task, completed=state.global_step, description=epoch, shown=shown)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        """Write the epoch's line."""
+        if not state.is_world_process_zero:
+            return
+        rank = self.protocol.rank(metrics, self.task.rank)
+        self._best, is_best = max(self._best, rank), rank >= self._best
+        part, shown = self.protocol.selected_on, ""
+        if part is not None and f"{part}_loss" in metrics:
+            text = self.task.epoch_text(self.protocol.unnamed(metrics))
+            shown = f"  {part} loss {metrics[f'{part}_loss']:.4f}  {text}"
+        self.console.print(
+            f"epoch {round(state.epoch):>3}/{state.num_train_epochs}  loss {metrics['train_loss']:.4f}"
+            f"{shown}{self._budget()}{'  best' if shown and is_best else ''}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take the bar away."""
+        self.close()
+
+    def _budget(self) -> str:
+        """Share of the adapted weights that the update may still change."""
+        allocator = None if self.allocation is None else self.allocation.allocator
+        if allocator is None or not self.total_weights:
+            return ""
+        return f"  budget {sum(allocator.budgets.values()) / self.total_weights:.1%}"
+
+
+__all__ = [
+    "EmaCallback",
+    "WeightAverage",
+]

@@ -1,0 +1,201 @@
+"""Checkpoints that are complete or invisible: written into a staging folder, synced, renamed."""
+
+import contextlib
+import errno
+import json
+import pickle
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from snella._files import is_intact, sealed, sha256_of, sync_folder, sync_tree, write_json
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+MANIFEST = "manifest.json"
+"""The file of a checkpoint that is written last: the SHA-256 digest of every other one, by its name."""
+
+
+class CheckpointError(OSError):
+    """A checkpoint or the best adapter could not be written (the previous one is intact), or one is damaged."""
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The complete checkpoint of the highest step; None where there is none.
+
+    Args:
+        folder: The run's `checkpoints`.
+    """
+    found = _checkpoints(folder)
+    return found[0] if found else None
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, the highest step first."""
+    if not folder.is_dir():
+        return []
+    steps = {int(match[1]): path for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))}
+    return [steps[step] for step in sorted(steps, reverse=True)]
+
+
+def sound_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint of the highest step whose files are all there and as they were written.
+
+    Args:
+        folder: The run's `checkpoints`.
+
+    Returns:
+        The checkpoint, None where there is none at all; and what is wrong with those of higher steps.
+
+    Raises:
+        CheckpointError: There are checkpoints, and every one is damaged; names a file of the latest and the ways out.
+    """
+    damages: list[str] = []
+    for checkpoint in _checkpoints(folder):
+        damage = damage_of(checkpoint)
+        if not damage:
+            return checkpoint, damages
+        damages.append(f"{checkpoint}: {damage}")
+    if damages:
+        raise CheckpointError(
+            f"the checkpoint is damaged: {damages[0]}; start over with --overwrite, "
+            f"or remove {folder} and --resume again, which trains from the first epoch"
+        )
+    return None, []
+
+
+def damage_of(checkpoint: Path) -> str:
+    """What is wrong with the files of a checkpoint, before anything is loaded from it; empty if nothing is."""
+    path = checkpoint / MANIFEST
+    if not path.is_file():
+        return f"{MANIFEST} is missing, which a complete checkpoint has"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        files = dict(manifest["files"])
+    except (ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST} is unreadable ({type(error).__name__}: {error})"
+    if not is_intact(manifest):
+        return f"{MANIFEST} was altered after it was written"
+    missing = [name for name in files if not (checkpoint / name).is_file()]
+    if missing:
+        return f"{', '.join(missing)} is missing"
+    altered = [name for name, digest in files.items() if sha256_of(checkpoint / name) != digest]
+    return f"{', '.join(altered)} was altered or cut off after it was written" if altered else ""
+
+
+def _write_manifest(checkpoint: Path) -> None:
+    """List the files of a checkpoint with their digests."""
+    paths = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    files = {path.relative_to(checkpoint).as_posix(): sha256_of(path) for path in paths}
+    write_json(checkpoint / MANIFEST, sealed({"files": files}))
+
+
+def remove_incomplete(folder: Path, wanted: Path | None = None) -> int:
+    """Remove what a killed process left: staging folders, and checkpoints that are not wanted any more.
+
+    Args:
+        folder: The run's `checkpoints`.
+        wanted: The checkpoint to leave; the latest if None.
+
+    Returns:
+        How many folders were removed.
+    """
+    wanted = wanted or latest_checkpoint(folder)
+    leftovers = [path for path in folder.iterdir() if path != wanted] if folder.is_dir() else []
+    for path in leftovers:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return len(leftovers)
+
+
+@contextmanager
+def reading(checkpoint: Path) -> Iterator[None]:
+    """Say of an error inside that the checkpoint cannot be read.
+
+    Raises:
+        CheckpointError: Something else than a checkpoint's state lies in its files, such as a pickle of foreign code.
+    """
+    try:
+        yield
+    except (pickle.UnpicklingError, EOFError, LookupError, RuntimeError, TypeError, ValueError, OSError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"the checkpoint {checkpoint} cannot be read: {type(error).__name__}: {reason:.300}; start over with "
+            f"--overwrite, or remove {checkpoint} and --resume again, which trains from the first epoch"
+        ) from error
+
+
+@contextmanager
+def staged(folder: Path, name: str) -> Iterator[Path]:
+    """Collect the files of `folder/name` in a staging folder, add their digests, make them visible by one rename.
+
+    Args:
+        folder: Where the finished folder goes.
+        name: Its name; nothing of that name may be there.
+
+    Yields:
+        The staging folder; what is written into its subfolder `name` counts.
+
+    Raises:
+        CheckpointError: Writing failed, as on a full disk. Whatever was there before is still there.
+    """
+    staging = folder / f".staging-{name}"
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        (staging / name).mkdir(parents=True)
+        yield staging
+        _write_manifest(staging / name)
+        sync_tree(staging / name)
+        (staging / name).rename(folder / name)
+        sync_folder(folder)
+    except Exception as fault:
+        if is_write_failure(fault):
+            raise CheckpointError(_reason(fault, folder / name)) from fault
+        raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def saving(path: Path) -> Iterator[None]:
+    """Report a failed write of the best adapter, whose files are replaced one by one, so that old ones are intact."""
+    try:
+        yield
+    except Exception as fault:
+        if is_write_failure(fault):
+            raise CheckpointError(_reason(fault, path)) from fault
+        raise
+
+
+def is_write_failure(fault: BaseException) -> bool:
+    """Whether an exception means that the disk did not take the data.
+
+    Besides OSError, torch's zip writer and safetensors raise types of their own, without an errno.
+    """
+    if isinstance(fault, OSError):
+        return not isinstance(fault, FileNotFoundError)
+    text = str(fault)
+    return any(
+        sign in text
+        for sign in ("PytorchStreamWriter", "No space left", "File too large", "unexpected pos", "iostream")
+    )
+
+
+def _reason(fault: BaseException, target: Path) -> str:
+    """What went wrong, how much room there is, what is still good."""
+    room = ""
+    with contextlib.suppress(OSError):
+        room = f" ({shutil.disk_usage(target.parent).free / 2**20:.0f} MiB free)"
+    full = isinstance(fault, OSError) and fault.errno in (errno.ENOSPC, errno.EDQUOT)
+    # torch's zip writer knows no errno
+    torn = not isinstance(fault, OSError) and ("PytorchStreamWriter" in str(fault) or "inline_container" in str(fault))
+    what = "the disk is full" if full or "No space left" in str(fault) else str(fault)
+    what = "the disk is full, or a limit on the size of files was met" if torn else what
+    if _NAME.fullmatch(target.name):
+        previous = latest_checkpoint(target.parent)
+    else:
+        previous = target if any(target.glob("*.safetensors")) else None
+    kept = f"the previous one, {previous}, is intact" if previous is not None else "there is no earlier one"
+    return f"could not write {target}: {what}{room}; {kept}; make room and continue with --resume"

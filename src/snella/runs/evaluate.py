@@ -1,0 +1,174 @@
+"""Measuring a run's best model on images."""
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from snella.data import DataSplits, ImageDataset, load_data
+from snella.report import write_report
+from snella.report.examples import ImageSource
+from snella.runs.build import LoadedRun, check_splits, find_data, load_run, load_splits, same_splits, task_of
+from snella.runs.console import make_console
+from snella.runs.folder import RunFolder
+from snella.tasks import Task
+
+
+def refresh_report(run: str | Path, console: Console | None = None) -> Path:
+    """Write the report of a stored run anew, from its files and its own validation images.
+
+    Where these are gone or changed, the page has no pictures, and a note says why.
+
+    Args:
+        run: Folder of the run.
+        console: Where to write the note; standard output if None.
+
+    Returns:
+        The page.
+
+    Raises:
+        FileNotFoundError: This is not the folder of a run.
+        ValueError: The run is of another kind, such as a personalised generator.
+    """
+    folder = RunFolder(run)
+    info = folder.read_json("run.json")
+    stored, task = info.get("data", {}), task_of(info)
+    try:
+        shown = _shown_images(folder, stored)
+        images: ImageSource | None = None if shown is None else task.pictures(shown, folder.path)
+    except (OSError, ValueError, ImportError) as fault:
+        (console or make_console()).print(
+            f"note: the report has no pictures: {fault}", highlight=False, soft_wrap=True, markup=False
+        )
+        images = None
+    return write_report(folder.path, images)
+
+
+def _shown_images(folder: RunFolder, stored: dict[str, object]) -> ImageDataset | None:
+    """The images that `predictions.json` is about."""
+    config = folder.read_config()
+    config.data = find_data(folder.path, str(config.data), stored)
+    splits = load_splits(config)
+    check_splits(folder.path, stored, splits)
+    return splits.test if splits.val is None else splits.val
+
+
+Split = Literal["auto", "train", "val", "test", "all"]
+
+
+class _Relabelled(Dataset[tuple[Tensor, Any]]):
+    """Items of several data sets in a row, with the class numbers of the run."""
+
+    def __init__(self, parts: Sequence[ImageDataset], numbers: list[int], task: Task) -> None:
+        self.items = [(part, index) for part in parts for index in range(len(part))]
+        self.numbers = numbers
+        self.task = task
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        part, inner = self.items[index]
+        image, label = part[inner]
+        return image, self.task.renumbered(label, self.numbers)
+
+
+def evaluate(
+    run: str | Path,
+    data: str | None = None,
+    *,
+    split: Split = "auto",
+    batch_size: int = 32,
+    skip_broken: bool = False,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Measure a run's best model: accuracies and confusion matrix, or Dice and IoU, as its task has them.
+
+    Args:
+        run: Folder of the run.
+        data: Other images than the run's own, as for training; its classes must be among the run's.
+        split: `auto` is the test part of the run's own data (validation where there is none), wherever it lies now, and
+            all of other data.
+        batch_size: Images at a time.
+        skip_broken: Go on without images that cannot be read.
+        device: auto, cpu or cuda.
+
+    Returns:
+        `data`, `split`, `images` (their number), `notes`, `classes`, `loss`, `confusion`, and for classification
+        `accuracy` and `balanced_accuracy`, for segmentation what `snella.tasks.segmentation.pooled_scores` returns.
+
+    Raises:
+        FileNotFoundError: The run's own data is not there any more.
+        ValueError: A class that the run does not know, a split that the data does not have, or own data with files
+            added or removed, which would be split differently.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    loaded = load_run(run, device)
+    splits, are_own = _load_splits(loaded, data, skip_broken)
+    chosen = split if split != "auto" else "all" if not are_own else "test" if splits.test is not None else "val"
+    loaded.task.check_data(splits.train, data or str(loaded.info["data"]["spec"]))
+    parts = [part.with_transform(loaded.transform) for part in _parts(splits, chosen)]
+    items = _Relabelled(parts, _numbers(splits.classes, loaded), loaded.task)
+    scores = loaded.task.metrics(*_run_model(loaded, items, batch_size))
+    head = {
+        "data": data or loaded.info["data"]["spec"],
+        "split": chosen,
+        "images": len(items),
+        "notes": list(splits.notes),
+    }
+    return {**head, "classes": loaded.classes, **scores}
+
+
+def _load_splits(loaded: LoadedRun, data: str | None, skip_broken: bool) -> tuple[DataSplits, bool]:
+    """The run's own data with its own split, or other data in full, and which of both it is."""
+    config, stored = loaded.folder.read_config(), loaded.info["data"]
+    config.skip_broken = skip_broken or config.skip_broken
+    if data is None:
+        config.data = find_data(loaded.folder.path, str(config.data), stored)
+        splits = load_splits(config)
+        check_splits(loaded.folder.path, stored, splits)
+        return splits, True
+    if stored.get("digest"):
+        config.data = data
+        with contextlib.suppress(ValueError):
+            splits = load_splits(config)
+            if same_splits(stored, splits):
+                return splits, True
+    return load_data(data, seed=config.seed, skip_broken=skip_broken), False
+
+
+def _parts(splits: DataSplits, split: str) -> list[ImageDataset]:
+    """The data sets that a split's name means."""
+    known = {"train": splits.train, "val": splits.val, "test": splits.test}
+    present = {name: part for name, part in known.items() if part is not None}
+    if split == "all":
+        return list(present.values())
+    if split not in present:
+        raise ValueError(f"split must be one of {', '.join([*present, 'all', 'auto'])} for this data, got {split!r}")
+    return [present[split]]
+
+
+def _numbers(names: list[str], loaded: LoadedRun) -> list[int]:
+    """The run's number of each class of the data."""
+    unknown = [name for name in names if name not in loaded.classes]
+    if unknown:
+        raise ValueError(f"the data has classes {unknown} that the run does not know; it knows {loaded.classes}")
+    return [loaded.classes.index(name) for name in names]
+
+
+def _run_model(loaded: LoadedRun, items: Dataset[tuple[Tensor, Any]], batch_size: int) -> tuple[Tensor, Tensor]:
+    """What the task keeps of all items, on the CPU."""
+    kept: list[Tensor] = []
+    labels: list[Tensor] = []
+    with torch.inference_mode():
+        for batch in DataLoader(items, batch_size, collate_fn=loaded.task.collate):
+            outputs = loaded.model(batch["images"].to(loaded.device)).cpu()
+            for whole, part in zip((kept, labels), loaded.task.keep(outputs, batch["labels"]), strict=True):
+                whole.append(part)
+    return torch.cat(kept), torch.cat(labels)

@@ -1,0 +1,277 @@
+"""The folder of one run: what lies where, who may write into it."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args
+
+import yaml
+
+from snella._files import check_files, is_intact, sealed, sha256_of, write_json, write_text
+from snella.runs.config import SESSION_FIELDS, UNSTORED_FIELDS, RunSettings, TrainConfig
+
+
+def adapter_digest(folder: Path) -> str:
+    """The first 16 digits of the SHA-256 of an adapter's weights; results that name it belong to these weights.
+
+    Args:
+        folder: `RUN/adapter`.
+    """
+    total = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()[:16]
+
+
+Status = Literal["running", "interrupted", "failed", "finished"]
+
+S = TypeVar("S", bound=RunSettings)
+
+FORMAT = 1
+_FILES = (
+    "config.yaml",
+    "run.json",
+    "metrics.json",
+    "allocation.json",
+    "predictions.json",
+    "comparison.json",
+    "report.html",
+)
+_FOLDERS = ("adapter", "checkpoints", "commands", "masks", "selection")
+_DIGESTED = ("config.yaml", "metrics.json", "allocation.json", "predictions.json")
+_DIGESTED_FOLDERS = ("adapter", "selection")
+_WAY_OUT = "copy the file again, or train again with `--overwrite`"
+
+
+def status_text(status: Status) -> str:
+    """A status for people: a killed process could not change it any more."""
+    return "running or killed" if status == "running" else status
+
+
+class RunFolderOf(Generic[S]):
+    """Paths and small files of one run.
+
+    Args:
+        path: The folder; need not exist yet.
+
+    Attributes:
+        settings_type: Class of the run's settings.
+        files: Files at its top that are the run's own.
+        folders: Folders at its top that are the run's own.
+    """
+
+    settings_type: type[S]
+    files: ClassVar[tuple[str, ...]] = _FILES
+    folders: ClassVar[tuple[str, ...]] = _FOLDERS
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.adapter = self.path / "adapter"
+        self.checkpoints = self.path / "checkpoints"
+        self.report = self.path / "report.html"
+
+    @property
+    def status(self) -> Status | None:
+        """What `run.json` says; None where no run is.
+
+        Raises:
+            ValueError: The file is damaged.
+        """
+        if not (self.path / "run.json").is_file():
+            return None
+        run = self.read_json("run.json")
+        if not isinstance(run, dict) or run.get("status") not in get_args(Status):
+            raise ValueError(f"{self.path / 'run.json'} is damaged: it holds no status; {_WAY_OUT}")
+        return run["status"]
+
+    def read_json(self, name: str) -> Any:
+        """Content of one of the JSON files.
+
+        Raises:
+            FileNotFoundError: This is not the folder of a run, or the run has not come so far.
+            ValueError: The file is damaged.
+        """
+        path = self.path / name
+        if not path.is_file():
+            known = (
+                "the run has not come so far"
+                if (self.path / "run.json").is_file()
+                else "this is not the folder of a run"
+            )
+            raise FileNotFoundError(f"no file {path}: {known}")
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as fault:
+            raise ValueError(f"{path} is damaged: {fault}; {_WAY_OUT}") from None
+        if not is_intact(values):
+            raise ValueError(f"{path} was altered after it was written: its SHA-256 is another; {_WAY_OUT}")
+        return values
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write one of the JSON files, whole or not at all."""
+        write_json(self.path / name, value)
+        self._note_digest(name)
+
+    def update(self, status: Status, error: str | None = None, **values: Any) -> None:
+        """Change entries of `run.json`."""
+        run = self.read_json("run.json") if (self.path / "run.json").is_file() else {"format": FORMAT}
+        run.update(values, status=status)
+        run.pop("error", None)
+        if error is not None:
+            run["error"] = error
+        write_json(self.path / "run.json", sealed(run))
+
+    def finish(self) -> None:
+        """Say that the run is finished, and of what bytes its settings, results and adapter consist."""
+        paths = [self.path / name for name in _DIGESTED]
+        for folder in _DIGESTED_FOLDERS:
+            paths += sorted(path for path in (self.path / folder).rglob("*") if path.is_file())
+        files = {path.relative_to(self.path).as_posix(): sha256_of(path) for path in paths if path.is_file()}
+        self.update("finished", files=files)
+
+    def check_files(self) -> None:
+        """Compare the files of a finished run with their digests in `run.json`; those of older runs pass.
+
+        Raises:
+            ValueError: One was altered; all of them are named.
+        """
+        check_files(self.path, self.read_json("run.json").get("files", {}))
+
+    def _note_digest(self, name: str) -> None:
+        """Bring the digest of a file of a finished run up to date, after writing it."""
+        values = self.read_json("run.json") if (self.path / "run.json").is_file() else {}
+        if name in values.get("files", {}):
+            files = {**values["files"], name: sha256_of(self.path / name)}
+            write_json(self.path / "run.json", sealed({**values, "files": files}))
+
+    def write_config(self, config: S) -> None:
+        """Write `config.yaml`: the settings of the run, not those of one call such as `overwrite`."""
+        write_text(self.path / "config.yaml", yaml.safe_dump(config.stored(), sort_keys=False))
+        self._note_digest("config.yaml")
+
+    def read_config(self) -> S:
+        """The configuration that the run was started with.
+
+        Raises:
+            FileNotFoundError: This is not the folder of a run.
+            ValueError: It holds settings that are out of range or unknown.
+        """
+        path = self.path / "config.yaml"
+        if not path.is_file():
+            raise FileNotFoundError(f"no file {path}: this is not the folder of a run")
+        try:
+            values = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+            return self.settings_type(**{name: value for name, value in values.items() if name not in UNSTORED_FIELDS})
+        except (TypeError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as fault:
+            raise ValueError(f"{path} is damaged: {fault}; train again with `--overwrite`") from None
+
+    def check_adapter(self) -> None:
+        """Refuse to go on without a best adapter, or with files that are not what the run wrote.
+
+        Raises:
+            FileNotFoundError: There is none; says whether it is missing or not there yet.
+            ValueError: A file was altered.
+        """
+        if any(self.adapter.glob("*.safetensors")):
+            self.check_files()
+            return
+        if self.status == "finished":
+            raise FileNotFoundError(
+                f"{self.adapter} is missing, though the run is finished; "
+                "restore that folder from a copy, or train again with `--overwrite`"
+            )
+        state = status_text(self.status) if self.status else "not begun"
+        raise FileNotFoundError(f"{self.path} holds no adapter yet (status {state}); finish the run with --resume")
+
+    def settle(self, config: S) -> S:
+        """Decide what to train, before anything is loaded or written.
+
+        Args:
+            config: The settings asked for; `resume` and `overwrite` decide what happens to an existing run.
+
+        Returns:
+            Resolved settings: those of the stored run when it is resumed.
+
+        Raises:
+            FileExistsError: The folder holds a run and neither was asked for, or something that is not a run.
+            FileNotFoundError: `resume` without a run, and without data and backbone to start one.
+            ValueError: `resume` with settings that differ from the stored ones.
+        """
+        status = self.status
+        asked: Any = config
+        if asked.resume and status is not None:
+            return self._resumed(config)
+        if asked.resume and not all(getattr(config, name) for name in config.needed):
+            raise FileNotFoundError(
+                f"resume must name the folder of a run, got {self.path}, which holds none; "
+                f"give {' and '.join(config.needed)} to start one"
+            )
+        if status is not None and not asked.overwrite:
+            state, hint = (
+                ("a finished run", "")
+                if status == "finished"
+                else (f"an unfinished run ({status_text(status)})", "continue it with --resume, ")
+            )
+            raise FileExistsError(
+                f"out={self.path} holds {state}; {hint}choose another folder, or start over with --overwrite"
+            )
+        if status is None and self._holds_strangers():
+            raise FileExistsError(f"out={self.path} holds files but no run; choose an empty or a new folder")
+        return config.resolved()
+
+    def begin(self, config: S, *, is_resumed: bool) -> None:
+        """Start a run anew, or go on with the one that is there; checkpoints can be written afterwards."""
+        if is_resumed:
+            self.write_config(config)
+        else:
+            self.create(config)
+        self.checkpoints.mkdir(exist_ok=True)
+
+    def create(self, config: S) -> None:
+        """Start a run: remove the old one, make the folders, write `config.yaml`."""
+        self._clear()
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.checkpoints.mkdir(exist_ok=True)
+        self.write_config(config)
+
+    def _resumed(self, config: S) -> S:
+        """The stored settings, if what was asked for does not contradict them; `data` may say where it lies now."""
+        stored = self.read_config()
+        data = getattr(config, "data", None)
+        if data and self.read_json("run.json").get("data", {}).get("digest"):
+            setattr(stored, "data", data)  # noqa: B010 - a field of the subclass
+        differences = config.differences(stored)
+        if differences:
+            raise ValueError(
+                f"resume continues {self.path} with its own settings, but {'; '.join(differences)}; leave them out"
+            )
+        for name in SESSION_FIELDS:
+            if hasattr(config, name):
+                setattr(stored, name, getattr(config, name))
+        return stored
+
+    def _holds_strangers(self) -> bool:
+        """Whether something lies here besides other runs and what an unfinished start of ours left behind."""
+        if not self.path.exists():
+            return False
+        if not self.path.is_dir():
+            return True
+        ours = {*self.files, *self.folders}
+        strangers = [e for e in self.path.iterdir() if e.name not in ours and not e.name.startswith(".")]
+        return any(not (entry / "run.json").is_file() for entry in strangers)
+
+    def _clear(self) -> None:
+        """Remove a run, and only what belongs to it."""
+        for name in self.files:
+            (self.path / name).unlink(missing_ok=True)
+        for name in self.folders:
+            if (self.path / name).exists():
+                shutil.rmtree(self.path / name)
+
+
+class RunFolder(RunFolderOf[TrainConfig]):
+    """The folder of a run of `snella train`."""
+
+    settings_type = TrainConfig

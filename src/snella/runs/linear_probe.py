@@ -1,0 +1,165 @@
+"""Features of a frozen backbone, computed once: what a linear probe trains on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from peft.utils import ModulesToSaveWrapper
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from snella.data import ImageDataset, build_transform
+from snella.methods import spec_of
+from snella.runs.build import Assembly
+from snella.runs.config import TrainConfig
+
+
+class FeatureDataset(Dataset[tuple[Tensor, int]]):
+    """The features of a data set's images in their place.
+
+    Args:
+        images: The data set; its transform must be the same in every epoch.
+        features: `[len(images), width]`.
+    """
+
+    def __init__(self, images: ImageDataset, features: Tensor) -> None:
+        self.images, self.features = images, features
+        self.names, self.labels = images.names, images.labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Features and class index."""
+        return self.features[index], self.labels[index]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Nothing to draw anew."""
+
+    def image(self, index: int) -> Image.Image:
+        """The image itself, RGB."""
+        return self.images.image(index)
+
+
+def can_cache_features(config: TrainConfig, model: nn.Module) -> bool:
+    """Whether nothing before the head changes during training: a linear probe of a timm model without augmentation."""
+    return (
+        spec_of(model).family == "linear"
+        and config.augment == "none"
+        and has_timm_features(model)
+        and isinstance(model.get_submodule(spec_of(model).head), nn.Linear)
+        and not _draws_random_numbers(model)
+    )
+
+
+def has_timm_features(model: nn.Module) -> bool:
+    """Whether the model says its pooled features in timm's way."""
+    return all(callable(getattr(model, name, None)) for name in ("forward_features", "forward_head"))
+
+
+def _draws_random_numbers(model: nn.Module) -> bool:
+    """Whether dropout or drop-path is active somewhere, as a module or as timm's functional `drop_rate`."""
+    rates = ((module, name) for module in model.modules() for name in ("p", "drop_prob", "drop_rate"))
+    return any(isinstance(rate := getattr(module, name, None), float) and rate > 0 for module, name in rates)
+
+
+def cache_features(parts: Assembly, config: TrainConfig) -> nn.Module:
+    """Put features in the place of all images, and return what is left to train: the head.
+
+    Args:
+        parts: Its data sets are replaced.
+        config: Resolved settings; the batch size and the workers count.
+    """
+    parts.splits.train = _featurise(parts.model, parts.splits.train, config)
+    if parts.splits.val is not None:
+        parts.splits.val = _featurise(parts.model, parts.splits.val, config)
+    if parts.splits.test is not None:
+        parts.splits.test = _featurise(parts.model, parts.splits.test, config)
+    return parts.model.get_submodule(spec_of(parts.model).head)
+
+
+def _featurise(model: nn.Module, images: ImageDataset, config: TrainConfig) -> ImageDataset:
+    """The data set with features for images."""
+    features = torch.cat(list(pooled_features(model, images, config)))
+    return FeatureDataset(images, features)  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def pooled_features(model: nn.Module, images: ImageDataset, config: TrainConfig) -> Iterator[Tensor]:
+    """Pooled features of one batch after the other, on the CPU."""
+    device = next(model.parameters()).device
+    model.eval()
+    for batch, _ in DataLoader(images, batch_size=config.images_per_step, num_workers=config.workers):
+        pooled = model.forward_head(model.forward_features(batch.to(device)), pre_logits=True)  # type: ignore[operator]
+        yield pooled.float().cpu()
+
+
+_INVERSE_PENALTY = 0.5
+_MAX_ITERATIONS = 2000
+
+
+def start_head_from_probe(parts: Assembly, config: TrainConfig) -> None:
+    """Set the head to a logistic regression on the features that the model has before training.
+
+    A random head sends random gradients through the backbone in its first steps; one that fits already does not
+    (Kumar et al., 2022, arXiv 2202.10054). The training images are seen once, without augmentation. Features are
+    divided by their root mean variance, and the L2 penalty is `1/(2·0.5)·‖w‖²` beside the sum of the images' losses.
+
+    Args:
+        parts: Data and model; the head is changed in place.
+        config: Resolved settings; the batch size and the workers count.
+
+    Raises:
+        ValueError: The model has no linear head on pooled features.
+    """
+    model = parts.model
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    head = _trained_head(base.get_submodule(spec_of(model).head))
+    if not isinstance(head, nn.Linear) or not has_timm_features(base):
+        raise ValueError(
+            "head_start='probe' needs a timm classifier with a linear head, got "
+            f"{type(base).__name__} with {type(head).__name__}; use head_start='random'"
+        )
+    train = parts.splits.train
+    images = train.with_transform(build_transform(parts.data_config, train=False, augment="none"))
+    was_training = model.training
+    features = torch.cat(list(pooled_features(base, images, config))).double().numpy()
+    model.train(was_training)
+    weight, bias = fit_probe(features, np.asarray(train.labels), head.out_features)
+    with torch.no_grad():
+        head.weight.copy_(weight)
+        if head.bias is not None:
+            head.bias.copy_(bias)
+
+
+def fit_probe(features: np.ndarray, labels: np.ndarray, classes: int) -> tuple[Tensor, Tensor]:
+    """Fit a logistic regression.
+
+    Args:
+        features: `[images, width]`.
+        labels: Class of each image.
+        classes: How many there are; one without images keeps weights of zero.
+
+    Returns:
+        Weight `[classes, width]` and bias `[classes]` of a softmax classifier, float64.
+    """
+    scale = float(np.sqrt(features.var(0).mean())) or 1.0
+    probe = LogisticRegression(C=_INVERSE_PENALTY, max_iter=_MAX_ITERATIONS).fit(features / scale, labels)
+    weight, bias = probe.coef_ / scale, probe.intercept_
+    if len(probe.classes_) == 2:
+        # one score for the second class is half of it for each of the two, with opposite signs
+        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+    of_all, of_bias = torch.zeros(classes, features.shape[1], dtype=torch.float64), torch.zeros(classes).double()
+    of_all[probe.classes_], of_bias[probe.classes_] = torch.from_numpy(weight), torch.from_numpy(bias)
+    return of_all, of_bias
+
+
+def _trained_head(head: nn.Module) -> nn.Module:
+    """The copy of the head that is trained: PEFT keeps the old one beside it."""
+    if isinstance(head, ModulesToSaveWrapper):
+        return head.modules_to_save[head.active_adapter]  # type: ignore[index]
+    return head

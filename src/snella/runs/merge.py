@@ -1,0 +1,222 @@
+"""Folding a run's update into the backbone: plain timm weights."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save
+from torch import nn
+
+from snella._files import write_bytes, write_json
+from snella.methods import merge_trained
+from snella.runs.build import LoadedRun, load_run, make_backbone
+
+_CLASSIFICATION = "classification"
+_SUFFIX = ".safetensors"
+_OTHER_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".npz", ".onnx", ".h5", ".pkl", ".tar", ".gz", ".zip")
+_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+_KEPT_ENTRIES = ("first_conv", "classifier", "license", "pool_size")
+"""What of a backbone's own `pretrained_cfg` still holds for the fine-tuned model."""
+_USE = "# classes[model(transform(image.convert('RGB'))[None]).argmax()]"
+
+
+def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> Path:
+    """Write the fine-tuned model in plain weights, the update folded into them.
+
+    A folder, in timm's own format: `timm.create_model("local-dir:OUT", pretrained=True)` builds and fills the model,
+    `create_transform(**resolve_model_data_config(model))` prepares images as training did, and
+    `model.pretrained_cfg["label_names"]` has the classes. Classification only.
+
+    A file: the state dict alone, `.safetensors`. How the model is built, the class names and the data configuration
+    stand in its metadata; `loading_lines` makes lines of Python of them. For a segmentation the names are those of
+    `snella.backbones.create_segmenter`'s model, `encoder.…` (the backbone's own names, without a head) and
+    `decoder.…`; `load_merged` builds and fills it.
+
+    Outputs equal those of the adapted model (bit for bit with SNELLA, whose layers compute with the sum of both weights
+    anyway).
+
+    Args:
+        run: Folder of the run.
+        out: File to write, `.safetensors`, or folder.
+        overwrite: Replace an existing file, or what an earlier call wrote into the folder.
+
+    Returns:
+        The path of the file or the folder.
+
+    Raises:
+        FileExistsError: The file exists, or the folder holds something.
+        ValueError: A file of another ending, or a folder for another task than classification.
+    """
+    path = Path(out)
+    _check_out(path, str(out), overwrite=overwrite)
+    loaded = load_run(run, device="cpu")
+    model = merged_model(loaded.model)
+    weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    if path.suffix == _SUFFIX:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, save(weights, _metadata(loaded, model)))
+        return path
+    config = _timm_config(loaded, model, str(out))
+    path.mkdir(parents=True, exist_ok=True)
+    (path / _CONFIG).unlink(missing_ok=True)  # written last: a folder without it is not loaded
+    write_bytes(path / _WEIGHTS, save(weights, {"format": "pt"}))
+    write_json(path / _CONFIG, config)
+    return path
+
+
+def _check_out(path: Path, typed: str, *, overwrite: bool) -> None:
+    """Refuse what cannot be meant or must not be replaced."""
+    if not path.is_dir() and path.suffix.lower() in _OTHER_SUFFIXES:
+        raise ValueError(
+            f"out must end with {_SUFFIX}, or be a folder for a model in timm's format, got {typed!r}; "
+            f"write {str(path.with_suffix(_SUFFIX))!r} or {str(path.with_suffix(''))!r}"
+        )
+    if path.is_dir() and path.suffix != _SUFFIX:
+        others = sorted(child.name for child in path.iterdir() if child.name not in (_CONFIG, _WEIGHTS))
+        if others:
+            raise FileExistsError(f"out={path} is a folder with other files, e.g. {others[0]!r}; choose a new folder")
+        if next(path.iterdir(), None) is None:
+            return
+    if path.exists() and not overwrite:
+        raise FileExistsError(
+            f"out={path} exists; choose another name, or replace it with --overwrite (overwrite=True)"
+        )
+
+
+def _metadata(loaded: LoadedRun, model: nn.Module) -> dict[str, str]:
+    """The metadata of a merged file."""
+    backbone = loaded.info["backbone"]
+    return {
+        "format": "pt",
+        "architecture": str(backbone["architecture"]),
+        "backbone": str(backbone["name"]),
+        "num_classes": str(backbone["num_classes"]),
+        "img_size": json.dumps(_built_in_size(model)),
+        "model_args": json.dumps(_model_args(model)),
+        "task": loaded.task.name,
+        "classes": json.dumps(loaded.classes),
+        "built_from": json.dumps(backbone),
+        "data_config": json.dumps(loaded.info["data_config"]),
+    }
+
+
+def _timm_config(loaded: LoadedRun, model: nn.Module, out: str) -> dict[str, Any]:
+    """The `config.json` of timm's format: architecture, arguments, preprocessing and labels.
+
+    Raises:
+        ValueError: The model is no classifier that timm builds.
+    """
+    architecture = loaded.info["backbone"]["architecture"]
+    if loaded.task.name != _CLASSIFICATION or architecture is None:
+        what = f"a {loaded.task.name}'s model" if loaded.task.name != _CLASSIFICATION else "this model"
+        raise ValueError(
+            f"out must end with {_SUFFIX} for {what}, which timm does not build, got {out!r}; "
+            f"write {out.rstrip('/') + _SUFFIX!r}"
+        )
+    size = _built_in_size(model)
+    arguments = _model_args(model) | ({} if size is None else {"img_size": size})
+    known: Any = model
+    own = {name: value for name, value in dict(known.pretrained_cfg).items() if name in _KEPT_ENTRIES}
+    return {
+        "architecture": architecture,
+        "num_classes": len(loaded.classes),
+        "num_features": known.num_features,
+        "label_names": loaded.classes,
+        **({"model_args": arguments} if arguments else {}),
+        "pretrained_cfg": {
+            **own,
+            **loaded.info["data_config"],
+            "fixed_input_size": size is not None,
+            "num_classes": len(loaded.classes),
+            "custom_load": False,
+        },
+    }
+
+
+def loading_lines(path: str | Path) -> str:
+    """Lines of Python that load what `merge` wrote as `model`: with timm alone, or, for a segmentation, with snella.
+
+    Those of a classifier also make `transform`, from a PIL image to the model's input, and `classes`, its labels.
+
+    Args:
+        path: File or folder written by `merge`.
+    """
+    if Path(path).is_dir():
+        return (
+            f"import timm\nmodel = timm.create_model({f'local-dir:{path}'!r}, pretrained=True).eval()\n"
+            "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n"
+            f"classes = model.pretrained_cfg['label_names']\n{_USE}"
+        )
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    if metadata.get("task", _CLASSIFICATION) != _CLASSIFICATION:
+        return f"from snella.runs import load_merged\nmodel = load_merged({str(path)!r})"
+    size = json.loads(metadata["img_size"])
+    arguments = f"{metadata['architecture']!r}, num_classes={metadata['num_classes']}"
+    arguments += "" if size is None else f", img_size={size}"
+    more = json.loads(metadata.get("model_args", "{}"))
+    arguments += "".join(f", {name}={value!r}" for name, value in more.items())
+    return (
+        "import json, timm; from safetensors import safe_open; from safetensors.torch import load_file\n"
+        f"model = timm.create_model({arguments}).eval()\n"
+        f"model.load_state_dict(load_file({str(path)!r}))\n"
+        f"metadata = safe_open({str(path)!r}, 'pt').metadata()\n"
+        "transform = timm.data.create_transform(**json.loads(metadata['data_config']))\n"
+        f"classes = json.loads(metadata['classes'])\n{_USE}"
+    )
+
+
+def what_it_is(path: str | Path) -> str:
+    """What a merged file or folder holds, in a few words."""
+    if Path(path).is_dir():
+        return "a model in timm's format"
+    with safe_open(path, "pt") as file:
+        task = file.metadata().get("task", _CLASSIFICATION)
+    return {
+        _CLASSIFICATION: "plain timm weights",
+        "segmentation": "plain weights of the backbone (encoder.…) and the decoder (decoder.…)",
+    }[task]
+
+
+def load_merged(path: str | Path) -> nn.Module:
+    """Build the model of a merged file, of any task, without adapters.
+
+    Args:
+        path: File written by `merge`.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        ValueError: The file was not written by `merge`.
+    """
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+    if "built_from" not in metadata:
+        raise ValueError(f"path must be a file that snella merge wrote, got {str(path)!r}, which does not say of what")
+    described = {**json.loads(metadata["built_from"]), "pretrained": False}
+    model = make_backbone(described, metadata["task"])
+    model.load_state_dict(load_file(path))
+    return model.eval()
+
+
+def _model_args(model: nn.Module) -> dict[str, Any]:
+    """Arguments of `timm.create_model` that the architecture's name alone does not say."""
+    return dict((getattr(model, "pretrained_cfg", None) or {}).get("model_args") or {})
+
+
+def _built_in_size(model: nn.Module) -> int | None:
+    """The image size that timm must be told to build such a model; None for models that take any."""
+    inner = getattr(model, "encoder", model)
+    size = getattr(getattr(inner, "patch_embed", None), "img_size", None)
+    return None if size is None else int(size[0])
+
+
+def merged_model(model: nn.Module) -> nn.Module:
+    """The backbone with what was trained in its plain weights.
+
+    Raises:
+        ValueError: The method cannot be folded.
+    """
+    return merge_trained(model)

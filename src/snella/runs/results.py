@@ -1,0 +1,186 @@
+"""What a finished run leaves behind: its description, metrics, allocation and predictions."""
+
+import math
+import platform
+import resource
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+from peft import PeftModel
+from rich.console import Console
+from torch import nn
+
+from snella import SnellaCallback, SnellaConfig
+from snella.methods import spec_of
+from snella.runs.build import Assembly, digest_of, folder_of, sizes_of
+from snella.runs.config import TrainConfig, command_line
+from snella.runs.console import counted, print_rows
+from snella.runs.memory import predict_step_memory
+from snella.runs.protocol import protocol_of
+from snella.tuner.matrices import AdaptedMatrix, adapted_matrices
+
+_PACKAGES = ("snella", "torch", "peft", "timm", "transformers")
+
+
+def describe_run(config: TrainConfig, parts: Assembly) -> dict[str, Any]:
+    """The entries of `run.json` but for the status."""
+    splits = parts.splits
+    return {
+        "task": parts.task.name,
+        "protocol": config.protocol,
+        "ema": config.ema,
+        "method": config.method,
+        "method_options": config.options_of_method(),
+        "backbone": parts.backbone,
+        "classes": list(splits.classes),
+        "data": {
+            "spec": config.data,
+            "seed": config.seed,
+            "description": splits.description,
+            "sizes": sizes_of(splits),
+            "digest": digest_of(splits),
+            "folder": folder_of(str(config.data)),
+            "notes": list(splits.notes),
+        },
+        "data_config": parts.data_config,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+        "command": command_of(config),
+    }
+
+
+def command_of(config: TrainConfig) -> str:
+    """The command line that gives these settings; defaults are left out."""
+    return command_line(config, TrainConfig(data="-", backbone="-", out="-"), "train")
+
+
+def kept_text(matrices: Sequence[AdaptedMatrix]) -> str:
+    """How many weights an update changes, in words."""
+    kept, total = sum(m.budget for m in matrices), sum(m.size for m in matrices)
+    return f"changes {kept:,} of {total:,} weights ({1 - kept / total:.1%} sparse)"
+
+
+def matrices_of(model: nn.Module) -> list[AdaptedMatrix]:
+    """The sparse matrices of a model; none for methods without budgets."""
+    is_sparse = isinstance(model, PeftModel) and spec_of(model).family in ("snella", "snell")
+    return adapted_matrices(model) if is_sparse else []
+
+
+def trainable_parameters(model: nn.Module) -> int:
+    """How many values training may change, the head's included."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def describe_allocation(model: nn.Module, callback: SnellaCallback) -> dict[str, Any]:
+    """The content of `allocation.json`: what the matrices are, what the best adapter keeps, how budgets evolved."""
+    allocator = callback.allocator
+    if allocator is None:
+        raise RuntimeError(
+            "the allocation can be described after training has begun, got a callback without an allocator"
+        )
+    return {
+        "total_weights": allocator.total_weights,
+        "target_budget": allocator.target_budget,
+        "matrices": [
+            {
+                "name": matrix.name,
+                "kind": matrix.kind,
+                "depth": matrix.depth,
+                "shape": list(matrix.shape),
+                "size": matrix.size,
+                "budget": matrix.budget,
+                "nonzeros": matrix.nonzeros(),
+            }
+            for matrix in matrices_of(model)
+        ],
+        "history": _finite(allocator.history),
+    }
+
+
+def best_epoch(history: Sequence[dict[str, Any]], rank: Callable[[Mapping[str, Any]], tuple[float, float]]) -> int:
+    """The epoch of the highest rank, the latest of equals; see `RunProtocol.rank`."""
+    return int(max(history, key=lambda row: (rank(row), row["epoch"]))["epoch"])
+
+
+def folder_bytes(folder: Path) -> int:
+    """Size of the weights in an adapter's folder."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def peak_rss_mib() -> float:
+    """The most memory that this process has held so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / 2 ** (20 if sys.platform == "darwin" else 10), 1)
+
+
+def _finite(value: Any) -> Any:
+    """The value with None in place of NaN and infinities, which JSON lacks."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def announce(console: Console, config: TrainConfig, parts: Assembly) -> None:
+    """Print data, model, what is trained, budgets, steps and the estimated memory.
+
+    Args:
+        console: Where to write.
+        config: Resolved settings.
+        parts: Data and model.
+    """
+    splits, model = parts.splits, parts.model
+    size = tuple(parts.data_config["input_size"])
+    classes = ", ".join(splits.classes[:6]) + (", …" if len(splits.classes) > 6 else "")
+    batch = config.images_per_step
+    steps = counted(-(-len(splits.train) // batch), "step")
+    device = next(model.parameters()).device
+    memory = predict_step_memory(model, (size[0], size[1], size[2]), batch).total / 2**20
+    rows = [
+        ("data", splits.description),
+        ("classes", f"{len(splits.classes)}: {classes}"),
+        *(("note", note) for note in splits.notes),
+        *_protocol_rows(config),
+        ("backbone", f"{config.backbone}, {_count(model):,} weights, images of {size[1]}×{size[2]} px"),
+        ("method", f"{config.method}, {trainable_parameters(model):,} trainable parameters{_adapted(model)}"),
+        *([("budget", _budgets(model))] if matrices_of(model) else []),
+        ("training", f"{counted(config.epochs, 'epoch')} of {steps}, {counted(batch, 'image')} each, on {device}"),
+        ("memory", f"about {memory:,.0f} MiB for weights, gradients, optimiser and a batch (estimated)"),
+    ]
+    print_rows(console, rows)
+
+
+def _protocol_rows(config: TrainConfig) -> list[tuple[str, str]]:
+    """How the kept weights are chosen, where that is not the usual way."""
+    protocol = protocol_of(config.protocol)
+    rows = [] if protocol.name == "standard" else [("protocol", f"{protocol.name}: {protocol.summary}")]
+    if protocol.warning:
+        rows.append(("warning", protocol.warning))
+    if config.ema is not None:
+        rows.append(("average", f"exponential moving average of the trained weights, decay {config.ema:g}"))
+    return rows
+
+
+def _count(model: nn.Module) -> int:
+    """Weights that are not trained."""
+    return sum(p.numel() for p in model.parameters() if not p.requires_grad) or sum(
+        p.numel() for p in model.parameters()
+    )
+
+
+def _adapted(model: nn.Module) -> str:
+    """How many matrices and weights are adapted."""
+    matrices = matrices_of(model)
+    return f"; {len(matrices)} matrices, {sum(m.size for m in matrices):,} adapted weights" if matrices else ""
+
+
+def _budgets(model: nn.Module) -> str:
+    """From b_0 to b_T, as the allocator will have it."""
+    total = sum(matrix.size for matrix in matrices_of(model))
+    settings = cast(SnellaConfig, cast(PeftModel, model).peft_config["default"])
+    start, end = (total - round(sparsity * total) for sparsity in (settings.init_sparsity, settings.target_sparsity))
+    sparsity = f"{settings.target_sparsity:.0%} sparse at the end"
+    return f"b_0 {start:,} → b_T {end:,} weights kept ({sparsity}), {settings.schedule}"

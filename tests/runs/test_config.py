@@ -1,0 +1,87 @@
+import dataclasses
+
+import pytest
+
+from snella.runs import TrainConfig
+from snella.runs.config import METHOD_DEFAULTS
+
+PLACES = {"data": "digits", "backbone": "test_vit", "out": "runs/x"}
+
+
+def test_all_faults_are_reported_together():
+    with pytest.raises(ValueError) as caught:
+        TrainConfig(
+            out="x", epochs=0, batch_size=-1, lr=-1.0, augment="flop", method="snela", warmup=1.0, val_fraction=0.0
+        )
+    text = str(caught.value)
+    for part in (
+        "data must say where the images are",
+        "backbone must name a pre-trained model",
+        "epochs must be at least 1, got 0",
+        "batch_size must be at least 1, got -1",
+        "lr must be at least 0 and finite, got -1.0",
+        "augment must be one of none, flip, crop, imagenet, got 'flop'",
+        "warmup must be in [0, 1), got 1.0",
+        "val_fraction must be in (0, 1), got 0.0",
+        "got 'snela'; nearest: snella",
+    ):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"out": None}, "out must name the folder"),
+        ({"resume": True, "overwrite": True}, "resume and overwrite exclude each other"),
+        ({"weights": "missing.pth"}, "weights must be an existing file, got 'missing.pth'"),
+        ({"r": 3}, "r.*3"),
+        ({"target_sparsity": 1.0}, r"target_sparsity must be in \[0, 1\), got 1\.0"),
+        ({"r": 4, "method_options": {"r": 2}}, "r given both by name and in method_options"),
+        ({"method": "linear", "r": 4}, "method 'linear' has no option 'r'"),
+        ({"method": "lora", "scalar_lr": 1e-4}, "snella, snell, klora and fixed-mask, got 0.0001 with method 'lora'"),
+        ({"method": "lora-8", "r": 4}, "sets r to 8, but r=4"),
+        ({"method_options": {"kernal": "rbf"}}, r"no option 'kernal' \(nearest: kernel"),
+        ({"device": "tpu"}, "device must be one of auto, cpu, cuda, got 'tpu'"),
+        ({"precision": "fp8"}, "precision must be one of fp32, bf16, got 'fp8'"),
+        ({"lr": float("inf")}, "lr must be at least 0 and finite, got inf"),
+        ({"img_size": 4}, "img_size must be at least 8, got 4"),
+    ],
+)  # fmt: skip
+def test_a_value_out_of_range_is_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**{**PLACES, **changes})
+
+
+@pytest.mark.parametrize("method", sorted(METHOD_DEFAULTS))
+def test_resolving_fills_in_the_method_defaults_and_keeps_what_was_given(method):
+    config = TrainConfig(**PLACES, method=method, lr=0.5).resolved()
+    assert config.lr == 0.5
+    for name, value in METHOD_DEFAULTS[method].items():
+        assert getattr(config, name) == (0.5 if name == "lr" else value)
+    assert config.resolved() == config
+
+
+def test_every_method_has_defaults_and_every_default_is_a_setting():
+    from snella.methods import method_names
+
+    fields = {f.name for f in dataclasses.fields(TrainConfig)}
+    assert set(METHOD_DEFAULTS) == set(method_names())
+    assert all(set(values) <= fields for values in METHOD_DEFAULTS.values())
+
+
+def test_the_rank_in_the_name_wins_over_the_default_and_options_over_both():
+    assert TrainConfig(**PLACES, method="snella-16").resolved().options_of_method()["r"] == 16
+    config = TrainConfig(**PLACES, method_options={"scaling": 2.0, "kernel": "rbf"}).resolved()
+    assert config.scaling is None
+    assert config.options_of_method() == {"r": 8, "target_sparsity": 0.7, "scaling": 2.0, "kernel": "rbf"}
+
+
+def test_differences_look_at_what_was_asked_for_only():
+    stored = TrainConfig(**PLACES, method="lora", epochs=7).resolved()
+    assert TrainConfig(out="elsewhere", resume=True).differences(stored) == []
+    assert TrainConfig(out="x", resume=True, epochs=9).differences(stored) == ["epochs is 7 there and 9 here"]
+
+
+def test_every_setting_is_documented():
+    for f in dataclasses.fields(TrainConfig):
+        assert f"\n        {f.name}: " in (TrainConfig.__doc__ or "")

@@ -1,0 +1,151 @@
+"""Sampler, optimiser groups, progress, devices."""
+
+import io
+
+import pytest
+import timm
+import torch
+from rich.console import Console
+from transformers import TrainerControl, TrainerState
+
+from snella.methods import build_method
+from snella.runs import TrainConfig
+from snella.runs.build import choose_device, data_config_of
+from snella.runs.callbacks import ProgressDisplay
+from snella.runs.checkpoints import is_write_failure
+from snella.runs.protocol import PROTOCOLS
+from snella.runs.results import best_epoch
+from snella.runs.sampler import EpochSampler, mix_seed
+from snella.runs.trainer import build_optimizer
+from snella.tasks import ClassificationTask
+
+TASK = ClassificationTask(3)
+
+
+def config(method, **changes):
+    return TrainConfig(data="digits", backbone="test_vit", out="x", method=method, **changes).resolved()
+
+
+def vit(method):
+    torch.manual_seed(0)
+    return build_method(method, timm.create_model("test_vit", num_classes=3, img_size=32))
+
+
+def test_the_order_depends_on_seed_and_epoch_alone():
+    sampler = EpochSampler(50, seed=3)
+    first = list(sampler)
+    torch.manual_seed(99)
+    assert list(sampler) == first and sorted(first) == list(range(50)) and len(sampler) == 50
+    sampler.set_epoch(1)
+    assert list(sampler) != first and list(EpochSampler(50, seed=4)) != first
+    sampler.set_epoch(0)
+    assert list(sampler) == first
+
+
+def test_mixed_seeds_differ_for_different_numbers_and_for_their_order():
+    seeds = {mix_seed(a, b) for a in range(40) for b in range(40)}
+    assert len(seeds) == 1600 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_factors_scalars_and_head_have_rates_of_their_own():
+    optimizer = build_optimizer(
+        vit("snella-2"), config("snella-2", lr=1e-2, scalar_lr=1e-5, head_lr=1e-1, weight_decay=0.5)
+    )
+    assert {g["name"]: (g["lr"], g["weight_decay"]) for g in optimizer.param_groups} == {
+        "factors": (1e-2, 0.5), "scalars": (1e-5, 0.0), "head": (1e-1, 0.5), "head_no_decay": (1e-1, 0.0),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "rates"), [("lora-2", {1e-2, 1e-1}), ("linear", {1e-1}), ("full", {1e-2, 1e-1})])
+def test_the_head_of_other_methods_has_its_rate_and_vectors_no_decay(method, rates):
+    model = vit(method)
+    optimizer = build_optimizer(model, config(method, lr=1e-2, head_lr=1e-1, weight_decay=0.5))
+    assert {group["lr"] for group in optimizer.param_groups} == rates
+    for group in optimizer.param_groups:
+        assert all((p.ndim > 1) == (group["weight_decay"] > 0) for p in group["params"])
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == sum(p.requires_grad for p in model.parameters())
+    head = {id(p) for n, p in model.named_parameters() if "head" in n and p.requires_grad}
+    assert {id(p) for g in optimizer.param_groups if g["lr"] == 1e-1 for p in g["params"]} == head
+
+
+def test_a_model_with_nothing_to_train_is_refused():
+    model = vit("linear").requires_grad_(False)
+    with pytest.raises(ValueError, match="method 'linear' leaves nothing to train in VisionTransformer"):
+        build_optimizer(model, config("linear"))
+
+
+def test_the_bar_appears_on_a_terminal_and_goes_away():
+    output = io.StringIO()
+    display = ProgressDisplay(Console(file=output, force_terminal=True, width=100), TASK, PROTOCOLS["standard"])
+    display.last_loss = lambda: 0.125
+    state = TrainerState(max_steps=10, num_train_epochs=2, epoch=0.2, global_step=1)
+    display.on_train_begin(None, state, TrainerControl())
+    display.on_step_end(None, state, TrainerControl())
+    display._bar.refresh()
+    assert "epoch 1/2" in output.getvalue() and "loss 0.125" in output.getvalue() and "1/10" in output.getvalue()
+    display.on_train_end(None, state, TrainerControl())
+    assert display._bar is None
+
+
+def test_without_a_terminal_there_are_lines_only_and_the_best_one_is_marked():
+    output = io.StringIO()
+    display = ProgressDisplay(Console(file=output, width=200), TASK, PROTOCOLS["standard"])
+    past = {"val_accuracy": 0.5, "val_loss": 0.9, "budget": None}
+    state = TrainerState(max_steps=10, num_train_epochs=2, log_history=[past])
+    display.on_train_begin(None, state, TrainerControl())
+    assert display._bar is None
+    for epoch, accuracy in ((1.0, 0.5), (2.0, 0.75)):
+        state.epoch = epoch
+        row = {"train_loss": 1.0, "val_loss": 1.0, "val_accuracy": accuracy, "val_balanced_accuracy": accuracy}
+        display.on_evaluate(None, state, TrainerControl(), metrics=row)
+    first, second = output.getvalue().splitlines()
+    assert not first.endswith("best") and second.endswith("best")
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device must be usable here, got 'cuda'"):
+        choose_device("cuda")
+    assert choose_device("auto").type == "cpu" == choose_device("cpu").type
+
+
+def test_the_input_size_follows_the_settings_and_the_rest_the_model():
+    model = timm.create_model("test_vit", num_classes=3, img_size=32)
+    changed, own = data_config_of(model, 32), data_config_of(model, None)
+    assert changed["input_size"] == [3, 32, 32] and own["input_size"] == [3, 160, 160]
+    assert {k: v for k, v in changed.items() if k != "input_size"} == {
+        k: v for k, v in own.items() if k != "input_size"
+    }
+
+
+def test_an_allocation_is_described_after_training_has_begun():
+    from snella import SnellaCallback
+    from snella.runs.results import describe_allocation
+
+    with pytest.raises(RuntimeError, match="after training has begun, got a callback without an allocator"):
+        describe_allocation(vit("snella-2"), SnellaCallback())
+
+
+def test_of_equally_accurate_epochs_the_one_with_the_lower_loss_is_best_and_then_the_later():
+    rows = [(0.5, 0.1), (0.75, 0.9), (0.75, 0.8), (0.75, 0.8), (0.75, 0.85)]
+    history = [{"epoch": n + 1, "val_accuracy": a, "val_loss": loss} for n, (a, loss) in enumerate(rows)]
+    assert [best_epoch(history[:count], TASK.rank) for count in (5, 3, 1)] == [4, 3, 1]
+
+
+def test_unknown_public_names_are_refused():
+    import snella.runs
+
+    with pytest.raises(AttributeError, match=r"module 'snella\.training' has no attribute 'tarin'"):
+        _ = snella.runs.tarin
+    assert all(getattr(snella.runs, name) is not None for name in snella.runs.__all__)
+
+
+def test_writers_of_other_libraries_are_recognised():
+    from safetensors import SafetensorError
+
+    assert is_write_failure(
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    )
+    assert is_write_failure(
+        RuntimeError("[enforce fail at inline_container.cc:863] . PytorchStreamWriter failed writing file")
+    )

@@ -1,0 +1,129 @@
+import pytest
+
+from snella._files import write_bytes, write_json
+from snella.runs import RunFolder, TrainConfig
+
+
+def config(path, **changes):
+    return TrainConfig(**{"data": "digits", "backbone": "test_vit", "out": str(path), **changes})
+
+
+def made(path, status):
+    run = RunFolder(path)
+    run.create(config(path).resolved())
+    run.update(status)
+    return run
+
+
+def test_a_finished_run_is_not_overwritten_by_accident(tmp_path):
+    run = made(tmp_path / "run", "finished")
+    with pytest.raises(
+        FileExistsError, match=r"out=.*run holds a finished run; choose another folder, or start over with --overwrite"
+    ):
+        run.settle(config(run.path))
+
+
+def test_an_unfinished_run_can_be_continued_or_started_over(tmp_path):
+    run = made(tmp_path / "run", "interrupted")
+    with pytest.raises(FileExistsError, match=r"an unfinished run \(interrupted\); continue it with --resume"):
+        run.settle(config(run.path))
+    assert run.settle(config(run.path, overwrite=True)).overwrite
+
+
+def test_resuming_uses_the_stored_settings(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    run.create(config(run.path, epochs=7, method="lora-4").resolved())
+    run.update("running")
+    settled = run.settle(TrainConfig(out=str(run.path), resume=True))
+    assert (settled.epochs, settled.method, settled.data, settled.resume) == (7, "lora-4", "digits", True)
+    with pytest.raises(ValueError, match="with its own settings, but epochs is 7 there and 3 here; leave them out"):
+        run.settle(config(run.path, epochs=3, resume=True))
+
+
+def test_the_settings_of_one_call_are_neither_stored_nor_read_back(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    run.create(config(run.path, overwrite=True, progress=False).resolved())
+    text = (run.path / "config.yaml").read_text()
+    assert not any(name in text for name in ("overwrite", "resume", "progress"))
+    (run.path / "config.yaml").write_text(text + "overwrite: true\nprogress: false\nresume: false\n")
+    read = run.read_config()
+    assert (read.overwrite, read.progress, read.resume) == (False, True, False)
+
+
+def test_a_status_that_is_none_is_called_damage(tmp_path):
+    run = made(tmp_path / "run", "running")
+    (run.path / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"run.json is damaged: it holds no status; copy the file again, or train"):
+        run.settle(config(run.path))
+
+
+def test_a_run_that_is_running_may_have_been_killed(tmp_path):
+    run = made(tmp_path / "run", "running")
+    with pytest.raises(FileExistsError, match=r"an unfinished run \(running or killed\); continue it with --resume"):
+        run.settle(config(run.path))
+
+
+def test_resuming_without_a_run_needs_to_know_what_to_start(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match=r"got .*run, which holds none; give data and backbone"):
+        run.settle(TrainConfig(out=str(run.path), resume=True))
+    assert run.settle(config(run.path, resume=True)).epochs == 10
+    assert not run.path.exists()
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("x")
+    with pytest.raises(FileExistsError, match="holds files but no run"):
+        RunFolder(tmp_path).settle(config(tmp_path))
+    file = tmp_path / "thesis.txt"
+    with pytest.raises(FileExistsError, match=r"thesis.txt holds files but no run"):
+        RunFolder(file).settle(config(file))
+
+
+def test_starting_over_removes_the_run_and_nothing_else(tmp_path):
+    run = made(tmp_path / "run", "finished")
+    (run.path / "notes.txt").write_text("mine")
+    (run.adapter).mkdir()
+    (run.adapter / "old.safetensors").write_text("x")
+    run.create(config(run.path).resolved())
+    assert (run.path / "notes.txt").read_text() == "mine"
+    assert not run.adapter.exists() and run.status is None
+
+
+def test_what_is_no_run_is_called_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"run.json: this is not the folder of a run"):
+        RunFolder(tmp_path).read_json("run.json")
+    with pytest.raises(FileNotFoundError, match=r"config.yaml: this is not the folder of a run"):
+        RunFolder(tmp_path).read_config()
+    run = made(tmp_path / "run", "running")
+    with pytest.raises(FileNotFoundError, match=r"metrics.json: the run has not come so far"):
+        run.read_json("metrics.json")
+
+
+def test_damaged_files_are_named(tmp_path):
+    run = made(tmp_path / "run", "running")
+    (run.path / "metrics.json").write_text("{")
+    with pytest.raises(ValueError, match=r"metrics.json is damaged"):
+        run.read_json("metrics.json")
+    (run.path / "config.yaml").write_text("epoch: 3\n")
+    with pytest.raises(ValueError, match=r"config.yaml is damaged: .*'epoch'"):
+        run.read_config()
+
+
+def test_an_error_is_stored_and_forgotten_when_the_run_goes_on(tmp_path):
+    run = made(tmp_path / "run", "running")
+    run.update("failed", error="boom")
+    assert run.read_json("run.json")["error"] == "boom"
+    run.update("running")
+    assert "error" not in run.read_json("run.json")
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
+    write_json(tmp_path / "a.json", {"x": 1})
+    before = (tmp_path / "a.json").read_bytes()
+    with pytest.raises(ValueError, match="nan"):
+        write_json(tmp_path / "a.json", {"x": float("nan")})
+    with pytest.raises(TypeError):
+        write_bytes(tmp_path / "a.json", "text")
+    assert (tmp_path / "a.json").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]

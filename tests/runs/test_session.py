@@ -1,0 +1,87 @@
+"""One process a run: the lock that the kernel frees."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from snella.runs import RunFolder, RunInUseError, TrainConfig
+from snella.runs.session import run_owned
+from snella.runs.train import train
+
+HOLDER = """
+import os, sys, time
+from snella.runs.folder import RunFolder
+from snella.runs.session import run_owned
+with run_owned(RunFolder(sys.argv[1])):
+    if os.fork() == 0:
+        time.sleep(60)  # as a loader's worker that outlives its parent
+        os._exit(0)
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def held(tmp_path):
+    """A run's folder, and the process that owns it."""
+    folder = tmp_path / "run"
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "held\n"
+        yield folder, process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+@pytest.mark.parametrize("how", ["resume", "overwrite"])
+def test_a_run_that_a_living_process_writes_is_refused_with_its_number(how, held):
+    folder, process = held
+    run = RunFolder(folder)
+    run.update("running")
+    before = (folder / "run.json").read_bytes()
+    config = TrainConfig(data="digits", backbone="test_vit", out=str(folder), **{how: True})
+    with pytest.raises(RunInUseError, match=rf"out=.*run is being written by process {process.pid}, which is still"):
+        train(config)
+    assert (folder / "run.json").read_bytes() == before
+
+
+def test_a_killed_process_owns_nothing_even_if_its_children_live_on(held):
+    folder, process = held
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with run_owned(RunFolder(folder)):
+        assert (folder / ".lock").read_text() == str(os.getpid())
+    assert not folder.exists() or not list(folder.iterdir())
+
+
+def test_nothing_is_left_of_a_folder_that_no_run_came_into(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder"), run_owned(RunFolder(tmp_path / "a" / "run")):
+        raise FileNotFoundError("no folder")
+    assert not list(tmp_path.iterdir())
+    with run_owned(RunFolder(tmp_path / "a" / "run")) as _:
+        (tmp_path / "a" / "run" / "run.json").write_text("{}")
+    assert [p.name for p in (tmp_path / "a" / "run").iterdir()] == ["run.json"]
+
+
+def test_a_lock_excludes_the_same_process_too(tmp_path):
+    with (
+        run_owned(RunFolder(tmp_path)),
+        pytest.raises(RunInUseError, match=f"process {os.getpid()}"),
+        run_owned(RunFolder(tmp_path)),
+    ):
+        pass
+    with run_owned(RunFolder(tmp_path)):
+        pass
+
+
+def test_one_training_in_several_processes_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config = TrainConfig(data="digits", backbone="test_vit", out=str(tmp_path / "run"))
+    with pytest.raises(NotImplementedError, match="training runs in one process, got WORLD_SIZE=2 from torchrun"):
+        train(config)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,322 @@
+"""Evaluating, predicting and merging a finished run."""
+
+import csv
+import json
+import shutil
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from snella.methods import AdapterFileError
+from snella.report.inspect import inspect_summary
+from snella.runs import RunFolder, TrainConfig, load_run
+from snella.runs.evaluate import evaluate
+from snella.runs.merge import loading_lines, merge
+from snella.runs.predict import predict, write_predictions
+from snella.runs.train import train
+
+
+def test_evaluating_repeats_the_test_result(finished):
+    result = evaluate(finished.path)
+    test = finished.read_json("metrics.json")["test"]
+    assert (result["split"], result["images"]) == ("test", sum(map(sum, test["confusion"])))
+    assert result["confusion"] == test["confusion"] and result["accuracy"] == test["accuracy"]
+    assert result["loss"] == pytest.approx(test["loss"], abs=1e-6)
+
+
+def test_evaluating_another_part(finished):
+    val = evaluate(finished.path, split="val", batch_size=3)
+    assert val["accuracy"] == finished.read_json("metrics.json")["val"]["accuracy"]
+    assert evaluate(finished.path, split="all")["images"] == 48
+
+
+def test_other_data_is_evaluated_in_full_with_the_run_s_class_numbers(finished, make_photos, tmp_path):
+    folder = make_photos(tmp_path / "new", {"owls": 5, "dogs": 5}, contrast=0)
+    result = evaluate(finished.path, f"folder:{folder}")
+    assert (result["split"], result["images"], result["classes"]) == ("all", 10, ["cats", "dogs", "owls"])
+    assert [sum(row) for row in result["confusion"]] == [0, 5, 5]
+
+
+def test_classes_that_the_run_does_not_know_are_named(finished, make_photos, tmp_path):
+    folder = make_photos(tmp_path / "new", {"cats": 5, "newts": 5})
+    with pytest.raises(
+        ValueError, match=r"classes \['newts'\] that the run does not know; it knows \['cats', 'dogs', 'owls'\]"
+    ):
+        evaluate(finished.path, f"folder:{folder}")
+
+
+def test_unusable_evaluation_settings_are_named(finished):
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        evaluate(finished.path, batch_size=0)
+    with pytest.raises(ValueError, match="split must be one of train, val, test, all, auto for this data, got 'dev'"):
+        evaluate(finished.path, split="dev")
+
+
+def test_predictions_are_the_model_s_own(finished, photos):
+    paths = [photos / "dogs" / "003.png", photos / "cats" / "001.png"]
+    one, two = predict(finished.path, paths, batch_size=1), predict(finished.path, [str(p) for p in paths])
+    assert [p.path for p in one] == paths
+    for a, b in zip(one, two, strict=True):
+        assert a.label == b.label and a.probability == pytest.approx(b.probability, abs=1e-6)
+        assert sum(p for _, p in a.ranking) == pytest.approx(1.0, abs=1e-5)
+        assert [p for _, p in a.ranking] == sorted((p for _, p in a.ranking), reverse=True)
+    loaded = load_run(finished.path)
+    with torch.inference_mode():
+        logits = loaded.model(loaded.transform(Image.open(paths[0]).convert("RGB"))[None])
+    assert one[0].label == loaded.classes[int(logits.argmax())]
+
+
+def test_a_folder_stands_for_the_images_in_it(finished, photos):
+    assert len(predict(finished.path, [photos / "cats"])) == 16
+    assert len(predict(load_run(finished.path), [photos, photos / "cats" / "000.png"])) == 49
+
+
+def test_predictions_are_written_as_csv(finished, photos, tmp_path):
+    predictions = predict(finished.path, [photos / "cats"])
+    path = write_predictions(predictions, tmp_path / "deep" / "out.csv", top_k=2)
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 16 and list(rows[0]) == ["image", "class_1", "probability_1", "class_2", "probability_2"]
+    assert rows[3]["class_1"] == predictions[3].label
+    assert float(rows[3]["probability_1"]) == pytest.approx(predictions[3].probability, abs=1e-6)
+    whole = write_predictions(predictions, path, overwrite=True)
+    assert len(whole.read_text().splitlines()[0].split(",")) == 7
+
+
+def test_an_output_of_predictions_that_cannot_be_meant_is_refused(tmp_path):
+    (tmp_path / "p.csv").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"out=.*p\.csv exists; .* with --overwrite \(overwrite=True\)"):
+        write_predictions([], tmp_path / "p.csv")
+    assert (tmp_path / "p.csv").read_text() == "mine"
+    with pytest.raises(
+        ValueError, match=rf"out must be a CSV file, got the folder '.*{tmp_path.name}'; write .*p\.csv"
+    ):
+        write_predictions([], tmp_path)
+    with pytest.raises(ValueError, match="top_k must be at least 1, got 0; leave it out for all classes"):
+        write_predictions([], tmp_path / "new.csv", top_k=0)
+
+
+def test_an_image_in_the_run_s_place_is_answered_with_the_order(finished, photos):
+    image = photos / "cats" / "000.png"
+    with pytest.raises(ValueError, match=r"run must be the folder of a run, got the file '.*000\.png'; the run comes"):
+        predict(image, [finished.path])
+    with pytest.raises(ValueError, match=r"got '.*cats'; '.*run' is one: it comes before the images"):
+        predict(photos / "cats", [finished.path])
+
+
+def test_images_that_cannot_be_read_are_named_or_left_out(finished, photos, tmp_path):
+    whole = (photos / "cats" / "000.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    images = [photos / "cats" / "000.png", tmp_path / "cut.png"]
+    with pytest.raises(ValueError, match=r"cut\.png' is not a readable image.*; leave it out, or pass --skip-broken"):
+        predict(finished.path, images)
+    assert [p.path for p in predict(finished.path, images, skip_broken=True)] == images[:1]
+
+
+def test_paths_without_images_are_named(finished, photos, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no image .*nothing\.png; .* has no file of a like name"):
+        predict(finished.path, [tmp_path / "nothing.png"])
+    with pytest.raises(FileNotFoundError, match=r"no image .*00\.png; nearest there: '0\d+\.png'"):
+        predict(finished.path, [photos / "cats" / "00.png"])
+    with pytest.raises(FileNotFoundError, match=r"no image .*\*\.tif; no file in .*cats matches the pattern"):
+        predict(finished.path, [photos / "cats" / "*.tif"])
+    with pytest.raises(FileNotFoundError, match=r"no image .*a\.png; there is no folder .*lions"):
+        predict(finished.path, [photos / "lions" / "a.png"])
+    with pytest.raises(FileNotFoundError, match=rf"folder .*{tmp_path.name} holds no images; known endings are"):
+        predict(finished.path, [tmp_path])
+    with pytest.raises(ValueError, match="images must name at least one file or folder"):
+        predict(finished.path, [])
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got -1"):
+        predict(finished.path, [tmp_path], batch_size=-1)
+
+
+def test_merged_weights_are_plain_timm_weights_with_equal_outputs(finished, tmp_path):
+    path = merge(finished.path, tmp_path / "deep" / "model.safetensors")
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    plain = timm.create_model(
+        metadata["architecture"], num_classes=int(metadata["num_classes"]), img_size=json.loads(metadata["img_size"])
+    )
+    plain.load_state_dict(load_file(path), strict=True)
+    assert not [
+        name for name in load_file(path) if "snella" in name or "base_model" in name or "modules_to_save" in name
+    ]
+    assert json.loads(metadata["classes"]) == ["cats", "dogs", "owls"]
+    assert json.loads(metadata["data_config"])["input_size"] == [3, 32, 32]
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(plain.eval()(images), load_run(finished.path).model(images))
+
+
+@pytest.mark.parametrize("method", ["linear", "lora-2"])
+def test_other_methods_merge_too(method, settings, console, no_report, tmp_path):
+    run = train(settings(method=method, epochs=1), console)
+    path = merge(run.path, tmp_path / "model.safetensors")
+    plain = timm.create_model("test_vit", num_classes=3, img_size=32)
+    plain.load_state_dict(load_file(path), strict=True)
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(plain.eval()(images), load_run(run.path).model(images))
+
+
+def test_the_lines_that_load_a_merged_file_give_equal_outputs(finished, tmp_path):
+    lines = loading_lines(merge(finished.path, tmp_path / "model.safetensors"))
+    assert "snella" not in lines.replace(str(tmp_path), "")
+    assert "timm.create_model('test_vit', num_classes=3, img_size=32)" in lines
+    names: dict = {}
+    exec(lines, names)
+    assert names["classes"] == ["cats", "dogs", "owls"]
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(names["model"](images), load_run(finished.path).model(images))
+
+
+def timm_predictions(model, transform, classes, paths):
+    with torch.inference_mode():
+        logits = torch.cat([model(transform(Image.open(path).convert("RGB"))[None]) for path in paths])
+    best = logits.softmax(1).max(1)
+    return [(classes[index], value) for index, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("backbone", "method", "img_size"),
+    [("test_vit", "snella-2", 48), ("test_efficientnet", "full", 96), ("vit_tiny_patch16_224", "linear", 64)],
+)
+@pytest.mark.parametrize("out", ["model", "model.safetensors"])
+def test_timm_alone_predicts_with_a_merged_model_what_the_run_predicts(
+    backbone, method, img_size, out, make_photos, settings, console, no_report, tmp_path
+):
+    photos = make_photos(tmp_path / "photos", {"cats": 12, "dogs": 12}, side=70)
+    changes = {"backbone": backbone, "method": method, "img_size": img_size, "epochs": 1, "data": f"folder:{photos}"}
+    run = train(settings(**changes), console)
+    path = merge(run.path, tmp_path / out)
+    if out == "model":
+        model = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
+        transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+        classes = model.pretrained_cfg["label_names"]
+    else:
+        names: dict = {}
+        exec(loading_lines(path), names)
+        model, transform, classes = (names[name] for name in ("model", "transform", "classes"))
+    paths = sorted(photos.rglob("*.png"))
+    expected = predict(run.path, paths)
+    for mine, theirs in zip(timm_predictions(model, transform, classes, paths), expected, strict=True):
+        assert mine == (theirs.label, pytest.approx(theirs.probability, abs=1e-5))
+
+
+def test_a_merged_folder_is_a_backbone_for_another_run(finished, settings, console, no_report, tmp_path):
+    folder = merge(finished.path, tmp_path / "model")
+    run = train(settings(backbone=str(folder), pretrained=True, img_size=None, epochs=1), console)
+    assert load_run(run.path).info["data_config"]["input_size"] == [3, 32, 32]
+
+
+def test_merging_into_a_folder_keeps_what_lies_there(finished, tmp_path):
+    folder = tmp_path / "model"
+    merge(finished.path, folder)
+    with pytest.raises(FileExistsError, match=r"out=.*model exists; .* replace it with --overwrite"):
+        merge(finished.path, folder)
+    assert merge(finished.path, folder, overwrite=True) == folder
+    (folder / "mine.txt").write_text("mine")
+    with pytest.raises(
+        FileExistsError, match=r"out=.*model is a folder with other files, e.g. 'mine.txt'; choose a new"
+    ):
+        merge(finished.path, folder, overwrite=True)
+
+
+def test_merging_does_not_overwrite_by_accident(finished, tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_text("mine")
+    with pytest.raises(
+        FileExistsError, match=r"out=.*model\.safetensors exists; choose another name, or replace it with --overwrite"
+    ):
+        merge(finished.path, path)
+    assert path.read_text() == "mine"
+    assert merge(finished.path, path, overwrite=True).stat().st_size > 1000
+    with pytest.raises(ValueError, match=r"out must end with \.safetensors, or be a folder .*, got 'model\.pth'"):
+        merge(finished.path, "model.pth")
+
+
+def test_a_damaged_adapter_is_reported_with_its_tensor(finished, tmp_path):
+    shutil.copytree(finished.path, tmp_path / "run")
+    path = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(
+        ValueError, match=r"run: adapter/adapter_model.safetensors: damaged: altered after it was writt"
+    ):
+        load_run(tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
+    run.update("finished", files={})
+    with pytest.raises(AdapterFileError, match=r"is damaged: cut off at .*'base_model.model.* is incomplete"):
+        load_run(run)
+
+
+def test_a_damaged_file_gets_the_same_advice_from_every_command(finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished.path, folder)
+    path = folder / "adapter" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    for command in (load_run, inspect_summary):
+        with pytest.raises(ValueError, match=r"damaged: .*; copy it again, or train again with `--overwrite`"):
+            command(folder)
+    for content in ("{", '{"status": "finished"}', '{"status": "done"}', "[]"):
+        (folder / "run.json").write_text(content)
+        for command in (load_run, inspect_summary):
+            with pytest.raises(ValueError, match=r"run.json.*; copy the file again, or train again with `--overwrite`"):
+                command(folder)
+
+
+def test_a_run_without_an_adapter_says_what_to_do(finished, tmp_path):
+    shutil.copytree(finished.path, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    missing = r"run.adapter is missing, though the run is finished; restore .*train again with `--overwrite`"
+    with pytest.raises(FileNotFoundError, match=missing):
+        load_run(tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match=missing):
+        train(TrainConfig(out=str(tmp_path / "run"), resume=True))
+    RunFolder(tmp_path / "run").update("running")
+    with pytest.raises(
+        FileNotFoundError, match=r"no adapter yet \(status running or killed\); finish the run with --resume"
+    ):
+        load_run(tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match="this is not the folder of a run"):
+        load_run(tmp_path)
+
+
+def test_a_finished_run_is_not_trained_again_by_resuming(finished, console):
+    before = (finished.path / "metrics.json").read_bytes()
+    train(TrainConfig(out=str(finished.path), resume=True), console)
+    assert (finished.path / "metrics.json").read_bytes() == before
+    assert "is finished already" in console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "name", ["run.json", "config.yaml", "metrics.json", "predictions.json", "adapter/adapter_config.json"]
+)
+def test_a_flipped_bit_in_a_file_of_a_finished_run_is_noticed(name, finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished.path, folder)
+    content = bytearray((folder / name).read_bytes())
+    position = content.index(b"e")  # of the kind that leaves JSON readable
+    content[position] ^= 4
+    (folder / name).write_bytes(content)
+    commands = {
+        "predict, evaluate and merge": lambda: load_run(folder),
+        "inspect": lambda: inspect_summary(folder),
+        "resume": lambda: train(TrainConfig(out=str(folder), resume=True)),
+    }
+    for command in commands.values():
+        with pytest.raises(ValueError, match=rf"{name}.*(altered after it was written|damaged|must be|missing)"):
+            command()
+
+
+def test_what_the_run_itself_writes_again_is_its_own(finished, tmp_path):
+    run = RunFolder(shutil.copytree(finished.path, tmp_path / "run"))
+    run.write_json("metrics.json", {**run.read_json("metrics.json"), "train_s": 1.0})
+    run.write_config(run.read_config())
+    run.check_files()
+    (run.path / "predictions.json").unlink()  # to save room: whoever needs it says so
+    run.check_files()
