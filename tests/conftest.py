@@ -1,4 +1,7 @@
-"""One thread a test process: `make test` runs two of them side by side, and more threads than cores only wait."""
+"""One thread a test process: `make test` runs two of them side by side, and more threads than cores only wait.
+
+`TEST_THREADS` sets another number (`make test-isa`).
+"""
 
 import os
 import shutil
@@ -9,7 +12,7 @@ from hypothesis import settings
 
 from .browser import Browser
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
 if not torch.cuda.is_available():
     # read when Triton is imported, which other packages do: its kernels are then run by an interpreter on the CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")

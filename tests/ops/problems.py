@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from snella.ops.backends.numba import backend as numba_backend
 from snella.ops.functional import adapted_product
@@ -119,19 +120,70 @@ def solve(
     return {"y": y.detach(), **dict(zip(wanted, grads, strict=True))}
 
 
-def losses(found: Sequence[dict[str, Tensor]], exact: Sequence[dict[str, Tensor]]) -> dict[str, float]:
-    """What is lost of `y` and of each gradient: root mean square over the draws of the largest error of each.
+def errors(found: Sequence[dict[str, Tensor]], exact: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The largest error of `y` and of each gradient in each draw, `[draws]`.
 
     A fraction of the largest exact value of all draws. The kernel's scalars are judged by the worst of them in
     `assert_law`: their gradients are sums of one matrix that cancel down to a single number.
     """
-    found_losses = {}
+    largest = {}
     for name in exact[0]:
         scale = max(solution[name].abs().max().item() if solution[name].numel() else 0.0 for solution in exact) or 1.0
-        errors = [(mine[name].double() - true[name]).abs() for mine, true in zip(found, exact, strict=True)]
-        largest = [error.max().item() / scale if error.numel() else 0.0 for error in errors]
-        found_losses[name] = math.sqrt(sum(error * error for error in largest) / len(largest))
-    return found_losses
+        differences = [(mine[name].double() - true[name]).abs() for mine, true in zip(found, exact, strict=True)]
+        largest[name] = torch.tensor([each.max().item() / scale if each.numel() else 0.0 for each in differences])
+    return largest
+
+
+def losses(found: Sequence[dict[str, Tensor]], exact: Sequence[dict[str, Tensor]]) -> dict[str, float]:
+    """What is lost of `y` and of each gradient: root mean square of the errors over the draws."""
+    return {name: error.square().mean().sqrt().item() for name, error in errors(found, exact).items()}
+
+
+class Roundings(TorchDispatchMode):
+    """Multiplies each result of the arithmetic within by `1 + unit·ξ`, ξ drawn from [-1, 1].
+
+    Selections and copies stay exact, so that an entry at its threshold stays there.
+    """
+
+    ARITHMETIC = (
+        *("add", "sub", "rsub", "mul", "div", "sum", "mean", "pow", "sqrt", "exp", "sigmoid", "sigmoid_backward"),
+        *("mv", "mm", "bmm", "addmm", "baddbmm", "convolution", "convolution_backward"),
+        *("_softmax", "_softmax_backward_data", "_cdist_forward", "_cdist_backward"),
+    )
+
+    def __init__(self, unit: float, generator: torch.Generator) -> None:
+        super().__init__()
+        self.unit, self.generator = unit, generator
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        results = op(*args, **(kwargs or {}))
+        if op.overloadpacket.__name__ not in self.ARITHMETIC or op._schema.is_mutable:
+            return results
+        return tree_map_only(Tensor, self.round, results)
+
+    def round(self, result: Tensor) -> Tensor:
+        noise = 2 * torch.rand(result.shape, generator=self.generator, dtype=torch.float64) - 1
+        return result * (1 + self.unit * noise.to(result.device))
+
+
+def simulated_losses(
+    problems: Sequence[Problem], exact: Sequence[dict[str, Tensor]], needed: Sequence[str] | None = None
+) -> dict[str, float]:
+    """What is lost where the reference, in float64, rounds every operation as float32 may: the worst of many times.
+
+    Up to one unit in the last place, at random, since a softmax, a distance or a product rounds more than once. Holds
+    the condition of every sum and of all that cancels; the same on every machine, and never 0 by luck, as the loss of a
+    reference with few terms may be.
+    """
+    generator = torch.Generator().manual_seed(0)
+    wide = [problem.cast(Tensor.double) for problem in problems]
+    worst = {name: torch.zeros(len(problems)) for name in exact[0]}
+    for _ in range(DRAWS):
+        with Roundings(torch.finfo(torch.float32).eps, generator):
+            rounded = [solve(problem, "reference", needed=needed) for problem in wide]
+        for name, error in errors(rounded, exact).items():
+            worst[name] = torch.maximum(worst[name], error)
+    return {name: error.square().mean().sqrt().item() for name, error in worst.items()}
 
 
 def assert_law(
@@ -144,9 +196,10 @@ def assert_law(
 ) -> None:
     """An implementation loses at most twice what the reference itself loses, plus one rounding: output and gradients.
 
-    Holds for `impls`, by default `eager`, and `numba` where it can compute the problem, each with ΔW rebuilt and kept.
-    They and the reference are compared with the reference in float64; `within` surrounds all but that one; `needed` are
-    the tensors whose gradients are asked for, default all.
+    Where that is not so, the reference may have been lucky: it then counts as losing what `simulated_losses` says, if
+    that is more. Holds for `impls`, by default `eager`, and `numba` where it can compute the problem, each with ΔW
+    rebuilt and kept. They and the reference are compared with the reference in float64; `within` surrounds all but that
+    one; `needed` are the tensors whose gradients are asked for, default all.
     """
     exact = [solve(problem.cast(Tensor.double), "reference", needed=needed) for problem in problems]
     with within():
@@ -158,15 +211,38 @@ def assert_law(
             for impl in impls or handwritten(problems[0])
             for keep_delta in keep
         }
-    reference_losses = losses(plain, exact)
-    worst_scalar = max((reference_losses.get(name, 0.0) for name in SCALAR_NAMES), default=0.0)
-    for case, solutions in found.items():
-        for name, loss in losses(solutions, exact).items():
+    for solutions in found.values():
+        for name, true in exact[0].items():
             assert solutions[0][name].dtype == plain[0][name].dtype, name
-            assert solutions[0][name].shape == exact[0][name].shape, name
-            reference_loss = worst_scalar if name in SCALAR_NAMES else reference_losses[name]
-            rounding = torch.finfo(solutions[0][name].dtype).eps / 2
-            assert loss <= 2 * reference_loss + rounding, (case, name, loss, reference_loss)
+            assert solutions[0][name].shape == true.shape, name
+    roundings = {name: torch.finfo(value.dtype).eps / 2 for name, value in plain[0].items()}
+    reference_losses = losses(plain, exact)
+    found_losses = {case: losses(solutions, exact) for case, solutions in found.items()}
+    excess = excess_of(found_losses, reference_losses, roundings)
+    if excess:
+        # proportional to the rounding, which is finer in float64
+        finer = {name: min(1.0, 2 * rounding / torch.finfo(torch.float32).eps) for name, rounding in roundings.items()}
+        for name, loss in simulated_losses(problems, exact, needed).items():
+            reference_losses[name] = max(reference_losses[name], finer[name] * loss)
+        excess = excess_of(found_losses, reference_losses, roundings)
+    assert not excess, excess
+
+
+def excess_of(
+    found_losses: dict[str, dict[str, float]], reference_losses: dict[str, float], roundings: dict[str, float]
+) -> list[tuple[str, str, float, float]]:
+    """Case, name, loss and limit of everything that loses more than the law allows."""
+    worst_scalar = max((reference_losses.get(name, 0.0) for name in SCALAR_NAMES), default=0.0)
+    limits = {
+        name: 2 * (worst_scalar if name in SCALAR_NAMES else loss) + roundings[name]
+        for name, loss in reference_losses.items()
+    }
+    return [
+        (case, name, loss, limits[name])
+        for case, of_case in found_losses.items()
+        for name, loss in of_case.items()
+        if not loss <= limits[name]
+    ]
 
 
 def handwritten(problem: Problem) -> list[str]:

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from snella.ops import adapted_linear, adapted_product, effective_weight
-from snella.ops.kernels import KERNELS, KernelScalars
+from snella.ops.kernels import KERNELS, KernelScalars, MixK
 from snella.ops.spec import LinearProduct
 
 from .formulas import merge_by_hand, sparsify_by_hand
-from .problems import Problem, assert_law, draws, make_problem, solve
+from .problems import Problem, assert_law, draws, losses, make_problem, simulated_losses, solve
 
 DTYPES = [
     pytest.param({"dtype": torch.float32}, id="float32"),
@@ -70,6 +70,28 @@ def test_eager_keeps_the_law_for_every_batch_shape(batch, dtypes):
     problems = draws(batch=batch, **dtypes)
     assert_law(problems)
     assert solve(problems[0], "eager")["y"].shape == (*batch, 7)
+
+
+@pytest.mark.parametrize("name", ["A", "piece_coeff", "temperature"])
+def test_the_law_refuses_a_gradient_that_is_off_by_two_hundred_roundings(name, monkeypatch):
+    original = MixK.vjp
+
+    def off(*args):
+        found = original(*args)
+        return found._replace(**{name: getattr(found, name) * (1 + 100 * torch.finfo(torch.float32).eps)})
+
+    monkeypatch.setattr(MixK, "vjp", off)
+    with pytest.raises(AssertionError, match=rf"\[\('eager, rebuilt', '{name}', "):
+        assert_law(draws(rows=(9, 7, 5), n=11, budgets=(0, 30, 55)), impls=["eager"])
+
+
+def test_a_reference_with_too_few_terms_to_lose_anything_is_not_taken_for_exact():
+    problems = draws("normalized_rbf", m=1, n=1, budget=1)  # the softmax of one entry is 1: no gradient passes it
+    exact = [solve(problem.cast(Tensor.double), "reference") for problem in problems]
+    plain = losses([solve(problem, "reference") for problem in problems], exact)
+    simulated = simulated_losses(problems, exact)
+    assert plain["A"] == 0
+    assert torch.finfo(torch.float32).eps / 2 < simulated["A"] < 100 * torch.finfo(torch.float32).eps
 
 
 def test_an_empty_batch_gives_gradients_of_zero():

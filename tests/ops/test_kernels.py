@@ -161,13 +161,12 @@ def test_autocast_does_not_reach_the_merge(name):
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_strided_factors_merge_to_the_same_bits(name):
-    A, B, scalars = make_factors(5, 3, 4, dtype=torch.float32)
-    strided = torch.zeros(3, 8)[:, ::2].copy_(A), torch.zeros(4, 5).T.copy_(B)
+def test_strided_factors_merge_to_the_same_matrix(name):
+    A, B, scalars = make_factors(5, 3, 4)
+    strided = torch.zeros(3, 8).double()[:, ::2].copy_(A), torch.zeros(4, 5).double().T.copy_(B)
     assert not any(factor.is_contiguous() for factor in strided)
-    assert torch.equal(
-        merge_factors(*strided, name, **scalars._asdict()), merge_factors(A, B, name, **scalars._asdict())
-    )
+    merged, expected = (merge_factors(*factors, name, **scalars._asdict()) for factors in (strided, (A, B)))
+    torch.testing.assert_close(merged, expected, rtol=1e-13, atol=1e-14)  # a product's kernel may depend on the layout
 
 
 def test_an_unknown_kernel_is_named_with_the_choices():

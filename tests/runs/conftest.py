@@ -2,7 +2,6 @@ import io
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from rich.console import Console
 
@@ -20,14 +19,6 @@ def write_photos(root, counts, side=32, contrast=22):
             pixels[..., channel] += contrast
             Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{index:03}.png")
     return root
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -84,7 +75,6 @@ def console():
 @pytest.fixture(scope="session")
 def finished(photos, tiny_run, tmp_path_factory):
     """One finished run for all tests that only read it."""
-    torch.set_num_threads(1)
     out = str(tmp_path_factory.mktemp("finished") / "run")
     config = TrainConfig(**{**tiny_run, "method_options": {}}, data=f"folder:{photos}", out=out)
     output = io.StringIO()

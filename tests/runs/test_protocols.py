@@ -43,7 +43,6 @@ def words(camelyon):
 @pytest.fixture(scope="module")
 def runs(words, tmp_path_factory):
     """One finished run a protocol."""
-    torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("protocols")
     for name in PROTOCOLS:
         assert main([*words, "--protocol", name, "--out", str(root / name)]) == 0

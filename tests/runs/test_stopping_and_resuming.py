@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("no_report")
 KILLED = """
 import os, signal, sys
 import yaml, torch
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
 from snella.runs import TrainConfig, train
 from snella.runs import checkpoints, trainer
 where, step, path = sys.argv[1], int(sys.argv[2]), sys.argv[3]
@@ -70,7 +70,6 @@ def same(one, two):
 @pytest.fixture(scope="module")
 def uninterrupted(photos, tiny_run, tmp_path_factory):
     """What the run of `settings()` ends with when nothing happens."""
-    torch.set_num_threads(1)
     values = {"data": f"folder:{photos}", "out": str(tmp_path_factory.mktemp("uninterrupted") / "run")}
     config = TrainConfig(**tiny_run, **values)
     run = train(config, Console(file=io.StringIO()))
