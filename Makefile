@@ -1,19 +1,30 @@
 # `make` prints the verbs. Everything installs into .venv; nothing else on the machine is touched, except that
-# `make packages` (called by demo and test where it can) asks Debian's package manager for real test data and a browser.
+# the test verbs, run as root on Debian, ask its package manager for real test data and a browser (`make packages`, 266 MB).
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PACKAGES := dataset-fashion-mnist tuxpaint-stamps-default mricron-data chromium
 # those that need bitsandbytes or torchao; without them they are skipped
-QUANTIZED_TESTS := tests/tuner/test_quantized.py tests/generation/test_personalising.py
+QUANTIZED_TESTS := tests/tuner/test_quantized.py tests/recipes/dreambooth/test_personalising.py
 RAY_TESTS := tests/comparison/test_processes.py -k ray
+# what promises equal bits, or sums in an order of its own
+ISA_TESTS := tests/ops tests/tuner tests/runs/test_stopping_and_resuming.py
+# other x86-64 machines, as far as libraries can be told to be on one
+AVX2 := ATEN_CPU_CAPABILITY=avx2 NUMBA_CPU_NAME=haswell MKL_CBWR=AVX2 ONEDNN_MAX_CPU_ISA=AVX2
+OLDEST := ATEN_CPU_CAPABILITY=default NUMBA_CPU_NAME=generic MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41
+PYTEST := $(BIN)/python -m pytest -n 2
+FAST := -m 'not slow and not gpu'
+# `stage NAME COMMAND` runs whether or not those before it passed; `finish` names the ones that failed, and fails if any did
+STAGES = failed=; \
+  stage() { name=$$1; shift; echo "=== $$name"; env "$$@" || failed="$$failed [$$name]"; }; \
+  finish() { echo; if [ -z "$$failed" ]; then echo "=== all stages passed"; else echo "=== failed:$$failed"; return 1; fi; }
 
 .DEFAULT_GOAL := help
-.PHONY: help install packages demo compare test test-slow bench lint format types clean
+.PHONY: help install packages demo compare test test-oldest test-isa test-slow bench lint format types clean
 
 help: ## print the verbs
-	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## create .venv and install the project with everything it needs
 
@@ -46,10 +57,27 @@ demo: install ## fine-tune a real pre-trained ViT on real photographs; writes ru
 compare: install ## compare four methods on two real tasks; writes runs/coffee/
 	$(BIN)/snella compare --experiment coffee --out runs/coffee --workers 2
 
-test: $(VENV)/.installed-for-tests packages lint types ## lint, types and tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not slow and not gpu'
-	PYTHONPATH=$(VENV)/quantized OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(QUANTIZED_TESTS)
-	PYTHONPATH=$(VENV)/ray OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(RAY_TESTS)
+test: $(VENV)/.installed-for-tests packages ## style, types and tests, each also where another one fails
+	@$(STAGES); \
+	stage style $(MAKE) --no-print-directory lint; \
+	stage types $(MAKE) --no-print-directory types; \
+	stage tests OMP_NUM_THREADS=1 $(PYTEST) $(FAST); \
+	stage quantized PYTHONPATH=$(VENV)/quantized OMP_NUM_THREADS=1 $(PYTEST) $(QUANTIZED_TESTS); \
+	stage ray PYTHONPATH=$(VENV)/ray OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(RAY_TESTS); \
+	finish
+
+test-oldest: $(VENV)/.installed-for-tests ## the ops' tests as on the oldest x86-64 processor
+	$(OLDEST) OMP_NUM_THREADS=1 $(PYTEST) $(FAST) tests/ops
+
+test-isa: $(VENV)/.installed-for-tests ## ops, tuner and resuming with three instruction sets, on one thread and on two (x86-64)
+	@$(STAGES); \
+	for threads in 1 2; do \
+	  count="TEST_THREADS=$$threads OMP_NUM_THREADS=$$threads"; \
+	  stage "this machine's own, threads: $$threads" $$count $(PYTEST) $(FAST) $(ISA_TESTS); \
+	  stage "AVX2, threads: $$threads" $(AVX2) $$count $(PYTEST) $(FAST) $(ISA_TESTS); \
+	  stage "oldest, threads: $$threads" $(OLDEST) $$count $(PYTEST) $(FAST) $(ISA_TESTS); \
+	done; \
+	finish
 
 test-slow: $(VENV)/.installed-for-tests packages ## all tests, the slow ones too
 	HYPOTHESIS_PROFILE=new OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not gpu'
