@@ -27,6 +27,7 @@ STARTS_ELSEWHERE = {
     "ssf",
     "fourierft",
     "snella",
+    "snella-matched",
     "snell",
     "klora",
     "fixed-mask",

@@ -23,6 +23,10 @@ from snella import SnellaConfig
         ({"kernel": 7}, r"kernel must be one of \[.*\], got 7$"),
         ({"sparsify_mode": "hard"}, r"sparsify_mode must be one of \['soft', 'official', 'none'\], got 'hard'"),
         ({"allocation": "unifrom"}, r"allocation must be one of .* got 'unifrom'; did you mean 'uniform'\?"),
+        (
+            {"match_update": True, "kernel": "rbf"},
+            r"match_update=True needs a kernel of .* got kernel='rbf'",
+        ),
         ({"schedule_end": 0.0}, r"schedule_end must be in \(0, 1\], got 0.0; 1 shrinks the budget to the end"),
         ({"schedule_end": 1.5}, r"schedule_end must be in \(0, 1\], got 1.5"),
         ({"schedule": "cube"}, r"schedule must be one of .* got 'cube'; did you mean 'cubic'\?"),

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import math
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
 from snella import create_snella_optimizer
+from snella.tuner.matrices import adapted_matrices
+from snella.tuner.optimizer import StepMatcher
 
 
 def groups_of(model, **settings):
@@ -79,3 +84,126 @@ def test_a_model_with_nothing_to_train_is_refused(mlp):
     base = mlp.base().requires_grad_(False)
     with pytest.raises(ValueError, match="MLP has no trainable parameter; wrap it with get_peft_model"):
         create_snella_optimizer(base, lr=0.1)
+
+
+def take_step(model, optimizer):
+    """One step on a batch of ones."""
+    optimizer.zero_grad()
+    model(torch.ones(4, 10)).square().sum().backward()
+    optimizer.step()
+
+
+def relative_changes(model, before):
+    """rms(change of scaling·S)/rms(W0) of every matrix."""
+    changes = []
+    for matrix, old in zip(adapted_matrices(model), before, strict=True):
+        layer = matrix.layer
+        weight = layer.get_base_layer().weight[layer.matrix_rows("default")[matrix.group]]
+        changed = layer.scaling["default"] * (matrix.sparse_update() - old)
+        changes.append(float((changed.square().mean() / weight.square().mean()).sqrt()))
+    return changes
+
+
+@pytest.mark.parametrize("scaling", [1.0, 30.0])
+@pytest.mark.parametrize("size", [0.1, 10.0])
+def test_matched_steps_change_the_update_in_proportion_to_the_weight_whatever_its_size_and_scaling(vit, scaling, size):
+    torch.manual_seed(0)
+    model = vit.adapted(scaling=scaling, match_update=True, target_sparsity=0.0)
+    with torch.no_grad():
+        for matrix in adapted_matrices(model):
+            if matrix.group == 0:
+                matrix.layer.get_base_layer().weight.mul_(size)
+    optimizer = create_snella_optimizer(model, lr=1e-3, scalar_lr=0.0)
+    for _ in range(4):
+        before = [matrix.sparse_update() for matrix in adapted_matrices(model)]
+        model(torch.randn(2, 3, 32, 32)).square().sum().backward()
+        optimizer.step()
+        assert all(0.2e-3 < change < 3e-3 for change in relative_changes(model, before))
+
+
+def test_without_matching_the_change_follows_scaling_and_the_size_of_the_weights(vit):
+    torch.manual_seed(0)
+    changes = []
+    for scaling in (1.0, 30.0):
+        model = vit.adapted(scaling=scaling, target_sparsity=0.0)
+        optimizer = create_snella_optimizer(model, lr=1e-3, scalar_lr=0.0)
+        before = [matrix.sparse_update() for matrix in adapted_matrices(model)]
+        model(torch.ones(2, 3, 32, 32)).square().sum().backward()
+        optimizer.step()
+        changes.append(sum(relative_changes(model, before)))
+    assert changes[1] > 10 * changes[0]
+
+
+def test_the_factor_on_a_step_is_the_formula(mlp):
+    model = mlp.adapted(scaling=3.0, target_sparsity=0.0, init_weights=False)
+    matrix = adapted_matrices(model)[0]
+    layer, (A, B) = matrix.layer, (part.detach().clone() for part in matrix.factors)
+    slope = 2 * matrix.sparse_update().abs().mean().sqrt()
+    change = 0.02 * layer.get_base_layer().weight.square().mean().sqrt() / 3.0
+    delta = 2 * change / (slope + (slope**2 + 4 * change).sqrt())
+    scale = delta / (0.02 * 0.1 * math.sqrt(layer.snella_config["default"].r))
+    plain = copy.deepcopy(model)
+    steps = []
+    for one, matched in ((model, True), (plain, False)):
+        optimizer = create_snella_optimizer(one, torch.optim.SGD, lr=0.02, match_update=matched)
+        take_step(one, optimizer)
+        steps.append([part.detach() - old for part, old in zip(adapted_matrices(one)[0].factors, (A, B), strict=True)])
+    for matched, unmatched in zip(*steps, strict=True):
+        assert unmatched.abs().max() > 0
+        torch.testing.assert_close(matched, float(scale) * unmatched, rtol=1e-4, atol=1e-7)
+
+
+def test_a_resumed_optimizer_takes_the_same_matched_steps(mlp):
+    torch.manual_seed(0)
+    model = mlp.adapted(match_update=True)
+    optimizer = create_snella_optimizer(model, lr=0.01)
+    for _ in range(3):
+        take_step(model, optimizer)
+    resumed = copy.deepcopy(model)
+    restored = create_snella_optimizer(resumed, lr=0.01)
+    restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for one, its in ((model, optimizer), (resumed, restored)):
+        for _ in range(4):
+            take_step(one, its)
+    for value, other in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(value, other)
+
+
+def test_state_of_other_layers_is_refused(mlp):
+    matcher = StepMatcher(mlp.adapted())
+    optimizer = create_snella_optimizer(mlp.adapted(), lr=0.1)
+    optimizer.param_groups[0]["snella_step_matcher"] = {"step": 5, "slopes": [[1.0], [1.0], [1.0]]}
+    with pytest.raises(ValueError, match="state must be of 2 adapted layers, got 3"):
+        matcher._load_from(optimizer)
+
+
+def test_the_config_decides_whether_steps_are_matched(mlp):
+    def hooks(optimizer):
+        return len(optimizer._optimizer_step_post_hooks)
+
+    plain = hooks(create_snella_optimizer(mlp.adapted(), lr=0.1))
+    assert hooks(create_snella_optimizer(mlp.adapted(preset="matched"), lr=0.1)) == plain + 1
+    assert hooks(create_snella_optimizer(mlp.adapted(), lr=0.1, match_update=True)) == plain + 1
+    assert hooks(create_snella_optimizer(mlp.adapted(preset="matched"), lr=0.1, match_update=False)) == plain
+
+
+def test_matching_is_refused_for_kernels_that_are_no_piecewise_distances(mlp):
+    with pytest.raises(ValueError, match=r"match_update needs a kernel of \['mix_k', 'p_linear'\], got 'rbf'"):
+        create_snella_optimizer(mlp.adapted(kernel="rbf"), lr=0.1, match_update=True)
+    with pytest.raises(ValueError, match="match_update needs a model whose SNELLA factors are trained, got MLP"):
+        StepMatcher(mlp.base())
+    with pytest.raises(ValueError, match="interval must be at least 1, got 0"):
+        StepMatcher(mlp.adapted(), interval=0)
+
+
+def test_a_matrix_without_budget_and_a_rate_of_zero_move_nothing(mlp):
+    model = mlp.adapted(match_update=True)
+    layer = adapted_matrices(model)[0].layer
+    layer.set_budget("default", [0])
+    optimizer = create_snella_optimizer(model, lr=0.0, scalar_lr=0.0)
+    before = [p.detach().clone() for p in model.parameters()]
+    take_step(model, optimizer)
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+    optimizer.param_groups[0]["lr"] = 0.01
+    take_step(model, optimizer)
+    assert all(torch.isfinite(p).all() for p in model.parameters())

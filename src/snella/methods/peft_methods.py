@@ -121,6 +121,11 @@ def _snella_config(head: str, options: Options) -> PeftConfig:
     return SnellaConfig(modules_to_save=[head], **options)
 
 
+def _matched_config(head: str, options: Options) -> PeftConfig:
+    """SNELLA with the preset whose steps are matched to the weights."""
+    return _snella_config(head, {"preset": "matched", **options})
+
+
 def _snell_config(head: str, options: Options) -> PeftConfig:
     """SNELL: the kernel p_linear, and the same sparsity in every matrix."""
     return _snella_config(head, {"kernel": "p_linear", "allocation": "uniform", **options})
@@ -143,6 +148,17 @@ SNELLA = peft_method(
     W = W0 + scaling · S    S[i, j] = ΔW[i, j] · max(|ΔW[i, j]| − t, 0)    ΔW[i, j] = κ(A[j], B[i])
 
 with κ = Mix-K and `t` such that as many entries survive as the matrix's budget allows; see docs/method.md.
+"""
+
+SNELLA_MATCHED = peft_method(
+    "SNELLA with steps matched to the size of the weights",
+    "SNELLA, Shen et al., arXiv 2510.24037; matched steps are this package's",
+    _matched_config,
+    _SNELL_OPTIONS,
+    suffix="r",
+)
+"""As SNELLA, but one step of the factors changes `scaling·S` by about the learning rate times the size of `W0`, and the
+budget reaches its target after 0.7 of the training; `preset="matched"` of `SnellaConfig`, see docs/method.md.
 """
 
 SNELL = peft_method(

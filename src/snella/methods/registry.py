@@ -16,7 +16,7 @@ from snella.methods.method import Batches, Method, MethodSpec, Options
 from snella.methods.model_parts import find_head
 from snella.methods.noah import NOAH
 from snella.methods.partial import BIAS, FULL, LINEAR, MLP, PARTIAL
-from snella.methods.peft_methods import DORA, KLORA, LORA, SNELL, SNELLA, catalogue
+from snella.methods.peft_methods import DORA, KLORA, LORA, SNELL, SNELLA, SNELLA_MATCHED, catalogue
 from snella.methods.prompts import VPT_DEEP, VPT_SHALLOW, VQT
 from snella.methods.spt import SPT_ADAPTER, SPT_LORA
 from snella.methods.ssf import SSF
@@ -41,6 +41,7 @@ METHODS: dict[str, Method] = {
     "dora": DORA,
     "adalora": ADALORA,
     "snella": SNELLA,
+    "snella-matched": SNELLA_MATCHED,
     "snell": SNELL,
     "klora": KLORA,
     # chosen by gradients of the training data before training

@@ -21,6 +21,15 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
         "target_sparsity": 0.7,
         "scaling": 10.0,
     },
+    "snella-matched": {
+        "lr": 5e-3,
+        "scalar_lr": 1e-4,
+        "head_lr": 1e-3,
+        "weight_decay": 0.0,
+        "r": 8,
+        "target_sparsity": 0.7,
+        "scaling": 10.0,
+    },
     "snell": {
         "lr": 5e-3,
         "scalar_lr": 1e-4,

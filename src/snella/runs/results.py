@@ -64,7 +64,7 @@ def kept_text(matrices: Sequence[AdaptedMatrix]) -> str:
 
 def matrices_of(model: nn.Module) -> list[AdaptedMatrix]:
     """The sparse matrices of a model; none for methods without budgets."""
-    is_sparse = isinstance(model, PeftModel) and spec_of(model).family in ("snella", "snell")
+    is_sparse = isinstance(model, PeftModel) and spec_of(model).family in ("snella", "snella-matched", "snell")
     return adapted_matrices(model) if is_sparse else []
 
 

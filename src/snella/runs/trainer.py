@@ -105,7 +105,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     """
     lr, weight_decay = config.lr or 0.0, config.weight_decay or 0.0
     head_lr = lr if config.head_lr is None else config.head_lr
-    if spec_of(model).family in ("snella", "snell", "klora", "fixed-mask"):
+    if spec_of(model).family in ("snella", "snella-matched", "snell", "klora", "fixed-mask"):
         scalars = {} if config.scalar_lr is None else {"scalar_lr": config.scalar_lr}
         return create_snella_optimizer(
             model, torch.optim.AdamW, lr=lr, head_lr=head_lr, weight_decay=weight_decay, **scalars
@@ -462,7 +462,7 @@ class SnellaTrainer(CheckpointingTrainer):
         """Whether epochs with the target budget are still to come, of which the best is to be kept."""
         callback = self.allocation_callback
         allocator = None if callback is None else callback.allocator
-        return allocator is not None and allocator.config.schedule_end < 1 and not allocator.has_reached_target
+        return allocator is not None and (allocator.config.schedule_end or 1.0) < 1 and not allocator.has_reached_target
 
     def _not_finite(self, what: str, value: float) -> NonFiniteLossError:
         """The error that says where, what is left, and what to try."""

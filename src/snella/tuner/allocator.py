@@ -26,8 +26,8 @@ class BudgetAllocator:
     """The layer-level competition of SNELLA (section 3.3, Algorithm 1 of arXiv 2510.24037).
 
     Every optimiser step updates the importance of every matrix; every epoch, or every N steps (`realloc_every`), the
-    global budget follows the schedule and is shared out anew. After the last epoch (after the fraction `schedule_end`
-    of the training, rounded up to an allocation) it is exactly `b_T = (1 − target_sparsity)·(all adapted weights)`.
+    global budget follows the schedule and is shared out anew. After the last epoch, or from the fraction `schedule_end`
+    of the training on, it is exactly `b_T = (1 − target_sparsity)·(all adapted weights)`.
 
     Usually one call suffices, in any training loop:
 
@@ -130,9 +130,9 @@ class BudgetAllocator:
         """`(t, T)` of the schedule after `step` steps: in epochs where it is due every epoch, else in steps."""
         is_over = step >= self.total_steps
         if self.config.realloc_every == "epoch":
-            total = math.ceil(self.config.schedule_end * self.total_epochs)
+            total = math.ceil((self.config.schedule_end or 1.0) * self.total_epochs)
             return total if is_over else step // self.steps_per_epoch, total
-        return step, math.ceil(self.config.schedule_end * self.total_steps)
+        return step, math.ceil((self.config.schedule_end or 1.0) * self.total_steps)
 
     # in a training loop --------------------------------------------------------------------------------------------
 

@@ -15,24 +15,31 @@ from snella.ops.sparsify import SparsifyMode
 from snella.tuner.schedule import Schedule
 from snella.tuner.watch import TrainingWatch
 
-Preset = Literal["paper", "official"]
+Preset = Literal["paper", "official", "matched"]
 Allocation = Literal["competition", "uniform"]
 ImportanceMetric = Literal["sensitivity", "magnitude", "delta_magnitude"]
+
+MATCHED_KERNELS = ("mix_k", "p_linear")
+"""Kernels whose steps `match_update` knows how to scale: sums of piecewise distances."""
 
 _NO_UPDATE = "0.9 keeps a tenth of the update; to train nothing, remove the adapter (snella train --method linear)"
 
 # what a preset decides where the user leaves a field at None
+_PAPER: dict[str, Any] = {
+    "sparsify_mode": "soft",
+    "learn_piece_coeff": True,
+    "learn_temperature": False,
+    "update_dropout": 0.0,
+    "update_drop_path": 0.0,
+    "dropout_exclude": [],
+    "train_tokens": [],
+    "zero_start": False,
+    "match_update": False,
+    "schedule_end": 1.0,
+}
 _PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {
-        "sparsify_mode": "soft",
-        "learn_piece_coeff": True,
-        "learn_temperature": False,
-        "update_dropout": 0.0,
-        "update_drop_path": 0.0,
-        "dropout_exclude": [],
-        "train_tokens": [],
-        "zero_start": False,
-    },
+    "paper": _PAPER,
+    "matched": {**_PAPER, "match_update": True, "schedule_end": 0.7},
     "official": {
         "sparsify_mode": "official",
         "learn_piece_coeff": False,
@@ -43,6 +50,8 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "dropout_exclude": ["proj", "out_proj", "o_proj", "to_out.0", "attn.c_proj", "attention.output.dense"],
         "train_tokens": ["cls_token"],
         "zero_start": True,
+        "match_update": False,
+        "schedule_end": 1.0,
     },
 }
 
@@ -73,8 +82,9 @@ class SnellaConfig(PeftConfig):
         update_dropout: Dropout on the input of the update alone; takes two products instead of one.
         update_drop_path: Chance that a sample skips the update; takes two products instead of one.
         dropout_exclude: Suffixes of modules whose update sees no `update_dropout`.
-        preset: `"paper"`, or `"official"` for what the authors' released code does; it decides the fields left at
-            `None`.
+        preset: `"paper"`; `"official"` for what the authors' released code does; or `"matched"`, the paper's update
+            with steps that depend less on the learning rate (`match_update=True, schedule_end=0.7`). It decides the
+            fields left at `None`.
         sparsify_mode: `"soft"` (eq. 13), `"official"`, or `"none"`: the update is the merged matrix itself, which is
             kernelised LoRA; needs `target_sparsity=0`.
         learn_piece_coeff: Whether the coefficients `α_p` are learned.
@@ -83,6 +93,8 @@ class SnellaConfig(PeftConfig):
             in the authors' code, instead of at the first value and before it.
         allocation: `"competition"` shares the budget out by importance, `"uniform"` by size (SNELL).
         schedule: How the budget shrinks: `cubic`, `quadratic`, `linear` or `constant`.
+        match_update: Whether `create_snella_optimizer` scales the factors' steps so that each changes the update in
+            proportion to the weight it is added to (see `StepMatcher`); for the kernels `mix_k` and `p_linear`.
         schedule_end: Fraction of the training after which the budget has reached its target, in `(0, 1]`; 1 is the
             paper. Below 1, the steps that are left train the sparsity that was asked for.
         importance: `sensitivity` (eq. 11), `magnitude` of the factors or `delta_magnitude` of the update.
@@ -125,14 +137,15 @@ class SnellaConfig(PeftConfig):
     update_dropout: float | None = field(default=None, metadata={"help": "dropout on the update's input"})
     update_drop_path: float | None = field(default=None, metadata={"help": "chance that a sample skips the update"})
     dropout_exclude: list[str] | None = field(default=None, metadata={"help": "modules without update_dropout"})
-    preset: str = field(default="paper", metadata={"help": "paper or official"})
+    preset: str = field(default="paper", metadata={"help": "paper, official or matched"})
     sparsify_mode: str | None = field(default=None, metadata={"help": "soft, official or none"})
     learn_piece_coeff: bool | None = field(default=None, metadata={"help": "learn the piece coefficients"})
     learn_temperature: bool | None = field(default=None, metadata={"help": "learn the softmax temperature"})
     zero_start: bool | None = field(default=None, metadata={"help": "moving averages as in the authors' code"})
     allocation: str = field(default="competition", metadata={"help": "competition or uniform"})
     schedule: str = field(default="cubic", metadata={"help": "how the budget shrinks"})
-    schedule_end: float = field(default=1.0, metadata={"help": "fraction of the training in which the budget shrinks"})
+    match_update: bool | None = field(default=None, metadata={"help": "match steps to the weights' size"})
+    schedule_end: float | None = field(default=None, metadata={"help": "when the budget reaches its target"})
     importance: str = field(default="sensitivity", metadata={"help": "importance metric of the competition"})
     realloc_every: int | str = field(default="epoch", metadata={"help": "epoch, or a number of steps"})
     beta1: float = field(default=0.85, metadata={"help": "decay of the importance"})
@@ -232,7 +245,12 @@ class SnellaConfig(PeftConfig):
                 faults.append(f"{name} must be in [0, 1), got {value}")
         if not 0 <= self.min_layer_share <= 1:
             faults.append(f"min_layer_share must be in [0, 1], got {self.min_layer_share}")
-        if not 0 < self.schedule_end <= 1:
+        if self.match_update and self.kernel not in MATCHED_KERNELS:
+            faults.append(
+                f"match_update=True needs a kernel of {list(MATCHED_KERNELS)}, got kernel={self.kernel!r}; "
+                "set match_update=False"
+            )
+        if self.schedule_end is not None and not 0 < self.schedule_end <= 1:
             faults.append(f"schedule_end must be in (0, 1], got {self.schedule_end}; 1 shrinks the budget to the end")
         if self.softmax_dim not in (0, 1):
             faults.append(f"softmax_dim must be 0 or 1, got {self.softmax_dim}")
@@ -256,8 +274,8 @@ class SnellaConfig(PeftConfig):
             for name in ("r", "num_pieces", "softmax_dim")
             if not isinstance(getattr(self, name), int)
         ]
-        numbers = ("target_sparsity", "init_sparsity", "scaling", "beta1", "beta2", "min_layer_share", "schedule_end")
-        for name in (*numbers, "update_dropout", "update_drop_path"):
+        numbers = ("target_sparsity", "init_sparsity", "scaling", "beta1", "beta2", "min_layer_share")
+        for name in (*numbers, "update_dropout", "update_drop_path", "schedule_end"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) and not (value is None and name not in numbers):
                 faults.append(f"{name} must be a number, got {value!r}")
