@@ -131,8 +131,8 @@ def test_the_options_of_snella_are_the_fields_of_its_configuration():
 
 
 def test_every_contender_has_a_name():
-    wanted = "linear bias full partial mlp vpt-shallow vpt-deep vqt adapter mosa ssf lora dora adalora snella snella-matched snell"
-    chosen = "klora gps spt-lora spt-adapter fixed-mask noah"
+    wanted = "linear bias full partial mlp vpt-shallow vpt-deep vqt adapter mosa ssf lora dora adalora snella snell"
+    chosen = "snella-matched klora gps spt-lora spt-adapter fixed-mask noah"
     catalogue = "shira supertuning fourierft randlora vera loha lokr boft hra delora ln_tuning"
     assert {*wanted.split(), *chosen.split(), *catalogue.split()} == set(method_names())
 
