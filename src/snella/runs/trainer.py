@@ -59,7 +59,7 @@ def build_low_bit_optimizer(
     """
     kind, name = _choose(wanted, device)
     if any(isinstance(module, SnellaLayer) for module in model.modules()):
-        scalars = {} if scalar_lr is None else {"scalar_lr": scalar_lr}
+        scalars: dict[str, Any] = {} if scalar_lr is None else {"scalar_lr": scalar_lr}
         return create_snella_optimizer(model, kind, lr=lr, weight_decay=weight_decay, **scalars), name
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return kind(trained, lr=lr, weight_decay=weight_decay), name  # type: ignore[call-arg]
@@ -106,7 +106,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     lr, weight_decay = config.lr or 0.0, config.weight_decay or 0.0
     head_lr = lr if config.head_lr is None else config.head_lr
     if spec_of(model).family in ("snella", "snella-matched", "snell", "klora", "fixed-mask"):
-        scalars = {} if config.scalar_lr is None else {"scalar_lr": config.scalar_lr}
+        scalars: dict[str, Any] = {} if config.scalar_lr is None else {"scalar_lr": config.scalar_lr}
         return create_snella_optimizer(
             model, torch.optim.AdamW, lr=lr, head_lr=head_lr, weight_decay=weight_decay, **scalars
         )
