@@ -6,14 +6,22 @@ Importing the package makes PEFT know the method:
     BudgetAllocator(model, total_epochs=10, steps_per_epoch=len(loader)).attach(optimizer)
 """
 
-from snella._registration import register
-from snella.tuner import (
-    BudgetAllocator,
-    SnellaCallback,
-    SnellaConfig,
-    SnellaModel,
-    create_snella_optimizer,
-)
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from snella.tuner import (
+        BudgetAllocator,
+        SnellaCallback,
+        SnellaConfig,
+        SnellaModel,
+        create_snella_optimizer,
+    )
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,4 +32,43 @@ __all__ = [
     "create_snella_optimizer",
 ]
 
-register()
+
+class _RegisterAfterImport(MetaPathFinder):
+    """Registers the tuner once PEFT is imported, so that importing this package alone does not wait for PEFT."""
+
+    _modules = ("peft", "snella.tuner")  # the latter too: it may be what imports PEFT
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """What the other finders find, followed by `_registration`."""
+        if fullname not in self._modules:
+            return None
+        others = [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
+        spec = next((found for finder in others if (found := finder.find_spec(fullname, path, target))), None)
+        if spec is not None and spec.loader is not None:
+            loader: Any = spec.loader
+            execute = loader.exec_module
+
+            def execute_and_register(module: ModuleType) -> None:
+                execute(module)
+                if fullname == "snella.tuner":
+                    importlib.import_module("snella._registration")
+                elif "snella.tuner" not in sys.modules:
+                    importlib.import_module("snella.tuner")
+
+            loader.exec_module = execute_and_register
+        return spec
+
+
+if "peft" in sys.modules:
+    importlib.import_module("snella._registration")
+else:
+    sys.meta_path.insert(0, _RegisterAfterImport())
+
+
+def __getattr__(name: str) -> Any:
+    """Import the tuner on first use of a public name."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("snella.tuner"), name)

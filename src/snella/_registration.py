@@ -24,3 +24,6 @@ def register() -> None:
     )
     for table, value in tables:
         table[PEFT_TYPE] = value
+
+
+register()

@@ -72,7 +72,7 @@ def test_help_of_train_shows_basic_options_first_and_the_method_s_defaults(capsy
             ["train", "--target-sparsty", "0.5"],
             "snella train has no option --target-sparsty; nearest: --target-sparsity",
         ),
-        (["trian"], "invalid choice: 'trian'"),
+        (["trian"], "snella has no command 'trian'; nearest: train"),
         ([], "a command is needed: train, evaluate, predict, .*, demo; see snella --help"),
         (["train", "--epochs", "many"], "--epochs must be a whole number, got many"),
         (["train", "--lr", "x"], "--lr must be a number, got x"),

@@ -2,19 +2,21 @@
 
 import io
 
+import psutil
 import pytest
 import timm
 import torch
 from rich.console import Console
 from transformers import TrainerControl, TrainerState
 
+from snella.data import load_data
 from snella.methods import build_method
 from snella.runs import TrainConfig
-from snella.runs.build import choose_device, data_config_of
+from snella.runs.build import Assembly, choose_device, data_config_of
 from snella.runs.callbacks import ProgressDisplay
 from snella.runs.checkpoints import is_write_failure
 from snella.runs.protocol import PROTOCOLS
-from snella.runs.results import best_epoch
+from snella.runs.results import announce, best_epoch, free_memory, shorter_with
 from snella.runs.sampler import EpochSampler, mix_seed
 from snella.runs.trainer import build_optimizer
 from snella.tasks import ClassificationTask
@@ -102,6 +104,64 @@ def test_without_a_terminal_there_are_lines_only_and_the_best_one_is_marked():
     assert not first.endswith("best") and second.endswith("best")
 
 
+def printed_by_steps(seconds, max_steps=100, shorten=None, **options):
+    """What is printed on no terminal by steps that take so many seconds each."""
+    output, now = io.StringIO(), [0.0]
+    console = Console(file=output, width=200)
+    display = ProgressDisplay(console, TASK, PROTOCOLS["standard"], shorten=shorten, clock=lambda: now[0], **options)
+    display.last_loss = lambda: 0.5
+    state = TrainerState(max_steps=max_steps, num_train_epochs=2)
+    display.on_train_begin(None, state, TrainerControl())
+    for span in seconds:
+        now[0] += span
+        state.global_step, state.epoch = state.global_step + 1, 0.1
+        display.on_step_end(None, state, TrainerControl())
+    return output.getvalue().replace("\N{NO-BREAK SPACE}", " ").splitlines()
+
+
+def test_the_time_that_is_left_is_told_after_the_first_steps_which_compile():
+    assert printed_by_steps([9.0, 1.0, 1.0, 1.0, 1.0]) == ["about 1 min 36 s to go: 96 steps of 1.0 s"]
+    assert printed_by_steps([9.0, 0.1, 0.1, 0.1]) == []
+
+
+def test_one_step_that_takes_long_is_told_at_once_with_what_takes_less():
+    factors = []
+    (line,) = printed_by_steps([60.0], 81, lambda much: factors.append(much) or "; less with X")
+    assert line == "about 1 h 20 min to go: 80 steps of 1 min 0 s; less with X" and factors == [16.0]
+
+
+def test_without_a_terminal_a_line_comes_every_half_minute_unless_none_is_wanted():
+    lines = printed_by_steps([10.0] * 9)
+    assert lines[1:] == [
+        "step 5/100  loss 0.5000  about 15 min 50 s to go",
+        "step 8/100  loss 0.5000  about 15 min 20 s to go",
+    ]
+    assert len(printed_by_steps([10.0] * 9, show_bar=False)) == 1
+
+
+@pytest.mark.parametrize(
+    ("side", "much", "said"), [(518, 16, "--img-size 126 takes about 6% of that"), (98, 8, "--train-size, --epochs")]
+)
+def test_what_takes_less_is_a_size_that_patches_tile(side, much, said):
+    model = timm.create_model("test_vit", img_size=112, patch_size=14)
+    assert said in shorter_with(Assembly(None, model, TASK, {}, {"input_size": [3, side, side]}))(much)
+
+
+def test_what_will_not_fit_or_take_long_is_said_before_training(monkeypatch):
+    monkeypatch.setattr("snella.runs.results.free_memory", lambda device: 2**20)
+    model = build_method("linear", timm.create_model("test_vit", num_classes=10, img_size=448))
+    parts = Assembly(load_data("digits"), model, ClassificationTask(10), {}, {"input_size": [3, 448, 448]})
+    output = io.StringIO()
+    announce(Console(file=output, width=300), config("linear"), parts)
+    text = output.getvalue()
+    assert "MiB of 1 MiB free" in text and "more memory than is free; --batch-size below 32 or a smaller" in text
+    assert "images of 448×448 px, the model's own, take a CPU about 4 times as long as 224×224 px" in text
+
+
+def test_free_memory_is_positive_and_no_more_than_the_machine_has():
+    assert 0 < free_memory(torch.device("cpu")) <= psutil.virtual_memory().total
+
+
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="device must be usable here, got 'cuda'"):
@@ -135,7 +195,7 @@ def test_of_equally_accurate_epochs_the_one_with_the_lower_loss_is_best_and_then
 def test_unknown_public_names_are_refused():
     import snella.runs
 
-    with pytest.raises(AttributeError, match=r"module 'snella\.training' has no attribute 'tarin'"):
+    with pytest.raises(AttributeError, match=r"module 'snella\.runs' has no attribute 'tarin'"):
         _ = snella.runs.tarin
     assert all(getattr(snella.runs, name) is not None for name in snella.runs.__all__)
 

@@ -1,10 +1,11 @@
 """What each command calls and prints."""
 
 import contextlib
+import importlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, astuple
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from rich.console import Group
@@ -14,7 +15,7 @@ from rich.text import Text
 
 from snella._files import write_json, write_text
 from snella.cli.bench_commands import BENCH_COMMANDS
-from snella.cli.generation_commands import GENERATION_COMMANDS, draw_generation_report
+from snella.cli.generation_commands import GENERATION_COMMANDS
 from snella.cli.language_commands import LANGUAGE_COMMANDS
 from snella.cli.options import (
     CompareOptions,
@@ -25,29 +26,49 @@ from snella.cli.options import (
     MergeOptions,
     PredictOptions,
 )
-from snella.comparison import compare
-from snella.comparison.asking import experiment_of
-from snella.data.check import BenchmarkCheck, check_benchmarks
-from snella.recipes.demo import run_demo
-from snella.report import inspect_run
-from snella.runs import RunFolder, TrainConfig
-from snella.runs.build import choose_device, task_of
+from snella.runs.config import TrainConfig
 from snella.runs.console import counted, make_console
-from snella.runs.evaluate import evaluate, refresh_report
-from snella.runs.memory import methods_compared, predict_for_methods
-from snella.runs.merge import loading_lines, merge, what_it_is
-from snella.runs.predict import output_of_run, predict_each
-from snella.runs.train import train
-from snella.tasks import ResultTable
+from snella.runs.folder import RunFolder
+
+if TYPE_CHECKING:
+    from snella.data.check import BenchmarkCheck
+    from snella.tasks import ResultTable
+
+_LIBRARIES = {
+    "train": "snella.runs.train",
+    "evaluate": "snella.runs.evaluate",
+    "predict": "snella.runs.predict",
+    "merge": "snella.runs.merge",
+    "inspect": "snella.report.inspect",
+    "data": "snella.data.check",
+    "compare": "snella.comparison.comparing",
+    "bench": "snella.benchmark",
+    "demo": "snella.recipes.demo",
+}
+
+
+def import_libraries(name: str) -> None:
+    """Import what a command works with before it begins, while Ctrl-C still ends the program at once.
+
+    Args:
+        name: Of the command.
+    """
+    if name in _LIBRARIES:
+        importlib.import_module(_LIBRARIES[name])
 
 
 def _train(settings: dict[str, Any]) -> None:
     """`snella train`."""
+    from snella.runs.train import train
+
     train(TrainConfig(**settings))
 
 
 def _evaluate(settings: dict[str, Any]) -> None:
     """`snella evaluate`."""
+    from snella.runs.build import task_of
+    from snella.runs.evaluate import evaluate
+
     options = EvaluateOptions(**settings)
     result = evaluate(
         options.run,
@@ -73,6 +94,8 @@ def _evaluate(settings: dict[str, Any]) -> None:
 
 def _predict(settings: dict[str, Any]) -> None:
     """`snella predict`."""
+    from snella.runs.predict import output_of_run, predict_each
+
     options = PredictOptions(**settings)
     output = output_of_run(options.run)
     output.check(options.out, options.top_k, overwrite=options.overwrite)
@@ -97,6 +120,8 @@ def _predict(settings: dict[str, Any]) -> None:
 
 def _merge(settings: dict[str, Any]) -> None:
     """`snella merge`."""
+    from snella.runs.merge import loading_lines, merge, what_it_is
+
     options = MergeOptions(**settings)
     path = merge(options.run, options.out, overwrite=options.overwrite)
     _record("merge", options.run, asdict(options))
@@ -110,6 +135,10 @@ def _merge(settings: dict[str, Any]) -> None:
 
 def _inspect(settings: dict[str, Any]) -> None:
     """`snella inspect`."""
+    from snella.cli.generation_commands import draw_generation_report
+    from snella.report.inspect import inspect_run
+    from snella.runs.evaluate import refresh_report
+
     options = InspectOptions(**settings)
     if options.run is None:
         make_console().print(_memory(options))
@@ -123,6 +152,8 @@ def _inspect(settings: dict[str, Any]) -> None:
 
 def _data(settings: dict[str, Any]) -> None:
     """`snella data check`."""
+    from snella.data.check import check_benchmarks
+
     options = DataOptions(**settings)
     checks = check_benchmarks(options.folder, decode=options.decode)
     console = make_console()
@@ -136,6 +167,9 @@ def _data(settings: dict[str, Any]) -> None:
 
 def _compare(settings: dict[str, Any]) -> None:
     """`snella compare`."""
+    from snella.comparison import compare
+    from snella.comparison.asking import experiment_of
+
     options = CompareOptions(**settings)
     compare(
         experiment_of(asdict(options)),
@@ -150,6 +184,8 @@ def _compare(settings: dict[str, Any]) -> None:
 
 def _demo(settings: dict[str, Any]) -> None:
     """`snella demo`."""
+    from snella.recipes.demo import run_demo
+
     options = DemoOptions(**settings)
     changes: dict[str, Any] = {"seed": options.seed} | ({} if options.epochs is None else {"epochs": options.epochs})
     run_demo(options.out, overwrite=options.overwrite, device=options.device, **changes)
@@ -163,7 +199,7 @@ def _record(name: str, run: str, options: dict[str, Any]) -> None:
         write_text(folder / f"{name}.yaml", yaml.safe_dump(options, sort_keys=False))
 
 
-def _benchmark(check: BenchmarkCheck) -> Table:
+def _benchmark(check: "BenchmarkCheck") -> Table:
     """What is there of a benchmark: a row a data set, with the numbers of images of its parts."""
     parts = list(dict.fromkeys(name for found in check.found for name in found.parts))
     table = Table(title=f"{check.title} in {check.folder}", title_justify="left")
@@ -181,6 +217,9 @@ def _benchmark(check: BenchmarkCheck) -> Table:
 
 def _memory(options: InspectOptions) -> Group:
     """The memory of one training step: a row a method."""
+    from snella.runs.build import choose_device
+    from snella.runs.memory import methods_compared, predict_for_methods
+
     chosen: dict[str, Any] = {"batch": 32, "img_size": None, "r": 8, "dtype": "fp32"}
     chosen |= {name: value for name in chosen if (value := getattr(options, name)) is not None}
     device = options.device or choose_device("auto").type
@@ -199,7 +238,7 @@ def _memory(options: InspectOptions) -> Group:
     return Group(table, Text(note))
 
 
-def _table(result: ResultTable) -> Table:
+def _table(result: "ResultTable") -> Table:
     """A task's results class by class."""
     table = Table(title=result.title, title_justify="left")
     for number, name in enumerate(result.columns):

@@ -33,6 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except (ValueError, OSError, ImportError, NotImplementedError) as fault:
         return _report(fault, is_debugging)
+    except Exception as fault:
+        status = getattr(fault, "exit_status", None)  # of an outcome, such as an interrupted training
+        if status is None:
+            raise
+        return _report(fault, False, status)
 
 
 def _run(words: list[str]) -> int:
@@ -42,18 +47,10 @@ def _run(words: list[str]) -> int:
 
     name, _, settings = parse(words)
     from snella.cli import commands
-    from snella.comparison import CellsFailedError
-    from snella.runs.session import NonFiniteLossError, TrainingInterrupted
 
+    commands.import_libraries(name)
     raise_when_interrupted()
-    try:
-        commands.COMMANDS[name](settings)
-    except TrainingInterrupted as fault:
-        return _report(fault, False, INTERRUPTED)
-    except NonFiniteLossError as fault:
-        return _report(fault, False)
-    except CellsFailedError as fault:
-        return _report(fault, False, 1)
+    commands.COMMANDS[name](settings)
     return 0
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 
 from jsonargparse import ArgumentParser, Namespace
 
+from snella import __version__
 from snella.cli.bench_commands import BenchOptions
 from snella.cli.config_file import config_faults
 from snella.cli.generation_options import EvaluateGenerationOptions, GenerateOptions
@@ -196,6 +197,7 @@ def build_parser() -> ArgumentParser:
         formatter_class=HelpFormatter,
     )
     parser.add_argument("--debug", action="store_true", help="Show the traceback of errors.")
+    parser.add_argument("--version", action="version", version=f"snella {__version__}", help="Show the version.")
     subcommands = parser.add_subcommands(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         chosen = _command_parser(command)
@@ -295,8 +297,12 @@ def _give_flags_values(command: Command, words: list[str]) -> list[str]:
 
 def _as_typed(message: str, command: str | None) -> str:
     """The parser's message in the user's own words: option, what it takes, what came."""
+    if command is None:
+        return f"a command is needed: {', '.join(COMMANDS)}; see snella --help"
     if command not in COMMANDS:
-        return message if command else f"a command is needed: {', '.join(COMMANDS)}; see snella --help"
+        near = difflib.get_close_matches(command, COMMANDS, n=2)
+        hint = f"nearest: {', '.join(near)}" if near else f"there are {', '.join(COMMANDS)}"
+        return f"snella has no command {command!r}; {hint}; see snella --help"
     hints = get_type_hints(COMMANDS[command].options)
     for name in sorted(hints, key=len, reverse=True):
         option = "--" + name.replace("_", "-")

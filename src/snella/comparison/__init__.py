@@ -25,6 +25,8 @@ __all__ = ["CellsFailedError", "Experiment", "Grid", "bundled_experiments", "com
 class CellsFailedError(RuntimeError):
     """A comparison is drawn, but lacks runs that failed."""
 
+    exit_status = 1
+
 
 def __getattr__(name: str) -> Any:
     """Import the module of a public name on first use."""

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import numpy as np
-from sklearn.model_selection import train_test_split
 
 __all__ = ["stratified_sample", "stratified_split"]
 
@@ -83,6 +82,8 @@ def _quotas(counts: np.ndarray, total: int, reserve: int) -> np.ndarray:
 
 def _take(labels: Sequence[int], quotas: np.ndarray, seed: int) -> tuple[list[int], list[int]]:
     """Draw each class's quota; positions left and positions taken."""
+    from sklearn.model_selection import train_test_split  # a second, only to split
+
     labels_array = np.asarray(labels)
     generator = np.random.RandomState(seed)
     left: list[int] = []

@@ -1,6 +1,22 @@
-"""Figures, tables and the report page of a run, from the files of its folder."""
+"""Figures, tables and the report page of a run, from the files of its folder.
 
-from snella.report.inspect import inspect_run, inspect_summary
-from snella.report.report import write_report
+The names are imported when they are first used: a prediction does not wait for matplotlib.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from snella.report.inspect import inspect_run, inspect_summary
+    from snella.report.report import write_report
+
+_HOMES = {"inspect_run": "inspect", "inspect_summary": "inspect", "write_report": "report"}
 
 __all__ = ["inspect_run", "inspect_summary", "write_report"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module of a public name on first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from matplotlib.colors import to_rgb
 from PIL import Image
 
+from snella._files import write_bytes
 from snella.records import Prediction
-from snella.report.style import COLOURS, WARM, write_whole
 
 _OPACITY = 0.45
 _TINTS = (0.0, 0.5, 0.75)
@@ -23,6 +22,10 @@ _LONGEST = 260
 
 def mask_colours(count: int) -> np.ndarray:
     """Colours of `count` labels, `[count, 3]` uint8; black for the background, the same ones every time."""
+    from matplotlib.colors import to_rgb
+
+    from snella.report.style import COLOURS, WARM  # matplotlib, which a classification does not wait for
+
     inks = np.array([to_rgb(ink) for ink in (WARM, *(colour for colour in COLOURS if colour != WARM))])
     labels = np.arange(max(count - 1, 0))
     lighter = np.array(_TINTS)[labels // len(inks) % len(_TINTS), None]  # where the inks are used up, tints of them
@@ -36,7 +39,7 @@ def write_mask(labels: np.ndarray, path: Path) -> None:
     image.putpalette(mask_colours(256).reshape(-1).tolist())
     out = io.BytesIO()
     image.save(out, "PNG", optimize=True)
-    write_whole(path, out.getvalue())
+    write_bytes(path, out.getvalue())
 
 
 def read_mask(path: Path) -> Image.Image:

@@ -2,8 +2,10 @@
 
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,20 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from snella import SnellaCallback
+from snella._text import seconds_text
 from snella.methods.adalora import RankSchedule
 from snella.runs.checkpoints import CheckpointError
 from snella.runs.protocol import RunProtocol
 from snella.tasks import Task
 
 _FILE = "ema.safetensors"
+_ESTIMATE_STEPS, _ESTIMATE_S = 4, 20.0
+"""The time that is left is told after so many steps, or as soon as so many seconds have gone."""
+_LONG_S = 300.0
+"""Of more time than this the user is told what would take less."""
+_KEPT_STEPS = 20
+_LINE_S = 30.0
+"""Seconds between two lines of progress where there is no bar."""
 
 
 class WeightAverage:
@@ -196,13 +206,18 @@ class StepCosts(TrainerCallback):
 class ProgressDisplay(TrainerCallback):
     """Progress bar with the loss and the budget, and a line with the results of each epoch.
 
+    Without a terminal, a line every half minute takes the bar's place. Of a training that will take more than a minute
+    the time that is left is told after its first steps.
+
     Args:
         console: Where to write; the bar appears only if it is a terminal.
         task: How an epoch's results read and rank.
         protocol: What chooses the best epoch.
         total_weights: Adapted weights, to give the budget as a share; None without budgets.
         allocation: The callback that owns the allocator; None without budgets.
-        show_bar: Whether a bar is wanted.
+        show_bar: Whether a bar, or lines in its place, are wanted.
+        shorten: What the training would take less time with, from how many times too long it is; None for nothing.
+        clock: Gives seconds.
     """
 
     def __init__(
@@ -213,16 +228,23 @@ class ProgressDisplay(TrainerCallback):
         total_weights: int | None = None,
         allocation: SnellaCallback | None = None,
         show_bar: bool = True,
+        shorten: Callable[[float], str] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.console = console
         self.task, self.protocol = task, protocol
         self.total_weights = total_weights
         self.allocation = allocation
         self.show_bar = show_bar and console.is_terminal
+        self.show_lines = show_bar and not console.is_terminal
+        self.shorten, self.clock = shorten, clock
         self.last_loss: Callable[[], float] = lambda: float("nan")
         self._bar: Progress | None = None
         self._task: Any = None
         self._best = (float("-inf"), float("-inf"))
+        self._step_ends: deque[float] = deque(maxlen=_KEPT_STEPS)
+        self._last_line = 0.0
+        self._has_estimated = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -230,6 +252,8 @@ class ProgressDisplay(TrainerCallback):
         """Start the bar where the run stands."""
         past = [self.protocol.rank(row, self.task.rank) for row in state.log_history if "budget" in row]
         self._best = max(past, default=self._best)
+        self._last_line = self.clock()
+        self._step_ends = deque([self._last_line], _KEPT_STEPS)
         if self.show_bar and state.is_world_process_zero:
             columns = (
                 TextColumn("{task.description}"),
@@ -243,11 +267,42 @@ class ProgressDisplay(TrainerCallback):
             self._bar.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Move the bar."""
+        """Move the bar, or write a line; once, tell how long it will take."""
+        if state.is_world_process_zero:
+            self._step_ends.append(self.clock())
+            self._write_lines(state)
         if self._bar is not None:
             epoch = f"epoch {int(min(state.epoch, state.num_train_epochs - 1e-6)) + 1}/{state.num_train_epochs}"
             shown = f"loss {self.last_loss():.3f}{self._budget()}"
             self._bar.update(self._task, completed=state.global_step, description=epoch, shown=shown)
+
+    def _write_lines(self, state: TrainerState) -> None:
+        """The estimate after the first steps, and where the run stands from time to time."""
+        now, steps = self._step_ends[-1], len(self._step_ends) - 1
+        # the first step also compiles, so that it counts only where nothing else is known
+        spans = [after - before for before, after in pairwise(self._step_ends)]
+        step_s = statistics.median(spans[1:] or spans)
+        left_s = step_s * (state.max_steps - state.global_step)
+        if not self._has_estimated and (steps >= _ESTIMATE_STEPS or now - self._step_ends[0] >= _ESTIMATE_S):
+            self._has_estimated = True
+            if left_s >= 60:
+                much = left_s / _LONG_S
+                hint = self.shorten(much) if self.shorten is not None and much > 1 else ""
+                self.console.print(
+                    f"about {seconds_text(left_s)} to go: {state.max_steps - state.global_step} steps of "
+                    f"{seconds_text(step_s)}{hint}",
+                    highlight=False,
+                    soft_wrap=True,
+                )
+                self._last_line = now
+        if self.show_lines and now - self._last_line >= _LINE_S:
+            self._last_line = now
+            self.console.print(
+                f"step {state.global_step}/{state.max_steps}  loss {self.last_loss():.4f}  "
+                f"about {seconds_text(left_s)} to go",
+                highlight=False,
+                soft_wrap=True,
+            )
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any

@@ -1,5 +1,6 @@
 """What a finished run leaves behind: its description, metrics, allocation and predictions."""
 
+import contextlib
 import math
 import platform
 import resource
@@ -9,6 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
+import psutil
+import torch
 from peft import PeftModel
 from rich.console import Console
 from torch import nn
@@ -23,6 +26,7 @@ from snella.runs.protocol import protocol_of
 from snella.tuner.matrices import AdaptedMatrix, adapted_matrices
 
 _PACKAGES = ("snella", "torch", "peft", "timm", "transformers")
+_USUAL_SIDE, _LEAST_SIDE = 224, 48
 
 
 def describe_run(config: TrainConfig, parts: Assembly) -> dict[str, Any]:
@@ -139,6 +143,7 @@ def announce(console: Console, config: TrainConfig, parts: Assembly) -> None:
     steps = counted(-(-len(splits.train) // batch), "step")
     device = next(model.parameters()).device
     memory = predict_step_memory(model, (size[0], size[1], size[2]), batch).total / 2**20
+    free = free_memory(device) / 2**20
     rows = [
         ("data", splits.description),
         ("classes", f"{len(splits.classes)}: {classes}"),
@@ -148,9 +153,72 @@ def announce(console: Console, config: TrainConfig, parts: Assembly) -> None:
         ("method", f"{config.method}, {trainable_parameters(model):,} trainable parameters{_adapted(model)}"),
         *([("budget", _budgets(model))] if matrices_of(model) else []),
         ("training", f"{counted(config.epochs, 'epoch')} of {steps}, {counted(batch, 'image')} each, on {device}"),
-        ("memory", f"about {memory:,.0f} MiB for weights, gradients, optimiser and a batch (estimated)"),
+        (
+            "memory",
+            f"about {memory:,.0f} MiB of {free:,.0f} MiB free, for weights, gradients, optimizer, batch (estimated)",
+        ),
+        *_cost_warnings(config, parts, memory, free),
     ]
     print_rows(console, rows)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be had where a model is: of the GPU, or of the machine, of which a container has a part."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = int(psutil.virtual_memory().available)
+    limit, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
+    with contextlib.suppress(OSError, ValueError):  # no such files, or "max"
+        free = min(free, max(int(limit.read_text()) - int(used.read_text()), 0))
+    return free
+
+
+def shorter_with(parts: Assembly) -> Callable[[float], str]:
+    """What a run that takes too long would take less time with, as a function of how many times too long it is.
+
+    The time of a step is taken as proportional to the pixels of an image, which is true of convolutions, and less than
+    what a smaller image saves in attention.
+
+    Args:
+        parts: Data and model.
+    """
+    side, patch = int(parts.data_config["input_size"][-1]), _patch(parts.model)
+
+    def shorten(much: float) -> str:
+        shorter = int(side / math.sqrt(much)) // patch * patch
+        if shorter < max(_LEAST_SIDE, patch):
+            return "; --train-size, --epochs or a smaller --backbone make it shorter"
+        share = (shorter / side) ** 2
+        return f"; --img-size {shorter} takes about {share:.0%} of that, at some loss of accuracy"
+
+    return shorten
+
+
+def _patch(model: nn.Module) -> int:
+    """Side of the patches that images are cut into; 32 for networks of convolutions, which halve it five times."""
+    sizes = [
+        module.patch_size[0] for module in model.modules() if isinstance(getattr(module, "patch_size", None), tuple)
+    ]
+    return int(sizes[0]) if sizes else 32
+
+
+def _cost_warnings(config: TrainConfig, parts: Assembly, memory: float, free: float) -> list[tuple[str, str]]:
+    """What will not fit, or take long."""
+    rows = []
+    if memory > free:
+        less = f"--batch-size below {config.images_per_step} or " if config.images_per_step > 1 else ""
+        rows.append(("warning", f"that is more memory than is free; {less}a smaller --img-size needs less"))
+    side, patch = int(parts.data_config["input_size"][-1]), _patch(parts.model)
+    if config.img_size is None and side >= 1.5 * _USUAL_SIDE and next(parts.model.parameters()).device.type == "cpu":
+        usual = _USUAL_SIDE // patch * patch
+        rows.append(
+            (
+                "warning",
+                f"images of {side}×{side} px, the model's own, take a CPU about {(side / usual) ** 2:.0f} times as "
+                f"long as {usual}×{usual} px; --img-size {usual} chooses these",
+            )
+        )
+    return rows
 
 
 def _protocol_rows(config: TrainConfig) -> list[tuple[str, str]]:

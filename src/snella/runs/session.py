@@ -24,9 +24,13 @@ from snella.runs.folder import RunFolderOf
 class TrainingInterrupted(Exception):
     """Training was stopped by the user, after saving."""
 
+    exit_status = 130
+
 
 class NonFiniteLossError(Exception):
     """The loss or the gradient became infinite or NaN."""
+
+    exit_status = 2
 
 
 class InterruptCallback(TrainerCallback):

@@ -26,6 +26,7 @@ from snella.runs.results import (
     kept_text,
     matrices_of,
     peak_rss_mib,
+    shorter_with,
     trainable_parameters,
 )
 from snella.runs.session import (
@@ -123,7 +124,7 @@ def _fit(
     allocation = SnellaCallback() if matrices else None
     protocol = protocol_of(config.protocol)
     weights = sum(m.size for m in matrices) or None
-    display = ProgressDisplay(console, parts.task, protocol, weights, allocation, config.progress)
+    display = ProgressDisplay(console, parts.task, protocol, weights, allocation, config.progress, shorter_with(parts))
     ranks = [RankCallback()] if is_adalora(parts.model) else []
     callbacks = [*([allocation] if allocation else []), *ranks, interrupt, display, costs]
     start = time.monotonic()

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike
-from sklearn.metrics import accuracy_score, confusion_matrix, recall_score
 from torch import Tensor, nn
 
 from snella.backbones import create_backbone
@@ -108,6 +107,8 @@ class ClassificationTask:
         Raises:
             ValueError: No images, or another number of labels than of rows.
         """
+        from sklearn.metrics import accuracy_score, confusion_matrix, recall_score  # a second, only to measure
+
         scores = torch.as_tensor(np.asarray(logits))
         truth = np.asarray(labels)
         if len(truth) == 0 or len(scores) != len(truth):
