@@ -196,9 +196,8 @@ def shorter_with(parts: Assembly) -> Callable[[float], str]:
 
 def _patch(model: nn.Module) -> int:
     """Side of the patches that images are cut into; 32 for networks of convolutions, which halve it five times."""
-    sizes = [
-        module.patch_size[0] for module in model.modules() if isinstance(getattr(module, "patch_size", None), tuple)
-    ]
+    found = (getattr(module, "patch_size", None) for module in model.modules())
+    sizes = [size[0] for size in found if isinstance(size, tuple)]
     return int(sizes[0]) if sizes else 32
 
 
