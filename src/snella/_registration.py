@@ -1,7 +1,7 @@
 """Makes PEFT know the tuner: the only lines of the project that touch PEFT's tables.
 
-PEFT's own `register_peft_method` refuses names outside of its enumeration, so the tables get the plain string
-`"SNELLA"`, which they look up all the same. A test tells when PEFT gains a member of that name.
+PEFT's own `register_peft_method` refuses names outside of its enumeration, so the tables get the string `"SNELLA"`,
+which they look up all the same. A test tells when PEFT gains a member of that name.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from typing import Any
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from snella.tuner import SnellaConfig, SnellaModel
-
-PEFT_TYPE = "SNELLA"
+from snella.tuner.config import PEFT_TYPE
 
 
 def register() -> None:

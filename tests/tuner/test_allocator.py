@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
+from itertools import pairwise
 
 import pytest
 import torch
@@ -75,6 +76,21 @@ def test_the_history_tells_every_allocation(mlp):
             list(entry["importance"].values()), [120, 96], entry["budget"]
         )
     assert allocator.budgets == allocator.history[-1]["budgets"]
+
+
+def test_the_history_stays_short_where_every_step_allocates(mlp):
+    model = mlp.adapted(realloc_every=1)
+    optimizer = optimiser(model)
+    allocator = BudgetAllocator(model, total_epochs=2, steps_per_epoch=301).attach(optimizer)
+    train(mlp, model, optimizer, last=602)
+    steps = [entry["step"] for entry in allocator.history]
+    assert len(steps) == 101 and steps == sorted(steps)
+    assert {0, 301, 602} <= set(steps)
+    assert max(after - before for before, after in pairwise(steps)) <= 7
+    # a resumed run keeps the same entries
+    half = BudgetAllocator(mlp.adapted(realloc_every=1), total_epochs=2, steps_per_epoch=301)
+    half.load_state_dict(allocator.state_dict())
+    assert half.history == allocator.history
 
 
 def test_budgets_can_follow_every_few_steps(mlp):

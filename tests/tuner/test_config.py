@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
+import subprocess
+import sys
 
 import pytest
-from peft import PeftConfig
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
 
 from snella import SnellaConfig
+from snella.tuner import adapted_matrices
 
 
 @pytest.mark.parametrize(
@@ -164,7 +169,7 @@ def test_configurations_are_copied_and_pickled():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"r": 8.0}, "r must be a whole number, got 8.0"),
+        ({"r": 8.0}, "r must be an integer, got 8.0"),
         ({"target_sparsity": "0.7"}, "target_sparsity must be a number, got '0.7'"),
         ({"scaling": 0.0}, "scaling must be finite and not 0, got 0.0"),
         ({"scaling": float("nan")}, "scaling must be finite and not 0, got nan"),
@@ -174,3 +179,104 @@ def test_configurations_are_copied_and_pickled():
 def test_a_setting_of_the_wrong_kind_is_named(settings, message):
     with pytest.raises(ValueError, match=message):
         SnellaConfig(**settings)
+
+
+def test_faults_of_kind_are_reported_together():
+    with pytest.raises(ValueError, match=r"^r must be an integer, got '8'; scaling must be a number, got None$"):
+        SnellaConfig(r="8", scaling=None)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("target_sparsitty", r"did you mean 'target_sparsity'\?"),
+        ("lora_alpha", "the factor before the update is scaling"),
+        ("lora_dropout", "update_dropout"),
+        (
+            "target_parameters",
+            r"adapted by LoraConfig\(target_parameters=…\), or trained in full with train_tokens",
+        ),
+        ("use_dora", r"use LoraConfig\(use_dora=True\)"),
+    ],
+)
+def test_settings_of_other_methods_are_refused_with_what_serves_instead(name, hint):
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'; .*{hint}"):
+        SnellaConfig(**{name: 1})
+
+
+# the name of the method ---------------------------------------------------------------------------------------------
+
+
+def test_the_name_of_the_method_is_a_string_with_a_value():
+    name = SnellaConfig().peft_type
+    assert name == "SNELLA" and hash(name) == hash("SNELLA") and {name: 1}["SNELLA"] == 1
+    assert type(name.value) is str and name.value == "SNELLA"
+    assert json.dumps({"peft_type": name}) == '{"peft_type": "SNELLA"}'
+    for twin in (copy.copy(name), copy.deepcopy(name), pickle.loads(pickle.dumps(name))):
+        assert twin == "SNELLA" and twin.value == "SNELLA"
+
+
+# files --------------------------------------------------------------------------------------------------------------
+
+
+def test_saved_settings_have_the_same_bytes_in_every_process(tmp_path):
+    code = (
+        "import sys; from snella import SnellaConfig; "
+        "SnellaConfig(target_modules=list('hgfedcba'), exclude_modules=list('zyxw')).save_pretrained(sys.argv[1])"
+    )
+    for seed in ("1", "2"):
+        folder = tmp_path / seed
+        subprocess.run([sys.executable, "-c", code, str(folder)], check=True, env=os.environ | {"PYTHONHASHSEED": seed})
+    first, second = ((tmp_path / seed / "adapter_config.json").read_bytes() for seed in ("1", "2"))
+    assert first == second
+    assert json.loads(first)["target_modules"] == list("abcdefgh")
+
+
+def test_the_model_card_says_which_package_loads_the_adapter(mlp, tmp_path):
+    model = mlp.adapted()
+    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert card.count("import snella") == 1
+    assert "without it, loading ends in\n`KeyError: 'SNELLA'`" in card
+
+
+def test_a_rank_that_the_tensors_do_not_have_is_refused_before_anything_is_allocated(mlp, tmp_path):
+    mlp.adapted().save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"r": 1_000_000_000_000}))
+    with pytest.raises(ValueError, match=r"ask for r=1000000000000 where .* holds .*snella_A \[1, 10, 4\]"):
+        PeftModel.from_pretrained(mlp.base(), tmp_path)
+
+
+def test_a_rank_is_refused_whose_factors_would_dwarf_the_weights(mlp):
+    with pytest.raises(ValueError, match=r"r=1000000000000 would give factors of [\d,]+ numbers to the 216 weights"):
+        get_peft_model(mlp.base(), SnellaConfig(r=1_000_000_000_000))
+    with pytest.raises(ValueError, match=r"r=1000000000000 would give"):
+        get_peft_model(mlp.base(), SnellaConfig(rank_pattern={"lin1": 1_000_000_000_000}))
+
+
+# ranks of single layers ---------------------------------------------------------------------------------------------
+
+
+def test_single_layers_can_have_ranks_of_their_own(vit, tmp_path):
+    ranks = {"fc1": 2, "blocks.0.mlp.fc1": 8, "attn.qkv": 6}
+    model = vit.adapted(rank_pattern=ranks)
+    got = {m.module_name: m.factors[0].shape[1] for m in adapted_matrices(model)}
+    assert got["blocks.0.mlp.fc1"] == 8 and got["blocks.1.mlp.fc1"] == 2
+    assert got["blocks.3.attn.qkv"] == 6 and got["blocks.3.attn.proj"] == 4
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(vit.base(), tmp_path).eval()
+    assert torch.equal(vit.predict(loaded), vit.predict(model))
+    assert torch.equal(vit.predict(loaded.merge_and_unload()), vit.predict(model))
+
+
+def test_projections_of_an_attention_can_have_ranks_of_their_own(cases):
+    model = cases["torch_vit"].adapted(rank_pattern={"in_proj": 2, "out_proj": 6})
+    got = {m.module_name.rpartition(".")[2]: m.factors[0].shape[1] for m in adapted_matrices(model)}
+    assert (got["in_proj"], got["out_proj"], got["0"]) == (2, 6, 4)
+
+
+def test_a_rank_of_no_adapted_layer_is_refused(mlp):
+    with pytest.raises(ValueError, match=r"rank_pattern=\['fc7'\] names no adapted module; .* \['lin0', 'lin1'\]"):
+        get_peft_model(mlp.base(), SnellaConfig(rank_pattern={"fc7": 4, "lin0": 2}))

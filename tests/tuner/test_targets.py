@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import timm
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 
 from snella import SnellaConfig, SnellaModel
 from snella.tuner import adapted_matrices
+from snella.tuner import targets as targets_module
 from snella.tuner.targets import all_linear_names, block_number, count_rows
 
 
@@ -347,3 +350,162 @@ def test_the_choice_of_the_implementation_is_logged_with_its_reason(caplog):
     caplog.set_level("INFO", logger="snella")
     get_peft_model(nn.Sequential(nn.Linear(4, 4)), SnellaConfig(r=2, target_modules=["0"], kernel="rbf"))
     assert "impl='auto' is 'eager' (numba has the piecewise kernels only, got kernel='rbf')" in caplog.text
+
+
+# what is adapted without being named --------------------------------------------------------------------------------
+
+
+def kinds_of(make, **settings):
+    """Names of the adapted modules without their numbers, of a model without memory."""
+    with torch.device("meta"):
+        model = get_peft_model(make(), SnellaConfig(r=2, **settings))
+    return {re.sub(r"\d+", "#", matrix.module_name) for matrix in adapted_matrices(model)}
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("resnet18", {"layer#.#.conv#"}),
+        (
+            "efficientnet_b0",
+            {
+                *("conv_head", "blocks.#.#.conv_pw", "blocks.#.#.conv_pwl"),
+                *("blocks.#.#.se.conv_reduce", "blocks.#.#.se.conv_expand"),
+            },
+        ),
+        ("convnext_atto", {"stages.#.blocks.#.mlp.fc#"}),
+        ("convnext_tiny", {"stages.#.blocks.#.mlp.fc#"}),
+    ],
+)
+def test_a_model_without_linear_layers_has_its_ungrouped_convolutions_adapted(name, kinds):
+    assert kinds_of(lambda: timm.create_model(name)) == kinds
+
+
+def test_convolutions_with_a_forward_of_their_own_are_left_out_of_the_default():
+    assert "conv_stem" not in kinds_of(lambda: timm.create_model("tf_efficientnet_b0"))
+
+
+def test_all_linear_says_that_convolutions_can_be_adapted():
+    with pytest.raises(ValueError, match=r"no linear layer in ResNet .*; target_modules=None adapts its convolutions"):
+        kinds_of(lambda: timm.create_model("resnet18"), target_modules="all-linear")
+
+
+def test_a_convolutional_model_trains_with_the_default():
+    model = get_peft_model(timm.create_model("resnet18", num_classes=3), SnellaConfig(r=2, modules_to_save=["fc"]))
+    model(torch.randn(2, 3, 32, 32)).square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def _deit():
+    config = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
+    return transformers.DeiTForImageClassificationWithTeacher(transformers.DeiTConfig(**config))
+
+
+def _detr():
+    backbone = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], out_features=["stage2"])
+    config = dict(d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16, decoder_ffn_dim=16)
+    config |= dict(encoder_attention_heads=2, decoder_attention_heads=2, use_timm_backbone=False, backbone=None)
+    return transformers.DetrForObjectDetection(transformers.DetrConfig(backbone_config=backbone, **config))
+
+
+def _mask2former():
+    backbone = transformers.SwinConfig(
+        embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, out_features=["stage1", "stage2", "stage3", "stage4"]
+    )
+    config = dict(feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=32, dim_feedforward=32)
+    config |= dict(encoder_layers=1, decoder_layers=2, num_attention_heads=2)
+    config = transformers.Mask2FormerConfig(backbone_config=backbone, **config)
+    return transformers.Mask2FormerForUniversalSegmentation(config)
+
+
+@pytest.mark.parametrize("make", [_deit, _detr, _mask2former])
+@pytest.mark.filterwarnings("ignore:the default target_modules adapt")
+def test_heads_of_deit_detr_and_mask2former_are_left_out(make):
+    kinds = kinds_of(make)
+    assert any(kind.endswith("q_proj") or kind.endswith("query") for kind in kinds)
+    heads = ("classifier", "predictor", "mask_embedder")
+    assert not [kind for kind in kinds if any(head in kind for head in heads)]
+
+
+def test_the_distilled_head_of_timms_deit_is_left_out():
+    assert kinds_of(lambda: timm.create_model("deit_tiny_distilled_patch16_224")) == {
+        *("blocks.#.attn.qkv", "blocks.#.attn.proj", "blocks.#.mlp.fc#"),
+    }
+
+
+def _flux():
+    from diffusers import FluxTransformer2DModel
+
+    sizes = dict(attention_head_dim=8, num_attention_heads=2, joint_attention_dim=8, pooled_projection_dim=8)
+    return FluxTransformer2DModel(in_channels=4, num_layers=1, num_single_layers=1, axes_dims_rope=(2, 2, 4), **sizes)
+
+
+def test_the_patch_embedding_and_the_head_of_flux_are_left_out():
+    kinds = kinds_of(_flux)
+    assert "single_transformer_blocks.#.proj_out" in kinds and "context_embedder" in kinds
+    assert not kinds & {"x_embedder", "proj_out"}
+
+
+def test_patch_merging_of_torchvisions_swin_is_left_out():
+    from torchvision.models import swin_t
+
+    assert kinds_of(swin_t) == {"features.#.#.attn.qkv", "features.#.#.attn.proj", "features.#.#.mlp.#"}
+
+
+def test_falcons_linear_layers_are_adapted_as_what_they_are():
+    torch.manual_seed(0)
+    config = transformers.FalconConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    base = transformers.FalconForCausalLM(config).eval()
+    tokens = torch.arange(6)[None]
+    before = base(tokens).logits
+    model = get_peft_model(base, SnellaConfig(r=2, init_weights=False, scaling=0.1)).eval()
+    after = model(tokens).logits
+    with model.disable_adapter():
+        torch.testing.assert_close(model(tokens).logits, before)
+    assert not torch.allclose(after, before)
+    torch.testing.assert_close(model.merge_and_unload()(tokens).logits, after)
+
+
+def _mixtral():
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_local_experts=4)
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(vocab_size=32, num_key_value_heads=2, **sizes))
+
+
+def test_experts_that_the_default_leaves_out_are_named_with_what_is_covered():
+    covered = 4 * 16 * 16
+    share = covered / (covered + 4 * (48 * 16 + 16 * 24) + 4 * 16)
+    with pytest.warns(UserWarning, match=rf"adapt {share:.0%} of the weights of MixtralForCausalLM.*experts") as caught:
+        kinds = kinds_of(_mixtral)
+    assert kinds == {f"model.layers.#.self_attn.{part}_proj" for part in "qkvo"}
+    message = str(next(w.message for w in caught if "MixtralForCausalLM" in str(w.message)))
+    assert "'model.layers.0.mlp.experts.gate_up_proj' [4, 48, 16] of MixtralExperts" in message
+    assert "'model.layers.0.mlp.gate.weight' [4, 16] of MixtralTopKRouter" in message
+
+
+def test_experts_can_be_trained_in_full_by_name():
+    model = get_peft_model(_mixtral(), SnellaConfig(r=2, target_modules=["q_proj"], train_tokens=["gate_up_proj"]))
+    model(torch.arange(6)[None]).logits.square().sum().backward()
+    experts = [p for n, p in model.named_parameters() if "gate_up_proj" in n and p.requires_grad]
+    assert len(experts) == 1 and experts[0].grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("make", "hint"),
+    [
+        (lambda: nn.Embedding(4, 4), "a Embedding; .*trainable_token_indices, or all of it with modules_to_save"),
+        (lambda: nn.Conv1d(4, 4, 1), "a Conv1d; .*train it in full with modules_to_save"),
+        (lambda: nn.Conv3d(4, 4, 1), "a Conv3d; .*train it in full with modules_to_save"),
+    ],
+)
+def test_layers_that_cannot_be_adapted_are_refused_with_what_serves_instead(make, hint):
+    with pytest.raises(TypeError, match=f"target_modules matches '0', {hint}"):
+        get_peft_model(nn.Sequential(make()), SnellaConfig(target_modules=["0"]))
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])
+def test_an_expression_that_would_never_end_is_refused(field, monkeypatch):
+    monkeypatch.setattr(targets_module, "_MATCHING_S", 0.2)
+    model = nn.ModuleDict({"a" * 40: nn.Linear(4, 4)})
+    settings = {"target_modules": ["linear"]} | {field: r"(a|aa)+(a|aa)+(a|aa)+(a|aa)+b"}
+    with pytest.raises(ValueError, match=r"regular expression '\(a\|aa\)\+.*' takes more than 0\.2 s to match .*aaaa"):
+        get_peft_model(model, SnellaConfig(**settings))

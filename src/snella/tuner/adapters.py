@@ -127,8 +127,9 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
         m, n = self._matrix_shape()
         groups = len(row_counts)
         kernel = make_kernel(config.kernel, num_pieces=config.num_pieces)
-        self.snella_A[adapter_name] = nn.Parameter(torch.empty(groups, n, config.r))
-        self.snella_B[adapter_name] = nn.Parameter(torch.empty(m, config.r))
+        r = config.rank_of(self.module_name)
+        self.snella_A[adapter_name] = nn.Parameter(torch.empty(groups, n, r))
+        self.snella_B[adapter_name] = nn.Parameter(torch.empty(m, r))
         frozen = []
         for name in kernel.scalars:
             if name == "temperature" and not config.learn_temperature:
@@ -159,7 +160,7 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
         if A.device.type == "meta":
             return
         config = self.snella_config[adapter_name]
-        width = max(config.r // config.num_pieces, 1)
+        width = max(A.shape[-1] // config.num_pieces, 1)
         with torch.no_grad():
             for group, rows in enumerate(self.matrix_rows(adapter_name)):
                 for factor, fan in ((A[group], A.shape[1] * width), (B[rows], (rows.stop - rows.start) * width)):

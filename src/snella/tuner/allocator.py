@@ -18,6 +18,7 @@ from snella.tuner.schedule import budget_at
 
 _STATE_KEY = "snella_allocator"  # in the first parameter group of an optimiser's state
 _FORMAT = 1
+_HISTORY_PARTS = 100  # points of a curve that a report draws
 
 __all__ = ["BudgetAllocator", "allocate"]
 
@@ -48,7 +49,8 @@ class BudgetAllocator:
 
     Attributes:
         history: One entry an allocation: `step`, `t` and `total` (the schedule's time), `budget`, and for every matrix
-            `budgets` and `importance`. The first entry is the start.
+            `budgets` and `importance`. The first entry is the start. Where allocations are frequent, only the last one
+            of each epoch and of each hundredth of the training stays, so that checkpoints do not grow with every step.
 
     Raises:
         ValueError: The model has no such adapter, or a number of epochs or steps is below 1.
@@ -242,6 +244,8 @@ class BudgetAllocator:
         )
         self._set_budgets(shares)
         names = [matrix.name for matrix in self.matrices]
+        if self.history and not self._is_lasting(self.history[-1]["step"], step):
+            self.history.pop()
         self.history.append(
             {
                 "step": step,
@@ -252,6 +256,14 @@ class BudgetAllocator:
                 "importance": dict(zip(names, scores, strict=True)),
             }
         )
+
+    def _is_lasting(self, step: int, following: int) -> bool:
+        """Whether the entry of `step` stays in the history once that of `following` comes."""
+
+        def period(k: int) -> tuple[int, int]:
+            return (k - 1) // self.steps_per_epoch, (k - 1) * _HISTORY_PARTS // self.total_steps
+
+        return step == 0 or period(step) != period(following)
 
     def _set_budgets(self, shares: list[int]) -> None:
         """Write one budget a matrix into the layers."""

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
-from typing import Any, Literal, get_args
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
 
+import regex
+from huggingface_hub import hf_hub_download
 from peft import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
 
 from snella.ops.backends import resolve_implementation
 from snella.ops.kernels import KERNELS
@@ -15,13 +22,59 @@ from snella.ops.sparsify import SparsifyMode
 from snella.tuner.schedule import Schedule
 from snella.tuner.watch import TrainingWatch
 
+
+class PeftTypeName(str):
+    """Name of a method that PEFT's enumeration lacks: a plain string with what PEFT asks of an enumeration's member."""
+
+    @property
+    def value(self) -> str:
+        """The name itself."""
+        return str.__str__(self)
+
+    def __str__(self) -> str:
+        """As a member of PEFT's enumeration prints itself; `get_model_status` takes what follows the dot."""
+        return f"PeftType.{self.value}"
+
+
+PEFT_TYPE = PeftTypeName("SNELLA")
+_CARD_HEADING = "## How to load this adapter"
+_CARD_TEXT = f"""{_CARD_HEADING}
+
+It is a SNELLA adapter. PEFT knows the method once the package `snella` is imported; without it, loading ends in
+`KeyError: 'SNELLA'`.
+
+```python
+import snella  # noqa: F401, makes PEFT know the method
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
+```
+"""
+
 Preset = Literal["paper", "official", "matched"]
 Allocation = Literal["competition", "uniform"]
 ImportanceMetric = Literal["sensitivity", "magnitude", "delta_magnitude"]
+Bias = Literal["none", "all", "snella_only"]
 
 MATCHED_KERNELS = ("mix_k", "p_linear")
 """Kernels whose steps `match_update` knows how to scale: sums of piecewise distances."""
 
+# what other methods of PEFT have under these names, and what to use instead
+_INSTEAD = {
+    "lora_alpha": "the factor before the update is scaling, without a division by r",
+    "alpha_pattern": "the factor before the update is scaling, the same for all layers",
+    "use_rslora": "the factor before the update is scaling, without a division by r",
+    "lora_dropout": "dropout on the update's input is update_dropout",
+    "lora_bias": "bias='snella_only' trains the biases of the adapted layers",
+    "init_lora_weights": "the field is init_weights",
+    "fan_in_fan_out": "transposed weights (transformers' Conv1D) are recognised without it",
+    "target_parameters": "SNELLA adapts weights of linear layers and convolutions, not bare parameters; experts stored "
+    "as one parameter can be adapted by LoraConfig(target_parameters=…), or trained in full with train_tokens",
+    "use_dora": "there is no magnitude of its own in SNELLA; use LoraConfig(use_dora=True)",
+    "layer_replication": "build the model with the repeated layers, then adapt it",
+    "megatron_config": "use LoraConfig for layers of Megatron",
+}
+_NAME = re.compile(r"[\w.\-]+")
 _NO_UPDATE = "0.9 keeps a tenth of the update; to train nothing, remove the adapter (snella train --method linear)"
 
 # what a preset decides where the user leaves a field at None
@@ -64,19 +117,28 @@ class SnellaConfig(PeftConfig):
         r: Rank of the two factors; `num_pieces` must divide it.
         kernel: Kernel function that merges the factors: `mix_k`, `p_linear` (SNELL), `normalized_rbf`, `rbf`,
             `sigmoid` or `linear` (LoRA's product).
-        num_pieces: Pieces that each factor row is cut into.
+        num_pieces: Pieces that each factor row is cut into; `r` and every rank of `rank_pattern` are multiples of it.
         target_sparsity: Fraction of the adapted weights that is zero in the update once training ends, in `[0, 1)`.
         init_sparsity: The same when training starts, at most `target_sparsity`.
         target_modules: Modules to adapt: a list of names or suffixes, a regular expression, or `"all-linear"` (every
             linear layer of any model but the head, patch embedding and patch merging). `None` chooses by model: the
-            attention projections of Stable Diffusion 3, the image encoder of SAM, else `"all-linear"`.
+            attention projections of Stable Diffusion 3, the image encoder of SAM, else `"all-linear"`; in a model
+            without linear layers besides its head, such as a ResNet, every ungrouped convolution but the first one
+            (the stem) and those called `downsample`.
         exclude_modules: Modules to leave out, a list of names or suffixes or a regular expression.
         layers_to_transform: Block numbers to adapt, with `target_modules` as a list.
         layers_pattern: Name of the list of blocks, if it is not the first numbered one.
         qkv_groups: How fused query-key-value layers are cut into matrices that compete on their own. `"auto"` knows
             the names that timm and transformers use; an integer cuts those layers into that many equal matrices (1:
             not at all); a mapping from suffixes to an integer or a list of row counts decides layer by layer.
+        rank_pattern: Ranks of single layers, by name or suffix of the module, e.g. `{"attn.qkv": 16, "fc1": 4}`. Of
+            several that match a module, the longest decides; all others have `r`.
         modules_to_save: Modules that are trained in full and saved with the adapter, such as the classifier head.
+        trainable_token_indices: Rows of the input embedding to train, or a mapping from the names of embeddings to
+            rows, as in `LoraConfig`.
+        ensure_weight_tying: Keep the output embedding tied where `modules_to_save` or `trainable_token_indices` train
+            an input embedding that it shares its weight with.
+        bias: Biases to train and save: `"none"`, `"all"` of the model's, or `"snella_only"`, those of adapted layers.
         train_tokens: The same for bare parameters, such as `cls_token`, by name or suffix.
         scaling: Factor before the update.
         update_dropout: Dropout on the input of the update alone; takes two products instead of one.
@@ -116,7 +178,8 @@ class SnellaConfig(PeftConfig):
             `False` draws larger ones, for tests.
 
     Raises:
-        ValueError: One error that lists every setting out of range.
+        TypeError: A setting that there is not, with the nearest one or with what serves instead.
+        ValueError: One error that lists every setting of a wrong kind or out of range.
     """
 
     r: int = field(default=8, metadata={"help": "rank of the two factors"})
@@ -131,7 +194,13 @@ class SnellaConfig(PeftConfig):
     qkv_groups: int | str | dict[str, int | list[int]] = field(
         default="auto", metadata={"help": "how fused query-key-value layers are cut into matrices"}
     )
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "ranks of single layers"})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "modules trained in full"})
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "rows of the embedding to train"}
+    )
+    ensure_weight_tying: bool = field(default=False, metadata={"help": "keep tied embeddings tied"})
+    bias: str = field(default="none", metadata={"help": "none, all or snella_only"})
     train_tokens: list[str] | None = field(default=None, metadata={"help": "bare parameters trained in full"})
     scaling: float = field(default=1.0, metadata={"help": "factor before the update"})
     update_dropout: float | None = field(default=None, metadata={"help": "dropout on the update's input"})
@@ -158,29 +227,105 @@ class SnellaConfig(PeftConfig):
     impl: str = field(default="auto", metadata={"help": "implementation of the adapted layer"})
     init_weights: bool = field(default=True, metadata={"help": "start next to the pre-trained model"})
 
+    def __new__(cls, *args: Any, **settings: Any) -> Self:
+        """Refuse settings that there are not, with the way out."""
+        names = {setting.name for setting in fields(cls)}
+        for name in settings:
+            if name not in names:
+                near = get_close_matches(name, names, 1)
+                hint = _INSTEAD.get(name) or (f"did you mean {near[0]!r}?" if near else "see help(SnellaConfig)")
+                # in Python's words, by which PEFT tells settings of a newer version
+                raise TypeError(f"{cls.__name__} got an unexpected keyword argument {name!r}; {hint}")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        # a plain string: PEFT's own enumeration has no such member, see snella._registration
-        self.peft_type = "SNELLA"
+        # PEFT's own enumeration has no such member, see snella._registration
+        self.peft_type = PEFT_TYPE
         self.watch = TrainingWatch()
+        # kinds first: what comes after may compare, hash and compile
+        if faults := self._kind_faults():
+            raise ValueError("; ".join(faults))
         self._apply_preset()
         faults = [*self._choice_faults(), *self._range_faults(), *self._target_faults()]
         if faults:
             raise ValueError("; ".join(faults))
-        self.target_modules = set(self.target_modules) if isinstance(self.target_modules, list) else self.target_modules
-        self.exclude_modules = (
-            set(self.exclude_modules) if isinstance(self.exclude_modules, list) else self.exclude_modules
-        )
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
+
+    def rank_of(self, module_name: str) -> int:
+        """Return the rank of a layer: that of the longest key of `rank_pattern` which is its name or a suffix of it."""
+        keys = [key for key in self.rank_pattern if module_name == key or module_name.endswith(f".{key}")]
+        return self.rank_pattern[max(keys, key=len)] if keys else self.r
 
     def wanted_tokens(self) -> list[str]:
         """Names of the bare parameters to train: the user's, or the preset's whatever another model made of them."""
         return list((self.train_tokens if self.requires_tokens else _PRESETS[self.preset]["train_tokens"]) or [])
 
+    # files ---------------------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings by name, sets as sorted lists, so that files have the same bytes in every process."""
+        settings: dict[str, Any] = super().to_dict()
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json`, and say in the model card beside it which package loads the adapter."""
+        super().save_pretrained(save_directory, **kwargs)
+        card = Path(save_directory) / "README.md"
+        if card.is_file() and _CARD_HEADING not in (text := card.read_text(encoding="utf-8")):
+            card.write_text(f"{text.rstrip()}\n\n{_CARD_TEXT}", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> SnellaConfig:
+        """Read the settings of a saved adapter.
+
+        Args:
+            pretrained_model_name_or_path: Folder of the adapter, or its name on the Hub.
+            subfolder: Folder within it.
+            kwargs: Settings of the download, as in `PeftConfig.from_pretrained`.
+
+        Raises:
+            ValueError: The ranks are not those of the tensors beside the settings; nothing has been allocated by then.
+        """
+        config: SnellaConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        path = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+        if not Path(pretrained_model_name_or_path).exists():
+            download, *_ = cls._split_kwargs(kwargs)
+            name = SAFETENSORS_WEIGHTS_NAME
+            path = Path(hf_hub_download(pretrained_model_name_or_path, name, subfolder=subfolder, **download))
+        if path.is_file():
+            config.check_ranks(path)
+        return config
+
+    def check_ranks(self, path: Path) -> None:
+        """Compare the ranks with those of the factors in a file, whose header alone is read.
+
+        Args:
+            path: A safetensors file.
+
+        Raises:
+            ValueError: They differ.
+        """
+        with safe_open(path, framework="pt") as tensors:
+            names = [name for name in tensors.keys() if name.endswith(".snella_A")]  # noqa: SIM118
+            shapes = {name: list(tensors.get_slice(name).get_shape()) for name in names}
+        for name, shape in shapes.items():
+            rank = self.rank_of(name.removeprefix("base_model.model.").removesuffix(".snella_A"))
+            if shape[-1:] != [rank]:
+                raise ValueError(
+                    f"the settings of the adapter ask for r={rank} where {path} holds {name} {shape}; "
+                    "adapter_config.json and the tensors beside it belong to different adapters"
+                )
+
     def _apply_preset(self) -> None:
         """Fill what the user left at `None`."""
         # a preset's tokens may be absent from a model, the user's own may not
         self.requires_tokens = self.train_tokens is not None
-        for name, value in _PRESETS.get(self.preset, {}).items():
+        for name, value in _PRESETS[self.preset].items() if self.preset in list(_PRESETS) else ():
             if getattr(self, name) is None:
                 setattr(self, name, list(value) if isinstance(value, list) else value)
 
@@ -193,12 +338,13 @@ class SnellaConfig(PeftConfig):
             "allocation": get_args(Allocation),
             "schedule": get_args(Schedule),
             "importance": get_args(ImportanceMetric),
+            "bias": get_args(Bias),
         }
         faults = []
         for name, allowed in choices.items():
             value = getattr(self, name)
             # a wrong preset leaves its dependants at None: one fault, not seven
-            if value not in allowed and not (value is None and self.preset not in _PRESETS):
+            if value not in allowed and not (value is None and self.preset not in list(_PRESETS)):
                 near = get_close_matches(str(value), allowed, 1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 faults.append(f"{name} must be one of {list(allowed)}, got {value!r}{hint}")
@@ -210,10 +356,8 @@ class SnellaConfig(PeftConfig):
 
     def _range_faults(self) -> list[str]:
         """Name every number out of range."""
-        faults = self._kind_faults()
-        if faults:
-            return faults
-        cuts_rows = self.kernel in KERNELS and "piece_coeff" in KERNELS[self.kernel].scalars
+        faults = []
+        cuts_rows = self.kernel in list(KERNELS) and "piece_coeff" in KERNELS[self.kernel].scalars
         faults += [
             f"{name} must be at least 1, got {name}={getattr(self, name)}"
             for name in ("r", "num_pieces")
@@ -223,6 +367,10 @@ class SnellaConfig(PeftConfig):
             below = self.r // self.num_pieces * self.num_pieces
             near = " or ".join(f"r={rank}" for rank in (below, below + self.num_pieces) if rank > 0)
             faults.append(f"r must be divisible by num_pieces={self.num_pieces}, got r={self.r}; {near} would fit")
+        for key, rank in self.rank_pattern.items():
+            pieces = self.num_pieces if cuts_rows else 1
+            if rank < 1 or rank % max(pieces, 1):
+                faults.append(f"rank_pattern[{key!r}] must be a multiple of num_pieces={pieces}, got {rank}")
         if not 0 <= self.target_sparsity < 1:
             is_percent = 1 < self.target_sparsity < 100
             hint = f"did you mean {self.target_sparsity / 100:g}?" if is_percent else _NO_UPDATE
@@ -268,22 +416,33 @@ class SnellaConfig(PeftConfig):
         return faults
 
     def _kind_faults(self) -> list[str]:
-        """Name every field that must be a number and is not."""
-        faults = [
-            f"{name} must be a whole number, got {getattr(self, name)!r}"
-            for name in ("r", "num_pieces", "softmax_dim")
-            if not isinstance(getattr(self, name), int)
-        ]
-        numbers = ("target_sparsity", "init_sparsity", "scaling", "beta1", "beta2", "min_layer_share")
-        for name in (*numbers, "update_dropout", "update_drop_path", "schedule_end"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) and not (value is None and name not in numbers):
-                faults.append(f"{name} must be a number, got {value!r}")
+        """Name every field whose value is of a wrong kind, with what is required."""
+        faults = []
+        for names, is_right, required in _KINDS:
+            for name in names:
+                value = getattr(self, name)
+                # a preset's fields may be left open; whatever else is None has that for its default
+                if value is None and _DEFAULTS[name] is None:
+                    continue
+                if not is_right(value):
+                    faults.append(f"{name} must be {required}, got {value!r}")
         return faults
 
     def _target_faults(self) -> list[str]:
-        """Name what cannot be combined in the selection of modules."""
+        """Name what cannot be read or combined in the selection of modules."""
         faults = []
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(value := getattr(self, name), str):
+                try:
+                    regex.compile(value)
+                except regex.error as error:
+                    faults.append(f"{name} must be a regular expression or a list of names, got {value!r}: {error}")
+        # these become parts of regular expressions, PEFT's or ours
+        for name in ("modules_to_save", "rank_pattern", "layers_pattern"):
+            names = getattr(self, name) or []
+            for key in [names] if isinstance(names, str) else names:
+                if not _NAME.fullmatch(key):
+                    faults.append(f"{name} takes names or suffixes of modules, got {key!r}")
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
                 if self.target_modules.lower() == "all-linear":
@@ -295,3 +454,71 @@ class SnellaConfig(PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             faults.append(f"layers_pattern needs layers_to_transform, got layers_pattern={self.layers_pattern!r}")
         return faults
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, (list, tuple, set)) and all(isinstance(name, str) and name for name in value)
+
+
+def _are_names_or_expression(value: Any) -> bool:
+    return isinstance(value, str) or _are_names(value)
+
+
+def _are_integers(value: Any) -> bool:
+    return isinstance(value, (list, tuple, range)) and all(map(_is_integer, value))
+
+
+def _is_mapping(value: Any, is_right: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and all(isinstance(key, str) and is_right(v) for key, v in value.items())
+
+
+def _is_rows(value: Any) -> bool:
+    return _are_integers(value) or _is_mapping(value, _are_integers)
+
+
+def _is_cut(value: Any) -> bool:
+    return (
+        isinstance(value, str) or _is_integer(value) or _is_mapping(value, lambda v: _is_integer(v) or _are_integers(v))
+    )
+
+
+# names of fields, whether a value is of their kind, and what that is
+_KINDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+    (("r", "num_pieces", "softmax_dim"), _is_integer, "an integer"),
+    (
+        (
+            *("target_sparsity", "init_sparsity", "scaling", "beta1", "beta2", "min_layer_share"),
+            *("update_dropout", "update_drop_path", "schedule_end"),
+        ),
+        _is_number,
+        "a number",
+    ),
+    (
+        (
+            *("learn_piece_coeff", "learn_temperature", "zero_start", "center_softmax", "keep_delta", "fixed_support"),
+            *("init_weights", "ensure_weight_tying", "inference_mode", "match_update"),
+        ),
+        lambda value: isinstance(value, bool),
+        "True or False",
+    ),
+    (("target_modules", "exclude_modules"), _are_names_or_expression, "a list of names or a regular expression"),
+    (("layers_pattern",), _are_names_or_expression, "a name or a list of names"),
+    (("modules_to_save", "train_tokens", "dropout_exclude"), _are_names, "a list of names"),
+    (
+        ("layers_to_transform",),
+        lambda value: _is_integer(value) or _are_integers(value),
+        "an integer or a list of them",
+    ),
+    (("rank_pattern",), lambda value: _is_mapping(value, _is_integer), "a mapping from names of modules to integers"),
+    (("trainable_token_indices",), _is_rows, "a list of integers or a mapping from names of embeddings to such lists"),
+    (("qkv_groups",), _is_cut, "'auto', a number of at least 1 or a mapping to numbers or lists of row counts"),
+)
+_DEFAULTS = {setting.name: setting.default for setting in fields(SnellaConfig)}

@@ -241,8 +241,8 @@ class SnellaLayer(AdaptedWeight):
         return 0.0 if excluded else config.update_dropout or 0.0
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """The update is a plain addition to the weight, which a low-rank fit can approximate."""
-        return True
+        """Whether PEFT's `convert_to_lora` can fit the update: only of linear layers, the kind that it knows."""
+        return False
 
 
 __all__ = ["SnellaLayer"]

@@ -10,6 +10,15 @@ from snella.tuner.layer import SnellaLayer
 from snella.tuner.linear import Linear
 from snella.tuner.quantized import find_quantization
 
+# linear layers with a forward() of their own that is the same product
+_PLAIN_LINEAR = {"transformers.models.falcon.modeling_falcon.FalconLinear"}
+# what serves where a module of another kind is to be trained
+_INSTEAD = {
+    nn.Embedding: "train rows of an embedding with trainable_token_indices, or all of it with modules_to_save",
+    nn.Conv1d: "train it in full with modules_to_save",
+    nn.Conv3d: "train it in full with modules_to_save",
+}
+
 
 def choose_layer_class(base: nn.Module, name: str) -> type[SnellaLayer]:
     """Return the layer that can adapt a module.
@@ -30,8 +39,8 @@ def choose_layer_class(base: nn.Module, name: str) -> type[SnellaLayer]:
         )
     if find_quantization(base, name) is not None:
         return Linear
-    kind = next((kind for kind in (nn.Linear, Conv1D, nn.Conv2d) if isinstance(base, kind)), None)
-    own = [method for method in ("forward", "_conv_forward") if _overrides(base, kind, method)]
+    kind = _kind(base)
+    own = own_methods(base)
     if own:
         raise NotImplementedError(
             f"target_modules matches {name!r}, a {class_name(base)} with a {own[0]}() of its own, which the update "
@@ -39,9 +48,10 @@ def choose_layer_class(base: nn.Module, name: str) -> type[SnellaLayer]:
         )
     if kind is not None:
         return Conv2d if kind is nn.Conv2d else Linear
+    hint = next((f"; {hint}" for other, hint in _INSTEAD.items() if isinstance(base, other)), "")
     raise TypeError(
         f"target_modules matches {name!r}, a {type(base).__name__}; "
-        "SNELLA adapts torch.nn.Linear, torch.nn.Conv2d and transformers' Conv1D"
+        f"SNELLA adapts torch.nn.Linear, torch.nn.Conv2d and transformers' Conv1D{hint}"
     )
 
 
@@ -68,9 +78,18 @@ def class_name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__name__}"
 
 
-def _overrides(base: nn.Module, kind: type[nn.Module] | None, method: str) -> bool:
-    """Whether the class of `base` changes what `kind` computes, such as timm's convolutions with dynamic padding."""
-    return kind is not None and getattr(type(base), method, None) is not getattr(kind, method, None)
+def own_methods(base: nn.Module) -> list[str]:
+    """Names of the methods by which a class changes what torch's computes, e.g. timm's `Conv2dSame`."""
+    kind = _kind(base)
+    if kind is None or class_name(base) in _PLAIN_LINEAR:
+        return []
+    methods = ("forward", "_conv_forward")
+    return [method for method in methods if getattr(type(base), method, None) is not getattr(kind, method, None)]
 
 
-__all__ = ["choose_layer_class", "class_name", "matrix_shape", "refuse_quantized_projection"]
+def _kind(base: nn.Module) -> type[nn.Module] | None:
+    """The kind of layer that a module is, among those that can be adapted."""
+    return next((kind for kind in (nn.Linear, Conv1D, nn.Conv2d) if isinstance(base, kind)), None)
+
+
+__all__ = ["choose_layer_class", "class_name", "matrix_shape", "own_methods", "refuse_quantized_projection"]

@@ -27,6 +27,10 @@ class Linear(SnellaLayer):
     def _product(self) -> Product:
         return LinearProduct()
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """The update is a plain addition to the weight of a linear layer, which a low-rank fit can approximate."""
+        return True
+
     def __repr__(self) -> str:
         return "snella." + super().__repr__()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -21,10 +21,22 @@ from snella.tuner.config import SnellaConfig
 from snella.tuner.layer import SnellaLayer
 from snella.tuner.layer_choice import choose_layer_class, class_name, matrix_shape, refuse_quantized_projection
 from snella.tuner.merge_loss import one_warning
-from snella.tuner.targets import all_linear_names, block_number, count_rows, default_targets, unmatched_message
+from snella.tuner.targets import (
+    all_linear_names,
+    block_number,
+    check_expression,
+    count_rows,
+    default_targets,
+    describe_coverage,
+    matches_expression,
+    plain_convolution_names,
+    unmatched_message,
+)
 from snella.tuner.tokens import TokenAdapter, attach_tokens, find_tokens, token_adapters
 
 logger = logging.getLogger(__name__)
+
+_LEAST_LIMIT = 1 << 24  # numbers in the factors that are never too many: 64 MiB
 
 
 class SnellaModel(BaseTuner):
@@ -59,16 +71,11 @@ class SnellaModel(BaseTuner):
         """Resolve the targets, and refuse those that match nothing while the model is still untouched."""
         if not isinstance(peft_config, SnellaConfig):
             raise TypeError(f"SnellaModel needs a SnellaConfig, got {type(peft_config).__name__}")
-        targets = peft_config.target_modules
-        if targets is None:
-            targets = default_targets(model)
-            if isinstance(targets, str) and targets != "all-linear":
-                # by name, so that `layers_to_transform` can choose among them
-                targets = {name for name, _ in model.named_modules() if _matches(targets, name)}
-        if isinstance(targets, str) and targets.lower() == "all-linear":
-            targets = set(all_linear_names(model))
-            if not targets:
-                raise ValueError(f"target_modules='all-linear' found no linear layer in {type(model).__name__}")
+        names = [name for name, _ in model.named_modules()]
+        for expression in (peft_config.target_modules, peft_config.exclude_modules):
+            if isinstance(expression, str) and expression.lower() != "all-linear":
+                check_expression(expression, names)
+        targets = self._chosen_targets(peft_config.target_modules, model)
         targets = self._with_output_projections(
             targets if isinstance(targets, str) else set(targets), peft_config, model
         )
@@ -77,8 +84,95 @@ class SnellaModel(BaseTuner):
         if not any(_matches(targets, name) for name, _ in model.named_modules()):
             raise ValueError(unmatched_message(targets, model))
         self._refuse_shared_weights(peft_config, model)
+        self._check_ranks(peft_config, model)
         peft_config.train_tokens = find_tokens(
             model, peft_config.wanted_tokens(), is_required=peft_config.requires_tokens
+        )
+
+    def _chosen_targets(self, targets: set[str] | list[str] | str | None, model: nn.Module) -> set[str] | str:
+        """Resolve `None` and `"all-linear"`, with a warning where they leave most of the weights out."""
+        is_default = targets is None
+        if targets is None:
+            targets = default_targets(model)
+            if isinstance(targets, str) and targets != "all-linear":
+                # by name, so that `layers_to_transform` can choose among them
+                return {name for name, _ in model.named_modules() if _matches(targets, name)}
+        if not isinstance(targets, str):
+            return set(targets)
+        if targets.lower() != "all-linear":
+            return targets
+        found = all_linear_names(model) or (plain_convolution_names(model) if is_default else [])
+        if not found:
+            convolutions = plain_convolution_names(model)
+            message = f"target_modules='all-linear' found no linear layer in {type(model).__name__} besides its head"
+            if convolutions:
+                message += f"; target_modules=None adapts its convolutions, e.g. {convolutions[0]!r}"
+            raise ValueError(message)
+        is_first = not any(isinstance(module, BaseTunerLayer) for module in model.modules())
+        if is_first and (coverage := describe_coverage(model, found)):
+            warnings.warn(coverage, stacklevel=2)
+        return set(found)
+
+    def _check_ranks(self, peft_config: SnellaConfig, model: nn.Module) -> None:
+        """Refuse ranks of layers that are not adapted, and factors that would dwarf the weights, before they exist."""
+        names, weights, factors = [], 0, 0
+        for name, module in model.named_modules():
+            base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+            if name.endswith(".base_layer") or not self._check_target_module_exists(peft_config, name):
+                continue
+            if is_adaptable(module):
+                if peft_config.bias != "none":
+                    raise NotImplementedError(
+                        f"bias={peft_config.bias!r} with an adapted attention, {name!r}: the bias that its projections "
+                        "share has a name that PEFT would not save; leave the attention out with exclude_modules"
+                    )
+                attention = module.base_layer if isinstance(module, AdaptedAttention) else module
+                inputs = input_projections(cast(nn.MultiheadAttention, attention))
+                parts = [(f"{name}.{part}", tuple(attention.get_parameter(f"{part}_weight").shape)) for part in inputs]
+            elif isinstance(base, (nn.Linear, nn.Conv2d, Conv1D)):
+                parts = [(name, matrix_shape(base))]
+            else:
+                continue
+            for part, (m, n) in parts:
+                names.append(part)
+                weights += m * n
+                factors += peft_config.rank_of(part) * (m + n)
+        unused = [key for key in peft_config.rank_pattern if not any(n == key or n.endswith(f".{key}") for n in names)]
+        if unused:
+            raise ValueError(f"rank_pattern={unused} names no adapted module; these are adapted: e.g. {names[:4]}")
+        if factors > max(_LEAST_LIMIT, 4 * weights):
+            ranks = max([peft_config.r, *peft_config.rank_pattern.values()])
+            raise ValueError(
+                f"r={ranks} would give factors of {factors:,} numbers to the {weights:,} weights that they change; "
+                "choose a rank that leaves them smaller, e.g. 8"
+            )
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: PeftConfig) -> None:
+        """Look for tied embeddings as PEFT does, but by our own matching, whose time is limited."""
+        targets = getattr(peft_config, "target_modules", None)
+        if isinstance(targets, str) and targets.lower() != "all-linear":
+            names = [name for name, _ in model.named_modules()]
+            check_expression(targets, names)
+            peft_config.target_modules = {name for name in names if _matches(targets, name)}  # type: ignore[attr-defined]
+        try:
+            super()._check_tied_modules(model, peft_config)
+        finally:
+            peft_config.target_modules = targets  # type: ignore[attr-defined]
+
+    def _add_modules_to_save_to_tie(self, peft_config: SnellaConfig, tied_weight_keys: list[str]) -> None:
+        """Save the input embedding alone, and let PEFT tie to it whatever shares its weight."""
+        embedding = self.model.get_input_embeddings()
+        name = next(name for name, module in self.model.named_modules() if module is embedding)
+        tied = set(tied_weight_keys)
+        peft_config.modules_to_tie = tied  # type: ignore[attr-defined]
+        others = [m for m in peft_config.modules_to_save or [] if not any(_matches({m}, key) for key in tied)]
+        peft_config.modules_to_save = list(dict.fromkeys([*others, name]))
+
+    def _add_targets_to_tie(self, peft_config: SnellaConfig, tied_weight_keys: list[str]) -> None:
+        """Refuse: an update of one of two tied layers cannot be shared with the other."""
+        raise NotImplementedError(
+            f"ensure_weight_tying=True with a target among the tied layers {sorted(tied_weight_keys)}: SNELLA adapts "
+            "no embedding; train it with modules_to_save or trainable_token_indices"
         )
 
     def _with_output_projections(
@@ -122,15 +216,18 @@ class SnellaModel(BaseTuner):
                 )
 
     @staticmethod
-    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool | re.Match[str] | None:
-        """Match as PEFT does, but let `layers_to_transform` choose among full names and top-level blocks too."""
+    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
+        """Match as PEFT does, but within a time limit, and let `layers_to_transform` choose among full names too."""
         # what an adapted attention wraps is known by the name that it had before
         key = key.replace(".base_layer.", ".")
-        if not isinstance(peft_config, SnellaConfig) or peft_config.layers_to_transform is None:
+        if not isinstance(peft_config, SnellaConfig):
             return check_target_module_exists(peft_config, key)
-        of_all_layers = copy.copy(peft_config)
-        of_all_layers.layers_to_transform = None
-        found = check_target_module_exists(of_all_layers, key)
+        plain = copy.copy(peft_config)
+        plain.layers_to_transform = None
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(expression := getattr(plain, name), str):
+                setattr(plain, name, {key} if _matches(expression, key) else set())
+        found = check_target_module_exists(plain, key)
         wanted = peft_config.layers_to_transform
         blocks = [wanted] if isinstance(wanted, int) else wanted
         if found and blocks and block_number(key, peft_config.layers_pattern) not in blocks:
@@ -139,7 +236,10 @@ class SnellaModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put one more adapter into the model."""
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        with warnings.catch_warnings():
+            # PEFT looks for these among the targets, where the projections of an attention have no name of their own
+            warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
         keep_off_fast_path(model)
         config = cast(SnellaConfig, self.peft_config[adapter_name])
         layer = next((m for m in model.modules() if isinstance(m, SnellaLayer) and adapter_name in m.snella_A), None)
@@ -287,6 +387,20 @@ class SnellaModel(BaseTuner):
             return
         super()._replace_module(parent, child_name, new_module, child)
 
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Refuse to make one adapter of several.
+
+        Raises:
+            NotImplementedError: Always, with what gives the same sum.
+        """
+        raise NotImplementedError(
+            f"add_weighted_adapter({adapters}, {weights}, {adapter_name!r}): a sum of sparse updates is no update of "
+            f"one pair of factors; make them active together, base_model.set_adapter({adapters}), with "
+            "layer.set_scale(name, weight) in every SnellaLayer, and merge them so if one set of weights is wanted"
+        )
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Iterator[None]:
         """Refuse what would otherwise be ignored: one adapter for each sample of a batch."""
@@ -341,5 +455,5 @@ class SnellaModel(BaseTuner):
 def _matches(targets: set[str] | str, name: str) -> bool:
     """Whether the targets alone match a module, whatever is excluded besides."""
     if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
+        return matches_expression(targets, name)
     return name in targets or any(name.endswith(f".{target}") for target in targets)

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterable
 from difflib import get_close_matches
+from functools import cache, lru_cache
 from itertools import product
 
+import regex
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from snella.tuner.attention import AdaptedAttention, is_adaptable
+from snella.tuner.layer_choice import matrix_shape, own_methods
 
-_HEAD_NAMES = {"head", "heads", "head_dist", "classifier", "score", "fc", "lm_head", "qa_outputs"}
-_PATCH_NAMES = {"patch_embed", "patch_embedding", "patch_embeddings", "downsample", "patch_merging"}
+# of the model's own children
+_HEAD_NAMES = {"head", "heads", "head_dist", "classifier", "score", "fc", "lm_head", "qa_outputs", "proj_out"}
+# of modules at any depth: the predictors of DeiT, detection and segmentation
+_PREDICTOR_NAMES = {
+    *("cls_classifier", "distillation_classifier", "class_labels_classifier", "bbox_predictor", "class_predictor"),
+    *("mask_predictor", "mask_embedder", "class_embed", "bbox_embed", "enc_score_head", "enc_bbox_head"),
+    *("class_head", "box_head", "decode_head", "auxiliary_head"),
+}
+_PATCH_NAMES = {"patch_embed", "patch_embedding", "patch_embeddings", "downsample", "patch_merging", "x_embedder"}
+_PATCH_CLASSES = ("PatchEmbed", "PatchMerging")  # parts of the names of classes
+_MATCHING_S = 5.0  # for all names of a model together; a sound expression takes a few milliseconds
 _FUSED_NAMES = {"qkv", "Wqkv", "to_qkv", "qkv_proj", "c_attn", "in_proj", "kv"}
 
 # by class name, so that neither library has to be imported
@@ -36,8 +49,35 @@ def all_linear_names(model: nn.Module) -> list[str]:
     Linear layers, transformers' `Conv1D`, and `nn.MultiheadAttention` with its output projection, also those that carry
     adapters already; left out are the head, patch embedding and patch merging, and what lies inside of adapters.
     """
-    heads = _head_modules(model)
     names = []
+    for name, module in _candidates(model):
+        if is_adaptable(module):
+            names += [name, f"{name}.out_proj"]
+        elif isinstance(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module, (nn.Linear, Conv1D)):
+            names.append(name)
+    return names
+
+
+def plain_convolution_names(model: nn.Module) -> list[str]:
+    """Return the names of the two-dimensional convolutions that are adapted in a model without linear layers.
+
+    Ungrouped ones with a `forward` that is torch's own; left out are the first convolution of the model (its stem), the
+    head, patch embedding and downsampling between stages, and what lies inside of adapters.
+    """
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    return [
+        name
+        for name, module in _candidates(model)
+        for base in [module.get_base_layer() if isinstance(module, BaseTunerLayer) else module]
+        if isinstance(base, nn.Conv2d) and base is not convolutions[0] and base.groups == 1 and not own_methods(base)
+        if not (base.padding == "same" and any(k % 2 == 0 for k in base.kernel_size))
+    ]
+
+
+def _candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules of a model outside of its head, of patch embedding and merging, and of adapters."""
+    heads = _head_modules(model)
+    found: list[tuple[str, nn.Module]] = []
     inside: list[str] = []
     for name, module in model.named_modules():
         parts = name.split(".")
@@ -45,12 +85,87 @@ def all_linear_names(model: nn.Module) -> list[str]:
             continue
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper, nn.MultiheadAttention, AdaptedAttention)):
             inside.append(name + ".")
-        if is_adaptable(module) and name and not _PATCH_NAMES.intersection(parts):
-            names += [name, f"{name}.out_proj"]
-        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        if isinstance(base, (nn.Linear, Conv1D)) and name and not _PATCH_NAMES.intersection(parts):
-            names.append(name)
-    return names
+        if name and any(part in type(module).__name__ for part in _PATCH_CLASSES):
+            inside.append(name + ".")
+            continue
+        if name and not (_PREDICTOR_NAMES | _PATCH_NAMES).intersection(parts):
+            found.append((name, module))
+    return found
+
+
+def describe_coverage(model: nn.Module, names: Iterable[str]) -> str | None:
+    """Say what the default targets leave out where that is more than they adapt; `None` elsewhere.
+
+    Head, patch embedding and embeddings are not counted, as they are left out on purpose.
+
+    Args:
+        model: The model, without adapters.
+        names: Names of the modules to adapt.
+    """
+    adapted = set(names)
+    covered, left_out = 0, {}
+    for name, module in _candidates(model):
+        if name in adapted and isinstance(module, (nn.Linear, Conv1D, nn.Conv2d)):
+            rows, columns = matrix_shape(module)
+            covered += rows * columns
+        elif name in adapted:  # an attention, which has all of its projections adapted
+            covered += sum(weight.numel() for weight in module.parameters() if weight.ndim > 1)
+        elif not isinstance(module, nn.Embedding):
+            for key, weight in module.named_parameters(recurse=False):
+                # a leading 1 is that of tokens and positions, which are added to a batch
+                if weight.ndim > 1 and weight.shape[0] > 1:
+                    left_out[f"{name}.{key}"] = (type(module).__name__, weight)
+    missing = sum(weight.numel() for _, weight in left_out.values())
+    if missing <= covered:
+        return None
+    kinds: dict[str, tuple[str, str, list[int]]] = {}
+    for name, (owner, weight) in sorted(left_out.items(), key=lambda item: -item[1][1].numel()):
+        kinds.setdefault(owner, (name, owner, list(weight.shape)))
+    examples = ", ".join(f"{name!r} {shape} of {owner}" for name, owner, shape in list(kinds.values())[:3])
+    return (
+        f"the default target_modules adapt {covered / (covered + missing):.0%} of the weights of "
+        f"{type(model).__name__}, embeddings and head aside; {len(left_out)} others are left as they are, e.g. "
+        f"{examples}: convolutions can be named in target_modules, bare parameters such as experts and routers can be "
+        "trained in full with train_tokens"
+    )
+
+
+@cache
+def _compile(expression: str) -> regex.Pattern[str]:
+    return regex.compile(expression)
+
+
+@lru_cache(maxsize=1 << 16)
+def matches_expression(expression: str, name: str) -> bool:
+    """Whether a regular expression matches the whole of a name, found within a time limit.
+
+    Args:
+        expression: The expression, which may come with an adapter from anywhere.
+        name: Name of a module.
+
+    Raises:
+        ValueError: It takes longer, as expressions that repeat a repetition can.
+    """
+    try:
+        return _compile(expression).fullmatch(name, timeout=_MATCHING_S) is not None
+    except TimeoutError:
+        raise _slow(expression, name) from None
+
+
+def check_expression(expression: str, names: Iterable[str]) -> None:
+    """Raise `ValueError` where matching all names would take longer than some seconds."""
+    end = time.monotonic() + _MATCHING_S
+    for name in names:
+        matches_expression(expression, name)
+        if time.monotonic() > end:
+            raise _slow(expression, name)
+
+
+def _slow(expression: str, name: str) -> ValueError:
+    return ValueError(
+        f"the regular expression {expression!r} takes more than {_MATCHING_S:g} s to match names such as {name!r}; "
+        "write it without repetitions of repetitions, or give a list of names"
+    )
 
 
 def _head_modules(model: nn.Module) -> set[nn.Module]:
