@@ -21,7 +21,7 @@ STAGES = failed=; \
   finish() { echo; if [ -z "$$failed" ]; then echo "=== all stages passed"; else echo "=== failed:$$failed"; return 1; fi; }
 
 .DEFAULT_GOAL := help
-.PHONY: help install packages demo compare test test-oldest test-isa test-slow bench lint format types clean
+.PHONY: help install packages docs demo compare test test-oldest test-isa test-slow bench lint format types clean
 
 help: ## print the verbs
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -96,6 +96,10 @@ format: install ## repair style and formatting
 
 types: install ## static types
 	$(BIN)/mypy
+
+docs: install ## build the documents as a site, runs/docs/index.html
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 clean: ## remove .venv and caches
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -10,7 +10,8 @@ from snella.benchmark.rows import draw_figures, update_document
 
 if __name__ == "__main__":
     rows = ROOT / "benchmarks" / "results.jsonl"
-    changed = [ROOT / "README.md"] if update_document(ROOT / "README.md", rows) else []
+    speed_page = ROOT / "docs" / "speed.md"
+    changed = [speed_page] if update_document(speed_page, rows) else []
     changed += update_costs(rows)
     changed += [PAGE] if update_suite() else []
     changed += [ROOT / "README.md"] if update_overview() else []

@@ -1,0 +1,104 @@
+"""Draw docs/images/method.svg: a small merge, its competition inside the matrix, and budgets competing across layers.
+
+python benchmarks/method_diagram.py
+
+Every square is computed by `snella.ops` and `snella.tuner`, nothing is drawn by hand.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from snella.ops import keep_threshold, merge_factors, sparsify
+from snella.tuner import allocate, budget_at
+
+PICTURE = Path(__file__).parents[1] / "docs" / "images" / "method.svg"
+ROWS, COLUMNS, RANK, KEPT = 18, 24, 4, 0.3
+INK, MUTED, ACCENT = "#1b1f24", "#57606a", "#0072b2"
+
+
+def draw_method() -> Figure:
+    """The three steps, from left to right."""
+    generator = torch.Generator().manual_seed(3)
+    A = torch.randn(COLUMNS, RANK, generator=generator)
+    B = torch.randn(ROWS, RANK, generator=generator)
+    scalars = {"piece_coeff": torch.tensor([0.1, -0.1]), "alpha": torch.tensor(1.0), "beta": torch.tensor(0.0)}
+    delta = merge_factors(A, B, "mix_k", **scalars)
+    sparse = sparsify(delta, keep_threshold(delta, round(KEPT * delta.numel())))
+
+    figure = Figure(figsize=(12, 4.6), facecolor="white")
+    _matrix(figure.add_axes((0.015, 0.30, 0.05, 0.45)), B, "B", f"{ROWS} x {RANK}")
+    _matrix(figure.add_axes((0.095, 0.78, 0.19, 0.10)), A.T, "Aᵀ", f"{RANK} x {COLUMNS}", above=True)
+    _matrix(figure.add_axes((0.095, 0.30, 0.19, 0.45)), delta, "ΔW = κ(A, B)", "any rank, never stored")
+    _arrow(figure, 0.292, 0.345)
+    _matrix(figure.add_axes((0.355, 0.30, 0.19, 0.45)), sparse, "S", f"the {KEPT:.0%} largest, shrunk by the threshold")
+    _arrow(figure, 0.552, 0.600)
+    _budgets(figure.add_axes((0.665, 0.30, 0.325, 0.45)), generator)
+    for x, title, text in (
+        (
+            0.015,
+            "1  Merge",
+            "Two learned factors meet in a nonlinear kernel κ:\nan entry from one row of A and one of B",
+        ),
+        (
+            0.355,
+            "2  Compete inside a matrix",
+            "Entries below a threshold become 0;\nthe layer is one product, x (W0 + S)ᵀ",
+        ),
+        (
+            0.640,
+            "3  Compete across layers",
+            "All matrices share one budget, which shrinks\nin training; who matters more keeps more",
+        ),
+    ):
+        figure.text(x, 0.95, title, fontsize=13, weight="bold", color=INK, va="center")
+        figure.text(x, 0.125, text, fontsize=10, color=MUTED, va="center")
+    return figure
+
+
+def _matrix(axes: Axes, values: Tensor, name: str, note: str, above: bool = False) -> None:
+    """Entries as squares: blue negative, orange positive, white zero."""
+    bound = float(values.abs().max())
+    axes.imshow(values, cmap="PuOr_r", vmin=-bound, vmax=bound, aspect="auto", interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for side in axes.spines.values():
+        side.set_color(MUTED)
+    if above:
+        axes.text(1.02, 0.5, f"{name}  {note}", transform=axes.transAxes, fontsize=9, color=INK, va="center")
+    else:
+        axes.text(0.5, -0.06, f"{name}\n{note}", transform=axes.transAxes, fontsize=9, color=INK, ha="center", va="top")
+
+
+def _arrow(figure: Figure, left: float, right: float) -> None:
+    axes = figure.add_axes((left, 0.48, right - left, 0.08))
+    axes.annotate("", (1, 0.5), (0, 0.5), arrowprops={"arrowstyle": "-|>", "color": ACCENT, "lw": 2})
+    axes.axis("off")
+
+
+def _budgets(axes: Axes, generator: torch.Generator) -> None:
+    """Shares of eight matrices at four times of a training, by Algorithm 1."""
+    size, count, steps = ROWS * COLUMNS, 8, 4
+    importance = torch.rand(count, generator=generator).add(0.15).pow(2).tolist()
+    width = 0.8 / steps
+    for step in range(steps):
+        budget = budget_at(step, steps - 1, size * count, round(KEPT * size * count))
+        kept = allocate(importance, [size] * count, budget)
+        places = [layer + (step - (steps - 1) / 2) * width for layer in range(count)]
+        axes.bar(places, [b / size for b in kept], width * 0.9, color=ACCENT, alpha=0.25 + 0.25 * step)
+    axes.set_xticks(range(count), [f"{k + 1}" for k in range(count)], fontsize=9, color=INK)
+    axes.set_yticks([0, 0.5, 1], ["0", "½", "all"], fontsize=9, color=INK)
+    axes.set_xlabel("adapted matrix; bars from start (pale) to end (dark) of training", fontsize=9, color=INK)
+    axes.set_ylabel("weights kept", fontsize=9, color=INK)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+if __name__ == "__main__":
+    draw_method().savefig(PICTURE, metadata={"Date": None})
+    print(PICTURE)
