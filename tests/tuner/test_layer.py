@@ -80,6 +80,37 @@ def test_a_wide_layer_starts_next_to_its_pretrained_weight():
     assert update.abs().max() < 1e-4
 
 
+def start_of(layer, **settings):
+    """`√n · rms(S) / rms(W0)` of a fresh adapter, and its `α`."""
+    torch.manual_seed(0)
+    fresh = first_layer(adapted(nn.Sequential(layer), r=8, init_weights=True, **settings))
+    update, weight = fresh.sparse_updates("default")[0], fresh.base_layer.weight
+    ratio = update.square().mean().sqrt() / weight.square().mean().sqrt() * update.shape[1] ** 0.5
+    return ratio.item(), fresh.snella_alpha["default"].item()
+
+
+@pytest.mark.parametrize("settings", [{}, {"preset": "official"}, {"softmax_dim": 1}], ids=str)
+def test_a_narrow_layer_starts_next_to_its_pretrained_weight(settings):
+    torch.manual_seed(0)
+    for layer, bound in ((nn.Conv2d(32, 32, 3), 0.002), (nn.Linear(16, 16), 0.15)):
+        with torch.no_grad():
+            layer.weight.mul_(3 if bound < 0.1 else 0.3)
+        ratio, alpha = start_of(layer, **settings)
+        assert 0.5 * bound < ratio < 1.3 * bound
+        assert 0.1 <= alpha < 1
+
+
+def test_the_start_of_a_wide_layer_and_of_a_weight_of_zeros_is_the_papers():
+    torch.manual_seed(0)
+    wide = nn.Linear(384, 384)
+    with torch.no_grad():
+        wide.weight.normal_(std=0.02)
+    assert start_of(wide)[1] == 1
+    zeros = nn.Linear(64, 8)
+    nn.init.zeros_(zeros.weight)
+    assert start_of(zeros)[1] == 1
+
+
 def test_the_initial_budget_follows_init_sparsity():
     assert first_layer(adapted(sequential())).budgets("default") == (120,)
     assert first_layer(adapted(sequential(), init_sparsity=0.25)).budgets("default") == (90,)

@@ -11,7 +11,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from snella.ops.kernels import make_kernel
+from snella.ops.kernels import KernelScalars, make_kernel
 from snella.ops.spec import Product, WeightSource
 from snella.tuner.config import SnellaConfig
 from snella.tuner.effective import EffectiveWeightCache
@@ -20,6 +20,8 @@ from snella.tuner.support import pack_positions
 
 _FIRST_VALUES = {"alpha": 1.0, "beta": 0.0, "temperature": 1.0}
 _PIECE_COEFF = 0.1
+_START_SAMPLE = 64  # rows or columns that tell the size of the first update: its factors are drawn independently
+_LEAST_START = 0.1  # of the paper's start, so that weights near zero keep an update that can grow
 
 
 class AdapterHolder(nn.Module, BaseTunerLayer):
@@ -38,6 +40,9 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
         "snella_beta",
         "snella_temperature",
     )
+    largest_start = 0.15
+    """Bound of `√n · rms(S) / rms(W0)` for the first update `S`: more than the layers of a ViT or Swin start with."""
+
     other_param_names = ("snella_budget", "snella_support", "snella_config", "scaling", "row_counts")
 
     def __init__(
@@ -155,7 +160,10 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _reset_parameters(self, adapter_name: str, larger: bool = False) -> None:
-        """Draw the factors uniformly from `±1/√(n·r/P)` (A) and `±1/√(rows·r/P)` (B); `larger` from `±1`."""
+        """Draw the factors uniformly from `±1/√(n·r/P)` (A) and `±1/√(rows·r/P)` (B); `larger` from `±1`.
+
+        Factors and `α` are smaller where the update would be large beside the weight, see `largest_start`.
+        """
         A, B = self.snella_A[adapter_name], self.snella_B[adapter_name]
         if A.device.type == "meta":
             return
@@ -171,6 +179,38 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
             if adapter_name in self.snella_piece_coeff:
                 coeff = self.snella_piece_coeff[adapter_name]
                 coeff.copy_(_PIECE_COEFF * (-1.0) ** torch.arange(coeff.shape[1]))
+            if not larger:
+                self._bound_start(adapter_name)
+
+    @torch.no_grad()
+    def _bound_start(self, adapter_name: str) -> None:
+        """Shrink an update that is quadratic in `ΔW`, and with it in factors and `α`, to `largest_start`.
+
+        The softmax adds up to 1 over the `m` outputs, so that `S` starts near `1/m²`: large where a layer is narrow.
+        """
+        config, A, B = self.snella_config[adapter_name], self.snella_A[adapter_name], self.snella_B[adapter_name]
+        weight = self._weight()
+        weight = weight if isinstance(weight, Tensor) else weight.make()
+        kernel = make_kernel(
+            config.kernel,
+            num_pieces=config.num_pieces,
+            softmax_dim=config.softmax_dim,
+            center_softmax=config.center_softmax,
+        )
+        is_quadratic = config.sparsify_mode != "none" and not config.fixed_support
+        if weight.is_meta or not is_quadratic or "piece_coeff" not in kernel.scalars:
+            return
+        values = [getattr(self, f"snella_{name}").get(adapter_name) for name in KernelScalars._fields]
+        columns, outputs = (_START_SAMPLE, None) if config.softmax_dim == 0 else (None, _START_SAMPLE)
+        for group, rows in enumerate(self.matrix_rows(adapter_name)):
+            scalars = KernelScalars(*(value if value is None else value[group] for value in values))
+            delta = kernel.merge(A[group][:columns], B[rows][:outputs], scalars)
+            base = weight[rows].float().square().mean().sqrt()
+            start = float(A.shape[1] ** 0.5 * delta.square().square().mean().sqrt().to(base.device) / base)
+            if self.largest_start < start < float("inf"):
+                shrink = max((self.largest_start / start) ** 0.5, _LEAST_START)
+                for tensor in (A[group], B[rows], *(value[group] for value in values[1:2] if value is not None)):
+                    tensor.mul_(shrink)
 
     def matrix_rows(self, adapter_name: str) -> list[slice]:
         """Rows of the weight that each matrix occupies."""

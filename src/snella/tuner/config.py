@@ -174,8 +174,9 @@ class SnellaConfig(PeftConfig):
             schedule and allocation mean nothing then.
         impl: Implementation of the adapted layer: `"auto"`, `"triton"` (kernels on a CUDA device), `"numba"` (compiled
             loops on the CPU), `"eager"` or `"reference"`; see `snella.ops.adapted_product`.
-        init_weights: `True` starts with factors so small that the update of a weight of ViT-B's size starts near 5e-6;
-            `False` draws larger ones, for tests.
+        init_weights: `True` starts with factors so small that the update of a weight of ViT-B's size starts near 5e-6,
+            and smaller than the paper's where a layer is narrow (`SnellaLayer.largest_start`); `False` draws larger
+            ones, for tests.
 
     Raises:
         TypeError: A setting that there is not, with the nearest one or with what serves instead.

@@ -14,6 +14,9 @@ from snella.tuner.layer import SnellaLayer
 class Conv2d(SnellaLayer):
     """A two-dimensional convolution, its weight `[m, c/groups, kh, kw]` seen as `[m, c/groups·kh·kw]`."""
 
+    # convolutions mostly see rectified inputs, whose mean adds up over the update's mostly positive entries
+    largest_start = 0.002
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # refuse here what the backward pass could not do
