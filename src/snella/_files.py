@@ -11,8 +11,8 @@ from typing import Any
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text as `write_bytes` does."""
-    write_bytes(path, text.encode())
+    """Write text as `write_bytes` does; names of files that are not UTF-8 keep their bytes."""
+    write_bytes(path, text.encode(errors="surrogateescape"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -86,6 +86,14 @@ def test_no_flipped_bit_of_the_values_goes_unnoticed(method, tmp_path):
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
 
+def test_a_header_that_safetensors_refuses_is_called_damaged(tmp_path):
+    save_trained(trained("linear"), tmp_path)
+    path = tmp_path / "trainable.safetensors"
+    path.write_bytes(path.read_bytes().replace(b'"dtype":"F32"', b'"dtype":"F33"', 1))
+    with pytest.raises(AdapterFileError, match=r"trainable.safetensors is damaged: .*F33.*; copy the adapter again"):
+        load_trained(tmp_path, backbone())
+
+
 @pytest.mark.parametrize(("method", "name"), [("linear", "method.json"), ("snella-2", "adapter_config.json")])
 def test_other_settings_than_the_saved_ones_are_noticed(method, name, tmp_path):
     save_trained(trained(method), tmp_path)

@@ -1,10 +1,13 @@
 import io
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from snella.runs.console import counted, make_console, print_heading, print_rows
+from snella.runs.console import counted, make_console, print_heading, print_line, print_rows, printable
 
 
 def test_what_is_no_terminal_gets_whole_lines_without_padding():
@@ -49,3 +52,53 @@ def test_a_heading_in_a_file_is_one_short_line():
     file = io.StringIO()
     print_heading(make_console(file), "1/3  linear")
     assert file.getvalue() == "--- 1/3  linear ---\n"
+
+
+NAMES = {
+    "cat[final].png": "cat[final].png",
+    "exp[/b] :smile:": "exp[/b] :smile:",
+    "a\x1b]0;title\x07\x1b[2Jb": r"a\x1b]0;title\x07\x1b[2Jb",
+    "caf\udce9": r"caf\udce9",
+    "photo\u202egnp.exe": r"photo\u202egnp.exe",
+    "naïve 猫 👩‍🚀.png": "naïve 猫 👩‍🚀.png",
+}
+
+
+@pytest.mark.parametrize("is_own", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_names_are_written_as_they_read(name, is_own):
+    file = io.StringIO()
+    print_line(make_console(file) if is_own else Console(file=file, width=200), f"adapter {name}")
+    assert file.getvalue() == f"adapter {NAMES[name]}\n"
+    print_rows(Console(file=file, width=200, force_terminal=True, color_system=None), [("data", name)])
+    assert NAMES[name] in file.getvalue()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tables_hold_names_as_they_read(name):
+    table = Table(title=f"in {name}")
+    table.add_column(name)
+    table.add_row(name)
+    table.add_row(Text(name))
+    file = io.StringIO()
+    make_console(file).print(table)
+    assert file.getvalue().count(NAMES[name]) >= 3 and "\x1b" not in file.getvalue()
+
+
+def test_line_breaks_and_tabs_stay():
+    assert printable("a\tb\nc\r") == "a\tb\nc\\r"
+
+
+def test_work_goes_on_when_nobody_reads_any_more():
+    code = (
+        "import sys; from snella.runs.console import *; console = make_console(endures=True)\n"
+        "for number in range(2000): print_line(console, f'line {number} ' + 'x' * 100)\n"
+        "print('done', file=sys.stderr)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline().startswith("line 0")
+    process.stdout.close()
+    said = process.stderr.read()
+    process.stderr.close()
+    assert process.wait() == 0
+    assert said == "snella: nobody reads the output any more ([Errno 32] Broken pipe); the work goes on\ndone\n"

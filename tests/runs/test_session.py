@@ -79,6 +79,13 @@ def test_a_lock_excludes_the_same_process_too(tmp_path):
         pass
 
 
+def test_a_folder_s_name_that_is_no_text_is_refused_before_anything_is_trained(tmp_path):
+    config = TrainConfig(data="digits", backbone="test_vit", out=f"{tmp_path}/caf\udce9")
+    with pytest.raises(ValueError, match=r"out must be a name in UTF-8 without control characters, got '.*/caf.udce9'"):
+        train(config)
+    assert not list(tmp_path.iterdir())
+
+
 def test_one_training_in_several_processes_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
     config = TrainConfig(data="digits", backbone="test_vit", out=str(tmp_path / "run"))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from snella.runs import CheckpointError, NonFiniteLossError, RunFolder, TrainConfig, TrainingInterrupted
 from snella.runs.checkpoints import latest_checkpoint
-from snella.runs.session import checkpoint_to_continue
+from snella.runs.session import InterruptCallback, checkpoint_to_continue
 from snella.runs.train import train
 from snella.runs.trainer import SnellaTrainer
 
@@ -115,29 +115,52 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(settings, uninter
     assert same(outcome(resumed(config)[0]), uninterrupted)
 
 
-@pytest.mark.parametrize("step", [1, 6, 8])
-def test_an_interrupted_run_saves_and_resumes_to_the_same_bits(step, settings, console, uninterrupted, monkeypatch):
+@pytest.mark.parametrize(
+    ("step", "number"),
+    [(1, signal.SIGINT), (6, signal.SIGINT), (8, signal.SIGINT), (6, signal.SIGTERM), (6, signal.SIGHUP)],
+)
+def test_an_interrupted_run_saves_and_resumes_to_the_same_bits(
+    step, number, settings, console, uninterrupted, monkeypatch
+):
     config = settings()
     original = SnellaTrainer.training_step
 
-    def press_ctrl_c(self, *args, **kwargs):
+    def stop(self, *args, **kwargs):
         loss = original(self, *args, **kwargs)
         if self.state.global_step + 1 == step:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return loss
 
-    handler = signal.getsignal(signal.SIGINT)
+    handler = signal.getsignal(number)
     with monkeypatch.context() as patch:
-        patch.setattr(SnellaTrainer, "training_step", press_ctrl_c)
+        patch.setattr(SnellaTrainer, "training_step", stop)
         with pytest.raises(
             TrainingInterrupted,
             match=rf"saved as .*checkpoint-{step}; continue with: snella train --out .*run --resume",
         ):
             train(config, console)
-    assert signal.getsignal(signal.SIGINT) == handler
+    assert signal.getsignal(number) == handler
     assert RunFolder(config.out).status == "interrupted"
     run, _ = resumed(config)
     assert same(outcome(run), uninterrupted)
+
+
+def test_a_closed_terminal_is_no_request_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with InterruptCallback() as interrupt:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not interrupt.is_requested
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_killed_before_its_report_gets_it_by_resuming(finished, tmp_path):
+    run = RunFolder(shutil.copytree(finished.path, tmp_path / "run"))
+    run.report.unlink()
+    resumed(TrainConfig(out=str(run.path), resume=True))
+    assert "<html" in run.report.read_text()
 
 
 def test_a_second_ctrl_c_stops_at_once_and_keeps_the_last_checkpoint(settings, console, uninterrupted, monkeypatch):

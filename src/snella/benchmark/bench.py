@@ -25,7 +25,7 @@ from snella.benchmark.rows import append_rows, conditions, draw_figures
 from snella.ops.functional import adapted_product
 from snella.ops.kernels import KernelScalars, make_kernel
 from snella.ops.spec import LinearProduct, Update
-from snella.runs.console import make_console
+from snella.runs.console import make_console, print_line
 from snella.runs.memory import saved_bytes
 from snella.tuner import BudgetAllocator, create_snella_optimizer
 from snella.tuner.layer import SnellaLayer
@@ -233,7 +233,7 @@ def bench(config: BenchConfig, console: Console | None = None) -> list[dict[str,
         rows.extend(found)
     if config.figures is not None and config.out is not None:
         for path in draw_figures(config.out, config.figures):
-            console.print(f"picture {path}", highlight=False, soft_wrap=True)
+            print_line(console, f"picture {path}")
     return rows
 
 
@@ -249,7 +249,7 @@ def _measure(config: BenchConfig, setting: Setting, batch: int, console: Console
         if fault is None:
             runners[name] = runner
         else:
-            console.print(f"{name} is not timed: {fault}", highlight=False, soft_wrap=True)
+            print_line(console, f"{name} is not timed: {fault}")
     for runner in runners.values():
         for _ in range(_WARM_UP):
             runner.step(images, labels)

@@ -27,7 +27,7 @@ from snella.cli.options import (
     PredictOptions,
 )
 from snella.runs.config import TrainConfig
-from snella.runs.console import counted, make_console
+from snella.runs.console import counted, make_console, print_line
 from snella.runs.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -82,11 +82,8 @@ def _evaluate(settings: dict[str, Any]) -> None:
     task = task_of(RunFolder(options.run).read_json("run.json"))
     console = make_console()
     for note in result["notes"]:
-        console.print(f"note: {note}", highlight=False)
-    console.print(
-        f"{result['data']} ({result['split']}), {result['images']} images: {task.result_text(result)}",
-        highlight=False,
-    )
+        print_line(console, f"note: {note}")
+    print_line(console, f"{result['data']} ({result['split']}), {result['images']} images: {task.result_text(result)}")
     console.print(_table(task.result_table(result, result["classes"])))
     if options.out is not None:
         write_json(Path(options.out), result)
@@ -110,11 +107,11 @@ def _predict(settings: dict[str, Any]) -> None:
     if options.out is not None:
         taken = _Counted(predictions)
         path = output.write(taken, options.out, options.top_k, overwrite=options.overwrite)
-        console.print(f"{counted(taken.count, 'image')}: {path}", highlight=False)
+        print_line(console, f"{counted(taken.count, 'image')}: {path}")
     else:
         for prediction in predictions:
             shown = output.text(prediction, options.top_k)
-            console.print(f"{prediction.path}: {shown}", highlight=False, soft_wrap=True)
+            print_line(console, f"{prediction.path}: {shown}")
     _record("predict", options.run, asdict(options))
 
 
@@ -127,10 +124,8 @@ def _merge(settings: dict[str, Any]) -> None:
     _record("merge", options.run, asdict(options))
     console = make_console()
     size = sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path])) / 2**20
-    console.print(
-        f"{path}: {size:.1f} MiB, {what_it_is(path)}; to load it:", soft_wrap=True, highlight=False, markup=False
-    )
-    console.print(loading_lines(path), highlight=False, markup=False, soft_wrap=True)
+    print_line(console, f"{path}: {size:.1f} MiB, {what_it_is(path)}; to load it:")
+    print_line(console, loading_lines(path))
 
 
 def _inspect(settings: dict[str, Any]) -> None:
@@ -147,7 +142,7 @@ def _inspect(settings: dict[str, Any]) -> None:
     if options.report:
         task = RunFolder(options.run).read_json("run.json").get("task")
         draw = draw_generation_report if task == "generation" else refresh_report
-        make_console().print(f"report: {draw(options.run)}", highlight=False)
+        print_line(make_console(), f"report: {draw(options.run)}")
 
 
 def _data(settings: dict[str, Any]) -> None:
@@ -162,7 +157,7 @@ def _data(settings: dict[str, Any]) -> None:
     faults = [fault for check in checks for fault in check.faults]
     if faults:
         raise ValueError(f"{counted(len(faults), 'fault')} in '{options.folder}': {'; '.join(faults)}")
-    console.print("complete, nothing is wrong", highlight=False)
+    print_line(console, "complete, nothing is wrong")
 
 
 def _compare(settings: dict[str, Any]) -> None:

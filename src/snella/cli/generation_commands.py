@@ -9,7 +9,7 @@ from rich.table import Table
 from snella._files import write_json
 from snella.cli.generation_options import EvaluateGenerationOptions, GenerateOptions
 from snella.recipes.dreambooth import DreamBoothConfig
-from snella.runs.console import counted, make_console
+from snella.runs.console import counted, make_console, print_line
 
 
 def _dreambooth(settings: dict[str, Any]) -> None:
@@ -38,7 +38,7 @@ def _generate(settings: dict[str, Any]) -> None:
         device=options.device,
         overwrite=options.overwrite,
     )
-    make_console().print(f"{counted(len(pictures), 'picture')}: {options.out}", highlight=False, soft_wrap=True)
+    print_line(make_console(), f"{counted(len(pictures), 'picture')}: {options.out}")
 
 
 def _evaluate_generation(settings: dict[str, Any]) -> None:

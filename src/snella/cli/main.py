@@ -57,11 +57,12 @@ def _run(words: list[str]) -> int:
 def _report(fault: Exception, is_debugging: bool, status: int = _USER_ERROR) -> int:
     """Write one line, or the traceback."""
     from snella.cli.wording import as_flags
+    from snella.runs.console import printable
 
     if is_debugging:
         traceback.print_exception(fault)
     else:
-        print("snella: " + as_flags(" ".join(str(fault).split())), file=sys.stderr)
+        print("snella: " + as_flags(printable(" ".join(str(fault).split()))), file=sys.stderr)
     return status
 
 

@@ -27,7 +27,7 @@ from snella.comparison.store import LOCKS, cell_lock, collect, drop_failed, is_l
 from snella.comparison.summary import print_summary, summarise
 from snella.runs import TrainingInterrupted
 from snella.runs.build import choose_device, load_splits
-from snella.runs.console import counted, make_console
+from snella.runs.console import counted, make_console, print_line
 from snella.runs.protocol import protocol_of
 from snella.runs.session import NonFiniteLossError
 from snella.tasks import create_task
@@ -72,7 +72,7 @@ def compare(
             than a loss that diverged, which only says that the learning rate was too high. Not with `draw_only`.
         TrainingInterrupted: Ctrl-C; what is done stays done.
     """
-    console = console or make_console()
+    console = console or make_console(endures=True)
     root = Path(out)
     if workers < 0 or (threads is not None and threads < 1):
         raise ValueError(f"workers must be at least 0 and threads at least 1, got {workers} and {threads}")
@@ -87,7 +87,7 @@ def compare(
         drop_failed(root)
     rows, notes = collect(root)
     for note in notes:
-        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+        print_line(console, f"note: {note}")
     plan = Plan(experiment, rows)
     if not draw_only:
         _train_all(root, plan, _executor(root, experiment, workers, threads, ray), console)
@@ -98,8 +98,8 @@ def compare(
     print_published(console, experiment, summarise(experiment, list(rows.values())))
     warning = protocol_of(experiment.settings.get("protocol", "standard")).warning
     if warning:
-        console.print(f"official protocol: {warning}", highlight=False, soft_wrap=True)
-    console.print(f"rows {root / 'results.jsonl'}, page {page}", highlight=False, soft_wrap=True)
+        print_line(console, f"official protocol: {warning}")
+    print_line(console, f"rows {root / 'results.jsonl'}, page {page}")
     failed = [row for row in rows.values() if row["status"] == "failed" and not _has_diverged(row)]
     if failed and not draw_only:
         first = min(failed, key=lambda row: (row["purpose"] != "final", str(row["cell"])))
@@ -160,7 +160,7 @@ def _check_data(experiment: Experiment, data: DataEntry, console: Console) -> No
         raise ValueError(f"data {data.data!r} must have a validation and a test part, got {splits.description}")
     if len(splits.train) < config.images_per_step and config.batch_size is not None:
         raise ValueError(f"batch_size must be at most the {len(splits.train)} training images, got {config.batch_size}")
-    console.print(f"data {splits.description}", highlight=False, soft_wrap=True)
+    print_line(console, f"data {splits.description}")
 
 
 def _settle(experiment: Experiment | None, root: Path) -> Experiment:

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from snella._text import seconds_text
 from snella.comparison.cells import Cell
 from snella.comparison.plan import Plan
+from snella.runs.console import print_line
 
 
 class ComparisonProgress:
@@ -64,7 +65,7 @@ class ComparisonProgress:
         others = "" if is_ours else " by another process"
         origin = ", trained as the trial that was chosen" if row.get("trained_as") else ""
         text = f"{number} {cell.title}: {result} ({seconds_text(row['total_time'])}{others}{origin}){remaining}"
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        print_line(self._console, text)
         self._refresh()
 
     def left_to_another(self, cell: Cell) -> None:
@@ -75,8 +76,8 @@ class ComparisonProgress:
     def waiting(self, count: int) -> None:
         """Other processes have all that could be done now."""
         if not self._is_waiting:
-            self._console.print(
-                f"waiting for {count} cell{'s' if count != 1 else ''} that another process trains", highlight=False
+            print_line(
+                self._console, f"waiting for {count} cell{'s' if count != 1 else ''} that another process trains"
             )
         self._is_waiting = True
 

@@ -22,7 +22,7 @@ from snella.comparison.statistics import (
     mean_over_tasks,
     spread,
 )
-from snella.runs.console import counted
+from snella.runs.console import counted, print_line
 
 METRICS = {"test_accuracy": "accuracy", "test_balanced_accuracy": "balanced accuracy"}
 _COSTS = (
@@ -194,15 +194,15 @@ def print_summary(console: Console, experiment: Experiment, rows: Rows) -> None:
     """Print the table."""
     summary = summarise(experiment, rows)
     if not summary.finals:
-        console.print("no final cell is finished yet", highlight=False)
+        print_line(console, "no final cell is finished yet")
         return
     for metric, title in METRICS.items():
         console.print(_table(summary, metric, title))
-    console.print(caption(summary), highlight=False, soft_wrap=True)
+    print_line(console, caption(summary))
     for row in summary.failed:
-        console.print(f"FAILED {row['cell']}: {row['error']}", highlight=False, markup=False, soft_wrap=True)
+        print_line(console, f"FAILED {row['cell']}: {row['error']}")
     if summary.failed:
-        console.print("failed cells are trained again with --retry-failed", highlight=False)
+        print_line(console, "failed cells are trained again with --retry-failed")
 
 
 def table_cells(summary: Summary, metric: str, *, with_costs: bool) -> list[list[str]]:

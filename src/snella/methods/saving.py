@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -170,9 +170,12 @@ def _check_finite(path: Path, tensors: dict[str, Tensor], own: dict[str, Tensor]
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a file whose header was checked, compared with the digests in its metadata."""
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
-    tensors = load_file(path)
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise AdapterFileError(f"{path} is damaged: {error}; {WAY_OUT}") from None
     if _TENSORS_DIGEST not in metadata:
         _logger.warning("note: %s names no SHA-256 digest; whether it is as it was written is not known", path)
         return tensors

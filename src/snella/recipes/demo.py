@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from snella.runs.config import TrainConfig
-from snella.runs.console import make_console, print_heading
+from snella.runs.console import make_console, print_heading, print_line
 from snella.runs.evaluate import refresh_report
 from snella.runs.folder import RunFolder
 from snella.runs.train import train
@@ -58,7 +58,7 @@ def run_demo(
     Returns:
         The folder.
     """
-    console = console or make_console()
+    console = console or make_console(endures=True)
     folder = Path(out)
     rows = []
     for number, (method, own) in enumerate(DEMO_METHODS.items(), start=1):
@@ -73,11 +73,9 @@ def run_demo(
     run.write_json("comparison.json", {"format": 1, "rows": rows})
     report = refresh_report(folder, console)
     print_heading(console, "comparison")
-    console.print(
-        f"{folder}: {DEMO_SETTINGS['train_size']} training images, measured on the same test images", soft_wrap=True
-    )
+    print_line(console, f"{folder}: {DEMO_SETTINGS['train_size']} training images, measured on the same test images")
     console.print(_table(rows))
-    console.print(f"best SNELLA adapter {run.adapter}; report {report}", highlight=False, soft_wrap=True)
+    print_line(console, f"best SNELLA adapter {run.adapter}; report {report}")
     return folder
 
 

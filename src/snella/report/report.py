@@ -327,7 +327,7 @@ def write_report(run: str | Path, images: ImageSource | None = None) -> Path:
     """
     folder = Path(run)
     page = _render(folder, images)
-    write_whole(folder / "report.html", page.encode("utf-8"))
+    write_whole(folder / "report.html", page.encode("utf-8", "backslashreplace"))
     return folder / "report.html"
 
 

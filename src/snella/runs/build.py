@@ -22,7 +22,7 @@ from snella.methods import SelectionData, build_method, find_method, load_traine
 from snella.methods.saving import METHOD_FILE
 from snella.records import read_run
 from snella.runs.config import DEFAULT_BATCH_SIZE, TrainConfig
-from snella.runs.console import counted
+from snella.runs.console import counted, print_line
 from snella.runs.folder import RunFolder
 from snella.runs.protocol import protocol_of
 from snella.runs.sampler import EpochSampler
@@ -145,7 +145,7 @@ def selection_data(
 
     def say(text: str) -> None:
         if console is not None:
-            console.print(text, highlight=False, soft_wrap=True)
+            print_line(console, text)
 
     validation: Callable[[], Iterator[tuple[Tensor, Tensor]]] | None = None
     if val is not None:

@@ -24,6 +24,7 @@ from snella import SnellaCallback
 from snella._text import seconds_text
 from snella.methods.adalora import RankSchedule
 from snella.runs.checkpoints import CheckpointError
+from snella.runs.console import print_line
 from snella.runs.protocol import RunProtocol
 from snella.tasks import Task
 
@@ -316,11 +317,10 @@ class ProgressDisplay(TrainerCallback):
         if part is not None and f"{part}_loss" in metrics:
             text = self.task.epoch_text(self.protocol.unnamed(metrics))
             shown = f"  {part} loss {metrics[f'{part}_loss']:.4f}  {text}"
-        self.console.print(
+        print_line(
+            self.console,
             f"epoch {round(state.epoch):>3}/{state.num_train_epochs}  loss {metrics['train_loss']:.4f}"
             f"{shown}{self._budget()}{'  best' if shown and is_best else ''}",
-            highlight=False,
-            soft_wrap=True,
         )
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from snella.data import DataSplits, ImageDataset, load_data
 from snella.report import write_report
 from snella.report.examples import ImageSource
 from snella.runs.build import LoadedRun, check_splits, find_data, load_run, load_splits, same_splits, task_of
-from snella.runs.console import make_console
+from snella.runs.console import make_console, print_line
 from snella.runs.folder import RunFolder
 from snella.tasks import Task
 
@@ -42,9 +42,7 @@ def refresh_report(run: str | Path, console: Console | None = None) -> Path:
         shown = _shown_images(folder, stored)
         images: ImageSource | None = None if shown is None else task.pictures(shown, folder.path)
     except (OSError, ValueError, ImportError) as fault:
-        (console or make_console()).print(
-            f"note: the report has no pictures: {fault}", highlight=False, soft_wrap=True, markup=False
-        )
+        print_line(console or make_console(), f"note: the report has no pictures: {fault}")
         images = None
     return write_report(folder.path, images)
 

@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from snella.runs.checkpoints import latest_checkpoint, remove_incomplete, sound_checkpoint
 from snella.runs.config import RunSettings
+from snella.runs.console import print_line
 from snella.runs.folder import RunFolderOf
 
 
@@ -34,26 +35,29 @@ class NonFiniteLossError(Exception):
 
 
 class InterruptCallback(TrainerCallback):
-    """Turn the first Ctrl-C into: finish the step, save, stop. The second one stops at once.
+    """Turn the first request to end into: finish the step, save, stop. The second one stops at once.
 
-    A context manager: the handler is installed inside, in the main thread only.
+    Requests are Ctrl-C, SIGTERM (a scheduler's), and SIGHUP (a closed terminal), unless it is ignored, as under
+    `nohup`. A context manager: the handlers are installed inside, in the main thread only.
     """
 
     def __init__(self) -> None:
         self.is_requested = False
-        self._previous: Any = None
+        self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> InterruptCallback:
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._handle)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            self._previous = None
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """Remember the first request, raise at the second."""
@@ -109,6 +113,7 @@ def run_owned(run: RunFolderOf[Any]) -> Iterator[None]:
 
     Raises:
         RunInUseError: A living process owns it; names the process.
+        ValueError: The folder's name is no text (bytes that are not UTF-8, control characters).
         NotImplementedError: This is one of several processes of one training, as `torchrun` starts them.
     """
     processes = os.environ.get("WORLD_SIZE", "1")
@@ -117,6 +122,8 @@ def run_owned(run: RunFolderOf[Any]) -> Iterator[None]:
             f"training runs in one process, got WORLD_SIZE={processes} from torchrun or accelerate; start it with "
             "`snella` or `python` alone, or leave WORLD_SIZE unset"
         )
+    if not str(run.path).isprintable():
+        raise ValueError(f"out must be a name in UTF-8 without control characters, got {str(run.path)!r}")
     if run.path.exists() and not run.path.is_dir():
         yield  # refused when settings are compared with what is there
         return
@@ -190,7 +197,7 @@ def settle_unfinished(run: RunFolderOf[S], config: S, console: Console, result: 
     asked: Any = settled
     if asked.resume and run.status == "finished":
         run.check_adapter()
-        console.print(f"{run.path} is finished already; {result}", highlight=False, soft_wrap=True)
+        print_line(console, f"{run.path} is finished already; {result}")
         return None
     return settled, asked.resume and run.status is not None
 
@@ -207,10 +214,10 @@ def checkpoint_to_continue(run: RunFolderOf[Any], console: Console) -> Path | No
     """
     checkpoint, damages = sound_checkpoint(run.checkpoints)
     for damage in damages:
-        console.print(f"note: passed over {damage}", highlight=False, soft_wrap=True)
+        print_line(console, f"note: passed over {damage}")
     remove_incomplete(run.checkpoints, checkpoint)
     if checkpoint is not None:
-        console.print(f"continuing from {checkpoint}", highlight=False, soft_wrap=True)
+        print_line(console, f"continuing from {checkpoint}")
     return checkpoint
 
 

@@ -13,7 +13,8 @@ from snella.report import write_report
 from snella.runs.build import Assembly, assemble, check_splits, find_data, store_selection
 from snella.runs.callbacks import ProgressDisplay, RankCallback, StepCosts
 from snella.runs.config import TrainConfig
-from snella.runs.console import make_console
+from snella.runs.console import make_console, print_line
+from snella.runs.evaluate import refresh_report
 from snella.runs.folder import RunFolder
 from snella.runs.linear_probe import cache_features, can_cache_features, start_head_from_probe
 from snella.runs.protocol import RunProtocol, protocol_of
@@ -73,7 +74,7 @@ def train(
         NonFiniteLossError: The loss or the gradient became infinite or NaN; the last good state is kept.
         CheckpointError: The disk is full, and the last checkpoint is kept; or that of a resumed run is damaged.
     """
-    console = console or make_console()
+    console = console or make_console(endures=True)
     run = RunFolder(str(config.out))
     with run_owned(run):
         return _train(config, run, console, measure_test, keep_checkpoints, draw_report)
@@ -85,6 +86,9 @@ def _train(
     """The work of `train`, in a folder that no other process writes into."""
     settled = settle_unfinished(run, config, console, f"its report is {run.report}")
     if settled is None:
+        # killed after its last result was written
+        if draw_report and not run.report.is_file():
+            refresh_report(run.path, console)
         return run
     config, is_resumed = settled
     stored = run.read_json("run.json").get("data", {}) if is_resumed else {}
@@ -195,21 +199,17 @@ def _finish(
     )
     run.finish()
     report = write_report(run.path, pictures) if draw_report else None
-    console.print(_final_text(parts.task, protocol, best, val, test), highlight=False, soft_wrap=True)
+    print_line(console, _final_text(parts.task, protocol, best, val, test))
     if protocol.warning:
-        console.print(f"{protocol.name} protocol: {protocol.warning}", highlight=False, soft_wrap=True)
+        print_line(console, f"{protocol.name} protocol: {protocol.warning}")
     if matrices:
         kept = sum(m.budget for m in matrices)
-        console.print(f"its update {kept_text(matrices)}", highlight=False, soft_wrap=True)
+        print_line(console, f"its update {kept_text(matrices)}")
         target = callback.allocator.target_budget if callback is not None and callback.allocator else kept
         if kept > target:
-            console.print(
-                f"epoch {best} was chosen before the schedule reached its target, {target:,} weights",
-                highlight=False,
-                soft_wrap=True,
-            )
+            print_line(console, f"epoch {best} was chosen before the schedule reached its target, {target:,} weights")
     shown = f"adapter {run.adapter}" + (f", report {report}" if report else "")
-    console.print(shown, highlight=False, soft_wrap=True)
+    print_line(console, shown)
 
 
 def _parts_of(splits: DataSplits) -> dict[str, ImageDataset]:

@@ -79,7 +79,7 @@ def write_generation_report(run: str | Path) -> Path:
     environment.filters.update(count=count_text, percent=percent_text, plain=plain_text)
     template = environment.from_string(_text("snella.recipes.dreambooth", "report.html.jinja"))
     page = template.render(context, style=Markup(_text("snella.report", "report.css")))
-    write_whole(folder / "report.html", page.encode("utf-8"))
+    write_whole(folder / "report.html", page.encode("utf-8", "backslashreplace"))
     return folder / "report.html"
 
 

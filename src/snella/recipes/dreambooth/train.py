@@ -25,7 +25,7 @@ from snella.recipes.dreambooth.trainer import FlowMatching, Learner, Lesson
 from snella.runs.build import choose_device
 from snella.runs.checkpoints import saving
 from snella.runs.config import command_line
-from snella.runs.console import counted, make_console, print_rows
+from snella.runs.console import counted, make_console, print_line, print_rows
 from snella.runs.results import (
     describe_allocation,
     folder_bytes,
@@ -167,7 +167,7 @@ def personalise(config: DreamBoothConfig, console: Console | None = None) -> Dre
         NonFiniteLossError: The loss or the gradient became infinite or NaN; the last checkpoint is kept.
         CheckpointError: The disk is full, and the last checkpoint is kept; or that of a resumed run is damaged.
     """
-    console = console or make_console()
+    console = console or make_console(endures=True)
     run = DreamBoothFolder(str(config.out))
     with run_owned(run):
         return _personalise(config, run, console)
@@ -177,6 +177,8 @@ def _personalise(config: DreamBoothConfig, run: DreamBoothFolder, console: Conso
     """The work of `personalise`, in a folder that no other process writes into."""
     settled = settle_unfinished(run, config, console, f"its report is {run.report}")
     if settled is None:
+        if not run.report.is_file():
+            write_generation_report(run.path)
         return run
     config, is_resumed = settled
     device = choose_device(config.device)
@@ -263,12 +265,11 @@ def _finish(
         )
     run.finish()
     report = write_generation_report(run.path)
-    console.print(
+    print_line(
+        console,
         f"loss on fixed noise: {learner.loss_before:.5f} before, {learner.loss_after:.5f} after {config.steps} steps",
-        highlight=False,
-        soft_wrap=True,
     )
     matrices = matrices_of(learner.model)
     if matrices:
-        console.print(f"the update {kept_text(matrices)}", highlight=False, soft_wrap=True)
-    console.print(f"adapter {run.adapter}, report {report}", highlight=False, soft_wrap=True)
+        print_line(console, f"the update {kept_text(matrices)}")
+    print_line(console, f"adapter {run.adapter}, report {report}")

@@ -24,6 +24,7 @@ from snella.methods import load_trained_into, save_trained
 from snella.recipes.dreambooth.config import DreamBoothConfig, DreamBoothFolder
 from snella.recipes.dreambooth.pipeline import LatentImages, PromptEmbedding
 from snella.runs.checkpoints import reading, remove_incomplete, staged
+from snella.runs.console import print_line
 from snella.runs.results import matrices_of
 from snella.runs.sampler import EpochSampler, mix_seed
 from snella.runs.session import InterruptCallback, NonFiniteLossError
@@ -195,7 +196,7 @@ class Learner:
                 if is_due or interrupt.is_requested:
                     self.save()
                 if is_due:
-                    console.print(self._line(), highlight=False, soft_wrap=True)
+                    print_line(console, self._line())
                 if interrupt.is_requested and self.step < self.config.steps:
                     raise KeyboardInterrupt
         if self.allocator is not None:

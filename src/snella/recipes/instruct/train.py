@@ -32,7 +32,7 @@ from snella.recipes.instruct.data import IGNORED, Template, encode, pad_right, r
 from snella.runs.build import choose_device
 from snella.runs.checkpoints import saving
 from snella.runs.config import command_line
-from snella.runs.console import counted, make_console, print_rows
+from snella.runs.console import counted, make_console, print_line, print_rows
 from snella.runs.results import (
     describe_allocation,
     folder_bytes,
@@ -155,7 +155,7 @@ class LanguageProgress(TrainerCallback):
         if shown:
             budget = "" if self.budget() is None or "loss" not in logs else f"  {self.budget():,} weights kept"
             epoch = f"epoch {state.epoch:>5.2f}/{state.num_train_epochs}"
-            self.console.print(f"{epoch}  {'  '.join(shown)}{budget}", highlight=False, soft_wrap=True)
+            print_line(self.console, f"{epoch}  {'  '.join(shown)}{budget}")
 
     def budget(self) -> int | None:
         """Weights kept at present, over all matrices."""
@@ -214,7 +214,7 @@ def fine_tune(config: LanguageConfig, console: Console | None = None) -> Languag
         NonFiniteLossError: The loss became infinite or NaN; the last checkpoint is kept.
         CheckpointError: The disk is full, and the last checkpoint is kept; or that of a resumed run is damaged.
     """
-    console = console or make_console()
+    console = console or make_console(endures=True)
     run = LanguageFolder(str(config.out))
     with run_owned(run):
         return _fine_tune(config, run, console)
@@ -370,8 +370,8 @@ def _finish(
     )
     run.finish()
     if matrices:
-        console.print(f"the update {kept_text(matrices)}", highlight=False, soft_wrap=True)
-    console.print(f"adapter {run.adapter}", highlight=False, soft_wrap=True)
+        print_line(console, f"the update {kept_text(matrices)}")
+    print_line(console, f"adapter {run.adapter}")
 
 
 def _describe(config: LanguageConfig, data: dict[str, Any]) -> dict[str, Any]:
