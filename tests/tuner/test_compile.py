@@ -49,9 +49,10 @@ def test_a_compiled_model_gives_the_same_numbers_in_one_graph(build):
     y, grads = step(model, model, x)
     compiled = torch.compile(model, fullgraph=True, backend=BACKEND)
     z, others = step(compiled, model, x)
-    assert torch.equal(y, z)
+    torch.testing.assert_close(z, y)  # a graph may call another operation for the same product
     assert others.keys() == grads.keys()
-    assert all(torch.equal(others[name], grads[name]) for name in grads)
+    for name in grads:
+        torch.testing.assert_close(others[name], grads[name], msg=name)
 
 
 def test_new_budgets_reach_a_compiled_model_without_compiling_it_anew():
@@ -62,8 +63,8 @@ def test_new_budgets_reach_a_compiled_model_without_compiling_it_anew():
     layer.set_budget("default", [5])
     with torch._dynamo.config.patch(error_on_recompile=True):
         after = compiled(x)
-    assert torch.equal(after, model(x))
-    assert not torch.equal(after, before)
+    torch.testing.assert_close(after, model(x))
+    assert not torch.allclose(after, before)
 
 
 def test_autocast_and_two_adapters_compile():
@@ -93,7 +94,7 @@ def test_disabled_and_merged_adapters_compile_to_the_base_layer():
     expected = model(x)
     with model.disable_adapter():
         base = torch.compile(model, fullgraph=True, backend="eager")(x)
-        assert torch.equal(base, model(x))
+        torch.testing.assert_close(base, model(x))
     model.merge_adapter()
     torch._dynamo.reset()
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), expected)
