@@ -21,10 +21,10 @@ STAGES = failed=; \
   finish() { echo; if [ -z "$$failed" ]; then echo "=== all stages passed"; else echo "=== failed:$$failed"; return 1; fi; }
 
 .DEFAULT_GOAL := help
-.PHONY: help install packages docs demo compare test test-oldest test-isa test-slow bench lint format types clean
+.PHONY: help install packages docs demo compare test test-oldest test-isa test-slow peft-contract bench lint format types clean
 
 help: ## print the verbs
-	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## create .venv and install the project with everything it needs
 
@@ -81,6 +81,9 @@ test-isa: $(VENV)/.installed-for-tests ## ops, tuner and resuming with three ins
 
 test-slow: $(VENV)/.installed-for-tests packages ## all tests, the slow ones too
 	HYPOTHESIS_PROFILE=new OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not gpu'
+
+peft-contract: install ## PEFT's own tests with SNELLA in them, beside LoRA; brings PEFT's source distribution
+	OMP_NUM_THREADS=1 $(BIN)/python tests/peft_contract.py $(VENV)/peft-contract
 
 bench: install ## step times (twelve minutes on two cores) beside PEFT's LoRA and others; appends to benchmarks/results.jsonl
 	$(BIN)/python benchmarks/step_time.py
