@@ -13,14 +13,14 @@ from snella.report.report import write_report
 SECTIONS = [
     "results",
     "comparison",
-    "curves",
     "confusion",
+    "examples",
+    "use",
+    "curves",
     "sparsity",
     "budgets",
     "importance",
     "matrices",
-    "examples",
-    "use",
 ]
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 
@@ -89,6 +89,30 @@ def test_the_report_says_what_was_trained_with_which_result(compared_report):
         "epochs: 10",
     ):
         assert words.replace("\N{NO-BREAK SPACE}", " ") in text, words
+
+
+def test_the_verdict_is_a_sentence_with_a_baseline(run):
+    report = page(run.finished(classes=("cat", "dog")))
+    sizes = [sum(row) for row in run.read("metrics.json")["test"]["confusion"]]
+    assert f"of {sum(sizes)} test images are recognized" in report.text
+    most = percent_text(max(sizes) / sum(sizes)).replace("\N{NO-BREAK SPACE}", " ")
+    assert f"the most frequent class, gets {most}. With that many images" in report.text
+
+
+def test_a_result_no_better_than_the_most_frequent_class_says_so(run):
+    run.finished(classes=("cat", "dog"))
+    test = run.read("metrics.json")["test"] | {"confusion": [[60, 0], [38, 2]], "accuracy": 0.62}
+    run.change("metrics.json", test=test)
+    assert "Always answering 'cat', the most frequent class, gets 60.0 %: nothing is shown" in page(run).text
+
+
+def test_classes_are_sorted_by_recall_and_confusions_are_named(run):
+    run.finished(classes=("cat", "dog", "owl"))
+    test = run.read("metrics.json")["test"] | {"confusion": [[9, 1, 0], [4, 5, 1], [0, 0, 10]], "accuracy": 0.8}
+    run.change("metrics.json", test=test)
+    text = page(run).text
+    assert text.index("dog 10 50") < text.index("cat 10 90") < text.index("owl 10 100")
+    assert "dog taken for cat: 4 of 10" in text and text.index("dog taken for cat") < text.index("cat taken for dog")
 
 
 def test_the_report_of_a_method_without_budgets_leaves_their_sections_out(run):

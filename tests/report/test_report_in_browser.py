@@ -7,8 +7,8 @@ from snella.report.report import write_report
 from ..browser import CONTRAST, FAULTY_TEXTS, SMALLEST_TEXT
 
 SECTIONS = [
-    *("results", "comparison", "curves", "confusion", "sparsity", "budgets", "importance", "matrices"),
-    *("examples", "use", "configuration"),
+    *("results", "comparison", "confusion", "examples", "use"),
+    *("curves", "sparsity", "budgets", "importance", "matrices", "configuration"),
 ]
 
 
@@ -37,6 +37,15 @@ def test_no_text_is_cut_or_covered_or_tiny_at_any_width(browser, compared_report
     assert browser.evaluate("document.documentElement.scrollWidth") <= width
     assert browser.evaluate(FAULTY_TEXTS) == []
     assert browser.evaluate(SMALLEST_TEXT) >= 8.5
+
+
+@pytest.mark.parametrize(("width", "is_shown"), [(390, True), (1280, False)])
+def test_a_narrow_screen_says_where_to_scroll(browser, compared_report, width, is_shown):
+    browser.open(compared_report, width)
+    hints = "[...document.querySelectorAll('#sparsity .sideways')].map(e => e.getBoundingClientRect().height > 0)"
+    assert browser.evaluate(hints) == [is_shown]
+    overflows = "(e => e.scrollWidth > e.clientWidth)(document.querySelector('#sparsity .scroll'))"
+    assert browser.evaluate(overflows) or not is_shown
 
 
 @pytest.mark.parametrize("dark", [False, True])

@@ -172,8 +172,48 @@ def confusion_section(info: RunInfo, metrics: Metrics | None) -> dict[str, Any] 
             "confusion-matrix",
             f"Confusion matrix of {len(info.classes)} classes on the {split} images; the table below has the numbers.",
         ),
-        "rows": _class_rows(info, scores),
+        "rows": sorted(_class_rows(info, scores), key=lambda row: (math.isnan(row["recall"]), row["recall"])),
+        "pairs": _confused_pairs(info, scores),
     }
+
+
+def verdict_text(info: RunInfo, metrics: Metrics | None, comparison: list[ComparisonRow] | None) -> str:
+    """The result in a sentence, beside what would be reached without the run; empty for other tasks.
+
+    The baselines are the class that is most frequent in the measured images, and a linear probe where one was compared.
+    """
+    if metrics is None:
+        return ""
+    split, scores = ("test", metrics.test) if metrics.test is not None else ("validation", metrics.val)
+    if not isinstance(scores, Scores) or not scores.confusion:
+        return ""
+    sizes = [sum(row) for row in scores.confusion]
+    right, total = sum(row[i] for i, row in enumerate(scores.confusion)), sum(sizes)
+    most = max(range(len(sizes)), key=sizes.__getitem__)
+    frequent = sizes[most] / total
+    text = f"{right:,} of {total:,} {split} images are recognized ({percent_text(right / total)}). "
+    baseline = (
+        f"Always answering {info.classes[most]!r}, the most frequent class, gets {percent_text(sizes[most] / total)}"
+    )
+    probe = next((row for row in comparison or [] if row.method == "linear"), None)
+    if probe is not None:
+        baseline += f", a linear probe {percent_text(probe.accuracy)}"
+    spread = math.sqrt(max(right * (total - right), 0) / total**3)  # standard error of a share
+    if right / total - frequent <= 2 * spread:
+        return f"{text}{baseline}: nothing is shown to have been learned."
+    error = f"{100 * 2 * spread:.1f}"
+    return f"{text}{baseline}. With that many images the result is certain to ±{error} points (two standard errors)."
+
+
+def _confused_pairs(info: RunInfo, scores: Scores) -> list[dict[str, Any]]:
+    """The classes that are most often taken for another, with how many of their images."""
+    pairs = [
+        {"label": info.classes[i], "predicted": info.classes[j], "count": count, "images": sum(row)}
+        for i, row in enumerate(scores.confusion)
+        for j, count in enumerate(row)
+        if i != j and count
+    ]
+    return sorted(pairs, key=lambda pair: -pair["count"])[:_CONFUSED]
 
 
 def _class_rows(info: RunInfo, scores: Scores) -> list[dict[str, Any]]:
@@ -297,15 +337,17 @@ def _exact(count: int) -> str:
     return f"{count:,}" if count >= 1000 else ""
 
 
+_CONFUSED = 5
 _USES = {
-    "classification": ("Classify images", "photo.jpg another.png", "Write plain weights that need nothing of snella"),
+    "classification": ("Classify images", "photo.jpg another.png", "Write a plain timm model", "model"),
     "segmentation": (
         "Segment images: masks and overlays",
         "photo.jpg another.png --out masks",
         "Write the whole model with the update folded in",
+        "model.safetensors",
     ),
 }
-"""How a run of each task is used: what `predict` does, its arguments, and what `merge` gives."""
+"""How a run of each task is used: what `predict` does, its arguments, what `merge` gives, and its `--out`."""
 
 
 def write_report(run: str | Path, images: ImageSource | None = None) -> Path:
@@ -357,6 +399,7 @@ def _render(folder: Path, images: ImageSource | None) -> str:
         "quoted": shlex.quote(str(folder)),
         "metrics": metrics,
         "warning": _warning(metrics),
+        "verdict": verdict_text(info, metrics, comparison),
         "results": results_section(metrics, allocation, budgets),
         "curves": curves_section(metrics),
         "confusion": confusion_section(info, metrics),
