@@ -101,6 +101,14 @@ def test_merge_writes_a_folder_of_timm(run, tmp_path, capsys):
     assert names["classes"] == load_run(run).classes
 
 
+def test_images_that_are_skipped_are_counted_and_named(run, photos, tmp_path, capsys):
+    (tmp_path / "cut.png").write_bytes((photos / "cats" / "00.png").read_bytes()[:99])
+    words = ["predict", str(run), str(photos / "cats" / "00.png"), str(tmp_path / "cut.png"), "--skip-broken"]
+    assert main([*words, "--out", str(tmp_path / "p.csv")]) == 0
+    captured = capsys.readouterr()
+    assert "1 image: " in captured.out and "left out 1 image: '" in captured.err and "cut.png' (" in captured.err
+
+
 def test_a_run_that_cannot_be_written_is_read_all_the_same(run, photos, tmp_path, capsys):
     copy = tmp_path / "run"
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("commands"))

@@ -33,7 +33,7 @@ def test_an_item_is_the_image_that_its_name_says(write_images):
         assert data.test.image(index).tobytes() == Image.open(root / name).tobytes()
 
 
-@pytest.mark.parametrize("word", ["val", "validation", "valid", "Val"])
+@pytest.mark.parametrize("word", ["val", "validation", "valid", "Val", "dev"])
 def test_parts_that_are_there_are_kept(word, write_images):
     data = load(write_images({"train/a": 4, "train/b": 3, f"{word}/a": 2, f"{word}/b": 1, "test/a": 1, "test/b": 2}))
     assert [Counter(part.labels) for part in (data.train, data.val, data.test)] == [
@@ -153,6 +153,60 @@ def test_a_class_of_broken_images_only_is_refused_all_the_same(write_images):
 def test_a_folder_that_gives_no_classification_is_refused(counts, message, write_images):
     with pytest.raises(ValueError, match=message):
         load(write_images(counts))
+
+
+def test_training_and_testing_are_parts_and_no_classes(write_images):
+    data = load(write_images({"training/a": 4, "training/b": 4, "testing/a": 2, "testing/b": 2}))
+    assert data.classes == ["a", "b"] and len(data.test) == 4
+
+
+def test_what_is_passed_over_is_noted(write_images):
+    root = write_images({"train/a": 4, "train/b": 4, "test": 3, "extra/a": 2, ".": 1})
+    assert load(root).notes == [
+        "left out 1 images that lie without a class folder, e.g. '000.png'",
+        "left out 'extra' with 2 images, 'test' with 3 images: no part with class folders inside; "
+        "parts are called dev, test, testing, train, training, val, valid, validation",
+    ]
+
+
+def test_a_folder_too_many_and_a_table_of_labels_are_told(write_images):
+    root = write_images({"photos/cats": 3, "photos/dogs": 3})
+    with pytest.raises(ValueError, match="there is one: 'photos'; the folders inside it, 'cats', 'dogs', may be the"):
+        load(root)
+    (root / "photos").rename(root.parent / "loose")
+    (root / "images").mkdir()
+    (root.parent / "loose" / "cats" / "000.png").rename(root / "images" / "000.png")
+    (root / "metadata.csv").write_text("file_name,label\n")
+    with pytest.raises(ValueError, match=r"Labels are not read from 'metadata\.csv': move each image into the folder"):
+        load(root)
+
+
+def test_unbalanced_classes_are_noted(write_images):
+    (note,) = load(write_images({"a": 40, "b": 10})).notes
+    assert note.startswith("classes are unbalanced: 24 training images of 'a', 6 of 'b'")
+
+
+def test_images_of_two_parts_are_noted(write_images):
+    root = write_images({"train/a": 4, "train/b": 4, "val/a": 2, "val/b": 2, "test/a": 2, "test/b": 2})
+    (root / "test/a/copy.png").write_bytes((root / "train/a/001.png").read_bytes())
+    (note,) = load(root).notes
+    assert note.startswith("1 of 5 test images are training images too, e.g. '001.png' is 'copy.png'")
+
+
+def test_images_of_other_endings_are_told_by_their_content(write_images):
+    root = write_images({"a": 5, "b": 5})
+    (root / "a/000.png").rename(root / "a/000.jpeg_large")
+    (root / "a/photo.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0")
+    data = load(root)
+    assert len(data.train) + len(data.val) + len(data.test) == 10
+    assert data.notes[0].endswith("1 HEIC; HEIC photographs cannot be read, save them as JPEG")
+
+
+def test_two_images_a_class_will_do_without_a_test(write_images):
+    root = write_images({"a": 2, "b": 2})
+    with pytest.raises(ValueError, match=r"or do without a test with --test-fraction 0 \(test_fraction=0\)"):
+        load(root)
+    assert load(root, test_fraction=0).test is None
 
 
 def test_several_faults_are_reported_together(write_images):

@@ -36,7 +36,7 @@ def test_resuming_uses_the_stored_settings(tmp_path):
     run.update("running")
     settled = run.settle(TrainConfig(out=str(run.path), resume=True))
     assert (settled.epochs, settled.method, settled.data, settled.resume) == (7, "lora-4", "digits", True)
-    with pytest.raises(ValueError, match="with its own settings, but epochs is 7 there and 3 here; leave them out"):
+    with pytest.raises(ValueError, match="epochs is 7 there and 3 here; leave them out; a new run can start from its"):
         run.settle(config(run.path, epochs=3, resume=True))
 
 

@@ -117,8 +117,26 @@ def test_images_that_cannot_be_read_are_named_or_left_out(finished, photos, tmp_
     assert [p.path for p in predict(finished.path, images, skip_broken=True)] == images[:1]
 
 
+def test_hidden_files_are_no_images_and_content_counts_beside_the_ending(finished, photos, tmp_path):
+    Image.open(photos / "cats" / "000.png").save(tmp_path / "a.jfif", "JPEG")
+    Image.open(photos / "cats" / "000.png").save(tmp_path / "b", "PNG")
+    (tmp_path / "._a.jpg").write_bytes(b"what macOS keeps")
+    (tmp_path / "notes.txt").write_text("BMX")
+    assert [p.path.name for p in predict(finished.path, [tmp_path])][:2] == ["a.jfif", "b"]
+
+
+def test_a_run_that_is_not_there_is_named_before_the_images(finished, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no run .*rum; nearest there: 'run'"):
+        predict(finished.path.parent / "rum", [tmp_path / "a.jpg"])
+
+
+def test_predictions_are_written_as_csv_alone(tmp_path):
+    with pytest.raises(ValueError, match=r"out must be a CSV file, got '.*p\.json'; write '.*p\.csv'"):
+        write_predictions([], tmp_path / "p.json")
+
+
 def test_paths_without_images_are_named(finished, photos, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no image .*nothing\.png; .* has no file of a like name"):
+    with pytest.raises(FileNotFoundError, match=r"no image .*nothing\.png; .* has nothing of a like name"):
         predict(finished.path, [tmp_path / "nothing.png"])
     with pytest.raises(FileNotFoundError, match=r"no image .*00\.png; nearest there: '0\d+\.png'"):
         predict(finished.path, [photos / "cats" / "00.png"])

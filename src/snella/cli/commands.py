@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, astuple
 from pathlib import Path
@@ -96,12 +97,14 @@ def _predict(settings: dict[str, Any]) -> None:
     options = PredictOptions(**settings)
     output = output_of_run(options.run)
     output.check(options.out, options.top_k, overwrite=options.overwrite)
+    skipped: list[str] = []
     predictions = predict_each(
         options.run,
         options.images,
         batch_size=options.batch_size,
         skip_broken=options.skip_broken,
         device=options.device,
+        on_skipped=lambda path, reason: skipped.append(f"{str(path)!r} ({reason})"),
     )
     console = make_console()
     if options.out is not None:
@@ -112,6 +115,8 @@ def _predict(settings: dict[str, Any]) -> None:
         for prediction in predictions:
             shown = output.text(prediction, options.top_k)
             print_line(console, f"{prediction.path}: {shown}")
+    if skipped:
+        print_line(make_console(sys.stderr), f"left out {counted(len(skipped), 'image')}: {'; '.join(skipped)}")
     _record("predict", options.run, asdict(options))
 
 

@@ -33,6 +33,7 @@ _HINTS: tuple[tuple[str, str], ...] = (
     (r"\bresume and overwrite exclude\b", "--resume and --overwrite exclude"),
     (r"\bwith overwrite\b", "with --overwrite"),
     (r"\bwith val_fraction and test_fraction\b", "with --val-fraction and --test-fraction"),
+    (r" \(test_fraction=0\)", ""),
     (r"\bweights=PATH\b", "--weights PATH"),
 )
 

@@ -16,6 +16,10 @@ from torch.utils.data import Dataset, get_worker_info
 from torchvision import tv_tensors
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm")
+_STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8")
+"""How files of formats begin that Pillow reads; those of TIFF and BMP are others' too."""
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
+HEIC_HINT = "HEIC photographs cannot be read, save them as JPEG"
 _THREADS = 4  # decoding releases the interpreter lock
 DECODING_ERRORS = (
     OSError,
@@ -45,7 +49,41 @@ def read_image(path: str | Path) -> Image.Image:
             image.load()
             return to_rgb(ImageOps.exif_transpose(image))
     except DECODING_ERRORS as error:
-        raise ValueError(f"'{path}' is not a readable image: {error or type(error).__name__}") from error
+        hint = f"; {HEIC_HINT}" if is_heic(Path(path)) else ""
+        raise ValueError(f"'{path}' is not a readable image: {error or type(error).__name__}{hint}") from error
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file in a folder is taken for an image: by its ending, or by its content whatever the ending says.
+
+    Hidden files are none: `._photo.jpg` is what macOS keeps beside `photo.jpg`.
+
+    Args:
+        path: Existing file.
+    """
+    if path.name.startswith(".") or path.suffix.lower() in IMAGE_SUFFIXES:
+        return not path.name.startswith(".")
+    start = _first_bytes(path)
+    is_webp = start[:4] == b"RIFF" and start[8:12] == b"WEBP"
+    is_avif = start[4:8] == b"ftyp" and start[8:12] in (b"avif", b"avis")
+    return start.startswith(_STARTS) or is_webp or is_avif
+
+
+def is_heic(path: Path) -> bool:
+    """Whether a file is a photograph in Apple's format, which Pillow does not read."""
+    start = _first_bytes(path)
+    return start[4:8] == b"ftyp" and start[8:12] in _HEIC_BRANDS
+
+
+def _first_bytes(path: Path) -> bytes:
+    """The beginning of a regular file; nothing of others and of those that cannot be read."""
+    if not path.is_file():
+        return b""
+    try:
+        with path.open("rb") as file:
+            return file.read(12)
+    except OSError:
+        return b""
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -426,6 +464,7 @@ def joined(first: ImageDataset, second: ImageDataset) -> ImageDataset:
 
 __all__ = [
     "DECODING_ERRORS",
+    "HEIC_HINT",
     "IMAGE_SUFFIXES",
     "LOSSY_FORMATS",
     "THRESHOLD",
@@ -437,6 +476,8 @@ __all__ = [
     "ImageSource",
     "MaskDataset",
     "broken_images",
+    "is_heic",
+    "is_image",
     "joined",
     "read_image",
     "read_label_map",

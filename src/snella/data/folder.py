@@ -7,11 +7,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from snella.data.collection import Collection
-from snella.data.datasets import IMAGE_SUFFIXES, FileImages, ImageDataset, broken_images
+from snella.data.datasets import HEIC_HINT, IMAGE_SUFFIXES, FileImages, ImageDataset, broken_images, is_heic, is_image
 
 __all__ = ["existing_folder", "listed", "load_folder"]
 
-_PARTS = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}
+_PARTS = {
+    **{"train": "train", "training": "train", "test": "test", "testing": "test"},
+    **{"val": "val", "validation": "val", "valid": "val", "dev": "val"},
+}
+_TABLES = (".csv", ".tsv", ".jsonl", ".parquet", ".xlsx")
 _NAMED = 5
 _LAYOUT = "images are laid out as PATH/class/image.jpg"
 _Files = dict[str, list[Path]]
@@ -37,7 +41,7 @@ def load_folder(path: str, *, skip_broken: bool = False) -> Collection:
     others: Counter[str] = Counter()
     files = {part: _class_files(folder, others) for part, folder in folders.items()}
     _check_classes(files, folders, root)
-    notes = [_other_kinds(others)] if others else []
+    notes = [*([_other_kinds(others)] if others else []), *_passed_over(root, folders)]
     broken = _broken(files)
     if broken:
         named = listed([f"{file.relative_to(root).as_posix()} ({reason})" for file, reason in broken.items()])
@@ -109,6 +113,24 @@ def _part_folders(root: Path) -> tuple[dict[str, Path], bool]:
     return {"train": root}, False
 
 
+def _passed_over(root: Path, folders: dict[str, Path]) -> list[str]:
+    """Notes about images that belong to no class, and about folders beside the parts."""
+    notes = []
+    for folder in {root, *folders.values()}:
+        loose = [child.name for child in sorted(folder.iterdir()) if child.is_file() and is_image(child)]
+        if loose:
+            where = "" if folder == root else f" in {folder.name}"
+            notes.append(f"left out {len(loose)} images that lie{where} without a class folder, e.g. {loose[0]!r}")
+    if folders.get("train") != root:
+        beside = [child for child in _subfolders(root) if child not in folders.values()]
+        images = {child.name: sum(is_image(file) for file in _walk(child)) for child in beside}
+        named = [f"{name!r} with {count} images" for name, count in images.items() if count]
+        if named:
+            known = ", ".join(sorted(_PARTS))
+            notes.append(f"left out {listed(named)}: no part with class folders inside; parts are called {known}")
+    return notes
+
+
 def _subfolders(folder: Path) -> list[Path]:
     """Folders that are not hidden, by name."""
     return sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
@@ -120,10 +142,10 @@ def _class_files(folder: Path, others: Counter[str]) -> _Files:
     for class_folder in _subfolders(folder):
         files[class_folder.name] = []
         for file in _walk(class_folder):
-            if file.suffix.lower() in IMAGE_SUFFIXES:
+            if is_image(file):
                 files[class_folder.name].append(file)
             else:
-                others[file.suffix or file.name] += 1
+                others["HEIC" if is_heic(file) else file.suffix or file.name] += 1
     return files
 
 
@@ -141,7 +163,14 @@ def _check_classes(files: dict[str, _Files], folders: dict[str, Path], root: Pat
         faults.append(_no_classes(folders["train"]))
     elif len(files["train"]) == 1:
         only = next(iter(files["train"]))
-        faults.append(f"at least two classes are needed, there is one: {only!r}; {_LAYOUT}, one folder for each class")
+        inside = [child.name for child in _subfolders(folders["train"] / only)]
+        hint = (
+            f"the folders inside it, {listed([repr(name) for name in inside])}, may be the classes: give the path "
+            f"of {only!r} itself"
+            if len(inside) > 1
+            else f"{_LAYOUT}, one folder for each class{_table_hint(folders['train'], folders['train'] / only)}"
+        )
+        faults.append(f"at least two classes are needed, there is one: {only!r}; {hint}")
     for part, classes in files.items():
         empty = [str((folders[part] / name).relative_to(root)) for name, found in classes.items() if not found]
         if empty:
@@ -165,8 +194,14 @@ def _no_classes(folder: Path) -> str:
     visible = [child for child in folder.iterdir() if not child.name.startswith(".")]
     if not visible:
         return f"'{folder}' is empty; {_LAYOUT}"
-    loose = sum(child.suffix.lower() in IMAGE_SUFFIXES for child in visible)
-    return f"no class folders in '{folder}' ({loose} images lie there without a class); {_LAYOUT}"
+    loose = sum(child.is_file() and is_image(child) for child in visible)
+    return f"no class folders in '{folder}' ({loose} images lie there without a class); {_LAYOUT}{_table_hint(folder)}"
+
+
+def _table_hint(*folders: Path) -> str:
+    """That labels are read from folders, where a table lies beside the images."""
+    tables = [child.name for folder in folders for child in sorted(folder.iterdir()) if child.suffix in _TABLES]
+    return f". Labels are not read from {tables[0]!r}: move each image into the folder of its class" if tables else ""
 
 
 def _with_nearest(name: str, classes: list[str]) -> str:
@@ -193,7 +228,8 @@ def _dataset(files: _Files, classes: list[str], root: Path) -> ImageDataset:
 def _other_kinds(others: Counter[str]) -> str:
     """The note about files that are no images by their name."""
     kinds = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(_NAMED))
-    return f"left out {others.total()} files that are not {', '.join(IMAGE_SUFFIXES)}: {kinds}"
+    heic = f"; {HEIC_HINT}" if "HEIC" in others else ""
+    return f"left out {others.total()} files that are not {', '.join(IMAGE_SUFFIXES)}: {kinds}{heic}"
 
 
 def listed(items: Sequence[str]) -> str:

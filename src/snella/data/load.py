@@ -1,10 +1,12 @@
 """From what a user typed after `--data` to a training, a validation and a test part."""
 
 import difflib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from snella._files import sha256_of
 from snella.data.bundled import (
     load_digits,
     load_elpv,
@@ -16,7 +18,7 @@ from snella.data.bundled import (
     load_stamps,
 )
 from snella.data.collection import Collection, Protocol
-from snella.data.datasets import ImageDataset, joined
+from snella.data.datasets import FileImages, ImageDataset, joined
 from snella.data.fgvc import FGVC, load_fgvc
 from snella.data.folder import load_folder
 from snella.data.masks import load_kvasir, load_masks
@@ -24,6 +26,8 @@ from snella.data.splits import stratified_sample, stratified_split
 from snella.data.vtab import VTAB, load_vtab
 
 _FOLDER = "folder:"
+_IMBALANCE = 4
+"""So many times the images of another class are worth a note."""
 _IN_FOLDERS: dict[str, Callable[..., Collection]] = {
     _FOLDER: load_folder,
     "masks:": load_masks,
@@ -152,7 +156,9 @@ def load_data(
     counts = " · ".join(f"{name} {len(part):,}" for name, part in parts.items())
     total = sum(len(images) for _, images in collection.parts())
     description = f"{collection.name}: {total:,} images in {len(collection.classes)} classes; {counts}"
-    notes = [*collection.notes, *_absent_classes(parts, labels)]
+    notes = [*collection.notes, *_absent_classes(parts, labels), *_shared_files(parts)]
+    if collection.strata is None:
+        notes += _imbalance(train, labels)
     whole = collection.is_resized_whole
     return DataSplits(train, val, test, collection.classes, collection.name, description, notes, is_resized_whole=whole)
 
@@ -214,6 +220,43 @@ def _absent_classes(parts: dict[str, ImageDataset], classes: list[str]) -> list[
         absent = [repr(name) for label, name in enumerate(classes) if label not in there]
         if absent:
             notes.append(f"no image in {part} of {len(absent)} classes: {', '.join(absent[:5])}")
+    return notes
+
+
+def _imbalance(train: ImageDataset, classes: list[str]) -> list[str]:
+    """A note where one class has many times the images of another."""
+    counts = Counter(train.labels)
+    most, fewest = max(counts, key=lambda label: counts[label]), min(counts, key=lambda label: counts[label])
+    if counts[most] < _IMBALANCE * counts[fewest]:
+        return []
+    return [
+        f"classes are unbalanced: {counts[most]} training images of {classes[most]!r}, {counts[fewest]} of "
+        f"{classes[fewest]!r}; judge by the balanced accuracy, in which each class counts the same"
+    ]
+
+
+def _shared_files(parts: dict[str, ImageDataset]) -> list[str]:
+    """Notes about image files that stand in two parts, told by their bytes; a picture saved again is not found."""
+    paths = {
+        name: [images.source.paths[row] for row in images.rows]
+        for name, images in parts.items()
+        if isinstance(images.source, FileImages)
+    }
+    sizes = Counter(path.stat().st_size for group in paths.values() for path in group)
+    digests = {
+        name: {sha256_of(path): path for path in group if sizes[path.stat().st_size] > 1}
+        for name, group in paths.items()
+    }
+    notes = []
+    for name in ("val", "test"):
+        both = sorted(set(digests.get(name, {})) & set(digests.get("train", {})), key=lambda d: digests[name][d])
+        if both:
+            first = both[0]
+            pair = f"{digests['train'][first].name!r} is {digests[name][first].name!r}"
+            notes.append(
+                f"{len(both)} of {len(parts[name])} {name} images are training images too, e.g. {pair}; "
+                f"results on {name} are too good by as much"
+            )
     return notes
 
 

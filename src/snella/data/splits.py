@@ -32,6 +32,7 @@ def stratified_split(
         raise ValueError(
             f"every class needs at least {reserve + 1} images for a part '{part}' of its own beside the others; "
             f"{', '.join(few)}. Add images, or give the parts as folders of their own"
+            + (", or do without a test with --test-fraction 0 (test_fraction=0)" if part == "test" else "")
         )
     total = max(round(fraction * len(labels)), len(classes))
     return _take(labels, _quotas(counts, min(total, int((counts - reserve).sum())), reserve), seed)

@@ -42,6 +42,7 @@ _FILES = (
 _FOLDERS = ("adapter", "checkpoints", "commands", "masks", "selection")
 _DIGESTED = ("config.yaml", "metrics.json", "allocation.json", "predictions.json")
 _DIGESTED_FOLDERS = ("adapter", "selection")
+_NEW_RUN = "; a new run can start from its model: snella merge {} --out MODEL, then --backbone MODEL"
 _WAY_OUT = "copy the file again, or train again with `--overwrite`"
 
 
@@ -246,6 +247,7 @@ class RunFolderOf(Generic[S]):
         if differences:
             raise ValueError(
                 f"resume continues {self.path} with its own settings, but {'; '.join(differences)}; leave them out"
+                + (_NEW_RUN.format(self.path) if getattr(stored, "task", None) == "classification" else "")
             )
         for name in SESSION_FIELDS:
             if hasattr(config, name):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from snella._files import write_bytes, write_text
 from snella.data import read_image
-from snella.data.datasets import IMAGE_SUFFIXES
+from snella.data.datasets import IMAGE_SUFFIXES, is_image
 from snella.report.examples import overlay, write_mask
 from snella.runs.build import LoadedRun, load_run, task_name_of
 from snella.runs.folder import RunFolder
@@ -126,6 +126,7 @@ def _png(image: Image.Image) -> bytes:
 
 
 _SHOWN_CLASSES = 3
+_CSV_SUFFIXES = ("", ".csv", ".txt")
 
 
 @dataclass(frozen=True)
@@ -193,6 +194,11 @@ def check_output(out: str | Path | None, top_k: int | None, *, overwrite: bool) 
         return
     if Path(out).is_dir():
         raise ValueError(f"out must be a CSV file, got the folder {str(out)!r}; write {str(Path(out, 'p.csv'))!r}")
+    if Path(out).suffix.lower() not in _CSV_SUFFIXES:
+        raise ValueError(
+            f"out must be a CSV file, got {str(out)!r}; write {str(Path(out).with_suffix('.csv'))!r}, or leave it out "
+            "for a table on the terminal"
+        )
     if Path(out).exists() and not overwrite:
         raise FileExistsError(f"out={out} exists; choose another name, or replace it with --overwrite (overwrite=True)")
 
@@ -307,8 +313,12 @@ def predict_each(
     batch_size: int = 32,
     skip_broken: bool = False,
     device: str = "auto",
+    on_skipped: Callable[[Path, str], None] = lambda path, reason: None,
 ) -> Iterator[Any]:
-    """Predict as `predict` does, one after the other, so that masks need not all be held at once."""
+    """Predict as `predict` does, one after the other, so that masks need not all be held at once.
+
+    `on_skipped` is told each image that is left out, and why.
+    """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if not isinstance(run, LoadedRun):
@@ -316,7 +326,7 @@ def predict_each(
     paths = _expand(images)
     loaded = run if isinstance(run, LoadedRun) else load_run(run, device)
     output = output_of(loaded.task.name)
-    for batch in _batches(paths, loaded, batch_size, skip_broken):
+    for batch in _batches(paths, loaded, batch_size, skip_broken, on_skipped):
         with torch.inference_mode():
             outputs = loaded.model(torch.stack([tensor for _, _, tensor in batch]).to(loaded.device))
         yield from output.make(loaded, [path for path, _, _ in batch], [image for _, image, _ in batch], outputs)
@@ -331,6 +341,8 @@ def _check_order(run: Path, images: Sequence[str | Path]) -> None:
         raise ValueError(
             f"run must be the folder of a run, got {str(run)!r}; {str(swapped[0])!r} is one: it comes before the images"
         )
+    if not run.is_dir():
+        raise FileNotFoundError(f"no run {run}{_hint(run)}")
 
 
 def _expand(images: Iterable[str | Path]) -> list[Path]:
@@ -338,7 +350,7 @@ def _expand(images: Iterable[str | Path]) -> list[Path]:
     paths: list[Path] = []
     for image in map(Path, images):
         if image.is_dir():
-            inside = sorted(path for path in image.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+            inside = sorted(path for path in image.rglob("*") if path.is_file() and is_image(path))
             if not inside:
                 raise FileNotFoundError(
                     f"the folder {image} holds no images; known endings are {', '.join(sorted(IMAGE_SUFFIXES))}"
@@ -360,11 +372,11 @@ def _hint(missing: Path) -> str:
     if not missing.parent.is_dir():
         return f"; there is no folder {missing.parent}"
     near = difflib.get_close_matches(missing.name, sorted(child.name for child in missing.parent.iterdir()), n=1)
-    return f"; nearest there: {near[0]!r}" if near else f"; {missing.parent} has no file of a like name"
+    return f"; nearest there: {near[0]!r}" if near else f"; {missing.parent} has nothing of a like name"
 
 
 def _batches(
-    paths: list[Path], loaded: LoadedRun, size: int, skip_broken: bool
+    paths: list[Path], loaded: LoadedRun, size: int, skip_broken: bool, on_skipped: Callable[[Path, str], None]
 ) -> Iterator[list[tuple[Path, Image.Image, Tensor]]]:
     """Images and their transformed tensors, `size` at a time."""
     batch: list[tuple[Path, Image.Image, Tensor]] = []
@@ -373,6 +385,7 @@ def _batches(
             image = read_image(path)
         except ValueError as fault:
             if skip_broken:
+                on_skipped(path, str(fault).partition("image: ")[2])
                 continue
             raise ValueError(f"{fault}; leave it out, or pass --skip-broken") from fault
         batch.append((path, image, loaded.transform(image)))
