@@ -207,7 +207,7 @@ def verdict_text(info: RunInfo, metrics: Metrics | None, comparison: list[Compar
 
 def _confused_pairs(info: RunInfo, scores: Scores) -> list[dict[str, Any]]:
     """The classes that are most often taken for another, with how many of their images."""
-    pairs = [
+    pairs: list[dict[str, Any]] = [
         {"label": info.classes[i], "predicted": info.classes[j], "count": count, "images": sum(row)}
         for i, row in enumerate(scores.confusion)
         for j, count in enumerate(row)
