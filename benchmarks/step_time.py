@@ -13,7 +13,7 @@ from snella.benchmark.rows import append_rows
 from snella.runs.console import make_console
 
 HERE = Path(__file__).parent
-PEERS = ["frozen", "lora", "dora", "shira", "full", "snella", "snella-keep-delta"]
+PEERS = ["frozen", "lora", "dora", "shira", "full", "snella"]
 
 
 def main() -> None:
@@ -50,8 +50,11 @@ def main() -> None:
     bench(BenchConfig([base], [4], ["lora", "snella", "paper"], rounds=2, **common), console)
     bench(BenchConfig([small], [4], ["lora", "full", "snella"], rounds=4, **common), console)
     if args.device != "cpu":
-        bench(BenchConfig([base], [64], [*PEERS, "paper"], dtype=["bf16"], memory=True, **common), console)
-        bench(BenchConfig([huge], [8], PEERS, dtype=["bf16"], memory=True, **common), console)
+        bench(
+            BenchConfig([base], [64], [*PEERS, "snella-keep-delta", "paper"], dtype=["bf16"], memory=True, **common),
+            console,
+        )
+        bench(BenchConfig([huge], [8], [*PEERS, "snella-keep-delta"], dtype=["bf16"], memory=True, **common), console)
 
 
 if __name__ == "__main__":

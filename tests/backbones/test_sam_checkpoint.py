@@ -16,7 +16,8 @@ from snella.backbones.sam import infer_sam_config, load_sam
 
 
 def tiny_config(hidden_size: int = 24, heads: int = 3, depth: int = 3, image_size: int = 64, **vision) -> SamConfig:
-    vision = {"window_size": 3, "global_attn_indexes": [1], "mlp_dim": 40} | vision
+    """A small SAM; random weights of the encoder have a real one's size, where transformers draws them at 1e-10."""
+    vision = {"window_size": 3, "global_attn_indexes": [1], "mlp_dim": 40, "initializer_range": 0.02} | vision
     sizes = {"image_size": image_size, "patch_size": 8}
     return SamConfig(
         vision_config=sizes

@@ -68,6 +68,13 @@ def test_a_model_without_feature_maps_is_refused():
         SegmentationModel(nn.Linear(2, 2), 2)
 
 
+def test_the_decoder_learns_on_a_frozen_backbone_whose_maps_are_channels_last():
+    model = make("test_convnext", img_size=None)
+    model.encoder.requires_grad_(False)
+    model(torch.randn(2, 3, 64, 64)).square().mean().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.decoder.norms.parameters())
+
+
 def test_sam_without_prompts_gives_its_own_logits(sam_folder):
     sam = SamModel.from_pretrained(sam_folder).eval()
     model = make(f"sam:{sam_folder}", 2, img_size=None).eval()

@@ -114,7 +114,16 @@ def test_all_faults_of_a_configuration_are_told_together():
 def test_the_grid_is_what_it_says():
     config = grid()
     assert len(config.settings()) == 4 * 4 * 2 * 4 * 2
-    assert {"frozen", "lora", "dora", "shira", "full", "snella", "snella-keep-delta", "paper"} == set(config.methods)
+    assert {"frozen", "lora", "dora", "shira", "full", "snella", "paper"} == set(config.methods)
+    assert "snella-keep-delta" in grid("cuda").methods
+
+
+def test_a_contender_that_computes_what_another_does_is_refused():
+    with pytest.raises(
+        ValueError, match=r"must not have 'snella-keep-delta' on the CPU: .*; leave it out, or give dev"
+    ):
+        BenchConfig(methods=["lora", "snella-keep-delta"])
+    assert BenchConfig(methods=["snella-keep-delta"], device="cuda:0").methods == ["snella-keep-delta"]
 
 
 def test_quartiles_of_one_value_are_that_value():

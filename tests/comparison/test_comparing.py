@@ -1,6 +1,7 @@
 """Whole comparisons: tiny models, real images, real processes."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import yaml
 from snella.comparison import CellsFailedError, compare
 from snella.comparison.cell_run import record_death, run_cell
 from snella.comparison.cells import Cell
+from snella.comparison.executors import InThisProcess
 from snella.comparison.experiment_files import read_experiment
 from snella.comparison.search import Candidate
 from snella.comparison.store import append_row, cell_lock, is_locked, read_lines
@@ -307,6 +309,19 @@ def test_a_dead_cell_that_another_process_has_taken_over_is_left_to_it(tiny, tmp
         assert is_locked(tmp_path / "locks", cell.name)
     assert record_death(tmp_path, tiny(), cell, "its process was ended")["status"] == "failed"
     assert not list((tmp_path / "locks").iterdir())
+
+
+def test_a_cell_that_another_process_finished_first_is_said_to_be_its(tiny, tmp_path, console, monkeypatch):
+    experiment = tiny(methods=["linear"], grid={"lr_factors": [1.0]})
+    start = InThisProcess.start
+
+    def start_after_another(self, cell):
+        run_cell(tmp_path / "c", experiment, cell)
+        start(self, cell)
+
+    monkeypatch.setattr(InThisProcess, "start", start_after_another)
+    compare(experiment, tmp_path / "c", workers=0, console=console)
+    assert re.search(r"\[1/1\] digits · linear · final · seed 0: .*by another process", console.file.getvalue())
 
 
 def test_a_probe_that_cannot_be_made_is_told_before_anything_is_trained(tiny, tmp_path, console, no_training):

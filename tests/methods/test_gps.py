@@ -49,6 +49,11 @@ def test_the_contrastive_loss_does_not_depend_on_the_head(make_model, images):
     assert not model.head._forward_pre_hooks
 
 
+def test_the_contrastive_loss_refuses_masks(make_model, images):
+    with pytest.raises(ValueError, match=r"needs one label an image, got labels of shape \[4, 32, 32\]; use .*='task'"):
+        contrastive_loss("head")(make_model(), images, torch.zeros(4, 32, 32))
+
+
 @pytest.mark.parametrize(("name", "k"), [("gps", 1), ("gps-3", 3)])
 def test_k_weights_of_each_neuron_its_bias_and_the_head_are_trained(name, k, make_model, batches):
     model = build_method(name, make_model(), batches=batches)

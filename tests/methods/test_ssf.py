@@ -1,6 +1,10 @@
+from functools import partial
+
 import pytest
 import torch
+from timm.layers import LayerNorm2d
 from torch import nn
+from transformers.models.sam.modeling_sam import SamLayerNorm
 
 from snella.methods import build_method, merge_trained
 from snella.methods.ssf import ScaleShift
@@ -38,6 +42,20 @@ def test_it_follows_every_operation_but_the_head(make_model):
         f"blocks.{i}.{k}" for i in range(6) for k in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
     }
     assert places == inside | {"patch_embed.proj", "norm"}
+
+
+@pytest.mark.parametrize("make_norm", [LayerNorm2d, partial(SamLayerNorm, data_format="channels_first")])
+def test_norms_of_feature_maps_are_followed_channel_by_channel(make_norm):
+    layers = nn.Sequential(nn.Conv2d(3, 4, 1), make_norm(4), nn.Flatten(), nn.Linear(4 * 5 * 6, 2))
+    layers.num_classes = 2
+    model = build_method("ssf", layers, head="3", init_std=0.3).eval()
+    maps = torch.randn(2, 3, 5, 6)
+    with torch.no_grad():
+        ssf = model[1].ssf
+        expected = make_norm(4)(model[0](maps)) * ssf.scale.view(1, 4, 1, 1) + ssf.shift.view(1, 4, 1, 1)
+        torch.testing.assert_close(model[:2](maps), expected)
+        outputs = model(maps)
+        torch.testing.assert_close(merge_trained(model)(maps), outputs)
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext", "test_resnet"])

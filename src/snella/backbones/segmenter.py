@@ -45,7 +45,8 @@ class LightDecoder(nn.Module):
     def forward(self, features: list[Tensor]) -> Tensor:
         """Class scores `[batch, classes, 4h, 4w]` from maps `[batch, channels, h, w]`; coarser maps are enlarged."""
         size = features[0].shape[-2:]
-        levels = zip(self.norms, self.projections, features, strict=True)
+        # torch 2.13 ends the process in GroupNorm's backward pass where a channels-last input needs no gradient
+        levels = zip(self.norms, self.projections, (level.contiguous() for level in features), strict=True)
         maps = [_resized(projection(norm(level)), size) for norm, projection, level in levels]
         x = torch.stack(maps).sum(0)
         for block in self.refine:

@@ -12,8 +12,8 @@ class BenchOptions:
     Args:
         backbones: timm names; their weights are random.
         batch: Images per step.
-        methods: frozen, lora, dora, shira, full, snella, snella-keep-delta, paper and variants of snella; ratios are
-            taken to lora.
+        methods: frozen, lora, dora, shira, full, snella, paper and variants of snella, of which snella-keep-delta on
+            CUDA alone; ratios are taken to lora.
         r: Ranks.
         sparsity: Fractions of the adapted weights that SNELLA leaves as they are.
         dtype: fp32, bf16, of weights and activations alike.

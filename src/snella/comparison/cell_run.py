@@ -32,11 +32,11 @@ class Outcome:
     """How an attempt at a cell ended.
 
     Args:
-        state: done (by us or before us), or taken (another process is at it).
-        row: Its row, where it is done.
+        state: trained (here), found (its row was there already), or taken (another process is at it).
+        row: Its row, where it has one.
     """
 
-    state: Literal["done", "taken"]
+    state: Literal["trained", "found", "taken"]
     row: dict[str, Any] | None = None
 
 
@@ -58,17 +58,17 @@ def run_cell(root: Path, experiment: Experiment, cell: Cell, is_own_process: boo
     folder = cell.folder(root)
     row = read_row(folder)
     if row is not None:
-        return Outcome("done", row)
+        return Outcome("found", row)
     with cell_lock(root / LOCKS, cell.name) as is_acquired:
         row = read_row(folder)
         if row is not None:
-            return Outcome("done", row)
+            return Outcome("found", row)
         if not is_acquired:
             return Outcome("taken")
         row = append_row(root, folder, _row(root, experiment, cell, folder, is_own_process))
         drop_adapters(root, experiment, cell)
     remove_lock(root / LOCKS, cell.name)
-    return Outcome("done", row)
+    return Outcome("trained", row)
 
 
 def record_death(root: Path, experiment: Experiment, cell: Cell, error: str) -> dict[str, Any] | None:

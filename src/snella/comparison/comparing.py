@@ -221,7 +221,7 @@ def _train_all(root: Path, plan: Plan, executor: Executor, console: Console) -> 
                         progress.left_to_another(ended.cell)
                     else:
                         plan.record(row)
-                        progress.ended(ended.cell, row)
+                        progress.ended(ended.cell, row, ended.outcome is None or ended.outcome.state == "trained")
     except (KeyboardInterrupt, TrainingInterrupted):
         raise TrainingInterrupted(
             f"interrupted; {counted(plan.done(), 'cell')} of the comparison are done; "

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from snella.methods.calibration import Loss, loss_of, selection_data, summed_gradients
+from snella.methods.calibration import Loss, SelectionData, loss_of, selection_data, summed_gradients
 from snella.methods.files import restoring
 from snella.methods.method import Batches, Method, Options, check_by, number, one_of, whole_number
 from snella.methods.model_parts import is_inside
@@ -76,9 +76,14 @@ def supervised_contrastive(features: Tensor, labels: Tensor, temperature: float 
 
 
 def contrastive_loss(head: str, temperature: float = 0.07) -> Loss:
-    """`supervised_contrastive` of what the head reads, over each image and its mirror image."""
+    """`supervised_contrastive` of what the head reads, over each image and its mirror image; refuses masks."""
 
     def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        if labels.ndim != 1:
+            raise ValueError(
+                "selection_loss='contrastive' compares images by their classes and needs one label an image, got "
+                f"labels of shape {list(labels.shape)}; use selection_loss='task'"
+            )
         read: list[Tensor] = []
         handle = model.get_submodule(head).register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
         try:
@@ -90,11 +95,22 @@ def contrastive_loss(head: str, temperature: float = 0.07) -> Loss:
     return loss
 
 
+def _selection_loss(data: SelectionData, head: str, options: Options) -> Loss:
+    """The loss that is asked for; by default the contrastive one for images with a class each, the task's for masks."""
+    asked, task = options.get("selection_loss"), loss_of(data)
+    contrastive = contrastive_loss(head, options.get("temperature", 0.07))
+
+    def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        is_contrastive = asked == "contrastive" or (asked is None and labels.ndim == 1)
+        return (contrastive if is_contrastive else task)(model, images, labels)
+
+    return loss
+
+
 def _build(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
     """Measure the gradient, pick each neuron's inputs, wrap the layers."""
     data, names = selection_data(batches), neuron_layers(model, head)
-    contrastive = options.get("selection_loss", "contrastive") == "contrastive"
-    loss = contrastive_loss(head, options.get("temperature", 0.07)) if contrastive else loss_of(data)
+    loss = _selection_loss(data, head, options)
     weights = [f"{name}.weight" for name in names]
     gradients = summed_gradients(model, weights, data, loss, options.get("calibration_batches"))
     chosen = {name: strongest_inputs(gradients.pop(f"{name}.weight"), options.get("k", 1)) for name in names}
@@ -146,8 +162,9 @@ GPS = Method(
     M[i, j] = 1 where |Σ_batches ∂loss/∂W[i, j]| is among the k largest of row i,
 
 its bias, layer scales, and the head; norms, tokens and positions stay frozen. With `k = 1` on a ViT-B/16 these are
-83,712 weights and as many biases. The gradient is that of `selection_loss`, before training: `contrastive` (default, as
-in the paper) compares what the head reads within a batch, so that the head's random values play no part; `task` is the
-loss of training and goes through the head. The paper's two augmented views of each image are here the image and its
-mirror image. `calibration_batches` limits how many batches are looked at; by default one pass over all.
+83,712 weights and as many biases. The gradient is that of `selection_loss`, before training: `contrastive` (as in the
+paper; the default where every image has one class) compares what the head reads within a batch, so that the head's
+random values play no part; `task` (the default for masks) is the loss of training and goes through the head. The
+paper's two augmented views of each image are here the image and its mirror image. `calibration_batches` limits how many
+batches are looked at; by default one pass over all.
 """

@@ -224,6 +224,11 @@ def token_blocks(method: str, model: nn.Module, head: str) -> list[tuple[str, nn
     blocks = require_blocks(method, model, head)
     reason = ""
     is_one_row = isinstance(getattr(model, "num_prefix_tokens", None), int)
+    if not isinstance(model.get_submodule(head), nn.Linear) and not hasattr(model, "num_prefix_tokens"):
+        raise ValueError(
+            f"method {method!r} cannot be applied to {type(model).__name__}: its {head!r} reads feature maps, to which "
+            "tokens cannot be added; it needs a classifier that is a plain ViT (timm's VisionTransformer)"
+        )
     if not is_one_row or any(name.count(".") > 1 for name, _ in blocks):
         reason = "its blocks do not share one row of tokens"
     elif any(width_of_block(block) is None for _, block in blocks):

@@ -72,8 +72,9 @@ def _channels(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, nn.GroupNorm):
         return module.num_channels, 1
     if isinstance(module, nn.LayerNorm):
-        # timm's LayerNorm2d takes feature maps, and is a LayerNorm all the same
-        return module.normalized_shape[-1], 1 if type(module).__name__.endswith("2d") else -1
+        # timm's LayerNorm2d and the channels-first norms of transformers take feature maps, LayerNorms all the same
+        takes_maps = type(module).__name__.endswith("2d") or getattr(module, "data_format", None) == "channels_first"
+        return module.normalized_shape[-1], 1 if takes_maps else -1
     return None
 
 
