@@ -50,11 +50,9 @@ def main() -> None:
     bench(BenchConfig([base], [4], ["lora", "snella", "paper"], rounds=2, **common), console)
     bench(BenchConfig([small], [4], ["lora", "full", "snella"], rounds=4, **common), console)
     if args.device != "cpu":
-        bench(
-            BenchConfig([base], [64], [*PEERS, "snella-keep-delta", "paper"], dtype=["bf16"], memory=True, **common),
-            console,
-        )
-        bench(BenchConfig([huge], [8], [*PEERS, "snella-keep-delta"], dtype=["bf16"], memory=True, **common), console)
+        peers = [*PEERS, "snella-keep-delta"]
+        bench(BenchConfig([base], [64], [*peers, "paper"], dtype=["bf16"], memory=True, **common), console)
+        bench(BenchConfig([huge], [8], peers, dtype=["bf16"], memory=True, **common), console)
 
 
 if __name__ == "__main__":

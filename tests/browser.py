@@ -24,7 +24,7 @@ FAULTY_TEXTS = """
   return faults
 })"""
 SMALLEST_TEXT = """
-Math.min(...[...document.querySelectorAll('svg.figure')].flatMap(svg => {
+Math.min(...[...document.querySelectorAll('svg.figure')].filter(svg => svg.checkVisibility()).flatMap(svg => {
   const scale = svg.getBoundingClientRect().width / svg.viewBox.baseVal.width
   return [...svg.querySelectorAll('text')].map(t => parseFloat(getComputedStyle(t).fontSize) * scale)
 }))"""

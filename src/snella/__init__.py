@@ -1,4 +1,4 @@
-"""Sparse, high-rank fine-tuning of pre-trained vision models at LoRA's memory and speed (SNELLA, arXiv 2510.24037).
+"""Sparse, high-rank fine-tuning of pre-trained vision models (SNELLA, arXiv 2510.24037).
 
 Importing the package makes PEFT know the method:
 

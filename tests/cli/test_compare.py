@@ -94,6 +94,12 @@ def test_mistakes_are_one_line_and_leave_no_folder(words, message, tmp_path, fai
     assert not (tmp_path / "c").exists()
 
 
+def test_experiments_of_other_commands_are_not_offered(tmp_path, failing):
+    message = failing(*WORDS, "--experiment", "table5", "--out", str(tmp_path / "c"))
+    assert "coffee" in message and "table1-vtab" in message
+    assert not any(f" {name}," in message or f"nearest: {name}" in message for name in ("table5", "table6", "table18"))
+
+
 def test_nothing_to_go_on_with_is_said(tmp_path, failing):
     assert "holds no comparison to go on with; give methods, data and a backbone" in failing(
         "compare", "--out", str(tmp_path / "c")

@@ -6,6 +6,7 @@ import pytest
 
 from snella.comparison.experiment import Experiment
 from snella.comparison.page import write_page
+from snella.comparison.summary import outcome_text, summarise
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +17,7 @@ def page(request, tmp_path_factory):
 
 def test_the_page_has_its_sections_and_pictures_and_asks_the_network_for_nothing(page):
     assert re.findall(r'<section id="(\w+)"', page) == ["accuracy", "differences", "costs", "rates", "failed", "how"]
-    assert page.count('<svg class="figure"') == 2 + 3 + 7
+    assert page.count('<svg class="figure"') == 2 * 2 + 3 + 7
     assert not re.findall(r'(?:src|href)="(?:https?:)?//', page)
     ids = re.findall(r' id="([^"]+)"', page)
     assert len(ids) == len(set(ids))
@@ -26,6 +27,30 @@ def test_the_page_states_how_its_numbers_came_about(page):
     for text in ("up to 18 pairs", "10,000 resamples", "360 trainings that never saw a test image", "minus lora-8"):
         assert text in page, text
     assert "natural (fashion, stamps)" in page and "snella compare --experiment large" in page
+
+
+def test_the_outcome_is_said_in_a_sentence(large, page):
+    outcome = re.search(r'id="outcome"><b>(.*?)</b>', page)[1]
+    assert outcome == outcome_text(summarise(*large))
+    pattern = r"full has the highest test accuracy, \d+\.\d % in the mean over 6 tasks: \d+\.\d points above lora-8 "
+    assert re.match(pattern + r"\(95% interval \+\d+\.\d to \+\d+\.\d\)\. Of the others, ", outcome)
+    assert "linear" in outcome.partition("are clearly below lora-8")[0].rpartition(" and ")[2]
+
+
+def test_an_outcome_that_is_not_certain_says_so(tiny, make_row):
+    experiment = tiny(methods=["lora-2", "bias"], seeds=2)
+    rows = [
+        make_row(experiment, "digits", method, seed, test_accuracy=accuracy)
+        for method, *values in (("lora-2", 0.8, 0.7), ("bias", 0.9, 0.68))
+        for seed, accuracy in enumerate(values)
+    ]
+    assert outcome_text(summarise(experiment, rows)) == (
+        "bias has the highest test accuracy, 79.0 % in the mean over 1 task: 4.0 points above lora-2 (95% interval "
+        "\u22122.0 to +10.0, so that it is not certain)."
+    )
+    text = outcome_text(summarise(experiment, rows[:2]))
+    assert text == "lora-2 has the highest test accuracy, 75.0 % in the mean over 1 task."
+    assert outcome_text(summarise(experiment, [])) == ""
 
 
 def test_the_best_of_each_column_is_marked(page):

@@ -26,6 +26,23 @@ def test_no_text_is_cut_or_covered_or_tiny_at_any_width(browser, page, width):
     assert browser.evaluate(SMALLEST_TEXT) >= 8.5
 
 
+@pytest.mark.parametrize("width", [390, 768, 1280])
+def test_the_zero_line_is_on_the_screen_and_headings_keep_their_distance(browser, page, width):
+    browser.open(page, width)
+    zeros = browser.evaluate("""
+        [...document.querySelectorAll('#differences svg.figure')].filter(svg => svg.checkVisibility()).map(svg => {
+          const zero = [...svg.querySelectorAll('text')].find(t => t.textContent.trim() === '0').getBoundingClientRect()
+          const frame = svg.closest('.scroll').getBoundingClientRect()
+          return [zero.left - frame.left, frame.right - zero.right] })""")
+    assert len(zeros) == 1 and min(zeros[0]) >= 0
+    gap = browser.evaluate("""
+        Math.min(...[...document.querySelectorAll('#accuracy table.scores thead')].filter(h => h.checkVisibility())
+          .flatMap(head => [...head.querySelectorAll('th')].map(th => {
+            const range = document.createRange(); range.selectNodeContents(th); return range.getBoundingClientRect() })
+            .map((box, i, all) => i ? box.left - all[i - 1].right : Infinity)))""")
+    assert gap >= 12
+
+
 def test_it_asks_for_nothing_and_complains_of_nothing(browser, page):
     browser.open(page)
     assert browser.complaints() == []

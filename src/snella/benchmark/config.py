@@ -62,8 +62,8 @@ class BenchConfig:
         faults += [f"backbones must be timm names, got {name!r}" for name in self.backbones if not timm.is_model(name)]
         if "snella-keep-delta" in self.methods and torch.device(self.device).type == "cpu":
             faults.append(
-                "methods must not have 'snella-keep-delta' on the CPU: numba rebuilds a matrix as fast as it reads one, "
-                "keeps none, and computes what 'snella' does; leave it out, or give device cuda"
+                "methods must not have 'snella-keep-delta' on the CPU: numba rebuilds a matrix as fast as it reads "
+                "one, keeps none, and computes what 'snella' does; leave it out, or give device cuda"
             )
         if self.rounds < 1:
             faults.append(f"rounds must be at least 1, got {self.rounds}")

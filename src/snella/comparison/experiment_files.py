@@ -13,10 +13,14 @@ from snella.comparison.experiment import Experiment, listed
 
 
 def bundled_experiments() -> dict[str, Path]:
-    """Experiments that ship with snella, by name: inside the installed package, or beside `src` in a checkout."""
+    """Comparisons that ship with snella, by name: inside the installed package, or beside `src` in a checkout.
+
+    Files of other commands lie in the same folders; a comparison is what names methods.
+    """
     package = Path(snella.__file__).parent
     folders = (package.parents[1] / "experiments", package / "experiments")
-    return {path.stem: path for folder in folders for path in sorted(folder.rglob("*.yaml"))}
+    files = (path for folder in folders for path in sorted(folder.rglob("*.yaml")))
+    return {path.stem: path for path in files if "\nmethods:" in path.read_text(encoding="utf-8")}
 
 
 def read_experiment(name: str, changes: dict[str, Any] | None = None) -> Experiment:

@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 from snella.comparison.statistics import Rows, final_rows
 from snella.comparison.summary import Summary, part_text
@@ -154,13 +154,15 @@ def lr_curve(rows: Rows, method: str, task: str) -> list[tuple[float, float | No
     return [(factor, _mean(values)) for factor, values in sorted(found.items())]
 
 
-def forest(summary: Summary, with_tasks: bool) -> Figure | None:
+def forest(summary: Summary, with_tasks: bool, width: int = 640) -> Figure | None:
     """Draw the paired differences to the reference over all tasks with their intervals, below each those of its tasks.
 
     Args:
         summary: The table.
         with_tasks: Whether single tasks are drawn too.
+        width: Pixels; names are cut shorter where there are few.
     """
+    longest = 30 if width >= 600 else 16
     lines: list[tuple[str, Any, bool]] = []
     for method in summary.methods:
         overall = method.to_reference["test_accuracy"]
@@ -172,7 +174,7 @@ def forest(summary: Summary, with_tasks: bool) -> Figure | None:
     if not lines:
         return None
     figure, axes = new_figure(
-        640, 110 + (19 if with_tasks else 26) * len(lines), f"Accuracy minus that of {shortened(summary.reference, 30)}"
+        width, 110 + (19 if with_tasks else 26) * len(lines), f"Accuracy minus {shortened(summary.reference, longest)}"
     )
     for place, (_, value, is_whole) in enumerate(lines):
         if value is None:
@@ -184,11 +186,13 @@ def forest(summary: Summary, with_tasks: bool) -> Figure | None:
         axes.plot(value.mean, place, color=colour, marker="D" if is_whole else "o", markersize=7 if is_whole else 4)
     axes.axvline(0, color=MUTED, linewidth=1.2)
     axes.set_ylim(len(lines) - 0.5, -0.5)
-    axes.set_yticks(range(len(lines)), [shortened(name, 30) for name, *_ in lines])
+    axes.set_yticks(range(len(lines)), [shortened(name, longest) for name, *_ in lines])
     for text, (_, _, is_whole) in zip(axes.get_yticklabels(), lines, strict=True):
         text.set(fontweight="bold" if is_whole else "normal", color=INK if is_whole else MUTED)
     axes.grid(False, axis="y")
     axes.tick_params(axis="y", length=0)
+    if width < 600:
+        axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _points(v)))
     axes.set_xlabel("points of test accuracy")
     return figure

@@ -15,11 +15,20 @@ from snella.comparison import figures
 from snella.comparison.beside_paper import published_rows
 from snella.comparison.experiment import Experiment
 from snella.comparison.statistics import LEVEL, RESAMPLES, Rows, final_rows
-from snella.comparison.summary import METRICS, Summary, cost_texts, difference_text, spread_text, summarise
+from snella.comparison.summary import (
+    METRICS,
+    Summary,
+    cost_texts,
+    difference_text,
+    outcome_text,
+    spread_text,
+    summarise,
+)
 from snella.report.style import inline_svg, shortened, write_whole
 from snella.runs.protocol import protocol_of
 
 FILE = "comparison.html"
+_NARROW = 310  # pixels that a phone's screen leaves for a figure
 _KEPT = {
     "standard": "with the epoch that was best on validation",
     "final": "with the last epoch, after learning from the validation images too",
@@ -51,10 +60,9 @@ def write_page(root: Path, experiment: Experiment, rows: Rows) -> Path:
         "pareto": _pareto(summary),
         "rates": _rates(summary, rows),
         "choices": _choices(summary, rows),
-        "forest": _picture(figures.forest(summary, False), "forest", "Mean paired differences to the reference."),
-        "forests": _picture(figures.forest(summary, True), "forests", "Paired differences on each task.")
-        if len(summary.tasks) > 1
-        else "",
+        "outcome": outcome_text(summary),
+        "forest": _forest(summary, False),
+        "forests": _forest(summary, True) if len(summary.tasks) > 1 else Markup(""),
         "shown_points": f"{100 * figures.SHOWN_RANGE:g}",
         "on_gpu": any(row.get("accelerator_memory_max") for row in rows),
         "pairs": max((d.pairs for m in summary.methods if (d := m.to_reference["test_accuracy"])), default=0),
@@ -146,6 +154,17 @@ def _pareto(summary: Summary) -> list[Markup]:
         if figure is not None:
             pictures.append(_picture(figure, f"pareto-{name}", f"{title}, a point a method."))
     return pictures
+
+
+def _forest(summary: Summary, with_tasks: bool) -> Markup:
+    """The differences in two widths, of which the style sheet shows the one that fits the screen."""
+    text = "Paired differences on each task." if with_tasks else "Mean paired differences to the reference."
+    parts = []
+    for place, width in (("roomy", 640), ("narrow", _NARROW)):
+        picture = _picture(figures.forest(summary, with_tasks, width), f"forest-{place}-{with_tasks:d}", text)
+        if picture:
+            parts.append(Markup('<div class="{}">{}</div>').format(place, picture))
+    return Markup("").join(parts)
 
 
 def _rates(summary: Summary, rows: Rows) -> list[Markup]:

@@ -161,6 +161,34 @@ def difference_text(value: Difference | None, tasks: int) -> str:
     return f"{_signed(value.mean)} [{_signed(value.low)}, {_signed(value.high)}]{part}"
 
 
+def outcome_text(summary: Summary) -> str:
+    """The outcome in a sentence or two: the best mean, its difference to the reference, who else is clearly apart.
+
+    A difference is clear where its whole interval lies on one side of zero. Empty where no method is done.
+    """
+    means = {m.name: value for m in summary.methods if (value := m.over_tasks["test_accuracy"]) is not None}
+    if not means:
+        return ""
+    best = max(means, key=lambda name: means[name].mean)
+    tasks = counted(len(summary.tasks), "task")
+    text = f"{best} has the highest test accuracy, {100 * means[best].mean:.1f} % in the mean over {tasks}"
+    differences = {m.name: d for m in summary.methods if (d := m.to_reference["test_accuracy"]) is not None}
+    lead = differences.get(best)
+    if lead is not None and lead.mean > 0:
+        text += f": {100 * lead.mean:.1f} points above {summary.reference}"
+        if not math.isnan(lead.low):
+            doubt = "" if lead.low > 0 else ", so that it is not certain"
+            text += f" ({LEVEL:.0%} interval {_signed(lead.low)} to {_signed(lead.high)}{doubt})"
+    above = [name for name, d in differences.items() if d.low > 0 and name != best]
+    below = [name for name, d in differences.items() if d.high < 0]
+    parts = [
+        f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} clearly {side} {summary.reference}"
+        for names, side in ((above, "above"), (below, "below"))
+        if names
+    ]
+    return f"{text}. Of the others, {' and '.join(parts)}." if parts else f"{text}."
+
+
 def part_text(value: Difference, tasks: int) -> str:
     """How many of `tasks` a difference is about; empty where it is all of them."""
     return "" if value.tasks == tasks else f" ({value.tasks} of {counted(tasks, 'task')})"
@@ -198,6 +226,7 @@ def print_summary(console: Console, experiment: Experiment, rows: Rows) -> None:
         return
     for metric, title in METRICS.items():
         console.print(_table(summary, metric, title))
+    print_line(console, outcome_text(summary))
     print_line(console, caption(summary))
     for row in summary.failed:
         print_line(console, f"FAILED {row['cell']}: {row['error']}")

@@ -14,7 +14,7 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "snella": {"lr": 1e-4, "scalar_lr": 1e-4, "r": 8, "target_sparsity": 0.7, "scaling": 3.0},
     "snell": {"lr": 1e-4, "scalar_lr": 1e-4, "r": 8, "target_sparsity": 0.7, "scaling": 3.0},
 }
-"""By method: what it takes where the user gives none. The rate of the adapters is the paper's (section A.4 of arXiv
+"""By method: what it takes where the user gives none. The rate of the adapters is the paper's (section A.8 of arXiv
 2510.24037), that of full fine-tuning is usual for DreamBooth. The scaling keeps the update of 500 steps at this rate
 near the size of LoRA's, as measured for `snella` on a block of the real width (docs/generation.md) and taken over for
 `snell`; the paper has none."""
