@@ -16,7 +16,9 @@ from peft import (
     set_peft_model_state_dict,
 )
 from safetensors.torch import load_file, save_file
+from torch import nn
 
+from snella import SnellaConfig
 from snella.tuner import SnellaModel, adapted_matrices
 from snella.tuner.layer import SnellaLayer
 
@@ -359,3 +361,22 @@ def test_an_adapter_that_is_not_finite_is_refused_with_the_tensor(mlp, value):
     state["base_model.model.lin0.snella_A"][0, 3, 1] = value
     with pytest.raises(ValueError, match=r"not finite: base_model\.model\.lin0\.snella_A\.default \(1 of 40\)"):
         set_peft_model_state_dict(mlp.adapted(r=4), state)
+
+
+@pytest.mark.parametrize("is_second", [False, True], ids=["first", "second"])
+def test_a_refused_injection_leaves_the_model_as_it_was(is_second):
+    torch.manual_seed(0)
+    layers = {"attn": nn.MultiheadAttention(8, 2), "fc": nn.Linear(8, 8), "qkv": nn.Linear(8, 24)}
+    model = nn.ModuleDict({**layers, "embed": nn.Embedding(4, 8)})
+    if is_second:
+        model = get_peft_model(model, SnellaConfig(r=4, target_modules=["attn", "fc"]))
+    modules = {name: type(module) for name, module in model.named_modules()}
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    config = SnellaConfig(r=4, target_modules=["attn", "fc", "qkv", "embed"])
+    with pytest.raises(TypeError, match="'embed'"):
+        model.add_adapter("new", config) if is_second else get_peft_model(model, config)
+    assert {name: type(module) for name, module in model.named_modules()} == modules
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())

@@ -89,6 +89,13 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
         self._cache.clear()
 
+    def drop_adapter(self, adapter_name: str) -> None:
+        """Let go of what `update_layer` gave; which adapters are active stays as it is."""
+        for attribute in (*self.adapter_layer_names, *self.other_param_names):
+            if adapter_name in (values := getattr(self, attribute)):
+                del values[adapter_name]
+        self._cache.clear()
+
     # what differs between layer types ------------------------------------------------------------------------------
 
     def _matrix_shape(self) -> tuple[int, int]:

@@ -235,11 +235,24 @@ class SnellaModel(BaseTuner):
         return found
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Put one more adapter into the model."""
-        with warnings.catch_warnings():
-            # PEFT looks for these among the targets, where the projections of an attention have no name of their own
-            warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        """Put one more adapter into the model; where that is refused, the model stays as it was."""
+        children = [(module, dict(module._modules)) for module in model.modules()]
+        flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        try:
+            with warnings.catch_warnings():
+                # PEFT looks for these among the targets, where the projections of an attention have no name
+                warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            for module, before in children:
+                module._modules.clear()
+                module._modules.update(before)
+            for module in model.modules():
+                if isinstance(module, SnellaLayer):
+                    module.drop_adapter(adapter_name)
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+            raise
         keep_off_fast_path(model)
         config = cast(SnellaConfig, self.peft_config[adapter_name])
         layer = next((m for m in model.modules() if isinstance(m, SnellaLayer) and adapter_name in m.snella_A), None)
