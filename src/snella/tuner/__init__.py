@@ -1,13 +1,18 @@
 """The PEFT tuner: configuration, layers, injection, budget allocation."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from snella.tuner.allocator import BudgetAllocator, allocate
-from snella.tuner.callback import SnellaCallback
 from snella.tuner.config import SnellaConfig
 from snella.tuner.layer import SnellaLayer
 from snella.tuner.matrices import AdaptedMatrix, adapted_matrices
 from snella.tuner.model import SnellaModel
 from snella.tuner.optimizer import create_snella_optimizer
 from snella.tuner.schedule import budget_at
+
+if TYPE_CHECKING:
+    from snella.tuner.callback import SnellaCallback
 
 __all__ = [
     "AdaptedMatrix",
@@ -21,3 +26,10 @@ __all__ = [
     "budget_at",
     "create_snella_optimizer",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the callback on first use: transformers' module of callbacks may be what imports PEFT and so the tuner."""
+    if name != "SnellaCallback":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module("snella.tuner.callback").SnellaCallback
