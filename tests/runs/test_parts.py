@@ -158,6 +158,20 @@ def test_what_will_not_fit_or_take_long_is_said_before_training(monkeypatch):
     assert "images of 448×448 px, the model's own, take a CPU about 4 times as long as 224×224 px" in text
 
 
+def test_a_loss_that_rises_is_told_once():
+    output = io.StringIO()
+    display = ProgressDisplay(Console(file=output, width=200), TASK, PROTOCOLS["final"])
+    state = TrainerState(max_steps=10, num_train_epochs=5)
+    display.on_train_begin(None, state, TrainerControl())
+    for epoch, loss in enumerate((2.0, 1.0, 641.0, 640.0), 1):
+        state.epoch = epoch
+        display.on_evaluate(None, state, TrainerControl(), metrics={"train_loss": loss})
+    told = [line for line in output.getvalue().splitlines() if "risen" in line]
+    assert told == [
+        "the training loss has risen from 2.0000 to 641.0000: the steps are too large; stop, and try a third of --lr"
+    ]
+
+
 def test_free_memory_is_positive_and_no_more_than_the_machine_has():
     assert 0 < free_memory(torch.device("cpu")) <= psutil.virtual_memory().total
 

@@ -145,6 +145,13 @@ def test_an_interrupted_run_saves_and_resumes_to_the_same_bits(
     assert same(outcome(run), uninterrupted)
 
 
+def test_ctrl_c_is_answered_at_once(capfd):
+    with InterruptCallback() as interrupt:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupt.is_requested
+        assert "finishing this step and saving" in capfd.readouterr().err
+
+
 def test_a_closed_terminal_is_no_request_under_nohup():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

@@ -46,6 +46,11 @@ def test_every_kind_of_parameter_has_its_group_rate_and_decay(vit):
     assert {id(p) for g in groups.values() for p in g["params"]} == {id(p) for p in trained}
 
 
+def test_a_rate_for_a_head_that_is_not_trained_is_told(vit):
+    with pytest.warns(UserWarning, match=r"head_lr=0\.5 is given, but PeftModel trains nothing besides the adapter"):
+        groups_of(vit.adapted(), head_lr=0.5)
+
+
 def test_defaults_follow_the_factors(vit):
     groups = groups_of(vit.adapted(modules_to_save=["head"]), lr=0.2, weight_decay=0.1)
     assert (groups["head"]["lr"], groups["head"]["weight_decay"]) == (0.2, 0.1)

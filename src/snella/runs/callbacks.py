@@ -33,9 +33,11 @@ _ESTIMATE_STEPS, _ESTIMATE_S = 4, 20.0
 """The time that is left is told after so many steps, or as soon as so many seconds have gone."""
 _LONG_S = 300.0
 """Of more time than this the user is told what would take less."""
-_KEPT_STEPS = 20
 _LINE_S = 30.0
 """Seconds between two lines of progress where there is no bar."""
+_KEPT_STEPS = 20
+_RISEN = 1.5
+"""A training loss of so many times the first epoch's is told."""
 
 
 class WeightAverage:
@@ -246,6 +248,7 @@ class ProgressDisplay(TrainerCallback):
         self._step_ends: deque[float] = deque(maxlen=_KEPT_STEPS)
         self._last_line = 0.0
         self._has_estimated = False
+        self._losses: list[float] = []
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -317,11 +320,25 @@ class ProgressDisplay(TrainerCallback):
         if part is not None and f"{part}_loss" in metrics:
             text = self.task.epoch_text(self.protocol.unnamed(metrics))
             shown = f"  {part} loss {metrics[f'{part}_loss']:.4f}  {text}"
+        self._losses.append(metrics["train_loss"])
         print_line(
             self.console,
             f"epoch {round(state.epoch):>3}/{state.num_train_epochs}  loss {metrics['train_loss']:.4f}"
             f"{shown}{self._budget()}{'  best' if shown and is_best else ''}",
         )
+
+        self._tell_rising_loss()
+
+    def _tell_rising_loss(self) -> None:
+        """Say once that the loss is well above that of the first epoch, which smaller steps mend."""
+        first, last = self._losses[0], self._losses[-1]
+        had_risen = any(loss > _RISEN * first for loss in self._losses[:-1])
+        if last > _RISEN * first and not had_risen:
+            print_line(
+                self.console,
+                f"the training loss has risen from {first:.4f} to {last:.4f}: the steps are too large; stop, and try "
+                "a third of --lr",
+            )
 
     def close(self) -> None:
         """Take the bar away."""

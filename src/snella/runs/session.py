@@ -64,6 +64,8 @@ class InterruptCallback(TrainerCallback):
         if self.is_requested:
             raise KeyboardInterrupt
         self.is_requested = True
+        with contextlib.suppress(OSError):  # of a terminal that was closed; buffered streams may not be used here
+            os.write(2, b"\nsnella: finishing this step and saving, then stopping; once more stops at once\n")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save within the epoch, unless its end, which saves anyway, is reached."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -81,6 +82,12 @@ def create_snella_optimizer(
         raise ValueError(
             f"{type(model).__name__} has no trainable parameter; wrap it with get_peft_model(model, SnellaConfig(…)) "
             "and check that the adapter is active and not in inference mode"
+        )
+    if head_lr is not None and not others:
+        warnings.warn(
+            f"head_lr={head_lr} is given, but {type(model).__name__} trains nothing besides the adapter: a new head "
+            "keeps its random values; name it, e.g. SnellaConfig(modules_to_save=['head'])",
+            stacklevel=2,
         )
     optimizer = optimizer_cls(groups, **optimizer_kwargs)
     if _is_matched(model) if match_update is None else match_update:
