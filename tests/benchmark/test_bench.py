@@ -65,8 +65,8 @@ def test_rows_hold_medians_ratios_and_conditions(tmp_path):
 
 
 def test_a_contender_whose_op_is_wrong_is_not_timed(monkeypatch, capsys):
-    original = numba_backend._threshold
-    monkeypatch.setattr(numba_backend, "_threshold", lambda *args: original(*args) * 1.5)
+    original = numba_backend.select_threshold
+    monkeypatch.setattr(numba_backend, "select_threshold", lambda *args: original(*args) * 1.5)
     assert "differs by" in op_fault("numba")
     rows = bench(BenchConfig(["test_vit"], [2], ["lora", "snella"], r=[4], rounds=1), Console())
     assert [row["contender"] for row in rows] == ["lora"]

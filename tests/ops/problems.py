@@ -1,4 +1,4 @@
-"""Adapted layers with every gradient, and the law that an implementation is held to."""
+"""Adapted layers with every gradient, and the tolerance that an implementation is held to."""
 
 from __future__ import annotations
 
@@ -11,24 +11,55 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from snella.ops.backends.numba import backend as numba_backend
-from snella.ops.functional import adapted_product
+from snella.ops.backends import choose_backend, get_backend
+from snella.ops.functional import adapted_layer, compute_effective_weight
 from snella.ops.kernels import Kernel, KernelScalars, make_kernel
-from snella.ops.spec import LinearProduct, Product, Update
+from snella.ops.spec import Factors, LayerOp, LazyWeight, LinearOp, Update, UpdateSpec
 
-DRAWS = 16  # the law compares losses over several draws, so that neither side is judged by one lucky rounding
+DRAWS = 16  # the contract compares losses over several draws, so that neither side is judged by one lucky rounding
 SCALAR_NAMES = KernelScalars._fields
+
+
+def with_backend(update: Update, impl: str) -> Update:
+    """The same update computed by what `impl` chooses."""
+    backend, _ = choose_backend(impl, update.spec, update.factors.A)
+    return update._replace(spec=replace(update.spec, backend=backend))
+
+
+def layer_output(
+    x: Tensor,
+    weight: Tensor | LazyWeight | None,
+    bias: Tensor | None,
+    updates: Sequence[Update],
+    op: LayerOp,
+    *,
+    impl: str = "auto",
+    **options: object,
+) -> Tensor:
+    """Output of `adapted_layer` with one implementation."""
+    return adapted_layer(x, weight, bias, [with_backend(update, impl) for update in updates], op, **options)[0]
+
+
+def computed_weight(
+    weight: Tensor | LazyWeight | None,
+    updates: Sequence[Update],
+    shape: torch.Size,
+    impl: str = "auto",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The weight of `compute_effective_weight` with one implementation."""
+    return compute_effective_weight(weight, [with_backend(update, impl) for update in updates], shape, dtype)[0]
 
 
 @dataclass
 class Problem:
-    """Everything that one call of `adapted_product` reads, and ∂L/∂y."""
+    """Everything that one call of `adapted_layer` reads, and ∂L/∂y."""
 
     tensors: dict[str, Tensor | None]  # x, weight, bias, A, B and the kernel's scalars: what can have a gradient
     kernel: Kernel
     budgets: tuple[int, ...]
     row_counts: tuple[int, ...]
-    product: Product
+    product: LayerOp
     grad_y: Tensor
     scaling: float = 1.5
     mode: str = "soft"
@@ -40,13 +71,14 @@ class Problem:
         tensors = {name: None if tensor is None else change(tensor) for name, tensor in self.tensors.items()}
         return replace(self, tensors=tensors, grad_y=change(self.grad_y))
 
-    def update(self, tensors: dict[str, Tensor | None]) -> Update:
-        scalars = KernelScalars(**{name: tensors[name] for name in SCALAR_NAMES})
-        settings = (self.kernel, self.budgets, self.row_counts, self.scaling, self.mode, list(self.thresholds))
-        return Update(tensors["A"], tensors["B"], scalars, *settings)
+    def update(self, tensors: dict[str, Tensor | None], impl: str = "eager") -> Update:
+        factors = Factors(*(tensors[name] for name in Factors._fields))
+        spec = UpdateSpec(self.kernel, self.row_counts, self.mode, self.scaling)
+        thresholds = torch.stack(self.thresholds) if self.thresholds else None
+        return with_backend(Update(spec, factors, self.budgets, thresholds), impl)
 
-    def forward(self, tensors: dict[str, Tensor | None], impl: str, keep_delta: bool = False) -> Tensor:
-        return adapted_product(
+    def forward(self, tensors: dict[str, Tensor | None], impl: str, cache_delta: bool = False) -> Tensor:
+        return layer_output(
             tensors["x"],
             tensors["weight"],
             tensors["bias"],
@@ -54,7 +86,7 @@ class Problem:
             self.product,
             weight_shape=self.weight_shape,
             impl=impl,
-            keep_delta=keep_delta,
+            cache_delta=cache_delta,
         )
 
 
@@ -103,18 +135,18 @@ def make_problem(
     if budgets is None:
         least = 1.0 if mode == "none" else 0.4
         budgets = tuple(max(1, int(least * count * n)) if budget is None else budget for count in rows)
-    return Problem(tensors, spec, tuple(budgets), rows, LinearProduct(), normal(*batch, m).to(base_dtype), mode=mode)
+    return Problem(tensors, spec, tuple(budgets), rows, LinearOp(), normal(*batch, m).to(base_dtype), mode=mode)
 
 
 def solve(
-    problem: Problem, impl: str, *, keep_delta: bool = False, needed: Sequence[str] | None = None
+    problem: Problem, impl: str, *, cache_delta: bool = False, needed: Sequence[str] | None = None
 ) -> dict[str, Tensor]:
     """Output `y` and the gradient of every tensor in `needed` (default: all), by one backward pass."""
     leaves = {
         name: None if tensor is None else tensor.detach().requires_grad_(needed is None or name in needed)
         for name, tensor in problem.tensors.items()
     }
-    y = problem.forward(leaves, impl, keep_delta)
+    y = problem.forward(leaves, impl, cache_delta)
     wanted = {name: leaf for name, leaf in leaves.items() if leaf is not None and leaf.requires_grad}
     grads = torch.autograd.grad(y, list(wanted.values()), problem.grad_y) if wanted else ()
     return {"y": y.detach(), **dict(zip(wanted, grads, strict=True))}
@@ -124,7 +156,7 @@ def errors(found: Sequence[dict[str, Tensor]], exact: Sequence[dict[str, Tensor]
     """The largest error of `y` and of each gradient in each draw, `[draws]`.
 
     A fraction of the largest exact value of all draws. The kernel's scalars are judged by the worst of them in
-    `assert_law`: their gradients are sums of one matrix that cancel down to a single number.
+    `assert_close_to_reference`: their gradients are sums of one matrix that cancel down to a single number.
     """
     largest = {}
     for name in exact[0]:
@@ -186,7 +218,7 @@ def simulated_losses(
     return {name: error.square().mean().sqrt().item() for name, error in worst.items()}
 
 
-def assert_law(
+def assert_close_to_reference(
     problems: Sequence[Problem],
     *,
     within: Callable[[], AbstractContextManager[object]] = nullcontext,
@@ -205,11 +237,11 @@ def assert_law(
     with within():
         plain = [solve(problem, "reference", needed=needed) for problem in problems]
         found = {
-            f"{impl}, {'kept' if keep_delta else 'rebuilt'}": [
-                solve(problem, impl, keep_delta=keep_delta, needed=needed) for problem in problems
+            f"{impl}, {'kept' if cache_delta else 'rebuilt'}": [
+                solve(problem, impl, cache_delta=cache_delta, needed=needed) for problem in problems
             ]
             for impl in impls or handwritten(problems[0])
-            for keep_delta in keep
+            for cache_delta in keep
         }
     for solutions in found.values():
         for name, true in exact[0].items():
@@ -248,7 +280,10 @@ def excess_of(
 def handwritten(problem: Problem) -> list[str]:
     """The implementations with a hand-written backward that can compute this problem."""
     update = problem.update(problem.tensors)
-    return ["eager", *(["numba"] if numba_backend.obstacle(update) is None else [])]
+    return [
+        "eager",
+        *(["numba"] if get_backend("numba").unsupported_reason(update.spec, update.factors.A) is None else []),
+    ]
 
 
 def draws(kernel: str = "mix_k", *, count: int = DRAWS, **options: object) -> list[Problem]:

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from snella.ops import effective_weight
-from snella.ops.spec import Conv2dProduct
+from snella.ops.spec import Conv2dOp
 
-from .problems import DRAWS, Problem, assert_law, make_problem, solve
+from .problems import DRAWS, Problem, assert_close_to_reference, make_problem, solve
 
 LAYERS = [  # channels in, channels out, kernel size, settings, input size
     pytest.param(4, 6, (1, 1), {}, (5, 5), id="1x1"),
@@ -28,7 +28,7 @@ BATCHES = pytest.mark.parametrize("batch", [(2,), (), (0,)], ids=["batched", "un
 
 
 def make_layer(inputs, outputs, kernel_size, settings, size, batch=(2,), seed=0, **options) -> Problem:
-    product = Conv2dProduct(**settings)
+    product = Conv2dOp(**settings)
     generator = torch.Generator().manual_seed(seed)
     shape = torch.Size((outputs, inputs // product.groups, *kernel_size))
     problem = make_problem(m=outputs, n=shape[1:].numel(), seed=seed, **options)
@@ -77,22 +77,22 @@ def test_the_adapted_convolution_equals_conv2d_with_the_effective_weight(
 
 @pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("groups", [1, 4])
-def test_the_adapted_convolution_keeps_the_law(base_dtype, groups):
+def test_the_adapted_convolution_stays_close_to_the_reference(base_dtype, groups):
     settings = {"padding": (1, 1), "groups": groups}
     layers = [
         make_layer(4, 8, (3, 3), settings, (5, 6), seed=seed, dtype=torch.float32, base_dtype=base_dtype)
         for seed in range(DRAWS)
     ]
-    assert_law(layers)
+    assert_close_to_reference(layers)
 
 
 @pytest.mark.parametrize("laid_out", [("x",), ("weight",), ("x", "weight")], ids=["x", "weight", "both"])
-def test_channels_last_keeps_the_law(laid_out):
+def test_channels_last_stays_close_to_the_reference(laid_out):
     layers = [make_layer(4, 6, (3, 2), {"padding": (1, 0)}, (5, 6), seed=seed) for seed in range(DRAWS)]
     for layer in layers:
         for name in laid_out:
             layer.tensors[name] = layer.tensors[name].to(memory_format=torch.channels_last)
-    assert_law(layers)
+    assert_close_to_reference(layers)
 
 
 @pytest.mark.parametrize("impl", ["reference", "eager"])
@@ -118,14 +118,14 @@ def test_the_update_alone_takes_the_shape_of_the_weight(impl):
     ],
 )
 def test_padding_is_known_in_pixels(padding, kernel_size, dilation, pixels):
-    product = Conv2dProduct(padding=padding, dilation=dilation)
+    product = Conv2dOp(padding=padding, dilation=dilation)
     assert product.padding_sizes(torch.Size((4, 3, *kernel_size))) == pixels
 
 
 @pytest.mark.parametrize("impl", ["reference", "eager"])
 def test_same_padding_of_an_even_kernel_is_refused_before_anything_is_computed(impl):
     layer = make_layer(3, 5, (2, 3), {}, (6, 6))
-    layer = replace(layer, product=Conv2dProduct(padding="same"))
+    layer = replace(layer, product=Conv2dOp(padding="same"))
     with pytest.raises(NotImplementedError, match=r"odd kernel, got kernel_size=\[2, 3\] with dilation=\[1, 1\]; pad"):
         layer.forward(layer.tensors, impl)
 

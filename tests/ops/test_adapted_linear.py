@@ -1,4 +1,4 @@
-"""The law of the adapted layer: `eager` against the reference, over kernels, dtypes, shapes and budgets."""
+"""The contract of the adapted layer: `eager` against the reference, over kernels, dtypes, shapes and budgets."""
 
 from dataclasses import replace
 from itertools import chain, combinations
@@ -8,18 +8,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from snella.ops import adapted_linear, adapted_product, effective_weight
+from snella.ops import adapted_linear, effective_weight
 from snella.ops.kernels import KERNELS, KernelScalars, MixK
-from snella.ops.spec import LinearProduct
+from snella.ops.spec import LinearOp
 
 from .formulas import merge_by_hand, sparsify_by_hand
-from .problems import Problem, assert_law, draws, losses, make_problem, simulated_losses, solve
+from .problems import (
+    Problem,
+    assert_close_to_reference,
+    draws,
+    layer_output,
+    losses,
+    make_problem,
+    simulated_losses,
+    solve,
+)
 
 DTYPES = [
     pytest.param({"dtype": torch.float32}, id="float32"),
     pytest.param({"dtype": torch.float32, "base_dtype": torch.bfloat16}, id="bfloat16-base"),
 ]
-KEEP = pytest.mark.parametrize("keep_delta", [False, True], ids=["rebuilt", "kept"])
+KEEP = pytest.mark.parametrize("cache_delta", [False, True], ids=["rebuilt", "kept"])
 HANDWRITTEN = pytest.mark.parametrize("impl", ["eager", "numba"])
 MODES = pytest.mark.parametrize("mode", ["soft", "official", "none"])
 
@@ -40,35 +49,35 @@ def test_the_layer_equals_the_formula_computed_by_hand(kernel, budget):
 @pytest.mark.parametrize(("m", "n"), [(1, 1), (7, 5), (13, 31), (64, 48)])
 @pytest.mark.parametrize("dtypes", DTYPES)
 @MODES
-def test_eager_keeps_the_law_for_every_kernel_and_shape(kernel, m, n, dtypes, mode):
+def test_eager_stays_close_to_the_reference_for_every_kernel_and_shape(kernel, m, n, dtypes, mode):
     problems = draws(kernel, m=m, n=n, mode=mode, **dtypes)
-    assert_law(problems)
+    assert_close_to_reference(problems)
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
-def test_eager_keeps_the_law_at_768_by_3072(dtypes):
-    assert_law(draws(count=1, m=768, n=3072, r=8, batch=(16,), **dtypes))
+def test_eager_stays_close_to_the_reference_at_768_by_3072(dtypes):
+    assert_close_to_reference(draws(count=1, m=768, n=3072, r=8, batch=(16,), **dtypes))
 
 
 @pytest.mark.parametrize("budget", [0, 1, 34, 35])
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("mode", ["soft", "official"])
-def test_eager_keeps_the_law_at_every_kind_of_budget(budget, dtypes, mode):
-    assert_law(draws(budget=budget, mode=mode, **dtypes))
+def test_eager_stays_close_to_the_reference_at_every_kind_of_budget(budget, dtypes, mode):
+    assert_close_to_reference(draws(budget=budget, mode=mode, **dtypes))
 
 
 @pytest.mark.parametrize(
     "options", [{"num_pieces": 1}, {"num_pieces": 4}, {"softmax_dim": 1}, {"center_softmax": True}]
 )
-def test_eager_keeps_the_law_for_every_setting_of_the_kernel(options):
-    assert_law(draws(m=13, n=11, **options))
+def test_eager_stays_close_to_the_reference_for_every_setting_of_the_kernel(options):
+    assert_close_to_reference(draws(m=13, n=11, **options))
 
 
 @pytest.mark.parametrize("batch", [(), (1,), (2, 3), (2, 1, 4), (0,), (2, 0)])
 @pytest.mark.parametrize("dtypes", DTYPES)
-def test_eager_keeps_the_law_for_every_batch_shape(batch, dtypes):
+def test_eager_stays_close_to_the_reference_for_every_batch_shape(batch, dtypes):
     problems = draws(batch=batch, **dtypes)
-    assert_law(problems)
+    assert_close_to_reference(problems)
     assert solve(problems[0], "eager")["y"].shape == (*batch, 7)
 
 
@@ -82,7 +91,7 @@ def test_the_law_refuses_a_gradient_that_is_off_by_two_hundred_roundings(name, m
 
     monkeypatch.setattr(MixK, "vjp", off)
     with pytest.raises(AssertionError, match=rf"\[\('eager, rebuilt', '{name}', "):
-        assert_law(draws(rows=(9, 7, 5), n=11, budgets=(0, 30, 55)), impls=["eager"])
+        assert_close_to_reference(draws(rows=(9, 7, 5), n=11, budgets=(0, 30, 55)), impls=["eager"])
 
 
 def test_a_reference_with_too_few_terms_to_lose_anything_is_not_taken_for_exact():
@@ -109,10 +118,10 @@ def scatter(tensor: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
-def test_eager_keeps_the_law_for_strided_tensors(dtypes):
+def test_eager_stays_close_to_the_reference_for_strided_tensors(dtypes):
     problems = [problem.cast(scatter) for problem in draws(batch=(2, 3), **dtypes)]
     assert not any(problems[0].tensors[name].is_contiguous() for name in ("x", "weight", "A", "B", "bias"))
-    assert_law(problems)
+    assert_close_to_reference(problems)
 
 
 def test_eager_takes_an_expanded_gradient():
@@ -125,12 +134,12 @@ def test_eager_takes_an_expanded_gradient():
 
 @HANDWRITTEN
 @KEEP
-def test_every_subset_of_gradients_equals_the_full_set(keep_delta, impl):
+def test_every_subset_of_gradients_equals_the_full_set(cache_delta, impl):
     problem = make_problem()
-    full = solve(problem, impl, keep_delta=keep_delta)
+    full = solve(problem, impl, cache_delta=cache_delta)
     names = ["x", "weight", "bias", "A", "B", "piece_coeff", "alpha", "temperature"]
     for needed in chain.from_iterable(combinations(names, size) for size in range(len(names) + 1)):
-        found = solve(problem, impl, keep_delta=keep_delta, needed=needed)
+        found = solve(problem, impl, cache_delta=cache_delta, needed=needed)
         assert set(found) == {"y", *needed}
         assert all(torch.equal(found[name], full[name]) for name in found), needed
 
@@ -145,14 +154,14 @@ def test_nothing_to_learn_means_no_graph():
 def test_the_same_call_gives_the_same_bits_twice_kept_or_rebuilt(dtypes, impl):
     problem = make_problem(m=64, n=48, batch=(33,), **dtypes)
     first = solve(problem, impl)
-    for keep_delta in (False, True):
-        again = solve(problem, impl, keep_delta=keep_delta)
+    for cache_delta in (False, True):
+        again = solve(problem, impl, cache_delta=cache_delta)
         assert all(torch.equal(again[name], first[name]) for name in first)
 
 
-def test_a_kept_bias_free_layer_keeps_the_law():
+def test_a_bias_free_layer_stays_close_to_the_reference():
     problems = [replace(problem, tensors=problem.tensors | {"bias": None}) for problem in draws()]
-    assert_law(problems)
+    assert_close_to_reference(problems)
 
 
 def without_weight(problem: Problem) -> Problem:
@@ -160,8 +169,8 @@ def without_weight(problem: Problem) -> Problem:
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
-def test_the_update_alone_keeps_the_law(dtypes):
-    assert_law([without_weight(problem) for problem in draws(**dtypes)])
+def test_the_update_alone_stays_close_to_the_reference(dtypes):
+    assert_close_to_reference([without_weight(problem) for problem in draws(**dtypes)])
 
 
 @pytest.mark.parametrize("impl", ["reference", "eager"])
@@ -173,14 +182,14 @@ def test_the_update_alone_is_the_layer_less_its_base(impl):
     torch.testing.assert_close(alone.forward(alone.tensors, impl) + base, problem.forward(tensors, impl))
 
 
-def test_float32_factors_on_a_float64_base_keep_the_law():
+def test_float32_factors_on_a_float64_base_stay_close_to_the_reference():
     problems = draws(dtype=torch.float32, base_dtype=torch.float64)
-    assert_law(problems)
+    assert_close_to_reference(problems)
     assert solve(problems[0], "eager")["y"].dtype == torch.float64
 
 
-def test_bfloat16_factors_keep_the_law():
-    assert_law(draws(dtype=torch.bfloat16))
+def test_bfloat16_factors_stay_close_to_the_reference():
+    assert_close_to_reference(draws(dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("impl", ["reference", "eager"])
@@ -215,7 +224,7 @@ def call(problem: Problem, **options: object) -> Tensor:
 @pytest.mark.parametrize("kernel", KERNELS)
 @MODES
 @pytest.mark.parametrize("impl", ["auto", "eager", "reference"])
-def test_adapted_linear_is_adapted_product_with_one_update(kernel, mode, impl):
+def test_adapted_linear_is_adapted_layer_with_one_update(kernel, mode, impl):
     problem = make_problem(kernel, mode=mode)
     assert torch.equal(call(problem, mode=mode, impl=impl), problem.forward(problem.tensors, impl))
 
@@ -223,14 +232,14 @@ def test_adapted_linear_is_adapted_product_with_one_update(kernel, mode, impl):
 def test_a_layer_without_updates_is_the_base_layer():
     problem = make_problem()
     x, weight, bias = (problem.tensors[name] for name in ("x", "weight", "bias"))
-    assert torch.equal(adapted_product(x, weight, bias, [], LinearProduct()), F.linear(x, weight, bias))
+    assert torch.equal(layer_output(x, weight, bias, [], LinearOp()), F.linear(x, weight, bias))
 
 
-@pytest.mark.parametrize("keep_delta", [False, True])
-def test_double_backward_is_refused(keep_delta):
+@pytest.mark.parametrize("cache_delta", [False, True])
+def test_double_backward_is_refused(cache_delta):
     problem = make_problem()
     A = problem.tensors["A"].requires_grad_()
-    y = problem.forward(problem.tensors, "eager", keep_delta)
+    y = problem.forward(problem.tensors, "eager", cache_delta)
     (grad,) = torch.autograd.grad(y.square().sum(), A, create_graph=True)
     with pytest.raises(RuntimeError, match=r"differentiate twice a function .* @once_differentiable"):
         grad.sum().backward()

@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from snella.ops.custom_op import adapted_product_in_graph
-from snella.ops.spec import Conv2dProduct
+from snella.ops.custom_op import adapted_layer_in_graph
+from snella.ops.spec import Conv2dOp, Factors, UpdateSpec
 
 from .problems import Problem, make_problem, solve
 
-CONV = Conv2dProduct(stride=(2, 1), padding=(1, 0), dilation=(1, 2), groups=1)
+CONV = Conv2dOp(stride=(2, 1), padding=(1, 0), dilation=(1, 2), groups=1)
 
 
 def convolution() -> Problem:
@@ -34,10 +34,11 @@ PROBLEMS = {
 }
 
 
-def in_graph(problem: Problem, tensors: dict, budgets: torch.Tensor, impl: str = "auto") -> torch.Tensor:
-    update = replace(problem.update(tensors), budgets=())
-    base = (tensors["x"], tensors["weight"], tensors["bias"])
-    return adapted_product_in_graph(*base, update, budgets, problem.product, tensors["weight"].shape, impl)
+def in_graph(problem: Problem, tensors: dict, budgets: torch.Tensor, spec: UpdateSpec | None = None) -> torch.Tensor:
+    spec = spec or problem.update(tensors, "auto").spec
+    factors = Factors(*(tensors[name] for name in Factors._fields))
+    base, shape = (tensors["x"], tensors["weight"], tensors["bias"]), tensors["weight"].shape
+    return adapted_layer_in_graph(*base, spec, factors, budgets, problem.product, shape)
 
 
 def leaves_of(problem: Problem, needed=None) -> dict:
@@ -64,7 +65,7 @@ def test_the_operator_is_what_torch_demands_of_one(name):
     problem = PROBLEMS[name]()
     update = problem.update(leaves_of(problem))
     seen = []
-    op = torch.ops.snella.adapted_product.default
+    op = torch.ops.snella.adapted_layer.default
 
     class Note(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -75,14 +76,15 @@ def test_the_operator_is_what_torch_demands_of_one(name):
     with Note():
         in_graph(problem, problem.tensors, torch.tensor(problem.budgets))
     x, weight, bias, _, *rest = seen[0]
-    tensors = [tensor for tensor in update.tensors() if tensor is not None]
+    tensors = [tensor for tensor in update.factors if tensor is not None]
     torch.library.opcheck(op, (x.requires_grad_(), weight, bias, tensors, *rest))
 
 
 def test_one_graph_serves_all_budgets():
     problem = make_problem("mix_k", m=9, n=8)
+    spec = problem.update(problem.tensors, "auto").spec  # the backend is chosen outside of the graph
     compiled = torch.compile(
-        lambda tensors, budgets: in_graph(problem, tensors, budgets), fullgraph=True, backend="eager"
+        lambda tensors, budgets: in_graph(problem, tensors, budgets, spec), fullgraph=True, backend="eager"
     )
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):

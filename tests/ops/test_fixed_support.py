@@ -5,9 +5,9 @@ import torch
 from torch.autograd import gradcheck
 from torch.nn.functional import conv2d, linear
 
-from snella.ops.fixed_support import fold_entries, merged_entries, sparse_product
+from snella.ops.fixed_support import fold_entries, layer_with_entries, merged_entries
 from snella.ops.kernels import KERNELS, KernelScalars, make_kernel
-from snella.ops.spec import Conv2dProduct, LinearProduct, Update
+from snella.ops.spec import Conv2dOp, Factors, LinearOp, UpdateSpec
 
 INDICES = torch.tensor([1, 5, 6], dtype=torch.int32)
 
@@ -23,32 +23,32 @@ def test_an_entry_is_added_where_its_position_says():
     assert weight.tolist() == [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]
 
 
-@pytest.mark.parametrize("product", [LinearProduct(), Conv2dProduct(padding=(1, 1))])
+@pytest.mark.parametrize("product", [LinearOp(), Conv2dOp(padding=(1, 1))])
 def test_output_and_every_gradient_are_those_of_the_folded_weight(product):
     torch.manual_seed(0)
-    if isinstance(product, LinearProduct):
+    if isinstance(product, LinearOp):
         x, weight, plain = random(2, 4, 3), random(5, 3), linear
     else:
         x, weight = random(2, 3, 5, 4), random(5, 3, 3, 3)
         plain = lambda x, w, b: conv2d(x, w, b, padding=1)  # noqa: E731
     bias, values = random(5), random(3)
-    y = sparse_product(x, weight, bias, values, INDICES, product)
+    y = layer_with_entries(x, weight, bias, values, INDICES, product)
     assert torch.equal(y, plain(x, fold_entries(weight, values, INDICES), bias))
-    assert gradcheck(lambda *t: sparse_product(*t, INDICES, product), (x, weight, bias, values))
+    assert gradcheck(lambda *t: layer_with_entries(*t, INDICES, product), (x, weight, bias, values))
 
 
 def test_no_dense_weight_is_kept_for_the_backward_pass():
     kept = []
     x, weight, values = torch.randn(2, 40), torch.randn(30, 40), torch.zeros(3, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        sparse_product(x, weight, None, values, INDICES, LinearProduct())
+        layer_with_entries(x, weight, None, values, INDICES, LinearOp())
     assert {t.data_ptr() for t in kept if t.numel() == weight.numel()} == {weight.data_ptr()}
 
 
 def test_without_entries_the_gradient_is_empty_and_the_input_still_gets_its_own():
     x, values = torch.ones(2, 3, requires_grad=True), torch.zeros(0, requires_grad=True)
     empty = torch.zeros(0, dtype=torch.int32)
-    sparse_product(x, torch.ones(4, 3), None, values, empty, LinearProduct()).sum().backward()
+    layer_with_entries(x, torch.ones(4, 3), None, values, empty, LinearOp()).sum().backward()
     assert values.grad.shape == (0,)
     assert x.grad.tolist() == [[4.0] * 3] * 2
 
@@ -61,17 +61,18 @@ def test_merged_entries_are_those_of_the_merged_matrices_with_their_gradients(ke
     scalars = [
         random(*shapes[name]) if name in spec.scalars and name in shapes else None for name in KernelScalars._fields
     ]
-    update = Update(random(2, 5, 4), random(6, 4), KernelScalars(*scalars), spec, (4, 0), (4, 2), scaling=3.0)
+    update = UpdateSpec(spec, (4, 2), scaling=3.0)
+    factors = Factors(random(2, 5, 4), random(6, 4), *scalars)
     indices = torch.tensor([0, 7, 19, 20, 29], dtype=torch.int32)  # the last two lie in the second matrix
-    whole = 3.0 * torch.cat([update.merge(factors) for factors in update.group_factors()]).flatten()
-    torch.testing.assert_close(merged_entries(update, indices), whole[indices.long()])
-    tensors = tuple(t for t in update.tensors() if t is not None)
-    places = [k for k, t in enumerate(update.tensors()) if t is not None]
+    whole = 3.0 * torch.cat([update.merge_matrix(matrix) for matrix in update.matrices(factors)]).flatten()
+    torch.testing.assert_close(merged_entries(update, factors, indices), whole[indices.long()])
+    tensors = tuple(t for t in factors if t is not None)
+    places = [k for k, t in enumerate(factors) if t is not None]
 
     def entries(*given):
-        filled = list(update.tensors())
+        filled = list(factors)
         for place, tensor in zip(places, given, strict=True):
             filled[place] = tensor
-        return merged_entries(update.with_tensors(tuple(filled)), indices)
+        return merged_entries(update, Factors(*filled), indices)
 
     assert gradcheck(entries, tensors)

@@ -6,18 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from snella.ops.functional import adapted_product
 from snella.ops.kernels import KERNELS
-from snella.ops.spec import Conv2dProduct
+from snella.ops.spec import Conv2dOp
 
-from .problems import Problem, make_problem, solve
+from .problems import Problem, layer_output, make_problem, solve
 
 STEP = 1e-6  # of the finite differences
 
 
 def merged(problem: Problem) -> list[Tensor]:
     update = problem.update(problem.tensors)
-    return [update.merge(factors) for factors in update.group_factors()]
+    return [update.spec.merge_matrix(factors) for factors in update.spec.matrices(update.factors)]
 
 
 def hold_thresholds(problem: Problem) -> Problem:
@@ -68,7 +67,7 @@ def test_official_gradients_equal_finite_differences_with_the_factor_held_fixed(
     def surrogate(*values: Tensor) -> Tensor:
         changed = replace(problem, tensors=problem.tensors | dict(zip(names, values, strict=True)))
         weight = changed.tensors["weight"] + problem.scaling * factor * torch.cat(merged(changed))
-        return adapted_product(changed.tensors["x"], weight, changed.tensors["bias"], [], problem.product)
+        return layer_output(changed.tensors["x"], weight, changed.tensors["bias"], [], problem.product)
 
     leaves = [problem.tensors[name].clone().requires_grad_() for name in names]
     assert torch.autograd.gradcheck(surrogate, leaves, eps=STEP)
@@ -93,6 +92,6 @@ def test_a_convolution_has_the_gradients_of_finite_differences(impl):
     problem = replace(
         problem,
         tensors=problem.tensors | {"x": x, "weight": weight},
-        product=Conv2dProduct(stride=(1, 2), padding=(1, 0), groups=2),
+        product=Conv2dOp(stride=(1, 2), padding=(1, 0), groups=2),
     )
     check_gradients(hold_thresholds(problem), impl)

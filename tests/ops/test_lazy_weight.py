@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from snella.ops.backends import numba_problem
-from snella.ops.fixed_support import sparse_product
-from snella.ops.functional import adapted_product, effective_weight_of
-from snella.ops.spec import Conv2dProduct, LinearProduct, WeightSource
+from snella.ops.fixed_support import layer_with_entries
+from snella.ops.spec import Conv2dOp, LazyWeight, LinearOp
 
-from .problems import Problem, make_problem
+from .problems import Problem, computed_weight, layer_output, make_problem
 
 M, N, BATCH = 32, 24, 10
 IMPLS = [
@@ -36,17 +35,17 @@ class Stored:
         return weight
 
     @property
-    def source(self) -> WeightSource:
-        return WeightSource(self.codes.shape, (self.codes, self.scale), self.make)
+    def source(self) -> LazyWeight:
+        return LazyWeight(self.codes.shape, (self.codes, self.scale), self.make)
 
     def alive(self) -> int:
         return sum(ref() is not None for ref in self.made)
 
 
-def apply(problem: Problem, weight: Tensor | WeightSource, impl: str, num_updates: int = 1) -> Tensor:
+def apply(problem: Problem, weight: Tensor | LazyWeight, impl: str, num_updates: int = 1) -> Tensor:
     tensors = problem.tensors
     updates = [problem.update(tensors) for _ in range(num_updates)]
-    return adapted_product(tensors["x"], weight, tensors["bias"], updates, problem.product, impl=impl)
+    return layer_output(tensors["x"], weight, tensors["bias"], updates, problem.product, impl=impl)
 
 
 def learning(*names: str, **options: object) -> Problem:
@@ -75,9 +74,9 @@ def test_output_and_gradients_are_those_of_the_matrix(impl, num_updates):
 def test_a_convolution_takes_its_weight_from_a_source_too():
     problem = learning("x", "A", "B", m=8, n=3 * 9)
     x, kernel = torch.randn(2, 3, 6, 6, requires_grad=True), problem.tensors["weight"].view(8, 3, 3, 3)
-    stored, product, update = Stored(kernel), Conv2dProduct(padding=(1, 1)), problem.update(problem.tensors)
+    stored, product, update = Stored(kernel), Conv2dOp(padding=(1, 1)), problem.update(problem.tensors)
     found, expected = (
-        adapted_product(x, weight, None, [update], product, impl="eager") for weight in (stored.source, stored.make())
+        layer_output(x, weight, None, [update], product, impl="eager") for weight in (stored.source, stored.make())
     )
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(*(torch.autograd.grad(y.sum(), x, retain_graph=True)[0] for y in (found, expected)))
@@ -109,7 +108,7 @@ def test_nothing_of_the_weights_size_is_saved():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         apply(problem, stored.source, "eager")
     owned = {t.data_ptr() for t in problem.tensors.values() if t is not None}
-    assert [t.shape for t in kept if t.data_ptr() not in owned] == [torch.Size([])], "one threshold"
+    assert [t.shape for t in kept if t.data_ptr() not in owned] == [torch.Size([1])], "one threshold"
 
 
 def test_the_matrix_is_not_made_where_the_input_needs_no_gradient():
@@ -124,11 +123,11 @@ def test_the_sum_is_not_rounded_to_the_dtype_that_the_weight_is_made_in(impl):
     problem = learning()
     stored = Stored(problem.tensors["weight"].bfloat16())
     weight, update = stored.make(), problem.update(problem.tensors)
-    delta = effective_weight_of(None, [update], weight.shape, impl)
+    delta = computed_weight(None, [update], weight.shape, impl)
     expected = weight.float() + delta
     assert not torch.equal(expected, expected.bfloat16().float())
-    torch.testing.assert_close(effective_weight_of(stored.source, [update], weight.shape, impl), expected)
-    y = adapted_product(problem.tensors["x"], stored.source, None, [update], LinearProduct(), impl=impl)
+    torch.testing.assert_close(computed_weight(stored.source, [update], weight.shape, impl), expected)
+    y = layer_output(problem.tensors["x"], stored.source, None, [update], LinearOp(), impl=impl)
     torch.testing.assert_close(y, problem.tensors["x"] @ expected.T)
 
 
@@ -138,8 +137,8 @@ def test_the_effective_weight_has_the_bits_of_the_forward_pass(impl, dtype):
     problem = learning()
     problem.tensors["x"] = torch.eye(N, dtype=dtype)
     stored, update = Stored(problem.tensors["weight"].bfloat16()), problem.update(problem.tensors)
-    y = adapted_product(problem.tensors["x"], stored.source, None, [update], LinearProduct(), impl=impl)
-    effective = effective_weight_of(stored.source, [update], torch.Size((M, N)), impl, dtype)
+    y = layer_output(problem.tensors["x"], stored.source, None, [update], LinearOp(), impl=impl)
+    effective = computed_weight(stored.source, [update], torch.Size((M, N)), impl, dtype)
     torch.testing.assert_close(y.T, effective, rtol=0, atol=0)
 
 
@@ -155,7 +154,7 @@ def test_a_weight_that_changes_between_the_passes_is_refused(fixed):
     stored = Stored(problem.tensors["weight"])
     if fixed:
         values = torch.zeros(2, requires_grad=True)
-        y = sparse_product(problem.tensors["x"], stored.source, None, values, torch.tensor([0, 5]), LinearProduct())
+        y = layer_with_entries(problem.tensors["x"], stored.source, None, values, torch.tensor([0, 5]), LinearOp())
     else:
         y = apply(problem, stored.source, "eager")
     stored.codes.zero_()
@@ -170,7 +169,7 @@ def test_entries_of_their_own_are_added_to_the_matrix_in_both_passes():
     x, stored, indices = problem.tensors["x"], Stored(problem.tensors["weight"]), torch.tensor([3, 40, 700])
     values = torch.randn(3, requires_grad=True)
     found, expected = (
-        sparse_product(x, weight, None, values, indices, LinearProduct()) for weight in (stored.source, stored.make())
+        layer_with_entries(x, weight, None, values, indices, LinearOp()) for weight in (stored.source, stored.make())
     )
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     grads = [torch.autograd.grad(y, (x, values), problem.grad_y) for y in (found, expected)]

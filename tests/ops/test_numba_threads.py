@@ -19,18 +19,18 @@ def runtime(request, monkeypatch):
 
 def test_every_task_runs_once(runtime):
     done = []
-    threads.run_together([lambda k=k: done.append(k) for k in range(50)], 3)
+    threads.parallel_for([lambda k=k: done.append(k) for k in range(50)], 3)
     assert sorted(done) == list(range(50))
 
 
 def test_two_tasks_run_at_the_same_time(runtime):
     barrier = threading.Barrier(2, timeout=20)
-    threads.run_together([barrier.wait, barrier.wait], 2)
+    threads.parallel_for([barrier.wait, barrier.wait], 2)
 
 
 def test_one_thread_does_everything_in_order(runtime):
     done = []
-    threads.run_together([lambda k=k: done.append((k, threading.get_ident())) for k in range(4)], 1)
+    threads.parallel_for([lambda k=k: done.append((k, threading.get_ident())) for k in range(4)], 1)
     assert done == [(k, threading.get_ident()) for k in range(4)]
 
 
@@ -45,7 +45,7 @@ def test_an_error_is_raised_once_the_others_have_ended(runtime):
         done.append(1)
 
     with pytest.raises(ValueError, match="row 3 is broken"):
-        threads.run_together([fail, slow, slow], 2)
+        threads.parallel_for([fail, slow, slow], 2)
     assert done == [1, 1]
 
 
@@ -55,7 +55,7 @@ def test_torch_computes_on_as_before(runtime):
         torch.set_num_threads(2)
         x = torch.randn(300, 300)
         expected = x @ x
-        threads.run_together([lambda: time.sleep(0.01)] * 4, 2)
+        threads.parallel_for([lambda: time.sleep(0.01)] * 4, 2)
         assert torch.equal(x @ x, expected)
     finally:
         torch.set_num_threads(before)

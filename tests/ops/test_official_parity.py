@@ -8,9 +8,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from snella.ops import adapted_product, merge_factors, quantile_threshold, sparsify
-from snella.ops.kernels import KernelScalars, make_kernel
-from snella.ops.spec import LinearProduct, Update
+from snella.ops import merge_factors, quantile_threshold, sparsify
+from snella.ops.kernels import make_kernel
+from snella.ops.spec import Factors, LinearOp, Update, UpdateSpec
+
+from .problems import layer_output
 
 FOLDER = Path(__file__).parent / "official_parity"
 TENSORS = load_file(FOLDER / "official.safetensors")
@@ -100,8 +102,8 @@ def test_the_adapted_layer_in_official_mode_equals_the_authors(name, impl):
     leaves = leaves_of(official)
     threshold = quantile_threshold(merge(official, leaves, KERNEL[case["kind"]]), case["quantile"])
     budget = int(official["delta_sparse"].count_nonzero())
-    update = update_of(name, leaves, budget, mode="official", thresholds=[threshold])
-    compare(adapted_product(leaves["x"], None, None, [update], LinearProduct(), impl=impl), leaves, official)
+    update = update_of(name, leaves, budget, mode="official", thresholds=threshold[None])
+    compare(layer_output(leaves["x"], None, None, [update], LinearOp(), impl=impl), leaves, official)
 
 
 @pytest.mark.parametrize("name", DENSE)
@@ -110,26 +112,20 @@ def test_the_adapted_layer_without_sparsity_equals_the_authors_kernelised_lora(n
     official, case = stored(name), CASES[name]
     leaves = leaves_of(official)
     update = update_of(name, leaves, case["in_features"] * case["out_features"], mode="none")
-    compare(adapted_product(leaves["x"], None, None, [update], LinearProduct(), impl=impl), leaves, official)
+    compare(layer_output(leaves["x"], None, None, [update], LinearOp(), impl=impl), leaves, official)
 
 
-def update_of(name: str, leaves: dict[str, Tensor], budget: int, **settings: object) -> Update:
+def update_of(name: str, leaves: dict[str, Tensor], budget: int, mode: str, thresholds: Tensor | None = None) -> Update:
     case = CASES[name]
-    scalars = KernelScalars(
-        stored(name)["shared_coeff_fc"].reshape(1, -1),
-        *(leaves[field][None] if field in leaves else None for field in ("alpha", "beta", "temperature")),
-    )
+    scalars = (leaves[field][None] if field in leaves else None for field in ("alpha", "beta", "temperature"))
+    factors = Factors(leaves["A"][None], leaves["B"], stored(name)["shared_coeff_fc"].reshape(1, -1), *scalars)
     kernel = make_kernel(KERNEL[case["kind"]], num_pieces=case["num_pieces"])
-    return Update(leaves["A"][None], leaves["B"], scalars, kernel, (budget,), (case["out_features"],), **settings)
+    return Update(UpdateSpec(kernel, (case["out_features"],), mode), factors, (budget,), thresholds)
 
 
 @pytest.mark.parametrize("impl", ["reference", "eager"])
 def test_a_budget_stands_for_the_quantile_that_leaves_it(impl):
     official = stored("snella_12x20_r8_q0.3")
     leaves = leaves_of(official)
-    scalars = KernelScalars(
-        official["shared_coeff_fc"].reshape(1, -1), *(leaves[n][None] for n in ("alpha", "beta", "temperature"))
-    )
-    settings = (make_kernel("mix_k"), (168,), (20,), 1.0, "official")  # 168 = 0.7 · 240
-    update = Update(leaves["A"][None], leaves["B"], scalars, *settings)
-    compare(adapted_product(leaves["x"], None, None, [update], LinearProduct(), impl=impl), leaves, official)
+    update = update_of("snella_12x20_r8_q0.3", leaves, 168, "official")  # 168 = 0.7 · 240
+    compare(layer_output(leaves["x"], None, None, [update], LinearOp(), impl=impl), leaves, official)

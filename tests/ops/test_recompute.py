@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from snella.ops import autograd
-from snella.ops.backends import choose_backend
+from snella.ops.autograd import RecomputeCache
 from snella.ops.backends.numba.backend import NumbaBackend
 from snella.ops.backends.torch import TorchBackend
+from snella.ops.functional import adapted_layer
 
 from .problems import make_problem
 
@@ -27,41 +27,39 @@ def built(monkeypatch):
 
         monkeypatch.setattr(owner, name, call)
 
-    count(TorchBackend, "add_sparse")
-    count(NumbaBackend, "_add")
-    count(NumbaBackend, "_gradients", lambda args: args[-1] is not None)
+    for owner in (TorchBackend, NumbaBackend):
+        count(owner, "add_update")
+        count(owner, "grad_factors", lambda args: len(args) > 4 and args[4] is not None)
     return calls
 
 
 def layer(problem, impl):
-    """The layer as the tuner calls it: a new description each time, thresholds and handover shared."""
-    first = problem.update(problem.tensors)
+    """The layer as the tuner calls it: thresholds and the recompute cache shared by its calls."""
+    cache, known = RecomputeCache(), []
 
     def run(x):
-        update = problem.update(problem.tensors)
-        update.thresholds, update.handover = first.thresholds, first.handover
+        update = problem.update(problem.tensors, impl)._replace(thresholds=known[0] if known else None)
         problem.tensors["x"] = x
-        backends = [choose_backend(impl, update)[0]]
-        return autograd.adapted_product_eager(
-            x, problem.tensors["weight"], None, [update], problem.product, problem.tensors["weight"].shape, backends
-        )
+        y, thresholds = adapted_layer(x, problem.tensors["weight"], None, [update], problem.product, recompute=cache)
+        known[:] = thresholds
+        return y
 
-    return run, first
+    return run, cache
 
 
 def learning(impl):
     problem = make_problem("mix_k", m=9, n=8)
     for name in ("A", "B", "piece_coeff", "alpha", "beta"):
         problem.tensors[name].requires_grad_()
-    run, first = layer(problem, impl)
+    run, cache = layer(problem, impl)
     leaves = [problem.tensors[name] for name in ("A", "B", "piece_coeff", "alpha", "beta")]
-    return run, first, leaves
+    return run, cache, leaves
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("impl", ["eager", "numba"])
 def test_checkpointing_builds_the_weight_once_forward_and_once_backward(impl, use_reentrant, built):
-    run, first, leaves = learning(impl)
+    run, cache, leaves = learning(impl)
     x = torch.randn(6, 8, requires_grad=True)
     plain = torch.autograd.grad(run(x).square().sum(), [x, *leaves])
     assert len(built) == 2
@@ -69,12 +67,12 @@ def test_checkpointing_builds_the_weight_once_forward_and_once_backward(impl, us
     y = checkpoint(run, x, use_reentrant=use_reentrant)
     y.square().sum().backward()
     assert len(built) == 2
-    assert not first.handover
+    assert cache.is_empty
     assert all(torch.equal(tensor.grad, grad) for tensor, grad in zip([x, *leaves], plain, strict=True))
 
 
 def test_a_layer_used_twice_in_one_checkpoint_gets_the_right_gradients():
-    run, first, leaves = learning("eager")
+    run, cache, leaves = learning("eager")
     x = torch.randn(6, 8, requires_grad=True)
 
     def twice(x):
@@ -84,19 +82,28 @@ def test_a_layer_used_twice_in_one_checkpoint_gets_the_right_gradients():
     checkpoint(twice, x, use_reentrant=False).square().sum().backward()
     assert all(torch.equal(tensor.grad, grad) for tensor, grad in zip([x, *leaves], plain, strict=True))
     run(x)
-    assert not first.handover
+    assert cache.is_empty
 
 
-def test_a_weight_that_changed_since_is_built_anew():
+def test_what_was_built_of_a_weight_that_changed_since_is_not_taken(monkeypatch):
+    weight, cache = torch.zeros(9, 8), RecomputeCache()
+    monkeypatch.setattr(torch._C, "_current_graph_task_id", lambda: 1)
     problem = make_problem("mix_k", m=9, n=8)
-    update, weight = problem.update(problem.tensors), problem.tensors["weight"]
-    update.handover.append(autograd.Handover(torch.zeros(9, 8), [[None]], weight, weight._version))
+    merged = [TorchBackend().merge(*problem.update(problem.tensors))]
+    effective = torch.ones(9, 8)
+    cache.stash(effective, merged, weight)
+    assert cache.take(weight, torch.float32, 1) == (effective, merged)
+    assert cache.is_empty
+    for dtype, count in ((torch.bfloat16, 1), (torch.float32, 2)):
+        cache.stash(effective, merged, weight)
+        assert cache.take(weight, dtype, count) == (None, None)
+    cache.stash(effective, merged, weight)
     weight.add_(1)
-    assert autograd.handed_over([update], weight, torch.float32) == (None, None)
-    assert not update.handover
+    assert cache.take(weight, torch.float32, 1) == (None, None)
+    assert cache.is_empty
 
 
 def test_outside_of_a_backward_pass_nothing_is_left():
-    run, first, _ = learning("eager")
+    run, cache, _ = learning("eager")
     run(torch.randn(6, 8))
-    assert not first.handover
+    assert cache.is_empty

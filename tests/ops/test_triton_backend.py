@@ -9,16 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from snella.ops.autograd import effective_weight_eager
-from snella.ops.backends import _log_triton, choose_backend
+from snella.ops.backends import choose_backend, get_backend
 from snella.ops.backends import triton_problem as problem_with_triton
+from snella.ops.functional import compute_effective_weight
 
+from .problems import with_backend
 from .triton_problems import DEVICE, needs_triton, triton_problem
 
 
 def update_of(kernel="mix_k", **options):
     problem = triton_problem(kernel, **options)
     return problem.update(problem.tensors)
+
+
+def chosen(impl, update):
+    return choose_backend(impl, update.spec, update.factors.A)
 
 
 @pytest.fixture
@@ -31,32 +36,23 @@ def fresh_look():
 
 @needs_triton
 def test_triton_is_chosen_where_it_is_asked_for():
-    backend, reason = choose_backend("triton", update_of())
-    assert backend.name == "triton"
-    assert reason == f"Triton kernels on {str(update_of().A.device)!r}"
-
-
-@needs_triton
-def test_the_choice_is_logged_once_for_each_device(caplog):
-    _log_triton.cache_clear()
-    with caplog.at_level("INFO", logger="snella.ops.backends"):
-        for _ in range(2):
-            choose_backend("triton", update_of())
-    assert caplog.messages == [f"updates on {str(update_of().A.device)!r} are computed by Triton kernels"]
+    backend, reason = chosen("triton", update_of())
+    assert backend == "triton"
+    assert reason == f"Triton kernels on {str(update_of().factors.A.device)!r}"
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="needs a machine without a CUDA device")
 def test_auto_is_never_triton_on_the_cpu():
-    assert choose_backend("auto", update_of())[0].name != "triton"
+    assert chosen("auto", update_of())[0] != "triton"
 
 
 @needs_triton
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 def test_auto_is_triton_on_the_gpu_for_piecewise_kernels_and_eager_for_the_others():
-    assert choose_backend("auto", update_of())[0].name == "triton"
-    backend, reason = choose_backend("auto", update_of("rbf"))
-    assert backend.name == "eager"
+    assert chosen("auto", update_of())[0] == "triton"
+    backend, reason = chosen("auto", update_of("rbf"))
+    assert backend == "eager"
     assert reason == "triton has the piecewise kernels only, got kernel='rbf'"
 
 
@@ -72,29 +68,31 @@ def test_auto_is_triton_on_the_gpu_for_piecewise_kernels_and_eager_for_the_other
 )
 def test_what_triton_cannot_compute_is_refused_when_it_is_asked_for(options, message):
     with pytest.raises(NotImplementedError, match=message):
-        choose_backend("triton", update_of(**options))
+        chosen("triton", update_of(**options))
 
 
 @needs_triton
 def test_factors_on_another_device_are_refused():
     update = update_of()
-    elsewhere = replace(update, A=update.A.to("meta"), B=update.B.to("meta"))
+    elsewhere = update._replace(factors=update.factors._replace(A=update.factors.A.to("meta")))
     with pytest.raises(NotImplementedError, match="impl='triton' runs on a CUDA device, got factors on 'meta'"):
-        choose_backend("triton", elsewhere)
+        chosen("triton", elsewhere)
 
 
 @needs_triton
 def test_a_matrix_of_more_entries_than_can_be_counted_is_refused():
     update = update_of()
-    huge = replace(update, A=update.A[:, :1].expand(1, 1 << 20, 4), row_counts=(1 << 11,))
+    A = update.factors.A[:, :1].expand(1, 1 << 20, 4)
+    spec = replace(update.spec, row_counts=(1 << 11,))
+    huge = update._replace(spec=spec, factors=update.factors._replace(A=A))
     with pytest.raises(NotImplementedError, match="counts at most 1073741824 entries a matrix, got 2147483648"):
-        choose_backend("triton", huge)
+        chosen("triton", huge)
 
 
 def test_without_triton_asking_for_it_names_the_command(monkeypatch, fresh_look):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"impl='triton', but triton is not installed; .* pip install triton"):
-        choose_backend("triton", update_of())
+        chosen("triton", update_of())
 
 
 def test_a_triton_that_does_not_work_is_said_to_be_so(monkeypatch, fresh_look):
@@ -103,46 +101,32 @@ def test_a_triton_that_does_not_work_is_said_to_be_so(monkeypatch, fresh_look):
     monkeypatch.delattr(sys.modules["snella.ops.backends.triton"], "backend", raising=False)
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match="impl='triton', but triton cannot be used"):
-        choose_backend("triton", update_of())
+        chosen("triton", update_of())
 
 
 @needs_triton
 def test_updates_of_different_backends_are_added():
-    from snella.ops.backends.torch import TorchBackend
-    from snella.ops.backends.triton.backend import TritonBackend
-
     first, second = (problem.update(problem.tensors) for problem in (triton_problem(), triton_problem("linear")))
     shape = torch.Size((7, 5))
     weight = torch.ones(shape, device=DEVICE, dtype=torch.bfloat16)
-    orders = [
-        ([first, second], [TritonBackend(), TorchBackend()]),
-        ([second, first], [TorchBackend(), TritonBackend()]),
-    ]
-    expected = effective_weight_eager(weight, [first, second], shape, [TorchBackend(), TorchBackend()])
-    for updates, backends in orders:
-        torch.testing.assert_close(effective_weight_eager(weight, updates, shape, backends), expected)
+    expected, _ = compute_effective_weight(weight, [first, second], shape)
+    first = with_backend(first, "triton")
+    for updates in ([first, second], [second, first]):
+        torch.testing.assert_close(compute_effective_weight(weight, updates, shape)[0], expected)
 
 
 @needs_triton
-def test_matrices_that_were_kept_apart_are_put_together_again():
-    from snella.ops.backends.base import Merged
-    from snella.ops.backends.triton.backend import TritonBackend
-
-    backend = TritonBackend()
-    update = update_of(rows=(3, 4, 5), n=6, budgets=(4, 0, 9))
-    merged = backend.merge_groups(update)
+def test_a_matrix_that_was_kept_gives_the_gradients_of_one_that_is_merged_again():
+    update, backend = update_of(rows=(3, 4, 5), n=6, budgets=(4, 0, 9)), get_backend("triton")
+    merged = backend.merge(*update)
     grad = torch.ones(12, 6, device=DEVICE)
-    expected = backend.group_gradients(update, merged, grad)
-    # as a hook for saved tensors may leave them: each in a memory of its own
-    apart = [one and Merged(one.delta.clone()) for one in merged]
-    only_last = [None, None, apart[2]]
-    for found, true in zip(backend.group_gradients(update, apart, grad), expected, strict=True):
-        assert torch.equal(found, true)
-    alone = replace(update, budgets=(0, 0, 9))
+    expected = backend.grad_factors(update.spec, merged, grad)
+    # as a hook for saved tensors may leave it: in a memory of its own
+    kept = backend.merge(*update._replace(thresholds=merged.thresholds), tuple(delta.clone() for delta in merged.delta))
+    assert all(torch.equal(*pair) for pair in zip(backend.grad_factors(update.spec, kept, grad), expected, strict=True))
     out = torch.empty(12, 6, device=DEVICE)
-    backend.add_groups(alone, only_last, torch.zeros_like(out), out)
-    assert out[:7].count_nonzero() == 0
-    assert out[7:].count_nonzero() == 9
+    backend.add_update(update.spec, kept, torch.zeros_like(out), out)
+    assert [int(out[rows].count_nonzero()) for rows in update.spec.rows] == [4, 0, 9]
 
 
 @needs_triton

@@ -1,4 +1,4 @@
-"""The law of the op for the Triton kernels: output and every gradient against the reference in float64."""
+"""The tolerance of the op for the Triton kernels: output and every gradient against the reference in float64."""
 
 from dataclasses import replace
 
@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from snella.ops.functional import effective_weight, effective_weight_of
-from snella.ops.spec import Conv2dProduct
+from snella.ops import effective_weight
+from snella.ops.spec import Conv2dOp
 
-from .problems import assert_law, solve
+from .problems import assert_close_to_reference, computed_weight, solve
 from .test_adapted_linear import scatter
 from .triton_problems import DEVICE, IS_INTERPRETED, needs_triton, on_device, triton_draws, triton_problem
 
@@ -19,8 +19,8 @@ MIXED = {"base_dtype": torch.bfloat16}
 FUSED = {"rows": (9, 7, 5), "n": 11, "budgets": (0, 30, 55)}
 
 
-def keeps_the_law(problems, **options):
-    assert_law(problems, impls=["triton"], keep=[False], **options)
+def assert_triton_is_close(problems, **options):
+    assert_close_to_reference(problems, impls=["triton"], keep=[False], **options)
 
 
 @pytest.mark.parametrize(
@@ -38,31 +38,33 @@ def keeps_the_law(problems, **options):
         pytest.param("mix_k", {"m": 1, "n": 1, "budget": 1}, id="one-entry"),
     ],
 )
-def test_triton_keeps_the_law(kernel, options):
-    keeps_the_law(triton_draws(kernel, **options))
+def test_triton_stays_close_to_the_reference(kernel, options):
+    assert_triton_is_close(triton_draws(kernel, **options))
 
 
-def test_triton_keeps_the_law_over_several_tiles():
+def test_triton_stays_close_to_the_reference_over_several_tiles():
     options = {"rows": (35, 3), "n": 67, "r": 8, "budgets": (900, 70)}
-    keeps_the_law(triton_draws(**options, count=2 if IS_INTERPRETED else 16))
+    assert_triton_is_close(triton_draws(**options, count=2 if IS_INTERPRETED else 16))
 
 
-def test_triton_keeps_the_law_without_a_temperature():
+def test_triton_without_a_temperature():
     problems = triton_draws("mix_k", m=9, n=7)
-    keeps_the_law([replace(problem, tensors=problem.tensors | {"temperature": None}) for problem in problems])
+    assert_triton_is_close([replace(problem, tensors=problem.tensors | {"temperature": None}) for problem in problems])
 
 
-def test_triton_keeps_the_law_for_bfloat16_factors_and_for_the_update_alone():
+def test_triton_stays_close_to_the_reference_for_bfloat16_factors_and_for_the_update_alone():
     problems = triton_draws(dtype=torch.bfloat16)
-    keeps_the_law([replace(problem, tensors=problem.tensors | {"weight": None, "bias": None}) for problem in problems])
+    assert_triton_is_close(
+        [replace(problem, tensors=problem.tensors | {"weight": None, "bias": None}) for problem in problems]
+    )
 
 
-def test_triton_keeps_the_law_for_strided_tensors_and_a_float64_base():
+def test_triton_stays_close_to_the_reference_for_strided_tensors_and_a_float64_base():
     problems = [on_device(problem.cast(scatter)) for problem in triton_draws(base_dtype=torch.float64, batch=(2, 3))]
-    keeps_the_law(problems)
+    assert_triton_is_close(problems)
 
 
-def test_triton_keeps_the_law_for_a_convolution():
+def test_triton_stays_close_to_the_reference_for_a_convolution():
     problems = []
     for problem in triton_draws("p_linear", m=6, n=12, count=2):
         generator = torch.Generator().manual_seed(1)
@@ -72,16 +74,16 @@ def test_triton_keeps_the_law_for_a_convolution():
         }
         grad_y = torch.randn(2, 6, 4, 3, generator=generator).to(DEVICE)
         tensors = problem.tensors | images
-        problems.append(replace(problem, tensors=tensors, grad_y=grad_y, product=Conv2dProduct()))
-    keeps_the_law(problems)
+        problems.append(replace(problem, tensors=tensors, grad_y=grad_y, product=Conv2dOp()))
+    assert_triton_is_close(problems)
 
 
 @pytest.mark.parametrize("mode", ["soft", "official"])
 def test_a_half_precision_weight_is_rounded_once(mode):
     problem = triton_problem(m=9, n=7, mode=mode, **MIXED)
     weight = problem.tensors["weight"]
-    found = effective_weight_of(weight, [problem.update(problem.tensors)], weight.shape, "triton")
-    wide = effective_weight_of(weight.float(), [problem.update(problem.tensors)], weight.shape, "triton")
+    found = computed_weight(weight, [problem.update(problem.tensors)], weight.shape, "triton")
+    wide = computed_weight(weight.float(), [problem.update(problem.tensors)], weight.shape, "triton")
     torch.testing.assert_close(wide, effective_weight(weight.float(), [problem.update(problem.tensors)]))
     if IS_INTERPRETED:
         # Triton's interpreter cuts the lower half of a float32 off where a GPU rounds to the nearest
@@ -98,7 +100,7 @@ def test_a_float32_weight_under_autocast_is_rounded_in_the_kernel_as_torch_round
     tensors = problem.tensors | {"x": identity, "bias": None}
     with torch.autocast(DEVICE, dtype=torch.float16):
         found = problem.forward(tensors, "triton")
-    wide = effective_weight_of(weight, [problem.update(problem.tensors)], weight.shape, "triton")
+    wide = computed_weight(weight, [problem.update(problem.tensors)], weight.shape, "triton")
     assert torch.equal(found, F.linear(identity.half(), wide.half()))
 
 
@@ -106,8 +108,8 @@ def test_a_float32_weight_under_autocast_is_rounded_in_the_kernel_as_torch_round
 def test_the_same_call_gives_the_same_bits_twice_kept_or_rebuilt(options):
     problem = triton_problem(**options)
     first = solve(problem, "triton")
-    for keep_delta in (False, True) if problem.tensors["weight"].dtype == torch.float32 else (True,):
-        again = solve(problem, "triton", keep_delta=keep_delta)
+    for cache_delta in (False, True) if problem.tensors["weight"].dtype == torch.float32 else (True,):
+        again = solve(problem, "triton", cache_delta=cache_delta)
         assert all(torch.equal(again[name], first[name]) for name in first)
 
 
@@ -178,25 +180,25 @@ def test_nan_in_a_factor_is_not_hidden():
 @pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1), (7, 5), (127, 131), (768, 3072)])
 @pytest.mark.parametrize("softmax_dim", [0, 1])
-def test_triton_keeps_the_law_on_the_gpu(kernel, mode, base_dtype, shape, softmax_dim):
+def test_triton_stays_close_to_the_reference_on_the_gpu(kernel, mode, base_dtype, shape, softmax_dim):
     (m, n), count = shape, 1 if shape == (768, 3072) else 16
     options = {"mode": mode, "base_dtype": base_dtype, "softmax_dim": softmax_dim}
-    keeps_the_law(triton_draws(kernel, m=m, n=n, r=8, count=count, **options))
+    assert_triton_is_close(triton_draws(kernel, m=m, n=n, r=8, count=count, **options))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 @pytest.mark.parametrize("mode", ["soft", "official"])
-@pytest.mark.parametrize("keep_delta", [False, True])
-def test_nothing_waits_for_the_gpu(mode, keep_delta):
+@pytest.mark.parametrize("cache_delta", [False, True])
+def test_nothing_waits_for_the_gpu(mode, cache_delta):
     problem = triton_problem(**FUSED, mode=mode, **MIXED)
     other = replace(problem, budgets=(5, 0, 9))
-    solve(problem, "triton", keep_delta=keep_delta)  # compiles
+    solve(problem, "triton", cache_delta=cache_delta)  # compiles
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         # new budgets among them: their table is copied without a wait
-        solve(other, "triton", keep_delta=keep_delta)
-        solve(problem, "triton", keep_delta=keep_delta)
+        solve(other, "triton", cache_delta=cache_delta)
+        solve(problem, "triton", cache_delta=cache_delta)
     finally:
         torch.cuda.set_sync_debug_mode("default")

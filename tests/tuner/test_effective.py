@@ -33,7 +33,7 @@ def count(monkeypatch, calls, *functions):
 def merges(monkeypatch):
     """Counts how often two factors are merged."""
     calls = []
-    count(monkeypatch, calls, (TorchBackend, "merge"), (numba_backend, "_prepare"))
+    count(monkeypatch, calls, (TorchBackend, "merge"), (numba_backend, "pack_factors"))
     return calls
 
 
@@ -41,7 +41,7 @@ def merges(monkeypatch):
 def selections(monkeypatch):
     """Counts how often a threshold is looked for."""
     calls = []
-    count(monkeypatch, calls, (spec, "keep_threshold"), (numba_backend, "_threshold"))
+    count(monkeypatch, calls, (spec, "keep_threshold"), (numba_backend, "select_threshold"))
     return calls
 
 
@@ -269,7 +269,7 @@ def test_copies_and_pickles_start_empty(mlp):
     for twin in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
         assert isinstance(twin, EffectiveWeightCache)
         assert twin._effective is None
-        assert not twin._shared
+        assert not twin._adapters
 
 
 # entries in inference mode ------------------------------------------------------------------------------------------

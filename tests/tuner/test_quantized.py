@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 
 from snella import SnellaConfig
-from snella.ops.spec import WeightSource
+from snella.ops.spec import LazyWeight
 from snella.tuner.layer import SnellaLayer
 from snella.tuner.merge_loss import MergeLoss, measure_loss
 from snella.tuner.quantized import Quantization
@@ -104,7 +104,7 @@ def bits(model):
     base = the_layer(model).get_base_layer()
     source = the_layer(model)._weight()
     stored = [] if type(base.weight).__module__.startswith("torchao.") else [base.weight.data]
-    return [tensor.detach().clone() for tensor in (*stored, *source.tensors)] + [source.make()]
+    return [tensor.detach().clone() for tensor in (*stored, *source.tensors)] + [source.materialize()]
 
 
 def loses(kind):
@@ -162,7 +162,7 @@ def test_outputs_and_gradients_are_those_of_the_layer_dequantised_by_hand(kind):
 def test_an_update_that_is_smaller_than_the_spacing_of_the_dequantised_dtype_still_counts():
     model, _ = adapted("nf4 bfloat16", scaling=1e-4)
     layer = the_layer(model)
-    weight, delta = layer._weight().make(), layer.get_delta_weight("default")
+    weight, delta = layer._weight().materialize(), layer.get_delta_weight("default")
     is_lost = (weight.float() + delta).bfloat16() == weight
     assert is_lost[delta != 0].float().mean() > 0.9, "a sum in bfloat16 would lose it"
     torch.testing.assert_close(layer(x), x @ (weight.float() + delta).T + layer.bias)
@@ -178,7 +178,7 @@ def test_nothing_dequantised_lives_between_the_passes(one_of_each, dropout, monk
         source = plain(base)
 
         def make():
-            weight = source.make()
+            weight = source.materialize()
             made.append(weakref.ref(weight))
             return weight
 
@@ -261,7 +261,7 @@ class Bytes(Quantization):
         self.codes = (weight / self.scale).round().to(torch.int8)
 
     def source(self, base):
-        return WeightSource(self.codes.shape, (self.codes, self.scale), lambda: self.codes * self.scale)
+        return LazyWeight(self.codes.shape, (self.codes, self.scale), lambda: self.codes * self.scale)
 
     def write(self, base, weight):
         raise NotImplementedError
@@ -379,7 +379,7 @@ def test_a_weight_that_bitsandbytes_has_laid_out_for_cpus_is_laid_out_back(kind,
     layer.weight.data, layer.weight.quant_state = packed, state
     model = get_peft_model(Net(layer), SnellaConfig(**CONFIG))
     # the layout keeps the scales in bfloat16, and quantises them anew where they were quantised
-    torch.testing.assert_close(the_layer(model)._weight().make(), weight, rtol=tolerance, atol=0)
+    torch.testing.assert_close(the_layer(model)._weight().materialize(), weight, rtol=tolerance, atol=0)
 
 
 # merging ------------------------------------------------------------------------------------------------------------
@@ -388,11 +388,11 @@ def test_a_weight_that_bitsandbytes_has_laid_out_for_cpus_is_laid_out_back(kind,
 def test_merging_quantises_the_sum_and_says_what_that_lost(kind):
     model, _ = adapted(kind)
     layer = the_layer(model)
-    before, delta = layer._weight().make().float(), layer.get_delta_weight("default").float()
+    before, delta = layer._weight().materialize().float(), layer.get_delta_weight("default").float()
     attributes = dict(layer.get_base_layer().weight.__dict__)
     with loses(kind) as caught:
         model.merge_adapter()
-    after = layer._weight().make().float()
+    after = layer._weight().materialize().float()
     assert not torch.equal(after, before)
     lost = (after - (before + delta)).norm() / delta.norm()
     said = float(str(caught[0].message).split("by ")[1].split("%")[0]) / 100
@@ -432,14 +432,14 @@ def test_a_second_adapter_is_merged_from_the_untouched_weight(one_of_each):
     model, _ = adapted(one_of_each)
     model.add_adapter("other", SnellaConfig(**CONFIG))
     layer, before = the_layer(model), bits(model)
-    wanted = layer._weight().make().float() + sum(layer.get_delta_weight(name) for name in ("default", "other"))
+    wanted = layer._weight().materialize().float() + sum(layer.get_delta_weight(name) for name in ("default", "other"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's of the second merge, ours of the loss
         layer.merge(adapter_names=["default"])
         layer.merge(adapter_names=["other"])
-    both = layer._weight().make()
+    both = layer._weight().materialize()
     layer.quantization.write(layer.get_base_layer(), wanted)
-    torch.testing.assert_close(layer._weight().make(), both)
+    torch.testing.assert_close(layer._weight().materialize(), both)
     layer.unmerge()
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(bits(model), before, strict=True))
 

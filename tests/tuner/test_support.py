@@ -65,8 +65,8 @@ def test_positions_out_of_range_or_repeated_are_refused(indices, message):
 
 def test_the_update_is_the_merged_matrix_at_these_entries_and_zero_elsewhere(supported):
     qkv, out = layers(supported)
-    update = qkv._update("default")
-    merged = torch.cat([update.merge(factors) for factors in update.group_factors()]).detach().flatten()
+    spec, factors, _, _ = qkv.get_update("default")
+    merged = torch.cat([spec.merge_matrix(matrix) for matrix in spec.matrices(factors)]).detach().flatten()
     delta = qkv.get_delta_weight("default").flatten()
     assert torch.nonzero(delta).flatten().tolist() == QKV.tolist()
     torch.testing.assert_close(delta[QKV], merged[QKV])

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from snella.benchmark.config import PEER, BenchConfig
 from snella.benchmark.contenders import CONTENDERS, NUM_CLASSES, Setting
 from snella.benchmark.rows import append_rows, conditions, draw_figures
-from snella.ops.functional import adapted_product
-from snella.ops.kernels import KernelScalars, make_kernel
-from snella.ops.spec import LinearProduct, Update
+from snella.ops.backends import choose_backend
+from snella.ops.functional import adapted_layer
+from snella.ops.kernels import make_kernel
+from snella.ops.spec import Factors, LinearOp, Update, UpdateSpec
 from snella.runs.console import make_console, print_line
 from snella.runs.memory import saved_bytes
 from snella.tuner import BudgetAllocator, create_snella_optimizer
@@ -37,7 +38,7 @@ def op_fault(impl: str, device: str = "cpu", sparsity: float = 0.7) -> str | Non
     """Compare output and every gradient of an implementation with the reference in float64.
 
     Args:
-        impl: As in `adapted_product`.
+        impl: As in `adapted_linear`.
         device: Where.
         sparsity: Of the update.
 
@@ -49,14 +50,15 @@ def op_fault(impl: str, device: str = "cpu", sparsity: float = 0.7) -> str | Non
         m, groups = sum(rows), len(rows)
         drawn = [torch.rand(*s, generator=generator) * 2 - 1 for s in ((groups, n, 8), (m, 8), (4, n), (m, n), (4, m))]
         A, B, x, weight, grad_y = (tensor.to(device) for tensor in drawn)
-        scalars = KernelScalars(
+        factors = Factors(
+            A,
+            B,
             torch.tensor([[0.1, -0.1]], device=device).repeat(groups, 1),
             torch.ones(groups, device=device),
             torch.zeros(groups, device=device),
-            None,
         )
         budgets = tuple(max(1, int(count * n * (1 - sparsity))) for count in rows)
-        update = Update(A, B, scalars, make_kernel("mix_k"), budgets, rows)
+        update = Update(UpdateSpec(make_kernel("mix_k"), rows), factors, budgets)
         found = _solve(update, x, weight, grad_y, impl, torch.float32)
         exact = _solve(update, x, weight, grad_y, "reference", torch.float64)
         for name, (mine, true) in zip(
@@ -73,14 +75,11 @@ def _solve(
     update: Update, x: torch.Tensor, weight: torch.Tensor, grad_y: torch.Tensor, impl: str, dtype: torch.dtype
 ) -> list[torch.Tensor]:
     """Output and gradients."""
-    x, A, B, *scalars = (
-        tensor.detach().to(dtype).requires_grad_()
-        for tensor in (x, *(tensor for tensor in update.tensors() if tensor is not None))
-    )
-    piece_coeff, alpha, beta = scalars
-    described = replace(update, A=A, B=B, scalars=KernelScalars(piece_coeff, alpha, beta), thresholds=[], handover=[])
-    y = adapted_product(x, weight.to(dtype), None, [described], LinearProduct(), impl=impl)
-    return [y.detach(), *torch.autograd.grad(y, [x, A, B, *scalars], grad_y.to(dtype))]
+    given = [x, *(tensor for tensor in update.factors if tensor is not None)]
+    x, *tensors = (tensor.detach().to(dtype).requires_grad_() for tensor in given)
+    spec = replace(update.spec, backend=choose_backend(impl, update.spec, tensors[0])[0])
+    y, _ = adapted_layer(x, weight.to(dtype), None, [Update(spec, Factors(*tensors), update.budgets)], LinearOp())
+    return [y.detach(), *torch.autograd.grad(y, [x, *tensors], grad_y.to(dtype))]
 
 
 @dataclass(frozen=True)
@@ -198,7 +197,7 @@ def _peak_rss_mib() -> float:
     return size / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-_WARM_UP = 2  # steps before the clock: from the third on SNELLA knows how its thresholds move
+_WARM_UP = 2  # steps before the clock
 _IMPLEMENTATIONS = {
     "snella": "auto",
     "snella-keep-delta": "auto",

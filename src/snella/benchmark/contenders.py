@@ -43,16 +43,16 @@ class TwoBranches(nn.Module):
 
     def _branch(self, x: Tensor) -> Tensor:
         """The update's product."""
-        update = self.layer._update(self.adapter_name)
+        spec, factors, budgets, _ = self.layer.get_update(self.adapter_name)
         groups = []
-        for factors, budget in zip(update.group_factors(), update.budgets, strict=True):
-            delta = update.merge(factors)
+        for matrix, budget in zip(spec.matrices(factors), budgets, strict=True):
+            delta = spec.merge_matrix(matrix)
             sparsity, magnitudes = 1 - budget / delta.numel(), delta.detach().abs().flatten()
             is_small = delta.numel() <= _MOST_OF_QUANTILE
             # torch's own, as the authors take it: ours is quicker
             threshold = torch.quantile(magnitudes, sparsity) if is_small else quantile_threshold(delta, sparsity)
-            groups.append(sparsify(delta, threshold, update.mode))
-        return update.scaling * F.linear(x, torch.cat(groups).to(x.dtype))
+            groups.append(sparsify(delta, threshold, spec.mode))
+        return spec.scaling * F.linear(x, torch.cat(groups).to(x.dtype))
 
 
 def put_two_branches(model: nn.Module) -> nn.Module:

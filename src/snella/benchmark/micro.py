@@ -6,6 +6,7 @@ import statistics
 import time
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,10 +14,11 @@ import torch.nn.functional as F
 
 from snella.benchmark.bench import op_fault
 from snella.benchmark.rows import conditions
-from snella.ops.backends.numba.backend import NumbaBackend
-from snella.ops.functional import effective_weight_of
-from snella.ops.kernels import KernelScalars, make_kernel
-from snella.ops.spec import Update
+from snella.ops.backends import choose_backend
+from snella.ops.backends.numba.backend import NumbaBackend, sddmm_weight_grad
+from snella.ops.functional import compute_effective_weight
+from snella.ops.kernels import make_kernel
+from snella.ops.spec import Factors, Update, UpdateSpec
 
 
 def measure_sampling(
@@ -40,24 +42,24 @@ def measure_sampling(
     """
     generator = torch.Generator().manual_seed(0)
     A, B = torch.randn(1, n, r, generator=generator) * n**-0.5, torch.randn(m, r, generator=generator) * m**-0.5
-    scalars = KernelScalars(torch.tensor([[0.1, -0.1]]), torch.ones(1), torch.zeros(1), None)
-    update = Update(A, B, scalars, make_kernel("mix_k"), (round(density * m * n),), (m,))
+    factors = Factors(A, B, torch.tensor([[0.1, -0.1]]), torch.ones(1), torch.zeros(1))
+    spec, budget = UpdateSpec(make_kernel("mix_k"), (m,), backend="numba"), round(density * m * n)
     x, grad_y = torch.randn(tokens, n, generator=generator), torch.randn(tokens, m, generator=generator)
     backend = NumbaBackend()
-    (merged,) = backend.merge_groups(update)
-    if merged is None:
+    (matrix,) = backend.merge(spec, factors, (budget,)).workspace
+    if matrix is None:
         raise RuntimeError(f"density must leave entries to sample, got {density}")
 
     def sampled() -> torch.Tensor:
         out = torch.zeros(m, n)
-        backend.sample_gradient(update, 0, merged, grad_y, x, out)
+        sddmm_weight_grad(matrix, budget, grad_y, x, out)
         return out
 
     def dense() -> torch.Tensor:
         return grad_y.T @ x
 
     some, whole = sampled(), dense()
-    if int(some.count_nonzero()) != update.budgets[0] or not torch.allclose(
+    if int(some.count_nonzero()) != budget or not torch.allclose(
         some, torch.where(some == 0, some, whole), atol=1e-3 * float(whole.abs().max())
     ):
         raise RuntimeError(f"density {density} is not timed: the sampled entries differ from the product's")
@@ -93,7 +95,7 @@ def measure_matrix(
         r: Rank.
         sparsity: Of the update.
         rounds: How often; medians are reported.
-        impl: As in `adapted_product`.
+        impl: As in `adapted_linear`.
 
     Returns:
         A row: seconds, their ratio, and `extra_over_matrix`, the memory held at most on top of weight and factors in
@@ -107,13 +109,13 @@ def measure_matrix(
         raise RuntimeError(f"impl={impl!r} is not timed: {fault}")
     generator = torch.Generator().manual_seed(0)
     A, B = torch.randn(1, n, r, generator=generator) * n**-0.5, torch.randn(m, r, generator=generator) * m**-0.5
-    scalars = KernelScalars(torch.tensor([[0.1, -0.1]]), torch.ones(1), torch.zeros(1), None)
+    factors = Factors(A, B, torch.tensor([[0.1, -0.1]]), torch.ones(1), torch.zeros(1))
     weight, x = torch.randn(m, n, generator=generator), torch.randn(tokens, n, generator=generator)
-    budgets = (int(m * n * (1 - sparsity)),)
+    spec, budgets = UpdateSpec(make_kernel("mix_k"), (m,)), (int(m * n * (1 - sparsity)),)
+    spec = replace(spec, backend=choose_backend(impl, spec, A)[0])
 
     def effective() -> torch.Tensor:
-        update = Update(A, B, scalars, make_kernel("mix_k"), budgets, (m,))
-        return effective_weight_of(weight, [update], weight.shape, impl)
+        return compute_effective_weight(weight, [Update(spec, factors, budgets)], weight.shape)[0]
 
     def product() -> torch.Tensor:
         return F.linear(x, weight)

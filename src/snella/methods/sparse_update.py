@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from snella.ops.fixed_support import fold_entries, sparse_product
-from snella.ops.spec import Conv2dProduct, LinearProduct, Product
+from snella.ops.fixed_support import fold_entries, layer_with_entries
+from snella.ops.spec import Conv2dOp, LayerOp, LinearOp
 
 
 class SparseUpdate(nn.Module):
@@ -60,13 +60,13 @@ class SparseUpdate(nn.Module):
         return self.base_layer.bias
 
     @property
-    def product(self) -> Product:
+    def product(self) -> LayerOp:
         """The product of the base layer."""
         base = self.base_layer
         if isinstance(base, nn.Conv2d):
             padding = base.padding if base.padding_mode == "zeros" else (0, 0)
-            return Conv2dProduct(base.stride, padding, base.dilation, base.groups)
-        return LinearProduct()
+            return Conv2dOp(base.stride, padding, base.dilation, base.groups)
+        return LinearOp()
 
     def __getattr__(self, name: str) -> Any:
         """What the wrapper lacks, such as `in_features`, is the base layer's."""
@@ -88,7 +88,7 @@ class SparseUpdate(nn.Module):
         """The layer's output with the trained entries in its weight."""
         base, x = self.base_layer, self.prepare_input(x)
         bias = None if base.bias is None else base.bias.to(x.dtype)
-        return sparse_product(x, base.weight, bias, self.values, self.indices, self.product)
+        return layer_with_entries(x, base.weight, bias, self.values, self.indices, self.product)
 
     @torch.no_grad()
     def merged(self) -> nn.Module:

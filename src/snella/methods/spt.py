@@ -23,7 +23,7 @@ from snella.methods.method import Batches, Method, Options, check_by, number, wh
 from snella.methods.model_parts import adaptable_layers, is_inside
 from snella.methods.partial import train_head
 from snella.methods.sparse_update import SparseEntries, SparseUpdate, can_be_sparse, merge_sparse
-from snella.ops.spec import LinearProduct
+from snella.ops.spec import LinearOp
 from snella.tuner.targets import count_rows
 
 OPTIONS = ("r", "budget", "alpha", "beta", "calibration_batches")
@@ -409,7 +409,7 @@ class LowRank(StructuredModule):
 
     def forward(self, layer: SptLayer, x: Tensor, h: Tensor) -> Tensor:
         """`h` and what the update adds."""
-        if isinstance(layer.product, LinearProduct):
+        if isinstance(layer.product, LinearOp):
             return h + self.update(x)
         A = self.A.to(x.dtype).view(len(self.A), *layer.base_layer.weight.shape[1:])
         return h + F.conv2d(layer.product(x, A, None), self.B.to(x.dtype)[:, :, None, None])

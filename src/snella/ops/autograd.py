@@ -1,221 +1,96 @@
 """The adapted layer with a backward pass written by hand, which rebuilds the update instead of keeping it.
 
 Kept for the backward pass: the input, the factors and scalars (which live in the model anyway) and one threshold a
-matrix. A weight that is kept in another form, a `WeightSource`, is asked for in both passes. The derivation is in this
+matrix. A weight that is kept in another form, a `LazyWeight`, is asked for in both passes. The derivation is in this
 package's README.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from snella.ops.backends.base import Backend, FusedBackend, Merged
-from snella.ops.spec import LinearProduct, Product, Update, WeightSource, without_view
+from snella.ops.backends import Gradients, Merged, get_backend
+from snella.ops.spec import Factors, LayerOp, LazyWeight, LinearOp, Update, without_view
+
+NUM_FACTORS = len(Factors._fields)
 
 
-@dataclass(frozen=True)
-class Handover:
-    """What a recomputation built, and of which weight.
+class RecomputeCache:
+    """What a recomputed forward pass has built, for the backward pass that asked for it.
 
-    Args:
-        effective: `W0 + Σ scaling·S`, in the dtype of the product.
-        merged: The updates' merged matrices.
-        weight: `W0`; not a copy.
-        version: Its version then.
+    Activation checkpointing runs a layer's forward pass again in the middle of the backward pass, and the layer's own
+    backward pass follows at once. What the first has built, the second need not build again; nothing is kept in
+    between other than this. One cache serves all calls of a layer while its parameters stay the same.
     """
 
-    effective: Tensor
-    merged: list[list[Merged | None]]
-    weight: Tensor | None
-    version: int
+    def __init__(self) -> None:
+        self._entry: tuple[Tensor, list[Merged], Tensor | None, int] | None = None
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to take."""
+        return self._entry is None
 
-def _is_within_backward() -> bool:
-    """Whether autograd is running a backward pass on this thread."""
-    return torch._C._current_graph_task_id() != -1
+    def stash(self, effective: Tensor, merged: list[Merged], weight: Tensor | None) -> None:
+        """Keep what was built, if this is a recomputation.
 
+        Args:
+            effective: `W0 + Σ scaling·S`, in the dtype of the layer op.
+            merged: The updates' merged matrices.
+            weight: A tensor that stays the same as long as `W0` does.
+        """
+        self._entry = None
+        is_within_backward = torch._C._current_graph_task_id() != -1
+        if is_within_backward and not effective.is_inference():
+            self._entry = (effective, merged, weight, -1 if weight is None else weight._version)
 
-def hand_over(
-    updates: Sequence[Update], weight: Tensor | None, effective: Tensor, merged: list[list[Merged | None]]
-) -> None:
-    """Leave what was built to the backward pass, if this is a recomputation."""
-    slot = updates[0].handover
-    slot.clear()
-    if _is_within_backward() and not effective.is_inference():
-        slot.append(Handover(effective, merged, weight, -1 if weight is None else weight._version))
-
-
-def handed_over(
-    updates: Sequence[Update], weight: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor | None, list[list[Merged | None]] | None]:
-    """Take what a recomputation has left: the effective weight and the merged matrices, or `None` twice."""
-    slot = updates[0].handover
-    if not slot:
-        return None, None
-    found = slot.pop()
-    is_same = weight is None or (weight.data_ptr() == found.weight.data_ptr() and weight._version == found.version)
-    if not is_same or found.effective.dtype != dtype or len(found.merged) != len(updates):
-        return None, None
-    return found.effective, found.merged
-
-
-TENSORS_PER_UPDATE = 6  # A, B and the four kernel scalars: Update.tensors()
-
-
-def adapted_product_eager(
-    x: Tensor,
-    weight: Tensor | WeightSource | None,
-    bias: Tensor | None,
-    updates: Sequence[Update],
-    product: Product,
-    weight_shape: torch.Size,
-    backends: Sequence[Backend],
-    keep_delta: bool = False,
-) -> Tensor:
-    """Same contract as `adapted_product`."""
-    tensors = [tensor for update in updates for tensor in update.tensors()]
-    source = weight if isinstance(weight, WeightSource) else None
-    settings = Settings(tuple(updates), product, weight_shape, tuple(backends), keep_delta, source)
-    return _AdaptedProduct.apply(x, None if source else weight, bias, settings, *tensors)
+    def take(
+        self, weight: Tensor | None, dtype: torch.dtype, num_updates: int
+    ) -> tuple[Tensor | None, list[Merged] | None]:
+        """The effective weight and the merged matrices if they are still those of `weight`; twice `None` if not."""
+        entry, self._entry = self._entry, None
+        if entry is None:
+            return None, None
+        effective, merged, built_of, version = entry
+        is_same = weight is None or (
+            built_of is not None and weight.data_ptr() == built_of.data_ptr() and weight._version == version
+        )
+        if not is_same or effective.dtype != dtype or len(merged) != num_updates:
+            return None, None
+        return effective, merged
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What the op is told besides tensors."""
+class LayerCall:
+    """What one call of an adapted layer is given besides tensors and updates.
 
-    updates: tuple[Update, ...]
-    product: Product
+    Args:
+        op: The layer's operation.
+        weight_shape: `[m, …]`.
+        cache_delta: Whether `ΔW` is kept for the backward pass.
+        lazy: The weight, where it is kept in another form.
+        recompute: What a recomputation leaves to the backward pass, or `None`.
+    """
+
+    op: LayerOp
     weight_shape: torch.Size
-    backends: tuple[Backend, ...]
-    keep_delta: bool
-    source: WeightSource | None = None
+    cache_delta: bool = False
+    lazy: LazyWeight | None = None
+    recompute: RecomputeCache | None = None
 
     def base(self, weight: Tensor | None) -> Tensor | None:
         """The weight, given what came as a tensor."""
-        return weight if self.source is None else self.source.make()
+        return weight if self.lazy is None else self.lazy.materialize()
 
     def identity(self, weight: Tensor | None) -> Tensor | None:
         """A tensor that stays the same as long as the weight does."""
-        return weight if self.source is None else self.source.tensors[0]
-
-
-def merge_groups(update: Update, backend: Backend) -> list[Merged | None]:
-    """Merge every matrix and make sure that its threshold is known; `None` where the budget is 0."""
-    if isinstance(backend, FusedBackend):
-        return backend.merge_groups(update)
-    merged: list[Merged | None] = []
-    for group, (factors, budget) in enumerate(zip(update.group_factors(), update.budgets, strict=True)):
-        if budget:
-            merged.append(backend.merge(update, group, factors))
-            continue
-        merged.append(None)
-        if len(update.thresholds) <= group:
-            update.thresholds.append(update.B.new_full((), torch.inf))
-    return merged
-
-
-def add_updates(
-    weight: Tensor | None,
-    updates: Sequence[Update],
-    weight_shape: torch.Size,
-    merged: Sequence[Sequence[Merged | None]],
-    backends: Sequence[Backend],
-    dtype_of_product: torch.dtype | None = None,
-    *,
-    is_made_here: bool = False,
-) -> Tensor:
-    """Return `W0 + Σ scaling·S` from merged matrices; values as `effective_weight`.
-
-    A float32 weight may come out in `dtype_of_product`, to which the caller would round it next. One that was made for
-    this sum alone is written over, and the sum is not rounded to its dtype.
-    """
-    if not updates and weight is not None and is_made_here:
-        return weight
-    if len(updates) == 1 and weight is not None and isinstance(backends[0], FusedBackend):
-        base, single = _base_and_target(weight, weight_shape, dtype_of_product, is_made_here)
-        backends[0].add_groups(updates[0], merged[0], base, single.view(weight_shape[0], -1))
-        return single
-    dtype = torch.float32 if weight is None else torch.promote_types(weight.dtype, torch.float32)
-    for update in updates:
-        dtype = torch.promote_types(dtype, update.A.dtype)
-    # contiguous, so that it can be seen as a matrix: the weight itself may be transposed or laid out channels last
-    if weight is None:
-        base = torch.zeros(weight_shape, dtype=dtype, device=updates[0].A.device)
-    else:
-        base = weight.detach().to(dtype).contiguous()
-    # a base that was made here is written over, the model's own weight is not
-    owned = weight is None or is_made_here or base.data_ptr() != weight.data_ptr()
-    total = base if owned else torch.empty_like(base)
-    source, target = base.view(weight_shape[0], -1), total.view(weight_shape[0], -1)
-    for update, groups, backend in zip(updates, merged, backends, strict=True):
-        if isinstance(backend, FusedBackend):
-            backend.add_groups(update, groups, source, target)
-            source = target
-            continue
-        for group, (rows, one) in enumerate(zip(update.rows, groups, strict=True)):
-            if one is not None:
-                backend.add_sparse(update, group, one, source[rows], target[rows])
-            elif source is not target:
-                target[rows] = source[rows]
-        source = target
-    return total if weight is None or is_made_here else total.to(weight.dtype)
-
-
-def _base_and_target(
-    weight: Tensor, shape: torch.Size, dtype_of_product: torch.dtype | None, is_made_here: bool
-) -> tuple[Tensor, Tensor]:
-    """The weight as a matrix, and where a fused backend writes the sum: over it, or into a tensor of its own.
-
-    Such a backend reads and writes both in their own dtypes, so that neither needs a float32 copy.
-    """
-    base = weight.detach().contiguous().view(shape[0], -1)
-    dtype = weight.dtype
-    if dtype_of_product is not None and (is_made_here or dtype == torch.float32):
-        dtype = dtype_of_product
-    if is_made_here and dtype == base.dtype:
-        return base, base.view(shape)
-    return base, torch.empty(shape, dtype=dtype, device=weight.device)
-
-
-def effective_weight_eager(
-    weight: Tensor | WeightSource | None,
-    updates: Sequence[Update],
-    weight_shape: torch.Size,
-    backends: Sequence[Backend],
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Return `W0 + Σ scaling·S` without gradients, with the bits that the adapted layer uses.
-
-    `dtype` is the result's where the weight is a `WeightSource`.
-    """
-    with torch.no_grad():
-        merged = [merge_groups(update, backend) for update, backend in zip(updates, backends, strict=True)]
-        if isinstance(weight, WeightSource):
-            made = weight.make()
-            return add_updates(made, updates, weight_shape, merged, backends, dtype, is_made_here=True).to(dtype)
-        return add_updates(weight, updates, weight_shape, merged, backends)
-
-
-def forward_pass(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, settings: Settings
-) -> tuple[Tensor, list[list[Merged | None]]]:
-    """Return `y` and the merged matrices; the thresholds are known afterwards."""
-    updates, backends, shape = settings.updates, settings.backends, settings.weight_shape
-    with torch.autocast(x.device.type, enabled=False):
-        merged = [merge_groups(update, backend) for update, backend in zip(updates, backends, strict=True)]
-        base, is_made_here = settings.base(weight), settings.source is not None
-        effective = add_updates(base, updates, shape, merged, backends, x.dtype, is_made_here=is_made_here).to(x.dtype)
-        del base
-        y = settings.product(x, effective, bias)
-    if updates:
-        hand_over(updates, settings.identity(weight), effective, merged)
-    return y, merged
+        return weight if self.lazy is None else self.lazy.tensors[0]
 
 
 @dataclass(frozen=True)
@@ -225,12 +100,77 @@ class Needs:
     x: bool
     weight: bool
     bias: bool
-    tensors: tuple[bool, ...]
+    factors: tuple[bool, ...]
 
-    @property
-    def updates(self) -> list[tuple[bool, ...]]:
-        """Those of the tensors, update by update."""
-        return [self.tensors[k : k + TENSORS_PER_UPDATE] for k in range(0, len(self.tensors), TENSORS_PER_UPDATE)]
+
+def apply_updates(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, updates: Sequence[Update], call: LayerCall
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """`y = op(x, W0 + Σ scaling·S) + bias`, and the thresholds of each update."""
+    tensors = [tensor for update in updates for tensor in update.factors]
+    return _AdaptedLayer.apply(x, weight, bias, call, updates, *tensors)
+
+
+class _AdaptedLayer(torch.autograd.Function):
+    """`apply_updates` with gradients to input, weight, bias and the updates' factors."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        call: LayerCall,
+        updates: Sequence[Update],
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        y, merged = forward_pass(x, weight, bias, updates, call)
+        thresholds = tuple([one.thresholds for one in merged])
+        ctx.call, ctx.updates, ctx.x_shape, ctx.has_bias = call, updates, x.shape, bias is not None
+        ctx.lazy_versions = call.lazy and call.lazy.versions()
+        some_update_learns = any(ctx.needs_input_grad[5:]) and any([any(update.budgets) for update in updates])
+        deltas = [one.delta for one in merged] if call.cache_delta else []
+        ctx.delta_sizes = [len(delta) for delta in deltas]
+        needs_x = some_update_learns or ctx.needs_input_grad[1]
+        kept = [matrix for delta in deltas for matrix in delta]
+        ctx.save_for_backward(x if needs_x else None, weight, *thresholds, *kept, *tensors)
+        return without_view(y), thresholds
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Any, ...]:
+        x, weight, *rest = ctx.saved_tensors
+        call: LayerCall = ctx.call
+        if call.lazy is not None:
+            call.lazy.check_unchanged(ctx.lazy_versions)
+        updates, deltas = [], []
+        for k, update in enumerate(ctx.updates):
+            start = len(rest) - (len(ctx.updates) - k) * NUM_FACTORS
+            factors = Factors(*rest[start : start + NUM_FACTORS])
+            updates.append(update._replace(factors=factors, thresholds=rest[k]))
+        position = len(updates)
+        for size in ctx.delta_sizes:
+            deltas.append(tuple(rest[position : position + size]))
+            position += size
+        needs_x, needs_weight, needs_bias, _, _, *of_factors = ctx.needs_input_grad
+        needs = Needs(needs_x, needs_weight, needs_bias and ctx.has_bias, tuple(of_factors))
+        grad_x, grad_weight, grad_bias, grads = backward_pass(
+            grad_y, x, ctx.x_shape, weight, updates, call, needs, deltas
+        )
+        return (grad_x, grad_weight, grad_bias, None, None, *grads)
+
+
+def forward_pass(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, updates: Sequence[Update], call: LayerCall
+) -> tuple[Tensor, list[Merged]]:
+    """Return `y` and the merged matrices of each update."""
+    with torch.autocast(x.device.type, enabled=False):
+        merged = [get_backend(update.spec.backend).merge(*update) for update in updates]
+        effective = add_updates(call.base(weight), updates, merged, call.weight_shape, x.dtype, call.lazy is not None)
+        y = call.op(x, effective, bias)
+    if call.recompute is not None:
+        call.recompute.stash(effective, merged, call.identity(weight))
+    return y, merged
 
 
 def backward_pass(
@@ -238,185 +178,154 @@ def backward_pass(
     x: Tensor | None,
     x_shape: torch.Size,
     weight: Tensor | None,
-    settings: Settings,
-    kept: Sequence[Sequence[Tensor | None]],
+    updates: Sequence[Update],
+    call: LayerCall,
     needs: Needs,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor | None]]:
-    """Gradients to input, weight, bias and the updates' tensors.
+    deltas: Sequence[tuple[Tensor | None, ...]] = (),
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Gradients]:
+    """Gradients to input, weight, bias and the updates' factors.
 
     Args:
         grad_y: ∂L/∂y.
         x: The input; `None` where only its own gradient is asked for.
         x_shape: Its shape.
         weight: As in the forward pass.
-        settings: The same, thresholds known.
-        kept: `ΔW` of each update's matrices if they were kept, else empty.
+        updates: As in the forward pass, with their thresholds.
+        call: As in the forward pass.
         needs: Whose gradients are asked for; the others are `None`.
+        deltas: `Merged.delta` of each update where it was kept, else empty.
     """
-    updates, backends, shape, product = settings.updates, settings.backends, settings.weight_shape, settings.product
-    grad_x = grad_weight = None
-    grads: list[Tensor | None] = []
+    op, shape = call.op, call.weight_shape
+    effective = merged = grad_x = grad_weight = grads = None
     with torch.autocast(grad_y.device.type, enabled=False):
-        effective, merged = handed_over(updates, settings.identity(weight), grad_y.dtype) if updates else (None, None)
+        if call.recompute is not None:
+            effective, merged = call.recompute.take(call.identity(weight), grad_y.dtype, len(updates))
         if merged is None:
-            merged = [_restored(*one) for one in zip(updates, backends, kept, strict=True)]
+            pairs = zip(updates, deltas or [()] * len(updates), strict=True)
+            merged = [get_backend(update.spec.backend).merge(*update, delta) for update, delta in pairs]
         if x is not None:
-            if needs.weight or len(updates) != 1 or not isinstance(product, LinearProduct):
-                grad_weight = product.grad_weight(grad_y, x, shape)
-            else:
-                grad_weight = _gradient_where_kept(updates[0], merged[0], backends[0], grad_y, x)
-        found: list[Sequence[Tensor | None]] | None = None
+            grad_weight = _grad_weight(grad_y, x, updates, merged, call, needs)
         if needs.x and effective is None:
-            effective, found = _weight_and_gradients(settings, weight, merged, grad_weight, grad_y.dtype, needs)
+            effective, grads = _weight_and_gradients(weight, updates, merged, call, grad_weight, grad_y.dtype, needs)
         if needs.x and effective is not None:
-            grad_x = product.grad_input(grad_y, effective, x_shape)
+            grad_x = op.grad_input(grad_y, effective, x_shape)
         effective = None
-        for k, needed in enumerate(needs.updates):
-            of_update: Sequence[Tensor | None] = [None] * TENSORS_PER_UPDATE
-            if found is not None:
-                of_update = found[k]
-            elif any(needed):
-                of_update = _update_gradients(updates[k], merged[k], grad_weight, shape, backends[k])
-            grads.extend(grad if need else None for grad, need in zip(of_update, needed, strict=True))
-        grad_bias = product.grad_bias(grad_y) if needs.bias else None
+        if grads is None:
+            grads = _factor_gradients(updates, merged, grad_weight, shape, needs)
+        grad_bias = op.grad_bias(grad_y) if needs.bias else None
+    grads = tuple([grad if need else None for grad, need in zip(grads, needs.factors, strict=True)])
     if not needs.weight or weight is None or grad_weight is None:
         return grad_x, None, grad_bias, grads
     return grad_x, grad_weight.to(weight.dtype), grad_bias, grads
 
 
-class _AdaptedProduct(torch.autograd.Function):
-    """`y = product(x, W0 + Σ scaling·S) + bias`."""
+def add_updates(
+    weight: Tensor | None,
+    updates: Sequence[Update],
+    merged: Sequence[Merged],
+    shape: torch.Size,
+    dtype: torch.dtype | None = None,
+    owns_buffer: bool = False,
+) -> Tensor:
+    """`W0 + Σ scaling·S` from merged matrices, `[m, …]`.
 
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, settings: Settings, *tensors: Tensor | None
-    ) -> Tensor:
-        updates = settings.updates
-        y, merged = forward_pass(x, weight, bias, settings)
-        ctx.settings, ctx.x_shape, ctx.has_bias = settings, x.shape, bias is not None
-        ctx.source_versions = settings.source and settings.source.versions()
-        some_update_learns = any(ctx.needs_input_grad[4:]) and any(any(update.budgets) for update in updates)
-        thresholds = [threshold for update in updates for threshold in update.thresholds]
-        pairs = zip(merged, settings.backends, strict=True) if settings.keep_delta else ()
-        kept = [delta for one in pairs for delta in _to_keep(*one)]
-        ctx.num_thresholds = len(thresholds)
-        needs_x = some_update_learns or ctx.needs_input_grad[1]
-        ctx.save_for_backward(x if needs_x else None, weight, *thresholds, *kept, *tensors)
-        return without_view(y)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
-        x, weight, *rest = ctx.saved_tensors
-        settings, kept = _restore(ctx.settings, ctx.num_thresholds, rest)
-        if settings.source is not None:
-            settings.source.check_unchanged(ctx.source_versions)
-        needs_x, needs_weight, needs_bias, _, *of_tensors = ctx.needs_input_grad
-        needs = Needs(needs_x, needs_weight, needs_bias and ctx.has_bias, tuple(of_tensors))
-        grad_x, grad_weight, grad_bias, grads = backward_pass(grad_y, x, ctx.x_shape, weight, settings, kept, needs)
-        return (grad_x, grad_weight, grad_bias, None, *grads)
-
-
-def _restore(
-    settings: Settings, num_thresholds: int, saved: Sequence[Tensor]
-) -> tuple[Settings, list[list[Tensor | None]]]:
-    """The settings over the saved tensors, and the kept matrices of each update."""
-    thresholds = list(saved[:num_thresholds])
-    tensors = list(saved[len(saved) - len(settings.updates) * TENSORS_PER_UPDATE :])
-    deltas = list(saved[num_thresholds : len(saved) - len(tensors)])
-    updates: list[Update] = []
-    kept: list[list[Tensor | None]] = []
-    for update in settings.updates:
-        count = len(update.row_counts)
-        restored = update.with_tensors(tuple(tensors[:TENSORS_PER_UPDATE]))
-        restored.thresholds = thresholds[:count]
-        updates.append(restored)
-        kept.append(list(deltas[:count]))
-        del tensors[:TENSORS_PER_UPDATE], thresholds[:count], deltas[:count]
-    return replace(settings, updates=tuple(updates)), kept
+    Args:
+        weight: `W0`, or `None` for the sum of the updates alone.
+        updates: The updates.
+        merged: Their matrices.
+        shape: Shape of the result.
+        dtype: That of the layer op, to which the result is rounded; `None`: that of `weight`, without one the dtype
+            that the updates were merged in.
+        owns_buffer: Whether `weight` was made for this sum: it is written over, and the sum is not rounded to its dtype
+            first.
+    """
+    if weight is not None and not updates:
+        return weight if dtype is None else weight.to(dtype)
+    if weight is not None and len(updates) == 1:
+        base, out = _base_and_out(weight, updates[0].factors.A.dtype, shape, dtype, owns_buffer)
+        get_backend(updates[0].spec.backend).add_update(updates[0].spec, merged[0], base, out.view(shape[0], -1))
+        return out if dtype is None else out.to(dtype)
+    wide = torch.float32 if weight is None else torch.promote_types(weight.dtype, torch.float32)
+    for update in updates:
+        wide = torch.promote_types(wide, update.factors.A.dtype)
+    if weight is None:
+        total = torch.zeros(shape, dtype=wide, device=updates[0].factors.A.device)
+    else:
+        # contiguous, so that it can be seen as a matrix: the weight itself may be transposed or laid out channels last
+        total = weight.detach().to(wide).contiguous()
+        if not owns_buffer and total.data_ptr() == weight.data_ptr():
+            total = total.clone()
+    matrix = total.view(shape[0], -1)
+    for update, one in zip(updates, merged, strict=True):
+        get_backend(update.spec.backend).add_update(update.spec, one, matrix, matrix)
+    if weight is not None and not owns_buffer:
+        total = total.to(weight.dtype)
+    return total if dtype is None else total.to(dtype)
 
 
-def _to_keep(merged: Sequence[Merged | None], backend: Backend) -> list[Tensor | None]:
-    """What `keep_delta` keeps of one update; an empty tensor where its backend rather rebuilds it."""
-    if isinstance(backend, FusedBackend) and not backend.keeps_delta:
-        return [None if one is None else one.delta.new_empty(0) for one in merged]
-    return [None if one is None else one.delta for one in merged]
+def _base_and_out(
+    weight: Tensor, factor_dtype: torch.dtype, shape: torch.Size, dtype: torch.dtype | None, owns_buffer: bool
+) -> tuple[Tensor, Tensor]:
+    """The weight as a matrix, and where the sum is written: over it, or into a tensor of its own.
+
+    A backend reads and writes both in their own dtypes, so that neither needs a float32 copy. A float32 sum comes out
+    in the dtype of the layer op at once, to which it would be rounded next.
+    """
+    base = weight.detach().contiguous().view(shape[0], -1)
+    is_rounded_once = owns_buffer or (weight.dtype == torch.float32 and factor_dtype != torch.float64)
+    out_dtype = dtype if dtype is not None and is_rounded_once else weight.dtype
+    if owns_buffer and out_dtype == base.dtype:
+        return base, base.view(shape)
+    return base, torch.empty(shape, dtype=out_dtype, device=weight.device)
 
 
-def _restored(update: Update, backend: Backend, kept: Sequence[Tensor | None]) -> list[Merged | None]:
-    """The merged matrices: kept ones, or merged anew."""
-    # a fused backend that rebuilds as fast as it reads had nothing to keep
-    if kept and all(delta is None or delta.numel() for delta in kept):
-        return [None if delta is None else Merged(delta) for delta in kept]
-    return merge_groups(update, backend)
+def _grad_weight(
+    grad_y: Tensor, x: Tensor, updates: Sequence[Update], merged: Sequence[Merged], call: LayerCall, needs: Needs
+) -> Tensor:
+    """∂L/∂W `[m, …]`; only where the one update of a frozen linear layer needs it."""
+    if needs.weight or len(updates) != 1 or not isinstance(call.op, LinearOp):
+        return call.op.grad_weight(grad_y, x, call.weight_shape)
+    backend = get_backend(updates[0].spec.backend)
+    flat_y, flat_x = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
+    return backend.grad_weight(updates[0].spec, merged[0], flat_y, flat_x)
 
 
 def _weight_and_gradients(
-    settings: Settings,
     weight: Tensor | None,
-    merged: Sequence[Sequence[Merged | None]],
+    updates: Sequence[Update],
+    merged: Sequence[Merged],
+    call: LayerCall,
     grad_weight: Tensor | None,
     dtype: torch.dtype,
     needs: Needs,
-) -> tuple[Tensor, list[Sequence[Tensor | None]] | None]:
-    """The effective weight; with it the gradients to the update's tensors, where a backend forms both in one pass."""
-    updates, backends, shape = settings.updates, settings.backends, settings.weight_shape
-    is_made_here = settings.source is not None
-    weight = settings.base(weight)
-    is_one = len(updates) == 1 and isinstance(backends[0], FusedBackend) and backends[0].adds_while_differentiating
-    if not is_one or weight is None or grad_weight is None or not any(needs.tensors):
-        total = add_updates(weight, updates, shape, merged, backends, dtype, is_made_here=is_made_here)
-        return total.to(dtype), None
-    base, effective = _base_and_target(weight, shape, dtype, is_made_here)
-    grad, target = grad_weight.reshape(shape[0], -1), effective.view(shape[0], -1)
-    found = cast(FusedBackend, backends[0]).group_gradients(updates[0], merged[0], grad, base, target)
-    return effective.to(dtype), [found]
+) -> tuple[Tensor, Gradients | None]:
+    """The effective weight; with it the gradients to the factors, where a backend forms both in one sweep."""
+    shape, owns_buffer, base = call.weight_shape, call.lazy is not None, call.base(weight)
+    if len(updates) == 1 and base is not None and grad_weight is not None and any(needs.factors):
+        spec, backend = updates[0].spec, get_backend(updates[0].spec.backend)
+        if backend.fused_add_in_backward:
+            matrix, out = _base_and_out(base, updates[0].factors.A.dtype, shape, dtype, owns_buffer)
+            grad = grad_weight.reshape(shape[0], -1)
+            grads = backend.grad_factors(spec, merged[0], grad, matrix, out.view(shape[0], -1))
+            return out.to(dtype), grads
+    return add_updates(base, updates, merged, shape, dtype, owns_buffer), None
 
 
-def _gradient_where_kept(
-    update: Update, merged: Sequence[Merged | None], backend: Backend, grad_y: Tensor, x: Tensor
-) -> Tensor:
-    """∂L/∂W `[m, n]` of a linear layer where `S` is not zero; frozen and very sparse matrices need no whole product."""
-    grad_y, x = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
-    sampled = {
-        group
-        for group, one in enumerate(merged)
-        if one is not None and isinstance(backend, FusedBackend) and backend.samples_gradient(update, group)
-    }
-    if not sampled and None not in merged:
-        return grad_y.T @ x
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    result = torch.zeros(update.num_rows, x.shape[1], dtype=dtype, device=x.device)
-    for group, (rows, one) in enumerate(zip(update.rows, merged, strict=True)):
-        if one is None:
-            continue
-        if group in sampled and isinstance(backend, FusedBackend):
-            backend.sample_gradient(update, group, one, grad_y[:, rows], x, result[rows])
-        else:
-            result[rows] = grad_y[:, rows].T @ x
-    return result
-
-
-def _update_gradients(
-    update: Update,
-    merged: Sequence[Merged | None],
+def _factor_gradients(
+    updates: Sequence[Update],
+    merged: Sequence[Merged],
     grad_weight: Tensor | None,
-    weight_shape: torch.Size,
-    backend: Backend,
-) -> tuple[Tensor | None, ...]:
-    """Gradients to `update.tensors()`, given ∂L/∂W of the effective weight; zero for matrices without budget."""
-    grads = [None if tensor is None else torch.zeros_like(tensor) for tensor in update.tensors()]
-    if isinstance(backend, FusedBackend):
-        if grad_weight is None:
-            return tuple(grads)
-        return backend.group_gradients(update, merged, grad_weight.reshape(weight_shape[0], -1))
-    for group, (factors, rows, one) in enumerate(zip(update.group_factors(), update.rows, merged, strict=True)):
-        if one is None or grad_weight is None:
-            continue
-        grad = grad_weight.reshape(weight_shape[0], -1)[rows]
-        found = backend.factor_gradients(update, group, factors, one, grad)
-        for k, value in enumerate(found):
-            into = grads[k]
-            if value is not None and into is not None:
-                (into[rows] if k == 1 else into[group]).copy_(value)
+    shape: torch.Size,
+    needs: Needs,
+) -> Gradients:
+    """Gradients to the factors of all updates, given ∂L/∂W of the effective weight."""
+    grads: list[Tensor | None] = []
+    for k, (update, one) in enumerate(zip(updates, merged, strict=True)):
+        if not any(needs.factors[k * NUM_FACTORS : (k + 1) * NUM_FACTORS]):
+            grads += [None] * NUM_FACTORS
+        elif grad_weight is None:
+            grads += [None if tensor is None else torch.zeros_like(tensor) for tensor in update.factors]
+        else:
+            backend = get_backend(update.spec.backend)
+            grads += backend.grad_factors(update.spec, one, grad_weight.reshape(shape[0], -1))
     return tuple(grads)

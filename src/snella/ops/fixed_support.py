@@ -9,28 +9,29 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from snella.ops.spec import Product, Update, WeightSource, without_view
+from snella.ops.backends.base import store_gradients, zero_gradients
+from snella.ops.spec import Factors, LayerOp, LazyWeight, UpdateSpec, without_view
 
 
-def merged_entries(update: Update, indices: Tensor) -> Tensor:
+def merged_entries(spec: UpdateSpec, factors: Factors, indices: Tensor) -> Tensor:
     """The entries of `scaling·ΔW` at fixed positions; nothing of the size of `ΔW` is kept for the backward pass.
 
         values[k] = scaling · ΔW[i, j],   indices[k] = i·n + j
 
     Args:
-        update: Factors, scalars, kernel and scaling; its budgets, thresholds and mode play no part.
+        spec: Kernel, rows and scaling; mode and backend play no part.
+        factors: Factors and scalars.
         indices: Positions in the flattened `[m, n]`, ascending, on the factors' device.
 
     Returns:
-        `[len(indices)]`, in the dtype of the merge, differentiable with respect to `update.tensors()`.
+        `[len(indices)]`, in the dtype of the merge, differentiable with respect to `factors`.
     """
-    return _MergedEntries.apply(update, indices, *update.tensors())
+    return _MergedEntries.apply(spec, indices, *factors)
 
 
-def _positions(update: Update, indices: Tensor) -> list[tuple[slice, Tensor]]:
+def _positions(spec: UpdateSpec, columns: int, indices: Tensor) -> list[tuple[slice, Tensor]]:
     """For each matrix the part of `indices` that lies in it, and the positions within it."""
-    columns = update.A.shape[1]
-    starts = torch.tensor([rows.start * columns for rows in update.rows] + [update.num_rows * columns])
+    starts = torch.tensor([rows.start * columns for rows in spec.rows] + [spec.num_rows * columns])
     cuts: Sequence[int] = torch.searchsorted(indices, starts.to(indices)).tolist()
     return [
         (slice(start, stop), indices[start:stop].long() - int(offset))
@@ -39,45 +40,44 @@ def _positions(update: Update, indices: Tensor) -> list[tuple[slice, Tensor]]:
 
 
 class _MergedEntries(torch.autograd.Function):
-    """`scaling·ΔW[indices]`, with ΔW merged anew in the backward pass by the kernel's own derivative."""
+    """`scaling·ΔW[indices]`, with ΔW merged again in the backward pass by the kernel's own derivative."""
 
     @staticmethod
-    def forward(ctx: Any, update: Update, indices: Tensor, *tensors: Tensor | None) -> Tensor:
-        ctx.update = update
+    def forward(ctx: Any, spec: UpdateSpec, indices: Tensor, *tensors: Tensor | None) -> Tensor:
+        ctx.spec, factors = spec, Factors(*tensors)  # type: ignore[arg-type]
         ctx.save_for_backward(indices, *tensors)
-        parts = []
-        for factors, (_, where) in zip(update.group_factors(), _positions(update, indices), strict=True):
-            parts.append(update.merge(factors).flatten()[where])
-        return torch.cat(parts) * update.scaling
+        places = _positions(spec, factors.A.shape[1], indices)
+        parts = [
+            spec.merge_matrix(matrix).flatten()[where]
+            for matrix, (_, where) in zip(spec.matrices(factors), places, strict=True)
+        ]
+        return torch.cat(parts) * spec.scaling
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         indices, *tensors = ctx.saved_tensors
-        update: Update = ctx.update.with_tensors(tuple(tensors))
-        grads = [None if tensor is None else torch.zeros_like(tensor) for tensor in tensors]
-        groups = zip(update.group_factors(), update.rows, _positions(update, indices), strict=True)
+        spec, factors = ctx.spec, Factors(*tensors)
+        grads = zero_gradients(factors)
+        matrices = zip(spec.matrices(factors), spec.rows, _positions(spec, factors.A.shape[1], indices), strict=True)
         with torch.autocast(grad.device.type, enabled=False):
-            for group, (factors, rows, (part, where)) in enumerate(groups):
+            for group, (matrix, rows, (part, where)) in enumerate(matrices):
                 if not len(where):
                     continue
-                dense = torch.zeros(len(factors.B), len(factors.A), dtype=factors.A.dtype, device=grad.device)
-                dense.view(-1)[where] = (grad[part] * update.scaling).to(dense.dtype)
-                for k, value in enumerate(update.kernel.vjp(*factors, dense)):
-                    into = grads[k]
-                    if value is not None and into is not None:
-                        (into[rows] if k == 1 else into[group]).copy_(value)
+                dense = torch.zeros(len(matrix.B), len(matrix.A), dtype=matrix.A.dtype, device=grad.device)
+                dense.view(-1)[where] = (grad[part] * spec.scaling).to(dense.dtype)
+                store_gradients(grads, group, rows, spec.kernel.vjp(*matrix, dense))
         return None, None, *(g if need else None for g, need in zip(grads, ctx.needs_input_grad[2:], strict=True))
 
 
-def sparse_product(
-    x: Tensor, weight: Tensor | WeightSource, bias: Tensor | None, values: Tensor, indices: Tensor, product: Product
+def layer_with_entries(
+    x: Tensor, weight: Tensor | LazyWeight, bias: Tensor | None, values: Tensor, indices: Tensor, op: LayerOp
 ) -> Tensor:
     """Apply a layer whose weight has `values` added at single positions.
 
-        y = product(x, W) + bias,   W = weight, W[indices[k]] += values[k]
+        y = op(x, W) + bias,   W = weight, W[indices[k]] += values[k]
 
-    Kept for the backward pass are the input, the frozen weight itself and the values; `W` is made anew there.
+    Kept for the backward pass are the input, the frozen weight itself and the values; `W` is recomputed there.
 
     Args:
         x: Input of the layer, in the dtype to compute in.
@@ -85,10 +85,10 @@ def sparse_product(
         bias: `[m]` or `None`.
         values: `[K]`, differentiable.
         indices: Positions in the flattened weight, `[K]`, integer, each at most once.
-        product: The layer's product.
+        op: The layer's operation.
     """
-    source = weight if isinstance(weight, WeightSource) else None
-    return _SparseProduct.apply(x, None if source else weight, bias, values, indices, product, source)
+    lazy = weight if isinstance(weight, LazyWeight) else None
+    return _LayerWithEntries.apply(x, None if lazy else weight, bias, values, indices, op, lazy)
 
 
 def fold_entries(weight: Tensor, values: Tensor, indices: Tensor) -> Tensor:
@@ -99,8 +99,8 @@ def fold_entries(weight: Tensor, values: Tensor, indices: Tensor) -> Tensor:
     return flat.index_put((where,), sums).view(weight.shape)
 
 
-class _SparseProduct(torch.autograd.Function):
-    """`product(x, fold_entries(weight, values, indices)) + bias`, which remembers no weight besides the frozen one."""
+class _LayerWithEntries(torch.autograd.Function):
+    """`op(x, fold_entries(weight, values, indices)) + bias`, which keeps no weight besides the frozen one."""
 
     @staticmethod
     def forward(
@@ -110,37 +110,36 @@ class _SparseProduct(torch.autograd.Function):
         bias: Tensor | None,
         values: Tensor,
         indices: Tensor,
-        product: Product,
-        source: WeightSource | None,
+        op: LayerOp,
+        lazy: LazyWeight | None,
     ) -> Tensor:
-        ctx.product, ctx.x_shape, ctx.has_bias, ctx.source = product, x.shape, bias is not None, source
-        ctx.source_versions = source and source.versions()
+        ctx.op, ctx.x_shape, ctx.has_bias, ctx.lazy = op, x.shape, bias is not None, lazy
+        ctx.lazy_versions = lazy and lazy.versions()
         needs_x = ctx.needs_input_grad[1] or (ctx.needs_input_grad[3] and len(values))
         ctx.save_for_backward(x if needs_x else None, weight, values, indices)
         with torch.autocast(x.device.type, enabled=False):
-            effective = fold_entries(_matrix(weight, source), values, indices).to(x.dtype)
-            return without_view(product(x, effective, bias))
+            effective = fold_entries(_matrix(weight, lazy), values, indices).to(x.dtype)
+            return without_view(op(x, effective, bias))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
         x, weight, values, indices = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_values = ctx.needs_input_grad[:4]
-        product: Product = ctx.product
-        if ctx.source is not None:
-            ctx.source.check_unchanged(ctx.source_versions)
+        op: LayerOp = ctx.op
+        if ctx.lazy is not None:
+            ctx.lazy.check_unchanged(ctx.lazy_versions)
         grad_x = grad_weight = grad_bias = grad_values = None
         with torch.autocast(grad_y.device.type, enabled=False):
             if needs_x:
-                effective = fold_entries(_matrix(weight, ctx.source), values, indices).to(grad_y.dtype)
-                grad_x = product.grad_input(grad_y, effective, ctx.x_shape)
+                effective = fold_entries(_matrix(weight, ctx.lazy), values, indices).to(grad_y.dtype)
+                grad_x = op.grad_input(grad_y, effective, ctx.x_shape)
                 del effective
             if needs_bias and ctx.has_bias:
-                grad_bias = product.grad_bias(grad_y)
+                grad_bias = op.grad_bias(grad_y)
             if x is not None:
-                # of the weight's size, for this layer and this moment; picking out single entries first costs more
-                # time than the product from about one entry in 400 on
-                grad_weight = product.grad_weight(grad_y, x, (weight if ctx.source is None else ctx.source).shape)
+                # whole, as picking out single entries first is slower from about one entry in 400 on
+                grad_weight = op.grad_weight(grad_y, x, (weight if ctx.lazy is None else ctx.lazy).shape)
             if needs_values:
                 grad_values = torch.zeros_like(values)
                 if grad_weight is not None:
@@ -149,6 +148,6 @@ class _SparseProduct(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, grad_values, None, None, None
 
 
-def _matrix(weight: Tensor | None, source: WeightSource | None) -> Tensor:
-    """The weight itself, or made anew, wide enough for what is added to it."""
-    return cast(Tensor, weight) if source is None else source.make_wide()
+def _matrix(weight: Tensor | None, lazy: LazyWeight | None) -> Tensor:
+    """The weight itself, or materialized, wide enough for what is added to it."""
+    return cast(Tensor, weight) if lazy is None else lazy.materialize_wide()

@@ -3,98 +3,105 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from snella.ops.autograd import adapted_product_eager, effective_weight_eager
-from snella.ops.backends import choose_backend, resolve_implementation
-from snella.ops.kernels import KernelScalars, make_kernel
-from snella.ops.sparsify import SparsifyMode
-from snella.ops.spec import LinearProduct, Product, Update, WeightSource
+from snella.ops.autograd import LayerCall, RecomputeCache, add_updates, apply_updates
+from snella.ops.backends import choose_backend, get_backend
+from snella.ops.kernels import make_kernel
+from snella.ops.sparsify import SparsifyMode, sparsify
+from snella.ops.spec import Factors, LayerOp, LazyWeight, LinearOp, Update, UpdateSpec
 
 
-def effective_weight_of(
-    weight: Tensor | WeightSource | None,
-    updates: Sequence[Update],
-    weight_shape: torch.Size,
-    impl: str = "auto",
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Return `W0 + Σ scaling·S` without gradients, in the bits that `adapted_product` uses with this `impl`.
-
-    Args:
-        weight: `[m, …]`, or `None` for the sum of the updates alone.
-        updates: Updates of this weight.
-        weight_shape: Shape of the result.
-        impl: See `adapted_product`.
-        dtype: Dtype of the result where `weight` is a `WeightSource`: that of the product it is made for, or float32 to
-            lose nothing. A tensor's own dtype is kept.
-    """
-    if resolve_implementation(impl) == "reference":
-        with torch.no_grad():
-            if isinstance(weight, WeightSource):
-                return effective_weight(weight.make_wide(), updates, weight_shape).to(dtype)
-            return effective_weight(weight, updates, weight_shape)
-    backends = [choose_backend(impl, update)[0] for update in updates]
-    return effective_weight_eager(weight, updates, weight_shape, backends, dtype)
-
-
-def adapted_product(
+def adapted_layer(
     x: Tensor,
-    weight: Tensor | WeightSource | None,
+    weight: Tensor | LazyWeight | None,
     bias: Tensor | None,
     updates: Sequence[Update],
-    product: Product,
+    op: LayerOp,
     *,
     weight_shape: torch.Size | None = None,
-    impl: str = "auto",
-    keep_delta: bool = False,
-) -> Tensor:
+    cache_delta: bool = False,
+    recompute: RecomputeCache | None = None,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Apply a layer whose weight carries sparse updates.
 
-        y = product(x, W0 + Σ_k scaling_k·S_k) + bias
+        y = op(x, W0 + Σ_k scaling_k·S_k) + bias
 
     Under autocast the input and the effective weight are cast to the autocast dtype; the updates are always merged in
     at least float32.
 
     Args:
         x: Input of the layer.
-        weight: Frozen weight `W0`, `[m, …]`; `None` applies the updates alone. A `WeightSource` is asked for it in both
-            passes and decides no dtype: the product is computed in that of `x`.
+        weight: Frozen weight `W0`, `[m, …]`; `None` applies the updates alone. A `LazyWeight` is asked for it in both
+            passes and decides no dtype: the op computes in that of `x`.
         bias: `[m]` or `None`.
-        updates: Updates of this weight, each `[m, n]` with `n` the product of the weight's other axes.
-        product: The layer's product.
+        updates: Updates of this weight, each `[m, n]` with `n` the product of the weight's other axes. Those with
+            `backend="reference"` are differentiated by autograd, and have to be all of them.
+        op: The layer's operation.
         weight_shape: Shape of the weight where `weight` is `None`; default `[m, n]`.
-        impl: `"eager"` (hand-written backward that rebuilds the update, torch operations), `"numba"` (the same in
-            compiled loops on the CPU), `"triton"` (the same in kernels of few launches on a CUDA device), `"auto"`
-            (see `choose_backend`) or `"reference"` (autograd).
-        keep_delta: Keep `ΔW` for the backward pass instead of rebuilding it: one matrix more in memory, and faster
-            except with `impl="numba"`, which has nothing to gain and keeps nothing.
-            Not for `"reference"`.
+        cache_delta: Keep `ΔW` for the backward pass instead of rebuilding it: one matrix more in memory, and faster
+            except with Numba kernels, which have nothing to gain and keep nothing. Not for `"reference"`.
+        recompute: Shared by the calls of one layer while its parameters stay the same.
 
     Returns:
-        The layer's output, in the dtype of `weight` or of autocast; with a `WeightSource` in the dtype of `x`.
+        The layer's output, in the dtype of `weight` or of autocast (with a `LazyWeight` in the dtype of `x`), and the
+        thresholds `[G]` of each update.
 
     Raises:
-        ValueError: `impl` is unknown, or there is neither a weight nor an update.
+        ValueError: There is neither a weight nor an update.
     """
     if weight is None and not updates:
-        raise ValueError("adapted_product needs a weight or at least one update, got neither")
+        raise ValueError("adapted_layer needs a weight or at least one update, got neither")
     if weight_shape is None:
-        weight_shape = torch.Size((updates[0].num_rows, updates[0].A.shape[1])) if weight is None else weight.shape
+        if weight is None:
+            weight_shape = torch.Size((updates[0].factors.B.shape[0], updates[0].factors.A.shape[1]))
+        else:
+            weight_shape = weight.shape
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     elif isinstance(weight, Tensor):
         x = x.to(weight.dtype)
     bias = bias if bias is None else bias.to(x.dtype)
     if isinstance(weight, Tensor) and not updates:
-        return product(x, weight.to(x.dtype), bias)
-    if resolve_implementation(impl) == "reference":
-        known = weight.make_wide() if isinstance(weight, WeightSource) else weight
-        return adapted_product_reference(x, known, bias, updates, product, weight_shape)
-    backends = [choose_backend(impl, update)[0] for update in updates]
-    return adapted_product_eager(x, weight, bias, updates, product, weight_shape, backends, keep_delta)
+        return op(x, weight.to(x.dtype), bias), ()
+    if updates and updates[0].spec.backend == "reference":
+        return _reference_layer(x, weight, bias, updates, op, weight_shape)
+    lazy = weight if isinstance(weight, LazyWeight) else None
+    call = LayerCall(op, weight_shape, cache_delta, lazy, recompute)
+    return apply_updates(x, None if isinstance(weight, LazyWeight) else weight, bias, updates, call)
+
+
+def compute_effective_weight(
+    weight: Tensor | LazyWeight | None,
+    updates: Sequence[Update],
+    weight_shape: torch.Size,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Compute `W0 + Σ scaling·S` without gradients, in the bits that `adapted_layer` uses.
+
+    Args:
+        weight: `[m, …]`, or `None` for the sum of the updates alone.
+        updates: Updates of this weight.
+        weight_shape: Shape of the result.
+        dtype: Dtype of the result where `weight` is a `LazyWeight`: that of the op it is computed for, or float32 to
+            lose nothing. A tensor's own dtype is kept.
+
+    Returns:
+        The weight, and the thresholds `[G]` of each update.
+    """
+    is_lazy = isinstance(weight, LazyWeight)
+    with torch.no_grad():
+        if updates and updates[0].spec.backend == "reference":
+            base = weight.materialize_wide() if isinstance(weight, LazyWeight) else weight
+            total, thresholds = _add_by_autograd(base, updates, weight_shape)
+            return total.to(dtype) if is_lazy else total, thresholds
+        merged = [get_backend(update.spec.backend).merge(*update) for update in updates]
+        base = weight.materialize() if isinstance(weight, LazyWeight) else weight
+        total = add_updates(base, updates, merged, weight_shape, dtype if is_lazy else None, is_lazy)
+    return total, tuple([one.thresholds for one in merged])
 
 
 def adapted_linear(
@@ -116,7 +123,7 @@ def adapted_linear(
     scaling: float = 1.0,
     mode: SparsifyMode = "soft",
     impl: str = "auto",
-    keep_delta: bool = False,
+    cache_delta: bool = False,
 ) -> Tensor:
     """Apply a linear layer whose weight carries one sparse, high-rank update.
 
@@ -140,8 +147,10 @@ def adapted_linear(
         center_softmax: Whether the softmax is shifted to mean 0.
         scaling: Factor before `S`.
         mode: `"soft"` (eq. 13), `"official"`, or `"none"` with a full budget: `S = ΔW`.
-        impl: See `adapted_product`.
-        keep_delta: See `adapted_product`.
+        impl: `"eager"` (hand-written backward that rebuilds the update, torch operations), `"numba"` (the same in Numba
+            kernels on the CPU), `"triton"` (the same in Triton kernels of few launches on a CUDA device), `"auto"` (see
+            `choose_backend`) or `"reference"` (autograd).
+        cache_delta: See `adapted_layer`.
 
     Returns:
         `[…, m]`.
@@ -149,15 +158,32 @@ def adapted_linear(
     Raises:
         ValueError: Shapes, budget, kernel or scalars do not fit together.
     """
-    scalars = KernelScalars(*(v if v is None else v[None] for v in (piece_coeff, alpha, beta, temperature)))
-    spec = make_kernel(kernel, num_pieces=num_pieces, softmax_dim=softmax_dim, center_softmax=center_softmax)
-    update = Update(A[None], B, scalars, spec, (budget,), (B.shape[0],), scaling, mode)
-    update.check(weight.shape)
-    return adapted_product(x, weight, bias, [update], LinearProduct(), impl=impl, keep_delta=keep_delta)
+    scalars = [value if value is None else value[None] for value in (piece_coeff, alpha, beta, temperature)]
+    factors, budgets = Factors(A[None], B, *scalars), (budget,)
+    function = make_kernel(kernel, num_pieces=num_pieces, softmax_dim=softmax_dim, center_softmax=center_softmax)
+    spec = UpdateSpec(function, (B.shape[0],), mode, scaling)
+    spec.check(factors, budgets, weight.shape)
+    spec = replace(spec, backend=choose_backend(impl, spec, factors.A)[0])
+    updates = [Update(spec, factors, budgets)]
+    return adapted_layer(x, weight, bias, updates, LinearOp(), cache_delta=cache_delta)[0]
+
+
+def sparsify_update(update: Update) -> tuple[list[Tensor], Tensor]:
+    """Merge and sparsify every matrix of an update by plain torch operations, differentiably.
+
+    Returns:
+        `G` tensors `[rows, n]` without `scaling`, and the thresholds `[G]`.
+    """
+    spec, factors, budgets, thresholds = update
+    deltas = [spec.merge_matrix(matrix) for matrix in spec.matrices(factors)]
+    if thresholds is None:
+        pairs = zip(deltas, budgets, strict=True)
+        thresholds = torch.stack([spec.find_threshold(delta, budget) for delta, budget in pairs])
+    return [sparsify(delta, thresholds[group], spec.mode) for group, delta in enumerate(deltas)], thresholds
 
 
 def effective_weight(weight: Tensor | None, updates: Sequence[Update], shape: torch.Size | None = None) -> Tensor:
-    """Return `W0 + Σ scaling·S`, differentiable with respect to everything.
+    """Return `W0 + Σ scaling·S`, differentiable with respect to everything: the definition, by autograd.
 
     The sum is formed in the wider of the two dtypes and rounded once to the dtype of `weight`.
 
@@ -168,28 +194,41 @@ def effective_weight(weight: Tensor | None, updates: Sequence[Update], shape: to
 
     Returns:
         Shape and dtype of `weight`; without one, `shape` and the dtype that the updates were merged in.
+
+    Raises:
+        ValueError: There is neither a weight nor an update.
     """
-    total = weight
+    return _add_by_autograd(weight, updates, shape)[0]
+
+
+def _add_by_autograd(
+    weight: Tensor | None, updates: Sequence[Update], shape: torch.Size | None = None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """`effective_weight`, and the thresholds of each update."""
+    total, found = weight, []
     for update in updates:
-        delta = update.scaling * torch.cat(update.sparse_groups())
+        matrices, thresholds = sparsify_update(update)
+        delta = update.spec.scaling * torch.cat(matrices)
         if total is None:
             total = delta.reshape(shape) if shape is not None else delta
         else:
             total = total.to(torch.promote_types(total.dtype, delta.dtype)) + delta.reshape(total.shape)
+        found.append(thresholds)
     if total is None:
         raise ValueError("effective_weight needs a weight or at least one update, got neither")
-    return total if weight is None else total.to(weight.dtype)
+    return total if weight is None else total.to(weight.dtype), tuple(found)
 
 
-def adapted_product_reference(
+def _reference_layer(
     x: Tensor,
-    weight: Tensor | None,
+    weight: Tensor | LazyWeight | None,
     bias: Tensor | None,
     updates: Sequence[Update],
-    product: Product,
+    op: LayerOp,
     weight_shape: torch.Size,
-) -> Tensor:
-    """Same contract as `adapted_product`; autograd keeps the effective weight and every intermediate of the merge."""
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Same contract as `adapted_layer`; autograd keeps the effective weight and every intermediate of the merge."""
+    base = weight.materialize_wide() if isinstance(weight, LazyWeight) else weight
     with torch.autocast(x.device.type, enabled=False):
-        merged = effective_weight(weight, updates, weight_shape).to(x.dtype)
-        return product(x, merged, bias)
+        effective, thresholds = _add_by_autograd(base, updates, weight_shape)
+        return op(x, effective.to(x.dtype), bias), thresholds

@@ -238,7 +238,7 @@ def _on_line(few: int, more: int, batch_size: int) -> int:
 def _matrix_temporary(module: nn.Module, device_type: str) -> int:
     """Bytes of the weight-sized tensors that an adapted layer makes and lets go within one pass, the larger of both.
 
-    The weight's gradient takes the place of the effective weight. Compiled loops write `ΔW` in the forward pass alone,
+    The weight's gradient takes the place of the effective weight. Numba kernels write `ΔW` in the forward pass alone,
     to find its threshold; Triton kernels and torch operations merge it in both passes.
     """
     if not isinstance(module, SnellaLayer) or module.merged or module.disable_adapters:
@@ -248,7 +248,7 @@ def _matrix_temporary(module: nn.Module, device_type: str) -> int:
     for name in module.active_adapters:
         if name not in module.snella_A:
             continue
-        backend = module.backend(name).split("'")[1]
+        backend = module.backend_name(name)
         float32 = entries
         if backend == "triton" or (backend == "numba" and device_type == "cuda"):
             rank = module.snella_A[name].shape[-1]

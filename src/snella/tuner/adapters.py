@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from snella.ops.kernels import KernelScalars, make_kernel
-from snella.ops.spec import Product, WeightSource
+from snella.ops.spec import LayerOp, LazyWeight, UpdateSpec
 from snella.tuner.config import SnellaConfig
 from snella.tuner.effective import EffectiveWeightCache
 from snella.tuner.quantized import find_quantization
@@ -70,9 +70,10 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.frozen_peft_weight_names = {}
         self._disable_adapters = False
+        self._specs: dict[str, tuple[UpdateSpec, torch.device, torch.dtype]] = {}
         self._cache = EffectiveWeightCache()
         self._unmerged_weight: Tensor | None = None
-        self._unmerged_quantized: tuple[WeightSource, Any] | None = None
+        self._unmerged_quantized: tuple[LazyWeight, Any] | None = None
         self.quantization = find_quantization(base_layer, module_name)
         self.out_features, self.in_features = self._matrix_shape()
         self._active_adapter = adapter_name
@@ -87,6 +88,7 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter from this layer."""
         super().delete_adapter(adapter_name)
+        self._specs.pop(adapter_name, None)
         self._cache.clear()
 
     def drop_adapter(self, adapter_name: str) -> None:
@@ -107,7 +109,7 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
         """The base weight, not quantised, with its outputs first, `[m, …]`; a view that shares memory with it."""
         return self._base_tensor("weight")
 
-    def _weight(self) -> Tensor | WeightSource:
+    def _weight(self) -> Tensor | LazyWeight:
         """The base weight `[m, …]` as the op takes it: a view, or where it comes from if it is quantised."""
         if self.quantization is None:
             return self._oriented_weight()
@@ -118,7 +120,7 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
         tensor: Tensor = getattr(self.get_base_layer(), name)
         return tensor
 
-    def _product(self) -> Product:
+    def _product(self) -> LayerOp:
         """The product of the base layer."""
         raise NotImplementedError
 
@@ -163,8 +165,14 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
         self.row_counts[adapter_name] = row_counts
         self._reset_parameters(adapter_name, larger=not config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        self._specs.pop(adapter_name, None)
+        self._choose_backends()
         self._cache.clear()
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _choose_backends(self) -> None:
+        """Choose what computes the updates, where device or dtype of the factors is another than before."""
+        raise NotImplementedError
 
     def _reset_parameters(self, adapter_name: str, larger: bool = False) -> None:
         """Draw the factors uniformly from `±1/√(n·r/P)` (A) and `±1/√(rows·r/P)` (B); `larger` from `±1`.
@@ -197,7 +205,7 @@ class AdapterHolder(nn.Module, BaseTunerLayer):
         """
         config, A, B = self.snella_config[adapter_name], self.snella_A[adapter_name], self.snella_B[adapter_name]
         weight = self._weight()
-        weight = weight if isinstance(weight, Tensor) else weight.make()
+        weight = weight if isinstance(weight, Tensor) else weight.materialize()
         kernel = make_kernel(
             config.kernel,
             num_pieces=config.num_pieces,

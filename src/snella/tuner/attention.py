@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from snella.ops.spec import LinearProduct, Product
+from snella.ops.spec import LayerOp, LinearOp
 from snella.tuner.attend import attend
 from snella.tuner.config import SnellaConfig
 from snella.tuner.layer import SnellaLayer
@@ -201,8 +201,8 @@ class Projection(SnellaLayer):
         """Name of the weight among the attention's parameters."""
         return cast(ProjectionWeight, self.base_layer).parameter_name
 
-    def _product(self) -> Product:
-        return LinearProduct()
+    def _product(self) -> LayerOp:
+        return LinearOp()
 
     def is_updated(self) -> bool:
         """Whether an update has to be added to the weight; a merged and disabled one is unmerged."""

@@ -10,7 +10,7 @@ import torch
 from peft.utils.quantization_utils import Bnb4bitBackend, Bnb8bitBackend
 from torch import Tensor, nn
 
-from snella.ops.spec import WeightSource
+from snella.ops.spec import LazyWeight
 from snella.tuner.quantized import Quantization
 
 
@@ -25,7 +25,7 @@ class Bitsandbytes4bit(Quantization):
         if _state(base) is None:
             raise _not_yet(base, name)
 
-    def source(self, base: Any) -> WeightSource:  # noqa: D102
+    def source(self, base: Any) -> LazyWeight:  # noqa: D102
         import bitsandbytes.functional
 
         weight, state = base.weight, _state(base)
@@ -37,7 +37,7 @@ class Bitsandbytes4bit(Quantization):
                 state.absmax = state.absmax.T.reshape(-1).float()
         # a state of our own: bitsandbytes changes the layer's in place when it changes the layout
         make = partial(bitsandbytes.functional.dequantize_4bit, weight.data, copy.copy(state))
-        return WeightSource(torch.Size(state.shape), (weight, state.absmax), make)
+        return LazyWeight(torch.Size(state.shape), (weight, state.absmax), make)
 
     def write(self, base: Any, weight: Tensor) -> None:  # noqa: D102
         state = _state(base)
@@ -82,12 +82,12 @@ class Bitsandbytes8bit(Quantization):
         if base.weight.dtype != torch.int8:
             raise _not_yet(base, name)
 
-    def source(self, base: Any) -> WeightSource:  # noqa: D102
+    def source(self, base: Any) -> LazyWeight:  # noqa: D102
         import bitsandbytes.functional
 
         scales = base.state.SCB if base.state.SCB is not None else base.weight.SCB
         make = partial(bitsandbytes.functional.int8_vectorwise_dequant, base.weight.data, scales)
-        return WeightSource(base.weight.shape, (base.weight, scales), make)
+        return LazyWeight(base.weight.shape, (base.weight, scales), make)
 
     def write(self, base: Any, weight: Tensor) -> None:  # noqa: D102
         Bnb8bitBackend().set_base_weight(_Holder(base), weight)

@@ -172,8 +172,8 @@ class SnellaConfig(PeftConfig):
         fixed_support: Let `layer.set_support` say once which entries may change (the paper's predefined mask), instead
             of letting them compete: the update is then the merged matrix itself at these entries, unshrunk. Sparsities,
             schedule and allocation mean nothing then.
-        impl: Implementation of the adapted layer: `"auto"`, `"triton"` (kernels on a CUDA device), `"numba"` (compiled
-            loops on the CPU), `"eager"` or `"reference"`; see `snella.ops.adapted_product`.
+        impl: Implementation of the adapted layer: `"auto"`, `"triton"` (kernels on a CUDA device), `"numba"` (Numba
+            kernels on the CPU), `"eager"` or `"reference"`; see `snella.ops.adapted_linear`.
         init_weights: `True` starts with factors so small that the update of a weight of ViT-B's size starts near 5e-6,
             and smaller than the paper's where a layer is narrow (`SnellaLayer.largest_start`); `False` draws larger
             ones, for tests.

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from snella.ops.spec import Conv2dProduct
+from snella.ops.spec import Conv2dOp
 from snella.tuner.layer import SnellaLayer
 
 
@@ -22,10 +22,10 @@ class Conv2d(SnellaLayer):
         # refuse here what the backward pass could not do
         self._product().padding_sizes(self._oriented_weight().shape)
 
-    def _product(self) -> Conv2dProduct:
+    def _product(self) -> Conv2dOp:
         base = cast(nn.Conv2d, self.get_base_layer())
         padding = base.padding if base.padding_mode == "zeros" else (0, 0)
-        return Conv2dProduct(base.stride, padding, base.dilation, base.groups)
+        return Conv2dOp(base.stride, padding, base.dilation, base.groups)
 
     def _prepare_input(self, x: Tensor) -> Tensor:
         base = cast(nn.Conv2d, self.get_base_layer())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._pytree import tree_map_only
 
-from snella.ops.spec import Guess, Update
+from snella.ops.autograd import RecomputeCache
+from snella.ops.spec import Factors
 from snella.tuner.support import unpack_positions
 
 _optimizer_steps: list[int] = []  # one number once somebody counts; empty before
@@ -52,6 +54,21 @@ def _keeps_versions(tensors: Sequence[Tensor]) -> bool:
     return not any(tensor.is_inference() or tensor.is_meta for tensor in tensors)
 
 
+@dataclass
+class AdapterState:
+    """What calls of a layer share while one adapter's parameters stay the same.
+
+    Args:
+        computed_from: The parameters; `None` where nothing is shared.
+        thresholds: `[G]`, once some call has returned them.
+        recompute: What a recomputed forward pass leaves to the backward pass.
+    """
+
+    computed_from: _State | None
+    thresholds: Tensor | None = None
+    recompute: RecomputeCache = field(default_factory=RecomputeCache)
+
+
 class EffectiveWeightCache:
     """Thresholds (a few bytes, kept while training) and the effective weight (kept in evaluation only).
 
@@ -63,8 +80,7 @@ class EffectiveWeightCache:
 
     def clear(self) -> None:
         """Forget everything."""
-        self._shared: dict[str, tuple[_State, list[Tensor], list[Any]]] = {}
-        self._guesses: dict[str, list[Guess]] = {}
+        self._adapters: dict[str, AdapterState] = {}
         self._integers: dict[str, tuple[_State, tuple[int, ...]]] = {}
         self._positions: dict[str, tuple[_State, Tensor]] = {}
         self.drop_effective_weight()
@@ -73,18 +89,17 @@ class EffectiveWeightCache:
         """Let the effective weight go: training starts, which must not hold a second copy of the model."""
         self._effective: tuple[_State, Tensor] | None = None
 
-    def share(self, name: str, update: Update) -> None:
-        """Give `update` what calls share: guesses always; thresholds and the handover's slot while nothing changes."""
-        update.guesses = self._guesses.setdefault(name, [])
-        tensors = [tensor for tensor in update.tensors() if tensor is not None]
+    def adapter(self, name: str, factors: Factors, budgets: tuple[int, ...], mode: str) -> AdapterState:
+        """What is known of an adapter; an empty state once its factors or budgets have changed."""
+        tensors = [tensor for tensor in factors if tensor is not None]
         if torch.is_inference_mode_enabled() or not _keeps_versions(tensors):
             # what is computed in inference mode cannot be kept for a backward pass afterwards
-            return
-        state = _State(tensors, optimizer_steps(), update.budgets, update.mode)
-        known = self._shared.get(name)
-        if known is None or not known[0].is_same_as(state):
-            known = self._shared[name] = (state, [], [])
-        update.thresholds, update.handover = known[1:]
+            return AdapterState(None)
+        computed_from = _State(tensors, optimizer_steps(), budgets, mode)
+        known = self._adapters.get(name)
+        if known is None or known.computed_from is None or not known.computed_from.is_same_as(computed_from):
+            known = self._adapters[name] = AdapterState(computed_from)
+        return known
 
     def integers(self, name: str, budgets: Tensor) -> tuple[int, ...]:
         """The budgets as Python integers; reading them waits for the device only after they changed."""

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from snella.ops.custom_op import adapted_product_in_graph
-from snella.ops.fixed_support import fold_entries, merged_entries, sparse_product
-from snella.ops.functional import adapted_product
-from snella.ops.spec import LinearProduct, WeightItself
+from snella.ops.custom_op import adapted_layer_in_graph
+from snella.ops.fixed_support import fold_entries, layer_with_entries, merged_entries
+from snella.ops.functional import adapted_layer
+from snella.ops.spec import LayerOp, LinearOp, WeightOp
 from snella.tuner.adapted_weight import AdaptedWeight
 from snella.tuner.effective import EffectiveWeight
 
@@ -57,15 +57,8 @@ class SnellaLayer(AdaptedWeight):
         with torch.autocast(weight.device.type, enabled=False):
             if any(name in self.snella_support for name in names):
                 return fold_entries(weight, *self._entries(names))
-            return adapted_product(
-                weight.new_empty(0),
-                weight,
-                None,
-                [self._update(name) for name in names],
-                WeightItself(),
-                impl=self._common_impl(names),
-                keep_delta=any(self.snella_config[name].keep_delta for name in names),
-            )
+            self._check_one_impl(names)
+            return self._apply_updates(weight.new_empty(0), weight, None, names, WeightOp())
 
     def _read_in_graph(self, names: list[str]) -> Tensor:
         """The same for `torch.compile`: the product with the identity, which the compiler drops where it is unused."""
@@ -75,15 +68,10 @@ class SnellaLayer(AdaptedWeight):
         matrix = weight.reshape(weight.shape[0], -1)
         with torch.autocast(weight.device.type, enabled=False):
             identity = torch.eye(matrix.shape[1], dtype=weight.dtype, device=weight.device)
-            update, impl = self._described(names[0]), self.snella_config[names[0]].impl
-            total = adapted_product_in_graph(
-                identity, matrix, None, update, self.snella_budget[names[0]], LinearProduct(), matrix.shape, impl
-            )
+            total = self._update_in_graph(identity, names[0], matrix, op=LinearOp(), shape=matrix.shape)
             for name in names[1:]:
-                update, impl = self._described(name), self.snella_config[name].impl
-                total = total + adapted_product_in_graph(
-                    identity, None, None, update, self.snella_budget[name], LinearProduct(), matrix.shape, impl
-                ).to(total.dtype)
+                y = self._update_in_graph(identity, name, op=LinearOp(), shape=matrix.shape)
+                total = total + y.to(total.dtype)
         return total.T.reshape(weight.shape)
 
     def _forward_in_graph(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -111,12 +99,18 @@ class SnellaLayer(AdaptedWeight):
         return y if is_autocast else y.to(dtype)
 
     def _update_in_graph(
-        self, x: Tensor, name: str, weight: Tensor | None = None, bias: Tensor | None = None
+        self,
+        x: Tensor,
+        name: str,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        op: LayerOp | None = None,
+        shape: torch.Size | None = None,
     ) -> Tensor:
-        """One update's product, with the base weight or alone."""
-        shape, impl = self._weight().shape, self.snella_config[name].impl
-        budgets, update = self.snella_budget[name], self._described(name)
-        return adapted_product_in_graph(x, weight, bias, update, budgets, self._product(), shape, impl)
+        """The layer op with one update, and the base weight or without it."""
+        spec, factors, budgets = self._spec(name), self._factors(name), self.snella_budget[name]
+        shape = self._weight().shape if shape is None else shape
+        return adapted_layer_in_graph(x, weight, bias, spec, factors, budgets, op or self._product(), shape)
 
     def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The forward pass outside of graphs; remembers thresholds and, in evaluation, the effective weight."""
@@ -143,7 +137,7 @@ class SnellaLayer(AdaptedWeight):
         if self.quantization is None or self.quantization.is_safe_to_apply(self.get_base_layer()):
             return self.base_layer(x, *args, **kwargs)
         wide = self._prepare_input(self._cast_input_dtype(x, self._dtype_of_product(x)))
-        y = adapted_product(wide, self._weight(), self._base_tensor("bias"), [], self._product())
+        y, _ = adapted_layer(wide, self._weight(), self._base_tensor("bias"), [], self._product())
         return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
 
     def _dtype_of_product(self, x: Tensor) -> torch.dtype:
@@ -166,19 +160,12 @@ class SnellaLayer(AdaptedWeight):
         if names and not self.training and not self._needs_gradients(names):
             is_autocast = torch.is_autocast_enabled(x.device.type)
             dtype = torch.get_autocast_dtype(x.device.type) if is_autocast else x.dtype
-            return adapted_product(x, self._weight_in_evaluation(names, dtype), bias, [], product)
+            return adapted_layer(x, self._weight_in_evaluation(names, dtype), bias, [], product)[0]
         self._cache.drop_effective_weight()
         if any(name in self.snella_support for name in names):
             return self._folded_on_support(x, names)
-        return adapted_product(
-            x,
-            self._weight(),
-            bias,
-            [self._update(name) for name in names],
-            product,
-            impl=self._common_impl(names),
-            keep_delta=any(self.snella_config[name].keep_delta for name in names),
-        )
+        self._check_one_impl(names)
+        return self._apply_updates(x, self._weight(), bias, names, product)
 
     def _folded_on_support(self, x: Tensor, names: list[str]) -> Tensor:
         """Base layer and the update of one adapter with a fixed support."""
@@ -188,7 +175,9 @@ class SnellaLayer(AdaptedWeight):
         elif isinstance(weight, Tensor):
             x = x.to(weight.dtype)
         values, indices = self._entries(names)
-        return sparse_product(x, weight, None if bias is None else bias.to(x.dtype), values, indices, self._product())
+        return layer_with_entries(
+            x, weight, None if bias is None else bias.to(x.dtype), values, indices, self._product()
+        )
 
     def _entries(self, names: list[str]) -> tuple[Tensor, Tensor]:
         """Values and positions of the one adapter with a fixed support.
@@ -202,23 +191,12 @@ class SnellaLayer(AdaptedWeight):
                 f"{[name for name in names if name in self.snella_support]} is fixed; activate one"
             )
         indices = self._cache.positions(names[0], self.snella_support[names[0]])
-        return merged_entries(self._update(names[0]), indices), indices
+        return merged_entries(self._spec(names[0]), self._factors(names[0]), indices), indices
 
     def _branch(self, x: Tensor, name: str) -> Tensor:
         """The update alone, with dropout on its input and drop-path on its output."""
-        config = self.snella_config[name]
         x = F.dropout(x, self._update_dropout(name), training=True)
-        y = adapted_product(
-            x,
-            None,
-            None,
-            [self._update(name)],
-            self._product(),
-            weight_shape=self._weight().shape,
-            impl=config.impl,
-            keep_delta=config.keep_delta,
-        )
-        return self._drop_path(y, name)
+        return self._drop_path(self._apply_updates(x, None, None, [name], self._product()), name)
 
     def _drop_path(self, y: Tensor, name: str) -> Tensor:
         """Leave the update out for whole samples, and scale the others up."""

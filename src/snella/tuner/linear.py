@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from snella.ops.spec import LinearProduct, Product
+from snella.ops.spec import LayerOp, LinearOp
 from snella.tuner.layer import SnellaLayer
 
 
@@ -24,8 +24,8 @@ class Linear(SnellaLayer):
     def _base_layout(self, oriented: Tensor) -> Tensor:
         return oriented.T if self.is_transposed else oriented
 
-    def _product(self) -> Product:
-        return LinearProduct()
+    def _product(self) -> LayerOp:
+        return LinearOp()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """The update is a plain addition to the weight of a linear layer, which a low-rank fit can approximate."""

@@ -163,7 +163,7 @@ class StepMatcher:
     def _measure_weight(layer: SnellaLayer, name: str) -> list[float]:
         """`rms(W0)` of each matrix."""
         weight = layer._weight()
-        whole = weight if isinstance(weight, Tensor) else weight.make()
+        whole = weight if isinstance(weight, Tensor) else weight.materialize()
         return [float(whole[rows].float().square().mean().sqrt()) for rows in layer.matrix_rows(name)]
 
     @staticmethod

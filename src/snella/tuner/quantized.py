@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from snella.ops.spec import WeightSource
+from snella.ops.spec import LazyWeight
 
 _WHAT_WORKS = (
     "of quantised layers, those of bitsandbytes (Linear4bit, Linear8bitLt) and linear layers with weight-only tensors "
@@ -22,7 +22,7 @@ class Quantization(ABC):
     name: str
 
     @abstractmethod
-    def source(self, base: nn.Module) -> WeightSource:
+    def source(self, base: nn.Module) -> LazyWeight:
         """Where the op gets the dequantised weight of `base`; stays valid when `base` is given another weight."""
 
     @abstractmethod

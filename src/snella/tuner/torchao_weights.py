@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from snella.ops.spec import WeightSource
+from snella.ops.spec import LazyWeight
 from snella.tuner.quantized import Quantization
 
 
@@ -28,11 +28,11 @@ class TorchaoWeight(Quantization):
 
     name = "torchao"
 
-    def source(self, base: Any) -> WeightSource:  # noqa: D102
+    def source(self, base: Any) -> LazyWeight:  # noqa: D102
         weight = base.weight
         parts = (weight.qdata, weight.scale, getattr(weight, "zero_point", None))
         tensors = tuple(part for part in parts if part is not None)
-        return WeightSource(weight.shape, tensors, weight.dequantize)
+        return LazyWeight(weight.shape, tensors, weight.dequantize)
 
     def write(self, base: Any, weight: Tensor) -> None:  # noqa: D102
         old, wanted = base.weight, weight.contiguous()

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Literal, get_args
 
-from torch.compiler import is_compiling
+from torch import Tensor
 
-from snella.ops.backends.base import Backend
-from snella.ops.backends.torch import TorchBackend
-from snella.ops.spec import Update
+from snella.ops.backends.base import Backend, Gradients, Merged
+from snella.ops.spec import UpdateSpec
 
-logger = logging.getLogger(__name__)
 Implementation = Literal["auto", "triton", "numba", "eager", "reference"]
 
 
@@ -30,7 +27,7 @@ def resolve_implementation(impl: str) -> str:
 
 @lru_cache(maxsize=1)
 def numba_problem() -> str | None:
-    """Why the compiled loops cannot be used on this machine, or `None`."""
+    """Why Numba kernels cannot be used on this machine, or `None`."""
     if importlib.util.find_spec("numba") is None:
         return "numba is not installed; install it with: pip install 'snella[fast]'"
     try:
@@ -42,7 +39,7 @@ def numba_problem() -> str | None:
 
 @lru_cache(maxsize=1)
 def triton_problem() -> str | None:
-    """Why the Triton kernels cannot be used on this machine, or `None`."""
+    """Why Triton kernels cannot be used on this machine, or `None`."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; it comes with torch for CUDA, or with: pip install triton"
     try:
@@ -52,59 +49,63 @@ def triton_problem() -> str | None:
     return None
 
 
-def choose_backend(impl: str, update: Update) -> tuple[Backend, str]:
-    """Return what computes this update, and why.
+@cache
+def get_backend(name: str) -> Backend:
+    """The backend that `UpdateSpec.backend` names; `reference` has none, it is differentiated by autograd."""
+    if name == "numba":
+        from snella.ops.backends.numba.backend import NumbaBackend
+
+        return NumbaBackend()
+    if name == "triton":
+        from snella.ops.backends.triton.backend import TritonBackend
+
+        return TritonBackend()
+    from snella.ops.backends.torch import TorchBackend
+
+    return TorchBackend()
+
+
+def choose_backend(impl: str, spec: UpdateSpec, A: Tensor) -> tuple[str, str]:
+    """Return the name of the backend that computes such updates, and why it is that one.
 
     `"auto"` is `"triton"` for factors on a CUDA device and `"numba"` for factors elsewhere, where these are installed
     and can do it (a piecewise kernel, no factors in float64), else `"eager"`. The choice depends on the machine, the
     kernel, and the factors' device and dtype alone, so that a layer computes the same bits every time.
 
+    Args:
+        impl: One of `Implementation`.
+        spec: The updates' spec; its `backend` is not read.
+        A: Their input-side factors, for device, dtype and size.
+
     Raises:
         ImportError: `impl` is `"triton"` or `"numba"`, and that is missing or does not work.
-        NotImplementedError: `impl` is `"triton"` or `"numba"`, and the update is one that it cannot compute.
+        NotImplementedError: `impl` is `"triton"` or `"numba"`, and the updates are such that it cannot compute them.
+        ValueError: `impl` is unknown.
     """
-    if impl not in ("auto", "triton", "numba"):
-        return TorchBackend(), "as asked for"
-    if impl == "triton" or (impl == "auto" and update.A.device.type == "cuda"):
-        return _choose_triton(impl, update)
-    problem = numba_problem()
+    if resolve_implementation(impl) in ("eager", "reference"):
+        return impl, "as asked for"
+    name = "triton" if impl == "triton" or (impl == "auto" and A.device.type == "cuda") else "numba"
+    problem = triton_problem() if name == "triton" else numba_problem()
     if problem is not None:
-        if impl == "numba":
-            raise ImportError(f"impl='numba', but {problem}")
-        return TorchBackend(), problem
-    from snella.ops.backends.numba.backend import NumbaBackend, obstacle
-
-    reason = obstacle(update)
-    if reason is None:
-        return NumbaBackend(), "compiled loops on the CPU"
-    if impl == "numba":
-        raise NotImplementedError(f"impl='numba' {reason}; impl='eager' would work")
-    return TorchBackend(), f"numba {reason}"
+        if impl == name:
+            raise ImportError(f"impl={name!r}, but {problem}")
+        return "eager", problem
+    reason = get_backend(name).unsupported_reason(spec, A)
+    if reason is not None:
+        if impl == name:
+            raise NotImplementedError(f"impl={name!r} {reason}; impl='eager' would work")
+        return "eager", f"{name} {reason}"
+    return name, f"Triton kernels on {str(A.device)!r}" if name == "triton" else "Numba kernels on the CPU"
 
 
-def _choose_triton(impl: str, update: Update) -> tuple[Backend, str]:
-    """The same for `"triton"`, and for `"auto"` on a CUDA device."""
-    problem = triton_problem()
-    if problem is not None:
-        if impl == "triton":
-            raise ImportError(f"impl='triton', but {problem}")
-        return TorchBackend(), problem
-    from snella.ops.backends.triton.backend import TritonBackend, obstacle
-
-    reason = obstacle(update)
-    if not is_compiling():
-        _log_triton(str(update.A.device), reason)
-    if reason is None:
-        return TritonBackend(), f"Triton kernels on {str(update.A.device)!r}"
-    if impl == "triton":
-        raise NotImplementedError(f"impl='triton' {reason}; impl='eager' would work")
-    return TorchBackend(), f"triton {reason}"
-
-
-@lru_cache(maxsize=64)
-def _log_triton(device: str, reason: str | None) -> None:
-    """Say once what computes updates on this device: a model is often moved there after its adapters are injected."""
-    if reason is None:
-        logger.info("updates on %r are computed by Triton kernels", device)
-    else:
-        logger.info("updates on %r are computed by torch operations: triton %s", device, reason)
+__all__ = [
+    "Backend",
+    "Gradients",
+    "Implementation",
+    "Merged",
+    "choose_backend",
+    "get_backend",
+    "numba_problem",
+    "resolve_implementation",
+    "triton_problem",
+]

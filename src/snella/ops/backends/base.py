@@ -1,102 +1,122 @@
-"""What a backend computes of an update."""
+"""The protocol of a backend: what it computes of an update."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
-from snella.ops.kernels import MergeGradients
-from snella.ops.spec import GroupFactors, Update
+from snella.ops.spec import Factors, UpdateSpec
+
+Gradients: TypeAlias = tuple[Tensor | None, ...]
+"""Gradients in the order of `Factors`; zero for what belongs to a matrix without budget."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Merged:
-    """A merged matrix, and what its implementation can use again within the same pass.
+    """The merged matrices of an update, as `Backend.merge` returns them and its other methods take them.
 
     Args:
-        delta: `ΔW`, `[rows, n]`; without entries where a fused backend goes from the factors to the result without it.
-        extra: Whatever `factor_gradients` of the same backend can use; never kept between passes.
+        factors: What they were merged from.
+        budgets: Entries that each of them keeps.
+        thresholds: `[G]`, infinite where the budget is 0.
+        delta: What `cache_delta` keeps for the backward pass, to be given to `merge` there: `ΔW` of each matrix (`None`
+            without budget), or of all in one; nothing where rebuilding it takes no longer than reading it.
+        workspace: What the same backend can use again within the pass; never kept between passes.
     """
 
-    delta: Tensor
-    extra: Any = None
+    factors: Factors
+    budgets: tuple[int, ...]
+    thresholds: Tensor
+    delta: tuple[Tensor | None, ...] = ()
+    workspace: Any = None
 
 
-class GroupBackend(Protocol):
-    """One way to compute an update, matrix by matrix; values as `TorchBackend` to within rounding."""
+class Backend(ABC):
+    """One way to compute an update, all matrices of a weight at once; values as `TorchBackend` to within rounding."""
 
     name: str
 
-    def merge(self, update: Update, group: int, factors: GroupFactors) -> Merged:
-        """Merge one matrix, and make sure that its threshold is known."""
-
-    def add_sparse(self, update: Update, group: int, merged: Merged, base: Tensor, out: Tensor) -> None:
-        """Write `base + scaling·S` into `out`, both `[rows, n]`; they may be the same tensor."""
-
-    def factor_gradients(
-        self, update: Update, group: int, factors: GroupFactors, merged: Merged, grad: Tensor
-    ) -> MergeGradients:
-        """Gradients to the factors and scalars, given `grad` = ∂L/∂W of these rows, `[rows, n]`."""
-
-
-class FusedBackend(ABC):
-    """One way to compute an update, all of its matrices at once; values as `TorchBackend` to within rounding.
-
-    A matrix without budget is `None` in the list of merged matrices.
-    """
-
-    name: str
+    fused_add_in_backward = False
+    """Whether `grad_factors` takes `base` and `out`."""
 
     @abstractmethod
-    def merge_groups(self, update: Update) -> list[Merged | None]:
-        """Merge every matrix, and make sure that its threshold is known."""
+    def unsupported_reason(self, spec: UpdateSpec, A: Tensor) -> str | None:
+        """Why updates of this spec, with factors like `A`, cannot be computed here, or `None`."""
 
     @abstractmethod
-    def add_groups(self, update: Update, merged: Sequence[Merged | None], base: Tensor, out: Tensor) -> None:
-        """Write `base + scaling·S` into `out`, both `[m, n]`, contiguous, of any two dtypes; they may be the same."""
-
-    keeps_delta = True
-    """Whether `keep_delta` has anything to keep: not where rebuilding a matrix takes no longer than reading it."""
-
-    adds_while_differentiating = False
-    """Whether `group_gradients` takes `base` and `out`."""
-
-    @abstractmethod
-    def group_gradients(
+    def merge(
         self,
-        update: Update,
-        merged: Sequence[Merged | None],
-        grad: Tensor,
-        base: Tensor | None = None,
-        out: Tensor | None = None,
-    ) -> tuple[Tensor | None, ...]:
-        """Gradients to `update.tensors()`, given `grad` = ∂L/∂W `[m, n]`.
-
-        With `base` and `out` the same pass also does what `add_groups` does.
-        """
-
-    def samples_gradient(self, update: Update, group: int) -> bool:
-        """Whether ∂L/∂W of one matrix is cheaper at its kept entries alone than as a whole product."""
-        return False
-
-    def sample_gradient(
-        self, update: Update, group: int, merged: Merged, grad_y: Tensor, x: Tensor, out: Tensor
-    ) -> None:
-        """Write ∂L/∂W of one matrix's kept entries into `out`.
+        spec: UpdateSpec,
+        factors: Factors,
+        budgets: tuple[int, ...],
+        thresholds: Tensor | None = None,
+        delta: tuple[Tensor | None, ...] = (),
+    ) -> Merged:
+        """Merge every matrix that has a budget, and find the thresholds.
 
         Args:
-            update: The update.
-            group: Which of its matrices; one that `samples_gradient` agreed to.
-            merged: From `merge_groups`.
-            grad_y: The matrix's columns of ∂L/∂y, `[tokens, rows]`.
-            x: `[tokens, n]`, in the dtype of `grad_y`.
-            out: Zeros, `[rows, n]`, float32.
+            spec: How.
+            factors: Of what.
+            budgets: Entries that each matrix keeps.
+            thresholds: `[G]`, where an earlier call has found them.
+            delta: `Merged.delta` of an earlier call for the same factors.
         """
-        raise NotImplementedError
+
+    @abstractmethod
+    def add_update(self, spec: UpdateSpec, merged: Merged, base: Tensor, out: Tensor) -> None:
+        """Write `base + scaling·S` into `out`, both `[m, n]`, contiguous, of any two dtypes; they may be the same."""
+
+    @abstractmethod
+    def grad_factors(
+        self,
+        spec: UpdateSpec,
+        merged: Merged,
+        grad_weight: Tensor,
+        base: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Gradients:
+        """Gradients to factors and scalars, given `grad_weight` = ∂L/∂W `[m, n]`.
+
+        With `base` and `out` the same sweep also does what `add_update` does, if the backend has
+        `fused_add_in_backward`.
+        """
+
+    def grad_weight(self, spec: UpdateSpec, merged: Merged, grad_y: Tensor, x: Tensor) -> Tensor:
+        """∂L/∂W `[m, n]` of a linear layer where `S` is not zero; elsewhere it may be zero, as nobody reads it.
+
+        Args:
+            spec: How the update is computed.
+            merged: Its matrices. One without budget needs no product.
+            grad_y: ∂L/∂y, `[tokens, m]`.
+            x: `[tokens, n]`, in the dtype of `grad_y`.
+        """
+        if all(merged.budgets):
+            return grad_y.T @ x
+        result = _zeros_wide(grad_y, x)
+        for rows, budget in zip(spec.rows, merged.budgets, strict=True):
+            if budget:
+                result[rows] = grad_y[:, rows].T @ x
+        return result
 
 
-Backend: TypeAlias = GroupBackend | FusedBackend
+def _zeros_wide(grad_y: Tensor, x: Tensor) -> Tensor:
+    """Zeros `[m, n]`, at least float32."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.zeros(grad_y.shape[1], x.shape[1], dtype=dtype, device=x.device)
+
+
+def zero_gradients(factors: Factors) -> list[Tensor | None]:
+    """Zeros like everything that an update has."""
+    return [None if tensor is None else torch.zeros_like(tensor) for tensor in factors]
+
+
+def store_gradients(grads: list[Tensor | None], group: int, rows: slice, values: Gradients) -> None:
+    """Write the gradients of one matrix into those of all."""
+    for k, value in enumerate(values):
+        into = grads[k]
+        if value is not None and into is not None:
+            (into[rows] if k == 1 else into[group]).copy_(value)

@@ -13,23 +13,23 @@ import math
 import numpy as np
 from numba import njit
 
-from snella.ops.backends.numba.compile import IN_ORDER, REGROUPED, compiled
+from snella.ops.backends.numba.compile import FASTMATH_REASSOC, FASTMATH_STRICT_ORDER, compiled
 from snella.ops.backends.numba.forward import (
     NONE,
     SOFT,
     ZERO,
     add_row,
+    alloc_workspace,
     copy_tile,
-    fetch_ahead,
     merge_block,
-    scratch_of,
+    prefetch_row,
     squared_distances,
 )
 
 ROWS = 4  # of the merged matrix that pull at the factors together
 
 
-@njit(**REGROUPED, inline="always")
+@njit(**FASTMATH_REASSOC, inline="always")
 def gradient_of_row(grad, value, i, start, w, threshold, scaling, mode):
     # value[i] = G; returns Σ_j G
     times, less = np.float32(1), ZERO
@@ -46,15 +46,15 @@ def gradient_of_row(grad, value, i, start, w, threshold, scaling, mode):
     return total
 
 
-@njit(**REGROUPED, inline="always")
-def lengths_of_row(i, q, w, R, tile, B, coeff, softmax, value, shares, scale, mean, rows, lengths, sums, chunk):
-    # lengths[q, p] = ∂L/∂κ_p·coeff[p] / distance of row i: times B − tile it is the pull at both factors;
+@njit(**FASTMATH_REASSOC, inline="always")
+def row_grad_coefs(i, q, w, R, tile, B, coeff, softmax, value, exps, scale, mean, rows, coefs, sums, chunk):
+    # coefs[q, p] = ∂L/∂κ_p·coeff[p] / distance of row i: times B − tile it is the pull at both factors;
     # sums[chunk] takes the row's part of the scalars' gradients
     _, linear, _, _, has_softmax = softmax
     pieces = coeff.shape[0]
     from_softmax, from_value, squares = rows[0], rows[1], rows[2]
     for j in range(w):
-        from_softmax[j] = scale[j] * shares[i, j] * (value[i, j] - mean[j]) if has_softmax else ZERO
+        from_softmax[j] = scale[j] * exps[i, j] * (value[i, j] - mean[j]) if has_softmax else ZERO
         from_value[j] = linear * value[i, j] + from_softmax[j]
     by_value = ZERO
     for p in range(pieces):
@@ -67,24 +67,24 @@ def lengths_of_row(i, q, w, R, tile, B, coeff, softmax, value, shares, scale, me
                 distance = math.sqrt((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3))
                 by_distance += from_value[j] * distance
                 by_softmax += from_softmax[j] * distance
-                lengths[q, p, j] = c * from_value[j] / distance if distance > ZERO else ZERO
+                coefs[q, p, j] = c * from_value[j] / distance if distance > ZERO else ZERO
         else:
             squared_distances(tile, B, i, k, k + R, w, squares)
             for j in range(w):
                 distance = math.sqrt(squares[j])
                 by_distance += from_value[j] * distance
                 by_softmax += from_softmax[j] * distance
-                lengths[q, p, j] = c * from_value[j] / distance if distance > ZERO else ZERO
+                coefs[q, p, j] = c * from_value[j] / distance if distance > ZERO else ZERO
         sums[chunk, p] += by_distance
         by_value += c * by_softmax
     sums[chunk, pieces] += by_value
 
 
-@njit(**REGROUPED, inline="always")
-def pull_rows(i, rows_left, w, R, tile, B, lengths, pulls_A, grad_B, chunk):
-    # add lengths·(B − tile) of the rows i … i + ROWS − 1, of which rows_left exist, to pulls_A and to grad_B[chunk]:
-    # several rows in one loop, so that tile and pulls_A are read once for all of them
-    pieces, m = lengths.shape[1], B.shape[0]
+@njit(**FASTMATH_REASSOC, inline="always")
+def accumulate_factor_grads(i, rows_left, w, R, tile, B, coefs, grad_A_acc, grad_B, chunk):
+    # add coefs·(B − tile) of the rows i … i + ROWS − 1, of which rows_left exist, to grad_A_acc and to grad_B[chunk]:
+    # several rows in one loop, so that tile and grad_A_acc are read once for all of them
+    pieces, m = coefs.shape[1], B.shape[0]
     i1, i2, i3 = min(i + 1, m - 1), min(i + 2, m - 1), min(i + 3, m - 1)
     for p in range(pieces):
         for k in range(p * R, (p + 1) * R):
@@ -92,11 +92,11 @@ def pull_rows(i, rows_left, w, R, tile, B, lengths, pulls_A, grad_B, chunk):
             t0, t1, t2, t3 = ZERO, ZERO, ZERO, ZERO
             for j in range(w):
                 a = tile[k, j]
-                x0 = lengths[0, p, j] * (b0 - a)
-                x1 = lengths[1, p, j] * (b1 - a)
-                x2 = lengths[2, p, j] * (b2 - a)
-                x3 = lengths[3, p, j] * (b3 - a)
-                pulls_A[k, j] += (x0 + x1) + (x2 + x3)
+                x0 = coefs[0, p, j] * (b0 - a)
+                x1 = coefs[1, p, j] * (b1 - a)
+                x2 = coefs[2, p, j] * (b2 - a)
+                x3 = coefs[3, p, j] * (b3 - a)
+                grad_A_acc[k, j] += (x0 + x1) + (x2 + x3)
                 t0 += x0
                 t1 += x1
                 t2 += x2
@@ -110,7 +110,7 @@ def pull_rows(i, rows_left, w, R, tile, B, lengths, pulls_A, grad_B, chunk):
                 grad_B[chunk, i3, k] += t3
 
 
-@compiled(REGROUPED)
+@compiled(FASTMATH_REASSOC)
 def factor_gradients(
     first,
     last,
@@ -133,16 +133,16 @@ def factor_gradients(
     sums,
 ):
     # G = ∂L/∂ΔW = grad·scaling·∂S/∂ΔW;  means[j] = Σ_i G·softmax;  if adds: result = base + scaling·S on the way
-    # ∂L/∂κ_p = linear·G + (α/γ)·softmax·(G − means), softmax = shares·inv_sum
+    # ∂L/∂κ_p = linear·G + (α/γ)·softmax·(G − means), softmax = exps·inv_sum
     # grad_A is whole; grad_B[q] and sums[q] are of the q-th chunk of `per_chunk` blocks:
     # sums[q, p] = Σ ∂L/∂κ_p·distance, sums[q, P] = Σ (softmax's part of ∂L/∂κ_p)·κ_p, sums[q, P + 1] = Σ G
     inv_temperature, _, alpha, _, has_softmax = softmax
     m, n = grad.shape
     pieces, K = coeff.shape[0], A.shape[0]
     R, blocks = K // pieces, (n + width - 1) // width
-    tile, value, shares, inv_sum, scratch = scratch_of(m, K, width)
-    pulls_A, rows = np.empty((K, width), np.float32), np.empty((3, width), np.float32)
-    lengths = np.empty((ROWS, pieces, width), np.float32)
+    tile, value, exps, inv_sum, scratch = alloc_workspace(m, K, width)
+    grad_A_acc, rows = np.empty((K, width), np.float32), np.empty((3, width), np.float32)
+    coefs = np.empty((ROWS, pieces, width), np.float32)
     scale, mean = np.empty(width, np.float32), np.empty(width, np.float32)
     for chunk in range(first, last):
         grad_B[chunk, :, :] = ZERO
@@ -151,50 +151,50 @@ def factor_gradients(
             start = block * width
             w = min(width, n - start)
             copy_tile(A, start, w, tile)
-            merge_block(tile, B, coeff, softmax, w, value, shares, inv_sum, scratch)
+            merge_block(tile, B, coeff, softmax, w, value, exps, inv_sum, scratch)
             for j in range(w):
                 mean[j] = ZERO
             if adds:
                 for i in range(m):
-                    fetch_ahead(base, i, start, w)
-                    fetch_ahead(result, i, start, w)
+                    prefetch_row(base, i, start, w)
+                    prefetch_row(result, i, start, w)
                     add_row(base, value, i, i, start, w, threshold, scaling, mode, result)
             for i in range(m):
-                fetch_ahead(grad, i, start, w)
+                prefetch_row(grad, i, start, w)
                 sums[chunk, pieces + 1] += gradient_of_row(grad, value, i, start, w, threshold, scaling, mode)
             if has_softmax:
                 for i in range(m):
                     for j in range(w):
-                        mean[j] += value[i, j] * shares[i, j]
+                        mean[j] += value[i, j] * exps[i, j]
             for j in range(w):
                 mean[j] *= inv_sum[j]
                 means[np.uintp(start + j)] = mean[j]
                 scale[j] = np.float32(alpha) * inv_temperature * inv_sum[j]
-            pulls_A[:, :] = ZERO
+            grad_A_acc[:, :] = ZERO
             for i in range(0, m, ROWS):
                 left = min(ROWS, m - i)
                 for q in range(left):
-                    lengths_of_row(
-                        i + q, q, w, R, tile, B, coeff, softmax, value, shares, scale, mean, rows, lengths, sums, chunk
+                    row_grad_coefs(
+                        i + q, q, w, R, tile, B, coeff, softmax, value, exps, scale, mean, rows, coefs, sums, chunk
                     )
                 if left < ROWS:
-                    lengths[left:, :, :] = ZERO
-                pull_rows(i, left, w, R, tile, B, lengths, pulls_A, grad_B, chunk)
+                    coefs[left:, :, :] = ZERO
+                accumulate_factor_grads(i, left, w, R, tile, B, coefs, grad_A_acc, grad_B, chunk)
             for k in range(K):
                 for j in range(w):
-                    grad_A[k, np.uintp(start + j)] = -pulls_A[k, j]
+                    grad_A[k, np.uintp(start + j)] = -grad_A_acc[k, j]
 
 
-@compiled(IN_ORDER)
-def list_kept(first, last, width, A, B, coeff, softmax, threshold, rows, columns, counts):
+@compiled(FASTMATH_STRICT_ORDER)
+def list_entries(first, last, width, A, B, coeff, softmax, threshold, rows, columns, counts):
     # positions of the entries of each block that exceed the threshold, counts[block] of them
     m, n = B.shape[0], A.shape[1]
-    tile, value, shares, inv_sum, scratch = scratch_of(m, A.shape[0], width)
+    tile, value, exps, inv_sum, scratch = alloc_workspace(m, A.shape[0], width)
     for block in range(first, last):
         start = block * width
         w = min(width, n - start)
         copy_tile(A, start, w, tile)
-        merge_block(tile, B, coeff, softmax, w, value, shares, inv_sum, scratch)
+        merge_block(tile, B, coeff, softmax, w, value, exps, inv_sum, scratch)
         at = 0
         for i in range(m):
             found = np.int32(0)
@@ -209,8 +209,8 @@ def list_kept(first, last, width, A, B, coeff, softmax, threshold, rows, columns
         counts[block] = at
 
 
-@compiled(REGROUPED)
-def add_products(first, last, grad_y, x, rows, columns, counts, sums):
+@compiled(FASTMATH_REASSOC)
+def sddmm_accumulate(first, last, grad_y, x, rows, columns, counts, sums):
     # sums[block, e] += Σ_t grad_y[rows[e], t]·x[columns[e], t]; both come with their tokens t side by side
     tokens = x.shape[1]
     for block in range(first, last):
@@ -223,8 +223,8 @@ def add_products(first, last, grad_y, x, rows, columns, counts, sums):
             total[e] += one
 
 
-@compiled(IN_ORDER)
-def scatter(first, last, rows, columns, counts, sums, result):
+@compiled(FASTMATH_STRICT_ORDER)
+def sddmm_scatter(first, last, rows, columns, counts, sums, result):
     for block in range(first, last):
         where_i, where_j, total = rows[block], columns[block], sums[block]
         for e in range(counts[block]):

@@ -1,10 +1,9 @@
-"""How the loops are compiled, and the few operations on single numbers that they share."""
+"""How Numba kernels are compiled, and the few operations on single numbers that they share."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +14,15 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 # No flag that lets the compiler assume away NaN or infinity. Sums may be regrouped, so that they use whole vectors …
-REGROUPED: dict[str, Any] = {
+FASTMATH_REASSOC: dict[str, Any] = {
     "nogil": True,
     "error_model": "numpy",
     "fastmath": {"contract", "nsz", "arcp", "reassoc"},
 }
 # … but what is computed in several passes must have the same bits in each of them, and an exponential its own order
-IN_ORDER: dict[str, Any] = {**REGROUPED, "fastmath": {"contract", "nsz"}}
+FASTMATH_STRICT_ORDER: dict[str, Any] = {**FASTMATH_REASSOC, "fastmath": {"contract", "nsz"}}
 # and `W0 + scaling·S` is rounded as torch rounds it, so that a merged weight is the base plus `get_delta_weight`
-AS_TORCH: dict[str, Any] = {**REGROUPED, "fastmath": {"nsz"}}
-
-
-@cache
-def _stamp() -> tuple[tuple[str, float, int], ...]:
-    """Name, time and size of every file of loops: what is compiled from one may call into the others."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    return tuple((file.name, file.stat().st_mtime, file.stat().st_size) for file in files)
+NO_CONTRACT: dict[str, Any] = {**FASTMATH_REASSOC, "fastmath": {"nsz"}}
 
 
 def compiled(settings: dict[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -39,14 +31,24 @@ def compiled(settings: dict[str, Any]) -> Callable[[Callable[..., None]], Callab
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         try:
             dispatcher = njit(**settings, cache=True)(function)
-            # numba looks at the function's own file alone; one compiled with an older helper from another file would be
-            # taken from the disk, and both helpers, of one name, mixed in one process
-            dispatcher._cache._cache_file._source_stamp = _stamp()
+            remove_stale_index(function, Path(dispatcher.stats.cache_path))
             return dispatcher
-        except (RuntimeError, AttributeError):  # no folder for the cache, or no such cache: compile in every process
+        except (RuntimeError, OSError):  # no folder for the cache: compile in every process
             return njit(**settings)(function)
 
     return decorate
+
+
+def remove_stale_index(function: Callable[..., None], folder: Path) -> None:
+    """Remove numba's index of what it compiled from `function` before any file of kernels changed.
+
+    Numba looks at the function's own file alone: one compiled with an older helper from another file would be taken
+    from the disk, and both helpers, of one name, mixed in one process.
+    """
+    newest = max(file.stat().st_mtime for file in Path(__file__).parent.glob("*.py"))
+    for index in folder.glob(f"{Path(function.__code__.co_filename).stem}.{function.__name__}-*.nbi"):
+        if index.stat().st_mtime < newest:
+            index.unlink(missing_ok=True)
 
 
 @intrinsic
@@ -89,25 +91,25 @@ def prefetch(typing_context: Any, array: Any, i: Any, j: Any) -> Any:
     return types.void(array, i, j), generate
 
 
-def widened(stored):
+def load_as_f32(stored):
     """A float32 from what an array holds: itself, or the upper 16 bits of one (bfloat16, seen as int16)."""
     raise NotImplementedError
 
 
-@overload(widened)
-def _widened(stored):
+@overload(load_as_f32)
+def _load_as_f32(stored):
     if stored == types.int16:
         return lambda stored: float_of_bits(np.int32(np.int32(stored) << np.int32(16)))
     return lambda stored: stored
 
 
-def narrowed(value, like):
+def store_from_f32(value, like):
     """What an array holds for a float32, rounded to the nearest even where that is a bfloat16; `like` is an entry."""
     raise NotImplementedError
 
 
-@overload(narrowed)
-def _narrowed(value, like):
+@overload(store_from_f32)
+def _store_from_f32(value, like):
     if like == types.int16:
 
         def round_to_bfloat16(value, like):

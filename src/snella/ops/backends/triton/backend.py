@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from snella.ops.backends.base import FusedBackend, Merged
+from snella.ops.backends.base import Backend, Gradients, Merged, zero_gradients
 from snella.ops.backends.triton import backward, forward
 from snella.ops.kernels import MixK, NormalizedRBF, PLinear
 from snella.ops.sparsify import KEEPS_EVERYTHING
-from snella.ops.spec import Update
+from snella.ops.spec import Factors, UpdateSpec
 
 # fixed, not tuned on the machine: the order of sums, and so the bits of a result, depends on them
 TILE = {"BLOCK_M": 32, "BLOCK_N": 64}
@@ -30,44 +28,39 @@ _MODES = {"soft": forward.SOFT.value, "official": forward.OFFICIAL.value, "none"
 LAUNCH: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
 
 
-@dataclass
-class Fused:
-    """What the matrices of an update share within one pass.
+_MAX_ENTRIES = 1 << 30  # positions within a matrix are int32
+_MIN_CAPABILITY = (7, 0)
 
-    Args:
-        delta: `ΔW` of all matrices, `[m, n]`; rows of matrices without budget are not written.
-        thresholds: `[G]`.
-        peak: Largest logit of each column (`[G·n]`) or row (`[m]`) of the softmax.
-        inverse_sum: One over the sum of its exponentials.
-    """
 
-    delta: Tensor
-    thresholds: Tensor
-    peak: Tensor | None
+class SoftmaxStats(NamedTuple):
+    """Of each column (`[G·n]`) or row (`[m]`) of the softmax: largest logit, one over the sum of exponentials."""
+
+    max_logit: Tensor | None
     inverse_sum: Tensor | None
 
 
-class UpdateOnDevice:
+class _Launches:
     """The launches for one update."""
 
-    def __init__(self, update: Update) -> None:
-        self.update = update
-        self.A, self.B = update.A.detach().contiguous(), update.B.detach().contiguous()
-        self.scalars = tuple(None if value is None else value.detach().contiguous() for value in update.scalars)
+    def __init__(self, spec: UpdateSpec, factors: Factors, budgets: tuple[int, ...]) -> None:
+        self.spec = spec
+        A, B, *scalars = factors
+        self.A, self.B = A.detach().contiguous(), B.detach().contiguous()
+        self.scalars = tuple(None if value is None else value.detach().contiguous() for value in scalars)
         self.coeff, self.alpha, self.beta, self.temperature = self.scalars
         self.groups, self.n, self.rank = self.A.shape
         self.m = self.B.shape[0]
-        kernel = update.kernel
+        kernel = spec.kernel
         self.has_softmax = isinstance(kernel, NormalizedRBF)
         self.sizes = {"P": kernel.num_pieces, "R": self.rank}
         self.axis = {"HAS_TEMPERATURE": self.temperature is not None, "AXIS": kernel.softmax_dim}
         self.terms = {"SOFTMAX": self.has_softmax, "LINEAR_TERM": not self.has_softmax or isinstance(kernel, MixK)}
         is_cuda = self.A.is_cuda
         self.layout = _layout(
-            update.row_counts,
-            update.budgets,
+            spec.row_counts,
+            budgets,
             self.n,
-            update.mode != "official",
+            spec.mode != "official",
             self.A.device,
             torch.cuda.current_stream(self.A.device).cuda_stream if is_cuda else 0,
         )
@@ -82,23 +75,23 @@ class UpdateOnDevice:
 
     def tiles(self, tiles_of_rows: int = 1) -> tuple[int, int, int]:
         """Grid of tiles over every matrix."""
-        rows = max(self.update.row_counts)
+        rows = max(self.spec.row_counts)
         return -(-self.n // TILE["BLOCK_N"]), -(-rows // (TILE["BLOCK_M"] * tiles_of_rows)), self.groups
 
-    def softmax_statistics(self) -> tuple[Tensor | None, Tensor | None]:
+    def softmax_stats(self) -> SoftmaxStats:
         """Largest logit and one over the sum of exponentials of each column or row."""
         if not self.has_softmax:
-            return None, None
+            return SoftmaxStats(None, None)
         by_column = self.axis["AXIS"] == 0
-        peak, inverse_sum = self.new(2, self.groups * self.n if by_column else self.m).unbind()
-        across = self.n if by_column else max(self.update.row_counts)
+        max_logit, inverse_sum = self.new(2, self.groups * self.n if by_column else self.m).unbind()
+        across = self.n if by_column else max(self.spec.row_counts)
         forward.softmax_statistics[-(-across // STATISTICS["ACROSS"]), self.groups](
             self.A,
             self.B,
             self.coeff,
             self.temperature,
             self.layout,
-            peak,
+            max_logit,
             inverse_sum,
             self.n,
             **self.sizes,
@@ -106,11 +99,9 @@ class UpdateOnDevice:
             **STATISTICS,
             **LAUNCH,
         )
-        return peak, inverse_sum
+        return SoftmaxStats(max_logit, inverse_sum)
 
-    def merge(
-        self, delta: Tensor, peak: Tensor | None, inverse_sum: Tensor | None, counts: Tensor | None = None
-    ) -> None:
+    def merge(self, delta: Tensor, stats: SoftmaxStats, counts: Tensor | None = None) -> None:
         """Write `ΔW`, and add to the first histogram if it is given."""
         forward.merge[self.tiles(_TILES_PER_HISTOGRAM)](
             self.A,
@@ -120,33 +111,32 @@ class UpdateOnDevice:
             self.beta,
             self.temperature,
             self.layout,
-            peak,
-            inverse_sum,
+            *stats,
             delta,
             counts,
             self.n,
             **self.sizes,
             **self.terms,
             **self.axis,
-            CENTER=self.update.kernel.center_softmax,
+            CENTER=self.spec.kernel.center_softmax,
             COUNT=counts is not None,
             TILES=_TILES_PER_HISTOGRAM,
             **TILE,
             **LAUNCH,
         )
 
-    def merge_and_select(self, delta: Tensor, peak: Tensor | None, inverse_sum: Tensor | None) -> Tensor:
+    def merge_and_select(self, delta: Tensor, stats: SoftmaxStats) -> Tensor:
         """Write `ΔW`, and return the thresholds, `[G]`; without a selection where everything is kept."""
-        if self.update.mode == "none":
-            self.merge(delta, peak, inverse_sum)
+        if self.spec.mode == "none":
+            self.merge(delta, stats)
             return self.new(self.groups).fill_(KEEPS_EVERYTHING)
-        targets = 1 if self.update.mode == "soft" else 2
+        targets = 1 if self.spec.mode == "soft" else 2
         high_bins, low_bins = forward.HIGH_BINS.value * self.groups, forward.LOW_BINS.value * self.groups * targets
         counts = torch.zeros(high_bins + 2 * low_bins, dtype=torch.int32, device=self.A.device)
         high, middle, low = counts.split([high_bins, low_bins, low_bins])
         state, thresholds = self.new(2 * self.groups * targets, dtype=torch.int32), self.new(self.groups)
-        self.merge(delta, peak, inverse_sum, high)
-        entries = max(self.update.row_counts) * self.n
+        self.merge(delta, stats, high)
+        entries = max(self.spec.row_counts) * self.n
         grid = (min(-(-entries // _ENTRIES_TO_COUNT), _MOST_PROGRAMS_TO_COUNT), self.groups)
         for level in (1, 2):
             forward.count_within_bin[grid](
@@ -169,25 +159,27 @@ class UpdateOnDevice:
 
     def add_sparse(self, delta: Tensor, thresholds: Tensor, base: Tensor, out: Tensor) -> None:
         """Write `base + scaling·S` into `out`."""
-        entries = max(self.update.row_counts) * self.n
+        entries = max(self.spec.row_counts) * self.n
         forward.add_sparse[-(-entries // _ENTRIES_TO_ADD), self.groups](
             delta,
             thresholds,
             self.layout,
             base,
             out,
-            self.update.scaling,
+            self.spec.scaling,
             self.n,
-            MODE=_MODES[self.update.mode],
+            MODE=_MODES[self.spec.mode],
             BLOCK=_ENTRIES_TO_ADD,
             **LAUNCH,
         )
 
-    def gradients(self, fused: Fused, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def gradients(
+        self, delta: Tensor, thresholds: Tensor, stats: SoftmaxStats, grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
         """Gradients to A, B and the scalars."""
-        grid, mode = self.tiles(), {"MODE": _MODES[self.update.mode]}
+        grid, mode = self.tiles(), {"MODE": _MODES[self.spec.mode]}
         columns, rows, groups = grid
-        matrix = (fused.delta, fused.thresholds, grad)
+        matrix = (delta, thresholds, grad)
         weighted_sum = None
         if self.has_softmax:
             by_column = self.axis["AXIS"] == 0
@@ -199,11 +191,10 @@ class UpdateOnDevice:
                 self.coeff,
                 self.temperature,
                 self.layout,
-                fused.peak,
-                fused.inverse_sum,
+                *stats,
                 *matrix,
                 partial,
-                self.update.scaling,
+                self.spec.scaling,
                 self.n,
                 kept,
                 **self.sizes,
@@ -222,14 +213,13 @@ class UpdateOnDevice:
             self.alpha,
             self.temperature,
             self.layout,
-            fused.peak,
-            fused.inverse_sum,
+            *stats,
             weighted_sum,
             *matrix,
             part_A,
             part_B,
             sums,
-            self.update.scaling,
+            self.spec.scaling,
             self.n,
             self.m,
             **self.sizes,
@@ -250,7 +240,7 @@ class UpdateOnDevice:
             rows * columns,
             P=self.sizes["P"],
             SOFTMAX=self.has_softmax,
-            CENTER=self.update.kernel.center_softmax,
+            CENTER=self.spec.kernel.center_softmax,
             **self.axis,
             BLOCK=_SUMS_AT_ONCE,
             **LAUNCH,
@@ -281,117 +271,79 @@ def _layout(
     return cpu.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else cpu
 
 
-_MOST_ENTRIES = 1 << 30  # positions within a matrix are int32
-_LEAST_CAPABILITY = (7, 0)
-
-
 def is_interpreted() -> bool:
     """Whether the kernels were defined under `TRITON_INTERPRET=1` and run on the CPU, slowly, for tests."""
     return type(forward.merge).__name__ == "InterpretedFunction"
 
 
-def obstacle(update: Update) -> str | None:
-    """Why this update cannot be computed here, or `None`."""
-    device = update.A.device
-    if not isinstance(update.kernel, PLinear):
-        return f"has the piecewise kernels only, got kernel={update.kernel.name!r}"
-    if device.type != ("cpu" if is_interpreted() else "cuda"):
-        return f"runs on a CUDA device, got factors on {str(device)!r}"
-    if torch.promote_types(update.A.dtype, torch.float32) != torch.float32:
-        return f"computes in float32, got factors in {update.A.dtype}"
-    largest = max(update.row_counts) * update.A.shape[1]
-    if largest > _MOST_ENTRIES:
-        return f"counts at most {_MOST_ENTRIES} entries a matrix, got {largest}"
-    if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        if capability < _LEAST_CAPABILITY:
-            return f"needs compute capability {_LEAST_CAPABILITY}, got {capability} on {str(device)!r}"
-    return None
-
-
-class TritonBackend(FusedBackend):
-    """Mix-K, its normalised RBF and P-Linear in float32 on a CUDA device."""
+class TritonBackend(Backend):
+    """Mix-K, its normalized RBF and P-Linear in float32 on a CUDA device."""
 
     name = "triton"
 
-    def merge_groups(self, update: Update) -> list[Merged | None]:  # noqa: D102
-        call = UpdateOnDevice(update)
-        if not any(update.budgets):
-            if len(update.thresholds) < call.groups:
-                update.thresholds[:] = call.new(call.groups).fill_(torch.inf).unbind()
-            return [None] * call.groups
-        with call.on_device():
-            peak, inverse_sum = call.softmax_statistics()
-            delta = call.new(call.m, call.n)
-            if len(update.thresholds) < call.groups:
-                thresholds = call.merge_and_select(delta, peak, inverse_sum)
-                update.thresholds[:] = thresholds.unbind()
-            else:
-                thresholds = _stacked(update.thresholds)
-                call.merge(delta, peak, inverse_sum)
-        fused = Fused(delta, thresholds, peak, inverse_sum)
-        return [
-            Merged(delta[rows], fused) if budget else None
-            for rows, budget in zip(update.rows, update.budgets, strict=True)
-        ]
+    def unsupported_reason(self, spec: UpdateSpec, A: Tensor) -> str | None:  # noqa: D102
+        if not isinstance(spec.kernel, PLinear):
+            return f"has the piecewise kernels only, got kernel={spec.kernel.name!r}"
+        if A.device.type != ("cpu" if is_interpreted() else "cuda"):
+            return f"runs on a CUDA device, got factors on {str(A.device)!r}"
+        if torch.promote_types(A.dtype, torch.float32) != torch.float32:
+            return f"computes in float32, got factors in {A.dtype}"
+        largest = max(spec.row_counts) * A.shape[1]
+        if largest > _MAX_ENTRIES:
+            return f"counts at most {_MAX_ENTRIES} entries a matrix, got {largest}"
+        if A.device.type == "cuda":
+            capability = torch.cuda.get_device_capability(A.device)
+            if capability < _MIN_CAPABILITY:
+                return f"needs compute capability {_MIN_CAPABILITY}, got {capability} on {str(A.device)!r}"
+        return None
 
-    def add_groups(  # noqa: D102
-        self, update: Update, merged: Sequence[Merged | None], base: Tensor, out: Tensor
-    ) -> None:
-        if not any(update.budgets):
+    def merge(  # noqa: D102
+        self,
+        spec: UpdateSpec,
+        factors: Factors,
+        budgets: tuple[int, ...],
+        thresholds: Tensor | None = None,
+        delta: tuple[Tensor | None, ...] = (),
+    ) -> Merged:
+        launches = _Launches(spec, factors, budgets)
+        if not any(budgets):
+            found = launches.new(launches.groups).fill_(torch.inf) if thresholds is None else thresholds
+            return Merged(factors, budgets, found)
+        if delta and thresholds is not None:
+            return Merged(factors, budgets, thresholds, delta)
+        with launches.on_device():
+            stats = launches.softmax_stats()
+            matrix = launches.new(launches.m, launches.n)
+            if thresholds is None:
+                thresholds = launches.merge_and_select(matrix, stats)
+            else:
+                thresholds = thresholds.detach().to(torch.float32)
+                launches.merge(matrix, stats)
+        return Merged(factors, budgets, thresholds, (matrix,), stats)
+
+    def add_update(self, spec: UpdateSpec, merged: Merged, base: Tensor, out: Tensor) -> None:  # noqa: D102
+        (delta,) = merged.delta or (None,)
+        if delta is None:
             if out is not base:
                 out.copy_(base)
             return
-        call = UpdateOnDevice(update)
-        with call.on_device():
-            fused = _fused_of(update, merged)
-            call.add_sparse(fused.delta, fused.thresholds, base, out)
+        launches = _Launches(spec, merged.factors, merged.budgets)
+        with launches.on_device():
+            launches.add_sparse(delta, merged.thresholds, base, out)
 
-    def group_gradients(  # noqa: D102
+    def grad_factors(  # noqa: D102
         self,
-        update: Update,
-        merged: Sequence[Merged | None],
-        grad: Tensor,
+        spec: UpdateSpec,
+        merged: Merged,
+        grad_weight: Tensor,
         base: Tensor | None = None,
         out: Tensor | None = None,
-    ) -> tuple[Tensor | None, ...]:
-        if not any(update.budgets):
-            return tuple(None if tensor is None else torch.zeros_like(tensor) for tensor in update.tensors())
-        call = UpdateOnDevice(update)
-        with call.on_device():
-            fused = _fused_of(update, merged)
-            if fused.peak is None:
-                # ΔW was kept, the statistics of its softmax were not
-                fused.peak, fused.inverse_sum = call.softmax_statistics()
-            return call.gradients(fused, grad.detach().contiguous())
-
-
-def _stacked(thresholds: Sequence[Tensor]) -> Tensor:
-    """Known thresholds as `[G]`, float32."""
-    if len(thresholds) == 1:
-        return thresholds[0].detach().reshape(1).to(torch.float32)
-    return torch.stack([threshold.detach().to(torch.float32) for threshold in thresholds])
-
-
-def _fused_of(update: Update, merged: Sequence[Merged | None]) -> Fused:
-    """What `merge_groups` handed over, or the same made of matrices that were kept from the forward pass."""
-    present = [(rows, one) for rows, one in zip(update.rows, merged, strict=True) if one is not None]
-    rows, first = present[0]
-    if first.extra is not None:
-        return first.extra
-    m, n = update.num_rows, first.delta.shape[1]
-    storage = first.delta.untyped_storage()
-    origin = first.delta.storage_offset() - rows.start * n
-    if 0 <= origin <= storage.nbytes() // first.delta.element_size() - m * n and all(
-        one.delta.untyped_storage().data_ptr() == storage.data_ptr()
-        and one.delta.storage_offset() == origin + rows.start * n
-        and one.delta.is_contiguous()
-        for rows, one in present
-    ):
-        # they still are rows of one matrix
-        delta = first.delta.as_strided((m, n), (n, 1), origin)
-    else:
-        delta = first.delta.new_empty(m, n)
-        for rows, one in present:
-            delta[rows] = one.delta
-    return Fused(delta, _stacked(update.thresholds), None, None)
+    ) -> Gradients:
+        (delta,) = merged.delta or (None,)
+        if delta is None:
+            return tuple(zero_gradients(merged.factors))
+        launches = _Launches(spec, merged.factors, merged.budgets)
+        with launches.on_device():
+            # where ΔW was kept, the statistics of its softmax were not
+            stats = merged.workspace or launches.softmax_stats()
+            return launches.gradients(delta, merged.thresholds, stats, grad_weight.detach().contiguous())

@@ -16,9 +16,9 @@ from snella.ops.backends.triton.forward import (
     along_axis,
     distance,
     logits_of,
-    mean_share,
+    mean_prob,
     piecewise,
-    shares_of,
+    probs_of,
 )
 
 
@@ -44,7 +44,7 @@ def softmax_weighted_sums(
     coeff,
     temperature,
     layout,
-    peak,
+    max_logit,
     inverse_sum,
     delta,
     thresholds,
@@ -70,12 +70,12 @@ def softmax_weighted_sums(
     i_inside, j_inside = i < active, j < tl.where(active > 0, n, 0)
     inside = i_inside[:, None] & j_inside[None, :]
     value = piecewise(B + start * R, A + group * n * R, coeff + group * P, i, j, i_inside, j_inside, P, R)
-    share = shares_of(
-        value, temperature, peak, inverse_sum, group, start, i, j, i_inside, j_inside, n, HAS_TEMPERATURE, AXIS
+    probs = probs_of(
+        value, temperature, max_logit, inverse_sum, group, start, i, j, i_inside, j_inside, n, HAS_TEMPERATURE, AXIS
     )
     rows = (start + i).to(tl.int64)
     gradient = delta_gradient(delta, grad, thresholds, group, rows, j, inside, scaling, n, MODE)
-    weighted = tl.where(inside, gradient * share, 0.0)
+    weighted = tl.where(inside, gradient * probs, 0.0)
     if AXIS == 0:
         tl.store(partial + tl.program_id(1) * num_kept + group * n + j, tl.sum(weighted, 0), mask=j < n)
     else:
@@ -90,7 +90,7 @@ def factor_gradients(
     alpha,
     temperature,
     layout,
-    peak,
+    max_logit,
     inverse_sum,
     weighted_sum,
     delta,
@@ -132,12 +132,12 @@ def factor_gradients(
     tl.store(sums + P, tl.sum(gradient))
     if SOFTMAX:
         value = piecewise(first, second, coeff + group * P, i, j, i_inside, j_inside, P, R)
-        share = shares_of(
-            value, temperature, peak, inverse_sum, group, start, i, j, i_inside, j_inside, n, HAS_TEMPERATURE, AXIS
+        probs = probs_of(
+            value, temperature, max_logit, inverse_sum, group, start, i, j, i_inside, j_inside, n, HAS_TEMPERATURE, AXIS
         )
         coupled = along_axis(weighted_sum, group, start, i, j, i_inside, j_inside, n, AXIS)
-        weighted = tl.where(inside, gradient * share, 0.0)
-        of_logits = tl.load(alpha + group).to(tl.float32) * (weighted - share * coupled)
+        weighted = tl.where(inside, gradient * probs, 0.0)
+        of_logits = tl.load(alpha + group).to(tl.float32) * (weighted - probs * coupled)
         of_logits = tl.where(inside, of_logits, 0.0)
         tl.store(sums + P + 1, tl.sum(weighted))
         if HAS_TEMPERATURE:
@@ -153,15 +153,15 @@ def factor_gradients(
         length = distance(first, second, i, j, i_inside, j_inside, p, P, R)
         tl.store(sums + p, tl.sum(tl.where(inside, of_value * length, 0.0)))
         # a pair at distance 0 has no gradient
-        pull = tl.load(coeff + group * P + p).to(tl.float32) * of_value
-        pull = tl.where(length == 0.0, 0.0, tl.div_rn(pull, tl.where(length == 0.0, 1.0, length)))
-        pull = tl.where(inside, pull, 0.0)
+        coef = tl.load(coeff + group * P + p).to(tl.float32) * of_value
+        coef = tl.where(length == 0.0, 0.0, tl.div_rn(coef, tl.where(length == 0.0, 1.0, length)))
+        coef = tl.where(inside, coef, 0.0)
         for k in range(p * (R // P), (p + 1) * (R // P)):
             b = tl.load(first + i * R + k, mask=i_inside, other=0.0).to(tl.float32)
             a = tl.load(second + j * R + k, mask=j_inside, other=0.0).to(tl.float32)
-            force = pull * (b[:, None] - a[None, :])
-            tl.store(grad_B + rows * R + k, tl.sum(force, 1), mask=i < count)
-            tl.store(grad_A + j * R + k, -tl.sum(force, 0), mask=j < n)
+            grad_diff = coef * (b[:, None] - a[None, :])
+            tl.store(grad_B + rows * R + k, tl.sum(grad_diff, 1), mask=i < count)
+            tl.store(grad_A + j * R + k, -tl.sum(grad_diff, 0), mask=j < n)
 
 
 @triton.jit
@@ -192,7 +192,7 @@ def scalar_gradients(
         of_delta = total_of(sums + P, num_tiles, P + 3, BLOCK)
         of_alpha = total_of(sums + P + 1, num_tiles, P + 3, BLOCK)
         if CENTER:
-            of_alpha -= of_delta * mean_share(active, n, AXIS).to(tl.float64)
+            of_alpha -= of_delta * mean_prob(active, n, AXIS).to(tl.float64)
         store_as(grad_alpha + group, of_alpha)
         store_as(grad_beta + group, of_delta)
         if HAS_TEMPERATURE:

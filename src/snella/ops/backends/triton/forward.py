@@ -80,10 +80,10 @@ def along_axis(vector, group, start, i, j, i_inside, j_inside, n, AXIS: tl.const
 
 
 @triton.jit
-def shares_of(
+def probs_of(
     value,
     temperature,
-    peak,
+    max_logit,
     inverse_sum,
     group,
     start,
@@ -96,7 +96,7 @@ def shares_of(
     AXIS: tl.constexpr,
 ):
     """`softmax(κ/γ)` over `AXIS` on a tile, from the largest logit and one over the sum of each column or row."""
-    top = along_axis(peak, group, start, i, j, i_inside, j_inside, n, AXIS)
+    top = along_axis(max_logit, group, start, i, j, i_inside, j_inside, n, AXIS)
     scale = along_axis(inverse_sum, group, start, i, j, i_inside, j_inside, n, AXIS)
     return exp_of_nonpositive(logits_of(value, temperature, group, HAS_TEMPERATURE) - top) * scale
 
@@ -108,7 +108,7 @@ def softmax_statistics(
     coeff,
     temperature,
     layout,
-    peak,
+    max_logit,
     inverse_sum,
     n,
     P: tl.constexpr,
@@ -147,7 +147,7 @@ def softmax_statistics(
     highest = tl.max(top, 0)
     sums = tl.sum(total * exp_of_nonpositive(top - highest[None, :]), 0)
     sums = tl.where(sums == 0.0, 1.0, sums)
-    tl.store(peak + position + j, highest, mask=j_inside)
+    tl.store(max_logit + position + j, highest, mask=j_inside)
     tl.store(inverse_sum + position + j, tl.div_rn(tl.full([ACROSS], 1.0, tl.float32), sums), mask=j_inside)
 
 
@@ -160,7 +160,7 @@ def merge(
     beta,
     temperature,
     layout,
-    peak,
+    max_logit,
     inverse_sum,
     delta,
     counts,
@@ -191,12 +191,24 @@ def merge(
         inside = i_inside[:, None] & j_inside[None, :]
         value = piecewise(B + start * R, A + group * n * R, coeff + group * P, i, j, i_inside, j_inside, P, R)
         if SOFTMAX:
-            share = shares_of(
-                value, temperature, peak, inverse_sum, group, start, i, j, i_inside, j_inside, n, HAS_TEMPERATURE, AXIS
+            probs = probs_of(
+                value,
+                temperature,
+                max_logit,
+                inverse_sum,
+                group,
+                start,
+                i,
+                j,
+                i_inside,
+                j_inside,
+                n,
+                HAS_TEMPERATURE,
+                AXIS,
             )
             if CENTER:
-                share -= mean_share(active, n, AXIS)
-            weighted = tl.load(alpha + group).to(tl.float32) * share + tl.load(beta + group).to(tl.float32)
+                probs -= mean_prob(active, n, AXIS)
+            weighted = tl.load(alpha + group).to(tl.float32) * probs + tl.load(beta + group).to(tl.float32)
             value = weighted + value if LINEAR_TERM else weighted
         rows = (start + i).to(tl.int64)
         tl.store(delta + rows[:, None] * n + j[None, :], value, mask=inside)
@@ -212,7 +224,7 @@ def merge(
 
 
 @triton.jit
-def mean_share(active, n, AXIS: tl.constexpr):
+def mean_prob(active, n, AXIS: tl.constexpr):
     """Mean of a softmax over `AXIS`."""
     length = n
     if AXIS == 0:
@@ -268,7 +280,7 @@ def bin_of_rank(counts, rank, BINS: tl.constexpr):
 
 @triton.jit
 def leading_bits(layout, high, middle, state, group, target, TARGETS: tl.constexpr, LEVEL: tl.constexpr):
-    """The bits known after `LEVEL` histograms of the wanted entry, and its rank among the entries that share them."""
+    """The bits known after `LEVEL` histograms of the wanted entry, and its rank among the entries that probs them."""
     if LEVEL == 1:
         rank = tl.load(layout + group * LAYOUT_FIELDS + 3 + target)
         known, rank = bin_of_rank(high + group * HIGH_BINS, rank, HIGH_BINS)
