@@ -60,6 +60,13 @@ def test_the_best_epoch_is_the_most_accurate_and_of_equals_that_with_the_lower_l
     assert metrics["val"]["loss"] == pytest.approx(metrics["history"][metrics["best_epoch"] - 1]["val_loss"], abs=1e-6)
 
 
+def test_the_adapter_has_a_card_with_base_model_classes_and_preparation(finished):
+    card = (finished.adapter / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: peft\n")
+    for words in ("Base model: `test_vit`", '["cats", "dogs", "owls"]', "input_size [3, 32, 32]", "`snella-2`"):
+        assert words in card, words
+
+
 def test_the_saved_adapter_keeps_exactly_its_budget_in_every_matrix(finished):
     allocation = finished.read_json("allocation.json")
     matrices = adapted_matrices(load_run(finished.path).model)

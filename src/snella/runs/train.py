@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 
 from snella import SnellaCallback
+from snella._files import write_text
 from snella.data import DataSplits, ImageDataset
 from snella.methods import load_trained_into
 from snella.methods.adalora import is_adalora
@@ -19,6 +20,7 @@ from snella.runs.folder import RunFolder
 from snella.runs.linear_probe import cache_features, can_cache_features, start_head_from_probe
 from snella.runs.protocol import RunProtocol, protocol_of
 from snella.runs.results import (
+    adapter_card,
     announce,
     best_epoch,
     describe_allocation,
@@ -198,6 +200,7 @@ def _finish(
         },
     )
     run.finish()
+    write_text(run.adapter / "README.md", adapter_card(trainer.config, parts))  # no part of the digests: people edit it
     report = write_report(run.path, pictures) if draw_report else None
     print_line(console, _final_text(parts.task, protocol, best, val, test))
     if protocol.warning:
