@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -95,3 +97,10 @@ def test_text_and_empty_files_are_no_images(tmp_path):
     reasons = broken_images([tmp_path / "a.png", tmp_path / "b.jpg", tmp_path / "gone.png"])
     assert "cannot identify image file" in reasons[0] and "cannot identify" in reasons[1]
     assert "No such file" in reasons[2]
+
+
+def test_a_pipe_among_the_images_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"a.png' is not a readable image: it is no regular file \(a pipe, a socket"):
+        read_image(tmp_path / "a.png")
+    assert "no regular file" in broken_images([tmp_path / "a.png"])[0]

@@ -1,6 +1,7 @@
 """The file behind `--config`, looked at before the parser does, so that its faults are told with the file's name."""
 
 import difflib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,8 +26,14 @@ def config_faults(path: str, known: Sequence[str]) -> str | None:
         return f"--config {path}{line}: {fault.problem or fault.context}; settings are written as 'epochs: 20'"
     except (yaml.YAMLError, UnicodeDecodeError) as fault:
         return f"--config {path} must be a YAML text file: {fault}"
+    except RecursionError:
+        return f"--config {path} is nested too deep to be settings; they are written as 'epochs: 20'"
     if not isinstance(content, dict):
         return f"--config {path} must hold settings such as 'epochs: 20', got {type(content).__name__}"
+    try:
+        json.dumps(content, default=str)
+    except (ValueError, RecursionError):
+        return f"--config {path} holds a setting that contains itself; settings are written as 'epochs: 20'"
     unknown = [_unknown(str(key), known) for key in content if key not in known]
     return f"--config {path} has unknown settings: {', '.join(unknown)}" if unknown else None
 

@@ -37,7 +37,7 @@ def read_experiment(name: str, changes: dict[str, Any] | None = None) -> Experim
     path = _find(name)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as fault:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as fault:
         raise ValueError(f"experiment {path} must be a YAML text file: {' '.join(str(fault).split())}") from None
     if not isinstance(values, dict):
         raise ValueError(f"experiment {path} must hold settings such as 'seeds: 3', got {type(values).__name__}")

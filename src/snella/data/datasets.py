@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import stat
 import struct
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -45,6 +46,8 @@ def read_image(path: str | Path) -> Image.Image:
         ValueError: The file is no image, is truncated, or has values that have no 8-bit meaning.
     """
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("it is no regular file (a pipe, a socket or a device, which may never end)")
         with Image.open(path) as image:
             image.load()
             return to_rgb(ImageOps.exif_transpose(image))
@@ -156,6 +159,8 @@ def read_label_map(path: str | Path) -> tuple[np.ndarray, bool]:
         ValueError: The file is no image, is truncated, or holds colours instead of labels.
     """
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("it is no regular file (a pipe, a socket or a device, which may never end)")
         with Image.open(path) as image:
             image.load()
             is_lossy = image.format in LOSSY_FORMATS
