@@ -1,6 +1,7 @@
 """Runs that are cut short, by signals, full disks and numbers that are none, and what is left of them."""
 
 import errno
+import importlib
 import io
 import os
 import resource
@@ -19,6 +20,8 @@ from snella.runs.checkpoints import latest_checkpoint
 from snella.runs.session import InterruptCallback, checkpoint_to_continue
 from snella.runs.train import train
 from snella.runs.trainer import SnellaTrainer
+
+fit = importlib.import_module("snella.runs.train")._fit
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -394,3 +397,14 @@ def test_a_validation_loss_that_is_no_number_is_not_saved(settings, console, mon
     with pytest.raises(NonFiniteLossError, match="the validation loss became inf in epoch 2, step 8 of 12"):
         train(settings(), console)
     assert [p.name for p in RunFolder(settings().out).checkpoints.iterdir()] == ["checkpoint-4"]
+
+
+def test_an_image_that_vanished_is_one_line_with_workers_too(settings, console, photos, monkeypatch, tmp_path):
+    mine = shutil.copytree(photos, tmp_path / "mine")
+    config = settings(data=f"folder:{mine}", workers=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("snella.runs.train._fit", lambda *args: shutil.rmtree(mine / "cats") or fit(*args))
+        with pytest.raises(ValueError, match=r"^'.*cats/\d+.png' is not a readable image: \[Errno 2\][^\n]*$"):
+            train(config, console)
+    error = RunFolder(config.out).read_json("run.json")["error"]
+    assert "Traceback" not in error and "is not a readable image" in error

@@ -244,8 +244,20 @@ def outcome_recorded(run: RunFolderOf[Any], command: str) -> Iterator[None]:
             f"interrupted; {where}; continue with: snella {command} --out {run.path} --resume"
         ) from None
     except Exception as fault:
-        _record_failure(run, fault)
-        raise
+        plain = _without_worker(fault)
+        _record_failure(run, plain)
+        if plain is fault:
+            raise
+        raise plain from None
+
+
+def _without_worker(error: Exception) -> Exception:
+    """The error that a loader's worker met, which torch repeats with the worker's traceback as its text."""
+    text = str(error)
+    if "DataLoader worker process" not in text or "Original Traceback" not in text:
+        return error
+    last = text.strip().splitlines()[-1]
+    return type(error)(last.removeprefix(f"{type(error).__name__}: "))
 
 
 def _record_failure(run: RunFolderOf[Any], fault: Exception) -> None:
