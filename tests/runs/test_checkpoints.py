@@ -65,3 +65,15 @@ def test_other_errors_pass_through(tmp_path):
         raise KeyError("bug")
     assert not is_write_failure(ValueError("shapes differ")) and not is_write_failure(FileNotFoundError("x"))
     assert not list(tmp_path.iterdir())
+
+
+def test_torch_s_words_for_a_full_disk_are_put_plainly_and_an_empty_folder_is_no_earlier_adapter(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    plain = (
+        r"adapter: the disk is full, or a limit on the size of files was met \(\d+ MiB free\); there is no earlier one"
+    )
+    with pytest.raises(CheckpointError, match=plain), saving(tmp_path / "adapter"):
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 704 vs 598")
+    (tmp_path / "adapter" / "adapter_model.safetensors").touch()
+    with pytest.raises(CheckpointError, match=r"the previous one, .*adapter, is intact"), saving(tmp_path / "adapter"):
+        raise OSError(errno.ENOSPC, "No space left on device")
