@@ -12,7 +12,7 @@ from snella.benchmark.rows import put_between
 from snella.comparison.experiment import Experiment
 from snella.comparison.experiment_files import read_experiment
 from snella.comparison.figures import forest, learning_rate_curves, pareto
-from snella.comparison.markdown import markdown_tables
+from snella.comparison.report import markdown_tables
 from snella.comparison.store import read_lines
 from snella.comparison.summary import MethodSummary, Summary, cost_texts, difference_text, spread_text, summarise
 from snella.report.style import save_figure

@@ -7,7 +7,7 @@ import pytest
 from snella.cli.main import main
 from snella.cli.options import CompareOptions
 from snella.cli.parser import parse
-from snella.comparison.asking import experiment_of
+from snella.comparison.experiment_files import experiment_of
 from snella.comparison.store import read_lines
 
 WORDS = [
@@ -62,7 +62,7 @@ def test_the_status_says_that_runs_failed(tmp_path, capsys, monkeypatch):
 
     out = str(tmp_path / "c")
     with monkeypatch.context() as patch:
-        patch.setattr("snella.comparison.cell_run.train", fail)
+        patch.setattr("snella.comparison.run_cell.train", fail)
         assert main([*WORDS, "--out", out]) == 1
     error = capsys.readouterr().err
     assert "2 of 2 cells failed, e.g. digits/bias/seed-0: OSError: no space left on device" in error

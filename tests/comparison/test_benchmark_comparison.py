@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from snella.comparison.comparing import compare
+from snella.comparison.compare import compare
 
 from ..benchmark_folders import write_vtab
 

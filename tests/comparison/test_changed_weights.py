@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 
-from snella.comparison.changed_weights import count_differences
+from snella.comparison.run_cell import count_differences
 from snella.methods import build_method, merge_trained
 from snella.methods.sparse_update import SparseUpdate
 from snella.tuner import adapted_matrices

@@ -2,8 +2,7 @@
 
 import pytest
 
-from snella.comparison.entries import config_of, data_entry, folder_name, method_entry
-from snella.comparison.experiment import Experiment
+from snella.comparison.experiment import Experiment, config_of, data_entry, folder_name, method_entry
 from snella.comparison.experiment_files import bundled_experiments, merged, read_experiment
 
 MINE = ("bundled-suite", "coffee")

@@ -1,6 +1,6 @@
 """The table of a comparison as Markdown."""
 
-from snella.comparison.markdown import markdown_tables, write_markdown
+from snella.comparison.report import markdown_tables, write_markdown
 
 
 def cells_of(line):

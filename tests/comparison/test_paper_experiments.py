@@ -7,11 +7,10 @@ import timm
 import torch
 from rich.console import Console
 
-from snella.comparison.beside_paper import PublishedRow, print_published, published_rows
 from snella.comparison.cells import Cell
-from snella.comparison.experiment import Experiment
+from snella.comparison.experiment import Experiment, published_faults
 from snella.comparison.experiment_files import bundled_experiments, read_experiment
-from snella.comparison.published import published_faults
+from snella.comparison.report import PublishedRow, print_published, published_rows
 from snella.comparison.search import Candidate, Choice, next_trials
 from snella.comparison.summary import summarise
 from snella.data.fgvc import FGVC_DATASETS

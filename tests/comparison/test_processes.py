@@ -12,7 +12,8 @@ import psutil
 import pytest
 from rich.console import Console
 
-from snella.comparison import CellsFailedError, compare
+from snella.comparison import CellsFailedError
+from snella.comparison.compare import compare
 from snella.comparison.store import read_lines
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -104,7 +105,7 @@ def test_two_workers_give_the_same_numbers_as_this_process(tiny, tmp_path):
 
 
 def test_rows_name_the_code_that_was_loaded_and_not_what_the_checkout_has_become(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("snella.comparison.provenance._state", ("feed", False))
+    monkeypatch.setattr("snella.comparison.cells._state", ("feed", False))
     experiment = tiny(methods=["linear"], grid={"lr_factors": [1.0]})
     compare(experiment, tmp_path / "c", workers=1, threads=1, console=Console(file=io.StringIO()))
     (row,) = read_lines(tmp_path / "c" / "results.jsonl")[0].values()

@@ -42,7 +42,7 @@ _LIBRARIES = {
     "merge": "snella.runs.merge",
     "inspect": "snella.report.inspect",
     "data": "snella.data.check",
-    "compare": "snella.comparison.comparing",
+    "compare": "snella.comparison.compare",
     "bench": "snella.benchmark",
     "demo": "snella.recipes.demo",
 }
@@ -167,8 +167,8 @@ def _data(settings: dict[str, Any]) -> None:
 
 def _compare(settings: dict[str, Any]) -> None:
     """`snella compare`."""
-    from snella.comparison import compare
-    from snella.comparison.asking import experiment_of
+    from snella.comparison.compare import compare
+    from snella.comparison.experiment_files import experiment_of
 
     options = CompareOptions(**settings)
     compare(

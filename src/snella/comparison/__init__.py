@@ -7,7 +7,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from snella.comparison.comparing import compare
     from snella.comparison.experiment import Experiment, Grid
     from snella.comparison.experiment_files import bundled_experiments, read_experiment
 
@@ -15,11 +14,10 @@ _HOMES = {
     "Experiment": "experiment",
     "Grid": "experiment",
     "bundled_experiments": "experiment_files",
-    "compare": "comparing",
     "read_experiment": "experiment_files",
 }
 
-__all__ = ["CellsFailedError", "Experiment", "Grid", "bundled_experiments", "compare", "read_experiment"]
+__all__ = ["CellsFailedError", "Experiment", "Grid", "bundled_experiments", "read_experiment"]
 
 
 class CellsFailedError(RuntimeError):

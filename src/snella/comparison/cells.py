@@ -1,15 +1,103 @@
 """The cells of a comparison: one training each, with a place of its own."""
 
+import functools
+import json
+import os
+import platform
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from snella.comparison.entries import DataEntry, MethodEntry, config_of, folder_name
-from snella.comparison.experiment import Experiment
-from snella.comparison.search import Candidate
+import torch
+
+import snella
+from snella.comparison.experiment import DataEntry, Experiment, MethodEntry, config_of, folder_name
+from snella.comparison.search import Candidate, TrialResult
 from snella.methods import parse_method
-from snella.runs import TrainConfig
+from snella.runs import RunFolder, TrainConfig
+
+GitState: TypeAlias = tuple[str | None, bool | None]
+_state: GitState | None = None
+_PACKAGES = ("snella", "peft", "transformers", "accelerate", "torch", "timm", "numpy", "scikit-learn", "numba")
+
+
+def package_info() -> dict[str, str | None]:
+    """Versions under the keys of PEFT's method comparison (`torch-version`), and the commit of snella's checkout."""
+    versions: dict[str, str | None] = {f"{name}-version": _version(name) for name in _PACKAGES}
+    commit, is_dirty = git_state()
+    return {**versions, "snella-commit-hash": commit, "snella-is-dirty": None if is_dirty is None else str(is_dirty)}
+
+
+def system_info() -> dict[str, Any]:
+    """The machine, under the keys of PEFT's method comparison, with its cores and the threads that torch uses."""
+    return {
+        "system": platform.system(),
+        "release": platform.release(),
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "accelerator": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "N/A",
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def git_state() -> GitState:
+    """Commit of the checkout that snella was imported from, and whether tracked files differ; None outside of one.
+
+    Asked for once in the life of a process, or of the one that started it and handed its own on.
+    """
+    global _state
+    if _state is None:
+        _state = _ask_git()
+    return _state
+
+
+def take_git_state(state: GitState) -> None:
+    """Hold what the process that started this one has found: the code that runs here was loaded then."""
+    global _state
+    _state = state
+
+
+def _ask_git() -> GitState:
+    """What git says of the checkout now."""
+    root = Path(snella.__file__).parents[2]
+    if not (root / ".git").exists():
+        return None, None
+    commit = _git(root, "rev-parse", "HEAD")
+    changes = _git(root, "status", "--porcelain", "--untracked-files=no")
+    return commit, None if changes is None else bool(changes)
+
+
+def _git(root: Path, *words: str) -> str | None:
+    """What git says; None where it cannot be asked."""
+    try:
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    """Version of a package, None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+@functools.cache
+def _processor() -> str:
+    """The processor's name."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
 
 TEST_SEED = 0
 """Decides the test images of every cell: other seeds draw other training and validation images, never a test image, so
@@ -98,3 +186,81 @@ def rates_of(experiment: Experiment, data: DataEntry, method: MethodEntry, candi
 def _rounded(rate: float) -> float:
     """Six digits: 0.009 for three times 0.003."""
     return float(f"{rate:.6g}")
+
+
+_FULL = "full-finetuning"
+
+
+def head_of_row(cell: Cell, experiment: Experiment, created_at: str) -> dict[str, Any]:
+    """What is known before a cell is trained."""
+    rates = rates_of(experiment, cell.data, cell.method, cell.candidate)
+    family = parse_method(cell.method.method)[0]
+    packages = package_info()
+    return {
+        "cell": cell.name,
+        "purpose": "final" if cell.is_final else "trial",
+        "task_name": cell.data.name,
+        "group": cell.data.group,
+        "experiment_name": cell.method.name,
+        "comparison": experiment.name,
+        "method": cell.method.method,
+        "peft_type": _FULL if family == "full" else family.upper(),
+        "model_id": experiment.backbone,
+        "seed": cell.seed,
+        "lr_factor": cell.candidate.lr_factor,
+        "tried_weight_decay": cell.candidate.weight_decay,
+        **rates,
+        "search": cell.search,
+        "train_config": cell.config(experiment, cell.name).stored(),
+        **{f"{name}_version": packages[f"{name}-version"] for name in ("peft", "transformers", "torch", "snella")},
+        "git_dirty": git_state()[1],
+        "package_info": packages,
+        "system_info": system_info(),
+        "created_at": created_at,
+    }
+
+
+def results_of(run: RunFolder) -> dict[str, Any]:
+    """What a finished run says of itself."""
+    metrics, info = run.read_json("metrics.json"), run.read_json("run.json")
+    val, test = metrics["val"] or {}, metrics["test"] or {}
+    best = next(row for row in metrics["history"] if row["epoch"] == metrics["best_epoch"])
+    sizes = info["data"]["sizes"]
+    return {
+        "peft_config": _adapter_config(run.adapter),
+        "num_trainable_params": metrics["trainable_parameters"],
+        "adapted_weights": metrics["adapted_weights"],
+        "kept_weights": best["budget"],
+        "file_size": metrics["adapter_bytes"],
+        "train_time": metrics["train_s"],
+        "step_time": metrics["step_s"],
+        **{key: value for key, value in metrics.items() if key.startswith("accelerator_memory_")},
+        "train_loss": best["train_loss"],
+        "train_samples": len(metrics["history"]) * sizes["train"],
+        "epochs": len(metrics["history"]),
+        "best_epoch": metrics["best_epoch"],
+        "protocol": metrics["protocol"],
+        "selected_on": metrics["selected_on"],
+        "ema": metrics["ema"],
+        "val_accuracy": val.get("accuracy"),
+        "val_balanced_accuracy": val.get("balanced_accuracy"),
+        "val_loss": val.get("loss"),
+        "test_accuracy": test.get("accuracy"),
+        "test_balanced_accuracy": test.get("balanced_accuracy"),
+        "test_loss": test.get("loss"),
+        "sizes": sizes,
+        "split": info["data"]["digest"],
+    }
+
+
+def trial_result(row: Mapping[str, Any]) -> TrialResult:
+    """What the search reads of a trial's row."""
+    if row["status"] != "success":
+        return TrialResult(None, None)
+    return TrialResult(row["val_accuracy"], row["val_loss"])
+
+
+def _adapter_config(adapter: Path) -> dict[str, Any] | None:
+    """PEFT's configuration of an adapter; None for methods outside PEFT."""
+    path = adapter / "adapter_config.json"
+    return json.loads(path.read_text()) if path.is_file() else None

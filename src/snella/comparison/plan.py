@@ -4,10 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from snella.comparison.cells import Cell, rates_of
-from snella.comparison.entries import DataEntry, MethodEntry
-from snella.comparison.experiment import Experiment
-from snella.comparison.rows import trial_result
+from snella.comparison.cells import Cell, rates_of, trial_result
+from snella.comparison.experiment import DataEntry, Experiment, MethodEntry
 from snella.comparison.search import Candidate, Choice, TrialResult, next_trials
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from snella.comparison.page import write_page
+from snella.comparison.report import write_page
 
 from ..browser import FAULTY_TEXTS, SMALLEST_TEXT
 

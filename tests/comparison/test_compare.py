@@ -8,11 +8,12 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from snella.comparison import CellsFailedError, compare
-from snella.comparison.cell_run import record_death, run_cell
+from snella.comparison import CellsFailedError
 from snella.comparison.cells import Cell
+from snella.comparison.compare import compare
 from snella.comparison.executors import InThisProcess
 from snella.comparison.experiment_files import read_experiment
+from snella.comparison.run_cell import record_death, run_cell
 from snella.comparison.search import Candidate
 from snella.comparison.store import append_row, cell_lock, is_locked, read_lines
 from snella.runs import RunFolder, TrainingInterrupted, load_run
@@ -66,7 +67,7 @@ def no_training(monkeypatch):
     def refuse(*arguments, **options):
         raise AssertionError("nothing should be trained")
 
-    monkeypatch.setattr("snella.comparison.cell_run.train", refuse)
+    monkeypatch.setattr("snella.comparison.run_cell.train", refuse)
 
 
 def rows_of(root):
@@ -251,7 +252,7 @@ def test_ctrl_c_ends_with_the_command_that_continues(copy, console, monkeypatch)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("snella.comparison.cell_run.train", press_ctrl_c)
+        patch.setattr("snella.comparison.run_cell.train", press_ctrl_c)
         with pytest.raises(TrainingInterrupted, match=r"5 cells .* continue with: snella compare --out .*/c"):
             compare(None, copy, workers=0, console=console)
     compare(None, copy, workers=0, console=console)
@@ -291,8 +292,8 @@ def test_what_another_command_stores_in_the_meantime_is_not_lost(changes, tiny, 
     def train_nothing(root, plan, executor, console):
         pass
 
-    monkeypatch.setattr("snella.comparison.comparing.check_parts", store_another)
-    monkeypatch.setattr("snella.comparison.comparing._train_all", train_nothing)
+    monkeypatch.setattr("snella.comparison.compare.check_parts", store_another)
+    monkeypatch.setattr("snella.comparison.compare._train_all", train_nothing)
     if "train" in changes:
         with pytest.raises(ValueError, match="epochs is 2 there and 1 here"):
             compare(tiny(), tmp_path / "c", workers=0, console=console)

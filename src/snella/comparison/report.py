@@ -1,6 +1,7 @@
 """`comparison.html`: the table and the pictures of a comparison in one file that asks the network for nothing."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -9,23 +10,149 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
 
+from snella._files import write_text
 from snella._text import count_text, plain_text, seconds_text
 from snella.comparison import figures
-from snella.comparison.beside_paper import published_rows
-from snella.comparison.experiment import Experiment
+from snella.comparison.experiment import OVER_GROUPS, OVER_TASKS, Experiment
 from snella.comparison.statistics import LEVEL, RESAMPLES, Rows, final_rows
 from snella.comparison.summary import (
     METRICS,
+    MethodSummary,
     Summary,
+    caption,
     cost_texts,
     difference_text,
     outcome_text,
     spread_text,
     summarise,
+    table_cells,
 )
 from snella.report.style import inline_svg, shortened, write_whole
 from snella.runs.protocol import protocol_of
+
+_METRIC = next(iter(METRICS))
+
+
+@dataclass(frozen=True)
+class PublishedRow:
+    """One number of the paper and ours.
+
+    Args:
+        method: The method's label.
+        column: A task, a group, or one of the two means.
+        paper: In percent.
+        ours: In percent; None where a run is missing.
+    """
+
+    method: str
+    column: str
+    paper: float
+    ours: float | None
+
+    @property
+    def texts(self) -> tuple[str, str, str, str, str]:
+        """Method, column, paper's, ours and the difference in points, for people."""
+        if self.ours is None:
+            return self.method, self.column, f"{self.paper:.1f}", "–", "–"
+        return self.method, self.column, f"{self.paper:.1f}", f"{self.ours:.1f}", f"{self.ours - self.paper:+.1f}"
+
+
+def published_rows(experiment: Experiment, summary: Summary) -> list[PublishedRow]:
+    """Every published number whose method is in the experiment, with ours; empty without published ones."""
+    lines = {line.name: line for line in summary.methods}
+    return [
+        PublishedRow(method, column, float(value), _ours(column, lines[method], summary))
+        for method, values in experiment.published.get("values", {}).items()
+        if method in lines
+        for column, value in values.items()
+    ]
+
+
+def print_published(console: Console, experiment: Experiment, summary: Summary) -> None:
+    """Print the table, if the experiment has published numbers."""
+    rows = published_rows(experiment, summary)
+    if not rows:
+        return
+    table = Table(title=f"beside the paper's: {experiment.published.get('source', '')}", title_justify="left")
+    for heading in ("method", "", "paper", "ours", "difference"):
+        table.add_column(heading, justify="left" if heading in ("method", "") else "right")
+    for row in rows:
+        table.add_row(*row.texts)
+    console.print(table)
+
+
+def _ours(column: str, line: MethodSummary, summary: Summary) -> float | None:
+    """Our number of one column, in percent."""
+    spreads = line.per_task[_METRIC]
+    if column == OVER_TASKS:
+        found = line.over_tasks[_METRIC]
+    elif column == OVER_GROUPS:
+        found = line.over_groups[_METRIC]
+    elif column in summary.groups and column not in spreads:
+        means = [spreads[task] for task in summary.groups[column]]
+        known = [mean.mean for mean in means if mean is not None]
+        return 100 * sum(known) / len(known) if len(known) == len(means) else None
+    else:
+        found = spreads.get(column)
+    return None if found is None else 100 * found.mean
+
+
+MARKDOWN_FILE = "comparison.md"
+
+
+def markdown_tables(experiment: Experiment, rows: Rows) -> str:
+    """The tables of accuracy and balanced accuracy, with what they are, the command, the machine and the dates.
+
+    Args:
+        experiment: Order, groups and reference.
+        rows: All rows.
+
+    Returns:
+        Markdown; says so where no final cell is finished.
+    """
+    summary = summarise(experiment, rows)
+    if not summary.finals:
+        return "No final cell is finished yet.\n"
+    parts = []
+    for metric, title in METRICS.items():
+        headings, *lines = table_cells(summary, metric, with_costs=metric == "test_accuracy")
+        rule = [" --- " if heading == "method" else " ---: " for heading in headings]
+        table = [_markdown_line(headings), f"|{'|'.join(rule)}|", *map(_markdown_line, lines)]
+        parts.append(f"**Test {title}**\n\n" + "\n".join(table))
+    done = f"{summary.finals} of {summary.expected} final cells"
+    parts.append(f"{caption(summary)[0].upper()}{caption(summary)[1:]}. {done}. {_provenance(experiment, rows)}")
+    warning = protocol_of(experiment.settings.get("protocol", "standard")).warning
+    parts += [f"Official protocol: {warning}"] if warning else []
+    if summary.failed:
+        parts.append("Failed: " + "; ".join(f"`{row['cell']}`, {row['error']}" for row in summary.failed))
+    return "\n\n".join(parts) + "\n"
+
+
+def write_markdown(root: Path, experiment: Experiment, rows: Rows) -> Path:
+    """Write them beside the page."""
+    write_text(root / MARKDOWN_FILE, markdown_tables(experiment, rows))
+    return root / MARKDOWN_FILE
+
+
+def _markdown_line(cells: list[str]) -> str:
+    """A line of a table."""
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _provenance(experiment: Experiment, rows: Rows) -> str:
+    """Where the numbers come from."""
+    finals = final_rows(rows)
+    dates = sorted({str(row["created_at"])[:10] for row in finals})
+    machines = sorted({str(row["system_info"].get("processor") or row["system_info"].get("machine")) for row in finals})
+    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    command = f"`{experiment.command}`, " if experiment.command else ""
+    commits = dict.fromkeys(str(row["package_info"].get("snella-commit-hash") or "")[:8] for row in finals)
+    code = ", ".join(commit for commit in commits if commit)
+    return f"{command}{', '.join(machines)}, {when}{f', snella {code}' if code else ''}."
+
 
 FILE = "comparison.html"
 _NARROW = 310  # pixels that a phone's screen leaves for a figure

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from snella.comparison.experiment import Experiment
-from snella.comparison.page import write_page
+from snella.comparison.report import write_page
 from snella.comparison.summary import outcome_text, summarise
 
 

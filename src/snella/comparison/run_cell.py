@@ -1,0 +1,378 @@
+"""Training one cell, once, whoever asks for it."""
+
+import json
+import os
+import shutil
+import time
+import traceback
+import warnings
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import psutil
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
+from torch.utils.data import ConcatDataset, DataLoader
+
+from snella._files import write_json
+from snella.comparison.cells import Cell, head_of_row, package_info, results_of, system_info, trial_result
+from snella.comparison.experiment import Experiment
+from snella.comparison.store import CELL_FILE, LOCKS, append_row, cell_lock, read_row, remove_lock
+from snella.data import ImageDataset, build_transform, load_data
+from snella.data.splits import stratified_sample
+from snella.methods import build_method, merge_trained, spec_of
+from snella.methods.model_parts import is_inside
+from snella.runs import RunFolder, TrainingInterrupted, load_run
+from snella.runs.build import make_backbone
+from snella.runs.evaluate import evaluate
+from snella.runs.train import train
+
+
+def count_changed_weights(run: Path) -> int | None:
+    """Fold what a run has trained into its backbone and count the values that are other than before, the head aside.
+
+    Args:
+        run: Folder of a finished run.
+
+    Returns:
+        None for a method that cannot be folded: it adds to the backbone and leaves its weights alone.
+    """
+    loaded = load_run(run, device="cpu")
+    head = spec_of(loaded.model).head
+    try:
+        merged = merge_trained(loaded.model)
+    except ValueError:
+        return None
+    return count_differences(merged, make_backbone(loaded.info["backbone"], loaded.task.name), head)
+
+
+def count_differences(model: nn.Module, other: nn.Module, head: str) -> int:
+    """How many values of the parameters of two models of one architecture differ.
+
+    Args:
+        model: One.
+        other: The other.
+        head: Name of the module that is left out.
+    """
+    values = dict(other.named_parameters())
+    return sum(
+        int((parameter != values[name]).sum())
+        for name, parameter in model.named_parameters()
+        if not is_inside(name, head)
+    )
+
+
+_FOLDS = 5
+
+
+def measure_forgetting(run: Path, data: str, images: int, cache: Path, batch_size: int = 32) -> dict[str, Any]:
+    """Compare a run's features with those of its backbone.
+
+    Args:
+        run: Folder of a finished run.
+        data: Other data than the run's.
+        images: Use at most so many of its images.
+        cache: Folder where the accuracy of frozen features is kept, which all runs of a backbone share.
+        batch_size: Images at a time.
+
+    Returns:
+        `forgetting` (a share of 1; negative where the adapted features see more), `forgetting_data`,
+        `probe_accuracy_frozen` and `probe_accuracy_adapted`.
+    """
+    loaded = load_run(run)
+    items, labels = probe_images(data, images)
+    transform = build_transform(loaded.info["data_config"], train=False, augment="none")
+    items = [part.with_transform(transform) for part in items]
+    adapted = probe_accuracy(head_inputs(loaded.model, items, batch_size), labels)
+    backbone = loaded.info["backbone"]
+    name = "_".join(str(part) for part in (backbone["name"], backbone["img_size"], data, images))
+    seed = "" if backbone["pretrained"] else f"_{backbone['seed']}"
+    path = cache / ("".join(c if c.isalnum() or c in "._-" else "-" for c in name + seed) + ".json")
+    if path.is_file():
+        frozen = float(json.loads(path.read_text())["accuracy"])
+    else:
+        model = build_method("linear", make_backbone(backbone)).to(loaded.device)
+        frozen = probe_accuracy(head_inputs(model, items, batch_size), labels)
+        cache.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"data": data, "images": len(labels), "backbone": backbone, "accuracy": frozen})
+    return {
+        "forgetting": frozen - adapted,
+        "forgetting_data": data,
+        "probe_accuracy_frozen": frozen,
+        "probe_accuracy_adapted": adapted,
+    }
+
+
+@torch.no_grad()
+def head_inputs(model: nn.Module, parts: list[ImageDataset], batch_size: int) -> NDArray[np.float32]:
+    """What enters the head of a model from `build_method`, `[images, width]`.
+
+    Args:
+        model: Put into evaluation mode.
+        parts: Images with their transform.
+        batch_size: Images at a time.
+    """
+    name = spec_of(model).head
+    heads = [module for own, module in model.named_modules() if own == name or own.endswith(f".model.{name}")]
+    seen: list[Tensor] = []
+    handle = heads[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].flatten(1).float().cpu()))
+    device = next(model.parameters()).device
+    model.eval()
+    try:
+        for images, _ in DataLoader(ConcatDataset(parts), batch_size):
+            model(images.to(device))
+    finally:
+        handle.remove()
+    return torch.cat(seen).numpy()
+
+
+def probe_accuracy(features: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
+    """Accuracy of a logistic regression in stratified cross-validation.
+
+    Args:
+        features: `[images, width]`.
+        labels: `[images]`; every class twice at least.
+    """
+    folds = min(_FOLDS, int(np.bincount(labels)[np.unique(labels)].min()))
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the last digits of the fit change no prediction
+        split = StratifiedKFold(folds, shuffle=True, random_state=0)
+        predicted = cross_val_predict(probe, features, labels, cv=split)
+    return float((predicted == labels).mean())
+
+
+def probe_images(data: str, images: int) -> tuple[list[ImageDataset], NDArray[np.int64]]:
+    """Training and validation images of a data set, a stratified choice of at most `images`, and their labels.
+
+    Raises:
+        ValueError: Cross-validation cannot be done, since a class has one image alone.
+    """
+    splits = load_data(data, seed=0)
+    parts = [splits.train] if splits.val is None else [splits.train, splits.val]
+    labels = [label for part in parts for label in part.labels]
+    if len(labels) > images:
+        chosen = stratified_sample(labels, images, seed=0, classes=splits.classes, argument="forgetting_images")
+        first = len(splits.train)
+        inside = [[i for i in chosen if i < first], [i - first for i in chosen if i >= first]]
+        parts = [part.subset(own) for part, own in zip(parts, inside, strict=False) if own]
+    found = np.array([label for part in parts for label in part.labels])
+    counts = np.bincount(found, minlength=len(splits.classes))
+    few = [name for name, count in zip(splits.classes, counts, strict=True) if count == 1]
+    if few:
+        raise ValueError(
+            f"forgetting on {data!r} needs two images of every class, got one of {', '.join(few)}; "
+            f"raise forgetting_images ({images}) or name other data"
+        )
+    return parts, found
+
+
+MEMORY = ("peak_rss_mib", "training_mib")
+
+
+def finish_trial(root: Path, experiment: Experiment, cell: Cell, folder: Path) -> dict[str, Any] | None:
+    """Make a final cell's run from the trial that it would repeat, and measure its test images.
+
+    Args:
+        root: Folder of the comparison.
+        experiment: What the cell belongs to.
+        cell: The final cell.
+        folder: Where its run shall lie; must not exist.
+
+    Returns:
+        The trial's row; None where there is no such trial, where its adapter is gone, or where it was trained with
+        other settings, by other versions or on another machine.
+    """
+    trial = replace(cell, is_final=False, search=None)
+    if not cell.is_final or cell.config(experiment, "-") != trial.config(experiment, "-"):
+        return None  # under the final protocol it also learns from the images that chose the rates
+    run = RunFolder(trial.folder(root))
+    row = read_row(run.path)
+    if row is None or row["status"] != "success" or not run.adapter.is_dir():
+        return None
+    trained = (row["train_config"], row["package_info"], row["system_info"])
+    if trained != (trial.config(experiment, trial.name).stored(), package_info(), system_info()):
+        return None
+    shutil.copytree(run.path, folder, ignore=shutil.ignore_patterns(CELL_FILE))
+    own = RunFolder(folder)
+    config = replace(own.read_config(), out=str(folder))
+    own.write_config(config)
+    scores = evaluate(folder, split="test", batch_size=config.images_per_step, device=config.device)
+    metrics = own.read_json("metrics.json")
+    own.write_json("metrics.json", {**metrics, "test": {k: v for k, v in scores.items() if k in metrics["val"]}})
+    return row
+
+
+def drop_adapters(root: Path, experiment: Experiment, cell: Cell) -> None:
+    """Remove the adapters that no final cell can want any more: all but the best trial's, none once it is done.
+
+    Args:
+        root: Folder of the comparison.
+        experiment: What the cell belongs to.
+        cell: The one that was just finished; its method's trials of its seed are looked at.
+    """
+    place = replace(cell, is_final=False).folder(root).parent
+    rows = {path.parent: read_row(path.parent) for path in place.glob(f"*_seed-{cell.seed}/{CELL_FILE}")}
+    ranks = {folder: trial_result(row).rank for folder, row in rows.items() if row is not None}
+    is_wanted = not cell.is_final and cell.seed < experiment.seeds
+    for folder, rank in ranks.items():
+        if not is_wanted or rank < max(ranks.values()):
+            shutil.rmtree(RunFolder(folder).adapter, ignore_errors=True)
+
+
+LOGS = "logs"
+_ERROR_LENGTH = 400
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt at a cell ended.
+
+    Args:
+        state: trained (here), found (its row was there already), or taken (another process is at it).
+        row: Its row, where it has one.
+    """
+
+    state: Literal["trained", "found", "taken"]
+    row: dict[str, Any] | None = None
+
+
+def run_cell(root: Path, experiment: Experiment, cell: Cell, is_own_process: bool = False) -> Outcome:
+    """Train a cell and store its row, unless that is done already or being done.
+
+    What an interrupted attempt left is removed first. A training that fails becomes a row with its error.
+
+    Args:
+        root: Folder of the comparison.
+        experiment: What the cell belongs to.
+        cell: Which.
+        is_own_process: Whether this process has done nothing else, so that its peak memory is the cell's.
+
+    Raises:
+        TrainingInterrupted: Ctrl-C; the cell is free for the next attempt.
+        OSError: The row could not be written.
+    """
+    folder = cell.folder(root)
+    row = read_row(folder)
+    if row is not None:
+        return Outcome("found", row)
+    with cell_lock(root / LOCKS, cell.name) as is_acquired:
+        row = read_row(folder)
+        if row is not None:
+            return Outcome("found", row)
+        if not is_acquired:
+            return Outcome("taken")
+        row = append_row(root, folder, _row(root, experiment, cell, folder, is_own_process))
+        drop_adapters(root, experiment, cell)
+    remove_lock(root / LOCKS, cell.name)
+    return Outcome("trained", row)
+
+
+def record_death(root: Path, experiment: Experiment, cell: Cell, error: str) -> dict[str, Any] | None:
+    """Store the row of a cell whose process ended without one; None where another process has taken it over."""
+    folder = cell.folder(root)
+    with cell_lock(root / LOCKS, cell.name) as is_acquired:
+        row = read_row(folder)
+        if row is None and not is_acquired:
+            return None
+        if row is None:
+            row = append_row(root, folder, _failed(head_of_row(cell, experiment, _now()), error, 0.0))
+    remove_lock(root / LOCKS, cell.name)
+    return row
+
+
+def _row(root: Path, experiment: Experiment, cell: Cell, folder: Path, is_own_process: bool) -> dict[str, Any]:
+    """Train and measure; the row of the results, or of the failure."""
+    start, before_mib = time.monotonic(), psutil.Process().memory_info().rss / 2**20
+    created_at = _now()
+    log = root / LOGS / (cell.name.replace("/", "!") + ".txt")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    if folder.exists():
+        shutil.rmtree(folder)
+    head = head_of_row(cell, experiment, created_at)
+    with log.open("w", encoding="utf-8") as file:
+        try:
+            trial = finish_trial(root, experiment, cell, folder)
+            if trial is None:
+                train(
+                    cell.config(experiment, folder),
+                    Console(file=file, width=200),
+                    measure_test=cell.is_final,
+                    keep_checkpoints=False,
+                    draw_report=False,
+                )
+            run = RunFolder(folder)
+            results = results_of(run)
+            if cell.is_final and results["test_accuracy"] is None:
+                raise ValueError(f"data {cell.data.data!r} must have a test part for the table, got none")
+            if trial is not None:
+                memory = {key: trial[key] for key in MEMORY}
+            else:
+                memory = _memory(run, before_mib) if is_own_process else dict.fromkeys(MEMORY)
+            changed = count_changed_weights(run.path) if cell.is_final else None
+            probe = _forgetting(root, experiment, cell, run)
+            shutil.rmtree(run.checkpoints, ignore_errors=True)
+        except (KeyboardInterrupt, TrainingInterrupted):
+            raise
+        except Exception as fault:
+            traceback.print_exc(file=file)
+            return _failed(head, f"{type(fault).__name__}: {_first_lines(fault)}", time.monotonic() - start)
+    total = round(time.monotonic() - start + (0.0 if trial is None else trial["total_time"]), 3)
+    origin = {"trained_as": None if trial is None else trial["cell"]}
+    return {
+        **head,
+        "status": "success",
+        "error": None,
+        "total_time": total,
+        **origin,
+        **results,
+        "changed_weights": changed,
+        **memory,
+        **probe,
+    }
+
+
+def _memory(run: RunFolder, before_mib: float) -> dict[str, float]:
+    """Peak resident memory of the process, and what of it came after the libraries were loaded."""
+    peak = run.read_json("metrics.json")["peak_rss_mib"]
+    return {"peak_rss_mib": peak, "training_mib": round(peak - before_mib, 1)}
+
+
+def _forgetting(root: Path, experiment: Experiment, cell: Cell, run: RunFolder) -> dict[str, Any]:
+    """The columns of forgetting, for final cells."""
+    data = experiment.probe_data(cell.data) if cell.is_final else None
+    if data is None:
+        return {"forgetting": None, "forgetting_data": None}
+    return measure_forgetting(run.path, data, experiment.forgetting_images, root / "frozen")
+
+
+def _failed(head: dict[str, Any], error: str, elapsed_s: float) -> dict[str, Any]:
+    """The row of a training that failed."""
+    return {**head, "status": "failed", "error": error, "total_time": round(elapsed_s, 3)}
+
+
+def _first_lines(fault: Exception) -> str:
+    """An error's message, cut where libraries write pages; the log has all of it."""
+    text = " ".join(str(fault).split())
+    return text if len(text) <= _ERROR_LENGTH else text[:_ERROR_LENGTH] + " …"
+
+
+def _now() -> str:
+    """The time of day, in UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def set_threads(threads: int) -> None:
+    """Let this process compute with so many threads."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)
