@@ -29,7 +29,8 @@ KILLED = """
 import os, signal, sys
 import yaml, torch
 torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
-from snella.runs import TrainConfig, train
+from snella.runs import TrainConfig
+from snella.runs.train import train
 from snella.runs import checkpoints, trainer
 where, step, path = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 def die(): os.kill(os.getpid(), signal.SIGKILL)
