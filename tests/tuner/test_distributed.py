@@ -1,7 +1,8 @@
-"""Two real processes agree on every budget."""
+"""Two real processes agree on every budget, however they share the model."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -9,13 +10,31 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from peft import get_peft_model
+
+from snella import BudgetAllocator, SnellaConfig
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+SIZES = {"0": 120, "2.attn.in_proj.q": 144, "2.attn.in_proj.k": 144, "2.attn.in_proj.v": 144}
+SIZES |= {"2.attn.out_proj": 144, "2.fc": 144}
+IMPLS = ["eager", *(["numba"] if importlib.util.find_spec("numba") else [])]
+CASES = [f"{kind}-{impl}" for kind in ("ddp", "fsdp1", "fsdp2") for impl in IMPLS]
+REFUSED = {
+    "fsdp1-eager-delta_magnitude": "NotImplementedError: importance='delta_magnitude'",
+    "fsdp2-eager-delta_magnitude": "NotImplementedError: importance='delta_magnitude'",
+    "pieces": "NotImplementedError: BudgetAllocator needs factors of 3 numbers in one copy over all 2 processes, got 6",
+}
 
 
-def test_every_rank_has_the_same_budgets_and_weights(tmp_path):
-    worker = Path(__file__).with_name("ddp_worker.py")
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """What both processes print of every case."""
+    worker = Path(__file__).with_name("distributed_worker.py")
+    meeting_point = tmp_path_factory.mktemp("ranks") / "meeting"
     processes = [
         subprocess.Popen(
-            [sys.executable, str(worker), str(rank), "2", str(tmp_path / "meeting")],
+            [sys.executable, str(worker), str(rank), "2", str(meeting_point), *CASES, *REFUSED],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -25,15 +44,54 @@ def test_every_rank_has_the_same_budgets_and_weights(tmp_path):
         for rank in range(2)
     ]
     try:
-        outputs = [process.communicate(timeout=120) for process in processes]
+        outputs = [process.communicate(timeout=200) for process in processes]
     except subprocess.TimeoutExpired:
         for process in processes:
             process.kill()
         pytest.fail(f"the ranks never met or never ended: {[process.communicate() for process in processes]}")
     assert [process.returncode for process in processes] == [0, 0], outputs
-    first, second = (json.loads(out.splitlines()[-1]) for out, _ in outputs)
+    return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_rank_has_the_same_budgets_and_weights(runs, case):
+    first, second = (run[case] for run in runs)
     assert first == second
+    assert "error" not in first, first
     assert len(first["history"]) == 5
-    assert list(first["history"][-1]["budgets"]) == ["0", "2"]
+    assert list(first["history"][-1]["budgets"]) == list(SIZES)
     assert first["history"][-1]["budgets"] == first["nonzeros"]
-    assert sum(first["nonzeros"].values()) == 216 - round(0.7 * 216)
+    assert sum(first["nonzeros"].values()) == sum(SIZES.values()) - round(0.7 * sum(SIZES.values()))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("ddp-eager")])
+def test_a_sharded_training_is_that_of_ddp(runs, case):
+    expected, found = runs[0]["ddp-eager"], runs[0][case]
+    assert "error" not in found, found
+    for mine, theirs in zip(found["history"], expected["history"], strict=True):
+        assert mine["importance"] == pytest.approx(theirs["importance"], rel=1e-2, abs=1e-12)
+        # an importance that is rounded otherwise may move an entry from one matrix to another
+        assert mine["budgets"] == pytest.approx(theirs["budgets"], abs=2)
+    assert found["digest"] == pytest.approx(expected["digest"], rel=1e-3)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_evaluation_in_parallel_is_that_of_one_device(runs, case):
+    assert runs[0][case]["evaluation_error"] < 1e-5
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_sharded_is_refused_with_what_works(runs, case):
+    assert runs[0][case]["error"].startswith(REFUSED[case])
+    assert "DDP" in runs[0][case]["error"]
+
+
+def test_an_optimizer_of_deepspeed_is_refused_by_its_name():
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), SnellaConfig(r=2, target_modules=["0"]))
+    allocator = BudgetAllocator(model, total_epochs=1, steps_per_epoch=1)
+    kind = type("DeepSpeedZeroOptimizer", (), {"__module__": "deepspeed.runtime.zero.stage_1_and_2"})
+    wrapper = type("Wrapper", (torch.optim.SGD,), {})(model.parameters(), lr=0.1)  # as Accelerate wraps it
+    wrapper.optimizer = kind()
+    for optimizer in (kind(), wrapper):
+        with pytest.raises(NotImplementedError, match=r"DeepSpeedZeroOptimizer.*DDP or FSDP"):
+            allocator.attach(optimizer)

@@ -153,16 +153,19 @@ class BudgetAllocator:
         Raises:
             RuntimeError: It is attached already.
             ValueError: The optimiser has none of the adapter's factors, so that its steps say nothing about them.
+            NotImplementedError: It is DeepSpeed's, which keeps the gradients to itself.
         """
         if self._handles:
             raise RuntimeError("the allocator is attached to an optimiser already; call detach() first")
+        _refuse_deepspeed(optimizer)
         while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
             optimizer = inner
         optimised = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if not any(id(matrix.layer.snella_A[self.adapter_name]) in optimised for matrix in self.matrices):
             raise ValueError(
                 f"{type(optimizer).__name__} holds none of the factors of adapter {self.adapter_name!r}; attach to the "
-                "optimiser that trains them, made after the adapter, e.g. with create_snella_optimizer(model, lr=…)"
+                "optimiser that trains them, made after the adapter, e.g. with create_snella_optimizer(model, lr=…); "
+                "FSDP1 keeps them with use_orig_params=True"
             )
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -313,6 +316,18 @@ class BudgetAllocator:
         state = optimizer.param_groups[0].pop(_STATE_KEY, None)
         if state is not None:
             self.load_state_dict(state)
+
+
+def _refuse_deepspeed(optimizer: Any) -> None:
+    """Refuse an optimiser of DeepSpeed, wrapped by Accelerate or not: no gradient is where autograd would leave it."""
+    inner = optimizer
+    while inner is not None:
+        if any(cls.__module__.partition(".")[0] == "deepspeed" for cls in type(inner).__mro__):
+            raise NotImplementedError(
+                f"BudgetAllocator cannot follow DeepSpeed's {type(inner).__name__}, which takes the gradients of the "
+                "factors away; train with DDP or FSDP, or without an allocator (target_sparsity = init_sparsity)"
+            )
+        inner = getattr(inner, "optimizer", None)
 
 
 def _gradient_scale(optimizer: Optimizer) -> float:

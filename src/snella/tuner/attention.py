@@ -104,6 +104,9 @@ class AdaptedAttention(nn.Module):
             return self._attend(query, key, value, **masks, **weights)
         if not updated:
             return self.base_layer(query, key, value, **masks, **weights)
+        if any(not projection.is_weight_registered() for projection in updated):
+            # `functional_call` replaces parameters only, and FSDP1 keeps plain tensors in their place during a pass
+            return self._attend(query, key, value, **masks, **weights)
         effective = {projection.parameter_name: projection.effective_weight() for projection in updated}
         return functional_call(self.base_layer, effective, (query, key, value), masks | weights)
 
@@ -213,6 +216,10 @@ class Projection(SnellaLayer):
     def needs_its_own_product(self) -> bool:
         """Whether the weight cannot simply be replaced: in training, and where gradients are asked for."""
         return self.training or self._needs_gradients(self._names_in_use())
+
+    def is_weight_registered(self) -> bool:
+        """Whether the weight is among the attention's parameters at this moment."""
+        return isinstance(cast(ProjectionWeight, self.base_layer).weight, nn.Parameter)
 
     def effective_weight(self) -> Tensor:
         """Weight and updates in one matrix, computed once while nothing changes."""

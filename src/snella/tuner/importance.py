@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from snella.tuner.matrices import AdaptedMatrix
 
@@ -97,22 +98,31 @@ class ImportanceTracker:
     def _read_factors(self) -> dict[str, _Read]:
         """Factors and their gradients, by matrix and letter."""
         read = {}
+        values, gradients = _whole_factors(self.matrices)
         for matrix in self.matrices:
-            layer, name = matrix.layer, matrix.adapter_name
-            gradients = layer.snella_A[name].grad, layer.snella_B[name].grad
+            factors, (of_A, of_B) = matrix.parts(*values[id(matrix.layer)]), gradients[id(matrix.layer)]
             if self.metric == "magnitude":
                 parts: tuple[Tensor | None, ...] = (None, None)
-            elif gradients[0] is None or gradients[1] is None:
+            elif of_A is None or of_B is None:
                 self.without_gradient.append(matrix.name)
-                parts = tuple(map(torch.zeros_like, matrix.factors))
+                parts = tuple(map(torch.zeros_like, factors))
             else:
-                parts = matrix.parts(gradients[0], gradients[1])
-            for letter, factor, gradient in zip("AB", matrix.factors, parts, strict=True):
+                parts = matrix.parts(of_A, of_B)
+            for letter, factor, gradient in zip("AB", factors, parts, strict=True):
                 read[f"{matrix.name}/{letter}"] = _Read(factor.detach(), gradient)
         return read
 
     def _read_updates(self) -> dict[str, _Read]:
-        """The mean magnitude of every sparse update; a fused layer is merged once for all of its matrices."""
+        """The mean magnitude of every sparse update; a fused layer is merged once for all of its matrices.
+
+        Raises:
+            NotImplementedError: The factors are sharded, so that no update can be merged between two passes.
+        """
+        if any(_is_sharded(factor) for factor in _factors_of(self.matrices[0])):
+            raise NotImplementedError(
+                "importance='delta_magnitude' merges the updates between two passes, when FSDP keeps parts of the "
+                "factors only; set importance='sensitivity', or train with DDP"
+            )
         merged: dict[int, list[Tensor]] = {}
         read = {}
         for matrix in self.matrices:
@@ -179,3 +189,79 @@ class ImportanceTracker:
             {key: value.clone().to(known[key.rpartition("/")[0]].factors[0].device) for key, value in part.items()}
             for part in (state["averages"], state["uncertainties"])
         )
+
+
+def _factors_of(matrix: AdaptedMatrix) -> tuple[Tensor, Tensor]:
+    """Both factors of a matrix's layer, as the optimizer sees them."""
+    return matrix.layer.snella_A[matrix.adapter_name], matrix.layer.snella_B[matrix.adapter_name]
+
+
+def _is_sharded(factor: Tensor) -> bool:
+    """Whether this process holds a part of a factor: a `DTensor`, or a flat piece as FSDP1 leaves it."""
+    return isinstance(factor, DTensor) or factor.dim() == 1
+
+
+def _whole_factors(
+    matrices: Sequence[AdaptedMatrix],
+) -> tuple[dict[int, list[Tensor]], dict[int, list[Tensor | None]]]:
+    """`A` and `B` of every layer, by its id, and their gradients; gathered from all processes if they are sharded."""
+    values: dict[int, list[Tensor]] = {}
+    gradients: dict[int, list[Tensor | None]] = {}
+    pieces: list[tuple[int, int, torch.Size]] = []
+    for matrix in matrices:
+        layer = matrix.layer
+        if id(layer) in values:
+            continue
+        factors, rows = _factors_of(matrix), layer.row_counts[matrix.adapter_name]
+        values[id(layer)] = [factor.detach() for factor in factors]
+        gradients[id(layer)] = [factor.grad for factor in factors]
+        rank = layer.snella_config[matrix.adapter_name].rank_of(layer.module_name)
+        shapes = torch.Size((len(rows), layer.in_features, rank)), torch.Size((layer.out_features, rank))
+        for k, (factor, shape) in enumerate(zip(factors, shapes, strict=True)):
+            if isinstance(factor, DTensor):
+                values[id(layer)][k] = factor.full_tensor().detach()
+                gradients[id(layer)][k] = factor.grad.full_tensor() if isinstance(factor.grad, DTensor) else None
+            elif _is_sharded(factor):
+                pieces.append((id(layer), k, shape))
+    if pieces:
+        local = [(values[key][k], gradients[key][k], shape) for key, k, shape in pieces]
+        for (key, k, _), (value, gradient) in zip(pieces, _gather_pieces(local), strict=True):
+            values[key][k], gradients[key][k] = value, gradient
+    return values, gradients
+
+
+def _gather_pieces(
+    pieces: Sequence[tuple[Tensor, Tensor | None, torch.Size]],
+) -> list[tuple[Tensor, Tensor | None]]:
+    """Tensors that FSDP1 cut into flat pieces in the order of the processes, and their gradients, whole again.
+
+    Raises:
+        NotImplementedError: The pieces of all processes are not one tensor, as with `HYBRID_SHARD`.
+    """
+    distributed = torch.distributed
+    world, device = distributed.get_world_size(), pieces[0][0].device
+    sizes = torch.tensor([value.numel() for value, _, _ in pieces], device=device)
+    by_process = [torch.empty_like(sizes) for _ in range(world)]
+    distributed.all_gather(by_process, sizes)
+    stacked, numbers = torch.stack(by_process).cpu(), [shape.numel() for _, _, shape in pieces]
+    if stacked.sum(0).tolist() != numbers:
+        raise NotImplementedError(
+            f"BudgetAllocator needs factors of {sum(numbers)} numbers in one copy over all {world} processes, got "
+            f"{int(stacked.sum())}; use FSDP1's sharding_strategy FULL_SHARD or SHARD_GRAD_OP, FSDP2 or DDP"
+        )
+    starts = stacked[: distributed.get_rank()].sum(0).tolist()
+    # each process writes its own pieces among zeros, so that a sum is a concatenation
+    whole = torch.zeros(2, sum(numbers), device=device)
+    has_gradient = torch.zeros(len(pieces), device=device)
+    parts = [part.split(numbers) for part in whole]
+    for k, ((value, gradient, _), start) in enumerate(zip(pieces, starts, strict=True)):
+        parts[0][k][start : start + value.numel()] = value
+        if gradient is not None:
+            parts[1][k][start : start + value.numel()] = gradient
+            has_gradient[k] = 1
+    distributed.all_reduce(whole)
+    distributed.all_reduce(has_gradient)
+    return [
+        (parts[0][k].view(shape), parts[1][k].view(shape) if present else None)
+        for k, ((_, _, shape), present) in enumerate(zip(pieces, has_gradient.tolist(), strict=True))
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
@@ -193,7 +194,7 @@ def sddmm_weight_grad(matrix: _Matrix, budget: int, grad_y: Tensor, x: Tensor, o
     counts, sums = np.empty(blocks, np.int64), np.zeros((blocks, capacity), np.float32)
     _run(backward.list_entries, blocks, shape, width, *packed, matrix.threshold, rows, columns, counts)
     for tokens in range(0, x.shape[0], _TOKENS):
-        parts = (part[tokens : tokens + _TOKENS].T.float().contiguous().numpy() for part in (grad_y, x))
+        parts = (_array(part[tokens : tokens + _TOKENS].T) for part in (grad_y, x))
         _run(backward.sddmm_accumulate, blocks, shape, *parts, rows, columns, counts, sums)
     _run(backward.sddmm_scatter, blocks, shape, rows, columns, counts, sums, out.numpy())
 
@@ -215,7 +216,7 @@ def _grad_matrix(
         per_chunk,
         width,
         *packed,
-        grad.to(torch.float32).contiguous().numpy(),
+        _array(grad),
         matrix.threshold,
         np.float32(spec.scaling),
         _MODES[spec.mode],
@@ -288,14 +289,34 @@ def select_threshold(value: np.ndarray, budget: int, bins: np.ndarray | None = N
     return candidates[rank]
 
 
+class _Memory:
+    """What a tensor holds, for `np.asarray`. `Tensor.numpy` would forbid to resize its storage, as FSDP does."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor  # kept while the array lives
+        item = tensor.element_size()
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (tensor.data_ptr(), False),
+            "shape": tuple(tensor.shape),
+            "strides": tuple(stride * item for stride in tensor.stride()),
+            "typestr": f"{'<' if sys.byteorder == 'little' else '>'}{'f' if tensor.is_floating_point() else 'i'}{item}",
+        }
+
+
+def _as_array(tensor: Tensor) -> np.ndarray:
+    """An array over the memory of a dense tensor."""
+    return np.asarray(_Memory(tensor)) if tensor.numel() else tensor.detach().numpy()
+
+
 def _array(tensor: Tensor) -> np.ndarray:
-    """A contiguous numpy array of a detached tensor."""
-    return tensor.detach().to(torch.float32).contiguous().numpy()
+    """A contiguous float32 array of a tensor, over its memory where it is such a tensor."""
+    return _as_array(tensor.detach().to(torch.float32).contiguous())
 
 
 def as_bits(tensor: Tensor) -> np.ndarray:
     """A float32 tensor as an array, a bfloat16 one as its bit patterns; shares memory."""
-    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return _as_array(tensor.detach().view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor.detach())
 
 
 def _blocks(shape: tuple[int, ...]) -> tuple[int, int]:
