@@ -30,7 +30,7 @@ class RowSpeed:
     """Two lines through the rows of both batch sizes: what a batch shares is merging, the rest grows with its images.
 
     Args:
-        step: Forward pass, backward pass and optimiser.
+        step: Forward pass, backward pass and optimizer.
         forward: The forward pass alone.
         device: The machine, as its rows call it.
         when: Commits and dates of the rows.

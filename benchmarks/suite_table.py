@@ -14,7 +14,7 @@ from snella.comparison.experiment_files import read_experiment
 from snella.comparison.figures import forest, learning_rate_curves, pareto
 from snella.comparison.report import markdown_tables
 from snella.comparison.store import read_lines
-from snella.comparison.summary import MethodSummary, Summary, cost_texts, difference_text, spread_text, summarise
+from snella.comparison.summary import MethodSummary, Summary, cost_texts, difference_text, spread_text, summarize
 from snella.report.style import save_figure
 
 ROOT = Path(__file__).parents[1]
@@ -62,7 +62,7 @@ def overview(experiment: Experiment, rows: list[dict[str, Any]]) -> str:
     finished = _finished(experiment, rows)
     if finished is None:
         return "No method has been on every task with every seed yet."
-    summary = summarise(finished, rows)
+    summary = summarize(finished, rows)
     lines = [
         f"| method | mean over {len(summary.tasks)} tasks | minus {summary.reference} | trainable | adapter |",
         "|---|---:|---:|---:|---:|",
@@ -92,7 +92,7 @@ def draw_suite(folder: Path = PICTURES) -> list[Path]:
     finished = _finished(experiment, rows)
     if finished is None:
         return []
-    summary = summarise(finished, rows)
+    summary = summarize(finished, rows)
     folder.mkdir(parents=True, exist_ok=True)
     figures = {
         "differences": forest(summary, False),
@@ -106,7 +106,7 @@ def draw_suite(folder: Path = PICTURES) -> list[Path]:
 
 def _finished(experiment: Experiment, rows: list[dict[str, Any]]) -> Experiment | None:
     """The experiment with the methods alone that have been on every task with every seed; None without any."""
-    summary: Summary = summarise(experiment, rows)
+    summary: Summary = summarize(experiment, rows)
     wanted = [entry.name for entry in experiment.data]
     names = {
         method.name

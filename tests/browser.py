@@ -10,18 +10,18 @@ import time
 # texts of a figure that leave it, or that lie on each other (turned ones count by their own box)
 FAULTY_TEXTS = """
 [...document.querySelectorAll('svg.figure')].flatMap(svg => {
-  const frame = svg.getBoundingClientRect(), faults = []
+  const frame = svg.getBoundingClientRect(), errors = []
   const texts = [...svg.querySelectorAll('text')].map(t => [t.textContent, t.getBoundingClientRect()])
   texts.forEach(([text, box], i) => {
     if (Math.min(box.left - frame.left, frame.right - box.right, box.top - frame.top, frame.bottom - box.bottom) < -1)
-      faults.push(svg.getAttribute('aria-label') + ': cut: ' + text)
+      errors.push(svg.getAttribute('aria-label') + ': cut: ' + text)
     texts.slice(i + 1).forEach(([other, b]) => {
       const wide = Math.min(box.right, b.right) - Math.max(box.left, b.left)
       const high = Math.min(box.bottom, b.bottom) - Math.max(box.top, b.top)
-      if (wide > 1 && high > 3) faults.push(svg.getAttribute('aria-label') + ': overlap: ' + text + ' / ' + other)
+      if (wide > 1 && high > 3) errors.push(svg.getAttribute('aria-label') + ': overlap: ' + text + ' / ' + other)
     })
   })
-  return faults
+  return errors
 })"""
 SMALLEST_TEXT = """
 Math.min(...[...document.querySelectorAll('svg.figure')].filter(svg => svg.checkVisibility()).flatMap(svg => {

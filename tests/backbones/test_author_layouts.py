@@ -32,7 +32,7 @@ def images(size: int = SIZE) -> Tensor:
     return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
-def normalisation(model: nn.Module) -> tuple[tuple, tuple]:
+def normalization(model: nn.Module) -> tuple[tuple, tuple]:
     config = timm.data.resolve_model_data_config(model)
     return config["mean"], config["std"]
 
@@ -80,7 +80,7 @@ def mae_encoder(model: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["encoder", "with-decoder"])
-def test_maes_checkpoint_gives_the_same_features_and_imagenets_normalisation(full, tmp_path):
+def test_maes_checkpoint_gives_the_same_features_and_imagenets_normalization(full, tmp_path):
     model = with_positions("column", num_classes=0)
     state = mae_encoder(model)
     if full:
@@ -91,7 +91,7 @@ def test_maes_checkpoint_gives_the_same_features_and_imagenets_normalisation(ful
         "test_vit", num_classes=3, weights=str(tmp_path / "mae_pretrain_vit_tiny.pth"), img_size=64
     )
     assert same_features(loaded, model)
-    assert normalisation(loaded) == IMAGENET
+    assert normalization(loaded) == IMAGENET
     assert read_checkpoint(tmp_path / "mae_pretrain_vit_tiny.pth").origin.label == "MAE"
 
 
@@ -124,7 +124,7 @@ def test_maes_positions_are_resampled_for_another_image_size(tmp_path):
 # MoCo v3 ------------------------------------------------------------------------------------------------------------
 
 
-def test_moco_v3s_linear_checkpoint_gives_the_same_outputs_and_imagenets_normalisation(tmp_path):
+def test_moco_v3s_linear_checkpoint_gives_the_same_outputs_and_imagenets_normalization(tmp_path):
     model = with_positions("row", num_classes=7)
     content = {
         "epoch": 90,
@@ -137,7 +137,7 @@ def test_moco_v3s_linear_checkpoint_gives_the_same_outputs_and_imagenets_normali
     torch.save(content, path)
     loaded = create_backbone("test_vit", num_classes=7, weights=str(path), img_size=SIZE)
     assert torch.equal(loaded.eval()(images()), model(images()))
-    assert normalisation(loaded) == IMAGENET
+    assert normalization(loaded) == IMAGENET
     assert read_checkpoint(path).origin.label == "MoCo v3"
 
 
@@ -148,7 +148,7 @@ def test_the_head_of_other_classes_is_left_out_with_a_note(tmp_path, caplog):
     loaded = create_backbone("test_vit", num_classes=2, weights=str(tmp_path / "linear.pth.tar"), img_size=SIZE)
     assert same_features(loaded, model) and loaded.head.out_features == 2
     assert "head of 7 classes in" in caplog.text
-    assert "holds weights of MoCo v3: images are normalised with mean (0.485, 0.456, 0.406)" in caplog.text
+    assert "holds weights of MoCo v3: images are normalized with mean (0.485, 0.456, 0.406)" in caplog.text
 
 
 def test_moco_v3s_pretraining_checkpoint_gives_its_base_encoder(tmp_path, caplog):
@@ -213,7 +213,7 @@ def test_microsofts_swin_gives_the_same_features_and_size_when_the_file_alone_is
     loaded = create_backbone(str(tmp_path / "swin_tiny_22k.pth"), num_classes=6)
     assert torch.equal(loaded.eval()(images()), model(images()))
     assert timm.data.resolve_model_data_config(loaded)["input_size"] == (3, SIZE, SIZE)
-    assert normalisation(loaded) == IMAGENET
+    assert normalization(loaded) == IMAGENET
     other = create_backbone(str(tmp_path / "swin_tiny_22k.pth"), num_classes=3)
     assert same_features(other, model)
 
@@ -316,7 +316,7 @@ def test_facebooks_convnext_gives_the_same_features_when_the_file_alone_is_given
     torch.save({"model": state}, tmp_path / "convnext_tiny_22k_224.pth")
     loaded = create_backbone(str(tmp_path / "convnext_tiny_22k_224.pth"), num_classes=6)
     assert torch.equal(loaded.eval()(images()), model(images()))
-    assert normalisation(loaded) == IMAGENET
+    assert normalization(loaded) == IMAGENET
     other = create_backbone(str(tmp_path / "convnext_tiny_22k_224.pth"), num_classes=3, img_size=96)
     assert same_features(other, model, 96)
     assert timm.data.resolve_model_data_config(other)["input_size"] == (3, 96, 96)
@@ -406,9 +406,9 @@ def test_openais_clip_layout_gives_the_same_features(tmp_path):
     fresh = timm.create_model("vit_base_patch16_clip_224", **sizes)
     load_weights(fresh, read_checkpoint(tmp_path / "clip.pt"), name="vit_base_patch16_clip_224")
     assert same_features(fresh, model)
-    assert normalisation(fresh)[0] == OPENAI_CLIP_MEAN
+    assert normalization(fresh)[0] == OPENAI_CLIP_MEAN
 
 
-def test_googles_file_keeps_its_normalisation_under_another_name(tiny_vit, write_npz, tmp_path):
+def test_googles_file_keeps_its_normalization_under_another_name(tiny_vit, write_npz, tmp_path):
     write_npz(tiny_vit(), tmp_path / "vit.npz")
-    assert normalisation(create_backbone("test_vit", num_classes=4, weights=str(tmp_path / "vit.npz")))[0] == (0.5,) * 3
+    assert normalization(create_backbone("test_vit", num_classes=4, weights=str(tmp_path / "vit.npz")))[0] == (0.5,) * 3

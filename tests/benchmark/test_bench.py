@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from snella.benchmark import CONTENDERS, BenchConfig, bench, grid, measure_matrix, measure_sampling
-from snella.benchmark.bench import Runner, op_fault, quartiles, random_batch
+from snella.benchmark.bench import Runner, op_error, quartiles, random_batch
 from snella.benchmark.contenders import Setting
 from snella.benchmark.rows import append_rows, conditions, draw_figures, performance_section, read_rows, update_document
 from snella.cli.main import main
@@ -67,7 +67,7 @@ def test_rows_hold_medians_ratios_and_conditions(tmp_path):
 def test_a_contender_whose_op_is_wrong_is_not_timed(monkeypatch, capsys):
     original = numba_backend.select_threshold
     monkeypatch.setattr(numba_backend, "select_threshold", lambda *args: original(*args) * 1.5)
-    assert "differs by" in op_fault("numba")
+    assert "differs by" in op_error("numba")
     rows = bench(BenchConfig(["test_vit"], [2], ["lora", "snella"], r=[4], rounds=1), Console())
     assert [row["contender"] for row in rows] == ["lora"]
     assert "snella is not timed: y differs by" in capsys.readouterr().out
@@ -101,7 +101,7 @@ def test_one_matrix_is_timed_beside_its_product():
     assert 1 <= row["extra_over_matrix"] < 400
 
 
-def test_all_faults_of_a_configuration_are_told_together():
+def test_all_errors_of_a_configuration_are_told_together():
     with pytest.raises(ValueError, match=r"batch must be at least 1, got 0; r must be at least 1, got 0") as caught:
         BenchConfig(["vit_bse"], [0], ["lorra"], [0], [1.0], ["fp8"], rounds=0, figures="here")
     for text in (

@@ -8,11 +8,11 @@ import torch
 from rich.console import Console
 
 from snella.comparison.cells import Cell
-from snella.comparison.experiment import Experiment, published_faults
+from snella.comparison.experiment import Experiment, published_errors
 from snella.comparison.experiment_files import bundled_experiments, read_experiment
 from snella.comparison.report import PublishedRow, print_published, published_rows
 from snella.comparison.search import Candidate, Choice, next_trials
-from snella.comparison.summary import summarise
+from snella.comparison.summary import summarize
 from snella.data.fgvc import FGVC_DATASETS
 from snella.data.vtab import VTAB_TASKS
 from snella.methods import SelectionData, build_method
@@ -113,7 +113,7 @@ def test_a_search_under_the_official_protocol_is_refused(experiments):
 def test_published_numbers_of_another_form_are_refused(published, message, experiments):
     with pytest.raises(ValueError, match=message):
         changed(experiments["table1-vtab"], published=published)
-    assert published_faults({}, [], []) == []
+    assert published_errors({}, [], []) == []
 
 
 def row(method, task, accuracy):
@@ -125,7 +125,7 @@ def test_our_numbers_stand_beside_the_papers(experiments):
     values = {"lora-8": {"kitti": 78.5, "structured": 60.0, "mean over tasks": 72.3, "dmlab": 49.8}}
     experiment = changed(experiments["table1-vtab"], published={"source": "Table XIII", "values": values})
     rows = [row("lora-8", "kitti", 0.80), row("lora-8", "cifar", 0.60)]
-    summary = summarise(experiment, rows)
+    summary = summarize(experiment, rows)
     found = published_rows(experiment, summary)
     assert [(r.column, r.paper, r.ours and round(r.ours, 3)) for r in found] == [
         ("kitti", 78.5, 80.0),
@@ -142,7 +142,7 @@ def test_our_numbers_stand_beside_the_papers(experiments):
 def test_without_published_numbers_nothing_is_printed(experiments):
     experiment = changed(experiments["table4-vit-l"])
     output = io.StringIO()
-    print_published(Console(file=output), experiment, summarise(experiment, []))
+    print_published(Console(file=output), experiment, summarize(experiment, []))
     assert output.getvalue() == ""
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from snella.comparison.experiment import Experiment
 from snella.comparison.report import write_page
-from snella.comparison.summary import outcome_text, summarise
+from snella.comparison.summary import outcome_text, summarize
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def test_the_page_states_how_its_numbers_came_about(page):
 
 def test_the_outcome_is_said_in_a_sentence(large, page):
     outcome = re.search(r'id="outcome"><b>(.*?)</b>', page)[1]
-    assert outcome == outcome_text(summarise(*large))
+    assert outcome == outcome_text(summarize(*large))
     pattern = r"full has the highest test accuracy, \d+\.\d % in the mean over 6 tasks: \d+\.\d points above lora-8 "
     assert re.match(pattern + r"\(95% interval \+\d+\.\d to \+\d+\.\d\)\. Of the others, ", outcome)
     assert "linear" in outcome.partition("are clearly below lora-8")[0].rpartition(" and ")[2]
@@ -44,13 +44,13 @@ def test_an_outcome_that_is_not_certain_says_so(tiny, make_row):
         for method, *values in (("lora-2", 0.8, 0.7), ("bias", 0.9, 0.68))
         for seed, accuracy in enumerate(values)
     ]
-    assert outcome_text(summarise(experiment, rows)) == (
+    assert outcome_text(summarize(experiment, rows)) == (
         "bias has the highest test accuracy, 79.0 % in the mean over 1 task: 4.0 points above lora-2 (95% interval "
         "\u22122.0 to +10.0, so that it is not certain)."
     )
-    text = outcome_text(summarise(experiment, rows[:2]))
+    text = outcome_text(summarize(experiment, rows[:2]))
     assert text == "lora-2 has the highest test accuracy, 75.0 % in the mean over 1 task."
-    assert outcome_text(summarise(experiment, [])) == ""
+    assert outcome_text(summarize(experiment, [])) == ""
 
 
 def test_the_best_of_each_column_is_marked(page):

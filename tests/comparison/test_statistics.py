@@ -7,7 +7,7 @@ import pytest
 from snella.comparison.experiment import Experiment
 from snella.comparison.figures import forest, learning_rate_curves, lr_curve, pareto, pareto_front
 from snella.comparison.statistics import Difference, average, difference, mean_over_groups, mean_over_tasks, spread
-from snella.comparison.summary import cost_texts, difference_text, spread_text, summarise
+from snella.comparison.summary import cost_texts, difference_text, spread_text, summarize
 
 VALUES = {
     ("a", "t1"): [0.5, 0.7],
@@ -90,7 +90,7 @@ def test_the_frontier_is_what_nothing_beats_in_both():
 
 def test_the_summary_is_the_table(large):
     experiment, rows = large
-    summary = summarise(experiment, rows)
+    summary = summarize(experiment, rows)
     assert (summary.finals, summary.expected, len(summary.failed)) == (216, 216, 6)
     assert summary.has_groups and list(summary.groups) == ["natural", "specialised", "glyphs"]
     by_name = {line.name: line for line in summary.methods}
@@ -103,7 +103,7 @@ def test_the_summary_is_the_table(large):
 def test_rows_of_another_experiment_are_left_out(large, make_row):
     experiment, rows = large
     smaller = Experiment.from_dict({**experiment.as_dict(), "methods": ["linear", "lora-8"]})
-    assert summarise(smaller, rows).finals == 36
+    assert summarize(smaller, rows).finals == 36
 
 
 def test_curves_hold_the_trials_at_the_methods_own_weight_decay(large, make_row):
@@ -116,7 +116,7 @@ def test_curves_hold_the_trials_at_the_methods_own_weight_decay(large, make_row)
 
 def test_pictures_show_every_method(large):
     experiment, rows = large
-    summary = summarise(experiment, rows)
+    summary = summarize(experiment, rows)
     names = [method.name for method in summary.methods]
     for figure in (
         pareto(summary, "training_mib", "MiB", "memory", False),
@@ -129,15 +129,15 @@ def test_pictures_show_every_method(large):
 
 def test_what_was_not_measured_is_not_drawn(large):
     experiment, rows = large
-    summary = summarise(experiment, rows)
+    summary = summarize(experiment, rows)
     assert pareto(summary, "accelerator_memory_max", "B", "memory", False) is None
     assert learning_rate_curves(summary, [], summary.tasks, "mean") is None
-    assert forest(summarise(experiment, []), False) is None
+    assert forest(summarize(experiment, []), False) is None
 
 
 def test_numbers_read_as_people_write_them(large):
     experiment, rows = large
-    texts = cost_texts(summarise(experiment, rows).methods[0].costs)
+    texts = cost_texts(summarize(experiment, rows).methods[0].costs)
     assert texts["trainable"] == "4,000" and texts["step"] == "40.0 ms" and texts["changed"] == "0"
     assert difference_text(Difference(-0.0123, -0.02, 0.0001, 9, 3), 3) == "−1.2 [−2.0, 0.0]"
     assert difference_text(Difference(-0.0123, -0.02, 0.0001, 9, 3), 4) == "−1.2 [−2.0, 0.0] (3 of 4 tasks)"
@@ -149,5 +149,5 @@ def test_the_filled_mark_is_the_rate_that_was_chosen_where_accuracies_are_equal(
     trials = [make_row(experiment, "digits", "linear", 0, purpose="trial", factor=f) for f in (0.3, 1.0, 3.0)]
     final = make_row(experiment, "digits", "linear", 0, factor=1.0)
     for rows, filled in (([*trials, final], 1.0), (trials, 0.3)):
-        figure = learning_rate_curves(summarise(experiment, rows), rows, ["digits"], "digits")
+        figure = learning_rate_curves(summarize(experiment, rows), rows, ["digits"], "digits")
         assert list(figure.axes[0].lines[1].get_xdata()) == [filled]

@@ -33,30 +33,30 @@ def test_both_benchmarks_are_found_in_a_folder_of_benchmarks(data):
 def test_what_is_missing_is_told_with_its_place(data):
     (check,) = check_benchmarks(data / "vtab-1k")
     assert len(check.missing) == 17
-    assert check.faults[-1].startswith("17 of 19 data sets of VTAB-1k are missing: cifar, caltech101, dtd")
-    assert f"put each into '{data / 'vtab-1k'}' as TASK/{{train800,val200" in check.faults[-1]
+    assert check.errors[-1].startswith("17 of 19 data sets of VTAB-1k are missing: cifar, caltech101, dtd")
+    assert f"put each into '{data / 'vtab-1k'}' as TASK/{{train800,val200" in check.errors[-1]
 
 
 def test_a_folder_of_a_like_name_is_pointed_out(data):
     (data / "vtab-1k" / "DTD-1k").mkdir()
     (check,) = check_benchmarks(data / "vtab-1k")
-    assert check.faults[-1].endswith("(there are folders 'DTD-1k', nearest: 'dtd')")
+    assert check.errors[-1].endswith("(there are folders 'DTD-1k', nearest: 'dtd')")
 
 
 def test_one_data_set_is_checked_alone(data):
     (vtab,), (fgvc,) = (check_benchmarks(data / path) for path in ("vtab-1k/kitti", "fgvc/cub"))
     assert vtab.missing == fgvc.missing == []
-    assert "kitti: test must have 711 images, got 4" in vtab.faults
-    assert any(fault.startswith("cub: 200 classes are required, 2 have images") for fault in fgvc.faults)
+    assert "kitti: test must have 711 images, got 4" in vtab.errors
+    assert any(error.startswith("cub: 200 classes are required, 2 have images") for error in fgvc.errors)
 
 
 def test_broken_images_are_only_found_when_all_are_decoded(data):
     (data / "vtab-1k/kitti/images/test/000001.jpg").write_bytes(b"no image")
     (quick,), (thorough,) = (check_benchmarks(data / "vtab-1k/kitti", decode=decode) for decode in (False, True))
-    assert not any("cannot be read" in fault for fault in quick.faults)
+    assert not any("cannot be read" in error for error in quick.errors)
     assert any(
-        fault.startswith("kitti: 1 of 28 images cannot be read: images/test/000001.jpg (cannot identify")
-        for fault in thorough.faults
+        error.startswith("kitti: 1 of 28 images cannot be read: images/test/000001.jpg (cannot identify")
+        for error in thorough.errors
     )
 
 

@@ -25,7 +25,7 @@ def fake_package(name: str, files: dict[str, bytes], tmp_path: Path, monkeypatch
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
 
 
-def test_digits_are_grey_images_in_ten_classes():
+def test_digits_are_gray_images_in_ten_classes():
     data = load_data("digits")
     assert data.classes == list("0123456789") and data.train.names[0].startswith("digits/")
     image = np.asarray(data.train.image(0))

@@ -209,7 +209,7 @@ def test_two_images_a_class_will_do_without_a_test(write_images):
     assert load(root, test_fraction=0).test is None
 
 
-def test_several_faults_are_reported_together(write_images):
+def test_several_errors_are_reported_together(write_images):
     root = write_images({"train/a": 2, "train/b": 0, "val/c": 1})
     with pytest.raises(
         ValueError, match=r"without a readable image: 'train/b', remove .*; classes of 'val' unknown to training: 'c'"
@@ -217,7 +217,7 @@ def test_several_faults_are_reported_together(write_images):
         load(root)
 
 
-def test_a_missing_folder_is_answered_with_its_neighbours(write_images):
+def test_a_missing_folder_is_answered_with_its_neighbors(write_images):
     root = write_images({"a": 3, "b": 3})
     missing = root.parent / "fotos" / "2024"
     with pytest.raises(FileNotFoundError, match=f"folder:{missing}: there is no 'fotos' in .*nearest there: 'photos'"):

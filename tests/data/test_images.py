@@ -35,7 +35,7 @@ def test_a_palette_with_transparency_in_bytes_is_laid_on_white(tmp_path):
     assert [rgb.getpixel((0, 0)), rgb.getpixel((1, 0))] == [(255, 255, 255), (40, 50, 60)]
 
 
-def test_an_rgb_file_with_a_transparent_colour_is_laid_on_white(tmp_path):
+def test_an_rgb_file_with_a_transparent_color_is_laid_on_white(tmp_path):
     Image.new("RGB", (1, 1), (1, 2, 3)).save(tmp_path / "x.png", transparency=(1, 2, 3))
     assert read_image(tmp_path / "x.png").getpixel((0, 0)) == (255, 255, 255)
 
@@ -45,12 +45,12 @@ def test_other_modes_become_rgb(mode):
     assert to_rgb(Image.new(mode, (2, 2))).mode == "RGB"
 
 
-def test_grey_becomes_three_equal_channels():
+def test_gray_becomes_three_equal_channels():
     assert to_rgb(Image.new("L", (1, 1), 77)).getpixel((0, 0)) == (77, 77, 77)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
-def test_sixteen_bit_grey_keeps_its_high_byte(suffix, tmp_path):
+def test_sixteen_bit_gray_keeps_its_high_byte(suffix, tmp_path):
     Image.fromarray(np.array([[0, 0x8000, 0xFFFF]], dtype=np.uint16)).save(tmp_path / f"x{suffix}")
     image = read_image(tmp_path / f"x{suffix}")
     assert [image.getpixel((x, 0))[0] for x in range(3)] == [0, 128, 255]
@@ -75,7 +75,7 @@ def test_a_photograph_is_turned_upright(tmp_path):
 
 
 def test_an_animation_gives_its_first_frame(tmp_path):
-    frames = [Image.new("RGB", (2, 2), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (2, 2), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
     assert read_image(tmp_path / "x.gif").getpixel((0, 0)) == (255, 0, 0)
 

@@ -33,7 +33,7 @@ def test_the_tasks_that_a_folder_holds_are_read(tmp_path):
         ("{", "is not readable JSON"),
         ({"a": 1}, "must hold a list of objects with instruction, output and answer, got dict"),
         ([], "got an empty list"),
-        ([ENTRY, 3], r"1 of 2 entries in .* are faulty: entry 1: must be an object, got int"),
+        ([ENTRY, 3], r"1 of 2 entries in .* are invalid: entry 1: must be an object, got int"),
         (
             [{**ENTRY, "output": " "}, {**ENTRY, "instruction": 5}],
             "entry 0: output must be a text, got ' ', entry 1: ins",

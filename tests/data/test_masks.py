@@ -87,7 +87,7 @@ def test_everything_that_is_wrong_with_the_files_is_told_at_once(tmp_path):
     with pytest.raises(ValueError) as caught:
         load_data(f"masks:{root}")
     text = str(caught.value)
-    for fault in (
+    for error in (
         "1 image without a mask: 000.png",
         "1 mask without an image: 001.png",
         "masks/002.png is 7×5, its image 40×32",
@@ -95,9 +95,9 @@ def test_everything_that_is_wrong_with_the_files_is_told_at_once(tmp_path):
         "masks/003.png has 77",
         "2 pairs with an unreadable file",
         "004.png' is not a readable image",
-        "005.png' is not a readable mask: it holds colours",
+        "005.png' is not a readable mask: it holds colors",
     ):
-        assert fault in text
+        assert error in text
 
 
 def test_broken_pairs_are_left_out_when_asked(tmp_path):

@@ -49,7 +49,7 @@ def test_the_atlas_is_grouped_into_nine_regions(templates):
     assert set(np.unique(data.train.mask(0))) == {0, 1, 9}
 
 
-def test_patches_are_labelled_by_the_region_in_their_middle(templates):
+def test_patches_are_labeled_by_the_region_in_their_middle(templates):
     data = load_data("mri-regions")
     assert data.classes == list(REGIONS)
     assert set(data.train.labels) == {0, 8} and data.train.image(0).size == (64, 64)

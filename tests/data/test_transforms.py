@@ -48,7 +48,7 @@ def test_a_models_own_configuration_is_taken(image):
     assert build_transform(config, train=True, augment="crop")(image).shape == (3, 160, 160)
 
 
-def test_values_are_scaled_and_normalised():
+def test_values_are_scaled_and_normalized():
     white = build_transform(CONFIG, train=False, augment="none")(Image.new("RGB", (40, 40), "white"))
     expected = [(1 - mean) / std for mean, std in zip(CONFIG["mean"], CONFIG["std"], strict=True)]
     torch.testing.assert_close(white.amax((1, 2)), torch.tensor(expected))
@@ -106,11 +106,11 @@ def test_an_incomplete_configuration_names_what_it_lacks():
         build_transform({"input_size": (3, 8, 8)}, train=True, augment="none")
 
 
-def test_imagenets_augmentation_changes_colours_too():
+def test_imagenets_augmentation_changes_colors_too():
     image = Image.new("RGB", (64, 64), (90, 120, 200))
     torch.manual_seed(0)
     plain, drawn = (build_transform(CONFIG, train=True, augment=name)(image) for name in ("crop", "imagenet"))
     assert drawn.shape == plain.shape and not torch.allclose(drawn, plain, atol=0.1)
-    assert drawn.flatten(1).std(dim=1).max() < 1e-4, "one colour stays one colour"
+    assert drawn.flatten(1).std(dim=1).max() < 1e-4, "one color stays one color"
     measured = [build_transform(CONFIG, train=False, augment=name)(image) for name in ("none", "imagenet")]
     assert torch.equal(*measured)

@@ -93,7 +93,7 @@ def spoil(folder, name, change):
     file.write_text(change(file.read_text()))
 
 
-def test_all_faults_are_told_in_one_message(kitti):
+def test_all_errors_are_told_in_one_message(kitti):
     (kitti / "images/test/000003.jpg").unlink()
     (kitti / "images/test/000004.jpg").unlink()
     spoil(kitti, "train800", lambda text: text.replace("000001.jpg 1", "000001.jpg 7"))

@@ -28,7 +28,7 @@ def images():
 
 @pytest.fixture
 def batches(images):
-    """Two batches of labelled images, afresh each time they are asked for, for training and for validation."""
+    """Two batches of labeled images, afresh each time they are asked for, for training and for validation."""
 
     def both():
         return iter([(images, torch.tensor([0, 1, 2, 0])), (images.flip(0), torch.tensor([1, 2, 0, 1]))])

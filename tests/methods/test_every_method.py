@@ -75,7 +75,7 @@ def _check_size(method, model, folder):
     with safe_open(weights, "pt") as file:
         stored = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    # besides trained values: one or two positions of each sparse one, budgets, statistics of a head's normalisation
+    # besides trained values: one or two positions of each sparse one, budgets, statistics of a head's normalization
     assert trained <= stored <= 3 * trained + 300 or method == "full"
 
 

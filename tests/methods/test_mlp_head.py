@@ -27,7 +27,7 @@ def test_one_layer_is_a_linear_head(make_model, images):
     assert model(images).shape == (4, 3)
 
 
-def test_a_batch_of_one_image_is_normalised_by_what_was_seen(make_model, images):
+def test_a_batch_of_one_image_is_normalized_by_what_was_seen(make_model, images):
     model = build_method("mlp-3", make_model(), dropout=0.0).train()
     model(images)
     statistics = [b.clone() for b in model.buffers()]

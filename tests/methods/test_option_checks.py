@@ -19,7 +19,7 @@ def test_good_values_and_missing_ones_pass():
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "fault"),
+    ("name", "value", "error"),
     [
         ("r", 0, "r must be a whole number of at least 1, got 0"),
         ("r", True, "r must be a whole number of at least 1, got True"),
@@ -30,9 +30,9 @@ def test_good_values_and_missing_ones_pass():
         ("kind", "c", "kind must be one of 'a', 'b', got 'c'"),
     ],
 )
-def test_a_bad_value_is_named_with_what_is_wanted(name, value, fault):
-    assert CHECK({name: value}) == [fault]
+def test_a_bad_value_is_named_with_what_is_wanted(name, value, error):
+    assert CHECK({name: value}) == [error]
 
 
-def test_all_faults_come_together():
+def test_all_errors_come_together():
     assert len(CHECK({"r": -1, "kind": 3})) == 2

@@ -133,8 +133,8 @@ def test_the_options_of_snella_are_the_fields_of_its_configuration():
 def test_every_contender_has_a_name():
     wanted = "linear bias full partial mlp vpt-shallow vpt-deep vqt adapter mosa ssf lora dora adalora snella snell"
     chosen = "snella-matched klora gps spt-lora spt-adapter fixed-mask noah"
-    catalogue = "shira supertuning fourierft randlora vera loha lokr boft hra delora ln_tuning"
-    assert {*wanted.split(), *chosen.split(), *catalogue.split()} == set(method_names())
+    catalog = "shira supertuning fourierft randlora vera loha lokr boft hra delora ln_tuning"
+    assert {*wanted.split(), *chosen.split(), *catalog.split()} == set(method_names())
 
 
 def test_a_name_of_several_words_keeps_its_hyphens():
@@ -143,7 +143,7 @@ def test_a_name_of_several_words_keeps_its_hyphens():
     assert parse_method("ln_tuning") == ("ln_tuning", None)
 
 
-def test_all_faults_of_the_options_are_reported_together():
+def test_all_errors_of_the_options_are_reported_together():
     with pytest.raises(
         ValueError, match=r"'adapter-8': scale must be a finite number .*, got 'x'; dropout .*, got 1\.5"
     ):
@@ -151,7 +151,7 @@ def test_all_faults_of_the_options_are_reported_together():
 
 
 @pytest.mark.parametrize("kernel", ["mix_k", "p_linear", "linear"])
-def test_kernelised_lora_adds_the_merged_matrix_as_it_is(kernel):
+def test_kernelized_lora_adds_the_merged_matrix_as_it_is(kernel):
     model = build_method("klora-4", vit(), kernel=kernel, scaling=2.0)
     matrix = next(m for m in adapted_matrices(model) if m.name.endswith("fc1"))
     layer, weight = matrix.layer, matrix.layer.get_base_layer().weight

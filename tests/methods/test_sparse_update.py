@@ -96,7 +96,7 @@ def test_a_layer_with_a_forward_pass_of_its_own_is_refused():
         SparseUpdate(Scaled(3, 4), INDICES)
 
 
-def test_entries_of_a_vector_are_trained_through_a_parametrisation():
+def test_entries_of_a_vector_are_trained_through_a_parametrization():
     norm = nn.LayerNorm(4).requires_grad_(False)
     parametrize.register_parametrization(norm, "bias", SparseEntries(norm.bias, torch.tensor([1, 3])))
     entries = norm.parametrizations["bias"][0]

@@ -76,7 +76,7 @@ def test_folded_weights_give_the_same_outputs(name, make_model):
         torch.testing.assert_close(merged(images), outputs, atol=1e-4, rtol=1e-4)
 
 
-def test_batch_and_group_normalisation_fold_too():
+def test_batch_and_group_normalization_fold_too():
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(16, 2))
     layers.num_classes = 2

@@ -54,7 +54,7 @@ def test_adaloras_ranks_fall_in_the_trainer(run):
     assert sum(kept) <= 2 * 24 + 8 and len(set(kept)) > 1
 
 
-def test_ranks_need_a_model_and_an_optimiser():
+def test_ranks_need_a_model_and_an_optimizer():
     with pytest.raises(RuntimeError, match="needs the Trainer's model and optimizer, got None and None"):
         RankCallback().on_train_begin(None, None, None)
 

@@ -41,7 +41,7 @@ def test_the_backbone_keeps_nothing_for_the_backward_pass(make_model, images):
     assert not any(hasattr(block.attn.qkv, "kept_output") for block in model.blocks)
 
 
-def test_normalised_parts_have_length_one(make_model, images):
+def test_normalized_parts_have_length_one(make_model, images):
     model = build_method("vqt", make_model(), normalize=True).eval()
     seen = []
     with torch.no_grad():
@@ -49,7 +49,7 @@ def test_normalised_parts_have_length_one(make_model, images):
         nn.init.ones_(model.head.weight)
         nn.init.zeros_(model.head.bias)
         scores = model(images)
-        summaries = [block.queries.summarise(block, torch.zeros(4, 5, 192)) for block in model.blocks]
+        summaries = [block.queries.summarize(block, torch.zeros(4, 5, 192)) for block in model.blocks]
     assert scores.abs().max() <= (1 + len(summaries)) * 8  # seven unit vectors of 64 entries sum to at most 7 * 8
 
 

@@ -247,7 +247,7 @@ def run(tmp_path):
 
 
 def make_photo(index, size=300):
-    """A grey picture with some structure, like a solar cell."""
+    """A gray picture with some structure, like a solar cell."""
     y, x = np.mgrid[0:size, 0:size] / size
     wave = 120 + 60 * np.sin(12 * x + index) + 40 * np.cos(9 * y * (1 + index % 3))
     noise = np.random.default_rng(index).normal(0, 10, (size, size))

@@ -6,14 +6,14 @@ import pytest
 from PIL import Image
 
 from snella.records import MaskScores, read_mask_predictions, read_metrics
-from snella.report.examples import mask_colours, overlay, overlay_panels, read_mask, write_mask
+from snella.report.examples import mask_colors, overlay, overlay_panels, read_mask, write_mask
 
 
-def test_colours_differ_for_many_classes_and_the_background_is_black():
-    colours = mask_colours(20)
-    assert colours.shape == (20, 3) and not colours[0].any()
-    assert len({tuple(colour) for colour in colours.tolist()}) == 20
-    assert np.array_equal(mask_colours(4), colours[:4])
+def test_colors_differ_for_many_classes_and_the_background_is_black():
+    colors = mask_colors(20)
+    assert colors.shape == (20, 3) and not colors[0].any()
+    assert len({tuple(color) for color in colors.tolist()}) == 20
+    assert np.array_equal(mask_colors(4), colors[:4])
 
 
 def test_a_mask_is_written_as_a_palette_picture_whose_indices_are_the_labels(tmp_path):
@@ -21,7 +21,7 @@ def test_a_mask_is_written_as_a_palette_picture_whose_indices_are_the_labels(tmp
     write_mask(labels, tmp_path / "m.png")
     image = read_mask(tmp_path / "m.png")
     assert image.mode == "P" and np.array_equal(np.asarray(image), labels)
-    assert tuple(np.asarray(image.convert("RGB"))[0, 1]) == tuple(mask_colours(2)[1])
+    assert tuple(np.asarray(image.convert("RGB"))[0, 1]) == tuple(mask_colors(2)[1])
 
 
 def test_an_overlay_leaves_the_background_as_it_is_and_draws_outlines():
@@ -30,9 +30,9 @@ def test_an_overlay_leaves_the_background_as_it_is_and_draws_outlines():
     labels[2:8, 2:8] = 1
     pixels = np.asarray(overlay(image, labels))
     assert (pixels[0] == 100).all()
-    colour = mask_colours(2)[1].astype(float)
-    assert np.allclose(pixels[10, 10], np.round(100 + 0.45 * (colour - 100)), atol=1)
-    assert np.array_equal(pixels[10, 15], colour)  # the last pixel of the square, whose neighbour is the background
+    color = mask_colors(2)[1].astype(float)
+    assert np.allclose(pixels[10, 10], np.round(100 + 0.45 * (color - 100)), atol=1)
+    assert np.array_equal(pixels[10, 15], color)  # the last pixel of the square, whose neighbor is the background
 
 
 def test_panels_stand_side_by_side_at_one_size():

@@ -10,7 +10,7 @@ from snella.runs.train import train
 
 
 def write_photos(root, counts, side=32, contrast=22):
-    """Noise in which each class has one colour a little brighter: learnable, not at once."""
+    """Noise in which each class has one color a little brighter: learnable, not at once."""
     rng = np.random.default_rng(0)
     for channel, (name, count) in enumerate(counts.items()):
         (root / name).mkdir(parents=True)

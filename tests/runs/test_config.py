@@ -8,7 +8,7 @@ from snella.runs.config import METHOD_DEFAULTS
 PLACES = {"data": "digits", "backbone": "test_vit", "out": "runs/x"}
 
 
-def test_all_faults_are_reported_together():
+def test_all_errors_are_reported_together():
     with pytest.raises(ValueError) as caught:
         TrainConfig(
             out="x", epochs=0, batch_size=-1, lr=-1.0, augment="flop", method="snela", warmup=1.0, val_fraction=0.0
@@ -38,7 +38,7 @@ def test_all_faults_are_reported_together():
         ({"target_sparsity": 1.0}, r"target_sparsity must be in \[0, 1\), got 1\.0"),
         ({"r": 4, "method_options": {"r": 2}}, "r given both by name and in method_options"),
         ({"method": "linear", "r": 4}, "method 'linear' has no option 'r'"),
-        ({"method": "lora", "scalar_lr": 1e-4}, "snella, snell, klora and fixed-mask, got 0.0001 with method 'lora'"),
+        ({"method": "lora", "scalar_lr": 1e-4}, "snell, klora and fixed-mask, got 0.0001 with method 'lora'"),
         ({"method": "lora-8", "r": 4}, "sets r to 8, but r=4"),
         ({"method_options": {"kernal": "rbf"}}, r"no option 'kernal' \(nearest: kernel"),
         ({"device": "tpu"}, "device must be one of auto, cpu, cuda, got 'tpu'"),

@@ -22,7 +22,7 @@ def layer():
 
 
 def step(model):
-    """Change every trainable value, as an optimiser would."""
+    """Change every trainable value, as an optimizer would."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:

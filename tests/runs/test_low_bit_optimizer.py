@@ -33,7 +33,7 @@ def test_insisting_on_8_bit_says_what_to_install(no_bitsandbytes):
         build("adamw8bit")
 
 
-def test_an_8_bit_optimiser_whose_step_does_nothing_is_not_used(monkeypatch):
+def test_an_8_bit_optimizer_whose_step_does_nothing_is_not_used(monkeypatch):
     class Idle(torch.optim.SGD):
         def step(self, closure=None):
             return None

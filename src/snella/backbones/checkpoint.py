@@ -131,7 +131,7 @@ def _check(shapes: _Arrays, prefix: str, sizes: dict[str, Any], path: Path) -> N
         wanted[f"{block}MlpBlock_3/Dense_0/bias"] = (hidden,)
         wanted[f"{block}MlpBlock_3/Dense_1/kernel"] = (hidden, width)
         wanted[f"{block}MlpBlock_3/Dense_1/bias"] = (width,)
-    faults = [
+    errors = [
         f"{prefix}{key}: file {list(shapes[f'{prefix}{key}']) if f'{prefix}{key}' in shapes else 'lacks it'}, "
         f"needed {list(shape)}"
         for key, shape in wanted.items()
@@ -139,12 +139,12 @@ def _check(shapes: _Arrays, prefix: str, sizes: dict[str, Any], path: Path) -> N
     ]
     extra = [key for key in shapes if key.startswith(prefix) and key.removeprefix(prefix) not in wanted]
     representation = [key for key in extra if key.removeprefix(prefix) in _REPRESENTATION]
-    faults += [f"{key}: file {list(shapes[key])}, not part of a ViT" for key in extra if key not in representation]
-    if representation and not faults:
+    errors += [f"{key}: file {list(shapes[key])}, not part of a ViT" for key in extra if key not in representation]
+    if representation and not errors:
         _logger.info("representation layer before the head in '%s' left out: %s", path, ", ".join(representation))
-    if faults:
-        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise ValueError(f"weights '{path}' do not hold together: {'; '.join(faults[:5])}{more}")
+    if errors:
+        more = f" and {len(errors) - 5} more" if len(errors) > 5 else ""
+        raise ValueError(f"weights '{path}' do not hold together: {'; '.join(errors[:5])}{more}")
 
 
 _CLOSE = 2e-3  # half precision keeps sines to about 5e-4
@@ -156,7 +156,7 @@ class Origin:
 
     Attributes:
         label: Name for messages.
-        mean: Of the normalisation that the network was trained with, red, green, blue.
+        mean: Of the normalization that the network was trained with, red, green, blue.
         std: Its standard deviation.
         num_heads: Attention heads of the widths that have another number of them than usual.
     """
@@ -237,14 +237,14 @@ def _sines(grid: int, width: int) -> tuple[Tensor, Tensor]:
 _SHOWN = 5
 
 
-def faults(
+def errors(
     state: Mapping[str, Tensor],
     reference: Mapping[str, Tensor],
     *,
     may_lack: tuple[str, ...] = (),
     may_lack_endings: tuple[str, ...] = (),
 ) -> list[str]:
-    """One sentence for each kind of fault, with names and shapes; empty where `state` fits.
+    """One sentence for each kind of error, with names and shapes; empty where `state` fits.
 
     Args:
         state: What a file holds, in the model's names.
@@ -360,7 +360,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, *, name: str) -> None
     state = _filtered(model, checkpoint, name)
     heads = _head_names(model)
     state = _without_other_head(state, reference, heads, checkpoint.source)
-    found = faults(
+    found = errors(
         state,
         reference,
         may_lack=tuple(f"{head}." for head in heads),
@@ -369,17 +369,17 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, *, name: str) -> None
     if found:
         raise ValueError(f"weights '{checkpoint.source}' do not fit backbone {name!r}: {'; '.join(found)}")
     model.load_state_dict(state, strict=False)
-    _take_normalisation(model, checkpoint)
+    _take_normalization(model, checkpoint)
 
 
-def _take_normalisation(model: nn.Module, checkpoint: Checkpoint) -> None:
+def _take_normalization(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Note the mean and standard deviation of the weights' publisher in the model's data config."""
     origin, cfg = checkpoint.origin, dict(getattr(model, "pretrained_cfg", None) or {})
     if origin is None or not cfg:
         return
     if (tuple(cfg["mean"]), tuple(cfg["std"])) != (origin.mean, origin.std):
         _logger.info(
-            "'%s' holds weights of %s: images are normalised with mean %s and std %s",
+            "'%s' holds weights of %s: images are normalized with mean %s and std %s",
             *(checkpoint.source, origin.label, origin.mean, origin.std),
         )
     update_config(model, mean=origin.mean, std=origin.std)
@@ -461,7 +461,7 @@ def _check_position_tables(checkpoint: Checkpoint, name: str, reference: dict[st
         {key: value[:1] for key, value in part.items() if key.endswith(_TABLE)}
         for part in (checkpoint.state, reference)
     )
-    found = faults(file, own, may_lack=tuple(own)) if own else []
+    found = errors(file, own, may_lack=tuple(own)) if own else []
     if found:
         raise ValueError(f"weights '{checkpoint.source}' do not fit backbone {name!r}: {'; '.join(found)}")
 
@@ -507,7 +507,7 @@ __all__ = [
     "Checkpoint",
     "Origin",
     "encoder_alone",
-    "faults",
+    "errors",
     "listed",
     "load_weights",
     "origin_of",

@@ -195,7 +195,7 @@ def create_backbone(
         num_classes: Outputs of the head; 0 leaves the head out.
         weights: Weight file (`.pth`, `.pth.tar`, `.pt`, `.bin`, `.safetensors`, Google's `.npz`) for the architecture
             `name`; it takes the place of the hub, whatever `pretrained` says. Where its content tells who published
-            it (Google, MAE, MoCo v3, Microsoft's Swin, Facebook's ConvNeXt), images are normalised as they did.
+            it (Google, MAE, MoCo v3, Microsoft's Swin, Facebook's ConvNeXt), images are normalized as they did.
         pretrained: False leaves every weight at its random start and needs neither hub nor package.
         img_size: Side of the square input in pixels; by default the one that the weights were trained with.
 

@@ -13,7 +13,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEncoderConfig, SamVisionConfig
 
-from snella.backbones.checkpoint import faults, listed, read_checkpoint
+from snella.backbones.checkpoint import errors, listed, read_checkpoint
 from snella.backbones.segmenter import SAM_PREFIX
 
 _DECODER_HEADS = 8  # not visible in the shapes; every published SAM has this many
@@ -137,7 +137,7 @@ def load_sam(path: str | Path, *, image_size: int | None = None) -> SamModel:
 
     Args:
         path: The authors' `.pth`, a single weight file in the names of transformers, or a local folder that
-            `SamModel.save_pretrained` wrote; recognised by content.
+            `SamModel.save_pretrained` wrote; recognized by content.
         image_size: Side of the square input in pixels, by default the one that the weights were trained with (1024).
 
     Returns:
@@ -158,7 +158,7 @@ def load_sam(path: str | Path, *, image_size: int | None = None) -> SamModel:
         config, state = _resized(config, state, image_size)
     model = SamModel(config)
     reference = model.state_dict()
-    found = faults(state, reference)
+    found = errors(state, reference)
     if found:
         raise ValueError(f"weights '{location}' do not fit SAM: {'; '.join(found)}")
     model.load_state_dict(state)

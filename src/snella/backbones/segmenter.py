@@ -22,8 +22,8 @@ _GROUPS = 8
 class LightDecoder(nn.Module):
     """From feature maps of a few layers to class scores on a grid four times as fine.
 
-    Each map is normalised over its channels and projected to `width` by a 1×1 convolution; the sum goes twice through
-    (enlarge by 2, 3×3 convolution, group normalisation, GELU) and a 1×1 convolution to the classes. Nothing in it
+    Each map is normalized over its channels and projected to `width` by a 1×1 convolution; the sum goes twice through
+    (enlarge by 2, 3×3 convolution, group normalization, GELU) and a 1×1 convolution to the classes. Nothing in it
     depends on the batch or on the image's size.
 
     Args:

@@ -34,7 +34,7 @@ from snella.tuner.layer import SnellaLayer
 _SHAPES = (((96,), 80), ((40, 40, 40), 64))
 
 
-def op_fault(impl: str, device: str = "cpu", sparsity: float = 0.7) -> str | None:
+def op_error(impl: str, device: str = "cpu", sparsity: float = 0.7) -> str | None:
     """Compare output and every gradient of an implementation with the reference in float64.
 
     Args:
@@ -92,7 +92,7 @@ class StepTime:
 
 
 class Runner:
-    """A contender with its optimiser, ready to step.
+    """A contender with its optimizer, ready to step.
 
     Args:
         name: One of `CONTENDERS`.
@@ -107,7 +107,7 @@ class Runner:
             BudgetAllocator(self.model, total_epochs=100, steps_per_epoch=100).attach(self.optimizer)
 
     def step(self, images: Tensor, labels: Tensor) -> StepTime:
-        """Forward, backward, optimiser."""
+        """Forward, backward, optimizer."""
         start = self._now()
         loss = nn.functional.cross_entropy(self.model(images), labels)
         forward = self._now()
@@ -152,7 +152,7 @@ def peak_mib(name: str, setting: Setting, batch: int) -> dict[str, float]:
     """Peak memory of two training steps, in MiB.
 
     On a GPU what its allocator held at most. On the CPU the largest resident size of a process that does nothing else
-    (`peak_rss_mib`) and how much of it came after the model and its optimiser were there (`peak_step_mib`): libraries
+    (`peak_rss_mib`) and how much of it came after the model and its optimizer were there (`peak_step_mib`): libraries
     and thread pools are in the first.
     """
     if torch.device(setting.device).type == "cuda":
@@ -225,7 +225,7 @@ def bench(config: BenchConfig, console: Console | None = None) -> list[dict[str,
     rows = []
     for setting, batch in config.settings():
         found = _measure(config, setting, batch, console)
-        gc.collect()  # models and optimisers hold each other, and the next setting needs their memory
+        gc.collect()  # models and optimizers hold each other, and the next setting needs their memory
         console.print(_table(found, setting, batch))
         if config.out is not None:
             append_rows(config.out, found)
@@ -241,14 +241,14 @@ def _measure(config: BenchConfig, setting: Setting, batch: int, console: Console
     images, labels = random_batch(setting, batch)
     runners: dict[str, Runner] = {}
     for name in config.methods:
-        fault = op_fault(_IMPLEMENTATIONS[name], setting.device, setting.sparsity) if name in _IMPLEMENTATIONS else None
-        if fault is None:
+        error = op_error(_IMPLEMENTATIONS[name], setting.device, setting.sparsity) if name in _IMPLEMENTATIONS else None
+        if error is None:
             runner = Runner(name, setting)
-            fault = None if runner.has_finite_gradients(images, labels) else "its gradients are not finite"
-        if fault is None:
+            error = None if runner.has_finite_gradients(images, labels) else "its gradients are not finite"
+        if error is None:
             runners[name] = runner
         else:
-            print_line(console, f"{name} is not timed: {fault}")
+            print_line(console, f"{name} is not timed: {error}")
     for runner in runners.values():
         for _ in range(_WARM_UP):
             runner.step(images, labels)

@@ -47,30 +47,30 @@ class BenchConfig:
     figures: str | None = None
 
     def __post_init__(self) -> None:
-        """Check everything that can be known without a model, and report all faults together."""
-        faults = [f"batch must be at least 1, got {size}" for size in self.batch if size < 1]
-        faults += [f"r must be at least 1, got {r}" for r in self.r if r < 1]
-        faults += [f"sparsity must be in [0, 1), got {s}" for s in self.sparsity if not 0 <= s < 1]
-        faults += [
+        """Check everything that can be known without a model, and report all errors together."""
+        errors = [f"batch must be at least 1, got {size}" for size in self.batch if size < 1]
+        errors += [f"r must be at least 1, got {r}" for r in self.r if r < 1]
+        errors += [f"sparsity must be in [0, 1), got {s}" for s in self.sparsity if not 0 <= s < 1]
+        errors += [
             f"methods must be among {', '.join(CONTENDERS)}, got {name!r}"
             for name in self.methods
             if name not in CONTENDERS
         ]
-        faults += [
+        errors += [
             f"dtype must be among {', '.join(_DTYPES)}, got {name!r}" for name in self.dtype if name not in _DTYPES
         ]
-        faults += [f"backbones must be timm names, got {name!r}" for name in self.backbones if not timm.is_model(name)]
+        errors += [f"backbones must be timm names, got {name!r}" for name in self.backbones if not timm.is_model(name)]
         if "snella-keep-delta" in self.methods and torch.device(self.device).type == "cpu":
-            faults.append(
+            errors.append(
                 "methods must not have 'snella-keep-delta' on the CPU: numba rebuilds a matrix as fast as it reads "
                 "one, keeps none, and computes what 'snella' does; leave it out, or give device cuda"
             )
         if self.rounds < 1:
-            faults.append(f"rounds must be at least 1, got {self.rounds}")
+            errors.append(f"rounds must be at least 1, got {self.rounds}")
         if self.figures is not None and self.out is None:
-            faults.append(f"figures are drawn from the rows of a file, got figures={self.figures!r} without out")
-        if faults:
-            raise ValueError("; ".join(faults))
+            errors.append(f"figures are drawn from the rows of a file, got figures={self.figures!r} without out")
+        if errors:
+            raise ValueError("; ".join(errors))
 
     def settings(self) -> list[tuple[Setting, int]]:
         """Every combination, with its batch size."""

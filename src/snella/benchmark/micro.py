@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from snella.benchmark.bench import op_fault
+from snella.benchmark.bench import op_error
 from snella.benchmark.rows import conditions
 from snella.ops.backends import choose_backend
 from snella.ops.backends.numba.backend import NumbaBackend, sddmm_weight_grad
@@ -104,9 +104,9 @@ def measure_matrix(
     Raises:
         RuntimeError: The op differs from the reference.
     """
-    fault = op_fault(impl, sparsity=sparsity)
-    if fault is not None:
-        raise RuntimeError(f"impl={impl!r} is not timed: {fault}")
+    error = op_error(impl, sparsity=sparsity)
+    if error is not None:
+        raise RuntimeError(f"impl={impl!r} is not timed: {error}")
     generator = torch.Generator().manual_seed(0)
     A, B = torch.randn(1, n, r, generator=generator) * n**-0.5, torch.randn(m, r, generator=generator) * m**-0.5
     factors = Factors(A, B, torch.tensor([[0.1, -0.1]]), torch.ones(1), torch.zeros(1))

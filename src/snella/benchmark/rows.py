@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from snella.benchmark.config import PEER
-from snella.report.style import COLOURS, CURVE, add_legend, new_figure, save_figure
+from snella.report.style import COLORS, CURVE, add_legend, new_figure, save_figure
 
 _PACKAGES = ("torch", "peft", "timm", "numpy", "numba", "triton")
 
@@ -61,9 +61,9 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             rows.append(json.loads(line))
-        except ValueError as fault:
+        except ValueError as error:
             if number < len(lines):
-                raise ValueError(f"line {number} of {path} is damaged: {fault}; remove it") from None
+                raise ValueError(f"line {number} of {path} is damaged: {error}; remove it") from None
     return rows
 
 
@@ -268,10 +268,10 @@ def _lines(path: Path, rows: list[dict[str, Any]], x: str, y: str, title: str, x
     names = sorted({row["contender"] for row in rows}, key=_place)
     for name in names:
         points = sorted((row[x], row[y]) for row in rows if row["contender"] == name and y in row)
-        colour = COLOURS[_place(name)[0] % len(COLOURS)]
+        color = COLORS[_place(name)[0] % len(COLORS)]
         # the peer is dashed and on top: where another's line is the same, both are seen
         style: dict[str, Any] = {"linestyle": "--", "zorder": 3} if name == PEER else {}
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=colour, label=name, **style)
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=color, label=name, **style)
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.set_ylim(bottom=0)
@@ -283,7 +283,7 @@ def _lines(path: Path, rows: list[dict[str, Any]], x: str, y: str, title: str, x
 
 
 def _place(name: str) -> tuple[int, str]:
-    """Where a contender stands among the others, so that it keeps its colour."""
+    """Where a contender stands among the others, so that it keeps its color."""
     return _ORDER.index(name) if name in _ORDER else len(_ORDER), name
 
 

@@ -159,9 +159,9 @@ def _data(settings: dict[str, Any]) -> None:
     console = make_console()
     for check in checks:
         console.print(_benchmark(check))
-    faults = [fault for check in checks for fault in check.faults]
-    if faults:
-        raise ValueError(f"{counted(len(faults), 'fault')} in '{options.folder}': {'; '.join(faults)}")
+    errors = [error for check in checks for error in check.errors]
+    if errors:
+        raise ValueError(f"{counted(len(errors), 'error')} in '{options.folder}': {'; '.join(errors)}")
     print_line(console, "complete, nothing is wrong")
 
 
@@ -207,8 +207,8 @@ def _benchmark(check: "BenchmarkCheck") -> Table:
         table.add_column(name, justify="left" if name in ("data set", "") else "right")
     for found in check.found:
         sizes = [f"{len(found.parts[name]):,}" if name in found.parts else "–" for name in parts]
-        wrong = len(found.faults) + len(found.deviations)
-        state = counted(wrong, "fault") if wrong else "good" + "".join(f"; note: {note}" for note in found.notes)
+        wrong = len(found.errors) + len(found.deviations)
+        state = counted(wrong, "error") if wrong else "good" + "".join(f"; note: {note}" for note in found.notes)
         table.add_row(found.name, *sizes, str(len(found.classes)), state)
     for name in check.missing:
         table.add_row(name, *("–" for _ in parts), "–", "missing")

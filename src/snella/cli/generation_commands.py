@@ -1,4 +1,4 @@
-"""What the commands about personalised generators call and print."""
+"""What the commands about personalized generators call and print."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +15,9 @@ from snella.runs.console import counted, make_console, print_line
 def _dreambooth(settings: dict[str, Any]) -> None:
     """`snella dreambooth`."""
     config = DreamBoothConfig(**settings)
-    from snella.recipes.dreambooth import personalise
+    from snella.recipes.dreambooth import personalize
 
-    personalise(config)
+    personalize(config)
 
 
 def _generate(settings: dict[str, Any]) -> None:

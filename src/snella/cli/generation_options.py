@@ -1,4 +1,4 @@
-"""What the commands about personalised generators are told, besides `snella dreambooth` itself."""
+"""What the commands about personalized generators are told, besides `snella dreambooth` itself."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -22,7 +22,7 @@ from snella.comparison.report import print_published, write_markdown, write_page
 from snella.comparison.run_cell import probe_images, record_death
 from snella.comparison.search import Candidate
 from snella.comparison.store import LOCKS, cell_lock, collect, drop_failed, is_locked, read_row
-from snella.comparison.summary import print_summary, summarise
+from snella.comparison.summary import print_summary, summarize
 from snella.runs import TrainingInterrupted
 from snella.runs.build import choose_device, load_splits
 from snella.runs.console import counted, make_console, print_line
@@ -58,7 +58,7 @@ class ComparisonProgress:
         self._refresh()
         return self
 
-    def __exit__(self, *fault: object) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._console.is_terminal:
             self._bar.stop()
 
@@ -186,7 +186,7 @@ def compare(
     page = write_page(root, experiment, list(rows.values()))
     write_markdown(root, experiment, list(rows.values()))
     print_summary(console, experiment, list(rows.values()))
-    print_published(console, experiment, summarise(experiment, list(rows.values())))
+    print_published(console, experiment, summarize(experiment, list(rows.values())))
     warning = protocol_of(experiment.settings.get("protocol", "standard")).warning
     if warning:
         print_line(console, f"official protocol: {warning}")
@@ -210,19 +210,19 @@ def check_parts(experiment: Experiment, console: Console) -> None:
     """Look at all data and the backbone before anything is trained.
 
     Raises:
-        ValueError: Something is missing or does not fit; all faults in one message.
+        ValueError: Something is missing or does not fit; all errors in one message.
     """
-    faults = []
+    errors = []
     for data in experiment.data:
         try:
             _check_data(experiment, data, console)
-        except (OSError, ValueError, ImportError) as fault:
-            faults.append(f"{data.name}: {fault}")
+        except (OSError, ValueError, ImportError) as error:
+            errors.append(f"{data.name}: {error}")
     for name in {experiment.probe_data(data) for data in experiment.data} - {None}:
         try:
             probe_images(str(name), experiment.forgetting_images)
-        except (OSError, ValueError, ImportError) as fault:
-            faults.append(f"forgetting: {fault}")
+        except (OSError, ValueError, ImportError) as error:
+            errors.append(f"forgetting: {error}")
     config = config_of(
         MethodEntry("linear", "linear"), experiment.data[0], experiment.settings, backbone=experiment.backbone, out="-"
     )
@@ -235,10 +235,10 @@ def check_parts(experiment: Experiment, console: Console) -> None:
             pretrained=config.pretrained,
             img_size=config.img_size,
         )
-    except (OSError, ValueError, ImportError) as fault:
-        faults.append(str(fault))
-    if faults:
-        raise ValueError("; ".join(dict.fromkeys(faults)))
+    except (OSError, ValueError, ImportError) as error:
+        errors.append(str(error))
+    if errors:
+        raise ValueError("; ".join(dict.fromkeys(errors)))
 
 
 def _check_data(experiment: Experiment, data: DataEntry, console: Console) -> None:

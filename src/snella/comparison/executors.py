@@ -156,9 +156,9 @@ def _reported(connection: Connection) -> Iterator[Any]:
         yield connection.send
     except (KeyboardInterrupt, TrainingInterrupted, BrokenPipeError):
         return  # nobody asks any more
-    except Exception as fault:
+    except Exception as error:
         with contextlib.suppress(BrokenPipeError):
-            connection.send((None, f"{type(fault).__name__}: {fault}"))
+            connection.send((None, f"{type(error).__name__}: {error}"))
     finally:
         connection.close()
 
@@ -232,9 +232,9 @@ class OnRay:
         cell = self._running.pop(reference)
         try:
             return Ended(cell, self._ray.get(reference))
-        except self._ray.exceptions.RayError as fault:
-            reason = str(fault).strip().splitlines()
-            return Ended(cell, None, f"{type(fault).__name__}: {reason[-1] if reason else 'its worker died'}")
+        except self._ray.exceptions.RayError as error:
+            reason = str(error).strip().splitlines()
+            return Ended(cell, None, f"{type(error).__name__}: {reason[-1] if reason else 'its worker died'}")
 
 
 def import_ray() -> Any:
@@ -246,8 +246,8 @@ def import_ray() -> Any:
     try:
         import ray
         import ray.exceptions
-    except ImportError as fault:
-        raise ImportError(f"ray=True needs Ray, which is not installed ({fault}); run `pip install ray`") from None
+    except ImportError as error:
+        raise ImportError(f"ray=True needs Ray, which is not installed ({error}); run `pip install ray`") from None
     return ray
 
 

@@ -17,7 +17,7 @@ from snella.runs import TrainConfig
 OVER_TASKS, OVER_GROUPS = "mean over tasks", "mean over groups"
 
 
-def published_faults(published: Mapping[str, Any], tasks: Iterable[str], groups: Iterable[str]) -> list[str]:
+def published_errors(published: Mapping[str, Any], tasks: Iterable[str], groups: Iterable[str]) -> list[str]:
     """What is wrong with an experiment's `published`.
 
     Args:
@@ -32,21 +32,21 @@ def published_faults(published: Mapping[str, Any], tasks: Iterable[str], groups:
     if unknown or not published.get("source") or not isinstance(values, Mapping):
         return [f"published must hold 'source' and 'values', got {', '.join(map(str, published))}"]
     columns = {*tasks, *groups, OVER_TASKS, OVER_GROUPS}
-    faults = []
+    errors = []
     for method, numbers in values.items():
         if not isinstance(numbers, Mapping):
-            faults.append(f"published.values {method!r} must hold numbers by task, got {numbers!r}")
+            errors.append(f"published.values {method!r} must hold numbers by task, got {numbers!r}")
             continue
-        faults += [
+        errors += [
             f"published.values {method!r} must be numbers in percent by task, group or mean, got {column}: {value!r}"
             for column, value in numbers.items()
             if column not in columns or isinstance(value, bool) or not isinstance(value, int | float)
         ]
-    return faults
+    return errors
 
 
 METHOD_SETTINGS = ("r", "target_sparsity", "scaling", "lr", "scalar_lr", "head_lr", "weight_decay")
-"""Settings that a method's entry may set for itself; rates are the centre of its grid."""
+"""Settings that a method's entry may set for itself; rates are the center of its grid."""
 _SPARSE_SETTINGS = ("target_sparsity", "scalar_lr")
 DATA_SETTINGS = (
     *("train_size", "val_size", "test_size", "val_fraction", "test_fraction", "batch_size"),
@@ -136,18 +136,18 @@ def folder_name(label: str) -> str:
     return re.sub(r"[^A-Za-z0-9._+-]+", "_", label).strip("._") or "_"
 
 
-def entry_faults(kind: str, entries: Iterable[MethodEntry | DataEntry]) -> list[str]:
+def entry_errors(kind: str, entries: Iterable[MethodEntry | DataEntry]) -> list[str]:
     """Labels that cannot be told apart, one text each."""
-    faults: list[str] = []
+    errors: list[str] = []
     seen: dict[str, str] = {}
     for entry in entries:
         folder = folder_name(entry.name).lower()
         if folder in seen:
-            faults.append(
+            errors.append(
                 f"{kind} must have names of their own, got {seen[folder]!r} and {entry.name!r}; give one another name"
             )
         seen[folder] = entry.name
-    return faults
+    return errors
 
 
 def unknown_keys(where: str, keys: Iterable[str], known: Iterable[str]) -> str | None:
@@ -189,9 +189,9 @@ def _mapping(value: Any, where: str, known: Iterable[str], needed: str) -> Mappi
     """The value as a mapping with known keys."""
     if not isinstance(value, Mapping):
         raise ValueError(f"{where} must hold names or mappings with '{needed}', got {value!r}")
-    fault = unknown_keys(f"{where} entry {value.get('name', value.get(needed, '?'))!r}", value, known)
-    if fault:
-        raise ValueError(fault)
+    error = unknown_keys(f"{where} entry {value.get('name', value.get(needed, '?'))!r}", value, known)
+    if error:
+        raise ValueError(error)
     if not value.get(needed):
         raise ValueError(f"{where} must say '{needed}' in every entry, got {dict(value)!r}")
     return value
@@ -262,24 +262,24 @@ class Experiment:
     published: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check everything that can be known before data and model are there, and report all faults together."""
-        faults = [*self._size_faults(), *entry_faults("methods", self.methods), *entry_faults("data", self.data)]
-        fault = unknown_keys("train", self.settings, SHARED_SETTINGS)
+        """Check everything that can be known before data and model are there, and report all errors together."""
+        errors = [*self._size_errors(), *entry_errors("methods", self.methods), *entry_errors("data", self.data)]
+        error = unknown_keys("train", self.settings, SHARED_SETTINGS)
         names = [entry.name for entry in self.methods]
         if self.reference is not None and self.reference not in names:
             near = difflib.get_close_matches(self.reference, names, n=2, cutoff=0.4)
             hint = f" (nearest: {', '.join(near)})" if near else ""
-            faults.append(f"reference must be one of the methods {', '.join(names)}, got {self.reference!r}{hint}")
-        faults += [fault] if fault else self._cell_faults()
-        faults += published_faults(self.published, [d.name for d in self.data], [d.group for d in self.data])
+            errors.append(f"reference must be one of the methods {', '.join(names)}, got {self.reference!r}{hint}")
+        errors += [error] if error else self._cell_errors()
+        errors += published_errors(self.published, [d.name for d in self.data], [d.group for d in self.data])
         has_search = len(set(self.grid.lr_factors)) > 1 or len(self.grid.weight_decays) > 0
         if self.settings.get("protocol") == "official" and has_search:
-            faults.append(
+            errors.append(
                 "protocol official has no validation images to choose rates on; set grid.lr_factors to one number and "
                 f"grid.weight_decays to [], got {list(self.grid.lr_factors)} and {list(self.grid.weight_decays)}"
             )
-        if faults:
-            raise ValueError("; ".join(dict.fromkeys(faults)))
+        if errors:
+            raise ValueError("; ".join(dict.fromkeys(errors)))
 
     @property
     def reference_name(self) -> str:
@@ -315,22 +315,22 @@ class Experiment:
             ValueError: Unknown keys, missing ones, or values out of range.
         """
         known = [f.name for f in fields(cls) if f.name != "settings"] + ["train"]
-        faults: list[str | None] = [
+        errors: list[str | None] = [
             f"{key} must be a mapping, got {values[key]!r}"
             for key in ("grid", "train")
             if not isinstance(values.get(key) or {}, Mapping)
         ]
-        if faults:
-            raise ValueError("; ".join(map(str, faults)))
-        faults = [unknown_keys("the experiment", values, known)]
-        faults += [unknown_keys("grid", dict(values.get("grid") or {}), [f.name for f in fields(Grid)])]
-        faults += [
+        if errors:
+            raise ValueError("; ".join(map(str, errors)))
+        errors = [unknown_keys("the experiment", values, known)]
+        errors += [unknown_keys("grid", dict(values.get("grid") or {}), [f.name for f in fields(Grid)])]
+        errors += [
             f"{key} must be given, e.g. {key}: {example}"
             for key, example in (("methods", "[lora-8, snella-8]"), ("data", "[digits]"), ("backbone", "NAME"))
             if not values.get(key)
         ]
-        if any(faults):
-            raise ValueError("; ".join(fault for fault in faults if fault))
+        if any(errors):
+            raise ValueError("; ".join(error for error in errors if error))
         plain = {k: v for k, v in values.items() if k not in ("methods", "data", "grid", "train", "forgetting")}
         grid = dict(values.get("grid") or {})
         for key in {"lr_factors", "weight_decays"} & grid.keys():
@@ -375,10 +375,10 @@ class Experiment:
             reference=self.reference or stored.reference,
         )
 
-    def _size_faults(self) -> list[str]:
+    def _size_errors(self) -> list[str]:
         """Numbers out of range."""
         grid = self.grid
-        faults = [
+        errors = [
             f"{name} must be a whole number of at least {least}, got {value!r}"
             for name, value, least in (
                 ("seeds", self.seeds, 1),
@@ -389,26 +389,26 @@ class Experiment:
             if not isinstance(value, int) or isinstance(value, bool) or value < least
         ]
         if not grid.lr_factors or not all(0 < f < float("inf") for f in grid.lr_factors):
-            faults.append(f"grid.lr_factors must be positive numbers, got {list(grid.lr_factors)}")
+            errors.append(f"grid.lr_factors must be positive numbers, got {list(grid.lr_factors)}")
         if not all(0 <= w < float("inf") for w in grid.weight_decays):
-            faults.append(f"grid.weight_decays must be at least 0, got {list(grid.weight_decays)}")
-        return faults
+            errors.append(f"grid.weight_decays must be at least 0, got {list(grid.weight_decays)}")
+        return errors
 
-    def _cell_faults(self) -> list[str]:
+    def _cell_errors(self) -> list[str]:
         """What the settings of any cell refuse."""
-        faults = []
+        errors = []
         for method in self.methods:
             for data in self.data[:1]:
                 try:
                     config_of(method, data, self.settings, backbone=self.backbone, out="-")
-                except (ValueError, TypeError) as fault:
-                    faults.append(str(fault))
+                except (ValueError, TypeError) as error:
+                    errors.append(str(error))
         for data in self.data[1:]:
             try:
                 config_of(MethodEntry("linear", "linear"), data, self.settings, backbone=self.backbone, out="-")
-            except (ValueError, TypeError) as fault:
-                faults.append(str(fault))
-        return faults
+            except (ValueError, TypeError) as error:
+                errors.append(str(error))
+        return errors
 
 
 def listed(value: Any) -> Sequence[Any]:

@@ -45,15 +45,15 @@ def read_experiment(name: str, changes: dict[str, Any] | None = None) -> Experim
     path = _find(name)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as fault:
-        raise ValueError(f"experiment {path} must be a YAML text file: {' '.join(str(fault).split())}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"experiment {path} must be a YAML text file: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ValueError(f"experiment {path} must hold settings such as 'seeds: 3', got {type(values).__name__}")
     values.setdefault("name", path.stem)
     try:
         return Experiment.from_dict(merged(values, changes or {}))
-    except (ValueError, TypeError) as fault:
-        raise ValueError(f"experiment {path}: {fault}") from None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"experiment {path}: {error}") from None
 
 
 def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from snella.comparison.statistics import Rows, final_rows
 from snella.comparison.summary import Summary, part_text
 from snella.report.style import (
     ACCENT,
-    COLOURS,
+    COLORS,
     CURVE,
     INK,
     MUTED,
@@ -30,8 +30,8 @@ SHOWN_RANGE = 0.3
 
 
 def style_of(number: int) -> tuple[str, str]:
-    """Colour and marker of the method of this number; markers tell methods of one colour apart."""
-    return COLOURS[number % len(COLOURS)], _MARKERS[(number + number // len(COLOURS)) % len(_MARKERS)]
+    """Color and marker of the method of this number; markers tell methods of one color apart."""
+    return COLORS[number % len(COLORS)], _MARKERS[(number + number // len(COLORS)) % len(_MARKERS)]
 
 
 def pareto(summary: Summary, cost: str, label: str, title: str, is_log: bool) -> Figure | None:
@@ -57,10 +57,10 @@ def pareto(summary: Summary, cost: str, label: str, title: str, is_log: bool) ->
     figure, axes = new_figure(CURVE[0], CURVE[1] + 70 + 17 * math.ceil(len(points) / 3), title)
     handles = []
     for value, mean, std, number, _ in points:
-        colour, marker = style_of(number)
+        color, marker = style_of(number)
         if not math.isnan(std):
-            axes.errorbar(value, mean, std, color=colour, linewidth=1.2, capsize=0, alpha=0.6)
-        handles += axes.plot(value, mean, marker=marker, color=colour, markersize=8, linestyle="none")
+            axes.errorbar(value, mean, std, color=color, linewidth=1.2, capsize=0, alpha=0.6)
+        handles += axes.plot(value, mean, marker=marker, color=color, markersize=8, linestyle="none")
     frontier = pareto_front([(value, mean) for value, mean, *_ in points])
     axes.plot(*zip(*frontier, strict=True), color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
     if is_log:
@@ -122,17 +122,17 @@ def _chosen(rows: Rows, method: str, tasks: Sequence[str]) -> float | None:
 
 def _draw_curve(axes: Axes, number: int, points: Sequence[tuple[float, float | None]], chosen: float | None) -> Line2D:
     """One method's line, the chosen rate or else the best one filled; what it is called by in the legend."""
-    colour, marker = style_of(number)
-    dashes: Any = "-" if number < len(COLOURS) else (0, (5, 2))
+    color, marker = style_of(number)
+    dashes: Any = "-" if number < len(COLORS) else (0, (5, 2))
     kept = [(factor, accuracy) for factor, accuracy in points if accuracy is not None]
     x, y = [factor for factor, _ in kept], [accuracy for _, accuracy in kept]
-    look: dict[str, Any] = {"color": colour, "marker": marker}
+    look: dict[str, Any] = {"color": color, "marker": marker}
     line = axes.plot(x, y, **look, markersize=5, linewidth=1.6, linestyle=dashes, markerfacecolor="none")[0]
     if kept:
         axes.plot(*max(kept, key=lambda point: (point[0] == chosen, point[1])), **look, markersize=8)
     for factor, accuracy in points:
         if accuracy is None:
-            axes.plot(factor, 0.02, color=colour, marker="x", transform=axes.get_xaxis_transform(), clip_on=False)
+            axes.plot(factor, 0.02, color=color, marker="x", transform=axes.get_xaxis_transform(), clip_on=False)
     return line
 
 
@@ -180,10 +180,10 @@ def forest(summary: Summary, with_tasks: bool, width: int = 640) -> Figure | Non
         if value is None:
             continue
         is_clear = value.low > 0 or value.high < 0
-        colour = ACCENT if is_whole and is_clear and value.low > 0 else WARM if is_whole and is_clear else MUTED
-        colour = INK if is_whole and not is_clear else colour
-        axes.plot([value.low, value.high], [place, place], color=colour, linewidth=2.4 if is_whole else 1.2)
-        axes.plot(value.mean, place, color=colour, marker="D" if is_whole else "o", markersize=7 if is_whole else 4)
+        color = ACCENT if is_whole and is_clear and value.low > 0 else WARM if is_whole and is_clear else MUTED
+        color = INK if is_whole and not is_clear else color
+        axes.plot([value.low, value.high], [place, place], color=color, linewidth=2.4 if is_whole else 1.2)
+        axes.plot(value.mean, place, color=color, marker="D" if is_whole else "o", markersize=7 if is_whole else 4)
     axes.axvline(0, color=MUTED, linewidth=1.2)
     axes.set_ylim(len(lines) - 0.5, -0.5)
     axes.set_yticks(range(len(lines)), [shortened(name, longest) for name, *_ in lines])

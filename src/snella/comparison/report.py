@@ -27,7 +27,7 @@ from snella.comparison.summary import (
     difference_text,
     outcome_text,
     spread_text,
-    summarise,
+    summarize,
     table_cells,
 )
 from snella.report.style import inline_svg, shortened, write_whole
@@ -113,7 +113,7 @@ def markdown_tables(experiment: Experiment, rows: Rows) -> str:
     Returns:
         Markdown; says so where no final cell is finished.
     """
-    summary = summarise(experiment, rows)
+    summary = summarize(experiment, rows)
     if not summary.finals:
         return "No final cell is finished yet.\n"
     parts = []
@@ -175,7 +175,7 @@ def write_page(root: Path, experiment: Experiment, rows: Rows) -> Path:
     Returns:
         The page's path.
     """
-    summary = summarise(experiment, rows)
+    summary = summarize(experiment, rows)
     context = {
         "experiment": experiment,
         "summary": summary,

@@ -324,9 +324,9 @@ def _row(root: Path, experiment: Experiment, cell: Cell, folder: Path, is_own_pr
             shutil.rmtree(run.checkpoints, ignore_errors=True)
         except (KeyboardInterrupt, TrainingInterrupted):
             raise
-        except Exception as fault:
+        except Exception as error:
             traceback.print_exc(file=file)
-            return _failed(head, f"{type(fault).__name__}: {_first_lines(fault)}", time.monotonic() - start)
+            return _failed(head, f"{type(error).__name__}: {_first_lines(error)}", time.monotonic() - start)
     total = round(time.monotonic() - start + (0.0 if trial is None else trial["total_time"]), 3)
     origin = {"trained_as": None if trial is None else trial["cell"]}
     return {
@@ -361,9 +361,9 @@ def _failed(head: dict[str, Any], error: str, elapsed_s: float) -> dict[str, Any
     return {**head, "status": "failed", "error": error, "total_time": round(elapsed_s, 3)}
 
 
-def _first_lines(fault: Exception) -> str:
+def _first_lines(error: Exception) -> str:
     """An error's message, cut where libraries write pages; the log has all of it."""
-    text = " ".join(str(fault).split())
+    text = " ".join(str(error).split())
     return text if len(text) <= _ERROR_LENGTH else text[:_ERROR_LENGTH] + " …"
 
 

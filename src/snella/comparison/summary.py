@@ -86,7 +86,7 @@ class Summary:
         return 1 < len(self.groups) < len(self.tasks)
 
 
-def summarise(experiment: Experiment, rows: Rows) -> Summary:
+def summarize(experiment: Experiment, rows: Rows) -> Summary:
     """Compute the table.
 
     Args:
@@ -220,7 +220,7 @@ def caption(summary: Summary) -> str:
 
 def print_summary(console: Console, experiment: Experiment, rows: Rows) -> None:
     """Print the table."""
-    summary = summarise(experiment, rows)
+    summary = summarize(experiment, rows)
     if not summary.finals:
         print_line(console, "no final cell is finished yet")
         return

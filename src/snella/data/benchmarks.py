@@ -44,7 +44,7 @@ class Inspection:
         folder: Where it was looked for.
         parts: The lists that could be read, by name.
         classes: Class names by index.
-        faults: What makes the data unusable.
+        errors: What makes the data unusable.
         deviations: Where numbers of images or classes differ from the benchmark's: usable, but not comparable.
         notes: What a user should know.
     """
@@ -53,12 +53,12 @@ class Inspection:
     folder: Path
     parts: dict[str, ListedPart] = field(default_factory=dict)
     classes: list[str] = field(default_factory=list)
-    faults: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
     deviations: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def check(self, spec: str, *, check_sizes: bool) -> None:
-        """Refuse data with faults, all of them in one message; deviations become notes where they are allowed.
+        """Refuse data with errors, all of them in one message; deviations become notes where they are allowed.
 
         Args:
             spec: What the user typed.
@@ -67,9 +67,9 @@ class Inspection:
         Raises:
             ValueError: There are any.
         """
-        wrong = [*self.faults, *(self.deviations if check_sizes else [])]
+        wrong = [*self.errors, *(self.deviations if check_sizes else [])]
         if wrong:
-            way_out = "; to use it all the same, pass check_sizes=False" if check_sizes and not self.faults else ""
+            way_out = "; to use it all the same, pass check_sizes=False" if check_sizes and not self.errors else ""
             raise ValueError(f"{spec} is not {self.name} as the benchmark has it: {'; '.join(wrong)}{way_out}")
         self.notes += [f"not the benchmark's own data: {deviation}" for deviation in self.deviations]
 
@@ -80,22 +80,22 @@ def dataset_of(part: ListedPart) -> ImageDataset:
     return ImageDataset(source, range(len(part)), part.labels, part.files)
 
 
-def file_faults(part: ListedPart) -> list[str]:
+def file_errors(part: ListedPart) -> list[str]:
     """Files that a list names twice or that do not exist, one text for each kind."""
-    faults = []
+    errors = []
     twice = [file for file, count in Counter(part.files).items() if count > 1]
     if twice:
-        faults.append(f"{part.name} lists {len(twice)} files more than once: {listed(twice)}")
+        errors.append(f"{part.name} lists {len(twice)} files more than once: {listed(twice)}")
     there = _sizes(part)
     missing = [file for file in part.files if file not in there]
     if missing:
-        faults.append(
+        errors.append(
             f"{part.name} names {len(missing)} of {len(part)} files that are not in '{part.root}': {listed(missing)}"
         )
-    return faults
+    return errors
 
 
-def overlap_faults(one: ListedPart, other: ListedPart) -> tuple[list[str], list[str]]:
+def overlap_errors(one: ListedPart, other: ListedPart) -> tuple[list[str], list[str]]:
     """Images of one part that are in another one too: the same file, or a file with the same bytes.
 
     Files are only read where their size in bytes occurs on both sides. A few copies under other names belong to some
@@ -107,7 +107,7 @@ def overlap_faults(one: ListedPart, other: ListedPart) -> tuple[list[str], list[
         other: What is measured on.
 
     Returns:
-        Faults and notes.
+        Errors and notes.
     """
     common = sorted({str(one.root / file) for file in one.files} & {str(other.root / file) for file in other.files})
     if common:
@@ -122,7 +122,7 @@ def overlap_faults(one: ListedPart, other: ListedPart) -> tuple[list[str], list[
     return ([text], []) if len(copies) > _MOST_COPIES * len(other) else ([], [text])
 
 
-def class_faults(parts: Sequence[ListedPart], classes: int) -> tuple[list[str], list[str]]:
+def class_errors(parts: Sequence[ListedPart], classes: int) -> tuple[list[str], list[str]]:
     """Labels out of range, and classes without any image.
 
     Args:
@@ -130,18 +130,18 @@ def class_faults(parts: Sequence[ListedPart], classes: int) -> tuple[list[str], 
         classes: How many classes the benchmark has.
 
     Returns:
-        Faults and deviations.
+        Errors and deviations.
     """
-    faults = []
+    errors = []
     for part in parts:
         outside = sorted({label for label in part.labels if not 0 <= label < classes})
         if outside:
-            faults.append(f"labels must be in 0 … {classes - 1}, {part.name} has {listed([str(o) for o in outside])}")
+            errors.append(f"labels must be in 0 … {classes - 1}, {part.name} has {listed([str(o) for o in outside])}")
     present = {label for part in parts for label in part.labels if 0 <= label < classes}
     if len(present) == classes or not present:
-        return faults, []
+        return errors, []
     absent = [str(label) for label in range(classes) if label not in present]
-    return faults, [f"{classes} classes are required, {len(present)} have images; none of {listed(absent)}"]
+    return errors, [f"{classes} classes are required, {len(present)} have images; none of {listed(absent)}"]
 
 
 def _copies(one: ListedPart, other: ListedPart) -> list[str]:
@@ -239,7 +239,7 @@ class BenchmarkFamily(Generic[M]):
         return path if member is None else self.place(path.parent, member)
 
     def load(self, path: str, *, check_sizes: bool) -> tuple[M, Inspection]:
-        """Find a data set by the path to its folder, read it and refuse faults.
+        """Find a data set by the path to its folder, read it and refuse errors.
 
         Args:
             path: The folder, under one of its names.
@@ -270,8 +270,8 @@ __all__ = [
     "Inspection",
     "ListedPart",
     "Member",
-    "class_faults",
+    "class_errors",
     "dataset_of",
-    "file_faults",
-    "overlap_faults",
+    "file_errors",
+    "overlap_errors",
 ]

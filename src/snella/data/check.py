@@ -35,12 +35,12 @@ class BenchmarkCheck:
     strangers: list[str] = field(default_factory=list)
 
     @property
-    def faults(self) -> list[str]:
-        """Everything that is wrong, one text for each fault."""
+    def errors(self) -> list[str]:
+        """Everything that is wrong, one text for each error."""
         texts = [
-            f"{inspection.name}: {fault}"
+            f"{inspection.name}: {error}"
             for inspection in self.found
-            for fault in (*inspection.faults, *inspection.deviations)
+            for error in (*inspection.errors, *inspection.deviations)
         ]
         if self.missing:
             total = len(self.missing) + len(self.found)
@@ -57,7 +57,7 @@ def check_benchmarks(folder: str | Path, *, decode: bool = False) -> list[Benchm
 
     Args:
         folder: The folder.
-        decode: Also decode every image, which takes minutes; files that cannot be read become faults.
+        decode: Also decode every image, which takes minutes; files that cannot be read become errors.
 
     Returns:
         One entry a benchmark that is there, in part at least.
@@ -124,12 +124,12 @@ def _strangers(root: Path, missing: list[str]) -> list[str]:
 
 
 def _decode(inspection: Inspection) -> None:
-    """Add the images that cannot be read to the faults."""
+    """Add the images that cannot be read to the errors."""
     files = {part.root / file: file for part in inspection.parts.values() for file in part.files}
     paths = [path for path in files if path.is_file()]
     broken = [f"{files[paths[index]]} ({reason})" for index, reason in broken_images(paths).items()]
     if broken:
-        inspection.faults.append(f"{len(broken)} of {len(paths)} images cannot be read: {listed(broken)}")
+        inspection.errors.append(f"{len(broken)} of {len(paths)} images cannot be read: {listed(broken)}")
 
 
 __all__ = [

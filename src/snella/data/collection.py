@@ -23,9 +23,9 @@ class Collection:
         val: Validation part, if the data has one.
         test: Test part, if the data has one.
         has_parts: Whether the data is divided by itself; then no test part is split off.
-        notes: What a user should know: files left out, choices made, licences.
+        notes: What a user should know: files left out, choices made, licenses.
         strata: Names of the images' labels where these are not the classes: images with masks have a class a pixel.
-        is_resized_whole: Whether images are resized as a whole, where others have their centre cut out.
+        is_resized_whole: Whether images are resized as a whole, where others have their center cut out.
         official_joins_val: Whether the authors' scripts learn from the validation part too.
     """
 

@@ -1,4 +1,4 @@
-"""Labelled images as a torch data set whose augmentation does not depend on workers, prefetching or resuming."""
+"""Labeled images as a torch data set whose augmentation does not depend on workers, prefetching or resuming."""
 
 import hashlib
 import os
@@ -90,7 +90,7 @@ def _first_bytes(path: Path) -> bytes:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode to 8-bit RGB: transparency on white, grey three times, 16-bit values by their high byte.
+    """Convert any mode to 8-bit RGB: transparency on white, gray three times, 16-bit values by their high byte.
 
     Args:
         image: Image of any mode but 32-bit floating point.
@@ -101,9 +101,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        colours = image.convert("RGBA")
-        white = Image.new("RGBA", colours.size, "white")
-        return Image.alpha_composite(white, colours).convert("RGB")
+        colors = image.convert("RGBA")
+        white = Image.new("RGBA", colors.size, "white")
+        return Image.alpha_composite(white, colors).convert("RGB")
     if image.mode.startswith("I"):
         values = np.asarray(image)
         eight_bit = values >> 8 if values.max(initial=0) > 255 or image.mode != "I" else values
@@ -139,24 +139,24 @@ def _why_broken(path: Path) -> str | None:
 THRESHOLD = 128
 """Least value that is foreground in a mask of a lossy format."""
 LOSSY_FORMATS = ("JPEG", "MPO", "WEBP")
-_GREYS = ("L", "I", "I;16", "I;16B", "I;16L")
+_GRAYS = ("L", "I", "I;16", "I;16B", "I;16L")
 
 
 def read_label_map(path: str | Path) -> tuple[np.ndarray, bool]:
-    """Read a mask: palette indices, grey values, or a picture of black and white.
+    """Read a mask: palette indices, gray values, or a picture of black and white.
 
     A lossy format (JPEG) does not keep labels, so that only two can be told apart: such a mask is cut at `THRESHOLD`
     and becomes 0 and 1.
 
     Args:
-        path: PNG and the like in palette, grey or black-and-white mode, RGB where the three channels are equal; or
+        path: PNG and the like in palette, gray or black-and-white mode, RGB where the three channels are equal; or
             JPEG.
 
     Returns:
         `[height, width]`, uint16; and whether it was cut at the threshold.
 
     Raises:
-        ValueError: The file is no image, is truncated, or holds colours instead of labels.
+        ValueError: The file is no image, is truncated, or holds colors instead of labels.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
@@ -173,16 +173,16 @@ def read_label_map(path: str | Path) -> tuple[np.ndarray, bool]:
 
 def _labels(image: Image.Image) -> np.ndarray:
     """The labels that a lossless mask holds."""
-    if image.mode == "P" or image.mode == "1" or image.mode in _GREYS:
+    if image.mode == "P" or image.mode == "1" or image.mode in _GRAYS:
         return np.asarray(image)
     if image.mode in ("LA", "PA"):
         return np.asarray(image)[..., 0]
     if image.mode in ("RGB", "RGBA"):
-        colours = np.asarray(image)[..., :3]
-        if (colours == colours[..., :1]).all():
-            return colours[..., 0]
-        raise ValueError("it holds colours, save it as a palette or grey PNG whose values are the labels")
-    raise ValueError(f"mode {image.mode} has no labels, save it as a palette or grey PNG")
+        colors = np.asarray(image)[..., :3]
+        if (colors == colors[..., :1]).all():
+            return colors[..., 0]
+        raise ValueError("it holds colors, save it as a palette or gray PNG whose values are the labels")
+    raise ValueError(f"mode {image.mode} has no labels, save it as a palette or gray PNG")
 
 
 _BUDGET_BYTES = 512 * 2**20
@@ -196,7 +196,7 @@ class ImageSource(Protocol):
 
 
 class ArrayImages:
-    """Grey images in one array.
+    """Gray images in one array.
 
     Args:
         pixels: `[n, height, width]`, uint8.
@@ -371,7 +371,7 @@ class FileMasks(FileImages):
         self.is_white_foreground = is_white_foreground
 
     def read(self, row: int) -> Image.Image:
-        """Labels as the grey values of a picture."""
+        """Labels as the gray values of a picture."""
         labels, _ = read_label_map(self.paths[row])
         if self.is_white_foreground:
             labels = labels > 0
@@ -389,7 +389,7 @@ class ArrayMasks:
         self.labels = labels
 
     def load(self, row: int) -> Image.Image:
-        """Labels as the grey values of a picture."""
+        """Labels as the gray values of a picture."""
         return Image.fromarray(self.labels[row])
 
 

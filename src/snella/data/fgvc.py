@@ -9,10 +9,10 @@ from snella.data.benchmarks import (
     BenchmarkFamily,
     Inspection,
     ListedPart,
-    class_faults,
+    class_errors,
     dataset_of,
-    file_faults,
-    overlap_faults,
+    file_errors,
+    overlap_errors,
 )
 from snella.data.collection import Collection
 from snella.data.folder import listed
@@ -104,12 +104,12 @@ def inspect_fgvc(folder: Path, dataset: FgvcDataset) -> Inspection:
         found.parts[name] = ListedPart(name, root, list(entries), labels)
     found.classes = _class_names(ids, list(found.parts.values()))
     for part in found.parts.values():
-        found.faults += file_faults(part)
+        found.errors += file_errors(part)
     _check_numbers(found, dataset)
     for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
         if one in found.parts and other in found.parts:
-            faults, notes = overlap_faults(found.parts[one], found.parts[other])
-            found.faults += faults
+            errors, notes = overlap_errors(found.parts[one], found.parts[other])
+            found.errors += errors
             found.notes += notes
     return found
 
@@ -125,12 +125,12 @@ def _lists(found: Inspection) -> dict[str, dict[str, int]]:
         found.notes.append(f"{found.name}: no train.json; trainval.json is divided into training and validation")
     missing = [file.name for file in files.values() if not file.is_file()]
     if missing:
-        found.faults.append(f"missing in '{found.folder}': {', '.join(missing)}; the layout is {_LAYOUT}")
+        found.errors.append(f"missing in '{found.folder}': {', '.join(missing)}; the layout is {_LAYOUT}")
     for name, file in files.items():
         if file.is_file():
-            entries, fault = _read(file)
-            if fault:
-                found.faults.append(fault)
+            entries, error = _read(file)
+            if error:
+                found.errors.append(error)
             else:
                 lists[name] = entries
     return lists
@@ -140,8 +140,8 @@ def _read(file: Path) -> tuple[dict[str, int], str]:
     """One list, and what is wrong with it; ids written as text count as numbers."""
     try:
         content: Any = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as fault:
-        return {}, f"{file.name} must be a JSON file: {fault}"
+    except ValueError as error:
+        return {}, f"{file.name} must be a JSON file: {error}"
     if not isinstance(content, dict) or not content:
         return {}, f"{file.name} must hold an object {{image path: class}}, got {str(content)[:40]!r}"
     wrong = [f"{path!r}: {label!r}" for path, label in content.items() if not _is_number(label)]
@@ -170,9 +170,9 @@ def _class_names(ids: list[int], parts: list[ListedPart]) -> list[str]:
 def _check_numbers(found: Inspection, dataset: FgvcDataset) -> None:
     """Compare the numbers of classes and images with the benchmark's."""
     if len(found.classes) > dataset.classes:
-        found.faults.append(f"{dataset.classes} classes are required, the lists name {len(found.classes)}")
+        found.errors.append(f"{dataset.classes} classes are required, the lists name {len(found.classes)}")
     elif found.parts:
-        found.deviations += class_faults(list(found.parts.values()), dataset.classes)[1]
+        found.deviations += class_errors(list(found.parts.values()), dataset.classes)[1]
     sizes = dict(zip(_PARTS, dataset.sizes, strict=True))
     if "val" not in found.parts and found.notes:
         sizes["train"] += sizes["val"]

@@ -157,10 +157,10 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _check_classes(files: dict[str, _Files], folders: dict[str, Path], root: Path) -> None:
-    """Refuse folders that give no classification problem, all faults in one message."""
-    faults = []
+    """Refuse folders that give no classification problem, all errors in one message."""
+    errors = []
     if not files["train"]:
-        faults.append(_no_classes(folders["train"]))
+        errors.append(_no_classes(folders["train"]))
     elif len(files["train"]) == 1:
         only = next(iter(files["train"]))
         inside = [child.name for child in _subfolders(folders["train"] / only)]
@@ -170,27 +170,27 @@ def _check_classes(files: dict[str, _Files], folders: dict[str, Path], root: Pat
             if len(inside) > 1
             else f"{_LAYOUT}, one folder for each class{_table_hint(folders['train'], folders['train'] / only)}"
         )
-        faults.append(f"at least two classes are needed, there is one: {only!r}; {hint}")
+        errors.append(f"at least two classes are needed, there is one: {only!r}; {hint}")
     for part, classes in files.items():
         empty = [str((folders[part] / name).relative_to(root)) for name, found in classes.items() if not found]
         if empty:
-            faults.append(
+            errors.append(
                 f"class folders without a readable image: {listed([repr(name) for name in empty])}, remove them or "
                 f"add images ({', '.join(IMAGE_SUFFIXES)})"
             )
         unknown = [name for name in classes if name not in files["train"]]
         if unknown:
-            faults.append(
+            errors.append(
                 f"classes of '{folders[part].name}' unknown to training: "
                 f"{listed([_with_nearest(name, list(files['train'])) for name in unknown])}; "
                 f"training has {listed([repr(name) for name in files['train']])}"
             )
-    if faults:
-        raise ValueError(f"folder '{root}' cannot be used: {'; '.join(faults)}")
+    if errors:
+        raise ValueError(f"folder '{root}' cannot be used: {'; '.join(errors)}")
 
 
 def _no_classes(folder: Path) -> str:
-    """The fault of a folder without class folders: it is empty, or its images lie there loose."""
+    """The error of a folder without class folders: it is empty, or its images lie there loose."""
     visible = [child for child in folder.iterdir() if not child.name.startswith(".")]
     if not visible:
         return f"'{folder}' is empty; {_LAYOUT}"
@@ -233,6 +233,6 @@ def _other_kinds(others: Counter[str]) -> str:
 
 
 def listed(items: Sequence[str]) -> str:
-    """The first few of many faults, and how many more there are."""
+    """The first few of many errors, and how many more there are."""
     rest = len(items) - _NAMED
     return ", ".join(items[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")

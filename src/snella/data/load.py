@@ -61,8 +61,8 @@ class DataSplits:
         classes: Class names by index.
         name: Short name of the data.
         description: One line with numbers, for people.
-        notes: What a user should know: files left out, choices made, licences.
-        is_resized_whole: Whether images are resized as a whole, where others have their centre cut out.
+        notes: What a user should know: files left out, choices made, licenses.
+        is_resized_whole: Whether images are resized as a whole, where others have their center cut out.
     """
 
     train: ImageDataset
@@ -264,18 +264,18 @@ def _check_numbers(
     seeds: dict[str, int], val_fraction: float, test_fraction: float, sizes: dict[str, int | None]
 ) -> None:
     """Refuse numbers out of range, all of them in one message."""
-    faults = [f"{name} must be in [0, 2^32), got {seed}" for name, seed in seeds.items() if not 0 <= seed < 2**32][:1]
+    errors = [f"{name} must be in [0, 2^32), got {seed}" for name, seed in seeds.items() if not 0 <= seed < 2**32][:1]
     if not 0 < val_fraction < 1:
-        faults.append(f"val_fraction must be in (0, 1), got {val_fraction}")
+        errors.append(f"val_fraction must be in (0, 1), got {val_fraction}")
     if not 0 <= test_fraction < 1:
-        faults.append(f"test_fraction must be in [0, 1), got {test_fraction}")
+        errors.append(f"test_fraction must be in [0, 1), got {test_fraction}")
     if val_fraction + test_fraction >= 1:
-        faults.append(f"val_fraction + test_fraction must leave images to train on, got {val_fraction + test_fraction}")
-    faults += [
+        errors.append(f"val_fraction + test_fraction must leave images to train on, got {val_fraction + test_fraction}")
+    errors += [
         f"{part}_size must be at least 1, got {size}" for part, size in sizes.items() if size is not None and size < 1
     ]
-    if faults:
-        raise ValueError("; ".join(faults))
+    if errors:
+        raise ValueError("; ".join(errors))
 
 
 __all__ = [

@@ -94,7 +94,7 @@ class _Look:
 def load_masks(path: str, *, skip_broken: bool = False) -> Collection:
     """Collect the images of a folder with their masks; an image and its mask have the same name but for the ending.
 
-    A mask's values are class numbers: palette indices or grey values 0, 1, 2 … without gaps; 0 is the background. Masks
+    A mask's values are class numbers: palette indices or gray values 0, 1, 2 … without gaps; 0 is the background. Masks
     of 0 and 255 are binary, and JPEG masks are cut at 128 to become so. `classes.txt` in the folder names the classes,
     one a line, the background first, and may name more than occur. Every file is decoded once.
 
@@ -110,10 +110,10 @@ def load_masks(path: str, *, skip_broken: bool = False) -> Collection:
     root = existing_folder(path, "masks", "with images/ and masks/ inside")
     divided = (root / "train" / "images").is_dir()
     folders = {part: root / part for part in _PARTS if (root / part).is_dir()} if divided else {"train": root}
-    faults: list[str] = []
-    pairs = {part: find_pairs(folder, root, faults) for part, folder in folders.items()}
+    errors: list[str] = []
+    pairs = {part: find_pairs(folder, root, errors) for part, folder in folders.items()}
     collection = collect_masks(
-        f"masks:{path}", root, pairs, faults, class_names=_class_names(root), has_parts=divided, skip_broken=skip_broken
+        f"masks:{path}", root, pairs, errors, class_names=_class_names(root), has_parts=divided, skip_broken=skip_broken
     )
     for part in (collection.val, collection.test):
         if part is not None:
@@ -125,7 +125,7 @@ def collect_masks(
     spec: str,
     root: Path,
     pairs: Mapping[str, Sequence[MaskPair]],
-    faults: list[str],
+    errors: list[str],
     *,
     class_names: list[str] | None = None,
     has_parts: bool = False,
@@ -137,7 +137,7 @@ def collect_masks(
         spec: What the user typed, for messages.
         root: Folder that names are relative to.
         pairs: Files of each part.
-        faults: What is known to be wrong already.
+        errors: What is known to be wrong already.
         class_names: Names by label; found from the labels where None.
         has_parts: Whether the data is divided by itself.
         skip_broken: Leave pairs with an unreadable file out and note them.
@@ -156,7 +156,7 @@ def collect_masks(
         if skip_broken:
             notes.append(f"left out {text}")
         else:
-            faults.append(f"{text} (leave them out with --skip-broken (skip_broken=True))")
+            errors.append(f"{text} (leave them out with --skip-broken (skip_broken=True))")
     good = {pair: look for pair, look in looks.items() if not look.broken}
     unlike = [
         f"{masks[pair]} is {_size(look.mask_size)}, its image {_size(look.image_size)}"
@@ -164,18 +164,18 @@ def collect_masks(
         if look.image_size != look.mask_size
     ]
     if unlike:
-        faults.append(f"{_many(len(unlike), 'mask')} of another size than the image: {listed(unlike)}")
+        errors.append(f"{_many(len(unlike), 'mask')} of another size than the image: {listed(unlike)}")
     thresholded = sum(look.is_thresholded for look in good.values())
     labels = Counter(label for look in good.values() for label in look.labels)
     is_white = class_names is None or len(class_names) == 2
     is_white = is_white and set(labels) <= {0, 255}
     classes = class_names or _found_classes(1 if is_white else _without_gaps(labels))
     if good and not is_white:
-        faults += _out_of_range({masks[pair]: look.labels for pair, look in good.items()}, classes, class_names)
-    if not faults:
-        faults += _unusable(labels, pairs, broken)
-    if faults:
-        raise ValueError(f"{spec} cannot be used: {'; '.join(faults)}")
+        errors += _out_of_range({masks[pair]: look.labels for pair, look in good.items()}, classes, class_names)
+    if not errors:
+        errors += _unusable(labels, pairs, broken)
+    if errors:
+        raise ValueError(f"{spec} cannot be used: {'; '.join(errors)}")
     if thresholded:
         notes.append(
             f"{_many(thresholded, 'mask')} in a lossy format (JPEG), which does not keep labels: "
@@ -196,32 +196,32 @@ def collect_masks(
     )
 
 
-def find_pairs(folder: Path, root: Path, faults: list[str]) -> list[MaskPair]:
-    """Find the images and masks of one part by name; what has no partner is added to the faults.
+def find_pairs(folder: Path, root: Path, errors: list[str]) -> list[MaskPair]:
+    """Find the images and masks of one part by name; what has no partner is added to the errors.
 
     Args:
         folder: Holds `images/` and `masks/`.
         root: Folder that messages name files relative to.
-        faults: What is wrong is added here.
+        errors: What is wrong is added here.
     """
     where = "" if folder == root else f" in {folder.relative_to(root)}"
-    found = {kind: _files(folder / kind, root, faults) for kind in ("images", "masks")}
+    found = {kind: _files(folder / kind, root, errors) for kind in ("images", "masks")}
     images, masks = found["images"], found["masks"]
     for kind, files in found.items():
         if not files:
-            faults.append(f"no image files in {(folder / kind).relative_to(root)}/; {_LAYOUT}")
+            errors.append(f"no image files in {(folder / kind).relative_to(root)}/; {_LAYOUT}")
     if not images or not masks:
         return []
     without_mask = [images[stem].name for stem in images if stem not in masks]
     without_image = [masks[stem].name for stem in masks if stem not in images]
     if without_mask:
-        faults.append(f"{_many(len(without_mask), 'image')} without a mask{where}: {listed(without_mask)}")
+        errors.append(f"{_many(len(without_mask), 'image')} without a mask{where}: {listed(without_mask)}")
     if without_image:
-        faults.append(f"{_many(len(without_image), 'mask')} without an image{where}: {listed(without_image)}")
+        errors.append(f"{_many(len(without_image), 'mask')} without an image{where}: {listed(without_image)}")
     return [MaskPair(images[stem], masks[stem]) for stem in images if stem in masks]
 
 
-def _files(folder: Path, root: Path, faults: list[str]) -> dict[str, Path]:
+def _files(folder: Path, root: Path, errors: list[str]) -> dict[str, Path]:
     """Image files of a folder by their name without ending."""
     if not folder.is_dir():
         return {}
@@ -230,7 +230,7 @@ def _files(folder: Path, root: Path, faults: list[str]) -> dict[str, Path]:
         if file.suffix.lower() not in IMAGE_SUFFIXES or file.name.startswith("."):
             continue
         if file.stem in files:
-            faults.append(f"two files of one name in {folder.relative_to(root)}/: {files[file.stem].name}, {file.name}")
+            errors.append(f"two files of one name in {folder.relative_to(root)}/: {files[file.stem].name}, {file.name}")
         files[file.stem] = file
     return files
 
@@ -281,7 +281,7 @@ def _found_classes(last: int) -> list[str]:
 def _out_of_range(
     labels: Mapping[str, tuple[int, ...]], classes: list[str], class_names: list[str] | None
 ) -> list[str]:
-    """The fault of masks with labels that no class has."""
+    """The error of masks with labels that no class has."""
     strange = {mask: [label for label in found if label >= len(classes)] for mask, found in labels.items()}
     texts = [f"{mask} has {', '.join(map(str, found[:5]))}" for mask, found in strange.items() if found]
     if not texts:
@@ -297,15 +297,15 @@ def _out_of_range(
 def _unusable(
     labels: Mapping[int, int], pairs: Mapping[str, Sequence[MaskPair]], broken: Mapping[MaskPair, str]
 ) -> list[str]:
-    """Faults of files that are all right one by one."""
-    faults = [
+    """Errors of files that are all right one by one."""
+    errors = [
         f"no readable pair of image and mask in the part '{part}'"
         for part, found in pairs.items()
         if all(pair in broken for pair in found)
     ]
-    if not faults and len(labels) < 2:
-        faults.append(f"all masks hold one label only, {next(iter(labels))}; there is nothing to learn")
-    return faults
+    if not errors and len(labels) < 2:
+        errors.append(f"all masks hold one label only, {next(iter(labels))}; there is nothing to learn")
+    return errors
 
 
 def _dataset(pairs: Sequence[MaskPair], names: Mapping[MaskPair, str], is_white: bool) -> MaskDataset:
@@ -348,9 +348,9 @@ def load_kvasir(path: str, *, skip_broken: bool = False) -> Collection:
         ValueError: As `load_masks`; one split file without the other; names in both of them, or without a file.
     """
     root = existing_folder(path, "kvasir", "with images/ and masks/ inside")
-    faults: list[str] = []
-    pairs = {pair.image.stem: pair for pair in find_pairs(root, root, faults)}
-    names = _official_split(root, pairs, faults)
+    errors: list[str] = []
+    pairs = {pair.image.stem: pair for pair in find_pairs(root, root, errors)}
+    names = _official_split(root, pairs, errors)
     notes = []
     if names is None:
         names = _own_split(list(pairs))
@@ -360,7 +360,7 @@ def load_kvasir(path: str, *, skip_broken: bool = False) -> Collection:
         )
     parts = {part: [pairs[name] for name in chosen if name in pairs] for part, chosen in names.items()}
     collection = collect_masks(
-        f"kvasir:{path}", root, parts, faults, class_names=CLASSES, has_parts=True, skip_broken=skip_broken
+        f"kvasir:{path}", root, parts, errors, class_names=CLASSES, has_parts=True, skip_broken=skip_broken
     )
     collection.name = "kvasir"
     if collection.test is not None:
@@ -369,7 +369,7 @@ def load_kvasir(path: str, *, skip_broken: bool = False) -> Collection:
     return collection
 
 
-def _official_split(root: Path, pairs: dict[str, MaskPair], faults: list[str]) -> dict[str, list[str]] | None:
+def _official_split(root: Path, pairs: dict[str, MaskPair], errors: list[str]) -> dict[str, list[str]] | None:
     """Names of the training and the test part from the split files, None where neither is there."""
     files = {part: root / name for part, name in _SPLIT_FILES.items()}
     present = [file for file in files.values() if file.is_file()]
@@ -377,16 +377,16 @@ def _official_split(root: Path, pairs: dict[str, MaskPair], faults: list[str]) -
         return None
     if len(present) < len(files):
         absent = next(file.name for file in files.values() if not file.is_file())
-        faults.append(f"{present[0].name} is there but {absent} is not; add it, or remove both for our own split")
+        errors.append(f"{present[0].name} is there but {absent} is not; add it, or remove both for our own split")
         return {"train": list(pairs)}
     names = {part: _names(file) for part, file in files.items()}
     for part, chosen in names.items():
         unknown = [name for name in chosen if name not in pairs]
         if unknown:
-            faults.append(f"{len(unknown)} names in {_SPLIT_FILES[part]} without image and mask: {listed(unknown)}")
+            errors.append(f"{len(unknown)} names in {_SPLIT_FILES[part]} without image and mask: {listed(unknown)}")
     both = sorted(set(names["train"]) & set(names["test"]))
     if both:
-        faults.append(f"{len(both)} names stand in {' and in '.join(_SPLIT_FILES.values())}: {listed(both)}")
+        errors.append(f"{len(both)} names stand in {' and in '.join(_SPLIT_FILES.values())}: {listed(both)}")
     return names
 
 

@@ -14,7 +14,7 @@ __all__ = ["Augment", "build_transform"]
 Augment = Literal["none", "flip", "crop", "imagenet"]
 CropMode = Literal["center", "squash"]
 _CROP_SCALES = {"crop": (0.5, 1.0), "imagenet": (0.08, 1.0)}
-_COLOUR_JITTER = 0.4
+_COLOR_JITTER = 0.4
 _INTERPOLATIONS = {
     "nearest": InterpolationMode.NEAREST,
     "bilinear": InterpolationMode.BILINEAR,
@@ -26,7 +26,7 @@ _INTERPOLATIONS = {
 def build_transform(data_config: dict[str, Any], *, train: bool, augment: Augment) -> Callable[[Image.Image], Tensor]:
     """Build timm's evaluation transform for a model, or one with augmentation for training.
 
-    Evaluation: the short side is resized to `input_size / crop_pct` (both sides with `crop_mode="squash"`), the centre
+    Evaluation: the short side is resized to `input_size / crop_pct` (both sides with `crop_mode="squash"`), the center
     is cut out, values become `(pixel / 255 - mean) / std`. Everything random draws from torch's generator.
 
     Args:
@@ -56,7 +56,7 @@ def build_transform(data_config: dict[str, Any], *, train: bool, augment: Augmen
     if train and augment != "none":
         steps.append(v2.RandomHorizontalFlip())
     if train and augment == "imagenet":
-        steps.append(v2.ColorJitter(_COLOUR_JITTER, _COLOUR_JITTER, _COLOUR_JITTER))
+        steps.append(v2.ColorJitter(_COLOR_JITTER, _COLOR_JITTER, _COLOR_JITTER))
     steps += [
         v2.PILToTensor(),
         v2.ToDtype(torch.float32, scale=True),

@@ -7,10 +7,10 @@ from snella.data.benchmarks import (
     BenchmarkFamily,
     Inspection,
     ListedPart,
-    class_faults,
+    class_errors,
     dataset_of,
-    file_faults,
-    overlap_faults,
+    file_errors,
+    overlap_errors,
 )
 from snella.data.collection import Collection
 from snella.data.folder import listed
@@ -108,24 +108,24 @@ def inspect_vtab(folder: Path, task: VtabTask) -> Inspection:
     for name in (*_SIZES, "test"):
         list_file = folder / f"{name}.txt"
         if list_file.is_file():
-            part, faults = _read(list_file, folder)
+            part, errors = _read(list_file, folder)
             found.parts[name] = part
-            found.faults += faults
+            found.errors += errors
     _complete(found)
     parts = found.parts
     for part in parts.values():
-        found.faults += file_faults(part)
-    faults, deviations = class_faults(list(parts.values()), task.classes)
-    found.faults += faults
+        found.errors += file_errors(part)
+    errors, deviations = class_errors(list(parts.values()), task.classes)
+    found.errors += errors
     found.deviations += deviations
     for name, size in {**_SIZES, "test": task.test_size}.items():
         if name in parts and len(parts[name]) != size:
             found.deviations.append(f"{name} must have {size:,} images, got {len(parts[name]):,}")
     for one, other in (("train800", "val200"), (_JOINED, "test"), ("train800", "test"), ("val200", "test")):
-        is_covered = one != _JOINED and other == "test" and _JOINED in parts and not found.faults
+        is_covered = one != _JOINED and other == "test" and _JOINED in parts and not found.errors
         if one in parts and other in parts and not is_covered:
-            faults, notes = overlap_faults(parts[one], parts[other])
-            found.faults += faults
+            errors, notes = overlap_errors(parts[one], parts[other])
+            found.errors += errors
             found.notes += notes
     return found
 
@@ -140,9 +140,9 @@ def _complete(found: Inspection) -> None:
         found.notes.append(f"{found.name}: train800 and val200 are the first 800 and the last 200 of {_JOINED}.txt")
     missing = [f"{name}.txt" for name in ("train800", "val200", "test") if name not in parts]
     if missing:
-        found.faults.append(f"missing in '{found.folder}': {', '.join(missing)}; the layout is {_LAYOUT}")
+        found.errors.append(f"missing in '{found.folder}': {', '.join(missing)}; the layout is {_LAYOUT}")
     elif joined is not None and joined.labels != parts["train800"].labels + parts["val200"].labels:
-        found.faults.append(f"{_JOINED}.txt must list the labels of train800.txt followed by those of val200.txt")
+        found.errors.append(f"{_JOINED}.txt must list the labels of train800.txt followed by those of val200.txt")
 
 
 def _read(list_file: Path, folder: Path) -> tuple[ListedPart, list[str]]:
@@ -157,15 +157,15 @@ def _read(list_file: Path, folder: Path) -> tuple[ListedPart, list[str]]:
             labels.append(int(label))
         else:
             malformed.append(f"line {number} is {line.strip()!r}")
-    faults = []
+    errors = []
     if malformed:
-        faults.append(
+        errors.append(
             f"{list_file.name} must hold lines like 'images/test/000000.jpg 3', but {len(malformed)} are not: "
             f"{listed(malformed)}"
         )
     elif not files:
-        faults.append(f"{list_file.name} is empty")
-    return ListedPart(list_file.stem, folder, files, labels), faults
+        errors.append(f"{list_file.name} is empty")
+    return ListedPart(list_file.stem, folder, files, labels), errors
 
 
 VTAB = BenchmarkFamily("vtab", "VTAB-1k", "task", VTAB_TASKS, _LAYOUT, inspect_vtab)

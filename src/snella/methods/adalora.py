@@ -22,15 +22,15 @@ _OPTIONS = (
 
 
 class RankSchedule:
-    """Lets AdaLoRA take ranks away while a model trains: PEFT's `update_and_allocate` after each step of the optimiser.
+    """Lets AdaLoRA take ranks away while a model trains: PEFT's `update_and_allocate` after each step of the optimizer.
 
     The ranks stay at `init_r` for the first `tinit` steps, fall along a cubic to `r` on average, and stay for the last
     `tfinal` steps. Where the configuration names neither, these are a tenth and a half of all steps, as in most of
-    the paper's runs. What the allocator knows travels in the optimiser's state, so that a resumed run goes on with it.
+    the paper's runs. What the allocator knows travels in the optimizer's state, so that a resumed run goes on with it.
 
     Args:
         model: With an AdaLoRA adapter.
-        total_steps: Steps of the optimiser in the whole run.
+        total_steps: Steps of the optimizer in the whole run.
 
     Attributes:
         step: Steps taken.
@@ -56,7 +56,7 @@ class RankSchedule:
             )
 
     def attach(self, optimizer: Optimizer) -> Self:
-        """Follow an optimiser, wrapped by Accelerate or not; its `state_dict` carries the allocator's from now on."""
+        """Follow an optimizer, wrapped by Accelerate or not; its `state_dict` carries the allocator's from now on."""
         while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
             optimizer = inner
         optimizer.register_step_post_hook(self._after_step)

@@ -33,8 +33,8 @@ def read_header(path: Path) -> dict[str, list[int]]:
         raise FileNotFoundError(f"no adapter file {path}; {WAY_OUT}")
     try:
         return parse_header(path)
-    except HeaderError as fault:
-        raise AdapterFileError(f"{path} is damaged: {fault}; {WAY_OUT}") from None
+    except HeaderError as error:
+        raise AdapterFileError(f"{path} is damaged: {error}; {WAY_OUT}") from None
 
 
 def parse_header(path: Path) -> dict[str, list[int]]:
@@ -53,8 +53,8 @@ def parse_header(path: Path) -> dict[str, list[int]]:
             tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
             ends = {name: 8 + length + int(entry["data_offsets"][1]) for name, entry in tensors.items()}
             shapes = {name: [int(n) for n in entry["shape"]] for name, entry in tensors.items()}
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as fault:
-            raise HeaderError(f"its safetensors header is unreadable ({fault})") from None
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise HeaderError(f"its safetensors header is unreadable ({error})") from None
     cut = [name for name, end in ends.items() if end > size]
     if cut:
         raise HeaderError(f"cut off at {size} of {max(ends.values())} bytes, so {_some(cut)} is incomplete")
@@ -74,21 +74,21 @@ def check_fits(path: Path, found: dict[str, list[int]], wanted: dict[str, list[i
     Raises:
         AdapterFileError: A shape differs, a tensor is missing, or one is left over; all three are reported together.
     """
-    faults = [
+    errors = [
         f"{name!r} is {found[name]} in the file and {shape} in the model"
         for name, shape in wanted.items()
         if name in found and found[name] != shape
     ]
-    if len(faults) > _SHOWN:
-        faults = [*faults[:_SHOWN], f"{len(faults) - _SHOWN} more tensors differ in shape"]
+    if len(errors) > _SHOWN:
+        errors = [*errors[:_SHOWN], f"{len(errors) - _SHOWN} more tensors differ in shape"]
     missing = [name for name in wanted if name not in found]
     extra = [name for name in found if name not in wanted]
     if missing:
-        faults.append(f"the file lacks {_some(missing)}")
+        errors.append(f"the file lacks {_some(missing)}")
     if extra:
-        faults.append(f"the model lacks {_some(extra)}")
-    if faults:
-        raise AdapterFileError(f"{path} belongs to another model: {'; '.join(faults)}")
+        errors.append(f"the model lacks {_some(extra)}")
+    if errors:
+        raise AdapterFileError(f"{path} belongs to another model: {'; '.join(errors)}")
 
 
 def _some(names: list[str]) -> str:
@@ -106,7 +106,7 @@ def restoring(model: nn.Module) -> Iterator[None]:
     """
     try:
         yield
-    except (AttributeError, ValueError, TypeError, KeyError, IndexError) as fault:
+    except (AttributeError, ValueError, TypeError, KeyError, IndexError) as error:
         raise AdapterFileError(
-            f"the adapter does not fit {type(model).__name__}: {fault}; load it into the architecture it was trained on"
-        ) from fault
+            f"the adapter does not fit {type(model).__name__}: {error}; load it into the architecture it was trained on"
+        ) from error

@@ -47,7 +47,7 @@ def check_by(rules: Mapping[str, Rule]) -> Callable[[Mapping[str, Any]], list[st
         rules: By the name of the option.
 
     Returns:
-        A function from options to faults: "r must be a whole number of at least 1, got 0".
+        A function from options to errors: "r must be a whole number of at least 1, got 0".
     """
 
     def check(options: Mapping[str, Any]) -> list[str]:
@@ -77,9 +77,9 @@ class Method:
         options: Names of the options that it takes.
         suffix: The option that a number at the end of the name sets: `"r"` makes `adapter-8` mean `r=8`. None: no
             number is taken.
-        check: `options -> faults`, everything that can be said against the values without a model.
+        check: `options -> errors`, everything that can be said against the values without a model.
         config: `(head, options) -> PeftConfig`, for a method that is an adapter of PEFT; what it raises counts as a
-            fault of the options. Called with `target_modules` among the options.
+            error of the options. Called with `target_modules` among the options.
         needs_batches: What is trained depends on training data, so that `build_method` needs `batches`.
         needs_validation: Candidates are compared on validation images, which `batches` must have too.
         restore: `(model, head, options, tensors) -> model`, the structure of a saved adapter from its tensors alone;

@@ -75,7 +75,7 @@ def remove_hooks(module: nn.Module, *hooks: Callable[..., Any]) -> None:
 
 
 def freeze_running_statistics(model: nn.Module) -> int:
-    """Make every batch normalisation layer normalise with its stored statistics, in training too.
+    """Make every batch normalization layer normalize with its stored statistics, in training too.
 
     Otherwise "frozen" layers would drift with each batch, and the drift would be missing from the saved adapter.
 

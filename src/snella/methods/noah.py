@@ -278,7 +278,7 @@ def train_supernet(
 
 @torch.no_grad()
 def accuracy_of(supernet: nn.Module, subnet: Subnet, data: SelectionData) -> tuple[float, float]:
-    """Share of validation images that a combination recognises, and the negative loss, which decides between equals.
+    """Share of validation images that a combination recognizes, and the negative loss, which decides between equals.
 
     Raises:
         ValueError: There is no validation image.
@@ -393,10 +393,10 @@ def _check(options: Options) -> list[str]:
     """Rules for numbers, and `sizes`."""
     sizes = options.get("sizes", _SIZES)
     is_list = isinstance(sizes, list | tuple) and len(sizes) > 0
-    faults = _CHECK_NUMBERS(options)
+    errors = _CHECK_NUMBERS(options)
     if not is_list or not all(isinstance(size, int) and size >= 1 for size in sizes):
-        faults.append(f"sizes must be a list of whole numbers of at least 1, got {sizes!r}")
-    return faults
+        errors.append(f"sizes must be a list of whole numbers of at least 1, got {sizes!r}")
+    return errors
 
 
 _CHECK_NUMBERS = check_by(

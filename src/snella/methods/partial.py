@@ -43,19 +43,19 @@ FULL = Method("all weights", "full fine-tuning", _full, merge=unchanged)
 
 
 class _BatchNorm(nn.BatchNorm1d):
-    """Batch normalisation that takes a single image by its running statistics, where a batch has none of its own."""
+    """Batch normalization that takes a single image by its running statistics, where a batch has none of its own."""
 
     saved_buffers = ("running_mean", "running_var", "num_batches_tracked")
 
     def forward(self, input: Tensor) -> Tensor:
-        """The features, normalised."""
+        """The features, normalized."""
         if len(input) > 1:
             return super().forward(input)
         return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
 
 class MlpHead(nn.Module):
-    """Linear layers with a ReLU, a batch normalisation and dropout after each but the last.
+    """Linear layers with a ReLU, a batch normalization and dropout after each but the last.
 
     h_0 = x;  h_i = dropout(norm(relu(W_i h_{i-1} + b_i)));  y = W_k h_{k-1} + b_k
 

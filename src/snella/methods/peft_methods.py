@@ -132,7 +132,7 @@ def _snell_config(head: str, options: Options) -> PeftConfig:
 
 
 def _klora_config(head: str, options: Options) -> PeftConfig:
-    """Kernelised LoRA: the merged matrix as it is."""
+    """Kernelized LoRA: the merged matrix as it is."""
     return _snella_config(head, {**options, "sparsify_mode": "none", "target_sparsity": 0.0})
 
 
@@ -172,7 +172,7 @@ SNELL = peft_method(
 
 KLORA = peft_method(
     "a kernel's high-rank update without sparsity",
-    "kernelised LoRA (KLoRA) of SNELLA, Shen et al., arXiv 2510.24037, Tables VII to IX",
+    "kernelized LoRA (KLoRA) of SNELLA, Shen et al., arXiv 2510.24037, Tables VII to IX",
     _klora_config,
     tuple(option for option in _SNELL_OPTIONS if option not in _OF_SPARSITY),
     suffix="r",
@@ -246,7 +246,7 @@ class _Entry:
 
 
 def layer_norms(model: nn.Module, head: str) -> str:
-    """A regular expression for the names of the layer normalisations outside of the head.
+    """A regular expression for the names of the layer normalizations outside of the head.
 
     As plain names they would match too much: `norm` is also how `blocks.0.attn.norm` ends.
 
@@ -317,7 +317,7 @@ _ENTRIES = {
         "low-rank updates of a learned norm", "DeLoRA, Bini et al., arXiv 2503.18225", "DeloraConfig", "0.18", "r"
     ),
     "ln_tuning": _Entry(
-        "weights and biases of the layer normalisations",
+        "weights and biases of the layer normalizations",
         "LN tuning, Zhao et al., arXiv 2312.11420",
         "LNTuningConfig",
         "0.10",
@@ -326,7 +326,7 @@ _ENTRIES = {
 }
 
 
-def catalogue() -> dict[str, Method]:
+def catalog() -> dict[str, Method]:
     """One row for each of PEFT's methods; one that this version of PEFT lacks says so when it is asked for."""
     return {name: _row(name, entry) for name, entry in _ENTRIES.items()}
 

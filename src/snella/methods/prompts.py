@@ -148,7 +148,7 @@ class Queries(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.summary: Tensor | None = None
 
-    def summarise(self, block: Any, qkv: Tensor) -> Tensor:
+    def summarize(self, block: Any, qkv: Tensor) -> Tensor:
         """Let the queries attend to the tokens of a block.
 
         Args:
@@ -210,9 +210,9 @@ def keep_output(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> N
     module.kept_output = output
 
 
-def summarise_block(module: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def summarize_block(module: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Forward hook of a block: fill the summary of its child `queries`; the output stays as it is."""
-    module.queries.summary = module.queries.summarise(module, module.attn.qkv.kept_output)
+    module.queries.summary = module.queries.summarize(module, module.attn.qkv.kept_output)
     del module.attn.qkv.kept_output
 
 
@@ -233,7 +233,7 @@ def _build(model: nn.Module, head: str, options: Options, batches: Batches | Non
         tokens = make_prompts(model, block, options.get("queries", 1)).tokens.detach()
         queries = Queries(tokens, options.get("dropout", 0.0))
         block.attn.qkv.register_forward_hook(keep_output)  # type: ignore[union-attr]
-        attach(block, "queries", queries, after=summarise_block)
+        attach(block, "queries", queries, after=summarize_block)
         sources.append(queries)
     new = QueryHead(old.in_features, old.out_features, sources, normalize=options.get("normalize", False))
     model.set_submodule(head, new.to(old.weight.device, old.weight.dtype))

@@ -16,7 +16,7 @@ from snella.methods.method import Batches, Method, MethodSpec, Options
 from snella.methods.model_parts import find_head
 from snella.methods.noah import NOAH
 from snella.methods.partial import BIAS, FULL, LINEAR, MLP, PARTIAL
-from snella.methods.peft_methods import DORA, KLORA, LORA, SNELL, SNELLA, SNELLA_MATCHED, catalogue
+from snella.methods.peft_methods import DORA, KLORA, LORA, SNELL, SNELLA, SNELLA_MATCHED, catalog
 from snella.methods.prompts import VPT_DEEP, VPT_SHALLOW, VQT
 from snella.methods.spt import SPT_ADAPTER, SPT_LORA
 from snella.methods.ssf import SSF
@@ -51,7 +51,7 @@ METHODS: dict[str, Method] = {
     "fixed-mask": FIXED_MASK,
     "noah": NOAH,
     # configurations of PEFT and nothing else
-    **catalogue(),
+    **catalog(),
 }
 """By name without the number. A new method is a file of its own with a `Method`, and a row here."""
 
@@ -132,10 +132,10 @@ def build_method(
     head_name = _prepare(model, head)
     try:
         built = method.build(model, head_name, options, batches if method.needs_batches else None)
-    except (ValueError, TypeError) as fault:
+    except (ValueError, TypeError) as error:
         if method.config is None:
             raise
-        raise ValueError(f"method {name!r} cannot be applied to {type(model).__name__}: {fault}") from fault
+        raise ValueError(f"method {name!r} cannot be applied to {type(model).__name__}: {error}") from error
     return _marked(built, MethodSpec(name, options, head_name, family))
 
 
@@ -192,9 +192,9 @@ def check_method(name: str, options: Options) -> Options:
                 "leave one out"
             )
         options = {**options, suffix: number}
-    faults = method.check(options) if method.check is not None else []
-    if faults:
-        raise ValueError(f"method {name!r}: {'; '.join(faults)}")
+    errors = method.check(options) if method.check is not None else []
+    if errors:
+        raise ValueError(f"method {name!r}: {'; '.join(errors)}")
     if method.config is not None:
         method.config("head", {"target_modules": ["placeholder"], **options})
     return options

@@ -127,8 +127,8 @@ def _read_settings(path: Path) -> dict[str, Any]:
     """The object in a JSON file of an adapter."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as fault:
-        raise AdapterFileError(f"{path} is damaged: {fault}; {WAY_OUT}") from None
+    except ValueError as error:
+        raise AdapterFileError(f"{path} is damaged: {error}; {WAY_OUT}") from None
     if not isinstance(values, dict):
         raise AdapterFileError(f"{path} is damaged: it must hold a mapping, got {values!r:.60}; {WAY_OUT}")
     return values

@@ -16,7 +16,7 @@ class SparseUpdate(nn.Module):
     y = product(x, W) + bias,   W = W0, W[indices[k]] += values[k]
 
     Kept for the backward pass are the input and the values; `W` is made anew there, and the gradient reaches the
-    values alone. Optimiser and file hold `2·len(indices)` numbers, not a masked matrix.
+    values alone. Optimizer and file hold `2·len(indices)` numbers, not a masked matrix.
 
     Args:
         base_layer: The frozen layer.
@@ -102,7 +102,7 @@ class SparseUpdate(nn.Module):
 
 
 class SparseEntries(nn.Module):
-    """A parametrisation (`torch.nn.utils.parametrize`) that trains some entries of a small frozen vector.
+    """A parametrization (`torch.nn.utils.parametrize`) that trains some entries of a small frozen vector.
 
     v = v0, v[indices[k]] += values[k]
 

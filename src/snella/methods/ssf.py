@@ -79,7 +79,7 @@ def _channels(module: nn.Module) -> tuple[int, int] | None:
 
 
 def _build(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
-    """Attach a `ScaleShift` to each linear layer, convolution and normalisation outside of the head."""
+    """Attach a `ScaleShift` to each linear layer, convolution and normalization outside of the head."""
     places = [
         (module, found)
         for name, module in model.named_modules()
@@ -88,7 +88,7 @@ def _build(model: nn.Module, head: str, options: Options, batches: Batches | Non
     if not places:
         raise ValueError(
             f"method 'ssf' cannot be applied to {type(model).__name__}: it follows linear layers, convolutions and "
-            f"normalisations, and there is none besides the head {head!r}"
+            f"normalizations, and there is none besides the head {head!r}"
         )
     train_head(model, head)
     for module, (channels, dim) in places:

@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from snella.records import Allocation, AllocationStep, MatrixInfo, Metrics
 from snella.report.style import (
     ACCENT,
-    COLOURS,
+    COLORS,
     CURVE,
     PANEL,
     WARM,
@@ -137,7 +137,7 @@ _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 def sparsity_map(matrices: Sequence[MatrixInfo], budgets: Mapping[str, int]) -> Figure:
     """Draw the sparsity of each matrix by block (x) and kind (y); frozen matrices carry a cross.
 
-    sparsity = 1 - budget / size, in percent; the stronger the colour, the more weights are trained.
+    sparsity = 1 - budget / size, in percent; the stronger the color, the more weights are trained.
     """
     grid = arrange(matrices, budgets)
     columns, rows = len(grid.depths), len(grid.kinds)
@@ -228,13 +228,13 @@ def budget_shares(allocation: Allocation, epochs: int | None, by: str = "kind") 
     figure, axes = new_figure(CURVE[0], CURVE[1] + 25, f"Share of the budget by {'kind' if by == 'kind' else 'block'}")
     times = _times(allocation, epochs)
     if by == "kind":
-        colours = [COLOURS[i % len(COLOURS)] for i in range(len(groups))]
+        colors = [COLORS[i % len(COLORS)] for i in range(len(groups))]
     else:
         depth_scale = accent_map()
-        colours = [to_hex(depth_scale(0.12 + 0.88 * i / max(len(groups) - 1, 1)), True) for i in range(len(groups))]
+        colors = [to_hex(depth_scale(0.12 + 0.88 * i / max(len(groups) - 1, 1)), True) for i in range(len(groups))]
     if len(times) == 1:
         times, shares = [times[0], times[0] + 1], np.repeat(shares, 2, axis=1)
-    handles = axes.stackplot(times, shares, colors=colours, edgecolor=PANEL, linewidth=0.8)
+    handles = axes.stackplot(times, shares, colors=colors, edgecolor=PANEL, linewidth=0.8)
     axes.grid(False)
     axes.set(xlim=(times[0], times[-1]), ylim=(0, 1))
     percent_axis(axes)
@@ -261,8 +261,8 @@ def frozen_curve(allocation: Allocation, epochs: int | None) -> Figure:
     full = [sum(budget == sizes[name] for name, budget in step) for step in budgets]
     marker = "o" if len(times) <= 30 else ""
     handles = [
-        axes.plot(times, counts, color=colour, linewidth=2, marker=marker, markersize=4)[0]
-        for counts, colour in ((frozen, WARM), (full, ACCENT))
+        axes.plot(times, counts, color=color, linewidth=2, marker=marker, markersize=4)[0]
+        for counts, color in ((frozen, WARM), (full, ACCENT))
     ]
     axes.set_ylim(0, 1.05 * len(allocation.matrices))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
@@ -294,11 +294,11 @@ def importance_curves(allocation: Allocation, epochs: int | None) -> Figure:
         values = [entry.importance.get(matrix.name, math.nan) for entry in allocation.history]
         kinds.setdefault(matrix.kind, []).append([value if _is_drawn(value) else math.nan for value in values])
     for i, (kind, lines) in enumerate(kinds.items()):
-        colour = COLOURS[i % len(COLOURS)]
-        axes.plot(times, np.asarray(lines).T, color=colour, linewidth=0.8, alpha=0.3)
+        color = COLORS[i % len(COLORS)]
+        axes.plot(times, np.asarray(lines).T, color=color, linewidth=0.8, alpha=0.3)
         known = np.isfinite(lines)
         mean = np.nansum(lines, axis=0) / np.where(known.any(axis=0), known.sum(axis=0), math.nan)
-        (line,) = axes.plot(times, mean, color=colour, linewidth=2.4, marker="o" if len(times) <= 30 else "", ms=4)
+        (line,) = axes.plot(times, mean, color=color, linewidth=2.4, marker="o" if len(times) <= 30 else "", ms=4)
         handles.append(Line2D([], [], color=line.get_color(), linewidth=2.4))
         labels.append(shortened(kind, 16))
     axes.set_yscale("log")

@@ -20,23 +20,23 @@ _GAP = 4
 _LONGEST = 260
 
 
-def mask_colours(count: int) -> np.ndarray:
-    """Colours of `count` labels, `[count, 3]` uint8; black for the background, the same ones every time."""
+def mask_colors(count: int) -> np.ndarray:
+    """Colors of `count` labels, `[count, 3]` uint8; black for the background, the same ones every time."""
     from matplotlib.colors import to_rgb
 
-    from snella.report.style import COLOURS, WARM  # matplotlib, which a classification does not wait for
+    from snella.report.style import COLORS, WARM  # matplotlib, which a classification does not wait for
 
-    inks = np.array([to_rgb(ink) for ink in (WARM, *(colour for colour in COLOURS if colour != WARM))])
+    inks = np.array([to_rgb(ink) for ink in (WARM, *(color for color in COLORS if color != WARM))])
     labels = np.arange(max(count - 1, 0))
     lighter = np.array(_TINTS)[labels // len(inks) % len(_TINTS), None]  # where the inks are used up, tints of them
-    colours = inks[labels % len(inks)] * (1 - lighter) + lighter
-    return (np.concatenate([np.zeros((1, 3)), colours])[:count] * 255).round().astype(np.uint8)
+    colors = inks[labels % len(inks)] * (1 - lighter) + lighter
+    return (np.concatenate([np.zeros((1, 3)), colors])[:count] * 255).round().astype(np.uint8)
 
 
 def write_mask(labels: np.ndarray, path: Path) -> None:
     """Write labels `[height, width]` (uint8) as a palette PNG whose indices are the labels, whole or not at all."""
     image = Image.fromarray(labels.astype(np.uint8))
-    image.putpalette(mask_colours(256).reshape(-1).tolist())
+    image.putpalette(mask_colors(256).reshape(-1).tolist())
     out = io.BytesIO()
     image.save(out, "PNG", optimize=True)
     write_bytes(path, out.getvalue())
@@ -50,16 +50,16 @@ def read_mask(path: Path) -> Image.Image:
 
 
 def overlay(image: Image.Image, labels: np.ndarray) -> Image.Image:
-    """Lay the colours of a mask over an image, with outlines; the background stays as it is.
+    """Lay the colors of a mask over an image, with outlines; the background stays as it is.
 
     Args:
         image: RGB.
         labels: `[height, width]`, uint8; brought to the image's size by the nearest pixel.
     """
     sized = np.asarray(Image.fromarray(labels.astype(np.uint8)).resize(image.size, Image.Resampling.NEAREST))
-    pixels, colours = np.asarray(image.convert("RGB")).astype(float), mask_colours(256)[sized].astype(float)
+    pixels, colors = np.asarray(image.convert("RGB")).astype(float), mask_colors(256)[sized].astype(float)
     opacity = np.where(_outline(sized), 1.0, _OPACITY) * (sized > 0)
-    mixed = pixels + opacity[..., None] * (colours - pixels)
+    mixed = pixels + opacity[..., None] * (colors - pixels)
     return Image.fromarray(mixed.round().astype(np.uint8))
 
 
@@ -76,7 +76,7 @@ def overlay_panels(image: Image.Image, masks: Sequence[np.ndarray]) -> Image.Ima
 
 
 def _outline(labels: np.ndarray) -> np.ndarray:
-    """Pixels whose right or lower neighbour has another label."""
+    """Pixels whose right or lower neighbor has another label."""
     edge = np.zeros(labels.shape, bool)
     edge[:, :-1] |= labels[:, :-1] != labels[:, 1:]
     edge[:-1] |= labels[:-1] != labels[1:]
@@ -148,7 +148,7 @@ __all__ = [
     "choose_examples",
     "load_example",
     "load_picture",
-    "mask_colours",
+    "mask_colors",
     "overlay",
     "overlay_panels",
     "picture_uri",

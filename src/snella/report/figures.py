@@ -16,7 +16,7 @@ from snella.records import ComparisonRow, EpochRow, Metrics
 from snella.report.allocation import budget_curve, budget_shares, frozen_curve, importance_curves, sparsity_map
 from snella.report.style import (
     ACCENT,
-    COLOURS,
+    COLORS,
     CURVE,
     GRID,
     INK,
@@ -54,7 +54,7 @@ def accuracy_curves(metrics: Metrics) -> Figure:
         f"Accuracy on {metrics.selection}",
         [
             ("accuracy", lambda row: row.val_accuracy, ACCENT),
-            ("balanced accuracy", lambda row: row.val_balanced_accuracy, COLOURS[2]),
+            ("balanced accuracy", lambda row: row.val_balanced_accuracy, COLORS[2]),
         ],
     )
     percent_axis(figure.axes[0])
@@ -65,7 +65,7 @@ def dice_curves(metrics: Metrics) -> Figure:
     """Draw the validation Dice and IoU of each epoch."""
     lines: list[tuple[str, Callable[[EpochRow], float], str]] = [
         ("Dice", lambda row: row.val_dice, ACCENT),
-        ("IoU", lambda row: row.val_iou, COLOURS[2]),
+        ("IoU", lambda row: row.val_iou, COLORS[2]),
     ]
     figure = _curves(metrics, f"Overlap on {metrics.selection}, mean of the images", lines)
     percent_axis(figure.axes[0])
@@ -73,7 +73,7 @@ def dice_curves(metrics: Metrics) -> Figure:
 
 
 def confusion_matrix(confusion: Sequence[Sequence[int]], classes: Sequence[str]) -> Figure:
-    """Draw counts, coloured by their share of the true class (row), with numbers up to 50 classes.
+    """Draw counts, colored by their share of the true class (row), with numbers up to 50 classes.
 
     Args:
         confusion: `confusion[i][j]` images of class i were taken for class j.
@@ -99,8 +99,8 @@ def confusion_matrix(confusion: Sequence[Sequence[int]], classes: Sequence[str])
         edges = np.arange(n + 1) - 0.5
         axes.pcolormesh(edges, edges, share, cmap=accent_map(), vmin=0, vmax=1, edgecolors=PANEL, linewidth=1.5)
         for i, j in zip(*np.nonzero(counts), strict=True):
-            colour = text_on(share[i, j])
-            axes.text(j, i, str(counts[i, j]), ha="center", va="center", color=colour, fontsize=11)
+            color = text_on(share[i, j])
+            axes.text(j, i, str(counts[i, j]), ha="center", va="center", color=color, fontsize=11)
         every = 1
     else:
         axes.imshow(share, cmap=accent_map(), vmin=0, vmax=1, interpolation="none", aspect="auto")
@@ -118,12 +118,12 @@ def confusion_matrix(confusion: Sequence[Sequence[int]], classes: Sequence[str])
 def comparison_bars(rows: Sequence[ComparisonRow]) -> Figure:
     """Draw accuracy and balanced accuracy of several methods."""
     figure, axes = _bar_axes(rows, "Accuracy")
-    for offset, colour, value in (
+    for offset, color, value in (
         (-0.2, ACCENT, [row.accuracy for row in rows]),
-        (0.2, COLOURS[2], [row.balanced_accuracy for row in rows]),
+        (0.2, COLORS[2], [row.balanced_accuracy for row in rows]),
     ):
         places = np.arange(len(rows)) + offset
-        axes.barh(places, np.nan_to_num(value), height=0.36, color=colour)
+        axes.barh(places, np.nan_to_num(value), height=0.36, color=color)
         for place, number in zip(places, value, strict=True):
             text = "not measured" if math.isnan(number) else f"{100 * number:.1f} %"
             axes.text(np.nan_to_num(number) + 0.01, place, text, va="center", color=INK, fontsize=11)
@@ -154,11 +154,11 @@ def _curves(metrics: Metrics, title: str, lines: list[tuple[str, Callable[[Epoch
     epochs = [row.epoch for row in metrics.history]
     handles = []
     labels = []
-    for label, value, colour in lines:
+    for label, value, color in lines:
         measured = [row for row in metrics.history if not math.isnan(value(row))]  # not every protocol measures each
         marker = "o" if len(measured) <= 30 else ""
         places, numbers = [row.epoch for row in measured], [value(row) for row in measured]
-        handles += axes.plot(places, numbers, color=colour, linewidth=2, marker=marker, markersize=4)
+        handles += axes.plot(places, numbers, color=color, linewidth=2, marker=marker, markersize=4)
         labels.append(label)
     if metrics.best_epoch is not None:
         handles.append(axes.axvline(metrics.best_epoch, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1))

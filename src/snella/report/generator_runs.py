@@ -22,7 +22,7 @@ class LearningCurve:
 
     Attributes:
         history: One mapping for each step or epoch that was noted, as in `metrics.json`.
-        steps: Optimiser steps.
+        steps: Optimizer steps.
         epochs: Passes over the data; NaN where the run counts steps alone.
         first: Loss of the first entry.
         last: Loss of the last.

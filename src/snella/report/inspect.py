@@ -217,9 +217,9 @@ def inspect_run(run: str | Path) -> Group:
             parts.append(Text(f"\nFrozen ({len(frozen)} of {len(budgets['matrices'])}, budget 0): {names}", "yellow"))
         else:
             parts.append(Text("\nNo matrix is frozen."))
-        is_fault = summary["adapter_missing"] or budgets["mismatches"]
+        is_error = summary["adapter_missing"] or budgets["mismatches"]
         text = "The adapter is missing; these budgets are those that allocation.json notes."
-        parts.append(Text(text if summary["adapter_missing"] else _nonzeros_text(budgets), "red" if is_fault else ""))
+        parts.append(Text(text if summary["adapter_missing"] else _nonzeros_text(budgets), "red" if is_error else ""))
     if summary["settings"]:
         parts += [Text(), _settings_table(summary["settings"])]
     return Group(*parts)
@@ -313,7 +313,7 @@ def _overview(summary: dict[str, Any]) -> Table:
 
 
 def _epoch_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """What a run learned from labelled images: its classes, its results, and what chose the best epoch."""
+    """What a run learned from labeled images: its classes, its results, and what chose the best epoch."""
     backbone, data = summary["backbone"], summary["data"]
     rows = [
         ("backbone", backbone["name"] + (f" ({backbone['weights']})" if backbone["weights"] else "")),

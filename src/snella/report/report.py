@@ -32,7 +32,7 @@ from snella.records import (
 )
 from snella.report import figures
 from snella.report.allocation import adapter_budgets, adapter_step, arrange, epochs_of_allocation, has_importance
-from snella.report.examples import ImageSource, choose_examples, load_example, load_picture, mask_colours
+from snella.report.examples import ImageSource, choose_examples, load_example, load_picture, mask_colors
 from snella.report.inspect import read_adapter, saved_budgets
 from snella.report.style import write_whole
 
@@ -65,13 +65,13 @@ def masks_section(folder: Path, info: RunInfo, images: ImageSource | None) -> di
         uri, width, height, problem = load_picture(item.index, images, _LONGEST)
         picture = {"uri": uri, "width": width, "height": height, "problem": problem}
         items.append({"name": item.name, "dice": item.dice, "iou": item.iou, **picture})
-    colours = mask_colours(len(info.classes)) / 255
+    colors = mask_colors(len(info.classes)) / 255
     return {
         "split": "validation" if predictions.split == "val" else predictions.split,
         "note": f"{len(items)} of {len(predictions.items)} images: the worst ones, then others evenly spread.",
-        "legend": [
-            {"name": name, "colour": to_hex(colour)} for name, colour in zip(info.classes, colours, strict=True)
-        ][1:],
+        "legend": [{"name": name, "color": to_hex(color)} for name, color in zip(info.classes, colors, strict=True)][
+            1:
+        ],
         "items": items,
     }
 

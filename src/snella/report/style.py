@@ -1,7 +1,7 @@
 """The look of all figures, and how a figure becomes a file or a part of a page.
 
 One unit of a figure is one CSS pixel (72 dots per inch, one point a dot), so a font size of 12 is 12 px on the page.
-Inks are plain colours in a file; inside a page `inline_svg` turns them into CSS variables, so that one picture serves
+Inks are plain colors in a file; inside a page `inline_svg` turns them into CSS variables, so that one picture serves
 the light and the dark mode.
 """
 
@@ -28,8 +28,8 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 INK, MUTED, GRID, PANEL = "#1c2531", "#566172", "#dbe0e8", "#fefefd"
 ACCENT, WARM = "#2f6fdd", "#d2680c"
-COLOURS = (ACCENT, WARM, "#1d9367", "#c8446a", "#8a5cd0", "#148fa8", "#9a8410", "#7b6a5c")
-"""Line colours, at least 3:1 against the light and the dark panel."""
+COLORS = (ACCENT, WARM, "#1d9367", "#c8446a", "#8a5cd0", "#148fa8", "#9a8410", "#7b6a5c")
+"""Line colors, at least 3:1 against the light and the dark panel."""
 
 _VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--line", PANEL: "--panel"}
 _FONT = 12.0
@@ -92,13 +92,13 @@ def add_legend(figure: Figure, handles: Sequence[Artist], labels: Sequence[str],
 
 
 def accent_map() -> ListedColormap:
-    """Return the colour map from nothing (transparent, so the page shows through) to the full accent."""
+    """Return the color map from nothing (transparent, so the page shows through) to the full accent."""
     red, green, blue = to_rgb(ACCENT)
     return ListedColormap([(red, green, blue, 0.04 + 0.96 * i / 255) for i in range(256)], name="accent")
 
 
 def scale_bar(figure: Figure, axes: Axes, label: str, ticks: dict[float, str]) -> None:
-    """Draw the accent's colour scale below the axes, `ticks` naming some of its values in [0, 1]."""
+    """Draw the accent's color scale below the axes, `ticks` naming some of its values in [0, 1]."""
     width, height = figure.get_size_inches() * 72
     shrink = min(0.5, 260 / width)
     bar = figure.colorbar(
@@ -116,7 +116,7 @@ def scale_bar(figure: Figure, axes: Axes, label: str, ticks: dict[float, str]) -
 
 
 def text_on(share: float) -> str:
-    """Return the colour of a text on a cell of the accent's colour map, legible in both modes."""
+    """Return the color of a text on a cell of the accent's color map, legible in both modes."""
     return "#ffffff" if share > 0.85 else INK
 
 
@@ -165,8 +165,8 @@ def inline_svg(figure: Figure, name: str, description: str) -> str:
     svg = re.sub(r' id="([^"]+)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", svg)
     svg = re.sub(r'(url\(|href=")#', rf"\1#{name}-", svg)
     svg = re.sub(r"""font-family: [^;"]+""", "font-family: var(--font)", svg)
-    for colour, variable in _VARIABLES.items():
-        svg = svg.replace(colour, f"var({variable})")
+    for color, variable in _VARIABLES.items():
+        svg = svg.replace(color, f"var({variable})")
     width, height = (figure.get_size_inches() * 72).round().astype(int).tolist()
     head = (
         f'<svg class="figure" role="img" aria-label="{_attribute(description)}" viewBox="0 0 {width} {height}" '
@@ -197,7 +197,7 @@ def _attribute(text: str) -> str:
 
 __all__ = [
     "ACCENT",
-    "COLOURS",
+    "COLORS",
     "CURVE",
     "GRID",
     "INK",

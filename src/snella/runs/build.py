@@ -356,7 +356,7 @@ def load_run(run: str | Path | RunFolder, device: str = "auto") -> LoadedRun:
 
     Raises:
         FileNotFoundError: Not the folder of a run, no epoch was finished yet, or the adapter is missing.
-        ValueError: `run.json` is damaged, or the run is of another kind, such as a personalised generator.
+        ValueError: `run.json` is damaged, or the run is of another kind, such as a personalized generator.
         AdapterFileError: The adapter is damaged or belongs to another model; names the tensor.
     """
     folder = run if isinstance(run, RunFolder) else RunFolder(run)
@@ -376,7 +376,7 @@ def task_of(info: dict[str, Any]) -> Task:
         info: Content of `run.json`.
 
     Raises:
-        ValueError: The run is of another kind, such as a personalised generator; names the commands that use it.
+        ValueError: The run is of another kind, such as a personalized generator; names the commands that use it.
     """
     return create_task(task_name_of(info), info["classes"])
 

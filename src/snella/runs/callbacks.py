@@ -41,7 +41,7 @@ _RISEN = 1.5
 
 
 class WeightAverage:
-    """The average of every trainable parameter over the optimiser's steps.
+    """The average of every trainable parameter over the optimizer's steps.
 
     average ← d_t · average + (1 − d_t) · value,   d_t = min(decay, (1 + t) / (10 + t)),   t = 1, 2, … steps
 
@@ -73,7 +73,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the values after an optimiser's step in."""
+        """Take the values after an optimizer's step in."""
         self.steps += 1
         values = [parameter.detach() for parameter in self._parameters.values()]
         get_ema_multi_avg_fn(self.decay_now)(list(self._averages.values()), values, self.steps)
@@ -122,7 +122,7 @@ class WeightAverage:
 
 
 class EmaCallback(TrainerCallback):
-    """Takes every optimiser step into an average.
+    """Takes every optimizer step into an average.
 
     Args:
         average: Of the model that is trained.
@@ -161,7 +161,7 @@ class RankCallback(TrainerCallback):
 
 
 class StepCosts(TrainerCallback):
-    """Time every step, from before the forward pass to after the optimiser's step; loading images is not in it.
+    """Time every step, from before the forward pass to after the optimizer's step; loading images is not in it.
 
     Args:
         device: Where the model is; memory is noted on a GPU only.

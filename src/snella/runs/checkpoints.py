@@ -150,9 +150,9 @@ def staged(folder: Path, name: str) -> Iterator[Path]:
         sync_tree(staging / name)
         (staging / name).rename(folder / name)
         sync_folder(folder)
-    except Exception as fault:
-        if is_write_failure(fault):
-            raise CheckpointError(_reason(fault, folder / name)) from fault
+    except Exception as error:
+        if is_write_failure(error):
+            raise CheckpointError(_reason(error, folder / name)) from error
         raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -163,35 +163,35 @@ def saving(path: Path) -> Iterator[None]:
     """Report a failed write of the best adapter, whose files are replaced one by one, so that old ones are intact."""
     try:
         yield
-    except Exception as fault:
-        if is_write_failure(fault):
-            raise CheckpointError(_reason(fault, path)) from fault
+    except Exception as error:
+        if is_write_failure(error):
+            raise CheckpointError(_reason(error, path)) from error
         raise
 
 
-def is_write_failure(fault: BaseException) -> bool:
+def is_write_failure(error: BaseException) -> bool:
     """Whether an exception means that the disk did not take the data.
 
     Besides OSError, torch's zip writer and safetensors raise types of their own, without an errno.
     """
-    if isinstance(fault, OSError):
-        return not isinstance(fault, FileNotFoundError)
-    text = str(fault)
+    if isinstance(error, OSError):
+        return not isinstance(error, FileNotFoundError)
+    text = str(error)
     return any(
         sign in text
         for sign in ("PytorchStreamWriter", "No space left", "File too large", "unexpected pos", "iostream")
     )
 
 
-def _reason(fault: BaseException, target: Path) -> str:
+def _reason(error: BaseException, target: Path) -> str:
     """What went wrong, how much room there is, what is still good."""
     room = ""
     with contextlib.suppress(OSError):
         room = f" ({shutil.disk_usage(target.parent).free / 2**20:.0f} MiB free)"
-    full = isinstance(fault, OSError) and fault.errno in (errno.ENOSPC, errno.EDQUOT)
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     # torch's zip writer knows no errno
-    torn = not isinstance(fault, OSError) and ("PytorchStreamWriter" in str(fault) or "inline_container" in str(fault))
-    what = "the disk is full" if full or "No space left" in str(fault) else str(fault)
+    torn = not isinstance(error, OSError) and ("PytorchStreamWriter" in str(error) or "inline_container" in str(error))
+    what = "the disk is full" if full or "No space left" in str(error) else str(error)
     what = "the disk is full, or a limit on the size of files was met" if torn else what
     if _NAME.fullmatch(target.name):
         previous = latest_checkpoint(target.parent)

@@ -67,7 +67,7 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "noah": {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4},
     "ln_tuning": {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 0.0},
 }
-"""By family: optimiser settings (`lr` for factors or weights, `scalar_lr` for the kernels' scalars, `head_lr` for the
+"""By family: optimizer settings (`lr` for factors or weights, `scalar_lr` for the kernels' scalars, `head_lr` for the
 head, `weight_decay` for matrices) and options of the method. They are values for AdamW with warm-up and a cosine."""
 
 
@@ -143,26 +143,26 @@ class RunSettings:
         named = {name: getattr(self, name) for name in _OPTION_FIELDS if getattr(self, name) is not None}
         return {**named, **self.method_options}
 
-    def place_faults(self) -> list[str]:
+    def place_errors(self) -> list[str]:
         """What is missing or contradictory about folder and data."""
         settings: Any = self
-        faults = [] if settings.out else [f"out {self.out_hint}"]
+        errors = [] if settings.out else [f"out {self.out_hint}"]
         if not settings.resume:
-            faults += [f"{name} {hint}" for name, hint in self.needed.items() if not getattr(self, name)]
+            errors += [f"{name} {hint}" for name, hint in self.needed.items() if not getattr(self, name)]
         if settings.resume and settings.overwrite:
-            faults.append("resume and overwrite exclude each other, got both; leave one out")
-        return faults
+            errors.append("resume and overwrite exclude each other, got both; leave one out")
+        return errors
 
-    def choice_faults(self) -> list[str]:
+    def choice_errors(self) -> list[str]:
         """Fields whose value is not among the choices of their type."""
-        faults = []
+        errors = []
         for name, kind in get_type_hints(type(self)).items():
             choices, value = _choices(kind), getattr(self, name)
             if choices and value is not None and value not in choices:
-                faults.append(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-        return faults
+                errors.append(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        return errors
 
-    def least_faults(self, least: dict[str, int]) -> list[str]:
+    def least_errors(self, least: dict[str, int]) -> list[str]:
         """Fields below the least that they may be."""
         return [
             f"{name} must be at least {bound}, got {value}"
@@ -170,7 +170,7 @@ class RunSettings:
             if (value := getattr(self, name)) is not None and value < bound
         ]
 
-    def finite_faults(self, names: Iterable[str]) -> list[str]:
+    def finite_errors(self, names: Iterable[str]) -> list[str]:
         """Fields that are negative or not finite."""
         return [
             f"{name} must be at least 0 and finite, got {value}"
@@ -178,29 +178,29 @@ class RunSettings:
             if (value := getattr(self, name)) is not None and not 0.0 <= value < float("inf")
         ]
 
-    def method_faults(self) -> list[str]:
+    def method_errors(self) -> list[str]:
         """What the method refuses: its name, its options, their values."""
         from snella.methods import check_method, parse_method
 
-        faults = []
+        errors = []
         twice = [name for name in _OPTION_FIELDS if getattr(self, name) is not None and name in self.method_options]
         if twice:
-            faults.append(f"{', '.join(twice)} given both by name and in method_options; leave one out")
+            errors.append(f"{', '.join(twice)} given both by name and in method_options; leave one out")
         try:
             family, _ = parse_method(self.method)
             if family not in self.method_defaults:
                 known = ", ".join(self.method_defaults)
-                return [*faults, f"method must be one of {known} for {self.purpose}, got {self.method!r}"]
+                return [*errors, f"method must be one of {known} for {self.purpose}, got {self.method!r}"]
             if self.scalar_lr is not None and "scalar_lr" not in self.method_defaults[family]:
                 *most, last = (name for name, values in self.method_defaults.items() if "scalar_lr" in values)
-                faults.append(
+                errors.append(
                     f"scalar_lr is for the kernels' scalars of {', '.join(most)} and {last}, got {self.scalar_lr} "
                     f"with method {self.method!r}"
                 )
             check_method(self.method, self.options_of_method())
-        except (ValueError, TypeError) as fault:
-            faults.append(str(fault))
-        return faults
+        except (ValueError, TypeError) as error:
+            errors.append(str(error))
+        return errors
 
 
 def _choices(kind: Any) -> tuple[str, ...]:
@@ -287,7 +287,7 @@ class TrainConfig(RunSettings):
         mask_loss: Overlap of soft and true masks that is added to the cross entropy: dice, iou or none (segmentation;
             dice if not given).
         augment: Random changes to training images: none, flip, crop (random resized crop and flip), or imagenet
-            (smaller crops, flip, and changed colours).
+            (smaller crops, flip, and changed colors).
         train_size: Use so many training images, each class by its share; all if not given.
         val_size: Use so many validation images; all if not given.
         test_size: Use so many test images; all if not given.
@@ -363,11 +363,11 @@ class TrainConfig(RunSettings):
     progress: bool = True
 
     def __post_init__(self) -> None:
-        """Check everything that can be known without data and model, and report all faults together."""
-        faults = [*self.place_faults(), *self._weights_faults(), *self.choice_faults(), *self._range_faults()]
-        faults += [*self.method_faults(), *self._task_faults()]
-        if faults:
-            raise ValueError("; ".join(faults))
+        """Check everything that can be known without data and model, and report all errors together."""
+        errors = [*self.place_errors(), *self._weights_errors(), *self.choice_errors(), *self._range_errors()]
+        errors += [*self.method_errors(), *self._task_errors()]
+        if errors:
+            raise ValueError("; ".join(errors))
 
     @property
     def images_per_step(self) -> int:
@@ -378,38 +378,38 @@ class TrainConfig(RunSettings):
         """The same settings with `batch_size` decided for so many training images."""
         return self if self.batch_size else dataclasses.replace(self, batch_size=min(DEFAULT_BATCH_SIZE, images))
 
-    def _weights_faults(self) -> list[str]:
+    def _weights_errors(self) -> list[str]:
         """A file of weights that is not there."""
         if self.weights is None or Path(self.weights).exists():
             return []
         return [f"weights must be an existing file, got {self.weights!r}"]
 
-    def _range_faults(self) -> list[str]:
+    def _range_errors(self) -> list[str]:
         """Numbers out of their range."""
-        faults = self.least_faults(_LEAST)
+        errors = self.least_errors(_LEAST)
         for name in ("warmup", "label_smoothing", "test_fraction"):
             if not 0.0 <= getattr(self, name) < 1.0:
-                faults.append(f"{name} must be in [0, 1), got {getattr(self, name)}")
+                errors.append(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.ema is not None and not 0.0 < self.ema < 1.0:
-            faults.append(f"ema must be in (0, 1), got {self.ema}; leave it out for no average")
+            errors.append(f"ema must be in (0, 1), got {self.ema}; leave it out for no average")
         if not 0.0 < self.val_fraction < 1.0:
-            faults.append(f"val_fraction must be in (0, 1), got {self.val_fraction}")
-        faults += self.finite_faults((*_RATE_FIELDS, "final_lr", "max_grad_norm"))
-        return faults
+            errors.append(f"val_fraction must be in (0, 1), got {self.val_fraction}")
+        errors += self.finite_errors((*_RATE_FIELDS, "final_lr", "max_grad_norm"))
+        return errors
 
-    def _task_faults(self) -> list[str]:
+    def _task_errors(self) -> list[str]:
         """Settings of another task, and a final rate above the first."""
         from snella.tasks import task_class, task_names
 
-        faults = []
+        errors = []
         if self.task in task_names():
             own = task_class(self.task).settings
             others = {name: task for task in task_names() for name in task_class(task).settings if name not in own}
-            faults += [
+            errors += [
                 f"{name} is for task {task}, got {getattr(self, name)!r} with task {self.task!r}"
                 for name, task in others.items()
                 if getattr(self, name) is not None
             ]
         if self.lr is not None and self.final_lr > self.lr:
-            faults.append(f"final_lr must be at most lr, {self.lr}, got {self.final_lr}")
-        return faults
+            errors.append(f"final_lr must be at most lr, {self.lr}, got {self.final_lr}")
+        return errors

@@ -117,7 +117,7 @@ def _is_harmless(sign: str) -> bool:
 
 
 def print_line(console: Console, text: str) -> None:
-    """Print a text as it reads, neither wrapped nor coloured, on whatever console."""
+    """Print a text as it reads, neither wrapped nor colored, on whatever console."""
     console.print(Text(printable(text)), soft_wrap=True)
 
 

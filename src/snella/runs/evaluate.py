@@ -33,7 +33,7 @@ def refresh_report(run: str | Path, console: Console | None = None) -> Path:
 
     Raises:
         FileNotFoundError: This is not the folder of a run.
-        ValueError: The run is of another kind, such as a personalised generator.
+        ValueError: The run is of another kind, such as a personalized generator.
     """
     folder = RunFolder(run)
     info = folder.read_json("run.json")
@@ -41,8 +41,8 @@ def refresh_report(run: str | Path, console: Console | None = None) -> Path:
     try:
         shown = _shown_images(folder, stored)
         images: ImageSource | None = None if shown is None else task.pictures(shown, folder.path)
-    except (OSError, ValueError, ImportError) as fault:
-        print_line(console or make_console(), f"note: the report has no pictures: {fault}")
+    except (OSError, ValueError, ImportError) as error:
+        print_line(console or make_console(), f"note: the report has no pictures: {error}")
         images = None
     return write_report(folder.path, images)
 
@@ -59,7 +59,7 @@ def _shown_images(folder: RunFolder, stored: dict[str, object]) -> ImageDataset 
 Split = Literal["auto", "train", "val", "test", "all"]
 
 
-class _Relabelled(Dataset[tuple[Tensor, Any]]):
+class _Relabeled(Dataset[tuple[Tensor, Any]]):
     """Items of several data sets in a row, with the class numbers of the run."""
 
     def __init__(self, parts: Sequence[ImageDataset], numbers: list[int], task: Task) -> None:
@@ -112,7 +112,7 @@ def evaluate(
     chosen = split if split != "auto" else "all" if not are_own else "test" if splits.test is not None else "val"
     loaded.task.check_data(splits.train, data or str(loaded.info["data"]["spec"]))
     parts = [part.with_transform(loaded.transform) for part in _parts(splits, chosen)]
-    items = _Relabelled(parts, _numbers(splits.classes, loaded), loaded.task)
+    items = _Relabeled(parts, _numbers(splits.classes, loaded), loaded.task)
     scores = loaded.task.metrics(*_run_model(loaded, items, batch_size))
     head = {
         "data": data or loaded.info["data"]["spec"],

@@ -104,8 +104,8 @@ class RunFolderOf(Generic[S]):
             raise FileNotFoundError(f"no file {path}: {known}")
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as fault:
-            raise ValueError(f"{path} is damaged: {fault}; {_WAY_OUT}") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is damaged: {error}; {_WAY_OUT}") from None
         if not is_intact(values):
             raise ValueError(f"{path} was altered after it was written: its SHA-256 is another; {_WAY_OUT}")
         return values
@@ -165,8 +165,8 @@ class RunFolderOf(Generic[S]):
         try:
             values = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
             return self.settings_type(**{name: value for name, value in values.items() if name not in UNSTORED_FIELDS})
-        except (TypeError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as fault:
-            raise ValueError(f"{path} is damaged: {fault}; train again with `--overwrite`") from None
+        except (TypeError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
+            raise ValueError(f"{path} is damaged: {error}; train again with `--overwrite`") from None
 
     def check_adapter(self) -> None:
         """Refuse to go on without a best adapter, or with files that are not what the run wrote.

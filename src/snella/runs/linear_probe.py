@@ -74,15 +74,15 @@ def cache_features(parts: Assembly, config: TrainConfig) -> nn.Module:
         parts: Its data sets are replaced.
         config: Resolved settings; the batch size and the workers count.
     """
-    parts.splits.train = _featurise(parts.model, parts.splits.train, config)
+    parts.splits.train = _featurize(parts.model, parts.splits.train, config)
     if parts.splits.val is not None:
-        parts.splits.val = _featurise(parts.model, parts.splits.val, config)
+        parts.splits.val = _featurize(parts.model, parts.splits.val, config)
     if parts.splits.test is not None:
-        parts.splits.test = _featurise(parts.model, parts.splits.test, config)
+        parts.splits.test = _featurize(parts.model, parts.splits.test, config)
     return parts.model.get_submodule(spec_of(parts.model).head)
 
 
-def _featurise(model: nn.Module, images: ImageDataset, config: TrainConfig) -> ImageDataset:
+def _featurize(model: nn.Module, images: ImageDataset, config: TrainConfig) -> ImageDataset:
     """The data set with features for images."""
     features = torch.cat(list(pooled_features(model, images, config)))
     return FeatureDataset(images, features)  # type: ignore[return-value]

@@ -154,7 +154,7 @@ class StepMemory:
         gradients: One value for each trained parameter, after the backward pass.
         optimizer_state: AdamW's two moments.
         kept: What the forward pass keeps for the backward pass.
-        temporary: The largest set of temporary tensors of one module or of the optimiser: gradients of activations,
+        temporary: The largest set of temporary tensors of one module or of the optimizer: gradients of activations,
             an effective weight, `ΔW`, a weight's gradient that is not a parameter's.
         total: Peak.
     """
@@ -183,7 +183,7 @@ def predict_step_memory(
     """Predict the peak memory of one training step: forward, backward, AdamW.
 
         at module i of the backward pass:  kept_until(i) + gradients(i, i+1, …) + temporary(i)
-        at the optimiser's step:           gradients + temporary(AdamW)
+        at the optimizer's step:           gradients + temporary(AdamW)
         total = weights + optimizer_state + images + max of these
 
     `kept_until` and the activations' part of `temporary` are linear in the batch; forward passes of 2 and 3 images give
@@ -308,15 +308,15 @@ def predict_for_methods(
     Raises:
         ValueError: A number below 1, an unknown `dtype` or backbone; all but the latter before a model is built.
     """
-    faults = [
+    errors = [
         f"{name} must be at least 1, got {value}"
         for name, value in (("batch", batch), ("img_size", img_size), ("r", r))
         if value is not None and value < 1
     ]
     if dtype not in _DTYPES:
-        faults.append(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
-    if faults:
-        raise ValueError("; ".join(faults))
+        errors.append(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    if errors:
+        raise ValueError("; ".join(errors))
     return _predict_each(backbone, batch, img_size, r, _DTYPES[dtype], device_type)
 
 

@@ -383,11 +383,11 @@ def _batches(
     for path in paths:
         try:
             image = read_image(path)
-        except ValueError as fault:
+        except ValueError as error:
             if skip_broken:
-                on_skipped(path, str(fault).partition("image: ")[2])
+                on_skipped(path, str(error).partition("image: ")[2])
                 continue
-            raise ValueError(f"{fault}; leave it out, or pass --skip-broken") from fault
+            raise ValueError(f"{error}; leave it out, or pass --skip-broken") from error
         batch.append((path, image, loaded.transform(image)))
         if len(batch) == size:
             yield batch

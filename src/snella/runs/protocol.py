@@ -74,7 +74,7 @@ class RunProtocol:
 
         Args:
             config: The model's own: `mean`, `std`, `crop_pct`, `crop_mode`, `interpolation` and others.
-            is_resized_whole: Whether the benchmark resizes whole images instead of cutting their centre out.
+            is_resized_whole: Whether the benchmark resizes whole images instead of cutting their center out.
         """
         changed = dict(config)
         if is_resized_whole:

@@ -55,7 +55,7 @@ class EpochCallback(TrainerCallback):
 def mix_seed(*parts: int) -> int:
     """One seed out of several numbers, different for different ones.
 
-    The state of a multiplicative hash modulo 2⁶³ after each number; neighbours end up far apart.
+    The state of a multiplicative hash modulo 2⁶³ after each number; neighbors end up far apart.
     """
     state = 0x9E3779B97F4A7C15
     for part in parts:

@@ -243,10 +243,10 @@ def outcome_recorded(run: RunFolderOf[Any], command: str) -> Iterator[None]:
         raise TrainingInterrupted(
             f"interrupted; {where}; continue with: snella {command} --out {run.path} --resume"
         ) from None
-    except Exception as fault:
-        plain = _without_worker(fault)
+    except Exception as error:
+        plain = _without_worker(error)
         _record_failure(run, plain)
-        if plain is fault:
+        if plain is error:
             raise
         raise plain from None
 
@@ -260,9 +260,9 @@ def _without_worker(error: Exception) -> Exception:
     return type(error)(last.removeprefix(f"{type(error).__name__}: "))
 
 
-def _record_failure(run: RunFolderOf[Any], fault: Exception) -> None:
+def _record_failure(run: RunFolderOf[Any], error: Exception) -> None:
     """Note the error in `run.json`; a full disk must not hide the error itself."""
     try:
-        run.update("failed", error=str(fault))
+        run.update("failed", error=str(error))
     except OSError as second:
-        fault.add_note(f"the status in {run.path} could not be updated either: {second}")
+        error.add_note(f"the status in {run.path} could not be updated either: {second}")

@@ -1,4 +1,4 @@
-"""The Trainer of labelled images: our batches, optimiser, best epoch and randomness."""
+"""The Trainer of labeled images: our batches, optimizer, best epoch and randomness."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ _PACKAGE = "bitsandbytes"
 def build_low_bit_optimizer(
     model: nn.Module, wanted: str, device: torch.device, *, lr: float, scalar_lr: float | None, weight_decay: float
 ) -> tuple[Optimizer, str]:
-    """Make the optimiser for whatever is trainable.
+    """Make the optimizer for whatever is trainable.
 
     Args:
         model: From `adapt_headless`, on its device.
         wanted: `auto`, `adamw` or `adamw8bit`.
         device: Where it trains.
         lr: Rate of the factors, or of all weights that are trained.
-        scalar_lr: Rate of the kernels' scalars (SNELLA, SNELL); a default of the optimiser's own if None.
+        scalar_lr: Rate of the kernels' scalars (SNELLA, SNELL); a default of the optimizer's own if None.
         weight_decay: Decoupled weight decay; none on the scalars.
 
     Returns:
-        The optimiser, and what it is, with the reason where it is not what was hoped for.
+        The optimizer, and what it is, with the reason where it is not what was hoped for.
 
     Raises:
         ImportError: `adamw8bit` was asked for and bitsandbytes is missing or does not run here.
@@ -73,14 +73,14 @@ def _choose(wanted: str, device: torch.device) -> tuple[type[Optimizer], str]:
         kind: type[Optimizer] = importlib.import_module(_PACKAGE).optim.AdamW8bit
         _try_out(kind, device)
         return kind, "8-bit AdamW of bitsandbytes"
-    except Exception as fault:
+    except Exception as error:
         # a library for accelerators fails in ways of its own: missing, without a kernel for this device, too old
-        reason = f"{type(fault).__name__}: {fault}".splitlines()[0]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         if wanted == "adamw8bit":
             raise ImportError(
                 f"optimizer=adamw8bit needs bitsandbytes to run on {device}, but {reason}; "
                 "pip install bitsandbytes, or leave it at auto"
-            ) from fault
+            ) from error
         return AdamW, f"AdamW, since 8-bit AdamW does not run here ({reason})"
 
 
@@ -175,7 +175,7 @@ class CheckpointingTrainer(Trainer):
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Norm of the gradient before clipping, checked before the optimiser uses it."""
+        """Norm of the gradient before clipping, checked before the optimizer uses it."""
         norm = super()._get_grad_norm(model, grad_norm)
         if not math.isfinite(float(norm)):
             raise self._not_finite("the gradient", float(norm))
@@ -393,7 +393,7 @@ class SnellaTrainer(CheckpointingTrainer):
         return self.protocol.named({"val_loss": scores["loss"], **self.task.epoch_row(scores)})
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make the optimiser with its groups."""
+        """Make the optimizer with its groups."""
         if self.optimizer is None:
             self.optimizer = build_optimizer(self.trained_model, self.config)
         return self.optimizer

@@ -31,13 +31,13 @@ class ClassificationTask:
 
     def __post_init__(self) -> None:
         """Check both values at once."""
-        faults = []
+        errors = []
         if self.num_classes < 2:
-            faults.append(f"num_classes must be at least 2, got {self.num_classes}")
+            errors.append(f"num_classes must be at least 2, got {self.num_classes}")
         if not 0.0 <= self.label_smoothing < 1.0:
-            faults.append(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
-        if faults:
-            raise ValueError("; ".join(faults))
+            errors.append(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
+        if errors:
+            raise ValueError("; ".join(errors))
 
     @classmethod
     def create(cls, classes: Sequence[str], *, label_smoothing: float = 0.0, **others: Any) -> "ClassificationTask":
@@ -94,7 +94,7 @@ class ClassificationTask:
     def metrics(self, logits: ArrayLike, labels: ArrayLike) -> dict[str, Any]:
         """Accuracy, balanced accuracy, loss and the confusion matrix.
 
-        Balanced accuracy is the mean, over the classes that occur, of the share recognised. The loss is without
+        Balanced accuracy is the mean, over the classes that occur, of the share recognized. The loss is without
         smoothing.
 
         Args:

@@ -242,15 +242,15 @@ class SegmentationTask:
 
     def __post_init__(self) -> None:
         """Check all values at once."""
-        faults = []
+        errors = []
         if len(self.classes) < 2:
-            faults.append(f"classes must be at least 2, the background among them, got {list(self.classes)}")
+            errors.append(f"classes must be at least 2, the background among them, got {list(self.classes)}")
         if not 0.0 <= self.label_smoothing < 1.0:
-            faults.append(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
+            errors.append(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
         if self.mask_loss not in get_args(MaskLoss):
-            faults.append(f"mask_loss must be one of {', '.join(get_args(MaskLoss))}, got {self.mask_loss!r}")
-        if faults:
-            raise ValueError("; ".join(faults))
+            errors.append(f"mask_loss must be one of {', '.join(get_args(MaskLoss))}, got {self.mask_loss!r}")
+        if errors:
+            raise ValueError("; ".join(errors))
 
     @classmethod
     def create(
@@ -278,7 +278,7 @@ class SegmentationTask:
         if not isinstance(dataset, MaskDataset):
             raise ValueError(
                 f"data must be images with masks for task segmentation, e.g. masks:DIR, got {spec!r}; "
-                "for labelled images leave --task out"
+                "for labeled images leave --task out"
             )
 
     def collate(self, items: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ def config(**changes):
         ({"token": " "}, "token must be a word, got ' '"),
     ],
 )
-def test_faults_are_told_with_their_values(changes, message):
+def test_errors_are_told_with_their_values(changes, message):
     with pytest.raises(ValueError, match=message):
         config(**changes)
 
@@ -86,7 +86,7 @@ def test_help_shows_the_defaults_of_its_own_methods(capsys):
 
 
 def test_the_experiment_of_table_vi_is_what_the_paper_states():
-    path = Path(__file__).parents[2] / "experiments" / "dreambooth" / "table6.yaml"
+    path = Path(__file__).parents[3] / "experiments" / "dreambooth" / "table6.yaml"
     found = DreamBoothConfig(**yaml.safe_load(path.read_text()), subject="dog6", out="runs/dog6").resolved()
     stated = (found.resolution, found.batch_size, found.accumulation, found.lr, found.steps, found.optimizer)
     assert stated == (512, 1, 4, 1e-4, 500, "adamw8bit")

@@ -23,13 +23,13 @@ def test_everything_that_a_folder_lacks_is_named(copy):
     with pytest.raises(FileNotFoundError) as caught:
         load_pipeline(str(copy))
     assert str(caught.value).startswith(f"pipeline folder '{copy}' is incomplete: ")
-    for fault in (
+    for error in (
         "there is no vae/",
         "transformer/ holds no weights",
         "text_encoder/ holds no config.json",
         "there is no tokenizer_2/",
     ):
-        assert fault in str(caught.value)
+        assert error in str(caught.value)
 
 
 def test_a_folder_of_another_kind_is_refused(copy, tmp_path):

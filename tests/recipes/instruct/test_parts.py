@@ -107,7 +107,7 @@ def test_a_template_takes_instruction_and_input_whatever_braces_they_hold(tmp_pa
         ),
     ],
 )
-def test_faults_of_the_settings_are_told_with_their_values(changes, message):
+def test_errors_of_the_settings_are_told_with_their_values(changes, message):
     with pytest.raises(ValueError, match=message):
         LanguageConfig(**{"data": "d.json", "model": "m", "out": "o", **changes})
 

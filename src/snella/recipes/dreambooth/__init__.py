@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from snella.recipes.dreambooth.generate import Drawing, draw_images
     from snella.recipes.dreambooth.pipeline import load_pipeline
     from snella.recipes.dreambooth.report import write_generation_report
-    from snella.recipes.dreambooth.train import personalise
+    from snella.recipes.dreambooth.train import personalize
     from snella.recipes.dreambooth.trainer import FlowMatching
 
 _HOMES = {
@@ -23,7 +23,7 @@ _HOMES = {
     "evaluate_generation": "evaluate",
     "load_pipeline": "pipeline",
     "mean_cosine": "evaluate",
-    "personalise": "train",
+    "personalize": "train",
     "vendi_score": "evaluate",
     "write_generation_report": "report",
 }
@@ -36,7 +36,7 @@ __all__ = [
     "evaluate_generation",
     "load_pipeline",
     "mean_cosine",
-    "personalise",
+    "personalize",
     "vendi_score",
     "write_generation_report",
 ]
@@ -48,7 +48,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    except ModuleNotFoundError as fault:
-        if fault.name != "diffusers":
+    except ModuleNotFoundError as error:
+        if error.name != "diffusers":
             raise
-        raise ImportError("personalised generation needs diffusers; pip install 'snella[generation]'") from fault
+        raise ImportError("personalized generation needs diffusers; pip install 'snella[generation]'") from error

@@ -1,4 +1,4 @@
-"""Everything that a personalisation run is told."""
+"""Everything that a personalization run is told."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -35,7 +35,7 @@ _LEAST = {
 
 @dataclass
 class DreamBoothConfig(RunSettings):
-    """Settings of one personalisation run; None means the default of the method.
+    """Settings of one personalization run; None means the default of the method.
 
     Args:
         data: Images of the subject: folder:PATH, or dreambooth:PATH for a folder that holds a folder of images for
@@ -51,10 +51,10 @@ class DreamBoothConfig(RunSettings):
         target_sparsity: Fraction of the adapted weights that the update leaves untouched in the end (snella, snell).
         scaling: Factor on the sparse update (snella, snell): how far a step of the learning rate moves the model.
         method_options: Further options of the method. On the command line --method-options.kernel rbf.
-        resolution: Side of the images in pixels; they are scaled and cut to a square about their centre.
-        steps: Optimiser steps.
+        resolution: Side of the images in pixels; they are scaled and cut to a square about their center.
+        steps: Optimizer steps.
         batch_size: Images of one forward pass.
-        accumulation: Forward passes of one optimiser step.
+        accumulation: Forward passes of one optimizer step.
         lr: Learning rate, constant, of the factors (of all weights in full).
         scalar_lr: The same for the few numbers that shape how the factors are combined (snella, snell).
         weight_decay: Decoupled weight decay; none on the kernels' scalars.
@@ -135,11 +135,11 @@ class DreamBoothConfig(RunSettings):
     progress: bool = True
 
     def __post_init__(self) -> None:
-        """Check everything that can be known without data and model, and report all faults together."""
-        faults = [*self.place_faults(), *self._token_faults(), *self.choice_faults(), *self.least_faults(_LEAST)]
-        faults += [*self.finite_faults(_RATES), *self.method_faults()]
-        if faults:
-            raise ValueError("; ".join(faults))
+        """Check everything that can be known without data and model, and report all errors together."""
+        errors = [*self.place_errors(), *self._token_errors(), *self.choice_errors(), *self.least_errors(_LEAST)]
+        errors += [*self.finite_errors(_RATES), *self.method_errors()]
+        if errors:
+            raise ValueError("; ".join(errors))
 
     def named(self, class_name: str | None) -> "DreamBoothConfig":
         """The same settings with prompts for a subject whose class the data tells.
@@ -162,13 +162,13 @@ class DreamBoothConfig(RunSettings):
             class_prompt=self.class_prompt or (f"a photo of {known}" if known else None),
         )
 
-    def _token_faults(self) -> list[str]:
+    def _token_errors(self) -> list[str]:
         """A word for the subject that is none."""
         return [] if self.token.strip() else [f"token must be a word, got {self.token!r}"]
 
 
 class DreamBoothFolder(RunFolderOf[DreamBoothConfig]):
-    """Paths and small files of one personalisation run."""
+    """Paths and small files of one personalization run."""
 
     settings_type = DreamBoothConfig
     files = (*RunFolderOf.files, "images.json", "generation.json")

@@ -65,8 +65,8 @@ def read_prompt_file(path: str | Path) -> PromptFile:
         raise FileNotFoundError(f"prompts must be an existing text file, got '{path}'")
     try:
         text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as fault:
-        raise ValueError(f"prompts must be a UTF-8 text file, got '{path}': {fault}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompts must be a UTF-8 text file, got '{path}': {error}") from None
     lists = [_templates(body) for body in _LIST.findall(text)]
     if not lists:
         lines = (line.strip() for line in text.splitlines())
@@ -101,12 +101,12 @@ def _classes(text: str) -> dict[str, str]:
 
 
 def _check(file: Path, lists: list[list[str]]) -> None:
-    """Refuse lists that cannot serve, all faults in one message."""
-    faults = ["it holds no prompts"] if not all(lists) else []
+    """Refuse lists that cannot serve, all errors in one message."""
+    errors = ["it holds no prompts"] if not all(lists) else []
     templates = list(dict.fromkeys(template for each in lists for template in each))
     without = [repr(template) for template in templates if "{0}" not in template]
     if without:
-        faults.append(f"{len(without)} of {len(templates)} prompts have no {{0}}: {listed(without)}")
+        errors.append(f"{len(without)} of {len(templates)} prompts have no {{0}}: {listed(without)}")
     strange = [
         f"{{{place}}} in {template!r}"
         for template in templates
@@ -114,10 +114,10 @@ def _check(file: Path, lists: list[list[str]]) -> None:
         if place not in ("0", "1")
     ]
     if strange:
-        faults.append(f"places other than {{0}} and {{1}}: {listed(strange)}")
-    if faults:
+        errors.append(f"places other than {{0}} and {{1}}: {listed(strange)}")
+    if errors:
         raise ValueError(
-            f"prompts '{file}': {'; '.join(faults)}; write the subject's token as {{0}} (or {{token}}) and "
+            f"prompts '{file}': {'; '.join(errors)}; write the subject's token as {{0}} (or {{token}}) and "
             "its class as {1} (or {class}), one prompt a line"
         )
 

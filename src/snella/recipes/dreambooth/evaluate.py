@@ -1,4 +1,4 @@
-"""Measuring personalised generators as Table VI of the paper does."""
+"""Measuring personalized generators as Table VI of the paper does."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def vendi_score(embeddings: Tensor) -> float:
 
     Source: Friedman and Dieng, arXiv 2210.02410.
     """
-    unit = _normalised(embeddings)
+    unit = _normalized(embeddings)
     kernel = unit @ unit.T / len(unit)  # [n, n], trace 1
     eigenvalues = torch.linalg.eigvalsh(kernel).clamp_min(0.0)
     return float(torch.exp(-torch.special.xlogy(eigenvalues, eigenvalues.clamp_min(_TINY)).sum()))
@@ -57,7 +57,7 @@ def mean_cosine(first: Tensor, second: Tensor) -> float:
     Raises:
         ValueError: No embeddings, or some that are 0 or not finite.
     """
-    return float((_normalised(first) @ _normalised(second).T).mean())
+    return float((_normalized(first) @ _normalized(second).T).mean())
 
 
 def paired_cosine(first: Tensor, second: Tensor) -> float:
@@ -72,10 +72,10 @@ def paired_cosine(first: Tensor, second: Tensor) -> float:
     """
     if first.shape != second.shape:
         raise ValueError(f"both sets of embeddings must have one shape, got {list(first.shape)}, {list(second.shape)}")
-    return float((_normalised(first) * _normalised(second)).sum(dim=1).mean())
+    return float((_normalized(first) * _normalized(second)).sum(dim=1).mean())
 
 
-def _normalised(embeddings: Tensor) -> Tensor:
+def _normalized(embeddings: Tensor) -> Tensor:
     """The embeddings as unit vectors in float64."""
     if embeddings.ndim != 2 or embeddings.shape[0] == 0:
         raise ValueError(f"embeddings must be [n, d] with n of at least 1, got shape {list(embeddings.shape)}")
@@ -171,20 +171,20 @@ def _load(option: str, name: str, kind: Any) -> Any:
         try:
             with quiet_libraries():
                 return kind.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as fault:
+        except (OSError, ValueError) as error:
             raise FileNotFoundError(
                 f"{option} must be a folder in transformers' format, got '{folder}', which gives no {kind.__name__}: "
-                f"{str(fault).strip().splitlines()[0]}"
-            ) from fault
+                f"{str(error).strip().splitlines()[0]}"
+            ) from error
     with cache_only_if_unreachable() as reason, quiet_libraries():
         try:
             return kind.from_pretrained(name, local_files_only=bool(reason))
-        except (OSError, ValueError) as fault:
+        except (OSError, ValueError) as error:
             raise ConnectionError(
                 f"{option}={name!r} is no folder here, and "
                 + (f"the hub could not be reached ({reason}), nor is it in its cache" if reason else "not on the hub")
                 + "; pass a local folder in transformers' format"
-            ) from fault
+            ) from error
 
 
 METRICS = ("concept_alignment", "text_alignment", "text_alignment_without_token", "vendi", "vendi_by_prompt")

@@ -1,4 +1,4 @@
-"""Pictures from a finished personalisation run."""
+"""Pictures from a finished personalization run."""
 
 from __future__ import annotations
 
@@ -351,14 +351,14 @@ def generate(
         FileExistsError: `out` holds other pictures.
     """
     checked = {"pictures": (pictures, 1), "seed": (seed, 0), "batch_size": (batch_size, 1), "steps": (steps, 1)}
-    faults = [
+    errors = [
         f"{name} must be at least {least}, got {value}"
         for name, (value, least) in checked.items()
         if value is not None and value < least
     ]
-    faults += [] if prompts else ["prompt must say what to draw, e.g. 'a photo of sks dog on the beach', got none"]
-    if faults:
-        raise ValueError("; ".join(faults))
+    errors += [] if prompts else ["prompt must say what to draw, e.g. 'a photo of sks dog on the beach', got none"]
+    if errors:
+        raise ValueError("; ".join(errors))
     loaded = load_generator(run, pipeline=pipeline, device=device)
     return draw_into(
         Path(out),

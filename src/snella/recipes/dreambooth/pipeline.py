@@ -48,7 +48,7 @@ class LatentImages:
     Attributes:
         mean: `[n, c, h, w]`.
         std: `[n, c, h, w]`.
-        shift: What the transformer's inputs are centred by.
+        shift: What the transformer's inputs are centered by.
         scale: What they are scaled by.
     """
 
@@ -108,7 +108,7 @@ def encode_images(
 
     Args:
         pipeline: Its autoencoder is used.
-        images: RGB, of any size; scaled so that the shorter side fits, and cut to a square about the centre.
+        images: RGB, of any size; scaled so that the shorter side fits, and cut to a square about the center.
         device: Where to compute.
         resolution: Side of the square in pixels.
         flip: Encode every image a second time, mirrored; these follow after the others.
@@ -202,20 +202,20 @@ def load_pipeline(name: str, *, encoder_dtype: torch.dtype = torch.float32) -> S
     with cache_only_if_unreachable() as reason, quiet_libraries():
         try:
             return StableDiffusion3Pipeline.from_pretrained(name, dtype=dtypes, local_files_only=bool(reason))
-        except (OSError, ValueError, HfHubHTTPError) as fault:
+        except (OSError, ValueError, HfHubHTTPError) as error:
             if reason is None:
                 raise ValueError(
-                    f"the hub does not give out pipeline {name!r}: {_first_line(fault)}; accept its licence there, or "
+                    f"the hub does not give out pipeline {name!r}: {_first_line(error)}; accept its license there, or "
                     "download it elsewhere and pass the folder"
-                ) from fault
+                ) from error
             raise ConnectionError(
                 f"pipeline {name!r} is no folder here, and the hub could not be reached ({reason}), nor is it in its "
                 f"cache; pass a local folder in diffusers' format (it holds {_INDEX}, transformer/, vae/, …)"
-            ) from fault
+            ) from error
 
 
 def _check_folder(folder: Path) -> list[str]:
-    """Refuse a folder that is no such pipeline or lacks something, all faults in one message.
+    """Refuse a folder that is no such pipeline or lacks something, all errors in one message.
 
     Returns:
         Optional parts that the pipeline does without; diffusers wants to be told.
@@ -229,34 +229,34 @@ def _check_folder(folder: Path) -> list[str]:
     try:
         components = json.loads(index.read_text(encoding="utf-8"))
         kind = components.get("_class_name")
-    except (ValueError, AttributeError) as fault:
-        raise ValueError(f"'{index}' is damaged: {fault}; copy the folder again") from None
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"'{index}' is damaged: {error}; copy the folder again") from None
     if kind != StableDiffusion3Pipeline.__name__:
         raise ValueError(
             f"pipeline folder '{folder}' must hold a StableDiffusion3Pipeline, got {kind}; SNELLA's generation is "
             "written for Stable Diffusion 3"
         )
     absent = [part for part in _NEEDED if part not in components or components[part][0] is None]
-    faults = [f"{part} is missing from {_INDEX}" for part in absent if part not in _OPTIONAL]
+    errors = [f"{part} is missing from {_INDEX}" for part in absent if part not in _OPTIONAL]
     for part in _NEEDED:
         if part not in absent:
-            faults += _component_faults(folder / part)
-    if faults:
+            errors += _component_errors(folder / part)
+    if errors:
         raise FileNotFoundError(
-            f"pipeline folder '{folder}' is incomplete: {'; '.join(faults)}; copy or download it again"
+            f"pipeline folder '{folder}' is incomplete: {'; '.join(errors)}; copy or download it again"
         )
     return absent
 
 
-def _component_faults(folder: Path) -> list[str]:
+def _component_errors(folder: Path) -> list[str]:
     """What a component's folder lacks."""
     if not folder.is_dir() or not any(folder.iterdir()):
         return [f"there is no {folder.name}/"]
     if folder.name.startswith("tokenizer") or folder.name == "scheduler":
         return [] if any(folder.glob("*.json")) else [f"{folder.name}/ holds no configuration"]
-    faults = [] if (folder / "config.json").is_file() else [f"{folder.name}/ holds no config.json"]
+    errors = [] if (folder / "config.json").is_file() else [f"{folder.name}/ holds no config.json"]
     weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
-    return faults if weights else [*faults, f"{folder.name}/ holds no weights"]
+    return errors if weights else [*errors, f"{folder.name}/ holds no weights"]
 
 
 def _near(folder: Path) -> str:
@@ -268,7 +268,7 @@ def _near(folder: Path) -> str:
     return f"; nearest there: {', '.join(map(repr, near))}" if near else ""
 
 
-def _first_line(fault: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     """The first line of an error, which says what happened."""
-    lines = str(fault).strip().splitlines()
-    return lines[0] if lines else type(fault).__name__
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""The report page of a personalisation run: one HTML file that opens anywhere and asks the network for nothing."""
+"""The report page of a personalization run: one HTML file that opens anywhere and asks the network for nothing."""
 
 from __future__ import annotations
 
@@ -117,8 +117,8 @@ def _pictures(paths: Iterable[Path]) -> list[dict[str, Any]]:
         try:
             with Image.open(path) as image:
                 item["uri"], item["width"], item["height"] = picture_uri(image, _LONGEST)
-        except OSError as fault:
-            item["problem"] = f"cannot be read: {fault}"
+        except OSError as error:
+            item["problem"] = f"cannot be read: {error}"
         items.append(item)
     return items
 

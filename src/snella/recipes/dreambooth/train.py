@@ -1,4 +1,4 @@
-"""One personalisation run, from settings to report."""
+"""One personalization run, from settings to report."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def announce(
         ("pipeline", f"{config.pipeline}, {config.resolution}×{config.resolution} px"),
         ("method", f"{config.method}, {trainable_parameters(model):,} trainable parameters{adapted}"),
         ("training", f"{counted(config.steps, 'step')}, {looks} each, lr {config.lr:g}, on {device}"),
-        ("optimiser", optimizer),
+        ("optimizer", optimizer),
     ]
     print_rows(console, rows)
 
@@ -148,7 +148,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def personalise(config: DreamBoothConfig, console: Console | None = None) -> DreamBoothFolder:
+def personalize(config: DreamBoothConfig, console: Console | None = None) -> DreamBoothFolder:
     """Teach a Stable Diffusion 3 pipeline one subject, and leave a complete run folder behind.
 
     Args:
@@ -170,11 +170,11 @@ def personalise(config: DreamBoothConfig, console: Console | None = None) -> Dre
     console = console or make_console(endures=True)
     run = DreamBoothFolder(str(config.out))
     with run_owned(run):
-        return _personalise(config, run, console)
+        return _personalize(config, run, console)
 
 
-def _personalise(config: DreamBoothConfig, run: DreamBoothFolder, console: Console) -> DreamBoothFolder:
-    """The work of `personalise`, in a folder that no other process writes into."""
+def _personalize(config: DreamBoothConfig, run: DreamBoothFolder, console: Console) -> DreamBoothFolder:
+    """The work of `personalize`, in a folder that no other process writes into."""
     settled = settle_unfinished(run, config, console, f"its report is {run.report}")
     if settled is None:
         if not run.report.is_file():

@@ -230,7 +230,7 @@ class Learner:
         """Go back to a checkpoint.
 
         Raises:
-            CheckpointError: It was written with another optimiser, or holds something else than a learner's state.
+            CheckpointError: It was written with another optimizer, or holds something else than a learner's state.
         """
         with reading(checkpoint):
             load_trained_into(self.model, checkpoint)
@@ -254,7 +254,7 @@ class Learner:
         return math.fsum(values) / len(values)
 
     def _take_step(self, model: nn.Module, optimizer: Any) -> None:
-        """One optimiser step: several passes forward and backward, clipping, the update."""
+        """One optimizer step: several passes forward and backward, clipping, the update."""
         config, total = self.config, 0.0
         for number in range(config.accumulation):
             torch.manual_seed(mix_seed(config.seed, _GLOBAL, self.step, number))

@@ -37,7 +37,7 @@ class LanguageConfig(RunSettings):
         learn_prompt: Learn the prompt's tokens too, as the benchmark's own script does, not the response alone.
         epochs: Passes over the data.
         batch_size: Entries of one forward pass.
-        accumulation: Forward passes of one optimiser step.
+        accumulation: Forward passes of one optimizer step.
         lr: Highest learning rate of the factors (of all weights in full); it falls linearly to 0.
         scalar_lr: The same for the few numbers that shape how the factors are combined (snella, snell).
         weight_decay: Decoupled weight decay; none on the kernels' scalars.
@@ -98,13 +98,13 @@ class LanguageConfig(RunSettings):
     progress: bool = True
 
     def __post_init__(self) -> None:
-        """Check everything that can be known without data and model, and report all faults together."""
-        faults = [*self.place_faults(), *self._template_faults(), *self.choice_faults(), *self.least_faults(_LEAST)]
-        faults += [*self.finite_faults(_RATES), *self.method_faults()]
-        if faults:
-            raise ValueError("; ".join(faults))
+        """Check everything that can be known without data and model, and report all errors together."""
+        errors = [*self.place_errors(), *self._template_errors(), *self.choice_errors(), *self.least_errors(_LEAST)]
+        errors += [*self.finite_errors(_RATES), *self.method_errors()]
+        if errors:
+            raise ValueError("; ".join(errors))
 
-    def _template_faults(self) -> list[str]:
+    def _template_errors(self) -> list[str]:
         """A template that is not there."""
         if self.template is None or Path(self.template).expanduser().is_file():
             return []

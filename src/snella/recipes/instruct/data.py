@@ -67,22 +67,22 @@ def read_instructions(path: str | Path, choices: tuple[str, ...] | None = None) 
 
     Raises:
         FileNotFoundError: There is no such file; near names are given.
-        ValueError: Another layout, no entries, or faulty ones, all of which are counted and the first ones named.
+        ValueError: Another layout, no entries, or invalid ones, all of which are counted and the first ones named.
     """
     file = Path(path).expanduser()
     if not file.is_file():
         raise FileNotFoundError(f"data must be a JSON file of instructions, got '{path}'{_near(file)}")
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as fault:
-        raise ValueError(f"'{file}' is not readable JSON: {fault}") from None
+    except ValueError as error:
+        raise ValueError(f"'{file}' is not readable JSON: {error}") from None
     if not isinstance(entries, list) or not entries:
         kind = "an empty list" if entries == [] else type(entries).__name__
         raise ValueError(f"'{file}' must hold a list of objects with instruction, output and answer, got {kind}")
-    found = (_fault(entry, choices) for entry in entries)
-    faults = [f"entry {number}: {what}" for number, what in enumerate(found) if what]
-    if faults:
-        raise ValueError(f"{len(faults)} of {len(entries)} entries in '{file}' are faulty: {listed(faults)}")
+    found = (_error(entry, choices) for entry in entries)
+    errors = [f"entry {number}: {what}" for number, what in enumerate(found) if what]
+    if errors:
+        raise ValueError(f"{len(errors)} of {len(entries)} entries in '{file}' are invalid: {listed(errors)}")
     return [
         Instruction(entry["instruction"], entry.get("input") or "", entry["output"], str(entry["answer"]))
         for entry in entries
@@ -98,7 +98,7 @@ def read_benchmark(folder: str | Path, choices: dict[str, tuple[str, ...]]) -> d
 
     Raises:
         FileNotFoundError: No such folder, or none of the tasks in it; says what is there.
-        ValueError: A faulty file.
+        ValueError: A invalid file.
     """
     root = Path(folder).expanduser()
     if not root.is_dir():
@@ -113,7 +113,7 @@ def read_benchmark(folder: str | Path, choices: dict[str, tuple[str, ...]]) -> d
     return {name: read_instructions(file, choices[name]) for name, file in found.items()}
 
 
-def _fault(entry: Any, choices: tuple[str, ...] | None) -> str:
+def _error(entry: Any, choices: tuple[str, ...] | None) -> str:
     """What is wrong with an entry; empty if nothing is."""
     if not isinstance(entry, dict):
         return f"must be an object, got {type(entry).__name__}"

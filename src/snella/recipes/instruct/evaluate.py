@@ -59,14 +59,14 @@ def evaluate_language(
     Raises:
         FileNotFoundError: No run, adapter, data or model.
         FileExistsError: There are answers of other settings.
-        ValueError: Faulty data, a run of another task, or numbers out of range.
+        ValueError: Invalid data, a run of another task, or numbers out of range.
     """
     numbers = {"beams": beams, "max_new_tokens": max_new_tokens, "batch_size": batch_size, "limit": limit}
-    faults = [
+    errors = [
         f"{name} must be at least 1, got {value}" for name, value in numbers.items() if value is not None and value < 1
     ]
-    if faults:
-        raise ValueError("; ".join(faults))
+    if errors:
+        raise ValueError("; ".join(errors))
     console = console or make_console()
     folder = LanguageFolder(run)
     if folder.read_json("run.json").get("task") != "language":

@@ -88,19 +88,19 @@ def _load(kind: Any, name: str, **options: Any) -> Any:
         if folder.is_dir():
             try:
                 return kind.from_pretrained(folder, local_files_only=True, **options)
-            except (OSError, ValueError) as fault:
+            except (OSError, ValueError) as error:
                 raise FileNotFoundError(
                     f"model must be a folder with a causal language model and its tokenizer, got '{folder}': "
-                    f"{str(fault).strip().splitlines()[0]}"
-                ) from fault
+                    f"{str(error).strip().splitlines()[0]}"
+                ) from error
         with cache_only_if_unreachable() as reason:
             try:
                 return kind.from_pretrained(name, local_files_only=bool(reason), **options)
-            except (OSError, ValueError) as fault:
-                why = f"the hub could not be reached ({reason}), nor is it in its cache" if reason else str(fault)
+            except (OSError, ValueError) as error:
+                why = f"the hub could not be reached ({reason}), nor is it in its cache" if reason else str(error)
                 raise ConnectionError(
                     f"model {name!r} is no folder here, and {why}; pass a local folder in transformers' format"
-                ) from fault
+                ) from error
     finally:
         if was_shown:
             log.enable_progress_bar()
@@ -209,7 +209,7 @@ def fine_tune(config: LanguageConfig, console: Console | None = None) -> Languag
         FileExistsError: The folder holds a run, and neither `resume` nor `overwrite` was asked for.
         RunInUseError: Another process is writing into the folder.
         FileNotFoundError: Data or model are not there.
-        ValueError: Faulty data, settings that contradict each other, or a resumed run whose data have changed.
+        ValueError: Invalid data, settings that contradict each other, or a resumed run whose data have changed.
         TrainingInterrupted: Ctrl-C; a checkpoint is saved.
         NonFiniteLossError: The loss became infinite or NaN; the last checkpoint is kept.
         CheckpointError: The disk is full, and the last checkpoint is kept; or that of a resumed run is damaged.

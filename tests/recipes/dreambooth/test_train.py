@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from snella.cli.main import main
 from snella.methods import load_trained
-from snella.recipes.dreambooth import Drawing, DreamBoothConfig, draw_images, load_pipeline, personalise
+from snella.recipes.dreambooth import Drawing, DreamBoothConfig, draw_images, load_pipeline, personalize
 from snella.recipes.dreambooth.generate import generate
 from snella.recipes.dreambooth.trainer import Learner
 from snella.runs.session import NonFiniteLossError, TrainingInterrupted
@@ -159,8 +159,8 @@ def test_a_picture_depends_on_prompt_and_seed_alone(taught, pipeline_folder):
 def test_an_interrupted_run_goes_on_to_the_same_bits(settings, taught, tmp_path, no_report):
     out = str(tmp_path / "cut")
     with interrupted_at(5), pytest.raises(TrainingInterrupted, match=r"checkpoint-5; continue with: snella dreambooth"):
-        personalise(settings(out=out))
-    run = personalise(DreamBoothConfig(out=out, resume=True))
+        personalize(settings(out=out))
+    run = personalize(DreamBoothConfig(out=out, resume=True))
     whole, resumed = (load_file(folder / "adapter_model.safetensors") for folder in (taught / "adapter", run.adapter))
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
@@ -170,7 +170,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(settings, taught, tmp_path,
 
 @pytest.mark.parametrize(("method", "file"), [("lora-2", "adapter_model"), ("full", "trainable")])
 def test_other_methods_learn_and_load_too(settings, no_report, method, file):
-    run = personalise(settings(method=method, steps=2, lr=1e-3))
+    run = personalize(settings(method=method, steps=2, lr=1e-3))
     assert metrics_of(run.path)["fixed_loss"]["after"] < metrics_of(run.path)["fixed_loss"]["before"]
     assert (run.adapter / f"{file}.safetensors").is_file() and not (run.path / "allocation.json").exists()
     drawn = generate(run.path, ["a photo of sks toy"], run.path / "more", pictures=1, device="cpu")
@@ -179,8 +179,8 @@ def test_other_methods_learn_and_load_too(settings, no_report, method, file):
 
 def test_prior_preservation_learns_images_that_the_pipeline_drew(settings, no_report):
     changes = dict(steps=1, samples=0, gradient_checkpointing=False, flip=True, precision="bf16", accumulation=1)
-    plain = personalise(settings(**changes))
-    prior = personalise(settings(**changes, prior_weight=0.5, class_images=2, out=f"{plain.path}-prior"))
+    plain = personalize(settings(**changes))
+    prior = personalize(settings(**changes, prior_weight=0.5, class_images=2, out=f"{plain.path}-prior"))
     assert sorted(path.name for path in (prior.path / "class_images").iterdir()) == [
         *("00-0.png", "00-1.png", "images.json")
     ]
@@ -192,17 +192,17 @@ def test_prior_preservation_learns_images_that_the_pipeline_drew(settings, no_re
 
 def test_a_loss_that_is_no_number_ends_the_run(settings, tmp_path):
     with pytest.raises(NonFiniteLossError, match=r"became (nan|inf) in step \d+ of 12; .*lower --lr \(now 1e\+30\)"):
-        personalise(settings(method="full", lr=1e30, max_grad_norm=0.0))
+        personalize(settings(method="full", lr=1e30, max_grad_norm=0.0))
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
 
 
 def test_a_resumed_run_needs_the_images_it_began_with(settings, subject, tmp_path):
     copy = shutil.copytree(subject, tmp_path / "copy")
     with interrupted_at(1), pytest.raises(TrainingInterrupted, match="checkpoint-1; continue"):
-        personalise(settings(data=f"folder:{copy}"))
+        personalize(settings(data=f"folder:{copy}"))
     (copy / "00.png").unlink()
     with pytest.raises(ValueError, match=r"began with, 4 images, got 3 images in .*copy and other content"):
-        personalise(DreamBoothConfig(out=str(tmp_path / "run"), resume=True))
+        personalize(DreamBoothConfig(out=str(tmp_path / "run"), resume=True))
 
 
 def test_a_finished_run_is_left_alone(taught, capsys):
@@ -218,11 +218,11 @@ def test_eight_bit_adam_resumes_to_the_same_bits(settings, tmp_path, no_report):
     pytest.importorskip("bitsandbytes")
     # large enough matrices for bitsandbytes to keep their state in 8 bits
     changes = dict(optimizer="adamw8bit", method="full", lr=1e-4, steps=3, samples=0)
-    whole = personalise(settings(**changes))
+    whole = personalize(settings(**changes))
     assert metrics_of(whole.path)["optimizer"] == "8-bit AdamW of bitsandbytes"
     with interrupted_at(1), pytest.raises(TrainingInterrupted, match="checkpoint-1"):
-        personalise(settings(**changes, out=str(tmp_path / "cut")))
-    run = personalise(DreamBoothConfig(out=str(tmp_path / "cut"), resume=True))
+        personalize(settings(**changes, out=str(tmp_path / "cut")))
+    run = personalize(DreamBoothConfig(out=str(tmp_path / "cut"), resume=True))
     first, second = (load_file(each.adapter / "trainable.safetensors") for each in (whole, run))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert math.isfinite(metrics_of(run.path)["fixed_loss"]["after"])
@@ -230,7 +230,7 @@ def test_eight_bit_adam_resumes_to_the_same_bits(settings, tmp_path, no_report):
 
 @pytest.mark.parametrize("method", ["snella", "lora-8"])
 def test_after_a_few_steps_of_the_defaults_the_update_is_a_small_part_of_the_weights(settings, method, no_report):
-    run = personalise(settings(method=method, lr=None, scaling=None, steps=4, save_every=4, samples=0))
+    run = personalize(settings(method=method, lr=None, scaling=None, steps=4, save_every=4, samples=0))
     model = load_trained(run.adapter, load_pipeline(str(run.read_config().pipeline)).transformer)
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     changes = torch.cat([layer.get_delta_weight("default").flatten() for layer in layers])
@@ -263,6 +263,6 @@ def test_inspect_tells_what_the_generator_learned_and_draws_its_own_page(taught,
 
 
 @pytest.mark.parametrize("words", [["evaluate"], ["predict", "photo.png"], ["merge", "--out", "merged.safetensors"]])
-def test_commands_for_labelled_images_name_those_of_generators(taught, capsys, words):
+def test_commands_for_labeled_images_name_those_of_generators(taught, capsys, words):
     assert main([words[0], str(taught), *words[1:]]) != 0
     assert "got a run of 'generation'; snella generate and snella evaluate-generation use it" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from PIL import Image
 
 from snella.cli.main import main
 from snella.data.datasets import read_image
-from snella.recipes.dreambooth import DreamBoothConfig, evaluate_generation, mean_cosine, personalise, vendi_score
+from snella.recipes.dreambooth import DreamBoothConfig, evaluate_generation, mean_cosine, personalize, vendi_score
 from snella.recipes.dreambooth.evaluate import ClipEmbedder, DinoEmbedder, find_runs, score_pictures
 from snella.recipes.dreambooth.generate import Picture, generate, load_generator, prompts_of
 
@@ -33,7 +33,7 @@ def runs(dataset, pipeline_folder, tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     settings = dict(resolution=16, steps=1, accumulation=1, samples=0, sample_steps=1, max_sequence_length=24)
     for name in ("toy", "toy2"):
-        personalise(
+        personalize(
             DreamBoothConfig(
                 data=f"dreambooth:{dataset}",
                 subject=name,

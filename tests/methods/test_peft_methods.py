@@ -4,12 +4,12 @@ import torch
 from torch import nn
 
 from snella.methods import build_method, load_trained, method_options, save_trained
-from snella.methods.peft_methods import catalogue, merge_adapter
+from snella.methods.peft_methods import catalog, merge_adapter
 
 
 def test_a_method_that_this_peft_lacks_is_refused_by_name_with_the_version_that_has_it(monkeypatch, make_model):
     monkeypatch.delattr(peft, "HRAConfig")
-    row = catalogue()["hra"]
+    row = catalog()["hra"]
     assert row.options == ()
     with pytest.raises(ValueError, match=rf"'hra' needs peft>=0.12 for its HRAConfig, got peft {peft.__version__}"):
         row.build(make_model(), "head", {}, None)
@@ -30,7 +30,7 @@ def test_sparse_methods_train_values_alone_not_masked_matrices(make_model):
         assert all(p.ndim == 1 and len(p) < 64 * 64 / 4 for p in own)
 
 
-def test_ln_tuning_changes_layer_normalisations_and_nothing_of_that_name_besides(make_model):
+def test_ln_tuning_changes_layer_normalizations_and_nothing_of_that_name_besides(make_model):
     model = build_method("ln_tuning", make_model())
     trained = {n.split(".ln_tuning_layers")[0] for n, p in model.named_parameters() if p.requires_grad and "ln_" in n}
     names = {f"blocks.{i}.norm{k}" for i in range(6) for k in (1, 2)} | {"norm"}
