@@ -28,6 +28,7 @@ DIGEST = "sha256"
 """Column of a row: the SHA-256 of its other columns. Rows of earlier versions have none."""
 _WAIT_S = 0.5
 """How long to ask for a lock; more than `is_locked` takes to look at it."""
+_WRITE_WAIT_S = 10.0
 _CELL_NAME = re.compile(r"(?!\.\.?(/|$))[A-Za-z0-9._+-]+(/(?!\.\.?(/|$))[A-Za-z0-9._+-]+)*")
 
 
@@ -162,13 +163,30 @@ def collect(root: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
 
 
 def drop_failed(root: Path) -> list[str]:
-    """Forget the cells that failed, so that they are trained again; their names."""
+    """Forget the cells that failed, so that they are trained again.
+
+    Args:
+        root: Of the comparison.
+
+    Returns:
+        Their names.
+
+    Raises:
+        TimeoutError: Another process is writing the file.
+    """
     rows, _ = collect(root)
     failed = [name for name, row in rows.items() if row["status"] == "failed"]
-    for name in failed:
-        (root / "cells" / name / CELL_FILE).unlink(missing_ok=True)
     if failed:
-        _write(root / FILE, [row for name, row in rows.items() if name not in failed])
+        with cell_lock(root / LOCKS, FILE, timeout_s=_WRITE_WAIT_S) as is_acquired:
+            if not is_acquired:
+                raise TimeoutError(
+                    f"{root / FILE} is being written by another process, for longer than {_WRITE_WAIT_S:g} s; end it, "
+                    "then start again"
+                )
+            for name in failed:
+                (root / "cells" / name / CELL_FILE).unlink(missing_ok=True)
+            kept, _ = read_lines(root / FILE)  # with what other processes have added meanwhile
+            _write(root / FILE, [row for name, row in kept.items() if name not in failed])
     return failed
 
 
