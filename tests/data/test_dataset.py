@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from snella.data import ImageDataset, build_transform
-from snella.data.datasets import ArrayImages
+from snella.data.datasets import ArrayImages, ArrayMasks, MaskDataset, joined
 
 CONFIG = {
     "input_size": (3, 16, 16),
@@ -129,3 +129,23 @@ def test_a_dataset_survives_pickling():
     again = pickle.loads(pickle.dumps(data))
     assert again.epoch == 5
     assert torch.equal(again[3][0], data[3][0])
+
+
+def test_the_digest_of_contents_changes_with_any_pixel_and_any_order_and_with_nothing_else():
+    data = noise()
+    digest = data.content_digest()
+    assert noise(transform=CROP, seed=3).content_digest() == digest
+    assert data.subset(range(11, -1, -1)).content_digest() != digest
+    first, second = data.subset(range(5)), data.subset(range(5, 12))
+    assert joined(first, second).content_digest() == digest
+    data.source.pixels[7, 19, 23] ^= 1
+    assert data.content_digest() != digest and first.content_digest() == noise().subset(range(5)).content_digest()
+
+
+def test_the_digest_of_contents_changes_with_a_mask():
+    def segmented(corner):
+        labels = np.zeros((3, 20, 24), np.uint8)
+        labels[2, 0, 0] = corner
+        return MaskDataset(noise().source, ArrayMasks(labels), range(3), ["a", "b", "c"])
+
+    assert segmented(0).content_digest() == segmented(0).content_digest() != segmented(1).content_digest()

@@ -4,10 +4,11 @@ import io
 import shutil
 
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from snella.runs import RunFolder, TrainConfig, TrainingInterrupted
-from snella.runs.build import check_splits, find_data, folder_of
+from snella.runs.build import check_splits, find_data, folder_of, load_splits
 from snella.runs.evaluate import evaluate, refresh_report
 from snella.runs.train import train
 from snella.runs.trainer import SnellaTrainer
@@ -81,10 +82,59 @@ def test_evaluating_on_changed_images_is_refused_with_both_sizes(change, now, ru
     assert evaluate(run.path, f"folder:{mine}")["split"] == "all"
 
 
+def replace_pixels(path):
+    """Another picture under the same name."""
+    Image.eval(Image.open(path), lambda value: 255 - value).save(path)
+
+
+def test_a_replaced_image_is_noticed_where_it_is_measured(run_of, mine):
+    run = run_of(mine)
+    splits = load_splits(run.read_config())
+    before = evaluate(run.path)
+    assert before["notes"] == []
+    replace_pixels(splits.test.source.paths[splits.test.rows[0]])
+    with pytest.raises(
+        ValueError, match=r"of the same names with other contents in folder:.*mine \(test\): .*or train a new run"
+    ):
+        evaluate(run.path)
+    with pytest.raises(ValueError, match=r"other contents in folder:.*mine \(test\)"):
+        evaluate(run.path, split="all")
+    assert evaluate(run.path, split="val")["split"] == "val"
+    other = evaluate(run.path, f"folder:{mine}")
+    assert other["split"] == "all"
+    note = "the files have the names of the run's own, but other contents in test: measured as other data"
+    assert note in other["notes"]
+
+
+def test_of_a_run_without_digests_of_contents_it_is_said_that_replaced_images_are_not_noticed(run_of, mine):
+    run = run_of(mine)
+    before = evaluate(run.path)
+    data = run.read_json("run.json")["data"]
+    run.update("finished", data={key: value for key, value in data.items() if key != "contents"})
+    after = evaluate(run.path)
+    assert after["confusion"] == before["confusion"]
+    assert [note for note in after["notes"] if note not in before["notes"]] == [
+        "run.json has no digest of the contents of test, which other versions of snella did not write: that no image "
+        "was replaced is not checked"
+    ]
+
+
+def test_test_images_that_are_left_untouched_are_not_read_for_their_digest(settings, console, no_report):
+    run = train(settings(epochs=1), console, measure_test=False)
+    assert list(run.read_json("run.json")["data"]["contents"]) == ["train", "val"]
+
+
+def test_resuming_on_replaced_images_is_refused(interrupted, mine):
+    train_images = load_splits(interrupted).train
+    replace_pixels(train_images.source.paths[train_images.rows[0]])
+    with pytest.raises(ValueError, match=r"other contents in folder:.*mine \(train\): images were replaced"):
+        train(TrainConfig(out=interrupted.out, resume=True), Console(file=io.StringIO()))
+
+
 def test_an_old_run_without_a_digest_is_not_checked(run_of, mine):
     run = run_of(mine)
     data = run.read_json("run.json")["data"]
-    run.update("finished", data={k: v for k, v in data.items() if k not in ("digest", "folder")})
+    run.update("finished", data={k: v for k, v in data.items() if k not in ("digest", "contents", "folder")})
     (mine / "cats" / "000.png").rename(mine / "cats" / "zzz.png")
     assert evaluate(run.path)["split"] == "test"
 
@@ -162,6 +212,4 @@ def test_a_report_of_no_run_is_refused(tmp_path):
 
 
 def test_the_same_images_pass(finished):
-    from snella.runs.build import load_splits
-
     check_splits(finished.path, finished.read_json("run.json")["data"], load_splits(finished.read_config()))

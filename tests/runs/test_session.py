@@ -1,11 +1,17 @@
 """One process a run: the lock that the kernel frees."""
 
+import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from snella.runs import RunFolder, RunInUseError, TrainConfig
 from snella.runs.session import run_owned
@@ -92,3 +98,44 @@ def test_one_training_in_several_processes_is_refused(monkeypatch, tmp_path):
     with pytest.raises(NotImplementedError, match="training runs in one process, got WORLD_SIZE=2 from torchrun"):
         train(config)
     assert not list(tmp_path.iterdir())
+
+
+@contextmanager
+def no_permission_to_write(folder):
+    """Root may write anywhere, and becomes somebody else inside."""
+    modes = {path: path.stat().st_mode for path in [folder, *folder.rglob("*")]}
+    for path in modes:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    is_root = os.geteuid() == 0
+    try:
+        if is_root:
+            os.seteuid(65534)
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
+        for path, mode in modes.items():
+            path.chmod(mode)
+
+
+@pytest.fixture
+def public():
+    """A folder that others may enter, which pytest's own is not."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+@pytest.mark.parametrize("status", ["finished", "interrupted"])
+def test_resuming_where_nothing_can_be_written_says_that_a_finished_run_is_finished(status, finished, public):
+    run = RunFolder(shutil.copytree(finished.path, public / "run"))
+    run.update(status)
+    output = io.StringIO()
+    with no_permission_to_write(run.path):
+        if status == "finished":
+            train(TrainConfig(out=str(run.path), resume=True), Console(file=output, width=200))
+            assert "run is finished already; its report is" in output.getvalue()
+        else:
+            with pytest.raises(PermissionError, match="Permission denied"):
+                train(TrainConfig(out=str(run.path), resume=True), Console(file=output))
+    assert not (run.path / ".lock").exists()

@@ -194,6 +194,9 @@ class ImageSource(Protocol):
     def load(self, row: int) -> Image.Image:
         """The image as RGB; it may be shared, so it is not changed in place."""
 
+    def content(self, row: int) -> bytes:
+        """What the image is made of: the bytes of its file, or its pixels."""
+
 
 class ArrayImages:
     """Gray images in one array.
@@ -208,6 +211,10 @@ class ArrayImages:
     def load(self, row: int) -> Image.Image:
         """The image as RGB."""
         return Image.fromarray(self.pixels[row]).convert("RGB")
+
+    def content(self, row: int) -> bytes:
+        """The pixels."""
+        return self.pixels[row].tobytes()
 
 
 class FileImages:
@@ -245,6 +252,10 @@ class FileImages:
     def read(self, row: int) -> Image.Image:
         """Decode one file."""
         return read_image(self.paths[row])
+
+    def content(self, row: int) -> bytes:
+        """The bytes of one file."""
+        return self.paths[row].read_bytes()
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the decoded images: a worker starts with none."""
@@ -316,6 +327,18 @@ class ImageDataset(Dataset[tuple[Any, int]]):
     def image(self, index: int) -> Image.Image:
         """The image as it is, RGB; a copy to draw on."""
         return self.source.load(self.rows[self._position(index)]).copy()
+
+    def content_digest(self) -> str:
+        """SHA-256 of what the images are made of (files' bytes, or pixels), in order; changes with any pixel."""
+        total = hashlib.sha256()
+        for row in self.rows:
+            for source in self._sources():
+                total.update(hashlib.sha256(source.content(row)).digest())
+        return total.hexdigest()
+
+    def _sources(self) -> list[ImageSource]:
+        """Where the content of an item comes from."""
+        return [self.source]
 
     def with_transform(self, transform: Callable[[Image.Image], Any] | None) -> "ImageDataset":
         """The same images with another transform, in the same epoch; decoded images are shared."""
@@ -392,6 +415,10 @@ class ArrayMasks:
         """Labels as the gray values of a picture."""
         return Image.fromarray(self.labels[row])
 
+    def content(self, row: int) -> bytes:
+        """The labels."""
+        return self.labels[row].tobytes()
+
 
 class MaskDataset(ImageDataset):
     """A selection of images with their masks; see `ImageDataset` for what is drawn at random.
@@ -422,6 +449,10 @@ class MaskDataset(ImageDataset):
         """Labels of the image as it is, `[height, width]`, uint8."""
         return np.array(self.masks.load(self.rows[self._position(index)]))
 
+    def _sources(self) -> list[ImageSource]:
+        """Where the content of an item comes from."""
+        return [self.source, self.masks]
+
     def _item(self, index: int) -> tuple[Any, Any]:
         """Image and labels, transformed together: `[3, height, width]` and `[height, width]`, int64."""
         image, labels = self.source.load(self.rows[index]), torch.from_numpy(self.mask(index))
@@ -449,6 +480,10 @@ class _JoinedSource:
     def load(self, row: int) -> Image.Image:
         """The image of either source."""
         return self.first.load(row) if row < self.boundary else self.second.load(row - self.boundary)
+
+    def content(self, row: int) -> bytes:
+        """What the image of either source is made of."""
+        return self.first.content(row) if row < self.boundary else self.second.content(row - self.boundary)
 
 
 def joined(first: ImageDataset, second: ImageDataset) -> ImageDataset:

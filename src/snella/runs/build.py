@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -28,12 +28,24 @@ from snella.runs.protocol import protocol_of
 from snella.runs.sampler import EpochSampler
 from snella.tasks import Task, create_task, task_class, task_names
 
+PARTS = ("train", "val", "test")
+
 
 def digest_of(splits: DataSplits) -> str:
     """SHA-256 of the classes and of the ordered names and labels of all parts; the folder's place does not count."""
     parts = {"train": splits.train, "val": splits.val, "test": splits.test}
     named = {key: None if part is None else [part.names, part.labels] for key, part in parts.items()}
     return hashlib.sha256(json.dumps([splits.classes, named]).encode()).hexdigest()
+
+
+def contents_of(splits: DataSplits, names: Collection[str] = PARTS) -> dict[str, str]:
+    """SHA-256 of what the images of each part are made of; parts that are not there are left out."""
+    return {name: part.content_digest() for name, part in parts_of(splits).items() if name in names}
+
+
+def parts_of(splits: DataSplits) -> dict[str, ImageDataset]:
+    """The parts that there are, by name."""
+    return {name: part for name in PARTS if (part := getattr(splits, name)) is not None}
 
 
 def sizes_of(splits: DataSplits) -> dict[str, int]:
@@ -56,26 +68,39 @@ def same_splits(data: Mapping[str, Any], splits: DataSplits) -> bool:
     return data.get("digest") in (None, digest_of(splits))
 
 
-def check_splits(run: Path, data: Mapping[str, Any], splits: DataSplits) -> None:
+def changed_parts(data: Mapping[str, Any], splits: DataSplits, names: Collection[str] = PARTS) -> list[str]:
+    """The parts whose images have other contents than `run.json`'s entry `data` says; none for old runs."""
+    stored = data.get("contents", {})
+    return [name for name, digest in contents_of(splits, set(names) & set(stored)).items() if digest != stored[name]]
+
+
+def check_splits(run: Path, data: Mapping[str, Any], splits: DataSplits, names: Collection[str] = PARTS) -> None:
     """Compare the images as they are now with those that the run was split from.
 
     Args:
         run: The run's folder, for the message.
         data: The entry of `run.json`; old runs, which do not tell, pass.
         splits: From the run's own settings.
+        names: The parts whose contents are compared, as those of all parts would have to be read.
 
     Raises:
         ValueError: They differ; says how many there were and are, and what to do.
     """
-    if same_splits(data, splits):
-        return
-    then, now = _counts(data["sizes"]), _counts(sizes_of(splits))
-    files = "the same numbers of other files" if then == now else now
-    raise ValueError(
-        f"data must hold the images that {run} was split from, {then}, got {files} in {data['spec']}: "
-        "files were added, removed or renamed, and a new split would measure on training images; restore them, "
-        "measure on images of your own with evaluate --data, or train a new run"
-    )
+    if not same_splits(data, splits):
+        then, now = _counts(data["sizes"]), _counts(sizes_of(splits))
+        files = "the same numbers of other files" if then == now else now
+        raise ValueError(
+            f"data must hold the images that {run} was split from, {then}, got {files} in {data['spec']}: "
+            "files were added, removed or renamed, and a new split would measure on training images; restore them, "
+            "measure on images of your own with evaluate --data, or train a new run"
+        )
+    changed = changed_parts(data, splits, names)
+    if changed:
+        raise ValueError(
+            f"data must hold the images that {run} was split from, got files of the same names with other contents in "
+            f"{data['spec']} ({', '.join(changed)}): images were replaced or saved again; restore them, measure on "
+            "images of your own with evaluate --data, or train a new run"
+        )
 
 
 def find_data(run: Path, spec: str, data: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """Measuring a run's best model on images."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,18 @@ from torch.utils.data import DataLoader, Dataset
 from snella.data import DataSplits, ImageDataset, load_data
 from snella.report import write_report
 from snella.report.examples import ImageSource
-from snella.runs.build import LoadedRun, check_splits, find_data, load_run, load_splits, same_splits, task_of
+from snella.runs.build import (
+    PARTS,
+    LoadedRun,
+    changed_parts,
+    check_splits,
+    find_data,
+    load_run,
+    load_splits,
+    parts_of,
+    same_splits,
+    task_of,
+)
 from snella.runs.console import make_console, print_line
 from snella.runs.folder import RunFolder
 from snella.tasks import Task
@@ -52,8 +63,9 @@ def _shown_images(folder: RunFolder, stored: dict[str, object]) -> ImageDataset 
     config = folder.read_config()
     config.data = find_data(folder.path, str(config.data), stored)
     splits = load_splits(config)
-    check_splits(folder.path, stored, splits)
-    return splits.test if splits.val is None else splits.val
+    name = "test" if splits.val is None else "val"
+    check_splits(folder.path, stored, splits, (name,))
+    return parts_of(splits).get(name)
 
 
 Split = Literal["auto", "train", "val", "test", "all"]
@@ -108,8 +120,8 @@ def evaluate(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     loaded = load_run(run, device)
-    splits, are_own = _load_splits(loaded, data, skip_broken)
-    chosen = split if split != "auto" else "all" if not are_own else "test" if splits.test is not None else "val"
+    splits, are_own = _load_splits(loaded, data, split, skip_broken)
+    chosen = _chosen(split, splits) if are_own else "all" if split == "auto" else split
     loaded.task.check_data(splits.train, data or str(loaded.info["data"]["spec"]))
     parts = [part.with_transform(loaded.transform) for part in _parts(splits, chosen)]
     items = _Relabeled(parts, _numbers(splits.classes, loaded), loaded.task)
@@ -123,28 +135,50 @@ def evaluate(
     return {**head, "classes": loaded.classes, **scores}
 
 
-def _load_splits(loaded: LoadedRun, data: str | None, skip_broken: bool) -> tuple[DataSplits, bool]:
+def _load_splits(loaded: LoadedRun, data: str | None, split: Split, skip_broken: bool) -> tuple[DataSplits, bool]:
     """The run's own data with its own split, or other data in full, and which of both it is."""
     config, stored = loaded.folder.read_config(), loaded.info["data"]
     config.skip_broken = skip_broken or config.skip_broken
     if data is None:
         config.data = find_data(loaded.folder.path, str(config.data), stored)
         splits = load_splits(config)
-        check_splits(loaded.folder.path, stored, splits)
+        measured = _names(_chosen(split, splits))
+        check_splits(loaded.folder.path, stored, splits, measured)
+        unknown = [name for name in parts_of(splits) if name in measured and name not in stored.get("contents", {})]
+        if unknown:
+            splits.notes.append(
+                f"run.json has no digest of the contents of {', '.join(unknown)}, which other versions of snella did "
+                "not write: that no image was replaced is not checked"
+            )
         return splits, True
+    note = None
     if stored.get("digest"):
         config.data = data
         with contextlib.suppress(ValueError):
             splits = load_splits(config)
-            if same_splits(stored, splits):
+            changed = changed_parts(stored, splits, _names(_chosen(split, splits)))
+            if same_splits(stored, splits) and not changed:
                 return splits, True
-    return load_data(data, seed=config.seed, skip_broken=skip_broken), False
+            if same_splits(stored, splits):
+                note = f"the files have the names of the run's own, but other contents in {', '.join(changed)}"
+    splits = load_data(data, seed=config.seed, skip_broken=skip_broken)
+    splits.notes += [] if note is None else [f"{note}: measured as other data"]
+    return splits, False
 
 
-def _parts(splits: DataSplits, split: str) -> list[ImageDataset]:
+def _chosen(split: Split, splits: DataSplits) -> Split:
+    """The part of the run's own data that a split's name means."""
+    return split if split != "auto" else "test" if splits.test is not None else "val"
+
+
+def _names(split: Split) -> Collection[str]:
+    """The names of the parts that are measured."""
+    return PARTS if split == "all" else (split,)
+
+
+def _parts(splits: DataSplits, split: Split) -> list[ImageDataset]:
     """The data sets that a split's name means."""
-    known = {"train": splits.train, "val": splits.val, "test": splits.test}
-    present = {name: part for name, part in known.items() if part is not None}
+    present = parts_of(splits)
     if split == "all":
         return list(present.values())
     if split not in present:

@@ -6,7 +6,7 @@ import math
 import platform
 import resource
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +19,7 @@ from torch import nn
 
 from snella import SnellaCallback, SnellaConfig
 from snella.methods import spec_of
-from snella.runs.build import Assembly, digest_of, folder_of, sizes_of
+from snella.runs.build import PARTS, Assembly, contents_of, digest_of, folder_of, sizes_of
 from snella.runs.config import TrainConfig, command_line
 from snella.runs.console import counted, print_rows
 from snella.runs.memory import predict_step_memory
@@ -34,8 +34,14 @@ folder comes from predicts with `snella predict RUN IMAGES`, and `snella merge R
 """
 
 
-def describe_run(config: TrainConfig, parts: Assembly) -> dict[str, Any]:
-    """The entries of `run.json` but for the status."""
+def describe_run(config: TrainConfig, parts: Assembly, names: Collection[str] = PARTS) -> dict[str, Any]:
+    """The entries of `run.json` but for the status.
+
+    Args:
+        config: Resolved settings.
+        parts: Data and model.
+        names: The parts of the data that are used, whose contents are noted.
+    """
     splits = parts.splits
     return {
         "task": parts.task.name,
@@ -51,6 +57,7 @@ def describe_run(config: TrainConfig, parts: Assembly) -> dict[str, Any]:
             "description": splits.description,
             "sizes": sizes_of(splits),
             "digest": digest_of(splits),
+            "contents": contents_of(splits, names),
             "folder": folder_of(str(config.data)),
             "notes": list(splits.notes),
         },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import signal
@@ -95,6 +96,7 @@ def _is_epoch_end(state: TrainerState) -> bool:
 S = TypeVar("S", bound=RunSettings)
 
 _LOCK = ".lock"
+_UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 _HELD: set[int] = set()
 """Descriptors of the locks that this process holds."""
 
@@ -132,7 +134,15 @@ def run_owned(run: RunFolderOf[Any]) -> Iterator[None]:
     made = [folder for folder in (run.path, *run.path.parents) if not folder.exists()]
     run.path.mkdir(parents=True, exist_ok=True)
     lock = run.path / _LOCK
-    descriptor = _lock(lock, run.path)
+    try:
+        descriptor = _lock(lock, run.path)
+    except OSError as error:
+        if error.errno not in _UNWRITABLE or run.status != "finished":
+            raise
+        descriptor = None
+    if descriptor is None:
+        yield  # a finished run that cannot be written: to say that it is finished, nothing need be
+        return
     _HELD.add(descriptor)
     try:
         yield

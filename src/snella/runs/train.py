@@ -7,11 +7,10 @@ from rich.console import Console
 
 from snella import SnellaCallback
 from snella._files import write_text
-from snella.data import DataSplits, ImageDataset
 from snella.methods import load_trained_into
 from snella.methods.adalora import is_adalora
 from snella.report import write_report
-from snella.runs.build import Assembly, assemble, check_splits, find_data, store_selection
+from snella.runs.build import PARTS, Assembly, assemble, check_splits, find_data, parts_of, store_selection
 from snella.runs.callbacks import ProgressDisplay, RankCallback, StepCosts
 from snella.runs.config import TrainConfig
 from snella.runs.console import make_console, print_line
@@ -101,7 +100,8 @@ def _train(
     config = config.fitted_to(len(parts.splits.train))
     run.begin(config, is_resumed=is_resumed)
     store_selection(run.path, config.method, parts.model)
-    run.update("running", **describe_run(config, parts))
+    used = PARTS if measure_test else ("train", "val")
+    run.update("running", **describe_run(config, parts, used))
     announce(console, config, parts)
     if not measure_test:
         parts.splits.test = None
@@ -165,7 +165,7 @@ def _finish(
     splits, model = parts.splits, parts.model
     load_trained_into(model, run.adapter)
     protocol = trainer.protocol
-    measured = {name: trainer.score(part) for name, part in _parts_of(splits).items()}
+    measured = {name: trainer.score(part) for name, part in parts_of(splits).items() if name != "train"}
     val, test = (measured[name][0] if name in measured else None for name in ("val", "test"))
     matrices = matrices_of(model)
     best = best_epoch(trainer.history, lambda row: protocol.rank(row, parts.task.rank))
@@ -213,11 +213,6 @@ def _finish(
             print_line(console, f"epoch {best} was chosen before the schedule reached its target, {target:,} weights")
     shown = f"adapter {run.adapter}" + (f", report {report}" if report else "")
     print_line(console, shown)
-
-
-def _parts_of(splits: DataSplits) -> dict[str, ImageDataset]:
-    """The parts that are measured in the end."""
-    return {name: part for name, part in (("val", splits.val), ("test", splits.test)) if part is not None}
 
 
 def _final_text(
