@@ -1,5 +1,7 @@
 """A head that starts as the linear probe."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from rich.console import Console
 
 from snella.runs import TrainConfig
 from snella.runs.build import assemble
-from snella.runs.linear_probe import fit_probe, start_head_from_probe
+from snella.runs.linear_probe import choose_head_start, fit_probe, start_head_from_probe
 from snella.runs.train import train
 
 QUIET = Console(quiet=True)
@@ -75,6 +77,38 @@ def test_the_probe_is_scikit_learns_on_scaled_features(classes):
     assert not bias[classes].any()
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "probe"),
+        ({"method": "lora-2", "r": None}, "probe"),
+        ({"method": "mlp-3", "r": None}, "random"),
+        ({"protocol": "official", "val_size": None}, "random"),
+        ({"head_start": "random"}, "random"),
+        ({"method": "mlp-3", "r": None, "head_start": "probe"}, "probe"),
+    ],
+)
+def test_auto_is_the_probe_where_there_are_few_images_and_a_linear_head(options, expected, tmp_path):
+    settings = config(tmp_path, **{"head_start": "auto"} | options).resolved()
+    assert choose_head_start(assemble(settings), settings) == expected
+
+
+def test_auto_is_a_random_head_where_there_are_many_images(tmp_path, monkeypatch):
+    settings = config(tmp_path, head_start="auto").resolved()
+    parts = assemble(settings)
+    monkeypatch.setattr("snella.runs.linear_probe._MOST_IMAGES_OF_AUTO", 60)
+    assert choose_head_start(parts, settings) == "probe"
+    monkeypatch.setattr("snella.runs.linear_probe._MOST_IMAGES_OF_AUTO", 59)
+    assert choose_head_start(parts, settings) == "random"
+
+
+def test_a_run_says_and_stores_what_auto_stands_for(tmp_path):
+    text = io.StringIO()
+    run = train(config(tmp_path / "run", head_start="auto"), Console(file=text, width=100))
+    assert "starts as a linear probe" in text.getvalue()
+    assert run.read_config().head_start == "probe"
+
+
 def test_a_model_without_a_linear_head_is_refused(tmp_path):
     settings = config(tmp_path, method="mlp-3", r=None).resolved()
     with pytest.raises(ValueError, match="head_start='probe' needs a timm classifier with a linear head, got"):
@@ -82,5 +116,5 @@ def test_a_model_without_a_linear_head_is_refused(tmp_path):
 
 
 def test_an_unknown_start_is_named_with_the_choices(tmp_path):
-    with pytest.raises(ValueError, match="head_start must be one of random, probe, got 'zero'"):
+    with pytest.raises(ValueError, match="head_start must be one of auto, random, probe, got 'zero'"):
         config(tmp_path, head_start="zero")

@@ -151,7 +151,8 @@ class CompareOptions:
         val_size: Validation images of each task.
         test_size: Test images of each task, at most.
         augment: Random changes to training images: none, flip, or crop.
-        head_start: What every method's classifier head starts from: random values, or probe, the linear probe.
+        head_start: What every method's classifier head starts from: random values, or probe, the linear probe; auto is
+            probe for up to 5,000 training images.
         ema: Measure and keep an exponential moving average of what each method trains, with this decay, e.g. 0.9998.
         weights: Weight file for a backbone that is given by its architecture's name.
         pretrained: Load pre-trained weights; false starts from random ones, for tests.
@@ -183,7 +184,7 @@ class CompareOptions:
     val_size: int | None = None
     test_size: int | None = None
     augment: Literal["none", "flip", "crop"] | None = None
-    head_start: Literal["random", "probe"] | None = None
+    head_start: Literal["auto", "random", "probe"] | None = None
     ema: float | None = None
     weights: str | None = None
     pretrained: bool | None = None

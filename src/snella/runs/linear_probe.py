@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 import torch
@@ -100,6 +101,24 @@ def pooled_features(model: nn.Module, images: ImageDataset, config: TrainConfig)
 
 _INVERSE_PENALTY = 0.5
 _MAX_ITERATIONS = 2000
+_MOST_IMAGES_OF_AUTO = 5_000  # of more, a random head learns as well, and fitting a probe takes minutes
+
+
+def choose_head_start(parts: Assembly, config: TrainConfig) -> Literal["random", "probe"]:
+    """What `head_start` means for this model and data: itself, or what `auto` stands for.
+
+    `auto` is `probe` for a timm classifier with a linear head and at most 5,000 training images of two classes or more;
+    with the authors' own protocol it is `random`, as in their scripts.
+    """
+    if config.head_start != "auto":
+        return config.head_start
+    if config.task != "classification" or config.protocol == "official":
+        return "random"
+    base, head = _base_and_head(parts.model)
+    labels = parts.splits.train.labels
+    has_linear_head = isinstance(head, nn.Linear) and has_timm_features(base)
+    is_fitting = has_linear_head and len(labels) <= _MOST_IMAGES_OF_AUTO and len(set(labels)) > 1
+    return "probe" if is_fitting else "random"
 
 
 def start_head_from_probe(parts: Assembly, config: TrainConfig) -> None:
@@ -117,8 +136,7 @@ def start_head_from_probe(parts: Assembly, config: TrainConfig) -> None:
         ValueError: The model has no linear head on pooled features.
     """
     model = parts.model
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    head = _trained_head(base.get_submodule(spec_of(model).head))
+    base, head = _base_and_head(model)
     if not isinstance(head, nn.Linear) or not has_timm_features(base):
         raise ValueError(
             "head_start='probe' needs a timm classifier with a linear head, got "
@@ -156,6 +174,12 @@ def fit_probe(features: np.ndarray, labels: np.ndarray, classes: int) -> tuple[T
     of_all, of_bias = torch.zeros(classes, features.shape[1], dtype=torch.float64), torch.zeros(classes).double()
     of_all[probe.classes_], of_bias[probe.classes_] = torch.from_numpy(weight), torch.from_numpy(bias)
     return of_all, of_bias
+
+
+def _base_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The model that PEFT wraps, if it does, and the head that is trained."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return base, _trained_head(base.get_submodule(spec_of(model).head))
 
 
 def _trained_head(head: nn.Module) -> nn.Module:

@@ -163,6 +163,7 @@ def announce(console: Console, config: TrainConfig, parts: Assembly) -> None:
         *_protocol_rows(config),
         ("backbone", f"{config.backbone}, {_count(model):,} weights, images of {size[1]}×{size[2]} px"),
         ("method", f"{config.method}, {trainable_parameters(model):,} trainable parameters{_adapted(model)}"),
+        ("head", "starts as a linear probe" if config.head_start == "probe" else "starts from random values"),
         *([("budget", _budgets(model))] if matrices_of(model) else []),
         ("training", f"{counted(config.epochs, 'epoch')} of {steps}, {counted(batch, 'image')} each, on {device}"),
         (

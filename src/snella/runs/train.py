@@ -1,5 +1,6 @@
 """One training run, from settings to report."""
 
+import dataclasses
 import time
 from typing import Any
 
@@ -16,7 +17,7 @@ from snella.runs.config import TrainConfig
 from snella.runs.console import make_console, print_line
 from snella.runs.evaluate import refresh_report
 from snella.runs.folder import RunFolder
-from snella.runs.linear_probe import cache_features, can_cache_features, start_head_from_probe
+from snella.runs.linear_probe import cache_features, can_cache_features, choose_head_start, start_head_from_probe
 from snella.runs.protocol import RunProtocol, protocol_of
 from snella.runs.results import (
     adapter_card,
@@ -98,6 +99,7 @@ def _train(
     parts = assemble(config, run.path if is_resumed else None, console)
     check_splits(run.path, stored, parts.splits)
     config = config.fitted_to(len(parts.splits.train))
+    config = dataclasses.replace(config, head_start=choose_head_start(parts, config))
     run.begin(config, is_resumed=is_resumed)
     store_selection(run.path, config.method, parts.model)
     used = PARTS if measure_test else ("train", "val")
