@@ -241,7 +241,7 @@ def test_a_checkpoint_that_is_not_as_it_was_written_is_named_with_the_ways_out(
     assert same(outcome(resumed(config)[0]), uninterrupted)
 
 
-@pytest.mark.parametrize("method", ["lora-2", "linear", "full"])
+@pytest.mark.parametrize("method", ["lora-2", "linear", "full", "snella-matched-2"])
 def test_other_methods_resume_to_the_same_bits_too(method, settings, console, monkeypatch, tmp_path):
     options = {"lora_dropout": 0.3} if method == "lora-2" else {}
     config = settings(method=method, method_options=options, epochs=2)

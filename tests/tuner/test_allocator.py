@@ -509,3 +509,10 @@ def test_the_target_is_reached_once_the_schedule_ends_and_kept(mlp, every, end, 
     at_target = [entry["step"] for entry in allocator.history if entry["budget"] == allocator.target_budget]
     assert at_target == [entry["step"] for entry in allocator.history if entry["step"] >= reached_at]
     assert allocator.has_reached_target
+
+
+def test_an_optimizer_that_matches_no_steps_is_told_of_where_they_were_asked_for(mlp):
+    model = mlp.adapted(preset="matched")
+    with pytest.warns(UserWarning, match="match_update=True has no effect on this AdamW; make the optimizer"):
+        allocator_of(model).attach(torch.optim.AdamW(model.parameters()))
+    allocator_of(model).attach(create_snella_optimizer(model, lr=0.1))

@@ -34,14 +34,15 @@ _UPPER_HALF: dict[str, Any] = {
 }
 
 DEMO_METHODS: dict[str, dict[str, Any]] = {
-    "linear": {"epochs": 20, "augment": "none", "batch_size": 32},
+    "linear": {"epochs": 20, "augment": "none", "batch_size": 32, "head_start": "random"},
     "lora-8": _UPPER_HALF,
     "snella-8": {**_UPPER_HALF, "lr": 2e-3},
 }
-"""What each method is given beyond its defaults (chosen as docs/tuning.md says). Both adapt the last six of twelve
-blocks, to be done in minutes, start from the best linear classifier, and measure and keep the average of their weights
-over some 30 steps, since single epochs of either are rough; the linear probe sees unchanged images, so that their
-features are computed once and it can train until it has converged."""
+"""What each method is given beyond its defaults (chosen as docs/notes/default-settings.md says).
+
+Both adapt the last six of twelve blocks, to be done in minutes, start from the best linear classifier, and measure and
+keep the average of their weights over some 30 steps, since single epochs of either are rough; the linear probe sees
+unchanged images, so that their features are computed once and it can train until it has converged."""
 
 
 def run_demo(

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from snella.tuner.allocation import allocate
 from snella.tuner.importance import ImportanceTracker
 from snella.tuner.matrices import AdaptedMatrix, adapted_matrices
+from snella.tuner.optimizer import MATCHER_ATTRIBUTE
 from snella.tuner.schedule import budget_at
 
 _STATE_KEY = "snella_allocator"  # in the first parameter group of an optimiser's state
@@ -166,6 +167,12 @@ class BudgetAllocator:
                 f"{type(optimizer).__name__} holds none of the factors of adapter {self.adapter_name!r}; attach to the "
                 "optimiser that trains them, made after the adapter, e.g. with create_snella_optimizer(model, lr=…); "
                 "FSDP1 keeps them with use_orig_params=True"
+            )
+        if self.config.match_update and not hasattr(optimizer, MATCHER_ATTRIBUTE):
+            warnings.warn(
+                f"match_update=True has no effect on this {type(optimizer).__name__}; make the optimizer with "
+                "create_snella_optimizer(model, lr=…)",
+                stacklevel=2,
             )
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),

@@ -18,7 +18,9 @@ from snella.tuner.tokens import token_adapters
 __all__ = ["StepMatcher", "create_snella_optimizer"]
 
 _FACTORS = ("snella_A", "snella_B")
-_STATE_KEY = "snella_step_matcher"  # in the first parameter group of an optimizer's state
+MATCHER_ATTRIBUTE = "snella_step_matcher"
+"""Where an optimizer holds the `StepMatcher` that is attached to it."""
+_STATE_KEY = MATCHER_ATTRIBUTE  # in the first parameter group of an optimizer's state
 
 
 def create_snella_optimizer(
@@ -152,6 +154,7 @@ class StepMatcher:
 
     def attach(self, optimizer: Optimizer) -> Self:
         """Scale this optimizer's steps from now on; its state carries what a resumed run needs for the same bits."""
+        setattr(optimizer, MATCHER_ATTRIBUTE, self)
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
         optimizer.register_state_dict_post_hook(self._save_into)
