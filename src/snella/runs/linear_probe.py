@@ -129,7 +129,7 @@ def start_head_from_probe(parts: Assembly, config: TrainConfig) -> None:
     divided by their root mean variance, and the L2 penalty is `1/(2·0.5)·‖w‖²` beside the sum of the images' losses.
 
     Args:
-        parts: Data and model; the head is changed in place.
+        parts: Data and model; the head is changed in place. Where `cache_features` has run, its features are taken.
         config: Resolved settings; the batch size and the workers count.
 
     Raises:
@@ -143,10 +143,13 @@ def start_head_from_probe(parts: Assembly, config: TrainConfig) -> None:
             f"{type(base).__name__} with {type(head).__name__}; use head_start='random'"
         )
     train = parts.splits.train
-    images = train.with_transform(build_transform(parts.data_config, train=False, augment="none"))
-    was_training = model.training
-    features = torch.cat(list(pooled_features(base, images, config))).double().numpy()
-    model.train(was_training)
+    if isinstance(train, FeatureDataset):
+        features = train.features.double().numpy()
+    else:
+        images = train.with_transform(build_transform(parts.data_config, train=False, augment="none"))
+        was_training = model.training
+        features = torch.cat(list(pooled_features(base, images, config))).double().numpy()
+        model.train(was_training)
     weight, bias = fit_probe(features, np.asarray(train.labels), head.out_features)
     with torch.no_grad():
         head.weight.copy_(weight)

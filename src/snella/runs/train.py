@@ -136,9 +136,9 @@ def _fit(
     ranks = [RankCallback()] if is_adalora(parts.model) else []
     callbacks = [*([allocation] if allocation else []), *ranks, interrupt, display, costs]
     start = time.monotonic()
+    trained_part = cache_features(parts, config) if can_cache_features(config, parts.model) else None
     if config.head_start == "probe" and checkpoint is None:
         start_head_from_probe(parts, config)
-    trained_part = cache_features(parts, config) if can_cache_features(config, parts.model) else None
     trainer = SnellaTrainer(
         parts.model,
         config,
