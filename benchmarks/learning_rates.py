@@ -26,7 +26,7 @@ from torch.nn.functional import cross_entropy
 from transformers import get_cosine_schedule_with_warmup
 
 from snella import BudgetAllocator
-from snella.comparison.provenance import git_state, system_info
+from snella.comparison.cells import git_state, system_info
 from snella.data import build_transform
 from snella.methods import build_method, spec_of
 from snella.runs import TrainConfig

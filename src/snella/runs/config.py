@@ -257,9 +257,10 @@ class TrainConfig(RunSettings):
         out: Folder of the run; created.
         task: What is learnt: classification (one class an image) or segmentation (one class a pixel; data with masks).
         method: What is trained: linear, bias, full, partial, mlp, vpt-shallow, vpt-deep, vqt, adapter, mosa, ssf, lora,
-            dora, adalora, snella, snella-matched, snell, klora, fixed-mask, gps, spt-lora, spt-adapter, noah, or by PEFT alone shira,
-            supertuning, fourierft, randlora, vera, loha, lokr, boft, hra, delora, ln_tuning. A number at the end sets
-            the rank (lora-8, adapter-8), the blocks (partial-1), the layers (mlp-3) or the tokens (vpt-deep-50).
+            dora, adalora, snella, snella-matched, snell, klora, fixed-mask, gps, spt-lora, spt-adapter, noah, or by
+            PEFT alone shira, supertuning, fourierft, randlora, vera, loha, lokr, boft, hra, delora, ln_tuning. A number
+            at the end sets the rank (lora-8, adapter-8), the blocks (partial-1), the layers (mlp-3) or the tokens
+            (vpt-deep-50).
         weights: Weight file for a backbone that is given by its architecture's name.
         pretrained: Load pre-trained weights; false starts from random ones, for tests.
         img_size: Side of the input image in pixels; the model's own if not given.
