@@ -5,7 +5,7 @@ import pytest
 from snella.comparison.experiment import Experiment, config_of, data_entry, folder_name, method_entry
 from snella.comparison.experiment_files import bundled_experiments, merged, read_experiment
 
-MINE = ("bundled-suite", "coffee")
+MINE = ("bundled-suite", "coffee", "learning-rates")
 
 
 def test_the_experiments_that_ship_say_what_they_are_and_what_they_cost():
