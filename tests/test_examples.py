@@ -1,0 +1,87 @@
+"""The examples run as they stand, and find what they say."""
+
+import runpy
+from pathlib import Path
+
+import nbformat
+import pytest
+import timm
+from nbclient import NotebookClient
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+NOTEBOOK = EXAMPLES / "folder_of_images.ipynb"
+
+
+@pytest.fixture
+def run_example(tmp_path, monkeypatch, capsys):
+    """Run a script in an empty folder; what it defines, and what it prints."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name):
+        return runpy.run_path(str(EXAMPLES / name), run_name="__main__"), capsys.readouterr().out
+
+    return run
+
+
+def percentages(text):
+    return [float(word.rstrip("%,")) for word in text.split() if word.rstrip(",").endswith("%")]
+
+
+def test_own_loop_learns_and_keeps_its_accuracy_loaded_and_merged(run_example, tmp_path):
+    names, printed = run_example("own_loop.py")
+    trained, merged = percentages(printed)[-2:]
+    assert trained > 50  # of ten classes
+    assert merged == pytest.approx(trained, abs=1.0)
+    assert sum(names["allocator"].budgets.values()) == names["allocator"].target_budget
+    plain = timm.create_model("vit_small_patch14_dinov2", num_classes=10, img_size=28)
+    plain.load_state_dict(names["torch"].load(tmp_path / "runs/examples/own_loop/model.pth"))
+
+
+def test_trainer_ends_as_an_uninterrupted_one_when_it_is_resumed(run_example):
+    names, printed = run_example("trainer.py")
+    whole, resumed = percentages(printed)[-2:]
+    assert whole > 50
+    assert resumed == pytest.approx(whole, abs=1.0)
+    first, second = (names[name].callback_handler for name in ("whole", "resumed"))
+    budgets = [
+        callback.allocator.budgets
+        for handler in (first, second)
+        for callback in handler.callbacks
+        if isinstance(callback, names["SnellaCallback"])
+    ]
+    assert budgets[0] == budgets[1]
+    assert names["resumed"].state.global_step == names["whole"].state.global_step == 80
+
+
+def test_diffusers_dreambooth_lowers_its_loss_and_loads_it_again(run_example):
+    names, printed = run_example("diffusers_dreambooth.py")
+    before = float(printed.splitlines()[0].rpartition(" ")[2])
+    assert names["trained_loss"] < before / 2
+    assert names["loaded_loss"] == pytest.approx(names["trained_loss"], rel=1e-4)
+    assert sum(names["allocator"].budgets.values()) == names["allocator"].target_budget
+
+
+def test_notebook_trains_shows_figures_predicts_and_merges(tmp_path):
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    where = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(notebook, kernel_name="python3", timeout=250, startup_timeout=180, resources=where).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+    printed = "\n".join(output["text"] for output in outputs if output.get("name") == "stdout")
+    accuracy = next(line for line in printed.splitlines() if line.startswith("test accuracy"))
+    assert percentages(accuracy)[0] > 50
+    last_prediction, timm_prediction = [line for line in printed.splitlines() if line][-2:]
+    assert timm_prediction.split()[-1] == last_prediction.split()[1]
+    assert (tmp_path / "runs/examples/folder_of_images/run/report.html").is_file()
+
+
+def test_notebook_is_stored_without_outputs():
+    cells = nbformat.read(NOTEBOOK, as_version=4).cells
+    assert not [cell for cell in cells if cell.get("outputs") or cell.get("execution_count")]
+
+
+def test_table_of_examples_names_every_file():
+    listed = (EXAMPLES / "README.md").read_text()
+    files = [path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ipynb")]
+    assert len(files) >= 4
+    assert not [name for name in files if f"[`{name}`]({name})" not in listed]
