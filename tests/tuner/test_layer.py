@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from snella import SnellaConfig
 from snella.tuner import adapted_matrices
-from snella.tuner.layer import SnellaLayer
+from snella.tuner.layer import SnellaLayer, log_backend
 
 
 def layers(model):
@@ -478,3 +478,35 @@ def test_two_adapters_computed_in_different_ways_keep_their_budgets(mlp):
     for name in ("default", "other"):
         for matrix in adapted_matrices(model, name):
             assert matrix.nonzeros() == matrix.budget
+
+
+# what computes the update -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def numba_layer():
+    pytest.importorskip("numba")
+    log_backend.cache_clear()
+    return get_peft_model(nn.Sequential(nn.Linear(6, 8)), SnellaConfig(r=4, target_modules=["0"])).base_model.model[0]
+
+
+def test_the_backend_is_chosen_at_injection_and_again_when_the_layer_moves_and_said_once(numba_layer, caplog):
+    assert numba_layer.backend_name("default") == "numba"
+    with caplog.at_level("INFO", logger="snella.tuner.layer"):
+        for _ in range(2):
+            assert numba_layer.double().backend_name("default") == "eager"
+            assert numba_layer.float().backend_name("default") == "numba"
+    assert caplog.messages == [
+        "updates on 'cpu' are computed by 'eager' (numba computes in float32, got factors in torch.float64)"
+    ]
+
+
+def test_no_forward_pass_chooses_a_backend(numba_layer, monkeypatch):
+    monkeypatch.setattr("snella.tuner.layer.choose_backend", None)
+    x = torch.randn(3, 6)
+    numba_layer.train()(x).sum().backward()
+    numba_layer.eval()
+    with torch.no_grad():
+        numba_layer(x)
+    numba_layer.set_scale("default", 0.5)
+    numba_layer.train()(x).sum().backward()

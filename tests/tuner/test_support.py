@@ -8,8 +8,8 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from snella import BudgetAllocator, SnellaConfig
+from snella.tuner.cache import pack_positions, unpack_positions
 from snella.tuner.layer import SnellaLayer
-from snella.tuner.support import pack_positions, unpack_positions
 
 
 class Attention(nn.Module):

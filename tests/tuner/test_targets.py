@@ -197,7 +197,7 @@ def test_a_layer_norm_cannot_be_adapted(mlp):
         get_peft_model(mlp.base(), SnellaConfig(target_modules=["norm"]))
 
 
-def test_a_quantised_weight_is_refused():
+def test_a_quantized_weight_is_refused():
     model = nn.Sequential(nn.Linear(4, 4))
     model[0].weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
     with pytest.raises(NotImplementedError, match=r"matches '0', a Linear whose weight is torch\.int8"):

@@ -24,7 +24,7 @@ def test_exactly_one_warning_says_what_to_call(mlp):
         train(mlp, model, 30)
     assert len(caught) == 1
     message = str(caught[0].message)
-    assert "target_sparsity=0.6 is set, but after 10 optimiser steps no budget allocator is attached" in message
+    assert "target_sparsity=0.6 is set, but after 10 optimizer steps no budget allocator is attached" in message
     assert "BudgetAllocator(model, total_epochs=…, steps_per_epoch=…).attach(optimizer)" in message
     assert "callbacks=[SnellaCallback()]" in message
 

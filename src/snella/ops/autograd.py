@@ -84,14 +84,6 @@ class LayerCall:
     lazy: LazyWeight | None = None
     recompute: RecomputeCache | None = None
 
-    def base(self, weight: Tensor | None) -> Tensor | None:
-        """The weight, given what came as a tensor."""
-        return weight if self.lazy is None else self.lazy.materialize()
-
-    def identity(self, weight: Tensor | None) -> Tensor | None:
-        """A tensor that stays the same as long as the weight does."""
-        return weight if self.lazy is None else self.lazy.tensors[0]
-
 
 @dataclass(frozen=True)
 class Needs:
@@ -129,10 +121,12 @@ class _AdaptedLayer(torch.autograd.Function):
         ctx.call, ctx.updates, ctx.x_shape, ctx.has_bias = call, updates, x.shape, bias is not None
         ctx.lazy_versions = call.lazy and call.lazy.versions()
         some_update_learns = any(ctx.needs_input_grad[5:]) and any([any(update.budgets) for update in updates])
-        deltas = [one.delta for one in merged] if call.cache_delta else []
-        ctx.delta_sizes = [len(delta) for delta in deltas]
         needs_x = some_update_learns or ctx.needs_input_grad[1]
-        kept = [matrix for delta in deltas for matrix in delta]
+        kept: list[Tensor | None] = []
+        ctx.delta_sizes = []
+        for one in merged if call.cache_delta else ():
+            ctx.delta_sizes.append(len(one.delta))
+            kept += one.delta
         ctx.save_for_backward(x if needs_x else None, weight, *thresholds, *kept, *tensors)
         return without_view(y), thresholds
 
@@ -166,10 +160,12 @@ def forward_pass(
     """Return `y` and the merged matrices of each update."""
     with torch.autocast(x.device.type, enabled=False):
         merged = [get_backend(update.spec.backend).merge(*update) for update in updates]
-        effective = add_updates(call.base(weight), updates, merged, call.weight_shape, x.dtype, call.lazy is not None)
+        base = weight if call.lazy is None else call.lazy.materialize()
+        effective = add_updates(base, updates, merged, call.weight_shape, x.dtype, call.lazy is not None)
+        del base
         y = call.op(x, effective, bias)
     if call.recompute is not None:
-        call.recompute.stash(effective, merged, call.identity(weight))
+        call.recompute.stash(effective, merged, weight if call.lazy is None else call.lazy.tensors[0])
     return y, merged
 
 
@@ -199,7 +195,8 @@ def backward_pass(
     effective = merged = grad_x = grad_weight = grads = None
     with torch.autocast(grad_y.device.type, enabled=False):
         if call.recompute is not None:
-            effective, merged = call.recompute.take(call.identity(weight), grad_y.dtype, len(updates))
+            built_of = weight if call.lazy is None else call.lazy.tensors[0]
+            effective, merged = call.recompute.take(built_of, grad_y.dtype, len(updates))
         if merged is None:
             pairs = zip(updates, deltas or [()] * len(updates), strict=True)
             merged = [get_backend(update.spec.backend).merge(*update, delta) for update, delta in pairs]
@@ -300,7 +297,8 @@ def _weight_and_gradients(
     needs: Needs,
 ) -> tuple[Tensor, Gradients | None]:
     """The effective weight; with it the gradients to the factors, where a backend forms both in one sweep."""
-    shape, owns_buffer, base = call.weight_shape, call.lazy is not None, call.base(weight)
+    shape, owns_buffer = call.weight_shape, call.lazy is not None
+    base = weight if call.lazy is None else call.lazy.materialize()
     if len(updates) == 1 and base is not None and grad_weight is not None and any(needs.factors):
         spec, backend = updates[0].spec, get_backend(updates[0].spec.backend)
         if backend.fused_add_in_backward:

@@ -16,7 +16,7 @@ from snella.ops.sparsify import KEEPS_EVERYTHING, SparsifyMode, keep_threshold, 
 
 BACKENDS = ("eager", "reference", "numba", "triton")
 """What can compute an update: `eager` by torch operations, `reference` by autograd, the others by kernels of theirs."""
-_KERNELS, _MODES = tuple(KERNELS), get_args(SparsifyMode)
+_MODES = get_args(SparsifyMode)
 
 
 class Factors(NamedTuple):
@@ -87,14 +87,14 @@ class UpdateSpec:
     def to_ints(self) -> list[int]:
         """The spec without `scaling` as integers, for an operator of `torch.compile`; `from_ints` reads them."""
         kernel = self.kernel
-        names = (_KERNELS.index(kernel.name), _MODES.index(self.mode), BACKENDS.index(self.backend))
+        names = (list(KERNELS).index(kernel.name), _MODES.index(self.mode), BACKENDS.index(self.backend))
         return [*names, kernel.num_pieces, kernel.softmax_dim, int(kernel.center_softmax), *self.row_counts]
 
     @classmethod
     def from_ints(cls, ints: Sequence[int], scaling: float) -> Self:
         """The spec that `to_ints` packed."""
         name, mode, backend, num_pieces, softmax_dim, center_softmax, *row_counts = ints
-        kernel = KERNELS[_KERNELS[name]](num_pieces, softmax_dim, bool(center_softmax))
+        kernel = KERNELS[list(KERNELS)[name]](num_pieces, softmax_dim, bool(center_softmax))
         return cls(kernel, tuple(row_counts), _MODES[mode], scaling, BACKENDS[backend])
 
     def matrices(self, factors: Factors) -> Iterator[MatrixFactors]:
@@ -296,7 +296,7 @@ def without_view(y: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LazyWeight:
-    """Where the adapted op gets a weight `[m, …]` that nobody holds as a matrix, such as a quantised one.
+    """Where the adapted op gets a weight `[m, …]` that nobody holds as a matrix, such as a quantized one.
 
     The op asks for it in the forward and again in the backward pass, and keeps nothing of its size in between.
 

@@ -3,13 +3,13 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from snella.tuner.allocation import budget_at
 from snella.tuner.allocator import BudgetAllocator, allocate
 from snella.tuner.config import SnellaConfig
 from snella.tuner.layer import SnellaLayer
 from snella.tuner.matrices import AdaptedMatrix, adapted_matrices
 from snella.tuner.model import SnellaModel
 from snella.tuner.optimizer import create_snella_optimizer
-from snella.tuner.schedule import budget_at
 
 if TYPE_CHECKING:
     from snella.tuner.callback import SnellaCallback

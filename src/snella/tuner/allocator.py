@@ -11,11 +11,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from snella.tuner.allocation import allocate
+from snella.tuner.allocation import allocate, budget_at
 from snella.tuner.importance import ImportanceTracker
 from snella.tuner.matrices import AdaptedMatrix, adapted_matrices
 from snella.tuner.optimizer import MATCHER_ATTRIBUTE
-from snella.tuner.schedule import budget_at
 
 _STATE_KEY = "snella_allocator"  # in the first parameter group of an optimiser's state
 _FORMAT = 1

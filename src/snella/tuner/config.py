@@ -19,8 +19,8 @@ from safetensors import safe_open
 from snella.ops.backends import resolve_implementation
 from snella.ops.kernels import KERNELS
 from snella.ops.sparsify import SparsifyMode
-from snella.tuner.schedule import Schedule
-from snella.tuner.watch import TrainingWatch
+from snella.tuner.allocation import Schedule
+from snella.tuner.cache import AllocatorCheck
 
 
 class PeftTypeName(str):
@@ -168,7 +168,7 @@ class SnellaConfig(PeftConfig):
         center_softmax: Subtract the softmax's mean. Not in the paper.
         keep_delta: Keep the merged matrix for the backward pass instead of rebuilding it (numba rebuilds as fast as it
             would read, and keeps nothing), and in evaluation the effective weight
-            of a layer whose base weight is quantised.
+            of a layer whose base weight is quantized.
         fixed_support: Let `layer.set_support` say once which entries may change (the paper's predefined mask), instead
             of letting them compete: the update is then the merged matrix itself at these entries, unshrunk. Sparsities,
             schedule and allocation mean nothing then.
@@ -243,7 +243,7 @@ class SnellaConfig(PeftConfig):
         super().__post_init__()
         # PEFT's own enumeration has no such member, see snella._registration
         self.peft_type = PEFT_TYPE
-        self.watch = TrainingWatch()
+        self.watch = AllocatorCheck()
         # kinds first: what comes after may compare, hash and compile
         if faults := self._kind_faults():
             raise ValueError("; ".join(faults))

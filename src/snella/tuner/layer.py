@@ -1,183 +1,185 @@
-"""`SnellaLayer`: the forward passes of a layer whose weight carries sparse updates."""
+"""`SnellaLayer`, `Linear` and `Conv2d`: a layer whose weight carries sparse updates."""
 
 from __future__ import annotations
 
-from typing import Any
+import logging
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import lru_cache
+from itertools import accumulate, pairwise
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from snella.ops.backends import choose_backend
 from snella.ops.custom_op import adapted_layer_in_graph
 from snella.ops.fixed_support import fold_entries, layer_with_entries, merged_entries
-from snella.ops.functional import adapted_layer
-from snella.ops.spec import LayerOp, LinearOp, WeightOp
-from snella.tuner.adapted_weight import AdaptedWeight
-from snella.tuner.effective import EffectiveWeight
+from snella.ops.functional import adapted_layer, compute_effective_weight
+from snella.ops.kernels import KernelScalars, make_kernel
+from snella.ops.sparsify import SparsifyMode
+from snella.ops.spec import Conv2dOp, Factors, LayerOp, LazyWeight, LinearOp, Update, UpdateSpec, WeightOp
+from snella.tuner.cache import AdapterState, EffectiveWeight, LayerCache, pack_positions
+from snella.tuner.config import SnellaConfig
+from snella.tuner.quantization import Quantization, find_quantization, measure_requantization, report_requantization
+
+logger = logging.getLogger(__name__)
+_FIRST_VALUES = {"alpha": 1.0, "beta": 0.0, "temperature": 1.0}
+_PIECE_COEFF = 0.1
+LINEAR = LinearOp()
+_START_SAMPLE = 64  # rows or columns that tell the size of the first update: its factors are drawn independently
+_LEAST_START = 0.1  # of the paper's start, so that weights near zero keep an update that can grow
 
 
-class SnellaLayer(AdaptedWeight):
-    """One adapted weight and its product with an input, for any number of adapters.
+class SnellaLayer(nn.Module, BaseTunerLayer):
+    """One adapted weight and its layer op, for any number of adapters.
 
-    Base layer and updates are folded into one matrix product; an update with dropout on its input or drop-path on its
-    output is a branch of its own in training.
+        y = op(x, W0 + Σ scaling·S) + bias
+
+    Base layer and updates are folded into one op; an update with dropout on its input or drop-path on its output is a
+    branch of its own in training. A weight `[m, …]` is seen as `G` matrices one above the other (3 in a fused qkv
+    layer). Every adapter has `snella_A` `[G, n, r]`, `snella_B` `[m, r]`, the kernel's scalars `[G]` or `[G, P]`, and
+    `snella_budget` `[G]`, which is saved with the adapter so that a reloaded one keeps exactly the same weights.
     """
+
+    adapter_layer_names = tuple(f"snella_{name}" for name in Factors._fields)
+    largest_start = 0.15
+    """Bound of `√n · rms(S) / rms(W0)` for the first update `S`: more than the layers of a ViT or Swin start with."""
+
+    other_param_names = ("snella_budget", "snella_support", "snella_config", "scaling", "row_counts")
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: SnellaConfig,
+        row_counts: tuple[int, ...],
+        module_name: str = "",
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.module_name = module_name
+        self.snella_A = nn.ParameterDict({})
+        self.snella_B = nn.ParameterDict({})
+        self.snella_piece_coeff = nn.ParameterDict({})
+        self.snella_alpha = nn.ParameterDict({})
+        self.snella_beta = nn.ParameterDict({})
+        self.snella_temperature = nn.ParameterDict({})
+        self.snella_budget = BufferDict({}, persistent=True)
+        self.snella_support = BufferDict({}, persistent=True)
+        self.snella_config: dict[str, SnellaConfig] = {}
+        self.scaling: dict[str, float] = {}
+        self.row_counts: dict[str, tuple[int, ...]] = {}
+        self.merged_adapters: list[str] = []
+        self.frozen_peft_weight_names = {}
+        self._disable_adapters = False
+        self._specs: dict[str, tuple[UpdateSpec, torch.device, torch.dtype]] = {}
+        self._cache = LayerCache()
+        self._unmerged_weight: Tensor | None = None
+        self._unmerged_quantized: tuple[LazyWeight, Any] | None = None
+        self.quantization = find_quantization(base_layer, module_name)
+        self.out_features, self.in_features = self._matrix_shape()
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config, row_counts)
+
+    # forward -------------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Apply the base layer with the updates of all active adapters."""
         if torch.compiler.is_compiling():
             return self._forward_in_graph(x, *args, **kwargs)
-        return self._forward(x, *args, **kwargs)
+        names = self._names_in_use()
+        if not names:
+            return self._without_updates(x, *args, **kwargs)
+        dtype, weight = x.dtype, self._weight()
+        x = self._prepare_input(self._cast_input_dtype(x, self._op_dtype(x)))
+        if self.training or self._needs_gradients(names):
+            y = self._apply_learning(x, weight, names)
+        else:
+            y = self._apply_cached(x, weight, names)
+        return y if torch.is_autocast_enabled(x.device.type) else y.to(dtype)
 
-    @property
-    def weight(self) -> Tensor:
-        """The weight with the updates of all active adapters, differentiable, for models that read it themselves.
-
-        Base weight where it is quantised. Dropout and drop-path do not act on an update that is read.
-        """
+    def _names_in_use(self) -> list[str]:
+        """The active adapters, none where they are disabled or merged; a layer that is both is unmerged."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        names = [name for name in self.active_adapters if name in self.snella_A]
-        base: Tensor = super().weight
-        if self.disable_adapters or self.merged or not names or self.quantization is not None:
-            return base
-        if torch.compiler.is_compiling():
-            return self._base_layout(self._read_in_graph(names))
-        return EffectiveWeight.of(base, lambda: self._base_layout(self._read(names)))
-
-    def _read(self, names: list[str]) -> Tensor:
-        """`W0 + Σ scaling·S`, `[m, …]`; remembered in evaluation without gradients, as for a forward pass."""
-        if not self._needs_gradients(names):
-            return self._effective(self._weight(), names) if self.training else self._remembered_weight(names)
-        self._observe_training(names)
-        if any(self._is_regularised(name) for name in names) and self.training:
-            self.snella_config[names[0]].watch.observe_read(self.module_name)
-        self._cache.drop_effective_weight()
-        weight = self._oriented_weight()
-        with torch.autocast(weight.device.type, enabled=False):
-            if any(name in self.snella_support for name in names):
-                return fold_entries(weight, *self._entries(names))
-            self._check_one_impl(names)
-            return self._apply_updates(weight.new_empty(0), weight, None, names, WeightOp())
-
-    def _read_in_graph(self, names: list[str]) -> Tensor:
-        """The same for `torch.compile`: the product with the identity, which the compiler drops where it is unused."""
-        if any(name in self.snella_support for name in names):
-            return torch.compiler.disable(self._read)(names)
-        weight = self._oriented_weight()
-        matrix = weight.reshape(weight.shape[0], -1)
-        with torch.autocast(weight.device.type, enabled=False):
-            identity = torch.eye(matrix.shape[1], dtype=weight.dtype, device=weight.device)
-            total = self._update_in_graph(identity, names[0], matrix, op=LinearOp(), shape=matrix.shape)
-            for name in names[1:]:
-                y = self._update_in_graph(identity, name, op=LinearOp(), shape=matrix.shape)
-                total = total + y.to(total.dtype)
-        return total.T.reshape(weight.shape)
-
-    def _forward_in_graph(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The same for `torch.compile`: nothing is remembered between calls, since a graph cannot see what changed."""
-        names = [name for name in self.active_adapters if name in self.snella_A]
-        if self.quantization is None and (self.disable_adapters or self.merged or not names):
-            return self.base_layer(x, *args, **kwargs)
-        if self.quantization is not None or any(name in self.snella_support for name in names):
-            return torch.compiler.disable(self._forward)(x, *args, **kwargs)
-        weight, bias, dtype, product = self._oriented_weight(), self._base_tensor("bias"), x.dtype, self._product()
-        x = self._prepare_input(self._cast_input_dtype(x, weight.dtype))
-        is_autocast = torch.is_autocast_enabled(x.device.type)
-        x = x.to(torch.get_autocast_dtype(x.device.type) if is_autocast else weight.dtype)
-        bias = bias if bias is None else bias.to(x.dtype)
-        branches = [name for name in names if self.training and self._is_regularised(name)]
-        folded = [name for name in names if name not in branches]
-        # the first folded update goes into the base weight, and the others come on top
-        first, others = folded[:1], folded[1:]
-        y = self._update_in_graph(x, first[0], weight, bias) if first else product(x, weight.to(x.dtype), bias)
-        for name in others:
-            y = y + self._update_in_graph(x, name).to(y.dtype)
-        for name in branches:
-            source = F.dropout(x, self._update_dropout(name), training=True)
-            y = y + self._drop_path(self._update_in_graph(source, name), name).to(y.dtype)
-        return y if is_autocast else y.to(dtype)
-
-    def _update_in_graph(
-        self,
-        x: Tensor,
-        name: str,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        op: LayerOp | None = None,
-        shape: torch.Size | None = None,
-    ) -> Tensor:
-        """The layer op with one update, and the base weight or without it."""
-        spec, factors, budgets = self._spec(name), self._factors(name), self.snella_budget[name]
-        shape = self._weight().shape if shape is None else shape
-        return adapted_layer_in_graph(x, weight, bias, spec, factors, budgets, op or self._product(), shape)
-
-    def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The forward pass outside of graphs; remembers thresholds and, in evaluation, the effective weight."""
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self._without_updates(x, *args, **kwargs)
-        names = [name for name in self.active_adapters if name in self.snella_A]
-        if self.merged or not names:
-            return self._without_updates(x, *args, **kwargs)
-        if self.training and torch.is_grad_enabled():
-            self._observe_training(names)
-        branches = [name for name in names if self.training and self._is_regularised(name)]
-        folded = [name for name in names if name not in branches]
-        dtype = x.dtype
-        x = self._prepare_input(self._cast_input_dtype(x, self._dtype_of_product(x)))
-        y = self._folded(x, folded)
-        for name in branches:
-            y = y + self._branch(x, name).to(y.dtype)
-        return y if torch.is_autocast_enabled(x.device.type) else y.to(dtype)
+        if self.disable_adapters or self.merged:
+            return []
+        return [name for name in self.active_adapters if name in self.snella_A]
 
     def _without_updates(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer as it is."""
         if self.quantization is None or self.quantization.is_safe_to_apply(self.get_base_layer()):
             return self.base_layer(x, *args, **kwargs)
-        wide = self._prepare_input(self._cast_input_dtype(x, self._dtype_of_product(x)))
-        y, _ = adapted_layer(wide, self._weight(), self._base_tensor("bias"), [], self._product())
+        wide = self._prepare_input(self._cast_input_dtype(x, self._op_dtype(x)))
+        y, _ = adapted_layer(wide, self._weight(), self._base_bias(), [], self._op())
         return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
 
-    def _dtype_of_product(self, x: Tensor) -> torch.dtype:
-        """The dtype that this layer computes in, autocast aside."""
-        if self.quantization is None:
-            return self._base_tensor("weight").dtype
-        return self.quantization.product_dtype(self.get_base_layer(), x.dtype)
+    def _apply_cached(self, x: Tensor, weight: Tensor | LazyWeight, names: list[str]) -> Tensor:
+        """The layer op with the effective weight, which evaluation caches unless the base is quantized.
 
-    def _observe_training(self, names: list[str]) -> None:
-        """Let the watch of each adapter that is to become sparser know that it is being trained."""
-        for name in names:
-            config = self.snella_config[name]
-            becomes_sparser = config.target_sparsity > config.init_sparsity and not config.fixed_support
-            if becomes_sparser and self.snella_A[name].requires_grad:
-                config.watch.observe_training(config.target_sparsity)
+        Whoever quantizes a model has no room for its matrices in evaluation either. They are then recomputed in each
+        pass and released; with `keep_delta` they are cached.
+        """
+        is_autocast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if is_autocast else x.dtype
+        if isinstance(weight, Tensor) or any([self.snella_config[name].keep_delta for name in names]):
+            effective: Tensor | LazyWeight = self._cached_weight(names, dtype)
+        else:
+            self._cache.release_effective_weight()
+            made_of = (*weight.tensors, *self._adapter_tensors(names))
+            effective = LazyWeight(weight.shape, made_of, lambda: self._effective(weight, names, dtype=dtype))
+        return adapted_layer(x, effective, self._base_bias(), [], self._op())[0]
 
-    def _folded(self, x: Tensor, names: list[str]) -> Tensor:
-        """Base layer and updates in one product, whose weight evaluation remembers unless the base is quantised."""
-        bias, product = self._base_tensor("bias"), self._product()
-        if names and not self.training and not self._needs_gradients(names):
-            is_autocast = torch.is_autocast_enabled(x.device.type)
-            dtype = torch.get_autocast_dtype(x.device.type) if is_autocast else x.dtype
-            return adapted_layer(x, self._weight_in_evaluation(names, dtype), bias, [], product)[0]
-        self._cache.drop_effective_weight()
-        if any(name in self.snella_support for name in names):
-            return self._folded_on_support(x, names)
-        self._check_one_impl(names)
-        return self._apply_updates(x, self._weight(), bias, names, product)
+    def _apply_learning(self, x: Tensor, weight: Tensor | LazyWeight, names: list[str]) -> Tensor:
+        """Base layer and updates in one op, differentiable; in training, regularized updates are branches."""
+        self._cache.release_effective_weight()
+        if self.training:
+            self._check_allocator(names)
+        branches = [name for name in names if self.training and self._is_regularized(name)]
+        folded = [name for name in names if name not in branches] if branches else names
+        if any([name in self.snella_support for name in folded]):
+            y = self._apply_entries(x, weight, folded)
+        else:
+            y = self._apply_updates(x, weight, self._base_bias(), folded, self._op())
+        for name in branches:
+            dropped = F.dropout(x, self._update_dropout(name), training=True)
+            branch = self._apply_updates(dropped, None, None, [name], self._op())
+            y = y + self._drop_path(branch, name).to(y.dtype)
+        return y
 
-    def _folded_on_support(self, x: Tensor, names: list[str]) -> Tensor:
+    def _apply_updates(
+        self, x: Tensor, weight: Tensor | LazyWeight | None, bias: Tensor | None, names: list[str], op: LayerOp
+    ) -> Tensor:
+        """The op with these adapters' updates, whose thresholds are cached while nothing changes."""
+        updates, states = self._updates(names)
+        y, thresholds = adapted_layer(
+            x,
+            weight,
+            bias,
+            updates,
+            op,
+            weight_shape=self._weight().shape if weight is None else weight.shape,
+            cache_delta=any([self.snella_config[name].keep_delta for name in names]),
+            recompute=states[0].recompute if states else None,
+        )
+        for state, found in zip(states, thresholds, strict=True):
+            state.thresholds = found
+        return y
+
+    def _apply_entries(self, x: Tensor, weight: Tensor | LazyWeight, names: list[str]) -> Tensor:
         """Base layer and the update of one adapter with a fixed support."""
-        weight, bias = self._weight(), self._base_tensor("bias")
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         elif isinstance(weight, Tensor):
             x = x.to(weight.dtype)
-        values, indices = self._entries(names)
-        return layer_with_entries(
-            x, weight, None if bias is None else bias.to(x.dtype), values, indices, self._product()
-        )
+        bias, (values, indices) = self._base_bias(), self._entries(names)
+        return layer_with_entries(x, weight, bias if bias is None else bias.to(x.dtype), values, indices, self._op())
 
     def _entries(self, names: list[str]) -> tuple[Tensor, Tensor]:
         """Values and positions of the one adapter with a fixed support.
@@ -193,11 +195,6 @@ class SnellaLayer(AdaptedWeight):
         indices = self._cache.positions(names[0], self.snella_support[names[0]])
         return merged_entries(self._spec(names[0]), self._factors(names[0]), indices), indices
 
-    def _branch(self, x: Tensor, name: str) -> Tensor:
-        """The update alone, with dropout on its input and drop-path on its output."""
-        x = F.dropout(x, self._update_dropout(name), training=True)
-        return self._drop_path(self._apply_updates(x, None, None, [name], self._product()), name)
-
     def _drop_path(self, y: Tensor, name: str) -> Tensor:
         """Leave the update out for whole samples, and scale the others up."""
         rate = self.snella_config[name].update_drop_path or 0.0
@@ -206,9 +203,10 @@ class SnellaLayer(AdaptedWeight):
         keep = torch.rand((y.shape[0],) + (1,) * (y.ndim - 1), device=y.device) >= rate
         return y * keep.to(y.dtype) / (1 - rate)
 
-    def _is_regularised(self, name: str) -> bool:
+    def _is_regularized(self, name: str) -> bool:
         """Whether dropout or drop-path acts on this adapter's update, so that it cannot be folded."""
-        return bool(self._update_dropout(name) or self.snella_config[name].update_drop_path)
+        config = self.snella_config[name]
+        return bool(config.update_drop_path or (config.update_dropout and self._update_dropout(name)))
 
     def _update_dropout(self, name: str) -> float:
         """Dropout on the update's input in this very layer."""
@@ -218,9 +216,611 @@ class SnellaLayer(AdaptedWeight):
         )
         return 0.0 if excluded else config.update_dropout or 0.0
 
+    def _check_allocator(self, names: list[str]) -> None:
+        """Let the check of each adapter that is to become sparser know that it is being trained."""
+        if not torch.is_grad_enabled():
+            return
+        for name in names:
+            config = self.snella_config[name]
+            becomes_sparser = config.target_sparsity > config.init_sparsity and not config.fixed_support
+            if becomes_sparser and not config.watch.is_settled and self.snella_A[name].requires_grad:
+                config.watch.on_training_forward(config.target_sparsity)
+
+    def _needs_gradients(self, names: list[str]) -> bool:
+        """Whether autograd will ask for gradients of anything that the effective weight is made of."""
+        if not torch.is_grad_enabled():
+            return False
+        tensors = [self.get_base_layer().weight, *self._adapter_tensors(names)]
+        return any([tensor.requires_grad for tensor in tensors])
+
+    def _forward_in_graph(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """`forward` for `torch.compile`: nothing is cached between calls, since a graph cannot see what changed."""
+        names = [name for name in self.active_adapters if name in self.snella_A]
+        if self.quantization is None and (self.disable_adapters or self.merged or not names):
+            return self.base_layer(x, *args, **kwargs)
+        if self.quantization is not None or any(name in self.snella_support for name in names):
+            return torch.compiler.disable(self.forward)(x, *args, **kwargs)
+        weight, bias, dtype, op = self._oriented_weight(), self._base_bias(), x.dtype, self._op()
+        x = self._prepare_input(self._cast_input_dtype(x, weight.dtype))
+        is_autocast = torch.is_autocast_enabled(x.device.type)
+        x = x.to(torch.get_autocast_dtype(x.device.type) if is_autocast else weight.dtype)
+        bias = bias if bias is None else bias.to(x.dtype)
+        branches = [name for name in names if self.training and self._is_regularized(name)]
+        folded = [name for name in names if name not in branches]
+        # the first folded update goes into the base weight, and the others come on top
+        first, others = folded[:1], folded[1:]
+        y = self._update_in_graph(x, first[0], op, weight, bias) if first else op(x, weight.to(x.dtype), bias)
+        for name in others:
+            y = y + self._update_in_graph(x, name, op).to(y.dtype)
+        for name in branches:
+            dropped = F.dropout(x, self._update_dropout(name), training=True)
+            y = y + self._drop_path(self._update_in_graph(dropped, name, op), name).to(y.dtype)
+        return y if is_autocast else y.to(dtype)
+
+    def _update_in_graph(
+        self,
+        x: Tensor,
+        name: str,
+        op: LayerOp,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        shape: torch.Size | None = None,
+    ) -> Tensor:
+        """The layer op with one update, and the base weight or without it."""
+        spec, factors, budgets = self._spec(name), self._factors(name), self.snella_budget[name]
+        shape = self._oriented_weight().shape if shape is None else shape
+        return adapted_layer_in_graph(x, weight, bias, spec, factors, budgets, op, shape)
+
+    # the base layer ------------------------------------------------------------------------------------------------
+
+    def _op(self) -> LayerOp:
+        """The op of the base layer."""
+        raise NotImplementedError
+
+    def _prepare_input(self, x: Tensor) -> Tensor:
+        """What the base layer does to its input before the op."""
+        return x
+
+    def _op_dtype(self, x: Tensor) -> torch.dtype:
+        """The dtype that this layer computes in, autocast aside."""
+        base: Any = self.get_base_layer()
+        return base.weight.dtype if self.quantization is None else self.quantization.product_dtype(base, x.dtype)
+
+    def _base_bias(self) -> Tensor | None:
+        """The bias of the base layer."""
+        base: Any = self.get_base_layer()
+        bias: Tensor | None = base.bias
+        return bias
+
+    def _weight(self) -> Tensor | LazyWeight:
+        """The base weight `[m, …]` as the op takes it: a view, or where it comes from if it is quantized."""
+        if self.quantization is None:
+            return self._oriented_weight()
+        return self.quantization.source(self.get_base_layer())
+
+    def _oriented_weight(self) -> Tensor:
+        """The base weight, not quantized, with its outputs first, `[m, …]`; a view that shares memory with it."""
+        base: Any = self.get_base_layer()
+        weight: Tensor = base.weight
+        return weight
+
+    def _base_layout(self, oriented: Tensor) -> Tensor:
+        """Turn a matrix `[m, …]` into the layout of the base layer's own weight."""
+        return oriented
+
+    def _set_base_weight(self, oriented: Tensor) -> None:
+        """Write into the base weight, in place, so that ties and views stay."""
+        self._oriented_weight().data.copy_(oriented)
+
+    def _matrix_shape(self) -> tuple[int, int]:
+        """`(m, n)` of the weight seen as a matrix."""
+        shape = self._weight().shape
+        return shape[0], shape[1:].numel()
+
+    # adapters ------------------------------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch between training and evaluation; the weight computed for evaluation is let go."""
+        if mode != self.training:
+            self._cache.clear()
+        return super().train(mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter from this layer."""
+        super().delete_adapter(adapter_name)
+        self._specs.pop(adapter_name, None)
+        self._cache.clear()
+
+    def drop_adapter(self, adapter_name: str) -> None:
+        """Let go of what `update_layer` gave; which adapters are active stays as it is."""
+        for attribute in (*self.adapter_layer_names, *self.other_param_names):
+            if adapter_name in (values := getattr(self, attribute)):
+                del values[adapter_name]
+        self._specs.pop(adapter_name, None)
+        self._cache.clear()
+
+    def update_layer(self, adapter_name: str, config: SnellaConfig, row_counts: tuple[int, ...]) -> None:
+        """Give the layer one more adapter, or replace it.
+
+        Args:
+            adapter_name: Its name.
+            config: Its settings.
+            row_counts: Rows of each matrix of the weight; they sum to `m`.
+        """
+        m, n = self._matrix_shape()
+        groups = len(row_counts)
+        kernel = make_kernel(config.kernel, num_pieces=config.num_pieces)
+        r = config.rank_of(self.module_name)
+        self.snella_A[adapter_name] = nn.Parameter(torch.empty(groups, n, r))
+        self.snella_B[adapter_name] = nn.Parameter(torch.empty(m, r))
+        frozen = []
+        for name in kernel.scalars:
+            if name == "temperature" and not config.learn_temperature:
+                continue
+            shape = (groups, config.num_pieces) if name == "piece_coeff" else (groups,)
+            getattr(self, f"snella_{name}")[adapter_name] = nn.Parameter(torch.empty(shape))
+            if name == "piece_coeff" and not config.learn_piece_coeff:
+                frozen.append("snella_piece_coeff")
+        self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter_name: tuple(frozen)}
+        sizes = torch.tensor([rows * n for rows in row_counts])
+        self.snella_budget[adapter_name] = sizes - (sizes * config.init_sparsity).long()
+        if adapter_name in self.snella_support:
+            del self.snella_support[adapter_name]
+        if config.fixed_support:
+            self.snella_support[adapter_name] = torch.zeros(-(-m * n // 8), dtype=torch.uint8)
+            self.snella_budget[adapter_name] = torch.zeros_like(sizes)
+        self.snella_config[adapter_name] = config
+        self.scaling[adapter_name] = config.scaling
+        self.row_counts[adapter_name] = row_counts
+        self._reset_parameters(adapter_name, larger=not config.init_weights)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self._specs.pop(adapter_name, None)
+        self._choose_backends()
+        self._cache.clear()
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _reset_parameters(self, adapter_name: str, larger: bool = False) -> None:
+        """Draw the factors uniformly from `±1/√(n·r/P)` (A) and `±1/√(rows·r/P)` (B); `larger` from `±1`.
+
+        Factors and `α` are smaller where the update would be large beside the weight, see `largest_start`.
+        """
+        A, B = self.snella_A[adapter_name], self.snella_B[adapter_name]
+        if A.device.type == "meta":
+            return
+        config = self.snella_config[adapter_name]
+        width = max(A.shape[-1] // config.num_pieces, 1)
+        with torch.no_grad():
+            for group, rows in enumerate(self.matrix_rows(adapter_name)):
+                for factor, fan in ((A[group], A.shape[1] * width), (B[rows], (rows.stop - rows.start) * width)):
+                    factor.uniform_(-1, 1).mul_(1.0 if larger else fan**-0.5)
+            for name, value in _FIRST_VALUES.items():
+                if adapter_name in getattr(self, f"snella_{name}"):
+                    getattr(self, f"snella_{name}")[adapter_name].fill_(value)
+            if adapter_name in self.snella_piece_coeff:
+                coeff = self.snella_piece_coeff[adapter_name]
+                coeff.copy_(_PIECE_COEFF * (-1.0) ** torch.arange(coeff.shape[1]))
+            if not larger:
+                self._bound_start(adapter_name)
+
+    @torch.no_grad()
+    def _bound_start(self, adapter_name: str) -> None:
+        """Shrink an update that is quadratic in `ΔW`, and with it in factors and `α`, to `largest_start`.
+
+        The softmax adds up to 1 over the `m` outputs, so that `S` starts near `1/m²`: large where a layer is narrow.
+        """
+        config, A, B = self.snella_config[adapter_name], self.snella_A[adapter_name], self.snella_B[adapter_name]
+        weight = self._weight()
+        weight = weight if isinstance(weight, Tensor) else weight.materialize()
+        kernel = make_kernel(
+            config.kernel,
+            num_pieces=config.num_pieces,
+            softmax_dim=config.softmax_dim,
+            center_softmax=config.center_softmax,
+        )
+        is_quadratic = config.sparsify_mode != "none" and not config.fixed_support
+        if weight.is_meta or not is_quadratic or "piece_coeff" not in kernel.scalars:
+            return
+        values = [getattr(self, f"snella_{name}").get(adapter_name) for name in KernelScalars._fields]
+        columns, outputs = (_START_SAMPLE, None) if config.softmax_dim == 0 else (None, _START_SAMPLE)
+        for group, rows in enumerate(self.matrix_rows(adapter_name)):
+            scalars = KernelScalars(*(value if value is None else value[group] for value in values))
+            delta = kernel.merge(A[group][:columns], B[rows][:outputs], scalars)
+            base = weight[rows].float().square().mean().sqrt()
+            start = float(A.shape[1] ** 0.5 * delta.square().square().mean().sqrt().to(base.device) / base)
+            if self.largest_start < start < float("inf"):
+                shrink = max((self.largest_start / start) ** 0.5, _LEAST_START)
+                for tensor in (A[group], B[rows], *(value[group] for value in values[1:2] if value is not None)):
+                    tensor.mul_(shrink)
+
+    def matrix_rows(self, adapter_name: str) -> list[slice]:
+        """Rows of the weight that each matrix occupies."""
+        ends = accumulate(self.row_counts[adapter_name], initial=0)
+        return [slice(start, stop) for start, stop in pairwise(ends)]
+
+    def set_budget(self, adapter_name: str, budgets: Iterable[int]) -> None:
+        """Let each matrix keep that many entries, from the next forward pass on.
+
+        Raises:
+            ValueError: The adapter's support is fixed, and with it how many entries it has.
+        """
+        if adapter_name in self.snella_support:
+            raise ValueError(
+                f"adapter {adapter_name!r} has a fixed support of {list(self.budgets(adapter_name))} entries in "
+                f"{self.module_name!r}, which no budget can change; train it without a BudgetAllocator"
+            )
+        buffer = self.snella_budget[adapter_name]
+        buffer.copy_(torch.tensor(list(budgets), dtype=buffer.dtype))
+        self._cache.clear()
+
+    def set_support(self, adapter_name: str, indices: Tensor) -> None:
+        """Say which entries an adapter with `fixed_support` may change.
+
+        Args:
+            adapter_name: The adapter.
+            indices: Positions in the weight `[m, …]` as it is seen here, outputs first, flattened; integer.
+
+        Raises:
+            ValueError: The adapter's entries compete, or positions are out of range or repeated.
+        """
+        if adapter_name not in self.snella_support:
+            raise ValueError(
+                f"adapter {adapter_name!r} lets its entries compete; make it with SnellaConfig(fixed_support=True)"
+            )
+        packed = self.snella_support[adapter_name]
+        packed.copy_(pack_positions(indices.to(packed.device), self.out_features * self.in_features))
+        ends = torch.tensor([rows.stop * self.in_features for rows in self.matrix_rows(adapter_name)])
+        below = torch.searchsorted(indices.cpu().long().sort().values, ends)
+        self.snella_budget[adapter_name].copy_(below.diff(prepend=below.new_zeros(1)))
+        self._cache.clear()
+
+    def budgets(self, adapter_name: str) -> tuple[int, ...]:
+        """Entries that each matrix may keep."""
+        return self._cache.budgets(adapter_name, self.snella_budget[adapter_name])
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set the factor before the update to `scale` times the configured one; other adapters stay as they are."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self.snella_config[adapter].scaling
+            self._choose_backends()
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the factor before the update of every active adapter by `scale`."""
+        for adapter in self.active_adapters:
+            if adapter in self.scaling:
+                self.scaling[adapter] *= scale
+        self._choose_backends()
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the factors by `scale`, or return to the configured ones."""
+        for adapter in self.active_adapters:
+            if adapter in self.scaling:
+                configured = self.snella_config[adapter].scaling
+                self.scaling[adapter] = configured if scale is None else self.scaling[adapter] / scale
+        self._choose_backends()
+
+    # specs ---------------------------------------------------------------------------------------------------------
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or cast the layer."""
+        super()._apply(fn, recurse)
+        self._choose_backends()
+        return self
+
+    def _choose_backends(self) -> None:
+        """Make the specs, where scaling, device or dtype of the factors is another than before."""
+        for name in self.snella_A:
+            if not self.snella_A[name].is_meta:
+                self._spec(name)
+
+    def _spec(self, adapter_name: str) -> UpdateSpec:
+        """How the update of one adapter is computed; made at injection, and again for another device or dtype."""
+        A, known = self.snella_A[adapter_name], self._specs.get(adapter_name)
+        if known is None or known[1] != A.device or known[2] != A.dtype:
+            config = self.snella_config[adapter_name]
+            kernel = make_kernel(
+                config.kernel,
+                num_pieces=config.num_pieces,
+                softmax_dim=config.softmax_dim,
+                center_softmax=config.center_softmax,
+            )
+            spec = UpdateSpec(kernel, self.row_counts[adapter_name], cast(SparsifyMode, config.sparsify_mode))
+            backend, reason = choose_backend(config.impl, spec, A)
+            log_backend(backend, reason, str(A.device))
+            known = self._specs[adapter_name] = (replace(spec, backend=backend), A.device, A.dtype)
+        spec = known[0]
+        if spec.scaling != self.scaling[adapter_name]:
+            spec = replace(spec, scaling=self.scaling[adapter_name])
+            self._specs[adapter_name] = (spec, *known[1:])
+        return spec
+
+    def _factors(self, adapter_name: str) -> Factors:
+        """Factors and scalars of one adapter."""
+        modules = self._modules
+        tensors: list[Any] = [getattr(modules[name], adapter_name, None) for name in self.adapter_layer_names]
+        return Factors(*tensors)
+
+    def _adapter_tensors(self, names: list[str]) -> list[Tensor]:
+        """Every tensor that the updates of these adapters depend on."""
+        attributes = [getattr(self, name) for name in (*self.adapter_layer_names, "snella_budget", "snella_support")]
+        return [tensors[name] for name in names for tensors in attributes if name in tensors]
+
+    def _updates(self, names: list[str]) -> tuple[list[Update], list[AdapterState]]:
+        """The adapters' updates, with thresholds where they are known, and the states in which to store them."""
+        if len(names) > 1:
+            self._check_one_impl(names)
+        updates, states = [], []
+        for name in names:
+            spec, factors, budgets = self._spec(name), self._factors(name), self.budgets(name)
+            state = self._cache.adapter(name, factors, budgets, spec.mode)
+            updates.append(Update(spec, factors, budgets, state.thresholds))
+            states.append(state)
+        return updates, states
+
+    def get_update(self, adapter_name: str) -> Update:
+        """One adapter's update as `snella.ops` takes it."""
+        (update,), _ = self._updates([adapter_name])
+        return update
+
+    # the effective weight ------------------------------------------------------------------------------------------
+
+    def backend(self, adapter_name: str) -> str:
+        """Which implementation computes this adapter's update, and why."""
+        if adapter_name in self.snella_support:
+            return "'eager' (for a fixed support)"
+        impl, spec = self.snella_config[adapter_name].impl, self._spec(adapter_name)
+        return f"{spec.backend!r} ({choose_backend(impl, spec, self.snella_A[adapter_name])[1]})"
+
+    def backend_name(self, adapter_name: str) -> str:
+        """Which backend computes this adapter's update: `"eager"`, `"reference"`, `"numba"` or `"triton"`."""
+        return "eager" if adapter_name in self.snella_support else self._spec(adapter_name).backend
+
+    def sparse_updates(self, adapter_name: str) -> list[Tensor]:
+        """`S` of each matrix of one adapter, `[rows, n]`, without `scaling` and gradient."""
+        if adapter_name in self.snella_support:
+            whole = self._effective(None, [adapter_name], torch.Size(self._matrix_shape())) / self.scaling[adapter_name]
+            return [whole[rows] for rows in self.matrix_rows(adapter_name)]
+        (update,), (state,) = self._updates([adapter_name])
+        update = update._replace(spec=replace(update.spec, scaling=1.0))
+        whole, (state.thresholds,) = compute_effective_weight(None, [update], torch.Size(self._matrix_shape()))
+        return [whole[rows] for rows in self.matrix_rows(adapter_name)]
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Return `scaling·S` of one adapter in the layout of the base weight."""
+        with torch.no_grad():
+            delta = self._effective(None, [adapter])
+        return self._base_layout(delta)
+
+    def _effective(
+        self,
+        weight: Tensor | LazyWeight | None,
+        adapter_names: list[str],
+        shape: torch.Size | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """`W0 + Σ scaling·S`, without gradient; the same bits that the forward pass uses.
+
+        `dtype` is the result's where the weight is a `LazyWeight`.
+        """
+        shape = shape or self._weight().shape
+        fixed = [name for name in adapter_names if name in self.snella_support]
+        if fixed:
+            return self._effective_on_support(weight, adapter_names, fixed, shape, dtype)
+        updates, states = self._updates(adapter_names)
+        total, thresholds = compute_effective_weight(weight, updates, shape, dtype)
+        for state, found in zip(states, thresholds, strict=True):
+            state.thresholds = found
+        return total
+
+    @torch.no_grad()
+    def _effective_on_support(
+        self,
+        weight: Tensor | LazyWeight | None,
+        names: list[str],
+        fixed: list[str],
+        shape: torch.Size,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """The same where the support of some adapters is fixed."""
+        others = [name for name in names if name not in fixed]
+        if others:
+            total: Tensor | None = self._effective(weight, others, shape)
+        else:
+            total = weight.materialize_wide() if isinstance(weight, LazyWeight) else weight
+        for name in fixed:
+            indices = self._cache.positions(name, self.snella_support[name])
+            values = merged_entries(self._spec(name), self._factors(name), indices)
+            total = fold_entries(values.new_zeros(shape) if total is None else total, values, indices)
+        return cast(Tensor, total).to(dtype) if isinstance(weight, LazyWeight) else cast(Tensor, total)
+
+    def _cached_weight(self, names: list[str], dtype: torch.dtype = torch.float32) -> Tensor:
+        """The effective weight without gradient, computed once for the present state of everything it is made of.
+
+        `dtype` is that of the layer op, which decides for a quantized base weight.
+        """
+        weight = self._weight()
+        settings: tuple[Any, ...] = tuple((name, self.scaling[name]) for name in names)
+        base: Any = self.get_base_layer()
+        of_base: tuple[Tensor, ...] = (base.weight,)
+        if isinstance(weight, LazyWeight):
+            of_base, settings = weight.tensors, (*settings, dtype)
+        return self._cache.effective_weight(
+            (*of_base, *self._adapter_tensors(names)),
+            settings,
+            lambda: self._effective(weight, names, dtype=dtype),
+        )
+
+    def _check_one_impl(self, names: list[str]) -> None:
+        """Raise `ValueError` where these adapters ask for different implementations."""
+        impls = {name: self.snella_config[name].impl for name in names}
+        if len(set(impls.values())) > 1:
+            raise ValueError(f"impl must be the same in all active adapters, got {impls}")
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the updates to the base weight. A copy of the weight is kept, so that `unmerge` restores every bit.
+
+        A quantized weight is dequantized, added to and quantized again, with a warning that says what that lost.
+
+        Args:
+            safe_merge: Look at the result first and refuse one that is not finite.
+            adapter_names: Adapters to merge, default the active ones.
+
+        Raises:
+            ValueError: `safe_merge` found a value that is not finite.
+        """
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.snella_A]
+        if not names:
+            return
+        with torch.no_grad():
+            # one sum from the untouched weight: merging one after the other would round at each step
+            original = self._original_weight()
+            merged = self._effective(original, [*self.merged_adapters, *names])
+            if safe_merge and not torch.isfinite(merged).all():
+                broken = ", ".join(names)
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {broken} seems to be broken")
+            if isinstance(original, LazyWeight):
+                self._quantize(merged, original)
+            else:
+                self._unmerged_weight = original
+                self._set_base_weight(merged)
+        self.merged_adapters.extend(names)
+        self._cache.clear()
+
+    def _original_weight(self) -> Tensor | LazyWeight:
+        """The base weight before any merge; a copy, unless it is quantized and will be replaced instead of changed."""
+        if self._unmerged_quantized is not None:
+            return self._unmerged_quantized[0]
+        if self._unmerged_weight is not None:
+            return self._unmerged_weight
+        weight = self._weight()
+        return weight.detach().clone() if isinstance(weight, Tensor) else weight
+
+    def _quantize(self, merged: Tensor, original: LazyWeight) -> None:
+        """Store a sum in the quantized base layer, and say what of it is lost."""
+        base, quantization = self.get_base_layer(), cast(Quantization, self.quantization)
+        if self._unmerged_quantized is None:
+            self._unmerged_quantized = (original, quantization.snapshot(base))
+        quantization.write(base, merged)
+        stored = quantization.source(base).materialize()
+        loss = measure_requantization(self.module_name, quantization.name, original.materialize(), merged, stored)
+        report_requantization(loss)
+
+    def unmerge(self) -> None:
+        """Restore the base weight to the bits it had before `merge`."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        if self._unmerged_weight is not None:
+            self._set_base_weight(self._unmerged_weight)
+        if self._unmerged_quantized is not None and self.quantization is not None:
+            self.quantization.restore(self.get_base_layer(), self._unmerged_quantized[1])
+        self._unmerged_weight = self._unmerged_quantized = None
+        self.merged_adapters.clear()
+        self._cache.clear()
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight with the updates of all active adapters, differentiable, for models that read it themselves.
+
+        Base weight where it is quantized. Dropout and drop-path do not act on an update that is read.
+        """
+        names = self._names_in_use()
+        base: Tensor = super().weight
+        if not names or self.quantization is not None:
+            return base
+        if torch.compiler.is_compiling():
+            return self._base_layout(self._read_in_graph(names))
+        return EffectiveWeight.of(base, lambda: self._base_layout(self._read(names)))
+
+    def _read(self, names: list[str]) -> Tensor:
+        """`W0 + Σ scaling·S`, `[m, …]`; cached in evaluation without gradients, as for a forward pass."""
+        if not self._needs_gradients(names):
+            return self._effective(self._weight(), names) if self.training else self._cached_weight(names)
+        self._check_allocator(names)
+        if any(self._is_regularized(name) for name in names) and self.training:
+            self.snella_config[names[0]].watch.on_weight_read(self.module_name)
+        self._cache.release_effective_weight()
+        weight = self._oriented_weight()
+        with torch.autocast(weight.device.type, enabled=False):
+            if any(name in self.snella_support for name in names):
+                return fold_entries(weight, *self._entries(names))
+            return self._apply_updates(weight.new_empty(0), weight, None, names, WeightOp())
+
+    def _read_in_graph(self, names: list[str]) -> Tensor:
+        """The same for `torch.compile`: the product with the identity, which the compiler drops where it is unused."""
+        if any(name in self.snella_support for name in names):
+            return torch.compiler.disable(self._read)(names)
+        weight = self._oriented_weight()
+        matrix = weight.reshape(weight.shape[0], -1)
+        with torch.autocast(weight.device.type, enabled=False):
+            identity = torch.eye(matrix.shape[1], dtype=weight.dtype, device=weight.device)
+            total = self._update_in_graph(identity, names[0], LINEAR, matrix, shape=matrix.shape)
+            for name in names[1:]:
+                y = self._update_in_graph(identity, name, LINEAR, shape=matrix.shape)
+                total = total + y.to(total.dtype)
+        return total.T.reshape(weight.shape)
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT's `convert_to_lora` can fit the update: only of linear layers, the kind that it knows."""
         return False
 
 
-__all__ = ["SnellaLayer"]
+class Linear(SnellaLayer):
+    """A linear layer, or transformers' `Conv1D`, which stores its weight transposed."""
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the base weight is stored as `[in, out]`."""
+        return isinstance(self.get_base_layer(), Conv1D)
+
+    def _oriented_weight(self) -> Tensor:
+        base: Any = self.get_base_layer()
+        weight: Tensor = base.weight
+        return weight.T if isinstance(base, Conv1D) else weight
+
+    def _base_layout(self, oriented: Tensor) -> Tensor:
+        return oriented.T if self.is_transposed else oriented
+
+    def _op(self) -> LayerOp:
+        return LINEAR
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """The update is a plain addition to the weight of a linear layer, which a low-rank fit can approximate."""
+        return True
+
+    def __repr__(self) -> str:
+        return "snella." + super().__repr__()
+
+
+class Conv2d(SnellaLayer):
+    """A two-dimensional convolution, its weight `[m, c/groups, kh, kw]` seen as `[m, c/groups·kh·kw]`."""
+
+    # convolutions mostly see rectified inputs, whose mean adds up over the update's mostly positive entries
+    largest_start = 0.002
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # refuse here what the backward pass could not do
+        self._op().padding_sizes(self._oriented_weight().shape)
+
+    def _op(self) -> Conv2dOp:
+        base = cast(nn.Conv2d, self.get_base_layer())
+        padding = base.padding if base.padding_mode == "zeros" else (0, 0)
+        return Conv2dOp(base.stride, padding, base.dilation, base.groups)
+
+    def _prepare_input(self, x: Tensor) -> Tensor:
+        base = cast(nn.Conv2d, self.get_base_layer())
+        if base.padding_mode == "zeros":
+            return x
+        return F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode)
+
+    def __repr__(self) -> str:
+        return "snella." + super().__repr__()
+
+
+@lru_cache(maxsize=64)
+def log_backend(backend: str, reason: str, device: str) -> None:
+    """Say once what computes updates on a device."""
+    logger.info("updates on %r are computed by %r (%s)", device, backend, reason)
+
+
+__all__ = ["Conv2d", "Linear", "SnellaLayer"]

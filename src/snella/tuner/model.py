@@ -19,17 +19,20 @@ from transformers.pytorch_utils import Conv1D
 from snella.tuner.attention import AdaptedAttention, Projection, input_projections, is_adaptable, keep_off_fast_path
 from snella.tuner.config import SnellaConfig
 from snella.tuner.layer import SnellaLayer
-from snella.tuner.layer_choice import choose_layer_class, class_name, matrix_shape, refuse_quantized_projection
-from snella.tuner.merge_loss import one_warning
+from snella.tuner.quantization import one_warning
 from snella.tuner.targets import (
     all_linear_names,
     block_number,
     check_expression,
+    choose_layer_class,
+    class_name,
     count_rows,
     default_targets,
     describe_coverage,
     matches_expression,
+    matrix_shape,
     plain_convolution_names,
+    refuse_quantized_projection,
     unmatched_message,
 )
 from snella.tuner.tokens import TokenAdapter, attach_tokens, find_tokens, token_adapters
@@ -53,10 +56,10 @@ class SnellaModel(BaseTuner):
     Raises:
         ValueError: No module matches `target_modules`, or a fused layer cannot be cut as `qkv_groups` says.
         TypeError: A targeted module is neither linear nor a two-dimensional convolution.
-        NotImplementedError: A targeted module has a weight quantised in a way that is not supported or a `forward` of
+        NotImplementedError: A targeted module has a weight quantized in a way that is not supported or a `forward` of
             its own, carries an adapter of another method, or is the output projection of an attention that is the whole
             model.
-        RuntimeError: A targeted module of bitsandbytes is not quantised yet.
+        RuntimeError: A targeted module of bitsandbytes is not quantized yet.
     """
 
     prefix = "snella_"
@@ -286,7 +289,7 @@ class SnellaModel(BaseTuner):
             token._move_adapter_to_device_of_base_layer(adapter_name)
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Add the updates to the base weights; what quantised ones lost is said once for all of them."""
+        """Add the updates to the base weights; what quantized ones lost is said once for all of them."""
         with one_warning():
             super().merge_adapter(*args, **kwargs)
 

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,9 +19,9 @@ from torch import Tensor
 
 from snella.ops.backends.base import Backend, Gradients, Merged, store_gradients, zero_gradients
 from snella.ops.backends.numba import backward, forward
-from snella.ops.kernels import Kernel, MixK, NormalizedRBF, PLinear
+from snella.ops.kernels import MixK, NormalizedRBF, PLinear
 from snella.ops.sparsify import KEEPS_EVERYTHING
-from snella.ops.spec import Factors, MatrixFactors, UpdateSpec
+from snella.ops.spec import Factors, UpdateSpec
 
 _MAX_WIDTH, _MIN_WIDTH = 192, 96
 _MIN_BLOCKS = 6  # so that a few threads have something to share
@@ -30,6 +31,7 @@ _MIN_ENTRIES_FOR_THREADS = 1 << 17
 _PIECES_PER_THREAD = 4  # so that a thread that comes late does not hold up the others
 _SDDMM_DENSITY = 0.1  # below it a weight's gradient is computed at its kept entries alone
 _TOKENS = 256  # of one pass over the kept entries
+_BYTE_ORDER = "<" if sys.byteorder == "little" else ">"
 _MODES = {"soft": forward.SOFT, "official": forward.OFFICIAL, "none": forward.NONE}
 _SUPPORTED = (torch.float32, torch.bfloat16)
 _EMPTY = np.empty((0, 0), np.float32)
@@ -47,16 +49,12 @@ class PackedFactors(NamedTuple):
     coeff: np.ndarray
     softmax: tuple[np.float32, np.float32, float, np.float32, bool]
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """`(m, n)`."""
-        return self.B.shape[0], self.A.shape[1]
-
 
 class _Matrix(NamedTuple):
     """One matrix within a pass: what it is merged from, its threshold, and `ΔW` `[m, n]` where it was written."""
 
     packed: PackedFactors
+    shape: tuple[int, int]
     threshold: np.float32
     delta: np.ndarray | None = None
 
@@ -92,8 +90,8 @@ class NumbaBackend(Backend):
     ) -> Merged:
         known = [None] * len(budgets) if thresholds is None else thresholds.tolist()
         workspace: list[_Matrix | None] = []
-        for matrix, budget, threshold in zip(spec.matrices(factors), budgets, known, strict=True):
-            workspace.append(_merge_matrix(spec, matrix, budget, threshold) if budget else None)
+        for group, (budget, threshold) in enumerate(zip(budgets, known, strict=True)):
+            workspace.append(_merge_matrix(spec, factors, group, budget, threshold) if budget else None)
         if thresholds is None:
             found = [np.float32(np.inf) if one is None else one.threshold for one in workspace]
             thresholds = torch.from_numpy(np.array(found, np.float32))
@@ -106,7 +104,7 @@ class NumbaBackend(Backend):
                 if out is not base:
                     out[rows] = base[rows]
             elif is_supported:
-                _add_matrix(spec, matrix, as_bits(base[rows]), as_bits(out[rows]))
+                _add_matrix(spec, matrix, as_array(base[rows]), as_array(out[rows]))
             else:
                 sparse = torch.zeros(out[rows].shape)
                 _add_matrix(spec, matrix, sparse.numpy(), sparse.numpy())
@@ -130,7 +128,7 @@ class NumbaBackend(Backend):
                 if base is not None and out is not None:
                     out[rows] = base[rows]
                 continue
-            ends = None if base is None or out is None else (as_bits(base[rows]), as_bits(out[rows]))
+            ends = None if base is None or out is None else (as_array(base[rows]), as_array(out[rows]))
             store_gradients(grads, group, rows, _grad_matrix(spec, matrix, grad, ends))
         return tuple(grads)
 
@@ -148,27 +146,28 @@ class NumbaBackend(Backend):
         return result
 
 
-def _merge_matrix(spec: UpdateSpec, matrix: MatrixFactors, budget: int, threshold: float | None) -> _Matrix:
+def _merge_matrix(spec: UpdateSpec, factors: Factors, group: int, budget: int, threshold: float | None) -> _Matrix:
     """Pack one matrix; where its threshold is not known, merge it and find that."""
-    packed = pack_factors(spec.kernel, matrix)
+    packed = pack_factors(spec, factors, group)
+    shape = (packed.B.shape[0], packed.A.shape[1])
     if threshold is None and spec.mode == "none":
         threshold = KEEPS_EVERYTHING
     if threshold is not None:
-        return _Matrix(packed, np.float32(threshold))
-    delta, bins = merge_and_count(packed)
+        return _Matrix(packed, shape, np.float32(threshold))
+    delta, bins = merge_and_count(packed, shape)
     if spec.mode == "soft":
-        return _Matrix(packed, select_threshold(delta, budget, bins), delta)
-    return _Matrix(packed, np.float32(spec.find_threshold(torch.from_numpy(delta), budget).item()), delta)
+        return _Matrix(packed, shape, select_threshold(delta, budget, bins), delta)
+    return _Matrix(packed, shape, np.float32(spec.find_threshold(torch.from_numpy(delta), budget).item()), delta)
 
 
 def _add_matrix(spec: UpdateSpec, matrix: _Matrix, base: np.ndarray, out: np.ndarray) -> None:
     """Write `base + scaling·S` of one matrix into `out`."""
     settings = (matrix.threshold, np.float32(spec.scaling), _MODES[spec.mode])
-    shape = matrix.packed.shape
+    shape = matrix.shape
     if matrix.delta is not None:
         _run(forward.add_sparse, shape[0], shape, base, matrix.delta, *settings, out)
     else:
-        stats = column_stats(matrix.packed)
+        stats = column_stats(matrix.packed, shape)
         _run(forward.merge_and_add, shape[0], shape, *matrix.packed, stats, base, *settings, out)
 
 
@@ -187,14 +186,14 @@ def sddmm_weight_grad(matrix: _Matrix, budget: int, grad_y: Tensor, x: Tensor, o
         x: `[tokens, n]`, in the dtype of `grad_y`.
         out: Zeros, `[rows, n]`, float32.
     """
-    packed, shape = matrix.packed, matrix.packed.shape
+    packed, shape = matrix.packed, matrix.shape
     width, blocks = _blocks(shape)
     capacity = min(budget, shape[0] * width)
     rows, columns = (np.empty((blocks, capacity), np.int32) for _ in range(2))
     counts, sums = np.empty(blocks, np.int64), np.zeros((blocks, capacity), np.float32)
     _run(backward.list_entries, blocks, shape, width, *packed, matrix.threshold, rows, columns, counts)
     for tokens in range(0, x.shape[0], _TOKENS):
-        parts = (_array(part[tokens : tokens + _TOKENS].T) for part in (grad_y, x))
+        parts = (_float32(part[tokens : tokens + _TOKENS].T) for part in (grad_y, x))
         _run(backward.sddmm_accumulate, blocks, shape, *parts, rows, columns, counts, sums)
     _run(backward.sddmm_scatter, blocks, shape, rows, columns, counts, sums, out.numpy())
 
@@ -203,8 +202,8 @@ def _grad_matrix(
     spec: UpdateSpec, matrix: _Matrix, grad: Tensor, ends: tuple[np.ndarray, np.ndarray] | None
 ) -> Gradients:
     """Gradients of one matrix in the order of `Factors`; adds it to the first of `ends` into the second on the way."""
-    packed, kernel = matrix.packed, spec.kernel
-    (m, n), (K, pieces), (width, blocks) = packed.shape, (len(packed.A), len(packed.coeff)), _blocks(packed.shape)
+    packed, kernel, (m, n) = matrix.packed, spec.kernel, matrix.shape
+    (K, pieces), (width, blocks) = (len(packed.A), len(packed.coeff)), _blocks(matrix.shape)
     per_chunk = -(-blocks // _MAX_CHUNKS)
     chunks = -(-blocks // per_chunk)
     grad_A, grad_B = np.empty((K, n), np.float32), np.empty((chunks, m, K), np.float32)
@@ -212,11 +211,11 @@ def _grad_matrix(
     _run(
         backward.factor_gradients,
         chunks,
-        packed.shape,
+        matrix.shape,
         per_chunk,
         width,
         *packed,
-        _array(grad),
+        _float32(grad),
         matrix.threshold,
         np.float32(spec.scaling),
         _MODES[spec.mode],
@@ -236,34 +235,38 @@ def _grad_matrix(
     return (*of_factors, torch.tensor(of_alpha), torch.tensor(total), torch.tensor(-by_softmax * inv_temperature))
 
 
-def pack_factors(kernel: Kernel, matrix: MatrixFactors) -> PackedFactors:
-    """Contiguous arrays and plain numbers."""
-    A, B, scalars = matrix
-    has_softmax = isinstance(kernel, NormalizedRBF)
-    alpha = 0.0 if scalars.alpha is None else float(scalars.alpha)
-    inv_temperature = 1.0 if scalars.temperature is None else 1.0 / float(scalars.temperature)
-    beta = 0.0
-    if has_softmax:
-        beta = float(scalars.require("beta")[0]) - (alpha / B.shape[0] if kernel.center_softmax else 0.0)
+def pack_factors(spec: UpdateSpec, factors: Factors, group: int) -> PackedFactors:
+    """Contiguous arrays and plain numbers of one matrix."""
+    kernel, (A, B, coeff, alpha, beta, temperature) = spec.kernel, factors
+    scale = 0.0 if alpha is None else float(alpha[group])
+    inv_temperature = 1.0 if temperature is None else 1.0 / float(temperature[group])
+    has_softmax, shift = isinstance(kernel, NormalizedRBF), 0.0
+    if coeff is None or (has_softmax and beta is None):
+        raise ValueError(f"kernel {kernel.name!r} needs the scalars {list(kernel.scalars)}, got None")
+    if has_softmax and beta is not None:
+        shift = float(beta[group]) - (scale / spec.row_counts[group] if kernel.center_softmax else 0.0)
     linear = 1.0 if isinstance(kernel, MixK) or not has_softmax else 0.0
-    softmax = (np.float32(inv_temperature), np.float32(linear), alpha, np.float32(beta), has_softmax)
-    return PackedFactors(_array(A.T), _array(B), _array(scalars.require("piece_coeff")[0]), softmax)
+    softmax = (np.float32(inv_temperature), np.float32(linear), scale, np.float32(shift), has_softmax)
+    arrays = [
+        as_array(tensor.to(torch.float32).contiguous()) for tensor in (A[group].T, B[spec.rows[group]], coeff[group])
+    ]
+    return PackedFactors(arrays[0], arrays[1], arrays[2], softmax)
 
 
-def column_stats(packed: PackedFactors) -> np.ndarray:
+def column_stats(packed: PackedFactors, shape: tuple[int, int]) -> np.ndarray:
     """Largest logit and scale of each column's softmax, `[2, n]`."""
-    stats = np.empty((2, packed.shape[1]), np.float32)
-    width, blocks = _blocks(packed.shape)
+    stats = np.empty((2, shape[1]), np.float32)
+    width, blocks = _blocks(shape)
     if packed.softmax[-1]:
-        _run(forward.measure_column_stats, blocks, packed.shape, width, *packed, stats)
+        _run(forward.measure_column_stats, blocks, shape, width, *packed, stats)
     return stats
 
 
-def merge_and_count(packed: PackedFactors) -> tuple[np.ndarray, np.ndarray]:
+def merge_and_count(packed: PackedFactors, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """`ΔW` `[m, n]`, and how many of its magnitudes begin with which bits, by blocks."""
-    width, blocks = _blocks(packed.shape)
-    value, bins = np.empty(packed.shape, np.float32), np.empty((blocks, forward.HISTOGRAM_BINS), np.int32)
-    _run(forward.merge_and_count, blocks, packed.shape, width, *packed, value, bins)
+    width, blocks = _blocks(shape)
+    value, bins = np.empty(shape, np.float32), np.empty((blocks, forward.HISTOGRAM_BINS), np.int32)
+    _run(forward.merge_and_count, blocks, shape, width, *packed, value, bins)
     return value, bins
 
 
@@ -289,36 +292,29 @@ def select_threshold(value: np.ndarray, budget: int, bins: np.ndarray | None = N
     return candidates[rank]
 
 
-class _Memory:
-    """What a tensor holds, for `np.asarray`. `Tensor.numpy` would forbid to resize its storage, as FSDP does."""
+def as_array(tensor: Tensor) -> np.ndarray:
+    """The memory of a contiguous float32 tensor as an array, that of a bfloat16 one as its bit patterns.
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor  # kept while the array lives
-        item = tensor.element_size()
-        self.__array_interface__ = {
-            "version": 3,
-            "data": (tensor.data_ptr(), False),
-            "shape": tuple(tensor.shape),
-            "strides": tuple(stride * item for stride in tensor.stride()),
-            "typestr": f"{'<' if sys.byteorder == 'little' else '>'}{'f' if tensor.is_floating_point() else 'i'}{item}",
-        }
-
-
-def _as_array(tensor: Tensor) -> np.ndarray:
-    """An array over the memory of a dense tensor."""
-    return np.asarray(_Memory(tensor)) if tensor.numel() else tensor.detach().numpy()
+    `Tensor.numpy` would forbid to resize the tensor's storage, as FSDP does.
+    """
+    tensor = tensor.detach()
+    if not tensor.numel():
+        return np.empty(tuple(tensor.shape), np.float32 if tensor.dtype == torch.float32 else np.int16)
+    interface = {
+        "version": 3,
+        "data": (tensor.data_ptr(), False),
+        "shape": tuple(tensor.shape),
+        "typestr": _BYTE_ORDER + ("f4" if tensor.dtype == torch.float32 else "i2"),
+    }
+    return np.asarray(SimpleNamespace(__array_interface__=interface, tensor=tensor))  # kept while the array lives
 
 
-def _array(tensor: Tensor) -> np.ndarray:
-    """A contiguous float32 array of a tensor, over its memory where it is such a tensor."""
-    return _as_array(tensor.detach().to(torch.float32).contiguous())
+def _float32(tensor: Tensor) -> np.ndarray:
+    """A contiguous float32 array of any tensor."""
+    return as_array(tensor.to(torch.float32).contiguous())
 
 
-def as_bits(tensor: Tensor) -> np.ndarray:
-    """A float32 tensor as an array, a bfloat16 one as its bit patterns; shares memory."""
-    return _as_array(tensor.detach().view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor.detach())
-
-
+@lru_cache(maxsize=4096)
 def _blocks(shape: tuple[int, ...]) -> tuple[int, int]:
     """Columns of a block, and number of blocks; by shape alone, so that sums do not depend on the number of threads."""
     m, n = shape
@@ -330,7 +326,10 @@ def _blocks(shape: tuple[int, ...]) -> tuple[int, int]:
 def _run(function: Callable[..., None], count: int, shape: tuple[int, ...], *arguments: Any) -> None:
     """Call `function(first, last, …)` over `count` pieces of work, a part of them on each thread."""
     threads = min(torch.get_num_threads(), count) if shape[0] * shape[1] >= _MIN_ENTRIES_FOR_THREADS else 1
-    pieces = min(count, _PIECES_PER_THREAD * threads) if threads > 1 else 1
+    if threads < 2:
+        function(0, count, *arguments)
+        return
+    pieces = min(count, _PIECES_PER_THREAD * threads)
     bounds = [count * k // pieces for k in range(pieces + 1)]
     parallel_for([partial(function, *ends, *arguments) for ends in pairwise(bounds)], threads)
 

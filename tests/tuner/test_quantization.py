@@ -1,4 +1,4 @@
-"""Base layers whose weight is quantised: bitsandbytes and torchao, as they compute on this machine."""
+"""Base layers whose weight is quantized: bitsandbytes and torchao, as they compute on this machine."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from torch import nn
 from snella import SnellaConfig
 from snella.ops.spec import LazyWeight
 from snella.tuner.layer import SnellaLayer
-from snella.tuner.merge_loss import MergeLoss, measure_loss
-from snella.tuner.quantized import Quantization
+from snella.tuner.quantization import Quantization, RequantizationLoss, measure_requantization
 
 M, N = 64, 128
 BITSANDBYTES = ["nf4", "fp4", "nf4 double", "nf4 bfloat16", "int8"]
@@ -33,7 +32,7 @@ def need(package):
 
 
 def linear(kind, m=M, n=N, bias=True):
-    """A quantised linear layer of one kind, and the weight that it stores."""
+    """A quantized linear layer of one kind, and the weight that it stores."""
     plain = nn.Linear(n, m, bias=bias)
     if kind in BITSANDBYTES:
         bnb = need("bitsandbytes")
@@ -80,7 +79,7 @@ CONFIG = dict(r=4, target_modules=["lin"], init_sparsity=0.5, init_weights=False
 
 
 def adapted(kind, **options):
-    """A model with one quantised layer that carries an update, and the same with the weight dequantised by hand."""
+    """A model with one quantized layer that carries an update, and the same with the weight dequantized by hand."""
     torch.manual_seed(0)
     layer, weight = linear(kind)
     torch.manual_seed(0)
@@ -100,7 +99,7 @@ def the_layer(model):
 
 
 def bits(model):
-    """Everything that the quantised weight consists of, copied."""
+    """Everything that the quantized weight consists of, copied."""
     base = the_layer(model).get_base_layer()
     source = the_layer(model)._weight()
     stored = [] if type(base.weight).__module__.startswith("torchao.") else [base.weight.data]
@@ -108,7 +107,7 @@ def bits(model):
 
 
 def loses(kind):
-    return pytest.warns(UserWarning, match=r"merged into 1 quantised weight \(.*\): .* by \d+\.\d% of .* in 'lin'")
+    return pytest.warns(UserWarning, match=r"merged into 1 quantized weight \(.*\): .* by \d+\.\d% of .* in 'lin'")
 
 
 @pytest.fixture(params=BITSANDBYTES + TORCHAO)
@@ -137,7 +136,7 @@ x = torch.randn(5, N, generator=torch.Generator().manual_seed(3))
 # forward and backward -----------------------------------------------------------------------------------------------
 
 
-def test_outputs_and_gradients_are_those_of_the_layer_dequantised_by_hand(kind):
+def test_outputs_and_gradients_are_those_of_the_layer_dequantized_by_hand(kind):
     model, by_hand = adapted(kind)
     is_half = kind == "torchao int4 bfloat16"  # the layer itself computes in bfloat16
     found, expected = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -159,7 +158,7 @@ def test_outputs_and_gradients_are_those_of_the_layer_dequantised_by_hand(kind):
     assert all(p.grad is None for p in the_layer(model).get_base_layer().parameters())
 
 
-def test_an_update_that_is_smaller_than_the_spacing_of_the_dequantised_dtype_still_counts():
+def test_an_update_that_is_smaller_than_the_spacing_of_the_dequantized_dtype_still_counts():
     model, _ = adapted("nf4 bfloat16", scaling=1e-4)
     layer = the_layer(model)
     weight, delta = layer._weight().materialize(), layer.get_delta_weight("default")
@@ -169,7 +168,7 @@ def test_an_update_that_is_smaller_than_the_spacing_of_the_dequantised_dtype_sti
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["folded", "in a branch of its own"])
-def test_nothing_dequantised_lives_between_the_passes(one_of_each, dropout, monkeypatch):
+def test_nothing_dequantized_lives_between_the_passes(one_of_each, dropout, monkeypatch):
     model, _ = adapted(one_of_each, update_dropout=dropout)
     layer, made = the_layer(model), []
     plain = layer.quantization.source
@@ -192,10 +191,10 @@ def test_nothing_dequantised_lives_between_the_passes(one_of_each, dropout, monk
     owned = {p.data_ptr() for p in model.parameters()}
     assert max(t.numel() for t in kept if t.data_ptr() not in owned) < M * N / 2, "nothing of the weight's size"
     y.sum().backward()
-    assert len(made) == 2, "dequantised again"
+    assert len(made) == 2, "dequantized again"
 
 
-def test_a_fixed_support_works_on_a_quantised_weight(one_of_each):
+def test_a_fixed_support_works_on_a_quantized_weight(one_of_each):
     models = adapted(one_of_each, fixed_support=True)
     for model in models:
         the_layer(model).set_support("default", torch.arange(0, M * N, 7))
@@ -209,7 +208,7 @@ def test_a_fixed_support_works_on_a_quantised_weight(one_of_each):
 
 # dynamo asks a tensor between two graphs for its gradient
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-def test_a_compiled_model_takes_the_quantised_layer_as_it_is():
+def test_a_compiled_model_takes_the_quantized_layer_as_it_is():
     model, _ = adapted("nf4")
     expected = model(x)
     torch.testing.assert_close(torch.compile(model, backend="eager")(x), expected)
@@ -218,7 +217,7 @@ def test_a_compiled_model_takes_the_quantised_layer_as_it_is():
 # peft calls transformers by a name that transformers is about to change
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.parametrize("package", ["bitsandbytes", "torchao"])
-def test_a_language_model_that_transformers_has_quantised_learns_under_checkpointing(package, tmp_path):
+def test_a_language_model_that_transformers_has_quantized_learns_under_checkpointing(package, tmp_path):
     need(package)
     config = transformers.LlamaConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=32
@@ -274,7 +273,7 @@ class Bytes(Quantization):
 
 
 def adapted_on(kind, **options):
-    """A model with one quantised layer that carries an update; `bytes` runs without any package."""
+    """A model with one quantized layer that carries an update; `bytes` runs without any package."""
     if kind != "bytes":
         return adapted(kind, **options)[0]
     torch.manual_seed(0)
@@ -285,7 +284,7 @@ def adapted_on(kind, **options):
     return model
 
 
-def test_evaluation_gives_the_bits_of_training_and_keeps_nothing_dequantised(kind_or_bytes, monkeypatch):
+def test_evaluation_gives_the_bits_of_training_and_keeps_nothing_dequantized(kind_or_bytes, monkeypatch):
     model = adapted_on(kind_or_bytes)
     layer, kept = the_layer(model), []
     trained = layer(x)
@@ -359,9 +358,9 @@ def test_without_its_adapter_the_layer_is_the_base_layer(kind):
     before = bits(model)
     base = copy.deepcopy(the_layer(model).get_base_layer())
     # bitsandbytes does not round four-bit weights to their own dtype on their way into its product, and changes their
-    # layout in evaluation; its 8-bit layers quantise their input in evaluation alone
+    # layout in evaluation; its 8-bit layers quantize their input in evaluation alone
     tolerance = dict(rtol=0, atol=5e-3) if kind == "nf4 bfloat16" else {}
-    given = x.to(the_layer(model)._dtype_of_product(x)).requires_grad_()
+    given = x.to(the_layer(model)._op_dtype(x)).requires_grad_()
     for mode in (True, False):
         model.train(mode)
         expected = base.train(mode if kind == "int8" else True)(given)
@@ -378,14 +377,14 @@ def test_a_weight_that_bitsandbytes_has_laid_out_for_cpus_is_laid_out_back(kind,
     packed, state = bnb.functional._convert_weight_packed_for_cpu(layer.weight.data, layer.weight.quant_state)
     layer.weight.data, layer.weight.quant_state = packed, state
     model = get_peft_model(Net(layer), SnellaConfig(**CONFIG))
-    # the layout keeps the scales in bfloat16, and quantises them anew where they were quantised
+    # the layout keeps the scales in bfloat16, and quantizes them anew where they were quantized
     torch.testing.assert_close(the_layer(model)._weight().materialize(), weight, rtol=tolerance, atol=0)
 
 
 # merging ------------------------------------------------------------------------------------------------------------
 
 
-def test_merging_quantises_the_sum_and_says_what_that_lost(kind):
+def test_merging_quantizes_the_sum_and_says_what_that_lost(kind):
     model, _ = adapted(kind)
     layer = the_layer(model)
     before, delta = layer._weight().materialize().float(), layer.get_delta_weight("default").float()
@@ -397,8 +396,8 @@ def test_merging_quantises_the_sum_and_says_what_that_lost(kind):
     lost = (after - (before + delta)).norm() / delta.norm()
     said = float(str(caught[0].message).split("by ")[1].split("%")[0]) / 100
     assert said > 0 and said == pytest.approx(lost.item(), rel=0.02, abs=1e-3)
-    assert set(layer.get_base_layer().weight.__dict__) == set(attributes), "quantised with the same settings"
-    merged = layer.get_base_layer()(x.to(layer._dtype_of_product(x))) if kind != "int8" else layer(x)
+    assert set(layer.get_base_layer().weight.__dict__) == set(attributes), "quantized with the same settings"
+    merged = layer.get_base_layer()(x.to(layer._op_dtype(x))) if kind != "int8" else layer(x)
     wanted = x @ after.T + layer.bias.float()
     torch.testing.assert_close(merged.float(), wanted, rtol=5e-2, atol=5e-2)
 
@@ -421,7 +420,7 @@ def test_unmerging_restores_every_bit(kind):
     for _ in range(2):
         with loses(kind):
             model.merge_adapter()
-        layer(x.to(layer._dtype_of_product(x)))
+        layer(x.to(layer._op_dtype(x)))
         model.unmerge_adapter()
     for mine, theirs in zip(bits(model), before, strict=True):
         assert torch.equal(mine, theirs)
@@ -453,12 +452,12 @@ def test_a_merge_that_is_not_finite_is_refused_and_changes_nothing(one_of_each):
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(bits(model), before, strict=True))
 
 
-def test_merging_many_layers_warns_once_and_unloads_quantised_layers(one_of_each):
+def test_merging_many_layers_warns_once_and_unloads_quantized_layers(one_of_each):
     torch.manual_seed(0)
     model = nn.Sequential(*(linear(one_of_each, N, N)[0] for _ in range(3)))
     names = [type(layer) for layer in model]
     model = get_peft_model(model, SnellaConfig(**CONFIG | {"target_modules": ["0", "1", "2"]}))
-    with pytest.warns(UserWarning, match=r"merged into 3 quantised weights .* in '[012]'\)") as caught:
+    with pytest.warns(UserWarning, match=r"merged into 3 quantized weights .* in '[012]'\)") as caught:
         merged = model.merge_and_unload()
     assert len(caught) == 1
     assert [type(layer) for layer in merged] == names
@@ -467,16 +466,16 @@ def test_merging_many_layers_warns_once_and_unloads_quantised_layers(one_of_each
 
 def test_the_loss_is_measured_against_the_update():
     before, update, error = torch.zeros(4), torch.tensor([3.0, 4, 0, 0]), torch.tensor([0.0, 0, 0, 1])
-    loss = measure_loss("lin", "some bits", before, before + update, before + update + error)
+    loss = measure_requantization("lin", "some bits", before, before + update, before + update + error)
     assert (loss.lost, loss.update, loss.relative) == (1, 5, 0.2)
-    assert MergeLoss("", "", 0.0, 0.0).relative == 0
-    assert MergeLoss("", "", 1.0, 0.0).relative == float("inf")
+    assert RequantizationLoss("", "", 0.0, 0.0).relative == 0
+    assert RequantizationLoss("", "", 1.0, 0.0).relative == float("inf")
 
 
 # saving, copying ----------------------------------------------------------------------------------------------------
 
 
-def test_an_adapter_is_saved_and_loaded_on_a_quantised_base(one_of_each, tmp_path):
+def test_an_adapter_is_saved_and_loaded_on_a_quantized_base(one_of_each, tmp_path):
     model, _ = adapted(one_of_each)
     base = Net(copy.deepcopy(the_layer(model).get_base_layer()))
     base.head.load_state_dict(model.base_model.model.head.state_dict())
@@ -515,14 +514,14 @@ def wrap(layer, targets=("lin",)):
     return get_peft_model(Net(layer), SnellaConfig(r=4, target_modules=list(targets)))
 
 
-def test_a_layer_that_is_not_quantised_yet_is_refused():
+def test_a_layer_that_is_not_quantized_yet_is_refused():
     bnb = need("bitsandbytes")
     for cls, options in ((bnb.nn.Linear4bit, {}), (bnb.nn.Linear8bitLt, {"has_fp16_weights": False})):
         with pytest.raises(RuntimeError, match=r"'lin', a Linear\w+ of .* yet: its weight is torch\.float32 on 'cpu'"):
             wrap(cls(N, M, **options))
 
 
-def test_a_layer_that_quantises_in_every_pass_is_refused():
+def test_a_layer_that_quantizes_in_every_pass_is_refused():
     layer = need("bitsandbytes").nn.Linear8bitLt(N, M, has_fp16_weights=True)
     with pytest.raises(NotImplementedError, match=r"'lin', a Linear8bitLt with has_fp16_weights=True"):
         wrap(layer)
@@ -531,7 +530,7 @@ def test_a_layer_that_quantises_in_every_pass_is_refused():
 def test_other_modules_of_bitsandbytes_are_refused_by_name():
     model = nn.ModuleDict({"lin": need("bitsandbytes").nn.StableEmbedding(4, 4)})
     with pytest.raises(
-        NotImplementedError, match=r"'lin', a StableEmbedding of bitsandbytes; of quantised layers, those"
+        NotImplementedError, match=r"'lin', a StableEmbedding of bitsandbytes; of quantized layers, those"
     ):
         get_peft_model(model, SnellaConfig(target_modules=["lin"]))
 
@@ -560,12 +559,12 @@ def test_layers_of_other_packages_are_refused_by_name(packed):
     layer = Packed()
     layer.register_buffer(packed, torch.zeros(4, dtype=torch.int32))
     with pytest.raises(
-        NotImplementedError, match=rf"'lin', a .*Packed, which keeps its weight as {packed}; of quantised"
+        NotImplementedError, match=rf"'lin', a .*Packed, which keeps its weight as {packed}; of quantized"
     ):
         wrap(layer)
 
 
-def test_a_quantised_projection_of_an_attention_is_refused():
+def test_a_quantized_projection_of_an_attention_is_refused():
     need("torchao")
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
@@ -579,9 +578,9 @@ def test_a_quantised_projection_of_an_attention_is_refused():
         get_peft_model(model, SnellaConfig(target_modules=["attn"]))
 
 
-def test_nothing_is_imported_for_a_model_that_is_not_quantised(monkeypatch):
+def test_nothing_is_imported_for_a_model_that_is_not_quantized(monkeypatch):
     import sys
 
-    for module in ("snella.tuner.bitsandbytes_weights", "snella.tuner.torchao_weights"):
+    for module in ("bitsandbytes", "torchao"):
         monkeypatch.setitem(sys.modules, module, None)  # importing it would raise
     wrap(nn.Linear(N, M))(x)

@@ -18,7 +18,7 @@ from snella.ops import spec
 from snella.ops.backends.numba import backend as numba_backend
 from snella.ops.backends.torch import TorchBackend
 from snella.tuner import adapted_matrices
-from snella.tuner.effective import EffectiveWeightCache
+from snella.tuner.cache import LayerCache
 from snella.tuner.layer import SnellaLayer
 
 
@@ -267,7 +267,7 @@ def test_copies_and_pickles_start_empty(mlp):
     mlp.predict(model)
     cache = layers(model)[0]._cache
     for twin in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
-        assert isinstance(twin, EffectiveWeightCache)
+        assert isinstance(twin, LayerCache)
         assert twin._effective is None
         assert not twin._adapters
 
