@@ -78,3 +78,9 @@ def test_the_dtype_stays(dtype):
 def test_an_unknown_mode_is_named_with_the_choices():
     with pytest.raises(ValueError, match=r"mode must be one of \['soft', 'official', 'none'\], got 'hard'"):
         sparsify(DELTA, THRESHOLD, "hard")
+
+
+@pytest.mark.parametrize(("magnitudes", "kept"), [([1.0, 2, 3, 3], 2), ([1.0, 3, 3, 3], 0), ([3.0, 3, 3, 3], 0)])
+def test_entries_that_tie_with_the_threshold_are_all_dropped(magnitudes, kept):
+    delta = torch.tensor(magnitudes)
+    assert int(sparsify(delta, keep_threshold(delta, 2)).count_nonzero()) == kept

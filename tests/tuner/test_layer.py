@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 
 import pytest
@@ -510,3 +511,44 @@ def test_no_forward_pass_chooses_a_backend(numba_layer, monkeypatch):
         numba_layer(x)
     numba_layer.set_scale("default", 0.5)
     numba_layer.train()(x).sum().backward()
+
+
+def export(model, x):
+    mode = torch.onnx.TrainingMode.PRESERVE
+    torch.onnx.export(model, (x,), io.BytesIO(), dynamo=False, training=mode, do_constant_folding=False)
+
+
+class AttentionAndLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn, self.fc = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.fc(self.attn(x, x, x, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("target", ["attn", "fc"])
+@pytest.mark.parametrize(
+    ("tool", "transform"),
+    [
+        ("torch.jit.trace", lambda model, x: torch.jit.trace(model, (x,))),
+        ("torch.jit.trace", lambda model, x: torch.no_grad()(torch.jit.trace)(model, (x,))),
+        (
+            "torch.jit.trace",
+            export,
+        ),
+        ("torch.func", lambda model, x: torch.func.grad(lambda x: model(x).sum())(x)),
+        ("torch.func", lambda model, x: torch.func.vmap(model)(x[None])),
+    ],
+    ids=["trace", "trace-without-gradients", "onnx", "grad", "vmap"],
+)
+# what torch says of itself
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning", "ignore:There is a perf")
+def test_what_cannot_trace_an_update_is_told_so_and_traces_the_merged_model(tool, transform, target):
+    model, x = adapted(AttentionAndLayer(), target_modules=[target]).eval(), torch.randn(2, 3, 8)
+    expected = model(x).detach()
+    with pytest.raises(NotImplementedError, match=rf"{tool}.*{target}.*merge_and_unload"):
+        transform(model, x)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(x), expected)
+    transform(merged.train(), x)  # torch's own fused attention of evaluation can be traced by few

@@ -62,6 +62,10 @@ def keep_threshold(delta: Tensor, budget: int) -> Tensor:
     Eq. 13 of the paper takes the `budget`-th largest, which leaves one entry fewer; its text wants `budget` of them.
     The selection is exact at every size (`torch.quantile` refuses more than 2²⁴ entries) and waits for no device.
 
+    Entries that tie with `t` are all dropped: with `g` magnitudes above `t`, `g < budget` where `t` occurs more than
+    once among the first `budget + 1`, down to 0 where the largest magnitude itself does (a constant matrix). Rounding
+    makes ties where `delta` has few different values: half precision, integers, columns or rows that repeat.
+
     Args:
         delta: Matrix of any shape, floating point.
         budget: Number of entries to keep, in `[0, delta.numel()]`.

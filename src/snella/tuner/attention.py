@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from snella.ops.spec import LayerOp
 from snella.tuner.config import SnellaConfig
-from snella.tuner.layer import LINEAR, SnellaLayer
+from snella.tuner.layer import LINEAR, SnellaLayer, refuse_tracing
 
 _INPUTS = ("in_proj",)
 _SEPARATE_INPUTS = ("q_proj", "k_proj", "v_proj")
@@ -100,6 +100,8 @@ class AdaptedAttention(nn.Module):
         if updated and torch.compiler.is_compiling():
             # a graph cannot see what changed since an effective weight was computed
             return self._attend(query, key, value, **masks, **weights)
+        if updated:
+            refuse_tracing(updated[0].module_name)
         if any(projection.needs_own_op() for projection in updated):
             return self._attend(query, key, value, **masks, **weights)
         if not updated:

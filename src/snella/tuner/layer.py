@@ -96,6 +96,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         names = self._names_in_use()
         if not names:
             return self._without_updates(x, *args, **kwargs)
+        refuse_tracing(self.module_name)
         dtype, weight = x.dtype, self._weight()
         x = self._prepare_input(self._cast_input_dtype(x, self._op_dtype(x)))
         if self.training or self._needs_gradients(names):
@@ -729,6 +730,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
             return base
         if torch.compiler.is_compiling():
             return self._base_layout(self._read_in_graph(names))
+        refuse_tracing(self.module_name)
         return EffectiveWeight.of(base, lambda: self._base_layout(self._read(names)))
 
     def _read(self, names: list[str]) -> Tensor:
@@ -815,6 +817,24 @@ class Conv2d(SnellaLayer):
 
     def __repr__(self) -> str:
         return "snella." + super().__repr__()
+
+
+def refuse_tracing(module_name: str) -> None:
+    """Refuse what can neither record nor transform the way an update is merged and differentiated.
+
+    Raises:
+        NotImplementedError: `torch.jit.trace`, and with it ONNX's TorchScript exporter, or a `torch.func` transform.
+    """
+    if torch.jit.is_tracing():
+        raise NotImplementedError(
+            f"torch.jit.trace (and torch.onnx.export with dynamo=False) cannot record the update of {module_name!r}; "
+            "trace model.merge_and_unload(), which gives the same outputs"
+        )
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            f"torch.func (grad, vmap, jvp, …) cannot transform the update of {module_name!r}, whose backward pass is "
+            "written by hand; use torch.autograd.grad, or model.merge_and_unload() where no factor is differentiated"
+        )
 
 
 @lru_cache(maxsize=64)
