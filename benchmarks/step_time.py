@@ -13,7 +13,7 @@ from snella.benchmark.rows import append_rows
 from snella.runs.console import make_console
 
 HERE = Path(__file__).parent
-PEERS = ["frozen", "lora", "dora", "shira", "full", "snella"]
+PEERS = ["frozen", "lora", "dora", "shira", "full", "snella", "snella-keep-inputs"]
 
 
 def main() -> None:

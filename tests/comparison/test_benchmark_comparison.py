@@ -65,5 +65,5 @@ def test_an_official_comparison_says_so_in_rows_page_and_console(rows):
     assert [row["purpose"] for row in found] == ["final", "final"], "nothing is left to choose on"
     assert all(row["status"] == "success" for row in found)
     assert {(row["protocol"], row["selected_on"], row["ema"]) for row in found} == {("official", "test", 0.999)}
-    assert 'id="protocol">Official protocol: the epoch was selected on the test images' in page
-    assert "official protocol: the epoch was selected on the test images" in printed
+    assert 'id="protocol">Official protocol: the test images chose the epoch' in page
+    assert "official protocol: the test images chose the epoch" in printed

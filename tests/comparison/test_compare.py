@@ -253,7 +253,7 @@ def test_ctrl_c_ends_with_the_command_that_continues(copy, console, monkeypatch)
 
     with monkeypatch.context() as patch:
         patch.setattr("snella.comparison.run_cell.train", press_ctrl_c)
-        with pytest.raises(TrainingInterrupted, match=r"5 cells .* resume with: snella compare --out .*/c"):
+        with pytest.raises(TrainingInterrupted, match=r"5 cells .* continue with: snella compare --out .*/c"):
             compare(None, copy, workers=0, console=console)
     compare(None, copy, workers=0, console=console)
     assert len(rows_of(copy)) == 6

@@ -121,7 +121,7 @@ def test_predicting_takes_less_memory_than_a_step_of_a_single_image(method, tmp_
     model = build_method(method, timm.create_model("test_vit", num_classes=3, img_size=128, depth=12))
     predicted = highest_of(lambda: predict_step_memory(model, (3, 128, 128), 1), tmp_path)
     trained = highest_of(step_on(model, torch.randn(1, 3, 128, 128)), tmp_path)
-    assert predicted < 0.6 * trained
+    assert predicted < 0.7 * trained
 
 
 def test_a_model_that_asks_for_gradients_in_its_forward_pass_cannot_be_recorded():

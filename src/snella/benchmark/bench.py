@@ -201,6 +201,7 @@ _WARM_UP = 2  # steps before the clock
 _IMPLEMENTATIONS = {
     "snella": "auto",
     "snella-keep-delta": "auto",
+    "snella-keep-inputs": "auto",
     "snella-compiled": "auto",
     "snella-eager": "eager",
     "snella-triton": "triton",

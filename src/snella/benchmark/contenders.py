@@ -175,6 +175,7 @@ CONTENDERS: dict[str, Builder] = {
     "full": _full,
     "snella": _snella(),
     "snella-keep-delta": _snella(keep_delta=True),
+    "snella-keep-inputs": _snella(recompute_inputs=False),
     "snella-eager": _snella(impl="eager"),
     "snella-triton": _snella(impl="triton"),
     "snella-compiled": _compiled(_snella()),

@@ -67,7 +67,7 @@ def _train(settings: dict[str, Any]) -> None:
 
 def _evaluate(settings: dict[str, Any]) -> None:
     """`snella evaluate`."""
-    from snella.runs.build import get_task
+    from snella.runs.build import task_of
     from snella.runs.evaluate import evaluate
 
     options = EvaluateOptions(**settings)
@@ -80,7 +80,7 @@ def _evaluate(settings: dict[str, Any]) -> None:
         device=options.device,
     )
     _record("evaluate", options.run, asdict(options))
-    task = get_task(RunFolder(options.run).read_json("run.json"))
+    task = task_of(RunFolder(options.run).read_json("run.json"))
     console = make_console()
     for note in result["notes"]:
         print_line(console, f"note: {note}")
@@ -122,22 +122,22 @@ def _predict(settings: dict[str, Any]) -> None:
 
 def _merge(settings: dict[str, Any]) -> None:
     """`snella merge`."""
-    from snella.runs.merge import describe_file, loading_snippet, merge
+    from snella.runs.merge import loading_lines, merge, what_it_is
 
     options = MergeOptions(**settings)
     path = merge(options.run, options.out, overwrite=options.overwrite)
     _record("merge", options.run, asdict(options))
     console = make_console()
     size = sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path])) / 2**20
-    print_line(console, f"{path}: {size:.1f} MiB, {describe_file(path)}; to load it:")
-    print_line(console, loading_snippet(path))
+    print_line(console, f"{path}: {size:.1f} MiB, {what_it_is(path)}; to load it:")
+    print_line(console, loading_lines(path))
 
 
 def _inspect(settings: dict[str, Any]) -> None:
     """`snella inspect`."""
     from snella.cli.generation_commands import draw_generation_report
     from snella.report.inspect import inspect_run
-    from snella.runs.evaluate import redraw_report
+    from snella.runs.evaluate import refresh_report
 
     options = InspectOptions(**settings)
     if options.run is None:
@@ -146,7 +146,7 @@ def _inspect(settings: dict[str, Any]) -> None:
     make_console().print(inspect_run(options.run))
     if options.report:
         task = RunFolder(options.run).read_json("run.json").get("task")
-        draw = draw_generation_report if task == "generation" else redraw_report
+        draw = draw_generation_report if task == "generation" else refresh_report
         print_line(make_console(), f"report: {draw(options.run)}")
 
 

@@ -26,7 +26,7 @@ from snella.comparison.summary import print_summary, summarize
 from snella.runs import TrainingInterrupted
 from snella.runs.build import choose_device, load_splits
 from snella.runs.console import counted, make_console, print_line
-from snella.runs.protocol import get_protocol
+from snella.runs.protocol import protocol_of
 from snella.runs.session import NonFiniteLossError
 from snella.tasks import create_task
 
@@ -163,7 +163,7 @@ def compare(
             than a loss that diverged, which only says that the learning rate was too high. Not with `draw_only`.
         TrainingInterrupted: Ctrl-C; what is done stays done.
     """
-    console = console or make_console(survives_closed_output=True)
+    console = console or make_console(endures=True)
     root = Path(out)
     if workers < 0 or (threads is not None and threads < 1):
         raise ValueError(f"workers must be at least 0 and threads at least 1, got {workers} and {threads}")
@@ -187,7 +187,7 @@ def compare(
     write_markdown(root, experiment, list(rows.values()))
     print_summary(console, experiment, list(rows.values()))
     print_published(console, experiment, summarize(experiment, list(rows.values())))
-    warning = get_protocol(experiment.settings.get("protocol", "standard")).warning
+    warning = protocol_of(experiment.settings.get("protocol", "standard")).warning
     if warning:
         print_line(console, f"official protocol: {warning}")
     print_line(console, f"rows {root / 'results.jsonl'}, page {page}")
@@ -249,7 +249,7 @@ def _check_data(experiment: Experiment, data: DataEntry, console: Console) -> No
     create_task(config.task, splits.classes, **config.as_dict()).check_data(splits.train, data.data)
     if splits.test is None or (splits.val is None and config.protocol == "standard"):
         raise ValueError(f"data {data.data!r} must have a validation and a test part, got {splits.description}")
-    if len(splits.train) < config.effective_batch_size and config.batch_size is not None:
+    if len(splits.train) < config.images_per_step and config.batch_size is not None:
         raise ValueError(f"batch_size must be at most the {len(splits.train)} training images, got {config.batch_size}")
     print_line(console, f"data {splits.description}")
 
@@ -316,7 +316,7 @@ def _train_all(root: Path, plan: Plan, executor: Executor, console: Console) -> 
     except (KeyboardInterrupt, TrainingInterrupted):
         raise TrainingInterrupted(
             f"interrupted; {counted(plan.done(), 'cell')} of the comparison are done; "
-            f"resume with: snella compare --out {root}"
+            f"continue with: snella compare --out {root}"
         ) from None
     finally:
         executor.close()

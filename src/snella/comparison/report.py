@@ -30,8 +30,8 @@ from snella.comparison.summary import (
     summarize,
     table_cells,
 )
-from snella.report.style import inline_svg, shortened, write_atomically
-from snella.runs.protocol import get_protocol
+from snella.report.style import inline_svg, shortened, write_whole
+from snella.runs.protocol import protocol_of
 
 _METRIC = next(iter(METRICS))
 
@@ -54,7 +54,7 @@ class PublishedRow:
 
     @property
     def texts(self) -> tuple[str, str, str, str, str]:
-        """Method, column, paper's, ours and the difference in points, human-readable."""
+        """Method, column, paper's, ours and the difference in points, for people."""
         if self.ours is None:
             return self.method, self.column, f"{self.paper:.1f}", "–", "–"
         return self.method, self.column, f"{self.paper:.1f}", f"{self.ours:.1f}", f"{self.ours - self.paper:+.1f}"
@@ -124,7 +124,7 @@ def markdown_tables(experiment: Experiment, rows: Rows) -> str:
         parts.append(f"**Test {title}**\n\n" + "\n".join(table))
     done = f"{summary.finals} of {summary.expected} final cells"
     parts.append(f"{caption(summary)[0].upper()}{caption(summary)[1:]}. {done}. {_provenance(experiment, rows)}")
-    warning = get_protocol(experiment.settings.get("protocol", "standard")).warning
+    warning = protocol_of(experiment.settings.get("protocol", "standard")).warning
     parts += [f"Official protocol: {warning}"] if warning else []
     if summary.failed:
         parts.append("Failed: " + "; ".join(f"`{row['cell']}`, {row['error']}" for row in summary.failed))
@@ -182,7 +182,7 @@ def write_page(root: Path, experiment: Experiment, rows: Rows) -> Path:
         "tables": [_table(summary, metric, title) for metric, title in METRICS.items()] if summary.finals else [],
         "published": [row.texts for row in published_rows(experiment, summary)],
         "kept": _KEPT[experiment.settings.get("protocol", "standard")],
-        "warning": get_protocol(experiment.settings.get("protocol", "standard")).warning,
+        "warning": protocol_of(experiment.settings.get("protocol", "standard")).warning,
         "costs": _costs(summary),
         "pareto": _pareto(summary),
         "rates": _rates(summary, rows),
@@ -205,7 +205,7 @@ def write_page(root: Path, experiment: Experiment, rows: Rows) -> Path:
     template = resources.files("snella.comparison").joinpath("comparison.html.jinja").read_text(encoding="utf-8")
     style = resources.files("snella.report").joinpath("report.css").read_text(encoding="utf-8")
     page = environment.from_string(template).render(context, style=Markup(style))
-    write_atomically(root / FILE, page.encode("utf-8"))
+    write_whole(root / FILE, page.encode("utf-8"))
     return root / FILE
 
 

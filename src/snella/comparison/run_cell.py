@@ -207,7 +207,7 @@ def finish_trial(root: Path, experiment: Experiment, cell: Cell, folder: Path) -
     own = RunFolder(folder)
     config = replace(own.read_config(), out=str(folder))
     own.write_config(config)
-    scores = evaluate(folder, split="test", batch_size=config.effective_batch_size, device=config.device)
+    scores = evaluate(folder, split="test", batch_size=config.images_per_step, device=config.device)
     metrics = own.read_json("metrics.json")
     own.write_json("metrics.json", {**metrics, "test": {k: v for k, v in scores.items() if k in metrics["val"]}})
     return row

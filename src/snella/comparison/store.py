@@ -131,8 +131,8 @@ def read_lines(path: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
 def collect(root: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """All rows there are, by cell, and notes about what was mended.
 
-    An intact line goes before the row in its cell's folder. The file is rewritten where it lacks a row, holds one
-    twice, or is damaged; a `cell.json` that says something else than the line is rewritten from it.
+    An intact line goes before the row in its cell's folder. The file is written anew where it lacks a row, holds one
+    twice, or is damaged; a `cell.json` that says something else than the line is written anew from it.
 
     Args:
         root: Of the comparison.

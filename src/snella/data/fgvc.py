@@ -1,4 +1,4 @@
-"""FGVC: five fine-grained data sets, as JSON lists next to the images."""
+"""FGVC: five data sets of birds, flowers, dogs and cars, as JSON lists beside the images."""
 
 import json
 from dataclasses import dataclass

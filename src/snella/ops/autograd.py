@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from snella.ops.backends import Gradients, Merged, get_backend
+from snella.ops.recompute import Origin
 from snella.ops.spec import Factors, LayerOp, LazyWeight, LinearOp, Update, without_view
 
 NUM_FACTORS = len(Factors._fields)
@@ -76,6 +77,7 @@ class LayerCall:
         cache_delta: Whether `ΔW` is kept for the backward pass.
         lazy: The weight, where it is kept in another form.
         recompute: What a recomputation leaves to the backward pass, or `None`.
+        origin: How the input was computed, where it is computed again in the backward pass instead of being kept.
     """
 
     op: LayerOp
@@ -83,6 +85,7 @@ class LayerCall:
     cache_delta: bool = False
     lazy: LazyWeight | None = None
     recompute: RecomputeCache | None = None
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True)
@@ -96,11 +99,19 @@ class Needs:
 
 
 def apply_updates(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, updates: Sequence[Update], call: LayerCall
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    updates: Sequence[Update],
+    call: LayerCall,
+    z: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """`y = op(x, W0 + Σ scaling·S) + bias`, and the thresholds of each update."""
+    """`y = op(x, W0 + Σ scaling·S) + bias`, and the thresholds of each update.
+
+    With `call.origin`, `x` is what that makes of `z`, which is kept in its place.
+    """
     tensors = [tensor for update in updates for tensor in update.factors]
-    return _AdaptedLayer.apply(x, weight, bias, call, updates, *tensors)
+    return _AdaptedLayer.apply(x, weight, bias, call, updates, z, *tensors)
 
 
 class _AdaptedLayer(torch.autograd.Function):
@@ -114,20 +125,24 @@ class _AdaptedLayer(torch.autograd.Function):
         bias: Tensor | None,
         call: LayerCall,
         updates: Sequence[Update],
+        z: Tensor | None,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         y, merged = forward_pass(x, weight, bias, updates, call)
         thresholds = tuple([one.thresholds for one in merged])
         ctx.call, ctx.updates, ctx.x_shape, ctx.has_bias = call, updates, x.shape, bias is not None
         ctx.lazy_versions = call.lazy and call.lazy.versions()
-        some_update_learns = any(ctx.needs_input_grad[5:]) and any([any(update.budgets) for update in updates])
+        some_update_learns = any(ctx.needs_input_grad[6:]) and any([any(update.budgets) for update in updates])
         needs_x = some_update_learns or ctx.needs_input_grad[1]
         kept: list[Tensor | None] = []
         ctx.delta_sizes = []
         for one in merged if call.cache_delta else ():
             ctx.delta_sizes.append(len(one.delta))
             kept += one.delta
-        ctx.save_for_backward(x if needs_x else None, weight, *thresholds, *kept, *tensors)
+        if needs_x and call.origin is not None:
+            call.origin.add_user()
+        kept_x = x if call.origin is None else z
+        ctx.save_for_backward(kept_x if needs_x else None, weight, *thresholds, *kept, *tensors)
         return without_view(y), thresholds
 
     @staticmethod
@@ -146,12 +161,14 @@ class _AdaptedLayer(torch.autograd.Function):
         for size in ctx.delta_sizes:
             deltas.append(tuple(rest[position : position + size]))
             position += size
-        needs_x, needs_weight, needs_bias, _, _, *of_factors = ctx.needs_input_grad
+        if x is not None and call.origin is not None:
+            x = call.origin.compute(x).to(grad_y.dtype)
+        needs_x, needs_weight, needs_bias, _, _, _, *of_factors = ctx.needs_input_grad
         needs = Needs(needs_x, needs_weight, needs_bias and ctx.has_bias, tuple(of_factors))
         grad_x, grad_weight, grad_bias, grads = backward_pass(
             grad_y, x, ctx.x_shape, weight, updates, call, needs, deltas
         )
-        return (grad_x, grad_weight, grad_bias, None, None, *grads)
+        return (grad_x, grad_weight, grad_bias, None, None, None, *grads)
 
 
 def forward_pass(

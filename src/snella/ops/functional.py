@@ -11,6 +11,7 @@ from torch import Tensor
 from snella.ops.autograd import LayerCall, RecomputeCache, add_updates, apply_updates
 from snella.ops.backends import choose_backend, get_backend
 from snella.ops.kernels import make_kernel
+from snella.ops.recompute import origin_of
 from snella.ops.sparsify import SparsifyMode, sparsify
 from snella.ops.spec import Factors, LayerOp, LazyWeight, LinearOp, Update, UpdateSpec
 
@@ -60,6 +61,7 @@ def adapted_layer(
             weight_shape = torch.Size((updates[0].factors.B.shape[0], updates[0].factors.A.shape[1]))
         else:
             weight_shape = weight.shape
+    z, origin = origin_of(x)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     elif isinstance(weight, Tensor):
@@ -70,8 +72,8 @@ def adapted_layer(
     if updates and updates[0].spec.backend == "reference":
         return _reference_layer(x, weight, bias, updates, op, weight_shape)
     lazy = weight if isinstance(weight, LazyWeight) else None
-    call = LayerCall(op, weight_shape, cache_delta, lazy, recompute)
-    return apply_updates(x, None if isinstance(weight, LazyWeight) else weight, bias, updates, call)
+    call = LayerCall(op, weight_shape, cache_delta, lazy, recompute, origin)
+    return apply_updates(x, None if isinstance(weight, LazyWeight) else weight, bias, updates, call, z)
 
 
 def compute_effective_weight(

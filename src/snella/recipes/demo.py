@@ -8,7 +8,7 @@ from rich.table import Table
 
 from snella.runs.config import TrainConfig
 from snella.runs.console import make_console, print_heading, print_line
-from snella.runs.evaluate import redraw_report
+from snella.runs.evaluate import refresh_report
 from snella.runs.folder import RunFolder
 from snella.runs.train import train
 
@@ -59,7 +59,7 @@ def run_demo(
     Returns:
         The folder.
     """
-    console = console or make_console(survives_closed_output=True)
+    console = console or make_console(endures=True)
     folder = Path(out)
     rows = []
     for number, (method, own) in enumerate(DEMO_METHODS.items(), start=1):
@@ -72,7 +72,7 @@ def run_demo(
         rows.append(_row(run, method))
     run = RunFolder(folder)
     run.write_json("comparison.json", {"format": 1, "rows": rows})
-    report = redraw_report(folder, console)
+    report = refresh_report(folder, console)
     print_heading(console, "comparison")
     print_line(console, f"{folder}: {DEMO_SETTINGS['train_size']} training images, measured on the same test images")
     console.print(_table(rows))

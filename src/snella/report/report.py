@@ -34,7 +34,7 @@ from snella.report import figures
 from snella.report.allocation import adapter_budgets, adapter_step, arrange, epochs_of_allocation, has_importance
 from snella.report.examples import ImageSource, choose_examples, load_example, load_picture, mask_colors
 from snella.report.inspect import read_adapter, saved_budgets
-from snella.report.style import write_atomically
+from snella.report.style import write_whole
 
 _LONGEST = 800
 
@@ -111,7 +111,7 @@ def _kept_epoch(metrics: Metrics) -> tuple[str, str, str]:
     total = f"of {metrics.history[-1].epoch}" if metrics.history else ""
     average = "" if metrics.ema is None else f"; average of the weights, decay {metrics.ema:g}"
     if metrics.selected_on is None:
-        return "epoch", str(metrics.best_epoch), f"{total}, the last, without selection{average}"
+        return "epoch", str(metrics.best_epoch), f"{total}, the last; nothing chose it{average}"
     chosen_by = metrics.best_metric.replace("val_", "validation ").replace("_", " ")
     return "best epoch", str(metrics.best_epoch), (f"{total}, by {chosen_by}" if total else "") + average
 
@@ -369,7 +369,7 @@ def write_report(run: str | Path, images: ImageSource | None = None) -> Path:
     """
     folder = Path(run)
     page = _render(folder, images)
-    write_atomically(folder / "report.html", page.encode("utf-8", "backslashreplace"))
+    write_whole(folder / "report.html", page.encode("utf-8", "backslashreplace"))
     return folder / "report.html"
 
 

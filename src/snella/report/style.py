@@ -140,7 +140,7 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     metadata = {"Date": None} if path.suffix == ".svg" else {}
     with matplotlib.rc_context({"svg.hashsalt": path.stem}):
         figure.savefig(data, format=path.suffix[1:], dpi=144, metadata=metadata)
-    write_atomically(path, data.getvalue())
+    write_whole(path, data.getvalue())
     return path
 
 
@@ -175,7 +175,7 @@ def inline_svg(figure: Figure, name: str, description: str) -> str:
     return re.sub(r"<svg[^>]*>", lambda _: head, svg, count=1)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes) -> None:
     """Write a file so that its name never stands for half of it."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -214,5 +214,5 @@ __all__ = [
     "scale_bar",
     "shortened",
     "text_on",
-    "write_atomically",
+    "write_whole",
 ]

@@ -1,4 +1,4 @@
-"""Components of a run: data, model and task, built from a configuration or loaded from a run folder."""
+"""From settings to data, model and task."""
 
 import dataclasses
 import hashlib
@@ -24,32 +24,32 @@ from snella.records import read_run
 from snella.runs.config import DEFAULT_BATCH_SIZE, TrainConfig
 from snella.runs.console import counted, print_line
 from snella.runs.folder import RunFolder
-from snella.runs.protocol import get_protocol
+from snella.runs.protocol import protocol_of
 from snella.runs.sampler import EpochSampler
 from snella.tasks import Task, create_task, task_class, task_names
 
 PARTS = ("train", "val", "test")
 
 
-def splits_digest(splits: DataSplits) -> str:
-    """SHA-256 of the classes and of the ordered names and labels of all splits; independent of the folder's path."""
+def digest_of(splits: DataSplits) -> str:
+    """SHA-256 of the classes and of the ordered names and labels of all parts; the folder's place does not count."""
     parts = {"train": splits.train, "val": splits.val, "test": splits.test}
     named = {key: None if part is None else [part.names, part.labels] for key, part in parts.items()}
     return hashlib.sha256(json.dumps([splits.classes, named]).encode()).hexdigest()
 
 
 def contents_of(splits: DataSplits, names: Collection[str] = PARTS) -> dict[str, str]:
-    """SHA-256 of the images of each split; missing splits are left out."""
+    """SHA-256 of what the images of each part are made of; parts that are not there are left out."""
     return {name: part.content_digest() for name, part in parts_of(splits).items() if name in names}
 
 
 def parts_of(splits: DataSplits) -> dict[str, ImageDataset]:
-    """The existing splits, by name."""
+    """The parts that there are, by name."""
     return {name: part for name in PARTS if (part := getattr(splits, name)) is not None}
 
 
-def split_sizes(splits: DataSplits) -> dict[str, int]:
-    """Number of images in each split."""
+def sizes_of(splits: DataSplits) -> dict[str, int]:
+    """How many images each part has."""
     return {
         "train": len(splits.train),
         "val": 0 if splits.val is None else len(splits.val),
@@ -57,19 +57,19 @@ def split_sizes(splits: DataSplits) -> dict[str, int]:
     }
 
 
-def absolute_folder(spec: str) -> str | None:
-    """The absolute path of `folder:PATH` and the like; None for other data."""
+def folder_of(spec: str) -> str | None:
+    """The absolute place of `folder:PATH` and the like; None for other data."""
     folder = data_folder(spec)
     return None if folder is None else str(folder.resolve())
 
 
-def is_same_split(data: Mapping[str, Any], splits: DataSplits) -> bool:
-    """Whether these are the splits in `run.json`'s entry `data`; True for old runs, which have no digest."""
-    return data.get("digest") in (None, splits_digest(splits))
+def same_splits(data: Mapping[str, Any], splits: DataSplits) -> bool:
+    """Whether these are the splits in `run.json`'s entry `data`; True for old runs, which do not tell."""
+    return data.get("digest") in (None, digest_of(splits))
 
 
 def changed_parts(data: Mapping[str, Any], splits: DataSplits, names: Collection[str] = PARTS) -> list[str]:
-    """The splits whose images differ from the digests in `run.json`'s entry `data`; none for old runs."""
+    """The parts whose images have other contents than `run.json`'s entry `data` says; none for old runs."""
     stored = data.get("contents", {})
     return [name for name, digest in contents_of(splits, set(names) & set(stored)).items() if digest != stored[name]]
 
@@ -79,27 +79,27 @@ def check_splits(run: Path, data: Mapping[str, Any], splits: DataSplits, names: 
 
     Args:
         run: The run's folder, for the message.
-        data: The entry of `run.json`; old runs, which have no digest, pass.
+        data: The entry of `run.json`; old runs, which do not tell, pass.
         splits: From the run's own settings.
         names: The parts whose contents are compared, as those of all parts would have to be read.
 
     Raises:
-        ValueError: They differ; names both sizes and the remedy.
+        ValueError: They differ; says how many there were and are, and what to do.
     """
-    if not is_same_split(data, splits):
-        then, now = _counts(data["sizes"]), _counts(split_sizes(splits))
+    if not same_splits(data, splits):
+        then, now = _counts(data["sizes"]), _counts(sizes_of(splits))
         files = "the same numbers of other files" if then == now else now
         raise ValueError(
             f"data must hold the images that {run} was split from, {then}, got {files} in {data['spec']}: "
-            "files were added, removed or renamed, and a new split would evaluate on training images; restore "
-            "them, evaluate on other images with --data, or train a new run"
+            "files were added, removed or renamed, and a new split would measure on training images; restore them, "
+            "measure on images of your own with evaluate --data, or train a new run"
         )
     changed = changed_parts(data, splits, names)
     if changed:
         raise ValueError(
             f"data must hold the images that {run} was split from, got files of the same names with other contents in "
-            f"{data['spec']} ({', '.join(changed)}): images were replaced or saved again; restore them, evaluate on "
-            "other images with --data, or train a new run"
+            f"{data['spec']} ({', '.join(changed)}): images were replaced or saved again; restore them, measure on "
+            "images of your own with evaluate --data, or train a new run"
         )
 
 
@@ -123,12 +123,12 @@ def find_data(run: Path, spec: str, data: Mapping[str, Any]) -> str:
 
 
 def _counts(sizes: Mapping[str, int]) -> str:
-    """Sizes, human-readable."""
+    """Sizes for people."""
     return ", ".join(f"{name} {count}" for name, count in sizes.items())
 
 
 FOLDER = "selection"
-"""Folder of a run with the selected structure and its initial values."""
+"""Folder of a run with the structure that was chosen, and its first values."""
 
 
 def selection_data(
@@ -152,13 +152,13 @@ def selection_data(
     def batches(images: ImageDataset, order: EpochSampler | None) -> Iterator[tuple[Tensor, Tensor]]:
         loader = DataLoader(
             images,
-            config.effective_batch_size,
+            config.images_per_step,
             sampler=order,
             collate_fn=task.collate,
             num_workers=config.workers,
             generator=torch.Generator().manual_seed(config.seed),  # or a pass would draw from torch's own numbers
         )
-        steps = track(loader, "selecting trainable weights", console=console, transient=True) if show else loader
+        steps = track(loader, "choosing what is trained", console=console, transient=True) if show else loader
         yield from ((batch["images"], batch["labels"]) for batch in steps)
 
     def train_pass() -> Iterator[tuple[Tensor, Tensor]]:
@@ -179,7 +179,7 @@ def selection_data(
 
 
 def store_selection(run: Path, method: str, model: nn.Module) -> None:
-    """Store the structure that a method has selected, so that a resumed run reuses it; nothing for other methods.
+    """Keep what a method has chosen, so that a resumed run need not choose again; nothing for other methods.
 
     Args:
         run: Folder of the run.
@@ -191,21 +191,21 @@ def store_selection(run: Path, method: str, model: nn.Module) -> None:
 
 
 def has_selection(run: Path) -> bool:
-    """Whether a run has stored a complete selection."""
+    """Whether a run has kept a choice, whole."""
     return (run / FOLDER / METHOD_FILE).is_file()
 
 
 def restore_selection(run: Path, backbone: nn.Module) -> nn.Module:
-    """The backbone with the stored selection of a run, at its initial values.
+    """The backbone with the choice that a run has kept, its values as training began with them.
 
     Raises:
-        AdapterFileError: The stored selection is damaged.
+        AdapterFileError: The kept choice is damaged.
     """
     return load_trained(run / FOLDER, backbone)
 
 
 @dataclass
-class RunComponents:
+class Assembly:
     """All parts of a run, ready to train."""
 
     splits: DataSplits
@@ -215,13 +215,13 @@ class RunComponents:
     data_config: dict[str, Any]
 
 
-def build_components(config: TrainConfig, resumed: Path | None = None, console: Console | None = None) -> RunComponents:
+def assemble(config: TrainConfig, resumed: Path | None = None, console: Console | None = None) -> Assembly:
     """Load the data, create the backbone and make it trainable.
 
     Args:
         config: Resolved settings.
-        resumed: Folder of the run to resume: its stored selection is reused.
-        console: Where the progress of a selection is shown; None for nowhere.
+        resumed: Folder of the run that goes on: what its method has chosen from data is not chosen again.
+        console: Where the progress of such a choice is shown; None for nowhere.
 
     Raises:
         ValueError: Fewer training images than a batch, or whatever the parts refuse.
@@ -234,7 +234,7 @@ def build_components(config: TrainConfig, resumed: Path | None = None, console: 
         splits.notes.append(
             f"all {counted(len(splits.train), 'training image')} in one batch, instead of {DEFAULT_BATCH_SIZE} images"
         )
-    elif len(splits.train) < config.effective_batch_size:
+    elif len(splits.train) < config.images_per_step:
         raise ValueError(
             f"batch_size must be at most the number of training images, {len(splits.train)} in {config.data}, "
             f"got {config.batch_size}; "
@@ -249,10 +249,10 @@ def build_components(config: TrainConfig, resumed: Path | None = None, console: 
         "seed": config.seed,
     }
     backbone = make_backbone(wanted, config.task)
-    data_config = get_protocol(config.protocol).data_config(
-        resolve_data_config(backbone, config.img_size), is_resized_whole=splits.is_resized_whole
+    data_config = protocol_of(config.protocol).data_config(
+        data_config_of(backbone, config.img_size), is_resized_whole=splits.is_resized_whole
     )
-    described = {**wanted, "architecture": architecture_name(backbone)}
+    described = {**wanted, "architecture": architecture_of(backbone)}
     train_transform = build_transform(data_config, train=True, augment=config.augment)
     transform = build_transform(data_config, train=False, augment="none")
     splits.train = splits.train.with_transform(train_transform)
@@ -269,7 +269,7 @@ def build_components(config: TrainConfig, resumed: Path | None = None, console: 
             backbone.to(device)
         model = build_method(config.method, backbone, head=task.head, batches=data, **config.options_of_method())
         model = model.to(device)
-    return RunComponents(splits, model, task, described, data_config)
+    return Assembly(splits, model, task, described, data_config)
 
 
 def _images_to_choose_from(
@@ -288,7 +288,7 @@ def _images_to_choose_from(
 
 
 def load_splits(config: TrainConfig) -> DataSplits:
-    """The splits of a configuration; the same every time while the files are the same."""
+    """The images that settings name, split as they say; the same ones every time while the files are the same."""
     return load_data(
         str(config.data),
         seed=config.seed,
@@ -316,15 +316,15 @@ def make_backbone(backbone: dict[str, Any], task: str = "classification") -> nn.
     )
 
 
-def resolve_data_config(model: nn.Module, img_size: int | None) -> dict[str, Any]:
-    """The model's own mean, std, size and interpolation as plain values, with `img_size` if given."""
+def data_config_of(model: nn.Module, img_size: int | None) -> dict[str, Any]:
+    """The model's own mean, std, size and interpolation as plain values, with the size that was asked for."""
     config = dict(timm.data.resolve_model_data_config(model))
     if img_size is not None:
         config["input_size"] = (config["input_size"][0], img_size, img_size)
     return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
 
 
-def architecture_name(model: nn.Module) -> str | None:
+def architecture_of(model: nn.Module) -> str | None:
     """The name under which timm creates such a model; None for models of other origin."""
     config = getattr(model, "pretrained_cfg", None) or {}
     name = config.get("architecture")
@@ -354,7 +354,7 @@ _COMMANDS_OF_OTHERS = {
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """The best model of a run, with its transform, classes and task."""
+    """The best model of a run with all that its use needs."""
 
     folder: RunFolder
     model: nn.Module
@@ -365,7 +365,7 @@ class LoadedRun:
 
     @property
     def device(self) -> torch.device:
-        """The device of the model."""
+        """Where the model is."""
         return next(self.model.parameters()).device
 
 
@@ -387,14 +387,14 @@ def load_run(run: str | Path | RunFolder, device: str = "auto") -> LoadedRun:
     folder = run if isinstance(run, RunFolder) else RunFolder(run)
     info = folder.read_json("run.json")
     read_run(folder.path)
-    task = get_task(info)
+    task = task_of(info)
     folder.check_adapter()
     model = load_trained(folder.adapter, make_backbone(info["backbone"], task.name)).to(choose_device(device))
     transform = build_transform(info["data_config"], train=False, augment="none")
     return LoadedRun(folder, model, transform, list(info["classes"]), task, info)
 
 
-def get_task(info: dict[str, Any]) -> Task:
+def task_of(info: dict[str, Any]) -> Task:
     """The task of a run.
 
     Args:
@@ -403,11 +403,11 @@ def get_task(info: dict[str, Any]) -> Task:
     Raises:
         ValueError: The run is of another kind, such as a personalized generator; names the commands that use it.
     """
-    return create_task(get_task_name(info), info["classes"])
+    return create_task(task_name_of(info), info["classes"])
 
 
-def get_task_name(info: dict[str, Any]) -> str:
-    """The name of a run's task; old runs without a task are classification. Raises as `get_task`."""
+def task_name_of(info: dict[str, Any]) -> str:
+    """The name of a run's task; runs that do not tell were classification. Raises as `task_of`."""
     name = str(info.get("task", "classification"))
     if name not in task_names():
         hint = _COMMANDS_OF_OTHERS.get(name, "another version of snella wrote it")

@@ -1,4 +1,4 @@
-"""`RunFolder`: the files of a run, their digests and status."""
+"""The folder of one run: what lies where, who may write into it."""
 
 import hashlib
 import json
@@ -43,11 +43,11 @@ _FOLDERS = ("adapter", "checkpoints", "commands", "masks", "selection")
 _DIGESTED = ("config.yaml", "metrics.json", "allocation.json", "predictions.json")
 _DIGESTED_FOLDERS = ("adapter", "selection")
 _NEW_RUN = "; a new run can start from its model: snella merge {} --out MODEL, then --backbone MODEL"
-_REMEDY = "copy the file again, or train again with `--overwrite`"
+_WAY_OUT = "copy the file again, or train again with `--overwrite`"
 
 
 def status_text(status: Status) -> str:
-    """The status, human-readable: a killed process leaves it at running."""
+    """A status for people: a killed process could not change it any more."""
     return "running or killed" if status == "running" else status
 
 
@@ -84,20 +84,20 @@ class RunFolderOf(Generic[S]):
             return None
         run = self.read_json("run.json")
         if not isinstance(run, dict) or run.get("status") not in get_args(Status):
-            raise ValueError(f"{self.path / 'run.json'} is damaged: it holds no status; {_REMEDY}")
+            raise ValueError(f"{self.path / 'run.json'} is damaged: it holds no status; {_WAY_OUT}")
         return run["status"]
 
     def read_json(self, name: str) -> Any:
         """Content of one of the JSON files.
 
         Raises:
-            FileNotFoundError: This is not the folder of a run, or the run has not written it yet.
+            FileNotFoundError: This is not the folder of a run, or the run has not come so far.
             ValueError: The file is damaged.
         """
         path = self.path / name
         if not path.is_file():
             known = (
-                "the run has not written it yet"
+                "the run has not come so far"
                 if (self.path / "run.json").is_file()
                 else "this is not the folder of a run"
             )
@@ -105,13 +105,13 @@ class RunFolderOf(Generic[S]):
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is damaged: {error}; {_REMEDY}") from None
+            raise ValueError(f"{path} is damaged: {error}; {_WAY_OUT}") from None
         if not is_intact(values):
-            raise ValueError(f"{path} was altered after it was written: its SHA-256 is another; {_REMEDY}")
+            raise ValueError(f"{path} was altered after it was written: its SHA-256 is another; {_WAY_OUT}")
         return values
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write one of the JSON files atomically."""
+        """Write one of the JSON files, whole or not at all."""
         write_json(self.path / name, value)
         self._note_digest(name)
 
@@ -125,7 +125,7 @@ class RunFolderOf(Generic[S]):
         write_json(self.path / "run.json", sealed(run))
 
     def finish(self) -> None:
-        """Set the status to finished, with the digests of settings, results and adapter."""
+        """Say that the run is finished, and of what bytes its settings, results and adapter consist."""
         paths = [self.path / name for name in _DIGESTED]
         for folder in _DIGESTED_FOLDERS:
             paths += sorted(path for path in (self.path / folder).rglob("*") if path.is_file())
@@ -169,10 +169,10 @@ class RunFolderOf(Generic[S]):
             raise ValueError(f"{path} is damaged: {error}; train again with `--overwrite`") from None
 
     def check_adapter(self) -> None:
-        """Refuse a missing best adapter, and files that were altered.
+        """Refuse to go on without a best adapter, or with files that are not what the run wrote.
 
         Raises:
-            FileNotFoundError: There is none; tells a missing one from one not written yet.
+            FileNotFoundError: There is none; says whether it is missing or not there yet.
             ValueError: A file was altered.
         """
         if any(self.adapter.glob("*.safetensors")):
@@ -186,8 +186,8 @@ class RunFolderOf(Generic[S]):
         state = status_text(self.status) if self.status else "not begun"
         raise FileNotFoundError(f"{self.path} holds no adapter yet (status {state}); finish the run with --resume")
 
-    def resolve_settings(self, config: S) -> S:
-        """Resolve the settings of a new or resumed run, before anything is loaded or written.
+    def settle(self, config: S) -> S:
+        """Decide what to train, before anything is loaded or written.
 
         Args:
             config: The settings asked for; `resume` and `overwrite` decide what happens to an existing run.
@@ -201,29 +201,29 @@ class RunFolderOf(Generic[S]):
             ValueError: `resume` with settings that differ from the stored ones.
         """
         status = self.status
-        settings: Any = config
-        if settings.resume and status is not None:
+        asked: Any = config
+        if asked.resume and status is not None:
             return self._resumed(config)
-        if settings.resume and not all(getattr(config, name) for name in config.needed):
+        if asked.resume and not all(getattr(config, name) for name in config.needed):
             raise FileNotFoundError(
                 f"resume must name the folder of a run, got {self.path}, which holds none; "
                 f"give {' and '.join(config.needed)} to start one"
             )
-        if status is not None and not settings.overwrite:
+        if status is not None and not asked.overwrite:
             state, hint = (
                 ("a finished run", "")
                 if status == "finished"
-                else (f"an unfinished run ({status_text(status)})", "resume it with --resume, ")
+                else (f"an unfinished run ({status_text(status)})", "continue it with --resume, ")
             )
             raise FileExistsError(
                 f"out={self.path} holds {state}; {hint}choose another folder, or start over with --overwrite"
             )
-        if status is None and self._holds_unexpected_files():
+        if status is None and self._holds_strangers():
             raise FileExistsError(f"out={self.path} holds files but no run; choose an empty or a new folder")
         return config.resolved()
 
-    def prepare(self, config: S, *, is_resumed: bool) -> None:
-        """Create the folder of a new run, or prepare the existing one for resuming."""
+    def begin(self, config: S, *, is_resumed: bool) -> None:
+        """Start a run anew, or go on with the one that is there; checkpoints can be written afterwards."""
         if is_resumed:
             self.write_config(config)
         else:
@@ -238,7 +238,7 @@ class RunFolderOf(Generic[S]):
         self.write_config(config)
 
     def _resumed(self, config: S) -> S:
-        """The stored settings, if `config` does not contradict them; `data` may name its new place."""
+        """The stored settings, if what was asked for does not contradict them; `data` may say where it lies now."""
         stored = self.read_config()
         data = getattr(config, "data", None)
         if data and self.read_json("run.json").get("data", {}).get("digest"):
@@ -254,15 +254,15 @@ class RunFolderOf(Generic[S]):
                 setattr(stored, name, getattr(config, name))
         return stored
 
-    def _holds_unexpected_files(self) -> bool:
-        """Whether the folder holds anything besides other runs and files of an unfinished run."""
+    def _holds_strangers(self) -> bool:
+        """Whether something lies here besides other runs and what an unfinished start of ours left behind."""
         if not self.path.exists():
             return False
         if not self.path.is_dir():
             return True
-        expected = {*self.files, *self.folders}
-        unexpected = [e for e in self.path.iterdir() if e.name not in expected and not e.name.startswith(".")]
-        return any(not (entry / "run.json").is_file() for entry in unexpected)
+        ours = {*self.files, *self.folders}
+        strangers = [e for e in self.path.iterdir() if e.name not in ours and not e.name.startswith(".")]
+        return any(not (entry / "run.json").is_file() for entry in strangers)
 
     def _clear(self) -> None:
         """Remove a run, and only what belongs to it."""

@@ -1,4 +1,4 @@
-"""Linear probing: cached features of a frozen backbone, and a head initialized by logistic regression."""
+"""Features of a frozen backbone, computed once: what a linear probe trains on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from snella.data import ImageDataset, build_transform
 from snella.methods import spec_of
-from snella.runs.build import RunComponents
+from snella.runs.build import Assembly
 from snella.runs.config import TrainConfig
 
 
@@ -39,7 +39,7 @@ class FeatureDataset(Dataset[tuple[Tensor, int]]):
         return self.features[index], self.labels[index]
 
     def set_epoch(self, epoch: int) -> None:
-        """Nothing: features do not change."""
+        """Nothing to draw anew."""
 
     def image(self, index: int) -> Image.Image:
         """The image itself, RGB."""
@@ -58,7 +58,7 @@ def can_cache_features(config: TrainConfig, model: nn.Module) -> bool:
 
 
 def has_timm_features(model: nn.Module) -> bool:
-    """Whether the model has timm's `forward_features` and `forward_head`."""
+    """Whether the model says its pooled features in timm's way."""
     return all(callable(getattr(model, name, None)) for name in ("forward_features", "forward_head"))
 
 
@@ -68,8 +68,8 @@ def _draws_random_numbers(model: nn.Module) -> bool:
     return any(isinstance(rate := getattr(module, name, None), float) and rate > 0 for module, name in rates)
 
 
-def cache_features(parts: RunComponents, config: TrainConfig) -> nn.Module:
-    """Replace all images by their features, and return the module to train: the head.
+def cache_features(parts: Assembly, config: TrainConfig) -> nn.Module:
+    """Put features in the place of all images, and return what is left to train: the head.
 
     Args:
         parts: Its data sets are replaced.
@@ -94,7 +94,7 @@ def pooled_features(model: nn.Module, images: ImageDataset, config: TrainConfig)
     """Pooled features of one batch after the other, on the CPU."""
     device = next(model.parameters()).device
     model.eval()
-    for batch, _ in DataLoader(images, batch_size=config.effective_batch_size, num_workers=config.workers):
+    for batch, _ in DataLoader(images, batch_size=config.images_per_step, num_workers=config.workers):
         pooled = model.forward_head(model.forward_features(batch.to(device)), pre_logits=True)  # type: ignore[operator]
         yield pooled.float().cpu()
 
@@ -104,7 +104,7 @@ _MAX_ITERATIONS = 2000
 _MOST_IMAGES_OF_AUTO = 5_000  # of more, a random head learns as well, and fitting a probe takes minutes
 
 
-def choose_head_start(parts: RunComponents, config: TrainConfig) -> Literal["random", "probe"]:
+def choose_head_start(parts: Assembly, config: TrainConfig) -> Literal["random", "probe"]:
     """What `head_start` means for this model and data: itself, or what `auto` stands for.
 
     `auto` is `probe` for a timm classifier with a linear head and at most 5,000 training images of two classes or more;
@@ -121,7 +121,7 @@ def choose_head_start(parts: RunComponents, config: TrainConfig) -> Literal["ran
     return "probe" if is_fitting else "random"
 
 
-def start_head_from_probe(parts: RunComponents, config: TrainConfig) -> None:
+def start_head_from_probe(parts: Assembly, config: TrainConfig) -> None:
     """Set the head to a logistic regression on the features that the model has before training.
 
     A random head sends random gradients through the backbone in its first steps; one that fits already does not

@@ -123,31 +123,31 @@ class ClassificationTask:
             "confusion": confusion_matrix(truth, predicted, labels=range(self.num_classes)).tolist(),
         }
 
-    def reduce(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def keep(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Logits in float32 and labels, as they are."""
         return outputs.float(), labels
 
-    def sample_outputs(self, reduced: ArrayLike) -> Tensor:
+    def verdicts(self, kept: ArrayLike) -> Tensor:
         """Probabilities `[images, classes]` from logits."""
-        return self.probabilities(torch.as_tensor(np.asarray(reduced)))
+        return self.probabilities(torch.as_tensor(np.asarray(kept)))
 
-    def items(self, dataset: ImageDataset, sample_outputs: Tensor, folder: Path) -> list[dict[str, Any]]:
+    def items(self, dataset: ImageDataset, verdicts: Tensor, folder: Path) -> list[dict[str, Any]]:
         """Label and probabilities of each image."""
         return [
             {"index": index, "name": name, "label": int(label), "probabilities": [round(p, 6) for p in row]}
             for index, (name, label, row) in enumerate(
-                zip(dataset.names, dataset.labels, sample_outputs.tolist(), strict=True)
+                zip(dataset.names, dataset.labels, verdicts.tolist(), strict=True)
             )
         ]
 
-    def save_examples(self, model: nn.Module, dataset: ImageDataset, sample_outputs: Tensor, folder: Path) -> None:
+    def keep_examples(self, model: nn.Module, dataset: ImageDataset, verdicts: Tensor, folder: Path) -> None:
         """Nothing: the report shows the images themselves."""
 
-    def report_images(self, dataset: ImageDataset, folder: Path) -> ImageSource:
+    def pictures(self, dataset: ImageDataset, folder: Path) -> ImageSource:
         """The images themselves."""
         return dataset.image
 
-    def remap_labels(self, label: int, numbers: Sequence[int]) -> int:
+    def renumbered(self, label: int, numbers: Sequence[int]) -> int:
         """The class number `numbers[label]`."""
         return numbers[label]
 
@@ -155,7 +155,7 @@ class ClassificationTask:
         """Both accuracies."""
         return {"val_accuracy": scores["accuracy"], "val_balanced_accuracy": scores["balanced_accuracy"]}
 
-    def selection_score(self, row: Mapping[str, Any]) -> tuple[float, float]:
+    def rank(self, row: Mapping[str, Any]) -> tuple[float, float]:
         """Higher validation accuracy first, then lower validation loss."""
         return row["val_accuracy"], -row["val_loss"]
 

@@ -26,8 +26,8 @@ class ResultTable:
 class Task(Protocol):
     """A kind of learning: what a batch is, which model fits, loss, metrics, and how results read.
 
-    A model's outputs of a batch are turned into two small tensors by `reduce`; those of a whole data set, concatenated,
-    are what `metrics` and `sample_outputs` are computed from.
+    A model's outputs of a batch are turned into two small tensors by `keep`; those of a whole data set, concatenated,
+    are what `metrics` and `verdicts` are computed from.
     """
 
     name: ClassVar[str]
@@ -56,31 +56,31 @@ class Task(Protocol):
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """What training lowers, 0-dim, float32 at least."""
 
-    def reduce(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def keep(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """What `metrics` needs of a batch: two tensors with a row an item, small enough to hold for a data set."""
 
-    def metrics(self, reduced: ArrayLike, labels: ArrayLike) -> dict[str, Any]:
+    def metrics(self, kept: ArrayLike, labels: ArrayLike) -> dict[str, Any]:
         """Results on a data set, `loss` among them, as plain values."""
 
-    def sample_outputs(self, reduced: ArrayLike) -> Tensor:
+    def verdicts(self, kept: ArrayLike) -> Tensor:
         """What is said about each item in the run's `predictions.json`, a row an item."""
 
-    def items(self, dataset: ImageDataset, sample_outputs: Tensor, folder: Path) -> list[dict[str, Any]]:
+    def items(self, dataset: ImageDataset, verdicts: Tensor, folder: Path) -> list[dict[str, Any]]:
         """The entries of `predictions.json`."""
 
-    def save_examples(self, model: nn.Module, dataset: ImageDataset, sample_outputs: Tensor, folder: Path) -> None:
+    def keep_examples(self, model: nn.Module, dataset: ImageDataset, verdicts: Tensor, folder: Path) -> None:
         """Leave in the run's folder what its report's pictures need beside the images."""
 
-    def report_images(self, dataset: ImageDataset, folder: Path) -> ImageSource:
+    def pictures(self, dataset: ImageDataset, folder: Path) -> ImageSource:
         """The report's pictures by index."""
 
-    def remap_labels(self, label: Any, numbers: Sequence[int]) -> Any:
+    def renumbered(self, label: Any, numbers: Sequence[int]) -> Any:
         """An item's label with the class numbers `numbers[old]`."""
 
     def epoch_row(self, scores: Mapping[str, Any]) -> dict[str, float]:
         """The entries of an epoch's row that this task measures on validation, besides the loss."""
 
-    def selection_score(self, row: Mapping[str, Any]) -> tuple[float, float]:
+    def rank(self, row: Mapping[str, Any]) -> tuple[float, float]:
         """What epochs are compared by; the higher the better."""
 
     def epoch_text(self, row: Mapping[str, Any]) -> str:

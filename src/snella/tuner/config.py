@@ -169,6 +169,8 @@ class SnellaConfig(PeftConfig):
         keep_delta: Keep the merged matrix for the backward pass instead of rebuilding it (numba rebuilds as fast as it
             would read, and keeps nothing), and in evaluation the effective weight
             of a layer whose base weight is quantized.
+        recompute_inputs: Do not keep an adapted layer's input where it is the output of a normalization or an
+            activation, whose own input autograd keeps anyway: compute it again in the backward pass, to the same bits.
         fixed_support: Let `layer.set_support` say once which entries may change (the paper's predefined mask), instead
             of letting them compete: the update is then the merged matrix itself at these entries, unshrunk. Sparsities,
             schedule and allocation mean nothing then.
@@ -224,6 +226,7 @@ class SnellaConfig(PeftConfig):
     softmax_dim: int = field(default=0, metadata={"help": "axis of the softmax, 0 or 1"})
     center_softmax: bool = field(default=False, metadata={"help": "subtract the softmax's mean"})
     keep_delta: bool = field(default=False, metadata={"help": "keep the merged matrix for the backward pass"})
+    recompute_inputs: bool = field(default=True, metadata={"help": "compute inputs again instead of keeping them"})
     fixed_support: bool = field(default=False, metadata={"help": "change entries that are given, see set_support"})
     impl: str = field(default="auto", metadata={"help": "implementation of the adapted layer"})
     init_weights: bool = field(default=True, metadata={"help": "start next to the pre-trained model"})
@@ -504,7 +507,15 @@ _KINDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     ),
     (
         (
-            *("learn_piece_coeff", "learn_temperature", "zero_start", "center_softmax", "keep_delta", "fixed_support"),
+            *(
+                "learn_piece_coeff",
+                "learn_temperature",
+                "zero_start",
+                "center_softmax",
+                "keep_delta",
+                "recompute_inputs",
+                "fixed_support",
+            ),
             *("init_weights", "ensure_weight_tying", "inference_mode", "match_update"),
         ),
         lambda value: isinstance(value, bool),

@@ -16,6 +16,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from snella.ops.recompute import mark_outputs
 from snella.tuner.attention import AdaptedAttention, Projection, input_projections, is_adaptable, keep_off_fast_path
 from snella.tuner.config import SnellaConfig
 from snella.tuner.layer import SnellaLayer
@@ -258,6 +259,9 @@ class SnellaModel(BaseTuner):
             raise
         keep_off_fast_path(model)
         config = cast(SnellaConfig, self.peft_config[adapter_name])
+        if config.recompute_inputs:
+            count = mark_outputs(model)
+            logger.info("inputs of adapted layers from %d normalizations and activations are computed again", count)
         layer = next((m for m in model.modules() if isinstance(m, SnellaLayer) and adapter_name in m.snella_A), None)
         if layer is not None and not layer.snella_A[adapter_name].is_meta:
             logger.info("adapter %r: impl=%r is %s", adapter_name, config.impl, layer.backend(adapter_name))

@@ -158,7 +158,7 @@ def test_a_picture_depends_on_prompt_and_seed_alone(taught, pipeline_folder):
 
 def test_an_interrupted_run_goes_on_to_the_same_bits(settings, taught, tmp_path, no_report):
     out = str(tmp_path / "cut")
-    with interrupted_at(5), pytest.raises(TrainingInterrupted, match=r"checkpoint-5; resume with: snella dreambooth"):
+    with interrupted_at(5), pytest.raises(TrainingInterrupted, match=r"checkpoint-5; continue with: snella dreambooth"):
         personalize(settings(out=out))
     run = personalize(DreamBoothConfig(out=out, resume=True))
     whole, resumed = (load_file(folder / "adapter_model.safetensors") for folder in (taught / "adapter", run.adapter))

@@ -19,7 +19,7 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
 near the size of LoRA's, as measured for `snella` on a block of the real width (docs/generation.md) and taken over for
 `snell`; the paper has none."""
 _RATES = ("lr", "scalar_lr", "weight_decay", "max_grad_norm", "prior_weight", "guidance")
-_MINIMUMS = {
+_LEAST = {
     "resolution": 8,
     "steps": 1,
     "batch_size": 1,
@@ -136,8 +136,8 @@ class DreamBoothConfig(RunSettings):
 
     def __post_init__(self) -> None:
         """Check everything that can be known without data and model, and report all errors together."""
-        errors = [*self.path_errors(), *self._token_errors(), *self.choice_errors(), *self.minimum_errors(_MINIMUMS)]
-        errors += [*self.nonnegative_errors(_RATES), *self.method_errors()]
+        errors = [*self.place_errors(), *self._token_errors(), *self.choice_errors(), *self.least_errors(_LEAST)]
+        errors += [*self.finite_errors(_RATES), *self.method_errors()]
         if errors:
             raise ValueError("; ".join(errors))
 

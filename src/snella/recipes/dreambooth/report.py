@@ -23,7 +23,7 @@ from snella.report.examples import picture_uri
 from snella.report.generator_runs import read_learning_curve
 from snella.report.inspect import read_adapter, saved_budgets
 from snella.report.report import allocation_section
-from snella.report.style import ACCENT, CURVE, MUTED, add_legend, inline_svg, new_figure, write_atomically
+from snella.report.style import ACCENT, CURVE, MUTED, add_legend, inline_svg, new_figure, write_whole
 
 _LONGEST = 320
 _WINDOW = 20
@@ -79,7 +79,7 @@ def write_generation_report(run: str | Path) -> Path:
     environment.filters.update(count=count_text, percent=percent_text, plain=plain_text)
     template = environment.from_string(_text("snella.recipes.dreambooth", "report.html.jinja"))
     page = template.render(context, style=Markup(_text("snella.report", "report.css")))
-    write_atomically(folder / "report.html", page.encode("utf-8", "backslashreplace"))
+    write_whole(folder / "report.html", page.encode("utf-8", "backslashreplace"))
     return folder / "report.html"
 
 

@@ -23,23 +23,23 @@ from snella.recipes.dreambooth.pipeline import check_resolution, embed_prompts, 
 from snella.recipes.dreambooth.report import write_generation_report
 from snella.recipes.dreambooth.trainer import FlowMatching, Learner, Lesson
 from snella.runs.build import choose_device
-from snella.runs.checkpoints import reporting_write_errors
+from snella.runs.checkpoints import saving
 from snella.runs.config import command_line
 from snella.runs.console import counted, make_console, print_line, print_rows
 from snella.runs.results import (
     describe_allocation,
     folder_bytes,
+    kept_text,
     matrices_of,
     peak_rss_mib,
-    sparsity_summary,
     trainable_parameters,
 )
 from snella.runs.session import (
     InterruptCallback,
-    checkpoint_to_resume,
-    lock_run,
-    record_status,
-    resolve_resume,
+    checkpoint_to_continue,
+    outcome_recorded,
+    run_owned,
+    settle_unfinished,
 )
 
 
@@ -118,7 +118,7 @@ def describe_metrics(learner: Learner) -> dict[str, Any]:
     }
 
 
-def log_summary(
+def announce(
     console: Console,
     config: DreamBoothConfig,
     concept: Concept,
@@ -167,15 +167,15 @@ def personalize(config: DreamBoothConfig, console: Console | None = None) -> Dre
         NonFiniteLossError: The loss or the gradient became infinite or NaN; the last checkpoint is kept.
         CheckpointError: The disk is full, and the last checkpoint is kept; or that of a resumed run is damaged.
     """
-    console = console or make_console(survives_closed_output=True)
+    console = console or make_console(endures=True)
     run = DreamBoothFolder(str(config.out))
-    with lock_run(run):
+    with run_owned(run):
         return _personalize(config, run, console)
 
 
 def _personalize(config: DreamBoothConfig, run: DreamBoothFolder, console: Console) -> DreamBoothFolder:
     """The work of `personalize`, in a folder that no other process writes into."""
-    settled = resolve_resume(run, config, console, f"its report is {run.report}")
+    settled = settle_unfinished(run, config, console, f"its report is {run.report}")
     if settled is None:
         if not run.report.is_file():
             write_generation_report(run.path)
@@ -189,9 +189,9 @@ def _personalize(config: DreamBoothConfig, run: DreamBoothFolder, console: Conso
     encoder_dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     pipeline = load_pipeline(str(config.pipeline), encoder_dtype=encoder_dtype)
     check_resolution(pipeline, config.resolution)
-    run.prepare(config, is_resumed=is_resumed)
+    run.begin(config, is_resumed=is_resumed)
     run.update("running", **describe_run(config, concept))
-    with record_status(run, "dreambooth"), InterruptCallback() as interrupt:
+    with outcome_recorded(run, "dreambooth"), InterruptCallback() as interrupt:
         drawing = Drawing(
             config.resolution,
             config.sample_steps,
@@ -208,8 +208,8 @@ def _personalize(config: DreamBoothConfig, run: DreamBoothFolder, console: Conso
         model = adapt_headless(config.method, pipeline.transformer, config.options_of_method())
         loss = FlowMatching(pipeline.scheduler, config.weighting, config.precondition)
         learner = Learner(model, config, loss, subject, classes, run, device)
-        log_summary(console, config, concept, model, learner.optimizer_name, device)
-        if (checkpoint := checkpoint_to_resume(run, console)) is not None:
+        announce(console, config, concept, model, learner.optimizer_name, device)
+        if (checkpoint := checkpoint_to_continue(run, console)) is not None:
             learner.load(checkpoint)
         learner.run(console, interrupt)
         _finish(learner, pipeline, drawing, run, console)
@@ -241,7 +241,7 @@ def _finish(
 ) -> None:
     """Save the adapter, draw the sample pictures, write results and report."""
     config = learner.config
-    with reporting_write_errors(run.adapter):
+    with saving(run.adapter):
         save_trained(learner.model, run.adapter)
     allocator = learner.allocator
     if allocator is not None:
@@ -271,5 +271,5 @@ def _finish(
     )
     matrices = matrices_of(learner.model)
     if matrices:
-        print_line(console, f"the update {sparsity_summary(matrices)}")
+        print_line(console, f"the update {kept_text(matrices)}")
     print_line(console, f"adapter {run.adapter}, report {report}")

@@ -23,7 +23,7 @@ from snella import BudgetAllocator
 from snella.methods import load_trained_into, save_trained
 from snella.recipes.dreambooth.config import DreamBoothConfig, DreamBoothFolder
 from snella.recipes.dreambooth.pipeline import LatentImages, PromptEmbedding
-from snella.runs.checkpoints import reading_checkpoint, remove_incomplete, staged
+from snella.runs.checkpoints import reading, remove_incomplete, staged
 from snella.runs.console import print_line
 from snella.runs.results import matrices_of
 from snella.runs.sampler import EpochSampler, mix_seed
@@ -232,7 +232,7 @@ class Learner:
         Raises:
             CheckpointError: It was written with another optimizer, or holds something else than a learner's state.
         """
-        with reading_checkpoint(checkpoint):
+        with reading(checkpoint):
             load_trained_into(self.model, checkpoint)
             state = torch.load(checkpoint / _STATE, map_location=self.device, weights_only=True)
             self.step, self.history, self.loss_before = state["step"], state["history"], state["loss_before"]

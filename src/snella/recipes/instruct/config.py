@@ -16,15 +16,7 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """By method: what it takes where the user gives none. LoRA's rate is the benchmark's own; the others are untuned."""
 _RATES = ("lr", "scalar_lr", "weight_decay", "max_grad_norm")
-_MINIMUMS = {
-    "max_length": 2,
-    "epochs": 1,
-    "batch_size": 1,
-    "accumulation": 1,
-    "warmup_steps": 0,
-    "val_size": 0,
-    "seed": 0,
-}
+_LEAST = {"max_length": 2, "epochs": 1, "batch_size": 1, "accumulation": 1, "warmup_steps": 0, "val_size": 0, "seed": 0}
 
 
 @dataclass
@@ -107,8 +99,8 @@ class LanguageConfig(RunSettings):
 
     def __post_init__(self) -> None:
         """Check everything that can be known without data and model, and report all errors together."""
-        errors = [*self.path_errors(), *self._template_errors(), *self.choice_errors(), *self.minimum_errors(_MINIMUMS)]
-        errors += [*self.nonnegative_errors(_RATES), *self.method_errors()]
+        errors = [*self.place_errors(), *self._template_errors(), *self.choice_errors(), *self.least_errors(_LEAST)]
+        errors += [*self.finite_errors(_RATES), *self.method_errors()]
         if errors:
             raise ValueError("; ".join(errors))
 

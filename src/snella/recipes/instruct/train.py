@@ -30,26 +30,26 @@ from snella.methods.registry import adapt_headless
 from snella.recipes.instruct.config import LanguageConfig, LanguageFolder
 from snella.recipes.instruct.data import IGNORED, Template, encode, pad_right, read_instructions
 from snella.runs.build import choose_device
-from snella.runs.checkpoints import reporting_write_errors
+from snella.runs.checkpoints import saving
 from snella.runs.config import command_line
 from snella.runs.console import counted, make_console, print_line, print_rows
 from snella.runs.results import (
     describe_allocation,
     folder_bytes,
+    kept_text,
     matrices_of,
     peak_rss_mib,
-    sparsity_summary,
     trainable_parameters,
 )
 from snella.runs.session import (
     InterruptCallback,
     NonFiniteLossError,
-    checkpoint_to_resume,
-    lock_run,
-    record_status,
-    resolve_resume,
+    checkpoint_to_continue,
+    outcome_recorded,
+    run_owned,
+    settle_unfinished,
 )
-from snella.runs.trainer import CheckpointingTrainer, base_training_arguments, build_low_bit_optimizer
+from snella.runs.trainer import CheckpointingTrainer, build_low_bit_optimizer, quiet_arguments
 
 
 def load_model(name: str, dtype: torch.dtype) -> nn.Module:
@@ -169,7 +169,7 @@ class LanguageProgress(TrainerCallback):
 
 def training_arguments(config: LanguageConfig, checkpoints: Path) -> TrainingArguments:
     """The Trainer's own settings: quiet, a checkpoint each epoch, warm-up and a linear fall."""
-    return base_training_arguments(
+    return quiet_arguments(
         checkpoints,
         choose_device(config.device),
         seed=config.seed,
@@ -214,15 +214,15 @@ def fine_tune(config: LanguageConfig, console: Console | None = None) -> Languag
         NonFiniteLossError: The loss became infinite or NaN; the last checkpoint is kept.
         CheckpointError: The disk is full, and the last checkpoint is kept; or that of a resumed run is damaged.
     """
-    console = console or make_console(survives_closed_output=True)
+    console = console or make_console(endures=True)
     run = LanguageFolder(str(config.out))
-    with lock_run(run):
+    with run_owned(run):
         return _fine_tune(config, run, console)
 
 
 def _fine_tune(config: LanguageConfig, run: LanguageFolder, console: Console) -> LanguageFolder:
     """The work of `fine_tune`, in a folder that no other process writes into."""
-    settled = resolve_resume(run, config, console, f"its adapter is {run.adapter}")
+    settled = settle_unfinished(run, config, console, f"its adapter is {run.adapter}")
     if settled is None:
         return run
     config, is_resumed = settled
@@ -241,7 +241,7 @@ def _fine_tune(config: LanguageConfig, run: LanguageFolder, console: Console) ->
         enable({"use_reentrant": False})
     torch.manual_seed(config.seed)
     model = adapt_headless(config.method, base, config.options_of_method()).to(device)
-    run.prepare(config, is_resumed=is_resumed)
+    run.begin(config, is_resumed=is_resumed)
     described = {
         "spec": config.data,
         "seed": config.seed,
@@ -264,7 +264,7 @@ def _fine_tune(config: LanguageConfig, run: LanguageFolder, console: Console) ->
         ),
     ]
     print_rows(console, rows)
-    with record_status(run, "language"):
+    with outcome_recorded(run, "language"):
         with InterruptCallback() as interrupt:
             trainer, progress, optimizer = _fit(config, model, tokenizer, train, val, run, interrupt, console, device)
         if trainer.state.global_step < trainer.state.max_steps:
@@ -309,7 +309,7 @@ def _fit(
     device: torch.device,
 ) -> tuple[LanguageTrainer, LanguageProgress, str]:
     """Train, from the last checkpoint if there is one."""
-    checkpoint = checkpoint_to_resume(run, console)
+    checkpoint = checkpoint_to_continue(run, console)
     optimizer, name = build_low_bit_optimizer(
         model,
         config.optimizer,
@@ -346,7 +346,7 @@ def _finish(
     console: Console,
 ) -> None:
     """Save the adapter and write the results."""
-    with reporting_write_errors(run.adapter):
+    with saving(run.adapter):
         save_trained(model, run.adapter)
     matrices = matrices_of(model)
     if progress.allocation is not None:
@@ -370,7 +370,7 @@ def _finish(
     )
     run.finish()
     if matrices:
-        print_line(console, f"the update {sparsity_summary(matrices)}")
+        print_line(console, f"the update {kept_text(matrices)}")
     print_line(console, f"adapter {run.adapter}")
 
 

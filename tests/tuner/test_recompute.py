@@ -1,0 +1,270 @@
+"""Inputs that are computed again in the backward pass instead of being kept."""
+
+import copy
+import logging
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from peft import get_peft_model
+from timm import layers as timm_layers
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import DeiTConfig, DeiTForImageClassification, LlamaConfig, LlamaForCausalLM
+from transformers.activations import ACT2FN
+
+from snella import SnellaConfig
+from snella.ops.recompute import can_recompute, mark_outputs, origin_of, unmark_outputs
+
+WIDTH = 12
+
+
+KNOWN = {
+    "gelu": nn.GELU(),
+    "gelu-tanh": nn.GELU(approximate="tanh"),
+    "silu": nn.SiLU(),
+    "mish": nn.Mish(),
+    "hardswish": nn.Hardswish(),
+    "layer-norm": nn.LayerNorm(WIDTH),
+    "rms-norm": nn.RMSNorm(WIDTH),
+    "timm-gelu": timm_layers.GELU(),
+    "timm-gelu-tanh": timm_layers.GELUTanh(),
+    "timm-quick-gelu": timm_layers.QuickGELU(),
+    "timm-layer-norm": timm_layers.LayerNorm(WIDTH),
+    "timm-rms-norm": timm_layers.RmsNorm(WIDTH),
+    **{
+        f"transformers-{name}": ACT2FN[name] for name in ("gelu", "gelu_new", "gelu_fast", "quick_gelu", "silu", "mish")
+    },
+}
+
+
+def adapted(module, trained=False, **settings):
+    """Linear, the module, Linear; both linear layers adapted."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(WIDTH, WIDTH), copy.deepcopy(module), nn.Linear(WIDTH, 7))
+    config = SnellaConfig(r=4, target_modules=["0", "2"], init_weights=False, **settings)
+    model = get_peft_model(base, config).train()
+    for parameter in model.base_model.model[1].parameters():
+        parameter.requires_grad_(trained)
+    return model
+
+
+def step(model, x):
+    """Gradients of one step by name, and what autograd kept: bytes of each storage that is no parameter."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(x).float().square().sum()
+    loss.backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return grads, sum(kept.values())
+
+
+def assert_same_bits(first, second):
+    assert first.keys() == second.keys()
+    for name, grad in first.items():
+        assert torch.equal(grad, second[name]), name
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("name", KNOWN)
+def test_gradients_have_the_same_bits_and_less_is_kept(name, trained):
+    x = torch.randn(5, 3, WIDTH)
+    plain, kept = step(adapted(KNOWN[name], trained, recompute_inputs=False), x)
+    recomputed, less = step(adapted(KNOWN[name], trained), x)
+    assert_same_bits(plain, recomputed)
+    # the output of the module, which only the second layer needs
+    assert kept - less == x.nbytes
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.BatchNorm2d(6), nn.GroupNorm(2, 6), timm_layers.LayerNorm2d(6)], ids=lambda norm: type(norm).__name__
+)
+def test_convolutions_do_not_keep_what_a_normalization_gives_them(norm):
+    def build(recompute):
+        torch.manual_seed(0)
+        base = nn.Sequential(nn.Conv2d(3, 6, 3), copy.deepcopy(norm), nn.Conv2d(6, 4, 3))
+        config = SnellaConfig(r=2, target_modules=["0", "2"], init_weights=False, recompute_inputs=recompute)
+        model = get_peft_model(base, config)
+        model.base_model.model[1].eval()
+        return model
+
+    x = torch.randn(2, 3, 9, 9)
+    plain, kept = step(build(False), x)
+    recomputed, less = step(build(True), x)
+    assert_same_bits(plain, recomputed)
+    assert less < kept
+
+
+def test_batch_normalization_that_is_trained_is_not_computed_again():
+    model = get_peft_model(
+        nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 4, 3)),
+        SnellaConfig(r=2, target_modules=["2"], init_weights=False),
+    ).train()
+    norm = model.base_model.model[1]
+    norm(torch.randn(2, 6, 4, 4, requires_grad=True))
+    assert norm.num_batches_tracked == 1
+    step(model, torch.randn(2, 3, 9, 9))
+    assert norm.num_batches_tracked == 2
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: timm.create_model("test_vit", num_classes=3),
+        lambda: timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=3, depth=2),
+        lambda: timm.create_model("convnext_atto", num_classes=3, depths=(1, 1, 1, 1)),
+        lambda: timm.create_model("swin_tiny_patch4_window7_224", img_size=56, num_classes=3, depths=(1, 1, 1, 1)),
+    ],
+    ids=["test-vit", "vit", "convnext", "swin"],
+)
+def test_whole_models_train_with_the_same_bits_and_keep_less(build):
+    def adapt(recompute):
+        torch.manual_seed(0)
+        return get_peft_model(build(), SnellaConfig(r=2, recompute_inputs=recompute)).train()
+
+    size = adapt(True).base_model.model.pretrained_cfg["input_size"][-1]
+    model = adapt(True)
+    grid = getattr(getattr(model.base_model.model, "patch_embed", None), "img_size", None)
+    x = torch.randn(2, 3, *(grid or (size, size)))
+    torch.manual_seed(1)
+    plain, kept = step(adapt(False), x)
+    torch.manual_seed(1)
+    recomputed, less = step(model, x)
+    assert_same_bits(plain, recomputed)
+    assert less < 0.9 * kept
+
+
+@pytest.mark.parametrize("kind", ["deit", "llama"])
+def test_query_key_and_value_share_what_is_computed_again(kind, monkeypatch):
+    if kind == "deit":
+        shape = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+        base, x = (
+            DeiTForImageClassification(DeiTConfig(image_size=16, patch_size=8, **shape)),
+            torch.randn(2, 3, 16, 16),
+        )
+        norm = next(module for name, module in base.named_modules() if name.endswith("layernorm_before"))
+    else:
+        shape = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+        base, x = LlamaForCausalLM(LlamaConfig(vocab_size=11, **shape)), torch.randint(0, 11, (2, 5))
+        norm = base.model.layers[0].input_layernorm
+    model = get_peft_model(base, SnellaConfig(r=2, init_weights=False)).train()
+    # without a gradient to its output nothing is marked: let the embeddings ask for one
+    base.enable_input_require_grads() if kind == "llama" else base.deit.embeddings.requires_grad_(True)
+    calls = []
+    forward = type(norm).forward
+
+    def counted(self, *args):
+        if self is norm:
+            calls.append(torch.is_grad_enabled())
+        return forward(self, *args)
+
+    monkeypatch.setattr(type(norm), "forward", counted)
+    model(x).logits.square().sum().backward()
+    assert calls == [True, False]
+
+
+def test_autocast_computes_the_same_bits_again():
+    def train(recompute):
+        model = adapted(nn.GELU(), recompute_inputs=recompute)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(torch.linspace(-1, 1, 5 * WIDTH).view(5, WIDTH)).float().square().sum()
+        loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    assert_same_bits(train(False), train(True))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_has_the_same_bits(use_reentrant):
+    def train(recompute):
+        model = adapted(nn.LayerNorm(WIDTH), recompute_inputs=recompute)
+        x = torch.linspace(-1, 1, 5 * WIDTH).view(5, WIDTH).requires_grad_()
+        checkpoint(model, x, use_reentrant=use_reentrant).square().sum().backward()
+        return {"x": x.grad, **{n: p.grad for n, p in model.named_parameters() if p.grad is not None}}
+
+    assert_same_bits(train(False), train(True))
+
+
+def test_two_backward_passes_over_one_graph_give_the_same_bits():
+    model = adapted(nn.GELU())
+    loss = model(torch.randn(5, WIDTH)).square().sum()
+    tensors = [p for p in model.parameters() if p.requires_grad]
+    first = torch.autograd.grad(loss, tensors, retain_graph=True)
+    for a, b in zip(first, torch.autograd.grad(loss, tensors), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_module_that_changed_before_the_backward_pass_is_an_error():
+    model = adapted(nn.LayerNorm(WIDTH))
+    loss = model(torch.randn(5, WIDTH)).square().sum()
+    with torch.no_grad():
+        model.base_model.model[1].weight.mul_(2)
+    with pytest.raises(RuntimeError, match=r"LayerNorm.*was changed between .* or set recompute_inputs=False"):
+        loss.backward()
+
+
+def test_an_input_that_was_written_to_is_torch_s_own_error():
+    z = torch.randn(5, WIDTH, requires_grad=True)
+    model = adapted(nn.GELU())
+    copied = z * 1
+    loss = model.base_model.model[2](model.base_model.model[1](copied)).square().sum()
+    copied.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_only_the_very_output_of_an_untouched_known_module_is_computed_again():
+    norm, z = nn.LayerNorm(WIDTH), torch.randn(5, WIDTH, requires_grad=True)
+    assert mark_outputs(norm) == 1
+    assert mark_outputs(norm) == 1  # and not marked twice
+    marked = norm(z)
+    assert origin_of(marked)[0].data_ptr() == z.data_ptr()
+    for other in (marked.view(5, WIDTH), marked[:3], marked + 0, marked.detach(), z, F.layer_norm(z, (WIDTH,))):
+        assert origin_of(other) == (None, None)
+    written = norm(z)
+    written.mul_(2)
+    assert origin_of(written) == (None, None)
+    with torch.no_grad():
+        assert origin_of(norm(z)) == (None, None)
+    handle = norm.register_forward_hook(lambda module, args, output: output * 2)
+    assert origin_of(norm(z)) == (None, None)
+    handle.remove()
+    unmark_outputs(norm)
+    assert origin_of(norm(z)) == (None, None)
+
+
+def test_modules_with_randomness_or_of_unknown_classes_are_not_known():
+    class Noisy(nn.GELU):
+        def forward(self, x):
+            return super().forward(x) * torch.rand(())
+
+    for module in (nn.Dropout(), nn.RReLU(), Noisy(), nn.ReLU(), nn.Identity()):
+        assert not can_recompute(module)
+
+
+def test_the_choice_is_logged_once(caplog):
+    with caplog.at_level(logging.INFO, "snella.tuner.model"):
+        adapted(nn.GELU())
+    lines = [record.message for record in caplog.records if "computed again" in record.message]
+    assert lines == ["inputs of adapted layers from 1 normalizations and activations are computed again"]
+
+
+def test_a_copied_and_a_pickled_model_still_mark(tmp_path):
+    model = adapted(nn.GELU())
+    torch.save(model, tmp_path / "model.pt")
+    x = torch.randn(5, WIDTH)
+    grads, kept = step(model, x)
+    for other in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
+        again, same = step(other, x)
+        assert_same_bits(grads, again)
+        assert same == kept
