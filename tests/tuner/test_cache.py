@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.training_utils import EMAModel
 from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -454,3 +455,22 @@ def test_the_weight_of_an_adapted_attention_can_be_read():
     torch.testing.assert_close(attention.in_proj_weight.detach(), attention.base_layer.in_proj_weight + update)
     attention.in_proj_weight.sum().backward()
     assert attention.in_proj.snella_A["default"].grad is not None
+
+
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_evaluation_follows_averages_that_are_copied_into_the_factors(mlp, with_gradients):
+    model = mlp.adapted().eval()
+    averages = EMAModel([p for p in model.parameters() if p.requires_grad], decay=0.5)
+    for average in averages.shadow_params:
+        average.mul_(2)
+    inputs = mlp.inputs()
+    with torch.set_grad_enabled(with_gradients):
+        before = mlp.run(model, inputs).detach()
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        averages.store(parameters)
+        averages.copy_to(parameters)
+        averaged = mlp.run(model, inputs).detach()
+        torch.testing.assert_close(averaged, mlp.run(copy.deepcopy(model), inputs).detach())
+        assert not torch.allclose(averaged, before)
+        averages.restore(parameters)
+        torch.testing.assert_close(mlp.run(model, inputs).detach(), before)

@@ -79,6 +79,7 @@ class LayerCache:
     def clear(self) -> None:
         """Drop everything."""
         self._adapters: dict[str, AdapterState] = {}
+        self._written: dict[tuple[str, ...], Tensor] = {}
         self._budgets: dict[str, tuple[Tensor, int, int, tuple[int, ...]]] = {}
         self._positions: dict[str, tuple[Tensor, Any, Tensor]] = {}
         self.release_effective_weight()
@@ -86,6 +87,21 @@ class LayerCache:
     def release_effective_weight(self) -> None:
         """Drop the effective weight: training starts, which must not hold a second copy of the model."""
         self._effective: tuple[tuple[Any, ...], Sequence[Tensor], Tensor] | None = None
+
+    def check_written(self, names: Sequence[str], factors: Sequence[Tensor]) -> None:
+        """Drop what was computed from other values: whoever writes through `.data` raises no version.
+
+        The values of `factors`, few beside the weight's, are copied and compared; that synchronizes with their device.
+        """
+        if any(factor.is_meta or (factor.is_cuda and torch.cuda.is_current_stream_capturing()) for factor in factors):
+            return
+        with torch.no_grad():
+            values = torch.cat([factor.flatten() for factor in factors])
+        known = self._written.get(tuple(names))
+        if known is not None and not torch.equal(known, values):
+            self._adapters.clear()
+            self.release_effective_weight()
+        self._written[tuple(names)] = values
 
     def adapter(self, name: str, factors: Factors, budgets: tuple[int, ...], mode: str) -> AdapterState:
         """What is known of an adapter; an empty state once its factors or budgets have changed."""

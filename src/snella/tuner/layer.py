@@ -549,6 +549,8 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         """The adapters' updates, with thresholds where they are known, and the states in which to store them."""
         if len(names) > 1:
             self._check_one_impl(names)
+        if not self.training:
+            self._check_written(names)
         updates, states = [], []
         for name in names:
             spec, factors, budgets = self._spec(name), self._factors(name), self.budgets(name)
@@ -633,11 +635,16 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
             total = fold_entries(values.new_zeros(shape) if total is None else total, values, indices)
         return cast(Tensor, total).to(dtype) if isinstance(weight, LazyWeight) else cast(Tensor, total)
 
+    def _check_written(self, names: list[str]) -> None:
+        """Drop what evaluation caches where factors were written past torch."""
+        self._cache.check_written(names, [f for name in names for f in self._factors(name) if f is not None])
+
     def _cached_weight(self, names: list[str], dtype: torch.dtype = torch.float32) -> Tensor:
         """The effective weight without gradient, computed once for the present state of everything it is made of.
 
         `dtype` is that of the layer op, which decides for a quantized base weight.
         """
+        self._check_written(names)
         weight = self._weight()
         settings: tuple[Any, ...] = tuple((name, self.scaling[name]) for name in names)
         base: Any = self.get_base_layer()
