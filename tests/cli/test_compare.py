@@ -4,8 +4,8 @@ from dataclasses import asdict
 
 import pytest
 
+from snella.cli.commands import CompareOptions
 from snella.cli.main import main
-from snella.cli.options import CompareOptions
 from snella.cli.parser import parse
 from snella.comparison.experiment_files import experiment_of
 from snella.comparison.store import read_lines

@@ -6,7 +6,7 @@ import pytest
 
 def interrupt(program, then=""):
     code = (
-        "import os, signal, sys; from snella.cli.interrupts import end_when_interrupted, raise_when_interrupted\n"
+        "import os, signal, sys; from snella.cli.main import end_when_interrupted, raise_when_interrupted\n"
         # a shell that started the tests in the background lets its children ignore the signal
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"sys.argv = [{program!r}]; end_when_interrupted(); {then}\n"

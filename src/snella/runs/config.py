@@ -320,6 +320,10 @@ class TrainConfig(RunSettings):
     }
     out_hint: ClassVar[str] = "must name the folder of the run, e.g. runs/photos"
     method_defaults: ClassVar[dict[str, dict[str, Any]]] = METHOD_DEFAULTS
+    basic: ClassVar[tuple[str, ...]] = (
+        *("data", "backbone", "out", "task", "method", "weights", "img_size", "epochs", "batch_size", "augment"),
+        *("skip_broken", "device", "workers", "resume", "overwrite"),
+    )
 
     data: str | None = None
     backbone: str | None = None
