@@ -162,7 +162,7 @@ def test_the_command_line_takes_lists_with_commas(tmp_path, capsys):
     assert main([*words, "--out", str(out)]) == 0
     assert [row["batch"] for row in read_rows(out)] == [1, 2]
     assert main([*words[:3], "--batch", "a,b"]) != 0
-    assert "batch must be whole numbers separated by commas, e.g. 4,16; got 'a,b'" in capsys.readouterr().err
+    assert "--batch must be integers separated by commas, e.g. 4,16; got 'a,b'" in capsys.readouterr().err
 
 
 def test_a_setting_builds_the_same_weights_each_time():
