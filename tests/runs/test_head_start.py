@@ -51,7 +51,7 @@ def test_the_head_fits_the_training_images_before_the_first_step(options, tmp_pa
     start_head_from_probe(parts, settings)
     found, _ = logits_of(parts)
     assert (random_start.argmax(1) == labels).float().mean() < 0.4
-    assert (found.argmax(1) == labels).float().mean() > 0.9
+    assert (found.argmax(1) == labels).float().mean() > 0.7
 
 
 def test_a_run_starts_there(tmp_path):
@@ -69,7 +69,7 @@ def test_the_probe_is_scikit_learns_on_scaled_features(classes):
     from sklearn.linear_model import LogisticRegression
 
     scale = np.sqrt(features.var(0).mean())
-    reference = LogisticRegression(C=0.5, max_iter=2000).fit(features / scale, labels)
+    reference = LogisticRegression(C=0.1, max_iter=2000).fit(features / scale, labels)
     logits = torch.from_numpy(features) @ weight.T + bias
     expected = torch.from_numpy(reference.predict_proba(features / scale))
     torch.testing.assert_close(logits[:, :classes].softmax(1), expected)
@@ -88,18 +88,15 @@ def test_the_probe_is_scikit_learns_on_scaled_features(classes):
         ({"method": "mlp-3", "r": None, "head_start": "probe"}, "probe"),
     ],
 )
-def test_auto_is_the_probe_where_there_are_few_images_and_a_linear_head(options, expected, tmp_path):
+def test_auto_is_the_probe_where_there_are_few_steps_and_a_linear_head(options, expected, tmp_path):
     settings = config(tmp_path, **{"head_start": "auto"} | options).resolved()
     assert choose_head_start(assemble(settings), settings) == expected
 
 
-def test_auto_is_a_random_head_where_there_are_many_images(tmp_path, monkeypatch):
-    settings = config(tmp_path, head_start="auto").resolved()
-    parts = assemble(settings)
-    monkeypatch.setattr("snella.runs.linear_probe._MOST_IMAGES_OF_AUTO", 60)
-    assert choose_head_start(parts, settings) == "probe"
-    monkeypatch.setattr("snella.runs.linear_probe._MOST_IMAGES_OF_AUTO", 59)
-    assert choose_head_start(parts, settings) == "random"
+@pytest.mark.parametrize(("epochs", "expected"), [(33, "probe"), (34, "random")])
+def test_auto_is_a_random_head_where_there_are_steps_enough_to_train_it(epochs, expected, tmp_path):
+    settings = config(tmp_path, head_start="auto", epochs=epochs).resolved()  # 3 steps an epoch
+    assert choose_head_start(assemble(settings), settings) == expected
 
 
 def test_a_run_says_and_stores_what_auto_stands_for(tmp_path):

@@ -279,8 +279,8 @@ class TrainConfig(RunSettings):
             changing.
         head_lr: Learning rate of the classifier head.
         head_start: What the classifier head starts from: random values, or probe, the best linear classifier on the
-            model's features before training (a few seconds; better where images are few). auto is probe for up to 5,000
-            training images of a model with a linear head, unless the protocol is the authors'.
+            model's features before training (a few seconds). auto is probe for a linear head that is trained for less
+            than 100 steps, unless the protocol is the authors'.
         weight_decay: Decoupled weight decay; none on the kernels' scalars.
         warmup: Fraction of all steps over which the rates rise linearly, before they fall along a cosine.
         final_lr: What the cosine brings `lr` down to in the end; the other rates fall by the same share.
@@ -342,7 +342,7 @@ class TrainConfig(RunSettings):
     lr: float | None = None
     scalar_lr: float | None = None
     head_lr: float | None = None
-    head_start: Literal["auto", "random", "probe"] = "random"
+    head_start: Literal["auto", "random", "probe"] = "auto"
     weight_decay: float | None = None
     warmup: float = 0.1
     final_lr: float = 0.0

@@ -99,16 +99,17 @@ def pooled_features(model: nn.Module, images: ImageDataset, config: TrainConfig)
         yield pooled.float().cpu()
 
 
-_INVERSE_PENALTY = 0.5
+_INVERSE_PENALTY = 0.1
 _MAX_ITERATIONS = 2000
-_MOST_IMAGES_OF_AUTO = 5_000  # of more, a random head learns as well, and fitting a probe takes minutes
+_STEPS_THAT_TRAIN_A_HEAD = 100
 
 
 def choose_head_start(parts: Assembly, config: TrainConfig) -> Literal["random", "probe"]:
     """What `head_start` means for this model and data: itself, or what `auto` stands for.
 
-    `auto` is `probe` for a timm classifier with a linear head and at most 5,000 training images of two classes or more;
-    with the authors' own protocol it is `random`, as in their scripts.
+    `auto` is `probe` for a timm classifier with a linear head that is trained for less than 100 steps, since so few
+    leave a random head behind; with more steps neither start is better. With the authors' own protocol it is `random`,
+    as in their scripts.
     """
     if config.head_start != "auto":
         return config.head_start
@@ -116,9 +117,9 @@ def choose_head_start(parts: Assembly, config: TrainConfig) -> Literal["random",
         return "random"
     base, head = _base_and_head(parts.model)
     labels = parts.splits.train.labels
+    steps = -(-len(labels) // config.images_per_step) * config.epochs
     has_linear_head = isinstance(head, nn.Linear) and has_timm_features(base)
-    is_fitting = has_linear_head and len(labels) <= _MOST_IMAGES_OF_AUTO and len(set(labels)) > 1
-    return "probe" if is_fitting else "random"
+    return "probe" if has_linear_head and steps < _STEPS_THAT_TRAIN_A_HEAD and len(set(labels)) > 1 else "random"
 
 
 def start_head_from_probe(parts: Assembly, config: TrainConfig) -> None:
@@ -126,7 +127,7 @@ def start_head_from_probe(parts: Assembly, config: TrainConfig) -> None:
 
     A random head sends random gradients through the backbone in its first steps; one that fits already does not
     (Kumar et al., 2022, arXiv 2202.10054). The training images are seen once, without augmentation. Features are
-    divided by their root mean variance, and the L2 penalty is `1/(2·0.5)·‖w‖²` beside the sum of the images' losses.
+    divided by their root mean variance, and the L2 penalty is `1/(2·0.1)·‖w‖²` beside the sum of the images' losses.
 
     Args:
         parts: Data and model; the head is changed in place. Where `cache_features` has run, its features are taken.
