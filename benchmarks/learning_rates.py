@@ -32,7 +32,7 @@ from snella.methods import build_method, spec_of
 from snella.runs import TrainConfig
 from snella.runs.build import data_config_of, load_splits, make_backbone
 from snella.runs.callbacks import WeightAverage
-from snella.runs.linear_probe import fit_probe
+from snella.runs.linear_probe import INVERSE_PENALTY, fit_probe
 from snella.runs.protocol import protocol_of
 from snella.runs.results import matrices_of
 from snella.runs.sampler import EpochSampler
@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--val-size", type=int, default=600)
     parser.add_argument("--set", action="append", default=[], help="a setting of TrainConfig, e.g. ema=0.97; YAML")
     parser.add_argument("--options", default="{}", help="the method's options, JSON")
+    parser.add_argument("--probe-inverse-penalty", type=float, default=INVERSE_PENALTY, help="of head_start=probe")
     parser.add_argument("--cache", default=".cache/learning_rates")
     parser.add_argument("--out", default=str(HERE / "learning_rates.jsonl"))
     args = parser.parse_args()
@@ -75,6 +76,7 @@ def main() -> None:
                 for method in args.methods.split(","):
                     head = {"task": task, "method": method, "lr_factor": factor, "seed": seed, "blocks": args.blocks}
                     head |= {"val_size": args.val_size, "settings": settings, "options": options}
+                    head |= {"probe_inverse_penalty": args.probe_inverse_penalty}
                     if not is_done(out, head):
                         append(out, {**head, **run(head, Path(args.cache))})
 
@@ -120,7 +122,7 @@ def run(head: dict[str, Any], cache: Path) -> dict[str, Any]:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     forward = nn.Sequential(*(block for block in base.blocks[-len(blocks) :]), base.norm, Head(base))  # type: ignore
     if config.head_start == "probe":
-        start_from_probe(model, forward, features)
+        start_from_probe(model, forward, features, head["probe_inverse_penalty"])
     optimizer = build_optimizer(model, config)
     steps_per_epoch = -(-len(features.train) // config.images_per_step)
     total = steps_per_epoch * config.epochs
@@ -230,12 +232,13 @@ def _tokens(backbone: Any, images: Any, blocks: int) -> Tensor:
 
 
 @torch.no_grad()
-def start_from_probe(model: nn.Module, forward: nn.Sequential, features: Features) -> None:
+def start_from_probe(model: nn.Module, forward: nn.Sequential, features: Features, inverse_penalty: float) -> None:
     """Let the head begin as the best linear classifier, as `--head-start probe` does."""
     model.eval()
     base = forward[-1].base[0]  # type: ignore[index]
     pooled = [base.forward_head(forward[:-1](part), pre_logits=True) for part in features.train.split(64)]
-    weight, bias = fit_probe(torch.cat(pooled).double().numpy(), features.train_labels.numpy(), features.classes)
+    inputs, labels = torch.cat(pooled).double().numpy(), features.train_labels.numpy()
+    weight, bias = fit_probe(inputs, labels, features.classes, inverse_penalty)
     head = base.get_submodule(spec_of(model).head)
     head = head.modules_to_save["default"] if hasattr(head, "modules_to_save") else head
     head.weight.copy_(weight)

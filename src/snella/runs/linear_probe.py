@@ -99,7 +99,8 @@ def pooled_features(model: nn.Module, images: ImageDataset, config: TrainConfig)
         yield pooled.float().cpu()
 
 
-_INVERSE_PENALTY = 0.1
+INVERSE_PENALTY = 0.1
+"""Of the linear probe: scikit-learn's `C` on features of mean variance 1."""
 _MAX_ITERATIONS = 2000
 _STEPS_THAT_TRAIN_A_HEAD = 100
 
@@ -158,19 +159,22 @@ def start_head_from_probe(parts: Assembly, config: TrainConfig) -> None:
             head.bias.copy_(bias)
 
 
-def fit_probe(features: np.ndarray, labels: np.ndarray, classes: int) -> tuple[Tensor, Tensor]:
+def fit_probe(
+    features: np.ndarray, labels: np.ndarray, classes: int, inverse_penalty: float = INVERSE_PENALTY
+) -> tuple[Tensor, Tensor]:
     """Fit a logistic regression.
 
     Args:
         features: `[images, width]`.
         labels: Class of each image.
         classes: How many there are; one without images keeps weights of zero.
+        inverse_penalty: Weight of the sum of the images' losses beside `‖w‖²/2`.
 
     Returns:
         Weight `[classes, width]` and bias `[classes]` of a softmax classifier, float64.
     """
     scale = float(np.sqrt(features.var(0).mean())) or 1.0
-    probe = LogisticRegression(C=_INVERSE_PENALTY, max_iter=_MAX_ITERATIONS).fit(features / scale, labels)
+    probe = LogisticRegression(C=inverse_penalty, max_iter=_MAX_ITERATIONS).fit(features / scale, labels)
     weight, bias = probe.coef_ / scale, probe.intercept_
     if len(probe.classes_) == 2:
         # one score for the second class is half of it for each of the two, with opposite signs
