@@ -310,7 +310,7 @@ class CompareOptions:
         test_size: Number of test images of each dataset, at most.
         augment: Augmentation of training images: none, flip, or crop.
         head_start: Initialization of every method's classifier head: random values, or probe, the linear probe; auto is
-            probe for up to 5,000 training images.
+            probe for less than 100 steps.
         ema: Decay of an exponential moving average of the trained parameters, which is evaluated and kept, e.g. 0.9998.
         weights: Weight file for a backbone that is given by its architecture's name.
         pretrained: Load pre-trained weights; false starts from random ones, for tests.
