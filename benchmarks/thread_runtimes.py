@@ -1,0 +1,60 @@
+"""A training step with the Numba kernels on torch's OpenMP threads and on threads of their own, interleaved.
+
+python benchmarks/thread_runtimes.py               a minute on two idle cores; appends a row to results.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+
+import torch
+
+from snella.benchmark.bench import Runner, op_error, random_batch
+from snella.benchmark.contenders import Setting
+from snella.benchmark.rows import append_rows, conditions
+from snella.ops.backends.numba import backend
+
+HERE = Path(__file__).parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", default="vit_base_patch16_224")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--out", default=str(HERE / "results.jsonl"))
+    args = parser.parse_args()
+    error = op_error("numba")
+    if error is not None:
+        raise RuntimeError(f"impl='numba' is not timed: {error}")
+    setting = Setting(args.backbone)
+    runner, batch = Runner("snella", setting), random_batch(setting, args.batch)
+    runtimes = {"openmp": backend._torch_openmp, "own": lambda: None}
+    times: dict[str, list[float]] = {name: [] for name in runtimes}
+    for number in range(-1, args.rounds):
+        for name in runtimes if number % 2 else reversed(runtimes):
+            backend._torch_openmp = runtimes[name]
+            step = runner.step(*batch).step_s
+            if number >= 0:
+                times[name].append(step)
+    ratios = [own / openmp for own, openmp in zip(times["own"], times["openmp"], strict=True)]
+    row = {
+        "benchmark": "thread_runtimes",
+        "backbone": args.backbone,
+        "batch": args.batch,
+        "r": setting.r,
+        "sparsity": setting.sparsity,
+        "threads": torch.get_num_threads(),
+        "rounds": args.rounds,
+        **conditions("cpu"),
+        **{f"{name}_s": round(statistics.median(values), 4) for name, values in times.items()},
+        "own_over_openmp": round(statistics.median(ratios), 3),
+    }
+    append_rows(args.out, [row])
+    print(row)
+
+
+if __name__ == "__main__":
+    main()
