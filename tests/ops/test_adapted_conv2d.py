@@ -130,7 +130,7 @@ def test_same_padding_of_an_even_kernel_is_refused_before_anything_is_computed(i
         layer.forward(layer.tensors, impl)
 
 
-def test_uninitialised_memory_is_never_read():
+def test_uninitialized_memory_is_never_read():
     layer = make_layer(4, 8, (3, 3), {"padding": (1, 1)}, (5, 6))
     before = solve(layer, "eager")
     torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN

@@ -17,7 +17,7 @@ from snella.tuner.importance import ImportanceTracker
 EPOCHS, STEPS = 4, 3
 
 
-def optimiser(model, cls=torch.optim.AdamW, **settings):
+def make_optimizer(model, cls=torch.optim.AdamW, **settings):
     return create_snella_optimizer(model, cls, **{"lr": 1e-2, "scalar_lr": 1e-3} | settings)
 
 
@@ -46,7 +46,7 @@ def test_every_matrix_keeps_exactly_its_budget_after_every_allocation(kind, pres
     # the authors' quantile is strict: of a dense matrix, the smallest entry does not survive
     lost = 1 if preset == "official" else 0
     model = kind.adapted(preset=preset)
-    optimizer = optimiser(model)
+    optimizer = make_optimizer(model)
     allocator = allocator_of(model).attach(optimizer)
     model.train()
     for number in range(1, EPOCHS * STEPS + 1):
@@ -61,7 +61,7 @@ def test_every_matrix_keeps_exactly_its_budget_after_every_allocation(kind, pres
 
 def test_the_history_tells_every_allocation(mlp):
     model = mlp.adapted()
-    optimizer = optimiser(model)
+    optimizer = make_optimizer(model)
     allocator = allocator_of(model).attach(optimizer)
     train(mlp, model, optimizer)
     assert [entry["step"] for entry in allocator.history] == [0, 3, 6, 9, 12]
@@ -80,7 +80,7 @@ def test_the_history_tells_every_allocation(mlp):
 
 def test_the_history_stays_short_where_every_step_allocates(mlp):
     model = mlp.adapted(realloc_every=1)
-    optimizer = optimiser(model)
+    optimizer = make_optimizer(model)
     allocator = BudgetAllocator(model, total_epochs=2, steps_per_epoch=301).attach(optimizer)
     train(mlp, model, optimizer, last=602)
     steps = [entry["step"] for entry in allocator.history]
@@ -95,7 +95,7 @@ def test_the_history_stays_short_where_every_step_allocates(mlp):
 
 def test_budgets_can_follow_every_few_steps(mlp):
     model = mlp.adapted(realloc_every=5)
-    optimizer = optimiser(model)
+    optimizer = make_optimizer(model)
     allocator = allocator_of(model).attach(optimizer)
     train(mlp, model, optimizer)
     assert [entry["step"] for entry in allocator.history] == [0, 5, 10, 12]
@@ -105,7 +105,7 @@ def test_budgets_can_follow_every_few_steps(mlp):
 
 def test_a_training_that_stops_within_an_epoch_ends_at_the_target(mlp):
     model = mlp.adapted()
-    optimizer = optimiser(model)
+    optimizer = make_optimizer(model)
     allocator = allocator_of(model, total_steps=10).attach(optimizer)
     train(mlp, model, optimizer, last=10)
     assert [(entry["step"], entry["t"]) for entry in allocator.history] == [(0, 0), (3, 1), (6, 2), (9, 3), (10, 4)]
@@ -114,7 +114,7 @@ def test_a_training_that_stops_within_an_epoch_ends_at_the_target(mlp):
 
 def test_steps_past_the_end_change_no_budget(mlp):
     model = mlp.adapted()
-    optimizer = optimiser(model)
+    optimizer = make_optimizer(model)
     allocator = allocator_of(model).attach(optimizer)
     train(mlp, model, optimizer, last=EPOCHS * STEPS + 6)
     assert len(allocator.history) == EPOCHS + 1
@@ -129,7 +129,7 @@ def test_a_start_below_all_weights_is_where_the_schedule_starts(mlp):
 
 def test_a_constant_schedule_is_at_the_target_from_the_first_step(mlp):
     model = mlp.adapted(schedule="constant")
-    optimizer = optimiser(model)
+    optimizer = make_optimizer(model)
     allocator = allocator_of(model).attach(optimizer)
     assert sum(allocator.budgets.values()) == allocator.target_budget
     train(mlp, model, optimizer)
@@ -139,7 +139,7 @@ def test_a_constant_schedule_is_at_the_target_from_the_first_step(mlp):
 
 def test_uniform_allocation_goes_by_size_and_ignores_importance(mlp):
     model = mlp.adapted(allocation="uniform", kernel="p_linear")
-    optimizer = optimiser(model)
+    optimizer = make_optimizer(model)
     allocator = allocator_of(model).attach(optimizer)
     train(mlp, model, optimizer)
     for entry in allocator.history:
@@ -149,7 +149,7 @@ def test_uniform_allocation_goes_by_size_and_ignores_importance(mlp):
 @pytest.mark.parametrize("metric", ["sensitivity", "magnitude", "delta_magnitude"])
 def test_every_metric_moves_budgets_and_meets_the_target(mlp, metric):
     model = mlp.adapted(importance=metric)
-    optimizer = optimiser(model)
+    optimizer = make_optimizer(model)
     allocator = allocator_of(model).attach(optimizer)
     train(mlp, model, optimizer)
     assert sum(allocator.budgets.values()) == allocator.target_budget
@@ -159,7 +159,7 @@ def test_every_metric_moves_budgets_and_meets_the_target(mlp, metric):
 def test_frozen_matrices_are_reported_and_a_minimal_share_prevents_them(mlp):
     for share, frozen in ((0.0, ["lin1"]), (0.2, [])):
         model = mlp.adapted(min_layer_share=share)
-        optimizer = optimiser(model)
+        optimizer = make_optimizer(model)
         allocator = allocator_of(model).attach(optimizer)
         model.train()
         for number in range(1, EPOCHS * STEPS + 1):
@@ -188,7 +188,7 @@ def test_of_several_adapters_the_named_one_is_trained(mlp):
 @pytest.mark.parametrize("preset", ["paper", "official"])
 def test_the_importance_is_read_before_the_step_and_after_it_in_the_authors_code(mlp, preset):
     model = mlp.adapted(preset=preset, update_dropout=0.0, update_drop_path=0.0)
-    optimizer = optimiser(model, torch.optim.SGD, lr=1e-3)
+    optimizer = make_optimizer(model, torch.optim.SGD, lr=1e-3)
     allocator = allocator_of(model).attach(optimizer)
     by_hand = ImportanceTracker(adapted_matrices(model), zero_start=preset == "official")
     model.train()
@@ -208,10 +208,10 @@ def test_the_importance_is_read_before_the_step_and_after_it_in_the_authors_code
 def test_calling_for_every_step_does_the_same_as_attaching(mlp, preset):
     settings = {"preset": preset, "update_dropout": 0.0, "update_drop_path": 0.0}
     attached, called = mlp.adapted(**settings), mlp.adapted(**settings)
-    optimizer = optimiser(attached)
+    optimizer = make_optimizer(attached)
     reference = allocator_of(attached).attach(optimizer)
     train(mlp, attached, optimizer)
-    optimizer, allocator = optimiser(called), allocator_of(called)
+    optimizer, allocator = make_optimizer(called), allocator_of(called)
     called.train()
     for number in range(1, EPOCHS * STEPS + 1):
         optimizer.zero_grad()
@@ -227,7 +227,7 @@ def test_calling_for_every_step_does_the_same_as_attaching(mlp, preset):
 
 def test_a_detached_allocator_follows_no_more(mlp):
     model = mlp.adapted()
-    optimizer = optimiser(model)
+    optimizer = make_optimizer(model)
     allocator = allocator_of(model).attach(optimizer)
     allocator.detach()
     train(mlp, model, optimizer, last=5)
@@ -252,7 +252,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(cases, name, stop
     kind = cases[name]
     settings = {"realloc_every": 2} if stop == 11 else {}
     whole = kind.adapted(**settings)
-    optimizer = optimiser(whole)
+    optimizer = make_optimizer(whole)
     reference = allocator_of(whole).attach(optimizer)
     _without_dropout(whole)
     start = state_of(whole)
@@ -261,7 +261,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(cases, name, stop
     first = kind.adapted(**settings)
     first.load_state_dict(start)
     _without_dropout(first)
-    optimizer = optimiser(first)
+    optimizer = make_optimizer(first)
     allocator_of(first).attach(optimizer)
     train(kind, first, optimizer, last=stop)
     file = io.BytesIO()
@@ -272,7 +272,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(cases, name, stop
     second = kind.adapted(**settings)
     second.load_state_dict(checkpoint["model"])
     _without_dropout(second)
-    optimizer = optimiser(second)
+    optimizer = make_optimizer(second)
     allocator = allocator_of(second)
     if restores_first:
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -294,7 +294,7 @@ def _without_dropout(model):
 
 def test_a_state_is_taken_and_given_back_by_hand(mlp):
     model = mlp.adapted()
-    optimizer = optimiser(model)
+    optimizer = make_optimizer(model)
     allocator = allocator_of(model).attach(optimizer)
     train(mlp, model, optimizer, last=7)
     other = allocator_of(mlp.adapted())
@@ -304,19 +304,19 @@ def test_a_state_is_taken_and_given_back_by_hand(mlp):
     assert [m.nonzeros() for m in other.matrices] == list(allocator.budgets.values())
 
 
-def test_the_optimisers_own_groups_stay_clean(mlp):
+def test_the_optimizers_own_groups_stay_clean(mlp):
     model = mlp.adapted()
-    optimizer = optimiser(model)
+    optimizer = make_optimizer(model)
     allocator_of(model).attach(optimizer)
     optimizer.load_state_dict(optimizer.state_dict())
     assert "snella_allocator" not in optimizer.param_groups[0]
     assert "snella_allocator" in optimizer.state_dict()["param_groups"][0]
 
 
-def test_an_optimiser_checkpoint_without_an_allocator_can_be_loaded(mlp):
+def test_an_optimizer_checkpoint_without_an_allocator_can_be_loaded(mlp):
     model = mlp.adapted()
-    state = optimiser(model).state_dict()
-    optimizer = optimiser(model)
+    state = make_optimizer(model).state_dict()
+    optimizer = make_optimizer(model)
     allocator = allocator_of(model).attach(optimizer)
     optimizer.load_state_dict(state)
     assert allocator.step == 0
@@ -335,10 +335,10 @@ def test_a_state_of_another_model_is_refused_with_a_name(mlp):
         allocator_of(mlp.adapted()).load_state_dict(state)
 
 
-# wrapped optimisers -------------------------------------------------------------------------------------------------
+# wrapped optimizers -------------------------------------------------------------------------------------------------
 
 
-def test_an_optimiser_wrapped_by_accelerate_is_followed(mlp):
+def test_an_optimizer_wrapped_by_accelerate_is_followed(mlp):
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
@@ -348,7 +348,7 @@ def test_an_optimiser_wrapped_by_accelerate_is_followed(mlp):
     try:
         accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
         model = mlp.adapted()
-        model, optimizer = accelerator.prepare(model, optimiser(model))
+        model, optimizer = accelerator.prepare(model, make_optimizer(model))
         allocator = allocator_of(model).attach(optimizer)
         model.train()
         for number in range(1, 2 * EPOCHS * STEPS + 1):
@@ -364,10 +364,10 @@ def test_an_optimiser_wrapped_by_accelerate_is_followed(mlp):
             state._reset_state()
 
 
-def test_an_overflow_that_a_fused_optimiser_skips_itself_leaves_the_importance_finite(mlp):
+def test_an_overflow_that_a_fused_optimizer_skips_itself_leaves_the_importance_finite(mlp):
     torch.manual_seed(0)
     model = mlp.adapted().train()
-    optimizer = optimiser(model, fused=True)
+    optimizer = make_optimizer(model, fused=True)
     allocator = allocator_of(model).attach(optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     for number in range(1, EPOCHS * STEPS + 1):
@@ -385,7 +385,7 @@ def test_scaled_gradients_have_the_importance_of_unscaled_ones(mlp):
     scores = {}
     for scale in (1.0, 1024.0):
         model = mlp.adapted().train()
-        optimizer = optimiser(model, fused=True)
+        optimizer = make_optimizer(model, fused=True)
         allocator = allocator_of(model).attach(optimizer)
         scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10**6)
         for number in (1, 2, 3):
@@ -399,7 +399,7 @@ def test_scaled_gradients_have_the_importance_of_unscaled_ones(mlp):
 
 def test_one_infinite_gradient_entry_does_not_freeze_its_matrix(mlp):
     model = mlp.adapted().train()
-    optimizer = optimiser(model)
+    optimizer = make_optimizer(model)
     allocator = allocator_of(model).attach(optimizer)
     for number in range(1, STEPS + 1):
         mlp.run(model, mlp.inputs(number)).square().sum().backward()
@@ -411,16 +411,16 @@ def test_one_infinite_gradient_entry_does_not_freeze_its_matrix(mlp):
     assert all(0 < score < math.inf for score in allocator.history[-1]["importance"].values())
 
 
-def test_an_optimiser_without_the_factors_is_refused(mlp):
+def test_an_optimizer_without_the_factors_is_refused(mlp):
     model = mlp.adapted()
     other = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
-    with pytest.raises(ValueError, match="SGD holds none of the factors of adapter 'default'; attach to the optimiser"):
+    with pytest.raises(ValueError, match="SGD holds none of the factors of adapter 'default'; attach to the optimizer"):
         allocator_of(model).attach(other)
 
 
 def test_training_on_without_the_allocator_warns_again(mlp):
     model = mlp.adapted()
-    optimizer = optimiser(model)
+    optimizer = make_optimizer(model)
     allocator_of(model).attach(optimizer).detach()
     with pytest.warns(UserWarning, match="no budget allocator is attached"):
         train(mlp, model, optimizer, last=30)
@@ -428,7 +428,7 @@ def test_training_on_without_the_allocator_warns_again(mlp):
 
 def test_a_step_that_the_gradient_scaler_skips_does_not_count(mlp):
     model = mlp.adapted()
-    optimizer = optimiser(model)
+    optimizer = make_optimizer(model)
     allocator = allocator_of(model).attach(optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     model.train()
@@ -441,7 +441,7 @@ def test_a_step_that_the_gradient_scaler_skips_does_not_count(mlp):
         scaler.update()
     assert allocator.step == 2
     assert [entry["step"] for entry in allocator.history] == [0]
-    allocator.catch_up(3)
+    allocator.advance_to(3)
     assert [entry["step"] for entry in allocator.history] == [0, 3]
     assert all(torch.isfinite(torch.tensor(allocator.importance.scores())))
 
@@ -465,15 +465,15 @@ def test_arguments_out_of_range_are_refused(mlp, settings, message):
 
 def test_attaching_twice_is_refused(mlp):
     model = mlp.adapted()
-    optimizer = optimiser(model)
+    optimizer = make_optimizer(model)
     allocator = allocator_of(model).attach(optimizer)
-    with pytest.raises(RuntimeError, match=r"attached to an optimiser already; call detach\(\) first"):
+    with pytest.raises(RuntimeError, match=r"attached to an optimizer already; call detach\(\) first"):
         allocator.attach(optimizer)
 
 
 def test_matrices_without_gradient_are_named_in_one_warning(mlp):
     model = mlp.adapted()
-    optimizer = optimiser(model)
+    optimizer = make_optimizer(model)
     allocator_of(model).attach(optimizer)
     layer = model.base_model.model.lin1
     model.base_model.model.lin1 = layer.get_base_layer()
@@ -490,7 +490,7 @@ def test_matrices_without_gradient_are_named_in_one_warning(mlp):
 
 def test_snell_is_a_setting(vit):
     model = vit.adapted(kernel="p_linear", allocation="uniform", target_sparsity=0.9)
-    optimizer = optimiser(model)
+    optimizer = make_optimizer(model)
     allocator = allocator_of(model, total_epochs=1, steps_per_epoch=2).attach(optimizer)
     train(vit, model, optimizer, last=2)
     assert all(m.sparsity == pytest.approx(0.9, abs=0.001) for m in allocator.matrices)
@@ -502,7 +502,7 @@ def test_snell_is_a_setting(vit):
 )
 def test_the_target_is_reached_once_the_schedule_ends_and_kept(mlp, every, end, reached_at):
     model = mlp.adapted(schedule_end=end, realloc_every=every)
-    optimizer = optimiser(model)
+    optimizer = make_optimizer(model)
     allocator = BudgetAllocator(model, total_epochs=4, steps_per_epoch=3).attach(optimizer)
     assert not allocator.has_reached_target
     train(mlp, model, optimizer, last=12)

@@ -99,7 +99,7 @@ def change_in_place(model):
     layers(model)[0].snella_A["default"].add_(0.5)
 
 
-def step_optimiser(model):
+def step_optimizer(model):
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.ones_like(parameter)
@@ -136,7 +136,7 @@ def replace_parameter(model):
 
 
 class WritesThroughData(torch.optim.Optimizer):
-    """As 8-bit optimisers do: torch does not see that the parameter changed."""
+    """As 8-bit optimizers do: torch does not see that the parameter changed."""
 
     def __init__(self, params):
         super().__init__(params, {})
@@ -154,7 +154,7 @@ def step_unseen(model):
     "change",
     [
         change_in_place,
-        step_optimiser,
+        step_optimizer,
         change_budget,
         load_state,
         change_scale,
@@ -227,7 +227,7 @@ def test_thresholds_are_found_once_for_all_accumulated_batches(mlp, selections):
         optimizer.step()
 
 
-def test_thresholds_follow_an_optimiser_that_writes_past_torch(mlp, selections):
+def test_thresholds_follow_an_optimizer_that_writes_past_torch(mlp, selections):
     model = mlp.adapted(init_sparsity=0.5).train()
     optimizer = WritesThroughData([p for p in model.parameters() if p.requires_grad])
     for _ in range(3):

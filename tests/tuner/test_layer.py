@@ -1,4 +1,4 @@
-"""One adapted layer: initial values, scaling, merging, precision, checkpointing, regularisation."""
+"""One adapted layer: initial values, scaling, merging, precision, checkpointing, regularization."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def test_defaults_follow_the_factors(vit):
     assert groups["scalars"]["lr"] == 1e-4
 
 
-def test_the_default_optimiser_is_adamw_and_any_other_can_be_named(mlp):
+def test_the_default_optimizer_is_adamw_and_any_other_can_be_named(mlp):
     assert type(create_snella_optimizer(mlp.adapted(), lr=0.1)) is torch.optim.AdamW
     optimizer = create_snella_optimizer(mlp.adapted(), torch.optim.SGD, lr=0.1, momentum=0.9)
     assert type(optimizer) is torch.optim.SGD

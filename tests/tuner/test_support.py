@@ -120,6 +120,6 @@ def test_it_cannot_be_trained_together_with_another_adapter(supported):
     assert both.isfinite().all()
 
 
-def test_regularisation_of_the_update_is_refused():
+def test_regularization_of_the_update_is_refused():
     with pytest.raises(ValueError, match=r"fixed_support=True needs update_dropout=0 .*got 0.1 and 0.1"):
         SnellaConfig(fixed_support=True, preset="official")

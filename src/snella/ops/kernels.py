@@ -219,13 +219,13 @@ class NormalizedRBF(PLinear):
         (alpha,) = scalars.require("alpha")
         distances = piece_distances(A, B, self.num_pieces)
         value = self._combine(distances, scalars)
-        shares = torch.softmax(value if scalars.temperature is None else value / scalars.temperature, self.softmax_dim)
-        weighted = grad * shares
+        probs = torch.softmax(value if scalars.temperature is None else value / scalars.temperature, self.softmax_dim)
+        weighted = grad * probs
         # ∂L/∂(κ/γ) of the softmax; a constant shift of the softmax changes only the gradient of α
-        grad_logits = alpha * (weighted - shares * weighted.sum(self.softmax_dim, keepdim=True))
+        grad_logits = alpha * (weighted - probs * weighted.sum(self.softmax_dim, keepdim=True))
         grad_alpha, grad_temperature = weighted.sum(), None
         if self.center_softmax:
-            grad_alpha = grad_alpha - grad.sum() / shares.shape[self.softmax_dim]
+            grad_alpha = grad_alpha - grad.sum() / probs.shape[self.softmax_dim]
         if scalars.temperature is not None:
             grad_logits = grad_logits / scalars.temperature
             grad_temperature = -(grad_logits * value).sum() / scalars.temperature
@@ -236,8 +236,8 @@ class NormalizedRBF(PLinear):
     def _softmax(self, value: Tensor, scalars: KernelScalars) -> Tensor:
         """`softmax(κ_p / γ)`, shifted to mean zero if so configured, `[m, n]`."""
         logits = value if scalars.temperature is None else value / scalars.temperature
-        shares = torch.softmax(logits, self.softmax_dim)
-        return shares - 1 / shares.shape[self.softmax_dim] if self.center_softmax else shares
+        probs = torch.softmax(logits, self.softmax_dim)
+        return probs - 1 / probs.shape[self.softmax_dim] if self.center_softmax else probs
 
 
 class MixK(NormalizedRBF):

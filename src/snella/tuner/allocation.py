@@ -1,4 +1,4 @@
-"""Layer-level competition: how one budget is shared out among matrices by their importance (Algorithm 1)."""
+"""Layer-level competition: how one budget is allocated among matrices by their importance (Algorithm 1)."""
 
 from __future__ import annotations
 

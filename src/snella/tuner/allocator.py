@@ -1,4 +1,4 @@
-"""Lowers the global budget while training runs and shares it out among the matrices by their importance."""
+"""Lowers the global budget while training runs and allocates it among the matrices by their importance."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from snella.tuner.importance import ImportanceTracker
 from snella.tuner.matrices import AdaptedMatrix, adapted_matrices
 from snella.tuner.optimizer import MATCHER_ATTRIBUTE
 
-_STATE_KEY = "snella_allocator"  # in the first parameter group of an optimiser's state
+_STATE_KEY = "snella_allocator"  # in the first parameter group of an optimizer's state
 _FORMAT = 1
 _HISTORY_PARTS = 100  # points of a curve that a report draws
 
@@ -26,8 +26,8 @@ __all__ = ["BudgetAllocator", "allocate"]
 class BudgetAllocator:
     """The layer-level competition of SNELLA (section 3.3, Algorithm 1 of arXiv 2510.24037).
 
-    Every optimiser step updates the importance of every matrix; every epoch, or every N steps (`realloc_every`), the
-    global budget follows the schedule and is shared out anew. After the last epoch, or from the fraction `schedule_end`
+    Every optimizer step updates the importance of every matrix; every epoch, or every N steps (`realloc_every`), the
+    global budget follows the schedule and is reallocated. After the last epoch, or from the fraction `schedule_end`
     of the training on, it is exactly `b_T = (1 − target_sparsity)·(all adapted weights)`.
 
     Usually one call suffices, in any training loop:
@@ -36,14 +36,14 @@ class BudgetAllocator:
         allocator.attach(optimizer)
 
     From then on `optimizer.step()` does the rest, and `optimizer.state_dict()` carries the allocator's state, so that a
-    checkpoint of the optimiser is a checkpoint of the allocator. Without `attach`, call `update_and_allocate` yourself
+    checkpoint of the optimizer is a checkpoint of the allocator. Without `attach`, call `update_and_allocate` yourself
     between `loss.backward()` and `optimizer.step()`.
 
     Args:
         model: Model with SNELLA layers, wrapped by PEFT, DDP, `torch.compile` or not.
         total_epochs: Epochs of the whole training.
-        steps_per_epoch: Optimiser steps (not batches, where gradients are accumulated) of one epoch.
-        total_steps: Optimiser steps of the whole training, where it stops within an epoch; the last one always brings
+        steps_per_epoch: Optimizer steps (not batches, where gradients are accumulated) of one epoch.
+        total_steps: Optimizer steps of the whole training, where it stops within an epoch; the last one always brings
             the target budget.
         adapter_name: The adapter to train, default the first active one.
 
@@ -122,8 +122,8 @@ class BudgetAllocator:
         """Whether the budget is down to its target, as it stays from there on."""
         return self.history[-1]["budget"] == self.target_budget
 
-    def is_due(self, step: int) -> bool:
-        """Whether the budget is shared out anew after optimiser step `step`, counted from 1."""
+    def is_realloc_step(self, step: int) -> bool:
+        """Whether the budget is reallocated after optimizer step `step`, counted from 1."""
         every = self.config.realloc_every
         interval = self.steps_per_epoch if every == "epoch" else int(every)
         return step <= self.total_steps and (step % interval == 0 or step == self.total_steps)
@@ -139,32 +139,32 @@ class BudgetAllocator:
     # in a training loop --------------------------------------------------------------------------------------------
 
     def attach(self, optimizer: Optimizer) -> Self:
-        """Follow an optimiser: from now on its steps drive the allocator and its state carries the allocator's.
+        """Follow an optimizer: from now on its steps drive the allocator and its state carries the allocator's.
 
-        The importance is read before the optimiser changes the parameters (after, with `preset="official"`), the budget
+        The importance is read before the optimizer changes the parameters (after, with `preset="official"`), the budget
         changes after. Attaching after `optimizer.load_state_dict` restores the allocator just as attaching before does.
 
         Args:
-            optimizer: Any optimiser, wrapped by Accelerate or not.
+            optimizer: Any optimizer, wrapped by Accelerate or not.
 
         Returns:
             The allocator.
 
         Raises:
             RuntimeError: It is attached already.
-            ValueError: The optimiser has none of the adapter's factors, so that its steps say nothing about them.
+            ValueError: The optimizer has none of the adapter's factors, so that its steps say nothing about them.
             NotImplementedError: It is DeepSpeed's, which keeps the gradients to itself.
         """
         if self._handles:
-            raise RuntimeError("the allocator is attached to an optimiser already; call detach() first")
+            raise RuntimeError("the allocator is attached to an optimizer already; call detach() first")
         _refuse_deepspeed(optimizer)
         while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
             optimizer = inner
-        optimised = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        if not any(id(matrix.layer.snella_A[self.adapter_name]) in optimised for matrix in self.matrices):
+        optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if not any(id(matrix.layer.snella_A[self.adapter_name]) in optimized for matrix in self.matrices):
             raise ValueError(
                 f"{type(optimizer).__name__} holds none of the factors of adapter {self.adapter_name!r}; attach to the "
-                "optimiser that trains them, made after the adapter, e.g. with create_snella_optimizer(model, lr=…); "
+                "optimizer that trains them, made after the adapter, e.g. with create_snella_optimizer(model, lr=…); "
                 "FSDP1 keeps them with use_orig_params=True"
             )
         if self.config.match_update and not hasattr(optimizer, MATCHER_ATTRIBUTE):
@@ -184,7 +184,7 @@ class BudgetAllocator:
         return self
 
     def detach(self) -> None:
-        """Let go of the optimiser."""
+        """Release the optimizer."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -193,20 +193,20 @@ class BudgetAllocator:
     def update_and_allocate(self, step: int) -> None:
         """Update the importance and, if it is due, the budgets. For loops that do not `attach`.
 
-        Call it once an optimiser step, between `loss.backward()` and `optimizer.step()` (after it with
+        Call it once an optimizer step, between `loss.backward()` and `optimizer.step()` (after it with
         `preset="official"`), and before the gradients are cleared.
 
         Args:
-            step: Number of this optimiser step, counted from 1.
+            step: Number of this optimizer step, counted from 1.
         """
         self._watch(attached=True)
         self._update_importance()
         self._finish_step(step)
 
-    def catch_up(self, step: int) -> None:
-        """Count steps that the optimiser never took, up to `step`, so that the budget still ends at its target.
+    def advance_to(self, step: int) -> None:
+        """Count steps that the optimizer never took, up to `step`, so that the budget still ends at its target.
 
-        A gradient scaler skips the optimiser's step where float16 gradients overflowed. `SnellaCallback` calls this.
+        A gradient scaler skips the optimizer's step where float16 gradients overflowed. `SnellaCallback` calls this.
         """
         while self.step < step:
             self._finish_step(self.step + 1)
@@ -237,11 +237,11 @@ class BudgetAllocator:
 
     def _finish_step(self, step: int) -> None:
         self.step = step
-        if self.is_due(step):
+        if self.is_realloc_step(step):
             self._allocate(step)
 
     def _allocate(self, step: int) -> None:
-        """Share out the budget of the time after `step` steps and write it into the layers."""
+        """Allocate the budget of the time after `step` steps and write it into the layers."""
         t, total = self._time(step)
         budget = budget_at(t, total, self.start_budget, self.target_budget, self.config.schedule)
         caps = [matrix.size for matrix in self.matrices]
@@ -325,7 +325,7 @@ class BudgetAllocator:
 
 
 def _refuse_deepspeed(optimizer: Any) -> None:
-    """Refuse an optimiser of DeepSpeed, wrapped by Accelerate or not: no gradient is where autograd would leave it."""
+    """Refuse an optimizer of DeepSpeed, wrapped by Accelerate or not: no gradient is where autograd would leave it."""
     inner = optimizer
     while inner is not None:
         if any(cls.__module__.partition(".")[0] == "deepspeed" for cls in type(inner).__mro__):
@@ -337,7 +337,7 @@ def _refuse_deepspeed(optimizer: Any) -> None:
 
 
 def _gradient_scale(optimizer: Optimizer) -> float:
-    """What a gradient scaler left for a fused optimiser to divide by; others get their gradients divided before."""
+    """What a gradient scaler left for a fused optimizer to divide by; others get their gradients divided before."""
     scale = getattr(optimizer, "grad_scale", None)
     return 1.0 if scale is None else float(scale)
 

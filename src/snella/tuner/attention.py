@@ -137,7 +137,7 @@ class AdaptedAttention(nn.Module):
         project = self._projection("in_proj")
         if query is key and key is value:
             return list(project(query).chunk(3, dim=-1))
-        # where inputs differ, all three matrices are applied to each of them and what is not needed is let go
+        # where inputs differ, all three matrices are applied to each of them and what is not needed is dropped
         of_query, of_key = project(query).chunk(3, dim=-1)[0], project(key).chunk(3, dim=-1)
         of_value = of_key[2] if value is key else project(value).chunk(3, dim=-1)[2]
         return [of_query, of_key[1], of_value]

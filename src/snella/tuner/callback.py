@@ -16,7 +16,7 @@ from snella.tuner.allocator import BudgetAllocator
 class SnellaCallback(TrainerCallback):
     """Attaches a `BudgetAllocator` when training starts: `Trainer(…, callbacks=[SnellaCallback()])`.
 
-    The allocator's state is part of the optimiser's, so that the Trainer's own checkpoints carry it and
+    The allocator's state is part of the optimizer's, so that the Trainer's own checkpoints carry it and
     `resume_from_checkpoint` restores it.
 
     Args:
@@ -56,7 +56,7 @@ class SnellaCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.allocator is not None:
-            self.allocator.catch_up(state.global_step)
+            self.allocator.advance_to(state.global_step)
 
     def on_train_end(  # noqa: D102
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -66,7 +66,7 @@ class SnellaCallback(TrainerCallback):
 
 
 def _steps_per_epoch(args: TrainingArguments, loader: Any) -> int:
-    """Optimiser steps of one epoch as the Trainer counts them, 0 where the data have no length."""
+    """Optimizer steps of one epoch as the Trainer counts them, 0 where the data have no length."""
     if not isinstance(loader, Sized):
         return 0
     return math.ceil(len(loader) / args.gradient_accumulation_steps)

@@ -151,7 +151,7 @@ class SnellaConfig(PeftConfig):
             kernelised LoRA; needs `target_sparsity=0`.
         learn_piece_coeff: Whether the coefficients `α_p` are learned.
         learn_temperature: Whether the softmax has a learned temperature.
-        zero_start: Whether the importance's moving averages start at zero and are read after the optimiser's step, as
+        zero_start: Whether the importance's moving averages start at zero and are read after the optimizer's step, as
             in the authors' code, instead of at the first value and before it.
         allocation: `"competition"` shares the budget out by importance, `"uniform"` by size (SNELL).
         schedule: How the budget shrinks: `cubic`, `quadratic`, `linear` or `constant`.
@@ -160,11 +160,11 @@ class SnellaConfig(PeftConfig):
         schedule_end: Fraction of the training after which the budget has reached its target, in `(0, 1]`; 1 is the
             paper. Below 1, the steps that are left train the sparsity that was asked for.
         importance: `sensitivity` (eq. 11), `magnitude` of the factors or `delta_magnitude` of the update.
-        realloc_every: `"epoch"`, or a number of optimiser steps.
+        realloc_every: `"epoch"`, or a number of optimizer steps.
         beta1: Decay of the moving average of the importance.
         beta2: Decay of the moving average of its uncertainty.
         min_layer_share: Fraction of its uniform share that every matrix keeps; 0 is the paper.
-        softmax_dim: 0 normalises each column of the merged matrix over its outputs, 1 each row over its inputs.
+        softmax_dim: 0 normalizes each column of the merged matrix over its outputs, 1 each row over its inputs.
         center_softmax: Subtract the softmax's mean. Not in the paper.
         keep_delta: Keep the merged matrix for the backward pass instead of rebuilding it (numba rebuilds as fast as it
             would read, and keeps nothing), and in evaluation the effective weight

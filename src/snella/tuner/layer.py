@@ -321,7 +321,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
     # adapters ------------------------------------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> Self:
-        """Switch between training and evaluation; the weight computed for evaluation is let go."""
+        """Switch between training and evaluation; the weight cached for evaluation is released."""
         if mode != self.training:
             self._cache.clear()
         return super().train(mode)
@@ -333,7 +333,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         self._cache.clear()
 
     def drop_adapter(self, adapter_name: str) -> None:
-        """Let go of what `update_layer` gave; which adapters are active stays as it is."""
+        """Drop what `update_layer` gave; which adapters are active stays as it is."""
         for attribute in (*self.adapter_layer_names, *self.other_param_names):
             if adapter_name in (values := getattr(self, attribute)):
                 del values[adapter_name]

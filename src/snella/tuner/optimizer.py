@@ -35,15 +35,15 @@ def create_snella_optimizer(
     match_update: bool | None = None,
     **optimizer_kwargs: Any,
 ) -> Optimizer:
-    """Create an optimiser whose parameter groups suit a SNELLA model, in the manner of `peft.optimizers`.
+    """Create an optimizer whose parameter groups suit a SNELLA model, in the manner of `peft.optimizers`.
 
     The kernels' scalars need a small rate of their own and no weight decay: `β` shifts every entry of `ΔW` alike and
-    an adaptive optimiser moves it by one learning rate a step, so that at the factors' rate it soon exceeds the
+    an adaptive optimizer moves it by one learning rate a step, so that at the factors' rate it soon exceeds the
     kernel's own spread, and a coefficient `α_p` = ±0.1 flips its sign.
 
     Args:
         model: Any model; parameters that are not SNELLA's (the head) form groups of their own.
-        optimizer_cls: Class of the optimiser.
+        optimizer_cls: Class of the optimizer.
         lr: Rate of the factors `A` and `B`.
         scalar_lr: Rate of `α`, `β`, `α_p` and the temperature.
         head_lr: Rate of everything else that is trained, default `lr`.
@@ -54,7 +54,7 @@ def create_snella_optimizer(
         optimizer_kwargs: Passed on.
 
     Returns:
-        An optimiser with the groups `factors`, `scalars`, `head` and `head_no_decay`, as far as they have parameters.
+        An optimizer with the groups `factors`, `scalars`, `head` and `head_no_decay`, as far as they have parameters.
 
     Raises:
         ValueError: Nothing in the model is trainable, or `match_update` with a kernel it does not know.

@@ -26,7 +26,7 @@ from snella.ops.backends.numba.forward import (
     squared_distances,
 )
 
-ROWS = 4  # of the merged matrix that pull at the factors together
+ROWS = 4  # of the merged matrix whose gradients are accumulated together
 
 
 @njit(**FASTMATH_REASSOC, inline="always")
@@ -48,7 +48,7 @@ def gradient_of_row(grad, value, i, start, w, threshold, scaling, mode):
 
 @njit(**FASTMATH_REASSOC, inline="always")
 def row_grad_coefs(i, q, w, R, tile, B, coeff, softmax, value, exps, scale, mean, rows, coefs, sums, chunk):
-    # coefs[q, p] = ∂L/∂κ_p·coeff[p] / distance of row i: times B − tile it is the pull at both factors;
+    # coefs[q, p] = ∂L/∂κ_p·coeff[p] / distance of row i: times B − tile it is what both gradients get;
     # sums[chunk] takes the row's part of the scalars' gradients
     _, linear, _, _, has_softmax = softmax
     pieces = coeff.shape[0]

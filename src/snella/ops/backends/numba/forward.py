@@ -5,7 +5,7 @@ numbers are still in the processor's cache: `ΔW` is read from memory only where
 passes that know the threshold never write it. Once a column's largest `κ` and the sum of its exponentials are known, a
 row can be merged alone (`merge_row`), along memory. Every function works on the blocks (or rows) `first … last − 1`, so
 that several threads can share one matrix; the interpreter's lock is released. What is computed does not depend on how
-the blocks are shared out, and a value has the same bits in every pass: `merge_block` and `merge_row` do the same
+the blocks are divided, and a value has the same bits in every pass: `merge_block` and `merge_row` do the same
 operations in the same order.
 
 Shape letters: `m` outputs, `n` inputs, `P` pieces of width `R`, `K = P·R`, `w` columns of a block. `A` comes as `[K,

@@ -1,4 +1,4 @@
-"""The piecewise kernels on a CUDA device in Triton: all matrices of a weight in one launch, no wait for the device."""
+"""The piecewise kernels on a CUDA device in Triton: all matrices of a weight in one launch, sync-free."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class _Launches:
         return torch.cuda.device(self.A.device) if self.A.is_cuda else nullcontext()
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """An uninitialised tensor beside the factors."""
+        """An uninitialized tensor beside the factors."""
         return torch.empty(shape, dtype=dtype, device=self.A.device)
 
     def tiles(self, tiles_of_rows: int = 1) -> tuple[int, int, int]:
