@@ -118,7 +118,7 @@ _OF_SPARSITY = (
 
 def _snella_config(head: str, options: Options) -> PeftConfig:
     """SNELLA with the head trained in full."""
-    return SnellaConfig(modules_to_save=[head], **options)
+    return SnellaConfig(modules_to_save=[head] if head else None, **options)
 
 
 def _matched_config(head: str, options: Options) -> PeftConfig:

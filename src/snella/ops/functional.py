@@ -11,7 +11,7 @@ from torch import Tensor
 from snella.ops.autograd import LayerCall, RecomputeCache, add_updates, apply_updates
 from snella.ops.backends import choose_backend, get_backend
 from snella.ops.kernels import make_kernel
-from snella.ops.recompute import origin_of
+from snella.ops.recompute import ORIGIN_ATTRIBUTE, origin_of
 from snella.ops.sparsify import SparsifyMode, sparsify
 from snella.ops.spec import Factors, LayerOp, LazyWeight, LinearOp, Update, UpdateSpec
 
@@ -61,7 +61,7 @@ def adapted_layer(
             weight_shape = torch.Size((updates[0].factors.B.shape[0], updates[0].factors.A.shape[1]))
         else:
             weight_shape = weight.shape
-    z, origin = origin_of(x)
+    z, origin = origin_of(x) if hasattr(x, ORIGIN_ATTRIBUTE) else (None, None)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     elif isinstance(weight, Tensor):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-_ATTRIBUTE = "_snella_origin"
+ORIGIN_ATTRIBUTE = "_snella_origin"
 
 # each is deterministic and keeps its input for its own backward pass (ReLU and the like keep their output instead)
 _TORCH = (
@@ -153,7 +153,7 @@ def _mark_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         return
     if z.is_inference() or z.untyped_storage()._cdata == output.untyped_storage()._cdata:
         return
-    setattr(output, _ATTRIBUTE, _Mark(z, Origin(module, z.device.type), (z._version, output._version)))
+    setattr(output, ORIGIN_ATTRIBUTE, _Mark(z, Origin(module, z.device.type), (z._version, output._version)))
 
 
 def origin_of(x: Tensor) -> tuple[Tensor, Origin] | tuple[None, None]:
@@ -161,7 +161,7 @@ def origin_of(x: Tensor) -> tuple[Tensor, Origin] | tuple[None, None]:
 
     A view of an output, or one that was written to since, is another tensor.
     """
-    mark: _Mark | None = getattr(x, _ATTRIBUTE, None)
+    mark: _Mark | None = getattr(x, ORIGIN_ATTRIBUTE, None)
     if mark is None or (mark.z._version, x._version) != mark.versions or not torch.is_grad_enabled():
         return None, None
     return mark.z.detach(), mark.origin
