@@ -106,6 +106,7 @@ def test_unknown_keys_in_a_configuration_file_are_refused(tmp_path):
         ("epochs: 3\n  a: [\n", r"--config .*c\.yaml, line 2: mapping values are not allowed here"),
         ("a: " + "[" * 3000, r"--config .*c\.yaml is nested too deep to be settings"),
         ("method_options: &a {kernel: *a}\n", r"--config .*c\.yaml holds a setting that contains itself"),
+        ("2001-01-01: 1\n", r"--config .*c\.yaml must name settings by strings: keys must be .*, not datetime\.date"),
         ("- a\n", r"--config .*c\.yaml must hold settings such as 'epochs: 20', got list"),
         (b"\xff\xfe\x00\xd8", r"--config .*c\.yaml must be a YAML text file: "),
     ],

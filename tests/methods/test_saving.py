@@ -199,6 +199,13 @@ def test_many_missing_tensors_are_counted():
         check_fits(Path("x"), {}, {f"a{i}": [1] for i in range(10)})
 
 
+def test_equal_tensors_are_equal_files(tmp_path):
+    model = trained("snella-2")
+    for number in range(8):
+        save_trained(model, tmp_path / str(number))
+    assert len({path.read_bytes() for path in tmp_path.glob("*/*.safetensors")}) == 1
+
+
 def test_a_folder_without_an_adapter_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=f"{tmp_path.name} holds no adapter"):
         load_trained(tmp_path, backbone())

@@ -303,6 +303,8 @@ def _config_error(path: str, known: Sequence[str]) -> str | None:
         json.dumps(content, default=str)
     except (ValueError, RecursionError):
         return f"--config {path} holds a setting that contains itself; settings are written as 'epochs: 20'"
+    except TypeError as error:  # a date, bytes or a tuple
+        return f"--config {path} must name settings by strings: {error}; they are written as 'epochs: 20'"
     unknown = []
     for key in (str(key) for key in content if key not in known):
         near = difflib.get_close_matches(key.replace("-", "_"), known, n=2, cutoff=0.5)

@@ -222,7 +222,18 @@ def _as_safetensors(tensors: dict[str, Tensor], settings_digest: str) -> bytes:
         # the format has no tensors that share memory
         values[name] = value.clone() if pointer in seen else value
         seen.add(pointer)
-    return save(values, {"format": "pt", _TENSORS_DIGEST: _tensors_digest(values), _SETTINGS_DIGEST: settings_digest})
+    metadata = {"format": "pt", _TENSORS_DIGEST: _tensors_digest(values), _SETTINGS_DIGEST: settings_digest}
+    return _in_order(save(values, metadata))
+
+
+def _in_order(content: bytes) -> bytes:
+    """The same file with its metadata sorted; safetensors writes them in a random order, so that equal runs differ."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[end:]
 
 
 def _write(content: bytes, path: Path) -> None:
