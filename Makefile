@@ -21,7 +21,7 @@ STAGES = failed=; \
   finish() { echo; if [ -z "$$failed" ]; then echo "=== all stages passed"; else echo "=== failed:$$failed"; return 1; fi; }
 
 .DEFAULT_GOAL := help
-.PHONY: help install packages docs demo compare test test-oldest test-isa test-slow peft-contract bench lint format types clean
+.PHONY: help install packages docs demo compare test test-oldest test-isa test-slow peft-contract faults bench lint format types clean
 
 help: ## print the verbs
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -84,6 +84,9 @@ test-slow: $(VENV)/.installed-for-tests packages ## all tests, the slow ones too
 
 peft-contract: install ## PEFT's own tests with SNELLA in them, beside LoRA; brings PEFT's source distribution
 	OMP_NUM_THREADS=1 $(BIN)/python tests/peft_contract.py $(VENV)/peft-contract
+
+faults: install ## kill, fill, flip and fuzz tiny trainings for some minutes, and count; appends to benchmarks/faults.jsonl
+	$(BIN)/python benchmarks/faults.py
 
 bench: install ## step times (twelve minutes on two cores) beside PEFT's LoRA and others; appends to benchmarks/results.jsonl
 	$(BIN)/python benchmarks/step_time.py

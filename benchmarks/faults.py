@@ -1,0 +1,682 @@
+"""Break tiny trainings on purpose, and count what becomes of them.
+
+    make faults                       all of it; appends a row to benchmarks/faults.jsonl
+    python benchmarks/faults.py --quick --out row.jsonl    a few of each, without report pages
+
+    killed      SIGKILL at random instants and before chosen operations on files, some runs twice; resumed, they must
+                end with the bits of an uninterrupted run
+    disk full   every write from a random one on fails, or files beyond a random size; then resumed with room
+    finished    one bit flipped, or a file cut, emptied or removed, in a finished run; then predict, evaluate, merge,
+                inspect and train --resume
+    checkpoint  the same in an unfinished run; then train --resume
+    fuzzed      command lines and configuration files
+    together    a second process on the folder of a living run
+
+A command may refuse damage in one line (noticed) or answer as if nothing had happened (harmless). Other results,
+tracebacks and runs that cannot be finished must not occur: the program then prints what led to them, and ends with 1.
+
+Processes are forked from this one, which has imported the libraries and done nothing else.
+"""
+
+import argparse
+import functools
+import gc
+import hashlib
+import importlib
+import io
+import json
+import os
+import random
+import resource
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", HF_HUB_OFFLINE="1", COLUMNS="200", NO_COLOR="1")
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from snella.cli import commands
+from snella.cli.main import main
+from snella.runs import folder as _run_folder  # noqa: F401 - imported before processes are forked
+from snella.runs import train as _train  # noqa: F401
+
+TINY = [
+    "train", "--data", "digits", "--backbone", "test_vit", "--pretrained", "false", "--img-size", "32", "--r", "2",
+    "--train-size", "40", "--val-size", "20", "--test-size", "20", "--batch-size", "20", "--epochs", "3",
+    "--device", "cpu", "--progress", "false",
+]  # fmt: skip
+LIMIT_S = 120
+MUST_BE_ZERO = ("other results", "traceback", "not resumed")
+
+
+@dataclass
+class Ended:
+    """A forked process that has ended: exit status (negative for a signal), and what it printed."""
+
+    status: int
+    text: str
+
+    @property
+    def has_traceback(self) -> bool:
+        """Whether an error was not turned into a line, or the process was ended by a signal of its own doing."""
+        return "Traceback (most recent call last)" in self.text or self.status < 0 or self.status == CRASHED
+
+
+CRASHED = 70
+
+
+def fork(work: Callable[[], int], signal_after_s: float | None = None, limit_s: float = LIMIT_S) -> Ended:
+    """Run `work` in a process of its own, killed with SIGKILL after a while if asked for; its result is the status."""
+    child = Child(work)
+    return child.wait(signal_after_s, limit_s)
+
+
+class Child:
+    """A forked process whose output is collected."""
+
+    def __init__(self, work: Callable[[], int]) -> None:
+        self.source, target = os.pipe()
+        self.started = time.monotonic()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(self.source)
+            os.dup2(target, 1)
+            os.dup2(target, 2)
+            os.close(target)
+            sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+            sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+            status = CRASHED
+            try:
+                torch.set_num_threads(1)
+                status = work()
+            except SystemExit as ending:
+                status = ending.code if isinstance(ending.code, int) else 1
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+        os.close(target)
+
+    def wait(self, signal_after_s: float | None = None, limit_s: float = LIMIT_S) -> Ended:
+        """Collect the output until the end."""
+        chunks = []
+        deadline = self.started + limit_s
+        kill_at = None if signal_after_s is None else self.started + signal_after_s
+        is_late = False
+        while True:
+            until = min(deadline, kill_at) if kill_at is not None else deadline
+            if select.select([self.source], [], [], max(until - time.monotonic(), 0))[0]:
+                chunk = os.read(self.source, 1 << 16)
+                if not chunk:
+                    break
+                chunks.append(chunk)
+            elif time.monotonic() >= until:
+                is_late = kill_at is None or until < kill_at
+                os.kill(self.pid, signal.SIGKILL)
+                kill_at = None
+        os.close(self.source)
+        status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        text = b"".join(chunks).decode(errors="replace")
+        return Ended(status, text + ("\nTraceback (most recent call last): killed, took too long" if is_late else ""))
+
+
+def at_file_operation(folder: Path, number: int | None, action: Callable[[], None]) -> list[int]:
+    """Call `action` before the operation on a file of a folder that has this number (from 1), as Python reports them.
+
+    Returns:
+        A list whose only entry counts them.
+    """
+    count = [0]
+    inside = str(folder)
+
+    def hook(event: str, arguments: tuple) -> None:
+        if event == "open":
+            path, _, flags = arguments
+            counts = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        else:
+            path, counts = arguments[0] if arguments else None, event in FILE_EVENTS
+        if counts and isinstance(path, str | os.PathLike) and os.fspath(path).startswith(inside):
+            count[0] += 1
+            if count[0] == number:
+                action()
+
+    sys.addaudithook(hook)
+    return count
+
+
+FILE_EVENTS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree", "shutil.move")
+
+
+def die() -> None:
+    """End as a power cut would end it."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fill_up() -> None:
+    """Let every write from here on fail."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+
+
+def outcome(run: Path) -> dict[str, object]:
+    """What a run ends with, to the last bit; times and paths apart."""
+    metrics = json.loads((run / "metrics.json").read_text())
+    return {
+        "adapter": {path.name: _sha256(path) for path in sorted((run / "adapter").glob("*.safetensors"))},
+        "metrics": {name: metrics[name] for name in ("best_epoch", "history", "val", "test")},
+        "allocation": _sha256(run / "allocation.json"),
+        "predictions": _sha256(run / "predictions.json"),
+        "report": (run / "report.html").is_file(),
+    }
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@dataclass
+class Harness:
+    """Where trials take place, what they are drawn from, and what was counted."""
+
+    root: Path
+    seed: int
+    sizes: dict[str, int]
+    counts: dict[str, Counter[str]] = field(default_factory=dict)
+    complaints: list[str] = field(default_factory=list)
+
+    def count(self, group: str, result: str, what: str = "", text: str = "") -> None:
+        """Note the result of one trial; one that must not occur with what led to it."""
+        self.counts.setdefault(group, Counter())[result] += 1
+        if result in MUST_BE_ZERO:
+            self.complaints.append(f"{group}: {what}: {result}\n    " + text.strip()[-1500:].replace("\n", "\n    "))
+
+    def trials(self, group: str) -> Iterator[tuple[int, random.Random, Path]]:
+        """Numbers, random generators and empty places of a group's trials."""
+        for number in range(self.sizes[group]):
+            place = self.root / group.replace(" ", "-") / str(number)
+            place.mkdir(parents=True)
+            yield number, random.Random(f"{self.seed}-{group}-{number}"), place
+            shutil.rmtree(place)
+
+    def prepare(self) -> None:
+        """Train without a fault, and count time and file operations on the way; keep a run that was cut short."""
+        run = self.root / "uninterrupted" / "run"
+        notes = self.root / "operations"
+
+        def work() -> int:
+            count = at_file_operation(run, None, die)
+            status = main([*TINY, "--out", str(run)])
+            notes.write_text(json.dumps({"operations": count[0], "modules": list(sys.modules)}))
+            return status
+
+        ended = fork(work)
+        if ended.status:
+            raise SystemExit(f"the uninterrupted run failed:\n{ended.text}")
+        noted = json.loads(notes.read_text())
+        self.operations = noted["operations"]
+        for name in noted["modules"]:  # those that are imported late would be imported in every process
+            with suppress(Exception):
+                importlib.import_module(name)
+        gc.freeze()
+        start = time.monotonic()
+        fork(lambda: main([*TINY, "--out", str(run), "--overwrite"]))
+        self.duration_s = time.monotonic() - start
+        self.finished, self.expected = run, outcome(run)
+        self.unfinished = self.root / "cut" / "run"
+        for number in range(self.operations // 2, self.operations):
+            ended = fork(functools.partial(train_until, self.unfinished, number, die))
+            if list((self.unfinished / "checkpoints").glob("checkpoint-*")):
+                break
+            shutil.rmtree(self.unfinished, ignore_errors=True)
+        self.images = self.root / "images"
+        self.images.mkdir()
+        pixels = np.random.default_rng(0).integers(0, 255, (2, 32, 32, 3), dtype=np.uint8)
+        for index, image in enumerate(pixels):
+            Image.fromarray(image).save(self.images / f"{index}.png")
+
+    def resume(self, group: str, what: str, run: Path) -> None:
+        """Resume a run as often as a patient user would, and compare."""
+        ended = fork(lambda: main(["train", "--out", str(run), "--resume"]))
+        if ended.status == 2 and "holds none; give data and backbone" in ended.text:  # it had not begun
+            ended = fork(lambda: main([*TINY, "--out", str(run), "--overwrite"]))
+        if ended.has_traceback:
+            self.count(group, "traceback", what, ended.text)
+        elif ended.status != 0:
+            self.count(group, "not resumed", what, ended.text)
+        else:
+            self.count(group, "same bits" if outcome(run) == self.expected else "other results", what, ended.text)
+
+    def killed(self) -> None:
+        """SIGKILL at random instants and at chosen ones."""
+        for number, draw, place in self.trials("killed"):
+            run = place / "run"
+            if number % 2:
+                instant = draw.uniform(0.0, 1.05 * self.duration_s)
+                what = f"after {instant:.3f} s"
+                fork(lambda run=run: main([*TINY, "--out", str(run)]), signal_after_s=instant)
+            else:
+                operation = draw.randint(1, self.operations)
+                what = f"before file operation {operation}"
+                fork(functools.partial(train_until, run, operation, die))
+            if draw.random() < 0.3 and run.exists():
+                operation = draw.randint(1, self.operations)
+                what += f", resumed until before operation {operation}"
+                fork(functools.partial(train_until, run, operation, die, ["train", "--resume"]))
+            self.resume("killed", what, run)
+
+    def disk_full(self) -> None:
+        """Writes that fail."""
+        for number, draw, place in self.trials("disk full"):
+            run = place / "run"
+            if number % 2:
+                limit = int(2 ** draw.uniform(0, 19))
+                what = f"files of at most {limit} bytes"
+                ended = fork(functools.partial(train_limited, run, limit))
+            else:
+                operation = draw.randint(1, self.operations)
+                what = f"full from file operation {operation} on"
+                ended = fork(functools.partial(train_until, run, operation, fill_up))
+            if ended.has_traceback:
+                self.count("disk full", "traceback", what, ended.text)
+                continue
+            self.count("disk full", "one line" if ended.status else "not met")
+            self.resume("disk full", what, run)
+
+    def small_disk(self) -> None:
+        """A real file system that is too small, where one can be mounted."""
+        for _, draw, place in self.trials("small disk"):
+            size = draw.randint(16, 1200) * 1024
+            with mounted(place, size) as is_mounted:
+                if not is_mounted:
+                    self.count("small disk", "could not be mounted")
+                    return
+                what = f"a disk of {size} bytes"
+                ended = fork(lambda place=place: main([*TINY, "--out", str(place / "run")]))
+                if ended.has_traceback:
+                    self.count("small disk", "traceback", what, ended.text)
+                    continue
+                self.count("small disk", "one line" if ended.status else "not met")
+                subprocess.run(["mount", "-o", "remount,size=64m", str(place)], check=True)
+                self.resume("small disk", what, place / "run")
+
+    def damaged_run(self) -> None:
+        """Damage in a finished run, and every command that uses it."""
+        sound = self.ask(self.finished)
+        if any(answer.startswith("status") for answer in sound.values()):
+            raise SystemExit(f"a sound run was refused: {sound}")
+        for _, draw, place in self.trials("finished"):
+            run = shutil.copytree(self.finished, place / "run", symlinks=True)
+            what = damage(draw, run, [path for path in files_of(run) if "checkpoints" not in path.parts])
+            for command, answer in self.ask(run).items():
+                if answer.startswith("traceback"):
+                    self.count("finished", "traceback", f"{what}: {command}", answer)
+                elif answer.startswith("status") or (command == "inspect" and "The adapter is missing" in answer):
+                    self.count("finished", "noticed")
+                else:
+                    same = answer == sound[command]
+                    self.count("finished", "harmless" if same else "other results", f"{what}: {command}", answer)
+
+    def ask(self, run: Path) -> dict[str, str]:
+        """What the commands say of a run: a digest of the answer, `status N: line`, or a traceback."""
+        place = run.parent
+        words = {
+            "predict": ["predict", str(run), str(self.images), "--out", str(place / "p.csv"), "--overwrite"],
+            "evaluate": ["evaluate", str(run), "--out", str(place / "e.json")],
+            "merge": ["merge", str(run), "--out", str(place / "m.safetensors"), "--overwrite"],
+            "inspect": ["inspect", str(run)],
+            "resume": ["train", "--out", str(run), "--resume"],
+        }
+        answers = place / "answers.json"
+
+        def work() -> int:
+            found = {name: self._answer(name, line, run) for name, line in words.items()}
+            answers.write_text(json.dumps(found))
+            return 0
+
+        ended = fork(work)
+        return json.loads(answers.read_text()) if ended.status == 0 else {"all": f"traceback {ended.text}"}
+
+    def _answer(self, name: str, words: list[str], run: Path) -> str:
+        """The answer of one command, in this process."""
+        output = io.StringIO()
+        try:
+            with redirect_stdout(output), redirect_stderr(output):
+                status = main(words)
+        except BaseException:
+            return "traceback " + traceback.format_exc()
+        text = output.getvalue()
+        if status:
+            return f"status {status}: {text}"
+        place = run.parent
+        if name == "predict":
+            text = (place / "p.csv").read_text()
+        elif name == "evaluate":
+            result = json.loads((place / "e.json").read_text())
+            text = json.dumps({key: result[key] for key in result if key != "notes"})
+        elif name == "merge":
+            tensors = load_file(place / "m.safetensors")
+            digest = hashlib.sha256()
+            for key in sorted(tensors):
+                digest.update(key.encode() + tensors[key].numpy().tobytes())
+            text = digest.hexdigest()
+        elif name == "resume":
+            text = json.dumps(outcome(run), sort_keys=True)
+        return text.replace(str(place), "")
+
+    def damaged_checkpoint(self) -> None:
+        """Damage in a run that was cut short, which is then resumed."""
+        for _, draw, place in self.trials("checkpoint"):
+            run = shutil.copytree(self.unfinished, place / "run", symlinks=True)
+            what = damage(draw, run, files_of(run))
+            ended = fork(lambda run=run: main(["train", "--out", str(run), "--resume"]))
+            if ended.has_traceback:
+                self.count("checkpoint", "traceback", what, ended.text)
+            elif ended.status:
+                self.count("checkpoint", "noticed")
+            else:
+                same = outcome(run) == self.expected
+                self.count("checkpoint", "harmless" if same else "other results", what, ended.text)
+
+    def fuzzed(self) -> None:
+        """Command lines and configuration files that nobody meant."""
+        for _, draw, place in self.trials("fuzzed"):
+            words = fuzzed_words(draw, place, self.finished, self.images)
+            ended = fork(functools.partial(run_fuzzed, words, place), limit_s=60)
+            if ended.has_traceback:
+                self.count("fuzzed", "traceback", " ".join(map(repr, words)), ended.text)
+            else:
+                self.count("fuzzed", "accepted" if ended.status in (0, REACHED) else "one line")
+
+    def together(self) -> None:
+        """A second process in the folder of a living run."""
+        for number, draw, place in self.trials("together"):
+            run = place / "run"
+            first = Child(lambda run=run: main([*TINY, "--out", str(run)]))
+            how = ("--resume", "--overwrite", "")[number % 3]
+            words = ["train", "--out", str(run), "--resume"] if how == "--resume" else [*TINY, "--out", str(run)]
+            words += ["--overwrite"] if how == "--overwrite" else []
+            instant = draw.uniform(0.0, self.duration_s)
+            time.sleep(instant)
+            is_stopped = draw.random() < 0.3
+            if is_stopped:
+                os.kill(first.pid, signal.SIGSTOP)
+            second = fork(lambda words=words: main(words))
+            if is_stopped:
+                os.kill(first.pid, signal.SIGCONT)
+            ended = first.wait()
+            what = f"{how or 'no option'} after {instant:.3f} s"
+            if second.has_traceback or ended.has_traceback:
+                self.count("together", "traceback", what, second.text + ended.text)
+            elif outcome(run) != self.expected:
+                self.count("together", "other results", what, second.text + ended.text)
+            elif f"process {first.pid}" in second.text or f"process {os.getpid()}" in second.text:
+                self.count("together", "refused by number")
+            else:
+                self.count("together", "the one after the other")
+
+
+@contextmanager
+def mounted(place: Path, size: int) -> Iterator[bool]:
+    """A file system of a size in `place`; False where this process may not mount one."""
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
+    is_mounted = shutil.which("mount") is not None and subprocess.run(command, capture_output=True).returncode == 0
+    try:
+        yield is_mounted
+    finally:
+        if is_mounted:
+            subprocess.run(["umount", str(place)], check=True)
+
+
+def train_until(run: Path, operation: int, action: Callable[[], None], words: list[str] | None = None) -> int:
+    """Train until something happens before a file operation."""
+    at_file_operation(run, operation, action)
+    return main([*(TINY if words is None else words), "--out", str(run)])
+
+
+def train_limited(run: Path, limit: int) -> int:
+    """Train with files of at most so many bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    return main([*TINY, "--out", str(run)])
+
+
+def files_of(folder: Path) -> list[Path]:
+    """Files of a folder, in order."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def damage(draw: random.Random, run: Path, files: list[Path]) -> str:
+    """Damage one file, and say how."""
+    path = draw.choice(files)
+    content = bytearray(path.read_bytes())
+    name = path.relative_to(run)
+    kind = draw.choices(["flip", "cut", "empty", "remove", "zeros"], [6, 2, 1, 1, 1])[0]
+    if kind == "remove" or not content:
+        path.unlink()
+        return f"{name} removed"
+    if kind == "empty":
+        path.write_bytes(b"")
+        return f"{name} emptied"
+    at = draw.randrange(len(content))
+    if kind == "cut":
+        path.write_bytes(content[:at])
+        return f"{name} cut at byte {at}"
+    if kind == "zeros":
+        path.write_bytes(content[:at] + bytes(len(content) - at))
+        return f"{name} zero from byte {at}"
+    bit = draw.randrange(8)
+    content[at] ^= 1 << bit
+    path.write_bytes(content)
+    return f"{name} bit {bit} of byte {at} flipped"
+
+
+NASTY = [
+    "", " ", "0", "-1", "1", "2", "3.5", "1e400", "-0.0", "nan", "inf", "true", "null", "~", "[]", "{}", "[1, 2]",
+    "{a: 1}", "{a: {b: c}}", "a" * 300, "\udce9", "\x1b[31m", "\n", "[/b]", "[bold]", "../x", "digits", "test_vit",
+    "snella-2", "lora-0", "lora--3", "snella-99999999999", "folder:", "folder:nowhere", "masks:", "'", '"', "%s", "{",
+    "]", "&x *x", "!!python/name:os.system", "999999999999999999999", "0x10", "1_0", "on", "é", "漢字", "--", "-",
+    "a,b", "=", "*", "?", "(", "(a+)+$", "cpu", "cuda", "fp32",
+]  # fmt: skip
+CONFIGS = [
+    "", "a", "[", "{}", "[]", "null", "- a\n- b", "data: digits\ndata: elpv", "data: [1]", "epochs: {a: 1}",
+    "epochs: .nan",
+    "method_options: 3", "method_options: {r: {}}", "method_options: {target_modules: '(a+)+$'}", "? [a]\n: b", "1: 2",
+    "null: 1", "&a [*a]", "a: &a {b: *a}", "!!python/object/apply:os.system ['true']", "\x00", "\ufeffdata: digits",
+    "data: digits\n\tepochs: 1", "[" * 3000, "{a: " * 2000, "- " * 3000, "data: 'x", "config: other.yaml", "lr: 1e-3",
+    "lr: '1e-3'", "epochs: 1_0", "out: [a, b]", "resume: maybe", "seed: -1", "method_options: {kernel: nope}",
+    "method_options: {1: 2}", "method_options: {r: .inf}", "method_options: {r: null, lora_alpha: []}",
+    "backbone: {a: b}", "2001-01-01: 1", "seed: 2001-01-01", "data: !!binary aGVsbG8=", "epochs: !!set {a}",
+]  # fmt: skip
+REACHED = 71
+"""Status of a fuzzed training that would begin."""
+MEMORY_BYTES = 8 * 2**30
+EXPENSIVE = (
+    "demo",
+    "bench",
+    "dreambooth",
+    "language",
+    "generate",
+    "evaluate-generation",
+    "evaluate-language",
+    "compare",
+)
+
+
+def fuzzed_words(draw: random.Random, place: Path, run: Path, images: Path) -> list[str]:
+    """A command line that began as a good one."""
+    from snella.cli.parser import COMMANDS
+
+    name = draw.choice(list(COMMANDS)) if draw.random() < 0.6 else "train"
+    words = {
+        "train": [*TINY, "--out", "run"],
+        "evaluate": ["evaluate", str(run)],
+        "predict": ["predict", str(run), str(images)],
+        "merge": ["merge", str(run), "--out", "m.safetensors"],
+        "inspect": ["inspect", str(run)],
+        "data": ["data", "check", str(images)],
+        "compare": [
+            "compare",
+            "--methods",
+            "linear,lora-2",
+            "--data",
+            "digits",
+            "--backbone",
+            "test_vit",
+            "--out",
+            "c",
+        ],
+    }.get(name, [name])
+    options = [f.replace("_", "-") for f in COMMANDS[name].options.__dataclass_fields__]
+    options += ["config", "help", "debug", "version", "print-config", "method-options.kernel", "method-options.r"]
+    for _ in range(draw.choice([1, 1, 1, 2, 3])):
+        kind = draw.randrange(6)
+        at = draw.randint(1, len(words))
+        option = "--" + draw.choice(options)
+        if kind == 0:
+            words[at:at] = [option, draw.choice(NASTY)]
+        elif kind == 1:
+            words[at:at] = [f"{option}={draw.choice(NASTY)}"]
+        elif kind == 2 and len(words) > 2:
+            del words[min(at, len(words) - 1)]
+        elif kind == 3 and len(words) > 1:
+            words[min(at, len(words) - 1)] = draw.choice(NASTY)
+        elif kind == 4:
+            words[at:at] = [option[: draw.randint(1, len(option))]]
+        else:
+            text = draw.choice(CONFIGS) if draw.random() < 0.7 else fuzzed_yaml(draw)
+            (place / "config.yaml").write_bytes(text.encode(errors="surrogateescape"))
+            words[at:at] = ["--config", "config.yaml"]
+    return words
+
+
+def fuzzed_yaml(draw: random.Random) -> str:
+    """A configuration of the tiny training, some of whose values are others, some bytes of it too."""
+    values: dict[str, object] = {
+        "data": "digits", "backbone": "test_vit", "pretrained": False, "epochs": 1, "method": "snella-2",
+        "method_options": {"kernel": "rbf"}, "lr": 0.01, "img_size": 32, "out": "run",
+    }  # fmt: skip
+    strange = [None, [], {}, "", -1, 2**70, float("nan"), float("inf"), True, "a", [[1]], {"a": {}}, {1: 2}, b"x"]
+    for name in draw.sample(list(values), draw.randint(1, 3)):
+        values[name] = draw.choice(strange)
+    text = bytearray(yaml.safe_dump(values).encode())
+    for _ in range(draw.choice([0, 0, 1, 3])):
+        text[draw.randrange(len(text))] = draw.randrange(256)
+    return text.decode("latin-1")
+
+
+def run_fuzzed(words: list[str], place: Path) -> int:
+    """Run a command line up to where a training would begin."""
+    from snella.cli.parser import COMMANDS
+    from snella.comparison import experiment_files
+
+    def only_options(name: str, settings: dict[str, object]) -> None:
+        options = COMMANDS[name].options(**settings)
+        if name == "compare":
+            experiment_files.experiment_of(vars(options))
+
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    for name in (*EXPENSIVE, "compare"):
+        commands.COMMANDS[name] = functools.partial(only_options, name)
+    sys.modules["snella.runs.train"].__dict__["_fit"] = lambda *arguments: os._exit(REACHED)
+    os.chdir(place)
+    return main(words)
+
+
+def leave_page_out(run: Path, images: object = None) -> Path:
+    """A page without figures, in its place."""
+    (run / "report.html").write_text("<html></html>")
+    return run / "report.html"
+
+
+FULL = {
+    "killed": 60, "disk full": 30, "small disk": 12, "finished": 120, "checkpoint": 60, "fuzzed": 600, "together": 15,
+}  # fmt: skip
+QUICK = {"killed": 2, "disk full": 1, "small disk": 0, "finished": 2, "checkpoint": 1, "fuzzed": 12, "together": 1}
+
+
+def table(counts: dict[str, Counter[str]]) -> str:
+    """One row a group: how many trials ended how."""
+    lines = ["| fault | trials | what became of them |", "|---|---|---|"]
+    for group, results in counts.items():
+        said = ", ".join(f"{number} {result}" for result, number in sorted(results.items()))
+        zero = ", ".join(f"0 {result}" for result in MUST_BE_ZERO if not results[result])
+        lines.append(f"| {group} | {results.total()} | {said}; {zero} |")
+    return "\n".join(lines)
+
+
+def provenance() -> dict[str, object]:
+    """Commit and processor."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return {
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "cpu": models[0].partition(":")[2].strip() if models else "",
+        "torch": torch.__version__,
+    }
+
+
+def run_all(arguments: argparse.Namespace) -> int:
+    """Run the groups, print and store what was counted."""
+    sizes = QUICK if arguments.quick else FULL
+    sizes = {name: round(size * arguments.times) for name, size in sizes.items()}
+    if arguments.only:
+        sizes = {name: size if name in arguments.only else 0 for name, size in sizes.items()}
+    for name in ("train", "evaluate", "predict", "merge", "inspect", "data", "compare"):
+        commands.import_libraries(name)
+    if arguments.quick:  # half of the time of such a training
+        sys.modules["snella.runs.train"].__dict__["write_report"] = leave_page_out
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="snella-faults-") as folder:
+        harness = Harness(Path(folder), arguments.seed, sizes)
+        harness.prepare()
+        for group in (
+            harness.killed, harness.disk_full, harness.small_disk, harness.damaged_run, harness.damaged_checkpoint,
+            harness.fuzzed, harness.together,
+        ):  # fmt: skip
+            group()
+            print(f"{time.monotonic() - start:.0f} s: {group.__name__}", file=sys.stderr, flush=True)
+    for complaint in harness.complaints:
+        print(complaint)
+    print(table(harness.counts))
+    row = {
+        **provenance(),
+        "seed": arguments.seed,
+        "quick": arguments.quick,
+        "elapsed_s": round(time.monotonic() - start, 1),
+        "counts": harness.counts,
+    }
+    if not arguments.only:
+        with Path(arguments.out).open("a") as file:
+            file.write(json.dumps(row) + "\n")
+    return 1 if harness.complaints else 0
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a few trials of each kind")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--times", type=float, default=1.0, help="multiple of the usual number of trials")
+    parser.add_argument("--only", action="append", choices=list(FULL), help="this group alone; no row is written")
+    parser.add_argument("--out", default=str(Path(__file__).with_name("faults.jsonl")))
+    sys.exit(run_all(parser.parse_args()))

@@ -1,0 +1,25 @@
+"""The short form of `make faults`, with all that it must never count."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+HARNESS = ROOT / "benchmarks" / "faults.py"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks, and reads /proc")
+def test_faults_are_noticed_or_harmless_and_killed_runs_resume_to_the_same_bits(tmp_path):
+    command = [sys.executable, str(HARNESS), "--quick", "--out", str(tmp_path / "row.jsonl")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stdout + done.stderr
+    row = json.loads((tmp_path / "row.jsonl").read_text())
+    assert row["quick"] and len(row["commit"]) in (0, 40)
+    counts = row["counts"]
+    assert set(counts) == {"killed", "disk full", "finished", "checkpoint", "fuzzed", "together"}
+    assert counts["killed"] == {"same bits": 2} and counts["disk full"]["same bits"] == 1
+    assert counts["finished"]["noticed"] > 0 and sum(counts["fuzzed"].values()) == 12
+    assert "| killed | 2 | 2 same bits; 0 other results, 0 traceback, 0 not resumed |" in done.stdout
