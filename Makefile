@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PACKAGES := dataset-fashion-mnist tuxpaint-stamps-default mricron-data chromium
 # those that need bitsandbytes or torchao; without them they are skipped
-QUANTIZED_TESTS := tests/tuner/test_quantized.py tests/recipes/dreambooth/test_train.py
+QUANTIZED_TESTS := tests/tuner/test_quantization.py tests/recipes/dreambooth/test_train.py
 RAY_TESTS := tests/comparison/test_processes.py -k ray
 # what promises equal bits, or sums in an order of its own
 ISA_TESTS := tests/ops tests/tuner tests/runs/test_stopping_and_resuming.py

@@ -43,7 +43,7 @@ def test_every_stage_runs_where_one_fails_and_the_end_names_it(make_test, failin
     code, last, calls = make_test(failing)
     assert code != 0
     assert last == f"=== failed: {named}"
-    for call in ("ruff", "mypy", "not slow and not gpu", "test_quantized.py", "test_processes.py -k ray"):
+    for call in ("ruff", "mypy", "not slow and not gpu", "test_quantization.py", "test_processes.py -k ray"):
         assert call in calls
     missing = [word for word in calls.split() if word.startswith("tests/") and not (ROOT / word).exists()]
     assert not missing
