@@ -1,146 +1,263 @@
-"""Typed readers for the JSON files of a run folder."""
+"""The JSON files of a run, as dataclasses: whoever writes one makes its record, whoever reads one gets it.
+
+A field is a key of the file; one with a default may be missing there, or null. Keys that no field names are passed
+over. `write` and `read` are the only way between both.
+"""
 
 from __future__ import annotations
 
 import difflib
 import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from snella._files import check_files, is_intact
+from snella._files import check_files, is_intact, sealed, write_json
 from snella._text import count_text, percent_text
-
-T = TypeVar("T")
 
 FORMAT = 1
 """The run-folder format that this version of snella writes and reads."""
 
-_NAMES: dict[type, str] = {
-    str: "a text",
-    int: "a whole number",
-    float: "a number",
-    list: "a list",
-    dict: "a mapping",
-}
-_MISSING = object()
+Status = Literal["running", "interrupted", "failed", "finished"]
+
+T = TypeVar("T")
+R = TypeVar("R", bound="Record")
 
 
-class Fields:
-    """The fields of one JSON object, each read with the type it must have.
+class Record:
+    """Base of the dataclasses that are a whole file.
 
-    Args:
-        file: File that the object came from, for messages.
-        values: The object itself.
-        where: Path of the object inside the file, such as `history[3]`.
+    Attributes:
+        file: Its name in the folder of a run.
+        is_sealed: Whether it carries the SHA-256 of its other entries.
     """
 
-    def __init__(self, file: Path, values: Any, where: str = "") -> None:
-        if not isinstance(values, Mapping):
-            raise ValueError(
-                f"{file}: {where or 'the file'} must hold a mapping, got {_shown(values)}; {_way_out(file)}"
-            )
-        self.file = file
-        self.values = values
-        self.where = where
+    file: ClassVar[str]
+    is_sealed: ClassVar[bool] = False
 
-    def get(self, key: str, kind: type[T], default: Any = _MISSING) -> T:
-        """Return field `key` as a `kind`; a whole number passes as a float.
+    @classmethod
+    def decoded(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The entries of a file under the names of the fields."""
+        return values
 
-        Args:
-            key: Name of the field.
-            kind: `str`, `int`, `float`, `list` or `dict`.
-            default: Returned where the field is absent or null; without one, absence is an error.
+    def encoded(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The values of the fields under the names of the file."""
+        return values
 
-        Raises:
-            ValueError: The field is absent and has no default, or is of another kind.
-        """
-        value = self.values.get(key)
-        if value is None:
-            if default is not _MISSING:
-                return default
-            near = difflib.get_close_matches(key, [str(name) for name in self.values], n=1)
-            hint = f" (nearest: {near[0]!r})" if near else ""
-            raise ValueError(f"{self.file}: {self._path(key)} is missing{hint}; {_way_out(self.file)}")
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            return float(value)  # type: ignore[return-value]
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise ValueError(
-                f"{self.file}: {self._path(key)} must be {_NAMES[kind]}, got {_shown(value)}; {_way_out(self.file)}"
-            )
-        return value
-
-    def choice(self, key: str, allowed: tuple[str, ...]) -> str:
-        """Return field `key`, which must be one of `allowed`.
-
-        Raises:
-            ValueError: It is none of them.
-        """
-        value = self.get(key, str)
-        if value not in allowed:
-            raise ValueError(
-                f"{self.file}: {self._path(key)} must be one of {', '.join(map(repr, allowed))}, "
-                f"got {value!r}; {_way_out(self.file)}"
-            )
-        return value
-
-    def inner(self, key: str) -> Fields:
-        """Return the mapping at `key` as fields of their own."""
-        return Fields(self.file, self.get(key, dict), self._path(key, quoted=False))
-
-    def each(self, key: str, default: Any = _MISSING) -> list[Fields]:
-        """Return the list of mappings at `key`, each as fields of its own."""
-        path = self._path(key, quoted=False)
-        return [Fields(self.file, item, f"{path}[{i}]") for i, item in enumerate(self.get(key, list, default))]
-
-    def numbers(self, key: str, kind: type[T], default: Any = _MISSING) -> dict[str, T]:
-        """Return the mapping of names to numbers at `key`; `default` stands for a null (JSON has no NaN)."""
-        inner = Fields(self.file, self.get(key, dict), self._path(key, quoted=False))
-        return {str(name): inner.get(name, kind, default) for name in inner.values}
-
-    def _path(self, key: str, quoted: bool = True) -> str:
-        """Where `key` is inside the file."""
-        path = f"{self.where}.{key}" if self.where else key
-        return f"'{path}'" if quoted else path
+    def check_folder(self, folder: Path) -> None:
+        """Refuse a folder whose other files are not what this one says, with a ValueError."""
 
 
-def read_fields(file: Path) -> Fields:
-    """Read a JSON file that holds one object, and check its format number.
+_OPTIONAL = {"is_optional": True}
+"""Marks a field that is not written while it has its default."""
+
+
+def plain(value: Any) -> Any:
+    """A record, or what stands in one, as plain values for JSON, which lacks NaN: null stands for it."""
+    if is_dataclass(value) and not isinstance(value, type):
+        values = {
+            f.name: plain(getattr(value, f.name))
+            for f in fields(value)
+            if not (f.metadata.get("is_optional") and _is_same(getattr(value, f.name), f.default))
+        }
+        return value.encoded(values) if isinstance(value, Record) else values
+    if isinstance(value, Mapping):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write(record: Record, folder: str | Path) -> Path:
+    """Write a record into the folder of a run, atomically; the file."""
+    file = Path(folder) / record.file
+    values = plain(record)
+    write_json(file, sealed(values) if record.is_sealed else values)
+    return file
+
+
+def read(kind: type[R], folder: str | Path) -> R:
+    """Read a record from the folder of a run.
+
+    Args:
+        kind: Class of the record.
+        folder: Of the run.
+
+    Raises:
+        FileNotFoundError: The folder holds no such file.
+        ValueError: The file is damaged or of an unknown format, a field is missing or of another type, or what the file
+            says of the folder is not so.
+    """
+    file = Path(folder) / kind.file
+    record = record_from(kind, kind.decoded(read_object(file)), file)
+    record.check_folder(Path(folder))
+    return record
+
+
+def read_if_present(kind: type[R], folder: str | Path) -> R | None:
+    """Read a record as `read` does; None where the run has no such file."""
+    return read(kind, folder) if (Path(folder) / kind.file).exists() else None
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """Read a JSON file that holds one object, and check its seal and its format number.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is not JSON, not an object, or of a format that this version does not know.
+        ValueError: It is not JSON, not an object, altered, or of a format that this version does not know.
     """
     if not file.is_file():
-        folder = file.parent
-        state = "the folder is not a run of snella" if folder.is_dir() else "there is no such folder"
+        folder, hint = file.parent, _hint(file)
         if (folder / "run.json").is_file():
-            state = "the run did not get that far or the file was removed"
-        hint = "give the folder that `snella train --out` wrote" if file.name == "run.json" else _way_out(file)
-        raise FileNotFoundError(f"{file} is missing: {state}; {hint}")
+            state = "the run has not come so far, or the file was removed"
+        elif folder.is_dir():
+            state, hint = "this is not the folder of a run", "give the folder that `snella train --out` wrote"
+        else:
+            state, hint = "there is no such folder", "give the folder that `snella train --out` wrote"
+        raise FileNotFoundError(f"no file {file}: {state}; {hint}")
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is damaged: byte {error.start} is not UTF-8 text; {_way_out(file)}") from error
+        raise ValueError(f"{file} is damaged: byte {error.start} is not UTF-8; {_hint(file)}") from error
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"{file} is damaged: {error.msg} in line {error.lineno}, column {error.colno}; {_way_out(file)}"
+            f"{file} is damaged: {error.msg} in line {error.lineno}, column {error.colno}; {_hint(file)}"
         ) from error
+    except RecursionError:
+        raise ValueError(f"{file} is damaged: it is nested too deeply; {_hint(file)}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: the file must hold a mapping, got {_shown(values)}; {_hint(file)}")
     if not is_intact(values):
-        raise ValueError(f"{file} was altered after it was written: its SHA-256 is another; {_way_out(file)}")
-    fields = Fields(file, values)
-    number = values.get("format", FORMAT)
-    if number != FORMAT:
+        raise ValueError(f"{file} was altered after it was written: its SHA-256 is another; {_hint(file)}")
+    if values.get("format", FORMAT) != FORMAT:
         raise ValueError(
-            f"{file} has format {number!r}, this version of snella reads format {FORMAT}; "
+            f"{file} has format {values['format']!r}, this version of snella reads format {FORMAT}; "
             "install the version that wrote it (named under 'versions' in run.json)"
         )
-    return fields
+    return values
 
 
-def _way_out(file: Path) -> str:
+def record_from(kind: type[T], values: Any, file: Path | None = None, where: str = "") -> T:
+    """Make a dataclass of plain values, each checked against the type of its field.
+
+    Args:
+        kind: The dataclass.
+        values: A mapping; keys that no field names are passed over.
+        file: Where the values come from, for messages.
+        where: Path of the mapping inside the file, such as `history[3]`.
+
+    Raises:
+        ValueError: No mapping, a field that is missing or of another type, or what the dataclass itself refuses.
+    """
+    if not isinstance(values, Mapping):
+        raise _error(file, f"{_quoted(where)} must be a mapping, got {_shown(values)}")
+    hints = _hints(kind)  # type: ignore[arg-type]
+    arguments = {}
+    for f in fields(kind):  # type: ignore[arg-type]
+        value, path = values.get(f.name), f"{where}.{f.name}" if where else f.name
+        has_default = f.default is not MISSING or f.default_factory is not MISSING
+        if value is None and has_default and not (f.name in values and _accepts_none(hints[f.name])):
+            continue
+        if value is None and not _accepts_none(hints[f.name]):
+            near = difflib.get_close_matches(f.name, map(str, values), n=1)
+            raise _error(file, f"{_quoted(path)} is missing" + (f" (nearest: {near[0]!r})" if near else ""))
+        arguments[f.name] = _converted(hints[f.name], value, file, path)
+    try:
+        return kind(**arguments)
+    except ValueError as error:
+        raise _error(file, f"{where}: {error}" if where else str(error)) from None
+
+
+def _converted(kind: Any, value: Any, file: Path | None, where: str) -> Any:
+    """A value of a file as a field of some type holds it."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (Union, UnionType):
+        options = [option for option in inner if option is not NoneType]
+        if value is None and len(options) < len(inner):
+            return None
+        return _converted(_fitting(options, value), value, file, where)
+    if is_dataclass(kind):
+        return record_from(kind, value, file, where)  # type: ignore[arg-type]
+    if origin is Literal:
+        if value not in inner:
+            raise _error(file, f"{_quoted(where)} must be one of {', '.join(map(repr, inner))}, got {value!r}")
+        return value
+    if origin in (list, tuple):
+        items = _checked(list, value, file, where)
+        made = [_converted(inner[0], item, file, f"{where}[{i}]") for i, item in enumerate(items)]
+        return tuple(made) if origin is tuple else made
+    if origin is dict:
+        entries = _checked(dict, value, file, where)
+        return {str(key): _converted(inner[1], item, file, f"{where}.{key}") for key, item in entries.items()}
+    if kind is float and value is None:
+        return math.nan  # among others of a list or mapping; JSON has no other word for it
+    return _checked(kind, value, file, where)
+
+
+_NAMES: dict[type, str] = {
+    str: "a string",
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    list: "a list",
+    dict: "a mapping",
+}
+
+
+def _checked(kind: type, value: Any, file: Path | None, where: str) -> Any:
+    """A value that must be of a plain type; an integer passes as a float."""
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise _error(file, f"{_quoted(where)} must be {_NAMES[kind]}, got {_shown(value)}")
+    return value
+
+
+def _fitting(options: list[Any], value: Any) -> Any:
+    """Of several types the one whose required fields a value has most of; the first of equals."""
+
+    def count(option: Any) -> int:
+        if not is_dataclass(option) or not isinstance(value, Mapping):
+            return 0
+        return sum(f.name in value for f in fields(option) if f.default is MISSING and f.default_factory is MISSING)
+
+    return max(options, key=count)
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    """The types of a dataclass's fields."""
+    return get_type_hints(kind)
+
+
+def _accepts_none(kind: Any) -> bool:
+    """Whether a field of this type may be None."""
+    return kind is Any or NoneType in get_args(kind)
+
+
+def _is_same(value: Any, default: Any) -> bool:
+    """Whether a field has its default, which may be NaN."""
+    both = (value, default)
+    return value is default or value == default or all(isinstance(v, float) and math.isnan(v) for v in both)
+
+
+def _quoted(where: str) -> str:
+    """A place in a file."""
+    return f"'{where}'" if where else "the file"
+
+
+def _error(file: Path | None, message: str) -> ValueError:
+    """What is wrong with a file, and what to do about it."""
+    return ValueError(message if file is None else f"{file}: {message}; {_hint(file)}")
+
+
+def _hint(file: Path) -> str:
     """What to do about a file that cannot be used."""
     if file.name == "comparison.json":
         return f"run `snella compare` again or delete {file.name}"
@@ -150,9 +267,96 @@ def _way_out(file: Path) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value with its kind, short enough for a message."""
+    """A value with its type, short enough for a message."""
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+@dataclass(frozen=True)
+class BackboneInfo:
+    """The model that a run began with.
+
+    Attributes:
+        name: As `--backbone` takes it, or of a generator's pipeline or language model.
+        weights: File of its weights, where that is not part of the name.
+        pretrained: Whether it began with pre-trained weights; None for generators, as the following two.
+        img_size: Side of its images in pixels, where that was asked for.
+        num_classes: Outputs of its head.
+        seed: Decides what is not pre-trained in it.
+        architecture: The name under which timm makes such a model; None for models of other origin.
+    """
+
+    name: str
+    weights: str | None = None
+    pretrained: bool | None = field(default=None, metadata=_OPTIONAL)
+    img_size: int | None = None
+    num_classes: int | None = field(default=None, metadata=_OPTIONAL)
+    seed: int | None = field(default=None, metadata=_OPTIONAL)
+    architecture: str | None = None
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """The data of a run.
+
+    Attributes:
+        spec: As `--data` takes it.
+        seed: Decides the splits.
+        description: In a few words.
+        sizes: Items of each part.
+        digest: SHA-256 of what was split, and how; None for old runs, which do not tell.
+        contents: SHA-256 of the images of each part; nothing for old runs.
+        folder: Its absolute place; None for data without one.
+        notes: What a user should know about it.
+        subject: Of a personalization: which one.
+        class_name: And what kind of thing it is.
+        files: And its images in `folder`.
+    """
+
+    spec: str
+    seed: int | None = None
+    description: str = ""
+    sizes: dict[str, int] = field(default_factory=dict)
+    digest: str | None = None
+    contents: dict[str, str] = field(default_factory=dict)
+    folder: str | None = None
+    notes: list[str] = field(default_factory=list)
+    subject: str | None = field(default=None, metadata=_OPTIONAL)
+    class_name: str | None = field(default=None, metadata=_OPTIONAL)
+    files: list[str] | None = field(default=None, metadata=_OPTIONAL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInfo(Record):
+    """What was trained on what: `run.json`; `files` are the digests of a finished run's other files."""
+
+    file: ClassVar[str] = "run.json"
+    is_sealed: ClassVar[bool] = True
+
+    format: int = FORMAT
+    task: str = "classification"
+    protocol: str = "standard"
+    ema: float | None = None
+    method: str
+    method_options: dict[str, Any] = field(default_factory=dict)
+    backbone: BackboneInfo
+    classes: list[str]
+    data: DataInfo
+    data_config: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, Any] = field(default_factory=dict)
+    command: str = ""
+    status: Status
+    error: str | None = field(default=None, metadata=_OPTIONAL)
+    files: dict[str, str] | None = field(default=None, metadata=_OPTIONAL)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether training came to its end."""
+        return self.status == "finished"
+
+    def check_folder(self, folder: Path) -> None:
+        """Compare the files of a finished run with their digests; those of older runs pass."""
+        check_files(folder, self.files or {})
 
 
 @dataclass(frozen=True)
@@ -160,9 +364,17 @@ class Scores:
     """Result of a classifier on one split; `confusion[i][j]` counts images of class i taken for class j."""
 
     accuracy: float
-    balanced_accuracy: float
-    loss: float
-    confusion: list[list[int]]
+    balanced_accuracy: float = math.nan
+    loss: float = math.nan
+    confusion: list[list[int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Refuse a table that is not square."""
+        if any(len(row) != len(self.confusion) for row in self.confusion):
+            raise ValueError(
+                f"confusion must be square, got {len(self.confusion)} rows of lengths "
+                f"{sorted({len(row) for row in self.confusion})}"
+            )
 
     @property
     def count(self) -> int:
@@ -197,11 +409,11 @@ class ClassScores:
     """Result of a segmentation for one class; NaN where the class was neither there nor found."""
 
     name: str
-    pixels: int
-    dice: float
-    iou: float
-    dice_pooled: float
-    iou_pooled: float
+    pixels: int = 0
+    dice: float = math.nan
+    iou: float = math.nan
+    dice_pooled: float = math.nan
+    iou_pooled: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -212,11 +424,14 @@ class MaskScores:
     iou: float
     dice_pooled: float
     iou_pooled: float
-    dice_gps: float
-    iou_gps: float
-    loss: float
-    count: int
-    classes: list[ClassScores] = field(default_factory=list)
+    iou_pooled_with_background: float = math.nan
+    dice_gps_foreground_only: float = math.nan
+    iou_gps_foreground_only: float = math.nan
+    pixel_accuracy: float = math.nan
+    images: int = 0
+    per_class: list[ClassScores] = field(default_factory=list)
+    confusion: list[list[int]] = field(default_factory=list)
+    loss: float = math.nan
 
     def values(self) -> dict[str, Any]:
         """The numbers in short, as plain values."""
@@ -225,7 +440,7 @@ class MaskScores:
             "iou": self.iou,
             "dice_pooled": self.dice_pooled,
             "iou_pooled": self.iou_pooled,
-            "images": self.count,
+            "images": self.images,
         }
 
     def text(self) -> str:
@@ -237,133 +452,136 @@ class MaskScores:
 
     def rows(self, split: str) -> list[tuple[str, str, str]]:
         """Label, value and small print of each number."""
-        gps = f"GPS's variant, without false positives: {percent_text(self.dice_gps)}, {percent_text(self.iou_gps)}"
+        gps = f"{percent_text(self.dice_gps_foreground_only)}, {percent_text(self.iou_gps_foreground_only)}"
         return [
-            (f"{split} Dice", percent_text(self.dice), f"mean of {count_text(self.count)} images"),
+            (f"{split} Dice", percent_text(self.dice), f"mean of {count_text(self.images)} images"),
             (f"{split} IoU", percent_text(self.iou), "mean of the images"),
             (
                 f"{split} Dice, IoU pooled",
                 f"{percent_text(self.dice_pooled)}, {percent_text(self.iou_pooled)}",
-                f"all pixels together. {gps}",
+                f"all pixels together. GPS's variant, without false positives: {gps}",
             ),
         ]
 
 
-def read_scores(fields: Fields, split: str) -> Scores | MaskScores | None:
-    """Result on a split, None where it was not measured.
-
-    Raises:
-        ValueError: A field is missing or of another kind, or a confusion matrix is not square.
-    """
-    if fields.values.get(split) is None:
-        return None
-    scores = fields.inner(split)
-    return _mask_scores(scores) if "dice" in scores.values else _class_scores(fields, scores, split)
+def scores_from(values: Mapping[str, Any]) -> Scores | MaskScores:
+    """The record of what `Task.metrics` or `evaluate` returned."""
+    return record_from(MaskScores, values) if "dice" in values else record_from(Scores, values)
 
 
-def _class_scores(fields: Fields, scores: Fields, split: str) -> Scores:
-    """Result of a classifier."""
-    confusion = scores.get("confusion", list, [])
-    if any(not isinstance(row, list) or len(row) != len(confusion) for row in confusion):
-        raise ValueError(
-            f"{fields.file}: '{split}.confusion' must be square, got {len(confusion)} rows of lengths "
-            f"{sorted({len(row) if isinstance(row, list) else 0 for row in confusion})}; run `snella evaluate` again"
-        )
-    return Scores(
-        accuracy=scores.get("accuracy", float),
-        balanced_accuracy=scores.get("balanced_accuracy", float, math.nan),
-        loss=scores.get("loss", float, math.nan),
-        confusion=[[int(count) for count in row] for row in confusion],
-    )
-
-
-def _mask_scores(scores: Fields) -> MaskScores:
-    """Result of a segmentation."""
-    numbers = ("dice", "iou", "dice_pooled", "iou_pooled")
-    return MaskScores(
-        **{name: scores.get(name, float) for name in numbers},
-        dice_gps=scores.get("dice_gps_foreground_only", float, math.nan),
-        iou_gps=scores.get("iou_gps_foreground_only", float, math.nan),
-        loss=scores.get("loss", float, math.nan),
-        count=scores.get("images", int, 0),
-        classes=[
-            ClassScores(
-                name=row.get("name", str),
-                pixels=row.get("pixels", int, 0),
-                **{name: row.get(name, float, math.nan) for name in numbers},
-            )
-            for row in scores.each("per_class", [])
-        ],
-    )
-
-
-STATUSES = ("running", "interrupted", "failed", "finished")
-R = TypeVar("R")
-
-
-@dataclass(frozen=True)
-class RunInfo:
-    """What was trained on what: `run.json`."""
-
-    folder: Path
-    status: str
-    method: str
-    method_options: dict[str, Any]
-    backbone: dict[str, Any]
-    classes: list[str]
-    data: dict[str, Any]
-    data_config: dict[str, Any]
-    versions: dict[str, Any]
-    command: str
-    error: str | None
-    task: str = "classification"
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether training came to its end."""
-        return self.status == "finished"
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EpochRow:
     """One epoch of training; NaN where a value was not measured.
 
-    `val_…` is what the best epoch was chosen on: the test images where `Metrics.selected_on` says so.
+    `val_…` is what the best epoch was chosen on: the test images where `Metrics.selected_on` says so. `is_denser` marks
+    an epoch that holds more weights than were asked for, and so was not to be chosen.
     """
 
     epoch: int
-    train_loss: float
-    val_loss: float
-    val_accuracy: float
-    val_balanced_accuracy: float
-    lr: float
-    budget: int | None
-    val_dice: float = math.nan
-    val_iou: float = math.nan
+    train_loss: float = math.nan
+    val_loss: float = field(default=math.nan, metadata=_OPTIONAL)
+    val_accuracy: float = field(default=math.nan, metadata=_OPTIONAL)
+    val_balanced_accuracy: float = field(default=math.nan, metadata=_OPTIONAL)
+    val_dice: float = field(default=math.nan, metadata=_OPTIONAL)
+    val_iou: float = field(default=math.nan, metadata=_OPTIONAL)
+    val_dice_pooled: float = field(default=math.nan, metadata=_OPTIONAL)
+    val_iou_pooled: float = field(default=math.nan, metadata=_OPTIONAL)
+    val_pixel_accuracy: float = field(default=math.nan, metadata=_OPTIONAL)
+    lr: float = math.nan
+    budget: int | None = None
+    is_denser: bool = field(default=False, metadata=_OPTIONAL)
 
 
-@dataclass(frozen=True)
-class Metrics:
-    """Results and costs: `metrics.json`."""
+@dataclass(frozen=True, kw_only=True)
+class Metrics(Record):
+    """Results and costs: `metrics.json`; of a generator's, the costs alone.
 
-    best_epoch: int | None
-    best_metric: str
-    train_s: float
-    trainable_parameters: int
-    adapted_weights: int | None
-    adapter_bytes: int
-    peak_rss_mib: float
-    history: list[EpochRow]
-    val: Scores | MaskScores | None
-    test: Scores | MaskScores | None
+    In the file, the history's `val_…` are called `test_…` where the test images chose the epoch.
+    """
+
+    file: ClassVar[str] = "metrics.json"
+
+    best_epoch: int | None = None
     protocol: str = "standard"
-    selected_on: str | None = "val"
+    selected_on: Literal["val", "test"] | None = "val"
+    best_metric: str = "val_accuracy"
     ema: float | None = None
+    train_s: float = math.nan
+    trainable_parameters: int
+    adapted_weights: int | None = None
+    adapter_bytes: int = 0
+    peak_rss_mib: float = math.nan
+    step_s: float | None = None
+    accelerator_memory_max: int | None = None
+    accelerator_memory_reserved_avg: int | None = None
+    accelerator_memory_reserved_99th: int | None = None
+    history: list[EpochRow] = field(default_factory=list)
+    val: Scores | MaskScores | None = None
+    test: Scores | MaskScores | None = None
 
     @property
     def selection(self) -> str:
         """The images that the best epoch was chosen on, in words."""
         return "test" if self.selected_on == "test" else "validation"
+
+    @classmethod
+    def decoded(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The history's `test_…` as `val_…`."""
+        history = values.get("history")
+        if values.get("selected_on") != "test" or not isinstance(history, list):
+            return values
+        return {**values, "history": [_renamed(row, "test_", "val_") for row in history]}
+
+    def encoded(self, values: dict[str, Any]) -> dict[str, Any]:
+        """And the other way round."""
+        if self.selected_on != "test":
+            return values
+        return {**values, "history": [_renamed(row, "val_", "test_") for row in values["history"]]}
+
+
+def _renamed(row: Any, old: str, new: str) -> Any:
+    """A row whose names begin with `new` instead of `old`."""
+    if not isinstance(row, Mapping):
+        return row
+    return {new + key.removeprefix(old) if key.startswith(old) else key: value for key, value in row.items()}
+
+
+@dataclass(frozen=True)
+class FixedLoss:
+    """Loss on fixed noise and times, before and after training."""
+
+    before: float = math.nan
+    after: float = math.nan
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossRow:
+    """A step or epoch of a generator's training; None where a value was not measured."""
+
+    step: int = 0
+    epoch: float | None = field(default=None, metadata=_OPTIONAL)
+    loss: float | None = field(default=None, metadata=_OPTIONAL)
+    eval_loss: float | None = field(default=None, metadata=_OPTIONAL)
+    learning_rate: float | None = field(default=None, metadata=_OPTIONAL)
+    grad_norm: float | None = field(default=None, metadata=_OPTIONAL)
+    budget: int | None = field(default=None, metadata=_OPTIONAL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorMetrics(Record):
+    """Losses and costs of a run that trained a generator of images or of text: `metrics.json`."""
+
+    file: ClassVar[str] = "metrics.json"
+
+    train_s: float = math.nan
+    trainable_parameters: int
+    adapted_weights: int | None = None
+    adapter_bytes: int = 0
+    peak_rss_mib: float = math.nan
+    peak_gpu_mib: float | None = None
+    optimizer: str = ""
+    fixed_loss: FixedLoss | None = field(default=None, metadata=_OPTIONAL)
+    loss_history: list[LossRow] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -392,13 +610,26 @@ class AllocationStep:
 
 
 @dataclass(frozen=True)
-class Allocation:
+class Allocation(Record):
     """How budgets evolved: `allocation.json`."""
+
+    file: ClassVar[str] = "allocation.json"
 
     total_weights: int
     target_budget: int
     matrices: list[MatrixInfo]
-    history: list[AllocationStep]
+    history: list[AllocationStep] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Refuse steps that are not of these matrices."""
+        names = {matrix.name for matrix in self.matrices}
+        for i, step in enumerate(self.history):
+            unknown = sorted((set(step.budgets) | set(step.importance)) - names)
+            if unknown or names - set(step.budgets):
+                raise ValueError(
+                    f"history[{i}] does not fit 'matrices': unknown {unknown[:3]}, "
+                    f"without budget {sorted(names - set(step.budgets))[:3]}"
+                )
 
 
 @dataclass(frozen=True)
@@ -427,11 +658,27 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Predictions:
+class Predictions(Record):
     """Predictions on one split: `predictions.json`."""
 
-    split: str
-    items: list[Prediction]
+    file: ClassVar[str] = "predictions.json"
+
+    split: str = "val"
+    items: list[Prediction] = field(kw_only=True)
+
+    def for_classes(self, count: int) -> Self:
+        """The same, if they have a probability for each of so many classes.
+
+        Raises:
+            ValueError: One has not.
+        """
+        for i, item in enumerate(self.items):
+            if len(item.probabilities) != count or not 0 <= item.label < count:
+                raise ValueError(
+                    f"{self.file}: items[{i}] has {len(item.probabilities)} probabilities and label {item.label}, "
+                    f"but run.json names {count} classes; train again with `--overwrite`"
+                )
+        return self
 
 
 @dataclass(frozen=True)
@@ -439,218 +686,71 @@ class MaskPrediction:
     """How well one image was segmented; NaN where nothing was to be found. `mask` is a file of the run's folder."""
 
     index: int
-    name: str
-    dice: float
-    iou: float
-    mask: str | None
+    name: str = ""
+    dice: float = math.nan
+    iou: float = math.nan
+    mask: str | None = None
 
 
 @dataclass(frozen=True)
-class MaskPredictions:
+class MaskPredictions(Record):
     """Segmented images of one split: `predictions.json`."""
 
-    split: str
-    items: list[MaskPrediction]
+    file: ClassVar[str] = "predictions.json"
+
+    split: str = "val"
+    items: list[MaskPrediction] = field(kw_only=True)
 
 
 @dataclass(frozen=True)
-class ComparisonRow:
-    """One method of a comparison; NaN or None where a value was not measured."""
+class MethodResult:
+    """One method of the demonstration; NaN or None where a value was not measured."""
 
     method: str
+    split: str = "test"
+    accuracy: float = math.nan
+    balanced_accuracy: float = math.nan
+    trainable_parameters: int | None = None
+    train_s: float = math.nan
+    adapter_bytes: int | None = None
+    best_epoch: int | None = None
+
+
+@dataclass(frozen=True)
+class MethodResults(Record):
+    """The methods that the demonstration compared: `comparison.json`."""
+
+    file: ClassVar[str] = "comparison.json"
+
+    format: int = FORMAT
+    rows: list[MethodResult] = field(kw_only=True)
+
+
+@dataclass(frozen=True)
+class SubjectFidelity(Record):
+    """What an evaluation of a personalized generator measured: `generation.json`."""
+
+    file: ClassVar[str] = "generation.json"
+
+    concept_alignment: float
+    text_alignment: float
+    text_alignment_without_token: float
+    vendi: float
+    vendi_by_prompt: float
+
+
+@dataclass(frozen=True)
+class TaskAccuracy:
+    """Share of one task's questions that were answered correctly."""
+
     accuracy: float
-    balanced_accuracy: float
-    trainable_parameters: int | None
-    train_s: float
-    adapter_bytes: int | None
 
 
-def read_run(run: str | Path) -> RunInfo:
-    """Read `run.json`, and compare the files that it names with their digests there.
+@dataclass(frozen=True)
+class AnswerScores(Record):
+    """What an evaluation of a language model measured: `language.json`."""
 
-    Raises:
-        FileNotFoundError: The folder holds no such file.
-        ValueError: The file is damaged or of an unknown format, or another one was altered.
-    """
-    folder = Path(run)
-    fields = read_fields(folder / "run.json")
-    check_files(folder, fields.get("files", dict, {}))
-    classes = [str(name) for name in fields.get("classes", list)]
-    backbone, data = fields.inner("backbone"), fields.inner("data")
-    return RunInfo(
-        folder=folder,
-        status=fields.choice("status", STATUSES),
-        method=fields.get("method", str),
-        method_options=fields.get("method_options", dict, {}),
-        backbone={"weights": None, "img_size": None, **backbone.values, "name": backbone.get("name", str)},
-        classes=classes,
-        data={
-            **data.values,
-            "spec": data.get("spec", str),
-            "seed": data.get("seed", int, None),
-            "description": data.get("description", str, ""),
-            "sizes": data.get("sizes", dict, {}),
-            "notes": data.get("notes", list, []),
-        },
-        data_config=fields.get("data_config", dict, {}),
-        versions=fields.get("versions", dict, {}),
-        command=fields.get("command", str, ""),
-        error=fields.get("error", str, None),
-        task=fields.get("task", str, "classification"),
-    )
+    file: ClassVar[str] = "language.json"
 
-
-def read_metrics(run: str | Path) -> Metrics:
-    """Read `metrics.json`; raises as `read_run`."""
-    fields = read_fields(Path(run) / "metrics.json")
-    selected_on = fields.get("selected_on", str, None if "selected_on" in fields.values else "val")
-    return Metrics(
-        best_epoch=fields.get("best_epoch", int, None),
-        best_metric=fields.get("best_metric", str, "val_accuracy"),
-        train_s=fields.get("train_s", float, math.nan),
-        trainable_parameters=fields.get("trainable_parameters", int),
-        adapted_weights=fields.get("adapted_weights", int, None),
-        adapter_bytes=fields.get("adapter_bytes", int, 0),
-        peak_rss_mib=fields.get("peak_rss_mib", float, math.nan),
-        history=[_epoch_row(row, selected_on or "val") for row in fields.each("history", [])],
-        val=read_scores(fields, "val"),
-        test=read_scores(fields, "test"),
-        protocol=fields.get("protocol", str, "standard"),
-        selected_on=selected_on,
-        ema=fields.get("ema", float, None),
-    )
-
-
-def read_allocation(run: str | Path) -> Allocation:
-    """Read `allocation.json`; raises as `read_run`."""
-    fields = read_fields(Path(run) / "allocation.json")
-    matrices = [_matrix(row) for row in fields.each("matrices")]
-    names = {matrix.name for matrix in matrices}
-    history = []
-    for row in fields.each("history", []):
-        step = _allocation_step(row)
-        strangers = sorted((set(step.budgets) | set(step.importance)) - names)
-        if strangers or names - set(step.budgets):
-            raise ValueError(
-                f"{fields.file}: {row.where} does not fit 'matrices': unknown {strangers[:3]}, "
-                f"without budget {sorted(names - set(step.budgets))[:3]}; train again with `--overwrite`"
-            )
-        history.append(step)
-    return Allocation(fields.get("total_weights", int), fields.get("target_budget", int), matrices, history)
-
-
-def read_predictions(run: str | Path, num_classes: int | None = None) -> Predictions:
-    """Read `predictions.json`, with one probability for each of `num_classes` classes; raises as `read_run`."""
-    fields = read_fields(Path(run) / "predictions.json")
-    items = []
-    for row in fields.each("items"):
-        probabilities = [float(p) for p in row.get("probabilities", list)]
-        item = Prediction(row.get("index", int), row.get("name", str, ""), row.get("label", int), probabilities)
-        wanted = len(probabilities) if num_classes is None else num_classes
-        if not probabilities or len(probabilities) != wanted or not 0 <= item.label < wanted:
-            raise ValueError(
-                f"{fields.file}: {row.where} has {len(probabilities)} probabilities and label {item.label}, "
-                f"but run.json names {wanted} classes; run `snella evaluate` again"
-            )
-        items.append(item)
-    return Predictions(fields.get("split", str, "val"), items)
-
-
-def read_mask_predictions(run: str | Path) -> MaskPredictions:
-    """Read the `predictions.json` of a segmentation; raises as `read_run`."""
-    fields = read_fields(Path(run) / "predictions.json")
-    return MaskPredictions(
-        fields.get("split", str, "val"),
-        [
-            MaskPrediction(
-                row.get("index", int),
-                row.get("name", str, ""),
-                row.get("dice", float, math.nan),
-                row.get("iou", float, math.nan),
-                row.get("mask", str, None),
-            )
-            for row in fields.each("items")
-        ],
-    )
-
-
-def read_comparison(run: str | Path) -> list[ComparisonRow]:
-    """Read the rows of `comparison.json`; raises as `read_run`."""
-    fields = read_fields(Path(run) / "comparison.json")
-    return [
-        ComparisonRow(
-            method=row.get("method", str),
-            accuracy=row.get("accuracy", float, math.nan),
-            balanced_accuracy=row.get("balanced_accuracy", float, math.nan),
-            trainable_parameters=row.get("trainable_parameters", int, None),
-            train_s=row.get("train_s", float, math.nan),
-            adapter_bytes=row.get("adapter_bytes", int, None),
-        )
-        for row in fields.each("rows")
-    ]
-
-
-def read_if_present(reader: Callable[[Path], R], run: str | Path, file: str) -> R | None:
-    """Return `reader(run)`, or None where the run has no such file."""
-    return reader(Path(run)) if (Path(run) / file).exists() else None
-
-
-def _epoch_row(row: Fields, selected_on: str) -> EpochRow:
-    """One entry of the metrics' history, its `val_…` measured on the images that the best epoch was chosen on."""
-    names = ("train_loss", "val_loss", "val_accuracy", "val_balanced_accuracy", "val_dice", "val_iou", "lr")
-    values = {name: row.get(name.replace("val_", f"{selected_on}_"), float, math.nan) for name in names}
-    return EpochRow(epoch=row.get("epoch", int), budget=row.get("budget", int, None), **values)
-
-
-def _matrix(row: Fields) -> MatrixInfo:
-    """One entry of the allocation's matrices."""
-    shape = tuple(int(n) for n in row.get("shape", list))
-    return MatrixInfo(
-        name=row.get("name", str),
-        kind=row.get("kind", str),
-        depth=row.get("depth", int, None),
-        shape=shape,
-        size=row.get("size", int, math.prod(shape)),
-        budget=row.get("budget", int, None),
-        nonzeros=row.get("nonzeros", int, None),
-    )
-
-
-def _allocation_step(row: Fields) -> AllocationStep:
-    """One entry of the allocator's history."""
-    return AllocationStep(
-        step=row.get("step", int),
-        t=row.get("t", int),
-        total=row.get("total", int),
-        budget=row.get("budget", int),
-        budgets=row.numbers("budgets", int),
-        importance=row.numbers("importance", float, math.nan),
-    )
-
-
-__all__ = [
-    "FORMAT",
-    "STATUSES",
-    "Allocation",
-    "AllocationStep",
-    "ClassScores",
-    "ComparisonRow",
-    "EpochRow",
-    "MaskPrediction",
-    "MaskPredictions",
-    "MaskScores",
-    "MatrixInfo",
-    "Metrics",
-    "Prediction",
-    "Predictions",
-    "RunInfo",
-    "Scores",
-    "read_allocation",
-    "read_comparison",
-    "read_if_present",
-    "read_mask_predictions",
-    "read_metrics",
-    "read_predictions",
-    "read_run",
-    "read_scores",
-]
+    mean: float
+    tasks: dict[str, TaskAccuracy]

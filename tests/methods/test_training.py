@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from snella.methods import METHODS, load_trained
+from snella.records import RunInfo, read
 from snella.runs.build import make_backbone
 from snella.runs.callbacks import RankCallback
 from snella.runs.config import TrainConfig
@@ -38,7 +39,7 @@ def check(run_folder, method):
     info, metrics = run_folder.read_json("run.json"), run_folder.read_json("metrics.json")
     assert info["status"] == "finished" and info["method"] == method
     assert len(metrics["history"]) == 2 and all(row["train_loss"] > 0 for row in metrics["history"])
-    model = load_trained(run_folder.adapter, make_backbone(info["backbone"]))
+    model = load_trained(run_folder.adapter, make_backbone(read(RunInfo, run_folder.path).backbone))
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
     return model
 

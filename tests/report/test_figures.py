@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ET
 import pytest
 from PIL import Image
 
-from snella.records import Allocation, AllocationStep, MatrixInfo, read_allocation, read_metrics
+from snella.records import Allocation, AllocationStep, MatrixInfo, Metrics, read
 from snella.report import figures
 from snella.report.style import shortened, write_whole
 
@@ -30,7 +30,7 @@ def small_allocation(budgets, importance=None, total=2):
 @pytest.mark.parametrize("ending", [".svg", ".png"])
 def test_every_figure_is_written_as_svg_and_png(run, tmp_path, ending):
     run.finished()
-    allocation, metrics = read_allocation(run.folder), read_metrics(run.folder)
+    allocation, metrics = read(Allocation, run.folder), read(Metrics, run.folder)
     budgets = allocation.history[-1].budgets
     drawn = {
         "loss": figures.loss_curves(metrics),
@@ -56,12 +56,12 @@ def test_every_figure_is_written_as_svg_and_png(run, tmp_path, ending):
 def test_a_figure_of_another_ending_is_refused(run, tmp_path):
     run.finished()
     with pytest.raises(ValueError, match=r"\.svg or \.png, got 'loss.jpg'"):
-        figures.save_figure(figures.loss_curves(read_metrics(run.folder)), tmp_path / "loss.jpg")
+        figures.save_figure(figures.loss_curves(read(Metrics, run.folder)), tmp_path / "loss.jpg")
 
 
 def test_the_same_figure_gives_the_same_bytes(run):
     run.finished()
-    metrics = read_metrics(run.folder)
+    metrics = read(Metrics, run.folder)
     first, second = (figures.inline_svg(figures.loss_curves(metrics), "loss", "Loss") for _ in range(2))
     assert first == second
 
@@ -104,7 +104,7 @@ def test_long_labels_are_cut():
 
 def test_inline_figures_use_the_pages_inks_and_font_and_have_no_clashing_ids(run):
     run.finished()
-    metrics = read_metrics(run.folder)
+    metrics = read(Metrics, run.folder)
     svg = figures.inline_svg(figures.loss_curves(metrics), "one", "Loss")
     other = figures.inline_svg(figures.accuracy_curves(metrics), "two", "Accuracy")
     assert "var(--ink)" in svg

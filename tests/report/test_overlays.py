@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from snella.records import MaskScores, read_mask_predictions, read_metrics
+from snella.records import MaskPredictions, MaskScores, Metrics, read
 from snella.report.examples import mask_colors, overlay, overlay_panels, read_mask, write_mask
 
 
@@ -46,20 +46,20 @@ def test_metrics_of_a_segmentation_are_read_with_gaps_as_nan(tmp_path):
     row = {"epoch": 1, "val_dice": 0.5, "val_iou": 0.4}
     metrics = {"trainable_parameters": 7, "best_metric": "val_dice", "history": [row], "val": scores}
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
-    read = read_metrics(tmp_path)
-    assert isinstance(read.val, MaskScores) and read.test is None and read.history[0].val_dice == 0.5
-    assert math.isnan(read.val.classes[0].dice) and math.isnan(read.val.dice_gps)
-    assert [value for _, value, _ in read.val.rows("test")][:2] == [
+    found = read(Metrics, tmp_path)
+    assert isinstance(found.val, MaskScores) and found.test is None and found.history[0].val_dice == 0.5
+    assert math.isnan(found.val.per_class[0].dice) and math.isnan(found.val.dice_gps_foreground_only)
+    assert [value for _, value, _ in found.val.rows("test")][:2] == [
         "50.0\N{NO-BREAK SPACE}%",
         "40.0\N{NO-BREAK SPACE}%",
     ]
     items = [{"index": 0, "name": "a", "dice": None, "iou": None, "mask": "masks/00000.png"}]
     (tmp_path / "predictions.json").write_text(json.dumps({"split": "val", "items": items}))
-    assert math.isnan(read_mask_predictions(tmp_path).items[0].dice)
+    assert math.isnan(read(MaskPredictions, tmp_path).items[0].dice)
 
 
 def test_metrics_without_a_number_are_refused(tmp_path):
     metrics = {"trainable_parameters": 7, "val": {"dice": 0.5, "iou": "high"}}
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
     with pytest.raises(ValueError, match=r"'val.iou' must be a number, got str 'high'"):
-        read_metrics(tmp_path)
+        read(Metrics, tmp_path)

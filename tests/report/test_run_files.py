@@ -2,43 +2,43 @@ import math
 
 import pytest
 
-from snella.records import read_allocation, read_comparison, read_if_present, read_metrics, read_predictions, read_run
+from snella.records import Allocation, MethodResults, Metrics, Predictions, RunInfo, read, read_if_present
 from snella.report.allocation import adapter_budgets, adapter_step, arrange, epochs_of_allocation
 
 
 def test_a_finished_run_is_read_with_all_its_values(run):
     run.finished().comparison()
-    info, metrics, allocation = read_run(run.folder), read_metrics(run.folder), read_allocation(run.folder)
+    info, metrics, allocation = read(RunInfo, run.folder), read(Metrics, run.folder), read(Allocation, run.folder)
     assert (info.method, info.classes, info.is_finished) == ("snella", ["defective", "sound"], True)
-    assert info.data["sizes"] == {"train": 600, "val": 300, "test": 400}
+    assert info.data.sizes == {"train": 600, "val": 300, "test": 400}
     assert (metrics.best_epoch, len(metrics.history), metrics.adapted_weights) == (9, 10, 21_233_664)
     assert metrics.history[0].budget == allocation.history[1].budget
     assert (len(allocation.matrices), allocation.total_weights) == (72, 21_233_664)
     assert allocation.matrices[0].shape == (384, 384)
     assert all(sum(entry.budgets.values()) == entry.budget for entry in allocation.history)
-    assert len(read_predictions(run.folder, 2).items) == 300
-    assert [row.method for row in read_comparison(run.folder)] == ["linear", "lora-8", "snella-8"]
+    assert len(read(Predictions, run.folder).for_classes(2).items) == 300
+    assert [row.method for row in read(MethodResults, run.folder).rows] == ["linear", "lora-8", "snella-8"]
 
 
 def test_the_standard_error_of_an_accuracy_follows_the_number_of_images(run):
     run.finished()
-    scores = read_metrics(run.folder).test
+    scores = read(Metrics, run.folder).test
     assert scores.count == 400
     assert scores.standard_error == pytest.approx(math.sqrt(scores.accuracy * (1 - scores.accuracy) / 400))
 
 
 def test_a_folder_that_is_no_run_is_told_from_one_that_does_not_exist(run, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"demo/run.json is missing: the folder is not a run of snella"):
-        read_run(run.folder)
-    with pytest.raises(FileNotFoundError, match=r"nowhere/run.json is missing: there is no such folder"):
-        read_run(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"no file .*demo/run.json: this is not the folder of a run; give the"):
+        read(RunInfo, run.folder)
+    with pytest.raises(FileNotFoundError, match=r"no file .*nowhere/run.json: there is no such folder"):
+        read(RunInfo, tmp_path / "nowhere")
 
 
 def test_a_missing_file_of_a_run_is_named_with_the_way_to_get_it(run):
     run.run_json()
-    with pytest.raises(FileNotFoundError, match=r"metrics.json is missing: the run did not get that far.*--resume"):
-        read_metrics(run.folder)
-    assert read_if_present(read_metrics, run.folder, "metrics.json") is None
+    with pytest.raises(FileNotFoundError, match=r"no file .*metrics.json: the run has not come so far.*--resume"):
+        read(Metrics, run.folder)
+    assert read_if_present(Metrics, run.folder) is None
 
 
 def test_damaged_json_is_named_with_line_and_column(run):
@@ -46,23 +46,23 @@ def test_damaged_json_is_named_with_line_and_column(run):
     text = (run.folder / "allocation.json").read_text()
     run.write("allocation.json", text[: len(text) // 2])
     with pytest.raises(ValueError, match=r"allocation.json is damaged: .* line 1, column \d+; go on with .*--resume"):
-        read_allocation(run.folder)
+        read(Allocation, run.folder)
     (run.folder / "run.json").write_bytes(b'{"status": "\xff"}')
     with pytest.raises(ValueError, match=r"run.json is damaged: byte 12 is not UTF-8"):
-        read_run(run.folder)
+        read(RunInfo, run.folder)
 
 
 def test_an_unknown_format_number_is_refused(run):
     run.run_json(format=7)
     with pytest.raises(ValueError, match=r"run.json has format 7, this version of snella reads format 1"):
-        read_run(run.folder)
+        read(RunInfo, run.folder)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"status": "done"}, r"'status' must be one of 'running', .*, got 'done'"),
-        ({"method": 3}, r"'method' must be a text, got int 3"),
+        ({"method": 3}, r"'method' must be a string, got int 3"),
         ({"backbone": {"weights": None}}, r"'backbone.name' is missing"),
         ({"backbone": {"nam": "vit"}}, r"'backbone.name' is missing \(nearest: 'nam'\)"),
         ({"data": {"seed": 0}}, r"'data.spec' is missing"),
@@ -72,27 +72,27 @@ def test_an_unknown_format_number_is_refused(run):
 def test_a_wrong_field_of_the_run_is_named_with_what_came(run, change, message):
     run.run_json(**change)
     with pytest.raises(ValueError, match="run.json: " + message):
-        read_run(run.folder)
+        read(RunInfo, run.folder)
 
 
 def test_a_file_that_holds_a_list_is_refused(run):
     run.write("comparison.json", [1, 2])
     with pytest.raises(ValueError, match=r"comparison.json: the file must hold a mapping, got list \[1, 2\]; .*delete"):
-        read_comparison(run.folder)
+        read(MethodResults, run.folder)
 
 
 def test_a_value_that_is_true_is_no_number(run):
     run.finished()
     run.change("metrics.json", train_s=True)
     with pytest.raises(ValueError, match=r"'train_s' must be a number, got bool True"):
-        read_metrics(run.folder)
+        read(Metrics, run.folder)
 
 
 def test_a_confusion_matrix_that_is_not_square_is_refused(run):
     run.finished()
     run.change("metrics.json", val={"accuracy": 0.5, "confusion": [[1, 2], [3]]})
-    with pytest.raises(ValueError, match=r"'val.confusion' must be square, got 2 rows of lengths \[1, 2\]"):
-        read_metrics(run.folder)
+    with pytest.raises(ValueError, match=r"val: confusion must be square, got 2 rows of lengths \[1, 2\]"):
+        read(Metrics, run.folder)
 
 
 def test_an_allocation_that_names_other_matrices_is_refused(run):
@@ -103,13 +103,13 @@ def test_an_allocation_that_names_other_matrices_is_refused(run):
     with pytest.raises(
         ValueError, match=r"history\[3\] .*unknown \['blocks.12.mlp.fc1'\], without .*'blocks.0.mlp.fc1'"
     ):
-        read_allocation(run.folder)
+        read(Allocation, run.folder)
 
 
 def test_predictions_that_do_not_fit_the_classes_are_refused(run):
     run.finished()
     with pytest.raises(ValueError, match=r"items\[0\] has 2 probabilities and label 0, but run.json names 5 classes"):
-        read_predictions(run.folder, 5)
+        read(Predictions, run.folder).for_classes(5)
 
 
 def test_values_that_were_not_measured_are_nan_or_none(run):
@@ -118,14 +118,14 @@ def test_values_that_were_not_measured_are_nan_or_none(run):
     values["history"][0]["val_loss"] = None
     values["test"] = None
     run.write("metrics.json", values)
-    metrics = read_metrics(run.folder)
+    metrics = read(Metrics, run.folder)
     assert math.isnan(metrics.history[0].val_loss)
     assert metrics.test is None
 
 
 def test_the_adapter_has_the_budgets_of_its_own_epoch_not_of_the_last(run):
     run.finished(best=4)
-    allocation, metrics = read_allocation(run.folder), read_metrics(run.folder)
+    allocation, metrics = read(Allocation, run.folder), read(Metrics, run.folder)
     assert adapter_step(allocation, metrics).t == 4
     assert sum(adapter_budgets(allocation, metrics).values()) == allocation.history[4].budget
 
@@ -140,15 +140,15 @@ def test_with_a_constant_total_the_adapter_still_has_the_budgets_of_its_epoch(ru
     for row in metrics["history"]:
         row["budget"] = 1000
     run.write("metrics.json", metrics)
-    assert adapter_step(read_allocation(run.folder), read_metrics(run.folder)).t == 4
+    assert adapter_step(read(Allocation, run.folder), read(Metrics, run.folder)).t == 4
 
 
 def test_without_metrics_the_last_allocation_counts_and_without_history_all_weights(run):
     run.allocation()
-    allocation = read_allocation(run.folder)
+    allocation = read(Allocation, run.folder)
     assert adapter_step(allocation, None).t == 10
     run.change("allocation.json", history=[])
-    allocation = read_allocation(run.folder)
+    allocation = read(Allocation, run.folder)
     assert adapter_step(allocation, None) is None
     assert sum(adapter_budgets(allocation, None).values()) == allocation.total_weights
 
@@ -158,16 +158,16 @@ def test_a_budget_that_training_wrote_for_the_saved_adapter_wins(run):
     values = run.read("allocation.json")
     values["matrices"][5]["budget"] = 17
     run.write("allocation.json", values)
-    allocation = read_allocation(run.folder)
-    assert adapter_budgets(allocation, read_metrics(run.folder))[allocation.matrices[5].name] == 17
+    allocation = read(Allocation, run.folder)
+    assert adapter_budgets(allocation, read(Metrics, run.folder))[allocation.matrices[5].name] == 17
 
 
 def test_allocations_within_an_epoch_are_put_onto_the_epochs(run):
     run.finished()
-    allocation, metrics = read_allocation(run.folder), read_metrics(run.folder)
+    allocation, metrics = read(Allocation, run.folder), read(Metrics, run.folder)
     assert epochs_of_allocation(allocation, metrics, is_finished=True) == 10
     run.allocation(epochs=10, realloc=4)
-    allocation = read_allocation(run.folder)
+    allocation = read(Allocation, run.folder)
     assert epochs_of_allocation(allocation, metrics, is_finished=True) == 10
     assert epochs_of_allocation(allocation, metrics, is_finished=False) is None
     assert epochs_of_allocation(allocation, None, is_finished=True) is None
@@ -175,7 +175,7 @@ def test_allocations_within_an_epoch_are_put_onto_the_epochs(run):
 
 def test_matrices_of_the_same_kind_and_depth_share_a_cell(run):
     run.finished()
-    allocation = read_allocation(run.folder)
+    allocation = read(Allocation, run.folder)
     matrices = [m for m in allocation.matrices if m.kind in ("attn.q", "attn.k") and m.depth == 0]
     same = [type(m)(m.name, "attn.q", 0, m.shape, m.size) for m in matrices]
     grid = arrange(same, {same[0].name: same[0].size, same[1].name: 0})
@@ -185,6 +185,6 @@ def test_matrices_of_the_same_kind_and_depth_share_a_cell(run):
 
 def test_matrices_outside_the_blocks_come_last(run):
     run.finished()
-    matrices = read_allocation(run.folder).matrices[:2]
+    matrices = read(Allocation, run.folder).matrices[:2]
     outside = type(matrices[0])("fc_norm", "fc_norm", None, (4, 4), 16)
     assert arrange([outside, *matrices], {m.name: 1 for m in [outside, *matrices]}).depths == [0, None]

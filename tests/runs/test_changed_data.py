@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from snella.records import RunInfo, read
 from snella.runs import RunFolder, TrainConfig, TrainingInterrupted
 from snella.runs.build import check_splits, find_data, folder_of, load_splits
 from snella.runs.evaluate import evaluate, refresh_report
@@ -152,7 +153,7 @@ def test_moved_images_are_the_run_s_own_wherever_they_lie(run_of, mine, finished
 
 
 def test_a_relative_folder_is_found_from_another_directory(photos, tmp_path, monkeypatch):
-    stored = {"folder": str(photos)}
+    stored = str(photos)
     monkeypatch.chdir(photos.parent)
     assert find_data(tmp_path, "folder:all", stored) == "folder:all"
     assert find_data(tmp_path, "digits", stored) == "digits"
@@ -162,7 +163,7 @@ def test_a_relative_folder_is_found_from_another_directory(photos, tmp_path, mon
     with pytest.raises(
         FileNotFoundError, match=r"folder:all \(then .*gone\), but no folder is there; pass its new place"
     ):
-        find_data(tmp_path, "folder:all", {"folder": str(tmp_path / "gone")})
+        find_data(tmp_path, "folder:all", str(tmp_path / "gone"))
 
 
 def test_resuming_on_changed_images_is_refused_and_changes_nothing(interrupted, mine):
@@ -212,4 +213,4 @@ def test_a_report_of_no_run_is_refused(tmp_path):
 
 
 def test_the_same_images_pass(finished):
-    check_splits(finished.path, finished.read_json("run.json")["data"], load_splits(finished.read_config()))
+    check_splits(finished.path, read(RunInfo, finished.path).data, load_splits(finished.read_config()))

@@ -6,6 +6,7 @@ import yaml
 from safetensors.torch import load_file
 
 from snella.methods import load_trained
+from snella.records import RunInfo, read
 from snella.runs import RunFolder, load_run
 from snella.runs.build import make_backbone
 from snella.runs.train import train
@@ -136,7 +137,7 @@ def test_the_test_images_are_measured_once_with_the_best_adapter(settings, conso
     run = train(settings(), console)
     test_names = seen[-1][0]
     assert [names for names, _ in seen].count(test_names) == 1
-    best = load_trained(run.adapter, make_backbone(run.read_json("run.json")["backbone"]))
+    best = load_trained(run.adapter, make_backbone(read(RunInfo, run.path).backbone))
     for name, parameter in best.named_parameters():
         if name in seen[-1][1]:
             assert torch.equal(parameter, seen[-1][1][name])

@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from snella.records import BackboneInfo, DataInfo, RunInfo
 from snella.runs import CheckpointError, NonFiniteLossError, RunFolder, TrainConfig, TrainingInterrupted
 from snella.runs.checkpoints import latest_checkpoint
 from snella.runs.session import InterruptCallback, checkpoint_to_continue
@@ -115,7 +116,8 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(settings, uninter
     config = settings()
     run = RunFolder(config.out)
     run.create(run.settle(config))
-    run.update("running")
+    backbone, data = BackboneInfo(name=config.backbone), DataInfo(spec=config.data)
+    run.write(RunInfo(status="running", method=config.method, backbone=backbone, classes=[], data=data))
     assert same(outcome(resumed(config)[0]), uninterrupted)
 
 

@@ -229,7 +229,7 @@ def test_timm_alone_predicts_with_a_merged_model_what_the_run_predicts(
 def test_a_merged_folder_is_a_backbone_for_another_run(finished, settings, console, no_report, tmp_path):
     folder = merge(finished.path, tmp_path / "model")
     run = train(settings(backbone=str(folder), pretrained=True, img_size=None, epochs=1), console)
-    assert load_run(run.path).info["data_config"]["input_size"] == [3, 32, 32]
+    assert load_run(run.path).info.data_config["input_size"] == [3, 32, 32]
 
 
 def test_merging_into_a_folder_keeps_what_lies_there(finished, tmp_path):

@@ -95,13 +95,13 @@ def evaluate(
         device: auto, cpu or cuda.
     """
     from snella._files import write_json
+    from snella.records import RunInfo, read
     from snella.runs.build import task_of
     from snella.runs.console import make_console, print_line
     from snella.runs.evaluate import evaluate
-    from snella.runs.folder import RunFolder
 
     result = evaluate(run, data, split=split, batch_size=batch_size, skip_broken=skip_broken, device=device)
-    task = task_of(RunFolder(run).read_json("run.json"))
+    task = task_of(read(RunInfo, run))
     console = make_console()
     for note in result["notes"]:
         print_line(console, f"note: {note}")
@@ -231,10 +231,10 @@ def inspect(
     Raises:
         ValueError: Neither or both of `run` and `backbone`, or an option of the other one.
     """
+    from snella.records import RunInfo, read
     from snella.report.inspect import inspect_run
     from snella.runs.console import make_console, print_line
     from snella.runs.evaluate import refresh_report
-    from snella.runs.folder import RunFolder
 
     of_backbone: dict[str, Any] = {"batch": batch, "img_size": img_size, "r": r, "dtype": dtype, "device": device}
     given = {name: value for name, value in of_backbone.items() if value is not None}
@@ -255,7 +255,7 @@ def inspect(
     if run is not None:
         console.print(inspect_run(run))
     if run is not None and report:
-        is_generator = RunFolder(run).read_json("run.json").get("task") == "generation"
+        is_generator = read(RunInfo, run).task == "generation"
         print_line(console, f"report: {_refresh_generation_report(run) if is_generator else refresh_report(run)}")
 
 

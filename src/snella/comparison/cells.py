@@ -17,6 +17,7 @@ import snella
 from snella.comparison.experiment import DataEntry, Experiment, MethodEntry, config_of, folder_name
 from snella.comparison.search import Candidate, TrialResult
 from snella.methods import parse_method
+from snella.records import MaskScores, Metrics, RunInfo, Scores, read
 from snella.runs import RunFolder, TrainConfig
 
 GitState: TypeAlias = tuple[str | None, bool | None]
@@ -222,35 +223,37 @@ def head_of_row(cell: Cell, experiment: Experiment, created_at: str) -> dict[str
 
 def results_of(run: RunFolder) -> dict[str, Any]:
     """What a finished run says of itself."""
-    metrics, info = run.read_json("metrics.json"), run.read_json("run.json")
-    val, test = metrics["val"] or {}, metrics["test"] or {}
-    best = next(row for row in metrics["history"] if row["epoch"] == metrics["best_epoch"])
-    sizes = info["data"]["sizes"]
+    metrics, data = read(Metrics, run.path), read(RunInfo, run.path).data
+    best = next(row for row in metrics.history if row.epoch == metrics.best_epoch)
     return {
         "peft_config": _adapter_config(run.adapter),
-        "num_trainable_params": metrics["trainable_parameters"],
-        "adapted_weights": metrics["adapted_weights"],
-        "kept_weights": best["budget"],
-        "file_size": metrics["adapter_bytes"],
-        "train_time": metrics["train_s"],
-        "step_time": metrics["step_s"],
-        **{key: value for key, value in metrics.items() if key.startswith("accelerator_memory_")},
-        "train_loss": best["train_loss"],
-        "train_samples": len(metrics["history"]) * sizes["train"],
-        "epochs": len(metrics["history"]),
-        "best_epoch": metrics["best_epoch"],
-        "protocol": metrics["protocol"],
-        "selected_on": metrics["selected_on"],
-        "ema": metrics["ema"],
-        "val_accuracy": val.get("accuracy"),
-        "val_balanced_accuracy": val.get("balanced_accuracy"),
-        "val_loss": val.get("loss"),
-        "test_accuracy": test.get("accuracy"),
-        "test_balanced_accuracy": test.get("balanced_accuracy"),
-        "test_loss": test.get("loss"),
-        "sizes": sizes,
-        "split": info["data"]["digest"],
+        "num_trainable_params": metrics.trainable_parameters,
+        "adapted_weights": metrics.adapted_weights,
+        "kept_weights": best.budget,
+        "file_size": metrics.adapter_bytes,
+        "train_time": metrics.train_s,
+        "step_time": metrics.step_s,
+        "accelerator_memory_max": metrics.accelerator_memory_max,
+        "accelerator_memory_reserved_avg": metrics.accelerator_memory_reserved_avg,
+        "accelerator_memory_reserved_99th": metrics.accelerator_memory_reserved_99th,
+        "train_loss": best.train_loss,
+        "train_samples": len(metrics.history) * data.sizes["train"],
+        "epochs": len(metrics.history),
+        "best_epoch": metrics.best_epoch,
+        "protocol": metrics.protocol,
+        "selected_on": metrics.selected_on,
+        "ema": metrics.ema,
+        **_scores("val", metrics.val),
+        **_scores("test", metrics.test),
+        "sizes": data.sizes,
+        "split": data.digest,
     }
+
+
+def _scores(split: str, scores: Scores | MaskScores | None) -> dict[str, float | None]:
+    """The columns of one split; None for what its task does not measure."""
+    names = ("accuracy", "balanced_accuracy", "loss")
+    return {f"{split}_{name}": getattr(scores, name, None) for name in names}
 
 
 def trial_result(row: Mapping[str, Any]) -> TrialResult:

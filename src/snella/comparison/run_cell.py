@@ -32,6 +32,7 @@ from snella.data import ImageDataset, build_transform, load_data
 from snella.data.splits import stratified_sample
 from snella.methods import build_method, merge_trained, spec_of
 from snella.methods.model_parts import is_inside
+from snella.records import Metrics, plain, read, scores_from
 from snella.runs import RunFolder, TrainingInterrupted, load_run
 from snella.runs.build import make_backbone
 from snella.runs.evaluate import evaluate
@@ -53,7 +54,7 @@ def count_changed_weights(run: Path) -> int | None:
         merged = merge_trained(loaded.model)
     except ValueError:
         return None
-    return count_differences(merged, make_backbone(loaded.info["backbone"], loaded.task.name), head)
+    return count_differences(merged, make_backbone(loaded.info.backbone, loaded.task.name), head)
 
 
 def count_differences(model: nn.Module, other: nn.Module, head: str) -> int:
@@ -91,12 +92,12 @@ def measure_forgetting(run: Path, data: str, images: int, cache: Path, batch_siz
     """
     loaded = load_run(run)
     items, labels = probe_images(data, images)
-    transform = build_transform(loaded.info["data_config"], train=False, augment="none")
+    transform = build_transform(loaded.info.data_config, train=False, augment="none")
     items = [part.with_transform(transform) for part in items]
     adapted = probe_accuracy(head_inputs(loaded.model, items, batch_size), labels)
-    backbone = loaded.info["backbone"]
-    name = "_".join(str(part) for part in (backbone["name"], backbone["img_size"], data, images))
-    seed = "" if backbone["pretrained"] else f"_{backbone['seed']}"
+    backbone = loaded.info.backbone
+    name = "_".join(str(part) for part in (backbone.name, backbone.img_size, data, images))
+    seed = f"_{backbone.seed}" if backbone.pretrained is False else ""
     path = cache / ("".join(c if c.isalnum() or c in "._-" else "-" for c in name + seed) + ".json")
     if path.is_file():
         frozen = float(json.loads(path.read_text())["accuracy"])
@@ -104,7 +105,7 @@ def measure_forgetting(run: Path, data: str, images: int, cache: Path, batch_siz
         model = build_method("linear", make_backbone(backbone)).to(loaded.device)
         frozen = probe_accuracy(head_inputs(model, items, batch_size), labels)
         cache.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"data": data, "images": len(labels), "backbone": backbone, "accuracy": frozen})
+        write_json(path, {"data": data, "images": len(labels), "backbone": plain(backbone), "accuracy": frozen})
     return {
         "forgetting": frozen - adapted,
         "forgetting_data": data,
@@ -208,8 +209,7 @@ def finish_trial(root: Path, experiment: Experiment, cell: Cell, folder: Path) -
     config = replace(own.read_config(), out=str(folder))
     own.write_config(config)
     scores = evaluate(folder, split="test", batch_size=config.images_per_step, device=config.device)
-    metrics = own.read_json("metrics.json")
-    own.write_json("metrics.json", {**metrics, "test": {k: v for k, v in scores.items() if k in metrics["val"]}})
+    own.write(replace(read(Metrics, folder), test=scores_from(scores)))
     return row
 
 
@@ -344,7 +344,7 @@ def _row(root: Path, experiment: Experiment, cell: Cell, folder: Path, is_own_pr
 
 def _memory(run: RunFolder, before_mib: float) -> dict[str, float]:
     """Peak resident memory of the process, and what of it came after the libraries were loaded."""
-    peak = run.read_json("metrics.json")["peak_rss_mib"]
+    peak = read(Metrics, run.path).peak_rss_mib
     return {"peak_rss_mib": peak, "training_mib": round(peak - before_mib, 1)}
 
 

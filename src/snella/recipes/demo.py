@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from snella.records import MethodResult, MethodResults, Metrics, read
 from snella.runs.config import TrainConfig
 from snella.runs.console import make_console, print_heading, print_line
 from snella.runs.evaluate import refresh_report
@@ -71,7 +72,7 @@ def run_demo(
         run = train(config, console)
         rows.append(_row(run, method))
     run = RunFolder(folder)
-    run.write_json("comparison.json", {"format": 1, "rows": rows})
+    run.write(MethodResults(rows=rows))
     report = refresh_report(folder, console)
     print_heading(console, "comparison")
     print_line(console, f"{folder}: {DEMO_SETTINGS['train_size']} training images, measured on the same test images")
@@ -80,20 +81,23 @@ def run_demo(
     return folder
 
 
-def _row(run: RunFolder, method: str) -> dict[str, Any]:
-    """Results of one run, as `comparison.json` holds them: on the test images, or validation where there are none."""
-    metrics = run.read_json("metrics.json")
-    scores = metrics["test"] or metrics["val"]
-    return {
-        "method": method,
-        "split": "test" if metrics["test"] else "val",
-        "accuracy": scores["accuracy"],
-        "balanced_accuracy": scores["balanced_accuracy"],
-        **{key: metrics[key] for key in ("trainable_parameters", "train_s", "adapter_bytes", "best_epoch")},
-    }
+def _row(run: RunFolder, method: str) -> MethodResult:
+    """Results of one run, on the test images, or validation where there are none."""
+    metrics = read(Metrics, run.path)
+    scores: Any = metrics.test or metrics.val
+    return MethodResult(
+        method=method,
+        split="test" if metrics.test else "val",
+        accuracy=scores.accuracy,
+        balanced_accuracy=scores.balanced_accuracy,
+        trainable_parameters=metrics.trainable_parameters,
+        train_s=metrics.train_s,
+        adapter_bytes=metrics.adapter_bytes,
+        best_epoch=metrics.best_epoch,
+    )
 
 
-def _table(rows: list[dict[str, Any]]) -> Table:
+def _table(rows: list[MethodResult]) -> Table:
     """The rows for people."""
     table = Table()
     table.add_column("method")
@@ -101,11 +105,11 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         table.add_column(title, justify="right")
     for row in rows:
         table.add_row(
-            row["method"],
-            f"{row['accuracy']:.4f}",
-            f"{row['balanced_accuracy']:.4f}",
-            f"{row['trainable_parameters']:,}",
-            f"{row['train_s']:.0f}",
-            f"{row['adapter_bytes'] / 2**20:.2f}",
+            row.method,
+            f"{row.accuracy:.4f}",
+            f"{row.balanced_accuracy:.4f}",
+            f"{row.trainable_parameters:,}",
+            f"{row.train_s:.0f}",
+            f"{(row.adapter_bytes or 0) / 2**20:.2f}",
         )
     return table

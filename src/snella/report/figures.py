@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from snella.records import ComparisonRow, EpochRow, Metrics
+from snella.records import EpochRow, MethodResult, Metrics
 from snella.report.allocation import budget_curve, budget_shares, frozen_curve, importance_curves, sparsity_map
 from snella.report.style import (
     ACCENT,
@@ -115,7 +115,7 @@ def confusion_matrix(confusion: Sequence[Sequence[int]], classes: Sequence[str])
     return figure
 
 
-def comparison_bars(rows: Sequence[ComparisonRow]) -> Figure:
+def comparison_bars(rows: Sequence[MethodResult]) -> Figure:
     """Draw accuracy and balanced accuracy of several methods."""
     figure, axes = _bar_axes(rows, "Accuracy")
     for offset, color, value in (
@@ -133,7 +133,7 @@ def comparison_bars(rows: Sequence[ComparisonRow]) -> Figure:
     return figure
 
 
-def cost_bars(rows: Sequence[ComparisonRow]) -> Figure:
+def cost_bars(rows: Sequence[MethodResult]) -> Figure:
     """Draw the seconds of training of several methods, with their trainable parameters as text."""
     figure, axes = _bar_axes(rows, "Cost of training")
     seconds = np.nan_to_num([row.train_s for row in rows])
@@ -170,7 +170,7 @@ def _curves(metrics: Metrics, title: str, lines: list[tuple[str, Callable[[Epoch
     return figure
 
 
-def _bar_axes(rows: Sequence[ComparisonRow], title: str) -> tuple[Figure, Axes]:
+def _bar_axes(rows: Sequence[MethodResult], title: str) -> tuple[Figure, Axes]:
     """Axes for horizontal bars, the first row on top."""
     figure, axes = new_figure(CURVE[0], 120 + 46 * len(rows), title)
     axes.set_yticks(range(len(rows)), [shortened(row.method) for row in rows])

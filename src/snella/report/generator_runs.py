@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from snella._text import percent_text, plain_text, seconds_text
-from snella.records import Fields, read_fields
+from snella.records import AnswerScores, FixedLoss, GeneratorMetrics, LossRow, SubjectFidelity, read, read_if_present
 
 GENERATOR_TASKS = ("generation", "language")
 """Tasks without classes: their runs count steps and have a loss instead of a best epoch and its accuracy."""
-_SCORE_FILES = {"generation": "generation.json", "language": "language.json"}
-_ALIGNMENTS = ("concept_alignment", "text_alignment", "text_alignment_without_token", "vendi", "vendi_by_prompt")
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class LearningCurve:
     """The losses of a run; NaN where a value was not measured.
 
     Attributes:
-        history: One mapping for each step or epoch that was noted, as in `metrics.json`.
+        history: Each step or epoch that was noted.
         steps: Optimizer steps.
         epochs: Passes over the data; NaN where the run counts steps alone.
         first: Loss of the first entry.
@@ -32,7 +31,7 @@ class LearningCurve:
         optimizer: Which one, in words.
     """
 
-    history: list[dict[str, Any]]
+    history: list[LossRow]
     steps: int
     epochs: float
     first: float
@@ -44,42 +43,38 @@ class LearningCurve:
 
 
 def read_learning_curve(run: str | Path) -> LearningCurve:
-    """Read the losses in `metrics.json`; raises as `read_run`."""
-    fields = read_fields(Path(run) / "metrics.json")
-    rows = fields.each("loss_history", [])
-    fixed = fields.inner("fixed_loss") if "fixed_loss" in fields.values else Fields(fields.file, {}, "fixed_loss")
-    losses = [row.get("loss", float, math.nan) for row in rows if "loss" in row.values]
-    held_out = [row.get("eval_loss", float, math.nan) for row in rows if "eval_loss" in row.values]
+    """Read the losses in `metrics.json`; raises as `snella.records.read`."""
+    metrics = read(GeneratorMetrics, run)
+    rows, fixed = metrics.loss_history, metrics.fixed_loss or FixedLoss()
+    losses = [row.loss for row in rows if row.loss is not None]
+    held_out = [row.eval_loss for row in rows if row.eval_loss is not None]
     return LearningCurve(
-        history=[dict(row.values) for row in rows],
-        steps=max((row.get("step", int, 0) for row in rows), default=0),
-        epochs=max((row.get("epoch", float) for row in rows if "epoch" in row.values), default=math.nan),
+        history=rows,
+        steps=max((row.step for row in rows), default=0),
+        epochs=max((row.epoch for row in rows if row.epoch is not None), default=math.nan),
         first=losses[0] if losses else math.nan,
         last=losses[-1] if losses else math.nan,
         held_out=held_out[-1] if held_out else math.nan,
-        fixed_before=fixed.get("before", float, math.nan),
-        fixed_after=fixed.get("after", float, math.nan),
-        optimizer=fields.get("optimizer", str, ""),
+        fixed_before=fixed.before,
+        fixed_after=fixed.after,
+        optimizer=metrics.optimizer,
     )
 
 
 def read_scores_of_generator(run: str | Path, task: str) -> dict[str, float]:
-    """What an evaluation measured, by name; nothing where there was none. Raises as `read_run`.
+    """What an evaluation measured, by name; nothing where there was none. Raises as `snella.records.read`.
 
     Args:
         run: Folder of the run.
         task: One of `GENERATOR_TASKS`.
     """
-    file = Path(run) / _SCORE_FILES[task]
-    if not file.is_file():
-        return {}
-    fields = read_fields(file)
     if task == "generation":
-        return {name: fields.get(name, float) for name in _ALIGNMENTS}
-    tasks = fields.inner("tasks")
-    return {"mean": fields.get("mean", float)} | {
-        str(name): tasks.inner(str(name)).get("accuracy", float) for name in tasks.values
-    }
+        fidelity = read_if_present(SubjectFidelity, run)
+        return {} if fidelity is None else dataclasses.asdict(fidelity)
+    answers = read_if_present(AnswerScores, run)
+    if answers is None:
+        return {}
+    return {"mean": answers.mean} | {name: scores.accuracy for name, scores in answers.tasks.items()}
 
 
 def generator_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,12 @@ from snella.records import (
     Allocation,
     MaskScores,
     MatrixInfo,
+    Metrics,
+    RunInfo,
     Scores,
-    read_allocation,
+    plain,
+    read,
     read_if_present,
-    read_metrics,
-    read_run,
 )
 from snella.report.allocation import adapter_budgets, arrange
 from snella.report.generator_runs import GENERATOR_TASKS, generator_rows, read_learning_curve, read_scores_of_generator
@@ -151,9 +152,9 @@ def inspect_summary(run: str | Path) -> dict[str, Any]:
         ValueError: A file is damaged, or the adapter is of another run.
     """
     folder = Path(run)
-    info = read_run(folder)
-    metrics = read_if_present(read_metrics, folder, "metrics.json")
-    allocation = read_if_present(read_allocation, folder, "allocation.json")
+    info = read(RunInfo, folder)
+    metrics = read_if_present(Metrics, folder)
+    allocation = read_if_present(Allocation, folder)
     adapter = read_adapter(folder)
     saved = saved_budgets(adapter, allocation.matrices) if adapter and allocation else {}
     budgets = None if allocation is None else adapter_budgets(allocation, metrics) | saved
@@ -164,7 +165,7 @@ def inspect_summary(run: str | Path) -> dict[str, Any]:
         if is_generator
         else {name: _scores(getattr(metrics, part, None)) for name, part in (("validation", "val"), ("test", "test"))}
     )
-    curve = read_if_present(read_learning_curve, folder, "metrics.json") if is_generator else None
+    curve = read_learning_curve(folder) if is_generator and metrics else None
     summary: dict[str, Any] = {
         "run": str(folder),
         "status": info.status,
@@ -172,8 +173,8 @@ def inspect_summary(run: str | Path) -> dict[str, Any]:
         "task": info.task,
         "method": info.method,
         "method_options": info.method_options,
-        "backbone": info.backbone,
-        "data": info.data,
+        "backbone": plain(info.backbone),
+        "data": plain(info.data),
         "classes": info.classes,
         "command": info.command,
         "best_epoch": metrics and metrics.best_epoch,
@@ -182,7 +183,7 @@ def inspect_summary(run: str | Path) -> dict[str, Any]:
         "selected_on": metrics and metrics.selected_on,
         "ema": metrics and metrics.ema,
         "train_s": metrics and metrics.train_s,
-        "learning": curve and {name: _measured(value) for name, value in asdict(curve).items() if name != "history"},
+        "learning": curve and {name: value for name, value in plain(curve).items() if name != "history"},
         "scores": scores,
         "parameters": {
             "trainable": metrics and metrics.trainable_parameters,
@@ -233,11 +234,6 @@ def _counted(number: int, one: str, more: str) -> str:
 def _scores(scores: Scores | MaskScores | None) -> dict[str, Any] | None:
     """Result on a split."""
     return None if scores is None else {**scores.values(), "text": scores.text()}
-
-
-def _measured(value: Any) -> Any:
-    """A value for JSON, which lacks NaN."""
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _budgets(allocation: Allocation, budgets: dict[str, int], from_adapter: bool) -> dict[str, Any]:

@@ -16,19 +16,17 @@ from matplotlib.figure import Figure
 from snella._text import bytes_text, count_text, percent_text, plain_text, seconds_text
 from snella.records import (
     Allocation,
-    ComparisonRow,
+    MaskPredictions,
     MaskScores,
+    MethodResult,
+    MethodResults,
     Metrics,
     Prediction,
+    Predictions,
     RunInfo,
     Scores,
-    read_allocation,
-    read_comparison,
+    read,
     read_if_present,
-    read_mask_predictions,
-    read_metrics,
-    read_predictions,
-    read_run,
 )
 from snella.report import figures
 from snella.report.allocation import adapter_budgets, adapter_step, arrange, epochs_of_allocation, has_importance
@@ -46,14 +44,14 @@ def classes_section(metrics: Metrics | None) -> dict[str, Any] | None:
     split, scores = ("test", metrics.test) if metrics.test is not None else ("validation", metrics.val)
     if not isinstance(scores, MaskScores):
         return None
-    return {"split": split, "count": scores.count, "rows": scores.classes}
+    return {"split": split, "count": scores.images, "rows": scores.per_class}
 
 
 def masks_section(folder: Path, info: RunInfo, images: ImageSource | None) -> dict[str, Any] | None:
     """Some images with true and predicted mask, the worst ones first."""
     if info.task != "segmentation":
         return None
-    predictions = read_if_present(read_mask_predictions, folder, "predictions.json")
+    predictions = read_if_present(MaskPredictions, folder)
     if predictions is None:
         return None
     shown = [item for item in predictions.items if item.mask]
@@ -116,7 +114,7 @@ def _kept_epoch(metrics: Metrics) -> tuple[str, str, str]:
     return "best epoch", str(metrics.best_epoch), (f"{total}, by {chosen_by}" if total else "") + average
 
 
-def comparison_section(rows: list[ComparisonRow] | None) -> dict[str, Any] | None:
+def comparison_section(rows: list[MethodResult] | None) -> dict[str, Any] | None:
     """Accuracy and cost of several methods."""
     if not rows:
         return None
@@ -177,7 +175,7 @@ def confusion_section(info: RunInfo, metrics: Metrics | None) -> dict[str, Any] 
     }
 
 
-def verdict_text(info: RunInfo, metrics: Metrics | None, comparison: list[ComparisonRow] | None) -> str:
+def verdict_text(info: RunInfo, metrics: Metrics | None, comparison: list[MethodResult] | None) -> str:
     """The result in a sentence, beside what would be reached without the run; empty for other tasks.
 
     The baselines are the class that is most frequent in the measured images, and a linear probe where one was compared.
@@ -294,8 +292,8 @@ def examples_section(folder: Path, info: RunInfo, images: ImageSource | None) ->
     """Some images with what the model says about them."""
     if info.task != "classification":
         return None
-    predictions = read_if_present(lambda run: read_predictions(run, len(info.classes)), folder, "predictions.json")
-    if predictions is None or not predictions.items:
+    predictions = read_if_present(Predictions, folder)
+    if predictions is None or not predictions.for_classes(len(info.classes)).items:
         return None
     wrong, right = choose_examples(predictions.items)
     n_wrong = sum(not item.is_right for item in predictions.items)
@@ -385,13 +383,14 @@ def _warning(metrics: Metrics | None) -> str:
 
 def _render(folder: Path, images: ImageSource | None) -> str:
     """The page as a text."""
-    info = read_run(folder)
-    metrics = read_metrics(folder) if info.is_finished else read_if_present(read_metrics, folder, "metrics.json")
-    allocation = read_if_present(read_allocation, folder, "allocation.json")
+    info = read(RunInfo, folder)
+    metrics = read(Metrics, folder) if info.is_finished else read_if_present(Metrics, folder)
+    allocation = read_if_present(Allocation, folder)
     adapter = read_adapter(folder)
     saved = saved_budgets(adapter, allocation.matrices) if adapter and allocation else {}
     budgets = adapter_budgets(allocation, metrics) | saved if allocation else {}
-    comparison = read_if_present(read_comparison, folder, "comparison.json")
+    compared = read_if_present(MethodResults, folder)
+    comparison = None if compared is None else compared.rows
     config = folder / "config.yaml"
     context: dict[str, Any] = {
         "run": info,

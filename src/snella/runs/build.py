@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from snella.data import DataSplits, ImageDataset, build_transform, data_folder, load_data, split_spec
 from snella.methods import SelectionData, build_method, find_method, load_trained, save_trained
 from snella.methods.saving import METHOD_FILE
-from snella.records import read_run
+from snella.records import BackboneInfo, DataInfo, RunInfo, read
 from snella.runs.config import DEFAULT_BATCH_SIZE, TrainConfig
 from snella.runs.console import counted, print_line
 from snella.runs.folder import RunFolder
@@ -63,34 +63,36 @@ def folder_of(spec: str) -> str | None:
     return None if folder is None else str(folder.resolve())
 
 
-def same_splits(data: Mapping[str, Any], splits: DataSplits) -> bool:
-    """Whether these are the splits in `run.json`'s entry `data`; True for old runs, which do not tell."""
-    return data.get("digest") in (None, digest_of(splits))
+def same_splits(data: DataInfo, splits: DataSplits) -> bool:
+    """Whether these are the splits of a run's data; True for old runs, which do not tell."""
+    return data.digest in (None, digest_of(splits))
 
 
-def changed_parts(data: Mapping[str, Any], splits: DataSplits, names: Collection[str] = PARTS) -> list[str]:
-    """The parts whose images have other contents than `run.json`'s entry `data` says; none for old runs."""
-    stored = data.get("contents", {})
+def changed_parts(data: DataInfo, splits: DataSplits, names: Collection[str] = PARTS) -> list[str]:
+    """The parts whose images have other contents than a run says of its data; none for old runs."""
+    stored = data.contents
     return [name for name, digest in contents_of(splits, set(names) & set(stored)).items() if digest != stored[name]]
 
 
-def check_splits(run: Path, data: Mapping[str, Any], splits: DataSplits, names: Collection[str] = PARTS) -> None:
+def check_splits(run: Path, data: DataInfo | None, splits: DataSplits, names: Collection[str] = PARTS) -> None:
     """Compare the images as they are now with those that the run was split from.
 
     Args:
         run: The run's folder, for the message.
-        data: The entry of `run.json`; old runs, which do not tell, pass.
+        data: What the run says of its data; None, and old runs, which do not tell, pass.
         splits: From the run's own settings.
         names: The parts whose contents are compared, as those of all parts would have to be read.
 
     Raises:
         ValueError: They differ; says how many there were and are, and what to do.
     """
+    if data is None:
+        return
     if not same_splits(data, splits):
-        then, now = _counts(data["sizes"]), _counts(sizes_of(splits))
+        then, now = _counts(data.sizes), _counts(sizes_of(splits))
         files = "the same numbers of other files" if then == now else now
         raise ValueError(
-            f"data must hold the images that {run} was split from, {then}, got {files} in {data['spec']}: "
+            f"data must hold the images that {run} was split from, {then}, got {files} in {data.spec}: "
             "files were added, removed or renamed, and a new split would measure on training images; restore them, "
             "measure on images of your own with evaluate --data, or train a new run"
         )
@@ -98,13 +100,21 @@ def check_splits(run: Path, data: Mapping[str, Any], splits: DataSplits, names: 
     if changed:
         raise ValueError(
             f"data must hold the images that {run} was split from, got files of the same names with other contents in "
-            f"{data['spec']} ({', '.join(changed)}): images were replaced or saved again; restore them, measure on "
+            f"{data.spec} ({', '.join(changed)}): images were replaced or saved again; restore them, measure on "
             "images of your own with evaluate --data, or train a new run"
         )
 
 
-def find_data(run: Path, spec: str, data: Mapping[str, Any]) -> str:
-    """The specification under which a run's images are found now: `spec`, or the absolute folder it stood for.
+def find_data(run: Path, spec: str, absolute: str | None) -> str:
+    """The specification under which a run's images are found now.
+
+    Args:
+        run: The run's folder, for the message.
+        spec: As training had it.
+        absolute: The folder that it stood for then; None for other data.
+
+    Returns:
+        `spec`, or with `absolute` in place of its folder.
 
     Raises:
         FileNotFoundError: The folder is in neither place.
@@ -113,7 +123,6 @@ def find_data(run: Path, spec: str, data: Mapping[str, Any]) -> str:
     folder = data_folder(spec)
     if folder is None or folder.is_dir():
         return spec
-    absolute = data.get("folder")
     if absolute and Path(absolute).is_dir():
         return f"{prefix}{absolute}"
     places = spec if absolute in (None, path) else f"{spec} (then {absolute})"
@@ -211,7 +220,7 @@ class Assembly:
     splits: DataSplits
     model: nn.Module
     task: Task
-    backbone: dict[str, Any]
+    backbone: BackboneInfo
     data_config: dict[str, Any]
 
 
@@ -240,19 +249,19 @@ def assemble(config: TrainConfig, resumed: Path | None = None, console: Console 
             f"got {config.batch_size}; "
             f"pass --batch-size {len(splits.train)} or less, or add images"
         )
-    wanted = {
-        "name": config.backbone,
-        "weights": config.weights,
-        "pretrained": config.pretrained,
-        "img_size": config.img_size,
-        "num_classes": len(splits.classes),
-        "seed": config.seed,
-    }
+    wanted = BackboneInfo(
+        name=str(config.backbone),
+        weights=config.weights,
+        pretrained=config.pretrained,
+        img_size=config.img_size,
+        num_classes=len(splits.classes),
+        seed=config.seed,
+    )
     backbone = make_backbone(wanted, config.task)
     data_config = protocol_of(config.protocol).data_config(
         data_config_of(backbone, config.img_size), is_resized_whole=splits.is_resized_whole
     )
-    described = {**wanted, "architecture": architecture_of(backbone)}
+    described = dataclasses.replace(wanted, architecture=architecture_of(backbone))
     train_transform = build_transform(data_config, train=True, augment=config.augment)
     transform = build_transform(data_config, train=False, augment="none")
     splits.train = splits.train.with_transform(train_transform)
@@ -304,15 +313,15 @@ def load_splits(config: TrainConfig) -> DataSplits:
     )
 
 
-def make_backbone(backbone: dict[str, Any], task: str = "classification") -> nn.Module:
-    """Create the model that `run.json` describes; what is not pre-trained in it comes from the run's seed."""
-    torch.manual_seed(backbone["seed"])
+def make_backbone(backbone: BackboneInfo, task: str = "classification") -> nn.Module:
+    """Create the model that a run began with; what is not pre-trained in it comes from the run's seed."""
+    torch.manual_seed(backbone.seed or 0)
     return task_class(task).build_model(
-        backbone["name"],
-        num_classes=backbone["num_classes"],
-        weights=backbone["weights"],
-        pretrained=backbone["pretrained"],
-        img_size=backbone["img_size"],
+        backbone.name,
+        num_classes=backbone.num_classes,
+        weights=backbone.weights,
+        pretrained=backbone.pretrained is not False,
+        img_size=backbone.img_size,
     )
 
 
@@ -361,7 +370,7 @@ class LoadedRun:
     transform: Callable[..., Tensor]
     classes: list[str]
     task: Task
-    info: dict[str, Any]
+    info: RunInfo
 
     @property
     def device(self) -> torch.device:
@@ -377,7 +386,7 @@ def load_run(run: str | Path | RunFolder, device: str = "auto") -> LoadedRun:
         device: auto, cpu or cuda.
 
     Returns:
-        Model in evaluation mode, its transform, the class names and the content of `run.json`.
+        Model in evaluation mode, its transform, the class names and the run's record.
 
     Raises:
         FileNotFoundError: Not the folder of a run, no epoch was finished yet, or the adapter is missing.
@@ -385,31 +394,29 @@ def load_run(run: str | Path | RunFolder, device: str = "auto") -> LoadedRun:
         AdapterFileError: The adapter is damaged or belongs to another model; names the tensor.
     """
     folder = run if isinstance(run, RunFolder) else RunFolder(run)
-    info = folder.read_json("run.json")
-    read_run(folder.path)
+    info = read(RunInfo, folder.path)
     task = task_of(info)
     folder.check_adapter()
-    model = load_trained(folder.adapter, make_backbone(info["backbone"], task.name)).to(choose_device(device))
-    transform = build_transform(info["data_config"], train=False, augment="none")
-    return LoadedRun(folder, model, transform, list(info["classes"]), task, info)
+    model = load_trained(folder.adapter, make_backbone(info.backbone, task.name)).to(choose_device(device))
+    transform = build_transform(info.data_config, train=False, augment="none")
+    return LoadedRun(folder, model, transform, list(info.classes), task, info)
 
 
-def task_of(info: dict[str, Any]) -> Task:
+def task_of(info: RunInfo) -> Task:
     """The task of a run.
 
     Args:
-        info: Content of `run.json`.
+        info: Its record.
 
     Raises:
         ValueError: The run is of another kind, such as a personalized generator; names the commands that use it.
     """
-    return create_task(task_name_of(info), info["classes"])
+    return create_task(task_name_of(info), info.classes)
 
 
-def task_name_of(info: dict[str, Any]) -> str:
-    """The name of a run's task; runs that do not tell were classification. Raises as `task_of`."""
-    name = str(info.get("task", "classification"))
-    if name not in task_names():
-        hint = _COMMANDS_OF_OTHERS.get(name, "another version of snella wrote it")
-        raise ValueError(f"run must be of the task {' or '.join(task_names())}, got a run of {name!r}; {hint}")
-    return name
+def task_name_of(info: RunInfo) -> str:
+    """The name of a run's task. Raises as `task_of`."""
+    if info.task not in task_names():
+        hint = _COMMANDS_OF_OTHERS.get(info.task, "another version of snella wrote it")
+        raise ValueError(f"run must be of the task {' or '.join(task_names())}, got a run of {info.task!r}; {hint}")
+    return info.task

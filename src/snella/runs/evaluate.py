@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from snella.data import DataSplits, ImageDataset, load_data
+from snella.records import DataInfo, RunInfo, read
 from snella.report import write_report
 from snella.report.examples import ImageSource
 from snella.runs.build import (
@@ -47,10 +48,10 @@ def refresh_report(run: str | Path, console: Console | None = None) -> Path:
         ValueError: The run is of another kind, such as a personalized generator.
     """
     folder = RunFolder(run)
-    info = folder.read_json("run.json")
-    stored, task = info.get("data", {}), task_of(info)
+    info = read(RunInfo, folder.path)
+    task = task_of(info)
     try:
-        shown = _shown_images(folder, stored)
+        shown = _shown_images(folder, info.data)
         images: ImageSource | None = None if shown is None else task.pictures(shown, folder.path)
     except (OSError, ValueError, ImportError) as error:
         print_line(console or make_console(), f"note: the report has no pictures: {error}")
@@ -58,10 +59,10 @@ def refresh_report(run: str | Path, console: Console | None = None) -> Path:
     return write_report(folder.path, images)
 
 
-def _shown_images(folder: RunFolder, stored: dict[str, object]) -> ImageDataset | None:
+def _shown_images(folder: RunFolder, stored: DataInfo) -> ImageDataset | None:
     """The images that `predictions.json` is about."""
     config = folder.read_config()
-    config.data = find_data(folder.path, str(config.data), stored)
+    config.data = find_data(folder.path, str(config.data), stored.folder)
     splits = load_splits(config)
     name = "test" if splits.val is None else "val"
     check_splits(folder.path, stored, splits, (name,))
@@ -122,12 +123,12 @@ def evaluate(
     loaded = load_run(run, device)
     splits, are_own = _load_splits(loaded, data, split, skip_broken)
     chosen = _chosen(split, splits) if are_own else "all" if split == "auto" else split
-    loaded.task.check_data(splits.train, data or str(loaded.info["data"]["spec"]))
+    loaded.task.check_data(splits.train, data or loaded.info.data.spec)
     parts = [part.with_transform(loaded.transform) for part in _parts(splits, chosen)]
     items = _Relabeled(parts, _numbers(splits.classes, loaded), loaded.task)
     scores = loaded.task.metrics(*_run_model(loaded, items, batch_size))
     head = {
-        "data": data or loaded.info["data"]["spec"],
+        "data": data or loaded.info.data.spec,
         "split": chosen,
         "images": len(items),
         "notes": list(splits.notes),
@@ -137,14 +138,14 @@ def evaluate(
 
 def _load_splits(loaded: LoadedRun, data: str | None, split: Split, skip_broken: bool) -> tuple[DataSplits, bool]:
     """The run's own data with its own split, or other data in full, and which of both it is."""
-    config, stored = loaded.folder.read_config(), loaded.info["data"]
+    config, stored = loaded.folder.read_config(), loaded.info.data
     config.skip_broken = skip_broken or config.skip_broken
     if data is None:
-        config.data = find_data(loaded.folder.path, str(config.data), stored)
+        config.data = find_data(loaded.folder.path, str(config.data), stored.folder)
         splits = load_splits(config)
         measured = _names(_chosen(split, splits))
         check_splits(loaded.folder.path, stored, splits, measured)
-        unknown = [name for name in parts_of(splits) if name in measured and name not in stored.get("contents", {})]
+        unknown = [name for name in parts_of(splits) if name in measured and name not in stored.contents]
         if unknown:
             splits.notes.append(
                 f"run.json has no digest of the contents of {', '.join(unknown)}, which other versions of snella did "
@@ -152,7 +153,7 @@ def _load_splits(loaded: LoadedRun, data: str | None, split: Split, skip_broken:
             )
         return splits, True
     note = None
-    if stored.get("digest"):
+    if stored.digest:
         config.data = data
         with contextlib.suppress(ValueError):
             splits = load_splits(config)

@@ -1,14 +1,15 @@
 """The folder of one run: what lies where, who may write into it."""
 
 import hashlib
-import json
 import shutil
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Generic, TypeVar, get_args
 
 import yaml
 
-from snella._files import check_files, is_intact, sealed, sha256_of, write_json, write_text
+from snella import records
+from snella._files import check_files, sealed, sha256_of, write_json, write_text
+from snella.records import FORMAT, Record, Status
 from snella.runs.config import SESSION_FIELDS, UNSTORED_FIELDS, RunSettings, TrainConfig
 
 
@@ -25,11 +26,8 @@ def adapter_digest(folder: Path) -> str:
     return total.hexdigest()[:16]
 
 
-Status = Literal["running", "interrupted", "failed", "finished"]
-
 S = TypeVar("S", bound=RunSettings)
 
-FORMAT = 1
 _FILES = (
     "config.yaml",
     "run.json",
@@ -83,40 +81,32 @@ class RunFolderOf(Generic[S]):
         if not (self.path / "run.json").is_file():
             return None
         run = self.read_json("run.json")
-        if not isinstance(run, dict) or run.get("status") not in get_args(Status):
+        if run.get("status") not in get_args(Status):
             raise ValueError(f"{self.path / 'run.json'} is damaged: it holds no status; {_WAY_OUT}")
-        return run["status"]
+        status: Status = run["status"]
+        return status
 
     def read_json(self, name: str) -> Any:
-        """Content of one of the JSON files.
+        """Content of one of the JSON files, as it stands there; `snella.records.read` checks its fields.
 
         Raises:
             FileNotFoundError: This is not the folder of a run, or the run has not come so far.
             ValueError: The file is damaged.
         """
-        path = self.path / name
-        if not path.is_file():
-            known = (
-                "the run has not come so far"
-                if (self.path / "run.json").is_file()
-                else "this is not the folder of a run"
-            )
-            raise FileNotFoundError(f"no file {path}: {known}")
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is damaged: {error}; {_WAY_OUT}") from None
-        if not is_intact(values):
-            raise ValueError(f"{path} was altered after it was written: its SHA-256 is another; {_WAY_OUT}")
-        return values
+        return records.read_object(self.path / name)
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write one of the JSON files, whole or not at all."""
+        """Write one of the JSON files atomically."""
         write_json(self.path / name, value)
         self._note_digest(name)
 
+    def write(self, record: Record) -> None:
+        """Write the file of a record atomically."""
+        records.write(record, self.path)
+        self._note_digest(record.file)
+
     def update(self, status: Status, error: str | None = None, **values: Any) -> None:
-        """Change entries of `run.json`."""
+        """Change entries of `run.json`, and leave the others as they are."""
         run = self.read_json("run.json") if (self.path / "run.json").is_file() else {"format": FORMAT}
         run.update(values, status=status)
         run.pop("error", None)

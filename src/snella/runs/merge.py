@@ -10,6 +10,7 @@ from torch import nn
 
 from snella._files import write_bytes, write_json
 from snella.methods import merge_trained
+from snella.records import BackboneInfo, plain, record_from
 from snella.runs.build import LoadedRun, load_run, make_backbone
 
 _CLASSIFICATION = "classification"
@@ -86,18 +87,18 @@ def _check_out(path: Path, typed: str, *, overwrite: bool) -> None:
 
 def _metadata(loaded: LoadedRun, model: nn.Module) -> dict[str, str]:
     """The metadata of a merged file."""
-    backbone = loaded.info["backbone"]
+    backbone = loaded.info.backbone
     return {
         "format": "pt",
-        "architecture": str(backbone["architecture"]),
-        "backbone": str(backbone["name"]),
-        "num_classes": str(backbone["num_classes"]),
+        "architecture": str(backbone.architecture),
+        "backbone": str(backbone.name),
+        "num_classes": str(backbone.num_classes),
         "img_size": json.dumps(_built_in_size(model)),
         "model_args": json.dumps(_model_args(model)),
         "task": loaded.task.name,
         "classes": json.dumps(loaded.classes),
-        "built_from": json.dumps(backbone),
-        "data_config": json.dumps(loaded.info["data_config"]),
+        "built_from": json.dumps(plain(backbone)),
+        "data_config": json.dumps(loaded.info.data_config),
     }
 
 
@@ -107,7 +108,7 @@ def _timm_config(loaded: LoadedRun, model: nn.Module, out: str) -> dict[str, Any
     Raises:
         ValueError: The model is no classifier that timm builds.
     """
-    architecture = loaded.info["backbone"]["architecture"]
+    architecture = loaded.info.backbone.architecture
     if loaded.task.name != _CLASSIFICATION or architecture is None:
         what = f"a {loaded.task.name}'s model" if loaded.task.name != _CLASSIFICATION else "this model"
         raise ValueError(
@@ -126,7 +127,7 @@ def _timm_config(loaded: LoadedRun, model: nn.Module, out: str) -> dict[str, Any
         **({"model_args": arguments} if arguments else {}),
         "pretrained_cfg": {
             **own,
-            **loaded.info["data_config"],
+            **loaded.info.data_config,
             "fixed_input_size": size is not None,
             "num_classes": len(loaded.classes),
             "custom_load": False,
@@ -195,7 +196,7 @@ def load_merged(path: str | Path) -> nn.Module:
         metadata = file.metadata() or {}
     if "built_from" not in metadata:
         raise ValueError(f"path must be a file that snella merge wrote, got {str(path)!r}, which does not say of what")
-    described = {**json.loads(metadata["built_from"]), "pretrained": False}
+    described = record_from(BackboneInfo, {**json.loads(metadata["built_from"]), "pretrained": False})
     model = make_backbone(described, metadata["task"])
     model.load_state_dict(load_file(path))
     return model.eval()

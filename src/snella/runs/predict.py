@@ -17,9 +17,9 @@ from torch import Tensor
 from snella._files import write_bytes, write_text
 from snella.data import read_image
 from snella.data.datasets import IMAGE_SUFFIXES, is_image
+from snella.records import RunInfo, read
 from snella.report.examples import overlay, write_mask
 from snella.runs.build import LoadedRun, load_run, task_name_of
-from snella.runs.folder import RunFolder
 from snella.tasks import ClassificationTask
 
 _OVERLAYS = "overlays"
@@ -270,9 +270,8 @@ def output_of(task: str) -> PredictionOutput:
 
 def output_of_run(run: str | Path) -> PredictionOutput:
     """The output of a run's task; that of classification where there is no run, which is told later."""
-    folder = RunFolder(run)
-    has_run = (folder.path / "run.json").is_file()
-    return output_of(task_name_of(folder.read_json("run.json")) if has_run else "classification")
+    has_run = (Path(run) / "run.json").is_file()
+    return output_of(task_name_of(read(RunInfo, run)) if has_run else "classification")
 
 
 _RUN_FILE = "run.json"

@@ -6,7 +6,7 @@ import math
 import platform
 import resource
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +19,7 @@ from torch import nn
 
 from snella import SnellaCallback, SnellaConfig
 from snella.methods import spec_of
+from snella.records import Allocation, AllocationStep, DataInfo, MatrixInfo, RunInfo
 from snella.runs.build import PARTS, Assembly, contents_of, digest_of, folder_of, sizes_of
 from snella.runs.config import TrainConfig, command_line
 from snella.runs.console import counted, print_rows
@@ -34,8 +35,8 @@ folder comes from predicts with `snella predict RUN IMAGES`, and `snella merge R
 """
 
 
-def describe_run(config: TrainConfig, parts: Assembly, names: Collection[str] = PARTS) -> dict[str, Any]:
-    """The entries of `run.json` but for the status.
+def describe_run(config: TrainConfig, parts: Assembly, names: Collection[str] = PARTS) -> RunInfo:
+    """The record of a run that begins.
 
     Args:
         config: Resolved settings.
@@ -43,28 +44,34 @@ def describe_run(config: TrainConfig, parts: Assembly, names: Collection[str] = 
         names: The parts of the data that are used, whose contents are noted.
     """
     splits = parts.splits
-    return {
-        "task": parts.task.name,
-        "protocol": config.protocol,
-        "ema": config.ema,
-        "method": config.method,
-        "method_options": config.options_of_method(),
-        "backbone": parts.backbone,
-        "classes": list(splits.classes),
-        "data": {
-            "spec": config.data,
-            "seed": config.seed,
-            "description": splits.description,
-            "sizes": sizes_of(splits),
-            "digest": digest_of(splits),
-            "contents": contents_of(splits, names),
-            "folder": folder_of(str(config.data)),
-            "notes": list(splits.notes),
-        },
-        "data_config": parts.data_config,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
-        "command": command_of(config),
-    }
+    return RunInfo(
+        status="running",
+        task=parts.task.name,
+        protocol=config.protocol,
+        ema=config.ema,
+        method=config.method,
+        method_options=config.options_of_method(),
+        backbone=parts.backbone,
+        classes=list(splits.classes),
+        data=DataInfo(
+            spec=str(config.data),
+            seed=config.seed,
+            description=splits.description,
+            sizes=sizes_of(splits),
+            digest=digest_of(splits),
+            contents=contents_of(splits, names),
+            folder=folder_of(str(config.data)),
+            notes=list(splits.notes),
+        ),
+        data_config=parts.data_config,
+        versions=versions_of(_PACKAGES),
+        command=command_of(config),
+    )
+
+
+def versions_of(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of Python and of packages."""
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 def command_of(config: TrainConfig) -> str:
@@ -89,30 +96,22 @@ def trainable_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def describe_allocation(model: nn.Module, callback: SnellaCallback) -> dict[str, Any]:
-    """The content of `allocation.json`: what the matrices are, what the best adapter keeps, how budgets evolved."""
+def describe_allocation(model: nn.Module, callback: SnellaCallback) -> Allocation:
+    """What the matrices are, what the best adapter keeps, how budgets evolved."""
     allocator = callback.allocator
     if allocator is None:
         raise RuntimeError(
             "the allocation can be described after training has begun, got a callback without an allocator"
         )
-    return {
-        "total_weights": allocator.total_weights,
-        "target_budget": allocator.target_budget,
-        "matrices": [
-            {
-                "name": matrix.name,
-                "kind": matrix.kind,
-                "depth": matrix.depth,
-                "shape": list(matrix.shape),
-                "size": matrix.size,
-                "budget": matrix.budget,
-                "nonzeros": matrix.nonzeros(),
-            }
-            for matrix in matrices_of(model)
+    return Allocation(
+        total_weights=allocator.total_weights,
+        target_budget=allocator.target_budget,
+        matrices=[
+            MatrixInfo(m.name, m.kind, m.depth, tuple(m.shape), m.size, m.budget, m.nonzeros())
+            for m in matrices_of(model)
         ],
-        "history": _finite(allocator.history),
-    }
+        history=[AllocationStep(**entry) for entry in allocator.history],
+    )
 
 
 def best_epoch(history: Sequence[dict[str, Any]], rank: Callable[[Mapping[str, Any]], tuple[float, float]]) -> int:
@@ -129,15 +128,6 @@ def peak_rss_mib() -> float:
     """The most memory that this process has held so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / 2 ** (20 if sys.platform == "darwin" else 10), 1)
-
-
-def _finite(value: Any) -> Any:
-    """The value with None in place of NaN and infinities, which JSON lacks."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def announce(console: Console, config: TrainConfig, parts: Assembly) -> None:
@@ -184,8 +174,8 @@ def adapter_card(config: TrainConfig, parts: Assembly) -> str:
     """
     backbone, prepared = parts.backbone, parts.data_config
     facts = [
-        ("Base model", f"`{backbone['name']}`" + (f", weights `{backbone['weights']}`" if backbone["weights"] else "")),
-        ("Architecture", f"timm's `{backbone['architecture']}`"),
+        ("Base model", f"`{backbone.name}`" + (f", weights `{backbone.weights}`" if backbone.weights else "")),
+        ("Architecture", f"timm's `{backbone.architecture}`"),
         ("Method", f"`{config.method}`, {json.dumps(config.options_of_method())}"),
         ("Data", parts.splits.description),
         ("Images", ", ".join(f"{name} {prepared[name]}" for name in _PREPARED if name in prepared)),

@@ -10,6 +10,7 @@ from snella import SnellaCallback
 from snella._files import write_text
 from snella.methods import load_trained_into
 from snella.methods.adalora import is_adalora
+from snella.records import EpochRow, Metrics, RunInfo, read, scores_from
 from snella.report import write_report
 from snella.runs.build import PARTS, Assembly, assemble, check_splits, find_data, parts_of, store_selection
 from snella.runs.callbacks import ProgressDisplay, RankCallback, StepCosts
@@ -93,9 +94,9 @@ def _train(
             refresh_report(run.path, console)
         return run
     config, is_resumed = settled
-    stored = run.read_json("run.json").get("data", {}) if is_resumed else {}
+    stored = read(RunInfo, run.path).data if is_resumed else None
     if is_resumed:
-        config.data = find_data(run.path, str(config.data), stored)
+        config.data = find_data(run.path, str(config.data), None if stored is None else stored.folder)
     parts = assemble(config, run.path if is_resumed else None, console)
     check_splits(run.path, stored, parts.splits)
     config = config.fitted_to(len(parts.splits.train))
@@ -103,7 +104,7 @@ def _train(
     run.begin(config, is_resumed=is_resumed)
     store_selection(run.path, config.method, parts.model)
     used = PARTS if measure_test else ("train", "val")
-    run.update("running", **describe_run(config, parts, used))
+    run.write(describe_run(config, parts, used))
     announce(console, config, parts)
     if not measure_test:
         parts.splits.test = None
@@ -173,34 +174,31 @@ def _finish(
     best = best_epoch(trainer.history, lambda row: protocol.rank(row, parts.task.rank))
     callback = trainer.allocation_callback
     if callback is not None:
-        run.write_json("allocation.json", describe_allocation(model, callback))
+        run.write(describe_allocation(model, callback))
     pictures = None
     name, shown_part = ("val", splits.val) if splits.val is not None else ("test", splits.test)
     if shown_part is not None and len(shown_part) <= _MOST_PREDICTIONS:
         verdicts = measured[name][1]
         parts.task.keep_examples(model, shown_part, verdicts, run.path)
-        items = parts.task.items(shown_part, verdicts, run.path)
-        run.write_json("predictions.json", {"split": name, "items": items})
+        run.write(parts.task.predictions(shown_part, verdicts, name, run.path))
         pictures = parts.task.pictures(shown_part, run.path)
-    run.write_json(
-        "metrics.json",
-        {
-            "best_epoch": best,
-            "protocol": protocol.name,
-            "selected_on": protocol.selected_on,
-            "best_metric": protocol.best_metric(parts.task.best_metric),
-            "ema": trainer.config.ema,
-            "train_s": round(train_s, 3),
-            "trainable_parameters": trainable_parameters(model),
-            "adapted_weights": sum(m.size for m in matrices) if matrices else None,
-            "adapter_bytes": folder_bytes(run.adapter),
-            "peak_rss_mib": peak_rss_mib(),
-            **costs.summary(),
-            "history": trainer.history,
-            "val": val,
-            "test": test,
-        },
+    metrics = Metrics(
+        best_epoch=best,
+        protocol=protocol.name,
+        selected_on=protocol.selected_on,
+        best_metric=protocol.best_metric(parts.task.best_metric),
+        ema=trainer.config.ema,
+        train_s=round(train_s, 3),
+        trainable_parameters=trainable_parameters(model),
+        adapted_weights=sum(m.size for m in matrices) if matrices else None,
+        adapter_bytes=folder_bytes(run.adapter),
+        peak_rss_mib=peak_rss_mib(),
+        **costs.summary(),
+        history=[EpochRow(**protocol.unnamed(row)) for row in trainer.history],
+        val=None if val is None else scores_from(val),
+        test=None if test is None else scores_from(test),
     )
+    run.write(metrics)
     run.finish()
     write_text(run.adapter / "README.md", adapter_card(trainer.config, parts))  # no part of the digests: people edit it
     report = write_report(run.path, pictures) if draw_report else None

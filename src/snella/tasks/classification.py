@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from snella.backbones import create_backbone
 from snella.data import ImageDataset, MaskDataset
+from snella.records import Prediction, Predictions
 from snella.report.examples import ImageSource
 from snella.tasks.task import ResultTable
 
@@ -131,14 +132,14 @@ class ClassificationTask:
         """Probabilities `[images, classes]` from logits."""
         return self.probabilities(torch.as_tensor(np.asarray(kept)))
 
-    def items(self, dataset: ImageDataset, verdicts: Tensor, folder: Path) -> list[dict[str, Any]]:
+    def predictions(self, dataset: ImageDataset, verdicts: Tensor, split: str, folder: Path) -> Predictions:
         """Label and probabilities of each image."""
-        return [
-            {"index": index, "name": name, "label": int(label), "probabilities": [round(p, 6) for p in row]}
-            for index, (name, label, row) in enumerate(
-                zip(dataset.names, dataset.labels, verdicts.tolist(), strict=True)
-            )
+        rows = zip(dataset.names, dataset.labels, verdicts.tolist(), strict=True)
+        items = [
+            Prediction(index, name, int(label), [round(p, 6) for p in row])
+            for index, (name, label, row) in enumerate(rows)
         ]
+        return Predictions(split, items=items)
 
     def keep_examples(self, model: nn.Module, dataset: ImageDataset, verdicts: Tensor, folder: Path) -> None:
         """Nothing: the report shows the images themselves."""

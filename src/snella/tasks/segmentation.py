@@ -1,5 +1,6 @@
 """Semantic segmentation: batches of (image, mask), cross entropy and overlap, Dice and IoU."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from snella.backbones import DECODER, create_segmenter
 from snella.data import ImageDataset, MaskDataset
+from snella.records import MaskPrediction, MaskPredictions
 from snella.report.examples import ImageSource, overlay_panels, read_mask, write_mask
 from snella.tasks.task import ResultTable
 
@@ -333,19 +335,16 @@ class SegmentationTask:
         """The rows of `keep`."""
         return torch.as_tensor(np.asarray(kept))
 
-    def items(self, dataset: ImageDataset, verdicts: Tensor, folder: Path) -> list[dict[str, Any]]:
+    def predictions(self, dataset: ImageDataset, verdicts: Tensor, split: str, folder: Path) -> MaskPredictions:
         """Dice and IoU of each image, mean over its classes; where its predicted mask lies, for the report's ones."""
-        dice, iou = (_by_image(values) for values in image_scores(self._counts(verdicts.numpy())))
-        return [
-            {
-                "index": index,
-                "name": name,
-                "dice": dice[index],
-                "iou": iou[index],
-                "mask": mask_file(index) if (folder / mask_file(index)).is_file() else None,
-            }
-            for index, name in enumerate(dataset.names)
+        scores = image_scores(self._counts(verdicts.numpy()))
+        dice, iou = ([math.nan if v is None else v for v in _by_image(values)] for values in scores)
+        files = [mask_file(index) for index in range(len(dataset.names))]
+        items = [
+            MaskPrediction(index, name, dice[index], iou[index], file if (folder / file).is_file() else None)
+            for index, (name, file) in enumerate(zip(dataset.names, files, strict=True))
         ]
+        return MaskPredictions(split, items=items)
 
     def keep_examples(self, model: nn.Module, dataset: ImageDataset, verdicts: Tensor, folder: Path) -> None:
         """Write the predicted masks of some images: the worst ones, and others evenly spread."""

@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from snella.data import ImageDataset
+from snella.records import MaskPredictions, Predictions
 from snella.report.examples import ImageSource
 
 __all__ = ["ResultTable", "Task"]
@@ -65,8 +66,10 @@ class Task(Protocol):
     def verdicts(self, kept: ArrayLike) -> Tensor:
         """What is said about each item in the run's `predictions.json`, a row an item."""
 
-    def items(self, dataset: ImageDataset, verdicts: Tensor, folder: Path) -> list[dict[str, Any]]:
-        """The entries of `predictions.json`."""
+    def predictions(
+        self, dataset: ImageDataset, verdicts: Tensor, split: str, folder: Path
+    ) -> Predictions | MaskPredictions:
+        """The record of what is said about each item of a split."""
 
     def keep_examples(self, model: nn.Module, dataset: ImageDataset, verdicts: Tensor, folder: Path) -> None:
         """Leave in the run's folder what its report's pictures need beside the images."""

@@ -24,6 +24,7 @@ from snella.methods import load_trained
 from snella.recipes.dreambooth.config import DreamBoothConfig, DreamBoothFolder
 from snella.recipes.dreambooth.data import fill, read_prompt_file
 from snella.recipes.dreambooth.pipeline import PromptEmbedding, check_resolution, embed_prompts, load_pipeline
+from snella.records import RunInfo, read
 from snella.runs.build import choose_device
 from snella.runs.console import make_console
 from snella.runs.folder import adapter_digest
@@ -298,8 +299,7 @@ def load_generator(run: str | Path, *, pipeline: str | None = None, device: str 
         AdapterFileError: The adapter is damaged, or belongs to another pipeline.
     """
     folder = DreamBoothFolder(run)
-    task = folder.read_json("run.json").get("task")
-    if task != "generation":
+    if read(RunInfo, folder.path).task != "generation":
         raise ValueError(f"run must be the folder of a run of snella dreambooth, got {run}, a run of another task")
     folder.check_adapter()
     config = folder.read_config()

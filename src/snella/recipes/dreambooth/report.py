@@ -17,7 +17,7 @@ from PIL import Image
 
 from snella._text import bytes_text, count_text, percent_text, plain_text, seconds_text
 from snella.recipes.dreambooth.generate import MANIFEST
-from snella.records import read_allocation, read_if_present, read_metrics, read_run
+from snella.records import Allocation, LossRow, Metrics, RunInfo, read, read_if_present
 from snella.report.allocation import adapter_budgets
 from snella.report.examples import picture_uri
 from snella.report.generator_runs import read_learning_curve
@@ -43,9 +43,9 @@ def write_generation_report(run: str | Path) -> Path:
         ValueError: A file of the run is damaged.
     """
     folder = Path(run)
-    info, metrics = read_run(folder), read_metrics(folder)
+    info, metrics = read(RunInfo, folder), read(Metrics, folder)
     curve = read_learning_curve(folder)
-    allocation = read_if_present(read_allocation, folder, "allocation.json")
+    allocation = read_if_present(Allocation, folder)
     adapter = read_adapter(folder)
     saved = saved_budgets(adapter, allocation.matrices) if adapter and allocation else {}
     budgets = adapter_budgets(allocation, metrics) | saved if allocation else {}
@@ -61,15 +61,15 @@ def write_generation_report(run: str | Path) -> Path:
         ("training time", seconds_text(metrics.train_s), curve.optimizer),
     ]
     data = info.data
-    subject = [folder_of_data / name for folder_of_data in [Path(data["folder"])] for name in data["files"]]
+    subject = [Path(data.folder or "") / name for name in data.files or []]
     context = {
         "run": info,
-        "title": f"{info.method} on {data['subject']}",
+        "title": f"{info.method} on {data.subject}",
         "quoted": shlex.quote(str(folder)),
         "numbers": [{"label": label, "value": value, "note": note} for label, value, note in numbers],
         "curve": _inline(loss_curve(curve.history), "curve-loss", f"Loss by step; {curve.steps} steps."),
         "groups": [
-            {"title": "Images of the subject", "note": str(data["description"]), "items": _pictures(subject)},
+            {"title": "Images of the subject", "note": data.description, "items": _pictures(subject)},
             {"title": "Pictures drawn after training", "note": "", "items": _samples(folder / "samples")},
         ],
         "allocation": allocation_section(info, metrics, allocation, budgets),
@@ -83,11 +83,11 @@ def write_generation_report(run: str | Path) -> Path:
     return folder / "report.html"
 
 
-def loss_curve(history: Sequence[dict[str, Any]]) -> Figure:
+def loss_curve(history: Sequence[LossRow]) -> Figure:
     """Draw the loss of each step, and the mean of the last twenty."""
     figure, axes = new_figure(2 * CURVE[0], CURVE[1], "Loss")
-    steps = [row["step"] for row in history]
-    losses = np.array([np.nan if row["loss"] is None else row["loss"] for row in history], dtype=float)
+    steps = [row.step for row in history]
+    losses = np.array([np.nan if row.loss is None else row.loss for row in history], dtype=float)
     mean = [float(np.mean(losses[max(0, k + 1 - _WINDOW) : k + 1])) for k in range(len(losses))]
     single = axes.plot(steps, losses, color=MUTED, linewidth=0.8, marker="o" if len(steps) < 3 else "")
     line = axes.plot(steps, mean, color=ACCENT, linewidth=2)

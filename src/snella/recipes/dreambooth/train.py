@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from snella.recipes.dreambooth.generate import Drawing, adapter_source, draw_int
 from snella.recipes.dreambooth.pipeline import check_resolution, embed_prompts, encode_images, load_pipeline
 from snella.recipes.dreambooth.report import write_generation_report
 from snella.recipes.dreambooth.trainer import FlowMatching, Learner, Lesson
+from snella.records import BackboneInfo, DataInfo, FixedLoss, GeneratorMetrics, LossRow, RunInfo, read
 from snella.runs.build import choose_device
 from snella.runs.checkpoints import saving
 from snella.runs.config import command_line
@@ -33,6 +32,7 @@ from snella.runs.results import (
     matrices_of,
     peak_rss_mib,
     trainable_parameters,
+    versions_of,
 )
 from snella.runs.session import (
     InterruptCallback,
@@ -76,46 +76,47 @@ def draw_class_images(
 _PACKAGES = ("snella", "torch", "peft", "diffusers", "transformers", "accelerate")
 
 
-def describe_run(config: DreamBoothConfig, concept: Concept) -> dict[str, Any]:
-    """The entries of `run.json` but for the status."""
-    return {
-        "task": "generation",
-        "method": config.method,
-        "method_options": config.options_of_method(),
-        "backbone": {"name": config.pipeline, "weights": None, "img_size": config.resolution},
-        "classes": [],
-        "data": {
-            "spec": config.data,
-            "subject": concept.name,
-            "class_name": config.class_name,
-            "seed": config.seed,
-            "description": f"{counted(len(concept.paths), 'image')} of {concept.name}, learned as “{config.prompt}”",
-            "sizes": {"train": len(concept.paths)},
-            "digest": concept.digest(),
-            "folder": str(concept.paths[0].parent),
-            "files": [path.name for path in concept.paths],
-            "notes": list(concept.notes),
-        },
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
-        "command": command_line(config, DreamBoothConfig(data="-", pipeline="-", out="-"), "dreambooth"),
-    }
+def describe_run(config: DreamBoothConfig, concept: Concept) -> RunInfo:
+    """The record of a run that begins."""
+    return RunInfo(
+        status="running",
+        task="generation",
+        method=config.method,
+        method_options=config.options_of_method(),
+        backbone=BackboneInfo(name=str(config.pipeline), img_size=config.resolution),
+        classes=[],
+        data=DataInfo(
+            spec=str(config.data),
+            subject=concept.name,
+            class_name=config.class_name,
+            seed=config.seed,
+            description=f"{counted(len(concept.paths), 'image')} of {concept.name}, learned as “{config.prompt}”",
+            sizes={"train": len(concept.paths)},
+            digest=concept.digest(),
+            folder=str(concept.paths[0].parent),
+            files=[path.name for path in concept.paths],
+            notes=list(concept.notes),
+        ),
+        versions=versions_of(_PACKAGES),
+        command=command_line(config, DreamBoothConfig(data="-", pipeline="-", out="-"), "dreambooth"),
+    )
 
 
-def describe_metrics(learner: Learner) -> dict[str, Any]:
-    """The content of `metrics.json`."""
+def describe_metrics(learner: Learner) -> GeneratorMetrics:
+    """Losses and costs."""
     matrices = matrices_of(learner.model)
     peak = torch.cuda.max_memory_allocated(learner.device) / 2**20 if learner.device.type == "cuda" else None
-    return {
-        "train_s": round(learner.elapsed_s, 3),
-        "trainable_parameters": trainable_parameters(learner.model),
-        "adapted_weights": sum(m.size for m in matrices) if matrices else None,
-        "adapter_bytes": folder_bytes(learner.run_folder.adapter),
-        "peak_rss_mib": peak_rss_mib(),
-        "peak_gpu_mib": peak,
-        "optimizer": learner.optimizer_name,
-        "fixed_loss": {"before": learner.loss_before, "after": learner.loss_after},
-        "loss_history": [{key: _finite(value) for key, value in row.items()} for row in learner.history],
-    }
+    return GeneratorMetrics(
+        train_s=round(learner.elapsed_s, 3),
+        trainable_parameters=trainable_parameters(learner.model),
+        adapted_weights=sum(m.size for m in matrices) if matrices else None,
+        adapter_bytes=folder_bytes(learner.run_folder.adapter),
+        peak_rss_mib=peak_rss_mib(),
+        peak_gpu_mib=peak,
+        optimizer=learner.optimizer_name,
+        fixed_loss=FixedLoss(learner.loss_before, learner.loss_after),
+        loss_history=[LossRow(**row) for row in learner.history],
+    )
 
 
 def announce(
@@ -190,7 +191,7 @@ def _personalize(config: DreamBoothConfig, run: DreamBoothFolder, console: Conso
     pipeline = load_pipeline(str(config.pipeline), encoder_dtype=encoder_dtype)
     check_resolution(pipeline, config.resolution)
     run.begin(config, is_resumed=is_resumed)
-    run.update("running", **describe_run(config, concept))
+    run.write(describe_run(config, concept))
     with outcome_recorded(run, "dreambooth"), InterruptCallback() as interrupt:
         drawing = Drawing(
             config.resolution,
@@ -218,9 +219,9 @@ def _personalize(config: DreamBoothConfig, run: DreamBoothFolder, console: Conso
 
 def _check_images(run: DreamBoothFolder, concept: Concept) -> None:
     """Refuse to go on with other images than those that the run began with."""
-    stored = run.read_json("run.json").get("data", {})
-    if stored.get("digest") not in (None, concept.digest()):
-        then, now = stored.get("sizes", {}).get("train"), len(concept.paths)
+    stored = read(RunInfo, run.path).data
+    if stored.digest not in (None, concept.digest()):
+        then, now = stored.sizes.get("train"), len(concept.paths)
         raise ValueError(
             f"data must hold the images that {run.path} began with, {then} images, got {now} images in "
             f"{concept.paths[0].parent} and other content; restore them, or start a new run"
@@ -247,8 +248,8 @@ def _finish(
     if allocator is not None:
         callback = SnellaCallback()
         callback.allocator = allocator
-        run.write_json("allocation.json", describe_allocation(learner.model, callback))
-    run.write_json("metrics.json", describe_metrics(learner))
+        run.write(describe_allocation(learner.model, callback))
+    run.write(describe_metrics(learner))
     if config.samples:
         prompts = [str(config.prompt)]
         draw_into(

@@ -18,6 +18,7 @@ from snella.methods import load_trained
 from snella.recipes.instruct.config import RESULT_FILE, LanguageFolder
 from snella.recipes.instruct.data import CHOICES, Instruction, Template, extract_answer, pad_left, read_benchmark
 from snella.recipes.instruct.train import load_model, load_tokenizer
+from snella.records import RunInfo, read
 from snella.runs.build import choose_device
 from snella.runs.console import make_console
 from snella.runs.folder import adapter_digest
@@ -69,7 +70,7 @@ def evaluate_language(
         raise ValueError("; ".join(errors))
     console = console or make_console()
     folder = LanguageFolder(run)
-    if folder.read_json("run.json").get("task") != "language":
+    if read(RunInfo, folder.path).task != "language":
         raise ValueError(f"run must be the folder of a run of snella language, got {run}, a run of another task")
     folder.check_adapter()
     questions = {name: entries[:limit] for name, entries in read_benchmark(data, CHOICES).items()}

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import platform
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from snella.methods import save_trained
 from snella.methods.registry import adapt_headless
 from snella.recipes.instruct.config import LanguageConfig, LanguageFolder
 from snella.recipes.instruct.data import IGNORED, Template, encode, pad_right, read_instructions
+from snella.records import BackboneInfo, DataInfo, GeneratorMetrics, LossRow, RunInfo, read, record_from
 from snella.runs.build import choose_device
 from snella.runs.checkpoints import saving
 from snella.runs.config import command_line
@@ -40,6 +39,7 @@ from snella.runs.results import (
     matrices_of,
     peak_rss_mib,
     trainable_parameters,
+    versions_of,
 )
 from snella.runs.session import (
     InterruptCallback,
@@ -230,7 +230,7 @@ def _fine_tune(config: LanguageConfig, run: LanguageFolder, console: Console) ->
     tokenizer = load_tokenizer(str(config.model))
     train, val, notes = _items(config, tokenizer)
     digest = hashlib.sha256(data.read_bytes()).hexdigest()
-    if is_resumed and run.read_json("run.json")["data"]["digest"] != digest:
+    if is_resumed and read(RunInfo, run.path).data.digest != digest:
         raise ValueError(f"data must be the file that {run.path} began with, got other content in {data}; restore it")
     device = choose_device(config.device)
     base: Any = load_model(str(config.model), torch.bfloat16 if config.base == "bf16" else torch.float32)
@@ -242,15 +242,15 @@ def _fine_tune(config: LanguageConfig, run: LanguageFolder, console: Console) ->
     torch.manual_seed(config.seed)
     model = adapt_headless(config.method, base, config.options_of_method()).to(device)
     run.begin(config, is_resumed=is_resumed)
-    described = {
-        "spec": config.data,
-        "seed": config.seed,
-        "description": counted(len(train), "instruction"),
-        "sizes": {"train": len(train), "val": len(val)},
-        "digest": digest,
-        "notes": notes,
-    }
-    run.update("running", **_describe(config, described))
+    described = DataInfo(
+        spec=str(config.data),
+        seed=config.seed,
+        description=counted(len(train), "instruction"),
+        sizes={"train": len(train), "val": len(val)},
+        digest=digest,
+        notes=notes,
+    )
+    run.write(_describe(config, described))
     matrices = matrices_of(model)
     adapted = f"; {len(matrices)} matrices, {sum(m.size for m in matrices):,} adapted weights" if matrices else ""
     rows = [
@@ -350,39 +350,34 @@ def _finish(
         save_trained(model, run.adapter)
     matrices = matrices_of(model)
     if progress.allocation is not None:
-        run.write_json("allocation.json", describe_allocation(model, progress.allocation))
-    history = [
-        {name: row[name] for name in ("epoch", "step", "loss", "eval_loss", "learning_rate") if name in row}
-        for row in trainer.state.log_history
-        if "loss" in row or "eval_loss" in row
-    ]
-    run.write_json(
-        "metrics.json",
-        {
-            "train_s": round(trainer.elapsed_s, 3),
-            "trainable_parameters": trainable_parameters(model),
-            "adapted_weights": sum(m.size for m in matrices) if matrices else None,
-            "adapter_bytes": folder_bytes(run.adapter),
-            "peak_rss_mib": peak_rss_mib(),
-            "optimizer": optimizer,
-            "loss_history": history,
-        },
+        run.write(describe_allocation(model, progress.allocation))
+    history = [record_from(LossRow, row) for row in trainer.state.log_history if "loss" in row or "eval_loss" in row]
+    metrics = GeneratorMetrics(
+        train_s=round(trainer.elapsed_s, 3),
+        trainable_parameters=trainable_parameters(model),
+        adapted_weights=sum(m.size for m in matrices) if matrices else None,
+        adapter_bytes=folder_bytes(run.adapter),
+        peak_rss_mib=peak_rss_mib(),
+        optimizer=optimizer,
+        loss_history=history,
     )
+    run.write(metrics)
     run.finish()
     if matrices:
         print_line(console, f"the update {kept_text(matrices)}")
     print_line(console, f"adapter {run.adapter}")
 
 
-def _describe(config: LanguageConfig, data: dict[str, Any]) -> dict[str, Any]:
-    """The entries of `run.json` but for the status."""
-    return {
-        "task": "language",
-        "method": config.method,
-        "method_options": config.options_of_method(),
-        "backbone": {"name": config.model, "weights": None, "img_size": None},
-        "classes": [],
-        "data": data,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
-        "command": command_line(config, LanguageConfig(data="-", model="-", out="-"), "language"),
-    }
+def _describe(config: LanguageConfig, data: DataInfo) -> RunInfo:
+    """The record of a run that begins."""
+    return RunInfo(
+        status="running",
+        task="language",
+        method=config.method,
+        method_options=config.options_of_method(),
+        backbone=BackboneInfo(name=str(config.model)),
+        classes=[],
+        data=data,
+        versions=versions_of(_PACKAGES),
+        command=command_line(config, LanguageConfig(data="-", model="-", out="-"), "language"),
+    )

@@ -1,0 +1,112 @@
+"""Files that commit dcb58d5 wrote (`tests/old_files/README.md`) are read, and say the same as then."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from rich.console import Console
+from torch import nn
+
+import snella  # noqa: F401  registers with PEFT
+from snella.comparison.compare import compare
+from snella.comparison.store import read_lines
+from snella.records import Allocation, Metrics, Predictions, RunInfo, plain, read
+from snella.report.inspect import inspect_run, inspect_summary
+from snella.runs import RunFolder
+from snella.runs.evaluate import evaluate, refresh_report
+from snella.runs.predict import predict
+
+OLD = Path(__file__).parent / "old_files"
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}
+"""Of matrix products on another processor; on the machine that wrote the files, the bits are the same."""
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Path(shutil.copytree(OLD / "run", tmp_path / "run"))
+
+
+@pytest.fixture
+def expected():
+    return json.loads((OLD / "run_expected.json").read_text())
+
+
+def test_an_old_adapter_computes_what_it_computed(tmp_path):
+    torch.manual_seed(0)
+    layers = [nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 24), nn.GELU(), nn.Linear(24, 4)]
+    model = PeftModel.from_pretrained(nn.Sequential(*layers), OLD / "adapter").eval()
+    stored = json.loads((OLD / "adapter" / "outputs.json").read_text())
+    with torch.inference_mode():
+        outputs = model(torch.tensor(stored["inputs"]))
+    torch.testing.assert_close(outputs, torch.tensor(stored["outputs"]), **TOLERANCE)
+
+
+def test_an_old_run_predicts_and_measures_what_it_did(run, expected):
+    for prediction in predict(run, [OLD / "images"]):
+        stored = expected["predict"][prediction.path.name]
+        assert [name for name, _ in prediction.ranking] == list(stored)
+        for name, probability in prediction.ranking:
+            assert probability == pytest.approx(stored[name], rel=1e-4)
+    result = evaluate(run)
+    assert result.pop("loss") == pytest.approx(expected["evaluate"].pop("loss"), rel=1e-4)
+    assert any("no digest of the contents" in note for note in result.pop("notes"))
+    del expected["evaluate"]["notes"]
+    assert result == expected["evaluate"]
+
+
+def test_an_old_run_is_inspected_as_then(run, expected):
+    summary = json.loads(json.dumps(inspect_summary(run)))
+    del summary["run"]
+    for name, value in expected["inspect"].items():
+        if name == "data":
+            assert {key: summary["data"][key] for key in value} == value
+        elif name != "run":
+            assert summary[name] == value, name
+    console = Console(file=io.StringIO(), width=200)
+    console.print(inspect_run(run))
+    assert "95,232 of 245,760 adapted weights" in console.file.getvalue()
+
+
+def test_the_report_of_an_old_run_is_drawn(run):
+    page = refresh_report(run, Console(quiet=True)).read_text()
+    assert "snella-2 on digits" in page and "sparsity-map" in page and "<img" in page
+
+
+@pytest.mark.parametrize("kind", [RunInfo, Metrics, Allocation, Predictions])
+def test_what_is_written_has_the_keys_and_values_of_old_files(kind, run):
+    """Whoever reads by those keys, an older version among them, finds them."""
+    before = json.loads((run / kind.file).read_text())
+    RunFolder(run).write(read(kind, run))
+    after = json.loads((run / kind.file).read_text())
+    assert read(kind, run) == read(kind, OLD / "run")
+    assert contains(after, before)
+
+
+def contains(new, old):
+    """Whether every key of old mappings is in the new ones, with its value."""
+    if isinstance(old, dict):
+        return all(key in new and contains(new[key], value) for key, value in old.items())
+    return len(new) == len(old) and all(map(contains, new, old)) if isinstance(old, list) else new == old
+
+
+def test_an_old_comparison_is_drawn_with_the_numbers_of_then(tmp_path):
+    folder = Path(shutil.copytree(OLD / "comparison", tmp_path / "comparison"))
+    (folder / "comparison.md").unlink()
+    console = Console(file=io.StringIO(), width=200)
+    page = compare(None, folder, draw_only=True, console=console)
+    assert page.is_file() and "note:" not in console.file.getvalue()
+    rows, notes = read_lines(folder / "results.jsonl")
+    assert len(rows) == 6 and not notes
+    table = [line for line in (OLD / "comparison" / "comparison.md").read_text().splitlines() if line.startswith("|")]
+    drawn = (folder / "comparison.md").read_text().splitlines()
+    numbers = [[cell.strip() for cell in line.split("|")] for line in table if "snella-2" in line]
+    assert numbers[0][2] == "13.3" and numbers[0][5] == "73,726"
+    assert [[cell.strip() for cell in line.split("|")] for line in drawn if "snella-2" in line][:2] == numbers
+
+
+def test_a_value_that_was_not_measured_is_null_and_nan_again():
+    assert plain(Metrics(trainable_parameters=1))["train_s"] is None
