@@ -50,7 +50,8 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from snella.cli import commands
+from snella.cli import parser as _parser
+from snella.cli.commands import COMMANDS
 from snella.cli.main import main
 from snella.runs import folder as _run_folder  # noqa: F401 - imported before processes are forked
 from snella.runs import train as _train  # noqa: F401
@@ -507,6 +508,7 @@ REACHED = 71
 """Status of a fuzzed training that would begin."""
 MEMORY_BYTES = 8 * 2**30
 EXPENSIVE = (
+    "compare",
     "demo",
     "bench",
     "dreambooth",
@@ -520,8 +522,6 @@ EXPENSIVE = (
 
 def fuzzed_words(draw: random.Random, place: Path, run: Path, images: Path) -> list[str]:
     """A command line that began as a good one."""
-    from snella.cli.parser import COMMANDS
-
     name = draw.choice(list(COMMANDS)) if draw.random() < 0.6 else "train"
     words = {
         "train": [*TINY, "--out", "run"],
@@ -542,8 +542,8 @@ def fuzzed_words(draw: random.Random, place: Path, run: Path, images: Path) -> l
             "c",
         ],
     }.get(name, [name])
-    options = [f.replace("_", "-") for f in COMMANDS[name].options.__dataclass_fields__]
-    options += ["config", "help", "debug", "version", "print-config", "method-options.kernel", "method-options.r"]
+    options = [option.typed.removeprefix("--") for option in _parser.options_of(COMMANDS[name].function)]
+    options += ["config", "help", "version", "print-config", "method-options.kernel", "method-options.r"]
     for _ in range(draw.choice([1, 1, 1, 2, 3])):
         kind = draw.randrange(6)
         at = draw.randint(1, len(words))
@@ -581,18 +581,15 @@ def fuzzed_yaml(draw: random.Random) -> str:
 
 
 def run_fuzzed(words: list[str], place: Path) -> int:
-    """Run a command line up to where a training would begin."""
-    from snella.cli.parser import COMMANDS
-    from snella.comparison import experiment_files
+    """Run a command line up to where a training would begin, of long commands up to their settings."""
+    call = _parser.call
 
-    def only_options(name: str, settings: dict[str, object]) -> None:
-        options = COMMANDS[name].options(**settings)
-        if name == "compare":
-            experiment_files.experiment_of(vars(options))
+    def settings_alone(name: str, settings: dict[str, object]) -> Callable[[], None]:
+        command = call(name, settings)
+        return (lambda: None) if name in EXPENSIVE else command
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    for name in (*EXPENSIVE, "compare"):
-        commands.COMMANDS[name] = functools.partial(only_options, name)
+    _parser.call = settings_alone
     sys.modules["snella.runs.train"].__dict__["_fit"] = lambda *arguments: os._exit(REACHED)
     os.chdir(place)
     return main(words)
@@ -644,7 +641,7 @@ def run_all(arguments: argparse.Namespace) -> int:
     if arguments.only:
         sizes = {name: size if name in arguments.only else 0 for name, size in sizes.items()}
     for name in ("train", "evaluate", "predict", "merge", "inspect", "data", "compare"):
-        commands.import_libraries(name)
+        importlib.import_module(COMMANDS[name].library)
     if arguments.quick:  # half of the time of such a training
         sys.modules["snella.runs.train"].__dict__["write_report"] = leave_page_out
     start = time.monotonic()
