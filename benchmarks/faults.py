@@ -66,7 +66,7 @@ MUST_BE_ZERO = ("other results", "traceback", "not resumed")
 
 
 @dataclass
-class Ended:
+class Finished:
     """A forked process that has ended: exit status (negative for a signal), and what it printed."""
 
     status: int
@@ -81,7 +81,7 @@ class Ended:
 CRASHED = 70
 
 
-def fork(work: Callable[[], int], signal_after_s: float | None = None, limit_s: float = LIMIT_S) -> Ended:
+def fork(work: Callable[[], int], signal_after_s: float | None = None, limit_s: float = LIMIT_S) -> Finished:
     """Run `work` in a process of its own, killed with SIGKILL after a while if asked for; its result is the status."""
     child = Child(work)
     return child.wait(signal_after_s, limit_s)
@@ -115,7 +115,7 @@ class Child:
                 os._exit(status)
         os.close(target)
 
-    def wait(self, signal_after_s: float | None = None, limit_s: float = LIMIT_S) -> Ended:
+    def wait(self, signal_after_s: float | None = None, limit_s: float = LIMIT_S) -> Finished:
         """Collect the output until the end."""
         chunks = []
         deadline = self.started + limit_s
@@ -135,7 +135,9 @@ class Child:
         os.close(self.source)
         status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         text = b"".join(chunks).decode(errors="replace")
-        return Ended(status, text + ("\nTraceback (most recent call last): killed, took too long" if is_late else ""))
+        return Finished(
+            status, text + ("\nTraceback (most recent call last): killed, took too long" if is_late else "")
+        )
 
 
 def at_file_operation(folder: Path, number: int | None, action: Callable[[], None]) -> list[int]:

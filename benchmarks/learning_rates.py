@@ -30,10 +30,10 @@ from snella.comparison.cells import git_state, system_info
 from snella.data import build_transform
 from snella.methods import build_method, spec_of
 from snella.runs import TrainConfig
-from snella.runs.build import data_config_of, load_splits, make_backbone
+from snella.runs.build import load_splits, make_backbone, resolve_data_config
 from snella.runs.callbacks import WeightAverage
 from snella.runs.linear_probe import INVERSE_PENALTY, fit_probe
-from snella.runs.protocol import protocol_of
+from snella.runs.protocol import get_protocol
 from snella.runs.results import matrices_of
 from snella.runs.sampler import EpochSampler
 from snella.runs.trainer import build_optimizer
@@ -124,7 +124,7 @@ def run(head: dict[str, Any], cache: Path) -> dict[str, Any]:
     if config.head_start == "probe":
         start_from_probe(model, forward, features, head["probe_inverse_penalty"])
     optimizer = build_optimizer(model, config)
-    steps_per_epoch = -(-len(features.train) // config.images_per_step)
+    steps_per_epoch = -(-len(features.train) // config.effective_batch_size)
     total = steps_per_epoch * config.epochs
     schedule = get_cosine_schedule_with_warmup(optimizer, round(config.warmup * total), total)
     allocator = None
@@ -137,7 +137,7 @@ def run(head: dict[str, Any], cache: Path) -> dict[str, Any]:
         model.train()
         order.set_epoch(epoch)
         losses = []
-        for rows in torch.tensor(list(order)).split(config.images_per_step):
+        for rows in torch.tensor(list(order)).split(config.effective_batch_size):
             loss = cross_entropy(forward(features.train[rows]), features.train_labels[rows])
             optimizer.zero_grad()
             loss.backward()
@@ -205,8 +205,8 @@ def features_of(config: TrainConfig, blocks: int, val_size: int, cache: Path) ->
         room = max(val_size - len(splits.val) - sum(len(p) for p in parts), 0)
         parts.append(part.subset(left[:room]))
     backbone = new_backbone(config, len(splits.classes)).eval()
-    data_config = protocol_of(config.protocol).data_config(
-        data_config_of(backbone, config.img_size), is_resized_whole=splits.is_resized_whole
+    data_config = get_protocol(config.protocol).data_config(
+        resolve_data_config(backbone, config.img_size), is_resized_whole=splits.is_resized_whole
     )
     transform = build_transform(data_config, train=False, augment="none")
     tokens = [_tokens(backbone, part.with_transform(transform), blocks) for part in (splits.train, splits.val, *parts)]

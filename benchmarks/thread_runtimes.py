@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
+from snella.benchmark.baselines import Workload
 from snella.benchmark.bench import Runner, op_error, random_batch
-from snella.benchmark.contenders import Setting
 from snella.benchmark.rows import append_rows, conditions
 from snella.ops.backends.numba import backend
 
@@ -29,8 +29,8 @@ def main() -> None:
     error = op_error("numba")
     if error is not None:
         raise RuntimeError(f"impl='numba' is not timed: {error}")
-    setting = Setting(args.backbone)
-    runner, batch = Runner("snella", setting), random_batch(setting, args.batch)
+    workload = Workload(args.backbone)
+    runner, batch = Runner("snella", workload), random_batch(workload, args.batch)
     runtimes = {"openmp": backend._torch_openmp, "own": lambda: None}
     times: dict[str, list[float]] = {name: [] for name in runtimes}
     for number in range(-1, args.rounds):
@@ -44,8 +44,8 @@ def main() -> None:
         "benchmark": "thread_runtimes",
         "backbone": args.backbone,
         "batch": args.batch,
-        "r": setting.r,
-        "sparsity": setting.sparsity,
+        "r": workload.r,
+        "sparsity": workload.sparsity,
         "threads": torch.get_num_threads(),
         "rounds": args.rounds,
         **conditions("cpu"),

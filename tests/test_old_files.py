@@ -17,7 +17,7 @@ from snella.comparison.store import read_lines
 from snella.records import Allocation, Metrics, Predictions, RunInfo, plain, read
 from snella.report.inspect import inspect_run, inspect_summary
 from snella.runs import RunFolder
-from snella.runs.evaluate import evaluate, refresh_report
+from snella.runs.evaluate import evaluate, redraw_report
 from snella.runs.predict import predict
 
 OLD = Path(__file__).parent / "old_files"
@@ -72,7 +72,7 @@ def test_an_old_run_is_inspected_as_then(run, expected):
 
 
 def test_the_report_of_an_old_run_is_drawn(run):
-    page = refresh_report(run, Console(quiet=True)).read_text()
+    page = redraw_report(run, Console(quiet=True)).read_text()
     assert "snella-2 on digits" in page and "sparsity-map" in page and "<img" in page
 
 

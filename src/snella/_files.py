@@ -1,4 +1,4 @@
-"""Whether files are still what was written: SHA-256 digests of files, and of what a JSON file holds."""
+"""Atomic writing and SHA-256 digests of files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers as people read them, a no-break space before the unit."""
+"""Human-readable numbers, with a no-break space before the unit."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ def read_object(file: Path) -> dict[str, Any]:
     if not file.is_file():
         folder, hint = file.parent, _hint(file)
         if (folder / "run.json").is_file():
-            state = "the run has not come so far, or the file was removed"
+            state = "the run has not written it yet, or the file was removed"
         elif folder.is_dir():
             state, hint = "this is not the folder of a run", "give the folder that `snella train --out` wrote"
         else:
@@ -263,7 +263,7 @@ def _hint(file: Path) -> str:
         return f"run `snella compare` again or delete {file.name}"
     if file.name == "run.json":
         return "copy the file again, or train again with `--overwrite`"
-    return f"go on with `snella train --resume --out {file.parent}`, or train again with `--overwrite`"
+    return f"resume with `snella train --resume --out {file.parent}`, or train again with `--overwrite`"
 
 
 def _shown(value: Any) -> str:
@@ -521,7 +521,7 @@ class Metrics(Record):
 
     @property
     def selection(self) -> str:
-        """The images that the best epoch was chosen on, in words."""
+        """The split that the best epoch was selected on, human-readable."""
         return "test" if self.selected_on == "test" else "validation"
 
     @classmethod

@@ -10,7 +10,7 @@ from PIL import Image
 from rich.console import Console
 
 from snella.runs import TrainConfig, load_run
-from snella.runs.merge import loading_lines, merge
+from snella.runs.merge import loading_snippet, merge
 from snella.runs.train import train
 
 
@@ -46,7 +46,7 @@ def test_a_run_on_a_weight_file_alone_merges_into_a_file_that_the_printed_lines_
     train(config, Console(file=io.StringIO(), width=200))
     path = merge(tmp_path / "run", tmp_path / "merged.safetensors")
     scope: dict = {}
-    exec(loading_lines(path), scope)
+    exec(loading_snippet(path), scope)
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(scope["model"](images), load_run(tmp_path / "run", device="cpu").model(images))

@@ -8,21 +8,21 @@ import pytest
 import torch
 from rich.console import Console
 
-from snella.benchmark import CONTENDERS, BenchConfig, bench, grid, measure_matrix, measure_sampling
+from snella.benchmark import BASELINES, BenchConfig, bench, grid, measure_matrix, measure_sampling
+from snella.benchmark.baselines import Workload
 from snella.benchmark.bench import Runner, op_error, quartiles, random_batch
-from snella.benchmark.contenders import Setting
 from snella.benchmark.rows import append_rows, conditions, draw_figures, performance_section, read_rows, update_document
 from snella.cli.main import main
 from snella.ops.backends.numba import backend as numba_backend
 
-TINY = Setting("test_vit", r=4, sparsity=0.5)
+TINY = Workload("test_vit", r=4, sparsity=0.5)
 QUIET = Console(quiet=True)
 
 # PEFT's SHiRA makes sparse tensors without saying whether they are to be checked
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning")
 
 
-@pytest.mark.parametrize("name", [name for name in CONTENDERS if "compiled" not in name and "triton" not in name])
+@pytest.mark.parametrize("name", [name for name in BASELINES if "compiled" not in name and "triton" not in name])
 def test_every_contender_takes_a_step(name):
     runner, (images, labels) = Runner(name, TINY), random_batch(TINY, 2)
     assert runner.has_finite_gradients(images, labels)
@@ -76,14 +76,14 @@ def test_a_contender_whose_op_is_wrong_is_not_timed(monkeypatch, capsys):
 
 
 def test_a_contender_without_finite_gradients_is_not_timed(monkeypatch, capsys):
-    build = CONTENDERS["lora"]
+    build = BASELINES["lora"]
 
-    def broken(model, setting):
-        model = build(model, setting)
+    def broken(model, workload):
+        model = build(model, workload)
         next(p for p in model.parameters() if p.requires_grad).data.fill_(torch.nan)
         return model
 
-    monkeypatch.setitem(CONTENDERS, "lora", broken)
+    monkeypatch.setitem(BASELINES, "lora", broken)
     assert bench(BenchConfig(["test_vit"], [2], ["lora"], rounds=1), Console()) == []
     assert "lora is not timed: its gradients are not finite" in capsys.readouterr().out
 
@@ -184,7 +184,7 @@ def test_a_document_without_a_place_for_rows_is_refused(tmp_path):
         update_document(tmp_path / "page.md", tmp_path / "rows.jsonl")
 
 
-def test_a_run_is_left_out_once_all_its_contenders_were_measured_again():
+def test_a_run_is_left_out_once_all_its_methods_were_measured_again():
     shared = {"benchmark": "step_time", "backbone": "b", "batch": 1, "r": 8, "sparsity": 0.7, "dtype": "float32"}
     shared |= {"device": "cpu", "commit": "c", "dirty": False, "date": "2026-01-01", "saved_mib": 1.0}
     runs = [

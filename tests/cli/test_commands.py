@@ -158,7 +158,7 @@ def test_ctrl_c_ends_with_130_and_the_command_that_continues(train_words, tmp_pa
     with monkeypatch.context() as patch:
         patch.setattr(SnellaTrainer, "training_step", press_ctrl_c)
         line = failing(*train_words, "--out", str(out), status=130)
-    command = line.strip().partition("continue with: snella ")[2].split()
+    command = line.strip().partition("resume with: snella ")[2].split()
     assert command == ["train", "--out", str(out), "--resume"]
     assert main(command) == 0 and RunFolder(out).status == "finished"
 
@@ -167,7 +167,7 @@ def test_ctrl_c_before_training_ends_with_130(train_words, tmp_path, failing, mo
     def press_ctrl_c(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("snella.runs.train.assemble", press_ctrl_c)
+    monkeypatch.setattr("snella.runs.train.build_components", press_ctrl_c)
     assert failing(*train_words, "--out", str(tmp_path / "run"), status=130) == "snella: interrupted\n"
 
 

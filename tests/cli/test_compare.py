@@ -7,7 +7,7 @@ import pytest
 from snella.cli.commands import CompareOptions
 from snella.cli.main import main
 from snella.cli.parser import parse
-from snella.comparison.experiment_files import experiment_of
+from snella.comparison.experiment_files import experiment_from_args
 from snella.comparison.store import read_lines
 
 WORDS = [
@@ -19,7 +19,7 @@ WORDS = [
 
 
 def asked(*words):
-    return experiment_of(asdict(CompareOptions(**parse(list(words))[2])))
+    return experiment_from_args(asdict(CompareOptions(**parse(list(words))[2])))
 
 
 def test_a_comparison_is_trained_and_gone_on_with(tmp_path, capsys):
@@ -65,7 +65,7 @@ def test_the_status_says_that_runs_failed(tmp_path, capsys, monkeypatch):
         patch.setattr("snella.comparison.run_cell.train", fail)
         assert main([*WORDS, "--out", out]) == 1
     error = capsys.readouterr().err
-    assert "2 of 2 cells failed, e.g. digits/bias/seed-0: OSError: no space left on device" in error
+    assert "2 of 2 runs failed, e.g. digits/bias/seed-0: OSError: no space left on device" in error
     assert "--retry-failed trains the failed ones again" in error
     assert main(["compare", "--out", out, "--draw-only"]) == 0
     assert main(["compare", "--out", out, "--workers", "0"]) == 1
@@ -80,11 +80,11 @@ def test_a_folder_alone_means_its_own_experiment(tmp_path):
     ("words", "message"),
     [
         (["--methods", "linear,lorra-8"], "got 'lorra-8'; nearest: lora"),
-        (["--lr-factors", "1,x"], "--lr-factors must be numbers with commas between, e.g. 0.3,1,3, got '1,x'"),
+        (["--lr-factors", "1,x"], "--lr-factors must be numbers separated by commas, e.g. 0.3,1,3, got '1,x'"),
         (["--data", "digits,elvp"], "nearest: 'elpv'"),
         (["--backbone", "tset_vit"], "'tset_vit'"),
         (["--experiment", "cofee"], "--experiment must be a YAML file or one of"),
-        (["--seeds", "0"], "--seeds must be a whole number of at least 1, got 0"),
+        (["--seeds", "0"], "--seeds must be an integer of at least 1, got 0"),
         (["--workers", "-1"], "--workers must be at least 0"),
         (["--method", "linear"], "snella compare has no option --method; nearest: --methods"),
     ],
@@ -101,6 +101,6 @@ def test_experiments_of_other_commands_are_not_offered(tmp_path, failing):
 
 
 def test_nothing_to_go_on_with_is_said(tmp_path, failing):
-    assert "holds no comparison to go on with; give methods, data and a backbone" in failing(
+    assert "holds no comparison to continue; give methods, data and a backbone" in failing(
         "compare", "--out", str(tmp_path / "c")
     )

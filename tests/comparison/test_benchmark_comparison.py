@@ -56,8 +56,8 @@ def test_final_runs_learn_from_the_images_that_chose_the_rates(rows):
     )
     assert {row["selected_on"] for row in finals} == {None} and {row["selected_on"] for row in trials} == {"val"}
     assert "with the last epoch, after learning from the validation images too" in page
-    assert "beside the paper&#39;s" not in page and "Beside the paper" in page and "78.5" in page
-    assert "beside the paper's: Table XIII" in printed and "official protocol" not in printed
+    assert "beside the paper&#39;s" not in page and "Comparison with the paper" in page and "78.5" in page
+    assert "compared with the paper: Table XIII" in printed and "official protocol" not in printed
 
 
 def test_an_official_comparison_says_so_in_rows_page_and_console(rows):
@@ -65,5 +65,5 @@ def test_an_official_comparison_says_so_in_rows_page_and_console(rows):
     assert [row["purpose"] for row in found] == ["final", "final"], "nothing is left to choose on"
     assert all(row["status"] == "success" for row in found)
     assert {(row["protocol"], row["selected_on"], row["ema"]) for row in found} == {("official", "test", 0.999)}
-    assert 'id="protocol">Official protocol: the test images chose the epoch' in page
-    assert "official protocol: the test images chose the epoch" in printed
+    assert 'id="protocol">Official protocol: the epoch was selected on the test images' in page
+    assert "official protocol: the epoch was selected on the test images" in printed

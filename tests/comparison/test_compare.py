@@ -13,7 +13,7 @@ from snella.comparison.cells import Cell
 from snella.comparison.compare import compare
 from snella.comparison.executors import InThisProcess
 from snella.comparison.experiment_files import read_experiment
-from snella.comparison.run_cell import record_death, run_cell
+from snella.comparison.run_cell import record_crash, run_cell
 from snella.comparison.search import Candidate
 from snella.comparison.store import append_row, cell_lock, is_locked, read_lines
 from snella.runs import RunFolder, TrainingInterrupted, load_run
@@ -180,11 +180,11 @@ def test_a_linear_probe_forgets_nothing(finished):
 
 def test_the_lines_tell_what_was_done_and_the_table_what_came_out(finished):
     root, text = finished
-    assert "[1/6] digits · linear · trial lr-x0.3 · seed 0: validation 0." in text and "left\n" in text
+    assert "[1/6] digits · linear · tuning lr-x0.3 · seed 0: validation 0." in text and "left\n" in text
     assert "[6/6] digits · lora-2 · final · seed 0: validation" in text
-    assert text.count(", trained as the trial that was chosen)") == 2
+    assert text.count(", the selected tuning run)") == 2
     assert "difference to lora-2" in text and "up to 1 pair\n" in text
-    assert f"page {root / 'comparison.html'}" in text and (root / "comparison.html").stat().st_size > 20_000
+    assert f"report {root / 'comparison.html'}" in text and (root / "comparison.html").stat().st_size > 20_000
     assert not list((root / "locks").glob("digits*"))
 
 
@@ -218,14 +218,14 @@ def test_a_cell_without_its_row_is_trained_again_and_no_other(copy, console):
 def test_a_training_that_fails_is_a_row_with_its_error_and_the_others_go_on(tiny, tmp_path, console):
     hopeless = {"name": "hopeless", "method": "bias", "lr": 1e30}
     experiment = tiny(methods=[hopeless, "bias"], grid={"lr_factors": [1.0, 1e33]}, forgetting=[])
-    with pytest.raises(CellsFailedError, match=r"2 of 6 cells failed, e.g. digits/hopeless/seed-0: none of the 2"):
+    with pytest.raises(CellsFailedError, match=r"2 of 6 runs failed, e.g. digits/hopeless/seed-0: all 2 tuning runs"):
         compare(experiment, tmp_path / "c", workers=0, console=console)
     rows = rows_of(tmp_path / "c")
     trial, final = rows["digits/bias/trials/lr-x1e+33_seed-0"], rows["digits/bias/seed-0"]
     assert trial["status"] == "failed" and trial["error"].startswith("NonFiniteLossError: the ")
     assert final["status"] == "success" and final["search"]["lr_factor"] == 1.0
     error = rows["digits/hopeless/seed-0"]["error"]
-    assert "none of the 2 trials could be trained; the first: NonFiniteLossError" in error
+    assert "all 2 tuning runs failed; the first: NonFiniteLossError" in error
     assert "Traceback" in (tmp_path / "c/logs/digits!bias!trials!lr-x1e+33_seed-0.txt").read_text()
     text = console.file.getvalue()
     assert "FAILED digits/hopeless/seed-0" in text and "--retry-failed" in text
@@ -236,7 +236,7 @@ def test_failed_cells_are_trained_again_when_asked(copy, console, monkeypatch):
     cell = "digits/linear/seed-0"
     row = {**rows_of(copy)[cell], "status": "failed", "error": "OSError: disk full"}
     append_row(copy, copy / "cells" / cell, row)
-    with pytest.raises(CellsFailedError, match=r"1 of 6 cells failed.*OSError: disk full; the others are in .*html"):
+    with pytest.raises(CellsFailedError, match=r"1 of 6 runs failed.*OSError: disk full; the others are in .*html"):
         compare(None, copy, workers=0, console=console)
     compare(None, copy, draw_only=True, console=console)
     assert rows_of(copy)[cell]["status"] == "failed"
@@ -253,7 +253,7 @@ def test_ctrl_c_ends_with_the_command_that_continues(copy, console, monkeypatch)
 
     with monkeypatch.context() as patch:
         patch.setattr("snella.comparison.run_cell.train", press_ctrl_c)
-        with pytest.raises(TrainingInterrupted, match=r"5 cells .* continue with: snella compare --out .*/c"):
+        with pytest.raises(TrainingInterrupted, match=r"5 runs .* resume with: snella compare --out .*/c"):
             compare(None, copy, workers=0, console=console)
     compare(None, copy, workers=0, console=console)
     assert len(rows_of(copy)) == 6
@@ -306,9 +306,9 @@ def test_what_another_command_stores_in_the_meantime_is_not_lost(changes, tiny, 
 def test_a_dead_cell_that_another_process_has_taken_over_is_left_to_it(tiny, tmp_path):
     cell = Cell(tiny().data[0], tiny().methods[0], 0, Candidate(), False)
     with cell_lock(tmp_path / "locks", cell.name):
-        assert record_death(tmp_path, tiny(), cell, "its process was ended") is None
+        assert record_crash(tmp_path, tiny(), cell, "its process was ended") is None
         assert is_locked(tmp_path / "locks", cell.name)
-    assert record_death(tmp_path, tiny(), cell, "its process was ended")["status"] == "failed"
+    assert record_crash(tmp_path, tiny(), cell, "its process was ended")["status"] == "failed"
     assert not list((tmp_path / "locks").iterdir())
 
 
@@ -336,7 +336,7 @@ def test_a_folder_with_other_things_is_left_alone(tiny, tmp_path, console):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match=r"out=.* holds files but no comparison; choose an empty or a new folder"):
         compare(tiny(), tmp_path, workers=0, console=console)
-    with pytest.raises(FileNotFoundError, match=r"out=.*/empty holds no comparison to go on with"):
+    with pytest.raises(FileNotFoundError, match=r"out=.*/empty holds no comparison to continue"):
         compare(None, tmp_path / "empty", workers=0, console=console)
 
 

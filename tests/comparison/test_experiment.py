@@ -2,7 +2,7 @@
 
 import pytest
 
-from snella.comparison.experiment import Experiment, config_of, data_entry, folder_name, method_entry
+from snella.comparison.experiment import Experiment, data_entry, folder_name, make_config, method_entry
 from snella.comparison.experiment_files import bundled_experiments, merged, read_experiment
 
 MINE = ("bundled-suite", "coffee", "learning-rates")
@@ -37,7 +37,7 @@ def test_entries_and_data_have_settings_of_their_own(tiny):
     experiment = tiny()
     method = method_entry({"method": "snella-4", "options": {"kernel": "rbf"}, "scaling": 3.0})
     data = data_entry({"data": "digits", "train_size": 30})
-    config = config_of(method, data, experiment.settings, backbone="test_vit", out="-", seed=5)
+    config = make_config(method, data, experiment.settings, backbone="test_vit", out="-", seed=5)
     assert (config.scaling, config.method_options, config.train_size, config.seed) == (3.0, {"kernel": "rbf"}, 30, 5)
     assert (config.epochs, config.test_size, config.r) == (1, 30, 4)
 
@@ -62,7 +62,7 @@ def test_forgetting_is_never_probed_on_the_task_itself(tiny):
     [
         ({"methods": ["linear", "lorra-8"]}, r"got 'lorra-8'; nearest: lora"),
         ({"methods": [{"method": "lora-2", "options": {"alpha": 3}}]}, r"method 'lora-2' has no option 'alpha'"),
-        ({"methods": ["lora-2", "lora-2"]}, "methods must have names of their own, got 'lora-2' and 'lora-2'"),
+        ({"methods": ["lora-2", "lora-2"]}, "methods must have distinct names, got 'lora-2' and 'lora-2'"),
         ({"methods": [{"name": "x"}]}, r"methods must say 'method' in every entry, got \{'name': 'x'\}"),
         (
             {"methods": [{"method": "linear", "scalling": 3}]},
@@ -70,18 +70,18 @@ def test_forgetting_is_never_probed_on_the_task_itself(tiny):
         ),
         ({"methods": [3]}, "methods must hold names or mappings with 'method', got 3"),
         ({"data": [{"data": "digits", "size": 3}]}, r"data entry 'digits' has unknown settings: 'size' \(nearest"),
-        ({"data": ["a/b", "a_b"]}, "data must have names of their own, got 'a/b' and 'a_b'"),
+        ({"data": ["a/b", "a_b"]}, "data must have distinct names, got 'a/b' and 'a_b'"),
         (
             {"reference": "lora-8"},
             r"reference must be one of the methods linear, lora-2, got 'lora-8' \(nearest: lo",
         ),
-        ({"seeds": 0}, "seeds must be a whole number of at least 1, got 0"),
-        ({"seeds": "3"}, "seeds must be a whole number of at least 1, got '3'"),
-        ({"forgetting_images": 2}, "forgetting_images must be a whole number of at least 10, got 2"),
+        ({"seeds": 0}, "seeds must be an integer of at least 1, got 0"),
+        ({"seeds": "3"}, "seeds must be an integer of at least 1, got '3'"),
+        ({"forgetting_images": 2}, "forgetting_images must be an integer of at least 10, got 2"),
         ({"grid": {"lr_factors": [0, 1]}}, r"grid.lr_factors must be positive numbers, got \[0.0, 1.0\]"),
         ({"grid": {"lr_factors": "0.3, one"}}, r"grid.lr_factors must be numbers, e.g. \[0.3, 1, 3\], got '0.3, one'"),
         ({"grid": {"weight_decays": [-1]}}, r"grid.weight_decays must be at least 0, got \[-1.0\]"),
-        ({"grid": {"max_extensions": -1}}, "grid.max_extensions must be a whole number of at least 0, got -1"),
+        ({"grid": {"max_extensions": -1}}, "grid.max_extensions must be an integer of at least 0, got -1"),
         ({"grid": {"lr_factor": [1]}}, r"grid has unknown settings: 'lr_factor' \(nearest: lr_factors"),
         ({"train": {"epoks": 3}}, r"train has unknown settings: 'epoks' \(nearest: epochs"),
         ({"train": {"epochs": 0}}, "epochs must be at least 1, got 0"),

@@ -18,7 +18,7 @@ def test_it_has_a_line_for_each_method_and_says_where_the_numbers_come_from(tiny
     assert table[2][:2] == ["linear", "60.0 ± 14.1"] and table[2][2].startswith("−25.0 [")
     assert table[3][:3] == ["lora-2", "85.0 ± 7.1", "–"]
     assert len({len(line) for line in table[:4]}) == 1
-    assert text.endswith(f"4 of 6 final cells. `{command}`, a processor, 2026-01-02.\n")
+    assert text.endswith(f"4 of 6 final runs. `{command}`, a processor, 2026-01-02.\n")
 
 
 def test_it_tells_what_failed_and_which_images_chose_the_epoch(tiny, make_row):
@@ -30,7 +30,7 @@ def test_it_tells_what_failed_and_which_images_chose_the_epoch(tiny, make_row):
 
 
 def test_it_says_where_nothing_is_finished(tiny, tmp_path):
-    assert write_markdown(tmp_path, tiny(), []).read_text() == "No final cell is finished yet.\n"
+    assert write_markdown(tmp_path, tiny(), []).read_text() == "No final run is finished yet.\n"
 
 
 def test_it_names_every_version_of_the_code(tiny, make_row):

@@ -8,10 +8,10 @@ import torch
 from rich.console import Console
 
 from snella.comparison.cells import Cell
-from snella.comparison.experiment import Experiment, published_errors
+from snella.comparison.experiment import Experiment, reported_errors
 from snella.comparison.experiment_files import bundled_experiments, read_experiment
-from snella.comparison.report import PublishedRow, print_published, published_rows
-from snella.comparison.search import Candidate, Choice, next_trials
+from snella.comparison.report import PaperComparison, paper_comparison, print_paper_comparison
+from snella.comparison.search import Candidate, Choice, next_tuning_runs
 from snella.comparison.summary import summarize
 from snella.data.fgvc import FGVC_DATASETS
 from snella.data.vtab import VTAB_TASKS
@@ -84,7 +84,7 @@ def test_the_official_files_need_no_trial_and_set_each_task_by_itself(experiment
     )
     assert (configs["dtd"].weight_decay, configs["dtd"].target_sparsity) == (0.005, 0.93)
     assert configs["dtd"].lr == configs["dtd"].scalar_lr == configs["dtd"].head_lr == 0.001
-    assert next_trials(experiment.grid, 0.05, {}) == Choice(Candidate(1.0), (Candidate(1.0),), False, False)
+    assert next_tuning_runs(experiment.grid, 0.05, {}) == Choice(Candidate(1.0), (Candidate(1.0),), False, False)
     dogs = experiments["table1-fgvc-official"]
     config = Cell(dogs.data[-1], dogs.methods[0], 0, Candidate(), True).config(dogs, "-")
     assert (config.lr, config.ema, config.augment) == (0.0001, 0.9999, "imagenet")
@@ -95,7 +95,7 @@ def changed(experiment, **changes):
 
 
 def test_a_search_under_the_official_protocol_is_refused(experiments):
-    message = r"protocol official has no validation images to choose rates on; .* got \[0\.3, 1\.0\] and \[\]"
+    message = r"protocol official has no validation images to tune on; .* got \[0\.3, 1\.0\] and \[\]"
     with pytest.raises(ValueError, match=message):
         changed(experiments["table1-vtab-official"], grid={"lr_factors": [0.3, 1.0], "weight_decays": []})
 
@@ -113,7 +113,7 @@ def test_a_search_under_the_official_protocol_is_refused(experiments):
 def test_published_numbers_of_another_form_are_refused(published, message, experiments):
     with pytest.raises(ValueError, match=message):
         changed(experiments["table1-vtab"], published=published)
-    assert published_errors({}, [], []) == []
+    assert reported_errors({}, [], []) == []
 
 
 def row(method, task, accuracy):
@@ -126,7 +126,7 @@ def test_our_numbers_stand_beside_the_papers(experiments):
     experiment = changed(experiments["table1-vtab"], published={"source": "Table XIII", "values": values})
     rows = [row("lora-8", "kitti", 0.80), row("lora-8", "cifar", 0.60)]
     summary = summarize(experiment, rows)
-    found = published_rows(experiment, summary)
+    found = paper_comparison(experiment, summary)
     assert [(r.column, r.paper, r.ours and round(r.ours, 3)) for r in found] == [
         ("kitti", 78.5, 80.0),
         ("structured", 60.0, 80.0),
@@ -134,15 +134,15 @@ def test_our_numbers_stand_beside_the_papers(experiments):
         ("dmlab", 49.8, None),
     ]
     output = io.StringIO()
-    print_published(Console(file=output, width=120), experiment, summary)
-    assert "beside the paper's: Table XIII" in output.getvalue() and "+1.5" in output.getvalue()
-    assert PublishedRow("lora-8", "dmlab", 49.8, None).texts == ("lora-8", "dmlab", "49.8", "–", "–")
+    print_paper_comparison(Console(file=output, width=120), experiment, summary)
+    assert "compared with the paper: Table XIII" in output.getvalue() and "+1.5" in output.getvalue()
+    assert PaperComparison("lora-8", "dmlab", 49.8, None).texts == ("lora-8", "dmlab", "49.8", "–", "–")
 
 
 def test_without_published_numbers_nothing_is_printed(experiments):
     experiment = changed(experiments["table4-vit-l"])
     output = io.StringIO()
-    print_published(Console(file=output), experiment, summarize(experiment, []))
+    print_paper_comparison(Console(file=output), experiment, summarize(experiment, []))
     assert output.getvalue() == ""
 
 

@@ -24,7 +24,7 @@ def test_the_page_has_its_sections_and_pictures_and_asks_the_network_for_nothing
 
 
 def test_the_page_states_how_its_numbers_came_about(page):
-    for text in ("up to 18 pairs", "10,000 resamples", "360 trainings that never saw a test image", "minus lora-8"):
+    for text in ("up to 18 pairs", "10,000 resamples", "360 tuning runs without test images", "minus lora-8"):
         assert text in page, text
     assert "natural (fashion, stamps)" in page and "snella compare --experiment large" in page
 
@@ -46,7 +46,7 @@ def test_an_outcome_that_is_not_certain_says_so(tiny, make_row):
     ]
     assert outcome_text(summarize(experiment, rows)) == (
         "bias has the highest test accuracy, 79.0 % in the mean over 1 task: 4.0 points above lora-2 (95% interval "
-        "\u22122.0 to +10.0, so that it is not certain)."
+        "\u22122.0 to +10.0, not significant)."
     )
     text = outcome_text(summarize(experiment, rows[:2]))
     assert text == "lora-2 has the highest test accuracy, 75.0 % in the mean over 1 task."
@@ -85,7 +85,7 @@ def test_a_trial_that_became_a_final_cell_is_counted_once_in_the_time(tiny, make
     trial = make_row(experiment, "digits", "linear", 0, purpose="trial", total_time=100.0)
     final = make_row(experiment, "digits", "linear", 0, total_time=130.0, trained_as=trial["cell"])
     text = write_page(tmp_path, experiment, [trial, final]).read_text()
-    assert "All trainings together took 2 min 10 s." in text.replace("\N{NO-BREAK SPACE}", " ").replace(
+    assert "All runs together took 2 min 10 s." in text.replace("\N{NO-BREAK SPACE}", " ").replace(
         "\N{NARROW NO-BREAK SPACE}", " "
     )
 
@@ -93,7 +93,10 @@ def test_a_trial_that_became_a_final_cell_is_counted_once_in_the_time(tiny, make
 def test_rates_that_were_not_searched_for_are_not_said_to_be(tiny, make_row, tmp_path):
     experiment = tiny(train={"protocol": "official"}, grid={"lr_factors": [1.0]})
     text = write_page(tmp_path, experiment, [make_row(experiment, "digits", "linear", 0)]).read_text()
-    assert "Rates were given, not searched for; each final run" in text and "chosen on validation, in" not in text
+    assert (
+        "Learning rate and weight decay were given, not tuned; each final run" in text
+        and "chosen on validation, in" not in text
+    )
 
 
 def test_the_memory_says_where_it_was_measured(tiny, make_row, tmp_path):

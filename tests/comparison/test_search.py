@@ -2,10 +2,10 @@
 
 import pytest
 
-from snella.comparison.cells import HEAD_ONLY, Cell, rates_of
+from snella.comparison.cells import HEAD_ONLY, Cell, tuned_settings
 from snella.comparison.experiment import Grid
 from snella.comparison.plan import Plan
-from snella.comparison.search import Candidate, Choice, TrialResult, next_trials
+from snella.comparison.search import Candidate, Choice, TuningResult, next_tuning_runs
 from snella.methods import build_method
 from snella.methods.model_parts import is_inside
 
@@ -14,14 +14,14 @@ def run(grid, accuracy, decay=0.0):
     """Search to the end; the choice, and every candidate in the order in which it was asked for."""
     results, order = {}, []
     for _ in range(20):
-        found = next_trials(grid, decay, results)
+        found = next_tuning_runs(grid, decay, results)
         if isinstance(found, Choice):
             return found, order
         for candidate in found:
             order.append(candidate)
             value = accuracy(candidate)
             loss = None if value is None else 1 - value
-            results[candidate] = [TrialResult(value, loss)] * grid.seeds
+            results[candidate] = [TuningResult(value, loss)] * grid.seeds
     raise AssertionError("the search does not end")
 
 
@@ -71,16 +71,16 @@ def test_the_methods_own_weight_decay_is_one_of_the_points():
 
 
 def test_equal_accuracies_are_told_apart_by_the_loss():
-    results = {Candidate(f): [TrialResult(0.5, loss)] for f, loss in ((0.3, 0.9), (1.0, 0.2), (3.0, 0.4))}
-    assert next_trials(Grid((0.3, 1, 3), ()), 0.0, results).candidate == Candidate(1.0)
+    results = {Candidate(f): [TuningResult(0.5, loss)] for f, loss in ((0.3, 0.9), (1.0, 0.2), (3.0, 0.4))}
+    assert next_tuning_runs(Grid((0.3, 1, 3), ()), 0.0, results).candidate == Candidate(1.0)
 
 
 def test_the_mean_over_seeds_decides_and_a_failed_seed_counts():
     grid = Grid((0.3, 1, 3), (), 0, seeds=2)
-    low, high, failed = TrialResult(0.5, 0.5), TrialResult(0.9, 0.1), TrialResult(None, None)
+    low, high, failed = TuningResult(0.5, 0.5), TuningResult(0.9, 0.1), TuningResult(None, None)
     results = {Candidate(0.3): [low, low], Candidate(1.0): [low, high], Candidate(3.0): [high, failed]}
-    assert next_trials(grid, 0.0, results).candidate == Candidate(1.0)
-    assert next_trials(grid, 0.0, {**results, Candidate(1.0): [low]}) == [Candidate(1.0)]
+    assert next_tuning_runs(grid, 0.0, results).candidate == Candidate(1.0)
+    assert next_tuning_runs(grid, 0.0, {**results, Candidate(1.0): [low]}) == [Candidate(1.0)]
 
 
 def test_without_a_single_success_there_is_no_choice():
@@ -90,8 +90,8 @@ def test_without_a_single_success_there_is_no_choice():
 
 def test_a_choice_tells_every_trial():
     grid = Grid((0.3, 1), (), 0)
-    results = {Candidate(0.3): [TrialResult(0.5, 0.7)], Candidate(1.0): [TrialResult(None, None)]}
-    told = next_trials(grid, 0.0, results).as_dict(results, lambda c: {"lr": c.lr_factor / 1000})
+    results = {Candidate(0.3): [TuningResult(0.5, 0.7)], Candidate(1.0): [TuningResult(None, None)]}
+    told = next_tuning_runs(grid, 0.0, results).as_dict(results, lambda c: {"lr": c.lr_factor / 1000})
     assert told["lr_factor"] == 0.3 and told["lr_on_edge"]
     assert told["trials"] == [
         {"lr_factor": 0.3, "lr": 0.0003, "val_accuracy": 0.5, "val_loss": 0.7, "failed": 0},
@@ -101,11 +101,12 @@ def test_a_choice_tells_every_trial():
 
 def test_the_factor_goes_to_the_method_and_to_the_head_only_where_nothing_else_is_trained(tiny):
     experiment = tiny(methods=["linear", "mlp-3", "lora-2", {"name": "own", "method": "lora-2", "lr": 0.5}])
-    rates = {m.name: rates_of(experiment, experiment.data[0], m, Candidate(3.0, 0.2)) for m in experiment.methods}
+    rates = {m.name: tuned_settings(experiment, experiment.data[0], m, Candidate(3.0, 0.2)) for m in experiment.methods}
     assert rates["linear"]["head_lr"] == 0.009 and rates["lora-2"] == {"lr": 3e-3, "head_lr": 1e-3, "weight_decay": 0.2}
     assert rates["own"]["lr"] == 1.5
     assert (
-        rates["mlp-3"]["head_lr"] > rates_of(experiment, experiment.data[0], experiment.methods[1], Candidate())["lr"]
+        rates["mlp-3"]["head_lr"]
+        > tuned_settings(experiment, experiment.data[0], experiment.methods[1], Candidate())["lr"]
     )
 
 

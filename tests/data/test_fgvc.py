@@ -120,7 +120,7 @@ def test_files_that_do_not_exist_and_broken_lists_are_told_in_one_message(cub):
     ("content", "message"),
     [
         ([1, 2], r"test.json must hold an object \{image path: class\}, got '\[1, 2\]'"),
-        ({"a.jpg": "bird"}, "test.json must give each image a whole number, but 1 have none: 'a.jpg': 'bird'"),
+        ({"a.jpg": "bird"}, "test.json must give each image an integer, but 1 have none: 'a.jpg': 'bird'"),
         ({"a.jpg": 1.5, "b.jpg": True}, "but 2 have none: 'a.jpg': 1.5, 'b.jpg': True"),
     ],
 )
@@ -151,5 +151,5 @@ def test_an_unknown_or_missing_data_set_is_told_with_the_nearest(tmp_path):
         load_data(f"fgvc:{tmp_path}/standforddog")
     with pytest.raises(ValueError, match=r"got 'xyz'; data sets are cub, nabirds"):
         load_data(f"fgvc:{tmp_path}/xyz")
-    with pytest.raises(FileNotFoundError, match=r"there is no folder '.*/nabirds'; `snella data check .*` tells what"):
+    with pytest.raises(FileNotFoundError, match=r"there is no folder '.*/nabirds'; `snella data check .*` says what"):
         load_data(f"fgvc:{tmp_path}/nabirds")

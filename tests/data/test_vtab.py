@@ -170,7 +170,7 @@ def test_an_unknown_task_is_told_with_the_nearest(tmp_path):
 
 def test_a_missing_folder_is_told_with_what_belongs_there(tmp_path):
     with pytest.raises(
-        FileNotFoundError, match=r"there is no folder '.*/dtd'; `snella data check .*` tells what belongs"
+        FileNotFoundError, match=r"there is no folder '.*/dtd'; `snella data check .*` says what belongs"
     ):
         load_data(f"vtab:{tmp_path}/dtd")
 

@@ -90,7 +90,7 @@ def test_an_adapter_of_another_model_is_named_as_such(make_model, batches, tmp_p
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"k": 0}, "k must be a whole number of at least 1, got 0"), ({"selection_loss": "mse"}, "got 'mse'")],
+    [({"k": 0}, "k must be an integer of at least 1, got 0"), ({"selection_loss": "mse"}, "got 'mse'")],
 )
 def test_options_out_of_range_are_refused(options, message, make_model, batches):
     with pytest.raises(ValueError, match=message):

@@ -160,9 +160,9 @@ def test_the_papers_budget_is_scaled_to_the_backbone_and_never_below_the_smalles
     ("options", "message"),
     [
         ({"budget": 0.0001, "sizes": [1]}, r"budget must be at least 0.00\d+ million .*sizes=\[1\], got 0.0001"),
-        ({"sizes": []}, r"sizes must be a list of whole numbers of at least 1, got \[\]"),
+        ({"sizes": []}, r"sizes must be a list of integers of at least 1, got \[\]"),
         ({"sizes": [0, 5]}, r"sizes must be .*, got \[0, 5\]"),
-        ({"population": 1}, "population must be a whole number of at least 2, got 1"),
+        ({"population": 1}, "population must be an integer of at least 2, got 1"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message, make_model, batches):

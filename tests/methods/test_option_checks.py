@@ -21,9 +21,9 @@ def test_good_values_and_missing_ones_pass():
 @pytest.mark.parametrize(
     ("name", "value", "error"),
     [
-        ("r", 0, "r must be a whole number of at least 1, got 0"),
-        ("r", True, "r must be a whole number of at least 1, got True"),
-        ("r", "8", "r must be a whole number of at least 1, got '8'"),
+        ("r", 0, "r must be an integer of at least 1, got 0"),
+        ("r", True, "r must be an integer of at least 1, got True"),
+        ("r", "8", "r must be an integer of at least 1, got '8'"),
         ("rate", 1.0, "rate must be a number in [0, 1), got 1.0"),
         ("share", 1.1, "share must be a number in [0, 1], got 1.1"),
         ("scale", float("nan"), "scale must be a finite number of at least 0, got nan"),

@@ -7,7 +7,7 @@ from PIL import Image
 
 from snella.records import Allocation, AllocationStep, MatrixInfo, Metrics, read
 from snella.report import figures
-from snella.report.style import shortened, write_whole
+from snella.report.style import shortened, write_atomically
 
 XLINK = "{http://www.w3.org/1999/xlink}href"
 
@@ -172,5 +172,5 @@ def test_importance_ticks_are_powers_of_ten():
 def test_a_file_that_cannot_be_replaced_leaves_no_trace(tmp_path):
     (tmp_path / "report.html").mkdir()
     with pytest.raises(OSError, match=r"report.html"):
-        write_whole(tmp_path / "report.html", b"page")
+        write_atomically(tmp_path / "report.html", b"page")
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]

@@ -191,8 +191,8 @@ def test_pictures_and_tables_are_accessible(compared_report):
 def test_twelve_wrong_and_twelve_right_images_are_shown_the_wrong_ones_first(compared_report):
     report = Page(compared_report.read_text(encoding="utf-8"))
     assert sum(tag == "img" for tag, _ in report.tags) == 24
-    verdicts = [attrs["class"] for _, attrs in report.tags if "verdict" in attrs.get("class", "")]
-    assert verdicts == ["verdict wrong"] * 12 + ["verdict right"] * 12
+    sample_outputs = [attrs["class"] for _, attrs in report.tags if "verdict" in attrs.get("class", "")]
+    assert sample_outputs == ["verdict wrong"] * 12 + ["verdict right"] * 12
 
 
 def predictions(right, wrong):

@@ -36,7 +36,7 @@ def test_a_folder_that_is_no_run_is_told_from_one_that_does_not_exist(run, tmp_p
 
 def test_a_missing_file_of_a_run_is_named_with_the_way_to_get_it(run):
     run.run_json()
-    with pytest.raises(FileNotFoundError, match=r"no file .*metrics.json: the run has not come so far.*--resume"):
+    with pytest.raises(FileNotFoundError, match=r"no file .*metrics.json: the run has not written it yet.*--resume"):
         read(Metrics, run.folder)
     assert read_if_present(Metrics, run.folder) is None
 
@@ -45,7 +45,7 @@ def test_damaged_json_is_named_with_line_and_column(run):
     run.finished()
     text = (run.folder / "allocation.json").read_text()
     run.write("allocation.json", text[: len(text) // 2])
-    with pytest.raises(ValueError, match=r"allocation.json is damaged: .* line 1, column \d+; go on with .*--resume"):
+    with pytest.raises(ValueError, match=r"allocation.json is damaged: .* line 1, column \d+; resume with .*--resume"):
         read(Allocation, run.folder)
     (run.folder / "run.json").write_bytes(b'{"status": "\xff"}')
     with pytest.raises(ValueError, match=r"run.json is damaged: byte 12 is not UTF-8"):

@@ -9,8 +9,8 @@ from rich.console import Console
 
 from snella.records import RunInfo, read
 from snella.runs import RunFolder, TrainConfig, TrainingInterrupted
-from snella.runs.build import check_splits, find_data, folder_of, load_splits
-from snella.runs.evaluate import evaluate, refresh_report
+from snella.runs.build import absolute_folder, check_splits, find_data, load_splits
+from snella.runs.evaluate import evaluate, redraw_report
 from snella.runs.train import train
 from snella.runs.trainer import SnellaTrainer
 
@@ -31,7 +31,7 @@ def run_of(finished, tmp_path):
         config.data = f"folder:{folder}"
         run.write_config(config)
         data = run.read_json("run.json")["data"]
-        run.update("finished", data={**data, "spec": config.data, "folder": folder_of(config.data)})
+        run.update("finished", data={**data, "spec": config.data, "folder": absolute_folder(config.data)})
         return run
 
     return make
@@ -77,7 +77,7 @@ def test_evaluating_on_changed_images_is_refused_with_both_sizes(change, now, ru
     sizes = ", ".join(f"{k} {v}" for k, v in run.read_json("run.json")["data"]["sizes"].items())
     with pytest.raises(
         ValueError,
-        match=rf"images that .*copy was split from, {sizes}, got {now}.*evaluate --data, or train a new run",
+        match=rf"images that .*copy was split from, {sizes}, got {now}.*evaluate on other images with --data",
     ):
         evaluate(run.path)
     assert evaluate(run.path, f"folder:{mine}")["split"] == "all"
@@ -157,7 +157,7 @@ def test_a_relative_folder_is_found_from_another_directory(photos, tmp_path, mon
     monkeypatch.chdir(photos.parent)
     assert find_data(tmp_path, "folder:all", stored) == "folder:all"
     assert find_data(tmp_path, "digits", stored) == "digits"
-    assert folder_of("folder:all") == str(photos) and folder_of("digits") is None
+    assert absolute_folder("folder:all") == str(photos) and absolute_folder("digits") is None
     monkeypatch.chdir(tmp_path)
     assert find_data(tmp_path, "folder:all", stored) == f"folder:{photos}"
     with pytest.raises(
@@ -196,20 +196,20 @@ def test_resuming_an_old_run_with_other_data_is_refused(interrupted):
 @pytest.mark.parametrize("change", ["removed", "renamed"])
 def test_a_report_without_its_images_is_written_without_pictures_and_says_so(change, run_of, mine, console):
     run = run_of(mine)
-    refresh_report(run.path, console)
+    redraw_report(run.path, console)
     assert "<img" in run.report.read_text() and not console.file.getvalue()
     if change == "removed":
         shutil.rmtree(mine)
     else:
         (mine / "cats" / "000.png").rename(mine / "cats" / "zzz.png")
-    assert refresh_report(run.path, console) == run.report
+    assert redraw_report(run.path, console) == run.report
     assert "<img" not in run.report.read_text()
-    assert "note: the report has no pictures: data must" in console.file.getvalue()
+    assert "note: the report has no images: data must" in console.file.getvalue()
 
 
 def test_a_report_of_no_run_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="this is not the folder of a run"):
-        refresh_report(tmp_path)
+        redraw_report(tmp_path)
 
 
 def test_the_same_images_pass(finished):

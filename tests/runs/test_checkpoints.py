@@ -3,7 +3,13 @@ import errno
 import pytest
 
 from snella.runs import CheckpointError
-from snella.runs.checkpoints import is_write_failure, latest_checkpoint, remove_incomplete, saving, staged
+from snella.runs.checkpoints import (
+    is_write_failure,
+    latest_checkpoint,
+    remove_incomplete,
+    reporting_write_errors,
+    staged,
+)
 
 
 def checkpoint(folder, name):
@@ -54,14 +60,17 @@ def test_a_failed_write_keeps_the_previous_checkpoint(tmp_path):
 def test_without_an_earlier_checkpoint_the_message_says_so(tmp_path):
     with pytest.raises(CheckpointError, match="there is no earlier one"), staged(tmp_path, "checkpoint-2"):
         raise RuntimeError("PytorchStreamWriter failed writing file data/0")
-    with pytest.raises(CheckpointError, match=r"adapter: .*; there is no earlier one"), saving(tmp_path / "adapter"):
+    with (
+        pytest.raises(CheckpointError, match=r"adapter: .*; there is no earlier one"),
+        reporting_write_errors(tmp_path / "adapter"),
+    ):
         raise OSError(errno.EDQUOT, "Quota exceeded")
 
 
 def test_other_errors_pass_through(tmp_path):
     with pytest.raises(KeyError, match="bug"), staged(tmp_path, "checkpoint-2"):
         raise KeyError("bug")
-    with pytest.raises(KeyError, match="bug"), saving(tmp_path):
+    with pytest.raises(KeyError, match="bug"), reporting_write_errors(tmp_path):
         raise KeyError("bug")
     assert not is_write_failure(ValueError("shapes differ")) and not is_write_failure(FileNotFoundError("x"))
     assert not list(tmp_path.iterdir())
@@ -72,8 +81,11 @@ def test_torch_s_words_for_a_full_disk_are_put_plainly_and_an_empty_folder_is_no
     plain = (
         r"adapter: the disk is full, or a limit on the size of files was met \(\d+ MiB free\); there is no earlier one"
     )
-    with pytest.raises(CheckpointError, match=plain), saving(tmp_path / "adapter"):
+    with pytest.raises(CheckpointError, match=plain), reporting_write_errors(tmp_path / "adapter"):
         raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 704 vs 598")
     (tmp_path / "adapter" / "adapter_model.safetensors").touch()
-    with pytest.raises(CheckpointError, match=r"the previous one, .*adapter, is intact"), saving(tmp_path / "adapter"):
+    with (
+        pytest.raises(CheckpointError, match=r"the previous one, .*adapter, is intact"),
+        reporting_write_errors(tmp_path / "adapter"),
+    ):
         raise OSError(errno.ENOSPC, "No space left on device")

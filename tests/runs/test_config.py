@@ -15,8 +15,8 @@ def test_all_errors_are_reported_together():
         )
     text = str(caught.value)
     for part in (
-        "data must say where the images are",
-        "backbone must name a pre-trained model",
+        "data must be a data specification",
+        "backbone must be a pre-trained model",
         "epochs must be at least 1, got 0",
         "batch_size must be at least 1, got -1",
         "lr must be at least 0 and finite, got -1.0",
@@ -31,7 +31,7 @@ def test_all_errors_are_reported_together():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"out": None}, "out must name the folder"),
+        ({"out": None}, "out must be the folder"),
         ({"resume": True, "overwrite": True}, "resume and overwrite exclude each other"),
         ({"weights": "missing.pth"}, "weights must be an existing file, got 'missing.pth'"),
         ({"r": 3}, "r.*3"),

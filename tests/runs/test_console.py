@@ -89,9 +89,9 @@ def test_line_breaks_and_tabs_stay():
     assert printable("a\tb\nc\r") == "a\tb\nc\\r"
 
 
-def test_work_goes_on_when_nobody_reads_any_more():
+def test_work_continues_when_the_output_is_closed():
     code = (
-        "import sys; from snella.runs.console import *; console = make_console(endures=True)\n"
+        "import sys; from snella.runs.console import *; console = make_console(survives_closed_output=True)\n"
         "for number in range(2000): print_line(console, f'line {number} ' + 'x' * 100)\n"
         "print('done', file=sys.stderr)\n"
     )
@@ -101,4 +101,4 @@ def test_work_goes_on_when_nobody_reads_any_more():
     said = process.stderr.read()
     process.stderr.close()
     assert process.wait() == 0
-    assert said == "snella: nobody reads the output any more ([Errno 32] Broken pipe); the work goes on\ndone\n"
+    assert said == "snella: the output was closed ([Errno 32] Broken pipe); the run continues\ndone\n"

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 
 from snella.runs import TrainConfig
-from snella.runs.build import assemble
+from snella.runs.build import build_components
 from snella.runs.linear_probe import choose_head_start, fit_probe, start_head_from_probe
 from snella.runs.train import train
 
@@ -46,7 +46,7 @@ def logits_of(parts):
 @pytest.mark.parametrize("options", [{}, {"method": "lora-2", "r": None}, {"method": "linear", "r": None}])
 def test_the_head_fits_the_training_images_before_the_first_step(options, tmp_path):
     settings = config(tmp_path, **options).resolved()
-    parts = assemble(settings)
+    parts = build_components(settings)
     random_start, labels = logits_of(parts)
     start_head_from_probe(parts, settings)
     found, _ = logits_of(parts)
@@ -90,13 +90,13 @@ def test_the_probe_is_scikit_learns_on_scaled_features(classes):
 )
 def test_auto_is_the_probe_where_there_are_few_steps_and_a_linear_head(options, expected, tmp_path):
     settings = config(tmp_path, **{"head_start": "auto"} | options).resolved()
-    assert choose_head_start(assemble(settings), settings) == expected
+    assert choose_head_start(build_components(settings), settings) == expected
 
 
 @pytest.mark.parametrize(("epochs", "expected"), [(33, "probe"), (34, "random")])
 def test_auto_is_a_random_head_where_there_are_steps_enough_to_train_it(epochs, expected, tmp_path):
     settings = config(tmp_path, head_start="auto", epochs=epochs).resolved()  # 3 steps an epoch
-    assert choose_head_start(assemble(settings), settings) == expected
+    assert choose_head_start(build_components(settings), settings) == expected
 
 
 def test_a_run_says_and_stores_what_auto_stands_for(tmp_path):
@@ -109,7 +109,7 @@ def test_a_run_says_and_stores_what_auto_stands_for(tmp_path):
 def test_a_model_without_a_linear_head_is_refused(tmp_path):
     settings = config(tmp_path, method="mlp-3", r=None).resolved()
     with pytest.raises(ValueError, match="head_start='probe' needs a timm classifier with a linear head, got"):
-        start_head_from_probe(assemble(settings), settings)
+        start_head_from_probe(build_components(settings), settings)
 
 
 def test_an_unknown_start_is_named_with_the_choices(tmp_path):

@@ -12,11 +12,11 @@ from transformers import TrainerControl, TrainerState
 from snella.data import load_data
 from snella.methods import build_method
 from snella.runs import TrainConfig
-from snella.runs.build import Assembly, choose_device, data_config_of
+from snella.runs.build import RunComponents, choose_device, resolve_data_config
 from snella.runs.callbacks import ProgressDisplay
 from snella.runs.checkpoints import is_write_failure
 from snella.runs.protocol import PROTOCOLS
-from snella.runs.results import announce, best_epoch, free_memory, shorter_with
+from snella.runs.results import best_epoch, free_memory, log_summary, shorten_hint
 from snella.runs.sampler import EpochSampler, mix_seed
 from snella.runs.trainer import build_optimizer
 from snella.tasks import ClassificationTask
@@ -144,15 +144,15 @@ def test_without_a_terminal_a_line_comes_every_half_minute_unless_none_is_wanted
 )
 def test_what_takes_less_is_a_size_that_patches_tile(side, much, said):
     model = timm.create_model("test_vit", img_size=112, patch_size=14)
-    assert said in shorter_with(Assembly(None, model, TASK, {}, {"input_size": [3, side, side]}))(much)
+    assert said in shorten_hint(RunComponents(None, model, TASK, {}, {"input_size": [3, side, side]}))(much)
 
 
 def test_what_will_not_fit_or_take_long_is_said_before_training(monkeypatch):
     monkeypatch.setattr("snella.runs.results.free_memory", lambda device: 2**20)
     model = build_method("linear", timm.create_model("test_vit", num_classes=10, img_size=448))
-    parts = Assembly(load_data("digits"), model, ClassificationTask(10), {}, {"input_size": [3, 448, 448]})
+    parts = RunComponents(load_data("digits"), model, ClassificationTask(10), {}, {"input_size": [3, 448, 448]})
     output = io.StringIO()
-    announce(Console(file=output, width=300), config("linear"), parts)
+    log_summary(Console(file=output, width=300), config("linear"), parts)
     text = output.getvalue()
     assert "MiB of 1 MiB free" in text and "more memory than is free; --batch-size below 32 or a smaller" in text
     assert "images of 448×448 px, the model's own, take a CPU about 4 times as long as 224×224 px" in text
@@ -168,7 +168,8 @@ def test_a_loss_that_rises_is_told_once():
         display.on_evaluate(None, state, TrainerControl(), metrics={"train_loss": loss})
     told = [line for line in output.getvalue().splitlines() if "risen" in line]
     assert told == [
-        "the training loss has risen from 2.0000 to 641.0000: the steps are too large; stop, and try a third of --lr"
+        "the training loss has risen from 2.0000 to 641.0000: the learning rate is too high; "
+        "stop, and try a third of --lr"
     ]
 
 
@@ -185,7 +186,7 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
 
 def test_the_input_size_follows_the_settings_and_the_rest_the_model():
     model = timm.create_model("test_vit", num_classes=3, img_size=32)
-    changed, own = data_config_of(model, 32), data_config_of(model, None)
+    changed, own = resolve_data_config(model, 32), resolve_data_config(model, None)
     assert changed["input_size"] == [3, 32, 32] and own["input_size"] == [3, 160, 160]
     assert {k: v for k, v in changed.items() if k != "input_size"} == {
         k: v for k, v in own.items() if k != "input_size"
@@ -203,7 +204,7 @@ def test_an_allocation_is_described_after_training_has_begun():
 def test_of_equally_accurate_epochs_the_one_with_the_lower_loss_is_best_and_then_the_later():
     rows = [(0.5, 0.1), (0.75, 0.9), (0.75, 0.8), (0.75, 0.8), (0.75, 0.85)]
     history = [{"epoch": n + 1, "val_accuracy": a, "val_loss": loss} for n, (a, loss) in enumerate(rows)]
-    assert [best_epoch(history[:count], TASK.rank) for count in (5, 3, 1)] == [4, 3, 1]
+    assert [best_epoch(history[:count], TASK.selection_score) for count in (5, 3, 1)] == [4, 3, 1]
 
 
 def test_unknown_public_names_are_refused():

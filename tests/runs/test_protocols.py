@@ -15,7 +15,7 @@ from snella.data.collection import Protocol
 from snella.report import inspect_run
 from snella.runs import RunFolder, TrainConfig, TrainingInterrupted, load_run
 from snella.runs.evaluate import evaluate
-from snella.runs.protocol import PROTOCOLS, protocol_of
+from snella.runs.protocol import PROTOCOLS, get_protocol
 from snella.runs.train import train
 from snella.runs.trainer import SnellaTrainer
 from snella.tuner.matrices import adapted_matrices
@@ -69,18 +69,20 @@ def test_with_a_schedule_that_ends_early_the_kept_epoch_has_the_sparsity_that_wa
 
 
 def test_an_epoch_denser_than_asked_ranks_below_every_other():
-    def of_task(row):
+    def task_score(row):
         return row["val_accuracy"], -row["val_loss"]
 
-    protocol = protocol_of("standard")
+    protocol = get_protocol("standard")
     denser = {"val_accuracy": 0.9, "val_loss": 0.1, "is_denser": True}
-    assert protocol.rank(denser, of_task) < protocol.rank({"val_accuracy": 0.1, "val_loss": 3.0}, of_task)
+    assert protocol.selection_score(denser, task_score) < protocol.selection_score(
+        {"val_accuracy": 0.1, "val_loss": 3.0}, task_score
+    )
 
 
 def test_an_unknown_protocol_is_refused():
     message = "protocol must be one of standard, final, official, got 'offical'"
     with pytest.raises(ValueError, match=message):
-        protocol_of("offical")
+        get_protocol("offical")
     with pytest.raises(ValueError, match=message):
         TrainConfig(data="digits", backbone="test_vit", out="-", protocol="offical")
 
@@ -125,16 +127,16 @@ def test_the_official_protocol_chooses_on_the_test_images_and_says_so_everywhere
     assert metrics["test"]["accuracy"] == max(row["test_accuracy"] for row in history)
     assert run.read_json("run.json")["data"]["sizes"] == {"train": 16, "val": 0, "test": 8}
     report = run.report.read_text()
-    assert "Protocol official: the best epoch was chosen on the test images" in report
+    assert "Protocol official: the best epoch was selected on the test images" in report
     assert "Accuracy on test" in report and "Accuracy on validation" not in report
     printed = io.StringIO()
     Console(file=printed, width=200).print(inspect_run(run.path))
-    assert "official: the test images chose the epoch" in printed.getvalue()
+    assert "official: the epoch was selected on the test images" in printed.getvalue()
 
 
 def test_only_the_official_report_warns(runs):
     for name in ("standard", "final"):
-        assert "too good" not in runs[name].report.read_text()
+        assert "optimistic" not in runs[name].report.read_text()
 
 
 def test_the_official_protocol_takes_imagenets_mean_and_whole_images(runs):
@@ -172,11 +174,12 @@ def test_the_console_says_what_chose_the_epoch(words, tmp_path, capsys, no_repor
         short = [*words, "--epochs", "1", "--method", "linear", "--target-sparsity", "null", "--protocol", name]
         assert main([*short, "--out", str(tmp_path / name)]) == 0
         shown[name] = capsys.readouterr().out
-    assert "final: training and validation images are learnt from, the last epoch is kept" in shown["final"]
+    assert "final: training on training and validation images; the last epoch is saved" in shown["final"]
     assert "epoch 1, the last: test accuracy" in shown["final"] and "val loss" not in shown["final"]
     assert "warning" in shown["official"] and "epoch 1, the best on the test images: test accuracy" in shown["official"]
     assert (
-        "official protocol: the test images chose the epoch" in shown["official"] and "test loss" in shown["official"]
+        "official protocol: the epoch was selected on the test images" in shown["official"]
+        and "test loss" in shown["official"]
     )
 
 
@@ -217,7 +220,7 @@ def test_fgvc_trains_by_the_same_command(tmp_path, no_report):
 
 @pytest.mark.parametrize("ema", [0.0, 1.0, -1.0])
 def test_a_decay_out_of_range_is_refused(ema):
-    with pytest.raises(ValueError, match=rf"ema must be in \(0, 1\), got {ema}; leave it out for no average"):
+    with pytest.raises(ValueError, match=rf"ema must be in \(0, 1\), got {ema}; leave it out for none"):
         TrainConfig(data="digits", backbone="test_vit", out="-", ema=ema)
 
 

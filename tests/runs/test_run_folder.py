@@ -20,24 +20,24 @@ def test_a_finished_run_is_not_overwritten_by_accident(tmp_path):
     with pytest.raises(
         FileExistsError, match=r"out=.*run holds a finished run; choose another folder, or start over with --overwrite"
     ):
-        run.settle(config(run.path))
+        run.resolve_settings(config(run.path))
 
 
 def test_an_unfinished_run_can_be_continued_or_started_over(tmp_path):
     run = made(tmp_path / "run", "interrupted")
-    with pytest.raises(FileExistsError, match=r"an unfinished run \(interrupted\); continue it with --resume"):
-        run.settle(config(run.path))
-    assert run.settle(config(run.path, overwrite=True)).overwrite
+    with pytest.raises(FileExistsError, match=r"an unfinished run \(interrupted\); resume it with --resume"):
+        run.resolve_settings(config(run.path))
+    assert run.resolve_settings(config(run.path, overwrite=True)).overwrite
 
 
 def test_resuming_uses_the_stored_settings(tmp_path):
     run = RunFolder(tmp_path / "run")
     run.create(config(run.path, epochs=7, method="lora-4").resolved())
     run.update("running")
-    settled = run.settle(TrainConfig(out=str(run.path), resume=True))
+    settled = run.resolve_settings(TrainConfig(out=str(run.path), resume=True))
     assert (settled.epochs, settled.method, settled.data, settled.resume) == (7, "lora-4", "digits", True)
     with pytest.raises(ValueError, match="epochs is 7 there and 3 here; leave them out; a new run can start from its"):
-        run.settle(config(run.path, epochs=3, resume=True))
+        run.resolve_settings(config(run.path, epochs=3, resume=True))
 
 
 def test_the_settings_of_one_call_are_neither_stored_nor_read_back(tmp_path):
@@ -54,30 +54,30 @@ def test_a_status_that_is_none_is_called_damage(tmp_path):
     run = made(tmp_path / "run", "running")
     (run.path / "run.json").write_text("{}")
     with pytest.raises(ValueError, match=r"run.json is damaged: it holds no status; copy the file again, or train"):
-        run.settle(config(run.path))
+        run.resolve_settings(config(run.path))
 
 
 def test_a_run_that_is_running_may_have_been_killed(tmp_path):
     run = made(tmp_path / "run", "running")
-    with pytest.raises(FileExistsError, match=r"an unfinished run \(running or killed\); continue it with --resume"):
-        run.settle(config(run.path))
+    with pytest.raises(FileExistsError, match=r"an unfinished run \(running or killed\); resume it with --resume"):
+        run.resolve_settings(config(run.path))
 
 
 def test_resuming_without_a_run_needs_to_know_what_to_start(tmp_path):
     run = RunFolder(tmp_path / "run")
     with pytest.raises(FileNotFoundError, match=r"got .*run, which holds none; give data and backbone"):
-        run.settle(TrainConfig(out=str(run.path), resume=True))
-    assert run.settle(config(run.path, resume=True)).epochs == 10
+        run.resolve_settings(TrainConfig(out=str(run.path), resume=True))
+    assert run.resolve_settings(config(run.path, resume=True)).epochs == 10
     assert not run.path.exists()
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("x")
     with pytest.raises(FileExistsError, match="holds files but no run"):
-        RunFolder(tmp_path).settle(config(tmp_path))
+        RunFolder(tmp_path).resolve_settings(config(tmp_path))
     file = tmp_path / "thesis.txt"
     with pytest.raises(FileExistsError, match=r"thesis.txt holds files but no run"):
-        RunFolder(file).settle(config(file))
+        RunFolder(file).resolve_settings(config(file))
 
 
 def test_starting_over_removes_the_run_and_nothing_else(tmp_path):
@@ -96,7 +96,7 @@ def test_what_is_no_run_is_called_so(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config.yaml: this is not the folder of a run"):
         RunFolder(tmp_path).read_config()
     run = made(tmp_path / "run", "running")
-    with pytest.raises(FileNotFoundError, match=r"metrics.json: the run has not come so far"):
+    with pytest.raises(FileNotFoundError, match=r"metrics.json: the run has not written it yet"):
         run.read_json("metrics.json")
 
 

@@ -194,7 +194,7 @@ def test_a_best_epoch_before_the_target_is_said_to_be_one(best, says, settings, 
     monkeypatch.setattr(SnellaTrainer, "score", chosen)
     run = train(settings(), console)
     target = run.read_json("allocation.json")["target_budget"]
-    sentence = f"epoch {best} was chosen before the schedule reached its target, {target:,} weights"
+    sentence = f"epoch {best} was selected before the budget reached its target, {target:,} weights"
     assert run.read_json("metrics.json")["best_epoch"] == best
     assert (sentence in console.file.getvalue()) == says
     kept = sum(matrix["budget"] for matrix in run.read_json("allocation.json")["matrices"])

@@ -14,14 +14,14 @@ import pytest
 from rich.console import Console
 
 from snella.runs import RunFolder, RunInUseError, TrainConfig
-from snella.runs.session import run_owned
+from snella.runs.session import lock_run
 from snella.runs.train import train
 
 HOLDER = """
 import os, sys, time
 from snella.runs.folder import RunFolder
-from snella.runs.session import run_owned
-with run_owned(RunFolder(sys.argv[1])):
+from snella.runs.session import lock_run
+with lock_run(RunFolder(sys.argv[1])):
     if os.fork() == 0:
         time.sleep(60)  # as a loader's worker that outlives its parent
         os._exit(0)
@@ -60,28 +60,28 @@ def test_a_killed_process_owns_nothing_even_if_its_children_live_on(held):
     folder, process = held
     process.send_signal(signal.SIGKILL)
     process.wait()
-    with run_owned(RunFolder(folder)):
+    with lock_run(RunFolder(folder)):
         assert (folder / ".lock").read_text() == str(os.getpid())
     assert not folder.exists() or not list(folder.iterdir())
 
 
 def test_nothing_is_left_of_a_folder_that_no_run_came_into(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no folder"), run_owned(RunFolder(tmp_path / "a" / "run")):
+    with pytest.raises(FileNotFoundError, match="no folder"), lock_run(RunFolder(tmp_path / "a" / "run")):
         raise FileNotFoundError("no folder")
     assert not list(tmp_path.iterdir())
-    with run_owned(RunFolder(tmp_path / "a" / "run")) as _:
+    with lock_run(RunFolder(tmp_path / "a" / "run")) as _:
         (tmp_path / "a" / "run" / "run.json").write_text("{}")
     assert [p.name for p in (tmp_path / "a" / "run").iterdir()] == ["run.json"]
 
 
 def test_a_lock_excludes_the_same_process_too(tmp_path):
     with (
-        run_owned(RunFolder(tmp_path)),
+        lock_run(RunFolder(tmp_path)),
         pytest.raises(RunInUseError, match=f"process {os.getpid()}"),
-        run_owned(RunFolder(tmp_path)),
+        lock_run(RunFolder(tmp_path)),
     ):
         pass
-    with run_owned(RunFolder(tmp_path)):
+    with lock_run(RunFolder(tmp_path)):
         pass
 
 

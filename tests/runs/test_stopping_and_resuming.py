@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from snella.records import BackboneInfo, DataInfo, RunInfo
 from snella.runs import CheckpointError, NonFiniteLossError, RunFolder, TrainConfig, TrainingInterrupted
 from snella.runs.checkpoints import latest_checkpoint
-from snella.runs.session import InterruptCallback, checkpoint_to_continue
+from snella.runs.session import InterruptCallback, checkpoint_to_resume
 from snella.runs.train import train
 from snella.runs.trainer import SnellaTrainer
 
@@ -107,7 +107,7 @@ def test_a_killed_run_resumes_to_the_same_bits(where, step, kept, settings, unin
     assert latest_checkpoint(run.checkpoints) == run.checkpoints / kept
     assert any(p.name.startswith(".staging") for p in run.checkpoints.iterdir()) == (where == "save")
     run, text = resumed(config)
-    assert f"continuing from {run.checkpoints / kept}" in text
+    assert f"resuming from {run.checkpoints / kept}" in text
     assert same(outcome(run), uninterrupted)
     assert [p.name for p in run.checkpoints.iterdir()] == ["checkpoint-12"]
 
@@ -115,7 +115,7 @@ def test_a_killed_run_resumes_to_the_same_bits(where, step, kept, settings, unin
 def test_a_run_killed_before_its_first_checkpoint_starts_again(settings, uninterrupted):
     config = settings()
     run = RunFolder(config.out)
-    run.create(run.settle(config))
+    run.create(run.resolve_settings(config))
     backbone, data = BackboneInfo(name=config.backbone), DataInfo(spec=config.data)
     run.write(RunInfo(status="running", method=config.method, backbone=backbone, classes=[], data=data))
     assert same(outcome(resumed(config)[0]), uninterrupted)
@@ -142,7 +142,7 @@ def test_an_interrupted_run_saves_and_resumes_to_the_same_bits(
         patch.setattr(SnellaTrainer, "training_step", stop)
         with pytest.raises(
             TrainingInterrupted,
-            match=rf"saved as .*checkpoint-{step}; continue with: snella train --out .*run --resume",
+            match=rf"saved as .*checkpoint-{step}; resume with: snella train --out .*run --resume",
         ):
             train(config, console)
     assert signal.getsignal(number) == handler
@@ -237,7 +237,7 @@ def test_a_checkpoint_that_is_not_as_it_was_written_is_named_with_the_ways_out(
     older = shutil.copytree(checkpoint, checkpoint.with_name("checkpoint-4"))
     (checkpoint / "optimizer.pt").write_bytes(flipped((checkpoint / "optimizer.pt").read_bytes()))
     note = io.StringIO()
-    assert checkpoint_to_continue(RunFolder(config.out), Console(file=note, width=400)) == older
+    assert checkpoint_to_resume(RunFolder(config.out), Console(file=note, width=400)) == older
     assert "note: passed over" in note.getvalue() and "optimizer.pt was altered" in note.getvalue()
     shutil.rmtree(older)
     assert same(outcome(resumed(config)[0]), uninterrupted)

@@ -15,7 +15,7 @@ from snella.methods import AdapterFileError
 from snella.report.inspect import inspect_summary
 from snella.runs import RunFolder, TrainConfig, load_run
 from snella.runs.evaluate import evaluate
-from snella.runs.merge import loading_lines, merge
+from snella.runs.merge import loading_snippet, merge
 from snella.runs.predict import predict, write_predictions
 from snella.runs.train import train
 
@@ -44,7 +44,8 @@ def test_other_data_is_evaluated_in_full_with_the_run_s_class_numbers(finished, 
 def test_classes_that_the_run_does_not_know_are_named(finished, make_photos, tmp_path):
     folder = make_photos(tmp_path / "new", {"cats": 5, "newts": 5})
     with pytest.raises(
-        ValueError, match=r"classes \['newts'\] that the run does not know; it knows \['cats', 'dogs', 'owls'\]"
+        ValueError,
+        match=r"classes \['newts'\] that the run was not trained on; its classes are \['cats', 'dogs', 'owls'\]",
     ):
         evaluate(finished.path, f"folder:{folder}")
 
@@ -136,7 +137,7 @@ def test_predictions_are_written_as_csv_alone(tmp_path):
 
 
 def test_paths_without_images_are_named(finished, photos, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no image .*nothing\.png; .* has nothing of a like name"):
+    with pytest.raises(FileNotFoundError, match=r"no image .*nothing\.png; .* has no similar name"):
         predict(finished.path, [tmp_path / "nothing.png"])
     with pytest.raises(FileNotFoundError, match=r"no image .*00\.png; nearest there: '0\d+\.png'"):
         predict(finished.path, [photos / "cats" / "00.png"])
@@ -182,7 +183,7 @@ def test_other_methods_merge_too(method, settings, console, no_report, tmp_path)
 
 
 def test_the_lines_that_load_a_merged_file_give_equal_outputs(finished, tmp_path):
-    lines = loading_lines(merge(finished.path, tmp_path / "model.safetensors"))
+    lines = loading_snippet(merge(finished.path, tmp_path / "model.safetensors"))
     assert "snella" not in lines.replace(str(tmp_path), "")
     assert "timm.create_model('test_vit', num_classes=3, img_size=32)" in lines
     names: dict = {}
@@ -218,7 +219,7 @@ def test_timm_alone_predicts_with_a_merged_model_what_the_run_predicts(
         classes = model.pretrained_cfg["label_names"]
     else:
         names: dict = {}
-        exec(loading_lines(path), names)
+        exec(loading_snippet(path), names)
         model, transform, classes = (names[name] for name in ("model", "transform", "classes"))
     paths = sorted(photos.rglob("*.png"))
     expected = predict(run.path, paths)

@@ -31,20 +31,20 @@ def test_the_loss_is_cross_entropy_and_overlap_and_falls_with_better_scores():
 
 def test_what_is_kept_of_a_batch_gives_the_metrics():
     task = SegmentationTask(("background", "polyp"))
-    kept, labels = task.keep(torch.cat([SCORES, -SCORES]), LABELS.repeat(2, 1, 1))
-    assert kept.shape == (2, 5) and labels.tolist() == [0, 0]
-    scores = task.metrics(kept.numpy(), labels.numpy())
+    reduced, labels = task.reduce(torch.cat([SCORES, -SCORES]), LABELS.repeat(2, 1, 1))
+    assert reduced.shape == (2, 5) and labels.tolist() == [0, 0]
+    scores = task.metrics(reduced.numpy(), labels.numpy())
     # SCORES predicts [[0, 1], [1, 0]] (the tie goes to the background); -SCORES [[1, 0], [0, 0]]
     assert scores["dice"] == pytest.approx((2 * 2 / (2 * 2 + 1) + 0) / 2)
     assert scores["loss"] == pytest.approx(float(task.loss(torch.cat([SCORES, -SCORES]), LABELS.repeat(2, 1, 1))))
     with pytest.raises(ValueError, match="at least 1 image to measure on, got 0"):
-        task.metrics(kept[:0].numpy(), labels[:0].numpy())
+        task.metrics(reduced[:0].numpy(), labels[:0].numpy())
 
 
 def test_epochs_are_ranked_by_dice_and_then_by_loss():
     task = SegmentationTask(("background", "polyp"))
     rows = [{"val_dice": 0.5, "val_loss": 0.1}, {"val_dice": 0.6, "val_loss": 0.9}, {"val_dice": 0.6, "val_loss": 0.8}]
-    assert max(rows, key=task.rank) is rows[2]
+    assert max(rows, key=task.selection_score) is rows[2]
 
 
 def test_bad_settings_are_told_together():
@@ -78,7 +78,7 @@ def test_each_task_wants_its_own_kind_of_data(tmp_path):
     with pytest.raises(ValueError, match=r"must be images with masks for task segmentation, .*got 'digits'"):
         task.check_data(ImageDataset(None, [], [], []), "digits")
     with pytest.raises(TypeError, match="dataset must have masks, got ImageDataset"):
-        task.pictures(ImageDataset(None, [], [], []), tmp_path)
+        task.report_images(ImageDataset(None, [], [], []), tmp_path)
 
 
 def test_examples_are_the_worst_and_some_others():
@@ -88,4 +88,4 @@ def test_examples_are_the_worst_and_some_others():
 
 
 def test_a_mask_gets_the_numbers_of_the_run():
-    assert SegmentationTask(("a", "b", "c")).renumbered(torch.tensor([[0, 1]]), [0, 2]).tolist() == [[0, 2]]
+    assert SegmentationTask(("a", "b", "c")).remap_labels(torch.tensor([[0, 1]]), [0, 2]).tolist() == [[0, 2]]

@@ -1,4 +1,4 @@
-"""Backbones: timm names, local weight files and folders, and the weights that ship inside packages."""
+"""Backbones: timm names, local weight files and folders, and bundled backbones."""
 
 from snella.backbones.bundled import packaged_names
 from snella.backbones.create import create_backbone

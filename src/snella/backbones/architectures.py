@@ -1,4 +1,4 @@
-"""Which network of timm a weight file alone belongs to."""
+"""Inference of the timm architecture of a weight file."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""Weights that ship inside Python packages, converted once into the user's cache."""
+"""Bundled backbones: weights inside Python packages, converted once into the user's cache."""
 
 import hashlib
 import importlib.util
@@ -146,7 +146,7 @@ class PackagedBackbone:
         architecture: timm's name of the model.
         module: Package that holds the file; it is located, never imported.
         file: Path inside the package.
-        sha256: Of the file, so that another or damaged one is told.
+        sha256: Of the file, to detect another or damaged one.
         install: Command that a user runs.
         convert: From the file to a state dict in timm's names, without a head where the file has none.
     """

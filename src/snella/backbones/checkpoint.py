@@ -1,4 +1,4 @@
-"""Local weight files: read into one flat state dict, then fitted strictly into a model."""
+"""Local weight files: read into a flat state dict, and loaded strictly into a model."""
 
 import argparse
 import logging

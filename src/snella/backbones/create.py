@@ -1,4 +1,4 @@
-"""From the name that a user typed to a ready timm model."""
+"""`create_backbone`: a timm model from a name, a folder or a weight file."""
 
 import difflib
 import json
@@ -188,7 +188,7 @@ def create_backbone(
     tensor must be there in its shape. Positions are resampled where the input size differs.
 
     Args:
-        name: A timm name (`vit_base_patch16_224.augreg_in21k`, or `hf-hub:owner/repo`), a package-borne name
+        name: A timm name (`vit_base_patch16_224.augreg_in21k`, or `hf-hub:owner/repo`), a bundled backbone
             (`packaged_names()`), a folder in the hub's timm format (`config.json` and `model.safetensors` or
             `pytorch_model.bin`), or a weight file of a ViT, Swin or ConvNeXt whose architecture is read from its
             shapes.
@@ -202,7 +202,7 @@ def create_backbone(
     Raises:
         ValueError: An unknown name (with the nearest ones), weights that do not fit, a size that patches cannot tile.
         FileNotFoundError: A path that does not exist.
-        ImportError: A package-borne name whose package is not installed.
+        ImportError: A bundled backbone whose package is not installed.
         ConnectionError: The hub is needed and cannot be reached.
     """
     _check_numbers(num_classes, img_size)

@@ -260,7 +260,7 @@ def _resized(config: SamConfig, state: dict[str, Tensor], image_size: int) -> tu
 class SamMaskHead(nn.Module):
     """SAM's mask decoder with nothing to prompt it: no point, no box, the embedding of "no mask" as the dense prompt.
 
-    As in SAM-Adapter: decoder and dense embedding are learnt, the first of the mask tokens gives the mask.
+    As in SAM-Adapter: decoder and dense embedding are trained, the first of the mask tokens gives the mask.
 
     Args:
         sam: Where decoder, dense embedding and position encoding come from.

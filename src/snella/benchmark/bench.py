@@ -1,4 +1,4 @@
-"""The measurement: contenders interleaved in one process, medians and ratios."""
+"""`bench`: step time of methods, interleaved in one process, as medians and ratios."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
-from snella.benchmark.config import PEER, BenchConfig
-from snella.benchmark.contenders import CONTENDERS, NUM_CLASSES, Setting
+from snella.benchmark.baselines import BASELINES, NUM_CLASSES, Workload
+from snella.benchmark.config import REFERENCE, BenchConfig
 from snella.benchmark.rows import append_rows, conditions, draw_figures
 from snella.ops.backends import choose_backend
 from snella.ops.functional import adapted_layer
@@ -92,16 +92,16 @@ class StepTime:
 
 
 class Runner:
-    """A contender with its optimizer, ready to step.
+    """A method with its optimizer, ready to step.
 
     Args:
-        name: One of `CONTENDERS`.
-        setting: What it is built for.
+        name: One of `BASELINES`.
+        workload: What it is built for.
     """
 
-    def __init__(self, name: str, setting: Setting) -> None:
-        self.device = torch.device(setting.device)
-        self.model = CONTENDERS[name](setting.base(), setting).train()
+    def __init__(self, name: str, workload: Workload) -> None:
+        self.device = torch.device(workload.device)
+        self.model = BASELINES[name](workload.base(), workload).train()
         self.optimizer = create_snella_optimizer(self.model, lr=1e-4)
         if any(isinstance(module, SnellaLayer) for module in self.model.modules()):
             BudgetAllocator(self.model, total_epochs=100, steps_per_epoch=100).attach(self.optimizer)
@@ -137,32 +137,32 @@ class Runner:
         return time.perf_counter()
 
 
-def random_batch(setting: Setting, batch: int) -> tuple[Tensor, Tensor]:
+def random_batch(workload: Workload, batch: int) -> tuple[Tensor, Tensor]:
     """Images as the backbone takes them, and labels."""
-    configuration = timm.get_pretrained_cfg(setting.backbone)
+    configuration = timm.get_pretrained_cfg(workload.backbone)
     side = configuration.input_size[-1] if configuration is not None else 224
-    images = torch.randn(batch, 3, side, side, device=setting.device, dtype=setting.dtype)
-    return images, torch.randint(0, NUM_CLASSES, (batch,), device=setting.device)
+    images = torch.randn(batch, 3, side, side, device=workload.device, dtype=workload.dtype)
+    return images, torch.randint(0, NUM_CLASSES, (batch,), device=workload.device)
 
 
 _STEPS = 2
 
 
-def peak_mib(name: str, setting: Setting, batch: int) -> dict[str, float]:
+def peak_mib(name: str, workload: Workload, batch: int) -> dict[str, float]:
     """Peak memory of two training steps, in MiB.
 
     On a GPU what its allocator held at most. On the CPU the largest resident size of a process that does nothing else
     (`peak_rss_mib`) and how much of it came after the model and its optimizer were there (`peak_step_mib`): libraries
     and thread pools are in the first.
     """
-    if torch.device(setting.device).type == "cuda":
+    if torch.device(workload.device).type == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(setting.device)
-        _run(name, setting, batch)
-        return {"peak_gpu_mib": round(torch.cuda.max_memory_allocated(setting.device) / 2**20, 1)}
+        torch.cuda.reset_peak_memory_stats(workload.device)
+        _run(name, workload, batch)
+        return {"peak_gpu_mib": round(torch.cuda.max_memory_allocated(workload.device) / 2**20, 1)}
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_report, args=(sender, name, setting, batch, torch.get_num_threads()))
+    process = context.Process(target=_report, args=(sender, name, workload, batch, torch.get_num_threads()))
     process.start()
     sender.close()
     try:
@@ -174,17 +174,17 @@ def peak_mib(name: str, setting: Setting, batch: int) -> dict[str, float]:
         process.join()
 
 
-def _report(sender: Any, name: str, setting: Setting, batch: int, threads: int) -> None:
+def _report(sender: Any, name: str, workload: Workload, batch: int, threads: int) -> None:
     """Run in a process of its own, and send what it needed."""
     torch.set_num_threads(threads)
-    before = _run(name, setting, batch)
+    before = _run(name, workload, batch)
     peak = _peak_rss_mib()
     sender.send({"peak_rss_mib": round(peak, 1), "peak_step_mib": round(max(peak - before, 0.0), 1)})
 
 
-def _run(name: str, setting: Setting, batch: int) -> float:
+def _run(name: str, workload: Workload, batch: int) -> float:
     """Take the steps; returns the peak so far, before the first."""
-    runner, (images, labels) = Runner(name, setting), random_batch(setting, batch)
+    runner, (images, labels) = Runner(name, workload), random_batch(workload, batch)
     before = _peak_rss_mib()
     for _ in range(_STEPS):
         runner.step(images, labels)
@@ -206,14 +206,14 @@ _IMPLEMENTATIONS = {
     "snella-eager": "eager",
     "snella-triton": "triton",
 }
-_SHOWN = ("contender", "forward_s", "backward_s", "step_s", f"step_over_{PEER}", "saved_mib", "trainable")
+_SHOWN = ("contender", "forward_s", "backward_s", "step_s", f"step_over_{REFERENCE}", "saved_mib", "trainable")
 
 
 def bench(config: BenchConfig, console: Console | None = None) -> list[dict[str, Any]]:
-    """Time training steps of all contenders on the same images.
+    """Time training steps of all methods on the same images.
 
-    In each round every contender takes one step, in an order that changes from round to round, after two steps that
-    are not timed. A contender whose op differs from the reference, or whose gradients are not finite, gets no row.
+    In each round every method takes one step, in an order that changes from round to round, after two steps that
+    are not timed. A method whose op differs from the reference, or whose gradients are not finite, gets no row.
 
     Args:
         config: What to measure.
@@ -224,10 +224,10 @@ def bench(config: BenchConfig, console: Console | None = None) -> list[dict[str,
     """
     console = console or make_console()
     rows = []
-    for setting, batch in config.settings():
-        found = _measure(config, setting, batch, console)
+    for workload, batch in config.settings():
+        found = _measure(config, workload, batch, console)
         gc.collect()  # models and optimizers hold each other, and the next setting needs their memory
-        console.print(_table(found, setting, batch))
+        console.print(_table(found, workload, batch))
         if config.out is not None:
             append_rows(config.out, found)
         rows.extend(found)
@@ -237,14 +237,16 @@ def bench(config: BenchConfig, console: Console | None = None) -> list[dict[str,
     return rows
 
 
-def _measure(config: BenchConfig, setting: Setting, batch: int, console: Console) -> list[dict[str, Any]]:
+def _measure(config: BenchConfig, workload: Workload, batch: int, console: Console) -> list[dict[str, Any]]:
     """Rows of one setting."""
-    images, labels = random_batch(setting, batch)
+    images, labels = random_batch(workload, batch)
     runners: dict[str, Runner] = {}
     for name in config.methods:
-        error = op_error(_IMPLEMENTATIONS[name], setting.device, setting.sparsity) if name in _IMPLEMENTATIONS else None
+        error = (
+            op_error(_IMPLEMENTATIONS[name], workload.device, workload.sparsity) if name in _IMPLEMENTATIONS else None
+        )
         if error is None:
-            runner = Runner(name, setting)
+            runner = Runner(name, workload)
             error = None if runner.has_finite_gradients(images, labels) else "its gradients are not finite"
         if error is None:
             runners[name] = runner
@@ -255,21 +257,21 @@ def _measure(config: BenchConfig, setting: Setting, batch: int, console: Console
             runner.step(images, labels)
     times: dict[str, list[StepTime]] = {name: [] for name in runners}
     order, shuffle = list(runners), random.Random(0)
-    for _ in track(range(config.rounds), f"{setting.backbone}, batch {batch}", console=console, transient=True):
+    for _ in track(range(config.rounds), f"{workload.backbone}, batch {batch}", console=console, transient=True):
         shuffle.shuffle(order)
         for name in order:
             times[name].append(runners[name].step(images, labels))
     common = {
         "benchmark": "step_time",
-        **{key: value for key, value in asdict(setting).items() if key not in ("dtype", "device")},
-        "dtype": str(setting.dtype).removeprefix("torch."),
+        **{key: value for key, value in asdict(workload).items() if key not in ("dtype", "device")},
+        "dtype": str(workload.dtype).removeprefix("torch."),
         "batch": batch,
         "rounds": config.rounds,
-        **conditions(setting.device),
+        **conditions(workload.device),
     }
     rows = []
     for name, runner in runners.items():
-        row = {**common, "contender": name, **_summary(times[name], times.get(PEER))}
+        row = {**common, "contender": name, **_summary(times[name], times.get(REFERENCE))}
         row["saved_mib"] = round(saved_bytes(runner.model, images) / 2**20, 1)
         row["weights"] = sum(p.numel() for p in runner.model.parameters())
         row["trainable"] = runner.trainable
@@ -277,7 +279,7 @@ def _measure(config: BenchConfig, setting: Setting, batch: int, console: Console
     del runners
     if config.memory:
         for row in rows:
-            row.update(peak_mib(str(row["contender"]), setting, batch))
+            row.update(peak_mib(str(row["contender"]), workload, batch))
     return rows
 
 
@@ -289,8 +291,8 @@ def _summary(steps: list[StepTime], peer: list[StepTime] | None) -> dict[str, An
     }
     if peer:
         ratios = [mine.step_s / theirs.step_s for mine, theirs in zip(steps, peer, strict=True)]
-        found[f"step_over_{PEER}"] = round(statistics.median(ratios), 3)
-        found[f"step_over_{PEER}_quartiles"] = [round(q, 3) for q in quartiles(ratios)]
+        found[f"step_over_{REFERENCE}"] = round(statistics.median(ratios), 3)
+        found[f"step_over_{REFERENCE}_quartiles"] = [round(q, 3) for q in quartiles(ratios)]
     return found
 
 
@@ -302,12 +304,12 @@ def quartiles(values: list[float]) -> tuple[float, float]:
     return first, third
 
 
-def _table(rows: list[dict[str, Any]], setting: Setting, batch: int) -> Table:
-    """The rows for people."""
+def _table(rows: list[dict[str, Any]], workload: Workload, batch: int) -> Table:
+    """The table for the terminal."""
     peak = next((key for key in ("peak_gpu_mib", "peak_rss_mib") if rows and key in rows[0]), None)
     shown = [*_SHOWN, *([peak] if peak else [])]
-    dtype = str(setting.dtype).removeprefix("torch.")
-    title = f"{setting.backbone}, batch {batch}, r {setting.r}, sparsity {setting.sparsity}, {dtype}"
+    dtype = str(workload.dtype).removeprefix("torch.")
+    title = f"{workload.backbone}, batch {batch}, r {workload.r}, sparsity {workload.sparsity}, {dtype}"
     table = Table(title=title, title_justify="left")
     for name in shown:
         table.add_column(name.replace("_", " "), justify="left" if name == "contender" else "right")

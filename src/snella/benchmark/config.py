@@ -1,4 +1,4 @@
-"""What is measured."""
+"""`BenchConfig`: the configuration of a benchmark."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Literal
 import timm
 import torch
 
-from snella.benchmark.contenders import CONTENDERS, Setting
+from snella.benchmark.baselines import BASELINES, Workload
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PEER = "lora"
-"""The contender that ratios are taken to."""
+REFERENCE = "lora"
+"""The reference baseline of ratios."""
 
 
 @dataclass
@@ -23,13 +23,13 @@ class BenchConfig:
     Args:
         backbones: timm names; their weights are random.
         batch: Images per step.
-        methods: Contenders; lora is the one that ratios are taken to.
+        methods: The methods; lora is the reference of ratios.
         r: Ranks.
         sparsity: Fractions of the adapted weights that SNELLA leaves as they are.
         dtype: fp32 or bf16, of weights and activations alike.
         device: cpu, cuda or cuda:1.
-        rounds: Steps of each contender; medians are reported.
-        memory: Also measure the peak memory of each contender, in a process of its own where there is no GPU.
+        rounds: Steps of each method; medians are reported.
+        memory: Also measure the peak memory of each method, in a process of its own where there is no GPU.
         out: JSON lines file to append to.
         figures: Folder to draw the pictures of all rows in `out` into.
     """
@@ -52,9 +52,9 @@ class BenchConfig:
         errors += [f"r must be at least 1, got {r}" for r in self.r if r < 1]
         errors += [f"sparsity must be in [0, 1), got {s}" for s in self.sparsity if not 0 <= s < 1]
         errors += [
-            f"methods must be among {', '.join(CONTENDERS)}, got {name!r}"
+            f"methods must be among {', '.join(BASELINES)}, got {name!r}"
             for name in self.methods
-            if name not in CONTENDERS
+            if name not in BASELINES
         ]
         errors += [
             f"dtype must be among {', '.join(_DTYPES)}, got {name!r}" for name in self.dtype if name not in _DTYPES
@@ -72,11 +72,11 @@ class BenchConfig:
         if errors:
             raise ValueError("; ".join(errors))
 
-    def settings(self) -> list[tuple[Setting, int]]:
+    def settings(self) -> list[tuple[Workload, int]]:
         """Every combination, with its batch size."""
         axes = (self.backbones, self.r, self.sparsity, self.dtype, self.batch)
         return [
-            (Setting(backbone, r, sparsity, _DTYPES[dtype], self.device), batch)
+            (Workload(backbone, r, sparsity, _DTYPES[dtype], self.device), batch)
             for backbone, r, sparsity, dtype, batch in itertools.product(*axes)
         ]
 

@@ -1,4 +1,4 @@
-"""What a row of results says besides its numbers, and how rows are kept."""
+"""Rows of results: provenance, JSON lines, tables and figures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from snella.benchmark.config import PEER
+from snella.benchmark.config import REFERENCE
 from snella.report.style import COLORS, CURVE, add_legend, new_figure, save_figure
 
 _PACKAGES = ("torch", "peft", "timm", "numpy", "numba", "triton")
@@ -92,7 +92,7 @@ def performance_section(rows: list[dict[str, Any]]) -> str:
     """Markdown tables of the latest row of each setting: step times with their ratio to LoRA, and single matrices.
 
     Rows of one setting that were measured with other numbers of rounds stay beside each other, as ratios hold within a
-    run alone; a run all of whose contenders were measured again later is left out.
+    run alone; a run all of whose methods were measured again later is left out.
     """
     runs: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for row in rows:
@@ -157,8 +157,8 @@ def _step_table(key: tuple[Any, ...], rows: list[dict[str, Any]]) -> str:
         "|---" * len(head) + "|",
     ]
     for row in rows:
-        low, high = row.get(f"step_over_{PEER}_quartiles", ("", ""))
-        cells = [row["contender"], f"{row['step_s']:.2f} s", f"{row.get(f'step_over_{PEER}', '')} ({low}–{high})"]
+        low, high = row.get(f"step_over_{REFERENCE}_quartiles", ("", ""))
+        cells = [row["contender"], f"{row['step_s']:.2f} s", f"{row.get(f'step_over_{REFERENCE}', '')} ({low}–{high})"]
         cells += [f"{row['saved_mib']:,.0f} MiB"]
         cells += [f"{row[memory]:,.0f} MiB" if memory in row else ""] if memory else []
         lines.append("| " + " | ".join(cells) + " |")
@@ -263,14 +263,14 @@ def _grouped(rows: list[dict[str, Any]], *names: str) -> dict[tuple[Any, ...], l
 
 
 def _lines(path: Path, rows: list[dict[str, Any]], x: str, y: str, title: str, x_label: str, y_label: str) -> Path:
-    """One line a contender."""
+    """One line per method."""
     figure, axes = new_figure(*CURVE, title)
     names = sorted({row["contender"] for row in rows}, key=_place)
     for name in names:
         points = sorted((row[x], row[y]) for row in rows if row["contender"] == name and y in row)
         color = COLORS[_place(name)[0] % len(COLORS)]
         # the peer is dashed and on top: where another's line is the same, both are seen
-        style: dict[str, Any] = {"linestyle": "--", "zorder": 3} if name == PEER else {}
+        style: dict[str, Any] = {"linestyle": "--", "zorder": 3} if name == REFERENCE else {}
         axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=color, label=name, **style)
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
@@ -283,7 +283,7 @@ def _lines(path: Path, rows: list[dict[str, Any]], x: str, y: str, title: str, x
 
 
 def _place(name: str) -> tuple[int, str]:
-    """Where a contender stands among the others, so that it keeps its color."""
+    """The position of a method among the others, which decides its color."""
     return _ORDER.index(name) if name in _ORDER else len(_ORDER), name
 
 

@@ -96,12 +96,12 @@ def evaluate(
     """
     from snella._files import write_json
     from snella.records import RunInfo, read
-    from snella.runs.build import task_of
+    from snella.runs.build import get_task
     from snella.runs.console import make_console, print_line
     from snella.runs.evaluate import evaluate
 
     result = evaluate(run, data, split=split, batch_size=batch_size, skip_broken=skip_broken, device=device)
-    task = task_of(read(RunInfo, run))
+    task = get_task(read(RunInfo, run))
     console = make_console()
     for note in result["notes"]:
         print_line(console, f"note: {note}")
@@ -188,13 +188,13 @@ def merge(run: str, /, *, out: str, overwrite: bool = False) -> None:
         overwrite: Replace what is there.
     """
     from snella.runs.console import make_console, print_line
-    from snella.runs.merge import loading_lines, merge, what_it_is
+    from snella.runs.merge import describe_file, loading_snippet, merge
 
     path = merge(run, out, overwrite=overwrite)
     console = make_console()
     size = sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path])) / 2**20
-    print_line(console, f"{path}: {size:.1f} MiB, {what_it_is(path)}; to load it:")
-    print_line(console, loading_lines(path))
+    print_line(console, f"{path}: {size:.1f} MiB, {describe_file(path)}; to load it:")
+    print_line(console, loading_snippet(path))
 
 
 @_command("snella.report.inspect")
@@ -234,7 +234,7 @@ def inspect(
     from snella.records import RunInfo, read
     from snella.report.inspect import inspect_run
     from snella.runs.console import make_console, print_line
-    from snella.runs.evaluate import refresh_report
+    from snella.runs.evaluate import redraw_report
 
     of_backbone: dict[str, Any] = {"batch": batch, "img_size": img_size, "r": r, "dtype": dtype, "device": device}
     given = {name: value for name, value in of_backbone.items() if value is not None}
@@ -256,7 +256,7 @@ def inspect(
         console.print(inspect_run(run))
     if run is not None and report:
         is_generator = read(RunInfo, run).task == "generation"
-        print_line(console, f"report: {_refresh_generation_report(run) if is_generator else refresh_report(run)}")
+        print_line(console, f"report: {_refresh_generation_report(run) if is_generator else redraw_report(run)}")
 
 
 @_command("snella.data.check")
@@ -369,10 +369,10 @@ def compare(options: CompareOptions) -> None:
     for each training, and comparison.html.
     """
     from snella.comparison.compare import compare
-    from snella.comparison.experiment_files import experiment_of
+    from snella.comparison.experiment_files import experiment_from_args
 
     compare(
-        experiment_of(asdict(options)),
+        experiment_from_args(asdict(options)),
         options.out,
         workers=options.workers,
         threads=options.threads,
@@ -436,12 +436,12 @@ def generate(
         overwrite: Replace other images in the folder.
         device: auto, cpu or cuda.
     """
-    from snella.recipes.dreambooth.generate import generate, prompts_of
+    from snella.recipes.dreambooth.generate import generate, select_prompts
     from snella.runs.console import counted, make_console, print_line
 
     images = generate(
         run,
-        prompts_of(run, prompt, prompts, live),
+        select_prompts(run, prompt, prompts, live),
         out,
         pictures=pictures,
         seed=seed,

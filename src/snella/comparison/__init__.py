@@ -1,4 +1,4 @@
-"""An honest comparison of methods: the same images, epochs and batches, rates chosen on validation, test measured once.
+"""Comparison of methods on the same images, epochs and batches: tuned on validation, evaluated once on test.
 
 The names are imported when they are first used: the command line shows its help without waiting for the libraries.
 """
@@ -21,7 +21,7 @@ __all__ = ["CellsFailedError", "Experiment", "Grid", "bundled_experiments", "rea
 
 
 class CellsFailedError(RuntimeError):
-    """A comparison is drawn, but lacks runs that failed."""
+    """The report of a comparison is written, but runs failed."""
 
     exit_status = 1
 

@@ -1,4 +1,4 @@
-"""The cells of a comparison: one training each, with a place of its own."""
+"""Cells of a comparison: one run each, its configuration, its folder and its row."""
 
 import functools
 import json
@@ -14,8 +14,8 @@ from typing import Any, TypeAlias
 import torch
 
 import snella
-from snella.comparison.experiment import DataEntry, Experiment, MethodEntry, config_of, folder_name
-from snella.comparison.search import Candidate, TrialResult
+from snella.comparison.experiment import DataEntry, Experiment, MethodEntry, folder_name, make_config
+from snella.comparison.search import Candidate, TuningResult
 from snella.methods import parse_method
 from snella.records import MaskScores, Metrics, RunInfo, Scores, read
 from snella.runs import RunFolder, TrainConfig
@@ -33,7 +33,7 @@ def package_info() -> dict[str, str | None]:
 
 
 def system_info() -> dict[str, Any]:
-    """The machine, under the keys of PEFT's method comparison, with its cores and the threads that torch uses."""
+    """The machine, under the keys of PEFT's method comparison, with cores and torch's threads."""
     return {
         "system": platform.system(),
         "release": platform.release(),
@@ -48,22 +48,22 @@ def system_info() -> dict[str, Any]:
 def git_state() -> GitState:
     """Commit of the checkout that snella was imported from, and whether tracked files differ; None outside of one.
 
-    Asked for once in the life of a process, or of the one that started it and handed its own on.
+    Queried once per process; a worker gets it from its parent.
     """
     global _state
     if _state is None:
-        _state = _ask_git()
+        _state = _query_git()
     return _state
 
 
-def take_git_state(state: GitState) -> None:
-    """Hold what the process that started this one has found: the code that runs here was loaded then."""
+def set_git_state(state: GitState) -> None:
+    """Set the state that the parent process has found: the code that runs here was loaded then."""
     global _state
     _state = state
 
 
-def _ask_git() -> GitState:
-    """What git says of the checkout now."""
+def _query_git() -> GitState:
+    """The current state of the checkout."""
     root = Path(snella.__file__).parents[2]
     if not (root / ".git").exists():
         return None, None
@@ -73,7 +73,7 @@ def _ask_git() -> GitState:
 
 
 def _git(root: Path, *words: str) -> str | None:
-    """What git says; None where it cannot be asked."""
+    """Output of a git command; None where it fails."""
     try:
         done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -102,22 +102,22 @@ def _processor() -> str:
 
 TEST_SEED = 0
 """Decides the test images of every cell: other seeds draw other training and validation images, never a test image, so
-that the rates, chosen with one seed, have not seen the test images of another."""
+that hyperparameters tuned with one seed have not seen the test images of another."""
 HEAD_ONLY = ("linear", "mlp")
-"""Families that train nothing but the head: its rate is their learning rate."""
+"""Families that train only the head."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One training: a method on a task with a seed, either to choose rates or for the table.
+    """One run: a method on a task with a seed, for tuning or for the table.
 
     Args:
         data: The task.
-        method: The contender.
+        method: The method.
         seed: Of training and validation images, initial values, order, augmentation.
-        candidate: Rates.
+        candidate: Learning-rate factor and weight decay.
         is_final: Whether this is a row of the table, which alone measures the test images.
-        search: How its rates were chosen, for the row of a final cell.
+        search: How its hyperparameters were tuned, for the row of a final run.
     """
 
     data: DataEntry
@@ -129,7 +129,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Path of the cell's folder below `cells/`; the same for a final cell whatever rates were chosen."""
+        """Path of the cell's folder below `cells/`; the same for a final run whatever hyperparameters were chosen."""
         place = f"{folder_name(self.data.name)}/{folder_name(self.method.name)}"
         if self.is_final:
             return f"{place}/seed-{self.seed}"
@@ -137,24 +137,24 @@ class Cell:
 
     @property
     def title(self) -> str:
-        """The cell for people."""
-        what = "final" if self.is_final else f"trial {self.candidate.label.replace('_', ' ')}"
+        """The run, human-readable."""
+        what = "final" if self.is_final else f"tuning {self.candidate.label.replace('_', ' ')}"
         return f"{self.data.name} · {self.method.name} · {what} · seed {self.seed}"
 
     def folder(self, root: Path) -> Path:
-        """Where its run lies."""
+        """The folder of its run."""
         return root / "cells" / self.name
 
     def config(self, experiment: Experiment, out: Path | str) -> TrainConfig:
         """The settings of its run."""
-        rates = rates_of(experiment, self.data, self.method, self.candidate)
+        rates = tuned_settings(experiment, self.data, self.method, self.candidate)
         settings = dict(experiment.settings)
-        if settings.get("protocol") == "final":  # rates are chosen on images that the final run then learns from
+        if settings.get("protocol") == "final":  # tuned on images that the final run then trains on
             if self.is_final:
                 settings.pop("val_size", None)
             else:
                 settings["protocol"] = "standard"
-        return config_of(
+        return make_config(
             self.method,
             self.data,
             settings,
@@ -166,13 +166,15 @@ class Cell:
         )
 
 
-def rates_of(experiment: Experiment, data: DataEntry, method: MethodEntry, candidate: Candidate) -> Mapping[str, Any]:
+def tuned_settings(
+    experiment: Experiment, data: DataEntry, method: MethodEntry, candidate: Candidate
+) -> Mapping[str, Any]:
     """`lr`, `head_lr` and `weight_decay` of a candidate, from the method's own defaults.
 
     The factor multiplies the learning rate of what the method adds or changes; the head's rate stays, except where
     nothing but the head is trained.
     """
-    base = config_of(method, data, experiment.settings, backbone=experiment.backbone, out="-")
+    base = make_config(method, data, experiment.settings, backbone=experiment.backbone, out="-")
     lr = base.lr or 0.0
     head_lr = lr if base.head_lr is None else base.head_lr
     is_head_only = parse_method(method.method)[0] in HEAD_ONLY
@@ -192,9 +194,9 @@ def _rounded(rate: float) -> float:
 _FULL = "full-finetuning"
 
 
-def head_of_row(cell: Cell, experiment: Experiment, created_at: str) -> dict[str, Any]:
-    """What is known before a cell is trained."""
-    rates = rates_of(experiment, cell.data, cell.method, cell.candidate)
+def row_header(cell: Cell, experiment: Experiment, created_at: str) -> dict[str, Any]:
+    """The columns of a row that are known before training."""
+    rates = tuned_settings(experiment, cell.data, cell.method, cell.candidate)
     family = parse_method(cell.method.method)[0]
     packages = package_info()
     return {
@@ -221,8 +223,8 @@ def head_of_row(cell: Cell, experiment: Experiment, created_at: str) -> dict[str
     }
 
 
-def results_of(run: RunFolder) -> dict[str, Any]:
-    """What a finished run says of itself."""
+def read_results(run: RunFolder) -> dict[str, Any]:
+    """The columns of a row that a finished run gives."""
     metrics, data = read(Metrics, run.path), read(RunInfo, run.path).data
     best = next(row for row in metrics.history if row.epoch == metrics.best_epoch)
     return {
@@ -256,11 +258,11 @@ def _scores(split: str, scores: Scores | MaskScores | None) -> dict[str, float |
     return {f"{split}_{name}": getattr(scores, name, None) for name in names}
 
 
-def trial_result(row: Mapping[str, Any]) -> TrialResult:
-    """What the search reads of a trial's row."""
+def tuning_result(row: Mapping[str, Any]) -> TuningResult:
+    """The result of a tuning run, from its row."""
     if row["status"] != "success":
-        return TrialResult(None, None)
-    return TrialResult(row["val_accuracy"], row["val_loss"])
+        return TuningResult(None, None)
+    return TuningResult(row["val_accuracy"], row["val_loss"])
 
 
 def _adapter_config(adapter: Path) -> dict[str, Any] | None:

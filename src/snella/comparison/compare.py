@@ -1,4 +1,4 @@
-"""`snella compare`: train what is missing, then draw the table and the page."""
+"""`compare`: train the missing runs of an experiment, then write the table and the HTML report."""
 
 import os
 import statistics
@@ -15,29 +15,29 @@ from snella.backbones import create_backbone
 from snella.comparison import CellsFailedError
 from snella.comparison.cells import Cell
 from snella.comparison.executors import Executor, InProcesses, InThisProcess, OnRay, import_ray
-from snella.comparison.experiment import FILE, DataEntry, Experiment, MethodEntry, config_of
+from snella.comparison.experiment import FILE, DataEntry, Experiment, MethodEntry, make_config
 from snella.comparison.experiment_files import read_experiment
-from snella.comparison.plan import Hopeless, Plan
-from snella.comparison.report import print_published, write_markdown, write_page
-from snella.comparison.run_cell import probe_images, record_death
+from snella.comparison.plan import BlockedRun, Plan
+from snella.comparison.report import print_paper_comparison, write_markdown, write_page
+from snella.comparison.run_cell import probe_images, record_crash
 from snella.comparison.search import Candidate
 from snella.comparison.store import LOCKS, cell_lock, collect, drop_failed, is_locked, read_row
 from snella.comparison.summary import print_summary, summarize
 from snella.runs import TrainingInterrupted
 from snella.runs.build import choose_device, load_splits
 from snella.runs.console import counted, make_console, print_line
-from snella.runs.protocol import protocol_of
+from snella.runs.protocol import get_protocol
 from snella.runs.session import NonFiniteLossError
 from snella.tasks import create_task
 
 
 class ComparisonProgress:
-    """Lines and, on a terminal, a bar.
+    """Progress of a comparison: lines and, on a terminal, a bar.
 
     Args:
         console: Where to write.
-        plan: What is done and what is left.
-        slots: Cells at a time.
+        plan: The finished and the remaining runs.
+        slots: Runs at a time.
     """
 
     def __init__(self, console: Console, plan: Plan, slots: int) -> None:
@@ -63,13 +63,13 @@ class ComparisonProgress:
             self._bar.stop()
 
     def started(self, cell: Cell) -> None:
-        """A cell has begun."""
+        """Show that a run has started."""
         self._is_waiting = False
         self._running[cell.title] = time.monotonic()
         self._refresh()
 
-    def ended(self, cell: Cell, row: dict[str, Any], is_ours: bool = True) -> None:
-        """A cell is done."""
+    def ended(self, cell: Cell, row: dict[str, Any], is_own: bool = True) -> None:
+        """Print the result of a run."""
         self._running.pop(cell.title, None)
         self._note(row)
         left = sum(count for _, count in self._plan.left())
@@ -80,32 +80,30 @@ class ComparisonProgress:
         else:
             result = f"FAILED, {row['error']}"
         remaining = f"; about {seconds_text(self._remaining_s())} left" if left else ""
-        others = "" if is_ours else " by another process"
-        origin = ", trained as the trial that was chosen" if row.get("trained_as") else ""
+        others = "" if is_own else " by another process"
+        origin = ", the selected tuning run" if row.get("trained_as") else ""
         text = f"{number} {cell.title}: {result} ({seconds_text(row['total_time'])}{others}{origin}){remaining}"
         print_line(self._console, text)
         self._refresh()
 
-    def left_to_another(self, cell: Cell) -> None:
-        """Another process has a cell that was to be ours."""
+    def claimed_elsewhere(self, cell: Cell) -> None:
+        """Another process has claimed the run."""
         self._running.pop(cell.title, None)
         self._refresh()
 
     def waiting(self, count: int) -> None:
-        """Other processes have all that could be done now."""
+        """Print that all remaining runs are claimed by other processes."""
         if not self._is_waiting:
-            print_line(
-                self._console, f"waiting for {count} cell{'s' if count != 1 else ''} that another process trains"
-            )
+            print_line(self._console, f"waiting for {count} run{'s' if count != 1 else ''} in other processes")
         self._is_waiting = True
 
     def _note(self, row: dict[str, Any]) -> None:
-        """Remember how long a cell took."""
+        """Record the time of a run."""
         if row["status"] == "success":
             self._durations.setdefault((row["task_name"], row["experiment_name"]), []).append(row["total_time"])
 
     def _remaining_s(self) -> float:
-        """An estimate: what is left of each pair, as long as its own cells took, or its task's, or all of them."""
+        """Estimated remaining time: each pair's remaining runs at the mean time of its own, its task's, or all runs."""
         every = [s for found in self._durations.values() for s in found] or [0.0]
         total = 0.0
         for cell, count in self._plan.left():
@@ -115,12 +113,10 @@ class ComparisonProgress:
         return total / self._slots
 
     def _refresh(self) -> None:
-        """Move the bar."""
+        """Update the bar."""
         done = self._plan.done()
         left = sum(count for _, count in self._plan.left())
-        self._bar.update(
-            self._task, completed=done, total=done + left, description=" | ".join(self._running) or "cells"
-        )
+        self._bar.update(self._task, completed=done, total=done + left, description=" | ".join(self._running) or "runs")
 
 
 _POLL_S = 2.0
@@ -137,39 +133,39 @@ def compare(
     draw_only: bool = False,
     console: Console | None = None,
 ) -> Path:
-    """Train every cell of an experiment that is not done yet, and compare the methods.
+    """Train every unfinished run of an experiment, and compare the methods.
 
-    Several processes may work on one folder at once; each cell is trained once.
+    Several processes may work on one folder at once; each run is trained once.
 
     Args:
-        experiment: What to compare; None goes on with what the folder holds.
+        experiment: What to compare; None continues with what the folder holds.
         out: Folder of the comparison; created.
-        workers: Processes, one cell each; 0 trains in this process, one cell after the other, without measuring memory.
-        threads: Threads of each; this machine's processors shared out if None.
-        ray: Give the cells to Ray instead.
-        retry_failed: Train failed cells again.
-        draw_only: Train nothing; draw the table and the page from the rows that there are.
+        workers: Processes, one run each; 0 trains in this process, one run after the other, without measuring memory.
+        threads: Threads of each; this machine's processors divided evenly if None.
+        ray: Use Ray instead.
+        retry_failed: Train failed runs again.
+        draw_only: Train nothing; write the table and the report from the existing rows.
         console: Where to write; standard output if None.
 
     Returns:
-        The page.
+        Path of the report.
 
     Raises:
         FileExistsError: `out` holds something else.
-        FileNotFoundError: Nothing to go on with.
+        FileNotFoundError: Nothing to continue with.
         ImportError: Ray is asked for and not installed.
         ValueError: Settings that contradict each other, the folder's, or the data; all that is known beforehand.
-        CellsFailedError: Everything was tried and drawn, and runs failed: final ones, or tuning runs for another reason
-            than a loss that diverged, which only says that the learning rate was too high. Not with `draw_only`.
-        TrainingInterrupted: Ctrl-C; what is done stays done.
+        CellsFailedError: The report is written, and runs failed: final ones, or tuning runs for another reason than a
+            diverged loss, which only says that the learning rate was too high. Not with `draw_only`.
+        TrainingInterrupted: Ctrl-C; finished runs are kept.
     """
-    console = console or make_console(endures=True)
+    console = console or make_console(survives_closed_output=True)
     root = Path(out)
     if workers < 0 or (threads is not None and threads < 1):
         raise ValueError(f"workers must be at least 0 and threads at least 1, got {workers} and {threads}")
     if ray:
         import_ray()
-    experiment = _settle(experiment, root)
+    experiment = _resolve_experiment(experiment, root)
     if not draw_only:
         check_parts(experiment, console)
     root.mkdir(parents=True, exist_ok=True)
@@ -186,17 +182,17 @@ def compare(
     page = write_page(root, experiment, list(rows.values()))
     write_markdown(root, experiment, list(rows.values()))
     print_summary(console, experiment, list(rows.values()))
-    print_published(console, experiment, summarize(experiment, list(rows.values())))
-    warning = protocol_of(experiment.settings.get("protocol", "standard")).warning
+    print_paper_comparison(console, experiment, summarize(experiment, list(rows.values())))
+    warning = get_protocol(experiment.settings.get("protocol", "standard")).warning
     if warning:
         print_line(console, f"official protocol: {warning}")
-    print_line(console, f"rows {root / 'results.jsonl'}, page {page}")
+    print_line(console, f"rows {root / 'results.jsonl'}, report {page}")
     failed = [row for row in rows.values() if row["status"] == "failed" and not _has_diverged(row)]
     if failed and not draw_only:
         first = min(failed, key=lambda row: (row["purpose"] != "final", str(row["cell"])))
         raise CellsFailedError(
-            f"{len(failed)} of {counted(len(rows), 'cell')} failed, e.g. {first['cell']}: {first['error']}; the others "
-            f"are in {page}; once the cause is mended, --retry-failed trains the failed ones again"
+            f"{len(failed)} of {counted(len(rows), 'run')} failed, e.g. {first['cell']}: {first['error']}; the others "
+            f"are in {page}; once the cause is fixed, --retry-failed trains the failed ones again"
         )
     return page
 
@@ -207,7 +203,7 @@ def _has_diverged(row: Mapping[str, Any]) -> bool:
 
 
 def check_parts(experiment: Experiment, console: Console) -> None:
-    """Look at all data and the backbone before anything is trained.
+    """Validate all data and the backbone before anything is trained.
 
     Raises:
         ValueError: Something is missing or does not fit; all errors in one message.
@@ -223,7 +219,7 @@ def check_parts(experiment: Experiment, console: Console) -> None:
             probe_images(str(name), experiment.forgetting_images)
         except (OSError, ValueError, ImportError) as error:
             errors.append(f"forgetting: {error}")
-    config = config_of(
+    config = make_config(
         MethodEntry("linear", "linear"), experiment.data[0], experiment.settings, backbone=experiment.backbone, out="-"
     )
     try:
@@ -242,24 +238,24 @@ def check_parts(experiment: Experiment, console: Console) -> None:
 
 
 def _check_data(experiment: Experiment, data: DataEntry, console: Console) -> None:
-    """Load the splits of one task, as its cells will."""
+    """Validate the splits of one task."""
     cell = Cell(data, MethodEntry("linear", "linear"), 0, Candidate(), True)
     config = cell.config(experiment, "-")
     splits = load_splits(config)
     create_task(config.task, splits.classes, **config.as_dict()).check_data(splits.train, data.data)
     if splits.test is None or (splits.val is None and config.protocol == "standard"):
         raise ValueError(f"data {data.data!r} must have a validation and a test part, got {splits.description}")
-    if len(splits.train) < config.images_per_step and config.batch_size is not None:
+    if len(splits.train) < config.effective_batch_size and config.batch_size is not None:
         raise ValueError(f"batch_size must be at most the {len(splits.train)} training images, got {config.batch_size}")
     print_line(console, f"data {splits.description}")
 
 
-def _settle(experiment: Experiment | None, root: Path) -> Experiment:
+def _resolve_experiment(experiment: Experiment | None, root: Path) -> Experiment:
     """The experiment, joined with what the folder holds."""
     stored = read_experiment(str(root / FILE)) if (root / FILE).is_file() else None
     if stored is None:
         if experiment is None:
-            raise FileNotFoundError(f"out={root} holds no comparison to go on with; give methods, data and a backbone")
+            raise FileNotFoundError(f"out={root} holds no comparison to continue; give methods, data and a backbone")
         if root.exists() and (not root.is_dir() or any(not p.name.startswith(".") for p in root.iterdir())):
             raise FileExistsError(f"out={root} holds files but no comparison; choose an empty or a new folder")
         return experiment
@@ -267,17 +263,19 @@ def _settle(experiment: Experiment | None, root: Path) -> Experiment:
 
 
 def _store(root: Path, experiment: Experiment) -> Experiment:
-    """Write the experiment, joined with what another command may have stored since `_settle`; the joined one."""
+    """Store the experiment, joined with what another command may have stored meanwhile; the joined one."""
     while True:
         with cell_lock(root / LOCKS, FILE) as is_acquired:
             if is_acquired:
-                experiment = _settle(experiment, root) if (root / FILE).is_file() else experiment.with_probes()
+                experiment = (
+                    _resolve_experiment(experiment, root) if (root / FILE).is_file() else experiment.with_probes()
+                )
                 experiment.write(root)
                 return experiment
 
 
 def _executor(root: Path, experiment: Experiment, workers: int, threads: int | None, ray: bool) -> Executor:
-    """Who trains."""
+    """The executor for these settings."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     each = threads or max(1, cores // max(workers, 1))
     if ray:
@@ -290,7 +288,7 @@ def _executor(root: Path, experiment: Experiment, workers: int, threads: int | N
 
 
 def _train_all(root: Path, plan: Plan, executor: Executor, console: Console) -> None:
-    """Hand out cells until all are done, by us or by others."""
+    """Start runs until all are finished, here or by other processes."""
     running: dict[str, Cell] = {}
     try:
         with ComparisonProgress(console, plan, executor.slots) as progress:
@@ -298,25 +296,25 @@ def _train_all(root: Path, plan: Plan, executor: Executor, console: Console) -> 
                 ready = plan.ready()
                 if not ready and not running:
                     return
-                foreign = _start(root, plan, [c for c in ready if _name(c) not in running], running, executor, progress)
-                if not running and foreign == 0:
+                claimed = _start(root, plan, [c for c in ready if _name(c) not in running], running, executor, progress)
+                if not running and claimed == 0:
                     continue
                 if not running:
-                    progress.waiting(foreign)
+                    progress.waiting(claimed)
                 for ended in executor.wait(_POLL_S):
                     running.pop(ended.cell.name)
                     row = ended.outcome.row if ended.outcome else None
                     if ended.outcome is None:
-                        row = record_death(root, plan.experiment, ended.cell, ended.error)
+                        row = record_crash(root, plan.experiment, ended.cell, ended.error)
                     if row is None:
-                        progress.left_to_another(ended.cell)
+                        progress.claimed_elsewhere(ended.cell)
                     else:
                         plan.record(row)
                         progress.ended(ended.cell, row, ended.outcome is None or ended.outcome.state == "trained")
     except (KeyboardInterrupt, TrainingInterrupted):
         raise TrainingInterrupted(
-            f"interrupted; {counted(plan.done(), 'cell')} of the comparison are done; "
-            f"continue with: snella compare --out {root}"
+            f"interrupted; {counted(plan.done(), 'run')} of the comparison are done; "
+            f"resume with: snella compare --out {root}"
         ) from None
     finally:
         executor.close()
@@ -325,35 +323,35 @@ def _train_all(root: Path, plan: Plan, executor: Executor, console: Console) -> 
 def _start(
     root: Path,
     plan: Plan,
-    ready: list[Cell | Hopeless],
+    ready: list[Cell | BlockedRun],
     running: dict[str, Cell],
     executor: Executor,
     progress: ComparisonProgress,
 ) -> int:
-    """Start cells in free slots, and note those that others have finished; how many others are at."""
-    foreign = 0
+    """Start runs in free slots, and record those finished elsewhere; returns how many are claimed elsewhere."""
+    claimed = 0
     for item in ready:
-        cell = item.cell if isinstance(item, Hopeless) else item
+        cell = item.cell if isinstance(item, BlockedRun) else item
         row: dict[str, Any] | None = read_row(cell.folder(root))
-        if row is None and isinstance(item, Hopeless):
-            row = record_death(root, plan.experiment, cell, item.error)
-            is_ours = True
+        if row is None and isinstance(item, BlockedRun):
+            row = record_crash(root, plan.experiment, cell, item.error)
+            is_own = True
         else:
-            is_ours = False
+            is_own = False
         if row is not None:
             plan.record(row)
-            progress.ended(cell, row, is_ours)
+            progress.ended(cell, row, is_own)
         elif is_locked(root / LOCKS, cell.name):
-            foreign += 1
+            claimed += 1
         elif len(running) < executor.slots:
             running[cell.name] = cell
             progress.started(cell)
             executor.start(cell)
             if executor.slots == 1:
-                return foreign
-    return foreign
+                return claimed
+    return claimed
 
 
-def _name(item: Cell | Hopeless) -> str:
-    """Name of a cell."""
-    return item.cell.name if isinstance(item, Hopeless) else item.name
+def _name(item: Cell | BlockedRun) -> str:
+    """Name of the cell."""
+    return item.cell.name if isinstance(item, BlockedRun) else item.name

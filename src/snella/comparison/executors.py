@@ -1,4 +1,4 @@
-"""Who trains the cells: this process, processes of their own, or Ray's workers."""
+"""Executors: in-process, subprocess and Ray."""
 
 import contextlib
 import multiprocessing
@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Protocol
 
-from snella.comparison.cells import Cell, GitState, git_state, take_git_state
+from snella.comparison.cells import Cell, GitState, git_state, set_git_state
 from snella.comparison.experiment import Experiment
 from snella.comparison.run_cell import Outcome, run_cell, set_threads
 from snella.runs import TrainingInterrupted
@@ -20,13 +20,13 @@ _PRELOADED = ["snella.comparison.run_cell"]
 
 
 @dataclass(frozen=True)
-class Ended:
-    """A cell that an executor is through with.
+class Finished:
+    """A finished cell.
 
     Args:
         cell: Which.
-        outcome: How its attempt ended; None where its process died.
-        error: What is known of the death, or of an error that is not the training's.
+        outcome: Of `run_cell`; None where its process crashed.
+        error: The reason of a crash, or an error outside of training.
     """
 
     cell: Cell
@@ -42,11 +42,11 @@ class Executor(Protocol):
     def start(self, cell: Cell) -> None:
         """Begin a cell; there must be a free slot."""
 
-    def wait(self, timeout_s: float) -> list[Ended]:
-        """Cells that have ended, after the first one or the timeout."""
+    def wait(self, timeout_s: float) -> list[Finished]:
+        """Finished cells, after the first one or the timeout."""
 
     def close(self) -> None:
-        """Stop what is under way."""
+        """Stop running cells."""
 
 
 class InThisProcess:
@@ -56,14 +56,14 @@ class InThisProcess:
 
     def __init__(self, root: Path, experiment: Experiment) -> None:
         self._root, self._experiment = root, experiment
-        self._ended: list[Ended] = []
+        self._ended: list[Finished] = []
 
     def start(self, cell: Cell) -> None:
         """Train it now."""
-        self._ended.append(Ended(cell, run_cell(self._root, self._experiment, cell)))
+        self._ended.append(Finished(cell, run_cell(self._root, self._experiment, cell)))
 
-    def wait(self, timeout_s: float) -> list[Ended]:
-        """What was trained."""
+    def wait(self, timeout_s: float) -> list[Finished]:
+        """The trained cells."""
         if not self._ended:
             time.sleep(timeout_s)
         ended, self._ended = self._ended, []
@@ -74,7 +74,7 @@ class InThisProcess:
 
 
 class InProcesses:
-    """A fresh process for every cell, `slots` at a time; one that dies takes its cell alone with it.
+    """A fresh process for every cell, `slots` at a time; a crash affects its cell alone.
 
     Processes are forked from a server that has imported the libraries and done nothing else, so that they start at once
     and their peak memory is the cell's.
@@ -104,15 +104,15 @@ class InProcesses:
         sending.close()
         self._running[receiving] = (cell, process)
 
-    def wait(self, timeout_s: float) -> list[Ended]:
-        """Cells that have ended, after the first one or the timeout."""
+    def wait(self, timeout_s: float) -> list[Finished]:
+        """Finished cells, after the first one or the timeout."""
         if not self._running:
             time.sleep(timeout_s)
             return []
         return [self._end(ready) for ready in wait(list(self._running), timeout_s) if isinstance(ready, Connection)]
 
     def close(self) -> None:
-        """Ask what is under way to stop, as Ctrl-C does, and wait for it."""
+        """Interrupt running cells, and wait for them."""
         for _, process in self._running.values():
             with contextlib.suppress(ProcessLookupError):
                 process.terminate()
@@ -124,8 +124,8 @@ class InProcesses:
             connection.close()
         self._running.clear()
 
-    def _end(self, connection: Connection) -> Ended:
-        """What a process has sent, or how it died."""
+    def _end(self, connection: Connection) -> Finished:
+        """The outcome that a process has sent, or the reason of its crash."""
         cell, process = self._running.pop(connection)
         try:
             outcome, error = connection.recv()
@@ -134,28 +134,28 @@ class InProcesses:
         process.join()
         connection.close()
         if outcome is None and not error:
-            error = _death(process.exitcode)
-        return Ended(cell, outcome, error)
+            error = _crash_reason(process.exitcode)
+        return Finished(cell, outcome, error)
 
 
 def _work(
     connection: Connection, root: Path, experiment: Experiment, cell: Cell, threads: int, state: GitState
 ) -> None:
-    """The life of a cell's process. Ctrl-C reaches it through the parent, which ends it."""
+    """Main function of a cell's process. Ctrl-C reaches it through the parent, which terminates it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     set_threads(threads)
-    take_git_state(state)
+    set_git_state(state)
     with _reported(connection) as send:
         send((run_cell(root, experiment, cell, is_own_process=True), ""))
 
 
 @contextlib.contextmanager
 def _reported(connection: Connection) -> Iterator[Any]:
-    """Send an error instead of dying of it."""
+    """Send an error to the parent instead of raising it."""
     try:
         yield connection.send
     except (KeyboardInterrupt, TrainingInterrupted, BrokenPipeError):
-        return  # nobody asks any more
+        return  # the parent has gone
     except Exception as error:
         with contextlib.suppress(BrokenPipeError):
             connection.send((None, f"{type(error).__name__}: {error}"))
@@ -163,8 +163,8 @@ def _reported(connection: Connection) -> Iterator[Any]:
         connection.close()
 
 
-def _death(exit_code: int | None) -> str:
-    """How a process ended that has sent nothing."""
+def _crash_reason(exit_code: int | None) -> str:
+    """Why a process ended without a result."""
     if exit_code is not None and exit_code < 0:
         name = signal.Signals(-exit_code).name
         hint = "; the machine may be out of memory" if name == "SIGKILL" else ""
@@ -211,8 +211,8 @@ class OnRay:
         """Give a cell to Ray."""
         self._running[self._task.remote(*self._arguments, cell)] = cell
 
-    def wait(self, timeout_s: float) -> list[Ended]:
-        """Cells that have ended, after the first one or the timeout."""
+    def wait(self, timeout_s: float) -> list[Finished]:
+        """Finished cells, after the first one or the timeout."""
         if not self._running:
             time.sleep(timeout_s)
             return []
@@ -220,21 +220,21 @@ class OnRay:
         return [self._end(reference) for reference in ready]
 
     def close(self) -> None:
-        """Stop what is under way, and the cluster if it is ours."""
+        """Stop running cells, and the cluster if it was started here."""
         for reference in self._running:
             self._ray.cancel(reference, force=True)
         self._running.clear()
         if self._owns_ray:
             self._ray.shutdown()
 
-    def _end(self, reference: Any) -> Ended:
-        """What a worker has returned, or why it did not."""
+    def _end(self, reference: Any) -> Finished:
+        """The outcome that a worker has returned, or the reason of its crash."""
         cell = self._running.pop(reference)
         try:
-            return Ended(cell, self._ray.get(reference))
+            return Finished(cell, self._ray.get(reference))
         except self._ray.exceptions.RayError as error:
             reason = str(error).strip().splitlines()
-            return Ended(cell, None, f"{type(error).__name__}: {reason[-1] if reason else 'its worker died'}")
+            return Finished(cell, None, f"{type(error).__name__}: {reason[-1] if reason else 'its worker crashed'}")
 
 
 def import_ray() -> Any:
@@ -252,7 +252,7 @@ def import_ray() -> Any:
 
 
 def _work_for_ray(root: Path, experiment: Experiment, threads: int, state: GitState, cell: Cell) -> Outcome:
-    """What a worker does."""
+    """Main function of a Ray worker."""
     set_threads(threads)
-    take_git_state(state)
+    set_git_state(state)
     return run_cell(root, experiment, cell, is_own_process=True)

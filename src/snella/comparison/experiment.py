@@ -1,4 +1,4 @@
-"""An experiment: which methods meet on which data, and how their rates are chosen."""
+"""`Experiment`: methods, data, shared settings and the tuning grid of a comparison."""
 
 import dataclasses
 import difflib
@@ -17,11 +17,12 @@ from snella.runs import TrainConfig
 OVER_TASKS, OVER_GROUPS = "mean over tasks", "mean over groups"
 
 
-def published_errors(published: Mapping[str, Any], tasks: Iterable[str], groups: Iterable[str]) -> list[str]:
-    """What is wrong with an experiment's `published`.
+def reported_errors(published: Mapping[str, Any], tasks: Iterable[str], groups: Iterable[str]) -> list[str]:
+    """Errors in an experiment's `published`, numbers reported by a paper.
 
     Args:
-        published: `source`, a text, and `values`: from a method's label to numbers in percent, by task, group or mean.
+        published: `source`, a string, and `values`: from a method's label to numbers in percent, by task, group or
+            mean.
         tasks: Labels of the experiment's data.
         groups: Their groups.
     """
@@ -46,24 +47,24 @@ def published_errors(published: Mapping[str, Any], tasks: Iterable[str], groups:
 
 
 METHOD_SETTINGS = ("r", "target_sparsity", "scaling", "lr", "scalar_lr", "head_lr", "weight_decay")
-"""Settings that a method's entry may set for itself; rates are the center of its grid."""
+"""Settings of a method's entry; learning rate and weight decay are the center of its grid."""
 _SPARSE_SETTINGS = ("target_sparsity", "scalar_lr")
 DATA_SETTINGS = (
     *("train_size", "val_size", "test_size", "val_fraction", "test_fraction", "batch_size"),
     *("lr", "head_lr", "weight_decay", *_SPARSE_SETTINGS),
 )
-"""Settings that a data entry may set for itself; those of sparse methods pass the others over."""
+"""Settings of a data entry; those of sparse methods do not apply to the others."""
 SHARED_SETTINGS = (
     *("epochs", "img_size", "weights", "pretrained", "augment", "warmup", "max_grad_norm"),
     *("label_smoothing", *DATA_SETTINGS, "skip_broken", "check_sizes", "protocol", "head_start", "ema", "final_lr"),
     *("device", "precision", "workers"),
 )
-"""Settings that are the same in all cells."""
+"""Settings that are the same in all runs."""
 
 
 @dataclass(frozen=True)
 class MethodEntry:
-    """One contender.
+    """A method of the comparison.
 
     Args:
         name: Its label in tables, and its folder.
@@ -137,21 +138,21 @@ def folder_name(label: str) -> str:
 
 
 def entry_errors(kind: str, entries: Iterable[MethodEntry | DataEntry]) -> list[str]:
-    """Labels that cannot be told apart, one text each."""
+    """Errors of labels that give the same folder."""
     errors: list[str] = []
     seen: dict[str, str] = {}
     for entry in entries:
         folder = folder_name(entry.name).lower()
         if folder in seen:
             errors.append(
-                f"{kind} must have names of their own, got {seen[folder]!r} and {entry.name!r}; give one another name"
+                f"{kind} must have distinct names, got {seen[folder]!r} and {entry.name!r}; give one another name"
             )
         seen[folder] = entry.name
     return errors
 
 
 def unknown_keys(where: str, keys: Iterable[str], known: Iterable[str]) -> str | None:
-    """One text about all keys that are not known, with the nearest that are; None where there are none."""
+    """The error of unknown keys, with the nearest known ones; None if all are known."""
     choices, texts = list(known), []
     for key in keys:
         if key not in choices:
@@ -160,14 +161,14 @@ def unknown_keys(where: str, keys: Iterable[str], known: Iterable[str]) -> str |
     return f"{where} has unknown settings: {', '.join(texts)}; it takes {', '.join(choices)}" if texts else None
 
 
-def config_of(method: MethodEntry, data: DataEntry, shared: Mapping[str, Any], **values: Any) -> TrainConfig:
+def make_config(method: MethodEntry, data: DataEntry, shared: Mapping[str, Any], **values: Any) -> TrainConfig:
     """The settings of a run, the method's defaults resolved.
 
     Args:
-        method: The contender.
-        data: The task; its sizes go before the shared ones.
+        method: The method.
+        data: The task; its sizes override the shared ones.
         shared: Entries of `SHARED_SETTINGS` that are set.
-        **values: Further settings, which go before all others.
+        **values: Further settings, which override all others.
 
     Raises:
         ValueError: Whatever `TrainConfig` refuses.
@@ -205,14 +206,14 @@ FILE = "experiment.yaml"
 
 @dataclass(frozen=True)
 class Grid:
-    """Where learning rate and weight decay are looked for, the same for all methods.
+    """The tuning grid of learning rate and weight decay, the same for all methods.
 
     Args:
         lr_factors: Times the method's own default learning rate.
         weight_decays: Tried at the best learning rate, besides the method's default.
-        max_extensions: While the best value lies on the edge, the grid grows by its outermost ratio, at most so often
-            on either axis.
-        seeds: Seeds of each trial.
+        max_extensions: While the best value lies on the edge, the grid grows by its outermost ratio; the maximum
+            number of times on either axis.
+        seeds: Seeds of each candidate.
     """
 
     lr_factors: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0)
@@ -223,25 +224,25 @@ class Grid:
 
 @dataclass(frozen=True)
 class Experiment:
-    """Everything that decides the rows of a comparison.
+    """The configuration of a comparison.
 
     Args:
-        methods: The contenders.
+        methods: The methods.
         data: The tasks.
         backbone: Pre-trained model, as `snella train --backbone` takes it.
         name: Short name.
         seeds: Final runs of each method on each task, with seeds 0, 1, …
-        grid: Where rates are looked for.
+        grid: The tuning grid.
         settings: What all runs share: entries of `SHARED_SETTINGS`.
         reference: The method that others are compared to in pairs; the first LoRA, else the first method, if None.
-        forgetting: Data whose linear probe tells what the features have lost; a task that is itself the first of them
-            takes the second. `()` measures nothing, None takes the first two tasks, then digits.
-        forgetting_images: At most so many images in that probe.
-        about: What it is for.
-        command: How it is started.
-        cost: What it costs.
-        expected: What came out, or should.
-        published: Numbers of a paper to stand beside ours: `source`, and `values` in percent, from a method's label and
+        forgetting: Data whose linear probe measures forgetting; a task that is itself the first of them takes the
+            second. `()` measures nothing, None takes the first two tasks, then digits.
+        forgetting_images: Maximum number of images of that probe.
+        about: Its purpose.
+        command: The command that starts it.
+        cost: Its cost.
+        expected: The expected results.
+        published: Numbers reported by a paper: `source`, and `values` in percent, from a method's label and
             a task, a group, `mean over tasks` or `mean over groups`.
     """
 
@@ -271,11 +272,11 @@ class Experiment:
             hint = f" (nearest: {', '.join(near)})" if near else ""
             errors.append(f"reference must be one of the methods {', '.join(names)}, got {self.reference!r}{hint}")
         errors += [error] if error else self._cell_errors()
-        errors += published_errors(self.published, [d.name for d in self.data], [d.group for d in self.data])
+        errors += reported_errors(self.published, [d.name for d in self.data], [d.group for d in self.data])
         has_search = len(set(self.grid.lr_factors)) > 1 or len(self.grid.weight_decays) > 0
         if self.settings.get("protocol") == "official" and has_search:
             errors.append(
-                "protocol official has no validation images to choose rates on; set grid.lr_factors to one number and "
+                "protocol official has no validation images to tune on; set grid.lr_factors to one number and "
                 f"grid.weight_decays to [], got {list(self.grid.lr_factors)} and {list(self.grid.weight_decays)}"
             )
         if errors:
@@ -292,7 +293,7 @@ class Experiment:
         return next((data for data in self.with_probes().forgetting or () if data != task.data), None)
 
     def with_probes(self) -> "Experiment":
-        """This experiment with the data of its probes written down, so that tasks that are added later leave them."""
+        """This experiment with the data of its probes fixed, so that tasks added later do not change them."""
         usual = (*(entry.data for entry in self.data[:2]), "digits")
         return replace(self, forgetting=usual if self.forgetting is None else self.forgetting)
 
@@ -349,7 +350,7 @@ class Experiment:
         write_text(folder / FILE, yaml.safe_dump(self.as_dict(), sort_keys=False))
 
     def joined_with(self, stored: "Experiment", folder: Path) -> "Experiment":
-        """This experiment with the contenders, tasks and seeds that `folder` has already.
+        """This experiment merged with the methods, tasks and seeds that `folder` has already.
 
         Raises:
             ValueError: Something that finished cells depend on differs.
@@ -379,7 +380,7 @@ class Experiment:
         """Numbers out of range."""
         grid = self.grid
         errors = [
-            f"{name} must be a whole number of at least {least}, got {value!r}"
+            f"{name} must be an integer of at least {least}, got {value!r}"
             for name, value, least in (
                 ("seeds", self.seeds, 1),
                 ("grid.seeds", grid.seeds, 1),
@@ -395,24 +396,24 @@ class Experiment:
         return errors
 
     def _cell_errors(self) -> list[str]:
-        """What the settings of any cell refuse."""
+        """Errors of the settings of any cell."""
         errors = []
         for method in self.methods:
             for data in self.data[:1]:
                 try:
-                    config_of(method, data, self.settings, backbone=self.backbone, out="-")
+                    make_config(method, data, self.settings, backbone=self.backbone, out="-")
                 except (ValueError, TypeError) as error:
                     errors.append(str(error))
         for data in self.data[1:]:
             try:
-                config_of(MethodEntry("linear", "linear"), data, self.settings, backbone=self.backbone, out="-")
+                make_config(MethodEntry("linear", "linear"), data, self.settings, backbone=self.backbone, out="-")
             except (ValueError, TypeError) as error:
                 errors.append(str(error))
         return errors
 
 
 def listed(value: Any) -> Sequence[Any]:
-    """A list as it is; a text split at its commas."""
+    """A list as it is; a string split at its commas."""
     if isinstance(value, str):
         return [word.strip() for word in value.split(",") if word.strip()]
     return value if isinstance(value, list | tuple) else [value]

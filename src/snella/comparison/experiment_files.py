@@ -36,7 +36,7 @@ def read_experiment(name: str, changes: dict[str, Any] | None = None) -> Experim
 
     Args:
         name: Path of a YAML file, or the name of one that ships with snella.
-        changes: Entries that go before the file's; those of `train` and `grid` one by one.
+        changes: Entries that override the file's; those of `train` and `grid` one by one.
 
     Raises:
         FileNotFoundError: Neither a file nor a name.
@@ -59,17 +59,17 @@ def read_experiment(name: str, changes: dict[str, Any] | None = None) -> Experim
 def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Settings with changes, one level deep.
 
-    A method or task that is asked for by its label, or a task by its data, keeps what the entry says of it. A reference
-    that other methods no longer hold is forgotten.
+    A method or task that is named by its label, or a task by its data, keeps the settings of its entry. A reference
+    that is no longer among the methods is removed.
     """
     result, changes = {**values}, {**changes}
     if "methods" in changes:
         methods = {e.name: e for e in map(method_entry, listed(values.get("methods") or []))}
-        changes["methods"] = [_as_known(asked, methods) for asked in changes["methods"]]
+        changes["methods"] = [_as_known(args, methods) for args in changes["methods"]]
     if "data" in changes:
         data = [data_entry(value) for value in listed(values.get("data") or [])]
         tasks = {e.data: e for e in reversed(data)} | {e.name: e for e in data}
-        changes["data"] = [_as_known(asked, tasks) for asked in changes["data"]]
+        changes["data"] = [_as_known(args, tasks) for args in changes["data"]]
     for key, value in changes.items():
         inner = result.get(key)
         result[key] = {**inner, **value} if isinstance(inner, dict) and isinstance(value, dict) else value
@@ -79,9 +79,9 @@ def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _as_known(asked: Any, known: Mapping[str, MethodEntry] | Mapping[str, DataEntry]) -> Any:
-    """The known entry of that name; what was asked for where there is none."""
-    return plain_entry(known[asked]) if isinstance(asked, str) and asked in known else asked
+def _as_known(args: Any, known: Mapping[str, MethodEntry] | Mapping[str, DataEntry]) -> Any:
+    """The entry of that name; the argument itself where there is none."""
+    return plain_entry(known[args]) if isinstance(args, str) and args in known else args
 
 
 def _find(name: str) -> Path:
@@ -107,11 +107,11 @@ _TRAIN = (
 """Settings that all runs share; `workers` is not that of their loaders."""
 
 
-def experiment_of(asked: Mapping[str, Any]) -> Experiment | None:
-    """The experiment that is meant: the file's, or the folder's, or a new one, changed as asked.
+def experiment_from_args(args: Mapping[str, Any]) -> Experiment | None:
+    """The experiment of a command line: the file's, the folder's, or a new one, with the given changes.
 
     Args:
-        asked: Settings of `snella compare` by name; what is None was not asked for.
+        args: Arguments of `snella compare` by name; None for those not given.
 
     Returns:
         None where nothing but the folder was named.
@@ -120,19 +120,19 @@ def experiment_of(asked: Mapping[str, Any]) -> Experiment | None:
         FileNotFoundError: No such experiment.
         ValueError: Settings that are missing, unknown or out of range; a number that is none.
     """
-    changes = _changes(asked)
-    if asked["experiment"] is not None:
-        return read_experiment(asked["experiment"], changes)
+    changes = _changes(args)
+    if args["experiment"] is not None:
+        return read_experiment(args["experiment"], changes)
     if not changes:
         return None
-    stored = Path(asked["out"]) / FILE
+    stored = Path(args["out"]) / FILE
     base = read_experiment(str(stored)).as_dict() if stored.is_file() else {}
     return Experiment.from_dict(merged(base, changes))
 
 
-def _changes(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """What was asked for, as an experiment file would say it."""
-    given = {name: value for name, value in asked.items() if value is not None}
+def _changes(args: Mapping[str, Any]) -> dict[str, Any]:
+    """The given arguments as entries of an experiment file."""
+    given = {name: value for name, value in args.items() if value is not None}
     changes: dict[str, Any] = {key: given[key] for key in ("backbone", "seeds", "reference") if key in given}
     changes.update({key: listed(given[key]) for key in ("methods", "data") if key in given})
     if "forgetting" in given:
@@ -151,4 +151,4 @@ def _numbers(name: str, text: str) -> list[float]:
     try:
         return [float(word) for word in words]
     except ValueError:
-        raise ValueError(f"{name} must be numbers with commas between, e.g. 0.3,1,3, got {text!r}") from None
+        raise ValueError(f"{name} must be numbers separated by commas, e.g. 0.3,1,3, got {text!r}") from None

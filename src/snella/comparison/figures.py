@@ -1,4 +1,4 @@
-"""Pictures of a comparison: accuracy against cost, against the learning rate, and paired differences."""
+"""Figures of a comparison: accuracy against cost, against the learning rate, and paired differences."""
 
 import math
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from snella.report.style import (
 
 _MARKERS = "osD^vPX*<>hp"
 SHOWN_RANGE = 0.3
-"""Curves are cut off so far below the best accuracy, so that the upper part can be read."""
+"""Range of accuracies below the best that is shown."""
 
 
 def style_of(number: int) -> tuple[str, str]:
@@ -35,13 +35,13 @@ def style_of(number: int) -> tuple[str, str]:
 
 
 def pareto(summary: Summary, cost: str, label: str, title: str, is_log: bool) -> Figure | None:
-    """Draw mean accuracy against a cost, with the frontier of methods that no other beats in both.
+    """Draw mean accuracy against a cost, with the Pareto front of the methods.
 
     Args:
         summary: The table.
         cost: A column of `MethodSummary.costs`.
         label: Name and unit of the axis.
-        title: Of the picture.
+        title: Of the figure.
         is_log: Whether the cost spans orders of magnitude.
 
     Returns:
@@ -78,7 +78,7 @@ def pareto(summary: Summary, cost: str, label: str, title: str, is_log: bool) ->
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points for which no other costs at most as much and reaches at least as much, by ascending cost."""
+    """The Pareto-optimal points, by ascending cost."""
     front: list[tuple[float, float]] = []
     for cost, gain in sorted(points, key=lambda point: (point[0], -point[1])):
         if not front or gain > front[-1][1]:
@@ -96,7 +96,7 @@ def learning_rate_curves(summary: Summary, rows: Rows, tasks: Sequence[str], tit
         summary: For the order of methods.
         rows: All rows.
         tasks: The mean over these tasks is drawn, at factors that were tried on all of them; its best rate is filled.
-        title: Of the picture.
+        title: Of the figure.
     """
     curves = [(number, m.name, _mean_curve(rows, m.name, tasks)) for number, m in enumerate(summary.methods)]
     curves = [curve for curve in curves if len(curve[2]) > 1]
@@ -115,7 +115,7 @@ def learning_rate_curves(summary: Summary, rows: Rows, tasks: Sequence[str], tit
 
 
 def _chosen(rows: Rows, method: str, tasks: Sequence[str]) -> float | None:
-    """The factor that a method's final cells of one task were trained with; None for several tasks or no cell."""
+    """The factor that a method's final runs of one task were trained with; None for several tasks or no cell."""
     finals = [row for row in final_rows(rows) if row["experiment_name"] == method and [row["task_name"]] == [*tasks]]
     return finals[0]["lr_factor"] if finals else None
 
@@ -147,8 +147,8 @@ def lr_curve(rows: Rows, method: str, task: str) -> list[tuple[float, float | No
     """Mean validation accuracy by learning-rate factor at the method's own weight decay; None where it failed."""
     found: dict[float, list[float | None]] = {}
     for row in rows:
-        is_ours = row["experiment_name"] == method and row["task_name"] == task
-        if is_ours and row["purpose"] == "trial" and row["tried_weight_decay"] is None:
+        is_own = row["experiment_name"] == method and row["task_name"] == task
+        if is_own and row["purpose"] == "trial" and row["tried_weight_decay"] is None:
             accuracy = row["val_accuracy"] if row["status"] == "success" else None
             found.setdefault(row["lr_factor"], []).append(accuracy)
     return [(factor, _mean(values)) for factor, values in sorted(found.items())]

@@ -1,21 +1,21 @@
-"""What is left to do: trials first, then the final cells with the rates that were chosen."""
+"""The plan of a comparison: tuning runs first, then final runs with the chosen hyperparameters."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from snella.comparison.cells import Cell, rates_of, trial_result
+from snella.comparison.cells import Cell, tuned_settings, tuning_result
 from snella.comparison.experiment import DataEntry, Experiment, MethodEntry
-from snella.comparison.search import Candidate, Choice, TrialResult, next_trials
+from snella.comparison.search import Candidate, Choice, TuningResult, next_tuning_runs
 
 
 @dataclass(frozen=True)
-class Hopeless:
-    """A final cell that cannot be trained, since no trial could.
+class BlockedRun:
+    """A final run that cannot be trained, since all its tuning runs failed.
 
     Args:
         cell: Which.
-        error: Why, with the error of the first trial.
+        error: Why, with the error of the first tuning run.
     """
 
     cell: Cell
@@ -34,7 +34,7 @@ class Plan:
         self.experiment = experiment
         self.rows = dict(rows)
         self._default_decays = {
-            (data.name, method.name): rates_of(experiment, data, method, Candidate())["weight_decay"]
+            (data.name, method.name): tuned_settings(experiment, data, method, Candidate())["weight_decay"]
             for data, method in self._pairs()
         }
 
@@ -42,17 +42,17 @@ class Plan:
         """Note that a cell is done."""
         self.rows[row["cell"]] = row
 
-    def ready(self) -> list[Cell | Hopeless]:
+    def ready(self) -> list[Cell | BlockedRun]:
         """Cells that are not done and wait for no other, in the order of the experiment; empty when all is done."""
         return [cell for pair in self._pairs() for cell in self._ready(*pair)]
 
     def left(self) -> list[tuple[Cell, int]]:
-        """What is left of every pair: a cell of it, and how many such trainings, extensions of the grid apart."""
+        """For every unfinished pair, its next cell and the number of remaining runs, without extensions of the grid."""
         counts = []
         for data, method in self._pairs():
             ready = self._ready(data, method)
             if ready:
-                first = ready[0].cell if isinstance(ready[0], Hopeless) else ready[0]
+                first = ready[0].cell if isinstance(ready[0], BlockedRun) else ready[0]
                 counts.append((first, len(ready) + self._later(data, method, first)))
         return counts
 
@@ -63,19 +63,19 @@ class Plan:
         return sum((row["task_name"], row["experiment_name"]) in pairs for row in self.rows.values())
 
     def choice(self, data: DataEntry, method: MethodEntry) -> Choice | list[Candidate]:
-        """The rates chosen for a pair, or what must be tried first."""
+        """The chosen hyperparameters of a pair, or the candidates to try first."""
         decay = self._default_decays[data.name, method.name]
-        return next_trials(self.experiment.grid, decay, self._results(data, method))
+        return next_tuning_runs(self.experiment.grid, decay, self._results(data, method))
 
     def _pairs(self) -> list[tuple[DataEntry, MethodEntry]]:
         """Tasks, and on each all methods."""
         return [(data, method) for data in self.experiment.data for method in self.experiment.methods]
 
-    def _ready(self, data: DataEntry, method: MethodEntry) -> list[Cell | Hopeless]:
+    def _ready(self, data: DataEntry, method: MethodEntry) -> list[Cell | BlockedRun]:
         """The next cells of one pair.
 
-        Rates that have been measured on test images stand, whatever trials are repeated afterwards: all seeds of a pair
-        have the same ones.
+        Hyperparameters that have been evaluated on test images are final, whatever tuning runs are repeated later: all
+        seeds of a pair have the same.
         """
         measured = self._measured(data, method)
         if measured is not None:
@@ -95,14 +95,14 @@ class Plan:
         ]
         missing = [cell for cell in finals if cell.name not in self.rows]
         if missing and found.candidate is not None:
-            rates = {c: rates_of(self.experiment, data, method, c) for c in found.tried}
+            rates = {c: tuned_settings(self.experiment, data, method, c) for c in found.tried}
             search = found.as_dict(self._results(data, method), rates.__getitem__)
             return [replace(cell, search=search) for cell in missing]
-        error = f"none of the {len(found.tried)} trials could be trained; the first: {self._first_error(data, method)}"
-        return [Hopeless(cell, error) for cell in missing]
+        error = f"all {len(found.tried)} tuning runs failed; the first: {self._first_error(data, method)}"
+        return [BlockedRun(cell, error) for cell in missing]
 
     def _later(self, data: DataEntry, method: MethodEntry, next_cell: Cell) -> int:
-        """Trainings of a pair that are not ready yet."""
+        """Runs of a pair that are not ready yet."""
         if next_cell.is_final:
             return 0
         finals = self.experiment.seeds
@@ -111,12 +111,12 @@ class Plan:
         decays = {w for w in self.experiment.grid.weight_decays if w != self._default_decays[data.name, method.name]}
         return finals + len(decays) * self.experiment.grid.seeds
 
-    def _results(self, data: DataEntry, method: MethodEntry) -> dict[Candidate, list[TrialResult]]:
-        """Finished trials of a pair."""
-        results: dict[Candidate, list[TrialResult]] = {}
+    def _results(self, data: DataEntry, method: MethodEntry) -> dict[Candidate, list[TuningResult]]:
+        """Finished tuning runs of a pair."""
+        results: dict[Candidate, list[TuningResult]] = {}
         for row in self._trials(data, method):
             candidate = _candidate_of(row)
-            results.setdefault(candidate, []).append(trial_result(row))
+            results.setdefault(candidate, []).append(tuning_result(row))
         return results
 
     def _measured(self, data: DataEntry, method: MethodEntry) -> dict[str, Any] | None:
@@ -132,7 +132,7 @@ class Plan:
         return sorted((r for r in rows if r["seed"] < self.experiment.grid.seeds), key=lambda row: str(row["cell"]))
 
     def _first_error(self, data: DataEntry, method: MethodEntry) -> str:
-        """What the first failed trial said."""
+        """The error of the first failed tuning run."""
         return next((str(row["error"]) for row in self._trials(data, method) if row["error"]), "no error was recorded")
 
 

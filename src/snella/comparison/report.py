@@ -1,4 +1,4 @@
-"""`comparison.html`: the table and the pictures of a comparison in one file that asks the network for nothing."""
+"""Reports of a comparison: a self-contained HTML file, Markdown tables, and the comparison with a paper's numbers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,15 +30,15 @@ from snella.comparison.summary import (
     summarize,
     table_cells,
 )
-from snella.report.style import inline_svg, shortened, write_whole
-from snella.runs.protocol import protocol_of
+from snella.report.style import inline_svg, shortened, write_atomically
+from snella.runs.protocol import get_protocol
 
 _METRIC = next(iter(METRICS))
 
 
 @dataclass(frozen=True)
-class PublishedRow:
-    """One number of the paper and ours.
+class PaperComparison:
+    """A number reported by the paper and the result here.
 
     Args:
         method: The method's label.
@@ -54,29 +54,29 @@ class PublishedRow:
 
     @property
     def texts(self) -> tuple[str, str, str, str, str]:
-        """Method, column, paper's, ours and the difference in points, for people."""
+        """Method, column, paper's, ours and the difference in points, human-readable."""
         if self.ours is None:
             return self.method, self.column, f"{self.paper:.1f}", "–", "–"
         return self.method, self.column, f"{self.paper:.1f}", f"{self.ours:.1f}", f"{self.ours - self.paper:+.1f}"
 
 
-def published_rows(experiment: Experiment, summary: Summary) -> list[PublishedRow]:
-    """Every published number whose method is in the experiment, with ours; empty without published ones."""
+def paper_comparison(experiment: Experiment, summary: Summary) -> list[PaperComparison]:
+    """Every reported number whose method is in the experiment, with the result here; empty without reported ones."""
     lines = {line.name: line for line in summary.methods}
     return [
-        PublishedRow(method, column, float(value), _ours(column, lines[method], summary))
+        PaperComparison(method, column, float(value), _own_result(column, lines[method], summary))
         for method, values in experiment.published.get("values", {}).items()
         if method in lines
         for column, value in values.items()
     ]
 
 
-def print_published(console: Console, experiment: Experiment, summary: Summary) -> None:
-    """Print the table, if the experiment has published numbers."""
-    rows = published_rows(experiment, summary)
+def print_paper_comparison(console: Console, experiment: Experiment, summary: Summary) -> None:
+    """Print the table, if the experiment has reported numbers."""
+    rows = paper_comparison(experiment, summary)
     if not rows:
         return
-    table = Table(title=f"beside the paper's: {experiment.published.get('source', '')}", title_justify="left")
+    table = Table(title=f"compared with the paper: {experiment.published.get('source', '')}", title_justify="left")
     for heading in ("method", "", "paper", "ours", "difference"):
         table.add_column(heading, justify="left" if heading in ("method", "") else "right")
     for row in rows:
@@ -84,8 +84,8 @@ def print_published(console: Console, experiment: Experiment, summary: Summary) 
     console.print(table)
 
 
-def _ours(column: str, line: MethodSummary, summary: Summary) -> float | None:
-    """Our number of one column, in percent."""
+def _own_result(column: str, line: MethodSummary, summary: Summary) -> float | None:
+    """The result here of one column, in percent."""
     spreads = line.per_task[_METRIC]
     if column == OVER_TASKS:
         found = line.over_tasks[_METRIC]
@@ -111,20 +111,20 @@ def markdown_tables(experiment: Experiment, rows: Rows) -> str:
         rows: All rows.
 
     Returns:
-        Markdown; says so where no final cell is finished.
+        Markdown; says so where no final run is finished.
     """
     summary = summarize(experiment, rows)
     if not summary.finals:
-        return "No final cell is finished yet.\n"
+        return "No final run is finished yet.\n"
     parts = []
     for metric, title in METRICS.items():
         headings, *lines = table_cells(summary, metric, with_costs=metric == "test_accuracy")
         rule = [" --- " if heading == "method" else " ---: " for heading in headings]
         table = [_markdown_line(headings), f"|{'|'.join(rule)}|", *map(_markdown_line, lines)]
         parts.append(f"**Test {title}**\n\n" + "\n".join(table))
-    done = f"{summary.finals} of {summary.expected} final cells"
+    done = f"{summary.finals} of {summary.expected} final runs"
     parts.append(f"{caption(summary)[0].upper()}{caption(summary)[1:]}. {done}. {_provenance(experiment, rows)}")
-    warning = protocol_of(experiment.settings.get("protocol", "standard")).warning
+    warning = get_protocol(experiment.settings.get("protocol", "standard")).warning
     parts += [f"Official protocol: {warning}"] if warning else []
     if summary.failed:
         parts.append("Failed: " + "; ".join(f"`{row['cell']}`, {row['error']}" for row in summary.failed))
@@ -132,7 +132,7 @@ def markdown_tables(experiment: Experiment, rows: Rows) -> str:
 
 
 def write_markdown(root: Path, experiment: Experiment, rows: Rows) -> Path:
-    """Write them beside the page."""
+    """Write the tables next to the report."""
     write_text(root / MARKDOWN_FILE, markdown_tables(experiment, rows))
     return root / MARKDOWN_FILE
 
@@ -143,7 +143,7 @@ def _markdown_line(cells: list[str]) -> str:
 
 
 def _provenance(experiment: Experiment, rows: Rows) -> str:
-    """Where the numbers come from."""
+    """Command, machines, dates and commits."""
     finals = final_rows(rows)
     dates = sorted({str(row["created_at"])[:10] for row in finals})
     machines = sorted({str(row["system_info"].get("processor") or row["system_info"].get("machine")) for row in finals})
@@ -157,15 +157,15 @@ def _provenance(experiment: Experiment, rows: Rows) -> str:
 FILE = "comparison.html"
 _NARROW = 310  # pixels that a phone's screen leaves for a figure
 _KEPT = {
-    "standard": "with the epoch that was best on validation",
+    "standard": "with the best epoch on validation",
     "final": "with the last epoch, after learning from the validation images too",
-    "official": "with the epoch that was best on these same test images",
+    "official": "with the best epoch on these same test images",
 }
-"""Which epoch a final run measures, by protocol."""
+"""Which epoch a final run evaluates, by protocol."""
 
 
 def write_page(root: Path, experiment: Experiment, rows: Rows) -> Path:
-    """Write the page, whole or not at all.
+    """Write the page atomically.
 
     Args:
         root: Folder of the comparison.
@@ -180,9 +180,9 @@ def write_page(root: Path, experiment: Experiment, rows: Rows) -> Path:
         "experiment": experiment,
         "summary": summary,
         "tables": [_table(summary, metric, title) for metric, title in METRICS.items()] if summary.finals else [],
-        "published": [row.texts for row in published_rows(experiment, summary)],
+        "published": [row.texts for row in paper_comparison(experiment, summary)],
         "kept": _KEPT[experiment.settings.get("protocol", "standard")],
-        "warning": protocol_of(experiment.settings.get("protocol", "standard")).warning,
+        "warning": get_protocol(experiment.settings.get("protocol", "standard")).warning,
         "costs": _costs(summary),
         "pareto": _pareto(summary),
         "rates": _rates(summary, rows),
@@ -205,12 +205,12 @@ def write_page(root: Path, experiment: Experiment, rows: Rows) -> Path:
     template = resources.files("snella.comparison").joinpath("comparison.html.jinja").read_text(encoding="utf-8")
     style = resources.files("snella.report").joinpath("report.css").read_text(encoding="utf-8")
     page = environment.from_string(template).render(context, style=Markup(style))
-    write_whole(root / FILE, page.encode("utf-8"))
+    write_atomically(root / FILE, page.encode("utf-8"))
     return root / FILE
 
 
 def _counted_twice(rows: Rows) -> float:
-    """Seconds of trials that are in the rows of the final cells which they became, too."""
+    """Seconds of tuning runs that are also in the rows of the final runs made from them."""
     times = {row["cell"]: row["total_time"] for row in rows}
     return sum(times.get(row.get("trained_as"), 0.0) for row in rows)
 
@@ -244,7 +244,7 @@ def _table(summary: Summary, metric: str, title: str) -> dict[str, Any]:
 
 
 def _costs(summary: Summary) -> dict[str, Any]:
-    """Headings and lines of the costs; columns that nobody has are left out."""
+    """Headings and lines of the costs; empty columns are left out."""
     titles = {
         "trainable": "trainable",
         "changed": "changed weights",
@@ -308,7 +308,7 @@ def _rates(summary: Summary, rows: Rows) -> list[Markup]:
 
 
 def _choices(summary: Summary, rows: Rows) -> list[dict[str, Any]]:
-    """The chosen rates of every pair of task and method."""
+    """The chosen hyperparameters of every pair of task and method."""
     found: dict[tuple[str, str], Mapping[str, Any]] = {}
     for final in final_rows(rows):
         found.setdefault((final["task_name"], final["experiment_name"]), final)

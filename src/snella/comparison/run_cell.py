@@ -1,4 +1,4 @@
-"""Training one cell, once, whoever asks for it."""
+"""`run_cell`: train and evaluate one cell, once, and store its row."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader
 
 from snella._files import write_json
-from snella.comparison.cells import Cell, head_of_row, package_info, results_of, system_info, trial_result
+from snella.comparison.cells import Cell, package_info, read_results, row_header, system_info, tuning_result
 from snella.comparison.experiment import Experiment
 from snella.comparison.store import CELL_FILE, LOCKS, append_row, cell_lock, read_row, remove_lock
 from snella.data import ImageDataset, build_transform, load_data
@@ -82,12 +82,12 @@ def measure_forgetting(run: Path, data: str, images: int, cache: Path, batch_siz
     Args:
         run: Folder of a finished run.
         data: Other data than the run's.
-        images: Use at most so many of its images.
+        images: Maximum number of its images.
         cache: Folder where the accuracy of frozen features is kept, which all runs of a backbone share.
         batch_size: Images at a time.
 
     Returns:
-        `forgetting` (a share of 1; negative where the adapted features see more), `forgetting_data`,
+        `forgetting` (a share of 1; negative where the adapted features are better), `forgetting_data`,
         `probe_accuracy_frozen` and `probe_accuracy_adapted`.
     """
     loaded = load_run(run)
@@ -116,7 +116,7 @@ def measure_forgetting(run: Path, data: str, images: int, cache: Path, batch_siz
 
 @torch.no_grad()
 def head_inputs(model: nn.Module, parts: list[ImageDataset], batch_size: int) -> NDArray[np.float32]:
-    """What enters the head of a model from `build_method`, `[images, width]`.
+    """The inputs to the head of a model from `build_method`, `[images, width]`.
 
     Args:
         model: Put into evaluation mode.
@@ -181,22 +181,22 @@ def probe_images(data: str, images: int) -> tuple[list[ImageDataset], NDArray[np
 MEMORY = ("peak_rss_mib", "training_mib")
 
 
-def finish_trial(root: Path, experiment: Experiment, cell: Cell, folder: Path) -> dict[str, Any] | None:
-    """Make a final cell's run from the trial that it would repeat, and measure its test images.
+def finish_tuning_run(root: Path, experiment: Experiment, cell: Cell, folder: Path) -> dict[str, Any] | None:
+    """Make a final run from the tuning run that it would repeat, and evaluate it on the test images.
 
     Args:
         root: Folder of the comparison.
         experiment: What the cell belongs to.
         cell: The final cell.
-        folder: Where its run shall lie; must not exist.
+        folder: The folder of its run; must not exist.
 
     Returns:
-        The trial's row; None where there is no such trial, where its adapter is gone, or where it was trained with
-        other settings, by other versions or on another machine.
+        The tuning run's row; None where there is no such run, where its adapter is missing, or where it was trained
+        with other settings, by other versions or on another machine.
     """
     trial = replace(cell, is_final=False, search=None)
     if not cell.is_final or cell.config(experiment, "-") != trial.config(experiment, "-"):
-        return None  # under the final protocol it also learns from the images that chose the rates
+        return None  # under the final protocol it also trains on the images it was tuned on
     run = RunFolder(trial.folder(root))
     row = read_row(run.path)
     if row is None or row["status"] != "success" or not run.adapter.is_dir():
@@ -208,22 +208,22 @@ def finish_trial(root: Path, experiment: Experiment, cell: Cell, folder: Path) -
     own = RunFolder(folder)
     config = replace(own.read_config(), out=str(folder))
     own.write_config(config)
-    scores = evaluate(folder, split="test", batch_size=config.images_per_step, device=config.device)
+    scores = evaluate(folder, split="test", batch_size=config.effective_batch_size, device=config.device)
     own.write(replace(read(Metrics, folder), test=scores_from(scores)))
     return row
 
 
 def drop_adapters(root: Path, experiment: Experiment, cell: Cell) -> None:
-    """Remove the adapters that no final cell can want any more: all but the best trial's, none once it is done.
+    """Remove the adapters that no final run can use any more: all but the best tuning run's, and all once it is done.
 
     Args:
         root: Folder of the comparison.
         experiment: What the cell belongs to.
-        cell: The one that was just finished; its method's trials of its seed are looked at.
+        cell: The one that was just finished; its method's tuning runs of its seed are checked.
     """
     place = replace(cell, is_final=False).folder(root).parent
     rows = {path.parent: read_row(path.parent) for path in place.glob(f"*_seed-{cell.seed}/{CELL_FILE}")}
-    ranks = {folder: trial_result(row).rank for folder, row in rows.items() if row is not None}
+    ranks = {folder: tuning_result(row).rank for folder, row in rows.items() if row is not None}
     is_wanted = not cell.is_final and cell.seed < experiment.seeds
     for folder, rank in ranks.items():
         if not is_wanted or rank < max(ranks.values()):
@@ -236,21 +236,21 @@ _ERROR_LENGTH = 400
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an attempt at a cell ended.
+    """The outcome of `run_cell`.
 
     Args:
-        state: trained (here), found (its row was there already), or taken (another process is at it).
+        state: trained (here), found (its row exists already), or claimed (by another process).
         row: Its row, where it has one.
     """
 
-    state: Literal["trained", "found", "taken"]
+    state: Literal["trained", "found", "claimed"]
     row: dict[str, Any] | None = None
 
 
 def run_cell(root: Path, experiment: Experiment, cell: Cell, is_own_process: bool = False) -> Outcome:
-    """Train a cell and store its row, unless that is done already or being done.
+    """Train a cell and store its row, unless that is done already or claimed by another process.
 
-    What an interrupted attempt left is removed first. A training that fails becomes a row with its error.
+    Files of an interrupted attempt are removed first. A failed run becomes a row with its error.
 
     Args:
         root: Folder of the comparison.
@@ -271,22 +271,22 @@ def run_cell(root: Path, experiment: Experiment, cell: Cell, is_own_process: boo
         if row is not None:
             return Outcome("found", row)
         if not is_acquired:
-            return Outcome("taken")
+            return Outcome("claimed")
         row = append_row(root, folder, _row(root, experiment, cell, folder, is_own_process))
         drop_adapters(root, experiment, cell)
     remove_lock(root / LOCKS, cell.name)
     return Outcome("trained", row)
 
 
-def record_death(root: Path, experiment: Experiment, cell: Cell, error: str) -> dict[str, Any] | None:
-    """Store the row of a cell whose process ended without one; None where another process has taken it over."""
+def record_crash(root: Path, experiment: Experiment, cell: Cell, error: str) -> dict[str, Any] | None:
+    """Store the row of a cell whose process crashed; None where another process has claimed it."""
     folder = cell.folder(root)
     with cell_lock(root / LOCKS, cell.name) as is_acquired:
         row = read_row(folder)
         if row is None and not is_acquired:
             return None
         if row is None:
-            row = append_row(root, folder, _failed(head_of_row(cell, experiment, _now()), error, 0.0))
+            row = append_row(root, folder, _failed(row_header(cell, experiment, _now()), error, 0.0))
     remove_lock(root / LOCKS, cell.name)
     return row
 
@@ -299,10 +299,10 @@ def _row(root: Path, experiment: Experiment, cell: Cell, folder: Path, is_own_pr
     log.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists():
         shutil.rmtree(folder)
-    head = head_of_row(cell, experiment, created_at)
+    head = row_header(cell, experiment, created_at)
     with log.open("w", encoding="utf-8") as file:
         try:
-            trial = finish_trial(root, experiment, cell, folder)
+            trial = finish_tuning_run(root, experiment, cell, folder)
             if trial is None:
                 train(
                     cell.config(experiment, folder),
@@ -312,9 +312,9 @@ def _row(root: Path, experiment: Experiment, cell: Cell, folder: Path, is_own_pr
                     draw_report=False,
                 )
             run = RunFolder(folder)
-            results = results_of(run)
+            results = read_results(run)
             if cell.is_final and results["test_accuracy"] is None:
-                raise ValueError(f"data {cell.data.data!r} must have a test part for the table, got none")
+                raise ValueError(f"data {cell.data.data!r} must have a test part, got none")
             if trial is not None:
                 memory = {key: trial[key] for key in MEMORY}
             else:
@@ -349,7 +349,7 @@ def _memory(run: RunFolder, before_mib: float) -> dict[str, float]:
 
 
 def _forgetting(root: Path, experiment: Experiment, cell: Cell, run: RunFolder) -> dict[str, Any]:
-    """The columns of forgetting, for final cells."""
+    """The columns of forgetting, for final runs."""
     data = experiment.probe_data(cell.data) if cell.is_final else None
     if data is None:
         return {"forgetting": None, "forgetting_data": None}
@@ -357,7 +357,7 @@ def _forgetting(root: Path, experiment: Experiment, cell: Cell, run: RunFolder) 
 
 
 def _failed(head: dict[str, Any], error: str, elapsed_s: float) -> dict[str, Any]:
-    """The row of a training that failed."""
+    """The row of a failed run."""
     return {**head, "status": "failed", "error": error, "total_time": round(elapsed_s, 3)}
 
 
@@ -373,6 +373,6 @@ def _now() -> str:
 
 
 def set_threads(threads: int) -> None:
-    """Let this process compute with so many threads."""
+    """Set the number of threads of this process."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)

@@ -1,8 +1,8 @@
-"""Choosing a learning rate and a weight decay on validation: what to try next, and what was best.
+"""Hyperparameter search: learning rate and weight decay, tuned on the validation set.
 
 The learning rate is searched first, with the method's own weight decay; then the weight decay at the best rate. While
 the best value lies on the grid's edge the grid grows there. The search is a function of the results so far alone, so
-that it goes on after any interruption, on any machine.
+that it resumes after any interruption, on any machine.
 """
 
 import math
@@ -33,30 +33,30 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class TrialResult:
-    """What one seed's training at a candidate reached on validation; None for a training that failed."""
+class TuningResult:
+    """Validation results of one tuning run; None for a failed one."""
 
     accuracy: float | None
     loss: float | None
 
     @property
     def rank(self) -> tuple[float, float]:
-        """What trials are compared by: accuracy, then loss; a failed one is below all others."""
+        """Sort key: accuracy, then loss; a failed run is below all others."""
         if self.accuracy is None or self.loss is None:
             return -math.inf, -math.inf
         return self.accuracy, -self.loss
 
 
-Results = Mapping[Candidate, Sequence[TrialResult]]
-"""Finished trials by candidate; a candidate is complete with one result a seed."""
+Results = Mapping[Candidate, Sequence[TuningResult]]
+"""Finished tuning runs by candidate; a candidate is complete with one result per seed."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What the search found.
+    """The result of the search.
 
     Args:
-        candidate: The best point; None where no trial succeeded.
+        candidate: The best point; None where all tuning runs failed.
         tried: All points in the order of the axes.
         lr_on_edge: Whether the best rate is the smallest or the largest that was tried.
         weight_decay_on_edge: Whether the best weight decay is the largest of several; 0 is no edge.
@@ -67,19 +67,19 @@ class Choice:
     lr_on_edge: bool
     weight_decay_on_edge: bool
 
-    def as_dict(self, results: Results, rates_of: Callable[[Candidate], Mapping[str, Any]]) -> dict[str, Any]:
+    def as_dict(self, results: Results, tuned_settings: Callable[[Candidate], Mapping[str, Any]]) -> dict[str, Any]:
         """The choice as a row holds it, with every result."""
         trials = []
         for candidate in self.tried:
             found = results.get(candidate, ())
             if not found:
-                continue  # the only one there is, which needs no trial
+                continue  # a single candidate needs no tuning run
             accuracies = [r.accuracy for r in found if r.accuracy is not None]
             is_whole = len(accuracies) == len(found)
             trials.append(
                 {
                     "lr_factor": candidate.lr_factor,
-                    **rates_of(candidate),
+                    **tuned_settings(candidate),
                     "val_accuracy": sum(accuracies) / len(accuracies) if is_whole else None,
                     "val_loss": _mean([r.loss for r in found]) if is_whole else None,
                     "failed": len(found) - len(accuracies),
@@ -93,12 +93,12 @@ class Choice:
         }
 
 
-def next_trials(grid: Grid, default_weight_decay: float, results: Results) -> list[Candidate] | Choice:
-    """What must be trained before the choice can be made, or the choice.
+def next_tuning_runs(grid: Grid, default_weight_decay: float, results: Results) -> list[Candidate] | Choice:
+    """The candidates to train before the choice can be made, or the choice.
 
     Args:
         grid: The axes.
-        default_weight_decay: The method's own; a grid of one point with it needs no trial.
+        default_weight_decay: The method's own; a grid of one point with it needs no tuning run.
         results: What is finished so far.
     """
     factors = sorted(set(grid.lr_factors))
@@ -111,10 +111,10 @@ def next_trials(grid: Grid, default_weight_decay: float, results: Results) -> li
         if missing:
             return missing
         best = _best(candidates, results)
-        wanted = None if best is None else _beyond(factors, best.lr_factor)
-        if wanted is None or extensions == grid.max_extensions:
+        extension = None if best is None else _beyond(factors, best.lr_factor)
+        if extension is None or extensions == grid.max_extensions:
             break
-        factors = sorted([*factors, wanted])
+        factors = sorted([*factors, extension])
     if best is None:
         return Choice(None, tuple(candidates), False, False)
     lr_on_edge = len(factors) > 1 and best.lr_factor in (factors[0], factors[-1])
@@ -148,7 +148,7 @@ def _best(candidates: Sequence[Candidate], results: Results) -> Candidate | None
     return best if math.isfinite(rank[0]) else None
 
 
-def _mean_rank(results: Sequence[TrialResult]) -> tuple[float, float]:
+def _mean_rank(results: Sequence[TuningResult]) -> tuple[float, float]:
     """Means of accuracy and of negative loss."""
     accuracies, losses = zip(*(result.rank for result in results), strict=True)
     return sum(accuracies) / len(results), sum(losses) / len(results)
@@ -157,7 +157,7 @@ def _mean_rank(results: Sequence[TrialResult]) -> tuple[float, float]:
 def _beyond(factors: Sequence[float], best: float) -> float | None:
     """The next factor outside the grid, where the best lies on its edge; None where it lies inside.
 
-    It goes on as the grid does over two steps: 30 after 1, 3, 10.
+    It continues the grid over two steps: 30 after 1, 3, 10.
     """
     if len(factors) < 2:
         return None

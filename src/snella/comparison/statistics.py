@@ -1,4 +1,4 @@
-"""From rows to the numbers of the table: means, deviations, paired differences with intervals."""
+"""Statistics of a comparison: means, standard deviations, paired differences with bootstrap intervals."""
 
 import math
 import statistics
@@ -43,7 +43,7 @@ class Difference:
 
 
 def final_rows(rows: Rows) -> list[Mapping[str, Any]]:
-    """The rows of the table: finished final cells."""
+    """The rows of the table: finished final runs."""
     return [row for row in rows if row["purpose"] == "final" and row["status"] == "success"]
 
 
@@ -66,13 +66,13 @@ def mean_over_groups(rows: Rows, method: str, groups: Mapping[str, Sequence[str]
 def difference(rows: Rows, method: str, reference: str, tasks: Sequence[str], metric: str) -> Difference | None:
     """Differences to the reference in pairs of the same task and seed.
 
-    With several tasks the bootstrap draws tasks first, then seeds within each, so that its interval speaks about tasks
+    With several tasks the bootstrap draws tasks first, then seeds within each, so that its interval holds for tasks
     like these; with one task it draws seeds.
 
     Args:
         rows: Final rows.
-        method: The contender.
-        reference: Whom it is compared to.
+        method: The method.
+        reference: The method it is compared to.
         tasks: Which tasks count.
         metric: A column.
 

@@ -1,8 +1,8 @@
 """The rows of a comparison on disk, and the locks that give each cell to one process.
 
 `results.jsonl` holds one line a cell, appended as cells finish, by several processes if need be; every cell also keeps
-its row as `cell.json` in its folder, written atomically. Each row carries the SHA-256 of its other columns. A line goes
-before the folder's copy, and what is damaged or missing on one side is restored from the other.
+its row as `cell.json` in its folder, written atomically. Each row carries the SHA-256 of its other columns. A line
+takes precedence over the folder's copy, and what is damaged or missing on one side is restored from the other.
 
 Locks are those of the operating system, on files below `locks/` (`filelock`): they end with the process that holds
 them, whatever ended it, and know no clock. They hold on one machine; several machines share a comparison through Ray.
@@ -129,10 +129,10 @@ def read_lines(path: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
 
 
 def collect(root: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """All rows there are, by cell, and notes about what was mended.
+    """All rows by cell, and notes about repairs.
 
-    An intact line goes before the row in its cell's folder. The file is written anew where it lacks a row, holds one
-    twice, or is damaged; a `cell.json` that says something else than the line is written anew from it.
+    An intact line takes precedence over the row in its cell's folder. The file is rewritten where it lacks a row, holds
+    one twice, or is damaged; a `cell.json` that differs from the line is rewritten from it.
 
     Args:
         root: Of the comparison.

@@ -1,4 +1,4 @@
-"""The table of a comparison: the numbers of every method, for the page and for the terminal."""
+"""The table of a comparison: the numbers of every method, for the report and the terminal."""
 
 import math
 from collections.abc import Mapping
@@ -44,7 +44,7 @@ class MethodSummary:
         to_reference_on: The same on each task, for the accuracy.
         costs: Means over tasks of the columns of cost, None where not measured.
         edges: On how many tasks the chosen learning rate lies on the grid's edge.
-        failed: How many of its cells failed.
+        failed: How many of its runs failed.
     """
 
     name: str
@@ -67,9 +67,9 @@ class Summary:
         tasks: Tasks that have a row, in the order of the experiment.
         groups: Their groups, by name.
         reference: The method that others are compared to.
-        finals: Finished final cells.
-        expected: Final cells that the experiment has.
-        failed: Rows of cells that failed.
+        finals: Finished final runs.
+        expected: Final runs of the experiment.
+        failed: Rows of failed runs.
     """
 
     methods: list[MethodSummary]
@@ -93,8 +93,8 @@ def summarize(experiment: Experiment, rows: Rows) -> Summary:
         experiment: Order, groups and reference.
         rows: All rows; those of other methods and tasks are left out.
     """
-    names, known = [m.name for m in experiment.methods], [d.name for d in experiment.data]
-    rows = [row for row in rows if row["experiment_name"] in names and row["task_name"] in known]
+    names, task_names = [m.name for m in experiment.methods], [d.name for d in experiment.data]
+    rows = [row for row in rows if row["experiment_name"] in names and row["task_name"] in task_names]
     finals = final_rows(rows)
     seen = {row["task_name"] for row in finals}
     data = [entry for entry in experiment.data if entry.name in seen]
@@ -110,7 +110,7 @@ def summarize(experiment: Experiment, rows: Rows) -> Summary:
         groups,
         reference,
         len(finals),
-        len(names) * len(known) * experiment.seeds,
+        len(names) * len(task_names) * experiment.seeds,
         failed,
     )
 
@@ -177,7 +177,7 @@ def outcome_text(summary: Summary) -> str:
     if lead is not None and lead.mean > 0:
         text += f": {100 * lead.mean:.1f} points above {summary.reference}"
         if not math.isnan(lead.low):
-            doubt = "" if lead.low > 0 else ", so that it is not certain"
+            doubt = "" if lead.low > 0 else ", not significant"
             text += f" ({LEVEL:.0%} interval {_signed(lead.low)} to {_signed(lead.high)}{doubt})"
     above = [name for name, d in differences.items() if d.low > 0 and name != best]
     below = [name for name, d in differences.items() if d.high < 0]
@@ -195,7 +195,7 @@ def part_text(value: Difference, tasks: int) -> str:
 
 
 def cost_texts(costs: Mapping[str, float | None]) -> dict[str, str]:
-    """Costs for people."""
+    """Costs, human-readable."""
     memory = costs["accelerator_memory_max"]
     texts = {
         "trainable": _text(costs["num_trainable_params"], lambda v: count_text(round(v))),
@@ -210,7 +210,7 @@ def cost_texts(costs: Mapping[str, float | None]) -> dict[str, str]:
 
 
 def caption(summary: Summary) -> str:
-    """What the numbers of the tables are."""
+    """The caption of the tables."""
     pairs = max((m.to_reference["test_accuracy"] or Difference(0, 0, 0, 0, 0)).pairs for m in summary.methods)
     return (
         f"test {'/'.join(METRICS.values())} in percent, mean ± standard deviation over seeds; differences to "
@@ -222,7 +222,7 @@ def print_summary(console: Console, experiment: Experiment, rows: Rows) -> None:
     """Print the table."""
     summary = summarize(experiment, rows)
     if not summary.finals:
-        print_line(console, "no final cell is finished yet")
+        print_line(console, "no final run is finished yet")
         return
     for metric, title in METRICS.items():
         console.print(_table(summary, metric, title))
@@ -231,7 +231,7 @@ def print_summary(console: Console, experiment: Experiment, rows: Rows) -> None:
     for row in summary.failed:
         print_line(console, f"FAILED {row['cell']}: {row['error']}")
     if summary.failed:
-        print_line(console, "failed cells are trained again with --retry-failed")
+        print_line(console, "--retry-failed trains failed runs again")
 
 
 def table_cells(summary: Summary, metric: str, *, with_costs: bool) -> list[list[str]]:
@@ -251,7 +251,7 @@ def table_cells(summary: Summary, metric: str, *, with_costs: bool) -> list[list
 
 
 def _table(summary: Summary, metric: str, title: str) -> Table:
-    """The lines for people."""
+    """The table for the terminal."""
     headings, *lines = table_cells(summary, metric, with_costs=metric == "test_accuracy")
     table = Table(title=f"test {title}", title_justify="left")
     for heading in headings:

@@ -1,4 +1,4 @@
-"""The data sets of one benchmark: what they are called, and where each lies."""
+"""The data sets of a benchmark: names, folders and checks of their lists."""
 
 import difflib
 import hashlib
@@ -41,7 +41,7 @@ class Inspection:
 
     Attributes:
         name: The benchmark's own name of the data set.
-        folder: Where it was looked for.
+        folder: Its folder.
         parts: The lists that could be read, by name.
         classes: Class names by index.
         errors: What makes the data unusable.
@@ -61,16 +61,16 @@ class Inspection:
         """Refuse data with errors, all of them in one message; deviations become notes where they are allowed.
 
         Args:
-            spec: What the user typed.
-            check_sizes: Refuse deviations too.
+            spec: The data specification.
+            check_sizes: Whether deviations are errors too.
 
         Raises:
             ValueError: There are any.
         """
         wrong = [*self.errors, *(self.deviations if check_sizes else [])]
         if wrong:
-            way_out = "; to use it all the same, pass check_sizes=False" if check_sizes and not self.errors else ""
-            raise ValueError(f"{spec} is not {self.name} as the benchmark has it: {'; '.join(wrong)}{way_out}")
+            remedy = "; to use it anyway, pass check_sizes=False" if check_sizes and not self.errors else ""
+            raise ValueError(f"{spec} is not {self.name} as the benchmark has it: {'; '.join(wrong)}{remedy}")
         self.notes += [f"not the benchmark's own data: {deviation}" for deviation in self.deviations]
 
 
@@ -99,11 +99,11 @@ def overlap_errors(one: ListedPart, other: ListedPart) -> tuple[list[str], list[
     """Images of one part that are in another one too: the same file, or a file with the same bytes.
 
     Files are only read where their size in bytes occurs on both sides. A few copies under other names belong to some
-    benchmarks (rendered shapes that look alike after half a turn), so they are told and not refused, up to 5 % of
+    benchmarks (rendered shapes that look alike after half a turn), so they are noted and not refused, up to 5 % of
     the other part.
 
     Args:
-        one: What is learnt from.
+        one: What is trained on.
         other: What is measured on.
 
     Returns:
@@ -181,7 +181,7 @@ def _folder_sizes(folder: Path) -> dict[str, int]:
 
 
 def _digest(file: Path) -> bytes:
-    """Fingerprint of a file's bytes."""
+    """BLAKE2 digest of a file."""
     return hashlib.blake2b(file.read_bytes(), digest_size=16).digest()
 
 
@@ -202,7 +202,7 @@ M = TypeVar("M", bound=Member)
 
 @dataclass(frozen=True)
 class BenchmarkFamily(Generic[M]):
-    """How the data sets of one benchmark are known, found and read.
+    """A benchmark: the names, folders and reader of its data sets.
 
     Attributes:
         prefix: Of data specifications, as in `vtab:PATH`.
@@ -225,12 +225,12 @@ class BenchmarkFamily(Generic[M]):
         return next((member for member in self.members.values() if name in (member.name, *member.aliases)), None)
 
     def place(self, root: Path, member: M) -> Path:
-        """Where a data set lies in the benchmark's folder: the first of its names that is there, or belongs there."""
+        """The folder of a data set: the first of its names that exists, else its own name."""
         places = [root / name for name in (member.name, *member.aliases)]
         return next((place for place in places if place.is_dir()), places[0])
 
     def holds(self, folder: Path) -> bool:
-        """Whether any of the data sets lies in this folder."""
+        """Whether the folder holds any of the data sets."""
         return any(self.place(folder, member).is_dir() for member in self.members.values())
 
     def resolve(self, path: Path) -> Path:
@@ -258,7 +258,7 @@ class BenchmarkFamily(Generic[M]):
         folder = self.place(wanted.parent, member)
         if not folder.is_dir():
             raise FileNotFoundError(
-                f"{spec}: there is no folder '{folder}'; `snella data check {wanted.parent}` tells what belongs there"
+                f"{spec}: there is no folder '{folder}'; `snella data check {wanted.parent}` says what belongs there"
             )
         found = self.read(folder, member)
         found.check(spec, check_sizes=check_sizes)

@@ -100,7 +100,7 @@ def load_stamps(folder: str | None = None) -> Collection:
     """
     root = Path(folder or os.environ.get("SNELLA_STAMPS") or _STAMPS_FOLDER).expanduser()
     if not root.is_dir():
-        raise FileNotFoundError(not_there("stamps", root, "tuxpaint-stamps-default", "SNELLA_STAMPS"))
+        raise FileNotFoundError(missing_package_message("stamps", root, "tuxpaint-stamps-default", "SNELLA_STAMPS"))
     files = {
         category.name: [file for file in sorted(category.rglob("*.png")) if not file.stem.endswith("_mirror")]
         for category in sorted(root.iterdir())
@@ -125,7 +125,9 @@ def load_stamps(folder: str | None = None) -> Collection:
 def _read_idx(file: Path, dimensions: int) -> np.ndarray:
     """Read a gzipped IDX file of unsigned bytes."""
     if not file.is_file():
-        raise FileNotFoundError(not_there("fashion-mnist", file, "dataset-fashion-mnist", "SNELLA_FASHION_MNIST"))
+        raise FileNotFoundError(
+            missing_package_message("fashion-mnist", file, "dataset-fashion-mnist", "SNELLA_FASHION_MNIST")
+        )
     try:
         content = gzip.decompress(file.read_bytes())
     except (OSError, EOFError, zlib.error) as error:
@@ -141,7 +143,7 @@ def _read_idx(file: Path, dimensions: int) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
-def not_there(data: str, path: Path, package: str, variable: str) -> str:
+def missing_package_message(data: str, path: Path, package: str, variable: str) -> str:
     """Message about a missing Debian package."""
     return f"data {data}: '{path}' is not there; run `apt install {package}`, or set {variable} to its folder"
 
@@ -274,7 +276,7 @@ def _root(folder: str | None, data: str) -> Path:
     root = Path(folder or os.environ.get("SNELLA_MRI") or _FOLDER).expanduser()
     for name in (_HEAD, _BRAIN, _ATLAS, _ATLAS_NAMES):
         if not (root / name).is_file():
-            raise FileNotFoundError(not_there(data, root / name, "mricron-data", "SNELLA_MRI"))
+            raise FileNotFoundError(missing_package_message(data, root / name, "mricron-data", "SNELLA_MRI"))
     shapes = {name: list(_volume(root / name).shape) for name in (_HEAD, _BRAIN, _ATLAS)}
     if any(shape != shapes[_HEAD] or shape[2] <= _LAST_SLICE or shape[1] < shape[0] for shape in shapes.values()):
         raise ValueError(f"data {data}: the volumes in '{root}' must be aligned and at least 155 slices, got {shapes}")
@@ -371,6 +373,6 @@ __all__ = [
     "load_mri_lobes",
     "load_mri_regions",
     "load_stamps",
-    "not_there",
+    "missing_package_message",
     "read_nifti",
 ]

@@ -1,4 +1,4 @@
-"""What of VTAB-1k and FGVC lies in a folder, what is missing, and what is wrong with it."""
+"""Validation of VTAB-1k and FGVC folders."""
 
 import difflib
 from dataclasses import dataclass, field
@@ -16,11 +16,11 @@ _FAMILIES: tuple[BenchmarkFamily[Any], ...] = (VTAB, FGVC)
 
 @dataclass
 class BenchmarkCheck:
-    """One benchmark, or one data set of it, as it lies in a folder.
+    """The result of checking the folder of a benchmark, or of one of its data sets.
 
     Attributes:
         title: Name of the benchmark.
-        folder: Where its data sets lie.
+        folder: Folder of its data sets.
         found: Those that are there.
         missing: Names of those that are not.
         layout: What belongs where.
@@ -32,7 +32,7 @@ class BenchmarkCheck:
     found: list[Inspection]
     missing: list[str] = field(default_factory=list)
     layout: str = ""
-    strangers: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
 
     @property
     def errors(self) -> list[str]:
@@ -44,7 +44,7 @@ class BenchmarkCheck:
         ]
         if self.missing:
             total = len(self.missing) + len(self.found)
-            hint = f" (there are folders {', '.join(self.strangers)})" if self.strangers else ""
+            hint = f" (there are folders {', '.join(self.unexpected)})" if self.unexpected else ""
             texts.append(
                 f"{len(self.missing)} of {total} data sets of {self.title} are missing: {', '.join(self.missing)}; "
                 f"put each into '{self.folder}' as {self.layout}{hint}"
@@ -53,7 +53,7 @@ class BenchmarkCheck:
 
 
 def check_benchmarks(folder: str | Path, *, decode: bool = False) -> list[BenchmarkCheck]:
-    """Look at a benchmark's folder, at one data set of it, or at a folder with `vtab-1k` and `fgvc` inside.
+    """Validate a benchmark's folder, one data set of it, or a folder with `vtab-1k` and `fgvc` inside.
 
     Args:
         folder: The folder.
@@ -110,10 +110,10 @@ def _whole(family: BenchmarkFamily[Any], root: Path) -> BenchmarkCheck:
             found.append(family.read(place, member))
         else:
             missing.append(name)
-    return BenchmarkCheck(family.title, root, found, missing, family.layout, _strangers(root, missing))
+    return BenchmarkCheck(family.title, root, found, missing, family.layout, _unexpected_folders(root, missing))
 
 
-def _strangers(root: Path, missing: list[str]) -> list[str]:
+def _unexpected_folders(root: Path, missing: list[str]) -> list[str]:
     """Folders of another name than any data set has, next to the missing one of a like name."""
     texts = []
     for child in sorted(child for child in root.iterdir() if child.is_dir()):

@@ -1,4 +1,4 @@
-"""What a family of data hands over before it is split."""
+"""`Collection`: images with their classes, before they are split."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from snella.data.datasets import ImageDataset
 __all__ = ["Collection", "Protocol"]
 
 Protocol = Literal["standard", "final", "official"]
-"""Which images are learnt from and which choose the best epoch; see `load_data`."""
+"""Which images are trained on and which choose the best epoch; see `load_data`."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Labeled images as a torch data set whose augmentation does not depend on workers, prefetching or resuming."""
+"""Torch data sets of labeled images; augmentation does not depend on workers, prefetching or resuming."""
 
 import hashlib
 import os
@@ -145,8 +145,8 @@ _GRAYS = ("L", "I", "I;16", "I;16B", "I;16L")
 def read_label_map(path: str | Path) -> tuple[np.ndarray, bool]:
     """Read a mask: palette indices, gray values, or a picture of black and white.
 
-    A lossy format (JPEG) does not keep labels, so that only two can be told apart: such a mask is cut at `THRESHOLD`
-    and becomes 0 and 1.
+    A lossy format (JPEG) does not preserve labels, so that only two can be told apart: such a mask is thresholded at
+    `THRESHOLD` and becomes 0 and 1.
 
     Args:
         path: PNG and the like in palette, gray or black-and-white mode, RGB where the three channels are equal; or

@@ -1,4 +1,4 @@
-"""FGVC: five data sets of birds, flowers, dogs and cars, as JSON lists beside the images."""
+"""FGVC: five fine-grained data sets, as JSON lists next to the images."""
 
 import json
 from dataclasses import dataclass
@@ -146,12 +146,12 @@ def _read(file: Path) -> tuple[dict[str, int], str]:
         return {}, f"{file.name} must hold an object {{image path: class}}, got {str(content)[:40]!r}"
     wrong = [f"{path!r}: {label!r}" for path, label in content.items() if not _is_number(label)]
     if wrong:
-        return {}, f"{file.name} must give each image a whole number, but {len(wrong)} have none: {listed(wrong)}"
+        return {}, f"{file.name} must give each image an integer, but {len(wrong)} have none: {listed(wrong)}"
     return {path: int(label) for path, label in content.items()}, ""
 
 
 def _is_number(label: Any) -> bool:
-    """Whether a class id is a whole number, or a text of digits."""
+    """Whether a class id is an integer, or a string of digits."""
     return not isinstance(label, bool) and (isinstance(label, int) or (isinstance(label, str) and label.isdigit()))
 
 

@@ -1,4 +1,4 @@
-"""From what a user typed after `--data` to a training, a validation and a test part."""
+"""`load_data`: a data specification as training, validation and test splits."""
 
 import difflib
 from collections import Counter
@@ -27,17 +27,17 @@ from snella.data.vtab import VTAB, load_vtab
 
 _FOLDER = "folder:"
 _IMBALANCE = 4
-"""So many times the images of another class are worth a note."""
+"""Ratio of class sizes from which a note about imbalance is given."""
 _IN_FOLDERS: dict[str, Callable[..., Collection]] = {
     _FOLDER: load_folder,
     "masks:": load_masks,
     "kvasir:": load_kvasir,
 }
-"""Families that stand before the path of a folder; each takes the path and `skip_broken`."""
+"""Data formats by the prefix of a folder's path; each takes the path and `skip_broken`."""
 _BENCHMARKS: dict[str, Callable[..., Collection]] = {"vtab:": load_vtab, "fgvc:": load_fgvc}
-"""Families of published benchmarks; each takes the path of one data set and `check_sizes`."""
+"""Benchmarks by prefix; each takes the path of one data set and `check_sizes`."""
 _BENCHMARK_FOLDERS: dict[str, Callable[[Path], Path]] = {"vtab:": VTAB.resolve, "fgvc:": FGVC.resolve}
-"""How their data sets are found under other names of their folders."""
+"""Resolve other names of their data sets' folders."""
 _FAMILIES: dict[str, Callable[[], Collection]] = {
     "digits": load_digits,
     "mnist5k": load_mnist5k,
@@ -55,12 +55,12 @@ class DataSplits:
     """Data ready for training.
 
     Attributes:
-        train: Images to learn from.
+        train: Training images.
         val: Images to choose the best epoch on; None where none are held out.
         test: Images to measure once at the end; None where the data is divided without a test part.
         classes: Class names by index.
         name: Short name of the data.
-        description: One line with numbers, for people.
+        description: One line with numbers, human-readable.
         notes: What a user should know: files left out, choices made, licenses.
         is_resized_whole: Whether images are resized as a whole, where others have their center cut out.
     """
@@ -128,7 +128,7 @@ def load_data(
             they are noted.
         protocol: `standard` keeps a validation part; `final` learns from it too, and leaves none; `official` divides as
             the authors' scripts do, who choose on the test images: none is held out, and of data with a validation part
-            VTAB's is learnt from and others' are left unused.
+            VTAB's is trained on and others' are left unused.
 
     Raises:
         ValueError: An unknown specification (with the nearest ones), numbers out of range, too few images.
@@ -196,8 +196,8 @@ def _divide(
             f"protocol=official chooses on the test images, and {collection.name!r} has none; use another protocol"
         )
     if protocol != "standard":
-        is_learnt = val is not None and (protocol == "final" or collection.official_joins_val)
-        return joined(train, val) if is_learnt and val is not None else train, None, test
+        joins_training = val is not None and (protocol == "final" or collection.official_joins_val)
+        return joined(train, val) if joins_training and val is not None else train, None, test
     if val is None:
         share = val_fraction * total / len(train)
         left, taken = stratified_split(train.labels, share, seed=seed, classes=classes, part="val")
@@ -255,7 +255,7 @@ def _shared_files(parts: dict[str, ImageDataset]) -> list[str]:
             pair = f"{digests['train'][first].name!r} is {digests[name][first].name!r}"
             notes.append(
                 f"{len(both)} of {len(parts[name])} {name} images are training images too, e.g. {pair}; "
-                f"results on {name} are too good by as much"
+                f"results on {name} are optimistic by as much"
             )
     return notes
 

@@ -47,7 +47,7 @@ def overlap_note(train: ImageDataset, test: ImageDataset, part: str = "test") ->
     more = f" and {len(both) - _SHOWN} more" if len(both) > _SHOWN else ""
     return [
         f"{len(both)} of {len(test)} {part} images are training images too, by their pixels: {shown}{more}; "
-        f"results on {part} are too good by as much"
+        f"results on {part} are optimistic by as much"
     ]
 
 
@@ -81,8 +81,8 @@ class MaskPair:
 
 
 @dataclass(frozen=True)
-class _Look:
-    """What decoding one pair showed: what cannot be read, both sizes (width, height), and the labels that occur."""
+class _PairCheck:
+    """A decoded pair: the error if it cannot be read, both sizes (width, height), and the labels that occur."""
 
     broken: str = ""
     image_size: tuple[int, int] = (0, 0)
@@ -146,10 +146,10 @@ def collect_masks(
         ValueError: As `load_masks`.
     """
     everything = [pair for found in pairs.values() for pair in found]
-    looks = dict(zip(everything, _look_at(everything), strict=True))
+    checks = dict(zip(everything, _check_pairs(everything), strict=True))
     names = {pair: pair.image.relative_to(root).as_posix() for pair in everything}
     masks = {pair: pair.mask.relative_to(root).as_posix() for pair in everything}
-    broken = {pair: look.broken for pair, look in looks.items() if look.broken}
+    broken = {pair: check.broken for pair, check in checks.items() if check.broken}
     notes: list[str] = []
     if broken:
         text = f"{_many(len(broken), 'pair')} with an unreadable file: {listed(list(broken.values()))}"
@@ -157,28 +157,28 @@ def collect_masks(
             notes.append(f"left out {text}")
         else:
             errors.append(f"{text} (leave them out with --skip-broken (skip_broken=True))")
-    good = {pair: look for pair, look in looks.items() if not look.broken}
+    good = {pair: check for pair, check in checks.items() if not check.broken}
     unlike = [
-        f"{masks[pair]} is {_size(look.mask_size)}, its image {_size(look.image_size)}"
-        for pair, look in good.items()
-        if look.image_size != look.mask_size
+        f"{masks[pair]} is {_size(check.mask_size)}, its image {_size(check.image_size)}"
+        for pair, check in good.items()
+        if check.image_size != check.mask_size
     ]
     if unlike:
         errors.append(f"{_many(len(unlike), 'mask')} of another size than the image: {listed(unlike)}")
-    thresholded = sum(look.is_thresholded for look in good.values())
-    labels = Counter(label for look in good.values() for label in look.labels)
+    thresholded = sum(check.is_thresholded for check in good.values())
+    labels = Counter(label for check in good.values() for label in check.labels)
     is_white = class_names is None or len(class_names) == 2
     is_white = is_white and set(labels) <= {0, 255}
     classes = class_names or _found_classes(1 if is_white else _without_gaps(labels))
     if good and not is_white:
-        errors += _out_of_range({masks[pair]: look.labels for pair, look in good.items()}, classes, class_names)
+        errors += _out_of_range({masks[pair]: check.labels for pair, check in good.items()}, classes, class_names)
     if not errors:
         errors += _unusable(labels, pairs, broken)
     if errors:
         raise ValueError(f"{spec} cannot be used: {'; '.join(errors)}")
     if thresholded:
         notes.append(
-            f"{_many(thresholded, 'mask')} in a lossy format (JPEG), which does not keep labels: "
+            f"{_many(thresholded, 'mask')} in a lossy format (JPEG), which does not preserve labels: "
             f"values from {THRESHOLD} count as {classes[1]!r}"
         )
     parts = {
@@ -235,21 +235,21 @@ def _files(folder: Path, root: Path, errors: list[str]) -> dict[str, Path]:
     return files
 
 
-def _look_at(pairs: Sequence[MaskPair]) -> list[_Look]:
+def _check_pairs(pairs: Sequence[MaskPair]) -> list[_PairCheck]:
     """Decode all files."""
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads:
-        return list(threads.map(_look, pairs))
+        return list(threads.map(_check_pair, pairs))
 
 
-def _look(pair: MaskPair) -> _Look:
+def _check_pair(pair: MaskPair) -> _PairCheck:
     """Decode one image and its mask."""
     try:
         image = read_image(pair.image)
         values, is_thresholded = read_label_map(pair.mask)
     except ValueError as error:
-        return _Look(broken=str(error))
+        return _PairCheck(broken=str(error))
     labels = tuple(np.flatnonzero(np.bincount(values.reshape(-1))).tolist())
-    return _Look("", image.size, (values.shape[1], values.shape[0]), labels, is_thresholded)
+    return _PairCheck("", image.size, (values.shape[1], values.shape[0]), labels, is_thresholded)
 
 
 def _class_names(root: Path) -> list[str] | None:
@@ -274,7 +274,7 @@ def _without_gaps(labels: Mapping[int, int]) -> int:
 
 
 def _found_classes(last: int) -> list[str]:
-    """Names for classes that nobody named."""
+    """Default class names."""
     return BINARY_CLASSES if last == 1 else ["background", *(f"class {label}" for label in range(1, last + 1))]
 
 
@@ -297,7 +297,7 @@ def _out_of_range(
 def _unusable(
     labels: Mapping[int, int], pairs: Mapping[str, Sequence[MaskPair]], broken: Mapping[MaskPair, str]
 ) -> list[str]:
-    """Errors of files that are all right one by one."""
+    """Errors of the files together."""
     errors = [
         f"no readable pair of image and mask in the part '{part}'"
         for part, found in pairs.items()
@@ -377,7 +377,7 @@ def _official_split(root: Path, pairs: dict[str, MaskPair], errors: list[str]) -
         return None
     if len(present) < len(files):
         absent = next(file.name for file in files.values() if not file.is_file())
-        errors.append(f"{present[0].name} is there but {absent} is not; add it, or remove both for our own split")
+        errors.append(f"{present[0].name} is there but {absent} is not; add it, or remove both for a split by name")
         return {"train": list(pairs)}
     names = {part: _names(file) for part, file in files.items()}
     for part, chosen in names.items():

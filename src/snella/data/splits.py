@@ -10,7 +10,7 @@ __all__ = ["stratified_sample", "stratified_split"]
 def stratified_split(
     labels: Sequence[int], fraction: float, *, seed: int, classes: Sequence[str], reserve: int = 1, part: str = "val"
 ) -> tuple[list[int], list[int]]:
-    """Take a fraction of every class away, at least one image of each.
+    """Split off a fraction of every class, at least one image of each.
 
     Args:
         labels: Class indices.

@@ -1,4 +1,4 @@
-"""From an RGB image to the tensor that a backbone was trained on, with or without augmentation."""
+"""Image transforms: timm's evaluation preprocessing, with or without augmentation."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""VTAB-1k: 19 tasks with 1,000 images to learn from, as lists of files beside the images."""
+"""VTAB-1k: 19 tasks with 1,000 images for training, as lists of files beside the images."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +69,7 @@ VTAB_TASKS: dict[str, VtabTask] = {
 
 
 def load_vtab(path: str, *, check_sizes: bool = True) -> Collection:
-    """Collect one task: `train800` to learn from, `val200` to choose on, and the test images.
+    """Collect one task: `train800` for training, `val200` to choose on, and the test images.
 
     Args:
         path: The task's folder, named as in `VTAB_TASKS` or by another of its names.

@@ -1,4 +1,4 @@
-"""`adalora-r`: PEFT's AdaLoRA, whose ranks move to the matrices where they count, and what drives it."""
+"""`adalora-r`: PEFT's AdaLoRA and its rank schedule."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +26,7 @@ class RankSchedule:
 
     The ranks stay at `init_r` for the first `tinit` steps, fall along a cubic to `r` on average, and stay for the last
     `tfinal` steps. Where the configuration names neither, these are a tenth and a half of all steps, as in most of
-    the paper's runs. What the allocator knows travels in the optimizer's state, so that a resumed run goes on with it.
+    the paper's runs. The allocator's state is part of the optimizer's, so that a resumed run continues with it.
 
     Args:
         model: With an AdaLoRA adapter.

@@ -1,4 +1,4 @@
-"""How much each weight matters to a task, measured on a few batches before anything is trained."""
+"""Weight sensitivity: gradients on a few batches before training."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence

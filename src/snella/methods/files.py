@@ -1,4 +1,4 @@
-"""Reading a safetensors file with errors that name the file and the tensor."""
+"""Readers of safetensors files, with errors that name the file and the tensor."""
 
 import json
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from torch import nn
 
 _MAX_HEADER_BYTES = 100_000_000
 _SHOWN = 3
-WAY_OUT = "copy the adapter again, or train again with `--overwrite`"
+REMEDY = "copy the adapter again, or train again with `--overwrite`"
 """What to do about an adapter that is damaged or incomplete; `snella inspect` says the same."""
 
 
@@ -30,11 +30,11 @@ def read_header(path: Path) -> dict[str, list[int]]:
         AdapterFileError: The file is cut off (says which tensors are incomplete) or is not a safetensors file.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no adapter file {path}; {WAY_OUT}")
+        raise FileNotFoundError(f"no adapter file {path}; {REMEDY}")
     try:
         return parse_header(path)
     except HeaderError as error:
-        raise AdapterFileError(f"{path} is damaged: {error}; {WAY_OUT}") from None
+        raise AdapterFileError(f"{path} is damaged: {error}; {REMEDY}") from None
 
 
 def parse_header(path: Path) -> dict[str, list[int]]:

@@ -1,4 +1,4 @@
-"""`fixed-mask`: SNELLA's merged matrix on a mask that is chosen before training instead of competed for."""
+"""`fixed-mask`: SNELLA's merged matrix on a mask that is selected before training."""
 
 from collections.abc import Mapping
 from typing import cast

@@ -1,4 +1,4 @@
-"""`gps`: of every neuron, the few input weights on which the loss depends most."""
+"""`gps`: the input weights of every neuron with the largest gradients."""
 
 from collections.abc import Mapping
 from typing import Any

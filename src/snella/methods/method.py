@@ -1,4 +1,4 @@
-"""What a method is: the row type of the table of methods, and how a model remembers which one it got."""
+"""`Method`: the row type of the table of methods, and the method of a model."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ def whole_number(least: int = 1) -> Rule:
 
     def rule(value: Any) -> str | None:
         is_one = isinstance(value, int) and not isinstance(value, bool) and value >= least
-        return None if is_one else f"a whole number of at least {least}"
+        return None if is_one else f"an integer of at least {least}"
 
     return rule
 
@@ -47,7 +47,7 @@ def check_by(rules: Mapping[str, Rule]) -> Callable[[Mapping[str, Any]], list[st
         rules: By the name of the option.
 
     Returns:
-        A function from options to errors: "r must be a whole number of at least 1, got 0".
+        A function from options to errors: "r must be an integer of at least 1, got 0".
     """
 
     def check(options: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The classifier head of a model: its module name, and which parameters belong to it."""
+"""The classifier head of a model: its module name and parameters."""
 
 import re
 from collections.abc import Callable, Iterator

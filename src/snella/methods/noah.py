@@ -1,4 +1,4 @@
-"""`noah`: a searched combination of prompts, low-rank updates and adapters, a size of its own in each block."""
+"""`noah`: a searched combination of prompts, low-rank updates and adapters, sized per block."""
 
 import copy
 import math
@@ -395,7 +395,7 @@ def _check(options: Options) -> list[str]:
     is_list = isinstance(sizes, list | tuple) and len(sizes) > 0
     errors = _CHECK_NUMBERS(options)
     if not is_list or not all(isinstance(size, int) and size >= 1 for size in sizes):
-        errors.append(f"sizes must be a list of whole numbers of at least 1, got {sizes!r}")
+        errors.append(f"sizes must be a list of integers of at least 1, got {sizes!r}")
     return errors
 
 

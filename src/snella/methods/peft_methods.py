@@ -1,4 +1,4 @@
-"""Methods that are configurations of PEFT and nothing else."""
+"""Methods that are PEFT configurations."""
 
 import dataclasses
 import re

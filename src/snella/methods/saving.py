@@ -1,4 +1,4 @@
-"""Saving what a method trained, and putting it back onto a fresh backbone."""
+"""Saving the trained parameters of a method, and loading them onto a fresh backbone."""
 
 import copy
 import hashlib
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from snella.methods.adalora import all_ranks
-from snella.methods.files import WAY_OUT, AdapterFileError, check_fits, read_header
+from snella.methods.files import REMEDY, AdapterFileError, check_fits, read_header
 from snella.methods.method import MethodSpec
 from snella.methods.peft_methods import inject, without_harmless_warnings
 from snella.methods.registry import METHODS, parse_method, restore_method, spec_of
@@ -80,7 +80,7 @@ def load_trained(folder: str | os.PathLike[str], backbone: nn.Module) -> nn.Modu
         model = restore_method(described["method"], backbone, tensors, head=described["head"], **described["options"])
     else:
         raise FileNotFoundError(
-            f"{source} holds no adapter: neither {CONFIG_NAME} nor {METHOD_FILE} is there; {WAY_OUT}"
+            f"{source} holds no adapter: neither {CONFIG_NAME} nor {METHOD_FILE} is there; {REMEDY}"
         )
     load_trained_into(model, source)
     return model.eval()
@@ -128,9 +128,9 @@ def _read_settings(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise AdapterFileError(f"{path} is damaged: {error}; {WAY_OUT}") from None
+        raise AdapterFileError(f"{path} is damaged: {error}; {REMEDY}") from None
     if not isinstance(values, dict):
-        raise AdapterFileError(f"{path} is damaged: it must hold a mapping, got {values!r:.60}; {WAY_OUT}")
+        raise AdapterFileError(f"{path} is damaged: it must hold a mapping, got {values!r:.60}; {REMEDY}")
     return values
 
 
@@ -164,7 +164,7 @@ def _check_finite(path: Path, tensors: dict[str, Tensor], own: dict[str, Tensor]
         if wrong.any() and (wrong & torch.isfinite(own[name].detach().cpu())).any():
             raise AdapterFileError(
                 f"{path} is damaged: {name!r} holds {int(wrong.sum())} values that are not finite, of "
-                f"{value.numel()}; {WAY_OUT}"
+                f"{value.numel()}; {REMEDY}"
             )
 
 
@@ -175,18 +175,18 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             metadata = file.metadata() or {}
         tensors = load_file(path)
     except SafetensorError as error:
-        raise AdapterFileError(f"{path} is damaged: {error}; {WAY_OUT}") from None
+        raise AdapterFileError(f"{path} is damaged: {error}; {REMEDY}") from None
     if _TENSORS_DIGEST not in metadata:
         _logger.warning("note: %s names no SHA-256 digest; whether it is as it was written is not known", path)
         return tensors
     if metadata[_TENSORS_DIGEST] != _tensors_digest(tensors):
         raise AdapterFileError(
-            f"{path} is damaged: its values were altered after they were written (SHA-256 is another); {WAY_OUT}"
+            f"{path} is damaged: its values were altered after they were written (SHA-256 is another); {REMEDY}"
         )
     if metadata.get(_SETTINGS_DIGEST) != _settings_digest(path.parent):
         raise AdapterFileError(
             f"{_settings_file(path.parent)} is damaged: it is not what the adapter was saved with (SHA-256 is another)"
-            f"; {WAY_OUT}"
+            f"; {REMEDY}"
         )
     return tensors
 

@@ -1,4 +1,4 @@
-"""Training some entries of a frozen weight: int32 positions and as many values, nothing of the weight's own size."""
+"""Sparse updates of a frozen weight: int32 positions and as many values, no dense tensor."""
 
 from typing import Any, TypeGuard
 

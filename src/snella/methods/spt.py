@@ -1,4 +1,4 @@
-"""SPT: which weights are worth training, and which matrices are worth a module of their own.
+"""SPT: sensitivity-aware selection of single weights and of whole modules.
 
 Sensitivity-aware visual parameter-efficient fine-tuning, He et al., arXiv 2303.08566. What `spt-lora` and `spt-adapter`
 share; they differ in the module.

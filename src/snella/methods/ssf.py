@@ -1,4 +1,4 @@
-"""`ssf`: a scale and a shift for each channel after each operation, folded into the weights in the end."""
+"""`ssf`: a scale and a shift of each channel after each operation, merged into the weights at the end."""
 
 import warnings
 from typing import Any

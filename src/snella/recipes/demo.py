@@ -1,4 +1,4 @@
-"""The demonstration: three methods on photographs of solar cells, one table."""
+"""The demonstration: linear probe, LoRA and SNELLA on photographs of solar cells."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from rich.table import Table
 from snella.records import MethodResult, MethodResults, Metrics, read
 from snella.runs.config import TrainConfig
 from snella.runs.console import make_console, print_heading, print_line
-from snella.runs.evaluate import refresh_report
+from snella.runs.evaluate import redraw_report
 from snella.runs.folder import RunFolder
 from snella.runs.train import train
 
@@ -60,7 +60,7 @@ def run_demo(
     Returns:
         The folder.
     """
-    console = console or make_console(endures=True)
+    console = console or make_console(survives_closed_output=True)
     folder = Path(out)
     rows = []
     for number, (method, own) in enumerate(DEMO_METHODS.items(), start=1):
@@ -73,7 +73,7 @@ def run_demo(
         rows.append(_row(run, method))
     run = RunFolder(folder)
     run.write(MethodResults(rows=rows))
-    report = refresh_report(folder, console)
+    report = redraw_report(folder, console)
     print_heading(console, "comparison")
     print_line(console, f"{folder}: {DEMO_SETTINGS['train_size']} training images, measured on the same test images")
     console.print(_table(rows))
@@ -98,7 +98,7 @@ def _row(run: RunFolder, method: str) -> MethodResult:
 
 
 def _table(rows: list[MethodResult]) -> Table:
-    """The rows for people."""
+    """The table for the terminal."""
     table = Table()
     table.add_column("method")
     for title in ("accuracy", "balanced accuracy", "trainable parameters", "seconds", "adapter MiB"):

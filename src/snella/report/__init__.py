@@ -1,4 +1,4 @@
-"""Figures, tables and the report page of a run, from the files of its folder.
+"""Figures, tables and the HTML report of a run, from the files of its folder.
 
 The names are imported when they are first used: a prediction does not wait for matplotlib.
 """

@@ -1,4 +1,4 @@
-"""Pictures of the weight budget: where it ended, how it and the importance of the matrices evolved."""
+"""Figures of the weight budget: its final allocation, and its history and importance."""
 
 from __future__ import annotations
 

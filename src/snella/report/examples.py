@@ -1,4 +1,4 @@
-"""Which images a report shows, and how they get into the page."""
+"""Example images of a report: selection and encoding."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def mask_colors(count: int) -> np.ndarray:
 
 
 def write_mask(labels: np.ndarray, path: Path) -> None:
-    """Write labels `[height, width]` (uint8) as a palette PNG whose indices are the labels, whole or not at all."""
+    """Write labels `[height, width]` (uint8) as a palette PNG whose indices are the labels atomically."""
     image = Image.fromarray(labels.astype(np.uint8))
     image.putpalette(mask_colors(256).reshape(-1).tolist())
     out = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Pictures of a run: learning curves, confusion matrix, comparison of methods, and those of `allocation_figures`.
+"""Figures of a run: learning curves, confusion matrix, comparison of methods, and those of `allocation_figures`.
 
 Every function returns a `matplotlib.figure.Figure`, free of global state, for `save_figure` or `inline_svg`.
 """

@@ -1,4 +1,4 @@
-"""What the files of a run say that taught a generator: of images (`generation`) or of text (`language`)."""
+"""Readers of runs that train a generator: of images (`generation`) or of text (`language`)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class LearningCurve:
         held_out: Last loss of held-out entries.
         fixed_before: Loss on fixed noise and times before training.
         fixed_after: The same after it.
-        optimizer: Which one, in words.
+        optimizer: Its name.
     """
 
     history: list[LossRow]

@@ -1,4 +1,4 @@
-"""What a run holds, in the terminal: state, budgets, sparsity, frozen matrices, sizes, settings."""
+"""Summary of a run for the terminal: status, budgets, sparsity, frozen matrices, sizes, settings."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from snella.records import (
 from snella.report.allocation import adapter_budgets, arrange
 from snella.report.generator_runs import GENERATOR_TASKS, generator_rows, read_learning_curve, read_scores_of_generator
 
-_WAY_OUT = "copy the adapter again, or train again with `--overwrite`"
+_REMEDY = "copy the adapter again, or train again with `--overwrite`"
 _FILES = ("adapter_model.safetensors", "trainable.safetensors")
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _UNTRAINED = ("snella_budget", "snella_support", "positions")
@@ -79,7 +79,7 @@ def read_adapter(run: str | Path) -> AdapterFile | None:
             shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
             dtypes = {name: str(part.get_dtype()) for name, part in slices.items()}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged: {error}; {_WAY_OUT}") from error
+        raise ValueError(f"{path} is damaged: {error}; {_REMEDY}") from error
     parts: dict[str, int] = {}
     for name, shape in shapes.items():
         found = _PART.search(name)
@@ -126,7 +126,7 @@ def _config(folder: Path) -> dict[str, Any]:
             try:
                 values = json.loads(file.read_text(encoding="utf-8"))
             except ValueError as error:
-                raise ValueError(f"{file} is damaged: {error}; {_WAY_OUT}") from error
+                raise ValueError(f"{file} is damaged: {error}; {_REMEDY}") from error
             return values if isinstance(values, dict) else {}
     return {}
 
@@ -323,10 +323,10 @@ def _epoch_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
             ("best epoch", f"{summary['best_epoch']} of {summary['epochs']}, {seconds_text(summary['train_s'])}")
         )
     if summary["selected_on"] == "test":
-        text = f"{summary['protocol']}: the test images chose the epoch, so their result is too good"
+        text = f"{summary['protocol']}: the epoch was selected on the test images, so their result is optimistic"
         rows.append(("protocol", text))
     elif summary["protocol"] not in (None, "standard"):
-        rows.append(("protocol", f"{summary['protocol']}: the last epoch, nothing chose it"))
+        rows.append(("protocol", f"{summary['protocol']}: the last epoch, without selection"))
     if summary["ema"] is not None:
         rows.append(("average", f"exponential moving average of the weights, decay {summary['ema']:g}"))
     return rows

@@ -1,4 +1,4 @@
-"""The report page of a run: one HTML file that opens anywhere and asks the network for nothing."""
+"""The HTML report of a run, a self-contained file."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from snella.report import figures
 from snella.report.allocation import adapter_budgets, adapter_step, arrange, epochs_of_allocation, has_importance
 from snella.report.examples import ImageSource, choose_examples, load_example, load_picture, mask_colors
 from snella.report.inspect import read_adapter, saved_budgets
-from snella.report.style import write_whole
+from snella.report.style import write_atomically
 
 _LONGEST = 800
 
@@ -77,7 +77,7 @@ def masks_section(folder: Path, info: RunInfo, images: ImageSource | None) -> di
 def results_section(
     metrics: Metrics | None, allocation: Allocation | None, budgets: dict[str, int]
 ) -> list[dict[str, str]]:
-    """The numbers at the top: label, value, small print."""
+    """The numbers at the top: label, value, note."""
     if metrics is None:
         return []
     rows: list[tuple[str, str, str]] = []
@@ -105,11 +105,11 @@ def results_section(
 
 
 def _kept_epoch(metrics: Metrics) -> tuple[str, str, str]:
-    """Which epoch's adapter was kept, of how many, and what chose it."""
+    """The epoch of the saved adapter, of how many, and its selection."""
     total = f"of {metrics.history[-1].epoch}" if metrics.history else ""
     average = "" if metrics.ema is None else f"; average of the weights, decay {metrics.ema:g}"
     if metrics.selected_on is None:
-        return "epoch", str(metrics.best_epoch), f"{total}, the last; nothing chose it{average}"
+        return "epoch", str(metrics.best_epoch), f"{total}, the last, without selection{average}"
     chosen_by = metrics.best_metric.replace("val_", "validation ").replace("_", " ")
     return "best epoch", str(metrics.best_epoch), (f"{total}, by {chosen_by}" if total else "") + average
 
@@ -289,7 +289,7 @@ def allocation_section(
 
 
 def examples_section(folder: Path, info: RunInfo, images: ImageSource | None) -> dict[str, Any] | None:
-    """Some images with what the model says about them."""
+    """Some images with their predictions."""
     if info.task != "classification":
         return None
     predictions = read_if_present(Predictions, folder)
@@ -349,7 +349,7 @@ _USES = {
 
 
 def write_report(run: str | Path, images: ImageSource | None = None) -> Path:
-    """Write `RUN/report.html` from the files of the run, whole or not at all.
+    """Write `RUN/report.html` from the files of the run atomically.
 
     Sections without material (budgets of a method that has none, results of a run that has only begun) are left out.
 
@@ -367,17 +367,17 @@ def write_report(run: str | Path, images: ImageSource | None = None) -> Path:
     """
     folder = Path(run)
     page = _render(folder, images)
-    write_whole(folder / "report.html", page.encode("utf-8", "backslashreplace"))
+    write_atomically(folder / "report.html", page.encode("utf-8", "backslashreplace"))
     return folder / "report.html"
 
 
 def _warning(metrics: Metrics | None) -> str:
-    """What the results must not be mistaken for; empty where there is nothing to warn of."""
+    """Caveat about the results; empty for none."""
     if metrics is None or metrics.selected_on != "test":
         return ""
     return (
-        f"Protocol {metrics.protocol}: the best epoch was chosen on the test images, so that the test results are too "
-        "good, and not comparable with those of runs that chose on validation."
+        f"Protocol {metrics.protocol}: the best epoch was selected on the test images: the test results are "
+        "optimistic, and not comparable with those of runs that selected on validation."
     )
 
 

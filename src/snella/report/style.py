@@ -1,4 +1,4 @@
-"""The look of all figures, and how a figure becomes a file or a part of a page.
+"""Style of all figures, and their output as files or inline SVG.
 
 One unit of a figure is one CSS pixel (72 dots per inch, one point a dot), so a font size of 12 is 12 px on the page.
 Inks are plain colors in a file; inside a page `inline_svg` turns them into CSS variables, so that one picture serves
@@ -128,7 +128,7 @@ def shortened(text: str, length: int = 18) -> str:
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Write a figure as `.svg` or `.png` (two dots a pixel), whole or not at all.
+    """Write a figure as `.svg` or `.png` (two dots a pixel) atomically.
 
     Raises:
         ValueError: The ending is another.
@@ -140,7 +140,7 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     metadata = {"Date": None} if path.suffix == ".svg" else {}
     with matplotlib.rc_context({"svg.hashsalt": path.stem}):
         figure.savefig(data, format=path.suffix[1:], dpi=144, metadata=metadata)
-    write_whole(path, data.getvalue())
+    write_atomically(path, data.getvalue())
     return path
 
 
@@ -175,8 +175,8 @@ def inline_svg(figure: Figure, name: str, description: str) -> str:
     return re.sub(r"<svg[^>]*>", lambda _: head, svg, count=1)
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that its name never stands for half of it."""
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file atomically."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -214,5 +214,5 @@ __all__ = [
     "scale_bar",
     "shortened",
     "text_on",
-    "write_whole",
+    "write_atomically",
 ]

@@ -1,4 +1,4 @@
-"""A training run from the first image to the report, and what is done with it afterwards.
+"""Training runs: train, evaluate, predict, merge, and the run folder.
 
 The names are imported when they are first used: the command line reads `TrainConfig` without waiting for the libraries.
 """

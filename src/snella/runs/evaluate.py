@@ -1,4 +1,4 @@
-"""Measuring a run's best model on images."""
+"""`evaluate`: a run's best model on its test split or on other data."""
 
 import contextlib
 from collections.abc import Collection, Sequence
@@ -20,28 +20,28 @@ from snella.runs.build import (
     changed_parts,
     check_splits,
     find_data,
+    get_task,
+    is_same_split,
     load_run,
     load_splits,
     parts_of,
-    same_splits,
-    task_of,
 )
 from snella.runs.console import make_console, print_line
 from snella.runs.folder import RunFolder
 from snella.tasks import Task
 
 
-def refresh_report(run: str | Path, console: Console | None = None) -> Path:
-    """Write the report of a stored run anew, from its files and its own validation images.
+def redraw_report(run: str | Path, console: Console | None = None) -> Path:
+    """Rewrite the report of a stored run, from its files and its validation images.
 
-    Where these are gone or changed, the page has no pictures, and a note says why.
+    Where these are missing or changed, the report has no images, and a note says why.
 
     Args:
         run: Folder of the run.
         console: Where to write the note; standard output if None.
 
     Returns:
-        The page.
+        Path of the report.
 
     Raises:
         FileNotFoundError: This is not the folder of a run.
@@ -49,12 +49,12 @@ def refresh_report(run: str | Path, console: Console | None = None) -> Path:
     """
     folder = RunFolder(run)
     info = read(RunInfo, folder.path)
-    task = task_of(info)
+    task = get_task(info)
     try:
         shown = _shown_images(folder, info.data)
-        images: ImageSource | None = None if shown is None else task.pictures(shown, folder.path)
+        images: ImageSource | None = None if shown is None else task.report_images(shown, folder.path)
     except (OSError, ValueError, ImportError) as error:
-        print_line(console or make_console(), f"note: the report has no pictures: {error}")
+        print_line(console or make_console(), f"note: the report has no images: {error}")
         images = None
     return write_report(folder.path, images)
 
@@ -86,7 +86,7 @@ class _Relabeled(Dataset[tuple[Tensor, Any]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         part, inner = self.items[index]
         image, label = part[inner]
-        return image, self.task.renumbered(label, self.numbers)
+        return image, self.task.remap_labels(label, self.numbers)
 
 
 def evaluate(
@@ -98,7 +98,7 @@ def evaluate(
     skip_broken: bool = False,
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Measure a run's best model: accuracies and confusion matrix, or Dice and IoU, as its task has them.
+    """Evaluate a run's best model: accuracies and confusion matrix, or Dice and IoU, as its task has them.
 
     Args:
         run: Folder of the run.
@@ -106,7 +106,7 @@ def evaluate(
         split: `auto` is the test part of the run's own data (validation where there is none), wherever it lies now, and
             all of other data.
         batch_size: Images at a time.
-        skip_broken: Go on without images that cannot be read.
+        skip_broken: Skip images that cannot be read.
         device: auto, cpu or cuda.
 
     Returns:
@@ -115,7 +115,7 @@ def evaluate(
 
     Raises:
         FileNotFoundError: The run's own data is not there any more.
-        ValueError: A class that the run does not know, a split that the data does not have, or own data with files
+        ValueError: A class that the run was not trained on, a split that the data does not have, or own data with files
             added or removed, which would be split differently.
     """
     if batch_size < 1:
@@ -137,7 +137,7 @@ def evaluate(
 
 
 def _load_splits(loaded: LoadedRun, data: str | None, split: Split, skip_broken: bool) -> tuple[DataSplits, bool]:
-    """The run's own data with its own split, or other data in full, and which of both it is."""
+    """The run's own splits, or other data in full, and which of both it is."""
     config, stored = loaded.folder.read_config(), loaded.info.data
     config.skip_broken = skip_broken or config.skip_broken
     if data is None:
@@ -158,9 +158,9 @@ def _load_splits(loaded: LoadedRun, data: str | None, split: Split, skip_broken:
         with contextlib.suppress(ValueError):
             splits = load_splits(config)
             changed = changed_parts(stored, splits, _names(_chosen(split, splits)))
-            if same_splits(stored, splits) and not changed:
+            if is_same_split(stored, splits) and not changed:
                 return splits, True
-            if same_splits(stored, splits):
+            if is_same_split(stored, splits):
                 note = f"the files have the names of the run's own, but other contents in {', '.join(changed)}"
     splits = load_data(data, seed=config.seed, skip_broken=skip_broken)
     splits.notes += [] if note is None else [f"{note}: measured as other data"]
@@ -191,17 +191,19 @@ def _numbers(names: list[str], loaded: LoadedRun) -> list[int]:
     """The run's number of each class of the data."""
     unknown = [name for name in names if name not in loaded.classes]
     if unknown:
-        raise ValueError(f"the data has classes {unknown} that the run does not know; it knows {loaded.classes}")
+        raise ValueError(
+            f"the data has classes {unknown} that the run was not trained on; its classes are {loaded.classes}"
+        )
     return [loaded.classes.index(name) for name in names]
 
 
 def _run_model(loaded: LoadedRun, items: Dataset[tuple[Tensor, Any]], batch_size: int) -> tuple[Tensor, Tensor]:
-    """What the task keeps of all items, on the CPU."""
-    kept: list[Tensor] = []
+    """The reduced outputs of all items, on the CPU."""
+    reduced: list[Tensor] = []
     labels: list[Tensor] = []
     with torch.inference_mode():
         for batch in DataLoader(items, batch_size, collate_fn=loaded.task.collate):
             outputs = loaded.model(batch["images"].to(loaded.device)).cpu()
-            for whole, part in zip((kept, labels), loaded.task.keep(outputs, batch["labels"]), strict=True):
+            for whole, part in zip((reduced, labels), loaded.task.reduce(outputs, batch["labels"]), strict=True):
                 whole.append(part)
-    return torch.cat(kept), torch.cat(labels)
+    return torch.cat(reduced), torch.cat(labels)

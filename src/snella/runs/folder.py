@@ -1,4 +1,4 @@
-"""The folder of one run: what lies where, who may write into it."""
+"""`RunFolder`: the files of a run, their digests and status."""
 
 import hashlib
 import shutil
@@ -41,11 +41,11 @@ _FOLDERS = ("adapter", "checkpoints", "commands", "masks", "selection")
 _DIGESTED = ("config.yaml", "metrics.json", "allocation.json", "predictions.json")
 _DIGESTED_FOLDERS = ("adapter", "selection")
 _NEW_RUN = "; a new run can start from its model: snella merge {} --out MODEL, then --backbone MODEL"
-_WAY_OUT = "copy the file again, or train again with `--overwrite`"
+_REMEDY = "copy the file again, or train again with `--overwrite`"
 
 
 def status_text(status: Status) -> str:
-    """A status for people: a killed process could not change it any more."""
+    """The status, human-readable: a killed process leaves it at running."""
     return "running or killed" if status == "running" else status
 
 
@@ -82,7 +82,7 @@ class RunFolderOf(Generic[S]):
             return None
         run = self.read_json("run.json")
         if run.get("status") not in get_args(Status):
-            raise ValueError(f"{self.path / 'run.json'} is damaged: it holds no status; {_WAY_OUT}")
+            raise ValueError(f"{self.path / 'run.json'} is damaged: it holds no status; {_REMEDY}")
         status: Status = run["status"]
         return status
 
@@ -90,7 +90,7 @@ class RunFolderOf(Generic[S]):
         """Content of one of the JSON files, as it stands there; `snella.records.read` checks its fields.
 
         Raises:
-            FileNotFoundError: This is not the folder of a run, or the run has not come so far.
+            FileNotFoundError: This is not the folder of a run, or the run has not written it yet.
             ValueError: The file is damaged.
         """
         return records.read_object(self.path / name)
@@ -115,7 +115,7 @@ class RunFolderOf(Generic[S]):
         write_json(self.path / "run.json", sealed(run))
 
     def finish(self) -> None:
-        """Say that the run is finished, and of what bytes its settings, results and adapter consist."""
+        """Set the status to finished, with the digests of settings, results and adapter."""
         paths = [self.path / name for name in _DIGESTED]
         for folder in _DIGESTED_FOLDERS:
             paths += sorted(path for path in (self.path / folder).rglob("*") if path.is_file())
@@ -159,10 +159,10 @@ class RunFolderOf(Generic[S]):
             raise ValueError(f"{path} is damaged: {error}; train again with `--overwrite`") from None
 
     def check_adapter(self) -> None:
-        """Refuse to go on without a best adapter, or with files that are not what the run wrote.
+        """Refuse a missing best adapter, and files that were altered.
 
         Raises:
-            FileNotFoundError: There is none; says whether it is missing or not there yet.
+            FileNotFoundError: There is none; tells a missing one from one not written yet.
             ValueError: A file was altered.
         """
         if any(self.adapter.glob("*.safetensors")):
@@ -176,8 +176,8 @@ class RunFolderOf(Generic[S]):
         state = status_text(self.status) if self.status else "not begun"
         raise FileNotFoundError(f"{self.path} holds no adapter yet (status {state}); finish the run with --resume")
 
-    def settle(self, config: S) -> S:
-        """Decide what to train, before anything is loaded or written.
+    def resolve_settings(self, config: S) -> S:
+        """Resolve the settings of a new or resumed run, before anything is loaded or written.
 
         Args:
             config: The settings asked for; `resume` and `overwrite` decide what happens to an existing run.
@@ -191,29 +191,29 @@ class RunFolderOf(Generic[S]):
             ValueError: `resume` with settings that differ from the stored ones.
         """
         status = self.status
-        asked: Any = config
-        if asked.resume and status is not None:
+        settings: Any = config
+        if settings.resume and status is not None:
             return self._resumed(config)
-        if asked.resume and not all(getattr(config, name) for name in config.needed):
+        if settings.resume and not all(getattr(config, name) for name in config.needed):
             raise FileNotFoundError(
                 f"resume must name the folder of a run, got {self.path}, which holds none; "
                 f"give {' and '.join(config.needed)} to start one"
             )
-        if status is not None and not asked.overwrite:
+        if status is not None and not settings.overwrite:
             state, hint = (
                 ("a finished run", "")
                 if status == "finished"
-                else (f"an unfinished run ({status_text(status)})", "continue it with --resume, ")
+                else (f"an unfinished run ({status_text(status)})", "resume it with --resume, ")
             )
             raise FileExistsError(
                 f"out={self.path} holds {state}; {hint}choose another folder, or start over with --overwrite"
             )
-        if status is None and self._holds_strangers():
+        if status is None and self._holds_unexpected_files():
             raise FileExistsError(f"out={self.path} holds files but no run; choose an empty or a new folder")
         return config.resolved()
 
-    def begin(self, config: S, *, is_resumed: bool) -> None:
-        """Start a run anew, or go on with the one that is there; checkpoints can be written afterwards."""
+    def prepare(self, config: S, *, is_resumed: bool) -> None:
+        """Create the folder of a new run, or prepare the existing one for resuming."""
         if is_resumed:
             self.write_config(config)
         else:
@@ -228,7 +228,7 @@ class RunFolderOf(Generic[S]):
         self.write_config(config)
 
     def _resumed(self, config: S) -> S:
-        """The stored settings, if what was asked for does not contradict them; `data` may say where it lies now."""
+        """The stored settings, if `config` does not contradict them; `data` may name its new place."""
         stored = self.read_config()
         data = getattr(config, "data", None)
         if data and self.read_json("run.json").get("data", {}).get("digest"):
@@ -244,15 +244,15 @@ class RunFolderOf(Generic[S]):
                 setattr(stored, name, getattr(config, name))
         return stored
 
-    def _holds_strangers(self) -> bool:
-        """Whether something lies here besides other runs and what an unfinished start of ours left behind."""
+    def _holds_unexpected_files(self) -> bool:
+        """Whether the folder holds anything besides other runs and files of an unfinished run."""
         if not self.path.exists():
             return False
         if not self.path.is_dir():
             return True
-        ours = {*self.files, *self.folders}
-        strangers = [e for e in self.path.iterdir() if e.name not in ours and not e.name.startswith(".")]
-        return any(not (entry / "run.json").is_file() for entry in strangers)
+        expected = {*self.files, *self.folders}
+        unexpected = [e for e in self.path.iterdir() if e.name not in expected and not e.name.startswith(".")]
+        return any(not (entry / "run.json").is_file() for entry in unexpected)
 
     def _clear(self) -> None:
         """Remove a run, and only what belongs to it."""

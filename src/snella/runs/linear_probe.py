@@ -1,4 +1,4 @@
-"""Features of a frozen backbone, computed once: what a linear probe trains on."""
+"""Linear probing: cached features of a frozen backbone, and a head initialized by logistic regression."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from snella.data import ImageDataset, build_transform
 from snella.methods import spec_of
-from snella.runs.build import Assembly
+from snella.runs.build import RunComponents
 from snella.runs.config import TrainConfig
 
 
@@ -39,7 +39,7 @@ class FeatureDataset(Dataset[tuple[Tensor, int]]):
         return self.features[index], self.labels[index]
 
     def set_epoch(self, epoch: int) -> None:
-        """Nothing to draw anew."""
+        """Nothing: features do not change."""
 
     def image(self, index: int) -> Image.Image:
         """The image itself, RGB."""
@@ -58,7 +58,7 @@ def can_cache_features(config: TrainConfig, model: nn.Module) -> bool:
 
 
 def has_timm_features(model: nn.Module) -> bool:
-    """Whether the model says its pooled features in timm's way."""
+    """Whether the model has timm's `forward_features` and `forward_head`."""
     return all(callable(getattr(model, name, None)) for name in ("forward_features", "forward_head"))
 
 
@@ -68,8 +68,8 @@ def _draws_random_numbers(model: nn.Module) -> bool:
     return any(isinstance(rate := getattr(module, name, None), float) and rate > 0 for module, name in rates)
 
 
-def cache_features(parts: Assembly, config: TrainConfig) -> nn.Module:
-    """Put features in the place of all images, and return what is left to train: the head.
+def cache_features(parts: RunComponents, config: TrainConfig) -> nn.Module:
+    """Replace all images by their features, and return the module to train: the head.
 
     Args:
         parts: Its data sets are replaced.
@@ -94,7 +94,7 @@ def pooled_features(model: nn.Module, images: ImageDataset, config: TrainConfig)
     """Pooled features of one batch after the other, on the CPU."""
     device = next(model.parameters()).device
     model.eval()
-    for batch, _ in DataLoader(images, batch_size=config.images_per_step, num_workers=config.workers):
+    for batch, _ in DataLoader(images, batch_size=config.effective_batch_size, num_workers=config.workers):
         pooled = model.forward_head(model.forward_features(batch.to(device)), pre_logits=True)  # type: ignore[operator]
         yield pooled.float().cpu()
 
@@ -105,7 +105,7 @@ _MAX_ITERATIONS = 2000
 _STEPS_THAT_TRAIN_A_HEAD = 100
 
 
-def choose_head_start(parts: Assembly, config: TrainConfig) -> Literal["random", "probe"]:
+def choose_head_start(parts: RunComponents, config: TrainConfig) -> Literal["random", "probe"]:
     """What `head_start` means for this model and data: itself, or what `auto` stands for.
 
     `auto` is `probe` for a timm classifier with a linear head that is trained for less than 100 steps, since so few
@@ -118,12 +118,12 @@ def choose_head_start(parts: Assembly, config: TrainConfig) -> Literal["random",
         return "random"
     base, head = _base_and_head(parts.model)
     labels = parts.splits.train.labels
-    steps = -(-len(labels) // config.images_per_step) * config.epochs
+    steps = -(-len(labels) // config.effective_batch_size) * config.epochs
     has_linear_head = isinstance(head, nn.Linear) and has_timm_features(base)
     return "probe" if has_linear_head and steps < _STEPS_THAT_TRAIN_A_HEAD and len(set(labels)) > 1 else "random"
 
 
-def start_head_from_probe(parts: Assembly, config: TrainConfig) -> None:
+def start_head_from_probe(parts: RunComponents, config: TrainConfig) -> None:
     """Set the head to a logistic regression on the features that the model has before training.
 
     A random head sends random gradients through the backbone in its first steps; one that fits already does not

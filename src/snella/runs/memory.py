@@ -1,4 +1,4 @@
-"""How much memory a training step will take, predicted from what two small forward passes keep."""
+"""Memory of a training step, predicted from two small forward passes."""
 
 import math
 from collections import Counter
@@ -65,9 +65,9 @@ def working_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def record_forward(model: nn.Module, images: Tensor) -> ForwardRecord:
-    """Run the model once in training mode, and note what is kept.
+    """Run the model once in training mode, and record what autograd saves.
 
-    It is noted and not kept, so that this takes the memory of a forward pass without gradients.
+    Sizes are recorded and tensors released, so that this takes the memory of a forward pass without gradients.
 
     Args:
         model: Left as it was: mode, buffers and the random state are restored.
@@ -147,7 +147,7 @@ class StepMemory:
     """Peak memory of one training step with AdamW, in bytes, and what it is made of.
 
     `total` is the most that is there at one time, which is less than the sum of the parts: the gradients appear while
-    what was kept is let go, and each temporary tensor has its own moment.
+    saved tensors are released, and each temporary tensor has its own moment.
 
     Args:
         weights: Parameters and buffers.
@@ -193,8 +193,8 @@ def predict_step_memory(
     Args:
         model: From `build_method`, on any device.
         image_shape: `(channels, height, width)`.
-        batch_size: Images per step.
-        device_type: Where it will train, `"cpu"` or `"cuda"`, which have temporary tensors of their own; the model's
+        batch_size: Batch size.
+        device_type: Where it will train, `"cpu"` or `"cuda"`, whose temporary tensors differ; the model's
             device if None.
     """
     few, more = _two_passes(model, image_shape)
@@ -266,7 +266,7 @@ def _step_temporary(model: nn.Module, device_type: str) -> int:
 
 
 def _trained_bytes(module: nn.Module) -> int:
-    """Bytes of the parameters that learn."""
+    """Bytes of the trainable parameters."""
     return _bytes([p for p in module.parameters() if p.requires_grad])
 
 
@@ -299,8 +299,8 @@ def predict_for_methods(
 
     Args:
         backbone: As for `create_backbone`.
-        batch: Images per step.
-        img_size: Side of the input in pixels; the backbone's own if None.
+        batch: Batch size.
+        img_size: Input resolution in pixels; the backbone's own if None.
         r: Rank of SNELLA's and LoRA's factors.
         dtype: Of weights and activations; PEFT keeps the adapters themselves in float32.
         device_type: Where the training is to run.
@@ -323,7 +323,7 @@ def predict_for_methods(
 def _predict_each(
     backbone: str, batch: int, img_size: int | None, r: int, dtype: torch.dtype, device_type: str
 ) -> Iterator[tuple[str, tuple[int, int, int], StepMemory]]:
-    """The work of `predict_for_methods`."""
+    """`predict_for_methods`, after its checks."""
     for method in methods_compared(r):
         model = create_backbone(backbone, num_classes=_CLASSES, pretrained=False, img_size=img_size).to(dtype)
         channels, height, width = resolve_model_data_config(model)["input_size"]

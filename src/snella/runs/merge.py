@@ -1,4 +1,4 @@
-"""Folding a run's update into the backbone: plain timm weights."""
+"""`merge`: a run's update folded into the backbone, as plain timm weights."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ _SUFFIX = ".safetensors"
 _OTHER_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".npz", ".onnx", ".h5", ".pkl", ".tar", ".gz", ".zip")
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _KEPT_ENTRIES = ("first_conv", "classifier", "license", "pool_size")
-"""What of a backbone's own `pretrained_cfg` still holds for the fine-tuned model."""
+"""Entries of a backbone's `pretrained_cfg` that hold for the fine-tuned model."""
 _USE = "# classes[model(transform(image.convert('RGB'))[None]).argmax()]"
 
 
@@ -30,7 +30,7 @@ def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> Path:
     `model.pretrained_cfg["label_names"]` has the classes. Classification only.
 
     A file: the state dict alone, `.safetensors`. How the model is built, the class names and the data configuration
-    stand in its metadata; `loading_lines` makes lines of Python of them. For a segmentation the names are those of
+    are in its metadata, of which `loading_snippet` makes Python code. For a segmentation the names are those of
     `snella.backbones.create_segmenter`'s model, `encoder.…` (the backbone's own names, without a head) and
     `decoder.…`; `load_merged` builds and fills it.
 
@@ -67,7 +67,7 @@ def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> Path:
 
 
 def _check_out(path: Path, typed: str, *, overwrite: bool) -> None:
-    """Refuse what cannot be meant or must not be replaced."""
+    """Refuse other suffixes, and existing files that must not be replaced."""
     if not path.is_dir() and path.suffix.lower() in _OTHER_SUFFIXES:
         raise ValueError(
             f"out must end with {_SUFFIX}, or be a folder for a model in timm's format, got {typed!r}; "
@@ -135,10 +135,10 @@ def _timm_config(loaded: LoadedRun, model: nn.Module, out: str) -> dict[str, Any
     }
 
 
-def loading_lines(path: str | Path) -> str:
-    """Lines of Python that load what `merge` wrote as `model`: with timm alone, or, for a segmentation, with snella.
+def loading_snippet(path: str | Path) -> str:
+    """A Python snippet that loads the output of `merge` as `model`: with timm alone; for segmentation, with snella.
 
-    Those of a classifier also make `transform`, from a PIL image to the model's input, and `classes`, its labels.
+    That of a classifier also makes `transform`, from a PIL image to the model's input, and `classes`, its labels.
 
     Args:
         path: File or folder written by `merge`.
@@ -168,8 +168,8 @@ def loading_lines(path: str | Path) -> str:
     )
 
 
-def what_it_is(path: str | Path) -> str:
-    """What a merged file or folder holds, in a few words."""
+def describe_file(path: str | Path) -> str:
+    """The content of a merged file or folder, in a few words."""
     if Path(path).is_dir():
         return "a model in timm's format"
     with safe_open(path, "pt") as file:
@@ -208,7 +208,7 @@ def _model_args(model: nn.Module) -> dict[str, Any]:
 
 
 def _built_in_size(model: nn.Module) -> int | None:
-    """The image size that timm must be told to build such a model; None for models that take any."""
+    """The `img_size` that timm needs to build such a model; None for models that take any."""
     inner = getattr(model, "encoder", model)
     size = getattr(getattr(inner, "patch_embed", None), "img_size", None)
     return None if size is None else int(size[0])

@@ -1,4 +1,4 @@
-"""What a run's best model says about any images."""
+"""`predict`: classes or masks of images, by the best model of a run."""
 
 import csv
 import difflib
@@ -19,7 +19,7 @@ from snella.data import read_image
 from snella.data.datasets import IMAGE_SUFFIXES, is_image
 from snella.records import RunInfo, read
 from snella.report.examples import overlay, write_mask
-from snella.runs.build import LoadedRun, load_run, task_name_of
+from snella.runs.build import LoadedRun, get_task_name, load_run
 from snella.tasks import ClassificationTask
 
 _OVERLAYS = "overlays"
@@ -68,7 +68,7 @@ def mask_predictions(
 def write_mask_predictions(
     predictions: Iterable[MaskPrediction], out: str | Path, top_k: int | None = None, *, overwrite: bool = False
 ) -> Path:
-    """Write each mask as `OUT/NAME.png`, a palette picture whose indices are the labels, and `OUT/overlays/NAME.png`.
+    """Write each mask as `OUT/NAME.png`, a palette PNG whose indices are the labels, and `OUT/overlays/NAME.png`.
 
     Args:
         predictions: Taken one after the other.
@@ -93,8 +93,8 @@ def write_mask_predictions(
             )
         written[name] = prediction.path
         write_mask(prediction.labels, folder / name)
-        picture = overlay(read_image(prediction.path), prediction.labels)
-        write_bytes(folder / _OVERLAYS / name, _png(picture))
+        overlaid = overlay(read_image(prediction.path), prediction.labels)
+        write_bytes(folder / _OVERLAYS / name, _png(overlaid))
     return folder
 
 
@@ -131,7 +131,7 @@ _CSV_SUFFIXES = ("", ".csv", ".txt")
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says about one image: all classes with their probabilities, the likeliest first."""
+    """The prediction for one image: all classes with their probabilities, the likeliest first."""
 
     path: Path
     ranking: list[tuple[str, float]]
@@ -269,9 +269,9 @@ def output_of(task: str) -> PredictionOutput:
 
 
 def output_of_run(run: str | Path) -> PredictionOutput:
-    """The output of a run's task; that of classification where there is no run, which is told later."""
+    """The output of a run's task; that of classification where there is no run, which is reported later."""
     has_run = (Path(run) / "run.json").is_file()
-    return output_of(task_name_of(read(RunInfo, run)) if has_run else "classification")
+    return output_of(get_task_name(read(RunInfo, run)) if has_run else "classification")
 
 
 _RUN_FILE = "run.json"
@@ -291,7 +291,7 @@ def predict(
         run: Folder of the run, or a loaded one.
         images: Files and folders; a folder stands for all images in it, at any depth.
         batch_size: Images at a time.
-        skip_broken: Leave out images that cannot be read, instead of stopping.
+        skip_broken: Skip images that cannot be read, instead of stopping.
         device: auto, cpu or cuda.
 
     Returns:
@@ -299,7 +299,7 @@ def predict(
 
     Raises:
         FileNotFoundError: A path does not exist (near names are given), or a folder holds no images.
-        ValueError: An image cannot be read, or an image stands where the run belongs.
+        ValueError: An image cannot be read, or an image is given in place of the run.
     """
     each = predict_each(run, images, batch_size=batch_size, skip_broken=skip_broken, device=device)
     return list(each)
@@ -316,7 +316,7 @@ def predict_each(
 ) -> Iterator[Any]:
     """Predict as `predict` does, one after the other, so that masks need not all be held at once.
 
-    `on_skipped` is told each image that is left out, and why.
+    `on_skipped` is called with each skipped image and the reason.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -332,7 +332,7 @@ def predict_each(
 
 
 def _check_order(run: Path, images: Sequence[str | Path]) -> None:
-    """Refuse an image, or a folder of them, where the run belongs."""
+    """Refuse images given in place of the run."""
     if run.is_file():
         raise ValueError(f"run must be the folder of a run, got the file {str(run)!r}; the run comes before the images")
     swapped = [image for image in map(Path, images) if (image / _RUN_FILE).is_file()]
@@ -371,7 +371,7 @@ def _hint(missing: Path) -> str:
     if not missing.parent.is_dir():
         return f"; there is no folder {missing.parent}"
     near = difflib.get_close_matches(missing.name, sorted(child.name for child in missing.parent.iterdir()), n=1)
-    return f"; nearest there: {near[0]!r}" if near else f"; {missing.parent} has nothing of a like name"
+    return f"; nearest there: {near[0]!r}" if near else f"; {missing.parent} has no similar name"
 
 
 def _batches(

@@ -1,4 +1,4 @@
-"""Which images choose the best epoch, how images are prepared for it, and how results say so."""
+"""Run protocols: which split selects the best epoch, and how images are preprocessed."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -15,13 +15,13 @@ _OFFICIAL_CROP_PCT = 0.875
 
 @dataclass(frozen=True)
 class RunProtocol:
-    """How the epoch that is kept is chosen.
+    """How the epoch whose adapter is saved is selected.
 
     Attributes:
         name: As `--protocol` takes it.
         selected_on: Part of the data that the best epoch is chosen on; None keeps the last epoch.
-        summary: One line for people.
-        warning: What results must not be mistaken for; empty where there is nothing to warn of.
+        summary: One line, human-readable.
+        warning: Caveat about the results; empty for none.
     """
 
     name: str
@@ -30,7 +30,7 @@ class RunProtocol:
     warning: str = ""
 
     def selection_part(self, splits: DataSplits) -> ImageDataset | None:
-        """The images that the best epoch is chosen on."""
+        """The split that the best epoch is selected on."""
         return {"val": splits.val, "test": splits.test, None: None}[self.selected_on]
 
     def is_measured(self, epoch: int, epochs: int) -> bool:
@@ -42,35 +42,35 @@ class RunProtocol:
             return self.selected_on is not None
         return (epoch - 1) % _OFFICIAL_INTERVAL == 0 or epoch > epochs - _OFFICIAL_INTERVAL
 
-    def rank(
-        self, row: Mapping[str, Any], of_task: Callable[[Mapping[str, Any]], tuple[float, float]]
+    def selection_score(
+        self, row: Mapping[str, Any], task_score: Callable[[Mapping[str, Any]], tuple[float, float]]
     ) -> tuple[float, float]:
-        """What epochs are compared by: the task's rank, the lowest where an epoch was not measured.
+        """The score that epochs are compared by: the task's, the lowest where an epoch was not evaluated.
 
         Args:
-            row: Of the history; with `is_denser` it holds more weights than were asked for, and counts as not measured.
-            of_task: `Task.rank`.
+            row: Of the history; with `is_denser` it has more weights than the target, and counts as not evaluated.
+            task_score: `Task.selection_score`.
         """
         if self.selected_on is None:
             return 0.0, 0.0  # all alike, so that the last is kept
         if f"{self.selected_on}_loss" not in row or row.get("is_denser"):
             return -math.inf, -math.inf
-        return of_task(self.unnamed(row))
+        return task_score(self.with_val_prefix(row))
 
-    def best_metric(self, of_task: str) -> str:
+    def best_metric(self, task_score: str) -> str:
         """The entry of the history that epochs are compared by; `last_epoch` where nothing is compared."""
-        return "last_epoch" if self.selected_on is None else _renamed(of_task, "val_", f"{self.selected_on}_")
+        return "last_epoch" if self.selected_on is None else _renamed(task_score, "val_", f"{self.selected_on}_")
 
-    def named(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """A row of the history in which `val_…` is called after the part that was measured."""
+    def with_split_prefix(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """A row of the history with `val_…` renamed to the evaluated split."""
         return {_renamed(key, "val_", f"{self.selected_on}_"): value for key, value in row.items()}
 
-    def unnamed(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """The row that `named` renamed, with `val_…` again."""
+    def with_val_prefix(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The inverse of `with_split_prefix`."""
         return {_renamed(key, f"{self.selected_on}_", "val_"): value for key, value in row.items()}
 
     def data_config(self, config: Mapping[str, Any], *, is_resized_whole: bool) -> dict[str, Any]:
-        """The model's data configuration as this protocol and the data want it.
+        """The data configuration of the model, adjusted to this protocol and the data.
 
         Args:
             config: The model's own: `mean`, `std`, `crop_pct`, `crop_mode`, `interpolation` and others.
@@ -91,25 +91,25 @@ class RunProtocol:
 PROTOCOLS: dict[str, RunProtocol] = {
     protocol.name: protocol
     for protocol in (
-        RunProtocol("standard", "val", "the best epoch is chosen on validation, the test images are measured once"),
+        RunProtocol("standard", "val", "the best epoch is selected on validation; the test images are evaluated once"),
         RunProtocol(
             "final",
             None,
-            "training and validation images are learnt from, the last epoch is kept, the test images are measured once",
+            "training on training and validation images; the last epoch is saved and evaluated once on the test images",
         ),
         RunProtocol(
             "official",
             "test",
-            "as the authors' scripts do: the best epoch is chosen on the test images, with ImageNet's mean and "
+            "as in the authors' scripts: the best epoch is selected on the test images, with ImageNet's mean and "
             "standard deviation",
-            "the test images chose the epoch, so that this test accuracy is too good, and not comparable with others",
+            "the epoch was selected on the test images: this test accuracy is optimistic, not comparable with others",
         ),
     )
 }
 """By the name that `--protocol` takes."""
 
 
-def protocol_of(name: str) -> RunProtocol:
+def get_protocol(name: str) -> RunProtocol:
     """The protocol of a name.
 
     Raises:
@@ -121,12 +121,12 @@ def protocol_of(name: str) -> RunProtocol:
 
 
 def _renamed(key: str, old: str, new: str) -> str:
-    """`key` with another beginning, if it has the old one."""
+    """`key` with its prefix replaced, if it has the old one."""
     return new + key.removeprefix(old) if key.startswith(old) else key
 
 
 __all__ = [
     "PROTOCOLS",
     "RunProtocol",
-    "protocol_of",
+    "get_protocol",
 ]

@@ -1,4 +1,4 @@
-"""What a finished run leaves behind: its description, metrics, allocation and predictions."""
+"""Summaries of a run: `run.json`, `allocation.json`, the adapter's card and the console's overview."""
 
 import contextlib
 import json
@@ -20,22 +20,22 @@ from torch import nn
 from snella import SnellaCallback, SnellaConfig
 from snella.methods import spec_of
 from snella.records import Allocation, AllocationStep, DataInfo, MatrixInfo, RunInfo
-from snella.runs.build import PARTS, Assembly, contents_of, digest_of, folder_of, sizes_of
+from snella.runs.build import PARTS, RunComponents, absolute_folder, contents_of, split_sizes, splits_digest
 from snella.runs.config import TrainConfig, command_line
 from snella.runs.console import counted, print_rows
 from snella.runs.memory import predict_step_memory
-from snella.runs.protocol import protocol_of
+from snella.runs.protocol import get_protocol
 from snella.tuner.matrices import AdaptedMatrix, adapted_matrices
 
 _PACKAGES = ("snella", "torch", "peft", "timm", "transformers")
-_USUAL_SIDE, _LEAST_SIDE = 224, 48
+_USUAL_SIZE, _MIN_SIZE = 224, 48
 _PREPARED = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 _CARD_USE = """Its keys are registered by the package `snella` (`import snella` before PEFT loads it). The run that this
 folder comes from predicts with `snella predict RUN IMAGES`, and `snella merge RUN --out MODEL` makes it a plain model.
 """
 
 
-def describe_run(config: TrainConfig, parts: Assembly, names: Collection[str] = PARTS) -> RunInfo:
+def describe_run(config: TrainConfig, parts: RunComponents, names: Collection[str] = PARTS) -> RunInfo:
     """The record of a run that begins.
 
     Args:
@@ -57,10 +57,10 @@ def describe_run(config: TrainConfig, parts: Assembly, names: Collection[str] = 
             spec=str(config.data),
             seed=config.seed,
             description=splits.description,
-            sizes=sizes_of(splits),
-            digest=digest_of(splits),
+            sizes=split_sizes(splits),
+            digest=splits_digest(splits),
             contents=contents_of(splits, names),
-            folder=folder_of(str(config.data)),
+            folder=absolute_folder(str(config.data)),
             notes=list(splits.notes),
         ),
         data_config=parts.data_config,
@@ -79,8 +79,8 @@ def command_of(config: TrainConfig) -> str:
     return command_line(config, TrainConfig(data="-", backbone="-", out="-"), "train")
 
 
-def kept_text(matrices: Sequence[AdaptedMatrix]) -> str:
-    """How many weights an update changes, in words."""
+def sparsity_summary(matrices: Sequence[AdaptedMatrix]) -> str:
+    """How many weights an update changes, human-readable."""
     kept, total = sum(m.budget for m in matrices), sum(m.size for m in matrices)
     return f"changes {kept:,} of {total:,} weights ({1 - kept / total:.1%} sparse)"
 
@@ -92,7 +92,7 @@ def matrices_of(model: nn.Module) -> list[AdaptedMatrix]:
 
 
 def trainable_parameters(model: nn.Module) -> int:
-    """How many values training may change, the head's included."""
+    """Number of trainable parameters, the head's included."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
@@ -114,9 +114,11 @@ def describe_allocation(model: nn.Module, callback: SnellaCallback) -> Allocatio
     )
 
 
-def best_epoch(history: Sequence[dict[str, Any]], rank: Callable[[Mapping[str, Any]], tuple[float, float]]) -> int:
-    """The epoch of the highest rank, the latest of equals; see `RunProtocol.rank`."""
-    return int(max(history, key=lambda row: (rank(row), row["epoch"]))["epoch"])
+def best_epoch(
+    history: Sequence[dict[str, Any]], selection_score: Callable[[Mapping[str, Any]], tuple[float, float]]
+) -> int:
+    """The epoch of the highest score, the latest of equals; see `RunProtocol.selection_score`."""
+    return int(max(history, key=lambda row: (selection_score(row), row["epoch"]))["epoch"])
 
 
 def folder_bytes(folder: Path) -> int:
@@ -125,13 +127,13 @@ def folder_bytes(folder: Path) -> int:
 
 
 def peak_rss_mib() -> float:
-    """The most memory that this process has held so far."""
+    """Peak resident memory of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / 2 ** (20 if sys.platform == "darwin" else 10), 1)
 
 
-def announce(console: Console, config: TrainConfig, parts: Assembly) -> None:
-    """Print data, model, what is trained, budgets, steps and the estimated memory.
+def log_summary(console: Console, config: TrainConfig, parts: RunComponents) -> None:
+    """Print data, model, method, budgets, steps and the estimated memory.
 
     Args:
         console: Where to write.
@@ -141,7 +143,7 @@ def announce(console: Console, config: TrainConfig, parts: Assembly) -> None:
     splits, model = parts.splits, parts.model
     size = tuple(parts.data_config["input_size"])
     classes = ", ".join(splits.classes[:6]) + (", …" if len(splits.classes) > 6 else "")
-    batch = config.images_per_step
+    batch = config.effective_batch_size
     steps = counted(-(-len(splits.train) // batch), "step")
     device = next(model.parameters()).device
     memory = predict_step_memory(model, (size[0], size[1], size[2]), batch).total / 2**20
@@ -165,7 +167,7 @@ def announce(console: Console, config: TrainConfig, parts: Assembly) -> None:
     print_rows(console, rows)
 
 
-def adapter_card(config: TrainConfig, parts: Assembly) -> str:
+def adapter_card(config: TrainConfig, parts: RunComponents) -> str:
     """The `README.md` of an adapter's folder, which may travel without its run: base model, classes, preparation.
 
     Args:
@@ -187,7 +189,7 @@ def adapter_card(config: TrainConfig, parts: Assembly) -> str:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can be had where a model is: of the GPU, or of the machine, of which a container has a part."""
+    """Free bytes on a device: of the GPU, or of the machine or its container."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     free = int(psutil.virtual_memory().available)
@@ -197,8 +199,8 @@ def free_memory(device: torch.device) -> int:
     return free
 
 
-def shorter_with(parts: Assembly) -> Callable[[float], str]:
-    """What a run that takes too long would take less time with, as a function of how many times too long it is.
+def shorten_hint(parts: RunComponents) -> Callable[[float], str]:
+    """A hint on shortening a run, as a function of how many times too long it is.
 
     The time of a step is taken as proportional to the pixels of an image, which is true of convolutions, and less than
     what a smaller image saves in attention.
@@ -210,7 +212,7 @@ def shorter_with(parts: Assembly) -> Callable[[float], str]:
 
     def shorten(much: float) -> str:
         shorter = int(side / math.sqrt(much)) // patch * patch
-        if shorter < max(_LEAST_SIDE, patch):
+        if shorter < max(_MIN_SIZE, patch):
             return "; --train-size, --epochs or a smaller --backbone make it shorter"
         share = (shorter / side) ** 2
         return f"; --img-size {shorter} takes about {share:.0%} of that, at some loss of accuracy"
@@ -225,15 +227,15 @@ def _patch(model: nn.Module) -> int:
     return int(sizes[0]) if sizes else 32
 
 
-def _cost_warnings(config: TrainConfig, parts: Assembly, memory: float, free: float) -> list[tuple[str, str]]:
-    """What will not fit, or take long."""
+def _cost_warnings(config: TrainConfig, parts: RunComponents, memory: float, free: float) -> list[tuple[str, str]]:
+    """Warnings about memory and time."""
     rows = []
     if memory > free:
-        less = f"--batch-size below {config.images_per_step} or " if config.images_per_step > 1 else ""
+        less = f"--batch-size below {config.effective_batch_size} or " if config.effective_batch_size > 1 else ""
         rows.append(("warning", f"that is more memory than is free; {less}a smaller --img-size needs less"))
     side, patch = int(parts.data_config["input_size"][-1]), _patch(parts.model)
-    if config.img_size is None and side >= 1.5 * _USUAL_SIDE and next(parts.model.parameters()).device.type == "cpu":
-        usual = _USUAL_SIDE // patch * patch
+    if config.img_size is None and side >= 1.5 * _USUAL_SIZE and next(parts.model.parameters()).device.type == "cpu":
+        usual = _USUAL_SIZE // patch * patch
         rows.append(
             (
                 "warning",
@@ -245,8 +247,8 @@ def _cost_warnings(config: TrainConfig, parts: Assembly, memory: float, free: fl
 
 
 def _protocol_rows(config: TrainConfig) -> list[tuple[str, str]]:
-    """How the kept weights are chosen, where that is not the usual way."""
-    protocol = protocol_of(config.protocol)
+    """Protocol and average, where they are not the defaults."""
+    protocol = get_protocol(config.protocol)
     rows = [] if protocol.name == "standard" else [("protocol", f"{protocol.name}: {protocol.summary}")]
     if protocol.warning:
         rows.append(("warning", protocol.warning))
@@ -269,7 +271,7 @@ def _adapted(model: nn.Module) -> str:
 
 
 def _budgets(model: nn.Module) -> str:
-    """From b_0 to b_T, as the allocator will have it."""
+    """Initial and target budget, b_0 and b_T."""
     total = sum(matrix.size for matrix in matrices_of(model))
     settings = cast(SnellaConfig, cast(PeftModel, model).peft_config["default"])
     start, end = (total - round(sparsity * total) for sparsity in (settings.init_sparsity, settings.target_sparsity))

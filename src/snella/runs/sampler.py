@@ -1,4 +1,4 @@
-"""The order of the training images and their augmentation: functions of the seed and the epoch alone."""
+"""Sampler whose order, like the augmentation, depends on the seed and the epoch alone."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -34,7 +34,7 @@ class EpochSampler(Sampler[int]):
 
 
 class EpochCallback(TrainerCallback):
-    """Tell the training images which epoch it is.
+    """Set the epoch of the training images.
 
     Accelerate does so too, except for an epoch that is resumed in its middle.
 
@@ -48,7 +48,7 @@ class EpochCallback(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Set the number of the epoch that begins or goes on."""
+        """Set the number of the current epoch."""
         self.dataset.set_epoch(state.global_step // (state.max_steps // int(state.num_train_epochs)))
 
 

@@ -1,4 +1,4 @@
-"""How every kind of run begins, and what its folder says of how it ended."""
+"""Run sessions: locking, resuming, interrupts and the final status."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from snella.runs.checkpoints import latest_checkpoint, remove_incomplete, sound_checkpoint
+from snella.runs.checkpoints import intact_checkpoint, latest_checkpoint, remove_incomplete
 from snella.runs.config import RunSettings
 from snella.runs.console import print_line
 from snella.runs.folder import RunFolderOf
@@ -36,7 +36,7 @@ class NonFiniteLossError(Exception):
 
 
 class InterruptCallback(TrainerCallback):
-    """Turn the first request to end into: finish the step, save, stop. The second one stops at once.
+    """Handle the first request to stop by finishing the step, saving and stopping; the second stops at once.
 
     Requests are Ctrl-C, SIGTERM (a scheduler's), and SIGHUP (a closed terminal), unless it is ignored, as under
     `nohup`. A context manager: the handlers are installed inside, in the main thread only.
@@ -106,8 +106,8 @@ class RunInUseError(OSError):
 
 
 @contextmanager
-def run_owned(run: RunFolderOf[Any]) -> Iterator[None]:
-    """Be the only process that writes into a run's folder, while the work inside lasts.
+def lock_run(run: RunFolderOf[Any]) -> Iterator[None]:
+    """Hold the lock of a run's folder, so that no other process writes into it.
 
     The lock is one of the kernel's, which frees it when the process ends in whatever way. Folders that are made for it
     and stay empty are removed.
@@ -116,7 +116,7 @@ def run_owned(run: RunFolderOf[Any]) -> Iterator[None]:
         run: Folder of the run; need not exist yet.
 
     Raises:
-        RunInUseError: A living process owns it; names the process.
+        RunInUseError: A running process holds it; names the process.
         ValueError: The folder's name is no text (bytes that are not UTF-8, control characters).
         NotImplementedError: This is one of several processes of one training, as `torchrun` starts them.
     """
@@ -179,7 +179,7 @@ def _lock(path: Path, run: Path) -> int:
 
 
 def _close_inherited() -> None:
-    """Let a forked process, such as a loader's worker, hold no lock: it may outlive the owner."""
+    """Close the locks that a forked process, such as a loader's worker, inherits: it may outlive the owner."""
     for descriptor in _HELD:
         os.close(descriptor)
     _HELD.clear()
@@ -188,61 +188,61 @@ def _close_inherited() -> None:
 os.register_at_fork(after_in_child=_close_inherited)
 
 
-def settle_unfinished(run: RunFolderOf[S], config: S, console: Console, result: str) -> tuple[S, bool] | None:
-    """Decide what to train, before anything is loaded or written.
+def resolve_resume(run: RunFolderOf[S], config: S, console: Console, result: str) -> tuple[S, bool] | None:
+    """Resolve the settings of a new or resumed run, before anything is loaded or written.
 
     Args:
         run: Folder of the run.
         config: The settings asked for.
-        console: Is told where the result of a finished run is.
-        result: What that is, in a few words.
+        console: Where to write the place of a finished run's result.
+        result: That place, in a few words.
 
     Returns:
-        Resolved settings, and whether a stored run goes on; None where the run to be resumed is finished.
+        Resolved settings, and whether a stored run is resumed; None where the run to be resumed is finished.
 
     Raises:
-        FileExistsError: As `RunFolderOf.settle`, as are the others.
+        FileExistsError: As `RunFolderOf.resolve_settings`, as are the others.
         FileNotFoundError: Or the adapter of a finished run is gone.
         ValueError: `resume` with settings that differ from the stored ones.
     """
-    settled = run.settle(config)
-    asked: Any = settled
-    if asked.resume and run.status == "finished":
+    resolved = run.resolve_settings(config)
+    settings: Any = resolved
+    if settings.resume and run.status == "finished":
         run.check_adapter()
         print_line(console, f"{run.path} is finished already; {result}")
         return None
-    return settled, asked.resume and run.status is not None
+    return resolved, settings.resume and run.status is not None
 
 
-def checkpoint_to_continue(run: RunFolderOf[Any], console: Console) -> Path | None:
-    """The checkpoint that training goes on from, the latest sound one; None where it begins.
+def checkpoint_to_resume(run: RunFolderOf[Any], console: Console) -> Path | None:
+    """The checkpoint to resume from, the latest intact one; None for a new run.
 
     Args:
         run: Folder of the run; what a killed process left half written is removed.
-        console: Is told which one it is, and what is wrong with later ones.
+        console: Where to write which one it is, and what is wrong with later ones.
 
     Raises:
-        CheckpointError: There are checkpoints, all of them damaged; names the file and the ways out.
+        CheckpointError: There are checkpoints, all of them damaged; names the file and the remedies.
     """
-    checkpoint, damages = sound_checkpoint(run.checkpoints)
+    checkpoint, damages = intact_checkpoint(run.checkpoints)
     for damage in damages:
-        print_line(console, f"note: passed over {damage}")
+        print_line(console, f"note: skipped {damage}")
     remove_incomplete(run.checkpoints, checkpoint)
     if checkpoint is not None:
-        print_line(console, f"continuing from {checkpoint}")
+        print_line(console, f"resuming from {checkpoint}")
     return checkpoint
 
 
 @contextmanager
-def outcome_recorded(run: RunFolderOf[Any], command: str) -> Iterator[None]:
-    """Write into `run.json` that the work inside was interrupted or failed.
+def record_status(run: RunFolderOf[Any], command: str) -> Iterator[None]:
+    """Record in `run.json` that the work inside was interrupted or failed.
 
     Args:
         run: Folder of the run.
-        command: That continues it, `train` and the like.
+        command: That resumes it, `train` and the like.
 
     Raises:
-        TrainingInterrupted: The work inside was interrupted; says where its state is saved and how to go on.
+        TrainingInterrupted: The work inside was interrupted; names the checkpoint and the command to resume.
     """
     try:
         yield
@@ -251,7 +251,7 @@ def outcome_recorded(run: RunFolderOf[Any], command: str) -> Iterator[None]:
         where = f"saved as {saved}" if saved else "no checkpoint was written yet"
         run.update("interrupted")
         raise TrainingInterrupted(
-            f"interrupted; {where}; continue with: snella {command} --out {run.path} --resume"
+            f"interrupted; {where}; resume with: snella {command} --out {run.path} --resume"
         ) from None
     except Exception as error:
         plain = _without_worker(error)

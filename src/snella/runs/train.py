@@ -1,4 +1,4 @@
-"""One training run, from settings to report."""
+"""`train`: one training run, from configuration to report."""
 
 import dataclasses
 import time
@@ -12,38 +12,46 @@ from snella.methods import load_trained_into
 from snella.methods.adalora import is_adalora
 from snella.records import EpochRow, Metrics, RunInfo, read, scores_from
 from snella.report import write_report
-from snella.runs.build import PARTS, Assembly, assemble, check_splits, find_data, parts_of, store_selection
-from snella.runs.callbacks import ProgressDisplay, RankCallback, StepCosts
+from snella.runs.build import (
+    PARTS,
+    RunComponents,
+    build_components,
+    check_splits,
+    find_data,
+    parts_of,
+    store_selection,
+)
+from snella.runs.callbacks import ProgressDisplay, RankCallback, StepTimeCallback
 from snella.runs.config import TrainConfig
 from snella.runs.console import make_console, print_line
-from snella.runs.evaluate import refresh_report
+from snella.runs.evaluate import redraw_report
 from snella.runs.folder import RunFolder
 from snella.runs.linear_probe import cache_features, can_cache_features, choose_head_start, start_head_from_probe
-from snella.runs.protocol import RunProtocol, protocol_of
+from snella.runs.protocol import RunProtocol, get_protocol
 from snella.runs.results import (
     adapter_card,
-    announce,
     best_epoch,
     describe_allocation,
     describe_run,
     folder_bytes,
-    kept_text,
+    log_summary,
     matrices_of,
     peak_rss_mib,
-    shorter_with,
+    shorten_hint,
+    sparsity_summary,
     trainable_parameters,
 )
 from snella.runs.session import (
     InterruptCallback,
-    checkpoint_to_continue,
-    outcome_recorded,
-    run_owned,
-    settle_unfinished,
+    checkpoint_to_resume,
+    lock_run,
+    record_status,
+    resolve_resume,
 )
 from snella.runs.trainer import SnellaTrainer
 from snella.tasks import Task
 
-_MOST_PREDICTIONS = 5_000  # of a benchmark's test part they would fill hundreds of megabytes
+_MOST_PREDICTIONS = 5_000  # a benchmark's test split would fill hundreds of megabytes
 
 
 def train(
@@ -56,14 +64,15 @@ def train(
 ) -> RunFolder:
     """Fine-tune a backbone and leave a complete run folder behind.
 
-    The best epoch is chosen on validation; the test images are measured once, at the end, with its adapter.
+    The best epoch is selected on validation; the test images are evaluated once, at the end, with its adapter.
 
     Args:
-        config: What to do. With `resume` a stored run goes on from its last checkpoint, with its own settings.
+        config: The configuration. With `resume` a stored run is resumed from its last checkpoint, with its own
+            settings.
         console: Where to write; standard output if None.
-        measure_test: False leaves the test images untouched, for runs that only choose settings.
+        measure_test: False skips the test images, for tuning runs.
         keep_checkpoints: False saves no state to resume from after each epoch, for short runs.
-        draw_report: False leaves the report page out; `snella inspect --report` draws it later.
+        draw_report: False skips the HTML report; `snella inspect --report` draws it later.
 
     Returns:
         The folder, its run finished.
@@ -77,9 +86,9 @@ def train(
         NonFiniteLossError: The loss or the gradient became infinite or NaN; the last good state is kept.
         CheckpointError: The disk is full, and the last checkpoint is kept; or that of a resumed run is damaged.
     """
-    console = console or make_console(endures=True)
+    console = console or make_console(survives_closed_output=True)
     run = RunFolder(str(config.out))
-    with run_owned(run):
+    with lock_run(run):
         return _train(config, run, console, measure_test, keep_checkpoints, draw_report)
 
 
@@ -87,29 +96,29 @@ def _train(
     config: TrainConfig, run: RunFolder, console: Console, measure_test: bool, keep_checkpoints: bool, draw_report: bool
 ) -> RunFolder:
     """The work of `train`, in a folder that no other process writes into."""
-    settled = settle_unfinished(run, config, console, f"its report is {run.report}")
-    if settled is None:
+    resolved = resolve_resume(run, config, console, f"its report is {run.report}")
+    if resolved is None:
         # killed after its last result was written
         if draw_report and not run.report.is_file():
-            refresh_report(run.path, console)
+            redraw_report(run.path, console)
         return run
-    config, is_resumed = settled
+    config, is_resumed = resolved
     stored = read(RunInfo, run.path).data if is_resumed else None
     if is_resumed:
         config.data = find_data(run.path, str(config.data), None if stored is None else stored.folder)
-    parts = assemble(config, run.path if is_resumed else None, console)
+    parts = build_components(config, run.path if is_resumed else None, console)
     check_splits(run.path, stored, parts.splits)
-    config = config.fitted_to(len(parts.splits.train))
+    config = config.with_batch_size_for(len(parts.splits.train))
     config = dataclasses.replace(config, head_start=choose_head_start(parts, config))
-    run.begin(config, is_resumed=is_resumed)
+    run.prepare(config, is_resumed=is_resumed)
     store_selection(run.path, config.method, parts.model)
     used = PARTS if measure_test else ("train", "val")
     run.write(describe_run(config, parts, used))
-    announce(console, config, parts)
+    log_summary(console, config, parts)
     if not measure_test:
         parts.splits.test = None
-    costs = StepCosts(next(parts.model.parameters()).device)
-    with outcome_recorded(run, "train"):
+    costs = StepTimeCallback(next(parts.model.parameters()).device)
+    with record_status(run, "train"):
         with InterruptCallback() as interrupt:
             trainer = _fit(config, parts, run, interrupt, console, costs, keep_checkpoints)
         if trainer.state.global_step < trainer.state.max_steps:
@@ -120,20 +129,20 @@ def _train(
 
 def _fit(
     config: TrainConfig,
-    parts: Assembly,
+    parts: RunComponents,
     run: RunFolder,
     interrupt: InterruptCallback,
     console: Console,
-    costs: StepCosts,
+    costs: StepTimeCallback,
     keep_checkpoints: bool,
 ) -> SnellaTrainer:
     """Train, from the last checkpoint if there is one."""
-    checkpoint = checkpoint_to_continue(run, console)
+    checkpoint = checkpoint_to_resume(run, console)
     matrices = matrices_of(parts.model)
     allocation = SnellaCallback() if matrices else None
-    protocol = protocol_of(config.protocol)
+    protocol = get_protocol(config.protocol)
     weights = sum(m.size for m in matrices) or None
-    display = ProgressDisplay(console, parts.task, protocol, weights, allocation, config.progress, shorter_with(parts))
+    display = ProgressDisplay(console, parts.task, protocol, weights, allocation, config.progress, shorten_hint(parts))
     ranks = [RankCallback()] if is_adalora(parts.model) else []
     callbacks = [*([allocation] if allocation else []), *ranks, interrupt, display, costs]
     start = time.monotonic()
@@ -161,9 +170,14 @@ def _fit(
 
 
 def _finish(
-    trainer: SnellaTrainer, parts: Assembly, run: RunFolder, console: Console, costs: StepCosts, draw_report: bool
+    trainer: SnellaTrainer,
+    parts: RunComponents,
+    run: RunFolder,
+    console: Console,
+    costs: StepTimeCallback,
+    draw_report: bool,
 ) -> None:
-    """Measure the best adapter, write the results and the report."""
+    """Evaluate the best adapter, write the results and the report."""
     train_s = trainer.elapsed_s
     splits, model = parts.splits, parts.model
     load_trained_into(model, run.adapter)
@@ -171,17 +185,17 @@ def _finish(
     measured = {name: trainer.score(part) for name, part in parts_of(splits).items() if name != "train"}
     val, test = (measured[name][0] if name in measured else None for name in ("val", "test"))
     matrices = matrices_of(model)
-    best = best_epoch(trainer.history, lambda row: protocol.rank(row, parts.task.rank))
+    best = best_epoch(trainer.history, lambda row: protocol.selection_score(row, parts.task.selection_score))
     callback = trainer.allocation_callback
     if callback is not None:
         run.write(describe_allocation(model, callback))
-    pictures = None
+    report_images = None
     name, shown_part = ("val", splits.val) if splits.val is not None else ("test", splits.test)
     if shown_part is not None and len(shown_part) <= _MOST_PREDICTIONS:
-        verdicts = measured[name][1]
-        parts.task.keep_examples(model, shown_part, verdicts, run.path)
-        run.write(parts.task.predictions(shown_part, verdicts, name, run.path))
-        pictures = parts.task.pictures(shown_part, run.path)
+        sample_outputs = measured[name][1]
+        parts.task.save_examples(model, shown_part, sample_outputs, run.path)
+        run.write(parts.task.predictions(shown_part, sample_outputs, name, run.path))
+        report_images = parts.task.report_images(shown_part, run.path)
     metrics = Metrics(
         best_epoch=best,
         protocol=protocol.name,
@@ -194,23 +208,23 @@ def _finish(
         adapter_bytes=folder_bytes(run.adapter),
         peak_rss_mib=peak_rss_mib(),
         **costs.summary(),
-        history=[EpochRow(**protocol.unnamed(row)) for row in trainer.history],
+        history=[EpochRow(**protocol.with_val_prefix(row)) for row in trainer.history],
         val=None if val is None else scores_from(val),
         test=None if test is None else scores_from(test),
     )
     run.write(metrics)
     run.finish()
-    write_text(run.adapter / "README.md", adapter_card(trainer.config, parts))  # no part of the digests: people edit it
-    report = write_report(run.path, pictures) if draw_report else None
+    write_text(run.adapter / "README.md", adapter_card(trainer.config, parts))  # without a digest: meant to be edited
+    report = write_report(run.path, report_images) if draw_report else None
     print_line(console, _final_text(parts.task, protocol, best, val, test))
     if protocol.warning:
         print_line(console, f"{protocol.name} protocol: {protocol.warning}")
     if matrices:
         kept = sum(m.budget for m in matrices)
-        print_line(console, f"its update {kept_text(matrices)}")
+        print_line(console, f"its update {sparsity_summary(matrices)}")
         target = callback.allocator.target_budget if callback is not None and callback.allocator else kept
         if kept > target:
-            print_line(console, f"epoch {best} was chosen before the schedule reached its target, {target:,} weights")
+            print_line(console, f"epoch {best} was selected before the budget reached its target, {target:,} weights")
     shown = f"adapter {run.adapter}" + (f", report {report}" if report else "")
     print_line(console, shown)
 
@@ -218,8 +232,8 @@ def _finish(
 def _final_text(
     task: Task, protocol: RunProtocol, best: int, val: dict[str, Any] | None, test: dict[str, Any] | None
 ) -> str:
-    """The results of the kept epoch, and what chose it."""
+    """The results of the saved epoch, and what selected it."""
     if val is not None:
         return f"best epoch {best}: {task.final_text(val, test)}"
     which = f"epoch {best}, the last" if protocol.selected_on is None else f"epoch {best}, the best on the test images"
-    return f"{which}: " + ("nothing was measured" if test is None else f"test {task.result_text(test)}")
+    return f"{which}: " + ("not evaluated" if test is None else f"test {task.result_text(test)}")

@@ -1,4 +1,4 @@
-"""The Trainer of labeled images: our batches, optimizer, best epoch and randomness."""
+"""Trainers: `SnellaTrainer` for labeled images, `CheckpointingTrainer` for all runs, and their optimizers."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from snella.methods import load_trained_into, method_of, save_trained, spec_of
 from snella.methods.model_parts import is_inside
 from snella.runs.build import choose_device
 from snella.runs.callbacks import EmaCallback, WeightAverage
-from snella.runs.checkpoints import reading, remove_incomplete, saving, staged
+from snella.runs.checkpoints import reading_checkpoint, remove_incomplete, reporting_write_errors, staged
 from snella.runs.config import TrainConfig
 from snella.runs.folder import RunFolder, RunFolderOf
-from snella.runs.protocol import protocol_of
+from snella.runs.protocol import get_protocol
 from snella.runs.sampler import EpochCallback, EpochSampler, mix_seed
 from snella.runs.session import NonFiniteLossError
 from snella.tasks import Task
@@ -47,12 +47,12 @@ def build_low_bit_optimizer(
         model: From `adapt_headless`, on its device.
         wanted: `auto`, `adamw` or `adamw8bit`.
         device: Where it trains.
-        lr: Rate of the factors, or of all weights that are trained.
-        scalar_lr: Rate of the kernels' scalars (SNELLA, SNELL); a default of the optimizer's own if None.
+        lr: Learning rate of the factors, or of all weights that are trained.
+        scalar_lr: Learning rate of the kernels' scalars (SNELLA, SNELL); the optimizer's default if None.
         weight_decay: Decoupled weight decay; none on the scalars.
 
     Returns:
-        The optimizer, and what it is, with the reason where it is not what was hoped for.
+        The optimizer, and its name, with the reason for a fallback.
 
     Raises:
         ImportError: `adamw8bit` was asked for and bitsandbytes is missing or does not run here.
@@ -66,7 +66,7 @@ def build_low_bit_optimizer(
 
 
 def _choose(wanted: str, device: torch.device) -> tuple[type[Optimizer], str]:
-    """The class that `auto`, `adamw` or `adamw8bit` means here, and its name for people."""
+    """The class that `auto`, `adamw` or `adamw8bit` means here, and its human-readable name."""
     if wanted == "adamw":
         return AdamW, "AdamW"
     try:
@@ -129,7 +129,7 @@ _PROGRESS_FILE = "progress.json"
 
 
 class CheckpointingTrainer(Trainer):
-    """What training has in common, whatever a batch is.
+    """A Trainer with atomic checkpoints of the trained weights alone.
 
     Differs from its base class in that
     - a checkpoint holds what was trained, not the model around it, and appears under its name only when it is complete;
@@ -182,7 +182,7 @@ class CheckpointingTrainer(Trainer):
         return norm
 
     def _not_finite(self, what: str, value: float) -> NonFiniteLossError:
-        """The error that says where, what is left, and what to try."""
+        """The error with the step, the last good state and the remedy."""
         raise NotImplementedError
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -190,7 +190,7 @@ class CheckpointingTrainer(Trainer):
         return str(self._staging or self.run_folder.checkpoints)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint, whole or not at all, and then remove the older ones."""
+        """Write a checkpoint atomically, then remove the older ones."""
         folder, name = self.run_folder.checkpoints, f"checkpoint-{self.state.global_step}"
         if (folder / name).is_dir():
             return
@@ -207,20 +207,20 @@ class CheckpointingTrainer(Trainer):
         save_trained(self.trained_model, output_dir or str(self.run_folder.adapter))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Read what was trained, and our share of the state."""
+        """Read the trained weights and the state of this class."""
         checkpoint = Path(resume_from_checkpoint)
-        with reading(checkpoint):
+        with reading_checkpoint(checkpoint):
             load_trained_into(self.trained_model, checkpoint)
             self._read_state(checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Read their states."""
-        with nullcontext() if checkpoint is None else reading(Path(checkpoint)):
+        with nullcontext() if checkpoint is None else reading_checkpoint(Path(checkpoint)):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Read the states of the generators of random numbers."""
-        with nullcontext() if checkpoint is None else reading(Path(checkpoint)):
+        with nullcontext() if checkpoint is None else reading_checkpoint(Path(checkpoint)):
             super()._load_rng_state(checkpoint)
 
     def _write_state(self, checkpoint: Path, **values: Any) -> None:
@@ -234,17 +234,17 @@ class CheckpointingTrainer(Trainer):
         return values
 
 
-def quiet_arguments(
-    checkpoints: Path, device: torch.device, *, seed: int, precision: str, **own: Any
+def base_training_arguments(
+    checkpoints: Path, device: torch.device, *, seed: int, precision: str, **options: Any
 ) -> TrainingArguments:
-    """The Trainer's settings that all kinds of runs share: quiet, on one device, our own batches.
+    """The Trainer's settings that all kinds of runs share: quiet, on one device.
 
     Args:
         checkpoints: Where they go.
         device: Where to train.
         seed: Of the run.
         precision: fp32, or bf16 for autocast.
-        **own: Those of this kind of run.
+        **options: Those of this kind of run.
     """
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
@@ -258,7 +258,7 @@ def quiet_arguments(
         dataloader_pin_memory=False,
         remove_unused_columns=False,
         label_names=["labels"],
-        **own,
+        **options,
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
@@ -277,8 +277,8 @@ class SnellaTrainer(CheckpointingTrainer):
 
     Differs from its base class in that
     - every step draws its random numbers (dropout, drop-path) from `(seed, step)`, and every epoch its order from
-      `(seed, epoch)`, so that a resumed run repeats them wherever it was cut;
-    - the adapter of the best epoch (see `Task.rank`) is written when it is found;
+      `(seed, epoch)`, so that a resumed run repeats them wherever it was interrupted;
+    - the adapter of the best epoch (see `Task.selection_score`) is written when it is found;
     - an average of the weights, where one is kept, is part of a checkpoint.
 
     Args:
@@ -310,7 +310,7 @@ class SnellaTrainer(CheckpointingTrainer):
         self.config = config
         self.task = task
         self.validation_set = val
-        self.protocol = protocol_of(config.protocol)
+        self.protocol = get_protocol(config.protocol)
         self.average = None if config.ema is None else WeightAverage(model, config.ema)
         averaging = [] if self.average is None else [EmaCallback(self.average)]
         self.progress = _Progress()
@@ -343,17 +343,17 @@ class SnellaTrainer(CheckpointingTrainer):
         return found[0] if found else None
 
     def score(self, dataset: Dataset[Any]) -> tuple[dict[str, Any], Tensor]:
-        """Metrics on a data set, and what the task says about each of its items (class probabilities, say)."""
+        """Metrics on a data set, and the task's per-sample outputs (class probabilities, say)."""
         output = self.evaluation_loop(self.get_eval_dataloader(dataset), "evaluation", prediction_loss_only=False)
         kept = np.asarray(output.predictions)
-        return self.task.metrics(kept, np.asarray(output.label_ids)), self.task.verdicts(kept)
+        return self.task.metrics(kept, np.asarray(output.label_ids)), self.task.sample_outputs(kept)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "val"
     ) -> dict[str, float]:
-        """Measure the epoch as the protocol has it, log it, and keep its adapter if it is the best so far.
+        """Evaluate the epoch by the protocol, log it, and save its adapter if it is the best so far.
 
-        With an average of the weights, that is what is measured and kept.
+        With an average of the weights, the average is evaluated and saved.
 
         Raises:
             NonFiniteLossError: The loss is not finite; nothing is saved then.
@@ -362,7 +362,7 @@ class SnellaTrainer(CheckpointingTrainer):
             return self._measure_epoch()
 
     def _measure_epoch(self) -> dict[str, float]:
-        """The work of `evaluate`, with the values that are to be measured in place."""
+        """Evaluate the epoch with the current values."""
         row: dict[str, Any] = {
             "train_loss": self.progress.loss_sum / max(self.progress.steps, 1),
             **self._selection_scores(),
@@ -372,17 +372,17 @@ class SnellaTrainer(CheckpointingTrainer):
         if self._is_denser_than_asked():
             row["is_denser"] = True
         self.progress.loss_sum, self.progress.steps = 0.0, 0
-        rank = self.protocol.rank(row, self.task.rank)
-        is_best = all(self.protocol.rank(past, self.task.rank) <= rank for past in self.history)
+        score = self.protocol.selection_score(row, self.task.selection_score)
+        is_best = all(self.protocol.selection_score(past, self.task.selection_score) <= score for past in self.history)
         self.log(row)
         if is_best and self.args.should_save:
-            with saving(self.run_folder.adapter):
+            with reporting_write_errors(self.run_folder.adapter):
                 save_trained(self.trained_model, self.run_folder.adapter)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, row)
         return row
 
     def _selection_scores(self) -> dict[str, float]:
-        """Results on the images that choose the epoch, by the names of the history; none where it is not measured."""
+        """Results on the selection split, by the names of the history; none where it is not evaluated."""
         epoch = round(self.state.epoch or 0)
         if self.validation_set is None or not self.protocol.is_measured(epoch, self.config.epochs):
             return {}
@@ -390,7 +390,7 @@ class SnellaTrainer(CheckpointingTrainer):
         if not math.isfinite(scores["loss"]):
             part = "test" if self.protocol.selected_on == "test" else "validation"
             raise self._not_finite(f"the {part} loss", scores["loss"])
-        return self.protocol.named({"val_loss": scores["loss"], **self.task.epoch_row(scores)})
+        return self.protocol.with_split_prefix({"val_loss": scores["loss"], **self.task.epoch_row(scores)})
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the optimizer with its groups."""
@@ -428,11 +428,11 @@ class SnellaTrainer(CheckpointingTrainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Loss of one batch, and what the task keeps of it."""
+        """Loss of one batch, and the outputs that the task reduces it to."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
             loss, logits = self.compute_loss(model, inputs, return_outputs=True)
-        return loss.detach(), *self.task.keep(logits.detach(), inputs["labels"])
+        return loss.detach(), *self.task.reduce(logits.detach(), inputs["labels"])
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
         """The order of an epoch."""
@@ -465,7 +465,7 @@ class SnellaTrainer(CheckpointingTrainer):
         return allocator is not None and (allocator.config.schedule_end or 1.0) < 1 and not allocator.has_reached_target
 
     def _not_finite(self, what: str, value: float) -> NonFiniteLossError:
-        """The error that says where, what is left, and what to try."""
+        """The error with the step, the last good state and the remedy."""
         step = self.state.global_step + (1 if what in ("the loss", "the gradient") else 0)
         per_epoch = max(1, self.state.max_steps // max(1, int(self.state.num_train_epochs)))
         epoch = (step - 1) // per_epoch + 1
@@ -484,14 +484,14 @@ class SnellaTrainer(CheckpointingTrainer):
 
 def training_arguments(config: TrainConfig, checkpoints: Path, keep_checkpoints: bool = True) -> TrainingArguments:
     """The Trainer's own settings: quiet, an evaluation and a checkpoint each epoch, warm-up and a cosine."""
-    return quiet_arguments(
+    return base_training_arguments(
         checkpoints,
         choose_device(config.device),
         seed=config.seed,
         precision=config.precision,
         num_train_epochs=config.epochs,
-        per_device_train_batch_size=config.images_per_step,
-        per_device_eval_batch_size=config.images_per_step,
+        per_device_train_batch_size=config.effective_batch_size,
+        per_device_eval_batch_size=config.effective_batch_size,
         learning_rate=config.lr or 0.0,
         lr_scheduler_type="cosine_with_min_lr" if config.final_lr else "cosine",
         lr_scheduler_kwargs={"min_lr_rate": config.final_lr / (config.lr or 1.0)} if config.final_lr else {},

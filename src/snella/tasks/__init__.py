@@ -1,4 +1,4 @@
-"""What a batch is, which model fits, loss, metrics and how results read: one file a task."""
+"""Tasks: batches, models, losses, metrics and results of classification and segmentation."""
 
 from snella.tasks.classification import ClassificationTask
 from snella.tasks.registry import create_task, task_class, task_names

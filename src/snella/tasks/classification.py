@@ -124,31 +124,31 @@ class ClassificationTask:
             "confusion": confusion_matrix(truth, predicted, labels=range(self.num_classes)).tolist(),
         }
 
-    def keep(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def reduce(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Logits in float32 and labels, as they are."""
         return outputs.float(), labels
 
-    def verdicts(self, kept: ArrayLike) -> Tensor:
+    def sample_outputs(self, reduced: ArrayLike) -> Tensor:
         """Probabilities `[images, classes]` from logits."""
-        return self.probabilities(torch.as_tensor(np.asarray(kept)))
+        return self.probabilities(torch.as_tensor(np.asarray(reduced)))
 
-    def predictions(self, dataset: ImageDataset, verdicts: Tensor, split: str, folder: Path) -> Predictions:
+    def predictions(self, dataset: ImageDataset, sample_outputs: Tensor, split: str, folder: Path) -> Predictions:
         """Label and probabilities of each image."""
-        rows = zip(dataset.names, dataset.labels, verdicts.tolist(), strict=True)
+        rows = zip(dataset.names, dataset.labels, sample_outputs.tolist(), strict=True)
         items = [
             Prediction(index, name, int(label), [round(p, 6) for p in row])
             for index, (name, label, row) in enumerate(rows)
         ]
         return Predictions(split, items=items)
 
-    def keep_examples(self, model: nn.Module, dataset: ImageDataset, verdicts: Tensor, folder: Path) -> None:
+    def save_examples(self, model: nn.Module, dataset: ImageDataset, sample_outputs: Tensor, folder: Path) -> None:
         """Nothing: the report shows the images themselves."""
 
-    def pictures(self, dataset: ImageDataset, folder: Path) -> ImageSource:
+    def report_images(self, dataset: ImageDataset, folder: Path) -> ImageSource:
         """The images themselves."""
         return dataset.image
 
-    def renumbered(self, label: int, numbers: Sequence[int]) -> int:
+    def remap_labels(self, label: int, numbers: Sequence[int]) -> int:
         """The class number `numbers[label]`."""
         return numbers[label]
 
@@ -156,7 +156,7 @@ class ClassificationTask:
         """Both accuracies."""
         return {"val_accuracy": scores["accuracy"], "val_balanced_accuracy": scores["balanced_accuracy"]}
 
-    def rank(self, row: Mapping[str, Any]) -> tuple[float, float]:
+    def selection_score(self, row: Mapping[str, Any]) -> tuple[float, float]:
         """Higher validation accuracy first, then lower validation loss."""
         return row["val_accuracy"], -row["val_loss"]
 

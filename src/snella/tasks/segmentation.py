@@ -307,18 +307,18 @@ class SegmentationTask:
         """
         return self._losses(outputs, labels, self.label_smoothing).mean()
 
-    def keep(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def reduce(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Counts of pixels and the loss of each image, `[batch, classes² + 1]`, float64; and zeros."""
         counts = pixel_counts(outputs.argmax(1), labels, len(self.classes)).flatten(1)
         losses = self._losses(outputs, labels, 0.0)
         return torch.cat([counts.double(), losses[:, None].double()], 1), labels.new_zeros(len(labels))
 
-    def metrics(self, kept: ArrayLike, labels: ArrayLike) -> dict[str, Any]:
+    def metrics(self, reduced: ArrayLike, labels: ArrayLike) -> dict[str, Any]:
         """Dice and IoU as `pooled_scores` has them, and the loss without smoothing.
 
         Args:
-            kept: Rows of `keep`.
-            labels: Zeros of `keep`.
+            reduced: Rows of `reduce`.
+            labels: Zeros of `reduce`.
 
         Returns:
             Plain values; the losses' mean is `loss`.
@@ -326,18 +326,18 @@ class SegmentationTask:
         Raises:
             ValueError: No images.
         """
-        rows = np.asarray(kept)
+        rows = np.asarray(reduced)
         if len(rows) == 0:
             raise ValueError("there must be at least 1 image to measure on, got 0")
         return {**pooled_scores(self._counts(rows), list(self.classes)), "loss": float(rows[:, -1].mean())}
 
-    def verdicts(self, kept: ArrayLike) -> Tensor:
-        """The rows of `keep`."""
-        return torch.as_tensor(np.asarray(kept))
+    def sample_outputs(self, reduced: ArrayLike) -> Tensor:
+        """The rows of `reduce`, as they are."""
+        return torch.as_tensor(np.asarray(reduced))
 
-    def predictions(self, dataset: ImageDataset, verdicts: Tensor, split: str, folder: Path) -> MaskPredictions:
+    def predictions(self, dataset: ImageDataset, sample_outputs: Tensor, split: str, folder: Path) -> MaskPredictions:
         """Dice and IoU of each image, mean over its classes; where its predicted mask lies, for the report's ones."""
-        scores = image_scores(self._counts(verdicts.numpy()))
+        scores = image_scores(self._counts(sample_outputs.numpy()))
         dice, iou = ([math.nan if v is None else v for v in _by_image(values)] for values in scores)
         files = [mask_file(index) for index in range(len(dataset.names))]
         items = [
@@ -346,18 +346,18 @@ class SegmentationTask:
         ]
         return MaskPredictions(split, items=items)
 
-    def keep_examples(self, model: nn.Module, dataset: ImageDataset, verdicts: Tensor, folder: Path) -> None:
+    def save_examples(self, model: nn.Module, dataset: ImageDataset, sample_outputs: Tensor, folder: Path) -> None:
         """Write the predicted masks of some images: the worst ones, and others evenly spread."""
-        dice = _by_image(image_scores(self._counts(verdicts.numpy()))[0])
+        dice = _by_image(image_scores(self._counts(sample_outputs.numpy()))[0])
         write_masks(model, dataset, choose_indices(dice), folder)
 
-    def pictures(self, dataset: ImageDataset, folder: Path) -> ImageSource:
+    def report_images(self, dataset: ImageDataset, folder: Path) -> ImageSource:
         """Image, true mask and predicted mask side by side, where the mask was kept."""
         if not isinstance(dataset, MaskDataset):
             raise TypeError(f"dataset must have masks, got {type(dataset).__name__}")
         return overlay_source(dataset, folder)
 
-    def renumbered(self, label: Tensor, numbers: Sequence[int]) -> Tensor:
+    def remap_labels(self, label: Tensor, numbers: Sequence[int]) -> Tensor:
         """A mask with other class numbers."""
         return torch.tensor(numbers)[label]
 
@@ -365,7 +365,7 @@ class SegmentationTask:
         """Dice, IoU and pixel accuracy."""
         return {f"val_{name}": scores[name] for name in _SCORES}
 
-    def rank(self, row: Mapping[str, Any]) -> tuple[float, float]:
+    def selection_score(self, row: Mapping[str, Any]) -> tuple[float, float]:
         """Higher mean Dice of the validation images first, then lower validation loss."""
         return row["val_dice"], -row["val_loss"]
 
@@ -404,7 +404,7 @@ class SegmentationTask:
         return pixels.flatten(1).mean(1) + overlap_losses(scores, labels, self.mask_loss)
 
     def _counts(self, rows: np.ndarray) -> np.ndarray:
-        """Counts of pixels out of the rows of `keep`, `[images, classes, classes]`."""
+        """Counts of pixels out of the rows of `reduce`, `[images, classes, classes]`."""
         return rows[:, :-1].reshape(len(rows), len(self.classes), len(self.classes))
 
 

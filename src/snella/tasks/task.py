@@ -1,4 +1,4 @@
-"""What every task says about itself, so that training, evaluation and reports need not know which one it is."""
+"""`Task`: the protocol of tasks that training, evaluation and reports use."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ __all__ = ["ResultTable", "Task"]
 
 @dataclass(frozen=True)
 class ResultTable:
-    """Numbers for people: a title, the columns' names (the first one heads the rows' names), and rows of texts."""
+    """A human-readable table: a title, the columns' names (the first one heads the rows' names), and rows of texts."""
 
     title: str
     columns: list[str]
@@ -25,10 +25,10 @@ class ResultTable:
 
 
 class Task(Protocol):
-    """A kind of learning: what a batch is, which model fits, loss, metrics, and how results read.
+    """A kind of task: what a batch is, which model fits, loss, metrics, and how results read.
 
-    A model's outputs of a batch are turned into two small tensors by `keep`; those of a whole data set, concatenated,
-    are what `metrics` and `verdicts` are computed from.
+    A model's outputs of a batch are turned into two small tensors by `reduce`; those of a whole data set, concatenated,
+    are what `metrics` and `sample_outputs` are computed from.
     """
 
     name: ClassVar[str]
@@ -42,49 +42,49 @@ class Task(Protocol):
 
     @classmethod
     def create(cls, classes: Sequence[str], **settings: Any) -> "Task":
-        """Make the task for some classes; settings of other tasks are passed over."""
+        """Make the task for some classes; settings of other tasks are ignored."""
 
     @staticmethod
     def build_model(name: str, **options: Any) -> nn.Module:
         """The pre-trained model, with a new head for `num_classes`; options as for `create_backbone`."""
 
     def check_data(self, dataset: ImageDataset, spec: str) -> None:
-        """Refuse data of another kind than the task learns from, with a ValueError."""
+        """Refuse data of another kind than the task needs, with a ValueError."""
 
     def collate(self, items: Sequence[tuple[Any, Any]]) -> dict[str, Tensor]:
         """Make a batch, `images` and `labels`, of transformed items."""
 
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """What training lowers, 0-dim, float32 at least."""
+        """The training loss, 0-dim, float32 at least."""
 
-    def keep(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """What `metrics` needs of a batch: two tensors with a row an item, small enough to hold for a data set."""
+    def reduce(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Reduce the outputs of a batch to what `metrics` needs: two small tensors with a row per sample."""
 
-    def metrics(self, kept: ArrayLike, labels: ArrayLike) -> dict[str, Any]:
+    def metrics(self, reduced: ArrayLike, labels: ArrayLike) -> dict[str, Any]:
         """Results on a data set, `loss` among them, as plain values."""
 
-    def verdicts(self, kept: ArrayLike) -> Tensor:
-        """What is said about each item in the run's `predictions.json`, a row an item."""
+    def sample_outputs(self, reduced: ArrayLike) -> Tensor:
+        """Per-sample outputs for the run's `predictions.json`, a row per sample."""
 
     def predictions(
-        self, dataset: ImageDataset, verdicts: Tensor, split: str, folder: Path
+        self, dataset: ImageDataset, sample_outputs: Tensor, split: str, folder: Path
     ) -> Predictions | MaskPredictions:
         """The record of what is said about each item of a split."""
 
-    def keep_examples(self, model: nn.Module, dataset: ImageDataset, verdicts: Tensor, folder: Path) -> None:
-        """Leave in the run's folder what its report's pictures need beside the images."""
+    def save_examples(self, model: nn.Module, dataset: ImageDataset, sample_outputs: Tensor, folder: Path) -> None:
+        """Save the files in the run's folder that the images of its report need."""
 
-    def pictures(self, dataset: ImageDataset, folder: Path) -> ImageSource:
-        """The report's pictures by index."""
+    def report_images(self, dataset: ImageDataset, folder: Path) -> ImageSource:
+        """The report's images by index."""
 
-    def renumbered(self, label: Any, numbers: Sequence[int]) -> Any:
+    def remap_labels(self, label: Any, numbers: Sequence[int]) -> Any:
         """An item's label with the class numbers `numbers[old]`."""
 
     def epoch_row(self, scores: Mapping[str, Any]) -> dict[str, float]:
         """The entries of an epoch's row that this task measures on validation, besides the loss."""
 
-    def rank(self, row: Mapping[str, Any]) -> tuple[float, float]:
-        """What epochs are compared by; the higher the better."""
+    def selection_score(self, row: Mapping[str, Any]) -> tuple[float, float]:
+        """The score that epochs are selected by; the higher the better."""
 
     def epoch_text(self, row: Mapping[str, Any]) -> str:
         """An epoch's row in a few words."""

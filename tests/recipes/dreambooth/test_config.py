@@ -25,7 +25,7 @@ def config(**changes):
         ({"r": 8, "method_options": {"r": 4}}, "r given both by name and in method_options"),
         ({"r": 7}, "r must be divisible by num_pieces=2, got r=7"),
         ({"resume": True, "overwrite": True}, "resume and overwrite exclude each other, got both"),
-        ({"data": None, "pipeline": None, "out": None}, "out must name .*; data must say .*; pipeline must name"),
+        ({"data": None, "pipeline": None, "out": None}, "out must be .*; data must be .*; pipeline must be"),
         ({"token": " "}, "token must be a word, got ' '"),
     ],
 )
@@ -48,7 +48,7 @@ def test_prompts_are_made_of_token_and_class():
     assert config(class_name="puppy", token="xyz").named("dog").prompt == "a photo of xyz puppy"
     assert config(prompt="my sks").named(None).prompt == "my sks"
     with pytest.raises(
-        ValueError, match=r"class_name must say .*, got none, and folder:dog does not tell; give it, or pro"
+        ValueError, match=r"class_name must be .*, got none, and folder:dog does not define it; give it, or pro"
     ):
         config().named(None)
     with pytest.raises(ValueError, match="give it, or class_prompt"):

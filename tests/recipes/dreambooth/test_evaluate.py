@@ -11,8 +11,8 @@ from PIL import Image
 from snella.cli.main import main
 from snella.data.datasets import read_image
 from snella.recipes.dreambooth import DreamBoothConfig, evaluate_generation, mean_cosine, personalize, vendi_score
-from snella.recipes.dreambooth.evaluate import ClipEmbedder, DinoEmbedder, find_runs, score_pictures
-from snella.recipes.dreambooth.generate import Picture, generate, load_generator, prompts_of
+from snella.recipes.dreambooth.evaluate import ClipEmbedder, DinoEmbedder, find_runs, score_images
+from snella.recipes.dreambooth.generate import GeneratedImage, generate, load_generator, select_prompts
 
 CPU = torch.device("cpu")
 PROMPTS = "subject_name,class\ntoy,toy\n\np = [\n'a {0} {1} at sea'\n'{0} {1}'\n]\nq = [\n'a {0} {1} in a hat'\n]\n"
@@ -95,30 +95,30 @@ def test_four_equal_pictures_have_the_diversity_of_one(embedders, tmp_path):
     for number in range(4):
         path = tmp_path / f"{number}.png"
         Image.new("RGB", (20, 20), (200, 40 + 100 * (number // 2), 40)).save(path)
-        pictures.append(Picture(path, f"prompt {number // 2}", number % 2))
+        pictures.append(GeneratedImage(path, f"prompt {number // 2}", number % 2))
     concept = [read_image(pictures[0].path)]
-    scores = score_pictures(pictures[:2], concept, ["toy"] * 2, *embedders)
+    scores = score_images(pictures[:2], concept, ["toy"] * 2, *embedders)
     assert scores["concept_alignment"] == pytest.approx(1.0, abs=1e-6)
     assert scores["vendi"] == scores["vendi_by_prompt"] == pytest.approx(1.0, abs=1e-3)
-    scores = score_pictures(pictures, concept, ["toy"] * 4, *embedders)
+    scores = score_images(pictures, concept, ["toy"] * 4, *embedders)
     assert scores["vendi_by_prompt"] == pytest.approx(1.0, abs=1e-3) and scores["vendi"] > scores["vendi_by_prompt"]
 
 
 def test_prompts_come_from_a_line_or_a_file(runs, tmp_path):
     file = tmp_path / "mine.txt"
     file.write_text("{token} {class} on a tray\n")
-    assert prompts_of(runs / "toy", None, file) == ["sks toy on a tray"]
-    assert prompts_of(runs / "toy", "as typed", None) == ["as typed"]
+    assert select_prompts(runs / "toy", None, file) == ["sks toy on a tray"]
+    assert select_prompts(runs / "toy", "as typed", None) == ["as typed"]
     for prompt, given, told in ((None, None, "neither"), ("a", file, "both")):
         with pytest.raises(ValueError, match=f"one of them, got {told}; e.g. --prompt"):
-            prompts_of(runs / "toy", prompt, given)
+            select_prompts(runs / "toy", prompt, given)
 
 
 def test_other_pictures_are_not_drawn_over(runs, tmp_path):
     out = tmp_path / "out"
     generate(runs / "toy", ["sks"], out, pictures=1, device="cpu")
     with pytest.raises(
-        FileExistsError, match=r"out=.*out holds pictures of other settings and other prompts or seeds; ch"
+        FileExistsError, match=r"out=.*out holds images of other settings and other prompts or seeds; ch"
     ):
         generate(runs / "toy", ["sks sks"], out, pictures=1, steps=2, device="cpu")
     with pytest.raises(FileExistsError, match="holds pictures of another adapter; choose another folder"):
@@ -134,7 +134,9 @@ def test_other_pictures_are_not_drawn_over(runs, tmp_path):
 
 
 def test_numbers_and_folders_that_cannot_be_are_refused(runs, tmp_path, clip_folder, dino_folder):
-    with pytest.raises(ValueError, match=r"pictures must be at least 1, got 0; steps must .* got 0; prompt must say"):
+    with pytest.raises(
+        ValueError, match=r"pictures must be at least 1, got 0; steps must .* got 0; prompt must be given"
+    ):
         generate(runs / "toy", [], tmp_path / "out", pictures=0, steps=0)
     with pytest.raises(ValueError, match="pictures must be at least 1, got -1"):
         evaluate_generation(runs, clip=str(clip_folder), dino=str(dino_folder), pictures=-1)
@@ -166,7 +168,7 @@ def test_a_run_on_a_plain_folder_needs_a_file_of_prompts(runs, tmp_path, clip_fo
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace("data: dreambooth:", "data: folder:"))
     with pytest.raises(
-        FileNotFoundError, match=r"prompts must name a file of prompts, got none, and folder:.* has no prom"
+        FileNotFoundError, match=r"prompts must be a file of prompts, got none, and folder:.* has no prom"
     ):
         evaluate_generation(run, clip=str(clip_folder), dino=str(dino_folder), device="cpu")
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 
 from snella.cli.main import main
 from snella.methods import load_trained
-from snella.recipes.dreambooth import Drawing, DreamBoothConfig, draw_images, load_pipeline, personalize
+from snella.recipes.dreambooth import DreamBoothConfig, SamplingConfig, draw_images, load_pipeline, personalize
 from snella.recipes.dreambooth.generate import generate
-from snella.recipes.dreambooth.trainer import Learner
+from snella.recipes.dreambooth.trainer import DreamBoothTrainer
 from snella.runs.session import NonFiniteLossError, TrainingInterrupted
 
 STEPS = 12
@@ -70,7 +70,7 @@ def no_report(monkeypatch):
 @contextmanager
 def interrupted_at(step):
     """Press Ctrl-C at the end of a step."""
-    take_step = Learner._take_step
+    take_step = DreamBoothTrainer._take_step
 
     def pressing(self, *arguments):
         take_step(self, *arguments)
@@ -78,7 +78,7 @@ def interrupted_at(step):
             signal.raise_signal(signal.SIGINT)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Learner, "_take_step", pressing)
+        patch.setattr(DreamBoothTrainer, "_take_step", pressing)
         yield
 
 
@@ -92,7 +92,7 @@ def pixels(path):
 
 def picture_of(pipeline, prompt="a photo of sks toy", seed=0):
     found = []
-    drawing = Drawing(resolution=16, steps=2, max_sequence_length=24)
+    drawing = SamplingConfig(resolution=16, steps=2, max_sequence_length=24)
     draw_images(pipeline, [(prompt, seed)], drawing, torch.device("cpu"), lambda _, picture: found.append(picture))
     return np.asarray(found[0])
 
@@ -148,7 +148,7 @@ def test_a_picture_depends_on_prompt_and_seed_alone(taught, pipeline_folder):
     pipeline = load_pipeline(str(pipeline_folder))
     drawn = {}
     jobs = [("a toy", 3), ("sks toy", 0), ("a photo of sks toy", 5)]
-    drawing = Drawing(resolution=16, steps=2, max_sequence_length=24, batch_size=3)
+    drawing = SamplingConfig(resolution=16, steps=2, max_sequence_length=24, batch_size=3)
     draw_images(pipeline, jobs, drawing, torch.device("cpu"), lambda k, picture: drawn.update({k: np.asarray(picture)}))
     alone = picture_of(pipeline, *jobs[2])
     # a batch may round the last bit of a pixel otherwise
@@ -158,7 +158,7 @@ def test_a_picture_depends_on_prompt_and_seed_alone(taught, pipeline_folder):
 
 def test_an_interrupted_run_goes_on_to_the_same_bits(settings, taught, tmp_path, no_report):
     out = str(tmp_path / "cut")
-    with interrupted_at(5), pytest.raises(TrainingInterrupted, match=r"checkpoint-5; continue with: snella dreambooth"):
+    with interrupted_at(5), pytest.raises(TrainingInterrupted, match=r"checkpoint-5; resume with: snella dreambooth"):
         personalize(settings(out=out))
     run = personalize(DreamBoothConfig(out=out, resume=True))
     whole, resumed = (load_file(folder / "adapter_model.safetensors") for folder in (taught / "adapter", run.adapter))

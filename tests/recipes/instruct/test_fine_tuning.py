@@ -157,7 +157,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(settings, tmp_path, method)
     LanguageTrainer.training_step = pressing
     try:
         with pytest.raises(
-            TrainingInterrupted, match=r"checkpoint-2; continue with: snella language --out .*cut --resume"
+            TrainingInterrupted, match=r"checkpoint-2; resume with: snella language --out .*cut --resume"
         ):
             fine_tune(settings(method=method, **scaling, out=str(tmp_path / "cut")))
     finally:

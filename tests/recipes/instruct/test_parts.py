@@ -123,6 +123,6 @@ def test_a_model_that_is_not_there_says_so(tmp_path, monkeypatch):
 
 
 def test_the_experiment_of_table_xviii_holds_settings_that_exist():
-    path = Path(__file__).parents[2] / "experiments" / "language" / "table18.yaml"
+    path = Path(__file__).parents[3] / "experiments" / "language" / "table18.yaml"
     found = LanguageConfig(**yaml.safe_load(path.read_text()), out="runs/llama").resolved()
     assert (found.epochs, found.batch_size * found.accumulation, found.max_length) == (3, 16, 256)

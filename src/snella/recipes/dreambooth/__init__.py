@@ -1,4 +1,4 @@
-"""Teaching an image generator one subject, drawing pictures with it, and measuring them.
+"""DreamBooth: fine-tuning Stable Diffusion 3 on one subject, generating images, and evaluating them.
 
 The names are imported when they are first used: the command line reads the settings without waiting for the libraries.
 """
@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from snella.recipes.dreambooth.config import DreamBoothConfig
     from snella.recipes.dreambooth.evaluate import evaluate_generation, mean_cosine, vendi_score
-    from snella.recipes.dreambooth.generate import Drawing, draw_images
+    from snella.recipes.dreambooth.generate import SamplingConfig, draw_images
     from snella.recipes.dreambooth.pipeline import load_pipeline
     from snella.recipes.dreambooth.report import write_generation_report
     from snella.recipes.dreambooth.train import personalize
     from snella.recipes.dreambooth.trainer import FlowMatching
 
 _HOMES = {
-    "Drawing": "generate",
+    "SamplingConfig": "generate",
     "DreamBoothConfig": "config",
     "FlowMatching": "trainer",
     "draw_images": "generate",
@@ -29,9 +29,9 @@ _HOMES = {
 }
 
 __all__ = [
-    "Drawing",
     "DreamBoothConfig",
     "FlowMatching",
+    "SamplingConfig",
     "draw_images",
     "evaluate_generation",
     "load_pipeline",

@@ -1,4 +1,4 @@
-"""Everything that a personalization run is told."""
+"""`DreamBoothConfig`: the configuration of a DreamBooth run."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -14,12 +14,12 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "snella": {"lr": 1e-4, "scalar_lr": 1e-4, "r": 8, "target_sparsity": 0.7, "scaling": 3.0},
     "snell": {"lr": 1e-4, "scalar_lr": 1e-4, "r": 8, "target_sparsity": 0.7, "scaling": 3.0},
 }
-"""By method: what it takes where the user gives none. The rate of the adapters is the paper's (section A.8 of arXiv
+"""Defaults by method. The learning rate of the adapters is the paper's (section A.8 of arXiv
 2510.24037), that of full fine-tuning is usual for DreamBooth. The scaling keeps the update of 500 steps at this rate
 near the size of LoRA's, as measured for `snella` on a block of the real width (docs/generation.md) and taken over for
 `snell`; the paper has none."""
 _RATES = ("lr", "scalar_lr", "weight_decay", "max_grad_norm", "prior_weight", "guidance")
-_LEAST = {
+_MINIMUMS = {
     "resolution": 8,
     "steps": 1,
     "batch_size": 1,
@@ -44,35 +44,35 @@ class DreamBoothConfig(RunSettings):
         pipeline: Stable Diffusion 3: a local folder in diffusers' format, or a name on the hub.
         out: Folder of the run; created.
         method: snella, snell, lora, dora or full; lora-8 sets the rank.
-        token: Rare word that will stand for the subject in prompts.
-        class_name: What kind of thing the subject is, e.g. dog; dreambooth:PATH may tell it.
-        prompt: Prompt that the images are learned under; "a photo of TOKEN CLASS" if not given.
+        token: Rare word for the subject in prompts.
+        class_name: Class of the subject, e.g. dog; dreambooth:PATH may define it.
+        prompt: Training prompt; "a photo of TOKEN CLASS" if not given.
         r: Rank of the factors (lora, dora, snella, snell).
-        target_sparsity: Fraction of the adapted weights that the update leaves untouched in the end (snella, snell).
+        target_sparsity: Fraction of the adapted weights that the final update leaves unchanged (snella, snell).
         scaling: Factor on the sparse update (snella, snell): how far a step of the learning rate moves the model.
         method_options: Further options of the method. On the command line --method-options.kernel rbf.
-        resolution: Side of the images in pixels; they are scaled and cut to a square about their center.
+        resolution: Resolution of the images in pixels; they are scaled and center-cropped.
         steps: Optimizer steps.
-        batch_size: Images of one forward pass.
-        accumulation: Forward passes of one optimizer step.
+        batch_size: Images per forward pass (micro-batch size).
+        accumulation: Gradient accumulation steps.
         lr: Learning rate, constant, of the factors (of all weights in full).
-        scalar_lr: The same for the few numbers that shape how the factors are combined (snella, snell).
+        scalar_lr: Learning rate of the scalar kernel parameters (snella, snell).
         weight_decay: Decoupled weight decay; none on the kernels' scalars.
-        max_grad_norm: Gradients are scaled down to this norm; 0 leaves them.
+        max_grad_norm: Maximum norm for gradient clipping; 0 for none.
         optimizer: auto is 8-bit AdamW where the package bitsandbytes runs, else AdamW; adamw8bit insists on it.
-        gradient_checkpointing: Compute each block's activations a second time instead of keeping them.
-        weighting: How times of the diffusion are drawn and weighted: logit_normal, mode, uniform, sigma_sqrt or cosmap.
-        precondition: Compare predicted images instead of predicted velocities.
-        flip: Learn each image also mirrored.
-        prior_weight: Weight of the loss on images of the class, which keep the class from drifting; 0 leaves it out.
-        class_images: How many images of the class; the pipeline draws them itself.
-        class_prompt: Prompt that they are drawn and learned under; "a photo of CLASS" if not given.
+        gradient_checkpointing: Recompute each block's activations instead of storing them.
+        weighting: Sampling and weighting of the timesteps: logit_normal, mode, uniform, sigma_sqrt or cosmap.
+        precondition: Compute the loss on predicted images instead of velocities.
+        flip: Also train on each image mirrored.
+        prior_weight: Weight of the prior-preservation loss on images of the class; 0 for none.
+        class_images: Number of class images; the pipeline generates them.
+        class_prompt: Prompt of the class images; "a photo of CLASS" if not given.
         max_sequence_length: Tokens of a prompt that the third text encoder sees.
         save_every: Steps between checkpoints.
-        samples: Pictures to draw at the end, under the learned prompt.
-        sample_steps: Steps of the sampler for each of them.
-        guidance: How strongly the sampler follows the prompt.
-        skip_broken: Go on without images that cannot be read, and say how many.
+        samples: Images to generate at the end, with the training prompt.
+        sample_steps: Sampling steps.
+        guidance: Guidance scale.
+        skip_broken: Skip images that cannot be read, and report how many.
         seed: Decides initial values, order of images, noise and dropout.
         device: auto, cpu or cuda (the first visible GPU).
         precision: fp32, or bf16 for autocast and for the text encoders.
@@ -82,10 +82,10 @@ class DreamBoothConfig(RunSettings):
     """
 
     needed: ClassVar[dict[str, str]] = {
-        "data": "must say where the images are, e.g. folder:photos/my-dog",
-        "pipeline": "must name a Stable Diffusion 3 folder in diffusers' format, or its hub name",
+        "data": "must be a data specification, e.g. folder:photos/my-dog",
+        "pipeline": "must be a Stable Diffusion 3 folder in diffusers' format, or its hub name",
     }
-    out_hint: ClassVar[str] = "must name the folder of the run, e.g. runs/my-dog"
+    out_hint: ClassVar[str] = "must be the folder of the run, e.g. runs/my-dog"
     method_defaults: ClassVar[dict[str, dict[str, Any]]] = METHOD_DEFAULTS
     purpose: ClassVar[str] = "generation"
     basic: ClassVar[tuple[str, ...]] = (
@@ -136,24 +136,24 @@ class DreamBoothConfig(RunSettings):
 
     def __post_init__(self) -> None:
         """Check everything that can be known without data and model, and report all errors together."""
-        errors = [*self.place_errors(), *self._token_errors(), *self.choice_errors(), *self.least_errors(_LEAST)]
-        errors += [*self.finite_errors(_RATES), *self.method_errors()]
+        errors = [*self.path_errors(), *self._token_errors(), *self.choice_errors(), *self.minimum_errors(_MINIMUMS)]
+        errors += [*self.nonnegative_errors(_RATES), *self.method_errors()]
         if errors:
             raise ValueError("; ".join(errors))
 
     def named(self, class_name: str | None) -> "DreamBoothConfig":
-        """The same settings with prompts for a subject whose class the data tells.
+        """The same settings with the prompts for a class.
 
         Raises:
-            ValueError: A prompt is to be made and neither user nor data tell the class.
+            ValueError: A prompt is to be made and neither settings nor data have the class.
         """
         known = self.class_name or class_name
         lacking = [] if self.prompt else ["prompt"]
         lacking += ["class_prompt"] if self.prior_weight > 0 and not self.class_prompt else []
         if lacking and not known:
             raise ValueError(
-                f"class_name must say what kind of thing the subject is, e.g. dog, got none, and {self.data} does not "
-                f"tell; give it, or {' and '.join(lacking)}"
+                f"class_name must be the class of the subject, e.g. dog, got none, and {self.data} does not "
+                f"define it; give it, or {' and '.join(lacking)}"
             )
         return dataclasses.replace(
             self,
@@ -163,7 +163,7 @@ class DreamBoothConfig(RunSettings):
         )
 
     def _token_errors(self) -> list[str]:
-        """A word for the subject that is none."""
+        """The error of an empty token."""
         return [] if self.token.strip() else [f"token must be a word, got {self.token!r}"]
 
 

@@ -1,4 +1,4 @@
-"""The few images of one subject that a generator is taught: a folder of them, or DreamBooth's folder of subjects."""
+"""DreamBooth data: a folder of images of one subject, or a folder of subjects, and lists of prompts."""
 
 import difflib
 import hashlib
@@ -101,7 +101,7 @@ def _classes(text: str) -> dict[str, str]:
 
 
 def _check(file: Path, lists: list[list[str]]) -> None:
-    """Refuse lists that cannot serve, all errors in one message."""
+    """Refuse unusable lists, all errors in one message."""
     errors = ["it holds no prompts"] if not all(lists) else []
     templates = list(dict.fromkeys(template for each in lists for template in each))
     without = [repr(template) for template in templates if "{0}" not in template]
@@ -135,7 +135,7 @@ class Concept:
     Attributes:
         name: The subject's folder.
         paths: Image files, by name.
-        class_name: What kind of thing it is, where the data says so: `dog` for `dog6`.
+        class_name: Its class, where the data has it: `dog` for `dog6`.
         notes: What a user should know.
     """
 

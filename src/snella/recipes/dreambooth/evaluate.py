@@ -1,4 +1,4 @@
-"""Measuring personalized generators as Table VI of the paper does."""
+"""`evaluate_generation`: subject fidelity, text alignment and diversity, as in Table VI of the paper."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from snella.backbones.create import cache_only_if_unreachable
 from snella.data.datasets import read_image
 from snella.recipes.dreambooth.config import DreamBoothConfig, DreamBoothFolder
 from snella.recipes.dreambooth.data import PROMPT_FILE, PromptFile, fill, load_concept, read_prompt_file
-from snella.recipes.dreambooth.generate import Picture, draw_into, load_generator
-from snella.recipes.dreambooth.pipeline import quiet_libraries
+from snella.recipes.dreambooth.generate import GeneratedImage, generate_images, load_generator
+from snella.recipes.dreambooth.pipeline import suppress_progress_bars
 from snella.runs.build import choose_device
 from snella.runs.console import make_console
 
@@ -27,7 +27,7 @@ _TINY = 1e-12
 
 
 def vendi_score(embeddings: Tensor) -> float:
-    """How many different images there are, in effect.
+    """The Vendi score: the effective number of different images.
 
     V = exp(−Σ_i λ_i ln λ_i),   λ the eigenvalues of K / n,   K[i, j] = cos(e_i, e_j)
 
@@ -117,16 +117,16 @@ class ClipEmbedder:
         return _in_batches(texts, lambda batch: self._features(self.model.get_text_features, self._tokens(batch)))
 
     def _pixels(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        """Images as the model wants them."""
+        """Preprocessed images."""
         return dict(self.processor(images=list(images), return_tensors="pt"))
 
     def _tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Texts as the model wants them."""
+        """Tokenized texts."""
         length = self.model.config.text_config.max_position_embeddings
         return dict(self.tokenizer(list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt"))
 
     def _features(self, function: Callable[..., Any], inputs: dict[str, Tensor]) -> Tensor:
-        """What a tower says, projected."""
+        """Projected features of one tower."""
         found = function(**{name: value.to(self.device) for name, value in inputs.items()})
         return found if isinstance(found, Tensor) else found.pooler_output
 
@@ -169,14 +169,14 @@ def _load(option: str, name: str, kind: Any) -> Any:
     folder = Path(name).expanduser()
     if folder.is_dir():
         try:
-            with quiet_libraries():
+            with suppress_progress_bars():
                 return kind.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
                 f"{option} must be a folder in transformers' format, got '{folder}', which gives no {kind.__name__}: "
                 f"{str(error).strip().splitlines()[0]}"
             ) from error
-    with cache_only_if_unreachable() as reason, quiet_libraries():
+    with cache_only_if_unreachable() as reason, suppress_progress_bars():
         try:
             return kind.from_pretrained(name, local_files_only=bool(reason))
         except (OSError, ValueError) as error:
@@ -188,7 +188,7 @@ def _load(option: str, name: str, kind: Any) -> Any:
 
 
 METRICS = ("concept_alignment", "text_alignment", "text_alignment_without_token", "vendi", "vendi_by_prompt")
-"""Numbers of one subject; see `score_pictures`."""
+"""Numbers of one subject; see `score_images`."""
 RESULT_FILE = "generation.json"
 
 
@@ -207,9 +207,9 @@ def evaluate_generation(
     overwrite: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Draw the pictures of the protocol, as far as they are not there, and measure them.
+    """Generate the missing images of the protocol, and evaluate them.
 
-    Each run receives `evaluation/` with the pictures and `generation.json` with its numbers.
+    Each run receives `evaluation/` with the images and `generation.json` with its scores.
 
     Args:
         runs: Folder of one run, or a folder of several.
@@ -217,12 +217,12 @@ def evaluate_generation(
         dino: DINOv2 model, likewise.
         prompts: File of prompts; `prompts_and_classes.txt` in the run's `dreambooth:` folder if None.
         live: Whether to use the prompts for animals; if None cats and dogs get them.
-        pictures: Pictures of each prompt, with seeds 0, 1, …
-        steps: Steps of the sampler, the run's `sample_steps` if None.
-        batch_size: Pictures at a time.
-        pipeline: Where the pipeline lies now, if not where training found it.
+        pictures: Images of each prompt, with seeds 0, 1, …
+        steps: Sampling steps, the run's `sample_steps` if None.
+        batch_size: Images at a time.
+        pipeline: New place of the pipeline, if it was moved.
         device: auto, cpu or cuda.
-        overwrite: Draw anew where pictures of other settings are.
+        overwrite: Generate again where images of other settings are.
         console: For progress bars and notes; standard output if None.
 
     Returns:
@@ -246,7 +246,7 @@ def evaluate_generation(
         config = loaded.config
         templates = lists[folder].templates(config.class_name, live)
         words = config.class_name or ""
-        drawn = draw_into(
+        drawn = generate_images(
             folder / "evaluation",
             loaded.pipeline,
             [fill(template, config.token, words) for template in templates],
@@ -259,7 +259,7 @@ def evaluate_generation(
         )
         concept = load_concept(str(config.data), config.subject, skip_broken=config.skip_broken)
         plain = [fill(template, "", words) for template in templates for _ in range(pictures)]
-        scores = score_pictures(drawn, list(concept.images()), plain, *embedders)
+        scores = score_images(drawn, list(concept.images()), plain, *embedders)
         drawing = asdict(loaded.drawing(steps))
         row = {"subject": concept.name, "method": config.method, "pictures": len(drawn), **scores}
         loaded.run.write_json(RESULT_FILE, {"format": 1, **row, "clip": clip, "dino": dino, "drawing": drawing})
@@ -267,8 +267,8 @@ def evaluate_generation(
     return {"runs": rows, **_summary(rows)}
 
 
-def score_pictures(
-    pictures: Sequence[Picture],
+def score_images(
+    pictures: Sequence[GeneratedImage],
     concept: Sequence[Any],
     plain_prompts: Sequence[str],
     clip: ClipEmbedder,
@@ -279,28 +279,31 @@ def score_pictures(
     Args:
         pictures: Generated ones.
         concept: The subject's images, RGB.
-        plain_prompts: Prompt of each picture without the subject's word, which CLIP does not know.
+        plain_prompts: Prompt of each image without the subject's token, which CLIP does not know.
         clip: Embeds images and texts.
         dino: Embeds images.
 
     Returns:
-        `concept_alignment`: mean cosine of CLIP's embeddings over all pairs of a picture and an image of the subject.
-        `text_alignment`: mean cosine of CLIP's embeddings of each picture and its prompt, and
-        `text_alignment_without_token` of its prompt without the subject's word. `vendi`: Vendi score of DINOv2's
-        embeddings of all pictures. `vendi_by_prompt`: mean of the scores of each prompt's pictures.
+        `concept_alignment`: mean cosine of CLIP's embeddings over all pairs of a generated image and an image of
+        the subject.
+        `text_alignment`: mean cosine of CLIP's embeddings of each image and its prompt, and
+        `text_alignment_without_token` of its prompt without the subject's token. `vendi`: Vendi score of DINOv2's
+        embeddings of all images. `vendi_by_prompt`: mean of the scores of each prompt's images.
     """
     images = [read_image(picture.path) for picture in pictures]
-    seen = clip.images(images)
-    looks = dino.images(images)
-    rows_of: dict[str, list[int]] = {}
+    clip_embeddings = clip.images(images)
+    dino_embeddings = dino.images(images)
+    rows_by_prompt: dict[str, list[int]] = {}
     for row, picture in enumerate(pictures):
-        rows_of.setdefault(picture.prompt, []).append(row)
+        rows_by_prompt.setdefault(picture.prompt, []).append(row)
     return {
-        "concept_alignment": mean_cosine(seen, clip.images(concept)),
-        "text_alignment": paired_cosine(seen, clip.texts([picture.prompt for picture in pictures])),
-        "text_alignment_without_token": paired_cosine(seen, clip.texts(plain_prompts)),
-        "vendi": vendi_score(looks),
-        "vendi_by_prompt": statistics.fmean(vendi_score(looks[torch.tensor(rows)]) for rows in rows_of.values()),
+        "concept_alignment": mean_cosine(clip_embeddings, clip.images(concept)),
+        "text_alignment": paired_cosine(clip_embeddings, clip.texts([picture.prompt for picture in pictures])),
+        "text_alignment_without_token": paired_cosine(clip_embeddings, clip.texts(plain_prompts)),
+        "vendi": vendi_score(dino_embeddings),
+        "vendi_by_prompt": statistics.fmean(
+            vendi_score(dino_embeddings[torch.tensor(rows)]) for rows in rows_by_prompt.values()
+        ),
     }
 
 
@@ -320,21 +323,21 @@ def find_runs(folder: str | Path) -> list[Path]:
 
 
 def _prompt_file(run: Path, prompts: str | Path | None) -> PromptFile:
-    """The prompts that the user names, or those that lie with the data."""
+    """The given prompts, or those of the data."""
     if prompts is not None:
         return read_prompt_file(prompts)
-    config = _config_of(run)
+    config = _read_config(run)
     family, _, path = str(config.data).partition(":")
     file = Path(path).expanduser() / PROMPT_FILE
     if family != "dreambooth" or not file.is_file():
         raise FileNotFoundError(
-            f"prompts must name a file of prompts, got none, and {config.data} has no {PROMPT_FILE}; one prompt a line "
-            "with {0} for the subject's word and {1} for its class"
+            f"prompts must be a file of prompts, got none, and {config.data} has no {PROMPT_FILE}; one prompt a line "
+            "with {0} for the subject's token and {1} for its class"
         )
     return read_prompt_file(file)
 
 
-def _config_of(run: Path) -> DreamBoothConfig:
+def _read_config(run: Path) -> DreamBoothConfig:
     """Settings of a run."""
     return DreamBoothFolder(run).read_config()
 

@@ -1,4 +1,4 @@
-"""Pictures from a finished personalization run."""
+"""`generate`: images from a finished DreamBooth run."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ _TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "te
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """How pictures are drawn.
+class SamplingConfig:
+    """Sampling settings.
 
     Args:
-        resolution: Side in pixels.
-        steps: Steps of the sampler.
-        guidance: How strongly it follows the prompt; up to 1 it is not guided.
+        resolution: In pixels.
+        steps: Sampling steps.
+        guidance: Guidance scale; up to 1 for none.
         max_sequence_length: Tokens of a prompt that the third text encoder sees; as in training.
         precision: fp32, or bf16 for autocast.
-        batch_size: Pictures at a time.
+        batch_size: Images at a time.
     """
 
     resolution: int = 512
@@ -56,20 +56,20 @@ class Drawing:
 def draw_images(
     pipeline: StableDiffusion3Pipeline,
     jobs: Sequence[tuple[str, int]],
-    drawing: Drawing,
+    drawing: SamplingConfig,
     device: torch.device,
     receive: Callable[[int, Image.Image], None],
 ) -> None:
-    """Draw one picture a job.
+    """Generate one image per job.
 
     Prompts are embedded first, each once; then only transformer and autoencoder stay on the device.
 
     Args:
         pipeline: With the adapter in its transformer.
-        jobs: Prompt and seed of each picture.
+        jobs: Prompt and seed of each image.
         drawing: How.
         device: Where.
-        receive: Called with the number of the job and its picture as soon as it is drawn.
+        receive: Called with the number of the job and its image as soon as it is generated.
 
     Raises:
         ValueError: The pipeline cannot draw at this resolution.
@@ -105,7 +105,7 @@ def _draw(
     pipeline: StableDiffusion3Pipeline,
     jobs: Sequence[tuple[str, int]],
     embedded: dict[str, PromptEmbedding],
-    drawing: Drawing,
+    drawing: SamplingConfig,
     device: torch.device,
 ) -> list[Image.Image]:
     """The pictures of one batch."""
@@ -139,48 +139,48 @@ MANIFEST = "images.json"
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One generated picture."""
+class GeneratedImage:
+    """One generated image."""
 
     path: Path
     prompt: str
     seed: int
 
 
-def draw_into(
+def generate_images(
     folder: Path,
     pipeline: StableDiffusion3Pipeline,
     prompts: Sequence[str],
     seeds: Sequence[int],
-    drawing: Drawing,
+    drawing: SamplingConfig,
     device: torch_device,
     console: Console,
     *,
     source: str,
     overwrite: bool = False,
     show_bar: bool = True,
-) -> list[Picture]:
-    """Draw every prompt with every seed; pictures that are there from an interrupted call are kept.
+) -> list[GeneratedImage]:
+    """Generate every prompt with every seed; images of an interrupted call are kept.
 
     Args:
         folder: Where they go, as `PROMPT-SEED.png`, with `images.json`; created.
         pipeline: With the adapter in its transformer.
-        prompts: What to draw.
-        seeds: One picture of each prompt for each of them.
+        prompts: The prompts.
+        seeds: One image of each prompt for each of them.
         drawing: How.
         device: Where.
         console: For the progress bar; it appears only if this is a terminal.
-        source: What draws: pipeline and digest of the adapter. Pictures of another source are not kept.
-        overwrite: Draw everything anew in a folder that holds other pictures.
-        show_bar: Whether a bar is wanted.
+        source: Pipeline and digest of the adapter. Images of another source are not kept.
+        overwrite: Generate everything again in a folder that holds other images.
+        show_bar: Whether to show a bar.
 
     Raises:
-        FileExistsError: The folder holds pictures of other prompts, seeds, settings or another adapter.
+        FileExistsError: The folder holds images of other prompts, seeds, settings or another adapter.
         ValueError: The pipeline cannot draw at this resolution.
     """
     width = max(2, len(str(len(prompts) - 1)))
     pictures = [
-        Picture(folder / f"{number:0{width}}-{seed}.png", prompt, seed)
+        GeneratedImage(folder / f"{number:0{width}}-{seed}.png", prompt, seed)
         for number, prompt in enumerate(prompts)
         for seed in seeds
     ]
@@ -190,16 +190,16 @@ def draw_into(
         "drawing": {name: value for name, value in asdict(drawing).items() if name != "batch_size"},
         "images": [{"file": each.path.name, "prompt": each.prompt, "seed": each.seed} for each in pictures],
     }
-    check_picture_folder(folder, content, overwrite=overwrite)
+    check_image_folder(folder, content, overwrite=overwrite)
     folder.mkdir(parents=True, exist_ok=True)
     if _read_manifest(folder) != content:
-        for path in _pictures_in(folder):
+        for path in _images_in(folder):
             path.unlink()
         write_json(folder / MANIFEST, content)
     missing = [each for each in pictures if not each.path.is_file()]
-    columns = (TextColumn("drawing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not (show_bar and console.is_terminal)) as bar:
-        task = bar.add_task("drawing", total=len(pictures), completed=len(pictures) - len(missing))
+        task = bar.add_task("generating", total=len(pictures), completed=len(pictures) - len(missing))
 
         def receive(number: int, picture: Image.Image) -> None:
             _write(missing[number], picture)
@@ -210,13 +210,13 @@ def draw_into(
     return pictures
 
 
-def check_picture_folder(folder: Path, content: dict[str, Any], *, overwrite: bool) -> None:
+def check_image_folder(folder: Path, content: dict[str, Any], *, overwrite: bool) -> None:
     """Refuse a folder that holds something else.
 
     Args:
         folder: Need not exist.
-        content: What is to be drawn, as `images.json` will say it.
-        overwrite: Whether other pictures of ours may go.
+        content: The content of `images.json`.
+        overwrite: Whether other generated images may be removed.
 
     Raises:
         FileExistsError: It does.
@@ -229,13 +229,13 @@ def check_picture_folder(folder: Path, content: dict[str, Any], *, overwrite: bo
     if manifest == content:
         return
     if manifest is None and any(folder.iterdir()):
-        raise FileExistsError(f"out={folder} holds files that are not ours; choose an empty or a new folder")
+        raise FileExistsError(f"out={folder} holds other files; choose an empty or a new folder")
     if manifest is not None and not overwrite:
         changed = [name for name in ("source", "drawing", "images") if manifest.get(name) != content[name]]
         names = {"source": "another adapter", "drawing": "other settings", "images": "other prompts or seeds"}
         raise FileExistsError(
-            f"out={folder} holds pictures of {' and '.join(names[name] for name in changed)}; choose another folder, "
-            "or draw anew with --overwrite"
+            f"out={folder} holds images of {' and '.join(names[name] for name in changed)}; choose another folder, "
+            "or generate again with --overwrite"
         )
 
 
@@ -248,13 +248,13 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _pictures_in(folder: Path) -> list[Path]:
-    """Pictures that an earlier call left."""
+def _images_in(folder: Path) -> list[Path]:
+    """Images of an earlier call."""
     return [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
 
 
-def _write(picture: Picture, image: Image.Image) -> None:
-    """Write a PNG file, whole or not at all, that says how it was made."""
+def _write(picture: GeneratedImage, image: Image.Image) -> None:
+    """Write a PNG file atomically, with prompt and seed in its metadata."""
     info = PngInfo()
     info.add_itxt("prompt", picture.prompt)
     info.add_itxt("seed", str(picture.seed))
@@ -265,7 +265,7 @@ def _write(picture: Picture, image: Image.Image) -> None:
 
 @dataclass(frozen=True)
 class LoadedGenerator:
-    """A pipeline that knows the subject of a run."""
+    """The pipeline of a run with its adapter."""
 
     run: DreamBoothFolder
     config: DreamBoothConfig
@@ -273,9 +273,9 @@ class LoadedGenerator:
     device: torch.device
     source: str
 
-    def drawing(self, steps: int | None = None, guidance: float | None = None, batch_size: int = 1) -> Drawing:
-        """How pictures are drawn: as the run says, where nothing else is asked for."""
-        return Drawing(
+    def drawing(self, steps: int | None = None, guidance: float | None = None, batch_size: int = 1) -> SamplingConfig:
+        """Sampling settings: the run's, unless given."""
+        return SamplingConfig(
             self.config.resolution,
             self.config.sample_steps if steps is None else steps,
             self.config.guidance if guidance is None else guidance,
@@ -290,7 +290,7 @@ def load_generator(run: str | Path, *, pipeline: str | None = None, device: str 
 
     Args:
         run: Folder of the run.
-        pipeline: Where the pipeline lies now, if not where training found it.
+        pipeline: New place of the pipeline, if it was moved.
         device: auto, cpu or cuda.
 
     Raises:
@@ -310,7 +310,7 @@ def load_generator(run: str | Path, *, pipeline: str | None = None, device: str 
 
 
 def adapter_source(run: DreamBoothFolder, config: DreamBoothConfig) -> str:
-    """What draws a run's pictures: the pipeline's name and a digest of the adapter's weights."""
+    """The pipeline's name and a digest of the adapter's weights."""
     return f"{config.pipeline} with adapter {adapter_digest(run.adapter)}"
 
 
@@ -328,27 +328,27 @@ def generate(
     device: str = "auto",
     overwrite: bool = False,
     console: Console | None = None,
-) -> list[Picture]:
-    """Draw pictures with the pipeline that a run has taught its subject.
+) -> list[GeneratedImage]:
+    """Generate images with the pipeline and adapter of a run.
 
     Args:
         run: Folder of the run.
-        prompts: What to draw; the subject's word (`sks`) stands for it.
-        out: Folder for the pictures.
-        pictures: Pictures of each prompt, with seeds `seed`, `seed + 1`, …
-        seed: The first seed; a picture depends on prompt and seed alone.
-        steps: Steps of the sampler, the run's `sample_steps` if None.
-        guidance: How strongly the sampler follows the prompt, the run's if None.
-        batch_size: Pictures at a time.
-        pipeline: Where the pipeline lies now, if not where training found it.
+        prompts: The prompts, with the subject's token (`sks`).
+        out: Folder for the images.
+        pictures: Images of each prompt, with seeds `seed`, `seed + 1`, …
+        seed: The first seed; an image depends on prompt and seed alone.
+        steps: Sampling steps, the run's `sample_steps` if None.
+        guidance: Guidance scale, the run's if None.
+        batch_size: Images at a time.
+        pipeline: New place of the pipeline, if it was moved.
         device: auto, cpu or cuda.
-        overwrite: Replace other pictures in `out`.
+        overwrite: Replace other images in `out`.
         console: For the progress bar; standard output if None.
 
     Raises:
         ValueError: No prompts, or a number out of range.
         FileNotFoundError: As for `load_generator`.
-        FileExistsError: `out` holds other pictures.
+        FileExistsError: `out` holds other images.
     """
     checked = {"pictures": (pictures, 1), "seed": (seed, 0), "batch_size": (batch_size, 1), "steps": (steps, 1)}
     errors = [
@@ -356,11 +356,11 @@ def generate(
         for name, (value, least) in checked.items()
         if value is not None and value < least
     ]
-    errors += [] if prompts else ["prompt must say what to draw, e.g. 'a photo of sks dog on the beach', got none"]
+    errors += [] if prompts else ["prompt must be given, e.g. 'a photo of sks dog on the beach', got none"]
     if errors:
         raise ValueError("; ".join(errors))
     loaded = load_generator(run, pipeline=pipeline, device=device)
-    return draw_into(
+    return generate_images(
         Path(out),
         loaded.pipeline,
         prompts,
@@ -373,7 +373,7 @@ def generate(
     )
 
 
-def prompts_of(run: str | Path, prompt: str | None, file: str | Path | None, live: bool | None = None) -> list[str]:
+def select_prompts(run: str | Path, prompt: str | None, file: str | Path | None, live: bool | None = None) -> list[str]:
     """The prompts that a user asks for: one, or those of a file with the run's subject in their places.
 
     Args:
@@ -388,7 +388,7 @@ def prompts_of(run: str | Path, prompt: str | None, file: str | Path | None, liv
     """
     if (prompt is None) == (file is None):
         raise ValueError(
-            f"prompt or prompts must say what to draw, one of them, got {'neither' if prompt is None else 'both'}; "
+            f"prompt or prompts must be given, one of them, got {'neither' if prompt is None else 'both'}; "
             "e.g. --prompt 'a photo of sks dog on the beach'"
         )
     if prompt is not None:

@@ -1,4 +1,4 @@
-"""Loading Stable Diffusion 3 from a folder in diffusers' format, or by its name on the hub."""
+"""Stable Diffusion 3 pipelines: loading, prompt embeddings and latent images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from snella.backbones.create import cache_only_if_unreachable
 
 @dataclass(frozen=True)
 class PromptEmbedding:
-    """One prompt as the transformer sees it.
+    """The embedding of a prompt.
 
     Attributes:
         tokens: `[1, L, D]`, float32.
@@ -71,7 +71,7 @@ class LatentImages:
 def embed_prompts(
     pipeline: StableDiffusion3Pipeline, prompts: Iterable[str], device: torch.device, max_sequence_length: int
 ) -> list[PromptEmbedding]:
-    """Embed prompts with the pipeline's three text encoders, which visit the device only meanwhile.
+    """Embed prompts with the pipeline's three text encoders, which are on the device only meanwhile.
 
     Args:
         pipeline: Its text encoders and tokenizers are used.
@@ -104,7 +104,7 @@ def encode_images(
     *,
     flip: bool = False,
 ) -> LatentImages:
-    """Encode images with the pipeline's autoencoder, which visits the device only meanwhile.
+    """Encode images with the pipeline's autoencoder, which is on the device only meanwhile.
 
     Args:
         pipeline: Its autoencoder is used.
@@ -148,8 +148,8 @@ def check_resolution(pipeline: StableDiffusion3Pipeline, resolution: int) -> Non
 
 
 @contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Hide the bars that diffusers and transformers draw while they load models."""
+def suppress_progress_bars() -> Iterator[None]:
+    """Hide the progress bars of diffusers and transformers while models load."""
     logs = (diffusers.utils.logging, transformers.utils.logging)
     were_shown = [log.is_progress_bar_enabled() for log in logs]
     for log in logs:
@@ -195,11 +195,11 @@ def load_pipeline(name: str, *, encoder_dtype: torch.dtype = torch.float32) -> S
     dtypes |= dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3"), encoder_dtype)
     if folder.is_dir():
         absent = dict.fromkeys(_check_folder(folder))
-        with quiet_libraries():
+        with suppress_progress_bars():
             return StableDiffusion3Pipeline.from_pretrained(folder, dtype=dtypes, local_files_only=True, **absent)
     if name.count("/") != 1 or name.startswith((".", "~", "/")):
         raise FileNotFoundError(f"pipeline must be a folder or a hub name (owner/repo), got {name!r}{_near(folder)}")
-    with cache_only_if_unreachable() as reason, quiet_libraries():
+    with cache_only_if_unreachable() as reason, suppress_progress_bars():
         try:
             return StableDiffusion3Pipeline.from_pretrained(name, dtype=dtypes, local_files_only=bool(reason))
         except (OSError, ValueError, HfHubHTTPError) as error:
@@ -218,7 +218,7 @@ def _check_folder(folder: Path) -> list[str]:
     """Refuse a folder that is no such pipeline or lacks something, all errors in one message.
 
     Returns:
-        Optional parts that the pipeline does without; diffusers wants to be told.
+        Optional components that are absent, which diffusers needs to know.
     """
     index = folder / _INDEX
     if not index.is_file():

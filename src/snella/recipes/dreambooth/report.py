@@ -1,4 +1,4 @@
-"""The report page of a personalization run: one HTML file that opens anywhere and asks the network for nothing."""
+"""The HTML report of a DreamBooth run, a self-contained file."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from snella.report.examples import picture_uri
 from snella.report.generator_runs import read_learning_curve
 from snella.report.inspect import read_adapter, saved_budgets
 from snella.report.report import allocation_section
-from snella.report.style import ACCENT, CURVE, MUTED, add_legend, inline_svg, new_figure, write_whole
+from snella.report.style import ACCENT, CURVE, MUTED, add_legend, inline_svg, new_figure, write_atomically
 
 _LONGEST = 320
 _WINDOW = 20
 
 
 def write_generation_report(run: str | Path) -> Path:
-    """Write `RUN/report.html` from the files of the run, whole or not at all.
+    """Write `RUN/report.html` from the files of the run atomically.
 
     Args:
         run: Folder of a run of `snella dreambooth`.
@@ -70,7 +70,7 @@ def write_generation_report(run: str | Path) -> Path:
         "curve": _inline(loss_curve(curve.history), "curve-loss", f"Loss by step; {curve.steps} steps."),
         "groups": [
             {"title": "Images of the subject", "note": data.description, "items": _pictures(subject)},
-            {"title": "Pictures drawn after training", "note": "", "items": _samples(folder / "samples")},
+            {"title": "Images generated after training", "note": "", "items": _samples(folder / "samples")},
         ],
         "allocation": allocation_section(info, metrics, allocation, budgets),
         "config": (folder / "config.yaml").read_text(encoding="utf-8"),
@@ -79,7 +79,7 @@ def write_generation_report(run: str | Path) -> Path:
     environment.filters.update(count=count_text, percent=percent_text, plain=plain_text)
     template = environment.from_string(_text("snella.recipes.dreambooth", "report.html.jinja"))
     page = template.render(context, style=Markup(_text("snella.report", "report.css")))
-    write_whole(folder / "report.html", page.encode("utf-8", "backslashreplace"))
+    write_atomically(folder / "report.html", page.encode("utf-8", "backslashreplace"))
     return folder / "report.html"
 
 
@@ -98,7 +98,7 @@ def loss_curve(history: Sequence[LossRow]) -> Figure:
 
 
 def _samples(folder: Path) -> list[dict[str, Any]]:
-    """Pictures that the run drew at its end."""
+    """Sample images of the run."""
     manifest = folder / MANIFEST
     if not manifest.is_file():
         return []
@@ -110,7 +110,7 @@ def _samples(folder: Path) -> list[dict[str, Any]]:
 
 
 def _pictures(paths: Iterable[Path]) -> list[dict[str, Any]]:
-    """Files as parts of the page; one that is gone says so."""
+    """Images of the report; a missing one has a problem text."""
     items: list[dict[str, Any]] = []
     for path in paths:
         item: dict[str, Any] = {"text": path.name, "uri": None, "problem": ""}
@@ -124,7 +124,7 @@ def _pictures(paths: Iterable[Path]) -> list[dict[str, Any]]:
 
 
 def _share(budgets: dict[str, int], allocation: Any) -> str:
-    """How much of all adapted weights is kept, and where nothing is."""
+    """Share of the adapted weights that is kept, and the number of frozen matrices."""
     total = max(allocation.total_weights, 1)
     frozen = sum(budget == 0 for budget in budgets.values())
     return f"of {count_text(total)} ({percent_text(sum(budgets.values()) / total)}), {frozen} matrices frozen"
@@ -136,5 +136,5 @@ def _inline(figure: Figure, name: str, description: str) -> Markup:
 
 
 def _text(package: str, name: str) -> str:
-    """A text file of ours."""
+    """A text file of a package."""
     return resources.files(package).joinpath(name).read_text(encoding="utf-8")

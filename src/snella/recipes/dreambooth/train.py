@@ -1,4 +1,4 @@
-"""One personalization run, from settings to report."""
+"""`personalize`: one DreamBooth run, from configuration to report."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from snella.methods import save_trained
 from snella.methods.registry import adapt_headless
 from snella.recipes.dreambooth.config import DreamBoothConfig, DreamBoothFolder
 from snella.recipes.dreambooth.data import Concept, load_concept
-from snella.recipes.dreambooth.generate import Drawing, adapter_source, draw_into
+from snella.recipes.dreambooth.generate import SamplingConfig, adapter_source, generate_images
 from snella.recipes.dreambooth.pipeline import check_resolution, embed_prompts, encode_images, load_pipeline
 from snella.recipes.dreambooth.report import write_generation_report
-from snella.recipes.dreambooth.trainer import FlowMatching, Learner, Lesson
+from snella.recipes.dreambooth.trainer import DreamBoothTrainer, FlowMatching, TrainingSet
 from snella.records import BackboneInfo, DataInfo, FixedLoss, GeneratorMetrics, LossRow, RunInfo, read
 from snella.runs.build import choose_device
-from snella.runs.checkpoints import saving
+from snella.runs.checkpoints import reporting_write_errors
 from snella.runs.config import command_line
 from snella.runs.console import counted, make_console, print_line, print_rows
 from snella.runs.results import (
     describe_allocation,
     folder_bytes,
-    kept_text,
     matrices_of,
     peak_rss_mib,
+    sparsity_summary,
     trainable_parameters,
     versions_of,
 )
 from snella.runs.session import (
     InterruptCallback,
-    checkpoint_to_continue,
-    outcome_recorded,
-    run_owned,
-    settle_unfinished,
+    checkpoint_to_resume,
+    lock_run,
+    record_status,
+    resolve_resume,
 )
 
 
@@ -47,27 +47,27 @@ def draw_class_images(
     folder: Path,
     pipeline: StableDiffusion3Pipeline,
     config: DreamBoothConfig,
-    drawing: Drawing,
+    drawing: SamplingConfig,
     device: torch.device,
     console: Console,
 ) -> Concept:
-    """Draw as many images of the class as the settings say, but for those that are there.
+    """Generate the class images of prior preservation that do not exist yet.
 
     Args:
-        folder: Where they go.
+        folder: Of the images.
         pipeline: Without an adapter.
         config: Settings with a class prompt.
-        drawing: How pictures are drawn.
+        drawing: Sampling settings.
         device: Where.
         console: For the progress bar.
 
     Returns:
-        The images, to be learned as the subject's are.
+        The images, to be trained on like the subject's.
     """
     seeds = range(config.class_images)
     source = str(config.pipeline)
     prompts = [str(config.class_prompt)]
-    pictures = draw_into(
+    pictures = generate_images(
         folder, pipeline, prompts, seeds, drawing, device, console, source=source, show_bar=config.progress
     )
     return Concept(folder.name, [picture.path for picture in pictures])
@@ -102,24 +102,24 @@ def describe_run(config: DreamBoothConfig, concept: Concept) -> RunInfo:
     )
 
 
-def describe_metrics(learner: Learner) -> GeneratorMetrics:
+def describe_metrics(trainer: DreamBoothTrainer) -> GeneratorMetrics:
     """Losses and costs."""
-    matrices = matrices_of(learner.model)
-    peak = torch.cuda.max_memory_allocated(learner.device) / 2**20 if learner.device.type == "cuda" else None
+    matrices = matrices_of(trainer.model)
+    peak = torch.cuda.max_memory_allocated(trainer.device) / 2**20 if trainer.device.type == "cuda" else None
     return GeneratorMetrics(
-        train_s=round(learner.elapsed_s, 3),
-        trainable_parameters=trainable_parameters(learner.model),
+        train_s=round(trainer.elapsed_s, 3),
+        trainable_parameters=trainable_parameters(trainer.model),
         adapted_weights=sum(m.size for m in matrices) if matrices else None,
-        adapter_bytes=folder_bytes(learner.run_folder.adapter),
+        adapter_bytes=folder_bytes(trainer.run_folder.adapter),
         peak_rss_mib=peak_rss_mib(),
         peak_gpu_mib=peak,
-        optimizer=learner.optimizer_name,
-        fixed_loss=FixedLoss(learner.loss_before, learner.loss_after),
-        loss_history=[LossRow(**row) for row in learner.history],
+        optimizer=trainer.optimizer_name,
+        fixed_loss=FixedLoss(trainer.loss_before, trainer.loss_after),
+        loss_history=[LossRow(**row) for row in trainer.history],
     )
 
 
-def announce(
+def log_summary(
     console: Console,
     config: DreamBoothConfig,
     concept: Concept,
@@ -127,10 +127,10 @@ def announce(
     optimizer: str,
     device: torch.device,
 ) -> None:
-    """Print subject, prompts, model, what is trained and the steps."""
+    """Print subject, prompts, model, method and steps."""
     matrices = matrices_of(model)
     adapted = f"; {len(matrices)} matrices, {sum(m.size for m in matrices):,} adapted weights" if matrices else ""
-    looks = counted(config.batch_size * config.accumulation, "image")
+    effective_batch_size = counted(config.batch_size * config.accumulation, "image")
     rows = [
         ("subject", f"{concept.name}, {counted(len(concept.paths), 'image')}"),
         *(("note", note) for note in concept.notes),
@@ -138,7 +138,7 @@ def announce(
         *([("class", f"{config.class_prompt}, {config.class_images} images")] if config.prior_weight > 0 else []),
         ("pipeline", f"{config.pipeline}, {config.resolution}×{config.resolution} px"),
         ("method", f"{config.method}, {trainable_parameters(model):,} trainable parameters{adapted}"),
-        ("training", f"{counted(config.steps, 'step')}, {looks} each, lr {config.lr:g}, on {device}"),
+        ("training", f"{counted(config.steps, 'step')}, {effective_batch_size} each, lr {config.lr:g}, on {device}"),
         ("optimizer", optimizer),
     ]
     print_rows(console, rows)
@@ -150,10 +150,11 @@ def _finite(value: Any) -> Any:
 
 
 def personalize(config: DreamBoothConfig, console: Console | None = None) -> DreamBoothFolder:
-    """Teach a Stable Diffusion 3 pipeline one subject, and leave a complete run folder behind.
+    """Fine-tune a Stable Diffusion 3 pipeline on one subject, and write a complete run folder.
 
     Args:
-        config: What to do. With `resume` a stored run goes on from its last checkpoint, with its own settings.
+        config: The configuration. With `resume` a stored run is resumed from its last checkpoint, with its own
+            settings.
         console: Where to write; standard output if None.
 
     Returns:
@@ -168,20 +169,20 @@ def personalize(config: DreamBoothConfig, console: Console | None = None) -> Dre
         NonFiniteLossError: The loss or the gradient became infinite or NaN; the last checkpoint is kept.
         CheckpointError: The disk is full, and the last checkpoint is kept; or that of a resumed run is damaged.
     """
-    console = console or make_console(endures=True)
+    console = console or make_console(survives_closed_output=True)
     run = DreamBoothFolder(str(config.out))
-    with run_owned(run):
+    with lock_run(run):
         return _personalize(config, run, console)
 
 
 def _personalize(config: DreamBoothConfig, run: DreamBoothFolder, console: Console) -> DreamBoothFolder:
-    """The work of `personalize`, in a folder that no other process writes into."""
-    settled = settle_unfinished(run, config, console, f"its report is {run.report}")
-    if settled is None:
+    """`personalize`, with the folder locked."""
+    resolved = resolve_resume(run, config, console, f"its report is {run.report}")
+    if resolved is None:
         if not run.report.is_file():
             write_generation_report(run.path)
         return run
-    config, is_resumed = settled
+    config, is_resumed = resolved
     device = choose_device(config.device)
     concept = load_concept(str(config.data), config.subject, skip_broken=config.skip_broken)
     if is_resumed:
@@ -190,35 +191,35 @@ def _personalize(config: DreamBoothConfig, run: DreamBoothFolder, console: Conso
     encoder_dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     pipeline = load_pipeline(str(config.pipeline), encoder_dtype=encoder_dtype)
     check_resolution(pipeline, config.resolution)
-    run.begin(config, is_resumed=is_resumed)
+    run.prepare(config, is_resumed=is_resumed)
     run.write(describe_run(config, concept))
-    with outcome_recorded(run, "dreambooth"), InterruptCallback() as interrupt:
-        drawing = Drawing(
+    with record_status(run, "dreambooth"), InterruptCallback() as interrupt:
+        drawing = SamplingConfig(
             config.resolution,
             config.sample_steps,
             config.guidance,
             config.max_sequence_length,
             config.precision,
         )
-        subject = _lesson(pipeline, config, device, str(config.prompt), concept)
+        subject = _training_set(pipeline, config, device, str(config.prompt), concept)
         classes = None
         if config.prior_weight > 0:
             pictures = draw_class_images(run.path / "class_images", pipeline, config, drawing, device, console)
-            classes = _lesson(pipeline, config, device, str(config.class_prompt), pictures)
+            classes = _training_set(pipeline, config, device, str(config.class_prompt), pictures)
         torch.manual_seed(config.seed)
         model = adapt_headless(config.method, pipeline.transformer, config.options_of_method())
         loss = FlowMatching(pipeline.scheduler, config.weighting, config.precondition)
-        learner = Learner(model, config, loss, subject, classes, run, device)
-        announce(console, config, concept, model, learner.optimizer_name, device)
-        if (checkpoint := checkpoint_to_continue(run, console)) is not None:
-            learner.load(checkpoint)
-        learner.run(console, interrupt)
-        _finish(learner, pipeline, drawing, run, console)
+        trainer = DreamBoothTrainer(model, config, loss, subject, classes, run, device)
+        log_summary(console, config, concept, model, trainer.optimizer_name, device)
+        if (checkpoint := checkpoint_to_resume(run, console)) is not None:
+            trainer.load(checkpoint)
+        trainer.run(console, interrupt)
+        _finish(trainer, pipeline, drawing, run, console)
     return run
 
 
 def _check_images(run: DreamBoothFolder, concept: Concept) -> None:
-    """Refuse to go on with other images than those that the run began with."""
+    """Refuse to resume with other images than those that the run began with."""
     stored = read(RunInfo, run.path).data
     if stored.digest not in (None, concept.digest()):
         then, now = stored.sizes.get("train"), len(concept.paths)
@@ -228,37 +229,41 @@ def _check_images(run: DreamBoothFolder, concept: Concept) -> None:
         )
 
 
-def _lesson(
+def _training_set(
     pipeline: StableDiffusion3Pipeline, config: DreamBoothConfig, device: torch.device, prompt: str, concept: Concept
-) -> Lesson:
-    """Images and prompt as training needs them."""
+) -> TrainingSet:
+    """Encoded images and prompt."""
     embedded = embed_prompts(pipeline, [prompt], device, config.max_sequence_length)[0]
     images = encode_images(pipeline, concept.images(), device, config.resolution, flip=config.flip)
-    return Lesson(images, embedded)
+    return TrainingSet(images, embedded)
 
 
 def _finish(
-    learner: Learner, pipeline: StableDiffusion3Pipeline, drawing: Drawing, run: DreamBoothFolder, console: Console
+    trainer: DreamBoothTrainer,
+    pipeline: StableDiffusion3Pipeline,
+    drawing: SamplingConfig,
+    run: DreamBoothFolder,
+    console: Console,
 ) -> None:
-    """Save the adapter, draw the sample pictures, write results and report."""
-    config = learner.config
-    with saving(run.adapter):
-        save_trained(learner.model, run.adapter)
-    allocator = learner.allocator
+    """Save the adapter, generate sample images, write results and report."""
+    config = trainer.config
+    with reporting_write_errors(run.adapter):
+        save_trained(trainer.model, run.adapter)
+    allocator = trainer.allocator
     if allocator is not None:
         callback = SnellaCallback()
         callback.allocator = allocator
-        run.write(describe_allocation(learner.model, callback))
-    run.write(describe_metrics(learner))
+        run.write(describe_allocation(trainer.model, callback))
+    run.write(describe_metrics(trainer))
     if config.samples:
         prompts = [str(config.prompt)]
-        draw_into(
+        generate_images(
             run.path / "samples",
             pipeline,
             prompts,
             range(config.seed, config.seed + config.samples),
             drawing,
-            learner.device,
+            trainer.device,
             console,
             source=adapter_source(run, config),
             overwrite=True,
@@ -268,9 +273,9 @@ def _finish(
     report = write_generation_report(run.path)
     print_line(
         console,
-        f"loss on fixed noise: {learner.loss_before:.5f} before, {learner.loss_after:.5f} after {config.steps} steps",
+        f"loss on fixed noise: {trainer.loss_before:.5f} before, {trainer.loss_after:.5f} after {config.steps} steps",
     )
-    matrices = matrices_of(learner.model)
+    matrices = matrices_of(trainer.model)
     if matrices:
-        print_line(console, f"the update {kept_text(matrices)}")
+        print_line(console, f"the update {sparsity_summary(matrices)}")
     print_line(console, f"adapter {run.adapter}, report {report}")

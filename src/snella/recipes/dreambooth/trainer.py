@@ -1,4 +1,4 @@
-"""The training loop: a function of settings, images and seed, whatever interruptions lie between its steps."""
+"""`DreamBoothTrainer`: the training loop, bit-identical when resumed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from snella import BudgetAllocator
 from snella.methods import load_trained_into, save_trained
 from snella.recipes.dreambooth.config import DreamBoothConfig, DreamBoothFolder
 from snella.recipes.dreambooth.pipeline import LatentImages, PromptEmbedding
-from snella.runs.checkpoints import reading, remove_incomplete, staged
+from snella.runs.checkpoints import reading_checkpoint, remove_incomplete, staged
 from snella.runs.console import print_line
 from snella.runs.results import matrices_of
 from snella.runs.sampler import EpochSampler, mix_seed
@@ -57,7 +57,7 @@ class FlowMatching:
         self.precondition = precondition
 
     def draw_times(self, count: int, generator: torch.Generator) -> Tensor:
-        """So many places in [0, 1) of the list of times, as the weighting wants them distributed."""
+        """Sample `count` positions in [0, 1) of the list of times, distributed by the weighting."""
         return compute_density_for_timestep_sampling(
             self.weighting, count, _LOGIT_MEAN, _LOGIT_STD, _MODE_SCALE, generator=generator
         )
@@ -100,23 +100,23 @@ _RECENT = 20
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """Images, and the prompt that they are learned under."""
+class TrainingSet:
+    """Latent images and their prompt."""
 
     images: LatentImages
     prompt: PromptEmbedding
 
 
-class Learner:
+class DreamBoothTrainer:
     """Training of one adapter.
 
     Every forward pass draws image, noise and time from `(seed, step, pass)` alone, so that a resumed run repeats them.
-    The images of a subject come in a new order each epoch; an epoch is one look at each of them.
+    The images of a subject come in a new order each epoch; an epoch is one pass over them.
 
     Args:
         model: From `adapt_headless`.
         config: Resolved settings.
-        loss: How well the model predicts.
+        loss: The loss.
         subject: Images of the subject.
         classes: Images of its class; None without prior preservation.
         run: Where checkpoints go.
@@ -126,7 +126,7 @@ class Learner:
         history: One row a step: `step`, `loss`, `grad_norm`, `budget`.
         loss_before: Loss on fixed noise and times before the first step.
         loss_after: The same after the last.
-        allocator: Shares out the budget; None for methods without one.
+        allocator: Allocates the budget; None for methods without one.
     """
 
     def __init__(
@@ -134,8 +134,8 @@ class Learner:
         model: nn.Module,
         config: DreamBoothConfig,
         loss: FlowMatching,
-        subject: Lesson,
-        classes: Lesson | None,
+        subject: TrainingSet,
+        classes: TrainingSet | None,
         run: DreamBoothFolder,
         device: torch.device,
     ) -> None:
@@ -161,8 +161,8 @@ class Learner:
         self._earlier_s, self._start = 0.0, time.monotonic()
         self.allocator: BudgetAllocator | None = None
         if matrices_of(model):
-            looks = config.batch_size * config.accumulation
-            steps_per_epoch = math.ceil(len(subject.images) / looks)
+            effective_batch_size = config.batch_size * config.accumulation
+            steps_per_epoch = math.ceil(len(subject.images) / effective_batch_size)
             self.allocator = BudgetAllocator(
                 model,
                 total_epochs=math.ceil(config.steps / steps_per_epoch),
@@ -206,7 +206,7 @@ class Learner:
         self.loss_after = self.fixed_loss()
 
     def save(self) -> None:
-        """Write a checkpoint, whole or not at all, and then remove the older ones.
+        """Write a checkpoint atomically, and then remove the older ones.
 
         Raises:
             CheckpointError: Writing failed, as on a full disk; the last checkpoint is kept.
@@ -227,12 +227,12 @@ class Learner:
         remove_incomplete(folder)
 
     def load(self, checkpoint: Path) -> None:
-        """Go back to a checkpoint.
+        """Load a checkpoint.
 
         Raises:
             CheckpointError: It was written with another optimizer, or holds something else than a learner's state.
         """
-        with reading(checkpoint):
+        with reading_checkpoint(checkpoint):
             load_trained_into(self.model, checkpoint)
             state = torch.load(checkpoint / _STATE, map_location=self.device, weights_only=True)
             self.step, self.history, self.loss_before = state["step"], state["history"], state["loss_before"]
@@ -241,7 +241,7 @@ class Learner:
 
     @torch.no_grad()
     def fixed_loss(self) -> float:
-        """Mean loss over all images of the subject at evenly spaced times, with the same noise whenever it is asked."""
+        """Mean loss over all images of the subject at evenly spaced times, with fixed noise."""
         was_training = self.model.training
         self.model.eval()
         generator = torch.Generator().manual_seed(mix_seed(self.config.seed, _FIXED))
@@ -275,27 +275,29 @@ class Learner:
         self.step += 1
         self.history.append({"step": self.step, "loss": total, "grad_norm": grad_norm, "budget": self._budget()})
 
-    def _pass_loss(self, model: nn.Module, lesson: Lesson, position: int, generator: torch.Generator) -> Tensor:
-        """Mean loss of the images whose turn it is in forward pass number `position`."""
+    def _pass_loss(
+        self, model: nn.Module, training_set: TrainingSet, position: int, generator: torch.Generator
+    ) -> Tensor:
+        """Mean loss of the images of micro-batch number `position`."""
         count = self.config.batch_size
-        chosen = [_turn(len(lesson.images), self.config.seed, position * count + k) for k in range(count)]
-        return self._losses(model, lesson, chosen, self.loss.draw_times(count, generator), generator).mean()
+        chosen = [_epoch_index(len(training_set.images), self.config.seed, position * count + k) for k in range(count)]
+        return self._losses(model, training_set, chosen, self.loss.draw_times(count, generator), generator).mean()
 
     def _losses(
-        self, model: nn.Module, lesson: Lesson, indices: list[int], times: Tensor, generator: torch.Generator
+        self, model: nn.Module, training_set: TrainingSet, indices: list[int], times: Tensor, generator: torch.Generator
     ) -> Tensor:
         """Loss of each of these images at these times."""
-        images = lesson.images.draw(indices, generator)
+        images = training_set.images.draw(indices, generator)
         noise = torch.randn(images.shape, generator=generator)
         with self.accelerator.autocast():
-            return self.loss.losses(model, images.to(self.device), noise.to(self.device), times, lesson.prompt)
+            return self.loss.losses(model, images.to(self.device), noise.to(self.device), times, training_set.prompt)
 
     def _budget(self) -> int | None:
         """Weights kept at present, over all matrices."""
         return None if self.allocator is None else sum(self.allocator.budgets.values())
 
     def _check(self, what: str, value: float) -> None:
-        """Refuse what would spoil the weights."""
+        """Refuse values that are not finite."""
         if math.isfinite(value):
             return
         rates = {name: getattr(self.config, name) for name in ("lr", "scalar_lr", "scaling")}
@@ -306,7 +308,7 @@ class Learner:
         )
 
     def _line(self) -> str:
-        """The state of training for people."""
+        """The state of training, human-readable."""
         recent = [row["loss"] for row in self.history[-_RECENT:]]
         text = f"step {self.step:>5}/{self.config.steps}  loss {math.fsum(recent) / len(recent):.5f}"
         if self.allocator is not None:
@@ -315,18 +317,18 @@ class Learner:
 
     @contextmanager
     def _bar(self, console: Console) -> Iterator[Callable[[], None]]:
-        """A progress bar on a terminal; gives what moves it."""
+        """A progress bar on a terminal; yields the function that updates it."""
         if not (self.config.progress and console.is_terminal):
             yield lambda: None
             return
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task("learning", total=self.config.steps, completed=self.step)
+            task = bar.add_task("training", total=self.config.steps, completed=self.step)
             yield lambda: bar.update(task, completed=self.step, description=self._line())
 
 
-def _turn(count: int, seed: int, position: int) -> int:
-    """Which of `count` images comes at a position, where each comes once an epoch, in an order of the epoch's own."""
+def _epoch_index(count: int, seed: int, position: int) -> int:
+    """The index of the image at a position: each comes once per epoch, in the epoch's order."""
     order = EpochSampler(count, seed)
     order.set_epoch(position // count)
     return list(order)[position % count]

@@ -1,4 +1,4 @@
-"""Everything that an instruction fine-tuning is told."""
+"""The configuration of instruction fine-tuning."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,15 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """By method: what it takes where the user gives none. LoRA's rate is the benchmark's own; the others are untuned."""
 _RATES = ("lr", "scalar_lr", "weight_decay", "max_grad_norm")
-_LEAST = {"max_length": 2, "epochs": 1, "batch_size": 1, "accumulation": 1, "warmup_steps": 0, "val_size": 0, "seed": 0}
+_MINIMUMS = {
+    "max_length": 2,
+    "epochs": 1,
+    "batch_size": 1,
+    "accumulation": 1,
+    "warmup_steps": 0,
+    "val_size": 0,
+    "seed": 0,
+}
 
 
 @dataclass
@@ -99,8 +107,8 @@ class LanguageConfig(RunSettings):
 
     def __post_init__(self) -> None:
         """Check everything that can be known without data and model, and report all errors together."""
-        errors = [*self.place_errors(), *self._template_errors(), *self.choice_errors(), *self.least_errors(_LEAST)]
-        errors += [*self.finite_errors(_RATES), *self.method_errors()]
+        errors = [*self.path_errors(), *self._template_errors(), *self.choice_errors(), *self.minimum_errors(_MINIMUMS)]
+        errors += [*self.nonnegative_errors(_RATES), *self.method_errors()]
         if errors:
             raise ValueError("; ".join(errors))
 

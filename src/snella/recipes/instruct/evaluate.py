@@ -1,4 +1,4 @@
-"""Letting a fine-tuned model answer the commonsense benchmark, and counting right answers."""
+"""Evaluation on the commonsense benchmark: generated answers and accuracy."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def evaluate_language(
 ) -> dict[str, Any]:
     """Answer the test questions of every task in a folder.
 
-    Answers are written as they come, one line each, to `RUN/answers/TASK.jsonl`; an interrupted call goes on where it
+    Answers are written as they come, one line each, to `RUN/answers/TASK.jsonl`; an interrupted call resumes where it
     stopped.
 
     Args:

@@ -1,4 +1,4 @@
-"""One instruction fine-tuning, from settings to adapter."""
+"""One instruction fine-tuning run, from configuration to adapter."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ from snella.recipes.instruct.config import LanguageConfig, LanguageFolder
 from snella.recipes.instruct.data import IGNORED, Template, encode, pad_right, read_instructions
 from snella.records import BackboneInfo, DataInfo, GeneratorMetrics, LossRow, RunInfo, read, record_from
 from snella.runs.build import choose_device
-from snella.runs.checkpoints import saving
+from snella.runs.checkpoints import reporting_write_errors
 from snella.runs.config import command_line
 from snella.runs.console import counted, make_console, print_line, print_rows
 from snella.runs.results import (
     describe_allocation,
     folder_bytes,
-    kept_text,
     matrices_of,
     peak_rss_mib,
+    sparsity_summary,
     trainable_parameters,
     versions_of,
 )
 from snella.runs.session import (
     InterruptCallback,
     NonFiniteLossError,
-    checkpoint_to_continue,
-    outcome_recorded,
-    run_owned,
-    settle_unfinished,
+    checkpoint_to_resume,
+    lock_run,
+    record_status,
+    resolve_resume,
 )
-from snella.runs.trainer import CheckpointingTrainer, build_low_bit_optimizer, quiet_arguments
+from snella.runs.trainer import CheckpointingTrainer, base_training_arguments, build_low_bit_optimizer
 
 
 def load_model(name: str, dtype: torch.dtype) -> nn.Module:
@@ -169,7 +169,7 @@ class LanguageProgress(TrainerCallback):
 
 def training_arguments(config: LanguageConfig, checkpoints: Path) -> TrainingArguments:
     """The Trainer's own settings: quiet, a checkpoint each epoch, warm-up and a linear fall."""
-    return quiet_arguments(
+    return base_training_arguments(
         checkpoints,
         choose_device(config.device),
         seed=config.seed,
@@ -199,7 +199,8 @@ def fine_tune(config: LanguageConfig, console: Console | None = None) -> Languag
     The adapter of the last epoch is kept.
 
     Args:
-        config: What to do. With `resume` a stored run goes on from its last checkpoint, with its own settings.
+        config: The configuration. With `resume` a stored run is resumed from its last checkpoint, with its own
+            settings.
         console: Where to write; standard output if None.
 
     Returns:
@@ -214,15 +215,15 @@ def fine_tune(config: LanguageConfig, console: Console | None = None) -> Languag
         NonFiniteLossError: The loss became infinite or NaN; the last checkpoint is kept.
         CheckpointError: The disk is full, and the last checkpoint is kept; or that of a resumed run is damaged.
     """
-    console = console or make_console(endures=True)
+    console = console or make_console(survives_closed_output=True)
     run = LanguageFolder(str(config.out))
-    with run_owned(run):
+    with lock_run(run):
         return _fine_tune(config, run, console)
 
 
 def _fine_tune(config: LanguageConfig, run: LanguageFolder, console: Console) -> LanguageFolder:
     """The work of `fine_tune`, in a folder that no other process writes into."""
-    settled = settle_unfinished(run, config, console, f"its adapter is {run.adapter}")
+    settled = resolve_resume(run, config, console, f"its adapter is {run.adapter}")
     if settled is None:
         return run
     config, is_resumed = settled
@@ -241,7 +242,7 @@ def _fine_tune(config: LanguageConfig, run: LanguageFolder, console: Console) ->
         enable({"use_reentrant": False})
     torch.manual_seed(config.seed)
     model = adapt_headless(config.method, base, config.options_of_method()).to(device)
-    run.begin(config, is_resumed=is_resumed)
+    run.prepare(config, is_resumed=is_resumed)
     described = DataInfo(
         spec=str(config.data),
         seed=config.seed,
@@ -264,7 +265,7 @@ def _fine_tune(config: LanguageConfig, run: LanguageFolder, console: Console) ->
         ),
     ]
     print_rows(console, rows)
-    with outcome_recorded(run, "language"):
+    with record_status(run, "language"):
         with InterruptCallback() as interrupt:
             trainer, progress, optimizer = _fit(config, model, tokenizer, train, val, run, interrupt, console, device)
         if trainer.state.global_step < trainer.state.max_steps:
@@ -309,7 +310,7 @@ def _fit(
     device: torch.device,
 ) -> tuple[LanguageTrainer, LanguageProgress, str]:
     """Train, from the last checkpoint if there is one."""
-    checkpoint = checkpoint_to_continue(run, console)
+    checkpoint = checkpoint_to_resume(run, console)
     optimizer, name = build_low_bit_optimizer(
         model,
         config.optimizer,
@@ -346,7 +347,7 @@ def _finish(
     console: Console,
 ) -> None:
     """Save the adapter and write the results."""
-    with saving(run.adapter):
+    with reporting_write_errors(run.adapter):
         save_trained(model, run.adapter)
     matrices = matrices_of(model)
     if progress.allocation is not None:
@@ -364,7 +365,7 @@ def _finish(
     run.write(metrics)
     run.finish()
     if matrices:
-        print_line(console, f"the update {kept_text(matrices)}")
+        print_line(console, f"the update {sparsity_summary(matrices)}")
     print_line(console, f"adapter {run.adapter}")
 
 

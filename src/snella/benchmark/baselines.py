@@ -1,4 +1,4 @@
-"""Who takes part: one function a contender, from a timm model to a model that can be trained."""
+"""Baselines of the benchmark: functions from a timm model to a trainable one."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class TwoBranches(nn.Module):
         return spec.scaling * F.linear(x, torch.cat(groups).to(x.dtype))
 
 
-def put_two_branches(model: nn.Module) -> nn.Module:
+def _use_unfused_reference(model: nn.Module) -> nn.Module:
     """Replace every adapted linear layer of `model` by its two branches, in place.
 
     Raises:
@@ -76,8 +76,8 @@ _TARGETS = r".*\.(attn\.(qkv|proj)|mlp\.(fc1|fc2))"
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What a contender is built for.
+class Workload:
+    """The workload of a measurement.
 
     Args:
         backbone: A timm name.
@@ -100,10 +100,10 @@ class Setting:
         return model.to(self.device, self.dtype)
 
 
-Builder = Callable[[nn.Module, Setting], nn.Module]
+Builder = Callable[[nn.Module, Workload], nn.Module]
 
 
-def _frozen(model: nn.Module, setting: Setting) -> nn.Module:
+def _frozen(model: nn.Module, workload: Workload) -> nn.Module:
     """Head and class token alone: forward and the whole way back, without any method's own work."""
     model.requires_grad_(False)
     token = [model.cls_token] if isinstance(getattr(model, "cls_token", None), nn.Parameter) else []
@@ -112,62 +112,64 @@ def _frozen(model: nn.Module, setting: Setting) -> nn.Module:
     return model
 
 
-def _full(model: nn.Module, setting: Setting) -> nn.Module:
+def _full(model: nn.Module, workload: Workload) -> nn.Module:
     """All weights."""
     return model
 
 
-def _lora(model: nn.Module, setting: Setting) -> nn.Module:
+def _lora(model: nn.Module, workload: Workload) -> nn.Module:
     """PEFT's LoRA, no dropout."""
-    return _with_lora(model, setting)
+    return _with_lora(model, workload)
 
 
-def _dora(model: nn.Module, setting: Setting) -> nn.Module:
+def _dora(model: nn.Module, workload: Workload) -> nn.Module:
     """PEFT's DoRA."""
-    return _with_lora(model, setting, use_dora=True)
+    return _with_lora(model, workload, use_dora=True)
 
 
-def _with_lora(model: nn.Module, setting: Setting, **options: Any) -> nn.Module:
+def _with_lora(model: nn.Module, workload: Workload, **options: Any) -> nn.Module:
     """PEFT's LoRA on the same layers."""
-    config = LoraConfig(r=setting.r, lora_alpha=setting.r, target_modules=_TARGETS, modules_to_save=["head"], **options)
+    config = LoraConfig(
+        r=workload.r, lora_alpha=workload.r, target_modules=_TARGETS, modules_to_save=["head"], **options
+    )
     return get_peft_model(model, config)
 
 
-def _shira(model: nn.Module, setting: Setting) -> nn.Module:
+def _shira(model: nn.Module, workload: Workload) -> nn.Module:
     """PEFT's SHiRA, `r (m + n)` weights a matrix."""
-    return get_peft_model(model, ShiraConfig(r=setting.r, target_modules=_TARGETS, modules_to_save=["head"]))
+    return get_peft_model(model, ShiraConfig(r=workload.r, target_modules=_TARGETS, modules_to_save=["head"]))
 
 
 def _snella(**options: Any) -> Builder:
     """SNELLA, at the budget that the sparsity means from the first step on."""
 
-    def build(model: nn.Module, setting: Setting) -> nn.Module:
-        sparsity = {"target_sparsity": setting.sparsity, "init_sparsity": setting.sparsity}
+    def build(model: nn.Module, workload: Workload) -> nn.Module:
+        sparsity = {"target_sparsity": workload.sparsity, "init_sparsity": workload.sparsity}
         config = SnellaConfig(
-            r=setting.r, target_modules=_TARGETS, modules_to_save=["head"], **(sparsity | {"impl": "auto"} | options)
+            r=workload.r, target_modules=_TARGETS, modules_to_save=["head"], **(sparsity | {"impl": "auto"} | options)
         )
         return get_peft_model(model, config)
 
     return build
 
 
-def _paper(model: nn.Module, setting: Setting) -> nn.Module:
+def _paper(model: nn.Module, workload: Workload) -> nn.Module:
     """The paper's computation: two products, a quantile, activation checkpointing."""
-    return put_two_branches(_snella(impl="reference")(model, setting))
+    return _use_unfused_reference(_snella(impl="reference")(model, workload))
 
 
 def _compiled(build: Builder) -> Builder:
     """The same model through `torch.compile`."""
 
-    def build_compiled(model: nn.Module, setting: Setting) -> nn.Module:
-        model = build(model, setting)
+    def build_compiled(model: nn.Module, workload: Workload) -> nn.Module:
+        model = build(model, workload)
         model.compile()
         return model
 
     return build_compiled
 
 
-CONTENDERS: dict[str, Builder] = {
+BASELINES: dict[str, Builder] = {
     "frozen": _frozen,
     "lora": _lora,
     "dora": _dora,

@@ -1,0 +1,60 @@
+"""The field's words in place of the project's own: what sources and documents no longer say."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+WORDS = {
+    r"(?<!make )faults?": "error",
+    r"gone on with|goes on": "resumed, continues",
+    r"ways? out": "remedy",
+    r"no trace of us|nothing of ours": "plain timm weights",
+    r"(?<!\")contenders?(?!\")": "method, baseline",
+    r"learnt": "trained",
+    r"in earnest": "in practice",
+    r"hopeless": "blocked",
+    r"by halves": "all-or-nothing",
+    r"its kin": "variants",
+    r"head start": "linear-probe initialization",
+    r"whole or not at all|complete or invisible": "atomically",
+    r"for people\.|in words\.": "human-readable",
+    r"is told\.|are told\.": "configuration",
+    r"jumps about|is no number": "diverges, is NaN",
+    r"forgives?|forgiving": "is less sensitive",
+    r"verdicts": "per-sample outputs",
+    r"peaky": "concentrated",
+    r"package-borne": "bundled",
+    r"\w*(optimis(?!t)|initialis|normalis|summaris|recognis|personalis|quantis|regularis)\w*": "American spelling",
+    r"\w*(colou?ur|neighbour|behaviour|favour)\w*|catalogue|labelled|judgement|centred": "American spelling",
+}
+ALLOWED = {
+    "docs/notes": "laboratory notes, as they were written",
+    "src/snella/cli": "its words change with the parser",
+    "src/snella/ops": "its words change with the one spec",
+    "src/snella/tuner": "its words change with the one layer",
+}
+"""Folders and files in which the words may stand, and why."""
+FILES = [
+    path
+    for pattern in ("src/**/*.py", "src/**/*.jinja", "src/**/*.md", "docs/**/*.md", "README.md")
+    for path in sorted(ROOT.glob(pattern))
+    if not any(path.relative_to(ROOT).as_posix().startswith(allowed) for allowed in ALLOWED)
+]
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_sources_and_documents_use_the_words_of_the_field(word):
+    pattern = re.compile(rf"(?<![A-Za-z])(?:{word})(?![A-Za-z])", re.IGNORECASE)
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()[:90]}"
+        for path in FILES
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        if pattern.search(line)
+    ]
+    assert not found, f"write {WORDS[word]!r} in place of these:\n" + "\n".join(found)
+
+
+def test_the_files_are_found():
+    assert len(FILES) > 100 and any(path.name == "README.md" for path in FILES)
