@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from snella.ops.recompute import can_recompute
 from snella.runs.memory import working_modules
 from snella.tuner.layer import SnellaLayer
 
@@ -43,8 +44,8 @@ class CountedStep:
 def count_step(build: Callable[[], nn.Module], inputs: Mapping[str, Any], checkpointed: str = "") -> CountedStep:
     """Count a step on torch's meta device.
 
-    SNELLA keeps for the backward pass what a layer with a trained dense weight keeps, its input, and computes the
-    same three products; so the adapted layers run as such layers here.
+    SNELLA computes the three products of a layer with a trained dense weight and keeps what that keeps, its input, but
+    where the input is computed again; so the adapted layers run as such layers here.
 
     Args:
         build: Makes the model with its SNELLA adapters; called on the meta device, in float32.
@@ -136,6 +137,7 @@ class _Kept:
     _in_block: int = 0
     _is_in_block: bool = False
     _seen: dict[int, Tensor] = field(default_factory=dict)
+    _recomputed: dict[int, Tensor] = field(default_factory=dict)
 
     @contextmanager
     def of(self, model: nn.Module, checkpointed: str) -> Iterator[None]:
@@ -143,6 +145,14 @@ class _Kept:
         handles = [
             module.register_forward_hook(self._after_module, with_kwargs=True)
             for module in working_modules(model).values()
+        ]
+        handles += [
+            module.register_forward_pre_hook(self._before_adapted)
+            for module in model.modules()
+            if isinstance(module, SnellaLayer)
+        ]
+        handles += [
+            module.register_forward_hook(self._after_known) for module in model.modules() if can_recompute(module)
         ]
         for name, module in model.named_modules():
             if checkpointed and name.rpartition(".")[0].split(".")[-1] == checkpointed:
@@ -177,6 +187,16 @@ class _Kept:
         if isinstance(module, SnellaLayer):
             own += 2 * _FLOAT32 * module.get_base_layer().weight.numel()
         self.peak = max(self.peak, self._lasting + self._in_block + own)
+
+    def _before_adapted(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """An input that an adapted layer computes again is not kept."""
+        if id(inputs[0]) in self._recomputed:
+            self.own.add(_storage(inputs[0]))
+
+    def _after_known(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        """The output of a normalization or an activation, told by itself: the counter's own hooks keep marks away."""
+        if output.requires_grad:
+            self._recomputed[id(output)] = output
 
     def _before_block(self, block: nn.Module, positional: Any, named: Any) -> None:
         """What enters a block is kept whatever happens inside."""
