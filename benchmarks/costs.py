@@ -164,8 +164,8 @@ def _dreambooth(speed: RowSpeed) -> tuple[str, dict[str, str]]:
     pictures = _PICTURES * seconds(speed, counted, drawing)
     lines = [
         [f"learning one subject, {config.steps} steps", time_text(learning)],
-        ["drawing one picture", time_text(pictures / _PICTURES)],
-        [f"the table: {_SUBJECTS} subjects, {_PICTURES:,} pictures", time_text(_SUBJECTS * learning + pictures)],
+        ["generating one image", time_text(pictures / _PICTURES)],
+        [f"the table: {_SUBJECTS} subjects, {_PICTURES:,} images", time_text(_SUBJECTS * learning + pictures)],
         ["memory in learning, transformer alone", memory_text(counted)],
     ]
     text = f"{time_text(learning)} a subject and {time_text(pictures)} for all pictures, "

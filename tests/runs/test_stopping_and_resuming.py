@@ -238,7 +238,7 @@ def test_a_checkpoint_that_is_not_as_it_was_written_is_named_with_the_ways_out(
     (checkpoint / "optimizer.pt").write_bytes(flipped((checkpoint / "optimizer.pt").read_bytes()))
     note = io.StringIO()
     assert checkpoint_to_resume(RunFolder(config.out), Console(file=note, width=400)) == older
-    assert "note: passed over" in note.getvalue() and "optimizer.pt was altered" in note.getvalue()
+    assert "note: skipped" in note.getvalue() and "optimizer.pt was altered" in note.getvalue()
     shutil.rmtree(older)
     assert same(outcome(resumed(config)[0]), uninterrupted)
 

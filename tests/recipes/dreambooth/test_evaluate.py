@@ -121,13 +121,13 @@ def test_other_pictures_are_not_drawn_over(runs, tmp_path):
         FileExistsError, match=r"out=.*out holds images of other settings and other prompts or seeds; ch"
     ):
         generate(runs / "toy", ["sks sks"], out, pictures=1, steps=2, device="cpu")
-    with pytest.raises(FileExistsError, match="holds pictures of another adapter; choose another folder"):
+    with pytest.raises(FileExistsError, match="holds images of another adapter; choose another folder"):
         generate(runs / "toy2", ["sks"], out, pictures=1, device="cpu")
     generate(runs / "toy", ["sks"], out, pictures=1, seed=7, device="cpu", overwrite=True)
     assert sorted(path.name for path in out.iterdir()) == ["00-7.png", "images.json"]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="mine holds files that are not ours; choose an empty or a new folder"):
+    with pytest.raises(FileExistsError, match="mine holds other files; choose an empty or a new folder"):
         generate(runs / "toy", ["sks"], tmp_path / "mine", device="cpu", overwrite=True)
     with pytest.raises(FileExistsError, match=r"letter.txt must be a folder, got a file"):
         generate(runs / "toy", ["sks"], tmp_path / "mine" / "letter.txt", device="cpu")

@@ -198,7 +198,7 @@ def test_a_loss_that_is_no_number_ends_the_run(settings, tmp_path):
 
 def test_a_resumed_run_needs_the_images_it_began_with(settings, subject, tmp_path):
     copy = shutil.copytree(subject, tmp_path / "copy")
-    with interrupted_at(1), pytest.raises(TrainingInterrupted, match="checkpoint-1; continue"):
+    with interrupted_at(1), pytest.raises(TrainingInterrupted, match="checkpoint-1; resume"):
         personalize(settings(data=f"folder:{copy}"))
     (copy / "00.png").unlink()
     with pytest.raises(ValueError, match=r"began with, 4 images, got 3 images in .*copy and other content"):
@@ -259,7 +259,7 @@ def test_inspect_tells_what_the_generator_learned_and_draws_its_own_page(taught,
     ):
         assert words in text, words
     assert "classes" not in text and "best epoch" not in text
-    assert "Pictures drawn after training" in (run / "report.html").read_text()
+    assert "Images generated after training" in (run / "report.html").read_text()
 
 
 @pytest.mark.parametrize("words", [["evaluate"], ["predict", "photo.png"], ["merge", "--out", "merged.safetensors"]])
