@@ -325,11 +325,11 @@ def test_a_full_disk_while_keeping_the_best_adapter_leaves_the_old_one(settings,
         scores, probabilities = original(self, dataset)
         return {**scores, "accuracy": next(better)}, probabilities
 
-    def disk_full(tensors):
+    def disk_full(tensors, *settings):
         if len(seen := [*written, 1]) == 3:
             raise OSError(errno.ENOSPC, "No space left on device")
         written[:] = seen
-        return as_safetensors(tensors)
+        return as_safetensors(tensors, *settings)
 
     from snella.methods import saving
 

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -144,7 +145,7 @@ def test_numbers_and_folders_that_cannot_be_are_refused(runs, tmp_path, clip_fol
         FileNotFoundError, match=r"run must be the folder of a run of snella dreambooth or of several, got"
     ):
         find_runs(tmp_path)
-    (tmp_path / "run.json").write_text('{"status": "finished", "task": "classification"}')
+    shutil.copy(Path(__file__).parents[2] / "old_files" / "run" / "run.json", tmp_path)
     with pytest.raises(ValueError, match=r"of a run of snella dreambooth, got .*, a run of another task"):
         load_generator(tmp_path)
 

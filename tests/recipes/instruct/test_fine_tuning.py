@@ -5,6 +5,7 @@ import math
 import shutil
 import signal
 import string
+from pathlib import Path
 
 import pytest
 import torch
@@ -203,7 +204,7 @@ def test_a_loss_that_is_no_number_ends_the_run(settings, tmp_path):
 def test_numbers_and_runs_that_cannot_be_are_refused(tuned, data, tmp_path):
     with pytest.raises(ValueError, match="beams must be at least 1, got 0; limit must be at least 1, got 0"):
         evaluate_language(tuned, data, beams=0, limit=0)
-    (tmp_path / "run.json").write_text('{"status": "finished", "task": "generation"}')
+    shutil.copy(Path(__file__).parents[2] / "old_files" / "run" / "run.json", tmp_path)
     with pytest.raises(ValueError, match=r"of a run of snella language, got .*, a run of another task"):
         evaluate_language(tmp_path, data)
 
