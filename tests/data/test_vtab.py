@@ -77,7 +77,7 @@ def test_other_sizes_are_refused_and_all_of_them_listed(kitti):
     message = (
         r"vtab:.*kitti is not kitti as the benchmark has it: train800 must have 800 images, got 12; val200 must have "
         r"200 images, got 4; train800val200 must have 1,000 images, got 16; test must have 711 images, got 8; "
-        r"to use it all the same, pass check_sizes=False"
+        r"to use it anyway, pass check_sizes=False"
     )
     with pytest.raises(ValueError, match=message):
         load_data(f"vtab:{kitti}")
