@@ -118,10 +118,10 @@ def test_the_peak_is_what_the_allocator_reports(method, options, tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 def test_predicting_takes_less_memory_than_a_step_of_a_single_image(method, tmp_path):
     torch.manual_seed(0)
-    model = build_method(method, timm.create_model("test_vit", num_classes=3, img_size=128, depth=12))
+    model = build_method(method, timm.create_model("test_vit", num_classes=3, img_size=128, depth=24))
     predicted = highest_of(lambda: predict_step_memory(model, (3, 128, 128), 1), tmp_path)
     trained = highest_of(step_on(model, torch.randn(1, 3, 128, 128)), tmp_path)
-    assert predicted < 0.7 * trained
+    assert predicted < 0.6 * trained
 
 
 def test_a_model_that_asks_for_gradients_in_its_forward_pass_cannot_be_recorded():

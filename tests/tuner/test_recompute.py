@@ -268,3 +268,9 @@ def test_a_copied_and_a_pickled_model_still_mark(tmp_path):
         again, same = step(other, x)
         assert_same_bits(grads, again)
         assert same == kept
+
+
+@pytest.mark.parametrize("unload", ["unload", "merge_and_unload"])
+def test_a_model_without_its_adapters_has_no_marks(unload):
+    plain = getattr(adapted(nn.GELU()), unload)()
+    assert not any(module._forward_hooks for module in plain.modules())

@@ -16,7 +16,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from snella.ops.recompute import mark_outputs
+from snella.ops.recompute import mark_outputs, unmark_outputs
 from snella.tuner.attention import AdaptedAttention, Projection, input_projections, is_adaptable, keep_off_fast_path
 from snella.tuner.config import SnellaConfig
 from snella.tuner.layer import SnellaLayer
@@ -298,12 +298,13 @@ class SnellaModel(BaseTuner):
             super().merge_adapter(*args, **kwargs)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]
-        """Give the parameters back once PEFT has merged and replaced everything else."""
+        """Give parameters back and take marks away once PEFT has merged and replaced everything else."""
         tokens = token_adapters(self.model)
         with one_warning():
             model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore[assignment]
         for token in tokens:
             token.remove()
+        unmark_outputs(model)
         return model
 
     def _create_and_replace(  # type: ignore[override]
