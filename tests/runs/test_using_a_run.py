@@ -16,7 +16,8 @@ from snella.report.inspect import inspect_summary
 from snella.runs import RunFolder, TrainConfig, load_run
 from snella.runs.evaluate import evaluate
 from snella.runs.merge import loading_snippet, merge
-from snella.runs.predict import predict, write_predictions
+from snella.runs.predict import predict
+from snella.runs.predictions import write_predictions
 from snella.runs.train import train
 
 

@@ -140,7 +140,8 @@ def predict(
         device: auto, cpu or cuda.
     """
     from snella.runs.console import counted, make_console, print_line
-    from snella.runs.predict import output_of_run, predict_each
+    from snella.runs.predict import predict_each
+    from snella.runs.predictions import output_of_run
 
     output = output_of_run(run)
     output.check(out, top_k, overwrite=overwrite)

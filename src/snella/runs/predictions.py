@@ -1,0 +1,284 @@
+"""What is predicted for an image, a class or a mask, and the file or folder it is written to."""
+
+import csv
+import io
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from snella._files import write_bytes, write_text
+from snella.data import read_image
+from snella.records import RunInfo, read
+from snella.report.examples import overlay, write_mask
+from snella.runs.build import LoadedRun, get_task_name
+from snella.tasks import ClassificationTask
+
+_OVERLAYS = "overlays"
+
+
+@dataclass(frozen=True)
+class MaskPrediction:
+    """The class of each pixel of one image, at the image's own size.
+
+    Attributes:
+        path: The image.
+        labels: `[height, width]`, uint8.
+        classes: Names by label.
+    """
+
+    path: Path
+    labels: np.ndarray
+    classes: list[str]
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Share of the pixels that each class has."""
+        counts = np.bincount(self.labels.reshape(-1), minlength=len(self.classes))
+        return dict(zip(self.classes, (counts / self.labels.size).tolist(), strict=True))
+
+
+def mask_predictions(
+    loaded: LoadedRun, paths: Sequence[Path], images: Sequence[Image.Image], outputs: Tensor
+) -> list[MaskPrediction]:
+    """Masks from class scores, which are brought to each image's own size before the best class is taken.
+
+    Args:
+        loaded: The run.
+        paths: Image files.
+        images: The images, upright.
+        outputs: `[images, classes, height, width]`.
+    """
+    found = []
+    for path, image, scores in zip(paths, images, outputs.float(), strict=True):
+        size = (image.height, image.width)
+        labels = F.interpolate(scores[None], size, mode="bilinear", align_corners=False).argmax(1)[0]
+        found.append(MaskPrediction(path, labels.to(torch.uint8).cpu().numpy(), loaded.classes))
+    return found
+
+
+def write_mask_predictions(
+    predictions: Iterable[MaskPrediction], out: str | Path, top_k: int | None = None, *, overwrite: bool = False
+) -> Path:
+    """Write each mask as `OUT/NAME.png`, a palette PNG whose indices are the labels, and `OUT/overlays/NAME.png`.
+
+    Args:
+        predictions: Taken one after the other.
+        out: Folder; created.
+        top_k: For classification alone.
+        overwrite: Write into a folder that holds files.
+
+    Raises:
+        FileExistsError: The folder holds files.
+        ValueError: `out` is a file, `top_k` is given, or two images have the same name but for their folders.
+    """
+    check_mask_output(out, top_k, overwrite=overwrite)
+    folder = Path(out)
+    (folder / _OVERLAYS).mkdir(parents=True, exist_ok=True)
+    written: dict[str, Path] = {}
+    for prediction in predictions:
+        name = f"{prediction.path.stem}.png"
+        if name in written:
+            raise ValueError(
+                f"images must differ in their names, got {written[name]} and {prediction.path}; predict them into "
+                "folders of their own"
+            )
+        written[name] = prediction.path
+        write_mask(prediction.labels, folder / name)
+        overlaid = overlay(read_image(prediction.path), prediction.labels)
+        write_bytes(folder / _OVERLAYS / name, _png(overlaid))
+    return folder
+
+
+def check_mask_output(out: str | Path | None, top_k: int | None, *, overwrite: bool) -> None:
+    """Refuse an output that `write_mask_predictions` would refuse, before any image is segmented; raises as it does."""
+    if top_k is not None:
+        raise ValueError(f"top_k must be left out for a segmentation, which gives masks, got {top_k}")
+    if out is None:
+        return
+    if Path(out).is_file():
+        raise ValueError(f"out must be a folder for the masks, got the file {str(out)!r}")
+    if Path(out).is_dir() and any(Path(out).iterdir()) and not overwrite:
+        raise FileExistsError(
+            f"out={out} holds files; choose another folder, or write into it with --overwrite (overwrite=True)"
+        )
+
+
+def mask_text(prediction: MaskPrediction, top_k: int | None) -> str:
+    """Shares of the classes in one line, the largest first."""
+    shares = sorted(prediction.shares.items(), key=lambda pair: -pair[1])
+    return ", ".join(f"{name} {share:.1%}" for name, share in shares if share > 0)
+
+
+def _png(image: Image.Image) -> bytes:
+    """The bytes of a PNG file."""
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue()
+
+
+_SHOWN_CLASSES = 3
+_CSV_SUFFIXES = ("", ".csv", ".txt")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The prediction for one image: all classes with their probabilities, the likeliest first."""
+
+    path: Path
+    ranking: list[tuple[str, float]]
+
+    @property
+    def label(self) -> str:
+        """The likeliest class."""
+        return self.ranking[0][0]
+
+    @property
+    def probability(self) -> float:
+        """Its probability."""
+        return self.ranking[0][1]
+
+
+def write_predictions(
+    predictions: Sequence[Prediction], out: str | Path, top_k: int | None = None, *, overwrite: bool = False
+) -> Path:
+    """Write predictions as CSV with the columns `image`, `class_1`, `probability_1`, `class_2` and so on.
+
+    Args:
+        predictions: From `predict`.
+        out: The file.
+        top_k: How many classes an image; all if None.
+        overwrite: Replace an existing file.
+
+    Raises:
+        FileExistsError: The file exists.
+        ValueError: `top_k` is less than 1, or `out` is a folder.
+    """
+    check_output(out, top_k, overwrite=overwrite)
+    ranks = min(top_k or len(predictions[0].ranking), len(predictions[0].ranking)) if predictions else 0
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["image", *(f"{name}_{rank + 1}" for rank in range(ranks) for name in ("class", "probability"))])
+    for prediction in predictions:
+        cells = [cell for name, p in prediction.ranking[:ranks] for cell in (name, f"{p:.6f}")]
+        writer.writerow([str(prediction.path), *cells])
+    path = Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text.getvalue())
+    return path
+
+
+def check_output(out: str | Path | None, top_k: int | None, *, overwrite: bool) -> None:
+    """Refuse an output that `write_predictions` would refuse, before any image is classified.
+
+    Args:
+        out: As for `write_predictions`; None where no file is wanted.
+        top_k: As for `write_predictions`.
+        overwrite: As for `write_predictions`.
+
+    Raises:
+        FileExistsError: The file exists.
+        ValueError: `top_k` is less than 1, or `out` is a folder.
+    """
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}; leave it out for all classes")
+    if out is None:
+        return
+    if Path(out).is_dir():
+        raise ValueError(f"out must be a CSV file, got the folder {str(out)!r}; write {str(Path(out, 'p.csv'))!r}")
+    if Path(out).suffix.lower() not in _CSV_SUFFIXES:
+        raise ValueError(
+            f"out must be a CSV file, got {str(out)!r}; write {str(Path(out).with_suffix('.csv'))!r}, or leave it out "
+            "for a table on the terminal"
+        )
+    if Path(out).exists() and not overwrite:
+        raise FileExistsError(f"out={out} exists; choose another name, or replace it with --overwrite (overwrite=True)")
+
+
+def class_predictions(loaded: LoadedRun, paths: Sequence[Path], outputs: Tensor) -> list[Prediction]:
+    """Predictions from logits.
+
+    Args:
+        loaded: The run.
+        paths: Images.
+        outputs: `[images, classes]`.
+    """
+    rows = ClassificationTask(len(loaded.classes)).probabilities(outputs).cpu().tolist()
+    return [
+        Prediction(path, sorted(zip(loaded.classes, row, strict=True), key=lambda pair: -pair[1]))
+        for path, row in zip(paths, rows, strict=True)
+    ]
+
+
+def class_text(prediction: Prediction, top_k: int | None) -> str:
+    """The likeliest classes in one line."""
+    return ", ".join(f"{name} {p:.3f}" for name, p in prediction.ranking[: top_k or _SHOWN_CLASSES])
+
+
+class _Check(Protocol):
+    def __call__(self, out: str | Path | None, top_k: int | None, *, overwrite: bool) -> None: ...
+
+
+class _Write(Protocol):
+    def __call__(
+        self, predictions: Any, out: str | Path, top_k: int | None = None, *, overwrite: bool = False
+    ) -> Path: ...
+
+
+@dataclass(frozen=True)
+class PredictionOutput:
+    """The output of one task.
+
+    Attributes:
+        make: From a run, paths, images and the model's outputs to one object an image.
+        check: Refuses what `write` would refuse, before anything is predicted.
+        write: Writes the file or the folder, and returns it.
+        text: An object in one line.
+    """
+
+    make: Callable[[LoadedRun, Sequence[Path], Sequence[Image.Image], Tensor], Iterable[Any]]
+    check: _Check
+    write: _Write
+    text: Callable[[Any, int | None], str]
+
+
+_OUTPUTS = {
+    "classification": PredictionOutput(
+        lambda loaded, paths, images, outputs: class_predictions(loaded, paths, outputs),
+        check_output,
+        lambda predictions, out, top_k=None, *, overwrite=False: write_predictions(
+            list(predictions), out, top_k, overwrite=overwrite
+        ),
+        class_text,
+    ),
+    "segmentation": PredictionOutput(mask_predictions, check_mask_output, write_mask_predictions, mask_text),
+}
+
+
+def output_of(task: str) -> PredictionOutput:
+    """The output of a task by its name."""
+    return _OUTPUTS[task]
+
+
+def output_of_run(run: str | Path) -> PredictionOutput:
+    """The output of a run's task; that of classification where there is no run, which is reported later."""
+    has_run = (Path(run) / "run.json").is_file()
+    return output_of(get_task_name(read(RunInfo, run)) if has_run else "classification")
+
+
+__all__ = [
+    "MaskPrediction",
+    "Prediction",
+    "PredictionOutput",
+    "check_output",
+    "output_of",
+    "output_of_run",
+    "write_mask_predictions",
+    "write_predictions",
+]
