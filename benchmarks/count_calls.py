@@ -1,4 +1,4 @@
-"""Python calls and source files of one forward pass of an adapted `nn.Linear`, beside PEFT's LoRA.
+"""Python calls and source files of one forward pass of an adapted `nn.Linear`, beside PEFT's LoRA, and of a training.
 
 python benchmarks/count_calls.py
 """
@@ -6,6 +6,7 @@ python benchmarks/count_calls.py
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,6 +19,9 @@ from torch import nn
 
 import snella
 from snella import SnellaConfig
+from snella.runs import TrainConfig
+from snella.runs.console import make_console
+from snella.runs.train import train
 
 PACKAGE = str(Path(snella.__file__).parent)
 KERNELS = str(Path(PACKAGE, "ops", "backends", "numba", "forward.py"))
@@ -62,6 +66,32 @@ def count_calls(function: Callable[[], object]) -> Calls:
     return calls
 
 
+def functions_given(kind: type, function: Callable[[], object]) -> dict[str, set[str]]:
+    """Call `function`; by source file of snella, the functions that got an instance of `kind` as an argument."""
+    given: dict[str, set[str]] = {}
+
+    def note(frame: FrameType, event: str, argument: object) -> None:
+        code = frame.f_code
+        if event != "call" or not code.co_filename.startswith(PACKAGE):
+            return
+        names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        if any(isinstance(frame.f_locals.get(name), kind) for name in names):
+            given.setdefault(code.co_filename, set()).add(code.co_qualname)
+
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return given
+
+
+def small_training(out: str) -> TrainConfig:
+    """Two steps of a small model on the digits."""
+    sizes = {"train_size": 40, "val_size": 20, "test_size": 20}
+    return TrainConfig(data="digits", backbone="test_vit", pretrained=False, img_size=32, epochs=1, out=out, **sizes)
+
+
 def adapted_linear_layer(config: PeftConfig) -> tuple[nn.Module, torch.Tensor]:
     """An adapted `nn.Linear` in training after an optimizer step, and an input."""
     torch.manual_seed(0)
@@ -88,6 +118,12 @@ def main() -> None:
         )
         for file, count in own.most_common():
             print(f"  {count:4} {Path(file).relative_to(PACKAGE)}")
+    with tempfile.TemporaryDirectory() as folder, open(Path(folder, "log"), "w") as log:
+        config, console = small_training(str(Path(folder, "run"))), make_console(file=log)
+        given = functions_given(TrainConfig, lambda: train(config, console))
+    print(f"train(config): the configuration enters {sum(map(len, given.values()))} functions in {len(given)} files")
+    for file, functions in sorted(given.items()):
+        print(f"  {Path(file).relative_to(PACKAGE)}: {', '.join(sorted(functions))}")
 
 
 if __name__ == "__main__":

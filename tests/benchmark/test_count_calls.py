@@ -1,11 +1,15 @@
 """How much Python one adapted layer runs."""
 
 import importlib.util
+import io
 from pathlib import Path
 
 import pytest
 
 from snella import SnellaConfig
+from snella.runs import TrainConfig
+from snella.runs.console import make_console
+from snella.runs.train import train
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,6 +29,20 @@ def test_an_adapted_linear_layer_takes_at_most_60_calls_in_6_files(counting):
     calls = counting.count_calls(lambda: layer(x)).within(counting.PACKAGE)
     assert sum(calls.values()) <= 60, calls
     assert len(calls) <= 6, calls
+
+
+def test_the_configuration_of_a_training_enters_at_most_10_files(counting, tmp_path):
+    config = counting.small_training(str(tmp_path / "run"))
+    console = make_console(file=io.StringIO())
+    given = counting.functions_given(TrainConfig, lambda: train(config, console, draw_report=False))
+    assert len(given) <= 10, sorted(given)
+    assert "train" in {name for names in given.values() for name in names}
+
+
+def test_who_gets_an_argument_is_told_by_file(counting):
+    assert counting.functions_given(SnellaConfig, lambda: SnellaConfig(r=8)).keys() == {
+        str(Path(counting.PACKAGE, "tuner", "config.py"))
+    }
 
 
 def test_a_call_is_counted_with_its_file_and_built_in_functions_are_not(counting):
