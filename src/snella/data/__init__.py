@@ -1,10 +1,11 @@
-"""Data: folders of images and the real data sets that ship inside packages, split and ready for training."""
+"""Data: folders and tables of images and the real data sets that ship inside packages, split and ready for training."""
 
-from snella.data.datasets import ImageDataset, MaskDataset, read_image
+from snella.data.datasets import Annotations, ImageDataset, MaskDataset, read_image
 from snella.data.load import DataSplits, data_folder, data_names, load_data, split_spec
 from snella.data.transforms import build_transform
 
 __all__ = [
+    "Annotations",
     "DataSplits",
     "ImageDataset",
     "MaskDataset",

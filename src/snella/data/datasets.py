@@ -6,6 +6,7 @@ import stat
 import struct
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -122,18 +123,29 @@ def broken_images(paths: Sequence[Path]) -> dict[int, str]:
     Returns:
         From the position in `paths` to the reason, in order.
     """
+    return broken_rows(FileImages(paths), range(len(paths)))
+
+
+def broken_rows(source: "CachedImages", rows: Sequence[int]) -> dict[int, str]:
+    """Decode images of a source once and tell which ones cannot be.
+
+    Args:
+        source: Images.
+        rows: Which of them.
+
+    Returns:
+        From the row to the reason, in the order of `rows`.
+    """
+
+    def reason(row: int) -> str | None:
+        try:
+            source.read(row)
+        except ValueError as error:
+            return str(error).partition("image: ")[2] or str(error)
+        return None
+
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads:
-        reasons = threads.map(_why_broken, paths)
-        return {index: reason for index, reason in enumerate(reasons) if reason is not None}
-
-
-def _why_broken(path: Path) -> str | None:
-    """The reason why a file cannot be decoded, None where it can."""
-    try:
-        read_image(path)
-    except ValueError as error:
-        return str(error).partition("image: ")[2]
-    return None
+        return {row: text for row, text in zip(rows, threads.map(reason, rows), strict=True) if text is not None}
 
 
 THRESHOLD = 128
@@ -217,17 +229,17 @@ class ArrayImages:
         return self.pixels[row].tobytes()
 
 
-class FileImages:
-    """Image files; decoded ones are kept in memory up to a budget, so that later epochs do not decode again.
+class CachedImages:
+    """Images that are decoded when they are asked for, and kept in memory up to a budget for later epochs.
+
+    A subclass has `read` and `content`.
 
     Args:
-        paths: Files.
         budget_bytes: Of all decoded images together, one byte a pixel and channel; loader workers share it out. Images
             beyond it are decoded every time.
     """
 
-    def __init__(self, paths: Sequence[Path], *, budget_bytes: int = _BUDGET_BYTES) -> None:
-        self.paths = list(paths)
+    def __init__(self, *, budget_bytes: int = _BUDGET_BYTES) -> None:
         self.budget_bytes = budget_bytes
         self.kept_bytes = 0
         self._kept: dict[int, Image.Image] = {}
@@ -250,6 +262,31 @@ class FileImages:
         return image
 
     def read(self, row: int) -> Image.Image:
+        """Decode one image; a ValueError where it is broken."""
+        raise NotImplementedError
+
+    def content(self, row: int) -> bytes:
+        """What one image is made of."""
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the decoded images: a worker starts with none."""
+        return {**self.__dict__, "_kept": {}, "kept_bytes": 0}
+
+
+class FileImages(CachedImages):
+    """Image files.
+
+    Args:
+        paths: Files.
+        budget_bytes: See `CachedImages`.
+    """
+
+    def __init__(self, paths: Sequence[Path], *, budget_bytes: int = _BUDGET_BYTES) -> None:
+        super().__init__(budget_bytes=budget_bytes)
+        self.paths = list(paths)
+
+    def read(self, row: int) -> Image.Image:
         """Decode one file."""
         return read_image(self.paths[row])
 
@@ -257,9 +294,42 @@ class FileImages:
         """The bytes of one file."""
         return self.paths[row].read_bytes()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the decoded images: a worker starts with none."""
-        return {**self.__dict__, "_kept": {}, "kept_bytes": 0}
+
+Target = str | float | tuple[str, ...] | tuple[float, ...]
+"""What a label column says of an image: a class name, a number, several labels, or several numbers."""
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """What a table says of images besides their class; each list has an entry an image, None is for no such column.
+
+    Attributes:
+        targets: Of the label column: a class name (`str`), a number, any number of label names (a tuple of `str`), or
+            the numbers of several columns (a tuple of `float`), as `load_data(target=...)` reads it.
+        weights: Sample weights, at least 0; how much an image counts in the loss.
+        groups: Name of what an image shares with others, such as a patient, a site or a video.
+    """
+
+    targets: list[Target] | None = None
+    weights: list[float] | None = None
+    groups: list[str] | None = None
+
+    def subset(self, positions: Sequence[int]) -> "Annotations":
+        """Those of the images at these positions."""
+        columns = (self.targets, self.weights, self.groups)
+        return Annotations(*(None if c is None else [c[p] for p in positions] for c in columns))  # type: ignore[arg-type]
+
+    def joined(self, other: "Annotations") -> "Annotations":
+        """Those of both, one after the other; a column that one of them lacks is left out."""
+        pairs = zip(
+            (self.targets, self.weights, self.groups), (other.targets, other.weights, other.groups), strict=True
+        )
+        return Annotations(*(None if a is None or b is None else [*a, *b] for a, b in pairs))
+
+    def plain(self) -> dict[str, Any]:
+        """The columns that there are, for a digest."""
+        columns = {"targets": self.targets, "weights": self.weights, "groups": self.groups}
+        return {name: column for name, column in columns.items() if column is not None}
 
 
 class ImageDataset(Dataset[tuple[Any, int]]):
@@ -275,6 +345,7 @@ class ImageDataset(Dataset[tuple[Any, int]]):
         names: Name of each selected image.
         transform: From RGB image to tensor; without one, items are images.
         seed: Of the augmentation.
+        annotations: What else is known of each selected image: raw targets, sample weights, groups.
 
     Raises:
         ValueError: `rows`, `labels` and `names` differ in length.
@@ -289,6 +360,7 @@ class ImageDataset(Dataset[tuple[Any, int]]):
         *,
         transform: Callable[[Image.Image], Any] | None = None,
         seed: int = 0,
+        annotations: Annotations | None = None,
     ) -> None:
         if not len(rows) == len(labels) == len(names):
             raise ValueError(
@@ -300,6 +372,7 @@ class ImageDataset(Dataset[tuple[Any, int]]):
         self.names = list(names)
         self.transform = transform
         self.seed = seed
+        self.annotations = annotations or Annotations()
         # in shared memory: persistent workers, which hold a copy of this object, see a new epoch too
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -356,6 +429,7 @@ class ImageDataset(Dataset[tuple[Any, int]]):
             [self.names[position] for position in positions],
             transform,
         )
+        selected.annotations = self.annotations.subset(positions)
         selected.set_epoch(self.epoch)
         return selected
 
@@ -499,7 +573,9 @@ def joined(first: ImageDataset, second: ImageDataset) -> ImageDataset:
     source = _JoinedSource(first.source, second.source, boundary)
     if isinstance(first, MaskDataset) and isinstance(second, MaskDataset):
         return MaskDataset(source, _JoinedSource(first.masks, second.masks, boundary), rows, names, seed=first.seed)
-    return ImageDataset(source, rows, [*first.labels, *second.labels], names, seed=first.seed)
+    labels = [*first.labels, *second.labels]
+    annotations = first.annotations.joined(second.annotations)
+    return ImageDataset(source, rows, labels, names, seed=first.seed, annotations=annotations)
 
 
 __all__ = [
@@ -508,14 +584,18 @@ __all__ = [
     "IMAGE_SUFFIXES",
     "LOSSY_FORMATS",
     "THRESHOLD",
+    "Annotations",
     "ArrayImages",
     "ArrayMasks",
+    "CachedImages",
     "FileImages",
     "FileMasks",
     "ImageDataset",
     "ImageSource",
     "MaskDataset",
+    "Target",
     "broken_images",
+    "broken_rows",
     "is_heic",
     "is_image",
     "joined",

@@ -9,12 +9,13 @@ from pathlib import Path
 from snella.data.collection import Collection
 from snella.data.datasets import HEIC_HINT, IMAGE_SUFFIXES, FileImages, ImageDataset, broken_images, is_heic, is_image
 
-__all__ = ["existing_folder", "listed", "load_folder"]
+__all__ = ["PARTS", "existing_folder", "listed", "load_folder"]
 
-_PARTS = {
+PARTS = {
     **{"train": "train", "training": "train", "test": "test", "testing": "test"},
     **{"val": "val", "validation": "val", "valid": "val", "dev": "val"},
 }
+"""Names of parts, in folders and tables."""
 _TABLES = (".csv", ".tsv", ".jsonl", ".parquet", ".xlsx")
 _NAMED = 5
 _LAYOUT = "images are laid out as PATH/class/image.jpg"
@@ -96,7 +97,7 @@ def _part_folders(root: Path) -> tuple[dict[str, Path], bool]:
     """The folders of the parts, `{"train": root}` where the folder is not divided."""
     found: dict[str, Path] = {}
     for folder in _subfolders(root):
-        part = _PARTS.get(folder.name.lower())
+        part = PARTS.get(folder.name.lower())
         if part is None or not _subfolders(folder):
             continue
         if part in found:
@@ -126,7 +127,7 @@ def _passed_over(root: Path, folders: dict[str, Path]) -> list[str]:
         images = {child.name: sum(is_image(file) for file in _walk(child)) for child in beside}
         named = [f"{name!r} with {count} images" for name, count in images.items() if count]
         if named:
-            known = ", ".join(sorted(_PARTS))
+            known = ", ".join(sorted(PARTS))
             notes.append(f"left out {listed(named)}: no part with class folders inside; parts are called {known}")
     return notes
 

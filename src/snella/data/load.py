@@ -4,6 +4,7 @@ import difflib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from snella._files import sha256_of
@@ -22,7 +23,8 @@ from snella.data.datasets import FileImages, ImageDataset, joined
 from snella.data.fgvc import FGVC, load_fgvc
 from snella.data.folder import load_folder
 from snella.data.masks import load_kvasir, load_masks
-from snella.data.splits import stratified_sample, stratified_split
+from snella.data.splits import grouped_split, stratified_sample, stratified_split
+from snella.data.table import Columns, TargetKind, load_table
 from snella.data.vtab import VTAB, load_vtab
 
 _FOLDER = "folder:"
@@ -34,6 +36,11 @@ _IN_FOLDERS: dict[str, Callable[..., Collection]] = {
     "kvasir:": load_kvasir,
 }
 """Data formats by the prefix of a folder's path; each takes the path and `skip_broken`."""
+_IN_TABLES: dict[str, Callable[..., Collection]] = {
+    "csv:": partial(load_table, kind="csv"),
+    "parquet:": partial(load_table, kind="parquet"),
+}
+"""Data formats with columns; each takes what stands after the colon, `columns`, `target` and `skip_broken`."""
 _BENCHMARKS: dict[str, Callable[..., Collection]] = {"vtab:": load_vtab, "fgvc:": load_fgvc}
 """Benchmarks by prefix; each takes the path of one data set and `check_sizes`."""
 _BENCHMARK_FOLDERS: dict[str, Callable[[Path], Path]] = {"vtab:": VTAB.resolve, "fgvc:": FGVC.resolve}
@@ -77,17 +84,23 @@ class DataSplits:
 
 def data_names() -> list[str]:
     """What a data specification may be."""
-    return [*(f"{prefix}PATH" for prefix in (*_IN_FOLDERS, *_BENCHMARKS)), *_FAMILIES]
+    tables = (f"{prefix}FILE" for prefix in _IN_TABLES)
+    return [
+        *(f"{prefix}PATH" for prefix in _IN_FOLDERS),
+        *tables,
+        *(f"{prefix}PATH" for prefix in _BENCHMARKS),
+        *_FAMILIES,
+    ]
 
 
 def split_spec(spec: str) -> tuple[str, str | None]:
     """Cut `folder:PATH` into `("folder:", "PATH")`; data that needs no path is `(name, None)`."""
-    prefix = next((prefix for prefix in (*_IN_FOLDERS, *_BENCHMARKS) if spec.startswith(prefix)), None)
+    prefix = next((prefix for prefix in (*_IN_FOLDERS, *_IN_TABLES, *_BENCHMARKS) if spec.startswith(prefix)), None)
     return (spec, None) if prefix is None else (prefix, spec.removeprefix(prefix))
 
 
 def data_folder(spec: str) -> Path | None:
-    """The folder that `folder:PATH` and the like name, whether it is there or not; None for other data."""
+    """The folder or file that `folder:PATH`, `csv:FILE` and the like name, there or not; None for other data."""
     prefix, path = split_spec(spec)
     if path is None:
         return None
@@ -107,8 +120,10 @@ def load_data(
     skip_broken: bool = False,
     check_sizes: bool = True,
     protocol: Protocol = "standard",
+    columns: str | None = None,
+    target: TargetKind = "class",
 ) -> DataSplits:
-    """Load data and divide it, stratified and seeded.
+    """Load data and divide it, stratified and seeded; images of one group are never in two parts that are split here.
 
     Parts that the data has are kept: a test part is split off only where the data is not divided at all, a validation
     part wherever it is missing. Both are shares of all images to be divided. Sizes then choose from the parts, so that
@@ -129,6 +144,11 @@ def load_data(
         protocol: `standard` keeps a validation part; `final` learns from it too, and leaves none; `official` divides as
             the authors' scripts do, who choose on the test images: none is held out, and of data with a validation part
             VTAB's is trained on and others' are left unused.
+        columns: Which columns of a table hold what, e.g. `path=file,label=species,group=patient`; others are found by
+            their names.
+        target: What the label column of a table holds: one class (`class`), any number of labels (`labels`) or numbers
+            (`numbers`, whose columns are then `classes`). Labels of the data sets are classes, or for the other two
+            strata that splits are made by; raw values, weights and groups are in `ImageDataset.annotations`.
 
     Raises:
         ValueError: An unknown specification (with the nearest ones), numbers out of range, too few images.
@@ -138,7 +158,7 @@ def load_data(
     for_test = seed if test_seed is None else test_seed
     sizes = {"train": train_size, "val": val_size, "test": test_size}
     _check_numbers({"seed": seed, "test_seed": for_test}, val_fraction, test_fraction, sizes)
-    collection = _collect(spec, skip_broken, check_sizes)
+    collection = _collect(spec, skip_broken, check_sizes, columns, target)
     train, val, test = _divide(collection, seed, for_test, val_fraction, test_fraction, protocol)
     labels = collection.label_names
     train = _choose("train", train, train_size, seed, labels)
@@ -155,17 +175,30 @@ def load_data(
         part.seed = seed
     counts = " · ".join(f"{name} {len(part):,}" for name, part in parts.items())
     total = sum(len(images) for _, images in collection.parts())
-    description = f"{collection.name}: {total:,} images in {len(collection.classes)} classes; {counts}"
-    notes = [*collection.notes, *_absent_classes(parts, labels), *_shared_files(parts)]
+    what = (
+        f"images with {' and '.join(collection.classes)}"
+        if target == "numbers"
+        else f"images in {len(collection.classes)} classes"
+    )
+    description = f"{collection.name}: {total:,} {what}; {counts}"
+    notes = [*collection.notes, *_absent_classes(parts, labels), *_shared_groups(parts), *_shared_files(parts)]
     if collection.strata is None:
         notes += _imbalance(train, labels)
     whole = collection.is_resized_whole
     return DataSplits(train, val, test, collection.classes, collection.name, description, notes, is_resized_whole=whole)
 
 
-def _collect(spec: str, skip_broken: bool, check_sizes: bool) -> Collection:
+def _collect(spec: str, skip_broken: bool, check_sizes: bool, columns: str | None, target: TargetKind) -> Collection:
     """The data as its family has it."""
     prefix, path = split_spec(spec)
+    if prefix in _IN_TABLES:
+        return _IN_TABLES[prefix](path, columns=Columns.parse(columns), target=target, skip_broken=skip_broken)
+    if columns is not None:
+        raise ValueError(
+            f"columns can only be given for data with columns, {', '.join(_IN_TABLES)}, got {columns!r} with {spec}"
+        )
+    if target != "class":
+        raise ValueError(f"data must have columns, {', '.join(_IN_TABLES)}, for labels that are no classes, got {spec}")
     if prefix in _BENCHMARKS:
         return _BENCHMARKS[prefix](path, check_sizes=check_sizes)
     if path is not None:
@@ -175,6 +208,8 @@ def _collect(spec: str, skip_broken: bool, check_sizes: bool) -> Collection:
     nearest = difflib.get_close_matches(spec, _FAMILIES, n=2, cutoff=0.4)
     if Path(spec).expanduser().is_dir():
         hint = f"; a folder is written {_FOLDER}{spec}"
+    elif (table := f"{Path(spec).suffix[1:]}:") in _IN_TABLES or Path(spec).suffix == ".tsv":
+        hint = f"; a table is written {table if table in _IN_TABLES else 'csv:'}{spec}"
     else:
         hint = f"; nearest: {', '.join(map(repr, nearest))}" if nearest else ""
     raise ValueError(f"data must be one of {', '.join(data_names())}, got {spec!r}{hint}")
@@ -187,10 +222,7 @@ def _divide(
     train, val, test = collection.train, collection.val, collection.test
     total, classes = len(train), collection.label_names
     if not collection.has_parts and test_fraction > 0:
-        left, taken = stratified_split(
-            train.labels, test_fraction, seed=test_seed, classes=classes, reserve=2, part="test"
-        )
-        train, test = train.subset(left), train.subset(taken)
+        train, test = _split_off(train, test_fraction, test_seed, classes, "test")
     if protocol == "official" and test is None:
         raise ValueError(
             f"protocol=official chooses on the test images, and {collection.name!r} has none; use another protocol"
@@ -200,9 +232,21 @@ def _divide(
         return joined(train, val) if joins_training and val is not None else train, None, test
     if val is None:
         share = val_fraction * total / len(train)
-        left, taken = stratified_split(train.labels, share, seed=seed, classes=classes, part="val")
-        train, val = train.subset(left), train.subset(taken)
+        train, val = _split_off(train, share, seed, classes, "val")
     return train, val, test
+
+
+def _split_off(
+    images: ImageDataset, fraction: float, seed: int, classes: list[str], part: str
+) -> tuple[ImageDataset, ImageDataset]:
+    """What is left and a part of its own: by groups where images have them."""
+    groups = images.annotations.groups
+    if groups is None:
+        reserve = 2 if part == "test" else 1
+        left, taken = stratified_split(images.labels, fraction, seed=seed, classes=classes, reserve=reserve, part=part)
+    else:
+        left, taken = grouped_split(images.labels, groups, fraction, seed=seed, part=part)
+    return images.subset(left), images.subset(taken)
 
 
 def _choose(part: str, images: ImageDataset, size: int | None, seed: int, classes: list[str]) -> ImageDataset:
@@ -220,6 +264,20 @@ def _absent_classes(parts: dict[str, ImageDataset], classes: list[str]) -> list[
         absent = [repr(name) for label, name in enumerate(classes) if label not in there]
         if absent:
             notes.append(f"no image in {part} of {len(absent)} classes: {', '.join(absent[:5])}")
+    return notes
+
+
+def _shared_groups(parts: dict[str, ImageDataset]) -> list[str]:
+    """Notes about groups that stand in training and in another part, as the data itself divides them."""
+    notes = []
+    trained = set(parts["train"].annotations.groups or [])
+    for name in ("val", "test"):
+        both = sorted(trained & set(parts[name].annotations.groups or [])) if name in parts else []
+        if both:
+            notes.append(
+                f"{len(both)} groups are both in train and in {name}, e.g. {both[0]!r}; results on "
+                f"{name} are optimistic"
+            )
     return notes
 
 

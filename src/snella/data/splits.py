@@ -1,10 +1,14 @@
 """Stratified, seeded splits that leave every class in every part."""
 
+import warnings
 from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 
-__all__ = ["stratified_sample", "stratified_split"]
+__all__ = ["grouped_split", "stratified_sample", "stratified_split"]
+
+_MOST_FOLDS = 20
 
 
 def stratified_split(
@@ -36,6 +40,52 @@ def stratified_split(
         )
     total = max(round(fraction * len(labels)), len(classes))
     return _take(labels, _quotas(counts, min(total, int((counts - reserve).sum())), reserve), seed)
+
+
+def grouped_split(
+    labels: Sequence[int], groups: Sequence[str], fraction: float, *, seed: int, part: str = "val"
+) -> tuple[list[int], list[int]]:
+    """Split off about a fraction of all images, whole groups at a time, classes as evenly as groups allow.
+
+    The images are cut into folds by scikit-learn's `StratifiedGroupKFold`, of which as many are taken as come nearest
+    to the fraction. Groups that a class occurs in alone are left, so that every class is trained on.
+
+    Args:
+        labels: Class indices.
+        groups: Group of each image.
+        fraction: Of all images, in (0, 1).
+        seed: The same seed gives the same parts.
+        part: What is taken: `val` or `test`, for messages.
+
+    Returns:
+        Positions left and positions taken, both ascending.
+
+    Raises:
+        ValueError: Fewer than two groups can be divided.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold  # a second, only to split
+
+    by_label: dict[int, set[str]] = {}
+    for label, group in zip(labels, groups, strict=True):
+        by_label.setdefault(label, set()).add(group)
+    fixed = {group for members in by_label.values() if len(members) == 1 for group in members}
+    free = np.array([position for position, group in enumerate(groups) if group not in fixed])
+    count = len({groups[position] for position in free})
+    if count < 2:
+        raise ValueError(
+            f"at least two groups are needed for a part '{part}' of its own, besides a class's only one; "
+            f"got {count} of {len(set(groups))}. Add a column that says which part a row belongs to, or do without "
+            "groups (columns group=none)"
+        )
+    folds = min(_MOST_FOLDS, count)
+    share = min(Fraction(fraction * len(labels) / len(free)).limit_denominator(folds), Fraction(folds - 1, folds))
+    numerator, folds = (share.numerator, share.denominator) if share > 0 else (1, folds)
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # classes with fewer images than folds
+        pieces = [taken for _, taken in splitter.split(free, np.asarray(labels)[free], np.asarray(groups)[free])]
+    taken = free[np.concatenate(pieces[:numerator])]
+    return sorted(set(range(len(labels))) - set(taken.tolist())), sorted(taken.tolist())
 
 
 def stratified_sample(

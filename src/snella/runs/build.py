@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from snella.data import DataSplits, ImageDataset, build_transform, data_folder, load_data, split_spec
+from snella.data.table import TABLE_SUFFIXES
 from snella.methods import SelectionData, build_method, find_method, load_trained, save_trained
 from snella.methods.saving import METHOD_FILE
 from snella.records import BackboneInfo, DataInfo, RunInfo, read
@@ -35,6 +36,9 @@ def splits_digest(splits: DataSplits) -> str:
     """SHA-256 of the classes and of the ordered names and labels of all splits; independent of the folder's path."""
     parts = {"train": splits.train, "val": splits.val, "test": splits.test}
     named = {key: None if part is None else [part.names, part.labels] for key, part in parts.items()}
+    known = {key: part.annotations.plain() for key, part in parts.items() if part is not None}
+    if any(known.values()):
+        return hashlib.sha256(json.dumps([splits.classes, named, known]).encode()).hexdigest()
     return hashlib.sha256(json.dumps([splits.classes, named]).encode()).hexdigest()
 
 
@@ -121,13 +125,14 @@ def find_data(run: Path, spec: str, absolute: str | None) -> str:
     """
     prefix, path = split_spec(spec)
     folder = data_folder(spec)
-    if folder is None or folder.is_dir():
+    if folder is None or folder.exists():
         return spec
-    if absolute and Path(absolute).is_dir():
+    if absolute and Path(absolute).exists():
         return f"{prefix}{absolute}"
+    kind = "file" if folder.suffix in TABLE_SUFFIXES else "folder"
     places = spec if absolute in (None, path) else f"{spec} (then {absolute})"
     raise FileNotFoundError(
-        f"data must be where {run} had it, {places}, but no folder is there; pass its new place with --data {prefix}NEW"
+        f"data must be where {run} had it, {places}, but no {kind} is there; pass its new place with --data {prefix}NEW"
     )
 
 
@@ -310,6 +315,7 @@ def load_splits(config: TrainConfig) -> DataSplits:
         skip_broken=config.skip_broken,
         check_sizes=config.check_sizes,
         protocol=config.protocol,
+        columns=config.columns,
     )
 
 

