@@ -7,7 +7,7 @@ import pytest
 from snella.cli.commands import COMMANDS
 from snella.cli.main import main
 from snella.cli.parser import UsageError, parse
-from snella.runs.config import METHOD_DEFAULTS
+from snella.methods.defaults import SPARSE_DEFAULTS
 
 
 @pytest.mark.parametrize("name", [None, *COMMANDS])
@@ -63,7 +63,7 @@ def test_help_of_train_shows_basic_options_first_and_the_method_s_defaults(capsy
         help_of_one = re.split(r" --[a-z-]+ [A-Z_]+ ", advanced.split(f"--{name.replace('_', '-')} {name.upper()}")[1])[
             0
         ]
-        assert f"(default with snella: {METHOD_DEFAULTS['snella'][name]})" in help_of_one
+        assert f"(default with snella: {SPARSE_DEFAULTS[name]})" in help_of_one
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import torch
 from snella.methods import METHODS, load_trained
 from snella.records import RunInfo, read
 from snella.runs.build import make_backbone
-from snella.runs.callbacks import RankCallback
+from snella.runs.callbacks import ScheduleCallback
 from snella.runs.config import TrainConfig
 from snella.runs.train import train
 
@@ -57,7 +57,7 @@ def test_adaloras_ranks_fall_in_the_trainer(run):
 
 def test_ranks_need_a_model_and_an_optimizer():
     with pytest.raises(RuntimeError, match="needs the Trainer's model and optimizer, got None and None"):
-        RankCallback().on_train_begin(None, None, None)
+        ScheduleCallback(METHODS["adalora"].schedule).on_train_begin(None, None, None)
 
 
 @pytest.mark.slow

@@ -2,8 +2,8 @@ import dataclasses
 
 import pytest
 
+from snella.methods import METHODS
 from snella.runs import TrainConfig
-from snella.runs.config import METHOD_DEFAULTS
 
 PLACES = {"data": "digits", "backbone": "test_vit", "out": "runs/x"}
 
@@ -52,21 +52,19 @@ def test_a_value_out_of_range_is_named(changes, message):
         TrainConfig(**{**PLACES, **changes})
 
 
-@pytest.mark.parametrize("method", sorted(METHOD_DEFAULTS))
+@pytest.mark.parametrize("method", METHODS)
 def test_resolving_fills_in_the_method_defaults_and_keeps_what_was_given(method):
     config = TrainConfig(**PLACES, method=method, lr=0.5).resolved()
     assert config.lr == 0.5
-    for name, value in METHOD_DEFAULTS[method].items():
+    for name, value in METHODS[method].defaults.items():
         assert getattr(config, name) == (0.5 if name == "lr" else value)
     assert config.resolved() == config
 
 
-def test_every_method_has_defaults_and_every_default_is_a_setting():
-    from snella.methods import method_names
-
+def test_every_default_of_a_method_is_a_setting():
     fields = {f.name for f in dataclasses.fields(TrainConfig)}
-    assert set(METHOD_DEFAULTS) == set(method_names())
-    assert all(set(values) <= fields for values in METHOD_DEFAULTS.values())
+    for method in METHODS.values():
+        assert {"lr", "head_lr", "weight_decay"} <= set(method.defaults) <= fields
 
 
 def test_the_rank_in_the_name_wins_over_the_default_and_options_over_both():

@@ -108,7 +108,7 @@ def test_a_run_says_and_stores_what_auto_stands_for(tmp_path):
 
 def test_a_model_without_a_linear_head_is_refused(tmp_path):
     settings = config(tmp_path, method="mlp-3", r=None).resolved()
-    with pytest.raises(ValueError, match="head_start='probe' needs a timm classifier with a linear head, got"):
+    with pytest.raises(ValueError, match="head_start='probe' needs a timm classifier with a linear head on its pooled"):
         start_head_from_probe(build_components(settings), settings)
 
 

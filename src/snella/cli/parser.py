@@ -18,11 +18,10 @@ from jsonargparse import ArgumentParser
 
 from snella import __version__
 from snella.cli.commands import COMMANDS
+from snella.methods.defaults import shown_defaults
 
 _BOOLEANS = ("true", "false", "yes", "no")
 _OF_ALL_COMMANDS = ("--config", "--print-config", "--help", "--version")
-_SHOWN_METHOD = "snella"
-"""The method whose defaults help shows."""
 
 
 class UsageError(ValueError):
@@ -185,29 +184,32 @@ def _command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
     )
     owner = settings_class(function)
     basic: tuple[str, ...] = getattr(owner, "basic", ())
-    decided = getattr(owner, "method_defaults", {}).get(_SHOWN_METHOD, {})
+    purpose = getattr(owner, "purpose", None)
+    decided = {} if purpose is None else shown_defaults(purpose)
+    method = getattr(owner, "method", "")
     first: Any = parser.add_argument_group("basic options") if basic else parser
     rest: Any = parser.add_argument_group("advanced options (the defaults do for a first run)") if basic else parser
     for option in sorted(options, key=lambda option: [*basic, option.name].index(option.name)):
-        _add(first if option.name in basic else rest, option, decided.get(option.name))
+        of_method = f"default with {method}: {decided[option.name]}" if option.name in decided else ""
+        _add(first if option.name in basic else rest, option, of_method)
     return parser
 
 
-def _add(group: Any, option: Option, decided: Any) -> None:
+def _add(group: Any, option: Option, of_method: str) -> None:
     """Add one argument to a parser or a group.
 
     Args:
         group: Where to.
         option: The argument.
-        decided: What the method takes where nothing is given, if it decides.
+        of_method: What the method takes where nothing is given, if it decides.
     """
     text = option.help.replace("%", "%%")
     if option.default is MISSING:
         text += "" if option.is_positional else " (required)"
     elif option.default not in (None, {}):
         text += f" (default: {_shown(option.default)})"
-    elif decided is not None:
-        text += f" (default with {_SHOWN_METHOD}: {decided})"
+    elif of_method:
+        text += f" ({of_method})"
     if option.is_positional:
         kind, nargs = (str, "+") if _is_list(option) else (option.type, None if option.default is MISSING else "?")
         group.add_argument(option.name, type=kind, nargs=nargs, metavar=option.choices, help=text)

@@ -16,7 +16,7 @@ import torch
 import snella
 from snella.comparison.experiment import DataEntry, Experiment, MethodEntry, folder_name, make_config
 from snella.comparison.search import Candidate, TuningResult
-from snella.methods import parse_method
+from snella.methods import find_method, parse_method
 from snella.records import MaskScores, Metrics, RunInfo, Scores, read
 from snella.runs import RunFolder, TrainConfig
 
@@ -103,8 +103,6 @@ def _processor() -> str:
 TEST_SEED = 0
 """Decides the test images of every cell: other seeds draw other training and validation images, never a test image, so
 that hyperparameters tuned with one seed have not seen the test images of another."""
-HEAD_ONLY = ("linear", "mlp")
-"""Families that train only the head."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +175,7 @@ def tuned_settings(
     base = make_config(method, data, experiment.settings, backbone=experiment.backbone, out="-")
     lr = base.lr or 0.0
     head_lr = lr if base.head_lr is None else base.head_lr
-    is_head_only = parse_method(method.method)[0] in HEAD_ONLY
+    is_head_only = find_method(method.method).is_head_only
     decay = base.weight_decay or 0.0
     return {
         "lr": _rounded(lr * candidate.lr_factor),
@@ -191,13 +189,10 @@ def _rounded(rate: float) -> float:
     return float(f"{rate:.6g}")
 
 
-_FULL = "full-finetuning"
-
-
 def row_header(cell: Cell, experiment: Experiment, created_at: str) -> dict[str, Any]:
     """The columns of a row that are known before training."""
     rates = tuned_settings(experiment, cell.data, cell.method, cell.candidate)
-    family = parse_method(cell.method.method)[0]
+    peft_type = find_method(cell.method.method).peft_type or parse_method(cell.method.method)[0].upper()
     packages = package_info()
     return {
         "cell": cell.name,
@@ -207,7 +202,7 @@ def row_header(cell: Cell, experiment: Experiment, created_at: str) -> dict[str,
         "experiment_name": cell.method.name,
         "comparison": experiment.name,
         "method": cell.method.method,
-        "peft_type": _FULL if family == "full" else family.upper(),
+        "peft_type": peft_type,
         "model_id": experiment.backbone,
         "seed": cell.seed,
         "lr_factor": cell.candidate.lr_factor,

@@ -15,7 +15,7 @@ from snella.backbones import create_backbone
 from snella.comparison import CellsFailedError
 from snella.comparison.cells import Cell
 from snella.comparison.executors import Executor, InProcesses, InThisProcess, OnRay, import_ray
-from snella.comparison.experiment import FILE, DataEntry, Experiment, MethodEntry, make_config
+from snella.comparison.experiment import FILE, PROBE, DataEntry, Experiment, make_config
 from snella.comparison.experiment_files import read_experiment
 from snella.comparison.plan import BlockedRun, Plan
 from snella.comparison.report import print_paper_comparison, write_markdown, write_page
@@ -219,9 +219,7 @@ def check_parts(experiment: Experiment, console: Console) -> None:
             probe_images(str(name), experiment.forgetting_images)
         except (OSError, ValueError, ImportError) as error:
             errors.append(f"forgetting: {error}")
-    config = make_config(
-        MethodEntry("linear", "linear"), experiment.data[0], experiment.settings, backbone=experiment.backbone, out="-"
-    )
+    config = make_config(PROBE, experiment.data[0], experiment.settings, backbone=experiment.backbone, out="-")
     try:
         choose_device(config.device)
         create_backbone(
@@ -239,7 +237,7 @@ def check_parts(experiment: Experiment, console: Console) -> None:
 
 def _check_data(experiment: Experiment, data: DataEntry, console: Console) -> None:
     """Validate the splits of one task."""
-    cell = Cell(data, MethodEntry("linear", "linear"), 0, Candidate(), True)
+    cell = Cell(data, PROBE, 0, Candidate(), True)
     config = cell.config(experiment, "-")
     splits = load_splits(config)
     create_task(config.task, splits.classes, **config.as_dict()).check_data(splits.train, data.data)

@@ -12,6 +12,7 @@ import yaml
 
 from snella._files import write_text
 from snella.methods import method_options, parse_method
+from snella.methods.defaults import PROBE_METHOD, REFERENCE_METHOD
 from snella.runs import TrainConfig
 
 OVER_TASKS, OVER_GROUPS = "mean over tasks", "mean over groups"
@@ -77,6 +78,10 @@ class MethodEntry:
     method: str
     options: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+PROBE = MethodEntry(PROBE_METHOD, PROBE_METHOD)
+"""A method with no settings of its own, for checks of everything else."""
 
 
 @dataclass(frozen=True)
@@ -285,8 +290,8 @@ class Experiment:
     @property
     def reference_name(self) -> str:
         """The label of the method that others are compared to."""
-        loras = [entry.name for entry in self.methods if parse_method(entry.method)[0] == "lora"]
-        return self.reference or (loras[0] if loras else self.methods[0].name)
+        usual = [entry.name for entry in self.methods if parse_method(entry.method)[0] == REFERENCE_METHOD]
+        return self.reference or (usual[0] if usual else self.methods[0].name)
 
     def probe_data(self, task: DataEntry) -> str | None:
         """Data on which forgetting is measured after training on `task`: never the task's own; None for none."""
@@ -406,7 +411,7 @@ class Experiment:
                     errors.append(str(error))
         for data in self.data[1:]:
             try:
-                make_config(MethodEntry("linear", "linear"), data, self.settings, backbone=self.backbone, out="-")
+                make_config(PROBE, data, self.settings, backbone=self.backbone, out="-")
             except (ValueError, TypeError) as error:
                 errors.append(str(error))
         return errors

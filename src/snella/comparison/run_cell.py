@@ -31,6 +31,7 @@ from snella.comparison.store import CELL_FILE, LOCKS, append_row, cell_lock, rea
 from snella.data import ImageDataset, build_transform, load_data
 from snella.data.splits import stratified_sample
 from snella.methods import build_method, merge_trained, spec_of
+from snella.methods.defaults import PROBE_METHOD
 from snella.methods.model_parts import is_inside
 from snella.records import Metrics, plain, read, scores_from
 from snella.runs import RunFolder, TrainingInterrupted, load_run
@@ -102,7 +103,7 @@ def measure_forgetting(run: Path, data: str, images: int, cache: Path, batch_siz
     if path.is_file():
         frozen = float(json.loads(path.read_text())["accuracy"])
     else:
-        model = build_method("linear", make_backbone(backbone)).to(loaded.device)
+        model = build_method(PROBE_METHOD, make_backbone(backbone)).to(loaded.device)
         frozen = probe_accuracy(head_inputs(model, items, batch_size), labels)
         cache.mkdir(parents=True, exist_ok=True)
         write_json(path, {"data": data, "images": len(labels), "backbone": plain(backbone), "accuracy": frozen})

@@ -147,4 +147,6 @@ ADALORA: Method = peft_method(
     _OPTIONS,
     suffix="r",
     penalty=orthogonality,
+    schedule=RankSchedule,
+    defaults={"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4, "r": 8},
 )

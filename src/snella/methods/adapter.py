@@ -90,6 +90,7 @@ ADAPTER = Method(
     suffix="r",
     check=check_by({"r": whole_number(), "scale": number(), "dropout": number(0, 1)}),
     unmerged_reason="adds a nonlinear bottleneck to each block",
+    defaults={"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4, "r": 8},
 )
 
 
@@ -157,4 +158,5 @@ MOSA = Method(
         }
     ),
     unmerged_reason="adds a nonlinear bottleneck to each block",
+    defaults={"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-2, "r": 16},
 )

@@ -12,6 +12,7 @@ from snella.methods.method import Batches, Method, Options, check_by, number, wh
 from snella.methods.peft_methods import inject, merge_adapter, own_fields
 from snella.tuner.config import SnellaConfig
 from snella.tuner.layer import SnellaLayer
+from snella.tuner.optimizer import create_snella_optimizer
 
 _OF_THE_SELECTION = ("budget", "calibration_batches")
 _OF_THE_COMPETITION = {
@@ -81,6 +82,8 @@ FIXED_MASK = Method(
     needs_batches=True,
     restore=_restore,
     merge=merge_adapter,
+    defaults={"lr": 1e-3, "scalar_lr": 1e-4, "head_lr": 1e-3, "weight_decay": 0.0, "r": 8},
+    optimizer=create_snella_optimizer,
 )
 """Trains the factors and scalars of SNELLA and the head; the update is
 

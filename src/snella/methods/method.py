@@ -6,6 +6,7 @@ from typing import Any
 
 from peft import PeftConfig
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 Rule = Callable[[Any], str | None]
 """Says what a value must be, or None where it is so."""
@@ -87,6 +88,17 @@ class Method:
         merge: `model -> backbone`, folds what was trained into plain weights of the backbone. None: it cannot be.
         penalty: `model -> 0-dim tensor`, added to the loss of each training step. None: nothing is.
         unmerged_reason: Why `merge` is None, to end a sentence with: "adds prompt tokens, which are no weights".
+        defaults: Settings of `snella train` where the user gives none: `lr` for what is added or changed, `scalar_lr`
+            for kernels' scalars, `head_lr`, `weight_decay` for matrices, and options of the method. They are values
+            for AdamW with warm-up and cosine decay.
+        recipes: The same of other kinds of run, by `RunSettings.purpose`; the method is refused where it has none.
+        optimizer: `(model, class, *, lr, head_lr, weight_decay, scalar_lr) -> optimizer`, for parameters that need
+            groups of their own; `scalar_lr` only if it is set. None: `lr`, the head at `head_lr`, no decay of vectors.
+        schedule: `(model, total_steps) -> schedule`, what follows the steps: its `attach(optimizer)` is called when
+            training starts, and lets its state travel with the optimizer's. None: nothing does.
+        has_budgets: Its matrices have budgets, which a `BudgetAllocator` shares out.
+        is_head_only: Nothing but the head is trained.
+        peft_type: Its name in PEFT's method comparison; None for the family in capitals.
     """
 
     summary: str
@@ -102,6 +114,21 @@ class Method:
     merge: Callable[[nn.Module], nn.Module] | None = None
     penalty: Callable[[nn.Module], Tensor] | None = None
     unmerged_reason: str = ""
+    defaults: Mapping[str, Any] = field(default_factory=lambda: {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 0.0})
+    recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    optimizer: Callable[..., Optimizer] | None = None
+    schedule: Callable[[nn.Module, int], Any] | None = None
+    has_budgets: bool = False
+    is_head_only: bool = False
+    peft_type: str | None = None
+
+    def defaults_of(self, purpose: str) -> Mapping[str, Any] | None:
+        """`defaults`, or those of a recipe; None where the method is not for it.
+
+        Args:
+            purpose: As `RunSettings.purpose`; empty for `snella train`.
+        """
+        return self.recipes.get(purpose) if purpose else self.defaults
 
 
 @dataclass(frozen=True)

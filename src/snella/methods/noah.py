@@ -419,6 +419,7 @@ NOAH = Method(
     needs_validation=True,
     restore=_restore,
     unmerged_reason="adds prompt tokens and nonlinear bottlenecks, which are no weights of the backbone",
+    defaults={"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4},
 )
 """Three steps. (1) A supernet with the largest size of everything in every block is trained with AdamW, each batch on a
 random combination: a kind fills the first quarter, half, three quarters or all of the blocks, with a random one of

@@ -37,9 +37,24 @@ def _full(model: nn.Module, head: str, options: Options, batches: Batches | None
     return model.requires_grad_(True)
 
 
-LINEAR = Method("only the head", "linear probing", _linear, merge=unchanged)
+LINEAR = Method(
+    "only the head",
+    "linear probing",
+    _linear,
+    merge=unchanged,
+    defaults={"lr": 3e-3, "head_lr": 3e-3, "weight_decay": 1e-4},
+    is_head_only=True,
+)
 BIAS = Method("all biases and the head", "BitFit, Ben Zaken et al., arXiv 2106.10199", _bias, merge=unchanged)
-FULL = Method("all weights", "full fine-tuning", _full, merge=unchanged)
+FULL = Method(
+    "all weights",
+    "full fine-tuning",
+    _full,
+    merge=unchanged,
+    defaults={"lr": 5e-5, "head_lr": 1e-3, "weight_decay": 1e-2},
+    recipes={"generation": {"lr": 5e-6}, "language": {"lr": 2e-5}},
+    peft_type="full-finetuning",
+)
 
 
 class _BatchNorm(nn.BatchNorm1d):
@@ -107,6 +122,8 @@ MLP = Method(
     suffix="layers",
     check=check_by({"layers": whole_number(), "dropout": number(0, 1)}),
     unmerged_reason="puts several layers in the place of the head, where the backbone has one",
+    defaults={"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4},
+    is_head_only=True,
 )
 
 
@@ -135,4 +152,5 @@ PARTIAL = Method(
     suffix="blocks",
     check=check_by({"blocks": whole_number()}),
     merge=unchanged,
+    defaults={"lr": 1e-4, "head_lr": 1e-3, "weight_decay": 1e-2},
 )

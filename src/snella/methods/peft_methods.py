@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -13,11 +13,13 @@ import peft
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
-from torch import Tensor, nn
+from torch import nn
 
+from snella.methods.defaults import SPARSE_DEFAULTS, SPARSE_RECIPES
 from snella.methods.method import Batches, Method, Options
 from snella.methods.model_parts import adaptable_layers, freeze_running_statistics, is_inside
 from snella.tuner.config import SnellaConfig
+from snella.tuner.optimizer import create_snella_optimizer
 
 Targets = Callable[[nn.Module, str], list[str] | str]
 """`(model, head) -> names`, or one regular expression for all: the modules to adapt where the user names none."""
@@ -42,7 +44,7 @@ def peft_method(
     *,
     suffix: str | None = None,
     targets: Targets = adaptable_layers,
-    penalty: Callable[[nn.Module], Tensor] | None = None,
+    **needs: Any,
 ) -> Method:
     """A row of the table for an adapter of PEFT.
 
@@ -53,14 +55,14 @@ def peft_method(
         options: Names of the options.
         suffix: As for `Method`.
         targets: Which modules are adapted where `target_modules` is not given.
-        penalty: As for `Method`.
+        **needs: Further fields of `Method`.
     """
 
     def build(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
         given = options if "target_modules" in options else {"target_modules": targets(model, head), **options}
         return inject(model, config(head, given))
 
-    return Method(summary, source, build, options, suffix=suffix, config=config, merge=merge_adapter, penalty=penalty)
+    return Method(summary, source, build, options, suffix=suffix, config=config, merge=merge_adapter, **needs)
 
 
 def inject(model: nn.Module, config: PeftConfig) -> PeftModel:
@@ -142,6 +144,10 @@ SNELLA = peft_method(
     _snella_config,
     _SNELL_OPTIONS,
     suffix="r",
+    defaults=SPARSE_DEFAULTS,
+    recipes=SPARSE_RECIPES,
+    has_budgets=True,
+    optimizer=create_snella_optimizer,
 )
 """Trains the factors `A`, `B` and scalars of every matrix, and the head:
 
@@ -156,6 +162,9 @@ SNELLA_MATCHED = peft_method(
     _matched_config,
     _SNELL_OPTIONS,
     suffix="r",
+    defaults=SPARSE_DEFAULTS,
+    has_budgets=True,
+    optimizer=create_snella_optimizer,
 )
 """As SNELLA, but one step of the factors changes `scaling·S` by about the learning rate times the size of `W0`, and the
 budget reaches its target after 0.7 of the training; `preset="matched"` of `SnellaConfig`, see docs/method.md.
@@ -167,6 +176,10 @@ SNELL = peft_method(
     _snell_config,
     tuple(option for option in _SNELL_OPTIONS if option not in ("kernel", "allocation")),
     suffix="r",
+    defaults=SPARSE_DEFAULTS,
+    recipes=SPARSE_RECIPES,
+    has_budgets=True,
+    optimizer=create_snella_optimizer,
 )
 """As SNELLA with κ = P-Linear, `ΔW[i, j] = Σ_p α_p ‖A[j, piece p] − B[i, piece p]‖`, and one sparsity for all."""
 
@@ -176,6 +189,8 @@ KLORA = peft_method(
     _klora_config,
     tuple(option for option in _SNELL_OPTIONS if option not in _OF_SPARSITY),
     suffix="r",
+    defaults={"lr": 2e-3, "scalar_lr": 1e-4, "head_lr": 1e-3, "weight_decay": 0.0, "r": 8},
+    optimizer=create_snella_optimizer,
 )
 """Trains what SNELLA trains: `W = W0 + scaling · ΔW`, `ΔW[i, j] = κ(A[j], B[i])`, every entry of it.
 
@@ -206,12 +221,20 @@ def _dora_config(head: str, options: Options) -> PeftConfig:
     return lora_config(head, {"use_dora": True, **options})
 
 
+_DECAYED: dict[str, Any] = {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4, "r": 8}
+_LORA_RECIPES: dict[str, dict[str, Any]] = {
+    "generation": {"lr": 1e-4, "r": 8},  # the SNELLA paper's rate
+    "language": {"lr": 3e-4, "r": 8},  # the benchmark's own rate
+}
+
 LORA = peft_method(
     "low-rank updates",
     "LoRA, Hu et al., arXiv 2106.09685; PEFT's implementation",
     lora_config,
     _LORA_OPTIONS,
     suffix="r",
+    defaults=_DECAYED,
+    recipes=_LORA_RECIPES,
 )
 DORA = peft_method(
     "low-rank updates of the direction and a magnitude for each output",
@@ -219,6 +242,8 @@ DORA = peft_method(
     _dora_config,
     tuple(option for option in _LORA_OPTIONS if option != "use_dora"),
     suffix="r",
+    defaults=_DECAYED,
+    recipes=_LORA_RECIPES,
 )
 
 
@@ -231,6 +256,7 @@ class _Entry:
         source: As for `Method`.
         config: Name of the class in `peft`.
         since: The first version of PEFT that has it.
+        defaults: As for `Method`.
         suffix: As for `Method`.
         values: Values that differ from PEFT's defaults, where the user gives none.
         targets: Which modules are adapted.
@@ -240,6 +266,7 @@ class _Entry:
     source: str
     config: str
     since: str
+    defaults: Mapping[str, Any]
     suffix: str | None = None
     values: tuple[tuple[str, Any], ...] = ()
     targets: Targets = adaptable_layers
@@ -261,23 +288,30 @@ def layer_norms(model: nn.Module, head: str) -> str:
     return "|".join(re.escape(name) for name in found)
 
 
+_UNDECAYED: dict[str, Any] = {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 0.0}
 _ENTRIES = {
     "shira": _Entry(
         "a random choice of weights, r (m + n) of each m x n matrix",
         "SHiRA, Bhardwaj et al., arXiv 2406.13175",
         "ShiraConfig",
         "0.16",
+        {**_UNDECAYED, "r": 8},
         "r",
         (("r", 8), ("random_seed", 0)),
     ),
     "supertuning": _Entry(
-        "the weights of largest magnitude", "Super-Tuning, arXiv 2607.09287", "SupertuningConfig", "0.21"
+        "the weights of largest magnitude",
+        "Super-Tuning, arXiv 2607.09287",
+        "SupertuningConfig",
+        "0.21",
+        _UNDECAYED,
     ),
     "fourierft": _Entry(
         "coefficients of a few frequencies of each update's two-dimensional Fourier transform",
         "FourierFT, Gao et al., arXiv 2405.03003",
         "FourierFTConfig",
         "0.12",
+        {"lr": 1e-1, "head_lr": 1e-3, "weight_decay": 0.0},
         "n_frequency",
         (("n_frequency", 3000), ("scaling", 300.0)),
     ),
@@ -286,6 +320,7 @@ _ENTRIES = {
         "RandLoRA, Albert et al., arXiv 2502.00987",
         "RandLoraConfig",
         "0.14",
+        {**_UNDECAYED, "r": 32},
         "r",
         (("save_projection", False),),
     ),
@@ -294,6 +329,7 @@ _ENTRIES = {
         "VeRA, Kopiczko et al., arXiv 2310.11454",
         "VeraConfig",
         "0.10",
+        {"lr": 5e-3, "head_lr": 1e-3, "weight_decay": 0.0, "r": 256},
         "r",
         (("r", 256), ("save_projection", False)),
     ),
@@ -302,25 +338,47 @@ _ENTRIES = {
         "FedPara / LoHa, Hyeon-Woo et al., arXiv 2108.06098",
         "LoHaConfig",
         "0.6",
+        _DECAYED,
         "r",
     ),
-    "lokr": _Entry("Kronecker products", "LoKr, Yeh et al., arXiv 2309.14859", "LoKrConfig", "0.7", "r"),
+    "lokr": _Entry(
+        "Kronecker products",
+        "LoKr, Yeh et al., arXiv 2309.14859",
+        "LoKrConfig",
+        "0.7",
+        _DECAYED,
+        "r",
+    ),
     "boft": _Entry(
         "orthogonal factors in butterfly form",
         "BOFT, Liu et al., arXiv 2311.06243",
         "BOFTConfig",
         "0.9",
+        _UNDECAYED,
         "boft_block_size",
     ),
-    "hra": _Entry("chains of Householder reflections", "HRA, Yuan et al., arXiv 2405.17484", "HRAConfig", "0.12", "r"),
+    "hra": _Entry(
+        "chains of Householder reflections",
+        "HRA, Yuan et al., arXiv 2405.17484",
+        "HRAConfig",
+        "0.12",
+        {**_UNDECAYED, "r": 8},
+        "r",
+    ),
     "delora": _Entry(
-        "low-rank updates of a learned norm", "DeLoRA, Bini et al., arXiv 2503.18225", "DeloraConfig", "0.18", "r"
+        "low-rank updates of a learned norm",
+        "DeLoRA, Bini et al., arXiv 2503.18225",
+        "DeloraConfig",
+        "0.18",
+        {**_UNDECAYED, "r": 8},
+        "r",
     ),
     "ln_tuning": _Entry(
         "weights and biases of the layer normalizations",
         "LN tuning, Zhao et al., arXiv 2312.11420",
         "LNTuningConfig",
         "0.10",
+        _UNDECAYED,
         targets=layer_norms,
     ),
 }
@@ -346,4 +404,6 @@ def _row(name: str, entry: _Entry) -> Method:
 
     options = () if kind is None else own_fields(kind)
     source = f"{entry.source}; PEFT's implementation"
-    return peft_method(entry.summary, source, config, options, suffix=entry.suffix, targets=entry.targets)
+    return peft_method(
+        entry.summary, source, config, options, suffix=entry.suffix, targets=entry.targets, defaults=entry.defaults
+    )

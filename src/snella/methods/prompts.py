@@ -118,6 +118,7 @@ VPT_SHALLOW = Method(
     suffix="prompts",
     check=_CHECK,
     unmerged_reason=_REASON,
+    defaults={"lr": 5e-3, "head_lr": 1e-3, "weight_decay": 1e-4},
 )
 VPT_DEEP = Method(
     "prompt tokens before each block",
@@ -127,6 +128,7 @@ VPT_DEEP = Method(
     suffix="prompts",
     check=_CHECK,
     unmerged_reason=_REASON,
+    defaults={"lr": 5e-3, "head_lr": 1e-3, "weight_decay": 1e-4},
 )
 
 
@@ -260,4 +262,5 @@ VQT = Method(
     suffix="queries",
     check=check_by({"queries": whole_number(), "dropout": number(0, 1)}),
     unmerged_reason="adds tokens to those of the image and widens the head",
+    defaults={"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4},
 )

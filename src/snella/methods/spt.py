@@ -351,7 +351,18 @@ def spt_method(
         """The same structure from a file."""
         return restore_selection(model, head, options, tensors, make_structured)
 
-    return Method(summary, source, build, OPTIONS, suffix="r", check=CHECK, needs_batches=True, restore=restore, **own)
+    return Method(
+        summary,
+        source,
+        build,
+        OPTIONS,
+        suffix="r",
+        check=CHECK,
+        needs_batches=True,
+        restore=restore,
+        defaults={"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4, "r": 8},
+        **own,
+    )
 
 
 class AdapterBehind(StructuredModule):

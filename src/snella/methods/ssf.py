@@ -126,4 +126,5 @@ SSF = Method(
     ("init_std",),
     check=check_by({"init_std": number()}),
     merge=_merge,
+    defaults={"lr": 5e-3, "head_lr": 1e-3, "weight_decay": 5e-5},
 )

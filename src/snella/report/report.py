@@ -14,6 +14,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from snella._text import bytes_text, count_text, percent_text, plain_text, seconds_text
+from snella.methods.defaults import PROBE_METHOD
 from snella.records import (
     Allocation,
     MaskPredictions,
@@ -193,7 +194,7 @@ def verdict_text(info: RunInfo, metrics: Metrics | None, comparison: list[Method
     baseline = (
         f"Always answering {info.classes[most]!r}, the most frequent class, gets {percent_text(sizes[most] / total)}"
     )
-    probe = next((row for row in comparison or [] if row.method == "linear"), None)
+    probe = next((row for row in comparison or [] if row.method == PROBE_METHOD), None)
     if probe is not None:
         baseline += f", a linear probe {percent_text(probe.accuracy)}"
     spread = math.sqrt(max(right * (total - right), 0) / total**3)  # standard error of a share

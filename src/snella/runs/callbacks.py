@@ -1,4 +1,4 @@
-"""Trainer callbacks: progress display, weight average, AdaLoRA's rank schedule, step time and memory."""
+"""Trainer callbacks: progress display, weight average, a method's own schedule, step time and memory."""
 
 import statistics
 import time
@@ -22,7 +22,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from snella import SnellaCallback
 from snella._text import seconds_text
-from snella.methods.adalora import RankSchedule
 from snella.runs.checkpoints import CheckpointError
 from snella.runs.console import print_line
 from snella.runs.protocol import RunProtocol
@@ -136,15 +135,19 @@ class EmaCallback(TrainerCallback):
         self.average.update()
 
 
-class RankCallback(TrainerCallback):
-    """Attaches a `RankSchedule` when training starts.
+class ScheduleCallback(TrainerCallback):
+    """Attaches a method's schedule when training starts.
+
+    Args:
+        make: `Method.schedule`.
 
     Attributes:
-        schedule: It, from the start of training on.
+        schedule: What it made, from the start of training on.
     """
 
-    def __init__(self) -> None:
-        self.schedule: RankSchedule | None = None
+    def __init__(self, make: Callable[[nn.Module, int], Any]) -> None:
+        self.make = make
+        self.schedule: Any = None
 
     def on_train_begin(
         self,
@@ -156,8 +159,9 @@ class RankCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if model is None or optimizer is None:
-            raise RuntimeError(f"RankCallback needs the Trainer's model and optimizer, got {model} and {optimizer}")
-        self.schedule = RankSchedule(model, max(state.max_steps, 1)).attach(optimizer)
+            raise RuntimeError(f"ScheduleCallback needs the Trainer's model and optimizer, got {model} and {optimizer}")
+        self.schedule = self.make(model, max(state.max_steps, 1))
+        self.schedule.attach(optimizer)
 
 
 class StepTimeCallback(TrainerCallback):

@@ -7,70 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
-METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
-    "linear": {"lr": 3e-3, "head_lr": 3e-3, "weight_decay": 1e-4},
-    "bias": {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 0.0},
-    "full": {"lr": 5e-5, "head_lr": 1e-3, "weight_decay": 1e-2},
-    "lora": {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4, "r": 8},
-    "snella": {
-        "lr": 5e-3,
-        "scalar_lr": 1e-4,
-        "head_lr": 1e-3,
-        "weight_decay": 0.0,
-        "r": 8,
-        "target_sparsity": 0.7,
-        "scaling": 10.0,
-    },
-    "snella-matched": {
-        "lr": 5e-3,
-        "scalar_lr": 1e-4,
-        "head_lr": 1e-3,
-        "weight_decay": 0.0,
-        "r": 8,
-        "target_sparsity": 0.7,
-        "scaling": 10.0,
-    },
-    "snell": {
-        "lr": 5e-3,
-        "scalar_lr": 1e-4,
-        "head_lr": 1e-3,
-        "weight_decay": 0.0,
-        "r": 8,
-        "target_sparsity": 0.7,
-        "scaling": 10.0,
-    },
-    "klora": {"lr": 2e-3, "scalar_lr": 1e-4, "head_lr": 1e-3, "weight_decay": 0.0, "r": 8},
-    "partial": {"lr": 1e-4, "head_lr": 1e-3, "weight_decay": 1e-2},
-    "mlp": {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4},
-    "vpt-shallow": {"lr": 5e-3, "head_lr": 1e-3, "weight_decay": 1e-4},
-    "vpt-deep": {"lr": 5e-3, "head_lr": 1e-3, "weight_decay": 1e-4},
-    "vqt": {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4},
-    "adapter": {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4, "r": 8},
-    "mosa": {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-2, "r": 16},
-    "ssf": {"lr": 5e-3, "head_lr": 1e-3, "weight_decay": 5e-5},
-    "dora": {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4, "r": 8},
-    "adalora": {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4, "r": 8},
-    "shira": {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 0.0, "r": 8},
-    "supertuning": {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 0.0},
-    "fourierft": {"lr": 1e-1, "head_lr": 1e-3, "weight_decay": 0.0},
-    "randlora": {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 0.0, "r": 32},
-    "vera": {"lr": 5e-3, "head_lr": 1e-3, "weight_decay": 0.0, "r": 256},
-    "loha": {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4, "r": 8},
-    "lokr": {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4, "r": 8},
-    "boft": {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 0.0},
-    "hra": {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 0.0, "r": 8},
-    "delora": {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 0.0, "r": 8},
-    "gps": {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 0.0},
-    "spt-lora": {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4, "r": 8},
-    "spt-adapter": {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4, "r": 8},
-    "fixed-mask": {"lr": 1e-3, "scalar_lr": 1e-4, "head_lr": 1e-3, "weight_decay": 0.0, "r": 8},
-    "noah": {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4},
-    "ln_tuning": {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 0.0},
-}
-"""By family: optimizer settings (`lr` for factors or weights, `scalar_lr` for the kernels' scalars, `head_lr` for the
-head, `weight_decay` for matrices) and options of the method. They are values for AdamW with warm-up and cosine
-decay."""
-
+from snella.methods.defaults import DEFAULT_METHOD
 
 SESSION_FIELDS = ("out", "resume", "overwrite", "workers", "progress")
 """Fields that may differ between the parts of a resumed run."""
@@ -90,14 +27,13 @@ class RunSettings:
         needed: Required fields of a new run, with the rest of the error after the field's name.
         out_hint: The rest of the error after `out` where it is missing.
         basic: Fields that most runs set, which help shows first.
-        method_defaults: By method, the values of fields that are None; other methods are refused.
-        purpose: What the methods are for, for the error about those left out.
+        purpose: The recipe, whose `Method.recipes` are the values of fields that are None; a method without them is
+            refused. Empty for `snella train`, whose values are `Method.defaults`.
     """
 
     needed: ClassVar[dict[str, str]] = {}
     out_hint: ClassVar[str] = ""
     basic: ClassVar[tuple[str, ...]] = ()
-    method_defaults: ClassVar[dict[str, dict[str, Any]]] = {}
     purpose: ClassVar[str] = ""
 
     method: str
@@ -126,11 +62,11 @@ class RunSettings:
         """The same settings with the method's defaults in place of None."""
         from snella.methods import check_method, find_method, parse_method
 
-        family, number = parse_method(self.method)
-        rank = number if find_method(self.method).suffix == "r" else None
+        method = find_method(self.method)
+        rank = parse_method(self.method)[1] if method.suffix == "r" else None
         values = {
             name: value
-            for name, value in self.method_defaults[family].items()
+            for name, value in (method.defaults_of(self.purpose) or {}).items()
             if getattr(self, name) is None and name not in self.method_options
         }
         if rank is not None:
@@ -181,7 +117,7 @@ class RunSettings:
 
     def method_errors(self) -> list[str]:
         """Errors of the method's name, its options and their values."""
-        from snella.methods import check_method, parse_method
+        from snella.methods import METHODS, check_method, parse_method
 
         errors = []
         twice = [name for name in _OPTION_FIELDS if getattr(self, name) is not None and name in self.method_options]
@@ -189,11 +125,11 @@ class RunSettings:
             errors.append(f"{', '.join(twice)} given both by name and in method_options; leave one out")
         try:
             family, _ = parse_method(self.method)
-            if family not in self.method_defaults:
-                known = ", ".join(self.method_defaults)
-                return [*errors, f"method must be one of {known} for {self.purpose}, got {self.method!r}"]
-            if self.scalar_lr is not None and "scalar_lr" not in self.method_defaults[family]:
-                *most, last = (name for name, values in self.method_defaults.items() if "scalar_lr" in values)
+            defaults = {name: values for name, m in METHODS.items() if (values := m.defaults_of(self.purpose))}
+            if family not in defaults:
+                return [*errors, f"method must be one of {', '.join(defaults)} for {self.purpose}, got {self.method!r}"]
+            if self.scalar_lr is not None and "scalar_lr" not in defaults[family]:
+                *most, last = (name for name, values in defaults.items() if "scalar_lr" in values)
                 errors.append(
                     f"scalar_lr is for the kernels' scalars of {', '.join(most)} and {last}, got {self.scalar_lr} "
                     f"with method {self.method!r}"
@@ -320,7 +256,6 @@ class TrainConfig(RunSettings):
         "backbone": "must be a pre-trained model, e.g. vit_base_patch16_224.augreg_in21k",
     }
     out_hint: ClassVar[str] = "must be the folder of the run, e.g. runs/photos"
-    method_defaults: ClassVar[dict[str, dict[str, Any]]] = METHOD_DEFAULTS
     basic: ClassVar[tuple[str, ...]] = (
         *("data", "backbone", "out", "task", "method", "weights", "img_size", "epochs", "batch_size", "augment"),
         *("columns", "skip_broken", "device", "workers", "resume", "overwrite"),
@@ -330,7 +265,7 @@ class TrainConfig(RunSettings):
     backbone: str | None = None
     out: str | None = None
     task: Literal["classification", "segmentation"] = "classification"
-    method: str = "snella"
+    method: str = DEFAULT_METHOD
     weights: str | None = None
     pretrained: bool = True
     img_size: int | None = None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from snella.data import ImageDataset, build_transform
-from snella.methods import spec_of
+from snella.methods import method_of, spec_of
 from snella.runs.build import RunComponents
 from snella.runs.config import TrainConfig
 
@@ -48,8 +48,10 @@ class FeatureDataset(Dataset[tuple[Tensor, int]]):
 
 def can_cache_features(config: TrainConfig, model: nn.Module) -> bool:
     """Whether nothing before the head changes during training: a linear probe of a timm model without augmentation."""
+    method = method_of(model)
     return (
-        spec_of(model).family == "linear"
+        method is not None
+        and method.is_head_only
         and config.augment == "none"
         and has_timm_features(model)
         and isinstance(model.get_submodule(spec_of(model).head), nn.Linear)
@@ -119,8 +121,13 @@ def choose_head_start(parts: RunComponents, config: TrainConfig) -> Literal["ran
     base, head = _base_and_head(parts.model)
     labels = parts.splits.train.labels
     steps = -(-len(labels) // config.effective_batch_size) * config.epochs
-    has_linear_head = isinstance(head, nn.Linear) and has_timm_features(base)
-    return "probe" if has_linear_head and steps < _STEPS_THAT_TRAIN_A_HEAD and len(set(labels)) > 1 else "random"
+    return "probe" if _is_probe(base, head) and steps < _STEPS_THAT_TRAIN_A_HEAD and len(set(labels)) > 1 else "random"
+
+
+def _is_probe(base: nn.Module, head: nn.Module) -> bool:
+    """Whether a head is one linear layer on the pooled features of a timm model, as a linear probe is."""
+    width = getattr(base, "head_hidden_size", None) or getattr(base, "num_features", None)
+    return isinstance(head, nn.Linear) and has_timm_features(base) and width in (None, head.in_features)
 
 
 def start_head_from_probe(parts: RunComponents, config: TrainConfig) -> None:
@@ -139,9 +146,9 @@ def start_head_from_probe(parts: RunComponents, config: TrainConfig) -> None:
     """
     model = parts.model
     base, head = _base_and_head(model)
-    if not isinstance(head, nn.Linear) or not has_timm_features(base):
+    if not isinstance(head, nn.Linear) or not _is_probe(base, head):
         raise ValueError(
-            "head_start='probe' needs a timm classifier with a linear head, got "
+            "head_start='probe' needs a timm classifier with a linear head on its pooled features, got "
             f"{type(base).__name__} with {type(head).__name__}; use head_start='random'"
         )
     train = parts.splits.train

@@ -15,6 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from snella.backbones import create_backbone
 from snella.methods import build_method
+from snella.methods.defaults import MEMORY_METHODS
 from snella.tuner.layer import SnellaLayer
 
 Call = tuple[str, int]
@@ -281,7 +282,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def methods_compared(r: int) -> list[str]:
     """The methods that `predict_for_methods` goes through, for ranks of `r`."""
-    return [f"snella-{r}", f"lora-{r}", "full"]
+    return [name.format(r=r) for name in MEMORY_METHODS]
 
 
 def predict_for_methods(

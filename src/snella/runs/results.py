@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import nn
 
 from snella import SnellaCallback, SnellaConfig
-from snella.methods import spec_of
+from snella.methods import method_of
 from snella.records import Allocation, AllocationStep, DataInfo, MatrixInfo, RunInfo
 from snella.runs.build import PARTS, RunComponents, absolute_folder, contents_of, split_sizes, splits_digest
 from snella.runs.config import TrainConfig, command_line
@@ -87,8 +87,8 @@ def sparsity_summary(matrices: Sequence[AdaptedMatrix]) -> str:
 
 def matrices_of(model: nn.Module) -> list[AdaptedMatrix]:
     """The sparse matrices of a model; none for methods without budgets."""
-    is_sparse = isinstance(model, PeftModel) and spec_of(model).family in ("snella", "snella-matched", "snell")
-    return adapted_matrices(model) if is_sparse else []
+    method = method_of(model)
+    return adapted_matrices(model) if method is not None and method.has_budgets else []
 
 
 def trainable_parameters(model: nn.Module) -> int:

@@ -8,8 +8,7 @@ from rich.console import Console
 
 from snella import SnellaCallback
 from snella._files import write_text
-from snella.methods import load_trained_into
-from snella.methods.adalora import is_adalora
+from snella.methods import load_trained_into, method_of
 from snella.records import EpochRow, Metrics, RunInfo, read, scores_from
 from snella.report import write_report
 from snella.runs.build import (
@@ -21,7 +20,7 @@ from snella.runs.build import (
     parts_of,
     store_selection,
 )
-from snella.runs.callbacks import ProgressDisplay, RankCallback, StepTimeCallback
+from snella.runs.callbacks import ProgressDisplay, ScheduleCallback, StepTimeCallback
 from snella.runs.config import TrainConfig
 from snella.runs.console import make_console, print_line
 from snella.runs.evaluate import redraw_report
@@ -143,8 +142,9 @@ def _fit(
     protocol = get_protocol(config.protocol)
     weights = sum(m.size for m in matrices) or None
     display = ProgressDisplay(console, parts.task, protocol, weights, allocation, config.progress, shorten_hint(parts))
-    ranks = [RankCallback()] if is_adalora(parts.model) else []
-    callbacks = [*([allocation] if allocation else []), *ranks, interrupt, display, costs]
+    method = method_of(parts.model)
+    schedules = [] if method is None or method.schedule is None else [ScheduleCallback(method.schedule)]
+    callbacks = [*([allocation] if allocation else []), *schedules, interrupt, display, costs]
     start = time.monotonic()
     trained_part = cache_features(parts, config) if can_cache_features(config, parts.model) else None
     if config.head_start == "probe" and checkpoint is None:

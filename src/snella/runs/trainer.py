@@ -105,11 +105,10 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     """
     lr, weight_decay = config.lr or 0.0, config.weight_decay or 0.0
     head_lr = lr if config.head_lr is None else config.head_lr
-    if spec_of(model).family in ("snella", "snella-matched", "snell", "klora", "fixed-mask"):
+    method = method_of(model)
+    if method is not None and method.optimizer is not None:
         scalars: dict[str, Any] = {} if config.scalar_lr is None else {"scalar_lr": config.scalar_lr}
-        return create_snella_optimizer(
-            model, torch.optim.AdamW, lr=lr, head_lr=head_lr, weight_decay=weight_decay, **scalars
-        )
+        return method.optimizer(model, torch.optim.AdamW, lr=lr, head_lr=head_lr, weight_decay=weight_decay, **scalars)
     head = ("base_model.model." if isinstance(model, PeftModel) else "") + spec_of(model).head
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():

@@ -4,20 +4,10 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from snella.methods.defaults import RECIPE_METHOD
 from snella.runs.config import RunSettings
 from snella.runs.folder import RunFolderOf
 
-METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
-    "full": {"lr": 5e-6},
-    "lora": {"lr": 1e-4, "r": 8},
-    "dora": {"lr": 1e-4, "r": 8},
-    "snella": {"lr": 1e-4, "scalar_lr": 1e-4, "r": 8, "target_sparsity": 0.7, "scaling": 3.0},
-    "snell": {"lr": 1e-4, "scalar_lr": 1e-4, "r": 8, "target_sparsity": 0.7, "scaling": 3.0},
-}
-"""Defaults by method. The learning rate of the adapters is the paper's (section A.8 of arXiv
-2510.24037), that of full fine-tuning is usual for DreamBooth. The scaling keeps the update of 500 steps at this rate
-near the size of LoRA's, as measured for `snella` on a block of the real width (docs/generation.md) and taken over for
-`snell`; the paper has none."""
 _RATES = ("lr", "scalar_lr", "weight_decay", "max_grad_norm", "prior_weight", "guidance")
 _MINIMUMS = {
     "resolution": 8,
@@ -86,7 +76,6 @@ class DreamBoothConfig(RunSettings):
         "pipeline": "must be a Stable Diffusion 3 folder in diffusers' format, or its hub name",
     }
     out_hint: ClassVar[str] = "must be the folder of the run, e.g. runs/my-dog"
-    method_defaults: ClassVar[dict[str, dict[str, Any]]] = METHOD_DEFAULTS
     purpose: ClassVar[str] = "generation"
     basic: ClassVar[tuple[str, ...]] = (
         *("data", "subject", "pipeline", "out", "method", "class_name", "token", "prompt", "resolution", "steps", "lr"),
@@ -97,7 +86,7 @@ class DreamBoothConfig(RunSettings):
     subject: str | None = None
     pipeline: str | None = None
     out: str | None = None
-    method: str = "snella"
+    method: str = RECIPE_METHOD
     token: str = "sks"
     class_name: str | None = None
     prompt: str | None = None

@@ -4,17 +4,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from snella.methods.defaults import RECIPE_METHOD
 from snella.runs.config import RunSettings
 from snella.runs.folder import RunFolderOf
 
-METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
-    "full": {"lr": 2e-5},
-    "lora": {"lr": 3e-4, "r": 8},
-    "dora": {"lr": 3e-4, "r": 8},
-    "snella": {"lr": 1e-3, "scalar_lr": 1e-4, "r": 8, "target_sparsity": 0.7, "scaling": 10.0},
-    "snell": {"lr": 1e-3, "scalar_lr": 1e-4, "r": 8, "target_sparsity": 0.7, "scaling": 10.0},
-}
-"""By method: what it takes where the user gives none. LoRA's rate is the benchmark's own; the others are untuned."""
 _RATES = ("lr", "scalar_lr", "weight_decay", "max_grad_norm")
 _MINIMUMS = {
     "max_length": 2,
@@ -68,7 +61,6 @@ class LanguageConfig(RunSettings):
         "model": "must name a folder in transformers' format, or a hub name",
     }
     out_hint: ClassVar[str] = "must name the folder of the run, e.g. runs/llama"
-    method_defaults: ClassVar[dict[str, dict[str, Any]]] = METHOD_DEFAULTS
     purpose: ClassVar[str] = "language"
     basic: ClassVar[tuple[str, ...]] = (
         *("data", "model", "out", "method", "template", "epochs", "batch_size", "accumulation", "max_length", "lr"),
@@ -78,7 +70,7 @@ class LanguageConfig(RunSettings):
     data: str | None = None
     model: str | None = None
     out: str | None = None
-    method: str = "snella"
+    method: str = RECIPE_METHOD
     template: str | None = None
     r: int | None = None
     target_sparsity: float | None = None
