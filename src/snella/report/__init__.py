@@ -7,12 +7,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from snella.report.card import model_card
     from snella.report.inspect import inspect_run, inspect_summary
     from snella.report.report import write_report
 
-_HOMES = {"inspect_run": "inspect", "inspect_summary": "inspect", "write_report": "report"}
+_HOMES = {"inspect_run": "inspect", "inspect_summary": "inspect", "model_card": "card", "write_report": "report"}
 
-__all__ = ["inspect_run", "inspect_summary", "write_report"]
+__all__ = ["inspect_run", "inspect_summary", "model_card", "write_report"]
 
 
 def __getattr__(name: str) -> Any:

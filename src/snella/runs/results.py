@@ -1,7 +1,6 @@
 """Summaries of a run: `run.json`, `allocation.json`, the adapter's card and the console's overview."""
 
 import contextlib
-import json
 import math
 import platform
 import resource
@@ -29,10 +28,6 @@ from snella.tuner.matrices import AdaptedMatrix, adapted_matrices
 
 _PACKAGES = ("snella", "torch", "peft", "timm", "transformers")
 _USUAL_SIZE, _MIN_SIZE = 224, 48
-_PREPARED = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-_CARD_USE = """Its keys are registered by the package `snella` (`import snella` before PEFT loads it). The run that this
-folder comes from predicts with `snella predict RUN IMAGES`, and `snella merge RUN --out MODEL` makes it a plain model.
-"""
 
 
 def describe_run(config: TrainConfig, parts: RunComponents, names: Collection[str] = PARTS) -> RunInfo:
@@ -165,27 +160,6 @@ def log_summary(console: Console, config: TrainConfig, parts: RunComponents) -> 
         *_cost_warnings(config, parts, memory, free),
     ]
     print_rows(console, rows)
-
-
-def adapter_card(config: TrainConfig, parts: RunComponents) -> str:
-    """The `README.md` of an adapter's folder, which may travel without its run: base model, classes, preparation.
-
-    Args:
-        config: Of the run.
-        parts: Its data and model.
-    """
-    backbone, prepared = parts.backbone, parts.data_config
-    facts = [
-        ("Base model", f"`{backbone.name}`" + (f", weights `{backbone.weights}`" if backbone.weights else "")),
-        ("Architecture", f"timm's `{backbone.architecture}`"),
-        ("Method", f"`{config.method}`, {json.dumps(config.options_of_method())}"),
-        ("Data", parts.splits.description),
-        ("Images", ", ".join(f"{name} {prepared[name]}" for name in _PREPARED if name in prepared)),
-        ("Classes, in the order of the outputs", json.dumps(list(parts.splits.classes), ensure_ascii=False)),
-    ]
-    lines = "\n".join(f"- {name}: {text}" for name, text in facts)
-    head = f"---\nlibrary_name: peft\ntags: [snella, timm, {parts.task.name}]\n---\n\n"
-    return f"{head}# {config.method} adapter\n\n{lines}\n\n{_CARD_USE}"
 
 
 def free_memory(device: torch.device) -> int:

@@ -10,7 +10,7 @@ from snella import SnellaCallback
 from snella._files import write_text
 from snella.methods import load_trained_into, method_of
 from snella.records import EpochRow, Metrics, RunInfo, read, scores_from
-from snella.report import write_report
+from snella.report import model_card, write_report
 from snella.runs.build import (
     PARTS,
     RunComponents,
@@ -28,7 +28,6 @@ from snella.runs.folder import RunFolder
 from snella.runs.linear_probe import cache_features, can_cache_features, choose_head_start, start_head_from_probe
 from snella.runs.protocol import RunProtocol, get_protocol
 from snella.runs.results import (
-    adapter_card,
     best_epoch,
     describe_allocation,
     describe_run,
@@ -50,6 +49,10 @@ from snella.runs.session import (
 from snella.runs.trainer import SnellaTrainer
 from snella.tasks import Task
 
+_ADAPTER_USE = """This folder is an adapter in PEFT's format; its keys are registered by the package `snella` (`import
+snella` before PEFT loads it). With the run that it comes from, `snella predict RUN IMAGES` predicts, and `snella merge
+RUN --out MODEL` makes it a plain model.
+"""
 _MOST_PREDICTIONS = 5_000  # a benchmark's test split would fill hundreds of megabytes
 
 
@@ -214,7 +217,8 @@ def _finish(
     )
     run.write(metrics)
     run.finish()
-    write_text(run.adapter / "README.md", adapter_card(trainer.config, parts))  # without a digest: meant to be edited
+    card = model_card(run.path, _ADAPTER_USE, library="peft")
+    write_text(run.adapter / "README.md", card)  # without a digest: meant to be edited
     report = write_report(run.path, report_images) if draw_report else None
     print_line(console, _final_text(parts.task, protocol, best, val, test))
     if protocol.warning:
