@@ -700,7 +700,7 @@ def record(name: str, settings: dict[str, Any]) -> None:
 
 
 def _listed(name: str, value: str, kind: Callable[[str], Any]) -> list[Any]:
-    """The values between commas; raises a ValueError where one is no number."""
+    """The values between commas; raises a ValueError where one is not a number."""
     try:
         return [kind(part.strip()) for part in str(value).split(",") if part.strip()]
     except ValueError:
@@ -741,7 +741,7 @@ def _memory_table(backbone: str, device: str | None = None, **given: Any) -> "Gr
 
     chosen: dict[str, Any] = {"batch": 32, "img_size": None, "r": 8, "dtype": "fp32"} | given
     device = device or choose_device("auto").type
-    columns = ("weights", "gradients", "optimiser state", "kept for backward", "largest temporary", "total")
+    columns = ("weights", "gradients", "optimizer state", "kept for backward", "largest temporary", "total")
     table = Table(title_justify="left")
     table.add_column("MiB")
     for name in columns:

@@ -67,7 +67,7 @@ _INSTEAD = {
     "lora_dropout": "dropout on the update's input is update_dropout",
     "lora_bias": "bias='snella_only' trains the biases of the adapted layers",
     "init_lora_weights": "the field is init_weights",
-    "fan_in_fan_out": "transposed weights (transformers' Conv1D) are recognised without it",
+    "fan_in_fan_out": "transposed weights (transformers' Conv1D) are recognized without it",
     "target_parameters": "SNELLA adapts weights of linear layers and convolutions, not bare parameters; experts stored "
     "as one parameter can be adapted by LoraConfig(target_parameters=…), or trained in full with train_tokens",
     "use_dora": "there is no magnitude of its own in SNELLA; use LoraConfig(use_dora=True)",
@@ -232,7 +232,7 @@ class SnellaConfig(PeftConfig):
     init_weights: bool = field(default=True, metadata={"help": "start next to the pre-trained model"})
 
     def __new__(cls, *args: Any, **settings: Any) -> Self:
-        """Refuse settings that there are not, with the way out."""
+        """Refuse settings that there are not, with the remedy."""
         names = {setting.name for setting in fields(cls)}
         for name in settings:
             if name not in names:
@@ -248,12 +248,12 @@ class SnellaConfig(PeftConfig):
         self.peft_type = PEFT_TYPE
         self.watch = AllocatorCheck()
         # kinds first: what comes after may compare, hash and compile
-        if faults := self._kind_faults():
-            raise ValueError("; ".join(faults))
+        if errors := self._kind_errors():
+            raise ValueError("; ".join(errors))
         self._apply_preset()
-        faults = [*self._choice_faults(), *self._range_faults(), *self._target_faults()]
-        if faults:
-            raise ValueError("; ".join(faults))
+        errors = [*self._choice_errors(), *self._range_errors(), *self._target_errors()]
+        if errors:
+            raise ValueError("; ".join(errors))
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
@@ -333,7 +333,7 @@ class SnellaConfig(PeftConfig):
             if getattr(self, name) is None:
                 setattr(self, name, list(value) if isinstance(value, list) else value)
 
-    def _choice_faults(self) -> list[str]:
+    def _choice_errors(self) -> list[str]:
         """Name every field whose value is not among its choices, with the nearest one."""
         choices = {
             "preset": get_args(Preset),
@@ -344,84 +344,84 @@ class SnellaConfig(PeftConfig):
             "importance": get_args(ImportanceMetric),
             "bias": get_args(Bias),
         }
-        faults = []
+        errors = []
         for name, allowed in choices.items():
             value = getattr(self, name)
-            # a wrong preset leaves its dependants at None: one fault, not seven
+            # a wrong preset leaves its dependants at None: one error, not seven
             if value not in allowed and not (value is None and self.preset not in list(_PRESETS)):
                 near = get_close_matches(str(value), allowed, 1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
-                faults.append(f"{name} must be one of {list(allowed)}, got {value!r}{hint}")
+                errors.append(f"{name} must be one of {list(allowed)}, got {value!r}{hint}")
         try:
             resolve_implementation(self.impl)
         except ValueError as error:
-            faults.append(str(error))
-        return faults
+            errors.append(str(error))
+        return errors
 
-    def _range_faults(self) -> list[str]:
+    def _range_errors(self) -> list[str]:
         """Name every number out of range."""
-        faults = []
+        errors = []
         cuts_rows = self.kernel in list(KERNELS) and "piece_coeff" in KERNELS[self.kernel].scalars
-        faults += [
+        errors += [
             f"{name} must be at least 1, got {name}={getattr(self, name)}"
             for name in ("r", "num_pieces")
             if getattr(self, name) < 1
         ]
-        if not faults and cuts_rows and self.r % self.num_pieces:
+        if not errors and cuts_rows and self.r % self.num_pieces:
             below = self.r // self.num_pieces * self.num_pieces
             near = " or ".join(f"r={rank}" for rank in (below, below + self.num_pieces) if rank > 0)
-            faults.append(f"r must be divisible by num_pieces={self.num_pieces}, got r={self.r}; {near} would fit")
+            errors.append(f"r must be divisible by num_pieces={self.num_pieces}, got r={self.r}; {near} would fit")
         for key, rank in self.rank_pattern.items():
             pieces = self.num_pieces if cuts_rows else 1
             if rank < 1 or rank % max(pieces, 1):
-                faults.append(f"rank_pattern[{key!r}] must be a multiple of num_pieces={pieces}, got {rank}")
+                errors.append(f"rank_pattern[{key!r}] must be a multiple of num_pieces={pieces}, got {rank}")
         if not 0 <= self.target_sparsity < 1:
             is_percent = 1 < self.target_sparsity < 100
             hint = f"did you mean {self.target_sparsity / 100:g}?" if is_percent else _NO_UPDATE
-            faults.append(f"target_sparsity must be in [0, 1), got {self.target_sparsity}; {hint}")
+            errors.append(f"target_sparsity must be in [0, 1), got {self.target_sparsity}; {hint}")
         elif not 0 <= self.init_sparsity <= self.target_sparsity:
-            faults.append(
+            errors.append(
                 f"init_sparsity must be in [0, target_sparsity], got {self.init_sparsity} "
                 f"with target_sparsity={self.target_sparsity}"
             )
         if self.sparsify_mode == "none" and self.target_sparsity != 0:
-            faults.append(
+            errors.append(
                 f"sparsify_mode='none' keeps every weight of the update: target_sparsity must be 0, got "
                 f"{self.target_sparsity}"
             )
         if not math.isfinite(self.scaling) or self.scaling == 0:
-            faults.append(f"scaling must be finite and not 0, got {self.scaling}")
+            errors.append(f"scaling must be finite and not 0, got {self.scaling}")
         for name in ("beta1", "beta2", "update_dropout", "update_drop_path"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
-                faults.append(f"{name} must be in [0, 1), got {value}")
+                errors.append(f"{name} must be in [0, 1), got {value}")
         if not 0 <= self.min_layer_share <= 1:
-            faults.append(f"min_layer_share must be in [0, 1], got {self.min_layer_share}")
+            errors.append(f"min_layer_share must be in [0, 1], got {self.min_layer_share}")
         if self.match_update and self.kernel not in MATCHED_KERNELS:
-            faults.append(
+            errors.append(
                 f"match_update=True needs a kernel of {list(MATCHED_KERNELS)}, got kernel={self.kernel!r}; "
                 "set match_update=False"
             )
         if self.schedule_end is not None and not 0 < self.schedule_end <= 1:
-            faults.append(f"schedule_end must be in (0, 1], got {self.schedule_end}; 1 shrinks the budget to the end")
+            errors.append(f"schedule_end must be in (0, 1], got {self.schedule_end}; 1 shrinks the budget to the end")
         if self.softmax_dim not in (0, 1):
-            faults.append(f"softmax_dim must be 0 or 1, got {self.softmax_dim}")
+            errors.append(f"softmax_dim must be 0 or 1, got {self.softmax_dim}")
         every = self.realloc_every
         if every != "epoch" and not (isinstance(every, int) and not isinstance(every, bool) and every >= 1):
-            faults.append(f"realloc_every must be 'epoch' or a number of steps of at least 1, got {every!r}")
+            errors.append(f"realloc_every must be 'epoch' or a number of steps of at least 1, got {every!r}")
         if self.fixed_support and (self.update_dropout or self.update_drop_path):
-            faults.append(
+            errors.append(
                 f"fixed_support=True needs update_dropout=0 and update_drop_path=0, got {self.update_dropout} and "
                 f"{self.update_drop_path}"
             )
         groups = self.qkv_groups
         if not (groups == "auto" or isinstance(groups, dict) or (isinstance(groups, int) and groups >= 1)):
-            faults.append(f"qkv_groups must be 'auto', a number of at least 1 or a mapping, got {groups!r}")
-        return faults
+            errors.append(f"qkv_groups must be 'auto', a number of at least 1 or a mapping, got {groups!r}")
+        return errors
 
-    def _kind_faults(self) -> list[str]:
+    def _kind_errors(self) -> list[str]:
         """Name every field whose value is of a wrong kind, with what is required."""
-        faults = []
+        errors = []
         for names, is_right, required in _KINDS:
             for name in names:
                 value = getattr(self, name)
@@ -429,35 +429,35 @@ class SnellaConfig(PeftConfig):
                 if value is None and _DEFAULTS[name] is None:
                     continue
                 if not is_right(value):
-                    faults.append(f"{name} must be {required}, got {value!r}")
-        return faults
+                    errors.append(f"{name} must be {required}, got {value!r}")
+        return errors
 
-    def _target_faults(self) -> list[str]:
+    def _target_errors(self) -> list[str]:
         """Name what cannot be read or combined in the selection of modules."""
-        faults = []
+        errors = []
         for name in ("target_modules", "exclude_modules"):
             if isinstance(value := getattr(self, name), str):
                 try:
                     regex.compile(value)
                 except regex.error as error:
-                    faults.append(f"{name} must be a regular expression or a list of names, got {value!r}: {error}")
+                    errors.append(f"{name} must be a regular expression or a list of names, got {value!r}: {error}")
         # these become parts of regular expressions, PEFT's or ours
         for name in ("modules_to_save", "rank_pattern", "layers_pattern"):
             names = getattr(self, name) or []
             for key in [names] if isinstance(names, str) else names:
                 if not _NAME.fullmatch(key):
-                    faults.append(f"{name} takes names or suffixes of modules, got {key!r}")
+                    errors.append(f"{name} takes names or suffixes of modules, got {key!r}")
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
                 if self.target_modules.lower() == "all-linear":
                     continue
-                faults.append(
+                errors.append(
                     f"{name} needs target_modules as a list, got target_modules={self.target_modules!r} "
                     f"and {name}={getattr(self, name)!r}; put the block numbers into the regular expression"
                 )
         if self.layers_pattern and self.layers_to_transform is None:
-            faults.append(f"layers_pattern needs layers_to_transform, got layers_pattern={self.layers_pattern!r}")
-        return faults
+            errors.append(f"layers_pattern needs layers_to_transform, got layers_pattern={self.layers_pattern!r}")
+        return errors
 
 
 def _is_integer(value: Any) -> bool:

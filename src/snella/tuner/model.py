@@ -446,17 +446,17 @@ class SnellaModel(BaseTuner):
             if attribute.startswith(cls.prefix) and attribute != "snella_config"
             if adapter_name in getattr(module, attribute)
         }
-        faults = [f"{key} is missing" for key in expected if key not in remapped]
-        faults += [
+        errors = [f"{key} is missing" for key in expected if key not in remapped]
+        errors += [
             f"{key} is {list(remapped[key].shape)} where the model needs {list(tensor.shape)}"
             for key, tensor in expected.items()
             if key in remapped and remapped[key].shape != tensor.shape
         ]
-        faults += [f"{key} fits no layer" for key in remapped if ".snella_" in key and key not in expected]
-        if faults:
-            more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+        errors += [f"{key} fits no layer" for key in remapped if ".snella_" in key and key not in expected]
+        if errors:
+            more = f" and {len(errors) - 3} more" if len(errors) > 3 else ""
             raise ValueError(
-                f"the adapter does not fit {type(model).__name__}: {'; '.join(faults[:3])}{more}; "
+                f"the adapter does not fit {type(model).__name__}: {'; '.join(errors[:3])}{more}; "
                 "load it into the architecture it was trained on"
             )
         broken = [

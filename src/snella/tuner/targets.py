@@ -225,7 +225,7 @@ def count_rows(
         keys = [key for key in qkv_groups if name == key or name.endswith(f".{key}")]
         wanted = qkv_groups[max(keys, key=len)] if keys else 1
     elif suffix in _FUSED_NAMES:
-        wanted = qkv_groups if isinstance(qkv_groups, int) else _recognise(suffix, out_features, in_features, parent)
+        wanted = qkv_groups if isinstance(qkv_groups, int) else _recognize(suffix, out_features, in_features, parent)
     counts = [out_features // wanted] * wanted if isinstance(wanted, int) else list(wanted)
     if sum(counts) != out_features or any(count < 1 for count in counts):
         raise ValueError(
@@ -235,7 +235,7 @@ def count_rows(
     return tuple(counts)
 
 
-def _recognise(suffix: str, out_features: int, in_features: int, parent: nn.Module) -> int | list[int]:
+def _recognize(suffix: str, out_features: int, in_features: int, parent: nn.Module) -> int | list[int]:
     """Tell how a layer with a fused one's name is laid out: equal parts, or fewer rows for keys and values."""
     if suffix == "kv":
         return 2 if out_features % 2 == 0 else 1
