@@ -190,7 +190,7 @@ def test_the_importance_is_read_before_the_step_and_after_it_in_the_authors_code
     model = mlp.adapted(preset=preset, update_dropout=0.0, update_drop_path=0.0)
     optimizer = make_optimizer(model, torch.optim.SGD, lr=1e-3)
     allocator = allocator_of(model).attach(optimizer)
-    by_hand = ImportanceTracker(adapted_matrices(model), zero_start=preset == "official")
+    by_hand = ImportanceTracker(adapted_matrices(model), zero_init_ema=preset == "official")
     model.train()
     for number in (1, 2, 3):
         optimizer.zero_grad()

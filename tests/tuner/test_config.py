@@ -104,18 +104,18 @@ def test_kernels_without_pieces_need_no_divisible_rank():
 def test_the_paper_preset_is_the_paper():
     config = SnellaConfig()
     assert (config.sparsify_mode, config.learn_piece_coeff, config.learn_temperature) == ("soft", True, False)
-    assert (config.update_dropout, config.update_drop_path, config.zero_start) == (0.0, 0.0, False)
+    assert (config.update_dropout, config.update_drop_path, config.zero_init_ema) == (0.0, 0.0, False)
     assert (config.r, config.kernel, config.num_pieces, config.target_sparsity) == (8, "mix_k", 2, 0.7)
     assert (config.beta1, config.beta2, config.schedule, config.realloc_every) == (0.85, 0.85, "cubic", "epoch")
-    assert config.train_tokens == []
+    assert config.parameters_to_save == []
 
 
 def test_the_official_preset_is_the_authors_code():
     config = SnellaConfig(preset="official")
     assert (config.sparsify_mode, config.learn_piece_coeff, config.learn_temperature) == ("official", False, True)
-    assert (config.update_dropout, config.update_drop_path, config.zero_start) == (0.1, 0.1, True)
+    assert (config.update_dropout, config.update_drop_path, config.zero_init_ema) == (0.1, 0.1, True)
     assert "proj" in config.dropout_exclude
-    assert config.train_tokens == ["cls_token"]
+    assert config.parameters_to_save == ["cls_token"]
 
 
 def test_what_the_user_sets_wins_over_the_preset():
@@ -139,7 +139,7 @@ def test_a_configuration_survives_its_file(tmp_path):
         qkv_groups={"qkv": [4, 2, 2]},
         realloc_every=50,
         modules_to_save=["head"],
-        train_tokens=["cls_token"],
+        parameters_to_save=["cls_token"],
     )
     config.save_pretrained(str(tmp_path))
     stored = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -194,7 +194,7 @@ def test_faults_of_kind_are_reported_together():
         ("lora_dropout", "update_dropout"),
         (
             "target_parameters",
-            r"adapted by LoraConfig\(target_parameters=…\), or trained in full with train_tokens",
+            r"adapted by LoraConfig\(target_parameters=…\), or trained in full with parameters_to_save",
         ),
         ("use_dora", r"use LoraConfig\(use_dora=True\)"),
     ],
@@ -280,3 +280,34 @@ def test_projections_of_an_attention_can_have_ranks_of_their_own(cases):
 def test_a_rank_of_no_adapted_layer_is_refused(mlp):
     with pytest.raises(ValueError, match=r"rank_pattern=\['fc7'\] names no adapted module; .* \['lin0', 'lin1'\]"):
         get_peft_model(mlp.base(), SnellaConfig(rank_pattern={"fc7": 4, "lin0": 2}))
+
+
+FORMER = {"keep_delta": ("cache_delta", True), "zero_start": ("zero_init_ema", True)} | {
+    "train_tokens": ("parameters_to_save", ["cls_token"])
+}
+
+
+@pytest.mark.parametrize("former", FORMER)
+def test_a_setting_by_its_former_name_is_taken_with_a_warning(former):
+    name, value = FORMER[former]
+    with pytest.warns(FutureWarning, match=rf"^{former} is called {name} now; the former name goes in 0\.3$") as caught:
+        config = SnellaConfig(**{former: value})
+    assert getattr(config, name) == value and not hasattr(config, former)
+    assert caught[0].filename == __file__
+
+
+def test_a_setting_by_both_names_is_refused():
+    with pytest.raises(TypeError, match="keep_delta is the former name of cache_delta, got both; leave keep_delta out"):
+        SnellaConfig(keep_delta=True, cache_delta=False)
+
+
+@pytest.mark.parametrize("kind", [SnellaConfig, PeftConfig])
+def test_a_file_with_former_names_is_read_without_a_warning(tmp_path, kind):
+    SnellaConfig(cache_delta=True, parameters_to_save=["cls_token"]).save_pretrained(str(tmp_path))
+    path = tmp_path / "adapter_config.json"
+    settings = json.loads(path.read_text())
+    for former, (name, _) in FORMER.items():
+        settings[former] = settings.pop(name)
+    path.write_text(json.dumps(settings))
+    config = kind.from_pretrained(str(tmp_path))
+    assert (config.cache_delta, config.zero_init_ema, config.parameters_to_save) == (True, False, ["cls_token"])

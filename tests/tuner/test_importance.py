@@ -53,7 +53,7 @@ def test_three_steps_worked_by_hand():
 
 def test_starting_at_zero_worked_by_hand():
     (matrix,) = matrices([(1, 1)], r=1, num_pieces=1)
-    tracker = ImportanceTracker([matrix], beta1=0.75, beta2=0.25, zero_start=True)
+    tracker = ImportanceTracker([matrix], beta1=0.75, beta2=0.25, zero_init_ema=True)
     one = torch.ones(1, 1)
     for _ in range(2):
         show(matrix, one, one, 4 * one, 0 * one)
@@ -64,7 +64,7 @@ def test_starting_at_zero_worked_by_hand():
 
 def test_both_factors_are_averaged_over_their_own_entries():
     (matrix,) = matrices([(2, 3)], r=1, num_pieces=1)
-    tracker = ImportanceTracker([matrix], beta1=0.5, beta2=0.5, zero_start=True)
+    tracker = ImportanceTracker([matrix], beta1=0.5, beta2=0.5, zero_init_ema=True)
     A, B = torch.tensor([[1.0], [3.0]]), torch.tensor([[1.0], [2.0], [3.0]])
     show(matrix, A, B, torch.ones(2, 1), torch.ones(3, 1))
     tracker.update()
@@ -85,7 +85,7 @@ def test_half_precision_gradients_are_multiplied_in_float32():
 
 def test_magnitude_needs_no_gradient_and_no_gradient_is_noted_for_sensitivity():
     (matrix,) = matrices([(2, 3)])
-    magnitude = ImportanceTracker([matrix], metric="magnitude", zero_start=True)
+    magnitude = ImportanceTracker([matrix], metric="magnitude", zero_init_ema=True)
     magnitude.update()
     assert magnitude.without_gradient == []
     factors = [factor.detach().abs() for factor in matrix.factors]
@@ -100,7 +100,7 @@ def test_magnitude_needs_no_gradient_and_no_gradient_is_noted_for_sensitivity():
 
 def test_delta_magnitude_smooths_the_size_of_the_update():
     (matrix,) = matrices([(2, 3)], init_sparsity=0.5)
-    tracker = ImportanceTracker([matrix], metric="delta_magnitude", beta1=0.5, beta2=0.5, zero_start=True)
+    tracker = ImportanceTracker([matrix], metric="delta_magnitude", beta1=0.5, beta2=0.5, zero_init_ema=True)
     tracker.update()
     size = matrix.sparse_update().abs().mean().item()
     assert tracker.scores() == [pytest.approx(size / 2 * size / 4)]
@@ -112,7 +112,7 @@ def test_the_parts_of_a_fused_layer_have_importances_of_their_own(vit):
     layer.snella_A["default"].grad = torch.ones_like(layer.snella_A["default"])
     layer.snella_B["default"].grad = torch.ones_like(layer.snella_B["default"])
     layer.snella_B["default"].data[64:128] *= 10
-    tracker = ImportanceTracker(parts, zero_start=True)
+    tracker = ImportanceTracker(parts, zero_init_ema=True)
     tracker.update()
     q, k, v = tracker.scores()
     assert k > 20 * max(q, v)
@@ -120,9 +120,9 @@ def test_the_parts_of_a_fused_layer_have_importances_of_their_own(vit):
 
 def test_a_state_is_restored_and_independent_of_its_source():
     pair = matrices([(2, 3), (3, 2)])
-    tracker = ImportanceTracker(pair, metric="magnitude", zero_start=True)
+    tracker = ImportanceTracker(pair, metric="magnitude", zero_init_ema=True)
     tracker.update()
-    other = ImportanceTracker(pair, metric="magnitude", zero_start=True)
+    other = ImportanceTracker(pair, metric="magnitude", zero_init_ema=True)
     other.load_state_dict(tracker.state_dict())
     assert other.scores() == tracker.scores()
     before = other.scores()
@@ -142,7 +142,7 @@ def test_the_authors_allocator_is_reproduced():
     tensors = load_file(PARITY / "official.safetensors")
     competitors = matrices(record["layers"], preset="official", r=4)
     caps = [matrix.size for matrix in competitors]
-    tracker = ImportanceTracker(competitors, beta1=record["beta1"], beta2=record["beta2"], zero_start=True)
+    tracker = ImportanceTracker(competitors, beta1=record["beta1"], beta2=record["beta2"], zero_init_ema=True)
     target = sum(caps) - round(record["target_sparsity"] * sum(caps))
 
     def joined(pieces):

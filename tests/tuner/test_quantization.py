@@ -332,13 +332,13 @@ def test_evaluation_keeps_the_weight_where_it_is_told_to(kind_or_bytes, monkeypa
     model.eval()
     with torch.no_grad():
         expected = layer(x)
-        model.peft_config["default"].keep_delta = True
+        model.peft_config["default"].cache_delta = True
         torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
         assert layer._cache._effective is not None
         with monkeypatch.context() as patch:
             patch.setattr(layer, "_effective", None)  # not needed any more
             torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
-        model.peft_config["default"].keep_delta = False
+        model.peft_config["default"].cache_delta = False
         torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
     assert layer._cache._effective is None
 

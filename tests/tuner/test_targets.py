@@ -483,7 +483,9 @@ def test_experts_that_the_default_leaves_out_are_named_with_what_is_covered():
 
 
 def test_experts_can_be_trained_in_full_by_name():
-    model = get_peft_model(_mixtral(), SnellaConfig(r=2, target_modules=["q_proj"], train_tokens=["gate_up_proj"]))
+    model = get_peft_model(
+        _mixtral(), SnellaConfig(r=2, target_modules=["q_proj"], parameters_to_save=["gate_up_proj"])
+    )
     model(torch.arange(6)[None]).logits.square().sum().backward()
     experts = [p for n, p in model.named_parameters() if "gate_up_proj" in n and p.requires_grad]
     assert len(experts) == 1 and experts[0].grad.abs().sum() > 0

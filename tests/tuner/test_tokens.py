@@ -21,7 +21,7 @@ def tokened(request, cases):
 
 
 def trained(case, **settings):
-    model = case.adapted(train_tokens=["cls_token"], **settings)
+    model = case.adapted(parameters_to_save=["cls_token"], **settings)
     shift(model, 1.0)
     return model
 
@@ -43,7 +43,7 @@ def in_use(model):
 
 
 def test_a_token_starts_at_its_pretrained_value_and_is_trained(tokened):
-    model = tokened.adapted(train_tokens=["cls_token"])
+    model = tokened.adapted(parameters_to_save=["cls_token"])
     assert torch.equal(tokened.predict(model), tokened.predict(tokened.adapted()))
     optimizer = create_snella_optimizer(model, lr=0.1)
     tokened.run(model.train()).square().sum().backward()
@@ -56,7 +56,7 @@ def test_a_token_starts_at_its_pretrained_value_and_is_trained(tokened):
 def test_a_token_is_seen_by_every_way_of_calling_the_model(vit):
     model = trained(vit)
     x = vit.inputs()
-    other = vit.adapted(train_tokens=["cls_token"])
+    other = vit.adapted(parameters_to_save=["cls_token"])
     with torch.no_grad():
         assert not torch.allclose(
             model.base_model.model.forward_features(x), other.base_model.model.forward_features(x)
@@ -87,7 +87,7 @@ def test_a_token_is_disabled_with_the_adapter(tokened):
 def test_tokens_are_switched_and_deleted_with_their_adapters(tokened):
     model = trained(tokened)
     first = tokened.predict(model)
-    model.add_adapter("second", tokened.config(train_tokens=["cls_token"]))
+    model.add_adapter("second", tokened.config(parameters_to_save=["cls_token"]))
     assert torch.equal(tokened.predict(model), first)
     assert in_use(model).requires_grad
     model.set_adapter("second")
@@ -106,7 +106,7 @@ def test_tokens_are_switched_and_deleted_with_their_adapters(tokened):
 
 def test_deleting_the_active_adapter_hands_the_token_to_the_next(vit):
     model = trained(vit)
-    model.add_adapter("second", vit.config(train_tokens=["cls_token"]))
+    model.add_adapter("second", vit.config(parameters_to_save=["cls_token"]))
     model.set_adapter("second")
     with pytest.warns(UserWarning, match="second was active which is now deleted"):
         model.delete_adapter("second")
@@ -115,7 +115,7 @@ def test_deleting_the_active_adapter_hands_the_token_to_the_next(vit):
 
 def test_two_active_adapters_with_one_token_are_refused(vit):
     model = trained(vit)
-    model.add_adapter("second", vit.config(train_tokens=["cls_token"]))
+    model.add_adapter("second", vit.config(parameters_to_save=["cls_token"]))
     expected = vit.predict(model)
     with pytest.raises(ValueError, match=r"'cls_token' has a value of its own in each of the adapters \['default', 's"):
         model.base_model.set_adapter(["default", "second"])
@@ -190,14 +190,14 @@ def test_copies_and_pickles_keep_the_token_in_use(tokened):
 def test_a_state_dict_restores_the_token_in_use(vit):
     model = trained(vit)
     for assign in (False, True):
-        other = vit.adapted(train_tokens=["cls_token"])
+        other = vit.adapted(parameters_to_save=["cls_token"])
         other.load_state_dict(model.state_dict(), assign=assign)
         assert torch.equal(vit.predict(other), vit.predict(model))
         assert in_use(other) is token(other).snella_token["default"]
 
 
 def test_half_precision_tokens_keep_the_models_dtype(tokened):
-    model = get_peft_model(tokened.base().bfloat16(), tokened.config(train_tokens=["cls_token"]))
+    model = get_peft_model(tokened.base().bfloat16(), tokened.config(parameters_to_save=["cls_token"]))
     assert in_use(model).dtype == torch.bfloat16
     inputs = tokened.inputs()
     inputs = {"pixel_values": inputs["pixel_values"].bfloat16()} if isinstance(inputs, dict) else inputs.bfloat16()
@@ -209,7 +209,7 @@ def test_half_precision_tokens_keep_the_models_dtype(tokened):
 
 def test_a_model_materialised_from_the_meta_device_keeps_its_token_in_use(vit):
     with torch.device("meta"):
-        model = get_peft_model(vit.make(), vit.config(train_tokens=["cls_token"]))
+        model = get_peft_model(vit.make(), vit.config(parameters_to_save=["cls_token"]))
     assert in_use(model).is_meta
     model.to_empty(device="cpu")
     assert in_use(model) is token(model).snella_token["default"]
@@ -223,7 +223,7 @@ def test_checkpointing_changes_no_gradient_of_a_token(cases, use_reentrant):
         base = cases["vit"].base()
         if checkpointed:
             base.activation_checkpointing_enable({"use_reentrant": use_reentrant})
-        model = get_peft_model(base, cases["vit"].config(train_tokens=["cls_token"])).train()
+        model = get_peft_model(base, cases["vit"].config(parameters_to_save=["cls_token"])).train()
         cases["vit"].run(model).square().sum().backward()
         gradients.append(in_use(model).grad)
     assert torch.equal(*gradients)
@@ -231,17 +231,17 @@ def test_checkpointing_changes_no_gradient_of_a_token(cases, use_reentrant):
 
 def test_the_official_preset_trains_the_class_token_where_there_is_one(cases):
     model = cases["timm_vit"].adapted(preset="official")
-    assert model.peft_config["default"].train_tokens == ["cls_token"]
+    assert model.peft_config["default"].parameters_to_save == ["cls_token"]
     assert [t.parameter_name for t in token_adapters(model)] == ["cls_token"]
     model = cases["timm_swin"].adapted(preset="official")
-    assert model.peft_config["default"].train_tokens == []
-    assert cases["timm_vit"].adapted().peft_config["default"].train_tokens == []
+    assert model.peft_config["default"].parameters_to_save == []
+    assert cases["timm_vit"].adapted().peft_config["default"].parameters_to_save == []
 
 
 def test_one_official_configuration_serves_models_with_and_without_a_token(cases):
     config = cases["timm_swin"].config(preset="official")
     get_peft_model(cases["timm_swin"].base(), copy.deepcopy(config))
-    config.train_tokens = []
+    config.parameters_to_save = []
     config.target_modules = None
     assert token_adapters(get_peft_model(cases["timm_vit"].base(), config))
 
@@ -255,8 +255,8 @@ def test_an_official_adapter_of_a_model_without_a_token_can_be_loaded(cases, tmp
 
 
 def test_any_bare_parameter_can_be_trained_by_suffix(cases):
-    model = cases["vit"].adapted(train_tokens=["embeddings.position_embeddings", "layernorm.weight"])
-    assert model.peft_config["default"].train_tokens == [
+    model = cases["vit"].adapted(parameters_to_save=["embeddings.position_embeddings", "layernorm.weight"])
+    assert model.peft_config["default"].parameters_to_save == [
         "vit.embeddings.position_embeddings",
         "vit.layernorm.weight",
     ]
@@ -267,12 +267,12 @@ def test_any_bare_parameter_can_be_trained_by_suffix(cases):
 def test_a_token_that_the_model_lacks_is_answered_with_near_names(vit):
     base = vit.base()
     with pytest.raises(
-        ValueError, match="train_tokens='clstoken' is no parameter of VisionTransformer; did you mean 'cls_token'"
+        ValueError, match="parameters_to_save='clstoken' is no parameter of VisionTransformer; did you mean 'cls_token'"
     ):
-        get_peft_model(base, vit.config(train_tokens=["clstoken"]))
+        get_peft_model(base, vit.config(parameters_to_save=["clstoken"]))
     assert not token_adapters(base)
-    with pytest.raises(ValueError, match=r"train_tokens='xyz' is no parameter of VisionTransformer$"):
-        get_peft_model(base, vit.config(train_tokens=["xyz"]))
+    with pytest.raises(ValueError, match=r"parameters_to_save='xyz' is no parameter of VisionTransformer$"):
+        get_peft_model(base, vit.config(parameters_to_save=["xyz"]))
 
 
 def test_an_empty_place_cannot_become_a_token(vit):

@@ -176,7 +176,7 @@ BASELINES: dict[str, Builder] = {
     "shira": _shira,
     "full": _full,
     "snella": _snella(),
-    "snella-keep-delta": _snella(keep_delta=True),
+    "snella-keep-delta": _snella(cache_delta=True),
     "snella-keep-inputs": _snella(recompute_inputs=False),
     "snella-eager": _snella(impl="eager"),
     "snella-triton": _snella(impl="triton"),

@@ -27,7 +27,7 @@ _OF_THE_COMPETITION = {
     "update_dropout",
     "update_drop_path",
     "dropout_exclude",
-    "zero_start",
+    "zero_init_ema",
     "allocation",
     "schedule",
     "importance",
@@ -35,7 +35,7 @@ _OF_THE_COMPETITION = {
     "beta1",
     "beta2",
     "min_layer_share",
-    "keep_delta",
+    "cache_delta",
     "impl",
     "preset",
 }

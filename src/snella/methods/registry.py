@@ -8,6 +8,7 @@ from typing import Any
 from peft import get_peft_model
 from torch import Tensor, nn
 
+from snella._deprecation import renamed
 from snella.methods.adalora import ADALORA
 from snella.methods.adapter import ADAPTER, MOSA
 from snella.methods.fixed_mask import FIXED_MASK
@@ -20,6 +21,7 @@ from snella.methods.peft_methods import DORA, KLORA, LORA, SNELL, SNELLA, SNELLA
 from snella.methods.prompts import VPT_DEEP, VPT_SHALLOW, VQT
 from snella.methods.spt import SPT_ADAPTER, SPT_LORA
 from snella.methods.ssf import SSF
+from snella.tuner.config import FORMER_NAMES
 from snella.tuner.targets import default_targets
 
 METHODS: dict[str, Method] = {
@@ -181,6 +183,8 @@ def check_method(name: str, options: Options) -> Options:
     """
     family, number = parse_method(name)
     method = METHODS[family]
+    former = {old: new for old, new in FORMER_NAMES.items() if new in method.options and old not in method.options}
+    options = renamed(options, former, warns=False)  # a stored run has them too
     unknown = [key for key in options if key not in method.options]
     if unknown:
         raise ValueError(_unknown_options(name, unknown, method.options))

@@ -60,7 +60,8 @@ def keep_threshold(delta: Tensor, budget: int) -> Tensor:
         t = the (budget + 1)-th largest |delta|,   t = 0 when budget = delta.numel()
 
     Eq. 13 of the paper takes the `budget`-th largest, which leaves one entry fewer; its text wants `budget` of them.
-    The selection is exact at every size (`torch.quantile` refuses more than 2²⁴ entries) and does not synchronize with the device.
+    The selection is exact at every size (`torch.quantile` refuses more than 2²⁴ entries) and does not synchronize with
+    the device.
 
     Entries that tie with `t` are all dropped: with `g` magnitudes above `t`, `g < budget` where `t` occurs more than
     once among the first `budget + 1`, down to 0 where the largest magnitude itself does (a constant matrix). Rounding

@@ -83,7 +83,7 @@ class BudgetAllocator:
             metric=self.config.importance,
             beta1=self.config.beta1,
             beta2=self.config.beta2,
-            zero_start=bool(self.config.zero_start),
+            zero_init_ema=bool(self.config.zero_init_ema),
         )
         self.step = 0
         self.history: list[dict[str, Any]] = []
@@ -212,11 +212,11 @@ class BudgetAllocator:
             self._finish_step(self.step + 1)
 
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
-        if not self.config.zero_start:
+        if not self.config.zero_init_ema:
             self._update_importance(_gradient_scale(optimizer))
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        if self.config.zero_start:
+        if self.config.zero_init_ema:
             self._update_importance(_gradient_scale(optimizer))
         self._finish_step(self.step + 1)
 

@@ -16,6 +16,7 @@ from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
+from snella._deprecation import accept_former_names
 from snella.ops.backends import resolve_implementation
 from snella.ops.kernels import KERNELS
 from snella.ops.sparsify import SparsifyMode
@@ -59,6 +60,9 @@ Bias = Literal["none", "all", "snella_only"]
 MATCHED_KERNELS = ("mix_k", "p_linear")
 """Kernels whose steps `match_update` knows how to scale: sums of piecewise distances."""
 
+FORMER_NAMES = {"keep_delta": "cache_delta", "zero_start": "zero_init_ema", "train_tokens": "parameters_to_save"}
+"""Settings by the names they had in adapters of earlier versions, each with the present one."""
+
 # what other methods of PEFT have under these names, and what to use instead
 _INSTEAD = {
     "lora_alpha": "the factor before the update is scaling, without a division by r",
@@ -69,7 +73,7 @@ _INSTEAD = {
     "init_lora_weights": "the field is init_weights",
     "fan_in_fan_out": "transposed weights (transformers' Conv1D) are recognized without it",
     "target_parameters": "SNELLA adapts weights of linear layers and convolutions, not bare parameters; experts stored "
-    "as one parameter can be adapted by LoraConfig(target_parameters=…), or trained in full with train_tokens",
+    "as one parameter can be adapted by LoraConfig(target_parameters=…), or trained in full with parameters_to_save",
     "use_dora": "there is no magnitude of its own in SNELLA; use LoraConfig(use_dora=True)",
     "layer_replication": "build the model with the repeated layers, then adapt it",
     "megatron_config": "use LoraConfig for layers of Megatron",
@@ -85,8 +89,8 @@ _PAPER: dict[str, Any] = {
     "update_dropout": 0.0,
     "update_drop_path": 0.0,
     "dropout_exclude": [],
-    "train_tokens": [],
-    "zero_start": False,
+    "parameters_to_save": [],
+    "zero_init_ema": False,
     "match_update": False,
     "schedule_end": 1.0,
 }
@@ -101,14 +105,16 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "update_drop_path": 0.1,
         # the output projection of the attention, by the names that libraries use
         "dropout_exclude": ["proj", "out_proj", "o_proj", "to_out.0", "attn.c_proj", "attention.output.dense"],
-        "train_tokens": ["cls_token"],
-        "zero_start": True,
+        "parameters_to_save": ["cls_token"],
+        "zero_init_ema": True,
         "match_update": False,
         "schedule_end": 1.0,
     },
 }
 
 
+# a file names its type of adapter, a user need not
+@accept_former_names(FORMER_NAMES, is_from_file=lambda settings: "peft_type" in settings)
 @dataclass
 class SnellaConfig(PeftConfig):
     """Settings of one SNELLA adapter: which matrices, how they are merged, how many weights survive.
@@ -139,7 +145,7 @@ class SnellaConfig(PeftConfig):
         ensure_weight_tying: Keep the output embedding tied where `modules_to_save` or `trainable_token_indices` train
             an input embedding that it shares its weight with.
         bias: Biases to train and save: `"none"`, `"all"` of the model's, or `"snella_only"`, those of adapted layers.
-        train_tokens: The same for bare parameters, such as `cls_token`, by name or suffix.
+        parameters_to_save: The same for bare parameters, such as `cls_token`, by name or suffix.
         scaling: Factor before the update.
         update_dropout: Dropout on the input of the update alone; takes two products instead of one.
         update_drop_path: Chance that a sample skips the update; takes two products instead of one.
@@ -151,8 +157,8 @@ class SnellaConfig(PeftConfig):
             kernelised LoRA; needs `target_sparsity=0`.
         learn_piece_coeff: Whether the coefficients `α_p` are learned.
         learn_temperature: Whether the softmax has a learned temperature.
-        zero_start: Whether the importance's moving averages start at zero and are read after the optimizer's step, as
-            in the authors' code, instead of at the first value and before it.
+        zero_init_ema: Whether the importance's moving averages start at zero and are read after the optimizer's step,
+            as in the authors' code, instead of at the first value and before it.
         allocation: `"competition"` shares the budget out by importance, `"uniform"` by size (SNELL).
         schedule: How the budget shrinks: `cubic`, `quadratic`, `linear` or `constant`.
         match_update: Whether `create_snella_optimizer` scales the factors' steps so that each changes the update in
@@ -166,7 +172,7 @@ class SnellaConfig(PeftConfig):
         min_layer_share: Fraction of its uniform share that every matrix keeps; 0 is the paper.
         softmax_dim: 0 normalizes each column of the merged matrix over its outputs, 1 each row over its inputs.
         center_softmax: Subtract the softmax's mean. Not in the paper.
-        keep_delta: Keep the merged matrix for the backward pass instead of rebuilding it (numba rebuilds as fast as it
+        cache_delta: Keep the merged matrix for the backward pass instead of rebuilding it (numba rebuilds as fast as it
             would read, and keeps nothing), and in evaluation the effective weight
             of a layer whose base weight is quantized.
         recompute_inputs: Do not keep an adapted layer's input where it is the output of a normalization or an
@@ -204,7 +210,7 @@ class SnellaConfig(PeftConfig):
     )
     ensure_weight_tying: bool = field(default=False, metadata={"help": "keep tied embeddings tied"})
     bias: str = field(default="none", metadata={"help": "none, all or snella_only"})
-    train_tokens: list[str] | None = field(default=None, metadata={"help": "bare parameters trained in full"})
+    parameters_to_save: list[str] | None = field(default=None, metadata={"help": "bare parameters trained in full"})
     scaling: float = field(default=1.0, metadata={"help": "factor before the update"})
     update_dropout: float | None = field(default=None, metadata={"help": "dropout on the update's input"})
     update_drop_path: float | None = field(default=None, metadata={"help": "chance that a sample skips the update"})
@@ -213,7 +219,7 @@ class SnellaConfig(PeftConfig):
     sparsify_mode: str | None = field(default=None, metadata={"help": "soft, official or none"})
     learn_piece_coeff: bool | None = field(default=None, metadata={"help": "learn the piece coefficients"})
     learn_temperature: bool | None = field(default=None, metadata={"help": "learn the softmax temperature"})
-    zero_start: bool | None = field(default=None, metadata={"help": "moving averages as in the authors' code"})
+    zero_init_ema: bool | None = field(default=None, metadata={"help": "moving averages as in the authors' code"})
     allocation: str = field(default="competition", metadata={"help": "competition or uniform"})
     schedule: str = field(default="cubic", metadata={"help": "how the budget shrinks"})
     match_update: bool | None = field(default=None, metadata={"help": "match steps to the weights' size"})
@@ -225,7 +231,7 @@ class SnellaConfig(PeftConfig):
     min_layer_share: float = field(default=0.0, metadata={"help": "share of the uniform budget each matrix keeps"})
     softmax_dim: int = field(default=0, metadata={"help": "axis of the softmax, 0 or 1"})
     center_softmax: bool = field(default=False, metadata={"help": "subtract the softmax's mean"})
-    keep_delta: bool = field(default=False, metadata={"help": "keep the merged matrix for the backward pass"})
+    cache_delta: bool = field(default=False, metadata={"help": "keep the merged matrix for the backward pass"})
     recompute_inputs: bool = field(default=True, metadata={"help": "compute inputs again instead of keeping them"})
     fixed_support: bool = field(default=False, metadata={"help": "change entries that are given, see set_support"})
     impl: str = field(default="auto", metadata={"help": "implementation of the adapted layer"})
@@ -233,7 +239,7 @@ class SnellaConfig(PeftConfig):
 
     def __new__(cls, *args: Any, **settings: Any) -> Self:
         """Refuse settings that there are not, with the remedy."""
-        names = {setting.name for setting in fields(cls)}
+        names = {setting.name for setting in fields(cls)} | FORMER_NAMES.keys()
         for name in settings:
             if name not in names:
                 near = get_close_matches(name, names, 1)
@@ -265,7 +271,9 @@ class SnellaConfig(PeftConfig):
 
     def wanted_tokens(self) -> list[str]:
         """Names of the bare parameters to train: the user's, or the preset's whatever another model made of them."""
-        return list((self.train_tokens if self.requires_tokens else _PRESETS[self.preset]["train_tokens"]) or [])
+        return list(
+            (self.parameters_to_save if self.requires_tokens else _PRESETS[self.preset]["parameters_to_save"]) or []
+        )
 
     # files ---------------------------------------------------------------------------------------------------------
 
@@ -328,7 +336,7 @@ class SnellaConfig(PeftConfig):
     def _apply_preset(self) -> None:
         """Fill what the user left at `None`."""
         # a preset's tokens may be absent from a model, the user's own may not
-        self.requires_tokens = self.train_tokens is not None
+        self.requires_tokens = self.parameters_to_save is not None
         for name, value in _PRESETS[self.preset].items() if self.preset in list(_PRESETS) else ():
             if getattr(self, name) is None:
                 setattr(self, name, list(value) if isinstance(value, list) else value)
@@ -510,9 +518,9 @@ _KINDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
             *(
                 "learn_piece_coeff",
                 "learn_temperature",
-                "zero_start",
+                "zero_init_ema",
                 "center_softmax",
-                "keep_delta",
+                "cache_delta",
                 "recompute_inputs",
                 "fixed_support",
             ),
@@ -523,7 +531,7 @@ _KINDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     ),
     (("target_modules", "exclude_modules"), _are_names_or_expression, "a list of names or a regular expression"),
     (("layers_pattern",), _are_names_or_expression, "a name or a list of names"),
-    (("modules_to_save", "train_tokens", "dropout_exclude"), _are_names, "a list of names"),
+    (("modules_to_save", "parameters_to_save", "dropout_exclude"), _are_names, "a list of names"),
     (
         ("layers_to_transform",),
         lambda value: _is_integer(value) or _are_integers(value),

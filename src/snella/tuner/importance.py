@@ -50,7 +50,7 @@ class ImportanceTracker:
         metric: `sensitivity`, `magnitude` or `delta_magnitude`.
         beta1: Decay of Ī.
         beta2: Decay of U.
-        zero_start: Start Ī at 0 instead, as the authors' code does.
+        zero_init_ema: Start Ī at 0 instead, as the authors' code does.
     """
 
     def __init__(
@@ -60,10 +60,10 @@ class ImportanceTracker:
         metric: str = "sensitivity",
         beta1: float = 0.85,
         beta2: float = 0.85,
-        zero_start: bool = False,
+        zero_init_ema: bool = False,
     ) -> None:
         self.matrices = list(matrices)
-        self.metric, self.beta1, self.beta2, self.zero_start = metric, beta1, beta2, zero_start
+        self.metric, self.beta1, self.beta2, self.zero_init_ema = metric, beta1, beta2, zero_init_ema
         self._averages: dict[str, Tensor] = {}
         self._uncertainties: dict[str, Tensor] = {}
         self.without_gradient: list[str] = []
@@ -140,7 +140,7 @@ class ImportanceTracker:
                 nothing = torch.zeros(value.numel(), dtype=torch.float32, device=device)
                 known = self._averages.get(key)
                 # NaN: the first value is taken as it is
-                start = nothing if self.zero_start else torch.full_like(nothing, torch.nan)
+                start = nothing if self.zero_init_ema else torch.full_like(nothing, torch.nan)
                 averages.append(start if known is None else known.to(device).reshape(-1))
                 uncertainty = self._uncertainties.get(key)
                 uncertainties.append(nothing if uncertainty is None else uncertainty.to(device).reshape(-1))

@@ -125,11 +125,11 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         """The layer op with the effective weight, which evaluation caches unless the base is quantized.
 
         Whoever quantizes a model has no room for its matrices in evaluation either. They are then recomputed in each
-        pass and released; with `keep_delta` they are cached.
+        pass and released; with `cache_delta` they are cached.
         """
         is_autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if is_autocast else x.dtype
-        if isinstance(weight, Tensor) or any([self.snella_config[name].keep_delta for name in names]):
+        if isinstance(weight, Tensor) or any([self.snella_config[name].cache_delta for name in names]):
             effective: Tensor | LazyWeight = self._cached_weight(names, dtype)
         else:
             self._cache.release_effective_weight()
@@ -166,7 +166,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
             updates,
             op,
             weight_shape=self._weight().shape if weight is None else weight.shape,
-            cache_delta=any([self.snella_config[name].keep_delta for name in names]),
+            cache_delta=any([self.snella_config[name].cache_delta for name in names]),
             recompute=states[0].recompute if states else None,
         )
         for state, found in zip(states, thresholds, strict=True):

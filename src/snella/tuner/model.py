@@ -89,7 +89,7 @@ class SnellaModel(BaseTuner):
             raise ValueError(unmatched_message(targets, model))
         self._refuse_shared_weights(peft_config, model)
         self._check_ranks(peft_config, model)
-        peft_config.train_tokens = find_tokens(
+        peft_config.parameters_to_save = find_tokens(
             model, peft_config.wanted_tokens(), is_required=peft_config.requires_tokens
         )
 
@@ -266,7 +266,11 @@ class SnellaModel(BaseTuner):
         if layer is not None and not layer.snella_A[adapter_name].is_meta:
             logger.info("adapter %r: impl=%r is %s", adapter_name, config.impl, layer.backend(adapter_name))
         attach_tokens(
-            model, config.train_tokens or [], adapter_name, self.active_adapters, inference_mode=config.inference_mode
+            model,
+            config.parameters_to_save or [],
+            adapter_name,
+            self.active_adapters,
+            inference_mode=config.inference_mode,
         )
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:

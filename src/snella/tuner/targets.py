@@ -127,7 +127,7 @@ def describe_coverage(model: nn.Module, names: Iterable[str]) -> str | None:
         f"the default target_modules adapt {covered / (covered + missing):.0%} of the weights of "
         f"{type(model).__name__}, embeddings and head aside; {len(left_out)} others are left as they are, e.g. "
         f"{examples}: convolutions can be named in target_modules, bare parameters such as experts and routers can be "
-        "trained in full with train_tokens"
+        "trained in full with parameters_to_save"
     )
 
 

@@ -78,8 +78,8 @@ class TokenAdapter(nn.Module, BaseTunerLayer):
         holders = [name for name in names if name in self.snella_token]
         if len(holders) > 1:
             raise ValueError(
-                f"train_tokens: {self.parameter_name!r} has a value of its own in each of the adapters {holders}, and "
-                "only one can be in use; activate or merge one of them at a time"
+                f"parameters_to_save: {self.parameter_name!r} has a value of its own in each of the adapters {holders}, "
+                "and only one can be in use; activate or merge one of them at a time"
             )
 
     def _link(self) -> None:
@@ -183,7 +183,7 @@ def find_tokens(model: nn.Module, names: Iterable[str], *, is_required: bool) ->
             endings = {name.rpartition(".")[2]: name for name in present}
             near = get_close_matches(wanted.rpartition(".")[2], endings, 2)
             hint = f"; did you mean {', '.join(repr(endings[name]) for name in near)}?" if near else ""
-            raise ValueError(f"train_tokens={wanted!r} is no parameter of {type(model).__name__}{hint}")
+            raise ValueError(f"parameters_to_save={wanted!r} is no parameter of {type(model).__name__}{hint}")
         found.extend(name for name in matches if name not in found)
     return found
 
