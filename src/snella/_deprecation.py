@@ -42,7 +42,8 @@ def accept_former_names(
     """
 
     def decorate(cls: C) -> C:
-        initialize = cls.__init__
+        constructor: Any = cls
+        initialize = constructor.__init__
 
         @functools.wraps(initialize)
         def with_former_names(self: Any, *args: Any, **settings: Any) -> None:
@@ -50,7 +51,7 @@ def accept_former_names(
                 settings = renamed(settings, names, warns=not is_from_file(settings))
             initialize(self, *args, **settings)
 
-        cls.__init__ = with_former_names
+        constructor.__init__ = with_former_names
         return cls
 
     return decorate

@@ -93,7 +93,8 @@ def _results(info: RunInfo, metrics: Metrics | None, tag: str | None) -> list[An
     split, scores = ("test", metrics.test) if metrics.test is not None else ("validation", metrics.val)
     if scores is None:
         return None
-    shared: dict[str, Any] = {"task_type": tag, "dataset_type": "custom", "dataset_name": info.data.spec, "dataset_split": split}
+    shared: dict[str, Any] = {"task_type": tag, "dataset_type": "custom"}
+    shared |= {"dataset_name": info.data.spec, "dataset_split": split}
     values = {key: value for key, value in scores.values().items() if isinstance(value, float)}
     return [EvalResult(metric_type=key, metric_value=round(value, 6), **shared) for key, value in values.items()]
 

@@ -78,8 +78,8 @@ class TokenAdapter(nn.Module, BaseTunerLayer):
         holders = [name for name in names if name in self.snella_token]
         if len(holders) > 1:
             raise ValueError(
-                f"parameters_to_save: {self.parameter_name!r} has a value of its own in each of the adapters {holders}, "
-                "and only one can be in use; activate or merge one of them at a time"
+                f"parameters_to_save: {self.parameter_name!r} has a value of its own in each of the adapters "
+                f"{holders}, and only one can be in use; activate or merge one of them at a time"
             )
 
     def _link(self) -> None:
