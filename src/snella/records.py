@@ -284,6 +284,7 @@ class BackboneInfo:
         num_classes: Outputs of its head.
         seed: Decides what is not pre-trained in it.
         architecture: The name under which timm makes such a model; None for models of other origin.
+        channels: Of its images.
     """
 
     name: str
@@ -293,6 +294,7 @@ class BackboneInfo:
     num_classes: int | None = field(default=None, metadata=_OPTIONAL)
     seed: int | None = field(default=None, metadata=_OPTIONAL)
     architecture: str | None = None
+    channels: int = field(default=3, metadata=_OPTIONAL)
 
 
 @dataclass(frozen=True)

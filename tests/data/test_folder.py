@@ -4,7 +4,7 @@ from collections import Counter
 import pytest
 from PIL import Image
 
-from snella.data import load_data
+from snella.data import datasets, load_data
 
 
 def load(root, **options):
@@ -190,16 +190,19 @@ def test_images_of_two_parts_are_noted(write_images):
     root = write_images({"train/a": 4, "train/b": 4, "val/a": 2, "val/b": 2, "test/a": 2, "test/b": 2})
     (root / "test/a/copy.png").write_bytes((root / "train/a/001.png").read_bytes())
     (note,) = load(root).notes
-    assert note.startswith("1 of 5 test images are training images too, e.g. '001.png' is 'copy.png'")
+    assert note.startswith("1 of 5 test images are training images too, e.g. 'train/a/001.png' is 'test/a/copy.png'")
 
 
-def test_images_of_other_endings_are_told_by_their_content(write_images):
+def test_images_of_other_endings_are_told_by_their_content(write_images, monkeypatch):
     root = write_images({"a": 5, "b": 5})
     (root / "a/000.png").rename(root / "a/000.jpeg_large")
     (root / "a/photo.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0")
+    monkeypatch.setattr(datasets, "has_heic", lambda: False)
     data = load(root)
     assert len(data.train) + len(data.val) + len(data.test) == 10
-    assert data.notes[0].endswith("1 HEIC; HEIC photographs cannot be read, save them as JPEG")
+    assert data.notes[0].endswith(
+        "1 HEIC; HEIC photographs need pillow-heif: pip install 'snella[heic]', or save them as JPEG"
+    )
 
 
 def test_two_images_a_class_will_do_without_a_test(write_images):

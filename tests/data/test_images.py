@@ -2,10 +2,14 @@ import os
 
 import numpy as np
 import pytest
+import tifffile
+import torch
 from PIL import Image
 
-from snella.data import read_image
-from snella.data.datasets import IMAGE_SUFFIXES, broken_images, to_rgb
+from snella.data import ImageDataset, load_data, read_image
+from snella.data import datasets as images
+from snella.data.datasets import IMAGE_SUFFIXES, FileImages, broken_images, broken_rows, to_rgb
+from snella.data.load import near_copies
 
 
 @pytest.mark.parametrize("suffix", IMAGE_SUFFIXES)
@@ -104,3 +108,125 @@ def test_a_pipe_among_the_images_is_refused_at_once(tmp_path):
     with pytest.raises(ValueError, match=r"a.png' is not a readable image: it is no regular file \(a pipe, a socket"):
         read_image(tmp_path / "a.png")
     assert "no regular file" in broken_images([tmp_path / "a.png"])[0]
+
+
+def test_gray_and_alpha_are_kept_where_they_are_asked_for(tmp_path):
+    Image.new("RGBA", (1, 1), (10, 20, 30, 40)).save(tmp_path / "x.png")
+    Image.new("L", (1, 1), 77).save(tmp_path / "y.png")
+    rgba, white, gray = (
+        read_image(tmp_path / "x.png", 4),
+        read_image(tmp_path / "x.png"),
+        read_image(tmp_path / "y.png", 1),
+    )
+    assert rgba.getpixel((0, 0)) == (10, 20, 30, 40) and white.getpixel((0, 0)) == (217, 218, 220)
+    assert (gray.mode, gray.getpixel((0, 0))) == ("L", 77)
+    assert read_image(tmp_path / "y.png", 4).getpixel((0, 0)) == (77, 77, 77, 255)
+
+
+@pytest.mark.parametrize("layout", ["interleaved", "planes", "pages", "npy"])
+def test_many_channels_are_read_in_any_layout(layout, tmp_path):
+    values = np.random.default_rng(0).integers(0, 65536, (6, 5, 4)).astype(np.uint16)
+    file = tmp_path / ("x.npy" if layout == "npy" else "x.tif")
+    if layout == "npy":
+        np.save(file, np.moveaxis(values, 0, -1))
+    elif layout == "interleaved":
+        tifffile.imwrite(file, np.moveaxis(values, 0, -1), photometric="minisblack", planarconfig="contig")
+    else:
+        tifffile.imwrite(
+            file, values, photometric="minisblack", planarconfig="separate" if layout == "planes" else None
+        )
+    image = read_image(file, 6)
+    assert torch.equal(image.as_subclass(torch.Tensor), torch.from_numpy(values.astype(np.float32) / 65535))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.zeros((4, 4, 3), np.uint8), r"it must have 5 channels, got an array of \[4, 4, 3\]"),
+        (np.full((5, 4, 4), -3, np.int16), "must be uint8, uint16 or shares of 0 to 1, got int16 of -3 to -3"),
+        (np.full((5, 4, 4), 7.5), "got float64 of 7.5 to 7.5"),
+    ],
+)
+def test_other_arrays_are_refused(values, message, tmp_path):
+    np.save(tmp_path / "x.npy", values)
+    with pytest.raises(ValueError, match=rf"x\.npy' is not a readable image: .*{message}"):
+        read_image(tmp_path / "x.npy", 5)
+
+
+def test_a_photograph_of_apple_is_read_by_pillow_heif_or_answered_with_its_name(tmp_path, monkeypatch):
+    import pillow_heif
+
+    heif = pillow_heif.from_pillow(Image.new("RGB", (64, 64), (200, 30, 40)))
+    heif.save(tmp_path / "x.heic")
+    red, green, _ = read_image(tmp_path / "x.heic").getpixel((5, 5))
+    assert red > 180 and green < 60 and images.is_image(tmp_path / "x.heic")
+    monkeypatch.setattr(images, "has_heic", lambda: False)
+    monkeypatch.setattr(Image, "open", _unknown)
+    with pytest.raises(ValueError, match=r"HEIC photographs need pillow-heif: pip install 'snella\[heic\]'"):
+        read_image(tmp_path / "x.heic")
+    assert not images.is_image(tmp_path / "x.heic")
+
+
+def _unknown(file):
+    raise OSError("cannot identify image file")
+
+
+def test_what_is_known_of_a_file_is_noted(tmp_path):
+    frames = [Image.new("L", (40, 30), value) for value in (0, 255)]
+    frames[0].save(tmp_path / "x.tif", save_all=True, append_images=frames[1:])
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 20, 3), dtype=np.uint8).repeat(40, 0).repeat(40, 1)
+    Image.fromarray(pixels).convert("CMYK").save(tmp_path / "y.jpg")
+    source = FileImages([tmp_path / "x.tif", tmp_path / "y.jpg"])
+    assert broken_rows(source, [0, 1]) == {}
+    first, second = source.facts[0], source.facts[1]
+    assert (first.size, first.mode, first.format, first.has_pages) == ((40, 30), "L", "TIFF", True)
+    assert (second.size, second.mode, second.format, second.has_pages) == ((800, 1200), "CMYK", "JPEG", False)
+
+
+def test_large_jpegs_that_are_cut_off_are_found_too(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (900, 900, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "x.jpg")
+    content = (tmp_path / "x.jpg").read_bytes()
+    (tmp_path / "y.jpg").write_bytes(content[: len(content) * 9 // 10])
+    assert list(broken_images([tmp_path / "x.jpg", tmp_path / "y.jpg"])) == [1]
+
+
+def stamp(seed):
+    """A picture with large shapes, as photographs have them."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((120, 90), Image.Resampling.BICUBIC)
+
+
+def test_copies_that_were_saved_again_are_found_and_others_are_not(tmp_path):
+    paths = []
+    for seed in range(40):
+        paths.append(tmp_path / f"{seed}.png")
+        stamp(seed).save(paths[-1])
+    stamp(3).save(tmp_path / "low.jpg", quality=40)
+    stamp(4).resize((77, 50)).save(tmp_path / "small.png")
+    stamp(5).transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png")
+    paths += [tmp_path / "low.jpg", tmp_path / "small.png", tmp_path / "turned.png"]
+    source = FileImages(paths)
+    assert broken_rows(source, range(43)) == {}
+    train = ImageDataset(source, range(20), [0] * 20, [path.name for path in paths[:20]])
+    others = ImageDataset(source, range(20, 43), [0] * 23, [path.name for path in paths[20:]])
+    assert near_copies(train, others) == {20: 3, 21: 4}
+
+
+def test_copies_and_pages_are_noted(tmp_path):
+    for part, seeds in (("train", range(8)), ("test", range(8, 12))):
+        for seed in seeds:
+            folder = tmp_path / part / "ab"[seed % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            stamp(seed).save(folder / f"{seed}.png")
+    stamp(2).save(tmp_path / "test/a/again.jpg", quality=60)
+    stamp(30).save(tmp_path / "train/a/film.gif", save_all=True, append_images=[stamp(31)])
+    notes = load_data(f"folder:{tmp_path}").notes
+    assert "1 images have several pages or frames, of which the first is used: train/a/film.gif" in notes
+    assert any(
+        note.startswith(
+            "1 of 5 test images are training images too (1 of them saved again or resized), e.g. 'train/a/2.png'"
+        )
+        and note.endswith("is 'test/a/again.jpg'; results on test are optimistic by as much")
+        for note in notes
+    ), notes

@@ -6,7 +6,17 @@ from snella.data import data_names, load_data
 
 
 def test_the_names_are_listed():
-    families = ["folder:PATH", "masks:PATH", "kvasir:PATH", "csv:FILE", "parquet:FILE", "vtab:PATH", "fgvc:PATH"]
+    families = [
+        "folder:PATH",
+        "masks:PATH",
+        "kvasir:PATH",
+        "csv:FILE",
+        "parquet:FILE",
+        "hf:NAME",
+        "wds:SHARDS",
+        "vtab:PATH",
+        "fgvc:PATH",
+    ]
     bundled = ["digits", "mnist5k", "fashion-mnist", "elpv", "stamps", "mri", "mri-lobes", "mri-regions"]
     assert data_names() == [*families, *bundled]
 

@@ -3,7 +3,7 @@
 import difflib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ import huggingface_hub
 import timm
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-from timm.models import get_deprecated_models, is_model_in_modules
+from timm.models import adapt_input_conv, get_deprecated_models, is_model_in_modules
 from torch import nn
 
 from snella.backbones.architectures import infer_architecture
@@ -180,6 +180,7 @@ def create_backbone(
     weights: str | None = None,
     pretrained: bool = True,
     img_size: int | None = None,
+    channels: int = 3,
 ) -> nn.Module:
     """Build a timm model with its weights and a head of `num_classes`.
 
@@ -198,6 +199,9 @@ def create_backbone(
             it (Google, MAE, MoCo v3, Microsoft's Swin, Facebook's ConvNeXt), images are normalized as they did.
         pretrained: False leaves every weight at its random start and needs neither hub nor package.
         img_size: Side of the square input in pixels; by default the one that the weights were trained with.
+        channels: Of an image. The first convolution is adapted to other numbers than 3 as timm does it: its kernels
+            are summed up for one channel, and repeated and scaled by 3 / channels for others; mean and standard
+            deviation are averaged or repeated.
 
     Raises:
         ValueError: An unknown name (with the nearest ones), weights that do not fit, a size that patches cannot tile.
@@ -230,7 +234,7 @@ def create_backbone(
         model = create_from_hub(known, pretrained=True, **options, **_size_option(known, img_size))
     else:
         model = _build(_known(name), options, img_size)
-    return _with_input_size(model, name, img_size)
+    return _with_channels(_with_input_size(model, name, img_size), name, channels)
 
 
 def _from_path(path: Path, name: str, options: dict[str, Any], pretrained: bool, img_size: int | None) -> nn.Module:
@@ -290,6 +294,36 @@ def _with_input_size(model: nn.Module, name: str, img_size: int | None) -> nn.Mo
         )
     update_config(model, input_size=(3, img_size, img_size), test_input_size=None)
     return model
+
+
+def _with_channels(model: nn.Module, name: str, channels: int) -> nn.Module:
+    """Adapt the first convolution, and note mean, standard deviation and input size."""
+    if channels == 3:
+        return model
+    config = dict(model.pretrained_cfg)  # type: ignore[arg-type]
+    first = config.get("first_conv") or ()
+    for place in [first] if isinstance(first, str) else first:
+        convolution = model.get_submodule(place)
+        if not isinstance(convolution, nn.Conv2d) or convolution.in_channels != 3:
+            first = ()
+            break
+        convolution.weight = nn.Parameter(adapt_input_conv(channels, convolution.weight.data))
+        convolution.in_channels = channels
+    if not first:
+        raise NotImplementedError(
+            f"channels must be 3 for backbone {name!r}, whose first convolution is not known, got {channels}"
+        )
+    _, height, width = config["input_size"]
+    values = {key: _extended(config[key], channels) for key in ("mean", "std")}
+    update_config(model, input_size=(channels, height, width), **values)
+    return _keep_arguments(model, {"in_chans": channels})
+
+
+def _extended(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """Values of three channels for another number: their mean for one, else repeated."""
+    if channels == 1:
+        return (sum(values) / len(values),)
+    return tuple(values[channel % len(values)] for channel in range(channels))
 
 
 def _as_path(name: str) -> Path | None:

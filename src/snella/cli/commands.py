@@ -76,6 +76,7 @@ def evaluate(
     data: str | None = None,
     split: Literal["auto", "train", "val", "test", "all"] = "auto",
     batch_size: int = 32,
+    columns: str | None = None,
     skip_broken: bool = False,
     out: str | None = None,
     device: Device = "auto",
@@ -90,6 +91,7 @@ def evaluate(
         data: Other images than the run's own, e.g. folder:more-photos; their classes must be among the run's.
         split: Part of the data: train, val, test or all. auto is the run's test images, or all images of other data.
         batch_size: Images at a time.
+        columns: Columns of a table, e.g. path=file,label=species; the run's own if not given.
         skip_broken: Leave out images that cannot be read.
         out: Also write the results to this JSON file.
         device: auto, cpu or cuda.
@@ -100,7 +102,9 @@ def evaluate(
     from snella.runs.console import make_console, print_line
     from snella.runs.evaluate import evaluate
 
-    result = evaluate(run, data, split=split, batch_size=batch_size, skip_broken=skip_broken, device=device)
+    result = evaluate(
+        run, data, split=split, batch_size=batch_size, columns=columns, skip_broken=skip_broken, device=device
+    )
     task = get_task(read(RunInfo, run))
     console = make_console()
     for note in result["notes"]:
@@ -120,6 +124,7 @@ def predict(
     overwrite: bool = False,
     top_k: int | None = None,
     batch_size: int = 32,
+    columns: str | None = None,
     skip_broken: bool = False,
     device: Device = "auto",
 ) -> None:
@@ -130,12 +135,13 @@ def predict(
 
     Args:
         run: Folder of the run.
-        images: Image files, or folders of them.
+        images: Image files, folders of them, or tables (.csv, .parquet) that name them.
         out: Write a CSV file instead of a table.
         overwrite: Replace an existing file.
         top_k: Number of classes for each image, the likeliest first; if not given, all in the CSV file and three in the
             table.
         batch_size: Images at a time.
+        columns: Column of the paths in a table, e.g. path=file; the usual names if not given.
         skip_broken: Leave out images that cannot be read.
         device: auto, cpu or cuda.
     """
@@ -150,6 +156,7 @@ def predict(
         run,
         images,
         batch_size=batch_size,
+        columns=columns,
         skip_broken=skip_broken,
         device=device,
         on_skipped=lambda path, reason: skipped.append(f"{str(path)!r} ({reason})"),

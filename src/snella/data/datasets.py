@@ -1,14 +1,17 @@
 """Torch data sets of labeled images; augmentation does not depend on workers, prefetching or resuming."""
 
 import hashlib
+import importlib.util
 import os
 import stat
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, BinaryIO, Protocol, cast
 
 import numpy as np
 import torch
@@ -16,13 +19,18 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 from torchvision import tv_tensors
+from torchvision.transforms.functional import to_pil_image
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".jfif", ".avif")
 _STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8")
 """How files of formats begin that Pillow reads; those of TIFF and BMP are others' too."""
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
-HEIC_HINT = "HEIC photographs cannot be read, save them as JPEG"
+HEIC_HINT = "HEIC photographs need pillow-heif: pip install 'snella[heic]', or save them as JPEG"
+_NUMPY_START = b"\x93NUMPY"
+_PILLOW_CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
 _THREADS = 4  # decoding releases the interpreter lock
+_SIDE = 16
+_DRAFT = (256, 256)
 DECODING_ERRORS = (
     OSError,
     SyntaxError,
@@ -35,26 +43,159 @@ DECODING_ERRORS = (
     Image.DecompressionBombError,
 )
 """What Pillow raises for files that are no images, cut off or damaged."""
+File = str | Path | BinaryIO
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """Read and fully decode an image file as RGB, turned upright where the camera noted it.
+@dataclass(frozen=True)
+class ImageFacts:
+    """What is known of an image that was decoded once.
+
+    Attributes:
+        size: Width and height as stored.
+        mode: Pillow's mode as stored, or the type and the number of channels of an array.
+        format: Such as JPEG.
+        has_pages: Whether it has more than one page or frame.
+        thumbnail: 16×16 gray values, uint8: copies that were saved again or resized have nearly the same.
+    """
+
+    size: tuple[int, int]
+    mode: str
+    format: str
+    has_pages: bool
+    thumbnail: np.ndarray
+
+
+def read_image(path: str | Path, channels: int = 3) -> Any:
+    """Read and fully decode an image file, turned upright where the camera noted it.
 
     Args:
-        path: File in any format that Pillow reads; of an animation the first frame.
+        path: File in any format that Pillow reads; of several pages or an animation the first. HEIC with pillow-heif.
+        channels: 3 for RGB, 1 for gray, 4 for RGBA; any other number for a TIFF (by tifffile) or `.npy` array of
+            `[height, width, channels]`, `[channels, height, width]` or a page a channel.
+
+    Returns:
+        A PIL image, or for other numbers of channels a `tv_tensors.Image` `[channels, height, width]`, uint8 or, of
+        16-bit values as their share of 65,535, float32.
 
     Raises:
-        ValueError: The file is no image, is truncated, or has values that have no 8-bit meaning.
+        ValueError: The file is no image, is truncated, or has values that have no 8-bit meaning or other channels.
     """
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise ValueError("it is no regular file (a pipe, a socket or a device, which may never end)")
-        with Image.open(path) as image:
+    return decode_image(path, str(path), channels)
+
+
+def decode_image(file: File, name: str, channels: int = 3) -> Any:
+    """Decode an image as `read_image` does, from a file or a stream of bytes that is called `name` in messages."""
+    with _naming_errors(name, file):
+        _check_regular(file)
+        if channels not in _PILLOW_CHANNELS:
+            return tv_tensors.Image(_read_array(file, channels))
+        with _open(file) as image:
             image.load()
-            return to_rgb(ImageOps.exif_transpose(image))
+            return to_channels(ImageOps.exif_transpose(image), channels)
+
+
+def inspect_image(file: File, name: str, channels: int = 3) -> ImageFacts:
+    """Decode an image once, large JPEGs at a lower resolution, and say what it is. Raises as `read_image`."""
+    with _naming_errors(name, file):
+        _check_regular(file)
+        if channels not in _PILLOW_CHANNELS:
+            array = _read_array(file, channels)
+            return facts_of(to_pil_image(_shown(array)), f"{channels} channels of {array.dtype}", "array")
+        with _open(file) as image:
+            size, mode, kind = image.size, image.mode, image.format or ""
+            has_pages = kind != "MPO" and bool(getattr(image, "is_animated", False))
+            image.draft(None, _DRAFT)
+            image.load()
+            facts = facts_of(to_channels(ImageOps.exif_transpose(image), channels), mode, kind)
+            return replace(facts, size=size, has_pages=has_pages)
+
+
+def facts_of(image: Image.Image, mode: str = "", kind: str = "") -> ImageFacts:
+    """What is known of an image that is decoded already."""
+    thumbnail = image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.BOX)
+    return ImageFacts(image.size, mode or image.mode, kind, False, np.asarray(thumbnail))
+
+
+def _check_regular(file: File) -> None:
+    """Refuse what has a name but no end."""
+    if isinstance(file, str | Path) and not stat.S_ISREG(os.stat(file).st_mode):
+        raise ValueError("it is no regular file (a pipe, a socket or a device, which may never end)")
+
+
+@contextmanager
+def _naming_errors(name: str, file: File) -> Iterator[None]:
+    """Turn the errors of decoders into one that names the image."""
+    try:
+        yield
     except DECODING_ERRORS as error:
-        hint = f"; {HEIC_HINT}" if is_heic(Path(path)) else ""
-        raise ValueError(f"'{path}' is not a readable image: {error or type(error).__name__}{hint}") from error
+        hint = f"; {HEIC_HINT}" if _is_heic_start(_start_of(file)) and not has_heic() else ""
+        raise ValueError(f"'{name}' is not a readable image: {error or type(error).__name__}{hint}") from error
+
+
+def _open(file: File) -> Image.Image:
+    """Open an image, with pillow-heif's help for HEIC."""
+    if _is_heic_start(_start_of(file)) and has_heic():
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    return Image.open(file)
+
+
+@cache
+def has_heic() -> bool:
+    """Whether pillow-heif is installed."""
+    return importlib.util.find_spec("pillow_heif") is not None
+
+
+def _start_of(file: File) -> bytes:
+    """The first bytes of a file or a stream, which stays where it is."""
+    if isinstance(file, str | Path):
+        return _first_bytes(Path(file))
+    start = file.read(12)
+    file.seek(0)
+    return start
+
+
+def _read_array(file: File, channels: int) -> Tensor:
+    """The channels of a TIFF or an array file, `[channels, height, width]`, uint8 or float32 in [0, 1]."""
+    if _start_of(file).startswith(_NUMPY_START):
+        values = np.load(file, allow_pickle=False)
+    else:
+        try:
+            import tifffile
+        except ImportError as error:
+            raise ImportError(f"images of {channels} channels need tifffile; pip install 'snella[channels]'") from error
+        values = tifffile.imread(file)
+    if values.ndim == 2:
+        values = values[None]
+    if values.ndim != 3 or channels not in (values.shape[0], values.shape[-1]):
+        raise ValueError(f"it must have {channels} channels, got an array of {list(values.shape)}")
+    if values.shape[0] != channels:
+        values = np.moveaxis(values, -1, 0)
+    if values.dtype == np.uint8:
+        return torch.from_numpy(np.ascontiguousarray(values))
+    if values.dtype == np.uint16:
+        return torch.from_numpy(values.astype(np.float32) / 65535)
+    shares = values.astype(np.float32)
+    if not np.issubdtype(values.dtype, np.floating) or not (shares.min() >= 0 and shares.max() <= 1):
+        raise ValueError(
+            f"values must be uint8, uint16 or shares of 0 to 1, got {values.dtype} of {values.min():g} to "
+            f"{values.max():g}"
+        )
+    return torch.from_numpy(shares)
+
+
+def _shown(image: Tensor) -> Tensor:
+    """Three channels of many, `[3, height, width]`, to be looked at: the first three, or the first one three times."""
+    first = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
+    return first.as_subclass(Tensor)
+
+
+def to_channels(image: Image.Image, channels: int) -> Image.Image:
+    """Convert an image of any mode to 8-bit gray (1), RGB (3) or RGBA (4); of alpha only RGBA keeps more than white."""
+    if channels == 4:
+        return (image if image.mode in ("RGBA", "LA", "PA", "P") else to_rgb(image)).convert("RGBA")
+    return to_rgb(image) if channels == 3 else to_rgb(image).convert("L")
 
 
 def is_image(path: Path) -> bool:
@@ -70,12 +211,17 @@ def is_image(path: Path) -> bool:
     start = _first_bytes(path)
     is_webp = start[:4] == b"RIFF" and start[8:12] == b"WEBP"
     is_avif = start[4:8] == b"ftyp" and start[8:12] in (b"avif", b"avis")
-    return start.startswith(_STARTS) or is_webp or is_avif
+    is_readable_heic = _is_heic_start(start) and has_heic()
+    return start.startswith((*_STARTS, _NUMPY_START)) or is_webp or is_avif or is_readable_heic
 
 
 def is_heic(path: Path) -> bool:
-    """Whether a file is a photograph in Apple's format, which Pillow does not read."""
-    start = _first_bytes(path)
+    """Whether a file is a photograph in Apple's format, which Pillow alone does not read."""
+    return _is_heic_start(_first_bytes(path))
+
+
+def _is_heic_start(start: bytes) -> bool:
+    """Whether a file begins as HEIC does."""
     return start[4:8] == b"ftyp" and start[8:12] in _HEIC_BRANDS
 
 
@@ -127,7 +273,7 @@ def broken_images(paths: Sequence[Path]) -> dict[int, str]:
 
 
 def broken_rows(source: "CachedImages", rows: Sequence[int]) -> dict[int, str]:
-    """Decode images of a source once and tell which ones cannot be.
+    """Decode images of a source once and tell which ones cannot be; its `facts` note what is known of the others.
 
     Args:
         source: Images.
@@ -139,7 +285,7 @@ def broken_rows(source: "CachedImages", rows: Sequence[int]) -> dict[int, str]:
 
     def reason(row: int) -> str | None:
         try:
-            source.read(row)
+            source.facts[row] = source.inspect(row)
         except ValueError as error:
             return str(error).partition("image: ")[2] or str(error)
         return None
@@ -215,14 +361,19 @@ class ArrayImages:
 
     Args:
         pixels: `[n, height, width]`, uint8.
+
+    Attributes:
+        channels: Of the images that are given out.
     """
+
+    channels = 3
 
     def __init__(self, pixels: np.ndarray) -> None:
         self.pixels = pixels
 
     def load(self, row: int) -> Image.Image:
-        """The image as RGB."""
-        return Image.fromarray(self.pixels[row]).convert("RGB")
+        """The image as RGB, or as gray or RGBA where `channels` says so."""
+        return Image.fromarray(self.pixels[row]).convert(_PILLOW_CHANNELS[self.channels])
 
     def content(self, row: int) -> bytes:
         """The pixels."""
@@ -237,15 +388,21 @@ class CachedImages:
     Args:
         budget_bytes: Of all decoded images together, one byte a pixel and channel; loader workers share it out. Images
             beyond it are decoded every time.
+        channels: Of an image, as for `read_image`.
+
+    Attributes:
+        facts: What is known of images that were inspected, by row.
     """
 
-    def __init__(self, *, budget_bytes: int = _BUDGET_BYTES) -> None:
+    def __init__(self, *, budget_bytes: int = _BUDGET_BYTES, channels: int = 3) -> None:
         self.budget_bytes = budget_bytes
+        self.channels = channels
+        self.facts: dict[int, ImageFacts] = {}
         self.kept_bytes = 0
-        self._kept: dict[int, Image.Image] = {}
+        self._kept: dict[int, Any] = {}
 
-    def load(self, row: int) -> Image.Image:
-        """The image as RGB.
+    def load(self, row: int) -> Any:
+        """The image with its channels.
 
         Raises:
             ValueError: The file is gone or broken by now.
@@ -255,15 +412,19 @@ class CachedImages:
         image = self.read(row)
         worker = get_worker_info()
         budget = self.budget_bytes // (1 if worker is None else worker.num_workers)
-        size = len(image.getbands()) * image.width * image.height
+        size = image.nbytes if isinstance(image, Tensor) else len(image.getbands()) * image.width * image.height
         if self.kept_bytes + size <= budget:
             self._kept[row] = image
             self.kept_bytes += size
         return image
 
-    def read(self, row: int) -> Image.Image:
+    def read(self, row: int) -> Any:
         """Decode one image; a ValueError where it is broken."""
         raise NotImplementedError
+
+    def inspect(self, row: int) -> ImageFacts:
+        """Decode one image and say what it is; a ValueError where it is broken."""
+        return facts_of(self.read(row))
 
     def content(self, row: int) -> bytes:
         """What one image is made of."""
@@ -271,7 +432,7 @@ class CachedImages:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the decoded images: a worker starts with none."""
-        return {**self.__dict__, "_kept": {}, "kept_bytes": 0}
+        return {**self.__dict__, "_kept": {}, "kept_bytes": 0, "facts": {}}
 
 
 class FileImages(CachedImages):
@@ -280,15 +441,21 @@ class FileImages(CachedImages):
     Args:
         paths: Files.
         budget_bytes: See `CachedImages`.
+        channels: See `CachedImages`.
     """
 
-    def __init__(self, paths: Sequence[Path], *, budget_bytes: int = _BUDGET_BYTES) -> None:
-        super().__init__(budget_bytes=budget_bytes)
+    def __init__(self, paths: Sequence[Path], *, budget_bytes: int = _BUDGET_BYTES, channels: int = 3) -> None:
+        super().__init__(budget_bytes=budget_bytes, channels=channels)
         self.paths = list(paths)
 
-    def read(self, row: int) -> Image.Image:
+    def read(self, row: int) -> Any:
         """Decode one file."""
-        return read_image(self.paths[row])
+        return read_image(self.paths[row], self.channels)
+
+    def inspect(self, row: int) -> ImageFacts:
+        """Decode one file and say what it is."""
+        path = self.paths[row]
+        return inspect_image(path, str(path), self.channels)
 
     def content(self, row: int) -> bytes:
         """The bytes of one file."""
@@ -398,8 +565,11 @@ class ImageDataset(Dataset[tuple[Any, int]]):
         self._epoch.fill_(epoch)
 
     def image(self, index: int) -> Image.Image:
-        """The image as it is, RGB; a copy to draw on."""
-        return self.source.load(self.rows[self._position(index)]).copy()
+        """The image as it is, RGB; a copy to draw on. Of many channels the first three."""
+        image: Any = self.source.load(self.rows[self._position(index)])
+        if isinstance(image, Tensor):
+            return to_pil_image(_shown(image))
+        return image.copy() if image.mode == "RGB" else to_rgb(image)
 
     def content_digest(self) -> str:
         """SHA-256 of what the images are made of (files' bytes, or pixels), in order; changes with any pixel."""
@@ -435,8 +605,10 @@ class ImageDataset(Dataset[tuple[Any, int]]):
 
     def _item(self, index: int) -> tuple[Any, Any]:
         """Transformed image and class index; what is random in it is seeded already."""
-        image = self.source.load(self.rows[index])
-        return image.copy() if self.transform is None else self.transform(image), self.labels[index]
+        image: Any = self.source.load(self.rows[index])
+        if self.transform is None:
+            return image.clone() if isinstance(image, Tensor) else image.copy(), self.labels[index]
+        return self.transform(image), self.labels[index]
 
     def _made(self, rows: list[int], labels: list[int], names: list[str], transform: Any) -> "ImageDataset":
         """A data set of the same source."""
@@ -591,15 +763,21 @@ __all__ = [
     "FileImages",
     "FileMasks",
     "ImageDataset",
+    "ImageFacts",
     "ImageSource",
     "MaskDataset",
     "Target",
     "broken_images",
     "broken_rows",
+    "decode_image",
+    "facts_of",
+    "has_heic",
+    "inspect_image",
     "is_heic",
     "is_image",
     "joined",
     "read_image",
     "read_label_map",
+    "to_channels",
     "to_rgb",
 ]

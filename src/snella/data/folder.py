@@ -3,11 +3,11 @@
 import difflib
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from snella.data.collection import Collection
-from snella.data.datasets import HEIC_HINT, IMAGE_SUFFIXES, FileImages, ImageDataset, broken_images, is_heic, is_image
+from snella.data.datasets import HEIC_HINT, IMAGE_SUFFIXES, FileImages, ImageDataset, broken_rows, is_heic, is_image
 
 __all__ = ["PARTS", "existing_folder", "listed", "load_folder"]
 
@@ -22,7 +22,7 @@ _LAYOUT = "images are laid out as PATH/class/image.jpg"
 _Files = dict[str, list[Path]]
 
 
-def load_folder(path: str, *, skip_broken: bool = False) -> Collection:
+def load_folder(path: str, *, skip_broken: bool = False, channels: int = 3) -> Collection:
     """Collect the images of a folder; the names of the folders inside it are the classes.
 
     Every file is decoded once, so that a broken one is known before training. Hidden files are passed over, files of
@@ -31,6 +31,7 @@ def load_folder(path: str, *, skip_broken: bool = False) -> Collection:
     Args:
         path: The folder. It counts as divided where it holds a folder `train` with class folders inside.
         skip_broken: Leave broken images out and note how many instead of refusing.
+        channels: Of an image, as for `read_image`.
 
     Raises:
         FileNotFoundError: There is no such folder; near names are given.
@@ -43,7 +44,8 @@ def load_folder(path: str, *, skip_broken: bool = False) -> Collection:
     files = {part: _class_files(folder, others) for part, folder in folders.items()}
     _check_classes(files, folders, root)
     notes = [*([_other_kinds(others)] if others else []), *_passed_over(root, folders)]
-    broken = _broken(files)
+    source = FileImages([f for c in files.values() for found in c.values() for f in found], channels=channels)
+    broken = {source.paths[row]: reason for row, reason in broken_rows(source, range(len(source.paths))).items()}
     if broken:
         named = listed([f"{file.relative_to(root).as_posix()} ({reason})" for file, reason in broken.items()])
         if not skip_broken:
@@ -58,7 +60,8 @@ def load_folder(path: str, *, skip_broken: bool = False) -> Collection:
         }
         _check_classes(files, folders, root)
     classes = list(files["train"])
-    parts = {part: _dataset(found, classes, root) for part, found in files.items()}
+    rows = {file: row for row, file in enumerate(source.paths)}
+    parts = {part: _dataset(found, classes, root, source, rows) for part, found in files.items()}
     return Collection(root.name, classes, parts["train"], parts.get("val"), parts.get("test"), has_parts, notes)
 
 
@@ -212,18 +215,13 @@ def _with_nearest(name: str, classes: list[str]) -> str:
     return f"{name!r} (nearest: {lowered[near[0]]!r})" if near else repr(name)
 
 
-def _broken(files: dict[str, _Files]) -> dict[Path, str]:
-    """Files that cannot be decoded, with the reason."""
-    paths = [file for classes in files.values() for found in classes.values() for file in found]
-    return {paths[index]: reason for index, reason in broken_images(paths).items()}
-
-
-def _dataset(files: _Files, classes: list[str], root: Path) -> ImageDataset:
+def _dataset(
+    files: _Files, classes: list[str], root: Path, source: FileImages, rows: Mapping[Path, int]
+) -> ImageDataset:
     """The images of one part."""
     pairs = [(file, classes.index(name)) for name, found in files.items() for file in found]
     names = [file.relative_to(root).as_posix() for file, _ in pairs]
-    source = FileImages([file for file, _ in pairs])
-    return ImageDataset(source, range(len(pairs)), [label for _, label in pairs], names)
+    return ImageDataset(source, [rows[file] for file, _ in pairs], [label for _, label in pairs], names)
 
 
 def _other_kinds(others: Counter[str]) -> str:

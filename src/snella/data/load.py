@@ -6,6 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from snella._files import sha256_of
 from snella.data.bundled import (
@@ -19,15 +22,18 @@ from snella.data.bundled import (
     load_stamps,
 )
 from snella.data.collection import Collection, Protocol
-from snella.data.datasets import FileImages, ImageDataset, joined
+from snella.data.datasets import CachedImages, FileImages, ImageDataset, ImageFacts, joined
 from snella.data.fgvc import FGVC, load_fgvc
-from snella.data.folder import load_folder
+from snella.data.folder import listed, load_folder
+from snella.data.hub import PYTHON_PREFIX, from_python, load_hf, load_wds
 from snella.data.masks import load_kvasir, load_masks
 from snella.data.splits import grouped_split, stratified_sample, stratified_split
 from snella.data.table import Columns, TargetKind, load_table
 from snella.data.vtab import VTAB, load_vtab
 
 _FOLDER = "folder:"
+_LEAST_CORRELATION, _MOST_DISTANCE = 0.995, 3.0
+_CHUNK, _MOST_PAIRS = 1024, 2_000_000_000
 _IMBALANCE = 4
 """Ratio of class sizes from which a note about imbalance is given."""
 _IN_FOLDERS: dict[str, Callable[..., Collection]] = {
@@ -39,6 +45,8 @@ _IN_FOLDERS: dict[str, Callable[..., Collection]] = {
 _IN_TABLES: dict[str, Callable[..., Collection]] = {
     "csv:": partial(load_table, kind="csv"),
     "parquet:": partial(load_table, kind="parquet"),
+    "hf:": load_hf,
+    "wds:": load_wds,
 }
 """Data formats with columns; each takes what stands after the colon, `columns`, `target` and `skip_broken`."""
 _BENCHMARKS: dict[str, Callable[..., Collection]] = {"vtab:": load_vtab, "fgvc:": load_fgvc}
@@ -84,7 +92,7 @@ class DataSplits:
 
 def data_names() -> list[str]:
     """What a data specification may be."""
-    tables = (f"{prefix}FILE" for prefix in _IN_TABLES)
+    tables = ("csv:FILE", "parquet:FILE", "hf:NAME", "wds:SHARDS")
     return [
         *(f"{prefix}PATH" for prefix in _IN_FOLDERS),
         *tables,
@@ -95,20 +103,29 @@ def data_names() -> list[str]:
 
 def split_spec(spec: str) -> tuple[str, str | None]:
     """Cut `folder:PATH` into `("folder:", "PATH")`; data that needs no path is `(name, None)`."""
-    prefix = next((prefix for prefix in (*_IN_FOLDERS, *_IN_TABLES, *_BENCHMARKS) if spec.startswith(prefix)), None)
+    prefix = next(
+        (prefix for prefix in (*_IN_FOLDERS, *_IN_TABLES, *_BENCHMARKS, PYTHON_PREFIX) if spec.startswith(prefix)), None
+    )
     return (spec, None) if prefix is None else (prefix, spec.removeprefix(prefix))
+
+
+def has_columns(data: Any) -> bool:
+    """Whether data, a specification or an object, may have columns."""
+    return not isinstance(data, str) or split_spec(data)[0] in _IN_TABLES
 
 
 def data_folder(spec: str) -> Path | None:
     """The folder or file that `folder:PATH`, `csv:FILE` and the like name, there or not; None for other data."""
     prefix, path = split_spec(spec)
-    if path is None:
+    if path is None or prefix == PYTHON_PREFIX or (prefix == "hf:" and not Path(path).expanduser().exists()):
         return None
+    if prefix == "wds:" and not Path(path).expanduser().exists():
+        path = str(Path(path).parent)
     return _BENCHMARK_FOLDERS.get(prefix, Path)(Path(path).expanduser())
 
 
 def load_data(
-    spec: str,
+    spec: Any,
     *,
     seed: int = 0,
     val_fraction: float = 0.2,
@@ -122,6 +139,8 @@ def load_data(
     protocol: Protocol = "standard",
     columns: str | None = None,
     target: TargetKind = "class",
+    channels: int = 3,
+    divide: bool = True,
 ) -> DataSplits:
     """Load data and divide it, stratified and seeded; images of one group are never in two parts that are split here.
 
@@ -130,7 +149,8 @@ def load_data(
     the test images do not change with the number of training images.
 
     Args:
-        spec: One of `data_names()`: `folder:PATH` (`class/image` or `train|val|test/class/image`) or a data set.
+        spec: One of `data_names()`: `folder:PATH` (`class/image` or `train|val|test/class/image`) or a data set. Or an
+            object, see `snella.data.hub.from_python`.
         seed: Of the splits, the sizes' choice and the augmentation.
         val_fraction: Share of the validation part.
         test_fraction: Share of the test part; 0 for none.
@@ -149,6 +169,9 @@ def load_data(
         target: What the label column of a table holds: one class (`class`), any number of labels (`labels`) or numbers
             (`numbers`, whose columns are then `classes`). Labels of the data sets are classes, or for the other two
             strata that splits are made by; raw values, weights and groups are in `ImageDataset.annotations`.
+        channels: Channels of an image: 3 for RGB, 1 for gray, 4 for RGBA, others for multispectral files; see
+            `read_image`.
+        divide: False leaves all images in the parts that the data has, and splits none off.
 
     Raises:
         ValueError: An unknown specification (with the nearest ones), numbers out of range, too few images.
@@ -158,8 +181,12 @@ def load_data(
     for_test = seed if test_seed is None else test_seed
     sizes = {"train": train_size, "val": val_size, "test": test_size}
     _check_numbers({"seed": seed, "test_seed": for_test}, val_fraction, test_fraction, sizes)
-    collection = _collect(spec, skip_broken, check_sizes, columns, target)
-    train, val, test = _divide(collection, seed, for_test, val_fraction, test_fraction, protocol)
+    collection = _collect(spec, skip_broken, check_sizes, columns, target, channels)
+    train, val, test = (
+        _divide(collection, seed, for_test, val_fraction, test_fraction, protocol)
+        if divide
+        else (collection.train, collection.val, collection.test)
+    )
     labels = collection.label_names
     train = _choose("train", train, train_size, seed, labels)
     if val is not None:
@@ -181,28 +208,44 @@ def load_data(
         else f"images in {len(collection.classes)} classes"
     )
     description = f"{collection.name}: {total:,} {what}; {counts}"
-    notes = [*collection.notes, *_absent_classes(parts, labels), *_shared_groups(parts), *_shared_files(parts)]
+    notes = [
+        *collection.notes,
+        *_absent_classes(parts, labels),
+        *_pages(parts),
+        *_shared_groups(parts),
+        *_copies(parts),
+    ]
     if collection.strata is None:
         notes += _imbalance(train, labels)
     whole = collection.is_resized_whole
     return DataSplits(train, val, test, collection.classes, collection.name, description, notes, is_resized_whole=whole)
 
 
-def _collect(spec: str, skip_broken: bool, check_sizes: bool, columns: str | None, target: TargetKind) -> Collection:
+def _collect(
+    spec: Any, skip_broken: bool, check_sizes: bool, columns: str | None, target: TargetKind, channels: int
+) -> Collection:
     """The data as its family has it."""
+    given: dict[str, Any] = {} if channels == 3 else {"channels": channels}
+    if not isinstance(spec, str):
+        return from_python(spec, columns=Columns.parse(columns), target=target, skip_broken=skip_broken, **given)
     prefix, path = split_spec(spec)
+    if prefix == PYTHON_PREFIX:
+        raise ValueError(f"data {spec} is an object in Python: hand it over to train or evaluate with data=...")
     if prefix in _IN_TABLES:
-        return _IN_TABLES[prefix](path, columns=Columns.parse(columns), target=target, skip_broken=skip_broken)
+        return _IN_TABLES[prefix](path, columns=Columns.parse(columns), target=target, skip_broken=skip_broken, **given)
     if columns is not None:
         raise ValueError(
             f"columns can only be given for data with columns, {', '.join(_IN_TABLES)}, got {columns!r} with {spec}"
         )
     if target != "class":
         raise ValueError(f"data must have columns, {', '.join(_IN_TABLES)}, for labels that are no classes, got {spec}")
+    if given and prefix != _FOLDER:
+        known = ", ".join((_FOLDER, *_IN_TABLES))
+        raise ValueError(f"channels must be 3 for data other than {known}, got {channels} with {spec}")
     if prefix in _BENCHMARKS:
         return _BENCHMARKS[prefix](path, check_sizes=check_sizes)
     if path is not None:
-        return _IN_FOLDERS[prefix](path, skip_broken=skip_broken)
+        return _IN_FOLDERS[prefix](path, skip_broken=skip_broken, **given)
     if spec in _FAMILIES:
         return _FAMILIES[spec]()
     nearest = difflib.get_close_matches(spec, _FAMILIES, n=2, cutoff=0.4)
@@ -293,8 +336,45 @@ def _imbalance(train: ImageDataset, classes: list[str]) -> list[str]:
     ]
 
 
-def _shared_files(parts: dict[str, ImageDataset]) -> list[str]:
-    """Notes about image files that stand in two parts, told by their bytes; a picture saved again is not found."""
+def _pages(parts: dict[str, ImageDataset]) -> list[str]:
+    """A note about images with several pages or frames."""
+    names = [
+        name
+        for images in parts.values()
+        for row, name in zip(images.rows, images.names, strict=True)
+        if (facts := _facts(images).get(row)) is not None and facts.has_pages
+    ]
+    if not names:
+        return []
+    return [f"{len(names)} images have several pages or frames, of which the first is used: {listed(names)}"]
+
+
+def _facts(images: ImageDataset) -> dict[int, ImageFacts]:
+    """What is known of the images of a source, by row."""
+    return images.source.facts if isinstance(images.source, CachedImages) else {}
+
+
+def _copies(parts: dict[str, ImageDataset]) -> list[str]:
+    """Notes about images of a later part that are training images too: of the same bytes, or saved again."""
+    equal = _equal_files(parts)
+    notes = []
+    for name in ("val", "test"):
+        both = {**near_copies(parts["train"], parts[name]), **equal.get(name, {})} if name in parts else {}
+        if both:
+            shown = listed(
+                [f"{parts['train'].names[b]!r} is {parts[name].names[a]!r}" for a, b in sorted(both.items())]
+            )
+            resaved = len(both) - len(equal.get(name, {}))
+            kind = f" ({resaved} of them saved again or resized)" if resaved else ""
+            notes.append(
+                f"{len(both)} of {len(parts[name])} {name} images are training images too{kind}, e.g. {shown}; "
+                f"results on {name} are optimistic by as much"
+            )
+    return notes
+
+
+def _equal_files(parts: dict[str, ImageDataset]) -> dict[str, dict[int, int]]:
+    """By part, positions of image files whose bytes are those of a training image, with its position."""
     paths = {
         name: [images.source.paths[row] for row in images.rows]
         for name, images in parts.items()
@@ -302,20 +382,52 @@ def _shared_files(parts: dict[str, ImageDataset]) -> list[str]:
     }
     sizes = Counter(path.stat().st_size for group in paths.values() for path in group)
     digests = {
-        name: {sha256_of(path): path for path in group if sizes[path.stat().st_size] > 1}
+        name: {position: sha256_of(path) for position, path in enumerate(group) if sizes[path.stat().st_size] > 1}
         for name, group in paths.items()
     }
-    notes = []
-    for name in ("val", "test"):
-        both = sorted(set(digests.get(name, {})) & set(digests.get("train", {})), key=lambda d: digests[name][d])
-        if both:
-            first = both[0]
-            pair = f"{digests['train'][first].name!r} is {digests[name][first].name!r}"
-            notes.append(
-                f"{len(both)} of {len(parts[name])} {name} images are training images too, e.g. {pair}; "
-                f"results on {name} are optimistic by as much"
-            )
-    return notes
+    trained = {digest: position for position, digest in digests.pop("train", {}).items()}
+    return {
+        name: {position: trained[digest] for position, digest in group.items() if digest in trained}
+        for name, group in digests.items()
+    }
+
+
+def near_copies(train: ImageDataset, others: ImageDataset) -> dict[int, int]:
+    """Images that look like a training image: copies that were saved again, resized or compressed.
+
+    Two images count as one where their thumbnails of 16×16 gray values correlate by 0.995 at least and differ by 3 of
+    255 at most (root mean square). Only images that were inspected, and are not flat, are compared.
+
+    Args:
+        train: Training images.
+        others: Images of another part.
+
+    Returns:
+        From the position in `others` to that of the training image that is most alike.
+    """
+    known = [
+        {
+            p: facts[row].thumbnail
+            for p, row in enumerate(images.rows)
+            if row in facts and facts[row].thumbnail.std() > 2
+        }
+        for images in (train, others)
+        for facts in (_facts(images),)
+    ]
+    if not all(known) or len(known[0]) * len(known[1]) > _MOST_PAIRS:
+        return {}
+    positions = [np.array(list(thumbnails)) for thumbnails in known]
+    raw = [np.stack(list(thumbnails.values())).reshape(len(thumbnails), -1).astype(np.float32) for thumbnails in known]
+    centered = [values - values.mean(1, keepdims=True) for values in raw]
+    unit = [values / np.linalg.norm(values, axis=1, keepdims=True) for values in centered]
+    found = {}
+    for start in range(0, len(unit[1]), _CHUNK):
+        correlations = unit[1][start : start + _CHUNK] @ unit[0].T
+        for offset, nearest in enumerate(correlations.argmax(1)):
+            distance = np.sqrt(((raw[1][start + offset] - raw[0][nearest]) ** 2).mean())
+            if correlations[offset, nearest] >= _LEAST_CORRELATION and distance <= _MOST_DISTANCE:
+                found[int(positions[1][start + offset])] = int(positions[0][nearest])
+    return found
 
 
 def _check_numbers(
@@ -340,6 +452,8 @@ __all__ = [
     "DataSplits",
     "data_folder",
     "data_names",
+    "has_columns",
     "load_data",
+    "near_copies",
     "split_spec",
 ]

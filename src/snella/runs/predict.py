@@ -9,9 +9,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from snella.data import read_image
+from snella.data import read_image, split_spec
 from snella.data.datasets import IMAGE_SUFFIXES, is_image
+from snella.data.table import TABLE_SUFFIXES, Columns, table_paths
 from snella.runs.build import LoadedRun, load_run
+from snella.runs.folder import RunFolder
 from snella.runs.predictions import output_of
 
 _RUN_FILE = "run.json"
@@ -22,6 +24,7 @@ def predict(
     images: Sequence[str | Path],
     *,
     batch_size: int = 32,
+    columns: str | None = None,
     skip_broken: bool = False,
     device: str = "auto",
 ) -> list[Any]:
@@ -29,8 +32,10 @@ def predict(
 
     Args:
         run: Folder of the run, or a loaded one.
-        images: Files and folders; a folder stands for all images in it, at any depth.
+        images: Files and folders; a folder stands for all images in it, at any depth, and a CSV or Parquet file for
+            those that it names.
         batch_size: Images at a time.
+        columns: Column of the paths in a table, `path=file`; if not given, the run's own or the usual names.
         skip_broken: Skip images that cannot be read, instead of stopping.
         device: auto, cpu or cuda.
 
@@ -41,7 +46,7 @@ def predict(
         FileNotFoundError: A path does not exist (near names are given), or a folder holds no images.
         ValueError: An image cannot be read, or an image is given in place of the run.
     """
-    each = predict_each(run, images, batch_size=batch_size, skip_broken=skip_broken, device=device)
+    each = predict_each(run, images, batch_size=batch_size, columns=columns, skip_broken=skip_broken, device=device)
     return list(each)
 
 
@@ -50,6 +55,7 @@ def predict_each(
     images: Sequence[str | Path],
     *,
     batch_size: int = 32,
+    columns: str | None = None,
     skip_broken: bool = False,
     device: str = "auto",
     on_skipped: Callable[[Path, str], None] = lambda path, reason: None,
@@ -62,7 +68,8 @@ def predict_each(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if not isinstance(run, LoadedRun):
         _check_order(Path(run), images)
-    paths = _expand(images)
+    folder = run.folder if isinstance(run, LoadedRun) else RunFolder(run)
+    paths = _expand(images, folder, columns)
     loaded = run if isinstance(run, LoadedRun) else load_run(run, device)
     output = output_of(loaded.task.name)
     for batch in _batches(paths, loaded, batch_size, skip_broken, on_skipped):
@@ -84,11 +91,16 @@ def _check_order(run: Path, images: Sequence[str | Path]) -> None:
         raise FileNotFoundError(f"no run {run}{_hint(run)}")
 
 
-def _expand(images: Iterable[str | Path]) -> list[Path]:
-    """Files as given, folders as the images in them."""
+def _expand(images: Iterable[str | Path], run: RunFolder, columns: str | None) -> list[Path]:
+    """Files as given, folders as the images in them, tables as those that they name."""
     paths: list[Path] = []
-    for image in map(Path, images):
-        if image.is_dir():
+    for given in images:
+        prefix, rest = split_spec(str(given))
+        is_table = prefix in ("csv:", "parquet:") and rest is not None
+        image = Path(rest if is_table and rest else given)
+        if is_table or (image.suffix.lower() in TABLE_SUFFIXES and image.is_file()):
+            paths += _paths_of_table(image, run, columns)
+        elif image.is_dir():
             inside = sorted(path for path in image.rglob("*") if path.is_file() and is_image(path))
             if not inside:
                 raise FileNotFoundError(
@@ -102,6 +114,19 @@ def _expand(images: Iterable[str | Path]) -> list[Path]:
     if not paths:
         raise ValueError("images must name at least one file or folder, got none")
     return paths
+
+
+def _paths_of_table(table: Path, run: RunFolder, columns: str | None) -> list[Path]:
+    """The images that a table names, by the given column, the usual names, or the column that the run had."""
+    if columns is not None:
+        return table_paths(table, Columns.parse(columns))
+    try:
+        return table_paths(table, Columns())
+    except ValueError:
+        own = Columns.parse(run.read_config().columns).names.get("path")
+        if own is None:
+            raise
+        return table_paths(table, Columns({"path": own}))
 
 
 def _hint(missing: Path) -> str:
@@ -121,7 +146,7 @@ def _batches(
     batch: list[tuple[Path, Image.Image, Tensor]] = []
     for path in paths:
         try:
-            image = read_image(path)
+            image = read_image(path, loaded.channels)
         except ValueError as error:
             if skip_broken:
                 on_skipped(path, str(error).partition("image: ")[2])

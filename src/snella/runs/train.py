@@ -60,6 +60,7 @@ def train(
     config: TrainConfig,
     console: Console | None = None,
     *,
+    data: Any = None,
     measure_test: bool = True,
     keep_checkpoints: bool = True,
     draw_report: bool = True,
@@ -72,6 +73,8 @@ def train(
         config: The configuration. With `resume` a stored run is resumed from its last checkpoint, with its own
             settings.
         console: Where to write; standard output if None.
+        data: A data set of torch or Hugging Face, or a mapping from train, val and test to such ones; `config.data` is
+            then a name for it, `python:flowers`. Resuming needs it again.
         measure_test: False skips the test images, for tuning runs.
         keep_checkpoints: False saves no state to resume from after each epoch, for short runs.
         draw_report: False skips the HTML report; `snella inspect --report` draws it later.
@@ -91,11 +94,17 @@ def train(
     console = console or make_console(survives_closed_output=True)
     run = RunFolder(str(config.out))
     with lock_run(run):
-        return _train(config, run, console, measure_test, keep_checkpoints, draw_report)
+        return _train(config, run, console, measure_test, keep_checkpoints, draw_report, data)
 
 
 def _train(
-    config: TrainConfig, run: RunFolder, console: Console, measure_test: bool, keep_checkpoints: bool, draw_report: bool
+    config: TrainConfig,
+    run: RunFolder,
+    console: Console,
+    measure_test: bool,
+    keep_checkpoints: bool,
+    draw_report: bool,
+    data: Any,
 ) -> RunFolder:
     """The work of `train`, in a folder that no other process writes into."""
     resolved = resolve_resume(run, config, console, f"its report is {run.report}")
@@ -108,7 +117,7 @@ def _train(
     stored = read(RunInfo, run.path).data if is_resumed else None
     if is_resumed:
         config.data = find_data(run.path, str(config.data), None if stored is None else stored.folder)
-    parts = build_components(config, run.path if is_resumed else None, console)
+    parts = build_components(config, run.path if is_resumed else None, console, data)
     check_splits(run.path, stored, parts.splits)
     config = config.with_batch_size_for(len(parts.splits.train))
     config = dataclasses.replace(config, head_start=choose_head_start(parts, config))

@@ -1,0 +1,354 @@
+"""Data sets of Hugging Face and torch: `hf:`, `wds:`, and objects that are handed over in Python."""
+
+import difflib
+import glob
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+
+from snella.data.collection import Collection
+from snella.data.datasets import CachedImages, decode_image, to_channels
+from snella.data.folder import PARTS, listed
+from snella.data.table import Columns, Samples, TargetKind, collection_of
+
+__all__ = ["PYTHON_PREFIX", "from_python", "load_hf", "load_wds"]
+
+PYTHON_PREFIX = "python:"
+_IMAGE = "<image>"
+_KEY, _URL = "__key__", "__url__"
+_INSTALL = "needs the package datasets; pip install 'snella[data]'"
+
+
+def load_hf(
+    path: str, *, columns: Columns, target: TargetKind = "class", skip_broken: bool = False, channels: int = 3
+) -> Collection:
+    """Collect the images of a Hugging Face data set.
+
+    Args:
+        path: A folder that `save_to_disk` wrote, a folder of images with `metadata.csv` (`imagefolder`) or of Parquet
+            files, or a name on the hub, `owner/name` or `owner/name:configuration`.
+        columns: Which columns hold what; the first column of images is the image.
+        target: What the label column holds.
+        skip_broken: Leave out rows that cannot be used, and note how many.
+        channels: Of an image.
+
+    Raises:
+        ConnectionError: The hub is needed and cannot be reached.
+        FileNotFoundError: There is no such data set.
+        ValueError: It cannot be read, or what `collection_of` refuses.
+        ImportError: The package `datasets` is not installed.
+    """
+    library = _library(f"hf:{path}")
+    if not path.strip():
+        raise ValueError("data must name a data set after 'hf:', got 'hf:'; write hf:FOLDER or hf:OWNER/NAME")
+    folder = Path(path).expanduser()
+    try:
+        if folder.is_dir():
+            is_saved = any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
+            data = library.load_from_disk(str(folder)) if is_saved else library.load_dataset(str(folder))
+        else:
+            name, _, configuration = path.partition(":")
+            data = library.load_dataset(name, configuration or None)
+    except Exception as error:
+        raise _reading_error(f"hf:{path}", folder, error) from error
+    return _from_hf(data, f"hf:{path}", folder.name, columns, target, skip_broken, channels)
+
+
+def load_wds(
+    path: str, *, columns: Columns, target: TargetKind = "class", skip_broken: bool = False, channels: int = 3
+) -> Collection:
+    """Collect the images of WebDataset shards.
+
+    Files of one sample have one name before the first dot: `0001.jpg`, and `0001.cls`, `0001.txt` or `0001.json` with
+    its label. Shards whose names begin with `train`, `val` or `test` are these parts.
+
+    Args:
+        path: Tar files: a folder, a pattern (`data/train-*.tar`) or a range (`data/train-{000..009}.tar`).
+        columns: Which entries hold what, such as `label=json.species`.
+        target: What the label entry holds.
+        skip_broken: Leave out samples that cannot be used, and note how many.
+        channels: Of an image.
+
+    Raises:
+        FileNotFoundError: There are no such shards.
+        ValueError: They cannot be read, or what `collection_of` refuses.
+        ImportError: The package `datasets` is not installed.
+    """
+    library = _library(f"wds:{path}")
+    shards = _shards(path)
+    by_part: dict[str, list[str]] = {}
+    for shard in shards:
+        start = "".join(letter for letter in shard.name.partition(".")[0].lower() if letter.isalpha() or letter in "-_")
+        by_part.setdefault(PARTS.get(start.replace("_", "-").partition("-")[0], "train"), []).append(str(shard))
+    try:
+        data = library.load_dataset("webdataset", data_files=by_part)
+    except Exception as error:
+        raise _reading_error(f"wds:{path}", shards[0], error) from error
+    return _from_hf(data, f"wds:{path}", shards[0].parent.name, columns, target, skip_broken, channels)
+
+
+def from_python(
+    data: Any,
+    name: str = "data",
+    *,
+    columns: Columns,
+    target: TargetKind = "class",
+    skip_broken: bool = False,
+    channels: int = 3,
+) -> Collection:
+    """Collect the images of a data set that is an object.
+
+    Args:
+        data: A `datasets.Dataset` or `DatasetDict`; a torch data set with a length whose items are an image and a label
+            (torchvision's, without a transform); or a mapping from train, val and test to such ones.
+        name: What it is called.
+        columns: Of a Hugging Face data set.
+        target: What the labels are.
+        skip_broken: Leave out images that cannot be used, and note how many.
+        channels: Of an image.
+
+    Raises:
+        TypeError: Another kind of object.
+        ValueError: What `collection_of` refuses.
+    """
+    where = f"{PYTHON_PREFIX}{name}"
+    parts = dict(data) if isinstance(data, Mapping) else {"train": data}
+    if all(hasattr(part, "features") and hasattr(part, "column_names") for part in parts.values()):
+        return _from_hf(data, where, name, columns, target, skip_broken, channels)
+    for part_name, part in parts.items():
+        if not (hasattr(part, "__len__") and hasattr(part, "__getitem__")):
+            raise TypeError(
+                f"data must be a specification such as folder:photos, or data sets with a length and items (image, "
+                f"label), got {type(part).__name__} for {part_name}"
+            )
+    source = _ObjectImages(list(parts.values()), channels)
+    labels = [label for part in parts.values() for label in _labels_of(part)]
+    known = getattr(next(iter(parts.values())), "classes", None)
+    are_numbers = all(isinstance(label, int | np.integer) for label in labels)
+    if known and are_numbers and target == "class":
+        labels = [str(known[int(label)]) for label in labels]
+    samples = Samples(
+        name,
+        where,
+        source,
+        [f"{part_name}/{row:06}" for part_name, part in parts.items() for row in range(len(part))],
+        labels,
+        ["label"],
+        splits=[part_name for part_name, part in parts.items() for _ in range(len(part))] if len(parts) > 1 else None,
+        classes=[str(name) for name in known] if known and are_numbers and target == "class" else None,
+    )
+    return collection_of(samples, target=target, skip_broken=skip_broken)
+
+
+class _HubImages(CachedImages):
+    """Encoded images in columns of Hugging Face data sets, one after the other."""
+
+    def __init__(self, columns: Sequence[Any], name: str, channels: int) -> None:
+        super().__init__(channels=channels)
+        self.columns, self.name = list(columns), name
+
+    def read(self, row: int) -> Any:
+        """Decode one image."""
+        item = _item(self.columns, row)[self.name]
+        return decode_image(io.BytesIO(self._bytes(item)), str(item["path"] or f"row {row}"), self.channels)
+
+    def content(self, row: int) -> bytes:
+        """The encoded image."""
+        return self._bytes(_item(self.columns, row)[self.name])
+
+    @staticmethod
+    def _bytes(item: Any) -> bytes:
+        """What stands in a column, or in the file that it names."""
+        if item is None:
+            raise ValueError("no image")
+        try:
+            return item["bytes"] if item["bytes"] is not None else Path(item["path"]).read_bytes()
+        except OSError as error:
+            raise ValueError(f"'{item['path']}' is not a readable image: {error}") from error
+
+
+class _ObjectImages(CachedImages):
+    """Images of torch data sets, one after the other."""
+
+    def __init__(self, parts: Sequence[Any], channels: int) -> None:
+        super().__init__(channels=channels)
+        self.parts = list(parts)
+
+    def read(self, row: int) -> Any:
+        """The image of an item."""
+        image = _item(self.parts, row)[0]
+        if isinstance(image, Tensor | np.ndarray):
+            if image.dtype not in (np.dtype(np.uint8), torch.uint8):
+                raise ValueError(
+                    f"items must be images of 0 to 255 (PIL, uint8), got {type(image).__name__} of {image.dtype}; "
+                    "leave out the data set's transform, training has its own"
+                )
+            image = to_pil_image(image)
+        if not isinstance(image, Image.Image):
+            raise ValueError(f"items must be an image and a label, got {type(image).__name__} first")
+        return to_channels(image, self.channels)
+
+    def content(self, row: int) -> bytes:
+        """The pixels."""
+        image = self.read(row)
+        return repr(image.size).encode() + image.tobytes()
+
+
+def _item(parts: Sequence[Any], row: int) -> Any:
+    """An item of data sets one after the other."""
+    for part in parts:
+        if row < len(part):
+            return part[row]
+        row -= len(part)
+    raise IndexError(row)
+
+
+def _labels_of(part: Any) -> list[Any]:
+    """The labels of a torch data set: a list of its own, or its items'."""
+    for name in ("targets", "labels", "_labels"):
+        values = getattr(part, name, None)
+        if values is not None and hasattr(values, "__len__") and len(values) == len(part):
+            return [value.tolist() if hasattr(value, "tolist") else value for value in values]
+    labels = [part[row][1] for row in range(len(part))]
+    return [label.tolist() if hasattr(label, "tolist") else label for label in labels]
+
+
+def _from_hf(
+    data: Any, where: str, name: str, columns: Columns, target: TargetKind, skip_broken: bool, channels: int
+) -> Collection:
+    """A Hugging Face data set or several as a `Collection`."""
+    import datasets
+
+    parts = dict(data) if isinstance(data, Mapping) else {"train": data}
+    notes = []
+    if len(parts) > 1:
+        others = [part for part in parts if part.lower() not in PARTS]
+        if others:
+            notes.append(f"left out {listed([f'{part!r} with {len(parts[part])} rows' for part in others])}")
+        parts = {part: rows for part, rows in parts.items() if part not in others}
+    first = next(iter(parts.values()))
+    images = [column for column, kind in first.features.items() if isinstance(kind, datasets.Image)]
+    table: dict[str, list[Any]] = {}
+    for rows in parts.values():
+        for column, values in _values(rows, images).items():
+            table.setdefault(column, []).extend(values)
+    total = sum(map(len, parts.values()))
+    table = {**{column: [_IMAGE] * total for column in images}, **table}
+    if images:
+        columns = Columns({"path": images[0], **columns.names})
+    found = columns.of(table, ("path", "label"), where)
+    if found["path"] not in images:
+        raise ValueError(f"{where}: column {found['path']!r} must hold images, got {table[found['path']][:1]}")
+    if len(parts) > 1:
+        table["split"] = [part for part, rows in parts.items() for _ in range(len(rows))]
+        found["split"] = "split"
+    encoded = [rows.select_columns([found["path"]]) for rows in parts.values()]
+    encoded = [rows.cast_column(found["path"], datasets.Image(decode=False)) for rows in encoded]
+    labels = found["label"].split("+")
+    names = table.get(_KEY) or [f"{part}/{row:06}" for part, rows in parts.items() for row in range(len(rows))]
+    samples = Samples(
+        name,
+        where,
+        _HubImages(encoded, found["path"], channels),
+        names,
+        [value[0] if len(labels) == 1 else value for value in zip(*(table[label] for label in labels), strict=True)],
+        labels,
+        **{f"{role}s": table[found[role]] if role in found else None for role in ("split", "weight", "group")},
+        classes=_class_names(first.features.get(labels[0])) if target != "numbers" else None,
+        notes=[*notes, f"columns: {', '.join(f'{role} {column!r}' for role, column in found.items())}"],
+    )
+    return collection_of(samples, target=target, skip_broken=skip_broken)
+
+
+def _values(rows: Any, images: Sequence[str]) -> dict[str, list[Any]]:
+    """All columns but the images; class numbers as names, entries of mappings as columns `json.label`."""
+    table: dict[str, list[Any]] = {}
+    for column, values in rows.remove_columns(list(images)).to_dict().items():
+        names = _class_names(rows.features[column])
+        if names:
+            values = [_named(value, names) for value in values]
+        if values and isinstance(values[0], dict):
+            for key in values[0]:
+                table[f"{column}.{key}"] = [None if value is None else value.get(key) for value in values]
+        else:
+            table[column] = [value.decode(errors="replace") if isinstance(value, bytes) else value for value in values]
+    table.pop(_URL, None)
+    return table
+
+
+def _class_names(kind: Any) -> list[str] | None:
+    """The names of a column of class numbers, or of lists of them."""
+    names = getattr(kind, "names", None) or getattr(getattr(kind, "feature", None), "names", None)
+    return None if names is None else [str(name) for name in names]
+
+
+def _named(value: Any, names: Sequence[str]) -> Any:
+    """Class numbers as names; those of unlabeled images, -1, as nothing."""
+    if isinstance(value, list):
+        return [names[number] for number in value]
+    return None if value is None or value < 0 else names[value]
+
+
+def _shards(path: str) -> list[Path]:
+    """The tar files of a folder, a pattern or a range in braces."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        found = sorted(folder.glob("*.tar"))
+    else:
+        before, brace, rest = str(folder).partition("{")
+        inside, _, after = rest.partition("}")
+        first, dots, last = inside.partition("..")
+        if brace and dots and first.isdigit() and last.isdigit():
+            numbers = range(int(first), int(last) + 1)
+            found = [Path(f"{before}{number:0{len(first)}}{after}") for number in numbers]
+        else:
+            found = [Path(name) for name in sorted(glob.glob(str(folder)))]
+    missing = [str(shard) for shard in found if not shard.is_file()]
+    if missing or not found:
+        parent = folder.parent
+        names = [child.name for child in parent.iterdir()] if parent.is_dir() else []
+        near = difflib.get_close_matches(folder.name, names, n=2)
+        hint = (
+            f"nearest there: {', '.join(map(repr, near))}" if near else "write wds:FOLDER or wds:train-{000..009}.tar"
+        )
+        raise FileNotFoundError(
+            f"data must name tar files, got wds:{path}, but {listed(missing) or 'no such file'} is not there; {hint}"
+        )
+    return [shard.absolute() for shard in found]
+
+
+def _library(where: str) -> Any:
+    """The package `datasets`, without its progress bars and warnings."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(f"data {where} {_INSTALL}") from error
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    return datasets
+
+
+def _reading_error(where: str, place: Path, error: Exception) -> Exception:
+    """What went wrong inside the library, in one line."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    text = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+    siblings = [child.name for child in place.parent.iterdir()] if place.parent.is_dir() else []
+    near = [] if place.exists() else difflib.get_close_matches(place.name, siblings, n=2)
+    nearest = f"; nearest there: {', '.join(map(repr, near))}" if near else ""
+    if isinstance(error, ConnectionError):
+        return ConnectionError(
+            f"data {where} is neither a folder nor in the cache, and the hub could not be reached ({text}); give the "
+            f"folder of a copy, hf:FOLDER{nearest}"
+        )
+    if isinstance(error, FileNotFoundError):
+        return FileNotFoundError(f"data {where} cannot be read: {text}{nearest}")
+    return ValueError(f"data {where} cannot be read: {text}")
