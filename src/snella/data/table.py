@@ -215,7 +215,9 @@ def load_table(
         names,
         labels=[value[0] if len(labels) == 1 else value for value in zip(*(table[n] for n in labels), strict=True)],
         label_columns=labels,
-        **{f"{role}s": table[found[role]] if role in found else None for role in ("split", "weight", "group")},
+        splits=table.get(found.get("split", "")),
+        weights=table.get(found.get("weight", "")),
+        groups=table.get(found.get("group", "")),
         broken=broken,
         notes=[f"columns: {', '.join(f'{role} {name!r}' for role, name in found.items())}"],
     )
