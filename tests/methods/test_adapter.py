@@ -21,6 +21,16 @@ def test_the_forward_pass_is_that_of_the_formula():
     torch.testing.assert_close(adapter(h), h + 0.3 * (down @ adapter.up.weight.T + adapter.up.bias))
 
 
+def test_its_activation_can_be_the_papers(make_model, images):
+    model = build_method("adapter-2", make_model(), activation="relu")
+    adapter = filled(model.blocks[0].mlp.adapter).eval()
+    h = torch.randn(2, 4, 64)
+    down = (h @ adapter.down.weight.T + adapter.down.bias).clamp_min(0)
+    torch.testing.assert_close(adapter(h), h + down @ adapter.up.weight.T + adapter.up.bias)
+    with pytest.raises(ValueError, match="activation must be one of 'gelu', 'relu', got 'tanh'"):
+        build_method("adapter-2", make_model(), activation="tanh")
+
+
 def test_it_stands_inside_of_the_residual_branch_after_the_mlp(make_model, images):
     model = build_method("adapter-2", make_model()).eval()
     block = model.blocks[0]

@@ -146,7 +146,7 @@ def test_uniform_allocation_goes_by_size_and_ignores_importance(mlp):
         assert list(entry["budgets"].values()) == allocate([120.0, 96.0], [120, 96], entry["budget"])
 
 
-@pytest.mark.parametrize("metric", ["sensitivity", "magnitude", "delta_magnitude"])
+@pytest.mark.parametrize("metric", ["sensitivity", "magnitude", "delta_magnitude", "delta_mean_magnitude"])
 def test_every_metric_moves_budgets_and_meets_the_target(mlp, metric):
     model = mlp.adapted(importance=metric)
     optimizer = make_optimizer(model)

@@ -98,12 +98,36 @@ def test_magnitude_needs_no_gradient_and_no_gradient_is_noted_for_sensitivity():
     assert sensitivity.scores() == [0]
 
 
-def test_delta_magnitude_smooths_the_size_of_the_update():
+@pytest.mark.parametrize("metric", ["delta_magnitude", "delta_mean_magnitude"])
+def test_delta_magnitude_smooths_every_entry_of_the_update_or_their_mean(metric):
     (matrix,) = matrices([(2, 3)], init_sparsity=0.5)
-    tracker = ImportanceTracker([matrix], metric="delta_magnitude", beta1=0.5, beta2=0.5, zero_init_ema=True)
+    tracker = ImportanceTracker([matrix], metric=metric, beta1=0.5, beta2=0.5, zero_init_ema=True)
     tracker.update()
-    size = matrix.sparse_update().abs().mean().item()
-    assert tracker.scores() == [pytest.approx(size / 2 * size / 4)]
+    sizes = matrix.sparse_update().abs()
+    assert 0 < int(sizes.count_nonzero()) < sizes.numel()
+    sizes = sizes if metric == "delta_magnitude" else sizes.mean()
+    # Ī = I / 2, U = |Ī − I| / 2 = I / 4, and their product's mean over all entries
+    assert tracker.scores() == [pytest.approx((sizes / 2 * sizes / 4).mean().item())]
+    with torch.no_grad():
+        matrix.layer.snella_A["default"].mul_(1.5)
+    moved = matrix.sparse_update().abs()
+    moved = moved if metric == "delta_magnitude" else moved.mean()
+    tracker.update()
+    average = sizes / 4 + moved / 2
+    expected = average * (sizes / 8 + (average - moved).abs() / 2)
+    assert tracker.scores() == [pytest.approx(expected.mean().item(), rel=1e-5)]
+
+
+def test_a_state_with_one_number_a_matrix_is_continued_entry_by_entry():
+    (matrix,) = matrices([(2, 3)])
+    old = {key: {"0/S": torch.tensor(value)} for key, value in (("averages", 4e-3), ("uncertainties", 2e-3))}
+    tracker = ImportanceTracker([matrix], metric="delta_magnitude", beta1=0.5, beta2=0.5)
+    tracker.load_state_dict(old)
+    tracker.update()
+    sizes = matrix.sparse_update().abs()
+    average = 2e-3 + sizes / 2
+    expected = average * (1e-3 + (average - sizes).abs() / 2)
+    assert tracker.scores() == [pytest.approx(expected.mean().item(), rel=1e-5)]
 
 
 def test_the_parts_of_a_fused_layer_have_importances_of_their_own(vit):

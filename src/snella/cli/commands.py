@@ -267,6 +267,135 @@ def inspect(
         print_line(console, f"report: {_refresh_generation_report(run) if is_generator else redraw_report(run)}")
 
 
+@_command("snella.analysis")
+def plot(
+    kind: Literal["allocation", "evolution", "update", "overlap", "features"],
+    runs: list[str],
+    /,
+    *,
+    out: str,
+    by: Literal["block", "matrix"] | None = None,
+    matrix: str | None = None,
+    data: str | None = None,
+    split: Literal["auto", "train", "val", "test", "all"] | None = None,
+    limit: int | None = None,
+    seed: int | None = None,
+    device: Device | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Draw what runs have learned: SVG and PNG for light and dark pages, and the numbers as CSV.
+
+      snella plot allocation runs/photos runs/cells --out plots
+      snella plot evolution runs/photos --out plots
+      snella plot update runs/photos runs/lora --out plots --matrix blocks.11.attn.proj
+      snella plot overlap runs/photos runs/cells runs/digits --out plots
+      snella plot features runs/photos runs/lora --out plots
+
+    allocation is the sparsity of each layer, evolution that and the importance over training and the total budget,
+    update the changes of one matrix and their singular values, overlap what several tasks change alike, features a
+    t-SNE of the features of several models.
+
+    Args:
+        kind: allocation, evolution, update, overlap or features.
+        runs: Folders of runs.
+        out: Folder for the files; created.
+        by: What a layer is (allocation, evolution): block (if not given) or matrix.
+        matrix: Matrix that is drawn (update, overlap), e.g. blocks.11.attn.qkv.q; if not given, the deepest query
+            projection.
+        data: Images (features), as for snella train; the first run's own if not given.
+        split: Part of the data (features); if not given, the test images.
+        limit: Maximum number of images (features; 500).
+        seed: Decides images and embedding (features; 0).
+        device: auto, cpu or cuda (features).
+        overwrite: Replace files of the same names.
+    """
+    import inspect
+
+    from snella.analysis import plot_function, write_plots
+    from snella.runs.console import make_console, print_line
+
+    function = plot_function(kind)
+    options = dict(by=by, matrix=matrix, data=data, split=split, limit=limit, seed=seed, device=device)
+    given = {name: value for name, value in options.items() if value is not None}
+    others = sorted(set(given) - set(inspect.signature(function).parameters))
+    if others:
+        names = ", ".join(f"--{name.replace('_', '-')} {given[name]}" for name in others)
+        raise ValueError(f"{names}: not an option of snella plot {kind}; see snella plot --help")
+    console = make_console()
+    plots = function(runs, **given)
+    paths = write_plots(plots, out, overwrite=overwrite)
+    for note in (note for drawn in plots for note in drawn.notes):
+        print_line(console, note)
+    for path in (path for path in paths if path.suffix in (".csv", ".svg") and not path.stem.endswith("-dark")):
+        print_line(console, str(path))
+
+
+@_command("snella.analysis.matrix_fit")
+def fit_matrix(
+    *,
+    out: str,
+    preset: Literal["quick", "paper"] = "quick",
+    kernels: str | None = None,
+    size: int | None = None,
+    ranks: str | None = None,
+    matrices: int | None = None,
+    r: int | None = None,
+    steps: int | None = None,
+    lr: float | None = None,
+    seed: int | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Fit random matrices by the kernels: how expressive each is, and whether its gradient vanishes.
+
+      snella fit-matrix --out runs/kernels
+      snella fit-matrix --out runs/kernels-paper --preset paper
+      snella fit-matrix --out runs/mine --kernels linear,mix_k,mymodule:my_kernel
+
+    Curves of the kernels, error against the rank of the matrix, gradient over the steps, as SVG, PNG and CSV. An
+    interrupted call is resumed by the same line.
+
+    Args:
+        out: Folder for the files; created.
+        preset: quick takes minutes; paper has Adam at 1e-4 and 100,000 steps, and takes hours.
+        kernels: Kernels, separated by commas; also import paths module:name of a Kernel or of a function of A and B.
+            All of snella's if not given.
+        size: Rows and columns of the matrices (48).
+        ranks: Ranks of the matrices (4,8,16,32,48).
+        matrices: Random matrices of each rank (10).
+        r: Rank of the learnable factors (8).
+        steps: Steps of Adam; the preset's if not given.
+        lr: Learning rate; the preset's if not given.
+        seed: Decides matrices and initial factors (0).
+        overwrite: Replace pictures and tables.
+    """
+    from dataclasses import replace
+
+    from rich.table import Table
+
+    from snella.analysis.matrix_fit import PRESETS, fit_matrices
+    from snella.analysis.plot import write_plots
+    from snella.runs.console import make_console, print_line
+
+    values: dict[str, Any] = dict(size=size, matrices=matrices, r=r, steps=steps, lr=lr, seed=seed)
+    values["ranks"] = None if ranks is None else tuple(_listed("ranks", ranks, int))
+    values["kernels"] = None if kernels is None else tuple(_listed("kernels", kernels, str))
+    config = replace(PRESETS[preset], **{name: value for name, value in values.items() if value is not None})
+    console = make_console()
+    with console.status("") as status:
+        plots = fit_matrices(config, out, lambda name, step: status.update(f"{name}: step {step} of {config.steps}"))
+    paths = write_plots(plots, out, overwrite=overwrite)
+    errors, shapes = plots[1].rows, plots[0].tables["definiteness"]
+    table = Table(title=f"mean squared error after {config.steps:,} steps, r={config.r}", title_justify="left")
+    for name in ("kernel", *(f"rank {rank}" for rank in config.ranks), "smallest eigenvalue"):
+        table.add_column(name, justify="left" if name == "kernel" else "right")
+    for kernel, shape in zip(config.kernels, shapes, strict=True):
+        found = (f"{row['mse']:.4f}" for row in errors if row["kernel"] == kernel)
+        table.add_row(kernel, *found, f"{shape['smallest']:.3g}")
+    console.print(table)
+    for path in (path for path in paths if path.suffix in (".csv", ".svg") and not path.stem.endswith("-dark")):
+        print_line(console, str(path))
+
+
 @_command("snella.data.check")
 def data(action: Literal["check"], folder: str, /, decode: bool = False) -> None:
     """Validate the folder of a published benchmark: report data sets that are complete, missing or damaged.

@@ -22,16 +22,11 @@ from snella.report.style import (
     new_figure,
     percent_axis,
     shortened,
+    style_of,
 )
 
-_MARKERS = "osD^vPX*<>hp"
 SHOWN_RANGE = 0.3
 """Range of accuracies below the best that is shown."""
-
-
-def style_of(number: int) -> tuple[str, str]:
-    """Color and marker of the method of this number; markers tell methods of one color apart."""
-    return COLORS[number % len(COLORS)], _MARKERS[(number + number // len(COLORS)) % len(_MARKERS)]
 
 
 def pareto(summary: Summary, cost: str, label: str, title: str, is_log: bool) -> Figure | None:
@@ -234,5 +229,4 @@ __all__ = [
     "lr_curve",
     "pareto",
     "pareto_front",
-    "style_of",
 ]

@@ -21,8 +21,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from torch import Tensor, nn
-from torch.utils.data import ConcatDataset, DataLoader
+from torch import nn
 
 from snella._files import write_json
 from snella.comparison.cells import Cell, package_info, read_results, row_header, system_info, tuning_result
@@ -37,6 +36,7 @@ from snella.records import Metrics, plain, read, scores_from
 from snella.runs import RunFolder, TrainingInterrupted, load_run
 from snella.runs.build import make_backbone
 from snella.runs.evaluate import evaluate
+from snella.runs.linear_probe import head_inputs
 from snella.runs.train import train
 
 
@@ -113,29 +113,6 @@ def measure_forgetting(run: Path, data: str, images: int, cache: Path, batch_siz
         "probe_accuracy_frozen": frozen,
         "probe_accuracy_adapted": adapted,
     }
-
-
-@torch.no_grad()
-def head_inputs(model: nn.Module, parts: list[ImageDataset], batch_size: int) -> NDArray[np.float32]:
-    """The inputs to the head of a model from `build_method`, `[images, width]`.
-
-    Args:
-        model: Put into evaluation mode.
-        parts: Images with their transform.
-        batch_size: Images at a time.
-    """
-    name = spec_of(model).head
-    heads = [module for own, module in model.named_modules() if own == name or own.endswith(f".model.{name}")]
-    seen: list[Tensor] = []
-    handle = heads[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].flatten(1).float().cpu()))
-    device = next(model.parameters()).device
-    model.eval()
-    try:
-        for images, _ in DataLoader(ConcatDataset(parts), batch_size):
-            model(images.to(device))
-    finally:
-        handle.remove()
-    return torch.cat(seen).numpy()
 
 
 def probe_accuracy(features: NDArray[np.float32], labels: NDArray[np.int64]) -> float:

@@ -7,15 +7,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from snella.methods.method import Batches, Method, Options, check_by, number, whole_number
+from snella.methods.method import Batches, Method, Options, check_by, number, one_of, whole_number
 from snella.methods.model_parts import attach, mlps
 from snella.methods.partial import train_head
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
 
 
 class Adapter(nn.Module):
     """A bottleneck beside the identity: nothing at first, since what leads out of it starts at zero.
 
-    y = h + scale · (U · dropout(gelu(D h + d)) + u)
+    y = h + scale · (U · dropout(act(D h + d)) + u),   act = gelu, or relu as A.1 of arXiv 2510.24037 describes it
 
     `D` `[r, width]` starts uniform after Glorot, `U` `[width, r]` and both biases at zero.
 
@@ -24,12 +26,15 @@ class Adapter(nn.Module):
         r: Width of the bottleneck.
         scale: Factor on what is added.
         dropout: Rate inside of the bottleneck, while training.
+        activation: One of `ACTIVATIONS`.
     """
 
-    def __init__(self, width: int, r: int = 8, *, scale: float = 1.0, dropout: float = 0.0) -> None:
+    def __init__(
+        self, width: int, r: int = 8, *, scale: float = 1.0, dropout: float = 0.0, activation: str = "gelu"
+    ) -> None:
         super().__init__()
         self.down = nn.Linear(width, r)
-        self.act = nn.GELU()
+        self.act = ACTIVATIONS[activation]()
         self.dropout = nn.Dropout(dropout)
         self.up = nn.Linear(r, width)
         self.scale = scale
@@ -77,7 +82,7 @@ def add_adapters(method: str, model: nn.Module, head: str, make: Callable[[int, 
 
 def _build_adapter(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
     """One `Adapter` after each MLP, inside of the residual branch."""
-    own = {name: options[name] for name in ("scale", "dropout") if name in options}
+    own = {name: options[name] for name in ("scale", "dropout", "activation") if name in options}
     return add_adapters("adapter", model, head, lambda width, index: Adapter(width, options.get("r", 8), **own))
 
 
@@ -86,9 +91,11 @@ ADAPTER = Method(
     "adapters, Houlsby et al., arXiv 1902.00751, in the place that Pfeiffer et al., arXiv 2005.00247, found to do: "
     "after the MLP only, as compared in VPT and NOAH",
     _build_adapter,
-    ("r", "scale", "dropout"),
+    ("r", "scale", "dropout", "activation"),
     suffix="r",
-    check=check_by({"r": whole_number(), "scale": number(), "dropout": number(0, 1)}),
+    check=check_by(
+        {"r": whole_number(), "scale": number(), "dropout": number(0, 1), "activation": one_of(*ACTIVATIONS)}
+    ),
     unmerged_reason="adds a nonlinear bottleneck to each block",
     defaults={"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4, "r": 8},
 )

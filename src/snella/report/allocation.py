@@ -301,11 +301,7 @@ def importance_curves(allocation: Allocation, epochs: int | None) -> Figure:
         (line,) = axes.plot(times, mean, color=color, linewidth=2.4, marker="o" if len(times) <= 30 else "", ms=4)
         handles.append(Line2D([], [], color=line.get_color(), linewidth=2.4))
         labels.append(shortened(kind, 16))
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1,) if high / low > 50 else (1, 2, 5), numticks=9))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(_power_of_ten))
+    log_axis(axes)
     axes.set_ylabel("importance (log scale)")
     _time_axis(axes, times, epochs)
     add_legend(figure, handles, labels, columns=6)
@@ -327,6 +323,15 @@ def _time_axis(axes: Axes, times: list[float], epochs: int | None) -> None:
 def _is_drawn(value: float) -> bool:
     """Whether a logarithmic scale can show the value."""
     return math.isfinite(value) and value > 0
+
+
+def log_axis(axes: Axes) -> None:
+    """Make the y axis logarithmic, with ticks at powers of ten, or closer where the values span little."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1,) if high / low > 50 else (1, 2, 5), numticks=9))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(_power_of_ten))
 
 
 def _power_of_ten(value: float, _: object = None) -> str:
@@ -355,5 +360,6 @@ __all__ = [
     "frozen_curve",
     "has_importance",
     "importance_curves",
+    "log_axis",
     "sparsity_map",
 ]

@@ -14,6 +14,7 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -21,7 +22,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import ListedColormap, to_rgb
+from matplotlib.colors import ListedColormap, to_rgb, to_rgba, to_rgba_array
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -32,6 +33,9 @@ COLORS = (ACCENT, WARM, "#1d9367", "#c8446a", "#8a5cd0", "#148fa8", "#9a8410", "
 """Line colors, at least 3:1 against the light and the dark panel."""
 
 _VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--line", PANEL: "--panel"}
+_DARK = {INK: "#e6eaf0", MUTED: "#a2adbb", GRID: "#333d4b", PANEL: "#1a2029"}
+"""What the variables are in dark mode, in `report.css`."""
+_MARKERS = "osD^vPX*<>hp"
 _FONT = 12.0
 CURVE = (430.0, 310.0)
 """Width and height of a picture that stands beside another, and is still readable on a telephone."""
@@ -39,6 +43,32 @@ CURVE = (430.0, 310.0)
 
 def new_figure(width: float, height: float, title: str = "") -> tuple[Figure, Axes]:
     """Return a figure of `width` × `height` CSS pixels with one pair of axes in the house look."""
+    figure = _new_canvas(width, height)
+    return figure, _styled(figure.add_subplot(), title)
+
+
+def new_panels(
+    width: float, height: float, titles: Sequence[str], columns: int, **subplots: Any
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure of `width` × `height` CSS pixels with one pair of axes a title, `columns` of them in a row.
+
+    Args:
+        width: Of the whole figure.
+        height: Of the whole figure.
+        titles: One a panel.
+        columns: Panels in a row.
+        subplots: Further arguments of `Figure.subplots`, such as `sharey="row"`.
+    """
+    figure = _new_canvas(width, height)
+    grid = figure.subplots(-(-len(titles) // columns), columns, squeeze=False, **subplots).flat
+    panels = [_styled(axes, title) for axes, title in zip(grid, titles, strict=False)]
+    for axes in list(grid)[len(titles) :]:
+        axes.remove()
+    return figure, panels
+
+
+def _new_canvas(width: float, height: float) -> Figure:
+    """An empty figure."""
     figure = Figure(
         figsize=(width / 72, height / 72),
         dpi=72,
@@ -46,7 +76,11 @@ def new_figure(width: float, height: float, title: str = "") -> tuple[Figure, Ax
         facecolor=PANEL,
     )
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    return figure
+
+
+def _styled(axes: Axes, title: str) -> Axes:
+    """Axes in the house look."""
     axes.set_facecolor("none")
     axes.tick_params(colors=MUTED, labelcolor=INK, labelsize=_FONT - 1, length=3)
     for side in ("top", "right"):
@@ -59,7 +93,12 @@ def new_figure(width: float, height: float, title: str = "") -> tuple[Figure, Ax
     axes.yaxis.label.set(color=INK, fontsize=_FONT)
     if title:
         axes.set_title(title, color=INK, fontsize=_FONT + 1, fontweight="bold", loc="left", x=0.0, pad=10)
-    return figure, axes
+    return axes
+
+
+def style_of(number: int) -> tuple[str, str]:
+    """Color and marker of the line of this number; markers tell lines of one color apart."""
+    return COLORS[number % len(COLORS)], _MARKERS[(number + number // len(COLORS)) % len(_MARKERS)]
 
 
 def epoch_axis(axes: Axes, label: str = "epoch") -> None:
@@ -97,6 +136,13 @@ def accent_map() -> ListedColormap:
     return ListedColormap([(red, green, blue, 0.04 + 0.96 * i / 255) for i in range(256)], name="accent")
 
 
+def signed_map() -> ListedColormap:
+    """Return the color map from negative (orange) over nothing (transparent) to positive (blue)."""
+    shades = np.linspace(-1, 1, 257)
+    colors = [(*to_rgb(ACCENT if shade > 0 else WARM), float(abs(shade)) ** 0.7) for shade in shades]
+    return ListedColormap(colors, name="signed")
+
+
 def scale_bar(figure: Figure, axes: Axes, label: str, ticks: dict[float, str]) -> None:
     """Draw the accent's color scale below the axes, `ticks` naming some of its values in [0, 1]."""
     width, height = figure.get_size_inches() * 72
@@ -111,6 +157,7 @@ def scale_bar(figure: Figure, axes: Axes, label: str, ticks: dict[float, str]) -
     )
     bar.set_ticks(list(ticks), labels=list(ticks.values()))
     bar.ax.tick_params(colors=MUTED, labelcolor=INK, labelsize=_FONT - 1, length=3)
+    bar.ax.set_facecolor("none")
     bar.outline.set(edgecolor=MUTED, linewidth=0.8)
     bar.set_label(label, color=INK, fontsize=_FONT - 1)
 
@@ -142,6 +189,34 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
         figure.savefig(data, format=path.suffix[1:], dpi=144, metadata=metadata)
     write_atomically(path, data.getvalue())
     return path
+
+
+def write_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """Write a figure as `NAME.svg` and `NAME.png`, and for dark pages as `NAME-dark.svg` and `NAME-dark.png`.
+
+    Args:
+        figure: Drawn in the inks of this module; in those of dark mode afterwards.
+        folder: Must be there.
+        name: Stem of the files.
+    """
+    light = [save_figure(figure, folder / f"{name}{ending}") for ending in (".svg", ".png")]
+    darken(figure)
+    return [*light, *(save_figure(figure, folder / f"{name}-dark{ending}") for ending in (".svg", ".png"))]
+
+
+def darken(figure: Figure) -> None:
+    """Exchange the inks of a figure for those of dark mode, in place; other colors suit both."""
+    figure.draw_without_rendering()  # makes the ticks
+    inks = {to_rgb(light): to_rgb(dark) for light, dark in _DARK.items()}
+    for artist in figure.findobj():
+        for name in ("color", "facecolor", "edgecolor", "markerfacecolor", "markeredgecolor"):
+            value = getattr(artist, f"get_{name}", lambda: "none")()
+            if isinstance(value, str) and value in ("none", "auto"):
+                continue
+            colors = to_rgba_array(value)
+            changed = [(*inks.get(tuple(color[:3].tolist()), color[:3]), color[3]) for color in colors]
+            if len(colors) and not np.array_equal(colors, changed):
+                getattr(artist, f"set_{name}")(changed if len(changed) > 1 else to_rgba(changed[0]))
 
 
 def inline_svg(figure: Figure, name: str, description: str) -> str:
@@ -206,13 +281,18 @@ __all__ = [
     "WARM",
     "accent_map",
     "add_legend",
+    "darken",
     "epoch_axis",
     "inline_svg",
     "new_figure",
+    "new_panels",
     "percent_axis",
     "save_figure",
     "scale_bar",
     "shortened",
+    "signed_map",
+    "style_of",
     "text_on",
     "write_atomically",
+    "write_figure",
 ]

@@ -123,20 +123,51 @@ def evaluate(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     loaded = load_run(run, device)
-    splits, are_own = _load_splits(loaded, data, split, skip_broken, columns)
-    chosen = _chosen(split, splits) if are_own else "all" if split == "auto" else split
-    spec = loaded.info.data.spec if data is None else data if isinstance(data, str) else "python:data"
-    loaded.task.check_data(splits.train, spec)
-    parts = [part.with_transform(loaded.transform) for part in _parts(splits, chosen)]
+    splits, chosen, parts = images_for_run(loaded, data, split, skip_broken=skip_broken, columns=columns)
     items = _Relabeled(parts, _numbers(splits.classes, loaded), loaded.task)
     scores = loaded.task.metrics(*_run_model(loaded, items, batch_size))
     head = {
-        "data": spec,
+        "data": _spec(loaded, data),
         "split": chosen,
         "images": len(items),
         "notes": list(splits.notes),
     }
     return {**head, "classes": loaded.classes, **scores}
+
+
+def images_for_run(
+    loaded: LoadedRun,
+    data: Any = None,
+    split: Split = "auto",
+    *,
+    skip_broken: bool = False,
+    columns: str | None = None,
+) -> tuple[DataSplits, Split, list[ImageDataset]]:
+    """The images that a run is measured on, with its transform.
+
+    Args:
+        loaded: The run.
+        data: As for `evaluate`.
+        split: As for `evaluate`.
+        skip_broken: Skip images that cannot be read.
+        columns: As for `evaluate`.
+
+    Returns:
+        The data's splits, the split that was chosen, and its parts.
+
+    Raises:
+        FileNotFoundError: The run's own data is not there any more.
+        ValueError: As for `evaluate`, but for classes.
+    """
+    splits, are_own = _load_splits(loaded, data, split, skip_broken, columns)
+    chosen = _chosen(split, splits) if are_own else "all" if split == "auto" else split
+    loaded.task.check_data(splits.train, _spec(loaded, data))
+    return splits, chosen, [part.with_transform(loaded.transform) for part in _parts(splits, chosen)]
+
+
+def _spec(loaded: LoadedRun, data: Any) -> str:
+    """How the data is called: as it was given, or as the run says of its own."""
+    return loaded.info.data.spec if data is None else data if isinstance(data, str) else "python:data"
 
 
 def _load_splits(

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from peft.utils import ModulesToSaveWrapper
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from snella.data import ImageDataset, build_transform
 from snella.methods import method_of, spec_of
@@ -99,6 +100,29 @@ def pooled_features(model: nn.Module, images: ImageDataset, config: TrainConfig)
     for batch, _ in DataLoader(images, batch_size=config.effective_batch_size, num_workers=config.workers):
         pooled = model.forward_head(model.forward_features(batch.to(device)), pre_logits=True)  # type: ignore[operator]
         yield pooled.float().cpu()
+
+
+@torch.no_grad()
+def head_inputs(model: nn.Module, parts: Sequence[ImageDataset], batch_size: int) -> NDArray[np.float32]:
+    """The inputs to the head of a model from `build_method`, `[images, width]`.
+
+    Args:
+        model: Put into evaluation mode.
+        parts: Images with their transform.
+        batch_size: Images at a time.
+    """
+    name = spec_of(model).head
+    heads = [module for own, module in model.named_modules() if own == name or own.endswith(f".model.{name}")]
+    seen: list[Tensor] = []
+    handle = heads[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].flatten(1).float().cpu()))
+    device = next(model.parameters()).device
+    model.eval()
+    try:
+        for images, _ in DataLoader(ConcatDataset(parts), batch_size):
+            model(images.to(device))
+    finally:
+        handle.remove()
+    return torch.cat(seen).numpy()
 
 
 INVERSE_PENALTY = 0.1

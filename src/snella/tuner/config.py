@@ -54,7 +54,7 @@ model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
 
 Preset = Literal["paper", "official", "matched"]
 Allocation = Literal["competition", "uniform"]
-ImportanceMetric = Literal["sensitivity", "magnitude", "delta_magnitude"]
+ImportanceMetric = Literal["sensitivity", "magnitude", "delta_magnitude", "delta_mean_magnitude"]
 Bias = Literal["none", "all", "snella_only"]
 
 MATCHED_KERNELS = ("mix_k", "p_linear")
@@ -165,7 +165,9 @@ class SnellaConfig(PeftConfig):
             proportion to the weight it is added to (see `StepMatcher`); for the kernels `mix_k` and `p_linear`.
         schedule_end: Fraction of the training after which the budget has reached its target, in `(0, 1]`; 1 is the
             paper. Below 1, the steps that are left train the sparsity that was asked for.
-        importance: `sensitivity` (eq. 11), `magnitude` of the factors or `delta_magnitude` of the update.
+        importance: `sensitivity` (eq. 11), `magnitude` of the factors, `delta_magnitude` of the update entry by entry
+            (the paper's W-Magnitude; keeps two numbers for each adapted weight), or `delta_mean_magnitude`, the mean of
+            the update's magnitudes, one number a matrix.
         realloc_every: `"epoch"`, or a number of optimizer steps.
         beta1: Decay of the moving average of the importance.
         beta2: Decay of the moving average of its uncertainty.

@@ -12,6 +12,9 @@ from torch.distributed.tensor import DTensor
 
 from snella.tuner.matrices import AdaptedMatrix
 
+OF_UPDATES = ("delta_magnitude", "delta_mean_magnitude")
+"""Metrics that look at the merged updates, not at the factors."""
+
 
 class _Read(NamedTuple):
     """What the importance of one factor is computed from; without a gradient it is the magnitude of the value."""
@@ -43,11 +46,13 @@ class ImportanceTracker:
         U ← β2·U + (1 − β2)·|Ī − I|                      U(0) = 0
         p = mean(Ī_A ⊙ U_A) + mean(Ī_B ⊙ U_B)            one number a matrix
 
-    `delta_magnitude` smooths the mean of `|S|` itself, one number a matrix, in the same way.
+    `delta_magnitude` (W-Magnitude) reads eqs. 7 to 11 for the sparse update in place of the factors: `I = |S|`,
+    `p = mean(Ī_S ⊙ U_S)`; its averages are two numbers for each adapted weight. `delta_mean_magnitude` smooths the mean
+    of `|S|` instead, one number a matrix.
 
     Args:
         matrices: The competitors.
-        metric: `sensitivity`, `magnitude` or `delta_magnitude`.
+        metric: `sensitivity`, `magnitude`, `delta_magnitude` or `delta_mean_magnitude`.
         beta1: Decay of Ī.
         beta2: Decay of U.
         zero_init_ema: Start Ī at 0 instead, as the authors' code does.
@@ -77,7 +82,7 @@ class ImportanceTracker:
             gradient_scale: What the gradients are multiplied by at present, by a gradient scaler.
         """
         self.without_gradient = []
-        read = self._read_updates() if self.metric == "delta_magnitude" else self._read_factors()
+        read = self._read_updates() if self.metric in OF_UPDATES else self._read_factors()
         by_device: dict[torch.device, dict[str, _Read]] = {}
         for key, one in read.items():
             by_device.setdefault(one.value.device, {})[key] = one
@@ -113,14 +118,14 @@ class ImportanceTracker:
         return read
 
     def _read_updates(self) -> dict[str, _Read]:
-        """The mean magnitude of every sparse update; a fused layer is merged once for all of its matrices.
+        """Every sparse update, or its mean magnitude; a fused layer is merged once for all of its matrices.
 
         Raises:
             NotImplementedError: The factors are sharded, so that no update can be merged between two passes.
         """
         if any(_is_sharded(factor) for factor in _factors_of(self.matrices[0])):
             raise NotImplementedError(
-                "importance='delta_magnitude' merges the updates between two passes, when FSDP keeps parts of the "
+                f"importance={self.metric!r} merges the updates between two passes, when FSDP keeps parts of the "
                 "factors only; set importance='sensitivity', or train with DDP"
             )
         merged: dict[int, list[Tensor]] = {}
@@ -128,7 +133,8 @@ class ImportanceTracker:
         for matrix in self.matrices:
             if id(matrix.layer) not in merged:
                 merged[id(matrix.layer)] = list(matrix.layer.sparse_updates(matrix.adapter_name))
-            read[f"{matrix.name}/S"] = _Read(merged[id(matrix.layer)][matrix.group].abs().mean(), None)
+            update = merged[id(matrix.layer)][matrix.group]
+            read[f"{matrix.name}/S"] = _Read(update if self.metric == "delta_magnitude" else update.abs().mean(), None)
         return read
 
     def _averages_on(self, device: torch.device, values: Mapping[str, _Read]) -> _Flat:
@@ -141,9 +147,12 @@ class ImportanceTracker:
                 known = self._averages.get(key)
                 # NaN: the first value is taken as it is
                 start = nothing if self.zero_init_ema else torch.full_like(nothing, torch.nan)
-                averages.append(start if known is None else known.to(device).reshape(-1))
+                # a state of before 2026-11-26 has one number a matrix under `delta_magnitude`
+                averages.append(start if known is None else known.to(device).reshape(-1).expand(value.numel()))
                 uncertainty = self._uncertainties.get(key)
-                uncertainties.append(nothing if uncertainty is None else uncertainty.to(device).reshape(-1))
+                uncertainties.append(
+                    nothing if uncertainty is None else uncertainty.to(device).reshape(-1).expand(value.numel())
+                )
             shapes = [one.value.shape for one in values.values()]
             flat = self._flat[device] = _Flat(list(values), torch.cat(averages), torch.cat(uncertainties))
             self._averages |= flat.views_of(flat.averages, shapes)
