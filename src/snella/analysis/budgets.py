@@ -258,7 +258,7 @@ def _draw_evolution(rows: Sequence[Row], metrics: Mapping[str, str], by: Layers)
             if column == 0:
                 handles.append(line)
                 names.append("start" if step == 0 else f"step {step}")
-        if any(np.isfinite(line.get_ydata()).any() for line in above.lines):  # type: ignore[arg-type]
+        if any(np.isfinite(line.get_ydata()).any() for line in above.lines):
             log_axis(above)
         below.set_ylim(-0.02, 1.02)
         percent_axis(below)

@@ -191,7 +191,7 @@ def fit_kernel(kernel: str, config: FitConfig, on_step: Callable[[int], None] = 
     for step in range(config.steps):
         optimizer.zero_grad()
         each = (batched(*parameters) - wanted).square().mean((1, 2))
-        each.sum().backward()  # type: ignore[no-untyped-call]
+        each.sum().backward()
         if step in noted:
             grads = torch.cat([part.grad.flatten(1) for part in (A, B) if part.grad is not None], 1)
             steps.append(step)
@@ -280,7 +280,7 @@ def kernel_curves(kernels: Sequence[str], points: int = 161) -> list[Row]:
         A = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
         B = torch.stack([xs, torch.zeros_like(xs)], 1)
         values = _line(merge, A, B)
-        whole = torch.autograd.functional.jacobian(partial(_line, merge, A), B)  # type: ignore[no-untyped-call]
+        whole = torch.autograd.functional.jacobian(partial(_line, merge, A), B)
         slopes = whole[..., 0].diagonal()
         found = zip(xs.tolist(), values.tolist(), slopes.tolist(), strict=True)
         rows += [{"kernel": name, "x": x, "value": value, "slope": slope} for x, value, slope in found]
