@@ -310,6 +310,7 @@ class DataInfo:
         contents: SHA-256 of the images of each part; nothing for old runs.
         folder: Its absolute place; None for data without one.
         notes: What a user should know about it.
+        fold_part: The part that is a fold of a cross-validation.
         subject: Of a personalization: which one.
         class_name: And what kind of thing it is.
         files: And its images in `folder`.
@@ -323,6 +324,7 @@ class DataInfo:
     contents: dict[str, str] = field(default_factory=dict)
     folder: str | None = None
     notes: list[str] = field(default_factory=list)
+    fold_part: str | None = field(default=None, metadata=_OPTIONAL)
     subject: str | None = field(default=None, metadata=_OPTIONAL)
     class_name: str | None = field(default=None, metadata=_OPTIONAL)
     files: list[str] | None = field(default=None, metadata=_OPTIONAL)
@@ -739,6 +741,34 @@ class SubjectFidelity(Record):
     text_alignment_without_token: float
     vendi: float
     vendi_by_prompt: float
+
+
+@dataclass(frozen=True)
+class FoldRow:
+    """The result of one fold: the numbers of its held-out images by metric."""
+
+    fold: int
+    folder: str
+    best_epoch: int
+    scores: dict[str, float]
+    test: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FoldResults(Record):
+    """A cross-validation: `folds.json`.
+
+    Attributes:
+        folds: How many there are.
+        held_out: The part that a fold is: test, or val where the data has a test part of its own.
+        rows: Those that are finished.
+    """
+
+    file: ClassVar[str] = "folds.json"
+
+    folds: int
+    held_out: str = "test"
+    rows: list[FoldRow] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

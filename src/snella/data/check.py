@@ -1,14 +1,21 @@
-"""Validation of VTAB-1k and FGVC folders."""
+"""Validation of data before training: counts, sizes, broken files, copies; and of VTAB-1k and FGVC folders."""
 
 import difflib
+import re
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
 from snella.data.benchmarks import BenchmarkFamily, Inspection
-from snella.data.datasets import broken_images
+from snella.data.datasets import CachedImages, ImageDataset, ImageFacts, MaskDataset, broken_images
 from snella.data.fgvc import FGVC, FGVC_DATASETS
 from snella.data.folder import listed
+from snella.data.load import DataSplits, load_data, repeated_images
+from snella.data.table import TargetKind
 from snella.data.vtab import VTAB, VTAB_TASKS
 
 _FAMILIES: tuple[BenchmarkFamily[Any], ...] = (VTAB, FGVC)
@@ -78,7 +85,8 @@ def check_benchmarks(folder: str | Path, *, decode: bool = False) -> list[Benchm
         there = f"it holds {listed(inside)}" if inside else "it is empty"
         raise ValueError(
             f"folder must hold a benchmark, got '{root}', where nothing of one is ({there}); put there {wanted}. "
-            f"Tasks are {', '.join(VTAB_TASKS)}; data sets are {', '.join(FGVC_DATASETS)}"
+            f"Tasks are {', '.join(VTAB_TASKS)}; data sets are {', '.join(FGVC_DATASETS)}. "
+            f"Images of your own are checked as folder:{root} or csv:FILE"
         )
     if decode:
         for inspection in (inspection for check in checks for inspection in check.found):
@@ -132,7 +140,150 @@ def _decode(inspection: Inspection) -> None:
         inspection.errors.append(f"{len(broken)} of {len(paths)} images cannot be read: {listed(broken)}")
 
 
+_GENERIC = (
+    *("new folder", "untitled folder", "untitled", "neuer ordner", "unsorted", "misc", "temp", "tmp", "backup", "old"),
+    *("thumbs", "thumbnails", "images", "photos", "pictures", "__macosx", "train", "val", "test", "validation"),
+)
+_COPY = re.compile(r"(\bcopy\b|\(\d+\)$|- kopie$)", re.IGNORECASE)
+_NAMED = 5
+_TILE, _GAP, _HEADING = 96, 4, 20
+_BACKGROUND, _INK = (255, 255, 255), (30, 30, 30)
+
+
+@dataclass
+class DataCheck:
+    """What is known of data before it is trained on.
+
+    Attributes:
+        splits: The data, divided as training would divide it; undivided where it cannot be.
+        counts: Number of images by class and part; nothing for images with masks.
+        sizes: Smallest, median and largest width and height; None where images were not inspected.
+        kinds: Number of images by format and mode, such as `JPEG RGB`.
+        errors: What training would refuse, or what surely is wrong.
+        notes: What a user should know.
+    """
+
+    splits: DataSplits
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    sizes: tuple[tuple[int, int], ...] | None = None
+    kinds: dict[str, int] = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def check_data(
+    spec: str, *, columns: str | None = None, channels: int = 3, target: TargetKind = "class", seed: int = 0
+) -> DataCheck:
+    """Load data as training does, broken images left out, and say what is in it.
+
+    Args:
+        spec: As `load_data` takes it.
+        columns: Of a table.
+        channels: Of an image.
+        target: What the label column of a table holds.
+        seed: Of the splits.
+
+    Raises:
+        ValueError: What training would refuse before it is divided, such as a missing column.
+        FileNotFoundError: It is not there.
+        ImportError: A package that it needs is not installed.
+    """
+    options: dict[str, Any] = {"columns": columns, "channels": channels, "target": target, "seed": seed}
+    errors = []
+    try:
+        splits = load_data(spec, skip_broken=True, **options)
+    except ValueError as error:
+        splits = load_data(spec, skip_broken=True, divide=False, **options)  # or raises the same
+        errors.append(str(error))
+    check = DataCheck(splits, errors=errors, notes=list(splits.notes))
+    if splits.broken:
+        named = listed([f"{name} ({reason})" for name, reason in splits.broken.items()])
+        check.errors.append(f"{len(splits.broken)} images cannot be used: {named}")
+        check.notes = [note for note in check.notes if named not in note]
+    if not isinstance(splits.train, MaskDataset) and target == "class":
+        check.counts = {
+            name: {part: images.labels.count(label) for part, images in splits.parts.items()}
+            for label, name in enumerate(splits.classes)
+        }
+        check.notes += _suspicious_names(splits.classes)
+    check.notes += _repetitions(splits)
+    facts = [
+        known[row]
+        for images in splits.parts.values()
+        for known in (_facts_of(images),)
+        for row in images.rows
+        if row in known
+    ]
+    if facts:
+        by_area = sorted((fact.size for fact in facts), key=lambda size: size[0] * size[1])
+        check.sizes = (by_area[0], by_area[len(by_area) // 2], by_area[-1])
+        check.kinds = dict(Counter(f"{fact.format} {fact.mode}".strip() for fact in facts).most_common())
+    return check
+
+
+def _facts_of(images: ImageDataset) -> dict[int, ImageFacts]:
+    """What is known of images that were inspected, by row."""
+    return images.source.facts if isinstance(images.source, CachedImages) else {}
+
+
+def _repetitions(splits: DataSplits) -> list[str]:
+    """Notes about the same picture several times in one part, under one class or several."""
+    notes = []
+    for part, images in splits.parts.items():
+        groups = repeated_images(images)
+        contradicting = [group for group in groups if len({images.labels[position] for position in group}) > 1]
+        for text, chosen in (("are in it more than once", groups), ("have several labels", contradicting)):
+            if chosen:
+                named = listed([" = ".join(images.names[position] for position in group[:3]) for group in chosen])
+                notes.append(f"{part}: {len(chosen)} pictures {text}: {named}")
+    return notes
+
+
+def _suspicious_names(classes: Sequence[str]) -> list[str]:
+    """Notes about class names that may be no classes, or one class written in two ways."""
+    notes = []
+    generic = [repr(name) for name in classes if name.strip().lower() in _GENERIC or _COPY.search(name)]
+    if generic:
+        notes.append(f"classes whose names are none of a thing: {listed(generic)}")
+    alike: dict[str, list[str]] = {}
+    for name in classes:
+        alike.setdefault(re.sub(r"[\W_]", "", name.lower()).rstrip("s") or name, []).append(name)
+    twice = [" and ".join(map(repr, names)) for names in alike.values() if len(names) > 1]
+    if twice:
+        notes.append(f"classes that may be the same: {listed(twice)}")
+    return notes
+
+
+def contact_sheet(splits: DataSplits, *, per_class: int = 10, most_classes: int = 20) -> Image.Image:
+    """A picture of the first training images of each class, a row a class.
+
+    Args:
+        splits: The data.
+        per_class: Images in a row.
+        most_classes: Rows.
+    """
+    images = splits.train
+    labels = sorted(set(images.labels))[:most_classes]
+    names = splits.classes if not isinstance(images, MaskDataset) else ["images"]
+    rows = [(label, [p for p, own in enumerate(images.labels) if own == label]) for label in labels]
+    width = per_class * (_TILE + _GAP) + _GAP
+    sheet = Image.new("RGB", (width, len(rows) * (_TILE + _HEADING + _GAP) + _GAP), _BACKGROUND)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for number, (label, positions) in enumerate(rows):
+        top = _GAP + number * (_TILE + _HEADING + _GAP)
+        name = names[label] if label < len(names) else str(label)
+        draw.text((_GAP, top + 2), f"{name} ({len(positions)})", _INK, font)
+        for place, position in enumerate(positions[:per_class]):
+            tile = ImageOps.contain(images.image(position), (_TILE, _TILE), Image.Resampling.BICUBIC)
+            left = _GAP + place * (_TILE + _GAP)
+            sheet.paste(tile, (left + (_TILE - tile.width) // 2, top + _HEADING + (_TILE - tile.height) // 2))
+    return sheet
+
+
 __all__ = [
     "BenchmarkCheck",
+    "DataCheck",
     "check_benchmarks",
+    "check_data",
+    "contact_sheet",
 ]

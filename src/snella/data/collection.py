@@ -27,6 +27,7 @@ class Collection:
         strata: Names of the images' labels where these are not the classes: images with masks have a class a pixel.
         is_resized_whole: Whether images are resized as a whole, where others have their center cut out.
         official_joins_val: Whether the authors' scripts learn from the validation part too.
+        broken: Why images were left out, by name.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Collection:
     strata: list[str] | None = None
     is_resized_whole: bool = False
     official_joins_val: bool = False
+    broken: dict[str, str] = field(default_factory=dict)
 
     @property
     def label_names(self) -> list[str]:

@@ -62,7 +62,9 @@ def load_folder(path: str, *, skip_broken: bool = False, channels: int = 3) -> C
     classes = list(files["train"])
     rows = {file: row for row, file in enumerate(source.paths)}
     parts = {part: _dataset(found, classes, root, source, rows) for part, found in files.items()}
-    return Collection(root.name, classes, parts["train"], parts.get("val"), parts.get("test"), has_parts, notes)
+    collection = Collection(root.name, classes, parts["train"], parts.get("val"), parts.get("test"), has_parts, notes)
+    collection.broken = {file.relative_to(root).as_posix(): reason for file, reason in broken.items()}
+    return collection
 
 
 def existing_folder(

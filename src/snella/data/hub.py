@@ -260,9 +260,9 @@ def _from_hf(
         names,
         [value[0] if len(labels) == 1 else value for value in zip(*(table[label] for label in labels), strict=True)],
         labels,
-        splits=table.get(found.get("split", "")),
-        weights=table.get(found.get("weight", "")),
-        groups=table.get(found.get("group", "")),
+        splits=table[found["split"]] if "split" in found else None,
+        weights=table[found["weight"]] if "weight" in found else None,
+        groups=table[found["group"]] if "group" in found else None,
         classes=_class_names(first.features.get(labels[0])) if target != "numbers" else None,
         notes=[*notes, f"columns: {', '.join(f'{role} {column!r}' for role, column in found.items())}"],
     )

@@ -27,12 +27,13 @@ from snella.data.fgvc import FGVC, load_fgvc
 from snella.data.folder import listed, load_folder
 from snella.data.hub import PYTHON_PREFIX, from_python, load_hf, load_wds
 from snella.data.masks import load_kvasir, load_masks
-from snella.data.splits import grouped_split, stratified_sample, stratified_split
+from snella.data.splits import fold_split, grouped_split, stratified_sample, stratified_split
 from snella.data.table import Columns, TargetKind, load_table
 from snella.data.vtab import VTAB, load_vtab
 
 _FOLDER = "folder:"
 _LEAST_CORRELATION, _MOST_DISTANCE = 0.995, 3.0
+_FLAT = 2.0
 _CHUNK, _MOST_PAIRS = 1024, 2_000_000_000
 _IMBALANCE = 4
 """Ratio of class sizes from which a note about imbalance is given."""
@@ -78,6 +79,8 @@ class DataSplits:
         description: One line with numbers, human-readable.
         notes: What a user should know: files left out, choices made, licenses.
         is_resized_whole: Whether images are resized as a whole, where others have their center cut out.
+        broken: Why images were left out, by name.
+        fold_part: The part that is a fold of a cross-validation.
     """
 
     train: ImageDataset
@@ -88,6 +91,14 @@ class DataSplits:
     description: str
     notes: list[str] = field(default_factory=list)
     is_resized_whole: bool = False
+    broken: dict[str, str] = field(default_factory=dict)
+    fold_part: str | None = None
+
+    @property
+    def parts(self) -> dict[str, ImageDataset]:
+        """The parts that there are, by name."""
+        there = (("train", self.train), ("val", self.val), ("test", self.test))
+        return {name: part for name, part in there if part is not None}
 
 
 def data_names() -> list[str]:
@@ -141,6 +152,8 @@ def load_data(
     target: TargetKind = "class",
     channels: int = 3,
     divide: bool = True,
+    folds: int | None = None,
+    fold: int | None = None,
 ) -> DataSplits:
     """Load data and divide it, stratified and seeded; images of one group are never in two parts that are split here.
 
@@ -172,6 +185,9 @@ def load_data(
         channels: Channels of an image: 3 for RGB, 1 for gray, 4 for RGBA, others for multispectral files; see
             `read_image`.
         divide: False leaves all images in the parts that the data has, and splits none off.
+        folds: Number of folds of a cross-validation.
+        fold: Which of them is held out, from 1: as the test part, or, of data with a test part of its own, as the
+            validation part. Training and validation images of the data are divided together.
 
     Raises:
         ValueError: An unknown specification (with the nearest ones), numbers out of range, too few images.
@@ -182,6 +198,10 @@ def load_data(
     sizes = {"train": train_size, "val": val_size, "test": test_size}
     _check_numbers({"seed": seed, "test_seed": for_test}, val_fraction, test_fraction, sizes)
     collection = _collect(spec, skip_broken, check_sizes, columns, target, channels)
+    fold_part = None
+    if folds is not None and fold is not None:
+        fold_part = "test" if collection.test is None else "val"
+        _hold_out(collection, folds, fold, for_test)
     train, val, test = (
         _divide(collection, seed, for_test, val_fraction, test_fraction, protocol)
         if divide
@@ -218,7 +238,9 @@ def load_data(
     if collection.strata is None:
         notes += _imbalance(train, labels)
     whole = collection.is_resized_whole
-    return DataSplits(train, val, test, collection.classes, collection.name, description, notes, is_resized_whole=whole)
+    return DataSplits(
+        train, val, test, collection.classes, collection.name, description, notes, whole, collection.broken, fold_part
+    )
 
 
 def _collect(
@@ -277,6 +299,22 @@ def _divide(
         share = val_fraction * total / len(train)
         train, val = _split_off(train, share, seed, classes, "val")
     return train, val, test
+
+
+def _hold_out(collection: Collection, folds: int, fold: int, seed: int) -> None:
+    """Make one fold of the images that are there to train and validate on the test part, or the validation part."""
+    images = collection.train if collection.val is None else joined(collection.train, collection.val)
+    left, taken = fold_split(
+        images.labels, images.annotations.groups, folds, fold, seed=seed, classes=collection.label_names
+    )
+    collection.train, collection.val, held_out = images.subset(left), None, images.subset(taken)
+    if collection.test is None:
+        collection.test = held_out
+        collection.notes.append(f"fold {fold} of {folds} is the test part")
+    else:
+        collection.val = held_out
+        collection.notes.append(f"fold {fold} of {folds} is the validation part, the test part is the data's own")
+    collection.has_parts = True
 
 
 def _split_off(
@@ -392,6 +430,20 @@ def _equal_files(parts: dict[str, ImageDataset]) -> dict[str, dict[int, int]]:
     }
 
 
+def repeated_images(images: ImageDataset) -> list[list[int]]:
+    """Positions of images that are the same picture, pixel by pixel as far as 16×16 gray values and the size tell.
+
+    Args:
+        images: Inspected ones; others are passed over, as are flat ones.
+    """
+    facts = _facts(images)
+    groups: dict[Any, list[int]] = {}
+    for position, row in enumerate(images.rows):
+        if row in facts and facts[row].thumbnail.std() > _FLAT:
+            groups.setdefault((facts[row].size, facts[row].thumbnail.tobytes()), []).append(position)
+    return [group for group in groups.values() if len(group) > 1]
+
+
 def near_copies(train: ImageDataset, others: ImageDataset) -> dict[int, int]:
     """Images that look like a training image: copies that were saved again, resized or compressed.
 
@@ -409,7 +461,7 @@ def near_copies(train: ImageDataset, others: ImageDataset) -> dict[int, int]:
         {
             p: facts[row].thumbnail
             for p, row in enumerate(images.rows)
-            if row in facts and facts[row].thumbnail.std() > 2
+            if row in facts and facts[row].thumbnail.std() > _FLAT
         }
         for images in (train, others)
         for facts in (_facts(images),)
@@ -455,5 +507,6 @@ __all__ = [
     "has_columns",
     "load_data",
     "near_copies",
+    "repeated_images",
     "split_spec",
 ]

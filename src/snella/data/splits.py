@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import numpy as np
 
-__all__ = ["grouped_split", "stratified_sample", "stratified_split"]
+__all__ = ["fold_split", "grouped_split", "stratified_sample", "stratified_split"]
 
 _MOST_FOLDS = 20
 
@@ -86,6 +86,42 @@ def grouped_split(
         pieces = [taken for _, taken in splitter.split(free, np.asarray(labels)[free], np.asarray(groups)[free])]
     taken = free[np.concatenate(pieces[:numerator])]
     return sorted(set(range(len(labels))) - set(taken.tolist())), sorted(taken.tolist())
+
+
+def fold_split(
+    labels: Sequence[int], groups: Sequence[str] | None, folds: int, fold: int, *, seed: int, classes: Sequence[str]
+) -> tuple[list[int], list[int]]:
+    """Split off one fold of a cross-validation: each image is in one fold, classes evenly, groups whole.
+
+    Args:
+        labels: Class indices.
+        groups: Group of each image, None for none.
+        folds: How many folds.
+        fold: Which, from 1.
+        seed: The same seed gives the same folds.
+        classes: Names by class index, for messages.
+
+    Returns:
+        Positions left and positions of the fold, both ascending.
+
+    Raises:
+        ValueError: Fewer images of a class, or fewer groups, than folds.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold  # a second, only to split
+
+    if groups is None:
+        counts = np.bincount(labels, minlength=len(classes))
+        few = [f"{name!r} has {count}" for name, count in zip(classes, counts, strict=True) if 0 < count < folds]
+        if few:
+            raise ValueError(f"folds must be at most the number of images of each class, got {folds}; {', '.join(few)}")
+    elif len(set(groups)) < folds:
+        raise ValueError(f"folds must be at most the number of groups, {len(set(groups))}, got {folds}")
+    kind = StratifiedKFold if groups is None else StratifiedGroupKFold
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # classes with fewer images than folds
+        pieces = list(kind(folds, shuffle=True, random_state=seed).split(np.zeros(len(labels)), labels, groups))
+    left, taken = pieces[fold - 1]
+    return left.tolist(), taken.tolist()
 
 
 def stratified_sample(

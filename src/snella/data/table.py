@@ -215,9 +215,9 @@ def load_table(
         names,
         labels=[value[0] if len(labels) == 1 else value for value in zip(*(table[n] for n in labels), strict=True)],
         label_columns=labels,
-        splits=table.get(found.get("split", "")),
-        weights=table.get(found.get("weight", "")),
-        groups=table.get(found.get("group", "")),
+        splits=table[found["split"]] if "split" in found else None,
+        weights=table[found["weight"]] if "weight" in found else None,
+        groups=table[found["group"]] if "group" in found else None,
         broken=broken,
         notes=[f"columns: {', '.join(f'{role} {name!r}' for role, name in found.items())}"],
     )
@@ -289,7 +289,11 @@ def collection_of(samples: Samples, *, target: TargetKind = "class", skip_broken
             "columns split=none divides all images anew"
         )
     has_parts = samples.splits is not None
-    return Collection(samples.name, classes, train, dataset("val"), dataset("test"), has_parts, notes, strata=strata)
+    collection = Collection(
+        samples.name, classes, train, dataset("val"), dataset("test"), has_parts, notes, strata=strata
+    )
+    collection.broken = {samples.names[row] or f"row {row + 1}": broken[row] for row in sorted(broken)}
+    return collection
 
 
 def read_table(path: str, kind: str) -> tuple[dict[str, list[Any]], Path]:

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -21,7 +21,7 @@ from snella.data import DataSplits, ImageDataset, build_transform, data_folder, 
 from snella.data.table import TABLE_SUFFIXES
 from snella.methods import SelectionData, build_method, find_method, load_trained, save_trained
 from snella.methods.saving import METHOD_FILE
-from snella.records import BackboneInfo, DataInfo, RunInfo, read
+from snella.records import BackboneInfo, DataInfo, FoldResults, RunInfo, read, read_if_present
 from snella.runs.config import DEFAULT_BATCH_SIZE, TrainConfig
 from snella.runs.console import counted, print_line
 from snella.runs.folder import RunFolder
@@ -325,6 +325,8 @@ def load_splits(config: TrainConfig, data: Any = None) -> DataSplits:
         protocol=config.protocol,
         columns=config.columns,
         channels=config.channels,
+        folds=config.folds,
+        fold=config.fold,
     )
 
 
@@ -400,10 +402,10 @@ class LoadedRun:
 
 
 def load_run(run: str | Path | RunFolder, device: str = "auto") -> LoadedRun:
-    """Load the best adapter of a run onto a fresh backbone.
+    """Load the best adapter of a run onto a fresh backbone; of a cross-validation, all its models as an ensemble.
 
     Args:
-        run: Folder of the run.
+        run: Folder of the run, or of a cross-validation.
         device: auto, cpu or cuda.
 
     Returns:
@@ -415,12 +417,47 @@ def load_run(run: str | Path | RunFolder, device: str = "auto") -> LoadedRun:
         AdapterFileError: The adapter is damaged or belongs to another model; names the tensor.
     """
     folder = run if isinstance(run, RunFolder) else RunFolder(run)
+    results = read_if_present(FoldResults, folder.path)
+    if results is not None:
+        return _load_ensemble(folder, results, device)
     info = read(RunInfo, folder.path)
     task = get_task(info)
     folder.check_adapter()
     model = load_trained(folder.adapter, make_backbone(info.backbone, task.name)).to(choose_device(device))
     transform = build_transform(info.data_config, train=False, augment="none")
     return LoadedRun(folder, model, transform, list(info.classes), task, info)
+
+
+class Ensemble(nn.Module):
+    """The mean of several models' outputs.
+
+    Args:
+        models: From the same images to outputs of the same shape.
+        average: From the models' outputs to one.
+    """
+
+    def __init__(self, models: Sequence[nn.Module], average: Callable[[Sequence[Tensor]], Tensor]) -> None:
+        super().__init__()
+        self.models = nn.ModuleList(models)
+        self.average = average
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The mean over the models."""
+        return self.average([model(images) for model in self.models])
+
+
+def _load_ensemble(folder: RunFolder, results: FoldResults, device: str) -> LoadedRun:
+    """The models of all folds as one."""
+    if len(results.rows) < results.folds:
+        raise FileNotFoundError(
+            f"{folder.path} has {len(results.rows)} of {results.folds} folds; finish it with "
+            f"snella train --out {folder.path} --resume"
+        )
+    loaded = [load_run(folder.path / row.folder, device) for row in results.rows]
+    first = loaded[0]
+    average = getattr(first.task, "average_outputs", lambda outputs: torch.stack(list(outputs)).mean(0))
+    model = Ensemble([one.model for one in loaded], average).eval()
+    return LoadedRun(first.folder, model, first.transform, first.classes, first.task, first.info)
 
 
 def get_task(info: RunInfo) -> Task:

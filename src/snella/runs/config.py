@@ -175,6 +175,8 @@ _MINIMUMS = {
     "val_size": 1,
     "test_size": 1,
     "channels": 1,
+    "folds": 2,
+    "fold": 1,
     "workers": 0,
     "seed": 0,
     "test_seed": 0,
@@ -235,6 +237,9 @@ class TrainConfig(RunSettings):
         test_fraction: Fraction of the images held out for the test if the data has no test part; 0 for none.
         columns: Columns of a table, e.g. path=file,label=species,split=part,weight=w,group=patient; those not given are
             found by their names. Images of one group are never in two parts that are split here.
+        folds: Cross-validation of this number of folds: a run each in OUT/fold-1 and so on, and a table over them.
+            Classes are spread evenly, groups stay whole.
+        fold: Train this fold alone, from 1, as one run.
         channels: Channels of an image: 1 for gray, 3 for RGB, 4 for RGBA, another number for TIFF or .npy files of as
             many. The backbone's first convolution is adapted.
         skip_broken: Skip images that cannot be read, and report how many.
@@ -262,7 +267,7 @@ class TrainConfig(RunSettings):
     out_hint: ClassVar[str] = "must be the folder of the run, e.g. runs/photos"
     basic: ClassVar[tuple[str, ...]] = (
         *("data", "backbone", "out", "task", "method", "weights", "img_size", "epochs", "batch_size", "augment"),
-        *("columns", "channels", "skip_broken", "device", "workers", "resume", "overwrite"),
+        *("columns", "folds", "channels", "skip_broken", "device", "workers", "resume", "overwrite"),
     )
 
     data: str | None = None
@@ -296,6 +301,8 @@ class TrainConfig(RunSettings):
     val_fraction: float = 0.2
     test_fraction: float = 0.2
     columns: str | None = None
+    folds: int | None = None
+    fold: int | None = None
     channels: int = 3
     skip_broken: bool = False
     seed: int = 0
@@ -362,6 +369,10 @@ class TrainConfig(RunSettings):
             errors.append(f"channels must be 3 with task 'segmentation', got {self.channels}")
         if self.channels not in (1, 3) and self.augment == "imagenet":
             errors.append(f"augment must be none, flip or crop for {self.channels} channels, got 'imagenet'")
+        if self.fold is not None and (self.folds is None or self.fold > self.folds):
+            errors.append(f"fold must be at most folds, got {self.fold} of {self.folds}")
+        if self.folds is not None and self.protocol != "standard":
+            errors.append(f"protocol must be standard with folds, got {self.protocol!r}")
         if self.columns is not None:
             errors += _columns_errors(self.columns)
         if self.lr is not None and self.final_lr > self.lr:

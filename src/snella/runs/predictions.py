@@ -15,7 +15,7 @@ from torch import Tensor
 
 from snella._files import write_bytes, write_text
 from snella.data import read_image
-from snella.records import RunInfo, read
+from snella.records import FoldResults, RunInfo, read, read_if_present
 from snella.report.examples import overlay, write_mask
 from snella.runs.build import LoadedRun, get_task_name
 from snella.tasks import ClassificationTask
@@ -268,6 +268,8 @@ def output_of(task: str) -> PredictionOutput:
 
 def output_of_run(run: str | Path) -> PredictionOutput:
     """The output of a run's task; that of classification where there is no run, which is reported later."""
+    results = read_if_present(FoldResults, run)
+    run = run if results is None or not results.rows else Path(run) / results.rows[0].folder
     has_run = (Path(run) / "run.json").is_file()
     return output_of(get_task_name(read(RunInfo, run)) if has_run else "classification")
 

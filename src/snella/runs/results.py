@@ -57,6 +57,7 @@ def describe_run(config: TrainConfig, parts: RunComponents, names: Collection[st
             contents=contents_of(splits, names),
             folder=absolute_folder(str(config.data)),
             notes=list(splits.notes),
+            fold_part=splits.fold_part,
         ),
         data_config=parts.data_config,
         versions=versions_of(_PACKAGES),

@@ -92,6 +92,10 @@ class ClassificationTask:
         """Softmax over the classes, `[batch, classes]`, float32 at least."""
         return self._scores(logits).softmax(dim=-1)
 
+    def average_outputs(self, outputs: Sequence[Tensor]) -> Tensor:
+        """Logits whose softmax is the mean of several models' class probabilities."""
+        return torch.stack([self.probabilities(logits) for logits in outputs]).mean(0).log()
+
     def metrics(self, logits: ArrayLike, labels: ArrayLike) -> dict[str, Any]:
         """Accuracy, balanced accuracy, loss and the confusion matrix.
 

@@ -1,0 +1,88 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from snella.cli.main import main
+from snella.data.check import check_data, contact_sheet
+
+
+def stamp(seed, size=(40, 30)):
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    root = tmp_path / "photos"
+    for label, (name, count) in enumerate({"dog": 12, "Dogs": 6, "New folder": 6}.items()):
+        (root / name).mkdir(parents=True)
+        for index in range(count):
+            stamp(100 * label + index, (40 + index, 30)).save(root / name / f"{index:02}.png")
+    return root
+
+
+def test_counts_sizes_formats_and_names_are_told(photos):
+    stamp(7, (400, 300)).save(photos / "dog/large.jpg")
+    check = check_data(f"folder:{photos}")
+    assert check.errors == []
+    assert check.counts == {
+        "Dogs": {"train": 4, "val": 1, "test": 1},
+        "New folder": {"train": 4, "val": 1, "test": 1},
+        "dog": {"train": 7, "val": 3, "test": 3},
+    }
+    assert check.sizes == ((40, 30), (44, 30), (400, 300))
+    assert check.kinds == {"PNG RGB": 24, "JPEG RGB": 1}
+    assert "classes whose names are none of a thing: 'New folder'" in check.notes
+    assert "classes that may be the same: 'Dogs' and 'dog'" in check.notes
+
+
+def test_broken_files_and_repeated_pictures_are_told(photos):
+    (photos / "dog/00.png").write_text("no image")
+    for index in range(20, 30):
+        stamp(3, (43, 30)).save(photos / "Dogs" / f"{index}.png")
+        stamp(3, (43, 30)).save(photos / "dog" / f"{index}.png")
+    check = check_data(f"folder:{photos}")
+    (error,) = check.errors
+    assert error.startswith("1 images cannot be used: dog/00.png (cannot identify image file")
+    assert not any("left out" in note for note in check.notes)
+    assert any(note.startswith("train: 1 pictures are in it more than once: ") for note in check.notes)
+    assert any(note.startswith("train: 1 pictures have several labels: ") for note in check.notes)
+    assert any("test images are training images too" in note for note in check.notes)
+
+
+def test_what_cannot_be_divided_is_an_error_and_is_described_all_the_same(photos):
+    for file in sorted((photos / "Dogs").iterdir())[1:]:
+        file.unlink()
+    check = check_data(f"folder:{photos}")
+    assert check.errors[0].startswith("every class needs at least 3 images")
+    assert check.counts["Dogs"] == {"train": 1}
+
+
+def test_a_contact_sheet_has_a_row_a_class(photos):
+    sheet = contact_sheet(check_data(f"folder:{photos}").splits, per_class=3)
+    assert sheet.size == (3 * 100 + 4, 3 * 120 + 4)
+    tile = np.asarray(sheet)[24 + 12 : 24 + 84, 8:96].astype(float)
+    assert tile.std() > 20 and np.asarray(sheet)[:, -4:].min() == 255
+
+
+def test_the_command_prints_draws_and_fails(photos, capsys, tmp_path):
+    assert main(["data", "check", f"folder:{photos}", "--sheet", str(tmp_path / "new/sheet.png")]) == 0
+    shown = capsys.readouterr().out
+    assert "photos: 24 images in 3 classes" in shown and "complete, nothing is wrong" in shown
+    assert "smallest 40×30, median 44×30, largest 51×30 px" in shown
+    with Image.open(tmp_path / "new/sheet.png") as sheet:
+        assert sheet.width == 1004
+    (photos / "dog/00.png").write_text("no image")
+    assert main(["data", "check", f"folder:{photos}"]) == 2
+    assert "1 error in 'folder:" in capsys.readouterr().err
+    assert main(["data", "check", f"folder:{photos}", "--sheet", "x.jpg"]) == 2
+    assert "sheet must be a PNG file, got 'x.jpg'; write 'x.png'" in capsys.readouterr().err
+    assert main(["data", "check", str(photos), "--columns", "label=x"]) == 2
+    assert "--columns label=x can only be given for data such as folder:" in capsys.readouterr().err
+    assert main(["data", "check", str(photos)]) == 2
+    assert f"checked as folder:{photos} or csv:FILE" in capsys.readouterr().err
+
+
+def test_data_without_files_is_described(capsys):
+    assert main(["data", "check", "digits"]) == 0
+    assert "digits: 1,797 images in 10 classes" in capsys.readouterr().out
