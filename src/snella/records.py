@@ -749,7 +749,7 @@ class FoldRow:
 
     fold: int
     folder: str
-    best_epoch: int
+    best_epoch: int | None
     scores: dict[str, float]
     test: dict[str, float] = field(default_factory=dict)
 

@@ -135,7 +135,10 @@ def _cells(results: FoldResults) -> tuple[list[str], list[list[str]]]:
     parts: list[tuple[str, bool]] = [(results.held_out, False)]
     if results.rows and results.rows[0].test:
         parts.append(("test", True))
-    columns, rows = ["fold", "best epoch"], [[str(row.fold), str(row.best_epoch)] for row in results.rows]
+    columns, rows = (
+        ["fold", "best epoch"],
+        [[str(row.fold), "–" if row.best_epoch is None else str(row.best_epoch)] for row in results.rows],
+    )
     last = ["mean ± standard deviation", ""]
     for part, is_test in parts:
         for name, (mean, deviation) in summary_of(results, test=is_test).items():
