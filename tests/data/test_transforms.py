@@ -54,6 +54,29 @@ def test_values_are_scaled_and_normalized():
     torch.testing.assert_close(white.amax((1, 2)), torch.tensor(expected))
 
 
+@pytest.mark.parametrize("augment", ["randaugment", "trivialaugment", "3augment"])
+def test_stronger_augmentation_adds_to_a_crop_and_draws_from_torch(augment, image):
+    crop, strong = (build_transform(CONFIG, train=True, augment=name) for name in ("crop", augment))
+    results = []
+    for transform in (strong, strong, crop):
+        torch.manual_seed(3)
+        results.append(transform(image))
+    assert torch.equal(results[0], results[1]) and not torch.allclose(results[0], results[2])
+    assert results[0].shape == (3, 32, 32)
+    pickle.loads(pickle.dumps(strong))
+
+
+def test_erasing_leaves_a_rectangle_of_zeros_and_the_rest_as_it_is(image):
+    plain = build_transform(CONFIG, train=True, augment="none")(image)
+    torch.manual_seed(0)
+    erased = build_transform(CONFIG, train=True, augment="none", random_erasing=1.0)(image)
+    is_gone = (erased == 0).all(0)
+    rows, columns = is_gone.any(1).nonzero(), is_gone.any(0).nonzero()
+    assert is_gone.sum() == len(rows) * len(columns) > 16
+    assert torch.equal(erased[:, ~is_gone], plain[:, ~is_gone])
+    assert torch.equal(build_transform(CONFIG, train=False, augment="none", random_erasing=1.0)(image), plain)
+
+
 def test_flip_gives_the_evaluation_image_or_its_mirror(image):
     plain = build_transform(CONFIG, train=True, augment="none")(image)
     flip = build_transform(CONFIG, train=True, augment="flip")
@@ -90,7 +113,7 @@ def test_a_transform_survives_pickling(image):
 @pytest.mark.parametrize(
     ("changes", "augment", "error", "message"),
     [
-        ({}, "mirror", ValueError, "augment must be one of none, flip, crop, imagenet, got 'mirror'"),
+        ({}, "mirror", ValueError, "imagenet, randaugment, trivialaugment, 3augment, got 'mirror'"),
         ({"interpolation": "random"}, "none", ValueError, "bilinear, bicubic, lanczos, got 'random'"),
         ({"crop_mode": "border"}, "none", ValueError, "crop_mode must be one of center, squash, got 'border'"),
         ({"input_size": (3, 32, 48)}, "none", NotImplementedError, "input_size must be square, got [32, 48]"),

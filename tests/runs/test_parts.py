@@ -15,10 +15,10 @@ from snella.runs import TrainConfig
 from snella.runs.build import RunComponents, choose_device, resolve_data_config
 from snella.runs.callbacks import ProgressDisplay
 from snella.runs.checkpoints import is_write_failure
+from snella.runs.optimizer import build_optimizer
 from snella.runs.protocol import PROTOCOLS
 from snella.runs.results import best_epoch, free_memory, log_summary, shorten_hint
 from snella.runs.sampler import EpochSampler, mix_seed
-from snella.runs.trainer import build_optimizer
 from snella.tasks import ClassificationTask
 
 TASK = ClassificationTask(3)

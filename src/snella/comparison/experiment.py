@@ -58,7 +58,8 @@ DATA_SETTINGS = (
 SHARED_SETTINGS = (
     *("epochs", "img_size", "weights", "pretrained", "augment", "warmup", "max_grad_norm"),
     *("label_smoothing", *DATA_SETTINGS, "skip_broken", "check_sizes", "protocol", "head_start", "ema", "final_lr"),
-    *("device", "precision", "workers"),
+    *("early_stopping", "accumulate", "layer_decay", "drop_path", "random_erasing", "mixup", "cutmix"),
+    *("device", "precision", "grad_checkpointing", "workers"),
 )
 """Settings that are the same in all runs."""
 

@@ -11,10 +11,14 @@ from torchvision.transforms import InterpolationMode, v2
 
 __all__ = ["Augment", "build_transform"]
 
-Augment = Literal["none", "flip", "crop", "imagenet"]
+Augment = Literal["none", "flip", "crop", "imagenet", "randaugment", "trivialaugment", "3augment"]
 CropMode = Literal["center", "squash"]
-_CROP_SCALES = {"crop": (0.5, 1.0), "imagenet": (0.08, 1.0)}
-_COLOR_JITTER = 0.4
+_CROP_SCALES = {
+    "imagenet": (0.08, 1.0),
+    **dict.fromkeys(("crop", "randaugment", "trivialaugment", "3augment"), (0.5, 1.0)),
+}
+_COLOR_JITTER, _COLOR_JITTER_3AUGMENT = 0.4, 0.3
+_BLUR_KERNEL, _BLUR_SIGMAS = 9, (0.1, 2.0)
 _INTERPOLATIONS = {
     "nearest": InterpolationMode.NEAREST,
     "bilinear": InterpolationMode.BILINEAR,
@@ -23,7 +27,9 @@ _INTERPOLATIONS = {
 }
 
 
-def build_transform(data_config: dict[str, Any], *, train: bool, augment: Augment) -> Callable[[Image.Image], Tensor]:
+def build_transform(
+    data_config: dict[str, Any], *, train: bool, augment: Augment, random_erasing: float = 0.0
+) -> Callable[[Image.Image], Tensor]:
     """Build timm's evaluation transform for a model, or one with augmentation for training.
 
     Evaluation: the short side is resized to `input_size / crop_pct` (both sides with `crop_mode="squash"`), the center
@@ -36,6 +42,10 @@ def build_transform(data_config: dict[str, Any], *, train: bool, augment: Augmen
         augment: "none", "flip" (evaluation and a flip left to right in half of the cases) or "crop" (a random part of
             50 to 100 % of the area, and the flip) or "imagenet" (8 to 100 % of the area, the flip, and brightness,
             contrast and saturation changed by up to 40 %, as ImageNet's models and the authors' runs on FGVC have it).
+            To what "crop" does are added: in "randaugment" two random operations of colors or geometry at magnitude 9
+            (Cubuk et al., arXiv 1909.13719), in "trivialaugment" one at a random magnitude (Müller and Hutter, arXiv
+            2103.10158), in "3augment" grayscale, solarization or blur, and changed colors (DeiT III, arXiv 2204.07118).
+        random_erasing: Probability that a random rectangle becomes 0, after all else (Zhong et al., arXiv 1708.04896).
 
     Returns:
         From image to float32 `[channels, height, width]`, as many as `mean` has; picklable.
@@ -57,11 +67,20 @@ def build_transform(data_config: dict[str, Any], *, train: bool, augment: Augmen
         steps.append(v2.RandomHorizontalFlip())
     if train and augment == "imagenet":
         steps.append(v2.ColorJitter(_COLOR_JITTER, _COLOR_JITTER, _COLOR_JITTER))
+    if train and augment == "randaugment":
+        steps.append(v2.RandAugment(interpolation=InterpolationMode.BILINEAR))
+    if train and augment == "trivialaugment":
+        steps.append(v2.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR))
+    if train and augment == "3augment":
+        choices = [v2.Grayscale(3), v2.RandomSolarize(128, p=1.0), v2.GaussianBlur(_BLUR_KERNEL, _BLUR_SIGMAS)]
+        steps += [v2.RandomChoice(choices), v2.ColorJitter(*[_COLOR_JITTER_3AUGMENT] * 3)]
     steps += [
         v2.PILToTensor(),
         v2.ToDtype(torch.float32, scale=True),
         v2.Normalize(list(data_config["mean"]), list(data_config["std"]), inplace=True),
     ]
+    if train and random_erasing:
+        steps.append(v2.RandomErasing(random_erasing))
     return v2.Compose(steps)
 
 

@@ -20,11 +20,13 @@ from torch.utils.data import DataLoader
 from snella.data import DataSplits, ImageDataset, build_transform, data_folder, load_data, split_spec
 from snella.data.table import TABLE_SUFFIXES
 from snella.methods import SelectionData, build_method, find_method, load_trained, save_trained
+from snella.methods.model_parts import find_head
 from snella.methods.saving import METHOD_FILE
 from snella.records import BackboneInfo, DataInfo, FoldResults, RunInfo, read, read_if_present
 from snella.runs.config import DEFAULT_BATCH_SIZE, TrainConfig
 from snella.runs.console import counted, print_line
 from snella.runs.folder import RunFolder
+from snella.runs.optimizer import checkpoint_gradients, set_drop_path
 from snella.runs.protocol import get_protocol
 from snella.runs.sampler import EpochSampler
 from snella.tasks import Task, create_task, task_class, task_names
@@ -244,6 +246,10 @@ def build_components(
         ValueError: Fewer training images than a batch, or whatever the parts refuse.
     """
     device = choose_device(config.device)
+    if config.precision == "fp16" and device.type != "cuda":
+        raise ValueError(
+            f"precision must be fp32 or bf16 on device {device.type!r}, got 'fp16', which is for GPUs; leave it out"
+        )
     splits = load_splits(config, data)
     task = create_task(config.task, splits.classes, **config.as_dict())
     task.check_data(splits.train, str(config.data))
@@ -267,6 +273,8 @@ def build_components(
         channels=config.channels,
     )
     backbone = make_backbone(wanted, config.task)
+    if config.drop_path:
+        set_drop_path(backbone, find_head(backbone, task.head), config.drop_path)
     data_config = get_protocol(config.protocol).data_config(
         resolve_data_config(backbone, config.img_size), is_resized_whole=splits.is_resized_whole
     )
@@ -275,7 +283,9 @@ def build_components(
             f"the first convolution of {config.backbone} is adapted from 3 to {counted(config.channels, 'channel')}"
         )
     described = dataclasses.replace(wanted, architecture=architecture_name(backbone))
-    train_transform = build_transform(data_config, train=True, augment=config.augment)
+    train_transform = build_transform(
+        data_config, train=True, augment=config.augment, random_erasing=config.random_erasing
+    )
     transform = build_transform(data_config, train=False, augment="none")
     splits.train = splits.train.with_transform(train_transform)
     splits.val = None if splits.val is None else splits.val.with_transform(transform)
@@ -291,6 +301,8 @@ def build_components(
             backbone.to(device)
         model = build_method(config.method, backbone, head=task.head, batches=batches, **config.options_of_method())
         model = model.to(device)
+    if config.grad_checkpointing:
+        checkpoint_gradients(model)
     return RunComponents(splits, model, task, described, data_config)
 
 

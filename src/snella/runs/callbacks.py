@@ -3,11 +3,11 @@
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from snella.runs.checkpoints import CheckpointError
 from snella.runs.console import print_line
 from snella.runs.protocol import RunProtocol
 from snella.tasks import Task
+from snella.tuner.matrices import AdaptedMatrix
 
 _FILE = "ema.safetensors"
 _ESTIMATE_STEPS, _ESTIMATE_S = 4, 20.0
@@ -210,6 +211,80 @@ class StepTimeCallback(TrainerCallback):
             torch.cuda.synchronize(self.device)
 
 
+class TrackingCallback(TrainerCallback):
+    """Sends what trackers show: loss and pace every few steps, and how the sparse update develops every epoch.
+
+    Of each adapted matrix: its budget, threshold, importance, and the size of its update, ‖scaling·S‖ / ‖W0‖; of all:
+    the budget, the number of frozen matrices and the size of the update. Results of an epoch are sent by the Trainer.
+
+    Args:
+        matrices: Those with budgets; none for other methods.
+        allocation: The callback that owns the allocator; None without budgets.
+        step_images: Images of a step.
+        interval: Steps between two values of the loss.
+
+    Attributes:
+        send: Where values go, by name; set once the Trainer is there.
+        last_loss: Gives the loss of the latest step; the same.
+    """
+
+    def __init__(
+        self,
+        matrices: Sequence[AdaptedMatrix],
+        allocation: SnellaCallback | None,
+        step_images: int,
+        interval: int = 10,
+    ) -> None:
+        self.matrices, self.allocation = matrices, allocation
+        self.step_images, self.interval = step_images, interval
+        self.send: Callable[[dict[str, float]], None] = lambda values: None
+        self.last_loss: Callable[[], float] = lambda: float("nan")
+        self._sent_at = (0, time.perf_counter())
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock."""
+        self._sent_at = (state.global_step, time.perf_counter())
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Send the loss and the pace."""
+        step, then = self._sent_at
+        if state.global_step % self.interval == 0:
+            now = time.perf_counter()
+            pace = self.step_images * (state.global_step - step) / max(now - then, 1e-9)
+            self.send({"loss": self.last_loss(), "images_per_s": pace})
+            self._sent_at = (state.global_step, now)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Send what the matrices are like."""
+        allocator = None if self.allocation is None else self.allocation.allocator
+        if self.matrices and allocator is not None:
+            self.send(self._measure(allocator.history[-1]["importance"]))
+
+    @torch.no_grad()
+    def _measure(self, importance: Mapping[str, float]) -> dict[str, float]:
+        """Values of every matrix, and of all."""
+        values: dict[str, float] = {}
+        updates, weights = 0.0, 0.0
+        for matrix in self.matrices:
+            layer, name = matrix.layer, matrix.adapter_name
+            spec, factors, budgets, *_ = layer.get_update(name)
+            delta = spec.merge_matrix(list(spec.matrices(factors))[matrix.group])
+            weight = cast(torch.Tensor, layer.get_base_layer().weight).reshape(-1, delta.shape[1])
+            own = weight[layer.matrix_rows(name)[matrix.group]].float().square().sum().item()
+            update = (layer.scaling[name] * matrix.sparse_update()).float().square().sum().item()
+            updates, weights = updates + update, weights + own
+            values[f"budget/{matrix.name}"] = matrix.budget
+            values[f"threshold/{matrix.name}"] = float(spec.find_threshold(delta, budgets[matrix.group]))
+            values[f"importance/{matrix.name}"] = importance[matrix.name]
+            values[f"update_size/{matrix.name}"] = (update / own) ** 0.5 if own else 0.0
+        values["snella/budget"] = sum(matrix.budget for matrix in self.matrices)
+        values["snella/frozen_matrices"] = sum(matrix.is_frozen for matrix in self.matrices)
+        values["snella/update_size"] = (updates / weights) ** 0.5 if weights else 0.0
+        return values
+
+
 class ProgressDisplay(TrainerCallback):
     """Progress bar with the loss and the budget, and a line with the results of each epoch.
 
@@ -225,6 +300,7 @@ class ProgressDisplay(TrainerCallback):
         show_bar: Whether to show a bar, or lines in its place.
         shorten: Hint on shortening the training, from how many times too long it is; None for none.
         clock: Gives seconds.
+        step_images: Images of a step, to show how many are trained on in a second; None for no such number.
     """
 
     def __init__(
@@ -237,6 +313,7 @@ class ProgressDisplay(TrainerCallback):
         show_bar: bool = True,
         shorten: Callable[[float], str] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        step_images: int | None = None,
     ) -> None:
         self.console = console
         self.task, self.protocol = task, protocol
@@ -244,7 +321,7 @@ class ProgressDisplay(TrainerCallback):
         self.allocation = allocation
         self.show_bar = show_bar and console.is_terminal
         self.show_lines = show_bar and not console.is_terminal
-        self.shorten, self.clock = shorten, clock
+        self.shorten, self.clock, self.step_images = shorten, clock, step_images
         self.last_loss: Callable[[], float] = lambda: float("nan")
         self._bar: Progress | None = None
         self._task: Any = None
@@ -285,15 +362,13 @@ class ProgressDisplay(TrainerCallback):
             self._write_lines(state)
         if self._bar is not None:
             epoch = f"epoch {int(min(state.epoch, state.num_train_epochs - 1e-6)) + 1}/{state.num_train_epochs}"
-            shown = f"loss {self.last_loss():.3f}{self._budget()}"
+            shown = f"loss {self.last_loss():.3f}{self._budget()}{self._pace()}"
             self._bar.update(self._task, completed=state.global_step, description=epoch, shown=shown)
 
     def _write_lines(self, state: TrainerState) -> None:
         """Print the estimate after the first steps, and the progress from time to time."""
         now, steps = self._step_ends[-1], len(self._step_ends) - 1
-        # the first step also compiles, so that it counts only where nothing else is known
-        spans = [after - before for before, after in pairwise(self._step_ends)]
-        step_s = statistics.median(spans[1:] or spans)
+        step_s = self._step_s()
         left_s = step_s * (state.max_steps - state.global_step)
         if not self._has_estimated and (steps >= _ESTIMATE_STEPS or now - self._step_ends[0] >= _ESTIMATE_S):
             self._has_estimated = True
@@ -310,7 +385,7 @@ class ProgressDisplay(TrainerCallback):
         if self.show_lines and now - self._last_line >= _LINE_S:
             self._last_line = now
             self.console.print(
-                f"step {state.global_step}/{state.max_steps}  loss {self.last_loss():.4f}  "
+                f"step {state.global_step}/{state.max_steps}  loss {self.last_loss():.4f}{self._pace()}  "
                 f"about {seconds_text(left_s)} to go",
                 highlight=False,
                 soft_wrap=True,
@@ -359,6 +434,16 @@ class ProgressDisplay(TrainerCallback):
     ) -> None:
         """Remove the bar."""
         self.close()
+
+    def _step_s(self) -> float:
+        """Seconds of a step, the median of the latest; the first also compiles, and counts where it is the only one."""
+        spans = [after - before for before, after in pairwise(self._step_ends)]
+        return statistics.median(spans[1:] or spans)
+
+    def _pace(self) -> str:
+        """Images a second."""
+        step_s = self._step_s() if self.step_images is not None else 0.0
+        return f"  {(self.step_images or 0) / step_s:,.0f} images/s" if step_s > 0 else ""
 
     def _budget(self) -> str:
         """Share of the adapted weights that the update may still change."""

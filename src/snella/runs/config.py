@@ -169,7 +169,9 @@ def command_line(settings: RunSettings, default: RunSettings, command: str) -> s
 _NONNEGATIVE_FIELDS = ("lr", "scalar_lr", "head_lr", "weight_decay")
 _MINIMUMS = {
     "epochs": 1,
+    "early_stopping": 1,
     "batch_size": 1,
+    "accumulate": 1,
     "img_size": 8,
     "train_size": 1,
     "val_size": 1,
@@ -182,6 +184,8 @@ _MINIMUMS = {
     "test_seed": 0,
 }
 DEFAULT_BATCH_SIZE = 32
+SCHEDULE_END = 0.7
+"""When a budget reaches its target in a run that may stop early, as a fraction of all epochs."""
 
 
 @dataclass
@@ -214,7 +218,10 @@ class TrainConfig(RunSettings):
         method_options: Further options of the method, e.g. kernel, preset, schedule, min_layer_share for snella;
             lora_alpha for lora. On the command line --method-options.kernel rbf.
         epochs: Number of epochs.
+        early_stopping: Stop when so many epochs have gone by without a better one. With budgets (snella, snell) not
+            before the target sparsity is reached, for which the budget then shrinks over 70 % of the epochs.
         batch_size: Batch size; if not given 32, or all training images if there are fewer.
+        accumulate: Batches of one optimizer step, as if they were one large batch that does not fit into memory.
         lr: Learning rate of the factors (of all trained weights in full and bias). Lower it if the loss diverges or is
             NaN, raise it if the loss falls slowly.
         scalar_lr: Learning rate of the scalar kernel parameters (snella, snell); rarely worth changing.
@@ -223,13 +230,21 @@ class TrainConfig(RunSettings):
             before training (LP-FT; takes seconds). auto is probe for a linear head that is trained for less than 100
             steps, unless the protocol is official.
         weight_decay: Decoupled weight decay; none on the kernels' scalars.
+        layer_decay: Layer-wise decay of the learning rate, e.g. 0.75: each block's is that of the next one times this.
+        drop_path: Stochastic depth of the backbone, whatever the method: the probability of dropping a residual branch
+            of the last block; it falls linearly to 0 at the first.
         warmup: Fraction of all steps with linear learning-rate warm-up, before cosine decay.
         final_lr: Minimum of `lr` at the end of the cosine decay; the other learning rates decay by the same factor.
         max_grad_norm: Maximum norm for gradient clipping; 0 for none.
         label_smoothing: Label smoothing, the share of the target spread over all classes.
         mask_loss: Overlap loss added to the cross entropy: dice, iou or none (segmentation; dice if not given).
         augment: Data augmentation: none, flip, crop (random resized crop and flip), or imagenet
-            (smaller crops, flip, and changed colors).
+            (smaller crops, flip, and changed colors). To crop are added, in randaugment and trivialaugment, random
+            changes of colors and geometry, in 3augment one of grayscale, solarization and blur.
+        random_erasing: Probability that a random rectangle of an image is erased.
+        mixup: Mix pairs of images and their labels, with shares from Beta(mixup, mixup), e.g. 0.8; 0 for none.
+        cutmix: Put a rectangle of one image into another, with areas from Beta(cutmix, cutmix), e.g. 1; 0 for none.
+            With mixup each batch has one of the two.
         train_size: Number of training images, stratified by class; all if not given.
         val_size: Number of validation images; all if not given.
         test_size: Number of test images; all if not given.
@@ -253,8 +268,12 @@ class TrainConfig(RunSettings):
         check_sizes: Refuse a benchmark's data (vtab, fgvc) whose numbers of images or classes differ from the
             benchmark's; false only notes them.
         device: auto, cpu or cuda (the first visible GPU).
-        precision: fp32, or bf16 for autocast.
+        precision: fp32, or bf16 or (on a GPU) fp16 for autocast.
+        grad_checkpointing: Compute activations of each block again in the backward pass instead of keeping them: less
+            memory, about a third more time.
         workers: Processes that load images; 0 loads them in the training process.
+        track: Trackers that losses, metrics and budgets are sent to, e.g. tensorboard or wandb,mlflow; TensorBoard's
+            files go to `tracking` in the run's folder.
         resume: Continue the run in `out` from its last checkpoint, with its own settings.
         overwrite: Start over in a folder that holds a run.
         progress: Show a progress bar on a terminal.
@@ -283,18 +302,25 @@ class TrainConfig(RunSettings):
     scaling: float | None = None
     method_options: dict[str, Any] = field(default_factory=dict)
     epochs: int = 10
+    early_stopping: int | None = None
     batch_size: int | None = None
+    accumulate: int = 1
     lr: float | None = None
     scalar_lr: float | None = None
     head_lr: float | None = None
     head_start: Literal["auto", "random", "probe"] = "auto"
     weight_decay: float | None = None
+    layer_decay: float | None = None
+    drop_path: float = 0.0
     warmup: float = 0.1
     final_lr: float = 0.0
     max_grad_norm: float = 1.0
     label_smoothing: float = 0.0
     mask_loss: Literal["dice", "iou", "none"] | None = None
-    augment: Literal["none", "flip", "crop", "imagenet"] = "flip"
+    augment: Literal["none", "flip", "crop", "imagenet", "randaugment", "trivialaugment", "3augment"] = "flip"
+    random_erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
     train_size: int | None = None
     val_size: int | None = None
     test_size: int | None = None
@@ -311,8 +337,10 @@ class TrainConfig(RunSettings):
     ema: float | None = None
     check_sizes: bool = True
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    grad_checkpointing: bool = False
     workers: int = 0
+    track: str | None = None
     resume: bool = False
     overwrite: bool = False
     progress: bool = True
@@ -320,7 +348,7 @@ class TrainConfig(RunSettings):
     def __post_init__(self) -> None:
         """Check everything that can be known without data and model, and report all errors together."""
         errors = [*self.path_errors(), *self._weights_errors(), *self.choice_errors(), *self._range_errors()]
-        errors += [*self.method_errors(), *self._task_errors()]
+        errors += [*self.method_errors(), *self._task_errors(), *self._training_errors()]
         if errors:
             raise ValueError("; ".join(errors))
 
@@ -329,9 +357,33 @@ class TrainConfig(RunSettings):
         """`batch_size`, or its default."""
         return DEFAULT_BATCH_SIZE if self.batch_size is None else self.batch_size
 
+    def steps_per_epoch(self, images: int) -> int:
+        """Optimizer steps of one pass over so many training images."""
+        return -(-images // (self.effective_batch_size * self.accumulate))
+
     def with_batch_size_for(self, images: int) -> "TrainConfig":
         """The same settings with `batch_size` set for this number of training images."""
         return self if self.batch_size else dataclasses.replace(self, batch_size=min(DEFAULT_BATCH_SIZE, images))
+
+    @property
+    def trackers(self) -> list[str]:
+        """The names in `track`."""
+        return [name.strip() for name in (self.track or "").split(",") if name.strip()]
+
+    def resolved(self) -> Self:
+        """The same settings with the method's defaults in place of None.
+
+        With `early_stopping`, a budget whose end nobody has set reaches its target before the training could end.
+        """
+        from snella.methods import find_method
+
+        result = super().resolved()
+        method = find_method(result.method)
+        is_open = not {"schedule_end", "preset"} & set(result.method_options)
+        if result.early_stopping is not None and method.has_budgets and is_open:
+            options = {**result.method_options, "schedule_end": SCHEDULE_END}
+            result = dataclasses.replace(result, method_options=options)
+        return result
 
     def _weights_errors(self) -> list[str]:
         """The error of a missing file of weights."""
@@ -342,14 +394,18 @@ class TrainConfig(RunSettings):
     def _range_errors(self) -> list[str]:
         """Errors of values out of range."""
         errors = self.minimum_errors(_MINIMUMS)
-        for name in ("warmup", "label_smoothing", "test_fraction"):
+        for name in ("warmup", "label_smoothing", "test_fraction", "drop_path"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 errors.append(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.ema is not None and not 0.0 < self.ema < 1.0:
             errors.append(f"ema must be in (0, 1), got {self.ema}; leave it out for none")
+        if self.layer_decay is not None and not 0.0 < self.layer_decay <= 1.0:
+            errors.append(f"layer_decay must be in (0, 1], got {self.layer_decay}; leave it out for none")
+        if not 0.0 <= self.random_erasing <= 1.0:
+            errors.append(f"random_erasing must be in [0, 1], got {self.random_erasing}")
         if not 0.0 < self.val_fraction < 1.0:
             errors.append(f"val_fraction must be in (0, 1), got {self.val_fraction}")
-        errors += self.nonnegative_errors((*_NONNEGATIVE_FIELDS, "final_lr", "max_grad_norm"))
+        errors += self.nonnegative_errors((*_NONNEGATIVE_FIELDS, "final_lr", "max_grad_norm", "mixup", "cutmix"))
         return errors
 
     def _task_errors(self) -> list[str]:
@@ -377,6 +433,32 @@ class TrainConfig(RunSettings):
             errors += _columns_errors(self.columns)
         if self.lr is not None and self.final_lr > self.lr:
             errors.append(f"final_lr must be at most lr, {self.lr}, got {self.final_lr}")
+        return errors
+
+    def _training_errors(self) -> list[str]:
+        """Errors of settings that exclude each other, and of unknown trackers."""
+        from snella.runs.protocol import get_protocol
+
+        errors = []
+        if self.early_stopping is not None and self.protocol == "final":
+            errors.append(
+                f"early_stopping needs images that epochs are measured on, got {self.early_stopping} with protocol "
+                f"{self.protocol!r}: {get_protocol(self.protocol).summary}; leave one out"
+            )
+        if self.task == "segmentation":
+            given = {name: getattr(self, name) for name in ("mixup", "cutmix", "random_erasing")}
+            errors += [f"{name} is not for images with masks, got {value}" for name, value in given.items() if value]
+            if self.augment in ("randaugment", "trivialaugment"):
+                errors.append(
+                    "augment must be one of none, flip, crop, imagenet, 3augment for images with masks, "
+                    f"got {self.augment!r}"
+                )
+        if self.trackers:
+            from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+            unknown = [name for name in self.trackers if name not in INTEGRATION_TO_CALLBACK]
+            if unknown:
+                errors.append(f"track must be among {', '.join(INTEGRATION_TO_CALLBACK)}, got {', '.join(unknown)}")
         return errors
 
 

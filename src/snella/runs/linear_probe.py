@@ -54,6 +54,7 @@ def can_cache_features(config: TrainConfig, model: nn.Module) -> bool:
         method is not None
         and method.is_head_only
         and config.augment == "none"
+        and not (config.mixup or config.cutmix or config.random_erasing)
         and has_timm_features(model)
         and isinstance(model.get_submodule(spec_of(model).head), nn.Linear)
         and not _draws_random_numbers(model)
@@ -144,7 +145,7 @@ def choose_head_start(parts: RunComponents, config: TrainConfig) -> Literal["ran
         return "random"
     base, head = _base_and_head(parts.model)
     labels = parts.splits.train.labels
-    steps = -(-len(labels) // config.effective_batch_size) * config.epochs
+    steps = config.steps_per_epoch(len(labels)) * config.epochs
     return "probe" if _is_probe(base, head) and steps < _STEPS_THAT_TRAIN_A_HEAD and len(set(labels)) > 1 else "random"
 
 

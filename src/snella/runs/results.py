@@ -20,7 +20,7 @@ from snella import SnellaCallback, SnellaConfig
 from snella.methods import method_of
 from snella.records import Allocation, AllocationStep, DataInfo, MatrixInfo, RunInfo
 from snella.runs.build import PARTS, RunComponents, absolute_folder, contents_of, split_sizes, splits_digest
-from snella.runs.config import TrainConfig, command_line
+from snella.runs.config import SCHEDULE_END, TrainConfig, command_line
 from snella.runs.console import counted, print_rows
 from snella.runs.memory import predict_step_memory
 from snella.runs.protocol import get_protocol
@@ -140,7 +140,8 @@ def log_summary(console: Console, config: TrainConfig, parts: RunComponents) -> 
     size = tuple(parts.data_config["input_size"])
     classes = ", ".join(splits.classes[:6]) + (", …" if len(splits.classes) > 6 else "")
     batch = config.effective_batch_size
-    steps = counted(-(-len(splits.train) // batch), "step")
+    steps = counted(config.steps_per_epoch(len(splits.train)), "step")
+    images = f"{config.accumulate} × {counted(batch, 'image')}" if config.accumulate > 1 else counted(batch, "image")
     device = next(model.parameters()).device
     memory = predict_step_memory(model, (size[0], size[1], size[2]), batch).total / 2**20
     free = free_memory(device) / 2**20
@@ -153,10 +154,12 @@ def log_summary(console: Console, config: TrainConfig, parts: RunComponents) -> 
         ("method", f"{config.method}, {trainable_parameters(model):,} trainable parameters{_adapted(model)}"),
         ("head", "starts as a linear probe" if config.head_start == "probe" else "starts from random values"),
         *([("budget", _budgets(model))] if matrices_of(model) else []),
-        ("training", f"{counted(config.epochs, 'epoch')} of {steps}, {counted(batch, 'image')} each, on {device}"),
+        ("training", f"{counted(config.epochs, 'epoch')} of {steps}, {images} each, on {device}"),
+        *_stopping_rows(config, model),
         (
             "memory",
-            f"about {memory:,.0f} MiB of {free:,.0f} MiB free, for weights, gradients, optimizer, batch (estimated)",
+            f"about {memory:,.0f} MiB of {free:,.0f} MiB free, for weights, gradients, optimizer, batch (estimated"
+            f"{', less with gradient checkpointing' if config.grad_checkpointing else ''})",
         ),
         *_cost_warnings(config, parts, memory, free),
     ]
@@ -219,6 +222,21 @@ def _cost_warnings(config: TrainConfig, parts: RunComponents, memory: float, fre
             )
         )
     return rows
+
+
+def _stopping_rows(config: TrainConfig, model: nn.Module) -> list[tuple[str, str]]:
+    """When training stops early, and what that means for the sparsity."""
+    if config.early_stopping is None:
+        return []
+    text = f"after {counted(config.early_stopping, 'epoch')} without a better one"
+    if not matrices_of(model):
+        return [("stopping", text)]
+    end = cast(SnellaConfig, cast(PeftModel, model).peft_config["default"]).schedule_end or 1.0
+    if end >= 1:
+        note = "early stopping has no effect: the budget reaches its target with the last step (schedule_end 1)"
+        return [("note", f"{note}; --method-options.schedule_end {SCHEDULE_END} lets it")]
+    reached = math.ceil(end * config.epochs)
+    return [("stopping", f"{text}, from epoch {reached} on, when the budget has its target (schedule_end {end:g})")]
 
 
 def _protocol_rows(config: TrainConfig) -> list[tuple[str, str]]:

@@ -1,10 +1,14 @@
 """`train`: one training run, from configuration to report."""
 
 import dataclasses
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from snella import SnellaCallback
 from snella._files import write_text
@@ -20,7 +24,7 @@ from snella.runs.build import (
     parts_of,
     store_selection,
 )
-from snella.runs.callbacks import ProgressDisplay, ScheduleCallback, StepTimeCallback
+from snella.runs.callbacks import ProgressDisplay, ScheduleCallback, StepTimeCallback, TrackingCallback
 from snella.runs.config import TrainConfig
 from snella.runs.console import make_console, print_line
 from snella.runs.evaluate import redraw_report
@@ -114,6 +118,7 @@ def _train(
             redraw_report(run.path, console)
         return run
     config, is_resumed = resolved
+    _check_trackers(config)
     stored = read(RunInfo, run.path).data if is_resumed else None
     if is_resumed:
         config.data = find_data(run.path, str(config.data), None if stored is None else stored.folder)
@@ -132,7 +137,7 @@ def _train(
     with record_status(run, "train"):
         with InterruptCallback() as interrupt:
             trainer = _fit(config, parts, run, interrupt, console, costs, keep_checkpoints)
-        if trainer.state.global_step < trainer.state.max_steps:
+        if trainer.state.global_step < trainer.state.max_steps and not trainer.has_stalled:
             raise KeyboardInterrupt
         _finish(trainer, parts, run, console, costs, draw_report)
     return run
@@ -153,32 +158,72 @@ def _fit(
     allocation = SnellaCallback() if matrices else None
     protocol = get_protocol(config.protocol)
     weights = sum(m.size for m in matrices) or None
-    display = ProgressDisplay(console, parts.task, protocol, weights, allocation, config.progress, shorten_hint(parts))
+    step_images = config.effective_batch_size * config.accumulate
+    display = ProgressDisplay(
+        console,
+        parts.task,
+        protocol,
+        weights,
+        allocation,
+        config.progress,
+        shorten_hint(parts),
+        step_images=step_images,
+    )
+    tracking = TrackingCallback(matrices, allocation, step_images)
     method = method_of(parts.model)
     schedules = [] if method is None or method.schedule is None else [ScheduleCallback(method.schedule)]
     callbacks = [*([allocation] if allocation else []), *schedules, interrupt, display, costs]
+    callbacks += [tracking] if config.trackers else []
     start = time.monotonic()
     trained_part = cache_features(parts, config) if can_cache_features(config, parts.model) else None
     if config.head_start == "probe" and checkpoint is None:
         start_head_from_probe(parts, config)
-    trainer = SnellaTrainer(
-        parts.model,
-        config,
-        parts.task,
-        parts.splits.train,
-        protocol.selection_part(parts.splits),
-        run,
-        callbacks,
-        trained_part,
-        start,
-        keep_checkpoints,
-    )
-    display.last_loss = lambda: trainer.last_loss
+    with _tracking_folder(run):
+        trainer = SnellaTrainer(
+            parts.model,
+            config,
+            parts.task,
+            parts.splits.train,
+            protocol.selection_part(parts.splits),
+            run,
+            callbacks,
+            trained_part,
+            start,
+            keep_checkpoints,
+        )
+    display.last_loss = tracking.last_loss = lambda: trainer.last_loss
+    tracking.send = lambda values: trainer.callback_handler.on_log(trainer.args, trainer.state, trainer.control, values)
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         display.close()
     return trainer
+
+
+def _check_trackers(config: TrainConfig) -> None:
+    """Refuse a tracker whose package is missing, before anything is loaded.
+
+    Raises:
+        ImportError: It is.
+    """
+    for name in config.trackers:
+        try:
+            INTEGRATION_TO_CALLBACK[name]()
+        except (ImportError, RuntimeError) as error:
+            raise ImportError(f"track={name} needs a package: {error} (pip install {name})") from error
+
+
+@contextmanager
+def _tracking_folder(run: RunFolder) -> Iterator[None]:
+    """Let TensorBoard's files go into the run's folder, unless the user says where."""
+    name = "TENSORBOARD_LOGGING_DIR"
+    is_given = name in os.environ
+    os.environ.setdefault(name, str(run.path / "tracking"))
+    try:
+        yield
+    finally:
+        if not is_given:
+            del os.environ[name]
 
 
 def _finish(
@@ -229,6 +274,8 @@ def _finish(
     card = model_card(run.path, _ADAPTER_USE, library="peft")
     write_text(run.adapter / "README.md", card)  # without a digest: meant to be edited
     report = write_report(run.path, report_images) if draw_report else None
+    if trainer.has_stalled and len(trainer.history) < trainer.config.epochs:
+        print_line(console, f"stopped after epoch {trainer.history[-1]['epoch']} of {trainer.config.epochs}")
     print_line(console, _final_text(parts.task, protocol, best, val, test))
     if protocol.warning:
         print_line(console, f"{protocol.name} protocol: {protocol.warning}")

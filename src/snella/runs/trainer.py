@@ -1,11 +1,11 @@
-"""Trainers: `SnellaTrainer` for labeled images, `CheckpointingTrainer` for all runs, and their optimizers."""
+"""Trainers: `SnellaTrainer` for labeled images, `CheckpointingTrainer` for all runs."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,118 +13,55 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
 from torch.utils.data import Dataset, Sampler
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from torchvision.transforms import v2
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
-from snella import SnellaCallback, create_snella_optimizer
+from snella import SnellaCallback
 from snella._files import write_json
 from snella.data import ImageDataset
-from snella.methods import load_trained_into, method_of, save_trained, spec_of
-from snella.methods.model_parts import is_inside
+from snella.methods import load_trained_into, method_of, save_trained
 from snella.runs.build import choose_device
 from snella.runs.callbacks import EmaCallback, WeightAverage
 from snella.runs.checkpoints import reading_checkpoint, remove_incomplete, reporting_write_errors, staged
 from snella.runs.config import TrainConfig
 from snella.runs.folder import RunFolder, RunFolderOf
+from snella.runs.optimizer import build_optimizer
 from snella.runs.protocol import get_protocol
 from snella.runs.sampler import EpochCallback, EpochSampler, mix_seed
 from snella.runs.session import NonFiniteLossError
 from snella.tasks import Task
-from snella.tuner.layer import SnellaLayer
-
-_PACKAGE = "bitsandbytes"
-
-
-def build_low_bit_optimizer(
-    model: nn.Module, wanted: str, device: torch.device, *, lr: float, scalar_lr: float | None, weight_decay: float
-) -> tuple[Optimizer, str]:
-    """Make the optimizer for whatever is trainable.
-
-    Args:
-        model: From `adapt_headless`, on its device.
-        wanted: `auto`, `adamw` or `adamw8bit`.
-        device: Where it trains.
-        lr: Learning rate of the factors, or of all weights that are trained.
-        scalar_lr: Learning rate of the kernels' scalars (SNELLA, SNELL); the optimizer's default if None.
-        weight_decay: Decoupled weight decay; none on the scalars.
-
-    Returns:
-        The optimizer, and its name, with the reason for a fallback.
-
-    Raises:
-        ImportError: `adamw8bit` was asked for and bitsandbytes is missing or does not run here.
-    """
-    kind, name = _choose(wanted, device)
-    if any(isinstance(module, SnellaLayer) for module in model.modules()):
-        scalars: dict[str, Any] = {} if scalar_lr is None else {"scalar_lr": scalar_lr}
-        return create_snella_optimizer(model, kind, lr=lr, weight_decay=weight_decay, **scalars), name
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return kind(trained, lr=lr, weight_decay=weight_decay), name  # type: ignore[call-arg]
-
-
-def _choose(wanted: str, device: torch.device) -> tuple[type[Optimizer], str]:
-    """The class that `auto`, `adamw` or `adamw8bit` means here, and its human-readable name."""
-    if wanted == "adamw":
-        return AdamW, "AdamW"
-    try:
-        kind: type[Optimizer] = importlib.import_module(_PACKAGE).optim.AdamW8bit
-        _try_out(kind, device)
-        return kind, "8-bit AdamW of bitsandbytes"
-    except Exception as error:
-        # a library for accelerators fails in ways of its own: missing, without a kernel for this device, too old
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        if wanted == "adamw8bit":
-            raise ImportError(
-                f"optimizer=adamw8bit needs bitsandbytes to run on {device}, but {reason}; "
-                "pip install bitsandbytes, or leave it at auto"
-            ) from error
-        return AdamW, f"AdamW, since 8-bit AdamW does not run here ({reason})"
-
-
-def _try_out(kind: type[Optimizer], device: torch.device) -> None:
-    """One step on a parameter that is large enough to be kept in 8 bits."""
-    parameter = nn.Parameter(torch.zeros(64, 128, device=device))
-    parameter.grad = torch.ones_like(parameter)
-    kind([parameter], lr=1.0).step()  # type: ignore[call-arg]
-    if not bool((parameter != 0).all()):
-        raise RuntimeError("its step changes nothing")
-
-
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Make AdamW for whatever is trainable; weight decay on matrices only.
-
-    Args:
-        model: From `build_method`.
-        config: Resolved settings; `lr` and `weight_decay` are set, `head_lr` falls back to `lr`.
-
-    Raises:
-        ValueError: Nothing is trainable.
-    """
-    lr, weight_decay = config.lr or 0.0, config.weight_decay or 0.0
-    head_lr = lr if config.head_lr is None else config.head_lr
-    method = method_of(model)
-    if method is not None and method.optimizer is not None:
-        scalars: dict[str, Any] = {} if config.scalar_lr is None else {"scalar_lr": config.scalar_lr}
-        return method.optimizer(model, torch.optim.AdamW, lr=lr, head_lr=head_lr, weight_decay=weight_decay, **scalars)
-    head = ("base_model.model." if isinstance(model, PeftModel) else "") + spec_of(model).head
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups.setdefault((is_inside(name, head), parameter.ndim > 1), []).append(parameter)
-    if not groups:
-        raise ValueError(f"method {spec_of(model).name!r} leaves nothing to train in {type(model).__name__}")
-    return torch.optim.AdamW(
-        [
-            {"params": params, "lr": head_lr if in_head else lr, "weight_decay": weight_decay if is_matrix else 0.0}
-            for (in_head, is_matrix), params in sorted(groups.items(), key=lambda item: item[0])
-        ]
-    )
-
 
 _PROGRESS_FILE = "progress.json"
+
+
+class _StalledError(Exception):
+    """A resumed run had stopped early already."""
+
+
+class _StopIfStalled(TrainerCallback):
+    """Ends a resumed training before its first step where it had stopped early: its state is loaded by then.
+
+    Args:
+        trainer: Whose callback it is, the last one.
+    """
+
+    def __init__(self, trainer: SnellaTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.trainer.has_stalled:
+            raise _StalledError
 
 
 class CheckpointingTrainer(Trainer):
@@ -176,7 +113,7 @@ class CheckpointingTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Norm of the gradient before clipping, checked before the optimizer uses it."""
         norm = super()._get_grad_norm(model, grad_norm)
-        if not math.isfinite(float(norm)):
+        if not self.args.fp16 and not math.isfinite(float(norm)):  # in fp16 the scaler skips such a step
             raise self._not_finite("the gradient", float(norm))
         return norm
 
@@ -242,22 +179,22 @@ def base_training_arguments(
         checkpoints: Where they go.
         device: Where to train.
         seed: Of the run.
-        precision: fp32, or bf16 for autocast.
-        **options: Those of this kind of run.
+        precision: fp32, or bf16 or fp16 for autocast.
+        **options: Those of this kind of run; `report_to` names trackers.
     """
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         seed=seed,
         use_cpu=device.type == "cpu",
         bf16=precision == "bf16",
+        fp16=precision == "fp16",
         logging_nan_inf_filter=False,
-        report_to="none",
         disable_tqdm=True,
         log_level="error",
         dataloader_pin_memory=False,
         remove_unused_columns=False,
         label_names=["labels"],
-        **options,
+        **{"report_to": "none", **options},
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
@@ -313,6 +250,7 @@ class SnellaTrainer(CheckpointingTrainer):
         self.average = None if config.ema is None else WeightAverage(model, config.ema)
         averaging = [] if self.average is None else [EmaCallback(self.average)]
         self.progress = _Progress()
+        self._step_images, self._micro_step, self._step_loss = 0, 0, 0.0
         super().__init__(
             model,
             run,
@@ -325,6 +263,15 @@ class SnellaTrainer(CheckpointingTrainer):
             callbacks=[EpochCallback(train), *averaging, *callbacks],
         )
         self.model_accepts_loss_kwargs = False
+        self.add_callback(_StopIfStalled(self))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as the base class does; a resumed run that had stopped early stays as it is."""
+        try:
+            return super().train(*args, **kwargs)
+        except _StalledError:
+            self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+            return None
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -334,6 +281,24 @@ class SnellaTrainer(CheckpointingTrainer):
             {"epoch": round(row["epoch"]), **{k: v for k, v in row.items() if k not in ("step", "epoch")}}
             for row in rows
         ]
+
+    @property
+    def has_stalled(self) -> bool:
+        """Whether `early_stopping` epochs have gone by without a better one.
+
+        Only epochs count that were measured and keep no more weights than the target: with budgets that shrink, a run
+        does not stop before what it keeps has the sparsity that was asked for.
+        """
+        allocation = self.allocation_callback
+        allocator = None if allocation is None else allocation.allocator
+        rows = [
+            (self.protocol.selection_score(row, self.task.selection_score), row["epoch"])
+            for row in self.history
+            if allocator is None or row["budget"] <= allocator.target_budget
+        ]
+        rows = [(score, -epoch) for score, epoch in rows if math.isfinite(score[0])]  # of equals the first
+        patience = self.config.early_stopping
+        return patience is not None and bool(rows) and max(rows)[1] - rows[-1][1] >= patience
 
     @property
     def allocation_callback(self) -> SnellaCallback | None:
@@ -374,6 +339,8 @@ class SnellaTrainer(CheckpointingTrainer):
         score = self.protocol.selection_score(row, self.task.selection_score)
         is_best = all(self.protocol.selection_score(past, self.task.selection_score) <= score for past in self.history)
         self.log(row)
+        if self.has_stalled:
+            self.control.should_training_stop = True
         if is_best and self.args.should_save:
             with reporting_write_errors(self.run_folder.adapter):
                 save_trained(self.trained_model, self.run_folder.adapter)
@@ -407,9 +374,15 @@ class SnellaTrainer(CheckpointingTrainer):
         """Loss of a batch; with `return_outputs` the logits too."""
         logits = model(inputs["images"])
         loss = self.task.loss(logits, inputs["labels"])
+        if "share" in inputs:
+            share = inputs["share"]
+            loss = share * loss + (1 - share) * self.task.loss(logits, inputs["other_labels"])
         penalty = None if (method := method_of(self.trained_model)) is None else method.penalty
         if penalty is not None and model.training:
             loss = loss + penalty(self.trained_model)
+        if model.training and self.config.accumulate > 1:
+            # the Trainer divides by the number of batches: each image is to count the same
+            loss = loss * (len(logits) * self.current_gradient_accumulation_steps / self._step_images)
         return (loss, logits) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -418,11 +391,37 @@ class SnellaTrainer(CheckpointingTrainer):
         Raises:
             NonFiniteLossError: The loss is not finite.
         """
-        torch.manual_seed(mix_seed(self.config.seed, 1, self.state.global_step, self.args.process_index))
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self.progress.loss_sum += self.last_loss
-        self.progress.steps += 1
+        micro_step = [self._micro_step] if self._micro_step else []  # the first draws as the only one does
+        torch.manual_seed(mix_seed(self.config.seed, 1, self.state.global_step, self.args.process_index, *micro_step))
+        loss = super().training_step(model, self._mix(inputs), num_items_in_batch)
+        self._micro_step += 1
+        self._step_loss += self.last_loss
+        self.last_loss = self._step_loss
+        if self._micro_step == self.current_gradient_accumulation_steps:
+            self.progress.loss_sum += self._step_loss
+            self.progress.steps += 1
         return loss
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, *others: Any) -> Any:
+        """The batches of one step, whose images are counted."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, *others)
+        self._step_images = sum(len(batch["labels"]) for batch in batches)
+        self._micro_step, self._step_loss = 0, 0.0
+        return batches, items
+
+    def _mix(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The batch with each image mixed with another, if the settings say so: that one's label and the own share.
+
+        Torchvision mixes labels as one-hot rows; with the image's number for its label, a row tells the share.
+        """
+        alphas = {v2.MixUp: self.config.mixup, v2.CutMix: self.config.cutmix}
+        count = len(inputs["labels"])
+        mixers = [kind(alpha=alpha, num_classes=count) for kind, alpha in alphas.items() if alpha]
+        if not mixers or count == 1:
+            return inputs
+        numbers = torch.arange(count, device=inputs["images"].device)
+        images, rows = v2.RandomChoice(mixers)(inputs["images"], numbers)
+        return {**inputs, "images": images, "other_labels": inputs["labels"].roll(1, 0), "share": float(rows[0, 0])}
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -500,4 +499,7 @@ def training_arguments(config: TrainConfig, checkpoints: Path, keep_checkpoints:
         save_strategy="epoch" if keep_checkpoints else "no",
         logging_strategy="no",
         dataloader_num_workers=config.workers,
+        gradient_accumulation_steps=config.accumulate,
+        report_to=config.trackers or "none",
+        run_name=str(config.out),
     )

@@ -25,10 +25,10 @@ from snella.recipes.dreambooth.config import DreamBoothConfig, DreamBoothFolder
 from snella.recipes.dreambooth.pipeline import LatentImages, PromptEmbedding
 from snella.runs.checkpoints import reading_checkpoint, remove_incomplete, staged
 from snella.runs.console import print_line
+from snella.runs.optimizer import build_low_bit_optimizer
 from snella.runs.results import matrices_of
 from snella.runs.sampler import EpochSampler, mix_seed
 from snella.runs.session import InterruptCallback, NonFiniteLossError
-from snella.runs.trainer import build_low_bit_optimizer
 
 _LOGIT_MEAN, _LOGIT_STD, _MODE_SCALE = 0.0, 1.0, 1.29
 

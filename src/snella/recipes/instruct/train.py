@@ -32,6 +32,7 @@ from snella.runs.build import choose_device
 from snella.runs.checkpoints import reporting_write_errors
 from snella.runs.config import command_line
 from snella.runs.console import counted, make_console, print_line, print_rows
+from snella.runs.optimizer import build_low_bit_optimizer
 from snella.runs.results import (
     describe_allocation,
     folder_bytes,
@@ -49,7 +50,7 @@ from snella.runs.session import (
     record_status,
     resolve_resume,
 )
-from snella.runs.trainer import CheckpointingTrainer, base_training_arguments, build_low_bit_optimizer
+from snella.runs.trainer import CheckpointingTrainer, base_training_arguments
 
 
 def load_model(name: str, dtype: torch.dtype) -> nn.Module:
