@@ -15,12 +15,15 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from snella.runs.task_bank import TaskBank
     from snella.tuner import (
         BudgetAllocator,
         SnellaCallback,
         SnellaConfig,
         SnellaModel,
         create_snella_optimizer,
+        hotswap,
+        load_sparse,
     )
 
 __version__ = "0.1.0"
@@ -29,7 +32,10 @@ __all__ = [
     "SnellaCallback",
     "SnellaConfig",
     "SnellaModel",
+    "TaskBank",
     "create_snella_optimizer",
+    "hotswap",
+    "load_sparse",
 ]
 
 
@@ -68,7 +74,7 @@ else:
 
 
 def __getattr__(name: str) -> Any:
-    """Import the tuner on first use of a public name."""
+    """Import the tuner, or what serves runs, on first use of a public name."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module("snella.tuner"), name)
+    return getattr(importlib.import_module("snella.runs" if name == "TaskBank" else "snella.tuner"), name)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from snella.tasks import ResultTable
 
 Device = Literal["auto", "cpu", "cuda"]
+ExportName = Literal["sparse", "onnx", "torchscript", "torch-export", "lora", "timm", "hf"]
+"""Keys of `snella.runs.export.FORMATS`, which the command line does not wait for."""
 _Function = TypeVar("_Function", bound=Callable[..., None])
 
 
@@ -208,6 +210,53 @@ def merge(run: str, /, *, out: str, overwrite: bool = False) -> None:
     size = sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path])) / 2**20
     print_line(console, f"{path}: {size:.1f} MiB, {describe_file(path)}; to load it:")
     print_line(console, loading_snippet(path))
+
+
+@_command("snella.runs.export", is_recorded=True)
+def export(
+    run: str,
+    /,
+    *,
+    format: ExportName,
+    out: str | None = None,
+    overwrite: bool = False,
+    opset: int | None = None,
+    rank: int | None = None,
+    values: Literal["fp32", "bf16"] | None = None,
+    images: list[str] | None = None,
+) -> None:
+    """Write a run's model in the formats of other programs, checked against its own outputs.
+
+      snella export runs/photos --format onnx
+      snella export runs/photos --format hf --out photos-model
+      snella export runs/photos --format sparse --values bf16
+      snella export runs/photos --format lora --rank 32
+
+    onnx, torchscript, torch-export: the merged model, any batch size, refused where its outputs differ from torch's.
+    timm, hf: a folder for timm alone, or for transformers and a hub. lora: the nearest LoRA of a rank, with its error.
+    sparse: positions and values of the changed weights.
+
+    Args:
+        run: Folder of the run.
+        format: What to write.
+        out: File or folder; beside the run, under its name, if not given.
+        overwrite: Replace what an earlier export wrote.
+        opset: With onnx, its opset; the exporter's own if not given.
+        rank: With lora, its rank (32 if not given).
+        values: With sparse, type of the values (fp32 if not given); bf16 rounds them.
+        images: Image files on which outputs are compared, [a.jpg,b.jpg]; the run's own test or validation images if not
+            given.
+    """
+    from snella.runs.console import make_console, print_line
+    from snella.runs.export import export
+
+    exported = export(run, format, out, overwrite=overwrite, opset=opset, rank=rank, values=values, images=images or ())
+    console, path = make_console(), exported.path
+    size = sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path])) / 2**20
+    print_line(console, f"{path}: {size:.1f} MiB, {format}; to load it:")
+    print_line(console, exported.snippet)
+    for note in exported.notes:
+        print_line(console, note)
 
 
 @_command("snella.report.inspect")

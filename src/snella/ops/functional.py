@@ -10,6 +10,7 @@ from torch import Tensor
 
 from snella.ops.autograd import LayerCall, RecomputeCache, add_updates, apply_updates
 from snella.ops.backends import choose_backend, get_backend
+from snella.ops.backends.base import MergeCache
 from snella.ops.kernels import make_kernel
 from snella.ops.recompute import ORIGIN_ATTRIBUTE, origin_of
 from snella.ops.sparsify import SparsifyMode, sparsify
@@ -104,6 +105,30 @@ def compute_effective_weight(
         base = weight.materialize() if isinstance(weight, LazyWeight) else weight
         total = add_updates(base, updates, merged, weight_shape, dtype if is_lazy else None, is_lazy)
     return total, tuple([one.thresholds for one in merged])
+
+
+@torch.no_grad()
+def write_effective_weight(weight: Tensor, update: Update, out: Tensor, cache: MergeCache | None = None) -> None:
+    """Write `W0 + scaling·S` into a tensor that is there already, in the bits that `adapted_layer` uses.
+
+    Args:
+        weight: `W0`, `[m, …]`.
+        update: The update.
+        out: Shape and dtype of `weight`, not the same memory; contiguous tensors need no third one of their size once
+            the thresholds are known.
+        cache: Filled by the first call with this update, and faster by it in later ones.
+    """
+    cache = MergeCache(update.thresholds) if cache is None else cache
+    is_direct = weight.is_contiguous() and out.is_contiguous() and update.spec.backend != "reference"
+    if is_direct:
+        rows = weight.shape[0]
+        backend = get_backend(update.spec.backend)
+        matrices = (weight.detach().view(rows, -1), out.detach().view(rows, -1))
+        backend.write_effective(update.spec, update.factors, update.budgets, *matrices, cache)
+    else:
+        known = update._replace(thresholds=cache.thresholds)
+        total, (cache.thresholds,) = compute_effective_weight(weight, [known], weight.shape)
+        out.copy_(total)
 
 
 def adapted_linear(

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from snella.runs.folder import RunFolder
     from snella.runs.merge import load_merged
     from snella.runs.session import NonFiniteLossError, RunInUseError, TrainingInterrupted
+    from snella.runs.task_bank import TaskBank
 
 _HOMES = {
     "CheckpointError": "checkpoints",
@@ -20,6 +21,7 @@ _HOMES = {
     "NonFiniteLossError": "session",
     "RunFolder": "folder",
     "RunInUseError": "session",
+    "TaskBank": "task_bank",
     "TrainConfig": "config",
     "TrainingInterrupted": "session",
     "load_merged": "merge",
@@ -32,6 +34,7 @@ __all__ = [
     "NonFiniteLossError",
     "RunFolder",
     "RunInUseError",
+    "TaskBank",
     "TrainConfig",
     "TrainingInterrupted",
     "load_merged",

@@ -6,7 +6,7 @@ from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import load_file, save
-from torch import nn
+from torch import Tensor, nn
 
 from snella._files import write_bytes, write_json
 from snella.methods import merge_trained
@@ -52,18 +52,41 @@ def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> Path:
     path = Path(out)
     _check_out(path, str(out), overwrite=overwrite)
     loaded = load_run(run, device="cpu")
-    model = merged_model(loaded.model)
-    weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     if path.suffix == _SUFFIX:
+        model = merged_model(loaded.model)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(path, save(weights, _metadata(loaded, model)))
-        return path
-    config = _timm_config(loaded, model, str(out))
+        write_bytes(path, save(_weights(model), run_metadata(loaded, model)))
+    else:
+        write_timm_folder(loaded, path)
+    return path
+
+
+def write_timm_folder(loaded: LoadedRun, path: Path, **entries: Any) -> nn.Module:
+    """Write a run's model in timm's own format into a folder.
+
+    Args:
+        loaded: The run; its model is used up.
+        path: The folder.
+        entries: More of its `config.json`.
+
+    Returns:
+        The merged model.
+
+    Raises:
+        ValueError: The model is no classifier that timm builds; nothing is written.
+    """
+    model = merged_model(loaded.model)
+    config = {**_timm_config(loaded, model, str(path)), **entries}
     path.mkdir(parents=True, exist_ok=True)
     (path / _CONFIG).unlink(missing_ok=True)  # written last: a folder without it is not loaded
-    write_bytes(path / _WEIGHTS, save(weights, {"format": "pt"}))
+    write_bytes(path / _WEIGHTS, save(_weights(model), {"format": "pt"}))
     write_json(path / _CONFIG, config)
-    return path
+    return model
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict as safetensors takes it."""
+    return {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
 
 
 def _check_out(path: Path, typed: str, *, overwrite: bool) -> None:
@@ -85,8 +108,8 @@ def _check_out(path: Path, typed: str, *, overwrite: bool) -> None:
         )
 
 
-def _metadata(loaded: LoadedRun, model: nn.Module) -> dict[str, str]:
-    """The metadata of a merged file."""
+def run_metadata(loaded: LoadedRun, model: nn.Module) -> dict[str, str]:
+    """What a file of the model's weights says of it: texts, most of them JSON."""
     backbone = loaded.info.backbone
     return {
         "format": "pt",

@@ -206,6 +206,10 @@ class Projection(SnellaLayer):
         """Name of the weight among the attention's parameters."""
         return cast(ProjectionWeight, self.base_layer).parameter_name
 
+    def weight_name(self, name: str) -> str:
+        """Name of the adapted parameter in the model without adapters, where this projection is called `name`."""
+        return f"{name.rpartition('.')[0]}.{self.parameter_name}"
+
     def _op(self) -> LayerOp:
         return LINEAR
 

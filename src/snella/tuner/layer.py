@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from snella.ops.backends import choose_backend
+from snella.ops.backends.base import MergeCache
 from snella.ops.custom_op import adapted_layer_in_graph
 from snella.ops.fixed_support import fold_entries, layer_with_entries, merged_entries
-from snella.ops.functional import adapted_layer, compute_effective_weight
+from snella.ops.functional import adapted_layer, compute_effective_weight, write_effective_weight
 from snella.ops.kernels import KernelScalars, make_kernel
 from snella.ops.sparsify import SparsifyMode
 from snella.ops.spec import Conv2dOp, Factors, LayerOp, LazyWeight, LinearOp, Update, UpdateSpec, WeightOp
@@ -433,6 +434,10 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
                 for tensor in (A[group], B[rows], *(value[group] for value in values[1:2] if value is not None)):
                     tensor.mul_(shrink)
 
+    def weight_name(self, name: str) -> str:
+        """Name of the adapted parameter in the model without adapters, where this layer is called `name`."""
+        return f"{name}.weight"
+
     def matrix_rows(self, adapter_name: str) -> list[slice]:
         """Rows of the weight that each matrix occupies."""
         ends = accumulate(self.row_counts[adapter_name], initial=0)
@@ -692,6 +697,30 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
                 self._set_base_weight(merged)
         self.merged_adapters.extend(names)
         self._cache.clear()
+
+    def refresh(self, adapter_name: str, cache: MergeCache | None = None) -> None:
+        """Let values that were written into an adapter in place take effect, also where it is merged.
+
+        A merged weight is written anew from the copy that `merge` kept: no rounding adds up, and the weight stays the
+        same tensor that a compiled graph computes with.
+
+        Args:
+            adapter_name: The adapter.
+            cache: Of these very values in this layer, from an earlier call.
+        """
+        self._cache.clear()
+        if adapter_name not in self.merged_adapters:
+            return
+        names, original = list(self.merged_adapters), self._unmerged_weight
+        if original is None or len(names) > 1 or adapter_name in self.snella_support:
+            self.unmerge()
+            self.merge(adapter_names=names)
+            return
+        (update,), _ = self._updates(names)
+        weight = self._oriented_weight()
+        write_effective_weight(original, update, weight, cache)
+        if not weight.is_inference():
+            torch.autograd.graph.increment_version(weight)  # kernels write past torch
 
     def _original_weight(self) -> Tensor | LazyWeight:
         """The base weight before any merge; a copy, unless it is quantized and will be replaced instead of changed."""

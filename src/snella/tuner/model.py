@@ -432,7 +432,8 @@ class SnellaModel(BaseTuner):
         if adapter_names is not None:
             raise NotImplementedError(
                 f"adapter_names={list(adapter_names)!r}: a batch cannot mix SNELLA adapters, because the update is "
-                "part of the weight; call set_adapter and pass the samples of one adapter at a time"
+                "part of the weight; call set_adapter and pass the samples of one adapter at a time, or let "
+                "snella.TaskBank group them"
             )
         yield
 

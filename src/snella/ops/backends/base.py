@@ -35,6 +35,19 @@ class Merged:
     workspace: Any = None
 
 
+@dataclass
+class MergeCache:
+    """What writing the same update again need not find again; a few numbers a matrix, for one state of its factors.
+
+    Args:
+        thresholds: `[G]`, once they are known.
+        stats: What else a backend keeps.
+    """
+
+    thresholds: Tensor | None = None
+    stats: Any = None
+
+
 class Backend(ABC):
     """One way to compute an update, all matrices of a weight at once; values as `TorchBackend` to within rounding."""
 
@@ -69,6 +82,20 @@ class Backend(ABC):
     @abstractmethod
     def add_update(self, spec: UpdateSpec, merged: Merged, base: Tensor, out: Tensor) -> None:
         """Write `base + scaling·S` into `out`, both `[m, n]`, contiguous, of any two dtypes; they may be the same."""
+
+    def write_effective(
+        self,
+        spec: UpdateSpec,
+        factors: Factors,
+        budgets: tuple[int, ...],
+        base: Tensor,
+        out: Tensor,
+        cache: MergeCache,
+    ) -> None:
+        """Merge and write `base + scaling·S` into `out`, as `merge` and `add_update` do; `cache` is used and filled."""
+        merged = self.merge(spec, factors, budgets, cache.thresholds)
+        cache.thresholds = merged.thresholds
+        self.add_update(spec, merged, base, out)
 
     @abstractmethod
     def grad_factors(

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from snella.ops.backends.base import Backend, Gradients, Merged, store_gradients, zero_gradients
+from snella.ops.backends.base import Backend, Gradients, MergeCache, Merged, store_gradients, zero_gradients
 from snella.ops.backends.numba import backward, forward
 from snella.ops.kernels import MixK, NormalizedRBF, PLinear
 from snella.ops.sparsify import KEEPS_EVERYTHING
@@ -51,12 +52,16 @@ class PackedFactors(NamedTuple):
 
 
 class _Matrix(NamedTuple):
-    """One matrix within a pass: what it is merged from, its threshold, and `ΔW` `[m, n]` where it was written."""
+    """One matrix within a pass: what it is merged from, its threshold, and `ΔW` `[m, n]` where it was written.
+
+    `stats` are `column_stats` where they are known.
+    """
 
     packed: PackedFactors
     shape: tuple[int, int]
     threshold: np.float32
     delta: np.ndarray | None = None
+    stats: np.ndarray | None = None
 
 
 class NumbaBackend(Backend):
@@ -109,6 +114,27 @@ class NumbaBackend(Backend):
                 sparse = torch.zeros(out[rows].shape)
                 _add_matrix(spec, matrix, sparse.numpy(), sparse.numpy())
                 torch.add(base[rows], sparse, out=out[rows])
+
+    def write_effective(  # noqa: D102
+        self,
+        spec: UpdateSpec,
+        factors: Factors,
+        budgets: tuple[int, ...],
+        base: Tensor,
+        out: Tensor,
+        cache: MergeCache,
+    ) -> None:
+        is_known = cache.thresholds is not None
+        merged = self.merge(spec, factors, budgets, cache.thresholds)
+        cache.thresholds = merged.thresholds
+        if is_known:
+            # from the second time on there is no `ΔW` to read: the softmax's numbers are all that one sweep lacks
+            if cache.stats is None:
+                cache.stats = [None if one is None else column_stats(one.packed, one.shape) for one in merged.workspace]
+            pairs = zip(merged.workspace, cache.stats, strict=True)
+            workspace = [None if one is None else one._replace(stats=stats) for one, stats in pairs]
+            merged = replace(merged, workspace=workspace)
+        self.add_update(spec, merged, base, out)
 
     def grad_factors(  # noqa: D102
         self,
@@ -167,7 +193,7 @@ def _add_matrix(spec: UpdateSpec, matrix: _Matrix, base: np.ndarray, out: np.nda
     if matrix.delta is not None:
         _run(forward.add_sparse, shape[0], shape, base, matrix.delta, *settings, out)
     else:
-        stats = column_stats(matrix.packed, shape)
+        stats = column_stats(matrix.packed, shape) if matrix.stats is None else matrix.stats
         _run(forward.merge_and_add, shape[0], shape, *matrix.packed, stats, base, *settings, out)
 
 

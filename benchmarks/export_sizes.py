@@ -1,0 +1,74 @@
+"""Bytes of a run's sparse files over sparsity, beside its factors, a LoRA of equal rank and the merged weights.
+
+    python benchmarks/export_sizes.py runs/photos      # a run of SNELLA; prints a table for docs/export.md
+
+The budgets of the run's matrices are scaled to each sparsity, in proportion to what its own allocation gave them, and
+each row is what `snella.runs.export` writes.
+"""
+
+import sys
+from io import BytesIO
+
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save
+
+from snella.runs import load_run
+from snella.runs.build import make_backbone
+from snella.runs.export import sparse_patch
+from snella.tuner import SnellaLayer, adapted_matrices
+
+SPARSITIES = (0.7, 0.8, 0.9, 0.97, 0.99, 0.999)
+
+
+def mib(content: bytes) -> str:
+    return f"{len(content) / 2**20:.2f}"
+
+
+def main() -> None:
+    run = sys.argv[1]
+    loaded = load_run(run, "cpu")
+    model, base = loaded.model, make_backbone(loaded.info.backbone, loaded.task.name)
+    layers = [module for module in model.modules() if isinstance(module, SnellaLayer)]
+    own = {id(layer): layer.budgets("default") for layer in layers}
+    sizes = {id(layer): [rows.stop - rows.start for rows in layer.matrix_rows("default")] for layer in layers}
+    total, kept = (
+        sum(matrix.shape[0] * matrix.shape[1] for matrix in adapted_matrices(model)),
+        sum(map(sum, own.values())),
+    )
+    plain = make_backbone(loaded.info.backbone, loaded.task.name)
+    rank = layers[0].snella_A["default"].shape[-1]
+    names = [name.removeprefix("base_model.model.") for name, module in model.named_modules() if module in layers]
+    lora = get_peft_model(make_backbone(loaded.info.backbone), LoraConfig(r=rank, target_modules=names))
+    factors = {k: v.contiguous() for k, v in get_peft_model_state_dict(model).items() if "snella_" in k}
+    print(f"{run}: {loaded.info.backbone.name}, {total:,} adapted weights, r {rank}, sparsity {1 - kept / total:.3f}\n")
+    print(f"factors {mib(save(factors))} MiB, LoRA {mib(save(dict(get_peft_model_state_dict(lora))))} MiB, "
+          f"merged weights {mib(save({k: v.contiguous() for k, v in plain.state_dict().items()}))} MiB\n")  # fmt: skip
+    print("| sparsity | changed weights | positions as | fp32 values, MiB | bf16 values, MiB | int32 and fp32, MiB |")
+    print("|---:|---:|---|---:|---:|---:|")
+    for sparsity in SPARSITIES:
+        factor = (1 - sparsity) * total / kept
+        for layer in layers:
+            limits = [rows * layer.in_features for rows in sizes[id(layer)]]
+            budgets = [min(int(budget * factor), limit) for budget, limit in zip(own[id(layer)], limits, strict=True)]
+            layer.set_budget("default", budgets)
+        patch = sparse_patch(model, base)
+        whole, half = patch.to_bytes("fp32"), patch.to_bytes("bf16")
+        kinds = kinds_in(whole)
+        count = sum(len(one.indices) for one in patch.entries.values())
+        print(f"| {sparsity} | {count:,} | {kinds} | {mib(whole)} | {mib(half)} | {8 * count / 2**20:.2f} |")
+
+
+def kinds_in(content: bytes) -> str:
+    """Encodings of the positions, by how many matrices have each."""
+    import json
+
+    stream = BytesIO(content)
+    header = json.loads(stream.read(8 + int.from_bytes(content[:8], "little"))[8:])
+    kinds = [key.rpartition(":")[2] for key in header if ":" in key and not key.endswith(":values")]
+    return ", ".join(f"{kind} ({kinds.count(kind)})" for kind in sorted(set(kinds)))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

@@ -1,0 +1,173 @@
+"""How long a running model takes to another task: snella.hotswap, PEFT's calls, and single entries scattered.
+
+    python benchmarks/hotswap.py                  # ViT-B/16, r 8; appends to benchmarks/hotswap.jsonl
+    python benchmarks/hotswap.py vit_small_patch16_224 30
+
+All contenders switch between two tasks by turns in one process; rows hold medians and minima of these turns. Each has a
+model of its own, merged where the name says so. Before anything is timed, outputs after a switch are compared with
+those of a model loaded with the other task.
+"""
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import timm
+import torch
+from peft import LoraConfig, PeftModel, ShiraConfig, get_peft_model
+from peft.utils.hotswap import hotswap_adapter
+from torch import nn
+
+from snella import SnellaConfig, hotswap
+from snella.benchmark.rows import append_rows, conditions
+from snella.methods.peft_methods import without_harmless_warnings
+from snella.tuner import AdapterValues, SnellaLayer
+from snella.tuner.sparse_file import Entries, SparsePatch
+
+ROWS = Path(__file__).with_name("hotswap.jsonl")
+R, SPARSITY, TASKS = 8, 0.7, ("one", "two")
+TARGETS = ["qkv", "proj", "fc1", "fc2"]
+REFERENCE = "peft lora set_adapter + merge"
+
+
+def backbone(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(name, num_classes=10).eval()
+
+
+def save_adapters(name: str, config: Any, folder: Path) -> None:
+    """One adapter a task, with random values and for SNELLA the budgets of `SPARSITY`."""
+    for seed, task in enumerate(TASKS, start=1):
+        with without_harmless_warnings():
+            model = get_peft_model(backbone(name), config())
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.01)
+        model.save_pretrained(folder / task)
+
+
+def with_both(name: str, folder: Path) -> PeftModel:
+    """A model with both tasks' adapters in memory, the first one merged."""
+    with without_harmless_warnings():
+        model = PeftModel.from_pretrained(backbone(name), folder / TASKS[0], adapter_name=TASKS[0])
+        model.load_adapter(folder / TASKS[1], adapter_name=TASKS[1])
+    model.merge_adapter([TASKS[0]])
+    return model.eval()
+
+
+def set_and_merge(model: PeftModel) -> Callable[[str], None]:
+    def switch(task: str) -> None:
+        model.unmerge_adapter()
+        model.set_adapter(task)
+        model.merge_adapter()
+
+    return switch
+
+
+def scattered(name: str, sparsity: float) -> tuple[nn.Module, Callable[[str], None]]:
+    """SHiRA's way: a plain model, and the positions and values of each task in memory."""
+    model, patches, current = backbone(name), {}, []
+    for seed, task in enumerate(TASKS):
+        generator = torch.Generator().manual_seed(seed)
+        entries, shapes = {}, {}
+        for key, weight in model.named_parameters():
+            if key.endswith("weight") and any(f".{target}." in key for target in TARGETS):
+                count = round((1 - sparsity) * weight.numel())
+                where = torch.randperm(weight.numel(), generator=generator)[:count].sort().values
+                entries[key], shapes[key] = (
+                    Entries(where, torch.randn(count, generator=generator) * 1e-3),
+                    [*weight.shape],
+                )
+        patches[task] = SparsePatch(entries, {}, shapes)
+
+    def switch(task: str) -> None:
+        if current:
+            patches[current.pop()].remove()
+        patches[task].apply(model, check_base=False)
+        current.append(task)
+
+    return model, switch
+
+
+def main() -> None:
+    name = sys.argv[1] if len(sys.argv) > 1 else "vit_base_patch16_224"
+    rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 20
+    root = Path(tempfile.mkdtemp())
+    snella = lambda: SnellaConfig(r=R, target_modules=TARGETS, target_sparsity=SPARSITY, init_sparsity=SPARSITY)  # noqa: E731
+    lora = lambda: LoraConfig(r=R, lora_alpha=R, target_modules=TARGETS, init_lora_weights=False)  # noqa: E731
+    shira = lambda: ShiraConfig(r=R, target_modules=TARGETS, random_seed=0)  # noqa: E731
+    for kind, config in (("snella", snella), ("lora", lora), ("shira", shira)):
+        save_adapters(name, config, root / kind)
+
+    def loaded(kind: str) -> PeftModel:
+        with without_harmless_warnings():
+            return PeftModel.from_pretrained(backbone(name), root / kind / TASKS[0]).eval()
+
+    in_memory, from_file, unmerged = loaded("snella"), loaded("snella"), loaded("lora")
+    in_memory.merge_adapter()
+    from_file.merge_adapter()
+    values = {task: AdapterValues.read(root / "snella" / task) for task in TASKS}
+    by_peft = {kind: with_both(name, root / kind) for kind in ("snella", "lora", "shira")}
+    switches: dict[str, tuple[nn.Module, Callable[[str], Any]]] = {
+        REFERENCE: (by_peft["lora"], set_and_merge(by_peft["lora"])),
+        "peft snella set_adapter + merge": (by_peft["snella"], set_and_merge(by_peft["snella"])),
+        "peft shira set_adapter + merge": (by_peft["shira"], set_and_merge(by_peft["shira"])),
+        "peft lora hotswap_adapter, from file, unmerged": (
+            unmerged,
+            lambda task: hotswap_adapter(unmerged, str(root / "lora" / task), "default", torch_device="cpu"),
+        ),
+        "snella hotswap, in memory": (in_memory, lambda task: hotswap(in_memory, values[task])),
+        "snella hotswap, from file": (from_file, lambda task: hotswap(from_file, root / "snella" / task)),
+        "scatter, sparsity 0.97": scattered(name, 0.97),
+        "scatter, sparsity 0.99": scattered(name, 0.99),
+    }
+    images = torch.randn(2, 3, 224, 224)
+    with torch.inference_mode():
+        for contender in ("snella hotswap, in memory", "snella hotswap, from file"):
+            model, switch = switches[contender]
+            switch(TASKS[1])
+            expected = PeftModel.from_pretrained(backbone(name), root / "snella" / TASKS[1]).eval().merge_and_unload()
+            if not torch.equal(model(images), expected(images)):
+                raise SystemExit(f"{contender} gives other outputs than a model that was loaded with the task")
+    times: dict[str, list[float]] = {contender: [] for contender in switches}
+    for number in range(2 * rounds + 4):  # the first ones find thresholds, and compile
+        for contender, (_, switch) in switches.items():
+            start = time.perf_counter()
+            switch(TASKS[number % 2])
+            if number >= 4:
+                times[contender].append(time.perf_counter() - start)
+    reference = times[REFERENCE]
+    adapted = sum(m.out_features * m.in_features for m in in_memory.modules() if isinstance(m, SnellaLayer))
+    rows = []
+    for contender, own in times.items():
+        ratios = [a / b for a, b in zip(own, reference, strict=True)]
+        rows.append(
+            {
+                "benchmark": "hotswap",
+                "backbone": name,
+                "adapted_weights": adapted,
+                "r": R,
+                "sparsity": SPARSITY,
+                "contender": contender,
+                "switches": len(own),
+                "median_ms": round(median(own) * 1e3, 2),
+                "min_ms": round(min(own) * 1e3, 2),
+                "over_reference_median": round(median(ratios), 3),
+                "over_reference_of_minima": round(min(own) / min(reference), 3),
+                **conditions("cpu"),
+            }
+        )
+        of_minima, of_medians = rows[-1]["over_reference_of_minima"], rows[-1]["over_reference_median"]
+        milliseconds = f"median {rows[-1]['median_ms']:9.2f} ms, min {rows[-1]['min_ms']:9.2f} ms"
+        print(f"{contender:50} {milliseconds}, ratio {of_medians:.3f} (of minima {of_minima:.3f})")
+    append_rows(ROWS, rows)
+
+
+if __name__ == "__main__":
+    main()
