@@ -3,9 +3,11 @@
 python benchmarks/learning_rates.py --tasks mri-regions,stamps --methods lora-8,snella-8,snella-matched-8
 
 Tasks, sizes and settings are those of experiments/bundled-suite.yaml. The frozen blocks' outputs are computed once a
-task and kept in `--cache`. Measured are its validation images and training images that the suite leaves out, up to
-`--val-size` together; never test images. The best of the last three epochs counts. Appends a JSON line a training to
-learning_rates.jsonl, and trains nothing that has one already.
+task and kept in `--cache`. A run chooses its epoch on its own validation images, as `snella train` does, among the last
+40 %, and is measured on up to `--val-size` others: images that the recipe leaves out of training and validation, never
+the test part (the test part of a folder with nothing left out). Each run gives several results, see `kept` in its row:
+the start, where that is a probe, and the best and the last epoch, of the weights (raw) and of their average (ema).
+Appends a JSON line a training to learning_rates.jsonl, and trains nothing that has one already.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import json
 import os
 import random
 import time
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,28 +32,42 @@ from snella import BudgetAllocator
 from snella.comparison.cells import git_state, system_info
 from snella.data import build_transform
 from snella.methods import build_method, spec_of
+from snella.records import BackboneInfo
 from snella.runs import TrainConfig
 from snella.runs.build import load_splits, make_backbone, resolve_data_config
 from snella.runs.callbacks import WeightAverage
 from snella.runs.linear_probe import INVERSE_PENALTY, fit_probe
-from snella.runs.optimizer import build_optimizer
 from snella.runs.protocol import get_protocol
 from snella.runs.results import matrices_of
 from snella.runs.sampler import EpochSampler
+from snella.runs.trainer import build_optimizer
 
 HERE = Path(__file__).parent
 SUITE = HERE.parent / "experiments" / "bundled-suite.yaml"
-_MEASURED_EPOCHS = 3
+_DECAY = 0.97  # of the average that is measured beside the weights
+_FIRST_MEASURED = 0.6  # of the epochs
 
 
 @dataclasses.dataclass
 class Features:
-    """Outputs `[images, tokens, width]` of the frozen blocks, and labels `[images]`."""
+    """Outputs `[images, tokens, width]` of the frozen blocks, and labels `[images]`.
+
+    Attributes:
+        train: `[sides, images, tokens, width]`: as they are, and mirrored where the recipe flips images.
+        train_labels: Theirs.
+        val: Validation images of the run, on which it chooses.
+        val_labels: Theirs.
+        rest: Images that the run does not see, on which it is measured; none of the test part.
+        rest_labels: Theirs.
+        classes: How many there are.
+    """
 
     train: Tensor
     train_labels: Tensor
     val: Tensor
     val_labels: Tensor
+    rest: Tensor
+    rest_labels: Tensor
     classes: int
 
 
@@ -60,9 +77,10 @@ def main() -> None:
     parser.add_argument("--methods", default="lora-8,snella-8,snella-matched-8")
     parser.add_argument("--factors", default="0.3,1,3,10", help="times the method's default learning rate")
     parser.add_argument("--seeds", default="0")
+    parser.add_argument("--recipe", choices=("suite", "train"), default="suite", help="the suite's, or snella train's")
     parser.add_argument("--blocks", type=int, default=2, help="how many of the last blocks are adapted")
     parser.add_argument("--val-size", type=int, default=600)
-    parser.add_argument("--set", action="append", default=[], help="a setting of TrainConfig, e.g. ema=0.97; YAML")
+    parser.add_argument("--set", action="append", default=[], help="a setting of TrainConfig, e.g. epochs=20; YAML")
     parser.add_argument("--options", default="{}", help="the method's options, JSON")
     parser.add_argument("--probe-inverse-penalty", type=float, default=INVERSE_PENALTY, help="of head_start=probe")
     parser.add_argument("--cache", default=".cache/learning_rates")
@@ -76,7 +94,8 @@ def main() -> None:
                 for method in args.methods.split(","):
                     head = {"task": task, "method": method, "lr_factor": factor, "seed": seed, "blocks": args.blocks}
                     head |= {"val_size": args.val_size, "settings": settings, "options": options}
-                    head |= {"probe_inverse_penalty": args.probe_inverse_penalty}
+                    head |= {"probe_inverse_penalty": args.probe_inverse_penalty, "recipe": args.recipe}
+                    head |= {"selection": "val"}
                     if not is_done(out, head):
                         append(out, {**head, **run(head, Path(args.cache))})
 
@@ -84,22 +103,29 @@ def main() -> None:
 def is_done(out: Path, head: dict[str, Any]) -> bool:
     """Whether `out` has a row of this training."""
     rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-    return any(all(row[key] == value for key, value in head.items()) for row in rows)
+    return any(all(row.get(key) == value for key, value in head.items()) for row in rows)
 
 
 def append(out: Path, row: dict[str, Any]) -> None:
     with out.open("a") as file:
         file.write(json.dumps(row) + "\n")
-    print({key: row[key] for key in ("task", "method", "lr_factor", "seed", "val_accuracy", "val_loss")}, flush=True)
+    print({key: row[key] for key in ("task", "method", "lr_factor", "seed", "settings", "options")}, flush=True)
+    shown = {name: (scores["val_accuracy"], scores.get("accuracy")) for name, scores in row["kept"].items()}
+    print("   ", shown, row["cpu_s"], flush=True)
 
 
 def config_of(head: dict[str, Any]) -> TrainConfig:
-    """The suite's settings of a task, with the method's learning rate times the factor."""
+    """The recipe's settings of a task, with the method's learning rate times the factor."""
     suite = yaml.safe_load(SUITE.read_text())
     named = {entry.get("name", entry["data"]): entry for entry in suite["data"]}
     entry = named.get(head["task"], {"data": head["task"]})
     own = {key: value for key, value in entry.items() if key not in ("name", "group")}
-    settings = {**suite["train"], **own, "test_seed": 0, "seed": head["seed"], **head["settings"]}
+    recipe = suite["train"] if head["recipe"] == "suite" else {"img_size": 42, "train_size": 240, "val_size": 60}
+    if head["task"].startswith("folder:"):
+        recipe = {key: value for key, value in recipe.items() if key not in ("train_size", "val_size", "test_size")}
+    settings = {**own, **recipe, "test_seed": 0, "seed": head["seed"], **head["settings"]}
+    if head["recipe"] == "suite":
+        settings = {**settings, **own, **head["settings"]}
     options = dict(head["options"])
     config = TrainConfig(backbone=suite["backbone"], method=head["method"], out="-", **settings).resolved()
     if (rest := 12 - head["blocks"]) and head["method"] != "linear":
@@ -111,62 +137,105 @@ def config_of(head: dict[str, Any]) -> TrainConfig:
 
 
 def run(head: dict[str, Any], cache: Path) -> dict[str, Any]:
-    """Train once; accuracy and loss on validation."""
+    """Train once; what is kept is chosen on the run's own validation images and measured on others."""
     start = time.process_time()
     config = config_of(head)
     features = features_of(config, head["blocks"], head["val_size"], cache)
+    images = features.train.shape[1]
+    config = config.with_batch_size_for(images)
     torch.manual_seed(config.seed)
     backbone = new_backbone(config, features.classes)
     blocks = list(backbone.blocks)[12 - head["blocks"] :]  # type: ignore[arg-type]
     model = build_method(config.method, backbone, head="head", **config.options_of_method())
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     forward = nn.Sequential(*(block for block in base.blocks[-len(blocks) :]), base.norm, Head(base))  # type: ignore
-    if config.head_start == "probe":
-        start_from_probe(model, forward, features, head["probe_inverse_penalty"])
-    optimizer = build_optimizer(model, config)
-    steps_per_epoch = -(-len(features.train) // config.effective_batch_size)
+    steps_per_epoch = -(-images // config.effective_batch_size)
     total = steps_per_epoch * config.epochs
+    has_probe_start = config.head_start == "probe" or (config.head_start == "auto" and total < 100)
+    if has_probe_start:
+        start_from_probe(model, forward, features, head["probe_inverse_penalty"])
+    kept: dict[str, dict[str, Any]] = {}
+    if has_probe_start:
+        kept["start"] = both_parts(model, forward, features)
+    optimizer = build_optimizer(model, config)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(config.warmup * total), total)
     allocator = None
     if matrices_of(model):
         allocator = BudgetAllocator(model, total_epochs=config.epochs, steps_per_epoch=steps_per_epoch)
         allocator.attach(optimizer)
-    average = None if config.ema is None else WeightAverage(model, config.ema)
-    history, order = [], EpochSampler(len(features.train), config.seed)
+    average = WeightAverage(model, config.ema or _DECAY)
+    history, order = [], EpochSampler(images, config.seed)
+    best: dict[str, tuple[Any, dict[str, Tensor], dict[str, Any]]] = {}
     for epoch in range(config.epochs):
         model.train()
         order.set_epoch(epoch)
+        flips = torch.rand(images, generator=torch.Generator().manual_seed(1000 * config.seed + epoch)) < 0.5
+        sides = flips.long() if config.augment == "flip" else torch.zeros(images, dtype=torch.long)
         losses = []
         for rows in torch.tensor(list(order)).split(config.effective_batch_size):
-            loss = cross_entropy(forward(features.train[rows]), features.train_labels[rows])
+            loss = cross_entropy(forward(features.train[sides[rows], rows]), features.train_labels[rows])
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_((p for p in model.parameters() if p.requires_grad), config.max_grad_norm)
             optimizer.step()
             schedule.step()
-            if average is not None:
-                average.update()
+            average.update()
             losses.append(loss.item())
         row: dict[str, Any] = {"epoch": epoch + 1, "train_loss": round(sum(losses) / len(losses), 4)}
         if allocator is not None:
             row["sparsity"] = round(1 - sum(allocator.budgets.values()) / allocator.total_weights, 4)
-        if epoch >= config.epochs - _MEASURED_EPOCHS:
-            if average is None:
-                row |= measure(model, forward, features)
-            else:
-                with average.applied():
-                    row |= measure(model, forward, features)
+        is_denser = allocator is not None and (allocator.config.schedule_end or 1.0) < 1
+        is_denser = is_denser and allocator is not None and not allocator.has_reached_target
+        for name in ("raw", "ema") if epoch + 1 > _FIRST_MEASURED * config.epochs else ():
+            with average.applied() if name == "ema" else nullcontext():
+                row[name] = measure(model, forward, features.val, features.val_labels)
+                score = (not is_denser, row[name]["val_accuracy"], -row[name]["val_loss"])
+                for which in (name, f"last_{name}"):
+                    if which not in best or score >= best[which][0] or which.startswith("last"):
+                        best[which] = (score, trained_values(model), {"epoch": epoch + 1, **row[name]})
+                        best[which][2]["sparsity"] = row.get("sparsity")
         history.append(row)
-    best = max(history[-_MEASURED_EPOCHS:], key=lambda row: (row["val_accuracy"], -row["val_loss"]))
-    commit, is_dirty = git_state()
+    result = {"update_rms": update_rms(model)}
+    for name, (_, values, row) in best.items():
+        same = kept.get(name.removeprefix("last_"), {})
+        is_measured = same.get("epoch") == row["epoch"]
+        kept[name] = same if is_measured else measured(model, forward, features, values, row)
     return {
-        **{key: best.get(key) for key in ("val_accuracy", "val_loss", "sparsity")},
-        **{"last_val_accuracy": history[-1]["val_accuracy"], "best_epoch": best["epoch"], "history": history},
-        **{"lr": config.lr, "steps": total, "train_images": len(features.train), "val_images": len(features.val)},
-        **{"img_size": config.img_size, "backbone": config.backbone, "update_rms": update_rms(model)},
-        **{"cpu_s": round(time.process_time() - start, 1), "commit": commit, "is_dirty": is_dirty},
+        **{"kept": kept, "history": history, "lr": config.lr, "steps": total, "train_images": images},
+        **{"val_images": len(features.val), "measured_images": len(features.rest), **result},
+        **{"img_size": config.img_size, "backbone": config.backbone, "classes": features.classes},
+        **{"batch_size": config.effective_batch_size, "epochs": config.epochs, "has_probe_start": has_probe_start},
+        **{
+            "cpu_s": round(time.process_time() - start, 1),
+            **dict(zip(("commit", "is_dirty"), git_state(), strict=True)),
+        },
         **{"system": system_info(), "created_at": datetime.now(UTC).isoformat(timespec="seconds")},
     }
+
+
+def trained_values(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of what training changes, budgets with it."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    state = model.state_dict().items()
+    return {name: value.clone() for name, value in state if name in trained or "snella" in name}
+
+
+def measured(
+    model: nn.Module, forward: nn.Module, features: Features, values: dict[str, Tensor], row: dict[str, Any]
+) -> dict[str, Any]:
+    """A kept state's results on its validation images, which it must repeat, and on the other images."""
+    model.load_state_dict(values, strict=False)
+    again = both_parts(model, forward, features)
+    if abs(again["val_accuracy"] - row["val_accuracy"]) > 1e-6:
+        raise RuntimeError(f"a kept state must measure as it did, got {again} for {row}")
+    return {**row, **again}
+
+
+def both_parts(model: nn.Module, forward: nn.Module, features: Features) -> dict[str, float]:
+    """Results on the run's validation images and on those that it does not see."""
+    rest = measure(model, forward, features.rest, features.rest_labels)
+    val = measure(model, forward, features.val, features.val_labels)
+    return {**val, "accuracy": rest["val_accuracy"], "loss": rest["val_loss"]}
 
 
 class Head(nn.Module):
@@ -184,12 +253,13 @@ class Head(nn.Module):
 def new_backbone(config: TrainConfig, classes: int) -> nn.Module:
     names = ("weights", "pretrained", "img_size", "seed")
     own = {name: getattr(config, name) for name in names}
-    return make_backbone({"name": config.backbone, "num_classes": classes, **own})
+    return make_backbone(BackboneInfo(name=str(config.backbone), num_classes=classes, **own))
 
 
 def features_of(config: TrainConfig, blocks: int, val_size: int, cache: Path) -> Features:
     """Outputs of the frozen blocks on training and validation images, from the cache where they are in it."""
-    key = [config.data, config.img_size, config.seed, config.train_size, config.val_size, val_size, blocks]
+    sides = 2 if config.augment == "flip" else 1
+    key = [config.data, config.img_size, config.seed, config.train_size, config.val_size, val_size, blocks, sides]
     path = cache / ("_".join(str(part).replace("/", "!") for part in key) + ".pt")
     if path.exists():
         return Features(**torch.load(path))
@@ -202,16 +272,24 @@ def features_of(config: TrainConfig, blocks: int, val_size: int, cache: Path) ->
     for part in (whole.val, whole.train):
         left = [position for position, name in enumerate(part.names) if name not in taken]
         random.Random(0).shuffle(left)
-        room = max(val_size - len(splits.val) - sum(len(p) for p in parts), 0)
-        parts.append(part.subset(left[:room]))
+        parts.append(part.subset(left[: max(val_size - sum(len(p) for p in parts), 0)]))
+    if not any(map(len, parts)) and splits.test is not None and str(config.data).startswith("folder:"):
+        parts = [splits.test]
     backbone = new_backbone(config, len(splits.classes)).eval()
     data_config = get_protocol(config.protocol).data_config(
         resolve_data_config(backbone, config.img_size), is_resized_whole=splits.is_resized_whole
     )
     transform = build_transform(data_config, train=False, augment="none")
-    tokens = [_tokens(backbone, part.with_transform(transform), blocks) for part in (splits.train, splits.val, *parts)]
-    labels = [torch.tensor(part.labels, dtype=torch.long) for part in (splits.train, splits.val, *parts)]
-    features = Features(tokens[0], labels[0], torch.cat(tokens[1:]), torch.cat(labels[1:]), len(splits.classes))
+    train, val, *rest = (part.with_transform(transform) for part in (splits.train, splits.val, *parts))
+    features = Features(
+        torch.stack([_tokens(backbone, train, blocks, is_mirrored=side == 1) for side in range(sides)]),
+        torch.tensor(train.labels),
+        _tokens(backbone, val, blocks),
+        torch.tensor(val.labels),
+        torch.cat([_tokens(backbone, part, blocks) for part in rest]),
+        torch.cat([torch.tensor(part.labels, dtype=torch.long) for part in rest]),
+        len(splits.classes),
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}")
     torch.save(dataclasses.asdict(features), partial)
@@ -220,11 +298,12 @@ def features_of(config: TrainConfig, blocks: int, val_size: int, cache: Path) ->
 
 
 @torch.no_grad()
-def _tokens(backbone: Any, images: Any, blocks: int) -> Tensor:
+def _tokens(backbone: Any, images: Any, blocks: int, *, is_mirrored: bool = False) -> Tensor:
     """What enters the last `blocks` blocks."""
     batches = []
     for start in range(0, len(images), 32):
         x = torch.stack([images[row][0] for row in range(start, min(start + 32, len(images)))])
+        x = x.flip(-1) if is_mirrored else x
         x = backbone.norm_pre(backbone.patch_drop(backbone._pos_embed(backbone.patch_embed(x))))
         batches.append(backbone.blocks[: 12 - blocks](x))
     width = backbone.embed_dim
@@ -236,7 +315,7 @@ def start_from_probe(model: nn.Module, forward: nn.Sequential, features: Feature
     """Let the head begin as the best linear classifier, as `--head-start probe` does."""
     model.eval()
     base = forward[-1].base[0]  # type: ignore[index]
-    pooled = [base.forward_head(forward[:-1](part), pre_logits=True) for part in features.train.split(64)]
+    pooled = [base.forward_head(forward[:-1](part), pre_logits=True) for part in features.train[0].split(64)]
     inputs, labels = torch.cat(pooled).double().numpy(), features.train_labels.numpy()
     weight, bias = fit_probe(inputs, labels, features.classes, inverse_penalty)
     head = base.get_submodule(spec_of(model).head)
@@ -246,12 +325,12 @@ def start_from_probe(model: nn.Module, forward: nn.Sequential, features: Feature
 
 
 @torch.no_grad()
-def measure(model: nn.Module, forward: nn.Module, features: Features) -> dict[str, float]:
-    """Accuracy and loss on validation."""
+def measure(model: nn.Module, forward: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
+    """Accuracy and loss on images."""
     model.eval()
-    logits = torch.cat([forward(part) for part in features.val.split(64)])
-    accuracy = (logits.argmax(1) == features.val_labels).double().mean().item()
-    return {"val_accuracy": round(accuracy, 5), "val_loss": round(cross_entropy(logits, features.val_labels).item(), 4)}
+    logits = torch.cat([forward(part) for part in images.split(256)])
+    accuracy = (logits.argmax(1) == labels).double().mean().item()
+    return {"val_accuracy": round(accuracy, 5), "val_loss": round(cross_entropy(logits, labels).item(), 4)}
 
 
 @torch.no_grad()
