@@ -153,11 +153,10 @@ def predict(
         device: auto, cpu or cuda.
     """
     from snella.runs.console import counted, make_console, print_line
-    from snella.runs.predict import predict_each
-    from snella.runs.predictions import output_of_run
+    from snella.runs.predict import predict_each, task_of_run
 
-    output = output_of_run(run)
-    output.check(out, top_k, overwrite=overwrite)
+    task = task_of_run(run)
+    task.check_output(out, top_k, overwrite=overwrite)
     skipped: list[str] = []
     predictions = predict_each(
         run,
@@ -178,11 +177,11 @@ def predict(
                 count += 1
                 yield prediction
 
-        path = output.write(counted_predictions(), out, top_k, overwrite=overwrite)
+        path = task.write_predictions(counted_predictions(), out, top_k, overwrite=overwrite)
         print_line(console, f"{counted(count, 'image')}: {path}")
     else:
         for prediction in predictions:
-            print_line(console, f"{prediction.path}: {output.text(prediction, top_k)}")
+            print_line(console, f"{prediction.path}: {task.prediction_text(prediction, top_k)}")
     if skipped:
         print_line(make_console(sys.stderr), f"left out {counted(len(skipped), 'image')}: {'; '.join(skipped)}")
 

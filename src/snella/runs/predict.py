@@ -9,14 +9,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from snella.data import read_image, split_spec
+from snella.data import read_image
 from snella.data.datasets import IMAGE_SUFFIXES, is_image
-from snella.data.table import TABLE_SUFFIXES, Columns, table_paths
-from snella.runs.build import LoadedRun, load_run
-from snella.runs.folder import RunFolder
-from snella.runs.predictions import output_of
+from snella.records import RunInfo, read
+from snella.runs.build import LoadedRun, get_task_name, load_run
+from snella.tasks import Task, task_class
 
 _RUN_FILE = "run.json"
+
+
+def task_of_run(run: str | Path) -> type[Task]:
+    """The kind of task of a run; classification where there is no run, which is reported later."""
+    has_run = (Path(run) / _RUN_FILE).is_file()
+    return task_class(get_task_name(read(RunInfo, run)) if has_run else "classification")
 
 
 def predict(
@@ -24,7 +29,6 @@ def predict(
     images: Sequence[str | Path],
     *,
     batch_size: int = 32,
-    columns: str | None = None,
     skip_broken: bool = False,
     device: str = "auto",
 ) -> list[Any]:
@@ -32,21 +36,19 @@ def predict(
 
     Args:
         run: Folder of the run, or a loaded one.
-        images: Files and folders; a folder stands for all images in it, at any depth, and a CSV or Parquet file for
-            those that it names.
+        images: Files and folders; a folder stands for all images in it, at any depth.
         batch_size: Images at a time.
-        columns: Column of the paths in a table, `path=file`; if not given, the run's own or the usual names.
         skip_broken: Skip images that cannot be read, instead of stopping.
         device: auto, cpu or cuda.
 
     Returns:
-        One `Prediction` or `MaskPrediction` per image, in the order given.
+        One object of `snella.tasks.predictions` per image, in the order given; which one says `Task.image_predictions`.
 
     Raises:
         FileNotFoundError: A path does not exist (near names are given), or a folder holds no images.
         ValueError: An image cannot be read, or an image is given in place of the run.
     """
-    each = predict_each(run, images, batch_size=batch_size, columns=columns, skip_broken=skip_broken, device=device)
+    each = predict_each(run, images, batch_size=batch_size, skip_broken=skip_broken, device=device)
     return list(each)
 
 
@@ -55,7 +57,6 @@ def predict_each(
     images: Sequence[str | Path],
     *,
     batch_size: int = 32,
-    columns: str | None = None,
     skip_broken: bool = False,
     device: str = "auto",
     on_skipped: Callable[[Path, str], None] = lambda path, reason: None,
@@ -68,14 +69,14 @@ def predict_each(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if not isinstance(run, LoadedRun):
         _check_order(Path(run), images)
-    folder = run.folder if isinstance(run, LoadedRun) else RunFolder(run)
-    paths = _expand(images, folder, columns)
+    paths = _expand(images)
     loaded = run if isinstance(run, LoadedRun) else load_run(run, device)
-    output = output_of(loaded.task.name)
     for batch in _batches(paths, loaded, batch_size, skip_broken, on_skipped):
         with torch.inference_mode():
             outputs = loaded.model(torch.stack([tensor for _, _, tensor in batch]).to(loaded.device))
-        yield from output.make(loaded, [path for path, _, _ in batch], [image for _, image, _ in batch], outputs)
+        yield from loaded.task.image_predictions(
+            loaded.classes, [path for path, _, _ in batch], [image for _, image, _ in batch], outputs
+        )
 
 
 def _check_order(run: Path, images: Sequence[str | Path]) -> None:
@@ -91,16 +92,11 @@ def _check_order(run: Path, images: Sequence[str | Path]) -> None:
         raise FileNotFoundError(f"no run {run}{_hint(run)}")
 
 
-def _expand(images: Iterable[str | Path], run: RunFolder, columns: str | None) -> list[Path]:
-    """Files as given, folders as the images in them, tables as those that they name."""
+def _expand(images: Iterable[str | Path]) -> list[Path]:
+    """Files as given, folders as the images in them."""
     paths: list[Path] = []
-    for given in images:
-        prefix, rest = split_spec(str(given))
-        is_table = prefix in ("csv:", "parquet:") and rest is not None
-        image = Path(rest if is_table and rest else given)
-        if is_table or (image.suffix.lower() in TABLE_SUFFIXES and image.is_file()):
-            paths += _paths_of_table(image, run, columns)
-        elif image.is_dir():
+    for image in map(Path, images):
+        if image.is_dir():
             inside = sorted(path for path in image.rglob("*") if path.is_file() and is_image(path))
             if not inside:
                 raise FileNotFoundError(
@@ -114,19 +110,6 @@ def _expand(images: Iterable[str | Path], run: RunFolder, columns: str | None) -
     if not paths:
         raise ValueError("images must name at least one file or folder, got none")
     return paths
-
-
-def _paths_of_table(table: Path, run: RunFolder, columns: str | None) -> list[Path]:
-    """The images that a table names, by the given column, the usual names, or the column that the run had."""
-    if columns is not None:
-        return table_paths(table, Columns.parse(columns))
-    try:
-        return table_paths(table, Columns())
-    except ValueError:
-        own = Columns.parse(run.read_config().columns).names.get("path")
-        if own is None:
-            raise
-        return table_paths(table, Columns({"path": own}))
 
 
 def _hint(missing: Path) -> str:
@@ -146,7 +129,7 @@ def _batches(
     batch: list[tuple[Path, Image.Image, Tensor]] = []
     for path in paths:
         try:
-            image = read_image(path, loaded.channels)
+            image = read_image(path)
         except ValueError as error:
             if skip_broken:
                 on_skipped(path, str(error).partition("image: ")[2])
@@ -160,4 +143,4 @@ def _batches(
         yield batch
 
 
-__all__ = ["predict", "predict_each"]
+__all__ = ["predict", "predict_each", "task_of_run"]

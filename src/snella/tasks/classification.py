@@ -9,12 +9,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike
+from PIL import Image
 from torch import Tensor, nn
 
 from snella.backbones import create_backbone
 from snella.data import ImageDataset, MaskDataset
 from snella.records import Prediction, Predictions
 from snella.report.examples import ImageSource
+from snella.tasks import predictions as image_outputs
 from snella.tasks.task import ResultTable
 
 
@@ -184,6 +186,16 @@ class ClassificationTask:
         """The confusion matrix."""
         rows = [[name, *map(str, row)] for name, row in zip(classes, scores["confusion"], strict=True)]
         return ResultTable("true class (rows) and predicted class (columns)", ["", *classes], rows)
+
+    def image_predictions(
+        self, classes: Sequence[str], paths: Sequence[Path], images: Sequence[Image.Image], outputs: Tensor
+    ) -> list[image_outputs.Prediction]:
+        """All classes with their probabilities, the likeliest first."""
+        return image_outputs.class_predictions(classes, paths, self.probabilities(outputs))
+
+    check_output = staticmethod(image_outputs.check_output)
+    write_predictions = staticmethod(image_outputs.write_predictions)
+    prediction_text = staticmethod(image_outputs.class_text)
 
     @staticmethod
     def _scores(logits: Tensor) -> Tensor:

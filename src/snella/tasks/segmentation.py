@@ -17,6 +17,7 @@ from snella.backbones import DECODER, create_segmenter
 from snella.data import ImageDataset, MaskDataset
 from snella.records import MaskPrediction, MaskPredictions
 from snella.report.examples import ImageSource, overlay_panels, read_mask, write_mask
+from snella.tasks import predictions as image_outputs
 from snella.tasks.task import ResultTable
 
 
@@ -396,6 +397,16 @@ class SegmentationTask:
             for row in scores["per_class"]
         ]
         return ResultTable("each class", columns, rows)
+
+    def image_predictions(
+        self, classes: Sequence[str], paths: Sequence[Path], images: Sequence[Image.Image], outputs: Tensor
+    ) -> list[image_outputs.MaskPrediction]:
+        """The mask of each image, at its own size."""
+        return image_outputs.mask_predictions(classes, paths, images, outputs)
+
+    check_output = staticmethod(image_outputs.check_mask_output)
+    write_predictions = staticmethod(image_outputs.write_mask_predictions)
+    prediction_text = staticmethod(image_outputs.mask_text)
 
     def _losses(self, outputs: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
         """The loss of each image, `[batch]`."""

@@ -1,11 +1,12 @@
 """`Task`: the protocol of tasks that training, evaluation and reports use."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from numpy.typing import ArrayLike
+from PIL import Image
 from torch import Tensor, nn
 
 from snella.data import ImageDataset
@@ -97,3 +98,22 @@ class Task(Protocol):
 
     def result_table(self, scores: Mapping[str, Any], classes: Sequence[str]) -> ResultTable:
         """Results class by class."""
+
+    def image_predictions(
+        self, classes: Sequence[str], paths: Sequence[Path], images: Sequence[Image.Image], outputs: Tensor
+    ) -> Iterable[Any]:
+        """What the model's outputs of a batch say about images outside a data set, one object an image."""
+
+    @staticmethod
+    def check_output(out: str | Path | None, top_k: int | None, *, overwrite: bool) -> None:
+        """Refuse what `write_predictions` would refuse, before anything is predicted."""
+
+    @staticmethod
+    def write_predictions(
+        predictions: Iterable[Any], out: str | Path, top_k: int | None = None, *, overwrite: bool = False
+    ) -> Path:
+        """Write what `image_predictions` gave as a file or a folder, and return it."""
+
+    @staticmethod
+    def prediction_text(prediction: Any, top_k: int | None) -> str:
+        """What `image_predictions` gave for an image, in one line."""

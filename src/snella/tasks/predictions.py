@@ -1,11 +1,10 @@
-"""What is predicted for an image, a class or a mask, and the file or folder it is written to."""
+"""Predictions of images outside a data set: what a model says about each, as text, as CSV, as masks."""
 
 import csv
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,10 +14,7 @@ from torch import Tensor
 
 from snella._files import write_bytes, write_text
 from snella.data import read_image
-from snella.records import FoldResults, RunInfo, read, read_if_present
 from snella.report.examples import overlay, write_mask
-from snella.runs.build import LoadedRun, get_task_name
-from snella.tasks import ClassificationTask
 
 _OVERLAYS = "overlays"
 
@@ -45,12 +41,12 @@ class MaskPrediction:
 
 
 def mask_predictions(
-    loaded: LoadedRun, paths: Sequence[Path], images: Sequence[Image.Image], outputs: Tensor
+    classes: Sequence[str], paths: Sequence[Path], images: Sequence[Image.Image], outputs: Tensor
 ) -> list[MaskPrediction]:
     """Masks from class scores, which are brought to each image's own size before the best class is taken.
 
     Args:
-        loaded: The run.
+        classes: Names by label.
         paths: Image files.
         images: The images, upright.
         outputs: `[images, classes, height, width]`.
@@ -59,7 +55,7 @@ def mask_predictions(
     for path, image, scores in zip(paths, images, outputs.float(), strict=True):
         size = (image.height, image.width)
         labels = F.interpolate(scores[None], size, mode="bilinear", align_corners=False).argmax(1)[0]
-        found.append(MaskPrediction(path, labels.to(torch.uint8).cpu().numpy(), loaded.classes))
+        found.append(MaskPrediction(path, labels.to(torch.uint8).cpu().numpy(), list(classes)))
     return found
 
 
@@ -146,7 +142,7 @@ class Prediction:
 
 
 def write_predictions(
-    predictions: Sequence[Prediction], out: str | Path, top_k: int | None = None, *, overwrite: bool = False
+    predictions: Iterable[Prediction], out: str | Path, top_k: int | None = None, *, overwrite: bool = False
 ) -> Path:
     """Write predictions as CSV with the columns `image`, `class_1`, `probability_1`, `class_2` and so on.
 
@@ -161,6 +157,7 @@ def write_predictions(
         ValueError: `top_k` is less than 1, or `out` is a folder.
     """
     check_output(out, top_k, overwrite=overwrite)
+    predictions = list(predictions)
     ranks = min(top_k or len(predictions[0].ranking), len(predictions[0].ranking)) if predictions else 0
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -201,18 +198,17 @@ def check_output(out: str | Path | None, top_k: int | None, *, overwrite: bool) 
         raise FileExistsError(f"out={out} exists; choose another name, or replace it with --overwrite (overwrite=True)")
 
 
-def class_predictions(loaded: LoadedRun, paths: Sequence[Path], outputs: Tensor) -> list[Prediction]:
-    """Predictions from logits.
+def class_predictions(classes: Sequence[str], paths: Sequence[Path], probabilities: Tensor) -> list[Prediction]:
+    """Predictions from class probabilities.
 
     Args:
-        loaded: The run.
+        classes: Names by label.
         paths: Images.
-        outputs: `[images, classes]`.
+        probabilities: `[images, classes]`.
     """
-    rows = ClassificationTask(len(loaded.classes)).probabilities(outputs).cpu().tolist()
     return [
-        Prediction(path, sorted(zip(loaded.classes, row, strict=True), key=lambda pair: -pair[1]))
-        for path, row in zip(paths, rows, strict=True)
+        Prediction(path, sorted(zip(classes, row, strict=True), key=lambda pair: -pair[1]))
+        for path, row in zip(paths, probabilities.cpu().tolist(), strict=True)
     ]
 
 
@@ -221,66 +217,15 @@ def class_text(prediction: Prediction, top_k: int | None) -> str:
     return ", ".join(f"{name} {p:.3f}" for name, p in prediction.ranking[: top_k or _SHOWN_CLASSES])
 
 
-class _Check(Protocol):
-    def __call__(self, out: str | Path | None, top_k: int | None, *, overwrite: bool) -> None: ...
-
-
-class _Write(Protocol):
-    def __call__(
-        self, predictions: Any, out: str | Path, top_k: int | None = None, *, overwrite: bool = False
-    ) -> Path: ...
-
-
-@dataclass(frozen=True)
-class PredictionOutput:
-    """The output of one task.
-
-    Attributes:
-        make: From a run, paths, images and the model's outputs to one object an image.
-        check: Refuses what `write` would refuse, before anything is predicted.
-        write: Writes the file or the folder, and returns it.
-        text: An object in one line.
-    """
-
-    make: Callable[[LoadedRun, Sequence[Path], Sequence[Image.Image], Tensor], Iterable[Any]]
-    check: _Check
-    write: _Write
-    text: Callable[[Any, int | None], str]
-
-
-_OUTPUTS = {
-    "classification": PredictionOutput(
-        lambda loaded, paths, images, outputs: class_predictions(loaded, paths, outputs),
-        check_output,
-        lambda predictions, out, top_k=None, *, overwrite=False: write_predictions(
-            list(predictions), out, top_k, overwrite=overwrite
-        ),
-        class_text,
-    ),
-    "segmentation": PredictionOutput(mask_predictions, check_mask_output, write_mask_predictions, mask_text),
-}
-
-
-def output_of(task: str) -> PredictionOutput:
-    """The output of a task by its name."""
-    return _OUTPUTS[task]
-
-
-def output_of_run(run: str | Path) -> PredictionOutput:
-    """The output of a run's task; that of classification where there is no run, which is reported later."""
-    results = read_if_present(FoldResults, run)
-    run = run if results is None or not results.rows else Path(run) / results.rows[0].folder
-    has_run = (Path(run) / "run.json").is_file()
-    return output_of(get_task_name(read(RunInfo, run)) if has_run else "classification")
-
-
 __all__ = [
     "MaskPrediction",
     "Prediction",
-    "PredictionOutput",
+    "check_mask_output",
     "check_output",
-    "output_of",
-    "output_of_run",
+    "class_predictions",
+    "class_text",
+    "mask_predictions",
+    "mask_text",
     "write_mask_predictions",
     "write_predictions",
 ]
