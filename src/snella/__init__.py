@@ -4,6 +4,8 @@ Importing the package makes PEFT know the method:
 
     model = get_peft_model(model, SnellaConfig(r=8, target_modules="all-linear", modules_to_save=["head"]))
     BudgetAllocator(model, total_epochs=10, steps_per_epoch=len(loader)).attach(optimizer)
+
+A run of `snella train` predicts by `snella.load("runs/photos").predict("new.jpg")`.
 """
 
 import importlib
@@ -15,6 +17,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from snella.runs.predict import load
     from snella.runs.task_bank import TaskBank
     from snella.tuner import (
         BudgetAllocator,
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
         load_sparse,
     )
 
+_HOMES = {"TaskBank": "snella.runs", "load": "snella.runs.predict"}
+
 __version__ = "0.1.0"
 __all__ = [
     "BudgetAllocator",
@@ -35,6 +40,7 @@ __all__ = [
     "TaskBank",
     "create_snella_optimizer",
     "hotswap",
+    "load",
     "load_sparse",
 ]
 
@@ -74,7 +80,7 @@ else:
 
 
 def __getattr__(name: str) -> Any:
-    """Import the tuner, or what serves runs, on first use of a public name."""
+    """Import the tuner, or what uses runs, on first use of a public name."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module("snella.runs" if name == "TaskBank" else "snella.tuner"), name)
+    return getattr(importlib.import_module(_HOMES.get(name, "snella.tuner")), name)

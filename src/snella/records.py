@@ -10,7 +10,7 @@ import difflib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
@@ -330,9 +330,67 @@ class DataInfo:
     files: list[str] | None = field(default=None, metadata=_OPTIONAL)
 
 
+@dataclass(frozen=True)
+class ReliabilityBin:
+    """The images whose highest probability lies in one range: its mean, the share that is right, how many they are."""
+
+    confidence: float
+    accuracy: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """How far probabilities are from the shares that are right, on one split, with the temperature and without.
+
+    Attributes:
+        split: val or test.
+        count: Images.
+        ece: Expected calibration error with the temperature, `Σ_b count_b / count · |accuracy_b - confidence_b|` over
+            15 ranges of equal width (Guo et al., arXiv 1706.04599).
+        ece_before: The same without.
+        loss: Mean cross entropy with the temperature.
+        loss_before: The same without.
+        bins: The ranges that hold images, with the temperature.
+        bins_before: The same without.
+    """
+
+    split: str
+    count: int
+    ece: float
+    ece_before: float
+    loss: float
+    loss_before: float
+    bins: list[ReliabilityBin]
+    bins_before: list[ReliabilityBin]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The temperature that a classifier's logits are divided by, fitted on validation images, and what it changes.
+
+    Attributes:
+        temperature: Greater than 1 where the model is too sure of itself.
+        threshold: Least probability at which half as many errors are left among the validation images as in all of
+            them; None where none does that, or there was no error.
+        coverage: Share of the validation images whose probability reaches the threshold.
+        accuracy: Share of these that is right.
+        reliability: On validation, and on test images where there are any.
+    """
+
+    temperature: float
+    threshold: float | None = None
+    coverage: float = math.nan
+    accuracy: float = math.nan
+    reliability: list[Reliability] = field(default_factory=list)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunInfo(Record):
-    """What was trained on what: `run.json`; `files` are the digests of a finished run's other files."""
+    """What was trained on what: `run.json`; `files` are the digests of a finished run's other files.
+
+    `calibration` is there for classifiers that were measured on validation images.
+    """
 
     file: ClassVar[str] = "run.json"
     is_sealed: ClassVar[bool] = True
@@ -352,6 +410,12 @@ class RunInfo(Record):
     status: Status
     error: str | None = field(default=None, metadata=_OPTIONAL)
     files: dict[str, str] | None = field(default=None, metadata=_OPTIONAL)
+    calibration: Calibration | None = field(default=None, metadata=_OPTIONAL)
+
+    @property
+    def temperature(self) -> float:
+        """What `predict` divides logits by; 1 where nothing was calibrated."""
+        return 1.0 if self.calibration is None else self.calibration.temperature
 
     @property
     def is_finished(self) -> bool:
@@ -669,6 +733,15 @@ class Predictions(Record):
 
     split: str = "val"
     items: list[Prediction] = field(kw_only=True)
+
+    def with_temperature(self, temperature: float) -> Self:
+        """The same with the probabilities that logits over a temperature give: `p ** (1 / T)`, to the sum 1."""
+
+        def changed(item: Prediction) -> Prediction:
+            powers = [p ** (1 / temperature) for p in item.probabilities]
+            return replace(item, probabilities=[power / sum(powers) for power in powers])
+
+        return self if temperature == 1.0 else replace(self, items=[changed(item) for item in self.items])
 
     def for_classes(self, count: int) -> Self:
         """The same, if they have a probability for each of so many classes.

@@ -1,8 +1,7 @@
 """The commands: one function each, whose signature and docstring are its command line (see `parser`)."""
 
 import contextlib
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -122,7 +121,7 @@ def evaluate(
         write_json(Path(out), result)
 
 
-@_command("snella.runs.predict", is_recorded=True)
+@_command("snella.runs.prediction_files", is_recorded=True)
 def predict(
     run: str,
     images: list[str],
@@ -130,6 +129,10 @@ def predict(
     out: str | None = None,
     overwrite: bool = False,
     top_k: int | None = None,
+    unsure: str | None = None,
+    tta: int = 1,
+    features: str | None = None,
+    watch: bool = False,
     batch_size: int = 32,
     columns: str | None = None,
     skip_broken: bool = False,
@@ -139,51 +142,46 @@ def predict(
 
       snella predict runs/photos cat.jpg dog.jpg
       snella predict runs/photos folder/of/images --out predictions.csv --top-k 3
+      find . -name "*.jpg" | snella predict runs/photos - --unsure auto
+      snella predict runs/photos inbox --watch --out predictions.csv
 
     Args:
         run: Folder of the run.
-        images: Image files, folders of them, or tables (.csv, .parquet) that name them.
+        images: Image files, folders of them, patterns in quotes, tables (CSV, Parquet) with a column of paths; - for
+            paths from standard input, one a line.
         out: Write a CSV file instead of a table.
-        overwrite: Replace an existing file.
+        overwrite: Replace existing files.
         top_k: Number of classes for each image, the likeliest first; if not given, all in the CSV file and three in the
             table.
+        unsure: Mark predictions whose probability is lower than this as unsure; auto is the threshold that halved the
+            errors on validation.
+        tta: Test-time augmentation, the number of views of an image whose probabilities are averaged; 2 is the image
+            and its mirror image, up to 10 add the corners of the enlarged image.
+        features: Also write the features of each image, the input of the classifier head, to this .npz, .npy or
+            .parquet file.
+        watch: Continue with images that appear in the folders, until Ctrl-C; rows are appended to --out.
         batch_size: Images at a time.
         columns: Column of the paths in a table, e.g. path=file; the usual names if not given.
         skip_broken: Leave out images that cannot be read.
         device: auto, cpu or cuda.
     """
-    from snella.runs.console import counted, make_console, print_line
-    from snella.runs.predict import predict_each, task_of_run
+    from snella.runs.prediction_files import predict_to_files
 
-    task = task_of_run(run)
-    task.check_output(out, top_k, overwrite=overwrite)
-    skipped: list[str] = []
-    predictions = predict_each(
+    predict_to_files(
         run,
         images,
+        out=out,
+        overwrite=overwrite,
+        top_k=top_k,
+        features=features,
+        watch=watch,
+        tta=tta,
+        unsure=unsure,
         batch_size=batch_size,
         columns=columns,
         skip_broken=skip_broken,
         device=device,
-        on_skipped=lambda path, reason: skipped.append(f"{str(path)!r} ({reason})"),
     )
-    console = make_console()
-    if out is not None:
-        count = 0
-
-        def counted_predictions() -> Iterator[Any]:
-            nonlocal count
-            for prediction in predictions:
-                count += 1
-                yield prediction
-
-        path = task.write_predictions(counted_predictions(), out, top_k, overwrite=overwrite)
-        print_line(console, f"{counted(count, 'image')}: {path}")
-    else:
-        for prediction in predictions:
-            print_line(console, f"{prediction.path}: {task.prediction_text(prediction, top_k)}")
-    if skipped:
-        print_line(make_console(sys.stderr), f"left out {counted(len(skipped), 'image')}: {'; '.join(skipped)}")
 
 
 @_command("snella.runs.merge", is_recorded=True)

@@ -31,6 +31,7 @@ from snella.records import (
 )
 from snella.report import figures
 from snella.report.allocation import adapter_budgets, adapter_step, arrange, epochs_of_allocation, has_importance
+from snella.report.calibration import calibration_section, ranking_section
 from snella.report.examples import ImageSource, choose_examples, load_example, load_picture, mask_colors
 from snella.report.inspect import read_adapter, saved_budgets
 from snella.report.style import write_atomically
@@ -289,13 +290,22 @@ def allocation_section(
     }
 
 
-def examples_section(folder: Path, info: RunInfo, images: ImageSource | None) -> dict[str, Any] | None:
-    """Some images with their predictions."""
+def _class_predictions(folder: Path, info: RunInfo) -> Predictions | None:
+    """The stored predictions of a classifier; None where there are none."""
     if info.task != "classification":
         return None
     predictions = read_if_present(Predictions, folder)
-    if predictions is None or not predictions.for_classes(len(info.classes)).items:
+    return None if predictions is None or not predictions.for_classes(len(info.classes)).items else predictions
+
+
+def examples_section(
+    info: RunInfo, predictions: Predictions | None, images: ImageSource | None
+) -> dict[str, Any] | None:
+    """Some images with their predictions, whose probabilities are those that predict gives."""
+    if predictions is None:
         return None
+    if info.calibration is not None:
+        predictions = predictions.with_temperature(info.calibration.temperature)
     wrong, right = choose_examples(predictions.items)
     n_wrong = sum(not item.is_right for item in predictions.items)
 
@@ -393,6 +403,7 @@ def _render(folder: Path, images: ImageSource | None) -> str:
     compared = read_if_present(MethodResults, folder)
     comparison = None if compared is None else compared.rows
     config = folder / "config.yaml"
+    class_predictions = _class_predictions(folder, info)
     context: dict[str, Any] = {
         "run": info,
         "folder": str(folder),
@@ -403,10 +414,12 @@ def _render(folder: Path, images: ImageSource | None) -> str:
         "results": results_section(metrics, allocation, budgets),
         "curves": curves_section(metrics),
         "confusion": confusion_section(info, metrics),
+        "calibration": calibration_section(info, class_predictions),
+        "ranking": ranking_section(info, class_predictions),
         "allocation": allocation_section(info, metrics, allocation, budgets),
         "has_adapter": adapter is not None,
         "comparison": comparison_section(comparison),
-        "examples": examples_section(folder, info, images),
+        "examples": examples_section(info, class_predictions, images),
         "classes": classes_section(metrics),
         "masks": masks_section(folder, info, images),
         "use": _USES.get(info.task, _USES["classification"]),

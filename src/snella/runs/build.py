@@ -467,9 +467,9 @@ def _load_ensemble(folder: RunFolder, results: FoldResults, device: str) -> Load
         )
     loaded = [load_run(folder.path / row.folder, device) for row in results.rows]
     first = loaded[0]
-    average = getattr(first.task, "average_outputs", lambda outputs: torch.stack(list(outputs)).mean(0))
-    model = Ensemble([one.model for one in loaded], average).eval()
-    return LoadedRun(first.folder, model, first.transform, first.classes, first.task, first.info)
+    model = Ensemble([one.model for one in loaded], first.task.average_outputs).eval()
+    info = dataclasses.replace(first.info, calibration=None)  # of one model, not of their average
+    return LoadedRun(first.folder, model, first.transform, first.classes, first.task, info)
 
 
 def get_task(info: RunInfo) -> Task:

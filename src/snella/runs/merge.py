@@ -35,7 +35,8 @@ def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> Path:
     `decoder.…`; `load_merged` builds and fills it.
 
     Outputs equal those of the adapted model (bit for bit with SNELLA, whose layers compute with the sum of both weights
-    anyway).
+    anyway). The temperature that `predict` divides logits by is not folded in; it is in the metadata and in
+    `config.json`.
 
     Args:
         run: Folder of the run.
@@ -122,6 +123,7 @@ def run_metadata(loaded: LoadedRun, model: nn.Module) -> dict[str, str]:
         "classes": json.dumps(loaded.classes),
         "built_from": json.dumps(plain(backbone)),
         "data_config": json.dumps(loaded.info.data_config),
+        "temperature": json.dumps(loaded.info.temperature),
     }
 
 
@@ -147,6 +149,7 @@ def _timm_config(loaded: LoadedRun, model: nn.Module, out: str) -> dict[str, Any
         "num_classes": len(loaded.classes),
         "num_features": known.num_features,
         "label_names": loaded.classes,
+        "temperature": loaded.info.temperature,
         **({"model_args": arguments} if arguments else {}),
         "pretrained_cfg": {
             **own,

@@ -1,45 +1,288 @@
-"""`predict`: classes or masks of images, by the best model of a run."""
+"""`load` and `predict`: a run's best model, ready to say what is in images."""
 
-import difflib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import contextlib
+import dataclasses
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from snella.data import read_image
-from snella.data.datasets import IMAGE_SUFFIXES, is_image
-from snella.records import RunInfo, read
+from snella.methods import spec_of
+from snella.records import FoldResults, RunInfo, read, read_if_present
 from snella.runs.build import LoadedRun, get_task_name, load_run
+from snella.runs.folder import RunFolder
+from snella.runs.image_inputs import ImageInput, near_name, read_input, separate
 from snella.tasks import Task, task_class
+from snella.tasks.predictions import Prediction
+
+__all__ = ["MOST_VIEWS", "Predictor", "check_order", "columns_of", "load", "predict", "predict_each", "task_of_run"]
 
 _RUN_FILE = "run.json"
+_THREADS = 4  # decoding and resizing release the interpreter lock
+_ENLARGED = 8 / 7  # of the image that corners are cut from: 256 to 224 pixels
+_CORNERS = ((0, 0), (1, 1), (0, 1), (1, 0))
+MOST_VIEWS = 2 * (1 + len(_CORNERS))
+"""Views of an image that test-time augmentation knows: the whole and four corners, each of them flipped too."""
+
+Unsure = float | Literal["auto"] | None
+"""The probability below which a prediction counts as unsure: a number, or that of the run's calibration."""
+
+
+class Predictor:
+    """The best model of a run with its preparation of images, class names and calibration.
+
+        model = snella.load("runs/photos")
+        model.predict("new.jpg").label
+        [(p.path, p.label, p.probability) for p in model.predict(["a.jpg", "folder", "more/*.png"])]
+
+    Several threads may use one: they read and prepare images side by side, and enter the model one at a time.
+
+    Args:
+        loaded: From `load_run`.
+        batch_size: Images at a time.
+
+    Raises:
+        ValueError: `batch_size` is less than 1.
+    """
+
+    def __init__(self, loaded: LoadedRun, *, batch_size: int = 32) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.loaded = loaded
+        self.batch_size = batch_size
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        """The run, its method, the number of classes and the device."""
+        info = self.loaded.info
+        return (
+            f"Predictor({str(self.loaded.folder.path)!r}: {info.task} by {info.method}, {len(self.classes)} classes, "
+            f"on {self.device})"
+        )
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names in the order of the model's outputs."""
+        return self.loaded.classes
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.loaded.device
+
+    @property
+    def temperature(self) -> float:
+        """What logits are divided by; 1 for a run that was not calibrated."""
+        return self.loaded.info.temperature
+
+    def predict(
+        self, images: Any, *, tta: int = 1, unsure: Unsure = None, skip_broken: bool = False
+    ) -> Any | list[Any]:
+        """Predict one image or several.
+
+        Args:
+            images: A file, a PIL image, an array or a tensor (see `snella.runs.image_inputs`); or several: a folder, a
+                pattern, a table, a batch, a list of all these.
+            tta: Test-time augmentation: number of views (the image, flipped, corners of the enlarged image, flipped)
+                whose probabilities are averaged.
+            unsure: Probability below which a prediction is marked as unsure; `auto` for that of the run's calibration.
+            skip_broken: Leave out images that cannot be read; where one alone is given, it is an error anyway.
+
+        Returns:
+            One object of `snella.tasks.predictions` for one image, a list of them for several, in their order.
+
+        Raises:
+            FileNotFoundError: A path does not exist (near names are given), or a folder holds no images.
+            ValueError: An image cannot be read, or a setting that the task does not take.
+            TypeError: Something that is no image.
+        """
+        single, is_one = separate(images, own=self._columns)
+        each = self.each(single, tta=tta, unsure=unsure, skip_broken=skip_broken and not is_one)
+        found = list(each)
+        return found[0] if is_one else found
+
+    def features(self, images: Any) -> np.ndarray:
+        """The inputs of the classifier's head, what the model makes of an image before it decides.
+
+        Args:
+            images: As for `predict`.
+
+        Returns:
+            `[images, width]`, or `[width]` for one image; float32.
+
+        Raises:
+            ValueError: A model without a head that takes one vector an image.
+        """
+        single, is_one = separate(images, own=self._columns)
+        rows: list[np.ndarray] = []
+        for _ in self.each(single, on_features=rows.append):
+            pass
+        return rows[0] if is_one else np.stack(rows)
+
+    def each(
+        self,
+        images: Sequence[ImageInput],
+        *,
+        tta: int = 1,
+        unsure: Unsure = None,
+        skip_broken: bool = False,
+        on_skipped: Callable[[Path, str], None] = lambda path, reason: None,
+        on_features: Callable[[np.ndarray], None] | None = None,
+    ) -> Iterator[Any]:
+        """Predict as `predict` does, one after the other, so that masks need not all be held at once.
+
+        Args:
+            images: One by one, as `snella.runs.image_inputs.separate` gives them.
+            tta: As for `predict`.
+            unsure: As for `predict`.
+            skip_broken: As for `predict`.
+            on_skipped: Called with each skipped image and the reason.
+            on_features: Called with the features of each image, before its prediction is yielded.
+        """
+        self._check(tta)
+        threshold = self._threshold(unsure)
+        for paths, pictures, tensors in self._batches(images, skip_broken, on_skipped):
+            outputs, features = self._outputs(tensors, tta, on_features is not None)
+            made = self.loaded.task.image_predictions(self.classes, paths, pictures, outputs)
+            for index, prediction in enumerate(made):
+                if on_features is not None and features is not None:
+                    on_features(features[index])
+                yield prediction if threshold is None else _marked(prediction, threshold)
+
+    @property
+    def _columns(self) -> str | None:
+        """The columns of the run's own table."""
+        return columns_of(self.loaded.folder.path)
+
+    def _check(self, tta: int) -> None:
+        """Refuse numbers of views that there are not."""
+        if not 1 <= tta <= MOST_VIEWS:
+            raise ValueError(f"tta must be between 1 and {MOST_VIEWS}, the views of an image, got {tta}")
+
+    def _threshold(self, unsure: Unsure) -> float | None:
+        """The probability that `unsure` means."""
+        calibration = self.loaded.info.calibration
+        if unsure == "auto":
+            if calibration is None or calibration.threshold is None:
+                why = "no calibration" if calibration is None else "no threshold: it made no error on validation"
+                raise ValueError(f"unsure must be a probability for a run with {why}, got 'auto'; give e.g. 0.5")
+            return calibration.threshold
+        if unsure is not None and not 0.0 < unsure <= 1.0:
+            raise ValueError(f"unsure must be auto or a probability in (0, 1], got {unsure}")
+        return unsure
+
+    def _batches(
+        self, images: Sequence[ImageInput], skip_broken: bool, on_skipped: Callable[[Path, str], None]
+    ) -> Iterator[tuple[list[Path], list[Image.Image], Tensor]]:
+        """Names, images and what the model takes, `batch_size` at a time."""
+
+        def prepare(entry: tuple[int, ImageInput]) -> tuple[Path, Image.Image, Tensor] | tuple[Path, str]:
+            name = _name(*entry)
+            try:
+                image = read_input(entry[1], str(name), self.loaded.channels)
+            except ValueError as error:
+                if skip_broken:
+                    return name, str(error).partition("image: ")[2] or str(error)
+                raise ValueError(f"{error}; leave it out, or pass --skip-broken (skip_broken=True)") from error
+            return name, image, self.loaded.transform(image)
+
+        entries = iter(enumerate(images))
+        with ThreadPoolExecutor(_THREADS) as threads:
+            while chunk := list(islice(entries, self.batch_size)):
+                whole = []
+                for prepared in threads.map(prepare, chunk):
+                    if len(prepared) == 2:
+                        on_skipped(*prepared)
+                    else:
+                        whole.append(prepared)
+                if whole:
+                    paths, pictures, tensors = zip(*whole, strict=True)
+                    yield list(paths), list(pictures), torch.stack(tensors)
+
+    def _outputs(self, images: Tensor, tta: int, wants_features: bool) -> tuple[Tensor, np.ndarray | None]:
+        """Calibrated outputs of a batch, averaged over views, and the features of the first view."""
+        seen: list[Any] = []
+        with self._lock, torch.inference_mode(), contextlib.ExitStack() as hooks:
+            if wants_features:
+                head = _head(self.loaded.model)
+                hooks.callback(head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0])).remove)
+            outputs = [self._of_view(images.to(self.device), view) for view in range(tta)]
+            averaged = outputs[0] if tta == 1 else self.loaded.task.average_outputs(outputs)
+        if not wants_features:
+            return averaged, None
+        if not seen or not isinstance(seen[0], Tensor) or seen[0].flatten(1).shape[0] != len(images):
+            raise ValueError("features are the inputs of a classifier's head, which this model does not have")
+        return averaged, seen[0].flatten(1).float().cpu().numpy()
+
+    def _of_view(self, images: Tensor, view: int) -> Tensor:
+        """The model's outputs for one view of a batch, over the temperature; maps are turned back."""
+        outputs = self.loaded.model(_view(images, view)) / self.temperature
+        if outputs.ndim == 4 and view > 1:
+            raise ValueError(f"tta must be 1 or 2 (flipped) for masks, which corners do not cover, got {view + 1}")
+        return outputs.flip(-1) if outputs.ndim == 4 and view == 1 else outputs
+
+
+def load(run: str | Path, device: str = "auto", *, batch_size: int = 32) -> Predictor:
+    """Load the best model of a run, to predict with.
+
+    Args:
+        run: Folder of the run.
+        device: auto, cpu or cuda.
+        batch_size: Images at a time.
+
+    Raises:
+        FileNotFoundError: Not the folder of a run (near names are given), or no epoch was finished yet.
+        ValueError: A file of the run is damaged, or the run is of another kind, such as a personalized generator.
+    """
+    folder = Path(run)
+    if not folder.is_dir() and not folder.is_file():
+        raise FileNotFoundError(f"no run {folder}{near_name(folder)}")
+    return Predictor(load_run(run, device), batch_size=batch_size)
+
+
+def columns_of(run: str | Path) -> str | None:
+    """The columns of a run's own table; None for other data, and where there is no run, which is reported later."""
+    return RunFolder(run).read_config().columns if (Path(run) / "config.yaml").is_file() else None
 
 
 def task_of_run(run: str | Path) -> type[Task]:
     """The kind of task of a run; classification where there is no run, which is reported later."""
+    results = read_if_present(FoldResults, run)
+    run = run if results is None or not results.rows else Path(run) / results.rows[0].folder
     has_run = (Path(run) / _RUN_FILE).is_file()
     return task_class(get_task_name(read(RunInfo, run)) if has_run else "classification")
 
 
 def predict(
     run: str | Path | LoadedRun,
-    images: Sequence[str | Path],
+    images: Any,
     *,
     batch_size: int = 32,
     skip_broken: bool = False,
     device: str = "auto",
+    tta: int = 1,
+    unsure: Unsure = None,
+    columns: str | None = None,
 ) -> list[Any]:
-    """Classify or segment images with the best model of a run.
+    """Predict images with the best model of a run; to predict more than once, `load` it.
 
     Args:
         run: Folder of the run, or a loaded one.
-        images: Files and folders; a folder stands for all images in it, at any depth.
+        images: As for `Predictor.predict`.
         batch_size: Images at a time.
         skip_broken: Skip images that cannot be read, instead of stopping.
         device: auto, cpu or cuda.
+        tta: As for `Predictor.predict`.
+        unsure: As for `Predictor.predict`.
+        columns: Column of the paths in a table, `path=file`; if not given, the usual names or the run's own.
 
     Returns:
         One object of `snella.tasks.predictions` per image, in the order given; which one says `Task.image_predictions`.
@@ -48,99 +291,76 @@ def predict(
         FileNotFoundError: A path does not exist (near names are given), or a folder holds no images.
         ValueError: An image cannot be read, or an image is given in place of the run.
     """
-    each = predict_each(run, images, batch_size=batch_size, skip_broken=skip_broken, device=device)
-    return list(each)
+    options = {"skip_broken": skip_broken, "tta": tta, "unsure": unsure}
+    return list(predict_each(run, images, batch_size=batch_size, device=device, columns=columns, **options))
 
 
 def predict_each(
     run: str | Path | LoadedRun,
-    images: Sequence[str | Path],
+    images: Any,
     *,
     batch_size: int = 32,
-    skip_broken: bool = False,
     device: str = "auto",
-    on_skipped: Callable[[Path, str], None] = lambda path, reason: None,
+    columns: str | None = None,
+    **options: Any,
 ) -> Iterator[Any]:
-    """Predict as `predict` does, one after the other, so that masks need not all be held at once.
+    """Predict as `predict` does, one after the other; more options as for `Predictor.each`.
 
-    `on_skipped` is called with each skipped image and the reason.
+    What can be wrong with the names is found before the model is loaded.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if not isinstance(run, LoadedRun):
-        _check_order(Path(run), images)
-    paths = _expand(images)
+        check_order(Path(run), images)
+    folder = run.folder.path if isinstance(run, LoadedRun) else run
+    single, _ = separate(images, columns, columns_of(folder))
     loaded = run if isinstance(run, LoadedRun) else load_run(run, device)
-    for batch in _batches(paths, loaded, batch_size, skip_broken, on_skipped):
-        with torch.inference_mode():
-            outputs = loaded.model(torch.stack([tensor for _, _, tensor in batch]).to(loaded.device))
-        yield from loaded.task.image_predictions(
-            loaded.classes, [path for path, _, _ in batch], [image for _, image, _ in batch], outputs
-        )
+    yield from Predictor(loaded, batch_size=batch_size).each(single, **options)
 
 
-def _check_order(run: Path, images: Sequence[str | Path]) -> None:
+def check_order(run: Path, images: Any) -> None:
     """Refuse images given in place of the run."""
     if run.is_file():
         raise ValueError(f"run must be the folder of a run, got the file {str(run)!r}; the run comes before the images")
-    swapped = [image for image in map(Path, images) if (image / _RUN_FILE).is_file()]
+    words = [Path(image) for image in images if isinstance(image, str | Path)] if isinstance(images, list) else []
+    swapped = [image for image in words if (image / _RUN_FILE).is_file()]
     if swapped and not (run / _RUN_FILE).is_file():
         raise ValueError(
             f"run must be the folder of a run, got {str(run)!r}; {str(swapped[0])!r} is one: it comes before the images"
         )
     if not run.is_dir():
-        raise FileNotFoundError(f"no run {run}{_hint(run)}")
+        raise FileNotFoundError(f"no run {run}{near_name(run)}")
 
 
-def _expand(images: Iterable[str | Path]) -> list[Path]:
-    """Files as given, folders as the images in them."""
-    paths: list[Path] = []
-    for image in map(Path, images):
-        if image.is_dir():
-            inside = sorted(path for path in image.rglob("*") if path.is_file() and is_image(path))
-            if not inside:
-                raise FileNotFoundError(
-                    f"the folder {image} holds no images; known endings are {', '.join(sorted(IMAGE_SUFFIXES))}"
-                )
-            paths += inside
-        elif image.exists():
-            paths.append(image)
-        else:
-            raise FileNotFoundError(f"no image {image}{_hint(image)}")
-    if not paths:
-        raise ValueError("images must name at least one file or folder, got none")
-    return paths
+def _name(index: int, image: ImageInput) -> Path:
+    """The file of an image, or its place among the others: `[3]`."""
+    if isinstance(image, str | Path):
+        return Path(image)
+    return Path(getattr(image, "filename", "") or f"[{index}]")
 
 
-def _hint(missing: Path) -> str:
-    """Why there may be no such image: a pattern without a match, a missing folder, a mistyped name."""
-    if any(sign in missing.name for sign in "*?["):
-        return f"; no file in {missing.parent} matches the pattern, or give the folder itself"
-    if not missing.parent.is_dir():
-        return f"; there is no folder {missing.parent}"
-    near = difflib.get_close_matches(missing.name, sorted(child.name for child in missing.parent.iterdir()), n=1)
-    return f"; nearest there: {near[0]!r}" if near else f"; {missing.parent} has no similar name"
+def _head(model: nn.Module) -> nn.Module:
+    """The head of a model, within PEFT's wrapping where there is one."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    head: nn.Module = base.get_submodule(spec_of(model).head)
+    return head
 
 
-def _batches(
-    paths: list[Path], loaded: LoadedRun, size: int, skip_broken: bool, on_skipped: Callable[[Path, str], None]
-) -> Iterator[list[tuple[Path, Image.Image, Tensor]]]:
-    """Images and their transformed tensors, `size` at a time."""
-    batch: list[tuple[Path, Image.Image, Tensor]] = []
-    for path in paths:
-        try:
-            image = read_image(path)
-        except ValueError as error:
-            if skip_broken:
-                on_skipped(path, str(error).partition("image: ")[2])
-                continue
-            raise ValueError(f"{error}; leave it out, or pass --skip-broken") from error
-        batch.append((path, image, loaded.transform(image)))
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+def _view(images: Tensor, view: int) -> Tensor:
+    """View number `view` of a batch, `[images, channels, height, width]`: even ones as they are, odd ones flipped."""
+    place, is_flipped = divmod(view, 2)
+    if place:
+        height, width = images.shape[-2:]
+        size = (round(height * _ENLARGED), round(width * _ENLARGED))
+        enlarged = F.interpolate(images, size, mode="bicubic", align_corners=False)
+        bottom, right = _CORNERS[place - 1]
+        top, left = bottom * (size[0] - height), right * (size[1] - width)
+        images = enlarged[..., top : top + height, left : left + width]
+    return images.flip(-1) if is_flipped else images
 
 
-__all__ = ["predict", "predict_each", "task_of_run"]
+def _marked(prediction: Any, threshold: float) -> Any:
+    """A prediction that knows below which probability it is unsure."""
+    if not isinstance(prediction, Prediction):
+        raise ValueError(f"unsure is for one class an image, which has a probability, got {threshold:g}")
+    return dataclasses.replace(prediction, unsure_below=threshold)

@@ -18,7 +18,6 @@ from snella.ops.spec import Factors, Update
 from snella.records import BackboneInfo
 from snella.runs.build import LoadedRun, choose_device, load_run, make_backbone
 from snella.runs.merge import merged_model
-from snella.runs.predictions import output_of
 from snella.tuner.layer import Linear, SnellaLayer
 
 _MIB = 2**20
@@ -209,13 +208,14 @@ class TaskBank:
         found: dict[int, Any] = {}
         for name, places in self._groups(tasks, len(images)):
             loaded = self._tasks[name].loaded
-            make = output_of(loaded.task.name).make
             for start in range(0, len(places), batch_size):
                 part = places[start : start + batch_size]
                 paths = [Path(images[place]) for place in part]
                 read = [read_image(path, loaded.channels) for path in paths]
                 outputs = self._run(name, torch.stack([loaded.transform(image) for image in read]))
-                found.update(zip(part, make(loaded, paths, read, outputs), strict=True))
+                outputs = outputs / loaded.info.temperature
+                made = loaded.task.image_predictions(loaded.classes, paths, read, outputs)
+                found.update(zip(part, made, strict=True))
         return [found[place] for place in range(len(images))]
 
     def _groups(self, tasks: Sequence[str], count: int) -> list[tuple[str, list[int]]]:

@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from rich.console import Console
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from snella import SnellaCallback
 from snella._files import write_text
 from snella.methods import load_trained_into, method_of
-from snella.records import EpochRow, Metrics, RunInfo, read, scores_from
+from snella.records import EpochRow, Metrics, RunInfo, plain, read, scores_from
 from snella.report import model_card, write_report
 from snella.runs.build import (
     PARTS,
@@ -24,6 +25,7 @@ from snella.runs.build import (
     parts_of,
     store_selection,
 )
+from snella.runs.calibrate import calibrate
 from snella.runs.callbacks import ProgressDisplay, ScheduleCallback, StepTimeCallback, TrackingCallback
 from snella.runs.config import TrainConfig
 from snella.runs.console import make_console, print_line
@@ -241,6 +243,10 @@ def _finish(
     protocol = trainer.protocol
     measured = {name: trainer.score(part) for name, part in parts_of(splits).items() if name != "train"}
     val, test = (measured[name][0] if name in measured else None for name in ("val", "test"))
+    if parts.task.has_one_class:
+        labels = {name: torch.tensor(part.labels) for name, part in parts_of(splits).items() if name in measured}
+        calibration = calibrate({name: (measured[name][1], labels[name]) for name in measured})
+        run.update("running", calibration=None if calibration is None else plain(calibration))
     matrices = matrices_of(model)
     best = best_epoch(trainer.history, lambda row: protocol.selection_score(row, parts.task.selection_score))
     callback = trainer.allocation_callback

@@ -1,6 +1,6 @@
 """Image classification: batches of (image, label), cross entropy, accuracies."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,6 +31,7 @@ class ClassificationTask:
     head: ClassVar[str | None] = None
     best_metric: ClassVar[str] = "val_accuracy"
     settings: ClassVar[tuple[str, ...]] = ()
+    has_one_class: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check both values at once."""
@@ -193,9 +194,22 @@ class ClassificationTask:
         """All classes with their probabilities, the likeliest first."""
         return image_outputs.class_predictions(classes, paths, self.probabilities(outputs))
 
-    check_output = staticmethod(image_outputs.check_output)
-    write_predictions = staticmethod(image_outputs.write_predictions)
-    prediction_text = staticmethod(image_outputs.class_text)
+    @staticmethod
+    def check_output(out: str | Path | None, top_k: int | None, *, overwrite: bool) -> None:
+        """As `check_output` of `snella.tasks.predictions`."""
+        image_outputs.check_output(out, top_k, overwrite=overwrite)
+
+    @staticmethod
+    def write_predictions(
+        predictions: Iterable[Any], out: str | Path, top_k: int | None = None, *, overwrite: bool = False
+    ) -> Path:
+        """Write a CSV file."""
+        return image_outputs.write_predictions(predictions, out, top_k, overwrite=overwrite)
+
+    @staticmethod
+    def prediction_text(prediction: Any, top_k: int | None) -> str:
+        """As `class_text` of `snella.tasks.predictions`."""
+        return image_outputs.class_text(prediction, top_k)
 
     @staticmethod
     def _scores(logits: Tensor) -> Tensor:

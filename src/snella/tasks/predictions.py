@@ -125,10 +125,17 @@ _CSV_SUFFIXES = ("", ".csv", ".txt")
 
 @dataclass(frozen=True)
 class Prediction:
-    """The prediction for one image: all classes with their probabilities, the likeliest first."""
+    """The prediction for one image.
+
+    Attributes:
+        path: The image's file; of an image from elsewhere its place among the others, `[3]`.
+        ranking: All classes with their probabilities, the likeliest first.
+        unsure_below: Probability below which the prediction counts as unsure, if any.
+    """
 
     path: Path
     ranking: list[tuple[str, float]]
+    unsure_below: float | None = None
 
     @property
     def label(self) -> str:
@@ -140,11 +147,23 @@ class Prediction:
         """Its probability."""
         return self.ranking[0][1]
 
+    @property
+    def probabilities(self) -> dict[str, float]:
+        """The probability of each class, the likeliest first."""
+        return dict(self.ranking)
+
+    @property
+    def is_unsure(self) -> bool:
+        """Whether the probability is below the threshold that was asked for."""
+        return self.unsure_below is not None and self.probability < self.unsure_below
+
 
 def write_predictions(
     predictions: Iterable[Prediction], out: str | Path, top_k: int | None = None, *, overwrite: bool = False
 ) -> Path:
     """Write predictions as CSV with the columns `image`, `class_1`, `probability_1`, `class_2` and so on.
+
+    Where a threshold was asked for, a column `unsure` after the image says yes or no.
 
     Args:
         predictions: From `predict`.
@@ -157,18 +176,37 @@ def write_predictions(
         ValueError: `top_k` is less than 1, or `out` is a folder.
     """
     check_output(out, top_k, overwrite=overwrite)
-    predictions = list(predictions)
-    ranks = min(top_k or len(predictions[0].ranking), len(predictions[0].ranking)) if predictions else 0
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["image", *(f"{name}_{rank + 1}" for rank in range(ranks) for name in ("class", "probability"))])
+    columns: list[str] = []
     for prediction in predictions:
-        cells = [cell for name, p in prediction.ranking[:ranks] for cell in (name, f"{p:.6f}")]
-        writer.writerow([str(prediction.path), *cells])
+        if not columns:
+            columns = csv_columns(prediction, top_k)
+            writer.writerow(columns)
+        writer.writerow(csv_row(prediction, top_k))
+    if not columns:
+        writer.writerow(["image"])
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text.getvalue())
     return path
+
+
+def csv_columns(prediction: Prediction, top_k: int | None = None) -> list[str]:
+    """The names of the columns of `csv_row`."""
+    ranks = range(1, len(prediction.ranking[:top_k]) + 1)
+    unsure = [] if prediction.unsure_below is None else ["unsure"]
+    return ["image", *unsure, *(f"{name}_{rank}" for rank in ranks for name in ("class", "probability"))]
+
+
+def csv_row(prediction: Prediction, top_k: int | None = None) -> list[str]:
+    """One prediction as a row of a table: the image, whether it is unsure, classes with their probabilities."""
+    unsure = [] if prediction.unsure_below is None else ["yes" if prediction.is_unsure else "no"]
+    return [
+        str(prediction.path),
+        *unsure,
+        *(cell for name, p in prediction.ranking[:top_k] for cell in (name, f"{p:.6f}")),
+    ]
 
 
 def check_output(out: str | Path | None, top_k: int | None, *, overwrite: bool) -> None:
@@ -213,8 +251,9 @@ def class_predictions(classes: Sequence[str], paths: Sequence[Path], probabiliti
 
 
 def class_text(prediction: Prediction, top_k: int | None) -> str:
-    """The likeliest classes in one line."""
-    return ", ".join(f"{name} {p:.3f}" for name, p in prediction.ranking[: top_k or _SHOWN_CLASSES])
+    """The likeliest classes in one line, after the word unsure where the prediction is."""
+    ranking = ", ".join(f"{name} {p:.3f}" for name, p in prediction.ranking[: top_k or _SHOWN_CLASSES])
+    return f"unsure: {ranking}" if prediction.is_unsure else ranking
 
 
 __all__ = [
@@ -224,6 +263,8 @@ __all__ = [
     "check_output",
     "class_predictions",
     "class_text",
+    "csv_columns",
+    "csv_row",
     "mask_predictions",
     "mask_text",
     "write_mask_predictions",

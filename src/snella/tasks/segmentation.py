@@ -1,7 +1,7 @@
 """Semantic segmentation: batches of (image, mask), cross entropy and overlap, Dice and IoU."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -242,6 +242,7 @@ class SegmentationTask:
     head: ClassVar[str | None] = DECODER
     best_metric: ClassVar[str] = "val_dice"
     settings: ClassVar[tuple[str, ...]] = ("mask_loss",)
+    has_one_class: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check all values at once."""
@@ -398,15 +399,32 @@ class SegmentationTask:
         ]
         return ResultTable("each class", columns, rows)
 
+    def average_outputs(self, outputs: Sequence[Tensor]) -> Tensor:
+        """Scores of the mean of the probabilities, `[images, classes, height, width]`."""
+        return torch.stack([scores.float().softmax(1) for scores in outputs]).mean(0).log()
+
     def image_predictions(
         self, classes: Sequence[str], paths: Sequence[Path], images: Sequence[Image.Image], outputs: Tensor
     ) -> list[image_outputs.MaskPrediction]:
         """The mask of each image, at its own size."""
         return image_outputs.mask_predictions(classes, paths, images, outputs)
 
-    check_output = staticmethod(image_outputs.check_mask_output)
-    write_predictions = staticmethod(image_outputs.write_mask_predictions)
-    prediction_text = staticmethod(image_outputs.mask_text)
+    @staticmethod
+    def check_output(out: str | Path | None, top_k: int | None, *, overwrite: bool) -> None:
+        """As `check_mask_output` of `snella.tasks.predictions`."""
+        image_outputs.check_mask_output(out, top_k, overwrite=overwrite)
+
+    @staticmethod
+    def write_predictions(
+        predictions: Iterable[Any], out: str | Path, top_k: int | None = None, *, overwrite: bool = False
+    ) -> Path:
+        """Write masks and overlays."""
+        return image_outputs.write_mask_predictions(predictions, out, top_k, overwrite=overwrite)
+
+    @staticmethod
+    def prediction_text(prediction: Any, top_k: int | None) -> str:
+        """As `mask_text` of `snella.tasks.predictions`."""
+        return image_outputs.mask_text(prediction, top_k)
 
     def _losses(self, outputs: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
         """The loss of each image, `[batch]`."""

@@ -40,6 +40,8 @@ class Task(Protocol):
     """Entry of an epoch's row that epochs are compared by first."""
     settings: ClassVar[tuple[str, ...]]
     """Settings of a run that only this task has."""
+    has_one_class: ClassVar[bool]
+    """Whether an image has one class, so that `sample_outputs` are probabilities that a temperature can calibrate."""
 
     @classmethod
     def create(cls, classes: Sequence[str], **settings: Any) -> "Task":
@@ -98,6 +100,9 @@ class Task(Protocol):
 
     def result_table(self, scores: Mapping[str, Any], classes: Sequence[str]) -> ResultTable:
         """Results class by class."""
+
+    def average_outputs(self, outputs: Sequence[Tensor]) -> Tensor:
+        """Outputs that say what several models, or several views of the same images, say on average."""
 
     def image_predictions(
         self, classes: Sequence[str], paths: Sequence[Path], images: Sequence[Image.Image], outputs: Tensor

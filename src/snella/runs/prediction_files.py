@@ -1,0 +1,220 @@
+"""Predictions on the terminal and in files: tables, masks, features, rows appended while a folder is watched."""
+
+import contextlib
+import csv
+import io
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from snella._files import write_bytes
+from snella.runs.console import counted, make_console, print_line
+from snella.runs.image_inputs import expand, new_files
+from snella.runs.predict import check_order, columns_of, load, task_of_run
+from snella.tasks import Task
+
+__all__ = ["predict_to_files", "write_features"]
+
+_FEATURE_SUFFIXES = (".npz", ".npy", ".parquet")
+
+
+def predict_to_files(
+    run: str,
+    images: Sequence[str],
+    *,
+    out: str | None = None,
+    overwrite: bool = False,
+    top_k: int | None = None,
+    features: str | None = None,
+    watch: bool = False,
+    tta: int = 1,
+    unsure: str | None = None,
+    batch_size: int = 32,
+    columns: str | None = None,
+    skip_broken: bool = False,
+    device: str = "auto",
+) -> None:
+    """Predict images and print or write what is said about them; what `snella predict` does.
+
+    Args:
+        run: Folder of the run.
+        images: As `snella.runs.image_inputs.expand` takes them.
+        out: A CSV file, or a folder of masks; None prints a line an image.
+        overwrite: Replace existing files.
+        top_k: Number of classes for each image.
+        features: File for the features too: .npz, .npy or .parquet.
+        watch: Continue with images that appear in the folders among `images`, until Ctrl-C. Rows are appended to `out`
+            as they come, and images that it holds already are not predicted again.
+        tta: Views of an image whose probabilities are averaged.
+        unsure: Probability below which a prediction counts as unsure, or `auto`.
+        batch_size: Images at a time.
+        columns: Column of the paths in a table, `path=file`; if not given, the usual names or the run's own.
+        skip_broken: Leave out images that cannot be read; watching always does.
+        device: auto, cpu or cuda.
+
+    Raises:
+        FileExistsError: An output exists.
+        FileNotFoundError: No such run or image; near names are given.
+        ValueError: Settings that contradict each other, an image that cannot be read, or an image before the run.
+        ImportError: Features in Parquet without pyarrow.
+    """
+    console, task = make_console(), task_of_run(run)
+    threshold = _threshold(unsure)
+    _check_features(features, watch, overwrite=overwrite)
+    folders = [Path(image) for image in images if Path(image).is_dir()]
+    is_appended = watch and out is not None and not Path(out).is_dir() and Path(out).suffix.lower() == ".csv"
+    if watch and not folders:
+        raise ValueError(f"watch needs a folder among the images, got {', '.join(images)}")
+    task.check_output(out, top_k, overwrite=overwrite or is_appended)
+    check_order(Path(run), images)
+    files: list[Path] = []
+    if not watch or len(folders) < len(images):
+        words = [image for image in images if not watch or Path(image) not in folders]
+        files = expand(words, columns, columns_of(run))
+    model = load(run, device, batch_size=batch_size)
+    skipped: list[str] = []
+    rows: list[np.ndarray] = []
+
+    def predicted(paths: Sequence[Path]) -> Iterator[Any]:
+        return model.each(
+            paths,
+            tta=tta,
+            unsure=threshold,
+            skip_broken=skip_broken or watch,
+            on_skipped=lambda path, reason: skipped.append(f"{str(path)!r} ({reason})"),
+            on_features=None if features is None else rows.append,
+        )
+
+    names: list[Path] = []
+    found = _watched(predicted, files, folders, out if is_appended else None) if watch else predicted(files)
+    shown = _noted(found, names)
+    with contextlib.suppress(KeyboardInterrupt) if watch else contextlib.nullcontext():
+        if out is None:
+            for prediction in shown:
+                print_line(console, f"{prediction.path}: {task.prediction_text(prediction, top_k)}")
+        elif is_appended:
+            _append_rows(shown, Path(out), task, top_k, console)
+        else:
+            task.write_predictions(shown, out, top_k, overwrite=overwrite)
+    if out is not None:
+        print_line(console, f"{counted(len(names), 'image')}: {out}")
+    if features is not None:
+        write_features(features, names, rows, overwrite=overwrite)
+        print_line(console, f"features of {counted(len(names), 'image')}: {features}")
+    if skipped:
+        print_line(make_console(sys.stderr), f"left out {counted(len(skipped), 'image')}: {'; '.join(skipped)}")
+
+
+def write_features(
+    out: str | Path, names: Sequence[str | Path], features: Sequence[np.ndarray], *, overwrite: bool = False
+) -> Path:
+    """Write features with the names of their images.
+
+    Args:
+        out: `.npz` with the arrays `images` and `features`, `.npy` with `features` alone, or `.parquet` with these two
+            as columns.
+        names: One an image.
+        features: `[width]` each, float32.
+        overwrite: Replace an existing file.
+
+    Raises:
+        FileExistsError: The file exists.
+        ValueError: Another ending.
+        ImportError: Parquet without pyarrow.
+    """
+    _check_features(str(out), False, overwrite=overwrite)
+    path, texts, content = Path(out), [str(name) for name in names], io.BytesIO()
+    table = np.stack(features) if features else np.zeros((0, 0), np.float32)
+    if path.suffix == ".npz":
+        np.savez(content, images=np.array(texts, dtype=str), features=table)
+    elif path.suffix == ".npy":
+        np.save(content, table)
+    else:
+        import pyarrow
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.table({"images": texts, "features": list(table)}), content)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, content.getvalue())
+    return path
+
+
+def _check_features(features: str | None, watch: bool, *, overwrite: bool) -> None:
+    """Refuse a file of features that could not be written in the end."""
+    if features is None:
+        return
+    path = Path(features)
+    if watch:
+        raise ValueError("features must be left out with watch, which never comes to an end to write them at")
+    if path.suffix not in _FEATURE_SUFFIXES:
+        raise ValueError(f"features must end with {', '.join(_FEATURE_SUFFIXES)}, got {features!r}")
+    if path.suffix == ".parquet":
+        try:
+            import pyarrow  # noqa: F401
+        except ImportError as error:
+            raise ImportError(f"{features} needs pyarrow; pip install pyarrow, or write .npz") from error
+    if path.exists() and not overwrite:
+        raise FileExistsError(
+            f"features={features} exists; choose another name, or replace it with --overwrite (overwrite=True)"
+        )
+
+
+def _threshold(unsure: str | None) -> Any:
+    """`auto`, or a number."""
+    if unsure in (None, "auto"):
+        return unsure
+    try:
+        return float(str(unsure))
+    except ValueError:
+        raise ValueError(f"unsure must be auto or a probability in (0, 1], got {unsure!r}") from None
+
+
+def _noted(predictions: Iterable[Any], names: list[Path]) -> Iterator[Any]:
+    """The same predictions; `names` is filled with their images."""
+    for prediction in predictions:
+        names.append(prediction.path)
+        yield prediction
+
+
+def _watched(predicted: Any, files: Sequence[Path], folders: Sequence[Path], out: str | None) -> Iterator[Any]:
+    """Predictions of files, and then of images as they appear in folders; never ends."""
+    known = [] if out is None or not Path(out).is_file() else _images_in_rows(Path(out))
+    done = {path.resolve() for path in known}
+    yield from predicted([path for path in files if path.resolve() not in done])
+    for new in new_files(folders, known):
+        if new:
+            yield from predicted(new)
+
+
+def _images_in_rows(path: Path) -> list[Path]:
+    """The images that a CSV file of predictions holds."""
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        return [Path(row["image"]) for row in csv.DictReader(file) if row.get("image")]
+
+
+def _append_rows(predictions: Iterable[Any], out: Path, task: type[Task], top_k: int | None, console: Console) -> None:
+    """Append each prediction to a CSV file as it comes, and print it; its line of names has to be the same.
+
+    Raises:
+        ValueError: The file has other columns.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for prediction in predictions:
+            one = task.write_predictions([prediction], Path(folder) / "row.csv", top_k, overwrite=True)
+            head, row = one.read_bytes().split(b"\n", 1)
+            with out.open("ab+") as file:
+                file.seek(0)
+                first = file.readline().rstrip(b"\n")
+                if first not in (b"", head):
+                    raise ValueError(
+                        f"out must have the columns {head.decode()}, got {first.decode(errors='replace')} in {out}; "
+                        "choose another file"
+                    )
+                file.write(row if first else head + b"\n" + row)
+            print_line(console, f"{prediction.path}: {task.prediction_text(prediction, top_k)}")

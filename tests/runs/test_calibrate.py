@@ -1,0 +1,91 @@
+"""Temperature, reliability and the threshold of unsure predictions."""
+
+import numpy as np
+import pytest
+import torch
+
+from snella.records import Prediction, Predictions, ReliabilityBin, RunInfo, read
+from snella.runs.calibrate import (
+    calibrate,
+    expected_calibration_error,
+    fit_temperature,
+    reliability_bins,
+    unsure_threshold,
+)
+
+
+def sampled(temperature, images=20_000, classes=4):
+    """Logits whose softmax over a temperature is what the labels are drawn from."""
+    random = np.random.default_rng(0)
+    logits = torch.from_numpy(random.normal(0, 3, (images, classes)))
+    gumbel = torch.from_numpy(random.gumbel(size=(images, classes)))
+    return logits, (logits / temperature + gumbel).argmax(1)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_the_temperature_that_labels_were_drawn_with_is_found(temperature):
+    assert fit_temperature(*sampled(temperature)) == pytest.approx(temperature, rel=0.03)
+
+
+def test_no_other_temperature_has_a_lower_loss():
+    logits, labels = sampled(2.0, images=200)
+    best = fit_temperature(logits, labels)
+    loss = lambda t: float(torch.nn.functional.cross_entropy(logits / t, labels, label_smoothing=1 / 202))  # noqa: E731
+    assert all(loss(best) <= loss(best * factor) for factor in (0.5, 0.95, 1.05, 2.0))
+
+
+def test_images_that_are_all_right_do_not_make_a_model_infinitely_sure():
+    logits, labels = torch.tensor([[2.0, 0.0], [0.0, 2.0]] * 10), torch.tensor([0, 1] * 10)
+    temperature = fit_temperature(logits, labels)
+    right = float((logits[0] / temperature).softmax(0)[0])
+    assert right == pytest.approx(1 - 0.5 / 22, abs=1e-4)  # the smoothed target itself
+
+
+def test_calibration_brings_the_error_down_and_says_so_for_every_split():
+    logits, labels = sampled(3.0, images=4000)
+    measured = {"val": (logits[:2000].softmax(1), labels[:2000]), "test": (logits[2000:].softmax(1), labels[2000:])}
+    found = calibrate(measured)
+    assert [r.split for r in found.reliability] == ["val", "test"]
+    for reliability in found.reliability:
+        assert reliability.ece < 0.05 < 0.2 < reliability.ece_before
+        assert reliability.loss < reliability.loss_before
+        assert sum(b.count for b in reliability.bins) == sum(b.count for b in reliability.bins_before) == 2000
+    assert (
+        found.coverage < 1
+        and 1 - found.accuracy <= (1 - float((logits[:2000].argmax(1) == labels[:2000]).double().mean())) / 2
+    )
+    assert calibrate({"test": measured["test"]}) is None
+
+
+def test_the_calibration_error_is_the_mean_distance_weighted_by_images():
+    confidence = torch.tensor([0.95, 0.95, 0.55, 0.6])
+    bins = reliability_bins(confidence, torch.tensor([True, True, False, True]))
+    assert bins == [ReliabilityBin(0.575, 0.5, 2), ReliabilityBin(0.95, 1.0, 2)]
+    assert expected_calibration_error(bins) == pytest.approx(0.5 * 0.075 + 0.5 * 0.05)
+
+
+def test_the_threshold_is_the_least_that_halves_the_errors():
+    confidence = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2])
+    right = torch.tensor([True, True, True, False, True, False, False, False])
+    threshold, coverage, accuracy = unsure_threshold(confidence, right)
+    assert (threshold, coverage, accuracy) == (pytest.approx(0.5), 5 / 8, pytest.approx(4 / 5))
+    assert unsure_threshold(confidence, torch.ones(8, dtype=torch.bool)) == (None, 1.0, 1.0)
+    assert unsure_threshold(confidence, ~right)[0] is None
+    assert unsure_threshold(torch.full((4,), 0.5), torch.tensor([True, False, True, True]))[0] is None
+
+
+def test_a_run_is_calibrated_on_its_validation_images_and_measured_on_test(finished):
+    calibration, metrics = read(RunInfo, finished.path).calibration, finished.read_json("metrics.json")
+    val, test = calibration.reliability
+    assert (val.split, test.split) == ("val", "test")
+    assert val.loss_before == pytest.approx(metrics["val"]["loss"], abs=1e-5)
+    assert test.loss_before == pytest.approx(metrics["test"]["loss"], abs=1e-5)
+    assert test.count == sum(map(sum, metrics["test"]["confusion"]))
+    assert 0.05 <= calibration.temperature <= 20
+
+
+def test_stored_probabilities_take_a_temperature():
+    items = [Prediction(0, "a", 0, [0.9, 0.1])]
+    (changed,) = Predictions(items=items).with_temperature(2.0).items
+    assert changed.probabilities == pytest.approx([0.75, 0.25])
+    assert Predictions(items=items).with_temperature(1.0).items == items

@@ -1,0 +1,257 @@
+"""`snella.load`: images of every kind, one or many, and what is said about them."""
+
+import io
+import math
+import shutil
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import snella
+from snella.records import Calibration, plain
+from snella.runs import RunFolder
+from snella.runs.image_inputs import expand, new_files
+from snella.runs.predict import MOST_VIEWS, predict
+from snella.runs.prediction_files import predict_to_files, write_features
+
+
+@pytest.fixture(scope="module")
+def model(finished):
+    return snella.load(finished.path)
+
+
+@pytest.fixture
+def calibrated(finished, tmp_path):
+    """A run with a temperature of 2 and a threshold."""
+    run = RunFolder(shutil.copytree(finished.path, tmp_path / "calibrated"))
+    run.update("finished", calibration=plain(Calibration(2.0, 0.4)))
+    return run.path
+
+
+def same(a, b):
+    assert list(a.probabilities) == list(b.probabilities)
+    assert list(a.probabilities.values()) == pytest.approx(list(b.probabilities.values()), abs=1e-6)
+
+
+def test_three_lines_predict(finished, photos):
+    model = snella.load(finished.path)
+    prediction = model.predict(photos / "dogs" / "003.png")
+    same(prediction, predict(finished.path, [photos / "dogs" / "003.png"])[0])
+    assert model.classes == ["cats", "dogs", "owls"] and prediction.path == photos / "dogs" / "003.png"
+    assert "snella-2, 3 classes, on cpu" in repr(model)
+
+
+def test_an_image_is_the_same_as_file_pil_image_bytes_array_and_tensor(model, photos):
+    path = photos / "owls" / "004.png"
+    image, array = Image.open(path), np.asarray(Image.open(path))
+    tensor = torch.from_numpy(array.copy()).movedim(-1, 0)
+    kinds = [str(path), image, path.read_bytes(), array, array / 255.0, tensor, tensor / 255, tensor.bfloat16() / 255]
+    for kind in kinds[:-1]:
+        same(model.predict(kind), model.predict(path))
+    assert model.predict(kinds[-1]).probability == pytest.approx(model.predict(path).probability, abs=0.05)
+    assert [p.path.name for p in model.predict([path, image, array])] == ["004.png", "004.png", "[2]"]
+
+
+def test_gray_and_transparent_arrays_are_converted_as_files_are(model):
+    gray = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    same(model.predict(gray), model.predict(np.stack([gray] * 3, axis=2)))
+    same(model.predict(gray[..., None]), model.predict(torch.from_numpy(gray)[None]))
+    clear = np.zeros((8, 8, 4), np.uint8)
+    same(model.predict(clear), model.predict(np.full((8, 8, 3), 255, np.uint8)))
+
+
+def test_one_image_gives_one_prediction_and_several_a_list(model, photos):
+    batch = torch.rand(3, 3, 32, 32)
+    together = model.predict(batch)
+    for one, prediction in zip(batch, together, strict=True):
+        same(model.predict(one), prediction)
+    assert len(model.predict(batch[:1])) == 1
+    assert len(model.predict(photos / "cats")) == 16 and len(model.predict(str(photos / "**" / "00?.png"))) == 30
+
+
+@pytest.mark.parametrize(
+    ("image", "error", "message"),
+    [
+        (torch.zeros(2, 8, 8), ValueError, r"\[1, 3 or 4, height, width\] as a tensor, got \[2, 8, 8\] as \[0\]"),
+        (np.zeros((8, 8, 3), np.int64), ValueError, "must be uint8 or floating point, got int64"),
+        (torch.randn(3, 8, 8) * 3 - 5, ValueError, "values from 0 to 1, got -.*before it is normalized"),
+        (np.full((8, 8), np.nan), ValueError, "values from 0 to 1, got nan to nan"),
+        (b"no image", ValueError, r"'\[0\]' is not a readable image"),
+        (3.5, TypeError, "must be files, PIL images, arrays or tensors, one or several of them, got float 3.5"),
+        ([None], TypeError, r"got NoneType as \[0\]"),
+        ([], ValueError, "images must name at least one file or folder, got none"),
+    ],
+)
+def test_what_is_no_image_is_named(model, image, error, message):
+    with pytest.raises(error, match=message):
+        model.predict(image)
+
+
+def test_a_run_that_is_not_there_is_named_by_load(finished):
+    with pytest.raises(FileNotFoundError, match=r"no run .*rum; nearest there: 'run'"):
+        snella.load(finished.path.parent / "rum")
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        snella.load(finished.path, batch_size=0)
+
+
+def test_threads_share_a_model(model):
+    images = torch.rand(8, 3, 32, 32)
+    expected, found = model.predict(images), {}
+
+    def work(index):
+        found[index] = model.predict(images[index])
+
+    threads = [threading.Thread(target=work, args=[i]) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index, prediction in enumerate(expected):
+        same(found[index], prediction)
+
+
+def test_logits_are_divided_by_the_run_s_temperature(old_run, calibrated, photos):
+    for before, after in zip(old_run.predict([photos]), predict(calibrated, [photos]), strict=True):
+        roots = {name: math.sqrt(p) for name, p in before.ranking}
+        for name, p in after.ranking:
+            assert p == pytest.approx(roots[name] / sum(roots.values()), abs=1e-6)
+
+
+def test_views_are_averaged_as_probabilities(model, photos):
+    image = Image.open(photos / "cats" / "002.png")
+    view, both = model.loaded.transform(image), model.predict(image, tta=2)
+    with torch.inference_mode():
+        logits = model.loaded.model(torch.stack([view, view.flip(-1)])) / model.temperature
+    for name, p in zip(model.classes, logits.softmax(1).mean(0).tolist(), strict=True):
+        assert both.probabilities[name] == pytest.approx(p, abs=1e-5)
+    many = model.predict(image, tta=MOST_VIEWS)
+    assert sum(many.probabilities.values()) == pytest.approx(1, abs=1e-5)
+    assert many.probabilities != both.probabilities
+    uniform = model.predict(np.full((32, 32, 3), 77, np.uint8))
+    same(uniform, model.predict(np.full((32, 32, 3), 77, np.uint8), tta=MOST_VIEWS))
+    with pytest.raises(ValueError, match="tta must be between 1 and 10, the views of an image, got 11"):
+        model.predict(image, tta=11)
+
+
+def test_features_are_the_head_s_inputs(model, photos):
+    features = model.features([photos / "cats"])
+    head = model.loaded.model.get_base_model().get_classifier()
+    with torch.no_grad():
+        logits = head(torch.from_numpy(features)) / model.temperature
+    for prediction, row in zip(model.predict([photos / "cats"]), logits.softmax(1), strict=True):
+        assert prediction.probability == pytest.approx(float(row.max()), abs=1e-5)
+    assert np.allclose(model.features(photos / "cats" / "000.png"), features[0], atol=1e-5)
+
+
+def test_features_are_written_with_their_images(tmp_path):
+    rows, names = [np.arange(3, dtype=np.float32), np.ones(3, np.float32)], ["a.jpg", "b.jpg"]
+    with np.load(write_features(tmp_path / "f.npz", names, rows)) as file:
+        assert file["images"].tolist() == names and np.array_equal(file["features"], np.stack(rows))
+    assert np.array_equal(np.load(write_features(tmp_path / "f.npy", names, rows)), np.stack(rows))
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = parquet.read_table(write_features(tmp_path / "f.parquet", names, rows)).to_pydict()
+    assert table == {"images": names, "features": [[0, 1, 2], [1, 1, 1]]}
+    with pytest.raises(FileExistsError, match=r"features=.*f\.npy exists; .*--overwrite"):
+        write_features(tmp_path / "f.npy", names, rows)
+    with pytest.raises(ValueError, match=r"features must end with \.npz, \.npy, \.parquet, got '.*f\.txt'"):
+        write_features(tmp_path / "f.txt", names, rows)
+
+
+def test_predictions_below_a_threshold_are_unsure(calibrated, photos, tmp_path):
+    model = snella.load(calibrated)
+    for prediction in model.predict([photos], unsure="auto"):
+        assert prediction.is_unsure == (prediction.probability < 0.4)
+    assert not any(p.is_unsure for p in model.predict([photos]))
+    assert all(p.is_unsure for p in model.predict([photos], unsure=1.0))
+    predict_to_files(str(calibrated), [str(photos)], out=str(tmp_path / "p.csv"), unsure="auto", top_k=1)
+    head, *rows = (tmp_path / "p.csv").read_text().splitlines()
+    assert head == "image,unsure,class_1,probability_1"
+    assert all((row.split(",")[1] == "yes") == (float(row.split(",")[3]) < 0.4) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("unsure", "message"),
+    [
+        ("auto", r"unsure must be a probability for a run with no calibration, got 'auto'; give e\.g\. 0\.5"),
+        (1.5, r"unsure must be auto or a probability in \(0, 1\], got 1\.5"),
+    ],
+)
+def test_a_threshold_that_cannot_be_meant_is_refused(old_run, unsure, message):
+    with pytest.raises(ValueError, match=message):
+        old_run.predict(torch.zeros(3, 8, 8), unsure=unsure)
+    with pytest.raises(ValueError, match=r"unsure must be auto or a probability in \(0, 1\], got 'often'"):
+        predict_to_files(str(old_run.loaded.folder.path), ["x.jpg"], unsure="often")
+
+
+@pytest.fixture
+def old_run(finished, tmp_path):
+    """A run of a version that did not calibrate."""
+    run = RunFolder(shutil.copytree(finished.path, tmp_path / "old"))
+    run.update("finished", calibration=None)
+    return snella.load(run.path)
+
+
+def test_paths_come_from_standard_input_tables_and_patterns(photos, tmp_path, monkeypatch):
+    cats = sorted((photos / "cats").iterdir())
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{cats[0]}\n\n{cats[2]}\n"))
+    assert expand(["-"]) == [cats[0], cats[2]]
+    table = photos.parent / "table.csv"
+    table.write_text(f"label,Path\ncats,all/cats/{cats[1].name}\ncats,all/cats/{cats[3].name}\n")
+    assert expand([table]) == [photos.parent / "all/cats" / cats[i].name for i in (1, 3)]
+    table.write_text("label,place\ncats,a.png\n")
+    with pytest.raises(ValueError, match=r"table\.csv: no column for path, .*It has 'label'"):
+        expand([table])
+    assert expand([str(photos / "*" / "00[01].png")]) == sorted(photos.glob("*/00[01].png"))
+
+
+def test_new_files_are_found_once_and_only_when_they_are_whole(tmp_path, photos):
+    looks = new_files([tmp_path], [], poll_s=0.0)
+    assert next(looks) == []
+    whole = (photos / "cats" / "000.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(whole[:100])
+    assert next(looks) == []
+    (tmp_path / "a.png").write_bytes(whole)
+    assert next(looks) == []
+    assert next(looks) == [tmp_path / "a.png"]
+    (tmp_path / "b.txt").write_text("no image")
+    assert next(looks) == [] and next(looks) == []
+
+
+def test_watching_appends_rows_and_is_resumed(finished, photos, tmp_path, monkeypatch, capsys):
+    inbox, out = tmp_path / "inbox", tmp_path / "rows.csv"
+    inbox.mkdir()
+    shutil.copy(photos / "cats" / "000.png", inbox / "a.png")
+
+    def looks(names):
+        def look(folders, known, poll_s=0.5):
+            for name in names:
+                if name.endswith(".png"):
+                    shutil.copy(photos / "dogs" / "001.png", inbox / name)
+                else:
+                    (inbox / name).write_bytes(b"no image")
+                yield [inbox / name]
+            raise KeyboardInterrupt
+
+        return look
+
+    monkeypatch.setattr("snella.runs.prediction_files.new_files", looks(["a.png", "broken.jpg", "b.png"]))
+    predict_to_files(str(finished.path), [str(inbox)], out=str(out), watch=True, top_k=1)
+    captured = capsys.readouterr()
+    assert [row.split(",")[0] for row in out.read_text().splitlines()] == [
+        "image",
+        *map(str, (inbox / "a.png", inbox / "b.png")),
+    ]
+    assert captured.out.endswith(f"2 images: {out}\n") and "left out 1 image: " in captured.err
+    monkeypatch.setattr("snella.runs.prediction_files.new_files", looks(["c.png"]))
+    predict_to_files(str(finished.path), [str(inbox)], out=str(out), watch=True, top_k=1)
+    assert len(out.read_text().splitlines()) == 4
+    with pytest.raises(ValueError, match=r"out must have the columns .*class_3.*, got image,class_1,probability_1"):
+        predict_to_files(str(finished.path), [str(inbox)], out=str(out), watch=True)
+    with pytest.raises(ValueError, match=r"watch needs a folder among the images, got a\.png"):
+        predict_to_files(str(finished.path), ["a.png"], watch=True)
+    with pytest.raises(ValueError, match="features must be left out with watch"):
+        predict_to_files(str(finished.path), [str(inbox)], watch=True, features="f.npz")
