@@ -26,6 +26,7 @@ from snella.comparison.summary import print_summary, summarize
 from snella.runs import TrainingInterrupted
 from snella.runs.build import choose_device, load_splits
 from snella.runs.console import counted, make_console, print_line
+from snella.runs.distributed import refuse_several_processes
 from snella.runs.protocol import get_protocol
 from snella.runs.session import NonFiniteLossError
 from snella.tasks import create_task
@@ -159,6 +160,7 @@ def compare(
             diverged loss, which only says that the learning rate was too high. Not with `draw_only`.
         TrainingInterrupted: Ctrl-C; finished runs are kept.
     """
+    refuse_several_processes("a comparison")
     console = console or make_console(survives_closed_output=True)
     root = Path(out)
     if workers < 0 or (threads is not None and threads < 1):

@@ -25,6 +25,7 @@ from snella.methods.saving import METHOD_FILE
 from snella.records import BackboneInfo, DataInfo, FoldResults, RunInfo, read, read_if_present
 from snella.runs.config import DEFAULT_BATCH_SIZE, TrainConfig
 from snella.runs.console import counted, print_line
+from snella.runs.distributed import process_count
 from snella.runs.folder import RunFolder
 from snella.runs.optimizer import checkpoint_gradients, set_drop_path
 from snella.runs.protocol import get_protocol
@@ -253,6 +254,11 @@ def build_components(
     splits = load_splits(config, data)
     task = create_task(config.task, splits.classes, **config.as_dict())
     task.check_data(splits.train, str(config.data))
+    if config.effective_batch_size < process_count():
+        raise ValueError(
+            f"batch_size must be at least the number of processes, {process_count()}, which share each batch, "
+            f"got {config.effective_batch_size}"
+        )
     if config.batch_size is None and len(splits.train) < DEFAULT_BATCH_SIZE:
         splits.notes.append(
             f"all {counted(len(splits.train), 'training image')} in one batch, instead of {DEFAULT_BATCH_SIZE} images"

@@ -22,6 +22,7 @@ from snella.records import Allocation, AllocationStep, DataInfo, MatrixInfo, Run
 from snella.runs.build import PARTS, RunComponents, absolute_folder, contents_of, split_sizes, splits_digest
 from snella.runs.config import SCHEDULE_END, TrainConfig, command_line
 from snella.runs.console import counted, print_rows
+from snella.runs.distributed import process_count
 from snella.runs.memory import predict_step_memory
 from snella.runs.protocol import get_protocol
 from snella.tuner.matrices import AdaptedMatrix, adapted_matrices
@@ -143,6 +144,8 @@ def log_summary(console: Console, config: TrainConfig, parts: RunComponents) -> 
     steps = counted(config.steps_per_epoch(len(splits.train)), "step")
     images = f"{config.accumulate} × {counted(batch, 'image')}" if config.accumulate > 1 else counted(batch, "image")
     device = next(model.parameters()).device
+    processes = f", by {process_count()} processes" if process_count() > 1 else ""
+    batch = -(-batch // process_count())
     memory = predict_step_memory(model, (size[0], size[1], size[2]), batch).total / 2**20
     free = free_memory(device) / 2**20
     rows = [
@@ -154,7 +157,7 @@ def log_summary(console: Console, config: TrainConfig, parts: RunComponents) -> 
         ("method", f"{config.method}, {trainable_parameters(model):,} trainable parameters{_adapted(model)}"),
         ("head", "starts as a linear probe" if config.head_start == "probe" else "starts from random values"),
         *([("budget", _budgets(model))] if matrices_of(model) else []),
-        ("training", f"{counted(config.epochs, 'epoch')} of {steps}, {images} each, on {device}"),
+        ("training", f"{counted(config.epochs, 'epoch')} of {steps}, {images} each, on {device}{processes}"),
         *_stopping_rows(config, model),
         (
             "memory",

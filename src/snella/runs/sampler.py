@@ -39,17 +39,18 @@ class EpochCallback(TrainerCallback):
     Accelerate does so too, except for an epoch that is resumed in its middle.
 
     Args:
-        dataset: What has `set_epoch(number)`, counted from 0.
+        *datasets: What has `set_epoch(number)`, counted from 0.
     """
 
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
+    def __init__(self, *datasets: Any) -> None:
+        self.datasets = datasets
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Set the number of the current epoch."""
-        self.dataset.set_epoch(state.global_step // (state.max_steps // int(state.num_train_epochs)))
+        for dataset in self.datasets:
+            dataset.set_epoch(state.global_step // (state.max_steps // int(state.num_train_epochs)))
 
 
 def mix_seed(*parts: int) -> int:

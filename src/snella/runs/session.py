@@ -20,6 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from snella.runs.checkpoints import intact_checkpoint, latest_checkpoint, remove_incomplete
 from snella.runs.config import RunSettings
 from snella.runs.console import print_line
+from snella.runs.distributed import any_of_all, process_count, refuse_several_processes
 from snella.runs.folder import RunFolderOf
 
 
@@ -63,6 +64,8 @@ class InterruptCallback(TrainerCallback):
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """Remember the first request, raise at the second."""
         if self.is_requested:
+            if process_count() > 1:
+                return  # torchrun passes a signal on that each process has got already
             raise KeyboardInterrupt
         self.is_requested = True
         with contextlib.suppress(OSError):  # of a terminal that was closed; buffered streams may not be used here
@@ -70,6 +73,7 @@ class InterruptCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save within the epoch, unless its end, which saves anyway, is reached."""
+        self.is_requested = any_of_all(self.is_requested)
         if self.is_requested and not _is_epoch_end(state):
             control.should_save = True
             control.should_training_stop = True
@@ -106,7 +110,7 @@ class RunInUseError(OSError):
 
 
 @contextmanager
-def lock_run(run: RunFolderOf[Any]) -> Iterator[None]:
+def lock_run(run: RunFolderOf[Any], *, is_shared: bool = False) -> Iterator[None]:
     """Hold the lock of a run's folder, so that no other process writes into it.
 
     The lock is one of the kernel's, which frees it when the process ends in whatever way. Folders that are made for it
@@ -114,18 +118,15 @@ def lock_run(run: RunFolderOf[Any]) -> Iterator[None]:
 
     Args:
         run: Folder of the run; need not exist yet.
+        is_shared: Whether several processes of one training may be at work, of which the main one locks.
 
     Raises:
         RunInUseError: A running process holds it; names the process.
         ValueError: The folder's name is no text (bytes that are not UTF-8, control characters).
         NotImplementedError: This is one of several processes of one training, as `torchrun` starts them.
     """
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes not in ("", "1"):
-        raise NotImplementedError(
-            f"training runs in one process, got WORLD_SIZE={processes} from torchrun or accelerate; start it with "
-            "`snella` or `python` alone, or leave WORLD_SIZE unset"
-        )
+    if not is_shared:
+        refuse_several_processes("training")
     if not str(run.path).isprintable():
         raise ValueError(f"out must be a name in UTF-8 without control characters, got {str(run.path)!r}")
     if run.path.exists() and not run.path.is_dir():

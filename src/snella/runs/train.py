@@ -1,6 +1,7 @@
 """`train`: one training run, from configuration to report."""
 
 import dataclasses
+import io
 import os
 import time
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from snella.runs.calibrate import calibrate
 from snella.runs.callbacks import ProgressDisplay, ScheduleCallback, StepTimeCallback, TrackingCallback
 from snella.runs.config import TrainConfig
 from snella.runs.console import make_console, print_line
+from snella.runs.distributed import from_main, is_main, join_processes, only_main, wait_for_others
 from snella.runs.evaluate import redraw_report
 from snella.runs.folder import RunFolder
 from snella.runs.linear_probe import cache_features, can_cache_features, choose_head_start, start_head_from_probe
@@ -97,9 +99,12 @@ def train(
         NonFiniteLossError: The loss or the gradient became infinite or NaN; the last good state is kept.
         CheckpointError: The disk is full, and the last checkpoint is kept; or that of a resumed run is damaged.
     """
-    console = console or make_console(survives_closed_output=True)
     run = RunFolder(str(config.out))
-    with lock_run(run):
+    join_processes(config.device)
+    if not is_main():
+        console = Console(file=io.StringIO())
+    console = console or make_console(survives_closed_output=True)
+    with only_main(lock_run(run, is_shared=True)):
         return _train(config, run, console, measure_test, keep_checkpoints, draw_report, data)
 
 
@@ -113,10 +118,10 @@ def _train(
     data: Any,
 ) -> RunFolder:
     """The work of `train`, in a folder that no other process writes into."""
-    resolved = resolve_resume(run, config, console, f"its report is {run.report}")
+    resolved = from_main(lambda: resolve_resume(run, config, console, f"its report is {run.report}"))
     if resolved is None:
         # killed after its last result was written
-        if draw_report and not run.report.is_file():
+        if is_main() and draw_report and not run.report.is_file():
             redraw_report(run.path, console)
         return run
     config, is_resumed = resolved
@@ -128,15 +133,16 @@ def _train(
     check_splits(run.path, stored, parts.splits)
     config = config.with_batch_size_for(len(parts.splits.train))
     config = dataclasses.replace(config, head_start=choose_head_start(parts, config))
-    run.prepare(config, is_resumed=is_resumed)
-    store_selection(run.path, config.method, parts.model)
-    used = PARTS if measure_test else ("train", "val")
-    run.write(describe_run(config, parts, used))
-    log_summary(console, config, parts)
+    wait_for_others()  # all have read what a resumed run had
+    if is_main():
+        run.prepare(config, is_resumed=is_resumed)
+        store_selection(run.path, config.method, parts.model)
+        run.write(describe_run(config, parts, PARTS if measure_test else ("train", "val")))
+        log_summary(console, config, parts)
     if not measure_test:
         parts.splits.test = None
     costs = StepTimeCallback(next(parts.model.parameters()).device)
-    with record_status(run, "train"):
+    with only_main(record_status(run, "train")):
         with InterruptCallback() as interrupt:
             trainer = _fit(config, parts, run, interrupt, console, costs, keep_checkpoints)
         if trainer.state.global_step < trainer.state.max_steps and not trainer.has_stalled:
@@ -155,7 +161,7 @@ def _fit(
     keep_checkpoints: bool,
 ) -> SnellaTrainer:
     """Train, from the last checkpoint if there is one."""
-    checkpoint = checkpoint_to_resume(run, console)
+    checkpoint = from_main(lambda: checkpoint_to_resume(run, console))
     matrices = matrices_of(parts.model)
     allocation = SnellaCallback() if matrices else None
     protocol = get_protocol(config.protocol)
@@ -239,9 +245,12 @@ def _finish(
     """Evaluate the best adapter, write the results and the report."""
     train_s = trainer.elapsed_s
     splits, model = parts.splits, parts.model
+    wait_for_others()  # the main process has written the best adapter
     load_trained_into(model, run.adapter)
     protocol = trainer.protocol
     measured = {name: trainer.score(part) for name, part in parts_of(splits).items() if name != "train"}
+    if not is_main():
+        return
     val, test = (measured[name][0] if name in measured else None for name in ("val", "test"))
     if parts.task.has_one_class:
         labels = {name: torch.tensor(part.labels) for name, part in parts_of(splits).items() if name in measured}

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 from transformers import (
     PrinterCallback,
@@ -33,6 +33,14 @@ from snella.runs.build import choose_device
 from snella.runs.callbacks import EmaCallback, WeightAverage
 from snella.runs.checkpoints import reading_checkpoint, remove_incomplete, reporting_write_errors, staged
 from snella.runs.config import TrainConfig
+from snella.runs.distributed import (
+    ShardedBatches,
+    is_main,
+    mean_of_all,
+    process_count,
+    process_number,
+    wait_for_others,
+)
 from snella.runs.folder import RunFolder, RunFolderOf
 from snella.runs.optimizer import build_optimizer
 from snella.runs.protocol import get_protocol
@@ -104,7 +112,7 @@ class CheckpointingTrainer(Trainer):
             NonFiniteLossError: The loss is not finite; nothing of this step is kept.
         """
         loss = super().training_step(model, inputs, num_items_in_batch)
-        value = loss.item()
+        value = mean_of_all(loss.item())
         if not math.isfinite(value):
             raise self._not_finite("the loss", value)
         self.last_loss = value
@@ -126,7 +134,16 @@ class CheckpointingTrainer(Trainer):
         return str(self._staging or self.run_folder.checkpoints)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint atomically, then remove the older ones."""
+        """Write a checkpoint atomically, then remove the older ones; the main process does."""
+        if is_main():
+            self._write_checkpoint(model, trial)
+        wait_for_others()
+
+    def store_flos(self) -> None:
+        """Nothing: operations are not counted, and the base class would gather them from all processes."""
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint and remove the older ones."""
         folder, name = self.run_folder.checkpoints, f"checkpoint-{self.state.global_step}"
         if (folder / name).is_dir():
             return
@@ -250,7 +267,10 @@ class SnellaTrainer(CheckpointingTrainer):
         self.average = None if config.ema is None else WeightAverage(model, config.ema)
         averaging = [] if self.average is None else [EmaCallback(self.average)]
         self.progress = _Progress()
-        self._step_images, self._micro_step, self._step_loss = 0, 0, 0.0
+        self._weights: list[float] = []
+        self._micro_step, self._step_loss = 0, 0.0
+        self._sampler = EpochSampler(len(train), config.seed)
+        self._shards = ShardedBatches(self._sampler, config.effective_batch_size, process_number(), process_count())
         super().__init__(
             model,
             run,
@@ -260,7 +280,7 @@ class SnellaTrainer(CheckpointingTrainer):
             data_collator=task.collate,
             train_dataset=train,
             eval_dataset=train if val is None else val,  # `evaluate` decides itself what is measured
-            callbacks=[EpochCallback(train), *averaging, *callbacks],
+            callbacks=[EpochCallback(train, self._sampler), *averaging, *callbacks],
         )
         self.model_accepts_loss_kwargs = False
         self.add_callback(_StopIfStalled(self))
@@ -380,9 +400,8 @@ class SnellaTrainer(CheckpointingTrainer):
         penalty = None if (method := method_of(self.trained_model)) is None else method.penalty
         if penalty is not None and model.training:
             loss = loss + penalty(self.trained_model)
-        if model.training and self.config.accumulate > 1:
-            # the Trainer divides by the number of batches: each image is to count the same
-            loss = loss * (len(logits) * self.current_gradient_accumulation_steps / self._step_images)
+        if model.training and (self.config.accumulate > 1 or self._shards.count > 1):
+            loss = loss * self._weights[self._micro_step]
         return (loss, logits) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -403,11 +422,30 @@ class SnellaTrainer(CheckpointingTrainer):
         return loss
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, *others: Any) -> Any:
-        """The batches of one step, whose images are counted."""
+        """The batches of one step, and what each weighs, so that all images of the step count the same.
+
+        The Trainer divides the loss by the number of batches, DDP the gradients by the number of processes.
+        """
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, *others)
-        self._step_images = sum(len(batch["labels"]) for batch in batches)
+        per_epoch = self.config.steps_per_epoch(len(self._sampler))
+        first = self.state.global_step % per_epoch * self.config.accumulate
+        numbers = range(first, first + len(batches))
+        images = min(len(self._sampler), (first + len(batches)) * self._shards.batch_size)
+        images -= first * self._shards.batch_size
+        self._weights = [self._shards.weight(number) * len(batches) * self._shards.count / images for number in numbers]
         self._micro_step, self._step_loss = 0, 0.0
         return batches, items
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches of the images; with several processes this one's part of each."""
+        if self._shards.count == 1:
+            return super().get_train_dataloader()
+        return DataLoader(
+            self.train_dataset,  # type: ignore[arg-type]
+            batch_sampler=self._shards,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+        )
 
     def _mix(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The batch with each image mixed with another, if the settings say so: that one's label and the own share.
@@ -434,7 +472,7 @@ class SnellaTrainer(CheckpointingTrainer):
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
         """The order of an epoch."""
-        return EpochSampler(len(self.train_dataset), self.config.seed)  # type: ignore[arg-type]
+        return self._sampler
 
     def _write_state(self, checkpoint: Path, **values: Any) -> None:
         """Write the running epoch's loss and the average of the weights too."""
@@ -488,7 +526,7 @@ def training_arguments(config: TrainConfig, checkpoints: Path, keep_checkpoints:
         seed=config.seed,
         precision=config.precision,
         num_train_epochs=config.epochs,
-        per_device_train_batch_size=config.effective_batch_size,
+        per_device_train_batch_size=-(-config.effective_batch_size // process_count()),
         per_device_eval_batch_size=config.effective_batch_size,
         learning_rate=config.lr or 0.0,
         lr_scheduler_type="cosine_with_min_lr" if config.final_lr else "cosine",

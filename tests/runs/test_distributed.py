@@ -1,0 +1,127 @@
+"""Training in several processes, as `torchrun` starts them: the same adapter, one writer, resumed by another number."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from snella.runs import RunFolder, TrainConfig, TrainingInterrupted
+from snella.runs.checkpoints import latest_checkpoint
+from snella.runs.distributed import ShardedBatches
+from snella.runs.sampler import EpochSampler
+from snella.runs.train import train
+from snella.runs.trainer import SnellaTrainer
+
+pytestmark = [
+    pytest.mark.usefixtures("no_report"),
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed"),
+]
+SAME = {"epochs": 2, "batch_size": 9, "method_options": {}}  # of 28 images the last batch has 1, for two processes
+PROGRAM = """
+import os, signal, sys
+import yaml
+from snella.cli.main import main
+from snella.runs import trainer
+step = int(sys.argv[1])
+original = trainer.SnellaTrainer.training_step
+def training_step(self, *args, **kwargs):
+    if self.state.global_step == step and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGINT)
+    return original(self, *args, **kwargs)
+trainer.SnellaTrainer.training_step = training_step
+sys.exit(main(["train", *sys.argv[2:]]))
+"""
+
+
+def train_in_two(tmp_path, *words, interrupt_at=-1):
+    """Train in two processes, of which the second is interrupted before a step."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, str(interrupt_at), *words], capture_output=True, text=True, timeout=300, env=environment
+    )
+
+
+def adapter_of(run):
+    return load_file(run.adapter / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def whole(photos, tiny_run, tmp_path_factory):
+    """The run of one process."""
+    values = {**tiny_run, **SAME, "data": f"folder:{photos}"}
+    return train(TrainConfig(**values, out=str(tmp_path_factory.mktemp("whole") / "run")))
+
+
+def assert_same(run, whole):
+    """The same budgets, and results to rounding."""
+    assert run.status == "finished"
+    for one, two in zip(
+        run.read_json("metrics.json")["history"], whole.read_json("metrics.json")["history"], strict=True
+    ):
+        assert one["budget"] == two["budget"] and one["lr"] == two["lr"]
+        assert one["train_loss"] == pytest.approx(two["train_loss"], rel=1e-4)
+        assert one["val_loss"] == pytest.approx(two["val_loss"], rel=1e-3)
+    one, two = adapter_of(run), adapter_of(whole)
+    assert one.keys() == two.keys() and all(torch.allclose(one[name], two[name], rtol=0, atol=2e-4) for name in one)
+
+
+@pytest.mark.slow
+def test_two_processes_are_interrupted_together_and_one_goes_on(settings, whole, console, tmp_path):
+    config = settings(**SAME)
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(config.stored()))
+    done = train_in_two(tmp_path, "--config", str(tmp_path / "settings.yaml"), "--progress", "false", interrupt_at=5)
+    run = RunFolder(config.out)
+    assert run.status == "interrupted", done.stderr
+    assert latest_checkpoint(run.checkpoints).name == "checkpoint-6"
+    assert "by 2 processes" in done.stdout and done.stdout.count("backbone  test_vit") == 1
+    assert done.stderr.count("interrupted; saved as") == 1
+    run = train(TrainConfig(out=config.out, resume=True), console)
+    assert_same(run, whole)
+
+
+def test_two_processes_go_on_with_a_run_of_one(settings, whole, console, monkeypatch, tmp_path):
+    config = settings(**SAME)
+    with monkeypatch.context() as patch:
+        original = SnellaTrainer.training_step
+
+        def press_ctrl_c(self, *args, **kwargs):
+            if self.state.global_step == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+            return original(self, *args, **kwargs)
+
+        patch.setattr(SnellaTrainer, "training_step", press_ctrl_c)
+        with pytest.raises(TrainingInterrupted, match="checkpoint-2"):
+            train(config, console)
+    done = train_in_two(tmp_path, "--out", config.out, "--resume")
+    assert done.returncode == 0, done.stderr
+    run = RunFolder(config.out)
+    assert_same(run, whole)
+    assert run.report.is_file() and done.stdout.count("best epoch") == 1
+    assert run.read_json("metrics.json")["val"]["confusion"] == whole.read_json("metrics.json")["val"]["confusion"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_parts_of_a_batch_together_are_the_batch(count):
+    sampler = EpochSampler(23, seed=0)
+    parts = [ShardedBatches(sampler, 7, rank, count) for rank in range(count)]
+    indices = list(sampler)
+    for number, batches in enumerate(zip(*parts, strict=True)):
+        weights = [part.weight(number) for part in parts]
+        together = [index for batch, weight in zip(batches, weights, strict=True) for index in batch[:weight]]
+        assert together == indices[7 * number : 7 * number + 7] and max(weights) - min(weights) <= 1
+        assert all(len(batch) == max(weight, 1) for batch, weight in zip(batches, weights, strict=True))
+    assert len(parts[0]) == 4
+
+
+def test_fewer_images_than_processes_are_refused(settings, console, monkeypatch):
+    monkeypatch.setattr("snella.runs.build.process_count", lambda: 4)
+    with pytest.raises(ValueError, match=r"batch_size must be at least the number of processes, 4, .* got 2"):
+        train(settings(batch_size=2), console)
