@@ -95,3 +95,16 @@ def test_an_optimizer_of_deepspeed_is_refused_by_its_name():
     for optimizer in (kind(), wrapper):
         with pytest.raises(NotImplementedError, match=r"DeepSpeedZeroOptimizer.*DDP or FSDP"):
             allocator.attach(optimizer)
+
+
+def test_an_optimizer_that_was_given_flat_copies_after_attaching_is_refused_at_its_first_step():
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), SnellaConfig(r=2, target_modules=["0"]))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    BudgetAllocator(model, total_epochs=1, steps_per_epoch=1).attach(optimizer)
+    model(torch.ones(1, 4)).sum().backward()
+    # as deepspeed.initialize does: the optimizer steps on a flat copy, in float32
+    for group in optimizer.param_groups:
+        flat = torch.cat([p.detach().flatten() for p in group["params"]]).requires_grad_()
+        group["params"] = [flat]
+    with pytest.raises(NotImplementedError, match=r"since the allocator was attached, the SGD .*deepspeed.initialize"):
+        optimizer.step()

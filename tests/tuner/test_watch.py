@@ -1,13 +1,16 @@
-"""A training run whose target sparsity nobody applies is told so, once."""
+"""What goes wrong silently in a training run is told, once: budgets nobody shrinks, layers nobody uses."""
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
 import torch
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
+from torch import nn
 
-from snella import BudgetAllocator
+from snella import BudgetAllocator, SnellaConfig
 
 
 def train(case, model, steps):
@@ -64,3 +67,160 @@ def test_frozen_adapters_and_evaluation_are_no_training(mlp):
             mlp.run(model.train())
             mlp.run(other.eval())
             optimizer.step()
+
+
+class Partly(nn.Module):
+    """One layer is called, of one the weight is read, two are there only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called, self.read, self.spare, self.other = (nn.Linear(4, 4) for _ in range(4))
+        self.attn = nn.MultiheadAttention(4, 2)
+
+    def forward(self, x):
+        x = nn.functional.linear(self.called(x), self.read.weight)
+        return self.attn(x, x, x)[0]
+
+
+TARGETS = ["called", "read", "spare", "other", "attn"]
+UNUSED = r"2 of 6 adapted modules had no part in the first optimizer step: 'spare', 'other'; the model neither called"
+
+
+def partly(inject=get_peft_model, **settings):
+    settings = {"r": 2, "init_sparsity": 0.3, "target_sparsity": 0.3, "target_modules": TARGETS} | settings
+    return inject(Partly(), SnellaConfig(**settings))
+
+
+def step(model, optimizer=None):
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = optimizer or torch.optim.SGD(parameters, lr=1e-3)
+    model.train()
+    model(torch.randn(3, 4)).square().sum().backward()
+    optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("in_place", [False, True], ids=["peft_model", "injected"])
+def test_layers_that_the_model_does_not_use_are_named_once_after_the_first_step(compiled, in_place):
+    model = partly(lambda model, config: inject_adapter_in_model(config, model)) if in_place else partly()
+    with pytest.warns(UserWarning, match=UNUSED) as caught:
+        optimizer = step(torch.compile(model, backend="eager") if compiled else model)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(model, optimizer)
+
+
+def test_an_allocator_says_nothing_more_of_them():
+    model = partly(target_sparsity=0.6)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    BudgetAllocator(model, total_epochs=2, steps_per_epoch=2).attach(optimizer)
+    with pytest.warns(UserWarning, match=UNUSED) as caught:
+        step(model, optimizer)
+    assert len(caught) == 1
+
+
+def test_steps_of_other_optimizers_say_nothing_of_an_adapter():
+    other, model = nn.Linear(4, 4), partly()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(other)
+    with pytest.warns(UserWarning, match=UNUSED):
+        step(model)
+
+
+def test_merging_names_what_the_model_has_not_used(tmp_path):
+    model, x = partly(), torch.randn(3, 4)
+    with pytest.warns(UserWarning, match=UNUSED):
+        step(model)
+    model.save_pretrained(tmp_path)
+    message = r"merging changes 2 of 6 modules whose updates the model has not used so far: 'spare', 'other'"
+    with pytest.warns(UserWarning, match=message):
+        copy.deepcopy(model).merge_and_unload()
+    with pytest.warns(UserWarning, match=message):
+        model.merge_adapter()
+    loaded = PeftModel.from_pretrained(Partly(), tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        copy.deepcopy(loaded).merge_and_unload()  # nothing is known of a model that was never run
+        copy.deepcopy(loaded).unload()
+    loaded.eval()(x)
+    with pytest.warns(UserWarning, match=message):
+        loaded.merge_and_unload()
+
+
+class Normalized(nn.Module):
+    """A batch normalization between two layers, and one that keeps no statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin0, self.norm, self.lin1 = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)
+        self.plain = nn.BatchNorm1d(4, track_running_stats=False)
+
+    def forward(self, x):
+        return self.plain(self.lin1(self.norm(self.lin0(x))))
+
+
+def normalized(**settings):
+    settings = {"r": 2, "init_sparsity": 0.3, "target_sparsity": 0.3, "target_modules": ["lin0", "lin1"]} | settings
+    return get_peft_model(Normalized(), SnellaConfig(**settings))
+
+
+def test_running_statistics_that_an_adapter_does_not_hold_are_named_when_it_is_saved(tmp_path):
+    model = normalized()
+    optimizer = step(model)
+    message = r"statistics of 1 batch normalizations changed .* the saved adapter: 'norm'; name them in modules_to_save"
+    with pytest.warns(UserWarning, match=message):
+        model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(tmp_path)
+    step(model, optimizer)
+    with pytest.warns(UserWarning, match=message):
+        model.save_pretrained(tmp_path)
+
+
+def test_the_ways_out_that_are_named_save_or_keep_running_statistics(tmp_path):
+    saved, still = normalized(modules_to_save=["norm"]), normalized()
+    step(saved)
+    still.base_model.model.norm.register_forward_pre_hook(lambda module, _: module.eval() and None)
+    step(still)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        saved.save_pretrained(tmp_path / "saved")
+        still.save_pretrained(tmp_path / "still")
+    torch.manual_seed(0)
+    loaded = PeftModel.from_pretrained(Normalized(), tmp_path / "saved")
+    name = "base_model.model.norm.modules_to_save.default.running_mean"
+    assert torch.equal(loaded.state_dict()[name], saved.state_dict()[name])
+    assert saved.state_dict()[name].abs().sum() > 0
+
+
+def test_an_adapter_that_is_saved_far_above_its_target_is_told_of_once(tmp_path):
+    model = partly(target_modules=["called", "read"], target_sparsity=0.9)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    allocator = BudgetAllocator(model, total_epochs=2, steps_per_epoch=8).attach(optimizer)
+    for _ in range(8):  # what four batches a step make of two epochs of 16 batches
+        step(model, optimizer)
+    budget = sum(allocator.budgets.values())
+    message = (
+        rf"saved with {budget:,} entries, its target is 3: the allocator has seen 8 of 16 .* steps_per_epoch or total"
+    )
+    with pytest.warns(UserWarning, match=message) as caught:
+        model.save_pretrained(tmp_path)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(tmp_path)
+        for _ in range(8):
+            step(model, optimizer)
+        model.save_pretrained(tmp_path)
+    other = partly(target_modules=["called", "read"], target_sparsity=0.9)
+    optimizer = torch.optim.SGD([p for p in other.parameters() if p.requires_grad], lr=1e-3)
+    exact = BudgetAllocator(other, total_epochs=2, steps_per_epoch=8).attach(optimizer)
+    exact.has_exact_steps = True  # as a trainer's checkpoint is saved
+    step(other, optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other.save_pretrained(tmp_path)

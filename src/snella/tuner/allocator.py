@@ -87,6 +87,8 @@ class BudgetAllocator:
         )
         self.step = 0
         self.history: list[dict[str, Any]] = []
+        self._has_checked = False
+        self.has_exact_steps = False  # whether the number of steps is a trainer's own
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._allocate(0)
 
@@ -160,8 +162,7 @@ class BudgetAllocator:
         _refuse_deepspeed(optimizer)
         while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
             optimizer = inner
-        optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        if not any(id(matrix.layer.snella_A[self.adapter_name]) in optimized for matrix in self.matrices):
+        if not self._is_optimized_by(optimizer):
             raise ValueError(
                 f"{type(optimizer).__name__} holds none of the factors of adapter {self.adapter_name!r}; attach to the "
                 "optimizer that trains them, made after the adapter, e.g. with create_snella_optimizer(model, lr=…); "
@@ -181,7 +182,13 @@ class BudgetAllocator:
         ]
         self._watch(attached=True)
         self._load_from(optimizer)
+        self._has_checked = False
         return self
+
+    def _is_optimized_by(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer holds factors of the adapter."""
+        optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        return any(id(matrix.layer.snella_A[self.adapter_name]) in optimized for matrix in self.matrices)
 
     def detach(self) -> None:
         """Release the optimizer."""
@@ -212,6 +219,13 @@ class BudgetAllocator:
             self._finish_step(self.step + 1)
 
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if not self._has_checked and not self._is_optimized_by(optimizer):
+            raise NotImplementedError(
+                f"since the allocator was attached, the {type(optimizer).__name__} was given other parameters than the "
+                f"factors of adapter {self.adapter_name!r}, as deepspeed.initialize does, which takes their gradients "
+                "away; train with DDP or FSDP, or without an allocator (target_sparsity = init_sparsity)"
+            )
+        self._has_checked = True
         if not self.config.zero_init_ema:
             self._update_importance(_gradient_scale(optimizer))
 
@@ -226,17 +240,19 @@ class BudgetAllocator:
 
     def _update_importance(self, gradient_scale: float = 1.0) -> None:
         self.importance.update(gradient_scale)
-        untouched = self.importance.without_gradient
+        # of those that take no part in the model's outputs at all, `SnellaModel` tells
+        applied = {matrix.name for matrix in self.matrices if matrix.layer.is_applied}
+        untouched = [name for name in self.importance.without_gradient if name in applied]
         if untouched and self.step == 0:
             warnings.warn(
                 f"{len(untouched)} of {len(self.matrices)} adapted matrices got no gradient in the first step, e.g. "
-                f"{untouched[:3]}: the model does not use these layers, or reads their weights past them; "
-                "leave them out with exclude_modules",
+                f"{untouched[:3]}: the loss does not depend on these layers; leave them out with exclude_modules",
                 stacklevel=3,
             )
 
     def _finish_step(self, step: int) -> None:
         self.step = step
+        self.config.watch.steps = None if self.has_exact_steps else (step, self.total_steps)
         if self.is_realloc_step(step):
             self._allocate(step)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any, cast
 
 import torch
@@ -12,7 +13,7 @@ from torch.func import functional_call
 
 from snella.ops.spec import LayerOp
 from snella.tuner.config import SnellaConfig
-from snella.tuner.layer import LINEAR, SnellaLayer, refuse_tracing
+from snella.tuner.layer import LINEAR, SnellaLayer, call_inside_hooks, has_hooks, onloaded, refuse_tracing
 
 _INPUTS = ("in_proj",)
 _SEPARATE_INPUTS = ("q_proj", "k_proj", "v_proj")
@@ -99,18 +100,41 @@ class AdaptedAttention(nn.Module):
         updated = [projection for projection in self.projections() if projection.is_updated()]
         if updated and torch.compiler.is_compiling():
             # a graph cannot see what changed since an effective weight was computed
+            if has_hooks(self.base_layer):
+                return self._attend_outside_graphs(query, key, value, **masks, **weights)
             return self._attend(query, key, value, **masks, **weights)
         if updated:
             refuse_tracing(updated[0].module_name)
         if any(projection.needs_own_op() for projection in updated):
-            return self._attend(query, key, value, **masks, **weights)
+            return self._attend_inside_hooks(query, key, value, **masks, **weights)
         if not updated:
             return self.base_layer(query, key, value, **masks, **weights)
-        if any(not projection.is_weight_registered() for projection in updated):
-            # `functional_call` replaces parameters only, and FSDP1 keeps plain tensors in their place during a pass
-            return self._attend(query, key, value, **masks, **weights)
+        # `functional_call` replaces parameters only, FSDP1 keeps plain tensors in their place during a pass, and hooks
+        # that replace `forward` may bring others
+        is_replaceable = all(projection.is_weight_registered() for projection in updated)
+        if not is_replaceable or "forward" in self.base_layer.__dict__:
+            return self._attend_inside_hooks(query, key, value, **masks, **weights)
         effective = {projection.parameter_name: projection.effective_weight() for projection in updated}
         return functional_call(self.base_layer, effective, (query, key, value), masks | weights)
+
+    @torch.compiler.disable
+    def _attend_outside_graphs(self, *inputs: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+        """`_attend_inside_hooks`, of which a graph sees nothing."""
+        return self._attend_inside_hooks(*inputs, **options)
+
+    def _attend_inside_hooks(self, *inputs: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+        """`_attend`, with the hooks of the attention around it."""
+        if not has_hooks(self.base_layer):
+            return self._attend(*inputs, **options)
+
+        def forward(*inputs: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+            with ExitStack() as stack:
+                for projection in self.projections():
+                    stack.enter_context(onloaded(projection, with_base=True))
+                return self._attend(*inputs, **options)
+
+        output: tuple[Tensor, Tensor | None] = call_inside_hooks(self.base_layer, forward, *inputs, **options)
+        return output
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
         """Project, attend and project back, each product on its own."""
@@ -227,6 +251,7 @@ class Projection(SnellaLayer):
 
     def effective_weight(self) -> Tensor:
         """Weight and updates in one matrix, computed once while nothing changes."""
+        self.is_applied = True
         return self._cached_weight(self._names_in_use())
 
     def __repr__(self) -> str:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils._pytree import tree_map_only
 
 from snella.ops.autograd import RecomputeCache
@@ -17,6 +17,7 @@ from snella.ops.spec import Factors
 
 _WARN_AFTER_STEPS = 10  # enough to tell training from a probe of the gradients
 _optimizer_steps: list[int] = []  # one number once somebody counts; empty before
+_step_checks: list[Callable[[Optimizer], bool]] = []
 
 
 def optimizer_steps() -> int:
@@ -31,8 +32,16 @@ def optimizer_steps() -> int:
     return _optimizer_steps[0]
 
 
-def _count_step(*_: Any) -> None:
+def check_after_step(check: Callable[[Optimizer], bool]) -> None:
+    """Call `check` with the optimizer after every optimizer step, until it returns whether it is done."""
+    optimizer_steps()
+    _step_checks.append(check)
+
+
+def _count_step(optimizer: Optimizer, *_: Any) -> None:
     _optimizer_steps[0] += 1
+    if _step_checks:
+        _step_checks[:] = [check for check in _step_checks if not check(optimizer)]
 
 
 def contents_of(tensors: Sequence[Tensor | None]) -> tuple[tuple[int, int, int], ...] | None:
@@ -247,11 +256,16 @@ class AllocatorCheck:
     """Warns once each of what goes wrong silently while an adapter is trained.
 
     No allocator was ever attached to shrink its budget: AdaLoRA's users forget the call and silently train LoRA. A
-    model reads a layer's weight, so that dropout and drop-path of the update cannot act.
+    model reads a layer's weight, so that dropout and drop-path of the update cannot act. An adapter is saved while its
+    budget is above the target, because a loop counted its steps wrong, or without the running statistics that changed.
     """
 
     def __init__(self) -> None:
         self.is_attached = False
+        self.steps: tuple[int, int] | None = None
+        """Optimizer steps taken and to be taken, as an allocator has them from its caller's own count."""
+        self._batches: dict[str, int] = {}
+        self._has_told_of_budget = False
         self._first_step: int | None = None
         self._has_warned = False
         self._has_warned_of_read = False
@@ -288,3 +302,41 @@ class AllocatorCheck:
             "with exclude_modules, if that matters",
             stacklevel=2,
         )
+
+    def note_statistics(self, model: nn.Module) -> None:
+        """Remember how many batches the running statistics of each normalization have seen."""
+        self._batches = _tracked_batches(model)
+
+    def on_saving(self, model: nn.Module, budget: int, target_budget: int) -> None:
+        """Note that an adapter of a model is saved, which keeps `budget` entries."""
+        now = _tracked_batches(model)
+        changed = [name for name, batches in self._batches.items() if now.get(name, batches) != batches]
+        if changed:
+            self._batches = now
+            more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+            warnings.warn(
+                f"the running statistics of {len(changed)} batch normalizations changed in training and are no part "
+                f"of the saved adapter: {', '.join(map(repr, changed[:4]))}{more}; name them in modules_to_save, or "
+                "train with these layers in evaluation mode",
+                stacklevel=2,
+            )
+        is_early = self.steps is not None and self.steps[0] < self.steps[1]
+        if self.steps is not None and is_early and budget > 1.1 * target_budget and not self._has_told_of_budget:
+            self._has_told_of_budget = True
+            warnings.warn(
+                f"the adapter is saved with {budget:,} entries, its target is {target_budget:,}: the allocator has "
+                f"seen {self.steps[0]} of {self.steps[1]} optimizer steps; if the training is over, steps_per_epoch "
+                "or total_epochs was too large (batches over which gradients are accumulated are one step)",
+                stacklevel=2,
+            )
+
+
+def _tracked_batches(model: nn.Module) -> dict[str, int]:
+    """Batches that the running statistics of each batch normalization have seen, by name within the adapted model."""
+    counts = {
+        name.removeprefix("base_model.model."): module.num_batches_tracked
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.num_batches_tracked is not None
+        if ".modules_to_save." not in name  # those are saved
+    }
+    return {name: int(count) for name, count in counts.items() if not count.is_meta}

@@ -50,6 +50,7 @@ class SnellaCallback(TrainerCallback):
             total_steps=max(state.max_steps, 1),
             adapter_name=self.adapter_name,
         )
+        self.allocator.has_exact_steps = True
         self.allocator.attach(optimizer)
 
     def on_step_end(  # noqa: D102

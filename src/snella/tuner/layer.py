@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from itertools import accumulate, pairwise
@@ -52,6 +54,9 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
     largest_start = 0.15
     """Bound of `√n · rms(S) / rms(W0)` for the first update `S`: more than the layers of a ViT or Swin start with."""
 
+    is_applied = False
+    """Whether a forward pass, or a model that read the weight, has used an update since the layer was adapted."""
+
     other_param_names = ("snella_budget", "snella_support", "snella_config", "scaling", "row_counts")
 
     def __init__(
@@ -86,6 +91,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         self.quantization = find_quantization(base_layer, module_name)
         self.out_features, self.in_features = self._matrix_shape()
         self._active_adapter = adapter_name
+        self.cast_input_dtype_enabled = True
         self.update_layer(adapter_name, config, row_counts)
 
     # forward -------------------------------------------------------------------------------------------------------
@@ -98,13 +104,63 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         if not names:
             return self._without_updates(x, *args, **kwargs)
         refuse_tracing(self.module_name)
-        dtype, weight = x.dtype, self._weight()
-        x = self._prepare_input(self._cast_input_dtype(x, self._op_dtype(x)))
+        base = self._modules.get("base_layer")
+        # `has_hooks` written out: a call less in every pass
+        if base is not None and (
+            "forward" in base.__dict__ or base._forward_hooks or base._forward_pre_hooks or base._backward_hooks
+        ):
+            return self._inside_hooks(base, names, x, *args, **kwargs)
+        return self._with_updates(x, self._weight(), names)
+
+    def _inside_hooks(self, base: nn.Module, names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """`_with_updates` inside the hooks of the base layer, which may bring its weight for this call alone."""
+        used: list[Any] = []
+
+        def forward(x: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+            weight: Any = base.weight
+            used[:] = [weight, weight.dtype, weight.device]
+            own = self._weight()
+            if isinstance(own, Tensor) and not own.requires_grad:
+                own = own.detach()  # for the backward pass: a hook may give the parameter other data afterwards
+            with onloaded(self, with_base=False):
+                return self._with_updates(x, own, names)
+
+        y: Tensor = call_inside_hooks(base, forward, x, *args, **kwargs)
+        weight: Any = base.weight
+        if weight is not used[0] or [weight.dtype, weight.device] != used[1:]:
+            self._cache.clear()  # or the effective weight would stay where the base weight must not
+        return y
+
+    def _with_updates(self, x: Tensor, weight: Tensor | LazyWeight, names: list[str]) -> Tensor:
+        """The layer op with the updates of these adapters."""
+        self.__dict__["is_applied"] = True  # not by setattr, which is a call in every pass
+        dtype = x.dtype
+        op_dtype = weight.dtype if isinstance(weight, Tensor) else self._op_dtype(x)
+        if isinstance(weight, Tensor) and (op_dtype.itemsize == 1 or (weight.is_meta and not x.is_meta)):
+            raise self._unusable_weight(op_dtype)
+        x = self._prepare_input(self._cast_input_dtype(x, op_dtype))
         if self.training or self._needs_gradients(names):
             y = self._apply_learning(x, weight, names)
         else:
             y = self._apply_cached(x, weight, names)
         return y if torch.is_autocast_enabled(x.device.type) else y.to(dtype)
+
+    def _unusable_weight(self, dtype: torch.dtype) -> NotImplementedError:
+        """The error that says that the base weight is not there, or of a dtype that cannot be added to."""
+        if dtype.itemsize == 1:
+            return NotImplementedError(
+                f"the weight of {self.module_name!r} is {dtype}, to which no update can be added; merge before "
+                "enable_layerwise_casting, which widens weights in forward passes alone, or load the model in bfloat16"
+            )
+        return NotImplementedError(
+            f"the weight of {self.module_name!r} is on the meta device when it is used; load it, or offload it by "
+            "accelerate.cpu_offload or a device_map, whose hooks bring it when the layer is called"
+        )
+
+    def _check_weight(self, weight: Tensor | LazyWeight) -> None:
+        """Refuse a base weight to which no update can be added."""
+        if isinstance(weight, Tensor) and (weight.dtype.itemsize == 1 or weight.is_meta):
+            raise self._unusable_weight(weight.dtype)
 
     def _names_in_use(self) -> list[str]:
         """The active adapters, none where they are disabled or merged; a layer that is both is unmerged."""
@@ -240,8 +296,11 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         names = [name for name in self.active_adapters if name in self.snella_A]
         if self.quantization is None and (self.disable_adapters or self.merged or not names):
             return self.base_layer(x, *args, **kwargs)
-        if self.quantization is not None or any(name in self.snella_support for name in names):
-            return torch.compiler.disable(self.forward)(x, *args, **kwargs)
+        base = self._modules.get("base_layer")
+        is_opaque = self.quantization is not None or (base is not None and has_hooks(base))
+        if is_opaque or any(name in self.snella_support for name in names):
+            return self._forward_outside_graphs(x, *args, **kwargs)
+        self._note_applied_in_graph()
         weight, bias, dtype, op = self._oriented_weight(), self._base_bias(), x.dtype, self._op()
         x = self._prepare_input(self._cast_input_dtype(x, weight.dtype))
         is_autocast = torch.is_autocast_enabled(x.device.type)
@@ -258,6 +317,16 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
             dropped = F.dropout(x, self._update_dropout(name), training=True)
             y = y + self._drop_path(self._update_in_graph(dropped, name, op), name).to(y.dtype)
         return y if is_autocast else y.to(dtype)
+
+    def _note_applied_in_graph(self) -> None:
+        """Set `is_applied`; an exported program has no such attribute to set."""
+        if not torch.compiler.is_exporting():
+            self.is_applied = True
+
+    @torch.compiler.disable
+    def _forward_outside_graphs(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """`forward`, of which a graph sees nothing."""
+        return self.forward(x, *args, **kwargs)
 
     def _update_in_graph(
         self,
@@ -284,9 +353,8 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         return x
 
     def _op_dtype(self, x: Tensor) -> torch.dtype:
-        """The dtype that this layer computes in, autocast aside."""
-        base: Any = self.get_base_layer()
-        return base.weight.dtype if self.quantization is None else self.quantization.product_dtype(base, x.dtype)
+        """The dtype that a layer with a quantized weight computes in, autocast aside."""
+        return cast(Quantization, self.quantization).product_dtype(self.get_base_layer(), x.dtype)
 
     def _base_bias(self) -> Tensor | None:
         """The bias of the base layer."""
@@ -320,6 +388,11 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         return shape[0], shape[1:].numel()
 
     # adapters ------------------------------------------------------------------------------------------------------
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, torch.dtype | None]:
+        """Where the factors go, and in which dtype; one of eight bits is a base weight's alone."""
+        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
+        return device, torch.float32 if dtype is not None and dtype.itemsize == 1 else dtype
 
     def train(self, mode: bool = True) -> Self:
         """Switch between training and evaluation; the weight cached for evaluation is released."""
@@ -374,8 +447,9 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         self.snella_config[adapter_name] = config
         self.scaling[adapter_name] = config.scaling
         self.row_counts[adapter_name] = row_counts
-        self._reset_parameters(adapter_name, larger=not config.init_weights)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
+        with onloaded(self, with_base=True):
+            self._reset_parameters(adapter_name, larger=not config.init_weights)
+            self._move_adapter_to_device_of_base_layer(adapter_name)
         self._specs.pop(adapter_name, None)
         self._choose_backends()
         self._cache.clear()
@@ -686,6 +760,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         with torch.no_grad():
             # one sum from the untouched weight: merging one after the other would round at each step
             original = self._original_weight()
+            self._check_weight(original)
             merged = self._effective(original, [*self.merged_adapters, *names])
             if safe_merge and not torch.isfinite(merged).all():
                 broken = ", ".join(names)
@@ -771,6 +846,8 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
 
     def _read(self, names: list[str]) -> Tensor:
         """`W0 + Σ scaling·S`, `[m, …]`; cached in evaluation without gradients, as for a forward pass."""
+        self._check_weight(self._weight())
+        self.__dict__["is_applied"] = True
         if not self._needs_gradients(names):
             return self._effective(self._weight(), names) if self.training else self._cached_weight(names)
         self._check_allocator(names)
@@ -787,6 +864,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         """The same for `torch.compile`: the product with the identity, which the compiler drops where it is unused."""
         if any(name in self.snella_support for name in names):
             return torch.compiler.disable(self._read)(names)
+        self._note_applied_in_graph()
         weight = self._oriented_weight()
         matrix = weight.reshape(weight.shape[0], -1)
         with torch.autocast(weight.device.type, enabled=False):
@@ -871,6 +949,72 @@ def refuse_tracing(module_name: str) -> None:
             f"torch.func (grad, vmap, jvp, …) cannot transform the update of {module_name!r}, whose backward pass is "
             "written by hand; use torch.autograd.grad, or model.merge_and_unload() where no factor is differentiated"
         )
+
+
+_inside_hooks = threading.RLock()
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something is to run before or after the `forward` of a module's class."""
+    return bool(
+        "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+    )
+
+
+def call_inside_hooks(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a module with `forward` in the place of its class's own, so that whatever was hung around it runs as ever.
+
+    Raises:
+        NotImplementedError: The module's `forward` was replaced by something other than the hooks of torch, accelerate
+            and diffusers.
+    """
+    holder, name = _innermost_forward(module)
+    with _inside_hooks:
+        before = holder.__dict__.get(name)
+        holder.__dict__[name] = forward
+        try:
+            return module(*args, **kwargs)
+        finally:
+            holder.__dict__.pop(name)
+            if before is not None:
+                holder.__dict__[name] = before
+
+
+def _innermost_forward(module: nn.Module) -> tuple[Any, str]:
+    """The object, and its attribute, where hooks find the `forward` of a module's class."""
+    if "forward" not in module.__dict__:
+        return module, "forward"
+    references = getattr(module.__dict__.get("_diffusers_hook"), "_fn_refs", ())
+    places = [(module, "forward"), (module, "_old_forward")]
+    places += [(reference, name) for reference in references for name in ("forward", "original_forward")]
+    for holder, name in places:
+        if getattr(holder.__dict__.get(name), "__func__", None) is type(module).forward:
+            return holder, name
+    raise NotImplementedError(
+        f"the forward() of an adapted {type(module).__name__} was replaced by {module.__dict__['forward']!r}, which "
+        "its update would bypass; replace it after get_peft_model, in the adapted layer"
+    )
+
+
+@contextmanager
+def onloaded(layer: nn.Module, *, with_base: bool) -> Iterator[None]:
+    """Bring the tensors of a layer's parts to its device for a while, where accelerate offloads them.
+
+    PEFT's `onload_layer` keeps a copy of what a base layer held, as its merging needs.
+
+    Args:
+        layer: The layer.
+        with_base: Whether the base layer too is meant; its own call brings it.
+    """
+    parts: list[Any] = [part for name, part in layer._modules.items() if with_base or name != "base_layer"]
+    parts = [part for part in parts if "_hf_hook" in part.__dict__]
+    for part in parts:
+        part._hf_hook.pre_forward(part)
+    try:
+        yield
+    finally:
+        for part in parts:
+            part._hf_hook.post_forward(part, None)
 
 
 @lru_cache(maxsize=64)

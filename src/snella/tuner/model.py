@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -14,12 +15,14 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
 from snella.ops.recompute import mark_outputs, unmark_outputs
 from snella.tuner.attention import AdaptedAttention, Projection, input_projections, is_adaptable, keep_off_fast_path
+from snella.tuner.cache import check_after_step
 from snella.tuner.config import SnellaConfig
-from snella.tuner.layer import SnellaLayer
+from snella.tuner.layer import SnellaLayer, onloaded
 from snella.tuner.quantization import one_warning
 from snella.tuner.targets import (
     all_linear_names,
@@ -40,6 +43,7 @@ from snella.tuner.tokens import TokenAdapter, attach_tokens, find_tokens, token_
 
 logger = logging.getLogger(__name__)
 
+_OTHERS_STEPS = 10  # of optimizers that train something else, until nobody waits for this adapter's first one
 _LEAST_LIMIT = 1 << 24  # numbers in the factors that are never too many: 64 MiB
 
 
@@ -265,6 +269,9 @@ class SnellaModel(BaseTuner):
         layer = next((m for m in model.modules() if isinstance(m, SnellaLayer) and adapter_name in m.snella_A), None)
         if layer is not None and not layer.snella_A[adapter_name].is_meta:
             logger.info("adapter %r: impl=%r is %s", adapter_name, config.impl, layer.backend(adapter_name))
+        if not config.inference_mode:
+            self._check_after_first_step(adapter_name)
+            config.watch.note_statistics(model)
         attach_tokens(
             model,
             config.parameters_to_save or [],
@@ -298,18 +305,56 @@ class SnellaModel(BaseTuner):
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Add the updates to the base weights; what quantized ones lost is said once for all of them."""
+        self._tell_of_unapplied(*args[:1], **kwargs)
         with one_warning():
             super().merge_adapter(*args, **kwargs)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]
         """Give parameters back and take marks away once PEFT has merged and replaced everything else."""
         tokens = token_adapters(self.model)
+        if kwargs.get("merge", not args or args[0]):
+            self._tell_of_unapplied(**kwargs)
         with one_warning():
             model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore[assignment]
         for token in tokens:
             token.remove()
         unmark_outputs(model)
         return model
+
+    def _check_after_first_step(self, adapter_name: str) -> None:
+        """After the first optimizer step of an adapter, name the layers that nothing has used until then."""
+        reference, waited = weakref.ref(self.model), 0  # PEFT may keep the model alone
+
+        def check(optimizer: Optimizer) -> bool:
+            nonlocal waited
+            model = reference()
+            layers = [] if model is None else _adapted_layers(model, [adapter_name])
+            optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            waited += 1
+            if layers and not any(id(layer.snella_A[adapter_name]) in optimized for layer in layers):
+                return waited >= _OTHERS_STEPS
+            if unapplied := [layer.module_name for layer in layers if not layer.is_applied]:
+                warnings.warn(
+                    f"{len(unapplied)} of {len(layers)} adapted modules had no part in the first optimizer step: "
+                    f"{', '.join(map(repr, unapplied))}; the model neither called them nor read their weight, so that "
+                    "they are not trained, while merging would change them; leave them out with exclude_modules",
+                    stacklevel=2,
+                )
+            return True
+
+        check_after_step(check)
+
+    def _tell_of_unapplied(self, adapter_names: list[str] | None = None, **_: Any) -> None:
+        """Name the layers that merging changes although nothing has used their updates, if others' were used."""
+        layers = _adapted_layers(self.model, self.active_adapters if adapter_names is None else adapter_names)
+        unapplied = [layer.module_name for layer in layers if not layer.is_applied]
+        if 0 < len(unapplied) < len(layers):
+            warnings.warn(
+                f"merging changes {len(unapplied)} of {len(layers)} modules whose updates the model has not used so "
+                f"far: {', '.join(map(repr, unapplied))}; if it never calls them nor reads their weight, this does "
+                "nothing, or changes outputs where other code reads the merged weight",
+                stacklevel=3,
+            )
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -410,7 +455,8 @@ class SnellaModel(BaseTuner):
             # given back as it is; PEFT would copy a `weight`, which an attention or a head of several layers lacks
             setattr(parent, child_name, new_module)
             return
-        super()._replace_module(parent, child_name, new_module, child)
+        with onloaded(new_module, with_base=True):  # PEFT moves the factors to where the base weight is now
+            super()._replace_module(parent, child_name, new_module, child)
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
@@ -436,6 +482,16 @@ class SnellaModel(BaseTuner):
                 "snella.TaskBank group them"
             )
         yield
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model: nn.Module, config: PeftConfig, adapter_name: str, **kwargs: Any) -> Any:
+        """Select the entries as PEFT does, and tell what the adapter lacks, or has too much of."""
+        layers = _adapted_layers(model, [adapter_name])
+        if isinstance(config, SnellaConfig) and not any(layer.snella_budget[adapter_name].is_meta for layer in layers):
+            budget = sum(sum(layer.budgets(adapter_name)) for layer in layers)
+            size = sum(layer.out_features * layer.in_features for layer in layers)
+            config.watch.on_saving(model, budget, size - round(config.target_sparsity * size))
+        return super()._get_adapter_state_dict(model, config, adapter_name, **kwargs)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -476,6 +532,12 @@ class SnellaModel(BaseTuner):
                 "diverged or its file is damaged, load an earlier one"
             )
         return remapped
+
+
+def _adapted_layers(model: nn.Module, adapter_names: list[str]) -> list[SnellaLayer]:
+    """The layers that one of these adapters updates."""
+    layers = [module for module in model.modules() if isinstance(module, SnellaLayer)]
+    return [layer for layer in layers if any(name in layer.snella_A for name in adapter_names)]
 
 
 def _matches(targets: set[str] | str, name: str) -> bool:

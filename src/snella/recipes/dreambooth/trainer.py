@@ -169,6 +169,7 @@ class DreamBoothTrainer:
                 steps_per_epoch=steps_per_epoch,
                 total_steps=config.steps,
             )
+            self.allocator.has_exact_steps = True
 
     @property
     def elapsed_s(self) -> float:

@@ -1,0 +1,206 @@
+"""What others hang around a base layer runs around the adapted layer too, as it does in LoRA."""
+
+from __future__ import annotations
+
+import copy
+import types
+
+import accelerate
+import pytest
+import torch
+from diffusers.hooks import apply_layerwise_casting
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from snella import SnellaConfig
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+
+
+def conv() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect"), nn.ReLU(), nn.Conv2d(8, 4, 3))
+
+
+class Attention(nn.Module):
+    """An attention that is called as a model calls it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attn(x, x, x, need_weights=False)[0]
+
+
+MODELS = {
+    "linear": (net, ["0", "2"], (3, 8)),
+    "conv": (conv, ["0", "2"], (2, 3, 6, 6)),
+    "attention": (Attention, ["attn"], (2, 4, 8)),
+}
+METHODS = {
+    "snella": lambda targets: SnellaConfig(
+        r=4, target_modules=targets, init_weights=False, scaling=0.2, init_sparsity=0.3, target_sparsity=0.3
+    ),
+    "lora": lambda targets: LoraConfig(r=4, target_modules=targets, init_lora_weights=False),
+}
+
+
+def adapt(model: nn.Module, targets=("0", "2"), method: str = "snella") -> PeftModel:
+    torch.manual_seed(1)
+    return get_peft_model(model, METHODS[method](list(targets))).eval()
+
+
+def inputs(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("is_training", [False, True], ids=["no_grad", "training"])
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("method", METHODS)
+def test_forward_hooks_of_a_base_layer_run_and_may_change_its_input_and_output(method, kind, is_training):
+    make, targets, shape = MODELS[kind]
+    base, x = make(), inputs(*shape)
+    layer = base.attn if kind == "attention" else base[2]
+    calls = []
+
+    def before(module, args):
+        calls.append("before")
+
+    def after(module, args, output):
+        calls.append("after")
+        return (output[0] + 1, *output[1:]) if isinstance(output, tuple) else output + 1
+
+    with torch.set_grad_enabled(is_training):
+        expected = adapt(copy.deepcopy(base), targets, method).train(is_training)(x) + 1
+        layer.register_forward_pre_hook(before)
+        layer.register_forward_hook(after)
+        found = adapt(base, targets, method).train(is_training)(x)
+    assert calls == ["before", "after"]
+    torch.testing.assert_close(found, expected)
+
+
+def test_backward_hooks_of_a_base_layer_run():
+    base, seen = net(), []
+    base[2].register_full_backward_hook(lambda module, grad_in, grad_out: seen.append(grad_out[0]))
+    model = adapt(base).train()
+    model(inputs(3, 8)).sum().backward()
+    assert len(seen) == 1
+    assert torch.equal(seen[0], torch.ones(3, 8))
+
+
+def test_gradients_are_those_without_hooks():
+    plain, hooked, x = adapt(net()).train(), net(), inputs(3, 8)
+    hooked[0].register_forward_hook(lambda *_: None)
+    hooked = adapt(hooked).train()
+    for model in (plain, hooked):
+        model(x).square().sum().backward()
+    grads = [{n: p.grad for n, p in model.named_parameters() if p.grad is not None} for model in (plain, hooked)]
+    assert grads[0]
+    assert grads[0].keys() == grads[1].keys()
+    assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_an_offloaded_model_gives_its_outputs_is_offloaded_again_and_merges(kind, when):
+    make, targets, shape = MODELS[kind]
+    x = inputs(*shape)
+    with torch.no_grad():
+        expected = adapt(make(), targets)(x)
+        if when == "before":
+            model = adapt(accelerate.cpu_offload(make(), execution_device="cpu"), targets)
+        else:
+            model = accelerate.cpu_offload(adapt(make(), targets), execution_device="cpu")
+        base = model.base_model.model[0]
+        for _ in range(2):
+            assert torch.equal(model(x), expected)
+            assert base.base_layer.weight.is_meta
+            assert base.snella_A["default"].is_meta == (when == "after")
+            assert base._cache._effective is None, "the effective weight stays where the base weight must not"
+        assert torch.equal(model.merge_and_unload()(x), expected)
+
+
+def test_an_adapter_of_an_offloaded_model_trains():
+    plain, x = adapt(net()).train(), inputs(3, 8)
+    model = adapt(accelerate.cpu_offload(net(), execution_device="cpu")).train()
+    for trained in (plain, model):
+        trained(x).square().sum().backward()
+    for name in ("snella_A", "snella_B"):
+        expected = getattr(plain.base_model.model[0], name)["default"].grad
+        assert torch.equal(getattr(model.base_model.model[0], name)["default"].grad, expected)
+
+
+def test_hooks_that_only_move_inputs_are_left_alone():
+    x, base = inputs(3, 8), net()
+    expected = adapt(net())(x)
+    model = adapt(accelerate.dispatch_model(base, {"": "cpu"}, force_hooks=True))
+    assert "forward" in model.base_model.model[0].base_layer.__dict__ or "_hf_hook" in base.__dict__
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_weights_stored_in_eight_bits_are_widened_for_each_pass(when, dtype):
+    base, x = net().to(dtype), inputs(3, 8).to(dtype)
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.copy_(parameter.to(torch.float8_e4m3fn).to(dtype))
+    reference = adapt(copy.deepcopy(base)).train()
+    if when == "before":
+        apply_layerwise_casting(base, torch.float8_e4m3fn, dtype)
+        model = adapt(base)
+    else:
+        model = adapt(base)
+        apply_layerwise_casting(model, torch.float8_e4m3fn, dtype, skip_modules_pattern=["snella_"])
+    layer = model.base_model.model[0]
+    with torch.no_grad():
+        # drawn alike, and rounded to the base weight's dtype only where that has sixteen bits
+        for own, drawn in zip(reference.parameters(), model.parameters(), strict=True):
+            own.copy_(drawn.float())
+        assert torch.equal(model(x), reference.eval()(x))
+    assert layer.base_layer.weight.dtype == torch.float8_e4m3fn
+    assert layer._cache._effective is None
+    for trained in (reference.train(), model.train()):
+        trained(x).square().sum().backward()
+    expected = reference.base_model.model[0].snella_A["default"].grad
+    assert torch.equal(layer.snella_A["default"].grad, expected)
+    with pytest.raises(NotImplementedError, match=r"the weight of '0' is torch.float8_e4m3fn, .* merge before"):
+        model.merge_adapter()
+
+
+def test_a_weight_in_eight_bits_or_without_data_is_refused_by_name():
+    x = inputs(3, 8)
+    model = adapt(net())
+    model.base_model.model[2].base_layer.to(torch.float8_e4m3fn)
+    with pytest.raises(NotImplementedError, match=r"the weight of '2' is torch.float8_e4m3fn"):
+        model(x)
+    model = adapt(net())
+    model.base_model.model[2].base_layer.to("meta")
+    with pytest.raises(NotImplementedError, match="the weight of '2' is on the meta device when it is used; load it"):
+        model(x)
+    with pytest.raises(NotImplementedError, match="the weight of '2' is on the meta device"):
+        torch.nn.functional.linear(x, model.base_model.model[2].weight)
+
+
+def test_a_replaced_forward_is_refused_by_name():
+    base = net()
+    base[2].forward = types.MethodType(lambda self, x: nn.functional.linear(x, self.weight) * 2, base[2])
+    with pytest.raises(NotImplementedError, match=r"the forward\(\) of an adapted Linear was replaced by .*lambda"):
+        adapt(base)(inputs(3, 8))
+
+
+@torch.no_grad()
+def test_a_graph_runs_the_hooks_of_a_base_layer():
+    base, calls = net(), []
+    for layer in (base[0], base[2]):  # torch compiles layers alike that differ in their hooks alone
+        layer.register_forward_hook(lambda *_: calls.append(1))
+    model, x = adapt(base), inputs(3, 8)
+    expected = model(x)
+    calls.clear()
+    torch.testing.assert_close(torch.compile(model, backend="eager")(x), expected)
+    assert calls == [1, 1]
