@@ -484,7 +484,9 @@ class SnellaModel(BaseTuner):
         yield
 
     @classmethod
-    def _get_adapter_state_dict(cls, model: nn.Module, config: PeftConfig, adapter_name: str, **kwargs: Any) -> Any:
+    def _get_adapter_state_dict(  # type: ignore[override] # PEFT names all that comes, and more may come
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, **kwargs: Any
+    ) -> dict[str, Tensor]:
         """Select the entries as PEFT does, and tell what the adapter lacks, or has too much of."""
         layers = _adapted_layers(model, [adapter_name])
         if isinstance(config, SnellaConfig) and not any(layer.snella_budget[adapter_name].is_meta for layer in layers):
