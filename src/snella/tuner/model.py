@@ -484,8 +484,13 @@ class SnellaModel(BaseTuner):
         yield
 
     @classmethod
-    def _get_adapter_state_dict(  # type: ignore[override] # PEFT names all that comes, and more may come
-        cls, model: nn.Module, config: PeftConfig, adapter_name: str, **kwargs: Any
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         """Select the entries as PEFT does, and tell what the adapter lacks, or has too much of."""
         layers = _adapted_layers(model, [adapter_name])
@@ -493,7 +498,7 @@ class SnellaModel(BaseTuner):
             budget = sum(sum(layer.budgets(adapter_name)) for layer in layers)
             size = sum(layer.out_features * layer.in_features for layer in layers)
             config.watch.on_saving(model, budget, size - round(config.target_sparsity * size))
-        return super()._get_adapter_state_dict(model, config, adapter_name, **kwargs)
+        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
