@@ -36,11 +36,11 @@ from snella.records import BackboneInfo
 from snella.runs import TrainConfig
 from snella.runs.build import load_splits, make_backbone, resolve_data_config
 from snella.runs.callbacks import WeightAverage
-from snella.runs.linear_probe import INVERSE_PENALTY, fit_probe
+from snella.runs.optimizer import build_optimizer
 from snella.runs.protocol import get_protocol
 from snella.runs.results import matrices_of
 from snella.runs.sampler import EpochSampler
-from snella.runs.trainer import build_optimizer
+from snella.tasks.classification import INVERSE_PENALTY, fit_probe
 
 HERE = Path(__file__).parent
 SUITE = HERE.parent / "experiments" / "bundled-suite.yaml"

@@ -27,7 +27,7 @@ def of_page(page):
     return [(page, shlex.join(words)) for words in commands((ROOT / "docs" / f"{page}.md").read_text())]
 
 
-@pytest.mark.parametrize(("page", "line"), [pair for page in PAGES for pair in of_page(page)])
+@pytest.mark.parametrize(("page", "line"), [pair for page in (*PAGES, "targets") for pair in of_page(page)])
 def test_every_command_of_a_page_is_one_that_the_program_takes(page, line, monkeypatch):
     monkeypatch.chdir(ROOT)
     words = shlex.split(line)

@@ -403,6 +403,7 @@ class RunInfo(Record):
     method_options: dict[str, Any] = field(default_factory=dict)
     backbone: BackboneInfo
     classes: list[str]
+    task_state: dict[str, Any] | None = field(default=None, metadata=_OPTIONAL)
     data: DataInfo
     data_config: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, Any] = field(default_factory=dict)
@@ -435,6 +436,7 @@ class Scores:
     balanced_accuracy: float = math.nan
     loss: float = math.nan
     confusion: list[list[int]] = field(default_factory=list)
+    macro_f1: float = field(default=math.nan, metadata=_OPTIONAL)
 
     def __post_init__(self) -> None:
         """Refuse a table that is not square."""
@@ -532,9 +534,130 @@ class MaskScores:
         ]
 
 
-def scores_from(values: Mapping[str, Any]) -> Scores | MaskScores:
+@dataclass(frozen=True, kw_only=True)
+class OrdinalScores(Scores):
+    """Result of a task with ordered classes on one split: `mae` in ranks, `kappa` with quadratic weights."""
+
+    mae: float
+    kappa: float
+
+    def values(self) -> dict[str, Any]:
+        """The numbers in short, as plain values."""
+        return {"mae": self.mae, "kappa": self.kappa, **super().values()}
+
+    def text(self) -> str:
+        """The numbers in a few words."""
+        return f"MAE {self.mae:.3f} ranks, kappa {self.kappa:.3f}, {super().text()}"
+
+    def rows(self, split: str) -> list[tuple[str, str, str]]:
+        """Label, value and small print of each number."""
+        return [
+            (f"{split} MAE", f"{self.mae:.3f}", f"ranks, mean of {count_text(self.count)} images"),
+            (f"{split} kappa", f"{self.kappa:.3f}", "quadratic weights; 1 is perfect, 0 is chance"),
+            *super().rows(split),
+        ]
+
+
+@dataclass(frozen=True)
+class LabelScores:
+    """Result of one label of several; NaN where no image has it."""
+
+    name: str
+    support: int = 0
+    average_precision: float = math.nan
+    f1: float = math.nan
+    precision: float = math.nan
+    recall: float = math.nan
+    threshold: float = 0.5
+
+
+@dataclass(frozen=True)
+class LabelSetScores:
+    """Result of a task with several labels an image on one split; `map` is the mean of average precisions."""
+
+    map: float
+    macro_f1: float
+    micro_f1: float = math.nan
+    subset_accuracy: float = math.nan
+    images: int = 0
+    loss: float = math.nan
+    per_class: list[LabelScores] = field(default_factory=list)
+
+    def values(self) -> dict[str, Any]:
+        """The numbers in short, as plain values."""
+        return {"map": self.map, "macro_f1": self.macro_f1, "micro_f1": self.micro_f1, "images": self.images}
+
+    def text(self) -> str:
+        """The numbers in a few words."""
+        f1 = f"F1 {percent_text(self.macro_f1)} macro, {percent_text(self.micro_f1)} micro"
+        return f"mAP {percent_text(self.map)}, {f1}"
+
+    def rows(self, split: str) -> list[tuple[str, str, str]]:
+        """Label, value and small print of each number."""
+        return [
+            (f"{split} mAP", percent_text(self.map), f"mean of the classes, {count_text(self.images)} images"),
+            (
+                f"{split} F1",
+                percent_text(self.macro_f1),
+                f"mean of the classes; all labels together {percent_text(self.micro_f1)}",
+            ),
+            (f"{split} all labels right", percent_text(self.subset_accuracy), "share of the images"),
+        ]
+
+
+@dataclass(frozen=True)
+class NumberScores:
+    """Result of one number of a regression, in its own unit; `baseline_mae` is that of the training images' median."""
+
+    name: str
+    mae: float
+    rmse: float = math.nan
+    r2: float = math.nan
+    mean: float = math.nan
+    baseline_mae: float = math.nan
+    baseline_rmse: float = math.nan
+
+
+@dataclass(frozen=True)
+class RegressionScores:
+    """Result of a regression on one split; means over its numbers."""
+
+    mae: float
+    rmse: float
+    r2: float = math.nan
+    images: int = 0
+    loss: float = math.nan
+    per_target: list[NumberScores] = field(default_factory=list)
+
+    def values(self) -> dict[str, Any]:
+        """The numbers in short, as plain values."""
+        return {"mae": self.mae, "rmse": self.rmse, "r2": self.r2, "images": self.images}
+
+    def text(self) -> str:
+        """The numbers in a few words."""
+        return f"MAE {self.mae:.4g}, RMSE {self.rmse:.4g}, R² {self.r2:.3f}"
+
+    def rows(self, split: str) -> list[tuple[str, str, str]]:
+        """Label, value and small print of each number."""
+        of_several = f", mean of {len(self.per_target)} numbers" if len(self.per_target) > 1 else ""
+        return [
+            (f"{split} MAE", f"{self.mae:.4g}", f"mean absolute error, {count_text(self.images)} images{of_several}"),
+            (f"{split} RMSE", f"{self.rmse:.4g}", f"root mean squared error{of_several}"),
+            (f"{split} R²", f"{self.r2:.3f}", f"share of the variance explained{of_several}"),
+        ]
+
+
+SplitScores = Scores | OrdinalScores | MaskScores | LabelSetScores | RegressionScores
+"""Results on one split, by task."""
+_SCORES_BY_ENTRY: dict[str, type[SplitScores]] = {
+    **{"dice": MaskScores, "map": LabelSetScores, "rmse": RegressionScores, "kappa": OrdinalScores}
+}
+
+
+def scores_from(values: Mapping[str, Any]) -> SplitScores:
     """The record of what `Task.metrics` or `evaluate` returned."""
-    return record_from(MaskScores, values) if "dice" in values else record_from(Scores, values)
+    kind = next((kind for entry, kind in _SCORES_BY_ENTRY.items() if entry in values), Scores)
+    return record_from(kind, values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -555,6 +678,14 @@ class EpochRow:
     val_dice_pooled: float = field(default=math.nan, metadata=_OPTIONAL)
     val_iou_pooled: float = field(default=math.nan, metadata=_OPTIONAL)
     val_pixel_accuracy: float = field(default=math.nan, metadata=_OPTIONAL)
+    val_macro_f1: float = field(default=math.nan, metadata=_OPTIONAL)
+    val_micro_f1: float = field(default=math.nan, metadata=_OPTIONAL)
+    val_subset_accuracy: float = field(default=math.nan, metadata=_OPTIONAL)
+    val_map: float = field(default=math.nan, metadata=_OPTIONAL)
+    val_mae: float = field(default=math.nan, metadata=_OPTIONAL)
+    val_rmse: float = field(default=math.nan, metadata=_OPTIONAL)
+    val_r2: float = field(default=math.nan, metadata=_OPTIONAL)
+    val_kappa: float = field(default=math.nan, metadata=_OPTIONAL)
     lr: float = math.nan
     budget: int | None = None
     is_denser: bool = field(default=False, metadata=_OPTIONAL)
@@ -584,8 +715,8 @@ class Metrics(Record):
     accelerator_memory_reserved_avg: int | None = None
     accelerator_memory_reserved_99th: int | None = None
     history: list[EpochRow] = field(default_factory=list)
-    val: Scores | MaskScores | None = None
-    test: Scores | MaskScores | None = None
+    val: SplitScores | None = None
+    test: SplitScores | None = None
 
     @property
     def selection(self) -> str:
@@ -708,16 +839,19 @@ class Prediction:
     name: str
     label: int
     probabilities: list[float]
+    rank: int | None = field(default=None, metadata=_OPTIONAL)
 
     @property
     def predicted(self) -> int:
-        """Class of the highest probability."""
+        """Class of the highest probability; of ordered classes the predicted rank."""
+        if self.rank is not None:
+            return self.rank
         return max(range(len(self.probabilities)), key=self.probabilities.__getitem__)
 
     @property
     def probability(self) -> float:
-        """The highest probability."""
-        return max(self.probabilities)
+        """The predicted class's probability."""
+        return self.probabilities[self.predicted]
 
     @property
     def is_right(self) -> bool:
@@ -756,6 +890,47 @@ class Predictions(Record):
                     f"but run.json names {count} classes; train again with `--overwrite`"
                 )
         return self
+
+
+@dataclass(frozen=True)
+class LabelSetPrediction:
+    """The class numbers that one image has, and what the model says about all classes."""
+
+    index: int
+    name: str
+    labels: list[int]
+    probabilities: list[float]
+
+
+@dataclass(frozen=True)
+class LabelSetPredictions(Record):
+    """Predictions of any number of labels an image on one split: `predictions.json`."""
+
+    file: ClassVar[str] = "predictions.json"
+
+    split: str = "val"
+    thresholds: list[float] = field(kw_only=True)
+    items: list[LabelSetPrediction] = field(kw_only=True)
+
+
+@dataclass(frozen=True)
+class NumberPrediction:
+    """The numbers of one image and those predicted, in their own units."""
+
+    index: int
+    name: str
+    values: list[float]
+    predicted: list[float]
+
+
+@dataclass(frozen=True)
+class NumberPredictions(Record):
+    """Predicted numbers of one split: `predictions.json`."""
+
+    file: ClassVar[str] = "predictions.json"
+
+    split: str = "val"
+    items: list[NumberPrediction] = field(kw_only=True)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import SamModel
 
-from snella.backbones import create_segmenter
+from snella.backbones import create_backbone, create_segmenter
 from snella.methods import SelectionData, build_method, load_trained, method_names, save_trained
 from snella.recipes.dreambooth.config import DreamBoothConfig
 from snella.recipes.instruct.config import LanguageConfig
@@ -65,6 +65,37 @@ def pairs():
 
 def test_the_table_has_every_method_and_all_classify():
     assert {name for name, works in promised("classification") if works} == set(method_names())
+
+
+TARGETS = {
+    "multilabel": (3, lambda draw: (torch.rand(4, 3, generator=draw) > 0.5).float()),
+    "ordinal": (2, lambda draw: torch.randint(0, 3, (4,), generator=draw)),
+    "regression": (3, lambda draw: torch.randn(4, 3, generator=draw).double()),
+}
+LOOK_AT_LABELS = ("gps", "spt-lora-2", "spt-adapter-2", "fixed-mask-2", "noah")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("method", ["linear", "mlp", "vqt", "snella-2", *LOOK_AT_LABELS])
+def test_a_method_learns_other_targets_than_one_class(method, target):
+    outputs, make_labels = TARGETS[target]
+    task, draw = create_task(target, ["0", "1", "2"]), torch.Generator().manual_seed(0)
+    batches = [(torch.randn(4, 3, 32, 32, generator=draw), make_labels(draw)) for _ in range(2)]
+    data = SelectionData(lambda: batches, lambda: batches, task.loss, has_class_scores=task.has_one_class)
+    torch.manual_seed(0)
+    backbone = create_backbone("test_vit", num_classes=outputs, pretrained=False, img_size=32)
+    options = {"supernet_epochs": 1, "population": 4, "generations": 1} if method == "noah" else {}
+    model = build_method(method, backbone, batches=data, **options).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=3e-3)
+    losses = []
+    for _ in range(6):
+        loss = sum(task.loss(model(images), labels) for images, labels in batches)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize("column", ["timm", "sam"])

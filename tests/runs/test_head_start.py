@@ -9,8 +9,9 @@ from rich.console import Console
 
 from snella.runs import TrainConfig
 from snella.runs.build import build_components
-from snella.runs.linear_probe import choose_head_start, fit_probe, start_head_from_probe
+from snella.runs.linear_probe import choose_head_start, start_head_from_probe
 from snella.runs.train import train
+from snella.tasks.classification import fit_probe
 
 QUIET = Console(quiet=True)
 

@@ -57,8 +57,8 @@ def test_bad_settings_are_told_together():
 def test_tasks_have_the_names_that_the_configuration_takes():
     from typing import get_args, get_type_hints
 
-    assert list(get_args(get_type_hints(TrainConfig)["task"])) == task_names() == ["classification", "segmentation"]
-    with pytest.raises(ValueError, match="one of classification, segmentation, got 'segmentatoin'; nearest: segm"):
+    assert list(get_args(get_type_hints(TrainConfig)["task"])) == task_names()
+    with pytest.raises(ValueError, match=r"one of classification, .*segmentation, got 'segmentatoin'; nearest: segm"):
         task_class("segmentatoin")
     assert create_task("segmentation", ["a", "b"], mask_loss=None, epochs=3).classes == ("a", "b")
 
@@ -69,7 +69,7 @@ def test_settings_of_another_task_are_refused():
         TrainConfig(**wanted, mask_loss="iou")
     with pytest.raises(ValueError, match=r"final_lr must be at most lr, 0.001, got 0.1"):
         TrainConfig(**wanted, lr=1e-3, final_lr=0.1)
-    with pytest.raises(ValueError, match="task must be one of classification, segmentation, got 'detection'"):
+    with pytest.raises(ValueError, match=r"task must be one of classification, .*segmentation, got 'detection'"):
         TrainConfig(**wanted, task="detection")
 
 

@@ -87,7 +87,7 @@ def evaluate(
     out: str | None = None,
     device: Device = "auto",
 ) -> None:
-    """Measure a run's best model: accuracy, balanced accuracy, confusion matrix.
+    """Measure a run's best model: accuracies, errors or overlaps, as its task has them.
 
       snella evaluate runs/photos
       snella evaluate runs/photos --data folder:more-photos
@@ -138,7 +138,7 @@ def predict(
     skip_broken: bool = False,
     device: Device = "auto",
 ) -> None:
-    """Class names and probabilities for images.
+    """Classes, labels, numbers or masks of images, by a run's best model.
 
       snella predict runs/photos cat.jpg dog.jpg
       snella predict runs/photos folder/of/images --out predictions.csv --top-k 3

@@ -17,7 +17,7 @@ import snella
 from snella.comparison.experiment import DataEntry, Experiment, MethodEntry, folder_name, make_config
 from snella.comparison.search import Candidate, TuningResult
 from snella.methods import find_method, parse_method
-from snella.records import MaskScores, Metrics, RunInfo, Scores, read
+from snella.records import Metrics, RunInfo, SplitScores, read
 from snella.runs import RunFolder, TrainConfig
 
 GitState: TypeAlias = tuple[str | None, bool | None]
@@ -247,7 +247,7 @@ def read_results(run: RunFolder) -> dict[str, Any]:
     }
 
 
-def _scores(split: str, scores: Scores | MaskScores | None) -> dict[str, float | None]:
+def _scores(split: str, scores: SplitScores | None) -> dict[str, float | None]:
     """The columns of one split; None for what its task does not measure."""
     names = ("accuracy", "balanced_accuracy", "loss")
     return {f"{split}_{name}": getattr(scores, name, None) for name in names}

@@ -1,7 +1,15 @@
 """Data: folders and tables of images and the real data sets that ship inside packages, split and ready for training."""
 
 from snella.data.datasets import Annotations, ImageDataset, MaskDataset, read_image
-from snella.data.load import DataSplits, data_folder, data_names, has_columns, load_data, split_spec
+from snella.data.load import (
+    DataSplits,
+    data_folder,
+    data_names,
+    has_columns,
+    load_data,
+    split_spec,
+    with_class_order,
+)
 from snella.data.transforms import build_transform
 
 __all__ = [
@@ -16,4 +24,5 @@ __all__ = [
     "load_data",
     "read_image",
     "split_spec",
+    "with_class_order",
 ]

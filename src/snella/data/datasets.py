@@ -499,7 +499,7 @@ class Annotations:
         return {name: column for name, column in columns.items() if column is not None}
 
 
-class ImageDataset(Dataset[tuple[Any, int]]):
+class ImageDataset(Dataset[tuple[Any, ...]]):
     """A selection of a source's images with labels, names and a transform.
 
     The transform of item `i` runs with torch's generator seeded by (seed, epoch, i) and leaves the generator as it was:
@@ -540,14 +540,16 @@ class ImageDataset(Dataset[tuple[Any, int]]):
         self.transform = transform
         self.seed = seed
         self.annotations = annotations or Annotations()
+        self._encode: Callable[[Target], Any] | None = None
+        self._is_weighted = False
         # in shared memory: persistent workers, which hold a copy of this object, see a new epoch too
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        """Transformed image (the RGB image itself without a transform) and class index."""
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        """Transformed image (the RGB image itself without a transform) and class index; see `with_targets`."""
         index = self._position(index)
         if self.transform is None:
             return self._item(index)
@@ -587,6 +589,32 @@ class ImageDataset(Dataset[tuple[Any, int]]):
         """The same images with another transform, in the same epoch; decoded images are shared."""
         return self._selected(range(len(self)), transform)
 
+    def with_targets(
+        self, encode: Callable[[Target], Any] | None = None, *, is_weighted: bool = False
+    ) -> "ImageDataset":
+        """The same images with other items.
+
+        Args:
+            encode: From what the label column says to an item's second part; None for the class index. Picklable.
+            is_weighted: Whether items have their sample weight as a third part, where there are weights.
+        """
+        changed = self._selected(range(len(self)), self.transform)
+        changed._encode, changed._is_weighted = encode, is_weighted and self.annotations.weights is not None
+        return changed
+
+    def target_and_weight(self, index: int) -> tuple[Any, ...]:
+        """What follows the image in an item: class index or encoded target, and the sample weight where it counts."""
+        target: Any = self.labels[index]
+        if self._encode is not None:
+            if self.annotations.targets is None:
+                raise RuntimeError(
+                    "targets can be encoded where a label column was read, got images with classes alone"
+                )
+            target = self._encode(self.annotations.targets[index])
+        if not self._is_weighted or self.annotations.weights is None:
+            return (target,)
+        return target, self.annotations.weights[index]
+
     def subset(self, positions: Sequence[int]) -> "ImageDataset":
         """The images at these positions, in this order."""
         return self._selected([self._position(position) for position in positions], self.transform)
@@ -600,15 +628,18 @@ class ImageDataset(Dataset[tuple[Any, int]]):
             transform,
         )
         selected.annotations = self.annotations.subset(positions)
+        selected._encode, selected._is_weighted = self._encode, self._is_weighted
         selected.set_epoch(self.epoch)
         return selected
 
-    def _item(self, index: int) -> tuple[Any, Any]:
-        """Transformed image and class index; what is random in it is seeded already."""
+    def _item(self, index: int) -> tuple[Any, ...]:
+        """Transformed image and what follows it; what is random in it is seeded already."""
         image: Any = self.source.load(self.rows[index])
-        if self.transform is None:
-            return image.clone() if isinstance(image, Tensor) else image.copy(), self.labels[index]
-        return self.transform(image), self.labels[index]
+        if self.transform is not None:
+            image = self.transform(image)
+        else:
+            image = image.clone() if isinstance(image, Tensor) else image.copy()
+        return image, *self.target_and_weight(index)
 
     def _made(self, rows: list[int], labels: list[int], names: list[str], transform: Any) -> "ImageDataset":
         """A data set of the same source."""

@@ -3,10 +3,10 @@
 import difflib
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from snella.data.bundled import (
     load_stamps,
 )
 from snella.data.collection import Collection, Protocol
-from snella.data.datasets import CachedImages, FileImages, ImageDataset, ImageFacts, joined
+from snella.data.datasets import CachedImages, FileImages, ImageDataset, ImageFacts, Target, joined
 from snella.data.fgvc import FGVC, load_fgvc
 from snella.data.folder import listed, load_folder
 from snella.data.hub import PYTHON_PREFIX, from_python, load_hf, load_wds
@@ -230,7 +230,7 @@ def load_data(
     description = f"{collection.name}: {total:,} {what}; {counts}"
     notes = [
         *collection.notes,
-        *_absent_classes(parts, labels),
+        *_absent(parts, collection, target),
         *_pages(parts),
         *_shared_groups(parts),
         *_copies(parts),
@@ -241,6 +241,22 @@ def load_data(
     return DataSplits(
         train, val, test, collection.classes, collection.name, description, notes, whole, collection.broken, fold_part
     )
+
+
+def with_class_order(splits: DataSplits, classes: list[str]) -> DataSplits:
+    """The same splits with the classes numbered in another order.
+
+    Args:
+        splits: With one class an image.
+        classes: The same names.
+    """
+    if classes == splits.classes:
+        return splits
+    numbers = [classes.index(name) for name in splits.classes]
+    for part in (splits.train, splits.val, splits.test):
+        if part is not None:
+            part.labels = [numbers[label] for label in part.labels]
+    return replace(splits, classes=classes)
 
 
 def _collect(
@@ -259,17 +275,15 @@ def _collect(
         raise ValueError(
             f"columns can only be given for data with columns, {', '.join(_IN_TABLES)}, got {columns!r} with {spec}"
         )
-    if target != "class":
-        raise ValueError(f"data must have columns, {', '.join(_IN_TABLES)}, for labels that are no classes, got {spec}")
     if given and prefix != _FOLDER:
         known = ", ".join((_FOLDER, *_IN_TABLES))
         raise ValueError(f"channels must be 3 for data other than {known}, got {channels} with {spec}")
     if prefix in _BENCHMARKS:
-        return _BENCHMARKS[prefix](path, check_sizes=check_sizes)
+        return _as_target(_BENCHMARKS[prefix](path, check_sizes=check_sizes), target, spec)
     if path is not None:
-        return _IN_FOLDERS[prefix](path, skip_broken=skip_broken, **given)
+        return _as_target(_IN_FOLDERS[prefix](path, skip_broken=skip_broken, **given), target, spec)
     if spec in _FAMILIES:
-        return _FAMILIES[spec]()
+        return _as_target(_FAMILIES[spec](), target, spec)
     nearest = difflib.get_close_matches(spec, _FAMILIES, n=2, cutoff=0.4)
     if Path(spec).expanduser().is_dir():
         hint = f"; a folder is written {_FOLDER}{spec}"
@@ -278,6 +292,33 @@ def _collect(
     else:
         hint = f"; nearest: {', '.join(map(repr, nearest))}" if nearest else ""
     raise ValueError(f"data must be one of {', '.join(data_names())}, got {spec!r}{hint}")
+
+
+def _as_target(collection: Collection, target: TargetKind, spec: str) -> Collection:
+    """Images in classes as those with one label each, or with the number that the class's name is."""
+    if target == "class" or collection.strata is not None:
+        return collection
+    if target == "labels":
+        values: list[Target] = [(name,) for name in collection.classes]
+        note = "every image has one label, that of its class; labels that are not exclusive need a table"
+    else:
+        try:
+            values = [float(name) for name in collection.classes]
+        except ValueError:
+            raise ValueError(
+                f"data must have a column of numbers for task regression, e.g. csv:FILE with --columns label=NAME, or "
+                f"class names that are numbers, got {spec} with classes "
+                f"{', '.join(map(repr, collection.classes[:3]))}"
+            ) from None
+        note = "the numbers are the names of the classes"
+    for _, part in collection.parts():
+        part.annotations = replace(part.annotations, targets=[values[label] for label in part.labels])
+    return replace(
+        collection,
+        classes=["value"] if target == "numbers" else collection.classes,
+        strata=collection.classes,
+        notes=[*collection.notes, note],
+    )
 
 
 def _divide(
@@ -335,6 +376,24 @@ def _choose(part: str, images: ImageDataset, size: int | None, seed: int, classe
     if size is None:
         return images
     return images.subset(stratified_sample(images.labels, size, seed=seed, classes=classes, argument=f"{part}_size"))
+
+
+def _absent(parts: dict[str, ImageDataset], collection: Collection, target: TargetKind) -> list[str]:
+    """Notes about classes or labels that a part lacks; none of numbers."""
+    if target == "class":
+        return _absent_classes(parts, collection.label_names)
+    return _absent_labels(parts, collection.classes) if target == "labels" else []
+
+
+def _absent_labels(parts: dict[str, ImageDataset], classes: list[str]) -> list[str]:
+    """Notes about labels that no image of a part has."""
+    notes = []
+    for part, images in parts.items():
+        there = {name for target in images.annotations.targets or [] for name in cast(tuple[str, ...], target)}
+        absent = [repr(name) for name in classes if name not in there]
+        if absent:
+            notes.append(f"no image in {part} has {len(absent)} of the labels: {', '.join(absent[:5])}")
+    return notes
 
 
 def _absent_classes(parts: dict[str, ImageDataset], classes: list[str]) -> list[str]:
@@ -509,4 +568,5 @@ __all__ = [
     "near_copies",
     "repeated_images",
     "split_spec",
+    "with_class_order",
 ]

@@ -524,6 +524,10 @@ def _labels(
         first = np.array([values[row] if isinstance(values[row], float) else values[row][0] for row in rows])
         bins = max(1, min(_BINS, len(rows) // _BINS))
         edges = np.unique(np.quantile(first, np.linspace(0, 1, bins + 1)[1:-1])) if bins > 1 else np.array([])
+        in_range = np.bincount(np.digitize(first, edges), minlength=len(edges) + 1)
+        while len(edges) and in_range.min() < _LEAST_IN_STRATUM:  # many equal numbers: a range joins its neighbor
+            edges = np.delete(edges, max(int(in_range.argmin()) - 1, 0))
+            in_range = np.bincount(np.digitize(first, edges), minlength=len(edges) + 1)
         strata = np.digitize(first, edges)
         return dict(zip(rows, strata.tolist(), strict=True)), samples.label_columns, _ranges(edges)
     if target == "labels":
@@ -532,9 +536,12 @@ def _labels(
         rarest = {row: min(values[row], key=lambda name: (counts[name], name), default=_NONE) for row in rows}
         sizes = Counter(rarest.values())
         names = [name for name in _in_order(sizes) if sizes[name] >= _LEAST_IN_STRATUM]
-        strata_names = [*names, "others"] if len(names) < len(sizes) else names
+        few = sum(size for name, size in sizes.items() if name not in names)
+        has_others = few >= _LEAST_IN_STRATUM or not names
+        rest = len(names) if has_others else names.index(max(names, key=sizes.__getitem__))
+        strata_names = [*names, "others"] if has_others and few else names
         return (
-            {row: names.index(name) if name in names else len(names) for row, name in rarest.items()},
+            {row: names.index(name) if name in names else rest for row, name in rarest.items()},
             classes,
             strata_names,
         )

@@ -180,12 +180,15 @@ class SelectionData:
         validation: The same over validation data; `noah` ranks candidates on it.
         loss: `(outputs, labels) -> 0-dim loss` of the task.
         report: Is told in a few words how far a long choice has come.
+        has_class_scores: Whether outputs are a score a class, and labels class numbers; otherwise candidates are
+            ranked by the loss alone.
     """
 
     train: Batches
     validation: Batches | None = None
     loss: Callable[[Tensor, Tensor], Tensor] = _class_loss
     report: Callable[[str], None] = _say_nothing
+    has_class_scores: bool = True
 
     def __call__(self) -> Iterable[tuple[Tensor, Tensor]]:
         """A fresh pass over training data."""

@@ -280,6 +280,8 @@ def train_supernet(
 def accuracy_of(supernet: nn.Module, subnet: Subnet, data: SelectionData) -> tuple[float, float]:
     """Share of validation images that a combination recognizes, and the negative loss, which decides between equals.
 
+    Where outputs are no class scores (several labels, ordered classes, numbers) the share is 0 and the loss decides.
+
     Raises:
         ValueError: There is no validation image.
     """
@@ -290,7 +292,7 @@ def accuracy_of(supernet: nn.Module, subnet: Subnet, data: SelectionData) -> tup
     loss = 0.0
     for images, labels in data.validation() if data.validation is not None else ():
         outputs, labels = supernet(images.to(device)), labels.to(device)
-        right += int((outputs.argmax(dim=1) == labels).sum())
+        right += int((outputs.argmax(dim=1) == labels).sum()) if data.has_class_scores else 0
         loss += float(data.loss(outputs, labels)) * len(images)
         images_seen += len(images)
     if not images_seen:

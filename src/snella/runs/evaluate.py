@@ -19,6 +19,7 @@ from snella.runs.build import (
     LoadedRun,
     changed_parts,
     check_splits,
+    encoded,
     find_data,
     get_task,
     is_same_split,
@@ -28,7 +29,7 @@ from snella.runs.build import (
 )
 from snella.runs.console import make_console, print_line
 from snella.runs.folder import RunFolder
-from snella.tasks import Task
+from snella.tasks import Task, create_task
 
 
 def redraw_report(run: str | Path, console: Console | None = None) -> Path:
@@ -85,7 +86,7 @@ class _Relabeled(Dataset[tuple[Tensor, Any]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         part, inner = self.items[index]
-        image, label = part[inner]
+        image, label, *_ = part[inner]
         return image, self.task.remap_labels(label, self.numbers)
 
 
@@ -112,8 +113,8 @@ def evaluate(
         device: auto, cpu or cuda.
 
     Returns:
-        `data`, `split`, `images` (their number), `notes`, `classes`, `loss`, `confusion`, and for classification
-        `accuracy` and `balanced_accuracy`, for segmentation what `snella.tasks.segmentation.pooled_scores` returns.
+        `data`, `split`, `images` (their number), `notes`, `classes`, `loss`, and what the task's `metrics` returns: for
+        classification `accuracy`, `balanced_accuracy`, `macro_f1` and `confusion`.
 
     Raises:
         FileNotFoundError: The run's own data is not there any more.
@@ -162,6 +163,8 @@ def images_for_run(
     splits, are_own = _load_splits(loaded, data, split, skip_broken, columns)
     chosen = _chosen(split, splits) if are_own else "all" if split == "auto" else split
     loaded.task.check_data(splits.train, _spec(loaded, data))
+    if loaded.task.target != "class":
+        splits = encoded(splits, create_task(loaded.task.name, splits.classes))
     return splits, chosen, [part.with_transform(loaded.transform) for part in _parts(splits, chosen)]
 
 
@@ -205,6 +208,7 @@ def _load_splits(
         skip_broken=skip_broken,
         columns=config.columns if columns is not None or has_columns(data) else None,
         channels=loaded.channels,
+        target=loaded.task.target,
         divide=split not in ("auto", "all"),
     )
     splits.notes += [] if note is None else [f"{note}: measured as other data"]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft.utils import ModulesToSaveWrapper
 from PIL import Image
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
@@ -20,7 +19,7 @@ from snella.runs.build import RunComponents
 from snella.runs.config import TrainConfig
 
 
-class FeatureDataset(Dataset[tuple[Tensor, int]]):
+class FeatureDataset(Dataset[tuple[Any, ...]]):
     """The features of a data set's images in their place.
 
     Args:
@@ -30,14 +29,18 @@ class FeatureDataset(Dataset[tuple[Tensor, int]]):
 
     def __init__(self, images: ImageDataset, features: Tensor) -> None:
         self.images, self.features = images, features
-        self.names, self.labels = images.names, images.labels
+        self.names, self.labels, self.annotations = images.names, images.labels, images.annotations
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Features and class index."""
-        return self.features[index], self.labels[index]
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        """Features in place of the image, and what follows it."""
+        return self.features[index], *self.target_and_weight(index)
+
+    def target_and_weight(self, index: int) -> tuple[Any, ...]:
+        """What follows the features in an item."""
+        return self.images.target_and_weight(index)
 
     def set_epoch(self, epoch: int) -> None:
         """Nothing: features do not change."""
@@ -98,7 +101,7 @@ def pooled_features(model: nn.Module, images: ImageDataset, config: TrainConfig)
     """Pooled features of one batch after the other, on the CPU."""
     device = next(model.parameters()).device
     model.eval()
-    for batch, _ in DataLoader(images, batch_size=config.effective_batch_size, num_workers=config.workers):
+    for batch, *_ in DataLoader(images, batch_size=config.effective_batch_size, num_workers=config.workers):
         pooled = model.forward_head(model.forward_features(batch.to(device)), pre_logits=True)  # type: ignore[operator]
         yield pooled.float().cpu()
 
@@ -119,16 +122,13 @@ def head_inputs(model: nn.Module, parts: Sequence[ImageDataset], batch_size: int
     device = next(model.parameters()).device
     model.eval()
     try:
-        for images, _ in DataLoader(ConcatDataset(parts), batch_size):
+        for images, *_ in DataLoader(ConcatDataset(parts), batch_size):
             model(images.to(device))
     finally:
         handle.remove()
     return torch.cat(seen).numpy()
 
 
-INVERSE_PENALTY = 0.1
-"""Of the linear probe: scikit-learn's `C` on features of mean variance 1."""
-_MAX_ITERATIONS = 2000
 _STEPS_THAT_TRAIN_A_HEAD = 100
 
 
@@ -141,12 +141,13 @@ def choose_head_start(parts: RunComponents, config: TrainConfig) -> Literal["ran
     """
     if config.head_start != "auto":
         return config.head_start
-    if config.task != "classification" or config.protocol == "official":
+    if not parts.task.has_linear_fit or config.protocol == "official":
         return "random"
     base, head = _base_and_head(parts.model)
     labels = parts.splits.train.labels
     steps = config.steps_per_epoch(len(labels)) * config.epochs
-    return "probe" if _is_probe(base, head) and steps < _STEPS_THAT_TRAIN_A_HEAD and len(set(labels)) > 1 else "random"
+    can_fit = parts.task.target != "class" or len(set(labels)) > 1
+    return "probe" if _is_probe(base, head) and steps < _STEPS_THAT_TRAIN_A_HEAD and can_fit else "random"
 
 
 def _is_probe(base: nn.Module, head: nn.Module) -> bool:
@@ -156,18 +157,22 @@ def _is_probe(base: nn.Module, head: nn.Module) -> bool:
 
 
 def start_head_from_probe(parts: RunComponents, config: TrainConfig) -> None:
-    """Set the head to a logistic regression on the features that the model has before training.
+    """Set the head to the best linear one on the features that the model has before training.
+
+    It is a logistic regression for classes, one a label or a rank's question for `multilabel` and `ordinal`, and a
+    ridge regression for numbers (`Task.fit_linear`), with the weights of classes and samples that training has.
 
     A random head sends random gradients through the backbone in its first steps; one that fits already does not
     (Kumar et al., 2022, arXiv 2202.10054). The training images are seen once, without augmentation. Features are
-    divided by their root mean variance, and the L2 penalty is `1/(2·0.1)·‖w‖²` beside the sum of the images' losses.
+    divided by their root mean variance, and the L2 penalty is `1/(2·0.1)·‖w‖²` (`5 ‖w‖²`, too, for numbers) beside the
+    sum of the images' losses.
 
     Args:
         parts: Data and model; the head is changed in place. Where `cache_features` has run, its features are taken.
         config: Resolved settings; the batch size and the workers count.
 
     Raises:
-        ValueError: The model has no linear head on pooled features.
+        ValueError: The model has no linear head on pooled features, or the task none at all.
     """
     model = parts.model
     base, head = _base_and_head(model)
@@ -184,36 +189,21 @@ def start_head_from_probe(parts: RunComponents, config: TrainConfig) -> None:
         was_training = model.training
         features = torch.cat(list(pooled_features(base, images, config))).double().numpy()
         model.train(was_training)
-    weight, bias = fit_probe(features, np.asarray(train.labels), head.out_features)
+    targets = [train.target_and_weight(index) for index in range(len(train))]
+    batch = parts.task.collate([(torch.empty(0), *target) for target in targets])
+    labels = batch["labels"].numpy()
+    given = [w for w in (parts.task.probe_weights(labels), _numpy(batch.get("weights"))) if w is not None]
+    weights = np.prod(given, axis=0) if given else None
+    weight, bias = parts.task.fit_linear(features, labels, head.out_features, weights)
     with torch.no_grad():
         head.weight.copy_(weight)
         if head.bias is not None:
             head.bias.copy_(bias)
 
 
-def fit_probe(
-    features: np.ndarray, labels: np.ndarray, classes: int, inverse_penalty: float = INVERSE_PENALTY
-) -> tuple[Tensor, Tensor]:
-    """Fit a logistic regression.
-
-    Args:
-        features: `[images, width]`.
-        labels: Class of each image.
-        classes: How many there are; one without images keeps weights of zero.
-        inverse_penalty: Weight of the sum of the images' losses beside `‖w‖²/2`.
-
-    Returns:
-        Weight `[classes, width]` and bias `[classes]` of a softmax classifier, float64.
-    """
-    scale = float(np.sqrt(features.var(0).mean())) or 1.0
-    probe = LogisticRegression(C=inverse_penalty, max_iter=_MAX_ITERATIONS).fit(features / scale, labels)
-    weight, bias = probe.coef_ / scale, probe.intercept_
-    if len(probe.classes_) == 2:
-        # one score for the second class is half of it for each of the two, with opposite signs
-        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
-    of_all, of_bias = torch.zeros(classes, features.shape[1], dtype=torch.float64), torch.zeros(classes).double()
-    of_all[probe.classes_], of_bias[probe.classes_] = torch.from_numpy(weight), torch.from_numpy(bias)
-    return of_all, of_bias
+def _numpy(values: Tensor | None) -> np.ndarray | None:
+    """An array of a tensor."""
+    return None if values is None else values.double().numpy()
 
 
 def _base_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:

@@ -12,6 +12,7 @@ from snella._files import write_bytes, write_json
 from snella.methods import merge_trained
 from snella.records import BackboneInfo, plain, record_from
 from snella.runs.build import LoadedRun, load_run, make_backbone
+from snella.tasks import task_class
 
 _CLASSIFICATION = "classification"
 _SUFFIX = ".safetensors"
@@ -19,7 +20,9 @@ _OTHER_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".npz", ".onnx", ".h5", ".pkl
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _KEPT_ENTRIES = ("first_conv", "classifier", "license", "pool_size")
 """Entries of a backbone's `pretrained_cfg` that hold for the fine-tuned model."""
-_USE = "# classes[model(transform(image.convert('RGB'))[None]).argmax()]"
+_USE = "use"
+"""Entry of a merged model that says how its output is read, `Task.merged_use`; older ones are classifiers."""
+_CLASSES = "# classes[model(transform(image.convert('RGB'))[None]).argmax()]"
 
 
 def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> Path:
@@ -27,7 +30,9 @@ def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> Path:
 
     A folder, in timm's own format: `timm.create_model("local-dir:OUT", pretrained=True)` builds and fills the model,
     `create_transform(**resolve_model_data_config(model))` prepares images as training did, and
-    `model.pretrained_cfg["label_names"]` has the classes. Classification only.
+    `model.pretrained_cfg["label_names"]` has the classes. Any task but segmentation; the comment that `loading_snippet`
+    ends with says how the output is read: thresholds, or mean and standard deviation of a regression, are not part of
+    the weights.
 
     A file: the state dict alone, `.safetensors`. How the model is built, the class names and the data configuration
     are in its metadata, of which `loading_snippet` makes Python code. For a segmentation the names are those of
@@ -48,7 +53,7 @@ def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> Path:
 
     Raises:
         FileExistsError: The file exists, or the folder holds something.
-        ValueError: A file of another ending, or a folder for another task than classification.
+        ValueError: A file of another ending, or a folder for a segmentation.
     """
     path = Path(out)
     _check_out(path, str(out), overwrite=overwrite)
@@ -120,6 +125,8 @@ def run_metadata(loaded: LoadedRun, model: nn.Module) -> dict[str, str]:
         "img_size": json.dumps(_built_in_size(model)),
         "model_args": json.dumps(_model_args(model)),
         "task": loaded.task.name,
+        "task_state": json.dumps(loaded.task.state()),
+        _USE: loaded.task.merged_use(),
         "classes": json.dumps(loaded.classes),
         "built_from": json.dumps(plain(backbone)),
         "data_config": json.dumps(loaded.info.data_config),
@@ -131,11 +138,11 @@ def _timm_config(loaded: LoadedRun, model: nn.Module, out: str) -> dict[str, Any
     """The `config.json` of timm's format: architecture, arguments, preprocessing and labels.
 
     Raises:
-        ValueError: The model is no classifier that timm builds.
+        ValueError: The model is none that timm builds.
     """
     architecture = loaded.info.backbone.architecture
-    if loaded.task.name != _CLASSIFICATION or architecture is None:
-        what = f"a {loaded.task.name}'s model" if loaded.task.name != _CLASSIFICATION else "this model"
+    if loaded.task.head is not None or architecture is None:
+        what = f"a {loaded.task.name}'s model" if loaded.task.head is not None else "this model"
         raise ValueError(
             f"out must end with {_SUFFIX} for {what}, which timm does not build, got {out!r}; "
             f"write {out.rstrip('/') + _SUFFIX!r}"
@@ -144,18 +151,22 @@ def _timm_config(loaded: LoadedRun, model: nn.Module, out: str) -> dict[str, Any
     arguments = _model_args(model) | ({} if size is None else {"img_size": size})
     known: Any = model
     own = {name: value for name, value in dict(known.pretrained_cfg).items() if name in _KEPT_ENTRIES}
+    outputs = loaded.info.backbone.num_classes
     return {
         "architecture": architecture,
-        "num_classes": len(loaded.classes),
+        "num_classes": outputs,
         "num_features": known.num_features,
         "label_names": loaded.classes,
         "temperature": loaded.info.temperature,
+        "task": loaded.task.name,
+        "task_state": loaded.task.state(),
+        _USE: loaded.task.merged_use(),
         **({"model_args": arguments} if arguments else {}),
         "pretrained_cfg": {
             **own,
             **loaded.info.data_config,
             "fixed_input_size": size is not None,
-            "num_classes": len(loaded.classes),
+            "num_classes": outputs,
             "custom_load": False,
         },
     }
@@ -170,27 +181,31 @@ def loading_snippet(path: str | Path) -> str:
         path: File or folder written by `merge`.
     """
     if Path(path).is_dir():
+        use = json.loads((Path(path) / _CONFIG).read_text(encoding="utf-8")).get(_USE, _CLASSES)
+        libraries = "timm, torch" if "torch." in use else "timm"
         return (
-            f"import timm\nmodel = timm.create_model({f'local-dir:{path}'!r}, pretrained=True).eval()\n"
+            f"import {libraries}\nmodel = timm.create_model({f'local-dir:{path}'!r}, pretrained=True).eval()\n"
             "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n"
-            f"classes = model.pretrained_cfg['label_names']\n{_USE}"
+            f"classes = model.pretrained_cfg['label_names']\n{use}"
         )
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    if metadata.get("task", _CLASSIFICATION) != _CLASSIFICATION:
+    if task_class(metadata.get("task", _CLASSIFICATION)).head is not None:
         return f"from snella.runs import load_merged\nmodel = load_merged({str(path)!r})"
     size = json.loads(metadata["img_size"])
     arguments = f"{metadata['architecture']!r}, num_classes={metadata['num_classes']}"
     arguments += "" if size is None else f", img_size={size}"
     more = json.loads(metadata.get("model_args", "{}"))
     arguments += "".join(f", {name}={value!r}" for name, value in more.items())
+    use = metadata.get(_USE, _CLASSES)
+    libraries = "json, timm, torch" if "torch." in use else "json, timm"
     return (
-        "import json, timm; from safetensors import safe_open; from safetensors.torch import load_file\n"
+        f"import {libraries}; from safetensors import safe_open; from safetensors.torch import load_file\n"
         f"model = timm.create_model({arguments}).eval()\n"
         f"model.load_state_dict(load_file({str(path)!r}))\n"
         f"metadata = safe_open({str(path)!r}, 'pt').metadata()\n"
         "transform = timm.data.create_transform(**json.loads(metadata['data_config']))\n"
-        f"classes = json.loads(metadata['classes'])\n{_USE}"
+        f"classes = json.loads(metadata['classes'])\n{use}"
     )
 
 
@@ -200,10 +215,9 @@ def describe_file(path: str | Path) -> str:
         return "a model in timm's format"
     with safe_open(path, "pt") as file:
         task = file.metadata().get("task", _CLASSIFICATION)
-    return {
-        _CLASSIFICATION: "plain timm weights",
-        "segmentation": "plain weights of the backbone (encoder.…) and the decoder (decoder.…)",
-    }[task]
+    if task_class(task).head is None:
+        return "plain timm weights"
+    return "plain weights of the backbone (encoder.…) and the decoder (decoder.…)"
 
 
 def load_merged(path: str | Path) -> nn.Module:

@@ -49,6 +49,7 @@ def describe_run(config: TrainConfig, parts: RunComponents, names: Collection[st
         method_options=config.options_of_method(),
         backbone=parts.backbone,
         classes=list(splits.classes),
+        task_state=parts.task.state() or None,
         data=DataInfo(
             spec=str(config.data),
             seed=config.seed,
@@ -150,7 +151,7 @@ def log_summary(console: Console, config: TrainConfig, parts: RunComponents) -> 
     free = free_memory(device) / 2**20
     rows = [
         ("data", splits.description),
-        ("classes", f"{len(splits.classes)}: {classes}"),
+        (parts.task.outputs_name, f"{len(splits.classes)}: {classes}"),
         *(("note", note) for note in splits.notes),
         *_protocol_rows(config),
         ("backbone", f"{config.backbone}, {_count(model):,} weights, images of {size[1]}×{size[2]} px"),

@@ -1,6 +1,6 @@
 """Sampler whose order, like the augmentation, depends on the seed and the epoch alone."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -9,25 +9,31 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class EpochSampler(Sampler[int]):
-    """A permutation of `range(length)` that depends only on `(seed, epoch)`, however often it is drawn.
+    """An order of `range(length)` that depends only on `(seed, epoch)`, however often it is drawn.
+
+    A permutation; with weights, `length` items with replacement, each as likely as its weight.
 
     Args:
         length: Number of items.
         seed: Seed of the run.
+        weights: One an item, at least 0; None for a permutation.
     """
 
-    def __init__(self, length: int, seed: int) -> None:
+    def __init__(self, length: int, seed: int, weights: Sequence[float] | None = None) -> None:
         self.length = length
         self.seed = seed
+        self.weights = None if weights is None else torch.tensor(weights, dtype=torch.float64)
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the permutation."""
+        """Choose the order."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
-        return iter(torch.randperm(self.length, generator=generator).tolist())
+        if self.weights is None:
+            return iter(torch.randperm(self.length, generator=generator).tolist())
+        return iter(torch.multinomial(self.weights, self.length, replacement=True, generator=generator).tolist())
 
     def __len__(self) -> int:
         return self.length

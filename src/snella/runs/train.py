@@ -248,13 +248,17 @@ def _finish(
     wait_for_others()  # the main process has written the best adapter
     load_trained_into(model, run.adapter)
     protocol = trainer.protocol
-    measured = {name: trainer.score(part) for name, part in parts_of(splits).items() if name != "train"}
+    outputs = {name: trainer.outputs(part) for name, part in parts_of(splits).items() if name != "train"}
     if not is_main():
         return
-    val, test = (measured[name][0] if name in measured else None for name in ("val", "test"))
+    if "val" in outputs:
+        parts.task = parts.task.calibrated(*outputs["val"])
+    val, test = (parts.task.metrics(*outputs[name]) if name in outputs else None for name in ("val", "test"))
+    if state := parts.task.state():
+        run.update("running", task_state=state)
     if parts.task.has_one_class:
-        labels = {name: torch.tensor(part.labels) for name, part in parts_of(splits).items() if name in measured}
-        calibration = calibrate({name: (measured[name][1], labels[name]) for name in measured})
+        probabilities = {name: parts.task.sample_outputs(reduced) for name, (reduced, _) in outputs.items()}
+        calibration = calibrate({name: (probabilities[name], torch.from_numpy(outputs[name][1])) for name in outputs})
         run.update("running", calibration=None if calibration is None else plain(calibration))
     matrices = matrices_of(model)
     best = best_epoch(trainer.history, lambda row: protocol.selection_score(row, parts.task.selection_score))
@@ -264,7 +268,7 @@ def _finish(
     report_images = None
     name, shown_part = ("val", splits.val) if splits.val is not None else ("test", splits.test)
     if shown_part is not None and len(shown_part) <= _MOST_PREDICTIONS:
-        sample_outputs = measured[name][1]
+        sample_outputs = parts.task.sample_outputs(outputs[name][0])
         parts.task.save_examples(model, shown_part, sample_outputs, run.path)
         run.write(parts.task.predictions(shown_part, sample_outputs, name, run.path))
         report_images = parts.task.report_images(shown_part, run.path)

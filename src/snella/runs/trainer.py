@@ -29,7 +29,7 @@ from snella import SnellaCallback
 from snella._files import write_json
 from snella.data import ImageDataset
 from snella.methods import load_trained_into, method_of, save_trained
-from snella.runs.build import choose_device
+from snella.runs.build import choose_device, epoch_sampler
 from snella.runs.callbacks import EmaCallback, WeightAverage
 from snella.runs.checkpoints import reading_checkpoint, remove_incomplete, reporting_write_errors, staged
 from snella.runs.config import TrainConfig
@@ -44,7 +44,7 @@ from snella.runs.distributed import (
 from snella.runs.folder import RunFolder, RunFolderOf
 from snella.runs.optimizer import build_optimizer
 from snella.runs.protocol import get_protocol
-from snella.runs.sampler import EpochCallback, EpochSampler, mix_seed
+from snella.runs.sampler import EpochCallback, mix_seed
 from snella.runs.session import NonFiniteLossError
 from snella.tasks import Task
 
@@ -269,7 +269,7 @@ class SnellaTrainer(CheckpointingTrainer):
         self.progress = _Progress()
         self._weights: list[float] = []
         self._micro_step, self._step_loss = 0, 0.0
-        self._sampler = EpochSampler(len(train), config.seed)
+        self._sampler = epoch_sampler(train, task, config)
         self._shards = ShardedBatches(self._sampler, config.effective_batch_size, process_number(), process_count())
         super().__init__(
             model,
@@ -326,11 +326,10 @@ class SnellaTrainer(CheckpointingTrainer):
         found = [c for c in self.callback_handler.callbacks if isinstance(c, SnellaCallback)]
         return found[0] if found else None
 
-    def score(self, dataset: Dataset[Any]) -> tuple[dict[str, Any], Tensor]:
-        """Metrics on a data set, and the task's per-sample outputs (class probabilities, say)."""
+    def outputs(self, dataset: Dataset[Any]) -> tuple[np.ndarray, np.ndarray]:
+        """The outputs on a data set and its labels, as `Task.reduce` leaves them."""
         output = self.evaluation_loop(self.get_eval_dataloader(dataset), "evaluation", prediction_loss_only=False)
-        kept = np.asarray(output.predictions)
-        return self.task.metrics(kept, np.asarray(output.label_ids)), self.task.sample_outputs(kept)
+        return np.asarray(output.predictions), np.asarray(output.label_ids)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "val"
@@ -372,7 +371,7 @@ class SnellaTrainer(CheckpointingTrainer):
         epoch = round(self.state.epoch or 0)
         if self.validation_set is None or not self.protocol.is_measured(epoch, self.config.epochs):
             return {}
-        scores, _ = self.score(self.validation_set)
+        scores = self.task.metrics(*self.outputs(self.validation_set))
         if not math.isfinite(scores["loss"]):
             part = "test" if self.protocol.selected_on == "test" else "validation"
             raise self._not_finite(f"the {part} loss", scores["loss"])
@@ -393,10 +392,11 @@ class SnellaTrainer(CheckpointingTrainer):
     ) -> Any:
         """Loss of a batch; with `return_outputs` the logits too."""
         logits = model(inputs["images"])
-        loss = self.task.loss(logits, inputs["labels"])
+        weights = inputs.get("weights")
+        loss = self.task.loss(logits, inputs["labels"], weights)
         if "share" in inputs:
-            share = inputs["share"]
-            loss = share * loss + (1 - share) * self.task.loss(logits, inputs["other_labels"])
+            share, others = inputs["share"], None if weights is None else weights.roll(1, 0)
+            loss = share * loss + (1 - share) * self.task.loss(logits, inputs["other_labels"], others)
         penalty = None if (method := method_of(self.trained_model)) is None else method.penalty
         if penalty is not None and model.training:
             loss = loss + penalty(self.trained_model)

@@ -176,20 +176,11 @@ def write_predictions(
         ValueError: `top_k` is less than 1, or `out` is a folder.
     """
     check_output(out, top_k, overwrite=overwrite)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    columns: list[str] = []
+    rows: list[list[str]] = []
     for prediction in predictions:
-        if not columns:
-            columns = csv_columns(prediction, top_k)
-            writer.writerow(columns)
-        writer.writerow(csv_row(prediction, top_k))
-    if not columns:
-        writer.writerow(["image"])
-    path = Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, text.getvalue())
-    return path
+        rows = rows or [csv_columns(prediction, top_k)]
+        rows.append(csv_row(prediction, top_k))
+    return _write_csv(rows or [["image"]], out)
 
 
 def csv_columns(prediction: Prediction, top_k: int | None = None) -> list[str]:
@@ -256,17 +247,155 @@ def class_text(prediction: Prediction, top_k: int | None) -> str:
     return f"unsure: {ranking}" if prediction.is_unsure else ranking
 
 
+_SEPARATOR = "|"
+
+
+@dataclass(frozen=True)
+class LabelSetPrediction:
+    """The prediction for one image that may have any number of labels.
+
+    Attributes:
+        path: The image.
+        labels: Those whose probability reaches their threshold, the likeliest first.
+        probabilities: By class, in the run's order.
+    """
+
+    path: Path
+    labels: list[str]
+    probabilities: dict[str, float]
+
+    @property
+    def ranking(self) -> list[tuple[str, float]]:
+        """All classes with their probabilities, the likeliest first."""
+        return sorted(self.probabilities.items(), key=lambda pair: -pair[1])
+
+
+def label_set_predictions(
+    classes: Sequence[str], paths: Sequence[Path], probabilities: Tensor, thresholds: Sequence[float]
+) -> list[LabelSetPrediction]:
+    """Predictions from probabilities of classes that do not exclude each other.
+
+    Args:
+        classes: Names by number.
+        paths: Images.
+        probabilities: `[images, classes]`.
+        thresholds: Probability from which an image has a label, by class.
+    """
+    made = []
+    for path, row in zip(paths, probabilities.double().cpu().tolist(), strict=True):
+        given = [(name, p) for name, p, least in zip(classes, row, thresholds, strict=True) if p >= least]
+        labels = [name for name, _ in sorted(given, key=lambda pair: -pair[1])]
+        made.append(LabelSetPrediction(path, labels, dict(zip(classes, row, strict=True))))
+    return made
+
+
+def write_label_sets(
+    predictions: Iterable[LabelSetPrediction], out: str | Path, top_k: int | None = None, *, overwrite: bool = False
+) -> Path:
+    """Write predictions as CSV: `image`, `labels` (with `|` between them), and the probability of each class.
+
+    Args:
+        predictions: From `predict`.
+        out: The file.
+        top_k: How many classes an image, as `class_1`, `probability_1` and so on; None for a column a class.
+        overwrite: Replace an existing file.
+
+    Raises:
+        FileExistsError: The file exists.
+        ValueError: `top_k` is less than 1, or `out` is a folder.
+    """
+    check_output(out, top_k, overwrite=overwrite)
+    predictions = list(predictions)
+    names = list(predictions[0].probabilities) if predictions else []
+    ranks = 0 if top_k is None else min(top_k, len(names))
+    ranked = [f"{name}_{rank + 1}" for rank in range(ranks) for name in ("class", "probability")]
+    rows = [["image", "labels", *(names if top_k is None else ranked)]]
+    for prediction in predictions:
+        cells = [cell for name, p in prediction.ranking[:ranks] for cell in (name, f"{p:.6f}")]
+        if top_k is None:
+            cells = [f"{p:.6f}" for p in prediction.probabilities.values()]
+        rows.append([str(prediction.path), _SEPARATOR.join(prediction.labels), *cells])
+    return _write_csv(rows, out)
+
+
+def label_set_text(prediction: LabelSetPrediction, top_k: int | None) -> str:
+    """The labels with their probabilities in one line, or the likeliest classes where `top_k` says how many."""
+    if top_k is not None:
+        return ", ".join(f"{name} {p:.3f}" for name, p in prediction.ranking[:top_k])
+    return ", ".join(f"{name} {prediction.probabilities[name]:.3f}" for name in prediction.labels) or "no label"
+
+
+@dataclass(frozen=True)
+class NumberPrediction:
+    """The numbers that are predicted for one image, by the name of the target, in its own unit."""
+
+    path: Path
+    values: dict[str, float]
+
+
+def check_number_output(out: str | Path | None, top_k: int | None, *, overwrite: bool) -> None:
+    """Refuse an output that `write_numbers` would refuse; raises as it does."""
+    if top_k is not None:
+        raise ValueError(f"top_k must be left out for a regression, which gives numbers, got {top_k}")
+    check_output(out, top_k, overwrite=overwrite)
+
+
+def write_numbers(
+    predictions: Iterable[NumberPrediction], out: str | Path, top_k: int | None = None, *, overwrite: bool = False
+) -> Path:
+    """Write predictions as CSV: `image`, and a column a target.
+
+    Args:
+        predictions: From `predict`.
+        out: The file.
+        top_k: For classes alone.
+        overwrite: Replace an existing file.
+
+    Raises:
+        FileExistsError: The file exists.
+        ValueError: `top_k` is given, or `out` is a folder.
+    """
+    check_number_output(out, top_k, overwrite=overwrite)
+    predictions = list(predictions)
+    rows = [["image", *(predictions[0].values if predictions else [])]]
+    rows += [[str(p.path), *(f"{value:.7g}" for value in p.values.values())] for p in predictions]
+    return _write_csv(rows, out)
+
+
+def number_text(prediction: NumberPrediction, top_k: int | None) -> str:
+    """The numbers in one line."""
+    return ", ".join(f"{name} {value:.6g}" for name, value in prediction.values.items())
+
+
+def _write_csv(rows: Iterable[Sequence[str]], out: str | Path) -> Path:
+    """Write rows of cells atomically."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    path = Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text.getvalue())
+    return path
+
+
 __all__ = [
+    "LabelSetPrediction",
     "MaskPrediction",
+    "NumberPrediction",
     "Prediction",
     "check_mask_output",
+    "check_number_output",
     "check_output",
     "class_predictions",
     "class_text",
     "csv_columns",
     "csv_row",
+    "label_set_predictions",
+    "label_set_text",
     "mask_predictions",
     "mask_text",
+    "number_text",
+    "write_label_sets",
     "write_mask_predictions",
+    "write_numbers",
     "write_predictions",
 ]

@@ -5,12 +5,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from snella.tasks.classification import ClassificationTask
+from snella.tasks.multilabel import MultiLabelTask
+from snella.tasks.ordinal import OrdinalTask
+from snella.tasks.regression import RegressionTask
 from snella.tasks.segmentation import SegmentationTask
 from snella.tasks.task import Task
 
 __all__ = ["create_task", "task_class", "task_names"]
 
-_TASKS: dict[str, type[Task]] = {task.name: task for task in (ClassificationTask, SegmentationTask)}
+_TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (ClassificationTask, MultiLabelTask, OrdinalTask, RegressionTask, SegmentationTask)
+}
 
 
 def task_names() -> list[str]:
@@ -36,8 +41,8 @@ def create_task(name: str, classes: Sequence[str], **settings: Any) -> Task:
 
     Args:
         name: One of `task_names()`.
-        classes: Names by number.
-        **settings: Settings of a run; the task takes its own.
+        classes: Names by number, of a regression those of its numbers.
+        **settings: Settings of a run, or the state of a finished one; the task takes its own.
 
     Raises:
         ValueError: No such task, or values that it refuses.

@@ -18,7 +18,8 @@ from snella.data import ImageDataset, MaskDataset
 from snella.records import MaskPrediction, MaskPredictions
 from snella.report.examples import ImageSource, overlay_panels, read_mask, write_mask
 from snella.tasks import predictions as image_outputs
-from snella.tasks.task import ResultTable
+from snella.tasks.losses import full_precision, weighted_mean
+from snella.tasks.task import ResultTable, Task
 
 
 def pixel_counts(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
@@ -223,7 +224,7 @@ _SCORES = ("dice", "iou", "dice_pooled", "iou_pooled", "pixel_accuracy")
 
 
 @dataclass(frozen=True)
-class SegmentationTask:
+class SegmentationTask(Task):
     """Loss and metrics for one label per pixel; class 0 is the background.
 
     Everything is measured at the size of the model's input, to which masks are brought by the nearest pixel.
@@ -232,16 +233,18 @@ class SegmentationTask:
         classes: Names by label.
         label_smoothing: Share of the cross entropy's target spread over all classes.
         mask_loss: Overlap that is added to the cross entropy.
+        monitor: Metric that the epoch is chosen by.
     """
 
     classes: tuple[str, ...]
     label_smoothing: float = 0.0
     mask_loss: MaskLoss = "dice"
+    monitor: str = "dice"
 
     name: ClassVar[str] = "segmentation"
     head: ClassVar[str | None] = DECODER
-    best_metric: ClassVar[str] = "val_dice"
-    settings: ClassVar[tuple[str, ...]] = ("mask_loss",)
+    settings: ClassVar[tuple[str, ...]] = ("label_smoothing", "mask_loss")
+    monitors: ClassVar[Mapping[str, int]] = {**dict.fromkeys(_SCORES, 1), "loss": -1}
     has_one_class: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -263,10 +266,11 @@ class SegmentationTask:
         *,
         label_smoothing: float = 0.0,
         mask_loss: MaskLoss | None = None,
+        monitor: str | None = None,
         **others: Any,
     ) -> "SegmentationTask":
         """Make the task for some classes."""
-        return cls(tuple(classes), label_smoothing, mask_loss or "dice")
+        return cls(tuple(classes), label_smoothing, mask_loss or "dice", monitor or "dice")
 
     @staticmethod
     def build_model(name: str, **options: Any) -> nn.Module:
@@ -285,7 +289,7 @@ class SegmentationTask:
                 "for labeled images leave --task out"
             )
 
-    def collate(self, items: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    def collate(self, items: Sequence[tuple[Any, ...]]) -> dict[str, Tensor]:
         """Make a batch of transformed items.
 
         Args:
@@ -297,17 +301,18 @@ class SegmentationTask:
         images, masks = zip(*items, strict=True)
         return {"images": torch.stack(list(images)), "labels": torch.stack(list(masks)).long()}
 
-    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Mean over the images of cross entropy and overlap loss.
+    def loss(self, outputs: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Mean over the images of cross entropy and overlap loss, times the image's weight.
 
         Args:
             outputs: Class scores, `[batch, classes, height, width]`.
             labels: `[batch, height, width]`.
+            weights: `[batch]`; None for ones.
 
         Returns:
             0-dim.
         """
-        return self._losses(outputs, labels, self.label_smoothing).mean()
+        return weighted_mean(self._losses(outputs, labels, self.label_smoothing), weights)
 
     def reduce(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Counts of pixels and the loss of each image, `[batch, classes² + 1]`, float64; and zeros."""
@@ -363,14 +368,6 @@ class SegmentationTask:
         """A mask with other class numbers."""
         return torch.tensor(numbers)[label]
 
-    def epoch_row(self, scores: Mapping[str, Any]) -> dict[str, float]:
-        """Dice, IoU and pixel accuracy."""
-        return {f"val_{name}": scores[name] for name in _SCORES}
-
-    def selection_score(self, row: Mapping[str, Any]) -> tuple[float, float]:
-        """Higher mean Dice of the validation images first, then lower validation loss."""
-        return row["val_dice"], -row["val_loss"]
-
     def epoch_text(self, row: Mapping[str, Any]) -> str:
         """Dice and IoU, by image."""
         return f"Dice {row['val_dice']:.4f}  IoU {row['val_iou']:.4f}"
@@ -399,7 +396,7 @@ class SegmentationTask:
         ]
         return ResultTable("each class", columns, rows)
 
-    def average_outputs(self, outputs: Sequence[Tensor]) -> Tensor:
+    def average_outputs(self, outputs: Sequence[Tensor], tasks: Sequence[Any] | None = None) -> Tensor:
         """Scores of the mean of the probabilities, `[images, classes, height, width]`."""
         return torch.stack([scores.float().softmax(1) for scores in outputs]).mean(0).log()
 
@@ -428,7 +425,7 @@ class SegmentationTask:
 
     def _losses(self, outputs: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
         """The loss of each image, `[batch]`."""
-        scores = outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
+        scores = full_precision(outputs)
         pixels = F.cross_entropy(scores, labels, reduction="none", label_smoothing=label_smoothing)
         return pixels.flatten(1).mean(1) + overlap_losses(scores, labels, self.mask_loss)
 
