@@ -6,7 +6,7 @@ import pytest
 
 from snella.comparison.experiment import Experiment
 from snella.comparison.report import write_page
-from snella.comparison.summary import outcome_text, summarize
+from snella.comparison.summary import outcome_text, recommendation_text, summarize
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +112,34 @@ def test_a_difference_over_some_of_the_tasks_says_so(large, tmp_path):
     text = write_page(tmp_path, experiment, rows).read_text()
     assert re.search(r'<th scope="row">full</th>.*\] \(2 of 6 tasks\)</td>', text)
     assert text.count("(2 of 6 tasks)") >= 3  # both tables and the picture
+
+
+def test_the_recommendation_is_the_cheapest_of_the_methods_that_are_as_good(tiny, make_row):
+    experiment = tiny(methods=["linear", "lora-2", "bias"], seeds=2)
+    values = {"linear": (0.5, 0.5), "lora-2": (0.90, 0.86), "bias": (0.88, 0.85)}
+    costs = {"linear": (100.0, 1.0), "lora-2": (900.0, 9.0), "bias": (500.0, 12.0)}
+
+    def rows(costs):
+        return [
+            make_row(
+                experiment, "digits", m, seed, test_accuracy=a, training_mib=costs[m][0], train_time=costs[m][1],
+                accelerator_memory_max=None,
+            )
+            for m, accuracies in values.items()
+            for seed, a in enumerate(accuracies)
+        ]  # fmt: skip
+
+    text = recommendation_text(summarize(experiment, rows(costs)))
+    assert text == (
+        "Recommended: bias. 2 methods are within one standard error (2.0 points) of the best accuracy, 88.0 % by "
+        "lora-2; of these bias needs the least memory (memory 500\N{NO-BREAK SPACE}MiB, time 12.0\N{NO-BREAK SPACE}s)."
+    )
+    same = costs | {"lora-2": (510.0, 9.0)}
+    assert "lora-2 needs as little memory as any and the least time" in recommendation_text(
+        summarize(experiment, rows(same))
+    )
+    alone = [row for row in rows(costs) if row["seed"] == 0]
+    assert recommendation_text(summarize(experiment, alone)).startswith(
+        "Recommended: lora-2, no other method is within one standard error of its accuracy (a single seed has"
+    )
+    assert recommendation_text(summarize(experiment, [])) == ""

@@ -256,6 +256,151 @@ def export(
         print_line(console, note)
 
 
+@_command("snella.runs.explain", is_recorded=True)
+def explain(
+    run: str,
+    images: list[str] | None = None,
+    /,
+    out: str | None = None,
+    of: str | None = None,
+    neighbors: int = 3,
+    overwrite: bool = False,
+    batch_size: int = 16,
+    columns: str | None = None,
+    skip_broken: bool = False,
+    device: Device = "auto",
+) -> None:
+    """Draw which parts of images speak for the predicted class, and the training images that are most like them.
+
+      snella explain runs/photos new.jpg other.jpg --out explained
+      snella explain runs/photos
+
+    explained receives a heat map for each image and index.html. The second line explains right and wrong validation
+    images, and puts them into the run's report. Needs captum: pip install 'snella[explain]'.
+
+    Args:
+        run: Folder of the run.
+        images: Image files, folders of them, patterns in quotes, tables; validation images of the run if not given.
+        out: Folder for the heat maps; needed with images.
+        of: Class that the heat maps speak for; that of each prediction if not given.
+        neighbors: Nearest training images of each image, by the features; 0 for none.
+        overwrite: Write into a folder that holds files.
+        batch_size: Images at a time.
+        columns: Column of the paths in a table, e.g. path=file; the usual names if not given.
+        skip_broken: Leave out images that cannot be read.
+        device: auto, cpu or cuda.
+    """
+    from snella.runs.console import counted, make_console, print_line
+    from snella.runs.explain import explain, explain_validation
+
+    console = make_console()
+    if not images:
+        given = {"out": out, "of": of, "columns": columns}
+        wrong = [f"{name} {value}" for name, value in given.items() if value is not None]
+        if wrong:
+            raise ValueError(
+                f"images must be given with {', '.join(wrong)}; without images the run's own are explained"
+            )
+        report = explain_validation(run, batch_size=batch_size, device=device)
+        print_line(console, f"report: {report}")
+        return
+    if out is None:
+        raise ValueError("out must name a folder for the heat maps, e.g. --out explained")
+    found = explain(
+        run,
+        images,
+        out,
+        of=of,
+        neighbors=neighbors,
+        overwrite=overwrite,
+        batch_size=batch_size,
+        columns=columns,
+        skip_broken=skip_broken,
+        device=device,
+    )
+    for note in found.notes:
+        print_line(console, f"note: {note}")
+    print_line(console, f"{counted(found.count, 'image')}: {found.page}")
+
+
+@_command("snella.runs.serve")
+def serve(
+    run: str,
+    /,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    unsure: str | None = None,
+    tta: int = 1,
+    max_files: int = 32,
+    max_mib: float = 20.0,
+    max_megapixels: float = 50.0,
+    batch_size: int = 32,
+    device: Device = "auto",
+) -> None:
+    """Answer images over HTTP, with a page to try them in a browser.
+
+      snella serve runs/photos
+      curl -F files=@new.jpg http://127.0.0.1:8000/predict
+
+    GET / is the page, GET /health says what is served, POST /predict takes images as files of a form. There is no
+    login and no encryption: put it behind a server that has them. Needs pip install 'snella[serve]'.
+
+    Args:
+        run: Folder of the run.
+        host: Address to listen on; 0.0.0.0 for all addresses of this machine.
+        port: Port; 0 for a free one.
+        unsure: Mark predictions whose probability is lower than this as unsure; auto is the run's own threshold.
+        tta: Test-time augmentation, as for snella predict.
+        max_files: Images in one request, at most.
+        max_mib: Size of one file, at most, in MiB.
+        max_megapixels: Pixels of one image, at most, in millions; larger ones are not decoded.
+        batch_size: Images at a time.
+        device: auto, cpu or cuda.
+    """
+    from snella.runs.prediction_files import parse_unsure
+    from snella.runs.serve import ServerLimits, serve
+
+    limits = ServerLimits(max_files, max_mib, max_megapixels)
+    threshold = parse_unsure(unsure)
+    serve(run, host=host, port=port, limits=limits, tta=tta, unsure=threshold, batch_size=batch_size, device=device)
+
+
+@_command("snella.runs.push")
+def push(
+    run: str,
+    name: str,
+    /,
+    to_folder: str | None = None,
+    adapter: bool = False,
+    private: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Publish a run's model with a model card on the Hugging Face hub, or write the folder for it.
+
+      snella push runs/photos user/photos
+      snella push runs/photos user/photos --to-folder photos-hub
+
+    Where the hub cannot be reached, the folder is written beside the run. The card has the results, data, classes and
+    how the model is used; its license is left to fill in.
+
+    Args:
+        run: Folder of the run.
+        name: Of the model on the hub, user/model.
+        to_folder: Write this new folder, and contact nobody.
+        adapter: The adapter, which PEFT loads on top of its base model, in place of the merged model.
+        private: Whether only you may see it.
+        overwrite: Add a commit to a model that is on the hub already.
+    """
+    from snella.runs.console import make_console, print_line
+    from snella.runs.push import push
+
+    done = push(run, name, to_folder=to_folder, adapter=adapter, private=private, overwrite=overwrite)
+    console = make_console()
+    if done.reason is not None:
+        print_line(console, f"note: the hub was not reached ({done.reason}); later: hf upload {name} {done.place}")
+    print_line(console, done.place)
+
+
 @_command("snella.report.inspect")
 def inspect(
     run: str | None = None,

@@ -211,7 +211,10 @@ def _add(group: Any, option: Option, of_method: str) -> None:
     elif of_method:
         text += f" ({of_method})"
     if option.is_positional:
-        kind, nargs = (str, "+") if _is_list(option) else (option.type, None if option.default is MISSING else "?")
+        is_needed = option.default is MISSING
+        kind, nargs = (
+            (str, "+" if is_needed else "*") if _is_list(option) else (option.type, None if is_needed else "?")
+        )
         group.add_argument(option.name, type=kind, nargs=nargs, metavar=option.choices, help=text)
         return
     needed: dict[str, Any] = {"required": True} if option.default is MISSING else {"default": option.default}
@@ -363,7 +366,7 @@ def _shown(default: Any) -> str:
 
 def _is_list(option: Option) -> bool:
     """Whether an argument takes several words."""
-    return get_origin(option.type) is list
+    return get_origin(_without_none(option.type)) is list
 
 
 def _without_none(kind: Any) -> Any:

@@ -26,6 +26,7 @@ from snella.comparison.summary import (
     cost_texts,
     difference_text,
     outcome_text,
+    recommendation_text,
     spread_text,
     summarize,
     table_cells,
@@ -122,6 +123,7 @@ def markdown_tables(experiment: Experiment, rows: Rows) -> str:
         rule = [" --- " if heading == "method" else " ---: " for heading in headings]
         table = [_markdown_line(headings), f"|{'|'.join(rule)}|", *map(_markdown_line, lines)]
         parts.append(f"**Test {title}**\n\n" + "\n".join(table))
+    parts.append(recommendation_text(summary))
     done = f"{summary.finals} of {summary.expected} final runs"
     parts.append(f"{caption(summary)[0].upper()}{caption(summary)[1:]}. {done}. {_provenance(experiment, rows)}")
     warning = get_protocol(experiment.settings.get("protocol", "standard")).warning
@@ -188,6 +190,7 @@ def write_page(root: Path, experiment: Experiment, rows: Rows) -> Path:
         "rates": _rates(summary, rows),
         "choices": _choices(summary, rows),
         "outcome": outcome_text(summary),
+        "recommendation": recommendation_text(summary),
         "forest": _forest(summary, False),
         "forests": _forest(summary, True) if len(summary.tasks) > 1 else Markup(""),
         "shown_points": f"{100 * figures.SHOWN_RANGE:g}",

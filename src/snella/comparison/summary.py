@@ -1,7 +1,7 @@
 """The table of a comparison: the numbers of every method, for the report and the terminal."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,6 +189,52 @@ def outcome_text(summary: Summary) -> str:
     return f"{text}. Of the others, {' and '.join(parts)}." if parts else f"{text}."
 
 
+def recommendation_text(summary: Summary) -> str:
+    """Which method to take, in a sentence: accuracy within one standard error of the best, then memory, then time.
+
+    The standard error is that of the best method's mean over seeds; memory within 5 % counts as the same. Empty where
+    no method is done.
+    """
+    means = {m.name: value for m in summary.methods if (value := m.over_tasks["test_accuracy"]) is not None}
+    if not means:
+        return ""
+    best = max(means, key=lambda name: means[name].mean)
+    top = means[best]
+    error = 0.0 if math.isnan(top.std) else top.std / math.sqrt(top.count)
+    costs = {m.name: m.costs for m in summary.methods}
+    near = [name for name, value in means.items() if value.mean >= top.mean - error]
+    if len(near) == 1:
+        seeds = "a single seed has no standard error" if math.isnan(top.std) else f"{100 * error:.1f} points"
+        return f"Recommended: {best}, no other method is within one standard error of its accuracy ({seeds})."
+    chosen, reason = _cheapest(near, costs)
+    texts = cost_texts(costs[chosen])
+    return (
+        f"Recommended: {chosen}. {len(near)} methods are within one standard error ({100 * error:.1f} points) of the "
+        f"best accuracy, {100 * top.mean:.1f} % by {best}; {reason} (memory {texts['memory']}, time {texts['time']})."
+    )
+
+
+def _cheapest(names: Sequence[str], costs: Mapping[str, Mapping[str, float | None]]) -> tuple[str, str]:
+    """The method that needs the least memory, and of those that need as much the least time; and why."""
+
+    def memory(name: str) -> float:
+        peak = costs[name]["accelerator_memory_max"]
+        mib = costs[name]["training_mib"]
+        return float(peak) if peak else math.inf if mib is None else mib * 2**20
+
+    def time(name: str) -> float:
+        seconds = costs[name]["train_time"]
+        return math.inf if seconds is None else seconds
+
+    least = min(map(memory, names))
+    small = [name for name in names if memory(name) <= 1.05 * least or math.isinf(least)]
+    chosen = min(small, key=time)
+    if len(small) == 1:
+        return chosen, f"of these {chosen} needs the least memory"
+    what = "as little memory as any" if not math.isinf(least) else "memory that was not measured"
+    return chosen, f"of these {chosen} needs {what} and the least time"
+
+
 def part_text(value: Difference, tasks: int) -> str:
     """How many of `tasks` a difference is about; empty where it is all of them."""
     return "" if value.tasks == tasks else f" ({value.tasks} of {counted(tasks, 'task')})"
@@ -227,6 +273,7 @@ def print_summary(console: Console, experiment: Experiment, rows: Rows) -> None:
     for metric, title in METRICS.items():
         console.print(_table(summary, metric, title))
     print_line(console, outcome_text(summary))
+    print_line(console, recommendation_text(summary))
     print_line(console, caption(summary))
     for row in summary.failed:
         print_line(console, f"FAILED {row['cell']}: {row['error']}")

@@ -13,6 +13,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from PIL import Image
 
 from snella._text import bytes_text, count_text, percent_text, plain_text, seconds_text
 from snella.methods.defaults import PROBE_METHOD
@@ -36,7 +37,7 @@ from snella.records import (
 from snella.report import figures, targets
 from snella.report.allocation import adapter_budgets, adapter_step, arrange, epochs_of_allocation, has_importance
 from snella.report.calibration import calibration_section, ranking_section
-from snella.report.examples import ImageSource, choose_examples, load_example, load_picture, mask_colors
+from snella.report.examples import ImageSource, choose_examples, load_example, load_picture, mask_colors, picture_uri
 from snella.report.inspect import read_adapter, saved_budgets
 from snella.report.style import write_atomically
 
@@ -360,6 +361,20 @@ def examples_section(
     }
 
 
+def heat_maps_section(folder: Path, info: RunInfo, predictions: Predictions | None) -> list[dict[str, Any]]:
+    """The heat maps that `snella explain RUN` left in the run, wrong predictions first."""
+    items = {item.index: item for item in (predictions.items if predictions is not None else [])}
+    found = []
+    for path in (folder / "heat_maps").glob("*.png"):
+        item = items.get(int(path.stem)) if path.stem.isdigit() else None
+        if item is not None:
+            with Image.open(path) as image:
+                uri, width, height = picture_uri(image, _LONGEST)
+            names = {"predicted": info.classes[item.predicted], "label": info.classes[item.label]}
+            found.append({"item": item, "uri": uri, "width": width, "height": height, **names})
+    return sorted(found, key=lambda entry: (entry["item"].is_right, -entry["item"].probability))
+
+
 def _inline(figure: Figure, name: str, description: str) -> Markup:
     """A figure as markup; `inline_svg` escapes what comes from the run."""
     return Markup(figures.inline_svg(figure, name, description))
@@ -447,6 +462,7 @@ def _render(folder: Path, images: ImageSource | None) -> str:
         "has_adapter": adapter is not None,
         "comparison": comparison_section(comparison),
         "examples": examples_section(info, class_predictions, images),
+        "heat_maps": heat_maps_section(folder, info, class_predictions),
         "classes": classes_section(metrics),
         "masks": masks_section(folder, info, images),
         **_target_sections(folder, info, metrics, images),

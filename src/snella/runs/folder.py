@@ -37,7 +37,7 @@ _FILES = (
     "comparison.json",
     "report.html",
 )
-_FOLDERS = ("adapter", "checkpoints", "commands", "masks", "selection", "tracking")
+_FOLDERS = ("adapter", "checkpoints", "commands", "heat_maps", "masks", "selection", "tracking")
 _DIGESTED = ("config.yaml", "metrics.json", "allocation.json", "predictions.json")
 _DIGESTED_FOLDERS = ("adapter", "selection")
 _NEW_RUN = "; a new run can start from its model: snella merge {} --out MODEL, then --backbone MODEL"

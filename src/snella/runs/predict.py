@@ -127,6 +127,20 @@ class Predictor:
             pass
         return rows[0] if is_one else np.stack(rows)
 
+    def prepare(self, images: Sequence[ImageInput]) -> Tensor:
+        """What the model takes: `[images, channels, height, width]`, resized, cut and normalized."""
+        named = [(image, str(_name(index, image))) for index, image in enumerate(images)]
+        read = [read_input(image, name, self.loaded.channels) for image, name in named]
+        return torch.stack([self.loaded.transform(image) for image in read])
+
+    def picture(self, prepared: Tensor) -> Image.Image:
+        """What `prepare` made of one image, as RGB again; of other channels than 1 and 3 or 4 their mean as gray."""
+        config = self.loaded.info.data_config
+        mean, std = (torch.tensor(config[name])[:, None, None] for name in ("mean", "std"))
+        shares = (prepared.cpu() * std + mean).clamp(0, 1)
+        shares = shares[:3] if len(shares) in (3, 4) else shares.mean(0, keepdim=True).expand(3, -1, -1)
+        return Image.fromarray((shares * 255).round().to(torch.uint8).movedim(0, -1).numpy())
+
     def each(
         self,
         images: Sequence[ImageInput],
@@ -147,8 +161,7 @@ class Predictor:
             on_skipped: Called with each skipped image and the reason.
             on_features: Called with the features of each image, before its prediction is yielded.
         """
-        self._check(tta)
-        threshold = self._threshold(unsure)
+        threshold = self.check_settings(tta, unsure)
         for paths, pictures, tensors in self._batches(images, skip_broken, on_skipped):
             outputs, features = self._outputs(tensors, tta, on_features is not None)
             made = self.loaded.task.image_predictions(self.classes, paths, pictures, outputs)
@@ -162,13 +175,10 @@ class Predictor:
         """The columns of the run's own table."""
         return columns_of(self.loaded.folder.path)
 
-    def _check(self, tta: int) -> None:
-        """Refuse numbers of views that there are not."""
+    def check_settings(self, tta: int, unsure: Unsure) -> float | None:
+        """Refuse settings that `each` would refuse; the probability that `unsure` means."""
         if not 1 <= tta <= MOST_VIEWS:
             raise ValueError(f"tta must be between 1 and {MOST_VIEWS}, the views of an image, got {tta}")
-
-    def _threshold(self, unsure: Unsure) -> float | None:
-        """The probability that `unsure` means."""
         calibration = self.loaded.info.calibration
         if unsure == "auto":
             if calibration is None or calibration.threshold is None:

@@ -18,7 +18,7 @@ from snella.runs.image_inputs import expand, new_files
 from snella.runs.predict import check_order, columns_of, load, task_of_run
 from snella.tasks import Task
 
-__all__ = ["predict_to_files", "write_features"]
+__all__ = ["expand_for", "parse_unsure", "predict_to_files", "write_features"]
 
 _FEATURE_SUFFIXES = (".npz", ".npy", ".parquet")
 
@@ -64,18 +64,17 @@ def predict_to_files(
         ImportError: Features in Parquet without pyarrow.
     """
     console, task = make_console(), task_of_run(run)
-    threshold = _threshold(unsure)
+    threshold = parse_unsure(unsure)
     _check_features(features, watch, overwrite=overwrite)
     folders = [Path(image) for image in images if Path(image).is_dir()]
     is_appended = watch and out is not None and not Path(out).is_dir() and Path(out).suffix.lower() == ".csv"
     if watch and not folders:
         raise ValueError(f"watch needs a folder among the images, got {', '.join(images)}")
     task.check_output(out, top_k, overwrite=overwrite or is_appended)
-    check_order(Path(run), images)
+    check_order(Path(run), list(images))
     files: list[Path] = []
     if not watch or len(folders) < len(images):
-        words = [image for image in images if not watch or Path(image) not in folders]
-        files = expand(words, columns, columns_of(run))
+        files = expand_for(run, [image for image in images if not watch or Path(image) not in folders], columns)
     model = load(run, device, batch_size=batch_size)
     skipped: list[str] = []
     rows: list[np.ndarray] = []
@@ -108,6 +107,13 @@ def predict_to_files(
         print_line(console, f"features of {counted(len(names), 'image')}: {features}")
     if skipped:
         print_line(make_console(sys.stderr), f"left out {counted(len(skipped), 'image')}: {'; '.join(skipped)}")
+
+
+def expand_for(run: str | Path, images: Any, columns: str | None) -> list[Path]:
+    """The files that `images` stand for, once it is sure that the run is one; see `snella.runs.image_inputs.expand`."""
+    words = [images] if isinstance(images, str | Path) else list(images)
+    check_order(Path(run), words)
+    return expand(words, columns, columns_of(run))
 
 
 def write_features(
@@ -164,8 +170,8 @@ def _check_features(features: str | None, watch: bool, *, overwrite: bool) -> No
         )
 
 
-def _threshold(unsure: str | None) -> Any:
-    """`auto`, or a number."""
+def parse_unsure(unsure: str | None) -> Any:
+    """What `--unsure` says: `auto`, or a number; None for neither. Raises a ValueError for other words."""
     if unsure in (None, "auto"):
         return unsure
     try:
