@@ -149,3 +149,14 @@ def test_the_digest_of_contents_changes_with_a_mask():
         return MaskDataset(noise().source, ArrayMasks(labels), range(3), ["a", "b", "c"])
 
     assert segmented(0).content_digest() == segmented(0).content_digest() != segmented(1).content_digest()
+
+
+def test_shared_memory_without_room_is_named_in_one_line(monkeypatch):
+    def without_room(tensor):
+        raise RuntimeError("unable to resize file </torch_1> to the right size: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", without_room)
+    with pytest.raises(
+        OSError, match=r"no room for eight bytes in shared memory: .*No space left .*make room in /dev/shm"
+    ):
+        noise()

@@ -28,7 +28,8 @@ def small_allocation(budgets, importance=None, total=2):
 
 
 @pytest.mark.parametrize("ending", [".svg", ".png"])
-def test_every_figure_is_written_as_svg_and_png(run, tmp_path, ending):
+def test_every_figure_is_written_as_svg_and_png(run, tmp_path, ending, monkeypatch):
+    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)  # another test may have imported it
     run.finished()
     allocation, metrics = read(Allocation, run.folder), read(Metrics, run.folder)
     budgets = allocation.history[-1].budgets

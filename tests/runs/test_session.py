@@ -1,6 +1,7 @@
 """One process a run: the lock that the kernel frees."""
 
 import io
+import json
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from snella.cli.main import main
 from snella.runs import RunFolder, RunInUseError, TrainConfig
 from snella.runs.session import lock_run
 from snella.runs.train import train
@@ -139,3 +141,53 @@ def test_resuming_where_nothing_can_be_written_says_that_a_finished_run_is_finis
             with pytest.raises(PermissionError, match="Permission denied"):
                 train(TrainConfig(out=str(run.path), resume=True), Console(file=output))
     assert not (run.path / ".lock").exists()
+
+
+@pytest.fixture
+def read_only(public):
+    """A file system that nobody can write on, as a function of what it is to hold."""
+    places = []
+
+    def mount(source):
+        place = public / "disk"
+        place.mkdir()
+        made = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(place)], capture_output=True, text=True)
+        if made.returncode:
+            pytest.skip(f"no file system can be mounted here: {made.stderr.strip()}")
+        places.append(place)
+        copy = Path(shutil.copytree(source, place / "run"))
+        subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
+        return copy
+
+    yield mount
+    for place in places:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_run_on_a_read_only_file_system_is_read_by_every_command(finished, photos, read_only, tmp_path):
+    run, image = read_only(finished.path), str(next(Path(photos).rglob("*.png")))
+    with pytest.raises(OSError, match="Read-only file system"):
+        (run / "x").touch()
+    commands = {
+        "predict": [str(run), image, "--out", str(tmp_path / "p.csv")],
+        "evaluate": [str(run), "--out", str(tmp_path / "e.json")],
+        "merge": [str(run), "--out", str(tmp_path / "merged")],
+        "inspect": [str(run)],
+        "train": ["--out", str(run), "--resume"],
+    }
+    for name, words in commands.items():
+        assert main([name, *words]) == 0, name
+    expected = finished.read_json("metrics.json")["test"]
+    assert json.loads((tmp_path / "e.json").read_text())["metrics"] == expected
+    assert (tmp_path / "p.csv").stat().st_size
+    assert (tmp_path / "merged" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "predictions.json"])
+def test_resuming_a_finished_run_that_lacks_results_names_them(name, finished, tmp_path):
+    run = RunFolder(shutil.copytree(finished.path, tmp_path / "run"))
+    (run.path / name).unlink()
+    with pytest.raises(
+        FileNotFoundError, match=rf"run is finished, but lacks {name}; restore it from a copy, or train"
+    ):
+        train(TrainConfig(out=str(run.path), resume=True), Console(file=io.StringIO()))

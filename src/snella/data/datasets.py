@@ -543,7 +543,7 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
         self._encode: Callable[[Target], Any] | None = None
         self._is_weighted = False
         # in shared memory: persistent workers, which hold a copy of this object, see a new epoch too
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._epoch = _shared_zero()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -650,6 +650,18 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} is out of range for {len(self)} images")
         return index % len(self)
+
+
+def _shared_zero() -> Tensor:
+    """A zero that processes share.
+
+    Raises:
+        OSError: There is no room for it in shared memory (`/dev/shm`), or a limit on the size of files is met.
+    """
+    try:
+        return torch.zeros((), dtype=torch.int64).share_memory_()
+    except RuntimeError as error:
+        raise OSError(f"no room for eight bytes in shared memory: {error}; make room in /dev/shm") from None
 
 
 def _item_seed(seed: int, epoch: int, index: int) -> int:

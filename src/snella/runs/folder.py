@@ -130,6 +130,19 @@ class RunFolderOf(Generic[S]):
         """
         check_files(self.path, self.read_json("run.json").get("files", {}))
 
+    def check_complete(self) -> None:
+        """Refuse a finished run that lacks files which it wrote.
+
+        Raises:
+            FileNotFoundError: All that are missing are named.
+        """
+        files = self.read_json("run.json").get("files", {})
+        if missing := [name for name in files if not (self.path / name).is_file()]:
+            raise FileNotFoundError(
+                f"{self.path} is finished, but lacks {', '.join(missing)}; restore it from a copy, or train again with "
+                "`--overwrite`"
+            )
+
     def _note_digest(self, name: str) -> None:
         """Bring the digest of a file of a finished run up to date, after writing it."""
         values = self.read_json("run.json") if (self.path / "run.json").is_file() else {}

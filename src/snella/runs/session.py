@@ -210,6 +210,7 @@ def resolve_resume(run: RunFolderOf[S], config: S, console: Console, result: str
     settings: Any = resolved
     if settings.resume and run.status == "finished":
         run.check_adapter()
+        run.check_complete()
         print_line(console, f"{run.path} is finished already; {result}")
         return None
     return resolved, settings.resume and run.status is not None
