@@ -178,7 +178,8 @@ def test_a_run_on_a_read_only_file_system_is_read_by_every_command(finished, pho
     for name, words in commands.items():
         assert main([name, *words]) == 0, name
     expected = finished.read_json("metrics.json")["test"]
-    assert json.loads((tmp_path / "e.json").read_text())["metrics"] == expected
+    measured = json.loads((tmp_path / "e.json").read_text())
+    assert {name: measured[name] for name in expected} == expected
     assert (tmp_path / "p.csv").stat().st_size
     assert (tmp_path / "merged" / "config.json").is_file()
 
