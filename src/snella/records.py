@@ -311,6 +311,7 @@ class DataInfo:
         folder: Its absolute place; None for data without one.
         notes: What a user should know about it.
         fold_part: The part that is a fold of a cross-validation.
+        white: Value of 16-bit images that becomes white, where it was given.
         subject: Of a personalization: which one.
         class_name: And what kind of thing it is.
         files: And its images in `folder`.
@@ -325,6 +326,7 @@ class DataInfo:
     folder: str | None = None
     notes: list[str] = field(default_factory=list)
     fold_part: str | None = field(default=None, metadata=_OPTIONAL)
+    white: int | None = field(default=None, metadata=_OPTIONAL)
     subject: str | None = field(default=None, metadata=_OPTIONAL)
     class_name: str | None = field(default=None, metadata=_OPTIONAL)
     files: list[str] | None = field(default=None, metadata=_OPTIONAL)

@@ -8,7 +8,7 @@ from PIL import Image
 
 from snella.data import ImageDataset, load_data, read_image
 from snella.data import datasets as images
-from snella.data.datasets import IMAGE_SUFFIXES, FileImages, broken_images, broken_rows, to_rgb
+from snella.data.datasets import IMAGE_SUFFIXES, FileImages, Reading, broken_images, broken_rows, to_rgb
 from snella.data.load import near_copies
 
 
@@ -114,13 +114,13 @@ def test_gray_and_alpha_are_kept_where_they_are_asked_for(tmp_path):
     Image.new("RGBA", (1, 1), (10, 20, 30, 40)).save(tmp_path / "x.png")
     Image.new("L", (1, 1), 77).save(tmp_path / "y.png")
     rgba, white, gray = (
-        read_image(tmp_path / "x.png", 4),
+        read_image(tmp_path / "x.png", Reading(4)),
         read_image(tmp_path / "x.png"),
-        read_image(tmp_path / "y.png", 1),
+        read_image(tmp_path / "y.png", Reading(1)),
     )
     assert rgba.getpixel((0, 0)) == (10, 20, 30, 40) and white.getpixel((0, 0)) == (217, 218, 220)
     assert (gray.mode, gray.getpixel((0, 0))) == ("L", 77)
-    assert read_image(tmp_path / "y.png", 4).getpixel((0, 0)) == (77, 77, 77, 255)
+    assert read_image(tmp_path / "y.png", Reading(4)).getpixel((0, 0)) == (77, 77, 77, 255)
 
 
 @pytest.mark.parametrize("layout", ["interleaved", "planes", "pages", "npy"])
@@ -135,8 +135,30 @@ def test_many_channels_are_read_in_any_layout(layout, tmp_path):
         tifffile.imwrite(
             file, values, photometric="minisblack", planarconfig="separate" if layout == "planes" else None
         )
-    image = read_image(file, 6)
+    image = read_image(file, Reading(6))
     assert torch.equal(image.as_subclass(torch.Tensor), torch.from_numpy(values.astype(np.float32) / 65535))
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_the_value_that_is_white_can_be_chosen(channels, tmp_path):
+    Image.fromarray(np.array([[0, 1000, 4095, 60000]], dtype=np.uint16)).save(tmp_path / "x.png")
+    image = read_image(tmp_path / "x.png", Reading(channels, 4095))
+    assert [np.atleast_1d(image.getpixel((x, 0)))[0] for x in range(4)] == [0, 62, 255, 255]
+    np.save(tmp_path / "x.npy", np.full((5, 2, 2), 2000, np.uint16))
+    assert float(read_image(tmp_path / "x.npy", Reading(5, 4000)).mean()) == 0.5
+
+
+def test_dark_images_of_16_bits_are_noted(tmp_path):
+    for index in range(12):
+        folder = tmp_path / "ab"[index % 2]
+        folder.mkdir(exist_ok=True)
+        values = np.random.default_rng(index).integers(0, 4096, (8, 8)).astype(np.uint16)
+        values[0, 0] = 4095
+        Image.fromarray(values).save(folder / f"{index}.png")
+    note = "12 images of 16 bits use at most 6.2% of the range; --white (white=) is the value that becomes white, e.g. "
+    assert any(one.startswith(note) for one in load_data(f"folder:{tmp_path}").notes)
+    bright = load_data(f"folder:{tmp_path}", white=4095)
+    assert bright.notes == [] and max(np.asarray(bright.train.image(0)).ravel()) == 255
 
 
 @pytest.mark.parametrize(
@@ -150,7 +172,7 @@ def test_many_channels_are_read_in_any_layout(layout, tmp_path):
 def test_other_arrays_are_refused(values, message, tmp_path):
     np.save(tmp_path / "x.npy", values)
     with pytest.raises(ValueError, match=rf"x\.npy' is not a readable image: .*{message}"):
-        read_image(tmp_path / "x.npy", 5)
+        read_image(tmp_path / "x.npy", Reading(5))
 
 
 def test_a_photograph_of_apple_is_read_by_pillow_heif_or_answered_with_its_name(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from snella.backbones import create_backbone
+from snella.data import read_image
 from snella.runs import RunFolder, TrainConfig, load_run
 from snella.runs.evaluate import evaluate
 from snella.runs.merge import merge
@@ -146,9 +147,7 @@ def test_images_of_other_channels_are_trained_on_and_merged(channels, fast, cons
     merged = merge(run.path, tmp_path / "merged")
     model = timm.create_model(f"local-dir:{merged}", pretrained=True).eval()
     loaded = load_run(run.path)
-    from snella.data import read_image
-
-    probabilities = model(loaded.transform(read_image(image, channels))[None]).softmax(-1)[0].tolist()
+    probabilities = model(loaded.transform(read_image(image, loaded.reading))[None]).softmax(-1)[0].tolist()
     assert dict(prediction.ranking) == pytest.approx(dict(zip(loaded.classes, probabilities, strict=True)), abs=1e-5)
 
 
@@ -157,7 +156,9 @@ def test_channels_that_do_not_fit_are_refused(fast, console, photos):
         fast(channels=4, augment="imagenet")
     with pytest.raises(ValueError, match="channels must be 3 with task 'segmentation', got 1"):
         fast(channels=1, task="segmentation")
-    with pytest.raises(ValueError, match=r"channels must be 3 for data other than folder:, csv:.*, got 1 with digits"):
+    with pytest.raises(
+        ValueError, match=r"channels and white can only be given for folder:, csv:.*, got 1 and 65535 with digits"
+    ):
         train(fast(data="digits", channels=1), console)
     with pytest.raises(ValueError, match=r"48 of 48 images .*it must have 6 channels, got an array|cannot be read"):
         train(fast(channels=6), console)

@@ -599,6 +599,7 @@ def data(
     /,
     columns: str | None = None,
     channels: int = 3,
+    white: int | None = None,
     sheet: str | None = None,
     decode: bool = False,
 ) -> None:
@@ -617,6 +618,7 @@ def data(
             and fgvc inside.
         columns: Columns of a table, as for snella train.
         channels: Channels of an image, as for snella train.
+        white: Value of 16-bit images that becomes white, as for snella train.
         sheet: PNG file for a contact sheet: the first images of each class.
         decode: Of a benchmark, also decode every image, which takes minutes, to find damaged ones.
     """
@@ -625,9 +627,9 @@ def data(
     from snella.runs.console import counted, make_console, print_line
 
     if split_spec(data)[1] is not None or data in data_names():
-        errors = _check_own_data(data, columns, channels, sheet)
+        errors = _check_own_data(data, columns, channels, white, sheet)
     else:
-        given = {"columns": columns, "sheet": sheet, "channels": None if channels == 3 else channels}
+        given = {"columns": columns, "sheet": sheet, "channels": None if channels == 3 else channels, "white": white}
         wrong = [f"--{name} {value}" for name, value in given.items() if value is not None]
         if wrong:
             raise ValueError(f"{', '.join(wrong)} can only be given for data such as folder:{data}, got {data!r}")
@@ -640,14 +642,14 @@ def data(
     print_line(make_console(), "complete, nothing is wrong")
 
 
-def _check_own_data(spec: str, columns: str | None, channels: int, sheet: str | None) -> list[str]:
+def _check_own_data(spec: str, columns: str | None, channels: int, white: int | None, sheet: str | None) -> list[str]:
     """Print what is in a data set, draw its contact sheet, and return what is wrong."""
     from rich.table import Table
 
     from snella.data.check import check_data, contact_sheet
     from snella.runs.console import make_console, print_line, print_rows
 
-    check, console = check_data(spec, columns=columns, channels=channels), make_console()
+    check, console = check_data(spec, columns=columns, channels=channels, white=white), make_console()
     parts = list(check.splits.parts)
     print_line(console, check.splits.description)
     table = Table()

@@ -52,7 +52,7 @@ METHOD_SETTINGS = ("r", "target_sparsity", "scaling", "lr", "scalar_lr", "head_l
 _SPARSE_SETTINGS = ("target_sparsity", "scalar_lr")
 DATA_SETTINGS = (
     *("train_size", "val_size", "test_size", "val_fraction", "test_fraction", "batch_size"),
-    *("columns", "lr", "head_lr", "weight_decay", *_SPARSE_SETTINGS),
+    *("columns", "channels", "white", "lr", "head_lr", "weight_decay", *_SPARSE_SETTINGS),
 )
 """Settings of a data entry; those of sparse methods do not apply to the others."""
 SHARED_SETTINGS = (

@@ -172,7 +172,13 @@ class DataCheck:
 
 
 def check_data(
-    spec: str, *, columns: str | None = None, channels: int = 3, target: TargetKind = "class", seed: int = 0
+    spec: str,
+    *,
+    columns: str | None = None,
+    channels: int = 3,
+    white: int | None = None,
+    target: TargetKind = "class",
+    seed: int = 0,
 ) -> DataCheck:
     """Load data as training does, broken images left out, and say what is in it.
 
@@ -180,6 +186,7 @@ def check_data(
         spec: As `load_data` takes it.
         columns: Of a table.
         channels: Of an image.
+        white: Value of 16-bit images that becomes white.
         target: What the label column of a table holds.
         seed: Of the splits.
 
@@ -188,7 +195,7 @@ def check_data(
         FileNotFoundError: It is not there.
         ImportError: A package that it needs is not installed.
     """
-    options: dict[str, Any] = {"columns": columns, "channels": channels, "target": target, "seed": seed}
+    options: dict[str, Any] = {"columns": columns, "channels": channels, "white": white, "target": target, "seed": seed}
     errors = []
     try:
         splits = load_data(spec, skip_broken=True, **options)

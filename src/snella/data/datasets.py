@@ -44,6 +44,8 @@ DECODING_ERRORS = (
 )
 """What Pillow raises for files that are no images, cut off or damaged."""
 File = str | Path | BinaryIO
+FULL_WHITE = 65535
+"""The largest value of 16 bits."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class ImageFacts:
         format: Such as JPEG.
         has_pages: Whether it has more than one page or frame.
         thumbnail: 16×16 gray values, uint8: copies that were saved again or resized have nearly the same.
+        brightest: Largest value of a 16-bit image as a share of white; None for others.
     """
 
     size: tuple[int, int]
@@ -63,51 +66,72 @@ class ImageFacts:
     format: str
     has_pages: bool
     thumbnail: np.ndarray
+    brightest: float | None = None
 
 
-def read_image(path: str | Path, channels: int = 3) -> Any:
+@dataclass(frozen=True)
+class Reading:
+    """How the pixels of an image are read.
+
+    Attributes:
+        channels: 3 for RGB, 1 for gray, 4 for RGBA; any other number for a TIFF (by tifffile) or `.npy` array of
+            `[height, width, channels]`, `[channels, height, width]` or a page a channel.
+        white: Value of 16-bit gray images and arrays that becomes white; larger ones do too.
+    """
+
+    channels: int = 3
+    white: int = FULL_WHITE
+
+
+RGB = Reading()
+
+
+def read_image(path: str | Path, reading: Reading = RGB) -> Any:
     """Read and fully decode an image file, turned upright where the camera noted it.
 
     Args:
         path: File in any format that Pillow reads; of several pages or an animation the first. HEIC with pillow-heif.
-        channels: 3 for RGB, 1 for gray, 4 for RGBA; any other number for a TIFF (by tifffile) or `.npy` array of
-            `[height, width, channels]`, `[channels, height, width]` or a page a channel.
+        reading: Channels, and the value that is white.
 
     Returns:
-        A PIL image, or for other numbers of channels a `tv_tensors.Image` `[channels, height, width]`, uint8 or, of
-        16-bit values as their share of 65,535, float32.
+        A PIL image, or for other numbers of channels than 1, 3 and 4 a `tv_tensors.Image` `[channels, height, width]`,
+        uint8 or, of 16-bit values as their share of white, float32.
 
     Raises:
         ValueError: The file is no image, is truncated, or has values that have no 8-bit meaning or other channels.
     """
-    return decode_image(path, str(path), channels)
+    return decode_image(path, str(path), reading)
 
 
-def decode_image(file: File, name: str, channels: int = 3) -> Any:
+def decode_image(file: File, name: str, reading: Reading = RGB) -> Any:
     """Decode an image as `read_image` does, from a file or a stream of bytes that is called `name` in messages."""
     with _naming_errors(name, file):
         _check_regular(file)
-        if channels not in _PILLOW_CHANNELS:
-            return tv_tensors.Image(_read_array(file, channels))
+        if reading.channels not in _PILLOW_CHANNELS:
+            return tv_tensors.Image(_read_array(file, reading))
         with _open(file) as image:
             image.load()
-            return to_channels(ImageOps.exif_transpose(image), channels)
+            return to_channels(ImageOps.exif_transpose(image), reading)
 
 
-def inspect_image(file: File, name: str, channels: int = 3) -> ImageFacts:
+def inspect_image(file: File, name: str, reading: Reading = RGB) -> ImageFacts:
     """Decode an image once, large JPEGs at a lower resolution, and say what it is. Raises as `read_image`."""
     with _naming_errors(name, file):
         _check_regular(file)
-        if channels not in _PILLOW_CHANNELS:
-            array = _read_array(file, channels)
-            return facts_of(to_pil_image(_shown(array)), f"{channels} channels of {array.dtype}", "array")
+        if reading.channels not in _PILLOW_CHANNELS:
+            array = _read_array(file, reading)
+            kind = f"{reading.channels} channels of {'8' if array.dtype == torch.uint8 else '16 or more'} bits"
+            facts = facts_of(to_pil_image(_shown(array)), kind, "array")
+            return replace(facts, brightest=None if array.dtype == torch.uint8 else float(array.max()))
         with _open(file) as image:
             size, mode, kind = image.size, image.mode, image.format or ""
             has_pages = kind != "MPO" and bool(getattr(image, "is_animated", False))
             image.draft(None, _DRAFT)
             image.load()
-            facts = facts_of(to_channels(ImageOps.exif_transpose(image), channels), mode, kind)
-            return replace(facts, size=size, has_pages=has_pages)
+            facts = facts_of(to_channels(ImageOps.exif_transpose(image), reading), mode, kind)
+            is_deep = mode.startswith("I;16")
+            brightest = min(float(np.asarray(image).max(initial=0)) / reading.white, 1.0) if is_deep else None
+            return replace(facts, size=size, has_pages=has_pages, brightest=brightest)
 
 
 def facts_of(image: Image.Image, mode: str = "", kind: str = "") -> ImageFacts:
@@ -156,8 +180,9 @@ def _start_of(file: File) -> bytes:
     return start
 
 
-def _read_array(file: File, channels: int) -> Tensor:
+def _read_array(file: File, reading: Reading) -> Tensor:
     """The channels of a TIFF or an array file, `[channels, height, width]`, uint8 or float32 in [0, 1]."""
+    channels = reading.channels
     if _start_of(file).startswith(_NUMPY_START):
         values = np.load(file, allow_pickle=False)
     else:
@@ -175,7 +200,7 @@ def _read_array(file: File, channels: int) -> Tensor:
     if values.dtype == np.uint8:
         return torch.from_numpy(np.ascontiguousarray(values))
     if values.dtype == np.uint16:
-        return torch.from_numpy(values.astype(np.float32) / 65535)
+        return torch.from_numpy(values.astype(np.float32) / reading.white).clamp(max=1)
     shares = values.astype(np.float32)
     if not np.issubdtype(values.dtype, np.floating) or not (shares.min() >= 0 and shares.max() <= 1):
         raise ValueError(
@@ -191,11 +216,12 @@ def _shown(image: Tensor) -> Tensor:
     return first.as_subclass(Tensor)
 
 
-def to_channels(image: Image.Image, channels: int) -> Image.Image:
+def to_channels(image: Image.Image, reading: Reading) -> Image.Image:
     """Convert an image of any mode to 8-bit gray (1), RGB (3) or RGBA (4); of alpha only RGBA keeps more than white."""
-    if channels == 4:
-        return (image if image.mode in ("RGBA", "LA", "PA", "P") else to_rgb(image)).convert("RGBA")
-    return to_rgb(image) if channels == 3 else to_rgb(image).convert("L")
+    if reading.channels == 4 and image.mode in ("RGBA", "LA", "PA", "P"):
+        return image.convert("RGBA")
+    colors = to_rgb(image, reading.white)
+    return colors if reading.channels == 3 else colors.convert(_PILLOW_CHANNELS[reading.channels])
 
 
 def is_image(path: Path) -> bool:
@@ -236,11 +262,12 @@ def _first_bytes(path: Path) -> bytes:
         return b""
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, white: int = FULL_WHITE) -> Image.Image:
     """Convert any mode to 8-bit RGB: transparency on white, gray three times, 16-bit values by their high byte.
 
     Args:
         image: Image of any mode but 32-bit floating point.
+        white: Value of 16-bit images that becomes white.
 
     Raises:
         ValueError: Floating-point values: which of them is white is not known.
@@ -253,7 +280,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return Image.alpha_composite(white, colors).convert("RGB")
     if image.mode.startswith("I"):
         values = np.asarray(image)
-        eight_bit = values >> 8 if values.max(initial=0) > 255 or image.mode != "I" else values
+        is_deep = values.max(initial=0) > 255 or image.mode != "I"
+        if white == FULL_WHITE:
+            eight_bit = values >> 8 if is_deep else values
+        else:
+            eight_bit = (values.astype(np.float32) * (255 / white)).round() if is_deep else values
         return Image.fromarray(np.clip(eight_bit, 0, 255).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("floating-point values, save it with 8 or 16 bits")
@@ -361,19 +392,14 @@ class ArrayImages:
 
     Args:
         pixels: `[n, height, width]`, uint8.
-
-    Attributes:
-        channels: Of the images that are given out.
     """
-
-    channels = 3
 
     def __init__(self, pixels: np.ndarray) -> None:
         self.pixels = pixels
 
     def load(self, row: int) -> Image.Image:
-        """The image as RGB, or as gray or RGBA where `channels` says so."""
-        return Image.fromarray(self.pixels[row]).convert(_PILLOW_CHANNELS[self.channels])
+        """The image as RGB."""
+        return Image.fromarray(self.pixels[row]).convert("RGB")
 
     def content(self, row: int) -> bytes:
         """The pixels."""
@@ -388,15 +414,15 @@ class CachedImages:
     Args:
         budget_bytes: Of all decoded images together, one byte a pixel and channel; loader workers share it out. Images
             beyond it are decoded every time.
-        channels: Of an image, as for `read_image`.
+        reading: As for `read_image`.
 
     Attributes:
         facts: What is known of images that were inspected, by row.
     """
 
-    def __init__(self, *, budget_bytes: int = _BUDGET_BYTES, channels: int = 3) -> None:
+    def __init__(self, *, budget_bytes: int = _BUDGET_BYTES, reading: Reading = RGB) -> None:
         self.budget_bytes = budget_bytes
-        self.channels = channels
+        self.reading = reading
         self.facts: dict[int, ImageFacts] = {}
         self.kept_bytes = 0
         self._kept: dict[int, Any] = {}
@@ -441,21 +467,21 @@ class FileImages(CachedImages):
     Args:
         paths: Files.
         budget_bytes: See `CachedImages`.
-        channels: See `CachedImages`.
+        reading: See `CachedImages`.
     """
 
-    def __init__(self, paths: Sequence[Path], *, budget_bytes: int = _BUDGET_BYTES, channels: int = 3) -> None:
-        super().__init__(budget_bytes=budget_bytes, channels=channels)
+    def __init__(self, paths: Sequence[Path], *, budget_bytes: int = _BUDGET_BYTES, reading: Reading = RGB) -> None:
+        super().__init__(budget_bytes=budget_bytes, reading=reading)
         self.paths = list(paths)
 
     def read(self, row: int) -> Any:
         """Decode one file."""
-        return read_image(self.paths[row], self.channels)
+        return read_image(self.paths[row], self.reading)
 
     def inspect(self, row: int) -> ImageFacts:
         """Decode one file and say what it is."""
         path = self.paths[row]
-        return inspect_image(path, str(path), self.channels)
+        return inspect_image(path, str(path), self.reading)
 
     def content(self, row: int) -> bytes:
         """The bytes of one file."""
@@ -795,9 +821,11 @@ def joined(first: ImageDataset, second: ImageDataset) -> ImageDataset:
 
 __all__ = [
     "DECODING_ERRORS",
+    "FULL_WHITE",
     "HEIC_HINT",
     "IMAGE_SUFFIXES",
     "LOSSY_FORMATS",
+    "RGB",
     "THRESHOLD",
     "Annotations",
     "ArrayImages",
@@ -809,6 +837,7 @@ __all__ = [
     "ImageFacts",
     "ImageSource",
     "MaskDataset",
+    "Reading",
     "Target",
     "broken_images",
     "broken_rows",

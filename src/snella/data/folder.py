@@ -7,7 +7,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from snella.data.collection import Collection
-from snella.data.datasets import HEIC_HINT, IMAGE_SUFFIXES, FileImages, ImageDataset, broken_rows, is_heic, is_image
+from snella.data.datasets import (
+    HEIC_HINT,
+    IMAGE_SUFFIXES,
+    RGB,
+    FileImages,
+    ImageDataset,
+    Reading,
+    broken_rows,
+    is_heic,
+    is_image,
+)
 
 __all__ = ["PARTS", "existing_folder", "listed", "load_folder"]
 
@@ -22,7 +32,7 @@ _LAYOUT = "images are laid out as PATH/class/image.jpg"
 _Files = dict[str, list[Path]]
 
 
-def load_folder(path: str, *, skip_broken: bool = False, channels: int = 3) -> Collection:
+def load_folder(path: str, *, skip_broken: bool = False, reading: Reading = RGB) -> Collection:
     """Collect the images of a folder; the names of the folders inside it are the classes.
 
     Every file is decoded once, so that a broken one is known before training. Hidden files are passed over, files of
@@ -31,7 +41,7 @@ def load_folder(path: str, *, skip_broken: bool = False, channels: int = 3) -> C
     Args:
         path: The folder. It counts as divided where it holds a folder `train` with class folders inside.
         skip_broken: Leave broken images out and note how many instead of refusing.
-        channels: Of an image, as for `read_image`.
+        reading: As for `read_image`.
 
     Raises:
         FileNotFoundError: There is no such folder; near names are given.
@@ -44,7 +54,7 @@ def load_folder(path: str, *, skip_broken: bool = False, channels: int = 3) -> C
     files = {part: _class_files(folder, others) for part, folder in folders.items()}
     _check_classes(files, folders, root)
     notes = [*([_other_kinds(others)] if others else []), *_passed_over(root, folders)]
-    source = FileImages([f for c in files.values() for found in c.values() for f in found], channels=channels)
+    source = FileImages([f for c in files.values() for found in c.values() for f in found], reading=reading)
     broken = {source.paths[row]: reason for row, reason in broken_rows(source, range(len(source.paths))).items()}
     if broken:
         named = listed([f"{file.relative_to(root).as_posix()} ({reason})" for file, reason in broken.items()])

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from snella.data.collection import Collection
-from snella.data.datasets import CachedImages, decode_image, to_channels
+from snella.data.datasets import RGB, CachedImages, Reading, decode_image, to_channels
 from snella.data.folder import PARTS, listed
 from snella.data.table import Columns, Samples, TargetKind, collection_of
 
@@ -27,7 +27,7 @@ _INSTALL = "needs the package datasets; pip install 'snella[data]'"
 
 
 def load_hf(
-    path: str, *, columns: Columns, target: TargetKind = "class", skip_broken: bool = False, channels: int = 3
+    path: str, *, columns: Columns, target: TargetKind = "class", skip_broken: bool = False, reading: Reading = RGB
 ) -> Collection:
     """Collect the images of a Hugging Face data set.
 
@@ -37,7 +37,7 @@ def load_hf(
         columns: Which columns hold what; the first column of images is the image.
         target: What the label column holds.
         skip_broken: Leave out rows that cannot be used, and note how many.
-        channels: Of an image.
+        reading: As for `read_image`.
 
     Raises:
         ConnectionError: The hub is needed and cannot be reached.
@@ -58,11 +58,11 @@ def load_hf(
             data = library.load_dataset(name, configuration or None)
     except Exception as error:
         raise _reading_error(f"hf:{path}", folder, error) from error
-    return _from_hf(data, f"hf:{path}", folder.name, columns, target, skip_broken, channels)
+    return _from_hf(data, f"hf:{path}", folder.name, columns, target, skip_broken, reading)
 
 
 def load_wds(
-    path: str, *, columns: Columns, target: TargetKind = "class", skip_broken: bool = False, channels: int = 3
+    path: str, *, columns: Columns, target: TargetKind = "class", skip_broken: bool = False, reading: Reading = RGB
 ) -> Collection:
     """Collect the images of WebDataset shards.
 
@@ -74,7 +74,7 @@ def load_wds(
         columns: Which entries hold what, such as `label=json.species`.
         target: What the label entry holds.
         skip_broken: Leave out samples that cannot be used, and note how many.
-        channels: Of an image.
+        reading: As for `read_image`.
 
     Raises:
         FileNotFoundError: There are no such shards.
@@ -91,7 +91,7 @@ def load_wds(
         data = library.load_dataset("webdataset", data_files=by_part)
     except Exception as error:
         raise _reading_error(f"wds:{path}", shards[0], error) from error
-    return _from_hf(data, f"wds:{path}", shards[0].parent.name, columns, target, skip_broken, channels)
+    return _from_hf(data, f"wds:{path}", shards[0].parent.name, columns, target, skip_broken, reading)
 
 
 def from_python(
@@ -101,7 +101,7 @@ def from_python(
     columns: Columns,
     target: TargetKind = "class",
     skip_broken: bool = False,
-    channels: int = 3,
+    reading: Reading = RGB,
 ) -> Collection:
     """Collect the images of a data set that is an object.
 
@@ -112,7 +112,7 @@ def from_python(
         columns: Of a Hugging Face data set.
         target: What the labels are.
         skip_broken: Leave out images that cannot be used, and note how many.
-        channels: Of an image.
+        reading: As for `read_image`.
 
     Raises:
         TypeError: Another kind of object.
@@ -121,14 +121,14 @@ def from_python(
     where = f"{PYTHON_PREFIX}{name}"
     parts = dict(data) if isinstance(data, Mapping) else {"train": data}
     if all(hasattr(part, "features") and hasattr(part, "column_names") for part in parts.values()):
-        return _from_hf(data, where, name, columns, target, skip_broken, channels)
+        return _from_hf(data, where, name, columns, target, skip_broken, reading)
     for part_name, part in parts.items():
         if not (hasattr(part, "__len__") and hasattr(part, "__getitem__")):
             raise TypeError(
                 f"data must be a specification such as folder:photos, or data sets with a length and items (image, "
                 f"label), got {type(part).__name__} for {part_name}"
             )
-    source = _ObjectImages(list(parts.values()), channels)
+    source = _ObjectImages(list(parts.values()), reading)
     labels = [label for part in parts.values() for label in _labels_of(part)]
     known = getattr(next(iter(parts.values())), "classes", None)
     are_numbers = all(isinstance(label, int | np.integer) for label in labels)
@@ -150,14 +150,14 @@ def from_python(
 class _HubImages(CachedImages):
     """Encoded images in columns of Hugging Face data sets, one after the other."""
 
-    def __init__(self, columns: Sequence[Any], name: str, channels: int) -> None:
-        super().__init__(channels=channels)
+    def __init__(self, columns: Sequence[Any], name: str, reading: Reading) -> None:
+        super().__init__(reading=reading)
         self.columns, self.name = list(columns), name
 
     def read(self, row: int) -> Any:
         """Decode one image."""
         item = _item(self.columns, row)[self.name]
-        return decode_image(io.BytesIO(self._bytes(item)), str(item["path"] or f"row {row}"), self.channels)
+        return decode_image(io.BytesIO(self._bytes(item)), str(item["path"] or f"row {row}"), self.reading)
 
     def content(self, row: int) -> bytes:
         """The encoded image."""
@@ -177,8 +177,8 @@ class _HubImages(CachedImages):
 class _ObjectImages(CachedImages):
     """Images of torch data sets, one after the other."""
 
-    def __init__(self, parts: Sequence[Any], channels: int) -> None:
-        super().__init__(channels=channels)
+    def __init__(self, parts: Sequence[Any], reading: Reading) -> None:
+        super().__init__(reading=reading)
         self.parts = list(parts)
 
     def read(self, row: int) -> Any:
@@ -193,7 +193,7 @@ class _ObjectImages(CachedImages):
             image = to_pil_image(image)
         if not isinstance(image, Image.Image):
             raise ValueError(f"items must be an image and a label, got {type(image).__name__} first")
-        return to_channels(image, self.channels)
+        return to_channels(image, self.reading)
 
     def content(self, row: int) -> bytes:
         """The pixels."""
@@ -221,7 +221,7 @@ def _labels_of(part: Any) -> list[Any]:
 
 
 def _from_hf(
-    data: Any, where: str, name: str, columns: Columns, target: TargetKind, skip_broken: bool, channels: int
+    data: Any, where: str, name: str, columns: Columns, target: TargetKind, skip_broken: bool, reading: Reading
 ) -> Collection:
     """A Hugging Face data set or several as a `Collection`."""
     import datasets
@@ -256,7 +256,7 @@ def _from_hf(
     samples = Samples(
         name,
         where,
-        _HubImages(encoded, found["path"], channels),
+        _HubImages(encoded, found["path"], reading),
         names,
         [value[0] if len(labels) == 1 else value for value in zip(*(table[label] for label in labels), strict=True)],
         labels,

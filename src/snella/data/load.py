@@ -22,7 +22,17 @@ from snella.data.bundled import (
     load_stamps,
 )
 from snella.data.collection import Collection, Protocol
-from snella.data.datasets import CachedImages, FileImages, ImageDataset, ImageFacts, Target, joined
+from snella.data.datasets import (
+    FULL_WHITE,
+    RGB,
+    CachedImages,
+    FileImages,
+    ImageDataset,
+    ImageFacts,
+    Reading,
+    Target,
+    joined,
+)
 from snella.data.fgvc import FGVC, load_fgvc
 from snella.data.folder import listed, load_folder
 from snella.data.hub import PYTHON_PREFIX, from_python, load_hf, load_wds
@@ -33,7 +43,7 @@ from snella.data.vtab import VTAB, load_vtab
 
 _FOLDER = "folder:"
 _LEAST_CORRELATION, _MOST_DISTANCE = 0.995, 3.0
-_FLAT = 2.0
+_FLAT, _DARK = 2.0, 0.25
 _CHUNK, _MOST_PAIRS = 1024, 2_000_000_000
 _IMBALANCE = 4
 """Ratio of class sizes from which a note about imbalance is given."""
@@ -151,6 +161,7 @@ def load_data(
     columns: str | None = None,
     target: TargetKind = "class",
     channels: int = 3,
+    white: int | None = None,
     divide: bool = True,
     folds: int | None = None,
     fold: int | None = None,
@@ -184,6 +195,7 @@ def load_data(
             strata that splits are made by; raw values, weights and groups are in `ImageDataset.annotations`.
         channels: Channels of an image: 3 for RGB, 1 for gray, 4 for RGBA, others for multispectral files; see
             `read_image`.
+        white: Value of 16-bit images that becomes white, e.g. 4095 of 12-bit cameras; 65535 by default.
         divide: False leaves all images in the parts that the data has, and splits none off.
         folds: Number of folds of a cross-validation.
         fold: Which of them is held out, from 1: as the test part, or, of data with a test part of its own, as the
@@ -197,7 +209,7 @@ def load_data(
     for_test = seed if test_seed is None else test_seed
     sizes = {"train": train_size, "val": val_size, "test": test_size}
     _check_numbers({"seed": seed, "test_seed": for_test}, val_fraction, test_fraction, sizes)
-    collection = _collect(spec, skip_broken, check_sizes, columns, target, channels)
+    collection = _collect(spec, skip_broken, check_sizes, columns, target, Reading(channels, white or FULL_WHITE))
     fold_part = None
     if folds is not None and fold is not None:
         fold_part = "test" if collection.test is None else "val"
@@ -232,6 +244,7 @@ def load_data(
         *collection.notes,
         *_absent(parts, collection, target),
         *_pages(parts),
+        *_darkness(parts),
         *_shared_groups(parts),
         *_copies(parts),
     ]
@@ -260,10 +273,10 @@ def with_class_order(splits: DataSplits, classes: list[str]) -> DataSplits:
 
 
 def _collect(
-    spec: Any, skip_broken: bool, check_sizes: bool, columns: str | None, target: TargetKind, channels: int
+    spec: Any, skip_broken: bool, check_sizes: bool, columns: str | None, target: TargetKind, reading: Reading
 ) -> Collection:
     """The data as its family has it."""
-    given: dict[str, Any] = {} if channels == 3 else {"channels": channels}
+    given: dict[str, Any] = {} if reading == RGB else {"reading": reading}
     if not isinstance(spec, str):
         return from_python(spec, columns=Columns.parse(columns), target=target, skip_broken=skip_broken, **given)
     prefix, path = split_spec(spec)
@@ -277,7 +290,9 @@ def _collect(
         )
     if given and prefix != _FOLDER:
         known = ", ".join((_FOLDER, *_IN_TABLES))
-        raise ValueError(f"channels must be 3 for data other than {known}, got {channels} with {spec}")
+        raise ValueError(
+            f"channels and white can only be given for {known}, got {reading.channels} and {reading.white} with {spec}"
+        )
     if prefix in _BENCHMARKS:
         return _as_target(_BENCHMARKS[prefix](path, check_sizes=check_sizes), target, spec)
     if path is not None:
@@ -444,6 +459,22 @@ def _pages(parts: dict[str, ImageDataset]) -> list[str]:
     if not names:
         return []
     return [f"{len(names)} images have several pages or frames, of which the first is used: {listed(names)}"]
+
+
+def _darkness(parts: dict[str, ImageDataset]) -> list[str]:
+    """A note where 16-bit images use a small part of their range, as those of 12-bit cameras do."""
+    shares = [
+        fact.brightest
+        for images in parts.values()
+        for row in images.rows
+        if (fact := _facts(images).get(row)) is not None and fact.brightest is not None
+    ]
+    if not shares or max(shares) > _DARK or max(shares) == 0:
+        return []
+    return [
+        f"{len(shares)} images of 16 bits use at most {max(shares):.1%} of the range; --white (white=) is the value "
+        "that becomes white, e.g. 4095 for 12-bit cameras"
+    ]
 
 
 def _facts(images: ImageDataset) -> dict[int, ImageFacts]:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from snella.data.collection import Collection
-from snella.data.datasets import Annotations, CachedImages, FileImages, ImageDataset, Target, broken_rows
+from snella.data.datasets import RGB, Annotations, CachedImages, FileImages, ImageDataset, Reading, Target, broken_rows
 from snella.data.folder import PARTS, listed
 
 __all__ = [
@@ -179,7 +179,7 @@ def load_table(
     columns: Columns,
     target: TargetKind = "class",
     skip_broken: bool = False,
-    channels: int = 3,
+    reading: Reading = RGB,
 ) -> Collection:
     """Collect the images that a table names.
 
@@ -190,7 +190,7 @@ def load_table(
         columns: Which columns hold what; others are found by their names.
         target: What the label column holds.
         skip_broken: Leave rows out, and note how many, whose file is missing or broken or that have no label.
-        channels: Of an image, as for `read_image`.
+        reading: As for `read_image`.
 
     Raises:
         FileNotFoundError: There is no such file; near names are given.
@@ -203,7 +203,7 @@ def load_table(
     found = columns.of(table, ("path", "label"), where)
     labels = _columns_in("label", found["label"])
     names = _paths(table, found["path"])
-    source = FileImages([file.parent / name for name in names], channels=channels)
+    source = FileImages([file.parent / name for name in names], reading=reading)
     broken = {row: "no path" for row, name in enumerate(names) if not name}
     broken |= {
         row: "no such file" for row, image in enumerate(source.paths) if row not in broken and not image.is_file()

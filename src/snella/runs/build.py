@@ -26,6 +26,7 @@ from snella.data import (
     split_spec,
     with_class_order,
 )
+from snella.data.datasets import FULL_WHITE, Reading
 from snella.data.table import TABLE_SUFFIXES
 from snella.methods import SelectionData, build_method, find_method, load_trained, save_trained
 from snella.methods.model_parts import find_head
@@ -361,6 +362,7 @@ def load_splits(config: TrainConfig, data: Any = None) -> DataSplits:
         protocol=config.protocol,
         columns=config.columns,
         channels=config.channels,
+        white=config.white,
         folds=config.folds,
         fold=config.fold,
         target=task.target,
@@ -438,9 +440,9 @@ class LoadedRun:
     info: RunInfo
 
     @property
-    def channels(self) -> int:
-        """Channels of its images."""
-        return self.info.backbone.channels
+    def reading(self) -> Reading:
+        """How its images are read."""
+        return Reading(self.info.backbone.channels, self.info.data.white or FULL_WHITE)
 
     @property
     def device(self) -> torch.device:

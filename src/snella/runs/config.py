@@ -182,6 +182,7 @@ _MINIMUMS = {
     "val_size": 1,
     "test_size": 1,
     "channels": 1,
+    "white": 1,
     "folds": 2,
     "fold": 1,
     "workers": 0,
@@ -292,6 +293,7 @@ class TrainConfig(RunSettings):
         fold: Train this fold alone, from 1, as one run.
         channels: Channels of an image: 1 for gray, 3 for RGB, 4 for RGBA, another number for TIFF or .npy files of as
             many. The backbone's first convolution is adapted.
+        white: Value of 16-bit images that becomes white, e.g. 4095 for 12-bit cameras; 65535 if not given.
         skip_broken: Skip images that cannot be read, and report how many.
         seed: Decides the splits, initial values, order of images, augmentation and dropout.
         test_seed: Seed of the test split alone, so that runs of other seeds share it; the seed if not given.
@@ -370,6 +372,7 @@ class TrainConfig(RunSettings):
     folds: int | None = None
     fold: int | None = None
     channels: int = 3
+    white: int | None = None
     skip_broken: bool = False
     seed: int = 0
     test_seed: int | None = None

@@ -207,7 +207,8 @@ def _load_splits(
         seed=config.seed,
         skip_broken=skip_broken,
         columns=config.columns if columns is not None or has_columns(data) else None,
-        channels=loaded.channels,
+        channels=loaded.reading.channels,
+        white=loaded.info.data.white,
         target=loaded.task.target,
         divide=split not in ("auto", "all"),
     )

@@ -209,7 +209,7 @@ def _refuse_other_files(folder: Path, written: Path) -> None:
 def _sample_images(loaded: LoadedRun, images: Sequence[str | Path]) -> Tensor:
     """Real images as the model takes them, `[n, C, H, W]`: those given, or the run's own."""
     if images:
-        return torch.stack([loaded.transform(read_image(Path(image), loaded.channels)) for image in images])
+        return torch.stack([loaded.transform(read_image(Path(image), loaded.reading)) for image in images])
     config = loaded.folder.read_config()
     try:
         config.data = find_data(loaded.folder.path, str(config.data), loaded.info.data.folder)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 
 from snella.data import read_image, split_spec
-from snella.data.datasets import DECODING_ERRORS, IMAGE_SUFFIXES, decode_image, is_image, to_channels
+from snella.data.datasets import DECODING_ERRORS, IMAGE_SUFFIXES, RGB, Reading, decode_image, is_image, to_channels
 from snella.data.table import TABLE_SUFFIXES, Columns, table_paths
 
 __all__ = ["ImageInput", "expand", "near_name", "new_files", "read_input", "separate"]
@@ -106,31 +106,31 @@ def expand(images: Iterable[str | Path], columns: str | None = None, own: str | 
     return paths
 
 
-def read_input(image: Any, name: str, channels: int = 3) -> Any:
+def read_input(image: Any, name: str, reading: Reading = RGB) -> Any:
     """One image, upright, as `read_image` gives it: 8-bit RGB, gray or RGBA, or an array of other channels.
 
     Args:
         image: See `ImageInput`.
         name: For messages.
-        channels: What the model takes.
+        reading: What the model takes.
 
     Raises:
         ValueError: A file that is no image, an array of another shape or type, values outside their range.
         TypeError: Something that is no image.
     """
     if isinstance(image, str | Path):
-        return read_image(image, channels)
+        return read_image(image, reading)
     if isinstance(image, bytes):
-        return decode_image(io.BytesIO(image), name, channels)
-    if isinstance(image, Image.Image) and channels in _PICTURES:
+        return decode_image(io.BytesIO(image), name, reading)
+    if isinstance(image, Image.Image) and reading.channels in _PICTURES:
         try:
             image.load()
-            return to_channels(ImageOps.exif_transpose(image), channels)
+            return to_channels(ImageOps.exif_transpose(image), reading)
         except DECODING_ERRORS as error:
             raise ValueError(f"{name!r} is not a readable image: {error or type(error).__name__}") from error
     if isinstance(image, np.ndarray | Tensor):
-        return _from_array(image, name, channels)
-    pictures = "PIL images, " if channels in _PICTURES else ""
+        return _from_array(image, name, reading.channels)
+    pictures = "PIL images, " if reading.channels in _PICTURES else ""
     raise TypeError(f"images must be files, {pictures}arrays or tensors, got {type(image).__name__} as {name}")
 
 
@@ -235,4 +235,4 @@ def _from_array(image: np.ndarray | Tensor, name: str, channels: int) -> Any:
         return tv_tensors.Image(torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, -1, 0))))
     pixels = values if values.dtype == np.uint8 else (values * 255).round().astype(np.uint8)
     pixels = pixels[..., 0] if pixels.ndim == 3 and given == 1 else pixels
-    return to_channels(Image.fromarray(np.ascontiguousarray(pixels)), channels)
+    return to_channels(Image.fromarray(np.ascontiguousarray(pixels)), Reading(channels))

@@ -197,7 +197,7 @@ class Predictor:
         def prepare(entry: tuple[int, ImageInput]) -> tuple[Path, Image.Image, Tensor] | tuple[Path, str]:
             name = _name(*entry)
             try:
-                image = read_input(entry[1], str(name), self.loaded.channels)
+                image = read_input(entry[1], str(name), self.loaded.reading)
             except ValueError as error:
                 if skip_broken:
                     return name, str(error).partition("image: ")[2] or str(error)

@@ -60,6 +60,7 @@ def describe_run(config: TrainConfig, parts: RunComponents, names: Collection[st
             folder=absolute_folder(str(config.data)),
             notes=list(splits.notes),
             fold_part=splits.fold_part,
+            white=config.white,
         ),
         data_config=parts.data_config,
         versions=versions_of(_PACKAGES),

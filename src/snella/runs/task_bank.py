@@ -211,7 +211,7 @@ class TaskBank:
             for start in range(0, len(places), batch_size):
                 part = places[start : start + batch_size]
                 paths = [Path(images[place]) for place in part]
-                read = [read_image(path, loaded.channels) for path in paths]
+                read = [read_image(path, loaded.reading) for path in paths]
                 outputs = self._run(name, torch.stack([loaded.transform(image) for image in read]))
                 outputs = outputs / loaded.info.temperature
                 made = loaded.task.image_predictions(loaded.classes, paths, read, outputs)

@@ -1,0 +1,102 @@
+"""Images a second of our loader beside torchvision's ImageFolder, with the same transform, in turns.
+
+    python benchmarks/data_loading.py --out benchmarks/data_loading.jsonl
+
+The images are Tux Paint's stamps (Debian's tuxpaint-stamps-default), as they are (PNG, median 155×195) and enlarged as
+JPEGs of 1600 pixels ("photographs"). Each round reads one epoch by each loader in the main process; CPU seconds count,
+since other programs may run. `first epoch` decodes, `later epochs` find decoded images in memory as far as 512 MiB hold
+them.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+
+from snella.benchmark.rows import append_rows, conditions
+from snella.data import build_transform, load_data
+from snella.data.datasets import FileImages, ImageDataset
+
+CONFIG = {
+    "input_size": (3, 224, 224),
+    "mean": (0.5,) * 3,
+    "std": (0.5,) * 3,
+    "crop_pct": 0.9,
+    "interpolation": "bicubic",
+}
+BATCH = 32
+
+
+def write_images(folder: Path, kind: str, count: int) -> None:
+    """Write the stamps of the collection as class folders."""
+    stamps = load_data("stamps").train
+    for index in range(count):
+        place = folder / stamps.names[index].partition("/")[0]
+        place.mkdir(parents=True, exist_ok=True)
+        image = stamps.image(index)
+        if kind == "photographs":
+            scale = 1600 / max(image.size)
+            image = image.resize((round(scale * image.width), round(scale * image.height)), Image.Resampling.BICUBIC)
+            image.save(place / f"{index:04}.jpg", quality=90)
+        else:
+            image.save(place / f"{index:04}.png")
+
+
+def read_all(dataset) -> tuple[float, float]:
+    """CPU and wall seconds of one epoch."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    for images, _ in DataLoader(dataset, BATCH):
+        if images.shape[1:] != (3, 224, 224):
+            raise RuntimeError(f"images must be 3×224×224, got {list(images.shape)}")
+    return time.process_time() - cpu, time.perf_counter() - wall
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    transform = build_transform(CONFIG, train=True, augment="crop")
+    for kind in ("stamps", "photographs"):
+        with tempfile.TemporaryDirectory() as temporary:
+            write_images(Path(temporary), kind, options.images)
+            theirs = ImageFolder(temporary, transform)
+            paths = [Path(path) for path, _ in theirs.samples]
+            labels, names = [label for _, label in theirs.samples], [path.name for path in paths]
+            times: dict[str, list[tuple[float, float]]] = {"ImageFolder": [], "first epoch": [], "later epochs": []}
+            for _ in range(options.rounds):
+                ours = ImageDataset(FileImages(paths), range(len(paths)), labels, names, transform=transform)
+                times["ImageFolder"].append(read_all(theirs))
+                times["first epoch"].append(read_all(ours))
+                times["later epochs"].append(read_all(ours))
+            medians = {name: statistics.median(cpu for cpu, _ in pairs) for name, pairs in times.items()}
+            row = {
+                "benchmark": "data_loading",
+                "images": kind,
+                "count": options.images,
+                "rounds": options.rounds,
+                "batch": BATCH,
+                "command": " ".join(["python", *sys.argv]),
+                **conditions("cpu"),
+                **{
+                    f"{name.replace(' ', '_')}_images_per_cpu_s": round(options.images / s, 1)
+                    for name, s in medians.items()
+                },
+                "first_epoch_over_ImageFolder": round(medians["ImageFolder"] / medians["first epoch"], 3),
+                "later_epochs_over_ImageFolder": round(medians["ImageFolder"] / medians["later epochs"], 3),
+            }
+            print(row)
+            append_rows(options.out, [row])
+
+
+if __name__ == "__main__":
+    main()
