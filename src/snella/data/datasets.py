@@ -276,8 +276,8 @@ def to_rgb(image: Image.Image, white: int = FULL_WHITE) -> Image.Image:
         return image
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         colors = image.convert("RGBA")
-        white = Image.new("RGBA", colors.size, "white")
-        return Image.alpha_composite(white, colors).convert("RGB")
+        ground = Image.new("RGBA", colors.size, "white")
+        return Image.alpha_composite(ground, colors).convert("RGB")
     if image.mode.startswith("I"):
         values = np.asarray(image)
         is_deep = values.max(initial=0) > 255 or image.mode != "I"
