@@ -130,7 +130,7 @@ class Predictor:
     def prepare(self, images: Sequence[ImageInput]) -> Tensor:
         """What the model takes: `[images, channels, height, width]`, resized, cut and normalized."""
         named = [(image, str(_name(index, image))) for index, image in enumerate(images)]
-        read = [read_input(image, name, self.loaded.channels) for image, name in named]
+        read = [read_input(image, name, self.loaded.reading) for image, name in named]
         return torch.stack([self.loaded.transform(image) for image in read])
 
     def picture(self, prepared: Tensor) -> Image.Image:
