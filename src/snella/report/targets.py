@@ -50,7 +50,7 @@ __all__ = [
 _SHOWN = 12
 """Images of each group of cards."""
 _MOST_POINTS = 2_000
-_MOST_RANGES = 8
+_MOST_RANGES = 5
 _LEAST_IN_RANGE = 5
 _TINY = 1e-6
 
@@ -80,7 +80,7 @@ def precision_recall_curves(predictions: LabelSetPredictions, classes: Sequence[
         classes: Names by number.
         scores: Results on the same split.
     """
-    figure, axes = new_figure(CURVE[0] + 60, CURVE[1] + 90, "Precision and recall")
+    figure, axes = new_figure(CURVE[0], CURVE[1] + 80, "Precision and recall")
     probabilities, truth = _label_arrays(predictions, len(classes))
     support = truth.sum(0)
     present = [int(c) for c in np.argsort(-support, kind="stable") if support[c]]
@@ -149,8 +149,8 @@ def residual_ranges(predictions: NumberPredictions, target: int, name: str) -> F
             line.set(color=ACCENT, linewidth=1.2)
     for line in drawn["medians"]:
         line.set(color=INK, linewidth=1.8)
-    names = [f"{truth[bins == b].min():.3g}–{truth[bins == b].max():.3g}" for b in present]
-    axes.set_xticks(range(1, len(present) + 1), names, rotation=30 if len(present) > 4 else 0)
+    names = [f"{truth[bins == b].min():.3g}\nto {truth[bins == b].max():.3g}" for b in present]
+    axes.set_xticks(range(1, len(present) + 1), names)
     axes.grid(False, axis="x")
     axes.set(xlabel="true value", ylabel="predicted − true")
     return figure
