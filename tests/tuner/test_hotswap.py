@@ -123,7 +123,7 @@ def test_no_tensor_is_added_or_replaced(folders):
         return {
             t.untyped_storage().data_ptr()
             for t in gc.get_objects()
-            if issubclass(type(t), torch.Tensor) and t.numel() > 500
+            if type(t) in (torch.Tensor, nn.Parameter) and t.numel() > 500
         }
 
     addresses, before = [p.data_ptr() for p in model.parameters()], storages()

@@ -39,6 +39,9 @@ class AdapterValues:
     caches: dict[Any, MergeCache] = field(default_factory=dict, repr=False)
     """By layer, backend and device, thresholds and the like that the first swap has found: some kilobytes a matrix."""
 
+    is_finite: bool = field(default=False, repr=False)
+    """Whether all values are known to be finite."""
+
     @classmethod
     def read(cls, folder: str | Path) -> Self:
         """Read the adapter of a folder.
@@ -103,25 +106,22 @@ def hotswap(
         adapter = AdapterValues.read(adapter)
     elif not isinstance(adapter, AdapterValues):
         adapter = AdapterValues(dict(adapter))
-    own = _tensors_of(model, adapter_name)
-    layers = {
-        _plain(name): module
-        for name, module in model.named_modules()
-        if isinstance(module, SnellaLayer) and adapter_name in module.snella_A
-    }
+    own, layers, tokens = _parts_of(model, adapter_name)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no SNELLA adapter {adapter_name!r}")
     values = {_plain(name): tensor for name, tensor in adapter.tensors.items()}
-    _check(next(iter(layers.values())).snella_config[adapter_name], adapter.config, own, values)
+    config = next(iter(layers.values())).snella_config[adapter_name]
+    _check(config, adapter.config, own, values, is_finite=adapter.is_finite)
+    adapter.is_finite = True
     for name, tensor in own.items():
         tensor.copy_(values[name])
-    if adapter.config is not None:
+    if adapter.config is not None and adapter.config.scaling != config.scaling:
         for layer in layers.values():
             layer.snella_config[adapter_name].scaling = adapter.config.scaling
             layer.set_scale(adapter_name, 1.0)
-    for module in model.modules():
-        if isinstance(module, TokenAdapter) and adapter_name in module.merged_adapters:
-            module.base_layer.weight.copy_(module.snella_token[adapter_name])
+    for token in tokens:
+        if adapter_name in token.merged_adapters:
+            token.base_layer.weight.copy_(token.snella_token[adapter_name])
     for name, layer in layers.items():
         A = layer.snella_A[adapter_name]
         key = (name, layer.backend_name(adapter_name), str(A.device), A.dtype)
@@ -134,23 +134,38 @@ def _plain(name: str) -> str:
     return name.replace(_COMPILED, "").removeprefix(_PREFIX)
 
 
-def _tensors_of(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    """The tensors of an adapter in the model, by their names in a file."""
+def _parts_of(
+    model: nn.Module, adapter_name: str
+) -> tuple[dict[str, Tensor], dict[str, SnellaLayer], list[TokenAdapter]]:
+    """The tensors of an adapter in the model and its layers, by their names in a file, and its tokens."""
     found: dict[str, Tensor] = {}
+    layers: dict[str, SnellaLayer] = {}
+    tokens: list[TokenAdapter] = []
     for name, module in model.named_modules():
         if isinstance(module, (SnellaLayer, TokenAdapter)):
             for attribute in (*module.adapter_layer_names, *module.other_param_names):
+                if not attribute.startswith("snella_") or attribute == "snella_config":
+                    continue
                 tensors: Any = getattr(module, attribute)
-                if attribute.startswith("snella_") and attribute != "snella_config" and adapter_name in tensors:
+                if adapter_name in tensors:
                     found[f"{name}.{attribute}"] = tensors[adapter_name]
+            if isinstance(module, TokenAdapter):
+                tokens.append(module)
+            elif adapter_name in module.snella_A:
+                layers[_plain(name)] = module
         elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
             inner = module.modules_to_save[adapter_name]
             found |= {f"{name}.{key}": tensor for key, tensor in inner.state_dict(keep_vars=True).items()}
-    return {_plain(name): tensor.detach() for name, tensor in found.items()}
+    return {_plain(name): tensor.detach() for name, tensor in found.items()}, layers, tokens
 
 
 def _check(
-    config: SnellaConfig, other: SnellaConfig | None, own: Mapping[str, Tensor], values: Mapping[str, Tensor]
+    config: SnellaConfig,
+    other: SnellaConfig | None,
+    own: Mapping[str, Tensor],
+    values: Mapping[str, Tensor],
+    *,
+    is_finite: bool,
 ) -> None:
     """Refuse values that are not of an adapter like the model's."""
     errors = [
@@ -165,7 +180,8 @@ def _check(
         for name, tensor in own.items()
         if name in values and values[name].shape != tensor.shape
     ]
-    errors = errors or [f"{name} is not finite" for name, tensor in values.items() if not tensor.isfinite().all()]
+    if not errors and not is_finite:
+        errors = [f"{name} is not finite" for name, tensor in values.items() if not tensor.isfinite().all()]
     if errors:
         more = f" and {len(errors) - 3} more" if len(errors) > 3 else ""
         raise ValueError(

@@ -791,7 +791,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
             self.unmerge()
             self.merge(adapter_names=names)
             return
-        (update,), _ = self._updates(names)
+        update = Update(self._spec(adapter_name), self._factors(adapter_name), self.budgets(adapter_name))
         weight = self._oriented_weight()
         write_effective_weight(original, update, weight, cache)
         if not weight.is_inference():
