@@ -61,6 +61,16 @@ def test_diffusers_dreambooth_lowers_its_loss_and_loads_it_again(run_example):
     assert sum(names["allocator"].budgets.values()) == names["allocator"].target_budget
 
 
+@pytest.mark.slow
+def test_many_tasks_answers_a_mixed_batch_and_switches_a_compiled_model(run_example, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["many_tasks.py"])
+    names, printed = run_example("many_tasks.py")
+    answered, memory, switched = printed.splitlines()[-3:]
+    assert percentages(answered)[0] > 70 and answered.endswith("2 merges")
+    assert names["bank"].cached_bytes <= 100 * 2**20 and names["bank"].cached_tasks == ["loop"] and "81 MiB" in memory
+    assert switched.endswith("outputs equal True, graphs compiled again 0")
+
+
 def test_notebook_trains_shows_figures_predicts_and_merges(tmp_path):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     where = {"metadata": {"path": str(tmp_path)}}
