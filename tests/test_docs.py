@@ -39,3 +39,17 @@ def test_links_between_pages_lead_somewhere():
         for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name} links to {target}, which does not exist"
+
+
+def test_the_audit_of_the_paper_names_files_and_commands_that_are_there():
+    from snella.cli.commands import COMMANDS
+
+    page, root = (DOCS / "paper.md").read_text(), DOCS.parent
+    named = set(re.findall(r"`((?:[\w-]+/)+[\w.-]+\.(?:py|yaml|svg))`", page)) | set(
+        re.findall(r"`(table[\w-]+\.yaml)`", page)
+    )
+    places = (root, root / "src" / "snella", root / "experiments" / "paper")
+    assert len(named) > 25
+    assert not [name for name in sorted(named) if not any((place / name).exists() for place in places)]
+    commands = set(re.findall(r"`snella ([a-z-]+)", page))
+    assert len(commands) > 6 and commands <= set(COMMANDS)
