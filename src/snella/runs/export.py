@@ -22,7 +22,7 @@ from snella._files import sync_tree, write_text
 from snella.data import read_image
 from snella.methods.sparse_update import SparseUpdate
 from snella.report import model_card
-from snella.runs.build import LoadedRun, find_data, load_run, load_splits, make_backbone, parts_of
+from snella.runs.build import Ensemble, LoadedRun, find_data, load_run, load_splits, make_backbone, parts_of
 from snella.runs.merge import merged_model, run_metadata, write_timm_folder
 from snella.tuner.layer import SnellaLayer
 from snella.tuner.sparse_file import Entries, SparsePatch, ValueDtype, digest_of, load_sparse
@@ -143,6 +143,8 @@ def export(
     for package, extra in chosen.packages:
         _require(package, format, extra)
     loaded = load_run(run, device="cpu")
+    if isinstance(loaded.model, Ensemble):
+        raise ValueError(f"run={run} is a cross-validation of several models; export one, e.g. {loaded.folder.path}")
     if chosen.tasks is not None and loaded.task.name not in chosen.tasks:
         fitting = ", ".join(name for name, one in FORMATS.items() if one.tasks is None)
         raise ValueError(f"format={format} holds no model of the task {loaded.task.name}; take one of {fitting}")

@@ -16,7 +16,7 @@ from snella.ops.backends.base import MergeCache
 from snella.ops.functional import write_effective_weight
 from snella.ops.spec import Factors, Update
 from snella.records import BackboneInfo
-from snella.runs.build import LoadedRun, choose_device, load_run, make_backbone
+from snella.runs.build import Ensemble, LoadedRun, choose_device, load_run, make_backbone
 from snella.runs.merge import merged_model
 from snella.tuner.layer import Linear, SnellaLayer
 
@@ -117,6 +117,8 @@ class TaskBank:
             NotImplementedError: Its method keeps whole weights.
         """
         loaded = load_run(run, "cpu")
+        if isinstance(loaded.model, Ensemble):
+            raise ValueError(f"run={run} is a cross-validation of several models; add one, e.g. {loaded.folder.path}")
         described = _backbone_key(loaded.info.backbone, loaded.task.name)
         if self._tasks and described != self._described:
             raise ValueError(
