@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import docstring_parser
@@ -248,6 +248,8 @@ def _as_typed(message: str, command: str, options: Sequence[Option]) -> str:
 def _described(kind: Any) -> str:
     """What a type takes."""
     kind = _without_none(kind)
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(_described(part).removeprefix("one of ") for part in get_args(kind) if part is not NoneType)
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, get_args(kind)))}"
     return {int: "an integer", float: "a number", bool: "true or false", str: "a string"}.get(

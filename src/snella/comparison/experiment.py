@@ -395,6 +395,8 @@ class Experiment:
             )
             if not isinstance(value, int) or isinstance(value, bool) or value < least
         ]
+        if "auto" in (self.settings.get("batch_size"), *(entry.settings.get("batch_size") for entry in self.data)):
+            errors.append("batch_size must be the same number for all runs of a comparison, got 'auto'")
         if not grid.lr_factors or not all(0 < f < float("inf") for f in grid.lr_factors):
             errors.append(f"grid.lr_factors must be positive numbers, got {list(grid.lr_factors)}")
         if not all(0 <= w < float("inf") for w in grid.weight_decays):

@@ -280,7 +280,7 @@ def build_components(
         splits.notes.append(
             f"all {counted(len(splits.train), 'training image')} in one batch, instead of {DEFAULT_BATCH_SIZE} images"
         )
-    elif len(splits.train) < config.effective_batch_size:
+    elif isinstance(config.batch_size, int) and len(splits.train) < config.effective_batch_size:
         raise ValueError(
             f"batch_size must be at most the number of training images, {len(splits.train)} in {config.data}, "
             f"got {config.batch_size}; "

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -98,7 +99,8 @@ class RunSettings:
         errors = []
         for name, kind in get_type_hints(type(self)).items():
             choices, value = _choices(kind), getattr(self, name)
-            if choices and value is not None and value not in choices:
+            is_number = isinstance(value, int) and int in get_args(kind)
+            if choices and value is not None and value not in choices and not is_number:
                 errors.append(f"{name} must be one of {', '.join(choices)}, got {value!r}")
         return errors
 
@@ -107,7 +109,7 @@ class RunSettings:
         return [
             f"{name} must be at least {bound}, got {value}"
             for name, bound in least.items()
-            if (value := getattr(self, name)) is not None and value < bound
+            if (value := getattr(self, name)) is not None and not isinstance(value, str) and value < bound
         ]
 
     def nonnegative_errors(self, names: Iterable[str]) -> list[str]:
@@ -190,6 +192,22 @@ _MINIMUMS = {
     "test_seed": 0,
 }
 DEFAULT_BATCH_SIZE = 32
+_TIME = r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?"
+
+
+def budget_seconds(text: str) -> float:
+    """Seconds of `30m`, `1h30m` or `90s`.
+
+    Raises:
+        ValueError: It is no such text.
+    """
+    match = re.fullmatch(_TIME, text.strip())
+    seconds = sum(float(n or 0) * unit for n, unit in zip(match.groups(), (3600, 60, 1), strict=True)) if match else 0
+    if seconds <= 0:
+        raise ValueError(f"time_budget must be a time such as 30m, 1h30m or 90s, got {text!r}")
+    return seconds
+
+
 SCHEDULE_END = 0.7
 """When a budget reaches its target in a run that may stop early, as a fraction of all epochs."""
 _CLASS_WEIGHTS = ("balanced", "none")
@@ -241,9 +259,11 @@ class TrainConfig(RunSettings):
         method_options: Further options of the method, e.g. kernel, preset, schedule, min_layer_share for snella;
             lora_alpha for lora. On the command line --method-options.kernel rbf.
         epochs: Number of epochs.
+        time_budget: Train for about this time, e.g. 30m or 1h30m: the number of epochs is chosen by measuring a step.
         early_stopping: Stop when so many epochs have gone by without a better one. With budgets (snella, snell) not
             before the target sparsity is reached, for which the budget then shrinks over 70 % of the epochs.
-        batch_size: Batch size; if not given 32, or all training images if there are fewer.
+        batch_size: Batch size; if not given 32, or all training images if there are fewer. auto is the largest power of
+            two up to 256 that fits into memory and leaves 10 steps an epoch.
         accumulate: Batches of one optimizer step, as if they were one large batch that does not fit into memory.
         lr: Learning rate of the factors (of all trained weights in full and bias). Lower it if the loss diverges or is
             NaN, raise it if the loss falls slowly.
@@ -339,8 +359,9 @@ class TrainConfig(RunSettings):
     scaling: float | None = None
     method_options: dict[str, Any] = field(default_factory=dict)
     epochs: int = 10
+    time_budget: str | None = None
     early_stopping: int | None = None
-    batch_size: int | None = None
+    batch_size: int | Literal["auto"] | None = None
     accumulate: int = 1
     lr: float | None = None
     scalar_lr: float | None = None
@@ -398,7 +419,7 @@ class TrainConfig(RunSettings):
     @property
     def effective_batch_size(self) -> int:
         """`batch_size`, or its default."""
-        return DEFAULT_BATCH_SIZE if self.batch_size is None else self.batch_size
+        return self.batch_size if isinstance(self.batch_size, int) else DEFAULT_BATCH_SIZE
 
     def steps_per_epoch(self, images: int) -> int:
         """Optimizer steps of one pass over so many training images."""
@@ -416,7 +437,8 @@ class TrainConfig(RunSettings):
 
     def with_batch_size_for(self, images: int) -> "TrainConfig":
         """The same settings with `batch_size` set for this number of training images."""
-        return self if self.batch_size else dataclasses.replace(self, batch_size=min(DEFAULT_BATCH_SIZE, images))
+        is_set = isinstance(self.batch_size, int)
+        return self if is_set else dataclasses.replace(self, batch_size=min(DEFAULT_BATCH_SIZE, images))
 
     @property
     def trackers(self) -> list[str]:
@@ -505,6 +527,11 @@ class TrainConfig(RunSettings):
         from snella.runs.protocol import get_protocol
 
         errors = []
+        if self.time_budget is not None:
+            try:
+                budget_seconds(self.time_budget)
+            except ValueError as error:
+                errors.append(str(error))
         if self.early_stopping is not None and self.protocol == "final":
             errors.append(
                 f"early_stopping needs images that epochs are measured on, got {self.early_stopping} with protocol "

@@ -102,7 +102,7 @@ def record_forward(model: nn.Module, images: Tensor) -> ForwardRecord:
 
     handles = [module.register_forward_hook(noting(name)) for name, module in working_modules(model).items()]
     try:
-        with _unchanged(model, images), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        with restored_state(model, images), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             model.train()
             model(images)
     finally:
@@ -112,8 +112,13 @@ def record_forward(model: nn.Module, images: Tensor) -> ForwardRecord:
 
 
 @contextmanager
-def _unchanged(model: nn.Module, images: Tensor) -> Iterator[None]:
-    """Restore mode, buffers and random state afterwards."""
+def restored_state(model: nn.Module, images: Tensor) -> Iterator[None]:
+    """Restore mode, buffers and random state of a model afterwards.
+
+    Args:
+        model: Run inside.
+        images: What it is run on, for their device.
+    """
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     was_training = model.training
     try:

@@ -54,6 +54,7 @@ from snella.runs.session import (
     record_status,
     resolve_resume,
 )
+from snella.runs.sizing import fit_batch_size, fit_epochs
 from snella.runs.trainer import SnellaTrainer
 from snella.tasks import Task
 
@@ -131,6 +132,8 @@ def _train(
         config.data = find_data(run.path, str(config.data), None if stored is None else stored.folder)
     parts = build_components(config, run.path if is_resumed else None, console, data)
     check_splits(run.path, stored, parts.splits)
+    if not is_resumed:
+        config = from_main(lambda: fit_epochs(parts, fit_batch_size(parts, config, console), console))
     config = config.with_batch_size_for(len(parts.splits.train))
     config = dataclasses.replace(config, head_start=choose_head_start(parts, config))
     wait_for_others()  # all have read what a resumed run had

@@ -1,0 +1,127 @@
+"""`--batch-size auto` and `--time-budget`: what is chosen, why, and that nothing else changes."""
+
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from snella.runs import TrainConfig, sizing
+from snella.runs.build import build_components
+from snella.runs.config import budget_seconds
+from snella.runs.memory import predict_step_memory
+from snella.runs.sizing import fit_batch_size, fit_epochs
+from snella.runs.train import train
+
+pytestmark = pytest.mark.usefixtures("no_report")
+
+
+@pytest.fixture
+def many(make_photos, tmp_path):
+    """Enough images for batches of 16."""
+    return f"folder:{make_photos(tmp_path / 'many', {'cats': 200, 'dogs': 100}, side=8)}"
+
+
+@pytest.mark.parametrize("share", [2.0, 0.99, 0.3])
+def test_the_largest_batch_is_taken_whose_predicted_memory_fits(share, many, settings, console, monkeypatch):
+    config = settings(data=many, batch_size="auto").resolved()
+    parts = build_components(config)
+    assert len(parts.splits.train) // 10 >= 16
+    sizes = {batch: predict_step_memory(parts.model, (3, 32, 32), batch).total for batch in (1, 2, 4, 8, 16)}
+    free = share * sizes[16] / 0.8
+    monkeypatch.setattr(sizing, "free_memory", lambda device: free)
+    fitting = [batch for batch, size in sizes.items() if size <= 0.8 * free]
+    chosen = fit_batch_size(parts, config, console).batch_size
+    assert chosen == max(fitting, default=1) and (chosen == 16) == (share > 1)
+    assert f"batch size {chosen}: a step takes about" in console.file.getvalue()
+
+
+def test_a_step_that_runs_out_of_memory_halves_the_batch(many, settings, console, monkeypatch):
+    config = settings(data=many, batch_size="auto").resolved()
+    parts = build_components(config)
+    tried = []
+
+    def step(parts, config, batch):
+        tried.append(len(batch["labels"]))
+        if len(batch["labels"]) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(sizing, "_trial_step", step)
+    assert fit_batch_size(parts, config, console).batch_size == 4 and tried == [16, 8, 4]
+    monkeypatch.setattr(sizing, "_trial_step", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fit_batch_size(parts, config, console)
+
+
+def test_a_trial_step_leaves_no_trace(settings):
+    config = settings(method="full", method_options={}).resolved()
+    parts = build_components(config)
+    before = {name: tensor.clone() for name, tensor in parts.model.state_dict().items()}
+    state = torch.random.get_rng_state()
+    parts.model.eval()
+    sizing._trial_step(parts, config, sizing._first_images(parts, 3))
+    assert torch.equal(torch.random.get_rng_state(), state) and not parts.model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in parts.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in parts.model.parameters())
+
+
+def test_the_run_is_that_of_the_numbers_that_were_chosen(settings, console, monkeypatch, tmp_path):
+    monkeypatch.setattr(sizing, "_MOST_EPOCHS", 2)
+    config = settings(epochs=9, batch_size="auto", time_budget="2s", train_size=20)
+    run = train(config, console)
+    stored = run.read_config()
+    assert stored.batch_size == 2 and 1 <= stored.epochs <= 2  # 20 images: 10 steps of 2
+    text = console.file.getvalue()
+    assert "batch size 2: a step takes about" in text and re.search(r"\d+ epochs? in 2s: one takes about", text)
+    values = {**stored.stored(), "time_budget": None, "out": str(tmp_path / "again")}
+    again = train(TrainConfig(**values, progress=False), console)
+    one, two = (load_file(folder.adapter / "adapter_model.safetensors") for folder in (run, again))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("budget", "epochs", "said"),
+    [
+        ("60s", 7, "7 epochs in 60s: one takes about"),  # 0.9 · 60 / (14 · 0.5 + 3 · 0.1) = 7.4
+        ("4s", 1, "which is more than the budget"),
+        ("2h", 100, "and 100 are enough"),
+    ],
+)
+def test_as_many_epochs_as_fit(budget, epochs, said, settings, console, monkeypatch):
+    config = settings(batch_size=1, accumulate=2, train_size=14, val_size=3, time_budget=budget).resolved()
+    parts = build_components(config)
+    seconds = {sizing._trial_step: 0.5, sizing._trial_evaluation: 0.1}
+    monkeypatch.setattr(sizing, "_step_seconds", lambda parts, config, dataset, batch, step: seconds[step])
+    assert len(parts.splits.train) == 14 and len(parts.splits.val) == 3
+    assert fit_epochs(parts, config, console).epochs == epochs
+    assert said in console.file.getvalue()
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("30m", 1800), ("1h30m", 5400), ("90s", 90), ("0.5h", 1800)])
+def test_a_time_is_read(text, seconds):
+    assert budget_seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["30", "m", "", "0s", "30 minutes"])
+def test_another_time_is_refused_with_examples(text, settings):
+    with pytest.raises(ValueError, match=f"time_budget must be a time such as 30m, 1h30m or 90s, got {text!r}"):
+        settings(time_budget=text)
+
+
+def test_a_comparison_has_one_batch_size():
+    from snella.comparison.experiment import Experiment
+
+    with pytest.raises(ValueError, match="batch_size must be the same number for all runs of a comparison, got 'auto'"):
+        Experiment.from_dict(
+            {"methods": ["linear"], "data": ["digits"], "backbone": "test_vit", "train": {"batch_size": "auto"}}
+        )
+
+
+def test_the_command_line_takes_a_number_or_auto(capsys):
+    from snella.cli.main import main
+    from snella.cli.parser import parse
+
+    words = ["train", "--data", "digits", "--backbone", "test_vit", "--out", "x", "--batch-size"]
+    assert parse([*words, "auto"])[2]["batch_size"] == "auto" and parse([*words, "8"])[2]["batch_size"] == 8
+    assert main([*words, "many"]) == 2
+    assert "--batch-size must be an integer or auto, got many" in capsys.readouterr().err
