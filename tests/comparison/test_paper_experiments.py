@@ -10,7 +10,13 @@ from rich.console import Console
 from snella.comparison.cells import Cell
 from snella.comparison.experiment import Experiment, reported_errors
 from snella.comparison.experiment_files import bundled_experiments, read_experiment
-from snella.comparison.report import PaperComparison, paper_comparison, print_paper_comparison
+from snella.comparison.report import (
+    PaperComparison,
+    paper_comparison,
+    paper_orderings,
+    print_paper_comparison,
+    print_paper_orderings,
+)
 from snella.comparison.search import Candidate, Choice, next_tuning_runs
 from snella.comparison.summary import summarize
 from snella.data.fgvc import FGVC_DATASETS
@@ -20,7 +26,11 @@ from snella.methods import SelectionData, build_method
 PAPER = (
     *("table1-vtab", "table1-fgvc", "table1-vtab-official", "table1-fgvc-official", "table2-mae", "table2-moco"),
     *("table3-swin", "table3-convnext", "table4-vit-l", "table4-vit-h", "table17"),
+    *("table7", "table8", "table9", "table10", "table11", "table12", "table15", "table18-fgvc"),
 )
+TWINS = tuple(f"twin-table{number}" for number in (7, 8, 9, 10, 11, 12, 15, 17, "18-fgvc"))
+PART = ("table11", "table12", "table15")
+"""Tables of a part of VTAB-1k alone."""
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +44,30 @@ def test_every_table_has_its_file_and_says_what_it_is(experiments):
     for name, experiment in experiments.items():
         assert experiment.command == f"snella compare --experiment {name} --out runs/{name}"
         assert min(len(experiment.about), len(experiment.cost), len(experiment.expected)) > 50
-        assert experiment.settings["epochs"] == 100
+        assert experiment.settings["epochs"] == (2 if name == "table15" else 100)
+
+
+def test_every_ordering_is_of_two_methods_of_its_file(experiments):
+    twins = {name: read_experiment(name) for name in TWINS}
+    assert {name for name, path in bundled_experiments().items() if path.parent.name == "twins"} == set(TWINS)
+    for name, experiment in (experiments | twins).items():
+        labels = {method.name for method in experiment.methods}
+        claims = experiment.published.get("orderings", [])
+        assert {label for claim in claims for label in (claim["higher"], claim["lower"])} <= labels, name
+        assert claims or "official" in name, name
+    assert [len(twin.methods) for twin in twins.values()] == [6, 6, 3, 6, 6, 4, 7, 4, 3]
+
+
+def test_the_papers_scaling_stands_beside_ours(experiments):
+    for name in ("table1-vtab", "table1-fgvc", "table2-mae", "table3-swin", "table4-vit-h", "table17"):
+        experiment = experiments[name]
+        scaled = [method for method in experiment.methods if method.name.endswith("-scaling-1")]
+        assert (
+            scaled and {method.settings["scaling"] for method in scaled} == {1.0} and "scaling 10" in experiment.about
+        )
+    assert {"ssf", "mosa", "gps"} <= {method.name for method in experiments["table1-vtab"].methods}
+    adapter = next(m for m in experiments["table1-vtab"].methods if m.name == "adapter-8")
+    assert adapter.options == {"activation": "relu"}
 
 
 def test_tasks_are_the_benchmarks_own_in_their_groups(experiments):
@@ -43,7 +76,7 @@ def test_tasks_are_the_benchmarks_own_in_their_groups(experiments):
     for name, experiment in experiments.items():
         entries = [(entry.name, entry.data, entry.group) for entry in experiment.data]
         whole = fgvc if "fgvc" in name or name == "table17" else vtab
-        assert set(entries) <= set(whole) and ("official" in name or entries == whole)
+        assert set(entries) <= set(whole) and ("official" in name or name in PART or entries == whole)
 
 
 def test_the_papers_means_follow_from_its_values(experiments):
@@ -103,11 +136,16 @@ def test_a_search_under_the_official_protocol_is_refused(experiments):
 @pytest.mark.parametrize(
     ("published", "message"),
     [
-        ({"values": {}}, "published must hold 'source' and 'values', got values"),
-        ({"source": "T", "value": {}}, "published must hold 'source' and 'values', got source, value"),
+        ({"values": {}}, "published must hold 'source' and 'values' or 'orderings', got values"),
+        ({"source": "T", "value": {}}, "published must hold 'source' and 'values' or 'orderings', got source, value"),
         ({"source": "T", "values": {"lora-8": 3}}, "published.values 'lora-8' must hold numbers by task, got 3"),
         ({"source": "T", "values": {"lora-8": {"cifr": 3}}}, "by task, group or mean, got cifr: 3"),
         ({"source": "T", "values": {"lora-8": {"cifar": "x"}}}, "must be numbers in percent .* got cifar: 'x'"),
+        ({"source": "T", "orderings": [{"higher": "a"}]}, r"must hold 'higher' and 'lower'.* got \{'higher': 'a'\}"),
+        (
+            {"source": "T", "orderings": [{"higher": "a", "lower": "b", "task": "cifr"}]},
+            "be of a 'task' among cifar, .* got 'cifr'",
+        ),
     ],
 )
 def test_published_numbers_of_another_form_are_refused(published, message, experiments):
@@ -139,8 +177,36 @@ def test_our_numbers_stand_beside_the_papers(experiments):
     assert PaperComparison("lora-8", "dmlab", 49.8, None).texts == ("lora-8", "dmlab", "49.8", "–", "–")
 
 
+def test_orderings_are_judged_by_intervals_of_paired_differences(experiments):
+    claims = [
+        {"higher": "cubic", "lower": "linear"},
+        {"higher": "constant", "lower": "linear"},
+        {"higher": "quadratic", "lower": "linear"},
+        {"higher": "cubic", "lower": "linear", "task": "sun397", "metric": "step_time"},
+        {"higher": "cubic", "lower": "elsewhere"},
+    ]
+    experiment = changed(experiments["table12"], published={"source": "Table XII", "orderings": claims})
+    accuracies = {"linear": (0.50, 0.60), "cubic": (0.52, 0.63), "constant": (0.49, 0.57), "quadratic": (0.51, 0.59)}
+    rows = [
+        {**row(method, task, value + seed / 100), "seed": seed, "step_time": 0.1 * value}
+        for method, values in accuracies.items()
+        for task, value in zip(("sun397", "clevr_count"), values, strict=True)
+        for seed in range(3)
+    ]
+    found = paper_orderings(experiment, rows)
+    assert [result.verdict for result in found] == ["holds", "contradicted", "not decided", "holds"]
+    assert found[0].difference.mean == pytest.approx(0.025) and found[0].difference.pairs == 6
+    assert found[0].texts == ("cubic above linear", "holds", "+2.5 [+2.0, +3.0], 6 pairs")
+    assert found[3].claim == "cubic above linear on sun397 in step time"
+    assert found[3].difference.mean == pytest.approx(0.002)
+    assert [result.verdict for result in paper_orderings(experiment, [])] == ["not run"] * 4
+    output = io.StringIO()
+    print_paper_orderings(Console(file=output, width=120), experiment, rows)
+    assert "orderings of the paper: Table XII" in output.getvalue() and "contradicted" in output.getvalue()
+
+
 def test_without_published_numbers_nothing_is_printed(experiments):
-    experiment = changed(experiments["table4-vit-l"])
+    experiment = changed(experiments["table4-vit-l"], published={})
     output = io.StringIO()
     print_paper_comparison(Console(file=output), experiment, summarize(experiment, []))
     assert output.getvalue() == ""

@@ -18,7 +18,7 @@ from snella.comparison.executors import Executor, InProcesses, InThisProcess, On
 from snella.comparison.experiment import FILE, PROBE, DataEntry, Experiment, make_config
 from snella.comparison.experiment_files import read_experiment
 from snella.comparison.plan import BlockedRun, Plan
-from snella.comparison.report import print_paper_comparison, write_markdown, write_page
+from snella.comparison.report import print_paper_comparison, print_paper_orderings, write_markdown, write_page
 from snella.comparison.run_cell import probe_images, record_crash
 from snella.comparison.search import Candidate
 from snella.comparison.store import LOCKS, cell_lock, collect, drop_failed, is_locked, read_row
@@ -185,6 +185,7 @@ def compare(
     write_markdown(root, experiment, list(rows.values()))
     print_summary(console, experiment, list(rows.values()))
     print_paper_comparison(console, experiment, summarize(experiment, list(rows.values())))
+    print_paper_orderings(console, experiment, list(rows.values()))
     warning = get_protocol(experiment.settings.get("protocol", "standard")).warning
     if warning:
         print_line(console, f"official protocol: {warning}")

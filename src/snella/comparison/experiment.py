@@ -22,19 +22,22 @@ def reported_errors(published: Mapping[str, Any], tasks: Iterable[str], groups: 
     """Errors in an experiment's `published`, numbers reported by a paper.
 
     Args:
-        published: `source`, a string, and `values`: from a method's label to numbers in percent, by task, group or
-            mean.
+        published: `source`, a string; `values`: from a method's label to numbers in percent, by task, group or mean;
+            and `orderings`: `higher` and `lower`, labels of two methods, where wanted a `task`, and `metric`, a
+            column of the results other than the accuracy.
         tasks: Labels of the experiment's data.
         groups: Their groups.
     """
     if not published:
         return []
-    unknown = [key for key in published if key not in ("source", "values")]
-    values = published.get("values")
-    if unknown or not published.get("source") or not isinstance(values, Mapping):
-        return [f"published must hold 'source' and 'values', got {', '.join(map(str, published))}"]
-    columns = {*tasks, *groups, OVER_TASKS, OVER_GROUPS}
-    errors = []
+    unknown = [key for key in published if key not in ("source", "values", "orderings")]
+    values, claims = published.get("values", {}), published.get("orderings", [])
+    is_empty = not {"values", "orderings"} & set(published)
+    if unknown or is_empty or not published.get("source") or not isinstance(values, Mapping):
+        return [f"published must hold 'source' and 'values' or 'orderings', got {', '.join(map(str, published))}"]
+    labels = list(tasks)
+    columns = {*labels, *groups, OVER_TASKS, OVER_GROUPS}
+    errors = [error for claim in claims for error in _ordering_errors(claim, labels)]
     for method, numbers in values.items():
         if not isinstance(numbers, Mapping):
             errors.append(f"published.values {method!r} must hold numbers by task, got {numbers!r}")
@@ -45,6 +48,17 @@ def reported_errors(published: Mapping[str, Any], tasks: Iterable[str], groups: 
             if column not in columns or isinstance(value, bool) or not isinstance(value, int | float)
         ]
     return errors
+
+
+def _ordering_errors(claim: Any, tasks: Sequence[str]) -> list[str]:
+    """Errors in one ordering that a paper claims."""
+    known = ("higher", "lower", "task", "metric")
+    is_one = isinstance(claim, Mapping) and set(claim) <= set(known) and claim.get("higher") and claim.get("lower")
+    if not is_one:
+        return [f"published.orderings must hold 'higher' and 'lower', and may hold 'task' and 'metric', got {claim!r}"]
+    if claim.get("task") is not None and claim["task"] not in tasks:
+        return [f"published.orderings must be of a 'task' among {', '.join(tasks)}, got {claim['task']!r}"]
+    return []
 
 
 METHOD_SETTINGS = ("r", "target_sparsity", "scaling", "lr", "scalar_lr", "head_lr", "weight_decay")
@@ -249,7 +263,7 @@ class Experiment:
         cost: Its cost.
         expected: The expected results.
         published: Numbers reported by a paper: `source`, and `values` in percent, from a method's label and
-            a task, a group, `mean over tasks` or `mean over groups`.
+            a task, a group, `mean over tasks` or `mean over groups`; `orderings`, what the paper says is above what.
     """
 
     methods: tuple[MethodEntry, ...]

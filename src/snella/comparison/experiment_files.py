@@ -23,12 +23,13 @@ from snella.comparison.experiment import (
 def bundled_experiments() -> dict[str, Path]:
     """Comparisons that ship with snella, by name: inside the installed package, or beside `src` in a checkout.
 
-    Files of other commands lie in the same folders; a comparison is what names methods.
+    Files of other commands lie in the same folders; a comparison is what names methods and data.
     """
     package = Path(snella.__file__).parent
     folders = (package.parents[1] / "experiments", package / "experiments")
     files = (path for folder in folders for path in sorted(folder.rglob("*.yaml")))
-    return {path.stem: path for path in files if "\nmethods:" in path.read_text(encoding="utf-8")}
+    texts = {path: path.read_text(encoding="utf-8") for path in files}
+    return {path.stem: path for path, text in texts.items() if "\nmethods:" in text and "\ndata:" in text}
 
 
 def read_experiment(name: str, changes: dict[str, Any] | None = None) -> Experiment:

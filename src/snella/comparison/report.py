@@ -1,5 +1,6 @@
 """Reports of a comparison: a self-contained HTML file, Markdown tables, and the comparison with a paper's numbers."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -17,7 +18,7 @@ from snella._files import write_text
 from snella._text import count_text, plain_text, seconds_text
 from snella.comparison import figures
 from snella.comparison.experiment import OVER_GROUPS, OVER_TASKS, Experiment
-from snella.comparison.statistics import LEVEL, RESAMPLES, Rows, final_rows
+from snella.comparison.statistics import LEVEL, RESAMPLES, Difference, Rows, difference, final_rows
 from snella.comparison.summary import (
     METRICS,
     MethodSummary,
@@ -32,6 +33,7 @@ from snella.comparison.summary import (
     table_cells,
 )
 from snella.report.style import inline_svg, shortened, write_atomically
+from snella.runs.console import counted
 from snella.runs.protocol import get_protocol
 
 _METRIC = next(iter(METRICS))
@@ -85,6 +87,71 @@ def print_paper_comparison(console: Console, experiment: Experiment, summary: Su
     console.print(table)
 
 
+@dataclass(frozen=True)
+class OrderingResult:
+    """An ordering that the paper claims, and what the runs here say of it.
+
+    Attributes:
+        claim: Human-readable, such as `cubic above linear`.
+        verdict: `holds` or `contradicted` where the whole interval lies on one side of zero, else `not decided`, or
+            `not run`.
+        difference: Of the one that is to be higher to the other, in pairs of the same task and seed; None without.
+        is_share: Whether the difference is one of shares (accuracy).
+    """
+
+    claim: str
+    verdict: str
+    difference: Difference | None
+    is_share: bool
+
+    @property
+    def texts(self) -> tuple[str, str, str]:
+        """Claim, verdict, and difference with its interval, human-readable."""
+        found = self.difference
+        if found is None:
+            return self.claim, self.verdict, "–"
+        if self.is_share:
+            text = difference_text(found, found.tasks)
+        else:
+            ends = "" if math.isnan(found.low) else f" [{found.low:+.4g}, {found.high:+.4g}]"
+            text = f"{found.mean:+.4g}{ends}"
+        return self.claim, self.verdict, f"{text}, {counted(found.pairs, 'pair')}"
+
+
+def paper_orderings(experiment: Experiment, rows: Rows) -> list[OrderingResult]:
+    """Which of the paper's orderings hold here; those of methods that are not in the experiment are left out."""
+    names = [method.name for method in experiment.methods]
+    finals = final_rows(rows)
+    results = []
+    for claim in experiment.published.get("orderings", []):
+        higher, lower, metric = claim["higher"], claim["lower"], claim.get("metric", _METRIC)
+        if higher not in names or lower not in names:
+            continue
+        tasks = [claim["task"]] if claim.get("task") else [entry.name for entry in experiment.data]
+        measured = [row for row in finals if row.get(metric) is not None]
+        found = difference(measured, higher, lower, tasks, metric)
+        words = f"{higher} above {lower}" + (f" on {claim['task']}" if claim.get("task") else "")
+        words += "" if metric == _METRIC else f" in {metric.replace('_', ' ')}"
+        verdict = "not run" if found is None else "not decided"
+        if found is not None and not math.isnan(found.low):
+            verdict = "holds" if found.low > 0 else "contradicted" if found.high < 0 else verdict
+        results.append(OrderingResult(words, verdict, found, metric in METRICS))
+    return results
+
+
+def print_paper_orderings(console: Console, experiment: Experiment, rows: Rows) -> None:
+    """Print which of the paper's orderings hold, if the experiment has any."""
+    results = paper_orderings(experiment, rows)
+    if not results:
+        return
+    table = Table(title=f"orderings of the paper: {experiment.published.get('source', '')}", title_justify="left")
+    for heading in ("claim", "here", f"difference, {LEVEL:.0%} interval"):
+        table.add_column(heading)
+    for result in results:
+        table.add_row(*result.texts)
+    console.print(table)
+
+
 def _own_result(column: str, line: MethodSummary, summary: Summary) -> float | None:
     """The result here of one column, in percent."""
     spreads = line.per_task[_METRIC]
@@ -126,6 +193,11 @@ def markdown_tables(experiment: Experiment, rows: Rows) -> str:
     parts.append(recommendation_text(summary))
     done = f"{summary.finals} of {summary.expected} final runs"
     parts.append(f"{caption(summary)[0].upper()}{caption(summary)[1:]}. {done}. {_provenance(experiment, rows)}")
+    orderings = paper_orderings(experiment, rows)
+    if orderings:
+        table = [["the paper's claim", "here", f"difference, {LEVEL:.0%} interval"], *(o.texts for o in orderings)]
+        lines = [_markdown_line(list(cells)) for cells in table]
+        parts.append("**Orderings of the paper**\n\n" + "\n".join([lines[0], "| --- | --- | --- |", *lines[1:]]))
     warning = get_protocol(experiment.settings.get("protocol", "standard")).warning
     parts += [f"Official protocol: {warning}"] if warning else []
     if summary.failed:
@@ -183,6 +255,7 @@ def write_page(root: Path, experiment: Experiment, rows: Rows) -> Path:
         "summary": summary,
         "tables": [_table(summary, metric, title) for metric, title in METRICS.items()] if summary.finals else [],
         "published": [row.texts for row in paper_comparison(experiment, summary)],
+        "orderings": [result.texts for result in paper_orderings(experiment, rows)],
         "kept": _KEPT[experiment.settings.get("protocol", "standard")],
         "warning": get_protocol(experiment.settings.get("protocol", "standard")).warning,
         "costs": _costs(summary),
