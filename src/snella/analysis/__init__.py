@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from snella.analysis.budgets import allocation, evolution
     from snella.analysis.embedding import features
     from snella.analysis.matrix_fit import FitConfig, definiteness, fit_matrices
+    from snella.analysis.pictures import images, masks, samples
+    from snella.analysis.profiles import memory, radar
     from snella.analysis.updates import overlap, read_updates, update
 
 _HOMES = {**KINDS, "read_updates": "updates"} | dict.fromkeys(
@@ -29,9 +31,14 @@ __all__ = [
     "evolution",
     "features",
     "fit_matrices",
+    "images",
+    "masks",
+    "memory",
     "overlap",
     "plot_function",
+    "radar",
     "read_updates",
+    "samples",
     "update",
     "write_plots",
 ]

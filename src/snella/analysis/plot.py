@@ -24,6 +24,11 @@ KINDS = {
     "update": "updates",
     "overlap": "updates",
     "features": "embedding",
+    "radar": "profiles",
+    "memory": "profiles",
+    "samples": "pictures",
+    "masks": "pictures",
+    "images": "pictures",
 }
 """Module of `snella.analysis` with the function of each kind of plot, which has its name."""
 

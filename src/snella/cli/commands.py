@@ -465,7 +465,18 @@ def inspect(
 
 @_command("snella.analysis")
 def plot(
-    kind: Literal["allocation", "evolution", "update", "overlap", "features"],
+    kind: Literal[
+        "allocation",
+        "evolution",
+        "update",
+        "overlap",
+        "features",
+        "radar",
+        "memory",
+        "samples",
+        "masks",
+        "images",
+    ],
     runs: list[str],
     /,
     *,
@@ -476,6 +487,8 @@ def plot(
     split: Literal["auto", "train", "val", "test", "all"] | None = None,
     limit: int | None = None,
     seed: int | None = None,
+    steps: int | None = None,
+    batch_size: int | None = None,
     device: Device | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -486,23 +499,31 @@ def plot(
       snella plot update runs/photos runs/lora --out plots --matrix blocks.11.attn.proj
       snella plot overlap runs/photos runs/cells runs/digits --out plots
       snella plot features runs/photos runs/lora --out plots
+      snella plot radar runs/compare --out plots
+      snella plot memory runs/photos runs/lora --out plots
+      snella plot samples bundled-suite --out plots
+      snella plot masks runs/lungs --out plots
+      snella plot images photos/my-dog pictures --out plots
 
     allocation is the sparsity of each layer, evolution that and the importance over training and the total budget,
     update the changes of one matrix and their singular values, overlap what several tasks change alike, features a
-    t-SNE of the features of several models.
+    t-SNE of the features of several models, radar the accuracy of methods over the groups of comparisons, memory that
+    of some training steps, samples images of data, masks those of segmentations, images generated ones.
 
     Args:
-        kind: allocation, evolution, update, overlap or features.
-        runs: Folders of runs.
+        kind: allocation, evolution, update, overlap, features, radar, memory, samples, masks or images.
+        runs: Folders of runs; of comparisons (radar) or images (images); data or experiments (samples).
         out: Folder for the files; created.
         by: What a layer is (allocation, evolution): block (if not given) or matrix.
         matrix: Matrix that is drawn (update, overlap), e.g. blocks.11.attn.qkv.q; if not given, the deepest query
             projection.
         data: Images (features), as for snella train; the first run's own if not given.
-        split: Part of the data (features); if not given, the test images.
-        limit: Maximum number of images (features; 500).
-        seed: Decides images and embedding (features; 0).
-        device: auto, cpu or cuda (features).
+        split: Part of the data (features, masks); if not given, the test images.
+        limit: Maximum number of images (features; 500), or of each line (samples, masks, images; 6).
+        seed: Decides images and embedding (features, samples; 0).
+        steps: Training steps (memory; 2).
+        batch_size: Batch size (memory, features); if not given, the first run's (memory) or 32.
+        device: auto, cpu or cuda (features, masks).
         overwrite: Replace files of the same names.
     """
     import inspect
@@ -511,7 +532,8 @@ def plot(
     from snella.runs.console import make_console, print_line
 
     function = plot_function(kind)
-    options = dict(by=by, matrix=matrix, data=data, split=split, limit=limit, seed=seed, device=device)
+    options: dict[str, Any] = dict(by=by, matrix=matrix, data=data, split=split, limit=limit, seed=seed, device=device)
+    options |= dict(steps=steps, batch_size=batch_size)
     given = {name: value for name, value in options.items() if value is not None}
     others = sorted(set(given) - set(inspect.signature(function).parameters))
     if others:

@@ -195,9 +195,9 @@ def markdown_tables(experiment: Experiment, rows: Rows) -> str:
     parts.append(f"{caption(summary)[0].upper()}{caption(summary)[1:]}. {done}. {_provenance(experiment, rows)}")
     orderings = paper_orderings(experiment, rows)
     if orderings:
-        table = [["the paper's claim", "here", f"difference, {LEVEL:.0%} interval"], *(o.texts for o in orderings)]
-        lines = [_markdown_line(list(cells)) for cells in table]
-        parts.append("**Orderings of the paper**\n\n" + "\n".join([lines[0], "| --- | --- | --- |", *lines[1:]]))
+        first = _markdown_line(["the paper's claim", "here", f"difference, {LEVEL:.0%} interval"])
+        claims = [_markdown_line(list(result.texts)) for result in orderings]
+        parts.append("**Orderings of the paper**\n\n" + "\n".join([first, "| --- | --- | --- |", *claims]))
     warning = get_protocol(experiment.settings.get("protocol", "standard")).warning
     parts += [f"Official protocol: {warning}"] if warning else []
     if summary.failed:

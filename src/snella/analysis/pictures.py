@@ -1,0 +1,207 @@
+"""Images beside each other: samples of data, masks of several runs, generated images."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from snella.analysis.plot import Plot, Row, run_labels
+from snella.comparison.experiment import DataEntry, data_entry
+from snella.comparison.experiment_files import bundled_experiments, read_experiment
+from snella.data import load_data, read_image
+from snella.data.datasets import MaskDataset, is_image
+from snella.report.examples import overlay
+from snella.report.style import INK, new_panels, shortened
+from snella.runs.build import load_run
+from snella.runs.evaluate import Split, images_for_run
+
+_SIDE = 96
+
+
+def samples(sources: Sequence[str], *, limit: int = 6, seed: int = 0) -> list[Plot]:
+    """Images of data sets, a row each, in the order of their groups (Figure 11).
+
+    Args:
+        sources: Data as for `snella train`, or experiments, by name or file, whose data is taken with its groups.
+        limit: Images of each data set, of different classes as far as there are.
+        seed: Decides which.
+
+    Returns:
+        One plot: a row of its table is an image.
+
+    Raises:
+        ValueError: `limit` is below 1, or data that cannot be loaded.
+    """
+    if limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}")
+    entries = [entry for source in sources for entry in _entries(str(source))]
+    order = list(dict.fromkeys(entry.group for entry in entries))
+    entries.sort(key=lambda entry: order.index(entry.group))
+    rows: list[Row] = []
+    images: list[list[Image.Image]] = []
+    titles: list[str] = []
+    for entry in entries:
+        splits = load_data(entry.data, seed=seed)
+        chosen = _of_each_class(splits.train.labels, limit, seed)
+        images.append([splits.train.image(index) for index in chosen])
+        group = "" if entry.group == entry.name else f"{entry.group}: "
+        titles.append(f"{group}{entry.name}")
+        rows += [
+            {
+                "group": entry.group,
+                "data": entry.name,
+                "class": splits.classes[splits.train.labels[index]] if splits.classes else "",
+                "image": splits.train.names[index],
+            }
+            for index in chosen
+        ]
+    heads = [[shortened(str(row["class"]), 13) for row in rows if row["data"] == entry.name] for entry in entries]
+    return [Plot("samples", rows, partial(_draw_grid, images, titles, heads))]
+
+
+def masks(runs: Sequence[str | Path], *, split: Split = "auto", limit: int = 6, device: str = "auto") -> list[Plot]:
+    """Images, true masks and those of each run, on the same images (Figure 8).
+
+    Args:
+        runs: Folders of segmentation runs on the same data.
+        split: Part of the first run's data; `auto` is its test part, else its validation part.
+        limit: Images, evenly spread over the part.
+        device: auto, cpu or cuda.
+
+    Returns:
+        One plot: a row of its table is an image with the Dice of each run, the mean of the classes but the background.
+
+    Raises:
+        FileNotFoundError: A folder holds no finished run.
+        ValueError: A run is no segmentation.
+    """
+    first = load_run(runs[0], device)
+    _, _, parts = images_for_run(first, None, split)
+    items = [(part, index) for part in parts for index in range(len(part))]
+    chosen = [items[i * len(items) // min(limit, len(items))] for i in range(min(limit, len(items)))]
+    rows: list[dict[str, object]] = [{"image": part.names[index]} for part, index in chosen]
+    columns: list[list[Image.Image]] = [[part.image(index) for part, index in chosen]]
+    true: list[np.ndarray] = []
+    for part, index in chosen:
+        if not isinstance(part, MaskDataset):
+            raise ValueError(f"masks are of segmentation runs, got {runs[0]} of the task {first.task.name!r}")
+        true.append(np.asarray(part.mask(index)))
+    columns.append([overlay(image, mask) for image, mask in zip(columns[0], true, strict=True)])
+    for label, run in zip(run_labels(runs), runs, strict=True):
+        loaded = first if run == runs[0] else load_run(run, device)
+        if loaded.task.name != "segmentation":
+            raise ValueError(f"masks are of segmentation runs, got {run} of the task {loaded.task.name!r}")
+        found = []
+        with torch.inference_mode():
+            for image in columns[0]:
+                scores = loaded.model(loaded.transform(image)[None].to(loaded.device)).float()
+                size = (image.height, image.width)
+                sized = torch.nn.functional.interpolate(scores, size, mode="bilinear", align_corners=False)
+                found.append(sized.argmax(1)[0].to(torch.uint8).cpu().numpy())
+        for row, mask, truth in zip(rows, found, true, strict=True):
+            row[f"dice {label}"] = mean_dice(mask, truth)
+        columns.append([overlay(image, mask) for image, mask in zip(columns[0], found, strict=True)])
+    titles = ["image", "true mask", *run_labels(runs)]
+    heads = [[""] * len(rows)] * 2 + [
+        [f"Dice {row[f'dice {label}']:.2f}" for row in rows] for label in run_labels(runs)
+    ]
+    return [Plot("masks", rows, partial(_draw_grid, columns, titles, heads))]
+
+
+def images(folders: Sequence[str | Path], *, limit: int = 6) -> list[Plot]:
+    """Generated images of several runs beside each other, by their file names (Figures 9 and 14).
+
+    Args:
+        folders: Of images, such as `snella generate` writes: one prompt and seed has one name in each. Names that most
+            folders have are shown; a folder without any of them (the subject's own photographs) shows its first images.
+        limit: Images of each.
+
+    Returns:
+        One plot: a row of its table is an image.
+
+    Raises:
+        FileNotFoundError: A folder holds no image.
+    """
+    files = {Path(folder): sorted(p for p in Path(folder).iterdir() if is_image(p)) for folder in map(Path, folders)}
+    for folder, found in files.items():
+        if not found:
+            raise FileNotFoundError(f"folder {folder} holds no image")
+    counts = Counter(path.name for found in files.values() for path in found)
+    shared = max(counts.values())
+    common = sorted(name for name, count in counts.items() if count == shared and count > 1)
+    grid: list[list[Path]] = []
+    for folder, found in files.items():
+        own = [folder / name for name in common if folder / name in found] or found
+        grid.append(own[:limit])
+    labels = run_labels(folders)
+    rows = [{"folder": label, "image": path.name} for label, paths in zip(labels, grid, strict=True) for path in paths]
+    pictures = [[read_image(path) for path in paths] for paths in grid]
+    heads = [[shortened(path.stem, 13) for path in paths] for paths in grid]
+    return [Plot("images", rows, partial(_draw_grid, pictures, labels, heads))]
+
+
+def mean_dice(mask: np.ndarray, truth: np.ndarray) -> float:
+    """2·|A ∩ B| / (|A| + |B|), the mean of the classes above 0 that are in either; 1 where none is."""
+    classes = [label for label in np.union1d(mask, truth) if label > 0]
+    if not classes:
+        return 1.0
+    both = [float(((mask == label) & (truth == label)).sum()) for label in classes]
+    sizes = [float((mask == label).sum() + (truth == label).sum()) for label in classes]
+    return float(np.mean([2 * shared / size for shared, size in zip(both, sizes, strict=True)]))
+
+
+def _entries(source: str) -> list[DataEntry]:
+    """The data that an argument stands for: an experiment's, or itself."""
+    if source in bundled_experiments() or source.endswith((".yaml", ".yml")):
+        return list(read_experiment(source).data)
+    return [data_entry(source)]
+
+
+def _of_each_class(labels: Sequence[int], count: int, seed: int) -> list[int]:
+    """Places of random items, of one class after the other."""
+    order = np.random.default_rng(seed).permutation(len(labels)).tolist()
+    by_class: dict[int, list[int]] = {}
+    for index in order:
+        by_class.setdefault(labels[index], []).append(index)
+    turns = [found[turn] for turn in range(len(labels)) for _, found in sorted(by_class.items()) if turn < len(found)]
+    return turns[:count]
+
+
+def _draw_grid(lines: Sequence[Sequence[Image.Image]], titles: Sequence[str], heads: Sequence[Sequence[str]]) -> Figure:
+    """A line of images for each title, a text above each image."""
+    columns = max(map(len, lines))
+    names = [head for line in heads for head in [*line, *[""] * (columns - len(line))]]
+    figure, panels = new_panels((_SIDE + 12) * columns + 20, (_SIDE + 42) * len(lines) + 10, names, columns)
+    for place, axes in enumerate(panels):
+        row, column = divmod(place, columns)
+        axes.set_axis_off()
+        axes.title.set_text("")
+        axes.set_title(names[place], color=INK, fontsize=9, fontweight="normal", loc="left", x=0.0, pad=3)
+        if column < len(lines[row]):
+            image = lines[row][column].convert("RGB")
+            image.thumbnail((2 * _SIDE, 2 * _SIDE), Image.Resampling.LANCZOS)
+            axes.imshow(np.asarray(image), interpolation="none" if min(image.size) > 40 else "nearest")
+        if column == 0:
+            title = shortened(titles[row], 10 * columns)
+            axes.annotate(
+                title,
+                (0, 1),
+                (0, 18),
+                xycoords="axes fraction",
+                textcoords="offset points",
+                color=INK,
+                fontsize=11,
+                fontweight="bold",
+                annotation_clip=False,
+            )
+    return figure
+
+
+__all__ = ["images", "masks", "mean_dice", "samples"]
