@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from snella.analysis import images, samples
-from snella.analysis.pictures import _of_each_class, mean_dice
+from snella.analysis import gradcam, images, samples
+from snella.analysis.pictures import PRETRAINED, _of_each_class, mean_dice, middle_share
 
 
 def test_samples_are_of_different_classes_in_the_order_of_groups():
@@ -42,3 +42,19 @@ def test_dice_is_the_mean_of_the_classes_that_are_there():
     mask, truth = np.array([[1, 1], [2, 0]]), np.array([[1, 0], [0, 0]])
     assert mean_dice(mask, truth) == pytest.approx((2 * 1 / 3 + 0) / 2)
     assert mean_dice(np.zeros((2, 2)), np.zeros((2, 2))) == 1.0
+
+
+def test_heat_maps_of_the_pretrained_model_and_of_a_run_are_of_the_same_images(old_run):
+    pytest.importorskip("captum")
+    (plot,) = gradcam([old_run], limit=3, device="cpu")
+    names = {label: [row["image"] for row in plot.rows if row["run"] == label] for label in (PRETRAINED, "snella")}
+    assert names[PRETRAINED] == names["snella"] and len(names["snella"]) == 3
+    shares = {label: [row["share_in_middle"] for row in plot.rows if row["run"] == label] for label in names}
+    assert shares[PRETRAINED] != shares["snella"]  # the update changes what speaks for a class
+
+
+def test_the_share_in_the_middle_of_a_flat_map_is_a_ninth():
+    assert middle_share(np.ones((9, 9))) == pytest.approx(1 / 9) and middle_share(np.zeros((9, 9))) == 0
+    corner = np.zeros((6, 6))
+    corner[0, 0] = 1
+    assert middle_share(corner) == 0

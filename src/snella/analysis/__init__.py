@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from snella.analysis.budgets import allocation, evolution
     from snella.analysis.embedding import features
     from snella.analysis.matrix_fit import FitConfig, definiteness, fit_matrices
-    from snella.analysis.pictures import images, masks, samples
+    from snella.analysis.pictures import gradcam, images, masks, samples
     from snella.analysis.profiles import memory, radar
     from snella.analysis.updates import overlap, read_updates, update
 
@@ -31,6 +31,7 @@ __all__ = [
     "evolution",
     "features",
     "fit_matrices",
+    "gradcam",
     "images",
     "masks",
     "memory",

@@ -1,4 +1,4 @@
-"""Images beside each other: samples of data, masks of several runs, generated images."""
+"""Images beside each other: samples of data, masks and heat maps of several runs, generated images."""
 
 from __future__ import annotations
 
@@ -11,17 +11,21 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from torch import nn
 
 from snella.analysis.plot import Plot, Row, run_labels
 from snella.comparison.experiment import DataEntry, data_entry
 from snella.comparison.experiment_files import bundled_experiments, read_experiment
 from snella.data import load_data, read_image
 from snella.data.datasets import MaskDataset, is_image
+from snella.methods import spec_of
 from snella.report.examples import overlay
+from snella.report.heat_maps import heat_maps, overlay_heat
 from snella.report.style import INK, new_panels, shortened
-from snella.runs.build import load_run
+from snella.runs.build import LoadedRun, load_run, make_backbone
 from snella.runs.evaluate import Split, images_for_run
 
+PRETRAINED = "pre-trained"
 _SIDE = 96
 
 
@@ -115,6 +119,98 @@ def masks(runs: Sequence[str | Path], *, split: Split = "auto", limit: int = 6, 
     return [Plot("masks", rows, partial(_draw_grid, columns, titles, heads))]
 
 
+def gradcam(
+    runs: Sequence[str | Path],
+    *,
+    data: str | None = None,
+    split: Split = "auto",
+    limit: int = 6,
+    seed: int = 0,
+    device: str = "auto",
+) -> list[Plot]:
+    """Heat maps of what speaks for the true class: images, the pre-trained model, each run (Figure 15).
+
+    Images are shown as the first run's transform crops them. The maps are those of
+    `snella.report.heat_maps.heat_maps`, for ViT, Swin, ConvNeXt and other models of timm. The pre-trained model has no
+    head for these classes: it is the first run's backbone under that run's head.
+
+    Args:
+        runs: Folders of classification runs.
+        data: Images for all of them; the first run's own if None.
+        split: Part of the data; `auto` is the first run's test part.
+        limit: Images, of different classes as far as there are.
+        seed: Decides which.
+        device: auto, cpu or cuda.
+
+    Returns:
+        One plot: a row of its table is an image in one model, with the share of its map's mass in the middle ninth.
+
+    Raises:
+        FileNotFoundError: A folder holds no finished run, or the data is not there any more.
+        ValueError: A run is no classification, or its model says no feature map.
+        ImportError: Captum is not installed.
+    """
+    first = load_run(runs[0], device)
+    splits, _, parts = images_for_run(first, data, split)
+    items = [(part, index) for part in parts for index in range(len(part))]
+    chosen = [items[place] for place in _of_each_class([part.labels[index] for part, index in items], limit, seed)]
+    photographs = [part.image(index) for part, index in chosen]
+    shown = [_as_seen(first, image) for image in photographs]
+    numbers = torch.tensor([first.classes.index(splits.classes[part.labels[index]]) for part, index in chosen])
+    lines: list[list[Image.Image]] = [shown]
+    rows: list[Row] = []
+    labels = run_labels(runs)
+    for label, run in zip([PRETRAINED, *labels], [None, *runs], strict=True):
+        loaded = first if run is None else load_run(run, device)
+        if loaded.task.name != "classification":
+            raise ValueError(f"gradcam is of classification runs, got {run} of the task {loaded.task.name!r}")
+        model = _pretrained_with_head(loaded) if run is None else loaded.model
+        batch = torch.stack([loaded.transform(image) for image in photographs]).to(loaded.device)
+        maps = heat_maps(model.to(loaded.device), batch, numbers)
+        lines.append([overlay_heat(image, heat) for image, heat in zip(shown, maps, strict=True)])
+        rows += [
+            {
+                "run": label,
+                "image": part.names[index],
+                "class": splits.classes[part.labels[index]],
+                "share_in_middle": middle_share(heat),
+            }
+            for (part, index), heat in zip(chosen, maps, strict=True)
+        ]
+    heads = [[shortened(splits.classes[part.labels[index]], 13) for part, index in chosen]]
+    heads += [[""] * len(shown)] * (len(lines) - 1)
+    return [Plot("gradcam", rows, partial(_draw_grid, lines, ["image", PRETRAINED, *labels], heads))]
+
+
+def _pretrained_with_head(loaded: LoadedRun) -> nn.Module:
+    """The backbone of a run as it was before training, under the head that the run trained."""
+    model = make_backbone(loaded.info.backbone)
+    name = spec_of(loaded.model).head
+    trained = {
+        key.rpartition(f"{name}.")[2].removeprefix("modules_to_save.default."): value
+        for key, value in loaded.model.state_dict().items()
+        if f"{name}." in key and "original_module" not in key
+    }
+    own = model.get_submodule(name).state_dict()
+    model.get_submodule(name).load_state_dict({key: trained[key.rpartition(".")[2]] for key in own})
+    return model.eval()
+
+
+def _as_seen(loaded: LoadedRun, image: Image.Image) -> Image.Image:
+    """An image as a run's transform shows it to the model: what a heat map lies over."""
+    mean, std = (torch.tensor(loaded.info.data_config[name]).view(-1, 1, 1) for name in ("mean", "std"))
+    values = (loaded.transform(image)[:3] * std[:3] + mean[:3]).clamp(0, 1)
+    pixels = (255 * values).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    return Image.fromarray(pixels).resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
+
+
+def middle_share(heat: np.ndarray) -> float:
+    """Share of a map's sum that lies in the middle third of its height and width; 0 for a map of zeros."""
+    height, width = heat.shape
+    middle = heat[height // 3 : height - height // 3, width // 3 : width - width // 3]
+    return float(middle.sum() / heat.sum()) if heat.any() else 0.0
+
+
 def images(folders: Sequence[str | Path], *, limit: int = 6) -> list[Plot]:
     """Generated images of several runs beside each other, by their file names (Figures 9 and 14).
 
@@ -204,4 +300,4 @@ def _draw_grid(lines: Sequence[Sequence[Image.Image]], titles: Sequence[str], he
     return figure
 
 
-__all__ = ["images", "masks", "mean_dice", "samples"]
+__all__ = ["gradcam", "images", "masks", "mean_dice", "samples"]

@@ -28,6 +28,7 @@ KINDS = {
     "memory": "profiles",
     "samples": "pictures",
     "masks": "pictures",
+    "gradcam": "pictures",
     "images": "pictures",
 }
 """Module of `snella.analysis` with the function of each kind of plot, which has its name."""

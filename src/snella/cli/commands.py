@@ -475,6 +475,7 @@ def plot(
         "memory",
         "samples",
         "masks",
+        "gradcam",
         "images",
     ],
     runs: list[str],
@@ -503,27 +504,30 @@ def plot(
       snella plot memory runs/photos runs/lora --out plots
       snella plot samples bundled-suite --out plots
       snella plot masks runs/lungs --out plots
+      snella plot gradcam runs/photos runs/lora --out plots
       snella plot images photos/my-dog pictures --out plots
 
     allocation is the sparsity of each layer, evolution that and the importance over training and the total budget,
     update the changes of one matrix and their singular values, overlap what several tasks change alike, features a
     t-SNE of the features of several models, radar the accuracy of methods over the groups of comparisons, memory that
-    of some training steps, samples images of data, masks those of segmentations, images generated ones.
+    of some training steps, samples images of data, masks those of segmentations, gradcam what
+    speaks for the true class, images generated ones.
 
     Args:
-        kind: allocation, evolution, update, overlap, features, radar, memory, samples, masks or images.
+        kind: allocation, evolution, update, overlap, features, radar, memory, samples, masks, gradcam or
+            images.
         runs: Folders of runs; of comparisons (radar) or images (images); data or experiments (samples).
         out: Folder for the files; created.
         by: What a layer is (allocation, evolution): block (if not given) or matrix.
         matrix: Matrix that is drawn (update, overlap), e.g. blocks.11.attn.qkv.q; if not given, the deepest query
             projection.
-        data: Images (features), as for snella train; the first run's own if not given.
-        split: Part of the data (features, masks); if not given, the test images.
-        limit: Maximum number of images (features; 500), or of each line (samples, masks, images; 6).
-        seed: Decides images and embedding (features, samples; 0).
+        data: Images (features, gradcam), as for snella train; the first run's own if not given.
+        split: Part of the data (features, masks, gradcam); if not given, the test images.
+        limit: Maximum number of images (features; 500), or of each line (samples, masks, gradcam, images; 6).
+        seed: Decides images and embedding (features, samples, gradcam; 0).
         steps: Training steps (memory; 2).
         batch_size: Batch size (memory, features); if not given, the first run's (memory) or 32.
-        device: auto, cpu or cuda (features, masks).
+        device: auto, cpu or cuda (features, masks, gradcam).
         overwrite: Replace files of the same names.
     """
     import inspect
