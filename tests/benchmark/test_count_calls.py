@@ -39,10 +39,11 @@ def test_the_configuration_of_a_training_enters_at_most_10_files(counting, tmp_p
     assert "train" in {name for names in given.values() for name in names}
 
 
-def test_who_gets_an_argument_is_told_by_file(counting):
-    assert counting.functions_given(SnellaConfig, lambda: SnellaConfig(r=8)).keys() == {
-        str(Path(counting.PACKAGE, "tuner", "config.py"))
-    }
+def test_who_gets_an_argument_is_told_by_file_and_function(counting):
+    config = SnellaConfig(r=8)
+    given = counting.functions_given(SnellaConfig, lambda: config.rank_of("fc1"))
+    assert given == {str(Path(counting.PACKAGE, "tuner", "config.py")): {"SnellaConfig.rank_of"}}
+    assert counting.functions_given(SnellaConfig, lambda: TrainConfig) == {}
 
 
 def test_a_call_is_counted_with_its_file_and_built_in_functions_are_not(counting):
