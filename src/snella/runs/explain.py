@@ -201,7 +201,9 @@ def _neighbors(
         train: ImageDataset = _own_splits(model).train
         step = max(1, -(-len(train) // _MOST_NEIGHBORS_FROM))
         places = list(range(0, len(train), step))
-        others = np.stack([model.features(train.image(place)) for place in places])
+        size = model.batch_size
+        chunks = [places[start : start + size] for start in range(0, len(places), size)]
+        others = np.concatenate([model.features([train.image(place) for place in chunk]) for chunk in chunks])
     except (OSError, ValueError) as error:
         notes.append(f"no nearest training images: {error}")
         return [[] for _ in rows]
