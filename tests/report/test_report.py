@@ -14,6 +14,7 @@ SECTIONS = [
     "results",
     "comparison",
     "confusion",
+    "ranking",
     "examples",
     "use",
     "curves",
@@ -268,3 +269,20 @@ def test_numbers_read_well():
     ]
     for got, wanted in spaced:
         assert got.replace("\N{NO-BREAK SPACE}", " ") == wanted
+
+
+def test_a_calibrated_run_shows_its_reliability_and_the_suggested_threshold(run):
+    bins = [{"confidence": 0.6, "accuracy": 0.5, "count": 100}, {"confidence": 0.9, "accuracy": 0.9, "count": 200}]
+    numbers = {"ece": 0.033, "ece_before": 0.071, "loss": 0.4, "loss_before": 0.5, "bins": bins, "bins_before": bins}
+    reliability = [{"split": split, "count": 300, **numbers} for split in ("val", "test")]
+    calibration = {"temperature": 1.7, "threshold": 0.61, "coverage": 0.8, "accuracy": 0.95, "reliability": reliability}
+    run.finished().change("run.json", calibration=calibration)
+    page = Page(write_report(run.folder).read_text(encoding="utf-8"))
+    for words in (
+        "too sure of itself",
+        "logits by 1.7",
+        "7.1\N{NO-BREAK SPACE}%",
+        "probability of 0.610",
+        "Reliability on test",
+    ):
+        assert words in page.text, words
