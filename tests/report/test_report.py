@@ -281,7 +281,7 @@ def test_a_calibrated_run_shows_its_reliability_and_the_suggested_threshold(run)
     for words in (
         "too sure of itself",
         "logits by 1.7",
-        "7.1\N{NO-BREAK SPACE}%",
+        "7.1 %",
         "probability of 0.610",
         "Reliability on test",
     ):
