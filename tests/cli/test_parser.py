@@ -84,8 +84,8 @@ def test_help_of_train_shows_basic_options_first_and_the_method_s_defaults(capsy
         (["predict", "run"], "snella predict needs IMAGES"),
         (["predict"], "snella predict needs RUN, IMAGES; see snella predict --help"),
         (["evaluate"], "snella evaluate needs RUN"),
-        (["data"], "snella data needs ACTION, FOLDER"),
-        (["train", "--augment", "flop"], "--augment must be one of none, flip, crop, imagenet, got flop"),
+        (["data"], "snella data needs ACTION, DATA"),
+        (["train", "--augment", "flop"], "--augment must be one of none, flip, crop, imagenet, .*, got flop"),
         (["train", "--config", "missing.yaml"], "missing.yaml"),
     ],
 )

@@ -335,7 +335,8 @@ def as_flags(message: str) -> str:
         message: One line that names settings as `name=value`, or where a sentence starts as `name must be ...`.
     """
     options = [option for command in COMMANDS.values() for option in options_of(command.function)]
-    dashed = {option.name: _dashed(option.name) for option in options if not option.is_positional}
+    positional = {option.name for option in options if option.is_positional}
+    dashed = {option.name: _dashed(option.name) for option in options if option.name not in positional}
     names = "|".join(sorted(dashed))
     flags = "|".join(sorted({option.name for option in options if _without_none(option.type) is bool}))
     message = re.sub(rf" \((?:{flags})=(?:True|False)\)| \(test_fraction=0\)", "", message)  # said both ways
