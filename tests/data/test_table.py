@@ -269,11 +269,13 @@ def test_a_missing_table_is_answered_with_its_neighbors(write_table):
         load_data(str(file))
 
 
-def test_other_data_has_no_columns_and_no_numbers():
+def test_other_data_has_no_columns_and_numbers_only_as_names_of_classes(write_images):
     with pytest.raises(ValueError, match=r"columns can only be given for data with columns, csv:, .*digits"):
         load_data("digits", columns="label=x")
-    with pytest.raises(ValueError, match=r"data must have columns, .* for labels that are no classes, got digits"):
-        load_data("digits", target="numbers")
+    assert load_data("digits", target="numbers").train.annotations.targets[0] in {float(n) for n in range(10)}
+    photos = write_images({"cat": 6, "dog": 6})
+    with pytest.raises(ValueError, match=r"data must have a column of numbers .* got .* with classes 'cat', 'dog'"):
+        load_data(f"folder:{photos}", target="numbers")
 
 
 def test_ten_thousand_rows_are_read_in_a_second(tmp_path):

@@ -7,7 +7,7 @@ from snella.report.report import write_report
 from ..browser import CONTRAST, FAULTY_TEXTS, SMALLEST_TEXT
 
 SECTIONS = [
-    *("results", "comparison", "confusion", "examples", "use"),
+    *("results", "comparison", "confusion", "ranking", "examples", "use"),
     *("curves", "sparsity", "budgets", "importance", "matrices", "configuration"),
 ]
 

@@ -43,7 +43,7 @@ def test_the_history_has_a_row_an_epoch_and_the_budget_falls_to_its_target(finis
     metrics, allocation = finished.read_json("metrics.json"), finished.read_json("allocation.json")
     assert [row["epoch"] for row in metrics["history"]] == [1, 2, 3]
     assert set(metrics["history"][0]) == {
-        "epoch", "train_loss", "val_loss", "val_accuracy", "val_balanced_accuracy", "lr", "budget",
+        "epoch", "train_loss", "val_loss", "val_accuracy", "val_balanced_accuracy", "val_macro_f1", "lr", "budget",
     }  # fmt: skip
     budgets = [row["budget"] for row in metrics["history"]]
     assert budgets == sorted(budgets, reverse=True) and budgets[-1] == allocation["target_budget"]
@@ -126,14 +126,14 @@ def test_the_test_images_are_measured_once_with_the_best_adapter(settings, conso
     from snella.runs.trainer import SnellaTrainer
 
     seen = []
-    score = SnellaTrainer.score
+    outputs = SnellaTrainer.outputs
 
     def record(self, dataset):
         weights = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
         seen.append((list(dataset.names), weights))
-        return score(self, dataset)
+        return outputs(self, dataset)
 
-    monkeypatch.setattr(SnellaTrainer, "score", record)
+    monkeypatch.setattr(SnellaTrainer, "outputs", record)
     run = train(settings(), console)
     test_names = seen[-1][0]
     assert [names for names, _ in seen].count(test_names) == 1
@@ -184,14 +184,13 @@ def test_a_batch_size_that_nobody_gave_shrinks_to_the_training_images(settings, 
 def test_a_best_epoch_before_the_target_is_said_to_be_one(best, says, settings, console, no_report, monkeypatch):
     from snella.runs.trainer import SnellaTrainer
 
-    score = SnellaTrainer.score
+    selection_scores = SnellaTrainer._selection_scores
 
-    def chosen(self, dataset):
-        scores, probabilities = score(self, dataset)
+    def chosen(self):
         epoch = round(self.state.epoch)
-        return {**scores, "accuracy": 0.5, "loss": abs(epoch - best) + 1.0}, probabilities
+        return {**selection_scores(self), "val_accuracy": 0.5, "val_loss": abs(epoch - best) + 1.0}
 
-    monkeypatch.setattr(SnellaTrainer, "score", chosen)
+    monkeypatch.setattr(SnellaTrainer, "_selection_scores", chosen)
     run = train(settings(), console)
     target = run.read_json("allocation.json")["target_budget"]
     sentence = f"epoch {best} was selected before the budget reached its target, {target:,} weights"
@@ -207,7 +206,7 @@ def test_a_failure_is_noted_in_run_json(settings, console, monkeypatch):
     def fail(self, dataset):
         raise RuntimeError("the sensor melted")
 
-    monkeypatch.setattr(SnellaTrainer, "score", fail)
+    monkeypatch.setattr(SnellaTrainer, "outputs", fail)
     with pytest.raises(RuntimeError, match="the sensor melted"):
         train(settings(epochs=1), console)
     run = json.loads((RunFolder(settings().out).path / "run.json").read_text())

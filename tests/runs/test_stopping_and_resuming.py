@@ -21,6 +21,7 @@ from snella.runs.checkpoints import latest_checkpoint
 from snella.runs.session import InterruptCallback, checkpoint_to_resume
 from snella.runs.train import train
 from snella.runs.trainer import SnellaTrainer
+from snella.tasks.classification import ClassificationTask
 
 fit = importlib.import_module("snella.runs.train")._fit
 
@@ -318,12 +319,11 @@ def test_a_real_write_limit_while_saving_leaves_the_old_checkpoint_and_resumes(
 
 def test_a_full_disk_while_keeping_the_best_adapter_leaves_the_old_one(settings, console, uninterrupted, monkeypatch):
     config = settings()
-    original = SnellaTrainer.score
+    original = SnellaTrainer._selection_scores
     better = iter([0.1, 0.2, 0.3])
 
-    def improving(self, dataset):
-        scores, probabilities = original(self, dataset)
-        return {**scores, "accuracy": next(better)}, probabilities
+    def improving(self):
+        return {**original(self), "val_accuracy": next(better)}
 
     def disk_full(tensors, *settings):
         if len(seen := [*written, 1]) == 3:
@@ -335,7 +335,7 @@ def test_a_full_disk_while_keeping_the_best_adapter_leaves_the_old_one(settings,
 
     written, as_safetensors = [], saving._as_safetensors
     with monkeypatch.context() as patch:
-        patch.setattr(SnellaTrainer, "score", improving)
+        patch.setattr(SnellaTrainer, "_selection_scores", improving)
         patch.setattr(saving, "_as_safetensors", disk_full)
         with pytest.raises(
             CheckpointError,
@@ -390,13 +390,13 @@ def test_a_gradient_that_is_no_number_does_not_reach_the_weights(settings, conso
 
 
 def test_a_validation_loss_that_is_no_number_is_not_saved(settings, console, monkeypatch):
-    original = SnellaTrainer.score
+    original, epochs = ClassificationTask.metrics, iter([1, 2])
 
-    def broken(self, dataset):
-        scores, probabilities = original(self, dataset)
-        return ({**scores, "loss": float("inf")} if self.state.global_step == 8 else scores), probabilities
+    def broken(self, logits, labels):
+        scores = original(self, logits, labels)
+        return {**scores, "loss": float("inf")} if next(epochs) == 2 else scores
 
-    monkeypatch.setattr(SnellaTrainer, "score", broken)
+    monkeypatch.setattr(ClassificationTask, "metrics", broken)
     with pytest.raises(NonFiniteLossError, match="the validation loss became inf in epoch 2, step 8 of 12"):
         train(settings(), console)
     assert [p.name for p in RunFolder(settings().out).checkpoints.iterdir()] == ["checkpoint-4"]

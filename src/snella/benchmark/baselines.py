@@ -36,6 +36,7 @@ class TwoBranches(nn.Module):
     def __init__(self, layer: SnellaLayer, adapter_name: str = "default") -> None:
         super().__init__()
         self.layer, self.adapter_name = layer, adapter_name
+        layer.is_applied = True  # here, without a call of its own
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Apply both branches, `x` `[…, n]`."""

@@ -27,7 +27,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit status: 0, 1 for a comparison with failed runs, 2 for an error, 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    is_debugging = "--debug" in words
     try:
         return _run(words)
     except KeyboardInterrupt:
@@ -37,12 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - closed with the process
         return 1
     except (ValueError, OSError, ImportError, NotImplementedError) as error:
-        return _report(error, is_debugging)
+        return _report(error, words)
     except Exception as error:
         status = getattr(error, "exit_status", None)  # of an outcome, such as an interrupted training
         if status is None:
             raise
-        return _report(error, False, status)
+        return _report(error, [word for word in words if word != "--debug"], status)
 
 
 def _run(words: list[str]) -> int:
@@ -62,16 +61,17 @@ def _run(words: list[str]) -> int:
     return 0
 
 
-def _report(error: Exception, is_debugging: bool, status: int = _USER_ERROR) -> int:
+def _report(error: Exception, words: Sequence[str], status: int = _USER_ERROR) -> int:
     """Write one line, or the traceback."""
-    if is_debugging:
+    if "--debug" in words:
         traceback.print_exception(error)
         return status
     from snella.cli.parser import UsageError, as_flags
     from snella.runs.console import printable
 
     line = printable(" ".join(str(error).split()))
-    print(f"{_PROGRAM}: " + (line if isinstance(error, UsageError) else as_flags(line)), file=sys.stderr)
+    command = next((word for word in words if not word.startswith("-")), None)
+    print(f"{_PROGRAM}: " + (line if isinstance(error, UsageError) else as_flags(line, command)), file=sys.stderr)
     return status
 
 

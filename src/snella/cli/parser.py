@@ -328,14 +328,16 @@ def _near_file(file: Path) -> str:
     return f"; nearest there: {', '.join(map(repr, near))}" if near else ""
 
 
-def as_flags(message: str) -> str:
+def as_flags(message: str, command: str | None = None) -> str:
     """Replace Python's spelling of settings in a message by options that can be typed.
 
     Args:
         message: One line that names settings as `name=value`, or where a sentence starts as `name must be ...`.
+        command: Which one ended so; what it takes by its place is no option there. Of any command if None.
     """
     options = [option for command in COMMANDS.values() for option in options_of(command.function)]
-    positional = {option.name for option in options if option.is_positional}
+    own = options if command not in COMMANDS else options_of(COMMANDS[str(command)].function)
+    positional = {option.name for option in own if option.is_positional}
     dashed = {option.name: _dashed(option.name) for option in options if option.name not in positional}
     names = "|".join(sorted(dashed))
     flags = "|".join(sorted({option.name for option in options if _without_none(option.type) is bool}))

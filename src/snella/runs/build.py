@@ -482,17 +482,24 @@ class Ensemble(nn.Module):
 
     Args:
         models: From the same images to outputs of the same shape.
+        temperatures: What each model's outputs are divided by.
         average: From the models' outputs to one.
     """
 
-    def __init__(self, models: Sequence[nn.Module], average: Callable[[Sequence[Tensor]], Tensor]) -> None:
+    def __init__(
+        self,
+        models: Sequence[nn.Module],
+        temperatures: Sequence[float],
+        average: Callable[[Sequence[Tensor]], Tensor],
+    ) -> None:
         super().__init__()
         self.models = nn.ModuleList(models)
-        self.average = average
+        self.temperatures, self.average = temperatures, average
 
     def forward(self, images: Tensor) -> Tensor:
         """The mean over the models."""
-        return self.average([model(images) for model in self.models])
+        pairs = zip(self.models, self.temperatures, strict=True)
+        return self.average([model(images) / temperature for model, temperature in pairs])
 
 
 def _load_ensemble(folder: RunFolder, results: FoldResults, device: str) -> LoadedRun:
@@ -505,8 +512,9 @@ def _load_ensemble(folder: RunFolder, results: FoldResults, device: str) -> Load
     loaded = [load_run(folder.path / row.folder, device) for row in results.rows]
     first, tasks = loaded[0], [one.task for one in loaded]
     task = first.task.of_ensemble(tasks)
-    model = Ensemble([one.model for one in loaded], lambda outputs: task.average_outputs(outputs, tasks)).eval()
-    info = dataclasses.replace(first.info, calibration=None)  # of one model, not of their average
+    models, temperatures = [one.model for one in loaded], [one.info.temperature for one in loaded]
+    model = Ensemble(models, temperatures, lambda outputs: task.average_outputs(outputs, tasks)).eval()
+    info = dataclasses.replace(first.info, calibration=None)  # each model has its own
     return LoadedRun(first.folder, model, first.transform, first.classes, task, info)
 
 
