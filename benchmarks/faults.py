@@ -51,8 +51,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from snella.cli import parser as _parser
-from snella.cli.commands import COMMANDS
 from snella.cli.main import main
+from snella.cli.parser import COMMANDS
 from snella.runs import folder as _run_folder  # noqa: F401 - imported before processes are forked
 from snella.runs import train as _train  # noqa: F401
 

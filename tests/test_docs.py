@@ -42,7 +42,7 @@ def test_links_between_pages_lead_somewhere():
 
 
 def test_the_audit_of_the_paper_names_files_and_commands_that_are_there():
-    from snella.cli.commands import COMMANDS
+    from snella.cli.parser import COMMANDS
 
     page, root = (DOCS / "paper.md").read_text(), DOCS.parent
     named = set(re.findall(r"`((?:[\w-]+/)+[\w.-]+\.(?:py|yaml|svg))`", page)) | set(

@@ -4,7 +4,7 @@ from dataclasses import asdict
 
 import pytest
 
-from snella.cli.commands import CompareOptions
+from snella.cli.experiment_commands import CompareOptions
 from snella.cli.main import main
 from snella.cli.parser import parse
 from snella.comparison.experiment_files import experiment_from_args

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from snella.cli.commands import COMMANDS
 from snella.cli.main import main
+from snella.cli.parser import COMMANDS
 
 GOLDEN = Path(__file__).parent / "golden"
 TRAIN = "train --data digits --backbone test_vit --out run"

@@ -4,9 +4,8 @@ import sys
 
 import pytest
 
-from snella.cli.commands import COMMANDS
 from snella.cli.main import main
-from snella.cli.parser import UsageError, parse
+from snella.cli.parser import COMMANDS, UsageError, parse
 from snella.methods.defaults import SPARSE_DEFAULTS
 
 

@@ -50,7 +50,7 @@ def _run(words: list[str]) -> int:
     from snella.cli.parser import call, parse
 
     name, _, settings = parse(words)
-    from snella.cli.commands import COMMANDS, record
+    from snella.cli.command import COMMANDS, record
 
     command = call(name, settings)
     importlib.import_module(COMMANDS[name].library)

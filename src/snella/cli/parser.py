@@ -17,7 +17,8 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from snella import __version__
-from snella.cli.commands import COMMANDS
+from snella.cli import experiment_commands  # noqa: F401 - all commands are in the table once it is imported
+from snella.cli.command import COMMANDS
 from snella.methods.defaults import shown_defaults
 
 _BOOLEANS = ("true", "false", "yes", "no")
