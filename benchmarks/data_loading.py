@@ -10,7 +10,6 @@ them.
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -85,7 +84,7 @@ def main() -> None:
                 "count": options.images,
                 "rounds": options.rounds,
                 "batch": BATCH,
-                "command": " ".join(["python", *sys.argv]),
+                "command": f"python benchmarks/data_loading.py --images {options.images} --rounds {options.rounds}",
                 **conditions("cpu"),
                 **{
                     f"{name.replace(' ', '_')}_images_per_cpu_s": round(options.images / s, 1)

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -100,10 +101,10 @@ def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "vit_base_patch16_224"
     rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 20
     root = Path(tempfile.mkdtemp())
-    snella = lambda: SnellaConfig(r=R, target_modules=TARGETS, target_sparsity=SPARSITY, init_sparsity=SPARSITY)  # noqa: E731
-    lora = lambda: LoraConfig(r=R, lora_alpha=R, target_modules=TARGETS, init_lora_weights=False)  # noqa: E731
+    snella = partial(SnellaConfig, r=R, target_modules=TARGETS, target_sparsity=SPARSITY, init_sparsity=SPARSITY)
+    lora = partial(LoraConfig, r=R, lora_alpha=R, target_modules=TARGETS, init_lora_weights=False)
     torch.sparse.check_sparse_tensor_invariants.disable()  # as PEFT's indices are valid; undecided, torch warns
-    shira = lambda: ShiraConfig(r=R, target_modules=TARGETS, random_seed=0)  # noqa: E731
+    shira = partial(ShiraConfig, r=R, target_modules=TARGETS, random_seed=0)
     for kind, config in (("snella", snella), ("lora", lora), ("shira", shira)):
         save_adapters(name, config, root / kind)
 

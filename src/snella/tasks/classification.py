@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from PIL import Image
 from torch import Tensor
 
-from snella.data import ImageDataset, MaskDataset
+from snella.data import ImageDataset
 from snella.records import Prediction, Predictions
 from snella.tasks import predictions as image_outputs
 from snella.tasks.losses import CLASS_LOSSES, full_precision, weighted_mean
@@ -115,18 +115,6 @@ class ClassificationTask(Task):
         """Make the task for some classes."""
         first = next(iter(cls.monitors))
         return cls(len(classes), label_smoothing, loss or cls.losses[0], monitor or first, class_weights)
-
-    def check_data(self, dataset: ImageDataset, spec: str) -> None:
-        """Refuse images with masks.
-
-        Raises:
-            ValueError: They are.
-        """
-        if isinstance(dataset, MaskDataset):
-            raise ValueError(
-                f"task must be segmentation for images with masks such as {spec}, got {self.name!r}; "
-                "add --task segmentation"
-            )
 
     def fitted(self, train: ImageDataset, classes: Sequence[str]) -> Self:
         """The task with class weights and priors of the training images.

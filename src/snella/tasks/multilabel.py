@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from PIL import Image
 from torch import Tensor
 
-from snella.data import ImageDataset, MaskDataset
+from snella.data import ImageDataset
 from snella.records import LabelSetPrediction, LabelSetPredictions
 from snella.tasks import predictions as image_outputs
 from snella.tasks.classification import fit_probe
@@ -119,18 +119,6 @@ class MultiLabelTask(Task):
             class_weights,
             thresholds=tuple(thresholds),
         )
-
-    def check_data(self, dataset: ImageDataset, spec: str) -> None:
-        """Refuse images with masks.
-
-        Raises:
-            ValueError: They are.
-        """
-        if isinstance(dataset, MaskDataset):
-            raise ValueError(
-                f"task must be segmentation for images with masks such as {spec}, got {self.name!r}; "
-                "add --task segmentation"
-            )
 
     def encode(self, target: Any) -> Tensor:
         """Zeros and ones by class, `[classes]` float32, from label names."""

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from PIL import Image
 from torch import Tensor
 
-from snella.data import ImageDataset, MaskDataset
+from snella.data import ImageDataset
 from snella.records import NumberPrediction, NumberPredictions
 from snella.tasks import predictions as image_outputs
 from snella.tasks.classification import feature_scale
@@ -82,18 +82,6 @@ class RegressionTask(Task):
     ) -> Self:
         """Make the task for some numbers by their names."""
         return cls(tuple(classes), loss or cls.losses[0], monitor or "loss", tuple(mean), tuple(std), tuple(median))
-
-    def check_data(self, dataset: ImageDataset, spec: str) -> None:
-        """Refuse images with masks.
-
-        Raises:
-            ValueError: They are.
-        """
-        if isinstance(dataset, MaskDataset):
-            raise ValueError(
-                f"task must be segmentation for images with masks such as {spec}, got {self.name!r}; "
-                "add --task segmentation"
-            )
 
     def encode(self, target: Any) -> Tensor:
         """The numbers, `[targets]` float64."""

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from snella.backbones import create_backbone
-from snella.data import ImageDataset
+from snella.data import ImageDataset, MaskDataset
 from snella.records import LabelSetPredictions, MaskPredictions, NumberPredictions, Predictions
 from snella.report.examples import ImageSource
 
@@ -90,9 +90,17 @@ class Task(ABC):
         """Entry of an epoch's row that epochs are compared by first."""
         return f"val_{self.monitor}"
 
-    @abstractmethod
     def check_data(self, dataset: ImageDataset, spec: str) -> None:
-        """Refuse data of another kind than the task needs, with a ValueError."""
+        """Refuse data of another kind than the task needs: here, images with masks.
+
+        Raises:
+            ValueError: It is of another kind.
+        """
+        if isinstance(dataset, MaskDataset):
+            raise ValueError(
+                f"task must be segmentation for images with masks such as {spec}, got {self.name!r}; "
+                "add --task segmentation"
+            )
 
     def encode(self, target: Any) -> Any:
         """What an item's second part is, from what the label column says; not asked for classes and masks."""
