@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from snella.data import ImageDataset
+from snella.data import ImageDataset, MaskDataset
 from snella.runs.config import TrainConfig
 from snella.tasks import SegmentationTask, create_task, task_class, task_names
 from snella.tasks.segmentation import choose_indices, overlap_losses
@@ -89,3 +89,10 @@ def test_examples_are_the_worst_and_some_others():
 
 def test_a_mask_gets_the_numbers_of_the_run():
     assert SegmentationTask(("a", "b", "c")).remap_labels(torch.tensor([[0, 1]]), [0, 2]).tolist() == [[0, 2]]
+
+
+@pytest.mark.parametrize("name", [name for name in task_names() if name != "segmentation"])
+def test_other_tasks_refuse_images_with_masks(name):
+    task, masked = create_task(name, ["a", "b", "c"]), object.__new__(MaskDataset)
+    with pytest.raises(ValueError, match=f"segmentation for images with masks such as masks:x, got {name!r}; add"):
+        task.check_data(masked, "masks:x")
