@@ -160,6 +160,22 @@ def test_a_folder_takes_further_methods_tasks_and_seeds(tiny, tmp_path):
     assert [entry.name for entry in joined.data] == ["digits", "mnist5k"] and joined.seeds == 2
 
 
+def test_a_folder_keeps_the_papers_numbers_and_orderings_when_more_is_asked_for(tiny, tmp_path):
+    above = {"higher": "bias", "lower": "linear"}
+    stored = tiny(published={"source": "a", "values": {"bias": {"digits": 1.0}}, "orderings": [above]})
+    assert tiny().joined_with(stored, tmp_path).published == stored.published
+    again = {"higher": "lora-2", "lower": "linear"}
+    more = tiny(published={"source": "a", "values": {"bias": {"digits": 2.0}}, "orderings": [above, again]})
+    assert more.joined_with(stored, tmp_path).published == {
+        "source": "a",
+        "values": {"bias": {"digits": 2.0}},
+        "orderings": [above, again],
+    }
+    assert stored.joined_with(tiny(), tmp_path).published == stored.published
+    other = tiny(published={"source": "b", "orderings": [again]})
+    assert other.joined_with(stored, tmp_path).published == other.published
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

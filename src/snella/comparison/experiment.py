@@ -394,6 +394,7 @@ class Experiment:
             data=(*stored.data, *(e for e in self.data if e.name not in [s.name for s in stored.data])),
             seeds=max(self.seeds, stored.seeds),
             reference=self.reference or stored.reference,
+            published=_joined_reports(stored.published, self.published),
         )
 
     def _size_errors(self) -> list[str]:
@@ -452,6 +453,20 @@ def _numbers(name: str, value: Any) -> tuple[float, ...]:
 def _plain(value: Any) -> Any:
     """Tuples as lists."""
     return list(value) if isinstance(value, tuple) else value
+
+
+def _joined_reports(stored: Mapping[str, Any], new: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The paper's numbers and orderings, stored ones first; the new ones alone where they are of another source."""
+    if not new or not stored or new.get("source") != stored.get("source"):
+        return new or stored
+    values = {
+        method: {**stored.get("values", {}).get(method, {}), **new.get("values", {}).get(method, {})}
+        for method in {**stored.get("values", {}), **new.get("values", {})}
+    }
+    claims = list(stored.get("orderings", []))
+    claims += [claim for claim in new.get("orderings", []) if claim not in claims]
+    parts = {"values": values, "orderings": claims}
+    return {"source": new["source"], **{key: part for key, part in parts.items() if part}}
 
 
 def _difference(key: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
