@@ -197,10 +197,67 @@ def test_a_replaced_forward_is_refused_by_name():
 @torch.no_grad()
 def test_a_graph_runs_the_hooks_of_a_base_layer():
     base, calls = net(), []
-    for layer in (base[0], base[2]):  # torch compiles layers alike that differ in their hooks alone
+    for layer in (base[0], base[2]):
         layer.register_forward_hook(lambda *_: calls.append(1))
     model, x = adapt(base), inputs(3, 8)
     expected = model(x)
     calls.clear()
     torch.testing.assert_close(torch.compile(model, backend="eager")(x), expected)
     assert calls == [1, 1]
+
+
+class Triple(accelerate.hooks.ModelHook):
+    def post_forward(self, module, output):
+        return output * 3
+
+
+def hang_torch(layer: nn.Module) -> None:
+    layer.register_forward_hook(lambda _module, _inputs, y: y * 3)
+
+
+def hang_accelerate(layer: nn.Module) -> None:
+    accelerate.hooks.add_hook_to_module(layer, Triple())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("hang", [hang_torch, hang_accelerate])
+@pytest.mark.parametrize("hooked", [0, 2])
+def test_a_compiled_layer_is_not_used_again_for_one_that_differs_in_hooks_alone(hang, hooked):
+    torch._dynamo.reset()
+    base, x = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3))), inputs(3, 8)
+    model = get_peft_model(base, SnellaConfig(r=2, target_modules=["0", "1", "2"]))
+    without = model(x)
+    layers = model.base_model.model
+    hang(layers[hooked].base_layer)
+    expected = model(x)
+    assert (expected - without).abs().max() > 0.1
+    for adapted in (model, copy.deepcopy(model)):
+        for layer in adapted.base_model.model:
+            layer.compile(backend="eager")
+        torch.testing.assert_close(adapted(x), expected)
+
+
+@torch.no_grad()
+def test_a_compiled_attention_is_not_used_again_for_one_that_differs_in_hooks_alone():
+    torch._dynamo.reset()
+    base, x = nn.Sequential(Attention(), Attention()), inputs(2, 3, 8)
+    model = get_peft_model(base, SnellaConfig(r=2, target_modules=["attn"]))
+    without = model(x)
+    base[1].attn.base_layer.register_forward_hook(lambda _module, _inputs, out: (out[0] * 3, out[1]))
+    expected = model(x)
+    assert (expected - without).abs().max() > 0.1
+    for part in model.base_model.model:
+        part.compile(backend="eager")
+    torch.testing.assert_close(model(x), expected)
+
+
+@torch.no_grad()
+def test_a_hook_that_comes_or_goes_after_compiling_counts():
+    torch._dynamo.reset()
+    model, x = adapt(net()), inputs(3, 8)
+    compiled = torch.compile(model, backend="eager")
+    without = compiled(x)
+    handle = model.base_model.model[2].base_layer.register_forward_hook(lambda _module, _inputs, y: y * 3)
+    torch.testing.assert_close(compiled(x), without * 3)
+    handle.remove()
+    torch.testing.assert_close(compiled(x), without)

@@ -13,7 +13,16 @@ from torch.func import functional_call
 
 from snella.ops.spec import LayerOp
 from snella.tuner.config import SnellaConfig
-from snella.tuner.layer import LINEAR, SnellaLayer, call_inside_hooks, has_hooks, onloaded, refuse_tracing
+from snella.tuner.layer import (
+    LINEAR,
+    SnellaLayer,
+    call_inside_hooks,
+    has_hooks,
+    hook_dicts,
+    is_hooked_in_graph,
+    onloaded,
+    refuse_tracing,
+)
 
 _INPUTS = ("in_proj",)
 _SEPARATE_INPUTS = ("q_proj", "k_proj", "v_proj")
@@ -39,6 +48,7 @@ class AdaptedAttention(nn.Module):
     def __init__(self, base_layer: nn.MultiheadAttention) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self._around_base = hook_dicts(base_layer)
 
     def __getattr__(self, name: str) -> Any:
         """Attributes of the attention, for code that reads them from outside."""
@@ -100,7 +110,7 @@ class AdaptedAttention(nn.Module):
         updated = [projection for projection in self.projections() if projection.is_updated()]
         if updated and torch.compiler.is_compiling():
             # a graph cannot see what changed since an effective weight was computed
-            if has_hooks(self.base_layer):
+            if is_hooked_in_graph(self.base_layer, self._around_base):
                 return self._attend_outside_graphs(query, key, value, **masks, **weights)
             return self._attend(query, key, value, **masks, **weights)
         if updated:

@@ -88,6 +88,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         self._cache = LayerCache()
         self._unmerged_weight: Tensor | None = None
         self._unmerged_quantized: tuple[LazyWeight, Any] | None = None
+        self._around_base = hook_dicts(base_layer) if isinstance(base_layer, nn.Module) else ()
         self.quantization = find_quantization(base_layer, module_name)
         self.out_features, self.in_features = self._matrix_shape()
         self._active_adapter = adapter_name
@@ -297,7 +298,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         if self.quantization is None and (self.disable_adapters or self.merged or not names):
             return self.base_layer(x, *args, **kwargs)
         base = self._modules.get("base_layer")
-        is_opaque = self.quantization is not None or (base is not None and has_hooks(base))
+        is_opaque = self.quantization is not None or (base is not None and is_hooked_in_graph(base, self._around_base))
         if is_opaque or any(name in self.snella_support for name in names):
             return self._forward_outside_graphs(x, *args, **kwargs)
         self._note_applied_in_graph()
@@ -959,6 +960,21 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(
         "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
     )
+
+
+def hook_dicts(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    """Where a module keeps its hooks."""
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks
+
+
+def is_hooked_in_graph(module: nn.Module, dicts: tuple[dict[int, Any], ...]) -> bool:
+    """`has_hooks` for `torch.compile`, which watches `dicts`, a module's `hook_dicts` kept elsewhere.
+
+    A compiled layer is used again for another one unless what was looked at differs, and torch does not look at hooks
+    where a module keeps them (`torch._dynamo.config.skip_nnmodule_hook_guards`).
+    """
+    is_replaced = hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook") or "forward" in module.__dict__
+    return is_replaced or any([len(hooks) > 0 for hooks in dicts])
 
 
 def call_inside_hooks(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
