@@ -693,6 +693,31 @@ class EpochRow:
     is_denser: bool = field(default=False, metadata=_OPTIONAL)
 
 
+@dataclass(frozen=True)
+class AveragedEpochs:
+    """Epochs whose trained weights were averaged after the training.
+
+    Attributes:
+        kind: `swa`, the mean of all that were kept, or `soup`, the mean of those that raised the result.
+        epochs: Those in the average.
+        offered: Those that were kept.
+        is_saved: Whether the average is the run's adapter; otherwise the best epoch was better.
+        scores: Results of the average on the images that select the epoch, by their names in the history.
+    """
+
+    kind: Literal["swa", "soup"]
+    epochs: list[int]
+    offered: list[int]
+    is_saved: bool
+    scores: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        """The average in words."""
+        names = ", ".join(map(str, self.epochs))
+        return f"the average of epochs {names}" if len(self.epochs) > 1 else f"epoch {names} alone"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Metrics(Record):
     """Results and costs: `metrics.json`; of a generator's, the costs alone.
@@ -719,6 +744,14 @@ class Metrics(Record):
     history: list[EpochRow] = field(default_factory=list)
     val: SplitScores | None = None
     test: SplitScores | None = None
+    averaged: AveragedEpochs | None = field(default=None, metadata=_OPTIONAL)
+
+    @property
+    def adapter_epoch(self) -> int | None:
+        """The epoch whose budgets the adapter has: the best one, or the last one of a run that saved an average."""
+        if self.averaged is not None and self.averaged.is_saved and self.history:
+            return self.history[-1].epoch
+        return self.best_epoch
 
     @property
     def selection(self) -> str:
@@ -842,6 +875,7 @@ class Prediction:
     label: int
     probabilities: list[float]
     rank: int | None = field(default=None, metadata=_OPTIONAL)
+    group: str | None = field(default=None, metadata=_OPTIONAL)
 
     @property
     def predicted(self) -> int:

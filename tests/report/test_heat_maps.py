@@ -8,7 +8,7 @@ from PIL import Image
 from torch import nn
 
 from snella.methods import build_method
-from snella.report.heat_maps import heat_maps, overlay_heat
+from snella.report.heat_maps import attention_rollout, heat_maps, overlay_heat
 
 pytest.importorskip("captum")
 SIZE = 64
@@ -62,6 +62,46 @@ def test_prompts_and_class_tokens_have_no_place_in_the_map(method):
         for column in range(4):
             center = heat[16 * row + 7 : 16 * row + 9, 16 * column + 7 : 16 * column + 9].mean()
             assert center == pytest.approx(float(grid[row, column] / grid.max()), abs=0.05)
+
+
+@pytest.mark.parametrize(("method", "pool"), [("snella-2", "token"), ("lora-2", "avg")])
+def test_the_roll_out_is_the_product_of_the_attentions_with_what_passes_them_by(method, pool):
+    torch.manual_seed(0)
+    options = {"img_size": SIZE, "global_pool": pool}
+    model = build_method(method, timm.create_model("test_vit", num_classes=3, **options)).eval()
+    base, images = model.get_base_model(), torch.randn(2, 3, SIZE, SIZE)
+    inputs = []
+    handles = [
+        block.attn.register_forward_hook(lambda module, args, output: inputs.append(args[0])) for block in base.blocks
+    ]
+    with torch.no_grad():
+        expected_outputs = model(images)
+        rolled = torch.eye(inputs[0].shape[1])
+        for block, tokens in zip(base.blocks, inputs, strict=True):
+            attention, (n, t, _) = block.attn, tokens.shape
+            q, k, _ = attention.qkv(tokens).reshape(n, t, 3, attention.num_heads, attention.head_dim).unbind(2)
+            scores = torch.einsum("nqhd,nkhd->nhqk", attention.q_norm(q), attention.k_norm(k)) * attention.scale
+            rolled = (scores.softmax(-1).mean(1) + torch.eye(t)) / 2 @ rolled
+    for handle in handles:
+        handle.remove()
+    first = base.num_prefix_tokens
+    grid = (rolled[:, 0] if pool == "token" else rolled[:, first:].mean(1))[:, first:].reshape(2, 4, 4)
+    grid = grid - grid.amin((1, 2), keepdim=True)
+    grid = grid / grid.amax((1, 2), keepdim=True)
+    expected = nn.functional.interpolate(grid[:, None], (SIZE, SIZE), mode="bilinear", align_corners=False)[:, 0]
+    heat = attention_rollout(model, images)
+    assert np.allclose(heat, expected, atol=1e-4) and heat.std() > 0.05
+    with torch.no_grad():
+        assert torch.equal(model(images), expected_outputs)
+    assert not any(block.attn.attn_drop._forward_pre_hooks for block in base.blocks)
+
+
+def test_models_without_attentions_of_their_own_tokens_alone_have_no_roll_out():
+    with pytest.raises(ValueError, match="attention roll-out needs a ViT of timm, got ConvNeXt; take gradcam"):
+        attention_rollout(timm.create_model("test_convnext", num_classes=2), torch.zeros(1, 3, SIZE, SIZE))
+    model = build_method("vpt-deep-5", timm.create_model("test_vit", num_classes=3, img_size=SIZE)).eval()
+    with pytest.raises(ValueError, match="whose tokens are its patches', got 5 prompts of its method"):
+        attention_rollout(model, torch.zeros(1, 3, SIZE, SIZE))
 
 
 def test_a_model_that_does_not_name_its_feature_maps_is_refused():

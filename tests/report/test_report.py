@@ -6,9 +6,9 @@ import pytest
 from PIL import Image
 
 from snella._text import bytes_text, count_text, percent_text, plain_text, seconds_text
-from snella.records import Metrics, Prediction, read
+from snella.records import Metrics, Prediction, Predictions, RunInfo, read, write
 from snella.report.examples import choose_examples, load_example, picture_uri
-from snella.report.report import write_report
+from snella.report.report import groups_section, write_report
 
 SECTIONS = [
     "results",
@@ -286,3 +286,20 @@ def test_a_calibrated_run_shows_its_reliability_and_the_suggested_threshold(run)
         "Reliability on test",
     ):
         assert words in page.text, words
+
+
+def test_groups_are_told_apart_the_least_recognized_first(run):
+    info = read(RunInfo, run.finished().folder)
+    right, wrong = [1.0, *[0.0] * (len(info.classes) - 1)], [0.0, 1.0, *[0.0] * (len(info.classes) - 2)]
+    groups = ["site A"] * 3 + ["<b>B</b>"] * 2
+    rows = [right, wrong, wrong, right, right]
+    items = [Prediction(i, f"{i}.png", 0, row, group=g) for i, (row, g) in enumerate(zip(rows, groups, strict=True))]
+    section = groups_section(info, Predictions(items=items))
+    assert [(row["name"], row["images"]) for row in section["rows"]] == [("site A", 3), ("<b>B</b>", 2)]
+    assert section["rows"][0]["right"] == pytest.approx(1 / 3) and section["mean"] == pytest.approx((1 / 3 + 1) / 2)
+    assert section["rows"][0]["confused"] == f"{info.classes[0]} → {info.classes[1]} 2"
+    assert groups_section(info, Predictions(items=items[:3])) is None
+    write(Predictions(items=items), run.folder)
+    page = write_report(run.folder).read_text(encoding="utf-8")
+    assert 'href="#groups"' in page and percent_text(1 / 3) in page
+    assert "&lt;b&gt;B&lt;/b&gt;" in page and "<b>B</b>" not in page

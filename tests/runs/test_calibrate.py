@@ -1,9 +1,13 @@
 """Temperature, reliability and the threshold of unsure predictions."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 
+from snella._files import sealed, write_json
+from snella.cli.main import main
 from snella.records import Prediction, Predictions, ReliabilityBin, RunInfo, read
 from snella.runs.calibrate import (
     calibrate,
@@ -12,6 +16,8 @@ from snella.runs.calibrate import (
     reliability_bins,
     unsure_threshold,
 )
+from snella.runs.evaluate import calibrate_run
+from snella.runs.folder import RunFolder
 
 
 def sampled(temperature, images=20_000, classes=4):
@@ -82,6 +88,38 @@ def test_a_run_is_calibrated_on_its_validation_images_and_measured_on_test(finis
     assert test.loss_before == pytest.approx(metrics["test"]["loss"], abs=1e-5)
     assert test.count == sum(map(sum, metrics["test"]["confusion"]))
     assert 0.05 <= calibration.temperature <= 20
+
+
+def test_a_run_of_before_gets_the_temperature_that_training_fits_today(finished, tmp_path, capsys):
+    run = RunFolder(shutil.copytree(finished.path, tmp_path / "run"))
+    stored = read(RunInfo, run.path).calibration
+    values = run.read_json("run.json")
+    del values["calibration"]
+    write_json(run.path / "run.json", sealed(values))
+    assert read(RunInfo, run.path).temperature == 1.0
+    assert main(["evaluate", str(run.path), "--calibrate"]) == 0
+    info = read(RunInfo, run.path)
+    assert info.is_finished and info.temperature == pytest.approx(stored.temperature, rel=1e-3)
+    assert [r.split for r in info.calibration.reliability] == ["val", "test"]
+    assert info.calibration.reliability[1].ece == pytest.approx(stored.reliability[1].ece, abs=1e-3)
+    assert f"temperature {info.temperature:.4g} is stored" in capsys.readouterr().out
+    assert 'id="calibration"' in run.report.read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": {"sizes": {"train": 9, "val": 0, "test": 3}}}, "has no validation images to fit a temperature on"),
+        ({"status": "running"}, "must be a finished classification to have a temperature, got status 'running'"),
+    ],
+)
+def test_a_run_that_cannot_have_a_temperature_is_refused(changes, message, finished, tmp_path):
+    run = RunFolder(shutil.copytree(finished.path, tmp_path / "run"))
+    values = run.read_json("run.json")
+    data = values["data"] | changes.pop("data", {})
+    write_json(run.path / "run.json", sealed({**values, "data": data, **changes}))
+    with pytest.raises(ValueError, match=message):
+        calibrate_run(run.path)
 
 
 def test_stored_probabilities_take_a_temperature():

@@ -55,3 +55,20 @@ def test_the_report_shows_wrong_and_right_images_with_their_heat_maps(finished, 
     section = page[page.index('id="heat_maps"') : page.index('id="use"')]
     wrong, right = section.count("✗"), section.count("✓")
     assert wrong + right == len(maps)
+
+
+def test_attention_is_rolled_out_on_request_and_the_pages_say_so(finished, photos, tmp_path):
+    image = photos / "cats" / "000.png"
+    found = explain(finished.path, [image], tmp_path / "out", by="rollout", neighbors=0)
+    page = found.page.read_text()
+    assert "whatever the class" in page and "of attention, for any class" in page and "HiResCAM" not in page
+    explain(finished.path, [image], tmp_path / "gradcam", neighbors=0)
+    rolled, grad = (np.asarray(Image.open(tmp_path / name / "0001-000.png")) for name in ("out", "gradcam"))
+    assert rolled.shape == grad.shape and np.abs(rolled.astype(int) - grad).mean() > 1
+    run = shutil.copytree(finished.path, tmp_path / "run")
+    assert "through the attention of all layers" in explain_validation(run, by="rollout").read_text()
+    assert "through the attention of all layers" not in explain_validation(run).read_text()
+    with pytest.raises(ValueError, match="got 'cats' with rollout, which is of none"):
+        explain(finished.path, [image], tmp_path / "other", by="rollout", of="cats")
+    with pytest.raises(ValueError, match="by must be one of gradcam, rollout, got 'cam'"):
+        explain(finished.path, [image], tmp_path / "other", by="cam")

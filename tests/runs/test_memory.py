@@ -11,6 +11,7 @@ from torch import nn
 from snella import SnellaConfig, create_snella_optimizer
 from snella.methods import build_method
 from snella.runs.memory import predict_step_memory, saved_bytes, working_modules
+from snella.runs.optimizer import checkpoint_gradients
 
 METHODS = ["snella-4", "lora-4", "full"]
 SIDE = 64
@@ -113,6 +114,20 @@ def test_the_peak_is_what_the_allocator_reports(method, options, tmp_path):
     before = held_bytes(model) + 2 * trained_bytes(model) + images.nbytes
     assert highest > memory.kept / 2
     assert memory.total == pytest.approx(before + highest, rel=0.1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_peak_with_activation_checkpointing_is_what_the_allocator_reports(method, tmp_path):
+    options = {"num_classes": 3, "img_size": SIDE, "depth": 8}
+    models = [build_method(method, timm.create_model("test_vit", **options)) for _ in range(2)]
+    checkpoint_gradients(models[1])
+    images = torch.randn(12, 3, SIDE, SIDE)
+    plain, less = (predict_step_memory(model, (3, SIDE, SIDE), 12) for model in models)
+    highest = highest_of(step_on(models[1], images), tmp_path)
+    before = held_bytes(models[1]) + 2 * trained_bytes(models[1]) + images.nbytes
+    assert less.total == pytest.approx(before + highest, rel=0.1)
+    assert less.kept < plain.kept / 2 and less.total < plain.total
+    assert models[1].training and torch.utils.checkpoint.checkpoint.__module__ == "torch.utils.checkpoint"
 
 
 @pytest.mark.parametrize("method", METHODS)

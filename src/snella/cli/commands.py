@@ -51,12 +51,14 @@ def evaluate(
     columns: str | None = None,
     skip_broken: bool = False,
     out: str | None = None,
+    calibrate: bool = False,
     device: Device = "auto",
 ) -> None:
     """Measure a run's best model: accuracies, errors or overlaps, as its task has them.
 
       snella evaluate runs/photos
       snella evaluate runs/photos --data folder:more-photos
+      snella evaluate runs/photos --calibrate
 
     Args:
         run: Folder of the run.
@@ -66,14 +68,28 @@ def evaluate(
         columns: Columns of a table, e.g. path=file,label=species; the run's own if not given.
         skip_broken: Leave out images that cannot be read.
         out: Also write the results to this JSON file.
+        calibrate: Fit a classifier's temperature on the validation images and store it, for runs that were finished
+            before training did so.
         device: auto, cpu or cuda.
     """
     from snella._files import write_json
     from snella.records import RunInfo, read
     from snella.runs.build import get_task
     from snella.runs.console import make_console, print_line
-    from snella.runs.evaluate import evaluate
+    from snella.runs.evaluate import calibrate_run, evaluate
 
+    if calibrate:
+        given = {"data": data, "columns": columns, "out": out, "split": None if split == "auto" else split}
+        wrong = [f"{name} {value}" for name, value in given.items() if value is not None]
+        if wrong:
+            raise ValueError(f"calibrate is on the run's own validation images, got {', '.join(wrong)}; leave it out")
+        found = calibrate_run(run, batch_size=batch_size, device=device)
+        console = make_console()
+        print_line(console, f"temperature {found.temperature:.4g} is stored; predict divides logits by it")
+        for part in found.reliability:
+            error = f"expected calibration error {part.ece_before:.4f} without, {part.ece:.4f} with it"
+            print_line(console, f"{part.split}, {part.count} images: {error}")
+        return
     result = evaluate(
         run, data, split=split, batch_size=batch_size, columns=columns, skip_broken=skip_broken, device=device
     )
@@ -228,6 +244,7 @@ def explain(
     images: list[str] | None = None,
     /,
     out: str | None = None,
+    by: Literal["gradcam", "rollout"] = "gradcam",
     of: str | None = None,
     neighbors: int = 3,
     overwrite: bool = False,
@@ -248,6 +265,8 @@ def explain(
         run: Folder of the run.
         images: Image files, folders of them, patterns in quotes, tables; validation images of the run if not given.
         out: Folder for the heat maps; needed with images.
+        by: Kind of heat map: gradcam (gradient times activation, for a class), or rollout (where a ViT attends, through
+            all its layers; the same for every class).
         of: Class that the heat maps speak for; that of each prediction if not given.
         neighbors: Nearest training images of each image, by the features; 0 for none.
         overwrite: Write into a folder that holds files.
@@ -267,7 +286,7 @@ def explain(
             raise ValueError(
                 f"images must be given with {', '.join(wrong)}; without images the run's own are explained"
             )
-        report = explain_validation(run, batch_size=batch_size, device=device)
+        report = explain_validation(run, by=by, batch_size=batch_size, device=device)
         print_line(console, f"report: {report}")
         return
     if out is None:
@@ -276,6 +295,7 @@ def explain(
         run,
         images,
         out,
+        by=by,
         of=of,
         neighbors=neighbors,
         overwrite=overwrite,

@@ -221,7 +221,7 @@ def row_header(cell: Cell, experiment: Experiment, created_at: str) -> dict[str,
 def read_results(run: RunFolder) -> dict[str, Any]:
     """The columns of a row that a finished run gives."""
     metrics, data = read(Metrics, run.path), read(RunInfo, run.path).data
-    best = next(row for row in metrics.history if row.epoch == metrics.best_epoch)
+    best = next(row for row in metrics.history if row.epoch == metrics.adapter_epoch)
     return {
         "peft_config": _adapter_config(run.adapter),
         "num_trainable_params": metrics.trainable_parameters,

@@ -72,7 +72,7 @@ DATA_SETTINGS = (
 SHARED_SETTINGS = (
     *("epochs", "img_size", "weights", "pretrained", "augment", "warmup", "max_grad_norm"),
     *("label_smoothing", *DATA_SETTINGS, "skip_broken", "check_sizes", "protocol", "head_start", "ema", "final_lr"),
-    *("early_stopping", "accumulate", "layer_decay", "drop_path", "random_erasing", "mixup", "cutmix"),
+    *("swa", "soup", "early_stopping", "accumulate", "layer_decay", "drop_path", "random_erasing", "mixup", "cutmix"),
     *("device", "precision", "grad_checkpointing", "workers"),
 )
 """Settings that are the same in all runs."""

@@ -113,7 +113,7 @@ def adapter_step(allocation: Allocation, metrics: Metrics | None) -> AllocationS
     if not allocation.history:
         return None
     rows = {} if metrics is None else {row.epoch: row for row in metrics.history}
-    best = None if metrics is None or metrics.best_epoch is None else rows.get(metrics.best_epoch)
+    best = None if metrics is None or metrics.adapter_epoch is None else rows.get(metrics.adapter_epoch)
     if best is None or best.budget is None:
         return allocation.history[-1]
     same = [entry for entry in allocation.history if entry.budget == best.budget]

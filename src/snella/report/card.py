@@ -146,6 +146,8 @@ def _training(info: RunInfo, metrics: Metrics | None) -> list[tuple[str, str]]:
     rows = [("Method", f"`{info.method}`, {plain_text(info.method_options)}")]
     if metrics is not None:
         epochs = f"{metrics.best_epoch} of {metrics.history[-1].epoch}" if metrics.history else ""
+        if metrics.averaged is not None and metrics.averaged.is_saved:
+            epochs = f"{metrics.averaged.text}, of {metrics.history[-1].epoch}"
         time = "" if math.isnan(metrics.train_s) else seconds_text(metrics.train_s)
         rows += [("Trainable parameters", f"{metrics.trainable_parameters:,}"), ("Epoch", epochs), ("Time", time)]
     versions = ", ".join(f"{package} {version}" for package, version in info.versions.items())

@@ -1,4 +1,4 @@
-"""Heat maps: which parts of an image speak for an output of a timm model, by gradient times activation."""
+"""Heat maps of timm models: gradient times activation for an output, and where a ViT attends, rolled out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-__all__ = ["explained_layer", "heat_maps", "overlay_heat"]
+__all__ = ["attention_rollout", "explained_layer", "heat_maps", "overlay_heat"]
 
 _OPACITY = (0.15, 0.65)
 
@@ -50,7 +50,70 @@ def heat_maps(model: nn.Module, images: Tensor, outputs: Tensor) -> np.ndarray:
         product = LayerGradientXActivation(model, layer, multiply_by_inputs=True).attribute(
             wanted, target=outputs.to(images.device)
         )
-    grid = _grid(product.detach().float(), width, patch, images.shape[-2:]).clamp_min(0)
+    return _sized(_grid(product.detach().float(), width, patch, images.shape[-2:]).clamp_min(0), images)
+
+
+@torch.no_grad()
+def attention_rollout(model: nn.Module, images: Tensor) -> np.ndarray:
+    """Where the output of a ViT comes from through all its attentions, whatever the class.
+
+    R = Â_L … Â_1,   Â_l = (mean over heads of A_l + I) / 2;   the rows of what the head pools, over the patches
+
+    Args:
+        model: A ViT of timm, from `build_method` or `load_trained` or plain, in evaluation mode.
+        images: As for `heat_maps`.
+
+    Returns:
+        `[images, height, width]`, float32; the least of each is 0 and the most 1, so that what is common to all places
+        does not hide the differences.
+
+    Raises:
+        ValueError: A model without such attentions, or with tokens of a method's own (prompts).
+
+    Sources:
+        Abnar and Zuidema, Quantifying Attention Flow in Transformers (arXiv 2005.00928).
+    """
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    blocks, patch = getattr(base, "blocks", None), getattr(getattr(base, "patch_embed", None), "patch_size", None)
+    attentions: list[Any] = [getattr(block, "attn", None) for block in blocks or []]
+    if (
+        patch is None
+        or not attentions
+        or not all(hasattr(a, "attn_drop") and hasattr(a, "fused_attn") for a in attentions)
+    ):
+        raise ValueError(f"attention roll-out needs a ViT of timm, got {type(base).__name__}; take gradcam")
+    rows, columns = images.shape[-2] // patch[0], images.shape[-1] // patch[1]
+    rolled: list[Tensor] = []
+
+    def roll(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        mean = inputs[0].float().mean(1)  # [images, tokens, tokens]
+        step = (mean + torch.eye(mean.shape[-1], device=mean.device)) / 2
+        rolled[:] = [step @ rolled[0] if rolled else step]
+
+    were_fused = [attention.fused_attn for attention in attentions]
+    handles = [attention.attn_drop.register_forward_pre_hook(roll) for attention in attentions]
+    try:
+        for attention in attentions:
+            attention.fused_attn = False  # the fused operation does not give its weights
+        model(images)
+    finally:
+        for attention, was_fused, handle in zip(attentions, were_fused, handles, strict=True):
+            attention.fused_attn = was_fused
+            handle.remove()
+    extra = rolled[0].shape[-1] - rows * columns - base.num_prefix_tokens
+    if extra:
+        raise ValueError(
+            f"attention roll-out needs a model whose tokens are its patches', got {extra} prompts of its method; take "
+            "gradcam"
+        )
+    first = base.num_prefix_tokens
+    pooled = rolled[0][:, :1] if base.global_pool == "token" else rolled[0][:, first:]
+    grid = pooled.mean(1)[:, first:].reshape(-1, rows, columns)
+    return _sized(grid - grid.amin((1, 2), keepdim=True), images)
+
+
+def _sized(grid: Tensor, images: Tensor) -> np.ndarray:
+    """A grid of nonnegative values `[images, rows, columns]` at the size of the images, with a highest value of 1."""
     peaks = grid.amax((1, 2), keepdim=True)
     shares = grid / torch.where(peaks > 0, peaks, torch.ones_like(peaks))
     sized = F.interpolate(shares[:, None], images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+from collections import Counter
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -118,6 +119,10 @@ def _kept_epoch(metrics: Metrics) -> tuple[str, str, str]:
     """The epoch of the saved adapter, of how many, and its selection."""
     total = f"of {metrics.history[-1].epoch}" if metrics.history else ""
     average = "" if metrics.ema is None else f"; average of the weights, decay {metrics.ema:g}"
+    if (averaged := metrics.averaged) is not None and averaged.is_saved:
+        kind = "weights of {} (SWA)" if averaged.kind == "swa" else "a greedy soup of {}"
+        offered = f"epochs {averaged.offered[0]} to {averaged.offered[-1]} {total}"
+        return "averaged epochs", ", ".join(map(str, averaged.epochs)), kind.format(offered)
     if metrics.selected_on is None:
         return "epoch", str(metrics.best_epoch), f"{total}, the last, without selection{average}"
     split, _, metric = metrics.best_metric.partition("_")
@@ -194,6 +199,33 @@ def confusion_section(info: RunInfo, metrics: Metrics | None) -> dict[str, Any] 
         ),
         "rows": sorted(_class_rows(info, scores), key=lambda row: (math.isnan(row["recall"]), row["recall"])),
         "pairs": _confused_pairs(info, scores),
+    }
+
+
+def groups_section(info: RunInfo, predictions: Predictions | None) -> dict[str, Any] | None:
+    """Confusion by group (patient, site, video), the least recognized first; None where the data has no groups."""
+    by_group: dict[str, list[Prediction]] = {}
+    for item in predictions.items if predictions is not None else []:
+        if item.group is not None:
+            by_group.setdefault(item.group, []).append(item)
+    if predictions is None or len(by_group) < 2:
+        return None
+    rows = []
+    for name, items in by_group.items():
+        taken = Counter((item.label, item.predicted) for item in items if not item.is_right)
+        most = [
+            f"{info.classes[label]} → {info.classes[predicted]} {count:,}"
+            for (label, predicted), count in taken.most_common(_CONFUSED_IN_GROUP)
+        ]
+        share = sum(item.is_right for item in items) / len(items)
+        rows.append({"name": name, "images": len(items), "right": share, "confused": ", ".join(most)})
+    rows.sort(key=lambda row: (row["right"], -row["images"], row["name"]))
+    shares = [row["right"] for row in rows]
+    return {
+        "split": "validation" if predictions.split == "val" else predictions.split,
+        "count": len(rows),
+        "mean": sum(shares) / len(shares),
+        "rows": rows[:_SHOWN_GROUPS],
     }
 
 
@@ -369,9 +401,10 @@ def heat_maps_section(folder: Path, info: RunInfo, predictions: Predictions | No
         item = items.get(int(path.stem)) if path.stem.isdigit() else None
         if item is not None:
             with Image.open(path) as image:
+                by = image.info.get("by", "gradcam")
                 uri, width, height = picture_uri(image, _LONGEST)
             names = {"predicted": info.classes[item.predicted], "label": info.classes[item.label]}
-            found.append({"item": item, "uri": uri, "width": width, "height": height, **names})
+            found.append({"item": item, "uri": uri, "width": width, "height": height, "by": by, **names})
     return sorted(found, key=lambda entry: (entry["item"].is_right, -entry["item"].probability))
 
 
@@ -385,7 +418,8 @@ def _exact(count: int) -> str:
     return f"{count:,}" if count >= 1000 else ""
 
 
-_CONFUSED = 5
+_CONFUSED, _CONFUSED_IN_GROUP = 5, 3
+_SHOWN_GROUPS = 30
 _USES = {
     "classification": ("Classify images", "photo.jpg another.png", "Write a plain timm model", "model"),
     "ordinal": ("Classify images", "photo.jpg another.png", "Write a plain timm model", "model"),
@@ -456,6 +490,7 @@ def _render(folder: Path, images: ImageSource | None) -> str:
         "results": results_section(metrics, allocation, budgets),
         "curves": curves_section(metrics),
         "confusion": confusion_section(info, metrics),
+        "groups": groups_section(info, class_predictions),
         "calibration": calibration_section(info, class_predictions),
         "ranking": ranking_section(info, class_predictions),
         "allocation": allocation_section(info, metrics, allocation, budgets),
@@ -501,6 +536,7 @@ __all__ = [
     "confusion_section",
     "curves_section",
     "examples_section",
+    "groups_section",
     "masks_section",
     "results_section",
     "write_report",

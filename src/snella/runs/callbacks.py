@@ -14,10 +14,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from snella import SnellaCallback
@@ -28,7 +28,7 @@ from snella.runs.protocol import RunProtocol
 from snella.tasks import Task
 from snella.tuner.matrices import AdaptedMatrix
 
-_FILE = "ema.safetensors"
+_FILE, _ENDS_FILE = "ema.safetensors", "epoch_ends.safetensors"
 _ESTIMATE_STEPS, _ESTIMATE_S = 4, 20.0
 """Steps, or seconds, after which the remaining time is estimated."""
 _LONG_S = 300.0
@@ -81,12 +81,8 @@ class WeightAverage:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Swap the averages into the model, inside."""
-        values = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
-        self._write(self._averages)
-        try:
+        with _swapped_in(self._parameters, self._averages):
             yield
-        finally:
-            self._write(values)
 
     def save(self, checkpoint: Path) -> None:
         """Write the averages into a checkpoint's folder."""
@@ -114,11 +110,88 @@ class WeightAverage:
                 average.copy_(file.get_tensor(name))
             self.steps = int(file.metadata()["steps"])
 
-    @torch.no_grad()
-    def _write(self, values: dict[str, torch.Tensor]) -> None:
-        """Copy values into the model's own parameters, so that layers notice that their caches are stale."""
-        for name, parameter in self._parameters.items():
-            parameter.copy_(values[name])
+
+class EpochEnds:
+    """The trained parameters at the ends of the last epochs, to be averaged after the training.
+
+    Parameters alone are averaged, as by `WeightAverage`: the update that is built of them has the budgets of the last
+    step, hence the sparsity that was asked for. Batch norms keep the pre-trained statistics in every method, so that
+    none have to be measured anew.
+
+    Args:
+        model: From `build_method`; only what is trainable now is kept, on the CPU.
+        count: How many epochs.
+    """
+
+    def __init__(self, model: nn.Module, count: int) -> None:
+        self.count = count
+        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._values: dict[int, dict[str, torch.Tensor]] = {}
+
+    @property
+    def epochs(self) -> list[int]:
+        """Epochs that are kept, the oldest first."""
+        return sorted(self._values)
+
+    def add(self, epoch: int) -> None:
+        """Keep the present values as those of an epoch, and drop the oldest."""
+        self._values[epoch] = {name: p.detach().to("cpu", copy=True) for name, p in self._parameters.items()}
+        for old in self.epochs[: -self.count]:
+            del self._values[old]
+
+    @contextmanager
+    def mean_applied(self, epochs: Sequence[int]) -> Iterator[None]:
+        """Swap the mean over some of the epochs into the model, inside."""
+        first, *others = epochs
+        means = {name: value.clone() for name, value in self._values[first].items()}
+        average = get_swa_multi_avg_fn()
+        for number, epoch in enumerate(others, 1):
+            average(list(means.values()), [self._values[epoch][name] for name in means], number)
+        with _swapped_in(self._parameters, means):
+            yield
+
+    def save(self, checkpoint: Path) -> None:
+        """Write the values into a checkpoint's folder."""
+        tensors = {f"{epoch}/{name}": value for epoch in self.epochs for name, value in self._values[epoch].items()}
+        save_file(tensors, checkpoint / _ENDS_FILE)
+
+    def load(self, checkpoint: Path) -> None:
+        """Load the values from a checkpoint.
+
+        Raises:
+            CheckpointError: It holds none, or those of other parameters.
+        """
+        path = checkpoint / _ENDS_FILE
+        if not path.is_file():
+            raise CheckpointError(f"the checkpoint is damaged: {path} is missing; start over with --overwrite")
+        self._values = {}
+        for key, value in load_file(path).items():
+            epoch, name = key.split("/", 1)
+            self._values.setdefault(int(epoch), {})[name] = value
+        for epoch, values in self._values.items():
+            if different := sorted(values.keys() ^ self._parameters.keys())[:3]:
+                raise CheckpointError(
+                    f"{path} must hold this model's trainable parameters, epoch {epoch} differs in "
+                    f"{', '.join(different)}; start over with --overwrite"
+                )
+
+
+@contextmanager
+def _swapped_in(parameters: Mapping[str, nn.Parameter], values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Other values in a model's parameters, inside."""
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    _copy(parameters, values)
+    try:
+        yield
+    finally:
+        _copy(parameters, before)
+
+
+@torch.no_grad()
+def _copy(parameters: Mapping[str, nn.Parameter], values: Mapping[str, torch.Tensor]) -> None:
+    """Copy values into a model's own parameters, so that layers notice that their caches are stale."""
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])
 
 
 class EmaCallback(TrainerCallback):
@@ -455,5 +528,6 @@ class ProgressDisplay(TrainerCallback):
 
 __all__ = [
     "EmaCallback",
+    "EpochEnds",
     "WeightAverage",
 ]

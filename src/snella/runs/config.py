@@ -176,6 +176,8 @@ def command_line(settings: RunSettings, default: RunSettings, command: str) -> s
 _NONNEGATIVE_FIELDS = ("lr", "scalar_lr", "head_lr", "weight_decay")
 _MINIMUMS = {
     "epochs": 1,
+    "swa": 2,
+    "soup": 2,
     "early_stopping": 1,
     "batch_size": 1,
     "accumulate": 1,
@@ -322,6 +324,10 @@ class TrainConfig(RunSettings):
             are optimistic, and marked so).
         ema: Decay of an exponential moving average of the trained weights, which is evaluated and saved, e.g. 0.9998;
             none if not given.
+        swa: Stochastic weight averaging: the mean of the trained weights at the ends of so many last epochs is saved,
+            unless the best epoch is better on validation; none if not given.
+        soup: Greedy soup: of so many last epochs those are averaged, the best ones first, whose weights raise the
+            result on validation; none if not given.
         check_sizes: Refuse a benchmark's data (vtab, fgvc) whose numbers of images or classes differ from the
             benchmark's; false only notes them.
         device: auto, cpu or cuda (the first visible GPU).
@@ -399,6 +405,8 @@ class TrainConfig(RunSettings):
     test_seed: int | None = None
     protocol: Literal["standard", "final", "official"] = "standard"
     ema: float | None = None
+    swa: int | None = None
+    soup: int | None = None
     check_sizes: bool = True
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -536,6 +544,15 @@ class TrainConfig(RunSettings):
             errors.append(
                 f"early_stopping needs images that epochs are measured on, got {self.early_stopping} with protocol "
                 f"{self.protocol!r}: {get_protocol(self.protocol).summary}; leave one out"
+            )
+        averages = {name: value for name in ("ema", "swa", "soup") if (value := getattr(self, name)) is not None}
+        if len(averages) > 1:
+            given = " and ".join(f"{name} {value:g}" for name, value in averages.items())
+            errors.append(f"ema, swa and soup exclude each other, got {given}; leave one out")
+        if self.soup is not None and self.protocol == "final":
+            errors.append(
+                f"soup needs images that epochs are measured on, got {self.soup} with protocol {self.protocol!r}: "
+                f"{get_protocol(self.protocol).summary}; take --swa {self.soup}, which needs none"
             )
         if self.task == "segmentation":
             given = {name: getattr(self, name) for name in ("mixup", "cutmix", "random_erasing")}

@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from snella.data import DataSplits, ImageDataset, has_columns, load_data
-from snella.records import DataInfo, RunInfo, read
+from snella.records import Calibration, DataInfo, RunInfo, plain, read
 from snella.report import write_report
 from snella.report.examples import ImageSource
 from snella.runs.build import (
     PARTS,
+    Ensemble,
     LoadedRun,
     changed_parts,
     check_splits,
@@ -27,6 +28,7 @@ from snella.runs.build import (
     load_splits,
     parts_of,
 )
+from snella.runs.calibrate import calibrate
 from snella.runs.console import make_console, print_line
 from snella.runs.folder import RunFolder
 from snella.tasks import Task, create_task
@@ -134,6 +136,49 @@ def evaluate(
         "notes": list(splits.notes),
     }
     return {**head, "classes": loaded.classes, **scores}
+
+
+def calibrate_run(run: str | Path, *, batch_size: int = 32, device: str = "auto") -> Calibration:
+    """Fit a finished classifier's temperature anew on its validation images, store it, and redraw the report.
+
+    For runs that were finished before training fitted one. Test images, where there are any, are measured with it.
+
+    Args:
+        run: Folder of the run; its own images have to be where they were.
+        batch_size: Images at a time.
+        device: auto, cpu or cuda.
+
+    Returns:
+        What `run.json` now has.
+
+    Raises:
+        FileNotFoundError: Not the folder of a run, or its images are not there any more.
+        ValueError: Another task, a cross-validation, an unfinished run, no validation images, or images that changed.
+    """
+    folder = RunFolder(run)
+    loaded = load_run(folder, device)
+    if isinstance(loaded.model, Ensemble):
+        raise ValueError(
+            f"run={folder.path} is a cross-validation of several models; calibrate each, e.g. {loaded.folder.path}"
+        )
+    if not loaded.task.has_one_class or not loaded.info.is_finished:
+        what = f"task {loaded.task.name!r}" if loaded.info.is_finished else f"status {loaded.info.status!r}"
+        raise ValueError(f"run={folder.path} must be a finished classification to have a temperature, got {what}")
+    if not loaded.info.data.sizes.get("val"):
+        raise ValueError(f"run={folder.path} has no validation images to fit a temperature on; other images may not")
+    measured = {}
+    names: tuple[Split, ...] = ("val", "test") if loaded.info.data.sizes.get("test") else ("val",)
+    for split in names:
+        splits, _, parts = images_for_run(loaded, None, split)
+        items = _Relabeled(parts, _numbers(splits.classes, loaded), loaded.task)
+        reduced, labels = _run_model(loaded, items, batch_size)
+        measured[split] = (loaded.task.sample_outputs(reduced), labels)
+    calibration = calibrate(measured)
+    if calibration is None:
+        raise RuntimeError(f"run={folder.path} was calibrated on {len(measured['val'][1])} validation images")
+    folder.update("finished", calibration=plain(calibration))
+    redraw_report(folder.path)
+    return calibration
 
 
 def images_for_run(

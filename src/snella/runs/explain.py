@@ -5,27 +5,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from snella._files import write_bytes, write_text
 from snella._text import percent_text
 from snella.data import ImageDataset
 from snella.records import Predictions, read
 from snella.report.examples import choose_examples, picture_uri
-from snella.report.heat_maps import heat_maps, overlay_heat
+from snella.report.heat_maps import attention_rollout, heat_maps, overlay_heat
 from snella.runs.build import check_splits, find_data, load_splits, parts_of
 from snella.runs.evaluate import redraw_report
 from snella.runs.predict import Predictor, load
 from snella.runs.prediction_files import expand_for
 
-__all__ = ["HEAT_MAPS", "Explained", "explain", "explain_validation", "nearest_images"]
+__all__ = ["HEAT_MAPS", "Explained", "HeatMap", "explain", "explain_validation", "nearest_images"]
 
+HeatMap = Literal["gradcam", "rollout"]
+"""How heat maps are made: gradient times activation for a class, or attention roll-out of a ViT for none."""
 HEAT_MAPS = "heat_maps"
 """Folder of a run with the heat maps of its report, `INDEX.png`."""
 _SHOWN = 12
@@ -47,6 +50,7 @@ def explain(
     images: Any,
     out: str | Path,
     *,
+    by: HeatMap = "gradcam",
     of: str | None = None,
     neighbors: int = 3,
     overwrite: bool = False,
@@ -61,6 +65,7 @@ def explain(
         run: Folder of a classification run.
         images: As `snella.runs.image_inputs.expand` takes them.
         out: Folder; created.
+        by: gradcam (gradient times activation), or rollout (attention of a ViT, the same for all classes).
         of: Class that the heat maps speak for; that of each prediction if None.
         neighbors: Nearest training images of each image, by the cosine of their features; 0 for none. Of more than
             2,000 training images so many are compared, evenly spread.
@@ -81,6 +86,9 @@ def explain(
         raise FileExistsError(
             f"out={out} holds files; choose another folder, or write into it with --overwrite (overwrite=True)"
         )
+    _check_map(by)
+    if by == "rollout" and of is not None:
+        raise ValueError(f"of is for heat maps of a class, got {of!r} with rollout, which is of none; leave one out")
     if neighbors < 0:
         raise ValueError(f"neighbors must be at least 0, got {neighbors}")
     files = expand_for(run, images, columns)
@@ -106,31 +114,32 @@ def explain(
         part = predictions[start : start + batch_size]
         targets = [of or p.label for p in part]
         for offset, (prediction, target, heat) in enumerate(
-            zip(part, targets, _overlays(model, [p.path for p in part], targets), strict=True)
+            zip(part, targets, _overlays(model, [p.path for p in part], targets, by), strict=True)
         ):
             number = start + offset
             name = f"{number + 1:04}-{prediction.path.stem}.png"
-            write_bytes(folder / name, _png(heat[1]))
+            write_bytes(folder / name, _png(heat[1], by))
             entries.append(
                 {
                     "name": str(prediction.path),
                     "file": name,
                     "text": ", ".join(f"{c} {percent_text(p)}" for c, p in prediction.ranking[:3]),
-                    "target": target,
+                    "target": f"for {target}" if by == "gradcam" else "of attention, for any class",
                     "image": _shown(heat[0]),
                     "heat": _shown(heat[1]),
                     "near": near[number],
                 }
             )
-    write_text(folder / "index.html", _page(model, entries, of))
+    write_text(folder / "index.html", _page(model, entries, of, by))
     return Explained(folder / "index.html", len(entries), notes)
 
 
-def explain_validation(run: str | Path, *, batch_size: int = 16, device: str = "auto") -> Path:
+def explain_validation(run: str | Path, *, by: HeatMap = "gradcam", batch_size: int = 16, device: str = "auto") -> Path:
     """Write heat maps of the most confident mistakes and of some right images into the run, and redraw its report.
 
     Args:
         run: Folder of a finished classification run; its validation images have to be where they were.
+        by: As for `explain`.
         batch_size: Images at a time.
         device: auto, cpu or cuda.
 
@@ -142,6 +151,7 @@ def explain_validation(run: str | Path, *, batch_size: int = 16, device: str = "
         ValueError: Another task, or the images have changed.
         ImportError: Captum is not installed.
     """
+    _check_map(by)
     model = load(run, device, batch_size=batch_size)
     _check_task(model)
     predictions = read(Predictions, run)
@@ -156,9 +166,9 @@ def explain_validation(run: str | Path, *, batch_size: int = 16, device: str = "
         part = items[start : start + batch_size]
         images = [split.image(item.index) for item in part]
         classes = [model.classes[item.predicted] for item in part]
-        for item, (_, heat) in zip(part, _overlays(model, images, classes), strict=True):
+        for item, (_, heat) in zip(part, _overlays(model, images, classes, by), strict=True):
             heat.thumbnail((_LONGEST, _LONGEST))
-            write_bytes(folder / f"{item.index}.png", _png(heat))
+            write_bytes(folder / f"{item.index}.png", _png(heat, by))
     return redraw_report(run)
 
 
@@ -175,6 +185,12 @@ def nearest_images(features: np.ndarray, others: np.ndarray, count: int) -> list
     cosines = unit @ unit_others.T
     order = np.argsort(-cosines, axis=1, kind="stable")[:, :count]
     return [[(int(place), float(cosines[row, place])) for place in places] for row, places in enumerate(order)]
+
+
+def _check_map(by: str) -> None:
+    """Refuse an unknown way of making heat maps."""
+    if by not in get_args(HeatMap):
+        raise ValueError(f"by must be one of {', '.join(get_args(HeatMap))}, got {by!r}")
 
 
 def _check_task(model: Predictor) -> None:
@@ -225,11 +241,12 @@ def _neighbors(
 
 
 def _overlays(
-    model: Predictor, images: Sequence[Path | Image.Image], classes: Sequence[str]
+    model: Predictor, images: Sequence[Path | Image.Image], classes: Sequence[str], by: HeatMap
 ) -> list[tuple[Image.Image, Image.Image]]:
     """What the model sees of each image, and the same under its heat map."""
     tensors, targets = model.prepare(images), torch.tensor([model.classes.index(name) for name in classes])
-    heat = heat_maps(model.loaded.model, tensors.to(model.device), targets)
+    network, tensors = model.loaded.model, tensors.to(model.device)
+    heat = heat_maps(network, tensors, targets) if by == "gradcam" else attention_rollout(network, tensors)
     pictures = [model.picture(tensor) for tensor in tensors]
     return [(picture, overlay_heat(picture, one)) for picture, one in zip(pictures, heat, strict=True)]
 
@@ -240,17 +257,18 @@ def _shown(image: Image.Image) -> dict[str, Any]:
     return {"uri": uri, "width": width, "height": height}
 
 
-def _png(image: Image.Image) -> bytes:
-    """The bytes of a PNG file."""
-    content = io.BytesIO()
-    image.save(content, "PNG")
+def _png(image: Image.Image, by: HeatMap) -> bytes:
+    """The bytes of a PNG file that says what kind of map it is."""
+    content, texts = io.BytesIO(), PngInfo()
+    texts.add_text("by", by)
+    image.save(content, "PNG", pnginfo=texts)
     return content.getvalue()
 
 
-def _page(model: Predictor, entries: Sequence[dict[str, Any]], of: str | None) -> str:
+def _page(model: Predictor, entries: Sequence[dict[str, Any]], of: str | None, by: HeatMap) -> str:
     """`index.html`."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     texts = resources.files("snella.report")
     template = environment.from_string(texts.joinpath("explained.html.jinja").read_text(encoding="utf-8"))
     style = texts.joinpath("report.css").read_text(encoding="utf-8")
-    return template.render(run=model.loaded.info, entries=entries, of=of, style=Markup(style))
+    return template.render(run=model.loaded.info, entries=entries, of=of, by=by, style=Markup(style))

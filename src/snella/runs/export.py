@@ -79,6 +79,7 @@ class ExportFormat:
         options: Names of `ExportOptions` that it takes.
         packages: Modules that it needs beyond those of the command line, each with the extra that brings it.
         is_folder: Whether it is a folder.
+        temperature: Where the run's temperature is.
         tasks: Tasks that it can hold; None for all.
     """
 
@@ -89,6 +90,7 @@ class ExportFormat:
     options: tuple[str, ...] = ()
     packages: tuple[tuple[str, str], ...] = ()
     is_folder: bool = False
+    temperature: str = "'temperature' in its metadata"
     tasks: tuple[str, ...] | None = None
 
 
@@ -152,7 +154,7 @@ def export(
     temporary = path.with_name(f".{path.name}.tmp")
     _remove(temporary)
     try:
-        notes = chosen.write(loaded, temporary, options)
+        notes = chosen.write(loaded, temporary, options) + _temperature_notes(loaded, chosen)
         if path.is_dir():
             _refuse_other_files(path, temporary)
             _remove(path)
@@ -162,6 +164,15 @@ def export(
     finally:
         _remove(temporary)
     return Exported(path, notes, chosen.snippet.format(path=str(path), backbone=loaded.info.backbone.name))
+
+
+def _temperature_notes(loaded: LoadedRun, chosen: ExportFormat) -> list[str]:
+    """That the run's temperature is not in the outputs, and where the file or folder keeps it."""
+    temperature = loaded.info.temperature
+    if temperature == 1.0:
+        return []
+    text = "outputs are logits without the run's temperature: softmax(outputs / {:g}) has the probabilities of predict"
+    return [f"{text.format(temperature)}; it is {chosen.temperature}"]
 
 
 def _find(name: str) -> ExportFormat:
@@ -546,6 +557,7 @@ FORMATS: dict[str, ExportFormat] = {
         "from peft import PeftModel\nmodel = PeftModel.from_pretrained(backbone, {path!r})  # {backbone}",
         options=("rank", "images"),
         is_folder=True,
+        temperature="not in the folder",
     ),
     "timm": ExportFormat(
         "merged model in timm's own folder",
@@ -553,6 +565,7 @@ FORMATS: dict[str, ExportFormat] = {
         _write_timm,
         "import timm\nmodel = timm.create_model('local-dir:' + {path!r}, pretrained=True).eval()",
         is_folder=True,
+        temperature="'temperature' in its config.json, which no library applies by itself",
         tasks=("classification",),
     ),
     "hf": ExportFormat(
@@ -561,6 +574,7 @@ FORMATS: dict[str, ExportFormat] = {
         _write_hf,
         "from transformers import pipeline\nclassify = pipeline('image-classification', model={path!r})",
         is_folder=True,
+        temperature="'temperature' in its config.json, which no library applies by itself",
         tasks=("classification",),
     ),
 }

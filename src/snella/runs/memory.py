@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
+import torch.utils.checkpoint
 from peft.tuners.tuners_utils import BaseTunerLayer
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
@@ -68,7 +69,8 @@ def working_modules(model: nn.Module) -> dict[str, nn.Module]:
 def record_forward(model: nn.Module, images: Tensor) -> ForwardRecord:
     """Run the model once in training mode, and record what autograd saves.
 
-    Sizes are recorded and tensors released, so that this takes the memory of a forward pass without gradients.
+    Sizes are recorded and tensors released, so that this takes the memory of a forward pass without gradients. What a
+    part under activation checkpointing saves is there while its own backward pass runs; before and after, its inputs.
 
     Args:
         model: Left as it was: mode, buffers and the random state are restored.
@@ -79,6 +81,17 @@ def record_forward(model: nn.Module, images: Tensor) -> ForwardRecord:
     # a storage's data goes with its last tensor; what is known of it stays, so that no other one takes its identity
     noted: dict[int, StorageWeakRef] = {}
     seen: Counter[str] = Counter()
+    recomputed = 0  # bytes of the parts under checkpointing that ended, less those of all their inputs so far
+
+    def compute_now(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        nonlocal recomputed
+        for tensor in _tensors(args):
+            storage = StorageWeakRef(tensor.untyped_storage())
+            recomputed -= 0 if storage.cdata in noted else tensor.untyped_storage().nbytes()
+        before = record.kept
+        output = function(*args)
+        recomputed += record.kept - before
+        return output
 
     def pack(tensor: Tensor) -> None:
         parts = [tensor._indices(), tensor._values()] if tensor.layout == torch.sparse_coo else [tensor]
@@ -95,19 +108,23 @@ def record_forward(model: nn.Module, images: Tensor) -> ForwardRecord:
     def noting(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def note(_: nn.Module, inputs: Any, output: Any) -> None:
             passed = {t.data_ptr(): t.numel() * t.element_size() for t in (*_tensors(inputs), *_tensors(output))}
-            record.calls[name, seen[name]] = ModuleCall(record.kept, sum(passed.values()))
+            record.calls[name, seen[name]] = ModuleCall(record.kept - recomputed, sum(passed.values()))
             seen[name] += 1
 
         return note
 
     handles = [module.register_forward_hook(noting(name)) for name, module in working_modules(model).items()]
+    checkpoint = torch.utils.checkpoint.checkpoint
     try:
+        torch.utils.checkpoint.checkpoint = compute_now
         with restored_state(model, images), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             model.train()
             model(images)
     finally:
+        torch.utils.checkpoint.checkpoint = checkpoint
         for handle in handles:
             handle.remove()
+    record.kept -= recomputed
     return record
 
 

@@ -163,8 +163,7 @@ def log_summary(console: Console, config: TrainConfig, parts: RunComponents) -> 
         *_stopping_rows(config, model),
         (
             "memory",
-            f"about {memory:,.0f} MiB of {free:,.0f} MiB free, for weights, gradients, optimizer, batch (estimated"
-            f"{', less with gradient checkpointing' if config.grad_checkpointing else ''})",
+            f"about {memory:,.0f} MiB of {free:,.0f} MiB free, for weights, gradients, optimizer, batch (estimated)",
         ),
         *_cost_warnings(config, parts, memory, free),
     ]
@@ -252,6 +251,10 @@ def _protocol_rows(config: TrainConfig) -> list[tuple[str, str]]:
         rows.append(("warning", protocol.warning))
     if config.ema is not None:
         rows.append(("average", f"exponential moving average of the trained weights, decay {config.ema:g}"))
+    if config.swa is not None:
+        rows.append(("average", f"of the trained weights after the last {config.swa} epochs (swa)"))
+    if config.soup is not None:
+        rows.append(("average", f"of the best of the last {config.soup} epochs (greedy soup)"))
     return rows
 
 

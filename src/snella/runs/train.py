@@ -15,7 +15,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from snella import SnellaCallback
 from snella._files import write_text
 from snella.methods import load_trained_into, method_of
-from snella.records import EpochRow, Metrics, RunInfo, plain, read, scores_from
+from snella.records import AveragedEpochs, EpochRow, Metrics, RunInfo, plain, read, scores_from
 from snella.report import model_card, write_report
 from snella.runs.build import (
     PARTS,
@@ -248,6 +248,7 @@ def _finish(
     """Evaluate the best adapter, write the results and the report."""
     train_s = trainer.elapsed_s
     splits, model = parts.splits, parts.model
+    averaged = trainer.average_epochs()
     wait_for_others()  # the main process has written the best adapter
     load_trained_into(model, run.adapter)
     protocol = trainer.protocol
@@ -290,6 +291,7 @@ def _finish(
         history=[EpochRow(**protocol.with_val_prefix(row)) for row in trainer.history],
         val=None if val is None else scores_from(val),
         test=None if test is None else scores_from(test),
+        averaged=averaged,
     )
     run.write(metrics)
     run.finish()
@@ -298,24 +300,42 @@ def _finish(
     report = write_report(run.path, report_images) if draw_report else None
     if trainer.has_stalled and len(trainer.history) < trainer.config.epochs:
         print_line(console, f"stopped after epoch {trainer.history[-1]['epoch']} of {trainer.config.epochs}")
-    print_line(console, _final_text(parts.task, protocol, best, val, test))
+    if averaged is not None:
+        print_line(console, _averaged_text(averaged, best))
+    which = averaged.text if averaged is not None and averaged.is_saved else None
+    print_line(console, _final_text(parts.task, protocol, best, val, test, which))
     if protocol.warning:
         print_line(console, f"{protocol.name} protocol: {protocol.warning}")
     if matrices:
         kept = sum(m.budget for m in matrices)
         print_line(console, f"its update {sparsity_summary(matrices)}")
         target = callback.allocator.target_budget if callback is not None and callback.allocator else kept
-        if kept > target:
+        if kept > target and which is None:
             print_line(console, f"epoch {best} was selected before the budget reached its target, {target:,} weights")
     shown = f"adapter {run.adapter}" + (f", report {report}" if report else "")
     print_line(console, shown)
 
 
+def _averaged_text(averaged: AveragedEpochs, best: int) -> str:
+    """What `--swa` or `--soup` came to."""
+    offered = f"of epochs {averaged.offered[0]} to {averaged.offered[-1]}"
+    if averaged.is_saved:
+        return f"{averaged.kind} {offered}: {averaged.text} is saved"
+    return f"{averaged.kind} {offered}: {averaged.text} is worse on validation than epoch {best}, which is saved"
+
+
 def _final_text(
-    task: Task, protocol: RunProtocol, best: int, val: dict[str, Any] | None, test: dict[str, Any] | None
+    task: Task,
+    protocol: RunProtocol,
+    best: int,
+    val: dict[str, Any] | None,
+    test: dict[str, Any] | None,
+    averaged: str | None,
 ) -> str:
-    """The results of the saved epoch, and what selected it."""
+    """The results of the saved epoch or average, and what selected it."""
     if val is not None:
-        return f"best epoch {best}: {task.final_text(val, test)}"
+        return f"{averaged or f'best epoch {best}'}: {task.final_text(val, test)}"
+    if averaged is not None:
+        return f"{averaged}: " + ("not evaluated" if test is None else f"test {task.result_text(test)}")
     which = f"epoch {best}, the last" if protocol.selected_on is None else f"epoch {best}, the best on the test images"
     return f"{which}: " + ("not evaluated" if test is None else f"test {task.result_text(test)}")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -29,8 +29,9 @@ from snella import SnellaCallback
 from snella._files import write_json
 from snella.data import ImageDataset
 from snella.methods import load_trained_into, method_of, save_trained
+from snella.records import AveragedEpochs
 from snella.runs.build import choose_device, epoch_sampler
-from snella.runs.callbacks import EmaCallback, WeightAverage
+from snella.runs.callbacks import EmaCallback, EpochEnds, WeightAverage
 from snella.runs.checkpoints import reading_checkpoint, remove_incomplete, reporting_write_errors, staged
 from snella.runs.config import TrainConfig
 from snella.runs.distributed import (
@@ -232,7 +233,7 @@ class SnellaTrainer(CheckpointingTrainer):
     - every step draws its random numbers (dropout, drop-path) from `(seed, step)`, and every epoch its order from
       `(seed, epoch)`, so that a resumed run repeats them wherever it was interrupted;
     - the adapter of the best epoch (see `Task.selection_score`) is written when it is found;
-    - an average of the weights, where one is kept, is part of a checkpoint.
+    - an average of the weights, and the weights of epochs to be averaged, are part of a checkpoint.
 
     Args:
         model: From `build_method`.
@@ -266,6 +267,7 @@ class SnellaTrainer(CheckpointingTrainer):
         self.protocol = get_protocol(config.protocol)
         self.average = None if config.ema is None else WeightAverage(model, config.ema)
         averaging = [] if self.average is None else [EmaCallback(self.average)]
+        self.epoch_ends = EpochEnds(model, count) if (count := config.swa or config.soup) else None
         self.progress = _Progress()
         self._weights: list[float] = []
         self._micro_step, self._step_loss = 0, 0.0
@@ -358,20 +360,77 @@ class SnellaTrainer(CheckpointingTrainer):
         score = self.protocol.selection_score(row, self.task.selection_score)
         is_best = all(self.protocol.selection_score(past, self.task.selection_score) <= score for past in self.history)
         self.log(row)
+        if self.epoch_ends is not None:
+            self.epoch_ends.add(round(self.state.epoch or 0))
         if self.has_stalled:
             self.control.should_training_stop = True
-        if is_best and self.args.should_save:
-            with reporting_write_errors(self.run_folder.adapter):
-                save_trained(self.trained_model, self.run_folder.adapter)
+        if is_best:
+            self._save_adapter()
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, row)
         return row
+
+    def average_epochs(self) -> AveragedEpochs | None:
+        """Average the trained weights of the last epochs, and save the average unless the best epoch is better.
+
+        `swa` is the mean of all of them. `soup` begins with the best one and takes in another, the better ones first,
+        where the mean with it is not worse on the selection split. Both are measured with the budgets of the last step.
+
+        Returns:
+            What was averaged, and whether it was saved; None where the settings do not ask for it.
+
+        Raises:
+            NonFiniteLossError: The loss of an average is not finite.
+
+        Sources:
+            Izmailov et al., Averaging Weights Leads to Wider Optima (arXiv 1803.05407); Wortsman et al., Model Soups
+            (arXiv 2203.05482).
+        """
+        ends = self.epoch_ends
+        if ends is None or not ends.epochs:
+            return None
+        rows = {row["epoch"]: self.protocol.selection_score(row, self.task.selection_score) for row in self.history}
+        chosen = ends.epochs
+        if self.config.soup is not None:
+            best_first = sorted(ends.epochs, key=lambda epoch: (rows[epoch], epoch), reverse=True)
+            chosen = best_first[:1]
+            score, _ = self._score_of_mean(chosen)
+            for epoch in best_first[1:]:
+                other, _ = self._score_of_mean([*chosen, epoch])
+                if other >= score:
+                    chosen, score = [*chosen, epoch], other
+        chosen = sorted(chosen)
+        score, scores = self._score_of_mean(chosen)
+        is_saved = score >= max(rows.values())
+        if is_saved:
+            with ends.mean_applied(chosen):
+                self._save_adapter()
+        kind: Literal["swa", "soup"] = "swa" if self.config.soup is None else "soup"
+        return AveragedEpochs(kind, chosen, ends.epochs, is_saved, scores)
+
+    def _score_of_mean(self, epochs: Sequence[int]) -> tuple[tuple[float, float], dict[str, float]]:
+        """What the mean over some epochs is compared by, and its results; all means alike without a selection split."""
+        if self.epoch_ends is None or self.validation_set is None:
+            return self.protocol.selection_score({}, self.task.selection_score), {}
+        with self.epoch_ends.mean_applied(epochs):
+            scores = self._measured(self.validation_set)
+        return self.protocol.selection_score(scores, self.task.selection_score), scores
+
+    def _save_adapter(self) -> None:
+        """Write the adapter that the run keeps, by the main process."""
+        if self.args.should_save:
+            with reporting_write_errors(self.run_folder.adapter):
+                save_trained(self.trained_model, self.run_folder.adapter)
 
     def _selection_scores(self) -> dict[str, float]:
         """Results on the selection split, by the names of the history; none where it is not evaluated."""
         epoch = round(self.state.epoch or 0)
         if self.validation_set is None or not self.protocol.is_measured(epoch, self.config.epochs):
             return {}
-        scores = self.task.metrics(*self.outputs(self.validation_set))
+        return self._measured(self.validation_set)
+
+    def _measured(self, images: ImageDataset) -> dict[str, float]:
+        """Results on the selection split."""
+        scores = self.task.metrics(*self.outputs(images))
         if not math.isfinite(scores["loss"]):
             part = "test" if self.protocol.selected_on == "test" else "validation"
             raise self._not_finite(f"the {part} loss", scores["loss"])
@@ -477,15 +536,17 @@ class SnellaTrainer(CheckpointingTrainer):
     def _write_state(self, checkpoint: Path, **values: Any) -> None:
         """Write the running epoch's loss and the average of the weights too."""
         super()._write_state(checkpoint, **asdict(self.progress), **values)
-        if self.average is not None:
-            self.average.save(checkpoint)
+        for kept in (self.average, self.epoch_ends):
+            if kept is not None:
+                kept.save(checkpoint)
 
     def _read_state(self, checkpoint: Path) -> dict[str, Any]:
         """Read what `_write_state` wrote."""
         values = super()._read_state(checkpoint)
         self.progress = _Progress(values["loss_sum"], values["steps"])
-        if self.average is not None:
-            self.average.load(checkpoint)
+        for kept in (self.average, self.epoch_ends):
+            if kept is not None:
+                kept.load(checkpoint)
         return values
 
     def _budget(self) -> int | None:

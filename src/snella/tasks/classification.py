@@ -195,11 +195,12 @@ class ClassificationTask(Task):
         return self.probabilities(torch.as_tensor(np.asarray(reduced)))
 
     def predictions(self, dataset: ImageDataset, sample_outputs: Tensor, split: str, folder: Path) -> Predictions:
-        """Label and probabilities of each image."""
-        rows = zip(dataset.names, dataset.labels, sample_outputs.tolist(), strict=True)
+        """Label, probabilities and group of each image."""
+        groups = dataset.annotations.groups or [None] * len(dataset)
+        rows = zip(dataset.names, dataset.labels, sample_outputs.tolist(), groups, strict=True)
         items = [
-            Prediction(index, name, int(label), [round(p, 6) for p in row])
-            for index, (name, label, row) in enumerate(rows)
+            Prediction(index, name, int(label), [round(p, 6) for p in row], group=group)
+            for index, (name, label, row, group) in enumerate(rows)
         ]
         return Predictions(split, items=items)
 
