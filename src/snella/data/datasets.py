@@ -111,7 +111,8 @@ def decode_image(file: File, name: str, reading: Reading = RGB) -> Any:
             return tv_tensors.Image(_read_array(file, reading))
         with _open(file) as image:
             image.load()
-            return to_channels(ImageOps.exif_transpose(image), reading)
+            ImageOps.exif_transpose(image, in_place=True)  # without a copy where it is upright
+            return to_channels(image, reading)
 
 
 def inspect_image(file: File, name: str, reading: Reading = RGB) -> ImageFacts:
@@ -128,7 +129,8 @@ def inspect_image(file: File, name: str, reading: Reading = RGB) -> ImageFacts:
             has_pages = kind != "MPO" and bool(getattr(image, "is_animated", False))
             image.draft(None, _DRAFT)
             image.load()
-            facts = facts_of(to_channels(ImageOps.exif_transpose(image), reading), mode, kind)
+            ImageOps.exif_transpose(image, in_place=True)
+            facts = facts_of(to_channels(image, reading), mode, kind)
             is_deep = mode.startswith("I;16")
             brightest = min(float(np.asarray(image).max(initial=0)) / reading.white, 1.0) if is_deep else None
             return replace(facts, size=size, has_pages=has_pages, brightest=brightest)

@@ -166,8 +166,8 @@ class EpochEnds:
             raise CheckpointError(f"the checkpoint is damaged: {path} is missing; start over with --overwrite")
         self._values = {}
         for key, value in load_file(path).items():
-            epoch, name = key.split("/", 1)
-            self._values.setdefault(int(epoch), {})[name] = value
+            number, name = key.split("/", 1)
+            self._values.setdefault(int(number), {})[name] = value
         for epoch, values in self._values.items():
             if different := sorted(values.keys() ^ self._parameters.keys())[:3]:
                 raise CheckpointError(

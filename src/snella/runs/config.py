@@ -547,8 +547,8 @@ class TrainConfig(RunSettings):
             )
         averages = {name: value for name in ("ema", "swa", "soup") if (value := getattr(self, name)) is not None}
         if len(averages) > 1:
-            given = " and ".join(f"{name} {value:g}" for name, value in averages.items())
-            errors.append(f"ema, swa and soup exclude each other, got {given}; leave one out")
+            both = " and ".join(f"{name} {value:g}" for name, value in averages.items())
+            errors.append(f"ema, swa and soup exclude each other, got {both}; leave one out")
         if self.soup is not None and self.protocol == "final":
             errors.append(
                 f"soup needs images that epochs are measured on, got {self.soup} with protocol {self.protocol!r}: "

@@ -166,7 +166,7 @@ def calibrate_run(run: str | Path, *, batch_size: int = 32, device: str = "auto"
         raise ValueError(f"run={folder.path} must be a finished classification to have a temperature, got {what}")
     if not loaded.info.data.sizes.get("val"):
         raise ValueError(f"run={folder.path} has no validation images to fit a temperature on; other images may not")
-    measured = {}
+    measured: dict[str, tuple[Tensor, Tensor]] = {}
     names: tuple[Split, ...] = ("val", "test") if loaded.info.data.sizes.get("test") else ("val",)
     for split in names:
         splits, _, parts = images_for_run(loaded, None, split)

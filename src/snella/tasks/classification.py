@@ -196,7 +196,7 @@ class ClassificationTask(Task):
 
     def predictions(self, dataset: ImageDataset, sample_outputs: Tensor, split: str, folder: Path) -> Predictions:
         """Label, probabilities and group of each image."""
-        groups = dataset.annotations.groups or [None] * len(dataset)
+        groups: Sequence[str | None] = dataset.annotations.groups or [None] * len(dataset)
         rows = zip(dataset.names, dataset.labels, sample_outputs.tolist(), groups, strict=True)
         items = [
             Prediction(index, name, int(label), [round(p, 6) for p in row], group=group)
