@@ -229,33 +229,6 @@ def groups_section(info: RunInfo, predictions: Predictions | None) -> dict[str, 
     }
 
 
-def groups_section(info: RunInfo, predictions: Predictions | None) -> dict[str, Any] | None:
-    """Confusion by group (patient, site, video), the least recognized first; None where the data has no groups."""
-    by_group: dict[str, list[Prediction]] = {}
-    for item in predictions.items if predictions is not None else []:
-        if item.group is not None:
-            by_group.setdefault(item.group, []).append(item)
-    if predictions is None or len(by_group) < 2:
-        return None
-    rows: list[dict[str, Any]] = []
-    for name, items in by_group.items():
-        taken = Counter((item.label, item.predicted) for item in items if not item.is_right)
-        most = [
-            f"{info.classes[label]} → {info.classes[predicted]} {count:,}"
-            for (label, predicted), count in taken.most_common(_CONFUSED_IN_GROUP)
-        ]
-        share = sum(item.is_right for item in items) / len(items)
-        rows.append({"name": name, "images": len(items), "right": share, "confused": ", ".join(most)})
-    rows.sort(key=lambda row: (row["right"], -row["images"], row["name"]))
-    shares = [float(row["right"]) for row in rows]
-    return {
-        "split": "validation" if predictions.split == "val" else predictions.split,
-        "count": len(rows),
-        "mean": sum(shares) / len(shares),
-        "rows": rows[:_SHOWN_GROUPS],
-    }
-
-
 def verdict_text(info: RunInfo, metrics: Metrics | None, comparison: list[MethodResult] | None) -> str:
     """The result in a sentence, beside what would be reached without the run; empty for a segmentation.
 
@@ -517,7 +490,6 @@ def _render(folder: Path, images: ImageSource | None) -> str:
         "results": results_section(metrics, allocation, budgets),
         "curves": curves_section(metrics),
         "confusion": confusion_section(info, metrics),
-        "groups": groups_section(info, class_predictions),
         "groups": groups_section(info, class_predictions),
         "calibration": calibration_section(info, class_predictions),
         "ranking": ranking_section(info, class_predictions),
