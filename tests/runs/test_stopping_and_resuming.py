@@ -138,6 +138,8 @@ def test_an_interrupted_run_saves_and_resumes_to_the_same_bits(
             os.kill(os.getpid(), number)
         return loss
 
+    if signal.getsignal(number) == signal.SIG_IGN:  # as under nohup, which is another test's
+        signal.signal(number, signal.SIG_DFL)
     handler = signal.getsignal(number)
     with monkeypatch.context() as patch:
         patch.setattr(SnellaTrainer, "training_step", stop)

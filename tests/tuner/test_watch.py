@@ -143,8 +143,17 @@ def test_merging_names_what_the_model_has_not_used(tmp_path):
     loaded = PeftModel.from_pretrained(Partly(), tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        copy.deepcopy(loaded).merge_and_unload()  # nothing is known of a model that was never run
         copy.deepcopy(loaded).unload()
+    with pytest.warns(UserWarning, match=message.replace("so far", "in training")):
+        copy.deepcopy(loaded).merge_and_unload()  # has run in another process alone
+    loaded.save_pretrained(tmp_path / "again")
+    assert SnellaConfig.from_pretrained(tmp_path / "again").unused_modules == ["spare", "other"]
+    fresh = partly()
+    fresh.save_pretrained(tmp_path / "fresh")
+    assert SnellaConfig.from_pretrained(tmp_path / "fresh").unused_modules is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fresh.merge_and_unload()  # nothing is known of a model that was never run
     loaded.eval()(x)
     with pytest.warns(UserWarning, match=message):
         loaded.merge_and_unload()

@@ -355,7 +355,9 @@ def _known(name: str) -> str:
         known = ", ".join(repr(f"{architecture}.{near_tag}") for near_tag in near) or "none"
         raise ValueError(f"unknown weights {tag!r} of backbone {architecture!r}; known ones: {known}")
     names = [*timm.list_models(), *timm.list_pretrained(), *packaged_names()]
-    within = sorted((known for known in {*names} if name.lower() in known), key=lambda known: (len(known), known))
+    lower = name.lower()
+    within = [known for known in {*names} if lower in known]
+    within.sort(key=lambda known: (not known.startswith(lower), len(known), known))
     nearest = within[:5] or difflib.get_close_matches(name, names, n=5, cutoff=0.5)
     hint = f"nearest: {', '.join(map(repr, nearest))}" if nearest else "timm.list_models() lists all names"
     raise ValueError(

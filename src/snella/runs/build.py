@@ -28,7 +28,7 @@ from snella.data import (
 )
 from snella.data.datasets import FULL_WHITE, Reading
 from snella.data.table import TABLE_SUFFIXES
-from snella.methods import SelectionData, build_method, find_method, load_trained, save_trained
+from snella.methods import SelectionData, build_method, find_method, load_trained, load_trained_into, save_trained
 from snella.methods.model_parts import find_head
 from snella.methods.saving import METHOD_FILE
 from snella.records import BackboneInfo, DataInfo, FoldResults, RunInfo, read, read_if_present
@@ -254,7 +254,7 @@ def build_components(
 
     Args:
         config: Resolved settings.
-        resumed: Folder of the run to resume: its stored selection is reused.
+        resumed: Folder of the run to resume, or to start from: its stored selection is reused.
         console: Where the progress of a selection is shown; None for nowhere.
         data: Object that `config.data` is a name of.
 
@@ -327,6 +327,32 @@ def build_components(
     if config.grad_checkpointing:
         checkpoint_gradients(model)
     return RunComponents(splits, model, task, described, data_config)
+
+
+def load_start(parts: RunComponents, config: TrainConfig, run: RunFolder) -> None:
+    """Give a new run's model the values that another run has trained.
+
+    Args:
+        parts: Of the new run. A note says so where images of the other run may be measured on.
+        config: Settings of the new run, from `RunFolder.start_settings`.
+        run: The other run.
+
+    Raises:
+        ValueError: It was trained for other classes.
+        AdapterFileError: Its adapter is damaged, or of other shapes; names the tensor.
+    """
+    info = read(RunInfo, run.path)
+    classes = list(parts.splits.classes)
+    if list(info.classes) != classes:
+        raise ValueError(
+            f"data must have the classes of init_from={run.path}, {list(info.classes)[:6]}, got "
+            f"{classes[:6]} in {config.data}"
+        )
+    load_trained_into(parts.model, run.adapter)
+    if not is_same_split(info.data, parts.splits):
+        parts.splits.notes.append(
+            f"{run.path} was trained on other images than this run; what is measured here may be among them"
+        )
 
 
 def _images_to_choose_from(

@@ -88,7 +88,7 @@ class RunSettings:
         """Errors of missing or contradictory folder and data."""
         settings: Any = self
         errors = [] if settings.out else [f"out {self.out_hint}"]
-        if not settings.resume:
+        if not settings.resume and not getattr(self, "init_from", None):
             errors += [f"{name} {hint}" for name, hint in self.needed.items() if not getattr(self, name)]
         if settings.resume and settings.overwrite:
             errors.append("resume and overwrite exclude each other, got both; leave one out")
@@ -260,6 +260,8 @@ class TrainConfig(RunSettings):
             it if training diverges, raise it if the accuracy hardly changes.
         method_options: Further options of the method, e.g. kernel, preset, schedule, min_layer_share for snella;
             lora_alpha for lora. On the command line --method-options.kernel rbf.
+        init_from: Finished run to start from: its trained values, head included, in place of fresh ones, and a new
+            schedule. Data, splits, backbone and method are that run's where they are not given.
         epochs: Number of epochs.
         time_budget: Train for about this time, e.g. 30m or 1h30m: the number of epochs is chosen by measuring a step.
         early_stopping: Stop when so many epochs have gone by without a better one. With budgets (snella, snell) not
@@ -364,6 +366,7 @@ class TrainConfig(RunSettings):
     target_sparsity: float | None = None
     scaling: float | None = None
     method_options: dict[str, Any] = field(default_factory=dict)
+    init_from: str | None = None
     epochs: int = 10
     time_budget: str | None = None
     early_stopping: int | None = None
@@ -535,6 +538,13 @@ class TrainConfig(RunSettings):
         from snella.runs.protocol import get_protocol
 
         errors = []
+        if self.init_from is not None:
+            if self.head_start == "probe":
+                errors.append("head_start must not be probe with init_from, whose head is trained; leave it out")
+            if self.folds is not None and self.fold is None:
+                errors.append("init_from is for one run, not for folds; start from the run of a fold, OUT/fold-1")
+            if self.out is not None and Path(self.out).absolute() == Path(self.init_from).absolute():
+                errors.append(f"out must be another folder than init_from, got {self.out!r} for both")
         if self.time_budget is not None:
             try:
                 budget_seconds(self.time_budget)

@@ -1,5 +1,6 @@
 """`RunFolder`: the files of a run, their digests and status."""
 
+import dataclasses
 import hashlib
 import shutil
 from pathlib import Path
@@ -9,7 +10,7 @@ import yaml
 
 from snella import records
 from snella._files import check_files, sealed, sha256_of, write_json, write_text
-from snella.records import FORMAT, Record, Status
+from snella.records import FORMAT, Allocation, Record, Status, read_if_present
 from snella.runs.config import SESSION_FIELDS, UNSTORED_FIELDS, RunSettings, TrainConfig
 
 
@@ -40,7 +41,14 @@ _FILES = (
 _FOLDERS = ("adapter", "checkpoints", "commands", "heat_maps", "masks", "selection", "tracking")
 _DIGESTED = ("config.yaml", "metrics.json", "allocation.json", "predictions.json")
 _DIGESTED_FOLDERS = ("adapter", "selection")
-_NEW_RUN = "; a new run can start from its model: snella merge {} --out MODEL, then --backbone MODEL"
+_NEW_RUN = "; once it is finished, a new run can start from what it trained: snella train --init-from {} --out NEW"
+_INHERITED = (
+    *("task", "backbone", "weights", "pretrained", "channels", "method", "r", "scaling"),
+    *("columns", "white", "skip_broken", "class_order", "protocol", "seed", "test_seed", "folds", "fold"),
+    *("val_fraction", "test_fraction", "val_size", "test_size"),
+)
+"""Settings of the run that another one starts from, without which its trained values would mean something else, or be
+measured on images that they were trained on."""
 _REMEDY = "copy the file again, or train again with `--overwrite`"
 
 
@@ -250,7 +258,7 @@ class RunFolderOf(Generic[S]):
         if differences:
             raise ValueError(
                 f"resume continues {self.path} with its own settings, but {'; '.join(differences)}; leave them out"
-                + (_NEW_RUN.format(self.path) if getattr(stored, "task", None) == "classification" else "")
+                + (_NEW_RUN.format(self.path) if hasattr(stored, "init_from") else "")
             )
         for name in SESSION_FIELDS:
             if hasattr(config, name):
@@ -280,3 +288,40 @@ class RunFolder(RunFolderOf[TrainConfig]):
     """The folder of a run of `snella train`."""
 
     settings_type = TrainConfig
+
+    def start_settings(self, config: TrainConfig) -> TrainConfig:
+        """The settings of a run that starts from what this one has trained.
+
+        Args:
+            config: The settings asked for. Those that the trained values belong to are this run's where they are at
+                their default; a budget starts where this run's adapter has it.
+
+        Raises:
+            FileNotFoundError: This is not the folder of a run, or the adapter is missing.
+            ValueError: The run is not finished, or settings contradict its own.
+        """
+        if self.status != "finished":
+            state = "which holds no run" if self.status is None else f"which is {status_text(self.status)}"
+            raise ValueError(f"init_from must be the folder of a finished run, got {self.path}, {state}")
+        self.check_adapter()
+        stored = self.read_config()
+        defaults = {f.name: f.default for f in dataclasses.fields(TrainConfig)}
+        given = [name for name in _INHERITED if getattr(config, name) != defaults[name]]
+        different = [
+            f"{name} is {getattr(stored, name)!r} there and {getattr(config, name)!r} here"
+            for name in given
+            if getattr(config, name) != getattr(stored, name)
+        ]
+        if different:
+            raise ValueError(f"init_from={self.path} sets what is trained, but {'; '.join(different)}; leave them out")
+        values = {name: getattr(stored, name) for name in _INHERITED}
+        for name in ("data", "train_size", "img_size", "target_sparsity"):
+            values[name] = getattr(stored if getattr(config, name) is None else config, name)
+        options = {**stored.method_options, **config.method_options}
+        allocation = read_if_present(Allocation, self.path)
+        if allocation is not None and "init_sparsity" not in config.method_options:
+            budgets = [m.size if m.budget is None else m.budget for m in allocation.matrices]
+            if sum(budgets) < allocation.total_weights:
+                sparsity = 1 - sum(budgets) / allocation.total_weights
+                options["init_sparsity"] = min(sparsity, values["target_sparsity"])
+        return dataclasses.replace(config, **values, method_options=options)

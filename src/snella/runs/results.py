@@ -157,7 +157,7 @@ def log_summary(console: Console, config: TrainConfig, parts: RunComponents) -> 
         *_protocol_rows(config),
         ("backbone", f"{config.backbone}, {_count(model):,} weights, images of {size[1]}×{size[2]} px"),
         ("method", f"{config.method}, {trainable_parameters(model):,} trainable parameters{_adapted(model)}"),
-        ("head", "starts as a linear probe" if config.head_start == "probe" else "starts from random values"),
+        _start_row(config),
         *([("budget", _budgets(model))] if matrices_of(model) else []),
         ("training", f"{counted(config.epochs, 'epoch')} of {steps}, {images} each, on {device}{processes}"),
         *_stopping_rows(config, model),
@@ -168,6 +168,13 @@ def log_summary(console: Console, config: TrainConfig, parts: RunComponents) -> 
         *_cost_warnings(config, parts, memory, free),
     ]
     print_rows(console, rows)
+
+
+def _start_row(config: TrainConfig) -> tuple[str, str]:
+    """What the head, or everything trained, starts from."""
+    if config.init_from is not None:
+        return "start", f"what {config.init_from} has trained, head included"
+    return "head", "starts as a linear probe" if config.head_start == "probe" else "starts from random values"
 
 
 def free_memory(device: torch.device) -> int:

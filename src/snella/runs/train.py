@@ -23,11 +23,13 @@ from snella.runs.build import (
     build_components,
     check_splits,
     find_data,
+    load_start,
     parts_of,
     store_selection,
 )
 from snella.runs.calibrate import calibrate
 from snella.runs.callbacks import ProgressDisplay, ScheduleCallback, StepTimeCallback, TrackingCallback
+from snella.runs.checkpoints import latest_checkpoint
 from snella.runs.config import TrainConfig
 from snella.runs.console import make_console, print_line
 from snella.runs.distributed import from_main, is_main, join_processes, only_main, wait_for_others
@@ -119,6 +121,8 @@ def _train(
     data: Any,
 ) -> RunFolder:
     """The work of `train`, in a folder that no other process writes into."""
+    if config.init_from is not None and not config.resume:
+        config = RunFolder(config.init_from).start_settings(config)
     resolved = from_main(lambda: resolve_resume(run, config, console, f"its report is {run.report}"))
     if resolved is None:
         # killed after its last result was written
@@ -130,12 +134,17 @@ def _train(
     stored = read(RunInfo, run.path).data if is_resumed else None
     if is_resumed:
         config.data = find_data(run.path, str(config.data), None if stored is None else stored.folder)
-    parts = build_components(config, run.path if is_resumed else None, console, data)
+    start = None if config.init_from is None else RunFolder(config.init_from)
+    chosen = run.path if is_resumed else None if start is None else start.path
+    parts = build_components(config, chosen, console, data)
     check_splits(run.path, stored, parts.splits)
     if not is_resumed:
         config = from_main(lambda: fit_epochs(parts, fit_batch_size(parts, config, console), console))
     config = config.with_batch_size_for(len(parts.splits.train))
-    config = dataclasses.replace(config, head_start=choose_head_start(parts, config))
+    if start is None:
+        config = dataclasses.replace(config, head_start=choose_head_start(parts, config))
+    elif latest_checkpoint(run.checkpoints) is None:
+        load_start(parts, config, start)
     wait_for_others()  # all have read what a resumed run had
     if is_main():
         run.prepare(config, is_resumed=is_resumed)

@@ -264,9 +264,11 @@ class BudgetAllocator:
         scores = _same_on_every_rank(self.importance.scores())
         # before the first step nothing is known of any matrix: size decides, as it always does with "uniform"
         by_size = self.config.allocation == "uniform" or step == 0
-        shares = allocate(
-            [float(cap) for cap in caps] if by_size else scores, caps, budget, self.config.min_layer_share
-        )
+        shares = [matrix.budget for matrix in self.matrices]
+        if step > 0 or sum(shares) != budget:  # those of an adapter that was trained to this budget stay
+            shares = allocate(
+                [float(cap) for cap in caps] if by_size else scores, caps, budget, self.config.min_layer_share
+            )
         self._set_budgets(shares)
         names = [matrix.name for matrix in self.matrices]
         if self.history and not self._is_lasting(self.history[-1]["step"], step):

@@ -187,6 +187,8 @@ class SnellaConfig(PeftConfig):
         init_weights: `True` starts with factors so small that the update of a weight of ViT-B's size starts near 5e-6,
             and smaller than the paper's where a layer is narrow (`SnellaLayer.largest_start`); `False` draws larger
             ones, for tests.
+        unused_modules: Written when an adapter is saved, not meant to be set: adapted modules that no pass has used, so
+            that they are not trained. Merging the loaded adapter names them.
 
     Raises:
         TypeError: A setting that there is not, with the nearest one or with what serves instead.
@@ -238,6 +240,7 @@ class SnellaConfig(PeftConfig):
     fixed_support: bool = field(default=False, metadata={"help": "change entries that are given, see set_support"})
     impl: str = field(default="auto", metadata={"help": "implementation of the adapted layer"})
     init_weights: bool = field(default=True, metadata={"help": "start next to the pre-trained model"})
+    unused_modules: list[str] | None = field(default=None, metadata={"help": "written on saving: modules never used"})
 
     def __new__(cls, *args: Any, **settings: Any) -> Self:
         """Refuse settings that there are not, with the remedy."""

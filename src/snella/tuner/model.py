@@ -345,13 +345,20 @@ class SnellaModel(BaseTuner):
         check_after_step(check)
 
     def _tell_of_unapplied(self, adapter_names: list[str] | None = None, **_: Any) -> None:
-        """Name the layers that merging changes although nothing has used their updates, if others' were used."""
-        layers = _adapted_layers(self.model, self.active_adapters if adapter_names is None else adapter_names)
-        unapplied = [layer.module_name for layer in layers if not layer.is_applied]
+        """Name the layers that merging changes although nothing has used their updates, if others' were used.
+
+        Where nothing has run since the adapters were loaded, those that were noted when they were saved.
+        """
+        names = self.active_adapters if adapter_names is None else adapter_names
+        layers = _adapted_layers(self.model, names)
+        unapplied, when = [layer.module_name for layer in layers if not layer.is_applied], "so far"
+        if len(unapplied) == len(layers):
+            noted = {n for name in names for n in getattr(self.peft_config.get(name), "unused_modules", None) or ()}
+            unapplied, when = [name for name in unapplied if name in noted], "in training"
         if 0 < len(unapplied) < len(layers):
             warnings.warn(
-                f"merging changes {len(unapplied)} of {len(layers)} modules whose updates the model has not used so "
-                f"far: {', '.join(map(repr, unapplied))}; if it never calls them nor reads their weight, this does "
+                f"merging changes {len(unapplied)} of {len(layers)} modules whose updates the model has not used "
+                f"{when}: {', '.join(map(repr, unapplied))}; if it never calls them nor reads their weight, this does "
                 "nothing, or changes outputs where other code reads the merged weight",
                 stacklevel=3,
             )
@@ -498,6 +505,9 @@ class SnellaModel(BaseTuner):
             budget = sum(sum(layer.budgets(adapter_name)) for layer in layers)
             size = sum(layer.out_features * layer.in_features for layer in layers)
             config.watch.on_saving(model, budget, size - round(config.target_sparsity * size))
+            unused = [layer.module_name for layer in layers if not layer.is_applied]
+            if len(unused) < len(layers):  # else nothing has run here: what is noted is of another process
+                config.unused_modules = unused or None
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod
