@@ -14,7 +14,9 @@ from snella.benchmark.bench import Runner, op_error, quartiles, random_batch
 from snella.benchmark.rows import append_rows, conditions, draw_figures, performance_section, read_rows, update_document
 from snella.cli.main import main
 from snella.ops.backends.numba import backend as numba_backend
+from snella.tuner.layer import SnellaLayer
 
+KEPT = ["lora", "snella", "snella-keep-delta"]
 TINY = Workload("test_vit", r=4, sparsity=0.5)
 QUIET = Console(quiet=True)
 
@@ -114,14 +116,33 @@ def test_all_errors_of_a_configuration_are_told_together():
 def test_the_grid_is_what_it_says():
     config = grid()
     assert len(config.settings()) == 4 * 4 * 2 * 4 * 2
-    assert {"frozen", "lora", "dora", "shira", "full", "snella", "paper"} == set(config.methods)
-    assert "snella-keep-delta" in grid("cuda").methods
+    peers = {"frozen", "lora", "dora", "shira", "full", "klora", "spt-lora", "spt-adapter", "snell"}
+    assert peers | {"snella", "snella-keep-delta", "paper"} == set(config.methods)
 
 
-def test_a_contender_that_computes_what_another_does_is_refused():
-    with pytest.raises(ValueError, match=r"must not have 'snella-keep-delta' on the CPU: .*; leave it out, or"):
-        BenchConfig(methods=["lora", "snella-keep-delta"])
-    assert BenchConfig(methods=["snella-keep-delta"], device="cuda:0").methods == ["snella-keep-delta"]
+def test_a_contender_that_stores_the_weight_keeps_it_and_snella_does_not():
+    rows = {row["contender"]: row for row in bench(BenchConfig(["test_vit"], [2], KEPT, r=[4], rounds=1), QUIET)}
+    adapted = sum(
+        module.get_base_layer().weight.numel()
+        for name, module in Runner("snella", TINY).model.named_modules()
+        if isinstance(module, SnellaLayer)
+    )
+    more = rows["snella-keep-delta"]["saved_mib"] - rows["snella"]["saved_mib"]
+    assert more == pytest.approx(4 * adapted / 2**20, abs=0.11)  # both are rounded to a tenth
+    assert rows["snella-keep-delta"]["step_over_lora"] > 0
+
+
+def test_a_table_has_what_each_method_adds_to_the_memory_of_each_backbone():
+    common = {"benchmark": "step_time", "batch": 4, "r": 8, "sparsity": 0.7, "dtype": "float32", "device": "cpu, x"}
+    common |= {"commit": "a", "dirty": False, "date": "2026-11-26", "rounds": 2, "step_s": 1.0}
+    rows = [
+        {**common, "backbone": backbone, "contender": name, "weights": weights, "trainable": 2**18, "saved_mib": saved}
+        for backbone, weights, of_lora, of_snella in (("big", 40 * 2**20, 90, 60), ("small", 10 * 2**20, 50, 30))
+        for name, saved in (("lora", of_lora), ("snella", of_snella))
+    ]
+    section = performance_section(rows)
+    assert "| small, 10 M | 50 MiB | 30 MiB (0.60) |" in section
+    assert section.index("| small, 10 M") < section.index("| big, 42 M | 90 MiB | 60 MiB (0.67) |")
 
 
 def test_quartiles_of_one_value_are_that_value():

@@ -159,6 +159,22 @@ def test_the_same_call_gives_the_same_bits_twice_kept_or_rebuilt(dtypes, impl):
         assert all(torch.equal(again[name], first[name]) for name in first)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"mode": "official"}, {"rows": (40, 31, 40), "budgets": (900, 0, 1700)}], ids=str
+)
+@pytest.mark.parametrize(("kernel", "r", "num_pieces"), [("mix_k", 8, 2), ("mix_k", 6, 3), ("p_linear", 8, 2)])
+def test_numba_has_the_same_bits_kept_or_rebuilt_with_and_without_a_temperature(kernel, r, num_pieces, options):
+    problem = make_problem(kernel, **{"m": 111, "n": 202, "r": r, "num_pieces": num_pieces, "batch": (9,), **options})
+    for tensors in (problem.tensors, problem.tensors | {"temperature": None}):
+        one = replace(problem, tensors=tensors)
+        rebuilt, kept = solve(one, "numba"), solve(one, "numba", cache_delta=True)
+        exact = solve(one.cast(lambda tensor: tensor.double()), "reference")
+        for name, value in rebuilt.items():
+            assert torch.equal(kept[name], value), name
+            scale = exact[name].abs().max().item()
+            assert (value - exact[name]).abs().max().item() <= 2e-4 * scale, name
+
+
 def test_a_bias_free_layer_stays_close_to_the_reference():
     problems = [replace(problem, tensors=problem.tensors | {"bias": None}) for problem in draws()]
     assert_close_to_reference(problems)

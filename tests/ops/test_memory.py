@@ -60,7 +60,7 @@ def test_adapted_linear_keeps_its_factors_and_scalars_as_they_are():
     x, weight = problem.tensors["x"], problem.tensors["weight"]
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        adapted_linear(x, weight, None, A, B, budget=100, **scalars)
+        adapted_linear(x, weight, None, A, B, budget=100, impl="eager", **scalars)
     parameters = [x, weight, A, B, *scalars.values()]
     assert {storage(tensor) for tensor in parameters} <= {storage(tensor) for tensor in kept}
     others = [tensor for tensor in kept if storage(tensor) not in {storage(p) for p in parameters}]
@@ -83,6 +83,15 @@ def test_cache_delta_keeps_the_merged_matrix_and_no_more():
 def test_cache_delta_keeps_nothing_of_a_matrix_without_budget():
     problem = learning("x", "A", "B", rows=(20, 12), budgets=(40, 0))
     assert nbytes(saved_by(problem, cache_delta=True)) == BATCH * N * 4 + 2 * 4 + 20 * N * 4
+
+
+def test_numba_keeps_three_numbers_a_column_and_with_cache_delta_the_effective_weight():
+    problem = learning("x", "A", "B", rows=(20, 12), budgets=(40, 0))
+    rebuilt = BATCH * N * 4 + 2 * 4 + 2 * 3 * N * 4
+    assert nbytes(saved_by(problem, "numba")) == rebuilt
+    assert nbytes(saved_by(problem, "numba", cache_delta=True)) == rebuilt + M * N * 4
+    # nobody asks for the input's gradient, for which alone the weight would be read
+    assert nbytes(saved_by(learning("A", "B"), "numba", cache_delta=True)) == BATCH * N * 4 + 4 + 3 * N * 4
 
 
 def test_the_reference_keeps_several_matrices():

@@ -13,6 +13,7 @@ from peft import LoraConfig, ShiraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from snella.methods.registry import build_method
 from snella.ops.sparsify import quantile_threshold, sparsify
 from snella.tuner.config import SnellaConfig
 from snella.tuner.layer import SnellaLayer
@@ -101,6 +102,14 @@ class Workload:
         return model.to(self.device, self.dtype)
 
 
+def random_batch(workload: Workload, batch: int) -> tuple[Tensor, Tensor]:
+    """Images as the backbone takes them, and labels."""
+    configuration = timm.get_pretrained_cfg(workload.backbone)
+    side = configuration.input_size[-1] if configuration is not None else 224
+    images = torch.randn(batch, 3, side, side, device=workload.device, dtype=workload.dtype)
+    return images, torch.randint(0, NUM_CLASSES, (batch,), device=workload.device)
+
+
 Builder = Callable[[nn.Module, Workload], nn.Module]
 
 
@@ -141,6 +150,19 @@ def _shira(model: nn.Module, workload: Workload) -> nn.Module:
     return get_peft_model(model, ShiraConfig(r=workload.r, target_modules=_TARGETS, modules_to_save=["head"]))
 
 
+def _method(name: str, *sparse: str) -> Builder:
+    """A method of `snella train`, at its defaults but for the rank; `sparse` are its options set to the sparsity.
+
+    What looks at data before training sees one batch of two random images.
+    """
+
+    def build(model: nn.Module, workload: Workload) -> nn.Module:
+        options = {"r": workload.r} | dict.fromkeys(sparse, workload.sparsity)
+        return build_method(name, model, batches=lambda: [random_batch(workload, 2)], **options)
+
+    return build
+
+
 def _snella(**options: Any) -> Builder:
     """SNELLA, at the budget that the sparsity means from the first step on."""
 
@@ -176,6 +198,10 @@ BASELINES: dict[str, Builder] = {
     "dora": _dora,
     "shira": _shira,
     "full": _full,
+    "klora": _method("klora"),
+    "spt-lora": _method("spt-lora"),
+    "spt-adapter": _method("spt-adapter"),
+    "snell": _method("snell", "target_sparsity", "init_sparsity"),
     "snella": _snella(),
     "snella-keep-delta": _snella(cache_delta=True),
     "snella-keep-inputs": _snella(recompute_inputs=False),

@@ -12,14 +12,13 @@ import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import timm
 import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
-from snella.benchmark.baselines import BASELINES, NUM_CLASSES, Workload
+from snella.benchmark.baselines import BASELINES, Workload, random_batch
 from snella.benchmark.config import REFERENCE, BenchConfig
 from snella.benchmark.rows import append_rows, conditions, draw_figures
 from snella.ops.backends import choose_backend
@@ -135,14 +134,6 @@ class Runner:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
-
-
-def random_batch(workload: Workload, batch: int) -> tuple[Tensor, Tensor]:
-    """Images as the backbone takes them, and labels."""
-    configuration = timm.get_pretrained_cfg(workload.backbone)
-    side = configuration.input_size[-1] if configuration is not None else 224
-    images = torch.randn(batch, 3, side, side, device=workload.device, dtype=workload.dtype)
-    return images, torch.randint(0, NUM_CLASSES, (batch,), device=workload.device)
 
 
 _STEPS = 2

@@ -107,6 +107,7 @@ def performance_section(rows: list[dict[str, Any]]) -> str:
         if not any(later[:-1] == run[:-1] and found.keys() <= runs[later].keys() for later in order[k + 1 :])
     }
     parts = [_step_table(key, group) for key, group in groups.items()]
+    parts += _memory_tables(rows)
     matrices = {tuple(row["shape"]): row for row in rows if row["benchmark"] == "one_matrix"}
     if matrices:
         parts.append(_matrix_table(list(matrices.values())))
@@ -163,6 +164,37 @@ def _step_table(key: tuple[Any, ...], rows: list[dict[str, Any]]) -> str:
         cells += [f"{row[memory]:,.0f} MiB" if memory in row else ""] if memory else []
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _memory_tables(rows: list[dict[str, Any]]) -> list[str]:
+    """What methods keep for the backward pass, by size of the backbone: a table for each setting that has several."""
+    latest = {_key(row): row for row in rows if row["benchmark"] == "step_time"}
+    tables = []
+    for (batch, dtype, r, sparsity), part in _grouped(list(latest.values()), "batch", "dtype", "r", "sparsity").items():
+        counted: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+        for row in part:  # counted from shapes, so that machines do not matter
+            counted[row["backbone"]][row["contender"]] = row
+        counted = {name: found for name, found in counted.items() if {REFERENCE, "snella"} <= found.keys()}
+        if len(counted) < 2:
+            continue
+        names = sorted({name for found in counted.values() for name in found} - {REFERENCE}, key=_place)
+        lines = [
+            f"**Kept for the backward pass by size of model, batch {batch}, r {r}, sparsity {sparsity}, {dtype}** "
+            "(÷ LoRA); counted",
+            "",
+            "| backbone | " + " | ".join([REFERENCE, *names]) + " |",
+            "|---" * (len(names) + 2) + "|",
+        ]
+        for backbone, found in sorted(counted.items(), key=lambda one: one[1][REFERENCE]["weights"]):
+            kept = found[REFERENCE]["saved_mib"]
+            cells = [f"{backbone}, {found[REFERENCE]['weights'] / 1e6:.0f} M", f"{kept:,.0f} MiB"]
+            cells += [
+                f"{found[name]['saved_mib']:,.0f} MiB ({found[name]['saved_mib'] / kept:.2f})" if name in found else ""
+                for name in names
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+        tables.append("\n".join(lines))
+    return tables
 
 
 _MEMORY = {"peak_gpu_mib": "peak memory", "peak_rss_mib": "peak resident size"}

@@ -425,8 +425,8 @@ def bench(
     Args:
         backbones: timm names; their weights are random.
         batch: Batch size.
-        methods: frozen, lora, dora, shira, full, snella, paper and variants of snella, of which snella-keep-delta on
-            CUDA alone; ratios are relative to lora.
+        methods: frozen, lora, dora, shira, full, klora, spt-lora, spt-adapter, snell, snella, paper and variants of
+            snella; ratios are relative to lora.
         r: Ranks.
         sparsity: Fractions of the adapted weights that SNELLA leaves as they are.
         dtype: fp32, bf16, of weights and activations alike.

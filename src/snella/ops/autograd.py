@@ -74,7 +74,7 @@ class LayerCall:
     Args:
         op: The layer's operation.
         weight_shape: `[m, …]`.
-        cache_delta: Whether `ΔW` is kept for the backward pass.
+        cache_delta: Whether `ΔW`, or the effective weight, is kept for the backward pass.
         lazy: The weight, where it is kept in another form.
         recompute: What a recomputation leaves to the backward pass, or `None`.
         origin: How the input was computed, where it is computed again in the backward pass instead of being kept.
@@ -128,53 +128,57 @@ class _AdaptedLayer(torch.autograd.Function):
         z: Tensor | None,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        y, merged = forward_pass(x, weight, bias, updates, call)
+        y, merged, effective = forward_pass(x, weight, bias, updates, call)
         thresholds = tuple([one.thresholds for one in merged])
         ctx.call, ctx.updates, ctx.x_shape, ctx.has_bias = call, updates, x.shape, bias is not None
         ctx.lazy_versions = call.lazy and call.lazy.versions()
         some_update_learns = any(ctx.needs_input_grad[6:]) and any([any(update.budgets) for update in updates])
         needs_x = some_update_learns or ctx.needs_input_grad[1]
         kept: list[Tensor | None] = []
-        ctx.delta_sizes = []
-        for one in merged if call.cache_delta else ():
-            ctx.delta_sizes.append(len(one.delta))
-            kept += one.delta
+        ctx.kept_sizes = []
+        keeps_effective = call.cache_delta and ctx.needs_input_grad[0]
+        for one in merged:
+            own = one.delta if call.cache_delta and one.delta else one.columns if some_update_learns else ()
+            keeps_effective = keeps_effective and any(one.budgets) and not one.delta
+            ctx.kept_sizes.append(len(own))
+            kept += own
         if needs_x and call.origin is not None:
             call.origin.add_user()
         kept_x = x if call.origin is None else z
-        ctx.save_for_backward(kept_x if needs_x else None, weight, *thresholds, *kept, *tensors)
+        kept_weight = effective if keeps_effective else None
+        ctx.save_for_backward(kept_x if needs_x else None, weight, kept_weight, *thresholds, *kept, *tensors)
         return without_view(y), thresholds
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Any, ...]:
-        x, weight, *rest = ctx.saved_tensors
+        x, weight, effective, *rest = ctx.saved_tensors
         call: LayerCall = ctx.call
         if call.lazy is not None:
             call.lazy.check_unchanged(ctx.lazy_versions)
-        updates, deltas = [], []
+        updates, kept = [], []
         for k, update in enumerate(ctx.updates):
             start = len(rest) - (len(ctx.updates) - k) * NUM_FACTORS
             factors = Factors(*rest[start : start + NUM_FACTORS])
             updates.append(update._replace(factors=factors, thresholds=rest[k]))
         position = len(updates)
-        for size in ctx.delta_sizes:
-            deltas.append(tuple(rest[position : position + size]))
+        for size in ctx.kept_sizes:
+            kept.append(tuple(rest[position : position + size]))
             position += size
         if x is not None and call.origin is not None:
             x = call.origin.compute(x).to(grad_y.dtype)
         needs_x, needs_weight, needs_bias, _, _, _, *of_factors = ctx.needs_input_grad
         needs = Needs(needs_x, needs_weight, needs_bias and ctx.has_bias, tuple(of_factors))
         grad_x, grad_weight, grad_bias, grads = backward_pass(
-            grad_y, x, ctx.x_shape, weight, updates, call, needs, deltas
+            grad_y, x, ctx.x_shape, weight, updates, call, needs, kept, effective
         )
         return (grad_x, grad_weight, grad_bias, None, None, None, *grads)
 
 
 def forward_pass(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, updates: Sequence[Update], call: LayerCall
-) -> tuple[Tensor, list[Merged]]:
-    """Return `y` and the merged matrices of each update."""
+) -> tuple[Tensor, list[Merged], Tensor]:
+    """Return `y`, the merged matrices of each update, and the effective weight."""
     with torch.autocast(x.device.type, enabled=False):
         merged = [get_backend(update.spec.backend).merge(*update) for update in updates]
         base = weight if call.lazy is None else call.lazy.materialize()
@@ -183,7 +187,7 @@ def forward_pass(
         y = call.op(x, effective, bias)
     if call.recompute is not None:
         call.recompute.stash(effective, merged, weight if call.lazy is None else call.lazy.tensors[0])
-    return y, merged
+    return y, merged, effective
 
 
 def backward_pass(
@@ -194,7 +198,8 @@ def backward_pass(
     updates: Sequence[Update],
     call: LayerCall,
     needs: Needs,
-    deltas: Sequence[tuple[Tensor | None, ...]] = (),
+    kept: Sequence[tuple[Tensor | None, ...]] = (),
+    effective: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Gradients]:
     """Gradients to input, weight, bias and the updates' factors.
 
@@ -206,17 +211,18 @@ def backward_pass(
         updates: As in the forward pass, with their thresholds.
         call: As in the forward pass.
         needs: Whose gradients are asked for; the others are `None`.
-        deltas: `Merged.delta` of each update where it was kept, else empty.
+        kept: `Merged.delta` or `Merged.columns` of each update where they were kept, else empty.
+        effective: The effective weight, where it was kept.
     """
     op, shape = call.op, call.weight_shape
-    effective = merged = grad_x = grad_weight = grads = None
+    merged = grad_x = grad_weight = grads = None
     with torch.autocast(grad_y.device.type, enabled=False):
-        if call.recompute is not None:
+        if call.recompute is not None and effective is None:
             built_of = weight if call.lazy is None else call.lazy.tensors[0]
             effective, merged = call.recompute.take(built_of, grad_y.dtype, len(updates))
         if merged is None:
-            pairs = zip(updates, deltas or [()] * len(updates), strict=True)
-            merged = [get_backend(update.spec.backend).merge(*update, delta) for update, delta in pairs]
+            pairs = zip(updates, kept or [()] * len(updates), strict=True)
+            merged = [get_backend(update.spec.backend).merge(*update, own) for update, own in pairs]
         if x is not None:
             grad_weight = _grad_weight(grad_y, x, updates, merged, call, needs)
         if needs.x and effective is None:

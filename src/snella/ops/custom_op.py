@@ -87,7 +87,7 @@ def _adapted_layer(
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
     """`y` and the thresholds `[G]`."""
-    y, (merged,) = forward_pass(x, weight, bias, [_update(tensors, budgets, ints, scaling)], _call(ints))
+    y, (merged,), _ = forward_pass(x, weight, bias, [_update(tensors, budgets, ints, scaling)], _call(ints))
     return y, merged.thresholds
 
 

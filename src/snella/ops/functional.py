@@ -44,8 +44,8 @@ def adapted_layer(
             `backend="reference"` are differentiated by autograd, and have to be all of them.
         op: The layer's operation.
         weight_shape: Shape of the weight where `weight` is `None`; default `[m, n]`.
-        cache_delta: Keep `ΔW` for the backward pass instead of rebuilding it: one matrix more in memory, and faster
-            except with Numba kernels, which have nothing to gain and keep nothing. Not for `"reference"`.
+        cache_delta: Keep `ΔW` for the backward pass instead of rebuilding it, with Numba kernels the effective weight:
+            one matrix more in memory, and no bit of any result changes. Not for `"reference"`.
         recompute: Shared by the calls of one layer while its parameters stay the same.
 
     Returns:

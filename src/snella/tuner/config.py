@@ -174,9 +174,8 @@ class SnellaConfig(PeftConfig):
         min_layer_share: Fraction of its uniform share that every matrix keeps; 0 is the paper.
         softmax_dim: 0 normalizes each column of the merged matrix over its outputs, 1 each row over its inputs.
         center_softmax: Subtract the softmax's mean. Not in the paper.
-        cache_delta: Keep the merged matrix for the backward pass instead of rebuilding it (numba rebuilds as fast as it
-            would read, and keeps nothing), and in evaluation the effective weight
-            of a layer whose base weight is quantized.
+        cache_delta: Keep the merged matrix for the backward pass instead of rebuilding it (with numba the effective
+            weight), and in evaluation the effective weight of a layer whose base weight is quantized.
         recompute_inputs: Do not keep an adapted layer's input where it is the output of a normalization or an
             activation, whose own input autograd keeps anyway: compute it again in the backward pass, to the same bits.
         fixed_support: Let `layer.set_support` say once which entries may change (the paper's predefined mask), instead

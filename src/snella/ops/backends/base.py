@@ -24,7 +24,9 @@ class Merged:
         budgets: Entries that each of them keeps.
         thresholds: `[G]`, infinite where the budget is 0.
         delta: What `cache_delta` keeps for the backward pass, to be given to `merge` there: `ΔW` of each matrix (`None`
-            without budget), or of all in one; nothing where rebuilding it takes no longer than reading it.
+            without budget), or of all in one; nothing where that is the effective weight.
+        columns: A few numbers a column of all matrices, which the backward pass gets in any case, in the place of
+            `delta`.
         workspace: What the same backend can use again within the pass; never kept between passes.
     """
 
@@ -32,6 +34,7 @@ class Merged:
     budgets: tuple[int, ...]
     thresholds: Tensor
     delta: tuple[Tensor | None, ...] = ()
+    columns: tuple[Tensor, ...] = ()
     workspace: Any = None
 
 
@@ -76,7 +79,7 @@ class Backend(ABC):
             factors: Of what.
             budgets: Entries that each matrix keeps.
             thresholds: `[G]`, where an earlier call has found them.
-            delta: `Merged.delta` of an earlier call for the same factors.
+            delta: `Merged.delta` or `Merged.columns` of an earlier call for the same factors.
         """
 
     @abstractmethod

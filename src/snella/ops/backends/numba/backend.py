@@ -7,12 +7,11 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -52,23 +51,21 @@ class PackedFactors(NamedTuple):
 
 
 class _Matrix(NamedTuple):
-    """One matrix within a pass: what it is merged from, its threshold, and `ΔW` `[m, n]` where it was written.
-
-    `stats` are `column_stats` where they are known.
-    """
+    """One matrix within a pass: what it is merged from, threshold, `column_stats`, and `ΔW` where it was written."""
 
     packed: PackedFactors
     shape: tuple[int, int]
     threshold: np.float32
+    stats: np.ndarray
     delta: np.ndarray | None = None
-    stats: np.ndarray | None = None
 
 
 class NumbaBackend(Backend):
     """Mix-K, its normalized RBF and P-Linear in float32 on the CPU.
 
     A merged matrix is written only to find its threshold; once that is known, both the effective weight and the
-    gradients are computed from the factors, block by block. So there is nothing for `cache_delta` to keep.
+    gradients are computed from the factors, block by block. What `cache_delta` keeps is the effective weight; the
+    numbers of each column's softmax, three a column, are kept in any case.
     """
 
     name = "numba"
@@ -94,13 +91,18 @@ class NumbaBackend(Backend):
         delta: tuple[Tensor | None, ...] = (),
     ) -> Merged:
         known = [None] * len(budgets) if thresholds is None else thresholds.tolist()
+        is_new = not delta or thresholds is None
+        columns = torch.empty(len(budgets), 3, factors.A.shape[1]) if is_new else delta[0]
+        stats = cast(Tensor, columns).numpy()
         workspace: list[_Matrix | None] = []
         for group, (budget, threshold) in enumerate(zip(budgets, known, strict=True)):
-            workspace.append(_merge_matrix(spec, factors, group, budget, threshold) if budget else None)
+            one = _merge_matrix(spec, factors, group, budget, threshold, stats[group], is_new) if budget else None
+            workspace.append(one)
         if thresholds is None:
             found = [np.float32(np.inf) if one is None else one.threshold for one in workspace]
             thresholds = torch.from_numpy(np.array(found, np.float32))
-        return Merged(factors, budgets, thresholds, (), workspace)
+        has_softmax = isinstance(spec.kernel, NormalizedRBF) and any(budgets)
+        return Merged(factors, budgets, thresholds, (), (cast(Tensor, columns),) if has_softmax else (), workspace)
 
     def add_update(self, spec: UpdateSpec, merged: Merged, base: Tensor, out: Tensor) -> None:  # noqa: D102
         is_supported = base.dtype in _SUPPORTED and out.dtype in _SUPPORTED
@@ -124,16 +126,8 @@ class NumbaBackend(Backend):
         out: Tensor,
         cache: MergeCache,
     ) -> None:
-        is_known = cache.thresholds is not None
-        merged = self.merge(spec, factors, budgets, cache.thresholds)
-        cache.thresholds = merged.thresholds
-        if is_known:
-            # from the second time on there is no `ΔW` to read: the softmax's numbers are all that one sweep lacks
-            if cache.stats is None:
-                cache.stats = [None if one is None else column_stats(one.packed, one.shape) for one in merged.workspace]
-            pairs = zip(merged.workspace, cache.stats, strict=True)
-            workspace = [None if one is None else one._replace(stats=stats) for one, stats in pairs]
-            merged = replace(merged, workspace=workspace)
+        merged = self.merge(spec, factors, budgets, cache.thresholds, cache.stats or ())
+        cache.thresholds, cache.stats = merged.thresholds, merged.columns
         self.add_update(spec, merged, base, out)
 
     def grad_factors(  # noqa: D102
@@ -155,7 +149,7 @@ class NumbaBackend(Backend):
                     out[rows] = base[rows]
                 continue
             ends = None if base is None or out is None else (as_array(base[rows]), as_array(out[rows]))
-            store_gradients(grads, group, rows, _grad_matrix(spec, matrix, grad, ends))
+            store_gradients(grads, group, rows, _grad_matrix(spec, matrix, grad, ends, grads[5] is not None))
         return tuple(grads)
 
     def grad_weight(self, spec: UpdateSpec, merged: Merged, grad_y: Tensor, x: Tensor) -> Tensor:  # noqa: D102
@@ -172,18 +166,30 @@ class NumbaBackend(Backend):
         return result
 
 
-def _merge_matrix(spec: UpdateSpec, factors: Factors, group: int, budget: int, threshold: float | None) -> _Matrix:
-    """Pack one matrix; where its threshold is not known, merge it and find that."""
+def _merge_matrix(
+    spec: UpdateSpec,
+    factors: Factors,
+    group: int,
+    budget: int,
+    threshold: float | None,
+    stats: np.ndarray,
+    is_new: bool,
+) -> _Matrix:
+    """Pack one matrix; where its threshold is not known, merge it and find that; `stats` are written if `is_new`."""
     packed = pack_factors(spec, factors, group)
     shape = (packed.B.shape[0], packed.A.shape[1])
     if threshold is None and spec.mode == "none":
         threshold = KEEPS_EVERYTHING
     if threshold is not None:
-        return _Matrix(packed, shape, np.float32(threshold))
-    delta, bins = merge_and_count(packed, shape)
+        if is_new:
+            column_stats(packed, shape, stats)
+        return _Matrix(packed, shape, np.float32(threshold), stats)
+    delta, bins = merge_and_count(packed, shape, stats)
     if spec.mode == "soft":
-        return _Matrix(packed, shape, select_threshold(delta, budget, bins), delta)
-    return _Matrix(packed, shape, np.float32(spec.find_threshold(torch.from_numpy(delta), budget).item()), delta)
+        threshold = select_threshold(delta, budget, bins)
+    else:
+        threshold = np.float32(spec.find_threshold(torch.from_numpy(delta), budget).item())
+    return _Matrix(packed, shape, threshold, stats, delta)
 
 
 def _add_matrix(spec: UpdateSpec, matrix: _Matrix, base: np.ndarray, out: np.ndarray) -> None:
@@ -193,8 +199,7 @@ def _add_matrix(spec: UpdateSpec, matrix: _Matrix, base: np.ndarray, out: np.nda
     if matrix.delta is not None:
         _run(forward.add_sparse, shape[0], shape, base, matrix.delta, *settings, out)
     else:
-        stats = column_stats(matrix.packed, shape) if matrix.stats is None else matrix.stats
-        _run(forward.merge_and_add, shape[0], shape, *matrix.packed, stats, base, *settings, out)
+        _run(forward.merge_and_add, shape[0], shape, *matrix.packed, matrix.stats, base, *settings, out)
 
 
 def use_sddmm(spec: UpdateSpec, budget: int, size: int) -> bool:
@@ -225,7 +230,11 @@ def sddmm_weight_grad(matrix: _Matrix, budget: int, grad_y: Tensor, x: Tensor, o
 
 
 def _grad_matrix(
-    spec: UpdateSpec, matrix: _Matrix, grad: Tensor, ends: tuple[np.ndarray, np.ndarray] | None
+    spec: UpdateSpec,
+    matrix: _Matrix,
+    grad: Tensor,
+    ends: tuple[np.ndarray, np.ndarray] | None,
+    has_temperature: bool,
 ) -> Gradients:
     """Gradients of one matrix in the order of `Factors`; adds it to the first of `ends` into the second on the way."""
     packed, kernel, (m, n) = matrix.packed, spec.kernel, matrix.shape
@@ -241,10 +250,12 @@ def _grad_matrix(
         per_chunk,
         width,
         *packed,
+        matrix.stats,
         _float32(grad),
         matrix.threshold,
         np.float32(spec.scaling),
         _MODES[spec.mode],
+        has_temperature,
         ends is not None,
         *((_EMPTY, _EMPTY) if ends is None else ends),
         grad_A,
@@ -279,20 +290,18 @@ def pack_factors(spec: UpdateSpec, factors: Factors, group: int) -> PackedFactor
     return PackedFactors(arrays[0], arrays[1], arrays[2], softmax)
 
 
-def column_stats(packed: PackedFactors, shape: tuple[int, int]) -> np.ndarray:
-    """Largest logit and scale of each column's softmax, `[2, n]`."""
-    stats = np.empty((2, shape[1]), np.float32)
+def column_stats(packed: PackedFactors, shape: tuple[int, int], stats: np.ndarray) -> None:
+    """Write largest logit, scale and inverse sum of each column's softmax, `[3, n]`."""
     width, blocks = _blocks(shape)
     if packed.softmax[-1]:
         _run(forward.measure_column_stats, blocks, shape, width, *packed, stats)
-    return stats
 
 
-def merge_and_count(packed: PackedFactors, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """`ΔW` `[m, n]`, and how many of its magnitudes begin with which bits, by blocks."""
+def merge_and_count(packed: PackedFactors, shape: tuple[int, int], stats: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`ΔW` `[m, n]`, and how many of its magnitudes begin with which bits, by blocks; writes `column_stats`."""
     width, blocks = _blocks(shape)
     value, bins = np.empty(shape, np.float32), np.empty((blocks, forward.HISTOGRAM_BINS), np.int32)
-    _run(forward.merge_and_count, blocks, shape, width, *packed, value, bins)
+    _run(forward.merge_and_count, blocks, shape, width, *packed, value, bins, stats)
     return value, bins
 
 

@@ -161,11 +161,11 @@ def merge_row(tile, B, coeff, softmax, i, w, columns, start, row, squares):
 
 
 @njit(**FASTMATH_STRICT_ORDER)
-def store_column_stats(scratch, start, w, columns):
-    # columns = max_logit and scale of the block's columns, for `merge_row`
+def store_column_stats(inv_sum, scratch, start, w, columns):
+    # columns = max_logit, scale and inv_sum of the block's columns, for `merge_row` and the backward pass
     for j in range(w):
         at = np.uintp(start + j)
-        columns[0, at], columns[1, at] = scratch[1, j], scratch[2, j]
+        columns[0, at], columns[1, at], columns[2, at] = scratch[1, j], scratch[2, j], inv_sum[j]
 
 
 @njit(**FASTMATH_STRICT_ORDER)
@@ -177,8 +177,9 @@ def alloc_workspace(m, K, width):
 
 
 @compiled(FASTMATH_STRICT_ORDER)
-def merge_and_count(first, last, width, A, B, coeff, softmax, result, bins):
-    # result = ΔW;  bins[block, h] = entries of the block whose magnitude's leading bits are h
+def merge_and_count(first, last, width, A, B, coeff, softmax, result, bins, columns):
+    # result = ΔW, and the numbers of its columns
+    # bins[block, h] = entries of the block whose magnitude's leading bits are h
     m, n = result.shape
     tile, value, exps, inv_sum, scratch = alloc_workspace(m, A.shape[0], width)
     leading = np.empty(width, np.int32)
@@ -187,6 +188,7 @@ def merge_and_count(first, last, width, A, B, coeff, softmax, result, bins):
         w = min(width, n - start)
         copy_tile(A, start, w, tile)
         merge_block(tile, B, coeff, softmax, w, value, exps, inv_sum, scratch)
+        store_column_stats(inv_sum, scratch, start, w, columns)
         bins[block, :] = 0
         for i in range(m):
             for j in range(w):
@@ -271,7 +273,7 @@ def measure_column_stats(first, last, width, A, B, coeff, softmax, columns):
         w = min(width, n - start)
         copy_tile(A, start, w, tile)
         merge_block(tile, B, coeff, softmax, w, value, exps, inv_sum, scratch)
-        store_column_stats(scratch, start, w, columns)
+        store_column_stats(inv_sum, scratch, start, w, columns)
 
 
 @compiled(NO_CONTRACT)

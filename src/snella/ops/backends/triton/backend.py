@@ -319,7 +319,7 @@ class TritonBackend(Backend):
             else:
                 thresholds = thresholds.detach().to(torch.float32)
                 launches.merge(matrix, stats)
-        return Merged(factors, budgets, thresholds, (matrix,), stats)
+        return Merged(factors, budgets, thresholds, (matrix,), workspace=stats)
 
     def add_update(self, spec: UpdateSpec, merged: Merged, base: Tensor, out: Tensor) -> None:  # noqa: D102
         (delta,) = merged.delta or (None,)
