@@ -238,7 +238,10 @@ def _sampling_table(rows: list[dict[str, Any]]) -> str:
 
 
 _COMMON = ("dtype", "r", "sparsity", "device")
-_ORDER = ("lora", "snella", "full", "paper", "frozen", "dora", "shira", "snella-keep-delta")
+_ORDER = (
+    *("lora", "snella", "full", "paper", "frozen", "dora", "shira", "snella-keep-delta"),
+    *("klora", "spt-lora", "spt-adapter", "snell"),
+)
 
 
 def draw_figures(rows_file: str | Path, folder: str | Path) -> list[Path]:
