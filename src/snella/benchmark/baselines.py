@@ -157,7 +157,7 @@ def _method(name: str, *sparse: str) -> Builder:
     """
 
     def build(model: nn.Module, workload: Workload) -> nn.Module:
-        options = {"r": workload.r} | dict.fromkeys(sparse, workload.sparsity)
+        options: dict[str, Any] = {"r": workload.r} | dict.fromkeys(sparse, workload.sparsity)
         return build_method(name, model, batches=lambda: [random_batch(workload, 2)], **options)
 
     return build

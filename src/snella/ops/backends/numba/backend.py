@@ -186,10 +186,9 @@ def _merge_matrix(
         return _Matrix(packed, shape, np.float32(threshold), stats)
     delta, bins = merge_and_count(packed, shape, stats)
     if spec.mode == "soft":
-        threshold = select_threshold(delta, budget, bins)
-    else:
-        threshold = np.float32(spec.find_threshold(torch.from_numpy(delta), budget).item())
-    return _Matrix(packed, shape, threshold, stats, delta)
+        return _Matrix(packed, shape, select_threshold(delta, budget, bins), stats, delta)
+    found = spec.find_threshold(torch.from_numpy(delta), budget).item()
+    return _Matrix(packed, shape, np.float32(found), stats, delta)
 
 
 def _add_matrix(spec: UpdateSpec, matrix: _Matrix, base: np.ndarray, out: np.ndarray) -> None:
