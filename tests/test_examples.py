@@ -7,6 +7,7 @@ import nbformat
 import pytest
 import timm
 from nbclient import NotebookClient
+from PIL import Image
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NOTEBOOK = EXAMPLES / "folder_of_images.ipynb"
@@ -59,6 +60,36 @@ def test_diffusers_dreambooth_lowers_its_loss_and_loads_it_again(run_example):
     assert names["trained_loss"] < before / 2
     assert names["loaded_loss"] == pytest.approx(names["trained_loss"], rel=1e-4)
     assert sum(names["allocator"].budgets.values()) == names["allocator"].target_budget
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["example.py", "--quick"])
+
+
+def test_phone_photos_are_read_whatever_the_phone_made_of_them(run_example, quick):
+    names, printed = run_example("phone_photos.py")
+    formats = {path.suffix for path in names["photos"].rglob("IMG*")}
+    assert {".JPG", ".webp"} < formats and formats & {".HEIC", ".avif"}
+    with Image.open(names["photos"] / "temple" / "IMG_0001.JPG") as turned:
+        assert turned.getexif()[0x0112] == 6
+    assert "1 images cannot be used, and are left out by --skip-broken: flower/IMG_9998.JPG" in printed
+    assert "'temple/copy of IMG_0000.JPG' is 'temple/IMG_0000.JPG'" in " ".join(printed.split())
+    assert len(names["answers"]) == 2 and set(names["answers"]) <= {"temple", "flower"}
+    assert Path("runs/examples/phone_photos/photos.png").is_file()
+
+
+def test_a_table_with_broken_rows_and_rare_classes_is_checked_trained_on_and_answered(run_example, quick):
+    names, printed = run_example("table_of_paths.py")
+    assert "6 images cannot be used, and are left out by --skip-broken: images/00007.jpg" in printed
+    assert "352 training images of 'good', 4 of 'scratch'" in " ".join(printed.split())
+    assert len(names["answers"]) == 600 - 6 and "594 rows are answered" in printed
+
+
+def test_a_hugging_face_data_set_of_several_labels_needs_no_conversion(run_example, quick):
+    names, printed = run_example("multilabel_hub_data.py")
+    assert "complete, nothing is wrong" in printed and "test mAP" in printed
+    assert names["model"].classes == names["NAMES"] and set(names["said"].labels) <= set(names["NAMES"])
 
 
 @pytest.mark.slow

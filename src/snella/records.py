@@ -713,7 +713,7 @@ class AveragedEpochs:
 
     @property
     def text(self) -> str:
-        """The average in words."""
+        """Which epochs were averaged."""
         names = ", ".join(map(str, self.epochs))
         return f"the average of epochs {names}" if len(self.epochs) > 1 else f"epoch {names} alone"
 

@@ -86,3 +86,20 @@ def test_the_command_prints_draws_and_fails(photos, capsys, tmp_path):
 def test_data_without_files_is_described(capsys):
     assert main(["data", "check", "digits"]) == 0
     assert "digits: 1,797 images in 10 classes" in capsys.readouterr().out
+
+
+def test_what_a_training_would_leave_out_is_a_note_with_skip_broken(photos, capsys):
+    (photos / "dog" / "00.png").write_bytes(b"nothing")
+    assert main(["data", "check", f"folder:{photos}"]) == 2
+    assert "--skip-broken leaves them out" in capsys.readouterr().err
+    assert main(["data", "check", f"folder:{photos}", "--skip-broken"]) == 0
+    printed = capsys.readouterr().out
+    assert "1 images cannot be used, and are left out by --skip-broken: dog/00.png" in printed
+
+
+def test_lists_of_labels_are_checked_as_such(photos, tmp_path, capsys):
+    table = tmp_path / "t.csv"
+    names = sorted(path.relative_to(photos) for path in photos.rglob("*.png"))
+    table.write_text("path,tags\n" + "".join(f"{photos / name},{name.parent}|thing\n" for name in names))
+    assert main(["data", "check", f"csv:{table}", "--columns", "label=tags", "--task", "multilabel"]) == 0
+    assert "complete, nothing is wrong" in capsys.readouterr().out

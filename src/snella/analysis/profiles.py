@@ -56,7 +56,7 @@ def radar(folders: Sequence[str | Path]) -> list[Plot]:
         for group, tasks in summary.groups.items():
             axis = group if len(folders) == 1 else f"{label}: {group}"
             for method in summary.methods:
-                spreads = [method.per_task["test_accuracy"][task] for task in tasks]
+                spreads = [method.per_task[summary.column][task] for task in tasks]
                 known = [spread for spread in spreads if spread is not None]
                 if len(known) == len(tasks):
                     mean = float(np.mean([spread.mean for spread in known]))

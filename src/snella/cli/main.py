@@ -27,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit status: 0, 1 for a comparison with failed runs, 2 for an error, 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what DDP says of its options, before torch is imported
     try:
         return _run(words)
     except KeyboardInterrupt:

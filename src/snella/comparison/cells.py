@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 
 import snella
-from snella.comparison.experiment import DataEntry, Experiment, MethodEntry, folder_name, make_config
+from snella.comparison.experiment import MEASURES, DataEntry, Experiment, MethodEntry, folder_name, make_config
 from snella.comparison.search import Candidate, TuningResult
 from snella.methods import find_method, parse_method
 from snella.records import Metrics, RunInfo, SplitScores, read
@@ -146,7 +146,7 @@ class Cell:
     def config(self, experiment: Experiment, out: Path | str) -> TrainConfig:
         """The settings of its run."""
         rates = tuned_settings(experiment, self.data, self.method, self.candidate)
-        settings = dict(experiment.settings)
+        settings = {"test_seed": TEST_SEED, **experiment.settings}
         if settings.get("protocol") == "final":  # tuned on images that the final run then trains on
             if self.is_final:
                 settings.pop("val_size", None)
@@ -159,7 +159,6 @@ class Cell:
             backbone=experiment.backbone,
             out=str(out),
             seed=self.seed,
-            test_seed=TEST_SEED,
             **rates,
         )
 
@@ -197,6 +196,7 @@ def row_header(cell: Cell, experiment: Experiment, created_at: str) -> dict[str,
     return {
         "cell": cell.name,
         "purpose": "final" if cell.is_final else "trial",
+        "metric": experiment.metric,
         "task_name": cell.data.name,
         "group": cell.data.group,
         "experiment_name": cell.method.name,
@@ -249,15 +249,22 @@ def read_results(run: RunFolder) -> dict[str, Any]:
 
 def _scores(split: str, scores: SplitScores | None) -> dict[str, float | None]:
     """The columns of one split; None for what its task does not measure."""
-    names = ("accuracy", "balanced_accuracy", "loss")
+    of_tasks = [name for measures in MEASURES.values() for name in measures if hasattr(scores, name)]
+    names = dict.fromkeys(("accuracy", "balanced_accuracy", "loss", *of_tasks))
     return {f"{split}_{name}": getattr(scores, name, None) for name in names}
+
+
+def measured(row: Mapping[str, Any], split: str) -> float | None:
+    """What methods are compared by, of a successful row; rows of earlier versions are of classifiers."""
+    value: float | None = row[f"{split}_{row.get('metric', 'accuracy')}"]
+    return value
 
 
 def tuning_result(row: Mapping[str, Any]) -> TuningResult:
     """The result of a tuning run, from its row."""
     if row["status"] != "success":
         return TuningResult(None, None)
-    return TuningResult(row["val_accuracy"], row["val_loss"])
+    return TuningResult(measured(row, "val"), row["val_loss"])
 
 
 def _adapter_config(adapter: Path) -> dict[str, Any] | None:

@@ -1,9 +1,11 @@
 """`compare`: train the missing runs of an experiment, then write the table and the HTML report."""
 
 import os
+import shutil
 import statistics
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +15,29 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from snella._text import seconds_text
 from snella.backbones import create_backbone
 from snella.comparison import CellsFailedError
-from snella.comparison.cells import Cell
+from snella.comparison.cells import Cell, measured
 from snella.comparison.executors import Executor, InProcesses, InThisProcess, OnRay, import_ray
-from snella.comparison.experiment import FILE, PROBE, DataEntry, Experiment, make_config
+from snella.comparison.experiment import (
+    FILE,
+    PROBE,
+    SHARED_SETTINGS,
+    DataEntry,
+    Experiment,
+    Grid,
+    MethodEntry,
+    make_config,
+)
 from snella.comparison.experiment_files import read_experiment
 from snella.comparison.plan import BlockedRun, Plan
 from snella.comparison.report import print_paper_comparison, print_paper_orderings, write_markdown, write_page
 from snella.comparison.run_cell import probe_images, record_crash
 from snella.comparison.search import Candidate
+from snella.comparison.statistics import Spread, average
 from snella.comparison.store import LOCKS, cell_lock, collect, drop_failed, is_locked, read_row
-from snella.comparison.summary import print_summary, summarize
-from snella.runs import TrainingInterrupted
+from snella.comparison.summary import COSTS, cost_texts, print_summary, recommend, spread_text, summarize
+from snella.runs import RunFolder, TrainConfig, TrainingInterrupted
 from snella.runs.build import choose_device, load_splits
+from snella.runs.config import AUTO_METHOD
 from snella.runs.console import counted, make_console, print_line
 from snella.runs.distributed import refuse_several_processes
 from snella.runs.protocol import get_protocol
@@ -76,7 +89,7 @@ class ComparisonProgress:
         left = sum(count for _, count in self._plan.left())
         number = f"[{self._plan.done()}/{self._plan.done() + left}]"
         if row["status"] == "success":
-            scores = {"validation": row["val_accuracy"], "test": row["test_accuracy"]}
+            scores = {"validation": measured(row, "val"), "test": measured(row, "test")}
             result = ", ".join(f"{part} {score:.4f}" for part, score in scores.items() if score is not None)
         else:
             result = f"FAILED, {row['error']}"
@@ -273,6 +286,115 @@ def _store(root: Path, experiment: Experiment) -> Experiment:
                 )
                 experiment.write(root)
                 return experiment
+
+
+_CANDIDATES = ("linear", "bias", "lora-8", "snella-matched")
+_CHOICE_SEEDS, _CHOICE_EPOCHS, _CHOICE_IMAGES = 2, 5, 400
+CHOICE_FOLDER = "-choice"
+"""Ending of the folder beside a run in which its method was chosen."""
+
+
+def choose_method(config: TrainConfig, console: Console | None = None) -> TrainConfig:
+    """The settings with a method in place of auto, which a small comparison on validation images recommends.
+
+    linear, bias, lora-8 and snella-matched are trained with their default rates, two seeds each, for at most 5 epochs
+    on at most 400 of the training images, each in a process of its own. Test images take no part. Of the methods within
+    one standard error of the best the one that needs the least memory is taken, then time. The runs are in
+    `OUT-choice`; an interrupted choice continues there.
+
+    Args:
+        config: Settings of a new run, with method auto.
+        console: Where the results are written; standard output if None.
+
+    Raises:
+        FileExistsError: `out` holds a run, or `OUT-choice` the choice of other settings.
+        ValueError: Data or settings that cannot be trained with.
+        CellsFailedError: A method failed in each of its runs.
+        TrainingInterrupted: Ctrl-C; finished runs are kept.
+    """
+    refuse_several_processes("choosing a method")
+    console = console or make_console(survives_closed_output=True)
+    found = RunFolder(str(config.out)).resolve_settings(replace(config, method=_CANDIDATES[0]))
+    if config.resume and found.method != AUTO_METHOD and RunFolder(str(config.out)).status is not None:
+        return replace(config, method=found.method)
+    root = Path(f"{str(config.out).rstrip('/')}{CHOICE_FOLDER}")
+    experiment = _choice_experiment(config)
+    check_parts(experiment, console)
+    if root.exists() and config.overwrite:
+        shutil.rmtree(root)
+    root.mkdir(parents=True, exist_ok=True)
+    experiment = _store(root, _resolve_experiment(experiment, root))
+    cells = [
+        Cell(experiment.data[0], method, seed, Candidate(), False)
+        for method in experiment.methods
+        for seed in range(experiment.seeds)
+    ]
+    print_line(console, f"choosing a method: {counted(len(cells), 'short run')} in {root}")
+    rows = [_trained_row(root, experiment, cell, console) for cell in cells]
+    means, costs = {}, {}
+    for method in experiment.methods:
+        own = [row for row in rows if row["experiment_name"] == method.name]
+        values = [value for row in own if row["status"] == "success" and (value := measured(row, "val")) is not None]
+        if len(values) < len(own):
+            error = next(row["error"] for row in own if row["status"] != "success")
+            print_line(console, f"{method.name}: FAILED, {error}")
+            continue
+        means[method.name] = Spread(statistics.fmean(values), statistics.stdev(values), len(values))
+        costs[method.name] = {column: average(own, method.name, column) for column in _CHOICE_COSTS}
+        texts = cost_texts({**dict.fromkeys(COSTS), **costs[method.name]})
+        print_line(
+            console,
+            f"{method.name}: validation {experiment.measures[experiment.metric]} {spread_text(means[method.name])} %, "
+            f"memory {texts['memory']}, time {texts['time']}",
+        )
+    if not means:
+        raise CellsFailedError(f"every method failed in {root}, e.g. {rows[0]['cell']}: {rows[0]['error']}")
+    chosen, text = recommend(means, costs, experiment.measures[experiment.metric])
+    print_line(console, text)
+    return replace(config, method=chosen)
+
+
+_CHOICE_COSTS = ("accelerator_memory_max", "training_mib", "train_time")
+
+
+def _choice_experiment(config: TrainConfig) -> Experiment:
+    """The small comparison of `choose_method`."""
+    default = TrainConfig(data="-", backbone="-", out="-")
+    shared = [name for name in SHARED_SETTINGS if getattr(config, name) != getattr(default, name)]
+    settings: dict[str, Any] = {name: getattr(config, name) for name in shared if name not in ("protocol", "workers")}
+    for name in ("early_stopping", "swa", "soup", "lr", "batch_size"):
+        settings.pop(name, None)
+    settings["epochs"] = min(config.epochs, _CHOICE_EPOCHS)
+    settings["test_seed"] = config.seed if config.test_seed is None else config.test_seed
+    splits = load_splits(replace(config, method=_CANDIDATES[0], protocol="standard"))
+    if len(splits.train) > _CHOICE_IMAGES:
+        settings["train_size"] = _CHOICE_IMAGES
+    if isinstance(config.batch_size, int):
+        settings["batch_size"] = min(config.batch_size, _CHOICE_IMAGES)
+    data = DataEntry("data", str(config.data), "data")
+    methods = tuple(MethodEntry(name, name) for name in _CANDIDATES)
+    grid = Grid(lr_factors=(1.0,), weight_decays=(), max_extensions=0, seeds=_CHOICE_SEEDS)
+    return Experiment(methods, (data,), str(config.backbone), "choice", _CHOICE_SEEDS, grid, settings, forgetting=())
+
+
+def _trained_row(root: Path, experiment: Experiment, cell: Cell, console: Console) -> dict[str, Any]:
+    """The row of a cell, trained in a process of its own if there is none yet."""
+    if (row := read_row(cell.folder(root))) is not None:
+        return row
+    executor = _executor(root, experiment, 1, None, False)
+    try:
+        executor.start(cell)
+        while not (ended := executor.wait(_POLL_S)):
+            pass
+    except (KeyboardInterrupt, TrainingInterrupted):
+        raise TrainingInterrupted(f"interrupted while choosing a method in {root}; the same line continues") from None
+    finally:
+        executor.close()
+    outcome = ended[0].outcome
+    row = outcome.row if outcome else record_crash(root, experiment, cell, ended[0].error)
+    if row is None:
+        raise CellsFailedError(f"another process trains {cell.title} in {root}; wait for it, and start again")
+    return row
 
 
 def _executor(root: Path, experiment: Experiment, workers: int, threads: int | None, ray: bool) -> Executor:

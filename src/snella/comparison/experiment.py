@@ -61,18 +61,39 @@ def _ordering_errors(claim: Any, tasks: Sequence[str]) -> list[str]:
     return []
 
 
+MEASURES: dict[str, dict[str, str]] = {
+    "classification": {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy"},
+    "multilabel": {"map": "mean average precision", "macro_f1": "macro F1"},
+    "ordinal": {"kappa": "quadratic weighted kappa", "accuracy": "accuracy"},
+    "regression": {"r2": "R²"},
+}
+"""What methods are compared by, in each kind of task: entries of its scores, of which 1 is the most."""
 METHOD_SETTINGS = ("r", "target_sparsity", "scaling", "lr", "scalar_lr", "head_lr", "weight_decay")
 """Settings of a method's entry; learning rate and weight decay are the center of its grid."""
 _SPARSE_SETTINGS = ("target_sparsity", "scalar_lr")
 DATA_SETTINGS = (
     *("train_size", "val_size", "test_size", "val_fraction", "test_fraction", "batch_size"),
-    *("columns", "channels", "white", "lr", "head_lr", "weight_decay", *_SPARSE_SETTINGS),
+    *("columns", "class_order", "channels", "white", "lr", "head_lr", "weight_decay", *_SPARSE_SETTINGS),
 )
 """Settings of a data entry; those of sparse methods do not apply to the others."""
 SHARED_SETTINGS = (
-    *("epochs", "img_size", "weights", "pretrained", "augment", "warmup", "max_grad_norm"),
+    *(
+        "task",
+        "monitor",
+        "loss",
+        "class_weights",
+        "sampler",
+        "epochs",
+        "img_size",
+        "weights",
+        "pretrained",
+        "augment",
+        "warmup",
+        "max_grad_norm",
+    ),
     *("label_smoothing", *DATA_SETTINGS, "skip_broken", "check_sizes", "protocol", "head_start", "ema", "final_lr"),
     *("swa", "soup", "early_stopping", "accumulate", "layer_decay", "drop_path", "random_erasing", "mixup", "cutmix"),
+    "test_seed",
     *("device", "precision", "grad_checkpointing", "workers"),
 )
 """Settings that are the same in all runs."""
@@ -291,6 +312,9 @@ class Experiment:
             near = difflib.get_close_matches(self.reference, names, n=2, cutoff=0.4)
             hint = f" (nearest: {', '.join(near)})" if near else ""
             errors.append(f"reference must be one of the methods {', '.join(names)}, got {self.reference!r}{hint}")
+        task = self.settings.get("task", "classification")
+        if task not in MEASURES:
+            errors.append(f"task must be one of {', '.join(MEASURES)} to be compared, got {task!r}")
         errors += [error] if error else self._cell_errors()
         errors += reported_errors(self.published, [d.name for d in self.data], [d.group for d in self.data])
         has_search = len(set(self.grid.lr_factors)) > 1 or len(self.grid.weight_decays) > 0
@@ -301,6 +325,18 @@ class Experiment:
             )
         if errors:
             raise ValueError("; ".join(dict.fromkeys(errors)))
+
+    @property
+    def measures(self) -> dict[str, str]:
+        """Names of what methods are compared by, by its entry of the scores; what `monitor` names comes first."""
+        found = MEASURES[self.settings.get("task", "classification")]
+        first = self.settings.get("monitor")
+        return {first: found[first], **found} if first in found else found
+
+    @property
+    def metric(self) -> str:
+        """The first of `measures`."""
+        return next(iter(self.measures))
 
     @property
     def reference_name(self) -> str:
@@ -314,7 +350,13 @@ class Experiment:
 
     def with_probes(self) -> "Experiment":
         """This experiment with the data of its probes fixed, so that tasks added later do not change them."""
-        usual = (*(entry.data for entry in self.data[:2]), "digits")
+        has_classes = self.settings.get("task", "classification") == "classification"
+        own = [
+            entry.data
+            for entry in self.data[:2]
+            if has_classes and "columns" not in {**self.settings, **entry.settings}
+        ]
+        usual = (*own, "digits")
         return replace(self, forgetting=usual if self.forgetting is None else self.forgetting)
 
     def as_dict(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
+from snella.comparison.cells import measured
 from snella.comparison.statistics import Rows, final_rows
 from snella.comparison.summary import Summary, part_text
 from snella.report.style import (
@@ -44,7 +45,7 @@ def pareto(summary: Summary, cost: str, label: str, title: str, is_log: bool) ->
     """
     points = []
     for number, method in enumerate(summary.methods):
-        accuracy, value = method.over_tasks["test_accuracy"], method.costs[cost]
+        accuracy, value = method.over_tasks[summary.column], method.costs[cost]
         if accuracy is not None and value is not None and (value > 0 or not is_log):
             points.append((value, accuracy.mean, accuracy.std, number, method.name))
     if len(points) < 2:
@@ -66,7 +67,7 @@ def pareto(summary: Summary, cost: str, label: str, title: str, is_log: bool) ->
         axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _short(v)))
     axes.margins(0.08)
     axes.set_xlabel(label)
-    axes.set_ylabel("test accuracy, mean over tasks" if len(summary.tasks) > 1 else "test accuracy")
+    axes.set_ylabel(f"test {summary.measure}" + (", mean over tasks" if len(summary.tasks) > 1 else ""))
     percent_axis(axes)
     add_legend(figure, handles, [shortened(name) for *_, name in points])
     return figure
@@ -103,7 +104,7 @@ def learning_rate_curves(summary: Summary, rows: Rows, tasks: Sequence[str], tit
     found = [accuracy for *_, points in curves for _, accuracy in points if accuracy is not None]
     if found:
         axes.set_ylim(bottom=max(axes.get_ylim()[0], max(found) - SHOWN_RANGE))
-    axes.set_ylabel("validation accuracy")
+    axes.set_ylabel(f"validation {summary.measure}")
     percent_axis(axes)
     add_legend(figure, handles, [shortened(name) for _, name, _ in curves])
     return figure
@@ -144,7 +145,7 @@ def lr_curve(rows: Rows, method: str, task: str) -> list[tuple[float, float | No
     for row in rows:
         is_own = row["experiment_name"] == method and row["task_name"] == task
         if is_own and row["purpose"] == "trial" and row["tried_weight_decay"] is None:
-            accuracy = row["val_accuracy"] if row["status"] == "success" else None
+            accuracy = measured(row, "val") if row["status"] == "success" else None
             found.setdefault(row["lr_factor"], []).append(accuracy)
     return [(factor, _mean(values)) for factor, values in sorted(found.items())]
 
@@ -160,7 +161,7 @@ def forest(summary: Summary, with_tasks: bool, width: int = 640) -> Figure | Non
     longest = 30 if width >= 600 else 16
     lines: list[tuple[str, Any, bool]] = []
     for method in summary.methods:
-        overall = method.to_reference["test_accuracy"]
+        overall = method.to_reference[summary.column]
         if overall is None:
             continue
         lines.append((f"{method.name}{part_text(overall, len(summary.tasks))}", overall, True))
@@ -189,7 +190,7 @@ def forest(summary: Summary, with_tasks: bool, width: int = 640) -> Figure | Non
     if width < 600:
         axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _points(v)))
-    axes.set_xlabel("points of test accuracy")
+    axes.set_xlabel(f"points of test {summary.measure}")
     return figure
 
 

@@ -17,10 +17,9 @@ from rich.table import Table
 from snella._files import write_text
 from snella._text import count_text, plain_text, seconds_text
 from snella.comparison import figures
-from snella.comparison.experiment import OVER_GROUPS, OVER_TASKS, Experiment
+from snella.comparison.experiment import MEASURES, OVER_GROUPS, OVER_TASKS, Experiment
 from snella.comparison.statistics import LEVEL, RESAMPLES, Difference, Rows, difference, final_rows
 from snella.comparison.summary import (
-    METRICS,
     MethodSummary,
     Summary,
     caption,
@@ -36,7 +35,8 @@ from snella.report.style import inline_svg, shortened, write_atomically
 from snella.runs.console import counted
 from snella.runs.protocol import get_protocol
 
-_METRIC = next(iter(METRICS))
+_METRIC = "test_accuracy"  # which the papers report
+_SHARES = {f"test_{metric}" for measures in MEASURES.values() for metric in measures}
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def paper_orderings(experiment: Experiment, rows: Rows) -> list[OrderingResult]:
         verdict = "not run" if found is None else "not decided"
         if found is not None and not math.isnan(found.low):
             verdict = "holds" if found.low > 0 else "contradicted" if found.high < 0 else verdict
-        results.append(OrderingResult(words, verdict, found, metric in METRICS))
+        results.append(OrderingResult(words, verdict, found, metric in _SHARES))
     return results
 
 
@@ -185,8 +185,8 @@ def markdown_tables(experiment: Experiment, rows: Rows) -> str:
     if not summary.finals:
         return "No final run is finished yet.\n"
     parts = []
-    for metric, title in METRICS.items():
-        headings, *lines = table_cells(summary, metric, with_costs=metric == "test_accuracy")
+    for metric, title in summary.metrics.items():
+        headings, *lines = table_cells(summary, metric, with_costs=metric == summary.column)
         rule = [" --- " if heading == "method" else " ---: " for heading in headings]
         table = [_markdown_line(headings), f"|{'|'.join(rule)}|", *map(_markdown_line, lines)]
         parts.append(f"**Test {title}**\n\n" + "\n".join(table))
@@ -253,7 +253,9 @@ def write_page(root: Path, experiment: Experiment, rows: Rows) -> Path:
     context = {
         "experiment": experiment,
         "summary": summary,
-        "tables": [_table(summary, metric, title) for metric, title in METRICS.items()] if summary.finals else [],
+        "tables": [_table(summary, metric, title) for metric, title in summary.metrics.items()]
+        if summary.finals
+        else [],
         "published": [row.texts for row in paper_comparison(experiment, summary)],
         "orderings": [result.texts for result in paper_orderings(experiment, rows)],
         "kept": _KEPT[experiment.settings.get("protocol", "standard")],
@@ -268,7 +270,7 @@ def write_page(root: Path, experiment: Experiment, rows: Rows) -> Path:
         "forests": _forest(summary, True) if len(summary.tasks) > 1 else Markup(""),
         "shown_points": f"{100 * figures.SHOWN_RANGE:g}",
         "on_gpu": any(row.get("accelerator_memory_max") for row in rows),
-        "pairs": max((d.pairs for m in summary.methods if (d := m.to_reference["test_accuracy"])), default=0),
+        "pairs": max((d.pairs for m in summary.methods if (d := m.to_reference[summary.column])), default=0),
         "level": f"{LEVEL:.0%}",
         "resamples": RESAMPLES,
         "machines": _machines(rows),
@@ -315,7 +317,7 @@ def _table(summary: Summary, metric: str, title: str) -> dict[str, Any]:
         lines.append(
             {"name": method.name, "cells": cells, "difference": difference_text(difference, len(summary.tasks))}
         )
-    is_main = metric == "test_accuracy"
+    is_main = metric == summary.column
     return {"title": title, "headings": headings, "means": means, "lines": lines, "is_main": is_main}
 
 
@@ -378,7 +380,7 @@ def _rates(summary: Summary, rows: Rows) -> list[Markup]:
     for number, (title, several) in enumerate([*wanted, *((task, [task]) for task in tasks)]):
         figure = figures.learning_rate_curves(summary, rows, several, shortened(title, 40))
         if figure is not None:
-            text = f"{title}: validation accuracy against the learning rate, a line a method."
+            text = f"{title}: validation {summary.measure} against the learning rate, a line a method."
             pictures.append(_picture(figure, f"rates-{number}", text))
     return pictures
 

@@ -291,7 +291,7 @@ def _row(root: Path, experiment: Experiment, cell: Cell, folder: Path, is_own_pr
                 )
             run = RunFolder(folder)
             results = read_results(run)
-            if cell.is_final and results["test_accuracy"] is None:
+            if cell.is_final and results[f"test_{experiment.metric}"] is None:
                 raise ValueError(f"data {cell.data.data!r} must have a test part, got none")
             if trial is not None:
                 memory = {key: trial[key] for key in MEMORY}

@@ -24,8 +24,7 @@ from snella.comparison.statistics import (
 )
 from snella.runs.console import counted, print_line
 
-METRICS = {"test_accuracy": "accuracy", "test_balanced_accuracy": "balanced accuracy"}
-_COSTS = (
+COSTS = (
     *("num_trainable_params", "changed_weights", "file_size", "step_time", "train_time"),
     *("training_mib", "peak_rss_mib", "accelerator_memory_max", "forgetting"),
 )
@@ -41,7 +40,7 @@ class MethodSummary:
         over_tasks: Mean over tasks, by metric.
         over_groups: Mean over groups, by metric.
         to_reference: Paired difference to the reference over all tasks, by metric; None for the reference.
-        to_reference_on: The same on each task, for the accuracy.
+        to_reference_on: The same on each task, for the first metric.
         costs: Means over tasks of the columns of cost, None where not measured.
         edges: On how many tasks the chosen learning rate lies on the grid's edge.
         failed: How many of its runs failed.
@@ -70,6 +69,7 @@ class Summary:
         finals: Finished final runs.
         expected: Final runs of the experiment.
         failed: Rows of failed runs.
+        metrics: What is in the table, by column of the rows; the first decides.
     """
 
     methods: list[MethodSummary]
@@ -79,6 +79,17 @@ class Summary:
     finals: int
     expected: int
     failed: list[Mapping[str, Any]]
+    metrics: Mapping[str, str]
+
+    @property
+    def column(self) -> str:
+        """The column that decides, such as `test_accuracy`."""
+        return next(iter(self.metrics))
+
+    @property
+    def measure(self) -> str:
+        """What it is called, such as accuracy."""
+        return self.metrics[self.column]
 
     @property
     def has_groups(self) -> bool:
@@ -104,14 +115,16 @@ def summarize(experiment: Experiment, rows: Rows) -> Summary:
         groups.setdefault(entry.group, []).append(entry.name)
     failed = [row for row in rows if row["status"] == "failed"]
     reference = experiment.reference_name
+    metrics = {f"test_{metric}": title for metric, title in experiment.measures.items()}
     return Summary(
-        [_line(name, finals, tasks, groups, reference, failed) for name in names],
+        [_line(name, finals, tasks, groups, reference, failed, list(metrics)) for name in names],
         tasks,
         groups,
         reference,
         len(finals),
         len(names) * len(task_names) * experiment.seeds,
         failed,
+        metrics,
     )
 
 
@@ -122,6 +135,7 @@ def _line(
     groups: dict[str, list[str]],
     reference: str,
     failed: list[Mapping[str, Any]],
+    metrics: Sequence[str],
 ) -> MethodSummary:
     """The numbers of one method."""
     is_reference = name == reference
@@ -129,12 +143,12 @@ def _line(
     on_edge = {row["task_name"] for row in own if (row.get("search") or {}).get("lr_on_edge")}
     return MethodSummary(
         name,
-        {metric: {task: spread(rows, name, task, metric) for task in tasks} for metric in METRICS},
-        {metric: mean_over_tasks(rows, name, tasks, metric) for metric in METRICS},
-        {metric: mean_over_groups(rows, name, groups, metric) for metric in METRICS},
-        {m: None if is_reference else difference(rows, name, reference, tasks, m) for m in METRICS},
-        {task: None if is_reference else difference(rows, name, reference, [task], "test_accuracy") for task in tasks},
-        {column: average(rows, name, column) for column in _COSTS},
+        {metric: {task: spread(rows, name, task, metric) for task in tasks} for metric in metrics},
+        {metric: mean_over_tasks(rows, name, tasks, metric) for metric in metrics},
+        {metric: mean_over_groups(rows, name, groups, metric) for metric in metrics},
+        {m: None if is_reference else difference(rows, name, reference, tasks, m) for m in metrics},
+        {task: None if is_reference else difference(rows, name, reference, [task], metrics[0]) for task in tasks},
+        {column: average(rows, name, column) for column in COSTS},
         len(on_edge),
         sum(row["experiment_name"] == name for row in failed),
     )
@@ -166,13 +180,13 @@ def outcome_text(summary: Summary) -> str:
 
     A difference is clear where its whole interval lies on one side of zero. Empty where no method is done.
     """
-    means = {m.name: value for m in summary.methods if (value := m.over_tasks["test_accuracy"]) is not None}
+    means = {m.name: value for m in summary.methods if (value := m.over_tasks[summary.column]) is not None}
     if not means:
         return ""
     best = max(means, key=lambda name: means[name].mean)
     tasks = counted(len(summary.tasks), "task")
-    text = f"{best} has the highest test accuracy, {100 * means[best].mean:.1f} % in the mean over {tasks}"
-    differences = {m.name: d for m in summary.methods if (d := m.to_reference["test_accuracy"]) is not None}
+    text = f"{best} has the highest test {summary.measure}, {100 * means[best].mean:.1f} % in the mean over {tasks}"
+    differences = {m.name: d for m in summary.methods if (d := m.to_reference[summary.column]) is not None}
     lead = differences.get(best)
     if lead is not None and lead.mean > 0:
         text += f": {100 * lead.mean:.1f} points above {summary.reference}"
@@ -195,22 +209,32 @@ def recommendation_text(summary: Summary) -> str:
     The standard error is that of the best method's mean over seeds; memory within 5 % counts as the same. Empty where
     no method is done.
     """
-    means = {m.name: value for m in summary.methods if (value := m.over_tasks["test_accuracy"]) is not None}
-    if not means:
-        return ""
+    means = {m.name: value for m in summary.methods if (value := m.over_tasks[summary.column]) is not None}
+    return recommend(means, {m.name: m.costs for m in summary.methods}, summary.measure)[1] if means else ""
+
+
+def recommend(
+    means: Mapping[str, Spread], costs: Mapping[str, Mapping[str, float | None]], measure: str
+) -> tuple[str, str]:
+    """The method to take, and why in a sentence, as `recommendation_text` has it.
+
+    Args:
+        means: Of the measure over seeds, by method.
+        costs: `accelerator_memory_max`, `training_mib` and `train_time`, by method.
+        measure: What it is called.
+    """
     best = max(means, key=lambda name: means[name].mean)
     top = means[best]
     error = 0.0 if math.isnan(top.std) else top.std / math.sqrt(top.count)
-    costs = {m.name: m.costs for m in summary.methods}
     near = [name for name, value in means.items() if value.mean >= top.mean - error]
     if len(near) == 1:
         seeds = "a single seed has no standard error" if math.isnan(top.std) else f"{100 * error:.1f} points"
-        return f"Recommended: {best}, no other method is within one standard error of its accuracy ({seeds})."
+        return best, f"Recommended: {best}, no other method is within one standard error of its {measure} ({seeds})."
     chosen, reason = _cheapest(near, costs)
-    texts = cost_texts(costs[chosen])
-    return (
+    texts = cost_texts({**dict.fromkeys(COSTS), **costs[chosen]})
+    return chosen, (
         f"Recommended: {chosen}. {len(near)} methods are within one standard error ({100 * error:.1f} points) of the "
-        f"best accuracy, {100 * top.mean:.1f} % by {best}; {reason} (memory {texts['memory']}, time {texts['time']})."
+        f"best {measure}, {100 * top.mean:.1f} % by {best}; {reason} (memory {texts['memory']}, time {texts['time']})."
     )
 
 
@@ -257,9 +281,9 @@ def cost_texts(costs: Mapping[str, float | None]) -> dict[str, str]:
 
 def caption(summary: Summary) -> str:
     """The caption of the tables."""
-    pairs = max((m.to_reference["test_accuracy"] or Difference(0, 0, 0, 0, 0)).pairs for m in summary.methods)
+    pairs = max((m.to_reference[summary.column] or Difference(0, 0, 0, 0, 0)).pairs for m in summary.methods)
     return (
-        f"test {'/'.join(METRICS.values())} in percent, mean ± standard deviation over seeds; differences to "
+        f"test {'/'.join(summary.metrics.values())} in percent, mean ± standard deviation over seeds; differences to "
         f"{summary.reference} in points, {LEVEL:.0%} bootstrap interval, up to {counted(pairs, 'pair')}"
     )
 
@@ -270,7 +294,7 @@ def print_summary(console: Console, experiment: Experiment, rows: Rows) -> None:
     if not summary.finals:
         print_line(console, "no final run is finished yet")
         return
-    for metric, title in METRICS.items():
+    for metric, title in summary.metrics.items():
         console.print(_table(summary, metric, title))
     print_line(console, outcome_text(summary))
     print_line(console, recommendation_text(summary))
@@ -299,7 +323,7 @@ def table_cells(summary: Summary, metric: str, *, with_costs: bool) -> list[list
 
 def _table(summary: Summary, metric: str, title: str) -> Table:
     """The table for the terminal."""
-    headings, *lines = table_cells(summary, metric, with_costs=metric == "test_accuracy")
+    headings, *lines = table_cells(summary, metric, with_costs=metric == summary.column)
     table = Table(title=f"test {title}", title_justify="left")
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "method" else "right")

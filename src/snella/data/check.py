@@ -178,6 +178,7 @@ def check_data(
     channels: int = 3,
     white: int | None = None,
     target: TargetKind = "class",
+    skip_broken: bool = False,
     seed: int = 0,
 ) -> DataCheck:
     """Load data as training does, broken images left out, and say what is in it.
@@ -188,6 +189,7 @@ def check_data(
         channels: Of an image.
         white: Value of 16-bit images that becomes white.
         target: What the label column of a table holds.
+        skip_broken: Whether images that cannot be used are a note, as for a training that leaves them out, or an error.
         seed: Of the splits.
 
     Raises:
@@ -205,8 +207,12 @@ def check_data(
     check = DataCheck(splits, errors=errors, notes=list(splits.notes))
     if splits.broken:
         named = listed([f"{name} ({reason})" for name, reason in splits.broken.items()])
-        check.errors.append(f"{len(splits.broken)} images cannot be used: {named}")
         check.notes = [note for note in check.notes if named not in note]
+        text = f"{len(splits.broken)} images cannot be used"
+        if skip_broken:
+            check.notes.append(f"{text}, and are left out by --skip-broken: {named}")
+        else:
+            check.errors.append(f"{text}: {named}; --skip-broken leaves them out")
     if not isinstance(splits.train, MaskDataset) and target == "class":
         check.counts = {
             name: {part: images.labels.count(label) for part, images in splits.parts.items()}

@@ -478,7 +478,7 @@ def _targets(samples: Samples, target: TargetKind) -> tuple[list[Target], dict[i
     if row is not None:
         raise ValueError(
             f"{samples.where}: column {samples.label_columns[0]!r} must hold one class an image, got the list "
-            f"{_shown(samples.labels[row])!r} in row {row + 1}"
+            f"{_shown(samples.labels[row])!r} in row {row + 1}; several labels an image are --task multilabel"
         )
     texts = [_text(value) for value in samples.labels]
     return list(texts), {row: "no label" for row, text in enumerate(texts) if not text}

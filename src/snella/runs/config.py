@@ -194,6 +194,8 @@ _MINIMUMS = {
     "test_seed": 0,
 }
 DEFAULT_BATCH_SIZE = 32
+AUTO_METHOD = "auto"
+"""The method that `snella train` chooses by a small comparison."""
 _TIME = r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?"
 
 
@@ -249,7 +251,7 @@ class TrainConfig(RunSettings):
             dora, adalora, snella, snella-matched, snell, klora, fixed-mask, gps, spt-lora, spt-adapter, noah, or by
             PEFT alone shira, supertuning, fourierft, randlora, vera, loha, lokr, boft, hra, delora, ln_tuning. A number
             at the end sets the rank (lora-8, adapter-8), the blocks (partial-1), the layers (mlp-3) or the tokens
-            (vpt-deep-50).
+            (vpt-deep-50). auto compares a few of them on a part of the training images first, by validation.
         weights: Weight file for a backbone that is given by its architecture's name.
         pretrained: Load pre-trained weights; false starts from random ones, for tests.
         img_size: Input resolution in pixels; the model's own if not given.
@@ -463,6 +465,11 @@ class TrainConfig(RunSettings):
         """
         from snella.methods import find_method
 
+        if self.method == AUTO_METHOD:
+            raise ValueError(
+                "method must be one to train, got 'auto'; snella.comparison.compare.choose_method(config) chooses one, "
+                "as the command line does"
+            )
         result = super().resolved()
         method = find_method(result.method)
         is_open = not {"schedule_end", "preset"} & set(result.method_options)
@@ -472,6 +479,17 @@ class TrainConfig(RunSettings):
         if isinstance(result.class_weights, str) and result.class_weights not in _CLASS_WEIGHTS:
             result = dataclasses.replace(result, class_weights=_read_class_weights(Path(result.class_weights)))
         return result
+
+    def method_errors(self) -> list[str]:
+        """As for every method; where it is chosen, nothing of a single one can be set."""
+        if self.method != AUTO_METHOD:
+            return super().method_errors()
+        names = (*_OPTION_FIELDS, "lr", "scalar_lr", "head_lr", "weight_decay", "method_options", "folds", "fold")
+        given = [f"{name} {value}" for name in names if (value := getattr(self, name)) not in (None, {})]
+        errors = [f"{text} is for a method that is known, got method 'auto'; leave one out" for text in given]
+        if self.task == "segmentation":
+            errors.append("method must be named for task 'segmentation', got 'auto'")
+        return errors
 
     def _weights_errors(self) -> list[str]:
         """The error of a missing file of weights."""

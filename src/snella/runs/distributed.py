@@ -44,12 +44,30 @@ def refuse_several_processes(what: str) -> None:
         )
 
 
+_OTHER_WAYS = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
+}
+"""What else Accelerate can be asked for, by the variable that it sets."""
+
+
 def join_processes(device: str) -> None:
     """Meet the other processes; nothing where there are none.
 
     Args:
         device: auto, cpu or cuda; on GPUs each process takes the one of its local rank.
+
+    Raises:
+        NotImplementedError: Accelerate was asked to shard the model.
     """
+    for variable, name in _OTHER_WAYS.items():
+        if os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
+            raise NotImplementedError(
+                f"several processes train by DDP, each with the whole model, got {name} ({variable}="
+                f"{os.environ[variable]}); start them with torchrun, or accelerate launch without it"
+            )
     if process_count() > 1:
         from accelerate import PartialState  # takes a while to import
 

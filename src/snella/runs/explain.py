@@ -91,7 +91,7 @@ def explain(
         raise ValueError(f"of is for heat maps of a class, got {of!r} with rollout, which is of none; leave one out")
     if neighbors < 0:
         raise ValueError(f"neighbors must be at least 0, got {neighbors}")
-    files = expand_for(run, images, columns)
+    files = expand_for(run, images, columns, skip_broken)
     model = load(run, device, batch_size=batch_size)
     _check_task(model)
     if of is not None and of not in model.classes:

@@ -160,17 +160,24 @@ def _page(results: FoldResults, data: str, method: str) -> str:
     """The table as a page, with links to the folds' reports."""
     columns, rows = _cells(results)
     css = resources.files("snella.report").joinpath("report.css").read_text(encoding="utf-8")
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
+    head = "".join(f'<th scope="col" class="n">{html.escape(name)}</th>' for name in columns)
     body = ""
     for cells, row in zip(rows, [*results.rows, None], strict=True):
         first, *others = map(html.escape, cells)
         link = first if row is None else f'<a href="{html.escape(row.folder)}/report.html">{first}</a>'
-        body += f"<tr><td>{link}</td>{''.join(f'<td>{cell}</td>' for cell in others)}</tr>"
+        body += (
+            f"<tr><th scope='row' class='n'>{link}</th>{''.join(f'<td class=n>{cell}</td>' for cell in others)}</tr>"
+        )
     title = f"{results.folds} folds of {html.escape(data)} by {html.escape(method)}"
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{css}</style></head>'
-        f"<body><main><h1>{title}</h1><p>Each row is a run of its own, measured on the images of its fold.</p>"
-        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></main></body></html>\n"
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
+        f"<title>{title}</title><style>{css}</style></head><body><header><h1>{title}</h1>"
+        '<p class="lead">Each row is a run of its own, measured on the images of its fold.</p></header><main><section>'
+        '<div class="scroll wide" role="region" aria-label="Table of folds" tabindex="0">'
+        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        '<p class="sideways" aria-hidden="true">scroll sideways for the rest ⟷</p></section></main></body></html>\n'
     )
 
 

@@ -66,7 +66,9 @@ def separate(images: Any, columns: str | None = None, own: str | None = None) ->
     return single, False
 
 
-def expand(images: Iterable[str | Path], columns: str | None = None, own: str | None = None) -> list[Path]:
+def expand(
+    images: Iterable[str | Path], columns: str | None = None, own: str | None = None, *, keep_missing: bool = False
+) -> list[Path]:
     """The files that some words stand for.
 
     Args:
@@ -75,20 +77,23 @@ def expand(images: Iterable[str | Path], columns: str | None = None, own: str | 
             path a line.
         columns: Column of the paths in a table, `path=file`; if not given, the usual names, then `own`.
         own: The columns that the run's own table had.
+        keep_missing: Whether files that a table or a list on standard input names and that are not there stay, to be
+            left out with the broken ones.
 
     Raises:
         FileNotFoundError: A path does not exist (near names are given), or a folder holds no images.
         ValueError: No words, or a table without a column of paths.
     """
     paths: list[Path] = []
+    listed = list if keep_missing else _existing
     for word in images:
         prefix, rest = split_spec(str(word))
         is_table = prefix in ("csv:", "parquet:") and bool(rest)
         image = Path(rest if is_table and rest else word)
         if str(word) == _STANDARD_INPUT:
-            paths += _existing(Path(line) for line in sys.stdin.read().splitlines() if line.strip())
+            paths += listed(Path(line) for line in sys.stdin.read().splitlines() if line.strip())
         elif is_table or (image.suffix.lower() in TABLE_SUFFIXES and image.is_file()):
-            paths += _existing(_paths_in_table(image, columns, own))
+            paths += listed(_paths_in_table(image, columns, own))
         elif image.is_dir():
             inside = _images_in(image)
             if not inside:

@@ -181,10 +181,11 @@ class Predictor:
             raise ValueError(f"tta must be between 1 and {MOST_VIEWS}, the views of an image, got {tta}")
         calibration = self.loaded.info.calibration
         if unsure == "auto":
-            if calibration is None or calibration.threshold is None:
-                why = "no calibration" if calibration is None else "no threshold: it made no error on validation"
-                raise ValueError(f"unsure must be a probability for a run with {why}, got 'auto'; give e.g. 0.5")
-            return calibration.threshold
+            if calibration is None:
+                raise ValueError(
+                    "unsure must be a probability for a run with no calibration, got 'auto'; give e.g. 0.5"
+                )
+            return calibration.threshold  # None where no threshold was found
         if unsure is not None and not 0.0 < unsure <= 1.0:
             raise ValueError(f"unsure must be auto or a probability in (0, 1], got {unsure}")
         return unsure

