@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from snella.runs import RunFolder, TrainConfig, TrainingInterrupted
 from snella.runs.checkpoints import latest_checkpoint
-from snella.runs.distributed import ShardedBatches
+from snella.runs.distributed import ShardedBatches, join_processes
 from snella.runs.sampler import EpochSampler
 from snella.runs.train import train
 from snella.runs.trainer import SnellaTrainer
@@ -125,3 +125,11 @@ def test_fewer_images_than_processes_are_refused(settings, console, monkeypatch)
     monkeypatch.setattr("snella.runs.build.process_count", lambda: 4)
     with pytest.raises(ValueError, match=r"batch_size must be at least the number of processes, 4, .* got 2"):
         train(settings(batch_size=2), console)
+
+
+def test_what_would_shard_the_model_is_refused_in_a_line_that_names_what_works(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(NotImplementedError, match=r"train by DDP, .*got FSDP \(ACCELERATE_USE_FSDP=true\); .*torchrun"):
+        join_processes("cpu")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    join_processes("cpu")

@@ -16,7 +16,7 @@ from snella.methods import build_method
 from snella.runs import RunFolder, TrainConfig, TrainingInterrupted
 from snella.runs.build import build_components
 from snella.runs.optimizer import build_optimizer, checkpoint_gradients, set_drop_path
-from snella.runs.train import train
+from snella.runs.train import _tracking, train
 from snella.runs.trainer import SnellaTrainer
 
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -282,6 +282,21 @@ def test_tensorboard_shows_losses_budgets_and_every_matrix(settings, console):
         assert shown[f"train/budget/{name}"][-1] <= matrix["size"]
     assert shown["train/snella/update_size"][-1] > 0 and shown["train/snella/frozen_matrices"][0] == 0
     assert "TENSORBOARD_LOGGING_DIR" not in os.environ
+
+
+def test_what_a_tracker_refuses_is_one_line_and_its_variables_are_as_before(settings, tmp_path):
+    class RefusedError(Exception):
+        __module__ = "mlflow.exceptions"
+
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    with pytest.raises(ValueError, match="track=mlflow: no folders$"), _tracking(settings(track="mlflow"), run):
+        assert os.environ["MLFLOW_TRACKING_URI"] == f"sqlite:///{run.path}/tracking/mlflow.db"
+        assert os.environ["WANDB_DIR"] == str(run.path / "tracking") and (run.path / "tracking").is_dir()
+        raise RefusedError("no folders\nbut databases")
+    assert "MLFLOW_TRACKING_URI" not in os.environ
+    with pytest.raises(RefusedError), _tracking(settings(), run):
+        raise RefusedError
 
 
 def test_a_tracker_without_its_package_is_named_before_anything_is_loaded(settings, console, monkeypatch):

@@ -496,7 +496,7 @@ def data(
     if split_spec(data)[1] is not None or data in data_names():
         errors = _check_own_data(data, columns, task, skip_broken, channels, white, sheet)
     else:
-        given = {"columns": columns, "task": None if task == "classification" else task}
+        given: dict[str, Any] = {"columns": columns, "task": None if task == "classification" else task}
         given |= {
             "skip-broken": skip_broken or None,
             "sheet": sheet,
