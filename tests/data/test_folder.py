@@ -163,7 +163,7 @@ def test_training_and_testing_are_parts_and_no_classes(write_images):
 def test_what_is_passed_over_is_noted(write_images):
     root = write_images({"train/a": 4, "train/b": 4, "test": 3, "extra/a": 2, ".": 1})
     assert load(root).notes == [
-        "left out 1 images that lie without a class folder, e.g. '000.png'",
+        "left out 1 image that lies without a class folder, e.g. '000.png'",
         "left out 'extra' with 2 images, 'test' with 3 images: no part with class folders inside; "
         "parts are called dev, test, testing, train, training, val, valid, validation",
     ]
@@ -177,7 +177,13 @@ def test_a_folder_too_many_and_a_table_of_labels_are_told(write_images):
     (root / "images").mkdir()
     (root.parent / "loose" / "cats" / "000.png").rename(root / "images" / "000.png")
     (root / "metadata.csv").write_text("file_name,label\n")
-    with pytest.raises(ValueError, match=r"Labels are not read from 'metadata\.csv': move each image into the folder"):
+    with pytest.raises(ValueError, match=rf"The labels in 'metadata\.csv' are read with --data csv:{root}/metadata\.csv"):
+        load(root)
+    (root / "metadata.csv").rename(root / "metadata.jsonl")
+    with pytest.raises(ValueError, match=rf"The labels in 'metadata\.jsonl' are read with --data hf:{root}$"):
+        load(root)
+    (root / "metadata.jsonl").rename(root / "labels.xlsx")
+    with pytest.raises(ValueError, match=r"Labels are not read from 'labels\.xlsx': save it as CSV"):
         load(root)
 
 

@@ -136,7 +136,8 @@ def _passed_over(root: Path, folders: dict[str, Path]) -> list[str]:
         loose = [child.name for child in sorted(folder.iterdir()) if child.is_file() and is_image(child)]
         if loose:
             where = "" if folder == root else f" in {folder.name}"
-            notes.append(f"left out {len(loose)} images that lie{where} without a class folder, e.g. {loose[0]!r}")
+            lie = "1 image that lies" if len(loose) == 1 else f"{len(loose)} images that lie"
+            notes.append(f"left out {lie}{where} without a class folder, e.g. {loose[0]!r}")
     if folders.get("train") != root:
         beside = [child for child in _subfolders(root) if child not in folders.values()]
         images = {child.name: sum(is_image(file) for file in _walk(child)) for child in beside}
@@ -215,9 +216,14 @@ def _no_classes(folder: Path) -> str:
 
 
 def _table_hint(*folders: Path) -> str:
-    """That labels are read from folders, where a table lies beside the images."""
-    tables = [child.name for folder in folders for child in sorted(folder.iterdir()) if child.suffix in _TABLES]
-    return f". Labels are not read from {tables[0]!r}: move each image into the folder of its class" if tables else ""
+    """How the labels of a table are read, where one lies beside the images."""
+    table = next((child for folder in folders for child in sorted(folder.iterdir()) if child.suffix in _TABLES), None)
+    if table is None:
+        return ""
+    if table.suffix == ".xlsx":
+        return f". Labels are not read from {table.name!r}: save it as CSV, and give --data csv:FILE"
+    kind = {".parquet": "parquet", ".jsonl": "hf"}.get(table.suffix, "csv")
+    return f". The labels in {table.name!r} are read with --data {kind}:{table.parent if kind == 'hf' else table}"
 
 
 def _with_nearest(name: str, classes: list[str]) -> str:
