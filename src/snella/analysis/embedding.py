@@ -17,7 +17,7 @@ from sklearn.metrics import normalized_mutual_info_score
 from snella.analysis.plot import Plot, Row, run_labels
 from snella.data.splits import stratified_sample
 from snella.methods import build_method
-from snella.report.style import add_legend, new_panels, shortened, style_of
+from snella.report.style import MUTED, add_legend, new_panels, shortened, style_of
 from snella.runs.build import load_run, make_backbone
 from snella.runs.evaluate import Split, images_for_run
 from snella.runs.linear_probe import head_inputs
@@ -142,7 +142,7 @@ def _draw(rows: Sequence[Row], scores: Sequence[Row]) -> Figure:
             axes.plot(*places, linestyle="none", marker=marker, color=color, markersize=4, alpha=0.85)
         axes.grid(False)
         axes.set(xticks=[], yticks=[])
-        axes.spines[:].set_visible(True)
+        axes.spines[:].set(visible=True, color=MUTED)
     if len(classes) <= 24:
         handles = [
             Line2D([], [], linestyle="none", marker=style_of(number)[1], color=style_of(number)[0], markersize=5)

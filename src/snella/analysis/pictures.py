@@ -270,33 +270,35 @@ def _of_each_class(labels: Sequence[int], count: int, seed: int) -> list[int]:
     return turns[:count]
 
 
+_GAP, _TITLE, _CAPTION = 12, 24, 17
+"""Pixels between cells, and of a line's title and of its captions."""
+
+
 def _draw_grid(lines: Sequence[Sequence[Image.Image]], titles: Sequence[str], heads: Sequence[Sequence[str]]) -> Figure:
-    """A line of images for each title, a text above each image."""
+    """A line of images for each title, a text above each image; every cell has the same size."""
     columns = max(map(len, lines))
-    names = [head for line in heads for head in [*line, *[""] * (columns - len(line))]]
-    figure, panels = new_panels((_SIDE + 12) * columns + 20, (_SIDE + 42) * len(lines) + 10, names, columns)
-    for place, axes in enumerate(panels):
-        row, column = divmod(place, columns)
-        axes.set_axis_off()
-        axes.title.set_text("")
-        axes.set_title(names[place], color=INK, fontsize=9, fontweight="normal", loc="left", x=0.0, pad=3)
-        if column < len(lines[row]):
-            image = lines[row][column].convert("RGB")
-            image.thumbnail((2 * _SIDE, 2 * _SIDE), Image.Resampling.LANCZOS)
-            axes.imshow(np.asarray(image), interpolation="none" if min(image.size) > 40 else "nearest")
-        if column == 0:
-            title = shortened(titles[row], 10 * columns)
-            axes.annotate(
-                title,
-                (0, 1),
-                (0, 18),
-                xycoords="axes fraction",
-                textcoords="offset points",
-                color=INK,
-                fontsize=11,
-                fontweight="bold",
-                annotation_clip=False,
-            )
+    tops = [_TITLE + _CAPTION * any(line) for line in heads]
+    width = (_SIDE + _GAP) * columns + _GAP
+    height = (_SIDE + _GAP) * len(lines) + sum(tops) + _GAP
+    figure, panels = new_panels(width, height, [""] * (columns * len(lines)), columns)
+    figure.set_layout_engine("none")
+    bottom = height
+    for row, line in enumerate(lines):
+        bottom -= _GAP + tops[row] + _SIDE
+        left = _GAP / width
+        title = shortened(titles[row], 10 * columns)
+        place = (bottom + _SIDE + tops[row] - 3) / height
+        figure.text(left, place, title, color=INK, fontsize=11, fontweight="bold", va="top")
+        for column in range(columns):
+            axes = panels[row * columns + column]
+            axes.set_axis_off()
+            corner = _GAP + (_SIDE + _GAP) * column
+            axes.set_position((corner / width, bottom / height, _SIDE / width, _SIDE / height))
+            if column < len(line):
+                image = line[column].convert("RGB")
+                image.thumbnail((2 * _SIDE, 2 * _SIDE), Image.Resampling.LANCZOS)
+                axes.imshow(np.asarray(image), interpolation="none" if min(image.size) > 40 else "nearest")
+                figure.text(corner / width, (bottom + _SIDE + 4) / height, heads[row][column], color=INK, fontsize=9)
     return figure
 
 

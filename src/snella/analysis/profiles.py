@@ -224,9 +224,9 @@ def _draw_radar(rows: Sequence[Row]) -> Figure:
     """Polygons on axes that leave one center, with the highest accuracy at each axis's end."""
     axes_names = list(dict.fromkeys(row["axis"] for row in rows))
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    figure, axes = new_figure(560, 540)
+    figure, axes = new_figure(560, 410 + 20 * -(-len(methods) // 4))
     axes.set_axis_off()
-    axes.set(xlim=(-1.75, 1.75), ylim=(-1.45, 1.45), aspect="equal")
+    axes.set(xlim=(-1.75, 1.75), ylim=(-1.3, 1.3), aspect="equal")
     angles = np.pi / 2 - np.arange(len(axes_names)) * 2 * np.pi / len(axes_names)
     for radius in (0.3, 0.65, 1.0):
         ring = np.append(angles, angles[0])
