@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from snella.analysis import allocation, evolution
-from snella.analysis.budgets import linear_trend
 from snella.records import Allocation, AllocationStep, BackboneInfo, DataInfo, MatrixInfo, RunInfo, read, write
+from snella.report.allocation import linear_trend
 
 
 def write_run(folder, budgets, importance):

@@ -9,7 +9,6 @@ from scipy import stats
 
 from snella.analysis import overlap, read_updates, update
 from snella.analysis.updates import (
-    _pooled,
     _Similarity,
     chance_frequencies,
     effective_rank,
@@ -18,6 +17,9 @@ from snella.analysis.updates import (
 )
 from snella.methods import merge_trained
 from snella.records import Allocation, read
+from snella.report.inspect import read_adapter
+from snella.report.report import update_section
+from snella.report.updates import _pooled, deepest_query
 from snella.runs.build import load_run, make_backbone
 from snella.tuner.matrices import adapted_matrices
 
@@ -116,6 +118,21 @@ def test_updates_of_two_runs_are_compared(save_run):
 def _block(number):
     parts = ("attn.qkv.q", "attn.qkv.k", "attn.qkv.v", "attn.proj", "mlp.fc1", "mlp.fc2")
     return [f"blocks.{number}.{part}" for part in parts]
+
+
+def test_the_deepest_query_projection_is_that_of_the_last_block_in_counting_order(save_run):
+    names = list(read_updates(save_run("a", method="snella-2"), "").shapes)
+    assert names[-1] == "blocks.5.mlp.fc2" and deepest_query(names) == "blocks.5.attn.qkv.q"
+    assert deepest_query(["blocks.9.q_proj", "blocks.10.q_proj", "blocks.10.fc2"]) == "blocks.10.q_proj"
+    assert deepest_query(["fc1", "fc2"]) == "fc2"
+
+
+@pytest.mark.parametrize(("method", "shown"), [("snella-2", True), ("lora-2", True), ("bias", False)])
+def test_a_run_s_report_shows_the_update_that_its_adapter_holds(method, shown, save_run):
+    section = update_section(read_adapter(save_run("a", method=method)), None)
+    assert (section is not None) == shown
+    if shown:
+        assert section["name"] == "blocks.5.attn.qkv.q" and "Update of blocks.5.attn.qkv.q" in section["figure"]
 
 
 def test_one_run_has_no_overlap(save_run):

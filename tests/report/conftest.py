@@ -209,7 +209,9 @@ class RunBuilder:
                     out = sum(SHAPES[kind][0] for kind in kinds)
                     tensors[key + "snella_A"] = torch.zeros(len(kinds), SHAPES[kinds[0]][1], 8)
                     tensors[key + "snella_B"] = torch.zeros(out, 8)
+                    tensors[key + "snella_piece_coeff"] = torch.full((len(kinds), 2), 0.1)
                     tensors[key + "snella_alpha"] = torch.ones(len(kinds))
+                    tensors[key + "snella_beta"] = torch.zeros(len(kinds))
                     tensors[key + "snella_budget"] = torch.tensor([budgets[f"blocks.{depth}.{k}"] for k in kinds])
         save_file(tensors, folder / "adapter_model.safetensors")
         config = {"peft_type": "SNELLA" if budgets else "LORA", "r": 8, "target_sparsity": 0.7, "layers_pattern": None}

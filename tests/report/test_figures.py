@@ -38,6 +38,7 @@ def test_every_figure_is_written_as_svg_and_png(run, tmp_path, ending, monkeypat
         "accuracy": figures.accuracy_curves(metrics),
         "confusion": figures.confusion_matrix(metrics.val.confusion, ["defective", "sound"]),
         "map": figures.sparsity_map(allocation.matrices, budgets),
+        "trend": figures.block_trend(allocation.matrices, budgets),
         "budget": figures.budget_curve(allocation, 10),
         "frozen": figures.frozen_curve(allocation, 10),
         "kind": figures.budget_shares(allocation, 10, "kind"),
@@ -124,6 +125,18 @@ def test_the_sparsity_map_marks_frozen_matrices_and_never_calls_a_trained_one_al
     shown = texts(figures.inline_svg(figures.sparsity_map(matrices, budgets), "map", "Map"))
     assert {"×", "99", "75", "0", "fc", "block"} <= set(shown)
     assert "100" not in shown
+
+
+def test_the_trend_is_the_line_of_least_squares_through_the_sparsity_of_the_blocks():
+    matrices = [MatrixInfo(f"blocks.{d}.{kind}", kind, d, (10, 10), 100) for d in (2, 10, 11) for kind in ("q", "k")]
+    matrices.append(MatrixInfo("head", "head", None, (10, 10), 100))
+    budgets = dict(zip((m.name for m in matrices), (100, 80, 60, 60, 50, 0, 100), strict=True))
+    axes = figures.block_trend(matrices, budgets).axes[0]
+    assert [bar.get_height() for bar in axes.patches] == pytest.approx([0.1, 0.4, 0.75])
+    assert list(axes.lines[0].get_ydata()) == pytest.approx([0.0916667, 0.4166667, 0.7416667], abs=1e-6)
+    shown = texts(figures.inline_svg(axes.figure, "t", "T"))
+    assert {"2", "10", "11", "trend, +32.50 points a block"} <= set(shown)
+    assert figures.block_trend(matrices[:2], budgets) is None
 
 
 def test_a_map_of_many_blocks_has_no_numbers():

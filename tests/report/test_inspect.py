@@ -45,7 +45,7 @@ def test_the_summary_is_plain_and_its_numbers_agree_with_the_files(run):
     assert budgets["sparsity"]["attn.k"][0] == 1.0
     assert budgets["frozen"] == ["blocks.0.attn.qkv.k", "blocks.2.attn.qkv.k"]
     assert summary["parameters"]["parts"]["snella_A"] == 12 * (3 * 384 + 384 + 384 + 1536) * 8
-    assert summary["parameters"]["in_adapter"] == 2 * 331_776 + 72 + 768
+    assert summary["parameters"]["in_adapter"] == 2 * 331_776 + 4 * 72 + 768
     assert summary["sizes"]["adapter_bytes"] == (run.folder / "adapter/adapter_model.safetensors").stat().st_size
     assert summary["sizes"]["sparse_update_bytes"] == 8 * entry["budget"]
     assert summary["sizes"]["adapted_weights_bytes"] == 4 * 21_233_664

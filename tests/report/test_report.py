@@ -18,6 +18,7 @@ SECTIONS = [
     "examples",
     "use",
     "curves",
+    "update",
     "sparsity",
     "budgets",
     "importance",

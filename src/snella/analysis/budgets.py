@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from snella.analysis.plot import Plot, Row, run_labels
 from snella.records import Allocation, AllocationStep, MatrixInfo, Metrics, RunInfo, read, read_if_present
-from snella.report.allocation import adapter_budgets, log_axis
+from snella.report.allocation import adapter_budgets, linear_trend, log_axis
 from snella.report.inspect import read_adapter, saved_budgets
 from snella.report.style import (
     ACCENT,
@@ -135,14 +135,6 @@ def layer_sparsities(run: BudgetedRun, budgets: Mapping[str, int], by: Layers) -
         row = {"run": run.label, "layer": layer, "position": position, "weights": weights, "budget": budget}
         rows.append({**row, "sparsity": 1 - budget / weights})
     return rows
-
-
-def linear_trend(values: Sequence[float]) -> tuple[float, float]:
-    """Slope and intercept of the least-squares line through `(0, values[0]), (1, values[1]), …`."""
-    if len(values) < 2:
-        return 0.0, float(values[0])
-    slope, intercept = np.polyfit(np.arange(len(values)), values, 1)
-    return float(slope), float(intercept)
 
 
 def evolution(runs: Sequence[str | Path], *, by: Layers = "block") -> list[Plot]:

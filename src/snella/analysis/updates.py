@@ -13,25 +13,17 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
-from peft import LoraConfig
-from safetensors import safe_open
 from torch import Tensor
 
-from snella._text import percent_text
 from snella.analysis.plot import Plot, Row, run_labels
 from snella.methods import merge_trained, spec_of
 from snella.methods.model_parts import is_inside
-from snella.ops.functional import sparsify_update
-from snella.ops.kernels import make_kernel
-from snella.ops.spec import Factors, Update, UpdateSpec
 from snella.records import Allocation, MatrixInfo, read_if_present
 from snella.report.allocation import log_axis
-from snella.report.inspect import AdapterFile, read_adapter
+from snella.report.inspect import read_adapter
 from snella.report.style import (
     ACCENT,
-    INK,
     MUTED,
     WARM,
     accent_map,
@@ -40,16 +32,10 @@ from snella.report.style import (
     new_panels,
     scale_bar,
     shortened,
-    signed_map,
     style_of,
 )
+from snella.report.updates import MOST_CELLS, UpdateSource, adapter_updates, deepest_query, draw_updates, part_names
 from snella.runs.build import load_run, make_backbone
-from snella.tuner.config import SnellaConfig
-
-_PREFIX = "base_model.model."
-_QUERY = re.compile(r"(^|[._])(to_)?(q|query|q_proj)$")
-_SIDE = 128
-"""Cells on the longer side of a drawn matrix."""
 
 
 @dataclass(frozen=True)
@@ -83,109 +69,11 @@ def read_updates(run: str | Path, label: str) -> RunUpdates:
         raise FileNotFoundError(f"run {run} has no adapter yet; give a run that finished an epoch")
     allocation = read_if_present(Allocation, run)
     infos = {} if allocation is None else {matrix.name: matrix for matrix in allocation.matrices}
-    if any(key.endswith(".snella_A") for key in adapter.shapes) and not adapter.config.get("fixed_support"):
-        shapes, make = _of_snella(adapter, infos)
-    elif _is_plain_lora(adapter):
-        shapes, make = _of_lora(adapter)
-    else:
-        shapes, make = _of_differences(run)
+    shapes, make = adapter_updates(adapter, infos) or _of_differences(run)
     return RunUpdates(label, shapes, infos, make)
 
 
-_Source = tuple[dict[str, tuple[int, int]], Callable[[str], Tensor]]
-
-
-def _of_snella(adapter: AdapterFile, infos: Mapping[str, MatrixInfo]) -> _Source:
-    """Updates from the factors, scalars and budgets in the file, by the reference formula."""
-    config = SnellaConfig.from_pretrained(str(adapter.path.parent))
-    modules = [
-        key.removesuffix(".snella_A").removeprefix(_PREFIX) for key in adapter.shapes if key.endswith("snella_A")
-    ]
-    places: dict[str, tuple[str, int]] = {}
-    rows: dict[str, tuple[int, ...]] = {}
-    shapes: dict[str, tuple[int, int]] = {}
-    for module in modules:
-        groups, n, _ = adapter.shapes[f"{_PREFIX}{module}.snella_A"]
-        m = adapter.shapes[f"{_PREFIX}{module}.snella_B"][0]
-        names = part_names(module, groups, infos)
-        rows[module] = tuple(infos[name].shape[0] if name in infos else m // groups for name in names)
-        places |= {name: (module, group) for group, name in enumerate(names)}
-        shapes |= {name: (count, n) for name, count in zip(names, rows[module], strict=True)}
-    kernel = make_kernel(
-        config.kernel,
-        num_pieces=config.num_pieces,
-        softmax_dim=config.softmax_dim,
-        center_softmax=config.center_softmax,
-    )
-    merged: dict[str, list[Tensor]] = {}
-
-    def make(name: str) -> Tensor:
-        module, group = places[name]
-        if module not in merged:
-            merged.clear()  # the matrices of a fused layer are merged together and asked for one after the other
-            spec = UpdateSpec(kernel, rows[module], config.sparsify_mode, config.scaling)  # type: ignore[arg-type]
-            with safe_open(adapter.path, "pt") as file:
-                values = [_tensor(file, adapter, f"{module}.snella_{part}") for part in _PARTS]
-                budgets = tuple(file.get_tensor(f"{_PREFIX}{module}.snella_budget").reshape(-1).tolist())
-            with torch.no_grad():
-                merged[module] = sparsify_update(Update(spec, Factors(*values), budgets))[0]  # type: ignore[arg-type]
-        return config.scaling * merged[module][group].float()
-
-    return shapes, make
-
-
-def _modules(adapter: AdapterFile, ending: str) -> list[str]:
-    """Names of the modules with a tensor of this ending, block 2 before block 10."""
-    names = [key.removesuffix(ending).removeprefix(_PREFIX) for key in adapter.shapes if key.endswith(ending)]
-    return sorted(names, key=lambda name: [(len(word), word) for word in re.split(r"\D+", name)])
-
-
-_PARTS = ("A", "B", "piece_coeff", "alpha", "beta", "temperature")
-
-
-def _tensor(file: Any, adapter: AdapterFile, name: str) -> Tensor | None:
-    """A tensor of the file, None where it has none of that name."""
-    key = _PREFIX + name
-    return file.get_tensor(key) if key in adapter.shapes else None
-
-
-def _is_plain_lora(adapter: AdapterFile) -> bool:
-    """Whether every update is `scaling · B A` of two matrices in the file."""
-    keys = [key for key in adapter.shapes if ".lora_" in key]
-    settings = ("use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias")
-    return (
-        bool(keys)
-        and adapter.config.get("peft_type") == "LORA"
-        and all(key.endswith((".lora_A.weight", ".lora_B.weight")) for key in keys)
-        and all(len(adapter.shapes[key]) == 2 for key in keys)
-        and not any(adapter.config.get(name) for name in settings)
-    )
-
-
-def _of_lora(adapter: AdapterFile) -> _Source:
-    """Updates `scaling · B A`, those of a fused layer cut into the matrices that SNELLA's compete as."""
-    config = LoraConfig.from_pretrained(str(adapter.path.parent))
-    scaling = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
-    places: dict[str, tuple[str, int, int]] = {}
-    shapes: dict[str, tuple[int, int]] = {}
-    for module in _modules(adapter, ".lora_A.weight"):
-        m, n = (
-            adapter.shapes[f"{_PREFIX}{module}.lora_{letter}.weight"][axis] for letter, axis in (("B", 0), ("A", 1))
-        )
-        names = part_names(module, 3 if module.endswith("qkv") and m % 3 == 0 else 1, {})
-        places |= {name: (module, group, m // len(names)) for group, name in enumerate(names)}
-        shapes |= {name: (m // len(names), n) for name in names}
-
-    def make(name: str) -> Tensor:
-        module, group, rows = places[name]
-        with safe_open(adapter.path, "pt") as file:
-            A, B = (file.get_tensor(f"{_PREFIX}{module}.lora_{letter}.weight").float() for letter in "AB")
-        return scaling * (B[group * rows : (group + 1) * rows] @ A)
-
-    return shapes, make
-
-
-def _of_differences(run: str | Path) -> _Source:
+def _of_differences(run: str | Path) -> UpdateSource:
     """Differences between the merged model's matrices and the backbone's, the head aside."""
     loaded = load_run(run, device="cpu")
     head = spec_of(loaded.model).head
@@ -204,16 +92,6 @@ def _of_differences(run: str | Path) -> _Source:
     return {name: (len(value), value.shape[1]) for name, value in changed.items()}, changed.__getitem__
 
 
-def part_names(module: str, groups: int, infos: Mapping[str, MatrixInfo]) -> list[str]:
-    """Names of the matrices in one weight: those of `allocation.json`, else of q, k and v."""
-    if groups == 1:
-        return [module]
-    known = [name for name in infos if name.rpartition(".")[0] == module]
-    if len(known) == groups:
-        return known
-    return [f"{module}.{part}" for part in ("qkv" if groups == 3 else map(str, range(groups)))]
-
-
 def choose_matrix(several: Sequence[RunUpdates], name: str | None) -> str:
     """The matrix of this name, or the deepest query projection (else the deepest matrix) that all runs have.
 
@@ -227,8 +105,7 @@ def choose_matrix(several: Sequence[RunUpdates], name: str | None) -> str:
         if name not in common:
             raise ValueError(f"matrix must be one that all runs changed, e.g. {common[0]!r}, got {name!r}")
         return name
-    queries = [name for name in common if _QUERY.search(name)]
-    return (queries or common)[-1]
+    return deepest_query(common)
 
 
 def singular_values(update: Tensor) -> Tensor:
@@ -298,7 +175,7 @@ def update(runs: Sequence[str | Path], *, matrix: str | None = None) -> list[Plo
         if other in run.shapes
     ]
     return [
-        Plot("update", rows, partial(_draw_updates, updates, name)),
+        Plot("update", rows, partial(draw_updates, updates, name)),
         Plot("update-spectrum", spectrum, partial(_draw_spectrum, spectrum, rows, ranks, name), (), {"ranks": ranks}),
     ]
 
@@ -448,48 +325,6 @@ def _without_numbers(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)", "#", name)
 
 
-def _pooled(values: Tensor, side: int = _SIDE) -> np.ndarray:
-    """A matrix in cells of at most `side` a side, each with its entry of the largest magnitude."""
-    rows, columns = (max(1, -(-size // side)) for size in values.shape)
-    padded = torch.nn.functional.pad(values, (0, -values.shape[1] % columns, 0, -values.shape[0] % rows))
-    blocks = padded.unfold(0, rows, rows).unfold(1, columns, columns).flatten(2)
-    places = blocks.abs().argmax(-1, keepdim=True)
-    return blocks.gather(-1, places)[..., 0].numpy()
-
-
-def _draw_updates(updates: Mapping[str, Tensor], name: str) -> Figure:
-    """A panel a run: the update's entries by sign and magnitude, on the scale of that run."""
-    columns = min(len(updates), 3)
-    lines = -(-len(updates) // columns)
-    height = max(value.shape[0] / value.shape[1] for value in updates.values())
-    titles = [shortened(label, 28) for label in updates]
-    panel = min(max(250 * height, 110), 420)
-    figure, panels = new_panels(270 * columns, (panel + 50) * lines + 60, titles, columns)
-    for axes, value in zip(panels, updates.values(), strict=True):
-        drawn = _pooled(value)
-        drawn_top = float(np.quantile(np.abs(drawn)[drawn != 0], 0.99)) if drawn.any() else 1.0
-        rows, inputs = value.shape
-        axes.grid(False)
-        axes.imshow(
-            drawn,
-            cmap=signed_map(),
-            vmin=-drawn_top,
-            vmax=drawn_top,
-            extent=(0, inputs, rows, 0),
-            interpolation="none",
-            aspect="equal",
-        )
-        density = percent_text(float(value.count_nonzero()) / value.numel())
-        axes.set_xlabel(f"{density} changed, by {value.abs().max():.2g} at most")
-        axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
-        axes.spines[:].set(visible=True, color=MUTED)
-    figure.suptitle(f"Update of {name}", fontsize=13, fontweight="bold", color=INK)
-    names = ["increased", "decreased"]
-    add_legend(figure, [Patch(color=ACCENT), Patch(color=WARM)], names)
-    return figure
-
-
 def _draw_spectrum(spectrum: Sequence[Row], rows: Sequence[Row], ranks: Sequence[Row], name: str) -> Figure:
     """Singular values relative to the largest one, and effective rank along the depth."""
     titles = [f"Singular values of {shortened(name, 26)}", "Effective rank of each such matrix"]
@@ -562,7 +397,8 @@ def _draw_map(changed: Tensor, name: str, tasks: int) -> Figure:
         420, min(max(330 * rows / columns, 150), 560) + 130, f"Tasks that change {shortened(name, 26)}"
     )
     axes.grid(False)
-    means = torch.nn.functional.adaptive_avg_pool2d(changed.double()[None], (min(rows, _SIDE), min(columns, _SIDE)))[0]
+    cells = (min(rows, MOST_CELLS), min(columns, MOST_CELLS))
+    means = torch.nn.functional.adaptive_avg_pool2d(changed.double()[None], cells)[0]
     axes.imshow(
         means.numpy() / tasks, cmap=accent_map(), vmin=0, vmax=1, extent=(0, columns, rows, 0), interpolation="none"
     )

@@ -179,6 +179,38 @@ def sparsity_map(matrices: Sequence[MatrixInfo], budgets: Mapping[str, int]) -> 
     return figure
 
 
+def linear_trend(values: Sequence[float]) -> tuple[float, float]:
+    """Slope and intercept of the least-squares line through `(0, values[0]), (1, values[1]), …`."""
+    if len(values) < 2:
+        return 0.0, float(values[0])
+    slope, intercept = np.polyfit(np.arange(len(values)), values, 1)
+    return float(slope), float(intercept)
+
+
+def block_trend(matrices: Sequence[MatrixInfo], budgets: Mapping[str, int]) -> Figure | None:
+    """Draw the sparsity of each block as bars and its linear trend (Figure 10); None for fewer than two blocks."""
+    blocks: dict[int, list[MatrixInfo]] = {}
+    for matrix in matrices:
+        if matrix.depth is not None:
+            blocks.setdefault(matrix.depth, []).append(matrix)
+    if len(blocks) < 2:
+        return None
+    depths = sorted(blocks)
+    shares = [1 - sum(budgets[m.name] for m in blocks[d]) / sum(m.size for m in blocks[d]) for d in depths]
+    slope, intercept = linear_trend(shares)
+    figure, axes = new_figure(*CURVE, "Sparsity by block")
+    bars = axes.bar(range(len(depths)), shares, width=0.8, color=ACCENT)
+    (line,) = axes.plot([intercept + slope * place for place in range(len(depths))], color=WARM, linewidth=2.2)
+    axes.grid(False, axis="x")
+    axes.set(ylim=(0, 1.02), xlabel="block")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
+    names = dict(enumerate(map(str, depths)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: names.get(round(value), "")))
+    percent_axis(axes)
+    add_legend(figure, [bars, line], ["weights left unchanged", f"trend, {100 * slope:+.2f} points a block"])  # type: ignore[list-item]
+    return figure
+
+
 def budget_curve(allocation: Allocation, epochs: int | None) -> Figure:
     """Draw the total budget b_t over the epochs, with the target b_T.
 
@@ -354,12 +386,14 @@ __all__ = [
     "adapter_budgets",
     "adapter_step",
     "arrange",
+    "block_trend",
     "budget_curve",
     "budget_shares",
     "epochs_of_allocation",
     "frozen_curve",
     "has_importance",
     "importance_curves",
+    "linear_trend",
     "log_axis",
     "sparsity_map",
 ]

@@ -13,7 +13,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from snella.records import EpochRow, MethodResult, Metrics
-from snella.report.allocation import budget_curve, budget_shares, frozen_curve, importance_curves, sparsity_map
+from snella.report.allocation import (
+    block_trend,
+    budget_curve,
+    budget_shares,
+    frozen_curve,
+    importance_curves,
+    sparsity_map,
+)
 from snella.report.style import (
     ACCENT,
     COLORS,
@@ -222,6 +229,7 @@ def _short_count(count: int) -> str:
 
 __all__ = [
     "accuracy_curves",
+    "block_trend",
     "budget_curve",
     "budget_shares",
     "comparison_bars",

@@ -39,7 +39,7 @@ from snella.report import figures, targets
 from snella.report.allocation import adapter_budgets, adapter_step, arrange, epochs_of_allocation, has_importance
 from snella.report.calibration import calibration_section, ranking_section
 from snella.report.examples import ImageSource, choose_examples, load_example, load_picture, mask_colors, picture_uri
-from snella.report.inspect import read_adapter, saved_budgets
+from snella.report.inspect import AdapterFile, read_adapter, saved_budgets
 from snella.report.style import write_atomically
 
 _LONGEST = 800
@@ -284,6 +284,21 @@ def _class_rows(info: RunInfo, scores: Scores) -> list[dict[str, Any]]:
     return rows
 
 
+def update_section(adapter: AdapterFile | None, allocation: Allocation | None) -> dict[str, Any] | None:
+    """The update of the deepest query projection; None for methods whose adapter's file does not hold updates."""
+    if adapter is None:
+        return None
+    from snella.report.updates import adapter_updates, deepest_query, draw_updates
+
+    infos = {} if allocation is None else {matrix.name: matrix for matrix in allocation.matrices}
+    source = adapter_updates(adapter, infos)
+    if source is None or not source[0]:
+        return None
+    name = deepest_query(list(source[0]))
+    figure = draw_updates({"": source[1](name)}, name)
+    return {"name": name, "figure": _inline(figure, "update", f"Update of {name}, increased and decreased weights.")}
+
+
 def allocation_section(
     info: RunInfo, metrics: Metrics | None, allocation: Allocation | None, budgets: dict[str, int]
 ) -> dict[str, Any] | None:
@@ -315,6 +330,7 @@ def allocation_section(
                 f"Number of frozen and full matrices over time; {grid.frozen_count} are frozen in the saved adapter.",
             ),
         ]
+    trend = figures.block_trend(allocation.matrices, budgets)
     importance = None
     if has_importance(allocation):
         importance = _inline(
@@ -329,6 +345,7 @@ def allocation_section(
             f"Sparsity of each matrix by block and kind; {grid.frozen_count} of {len(allocation.matrices)} are frozen. "
             "The table of matrices has the numbers.",
         ),
+        "trend": trend and _inline(trend, "block-trend", "Sparsity of each block, and its linear trend."),
         "kept": sum(budgets.values()),
         "total": allocation.total_weights,
         "frozen": [matrix.name for matrix in allocation.matrices if budgets[matrix.name] == 0],
@@ -494,6 +511,7 @@ def _render(folder: Path, images: ImageSource | None) -> str:
         "calibration": calibration_section(info, class_predictions),
         "ranking": ranking_section(info, class_predictions),
         "allocation": allocation_section(info, metrics, allocation, budgets),
+        "update": update_section(adapter, allocation),
         "has_adapter": adapter is not None,
         "comparison": comparison_section(comparison),
         "examples": examples_section(info, class_predictions, images),
@@ -539,5 +557,6 @@ __all__ = [
     "groups_section",
     "masks_section",
     "results_section",
+    "update_section",
     "write_report",
 ]
