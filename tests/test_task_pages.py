@@ -12,6 +12,7 @@ from snella.comparison.experiment_files import bundled_experiments
 ROOT = Path(__file__).parents[1]
 PLACEHOLDER = re.compile(r"…|\b(RUN|NAME|IMAGES|FOLDER|DIR|FILE)\b")
 PAGES = ("vtab", "fgvc", "segmentation", "generation", "language")
+GUIDES = ("targets", "data", "training", "using-a-run", "walkthroughs", "compare", "export")
 
 
 def commands(text):
@@ -27,7 +28,7 @@ def of_page(page):
     return [(page, shlex.join(words)) for words in commands((ROOT / "docs" / f"{page}.md").read_text())]
 
 
-@pytest.mark.parametrize(("page", "line"), [pair for page in (*PAGES, "targets") for pair in of_page(page)])
+@pytest.mark.parametrize(("page", "line"), [pair for page in (*PAGES, *GUIDES) for pair in of_page(page)])
 def test_every_command_of_a_page_is_one_that_the_program_takes(page, line, monkeypatch):
     monkeypatch.chdir(ROOT)
     words = shlex.split(line)
