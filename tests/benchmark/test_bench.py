@@ -105,10 +105,11 @@ def test_one_matrix_is_timed_beside_its_product():
 
 def test_all_errors_of_a_configuration_are_told_together():
     with pytest.raises(ValueError, match=r"batch must be at least 1, got 0; r must be at least 1, got 0") as caught:
-        BenchConfig(["vit_bse"], [0], ["lorra"], [0], [1.0], ["fp8"], rounds=0, figures="here")
+        BenchConfig(["vit_bse"], [0], ["lorra"], [0], [1.0], ["fp8"], rounds=-1, figures="here")
     for text in (
         "sparsity must be in [0, 1), got 1.0", "methods must be among", "got 'lorra'", "dtype must be among fp32, bf16",
-        "got 'fp8'", "timm names, got 'vit_bse'", "rounds must be at least 1, got 0", "got figures='here' without out",
+        "got 'fp8'", "timm names, got 'vit_bse'", "rounds must not be negative, got -1",
+        "got figures='here' without out",
     ):  # fmt: skip
         assert text in str(caught.value)
 
@@ -121,7 +122,7 @@ def test_the_grid_is_what_it_says():
 
 
 def test_a_contender_that_stores_the_weight_keeps_it_and_snella_does_not():
-    rows = {row["contender"]: row for row in bench(BenchConfig(["test_vit"], [2], KEPT, r=[4], rounds=1), QUIET)}
+    rows = {row["contender"]: row for row in bench(BenchConfig(["test_vit"], [2], KEPT, r=[4], rounds=0), QUIET)}
     adapted = sum(
         module.get_base_layer().weight.numel()
         for name, module in Runner("snella", TINY).model.named_modules()
@@ -129,7 +130,10 @@ def test_a_contender_that_stores_the_weight_keeps_it_and_snella_does_not():
     )
     more = rows["snella-keep-delta"]["saved_mib"] - rows["snella"]["saved_mib"]
     assert more == pytest.approx(4 * adapted / 2**20, abs=0.11)  # both are rounded to a tenth
-    assert rows["snella-keep-delta"]["step_over_lora"] > 0
+    assert {row["benchmark"] for row in rows.values()} == {"kept_bytes"} and "step_s" not in rows["snella"]
+    assert rows["snella"]["saved_mib"] < rows["lora"]["saved_mib"]
+    with pytest.raises(ValueError, match="got memory with rounds=0; leave one out"):
+        BenchConfig(["test_vit"], [2], KEPT, rounds=0, memory=True)
 
 
 def test_a_table_has_what_each_method_adds_to_the_memory_of_each_backbone():

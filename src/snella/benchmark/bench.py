@@ -124,11 +124,6 @@ class Runner:
         self.optimizer.zero_grad()
         return found
 
-    @property
-    def trainable(self) -> int:
-        """Parameters that learn."""
-        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-
     def _now(self) -> float:
         """A clock, once the device has done all that it was given."""
         if self.device.type == "cuda":
@@ -230,6 +225,8 @@ def bench(config: BenchConfig, console: Console | None = None) -> list[dict[str,
 
 def _measure(config: BenchConfig, workload: Workload, batch: int, console: Console) -> list[dict[str, Any]]:
     """Rows of one setting."""
+    if not config.rounds:
+        return _count(config, workload, batch)
     images, labels = random_batch(workload, batch)
     runners: dict[str, Runner] = {}
     for name in config.methods:
@@ -252,26 +249,43 @@ def _measure(config: BenchConfig, workload: Workload, batch: int, console: Conso
         shuffle.shuffle(order)
         for name in order:
             times[name].append(runners[name].step(images, labels))
-    common = {
-        "benchmark": "step_time",
-        **{key: value for key, value in asdict(workload).items() if key not in ("dtype", "device")},
-        "dtype": str(workload.dtype).removeprefix("torch."),
-        "batch": batch,
-        "rounds": config.rounds,
-        **conditions(workload.device),
-    }
+    common = {"benchmark": "step_time", **_described(workload, batch), "rounds": config.rounds}
+    common |= conditions(workload.device)
     rows = []
     for name, runner in runners.items():
-        row = {**common, "contender": name, **_summary(times[name], times.get(REFERENCE))}
-        row["saved_mib"] = round(saved_bytes(runner.model, images) / 2**20, 1)
-        row["weights"] = sum(p.numel() for p in runner.model.parameters())
-        row["trainable"] = runner.trainable
-        rows.append(row)
+        summary = _summary(times[name], times.get(REFERENCE))
+        rows.append({**common, "contender": name, **summary, **_counted(runner.model, images)})
     del runners
     if config.memory:
         for row in rows:
             row.update(peak_mib(str(row["contender"]), workload, batch))
     return rows
+
+
+def _count(config: BenchConfig, workload: Workload, batch: int) -> list[dict[str, Any]]:
+    """Rows of one setting without times: one model at a time, and a forward pass of each."""
+    images, _ = random_batch(workload, batch)
+    common = {"benchmark": "kept_bytes", **_described(workload, batch), **conditions(workload.device)}
+    rows = []
+    for name in config.methods:
+        rows.append({**common, "contender": name, **_counted(BASELINES[name](workload.base(), workload), images)})
+        gc.collect()
+    return rows
+
+
+def _described(workload: Workload, batch: int) -> dict[str, Any]:
+    """A setting, as its rows have it."""
+    described = {key: value for key, value in asdict(workload).items() if key not in ("dtype", "device")}
+    return {**described, "dtype": str(workload.dtype).removeprefix("torch."), "batch": batch}
+
+
+def _counted(model: nn.Module, images: Tensor) -> dict[str, Any]:
+    """What autograd keeps of a forward pass in training, and parameters."""
+    return {
+        "saved_mib": round(saved_bytes(model.train(), images) / 2**20, 1),
+        "weights": sum(p.numel() for p in model.parameters()),
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
 
 
 def _summary(steps: list[StepTime], peer: list[StepTime] | None) -> dict[str, Any]:

@@ -28,7 +28,7 @@ class BenchConfig:
         sparsity: Fractions of the adapted weights that SNELLA leaves as they are.
         dtype: fp32 or bf16, of weights and activations alike.
         device: cpu, cuda or cuda:1.
-        rounds: Steps of each method; medians are reported.
+        rounds: Steps of each method, of which medians are reported; 0 counts what is kept and takes none.
         memory: Also measure the peak memory of each method, in a process of its own where there is no GPU.
         out: JSON lines file to append to.
         figures: Folder to draw the pictures of all rows in `out` into.
@@ -60,8 +60,10 @@ class BenchConfig:
             f"dtype must be among {', '.join(_DTYPES)}, got {name!r}" for name in self.dtype if name not in _DTYPES
         ]
         errors += [f"backbones must be timm names, got {name!r}" for name in self.backbones if not timm.is_model(name)]
-        if self.rounds < 1:
-            errors.append(f"rounds must be at least 1, got {self.rounds}")
+        if self.rounds < 0:
+            errors.append(f"rounds must not be negative, got {self.rounds}")
+        if self.rounds == 0 and self.memory:
+            errors.append("peak memory is that of steps, got memory with rounds=0; leave one out")
         if self.figures is not None and self.out is None:
             errors.append(f"figures are drawn from the rows of a file, got figures={self.figures!r} without out")
         if errors:

@@ -443,7 +443,7 @@ def bench(
         sparsity: Fractions of the adapted weights that SNELLA leaves as they are.
         dtype: fp32, bf16, of weights and activations alike.
         device: cpu, cuda or cuda:1.
-        rounds: Steps of each method; medians are reported.
+        rounds: Steps of each method, of which medians are reported; 0 counts what is kept and takes none.
         memory: Also measure the peak memory of each method.
         grid: Every backbone, batch, rank, sparsity and dtype instead; takes hours.
         out: JSON lines file to append to.
