@@ -25,7 +25,8 @@ def commands(text):
 
 
 def of_page(page):
-    return [(page, shlex.join(words)) for words in commands((ROOT / "docs" / f"{page}.md").read_text())]
+    lines = [shlex.join(words) for words in commands((ROOT / "docs" / f"{page}.md").read_text())]
+    return [(page, line) for line in dict.fromkeys(lines)]
 
 
 @pytest.mark.parametrize(("page", "line"), [pair for page in (*PAGES, *GUIDES) for pair in of_page(page)])
