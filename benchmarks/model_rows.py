@@ -1,0 +1,222 @@
+"""What SNELLA keeps and takes on other models than ViT-B, beside PEFT's LoRA: one thread, processor time.
+
+python benchmarks/model_rows.py                       every model and setting; appends to model_rows.jsonl
+python benchmarks/model_rows.py vit_large --rounds 5  those whose name begins so
+
+Kept bytes are counted by autograd's own hooks, each storage once. Of the large models only the first blocks are built:
+all blocks are alike, so that two depths give the bytes of the whole model exactly, and the ratio of times is that of
+the shorter stack, which the row says. Steps of all contenders are taken in turns in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from snella.benchmark.bench import quartiles
+from snella.benchmark.rows import append_rows, conditions
+from snella.runs.memory import saved_bytes
+from snella.tuner import BudgetAllocator, SnellaConfig, create_snella_optimizer
+
+_VISION = r".*\.(attn\.(qkv|proj)|mlp\.(fc1|fc2))"
+_LANGUAGE = r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+_CLASSES, _VOCABULARY = 100, 1000
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One model and how it is trained.
+
+    Args:
+        model: A timm name, or `llama`.
+        batch: Images, or sequences.
+        tokens: Of a sequence.
+        side: Of an image, default the model's own.
+        depth: Blocks that are built, `None` for all.
+        blocks: Of the whole model.
+        r: Rank.
+        autocast: Whether a step runs under bfloat16 autocast.
+        frozen: Dtype of the frozen weights.
+    """
+
+    model: str
+    batch: int = 4
+    tokens: int = 0
+    side: int | None = None
+    depth: int | None = None
+    blocks: int | None = None
+    r: int = 8
+    autocast: bool = False
+    frozen: str = "float32"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the frozen weights."""
+        return torch.bfloat16 if self.frozen == "bfloat16" else torch.float32
+
+
+SETTINGS = [
+    Setting("vit_small_patch14_dinov2", batch=16, side=42),
+    Setting("vit_base_patch16_224", batch=4),
+    Setting("vit_base_patch16_224", batch=16),
+    Setting("vit_base_patch16_224", batch=4, r=32),
+    Setting("vit_base_patch16_224", batch=16, depth=4, blocks=12, autocast=True),
+    Setting("vit_base_patch16_224", batch=16, depth=4, blocks=12, autocast=True, frozen="bfloat16"),
+    Setting("vit_large_patch16_224", batch=4, depth=4, blocks=24),
+    Setting("vit_huge_patch14_224", batch=4, depth=4, blocks=32),
+    Setting("swin_base_patch4_window7_224", batch=4),
+    Setting("convnext_base", batch=4),
+    Setting("llama", batch=1, tokens=512, depth=2, blocks=32),
+]
+CONTENDERS = ["lora", "full", "snella", "snella-keep-delta"]
+
+
+def build(setting: Setting) -> nn.Module:
+    """The model without adapters, the same random weights each time."""
+    torch.manual_seed(0)
+    if setting.model == "llama":
+        # LLaMA-7B's blocks, a small vocabulary: embedding and head are not adapted
+        config = LlamaConfig(vocab_size=_VOCABULARY, num_hidden_layers=setting.depth or 32)
+        return LlamaForCausalLM(config)
+    options: dict[str, Any] = {} if setting.depth is None else {"depth": setting.depth}
+    options |= {} if setting.side is None else {"img_size": setting.side}
+    return timm.create_model(setting.model, num_classes=_CLASSES, **options)
+
+
+def adapted(setting: Setting, contender: str) -> nn.Module:
+    """The model as one contender trains it."""
+    model = build(setting)
+    if contender == "full":
+        return model
+    is_language = setting.model == "llama"
+    common: dict[str, Any] = {"r": setting.r, "target_modules": _LANGUAGE if is_language else _VISION}
+    head = None if is_language else [next(name for name, _ in model.named_modules() if name in ("head", "head.fc"))]
+    common["modules_to_save"] = head
+    model.to(setting.dtype)
+    if contender == "lora":
+        model = get_peft_model(model, LoraConfig(lora_alpha=setting.r, **common))
+    else:
+        sparsity = {"target_sparsity": 0.7, "init_sparsity": 0.7, "cache_delta": contender == "snella-keep-delta"}
+        model = get_peft_model(model, SnellaConfig(**common, **sparsity))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
+
+
+class Contender:
+    """A model with its optimizer and one batch."""
+
+    def __init__(self, setting: Setting, name: str) -> None:
+        self.setting, self.model = setting, adapted(setting, name).train()
+        self.optimizer = create_snella_optimizer(self.model, lr=1e-4)
+        if name.startswith("snella"):
+            BudgetAllocator(self.model, total_epochs=100, steps_per_epoch=100).attach(self.optimizer)
+        torch.manual_seed(1)
+        if setting.model == "llama":
+            self.batch = torch.randint(0, _VOCABULARY, (setting.batch, setting.tokens))
+        else:
+            self.batch = torch.randn(setting.batch, 3, setting.side or 224, setting.side or 224)
+        self.labels = torch.randint(0, _CLASSES, (setting.batch,))
+
+    def forward(self, batch: Tensor) -> Tensor:
+        """The loss."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.setting.autocast):
+            if self.setting.model == "llama":
+                return self.model(input_ids=batch, labels=batch, use_cache=False).loss
+            return nn.functional.cross_entropy(self.model(batch.to(self.setting.dtype)).float(), self.labels)
+
+    def step(self) -> float:
+        """Processor seconds of a whole training step."""
+        start = time.process_time()
+        self.forward(self.batch).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return time.process_time() - start
+
+    def kept(self) -> int:
+        """Bytes that autograd keeps."""
+        return saved_bytes(_Loss(self.model, self.forward), self.batch)
+
+
+class _Loss(nn.Module):
+    """A model as the function that a step differentiates."""
+
+    def __init__(self, model: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.model, self.function = model, forward
+
+    def forward(self, batch: Tensor) -> Tensor:
+        """The loss."""
+        return self.function(batch)
+
+
+def kept_of_whole(setting: Setting, name: str) -> int:
+    """Bytes that the whole model keeps, from two depths where not all of its blocks are built."""
+    if setting.depth is None or setting.blocks is None:
+        return Contender(setting, name).kept()
+    less, more = (Contender(replace(setting, depth=depth), name).kept() for depth in (1, 2))
+    return less + (setting.blocks - 1) * (more - less)
+
+
+def measure(setting: Setting, rounds: int) -> list[dict[str, Any]]:
+    """A row for each contender."""
+    names = [name for name in CONTENDERS if name != "full" or setting.frozen == "float32"]
+    kept = {name: kept_of_whole(setting, name) for name in names}
+    gc.collect()
+    contenders = {name: Contender(setting, name) for name in names} if rounds else {}
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for one in contenders.values():
+        one.step()
+    for _ in range(rounds):
+        for name, one in contenders.items():
+            times[name].append(one.step())
+    described = {key: value for key, value in vars(setting).items() if value is not None and value != 0}
+    common = {"benchmark": "model_rows", **described, "sparsity": 0.7, "rounds": rounds, "clock": "process time"}
+    rows = []
+    for name in names:
+        row = {**common, **conditions("cpu"), "contender": name, "kept_mib": round(kept[name] / 2**20, 1)}
+        row["kept_over_lora"] = round(kept[name] / kept["lora"], 4)
+        if rounds:
+            ratios = [mine / theirs for mine, theirs in zip(times[name], times["lora"], strict=True)]
+            row["step_s"] = round(statistics.median(times[name]), 4)
+            row["step_over_lora"] = round(statistics.median(ratios), 3)
+            row["step_over_lora_quartiles"] = [round(q, 3) for q in quartiles(ratios)]
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", help="beginnings of names; all where none is given")
+    parser.add_argument("--rounds", type=int, default=4, help="timed steps of each; 0 counts bytes alone")
+    parser.add_argument("--autocast", action="store_true", help="the settings under autocast alone")
+    parser.add_argument("--out", default=str(Path(__file__).parent / "model_rows.jsonl"))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    for setting in SETTINGS:
+        is_wanted = not args.models or any(setting.model.startswith(name) for name in args.models)
+        if not is_wanted or (args.autocast and not setting.autocast):
+            continue
+        rows = measure(setting, args.rounds)
+        append_rows(args.out, rows)
+        for row in rows:
+            shown = ("contender", "kept_mib", "kept_over_lora", "step_s", "step_over_lora")
+            print(setting, {key: row.get(key) for key in shown}, flush=True)
+        gc.collect()
+
+
+if __name__ == "__main__":
+    main()
