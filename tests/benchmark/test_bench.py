@@ -137,7 +137,7 @@ def test_a_contender_that_stores_the_weight_keeps_it_and_snella_does_not():
 
 
 def test_a_table_has_what_each_method_adds_to_the_memory_of_each_backbone():
-    common = {"benchmark": "step_time", "batch": 4, "r": 8, "sparsity": 0.7, "dtype": "float32", "device": "cpu, x"}
+    common = {"benchmark": "kept_bytes", "batch": 4, "r": 8, "sparsity": 0.7, "dtype": "float32", "device": "cpu, x"}
     common |= {"commit": "a", "dirty": False, "date": "2026-11-26", "rounds": 2, "step_s": 1.0}
     rows = [
         {**common, "backbone": backbone, "contender": name, "weights": weights, "trainable": 2**18, "saved_mib": saved}

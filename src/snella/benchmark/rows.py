@@ -174,7 +174,7 @@ def _step_table(key: tuple[Any, ...], rows: list[dict[str, Any]]) -> str:
 
 def _memory_tables(rows: list[dict[str, Any]]) -> list[str]:
     """What methods keep for the backward pass, by size of the backbone: a table for each setting that has several."""
-    latest = {_key(row)[:-1]: row for row in rows if row["benchmark"] in ("step_time", "kept_bytes")}
+    latest = {_key(row)[:-1]: row for row in rows if row["benchmark"] == "kept_bytes"}
     tables = []
     for (batch, dtype, r, sparsity), part in _grouped(list(latest.values()), "batch", "dtype", "r", "sparsity").items():
         counted: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
