@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--val-size", type=int, default=600)
     parser.add_argument("--set", action="append", default=[], help="a setting of TrainConfig, e.g. epochs=20; YAML")
     parser.add_argument("--options", default="{}", help="the method's options, JSON")
-    parser.add_argument("--probe-inverse-penalty", type=float, default=INVERSE_PENALTY, help="of head_start=probe")
+    parser.add_argument("--probe-inverse-penalty", type=float, default=INVERSE_PENALTY, help="of head_init=probe")
     parser.add_argument("--cache", default=".cache/learning_rates")
     parser.add_argument("--out", default=str(HERE / "learning_rates.jsonl"))
     args = parser.parse_args()
@@ -151,14 +151,14 @@ def run(head: dict[str, Any], cache: Path) -> dict[str, Any]:
     forward = nn.Sequential(*(block for block in base.blocks[-len(blocks) :]), base.norm, Head(base))  # type: ignore
     steps_per_epoch = -(-images // config.effective_batch_size)
     total = steps_per_epoch * config.epochs
-    has_probe_start = config.head_start == "probe" or (config.head_start == "auto" and total < 100)
+    has_probe_start = config.head_init == "probe" or (config.head_init == "auto" and total < 100)
     if has_probe_start:
         start_from_probe(model, forward, features, head["probe_inverse_penalty"])
     kept: dict[str, dict[str, Any]] = {}
     if has_probe_start:
         kept["start"] = both_parts(model, forward, features)
     optimizer = build_optimizer(model, config)
-    schedule = get_cosine_schedule_with_warmup(optimizer, round(config.warmup * total), total)
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(config.warmup_ratio * total), total)
     allocator = None
     if matrices_of(model):
         allocator = BudgetAllocator(model, total_epochs=config.epochs, steps_per_epoch=steps_per_epoch)
@@ -312,7 +312,7 @@ def _tokens(backbone: Any, images: Any, blocks: int, *, is_mirrored: bool = Fals
 
 @torch.no_grad()
 def start_from_probe(model: nn.Module, forward: nn.Sequential, features: Features, inverse_penalty: float) -> None:
-    """Let the head begin as the best linear classifier, as `--head-start probe` does."""
+    """Let the head begin as the best linear classifier, as `--head-init probe` does."""
     model.eval()
     base = forward[-1].base[0]  # type: ignore[index]
     pooled = [base.forward_head(forward[:-1](part), pre_logits=True) for part in features.train[0].split(64)]

@@ -61,10 +61,10 @@ for name, whole in zip(("temple", "flower"), pictures, strict=True):
 (photos / "temple" / "copy of IMG_0000.JPG").write_bytes((photos / "temple" / "IMG_0000.JPG").read_bytes())
 (photos / "temple" / ".DS_Store").write_bytes(b"\0")
 
-snella(f"data check folder:{photos} --skip-broken --sheet {OUT}/photos.png")
+snella(f"data check folder:{photos} --skip-corrupt --sheet {OUT}/photos.png")
 run = OUT / "run"
 snella(
-    f"train --data folder:{photos} --skip-broken --backbone {BACKBONE} --img-size {SIZE} --epochs {2 if QUICK else 4} "
+    f"train --data folder:{photos} --skip-corrupt --backbone {BACKBONE} --img-size {SIZE} --epochs {2 if QUICK else 4} "
     f"--batch-size 8 --soup 2 --out {run} --overwrite"
 )
 inbox = [str(photos / "temple" / "IMG_0001.JPG"), str(next((photos / "flower").glob("*2.*")))]

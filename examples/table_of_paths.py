@@ -48,14 +48,14 @@ with (OUT / "parts.csv").open("w", newline="", encoding="utf-8") as file:
 data = f"csv:{OUT}/parts.csv"
 columns = '--columns "path=File Name,label=verdict,group=none"'
 snella(f"data check {data} {columns}", status=2)  # as it is: which rows are broken, and how it goes on
-snella(f"data check {data} {columns} --skip-broken")
+snella(f"data check {data} {columns} --skip-corrupt")
 run = OUT / "run"
 snella(
-    f"train --data {data} {columns} --skip-broken --backbone {BACKBONE} --img-size {SIZE} --method linear "
+    f"train --data {data} {columns} --skip-corrupt --backbone {BACKBONE} --img-size {SIZE} --method linear "
     f"--class-weights balanced --monitor balanced_accuracy --epochs 3 --out {run} --overwrite"
 )
 snella(f"evaluate {run}")
-snella(f'predict {run} {OUT}/parts.csv --columns "path=File Name" --skip-broken --out {OUT}/answers.csv --overwrite')
+snella(f'predict {run} {OUT}/parts.csv --columns "path=File Name" --skip-corrupt --out {OUT}/answers.csv --overwrite')
 with (OUT / "answers.csv").open(newline="", encoding="utf-8") as file:
     answers = list(csv.DictReader(file))
 print(f"\n{len(answers):,} rows are answered")

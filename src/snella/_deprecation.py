@@ -5,9 +5,19 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 C = TypeVar("C", bound=type)
+F = TypeVar("F", bound=Callable[..., Any])
+
+FORMER_OPTIONS = {
+    "head_start": "head_init",
+    "check_sizes": "strict_sizes",
+    "skip_broken": "skip_corrupt",
+    "final_lr": "min_lr",
+    "warmup": "warmup_ratio",
+}
+"""Options of commands by the names they had until 2026-11, each with the present one."""
 
 
 def renamed(settings: Mapping[str, Any], names: Mapping[str, str], *, warns: bool = True) -> dict[str, Any]:
@@ -32,7 +42,7 @@ def renamed(settings: Mapping[str, Any], names: Mapping[str, str], *, warns: boo
 
 
 def accept_former_names(
-    names: Mapping[str, str], is_from_file: Callable[[Mapping[str, Any]], bool]
+    names: Mapping[str, str], is_from_file: Callable[[Mapping[str, Any]], bool] = lambda _: False
 ) -> Callable[[C], C]:
     """Class decorator: keyword arguments of the constructor by their former names, with a warning.
 
@@ -43,15 +53,24 @@ def accept_former_names(
 
     def decorate(cls: C) -> C:
         constructor: Any = cls
-        initialize = constructor.__init__
-
-        @functools.wraps(initialize)
-        def with_former_names(self: Any, *args: Any, **settings: Any) -> None:
-            if settings.keys() & names.keys():
-                settings = renamed(settings, names, warns=not is_from_file(settings))
-            initialize(self, *args, **settings)
-
-        constructor.__init__ = with_former_names
+        constructor.__init__ = _with_former_names(constructor.__init__, names, is_from_file)
         return cls
 
     return decorate
+
+
+def accept_former_arguments(function: F) -> F:
+    """Function decorator: keyword arguments by the names of `FORMER_OPTIONS`, with a warning."""
+    return _with_former_names(function, FORMER_OPTIONS, lambda _: False)
+
+
+def _with_former_names(function: F, names: Mapping[str, str], is_from_file: Callable[[Mapping[str, Any]], bool]) -> F:
+    """The same function, which takes former names too."""
+
+    @functools.wraps(function)
+    def with_former_names(*args: Any, **settings: Any) -> Any:
+        if settings.keys() & names.keys():
+            settings = renamed(settings, names, warns=not is_from_file(settings))
+        return function(*args, **settings)
+
+    return cast(F, with_former_names)

@@ -47,7 +47,7 @@ def test_evaluate_prints_and_writes_the_measures(run, capsys, tmp_path):
 
 def test_predict_prints_a_line_an_image(run, photos, capsys):
     assert (
-        main(["predict", str(run), "--skip-broken", str(photos / "cats" / "00.png"), str(photos / "dogs" / "01.png")])
+        main(["predict", str(run), "--skip-corrupt", str(photos / "cats" / "00.png"), str(photos / "dogs" / "01.png")])
         == 0
     )
     first, second = capsys.readouterr().out.splitlines()
@@ -103,7 +103,7 @@ def test_merge_writes_a_folder_of_timm(run, tmp_path, capsys):
 
 def test_images_that_are_skipped_are_counted_and_named(run, photos, tmp_path, capsys):
     (tmp_path / "cut.png").write_bytes((photos / "cats" / "00.png").read_bytes()[:99])
-    words = ["predict", str(run), str(photos / "cats" / "00.png"), str(tmp_path / "cut.png"), "--skip-broken"]
+    words = ["predict", str(run), str(photos / "cats" / "00.png"), str(tmp_path / "cut.png"), "--skip-corrupt"]
     assert main([*words, "--out", str(tmp_path / "p.csv")]) == 0
     captured = capsys.readouterr()
     assert "1 image: " in captured.out and "left out 1 image: '" in captured.err and "cut.png' (" in captured.err
@@ -190,7 +190,7 @@ def test_a_loss_that_is_no_number_is_one_line(train_words, tmp_path, failing):
         "1e30",
         "--scalar-lr",
         "1e30",
-        "--warmup",
+        "--warmup-ratio",
         "0",
     )
     assert "epoch 1, step" in line and "lower --lr (now 1e+30)" in line
@@ -227,7 +227,7 @@ def test_a_truncated_image_is_named_and_can_be_skipped(train_words, photos, tmp_
     broken.write_bytes(broken.read_bytes()[:200])
     words = [f"folder:{tmp_path / 'photos'}" if word.startswith("folder:") else word for word in train_words]
     assert "07.png" in failing(*words, "--out", str(tmp_path / "run"))
-    assert main([*words, "--out", str(tmp_path / "run"), "--skip-broken", "--epochs", "1"]) == 0
+    assert main([*words, "--out", str(tmp_path / "run"), "--skip-corrupt", "--epochs", "1"]) == 0
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert any("07.png" in note for note in run["data"]["notes"])
     assert sum(run["data"]["sizes"].values()) == 29

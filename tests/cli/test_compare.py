@@ -50,10 +50,10 @@ def test_flags_go_before_the_file():
 
 
 def test_head_start_and_ema_hold_for_every_method(tmp_path):
-    words = ("--head-start", "probe", "--ema", "0.5", "--methods", "bias,lora-2")
+    words = ("--head-init", "probe", "--ema", "0.5", "--methods", "bias,lora-2")
     assert main([*WORDS, *words, "--out", str(tmp_path / "c")]) == 0
     rows, _ = read_lines(tmp_path / "c" / "results.jsonl")
-    assert {(row["train_config"]["head_start"], row["ema"]) for row in rows.values()} == {("probe", 0.5)}
+    assert {(row["train_config"]["head_init"], row["ema"]) for row in rows.values()} == {("probe", 0.5)}
 
 
 def test_the_status_says_that_runs_failed(tmp_path, capsys, monkeypatch):

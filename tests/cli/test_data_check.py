@@ -59,4 +59,4 @@ def test_training_on_other_sizes_says_how_to_go_on(data, failing, tmp_path):
         "train", "--data", f"vtab:{data}/vtab-1k/patch_camelyon", "--backbone", "test_vit",
         "--out", str(tmp_path / "run"),
     )  # fmt: skip
-    assert "test must have 32,768 images, got 4" in error and error.endswith("pass --check-sizes false\n")
+    assert "test must have 32,768 images, got 4" in error and error.endswith("pass --strict-sizes false\n")

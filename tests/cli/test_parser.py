@@ -32,9 +32,9 @@ def test_flags_need_no_value_and_take_one():
     assert parse(["train", "--resume", "--out", "x"])[2]["resume"] is True
     assert parse(["train", "--out", "x", "--resume"])[2]["resume"] is True
     assert parse(["train", "--resume", "false"])[2]["resume"] is False
-    assert parse(["train", "--skip_broken"])[2]["skip_broken"] is True
-    settings = parse(["predict", "run", "--skip-broken", "a.png", "b.png"])[2]
-    assert (settings["skip_broken"], settings["images"]) == (True, ["a.png", "b.png"])
+    assert parse(["train", "--skip_corrupt"])[2]["skip_corrupt"] is True
+    settings = parse(["predict", "run", "--skip-corrupt", "a.png", "b.png"])[2]
+    assert (settings["skip_corrupt"], settings["images"]) == (True, ["a.png", "b.png"])
 
 
 def test_method_options_are_set_one_by_one():

@@ -6,10 +6,10 @@ from snella.cli.parser import as_flags
 @pytest.mark.parametrize(
     ("message", "typed"),
     [
-        ("leave them out with --skip-broken (skip_broken=True)", "leave them out with --skip-broken"),
+        ("leave them out with --skip-corrupt (skip_corrupt=True)", "leave them out with --skip-corrupt"),
         ("Without the hub: weights=PATH with a file", "Without the hub: --weights PATH with a file"),
         ("or pretrained=False for random values", "or --pretrained false for random values"),
-        ("set skip_broken=True", "set --skip-broken"),
+        ("set skip_corrupt=True", "set --skip-corrupt"),
         ("x is damaged; train again with overwrite", "x is damaged; train again with --overwrite"),
         ("resume and overwrite exclude each other, got both", "--resume and --overwrite exclude each other, got both"),
         ("seed must be 1; val_size must be 2", "--seed must be 1; --val-size must be 2"),

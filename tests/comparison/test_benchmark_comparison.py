@@ -29,7 +29,7 @@ def rows(camelyon, tiny, tmp_path, console):
             forgetting=[],
             published={"source": "Table XIII", "values": {"linear": {"patch_camelyon": 78.5}}},
             train={
-                "check_sizes": False, "epochs": 1, "augment": "none", "train_size": None, "val_size": None,
+                "strict_sizes": False, "epochs": 1, "augment": "none", "train_size": None, "val_size": None,
                 "test_size": None, **train,
             },
         )  # fmt: skip

@@ -91,10 +91,10 @@ def test_data_without_files_is_described(capsys):
 def test_what_a_training_would_leave_out_is_a_note_with_skip_broken(photos, capsys):
     (photos / "dog" / "00.png").write_bytes(b"nothing")
     assert main(["data", "check", f"folder:{photos}"]) == 2
-    assert "--skip-broken leaves them out" in capsys.readouterr().err
-    assert main(["data", "check", f"folder:{photos}", "--skip-broken"]) == 0
+    assert "--skip-corrupt leaves them out" in capsys.readouterr().err
+    assert main(["data", "check", f"folder:{photos}", "--skip-corrupt"]) == 0
     printed = capsys.readouterr().out
-    assert "1 images cannot be used, and are left out by --skip-broken: dog/00.png" in printed
+    assert "1 images cannot be used, and are left out by --skip-corrupt: dog/00.png" in printed
 
 
 def test_lists_of_labels_are_checked_as_such(photos, tmp_path, capsys):

@@ -61,7 +61,7 @@ def test_broken_images_are_named_together(dataset):
         ValueError, match=r"2 of 5 images in '.*dog6' cannot be read: 01.jpg \(.+\), 03.jpg \(.+\)\. Rem"
     ):
         load_concept(f"dreambooth:{dataset}", "dog6")
-    concept = load_concept(f"dreambooth:{dataset}", "dog6", skip_broken=True)
+    concept = load_concept(f"dreambooth:{dataset}", "dog6", skip_corrupt=True)
     assert [path.name for path in concept.paths] == ["00.jpg", "02.jpg", "04.jpg"]
     assert concept.notes[0].startswith("left out 2 broken images: 01.jpg (")
 
@@ -75,7 +75,7 @@ def test_a_folder_without_a_usable_image_is_refused(dataset, tmp_path):
         load_concept(f"folder:{tmp_path / 'empty'}")
     (tmp_path / "empty" / "a.png").write_bytes(b"no")
     with pytest.raises(ValueError, match=r"all 1 images in '.*empty' are broken: a.png"):
-        load_concept(f"folder:{tmp_path / 'empty'}", skip_broken=True)
+        load_concept(f"folder:{tmp_path / 'empty'}", skip_corrupt=True)
     with pytest.raises(ValueError, match=r"dreambooth:.*empty has no folders of subjects"):
         load_concept(f"dreambooth:{tmp_path / 'empty'}", "dog")
 

@@ -17,7 +17,7 @@ def cub(tmp_path):
 
 
 def load(folder, **options):
-    return load_data(f"fgvc:{folder}", check_sizes=False, **options)
+    return load_data(f"fgvc:{folder}", strict_sizes=False, **options)
 
 
 def test_there_are_five_data_sets():
@@ -68,7 +68,7 @@ def test_classes_without_folders_of_their_own_are_named_by_their_ids(tmp_path):
 def test_other_names_of_a_folder_are_known(folder, images, name, tmp_path):
     write_fgvc(tmp_path / folder, images, [1, 2], TINY)
     for asked in (folder, name):
-        assert load_fgvc(str(tmp_path / asked), check_sizes=False).name == name
+        assert load_fgvc(str(tmp_path / asked), strict_sizes=False).name == name
 
 
 def test_the_final_run_learns_from_validation_too_and_the_official_one_does_not(cub):

@@ -97,7 +97,7 @@ def test_broken_images_are_named_and_counted(write_images):
     with pytest.raises(ValueError) as caught:
         load(root)
     message = str(caught.value)
-    assert "2 of 11 images in" in message and "--skip-broken" in message
+    assert "2 of 11 images in" in message and "--skip-corrupt" in message
     assert "a/000.png (cannot identify image file" in message and "a/001.png (" in message
 
 
@@ -112,7 +112,7 @@ def test_of_many_broken_images_five_are_named(write_images):
 def test_broken_images_are_left_out_and_noted_on_demand(write_images):
     root = write_images({"a": 7, "b": 5})
     break_files(root, 2)
-    data = load(root, skip_broken=True)
+    data = load(root, skip_corrupt=True)
     names = data.train.names + data.val.names + data.test.names
     assert len(names) == 10 and not {"a/000.png", "a/001.png"} & set(names)
     (note,) = data.notes
@@ -123,7 +123,7 @@ def test_a_class_of_broken_images_only_is_refused_all_the_same(write_images):
     root = write_images({"a": 2, "b": 5, "c": 5})
     break_files(root, 2)
     with pytest.raises(ValueError, match="class folders without a readable image: 'a'"):
-        load(root, skip_broken=True)
+        load(root, skip_corrupt=True)
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,7 @@ def test_a_broken_image_in_a_data_set_is_named():
     data = data.cast_column("image", datasets.Image())
     with pytest.raises(ValueError, match=r"1 of 20 rows of python:data, 1 unreadable: train/000003 \(cannot identify"):
         load_data(data)
-    assert len(load_data(data, skip_broken=True).train) == 11
+    assert len(load_data(data, skip_corrupt=True).train) == 11
 
 
 class Pictures(torch.utils.data.Dataset):

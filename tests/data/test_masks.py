@@ -103,7 +103,7 @@ def test_everything_that_is_wrong_with_the_files_is_told_at_once(tmp_path):
 def test_broken_pairs_are_left_out_when_asked(tmp_path):
     root = write_pairs(tmp_path / "m", 9)
     (root / "masks" / "003.png").write_bytes(b"no picture")
-    data = load_data(f"masks:{root}", skip_broken=True)
+    data = load_data(f"masks:{root}", skip_corrupt=True)
     assert len(data.train) + len(data.val) + len(data.test) == 8
     assert any("left out 1 pair with an unreadable file" in note and "003.png" in note for note in data.notes)
 

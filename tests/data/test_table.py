@@ -140,9 +140,9 @@ def test_rows_that_cannot_be_used_are_counted_and_named_or_left_out(write_table,
         f"3 of 23 rows of csv:{file}, 1 no label, 1 no such file, 1 unreadable: images/gone.png (no such file), "
         "images/bad.jpg (cannot identify image file"
     )
-    assert message.endswith("images/20.png (no label). Mend or remove them, or leave them out with --skip-broken "
-                            "(skip_broken=True)")  # fmt: skip
-    data = load_data(f"csv:{file}", skip_broken=True)
+    assert message.endswith("images/20.png (no label). Mend or remove them, or leave them out with --skip-corrupt "
+                            "(skip_corrupt=True)")  # fmt: skip
+    data = load_data(f"csv:{file}", skip_corrupt=True)
     assert sum(map(len, parts_of(data))) == 20
     assert data.notes[1].startswith(f"left out 3 of 23 rows of csv:{file}, 1 no label, 1 no")
 

@@ -51,7 +51,7 @@ def test_the_final_run_learns_from_both_and_holds_nothing_out(whole):
 
 
 def test_the_official_protocol_learns_from_both_too(kitti):
-    official = load_data(f"vtab:{kitti}", protocol="official", check_sizes=False)
+    official = load_data(f"vtab:{kitti}", protocol="official", strict_sizes=False)
     assert official.val is None and names(official.train) == ["train800", "val200"] and names(official.test) == ["test"]
 
 
@@ -60,7 +60,7 @@ def test_the_official_protocol_learns_from_both_too(kitti):
 )
 def test_other_names_of_a_folder_are_known(folder, asked, name, tmp_path):
     write_vtab(tmp_path / folder, VTAB_TASKS[name].classes, {"train800": 100, "val200": 4, "test": 4})
-    collection = load_vtab(str(tmp_path / asked), check_sizes=False)
+    collection = load_vtab(str(tmp_path / asked), strict_sizes=False)
     assert collection.name == name and len(collection.classes) == VTAB_TASKS[name].classes
 
 
@@ -77,14 +77,14 @@ def test_other_sizes_are_refused_and_all_of_them_listed(kitti):
     message = (
         r"vtab:.*kitti is not kitti as the benchmark has it: train800 must have 800 images, got 12; val200 must have "
         r"200 images, got 4; train800val200 must have 1,000 images, got 16; test must have 711 images, got 8; "
-        r"to use it anyway, pass check_sizes=False"
+        r"to use it anyway, pass strict_sizes=False"
     )
     with pytest.raises(ValueError, match=message):
         load_data(f"vtab:{kitti}")
 
 
 def test_other_sizes_are_noted_where_they_are_allowed(kitti):
-    data = load_data(f"vtab:{kitti}", check_sizes=False)
+    data = load_data(f"vtab:{kitti}", strict_sizes=False)
     assert "not the benchmark's own data: test must have 711 images, got 8" in data.notes
 
 
@@ -99,7 +99,7 @@ def test_all_errors_are_told_in_one_message(kitti):
     spoil(kitti, "train800", lambda text: text.replace("000001.jpg 1", "000001.jpg 7"))
     spoil(kitti, "val200", lambda text: text + "images/val200/000000.jpg 0\nimages/val200/000009.jpg\n")
     with pytest.raises(ValueError) as caught:
-        load_data(f"vtab:{kitti}", check_sizes=False)
+        load_data(f"vtab:{kitti}", strict_sizes=False)
     for part in (
         "val200.txt must hold lines like 'images/test/000000.jpg 3', but 1 are not: line 6 is 'images/val200",
         "test names 2 of 8 files that are not in",
@@ -109,14 +109,14 @@ def test_all_errors_are_told_in_one_message(kitti):
         "train800val200.txt must list the labels of train800.txt followed by those of val200.txt",
     ):
         assert part in str(caught.value)
-    assert "check_sizes" not in str(caught.value)
+    assert "strict_sizes" not in str(caught.value)
 
 
 def test_missing_and_empty_lists_are_named(kitti):
     (kitti / "val200.txt").unlink()
     spoil(kitti, "test", lambda text: "")
     with pytest.raises(ValueError, match=r"test.txt is empty; missing in '.*kitti': val200.txt; the layout is TASK/\{"):
-        load_data(f"vtab:{kitti}", check_sizes=False)
+        load_data(f"vtab:{kitti}", strict_sizes=False)
 
 
 def test_classes_without_images_are_counted(kitti):
@@ -129,7 +129,7 @@ def test_classes_without_images_are_counted(kitti):
 def test_a_test_image_that_is_listed_for_training_too_is_refused(kitti):
     spoil(kitti, "test", lambda text: text + "images/train800/000002.jpg 2\n")
     with pytest.raises(ValueError, match=r"1 images are both in train800 and in test: 000002\.jpg"):
-        load_data(f"vtab:{kitti}", check_sizes=False)
+        load_data(f"vtab:{kitti}", strict_sizes=False)
 
 
 def test_copies_under_other_names_are_refused_where_they_are_many(kitti):
@@ -138,13 +138,13 @@ def test_copies_under_other_names_are_refused_where_they_are_many(kitti):
         ValueError,
         match=r"1 of 8 images of test are copies of images of .*: images/test/000005.jpg = images/\w+/000002.jpg",
     ):
-        load_data(f"vtab:{kitti}", check_sizes=False)
+        load_data(f"vtab:{kitti}", strict_sizes=False)
 
 
 def test_a_few_copies_are_noted(tmp_path):
     folder = write_vtab(tmp_path / "kitti", 4, {**TINY, "test": 30})
     shutil.copy(folder / "images/val200/000001.jpg", folder / "images/test/000005.jpg")
-    data = load_data(f"vtab:{folder}", check_sizes=False)
+    data = load_data(f"vtab:{folder}", strict_sizes=False)
     assert any(note.startswith("1 of 30 images of test are copies of images of train800val200") for note in data.notes)
 
 
@@ -155,7 +155,7 @@ def test_images_of_equal_length_but_other_content_are_no_copies(tmp_path):
         write_noise(file.with_suffix(".bmp"), (len(split), 1))
         file.with_suffix(".bmp").rename(file)
     assert (folder / "images/train800/000000.jpg").stat().st_size == (folder / "images/test/000000.jpg").stat().st_size
-    assert not any("copies" in note for note in load_data(f"vtab:{folder}", check_sizes=False).notes)
+    assert not any("copies" in note for note in load_data(f"vtab:{folder}", strict_sizes=False).notes)
 
 
 def test_an_unknown_task_is_told_with_the_nearest(tmp_path):
@@ -177,7 +177,7 @@ def test_a_missing_folder_is_told_with_what_belongs_there(tmp_path):
 
 def test_the_number_of_validation_images_needs_a_validation_part(kitti):
     with pytest.raises(ValueError, match="val_size=3 given, but protocol=final holds no validation part out"):
-        load_data(f"vtab:{kitti}", protocol="final", val_size=3, check_sizes=False)
+        load_data(f"vtab:{kitti}", protocol="final", val_size=3, strict_sizes=False)
 
 
 def test_a_run_finds_its_data_again_under_the_folders_other_name(tmp_path):

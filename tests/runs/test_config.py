@@ -11,7 +11,14 @@ PLACES = {"data": "digits", "backbone": "test_vit", "out": "runs/x"}
 def test_all_errors_are_reported_together():
     with pytest.raises(ValueError) as caught:
         TrainConfig(
-            out="x", epochs=0, batch_size=-1, lr=-1.0, augment="flop", method="snela", warmup=1.0, val_fraction=0.0
+            out="x",
+            epochs=0,
+            batch_size=-1,
+            lr=-1.0,
+            augment="flop",
+            method="snela",
+            warmup_ratio=1.0,
+            val_fraction=0.0,
         )
     text = str(caught.value)
     for part in (
@@ -21,7 +28,7 @@ def test_all_errors_are_reported_together():
         "batch_size must be at least 1, got -1",
         "lr must be at least 0 and finite, got -1.0",
         "augment must be one of none, flip, crop, imagenet, randaugment, trivialaugment, 3augment, got 'flop'",
-        "warmup must be in [0, 1), got 1.0",
+        "warmup_ratio must be in [0, 1), got 1.0",
         "val_fraction must be in (0, 1), got 0.0",
         "got 'snela'; nearest: snella",
     ):

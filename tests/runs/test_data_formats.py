@@ -93,7 +93,7 @@ class Noise(torch.utils.data.Dataset):
 
 
 def test_an_object_is_trained_on_and_resumed(fast, console):
-    config = fast(data="python:noise", epochs=2, head_start="random")
+    config = fast(data="python:noise", epochs=2, head_init="random")
     run = train(config, console, data=Noise())
     info = run.read_json("run.json")
     assert info["classes"] == ["dark", "bright"] and info["data"]["spec"] == "python:noise"

@@ -31,7 +31,7 @@ def config(out, **options):
         "batch_size": 20,
         "r": 2,
         "augment": "flip",
-        "head_start": "probe",
+        "head_init": "probe",
         "progress": False,
     }
     return TrainConfig(**settings | options)
@@ -56,7 +56,7 @@ def test_the_head_fits_the_training_images_before_the_first_step(options, tmp_pa
 
 
 def test_a_run_starts_there(tmp_path):
-    cold = train(config(tmp_path / "cold", head_start="random"), QUIET).read_json("metrics.json")
+    cold = train(config(tmp_path / "cold", head_init="random"), QUIET).read_json("metrics.json")
     warm = train(config(tmp_path / "warm"), QUIET).read_json("metrics.json")
     assert warm["history"][0]["train_loss"] < cold["history"][0]["train_loss"] - 0.5
 
@@ -85,34 +85,34 @@ def test_the_probe_is_scikit_learns_on_scaled_features(classes):
         ({"method": "lora-2", "r": None}, "probe"),
         ({"method": "mlp-3", "r": None}, "random"),
         ({"protocol": "official", "val_size": None}, "random"),
-        ({"head_start": "random"}, "random"),
-        ({"method": "mlp-3", "r": None, "head_start": "probe"}, "probe"),
+        ({"head_init": "random"}, "random"),
+        ({"method": "mlp-3", "r": None, "head_init": "probe"}, "probe"),
     ],
 )
 def test_auto_is_the_probe_where_there_are_few_steps_and_a_linear_head(options, expected, tmp_path):
-    settings = config(tmp_path, **{"head_start": "auto"} | options).resolved()
+    settings = config(tmp_path, **{"head_init": "auto"} | options).resolved()
     assert choose_head_start(build_components(settings), settings) == expected
 
 
 @pytest.mark.parametrize(("epochs", "expected"), [(33, "probe"), (34, "random")])
 def test_auto_is_a_random_head_where_there_are_steps_enough_to_train_it(epochs, expected, tmp_path):
-    settings = config(tmp_path, head_start="auto", epochs=epochs).resolved()  # 3 steps an epoch
+    settings = config(tmp_path, head_init="auto", epochs=epochs).resolved()  # 3 steps an epoch
     assert choose_head_start(build_components(settings), settings) == expected
 
 
 def test_a_run_says_and_stores_what_auto_stands_for(tmp_path):
     text = io.StringIO()
-    run = train(config(tmp_path / "run", head_start="auto"), Console(file=text, width=100))
+    run = train(config(tmp_path / "run", head_init="auto"), Console(file=text, width=100))
     assert "starts as a linear probe" in text.getvalue()
-    assert run.read_config().head_start == "probe"
+    assert run.read_config().head_init == "probe"
 
 
 def test_a_model_without_a_linear_head_is_refused(tmp_path):
     settings = config(tmp_path, method="mlp-3", r=None).resolved()
-    with pytest.raises(ValueError, match="head_start='probe' needs a timm classifier with a linear head on its pooled"):
+    with pytest.raises(ValueError, match="head_init='probe' needs a timm classifier with a linear head on its pooled"):
         start_head_from_probe(build_components(settings), settings)
 
 
 def test_an_unknown_start_is_named_with_the_choices(tmp_path):
-    with pytest.raises(ValueError, match="head_start must be one of auto, random, probe, got 'zero'"):
-        config(tmp_path, head_start="zero")
+    with pytest.raises(ValueError, match="head_init must be one of auto, random, probe, got 'zero'"):
+        config(tmp_path, head_init="zero")

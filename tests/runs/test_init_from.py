@@ -91,8 +91,8 @@ def test_what_contradicts_the_other_run_is_refused(finished, further, make_photo
         train(further(data=f"folder:{others}"))
     with pytest.raises(ValueError, match="out must be another folder than init_from"):
         further(out=str(finished.path))
-    with pytest.raises(ValueError, match="head_start must not be probe with init_from"):
-        further(head_start="probe")
+    with pytest.raises(ValueError, match="head_init must not be probe with init_from"):
+        further(head_init="probe")
     with pytest.raises(ValueError, match="init_from is for one run, not for folds"):
         further(folds=3)
 

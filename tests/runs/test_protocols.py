@@ -33,7 +33,7 @@ def camelyon(tmp_path_factory):
 def words(camelyon):
     """The command line of a tiny run on VTAB-1k, without `--out`."""
     return [
-        "train", "--data", f"vtab:{camelyon}", "--check-sizes", "false", "--backbone", "test_vit",
+        "train", "--data", f"vtab:{camelyon}", "--strict-sizes", "false", "--backbone", "test_vit",
         "--pretrained", "false",
         "--img-size", "32", "--method", "snella-2", "--target-sparsity", "0.8", "--epochs", "3", "--batch-size", "4",
         "--device", "cpu", "--progress", "false",
@@ -158,8 +158,8 @@ def test_the_official_protocol_measures_every_tenth_epoch_and_the_last_ten():
 def test_an_epoch_that_was_not_measured_is_not_kept(camelyon, tmp_path, no_report):
     """Epochs 2 and 3 of 13 are not measured; the best is among the others."""
     config = TrainConfig(
-        data=f"vtab:{camelyon}", check_sizes=False, backbone="test_vit", pretrained=False, img_size=32, method="linear",
-        epochs=13, batch_size=16, augment="none", device="cpu", progress=False, protocol="official",
+        data=f"vtab:{camelyon}", strict_sizes=False, backbone="test_vit", pretrained=False, img_size=32,
+        method="linear", epochs=13, batch_size=16, augment="none", device="cpu", progress=False, protocol="official",
         out=str(tmp_path / "run"),
     )  # fmt: skip
     run = train(config, Console(file=io.StringIO()))
@@ -206,7 +206,7 @@ def test_without_any_held_out_images_a_final_run_is_trained_all_the_same(photos,
 def test_fgvc_trains_by_the_same_command(tmp_path, no_report):
     folder = write_fgvc(tmp_path / "fgvc" / "cub", "images", [3, 17], {"train": 8, "val": 4, "test": 4}, side=32)
     words = [
-        "train", "--data", f"fgvc:{folder}", "--check-sizes", "false", "--backbone", "test_vit",
+        "train", "--data", f"fgvc:{folder}", "--strict-sizes", "false", "--backbone", "test_vit",
         "--pretrained", "false",
         "--img-size", "32", "--method", "snella-2", "--epochs", "1", "--batch-size", "4", "--device", "cpu",
         "--protocol", "official", "--ema", "0.9999", "--out", str(tmp_path / "run"),

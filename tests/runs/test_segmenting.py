@@ -169,7 +169,7 @@ def test_sam_learns_polyps_as_the_paper_does(tmp_path, capsys):
     SamModel(tiny_config()).save_pretrained(tmp_path / "sam")
     write_pairs(tmp_path / "Kvasir-SEG", 10, ending=".jpg")
     words = ["--data", f"kvasir:{tmp_path / 'Kvasir-SEG'}", "--backbone", f"sam:{tmp_path / 'sam'}", "--epochs", 2]
-    words += ["--batch-size", 1, "--lr", "1e-3", "--final-lr", "1e-7", "--warmup", 0, "--mask-loss", "iou"]
+    words += ["--batch-size", 1, "--lr", "1e-3", "--min-lr", "1e-7", "--warmup-ratio", 0, "--mask-loss", "iou"]
     out = tmp_path / "run"
     command("train", "--task", "segmentation", *words, "--method", "snella-2", "--device", "cpu", "--out", out)
     metrics = json.loads((out / "metrics.json").read_text())
@@ -189,7 +189,7 @@ def test_the_experiment_of_table_v_is_what_the_paper_describes():
     path = Path(__file__).parents[2] / "experiments" / "polyp" / "table5.yaml"
     _, _, settings = parse(["train", "--config", str(path), "--out", "runs/polyp"])
     config = TrainConfig(**settings).resolved()
-    assert (config.epochs, config.batch_size, config.lr, config.final_lr) == (20, 1, 1e-3, 1e-7)
+    assert (config.epochs, config.batch_size, config.lr, config.min_lr) == (20, 1, 1e-3, 1e-7)
     assert config.task == "segmentation" and config.options_of_method()["r"] == 8
     _, _, settings = parse(["train", "--config", str(path), "--out", "o", "--method", "lora-8", "--scaling", "null"])
     assert TrainConfig(**settings).resolved().options_of_method() == {"r": 8}

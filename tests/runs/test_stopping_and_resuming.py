@@ -374,7 +374,7 @@ def test_rates_that_are_far_too_high_end_in_that_error(settings, console):
     with pytest.raises(
         NonFiniteLossError, match=r"became (nan|inf) in epoch 1, step \d of 12; no epoch was finished before"
     ):
-        train(settings(method="full", lr=1e30, head_lr=1e30, warmup=0.0), console)
+        train(settings(method="full", lr=1e30, head_lr=1e30, warmup_ratio=0.0), console)
 
 
 def test_a_gradient_that_is_no_number_does_not_reach_the_weights(settings, console, monkeypatch):

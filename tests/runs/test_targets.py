@@ -24,7 +24,7 @@ from snella.tasks.predictions import write_label_sets, write_numbers
 QUIET = Console(file=io.StringIO(), width=200)
 TINY = {
     **{"backbone": "test_vit", "pretrained": False, "img_size": 32, "method": "bias", "epochs": 2, "batch_size": 8},
-    **{"device": "cpu", "progress": False, "head_start": "probe", "lr": 1e-3},
+    **{"device": "cpu", "progress": False, "head_init": "probe", "lr": 1e-3},
 }
 
 
@@ -174,7 +174,7 @@ def test_a_linear_head_is_trained_on_cached_features(table, tmp_path):
 def balanced_settings(photos, out, **changes):
     values = {
         **{"class_weights": "balanced", "sampler": "weighted", "loss": "focal", "monitor": "macro_f1"},
-        **{"data": f"folder:{photos}", "out": str(out), "epochs": 3, "head_start": "random", **changes},
+        **{"data": f"folder:{photos}", "out": str(out), "epochs": 3, "head_init": "random", **changes},
     }
     return TrainConfig(**{**TINY, **values})
 
@@ -233,7 +233,7 @@ def test_the_weighted_order_depends_on_seed_and_epoch_alone_and_balances():
 
 def test_sample_weights_of_a_table_reach_the_loss(table, tmp_path):
     settings = {**TINY, "epochs": 1, "augment": "none", "task": "regression", "data": f"csv:{table}"}
-    settings |= {"head_start": "random", "lr": 0.0, "head_lr": 0.0}
+    settings |= {"head_init": "random", "lr": 0.0, "head_lr": 0.0}
     losses = {}
     for weight in ("weight", "none"):
         out = str(tmp_path / weight)

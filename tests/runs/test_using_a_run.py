@@ -114,9 +114,9 @@ def test_images_that_cannot_be_read_are_named_or_left_out(finished, photos, tmp_
     whole = (photos / "cats" / "000.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
     images = [photos / "cats" / "000.png", tmp_path / "cut.png"]
-    with pytest.raises(ValueError, match=r"cut\.png' is not a readable image.*; leave it out, or pass --skip-broken"):
+    with pytest.raises(ValueError, match=r"cut\.png' is not a readable image.*; leave it out, or pass --skip-corrupt"):
         predict(finished.path, images)
-    assert [p.path for p in predict(finished.path, images, skip_broken=True)] == images[:1]
+    assert [p.path for p in predict(finished.path, images, skip_corrupt=True)] == images[:1]
 
 
 def test_hidden_files_are_no_images_and_content_counts_beside_the_ending(finished, photos, tmp_path):

@@ -67,8 +67,8 @@ def test_settings_of_another_task_are_refused():
     wanted = {"data": "d", "backbone": "b", "out": "o"}
     with pytest.raises(ValueError, match="mask_loss is for task segmentation, got 'iou' with task 'classification'"):
         TrainConfig(**wanted, mask_loss="iou")
-    with pytest.raises(ValueError, match=r"final_lr must be at most lr, 0.001, got 0.1"):
-        TrainConfig(**wanted, lr=1e-3, final_lr=0.1)
+    with pytest.raises(ValueError, match=r"min_lr must be at most lr, 0.001, got 0.1"):
+        TrainConfig(**wanted, lr=1e-3, min_lr=0.1)
     with pytest.raises(ValueError, match=r"task must be one of classification, .*segmentation, got 'detection'"):
         TrainConfig(**wanted, task="detection")
 

@@ -55,7 +55,7 @@ def evaluate(
     split: Literal["auto", "train", "val", "test", "all"] = "auto",
     batch_size: int = 32,
     columns: str | None = None,
-    skip_broken: bool = False,
+    skip_corrupt: bool = False,
     out: str | None = None,
     calibrate: bool = False,
     device: Device = "auto",
@@ -72,7 +72,7 @@ def evaluate(
         split: Part of the data: train, val, test or all. auto is the run's test images, or all images of other data.
         batch_size: Images at a time.
         columns: Columns of a table, e.g. path=file,label=species; the run's own if not given.
-        skip_broken: Leave out images that cannot be read.
+        skip_corrupt: Leave out images that cannot be read.
         out: Also write the results to this JSON file.
         calibrate: Fit a classifier's temperature on the validation images and store it, for runs that were finished
             before training did so.
@@ -97,7 +97,7 @@ def evaluate(
             print_line(console, f"{part.split}, {part.count} images: {error}")
         return
     result = evaluate(
-        run, data, split=split, batch_size=batch_size, columns=columns, skip_broken=skip_broken, device=device
+        run, data, split=split, batch_size=batch_size, columns=columns, skip_corrupt=skip_corrupt, device=device
     )
     task = get_task(read(RunInfo, run))
     console = make_console()
@@ -123,7 +123,7 @@ def predict(
     watch: bool = False,
     batch_size: int = 32,
     columns: str | None = None,
-    skip_broken: bool = False,
+    skip_corrupt: bool = False,
     device: Device = "auto",
 ) -> None:
     """Classes, labels, numbers or masks of images, by a run's best model.
@@ -150,7 +150,7 @@ def predict(
         watch: Continue with images that appear in the folders, until Ctrl-C; rows are appended to --out.
         batch_size: Images at a time.
         columns: Column of the paths in a table, e.g. path=file; the usual names if not given.
-        skip_broken: Leave out images that cannot be read.
+        skip_corrupt: Leave out images that cannot be read.
         device: auto, cpu or cuda.
     """
     from snella.runs.prediction_files import predict_to_files
@@ -167,7 +167,7 @@ def predict(
         unsure=unsure,
         batch_size=batch_size,
         columns=columns,
-        skip_broken=skip_broken,
+        skip_corrupt=skip_corrupt,
         device=device,
     )
 
@@ -256,7 +256,7 @@ def explain(
     overwrite: bool = False,
     batch_size: int = 16,
     columns: str | None = None,
-    skip_broken: bool = False,
+    skip_corrupt: bool = False,
     device: Device = "auto",
 ) -> None:
     """Draw which parts of images speak for the predicted class, and the training images that are most like them.
@@ -278,7 +278,7 @@ def explain(
         overwrite: Write into a folder that holds files.
         batch_size: Images at a time.
         columns: Column of the paths in a table, e.g. path=file; the usual names if not given.
-        skip_broken: Leave out images that cannot be read.
+        skip_corrupt: Leave out images that cannot be read.
         device: auto, cpu or cuda.
     """
     from snella.runs.console import counted, make_console, print_line
@@ -307,7 +307,7 @@ def explain(
         overwrite=overwrite,
         batch_size=batch_size,
         columns=columns,
-        skip_broken=skip_broken,
+        skip_corrupt=skip_corrupt,
         device=device,
     )
     for note in found.notes:
@@ -462,7 +462,7 @@ def data(
     /,
     columns: str | None = None,
     task: Literal["classification", "multilabel", "ordinal", "regression", "segmentation"] = "classification",
-    skip_broken: bool = False,
+    skip_corrupt: bool = False,
     channels: int = 3,
     white: int | None = None,
     sheet: str | None = None,
@@ -483,7 +483,7 @@ def data(
             and fgvc inside.
         columns: Columns of a table, as for snella train.
         task: What the labels are, as for snella train: multilabel for lists of them, regression for numbers.
-        skip_broken: Images that cannot be read are a note, not an error, as for a training that leaves them out.
+        skip_corrupt: Images that cannot be read are a note, not an error, as for a training that leaves them out.
         channels: Channels of an image, as for snella train.
         white: Value of 16-bit images that becomes white, as for snella train.
         sheet: PNG file for a contact sheet: the first images of each class.
@@ -494,11 +494,11 @@ def data(
     from snella.runs.console import counted, make_console, print_line
 
     if split_spec(data)[1] is not None or data in data_names():
-        errors = _check_own_data(data, columns, task, skip_broken, channels, white, sheet)
+        errors = _check_own_data(data, columns, task, skip_corrupt, channels, white, sheet)
     else:
         given: dict[str, Any] = {"columns": columns, "task": None if task == "classification" else task}
         given |= {
-            "skip-broken": skip_broken or None,
+            "skip-broken": skip_corrupt or None,
             "sheet": sheet,
             "channels": None if channels == 3 else channels,
             "white": white,
@@ -519,7 +519,7 @@ def _check_own_data(
     spec: str,
     columns: str | None,
     task: str,
-    skip_broken: bool,
+    skip_corrupt: bool,
     channels: int,
     white: int | None,
     sheet: str | None,
@@ -532,7 +532,7 @@ def _check_own_data(
     from snella.tasks import task_class
 
     target, console = task_class(task).target, make_console()
-    check = check_data(spec, columns=columns, channels=channels, white=white, target=target, skip_broken=skip_broken)
+    check = check_data(spec, columns=columns, channels=channels, white=white, target=target, skip_corrupt=skip_corrupt)
     parts = list(check.splits.parts)
     print_line(console, check.splits.description)
     table = Table()

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from snella._deprecation import FORMER_OPTIONS, accept_former_names
 from snella.cli import commands  # noqa: F401 - those come first in the list
 from snella.cli.command import Device, command, listed
 from snella.recipes.dreambooth.config import DreamBoothConfig
@@ -168,6 +169,7 @@ def fit_matrix(
         print_line(console, str(path))
 
 
+@accept_former_names(FORMER_OPTIONS)
 @dataclass
 class CompareOptions:
     """Settings of `snella compare`; None leaves what the experiment says.
@@ -192,7 +194,7 @@ class CompareOptions:
         val_size: Number of validation images of each dataset.
         test_size: Number of test images of each dataset, at most.
         augment: Augmentation of training images: none, flip, or crop.
-        head_start: Initialization of every method's classifier head: random values, or probe, the linear probe; auto is
+        head_init: Initialization of every method's classifier head: random values, or probe, the linear probe; auto is
             probe for less than 100 steps.
         ema: Decay of an exponential moving average of the trained parameters, which is evaluated and kept, e.g. 0.9998.
         task: classification, multilabel (methods are compared by mean average precision), ordinal (by quadratic
@@ -201,7 +203,7 @@ class CompareOptions:
             of several labels, is also what methods are compared by.
         columns: Columns of tables, e.g. path=file,label=species, as for snella train.
         channels: Channels of an image.
-        skip_broken: Skip images that cannot be read.
+        skip_corrupt: Skip images that cannot be read.
         weights: Weight file for a backbone that is given by its architecture's name.
         pretrained: Load pre-trained weights; false starts from random ones, for tests.
         device: auto, cpu or cuda.
@@ -232,13 +234,13 @@ class CompareOptions:
     val_size: int | None = None
     test_size: int | None = None
     augment: Literal["none", "flip", "crop"] | None = None
-    head_start: Literal["auto", "random", "probe"] | None = None
+    head_init: Literal["auto", "random", "probe"] | None = None
     ema: float | None = None
     task: Literal["classification", "multilabel", "ordinal", "regression"] | None = None
     monitor: str | None = None
     columns: str | None = None
     channels: int | None = None
-    skip_broken: bool | None = None
+    skip_corrupt: bool | None = None
     weights: str | None = None
     pretrained: bool | None = None
     device: Device | None = None

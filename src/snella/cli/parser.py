@@ -6,6 +6,7 @@ import difflib
 import inspect
 import json
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from snella import __version__
+from snella._deprecation import FORMER_OPTIONS, renamed
 from snella.cli import experiment_commands  # noqa: F401 - all commands are in the table once it is imported
 from snella.cli.command import COMMANDS
 from snella.methods.defaults import shown_defaults
@@ -110,8 +112,9 @@ def parse(arguments: Sequence[str]) -> tuple[str, bool, dict[str, Any]]:
         raise UsageError(f"snella has no command {name!r}; {hint}; see snella --help")
     options = [] if name is None else options_of(COMMANDS[name].function)
     if name is not None:
+        words = _with_present_options(options, words)
         _check_options(name, options, words)
-        _check_config(options, words)
+        words = _with_checked_config(options, words)
         words = _give_flags_values(options, words)
     try:
         values = build_parser().parse_args(words)
@@ -279,15 +282,44 @@ def _give_flags_values(options: Sequence[Option], words: Sequence[str]) -> list[
     ]
 
 
-def _check_config(options: Sequence[Option], words: Sequence[str]) -> None:
-    """Refuse a configuration file that cannot be used, naming it."""
-    known = [option.name for option in options]
-    for word, follower in zip(words, [*words[1:], ""], strict=True):
+def _former(options: Sequence[Option]) -> dict[str, str]:
+    """Former names of a command's settings, each with the present one."""
+    names = {option.name for option in options}
+    return {old: new for old, new in FORMER_OPTIONS.items() if new in names and old not in names}
+
+
+def _with_present_options(options: Sequence[Option], words: Sequence[str]) -> list[str]:
+    """The words with former options under their present names, each with a line on standard error."""
+    former = {_dashed(old): _dashed(new) for old, new in _former(options).items()}
+    result = []
+    for word in words:
         option, sign, value = word.partition("=")
-        if option == "--config" and (value or follower):
-            error = _config_error(value if sign else follower, known)
+        if option in former:
+            print(f"snella: {option} is called {former[option]} now; the former name goes in 0.3", file=sys.stderr)
+        result.append(former.get(option, option) + sign + value)
+    return result
+
+
+def _with_checked_config(options: Sequence[Option], words: Sequence[str]) -> list[str]:
+    """The words, a configuration file with former names as text with the present ones.
+
+    Raises:
+        UsageError: The file cannot be used.
+    """
+    former, result = _former(options), list(words)
+    known = [*(option.name for option in options), *former]
+    for position, (word, follower) in enumerate(zip(words, [*words[1:], ""], strict=True)):
+        option, sign, value = word.partition("=")
+        path = value if sign else follower
+        if option == "--config" and path:
+            error = _config_error(path, known)
             if error is not None:
                 raise UsageError(error)
+            content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+            if content.keys() & former.keys():
+                text = yaml.safe_dump(renamed(content, former, warns=False))
+                result[position + 1 - len(sign)] = f"--config={text}" if sign else text
+    return result
 
 
 def _config_error(path: str, known: Sequence[str]) -> str | None:

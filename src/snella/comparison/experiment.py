@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from snella._deprecation import FORMER_OPTIONS, renamed
 from snella._files import write_text
 from snella.methods import method_options, parse_method
 from snella.methods.defaults import PROBE_METHOD, REFERENCE_METHOD
@@ -88,10 +89,10 @@ SHARED_SETTINGS = (
         "weights",
         "pretrained",
         "augment",
-        "warmup",
+        "warmup_ratio",
         "max_grad_norm",
     ),
-    *("label_smoothing", *DATA_SETTINGS, "skip_broken", "check_sizes", "protocol", "head_start", "ema", "final_lr"),
+    *("label_smoothing", *DATA_SETTINGS, "skip_corrupt", "strict_sizes", "protocol", "head_init", "ema", "min_lr"),
     *("swa", "soup", "early_stopping", "accumulate", "layer_decay", "drop_path", "random_erasing", "mixup", "cutmix"),
     "test_seed",
     *("device", "precision", "grad_checkpointing", "workers"),
@@ -402,7 +403,7 @@ class Experiment:
             methods=tuple(method_entry(value) for value in listed(values["methods"])),
             data=tuple(data_entry(value) for value in listed(values["data"])),
             grid=Grid(**grid),
-            settings=dict(values.get("train") or {}),
+            settings=renamed(values.get("train") or {}, FORMER_OPTIONS, warns=False),
             forgetting=None if values.get("forgetting") is None else tuple(listed(values["forgetting"])),
             **plain,
         )

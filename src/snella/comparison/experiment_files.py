@@ -103,7 +103,7 @@ def _find(name: str) -> Path:
 _NONE = "none"
 _TRAIN = (
     *("epochs", "batch_size", "img_size", "train_size", "val_size", "test_size", "augment", "weights", "pretrained"),
-    *("head_start", "ema", "device", "precision", "task", "monitor", "columns", "channels", "skip_broken"),
+    *("head_init", "ema", "device", "precision", "task", "monitor", "columns", "channels", "skip_corrupt"),
 )
 """Settings that all runs share; `workers` is not that of their loaders."""
 

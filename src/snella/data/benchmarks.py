@@ -57,19 +57,19 @@ class Inspection:
     deviations: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def check(self, spec: str, *, check_sizes: bool) -> None:
+    def check(self, spec: str, *, strict_sizes: bool) -> None:
         """Refuse data with errors, all of them in one message; deviations become notes where they are allowed.
 
         Args:
             spec: The data specification.
-            check_sizes: Whether deviations are errors too.
+            strict_sizes: Whether deviations are errors too.
 
         Raises:
             ValueError: There are any.
         """
-        wrong = [*self.errors, *(self.deviations if check_sizes else [])]
+        wrong = [*self.errors, *(self.deviations if strict_sizes else [])]
         if wrong:
-            remedy = "; to use it anyway, pass check_sizes=False" if check_sizes and not self.errors else ""
+            remedy = "; to use it anyway, pass strict_sizes=False" if strict_sizes and not self.errors else ""
             raise ValueError(f"{spec} is not {self.name} as the benchmark has it: {'; '.join(wrong)}{remedy}")
         self.notes += [f"not the benchmark's own data: {deviation}" for deviation in self.deviations]
 
@@ -238,12 +238,12 @@ class BenchmarkFamily(Generic[M]):
         member = self.known(path.name)
         return path if member is None else self.place(path.parent, member)
 
-    def load(self, path: str, *, check_sizes: bool) -> tuple[M, Inspection]:
+    def load(self, path: str, *, strict_sizes: bool) -> tuple[M, Inspection]:
         """Find a data set by the path to its folder, read it and refuse errors.
 
         Args:
             path: The folder, under one of its names.
-            check_sizes: Refuse numbers of images or classes that are not the benchmark's; otherwise they are noted.
+            strict_sizes: Refuse numbers of images or classes that are not the benchmark's; otherwise they are noted.
 
         Raises:
             FileNotFoundError: There is no such folder.
@@ -261,7 +261,7 @@ class BenchmarkFamily(Generic[M]):
                 f"{spec}: there is no folder '{folder}'; `snella data check {wanted.parent}` says what belongs there"
             )
         found = self.read(folder, member)
-        found.check(spec, check_sizes=check_sizes)
+        found.check(spec, strict_sizes=strict_sizes)
         return member, found
 
 

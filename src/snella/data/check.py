@@ -178,7 +178,7 @@ def check_data(
     channels: int = 3,
     white: int | None = None,
     target: TargetKind = "class",
-    skip_broken: bool = False,
+    skip_corrupt: bool = False,
     seed: int = 0,
 ) -> DataCheck:
     """Load data as training does, broken images left out, and say what is in it.
@@ -189,7 +189,8 @@ def check_data(
         channels: Of an image.
         white: Value of 16-bit images that becomes white.
         target: What the label column of a table holds.
-        skip_broken: Whether images that cannot be used are a note, as for a training that leaves them out, or an error.
+        skip_corrupt: Whether images that cannot be used are a note, as for a training that leaves them out, or an
+            error.
         seed: Of the splits.
 
     Raises:
@@ -200,19 +201,19 @@ def check_data(
     options: dict[str, Any] = {"columns": columns, "channels": channels, "white": white, "target": target, "seed": seed}
     errors = []
     try:
-        splits = load_data(spec, skip_broken=True, **options)
+        splits = load_data(spec, skip_corrupt=True, **options)
     except ValueError as error:
-        splits = load_data(spec, skip_broken=True, divide=False, **options)  # or raises the same
+        splits = load_data(spec, skip_corrupt=True, divide=False, **options)  # or raises the same
         errors.append(str(error))
     check = DataCheck(splits, errors=errors, notes=list(splits.notes))
     if splits.broken:
         named = listed([f"{name} ({reason})" for name, reason in splits.broken.items()])
         check.notes = [note for note in check.notes if named not in note]
         text = f"{len(splits.broken)} images cannot be used"
-        if skip_broken:
-            check.notes.append(f"{text}, and are left out by --skip-broken: {named}")
+        if skip_corrupt:
+            check.notes.append(f"{text}, and are left out by --skip-corrupt: {named}")
         else:
-            check.errors.append(f"{text}: {named}; --skip-broken leaves them out")
+            check.errors.append(f"{text}: {named}; --skip-corrupt leaves them out")
     if not isinstance(splits.train, MaskDataset) and target == "class":
         check.counts = {
             name: {part: images.labels.count(label) for part, images in splits.parts.items()}

@@ -55,18 +55,18 @@ FGVC_DATASETS: dict[str, FgvcDataset] = {
 """The data sets in the order of the paper's Table I."""
 
 
-def load_fgvc(path: str, *, check_sizes: bool = True) -> Collection:
+def load_fgvc(path: str, *, strict_sizes: bool = True) -> Collection:
     """Collect one data set.
 
     Args:
         path: Its folder, named as in `FGVC_DATASETS` or by another of its names.
-        check_sizes: Refuse numbers of images or classes that are not the benchmark's; otherwise they are noted.
+        strict_sizes: Refuse numbers of images or classes that are not the benchmark's; otherwise they are noted.
 
     Raises:
         FileNotFoundError: There is no such folder.
         ValueError: Not a data set's name, or whatever `inspect_fgvc` finds, all in one message.
     """
-    dataset, found = FGVC.load(path, check_sizes=check_sizes)
+    dataset, found = FGVC.load(path, strict_sizes=strict_sizes)
     parts = {name: dataset_of(found.parts[name]) for name in _PARTS if name in found.parts}
     return Collection(
         dataset.name,

@@ -32,7 +32,7 @@ _LAYOUT = "images are laid out as PATH/class/image.jpg"
 _Files = dict[str, list[Path]]
 
 
-def load_folder(path: str, *, skip_broken: bool = False, reading: Reading = RGB) -> Collection:
+def load_folder(path: str, *, skip_corrupt: bool = False, reading: Reading = RGB) -> Collection:
     """Collect the images of a folder; the names of the folders inside it are the classes.
 
     Every file is decoded once, so that a broken one is known before training. Hidden files are passed over, files of
@@ -40,7 +40,7 @@ def load_folder(path: str, *, skip_broken: bool = False, reading: Reading = RGB)
 
     Args:
         path: The folder. It counts as divided where it holds a folder `train` with class folders inside.
-        skip_broken: Leave broken images out and note how many instead of refusing.
+        skip_corrupt: Leave broken images out and note how many instead of refusing.
         reading: As for `read_image`.
 
     Raises:
@@ -58,10 +58,10 @@ def load_folder(path: str, *, skip_broken: bool = False, reading: Reading = RGB)
     broken = {source.paths[row]: reason for row, reason in broken_rows(source, range(len(source.paths))).items()}
     if broken:
         named = listed([f"{file.relative_to(root).as_posix()} ({reason})" for file, reason in broken.items()])
-        if not skip_broken:
+        if not skip_corrupt:
             raise ValueError(
                 f"{len(broken)} of {sum(len(f) for c in files.values() for f in c.values())} images in '{path}' cannot "
-                f"be read: {named}. Remove or replace them, or leave them out with --skip-broken (skip_broken=True)"
+                f"be read: {named}. Remove or replace them, or leave them out with --skip-corrupt (skip_corrupt=True)"
             )
         notes.append(f"left out {len(broken)} broken images: {named}")
         files = {

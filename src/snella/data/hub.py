@@ -27,7 +27,7 @@ _INSTALL = "needs the package datasets; pip install 'snella[data]'"
 
 
 def load_hf(
-    path: str, *, columns: Columns, target: TargetKind = "class", skip_broken: bool = False, reading: Reading = RGB
+    path: str, *, columns: Columns, target: TargetKind = "class", skip_corrupt: bool = False, reading: Reading = RGB
 ) -> Collection:
     """Collect the images of a Hugging Face data set.
 
@@ -36,7 +36,7 @@ def load_hf(
             files, or a name on the hub, `owner/name` or `owner/name:configuration`.
         columns: Which columns hold what; the first column of images is the image.
         target: What the label column holds.
-        skip_broken: Leave out rows that cannot be used, and note how many.
+        skip_corrupt: Leave out rows that cannot be used, and note how many.
         reading: As for `read_image`.
 
     Raises:
@@ -58,11 +58,11 @@ def load_hf(
             data = library.load_dataset(name, configuration or None)
     except Exception as error:
         raise _reading_error(f"hf:{path}", folder, error) from error
-    return _from_hf(data, f"hf:{path}", folder.name, columns, target, skip_broken, reading)
+    return _from_hf(data, f"hf:{path}", folder.name, columns, target, skip_corrupt, reading)
 
 
 def load_wds(
-    path: str, *, columns: Columns, target: TargetKind = "class", skip_broken: bool = False, reading: Reading = RGB
+    path: str, *, columns: Columns, target: TargetKind = "class", skip_corrupt: bool = False, reading: Reading = RGB
 ) -> Collection:
     """Collect the images of WebDataset shards.
 
@@ -73,7 +73,7 @@ def load_wds(
         path: Tar files: a folder, a pattern (`data/train-*.tar`) or a range (`data/train-{000..009}.tar`).
         columns: Which entries hold what, such as `label=json.species`.
         target: What the label entry holds.
-        skip_broken: Leave out samples that cannot be used, and note how many.
+        skip_corrupt: Leave out samples that cannot be used, and note how many.
         reading: As for `read_image`.
 
     Raises:
@@ -91,7 +91,7 @@ def load_wds(
         data = library.load_dataset("webdataset", data_files=by_part)
     except Exception as error:
         raise _reading_error(f"wds:{path}", shards[0], error) from error
-    return _from_hf(data, f"wds:{path}", shards[0].parent.name, columns, target, skip_broken, reading)
+    return _from_hf(data, f"wds:{path}", shards[0].parent.name, columns, target, skip_corrupt, reading)
 
 
 def from_python(
@@ -100,7 +100,7 @@ def from_python(
     *,
     columns: Columns,
     target: TargetKind = "class",
-    skip_broken: bool = False,
+    skip_corrupt: bool = False,
     reading: Reading = RGB,
 ) -> Collection:
     """Collect the images of a data set that is an object.
@@ -111,7 +111,7 @@ def from_python(
         name: What it is called.
         columns: Of a Hugging Face data set.
         target: What the labels are.
-        skip_broken: Leave out images that cannot be used, and note how many.
+        skip_corrupt: Leave out images that cannot be used, and note how many.
         reading: As for `read_image`.
 
     Raises:
@@ -121,7 +121,7 @@ def from_python(
     where = f"{PYTHON_PREFIX}{name}"
     parts = dict(data) if isinstance(data, Mapping) else {"train": data}
     if all(hasattr(part, "features") and hasattr(part, "column_names") for part in parts.values()):
-        return _from_hf(data, where, name, columns, target, skip_broken, reading)
+        return _from_hf(data, where, name, columns, target, skip_corrupt, reading)
     for part_name, part in parts.items():
         if not (hasattr(part, "__len__") and hasattr(part, "__getitem__")):
             raise TypeError(
@@ -144,7 +144,7 @@ def from_python(
         splits=[part_name for part_name, part in parts.items() for _ in range(len(part))] if len(parts) > 1 else None,
         classes=[str(name) for name in known] if known and are_numbers and target == "class" else None,
     )
-    return collection_of(samples, target=target, skip_broken=skip_broken)
+    return collection_of(samples, target=target, skip_corrupt=skip_corrupt)
 
 
 class _HubImages(CachedImages):
@@ -221,7 +221,7 @@ def _labels_of(part: Any) -> list[Any]:
 
 
 def _from_hf(
-    data: Any, where: str, name: str, columns: Columns, target: TargetKind, skip_broken: bool, reading: Reading
+    data: Any, where: str, name: str, columns: Columns, target: TargetKind, skip_corrupt: bool, reading: Reading
 ) -> Collection:
     """A Hugging Face data set or several as a `Collection`."""
     import datasets
@@ -266,7 +266,7 @@ def _from_hf(
         classes=_class_names(first.features.get(labels[0])) if target != "numbers" else None,
         notes=[*notes, f"columns: {', '.join(f'{role} {column!r}' for role, column in found.items())}"],
     )
-    return collection_of(samples, target=target, skip_broken=skip_broken)
+    return collection_of(samples, target=target, skip_corrupt=skip_corrupt)
 
 
 def _values(rows: Any, images: Sequence[str]) -> dict[str, list[Any]]:

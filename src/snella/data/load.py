@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from snella._deprecation import accept_former_arguments
 from snella._files import sha256_of
 from snella.data.bundled import (
     load_digits,
@@ -52,16 +53,16 @@ _IN_FOLDERS: dict[str, Callable[..., Collection]] = {
     "masks:": load_masks,
     "kvasir:": load_kvasir,
 }
-"""Data formats by the prefix of a folder's path; each takes the path and `skip_broken`."""
+"""Data formats by the prefix of a folder's path; each takes the path and `skip_corrupt`."""
 _IN_TABLES: dict[str, Callable[..., Collection]] = {
     "csv:": partial(load_table, kind="csv"),
     "parquet:": partial(load_table, kind="parquet"),
     "hf:": load_hf,
     "wds:": load_wds,
 }
-"""Data formats with columns; each takes what stands after the colon, `columns`, `target` and `skip_broken`."""
+"""Data formats with columns; each takes what stands after the colon, `columns`, `target` and `skip_corrupt`."""
 _BENCHMARKS: dict[str, Callable[..., Collection]] = {"vtab:": load_vtab, "fgvc:": load_fgvc}
-"""Benchmarks by prefix; each takes the path of one data set and `check_sizes`."""
+"""Benchmarks by prefix; each takes the path of one data set and `strict_sizes`."""
 _BENCHMARK_FOLDERS: dict[str, Callable[[Path], Path]] = {"vtab:": VTAB.resolve, "fgvc:": FGVC.resolve}
 """Resolve other names of their data sets' folders."""
 _FAMILIES: dict[str, Callable[[], Collection]] = {
@@ -145,6 +146,7 @@ def data_folder(spec: str) -> Path | None:
     return _BENCHMARK_FOLDERS.get(prefix, Path)(Path(path).expanduser())
 
 
+@accept_former_arguments
 def load_data(
     spec: Any,
     *,
@@ -155,8 +157,8 @@ def load_data(
     val_size: int | None = None,
     test_size: int | None = None,
     test_seed: int | None = None,
-    skip_broken: bool = False,
-    check_sizes: bool = True,
+    skip_corrupt: bool = False,
+    strict_sizes: bool = True,
     protocol: Protocol = "standard",
     columns: str | None = None,
     target: TargetKind = "class",
@@ -182,8 +184,8 @@ def load_data(
         val_size: The same for validation.
         test_size: The same for the test.
         test_seed: Of the test part alone, so that other seeds share it; `seed` by default.
-        skip_broken: Leave broken images of a folder out and note them instead of refusing.
-        check_sizes: Refuse a benchmark's data whose numbers of images or classes are not the benchmark's; otherwise
+        skip_corrupt: Leave broken images of a folder out and note them instead of refusing.
+        strict_sizes: Refuse a benchmark's data whose numbers of images or classes are not the benchmark's; otherwise
             they are noted.
         protocol: `standard` keeps a validation part; `final` learns from it too, and leaves none; `official` divides as
             the authors' scripts do, who choose on the test images: none is held out, and of data with a validation part
@@ -209,7 +211,7 @@ def load_data(
     for_test = seed if test_seed is None else test_seed
     sizes = {"train": train_size, "val": val_size, "test": test_size}
     _check_numbers({"seed": seed, "test_seed": for_test}, val_fraction, test_fraction, sizes)
-    collection = _collect(spec, skip_broken, check_sizes, columns, target, Reading(channels, white or FULL_WHITE))
+    collection = _collect(spec, skip_corrupt, strict_sizes, columns, target, Reading(channels, white or FULL_WHITE))
     fold_part = None
     if folds is not None and fold is not None:
         fold_part = "test" if collection.test is None else "val"
@@ -273,17 +275,19 @@ def with_class_order(splits: DataSplits, classes: list[str]) -> DataSplits:
 
 
 def _collect(
-    spec: Any, skip_broken: bool, check_sizes: bool, columns: str | None, target: TargetKind, reading: Reading
+    spec: Any, skip_corrupt: bool, strict_sizes: bool, columns: str | None, target: TargetKind, reading: Reading
 ) -> Collection:
     """The data as its family has it."""
     given: dict[str, Any] = {} if reading == RGB else {"reading": reading}
     if not isinstance(spec, str):
-        return from_python(spec, columns=Columns.parse(columns), target=target, skip_broken=skip_broken, **given)
+        return from_python(spec, columns=Columns.parse(columns), target=target, skip_corrupt=skip_corrupt, **given)
     prefix, path = split_spec(spec)
     if prefix == PYTHON_PREFIX:
         raise ValueError(f"data {spec} is an object in Python: hand it over to train or evaluate with data=...")
     if prefix in _IN_TABLES:
-        return _IN_TABLES[prefix](path, columns=Columns.parse(columns), target=target, skip_broken=skip_broken, **given)
+        return _IN_TABLES[prefix](
+            path, columns=Columns.parse(columns), target=target, skip_corrupt=skip_corrupt, **given
+        )
     if columns is not None:
         raise ValueError(
             f"columns can only be given for data with columns, {', '.join(_IN_TABLES)}, got {columns!r} with {spec}"
@@ -294,9 +298,9 @@ def _collect(
             f"channels and white can only be given for {known}, got {reading.channels} and {reading.white} with {spec}"
         )
     if prefix in _BENCHMARKS:
-        return _as_target(_BENCHMARKS[prefix](path, check_sizes=check_sizes), target, spec)
+        return _as_target(_BENCHMARKS[prefix](path, strict_sizes=strict_sizes), target, spec)
     if path is not None:
-        return _as_target(_IN_FOLDERS[prefix](path, skip_broken=skip_broken, **given), target, spec)
+        return _as_target(_IN_FOLDERS[prefix](path, skip_corrupt=skip_corrupt, **given), target, spec)
     if spec in _FAMILIES:
         return _as_target(_FAMILIES[spec](), target, spec)
     nearest = difflib.get_close_matches(spec, _FAMILIES, n=2, cutoff=0.4)

@@ -91,7 +91,7 @@ class _PairCheck:
     is_thresholded: bool = False
 
 
-def load_masks(path: str, *, skip_broken: bool = False) -> Collection:
+def load_masks(path: str, *, skip_corrupt: bool = False) -> Collection:
     """Collect the images of a folder with their masks; an image and its mask have the same name but for the ending.
 
     A mask's values are class numbers: palette indices or gray values 0, 1, 2 … without gaps; 0 is the background. Masks
@@ -100,7 +100,7 @@ def load_masks(path: str, *, skip_broken: bool = False) -> Collection:
 
     Args:
         path: The folder.
-        skip_broken: Leave pairs with an unreadable file out and note them instead of refusing.
+        skip_corrupt: Leave pairs with an unreadable file out and note them instead of refusing.
 
     Raises:
         FileNotFoundError: There is no such folder; near names are given.
@@ -113,7 +113,13 @@ def load_masks(path: str, *, skip_broken: bool = False) -> Collection:
     errors: list[str] = []
     pairs = {part: find_pairs(folder, root, errors) for part, folder in folders.items()}
     collection = collect_masks(
-        f"masks:{path}", root, pairs, errors, class_names=_class_names(root), has_parts=divided, skip_broken=skip_broken
+        f"masks:{path}",
+        root,
+        pairs,
+        errors,
+        class_names=_class_names(root),
+        has_parts=divided,
+        skip_corrupt=skip_corrupt,
     )
     for part in (collection.val, collection.test):
         if part is not None:
@@ -129,7 +135,7 @@ def collect_masks(
     *,
     class_names: list[str] | None = None,
     has_parts: bool = False,
-    skip_broken: bool = False,
+    skip_corrupt: bool = False,
 ) -> Collection:
     """Decode all pairs once and make a collection of them.
 
@@ -140,7 +146,7 @@ def collect_masks(
         errors: What is known to be wrong already.
         class_names: Names by label; found from the labels where None.
         has_parts: Whether the data is divided by itself.
-        skip_broken: Leave pairs with an unreadable file out and note them.
+        skip_corrupt: Leave pairs with an unreadable file out and note them.
 
     Raises:
         ValueError: As `load_masks`.
@@ -153,10 +159,10 @@ def collect_masks(
     notes: list[str] = []
     if broken:
         text = f"{_many(len(broken), 'pair')} with an unreadable file: {listed(list(broken.values()))}"
-        if skip_broken:
+        if skip_corrupt:
             notes.append(f"left out {text}")
         else:
-            errors.append(f"{text} (leave them out with --skip-broken (skip_broken=True))")
+            errors.append(f"{text} (leave them out with --skip-corrupt (skip_corrupt=True))")
     good = {pair: check for pair, check in checks.items() if not check.broken}
     unlike = [
         f"{masks[pair]} is {_size(check.mask_size)}, its image {_size(check.image_size)}"
@@ -332,7 +338,7 @@ _SPLIT_FILES = {"train": "train.txt", "test": "val.txt"}
 _TEST_SHARE = 0.12
 
 
-def load_kvasir(path: str, *, skip_broken: bool = False) -> Collection:
+def load_kvasir(path: str, *, skip_corrupt: bool = False) -> Collection:
     """Collect Kvasir-SEG as its authors distribute it: `images/NAME.jpg`, `masks/NAME.jpg` (cut at 128).
 
     The official split is in `train.txt` (880 names) and `val.txt` (120), one name a line; the latter is the test part,
@@ -341,7 +347,7 @@ def load_kvasir(path: str, *, skip_broken: bool = False) -> Collection:
 
     Args:
         path: The folder.
-        skip_broken: Leave pairs with an unreadable file out and note them instead of refusing.
+        skip_corrupt: Leave pairs with an unreadable file out and note them instead of refusing.
 
     Raises:
         FileNotFoundError: There is no such folder; near names are given.
@@ -360,7 +366,7 @@ def load_kvasir(path: str, *, skip_broken: bool = False) -> Collection:
         )
     parts = {part: [pairs[name] for name in chosen if name in pairs] for part, chosen in names.items()}
     collection = collect_masks(
-        f"kvasir:{path}", root, parts, errors, class_names=CLASSES, has_parts=True, skip_broken=skip_broken
+        f"kvasir:{path}", root, parts, errors, class_names=CLASSES, has_parts=True, skip_corrupt=skip_corrupt
     )
     collection.name = "kvasir"
     if collection.test is not None:

@@ -178,7 +178,7 @@ def load_table(
     *,
     columns: Columns,
     target: TargetKind = "class",
-    skip_broken: bool = False,
+    skip_corrupt: bool = False,
     reading: Reading = RGB,
 ) -> Collection:
     """Collect the images that a table names.
@@ -189,7 +189,7 @@ def load_table(
         kind: csv or parquet.
         columns: Which columns hold what; others are found by their names.
         target: What the label column holds.
-        skip_broken: Leave rows out, and note how many, whose file is missing or broken or that have no label.
+        skip_corrupt: Leave rows out, and note how many, whose file is missing or broken or that have no label.
         reading: As for `read_image`.
 
     Raises:
@@ -221,10 +221,10 @@ def load_table(
         broken=broken,
         notes=[f"columns: {', '.join(f'{role} {name!r}' for role, name in found.items())}"],
     )
-    return collection_of(samples, target=target, skip_broken=skip_broken)
+    return collection_of(samples, target=target, skip_corrupt=skip_corrupt)
 
 
-def collection_of(samples: Samples, *, target: TargetKind = "class", skip_broken: bool = False) -> Collection:
+def collection_of(samples: Samples, *, target: TargetKind = "class", skip_corrupt: bool = False) -> Collection:
     """Images with labels, weights and groups, in the parts that their rows name.
 
     Labels become class numbers (`class`), or strata that splits are made by: the rarest label of an image (`labels`),
@@ -234,7 +234,7 @@ def collection_of(samples: Samples, *, target: TargetKind = "class", skip_broken
     Args:
         samples: The rows.
         target: What the labels are.
-        skip_broken: Leave out rows that cannot be used, and note how many.
+        skip_corrupt: Leave out rows that cannot be used, and note how many.
 
     Raises:
         ValueError: Rows that cannot be used (counted and named), unknown parts, no training images, fewer than two
@@ -251,10 +251,10 @@ def collection_of(samples: Samples, *, target: TargetKind = "class", skip_broken
     broken |= broken_rows(samples.source, usable)
     notes = list(samples.notes)
     if broken:
-        if not skip_broken:
+        if not skip_corrupt:
             raise ValueError(
-                f"{_broken_text(broken, samples)}. Mend or remove them, or leave them out with --skip-broken "
-                "(skip_broken=True)"
+                f"{_broken_text(broken, samples)}. Mend or remove them, or leave them out with --skip-corrupt "
+                "(skip_corrupt=True)"
             )
         notes.append(f"left out {_broken_text(broken, samples)}")
     rows = [row for row in usable if row not in broken]

@@ -68,18 +68,18 @@ VTAB_TASKS: dict[str, VtabTask] = {
 """The tasks in the order of the paper's Table XIII."""
 
 
-def load_vtab(path: str, *, check_sizes: bool = True) -> Collection:
+def load_vtab(path: str, *, strict_sizes: bool = True) -> Collection:
     """Collect one task: `train800` for training, `val200` to choose on, and the test images.
 
     Args:
         path: The task's folder, named as in `VTAB_TASKS` or by another of its names.
-        check_sizes: Refuse numbers of images or classes that are not the benchmark's; otherwise they are noted.
+        strict_sizes: Refuse numbers of images or classes that are not the benchmark's; otherwise they are noted.
 
     Raises:
         FileNotFoundError: There is no such folder.
         ValueError: Not a task's name, or whatever `inspect_vtab` finds, all in one message.
     """
-    task, found = VTAB.load(path, check_sizes=check_sizes)
+    task, found = VTAB.load(path, strict_sizes=strict_sizes)
     return Collection(
         task.name,
         found.classes,

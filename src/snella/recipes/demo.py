@@ -28,14 +28,14 @@ DEMO_SETTINGS: dict[str, Any] = {
 
 _UPPER_HALF: dict[str, Any] = {
     "epochs": 4,
-    "head_start": "probe",
+    "head_init": "probe",
     "head_lr": 3e-4,
     "ema": 0.97,
     "method_options": {"exclude_modules": r"blocks\.[0-5]\..*"},
 }
 
 DEMO_METHODS: dict[str, dict[str, Any]] = {
-    "linear": {"epochs": 20, "augment": "none", "batch_size": 32, "head_start": "random"},
+    "linear": {"epochs": 20, "augment": "none", "batch_size": 32, "head_init": "random"},
     "lora-8": _UPPER_HALF,
     "snella-8": {**_UPPER_HALF, "lr": 2e-3},
 }

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_
 
 import yaml
 
+from snella._deprecation import FORMER_OPTIONS, accept_former_names
 from snella.methods.defaults import DEFAULT_METHOD
 
 SESSION_FIELDS = ("out", "resume", "overwrite", "workers", "progress")
@@ -232,6 +233,7 @@ def _read_class_weights(file: Path) -> dict[str, float]:
     return {str(name): float(value) for name, value in values.items()}
 
 
+@accept_former_names(FORMER_OPTIONS)
 @dataclass
 class TrainConfig(RunSettings):
     """Settings of one training run; None means the default of the method or of the model.
@@ -275,15 +277,15 @@ class TrainConfig(RunSettings):
             NaN, raise it if the loss falls slowly.
         scalar_lr: Learning rate of the scalar kernel parameters (snella, snell); rarely worth changing.
         head_lr: Learning rate of the classifier head.
-        head_start: Initialization of the classifier head: random, or probe, a linear probe on the model's features
+        head_init: Initialization of the classifier head: random, or probe, a linear probe on the model's features
             before training (LP-FT; takes seconds). auto is probe for a linear head that is trained for less than 100
             steps, unless the protocol is official.
         weight_decay: Decoupled weight decay; none on the kernels' scalars.
         layer_decay: Layer-wise decay of the learning rate, e.g. 0.75: each block's is that of the next one times this.
         drop_path: Stochastic depth of the backbone, whatever the method: the probability of dropping a residual branch
             of the last block; it falls linearly to 0 at the first.
-        warmup: Fraction of all steps with linear learning-rate warm-up, before cosine decay.
-        final_lr: Minimum of `lr` at the end of the cosine decay; the other learning rates decay by the same factor.
+        warmup_ratio: Fraction of all steps with linear learning-rate warm-up, before cosine decay.
+        min_lr: Minimum of `lr` at the end of the cosine decay; the other learning rates decay by the same factor.
         max_grad_norm: Maximum norm for gradient clipping; 0 for none.
         loss: cross-entropy, focal (counts what is recognized already less) or logit-adjusted (for unbalanced classes)
             for classification, cross-entropy or focal for multilabel, mse, l1 or huber for regression; the first if not
@@ -320,7 +322,7 @@ class TrainConfig(RunSettings):
         channels: Channels of an image: 1 for gray, 3 for RGB, 4 for RGBA, another number for TIFF or .npy files of as
             many. The backbone's first convolution is adapted.
         white: Value of 16-bit images that becomes white, e.g. 4095 for 12-bit cameras; 65535 if not given.
-        skip_broken: Skip images that cannot be read, and report how many.
+        skip_corrupt: Skip images that cannot be read, and report how many.
         seed: Decides the splits, initial values, order of images, augmentation and dropout.
         test_seed: Seed of the test split alone, so that runs of other seeds share it; the seed if not given.
         protocol: Selection of the best epoch: standard (on validation), final (none: validation images are trained on
@@ -332,7 +334,7 @@ class TrainConfig(RunSettings):
             unless the best epoch is better on validation; none if not given.
         soup: Greedy soup: of so many last epochs those are averaged, the best ones first, whose weights raise the
             result on validation; none if not given.
-        check_sizes: Refuse a benchmark's data (vtab, fgvc) whose numbers of images or classes differ from the
+        strict_sizes: Refuse a benchmark's data (vtab, fgvc) whose numbers of images or classes differ from the
             benchmark's; false only notes them.
         device: auto, cpu or cuda (the first visible GPU).
         precision: fp32, or bf16 or (on a GPU) fp16 for autocast.
@@ -353,7 +355,7 @@ class TrainConfig(RunSettings):
     out_hint: ClassVar[str] = "must be the folder of the run, e.g. runs/photos"
     basic: ClassVar[tuple[str, ...]] = (
         *("data", "backbone", "out", "task", "method", "weights", "img_size", "epochs", "batch_size", "augment"),
-        *("columns", "folds", "channels", "skip_broken", "device", "workers", "resume", "overwrite"),
+        *("columns", "folds", "channels", "skip_corrupt", "device", "workers", "resume", "overwrite"),
     )
 
     data: str | None = None
@@ -377,12 +379,12 @@ class TrainConfig(RunSettings):
     lr: float | None = None
     scalar_lr: float | None = None
     head_lr: float | None = None
-    head_start: Literal["auto", "random", "probe"] = "auto"
+    head_init: Literal["auto", "random", "probe"] = "auto"
     weight_decay: float | None = None
     layer_decay: float | None = None
     drop_path: float = 0.0
-    warmup: float = 0.1
-    final_lr: float = 0.0
+    warmup_ratio: float = 0.1
+    min_lr: float = 0.0
     max_grad_norm: float = 1.0
     loss: Literal["cross-entropy", "focal", "logit-adjusted", "mse", "l1", "huber"] | None = None
     class_weights: dict[str, float] | str | None = None
@@ -405,14 +407,14 @@ class TrainConfig(RunSettings):
     fold: int | None = None
     channels: int = 3
     white: int | None = None
-    skip_broken: bool = False
+    skip_corrupt: bool = False
     seed: int = 0
     test_seed: int | None = None
     protocol: Literal["standard", "final", "official"] = "standard"
     ema: float | None = None
     swa: int | None = None
     soup: int | None = None
-    check_sizes: bool = True
+    strict_sizes: bool = True
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     grad_checkpointing: bool = False
@@ -500,7 +502,7 @@ class TrainConfig(RunSettings):
     def _range_errors(self) -> list[str]:
         """Errors of values out of range."""
         errors = self.minimum_errors(_MINIMUMS)
-        for name in ("warmup", "label_smoothing", "test_fraction", "drop_path"):
+        for name in ("warmup_ratio", "label_smoothing", "test_fraction", "drop_path"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 errors.append(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.ema is not None and not 0.0 < self.ema < 1.0:
@@ -511,7 +513,7 @@ class TrainConfig(RunSettings):
             errors.append(f"random_erasing must be in [0, 1], got {self.random_erasing}")
         if not 0.0 < self.val_fraction < 1.0:
             errors.append(f"val_fraction must be in (0, 1), got {self.val_fraction}")
-        errors += self.nonnegative_errors((*_NONNEGATIVE_FIELDS, "final_lr", "max_grad_norm", "mixup", "cutmix"))
+        errors += self.nonnegative_errors((*_NONNEGATIVE_FIELDS, "min_lr", "max_grad_norm", "mixup", "cutmix"))
         return errors
 
     def _task_errors(self) -> list[str]:
@@ -547,8 +549,8 @@ class TrainConfig(RunSettings):
         errors += self._class_weight_errors()
         if self.columns is not None:
             errors += _columns_errors(self.columns)
-        if self.lr is not None and self.final_lr > self.lr:
-            errors.append(f"final_lr must be at most lr, {self.lr}, got {self.final_lr}")
+        if self.lr is not None and self.min_lr > self.lr:
+            errors.append(f"min_lr must be at most lr, {self.lr}, got {self.min_lr}")
         return errors
 
     def _training_errors(self) -> list[str]:
@@ -557,8 +559,8 @@ class TrainConfig(RunSettings):
 
         errors = []
         if self.init_from is not None:
-            if self.head_start == "probe":
-                errors.append("head_start must not be probe with init_from, whose head is trained; leave it out")
+            if self.head_init == "probe":
+                errors.append("head_init must not be probe with init_from, whose head is trained; leave it out")
             if self.folds is not None and self.fold is None:
                 errors.append("init_from is for one run, not for folds; start from the run of a fold, OUT/fold-1")
             if self.out is not None and Path(self.out).absolute() == Path(self.init_from).absolute():

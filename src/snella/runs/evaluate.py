@@ -10,6 +10,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from snella._deprecation import accept_former_arguments
 from snella.data import DataSplits, ImageDataset, has_columns, load_data
 from snella.records import Calibration, DataInfo, RunInfo, plain, read
 from snella.report import write_report
@@ -92,6 +93,7 @@ class _Relabeled(Dataset[tuple[Tensor, Any]]):
         return image, self.task.remap_labels(label, self.numbers)
 
 
+@accept_former_arguments
 def evaluate(
     run: str | Path,
     data: Any = None,
@@ -99,7 +101,7 @@ def evaluate(
     split: Split = "auto",
     batch_size: int = 32,
     columns: str | None = None,
-    skip_broken: bool = False,
+    skip_corrupt: bool = False,
     device: str = "auto",
 ) -> dict[str, Any]:
     """Evaluate a run's best model: accuracies and confusion matrix, or Dice and IoU, as its task has them.
@@ -111,7 +113,7 @@ def evaluate(
             all of other data.
         batch_size: Images at a time.
         columns: Columns of a table, as for training; the run's own if not given.
-        skip_broken: Skip images that cannot be read.
+        skip_corrupt: Skip images that cannot be read.
         device: auto, cpu or cuda.
 
     Returns:
@@ -126,7 +128,7 @@ def evaluate(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     loaded = load_run(run, device)
-    splits, chosen, parts = images_for_run(loaded, data, split, skip_broken=skip_broken, columns=columns)
+    splits, chosen, parts = images_for_run(loaded, data, split, skip_corrupt=skip_corrupt, columns=columns)
     items = _Relabeled(parts, _numbers(splits.classes, loaded), loaded.task)
     scores = loaded.task.metrics(*_run_model(loaded, items, batch_size))
     head = {
@@ -186,7 +188,7 @@ def images_for_run(
     data: Any = None,
     split: Split = "auto",
     *,
-    skip_broken: bool = False,
+    skip_corrupt: bool = False,
     columns: str | None = None,
 ) -> tuple[DataSplits, Split, list[ImageDataset]]:
     """The images that a run is measured on, with its transform.
@@ -195,7 +197,7 @@ def images_for_run(
         loaded: The run.
         data: As for `evaluate`.
         split: As for `evaluate`.
-        skip_broken: Skip images that cannot be read.
+        skip_corrupt: Skip images that cannot be read.
         columns: As for `evaluate`.
 
     Returns:
@@ -205,7 +207,7 @@ def images_for_run(
         FileNotFoundError: The run's own data is not there any more.
         ValueError: As for `evaluate`, but for classes.
     """
-    splits, are_own = _load_splits(loaded, data, split, skip_broken, columns)
+    splits, are_own = _load_splits(loaded, data, split, skip_corrupt, columns)
     chosen = _chosen(split, splits) if are_own else "all" if split == "auto" else split
     loaded.task.check_data(splits.train, _spec(loaded, data))
     if loaded.task.target != "class":
@@ -219,11 +221,11 @@ def _spec(loaded: LoadedRun, data: Any) -> str:
 
 
 def _load_splits(
-    loaded: LoadedRun, data: Any, split: Split, skip_broken: bool, columns: str | None
+    loaded: LoadedRun, data: Any, split: Split, skip_corrupt: bool, columns: str | None
 ) -> tuple[DataSplits, bool]:
     """The run's own splits, or other data in full, and which of both it is."""
     config, stored = loaded.folder.read_config(), loaded.info.data
-    config.skip_broken = skip_broken or config.skip_broken
+    config.skip_corrupt = skip_corrupt or config.skip_corrupt
     config.columns = columns if columns is not None else config.columns
     if data is None:
         config.data = find_data(loaded.folder.path, str(config.data), stored.folder)
@@ -250,7 +252,7 @@ def _load_splits(
     splits = load_data(
         data,
         seed=config.seed,
-        skip_broken=skip_broken,
+        skip_corrupt=skip_corrupt,
         columns=config.columns if columns is not None or has_columns(data) else None,
         channels=loaded.reading.channels,
         white=loaded.info.data.white,

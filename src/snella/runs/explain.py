@@ -14,6 +14,7 @@ from markupsafe import Markup
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from snella._deprecation import accept_former_arguments
 from snella._files import write_bytes, write_text
 from snella._text import percent_text
 from snella.data import ImageDataset
@@ -45,6 +46,7 @@ class Explained:
     notes: list[str] = field(default_factory=list)
 
 
+@accept_former_arguments
 def explain(
     run: str | Path,
     images: Any,
@@ -56,7 +58,7 @@ def explain(
     overwrite: bool = False,
     batch_size: int = 16,
     columns: str | None = None,
-    skip_broken: bool = False,
+    skip_corrupt: bool = False,
     device: str = "auto",
 ) -> Explained:
     """Write a heat map of each image, `OUT/0001-NAME.png`, and `OUT/index.html` with all of them.
@@ -72,7 +74,7 @@ def explain(
         overwrite: Write into a folder that holds files.
         batch_size: Images at a time.
         columns: As for `expand`.
-        skip_broken: Leave out images that cannot be read.
+        skip_corrupt: Leave out images that cannot be read.
         device: auto, cpu or cuda.
 
     Raises:
@@ -91,7 +93,7 @@ def explain(
         raise ValueError(f"of is for heat maps of a class, got {of!r} with rollout, which is of none; leave one out")
     if neighbors < 0:
         raise ValueError(f"neighbors must be at least 0, got {neighbors}")
-    files = expand_for(run, images, columns, skip_broken)
+    files = expand_for(run, images, columns, skip_corrupt)
     model = load(run, device, batch_size=batch_size)
     _check_task(model)
     if of is not None and of not in model.classes:
@@ -102,7 +104,7 @@ def explain(
     predictions = list(
         model.each(
             files,
-            skip_broken=skip_broken,
+            skip_corrupt=skip_corrupt,
             on_skipped=lambda path, reason: notes.append(f"left out {str(path)!r} ({reason})"),
             on_features=rows.append if wants else None,
         )

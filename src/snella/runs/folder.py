@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Generic, TypeVar, get_args
 import yaml
 
 from snella import records
+from snella._deprecation import FORMER_OPTIONS, renamed
 from snella._files import check_files, sealed, sha256_of, write_json, write_text
 from snella.records import FORMAT, Allocation, Record, Status, read_if_present
 from snella.runs.config import SESSION_FIELDS, UNSTORED_FIELDS, RunSettings, TrainConfig
@@ -44,7 +45,7 @@ _DIGESTED_FOLDERS = ("adapter", "selection")
 _NEW_RUN = "; once it is finished, a new run can start from what it trained: snella train --init-from {} --out NEW"
 _INHERITED = (
     *("task", "backbone", "weights", "pretrained", "channels", "method", "r", "scaling"),
-    *("columns", "white", "skip_broken", "class_order", "protocol", "seed", "test_seed", "folds", "fold"),
+    *("columns", "white", "skip_corrupt", "class_order", "protocol", "seed", "test_seed", "folds", "fold"),
     *("val_fraction", "test_fraction", "val_size", "test_size"),
 )
 """Settings of the run that another one starts from, without which its trained values would mean something else, or be
@@ -174,7 +175,7 @@ class RunFolderOf(Generic[S]):
         if not path.is_file():
             raise FileNotFoundError(f"no file {path}: this is not the folder of a run")
         try:
-            values = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+            values = renamed(yaml.safe_load(path.read_text(encoding="utf-8")), FORMER_OPTIONS, warns=False)
             return self.settings_type(**{name: value for name, value in values.items() if name not in UNSTORED_FIELDS})
         except (TypeError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
             raise ValueError(f"{path} is damaged: {error}; train again with `--overwrite`") from None

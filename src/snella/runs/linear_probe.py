@@ -133,14 +133,14 @@ _STEPS_THAT_TRAIN_A_HEAD = 100
 
 
 def choose_head_start(parts: RunComponents, config: TrainConfig) -> Literal["random", "probe"]:
-    """What `head_start` means for this model and data: itself, or what `auto` stands for.
+    """What `head_init` means for this model and data: itself, or what `auto` stands for.
 
     `auto` is `probe` for a timm classifier with a linear head that is trained for less than 100 steps, since so few
     leave a random head behind; with more steps neither start is better. With the authors' own protocol it is `random`,
     as in their scripts.
     """
-    if config.head_start != "auto":
-        return config.head_start
+    if config.head_init != "auto":
+        return config.head_init
     if not parts.task.has_linear_fit or config.protocol == "official":
         return "random"
     base, head = _base_and_head(parts.model)
@@ -178,8 +178,8 @@ def start_head_from_probe(parts: RunComponents, config: TrainConfig) -> None:
     base, head = _base_and_head(model)
     if not isinstance(head, nn.Linear) or not _is_probe(base, head):
         raise ValueError(
-            "head_start='probe' needs a timm classifier with a linear head on its pooled features, got "
-            f"{type(base).__name__} with {type(head).__name__}; use head_start='random'"
+            "head_init='probe' needs a timm classifier with a linear head on its pooled features, got "
+            f"{type(base).__name__} with {type(head).__name__}; use head_init='random'"
         )
     train = parts.splits.train
     if isinstance(train, FeatureDataset):

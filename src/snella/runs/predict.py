@@ -84,7 +84,7 @@ class Predictor:
         return self.loaded.info.temperature
 
     def predict(
-        self, images: Any, *, tta: int = 1, unsure: Unsure = None, skip_broken: bool = False
+        self, images: Any, *, tta: int = 1, unsure: Unsure = None, skip_corrupt: bool = False
     ) -> Any | list[Any]:
         """Predict one image or several.
 
@@ -94,7 +94,7 @@ class Predictor:
             tta: Test-time augmentation: number of views (the image, flipped, corners of the enlarged image, flipped)
                 whose probabilities are averaged.
             unsure: Probability below which a prediction is marked as unsure; `auto` for that of the run's calibration.
-            skip_broken: Leave out images that cannot be read; where one alone is given, it is an error anyway.
+            skip_corrupt: Leave out images that cannot be read; where one alone is given, it is an error anyway.
 
         Returns:
             One object of `snella.tasks.predictions` for one image, a list of them for several, in their order.
@@ -105,7 +105,7 @@ class Predictor:
             TypeError: Something that is no image.
         """
         single, is_one = separate(images, own=self._columns)
-        each = self.each(single, tta=tta, unsure=unsure, skip_broken=skip_broken and not is_one)
+        each = self.each(single, tta=tta, unsure=unsure, skip_corrupt=skip_corrupt and not is_one)
         found = list(each)
         return found[0] if is_one else found
 
@@ -147,7 +147,7 @@ class Predictor:
         *,
         tta: int = 1,
         unsure: Unsure = None,
-        skip_broken: bool = False,
+        skip_corrupt: bool = False,
         on_skipped: Callable[[Path, str], None] = lambda path, reason: None,
         on_features: Callable[[np.ndarray], None] | None = None,
     ) -> Iterator[Any]:
@@ -157,12 +157,12 @@ class Predictor:
             images: One by one, as `snella.runs.image_inputs.separate` gives them.
             tta: As for `predict`.
             unsure: As for `predict`.
-            skip_broken: As for `predict`.
+            skip_corrupt: As for `predict`.
             on_skipped: Called with each skipped image and the reason.
             on_features: Called with the features of each image, before its prediction is yielded.
         """
         threshold = self.check_settings(tta, unsure)
-        for paths, pictures, tensors in self._batches(images, skip_broken, on_skipped):
+        for paths, pictures, tensors in self._batches(images, skip_corrupt, on_skipped):
             outputs, features = self._outputs(tensors, tta, on_features is not None)
             made = self.loaded.task.image_predictions(self.classes, paths, pictures, outputs)
             for index, prediction in enumerate(made):
@@ -191,7 +191,7 @@ class Predictor:
         return unsure
 
     def _batches(
-        self, images: Sequence[ImageInput], skip_broken: bool, on_skipped: Callable[[Path, str], None]
+        self, images: Sequence[ImageInput], skip_corrupt: bool, on_skipped: Callable[[Path, str], None]
     ) -> Iterator[tuple[list[Path], list[Image.Image], Tensor]]:
         """Names, images and what the model takes, `batch_size` at a time."""
 
@@ -200,9 +200,9 @@ class Predictor:
             try:
                 image = read_input(entry[1], str(name), self.loaded.reading)
             except ValueError as error:
-                if skip_broken:
+                if skip_corrupt:
                     return name, str(error).partition("image: ")[2] or str(error)
-                raise ValueError(f"{error}; leave it out, or pass --skip-broken (skip_broken=True)") from error
+                raise ValueError(f"{error}; leave it out, or pass --skip-corrupt (skip_corrupt=True)") from error
             return name, image, self.loaded.transform(image)
 
         entries = iter(enumerate(images))
@@ -277,7 +277,7 @@ def predict(
     images: Any,
     *,
     batch_size: int = 32,
-    skip_broken: bool = False,
+    skip_corrupt: bool = False,
     device: str = "auto",
     tta: int = 1,
     unsure: Unsure = None,
@@ -289,7 +289,7 @@ def predict(
         run: Folder of the run, or a loaded one.
         images: As for `Predictor.predict`.
         batch_size: Images at a time.
-        skip_broken: Skip images that cannot be read, instead of stopping.
+        skip_corrupt: Skip images that cannot be read, instead of stopping.
         device: auto, cpu or cuda.
         tta: As for `Predictor.predict`.
         unsure: As for `Predictor.predict`.
@@ -302,7 +302,7 @@ def predict(
         FileNotFoundError: A path does not exist (near names are given), or a folder holds no images.
         ValueError: An image cannot be read, or an image is given in place of the run.
     """
-    options = {"skip_broken": skip_broken, "tta": tta, "unsure": unsure}
+    options = {"skip_corrupt": skip_corrupt, "tta": tta, "unsure": unsure}
     return list(predict_each(run, images, batch_size=batch_size, device=device, columns=columns, **options))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from snella._deprecation import accept_former_arguments
 from snella._files import write_bytes
 from snella.runs.console import counted, make_console, print_line
 from snella.runs.image_inputs import expand, new_files
@@ -23,6 +24,7 @@ __all__ = ["expand_for", "parse_unsure", "predict_to_files", "write_features"]
 _FEATURE_SUFFIXES = (".npz", ".npy", ".parquet")
 
 
+@accept_former_arguments
 def predict_to_files(
     run: str,
     images: Sequence[str],
@@ -36,7 +38,7 @@ def predict_to_files(
     unsure: str | None = None,
     batch_size: int = 32,
     columns: str | None = None,
-    skip_broken: bool = False,
+    skip_corrupt: bool = False,
     device: str = "auto",
 ) -> None:
     """Predict images and print or write what is said about them; what `snella predict` does.
@@ -54,7 +56,7 @@ def predict_to_files(
         unsure: Probability below which a prediction counts as unsure, or `auto`.
         batch_size: Images at a time.
         columns: Column of the paths in a table, `path=file`; if not given, the usual names or the run's own.
-        skip_broken: Leave out images that cannot be read; watching always does.
+        skip_corrupt: Leave out images that cannot be read; watching always does.
         device: auto, cpu or cuda.
 
     Raises:
@@ -75,7 +77,7 @@ def predict_to_files(
     files: list[Path] = []
     if not watch or len(folders) < len(images):
         files = expand_for(
-            run, [image for image in images if not watch or Path(image) not in folders], columns, skip_broken
+            run, [image for image in images if not watch or Path(image) not in folders], columns, skip_corrupt
         )
     model = load(run, device, batch_size=batch_size)
     skipped: list[str] = []
@@ -86,7 +88,7 @@ def predict_to_files(
             paths,
             tta=tta,
             unsure=threshold,
-            skip_broken=skip_broken or watch,
+            skip_corrupt=skip_corrupt or watch,
             on_skipped=lambda path, reason: skipped.append(f"{str(path)!r} ({reason})"),
             on_features=None if features is None else rows.append,
         )

@@ -174,7 +174,7 @@ def _start_row(config: TrainConfig) -> tuple[str, str]:
     """What the head, or everything trained, starts from."""
     if config.init_from is not None:
         return "start", f"what {config.init_from} has trained, head included"
-    return "head", "starts as a linear probe" if config.head_start == "probe" else "starts from random values"
+    return "head", "starts as a linear probe" if config.head_init == "probe" else "starts from random values"
 
 
 def free_memory(device: torch.device) -> int:

@@ -115,7 +115,7 @@ def create_app(model: Predictor, limits: ServerLimits | None = None, *, tta: int
         places = list(images)
         failed: dict[Path, str] = {}
         each = model.each(
-            list(images.values()), tta=tta, unsure=unsure, skip_broken=True, on_skipped=failed.__setitem__
+            list(images.values()), tta=tta, unsure=unsure, skip_corrupt=True, on_skipped=failed.__setitem__
         )
         for prediction in each:
             answers[places[_index(prediction.path)]].update(_answer(model, prediction))

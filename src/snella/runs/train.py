@@ -143,7 +143,7 @@ def _train(
         config = from_main(lambda: fit_epochs(parts, fit_batch_size(parts, config, console), console))
     config = config.with_batch_size_for(len(parts.splits.train))
     if start is None:
-        config = dataclasses.replace(config, head_start=choose_head_start(parts, config))
+        config = dataclasses.replace(config, head_init=choose_head_start(parts, config))
     elif latest_checkpoint(run.checkpoints) is None:
         load_start(parts, config, start)
     wait_for_others()  # all have read what a resumed run had
@@ -197,7 +197,7 @@ def _fit(
     callbacks += [tracking] if config.trackers else []
     start = time.monotonic()
     trained_part = cache_features(parts, config) if can_cache_features(config, parts.model) else None
-    if config.head_start == "probe" and checkpoint is None:
+    if config.head_init == "probe" and checkpoint is None:
         start_head_from_probe(parts, config)
     with _tracking(config, run):
         trainer = SnellaTrainer(

@@ -575,7 +575,7 @@ class SnellaTrainer(CheckpointingTrainer):
         return NonFiniteLossError(
             f"{what} became {value} in epoch {epoch}, step {step} of {self.state.max_steps}; "
             f"{kept} in {self.run_folder.path}; "
-            f"start a new run with a lower {shown} or a longer --warmup"
+            f"start a new run with a lower {shown} or a longer --warmup-ratio"
         )
 
 
@@ -590,9 +590,9 @@ def training_arguments(config: TrainConfig, checkpoints: Path, keep_checkpoints:
         per_device_train_batch_size=-(-config.effective_batch_size // process_count()),
         per_device_eval_batch_size=config.effective_batch_size,
         learning_rate=config.lr or 0.0,
-        lr_scheduler_type="cosine_with_min_lr" if config.final_lr else "cosine",
-        lr_scheduler_kwargs={"min_lr_rate": config.final_lr / (config.lr or 1.0)} if config.final_lr else {},
-        warmup_steps=config.warmup,
+        lr_scheduler_type="cosine_with_min_lr" if config.min_lr else "cosine",
+        lr_scheduler_kwargs={"min_lr_rate": config.min_lr / (config.lr or 1.0)} if config.min_lr else {},
+        warmup_steps=config.warmup_ratio,
         max_grad_norm=config.max_grad_norm,
         eval_strategy="epoch",
         save_strategy="epoch" if keep_checkpoints else "no",

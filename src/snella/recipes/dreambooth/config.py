@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from snella._deprecation import FORMER_OPTIONS, accept_former_names
 from snella.methods.defaults import RECIPE_METHOD
 from snella.runs.config import RunSettings
 from snella.runs.folder import RunFolderOf
@@ -23,6 +24,7 @@ _MINIMUMS = {
 }
 
 
+@accept_former_names(FORMER_OPTIONS)
 @dataclass
 class DreamBoothConfig(RunSettings):
     """Settings of one personalization run; None means the default of the method.
@@ -62,7 +64,7 @@ class DreamBoothConfig(RunSettings):
         samples: Images to generate at the end, with the training prompt.
         sample_steps: Sampling steps.
         guidance: Guidance scale.
-        skip_broken: Skip images that cannot be read, and report how many.
+        skip_corrupt: Skip images that cannot be read, and report how many.
         seed: Decides initial values, order of images, noise and dropout.
         device: auto, cpu or cuda (the first visible GPU).
         precision: fp32, or bf16 for autocast and for the text encoders.
@@ -79,7 +81,7 @@ class DreamBoothConfig(RunSettings):
     purpose: ClassVar[str] = "generation"
     basic: ClassVar[tuple[str, ...]] = (
         *("data", "subject", "pipeline", "out", "method", "class_name", "token", "prompt", "resolution", "steps", "lr"),
-        *("prior_weight", "samples", "skip_broken", "device", "precision", "resume", "overwrite"),
+        *("prior_weight", "samples", "skip_corrupt", "device", "precision", "resume", "overwrite"),
     )
 
     data: str | None = None
@@ -115,7 +117,7 @@ class DreamBoothConfig(RunSettings):
     samples: int = 4
     sample_steps: int = 28
     guidance: float = 7.0
-    skip_broken: bool = False
+    skip_corrupt: bool = False
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -156,14 +156,14 @@ class Concept:
         return total.hexdigest()
 
 
-def load_concept(spec: str, subject: str | None = None, *, skip_broken: bool = False) -> Concept:
+def load_concept(spec: str, subject: str | None = None, *, skip_corrupt: bool = False) -> Concept:
     """Find the images of a subject and decode each of them once.
 
     Args:
         spec: `folder:PATH` for a folder of images, or `dreambooth:PATH` for a folder that has one folder of images a
             subject (`PATH/dog6/00.jpg`) and may hold `prompts_and_classes.txt`, which tells the classes.
         subject: Name of the subject's folder, with `dreambooth:`.
-        skip_broken: Leave broken images out and note how many instead of refusing.
+        skip_corrupt: Leave broken images out and note how many instead of refusing.
 
     Raises:
         FileNotFoundError: There is no such folder or subject; near names are given.
@@ -182,12 +182,12 @@ def load_concept(spec: str, subject: str | None = None, *, skip_broken: bool = F
                 f"or write dreambooth:{path}"
             )
         folder = existing_folder(path, "folder", _OF_IMAGES)
-        return _concept(folder, None, skip_broken)
+        return _concept(folder, None, skip_corrupt)
     root = existing_folder(path, "dreambooth", _OF_SUBJECTS)
     folder = _subject_folder(root, subject)
     prompts = root / PROMPT_FILE
     classes = read_prompt_file(prompts).classes if prompts.is_file() else {}
-    return _concept(folder, classes.get(folder.name), skip_broken)
+    return _concept(folder, classes.get(folder.name), skip_corrupt)
 
 
 def _subject_folder(root: Path, subject: str | None) -> Path:
@@ -204,7 +204,7 @@ def _subject_folder(root: Path, subject: str | None) -> Path:
     raise FileNotFoundError(f"subject must name one of the {len(names)} folders in {root}, got {subject!r}; {shown}")
 
 
-def _concept(folder: Path, class_name: str | None, skip_broken: bool) -> Concept:
+def _concept(folder: Path, class_name: str | None, skip_corrupt: bool) -> Concept:
     """The images of one folder, broken ones refused together."""
     files = sorted(child for child in folder.iterdir() if child.is_file() and not child.name.startswith("."))
     paths = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
@@ -215,10 +215,10 @@ def _concept(folder: Path, class_name: str | None, skip_broken: bool) -> Concept
     notes = [f"left out {len(files) - len(paths)} files that are no images"] if len(files) > len(paths) else []
     if broken:
         named = listed([f"{paths[index].name} ({reason})" for index, reason in broken.items()])
-        if not skip_broken:
+        if not skip_corrupt:
             raise ValueError(
                 f"{len(broken)} of {len(paths)} images in '{folder}' cannot be read: {named}. "
-                "Remove or replace them, or leave them out with --skip-broken (skip_broken=True)"
+                "Remove or replace them, or leave them out with --skip-corrupt (skip_corrupt=True)"
             )
         if len(broken) == len(paths):
             raise ValueError(f"all {len(paths)} images in '{folder}' are broken: {named}")

@@ -257,7 +257,7 @@ def evaluate_generation(
             source=loaded.source,
             overwrite=overwrite,
         )
-        concept = load_concept(str(config.data), config.subject, skip_broken=config.skip_broken)
+        concept = load_concept(str(config.data), config.subject, skip_corrupt=config.skip_corrupt)
         plain = [fill(template, "", words) for template in templates for _ in range(pictures)]
         scores = score_images(drawn, list(concept.images()), plain, *embedders)
         drawing = asdict(loaded.drawing(steps))

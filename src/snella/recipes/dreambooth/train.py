@@ -184,7 +184,7 @@ def _personalize(config: DreamBoothConfig, run: DreamBoothFolder, console: Conso
         return run
     config, is_resumed = resolved
     device = choose_device(config.device)
-    concept = load_concept(str(config.data), config.subject, skip_broken=config.skip_broken)
+    concept = load_concept(str(config.data), config.subject, skip_corrupt=config.skip_corrupt)
     if is_resumed:
         _check_images(run, concept)
     config = config.named(concept.class_name)
