@@ -4,7 +4,17 @@ python benchmarks/readme.py
 """
 
 from costs import ROOT, update_costs
-from suite_table import PAGE, PICTURES, draw_suite, update_overview, update_suite
+from suite_table import (
+    PAGE,
+    PICTURES,
+    TWINS_PAGE,
+    TWINS_PICTURES,
+    draw_suite,
+    draw_twins,
+    update_overview,
+    update_suite,
+    update_twins,
+)
 
 from snella.benchmark.rows import draw_figures, update_document
 
@@ -15,9 +25,10 @@ if __name__ == "__main__":
     changed += update_costs(rows)
     changed += [PAGE] if update_suite() else []
     changed += [ROOT / "README.md"] if update_overview() else []
+    changed += [TWINS_PAGE] if update_twins() else []
     speed = ROOT / "docs" / "images" / "speed"
-    before = {path: path.read_bytes() for folder in (speed, PICTURES) for path in folder.glob("*.svg")}
-    drawn = [*draw_figures(rows, speed), *draw_suite()]
+    before = {path: path.read_bytes() for folder in (speed, PICTURES, TWINS_PICTURES) for path in folder.glob("*.svg")}
+    drawn = [*draw_figures(rows, speed), *draw_suite(), *draw_twins()]
     changed += [path for path in drawn if path.read_bytes() != before.get(path)]
     names = [str(path.relative_to(ROOT)) for path in changed]
     print("\n".join(f"{name} changed" for name in names) or "README.md, docs/ and experiments/ are up to date")

@@ -1,6 +1,6 @@
-"""What the bundled suite found, from its rows: the tables in docs/compare.md and README.md, and pictures.
+"""What the bundled suite and the twins found, from their rows: tables in docs/ and README.md, and pictures.
 
-`snella compare --out` on a copy of that folder goes on where its rows end.
+`snella compare --out` on a copy of either folder goes on where its rows end.
 """
 
 from __future__ import annotations
@@ -12,29 +12,32 @@ from snella.benchmark.rows import put_between
 from snella.comparison.experiment import Experiment
 from snella.comparison.experiment_files import read_experiment
 from snella.comparison.figures import forest, learning_rate_curves, pareto
-from snella.comparison.report import markdown_tables
+from snella.comparison.report import markdown_tables, paper_orderings, table_cells
 from snella.comparison.store import read_lines
 from snella.comparison.summary import MethodSummary, Summary, cost_texts, difference_text, spread_text, summarize
-from snella.report.style import save_figure
+from snella.report.style import save_figure, write_figure
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "bundled-suite"
+TWINS = ROOT / "benchmarks" / "twins"
 PAGE, README = ROOT / "docs" / "compare.md", ROOT / "README.md"
 PICTURES = ROOT / "docs" / "images" / "suite"
+TWINS_PAGE, TWINS_PICTURES = ROOT / "docs" / "plots.md", ROOT / "docs" / "images" / "twins"
 BEGIN, END = "<!-- rows of benchmarks/bundled-suite begin -->", "<!-- rows end -->"
+TWINS_BEGIN = "<!-- rows of benchmarks/twins begin -->"
 OVERVIEW_BEGIN, OVERVIEW_END = "<!-- overview of benchmarks/bundled-suite begins -->", "<!-- overview ends -->"
 
 
-def read_suite() -> tuple[Experiment, list[dict[str, Any]]]:
-    """The suite's experiment and its rows.
+def read_suite(folder: Path = RESULTS) -> tuple[Experiment, list[dict[str, Any]]]:
+    """The experiment of a folder, the suite's or the twins', and its rows.
 
     Raises:
         ValueError: A line of the rows is damaged.
     """
-    rows, notes = read_lines(RESULTS / "results.jsonl")
+    rows, notes = read_lines(folder / "results.jsonl")
     if notes:
         raise ValueError("; ".join(notes))
-    return read_experiment(str(RESULTS / "experiment.yaml")), list(rows.values())
+    return read_experiment(str(folder / "experiment.yaml")), list(rows.values())
 
 
 def update_suite(page: Path = PAGE) -> bool:
@@ -45,6 +48,40 @@ def update_suite(page: Path = PAGE) -> bool:
     """
     experiment, rows = read_suite()
     return put_between(page, BEGIN, END, markdown_tables(experiment, rows).strip())
+
+
+def update_twins(page: Path = TWINS_PAGE) -> bool:
+    """Put the twins' tables and which orderings hold into the page; whether it changed.
+
+    Raises:
+        ValueError: A line of the rows is damaged, or the page has no marks.
+    """
+    experiment, rows = read_suite(TWINS)
+    summary = summarize(experiment, rows)
+    accuracies = table_cells(summary, summary.column, with_costs=False)
+    claims = [("the paper's claim", "here", "difference, 95 % interval")]
+    claims += [result.texts for result in paper_orderings(experiment, rows)]
+    tables = [_markdown_table(list(map(list, table))) for table in (accuracies, claims)]
+    return put_between(page, TWINS_BEGIN, END, "\n\n".join(tables))
+
+
+def _markdown_table(lines: list[list[str]]) -> str:
+    """Cells as a table; what stands behind the first column is numbers or short."""
+    rule = ["---", *["---:"] * (len(lines[0]) - 1)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
+
+
+def draw_twins(folder: Path = TWINS_PICTURES) -> list[Path]:
+    """Draw the twins' differences to SNELLA, for light and for dark pages; the pictures' paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figure = forest(summarize(*read_suite(TWINS)), False)
+    if figure is None:
+        return []
+    paths = write_figure(figure, folder, "differences")
+    for path in paths:
+        if path.suffix == ".png":
+            path.unlink()
+    return [path for path in paths if path.suffix == ".svg"]
 
 
 def update_overview(readme: Path = README) -> bool:
