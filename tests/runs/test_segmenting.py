@@ -11,11 +11,14 @@ from rich.console import Console
 from safetensors import safe_open
 from transformers import SamModel
 
+from snella import load_sparse
 from snella.cli.main import main
 from snella.cli.parser import parse
 from snella.data import read_image
 from snella.report.examples import read_mask
 from snella.runs import TrainConfig, load_merged, load_run
+from snella.runs.build import make_backbone
+from snella.runs.export import export
 from snella.runs.train import train
 
 from ..backbones.test_sam_checkpoint import tiny_config
@@ -126,6 +129,30 @@ def test_predicting_refuses_what_it_cannot_write(run, folder, tmp_path, capsys):
     assert "must be left out for a segmentation, which gives masks, got 2" in capsys.readouterr().err
     command("predict", run, image, image, "--out", tmp_path / "out", status=2)
     assert "images must differ in their names" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.load.*:DeprecationWarning")
+def test_exported_graphs_give_the_run_s_outputs_and_the_rest_is_refused(run, tmp_path):
+    loaded, images = load_run(run, "cpu"), torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = loaded.model(images)
+        script = torch.jit.load(str(export(run, "torchscript", tmp_path / "model.pt").path))(images)
+        graph = torch.export.load(str(export(run, "torch-export", tmp_path / "model.pt2").path)).module()(images)
+    assert (script - expected).abs().max() <= 1e-5 and (graph - expected).abs().max() <= 1e-5
+    onnxruntime = pytest.importorskip("onnxruntime")
+    session = onnxruntime.InferenceSession(str(export(run, "onnx", tmp_path / "model.onnx").path))
+    assert np.abs(session.run(None, {"images": images.numpy()})[0] - expected.numpy()).max() <= 1e-4
+    for name in ("timm", "hf"):
+        with pytest.raises(ValueError, match=rf"format={name} holds no model of the task segmentation; take one of"):
+            export(run, name, tmp_path / name)
+
+
+def test_a_sparse_file_gives_the_fine_tuned_weights(run, tmp_path):
+    loaded, images = load_run(run, "cpu"), torch.rand(2, 3, 32, 32)
+    model = make_backbone(loaded.info.backbone, loaded.task.name).eval()
+    load_sparse(model, export(run, "sparse", tmp_path / "sparse.safetensors").path)
+    with torch.no_grad():
+        assert torch.equal(model(images), loaded.model.merge_and_unload()(images))
 
 
 def test_merging_gives_encoder_and_decoder_with_the_same_outputs(run, tmp_path, capsys):

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from snella.runs import TrainConfig, TrainingInterrupted
+from snella.runs import TrainConfig, TrainingInterrupted, load_run
 from snella.runs.evaluate import evaluate
+from snella.runs.export import export
 from snella.runs.merge import loading_snippet, merge
 from snella.runs.predict import predict
 from snella.runs.sampler import EpochSampler
@@ -100,6 +101,25 @@ def test_a_merged_model_and_its_comment_give_what_predict_gives(make_run, table,
         assert result.tolist() == pytest.approx(list(prediction.values.values()), rel=1e-4)
     file = merge(run.path, tmp_path / "model.safetensors")
     assert use in loading_snippet(file)
+
+
+@pytest.mark.parametrize(("task", "label"), TASKS.items())
+@pytest.mark.filterwarnings("ignore:.*torch.jit.load.*:DeprecationWarning")
+def test_an_exported_graph_gives_the_run_s_outputs(make_run, table, task, label, tmp_path):
+    run, path = make_run(task, label), table.parent / "03.png"
+    loaded = load_run(run.path, "cpu")
+    image = loaded.transform(Image.open(path))[None]
+    with torch.no_grad():
+        expected = loaded.model(image)
+        script = torch.jit.load(str(export(run.path, "torchscript", tmp_path / "model.pt").path))(image)
+        graph = torch.export.load(str(export(run.path, "torch-export", tmp_path / "model.pt2").path)).module()(image)
+    assert (script - expected).abs().max() <= 1e-5 and (graph - expected).abs().max() <= 1e-5
+    onnxruntime = pytest.importorskip("onnxruntime")
+    session = onnxruntime.InferenceSession(str(export(run.path, "onnx", tmp_path / "model.onnx").path))
+    assert np.abs(session.run(None, {"images": image.numpy()})[0] - expected.numpy()).max() <= 1e-4
+    for name in ("timm", "hf"):
+        with pytest.raises(ValueError, match=rf"format={name} holds no model of the task {task}; take one of sparse, "):
+            export(run.path, name, tmp_path / name)
 
 
 def test_thresholds_are_chosen_on_validation_and_used_by_predict(make_run, table, tmp_path):

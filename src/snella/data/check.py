@@ -209,7 +209,8 @@ def check_data(
     if splits.broken:
         named = listed([f"{name} ({reason})" for name, reason in splits.broken.items()])
         check.notes = [note for note in check.notes if named not in note]
-        text = f"{len(splits.broken)} images cannot be used"
+        count = len(splits.broken)
+        text = f"{count} image{'s' if count > 1 else ''} cannot be used"
         if skip_corrupt:
             check.notes.append(f"{text}, and are left out by --skip-corrupt: {named}")
         else:
