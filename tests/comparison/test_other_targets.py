@@ -67,7 +67,7 @@ def test_a_task_that_has_no_such_comparison_is_refused():
 
 @pytest.fixture
 def small_choice(monkeypatch):
-    monkeypatch.setattr(module, "_CANDIDATES", ("linear", "lora-2"))
+    monkeypatch.setattr(module, "CHOICE_METHODS", ("linear", "lora-2"))
     monkeypatch.setattr(module, "_executor", lambda root, experiment, *others: InThisProcess(root, experiment))
 
 

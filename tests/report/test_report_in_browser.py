@@ -8,7 +8,7 @@ from ..browser import CONTRAST, FAULTY_TEXTS, SMALLEST_TEXT
 
 SECTIONS = [
     *("results", "comparison", "confusion", "ranking", "examples", "use"),
-    *("curves", "sparsity", "budgets", "importance", "matrices", "configuration"),
+    *("curves", "update", "sparsity", "budgets", "importance", "matrices", "configuration"),
 ]
 
 

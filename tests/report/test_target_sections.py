@@ -23,7 +23,10 @@ class Images:
 
     def __init__(self, labels, targets):
         self.labels, self.names = labels, [f"image{row:03}.png" for row in range(len(targets))]
-        self.annotations = type("Annotations", (), {"targets": targets})
+        self.annotations = type("Annotations", (), {"targets": targets, "groups": None})
+
+    def __len__(self):
+        return len(self.names)
 
 
 def write_run(folder, name):

@@ -18,7 +18,8 @@ def test_three_methods_are_predicted_for_the_size_that_was_asked_for():
 def test_half_precision_halves_weights_and_what_snella_keeps():
     (_, _, whole), *_ = predict_for_methods("test_vit", 8, img_size=32)
     (_, shape, half), *_ = predict_for_methods("test_vit", 8, img_size=32, dtype="bf16")
-    assert half.kept == pytest.approx(whole.kept / 2, rel=0.05) and shape == (3, 32, 32)
+    # the numbers of each column of an update stay in float32; beside so few tokens they are a sixteenth
+    assert half.kept == pytest.approx(whole.kept / 2, rel=0.08) and shape == (3, 32, 32)
     assert whole.weights / 2 < half.weights < whole.weights  # the factors stay in float32
 
 

@@ -35,6 +35,7 @@ from snella.comparison.search import Candidate
 from snella.comparison.statistics import Spread, average
 from snella.comparison.store import LOCKS, cell_lock, collect, drop_failed, is_locked, read_row
 from snella.comparison.summary import COSTS, cost_texts, print_summary, recommend, spread_text, summarize
+from snella.methods.defaults import CHOICE_METHODS
 from snella.runs import RunFolder, TrainConfig, TrainingInterrupted
 from snella.runs.build import choose_device, load_splits
 from snella.runs.config import AUTO_METHOD
@@ -288,7 +289,6 @@ def _store(root: Path, experiment: Experiment) -> Experiment:
                 return experiment
 
 
-_CANDIDATES = ("linear", "bias", "lora-8", "snella-matched")
 _CHOICE_SEEDS, _CHOICE_EPOCHS, _CHOICE_IMAGES = 2, 5, 400
 CHOICE_FOLDER = "-choice"
 """Ending of the folder beside a run in which its method was chosen."""
@@ -314,7 +314,7 @@ def choose_method(config: TrainConfig, console: Console | None = None) -> TrainC
     """
     refuse_several_processes("choosing a method")
     console = console or make_console(survives_closed_output=True)
-    found = RunFolder(str(config.out)).resolve_settings(replace(config, method=_CANDIDATES[0]))
+    found = RunFolder(str(config.out)).resolve_settings(replace(config, method=CHOICE_METHODS[0]))
     if config.resume and found.method != AUTO_METHOD and RunFolder(str(config.out)).status is not None:
         return replace(config, method=found.method)
     root = Path(f"{str(config.out).rstrip('/')}{CHOICE_FOLDER}")
@@ -366,13 +366,13 @@ def _choice_experiment(config: TrainConfig) -> Experiment:
         settings.pop(name, None)
     settings["epochs"] = min(config.epochs, _CHOICE_EPOCHS)
     settings["test_seed"] = config.seed if config.test_seed is None else config.test_seed
-    splits = load_splits(replace(config, method=_CANDIDATES[0], protocol="standard"))
+    splits = load_splits(replace(config, method=CHOICE_METHODS[0], protocol="standard"))
     if len(splits.train) > _CHOICE_IMAGES:
         settings["train_size"] = _CHOICE_IMAGES
     if isinstance(config.batch_size, int):
         settings["batch_size"] = min(config.batch_size, _CHOICE_IMAGES)
     data = DataEntry("data", str(config.data), "data")
-    methods = tuple(MethodEntry(name, name) for name in _CANDIDATES)
+    methods = tuple(MethodEntry(name, name) for name in CHOICE_METHODS)
     grid = Grid(lr_factors=(1.0,), weight_decays=(), max_extensions=0, seeds=_CHOICE_SEEDS)
     return Experiment(methods, (data,), str(config.backbone), "choice", _CHOICE_SEEDS, grid, settings, forgetting=())
 

@@ -12,6 +12,8 @@ REFERENCE_METHOD = "lora"
 """The method that a comparison's others are compared to."""
 MEMORY_METHODS = ("snella-{r}", "lora-{r}", "full")
 """Whose memory `snella inspect --backbone` predicts, for ranks of `r`."""
+CHOICE_METHODS = ("linear", "bias", "lora-8", "snella-matched")
+"""What `--method auto` chooses among."""
 
 SPARSE_DEFAULTS: dict[str, Any] = {
     "lr": 5e-3,
