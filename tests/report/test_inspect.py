@@ -9,6 +9,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from snella import SnellaConfig
+from snella._files import sha256_of
 from snella.records import MatrixInfo
 from snella.report.inspect import inspect_run, inspect_summary, read_adapter, saved_budgets
 from snella.tuner.matrices import adapted_matrices
@@ -121,6 +122,15 @@ def test_a_finished_run_without_its_adapter_is_not_called_well(run):
     assert "missing; restore the folder `adapter` from a copy, or train again with `--overwrite`" in text
     assert "The adapter is missing; these budgets are those that allocation.json notes." in text
     assert "Non-zero entries" not in text
+
+
+def test_a_finished_run_without_its_results_is_refused(run):
+    run.finished()
+    digests = {"metrics.json": sha256_of(run.folder / "metrics.json")}
+    run.run_json(status="finished", files=digests)
+    (run.folder / "metrics.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"is finished, but lacks metrics\.json; restore it from a copy"):
+        inspect_summary(run.folder)
 
 
 def test_a_failed_run_shows_its_error(run):

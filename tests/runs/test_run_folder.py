@@ -108,6 +108,9 @@ def test_damaged_files_are_named(tmp_path):
     (run.path / "config.yaml").write_text("epoch: 3\n")
     with pytest.raises(ValueError, match=r"config.yaml is damaged: .*'epoch'"):
         run.read_config()
+    (run.path / "config.yaml").write_text("")
+    with pytest.raises(ValueError, match=r"config.yaml is damaged"):
+        run.read_config()
 
 
 def test_an_error_is_stored_and_forgotten_when_the_run_goes_on(tmp_path):

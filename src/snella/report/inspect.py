@@ -132,6 +132,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 _INDEX_BYTES = 4
+_RESTORE = "restore it from a copy, or train again with `--overwrite`"
 _MISSING = "missing; restore the folder `adapter` from a copy, or train again with `--overwrite`"
 
 
@@ -148,11 +149,14 @@ def inspect_summary(run: str | Path) -> dict[str, Any]:
         method without).
 
     Raises:
-        FileNotFoundError: The folder holds no `run.json`.
+        FileNotFoundError: The folder holds no `run.json`, or a finished run lacks results that it wrote.
         ValueError: A file is damaged, or the adapter is of another run.
     """
     folder = Path(run)
     info = read(RunInfo, folder)
+    written = [name for name in ("metrics.json", "allocation.json") if name in (info.files or {})]
+    if missing := [name for name in written if not (folder / name).is_file()]:
+        raise FileNotFoundError(f"{folder} is finished, but lacks {', '.join(missing)}; {_RESTORE}")
     metrics = read_if_present(Metrics, folder)
     allocation = read_if_present(Allocation, folder)
     adapter = read_adapter(folder)

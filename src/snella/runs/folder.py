@@ -175,7 +175,7 @@ class RunFolderOf(Generic[S]):
         if not path.is_file():
             raise FileNotFoundError(f"no file {path}: this is not the folder of a run")
         try:
-            values = renamed(yaml.safe_load(path.read_text(encoding="utf-8")), FORMER_OPTIONS, warns=False)
+            values = renamed(dict(yaml.safe_load(path.read_text(encoding="utf-8"))), FORMER_OPTIONS, warns=False)
             return self.settings_type(**{name: value for name, value in values.items() if name not in UNSTORED_FIELDS})
         except (TypeError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
             raise ValueError(f"{path} is damaged: {error}; train again with `--overwrite`") from None
