@@ -1,8 +1,11 @@
+import io
 import json
+import sys
 
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file
 
 from snella.methods import load_trained
@@ -11,6 +14,8 @@ from snella.runs import RunFolder, load_run
 from snella.runs.build import make_backbone
 from snella.runs.train import train
 from snella.tuner import adapted_matrices
+
+training = sys.modules["snella.runs.train"]
 
 
 def test_a_finished_run_holds_every_file_of_the_contract(finished):
@@ -211,3 +216,23 @@ def test_a_failure_is_noted_in_run_json(settings, console, monkeypatch):
         train(settings(epochs=1), console)
     run = json.loads((RunFolder(settings().out).path / "run.json").read_text())
     assert (run["status"], run["error"]) == ("failed", "the sensor melted")
+
+
+def test_the_page_of_a_run_that_goes_on_refreshes_itself_and_changes_nothing(settings, finished, monkeypatch):
+    pages, write_report = [], training.write_report
+
+    def record(run, images=None, **so_far):
+        path = write_report(run, images, **so_far)
+        pages.append(path.read_text())
+        assert "metrics" not in so_far or not (run / "metrics.json").is_file()
+        return path
+
+    monkeypatch.setattr(training, "write_report", record)
+    monkeypatch.setattr(training, "_PAGE_S", 0.0)
+    run = train(settings(method_options={}), Console(file=io.StringIO()))
+
+    *live, last = pages
+    assert live and all('http-equiv="refresh"' in page and 'id="curves"' in page for page in live)
+    assert 'http-equiv="refresh"' not in last and ">finished<" in last
+    adapters = [load_file(one.adapter / "adapter_model.safetensors") for one in (run, finished)]
+    assert all(torch.equal(value, adapters[1][name]) for name, value in adapters[0].items())

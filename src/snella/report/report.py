@@ -452,7 +452,13 @@ _USES = {
 """How a run of each task is used: what `predict` does, its arguments, what `merge` gives, and its `--out`."""
 
 
-def write_report(run: str | Path, images: ImageSource | None = None) -> Path:
+def write_report(
+    run: str | Path,
+    images: ImageSource | None = None,
+    *,
+    metrics: Metrics | None = None,
+    allocation: Allocation | None = None,
+) -> Path:
     """Write `RUN/report.html` from the files of the run atomically.
 
     Sections without material (budgets of a method that has none, results of a run that has only begun) are left out.
@@ -461,6 +467,8 @@ def write_report(run: str | Path, images: ImageSource | None = None) -> Path:
         run: Folder of the run.
         images: Pictures of the split in `predictions.json`, by index: a mapping, or a function such as the
             validation set's `image`.
+        metrics: Of a run that is going on, which has no `metrics.json` yet: its results so far.
+        allocation: The same of `allocation.json`.
 
     Returns:
         Path of the page.
@@ -470,7 +478,7 @@ def write_report(run: str | Path, images: ImageSource | None = None) -> Path:
         ValueError: A file of the run is damaged.
     """
     folder = Path(run)
-    page = _render(folder, images)
+    page = _render(folder, images, metrics, allocation)
     write_atomically(folder / "report.html", page.encode("utf-8", "backslashreplace"))
     return folder / "report.html"
 
@@ -485,11 +493,13 @@ def _warning(metrics: Metrics | None) -> str:
     )
 
 
-def _render(folder: Path, images: ImageSource | None) -> str:
-    """The page as a text."""
+def _render(
+    folder: Path, images: ImageSource | None, metrics: Metrics | None = None, allocation: Allocation | None = None
+) -> str:
+    """The page as a text; `metrics` and `allocation` are those of the files unless given."""
     info = read(RunInfo, folder)
-    metrics = read(Metrics, folder) if info.is_finished else read_if_present(Metrics, folder)
-    allocation = read_if_present(Allocation, folder)
+    metrics = metrics or (read(Metrics, folder) if info.is_finished else read_if_present(Metrics, folder))
+    allocation = allocation or read_if_present(Allocation, folder)
     adapter = read_adapter(folder)
     saved = saved_budgets(adapter, allocation.matrices) if adapter and allocation else {}
     budgets = adapter_budgets(allocation, metrics) | saved if allocation else {}

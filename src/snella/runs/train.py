@@ -1,16 +1,18 @@
 """`train`: one training run, from configuration to report."""
 
+import contextlib
 import dataclasses
 import io
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from rich.console import Console
+from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from snella import SnellaCallback
@@ -65,6 +67,7 @@ _ADAPTER_USE = """This folder is an adapter in PEFT's format; its keys are regis
 snella` before PEFT loads it). With the run that it comes from, `snella predict RUN IMAGES` predicts, and `snella merge
 RUN --out MODEL` makes it a plain model.
 """
+_PAGE_S = 30.0
 _MOST_PREDICTIONS = 5_000  # a benchmark's test split would fill hundreds of megabytes
 
 
@@ -157,7 +160,7 @@ def _train(
     costs = StepTimeCallback(next(parts.model.parameters()).device)
     with only_main(record_status(run, "train")):
         with InterruptCallback() as interrupt:
-            trainer = _fit(config, parts, run, interrupt, console, costs, keep_checkpoints)
+            trainer = _fit(config, parts, run, interrupt, console, costs, keep_checkpoints, draw_report)
         if trainer.state.global_step < trainer.state.max_steps and not trainer.has_stalled:
             raise KeyboardInterrupt
         _finish(trainer, parts, run, console, costs, draw_report)
@@ -172,6 +175,7 @@ def _fit(
     console: Console,
     costs: StepTimeCallback,
     keep_checkpoints: bool,
+    draw_report: bool,
 ) -> SnellaTrainer:
     """Train, from the last checkpoint if there is one."""
     checkpoint = from_main(lambda: checkpoint_to_resume(run, console))
@@ -212,6 +216,8 @@ def _fit(
             start,
             keep_checkpoints,
         )
+    if draw_report and is_main():
+        trainer.add_callback(_LivePage(lambda: _draw_page(trainer, parts, run, costs, allocation)))
     display.last_loss = tracking.last_loss = lambda: trainer.last_loss
     tracking.send = lambda values: trainer.callback_handler.on_log(trainer.args, trainer.state, trainer.control, values)
     try:
@@ -267,6 +273,60 @@ def _tracking(config: TrainConfig, run: RunFolder) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
+def _metrics(trainer: SnellaTrainer, parts: RunComponents, run: RunFolder, costs: StepTimeCallback) -> Metrics:
+    """Results and costs of the epochs so far."""
+    protocol, matrices = trainer.protocol, matrices_of(parts.model)
+    return Metrics(
+        best_epoch=best_epoch(trainer.history, lambda row: protocol.selection_score(row, parts.task.selection_score)),
+        protocol=protocol.name,
+        selected_on=protocol.selected_on,
+        best_metric=protocol.best_metric(parts.task.best_metric),
+        ema=trainer.config.ema,
+        train_s=round(trainer.elapsed_s, 3),
+        trainable_parameters=trainable_parameters(parts.model),
+        adapted_weights=sum(m.size for m in matrices) if matrices else None,
+        adapter_bytes=folder_bytes(run.adapter),
+        peak_rss_mib=peak_rss_mib(),
+        **costs.summary(),
+        history=[EpochRow(**protocol.with_val_prefix(row)) for row in trainer.history],
+    )
+
+
+def _draw_page(
+    trainer: SnellaTrainer,
+    parts: RunComponents,
+    run: RunFolder,
+    costs: StepTimeCallback,
+    allocation: SnellaCallback | None,
+) -> None:
+    """Write the report of the epochs so far; the files of results are those of a finished run alone."""
+    described = None if allocation is None else describe_allocation(parts.model, allocation)
+    write_report(run.path, metrics=_metrics(trainer, parts, run, costs), allocation=described)
+
+
+class _LivePage(TrainerCallback):
+    """The report of a run that is going on, drawn at the end of an epoch at most once in `_PAGE_S` seconds.
+
+    A page whose drawing takes long comes less often, so that drawing takes at most a twentieth of the time.
+
+    Args:
+        draw: Writes the page.
+    """
+
+    def __init__(self, draw: Callable[[], object]) -> None:
+        self._draw = draw
+        self._drawn_at, self._pause = time.monotonic(), _PAGE_S
+
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
+        start = time.monotonic()
+        if start - self._drawn_at < self._pause:
+            return
+        with contextlib.suppress(OSError, ValueError):  # a full disk: the training has its own word about it
+            self._draw()
+        self._drawn_at = time.monotonic()
+        self._pause = max(_PAGE_S, 20 * (self._drawn_at - start))
+
+
 def _finish(
     trainer: SnellaTrainer,
     parts: RunComponents,
@@ -306,19 +366,9 @@ def _finish(
         parts.task.save_examples(model, shown_part, sample_outputs, run.path)
         run.write(parts.task.predictions(shown_part, sample_outputs, name, run.path))
         report_images = parts.task.report_images(shown_part, run.path)
-    metrics = Metrics(
-        best_epoch=best,
-        protocol=protocol.name,
-        selected_on=protocol.selected_on,
-        best_metric=protocol.best_metric(parts.task.best_metric),
-        ema=trainer.config.ema,
+    metrics = dataclasses.replace(
+        _metrics(trainer, parts, run, costs),
         train_s=round(train_s, 3),
-        trainable_parameters=trainable_parameters(model),
-        adapted_weights=sum(m.size for m in matrices) if matrices else None,
-        adapter_bytes=folder_bytes(run.adapter),
-        peak_rss_mib=peak_rss_mib(),
-        **costs.summary(),
-        history=[EpochRow(**protocol.with_val_prefix(row)) for row in trainer.history],
         val=None if val is None else scores_from(val),
         test=None if test is None else scores_from(test),
         averaged=averaged,
