@@ -177,6 +177,12 @@ def test_memory_is_drawn_against_the_size_of_the_model(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("out", [["--out", "elsewhere/rows.jsonl"], ["--out=elsewhere/rows.jsonl"]])
+def test_a_row_names_its_command_without_the_output_path(out, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["benchmarks/bench.py", "--rounds", "2", *out, "--r", "8"])
+    assert conditions("cpu")["command"] == "bench.py --rounds 2 --r 8"
+
+
 def test_conditions_name_the_device():
     assert conditions("cpu")["device"].startswith("cpu, 1 threads, ")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -22,10 +23,11 @@ _PACKAGES = ("torch", "peft", "timm", "numpy", "numba", "triton")
 
 
 def conditions(device: str) -> dict[str, Any]:
-    """Command, machine, versions, commit and date."""
+    """Command without its output path, machine, versions, commit and date."""
+    words = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
     git = ["git", "-C", str(Path(__file__).parent)]
     return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": re.sub(r" --out[= ]\S+", "", words),
         "device": device_name(device),
         "versions": {name: version(name) for name in _PACKAGES if find_spec(name) is not None},
         "commit": _output([*git, "rev-parse", "--short", "HEAD"]),
