@@ -7,9 +7,10 @@ import sys
 
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import save_and_load
 
 import snella
-from snella._registration import PEFT_TYPE, register
+from snella._registration import _KEY_FUNCTION, PEFT_TYPE, register
 
 
 def test_peft_knows_the_tuner_once_the_package_is_imported():
@@ -21,8 +22,15 @@ def test_peft_knows_the_tuner_once_the_package_is_imported():
 def test_registering_twice_changes_nothing():
     tables = (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING)
     before = [dict(table) for table in tables]
+    function = getattr(save_and_load, _KEY_FUNCTION)
     register()
     assert [dict(table) for table in tables] == before
+    assert getattr(save_and_load, _KEY_FUNCTION) is function
+
+
+def test_peft_still_names_base_parameters_by_one_function():
+    # when this fails, look for what get_base_model_state_dict of this PEFT asks for a parameter's former name
+    assert getattr(save_and_load, _KEY_FUNCTION).__wrapped__.__module__ == save_and_load.__name__
 
 
 def test_peft_has_no_member_of_our_name_yet():

@@ -1,17 +1,26 @@
-"""Makes PEFT know the tuner: the only lines of the project that touch PEFT's tables.
+"""Makes PEFT know the tuner: the only lines of the project that change anything of PEFT's.
 
 PEFT's own `register_peft_method` refuses names outside of its enumeration, so the tables get the string `"SNELLA"`,
 which they look up all the same. A test tells when PEFT gains a member of that name.
+
+`get_base_model_state_dict` and its counterpart ask one function for the name that a parameter had before the model was
+adapted. It knows the layers of PEFT and nothing of an attention that holds several of them, and offers no place to
+say so; it is wrapped, and does what it did for everything else.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import save_and_load
 
 from snella.tuner import SnellaConfig, SnellaModel
+from snella.tuner.attention import find_wrapped_attention
 from snella.tuner.config import PEFT_TYPE
+
+_KEY_FUNCTION = "_peft_key_to_original_key"
 
 
 def register() -> None:
@@ -23,6 +32,23 @@ def register() -> None:
     )
     for table, value in tables:
         table[PEFT_TYPE] = value
+    original_key = getattr(save_and_load, _KEY_FUNCTION, None)
+    if original_key is not None and not hasattr(original_key, "__wrapped__"):
+        setattr(save_and_load, _KEY_FUNCTION, _with_attentions(original_key))
+
+
+def _with_attentions(original_key: Any) -> Any:
+    """PEFT's function from a key to the one before adapting, which also passes over the wrapper of an attention."""
+
+    @functools.wraps(original_key)
+    def with_attentions(model: Any, peft_key: str) -> str:
+        found = find_wrapped_attention(model.base_model.model, peft_key)
+        if found is None:
+            return str(original_key(model, peft_key))
+        wrapper, parameter = found
+        return f"{original_key(model, wrapper)}.{parameter}"
+
+    return with_attentions
 
 
 register()

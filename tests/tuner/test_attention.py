@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_base_model_state_dict, get_peft_model, set_base_model_state_dict
 from torch import nn
 from torch.func import functional_call
 
@@ -369,6 +369,62 @@ def test_merging_unmerging_disabling_and_unloading_keep_their_bits(options):
         plain = model.merge_and_unload()
         assert list(plain.state_dict()) == list(base.state_dict())
         assert torch.equal(plain(*tensors, need_weights=False)[0], expected)
+
+
+# PEFT's names of the base model's parameters --------------------------------------------------------------------------
+
+
+class Deeper(nn.Module):
+    """An attention in a block, and a head."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.block = Model(**options)
+        self.head = nn.Linear(WIDTH, 3)
+
+
+OPTIONS = [{}, {"kdim": 6, "vdim": 5, "add_bias_kv": True}, {"bias": False}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(
+    ("first", "second"), [("all-linear", None), (["attn"], ["out_proj"]), (["out_proj"], ["attn", "before"])]
+)
+def test_the_base_model_has_the_keys_and_values_of_the_model_before_it_was_adapted(options, first, second):
+    base = Deeper(**options)
+    expected = copy.deepcopy(base).state_dict()
+    model = adapt(base, targets=first, modules_to_save=["head"])
+    if second is not None:
+        model.add_adapter("second", SnellaConfig(r=2, target_modules=second, init_weights=False))
+    # FSDP looks parameters up by the names that they have
+    assert "base_model.model.block.attn.base_layer.out_proj.weight" in model.state_dict()
+    found = get_base_model_state_dict(model)
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert not any(layer.is_applied for layer in model.modules() if isinstance(layer, Projection))
+
+    copied = copy.deepcopy(model)
+    copied.merge_adapter()
+    merged = get_base_model_state_dict(copied)
+    assert list(merged) == list(expected)
+    input_weight = "q_proj_weight" if "kdim" in options else "in_proj_weight"
+    changed = "out_proj.weight" if first == ["out_proj"] else input_weight
+    assert not torch.equal(merged[f"block.attn.{changed}"], expected[f"block.attn.{changed}"])
+
+    other = {key: value + 1 for key, value in expected.items()}
+    set_base_model_state_dict(model, other)
+    found = get_base_model_state_dict(model)
+    assert all(torch.equal(found[key], other[key]) for key in other)
+    assert list(model.unload().state_dict()) == list(expected)
+
+
+def test_a_key_that_the_base_model_lacks_is_refused_by_its_name():
+    model = adapt(make())
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*attn\.base_layer\.in_proj_weight"):
+        set_base_model_state_dict(model, {"attn.base_layer.in_proj_weight": torch.zeros(3 * WIDTH, WIDTH)})
+
+
+# the attention's attributes -----------------------------------------------------------------------------------------
 
 
 def test_attributes_of_the_attention_are_there_and_unknown_ones_are_not():

@@ -280,6 +280,26 @@ def is_adaptable(module: nn.Module) -> bool:
     return isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward
 
 
+def find_wrapped_attention(model: nn.Module, key: str) -> tuple[str, str] | None:
+    """Cut the key of an adapted attention's own parameter at the wrapper.
+
+    Args:
+        model: The adapted model.
+        key: In its `state_dict`.
+
+    Returns:
+        Name of the wrapper and name of the parameter in the attention, or `None` for any other key.
+    """
+    parts, module = key.split("."), model
+    if "base_layer" not in parts:
+        return None
+    for place, part in enumerate(parts):
+        if part == "base_layer" and isinstance(module, AdaptedAttention):
+            return ".".join(parts[:place]), ".".join(parts[place + 1 :])
+        module = getattr(module, part, None)  # type: ignore[assignment]
+    return None
+
+
 def keep_off_fast_path(model: nn.Module) -> None:
     """Make torch's encoder layers call their parts, where one of these is adapted.
 
