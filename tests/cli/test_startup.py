@@ -37,6 +37,11 @@ def test_help_version_and_a_typo_wait_for_no_library(words, printed, status):
     assert names == [] and printed in text and code == status
 
 
+def test_the_package_is_a_program_too():
+    done = subprocess.run([sys.executable, "-m", "snella", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"snella {__version__}\n"
+
+
 def test_predicting_imports_neither_matplotlib_nor_scikit_learn():
     names, _, _ = loaded_by("import snella.runs.predict; status = 0", ("matplotlib", "sklearn", "torch"))
     assert names == ["torch"]

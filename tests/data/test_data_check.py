@@ -43,7 +43,7 @@ def test_broken_files_and_repeated_pictures_are_told(photos):
         stamp(3, (43, 30)).save(photos / "dog" / f"{index}.png")
     check = check_data(f"folder:{photos}")
     (error,) = check.errors
-    assert error.startswith("1 image cannot be used: dog/00.png (cannot identify image file")
+    assert error.startswith("1 image cannot be used: dog/00.png (no known image format)")
     assert not any("left out" in note for note in check.notes)
     assert any(note.startswith("train: 1 pictures are in it more than once: ") for note in check.notes)
     assert any(note.startswith("train: 1 pictures have several labels: ") for note in check.notes)
@@ -94,7 +94,7 @@ def test_what_a_training_would_leave_out_is_a_note_with_skip_broken(photos, caps
     assert "--skip-corrupt leaves them out" in capsys.readouterr().err
     assert main(["data", "check", f"folder:{photos}", "--skip-corrupt"]) == 0
     printed = capsys.readouterr().out
-    assert "1 image cannot be used, and are left out by --skip-corrupt: dog/00.png" in printed
+    assert "1 image cannot be used, and is left out by --skip-corrupt: dog/00.png" in printed
 
 
 def test_lists_of_labels_are_checked_as_such(photos, tmp_path, capsys):

@@ -98,7 +98,7 @@ def test_broken_images_are_named_and_counted(write_images):
         load(root)
     message = str(caught.value)
     assert "2 of 11 images in" in message and "--skip-corrupt" in message
-    assert "a/000.png (cannot identify image file" in message and "a/001.png (" in message
+    assert "a/000.png (no known image format)" in message and "a/001.png (" in message
 
 
 def test_of_many_broken_images_five_are_named(write_images):

@@ -99,8 +99,24 @@ def test_text_and_empty_files_are_no_images(tmp_path):
     (tmp_path / "a.png").write_text("not an image")
     (tmp_path / "b.jpg").write_bytes(b"")
     reasons = broken_images([tmp_path / "a.png", tmp_path / "b.jpg", tmp_path / "gone.png"])
-    assert "cannot identify image file" in reasons[0] and "cannot identify" in reasons[1]
+    assert reasons[0] == "no known image format" and reasons[1] == "the file is empty"
     assert "No such file" in reasons[2]
+
+
+def test_the_first_decoding_can_be_watched(tmp_path):
+    seen = []
+
+    def watch(items, total):
+        for item in items:
+            seen.append((item, total))
+            yield item
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "b.jpg").write_bytes(b"")
+    with images.watched_reading(watch):
+        assert broken_images([tmp_path / "a.png", tmp_path / "b.jpg"]) == {1: "the file is empty"}
+    assert seen == [(None, 2), ("the file is empty", 2)]
+    assert broken_images([tmp_path / "a.png"]) == {} and len(seen) == 2
 
 
 def test_a_pipe_among_the_images_is_refused_at_once(tmp_path):

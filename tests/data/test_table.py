@@ -138,7 +138,7 @@ def test_rows_that_cannot_be_used_are_counted_and_named_or_left_out(write_table,
     message = str(caught.value)
     assert message.startswith(
         f"3 of 23 rows of csv:{file}, 1 no label, 1 no such file, 1 unreadable: images/gone.png (no such file), "
-        "images/bad.jpg (cannot identify image file"
+        "images/bad.jpg (no known image format)"
     )
     assert message.endswith("images/20.png (no label). Mend or remove them, or leave them out with --skip-corrupt "
                             "(skip_corrupt=True)")  # fmt: skip

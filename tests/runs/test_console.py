@@ -3,11 +3,13 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from snella.runs.console import counted, make_console, print_heading, print_line, print_rows, printable
+from snella.data.datasets import broken_images
+from snella.runs.console import counted, make_console, print_heading, print_line, print_rows, printable, show_reading
 
 
 def test_what_is_no_terminal_gets_whole_lines_without_padding():
@@ -26,6 +28,15 @@ def test_what_is_no_terminal_gets_whole_lines_without_padding():
 def test_standard_output_is_the_default(capsys):
     make_console().print("x " * 100, soft_wrap=True)
     assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("is_terminal", "is_wanted"), [(True, True), (True, False), (False, True)])
+def test_reading_is_shown_on_a_terminal_where_it_is_wanted(is_terminal, is_wanted, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    console = Console(file=io.StringIO(), width=80, force_terminal=is_terminal, color_system=None)
+    with show_reading(console, is_wanted):
+        assert broken_images([tmp_path / "a.png"]) == {}
+    assert ("reading images" in console.file.getvalue()) == (is_terminal and is_wanted)
 
 
 def test_a_terminal_keeps_its_width(monkeypatch):

@@ -124,10 +124,11 @@ def test_the_time_that_is_left_is_told_after_the_first_steps_which_compile():
     assert printed_by_steps([9.0, 0.1, 0.1, 0.1]) == []
 
 
-def test_one_step_that_takes_long_is_told_at_once_with_what_takes_less():
+def test_steps_that_take_long_are_told_after_the_second_with_what_takes_less():
     factors = []
-    (line,) = printed_by_steps([60.0], 81, lambda much: factors.append(much) or "; less with X")
-    assert line == "about 1 h 20 min to go: 80 steps of 1 min 0 s; less with X" and factors == [16.0]
+    first, estimate = printed_by_steps([90.0, 60.0], 82, lambda much: factors.append(much) or "; less with X")
+    assert first == "step 1/82  loss 0.5000"  # which compiles, and says little of the others
+    assert estimate == "about 1 h 20 min to go: 80 steps of 1 min 0 s; less with X" and factors == [16.0]
 
 
 def test_without_a_terminal_a_line_comes_every_half_minute_unless_none_is_wanted():

@@ -1,5 +1,6 @@
 """Commands of runs and data: functions whose signature and docstring are their command line (see `parser`)."""
 
+import sys
 from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -498,7 +499,7 @@ def data(
     else:
         given: dict[str, Any] = {"columns": columns, "task": None if task == "classification" else task}
         given |= {
-            "skip-broken": skip_corrupt or None,
+            "skip-corrupt": skip_corrupt or None,
             "sheet": sheet,
             "channels": None if channels == 3 else channels,
             "white": white,
@@ -528,11 +529,14 @@ def _check_own_data(
     from rich.table import Table
 
     from snella.data.check import check_data, contact_sheet
-    from snella.runs.console import make_console, print_line, print_rows
+    from snella.runs.console import make_console, print_line, print_rows, show_reading
     from snella.tasks import task_class
 
     target, console = task_class(task).target, make_console()
-    check = check_data(spec, columns=columns, channels=channels, white=white, target=target, skip_corrupt=skip_corrupt)
+    with show_reading(make_console(sys.stderr)):
+        check = check_data(
+            spec, columns=columns, channels=channels, white=white, target=target, skip_corrupt=skip_corrupt
+        )
     parts = list(check.splits.parts)
     print_line(console, check.splits.description)
     table = Table()

@@ -212,7 +212,7 @@ def check_data(
         count = len(splits.broken)
         text = f"{count} image{'s' if count > 1 else ''} cannot be used"
         if skip_corrupt:
-            check.notes.append(f"{text}, and are left out by --skip-corrupt: {named}")
+            check.notes.append(f"{text}, and {'are' if count > 1 else 'is'} left out by --skip-corrupt: {named}")
         else:
             check.errors.append(f"{text}: {named}; --skip-corrupt leaves them out")
     if not isinstance(splits.train, MaskDataset) and target == "class":

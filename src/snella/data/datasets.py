@@ -5,9 +5,10 @@ import importlib.util
 import os
 import stat
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, BinaryIO, Protocol, cast
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 from torchvision import tv_tensors
@@ -155,7 +156,16 @@ def _naming_errors(name: str, file: File) -> Iterator[None]:
         yield
     except DECODING_ERRORS as error:
         hint = f"; {HEIC_HINT}" if _is_heic_start(_start_of(file)) and not has_heic() else ""
-        raise ValueError(f"'{name}' is not a readable image: {error or type(error).__name__}{hint}") from error
+        raise ValueError(f"'{name}' is not a readable image: {_reason(error, file)}{hint}") from error
+
+
+def _reason(error: BaseException, file: File) -> str:
+    """Why a file is no readable image, without its name, which Pillow's message repeats with the whole path."""
+    if isinstance(file, str | Path) and Path(file).is_file() and not Path(file).stat().st_size:
+        return "the file is empty"
+    if isinstance(error, UnidentifiedImageError):
+        return "no known image format"
+    return str(error) or type(error).__name__
 
 
 def _open(file: File) -> Image.Image:
@@ -324,7 +334,23 @@ def broken_rows(source: "CachedImages", rows: Sequence[int]) -> dict[int, str]:
         return None
 
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads:
-        return {row: text for row, text in zip(rows, threads.map(reason, rows), strict=True) if text is not None}
+        reasons = _WATCH.get()(threads.map(reason, rows), len(rows))
+        return {row: text for row, text in zip(rows, reasons, strict=True) if text is not None}
+
+
+Watch = Callable[[Iterable[str | None], int], Iterable[str | None]]
+"""Passes items on, of which there are so many, and shows how far it is."""
+_WATCH: ContextVar[Watch] = ContextVar("watch", default=lambda items, total: items)
+
+
+@contextmanager
+def watched_reading(watch: Watch) -> Iterator[None]:
+    """Show how far the first decoding of all images is, which takes minutes for thousands of photographs."""
+    token = _WATCH.set(watch)
+    try:
+        yield
+    finally:
+        _WATCH.reset(token)
 
 
 THRESHOLD = 128
@@ -841,6 +867,7 @@ __all__ = [
     "MaskDataset",
     "Reading",
     "Target",
+    "Watch",
     "broken_images",
     "broken_rows",
     "decode_image",
@@ -854,4 +881,5 @@ __all__ = [
     "read_label_map",
     "to_channels",
     "to_rgb",
+    "watched_reading",
 ]

@@ -63,7 +63,7 @@ def load_folder(path: str, *, skip_corrupt: bool = False, reading: Reading = RGB
                 f"{len(broken)} of {sum(len(f) for c in files.values() for f in c.values())} images in '{path}' cannot "
                 f"be read: {named}. Remove or replace them, or leave them out with --skip-corrupt (skip_corrupt=True)"
             )
-        notes.append(f"left out {len(broken)} broken images: {named}")
+        notes.append(f"left out {len(broken)} broken image{'s' if len(broken) > 1 else ''}: {named}")
         files = {
             part: {name: [file for file in found if file not in broken] for name, found in classes.items()}
             for part, classes in files.items()

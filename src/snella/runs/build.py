@@ -33,7 +33,7 @@ from snella.methods.model_parts import find_head
 from snella.methods.saving import METHOD_FILE
 from snella.records import BackboneInfo, DataInfo, FoldResults, RunInfo, read, read_if_present
 from snella.runs.config import DEFAULT_BATCH_SIZE, TrainConfig
-from snella.runs.console import counted, print_line
+from snella.runs.console import counted, print_line, show_reading
 from snella.runs.distributed import process_count
 from snella.runs.folder import RunFolder
 from snella.runs.optimizer import checkpoint_gradients, set_drop_path
@@ -266,7 +266,8 @@ def build_components(
         raise ValueError(
             f"precision must be fp32 or bf16 on device {device.type!r}, got 'fp16', which is for GPUs; leave it out"
         )
-    splits = load_splits(config, data)
+    with show_reading(console, config.progress):
+        splits = load_splits(config, data)
     task = create_task(config.task, splits.classes, **config.as_dict())
     task.check_data(splits.train, str(config.data))
     if config.effective_batch_size < process_count():

@@ -30,7 +30,7 @@ from snella.tuner.matrices import AdaptedMatrix
 
 _FILE, _ENDS_FILE = "ema.safetensors", "epoch_ends.safetensors"
 _ESTIMATE_STEPS, _ESTIMATE_S = 4, 20.0
-"""Steps, or seconds, after which the remaining time is estimated."""
+"""Steps, or seconds and two steps, after which the remaining time is estimated: the first step compiles."""
 _LONG_S = 300.0
 """Remaining time from which ways to shorten it are suggested."""
 _LINE_S = 30.0
@@ -425,7 +425,9 @@ class ProgressDisplay(TrainerCallback):
                 TextColumn("{task.fields[shown]}"),
             )
             self._bar = Progress(*columns, console=self.console, transient=True)
-            self._task = self._bar.add_task("training", total=state.max_steps, completed=state.global_step, shown="")
+            self._task = self._bar.add_task(
+                "training", total=state.max_steps, completed=state.global_step, shown="the first step takes longest"
+            )
             self._bar.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -443,7 +445,8 @@ class ProgressDisplay(TrainerCallback):
         now, steps = self._step_ends[-1], len(self._step_ends) - 1
         step_s = self._step_s()
         left_s = step_s * (state.max_steps - state.global_step)
-        if not self._has_estimated and (steps >= _ESTIMATE_STEPS or now - self._step_ends[0] >= _ESTIMATE_S):
+        is_long = steps > 1 and now - self._step_ends[0] >= _ESTIMATE_S
+        if not self._has_estimated and (steps >= _ESTIMATE_STEPS or is_long):
             self._has_estimated = True
             if left_s >= 60:
                 much = left_s / _LONG_S
@@ -457,9 +460,9 @@ class ProgressDisplay(TrainerCallback):
                 self._last_line = now
         if self.show_lines and now - self._last_line >= _LINE_S:
             self._last_line = now
+            left = f"  about {seconds_text(left_s)} to go" if steps > 1 else ""
             self.console.print(
-                f"step {state.global_step}/{state.max_steps}  loss {self.last_loss():.4f}{self._pace()}  "
-                f"about {seconds_text(left_s)} to go",
+                f"step {state.global_step}/{state.max_steps}  loss {self.last_loss():.4f}{self._pace()}{left}",
                 highlight=False,
                 soft_wrap=True,
             )
@@ -514,8 +517,8 @@ class ProgressDisplay(TrainerCallback):
         return statistics.median(spans[1:] or spans)
 
     def _pace(self) -> str:
-        """Images a second."""
-        step_s = self._step_s() if self.step_images is not None else 0.0
+        """Images a second, from the second step on: the first compiles."""
+        step_s = self._step_s() if self.step_images is not None and len(self._step_ends) > 2 else 0.0
         return f"  {(self.step_images or 0) / step_s:,.0f} images/s" if step_s > 0 else ""
 
     def _budget(self) -> str:

@@ -143,6 +143,28 @@ def print_heading(console: Console, text: str) -> None:
         print_line(console, f"--- {text} ---")
 
 
+@contextlib.contextmanager
+def show_reading(console: Console | None, is_wanted: bool = True) -> Iterator[None]:
+    """On a terminal, show how far the first decoding of all images is, inside.
+
+    Args:
+        console: Where to draw the bar, which is gone afterwards; None for nowhere.
+        is_wanted: False for no bar.
+    """
+    if console is None or not is_wanted or not console.is_terminal:
+        yield
+        return
+    from rich.progress import track
+
+    from snella.data.datasets import watched_reading  # with torch, which an error message does without
+
+    def watch(items: Iterable[str | None], total: int) -> Iterable[str | None]:
+        return track(items, "reading images", total=total, console=console, transient=True)
+
+    with watched_reading(watch):
+        yield
+
+
 def counted(number: int, noun: str) -> str:
     """A number and its noun, with an s where it is not one: `1 image`, `1,200 images`."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
