@@ -1,16 +1,21 @@
 """`--batch-size auto` and `--time-budget`: what is chosen, why, and that nothing else changes."""
 
+import dataclasses
 import re
 
 import pytest
+import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
+from snella.records import RunInfo, read
 from snella.runs import TrainConfig, sizing
-from snella.runs.build import build_components
+from snella.runs.build import assemble, build_components, load_run
 from snella.runs.config import budget_seconds
 from snella.runs.memory import predict_step_memory
-from snella.runs.sizing import fit_batch_size, fit_epochs
+from snella.runs.results import size_step
+from snella.runs.sizing import fit_batch_size, fit_epochs, fit_image_size
 from snella.runs.train import train
 
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -95,6 +100,100 @@ def test_as_many_epochs_as_fit(budget, epochs, said, settings, console, monkeypa
     assert len(parts.splits.train) == 14 and len(parts.splits.val) == 3
     assert fit_epochs(parts, config, console).epochs == epochs
     assert said in console.file.getvalue()
+
+
+@pytest.fixture
+def timed_by_pixels(monkeypatch):
+    """A step of training takes a second at 160 px and less with fewer pixels, one of evaluation nothing."""
+    measured = []
+
+    def step_seconds(parts, config, dataset, batch, step):
+        side = parts.data_config["input_size"][-1]
+        assert next(iter(dataset))[0].shape[-1] == side
+        if step is sizing._trial_evaluation:
+            return 0.0
+        measured.append(side)
+        return (side / 160) ** 2
+
+    monkeypatch.setattr(sizing, "_step_seconds", step_seconds)
+    return measured
+
+
+def chosen_size(settings, console, **changes):
+    """What is chosen for 16 training images, one a step, and what is said of it."""
+    values = {"img_size": None, "batch_size": 1, "train_size": 16, "val_size": 3, "epochs": 4, **changes}
+    config = settings(**values).resolved()
+    parts = build_components(config)
+
+    def at_size(size):
+        return assemble(dataclasses.replace(config, img_size=size), parts.splits, parts.task)
+
+    return fit_image_size(parts, config, at_size, console).img_size, console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("budget", "size", "said"),
+    [
+        ("72s", None, "measuring steps, to fit 4 epochs into 72s"),  # 0.9 · 72 / (16 · 1) = 4.05
+        ("70s", 144, "image size 144 px: 4 epochs fit into 70s, one takes about 13.0 s; at 160 px, the backbone's own"),
+        ("30s", 96, "own size, one takes about 16.0 s; --img-size sets it"),  # 0.9 · 30 / (16 · 0.36) = 4.7
+        ("3s", 48, "image size 48 px: 4 epochs do not fit there either, the smallest size that is tried, into 3s"),
+    ],
+)
+def test_the_largest_size_is_taken_at_which_the_epochs_fit(budget, size, said, settings, console, timed_by_pixels):
+    chosen, text = chosen_size(settings, console, time_budget=budget)
+    assert chosen == size and said in text.replace("\N{NO-BREAK SPACE}", " ")
+    assert timed_by_pixels[0] == 160 and len(timed_by_pixels) <= 4 and (size in (None, *timed_by_pixels))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"img_size": 80}, ""),
+        ({"time_budget": None}, ""),
+        (
+            {"folds": 2, "fold": 1, "train_size": None},
+            "image size stays 160 px, since all folds have the same; 4 epochs",
+        ),
+        (
+            {"method": "gps"},
+            "image size stays 160 px, since gps chooses what it trains at one size; 4 epochs do not fit",
+        ),
+    ],
+)
+def test_a_size_that_is_given_or_must_be_the_same_stays(changes, said, settings, console, timed_by_pixels):
+    size, text = chosen_size(settings, console, **{"time_budget": "30s", **changes})
+    assert size == changes.get("img_size") and said in text and bool(said) == bool(timed_by_pixels)
+
+
+def test_a_backbone_that_cannot_be_built_for_another_size_keeps_its_own(settings, console, timed_by_pixels):
+    config = settings(img_size=None, time_budget="1s", batch_size=1, train_size=16).resolved()
+    parts = build_components(config)
+
+    def at_size(size):
+        raise ValueError(f"no {size}\nat all")
+
+    assert fit_image_size(parts, config, at_size, console) == config
+    assert "image size stays 160 px, since test_vit cannot take 96 px (no 96); 3 epochs do not fit" in (
+        console.file.getvalue()
+    )
+
+
+def test_the_chosen_size_is_that_of_the_run(settings, console, monkeypatch, timed_by_pixels):
+    monkeypatch.setattr(sizing, "_MOST_EPOCHS", 1)
+    config = settings(img_size=None, epochs=4, time_budget="3s", batch_size=1, train_size=16, method="linear")
+    run = train(config, console)
+    info = read(RunInfo, run.path)
+    assert run.read_config().img_size == info.backbone.img_size == 48 and info.data_config["input_size"] == [3, 48, 48]
+    assert "images of 48×48 px" in console.file.getvalue()
+    assert load_run(run).transform(Image.new("RGB", (60, 60))).shape == (3, 48, 48)
+
+
+@pytest.mark.parametrize(
+    ("name", "step"), [("test_vit", 16), ("test_resnet", 32), ("swin_tiny_patch4_window7_224", 32), (None, 32)]
+)
+def test_sizes_are_multiples_of_what_a_model_reduces_images_by(name, step):
+    assert size_step(torch.nn.Linear(2, 2) if name is None else timm.create_model(name)) == step
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("30m", 1800), ("1h30m", 5400), ("90s", 90), ("0.5h", 1800)])

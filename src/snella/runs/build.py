@@ -287,6 +287,34 @@ def build_components(
             f"got {config.batch_size}; "
             f"pass --batch-size {len(splits.train)} or less, or add images"
         )
+    if config.channels != 3:
+        splits.notes.append(
+            f"the first convolution of {config.backbone} is adapted from 3 to {counted(config.channels, 'channel')}"
+        )
+    return assemble(config, splits, task, resumed, console, data)
+
+
+def assemble(
+    config: TrainConfig,
+    splits: DataSplits,
+    task: Task,
+    resumed: Path | None = None,
+    console: Console | None = None,
+    data: Any = None,
+) -> RunComponents:
+    """Create the backbone for data that is loaded, make it trainable, and give the images its transforms.
+
+    The splits stay as they are: parts of several image sizes may stand side by side.
+
+    Args:
+        config: Resolved settings.
+        splits: The data, encoded for the task.
+        task: Fitted to it.
+        resumed: As for `build_components`, as are the others.
+        console: Where the progress of a selection is shown; None for nowhere.
+        data: Object that `config.data` is a name of.
+    """
+    device = choose_device(config.device)
     wanted = BackboneInfo(
         name=str(config.backbone),
         weights=config.weights,
@@ -302,18 +330,17 @@ def build_components(
     data_config = get_protocol(config.protocol).data_config(
         resolve_data_config(backbone, config.img_size), is_resized_whole=splits.is_resized_whole
     )
-    if config.channels != 3:
-        splits.notes.append(
-            f"the first convolution of {config.backbone} is adapted from 3 to {counted(config.channels, 'channel')}"
-        )
     described = dataclasses.replace(wanted, architecture=architecture_name(backbone))
     train_transform = build_transform(
         data_config, train=True, augment=config.augment, random_erasing=config.random_erasing
     )
     transform = build_transform(data_config, train=False, augment="none")
-    splits.train = splits.train.with_transform(train_transform)
-    splits.val = None if splits.val is None else splits.val.with_transform(transform)
-    splits.test = None if splits.test is None else splits.test.with_transform(transform)
+    splits = dataclasses.replace(
+        splits,
+        train=splits.train.with_transform(train_transform),
+        val=None if splits.val is None else splits.val.with_transform(transform),
+        test=None if splits.test is None else splits.test.with_transform(transform),
+    )
     torch.manual_seed(config.seed)
     if resumed is not None and has_selection(resumed):
         model = restore_selection(resumed, backbone).to(device)

@@ -267,7 +267,8 @@ class TrainConfig(RunSettings):
         init_from: Finished run to start from: its trained values, head included, in place of fresh ones, and a new
             schedule. Data, splits, backbone and method are that run's where they are not given.
         epochs: Number of epochs.
-        time_budget: Train for about this time, e.g. 30m or 1h30m: the number of epochs is chosen by measuring a step.
+        time_budget: Train for about this time, e.g. 30m or 1h30m: the number of epochs is chosen by measuring steps,
+            and before that a smaller img_size, unless it is given, where `epochs` of the model's own do not fit.
         early_stopping: Stop when so many epochs have gone by without a better one. With budgets (snella, snell) not
             before the target sparsity is reached, for which the budget then shrinks over 70 % of the epochs.
         batch_size: Batch size; if not given 32, or all training images if there are fewer. auto is the largest power of

@@ -28,7 +28,7 @@ from snella.runs.protocol import get_protocol
 from snella.tuner.matrices import AdaptedMatrix, adapted_matrices
 
 _PACKAGES = ("snella", "torch", "peft", "timm", "transformers")
-_USUAL_SIZE, _MIN_SIZE = 224, 48
+_USUAL_SIZE, MIN_SIZE = 224, 48
 
 
 def describe_run(config: TrainConfig, parts: RunComponents, names: Collection[str] = PARTS) -> RunInfo:
@@ -197,11 +197,11 @@ def shorten_hint(parts: RunComponents) -> Callable[[float], str]:
     Args:
         parts: Data and model.
     """
-    side, patch = int(parts.data_config["input_size"][-1]), _patch(parts.model)
+    side, patch = int(parts.data_config["input_size"][-1]), size_step(parts.model)
 
     def shorten(much: float) -> str:
         shorter = int(side / math.sqrt(much)) // patch * patch
-        if shorter < max(_MIN_SIZE, patch):
+        if shorter < max(MIN_SIZE, patch):
             return "; --train-size, --epochs or a smaller --backbone make it shorter"
         share = (shorter / side) ** 2
         return f"; --img-size {shorter} takes about {share:.0%} of that, at some loss of accuracy"
@@ -209,11 +209,13 @@ def shorten_hint(parts: RunComponents) -> Callable[[float], str]:
     return shorten
 
 
-def _patch(model: nn.Module) -> int:
-    """Side of the patches that images are cut into; 32 for networks of convolutions, which halve it five times."""
-    found = (getattr(module, "patch_size", None) for module in model.modules())
-    sizes = [size[0] for size in found if isinstance(size, tuple)]
-    return int(sizes[0]) if sizes else 32
+def size_step(model: nn.Module) -> int:
+    """What image sizes are multiples of: the side of a patch, or what the last features are reduced by; else 32."""
+    modules = list(model.modules())
+    patches = [size[0] for module in modules if isinstance(size := getattr(module, "patch_size", None), tuple)]
+    infos = [info for module in modules if isinstance(info := getattr(module, "feature_info", None), list)]
+    reductions = [int(stage["reduction"]) for info in infos[:1] for stage in info[-1:]]
+    return math.lcm(*map(int, patches[:1]), *reductions) if patches or reductions else 32
 
 
 def _cost_warnings(config: TrainConfig, parts: RunComponents, memory: float, free: float) -> list[tuple[str, str]]:
@@ -222,7 +224,7 @@ def _cost_warnings(config: TrainConfig, parts: RunComponents, memory: float, fre
     if memory > free:
         less = f"--batch-size below {config.effective_batch_size} or " if config.effective_batch_size > 1 else ""
         rows.append(("warning", f"that is more memory than is free; {less}a smaller --img-size needs less"))
-    side, patch = int(parts.data_config["input_size"][-1]), _patch(parts.model)
+    side, patch = int(parts.data_config["input_size"][-1]), size_step(parts.model)
     if config.img_size is None and side >= 1.5 * _USUAL_SIZE and next(parts.model.parameters()).device.type == "cpu":
         usual = _USUAL_SIZE // patch * patch
         rows.append(

@@ -1,6 +1,7 @@
-"""What fits: the batch size by memory, and the number of epochs by time, each from a trial step."""
+"""What fits: the batch size by memory, image size and number of epochs by time, each from trial steps."""
 
 import dataclasses
+import io
 import re
 import statistics
 import time
@@ -13,13 +14,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from snella._text import seconds_text
+from snella.methods import find_method
 from snella.runs.build import RunComponents
 from snella.runs.config import TrainConfig, budget_seconds
 from snella.runs.console import counted, print_line
 from snella.runs.distributed import process_count
 from snella.runs.memory import predict_step_memory, restored_state
 from snella.runs.protocol import get_protocol
-from snella.runs.results import free_memory
+from snella.runs.results import MIN_SIZE, free_memory, size_step
 
 _LARGEST_BATCH, _FEWEST_STEPS = 256, 10
 _MEMORY_SHARE = 0.8
@@ -28,6 +30,10 @@ _TIMED_STEPS = 4
 _TIME_SHARE = 0.9
 """Of the time budget that steps and evaluations may take: checkpoints, results and report take the rest."""
 _MOST_EPOCHS = 100
+_MEASURED_SHARE = 0.02
+"""Of the time budget, after which no further step is timed once there are two."""
+_SIZE_ERRORS = (ValueError, TypeError, RuntimeError, AssertionError, NotImplementedError, IndexError)
+"""What models raise that cannot be built for, or take, images of another size."""
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -63,6 +69,70 @@ def fit_batch_size(parts: RunComponents, config: TrainConfig, console: Console) 
     return dataclasses.replace(config, batch_size=whole)
 
 
+def fit_image_size(
+    parts: RunComponents, config: TrainConfig, at_size: Callable[[int], RunComponents], console: Console
+) -> TrainConfig:
+    """The settings with smaller images, where `time_budget` has no room for all epochs at the backbone's own size.
+
+    Chosen is the largest multiple of the model's patch, or of its reduction, at which `epochs` fit, by a search with
+    measured steps; the smallest that is tried, 48 pixels or the next multiple, where they fit at none. A size that is
+    given stays, and so does that of a model that cannot be built for another one.
+
+    Args:
+        parts: Data and model, at the backbone's own size.
+        config: Resolved settings.
+        at_size: Builds the same for images of another size.
+        console: Where the choice is written.
+    """
+    if config.time_budget is None or config.img_size is not None:
+        return config
+    own = int(parts.data_config["input_size"][-1])
+    epochs = counted(config.epochs, "epoch")
+    print_line(console, f"measuring steps, to fit {epochs} into {config.time_budget}")
+    own_s = _epoch_seconds(parts, config)
+    if _fitting(own_s, config) >= config.epochs:
+        return config
+    why = f"at {own} px, the backbone's own size, one takes about {seconds_text(own_s)}"
+    step = size_step(parts.model)
+    sizes = range(-(-MIN_SIZE // step) * step, own, step)
+    kept = _reason_to_keep_size(config) or (None if sizes else "there is no smaller one")
+    seconds: dict[int, float] = {}
+    low, high = 0, len(sizes)
+    while kept is None and low < high:
+        size = sizes[(low + high) // 2]
+        try:
+            seconds[size] = _epoch_seconds(at_size(size), config)
+        except _SIZE_ERRORS as error:
+            kept = f"{config.backbone} cannot take {size} px ({str(error).strip().partition(chr(10))[0]})"
+            break
+        if _fitting(seconds[size], config) >= config.epochs:
+            low = sizes.index(size) + 1
+        else:
+            high = sizes.index(size)
+    if kept is not None:
+        print_line(console, f"image size stays {own} px, since {kept}; {epochs} do not fit: {why}")
+        return config
+    chosen = sizes[max(low - 1, 0)]
+    fit = "fit into" if low else "do not fit there either, the smallest size that is tried, into"
+    print_line(
+        console,
+        f"image size {chosen} px: {epochs} {fit} {config.time_budget}, one takes about "
+        f"{seconds_text(seconds[chosen])}; {why}; --img-size sets it",
+    )
+    return dataclasses.replace(config, img_size=chosen)
+
+
+def _reason_to_keep_size(config: TrainConfig) -> str | None:
+    """Why no other image size is tried; None where some are."""
+    if config.init_from is not None:
+        return f"{config.init_from} has it"
+    if config.folds is not None:
+        return "all folds have the same"
+    if find_method(config.method).needs_batches:
+        return f"{config.method} chooses what it trains at one size"
+    return None
+
+
 def fit_epochs(parts: RunComponents, config: TrainConfig, console: Console) -> TrainConfig:
     """The settings with as many epochs as fit into `time_budget`, at least 1 and at most 100, from a few timed steps.
 
@@ -73,7 +143,25 @@ def fit_epochs(parts: RunComponents, config: TrainConfig, console: Console) -> T
     """
     if config.time_budget is None:
         return config
-    budget = budget_seconds(config.time_budget)
+    epoch_s = _epoch_seconds(parts, config)
+    epochs = max(1, min(_MOST_EPOCHS, _fitting(epoch_s, config)))
+    text = f"{counted(epochs, 'epoch')} in {config.time_budget}: one takes about {seconds_text(epoch_s)}"
+    if epoch_s > budget_seconds(config.time_budget):
+        text += ", which is more than the budget; --train-size or a smaller --img-size make it shorter"
+    elif epochs == _MOST_EPOCHS:
+        text += f", and {_MOST_EPOCHS} are enough; --epochs without --time-budget sets more"
+    print_line(console, text)
+    return dataclasses.replace(config, epochs=epochs)
+
+
+def _fitting(epoch_s: float, config: TrainConfig) -> int:
+    """How many epochs of so many seconds fit into the time budget."""
+    return int(_TIME_SHARE * budget_seconds(str(config.time_budget)) / epoch_s)
+
+
+def _epoch_seconds(parts: RunComponents, config: TrainConfig) -> float:
+    """Seconds of an epoch with its evaluation, from a few timed steps of each."""
+    config = fit_batch_size(parts, config, Console(file=io.StringIO()))
     per_batch = max(config.effective_batch_size // process_count(), 1)
     train_s = _step_seconds(parts, config, parts.splits.train, per_batch, _trial_step)
     steps = config.steps_per_epoch(len(parts.splits.train)) * config.accumulate
@@ -82,14 +170,7 @@ def fit_epochs(parts: RunComponents, config: TrainConfig, console: Console) -> T
     if selection is not None:
         batches = -(-len(selection) // config.effective_batch_size)
         epoch_s += batches * _step_seconds(parts, config, selection, per_batch, _trial_evaluation)
-    epochs = max(1, min(_MOST_EPOCHS, int(_TIME_SHARE * budget / epoch_s)))
-    text = f"{counted(epochs, 'epoch')} in {config.time_budget}: one takes about {seconds_text(epoch_s)}"
-    if epoch_s > budget:
-        text += ", which is more than the budget; --train-size or a smaller --img-size make it shorter"
-    elif epochs == _MOST_EPOCHS:
-        text += f", and {_MOST_EPOCHS} are enough; --epochs without --time-budget sets more"
-    print_line(console, text)
-    return dataclasses.replace(config, epochs=epochs)
+    return epoch_s
 
 
 def _predicted(parts: RunComponents, shape: tuple[int, int, int], batch: int) -> int:
@@ -146,6 +227,7 @@ def _step_seconds(
     """Median seconds of a step with the loading of its images; the first step, which compiles, is left out."""
     generator = torch.Generator().manual_seed(config.seed)  # or a loader would draw from torch's own numbers
     loader = DataLoader(dataset, batch, collate_fn=parts.task.collate, num_workers=config.workers, generator=generator)
+    limit_s = _MEASURED_SHARE * budget_seconds(str(config.time_budget))
     spans: list[float] = []
     start = time.perf_counter()
     for number, items in enumerate(loader):
@@ -153,7 +235,7 @@ def _step_seconds(
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         spans.append(time.perf_counter() - start)
-        if number == _TIMED_STEPS:
+        if number == _TIMED_STEPS or (len(spans) > 1 and sum(spans) > limit_s):
             break
         start = time.perf_counter()
     return statistics.median(spans[1:] or spans)

@@ -23,6 +23,7 @@ from snella.report import model_card, write_report
 from snella.runs.build import (
     PARTS,
     RunComponents,
+    assemble,
     build_components,
     check_splits,
     find_data,
@@ -59,7 +60,7 @@ from snella.runs.session import (
     record_status,
     resolve_resume,
 )
-from snella.runs.sizing import fit_batch_size, fit_epochs
+from snella.runs.sizing import fit_batch_size, fit_epochs, fit_image_size
 from snella.runs.trainer import SnellaTrainer
 from snella.tasks import Task
 
@@ -143,6 +144,14 @@ def _train(
     parts = build_components(config, chosen, console, data)
     check_splits(run.path, stored, parts.splits)
     if not is_resumed:
+        base, asked = parts, config
+
+        def at_size(size: int | None) -> RunComponents:
+            return assemble(dataclasses.replace(asked, img_size=size), base.splits, base.task, data=data)
+
+        size = from_main(lambda: fit_image_size(base, asked, at_size, console)).img_size
+        if size != config.img_size:
+            parts, config = at_size(size), dataclasses.replace(config, img_size=size)
         config = from_main(lambda: fit_epochs(parts, fit_batch_size(parts, config, console), console))
     config = config.with_batch_size_for(len(parts.splits.train))
     if start is None:
