@@ -304,3 +304,12 @@ def test_groups_are_told_apart_the_least_recognized_first(run):
     page = write_report(run.folder).read_text(encoding="utf-8")
     assert 'href="#groups"' in page and percent_text(1 / 3) in page
     assert "&lt;b&gt;B&lt;/b&gt;" in page and "<b>B</b>" not in page
+
+
+@pytest.mark.parametrize(("wrong", "shown", "is_more"), [(2, 2, False), (40, 30, True), (0, 30, False)])
+def test_of_many_groups_those_with_errors_are_shown(wrong, shown, is_more, run):
+    info = read(RunInfo, run.finished().folder)
+    rows = [[float(n == (i < wrong)) for n in range(len(info.classes))] for i in range(50)]
+    items = [Prediction(i, f"{i}.png", 0, row, group=f"{i}") for i, row in enumerate(rows)]
+    section = groups_section(info, Predictions(items=items))
+    assert len(section["rows"]) == shown and section["has_errors_elsewhere"] == is_more and section["count"] == 50

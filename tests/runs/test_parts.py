@@ -85,6 +85,9 @@ def test_the_bar_appears_on_a_terminal_and_goes_away():
     display.on_step_end(None, state, TrainerControl())
     display._bar.refresh()
     assert "epoch 1/2" in output.getvalue() and "loss 0.125" in output.getvalue() and "1/10" in output.getvalue()
+    display.on_epoch_end(None, state, TrainerControl())
+    display._bar.refresh()
+    assert "measuring on val images" in output.getvalue()
     display.on_train_end(None, state, TrainerControl())
     assert display._bar is None
 

@@ -12,7 +12,7 @@ from snella.methods import load_trained
 from snella.records import RunInfo, read
 from snella.runs import RunFolder, load_run
 from snella.runs.build import make_backbone
-from snella.runs.train import train
+from snella.runs.train import _only_answer, train
 from snella.tuner import adapted_matrices
 
 training = sys.modules["snella.runs.train"]
@@ -203,6 +203,19 @@ def test_a_best_epoch_before_the_target_is_said_to_be_one(best, says, settings, 
     assert (sentence in console.file.getvalue()) == says
     kept = sum(matrix["budget"] for matrix in run.read_json("allocation.json")["matrices"])
     assert (kept > target) == says
+
+
+@pytest.mark.parametrize(
+    ("confusion", "only"), [([[0, 3], [0, 9]], "b"), ([[1, 2], [0, 9]], None), ([[0, 3], [0, 0]], None), (None, None)]
+)
+def test_one_answer_to_everything_is_noticed(confusion, only):
+    assert _only_answer({"confusion": confusion}, ["a", "b"]) == only
+
+
+def test_a_run_that_gives_one_answer_says_so(settings, console, no_report, monkeypatch):
+    monkeypatch.setattr("snella.runs.train._only_answer", lambda scores, classes: classes[len(scores["confusion"]) - 1])
+    train(settings(method="linear", epochs=1), console)
+    assert "note: every validation image is taken for 'owls': nothing that tells" in console.file.getvalue()
 
 
 def test_a_failure_is_noted_in_run_json(settings, console, monkeypatch):

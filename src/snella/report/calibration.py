@@ -110,7 +110,7 @@ def reliability_curve(reliability: Reliability) -> Figure:
         x, y = [b.confidence for b in bins], [b.accuracy for b in bins]
         handles += axes.plot(x, y, color=color, linewidth=2)
         sizes = [8 + 120 * b.count / reliability.count for b in bins]
-        axes.scatter(x, y, s=sizes, color=color, zorder=3)
+        axes.scatter(x, y, s=sizes, color=color, zorder=3, clip_on=False)  # most lie at the upper end
         labels.append(name)
     axes.set(xlim=(0, 1), ylim=(-0.02, 1.05), xlabel="mean probability", ylabel="share that is right")
     add_legend(figure, handles, labels, columns=2)
@@ -130,7 +130,8 @@ def coverage_curve(predictions: Predictions, calibration: Calibration) -> Figure
         labels.append(f"probability ≥ {calibration.threshold:.2f}")
     axes.set(xlim=(0, 1.02), xlabel="share of the images that are answered")
     low = min(0.9, float((right.cumsum() / np.arange(1, len(right) + 1)).min()))
-    axes.set_ylim(max(0.0, low - 0.05), 1.02)
+    bottom = max(0.0, low - 0.05)
+    axes.set_ylim(bottom, 1 + 0.04 * (1 - bottom))
     percent_axis(axes)
     add_legend(figure, handles, labels, columns=2)
     return figure

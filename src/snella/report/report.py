@@ -221,11 +221,15 @@ def groups_section(info: RunInfo, predictions: Predictions | None) -> dict[str, 
         rows.append({"name": name, "images": len(items), "right": share, "confused": ", ".join(most)})
     rows.sort(key=lambda row: (row["right"], -row["images"], row["name"]))
     shares = [float(row["right"]) for row in rows]
+    shown = rows
+    if len(rows) > _SHOWN_GROUPS:
+        shown = [row for row in rows[:_SHOWN_GROUPS] if row["right"] < 1] or rows[:_SHOWN_GROUPS]
     return {
         "split": "validation" if predictions.split == "val" else predictions.split,
         "count": len(rows),
         "mean": sum(shares) / len(shares),
-        "rows": rows[:_SHOWN_GROUPS],
+        "rows": shown,
+        "has_errors_elsewhere": len(rows) > len(shown) and rows[len(shown)]["right"] < 1,
     }
 
 

@@ -440,6 +440,13 @@ class ProgressDisplay(TrainerCallback):
             shown = f"loss {self.last_loss():.3f}{self._budget()}{self._pace()}"
             self._bar.update(self._task, completed=state.global_step, description=epoch, shown=shown)
 
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Say why the bar stands still."""
+        if self._bar is not None and self.protocol.selected_on is not None:
+            self._bar.update(self._task, shown=f"measuring on {self.protocol.selected_on} images")
+
     def _write_lines(self, state: TrainerState) -> None:
         """Print the estimate after the first steps, and the progress from time to time."""
         now, steps = self._step_ends[-1], len(self._step_ends) - 1

@@ -1,7 +1,9 @@
 """What fits: the batch size by memory, image size and number of epochs by time, each from trial steps."""
 
+import bisect
 import dataclasses
 import io
+import math
 import re
 import statistics
 import time
@@ -32,6 +34,8 @@ _TIME_SHARE = 0.9
 _MOST_EPOCHS = 100
 _MEASURED_SHARE = 0.02
 """Of the time budget, after which no further step is timed once there are two."""
+_SIZE_RATIO = 1.15
+"""Of an image size that is too large to one that is not, from which none between them is tried."""
 _SIZE_ERRORS = (ValueError, TypeError, RuntimeError, AssertionError, NotImplementedError, IndexError)
 """What models raise that cannot be built for, or take, images of another size."""
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -74,9 +78,10 @@ def fit_image_size(
 ) -> TrainConfig:
     """The settings with smaller images, where `time_budget` has no room for all epochs at the backbone's own size.
 
-    Chosen is the largest multiple of the model's patch, or of its reduction, at which `epochs` fit, by a search with
-    measured steps; the smallest that is tried, 48 pixels or the next multiple, where they fit at none. A size that is
-    given stays, and so does that of a model that cannot be built for another one.
+    Chosen is the largest multiple of the model's patch, or of its reduction, at which `epochs` fit, by measured steps
+    and to within 15 %; the smallest, 48 pixels or the next multiple, where they fit at none. The search begins there:
+    a step at the own size may take longer than the budget. Each next size is the largest at which the epochs fit if
+    time grows as the pixels do. A size that is given stays, and so does that of a model that cannot take another one.
 
     Args:
         parts: Data and model, at the backbone's own size.
@@ -86,40 +91,50 @@ def fit_image_size(
     """
     if config.time_budget is None or config.img_size is not None:
         return config
-    own = int(parts.data_config["input_size"][-1])
+    own, step = int(parts.data_config["input_size"][-1]), size_step(parts.model)
+    sizes = [*range(-(-MIN_SIZE // step) * step, own, step), own]
+    kept = _reason_to_keep_size(config)
+    if kept is not None:
+        print_line(console, f"image size stays {own} px, since {kept}")
+    if kept is not None or len(sizes) == 1:
+        return config
     epochs = counted(config.epochs, "epoch")
     print_line(console, f"measuring steps, to fit {epochs} into {config.time_budget}")
-    own_s = _epoch_seconds(parts, config)
-    if _fitting(own_s, config) >= config.epochs:
-        return config
-    why = f"at {own} px, the backbone's own size, one takes about {seconds_text(own_s)}"
-    step = size_step(parts.model)
-    sizes = range(-(-MIN_SIZE // step) * step, own, step)
-    kept = _reason_to_keep_size(config) or (None if sizes else "there is no smaller one")
+    allowed = _TIME_SHARE * budget_seconds(config.time_budget) / config.epochs
     seconds: dict[int, float] = {}
-    low, high = 0, len(sizes)
-    while kept is None and low < high:
-        size = sizes[(low + high) // 2]
+    fits, too_large, number = -1, len(sizes), 0
+    while fits + 1 < too_large and not (
+        0 <= fits < too_large < len(sizes) and _are_near(sizes[fits], sizes[too_large])
+    ):
+        size = sizes[number]
         try:
-            seconds[size] = _epoch_seconds(at_size(size), config)
+            seconds[size] = _epoch_seconds(parts if size == own else at_size(size), config)
         except _SIZE_ERRORS as error:
-            kept = f"{config.backbone} cannot take {size} px ({str(error).strip().partition(chr(10))[0]})"
-            break
-        if _fitting(seconds[size], config) >= config.epochs:
-            low = sizes.index(size) + 1
-        else:
-            high = sizes.index(size)
-    if kept is not None:
-        print_line(console, f"image size stays {own} px, since {kept}; {epochs} do not fit: {why}")
+            text = str(error).strip().partition("\n")[0]
+            print_line(console, f"image size stays {own} px, since {config.backbone} cannot take {size} px ({text})")
+            return config
+        fits, too_large = (number, too_large) if seconds[size] <= allowed else (fits, number)
+        largest = size * math.sqrt(allowed / seconds[size])
+        number = max(bisect.bisect_right(sizes, largest) - 1, fits + 1)
+        if number >= too_large or too_large < len(sizes):
+            number = (fits + too_large) // 2
+    chosen = sizes[max(fits, 0)]
+    if chosen == own:
         return config
-    chosen = sizes[max(low - 1, 0)]
-    fit = "fit into" if low else "do not fit there either, the smallest size that is tried, into"
+    own_s = seconds.get(own, seconds[max(seconds)] * (own / max(seconds)) ** 2)
+    fit = "fit into" if fits >= 0 else "do not fit there either, the smallest size that is tried, into"
     print_line(
         console,
         f"image size {chosen} px: {epochs} {fit} {config.time_budget}, one takes about "
-        f"{seconds_text(seconds[chosen])}; {why}; --img-size sets it",
+        f"{seconds_text(seconds[chosen])}; at {own} px, the backbone's own size, it takes about "
+        f"{seconds_text(own_s)}{'' if own in seconds else ' or more'}; --img-size sets it",
     )
     return dataclasses.replace(config, img_size=chosen)
+
+
+def _are_near(size: int, larger: int) -> bool:
+    """Whether the search may end between two image sizes."""
+    return larger <= _SIZE_RATIO * size
 
 
 def _reason_to_keep_size(config: TrainConfig) -> str | None:

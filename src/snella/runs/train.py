@@ -6,10 +6,11 @@ import io
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from transformers import TrainerCallback
@@ -351,7 +352,8 @@ def _finish(
     wait_for_others()  # the main process has written the best adapter
     load_trained_into(model, run.adapter)
     protocol = trainer.protocol
-    outputs = {name: trainer.outputs(part) for name, part in parts_of(splits).items() if name != "train"}
+    with console.status("measuring what is saved") if console.is_terminal else contextlib.nullcontext():
+        outputs = {name: trainer.outputs(part) for name, part in parts_of(splits).items() if name != "train"}
     if not is_main():
         return
     if "val" in outputs:
@@ -395,6 +397,12 @@ def _finish(
     print_line(console, _final_text(parts.task, protocol, best, val, test, which))
     if protocol.warning:
         print_line(console, f"{protocol.name} protocol: {protocol.warning}")
+    if parts.task.has_one_class and (only := _only_answer(val or test or {}, splits.classes)):
+        print_line(
+            console,
+            f"note: every {'test' if val is None else 'validation'} image is taken for {only!r}: nothing that tells "
+            "the classes apart was learned; a larger --img-size, more --epochs or --sampler weighted may help",
+        )
     if matrices:
         kept = sum(m.budget for m in matrices)
         print_line(console, f"its update {sparsity_summary(matrices)}")
@@ -403,6 +411,13 @@ def _finish(
             print_line(console, f"epoch {best} was selected before the budget reached its target, {target:,} weights")
     shown = f"adapter {run.adapter}" + (f", report {report}" if report else "")
     print_line(console, shown)
+
+
+def _only_answer(scores: dict[str, Any], classes: Sequence[str]) -> str | None:
+    """The class that all images are taken for; None where there are several, or images of one class alone."""
+    confusion = np.asarray(scores.get("confusion") or [[]])
+    answers = np.flatnonzero(confusion.sum(0))
+    return classes[answers[0]] if len(answers) == 1 and np.count_nonzero(confusion.sum(1)) > 1 else None
 
 
 def _averaged_text(averaged: AveragedEpochs, best: int) -> str:
