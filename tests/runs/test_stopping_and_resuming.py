@@ -113,6 +113,16 @@ def test_a_killed_run_resumes_to_the_same_bits(where, step, kept, settings, unin
     assert [p.name for p in run.checkpoints.iterdir()] == ["checkpoint-12"]
 
 
+def test_gradients_from_samples_of_tokens_resume_to_the_same_bits(settings, tmp_path):
+    sampling = {"img_size": 64, "method_options": {"weight_gradient": "sample:1/2"}}
+    whole, config = settings(**sampling, out=str(tmp_path / "whole")), settings(**sampling)
+    expected = outcome(train(whole, Console(file=io.StringIO())))
+    kill(config, "step", 6, tmp_path)
+    assert same(outcome(resumed(config)[0]), expected)
+    exact = settings(img_size=64, method_options={}, out=str(tmp_path / "exact"))
+    assert not same(outcome(train(exact, Console(file=io.StringIO())))[0], expected[0])
+
+
 def test_a_run_killed_before_its_first_checkpoint_starts_again(settings, uninterrupted):
     config = settings()
     run = RunFolder(config.out)

@@ -35,6 +35,19 @@ def convnet():
     return get_peft_model(model, SnellaConfig(r=4, target_modules=["0", "2"], target_sparsity=0.5, init_sparsity=0.5))
 
 
+def sampled():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 8), nn.GELU(), nn.Linear(8, 4))
+    config = SnellaConfig(
+        r=4,
+        target_modules=["0", "2"],
+        target_sparsity=0.5,
+        init_sparsity=0.5,
+        weight_gradient="sample:1/2",
+    )
+    return get_peft_model(model, config)
+
+
 def step(function, model, x):
     model.zero_grad()
     torch.manual_seed(1)
@@ -43,7 +56,7 @@ def step(function, model, x):
     return y.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("build", [vit, convnet])
+@pytest.mark.parametrize("build", [vit, convnet, sampled])
 def test_a_compiled_model_gives_the_same_numbers_in_one_graph(build):
     model, x = build(), torch.randn(2, 3, 32, 32)
     y, grads = step(model, model, x)

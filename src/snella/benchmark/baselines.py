@@ -205,6 +205,8 @@ BASELINES: dict[str, Builder] = {
     "snella": _snella(),
     "snella-keep-delta": _snella(cache_delta=True),
     "snella-keep-inputs": _snella(recompute_inputs=False),
+    "snella-sample": _snella(weight_gradient="sample:1/2"),
+    "snella-sample-quarter": _snella(weight_gradient="sample:1/4"),
     "snella-eager": _snella(impl="eager"),
     "snella-triton": _snella(impl="triton"),
     "snella-compiled": _compiled(_snella()),

@@ -36,6 +36,7 @@ _OF_THE_COMPETITION = {
     "beta2",
     "min_layer_share",
     "cache_delta",
+    "weight_gradient",
     "impl",
     "preset",
 }

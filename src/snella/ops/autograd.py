@@ -302,12 +302,13 @@ def _base_and_out(
 def _grad_weight(
     grad_y: Tensor, x: Tensor, updates: Sequence[Update], merged: Sequence[Merged], call: LayerCall, needs: Needs
 ) -> Tensor:
-    """∂L/∂W `[m, …]`; only where the one update of a frozen linear layer needs it."""
-    if needs.weight or len(updates) != 1 or not isinstance(call.op, LinearOp):
+    """∂L/∂W `[m, …]`; of a frozen linear layer its estimate, if asked for, and where its one update needs it."""
+    if needs.weight or not isinstance(call.op, LinearOp):
         return call.op.grad_weight(grad_y, x, call.weight_shape)
-    backend = get_backend(updates[0].spec.backend)
-    flat_y, flat_x = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
-    return backend.grad_weight(updates[0].spec, merged[0], flat_y, flat_x)
+    flat_y, flat_x = call.op.tokens_of(grad_y, x)
+    if len(updates) != 1:
+        return call.op.grad_weight(flat_y, flat_x, call.weight_shape)
+    return get_backend(updates[0].spec.backend).grad_weight(updates[0].spec, merged[0], flat_y, flat_x)
 
 
 def _weight_and_gradients(

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from snella.ops.kernels import KERNELS, Kernel, KernelScalars, check_factors
+from snella.ops.sampling import sample_tokens
 from snella.ops.sparsify import KEEPS_EVERYTHING, SparsifyMode, keep_threshold, quantile_threshold
 
 BACKENDS = ("eager", "reference", "numba", "triton")
@@ -179,7 +180,14 @@ class LayerOp(Protocol):
 
 @dataclass(frozen=True)
 class LinearOp:
-    """`y = x Wᵀ + bias` for `x` `[…, n]` and `W` `[m, n]`."""
+    """`y = x Wᵀ + bias` for `x` `[…, n]` and `W` `[m, n]`.
+
+    Args:
+        token_share: Share of the tokens from which the gradient of an update is estimated, see `sample_tokens`; 1 is
+            all of them. Every other gradient is exact.
+    """
+
+    token_share: float = 1.0
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: D102
         return F.linear(x, weight, bias)
@@ -190,11 +198,16 @@ class LinearOp:
     def grad_weight(self, grad_y: Tensor, x: Tensor, weight_shape: torch.Size) -> Tensor:  # noqa: D102
         return grad_y.reshape(-1, grad_y.shape[-1]).T @ x.reshape(-1, x.shape[-1])
 
+    def tokens_of(self, grad_y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """∂L/∂y `[k, m]` and `x` `[k, n]`, whose product is the gradient of an update or its estimate."""
+        grad_y, x = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
+        return (grad_y, x) if self.token_share == 1 else sample_tokens(grad_y, x, self.token_share)
+
     def grad_bias(self, grad_y: Tensor) -> Tensor:  # noqa: D102
         return grad_y.reshape(-1, grad_y.shape[-1]).sum(0)
 
     def to_ints(self, weight_shape: torch.Size) -> list[int]:  # noqa: D102
-        return []
+        return [] if self.token_share == 1 else list(self.token_share.as_integer_ratio())
 
 
 @dataclass(frozen=True)
@@ -280,8 +293,8 @@ class WeightOp:
 
 def layer_op_from_ints(ints: Sequence[int]) -> LayerOp:
     """The op that `LinearOp.to_ints` or `Conv2dOp.to_ints` packed."""
-    if not ints:
-        return LinearOp()
+    if len(ints) <= 2:
+        return LinearOp(ints[0] / ints[1] if ints else 1.0)
     return Conv2dOp(tuple(ints[:2]), tuple(ints[2:4]), tuple(ints[4:6]), ints[6])
 
 

@@ -14,7 +14,6 @@ from torch.func import functional_call
 from snella.ops.spec import LayerOp
 from snella.tuner.config import SnellaConfig
 from snella.tuner.layer import (
-    LINEAR,
     SnellaLayer,
     call_inside_hooks,
     has_hooks,
@@ -245,7 +244,7 @@ class Projection(SnellaLayer):
         return f"{name.rpartition('.')[0]}.{self.parameter_name}"
 
     def _op(self) -> LayerOp:
-        return LINEAR
+        return self.linear_op
 
     def is_updated(self) -> bool:
         """Whether an update has to be added to the weight."""

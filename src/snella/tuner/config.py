@@ -19,6 +19,7 @@ from safetensors import safe_open
 from snella._deprecation import accept_former_names
 from snella.ops.backends import resolve_implementation
 from snella.ops.kernels import KERNELS
+from snella.ops.sampling import parse_weight_gradient
 from snella.ops.sparsify import SparsifyMode
 from snella.tuner.allocation import Schedule
 from snella.tuner.cache import AllocatorCheck
@@ -178,6 +179,10 @@ class SnellaConfig(PeftConfig):
             weight), and in evaluation the effective weight of a layer whose base weight is quantized.
         recompute_inputs: Do not keep an adapted layer's input where it is the output of a normalization or an
             activation, whose own input autograd keeps anyway: compute it again in the backward pass, to the same bits.
+        weight_gradient: `"exact"`, or `"sample:P"`: estimate the updates' gradients in linear layers from a share `P`
+            of the tokens, such as `"sample:1/2"`, without bias (see `snella.ops.sampling.sample_tokens`). Outputs and
+            all other gradients stay exact; so do convolutions, `impl="reference"` and weights that a model reads
+            itself.
         fixed_support: Let `layer.set_support` say once which entries may change (the paper's predefined mask), instead
             of letting them compete: the update is then the merged matrix itself at these entries, unshrunk. Sparsities,
             schedule and allocation mean nothing then.
@@ -236,6 +241,7 @@ class SnellaConfig(PeftConfig):
     center_softmax: bool = field(default=False, metadata={"help": "subtract the softmax's mean"})
     cache_delta: bool = field(default=False, metadata={"help": "keep the merged matrix for the backward pass"})
     recompute_inputs: bool = field(default=True, metadata={"help": "compute inputs again instead of keeping them"})
+    weight_gradient: str = field(default="exact", metadata={"help": "exact, or sample:P for a share of the tokens"})
     fixed_support: bool = field(default=False, metadata={"help": "change entries that are given, see set_support"})
     impl: str = field(default="auto", metadata={"help": "implementation of the adapted layer"})
     init_weights: bool = field(default=True, metadata={"help": "start next to the pre-trained model"})
@@ -364,10 +370,11 @@ class SnellaConfig(PeftConfig):
                 near = get_close_matches(str(value), allowed, 1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 errors.append(f"{name} must be one of {list(allowed)}, got {value!r}{hint}")
-        try:
-            resolve_implementation(self.impl)
-        except ValueError as error:
-            errors.append(str(error))
+        for check, value in ((resolve_implementation, self.impl), (parse_weight_gradient, self.weight_gradient)):
+            try:
+                check(value)
+            except ValueError as error:
+                errors.append(str(error))
         return errors
 
     def _range_errors(self) -> list[str]:

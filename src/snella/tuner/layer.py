@@ -25,6 +25,7 @@ from snella.ops.custom_op import adapted_layer_in_graph
 from snella.ops.fixed_support import fold_entries, layer_with_entries, merged_entries
 from snella.ops.functional import adapted_layer, compute_effective_weight, write_effective_weight
 from snella.ops.kernels import KernelScalars, make_kernel
+from snella.ops.sampling import parse_weight_gradient
 from snella.ops.sparsify import SparsifyMode
 from snella.ops.spec import Conv2dOp, Factors, LayerOp, LazyWeight, LinearOp, Update, UpdateSpec, WeightOp
 from snella.tuner.cache import AdapterState, EffectiveWeight, LayerCache, pack_positions
@@ -451,6 +452,8 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         with onloaded(self, with_base=True):
             self._reset_parameters(adapter_name, larger=not config.init_weights)
             self._move_adapter_to_device_of_base_layer(adapter_name)
+        shares = [parse_weight_gradient(config.weight_gradient) for config in self.snella_config.values()]
+        self.linear_op = LinearOp(max(shares))
         self._specs.pop(adapter_name, None)
         self._choose_backends()
         self._cache.clear()
@@ -898,7 +901,7 @@ class Linear(SnellaLayer):
         return oriented.T if self.is_transposed else oriented
 
     def _op(self) -> LayerOp:
-        return LINEAR
+        return self.linear_op
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """The update is a plain addition to the weight of a linear layer, which a low-rank fit can approximate."""

