@@ -17,6 +17,8 @@ from snella.runs.sampler import EpochSampler
 from snella.runs.train import train
 from snella.runs.trainer import SnellaTrainer
 
+from ..data.mask_folders import write_pairs
+
 pytestmark = [
     pytest.mark.usefixtures("no_report"),
     pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed"),
@@ -30,6 +32,10 @@ from snella.runs import trainer
 step = int(sys.argv[1])
 original = trainer.SnellaTrainer.training_step
 def training_step(self, *args, **kwargs):
+    if self.state.global_step == 2 and os.environ["RANK"] == "1":
+        frozen = [p for p in self.trained_model.parameters() if not p.requires_grad]
+        held = sum(getattr(p, "_local_tensor", p).numel() for p in frozen)
+        print(f"holds {held / sum(p.numel() for p in frozen):.1f} of the frozen weights")
     if self.state.global_step == step and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGINT)
     return original(self, *args, **kwargs)
@@ -73,21 +79,28 @@ def assert_same(run, whole):
     assert one.keys() == two.keys() and all(torch.allclose(one[name], two[name], rtol=0, atol=2e-4) for name in one)
 
 
+WAYS = pytest.mark.parametrize("shard", [False, True], ids=["ddp", "sharded"])
+
+
 @pytest.mark.slow
-def test_two_processes_are_interrupted_together_and_one_goes_on(settings, whole, console, tmp_path):
-    config = settings(**SAME)
+@WAYS
+def test_two_processes_are_interrupted_together_and_one_goes_on(shard, settings, whole, console, tmp_path):
+    config = settings(**SAME, shard=shard)
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(config.stored()))
     done = train_in_two(tmp_path, "--config", str(tmp_path / "settings.yaml"), "--progress", "false", interrupt_at=5)
     run = RunFolder(config.out)
     assert run.status == "interrupted", done.stderr
     assert latest_checkpoint(run.checkpoints).name == "checkpoint-6"
-    assert "by 2 processes" in done.stdout and done.stdout.count("backbone  test_vit") == 1
+    assert ("by 2 processes, which share the frozen weights out" if shard else "by 2 processes\n") in done.stdout
+    assert f"holds {0.5 if shard else 1.0} of the frozen weights" in done.stdout
+    assert done.stdout.count("backbone  test_vit") == 1
     assert done.stderr.count("interrupted; saved as") == 1
     run = train(TrainConfig(out=config.out, resume=True), console)
     assert_same(run, whole)
 
 
-def test_two_processes_go_on_with_a_run_of_one(settings, whole, console, monkeypatch, tmp_path):
+@WAYS
+def test_two_processes_go_on_with_a_run_of_one(shard, settings, whole, console, monkeypatch, tmp_path):
     config = settings(**SAME)
     with monkeypatch.context() as patch:
         original = SnellaTrainer.training_step
@@ -100,12 +113,25 @@ def test_two_processes_go_on_with_a_run_of_one(settings, whole, console, monkeyp
         patch.setattr(SnellaTrainer, "training_step", press_ctrl_c)
         with pytest.raises(TrainingInterrupted, match="checkpoint-2"):
             train(config, console)
-    done = train_in_two(tmp_path, "--out", config.out, "--resume")
+    done = train_in_two(tmp_path, "--out", config.out, "--resume", *(["--shard"] if shard else []))
     assert done.returncode == 0, done.stderr
+    assert f"holds {0.5 if shard else 1.0} of the frozen weights" in done.stdout
     run = RunFolder(config.out)
     assert_same(run, whole)
     assert run.report.is_file() and done.stdout.count("best epoch") == 1
     assert run.read_json("metrics.json")["val"]["confusion"] == whole.read_json("metrics.json")["val"]["confusion"]
+
+
+@pytest.mark.slow
+def test_processes_that_share_the_weights_predict_masks_together(settings, tmp_path):
+    data = f"masks:{write_pairs(tmp_path / 'discs', 24)}"
+    config = settings(data=data, task="segmentation", method_options={}, epochs=1, shard=True)
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(config.stored()))
+    done = train_in_two(tmp_path, "--config", str(tmp_path / "settings.yaml"), "--progress", "false")
+    assert done.returncode == 0, done.stderr
+    run = RunFolder(config.out)
+    kept = [item["mask"] for item in run.read_json("predictions.json")["items"] if item["mask"]]
+    assert run.status == "finished" and kept and all((run.path / mask).is_file() for mask in kept)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])

@@ -94,6 +94,8 @@ class Method:
         recipes: The same of other kinds of run, by `RunSettings.purpose`; the method is refused where it has none.
         optimizer: `(model, class, *, lr, head_lr, weight_decay, scalar_lr) -> optimizer`, for parameters that need
             groups of their own; `scalar_lr` only if it is set. None: `lr`, the head at `head_lr`, no decay of vectors.
+        unsharded_reason: Why processes cannot share out the frozen weights among themselves, to end a sentence with.
+            Empty: they can.
         schedule: `(model, total_steps) -> schedule`, what follows the steps: its `attach(optimizer)` is called when
             training starts, and lets its state travel with the optimizer's. None: nothing does.
         has_budgets: Its matrices have budgets, which a `BudgetAllocator` shares out.
@@ -117,6 +119,7 @@ class Method:
     defaults: Mapping[str, Any] = field(default_factory=lambda: {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 0.0})
     recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     optimizer: Callable[..., Optimizer] | None = None
+    unsharded_reason: str = ""
     schedule: Callable[[nn.Module, int], Any] | None = None
     has_budgets: bool = False
     is_head_only: bool = False

@@ -51,6 +51,7 @@ FULL = Method(
     "full fine-tuning",
     _full,
     merge=unchanged,
+    unsharded_reason="leaves no weight frozen",
     defaults={"lr": 5e-5, "head_lr": 1e-3, "weight_decay": 1e-2},
     recipes={"generation": {"lr": 5e-6}, "language": {"lr": 2e-5}},
     peft_type="full-finetuning",

@@ -262,5 +262,6 @@ VQT = Method(
     suffix="queries",
     check=check_by({"queries": whole_number(), "dropout": number(0, 1)}),
     unmerged_reason="adds tokens to those of the image and widens the head",
+    unsharded_reason="takes gradients past the outputs of the blocks, which tell when a weight is needed again",
     defaults={"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4},
 )

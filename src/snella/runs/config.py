@@ -1,5 +1,6 @@
 """`TrainConfig`: the configuration of a training run."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -14,7 +15,7 @@ import yaml
 from snella._deprecation import FORMER_OPTIONS, accept_former_names
 from snella.methods.defaults import DEFAULT_METHOD
 
-SESSION_FIELDS = ("out", "resume", "overwrite", "workers", "progress")
+SESSION_FIELDS = ("out", "resume", "overwrite", "workers", "shard", "progress")
 """Fields that may differ between the parts of a resumed run."""
 UNSTORED_FIELDS = ("resume", "overwrite", "progress")
 """Fields of one call only; not part of a stored configuration."""
@@ -342,6 +343,9 @@ class TrainConfig(RunSettings):
         grad_checkpointing: Compute activations of each block again in the backward pass instead of keeping them: less
             memory, about a third more time.
         workers: Processes that load images; 0 loads them in the training process.
+        shard: Share the frozen weights out over the processes that torchrun has started (FSDP2), so that each holds a
+            part of them and gathers a block's weights when it needs them: less memory a device, more traffic. What is
+            trained stays whole everywhere.
         track: Trackers that losses, metrics and budgets are sent to, e.g. tensorboard or wandb,mlflow; TensorBoard's
             files go to `tracking` in the run's folder.
         resume: Continue the run in `out` from its last checkpoint, with its own settings.
@@ -420,6 +424,7 @@ class TrainConfig(RunSettings):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     grad_checkpointing: bool = False
     workers: int = 0
+    shard: bool = False
     track: str | None = None
     resume: bool = False
     overwrite: bool = False
@@ -440,6 +445,22 @@ class TrainConfig(RunSettings):
     def steps_per_epoch(self, images: int) -> int:
         """Optimizer steps of one pass over so many training images."""
         return -(-images // (self.effective_batch_size * self.accumulate))
+
+    def _shard_errors(self) -> list[str]:
+        """The errors of what cannot be done while no process holds the whole model."""
+        from snella.methods import METHODS, parse_method
+
+        errors = []
+        if self.time_budget is not None:
+            errors.append(
+                f"time_budget measures a step of the whole model in one process, got {self.time_budget} with shard; "
+                "give the number of epochs instead"
+            )
+        with contextlib.suppress(ValueError):  # an unknown name has an error of its own
+            reason = METHODS[parse_method(self.method)[0]].unsharded_reason
+            if reason:
+                errors.append(f"shard needs another method, got {self.method!r}, which {reason}; leave shard out")
+        return errors
 
     def _class_weight_errors(self) -> list[str]:
         """The error of class weights that are no word, no mapping and no file of one."""
@@ -593,6 +614,8 @@ class TrainConfig(RunSettings):
                     "augment must be one of none, flip, crop, imagenet, 3augment for images with masks, "
                     f"got {self.augment!r}"
                 )
+        if self.shard:
+            errors += self._shard_errors()
         if self.trackers:
             from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 

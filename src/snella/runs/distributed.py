@@ -66,7 +66,8 @@ def join_processes(device: str) -> None:
         if os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
             raise NotImplementedError(
                 f"several processes train by DDP, each with the whole model, got {name} ({variable}="
-                f"{os.environ[variable]}); start them with torchrun, or accelerate launch without it"
+                f"{os.environ[variable]}); start them with torchrun, or accelerate launch without it; --shard shares "
+                "the frozen weights out by FSDP2"
             )
     if process_count() > 1:
         from accelerate import PartialState  # takes a while to import

@@ -25,6 +25,7 @@ from snella.runs.console import counted, print_rows
 from snella.runs.distributed import process_count
 from snella.runs.memory import predict_step_memory
 from snella.runs.protocol import get_protocol
+from snella.runs.sharding import saved_bytes
 from snella.tuner.matrices import AdaptedMatrix, adapted_matrices
 
 _PACKAGES = ("snella", "torch", "peft", "timm", "transformers")
@@ -146,9 +147,12 @@ def log_summary(console: Console, config: TrainConfig, parts: RunComponents) -> 
     steps = counted(config.steps_per_epoch(len(splits.train)), "step")
     images = f"{config.accumulate} × {counted(batch, 'image')}" if config.accumulate > 1 else counted(batch, "image")
     device = next(model.parameters()).device
-    processes = f", by {process_count()} processes" if process_count() > 1 else ""
-    batch = -(-batch // process_count())
+    count = process_count()
+    processes = f", by {count} processes" if count > 1 else ""
+    processes += ", which share the frozen weights out" if count > 1 and config.shard else ""
+    batch = -(-batch // count)
     memory = predict_step_memory(model, (size[0], size[1], size[2]), batch).total / 2**20
+    memory -= saved_bytes(model, count) / 2**20 if config.shard else 0
     free = free_memory(device) / 2**20
     rows = [
         ("data", splits.description),

@@ -5,9 +5,11 @@ import dataclasses
 import io
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,7 +39,14 @@ from snella.runs.callbacks import ProgressDisplay, ScheduleCallback, StepTimeCal
 from snella.runs.checkpoints import latest_checkpoint
 from snella.runs.config import TrainConfig
 from snella.runs.console import make_console, print_line
-from snella.runs.distributed import from_main, is_main, join_processes, only_main, wait_for_others
+from snella.runs.distributed import (
+    from_main,
+    is_main,
+    join_processes,
+    only_main,
+    process_count,
+    wait_for_others,
+)
 from snella.runs.evaluate import redraw_report
 from snella.runs.folder import RunFolder
 from snella.runs.linear_probe import cache_features, can_cache_features, choose_head_start, start_head_from_probe
@@ -61,6 +70,7 @@ from snella.runs.session import (
     record_status,
     resolve_resume,
 )
+from snella.runs.sharding import is_sharded, shard_frozen
 from snella.runs.sizing import fit_batch_size, fit_epochs, fit_image_size
 from snella.runs.trainer import SnellaTrainer
 from snella.tasks import Task
@@ -213,6 +223,8 @@ def _fit(
     trained_part = cache_features(parts, config) if can_cache_features(config, parts.model) else None
     if config.head_init == "probe" and checkpoint is None:
         start_head_from_probe(parts, config)
+    if config.shard and process_count() > 1:
+        shard_frozen(parts.model)
     with _tracking(config, run):
         trainer = SnellaTrainer(
             parts.model,
@@ -354,7 +366,14 @@ def _finish(
     protocol = trainer.protocol
     with console.status("measuring what is saved") if console.is_terminal else contextlib.nullcontext():
         outputs = {name: trainer.outputs(part) for name, part in parts_of(splits).items() if name != "train"}
+    name, shown_part = ("val", splits.val) if splits.val is not None else ("test", splits.test)
+    is_shown = shown_part is not None and len(shown_part) <= _MOST_PREDICTIONS
     if not is_main():
+        if shown_part is not None and is_shown and is_sharded(model):
+            # the main process, which predicts examples, needs this one's part of the weights
+            with tempfile.TemporaryDirectory() as folder:
+                sample_outputs = parts.task.sample_outputs(outputs[name][0])
+                parts.task.save_examples(model, shown_part, sample_outputs, Path(folder))
         return
     if "val" in outputs:
         parts.task = parts.task.calibrated(*outputs["val"])
@@ -371,8 +390,7 @@ def _finish(
     if callback is not None:
         run.write(describe_allocation(model, callback))
     report_images = None
-    name, shown_part = ("val", splits.val) if splits.val is not None else ("test", splits.test)
-    if shown_part is not None and len(shown_part) <= _MOST_PREDICTIONS:
+    if shown_part is not None and is_shown:
         sample_outputs = parts.task.sample_outputs(outputs[name][0])
         parts.task.save_examples(model, shown_part, sample_outputs, run.path)
         run.write(parts.task.predictions(shown_part, sample_outputs, name, run.path))

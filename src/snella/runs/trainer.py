@@ -47,6 +47,7 @@ from snella.runs.optimizer import build_optimizer
 from snella.runs.protocol import get_protocol
 from snella.runs.sampler import EpochCallback, mix_seed
 from snella.runs.session import NonFiniteLossError
+from snella.runs.sharding import average_gradients, is_sharded
 from snella.tasks import Task
 
 _PROGRESS_FILE = "progress.json"
@@ -272,6 +273,7 @@ class SnellaTrainer(CheckpointingTrainer):
         self._weights: list[float] = []
         self._micro_step, self._step_loss = 0, 0.0
         self._sampler = epoch_sampler(train, task, config)
+        self._is_sharded = is_sharded(model) and trained_part is None
         self._shards = ShardedBatches(self._sampler, config.effective_batch_size, process_number(), process_count())
         super().__init__(
             model,
@@ -476,6 +478,8 @@ class SnellaTrainer(CheckpointingTrainer):
         self._step_loss += self.last_loss
         self.last_loss = self._step_loss
         if self._micro_step == self.current_gradient_accumulation_steps:
+            if self._is_sharded:
+                average_gradients(self.trained_model)
             self.progress.loss_sum += self._step_loss
             self.progress.steps += 1
         return loss
@@ -494,6 +498,20 @@ class SnellaTrainer(CheckpointingTrainer):
         self._weights = [self._shards.weight(number) * len(batches) * self._shards.count / images for number in numbers]
         self._micro_step, self._step_loss = 0, 0.0
         return batches, items
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Make Accelerate's object; one that leaves a sharded model where it is, with no DDP around it."""
+        super().create_accelerator_and_postprocess()
+        if self._is_sharded:
+            prepare = self.accelerator.prepare_model
+            self.accelerator.prepare_model = lambda model, *_, **__: prepare(
+                model, device_placement=False, evaluation_mode=True
+            )
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """Move a whole model; parts of a sharded one are where they have to be."""
+        if not self._is_sharded:
+            super()._move_model_to_device(model, device)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches of the images; with several processes this one's part of each."""

@@ -402,6 +402,10 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
             self._cache.clear()
         return super().train(mode)
 
+    def clear_cache(self) -> None:
+        """Let go of what is kept while nothing changes, such as the effective weight of evaluation."""
+        self._cache.clear()
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter from this layer."""
         super().delete_adapter(adapter_name)
