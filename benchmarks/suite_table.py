@@ -6,15 +6,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from snella.benchmark.rows import put_between
 from snella.comparison.experiment import Experiment
 from snella.comparison.experiment_files import read_experiment
 from snella.comparison.figures import forest, learning_rate_curves, pareto
 from snella.comparison.report import markdown_tables, paper_orderings, table_cells
+from snella.comparison.statistics import Rows
 from snella.comparison.store import read_lines
 from snella.comparison.summary import MethodSummary, Summary, cost_texts, difference_text, spread_text, summarize
+from snella.records import CellRow
 from snella.report.style import save_figure, write_figure
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +29,7 @@ TWINS_BEGIN = "<!-- rows of benchmarks/twins begin -->"
 OVERVIEW_BEGIN, OVERVIEW_END = "<!-- overview of benchmarks/bundled-suite begins -->", "<!-- overview ends -->"
 
 
-def read_suite(folder: Path = RESULTS) -> tuple[Experiment, list[dict[str, Any]]]:
+def read_suite(folder: Path = RESULTS) -> tuple[Experiment, list[CellRow]]:
     """The experiment of a folder, the suite's or the twins', and its rows.
 
     Raises:
@@ -94,7 +95,7 @@ def update_overview(readme: Path = README) -> bool:
     return put_between(readme, OVERVIEW_BEGIN, OVERVIEW_END, overview(experiment, rows))
 
 
-def overview(experiment: Experiment, rows: list[dict[str, Any]]) -> str:
+def overview(experiment: Experiment, rows: Rows) -> str:
     """The means of the methods that have been on every task with every seed."""
     finished = _finished(experiment, rows)
     if finished is None:
@@ -141,7 +142,7 @@ def draw_suite(folder: Path = PICTURES) -> list[Path]:
     return [save_figure(figure, folder / f"{name}.svg") for name, figure in figures.items() if figure is not None]
 
 
-def _finished(experiment: Experiment, rows: list[dict[str, Any]]) -> Experiment | None:
+def _finished(experiment: Experiment, rows: Rows) -> Experiment | None:
     """The experiment with the methods alone that have been on every task with every seed; None without any."""
     summary: Summary = summarize(experiment, rows)
     wanted = [entry.name for entry in experiment.data]

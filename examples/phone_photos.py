@@ -14,7 +14,7 @@ from sklearn.datasets import load_sample_images
 
 from snella import load
 from snella.cli.main import main
-from snella.data.datasets import has_heic
+from snella.data.images import has_heic
 
 QUICK = "--quick" in sys.argv
 OUT = Path("runs/examples/phone_photos")

@@ -26,7 +26,7 @@ def test_a_comparison_is_trained_and_gone_on_with(tmp_path, capsys):
     out = str(tmp_path / "c")
     assert main([*WORDS, "--out", out]) == 0
     rows, _ = read_lines(tmp_path / "c" / "results.jsonl")
-    assert {row["experiment_name"] for row in rows.values()} == {"linear", "bias"}
+    assert {row.experiment_name for row in rows.values()} == {"linear", "bias"}
     assert main(["compare", "--out", out, "--draw-only"]) == 0
     assert "difference to linear" in capsys.readouterr().out and (tmp_path / "c" / "comparison.html").exists()
 
@@ -53,7 +53,7 @@ def test_head_start_and_ema_hold_for_every_method(tmp_path):
     words = ("--head-init", "probe", "--ema", "0.5", "--methods", "bias,lora-2")
     assert main([*WORDS, *words, "--out", str(tmp_path / "c")]) == 0
     rows, _ = read_lines(tmp_path / "c" / "results.jsonl")
-    assert {(row["train_config"]["head_init"], row["ema"]) for row in rows.values()} == {("probe", 0.5)}
+    assert {(row.train_config["head_init"], row.results.ema) for row in rows.values()} == {("probe", 0.5)}
 
 
 def test_the_status_says_that_runs_failed(tmp_path, capsys, monkeypatch):

@@ -1,6 +1,7 @@
 """Tiny comparisons that really train, and rows as such comparisons write them."""
 
 import io
+import json
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from rich.console import Console
 
 from snella.comparison.experiment import Experiment
+from snella.records import CellRow, record_from
 
 TINY = {
     "methods": ["linear", "lora-2"],
@@ -57,7 +59,7 @@ def console():
 def row(experiment, data, method, seed, *, purpose="final", factor=1.0, decay=None, **values):
     """A row as a finished cell writes it, with plausible numbers."""
     place = f"{data}/{method}/" + (f"seed-{seed}" if purpose == "final" else f"trials/lr-x{factor:g}_{decay}_{seed}")
-    return {
+    columns = {
         "cell": place,
         "purpose": purpose,
         "task_name": data,
@@ -86,11 +88,21 @@ def row(experiment, data, method, seed, *, purpose="final", factor=1.0, decay=No
         "peak_rss_mib": 550.0,
         "accelerator_memory_max": None,
         "forgetting": 0.01,
-        "search": {"lr_on_edge": False, "weight_decay_on_edge": False, "trials": [{}, {}, {}]},
+        "search": {
+            **{"lr_factor": factor, "lr_on_edge": False, "weight_decay_on_edge": False},
+            "trials": [dict.fromkeys(("lr_factor", "lr", "head_lr", "weight_decay"), 1.0)] * 3,
+        },
         "package_info": {"torch-version": "2.13.0", "peft-version": "0.21.2", "snella-commit-hash": None},
         "system_info": {"system": "Linux", "processor": "a processor", "cores": 2, "threads": 1},
         **values,
     }
+    return record_from(CellRow, CellRow.decoded(columns))
+
+
+def rows_of(root):
+    """The columns of a comparison's rows by cell, as they stand in its file."""
+    lines = (root / "results.jsonl").read_text().splitlines()
+    return {columns["cell"]: columns for columns in map(json.loads, lines)}
 
 
 @pytest.fixture

@@ -15,8 +15,10 @@ from snella.comparison.executors import InThisProcess
 from snella.comparison.experiment_files import read_experiment
 from snella.comparison.run_cell import record_crash, run_cell
 from snella.comparison.search import Candidate
-from snella.comparison.store import append_row, cell_lock, is_locked, read_lines
+from snella.comparison.store import append_row, cell_lock, is_locked, read_row
 from snella.runs import RunFolder, TrainingInterrupted, load_run
+
+from .conftest import rows_of
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +70,6 @@ def no_training(monkeypatch):
         raise AssertionError("nothing should be trained")
 
     monkeypatch.setattr("snella.comparison.run_cell.train", refuse)
-
-
-def rows_of(root):
-    return read_lines(root / "results.jsonl")[0]
 
 
 def test_every_cell_has_a_row_with_what_it_cost_and_reached(finished):
@@ -152,11 +150,11 @@ def test_the_best_trial_alone_keeps_its_adapter_until_its_final_cell_is_done(tin
     data, method = experiment.data[0], experiment.methods[0]
     cells = [Cell(data, method, 0, Candidate(factor), False) for factor in (1e-6, 0.3, 1.0)]
     rows = [run_cell(tmp_path, experiment, cell).row for cell in cells]
-    ranks = [(row["val_accuracy"], -row["val_loss"]) for row in rows]
+    ranks = [(row.column("val_accuracy"), -row.column("val_loss")) for row in rows]
     best = cells[ranks.index(max(ranks))]
     assert list(tmp_path.rglob("adapter")) == [best.folder(tmp_path) / "adapter"]
     final = replace(best, is_final=True)
-    assert run_cell(tmp_path, experiment, final).row["trained_as"] == best.name
+    assert run_cell(tmp_path, experiment, final).row.results.trained_as == best.name
     assert list(tmp_path.rglob("adapter")) == [final.folder(tmp_path) / "adapter"]
 
 
@@ -171,7 +169,7 @@ def test_a_trial_that_is_not_the_final_training_is_not_taken_for_it(tiny, tmp_pa
     elif change == "damaged":
         (cell.folder(tmp_path) / "cell.json").write_text("{")
     row = run_cell(tmp_path, experiment, replace(cell, is_final=True)).row
-    assert row["status"] == "success" and row["trained_as"] is None
+    assert row.status == "success" and row.results.trained_as is None
 
 
 def test_a_linear_probe_forgets_nothing(finished):
@@ -204,10 +202,10 @@ def test_rows_alone_are_enough_to_draw_and_to_go_on(copy, console, no_training):
 
 def test_a_cell_without_its_row_is_trained_again_and_no_other(copy, console):
     cell = "digits/linear/seed-0"
+    old = {name: row for name, row in rows_of(copy).items() if name != cell}
     (copy / "cells" / cell / "cell.json").unlink()
     lines = [line for line in (copy / "results.jsonl").read_text().splitlines(keepends=True) if cell not in line]
     (copy / "results.jsonl").write_text("".join(lines) + '{"cell": "digits/li')
-    old = rows_of(copy)
     compare(None, copy, workers=0, console=console)
     new = rows_of(copy)
     assert set(new) == {*old, cell} and all(new[name] == old[name] for name in old)
@@ -234,7 +232,7 @@ def test_a_training_that_fails_is_a_row_with_its_error_and_the_others_go_on(tiny
 
 def test_failed_cells_are_trained_again_when_asked(copy, console, monkeypatch):
     cell = "digits/linear/seed-0"
-    row = {**rows_of(copy)[cell], "status": "failed", "error": "OSError: disk full"}
+    row = replace(read_row(copy / "cells" / cell), status="failed", error="OSError: disk full", results=None)
     append_row(copy, copy / "cells" / cell, row)
     with pytest.raises(CellsFailedError, match=r"1 of 6 runs failed.*OSError: disk full; the others are in .*html"):
         compare(None, copy, workers=0, console=console)
@@ -308,7 +306,7 @@ def test_a_dead_cell_that_another_process_has_taken_over_is_left_to_it(tiny, tmp
     with cell_lock(tmp_path / "locks", cell.name):
         assert record_crash(tmp_path, tiny(), cell, "its process was ended") is None
         assert is_locked(tmp_path / "locks", cell.name)
-    assert record_crash(tmp_path, tiny(), cell, "its process was ended")["status"] == "failed"
+    assert record_crash(tmp_path, tiny(), cell, "its process was ended").status == "failed"
     assert not list((tmp_path / "locks").iterdir())
 
 

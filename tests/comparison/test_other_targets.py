@@ -12,9 +12,10 @@ from snella.comparison.compare import choose_method, compare
 from snella.comparison.executors import InThisProcess
 from snella.comparison.experiment import Experiment
 from snella.comparison.experiment_files import experiment_from_args
-from snella.comparison.store import read_lines
 from snella.records import RunInfo, read
 from snella.runs import TrainConfig
+
+from .conftest import rows_of
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def test_methods_are_compared_by_what_measures_the_task(task, label, metric, tit
     }
     experiment = experiment_from_args(args)
     page = compare(experiment, args["out"], workers=0, console=console).read_text()
-    rows = list(read_lines(tmp_path / "c" / "results.jsonl")[0].values())
+    rows = list(rows_of(tmp_path / "c").values())
     assert {row["metric"] for row in rows} == {metric} and [row["status"] for row in rows] == ["success"] * 2
     tops = {row["experiment_name"]: row[f"test_{metric}"] for row in rows}
     best = max(tops, key=tops.get)
@@ -80,7 +81,7 @@ def test_auto_takes_what_a_small_comparison_on_validation_recommends(
     }
     config = TrainConfig(**values, method="auto")
     chosen = choose_method(config, console)
-    rows = list(read_lines(tmp_path / "run-choice" / "results.jsonl")[0].values())
+    rows = list(rows_of(tmp_path / "run-choice").values())
     assert [row["experiment_name"] for row in rows] == ["linear", "linear", "lora-2", "lora-2"]
     assert all(row["test_accuracy"] is None and row["train_config"]["test_seed"] == 3 for row in rows)
     means = {

@@ -22,6 +22,7 @@ from snella.comparison.summary import summarize
 from snella.data.fgvc import FGVC_DATASETS
 from snella.data.vtab import VTAB_TASKS
 from snella.methods import SelectionData, build_method
+from snella.records import CellResults, CellRow
 
 PAPER = (
     *("table1-vtab", "table1-fgvc", "table1-vtab-official", "table1-fgvc-official", "table2-mae", "table2-moco"),
@@ -154,9 +155,12 @@ def test_published_numbers_of_another_form_are_refused(published, message, exper
     assert reported_errors({}, [], []) == []
 
 
-def row(method, task, accuracy):
-    common = {"purpose": "final", "status": "success", "seed": 0, "test_balanced_accuracy": accuracy}
-    return {"experiment_name": method, "task_name": task, "test_accuracy": accuracy, **common}
+def row(method, task, accuracy, seed=0, step_time=None):
+    results = CellResults(test={"accuracy": accuracy, "balanced_accuracy": accuracy}, step_time=step_time)
+    return CellRow(
+        **{"cell": f"{task}/{method}/seed-{seed}", "purpose": "final", "status": "success", "created_at": "2026-01-01"},
+        **{"experiment_name": method, "task_name": task, "seed": seed, "results": results},
+    )
 
 
 def test_our_numbers_stand_beside_the_papers(experiments):
@@ -188,7 +192,7 @@ def test_orderings_are_judged_by_intervals_of_paired_differences(experiments):
     experiment = changed(experiments["table12"], published={"source": "Table XII", "orderings": claims})
     accuracies = {"linear": (0.50, 0.60), "cubic": (0.52, 0.63), "constant": (0.49, 0.57), "quadratic": (0.51, 0.59)}
     rows = [
-        {**row(method, task, value + seed / 100), "seed": seed, "step_time": 0.1 * value}
+        row(method, task, value + seed / 100, seed, step_time=0.1 * value)
         for method, values in accuracies.items()
         for task, value in zip(("sun397", "clevr_count"), values, strict=True)
         for seed in range(3)

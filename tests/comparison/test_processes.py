@@ -14,7 +14,8 @@ from rich.console import Console
 
 from snella.comparison import CellsFailedError
 from snella.comparison.compare import compare
-from snella.comparison.store import read_lines
+
+from .conftest import rows_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -86,7 +87,7 @@ def test_a_cell_whose_process_is_killed_is_recorded_and_the_others_go_on(tiny, t
     monkeypatch.setattr(executors.InProcesses, "start", start_and_kill)
     with pytest.raises(CellsFailedError, match="SIGKILL"):
         compare(tiny(methods=["linear"]), tmp_path / "c", workers=1, threads=1, console=Console(file=io.StringIO()))
-    rows = read_lines(tmp_path / "c" / "results.jsonl")[0]
+    rows = rows_of(tmp_path / "c")
     assert rows[killed[0]]["status"] == "failed"
     assert rows[killed[0]]["error"] == "its process was ended by SIGKILL; the machine may be out of memory"
     final = rows["digits/linear/seed-0"]
@@ -96,7 +97,7 @@ def test_a_cell_whose_process_is_killed_is_recorded_and_the_others_go_on(tiny, t
 def test_two_workers_give_the_same_numbers_as_this_process(tiny, tmp_path):
     for name, workers in (("a", 0), ("b", 2)):
         compare(tiny(), tmp_path / name, workers=workers, threads=1, console=Console(file=io.StringIO()))
-    here, there = (read_lines(tmp_path / name / "results.jsonl")[0] for name in ("a", "b"))
+    here, there = (rows_of(tmp_path / name) for name in ("a", "b"))
     assert set(here) == set(there) and len(here) == 6
     for cell, row in here.items():
         assert (row["val_loss"], row["test_loss"], row["train_loss"]) == tuple(
@@ -108,7 +109,7 @@ def test_rows_name_the_code_that_was_loaded_and_not_what_the_checkout_has_become
     monkeypatch.setattr("snella.comparison.cells._state", ("feed", False))
     experiment = tiny(methods=["linear"], grid={"lr_factors": [1.0]})
     compare(experiment, tmp_path / "c", workers=1, threads=1, console=Console(file=io.StringIO()))
-    (row,) = read_lines(tmp_path / "c" / "results.jsonl")[0].values()
+    (row,) = rows_of(tmp_path / "c").values()
     assert row["package_info"]["snella-commit-hash"] == "feed" and row["git_dirty"] is False
 
 
@@ -118,7 +119,7 @@ def test_ray_trains_the_cells_on_a_local_cluster_of_several_processes(tiny, tmp_
     experiment, output = tiny(methods=["linear", "bias"], grid={"lr_factors": [1.0]}), io.StringIO()
     compare(experiment, tmp_path / "c", workers=2, threads=1, ray=True, console=Console(file=output, width=200))
     assert not ray.is_initialized()
-    rows = read_lines(tmp_path / "c" / "results.jsonl")[0]
+    rows = rows_of(tmp_path / "c")
     assert sorted(rows) == ["digits/bias/seed-0", "digits/linear/seed-0"]
     assert {row["status"] for row in rows.values()} == {"success"}
     assert all(row["peak_rss_mib"] > row["training_mib"] > 1 for row in rows.values())

@@ -1,6 +1,7 @@
 """The page: what is on it, and that nothing of a row becomes markup."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -65,8 +66,13 @@ def test_names_that_look_like_markup_stay_text(large, tmp_path):
     values["methods"][0]["name"] = values["data"][0]["name"] = evil
     values["about"] = evil
     values["methods"], values["data"] = values["methods"][:1], values["data"][:1]
+    names = {"linear": evil, "fashion": evil}
     changed = [
-        {k: evil if v in ("linear", "fashion") and k in ("experiment_name", "task_name") else v for k, v in row.items()}
+        replace(
+            row,
+            experiment_name=names.get(row.experiment_name, row.experiment_name),
+            task_name=names.get(row.task_name, row.task_name),
+        )
         for row in rows
     ]
     text = write_page(tmp_path, Experiment.from_dict(values), changed).read_text()
@@ -76,14 +82,14 @@ def test_names_that_look_like_markup_stay_text(large, tmp_path):
 def test_a_comparison_that_has_only_begun_has_a_page(large, tmp_path):
     experiment, rows = large
     assert "0 of 216 final runs finished" in write_page(tmp_path, experiment, []).read_text()
-    trials = [row for row in rows if row["purpose"] == "trial"][:3]
+    trials = [row for row in rows if row.purpose == "trial"][:3]
     assert 'id="rates"' in write_page(tmp_path, experiment, trials).read_text()
 
 
 def test_a_trial_that_became_a_final_cell_is_counted_once_in_the_time(tiny, make_row, tmp_path):
     experiment = tiny()
     trial = make_row(experiment, "digits", "linear", 0, purpose="trial", total_time=100.0)
-    final = make_row(experiment, "digits", "linear", 0, total_time=130.0, trained_as=trial["cell"])
+    final = make_row(experiment, "digits", "linear", 0, total_time=130.0, trained_as=trial.cell)
     text = write_page(tmp_path, experiment, [trial, final]).read_text()
     assert "All runs together took 2 min 10 s." in text.replace("\N{NO-BREAK SPACE}", " ").replace(
         "\N{NARROW NO-BREAK SPACE}", " "
@@ -108,7 +114,7 @@ def test_the_memory_says_where_it_was_measured(tiny, make_row, tmp_path):
 
 def test_a_difference_over_some_of_the_tasks_says_so(large, tmp_path):
     experiment, rows = large
-    rows = [row for row in rows if row["experiment_name"] != "full" or row["task_name"] in ("fashion", "elpv")]
+    rows = [row for row in rows if row.experiment_name != "full" or row.task_name in ("fashion", "elpv")]
     text = write_page(tmp_path, experiment, rows).read_text()
     assert re.search(r'<th scope="row">full</th>.*\] \(2 of 6 tasks\)</td>', text)
     assert text.count("(2 of 6 tasks)") >= 3  # both tables and the picture
@@ -138,7 +144,7 @@ def test_the_recommendation_is_the_cheapest_of_the_methods_that_are_as_good(tiny
     assert "lora-2 needs as little memory as any and the least time" in recommendation_text(
         summarize(experiment, rows(same))
     )
-    alone = [row for row in rows(costs) if row["seed"] == 0]
+    alone = [row for row in rows(costs) if row.seed == 0]
     assert recommendation_text(summarize(experiment, alone)).startswith(
         "Recommended: lora-2, no other method is within one standard error of its accuracy (a single seed has"
     )

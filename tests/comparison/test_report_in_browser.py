@@ -13,7 +13,7 @@ def page(request, tmp_path_factory):
     experiment, rows = request.getfixturevalue("large_once")
     if request.param == "begun":
         known = {"fashion", "elpv"}
-        rows = [row for row in rows if row["task_name"] in known or row["experiment_name"] in ("lora-8", "linear")]
+        rows = [row for row in rows if row.task_name in known or row.experiment_name in ("lora-8", "linear")]
     return write_page(tmp_path_factory.mktemp(request.param), experiment, rows)
 
 

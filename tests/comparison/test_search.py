@@ -1,5 +1,7 @@
 """The search for rates: what it tries, where it grows, what it says about the edge."""
 
+from dataclasses import asdict
+
 import pytest
 
 from snella.comparison.cells import Cell, tuned_settings
@@ -91,11 +93,14 @@ def test_without_a_single_success_there_is_no_choice():
 def test_a_choice_tells_every_trial():
     grid = Grid((0.3, 1), (), 0)
     results = {Candidate(0.3): [TuningResult(0.5, 0.7)], Candidate(1.0): [TuningResult(None, None)]}
-    told = next_tuning_runs(grid, 0.0, results).as_dict(results, lambda c: {"lr": c.lr_factor / 1000})
-    assert told["lr_factor"] == 0.3 and told["lr_on_edge"]
-    assert told["trials"] == [
-        {"lr_factor": 0.3, "lr": 0.0003, "val_accuracy": 0.5, "val_loss": 0.7, "failed": 0},
-        {"lr_factor": 1.0, "lr": 0.001, "val_accuracy": None, "val_loss": None, "failed": 1},
+    told = next_tuning_runs(grid, 0.0, results).record(
+        results, lambda c: {"lr": c.lr_factor / 1000, "head_lr": 0.1, "weight_decay": 0.0}
+    )
+    assert told.lr_factor == 0.3 and told.lr_on_edge
+    shared = {"head_lr": 0.1, "weight_decay": 0.0}
+    assert [asdict(trial) for trial in told.trials] == [
+        {"lr_factor": 0.3, "lr": 0.0003, **shared, "val_accuracy": 0.5, "val_loss": 0.7, "failed": 0},
+        {"lr_factor": 1.0, "lr": 0.001, **shared, "val_accuracy": None, "val_loss": None, "failed": 1},
     ]
 
 
@@ -136,14 +141,14 @@ def test_rates_that_were_measured_on_test_stand_for_all_seeds(tiny, make_row):
         make_row(experiment, "digits", "linear", 0, purpose="trial", factor=factor, val_accuracy=accuracy)
         for factor, accuracy in accuracies.items()
     ]
-    chosen = Plan(experiment, {row["cell"]: row for row in rows}).ready()
+    chosen = Plan(experiment, {row.cell: row for row in rows}).ready()
     assert {(cell.seed, cell.candidate.lr_factor) for cell in chosen} == {(0, 1.0), (1, 1.0), (2, 1.0)}
     # the trial at 1.0 had failed when the first seed was measured, and was trained again since
     rows.append(make_row(experiment, "digits", "linear", 0, factor=0.3))
-    plan = Plan(experiment, {row["cell"]: row for row in rows})
+    plan = Plan(experiment, {row.cell: row for row in rows})
     assert [(cell.seed, cell.candidate.lr_factor) for cell in plan.ready()] == [(1, 0.3), (2, 0.3)]
-    assert [cell.search for cell in plan.ready()] == [rows[-1]["search"]] * 2
-    without_trials = Plan(experiment, {rows[-1]["cell"]: rows[-1]})
+    assert [cell.search for cell in plan.ready()] == [rows[-1].search] * 2
+    without_trials = Plan(experiment, {rows[-1].cell: rows[-1]})
     assert [cell.is_final for cell in without_trials.ready()] == [True, True]
 
 

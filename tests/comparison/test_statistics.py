@@ -8,6 +8,7 @@ from snella.comparison.experiment import Experiment
 from snella.comparison.figures import forest, learning_rate_curves, lr_curve, pareto, pareto_front
 from snella.comparison.statistics import Difference, average, difference, mean_over_groups, mean_over_tasks, spread
 from snella.comparison.summary import cost_texts, difference_text, spread_text, summarize
+from snella.records import CellResults, CellRow
 
 VALUES = {
     ("a", "t1"): [0.5, 0.7],
@@ -19,69 +20,84 @@ VALUES = {
 }
 
 
+M = "test_accuracy"
+
+
+def row(method, task, seed, accuracy=None, **results):
+    return CellRow(
+        **{"cell": f"{task}/{method}/seed-{seed}", "purpose": "final", "status": "success", "created_at": "2026-01-01"},
+        **{"experiment_name": method, "task_name": task, "seed": seed},
+        results=CellResults(test={"accuracy": accuracy}, **results),
+    )
+
+
 @pytest.fixture
 def rows():
     return [
-        {"experiment_name": method, "task_name": task, "seed": seed, "m": value}
-        for (method, task), values in VALUES.items()
-        for seed, value in enumerate(values)
+        row(method, task, seed, value) for (method, task), values in VALUES.items() for seed, value in enumerate(values)
     ]
 
 
 def test_mean_and_deviation_are_those_of_the_seeds(rows):
-    found = spread(rows, "a", "t1", "m")
+    found = spread(rows, "a", "t1", M)
     assert (found.mean, found.std, found.count) == pytest.approx((0.6, math.sqrt(0.02), 2))
-    assert spread(rows, "c", "t1", "m") is None
-    assert math.isnan(spread(rows[:1], "a", "t1", "m").std)
+    assert spread(rows, "c", "t1", M) is None
+    assert math.isnan(spread(rows[:1], "a", "t1", M).std)
 
 
 def test_the_mean_over_tasks_and_the_mean_over_groups_differ(rows):
-    tasks = mean_over_tasks(rows, "a", ["t1", "t2", "t3"], "m")
-    groups = mean_over_groups(rows, "a", {"x": ["t1", "t2"], "y": ["t3"]}, "m")
+    tasks = mean_over_tasks(rows, "a", ["t1", "t2", "t3"], M)
+    groups = mean_over_groups(rows, "a", {"x": ["t1", "t2"], "y": ["t3"]}, M)
     assert tasks.mean == pytest.approx((0.6 + 0.9 + 0.3) / 3)
     assert groups.mean == pytest.approx(((0.6 + 0.9) / 2 + 0.3) / 2)
     assert tasks.std == pytest.approx(math.sqrt(2) / 2 * (2.0 / 3 - 1.6 / 3))
 
 
 def test_a_mean_needs_every_task(rows):
-    assert mean_over_tasks(rows[:4], "a", ["t1", "t2", "t3"], "m") is None
-    fewer = [row for row in rows if row["task_name"] != "t3" or row["seed"] == 0]
-    assert mean_over_tasks(fewer, "a", ["t1", "t3"], "m").count == 1
+    assert mean_over_tasks(rows[:4], "a", ["t1", "t2", "t3"], M) is None
+    fewer = [row for row in rows if row.task_name != "t3" or row.seed == 0]
+    assert mean_over_tasks(fewer, "a", ["t1", "t3"], M).count == 1
 
 
 def test_differences_are_taken_in_pairs(rows):
-    found = difference(rows, "b", "a", ["t1", "t2", "t3"], "m")
+    found = difference(rows, "b", "a", ["t1", "t2", "t3"], M)
     assert (found.pairs, found.tasks) == (6, 3)
     assert found.mean == pytest.approx((-0.05 - 0.1 - 0.05) / 3)
     assert -0.1 <= found.low < found.mean < found.high <= 0.0
-    unpaired = [row for row in rows if (row["experiment_name"], row["seed"]) != ("a", 0)]
-    single = difference(unpaired, "b", "a", ["t1"], "m")
+    unpaired = [row for row in rows if (row.experiment_name, row.seed) != ("a", 0)]
+    single = difference(unpaired, "b", "a", ["t1"], M)
     assert (single.mean, single.pairs) == (0.0, 1) and math.isnan(single.low) and difference_text(single, 1) == "0.0"
-    assert difference(rows, "c", "a", ["t1"], "m") is None
+    assert difference(rows, "c", "a", ["t1"], M) is None
 
 
 def test_the_interval_of_one_task_is_that_of_its_seeds():
     values = [0.01, 0.02, 0.03, 0.04]
-    rows = [{"experiment_name": "b", "task_name": "t", "seed": i, "m": v} for i, v in enumerate(values)]
-    rows += [{"experiment_name": "a", "task_name": "t", "seed": i, "m": 0.0} for i in range(4)]
-    found = difference(rows, "b", "a", ["t"], "m")
+    rows = [row("b", "t", i, v) for i, v in enumerate(values)]
+    rows += [row("a", "t", i, 0.0) for i in range(4)]
+    found = difference(rows, "b", "a", ["t"], M)
     # 2.5 % and 97.5 % of the mean of four draws from these four: 1.5 and 3.5 hundredths
     assert (found.low, found.high) == pytest.approx((0.015, 0.035), abs=1e-9)
-    assert found == difference(rows, "b", "a", ["t"], "m")
+    assert found == difference(rows, "b", "a", ["t"], M)
 
 
 def test_the_interval_over_tasks_holds_the_spread_between_tasks():
     rows = []
     for task, value in (("t1", -0.1), ("t2", 0.1), ("t3", 0.12)):
-        rows += [{"experiment_name": "b", "task_name": task, "seed": s, "m": value} for s in range(3)]
-        rows += [{"experiment_name": "a", "task_name": task, "seed": s, "m": 0.0} for s in range(3)]
-    found = difference(rows, "b", "a", ["t1", "t2", "t3"], "m")
+        rows += [row("b", task, s, value) for s in range(3)]
+        rows += [row("a", task, s, 0.0) for s in range(3)]
+    found = difference(rows, "b", "a", ["t1", "t2", "t3"], M)
     assert (found.low, found.high) == pytest.approx((-0.1, 0.12))
 
 
 def test_a_mean_of_costs_counts_every_task_alike():
-    rows = [{"experiment_name": "a", "task_name": t, "c": c} for t, c in (("x", 1), ("x", 3), ("y", 10), ("y", None))]
-    assert average(rows, "a", "c") == 6 and average(rows, "a", "none") is None
+    rows = [row("a", t, 0, step_time=c) for t, c in (("x", 1), ("x", 3), ("y", 10), ("y", None))]
+    assert average(rows, "a", "step_time") == 6 and average(rows, "a", "train_time") is None
+
+
+def test_a_final_row_without_the_score_that_methods_are_compared_by_is_named():
+    message = r"the row of 't/a/seed-0' must have test_map, got none; remove its line from results.jsonl and its folder"
+    with pytest.raises(ValueError, match=message):
+        spread([row("a", "t", 0, 0.5)], "a", "t", "test_map")
 
 
 def test_the_frontier_is_what_nothing_beats_in_both():

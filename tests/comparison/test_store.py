@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from snella._files import sealed
 from snella.comparison import store
 from snella.comparison.store import (
     append_row,
@@ -20,28 +21,33 @@ from snella.comparison.store import (
     read_row,
     remove_lock,
 )
+from snella.records import CellResults, CellRow, plain
 
 FORK = multiprocessing.get_context("fork")
 
 
-def row(cell, **more):
-    return {"cell": cell, "status": "success", "purpose": "final", "created_at": "2026-01-01", **more}
+def row(cell, seed, status="success", **results):
+    return CellRow(
+        **{"cell": cell, "status": status, "purpose": "final", "created_at": "2026-01-01", "seed": seed},
+        **{"task_name": "t", "experiment_name": "m"},
+        results=CellResults(**results) if status == "success" else None,
+    )
 
 
 @pytest.fixture
 def root(tmp_path):
     for number in range(3):
-        append_row(tmp_path, tmp_path / "cells" / f"c{number}", row(f"c{number}", value=number))
+        append_row(tmp_path, tmp_path / "cells" / f"c{number}", row(f"c{number}", number))
     return tmp_path
 
 
 def values(root):
-    return {name: found["value"] for name, found in read_lines(root / "results.jsonl")[0].items()}
+    return {name: found.seed for name, found in read_lines(root / "results.jsonl")[0].items()}
 
 
 def test_rows_are_lines(root):
     lines = (root / "results.jsonl").read_text().splitlines()
-    assert [json.loads(line)["value"] for line in lines] == [0, 1, 2]
+    assert [json.loads(line)["seed"] for line in lines] == [0, 1, 2]
     assert collect(root)[1] == []
 
 
@@ -66,7 +72,7 @@ def test_a_cut_line_whose_cell_is_gone_is_left_out_and_the_others_stay(root):
 def test_a_row_after_a_cut_line_begins_a_line_of_its_own(root):
     path = root / "results.jsonl"
     path.write_bytes(path.read_bytes()[:-30])
-    append_row(root, root / "cells" / "c3", row("c3", value=3))
+    append_row(root, root / "cells" / "c3", row("c3", 3))
     assert values(root) == {"c0": 0, "c1": 1, "c3": 3}
 
 
@@ -92,14 +98,14 @@ def test_lines_of_another_kind_are_named(root):
 
 
 def test_failed_cells_can_be_forgotten(root):
-    append_row(root, root / "cells" / "bad", row("bad", value=9, status="failed"))
+    append_row(root, root / "cells" / "bad", row("bad", 9, "failed"))
     assert drop_failed(root) == ["bad"]
     assert sorted(collect(root)[0]) == ["c0", "c1", "c2"]
     assert drop_failed(root) == []
 
 
 def test_failed_cells_are_not_forgotten_while_another_process_writes_the_rows(root, monkeypatch):
-    append_row(root, root / "cells" / "bad", row("bad", value=9, status="failed"))
+    append_row(root, root / "cells" / "bad", row("bad", 9, "failed"))
     before = (root / "results.jsonl").read_bytes()
     monkeypatch.setattr(store, "_WRITE_WAIT_S", 0.1)
     with (
@@ -123,7 +129,7 @@ def test_a_row_whose_cell_leads_elsewhere_is_no_row(root, name):
     victim.mkdir(exist_ok=True)
     (victim / "cell.json").write_text("mine")
     with (root / "results.jsonl").open("a") as file:
-        file.write(json.dumps(row(name, status="failed")) + "\n")
+        file.write(json.dumps(plain(row(name, 9, "failed"))) + "\n")
     notes = read_lines(root / "results.jsonl")[1]
     assert f"line 4 names the cell {name!r}, which must be a path such as 'digits/lora-8/seed-0'" in notes[0]
     assert drop_failed(root) == [] and (victim / "cell.json").read_text() == "mine"
@@ -142,24 +148,24 @@ def test_an_altered_cell_does_not_go_before_an_intact_line_and_is_restored(root,
     if not has_digest:
         for path in [*root.rglob("cell.json"), root / "results.jsonl"]:
             path.write_text(re.sub(r',\s*"sha256": "\w+"', "", path.read_text()))
-    altered(cell, '"value": 1', '"value": 7')
+    altered(cell, '"seed": 1', '"seed": 7')
     rows, notes = collect(root)
-    assert rows["c1"]["value"] == values(root)["c1"] == json.loads(cell.read_text())["value"] == 1
+    assert rows["c1"].seed == values(root)["c1"] == json.loads(cell.read_text())["seed"] == 1
     reason = "was changed after it was written (the sha256 of 'c1' differs)" if has_digest else "differs from its line"
     assert notes == [f"{cell} {reason}; it was restored from results.jsonl"]
     assert collect(root)[1] == []
 
 
 def test_an_altered_line_is_restored_from_its_cell(root):
-    altered(root / "results.jsonl", '"value": 1', '"value": 7')
+    altered(root / "results.jsonl", '"seed": 1', '"seed": 7')
     rows, notes = collect(root)
-    assert rows["c1"]["value"] == values(root)["c1"] == 1
+    assert rows["c1"].seed == values(root)["c1"] == 1
     assert "line 2 was changed after it was written" in notes[0] and "1 of the rows were restored" in notes[1]
 
 
 def test_a_row_that_is_altered_in_both_places_is_left_out(root):
-    altered(root / "results.jsonl", '"value": 1', '"value": 7')
-    altered(root / "cells" / "c1" / "cell.json", '"value": 1', '"value": 8')
+    altered(root / "results.jsonl", '"seed": 1', '"seed": 7')
+    altered(root / "cells" / "c1" / "cell.json", '"seed": 1', '"seed": 8')
     assert sorted(collect(root)[0]) == ["c0", "c2"] and read_row(root / "cells" / "c1") is None
 
 
@@ -171,8 +177,36 @@ def test_a_row_in_another_cells_folder_is_left_out(root):
 
 
 def test_the_digest_does_not_depend_on_what_json_makes_of_values(tmp_path):
-    append_row(tmp_path, tmp_path / "cells" / "a", row("a", sizes={10: 1, 9: 2}, both=(1, 2.5)))
-    assert read_row(tmp_path / "cells" / "a")["sizes"] == {"10": 1, "9": 2} and collect(tmp_path)[1] == []
+    append_row(tmp_path, tmp_path / "cells" / "a", row("a", 0, sizes={10: 1, 9: 2}))
+    assert read_row(tmp_path / "cells" / "a").results.sizes == {"10": 1, "9": 2} and collect(tmp_path)[1] == []
+
+
+def test_columns_that_this_version_does_not_know_stay_when_the_file_is_written_again(root):
+    path = root / "results.jsonl"
+    lines = [{**json.loads(line), "of_another_version": [1, {"a": None}]} for line in path.read_text().splitlines()]
+    text = "".join(json.dumps(sealed(line)) + "\n" for line in lines)
+    path.write_text(text + text[:40])
+    for line in lines:
+        (root / "cells" / line["cell"] / "cell.json").write_text(json.dumps(sealed(line)))
+    assert sorted(collect(root)[0]) == ["c0", "c1", "c2"] and path.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"task_name": "t"', '"task": "t"', "is no row of a comparison: 'task_name' is missing (nearest: 'task'"),
+        ('"purpose": "final"', '"purpose": "last"', "'purpose' must be one of 'final', 'trial', got 'last'"),
+        ('"kept_weights": null', '"kept_weights": "few"', "'results.kept_weights' must be an integer, got str 'few'"),
+    ],
+)
+def test_a_line_of_another_schema_is_left_out_and_said(tmp_path, old, new, message):
+    append_row(tmp_path, tmp_path / "cells" / "a", row("a", 0))
+    line = (tmp_path / "results.jsonl").read_text()
+    assert old in line
+    columns = {key: value for key, value in json.loads(line.replace(old, new)).items() if key != "sha256"}
+    (tmp_path / "results.jsonl").write_text(json.dumps(columns) + "\n")
+    rows, notes = read_lines(tmp_path / "results.jsonl")
+    assert rows == {} and message in notes[0]
 
 
 def hold(folder, ready):

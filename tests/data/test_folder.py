@@ -4,7 +4,7 @@ from collections import Counter
 import pytest
 from PIL import Image
 
-from snella.data import datasets, load_data
+from snella.data import images, load_data
 
 
 def load(root, **options):
@@ -203,7 +203,7 @@ def test_images_of_other_endings_are_told_by_their_content(write_images, monkeyp
     root = write_images({"a": 5, "b": 5})
     (root / "a/000.png").rename(root / "a/000.jpeg_large")
     (root / "a/photo.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0")
-    monkeypatch.setattr(datasets, "has_heic", lambda: False)
+    monkeypatch.setattr(images, "has_heic", lambda: False)
     data = load(root)
     assert len(data.train) + len(data.val) + len(data.test) == 10
     assert data.notes[0].endswith(

@@ -6,9 +6,9 @@ import tifffile
 import torch
 from PIL import Image
 
-from snella.data import ImageDataset, load_data, read_image
-from snella.data import datasets as images
-from snella.data.datasets import IMAGE_SUFFIXES, FileImages, Reading, broken_images, broken_rows, to_rgb
+from snella.data import ImageDataset, images, load_data, read_image
+from snella.data.datasets import FileImages, broken_images, broken_rows
+from snella.data.images import IMAGE_SUFFIXES, Reading, to_rgb
 from snella.data.load import near_copies
 
 

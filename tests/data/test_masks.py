@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from snella.data import load_data
-from snella.data.datasets import read_label_map
+from snella.data.images import read_label_map
 
 from .mask_folders import write_pairs
 

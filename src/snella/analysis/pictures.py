@@ -17,7 +17,8 @@ from snella.analysis.plot import Plot, Row, run_labels
 from snella.comparison.experiment import DataEntry, data_entry
 from snella.comparison.experiment_files import bundled_experiments, read_experiment
 from snella.data import load_data, read_image
-from snella.data.datasets import MaskDataset, is_image
+from snella.data.datasets import MaskDataset
+from snella.data.images import is_image
 from snella.methods import spec_of
 from snella.report.examples import overlay
 from snella.report.heat_maps import heat_maps, overlay_heat

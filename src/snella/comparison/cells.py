@@ -17,7 +17,7 @@ import snella
 from snella.comparison.experiment import MEASURES, DataEntry, Experiment, MethodEntry, folder_name, make_config
 from snella.comparison.search import Candidate, TuningResult
 from snella.methods import find_method, parse_method
-from snella.records import Metrics, RunInfo, SplitScores, read
+from snella.records import CellResults, CellRow, Metrics, RunInfo, SearchChoice, SplitScores, read
 from snella.runs import RunFolder, TrainConfig
 
 GitState: TypeAlias = tuple[str | None, bool | None]
@@ -123,7 +123,7 @@ class Cell:
     seed: int
     candidate: Candidate
     is_final: bool
-    search: Mapping[str, Any] | None = field(default=None, compare=False)
+    search: SearchChoice | None = field(default=None, compare=False)
 
     @property
     def name(self) -> str:
@@ -189,7 +189,7 @@ def _rounded(rate: float) -> float:
 
 
 def row_header(cell: Cell, experiment: Experiment, created_at: str) -> dict[str, Any]:
-    """The columns of a row that are known before training."""
+    """The fields of a `CellRow` that are known before training."""
     rates = tuned_settings(experiment, cell.data, cell.method, cell.candidate)
     peft_type = find_method(cell.method.method).peft_type or parse_method(cell.method.method)[0].upper()
     packages = package_info()
@@ -218,53 +218,45 @@ def row_header(cell: Cell, experiment: Experiment, created_at: str) -> dict[str,
     }
 
 
-def read_results(run: RunFolder) -> dict[str, Any]:
-    """The columns of a row that a finished run gives."""
+def read_results(run: RunFolder) -> CellResults:
+    """What the files of a finished run say."""
     metrics, data = read(Metrics, run.path), read(RunInfo, run.path).data
     best = next(row for row in metrics.history if row.epoch == metrics.adapter_epoch)
-    return {
-        "peft_config": _adapter_config(run.adapter),
-        "num_trainable_params": metrics.trainable_parameters,
-        "adapted_weights": metrics.adapted_weights,
-        "kept_weights": best.budget,
-        "file_size": metrics.adapter_bytes,
-        "train_time": metrics.train_s,
-        "step_time": metrics.step_s,
-        "accelerator_memory_max": metrics.accelerator_memory_max,
-        "accelerator_memory_reserved_avg": metrics.accelerator_memory_reserved_avg,
-        "accelerator_memory_reserved_99th": metrics.accelerator_memory_reserved_99th,
-        "train_loss": best.train_loss,
-        "train_samples": len(metrics.history) * data.sizes["train"],
-        "epochs": len(metrics.history),
-        "best_epoch": metrics.best_epoch,
-        "protocol": metrics.protocol,
-        "selected_on": metrics.selected_on,
-        "ema": metrics.ema,
-        **_scores("val", metrics.val),
-        **_scores("test", metrics.test),
-        "sizes": data.sizes,
-        "split": data.digest,
-    }
+    return CellResults(
+        peft_config=_adapter_config(run.adapter),
+        num_trainable_params=metrics.trainable_parameters,
+        adapted_weights=metrics.adapted_weights,
+        kept_weights=best.budget,
+        file_size=metrics.adapter_bytes,
+        train_time=metrics.train_s,
+        step_time=metrics.step_s,
+        accelerator_memory_max=metrics.accelerator_memory_max,
+        accelerator_memory_reserved_avg=metrics.accelerator_memory_reserved_avg,
+        accelerator_memory_reserved_99th=metrics.accelerator_memory_reserved_99th,
+        train_loss=best.train_loss,
+        train_samples=len(metrics.history) * data.sizes["train"],
+        epochs=len(metrics.history),
+        best_epoch=metrics.best_epoch,
+        protocol=metrics.protocol,
+        selected_on=metrics.selected_on,
+        ema=metrics.ema,
+        val=_scores(metrics.val),
+        test=_scores(metrics.test),
+        sizes=data.sizes,
+        split=data.digest,
+    )
 
 
-def _scores(split: str, scores: SplitScores | None) -> dict[str, float | None]:
-    """The columns of one split; None for what its task does not measure."""
+def _scores(scores: SplitScores | None) -> dict[str, float | None]:
+    """The scores of one split by name; None for what its task does not measure."""
     of_tasks = [name for measures in MEASURES.values() for name in measures if hasattr(scores, name)]
     names = dict.fromkeys(("accuracy", "balanced_accuracy", "loss", *of_tasks))
-    return {f"{split}_{name}": getattr(scores, name, None) for name in names}
+    return {name: getattr(scores, name, None) for name in names}
 
 
-def measured(row: Mapping[str, Any], split: str) -> float | None:
-    """What methods are compared by, of a successful row; rows of earlier versions are of classifiers."""
-    value: float | None = row[f"{split}_{row.get('metric', 'accuracy')}"]
-    return value
-
-
-def tuning_result(row: Mapping[str, Any]) -> TuningResult:
+def tuning_result(row: CellRow) -> TuningResult:
     """The result of a tuning run, from its row."""
-    if row["status"] != "success":
-        return TuningResult(None, None)
-    return TuningResult(measured(row, "val"), row["val_loss"])
+    return TuningResult(row.score("val"), row.column("val_loss"))
 
 
 def _adapter_config(adapter: Path) -> dict[str, Any] | None:

@@ -4,7 +4,6 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from snella._text import seconds_text
 from snella.backbones import create_backbone
 from snella.comparison import CellsFailedError
-from snella.comparison.cells import Cell, measured
+from snella.comparison.cells import Cell
 from snella.comparison.executors import Executor, InProcesses, InThisProcess, OnRay, import_ray
 from snella.comparison.experiment import (
     FILE,
@@ -36,6 +35,7 @@ from snella.comparison.statistics import Spread, average
 from snella.comparison.store import LOCKS, cell_lock, collect, drop_failed, is_locked, read_row
 from snella.comparison.summary import COSTS, cost_texts, print_summary, recommend, spread_text, summarize
 from snella.methods.defaults import CHOICE_METHODS
+from snella.records import CellRow
 from snella.runs import RunFolder, TrainConfig, TrainingInterrupted
 from snella.runs.build import choose_device, load_splits
 from snella.runs.config import AUTO_METHOD
@@ -83,21 +83,21 @@ class ComparisonProgress:
         self._running[cell.title] = time.monotonic()
         self._refresh()
 
-    def ended(self, cell: Cell, row: dict[str, Any], is_own: bool = True) -> None:
+    def ended(self, cell: Cell, row: CellRow, is_own: bool = True) -> None:
         """Print the result of a run."""
         self._running.pop(cell.title, None)
         self._note(row)
         left = sum(count for _, count in self._plan.left())
         number = f"[{self._plan.done()}/{self._plan.done() + left}]"
-        if row["status"] == "success":
-            scores = {"validation": measured(row, "val"), "test": measured(row, "test")}
+        if row.status == "success":
+            scores = {"validation": row.score("val"), "test": row.score("test")}
             result = ", ".join(f"{part} {score:.4f}" for part, score in scores.items() if score is not None)
         else:
-            result = f"FAILED, {row['error']}"
+            result = f"FAILED, {row.error}"
         remaining = f"; about {seconds_text(self._remaining_s())} left" if left else ""
         others = "" if is_own else " by another process"
-        origin = ", the selected tuning run" if row.get("trained_as") else ""
-        text = f"{number} {cell.title}: {result} ({seconds_text(row['total_time'])}{others}{origin}){remaining}"
+        origin = ", the selected tuning run" if row.results and row.results.trained_as else ""
+        text = f"{number} {cell.title}: {result} ({seconds_text(row.total_time)}{others}{origin}){remaining}"
         print_line(self._console, text)
         self._refresh()
 
@@ -112,10 +112,10 @@ class ComparisonProgress:
             print_line(self._console, f"waiting for {count} run{'s' if count != 1 else ''} in other processes")
         self._is_waiting = True
 
-    def _note(self, row: dict[str, Any]) -> None:
+    def _note(self, row: CellRow) -> None:
         """Record the time of a run."""
-        if row["status"] == "success":
-            self._durations.setdefault((row["task_name"], row["experiment_name"]), []).append(row["total_time"])
+        if row.status == "success":
+            self._durations.setdefault((row.task_name, row.experiment_name), []).append(row.total_time)
 
     def _remaining_s(self) -> float:
         """Estimated remaining time: each pair's remaining runs at the mean time of its own, its task's, or all runs."""
@@ -204,19 +204,19 @@ def compare(
     if warning:
         print_line(console, f"official protocol: {warning}")
     print_line(console, f"rows {root / 'results.jsonl'}, report {page}")
-    failed = [row for row in rows.values() if row["status"] == "failed" and not _has_diverged(row)]
+    failed = [row for row in rows.values() if row.status == "failed" and not _has_diverged(row)]
     if failed and not draw_only:
-        first = min(failed, key=lambda row: (row["purpose"] != "final", str(row["cell"])))
+        first = min(failed, key=lambda row: (row.purpose != "final", row.cell))
         raise CellsFailedError(
-            f"{len(failed)} of {counted(len(rows), 'run')} failed, e.g. {first['cell']}: {first['error']}; the others "
+            f"{len(failed)} of {counted(len(rows), 'run')} failed, e.g. {first.cell}: {first.error}; the others "
             f"are in {page}; once the cause is fixed, --retry-failed trains the failed ones again"
         )
     return page
 
 
-def _has_diverged(row: Mapping[str, Any]) -> bool:
+def _has_diverged(row: CellRow) -> bool:
     """Whether a row is a tuning run whose loss stopped being finite, one of the results that a search expects."""
-    return row["purpose"] == "trial" and str(row["error"]).startswith(NonFiniteLossError.__name__)
+    return row.purpose == "trial" and str(row.error).startswith(NonFiniteLossError.__name__)
 
 
 def check_parts(experiment: Experiment, console: Console) -> None:
@@ -333,10 +333,10 @@ def choose_method(config: TrainConfig, console: Console | None = None) -> TrainC
     rows = [_trained_row(root, experiment, cell, console) for cell in cells]
     means, costs = {}, {}
     for method in experiment.methods:
-        own = [row for row in rows if row["experiment_name"] == method.name]
-        values = [value for row in own if row["status"] == "success" and (value := measured(row, "val")) is not None]
+        own = [row for row in rows if row.experiment_name == method.name]
+        values = [value for row in own if row.status == "success" and (value := row.score("val")) is not None]
         if len(values) < len(own):
-            error = next(row["error"] for row in own if row["status"] != "success")
+            error = next(row.error for row in own if row.status != "success")
             print_line(console, f"{method.name}: FAILED, {error}")
             continue
         means[method.name] = Spread(statistics.fmean(values), statistics.stdev(values), len(values))
@@ -348,7 +348,7 @@ def choose_method(config: TrainConfig, console: Console | None = None) -> TrainC
             f"memory {texts['memory']}, time {texts['time']}",
         )
     if not means:
-        raise CellsFailedError(f"every method failed in {root}, e.g. {rows[0]['cell']}: {rows[0]['error']}")
+        raise CellsFailedError(f"every method failed in {root}, e.g. {rows[0].cell}: {rows[0].error}")
     chosen, text = recommend(means, costs, experiment.measures[experiment.metric])
     print_line(console, text)
     return replace(config, method=chosen)
@@ -377,7 +377,7 @@ def _choice_experiment(config: TrainConfig) -> Experiment:
     return Experiment(methods, (data,), str(config.backbone), "choice", _CHOICE_SEEDS, grid, settings, forgetting=())
 
 
-def _trained_row(root: Path, experiment: Experiment, cell: Cell, console: Console) -> dict[str, Any]:
+def _trained_row(root: Path, experiment: Experiment, cell: Cell, console: Console) -> CellRow:
     """The row of a cell, trained in a process of its own if there is none yet."""
     if (row := read_row(cell.folder(root))) is not None:
         return row
@@ -455,7 +455,7 @@ def _start(
     claimed = 0
     for item in ready:
         cell = item.cell if isinstance(item, BlockedRun) else item
-        row: dict[str, Any] | None = read_row(cell.folder(root))
+        row = read_row(cell.folder(root))
         if row is None and isinstance(item, BlockedRun):
             row = record_crash(root, plan.experiment, cell, item.error)
             is_own = True

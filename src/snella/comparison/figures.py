@@ -9,7 +9,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
-from snella.comparison.cells import measured
 from snella.comparison.statistics import Rows, final_rows
 from snella.comparison.summary import Summary, part_text
 from snella.report.style import (
@@ -112,8 +111,8 @@ def learning_rate_curves(summary: Summary, rows: Rows, tasks: Sequence[str], tit
 
 def _chosen(rows: Rows, method: str, tasks: Sequence[str]) -> float | None:
     """The factor that a method's final runs of one task were trained with; None for several tasks or no cell."""
-    finals = [row for row in final_rows(rows) if row["experiment_name"] == method and [row["task_name"]] == [*tasks]]
-    return finals[0]["lr_factor"] if finals else None
+    finals = [row for row in final_rows(rows) if row.experiment_name == method and [row.task_name] == [*tasks]]
+    return finals[0].lr_factor if finals else None
 
 
 def _draw_curve(axes: Axes, number: int, points: Sequence[tuple[float, float | None]], chosen: float | None) -> Line2D:
@@ -143,10 +142,10 @@ def lr_curve(rows: Rows, method: str, task: str) -> list[tuple[float, float | No
     """Mean validation accuracy by learning-rate factor at the method's own weight decay; None where it failed."""
     found: dict[float, list[float | None]] = {}
     for row in rows:
-        is_own = row["experiment_name"] == method and row["task_name"] == task
-        if is_own and row["purpose"] == "trial" and row["tried_weight_decay"] is None:
-            accuracy = measured(row, "val") if row["status"] == "success" else None
-            found.setdefault(row["lr_factor"], []).append(accuracy)
+        is_own = row.experiment_name == method and row.task_name == task
+        if is_own and row.purpose == "trial" and row.tried_weight_decay is None:
+            accuracy = row.score("val")
+            found.setdefault(row.lr_factor, []).append(accuracy)
     return [(factor, _mean(values)) for factor, values in sorted(found.items())]
 
 

@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from snella.comparison.cells import Cell, tuned_settings, tuning_result
 from snella.comparison.experiment import DataEntry, Experiment, MethodEntry
 from snella.comparison.search import Candidate, Choice, TuningResult, next_tuning_runs
+from snella.records import CellRow
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Plan:
         rows: Rows of finished cells, by the cell's name; grows with `record`.
     """
 
-    def __init__(self, experiment: Experiment, rows: Mapping[str, dict[str, Any]]) -> None:
+    def __init__(self, experiment: Experiment, rows: Mapping[str, CellRow]) -> None:
         self.experiment = experiment
         self.rows = dict(rows)
         self._default_decays = {
@@ -38,9 +38,9 @@ class Plan:
             for data, method in self._pairs()
         }
 
-    def record(self, row: dict[str, Any]) -> None:
+    def record(self, row: CellRow) -> None:
         """Note that a cell is done."""
-        self.rows[row["cell"]] = row
+        self.rows[row.cell] = row
 
     def ready(self) -> list[Cell | BlockedRun]:
         """Cells that are not done and wait for no other, in the order of the experiment; empty when all is done."""
@@ -58,9 +58,9 @@ class Plan:
 
     def done(self) -> int:
         """How many cells of this experiment have a row."""
-        names = {(row["task_name"], row["experiment_name"]) for row in self.rows.values()}
+        names = {_pair_of(row) for row in self.rows.values()}
         pairs = {(data.name, method.name) for data, method in self._pairs()} & names
-        return sum((row["task_name"], row["experiment_name"]) in pairs for row in self.rows.values())
+        return sum(_pair_of(row) in pairs for row in self.rows.values())
 
     def choice(self, data: DataEntry, method: MethodEntry) -> Choice | list[Candidate]:
         """The chosen hyperparameters of a pair, or the candidates to try first."""
@@ -80,7 +80,7 @@ class Plan:
         measured = self._measured(data, method)
         if measured is not None:
             seeds = range(self.experiment.seeds)
-            rest = (Cell(data, method, s, _candidate_of(measured), True, measured["search"]) for s in seeds)
+            rest = (Cell(data, method, s, _candidate_of(measured), True, measured.search) for s in seeds)
             return [cell for cell in rest if cell.name not in self.rows]
         found = self.choice(data, method)
         if isinstance(found, list):
@@ -96,7 +96,7 @@ class Plan:
         missing = [cell for cell in finals if cell.name not in self.rows]
         if missing and found.candidate is not None:
             rates = {c: tuned_settings(self.experiment, data, method, c) for c in found.tried}
-            search = found.as_dict(self._results(data, method), rates.__getitem__)
+            search = found.record(self._results(data, method), rates.__getitem__)
             return [replace(cell, search=search) for cell in missing]
         error = f"all {len(found.tried)} tuning runs failed; the first: {self._first_error(data, method)}"
         return [BlockedRun(cell, error) for cell in missing]
@@ -119,28 +119,28 @@ class Plan:
             results.setdefault(candidate, []).append(tuning_result(row))
         return results
 
-    def _measured(self, data: DataEntry, method: MethodEntry) -> dict[str, Any] | None:
+    def _measured(self, data: DataEntry, method: MethodEntry) -> CellRow | None:
         """A final row of a pair, the first of its seeds; None where there is none yet."""
         pair = (data.name, method.name)
-        rows = (r for r in self.rows.values() if r["purpose"] == "final" and _pair_of(r) == pair)
-        return min((r for r in rows if r["status"] == "success"), key=lambda row: int(row["seed"]), default=None)
+        rows = (r for r in self.rows.values() if r.purpose == "final" and _pair_of(r) == pair)
+        return min((r for r in rows if r.status == "success"), key=lambda row: row.seed, default=None)
 
-    def _trials(self, data: DataEntry, method: MethodEntry) -> list[dict[str, Any]]:
+    def _trials(self, data: DataEntry, method: MethodEntry) -> list[CellRow]:
         """Rows of a pair's trials, in the order of their names."""
         pair = (data.name, method.name)
-        rows = [r for r in self.rows.values() if r["purpose"] == "trial" and _pair_of(r) == pair]
-        return sorted((r for r in rows if r["seed"] < self.experiment.grid.seeds), key=lambda row: str(row["cell"]))
+        rows = [r for r in self.rows.values() if r.purpose == "trial" and _pair_of(r) == pair]
+        return sorted((r for r in rows if r.seed < self.experiment.grid.seeds), key=lambda row: row.cell)
 
     def _first_error(self, data: DataEntry, method: MethodEntry) -> str:
         """The error of the first failed tuning run."""
-        return next((str(row["error"]) for row in self._trials(data, method) if row["error"]), "no error was recorded")
+        return next((row.error for row in self._trials(data, method) if row.error), "no error was recorded")
 
 
-def _pair_of(row: Mapping[str, Any]) -> tuple[str, str]:
+def _pair_of(row: CellRow) -> tuple[str, str]:
     """Task and method of a row."""
-    return row["task_name"], row["experiment_name"]
+    return row.task_name, row.experiment_name
 
 
-def _candidate_of(row: Mapping[str, Any]) -> Candidate:
+def _candidate_of(row: CellRow) -> Candidate:
     """The candidate that a trial's row is about."""
-    return Candidate(row["lr_factor"], row["tried_weight_decay"])
+    return Candidate(row.lr_factor, row.tried_weight_decay)

@@ -1,7 +1,6 @@
 """Reports of a comparison: a self-contained HTML file, Markdown tables, and the comparison with a paper's numbers."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -31,6 +30,7 @@ from snella.comparison.summary import (
     summarize,
     table_cells,
 )
+from snella.records import CellRow, SearchChoice
 from snella.report.style import inline_svg, shortened, write_atomically
 from snella.runs.console import counted
 from snella.runs.protocol import get_protocol
@@ -128,7 +128,7 @@ def paper_orderings(experiment: Experiment, rows: Rows) -> list[OrderingResult]:
         if higher not in names or lower not in names:
             continue
         tasks = [claim["task"]] if claim.get("task") else [entry.name for entry in experiment.data]
-        measured = [row for row in finals if row.get(metric) is not None]
+        measured = [row for row in finals if row.column(metric) is not None]
         found = difference(measured, higher, lower, tasks, metric)
         words = f"{higher} above {lower}" + (f" on {claim['task']}" if claim.get("task") else "")
         words += "" if metric == _METRIC else f" in {metric.replace('_', ' ')}"
@@ -201,7 +201,7 @@ def markdown_tables(experiment: Experiment, rows: Rows) -> str:
     warning = get_protocol(experiment.settings.get("protocol", "standard")).warning
     parts += [f"Official protocol: {warning}"] if warning else []
     if summary.failed:
-        parts.append("Failed: " + "; ".join(f"`{row['cell']}`, {row['error']}" for row in summary.failed))
+        parts.append("Failed: " + "; ".join(f"`{row.cell}`, {row.error}" for row in summary.failed))
     return "\n\n".join(parts) + "\n"
 
 
@@ -219,11 +219,11 @@ def _markdown_line(cells: list[str]) -> str:
 def _provenance(experiment: Experiment, rows: Rows) -> str:
     """Command, machines, dates and commits."""
     finals = final_rows(rows)
-    dates = sorted({str(row["created_at"])[:10] for row in finals})
-    machines = sorted({str(row["system_info"].get("processor") or row["system_info"].get("machine")) for row in finals})
+    dates = sorted({row.created_at[:10] for row in finals})
+    machines = sorted({str(row.system_info.get("processor") or row.system_info.get("machine")) for row in finals})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     command = f"`{experiment.command}`, " if experiment.command else ""
-    commits = dict.fromkeys(str(row["package_info"].get("snella-commit-hash") or "")[:8] for row in finals)
+    commits = dict.fromkeys(str(row.package_info.get("snella-commit-hash") or "")[:8] for row in finals)
     code = ", ".join(commit for commit in commits if commit)
     return f"{command}{', '.join(machines)}, {when}{f', snella {code}' if code else ''}."
 
@@ -269,13 +269,13 @@ def write_page(root: Path, experiment: Experiment, rows: Rows) -> Path:
         "forest": _forest(summary, False),
         "forests": _forest(summary, True) if len(summary.tasks) > 1 else Markup(""),
         "shown_points": f"{100 * figures.SHOWN_RANGE:g}",
-        "on_gpu": any(row.get("accelerator_memory_max") for row in rows),
+        "on_gpu": any(row.column("accelerator_memory_max") for row in rows),
         "pairs": max((d.pairs for m in summary.methods if (d := m.to_reference[summary.column])), default=0),
         "level": f"{LEVEL:.0%}",
         "resamples": RESAMPLES,
         "machines": _machines(rows),
-        "trials": sum(row["purpose"] == "trial" for row in rows),
-        "hours": seconds_text(sum(row["total_time"] for row in rows) - _counted_twice(rows)),
+        "trials": sum(row.purpose == "trial" for row in rows),
+        "hours": seconds_text(sum(row.total_time for row in rows) - _counted_twice(rows)),
         "settings": yaml.safe_dump(experiment.as_dict(), sort_keys=False, allow_unicode=True),
     }
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -289,8 +289,8 @@ def write_page(root: Path, experiment: Experiment, rows: Rows) -> Path:
 
 def _counted_twice(rows: Rows) -> float:
     """Seconds of tuning runs that are also in the rows of the final runs made from them."""
-    times = {row["cell"]: row["total_time"] for row in rows}
-    return sum(times.get(row.get("trained_as"), 0.0) for row in rows)
+    times = {row.cell: row.total_time for row in rows}
+    return sum(times.get(row.results.trained_as or "", 0.0) for row in rows if row.results is not None)
 
 
 def _table(summary: Summary, metric: str, title: str) -> dict[str, Any]:
@@ -374,7 +374,7 @@ def _forest(summary: Summary, with_tasks: bool) -> Markup:
 
 def _rates(summary: Summary, rows: Rows) -> list[Markup]:
     """Accuracy against learning rate: the mean over tasks, then each task."""
-    tasks = summary.tasks or sorted({row["task_name"] for row in rows})
+    tasks = summary.tasks or sorted({row.task_name for row in rows})
     wanted = [("Mean over tasks", tasks)] if len(tasks) > 1 else []
     pictures = []
     for number, (title, several) in enumerate([*wanted, *((task, [task]) for task in tasks)]):
@@ -387,29 +387,25 @@ def _rates(summary: Summary, rows: Rows) -> list[Markup]:
 
 def _choices(summary: Summary, rows: Rows) -> list[dict[str, Any]]:
     """The chosen hyperparameters of every pair of task and method."""
-    found: dict[tuple[str, str], Mapping[str, Any]] = {}
+    found: dict[tuple[str, str], CellRow] = {}
     for final in final_rows(rows):
-        found.setdefault((final["task_name"], final["experiment_name"]), final)
+        found.setdefault((final.task_name, final.experiment_name), final)
     lines = []
     for task in summary.tasks:
         for method in summary.methods:
             row = found.get((task, method.name))
             if row is not None:
-                search = row["search"] or {}
+                search = row.search or SearchChoice(lr_factor=None)
                 lines.append(
                     {
                         "task": task,
                         "method": method.name,
-                        "factor": f"×{row['lr_factor']:g}",
-                        "lr": plain_text(float(row["lr"])),
-                        "head_lr": plain_text(float(row["head_lr"])),
-                        "weight_decay": plain_text(float(row["weight_decay"])),
-                        "trials": len(search.get("trials", ())),
-                        "edge": ", ".join(
-                            name
-                            for name, key in (("rate", "lr_on_edge"), ("decay", "weight_decay_on_edge"))
-                            if search.get(key)
-                        ),
+                        "factor": f"×{row.lr_factor:g}",
+                        "lr": plain_text(row.lr),
+                        "head_lr": plain_text(row.head_lr),
+                        "weight_decay": plain_text(row.weight_decay),
+                        "trials": len(search.trials),
+                        "edge": ", ".join(["rate"] * search.lr_on_edge + ["decay"] * search.weight_decay_on_edge),
                     }
                 )
     return lines
@@ -419,11 +415,11 @@ def _machines(rows: Rows) -> list[dict[str, Any]]:
     """The distinct machines and versions that rows come from, with how many rows each."""
     found: dict[str, dict[str, Any]] = {}
     for row in rows:
-        packages = {key.removesuffix("-version"): value for key, value in row["package_info"].items() if value}
-        key = repr((row["system_info"], packages))
-        entry = found.setdefault(key, {"rows": 0, "dates": [], "system": row["system_info"], "packages": packages})
+        packages = {key.removesuffix("-version"): value for key, value in row.package_info.items() if value}
+        key = repr((row.system_info, packages))
+        entry = found.setdefault(key, {"rows": 0, "dates": [], "system": row.system_info, "packages": packages})
         entry["rows"] += 1
-        entry["dates"].append(row["created_at"][:10])
+        entry["dates"].append(row.created_at[:10])
     for entry in found.values():
         first, last = min(entry["dates"]), max(entry["dates"])
         entry["dates"] = first if first == last else f"{first} to {last}"

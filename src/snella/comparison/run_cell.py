@@ -26,13 +26,13 @@ from torch import nn
 from snella._files import write_json
 from snella.comparison.cells import Cell, package_info, read_results, row_header, system_info, tuning_result
 from snella.comparison.experiment import Experiment
-from snella.comparison.store import CELL_FILE, LOCKS, append_row, cell_lock, read_row, remove_lock
+from snella.comparison.store import LOCKS, append_row, cell_lock, read_row, remove_lock
 from snella.data import ImageDataset, build_transform, load_data
 from snella.data.splits import stratified_sample
 from snella.methods import build_method, merge_trained, spec_of
 from snella.methods.defaults import PROBE_METHOD
 from snella.methods.model_parts import is_inside
-from snella.records import Metrics, plain, read, scores_from
+from snella.records import CellRow, Metrics, plain, read, scores_from
 from snella.runs import RunFolder, TrainingInterrupted, load_run
 from snella.runs.build import make_backbone
 from snella.runs.evaluate import evaluate
@@ -88,8 +88,8 @@ def measure_forgetting(run: Path, data: str, images: int, cache: Path, batch_siz
         batch_size: Images at a time.
 
     Returns:
-        `forgetting` (a share of 1; negative where the adapted features are better), `forgetting_data`,
-        `probe_accuracy_frozen` and `probe_accuracy_adapted`.
+        Fields of `CellResults`: `forgetting` (a share of 1; negative where the adapted features are better),
+        `forgetting_data`, `probe_accuracy_frozen` and `probe_accuracy_adapted`.
     """
     loaded = load_run(run)
     items, labels = probe_images(data, images)
@@ -156,10 +156,7 @@ def probe_images(data: str, images: int) -> tuple[list[ImageDataset], NDArray[np
     return parts, found
 
 
-MEMORY = ("peak_rss_mib", "training_mib")
-
-
-def finish_tuning_run(root: Path, experiment: Experiment, cell: Cell, folder: Path) -> dict[str, Any] | None:
+def finish_tuning_run(root: Path, experiment: Experiment, cell: Cell, folder: Path) -> CellRow | None:
     """Make a final run from the tuning run that it would repeat, and evaluate it on the test images.
 
     Args:
@@ -177,12 +174,12 @@ def finish_tuning_run(root: Path, experiment: Experiment, cell: Cell, folder: Pa
         return None  # under the final protocol it also trains on the images it was tuned on
     run = RunFolder(trial.folder(root))
     row = read_row(run.path)
-    if row is None or row["status"] != "success" or not run.adapter.is_dir():
+    if row is None or row.status != "success" or not run.adapter.is_dir():
         return None
-    trained = (row["train_config"], row["package_info"], row["system_info"])
+    trained = (row.train_config, row.package_info, row.system_info)
     if trained != (trial.config(experiment, trial.name).stored(), package_info(), system_info()):
         return None
-    shutil.copytree(run.path, folder, ignore=shutil.ignore_patterns(CELL_FILE))
+    shutil.copytree(run.path, folder, ignore=shutil.ignore_patterns(CellRow.file))
     own = RunFolder(folder)
     config = replace(own.read_config(), out=str(folder))
     own.write_config(config)
@@ -200,7 +197,7 @@ def drop_adapters(root: Path, experiment: Experiment, cell: Cell) -> None:
         cell: The one that was just finished; its method's tuning runs of its seed are checked.
     """
     place = replace(cell, is_final=False).folder(root).parent
-    rows = {path.parent: read_row(path.parent) for path in place.glob(f"*_seed-{cell.seed}/{CELL_FILE}")}
+    rows = {path.parent: read_row(path.parent) for path in place.glob(f"*_seed-{cell.seed}/{CellRow.file}")}
     ranks = {folder: tuning_result(row).rank for folder, row in rows.items() if row is not None}
     is_wanted = not cell.is_final and cell.seed < experiment.seeds
     for folder, rank in ranks.items():
@@ -222,7 +219,7 @@ class Outcome:
     """
 
     state: Literal["trained", "found", "claimed"]
-    row: dict[str, Any] | None = None
+    row: CellRow | None = None
 
 
 def run_cell(root: Path, experiment: Experiment, cell: Cell, is_own_process: bool = False) -> Outcome:
@@ -250,13 +247,14 @@ def run_cell(root: Path, experiment: Experiment, cell: Cell, is_own_process: boo
             return Outcome("found", row)
         if not is_acquired:
             return Outcome("claimed")
-        row = append_row(root, folder, _row(root, experiment, cell, folder, is_own_process))
+        row = _row(root, experiment, cell, folder, is_own_process)
+        append_row(root, folder, row)
         drop_adapters(root, experiment, cell)
     remove_lock(root / LOCKS, cell.name)
     return Outcome("trained", row)
 
 
-def record_crash(root: Path, experiment: Experiment, cell: Cell, error: str) -> dict[str, Any] | None:
+def record_crash(root: Path, experiment: Experiment, cell: Cell, error: str) -> CellRow | None:
     """Store the row of a cell whose process crashed; None where another process has claimed it."""
     folder = cell.folder(root)
     with cell_lock(root / LOCKS, cell.name) as is_acquired:
@@ -264,12 +262,13 @@ def record_crash(root: Path, experiment: Experiment, cell: Cell, error: str) -> 
         if row is None and not is_acquired:
             return None
         if row is None:
-            row = append_row(root, folder, _failed(row_header(cell, experiment, _now()), error, 0.0))
+            row = _failed(row_header(cell, experiment, _now()), error, 0.0)
+            append_row(root, folder, row)
     remove_lock(root / LOCKS, cell.name)
     return row
 
 
-def _row(root: Path, experiment: Experiment, cell: Cell, folder: Path, is_own_process: bool) -> dict[str, Any]:
+def _row(root: Path, experiment: Experiment, cell: Cell, folder: Path, is_own_process: bool) -> CellRow:
     """Train and measure; the row of the results, or of the failure."""
     start, before_mib = time.monotonic(), psutil.Process().memory_info().rss / 2**20
     created_at = _now()
@@ -291,52 +290,50 @@ def _row(root: Path, experiment: Experiment, cell: Cell, folder: Path, is_own_pr
                 )
             run = RunFolder(folder)
             results = read_results(run)
-            if cell.is_final and results[f"test_{experiment.metric}"] is None:
+            if cell.is_final and results.test[experiment.metric] is None:
                 raise ValueError(f"data {cell.data.data!r} must have a test part, got none")
-            if trial is not None:
-                memory = {key: trial[key] for key in MEMORY}
-            else:
-                memory = _memory(run, before_mib) if is_own_process else dict.fromkeys(MEMORY)
-            changed = count_changed_weights(run.path) if cell.is_final else None
-            probe = _forgetting(root, experiment, cell, run)
+            results = replace(
+                results,
+                trained_as=None if trial is None else trial.cell,
+                changed_weights=count_changed_weights(run.path) if cell.is_final else None,
+                **_memory(run, trial, before_mib if is_own_process else None),
+                **_forgetting(root, experiment, cell, run),
+            )
             shutil.rmtree(run.checkpoints, ignore_errors=True)
         except (KeyboardInterrupt, TrainingInterrupted):
             raise
         except Exception as error:
             traceback.print_exc(file=file)
             return _failed(head, f"{type(error).__name__}: {_first_lines(error)}", time.monotonic() - start)
-    total = round(time.monotonic() - start + (0.0 if trial is None else trial["total_time"]), 3)
-    origin = {"trained_as": None if trial is None else trial["cell"]}
-    return {
-        **head,
-        "status": "success",
-        "error": None,
-        "total_time": total,
-        **origin,
-        **results,
-        "changed_weights": changed,
-        **memory,
-        **probe,
-    }
+    total = round(time.monotonic() - start + (0.0 if trial is None else trial.total_time), 3)
+    return CellRow(**head, status="success", total_time=total, results=results)
 
 
-def _memory(run: RunFolder, before_mib: float) -> dict[str, float]:
-    """Peak resident memory of the process, and what of it came after the libraries were loaded."""
+def _memory(run: RunFolder, trial: CellRow | None, before_mib: float | None) -> dict[str, Any]:
+    """Peak resident memory of the process that trained, and what of it came after the libraries were loaded.
+
+    Args:
+        run: The run.
+        trial: The row of the tuning run that it was made from.
+        before_mib: What the process had when it began; None where it is not the run's own.
+    """
+    if trial is not None and trial.results is not None:
+        return {"peak_rss_mib": trial.results.peak_rss_mib, "training_mib": trial.results.training_mib}
+    if before_mib is None:
+        return {}
     peak = read(Metrics, run.path).peak_rss_mib
     return {"peak_rss_mib": peak, "training_mib": round(peak - before_mib, 1)}
 
 
 def _forgetting(root: Path, experiment: Experiment, cell: Cell, run: RunFolder) -> dict[str, Any]:
-    """The columns of forgetting, for final runs."""
+    """The fields of forgetting, for final runs."""
     data = experiment.probe_data(cell.data) if cell.is_final else None
-    if data is None:
-        return {"forgetting": None, "forgetting_data": None}
-    return measure_forgetting(run.path, data, experiment.forgetting_images, root / "frozen")
+    return {} if data is None else measure_forgetting(run.path, data, experiment.forgetting_images, root / "frozen")
 
 
-def _failed(head: dict[str, Any], error: str, elapsed_s: float) -> dict[str, Any]:
+def _failed(head: dict[str, Any], error: str, elapsed_s: float) -> CellRow:
     """The row of a failed run."""
-    return {**head, "status": "failed", "error": error, "total_time": round(elapsed_s, 3)}
+    return CellRow(**head, status="failed", error=error, total_time=round(elapsed_s, 3))
 
 
 def _first_lines(error: Exception) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from snella.comparison.experiment import Grid
+from snella.records import SearchChoice, TriedCandidate
 
 
 @dataclass(frozen=True, order=True)
@@ -67,7 +68,7 @@ class Choice:
     lr_on_edge: bool
     weight_decay_on_edge: bool
 
-    def as_dict(self, results: Results, tuned_settings: Callable[[Candidate], Mapping[str, Any]]) -> dict[str, Any]:
+    def record(self, results: Results, tuned_settings: Callable[[Candidate], Mapping[str, Any]]) -> SearchChoice:
         """The choice as a row holds it, with every result."""
         trials = []
         for candidate in self.tried:
@@ -77,20 +78,21 @@ class Choice:
             accuracies = [r.accuracy for r in found if r.accuracy is not None]
             is_whole = len(accuracies) == len(found)
             trials.append(
-                {
-                    "lr_factor": candidate.lr_factor,
+                TriedCandidate(
+                    lr_factor=candidate.lr_factor,
                     **tuned_settings(candidate),
-                    "val_accuracy": sum(accuracies) / len(accuracies) if is_whole else None,
-                    "val_loss": _mean([r.loss for r in found]) if is_whole else None,
-                    "failed": len(found) - len(accuracies),
-                }
+                    val_accuracy=sum(accuracies) / len(accuracies) if is_whole else None,
+                    val_loss=_mean([r.loss for r in found]) if is_whole else None,
+                    failed=len(found) - len(accuracies),
+                )
             )
-        return {
-            "lr_factor": None if self.candidate is None else self.candidate.lr_factor,
-            "lr_on_edge": self.lr_on_edge,
-            "weight_decay_on_edge": self.weight_decay_on_edge,
-            "trials": trials,
-        }
+        factor = None if self.candidate is None else self.candidate.lr_factor
+        return SearchChoice(
+            lr_factor=factor,
+            lr_on_edge=self.lr_on_edge,
+            weight_decay_on_edge=self.weight_decay_on_edge,
+            trials=trials,
+        )
 
 
 def next_tuning_runs(grid: Grid, default_weight_decay: float, results: Results) -> list[Candidate] | Choice:

@@ -4,14 +4,15 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+
+from snella.records import CellRow
 
 RESAMPLES = 10_000
 LEVEL = 0.95
 
-Rows = Sequence[Mapping[str, Any]]
+Rows = Sequence[CellRow]
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,14 @@ class Difference:
     tasks: int
 
 
-def final_rows(rows: Rows) -> list[Mapping[str, Any]]:
+def final_rows(rows: Rows) -> list[CellRow]:
     """The rows of the table: finished final runs."""
-    return [row for row in rows if row["purpose"] == "final" and row["status"] == "success"]
+    return [row for row in rows if row.purpose == "final" and row.status == "success"]
 
 
 def spread(rows: Rows, method: str, task: str, metric: str) -> Spread | None:
     """A method on one task, over seeds; None without a row."""
-    values = [row[metric] for row in rows if row["experiment_name"] == method and row["task_name"] == task]
+    values = [_value(row, metric) for row in rows if row.experiment_name == method and row.task_name == task]
     return _spread(values) if values else None
 
 
@@ -100,10 +101,20 @@ def average(rows: Rows, method: str, column: str) -> float | None:
     """The mean of a column over a method's rows that have it: first over seeds, then over tasks."""
     tasks: dict[str, list[float]] = {}
     for row in rows:
-        value = row.get(column)
-        if row["experiment_name"] == method and value is not None:
-            tasks.setdefault(row["task_name"], []).append(value)
+        value = row.column(column)
+        if row.experiment_name == method and value is not None:
+            tasks.setdefault(row.task_name, []).append(value)
     return statistics.fmean(statistics.fmean(values) for values in tasks.values()) if tasks else None
+
+
+def _value(row: CellRow, metric: str) -> float:
+    """A score that methods are compared by, which every final run has."""
+    value = row.column(metric)
+    if value is None:
+        raise ValueError(
+            f"the row of {row.cell!r} must have {metric}, got none; remove its line from results.jsonl and its folder"
+        )
+    return value
 
 
 def _spread(values: Sequence[float]) -> Spread:
@@ -116,8 +127,8 @@ def _mean_of_groups(rows: Rows, method: str, groups: Sequence[Sequence[str]], me
     """For every seed the mean over groups of the mean over their tasks, then the mean over seeds."""
     table: dict[int, dict[str, float]] = {}
     for row in rows:
-        if row["experiment_name"] == method:
-            table.setdefault(row["seed"], {})[row["task_name"]] = row[metric]
+        if row.experiment_name == method:
+            table.setdefault(row.seed, {})[row.task_name] = _value(row, metric)
     wanted = {task for group in groups for task in group}
     whole = [values for values in table.values() if wanted <= values.keys()]
     if not whole or not wanted:
@@ -131,8 +142,8 @@ def _paired(rows: Rows, method: str, reference: str, task: str, metric: str) -> 
     """Differences of one task, a number for every seed that both have."""
     values: dict[str, dict[int, float]] = {method: {}, reference: {}}
     for row in rows:
-        if row["task_name"] == task and row["experiment_name"] in values:
-            values[row["experiment_name"]][row["seed"]] = row[metric]
+        if row.task_name == task and row.experiment_name in values:
+            values[row.experiment_name][row.seed] = _value(row, metric)
     common = sorted(values[method].keys() & values[reference].keys())
     return [values[method][seed] - values[reference][seed] for seed in common]
 

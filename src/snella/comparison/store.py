@@ -1,31 +1,29 @@
 """The rows of a comparison on disk, and the locks that give each cell to one process.
 
 `results.jsonl` holds one line a cell, appended as cells finish, by several processes if need be; every cell also keeps
-its row as `cell.json` in its folder, written atomically. Each row carries the SHA-256 of its other columns. A line
-takes precedence over the folder's copy, and what is damaged or missing on one side is restored from the other.
+its row as `cell.json` in its folder, written atomically. Each row carries the SHA-256 of its other columns; those of
+earlier versions have none. A line takes precedence over the folder's copy, and what is damaged or missing on one side
+is restored from the other, with every column that it has.
 
 Locks are those of the operating system, on files below `locks/` (`filelock`): they end with the process that holds
 them, whatever ended it, and know no clock. They hold on one machine; several machines share a comparison through Ray.
 """
 
-import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from snella._files import write_json, write_text
+from snella._files import SEAL, is_intact, sealed, write_json, write_text
+from snella.records import CellRow, plain, record_from, write
 
 FILE = "results.jsonl"
-CELL_FILE = "cell.json"
 LOCKS = "locks"
-DIGEST = "sha256"
-"""Column of a row: the SHA-256 of its other columns. Rows of earlier versions have none."""
 _WAIT_S = 0.5
 """How long to ask for a lock; more than `is_locked` takes to look at it."""
 _WRITE_WAIT_S = 10.0
@@ -75,22 +73,18 @@ def _lock_file(folder: Path, name: str) -> Path:
     return folder / (name.replace("/", "!") + ".lock")
 
 
-def append_row(root: Path, folder: Path, row: dict[str, Any]) -> dict[str, Any]:
+def append_row(root: Path, folder: Path, row: CellRow) -> None:
     """Store the row of a cell, in its folder and at the end of the file.
 
     Args:
         root: Of the comparison.
         folder: Of the cell; created.
         row: Its row.
-
-    Returns:
-        The row as stored, with its digest.
     """
-    row = {**row, DIGEST: _digest(row)}
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / CELL_FILE, row)
+    write(row, folder)
     path = root / FILE
-    line = json.dumps(row, allow_nan=False) + "\n"
+    line = json.dumps(sealed(plain(row)), allow_nan=False) + "\n"
     if path.is_file() and path.stat().st_size and not _ends_with_newline(path):
         line = "\n" + line
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -99,17 +93,22 @@ def append_row(root: Path, folder: Path, row: dict[str, Any]) -> dict[str, Any]:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    return row
 
 
-def read_row(folder: Path) -> dict[str, Any] | None:
+def read_row(folder: Path) -> CellRow | None:
     """The row of one cell; None where it is not finished or its row is damaged."""
-    row = _parsed(_text(folder / CELL_FILE))
-    return row if row is not None and _row_error(row) is None else None
+    columns = _parsed(_text(folder / CellRow.file))
+    return _record(columns) if columns is not None and _row_error(columns) is None else None
 
 
-def read_lines(path: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
+def read_lines(path: Path) -> tuple[dict[str, CellRow], list[str]]:
     """The rows of a results file by cell, the last of each, and notes about lines that are none."""
+    rows, notes = _columns_of_lines(path)
+    return {name: _record(columns) for name, columns in rows.items()}, notes
+
+
+def _columns_of_lines(path: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """What `read_lines` returns, with the columns as they stand there."""
     rows: dict[str, dict[str, Any]] = {}
     notes = []
     lines = _text(path).split("\n")
@@ -128,7 +127,7 @@ def read_lines(path: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
     return rows, notes
 
 
-def collect(root: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
+def collect(root: Path) -> tuple[dict[str, CellRow], list[str]]:
     """All rows by cell, and notes about repairs.
 
     An intact line takes precedence over the row in its cell's folder. The file is rewritten where it lacks a row, holds
@@ -137,9 +136,9 @@ def collect(root: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
     Args:
         root: Of the comparison.
     """
-    rows, notes = read_lines(root / FILE)
+    rows, notes = _columns_of_lines(root / FILE)
     merged = dict(rows)
-    for path in sorted((root / "cells").rglob(CELL_FILE)):
+    for path in sorted((root / "cells").rglob(CellRow.file)):
         name = path.parent.relative_to(root / "cells").as_posix()
         row = _parsed(_text(path))
         error = "is no row of a comparison" if row is None else _row_error(row)
@@ -159,7 +158,7 @@ def collect(root: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
         with cell_lock(root / LOCKS, FILE) as is_acquired:
             if is_acquired:  # else another process is writing it
                 _write(root / FILE, merged.values())
-    return merged, notes
+    return {name: _record(columns) for name, columns in merged.items()}, notes
 
 
 def drop_failed(root: Path) -> list[str]:
@@ -175,7 +174,7 @@ def drop_failed(root: Path) -> list[str]:
         TimeoutError: Another process is writing the file.
     """
     rows, _ = collect(root)
-    failed = [name for name, row in rows.items() if row["status"] == "failed"]
+    failed = [name for name, row in rows.items() if row.status == "failed"]
     if failed:
         with cell_lock(root / LOCKS, FILE, timeout_s=_WRITE_WAIT_S) as is_acquired:
             if not is_acquired:
@@ -184,8 +183,8 @@ def drop_failed(root: Path) -> list[str]:
                     "then start again"
                 )
             for name in failed:
-                (root / "cells" / name / CELL_FILE).unlink(missing_ok=True)
-            kept, _ = read_lines(root / FILE)  # with what other processes have added meanwhile
+                (root / "cells" / name / CellRow.file).unlink(missing_ok=True)
+            kept, _ = _columns_of_lines(root / FILE)  # with what other processes have added meanwhile
             _write(root / FILE, [row for name, row in kept.items() if name not in failed])
     return failed
 
@@ -197,7 +196,7 @@ def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def _parsed(text: str) -> dict[str, Any] | None:
-    """A row out of JSON; None where the text is none."""
+    """The columns of a row out of JSON; None where the text is none."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -206,23 +205,26 @@ def _parsed(text: str) -> dict[str, Any] | None:
     return value if has_all else None
 
 
-def _row_error(row: Mapping[str, Any]) -> str | None:
-    """What is wrong with a row, to follow its file's name; None if it can be used.
+def _record(columns: dict[str, Any]) -> CellRow:
+    """The row that columns are."""
+    return record_from(CellRow, CellRow.decoded(columns))
+
+
+def _row_error(row: dict[str, Any]) -> str | None:
+    """What is wrong with the columns of a row, to follow its file's name; None if it can be used.
 
     The name of a cell becomes a path below the comparison's folder, so that it must be one that leads nowhere else.
     """
     name = row["cell"]
     if not isinstance(name, str) or _CELL_NAME.fullmatch(name) is None:
         return f"names the cell {name!r}, which must be a path such as 'digits/lora-8/seed-0' below the comparison"
-    if DIGEST in row and row[DIGEST] != _digest(row):
-        return f"was changed after it was written (the {DIGEST} of {name!r} differs)"
+    if not is_intact(row):
+        return f"was changed after it was written (the {SEAL} of {name!r} differs)"
+    try:
+        _record(row)
+    except ValueError as error:
+        return f"is no row of a comparison: {error}"
     return None
-
-
-def _digest(row: Mapping[str, Any]) -> str:
-    """SHA-256 of all columns but the digest, in the order of their names."""
-    columns = json.loads(json.dumps({key: value for key, value in row.items() if key != DIGEST}))  # as read again
-    return hashlib.sha256(json.dumps(columns, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def _text(path: Path) -> str:

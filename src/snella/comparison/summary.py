@@ -22,6 +22,7 @@ from snella.comparison.statistics import (
     mean_over_tasks,
     spread,
 )
+from snella.records import CellRow
 from snella.runs.console import counted, print_line
 
 COSTS = (
@@ -78,7 +79,7 @@ class Summary:
     reference: str
     finals: int
     expected: int
-    failed: list[Mapping[str, Any]]
+    failed: list[CellRow]
     metrics: Mapping[str, str]
 
     @property
@@ -105,15 +106,15 @@ def summarize(experiment: Experiment, rows: Rows) -> Summary:
         rows: All rows; those of other methods and tasks are left out.
     """
     names, task_names = [m.name for m in experiment.methods], [d.name for d in experiment.data]
-    rows = [row for row in rows if row["experiment_name"] in names and row["task_name"] in task_names]
+    rows = [row for row in rows if row.experiment_name in names and row.task_name in task_names]
     finals = final_rows(rows)
-    seen = {row["task_name"] for row in finals}
+    seen = {row.task_name for row in finals}
     data = [entry for entry in experiment.data if entry.name in seen]
     tasks = [entry.name for entry in data]
     groups: dict[str, list[str]] = {}
     for entry in data:
         groups.setdefault(entry.group, []).append(entry.name)
-    failed = [row for row in rows if row["status"] == "failed"]
+    failed = [row for row in rows if row.status == "failed"]
     reference = experiment.reference_name
     metrics = {f"test_{metric}": title for metric, title in experiment.measures.items()}
     return Summary(
@@ -134,13 +135,13 @@ def _line(
     tasks: list[str],
     groups: dict[str, list[str]],
     reference: str,
-    failed: list[Mapping[str, Any]],
+    failed: list[CellRow],
     metrics: Sequence[str],
 ) -> MethodSummary:
     """The numbers of one method."""
     is_reference = name == reference
-    own = [row for row in rows if row["experiment_name"] == name]
-    on_edge = {row["task_name"] for row in own if (row.get("search") or {}).get("lr_on_edge")}
+    own = [row for row in rows if row.experiment_name == name]
+    on_edge = {row.task_name for row in own if row.search and row.search.lr_on_edge}
     return MethodSummary(
         name,
         {metric: {task: spread(rows, name, task, metric) for task in tasks} for metric in metrics},
@@ -150,7 +151,7 @@ def _line(
         {task: None if is_reference else difference(rows, name, reference, [task], metrics[0]) for task in tasks},
         {column: average(rows, name, column) for column in COSTS},
         len(on_edge),
-        sum(row["experiment_name"] == name for row in failed),
+        sum(row.experiment_name == name for row in failed),
     )
 
 
@@ -300,7 +301,7 @@ def print_summary(console: Console, experiment: Experiment, rows: Rows) -> None:
     print_line(console, recommendation_text(summary))
     print_line(console, caption(summary))
     for row in summary.failed:
-        print_line(console, f"FAILED {row['cell']}: {row['error']}")
+        print_line(console, f"FAILED {row.cell}: {row.error}")
     if summary.failed:
         print_line(console, "--retry-failed trains failed runs again")
 

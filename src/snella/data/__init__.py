@@ -1,6 +1,7 @@
 """Data: folders and tables of images and the real data sets that ship inside packages, split and ready for training."""
 
-from snella.data.datasets import Annotations, ImageDataset, MaskDataset, read_image
+from snella.data.datasets import Annotations, ImageDataset, MaskDataset
+from snella.data.images import read_image
 from snella.data.load import (
     DataSplits,
     data_folder,

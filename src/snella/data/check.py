@@ -11,9 +11,10 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from snella.data.benchmarks import BenchmarkFamily, Inspection
-from snella.data.datasets import CachedImages, ImageDataset, ImageFacts, MaskDataset, broken_images
+from snella.data.datasets import CachedImages, ImageDataset, MaskDataset, broken_images
 from snella.data.fgvc import FGVC, FGVC_DATASETS
 from snella.data.folder import listed
+from snella.data.images import ImageFacts
 from snella.data.load import DataSplits, load_data, repeated_images
 from snella.data.table import TargetKind
 from snella.data.vtab import VTAB, VTAB_TASKS

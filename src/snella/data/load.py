@@ -23,20 +23,11 @@ from snella.data.bundled import (
     load_stamps,
 )
 from snella.data.collection import Collection, Protocol
-from snella.data.datasets import (
-    FULL_WHITE,
-    RGB,
-    CachedImages,
-    FileImages,
-    ImageDataset,
-    ImageFacts,
-    Reading,
-    Target,
-    joined,
-)
+from snella.data.datasets import CachedImages, FileImages, ImageDataset, Target, joined
 from snella.data.fgvc import FGVC, load_fgvc
 from snella.data.folder import listed, load_folder
 from snella.data.hub import PYTHON_PREFIX, from_python, load_hf, load_wds
+from snella.data.images import FULL_WHITE, RGB, ImageFacts, Reading
 from snella.data.masks import load_kvasir, load_masks
 from snella.data.splits import fold_split, grouped_split, stratified_sample, stratified_split
 from snella.data.table import Columns, TargetKind, load_table

@@ -11,17 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from snella.data.collection import Collection
-from snella.data.datasets import (
-    IMAGE_SUFFIXES,
-    THRESHOLD,
-    FileImages,
-    FileMasks,
-    ImageDataset,
-    MaskDataset,
-    read_image,
-    read_label_map,
-)
+from snella.data.datasets import FileImages, FileMasks, ImageDataset, MaskDataset
 from snella.data.folder import existing_folder, listed
+from snella.data.images import IMAGE_SUFFIXES, THRESHOLD, read_image, read_label_map
 
 _OVERLAP_THREADS = 4  # decoding and hashing release the interpreter lock
 _SHOWN = 3

@@ -13,8 +13,9 @@ from typing import Any, Literal
 import numpy as np
 
 from snella.data.collection import Collection
-from snella.data.datasets import RGB, Annotations, CachedImages, FileImages, ImageDataset, Reading, Target, broken_rows
+from snella.data.datasets import Annotations, CachedImages, FileImages, ImageDataset, Target, broken_rows
 from snella.data.folder import PARTS, listed
+from snella.data.images import RGB, Reading
 
 __all__ = [
     "TABLE_SUFFIXES",

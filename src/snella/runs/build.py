@@ -26,7 +26,7 @@ from snella.data import (
     split_spec,
     with_class_order,
 )
-from snella.data.datasets import FULL_WHITE, Reading
+from snella.data.images import FULL_WHITE, Reading
 from snella.data.table import TABLE_SUFFIXES
 from snella.methods import SelectionData, build_method, find_method, load_trained, load_trained_into, save_trained
 from snella.methods.model_parts import find_head

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 
 from snella.data import read_image, split_spec
-from snella.data.datasets import DECODING_ERRORS, IMAGE_SUFFIXES, RGB, Reading, decode_image, is_image, to_channels
+from snella.data.images import DECODING_ERRORS, IMAGE_SUFFIXES, RGB, Reading, decode_image, is_image, to_channels
 from snella.data.table import TABLE_SUFFIXES, Columns, table_paths
 
 __all__ = ["ImageInput", "expand", "near_name", "new_files", "read_input", "separate"]

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from snella.cli.main import main
-from snella.data.datasets import read_image
+from snella.data.images import read_image
 from snella.recipes.dreambooth import DreamBoothConfig, evaluate_generation, mean_cosine, personalize, vendi_score
 from snella.recipes.dreambooth.evaluate import ClipEmbedder, DinoEmbedder, find_runs, score_images
 from snella.recipes.dreambooth.generate import GeneratedImage, generate, load_generator, select_prompts

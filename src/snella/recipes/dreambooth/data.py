@@ -9,8 +9,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from snella.data.datasets import IMAGE_SUFFIXES, broken_images, read_image
+from snella.data.datasets import broken_images
 from snella.data.folder import existing_folder, listed
+from snella.data.images import IMAGE_SUFFIXES, read_image
 
 LIVE_CLASSES = ("cat", "dog")
 """Classes of DreamBooth's live subjects, which have a list of prompts of their own."""

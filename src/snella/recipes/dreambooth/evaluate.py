@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, Dinov2Model
 
 from snella.backbones.create import cache_only_if_unreachable
-from snella.data.datasets import read_image
+from snella.data.images import read_image
 from snella.recipes.dreambooth.config import DreamBoothConfig, DreamBoothFolder
 from snella.recipes.dreambooth.data import PROMPT_FILE, PromptFile, fill, load_concept, read_prompt_file
 from snella.recipes.dreambooth.generate import GeneratedImage, generate_images, load_generator

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import device as torch_device
 
 from snella._files import write_bytes, write_json
-from snella.data.datasets import IMAGE_SUFFIXES
+from snella.data.images import IMAGE_SUFFIXES
 from snella.methods import load_trained
 from snella.recipes.dreambooth.config import DreamBoothConfig, DreamBoothFolder
 from snella.recipes.dreambooth.data import fill, read_prompt_file
