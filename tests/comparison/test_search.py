@@ -4,9 +4,8 @@ from dataclasses import asdict
 
 import pytest
 
-from snella.comparison.cells import Cell, tuned_settings
+from snella.comparison.cells import Cell, Plan, tuned_settings
 from snella.comparison.experiment import Grid
-from snella.comparison.plan import Plan
 from snella.comparison.search import Candidate, Choice, TuningResult, next_tuning_runs
 from snella.methods import METHODS, build_method
 from snella.methods.model_parts import is_inside

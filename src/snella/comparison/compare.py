@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from snella._text import seconds_text
 from snella.backbones import create_backbone
 from snella.comparison import CellsFailedError
-from snella.comparison.cells import Cell
+from snella.comparison.cells import BlockedRun, Cell, Plan
 from snella.comparison.executors import Executor, InProcesses, InThisProcess, OnRay, import_ray
 from snella.comparison.experiment import (
     FILE,
@@ -27,7 +27,6 @@ from snella.comparison.experiment import (
     make_config,
 )
 from snella.comparison.experiment_files import read_experiment
-from snella.comparison.plan import BlockedRun, Plan
 from snella.comparison.report import print_paper_comparison, print_paper_orderings, write_markdown, write_page
 from snella.comparison.run_cell import probe_images, record_crash
 from snella.comparison.search import Candidate

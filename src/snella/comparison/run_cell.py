@@ -24,15 +24,15 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from snella._files import write_json
-from snella.comparison.cells import Cell, package_info, read_results, row_header, system_info, tuning_result
-from snella.comparison.experiment import Experiment
+from snella.comparison.cells import Cell, git_state, package_info, system_info, tuned_settings, tuning_result
+from snella.comparison.experiment import MEASURES, Experiment
 from snella.comparison.store import LOCKS, append_row, cell_lock, read_row, remove_lock
 from snella.data import ImageDataset, build_transform, load_data
 from snella.data.splits import stratified_sample
-from snella.methods import build_method, merge_trained, spec_of
+from snella.methods import build_method, find_method, merge_trained, parse_method, spec_of
 from snella.methods.defaults import PROBE_METHOD
 from snella.methods.model_parts import is_inside
-from snella.records import CellRow, Metrics, plain, read, scores_from
+from snella.records import CellResults, CellRow, Metrics, RunInfo, SplitScores, plain, read, scores_from
 from snella.runs import RunFolder, TrainingInterrupted, load_run
 from snella.runs.build import make_backbone
 from snella.runs.evaluate import evaluate
@@ -154,6 +154,78 @@ def probe_images(data: str, images: int) -> tuple[list[ImageDataset], NDArray[np
             f"raise forgetting_images ({images}) or name other data"
         )
     return parts, found
+
+
+def row_header(cell: Cell, experiment: Experiment, created_at: str) -> dict[str, Any]:
+    """The fields of a `CellRow` that are known before training."""
+    rates = tuned_settings(experiment, cell.data, cell.method, cell.candidate)
+    peft_type = find_method(cell.method.method).peft_type or parse_method(cell.method.method)[0].upper()
+    packages = package_info()
+    return {
+        "cell": cell.name,
+        "purpose": "final" if cell.is_final else "trial",
+        "metric": experiment.metric,
+        "task_name": cell.data.name,
+        "group": cell.data.group,
+        "experiment_name": cell.method.name,
+        "comparison": experiment.name,
+        "method": cell.method.method,
+        "peft_type": peft_type,
+        "model_id": experiment.backbone,
+        "seed": cell.seed,
+        "lr_factor": cell.candidate.lr_factor,
+        "tried_weight_decay": cell.candidate.weight_decay,
+        **rates,
+        "search": cell.search,
+        "train_config": cell.config(experiment, cell.name).stored(),
+        **{f"{name}_version": packages[f"{name}-version"] for name in ("peft", "transformers", "torch", "snella")},
+        "git_dirty": git_state()[1],
+        "package_info": packages,
+        "system_info": system_info(),
+        "created_at": created_at,
+    }
+
+
+def read_results(run: RunFolder) -> CellResults:
+    """What the files of a finished run say."""
+    metrics, data = read(Metrics, run.path), read(RunInfo, run.path).data
+    best = next(row for row in metrics.history if row.epoch == metrics.adapter_epoch)
+    return CellResults(
+        peft_config=_adapter_config(run.adapter),
+        num_trainable_params=metrics.trainable_parameters,
+        adapted_weights=metrics.adapted_weights,
+        kept_weights=best.budget,
+        file_size=metrics.adapter_bytes,
+        train_time=metrics.train_s,
+        step_time=metrics.step_s,
+        accelerator_memory_max=metrics.accelerator_memory_max,
+        accelerator_memory_reserved_avg=metrics.accelerator_memory_reserved_avg,
+        accelerator_memory_reserved_99th=metrics.accelerator_memory_reserved_99th,
+        train_loss=best.train_loss,
+        train_samples=len(metrics.history) * data.sizes["train"],
+        epochs=len(metrics.history),
+        best_epoch=metrics.best_epoch,
+        protocol=metrics.protocol,
+        selected_on=metrics.selected_on,
+        ema=metrics.ema,
+        val=_scores(metrics.val),
+        test=_scores(metrics.test),
+        sizes=data.sizes,
+        split=data.digest,
+    )
+
+
+def _scores(scores: SplitScores | None) -> dict[str, float | None]:
+    """The scores of one split by name; None for what its task does not measure."""
+    of_tasks = [name for measures in MEASURES.values() for name in measures if hasattr(scores, name)]
+    names = dict.fromkeys(("accuracy", "balanced_accuracy", "loss", *of_tasks))
+    return {name: getattr(scores, name, None) for name in names}
+
+
+def _adapter_config(adapter: Path) -> dict[str, Any] | None:
+    """PEFT's configuration of an adapter; None for methods outside PEFT."""
+    path = adapter / "adapter_config.json"
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def finish_tuning_run(root: Path, experiment: Experiment, cell: Cell, folder: Path) -> CellRow | None:
