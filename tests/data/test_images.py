@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from snella.data import ImageDataset, images, load_data, read_image
-from snella.data.datasets import FileImages, broken_images, broken_rows
+from snella.data.datasets import FileImages, broken_images, broken_rows, watched_reading
 from snella.data.images import IMAGE_SUFFIXES, Reading, to_rgb
 from snella.data.load import near_copies
 
@@ -113,7 +113,7 @@ def test_the_first_decoding_can_be_watched(tmp_path):
 
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "b.jpg").write_bytes(b"")
-    with images.watched_reading(watch):
+    with watched_reading(watch):
         assert broken_images([tmp_path / "a.png", tmp_path / "b.jpg"]) == {1: "the file is empty"}
     assert seen == [(None, 2), ("the file is empty", 2)]
     assert broken_images([tmp_path / "a.png"]) == {} and len(seen) == 2

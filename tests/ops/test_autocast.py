@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from snella.ops import effective_weight
-from snella.ops.backends.torch import TorchBackend
+from snella.ops.backends.base import TorchBackend
 from snella.ops.functional import compute_effective_weight, sparsify_update
 from snella.ops.kernels import KERNELS
 

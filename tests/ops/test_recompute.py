@@ -5,8 +5,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from snella.ops.autograd import RecomputeCache
+from snella.ops.backends.base import TorchBackend
 from snella.ops.backends.numba.backend import NumbaBackend
-from snella.ops.backends.torch import TorchBackend
 from snella.ops.functional import adapted_layer
 
 from .problems import make_problem

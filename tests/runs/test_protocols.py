@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from snella.cli.main import main
 from snella.data import load_data
-from snella.data.collection import Protocol
+from snella.data.load import Protocol
 from snella.report import inspect_run
 from snella.runs import RunFolder, TrainConfig, TrainingInterrupted, load_run
 from snella.runs.evaluate import evaluate

@@ -16,8 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from snella import SnellaConfig
 from snella.ops import spec
+from snella.ops.backends.base import TorchBackend
 from snella.ops.backends.numba import backend as numba_backend
-from snella.ops.backends.torch import TorchBackend
 from snella.tuner import adapted_matrices
 from snella.tuner.cache import LayerCache
 from snella.tuner.layer import SnellaLayer

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from snella.data.collection import Collection
-from snella.data.datasets import ArrayImages, ArrayMasks, FileImages, ImageDataset, MaskDataset
+from snella.data.datasets import ArrayImages, ArrayMasks, Collection, FileImages, ImageDataset, MaskDataset
 from snella.data.masks import MASK_STRATA
 
 _HEADER_BYTES = 348

@@ -1,4 +1,4 @@
-"""Torch data sets of labeled images; augmentation does not depend on workers, prefetching or resuming."""
+"""Torch data sets of labeled images, whose augmentation depends on seed, epoch and image alone; collections of them."""
 
 import hashlib
 import os
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -527,11 +527,55 @@ def joined(first: ImageDataset, second: ImageDataset) -> ImageDataset:
     return ImageDataset(source, rows, labels, names, seed=first.seed, annotations=annotations)
 
 
+@dataclass
+class Collection:
+    """Images with their classes, in the parts that the data itself has.
+
+    Attributes:
+        name: Short name of the data.
+        classes: Class names by index.
+        train: All images where the data has no parts.
+        val: Validation part, if the data has one.
+        test: Test part, if the data has one.
+        has_parts: Whether the data is divided by itself; then no test part is split off.
+        notes: What a user should know: files left out, choices made, licenses.
+        strata: Names of the images' labels where these are not the classes: images with masks have a class a pixel.
+        is_resized_whole: Whether images are resized as a whole, where others have their center cut out.
+        official_joins_val: Whether the authors' scripts learn from the validation part too.
+        broken: Why images were left out, by name.
+    """
+
+    name: str
+    classes: list[str]
+    train: ImageDataset
+    val: ImageDataset | None = None
+    test: ImageDataset | None = None
+    has_parts: bool = False
+    notes: list[str] = field(default_factory=list)
+    strata: list[str] | None = None
+    is_resized_whole: bool = False
+    official_joins_val: bool = False
+    broken: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def label_names(self) -> list[str]:
+        """Names of the images' labels, which splits are stratified by."""
+        return self.classes if self.strata is None else self.strata
+
+    def parts(self) -> Iterator[tuple[str, ImageDataset]]:
+        """The parts that there are, by name."""
+        for name in ("train", "val", "test"):
+            part = getattr(self, name)
+            if part is not None:
+                yield name, part
+
+
 __all__ = [
     "Annotations",
     "ArrayImages",
     "ArrayMasks",
     "CachedImages",
+    "Collection",
     "FileImages",
     "FileMasks",
     "ImageDataset",

@@ -14,7 +14,7 @@ from snella.data.benchmarks import (
     file_errors,
     overlap_errors,
 )
-from snella.data.collection import Collection
+from snella.data.datasets import Collection
 from snella.data.folder import listed
 
 __all__ = ["FGVC", "FGVC_DATASETS", "FgvcDataset", "inspect_fgvc", "load_fgvc"]

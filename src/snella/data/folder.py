@@ -6,8 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from snella.data.collection import Collection
-from snella.data.datasets import FileImages, ImageDataset, broken_rows
+from snella.data.datasets import Collection, FileImages, ImageDataset, broken_rows
 from snella.data.images import HEIC_HINT, IMAGE_SUFFIXES, RGB, Reading, is_heic, is_image
 
 __all__ = ["PARTS", "existing_folder", "listed", "load_folder"]

@@ -13,8 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from snella.data.collection import Collection
-from snella.data.datasets import CachedImages
+from snella.data.datasets import CachedImages, Collection
 from snella.data.folder import PARTS, listed
 from snella.data.images import RGB, Reading, decode_image, to_channels
 from snella.data.table import Columns, Samples, TargetKind, collection_of

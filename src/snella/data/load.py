@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -22,8 +22,7 @@ from snella.data.bundled import (
     load_mri_regions,
     load_stamps,
 )
-from snella.data.collection import Collection, Protocol
-from snella.data.datasets import CachedImages, FileImages, ImageDataset, Target, joined
+from snella.data.datasets import CachedImages, Collection, FileImages, ImageDataset, Target, joined
 from snella.data.fgvc import FGVC, load_fgvc
 from snella.data.folder import listed, load_folder
 from snella.data.hub import PYTHON_PREFIX, from_python, load_hf, load_wds
@@ -66,6 +65,10 @@ _FAMILIES: dict[str, Callable[[], Collection]] = {
     "mri-lobes": load_mri_lobes,
     "mri-regions": load_mri_regions,
 }
+
+
+Protocol = Literal["standard", "final", "official"]
+"""Which images are trained on and which choose the best epoch; see `load_data`."""
 
 
 @dataclass

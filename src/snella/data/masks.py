@@ -10,8 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from snella.data.collection import Collection
-from snella.data.datasets import FileImages, FileMasks, ImageDataset, MaskDataset
+from snella.data.datasets import Collection, FileImages, FileMasks, ImageDataset, MaskDataset
 from snella.data.folder import existing_folder, listed
 from snella.data.images import IMAGE_SUFFIXES, THRESHOLD, read_image, read_label_map
 

@@ -12,8 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from snella.data.collection import Collection
-from snella.data.datasets import Annotations, CachedImages, FileImages, ImageDataset, Target, broken_rows
+from snella.data.datasets import Annotations, CachedImages, Collection, FileImages, ImageDataset, Target, broken_rows
 from snella.data.folder import PARTS, listed
 from snella.data.images import RGB, Reading
 

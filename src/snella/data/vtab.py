@@ -12,7 +12,7 @@ from snella.data.benchmarks import (
     file_errors,
     overlap_errors,
 )
-from snella.data.collection import Collection
+from snella.data.datasets import Collection
 from snella.data.folder import listed
 
 __all__ = ["VTAB", "VTAB_TASKS", "VtabTask", "inspect_vtab", "load_vtab"]

@@ -37,8 +37,8 @@ from snella.records import (
 )
 from snella.report import figures, targets
 from snella.report.allocation import adapter_budgets, adapter_step, arrange, epochs_of_allocation, has_importance
-from snella.report.calibration import calibration_section, ranking_section
 from snella.report.examples import ImageSource, choose_examples, load_example, load_picture, mask_colors, picture_uri
+from snella.report.figures import calibration_section, ranking_section
 from snella.report.inspect import AdapterFile, read_adapter, saved_budgets
 from snella.report.style import write_atomically
 

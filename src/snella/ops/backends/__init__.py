@@ -60,7 +60,7 @@ def get_backend(name: str) -> Backend:
         from snella.ops.backends.triton.backend import TritonBackend
 
         return TritonBackend()
-    from snella.ops.backends.torch import TorchBackend
+    from snella.ops.backends.base import TorchBackend
 
     return TorchBackend()
 

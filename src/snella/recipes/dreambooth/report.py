@@ -20,8 +20,7 @@ from snella.recipes.dreambooth.generate import MANIFEST
 from snella.records import Allocation, LossRow, Metrics, RunInfo, read, read_if_present
 from snella.report.allocation import adapter_budgets
 from snella.report.examples import picture_uri
-from snella.report.generator_runs import read_learning_curve
-from snella.report.inspect import read_adapter, saved_budgets
+from snella.report.inspect import read_adapter, read_learning_curve, saved_budgets
 from snella.report.report import allocation_section
 from snella.report.style import ACCENT, CURVE, MUTED, add_legend, inline_svg, new_figure, write_atomically
 
