@@ -1,9 +1,12 @@
-"""Tasks: batches, models, losses, metrics and results of classification, numbers and segmentation."""
+"""Tasks by the names of `--task`: batches, models, losses, metrics and results of classes, numbers and masks."""
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
 
 from snella.tasks.classification import ClassificationTask
 from snella.tasks.multilabel import MultiLabelTask
 from snella.tasks.ordinal import OrdinalTask
-from snella.tasks.registry import create_task, task_class, task_names
 from snella.tasks.regression import RegressionTask
 from snella.tasks.segmentation import SegmentationTask
 from snella.tasks.task import ResultTable, Task, check_monitor
@@ -21,3 +24,39 @@ __all__ = [
     "task_class",
     "task_names",
 ]
+
+_TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (ClassificationTask, MultiLabelTask, OrdinalTask, RegressionTask, SegmentationTask)
+}
+
+
+def task_names() -> list[str]:
+    """Names that `task_class` knows."""
+    return list(_TASKS)
+
+
+def task_class(name: str) -> type[Task]:
+    """The class of a task.
+
+    Raises:
+        ValueError: No such task; the nearest is given.
+    """
+    if name not in _TASKS:
+        near = difflib.get_close_matches(name, _TASKS, n=1)
+        hint = f"; nearest: {near[0]}" if near else ""
+        raise ValueError(f"task must be one of {', '.join(_TASKS)}, got {name!r}{hint}")
+    return _TASKS[name]
+
+
+def create_task(name: str, classes: Sequence[str], **settings: Any) -> Task:
+    """Make a task for some classes.
+
+    Args:
+        name: One of `task_names()`.
+        classes: Names by number, of a regression those of its numbers.
+        **settings: Settings of a run, or the state of a finished one; the task takes its own.
+
+    Raises:
+        ValueError: No such task, or values that it refuses.
+    """
+    return task_class(name).create(classes, **settings)

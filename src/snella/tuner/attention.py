@@ -13,15 +13,8 @@ from torch.func import functional_call
 
 from snella.ops.spec import LayerOp
 from snella.tuner.config import SnellaConfig
-from snella.tuner.layer import (
-    SnellaLayer,
-    call_inside_hooks,
-    has_hooks,
-    hook_dicts,
-    is_hooked_in_graph,
-    onloaded,
-    refuse_tracing,
-)
+from snella.tuner.hooks import call_inside_hooks, has_hooks, hook_dicts, is_hooked_in_graph, onloaded
+from snella.tuner.layer import SnellaLayer, refuse_tracing
 
 _INPUTS = ("in_proj",)
 _SEPARATE_INPUTS = ("q_proj", "k_proj", "v_proj")

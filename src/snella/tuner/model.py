@@ -22,7 +22,8 @@ from snella.ops.recompute import mark_outputs, unmark_outputs
 from snella.tuner.attention import AdaptedAttention, Projection, input_projections, is_adaptable, keep_off_fast_path
 from snella.tuner.cache import check_after_step
 from snella.tuner.config import SnellaConfig
-from snella.tuner.layer import SnellaLayer, onloaded
+from snella.tuner.hooks import onloaded
+from snella.tuner.layer import SnellaLayer
 from snella.tuner.quantization import one_warning
 from snella.tuner.targets import (
     all_linear_names,

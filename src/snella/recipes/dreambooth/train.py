@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
@@ -142,11 +140,6 @@ def log_summary(
         ("optimizer", optimizer),
     ]
     print_rows(console, rows)
-
-
-def _finite(value: Any) -> Any:
-    """None in place of a number that JSON lacks."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def personalize(config: DreamBoothConfig, console: Console | None = None) -> DreamBoothFolder:
