@@ -1,7 +1,7 @@
 """Image classification: batches of (image, label), cross entropy and its variants, accuracies."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -245,22 +245,9 @@ class ClassificationTask(Task):
         """All classes with their probabilities, the likeliest first."""
         return image_outputs.class_predictions(classes, paths, self.probabilities(outputs))
 
-    @staticmethod
-    def check_output(out: str | Path | None, top_k: int | None, *, overwrite: bool) -> None:
-        """As `check_output` of `snella.tasks.predictions`."""
-        image_outputs.check_output(out, top_k, overwrite=overwrite)
-
-    @staticmethod
-    def write_predictions(
-        predictions: Iterable[Any], out: str | Path, top_k: int | None = None, *, overwrite: bool = False
-    ) -> Path:
-        """Write a CSV file."""
-        return image_outputs.write_predictions(predictions, out, top_k, overwrite=overwrite)
-
-    @staticmethod
-    def prediction_text(prediction: Any, top_k: int | None) -> str:
-        """As `class_text` of `snella.tasks.predictions`."""
-        return image_outputs.class_text(prediction, top_k)
+    check_output = staticmethod(image_outputs.check_output)
+    write_predictions = staticmethod(image_outputs.write_predictions)
+    prediction_text = staticmethod(image_outputs.class_text)
 
 
 def class_scores(truth: np.ndarray, predicted: np.ndarray, num_classes: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from snella.records import Predictions
 from snella.tasks import predictions as image_outputs
 from snella.tasks.classification import ClassificationTask, class_scores, fit_probe
 from snella.tasks.losses import corn, corn_probabilities, full_precision, weighted_mean
-from snella.tasks.task import ClassWeights, ResultTable
+from snella.tasks.task import ClassWeights
 
 __all__ = ["OrdinalTask", "rank_order"]
 
@@ -210,10 +210,6 @@ class OrdinalTask(ClassificationTask):
             f"MAE {scores['mae']:.4f} ranks, quadratic weighted kappa {scores['kappa']:.4f}, "
             f"{super().result_text(scores)}"
         )
-
-    def result_table(self, scores: Mapping[str, Any], classes: Sequence[str]) -> ResultTable:
-        """The confusion matrix, the lowest class first."""
-        return super().result_table(scores, classes)
 
     def image_predictions(
         self, classes: Sequence[str], paths: Sequence[Path], images: Sequence[Image.Image], outputs: Tensor

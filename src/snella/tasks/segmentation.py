@@ -1,7 +1,7 @@
 """Semantic segmentation: batches of (image, mask), cross entropy and overlap, Dice and IoU."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -406,22 +406,9 @@ class SegmentationTask(Task):
         """The mask of each image, at its own size."""
         return image_outputs.mask_predictions(classes, paths, images, outputs)
 
-    @staticmethod
-    def check_output(out: str | Path | None, top_k: int | None, *, overwrite: bool) -> None:
-        """As `check_mask_output` of `snella.tasks.predictions`."""
-        image_outputs.check_mask_output(out, top_k, overwrite=overwrite)
-
-    @staticmethod
-    def write_predictions(
-        predictions: Iterable[Any], out: str | Path, top_k: int | None = None, *, overwrite: bool = False
-    ) -> Path:
-        """Write masks and overlays."""
-        return image_outputs.write_mask_predictions(predictions, out, top_k, overwrite=overwrite)
-
-    @staticmethod
-    def prediction_text(prediction: Any, top_k: int | None) -> str:
-        """As `mask_text` of `snella.tasks.predictions`."""
-        return image_outputs.mask_text(prediction, top_k)
+    check_output = staticmethod(image_outputs.check_mask_output)
+    write_predictions = staticmethod(image_outputs.write_mask_predictions)
+    prediction_text = staticmethod(image_outputs.mask_text)
 
     def _losses(self, outputs: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
         """The loss of each image, `[batch]`."""
