@@ -41,23 +41,9 @@ def predict_to_files(
     skip_corrupt: bool = False,
     device: str = "auto",
 ) -> None:
-    """Predict images and print or write what is said about them; what `snella predict` does.
+    """Predict images and print or write what is said about them: `snella predict`, whose help explains the arguments.
 
-    Args:
-        run: Folder of the run.
-        images: As `snella.runs.image_inputs.expand` takes them.
-        out: A CSV file, or a folder of masks; None prints a line an image.
-        overwrite: Replace existing files.
-        top_k: Number of classes for each image.
-        features: File for the features too: .npz, .npy or .parquet.
-        watch: Continue with images that appear in the folders among `images`, until Ctrl-C. Rows are appended to `out`
-            as they come, and images that it holds already are not predicted again.
-        tta: Views of an image whose probabilities are averaged.
-        unsure: Probability below which a prediction counts as unsure, or `auto`.
-        batch_size: Images at a time.
-        columns: Column of the paths in a table, `path=file`; if not given, the usual names or the run's own.
-        skip_corrupt: Leave out images that cannot be read; watching always does.
-        device: auto, cpu or cuda.
+    Watching always leaves out images that cannot be read, and predicts none again that `out` holds already.
 
     Raises:
         FileExistsError: An output exists.

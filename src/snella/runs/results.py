@@ -18,7 +18,7 @@ from torch import nn
 
 from snella import SnellaCallback, SnellaConfig
 from snella.methods import method_of
-from snella.records import Allocation, AllocationStep, DataInfo, MatrixInfo, RunInfo
+from snella.records import Allocation, AllocationStep, DataInfo, GeneratorMetrics, MatrixInfo, RunInfo
 from snella.runs.build import PARTS, RunComponents, absolute_folder, contents_of, split_sizes, splits_digest
 from snella.runs.config import SCHEDULE_END, TrainConfig, command_line
 from snella.runs.console import counted, print_rows
@@ -111,6 +111,24 @@ def describe_allocation(model: nn.Module, callback: SnellaCallback) -> Allocatio
             for m in matrices_of(model)
         ],
         history=[AllocationStep(**entry) for entry in allocator.history],
+    )
+
+
+def describe_generator(model: nn.Module, adapter: Path, **measured: Any) -> GeneratorMetrics:
+    """What training a generator has cost, and its losses.
+
+    Args:
+        model: The trained model.
+        adapter: Folder of what was saved of it.
+        **measured: The fields of `GeneratorMetrics` that only its recipe knows.
+    """
+    matrices = matrices_of(model)
+    return GeneratorMetrics(
+        trainable_parameters=trainable_parameters(model),
+        adapted_weights=sum(m.size for m in matrices) if matrices else None,
+        adapter_bytes=folder_bytes(adapter),
+        peak_rss_mib=peak_rss_mib(),
+        **measured,
     )
 
 

@@ -25,9 +25,8 @@ from snella.runs.config import command_line
 from snella.runs.console import counted, make_console, print_line, print_rows
 from snella.runs.results import (
     describe_allocation,
-    folder_bytes,
+    describe_generator,
     matrices_of,
-    peak_rss_mib,
     sparsity_summary,
     trainable_parameters,
     versions_of,
@@ -102,14 +101,11 @@ def describe_run(config: DreamBoothConfig, concept: Concept) -> RunInfo:
 
 def describe_metrics(trainer: DreamBoothTrainer) -> GeneratorMetrics:
     """Losses and costs."""
-    matrices = matrices_of(trainer.model)
     peak = torch.cuda.max_memory_allocated(trainer.device) / 2**20 if trainer.device.type == "cuda" else None
-    return GeneratorMetrics(
+    return describe_generator(
+        trainer.model,
+        trainer.run_folder.adapter,
         train_s=round(trainer.elapsed_s, 3),
-        trainable_parameters=trainable_parameters(trainer.model),
-        adapted_weights=sum(m.size for m in matrices) if matrices else None,
-        adapter_bytes=folder_bytes(trainer.run_folder.adapter),
-        peak_rss_mib=peak_rss_mib(),
         peak_gpu_mib=peak,
         optimizer=trainer.optimizer_name,
         fixed_loss=FixedLoss(trainer.loss_before, trainer.loss_after),

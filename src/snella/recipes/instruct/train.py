@@ -27,7 +27,7 @@ from snella.methods import save_trained
 from snella.methods.registry import adapt_headless
 from snella.recipes.instruct.config import LanguageConfig, LanguageFolder
 from snella.recipes.instruct.data import IGNORED, Template, encode, pad_right, read_instructions
-from snella.records import BackboneInfo, DataInfo, GeneratorMetrics, LossRow, RunInfo, read, record_from
+from snella.records import BackboneInfo, DataInfo, LossRow, RunInfo, read, record_from
 from snella.runs.build import choose_device
 from snella.runs.checkpoints import reporting_write_errors
 from snella.runs.config import command_line
@@ -35,9 +35,8 @@ from snella.runs.console import counted, make_console, print_line, print_rows
 from snella.runs.optimizer import build_low_bit_optimizer
 from snella.runs.results import (
     describe_allocation,
-    folder_bytes,
+    describe_generator,
     matrices_of,
-    peak_rss_mib,
     sparsity_summary,
     trainable_parameters,
     versions_of,
@@ -354,16 +353,8 @@ def _finish(
     if progress.allocation is not None:
         run.write(describe_allocation(model, progress.allocation))
     history = [record_from(LossRow, row) for row in trainer.state.log_history if "loss" in row or "eval_loss" in row]
-    metrics = GeneratorMetrics(
-        train_s=round(trainer.elapsed_s, 3),
-        trainable_parameters=trainable_parameters(model),
-        adapted_weights=sum(m.size for m in matrices) if matrices else None,
-        adapter_bytes=folder_bytes(run.adapter),
-        peak_rss_mib=peak_rss_mib(),
-        optimizer=optimizer,
-        loss_history=history,
-    )
-    run.write(metrics)
+    elapsed_s = round(trainer.elapsed_s, 3)
+    run.write(describe_generator(model, run.adapter, train_s=elapsed_s, optimizer=optimizer, loss_history=history))
     run.finish()
     if matrices:
         print_line(console, f"the update {sparsity_summary(matrices)}")
