@@ -7,7 +7,7 @@ from snella.backbones import create_segmenter
 from snella.backbones.segmenter import SegmentationModel
 from snella.methods import build_method, load_trained, save_trained
 
-from .test_sam_checkpoint import tiny_config
+from .test_sam import tiny_config
 
 
 def make(name: str = "test_vit", classes: int = 3, **options: object) -> nn.Module:

@@ -13,7 +13,7 @@ from snella.recipes.dreambooth.config import DreamBoothConfig
 from snella.recipes.instruct.config import LanguageConfig
 from snella.tasks import create_task
 
-from ..backbones.test_sam_checkpoint import tiny_config
+from ..backbones.test_sam import tiny_config
 
 COLUMNS = ("classification", "timm", "sam", "generators")
 SMALL = {"shira": "shira-2", "fourierft": "fourierft-20"}

@@ -21,7 +21,7 @@ from snella.runs.build import make_backbone
 from snella.runs.export import export
 from snella.runs.train import train
 
-from ..backbones.test_sam_checkpoint import tiny_config
+from ..backbones.test_sam import tiny_config
 from ..data.mask_folders import write_pairs
 
 TINY = ["--backbone", "test_vit", "--pretrained", "false", "--img-size", "32", "--device", "cpu", "--progress", "false"]
