@@ -18,6 +18,9 @@ from snella.ops.sparsify import quantile_threshold, sparsify
 from snella.tuner.config import SnellaConfig
 from snella.tuner.layer import SnellaLayer
 
+REFERENCE = "lora"
+"""The baseline that ratios are of."""
+
 _MOST_OF_QUANTILE = 2**24  # entries that torch.quantile takes
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from snella.benchmark.config import REFERENCE
+from snella.benchmark.baselines import REFERENCE
 from snella.report.style import COLORS, CURVE, add_legend, new_figure, save_figure
 
 _PACKAGES = ("torch", "peft", "timm", "numpy", "numba", "triton")
