@@ -45,8 +45,8 @@ def test_broken_files_and_repeated_pictures_are_told(photos):
     (error,) = check.errors
     assert error.startswith("1 image cannot be used: dog/00.png (no known image format)")
     assert not any("left out" in note for note in check.notes)
-    assert any(note.startswith("train: 1 pictures are in it more than once: ") for note in check.notes)
-    assert any(note.startswith("train: 1 pictures have several labels: ") for note in check.notes)
+    assert any(note.startswith("train: 1 picture is in it more than once: ") for note in check.notes)
+    assert any(note.startswith("train: 1 picture has several labels: ") for note in check.notes)
     assert any("test images are training images too" in note for note in check.notes)
 
 
@@ -101,5 +101,22 @@ def test_lists_of_labels_are_checked_as_such(photos, tmp_path, capsys):
     table = tmp_path / "t.csv"
     names = sorted(path.relative_to(photos) for path in photos.rglob("*.png"))
     table.write_text("path,tags\n" + "".join(f"{photos / name},{name.parent}|thing\n" for name in names))
+    table.write_text(table.read_text() + f"{photos / names[0].with_name('none.png')},\n")
+    stamp(9, (40, 30)).save(photos / names[0].with_name("none.png"))
     assert main(["data", "check", f"csv:{table}", "--columns", "label=tags", "--task", "multilabel"]) == 0
-    assert "complete, nothing is wrong" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "complete, nothing is wrong" in printed
+    check = check_data(f"csv:{table}", columns="label=tags", target="labels")
+    assert list(check.counts) == [*check.splits.classes, "(none)"] and sum(check.counts["(none)"].values()) == 1
+    assert sum(check.counts["thing"].values()) == len(names) and "(none)" in printed and "label" in printed
+
+
+def test_the_range_of_numbers_is_told(photos, tmp_path, capsys):
+    table = tmp_path / "t.csv"
+    names = sorted(path.relative_to(photos) for path in photos.rglob("*.png"))
+    rows = "".join(f"{photos / name},{number},{2.5 * number}\n" for number, name in enumerate(names))
+    table.write_text("path,age,height\n" + rows)
+    assert main(["data", "check", f"csv:{table}", "--columns", "label=age+height", "--task", "regression"]) == 0
+    printed = capsys.readouterr().out
+    last = len(names) - 1
+    assert f"age from 0 to {last}, median " in printed and f"height from 0 to {2.5 * last:g}, median" in printed

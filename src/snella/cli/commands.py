@@ -540,16 +540,19 @@ def _check_own_data(
     parts = list(check.splits.parts)
     print_line(console, check.splits.description)
     table = Table()
-    for name in ("class", *parts, "all"):
-        table.add_column(name, justify="left" if name == "class" else "right")
+    first = "label" if target == "labels" else "class" if check.counts else ""
+    for name in (first, *parts, "all"):
+        table.add_column(name, justify="left" if name == first else "right")
     for name, counts in check.counts.items():
         table.add_row(name, *(f"{counts[part]:,}" for part in parts), f"{sum(counts.values()):,}")
     if check.counts:
         table.add_section()
     sizes = [len(images) for images in check.splits.parts.values()]
-    table.add_row("all", *(f"{size:,}" for size in sizes), f"{sum(sizes):,}")
+    table.add_row("images" if target == "labels" else "all", *(f"{size:,}" for size in sizes), f"{sum(sizes):,}")
     console.print(table)
     rows = [("note", note) for note in check.notes]
+    for name, (low, median, high) in check.ranges.items():
+        rows.insert(0, ("numbers", f"{name} from {low:g} to {high:g}, median {median:g}"))
     if check.sizes is not None:
         names = ("smallest", "median", "largest")
         shown = ", ".join(f"{name} {w}×{h}" for name, (w, h) in zip(names, check.sizes, strict=True))

@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from snella.data.benchmarks import BenchmarkFamily, Inspection
@@ -151,13 +152,18 @@ _TILE, _GAP, _HEADING = 96, 4, 20
 _BACKGROUND, _INK = (255, 255, 255), (30, 30, 30)
 
 
+NO_LABEL = "(none)"
+"""Row of the images without a label."""
+
+
 @dataclass
 class DataCheck:
     """What is known of data before it is trained on.
 
     Attributes:
         splits: The data, divided as training would divide it; undivided where it cannot be.
-        counts: Number of images by class and part; nothing for images with masks.
+        counts: Number of images by class (or label) and part; nothing for numbers and images with masks.
+        ranges: Smallest, median and largest of each column of numbers; nothing for others.
         sizes: Smallest, median and largest width and height; None where images were not inspected.
         kinds: Number of images by format and mode, such as `JPEG RGB`.
         errors: What training would refuse, or what surely is wrong.
@@ -166,6 +172,7 @@ class DataCheck:
 
     splits: DataSplits
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    ranges: dict[str, tuple[float, float, float]] = field(default_factory=dict)
     sizes: tuple[tuple[int, int], ...] | None = None
     kinds: dict[str, int] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
@@ -222,6 +229,10 @@ def check_data(
             for label, name in enumerate(splits.classes)
         }
         check.notes += _suspicious_names(splits.classes)
+    elif target == "labels":
+        check.counts = _label_counts(splits)
+    elif target == "numbers":
+        check.ranges = _ranges(splits)
     check.notes += _repetitions(splits)
     facts = [
         known[row]
@@ -237,6 +248,24 @@ def check_data(
     return check
 
 
+def _label_counts(splits: DataSplits) -> dict[str, dict[str, int]]:
+    """Number of images of each part that have a label, and of those that have none."""
+    of_parts = {part: Counter[str]() for part in splits.parts}
+    for part, images in splits.parts.items():
+        for target in images.annotations.targets or []:
+            of_parts[part].update(cast(tuple[str, ...], target) or (NO_LABEL,))
+    names = [*splits.classes, *([NO_LABEL] if any(counts[NO_LABEL] for counts in of_parts.values()) else [])]
+    return {name: {part: counts[name] for part, counts in of_parts.items()} for name in names}
+
+
+def _ranges(splits: DataSplits) -> dict[str, tuple[float, float, float]]:
+    """Smallest, median and largest value of each column, over all parts."""
+    targets = [target for images in splits.parts.values() for target in images.annotations.targets or []]
+    values = np.array(targets, dtype=float).reshape(len(targets), -1)
+    low, median, high = np.quantile(values, (0, 0.5, 1), axis=0, method="nearest").tolist()
+    return dict(zip(splits.classes, zip(low, median, high, strict=True), strict=True))
+
+
 def _facts_of(images: ImageDataset) -> dict[int, ImageFacts]:
     """What is known of images that were inspected, by row."""
     return images.source.facts if isinstance(images.source, CachedImages) else {}
@@ -248,10 +277,14 @@ def _repetitions(splits: DataSplits) -> list[str]:
     for part, images in splits.parts.items():
         groups = repeated_images(images)
         contradicting = [group for group in groups if len({images.labels[position] for position in group}) > 1]
-        for text, chosen in (("are in it more than once", groups), ("have several labels", contradicting)):
+        texts = (
+            ("picture is", "pictures are", "in it more than once"),
+            ("picture has", "pictures have", "several labels"),
+        )
+        for (one, many, text), chosen in zip(texts, (groups, contradicting), strict=True):
             if chosen:
                 named = listed([" = ".join(images.names[position] for position in group[:3]) for group in chosen])
-                notes.append(f"{part}: {len(chosen)} pictures {text}: {named}")
+                notes.append(f"{part}: {len(chosen)} {one if len(chosen) == 1 else many} {text}: {named}")
     return notes
 
 
