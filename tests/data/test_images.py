@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from snella.data import ImageDataset, images, load_data, read_image
-from snella.data.datasets import FileImages, broken_images, broken_rows, watched_reading
+from snella.data.datasets import FileImages, broken_images, broken_rows, joined, read_at_side, watched_reading
 from snella.data.images import IMAGE_SUFFIXES, Reading, to_rgb
 from snella.data.load import near_copies
 
@@ -117,6 +117,42 @@ def test_the_first_decoding_can_be_watched(tmp_path):
         assert broken_images([tmp_path / "a.png", tmp_path / "b.jpg"]) == {1: "the file is empty"}
     assert seen == [(None, 2), ("the file is empty", 2)]
     assert broken_images([tmp_path / "a.png"]) == {} and len(seen) == 2
+
+
+@pytest.mark.parametrize(
+    ("suffix", "mode", "side", "size"),
+    [
+        (".jpg", "RGB", 64, (80, 120)),  # by 8 while it is decoded, and no more: by 2 would be 40
+        (".jpg", "RGB", 16, (16, 24)),  # by 8, then by 5
+        (".jpg", "L", 64, (80, 120)),
+        (".png", "RGB", 64, (64, 96)),  # 640 // 64 = 10
+        (".png", "P", 64, (640, 960)),
+        (".jpg", "RGB", 321, (640, 960)),
+        (".jpg", "RGB", None, (640, 960)),
+    ],
+)
+def test_a_large_image_is_read_at_a_fraction_of_its_resolution_upright(suffix, mode, side, size, tmp_path):
+    upright = Image.linear_gradient("L").resize((640, 960)).convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = upright.transpose(Image.Transpose.ROTATE_90)
+    turned.save(tmp_path / f"a{suffix}", **({"exif": exif} if suffix == ".jpg" else {"exif": exif.tobytes()}))
+    image = read_image(tmp_path / f"a{suffix}", Reading(side=side))
+    assert image.size == size and image.mode == "RGB"
+    full = read_image(tmp_path / f"a{suffix}").resize(size, Image.Resampling.BOX)
+    assert np.abs(np.asarray(image, dtype=int) - np.asarray(full, dtype=int)).max() <= 6
+
+
+def test_parts_of_one_source_still_share_it_at_another_resolution(tmp_path):
+    for name in "ab":
+        Image.new("RGB", (400, 300)).save(tmp_path / f"{name}.jpg")
+    source = FileImages([tmp_path / "a.jpg", tmp_path / "b.jpg"])
+    parts = [ImageDataset(source, [row], [row], [name]) for row, name in enumerate("ab")]
+    small = read_at_side([*parts, joined(*parts)], 100)
+    assert small[0].source is small[1].source is not source and small[0].names == ["a"]
+    assert [part.image(0).size for part in small] == [(200, 150)] * 3  # JPEGs by powers of two
+    assert parts[0].image(0).size == (400, 300) and small[2].image(1).size == (200, 150)
+    assert source.kept_bytes == 400 * 300 * 3 and small[0].source.kept_bytes == 2 * 200 * 150 * 3
 
 
 def test_a_pipe_among_the_images_is_refused_at_once(tmp_path):

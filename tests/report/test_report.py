@@ -142,6 +142,16 @@ def test_an_unfinished_run_has_a_report_that_says_so(run, status):
     assert ("loss is nan in epoch 3, step 12 <here>" in report.text) == (status == "failed")
 
 
+@pytest.mark.parametrize(("status", "state"), [("running", "stopped"), ("interrupted", "interrupted")])
+def test_the_page_of_a_killed_run_waits_for_nothing(run, status, state):
+    run.run_json(status=status)
+    text = write_report(run.folder).read_text()
+    assert ('http-equiv="refresh"' in text) == ("written at 20" in text) == (status == "running")
+    text = write_report(run.folder, has_stopped=True).read_text()
+    assert f'<span class="badge {state}">{state}</span>' in text and 'http-equiv="refresh"' not in text
+    assert "Continue it with" in text and ("stopped without a word" in text) == (state == "stopped")
+
+
 def test_a_finished_run_without_metrics_is_refused(run):
     run.run_json()
     with pytest.raises(FileNotFoundError, match=r"no file .*metrics.json: "):

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from snella.cli.main import main
 from snella.runs import RunFolder, RunInUseError, TrainConfig
-from snella.runs.session import lock_run
+from snella.runs.session import has_stopped, lock_run
 from snella.runs.train import train
 
 HOLDER = """
@@ -65,6 +65,33 @@ def test_a_killed_process_owns_nothing_even_if_its_children_live_on(held):
     with lock_run(RunFolder(folder)):
         assert (folder / ".lock").read_text() == str(os.getpid())
     assert not folder.exists() or not list(folder.iterdir())
+
+
+def test_a_killed_run_is_told_from_a_living_one(held, monkeypatch):
+    folder, process = held
+    run = RunFolder(folder)
+    assert not has_stopped(run)  # no run yet
+    run.update("running")
+    assert not has_stopped(run)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert has_stopped(run)
+    (folder / ".lock").unlink()
+    assert has_stopped(run)
+    run.update("interrupted")
+    assert not has_stopped(run)
+
+
+def test_inspect_says_that_a_run_was_killed_and_its_page_stops_waiting(tmp_path, capsys):
+    out = str(tmp_path / "run")
+    words = ["--data", "digits", "--backbone", "test_vit", "--pretrained", "false", "--img-size", "32", "--epochs", "1"]
+    words += ["--method", "linear", "--train-size", "20", "--val-size", "10", "--test-size", "10", "--out", out]
+    assert main(["train", *words]) == 0 and main(["inspect", out]) == 0
+    assert "no process is writing it" not in capsys.readouterr().out
+    RunFolder(out).update("running")
+    assert main(["inspect", out, "--report"]) == 0
+    assert f"continue it with snella train --out {out} --resume" in capsys.readouterr().out
+    assert ">stopped<" in RunFolder(out).report.read_text()
 
 
 def test_nothing_is_left_of_a_folder_that_no_run_came_into(tmp_path):

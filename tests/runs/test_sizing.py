@@ -148,7 +148,7 @@ def chosen_size(settings, console, **changes):
             2,
             96,
             [48, 96, 112],
-            "it takes about 16.0 s or more; --img-size sets it",
+            "16.0 s if time grows as the pixels do; --img-size sets it",
         ),  # 0.9 · 30 / (16 · 0.36) = 4.7
         ("30s", 4, 128, [48, 160, 96, 128, 144], "image size 128 px: 4 epochs fit into 30s, one takes about 6.6 s"),
         (

@@ -2,16 +2,20 @@ import io
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
+from snella import load
 from snella.methods import load_trained
 from snella.records import RunInfo, read
 from snella.runs import RunFolder, load_run
-from snella.runs.build import make_backbone
+from snella.runs.build import build_components, make_backbone
+from snella.runs.evaluate import images_for_run
 from snella.runs.train import _only_answer, train
 from snella.tuner import adapted_matrices
 
@@ -33,7 +37,7 @@ def test_run_json_describes_the_run(finished):
     assert run["method"] == "snella-2" and run["method_options"]["target_sparsity"] == 0.7
     assert run["backbone"]["name"] == "test_vit" and run["backbone"]["num_classes"] == 3
     assert sum(run["data"]["sizes"].values()) == 48
-    assert run["data_config"]["input_size"] == [3, 32, 32]
+    assert run["data_config"]["input_size"] == [3, 32, 32] and run["data"]["read_side"] == 4 * 32
     assert run["command"].startswith("snella train --data folder:") and "--method snella-2" in run["command"]
 
 
@@ -216,6 +220,26 @@ def test_a_run_that_gives_one_answer_says_so(settings, console, no_report, monke
     monkeypatch.setattr("snella.runs.train._only_answer", lambda scores, classes: classes[len(scores["confusion"]) - 1])
     train(settings(method="linear", epochs=1), console)
     assert "note: every validation image is taken for 'owls': nothing that tells" in console.file.getvalue()
+
+
+def test_large_images_are_read_at_the_same_resolution_in_training_evaluation_and_prediction(
+    settings, console, no_report, tmp_path
+):
+    rng = np.random.default_rng(0)
+    for name in ("bright", "dark"):
+        (tmp_path / "large" / name).mkdir(parents=True)
+        for index in range(5):
+            pixels = rng.integers(0, 130, (40, 60, 3)) + 120 * (name == "bright")
+            picture = Image.fromarray(pixels.astype(np.uint8)).resize((900, 600))
+            picture.save(tmp_path / "large" / name / f"{index}.jpg")
+    config = settings(data=f"folder:{tmp_path / 'large'}", method="linear", epochs=1, batch_size=4)
+    model = load(train(config, console).path)
+    trained = build_components(config.resolved()).splits.val
+    measured = images_for_run(model.loaded, split="val")[2][0]
+    for index, name in enumerate(trained.names):
+        prepared = model.prepare([tmp_path / "large" / name])[0]
+        assert torch.equal(trained[index][0], prepared) and torch.equal(measured[index][0], prepared)
+    assert trained.image(0).size == measured.image(0).size == (225, 150)  # by 4: at least 4 times 32 pixels
 
 
 def test_a_failure_is_noted_in_run_json(settings, console, monkeypatch):

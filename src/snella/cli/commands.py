@@ -432,6 +432,8 @@ def inspect(
     from snella.report.inspect import inspect_run
     from snella.runs.console import make_console, print_line
     from snella.runs.evaluate import redraw_report
+    from snella.runs.folder import RunFolder
+    from snella.runs.session import has_stopped
 
     of_backbone: dict[str, Any] = {"batch": batch, "img_size": img_size, "r": r, "dtype": dtype, "device": device}
     given = {name: value for name, value in of_backbone.items() if value is not None}
@@ -451,6 +453,12 @@ def inspect(
         console.print(_memory_table(backbone, **given))
     if run is not None:
         console.print(inspect_run(run))
+        if has_stopped(folder := RunFolder(run)):
+            print_line(
+                console,
+                f"no process is writing it: the run stopped without a word, as a killed one does; continue it with "
+                f"snella train --out {folder.path} --resume",
+            )
     if run is not None and report:
         is_generator = read(RunInfo, run).task == "generation"
         print_line(console, f"report: {_refresh_generation_report(run) if is_generator else redraw_report(run)}")

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, Self, cast
 
 import numpy as np
 import torch
@@ -113,6 +114,12 @@ class CachedImages:
     def content(self, row: int) -> bytes:
         """What one image is made of."""
         raise NotImplementedError
+
+    def at_side(self, side: int | None) -> Self:
+        """The same images, read as `Reading.side` says; nothing is kept in memory yet."""
+        source = copy(self)
+        source.reading, source._kept, source.kept_bytes = replace(self.reading, side=side), {}, 0
+        return source
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the decoded images: a worker starts with none."""
@@ -323,6 +330,12 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
         """The same images with another transform, in the same epoch; decoded images are shared."""
         return self._selected(range(len(self)), transform)
 
+    def with_source(self, source: ImageSource) -> "ImageDataset":
+        """The same items of another source of the same rows."""
+        changed = self.with_transform(self.transform)
+        changed.source = source
+        return changed
+
     def with_targets(
         self, encode: Callable[[Target], Any] | None = None, *, is_weighted: bool = False
     ) -> "ImageDataset":
@@ -494,6 +507,27 @@ def _plain(mask: Tensor) -> Tensor:
     return mask.as_subclass(Tensor)
 
 
+def read_at_side(parts: Sequence[ImageDataset], side: int | None) -> list[ImageDataset]:
+    """The same parts, their images read as `Reading.side` says; images with masks, which must fit, stay as they are.
+
+    Args:
+        parts: Of one source or several; those that share one still do.
+        side: What the shorter side keeps at least.
+    """
+    sources: dict[int, ImageSource] = {}
+    changed = []
+    for part in parts:
+        if not isinstance(part, MaskDataset):
+            part = part.with_source(sources.setdefault(id(part.source), _at_side(part.source, side)))
+        changed.append(part)
+    return changed
+
+
+def _at_side(source: ImageSource, side: int | None) -> ImageSource:
+    """The same source of files, read as `Reading.side` says; one of pixels in memory as it is."""
+    return source.at_side(side) if isinstance(source, CachedImages | _JoinedSource) else source
+
+
 class _JoinedSource:
     """Rows below a boundary from one source, the others from another."""
 
@@ -507,6 +541,10 @@ class _JoinedSource:
     def content(self, row: int) -> bytes:
         """What the image of either source is made of."""
         return self.first.content(row) if row < self.boundary else self.second.content(row - self.boundary)
+
+    def at_side(self, side: int | None) -> "_JoinedSource":
+        """The same images, read as `Reading.side` says."""
+        return _JoinedSource(_at_side(self.first, side), _at_side(self.second, side), self.boundary)
 
 
 def joined(first: ImageDataset, second: ImageDataset) -> ImageDataset:
@@ -586,5 +624,6 @@ __all__ = [
     "broken_images",
     "broken_rows",
     "joined",
+    "read_at_side",
     "watched_reading",
 ]

@@ -24,6 +24,8 @@ _STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8")
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 HEIC_HINT = "HEIC photographs need pillow-heif: pip install 'snella[heic]', or save them as JPEG"
 _NUMPY_START = b"\x93NUMPY"
+_REDUCIBLE = ("L", "RGB", "CMYK", "YCbCr")
+"""Modes whose values may be averaged."""
 _PILLOW_CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
 _SIDE = 16
 _DRAFT = (256, 256)
@@ -73,10 +75,14 @@ class Reading:
         channels: 3 for RGB, 1 for gray, 4 for RGBA; any other number for a TIFF (by tifffile) or `.npy` array of
             `[height, width, channels]`, `[channels, height, width]` or a page a channel.
         white: Value of 16-bit gray images and arrays that becomes white; larger ones do too.
+        side: What the shorter side of an 8-bit image keeps at least, where it is read at a whole fraction of its
+            resolution: JPEGs are decoded so, which takes a tenth of the time for photographs of 12 megapixels, and
+            others averaged. None reads every pixel.
     """
 
     channels: int = 3
     white: int = FULL_WHITE
+    side: int | None = None
 
 
 RGB = Reading()
@@ -106,9 +112,18 @@ def decode_image(file: File, name: str, reading: Reading = RGB) -> Any:
         if reading.channels not in _PILLOW_CHANNELS:
             return tv_tensors.Image(_read_array(file, reading))
         with _open(file) as image:
+            factor = _reduction(image, reading)
+            if factor > 1:
+                image.draft(None, (image.width // factor, image.height // factor))
             image.load()
             ImageOps.exif_transpose(image, in_place=True)  # without a copy where it is upright
-            return to_channels(image, reading)
+            factor = _reduction(image, reading) if image.mode in _REDUCIBLE else 1
+            return to_channels(image.reduce(factor) if factor > 1 else image, reading)
+
+
+def _reduction(image: Image.Image, reading: Reading) -> int:
+    """The fraction of its resolution that an image is read at."""
+    return 1 if reading.side is None else max(1, min(image.size) // reading.side)
 
 
 def inspect_image(file: File, name: str, reading: Reading = RGB) -> ImageFacts:

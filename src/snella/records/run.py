@@ -55,6 +55,8 @@ class DataInfo:
         notes: What a user should know about it.
         fold_part: The part that is a fold of a cross-validation.
         white: Value of 16-bit images that becomes white, where it was given.
+        read_side: What the shorter side of an image keeps at least, where it is read at a lower resolution; None for
+            old runs and images with masks, which are read in full.
         subject: Of a personalization: which one.
         class_name: And what kind of thing it is.
         files: And its images in `folder`.
@@ -70,6 +72,7 @@ class DataInfo:
     notes: list[str] = field(default_factory=list)
     fold_part: str | None = field(default=None, metadata=OPTIONAL)
     white: int | None = field(default=None, metadata=OPTIONAL)
+    read_side: int | None = field(default=None, metadata=OPTIONAL)
     subject: str | None = field(default=None, metadata=OPTIONAL)
     class_name: str | None = field(default=None, metadata=OPTIONAL)
     files: list[str] | None = field(default=None, metadata=OPTIONAL)

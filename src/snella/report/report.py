@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+import time
 from collections import Counter
 from collections.abc import Callable
 from importlib import resources
@@ -462,6 +463,7 @@ def write_report(
     *,
     metrics: Metrics | None = None,
     allocation: Allocation | None = None,
+    has_stopped: bool = False,
 ) -> Path:
     """Write `RUN/report.html` from the files of the run atomically.
 
@@ -473,6 +475,7 @@ def write_report(
             validation set's `image`.
         metrics: Of a run that is going on, which has no `metrics.json` yet: its results so far.
         allocation: The same of `allocation.json`.
+        has_stopped: Whether a run whose record says that it is running has no process any more.
 
     Returns:
         Path of the page.
@@ -482,7 +485,7 @@ def write_report(
         ValueError: A file of the run is damaged.
     """
     folder = Path(run)
-    page = _render(folder, images, metrics, allocation)
+    page = _render(folder, images, metrics, allocation, has_stopped)
     write_atomically(folder / "report.html", page.encode("utf-8", "backslashreplace"))
     return folder / "report.html"
 
@@ -498,7 +501,11 @@ def _warning(metrics: Metrics | None) -> str:
 
 
 def _render(
-    folder: Path, images: ImageSource | None, metrics: Metrics | None = None, allocation: Allocation | None = None
+    folder: Path,
+    images: ImageSource | None,
+    metrics: Metrics | None = None,
+    allocation: Allocation | None = None,
+    has_stopped: bool = False,
 ) -> str:
     """The page as a text; `metrics` and `allocation` are those of the files unless given."""
     info = read(RunInfo, folder)
@@ -513,6 +520,8 @@ def _render(
     class_predictions = _class_predictions(folder, info)
     context: dict[str, Any] = {
         "run": info,
+        "state": "stopped" if has_stopped and info.status == "running" else info.status,
+        "written": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
         "folder": str(folder),
         "quoted": shlex.quote(str(folder)),
         "metrics": metrics,

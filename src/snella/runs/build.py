@@ -26,6 +26,7 @@ from snella.data import (
     split_spec,
     with_class_order,
 )
+from snella.data.datasets import MaskDataset, read_at_side
 from snella.data.images import FULL_WHITE, Reading
 from snella.data.table import TABLE_SUFFIXES
 from snella.methods import SelectionData, build_method, find_method, load_trained, load_trained_into, save_trained
@@ -42,6 +43,8 @@ from snella.runs.sampler import EpochSampler
 from snella.tasks import Task, create_task, task_class, task_names
 
 PARTS = ("train", "val", "test")
+_READ_MARGIN = 4
+"""Sides of the model's input that an image is read at, at least: a crop of a sixteenth of it is still as large."""
 
 
 def splits_digest(splits: DataSplits) -> str:
@@ -335,12 +338,11 @@ def assemble(
         data_config, train=True, augment=config.augment, random_erasing=config.random_erasing
     )
     transform = build_transform(data_config, train=False, augment="none")
-    splits = dataclasses.replace(
-        splits,
-        train=splits.train.with_transform(train_transform),
-        val=None if splits.val is None else splits.val.with_transform(transform),
-        test=None if splits.test is None else splits.test.with_transform(transform),
-    )
+    by_name = parts_of(splits)
+    read = dict(zip(by_name, read_at_side(list(by_name.values()), read_side(data_config, splits.train)), strict=True))
+    transforms = {"train": train_transform, "val": transform, "test": transform}
+    changed: dict[str, Any] = {name: part.with_transform(transforms[name]) for name, part in read.items()}
+    splits = dataclasses.replace(splits, **changed)
     torch.manual_seed(config.seed)
     if resumed is not None and has_selection(resumed):
         model = restore_selection(resumed, backbone).to(device)
@@ -454,6 +456,11 @@ def resolve_data_config(model: nn.Module, img_size: int | None) -> dict[str, Any
     return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
 
 
+def read_side(data_config: Mapping[str, Any], images: ImageDataset) -> int | None:
+    """What the shorter side of a run's images keeps at least, for crops; None for images with masks."""
+    return None if isinstance(images, MaskDataset) else _READ_MARGIN * int(data_config["input_size"][-1])
+
+
 def architecture_name(model: nn.Module) -> str | None:
     """The name under which timm creates such a model; None for models of other origin."""
     config = getattr(model, "pretrained_cfg", None) or {}
@@ -496,7 +503,8 @@ class LoadedRun:
     @property
     def reading(self) -> Reading:
         """How its images are read."""
-        return Reading(self.info.backbone.channels, self.info.data.white or FULL_WHITE)
+        data = self.info.data
+        return Reading(self.info.backbone.channels, data.white or FULL_WHITE, data.read_side)
 
     @property
     def device(self) -> torch.device:

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from snella._deprecation import accept_former_arguments
 from snella.data import DataSplits, ImageDataset, has_columns, load_data
+from snella.data.datasets import read_at_side
 from snella.records import Calibration, DataInfo, RunInfo, plain, read
 from snella.report import write_report
 from snella.report.examples import ImageSource
@@ -32,6 +33,7 @@ from snella.runs.build import (
 from snella.runs.calibrate import calibrate
 from snella.runs.console import make_console, print_line
 from snella.runs.folder import RunFolder
+from snella.runs.session import has_stopped
 from snella.tasks import Task, create_task
 
 
@@ -60,7 +62,7 @@ def redraw_report(run: str | Path, console: Console | None = None) -> Path:
     except (OSError, ValueError, ImportError) as error:
         print_line(console or make_console(), f"note: the report has no images: {error}")
         images = None
-    return write_report(folder.path, images)
+    return write_report(folder.path, images, has_stopped=has_stopped(folder))
 
 
 def _shown_images(folder: RunFolder, stored: DataInfo) -> ImageDataset | None:
@@ -212,7 +214,11 @@ def images_for_run(
     loaded.task.check_data(splits.train, _spec(loaded, data))
     if loaded.task.target != "class":
         splits = encoded(splits, create_task(loaded.task.name, splits.classes))
-    return splits, chosen, [part.with_transform(loaded.transform) for part in _parts(splits, chosen)]
+    return (
+        splits,
+        chosen,
+        [part.with_transform(loaded.transform) for part in read_at_side(_parts(splits, chosen), loaded.reading.side)],
+    )
 
 
 def _spec(loaded: LoadedRun, data: Any) -> str:

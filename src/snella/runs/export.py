@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from snella._files import sync_tree, write_text
 from snella.data import read_image
+from snella.data.datasets import read_at_side
 from snella.methods.sparse_update import SparseUpdate
 from snella.report import model_card
 from snella.runs.build import Ensemble, LoadedRun, find_data, load_run, load_splits, make_backbone, parts_of
@@ -232,7 +233,7 @@ def _sample_images(loaded: LoadedRun, images: Sequence[str | Path]) -> Tensor:
             f"images must be given to compare outputs on, as the run's own cannot be read: {error}"
         ) from None
     part = parts.get("test") or parts.get("val") or parts["train"]
-    part = part.with_transform(loaded.transform)
+    (part,) = read_at_side([part.with_transform(loaded.transform)], loaded.reading.side)
     return torch.stack([part[index][0] for index in range(min(_NUM_IMAGES, len(part)))])
 
 

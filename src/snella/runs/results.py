@@ -19,7 +19,15 @@ from torch import nn
 from snella import SnellaCallback, SnellaConfig
 from snella.methods import method_of
 from snella.records import Allocation, AllocationStep, DataInfo, GeneratorMetrics, MatrixInfo, RunInfo
-from snella.runs.build import PARTS, RunComponents, absolute_folder, contents_of, split_sizes, splits_digest
+from snella.runs.build import (
+    PARTS,
+    RunComponents,
+    absolute_folder,
+    contents_of,
+    read_side,
+    split_sizes,
+    splits_digest,
+)
 from snella.runs.config import SCHEDULE_END, TrainConfig, command_line
 from snella.runs.console import counted, print_rows
 from snella.runs.distributed import process_count
@@ -62,6 +70,7 @@ def describe_run(config: TrainConfig, parts: RunComponents, names: Collection[st
             notes=list(splits.notes),
             fold_part=splits.fold_part,
             white=config.white,
+            read_side=read_side(parts.data_config, splits.train),
         ),
         data_config=parts.data_config,
         versions=versions_of(_PACKAGES),

@@ -156,6 +156,28 @@ def lock_run(run: RunFolderOf[Any], *, is_shared: bool = False) -> Iterator[None
                 folder.rmdir()
 
 
+def has_stopped(run: RunFolderOf[Any]) -> bool:
+    """Whether the record of a run says that it is running, and no process holds its lock: it was killed.
+
+    Where that cannot be known, as in a folder of another user, it counts as running.
+    """
+    if run.status != "running":
+        return False
+    try:
+        descriptor = os.open(run.path / _LOCK, os.O_RDONLY)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
 def _lock(path: Path, run: Path) -> int:
     """An open lock file that this process alone has locked, with its process id inside."""
     while True:

@@ -127,7 +127,7 @@ def fit_image_size(
         console,
         f"image size {chosen} px: {epochs} {fit} {config.time_budget}, one takes about "
         f"{seconds_text(seconds[chosen])}; at {own} px, the backbone's own size, it takes about "
-        f"{seconds_text(own_s)}{'' if own in seconds else ' or more'}; --img-size sets it",
+        f"{seconds_text(own_s)}{'' if own in seconds else ' if time grows as the pixels do'}; --img-size sets it",
     )
     return dataclasses.replace(config, img_size=chosen)
 
