@@ -19,7 +19,7 @@ def test_the_experiments_that_ship_say_what_they_are_and_what_they_cost():
 
 def test_the_suite_has_the_methods_and_tasks_that_it_promises():
     suite = read_experiment("bundled-suite")
-    methods = "linear bias ssf vpt-deep adapter-8 lora-8 dora-8 spt-lora gps snell-8 snella-8 full"
+    methods = "linear bias ssf vpt-deep adapter-8 lora-8 dora-8 spt-lora gps snell-8 snella-8 snella-matched-8 full"
     assert {entry.name for entry in suite.methods} == set(methods.split())
     assert {e.data for e in suite.data} == {"fashion-mnist", "stamps", "elpv", "mri-regions", "mnist5k", "digits"}
     assert suite.seeds == 3 and suite.reference_name == "lora-8"
