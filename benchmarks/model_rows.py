@@ -80,7 +80,7 @@ SETTINGS = [
     Setting("convnext_base", batch=4),
     Setting("llama", batch=1, tokens=512, depth=2, blocks=32),
 ]
-CONTENDERS = ["lora", "full", "snella", "snella-keep-delta"]
+CONTENDERS = ["lora", "full", "snella", "snella-sample", "snella-keep-delta"]
 
 
 def build(setting: Setting) -> nn.Module:
@@ -109,7 +109,8 @@ def adapted(setting: Setting, contender: str) -> nn.Module:
         model = get_peft_model(model, LoraConfig(lora_alpha=setting.r, **common))
     else:
         sparsity = {"target_sparsity": 0.7, "init_sparsity": 0.7, "cache_delta": contender == "snella-keep-delta"}
-        model = get_peft_model(model, SnellaConfig(**common, **sparsity))
+        sampling = {"weight_gradient": "sample:1/2" if contender == "snella-sample" else "exact"}
+        model = get_peft_model(model, SnellaConfig(**common, **sparsity, **sampling))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -13,7 +13,8 @@ from snella.benchmark.rows import append_rows
 from snella.runs.console import make_console
 
 HERE = Path(__file__).parent
-PEERS = ["frozen", "lora", "dora", "shira", "full", "snella", "snella-keep-inputs"]
+SAMPLES = ["snella-sample", "snella-sample-quarter"]
+PEERS = ["frozen", "lora", "dora", "shira", "full", "snella", *SAMPLES, "snella-keep-inputs"]
 
 
 def main() -> None:
@@ -45,7 +46,7 @@ def main() -> None:
     small, base, huge = "vit_small_patch16_224", "vit_base_patch16_224", "vit_huge_patch14_224"
     common = {"device": args.device, "out": args.out}
     bench(BenchConfig([base], [4], PEERS, rounds=5, **common), console)
-    bench(BenchConfig([base], [16], ["frozen", "lora", "full", "snella"], rounds=4, **common), console)
+    bench(BenchConfig([base], [16], ["frozen", "lora", "full", "snella", *SAMPLES], rounds=4, **common), console)
     bench(BenchConfig([base], [16], ["lora", "snella"], sparsity=[0.99], rounds=2, **common), console)
     bench(BenchConfig([base], [4], ["lora", "snella", "paper"], rounds=2, **common), console)
     bench(BenchConfig([small], [4], ["lora", "full", "snella"], rounds=4, **common), console)
