@@ -14,7 +14,7 @@ from torch import nn
 import snella  # noqa: F401  registers with PEFT
 from snella.comparison.compare import compare
 from snella.comparison.store import read_lines
-from snella.records import Allocation, Metrics, Predictions, RunInfo, plain, read
+from snella.records import Allocation, CellRow, Metrics, Predictions, RunInfo, plain, read, record_from
 from snella.report.inspect import inspect_run, inspect_summary
 from snella.runs import RunFolder
 from snella.runs.evaluate import evaluate, redraw_report
@@ -107,6 +107,14 @@ def test_an_old_comparison_is_drawn_with_the_numbers_of_then(tmp_path):
     numbers = [[cell.strip() for cell in line.split("|")] for line in table if "snella-2" in line]
     assert numbers[0][2] == "13.3" and numbers[0][5] == "73,726"
     assert [[cell.strip() for cell in line.split("|")] for line in drawn if "snella-2" in line][:2] == numbers
+
+
+def test_a_row_of_a_comparison_has_the_columns_and_values_of_old_files():
+    for line in (OLD / "comparison" / "results.jsonl").read_text().splitlines():
+        columns = json.loads(line)
+        written = plain(record_from(CellRow, CellRow.decoded(columns)))
+        assert contains(written, columns) and set(written) - set(columns) == {"metric"}
+        assert [name for name in written if name in columns] == list(columns)
 
 
 def test_a_value_that_was_not_measured_is_null_and_nan_again():

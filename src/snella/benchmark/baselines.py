@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import timm
@@ -130,18 +131,8 @@ def _full(model: nn.Module, workload: Workload) -> nn.Module:
     return model
 
 
-def _lora(model: nn.Module, workload: Workload) -> nn.Module:
-    """PEFT's LoRA, no dropout."""
-    return _with_lora(model, workload)
-
-
-def _dora(model: nn.Module, workload: Workload) -> nn.Module:
-    """PEFT's DoRA."""
-    return _with_lora(model, workload, use_dora=True)
-
-
-def _with_lora(model: nn.Module, workload: Workload, **options: Any) -> nn.Module:
-    """PEFT's LoRA on the same layers."""
+def _lora(model: nn.Module, workload: Workload, **options: Any) -> nn.Module:
+    """PEFT's LoRA on the same layers, no dropout."""
     config = LoraConfig(
         r=workload.r, lora_alpha=workload.r, target_modules=_TARGETS, modules_to_save=["head"], **options
     )
@@ -198,7 +189,7 @@ def _compiled(build: Builder) -> Builder:
 BASELINES: dict[str, Builder] = {
     "frozen": _frozen,
     "lora": _lora,
-    "dora": _dora,
+    "dora": partial(_lora, use_dora=True),
     "shira": _shira,
     "full": _full,
     "klora": _method("klora"),

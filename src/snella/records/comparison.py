@@ -47,7 +47,7 @@ class CellResults:
     Attributes:
         trained_as: The tuning run that it was made from.
         peft_config: PEFT's configuration of the adapter; None for methods outside PEFT.
-        kept_weights: Of the adapted ones, those that differ from zero in the adapter.
+        kept_weights: Budget of the adapted ones in the adapter.
         file_size: Bytes of the adapter.
         val: Scores by their names, which are columns such as `val_accuracy` in the file.
         test: Likewise of the test images, for final runs.

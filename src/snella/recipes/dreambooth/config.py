@@ -127,7 +127,9 @@ class DreamBoothConfig(RunSettings):
 
     def __post_init__(self) -> None:
         """Check everything that can be known without data and model, and report all errors together."""
-        errors = [*self.path_errors(), *self._token_errors(), *self.choice_errors(), *self.minimum_errors(_MINIMUMS)]
+        errors = self.path_errors()
+        errors += [] if self.token.strip() else [f"token must be a word, got {self.token!r}"]
+        errors += [*self.choice_errors(), *self.minimum_errors(_MINIMUMS)]
         errors += [*self.nonnegative_errors(_RATES), *self.method_errors()]
         if errors:
             raise ValueError("; ".join(errors))
@@ -152,10 +154,6 @@ class DreamBoothConfig(RunSettings):
             prompt=self.prompt or f"a photo of {self.token} {known}",
             class_prompt=self.class_prompt or (f"a photo of {known}" if known else None),
         )
-
-    def _token_errors(self) -> list[str]:
-        """The error of an empty token."""
-        return [] if self.token.strip() else [f"token must be a word, got {self.token!r}"]
 
 
 class DreamBoothFolder(RunFolderOf[DreamBoothConfig]):

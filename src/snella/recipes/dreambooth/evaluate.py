@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, Dinov2Mod
 
 from snella.backbones.create import cache_only_if_unreachable
 from snella.data.images import read_image
-from snella.recipes.dreambooth.config import DreamBoothConfig, DreamBoothFolder
+from snella.recipes.dreambooth.config import DreamBoothFolder
 from snella.recipes.dreambooth.data import PROMPT_FILE, PromptFile, fill, load_concept, read_prompt_file
 from snella.recipes.dreambooth.generate import GeneratedImage, generate_images, load_generator
 from snella.recipes.dreambooth.pipeline import suppress_progress_bars
@@ -326,7 +326,7 @@ def _prompt_file(run: Path, prompts: str | Path | None) -> PromptFile:
     """The given prompts, or those of the data."""
     if prompts is not None:
         return read_prompt_file(prompts)
-    config = _read_config(run)
+    config = DreamBoothFolder(run).read_config()
     family, _, path = str(config.data).partition(":")
     file = Path(path).expanduser() / PROMPT_FILE
     if family != "dreambooth" or not file.is_file():
@@ -335,11 +335,6 @@ def _prompt_file(run: Path, prompts: str | Path | None) -> PromptFile:
             "with {0} for the subject's token and {1} for its class"
         )
     return read_prompt_file(file)
-
-
-def _read_config(run: Path) -> DreamBoothConfig:
-    """Settings of a run."""
-    return DreamBoothFolder(run).read_config()
 
 
 def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
