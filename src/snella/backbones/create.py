@@ -171,6 +171,8 @@ def _first_line(error: BaseException) -> str:
 
 _HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 _FOLDER_PREFIX = "local-dir:"
+SAM_PREFIX = "sam:"
+"""What stands before the path of a SAM, which `create_segmenter` takes."""
 
 
 def create_backbone(
@@ -393,6 +395,7 @@ def _check_numbers(num_classes: int, img_size: int | None) -> None:
 
 
 __all__ = [
+    "SAM_PREFIX",
     "LocalFolder",
     "cache_only_if_unreachable",
     "create_backbone",

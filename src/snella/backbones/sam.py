@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEncoderConfig, SamVisionConfig
 
 from snella.backbones.checkpoint import errors, listed, read_checkpoint
-from snella.backbones.segmenter import SAM_PREFIX
+from snella.backbones.create import SAM_PREFIX
 
 _DECODER_HEADS = 8  # not visible in the shapes; every published SAM has this many
 _VISION, _PROMPT, _DECODER = "vision_encoder.", "prompt_encoder.", "mask_decoder."

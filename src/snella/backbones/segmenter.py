@@ -6,14 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from snella.backbones.create import create_backbone
+from snella.backbones.create import SAM_PREFIX, create_backbone
 
-__all__ = ["DECODER", "SAM_PREFIX", "LightDecoder", "SegmentationModel", "create_segmenter"]
+__all__ = ["DECODER", "LightDecoder", "SegmentationModel", "create_segmenter"]
 
 DECODER = "decoder"
 """Name of the part of a segmentation model that is always trained in full."""
-SAM_PREFIX = "sam:"
-"""What stands before the path of a SAM."""
 _LEVELS = 4
 _WIDTH = 128
 _GROUPS = 8
