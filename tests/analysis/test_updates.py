@@ -135,6 +135,14 @@ def test_a_run_s_report_shows_the_update_that_its_adapter_holds(method, shown, s
         assert section["name"] == "blocks.5.attn.qkv.q" and "Update of blocks.5.attn.qkv.q" in section["figure"]
 
 
+def test_the_update_that_is_shown_is_of_a_matrix_with_a_budget(save_run):
+    adapter = read_adapter(save_run("a", method="snella-2"))
+    frozen = dict.fromkeys(_block(5), 0)
+    assert update_section(adapter, None, frozen)["name"] == "blocks.4.attn.qkv.q"
+    everywhere = {name: 0 for number in range(6) for name in _block(number)}
+    assert update_section(adapter, None, everywhere)["name"] == "blocks.5.attn.qkv.q"
+
+
 def test_one_run_has_no_overlap(save_run):
     run = save_run("a")
     with pytest.raises(ValueError, match="overlap must compare at least 2 runs, got 1"):

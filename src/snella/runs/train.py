@@ -260,7 +260,7 @@ def _check_trackers(config: TrainConfig) -> None:
         try:
             INTEGRATION_TO_CALLBACK[name]()
         except (ImportError, RuntimeError) as error:
-            raise ImportError(f"track={name} needs a package: {error} (pip install {name})") from error
+            raise ImportError(f"track={name} needs a package; pip install {name}: {error}") from error
 
 
 @contextmanager
