@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from snella.analysis import gradcam, images, samples
 from snella.analysis.pictures import PRETRAINED, _of_each_class, mean_dice, middle_share
@@ -46,6 +47,9 @@ def test_dice_is_the_mean_of_the_classes_that_are_there():
 
 def test_heat_maps_of_the_pretrained_model_and_of_a_run_are_of_the_same_images(old_run):
     pytest.importorskip("captum")
+    path = old_run / "adapter" / "adapter_model.safetensors"
+    # as trained in two epochs, the update changes a map of few pixels in last bits alone
+    save_file({name: 10 * value if "snella_A" in name else value for name, value in load_file(path).items()}, path)
     (plot,) = gradcam([old_run], limit=3, device="cpu")
     names = {label: [row["image"] for row in plot.rows if row["run"] == label] for label in (PRETRAINED, "snella")}
     assert names[PRETRAINED] == names["snella"] and len(names["snella"]) == 3
