@@ -13,6 +13,7 @@ import dataclasses
 import json
 import math
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,13 +97,12 @@ def gradients(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Pai
     found: dict[str, Pair] = {}
     hooks = []
 
-    def keep(name: str, x: Tensor, y: Tensor) -> None:
-        y.register_hook(lambda grad: found.__setitem__(name, (grad.detach(), x.detach())))
+    def keep(name: str, _: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+        y.register_hook(lambda grad: found.__setitem__(name, (grad.detach(), args[0].detach())))
 
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name.startswith("blocks"):
-            hook = lambda _, args, y, name=name: keep(name, args[0], y)  # noqa: E731
-            hooks.append(module.register_forward_hook(hook))
+            hooks.append(module.register_forward_hook(partial(keep, name)))
     cross_entropy(model(images.requires_grad_()), labels).backward()
     for handle in hooks:
         handle.remove()

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,33 +11,16 @@ import torch
 from snella.methods import METHODS, build_method
 from snella.runs import TrainConfig
 from snella.runs.sharding import saved_bytes
+from tests.processes import in_two_processes
 
 PLACES = {"data": "digits", "backbone": "test_vit", "out": "runs/x"}
 QUICK = ["snella-2", "lora-2", "partial-1", "vpt-deep", "mlp"]
 needs_processes = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 
 
-def in_two_processes(folder, methods):
+def compared(folder, methods):
     """What both processes print of every method."""
-    worker = Path(__file__).with_name("sharding_worker.py")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(worker), str(rank), str(folder / "meeting"), *methods],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=280) for process in processes]
-    except subprocess.TimeoutExpired:
-        for process in processes:
-            process.kill()
-        pytest.fail(f"the ranks never met or never ended: {[process.communicate() for process in processes]}")
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+    return in_two_processes(Path(__file__).with_name("sharding_worker.py"), folder, *methods, timeout=280)
 
 
 def assert_trained_as_whole(first, second):
@@ -53,7 +32,7 @@ def assert_trained_as_whole(first, second):
 
 @needs_processes
 def test_sharing_changes_what_is_trained_by_rounding_alone(tmp_path):
-    first, second = in_two_processes(tmp_path, QUICK)
+    first, second = compared(tmp_path, QUICK)
     for method in QUICK[:-1]:
         assert_trained_as_whole(first[method], second[method])
     # a normalization over a batch sees a process's own images; its statistics are those of the main process in both
@@ -64,7 +43,7 @@ def test_sharing_changes_what_is_trained_by_rounding_alone(tmp_path):
 @pytest.mark.slow
 def test_every_method_is_shared_or_says_why_not(tmp_path):
     methods = [method for method in METHODS if method not in ("mlp", "full")]
-    first, second = in_two_processes(tmp_path, methods)
+    first, second = compared(tmp_path, methods)
     for method in methods:
         if METHODS[method].unsharded_reason:
             assert "storage of size 0" in first[method]["raised"]

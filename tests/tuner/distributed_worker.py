@@ -110,9 +110,9 @@ def run(kind: str, impl: str, rank: int, importance: str = "sensitivity") -> dic
     }
 
 
-def main(rank: int, world: int, meeting_point: str, *cases: str) -> None:
+def main(rank: int, meeting_point: str, *cases: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=2)
     results = {}
     for case in cases:
         try:
@@ -128,4 +128,4 @@ def main(rank: int, world: int, meeting_point: str, *cases: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
+    main(int(sys.argv[1]), *sys.argv[2:])

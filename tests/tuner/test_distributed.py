@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +10,7 @@ import torch
 from peft import get_peft_model
 
 from snella import BudgetAllocator, SnellaConfig
+from tests.processes import in_two_processes
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 SIZES = {"0": 120, "2.attn.in_proj.q": 144, "2.attn.in_proj.k": 144, "2.attn.in_proj.v": 144}
@@ -31,26 +28,7 @@ REFUSED = {
 def runs(tmp_path_factory):
     """What both processes print of every case."""
     worker = Path(__file__).with_name("distributed_worker.py")
-    meeting_point = tmp_path_factory.mktemp("ranks") / "meeting"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(worker), str(rank), "2", str(meeting_point), *CASES, *REFUSED],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            # the ranks meet on this machine, whatever its name resolves to
-            env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=200) for process in processes]
-    except subprocess.TimeoutExpired:
-        for process in processes:
-            process.kill()
-        pytest.fail(f"the ranks never met or never ended: {[process.communicate() for process in processes]}")
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+    return in_two_processes(worker, tmp_path_factory.mktemp("ranks"), *CASES, *REFUSED, timeout=200)
 
 
 @pytest.mark.parametrize("case", CASES)

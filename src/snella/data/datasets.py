@@ -518,7 +518,9 @@ def read_at_side(parts: Sequence[ImageDataset], side: int | None) -> list[ImageD
     changed = []
     for part in parts:
         if not isinstance(part, MaskDataset):
-            part = part.with_source(sources.setdefault(id(part.source), _at_side(part.source, side)))
+            if id(part.source) not in sources:
+                sources[id(part.source)] = _at_side(part.source, side)
+            part = part.with_source(sources[id(part.source)])
         changed.append(part)
     return changed
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 LEAST_TOKENS = 64
 """A sample is no smaller than this, or than all tokens: with so few a product costs little next to merging."""
+LEAST_SHARE = 2**-10
+"""Of the tokens; both parts of a larger number's ratio of integers have 63 bits, in which a compiled graph takes it."""
 _ROUNDS = 4  # in which certain tokens are found: those whose share of what is left exceeds one
 
 
@@ -17,7 +19,8 @@ def parse_weight_gradient(weight_gradient: str) -> float:
     """The share of tokens that `"sample:P"` asks for, 1 for `"exact"`.
 
     Args:
-        weight_gradient: `"exact"`, or `"sample:P"` with `P` a number or a fraction in `(0, 1]`, such as `sample:1/2`.
+        weight_gradient: `"exact"`, or `"sample:P"` with `P` a number or a fraction from 1/1024 to 1, such as
+            `sample:1/2`.
 
     Raises:
         ValueError: It is neither.
@@ -29,7 +32,7 @@ def parse_weight_gradient(weight_gradient: str) -> float:
         share = float(Fraction(number)) if kind == "sample" else math.nan
     except (ValueError, ZeroDivisionError):
         share = math.nan
-    if not 2**-10 <= share <= 1:
+    if not LEAST_SHARE <= share <= 1:
         raise ValueError(
             f"weight_gradient must be 'exact' or 'sample:P' with P from 1/1024 to 1, got {weight_gradient!r}; "
             "'sample:1/2' takes half of the tokens"

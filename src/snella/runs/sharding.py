@@ -28,14 +28,14 @@ def shard_frozen(model: nn.Module) -> None:
 
     Args:
         model: From `build_method`, on its device, the same in all processes.
-
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(next(model.parameters()).device.type, (process_count(),))
-    trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
-    _broadcast([parameter.detach() for parameter in model.parameters() if parameter.requires_grad])
+    in_order = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    _broadcast([parameter.detach() for parameter in in_order])
+    trained = set(in_order)
     for block in _blocks(model):
         fully_shard(block, mesh=mesh, ignored_params=trained)
         block.register_forward_hook(_drop_effective_weights)

@@ -36,7 +36,7 @@ _MEASURED_SHARE = 0.02
 """Of the time budget, after which no further step is timed once there are two."""
 _SIZE_RATIO = 1.15
 """Of an image size that is too large to one that is not, from which none between them is tried."""
-_SIZE_ERRORS = (ValueError, TypeError, RuntimeError, AssertionError, NotImplementedError, IndexError)
+_SIZE_ERRORS = (ValueError, TypeError, RuntimeError, AssertionError, IndexError)
 """What models raise that cannot be built for, or take, images of another size."""
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

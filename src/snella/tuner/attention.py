@@ -282,13 +282,14 @@ def find_wrapped_attention(model: nn.Module, key: str) -> tuple[str, str] | None
     Returns:
         Name of the wrapper and name of the parameter in the attention, or `None` for any other key.
     """
-    parts, module = key.split("."), model
+    parts = key.split(".")
+    module: nn.Module | None = model
     if "base_layer" not in parts:
         return None
     for place, part in enumerate(parts):
         if part == "base_layer" and isinstance(module, AdaptedAttention):
             return ".".join(parts[:place]), ".".join(parts[place + 1 :])
-        module = getattr(module, part, None)  # type: ignore[assignment]
+        module = getattr(module, part, None)
     return None
 
 
