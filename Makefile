@@ -10,9 +10,11 @@ QUANTIZED_TESTS := tests/tuner/test_quantization.py tests/recipes/dreambooth/tes
 RAY_TESTS := tests/comparison/test_processes.py -k ray
 # what promises equal bits, or sums in an order of its own
 ISA_TESTS := tests/ops tests/tuner tests/runs/test_stopping_and_resuming.py
-# other x86-64 machines, as far as libraries can be told to be on one
-AVX2 := ATEN_CPU_CAPABILITY=avx2 NUMBA_CPU_NAME=haswell MKL_CBWR=AVX2 ONEDNN_MAX_CPU_ISA=AVX2
-OLDEST := ATEN_CPU_CAPABILITY=default NUMBA_CPU_NAME=generic MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41
+# other x86-64 machines, as far as libraries can be told to be on one; code that torch compiled for this one is not theirs
+AVX2 := ATEN_CPU_CAPABILITY=avx2 NUMBA_CPU_NAME=haswell MKL_CBWR=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 \
+  TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/$(VENV)/inductor-avx2
+OLDEST := ATEN_CPU_CAPABILITY=default NUMBA_CPU_NAME=generic MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 \
+  TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/$(VENV)/inductor-oldest
 PYTEST := $(BIN)/python -m pytest -n 2
 FAST := -m 'not slow and not gpu'
 # `stage NAME COMMAND` runs whether or not those before it passed; `finish` names the ones that failed, and fails if any did
