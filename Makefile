@@ -9,7 +9,7 @@ PACKAGES := dataset-fashion-mnist tuxpaint-stamps-default mricron-data chromium
 QUANTIZED_TESTS := tests/tuner/test_quantization.py tests/recipes/dreambooth/test_train.py
 RAY_TESTS := tests/comparison/test_processes.py -k ray
 # what promises equal bits, or sums in an order of its own
-ISA_TESTS := tests/ops tests/tuner tests/runs/test_stopping_and_resuming.py
+ISA_TESTS := tests/ops tests/tuner tests/training/test_stopping_and_resuming.py
 # other x86-64 machines, as far as libraries can be told to be on one; code that torch compiled for this one is not theirs
 AVX2 := ATEN_CPU_CAPABILITY=avx2 NUMBA_CPU_NAME=haswell MKL_CBWR=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 \
   TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/$(VENV)/inductor-avx2

@@ -19,9 +19,9 @@ from torch import nn
 
 import snella
 from snella import SnellaConfig
+from snella._console import make_console
 from snella.runs import TrainConfig
-from snella.runs.console import make_console
-from snella.runs.train import train
+from snella.training.train import train
 
 PACKAGE = str(Path(snella.__file__).parent)
 KERNELS = str(Path(PACKAGE, "ops", "backends", "numba", "forward.py"))

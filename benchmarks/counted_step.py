@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from snella.ops.recompute import can_recompute
-from snella.runs.memory import working_modules
+from snella.training.memory import working_modules
 from snella.tuner.layer import SnellaLayer
 
 _MOMENTS = 2  # of AdamW

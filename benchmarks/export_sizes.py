@@ -14,8 +14,8 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save
 
 from snella.runs import load_run
-from snella.runs.build import make_backbone
 from snella.runs.export import sparse_patch
+from snella.runs.model import make_backbone
 from snella.tuner import SnellaLayer, adapted_matrices
 
 SPARSITIES = (0.7, 0.8, 0.9, 0.97, 0.99, 0.999)

@@ -54,7 +54,7 @@ from snella.cli import parser as _parser
 from snella.cli.main import main
 from snella.cli.parser import COMMANDS
 from snella.runs import folder as _run_folder  # noqa: F401 - imported before processes are forked
-from snella.runs import train as _train  # noqa: F401
+from snella.training import train as _train  # noqa: F401
 
 TINY = [
     "train", "--data", "digits", "--backbone", "test_vit", "--pretrained", "false", "--img-size", "32", "--r", "2",
@@ -592,7 +592,7 @@ def run_fuzzed(words: list[str], place: Path) -> int:
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     _parser.call = settings_alone
-    sys.modules["snella.runs.train"].__dict__["_fit"] = lambda *arguments: os._exit(REACHED)
+    sys.modules["snella.training.train"].__dict__["_fit"] = lambda *arguments: os._exit(REACHED)
     os.chdir(place)
     return main(words)
 
@@ -645,7 +645,7 @@ def run_all(arguments: argparse.Namespace) -> int:
     for name in ("train", "evaluate", "predict", "merge", "inspect", "data", "compare"):
         importlib.import_module(COMMANDS[name].library)
     if arguments.quick:  # half of the time of such a training
-        sys.modules["snella.runs.train"].__dict__["write_report"] = leave_page_out
+        sys.modules["snella.training.train"].__dict__["write_report"] = leave_page_out
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="snella-faults-") as folder:
         harness = Harness(Path(folder), arguments.seed, sizes)

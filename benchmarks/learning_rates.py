@@ -34,13 +34,15 @@ from snella.data import build_transform
 from snella.methods import build_method, spec_of
 from snella.records import BackboneInfo
 from snella.runs import TrainConfig
-from snella.runs.build import load_splits, make_backbone, resolve_data_config
-from snella.runs.callbacks import WeightAverage
-from snella.runs.optimizer import build_optimizer
+from snella.runs.images import load_splits
+from snella.runs.model import make_backbone
 from snella.runs.protocol import get_protocol
-from snella.runs.results import matrices_of
-from snella.runs.sampler import EpochSampler
 from snella.tasks.classification import INVERSE_PENALTY, fit_probe
+from snella.training.build import resolve_data_config
+from snella.training.callbacks import WeightAverage
+from snella.training.optimizer import build_optimizer
+from snella.training.results import matrices_of
+from snella.training.sampler import EpochSampler
 
 HERE = Path(__file__).parent
 SUITE = HERE.parent / "experiments" / "bundled-suite.yaml"

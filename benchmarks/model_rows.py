@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from snella.benchmark.bench import quartiles
 from snella.benchmark.rows import append_rows, conditions
-from snella.runs.memory import saved_bytes
+from snella.training.memory import saved_bytes
 from snella.tuner import BudgetAllocator, SnellaConfig, create_snella_optimizer
 
 _VISION = r".*\.(attn\.(qkv|proj)|mlp\.(fc1|fc2))"

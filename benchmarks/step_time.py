@@ -8,9 +8,9 @@ python benchmarks/step_time.py --grid              every backbone, batch, rank, 
 import argparse
 from pathlib import Path
 
+from snella._console import make_console
 from snella.benchmark import BenchConfig, bench, grid, measure_matrix, measure_sampling
 from snella.benchmark.rows import append_rows
-from snella.runs.console import make_console
 
 HERE = Path(__file__).parent
 SAMPLES = ["snella-sample", "snella-sample-quarter"]

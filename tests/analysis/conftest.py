@@ -9,7 +9,7 @@ import torch
 
 from snella.methods import build_method, save_trained
 from snella.records import BackboneInfo, DataInfo, RunInfo, write
-from snella.runs.build import make_backbone
+from snella.runs.model import make_backbone
 
 OLD_RUN = Path(__file__).parents[1] / "old_files" / "run"
 

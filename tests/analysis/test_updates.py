@@ -20,7 +20,7 @@ from snella.records import Allocation, read
 from snella.report.inspect import read_adapter
 from snella.report.report import update_section
 from snella.report.updates import _pooled, deepest_query
-from snella.runs.build import load_run, make_backbone
+from snella.runs.model import load_run, make_backbone
 from snella.tuner.matrices import adapted_matrices
 
 

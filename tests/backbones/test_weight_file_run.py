@@ -11,7 +11,7 @@ from rich.console import Console
 
 from snella.runs import TrainConfig, load_run
 from snella.runs.merge import loading_snippet, merge
-from snella.runs.train import train
+from snella.training.train import train
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ from snella.runs.train import train
 def test_a_run_on_a_weight_file_alone_merges_into_a_file_that_the_printed_lines_load(
     architecture, options, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("snella.runs.train.write_report", lambda run, images=None: run / "report.html")
+    monkeypatch.setattr("snella.training.train.write_report", lambda run, images=None: run / "report.html")
     torch.manual_seed(0)
     torch.save(timm.create_model(architecture, num_classes=7, **options).state_dict(), tmp_path / "weights.pth")
     rng = np.random.default_rng(0)

@@ -15,7 +15,7 @@ from snella.benchmark.rows import read_rows
 from snella.comparison.experiment_files import read_experiment
 from snella.methods import build_method
 from snella.methods.registry import adapt_headless
-from snella.runs.memory import predict_step_memory
+from snella.training.memory import predict_step_memory
 
 ROOT = Path(__file__).parents[2]
 ROWS = ROOT / "benchmarks" / "results.jsonl"

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from snella import SnellaConfig
+from snella._console import make_console
 from snella.runs import TrainConfig
-from snella.runs.console import make_console
-from snella.runs.train import train
+from snella.training.train import train
 
 ROOT = Path(__file__).resolve().parents[2]
 

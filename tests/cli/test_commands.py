@@ -10,7 +10,7 @@ import yaml
 
 from snella.cli.main import main
 from snella.runs import RunFolder, load_run
-from snella.runs.trainer import SnellaTrainer
+from snella.training.trainer import SnellaTrainer
 
 
 def test_train_leaves_a_finished_run_with_its_resolved_configuration(run):
@@ -167,7 +167,7 @@ def test_ctrl_c_before_training_ends_with_130(train_words, tmp_path, failing, mo
     def press_ctrl_c(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("snella.runs.train.build_components", press_ctrl_c)
+    monkeypatch.setattr("snella.training.train.build_components", press_ctrl_c)
     assert failing(*train_words, "--out", str(tmp_path / "run"), status=130) == "snella: interrupted\n"
 
 

@@ -16,7 +16,8 @@ from snella.comparison.experiment_files import read_experiment
 from snella.comparison.run_cell import record_crash, run_cell
 from snella.comparison.search import Candidate
 from snella.comparison.store import append_row, cell_lock, is_locked, read_row
-from snella.runs import RunFolder, TrainingInterrupted, load_run
+from snella.runs import RunFolder, load_run
+from snella.training.session import TrainingInterrupted
 
 from .conftest import rows_of
 

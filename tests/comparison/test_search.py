@@ -124,7 +124,7 @@ def test_the_methods_that_count_as_heads_alone_are_that(name):
 
 
 def test_all_seeds_of_a_task_share_its_test_images(tiny):
-    from snella.runs.build import load_splits
+    from snella.runs.images import load_splits
 
     experiment = tiny()
     cells = [Cell(experiment.data[0], experiment.methods[0], seed, Candidate(), True) for seed in (0, 1)]

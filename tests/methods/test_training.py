@@ -5,10 +5,10 @@ import torch
 
 from snella.methods import METHODS, load_trained
 from snella.records import RunInfo, read
-from snella.runs.build import make_backbone
-from snella.runs.callbacks import ScheduleCallback
 from snella.runs.config import TrainConfig
-from snella.runs.train import train
+from snella.runs.model import make_backbone
+from snella.training.callbacks import ScheduleCallback
+from snella.training.train import train
 
 QUICK = {"noah": {"supernet_epochs": 1}}
 

@@ -8,11 +8,12 @@ from PIL import Image
 from rich.console import Console
 
 from snella.records import RunInfo, read
-from snella.runs import RunFolder, TrainConfig, TrainingInterrupted
-from snella.runs.build import absolute_folder, check_splits, find_data, load_splits
+from snella.runs import RunFolder, TrainConfig
 from snella.runs.evaluate import evaluate, redraw_report
-from snella.runs.train import train
-from snella.runs.trainer import SnellaTrainer
+from snella.runs.images import absolute_folder, check_splits, find_data, load_splits
+from snella.training.session import TrainingInterrupted
+from snella.training.train import train
+from snella.training.trainer import SnellaTrainer
 
 
 @pytest.fixture

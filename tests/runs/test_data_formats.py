@@ -15,7 +15,7 @@ from snella.runs import RunFolder, TrainConfig, load_run
 from snella.runs.evaluate import evaluate
 from snella.runs.merge import merge
 from snella.runs.predict import predict
-from snella.runs.train import train
+from snella.training.train import train
 
 
 @pytest.fixture

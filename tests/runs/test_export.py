@@ -14,9 +14,9 @@ from snella.cli.commands import ExportName
 from snella.cli.main import main
 from snella.runs import TrainConfig, load_run
 from snella.runs import export as exporting
-from snella.runs.build import make_backbone
 from snella.runs.export import FORMATS, OUTPUT_BOUND, export
-from snella.runs.train import train
+from snella.runs.model import make_backbone
+from snella.training.train import train
 from snella.tuner.cache import unpack_positions
 from snella.tuner.sparse_file import SparsePatch, _decode_gaps, encode_positions
 

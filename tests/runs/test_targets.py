@@ -11,16 +11,16 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from snella.runs import TrainConfig, TrainingInterrupted, load_run
+from snella.runs import TrainConfig, load_run
 from snella.runs.evaluate import evaluate
 from snella.runs.export import export
 from snella.runs.merge import loading_snippet, merge
 from snella.runs.predict import predict
-from snella.runs.sampler import EpochSampler
-from snella.runs.session import InterruptCallback
-from snella.runs.train import train
 from snella.tasks import task_class
 from snella.tasks.predictions import write_label_sets, write_numbers
+from snella.training.sampler import EpochSampler
+from snella.training.session import InterruptCallback, TrainingInterrupted
+from snella.training.train import train
 
 QUIET = Console(file=io.StringIO(), width=200)
 TINY = {

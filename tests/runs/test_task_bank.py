@@ -7,7 +7,7 @@ import torch
 from snella import TaskBank
 from snella.runs import TrainConfig, load_run
 from snella.runs.predict import predict
-from snella.runs.train import train
+from snella.training.train import train
 
 COLORS = {"animals": {"cats": 10, "dogs": 10, "owls": 10}, "plants": {"oak": 12, "ash": 12}}
 

@@ -17,8 +17,8 @@ from snella.runs import RunFolder, TrainConfig, load_run
 from snella.runs.evaluate import evaluate
 from snella.runs.merge import loading_snippet, merge
 from snella.runs.predict import predict
-from snella.runs.train import train
 from snella.tasks.predictions import write_predictions
+from snella.training.train import train
 
 
 def test_evaluating_repeats_the_test_result(finished):

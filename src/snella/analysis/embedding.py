@@ -18,9 +18,9 @@ from snella.analysis.plot import Plot, Row, run_labels
 from snella.data.splits import stratified_sample
 from snella.methods import build_method
 from snella.report.style import MUTED, add_legend, new_panels, shortened, style_of
-from snella.runs.build import load_run, make_backbone
 from snella.runs.evaluate import Split, images_for_run
-from snella.runs.linear_probe import head_inputs
+from snella.runs.model import load_run, make_backbone
+from snella.training.linear_probe import head_inputs
 
 PRETRAINED = "pre-trained"
 _PERPLEXITY = 30.0

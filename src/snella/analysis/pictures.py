@@ -23,8 +23,8 @@ from snella.methods import spec_of
 from snella.report.examples import overlay
 from snella.report.heat_maps import heat_maps, overlay_heat
 from snella.report.style import INK, new_panels, shortened
-from snella.runs.build import LoadedRun, load_run, make_backbone
 from snella.runs.evaluate import Split, images_for_run
+from snella.runs.model import LoadedRun, load_run, make_backbone
 
 PRETRAINED = "pre-trained"
 _SIDE = 96

@@ -23,7 +23,7 @@ from snella.comparison.store import FILE as ROWS_FILE
 from snella.comparison.store import read_lines
 from snella.comparison.summary import summarize
 from snella.report.style import GRID, INK, MUTED, add_legend, new_figure, shortened, style_of
-from snella.runs.build import load_run
+from snella.runs.model import load_run
 
 _LEAST_SPAN = 0.02
 _MOST_POINTS = 120

@@ -35,7 +35,7 @@ from snella.report.style import (
     style_of,
 )
 from snella.report.updates import MOST_CELLS, UpdateSource, adapter_updates, deepest_query, draw_updates, part_names
-from snella.runs.build import load_run, make_backbone
+from snella.runs.model import load_run, make_backbone
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,14 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
+from snella._console import make_console, print_line
 from snella.benchmark.baselines import BASELINES, REFERENCE, Workload, random_batch
 from snella.benchmark.rows import append_rows, conditions, draw_figures
 from snella.ops.backends import choose_backend
 from snella.ops.functional import adapted_layer
 from snella.ops.kernels import make_kernel
 from snella.ops.spec import Factors, LinearOp, Update, UpdateSpec
-from snella.runs.console import make_console, print_line
-from snella.runs.memory import saved_bytes
+from snella.training.memory import saved_bytes
 from snella.tuner import BudgetAllocator, create_snella_optimizer
 from snella.tuner.layer import SnellaLayer
 

@@ -19,7 +19,7 @@ ExportName = Literal["sparse", "onnx", "torchscript", "torch-export", "lora", "t
 """Keys of `snella.runs.export.FORMATS`, which the command line does not wait for."""
 
 
-@command("snella.runs.train")
+@command("snella.training.train")
 def train(config: TrainConfig) -> None:
     """Fine-tune a pre-trained vision model on labeled images.
 
@@ -35,8 +35,8 @@ def train(config: TrainConfig) -> None:
     receives the best adapter, metrics, predictions and report.html.
     """
     from snella.runs.config import AUTO_METHOD
-    from snella.runs.folds import is_cross_validation, train_folds
-    from snella.runs.train import train
+    from snella.training.folds import is_cross_validation, train_folds
+    from snella.training.train import train
 
     if config.method == AUTO_METHOD:
         from snella.comparison.compare import choose_method
@@ -79,11 +79,11 @@ def evaluate(
             before training did so.
         device: auto, cpu or cuda.
     """
+    from snella._console import make_console, print_line
     from snella._files import write_json
     from snella.records import RunInfo, read
-    from snella.runs.build import get_task
-    from snella.runs.console import make_console, print_line
     from snella.runs.evaluate import calibrate_run, evaluate
+    from snella.runs.model import get_task
 
     if calibrate:
         given = {"data": data, "columns": columns, "out": out, "split": None if split == "auto" else split}
@@ -188,7 +188,7 @@ def merge(run: str, /, *, out: str, overwrite: bool = False) -> None:
             .safetensors, for the weights alone.
         overwrite: Replace what is there.
     """
-    from snella.runs.console import make_console, print_line
+    from snella._console import make_console, print_line
     from snella.runs.merge import describe_file, loading_snippet, merge
 
     path = merge(run, out, overwrite=overwrite)
@@ -233,7 +233,7 @@ def export(
         images: Image files on which outputs are compared, [a.jpg,b.jpg]; the run's own test or validation images if not
             given.
     """
-    from snella.runs.console import make_console, print_line
+    from snella._console import make_console, print_line
     from snella.runs.export import export
 
     exported = export(run, format, out, overwrite=overwrite, opset=opset, rank=rank, values=values, images=images or ())
@@ -282,7 +282,7 @@ def explain(
         skip_corrupt: Leave out images that cannot be read.
         device: auto, cpu or cuda.
     """
-    from snella.runs.console import counted, make_console, print_line
+    from snella._console import counted, make_console, print_line
     from snella.runs.explain import explain, explain_validation
 
     console = make_console()
@@ -384,7 +384,7 @@ def push(
         private: Whether only you may see it.
         overwrite: Add a commit to a model that is on the hub already.
     """
-    from snella.runs.console import make_console, print_line
+    from snella._console import make_console, print_line
     from snella.runs.push import push
 
     done = push(run, name, to_folder=to_folder, adapter=adapter, private=private, overwrite=overwrite)
@@ -428,12 +428,11 @@ def inspect(
     Raises:
         ValueError: Neither or both of `run` and `backbone`, or an option of the other one.
     """
+    from snella._console import make_console, print_line
     from snella.records import RunInfo, read
     from snella.report.inspect import inspect_run
-    from snella.runs.console import make_console, print_line
     from snella.runs.evaluate import redraw_report
     from snella.runs.folder import RunFolder
-    from snella.runs.session import has_stopped
 
     of_backbone: dict[str, Any] = {"batch": batch, "img_size": img_size, "r": r, "dtype": dtype, "device": device}
     given = {name: value for name, value in of_backbone.items() if value is not None}
@@ -453,7 +452,7 @@ def inspect(
         console.print(_memory_table(backbone, **given))
     if run is not None:
         console.print(inspect_run(run))
-        if has_stopped(folder := RunFolder(run)):
+        if (folder := RunFolder(run)).has_stopped:
             print_line(
                 console,
                 f"no process is writing it: the run stopped without a word, as a killed one does; continue it with "
@@ -498,9 +497,9 @@ def data(
         sheet: PNG file for a contact sheet: the first images of each class.
         decode: Of a benchmark, also decode every image, which takes minutes, to find damaged ones.
     """
+    from snella._console import counted, make_console, print_line
     from snella.data import data_names, split_spec
     from snella.data.check import check_benchmarks
-    from snella.runs.console import counted, make_console, print_line
 
     if split_spec(data)[1] is not None or data in data_names():
         errors = _check_own_data(data, columns, task, skip_corrupt, channels, white, sheet)
@@ -536,8 +535,9 @@ def _check_own_data(
     """Print what is in a data set, draw its contact sheet, and return what is wrong."""
     from rich.table import Table
 
+    from snella._console import make_console, print_line, print_rows
     from snella.data.check import check_data, contact_sheet
-    from snella.runs.console import make_console, print_line, print_rows, show_reading
+    from snella.data.datasets import show_reading
     from snella.tasks import task_class
 
     target, console = task_class(task).target, make_console()
@@ -599,7 +599,7 @@ def _benchmark_table(check: "BenchmarkCheck") -> "Table":
     """A row a data set, with the numbers of images of its parts."""
     from rich.table import Table
 
-    from snella.runs.console import counted
+    from snella._console import counted
 
     parts = list(dict.fromkeys(name for found in check.found for name in found.parts))
     table = Table(title=f"{check.title} in {check.folder}", title_justify="left")
@@ -622,9 +622,9 @@ def _memory_table(backbone: str, device: str | None = None, **given: Any) -> "Gr
     from rich.table import Table
     from rich.text import Text
 
-    from snella.runs.build import choose_device
-    from snella.runs.console import counted, make_console
-    from snella.runs.memory import methods_compared, predict_for_methods
+    from snella._console import counted, make_console
+    from snella.runs.model import choose_device
+    from snella.training.memory import methods_compared, predict_for_methods
 
     chosen: dict[str, Any] = {"batch": 32, "img_size": None, "r": 8, "dtype": "fp32"} | given
     device = device or choose_device("auto").type

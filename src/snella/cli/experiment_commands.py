@@ -83,8 +83,8 @@ def plot(
     """
     import inspect
 
+    from snella._console import make_console, print_line
     from snella.analysis import plot_function, write_plots
-    from snella.runs.console import make_console, print_line
 
     function = plot_function(kind)
     options: dict[str, Any] = dict(by=by, matrix=matrix, data=data, split=split, limit=limit, seed=seed, device=device)
@@ -145,9 +145,9 @@ def fit_matrix(
 
     from rich.table import Table
 
+    from snella._console import make_console, print_line
     from snella.analysis.matrix_fit import PRESETS, fit_matrices
     from snella.analysis.plot import write_plots
-    from snella.runs.console import make_console, print_line
 
     values: dict[str, Any] = dict(size=size, matrices=matrices, r=r, steps=steps, lr=lr, seed=seed)
     values["ranks"] = None if ranks is None else tuple(listed("ranks", ranks, int))
@@ -333,8 +333,8 @@ def generate(
         overwrite: Replace other images in the folder.
         device: auto, cpu or cuda.
     """
+    from snella._console import counted, make_console, print_line
     from snella.recipes.dreambooth.generate import generate, select_prompts
-    from snella.runs.console import counted, make_console, print_line
 
     images = generate(
         run,
@@ -390,9 +390,9 @@ def evaluate_generation(
         out: Also write the results to this JSON file.
         device: auto, cpu or cuda.
     """
+    from snella._console import make_console
     from snella._files import write_json
     from snella.recipes.dreambooth import evaluate_generation
-    from snella.runs.console import make_console
 
     result = evaluate_generation(
         run,
@@ -523,8 +523,8 @@ def evaluate_language(
     """
     from rich.table import Table
 
+    from snella._console import make_console
     from snella.recipes.instruct import evaluate_language
-    from snella.runs.console import make_console
 
     result = evaluate_language(
         run,

@@ -67,8 +67,8 @@ def _report(error: Exception, words: Sequence[str], status: int = _USER_ERROR) -
     if "--debug" in words:
         traceback.print_exception(error)
         return status
+    from snella._console import printable
     from snella.cli.parser import UsageError, as_flags
-    from snella.runs.console import printable
 
     line = printable(" ".join(str(error).split()))
     command = next((word for word in words if not word.startswith("-")), None)

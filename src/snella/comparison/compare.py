@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from snella._console import counted, make_console, print_line
 from snella._text import seconds_text
 from snella.backbones import create_backbone
 from snella.comparison import CellsFailedError
@@ -35,14 +36,14 @@ from snella.comparison.store import LOCKS, cell_lock, collect, drop_failed, is_l
 from snella.comparison.summary import COSTS, cost_texts, print_summary, recommend, spread_text, summarize
 from snella.methods.defaults import CHOICE_METHODS
 from snella.records import CellRow
-from snella.runs import RunFolder, TrainConfig, TrainingInterrupted
-from snella.runs.build import choose_device, load_splits
+from snella.runs import RunFolder, TrainConfig
 from snella.runs.config import AUTO_METHOD
-from snella.runs.console import counted, make_console, print_line
-from snella.runs.distributed import refuse_several_processes
+from snella.runs.images import load_splits
+from snella.runs.model import choose_device
 from snella.runs.protocol import get_protocol
-from snella.runs.session import NonFiniteLossError
 from snella.tasks import create_task
+from snella.training.distributed import refuse_several_processes
+from snella.training.session import NonFiniteLossError, TrainingInterrupted
 
 
 class ComparisonProgress:

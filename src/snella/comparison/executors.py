@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from snella.comparison.cells import Cell, GitState, git_state, set_git_state
 from snella.comparison.experiment import Experiment
 from snella.comparison.run_cell import Outcome, run_cell, set_threads
-from snella.runs import TrainingInterrupted
+from snella.training.session import TrainingInterrupted
 
 _PRELOADED = ["snella.comparison.run_cell"]
 

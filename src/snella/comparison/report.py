@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from snella._console import counted
 from snella._files import write_text
 from snella._text import count_text, plain_text, seconds_text
 from snella.comparison import figures
@@ -32,7 +33,6 @@ from snella.comparison.summary import (
 )
 from snella.records import CellRow, SearchChoice
 from snella.report.style import inline_svg, shortened, write_atomically
-from snella.runs.console import counted
 from snella.runs.protocol import get_protocol
 
 _METRIC = "test_accuracy"  # which the papers report

@@ -33,11 +33,12 @@ from snella.methods import build_method, find_method, merge_trained, parse_metho
 from snella.methods.defaults import PROBE_METHOD
 from snella.methods.model_parts import is_inside
 from snella.records import CellResults, CellRow, Metrics, RunInfo, SplitScores, plain, read, scores_from
-from snella.runs import RunFolder, TrainingInterrupted, load_run
-from snella.runs.build import make_backbone
+from snella.runs import RunFolder, load_run
 from snella.runs.evaluate import evaluate
-from snella.runs.linear_probe import head_inputs
-from snella.runs.train import train
+from snella.runs.model import make_backbone
+from snella.training.linear_probe import head_inputs
+from snella.training.session import TrainingInterrupted
+from snella.training.train import train
 
 
 def count_changed_weights(run: Path) -> int | None:

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from snella._console import counted, print_line
 from snella._text import bytes_text, count_text, seconds_text
 from snella.comparison.experiment import Experiment
 from snella.comparison.statistics import (
@@ -23,7 +24,6 @@ from snella.comparison.statistics import (
     spread,
 )
 from snella.records import CellRow
-from snella.runs.console import counted, print_line
 
 COSTS = (
     *("num_trainable_params", "changed_weights", "file_size", "step_time", "train_time"),

@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, Self, cast
+from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 
 import numpy as np
 import torch
@@ -31,6 +31,9 @@ from snella.data.images import (
     read_label_map,
     to_rgb,
 )
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _THREADS = 4  # decoding releases the interpreter lock
 _BUDGET_BYTES = 512 * 2**20
@@ -201,6 +204,26 @@ def watched_reading(watch: Watch) -> Iterator[None]:
         yield
     finally:
         _WATCH.reset(token)
+
+
+@contextmanager
+def show_reading(console: "Console | None", is_wanted: bool = True) -> Iterator[None]:
+    """On a terminal, show how far the first decoding of all images is, inside.
+
+    Args:
+        console: Where to draw the bar, which is gone afterwards; None for nowhere.
+        is_wanted: False for no bar.
+    """
+    if console is None or not is_wanted or not console.is_terminal:
+        yield
+        return
+    from rich.progress import track
+
+    def watch(items: Iterable[str | None], total: int) -> Iterable[str | None]:
+        return track(items, "reading images", total=total, console=console, transient=True)
+
+    with watched_reading(watch):
+        yield
 
 
 Target = str | float | tuple[str, ...] | tuple[float, ...]

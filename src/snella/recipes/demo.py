@@ -6,12 +6,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from snella._console import make_console, print_heading, print_line
 from snella.records import MethodResult, MethodResults, Metrics, read
 from snella.runs.config import TrainConfig
-from snella.runs.console import make_console, print_heading, print_line
 from snella.runs.evaluate import redraw_report
 from snella.runs.folder import RunFolder
-from snella.runs.train import train
+from snella.training.train import train
 
 DEMO_SETTINGS: dict[str, Any] = {
     "data": "elpv",

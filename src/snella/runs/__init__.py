@@ -1,49 +1,46 @@
-"""Training runs: train, evaluate, predict, merge, and the run folder.
+"""Runs: their settings and folder, and what is done with a trained one: evaluate, predict, merge, export, serve.
 
 The names are imported when they are first used: the command line reads `TrainConfig` without waiting for the libraries.
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
+from snella._deprecation import FormerModule, from_new_home
+
 if TYPE_CHECKING:
-    from snella.runs.build import LoadedRun, load_run
-    from snella.runs.checkpoints import CheckpointError
     from snella.runs.config import TrainConfig
     from snella.runs.folder import RunFolder
     from snella.runs.merge import load_merged
-    from snella.runs.session import NonFiniteLossError, RunInUseError, TrainingInterrupted
+    from snella.runs.model import LoadedRun, load_run
     from snella.runs.task_bank import TaskBank
 
 _HOMES = {
-    "CheckpointError": "checkpoints",
-    "LoadedRun": "build",
-    "NonFiniteLossError": "session",
+    "LoadedRun": "model",
     "RunFolder": "folder",
-    "RunInUseError": "session",
     "TaskBank": "task_bank",
     "TrainConfig": "config",
-    "TrainingInterrupted": "session",
     "load_merged": "merge",
-    "load_run": "build",
+    "load_run": "model",
+}
+_MOVED = {
+    "CheckpointError": "snella.training.checkpoints",
+    "NonFiniteLossError": "snella.training.session",
+    "RunInUseError": "snella.training.session",
+    "TrainingInterrupted": "snella.training.session",
 }
 
-__all__ = [
-    "CheckpointError",
-    "LoadedRun",
-    "NonFiniteLossError",
-    "RunFolder",
-    "RunInUseError",
-    "TaskBank",
-    "TrainConfig",
-    "TrainingInterrupted",
-    "load_merged",
-    "load_run",
-]
+__all__ = ["LoadedRun", "RunFolder", "TaskBank", "TrainConfig", "load_merged", "load_run"]
+
+for _name in ("train", "folds"):
+    sys.modules[f"{__name__}.{_name}"] = FormerModule(f"{__name__}.{_name}", f"snella.training.{_name}")
 
 
 def __getattr__(name: str) -> Any:
     """Import the module of a public name on first use."""
+    if name in _MOVED:
+        return from_new_home(f"{__name__}.{name}", _MOVED[name])
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

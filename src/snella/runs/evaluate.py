@@ -10,30 +10,26 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from snella._console import make_console, print_line
 from snella._deprecation import accept_former_arguments
 from snella.data import DataSplits, ImageDataset, has_columns, load_data
 from snella.data.datasets import read_at_side
 from snella.records import Calibration, DataInfo, RunInfo, plain, read
 from snella.report import write_report
 from snella.report.examples import ImageSource
-from snella.runs.build import (
+from snella.runs.calibrate import calibrate
+from snella.runs.folder import RunFolder
+from snella.runs.images import (
     PARTS,
-    Ensemble,
-    LoadedRun,
     changed_parts,
     check_splits,
     encoded,
     find_data,
-    get_task,
     is_same_split,
-    load_run,
     load_splits,
     parts_of,
 )
-from snella.runs.calibrate import calibrate
-from snella.runs.console import make_console, print_line
-from snella.runs.folder import RunFolder
-from snella.runs.session import has_stopped
+from snella.runs.model import Ensemble, LoadedRun, get_task, load_run
 from snella.tasks import Task, create_task
 
 
@@ -62,7 +58,7 @@ def redraw_report(run: str | Path, console: Console | None = None) -> Path:
     except (OSError, ValueError, ImportError) as error:
         print_line(console or make_console(), f"note: the report has no images: {error}")
         images = None
-    return write_report(folder.path, images, has_stopped=has_stopped(folder))
+    return write_report(folder.path, images, has_stopped=folder.has_stopped)
 
 
 def _shown_images(folder: RunFolder, stored: DataInfo) -> ImageDataset | None:

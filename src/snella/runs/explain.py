@@ -21,8 +21,8 @@ from snella.data import ImageDataset
 from snella.records import Predictions, read
 from snella.report.examples import choose_examples, picture_uri
 from snella.report.heat_maps import attention_rollout, heat_maps, overlay_heat
-from snella.runs.build import check_splits, find_data, load_splits, parts_of
 from snella.runs.evaluate import redraw_report
+from snella.runs.images import check_splits, find_data, load_splits, parts_of
 from snella.runs.predict import Predictor, load
 from snella.runs.prediction_files import expand_for
 

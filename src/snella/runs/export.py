@@ -23,8 +23,9 @@ from snella.data import read_image
 from snella.data.datasets import read_at_side
 from snella.methods.sparse_update import SparseUpdate
 from snella.report import model_card
-from snella.runs.build import Ensemble, LoadedRun, find_data, load_run, load_splits, make_backbone, parts_of
+from snella.runs.images import find_data, load_splits, parts_of
 from snella.runs.merge import merged_model, run_metadata, write_timm_folder
+from snella.runs.model import Ensemble, LoadedRun, load_run, make_backbone
 from snella.tuner.layer import SnellaLayer
 from snella.tuner.sparse_file import Entries, SparsePatch, ValueDtype, digest_of, load_sparse
 

@@ -1,7 +1,9 @@
 """`RunFolder`: the files of a run, their digests and status."""
 
 import dataclasses
+import fcntl
 import hashlib
+import os
 import shutil
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar, get_args
@@ -79,6 +81,7 @@ class RunFolderOf(Generic[S]):
         self.adapter = self.path / "adapter"
         self.checkpoints = self.path / "checkpoints"
         self.report = self.path / "report.html"
+        self.lock = self.path / ".lock"
 
     @property
     def status(self) -> Status | None:
@@ -94,6 +97,28 @@ class RunFolderOf(Generic[S]):
             raise ValueError(f"{self.path / 'run.json'} is damaged: it holds no status; {_REMEDY}")
         status: Status = run["status"]
         return status
+
+    @property
+    def has_stopped(self) -> bool:
+        """Whether the record says that the run is running, and no process holds its lock: it was killed.
+
+        Where that cannot be known, as in a folder of another user, it counts as running.
+        """
+        if self.status != "running":
+            return False
+        try:
+            descriptor = os.open(self.lock, os.O_RDONLY)
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        finally:
+            os.close(descriptor)
+        return True
 
     def read_json(self, name: str) -> Any:
         """Content of one of the JSON files, as it stands there; `snella.records.read` checks its fields.
@@ -233,6 +258,22 @@ class RunFolderOf(Generic[S]):
         if status is None and self._holds_unexpected_files():
             raise FileExistsError(f"out={self.path} holds files but no run; choose an empty or a new folder")
         return config.resolved()
+
+    def resolve_resume(self, config: S) -> tuple[S, Status | None]:
+        """Resolve settings as `resolve_settings` does, and tell what became of the run that is resumed.
+
+        Returns:
+            Resolved settings, and the status of the stored run; None where a new one starts.
+
+        Raises:
+            FileNotFoundError: Or the adapter or results of a finished run are gone.
+        """
+        resolved: Any = self.resolve_settings(config)
+        status = self.status if resolved.resume else None
+        if status == "finished":
+            self.check_adapter()
+            self.check_complete()
+        return resolved, status
 
     def prepare(self, config: S, *, is_resumed: bool) -> None:
         """Create the folder of a new run, or prepare the existing one for resuming."""

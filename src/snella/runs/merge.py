@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from snella._files import write_bytes, write_json
 from snella.methods import merge_trained
 from snella.records import BackboneInfo, plain, record_from
-from snella.runs.build import LoadedRun, load_run, make_backbone
+from snella.runs.model import LoadedRun, load_run, make_backbone
 from snella.tasks import task_class
 
 _CLASSIFICATION = "classification"

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from snella.methods import spec_of
 from snella.records import FoldResults, RunInfo, read, read_if_present
-from snella.runs.build import LoadedRun, get_task_name, load_run
 from snella.runs.folder import RunFolder
 from snella.runs.image_inputs import ImageInput, near_name, read_input, separate
+from snella.runs.model import LoadedRun, get_task_name, load_run
 from snella.tasks import Task, task_class
 from snella.tasks.predictions import Prediction
 

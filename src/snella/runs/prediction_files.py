@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from snella._console import counted, make_console, print_line
 from snella._deprecation import accept_former_arguments
 from snella._files import write_bytes
-from snella.runs.console import counted, make_console, print_line
 from snella.runs.image_inputs import expand, new_files
 from snella.runs.predict import check_order, columns_of, load, task_of_run
 from snella.tasks import Task

@@ -8,9 +8,9 @@ from typing import Any
 from snella._files import write_text
 from snella.records import RunInfo, read
 from snella.report import model_card
-from snella.runs.build import get_task
 from snella.runs.folder import RunFolder
 from snella.runs.merge import describe_file, loading_snippet, merge
+from snella.runs.model import get_task
 
 __all__ = ["Pushed", "push", "write_hub_folder"]
 

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 from rich.console import Console
 
-from snella.runs.console import make_console, print_line
+from snella._console import make_console, print_line
 from snella.runs.predict import Predictor, Unsure, load
 from snella.tasks.predictions import Prediction
 

@@ -16,8 +16,8 @@ from snella.ops.backends.base import MergeCache
 from snella.ops.functional import write_effective_weight
 from snella.ops.spec import Factors, Update
 from snella.records import BackboneInfo
-from snella.runs.build import Ensemble, LoadedRun, choose_device, load_run, make_backbone
 from snella.runs.merge import merged_model
+from snella.runs.model import Ensemble, LoadedRun, choose_device, load_run, make_backbone
 from snella.tuner.layer import Linear, SnellaLayer
 
 _MIB = 2**20

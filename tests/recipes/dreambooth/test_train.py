@@ -19,7 +19,7 @@ from snella.methods import load_trained
 from snella.recipes.dreambooth import DreamBoothConfig, SamplingConfig, draw_images, load_pipeline, personalize
 from snella.recipes.dreambooth.generate import generate
 from snella.recipes.dreambooth.trainer import DreamBoothTrainer
-from snella.runs.session import NonFiniteLossError, TrainingInterrupted
+from snella.training.session import NonFiniteLossError, TrainingInterrupted
 
 STEPS = 12
 TINY = {

@@ -17,7 +17,7 @@ from snella.cli.main import main
 from snella.methods import load_trained
 from snella.recipes.instruct import LanguageConfig, evaluate_language, fine_tune
 from snella.recipes.instruct.train import LanguageTrainer, load_model, load_tokenizer
-from snella.runs.session import NonFiniteLossError, TrainingInterrupted
+from snella.training.session import NonFiniteLossError, TrainingInterrupted
 
 TINY = {
     "max_length": 64,

@@ -14,14 +14,14 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, Dinov2Model
 
+from snella._console import make_console
 from snella.backbones.create import cache_only_if_unreachable
 from snella.data.images import read_image
 from snella.recipes.dreambooth.config import DreamBoothFolder
 from snella.recipes.dreambooth.data import PROMPT_FILE, PromptFile, fill, load_concept, read_prompt_file
 from snella.recipes.dreambooth.generate import GeneratedImage, generate_images, load_generator
 from snella.recipes.dreambooth.pipeline import suppress_progress_bars
-from snella.runs.build import choose_device
-from snella.runs.console import make_console
+from snella.runs.model import choose_device
 
 _TINY = 1e-12
 

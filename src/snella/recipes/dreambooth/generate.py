@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import device as torch_device
 
+from snella._console import make_console
 from snella._files import write_bytes, write_json
 from snella.data.images import IMAGE_SUFFIXES
 from snella.methods import load_trained
@@ -25,9 +26,8 @@ from snella.recipes.dreambooth.config import DreamBoothConfig, DreamBoothFolder
 from snella.recipes.dreambooth.data import fill, read_prompt_file
 from snella.recipes.dreambooth.pipeline import PromptEmbedding, check_resolution, embed_prompts, load_pipeline
 from snella.records import RunInfo, read
-from snella.runs.build import choose_device
-from snella.runs.console import make_console
 from snella.runs.folder import adapter_digest
+from snella.runs.model import choose_device
 
 _TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from torch import nn
 
 from snella import SnellaCallback
+from snella._console import counted, make_console, print_line, print_rows
 from snella.methods import save_trained
 from snella.methods.registry import adapt_headless
 from snella.recipes.dreambooth.config import DreamBoothConfig, DreamBoothFolder
@@ -19,11 +20,10 @@ from snella.recipes.dreambooth.pipeline import check_resolution, embed_prompts, 
 from snella.recipes.dreambooth.report import write_generation_report
 from snella.recipes.dreambooth.trainer import DreamBoothTrainer, FlowMatching, TrainingSet
 from snella.records import BackboneInfo, DataInfo, FixedLoss, GeneratorMetrics, LossRow, RunInfo, read
-from snella.runs.build import choose_device
-from snella.runs.checkpoints import reporting_write_errors
 from snella.runs.config import command_line
-from snella.runs.console import counted, make_console, print_line, print_rows
-from snella.runs.results import (
+from snella.runs.model import choose_device
+from snella.training.checkpoints import reporting_write_errors
+from snella.training.results import (
     describe_allocation,
     describe_generator,
     matrices_of,
@@ -31,13 +31,7 @@ from snella.runs.results import (
     trainable_parameters,
     versions_of,
 )
-from snella.runs.session import (
-    InterruptCallback,
-    checkpoint_to_resume,
-    lock_run,
-    record_status,
-    resolve_resume,
-)
+from snella.training.session import InterruptCallback, checkpoint_to_resume, lock_run, record_status
 
 
 def draw_class_images(
@@ -166,12 +160,13 @@ def personalize(config: DreamBoothConfig, console: Console | None = None) -> Dre
 
 def _personalize(config: DreamBoothConfig, run: DreamBoothFolder, console: Console) -> DreamBoothFolder:
     """`personalize`, with the folder locked."""
-    resolved = resolve_resume(run, config, console, f"its report is {run.report}")
-    if resolved is None:
+    config, status = run.resolve_resume(config)
+    if status == "finished":
+        print_line(console, f"{run.path} is finished already; its report is {run.report}")
         if not run.report.is_file():
             write_generation_report(run.path)
         return run
-    config, is_resumed = resolved
+    is_resumed = status is not None
     device = choose_device(config.device)
     concept = load_concept(str(config.data), config.subject, skip_corrupt=config.skip_corrupt)
     if is_resumed:

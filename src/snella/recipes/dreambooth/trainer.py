@@ -20,15 +20,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from snella import BudgetAllocator
+from snella._console import print_line
 from snella.methods import load_trained_into, save_trained
 from snella.recipes.dreambooth.config import DreamBoothConfig, DreamBoothFolder
 from snella.recipes.dreambooth.pipeline import LatentImages, PromptEmbedding
-from snella.runs.checkpoints import reading_checkpoint, remove_incomplete, staged
-from snella.runs.console import print_line
-from snella.runs.optimizer import build_low_bit_optimizer
-from snella.runs.results import matrices_of
-from snella.runs.sampler import EpochSampler, mix_seed
-from snella.runs.session import InterruptCallback, NonFiniteLossError
+from snella.training.checkpoints import reading_checkpoint, remove_incomplete, staged
+from snella.training.optimizer import build_low_bit_optimizer
+from snella.training.results import matrices_of
+from snella.training.sampler import EpochSampler, mix_seed
+from snella.training.session import InterruptCallback, NonFiniteLossError
 
 _LOGIT_MEAN, _LOGIT_STD, _MODE_SCALE = 0.0, 1.0, 1.29
 

@@ -13,15 +13,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
+from snella._console import make_console
 from snella._files import write_text
 from snella.methods import load_trained
 from snella.recipes.instruct.config import RESULT_FILE, LanguageFolder
 from snella.recipes.instruct.data import CHOICES, Instruction, Template, extract_answer, pad_left, read_benchmark
 from snella.recipes.instruct.train import load_model, load_tokenizer
 from snella.records import RunInfo, read
-from snella.runs.build import choose_device
-from snella.runs.console import make_console
 from snella.runs.folder import adapter_digest
+from snella.runs.model import choose_device
 
 
 def evaluate_language(

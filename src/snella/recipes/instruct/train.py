@@ -22,18 +22,18 @@ from transformers import (
 )
 
 from snella import SnellaCallback
+from snella._console import counted, make_console, print_line, print_rows
 from snella.backbones.create import cache_only_if_unreachable
 from snella.methods import save_trained
 from snella.methods.registry import adapt_headless
 from snella.recipes.instruct.config import LanguageConfig, LanguageFolder
 from snella.recipes.instruct.data import IGNORED, Template, encode, pad_right, read_instructions
 from snella.records import BackboneInfo, DataInfo, LossRow, RunInfo, read, record_from
-from snella.runs.build import choose_device
-from snella.runs.checkpoints import reporting_write_errors
 from snella.runs.config import command_line
-from snella.runs.console import counted, make_console, print_line, print_rows
-from snella.runs.optimizer import build_low_bit_optimizer
-from snella.runs.results import (
+from snella.runs.model import choose_device
+from snella.training.checkpoints import reporting_write_errors
+from snella.training.optimizer import build_low_bit_optimizer
+from snella.training.results import (
     describe_allocation,
     describe_generator,
     matrices_of,
@@ -41,15 +41,14 @@ from snella.runs.results import (
     trainable_parameters,
     versions_of,
 )
-from snella.runs.session import (
+from snella.training.session import (
     InterruptCallback,
     NonFiniteLossError,
     checkpoint_to_resume,
     lock_run,
     record_status,
-    resolve_resume,
 )
-from snella.runs.trainer import CheckpointingTrainer, base_training_arguments
+from snella.training.trainer import CheckpointingTrainer, base_training_arguments
 
 
 def load_model(name: str, dtype: torch.dtype) -> nn.Module:
@@ -223,10 +222,11 @@ def fine_tune(config: LanguageConfig, console: Console | None = None) -> Languag
 
 def _fine_tune(config: LanguageConfig, run: LanguageFolder, console: Console) -> LanguageFolder:
     """The work of `fine_tune`, in a folder that no other process writes into."""
-    settled = resolve_resume(run, config, console, f"its adapter is {run.adapter}")
-    if settled is None:
+    config, status = run.resolve_resume(config)
+    if status == "finished":
+        print_line(console, f"{run.path} is finished already; its adapter is {run.adapter}")
         return run
-    config, is_resumed = settled
+    is_resumed = status is not None
     data = Path(str(config.data)).expanduser()
     tokenizer = load_tokenizer(str(config.model))
     train, val, notes = _items(config, tokenizer)
