@@ -16,7 +16,6 @@ from torch import Tensor
 
 from snella._text import percent_text
 from snella.ops.functional import sparsify_update
-from snella.ops.kernels import make_kernel
 from snella.ops.spec import Factors, Update, UpdateSpec
 from snella.records import MatrixInfo
 from snella.report.inspect import AdapterFile
@@ -65,12 +64,7 @@ def _of_snella(adapter: AdapterFile, infos: Mapping[str, MatrixInfo]) -> UpdateS
         rows[module] = tuple(infos[name].shape[0] if name in infos else m // groups for name in names)
         places |= {name: (module, group) for group, name in enumerate(names)}
         shapes |= {name: (count, n) for name, count in zip(names, rows[module], strict=True)}
-    kernel = make_kernel(
-        config.kernel,
-        num_pieces=config.num_pieces,
-        softmax_dim=config.softmax_dim,
-        center_softmax=config.center_softmax,
-    )
+    kernel = config.make_kernel()
     merged: dict[str, list[Tensor]] = {}
 
     def make(name: str) -> Tensor:

@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from snella._deprecation import accept_former_names
 from snella.ops.backends import resolve_implementation
-from snella.ops.kernels import KERNELS
+from snella.ops.kernels import KERNELS, Kernel, make_kernel
 from snella.ops.sampling import parse_weight_gradient
 from snella.ops.sparsify import SparsifyMode
 from snella.tuner.allocation import Schedule
@@ -278,6 +278,15 @@ class SnellaConfig(PeftConfig):
         """Return the rank of a layer: that of the longest key of `rank_pattern` which is its name or a suffix of it."""
         keys = [key for key in self.rank_pattern if module_name == key or module_name.endswith(f".{key}")]
         return self.rank_pattern[max(keys, key=len)] if keys else self.r
+
+    def make_kernel(self) -> Kernel:
+        """Return the kernel function that merges the factors."""
+        return make_kernel(
+            self.kernel,
+            num_pieces=self.num_pieces,
+            softmax_dim=self.softmax_dim,
+            center_softmax=self.center_softmax,
+        )
 
     def wanted_tokens(self) -> list[str]:
         """Names of the bare parameters to train: the user's, or the preset's whatever another model made of them."""

@@ -22,21 +22,17 @@ from snella.ops.backends.base import MergeCache
 from snella.ops.custom_op import adapted_layer_in_graph
 from snella.ops.fixed_support import fold_entries, layer_with_entries, merged_entries
 from snella.ops.functional import adapted_layer, compute_effective_weight, write_effective_weight
-from snella.ops.kernels import KernelScalars, make_kernel
 from snella.ops.sampling import parse_weight_gradient
 from snella.ops.sparsify import SparsifyMode
 from snella.ops.spec import Conv2dOp, Factors, LayerOp, LazyWeight, LinearOp, Update, UpdateSpec, WeightOp
 from snella.tuner.cache import AdapterState, EffectiveWeight, LayerCache, pack_positions
 from snella.tuner.config import SnellaConfig
 from snella.tuner.hooks import call_inside_hooks, hook_dicts, is_hooked_in_graph, onloaded
+from snella.tuner.initialization import bound_first_update, init_factors
 from snella.tuner.quantization import Quantization, find_quantization, measure_requantization, report_requantization
 
 logger = logging.getLogger(__name__)
-_FIRST_VALUES = {"alpha": 1.0, "beta": 0.0, "temperature": 1.0}
-_PIECE_COEFF = 0.1
 LINEAR = LinearOp()
-_START_SAMPLE = 64  # rows or columns that tell the size of the first update: its factors are drawn independently
-_LEAST_START = 0.1  # of the paper's start, so that weights near zero keep an update that can grow
 
 
 class SnellaLayer(nn.Module, BaseTunerLayer):
@@ -429,12 +425,11 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         """
         m, n = self._matrix_shape()
         groups = len(row_counts)
-        kernel = make_kernel(config.kernel, num_pieces=config.num_pieces)
         r = config.rank_of(self.module_name)
         self.snella_A[adapter_name] = nn.Parameter(torch.empty(groups, n, r))
         self.snella_B[adapter_name] = nn.Parameter(torch.empty(m, r))
         frozen = []
-        for name in kernel.scalars:
+        for name in config.make_kernel().scalars:
             if name == "temperature" and not config.learn_temperature:
                 continue
             shape = (groups, config.num_pieces) if name == "piece_coeff" else (groups,)
@@ -453,7 +448,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         self.scaling[adapter_name] = config.scaling
         self.row_counts[adapter_name] = row_counts
         with onloaded(self, with_base=True):
-            self._reset_parameters(adapter_name, larger=not config.init_weights)
+            self._init_parameters(adapter_name)
             self._move_adapter_to_device_of_base_layer(adapter_name)
         shares = [parse_weight_gradient(config.weight_gradient) for config in self.snella_config.values()]
         self.linear_op = LinearOp(max(shares))
@@ -462,58 +457,22 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         self._cache.clear()
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def _reset_parameters(self, adapter_name: str, larger: bool = False) -> None:
-        """Draw the factors uniformly from `±1/√(n·r/P)` (A) and `±1/√(rows·r/P)` (B); `larger` from `±1`.
-
-        Factors and `α` are smaller where the update would be large beside the weight, see `largest_start`.
-        """
-        A, B = self.snella_A[adapter_name], self.snella_B[adapter_name]
-        if A.device.type == "meta":
-            return
-        config = self.snella_config[adapter_name]
-        width = max(A.shape[-1] // config.num_pieces, 1)
-        with torch.no_grad():
-            for group, rows in enumerate(self.matrix_rows(adapter_name)):
-                for factor, fan in ((A[group], A.shape[1] * width), (B[rows], (rows.stop - rows.start) * width)):
-                    factor.uniform_(-1, 1).mul_(1.0 if larger else fan**-0.5)
-            for name, value in _FIRST_VALUES.items():
-                if adapter_name in getattr(self, f"snella_{name}"):
-                    getattr(self, f"snella_{name}")[adapter_name].fill_(value)
-            if adapter_name in self.snella_piece_coeff:
-                coeff = self.snella_piece_coeff[adapter_name]
-                coeff.copy_(_PIECE_COEFF * (-1.0) ** torch.arange(coeff.shape[1]))
-            if not larger:
-                self._bound_start(adapter_name)
-
-    @torch.no_grad()
-    def _bound_start(self, adapter_name: str) -> None:
-        """Shrink an update that is quadratic in `ΔW`, and with it in factors and `α`, to `largest_start`.
-
-        The softmax adds up to 1 over the `m` outputs, so that `S` starts near `1/m²`: large where a layer is narrow.
-        """
-        config, A, B = self.snella_config[adapter_name], self.snella_A[adapter_name], self.snella_B[adapter_name]
-        weight = self._weight()
-        weight = weight if isinstance(weight, Tensor) else weight.materialize()
-        kernel = make_kernel(
-            config.kernel,
-            num_pieces=config.num_pieces,
-            softmax_dim=config.softmax_dim,
-            center_softmax=config.center_softmax,
+    def _init_parameters(self, adapter_name: str) -> None:
+        """Draw an adapter's first values, with an update at most as large as `largest_start` says."""
+        factors, rows, config = (
+            self._factors(adapter_name),
+            self.matrix_rows(adapter_name),
+            self.snella_config[adapter_name],
         )
-        is_quadratic = config.sparsify_mode != "none" and not config.fixed_support
-        if weight.is_meta or not is_quadratic or "piece_coeff" not in kernel.scalars:
+        if factors.A.is_meta:
             return
-        values = [getattr(self, f"snella_{name}").get(adapter_name) for name in KernelScalars._fields]
-        columns, outputs = (_START_SAMPLE, None) if config.softmax_dim == 0 else (None, _START_SAMPLE)
-        for group, rows in enumerate(self.matrix_rows(adapter_name)):
-            scalars = KernelScalars(*(value if value is None else value[group] for value in values))
-            delta = kernel.merge(A[group][:columns], B[rows][:outputs], scalars)
-            base = weight[rows].float().square().mean().sqrt()
-            start = float(A.shape[1] ** 0.5 * delta.square().square().mean().sqrt().to(base.device) / base)
-            if self.largest_start < start < float("inf"):
-                shrink = max((self.largest_start / start) ** 0.5, _LEAST_START)
-                for tensor in (A[group], B[rows], *(value[group] for value in values[1:2] if value is not None)):
-                    tensor.mul_(shrink)
+        init_factors(factors, rows, config.num_pieces, is_larger=not config.init_weights)
+        is_quadratic = config.sparsify_mode != "none" and not config.fixed_support
+        if config.init_weights and is_quadratic and factors.piece_coeff is not None:
+            weight = self._weight()
+            weight = weight if isinstance(weight, Tensor) else weight.materialize()
+            if not weight.is_meta:
+                bound_first_update(factors, rows, config.make_kernel(), weight, self.largest_start)
 
     def weight_name(self, name: str) -> str:
         """Name of the adapted parameter in the model without adapters, where this layer is called `name`."""
@@ -604,13 +563,9 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         A, known = self.snella_A[adapter_name], self._specs.get(adapter_name)
         if known is None or known[1] != A.device or known[2] != A.dtype:
             config = self.snella_config[adapter_name]
-            kernel = make_kernel(
-                config.kernel,
-                num_pieces=config.num_pieces,
-                softmax_dim=config.softmax_dim,
-                center_softmax=config.center_softmax,
+            spec = UpdateSpec(
+                config.make_kernel(), self.row_counts[adapter_name], cast(SparsifyMode, config.sparsify_mode)
             )
-            spec = UpdateSpec(kernel, self.row_counts[adapter_name], cast(SparsifyMode, config.sparsify_mode))
             backend, reason = choose_backend(config.impl, spec, A)
             log_backend(backend, reason, str(A.device))
             known = self._specs[adapter_name] = (replace(spec, backend=backend), A.device, A.dtype)
