@@ -1,11 +1,13 @@
-"""Two processes of one training, which meet through a file."""
+"""Other processes: two of one training, which meet through a file, and a command line of its own."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,3 +42,25 @@ def in_two_processes(worker: Path, folder: Path, *arguments: str, timeout: float
         pytest.fail(f"the ranks never met or never ended: {[process.communicate() for process in processes]}")
     assert [process.returncode for process in processes] == [0, 0], outputs
     return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+
+
+@contextlib.contextmanager
+def command(words: list[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """`snella` with `words` in a process, which takes Ctrl-C and is killed if it is still there at the end."""
+    program = (
+        # a shell that started the tests in the background lets its children ignore the signal
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from snella.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *words],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        **options,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()

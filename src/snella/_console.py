@@ -5,13 +5,14 @@ import os
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from typing import IO, Any, cast
+from typing import IO, Any, TypeVar, cast
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+_T = TypeVar("_T")
 _UNLIMITED_WIDTH = 10_000
 _BIDI_CONTROLS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
@@ -141,6 +142,15 @@ def print_heading(console: Console, text: str) -> None:
         console.rule(Text(printable(text)))
     else:
         print_line(console, f"--- {text} ---")
+
+
+def tracked(items: Iterable[_T], text: str, total: int, console: Console | None) -> Iterable[_T]:
+    """The same items, with a bar of how many of `total` have gone by on a terminal; None for no console."""
+    if console is None or not console.is_terminal:
+        return items
+    from rich.progress import track
+
+    return track(items, text, total=total, console=console, transient=True)
 
 
 def counted(number: int, noun: str) -> str:

@@ -3,6 +3,7 @@
 import io
 import math
 import shutil
+import signal
 import sys
 import threading
 
@@ -12,11 +13,14 @@ import torch
 from PIL import Image
 
 import snella
+from snella._console import make_console
 from snella.records import Calibration, plain
 from snella.runs import RunFolder
+from snella.runs.evaluate import evaluate
 from snella.runs.image_inputs import expand, new_files
 from snella.runs.predict import MOST_VIEWS, predict
 from snella.runs.prediction_files import predict_to_files, write_features
+from tests.processes import command
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +249,8 @@ def test_watching_appends_rows_and_is_resumed(finished, photos, tmp_path, monkey
         "image",
         *map(str, (inbox / "a.png", inbox / "b.png")),
     ]
-    assert captured.out.endswith(f"2 images: {out}\n") and "left out 1 image: " in captured.err
+    assert captured.out.endswith(f"2 images: {out}\n")
+    assert captured.err == f"left out '{inbox / 'broken.jpg'}' (no known image format)\n"
     monkeypatch.setattr("snella.runs.prediction_files.new_files", looks(["c.png"]))
     predict_to_files(str(finished.path), [str(inbox)], out=str(out), watch=True, top_k=1)
     assert len(out.read_text().splitlines()) == 4
@@ -255,3 +260,60 @@ def test_watching_appends_rows_and_is_resumed(finished, photos, tmp_path, monkey
         predict_to_files(str(finished.path), ["a.png"], watch=True)
     with pytest.raises(ValueError, match="features must be left out with watch"):
         predict_to_files(str(finished.path), [str(inbox)], watch=True, features="f.npz")
+
+
+@pytest.fixture
+def gappy(photos, tmp_path):
+    """A table of ten images, of which eight are missing and one is empty."""
+    (tmp_path / "empty.png").write_bytes(b"")
+    whole = photos / "cats" / "000.png"
+    names = [str(whole), "empty.png", *(f"gone-{number}.png" for number in range(8))]
+    table = tmp_path / "table.csv"
+    table.write_text("\n".join(["path", *names]), encoding="utf-8")
+    return table
+
+
+def test_a_table_with_missing_images_is_answered_with_their_number_and_the_way_out(model, gappy):
+    with pytest.raises(FileNotFoundError, match=r"8 of 10 images are not there: .*gone-0\.png, .* and 3 more; mend .*"):
+        model.predict(gappy)
+    assert len(model.predict(gappy, skip_corrupt=True)) == 1
+    assert len(predict(model.loaded, [gappy], skip_corrupt=True)) == 1
+
+
+def test_of_many_images_that_are_left_out_the_first_are_named(finished, gappy, tmp_path, capsys):
+    predict_to_files(str(finished.path), [str(gappy)], out=str(tmp_path / "out.csv"), skip_corrupt=True)
+    said = capsys.readouterr().err
+    assert said.startswith("left out 9 images: ") and said.endswith("gone-3.png' (no such file) and 4 more\n")
+    assert "empty.png' (the file is empty)" in said and "Errno" not in said
+
+
+def test_a_terminal_sees_how_far_predicting_and_measuring_are(finished, photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal, rich takes it
+    predict_to_files(str(finished.path), [str(photos)], out=str(tmp_path / "out.csv"))
+    evaluate(finished.path, console=make_console(sys.stderr))
+    said = capsys.readouterr().err
+    assert "predicting" in said and "reading images" in said and "measuring" in said
+    monkeypatch.delenv("FORCE_COLOR")
+    predict_to_files(str(finished.path), [str(photos)], out=str(tmp_path / "out.csv"), overwrite=True)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_process_that_watches_answers_files_as_they_are_dropped_and_ends_in_peace(stop, finished, photos, tmp_path):
+    inbox, out, errors = tmp_path / "inbox", tmp_path / "rows.csv", tmp_path / "errors.txt"
+    inbox.mkdir()
+    shutil.copy(photos / "cats" / "000.png", inbox / "a.png")
+    words = ["predict", str(finished.path), str(inbox), "--watch", "--out", str(out), "--top-k", "1"]
+    with errors.open("w") as file, command(words, stderr=file) as process:
+        assert process.stdout.readline().startswith(f"{inbox / 'a.png'}: ")
+        (inbox / "b.png").write_bytes(b"no image")
+        shutil.copy(photos / "owls" / "000.png", inbox / "c.png")
+        assert process.stdout.readline().startswith(f"{inbox / 'c.png'}: ")
+        assert [row.split(",")[0] for row in out.read_text().splitlines()[1:]] == [
+            str(inbox / "a.png"),
+            str(inbox / "c.png"),
+        ]
+        assert errors.read_text() == f"left out '{inbox / 'b.png'}' (no known image format)\n"
+        process.send_signal(stop)
+        assert process.communicate(timeout=120)[0] == f"2 images: {out}\n" and process.returncode == 0
+    assert errors.read_text().count("\n") == 1

@@ -5,7 +5,9 @@ import http.client
 import io
 import json
 import shutil
+import signal
 import struct
+import subprocess
 import threading
 import urllib.error
 import urllib.request
@@ -15,6 +17,7 @@ import pytest
 
 import snella
 from snella.runs.serve import ServerLimits, create_app, serve
+from tests.processes import command
 
 pytest.importorskip("python_multipart")
 uvicorn = pytest.importorskip("uvicorn")
@@ -136,6 +139,18 @@ def test_settings_that_cannot_be_meant_are_refused(finished, model):
         port = taken.getsockname()[1]
         with pytest.raises(OSError, match=rf"127\.0\.0\.1:{port} cannot be listened on: .*; give another --port"):
             serve(str(finished.path), port=port)
+
+
+@pytest.mark.parametrize(("stop", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+def test_a_process_serves_until_it_is_told_to_stop(stop, status, finished, model, photos):
+    path = photos / "cats" / "003.png"
+    with command(["serve", str(finished.path), "--port", "0"], stderr=subprocess.PIPE) as process:
+        own = process.stdout.readline().partition(" answers at ")[2].partition(",")[0]
+        _, answer = post(own, [(path.name, path.read_bytes())])
+        assert answer["predictions"][0]["label"] == model.predict(path).label
+        process.send_signal(stop)
+        said = process.communicate(timeout=120)[1]
+    assert process.returncode == status and "Traceback" not in said
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")

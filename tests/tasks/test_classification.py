@@ -39,6 +39,19 @@ def test_metrics_agree_with_scikit_learn_and_count_every_image():
     assert result["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)))
 
 
+@pytest.mark.parametrize(
+    ("monitor", "text"),
+    [
+        ("accuracy", "validation 0.9000, test 0.8000 (balanced 0.4000)"),
+        ("balanced_accuracy", "validation 0.9000 (balanced 0.5000), test 0.8000 (balanced 0.4000)"),
+        ("macro_f1", "validation 0.9000 (macro F1 0.4500), test 0.8000 (balanced 0.4000)"),
+    ],
+)
+def test_the_last_line_has_what_the_epoch_was_chosen_by(monitor, text):
+    val = {"accuracy": 0.9, "balanced_accuracy": 0.5, "macro_f1": 0.45}
+    assert ClassificationTask(2, monitor=monitor).final_text(val, {"accuracy": 0.8, "balanced_accuracy": 0.4}) == text
+
+
 def test_a_class_without_images_has_an_empty_row_and_no_say_in_the_balanced_accuracy():
     logits = torch.eye(3)[[0, 0, 2]]
     result = ClassificationTask(3).metrics(logits, [0, 0, 1])

@@ -163,19 +163,30 @@ def test_what_will_not_fit_or_take_long_is_said_before_training(monkeypatch):
     assert "images of 448×448 px, the model's own, take a CPU about 4 times as long as 224×224 px" in text
 
 
-def test_a_loss_that_rises_is_told_once():
+RISEN = (
+    "the training loss has risen from 2.0000 to 641.0000: the learning rate is too high; stop, and try a third of --lr"
+)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "steps", "accuracies", "expected"),
+    [
+        ("standard", 20, (0.5, 0.6, 0.3, 0.2), [RISEN]),
+        ("final", 20, (0.5, 0.6, 0.7, 0.8), [RISEN]),
+        ("standard", 20, (0.5, 0.6, 0.7, 0.8), []),  # of mixed images, say
+        ("standard", 4, (0.5, 0.6, 0.3, 0.2), []),  # a linear probe that four steps have disturbed
+    ],
+)
+def test_a_loss_that_rises_is_told_once_where_it_harms_and_steps_were_many(protocol, steps, accuracies, expected):
     output = io.StringIO()
-    display = ProgressDisplay(Console(file=output, width=200), TASK, PROTOCOLS["final"])
-    state = TrainerState(max_steps=10, num_train_epochs=5)
+    display = ProgressDisplay(Console(file=output, width=200), TASK, PROTOCOLS[protocol])
+    state = TrainerState(max_steps=4 * steps, num_train_epochs=4)
     display.on_train_begin(None, state, TrainerControl())
-    for epoch, loss in enumerate((2.0, 1.0, 641.0, 640.0), 1):
-        state.epoch = epoch
-        display.on_evaluate(None, state, TrainerControl(), metrics={"train_loss": loss})
-    told = [line for line in output.getvalue().splitlines() if "risen" in line]
-    assert told == [
-        "the training loss has risen from 2.0000 to 641.0000: the learning rate is too high; "
-        "stop, and try a third of --lr"
-    ]
+    for epoch, (loss, accuracy) in enumerate(zip((2.0, 1.0, 641.0, 640.0), accuracies, strict=True), 1):
+        state.epoch, state.global_step = epoch, epoch * steps // 2
+        metrics = {"train_loss": loss, "val_loss": loss, "val_accuracy": accuracy, "val_balanced_accuracy": accuracy}
+        display.on_evaluate(None, state, TrainerControl(), metrics=metrics)
+    assert [line for line in output.getvalue().splitlines() if "risen" in line] == expected
 
 
 def test_free_memory_is_positive_and_no_more_than_the_machine_has():

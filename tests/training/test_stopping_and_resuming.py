@@ -419,7 +419,7 @@ def test_an_image_that_vanished_is_one_line_with_workers_too(settings, console, 
     config = settings(data=f"folder:{mine}", workers=1)
     with monkeypatch.context() as patch:
         patch.setattr("snella.training.train._fit", lambda *args: shutil.rmtree(mine / "cats") or fit(*args))
-        with pytest.raises(ValueError, match=r"^'.*cats/\d+.png' is not a readable image: \[Errno 2\][^\n]*$"):
+        with pytest.raises(ValueError, match=r"^'.*cats/\d+.png' is not a readable image: no such file[^\n]*$"):
             train(config, console)
     error = RunFolder(config.out).read_json("run.json")["error"]
     assert "Traceback" not in error and "is not a readable image" in error

@@ -98,7 +98,14 @@ def evaluate(
             print_line(console, f"{part.split}, {part.count} images: {error}")
         return
     result = evaluate(
-        run, data, split=split, batch_size=batch_size, columns=columns, skip_corrupt=skip_corrupt, device=device
+        run,
+        data,
+        split=split,
+        batch_size=batch_size,
+        columns=columns,
+        skip_corrupt=skip_corrupt,
+        device=device,
+        console=make_console(sys.stderr),
     )
     task = get_task(read(RunInfo, run))
     console = make_console()

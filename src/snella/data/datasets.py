@@ -217,10 +217,10 @@ def show_reading(console: "Console | None", is_wanted: bool = True) -> Iterator[
     if console is None or not is_wanted or not console.is_terminal:
         yield
         return
-    from rich.progress import track
+    from snella._console import tracked
 
     def watch(items: Iterable[str | None], total: int) -> Iterable[str | None]:
-        return track(items, "reading images", total=total, console=console, transient=True)
+        return tracked(items, "reading images", total, console)
 
     with watched_reading(watch):
         yield

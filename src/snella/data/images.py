@@ -173,6 +173,8 @@ def _reason(error: BaseException, file: File) -> str:
     """Why a file is no readable image, without its name, which Pillow's message repeats with the whole path."""
     if isinstance(file, str | Path) and Path(file).is_file() and not Path(file).stat().st_size:
         return "the file is empty"
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
     if isinstance(error, UnidentifiedImageError):
         return "no known image format"
     return str(error) or type(error).__name__

@@ -10,10 +10,10 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from snella._console import make_console, print_line
+from snella._console import make_console, print_line, tracked
 from snella._deprecation import accept_former_arguments
 from snella.data import DataSplits, ImageDataset, has_columns, load_data
-from snella.data.datasets import read_at_side
+from snella.data.datasets import read_at_side, show_reading
 from snella.records import Calibration, DataInfo, RunInfo, plain, read
 from snella.report import write_report
 from snella.report.examples import ImageSource
@@ -101,6 +101,7 @@ def evaluate(
     columns: str | None = None,
     skip_corrupt: bool = False,
     device: str = "auto",
+    console: Console | None = None,
 ) -> dict[str, Any]:
     """Evaluate a run's best model: accuracies and confusion matrix, or Dice and IoU, as its task has them.
 
@@ -113,6 +114,7 @@ def evaluate(
         columns: Columns of a table, as for training; the run's own if not given.
         skip_corrupt: Skip images that cannot be read.
         device: auto, cpu or cuda.
+        console: Where to show, on a terminal, how far reading and measuring are; nowhere if None.
 
     Returns:
         `data`, `split`, `images` (their number), `notes`, `classes`, `loss`, and what the task's `metrics` returns: for
@@ -126,9 +128,10 @@ def evaluate(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     loaded = load_run(run, device)
-    splits, chosen, parts = images_for_run(loaded, data, split, skip_corrupt=skip_corrupt, columns=columns)
+    with show_reading(console):
+        splits, chosen, parts = images_for_run(loaded, data, split, skip_corrupt=skip_corrupt, columns=columns)
     items = _Relabeled(parts, _numbers(splits.classes, loaded), loaded.task)
-    scores = loaded.task.metrics(*_run_model(loaded, items, batch_size))
+    scores = loaded.task.metrics(*_run_model(loaded, items, batch_size, console))
     head = {
         "data": _spec(loaded, data),
         "split": chosen,
@@ -295,12 +298,15 @@ def _numbers(names: list[str], loaded: LoadedRun) -> list[int]:
     return [loaded.classes.index(name) for name in names]
 
 
-def _run_model(loaded: LoadedRun, items: Dataset[tuple[Tensor, Any]], batch_size: int) -> tuple[Tensor, Tensor]:
+def _run_model(
+    loaded: LoadedRun, items: _Relabeled, batch_size: int, console: Console | None = None
+) -> tuple[Tensor, Tensor]:
     """The reduced outputs of all items, on the CPU."""
     reduced: list[Tensor] = []
     labels: list[Tensor] = []
     with torch.inference_mode():
-        for batch in DataLoader(items, batch_size, collate_fn=loaded.task.collate):
+        batches = DataLoader(items, batch_size, collate_fn=loaded.task.collate)
+        for batch in tracked(batches, "measuring", len(batches), console):
             outputs = loaded.model(batch["images"].to(loaded.device)).cpu()
             for whole, part in zip((reduced, labels), loaded.task.reduce(outputs, batch["labels"]), strict=True):
                 whole.append(part)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 
 from snella.data import read_image, split_spec
+from snella.data.folder import listed
 from snella.data.images import DECODING_ERRORS, IMAGE_SUFFIXES, RGB, Reading, decode_image, is_image, to_channels
 from snella.data.table import TABLE_SUFFIXES, Columns, table_paths
 
@@ -32,7 +33,9 @@ _PATTERN = "*?["
 _POLL_S = 0.5
 
 
-def separate(images: Any, columns: str | None = None, own: str | None = None) -> tuple[list[ImageInput], bool]:
+def separate(
+    images: Any, columns: str | None = None, own: str | None = None, *, keep_missing: bool = False
+) -> tuple[list[ImageInput], bool]:
     """The images one by one, and whether it is just one that was given.
 
     Args:
@@ -40,6 +43,7 @@ def separate(images: Any, columns: str | None = None, own: str | None = None) ->
             dimensions, or a list or another iterable of all these.
         columns: As for `expand`.
         own: As for `expand`.
+        keep_missing: As for `expand`.
 
     Raises:
         FileNotFoundError: A file that is not there (near names are given), or a folder without images.
@@ -47,7 +51,7 @@ def separate(images: Any, columns: str | None = None, own: str | None = None) ->
         TypeError: Something that is no image.
     """
     if isinstance(images, str | Path):
-        files = expand([images], columns, own)
+        files = expand([images], columns, own, keep_missing=keep_missing)
         return list(files), len(files) == 1 and Path(images) == files[0]
     if isinstance(images, np.ndarray | Tensor) and images.ndim == 4:
         return list(images), False
@@ -60,7 +64,10 @@ def separate(images: Any, columns: str | None = None, own: str | None = None) ->
         )
     single: list[ImageInput] = []
     for image in images:
-        single += expand([image], columns, own) if isinstance(image, str | Path) else [image]
+        if isinstance(image, str | Path):
+            single += expand([image], columns, own, keep_missing=keep_missing)
+        else:
+            single.append(image)
     if not single:
         raise ValueError("images must name at least one file or folder, got none")
     return single, False
@@ -85,15 +92,15 @@ def expand(
         ValueError: No words, or a table without a column of paths.
     """
     paths: list[Path] = []
-    listed = list if keep_missing else _existing
+    named = list if keep_missing else _all_there
     for word in images:
         prefix, rest = split_spec(str(word))
         is_table = prefix in ("csv:", "parquet:") and bool(rest)
         image = Path(rest if is_table and rest else word)
         if str(word) == _STANDARD_INPUT:
-            paths += listed(Path(line) for line in sys.stdin.read().splitlines() if line.strip())
+            paths += named(Path(line) for line in sys.stdin.read().splitlines() if line.strip())
         elif is_table or (image.suffix.lower() in TABLE_SUFFIXES and image.is_file()):
-            paths += listed(_paths_in_table(image, columns, own))
+            paths += named(_paths_in_table(image, columns, own))
         elif image.is_dir():
             inside = _images_in(image)
             if not inside:
@@ -207,6 +214,20 @@ def _existing(paths: Iterable[Path]) -> list[Path]:
             raise FileNotFoundError(f"no image {path}{near_name(path)}")
         found.append(path)
     return found
+
+
+def _all_there(paths: Iterable[Path]) -> list[Path]:
+    """The paths of a table or a list, all of which are there."""
+    found = list(paths)
+    missing = [path for path in found if not path.exists()]
+    if not missing:
+        return found
+    few = f"no image {missing[0]}{near_name(missing[0])}"
+    many = f"{len(missing):,} of {len(found):,} images are not there: {listed([str(path) for path in missing])}"
+    raise FileNotFoundError(
+        f"{few if len(missing) == 1 else many}; mend the list, or pass --skip-corrupt (skip_corrupt=True), which "
+        "leaves out what is missing or broken"
+    )
 
 
 def _from_array(image: np.ndarray | Tensor, name: str, channels: int) -> Any:

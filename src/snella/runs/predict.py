@@ -104,7 +104,7 @@ class Predictor:
             ValueError: An image cannot be read, or a setting that the task does not take.
             TypeError: Something that is no image.
         """
-        single, is_one = separate(images, own=self._columns)
+        single, is_one = separate(images, own=self._columns, keep_missing=skip_corrupt)
         each = self.each(single, tta=tta, unsure=unsure, skip_corrupt=skip_corrupt and not is_one)
         found = list(each)
         return found[0] if is_one else found
@@ -324,7 +324,7 @@ def predict_each(
     if not isinstance(run, LoadedRun):
         check_order(Path(run), images)
     folder = run.folder.path if isinstance(run, LoadedRun) else run
-    single, _ = separate(images, columns, columns_of(folder))
+    single, _ = separate(images, columns, columns_of(folder), keep_missing=options.get("skip_corrupt", False))
     loaded = run if isinstance(run, LoadedRun) else load_run(run, device)
     yield from Predictor(loaded, batch_size=batch_size).each(single, **options)
 

@@ -3,8 +3,10 @@
 import contextlib
 import csv
 import io
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,10 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from snella._console import counted, make_console, print_line
+from snella._console import counted, make_console, print_line, tracked
 from snella._deprecation import accept_former_arguments
 from snella._files import write_bytes
+from snella.data.folder import listed
 from snella.runs.image_inputs import expand, new_files
 from snella.runs.predict import check_order, columns_of, load, task_of_run
 from snella.tasks import Task
@@ -67,7 +70,13 @@ def predict_to_files(
         )
     model = load(run, device, batch_size=batch_size)
     skipped: list[str] = []
+    errors = make_console(sys.stderr)
     rows: list[np.ndarray] = []
+
+    def skip(path: Path, reason: str) -> None:
+        skipped.append(f"{str(path)!r} ({reason})")
+        if watch:  # which has no end to tell it at
+            print_line(errors, f"left out {skipped[-1]}")
 
     def predicted(paths: Sequence[Path]) -> Iterator[Any]:
         return model.each(
@@ -75,14 +84,17 @@ def predict_to_files(
             tta=tta,
             unsure=threshold,
             skip_corrupt=skip_corrupt or watch,
-            on_skipped=lambda path, reason: skipped.append(f"{str(path)!r} ({reason})"),
+            on_skipped=skip,
             on_features=None if features is None else rows.append,
         )
 
     names: list[Path] = []
-    found = _watched(predicted, files, folders, out if is_appended else None) if watch else predicted(files)
+    if watch:
+        found: Iterable[Any] = _watched(predicted, files, folders, out if is_appended else None)
+    else:
+        found = tracked(predicted(files), "predicting", len(files), None if out is None else errors)
     shown = _noted(found, names)
-    with contextlib.suppress(KeyboardInterrupt) if watch else contextlib.nullcontext():
+    with _until_interrupted() if watch else contextlib.nullcontext():
         if out is None:
             for prediction in shown:
                 print_line(console, f"{prediction.path}: {task.prediction_text(prediction, top_k)}")
@@ -99,8 +111,8 @@ def predict_to_files(
         print_line(
             console, "no answer is marked as unsure: no threshold halves the errors on validation, or there are none"
         )
-    if skipped:
-        print_line(make_console(sys.stderr), f"left out {counted(len(skipped), 'image')}: {'; '.join(skipped)}")
+    if skipped and not watch:
+        print_line(errors, f"left out {counted(len(skipped), 'image')}: {listed(skipped)}")
 
 
 def expand_for(run: str | Path, images: Any, columns: str | None, keep_missing: bool = False) -> list[Path]:
@@ -189,6 +201,19 @@ def _watched(predicted: Any, files: Sequence[Path], folders: Sequence[Path], out
     for new in new_files(folders, known):
         if new:
             yield from predicted(new)
+
+
+@contextlib.contextmanager
+def _until_interrupted() -> Iterator[None]:
+    """Let Ctrl-C and, in the main thread, SIGTERM end what is inside, and go on afterwards."""
+    is_main = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler) if is_main else None
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            yield
+    finally:
+        if is_main:
+            signal.signal(signal.SIGTERM, previous)
 
 
 def _images_in_rows(path: Path) -> list[Path]:

@@ -167,6 +167,7 @@ def serve(
         except OSError as error:
             raise OSError(f"{host}:{port} cannot be listened on: {error.strerror}; give another --port") from error
         app = create_app(load(run, device, batch_size=batch_size), limits, tta=tta, unsure=unsure)
+        listener.listen()  # who reads the next line may connect at once
         name = f"http://{host}:{listener.getsockname()[1]}"
         print_line(console or make_console(), f"{run} answers at {name}, {name}/predict; Ctrl-C ends it")
         uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])

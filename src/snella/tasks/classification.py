@@ -223,9 +223,11 @@ class ClassificationTask(Task):
         return f"accuracy {row['val_accuracy']:.4f}  balanced {row['val_balanced_accuracy']:.4f}"
 
     def final_text(self, val: Mapping[str, Any], test: Mapping[str, Any] | None) -> str:
-        """Accuracies."""
+        """Accuracies, and on validation what the epoch was chosen by."""
         text = "" if test is None else f", test {test['accuracy']:.4f} (balanced {test['balanced_accuracy']:.4f})"
-        return f"validation {val['accuracy']:.4f}{text}"
+        name = {"balanced_accuracy": "balanced", "macro_f1": "macro F1"}.get(self.monitor)
+        chosen_by = "" if name is None else f" ({name} {val[self.monitor]:.4f})"
+        return f"validation {val['accuracy']:.4f}{chosen_by}{text}"
 
     def result_text(self, scores: Mapping[str, Any]) -> str:
         """Both accuracies and the loss."""

@@ -38,6 +38,8 @@ _LINE_S = 30.0
 _KEPT_STEPS = 20
 _RISEN = 1.5
 """Ratio to the first epoch's loss from which a rising loss is reported."""
+_FEW_STEPS = 20
+"""Steps before which a loss may rise at any rate, as that of a linear probe does once the backbone moves."""
 
 
 class WeightAverage:
@@ -403,6 +405,7 @@ class ProgressDisplay(TrainerCallback):
         self._last_line = 0.0
         self._has_estimated = False
         self._losses: list[float] = []
+        self._has_reported = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -493,13 +496,14 @@ class ProgressDisplay(TrainerCallback):
             f"{shown}{self._budget()}{'  best' if shown and is_best else ''}",
         )
 
-        self._report_rising_loss()
+        if state.global_step >= _FEW_STEPS and not (shown and is_best):
+            self._report_rising_loss()
 
     def _report_rising_loss(self) -> None:
         """Report once that the loss is well above that of the first epoch."""
         first, last = self._losses[0], self._losses[-1]
-        had_risen = any(loss > _RISEN * first for loss in self._losses[:-1])
-        if last > _RISEN * first and not had_risen:
+        if last > _RISEN * first and not self._has_reported:
+            self._has_reported = True
             print_line(
                 self.console,
                 f"the training loss has risen from {first:.4f} to {last:.4f}: the learning rate is too high; "
