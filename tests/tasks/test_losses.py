@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from snella.tasks import ClassificationTask, MultiLabelTask, OrdinalTask, RegressionTask
+from snella.tasks.classification import predicted_ranks
 from snella.tasks.losses import binary_focal, corn, corn_probabilities, cross_entropy, focal, logit_adjusted
-from snella.tasks.ordinal import predicted_ranks
 
 LOGITS = torch.tensor([[2.0, 0.0, -1.0], [0.5, 1.0, 0.0]], dtype=torch.float64)
 LABELS = torch.tensor([0, 2])

@@ -8,8 +8,8 @@ from sklearn.metrics import average_precision_score, cohen_kappa_score, f1_score
 from snella.data import Annotations, ImageDataset
 from snella.data.datasets import ArrayImages
 from snella.tasks import ClassificationTask, MultiLabelTask, OrdinalTask, RegressionTask, create_task
+from snella.tasks.classification import rank_order
 from snella.tasks.multilabel import best_thresholds
-from snella.tasks.ordinal import rank_order
 from snella.tasks.task import resolve_class_weights
 
 

@@ -4,9 +4,8 @@ import difflib
 from collections.abc import Sequence
 from typing import Any
 
-from snella.tasks.classification import ClassificationTask
+from snella.tasks.classification import ClassificationTask, OrdinalTask
 from snella.tasks.multilabel import MultiLabelTask
-from snella.tasks.ordinal import OrdinalTask
 from snella.tasks.regression import RegressionTask
 from snella.tasks.segmentation import SegmentationTask
 from snella.tasks.task import ResultTable, Task, check_monitor

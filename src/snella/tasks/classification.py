@@ -1,6 +1,7 @@
-"""Image classification: batches of (image, label), cross entropy and its variants, accuracies."""
+"""One class an image: cross entropies and accuracies, or, of ordered classes, errors in ranks."""
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,16 @@ from torch import Tensor
 from snella.data import ImageDataset
 from snella.records import Prediction, Predictions
 from snella.tasks import predictions as image_outputs
-from snella.tasks.losses import CLASS_LOSSES, full_precision, weighted_mean
-from snella.tasks.task import ClassWeights, ResultTable, Task, class_frequencies, resolve_class_weights
+from snella.tasks.losses import CLASS_LOSSES, corn, corn_probabilities, full_precision, weighted_mean
+from snella.tasks.task import (
+    ClassWeights,
+    ResultTable,
+    Task,
+    class_frequencies,
+    paired,
+    resolve_class_weights,
+    unknown_class,
+)
 
 INVERSE_PENALTY = 0.1
 """Of the linear probe: scikit-learn's `C` on features of mean variance 1."""
@@ -62,6 +71,26 @@ def fit_probe(
     return of_all, of_bias
 
 
+def fit_binary_probe(
+    features: np.ndarray, answers: np.ndarray, weights: np.ndarray | None = None, constant: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Fit a logistic regression of yes or no.
+
+    Args:
+        features: `[images, width]`.
+        answers: `[images]`, bool.
+        weights: Sample weights `[images]`; None for ones.
+        constant: The logit of answers that are all the same, with weights of zero.
+
+    Returns:
+        Weight `[width]` and bias, 0-dim, of the logit of yes, float64.
+    """
+    if len(set(answers.tolist())) < 2:
+        return torch.zeros(features.shape[1], dtype=torch.float64), torch.tensor(constant, dtype=torch.float64)
+    weight, bias = fit_probe(features, answers.astype(int), 2, weights=weights)
+    return weight[1] - weight[0], bias[1] - bias[0]
+
+
 @dataclass(frozen=True)
 class ClassificationTask(Task):
     """Loss and metrics for one label per image.
@@ -90,6 +119,11 @@ class ClassificationTask(Task):
     monitors: ClassVar[Mapping[str, int]] = {"accuracy": 1, "balanced_accuracy": 1, "macro_f1": 1, "loss": -1}
     has_one_class: ClassVar[bool] = True
     has_linear_fit: ClassVar[bool] = True
+    epoch_format: ClassVar[str] = "accuracy {val_accuracy:.4f}  balanced {val_balanced_accuracy:.4f}"
+    val_format: ClassVar[str] = "{accuracy:.4f}"
+    monitor_names: ClassVar[Mapping[str, str]] = {"balanced_accuracy": "balanced", "macro_f1": "macro F1"}
+    test_format: ClassVar[str] = "{accuracy:.4f} (balanced {balanced_accuracy:.4f})"
+    result_format: ClassVar[str] = "accuracy {accuracy:.4f}, balanced accuracy {balanced_accuracy:.4f}, loss {loss:.4f}"
 
     def __post_init__(self) -> None:
         """Check both values at once."""
@@ -149,13 +183,17 @@ class ClassificationTask(Task):
             0-dim.
         """
         logits = full_precision(logits)
-        priors = None if self.log_priors is None else torch.tensor(self.log_priors, device=logits.device)
-        losses = CLASS_LOSSES[self.loss_name](logits, labels, log_priors=priors, label_smoothing=self.label_smoothing)
+        losses = self._losses(logits, labels)
         if self.weight_by_class is not None:
             by_class = torch.tensor(self.weight_by_class, device=logits.device, dtype=logits.dtype)
             of_class = by_class[labels] if labels.ndim == 1 else labels.to(by_class) @ by_class
             weights = of_class if weights is None else of_class * weights.to(of_class)
         return weighted_mean(losses, weights)
+
+    def _losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The loss of each sample, `[batch]`."""
+        priors = None if self.log_priors is None else torch.tensor(self.log_priors, device=logits.device)
+        return CLASS_LOSSES[self.loss_name](logits, labels, log_priors=priors, label_smoothing=self.label_smoothing)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Softmax over the classes, `[batch, classes]`, float32 at least."""
@@ -183,7 +221,7 @@ class ClassificationTask(Task):
         Raises:
             ValueError: No images, or another number of labels than of rows.
         """
-        scores, truth = _checked(logits, labels)
+        scores, truth = paired(logits, labels)
         predicted = scores.argmax(dim=-1).numpy()
         return {
             **class_scores(truth, predicted, self.num_classes),
@@ -218,24 +256,6 @@ class ClassificationTask(Task):
         """The class number `numbers[label]`."""
         return numbers[label]
 
-    def epoch_text(self, row: Mapping[str, Any]) -> str:
-        """Both accuracies."""
-        return f"accuracy {row['val_accuracy']:.4f}  balanced {row['val_balanced_accuracy']:.4f}"
-
-    def final_text(self, val: Mapping[str, Any], test: Mapping[str, Any] | None) -> str:
-        """Accuracies, and on validation what the epoch was chosen by."""
-        text = "" if test is None else f", test {test['accuracy']:.4f} (balanced {test['balanced_accuracy']:.4f})"
-        name = {"balanced_accuracy": "balanced", "macro_f1": "macro F1"}.get(self.monitor)
-        chosen_by = "" if name is None else f" ({name} {val[self.monitor]:.4f})"
-        return f"validation {val['accuracy']:.4f}{chosen_by}{text}"
-
-    def result_text(self, scores: Mapping[str, Any]) -> str:
-        """Both accuracies and the loss."""
-        return (
-            f"accuracy {scores['accuracy']:.4f}, balanced accuracy {scores['balanced_accuracy']:.4f}, "
-            f"loss {scores['loss']:.4f}"
-        )
-
     def result_table(self, scores: Mapping[str, Any], classes: Sequence[str]) -> ResultTable:
         """The confusion matrix."""
         rows = [[name, *map(str, row)] for name, row in zip(classes, scores["confusion"], strict=True)]
@@ -249,7 +269,6 @@ class ClassificationTask(Task):
 
     check_output = staticmethod(image_outputs.check_output)
     write_predictions = staticmethod(image_outputs.write_predictions)
-    prediction_text = staticmethod(image_outputs.class_text)
 
 
 def class_scores(truth: np.ndarray, predicted: np.ndarray, num_classes: int) -> dict[str, Any]:
@@ -265,11 +284,181 @@ def class_scores(truth: np.ndarray, predicted: np.ndarray, num_classes: int) -> 
     }
 
 
-def _checked(outputs: ArrayLike, labels: ArrayLike) -> tuple[Tensor, np.ndarray]:
-    """Outputs and labels of equally many images, at least one."""
-    scores, truth = torch.as_tensor(np.asarray(outputs)), np.asarray(labels)
-    if len(truth) == 0 or len(scores) != len(truth):
-        raise ValueError(
-            f"logits and labels must have the same length of at least 1, got {len(scores)} and {len(truth)}"
-        )
-    return scores, truth
+_NUMBER = re.compile(r"[-+]?\d+(\.\d+)?")
+
+
+def rank_order(classes: Sequence[str], order: str | None) -> list[str]:
+    """The classes from the lowest to the highest.
+
+    Args:
+        classes: Their names.
+        order: The same names separated by commas; None where all of them begin with different numbers, which then give
+            the order.
+
+    Raises:
+        ValueError: No order is known, or `order` names other classes (nearest given).
+    """
+    if order is None:
+        found = [_NUMBER.match(name) for name in classes]
+        numbers = [float(match[0]) for match in found if match]
+        if len(set(numbers)) != len(classes):
+            raise ValueError(
+                f"class_order must name the classes from the lowest to the highest for task ordinal, e.g. "
+                f"{','.join(classes)}, got none; names that begin with a number are in order by themselves"
+            )
+        return [name for _, name in sorted(zip(numbers, classes, strict=True))]
+    names = [name.strip() for name in order.split(",")]
+    errors = [unknown_class(name, classes) for name in names if name not in classes]
+    missing = [repr(name) for name in classes if name not in names]
+    errors += [f"{', '.join(missing)} missing"] if missing else []
+    errors += ["a class twice"] if len(set(names)) < len(names) else []
+    if errors:
+        raise ValueError(f"class_order must name each class once, got {order!r}: {'; '.join(errors)}")
+    return names
+
+
+@dataclass(frozen=True)
+class OrdinalTask(ClassificationTask):
+    """Loss and metrics for one of several ordered classes an image.
+
+    The head has K - 1 outputs, the logits of the questions "is it above rank k, given that it is at least k?". The
+    predicted rank is the number of ranks k with P(y > k) > 1/2: the median of the class probabilities, which makes the
+    error in ranks smallest.
+
+    Source: CORN, Shi, Cao and Raschka, 2023, arXiv 2111.08851.
+    """
+
+    monitor: str = "mae"
+
+    name: ClassVar[str] = "ordinal"
+    settings: ClassVar[tuple[str, ...]] = ("class_order", "class_weights", "sampler")
+    losses: ClassVar[tuple[str, ...]] = ()
+    monitors: ClassVar[Mapping[str, int]] = {
+        **{"mae": -1, "kappa": 1, "accuracy": 1, "balanced_accuracy": 1, "macro_f1": 1, "loss": -1}
+    }
+    has_one_class: ClassVar[bool] = False
+    epoch_format: ClassVar[str] = "MAE {val_mae:.4f} ranks  kappa {val_kappa:.4f}  accuracy {val_accuracy:.4f}"
+    val_format: ClassVar[str] = "MAE {mae:.4f} ranks"
+    monitor_names: ClassVar[Mapping[str, str]] = {}
+    test_format: ClassVar[str] = "{mae:.4f} ranks (kappa {kappa:.4f})"
+    result_format: ClassVar[str] = (
+        "MAE {mae:.4f} ranks, quadratic weighted kappa {kappa:.4f}, " + ClassificationTask.result_format
+    )
+
+    def __post_init__(self) -> None:
+        """Check the number of classes."""
+        if self.num_classes < 3:
+            raise ValueError(
+                f"classes must be at least 3 for task ordinal, got {self.num_classes}; two are a classification"
+            )
+
+    @classmethod
+    def create(
+        cls,
+        classes: Sequence[str],
+        *,
+        monitor: str | None = None,
+        class_weights: ClassWeights = None,
+        **others: Any,
+    ) -> Self:
+        """Make the task for some classes, the lowest first."""
+        return cls(len(classes), loss_name="corn", monitor=monitor or "mae", class_weights=class_weights)
+
+    @staticmethod
+    def count_outputs(classes: Sequence[str]) -> int:
+        """One less than classes."""
+        return len(classes) - 1
+
+    @classmethod
+    def order_classes(cls, classes: Sequence[str], order: str | None) -> list[str]:
+        """From the lowest to the highest, by `rank_order`."""
+        return rank_order(classes, order)
+
+    def _losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """CORN of each sample, of logits `[batch, K - 1]` and ranks `[batch]`."""
+        return corn(logits, labels)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Class probabilities, `[batch, K]`, float32 at least."""
+        return corn_probabilities(full_precision(logits))
+
+    def average_outputs(self, outputs: Sequence[Tensor], tasks: Sequence[Any] | None = None) -> Tensor:
+        """Logits whose questions are answered as the mean of the class probabilities answers them."""
+        mean = torch.stack([self.probabilities(logits) for logits in outputs]).mean(0)
+        from_rank = mean.flip(-1).cumsum(-1).flip(-1).clamp(max=1.0)  # P(y ≥ k)
+        return (from_rank[:, 1:] / from_rank[:, :-1]).logit(eps=1e-7)
+
+    def metrics(self, logits: ArrayLike, labels: ArrayLike) -> dict[str, Any]:
+        """Errors in ranks, quadratic weighted kappa, and what a classification has.
+
+        mae = mean |rank - true rank|,   kappa = 1 - Σ (i - j)² O[i, j] / Σ (i - j)² E[i, j]
+
+        O counts images by true and predicted rank, E is what it would be were both independent.
+
+        Args:
+            logits: `[images, K - 1]`.
+            labels: `[images]`.
+
+        Returns:
+            `mae`, `kappa`, `accuracy`, `balanced_accuracy`, `macro_f1`, `confusion` and `loss` (CORN's, without
+            weights).
+
+        Raises:
+            ValueError: No images, or another number of labels than of rows.
+        """
+        from sklearn.metrics import cohen_kappa_score  # a second, only to measure
+
+        scores, truth = paired(logits, labels)
+        ranks = predicted_ranks(self.probabilities(scores)).numpy()
+        every = range(self.num_classes)
+        is_constant = len({*truth.tolist(), *ranks.tolist()}) == 1  # all right, where kappa is 0 / 0
+        kappa = 1.0 if is_constant else cohen_kappa_score(truth, ranks, labels=list(every), weights="quadratic")
+        return {
+            "mae": float(np.abs(ranks - truth).mean()),
+            "kappa": float(kappa),
+            **class_scores(truth, ranks, self.num_classes),
+            "loss": float(corn(full_precision(scores), torch.as_tensor(truth, dtype=torch.long)).mean()),
+        }
+
+    def predictions(self, dataset: ImageDataset, sample_outputs: Tensor, split: str, folder: Path) -> Predictions:
+        """Label, probabilities and predicted rank of each image."""
+        plain = super().predictions(dataset, sample_outputs, split, folder)
+        ranks = predicted_ranks(sample_outputs).tolist()
+        items = [dataclasses.replace(item, rank=rank) for item, rank in zip(plain.items, ranks, strict=True)]
+        return dataclasses.replace(plain, items=items)
+
+    def fit_linear(
+        self, features: np.ndarray, labels: np.ndarray, outputs: int, weights: np.ndarray | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """A logistic regression for each question, on the images that it is asked of."""
+        fits = []
+        for rank in range(outputs):
+            is_asked = labels >= rank
+            own = None if weights is None else weights[is_asked]
+            fits.append(fit_binary_probe(features[is_asked], labels[is_asked] > rank, own))
+        weight, bias = zip(*fits, strict=True)
+        return torch.stack(weight), torch.stack(bias)
+
+    def image_predictions(
+        self, classes: Sequence[str], paths: Sequence[Path], images: Sequence[Image.Image], outputs: Tensor
+    ) -> list[image_outputs.Prediction]:
+        """The predicted class first, then the others by their probability."""
+        probabilities = self.probabilities(outputs)
+        plain = image_outputs.class_predictions(classes, paths, probabilities)
+        chosen = [classes[rank] for rank in predicted_ranks(probabilities).tolist()]
+        made = []
+        for item, name in zip(plain, chosen, strict=True):
+            first = [pair for pair in item.ranking if pair[0] == name]
+            ranking = first + [pair for pair in item.ranking if pair[0] != name]
+            made.append(dataclasses.replace(item, ranking=ranking))
+        return made
+
+    def merged_use(self) -> str:
+        """The number of ranks that are probably exceeded."""
+        return "# classes[(model(transform(image.convert('RGB'))[None]).sigmoid().cumprod(1) > 0.5).sum()]"
+
+
+def predicted_ranks(probabilities: Tensor) -> Tensor:
+    """The median rank of class probabilities `[images, K]`, `[images]` int64: how many ranks have P(y > k) > 1/2."""
+    above = 1 - probabilities.cumsum(-1)[:, :-1]  # P(y > k)
+    return (above > 0.5).sum(-1)

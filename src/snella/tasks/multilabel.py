@@ -15,11 +15,9 @@ from torch import Tensor
 from snella.data import ImageDataset
 from snella.records import LabelSetPrediction, LabelSetPredictions
 from snella.tasks import predictions as image_outputs
-from snella.tasks.classification import fit_probe
+from snella.tasks.classification import fit_binary_probe
 from snella.tasks.losses import LABEL_SET_LOSSES, full_precision, weighted_mean
-from snella.tasks.task import ClassWeights, ResultTable, Task, resolve_class_weights
-
-__all__ = ["MultiLabelTask", "best_thresholds"]
+from snella.tasks.task import ClassWeights, ResultTable, Task, paired, resolve_class_weights
 
 _THRESHOLD = 0.5
 
@@ -83,6 +81,13 @@ class MultiLabelTask(Task):
         **{"map": 1, "macro_f1": 1, "micro_f1": 1, "subset_accuracy": 1, "loss": -1}
     }
     has_linear_fit: ClassVar[bool] = True
+    epoch_format: ClassVar[str] = "mAP {val_map:.4f}  F1 macro {val_macro_f1:.4f} micro {val_micro_f1:.4f}"
+    val_format: ClassVar[str] = "mAP {map:.4f} (macro F1 {macro_f1:.4f})"
+    test_format: ClassVar[str] = val_format
+    result_format: ClassVar[str] = (
+        "mAP {map:.4f}, F1 {macro_f1:.4f} macro, {micro_f1:.4f} micro, all labels right {subset_accuracy:.4f}, "
+        "loss {loss:.4f}"
+    )
 
     def __post_init__(self) -> None:
         """Check the values at once, and fill the thresholds."""
@@ -202,11 +207,7 @@ class MultiLabelTask(Task):
         """
         from sklearn.metrics import average_precision_score  # a second, only to measure
 
-        scores, truth = torch.as_tensor(np.asarray(logits)), np.asarray(labels).astype(int)
-        if len(truth) == 0 or len(scores) != len(truth):
-            raise ValueError(
-                f"logits and labels must have the same length of at least 1, got {len(scores)} and {len(truth)}"
-            )
+        scores, truth = paired(logits, np.asarray(labels).astype(int))
         probabilities = self.probabilities(scores).double().numpy()
         given = (probabilities >= np.asarray(self.thresholds)).astype(int)
         support = truth.sum(0)
@@ -262,41 +263,22 @@ class MultiLabelTask(Task):
         self, features: np.ndarray, labels: np.ndarray, outputs: int, weights: np.ndarray | None = None
     ) -> tuple[Tensor, Tensor]:
         """One-vs-rest: a logistic regression for each class; one that all or no images have keeps weights of zero."""
-        weight = torch.zeros(outputs, features.shape[1], dtype=torch.float64)
-        bias = torch.zeros(outputs, dtype=torch.float64)
+        fits = []
         for c in range(outputs):
+            answers = labels[:, c] > 0.5
             own = np.ones(len(labels)) if weights is None else weights
             if self.positive_weights is not None:
-                own = own * np.where(labels[:, c] > 0.5, self.positive_weights[c], 1.0)
-            answers = (labels[:, c] > 0.5).astype(int)
-            if len(set(answers.tolist())) == 2:
-                both, of_both = fit_probe(features, answers, 2, weights=own)
-                weight[c], bias[c] = both[1] - both[0], of_both[1] - of_both[0]
-            else:
-                bias[c] = 4.0 if answers[0] else -4.0  # a probability of 98 or 2 %
-        return weight, bias
+                own = own * np.where(answers, self.positive_weights[c], 1.0)
+            constant = 4.0 if answers[0] else -4.0  # a probability of 98 or 2 %
+            fits.append(fit_binary_probe(features, answers, own, constant))
+        weight, bias = zip(*fits, strict=True)
+        return torch.stack(weight), torch.stack(bias)
 
     def remap_labels(self, label: Tensor, numbers: Sequence[int]) -> Tensor:
         """Zeros and ones by the run's classes; those that the data does not name are 0."""
         mapped = torch.zeros(len(self.classes))
         mapped[list(numbers)] = label
         return mapped
-
-    def epoch_text(self, row: Mapping[str, Any]) -> str:
-        """Mean average precision and F1."""
-        return f"mAP {row['val_map']:.4f}  F1 macro {row['val_macro_f1']:.4f} micro {row['val_micro_f1']:.4f}"
-
-    def final_text(self, val: Mapping[str, Any], test: Mapping[str, Any] | None) -> str:
-        """Mean average precision and macro F1."""
-        text = "" if test is None else f", test mAP {test['map']:.4f} (macro F1 {test['macro_f1']:.4f})"
-        return f"validation mAP {val['map']:.4f} (macro F1 {val['macro_f1']:.4f}){text}"
-
-    def result_text(self, scores: Mapping[str, Any]) -> str:
-        """All means and the loss."""
-        return (
-            f"mAP {scores['map']:.4f}, F1 {scores['macro_f1']:.4f} macro, {scores['micro_f1']:.4f} micro, "
-            f"all labels right {scores['subset_accuracy']:.4f}, loss {scores['loss']:.4f}"
-        )
 
     def result_table(self, scores: Mapping[str, Any], classes: Sequence[str]) -> ResultTable:
         """Average precision, F1, precision, recall and threshold of each class."""
@@ -315,7 +297,6 @@ class MultiLabelTask(Task):
 
     check_output = staticmethod(image_outputs.check_output)
     write_predictions = staticmethod(image_outputs.write_label_sets)
-    prediction_text = staticmethod(image_outputs.label_set_text)
 
     def merged_use(self) -> str:
         """The classes from their thresholds on."""

@@ -39,6 +39,11 @@ class MaskPrediction:
         counts = np.bincount(self.labels.reshape(-1), minlength=len(self.classes))
         return dict(zip(self.classes, (counts / self.labels.size).tolist(), strict=True))
 
+    def text(self, top_k: int | None = None) -> str:
+        """Shares of the classes in one line, the largest first."""
+        shares = sorted(self.shares.items(), key=lambda pair: -pair[1])
+        return ", ".join(f"{name} {share:.1%}" for name, share in shares if share > 0)
+
 
 def mask_predictions(
     classes: Sequence[str], paths: Sequence[Path], images: Sequence[Image.Image], outputs: Tensor
@@ -88,7 +93,9 @@ def write_mask_predictions(
         written[name] = prediction.path
         write_mask(prediction.labels, folder / name)
         overlaid = overlay(read_image(prediction.path), prediction.labels)
-        write_bytes(folder / _OVERLAYS / name, _png(overlaid))
+        png = io.BytesIO()
+        overlaid.save(png, "PNG")
+        write_bytes(folder / _OVERLAYS / name, png.getvalue())
     return folder
 
 
@@ -104,19 +111,6 @@ def check_mask_output(out: str | Path | None, top_k: int | None, *, overwrite: b
         raise FileExistsError(
             f"out={out} holds files; choose another folder, or write into it with --overwrite (overwrite=True)"
         )
-
-
-def mask_text(prediction: MaskPrediction, top_k: int | None) -> str:
-    """Shares of the classes in one line, the largest first."""
-    shares = sorted(prediction.shares.items(), key=lambda pair: -pair[1])
-    return ", ".join(f"{name} {share:.1%}" for name, share in shares if share > 0)
-
-
-def _png(image: Image.Image) -> bytes:
-    """The bytes of a PNG file."""
-    out = io.BytesIO()
-    image.save(out, "PNG")
-    return out.getvalue()
 
 
 _SHOWN_CLASSES = 3
@@ -156,6 +150,11 @@ class Prediction:
     def is_unsure(self) -> bool:
         """Whether the probability is below the threshold that was asked for."""
         return self.unsure_below is not None and self.probability < self.unsure_below
+
+    def text(self, top_k: int | None = None) -> str:
+        """The likeliest classes in one line, after the word unsure where the prediction is."""
+        ranking = ", ".join(f"{name} {p:.3f}" for name, p in self.ranking[: top_k or _SHOWN_CLASSES])
+        return f"unsure: {ranking}" if self.is_unsure else ranking
 
 
 def write_predictions(
@@ -204,13 +203,9 @@ def check_output(out: str | Path | None, top_k: int | None, *, overwrite: bool) 
     """Refuse an output that `write_predictions` would refuse, before any image is classified.
 
     Args:
-        out: As for `write_predictions`; None where no file is wanted.
+        out: As for `write_predictions`, which raises the same; None where no file is wanted.
         top_k: As for `write_predictions`.
         overwrite: As for `write_predictions`.
-
-    Raises:
-        FileExistsError: The file exists.
-        ValueError: `top_k` is less than 1, or `out` is a folder.
     """
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}; leave it out for all classes")
@@ -241,12 +236,6 @@ def class_predictions(classes: Sequence[str], paths: Sequence[Path], probabiliti
     ]
 
 
-def class_text(prediction: Prediction, top_k: int | None) -> str:
-    """The likeliest classes in one line, after the word unsure where the prediction is."""
-    ranking = ", ".join(f"{name} {p:.3f}" for name, p in prediction.ranking[: top_k or _SHOWN_CLASSES])
-    return f"unsure: {ranking}" if prediction.is_unsure else ranking
-
-
 _SEPARATOR = "|"
 
 
@@ -268,6 +257,12 @@ class LabelSetPrediction:
     def ranking(self) -> list[tuple[str, float]]:
         """All classes with their probabilities, the likeliest first."""
         return sorted(self.probabilities.items(), key=lambda pair: -pair[1])
+
+    def text(self, top_k: int | None = None) -> str:
+        """The labels with their probabilities in one line, or the likeliest classes where `top_k` says how many."""
+        if top_k is not None:
+            return ", ".join(f"{name} {p:.3f}" for name, p in self.ranking[:top_k])
+        return ", ".join(f"{name} {self.probabilities[name]:.3f}" for name in self.labels) or "no label"
 
 
 def label_set_predictions(
@@ -318,19 +313,16 @@ def write_label_sets(
     return _write_csv(rows, out)
 
 
-def label_set_text(prediction: LabelSetPrediction, top_k: int | None) -> str:
-    """The labels with their probabilities in one line, or the likeliest classes where `top_k` says how many."""
-    if top_k is not None:
-        return ", ".join(f"{name} {p:.3f}" for name, p in prediction.ranking[:top_k])
-    return ", ".join(f"{name} {prediction.probabilities[name]:.3f}" for name in prediction.labels) or "no label"
-
-
 @dataclass(frozen=True)
 class NumberPrediction:
     """The numbers that are predicted for one image, by the name of the target, in its own unit."""
 
     path: Path
     values: dict[str, float]
+
+    def text(self, top_k: int | None = None) -> str:
+        """The numbers in one line."""
+        return ", ".join(f"{name} {value:.6g}" for name, value in self.values.items())
 
 
 def check_number_output(out: str | Path | None, top_k: int | None, *, overwrite: bool) -> None:
@@ -362,11 +354,6 @@ def write_numbers(
     return _write_csv(rows, out)
 
 
-def number_text(prediction: NumberPrediction, top_k: int | None) -> str:
-    """The numbers in one line."""
-    return ", ".join(f"{name} {value:.6g}" for name, value in prediction.values.items())
-
-
 def _write_csv(rows: Iterable[Sequence[str]], out: str | Path) -> Path:
     """Write rows of cells atomically."""
     text = io.StringIO()
@@ -375,27 +362,3 @@ def _write_csv(rows: Iterable[Sequence[str]], out: str | Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text.getvalue())
     return path
-
-
-__all__ = [
-    "LabelSetPrediction",
-    "MaskPrediction",
-    "NumberPrediction",
-    "Prediction",
-    "check_mask_output",
-    "check_number_output",
-    "check_output",
-    "class_predictions",
-    "class_text",
-    "csv_columns",
-    "csv_row",
-    "label_set_predictions",
-    "label_set_text",
-    "mask_predictions",
-    "mask_text",
-    "number_text",
-    "write_label_sets",
-    "write_mask_predictions",
-    "write_numbers",
-    "write_predictions",
-]

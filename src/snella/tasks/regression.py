@@ -17,9 +17,7 @@ from snella.records import NumberPrediction, NumberPredictions
 from snella.tasks import predictions as image_outputs
 from snella.tasks.classification import feature_scale
 from snella.tasks.losses import NUMBER_LOSSES, full_precision, weighted_mean
-from snella.tasks.task import ResultTable, Task
-
-__all__ = ["RegressionTask"]
+from snella.tasks.task import ResultTable, Task, paired
 
 _RIDGE_PENALTY = 5.0
 """Of the ridge regression, on features of mean variance 1: `‖w‖²` beside the sum of the squared errors."""
@@ -55,6 +53,10 @@ class RegressionTask(Task):
     losses: ClassVar[tuple[str, ...]] = tuple(NUMBER_LOSSES)
     monitors: ClassVar[Mapping[str, int]] = {"loss": -1, "mae": -1, "rmse": -1, "r2": 1}
     has_linear_fit: ClassVar[bool] = True
+    epoch_format: ClassVar[str] = "MAE {val_mae:.4g}  RMSE {val_rmse:.4g}  R² {val_r2:.4f}"
+    val_format: ClassVar[str] = "MAE {mae:.4g} (R² {r2:.4f})"
+    test_format: ClassVar[str] = val_format
+    result_format: ClassVar[str] = "MAE {mae:.4g}, RMSE {rmse:.4g}, R² {r2:.4f}, loss {loss:.4f}"
 
     def __post_init__(self) -> None:
         """Check the statistics, and fill them where there are none yet."""
@@ -154,11 +156,7 @@ class RegressionTask(Task):
         """
         from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_error  # a second, only to measure
 
-        scores, truth = torch.as_tensor(np.asarray(outputs)), np.asarray(labels, dtype=float)
-        if len(truth) == 0 or len(scores) != len(truth):
-            raise ValueError(
-                f"outputs and labels must have the same length of at least 1, got {len(scores)} and {len(truth)}"
-            )
+        scores, truth = paired(outputs, np.asarray(labels, dtype=float), "outputs")
         predicted = self.numbers(scores).numpy()
         several = {"multioutput": "raw_values"}
         mae = mean_absolute_error(truth, predicted, **several)
@@ -226,19 +224,6 @@ class RegressionTask(Task):
         mapped[list(numbers)] = label
         return mapped
 
-    def epoch_text(self, row: Mapping[str, Any]) -> str:
-        """All errors."""
-        return f"MAE {row['val_mae']:.4g}  RMSE {row['val_rmse']:.4g}  R² {row['val_r2']:.4f}"
-
-    def final_text(self, val: Mapping[str, Any], test: Mapping[str, Any] | None) -> str:
-        """Absolute error and R²."""
-        text = "" if test is None else f", test MAE {test['mae']:.4g} (R² {test['r2']:.4f})"
-        return f"validation MAE {val['mae']:.4g} (R² {val['r2']:.4f}){text}"
-
-    def result_text(self, scores: Mapping[str, Any]) -> str:
-        """All errors and the loss."""
-        return f"MAE {scores['mae']:.4g}, RMSE {scores['rmse']:.4g}, R² {scores['r2']:.4f}, loss {scores['loss']:.4f}"
-
     def result_table(self, scores: Mapping[str, Any], classes: Sequence[str]) -> ResultTable:
         """Errors of each number, beside those of always answering the training images' median or mean."""
         keys = ("mae", "rmse", "r2", "baseline_mae", "baseline_rmse")
@@ -258,7 +243,6 @@ class RegressionTask(Task):
 
     check_output = staticmethod(image_outputs.check_number_output)
     write_predictions = staticmethod(image_outputs.write_numbers)
-    prediction_text = staticmethod(image_outputs.number_text)
 
     def merged_use(self) -> str:
         """The outputs, turned back."""

@@ -78,8 +78,8 @@ def pooled_scores(counts: np.ndarray, classes: list[str]) -> dict[str, Any]:
     inside[0] = 0
     gps_dice, gps_iou = (values[0] for values in _pooled(inside))
     return {
-        "dice": _mean_of_means(dice),
-        "iou": _mean_of_means(iou),
+        "dice": _mean(np.asarray(_by_image(dice))),
+        "iou": _mean(np.asarray(_by_image(iou))),
         "dice_pooled": _mean(pooled_dice[1:]),
         "iou_pooled": _mean(pooled_iou[1:]),
         "iou_pooled_with_background": _mean(pooled_iou),
@@ -115,22 +115,22 @@ def _hits_and_errors(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return hits, counts.sum(1) + counts.sum(2) - 2 * hits
 
 
-def _mean_of_means(values: np.ndarray) -> float:
-    """Mean over images of the mean over the classes that have a value."""
-    by_image = [float(row[~np.isnan(row)].mean()) for row in values if not np.isnan(row).all()]
-    return float(np.mean(by_image)) if by_image else 1.0
-
-
-def _mean(values: np.ndarray) -> float:
-    """Mean of what has a value; 1 where nothing was there and nothing was found."""
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else 1.0
-
-
 def _number(values: np.ndarray | np.floating[Any]) -> float | None:
     """Mean of what has a value, None where nothing has."""
     known = np.atleast_1d(values)[~np.isnan(np.atleast_1d(values))]
     return float(known.mean()) if len(known) else None
+
+
+def _mean(values: np.ndarray) -> float:
+    """Mean of what has a value; 1 where nothing was there and nothing was found."""
+    mean = _number(values)
+    return 1.0 if mean is None else mean
+
+
+def _by_image(values: np.ndarray) -> list[float]:
+    """Mean over the classes of each image, NaN where no class is in it."""
+    means = [_number(row) for row in values]
+    return [math.nan if mean is None else mean for mean in means]
 
 
 _LIMIT = 12
@@ -141,14 +141,14 @@ def mask_file(index: int) -> str:
     return f"masks/{index:05}.png"
 
 
-def choose_indices(dice: Sequence[float | None], limit: int = _LIMIT) -> list[int]:
+def choose_indices(dice: Sequence[float], limit: int = _LIMIT) -> list[int]:
     """Choose images to show: half of them the worst, the others evenly spread over the rest, from bad to good.
 
     Args:
-        dice: Of each image; None for those without anything to find, which come last.
+        dice: Of each image; NaN for those without anything to find, which come last.
         limit: How many.
     """
-    order = sorted(range(len(dice)), key=lambda index: (dice[index] is None, dice[index] or 0.0, index))
+    order = np.argsort(np.asarray(dice, dtype=float), kind="stable").tolist()  # NaN comes last
     worst, rest = order[: limit // 2], order[limit // 2 :]
     count = min(len(rest), limit - len(worst))
     return worst + [rest[(2 * i + 1) * len(rest) // (2 * count)] for i in range(count)]
@@ -245,7 +245,14 @@ class SegmentationTask(Task):
     head: ClassVar[str | None] = DECODER
     settings: ClassVar[tuple[str, ...]] = ("label_smoothing", "mask_loss")
     monitors: ClassVar[Mapping[str, int]] = {**dict.fromkeys(_SCORES, 1), "loss": -1}
-    has_one_class: ClassVar[bool] = False
+    epoch_format: ClassVar[str] = "Dice {val_dice:.4f}  IoU {val_iou:.4f}"
+    val_format: ClassVar[str] = "Dice {dice:.4f} (IoU {iou:.4f})"
+    test_format: ClassVar[str] = val_format
+    result_format: ClassVar[str] = (
+        "Dice {dice:.4f}, IoU {iou:.4f} (by image); {dice_pooled:.4f}, {iou_pooled:.4f} (pooled); "
+        "{dice_gps_foreground_only:.4f}, {iou_gps_foreground_only:.4f} (GPS's variant, without false positives); "
+        "loss {loss:.4f}"
+    )
 
     def __post_init__(self) -> None:
         """Check all values at once."""
@@ -345,7 +352,7 @@ class SegmentationTask(Task):
     def predictions(self, dataset: ImageDataset, sample_outputs: Tensor, split: str, folder: Path) -> MaskPredictions:
         """Dice and IoU of each image, mean over its classes; where its predicted mask lies, for the report's ones."""
         scores = image_scores(self._counts(sample_outputs.numpy()))
-        dice, iou = ([math.nan if v is None else v for v in _by_image(values)] for values in scores)
+        dice, iou = map(_by_image, scores)
         files = [mask_file(index) for index in range(len(dataset.names))]
         items = [
             MaskPrediction(index, name, dice[index], iou[index], file if (folder / file).is_file() else None)
@@ -367,24 +374,6 @@ class SegmentationTask(Task):
     def remap_labels(self, label: Tensor, numbers: Sequence[int]) -> Tensor:
         """A mask with other class numbers."""
         return torch.tensor(numbers)[label]
-
-    def epoch_text(self, row: Mapping[str, Any]) -> str:
-        """Dice and IoU, by image."""
-        return f"Dice {row['val_dice']:.4f}  IoU {row['val_iou']:.4f}"
-
-    def final_text(self, val: Mapping[str, Any], test: Mapping[str, Any] | None) -> str:
-        """Dice and IoU by image."""
-        text = "" if test is None else f", test Dice {test['dice']:.4f} (IoU {test['iou']:.4f})"
-        return f"validation Dice {val['dice']:.4f} (IoU {val['iou']:.4f}){text}"
-
-    def result_text(self, scores: Mapping[str, Any]) -> str:
-        """Dice and IoU by image and pooled, GPS's variant, and the loss."""
-        return (
-            f"Dice {scores['dice']:.4f}, IoU {scores['iou']:.4f} (by image); "
-            f"{scores['dice_pooled']:.4f}, {scores['iou_pooled']:.4f} (pooled); "
-            f"{scores['dice_gps_foreground_only']:.4f}, {scores['iou_gps_foreground_only']:.4f} "
-            f"(GPS's variant, without false positives); loss {scores['loss']:.4f}"
-        )
 
     def result_table(self, scores: Mapping[str, Any], classes: Sequence[str]) -> ResultTable:
         """Dice and IoU of each class."""
@@ -408,7 +397,6 @@ class SegmentationTask(Task):
 
     check_output = staticmethod(image_outputs.check_mask_output)
     write_predictions = staticmethod(image_outputs.write_mask_predictions)
-    prediction_text = staticmethod(image_outputs.mask_text)
 
     def _losses(self, outputs: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
         """The loss of each image, `[batch]`."""
@@ -419,22 +407,3 @@ class SegmentationTask(Task):
     def _counts(self, rows: np.ndarray) -> np.ndarray:
         """Counts of pixels out of the rows of `reduce`, `[images, classes, classes]`."""
         return rows[:, :-1].reshape(len(rows), len(self.classes), len(self.classes))
-
-
-def _by_image(values: np.ndarray) -> list[float | None]:
-    """Mean over the classes of each image, None where no class is in it."""
-    return [None if np.isnan(row).all() else float(row[~np.isnan(row)].mean()) for row in values]
-
-
-__all__ = [
-    "MaskLoss",
-    "SegmentationTask",
-    "choose_indices",
-    "image_scores",
-    "mask_file",
-    "overlap_losses",
-    "overlay_source",
-    "pixel_counts",
-    "pooled_scores",
-    "write_masks",
-]

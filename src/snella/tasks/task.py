@@ -18,8 +18,6 @@ from snella.data import ImageDataset, MaskDataset
 from snella.records import LabelSetPredictions, MaskPredictions, NumberPredictions, Predictions
 from snella.report.examples import ImageSource
 
-__all__ = ["ResultTable", "Task", "check_monitor", "class_frequencies", "resolve_class_weights"]
-
 TargetKind = Literal["class", "labels", "numbers"]
 
 
@@ -62,6 +60,16 @@ class Task(ABC):
     them."""
     has_linear_fit: ClassVar[bool] = False
     """Whether `fit_linear` finds a linear head on features."""
+    epoch_format: ClassVar[str]
+    """An epoch's row in a few words, by the names of its entries, as the following ones are."""
+    val_format: ClassVar[str]
+    """The best epoch's results on validation."""
+    test_format: ClassVar[str]
+    """And on test images."""
+    monitor_names: ClassVar[Mapping[str, str]] = {}
+    """How metrics are called that epochs may be chosen by, and that `val_format` does not show."""
+    result_format: ClassVar[str]
+    """Results in a few words."""
 
     monitor: str
 
@@ -210,17 +218,20 @@ class Task(ABC):
         """The score that epochs are selected by: the better monitored metric first, then the lower validation loss."""
         return self.monitors[self.monitor] * row[f"val_{self.monitor}"], -row["val_loss"]
 
-    @abstractmethod
     def epoch_text(self, row: Mapping[str, Any]) -> str:
         """An epoch's row in a few words."""
+        return self.epoch_format.format_map(row)
 
-    @abstractmethod
     def final_text(self, val: Mapping[str, Any], test: Mapping[str, Any] | None) -> str:
         """The best epoch's results on validation and, where there are test images, on these."""
+        text = "" if test is None else f", test {self.test_format.format_map(test)}"
+        name = self.monitor_names.get(self.monitor)
+        chosen_by = "" if name is None else f" ({name} {val[self.monitor]:.4f})"
+        return f"validation {self.val_format.format_map(val)}{chosen_by}{text}"
 
-    @abstractmethod
     def result_text(self, scores: Mapping[str, Any]) -> str:
         """Results in a few words."""
+        return self.result_format.format_map(scores)
 
     @abstractmethod
     def result_table(self, scores: Mapping[str, Any], classes: Sequence[str]) -> ResultTable:
@@ -245,13 +256,33 @@ class Task(ABC):
         """Write what `image_predictions` gave as a file or a folder, and return it."""
 
     @staticmethod
-    @abstractmethod
     def prediction_text(prediction: Any, top_k: int | None) -> str:
         """What `image_predictions` gave for an image, in one line."""
+        return prediction.text(top_k)
 
     def merged_use(self) -> str:
         """A comment in Python: how a merged model's output is read, of `model`, `transform`, `classes` and `image`."""
         return "# classes[model(transform(image.convert('RGB'))[None]).argmax()]"
+
+
+def paired(outputs: ArrayLike, labels: ArrayLike, name: str = "logits") -> tuple[Tensor, np.ndarray]:
+    """Outputs and labels of equally many images, at least one.
+
+    Raises:
+        ValueError: No images, or another number of labels than of outputs.
+    """
+    scores, truth = torch.as_tensor(np.asarray(outputs)), np.asarray(labels)
+    if len(truth) == 0 or len(scores) != len(truth):
+        raise ValueError(
+            f"{name} and labels must have the same length of at least 1, got {len(scores)} and {len(truth)}"
+        )
+    return scores, truth
+
+
+def unknown_class(name: str, classes: Sequence[str]) -> str:
+    """The error of a name that is no class, with the nearest one."""
+    near = difflib.get_close_matches(name, classes, n=1)
+    return f"no class {name!r}" + (f" (nearest: {near[0]!r})" if near else "")
 
 
 def check_monitor(task: type[Task], monitor: str) -> str | None:
@@ -284,11 +315,7 @@ def resolve_class_weights(
         return None
     if isinstance(setting, str):
         return tuple(float(weight) for weight in balanced)
-    errors = []
-    for name in map(str, setting):
-        if name not in classes:
-            near = difflib.get_close_matches(name, classes, n=1)
-            errors.append(f"no class {name!r}" + (f" (nearest: {near[0]!r})" if near else ""))
+    errors = [unknown_class(name, classes) for name in map(str, setting) if name not in classes]
     named = {str(name): weight for name, weight in setting.items()}
     missing = [repr(name) for name in classes if name not in named]
     if missing:
