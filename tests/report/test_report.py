@@ -8,7 +8,7 @@ from PIL import Image
 from snella._text import bytes_text, count_text, percent_text, plain_text, seconds_text
 from snella.records import Metrics, Prediction, Predictions, RunInfo, read, write
 from snella.report.examples import choose_examples, load_example, picture_uri
-from snella.report.report import _exact, groups_section, write_report
+from snella.report.report import _count_row, groups_section, write_report
 
 SECTIONS = [
     "results",
@@ -95,7 +95,7 @@ def test_the_report_says_what_was_trained_with_which_result(compared_report):
 
 @pytest.mark.parametrize(("count", "note"), [(999, ""), (49_491, ""), (664_610, "664,610"), (21_233_664, "21,233,664")])
 def test_a_count_stands_in_full_below_its_short_form_alone(count, note):
-    assert _exact(count) == note
+    assert _count_row("parameters", count)[2] == note
 
 
 def test_the_verdict_is_a_sentence_with_a_baseline(run):

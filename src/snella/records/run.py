@@ -268,6 +268,11 @@ class Metrics(Record):
         return self.best_epoch
 
     @property
+    def measured(self) -> tuple[str, SplitScores | None]:
+        """The results that a report shows first, those on test images where there are any, and their split in words."""
+        return ("test", self.test) if self.test is not None else ("validation", self.val)
+
+    @property
     def selection(self) -> str:
         """The split that the best epoch was selected on, human-readable."""
         return "test" if self.selected_on == "test" else "validation"
@@ -381,6 +386,20 @@ class Allocation(Record):
 
 
 @dataclass(frozen=True)
+class SplitPredictions(Record):
+    """What a model says about the images of one split: `predictions.json`, by task."""
+
+    file: ClassVar[str] = "predictions.json"
+
+    split: str = "val"
+
+    @property
+    def split_name(self) -> str:
+        """The split, human-readable."""
+        return "validation" if self.split == "val" else self.split
+
+
+@dataclass(frozen=True)
 class Prediction:
     """What the model says about one image."""
 
@@ -410,12 +429,9 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Predictions(Record):
-    """Predictions on one split: `predictions.json`."""
+class Predictions(SplitPredictions):
+    """Predictions of one class an image."""
 
-    file: ClassVar[str] = "predictions.json"
-
-    split: str = "val"
     items: list[Prediction] = field(kw_only=True)
 
     def with_temperature(self, temperature: float) -> Self:
@@ -453,12 +469,9 @@ class LabelSetPrediction:
 
 
 @dataclass(frozen=True)
-class LabelSetPredictions(Record):
-    """Predictions of any number of labels an image on one split: `predictions.json`."""
+class LabelSetPredictions(SplitPredictions):
+    """Predictions of any number of labels an image."""
 
-    file: ClassVar[str] = "predictions.json"
-
-    split: str = "val"
     thresholds: list[float] = field(kw_only=True)
     items: list[LabelSetPrediction] = field(kw_only=True)
 
@@ -474,12 +487,9 @@ class NumberPrediction:
 
 
 @dataclass(frozen=True)
-class NumberPredictions(Record):
-    """Predicted numbers of one split: `predictions.json`."""
+class NumberPredictions(SplitPredictions):
+    """Predicted numbers."""
 
-    file: ClassVar[str] = "predictions.json"
-
-    split: str = "val"
     items: list[NumberPrediction] = field(kw_only=True)
 
 
@@ -495,12 +505,9 @@ class MaskPrediction:
 
 
 @dataclass(frozen=True)
-class MaskPredictions(Record):
-    """Segmented images of one split: `predictions.json`."""
+class MaskPredictions(SplitPredictions):
+    """Segmented images."""
 
-    file: ClassVar[str] = "predictions.json"
-
-    split: str = "val"
     items: list[MaskPrediction] = field(kw_only=True)
 
 

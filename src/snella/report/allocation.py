@@ -378,22 +378,3 @@ def _power_of_ten(value: float, _: object = None) -> str:
 def _percent(share: float) -> str:
     """A share in percent, at most two digits unless it is exactly all; 99.6 % does not become 100."""
     return "100" if share == 1 else str(min(round(100 * share), 99))
-
-
-__all__ = [
-    "Cell",
-    "MatrixGrid",
-    "adapter_budgets",
-    "adapter_step",
-    "arrange",
-    "block_trend",
-    "budget_curve",
-    "budget_shares",
-    "epochs_of_allocation",
-    "frozen_curve",
-    "has_importance",
-    "importance_curves",
-    "linear_trend",
-    "log_axis",
-    "sparsity_map",
-]

@@ -11,8 +11,6 @@ from typing import Any
 from snella._text import count_text, plain_text, seconds_text
 from snella.records import MaskScores, Metrics, RunInfo, read, read_if_present
 
-__all__ = ["model_card"]
-
 _MOST_CLASSES = 60
 _PREPARED = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 _TAGS = {"classification": "image-classification", "segmentation": "image-segmentation"}

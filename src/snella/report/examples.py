@@ -140,18 +140,3 @@ def picture_uri(image: Image.Image, longest: int = 176) -> tuple[str, int, int]:
     out = io.BytesIO()
     image.save(out, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode("ascii"), image.width, image.height
-
-
-__all__ = [
-    "Example",
-    "ImageSource",
-    "choose_examples",
-    "load_example",
-    "load_picture",
-    "mask_colors",
-    "overlay",
-    "overlay_panels",
-    "picture_uri",
-    "read_mask",
-    "write_mask",
-]

@@ -6,24 +6,15 @@ Every function returns a `matplotlib.figure.Figure`, free of global state, for `
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from snella._text import percent_text
-from snella.records import Calibration, EpochRow, MethodResult, Metrics, Predictions, Reliability, RunInfo
-from snella.report.allocation import (
-    block_trend,
-    budget_curve,
-    budget_shares,
-    frozen_curve,
-    importance_curves,
-    sparsity_map,
-)
+from snella.records import Calibration, MethodResult, Metrics, Predictions, Reliability, RunInfo
 from snella.report.style import (
     ACCENT,
     COLORS,
@@ -39,7 +30,6 @@ from snella.report.style import (
     inline_svg,
     new_figure,
     percent_axis,
-    save_figure,
     scale_bar,
     shortened,
     text_on,
@@ -51,66 +41,53 @@ NUMBERED_CLASSES = 50
 
 def loss_curves(metrics: Metrics) -> Figure:
     """Draw the training loss of each epoch, and that on the images that the best epoch was chosen on."""
-    lines: list[tuple[str, Callable[[EpochRow], float], str]] = [("training", lambda row: row.train_loss, WARM)]
+    lines = [("training", "train_loss", WARM)]
     if metrics.selected_on is not None:
-        lines.append((metrics.selection, lambda row: row.val_loss, ACCENT))
+        lines.append((metrics.selection, "val_loss", ACCENT))
     return _curves(metrics, "Loss", lines)
 
 
-def accuracy_curves(metrics: Metrics) -> Figure:
-    """Draw the validation accuracy and balanced accuracy of each epoch."""
-    figure = _curves(
-        metrics,
-        f"Accuracy on {metrics.selection}",
-        [
-            ("accuracy", lambda row: row.val_accuracy, ACCENT),
-            ("balanced accuracy", lambda row: row.val_balanced_accuracy, COLORS[2]),
-        ],
-    )
-    percent_axis(figure.axes[0])
+_QUALITIES: dict[str, tuple[str, tuple[tuple[str, str, str], ...]]] = {
+    "accuracy": (
+        "Accuracy on {}",
+        (("accuracy", "val_accuracy", ACCENT), ("balanced accuracy", "val_balanced_accuracy", COLORS[2])),
+    ),
+    "dice": ("Overlap on {}, mean of the images", (("Dice", "val_dice", ACCENT), ("IoU", "val_iou", COLORS[2]))),
+    "map": (
+        "Precision and F1 on {}",
+        (
+            ("mAP", "val_map", ACCENT),
+            ("macro F1", "val_macro_f1", COLORS[2]),
+            ("micro F1", "val_micro_f1", COLORS[3]),
+        ),
+    ),
+    "kappa": (
+        "Agreement on {}",
+        (
+            ("kappa", "val_kappa", ACCENT),
+            ("accuracy", "val_accuracy", COLORS[2]),
+            ("mean error in ranks", "val_mae", WARM),
+        ),
+    ),
+    "error": ("Errors on {}", (("MAE", "val_mae", ACCENT), ("RMSE", "val_rmse", COLORS[2]))),
+}
+SHARES = ("accuracy", "dice", "map")
+"""Curves of `quality_curves` that are shares of 1."""
+
+
+def quality_curves(metrics: Metrics, name: str) -> Figure:
+    """Draw what a task measures on validation in each epoch.
+
+    Args:
+        metrics: Of the run.
+        name: accuracy (and balanced accuracy), dice (and IoU), map (and F1), kappa (accuracy and error in ranks), or
+            error (MAE and RMSE).
+    """
+    title, lines = _QUALITIES[name]
+    figure = _curves(metrics, title.format(metrics.selection), lines)
+    if name in SHARES:
+        percent_axis(figure.axes[0])
     return figure
-
-
-def dice_curves(metrics: Metrics) -> Figure:
-    """Draw the validation Dice and IoU of each epoch."""
-    lines: list[tuple[str, Callable[[EpochRow], float], str]] = [
-        ("Dice", lambda row: row.val_dice, ACCENT),
-        ("IoU", lambda row: row.val_iou, COLORS[2]),
-    ]
-    figure = _curves(metrics, f"Overlap on {metrics.selection}, mean of the images", lines)
-    percent_axis(figure.axes[0])
-    return figure
-
-
-def label_curves(metrics: Metrics) -> Figure:
-    """Draw the validation mAP and F1 of each epoch."""
-    lines: list[tuple[str, Callable[[EpochRow], float], str]] = [
-        ("mAP", lambda row: row.val_map, ACCENT),
-        ("macro F1", lambda row: row.val_macro_f1, COLORS[2]),
-        ("micro F1", lambda row: row.val_micro_f1, COLORS[3]),
-    ]
-    figure = _curves(metrics, f"Precision and F1 on {metrics.selection}", lines)
-    percent_axis(figure.axes[0])
-    return figure
-
-
-def rank_curves(metrics: Metrics) -> Figure:
-    """Draw the validation kappa and accuracy of each epoch."""
-    lines: list[tuple[str, Callable[[EpochRow], float], str]] = [
-        ("kappa", lambda row: row.val_kappa, ACCENT),
-        ("accuracy", lambda row: row.val_accuracy, COLORS[2]),
-        ("mean error in ranks", lambda row: row.val_mae, WARM),
-    ]
-    return _curves(metrics, f"Agreement on {metrics.selection}", lines)
-
-
-def error_curves(metrics: Metrics) -> Figure:
-    """Draw the validation errors of a regression in each epoch."""
-    lines: list[tuple[str, Callable[[EpochRow], float], str]] = [
-        ("MAE", lambda row: row.val_mae, ACCENT),
-        ("RMSE", lambda row: row.val_rmse, COLORS[2]),
-    ]
-    return _curves(metrics, f"Errors on {metrics.selection}", lines)
 
 
 def confusion_matrix(confusion: Sequence[Sequence[int]], classes: Sequence[str]) -> Figure:
@@ -189,18 +166,16 @@ def cost_bars(rows: Sequence[MethodResult]) -> Figure:
     return figure
 
 
-def _curves(metrics: Metrics, title: str, lines: list[tuple[str, Callable[[EpochRow], float], str]]) -> Figure:
-    """Lines over the epochs, the best epoch marked."""
+def _curves(metrics: Metrics, title: str, lines: Sequence[tuple[str, str, str]]) -> Figure:
+    """Lines over the epochs by label, entry of their rows and color, the best epoch marked."""
     figure, axes = new_figure(*CURVE, title)
     epochs = [row.epoch for row in metrics.history]
-    handles = []
-    labels = []
-    for label, value, color in lines:
-        measured = [row for row in metrics.history if not math.isnan(value(row))]  # not every protocol measures each
-        marker = "o" if len(measured) <= 30 else ""
-        places, numbers = [row.epoch for row in measured], [value(row) for row in measured]
+    handles, labels = [], [label for label, _, _ in lines]
+    for _, entry, color in lines:
+        points = [(row.epoch, value) for row in metrics.history if not math.isnan(value := getattr(row, entry))]
+        marker = "o" if len(points) <= 30 else ""
+        places, numbers = zip(*points, strict=True) if points else ((), ())  # not every protocol measures each
         handles += axes.plot(places, numbers, color=color, linewidth=2, marker=marker, markersize=4)
-        labels.append(label)
     if metrics.best_epoch is not None:
         handles.append(axes.axvline(metrics.best_epoch, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1))
         labels.append("best epoch")
@@ -247,7 +222,7 @@ def calibration_section(info: RunInfo, predictions: Predictions | None) -> dict[
         return None
     shown = calibration.reliability[-1]  # test images where there are any: no number was fitted to them
     pictures = [
-        _inline(
+        inline_svg(
             reliability_curve(shown),
             "reliability",
             f"Share that is right against probability; expected calibration error {percent_text(shown.ece)}.",
@@ -255,7 +230,7 @@ def calibration_section(info: RunInfo, predictions: Predictions | None) -> dict[
     ]
     if predictions is not None and predictions.split == "val" and predictions.items:
         pictures.append(
-            _inline(
+            inline_svg(
                 coverage_curve(predictions.with_temperature(calibration.temperature), calibration),
                 "coverage",
                 "Accuracy among the images with the highest probabilities, against their share.",
@@ -283,12 +258,12 @@ def ranking_section(info: RunInfo, predictions: Predictions | None) -> dict[str,
     pictures = []
     if len(info.classes) == 2:
         figure, area = roc_curve(labels, scores[:, 1], info.classes[1])
-        pictures.append(_inline(figure, "roc", f"True positive against false positive rate, area {area:.3f}."))
+        pictures.append(inline_svg(figure, "roc", f"True positive against false positive rate, area {area:.3f}."))
     figure, precisions = precision_recall_curves(labels, scores, info.classes)
     drawn = "the classes with the lowest average precision" if len(precisions) > _MOST_CURVES else "each class"
-    pictures.append(_inline(figure, "precision-recall", f"Precision against recall of {drawn}."))
+    pictures.append(inline_svg(figure, "precision-recall", f"Precision against recall of {drawn}."))
     return {
-        "split": _SPLITS.get(predictions.split, predictions.split),
+        "split": predictions.split_name,
         "mean": float(np.mean(list(precisions.values()))),
         "worst": sorted(precisions.items(), key=lambda pair: pair[1])[:_MOST_CURVES],
         "is_partial": len(precisions) > _MOST_CURVES,
@@ -379,35 +354,3 @@ def precision_recall_curves(
     axes.set(xlim=(-0.01, 1.02), ylim=(-0.02, 1.05), xlabel="recall", ylabel="precision")
     add_legend(figure, handles, [f"{shortened(classes[c])} {precisions[c]:.2f}" for c in drawn], columns=columns)
     return figure, {classes[c]: value for c, value in precisions.items()}
-
-
-def _inline(figure: Figure, name: str, description: str) -> Markup:
-    """A figure as markup; `inline_svg` escapes what comes from the run."""
-    return Markup(inline_svg(figure, name, description))
-
-
-__all__ = [
-    "accuracy_curves",
-    "block_trend",
-    "budget_curve",
-    "budget_shares",
-    "calibration_section",
-    "comparison_bars",
-    "confusion_matrix",
-    "cost_bars",
-    "coverage_curve",
-    "dice_curves",
-    "error_curves",
-    "frozen_curve",
-    "importance_curves",
-    "inline_svg",
-    "label_curves",
-    "loss_curves",
-    "precision_recall_curves",
-    "rank_curves",
-    "ranking_section",
-    "reliability_curve",
-    "roc_curve",
-    "save_figure",
-    "sparsity_map",
-]

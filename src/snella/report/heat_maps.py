@@ -10,8 +10,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-__all__ = ["attention_rollout", "explained_layer", "heat_maps", "overlay_heat"]
-
 _OPACITY = (0.15, 0.65)
 
 

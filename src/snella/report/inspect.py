@@ -487,17 +487,3 @@ def _loss_text(curve: dict[str, Any]) -> str:
         return "not noted"
     held_out = "" if curve["held_out"] is None else f"; {curve['held_out']:.4f} on held-out entries"
     return f"{curve['last']:.4f} at the end, {plain_text(curve['first'])} at the beginning{held_out}"
-
-
-__all__ = [
-    "GENERATOR_TASKS",
-    "AdapterFile",
-    "LearningCurve",
-    "generator_rows",
-    "inspect_run",
-    "inspect_summary",
-    "read_adapter",
-    "read_learning_curve",
-    "read_scores_of_generator",
-    "saved_budgets",
-]

@@ -6,7 +6,7 @@ import math
 import shlex
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,12 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
 from PIL import Image
 
 from snella._text import bytes_text, count_text, percent_text, plain_text, seconds_text
 from snella.methods.defaults import PROBE_METHOD
 from snella.records import (
     Allocation,
-    EpochRow,
     LabelSetScores,
     MaskPredictions,
     MaskScores,
@@ -37,11 +35,23 @@ from snella.records import (
     read_if_present,
 )
 from snella.report import figures, targets
-from snella.report.allocation import adapter_budgets, adapter_step, arrange, epochs_of_allocation, has_importance
+from snella.report.allocation import (
+    adapter_budgets,
+    adapter_step,
+    arrange,
+    block_trend,
+    budget_curve,
+    budget_shares,
+    epochs_of_allocation,
+    frozen_curve,
+    has_importance,
+    importance_curves,
+    sparsity_map,
+)
 from snella.report.examples import ImageSource, choose_examples, load_example, load_picture, mask_colors, picture_uri
 from snella.report.figures import calibration_section, ranking_section
 from snella.report.inspect import AdapterFile, read_adapter, saved_budgets
-from snella.report.style import write_atomically
+from snella.report.style import inline_svg, write_atomically
 
 _LONGEST = 800
 
@@ -50,7 +60,7 @@ def classes_section(metrics: Metrics | None) -> dict[str, Any] | None:
     """Dice and IoU of each class, on the test split where there is one."""
     if metrics is None:
         return None
-    split, scores = ("test", metrics.test) if metrics.test is not None else ("validation", metrics.val)
+    split, scores = metrics.measured
     if not isinstance(scores, MaskScores):
         return None
     return {"split": split, "count": scores.images, "rows": scores.per_class}
@@ -61,12 +71,10 @@ def masks_section(folder: Path, info: RunInfo, images: ImageSource | None) -> di
     if info.task != "segmentation":
         return None
     predictions = read_if_present(MaskPredictions, folder)
-    if predictions is None:
+    shown = [] if predictions is None else [item for item in predictions.items if item.mask]
+    if predictions is None or not shown:
         return None
-    shown = [item for item in predictions.items if item.mask]
     shown.sort(key=lambda item: (math.isnan(item.dice), item.dice))
-    if not shown:
-        return None
     items = []
     for item in shown:
         uri, width, height, problem = load_picture(item.index, images, _LONGEST)
@@ -74,10 +82,10 @@ def masks_section(folder: Path, info: RunInfo, images: ImageSource | None) -> di
         items.append({"name": item.name, "dice": item.dice, "iou": item.iou, **picture})
     colors = mask_colors(len(info.classes)) / 255
     return {
-        "split": "validation" if predictions.split == "val" else predictions.split,
+        "split": predictions.split_name,
         "note": f"{len(items)} of {len(predictions.items)} images: the worst ones, then others evenly spread.",
-        "legend": [{"name": name, "color": to_hex(color)} for name, color in zip(info.classes, colors, strict=True)][
-            1:
+        "legend": [
+            {"name": name, "color": to_hex(color)} for name, color in zip(info.classes[1:], colors[1:], strict=True)
         ],
         "items": items,
     }
@@ -89,15 +97,11 @@ def results_section(
     """The numbers at the top: label, value, note."""
     if metrics is None:
         return []
-    rows: list[tuple[str, str, str]] = []
-    for split, scores in (("test", metrics.test), ("validation", metrics.val)):
-        if scores is not None:
-            rows += scores.rows(split)
+    splits = (("test", metrics.test), ("validation", metrics.val))
+    rows = [row for split, scores in splits if scores is not None for row in scores.rows(split)]
     if metrics.best_epoch is not None:
         rows.append(_kept_epoch(metrics))
-    rows.append(
-        ("trainable parameters", count_text(metrics.trainable_parameters), _exact(metrics.trainable_parameters))
-    )
+    rows.append(_count_row("trainable parameters", metrics.trainable_parameters))
     if allocation is not None:
         kept, total = sum(budgets.values()), allocation.total_weights
         frozen = sum(budget == 0 for budget in budgets.values())
@@ -106,7 +110,7 @@ def results_section(
         )
         rows.append(("adapted weights kept", count_text(kept), note))
     elif metrics.adapted_weights:
-        rows.append(("adapted weights", count_text(metrics.adapted_weights), _exact(metrics.adapted_weights)))
+        rows.append(_count_row("adapted weights", metrics.adapted_weights))
     rows.append(("adapter file", bytes_text(metrics.adapter_bytes), "to load on top of the backbone"))
     memory = "" if math.isnan(metrics.peak_rss_mib) else f"peak memory {bytes_text(metrics.peak_rss_mib * 2**20)}"
     rows.append(("training time", seconds_text(metrics.train_s), memory))
@@ -135,8 +139,8 @@ def comparison_section(rows: list[MethodResult] | None) -> dict[str, Any] | None
     """Accuracy and cost of several methods."""
     if not rows:
         return None
-    accuracy = _inline(figures.comparison_bars(rows), "comparison-accuracy", "Accuracy of each method, as bars.")
-    cost = _inline(figures.cost_bars(rows), "comparison-cost", "Training time of each method, as bars.")
+    accuracy = inline_svg(figures.comparison_bars(rows), "comparison-accuracy", "Accuracy of each method, as bars.")
+    cost = inline_svg(figures.cost_bars(rows), "comparison-cost", "Training time of each method, as bars.")
     return {"rows": rows, "figures": [accuracy, cost]}
 
 
@@ -146,7 +150,7 @@ def curves_section(metrics: Metrics | None) -> list[Markup]:
         return []
     last = metrics.history[-1]
     return [
-        _inline(
+        inline_svg(
             figures.loss_curves(metrics),
             "curve-loss",
             f"Loss by epoch; in epoch {last.epoch}, the last: training {plain_text(last.train_loss)}, "
@@ -156,29 +160,31 @@ def curves_section(metrics: Metrics | None) -> list[Markup]:
     ]
 
 
-_QUALITIES: dict[str, tuple[Callable[[Metrics], Figure], str, Callable[[EpochRow], float]]] = {
-    "dice": (figures.dice_curves, "Dice", lambda row: row.val_dice),
-    "map": (figures.label_curves, "mean average precision", lambda row: row.val_map),
-    "kappa": (figures.rank_curves, "quadratic weighted kappa", lambda row: row.val_kappa),
-    "error": (figures.error_curves, "mean absolute error", lambda row: row.val_mae),
-    "accuracy": (figures.accuracy_curves, "accuracy", lambda row: row.val_accuracy),
+_QUALITIES = {
+    "dice": ("val_dice", "Dice"),
+    "map": ("val_map", "mean average precision"),
+    "kappa": ("val_kappa", "quadratic weighted kappa"),
+    "error": ("val_mae", "mean absolute error"),
+    "accuracy": ("val_accuracy", "accuracy"),
 }
-"""Curves by what a task measures in each epoch; the first whose value the history has."""
+"""Names of `quality_curves`, an entry of an epoch's row that each needs, and what that is."""
 
 
 def _quality_curves(metrics: Metrics) -> Markup:
-    """What epochs are compared by, over the epochs."""
+    """What epochs are compared by, over the epochs: the first curves whose values the history has."""
     last = metrics.history[-1]
-    measured = [
-        name for name, (_, _, value) in _QUALITIES.items() if any(not math.isnan(value(r)) for r in metrics.history)
-    ]
-    name = measured[0] if measured else "accuracy"
-    curves, what, value = _QUALITIES[name]
-    return _inline(
-        curves(metrics),
+    measured = (
+        name
+        for name, (entry, _) in _QUALITIES.items()
+        if any(not math.isnan(getattr(r, entry)) for r in metrics.history)
+    )
+    name = next(measured, "accuracy")
+    entry, what = _QUALITIES[name]
+    text = (percent_text if name in figures.SHARES else plain_text)(getattr(last, entry))
+    return inline_svg(
+        figures.quality_curves(metrics, name),
         f"curve-{name}",
-        f"{metrics.selection.capitalize()} {what} by epoch; in the last, epoch {last.epoch}: "
-        f"{plain_text(value(last)) if name in ('error', 'kappa') else percent_text(value(last))}.",
+        f"{metrics.selection.capitalize()} {what} by epoch; in the last, epoch {last.epoch}: {text}.",
     )
 
 
@@ -186,14 +192,14 @@ def confusion_section(info: RunInfo, metrics: Metrics | None) -> dict[str, Any] 
     """Confusion matrix and the numbers of each class, on the test split where there is one."""
     if metrics is None:
         return None
-    split, scores = ("test", metrics.test) if metrics.test is not None else ("validation", metrics.val)
+    split, scores = metrics.measured
     if not isinstance(scores, Scores) or not scores.confusion:
         return None
     return {
         "split": split,
         "count": scores.count,
         "numbered": len(info.classes) <= figures.NUMBERED_CLASSES,
-        "figure": _inline(
+        "figure": inline_svg(
             figures.confusion_matrix(scores.confusion, info.classes),
             "confusion-matrix",
             f"Confusion matrix of {len(info.classes)} classes on the {split} images; the table below has the numbers.",
@@ -226,7 +232,7 @@ def groups_section(info: RunInfo, predictions: Predictions | None) -> dict[str, 
     if len(rows) > _SHOWN_GROUPS:
         shown = [row for row in rows[:_SHOWN_GROUPS] if row["right"] < 1] or rows[:_SHOWN_GROUPS]
     return {
-        "split": "validation" if predictions.split == "val" else predictions.split,
+        "split": predictions.split_name,
         "count": len(rows),
         "mean": sum(shares) / len(shares),
         "rows": shown,
@@ -242,7 +248,7 @@ def verdict_text(info: RunInfo, metrics: Metrics | None, comparison: list[Method
     """
     if metrics is None:
         return ""
-    split, scores = ("test", metrics.test) if metrics.test is not None else ("validation", metrics.val)
+    split, scores = metrics.measured
     if isinstance(scores, LabelSetScores):
         return targets.label_set_verdict(scores, split)
     if isinstance(scores, RegressionScores):
@@ -254,9 +260,7 @@ def verdict_text(info: RunInfo, metrics: Metrics | None, comparison: list[Method
     most = max(range(len(sizes)), key=sizes.__getitem__)
     frequent = sizes[most] / total
     text = f"{right:,} of {total:,} {split} images are recognized ({percent_text(right / total)}). "
-    baseline = (
-        f"Always answering {info.classes[most]!r}, the most frequent class, gets {percent_text(sizes[most] / total)}"
-    )
+    baseline = f"Always answering {info.classes[most]!r}, the most frequent class, gets {percent_text(frequent)}"
     probe = next((row for row in comparison or [] if row.method == PROBE_METHOD), None)
     if probe is not None:
         baseline += f", a linear probe {percent_text(probe.accuracy)}"
@@ -304,7 +308,7 @@ def update_section(
     changed = [name for name in source[0] if (budgets or {}).get(name, 1) > 0]
     name = deepest_query(changed or list(source[0]))
     figure = draw_updates({"": source[1](name)}, name)
-    return {"name": name, "figure": _inline(figure, "update", f"Update of {name}, increased and decreased weights.")}
+    return {"name": name, "figure": inline_svg(figure, "update", f"Update of {name}, increased and decreased weights.")}
 
 
 def allocation_section(
@@ -319,41 +323,41 @@ def allocation_section(
     evolution = []
     if allocation.history:
         evolution = [
-            _inline(
-                figures.budget_curve(allocation, epochs),
+            inline_svg(
+                budget_curve(allocation, epochs),
                 "budget-total",
                 f"Total budget over time, from {allocation.total_weights:,} to {allocation.target_budget:,}.",
             ),
             *(
-                _inline(
-                    figures.budget_shares(allocation, epochs, by),
+                inline_svg(
+                    budget_shares(allocation, epochs, by),
                     f"budget-{by}",
                     f"Share of each {by} in the total budget over time.",
                 )
                 for by in ("kind", "depth")
             ),
-            _inline(
-                figures.frozen_curve(allocation, epochs),
+            inline_svg(
+                frozen_curve(allocation, epochs),
                 "budget-frozen",
                 f"Number of frozen and full matrices over time; {grid.frozen_count} are frozen in the saved adapter.",
             ),
         ]
-    trend = figures.block_trend(allocation.matrices, budgets)
+    trend = block_trend(allocation.matrices, budgets)
     importance = None
     if has_importance(allocation):
-        importance = _inline(
-            figures.importance_curves(allocation, epochs),
+        importance = inline_svg(
+            importance_curves(allocation, epochs),
             "importance-curves",
             f"Importance of {len(allocation.matrices)} matrices over time, logarithmic, with the mean of each kind.",
         )
     return {
-        "map": _inline(
-            figures.sparsity_map(allocation.matrices, budgets),
+        "map": inline_svg(
+            sparsity_map(allocation.matrices, budgets),
             "sparsity-map",
             f"Sparsity of each matrix by block and kind; {grid.frozen_count} of {len(allocation.matrices)} are frozen. "
             "The table of matrices has the numbers.",
         ),
-        "trend": trend and _inline(trend, "block-trend", "Sparsity of each block, and its linear trend."),
+        "trend": trend and inline_svg(trend, "block-trend", "Sparsity of each block, and its linear trend."),
         "kept": sum(budgets.values()),
         "total": allocation.total_weights,
         "frozen": [matrix.name for matrix in allocation.matrices if budgets[matrix.name] == 0],
@@ -402,7 +406,7 @@ def examples_section(
         ]
 
     return {
-        "split": "validation" if predictions.split == "val" else predictions.split,
+        "split": predictions.split_name,
         "groups": [
             {
                 "title": "Wrong",
@@ -433,14 +437,10 @@ def heat_maps_section(folder: Path, info: RunInfo, predictions: Predictions | No
     return sorted(found, key=lambda entry: (entry["item"].is_right, -entry["item"].probability))
 
 
-def _inline(figure: Figure, name: str, description: str) -> Markup:
-    """A figure as markup; `inline_svg` escapes what comes from the run."""
-    return Markup(figures.inline_svg(figure, name, description))
-
-
-def _exact(count: int) -> str:
-    """A count with all its digits; empty where the short form has them already."""
-    return text if (text := f"{count:,}") != count_text(count) else ""
+def _count_row(label: str, count: int) -> tuple[str, str, str]:
+    """A count in short, and with all its digits where the short form lacks some."""
+    exact, short = f"{count:,}", count_text(count)
+    return label, short, exact if exact != short else ""
 
 
 _CONFUSED, _CONFUSED_IN_GROUP = 5, 3
@@ -544,7 +544,8 @@ def _render(
         "heat_maps": heat_maps_section(folder, info, class_predictions),
         "classes": classes_section(metrics),
         "masks": masks_section(folder, info, images),
-        **_target_sections(folder, info, metrics, images),
+        "labels": targets.labels_section(folder, info, metrics, images),
+        "numbers": targets.numbers_section(folder, info, metrics, images),
         "use": _USES.get(info.task, _USES["classification"]),
         "config": config.read_text(encoding="utf-8") if config.is_file() else "",
         "test_name": "test" if metrics is None or metrics.test else "validation",
@@ -557,32 +558,3 @@ def _render(
     template = environment.from_string(texts.joinpath("report.html.jinja").read_text(encoding="utf-8"))
     style = texts.joinpath("report.css").read_text(encoding="utf-8")
     return template.render(context, style=Markup(style))
-
-
-def _target_sections(
-    folder: Path, info: RunInfo, metrics: Metrics | None, images: ImageSource | None
-) -> dict[str, Any]:
-    """Sections of labels and of numbers, with their figures as markup."""
-    made = {
-        "labels": targets.labels_section(folder, info, metrics, images),
-        "numbers": targets.numbers_section(folder, info, metrics, images),
-    }
-    for section in made.values():
-        if section is not None:
-            section["figures"] = [_inline(*figure) for figure in section["figures"]]
-    return made
-
-
-__all__ = [
-    "allocation_section",
-    "classes_section",
-    "comparison_section",
-    "confusion_section",
-    "curves_section",
-    "examples_section",
-    "groups_section",
-    "masks_section",
-    "results_section",
-    "update_section",
-    "write_report",
-]

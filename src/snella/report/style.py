@@ -7,6 +7,7 @@ the light and the dark mode.
 
 from __future__ import annotations
 
+import html
 import io
 import os
 import re
@@ -18,6 +19,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from markupsafe import Markup
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -219,8 +221,8 @@ def darken(figure: Figure) -> None:
                 getattr(artist, f"set_{name}")(changed if len(changed) > 1 else to_rgba(changed[0]))
 
 
-def inline_svg(figure: Figure, name: str, description: str) -> str:
-    """Return a figure as an `<svg>` element for an HTML page.
+def inline_svg(figure: Figure, name: str, description: str) -> Markup:
+    """Return a figure as an `<svg>` element for an HTML page; what comes from the run is escaped.
 
     Texts stay texts in the page's font, inks follow the page's variables `--ink`, `--muted`, `--line` and `--panel`.
 
@@ -244,10 +246,10 @@ def inline_svg(figure: Figure, name: str, description: str) -> str:
         svg = svg.replace(color, f"var({variable})")
     width, height = (figure.get_size_inches() * 72).round().astype(int).tolist()
     head = (
-        f'<svg class="figure" role="img" aria-label="{_attribute(description)}" viewBox="0 0 {width} {height}" '
+        f'<svg class="figure" role="img" aria-label="{html.escape(description)}" viewBox="0 0 {width} {height}" '
         f'style="--w: {width}px" xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
     )
-    return re.sub(r"<svg[^>]*>", lambda _: head, svg, count=1)
+    return Markup(re.sub(r"<svg[^>]*>", lambda _: head, svg, count=1))
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -263,36 +265,3 @@ def write_atomically(path: Path, data: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-
-
-def _attribute(text: str) -> str:
-    """Escape a text for an attribute in double quotes."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")
-
-
-__all__ = [
-    "ACCENT",
-    "COLORS",
-    "CURVE",
-    "GRID",
-    "INK",
-    "MUTED",
-    "PANEL",
-    "WARM",
-    "accent_map",
-    "add_legend",
-    "darken",
-    "epoch_axis",
-    "inline_svg",
-    "new_figure",
-    "new_panels",
-    "percent_axis",
-    "save_figure",
-    "scale_bar",
-    "shortened",
-    "signed_map",
-    "style_of",
-    "text_on",
-    "write_atomically",
-    "write_figure",
-]

@@ -31,21 +31,11 @@ from snella.report.style import (
     INK,
     MUTED,
     add_legend,
+    inline_svg,
     new_figure,
     percent_axis,
     shortened,
 )
-
-__all__ = [
-    "Card",
-    "label_cards",
-    "label_set_verdict",
-    "number_cards",
-    "precision_recall_curves",
-    "regression_verdict",
-    "residual_ranges",
-    "true_and_predicted",
-]
 
 _SHOWN = 12
 """Images of each group of cards."""
@@ -240,19 +230,19 @@ def labels_section(
     """Table of the labels, on the test split where there is one, curves and images of the predicted split."""
     if metrics is None:
         return None
-    split, scores = ("test", metrics.test) if metrics.test is not None else ("validation", metrics.val)
+    split, scores = metrics.measured
     if not isinstance(scores, LabelSetScores):
         return None
     predictions = read_if_present(LabelSetPredictions, folder)
     on_split = metrics.test if predictions is not None and predictions.split == "test" else metrics.val
     figures = []
     if predictions is not None and predictions.items and isinstance(on_split, LabelSetScores):
-        named = _split_name(predictions.split)
         figures = [
-            (
+            inline_svg(
                 precision_recall_curves(predictions, info.classes, on_split),
                 "precision-recall",
-                f"Precision against recall of {len(info.classes)} labels on the {named} images; the table has numbers.",
+                f"Precision against recall of {len(info.classes)} labels on the {predictions.split_name} images; "
+                "the table has numbers.",
             )
         ]
     return {
@@ -260,7 +250,7 @@ def labels_section(
         "count": scores.images,
         "rows": sorted(scores.per_class, key=lambda row: (math.isnan(row.average_precision), row.average_precision)),
         "figures": figures,
-        "figure_split": "" if predictions is None else _split_name(predictions.split),
+        "figure_split": "" if predictions is None else predictions.split_name,
         "groups": []
         if predictions is None or not predictions.items
         else label_cards(predictions, info.classes, images),
@@ -273,21 +263,21 @@ def numbers_section(
     """Table of the numbers, on the test split where there is one, scatter plots, errors by range and images."""
     if metrics is None:
         return None
-    split, scores = ("test", metrics.test) if metrics.test is not None else ("validation", metrics.val)
+    split, scores = metrics.measured
     if not isinstance(scores, RegressionScores):
         return None
     predictions = read_if_present(NumberPredictions, folder)
     figures = []
     if predictions is not None and predictions.items:
-        named = _split_name(predictions.split)
+        named = predictions.split_name
         for target, name in enumerate(info.classes):
             figures += [
-                (
+                inline_svg(
                     true_and_predicted(predictions, target, name),
                     f"scatter-{target}",
                     f"Predicted against true {name} of {len(predictions.items)} {named} images.",
                 ),
-                (
+                inline_svg(
                     residual_ranges(predictions, target, name),
                     f"residuals-{target}",
                     f"Error of {name} by ranges of its true value on the {named} images.",
@@ -298,16 +288,11 @@ def numbers_section(
         "count": scores.images,
         "rows": scores.per_target,
         "figures": figures,
-        "figure_split": "" if predictions is None else _split_name(predictions.split),
+        "figure_split": "" if predictions is None else predictions.split_name,
         "groups": []
         if predictions is None or not predictions.items
         else number_cards(predictions, info.classes, images),
     }
-
-
-def _split_name(split: str) -> str:
-    """A split, human-readable."""
-    return "validation" if split == "val" else split
 
 
 def _groups(errors: np.ndarray, card: Any, note: str) -> list[dict[str, Any]]:

@@ -183,6 +183,3 @@ def draw_updates(updates: Mapping[str, Tensor], name: str) -> Figure:
     names = ["increased", "decreased"]
     add_legend(figure, [Patch(color=ACCENT), Patch(color=WARM)], names)
     return figure
-
-
-__all__ = ["MOST_CELLS", "UpdateSource", "adapter_updates", "deepest_query", "draw_updates", "part_names"]
