@@ -3,7 +3,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from snella.methods import build_method, load_trained, save_trained
-from snella.methods.adalora import RankSchedule, is_adalora, orthogonality
+from snella.methods.peft_methods import RankSchedule, is_adalora, orthogonality
 
 LABELS = torch.tensor([0, 1, 2, 0])
 

@@ -8,8 +8,13 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from snella.methods import AdapterFileError, build_method, load_trained, save_trained
-from snella.methods.gps import contrastive_loss, neuron_layers, strongest_inputs, supervised_contrastive
-from snella.methods.sparse_update import SparseUpdate
+from snella.methods.sparse_update import (
+    SparseUpdate,
+    contrastive_loss,
+    neuron_layers,
+    strongest_inputs,
+    supervised_contrastive,
+)
 
 
 def sparse_layers(model):

@@ -7,7 +7,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from snella.methods import AdapterFileError, build_method, load_trained, load_trained_into, save_trained
-from snella.methods.files import check_fits, read_header
+from snella.methods.saving import check_fits, read_header
 
 METHODS = ["linear", "bias", "full", "lora-2", "snella-2", "snell-2"]
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from snella.methods import build_method, spec_of
 from snella.methods.adapter import Adapter
-from snella.methods.spt import AdapterBehind, LowRank, SptLayer, budget_of, count_adapter, count_low_rank, spend_budget
+from snella.methods.spt import AdapterBehind, LowRank, SptLayer, budget_of, spend_budget
 
 VALUES = [torch.tensor([9.0, 8.0, 1.0, 7.0]), torch.tensor([6.0, 0.0]), torch.tensor([5.0, 4.0, 3.0])]
 
@@ -40,8 +40,8 @@ def test_more_than_all_groups_can_use_is_refused():
 
 @pytest.mark.parametrize(("rows", "columns", "r"), [(6, 4, 2), (3, 5, 1)])
 def test_the_cost_of_a_module_is_its_parameters(rows, columns, r):
-    assert count_low_rank(rows, columns, r) == sum(p.numel() for p in LowRank(rows, columns, r).parameters())
-    assert count_adapter(rows, columns, r) == sum(p.numel() for p in AdapterBehind(rows, columns, r).parameters())
+    assert LowRank.count(rows, columns, r) == sum(p.numel() for p in LowRank(rows, columns, r).parameters())
+    assert AdapterBehind.count(rows, columns, r) == sum(p.numel() for p in AdapterBehind(rows, columns, r).parameters())
 
 
 @pytest.mark.parametrize("method", ["spt-lora-2", "spt-adapter-2"])

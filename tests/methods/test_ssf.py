@@ -7,7 +7,7 @@ from torch import nn
 from transformers.models.sam.modeling_sam import SamLayerNorm
 
 from snella.methods import build_method, merge_trained
-from snella.methods.ssf import ScaleShift
+from snella.methods.adapter import ScaleShift
 
 
 def test_each_channel_is_scaled_and_shifted():

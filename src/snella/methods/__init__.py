@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from snella.methods.calibration import SelectionData
-    from snella.methods.files import AdapterFileError
     from snella.methods.method import Batches, Method, MethodSpec
+    from snella.methods.model_parts import AdapterFileError
     from snella.methods.registry import (
         METHODS,
         build_method,
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "SelectionData": "calibration",
-    "AdapterFileError": "files",
+    "AdapterFileError": "model_parts",
     **dict.fromkeys(("Batches", "Method", "MethodSpec"), "method"),
     **dict.fromkeys(("load_trained", "load_trained_into", "save_trained"), "saving"),
 }

@@ -1,7 +1,8 @@
-"""The classifier head of a model: its module name and parameters."""
+"""Parts of a model that methods change: its head, blocks, MLPs and layers, and what is attached to them."""
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -275,3 +276,22 @@ def mlps(model: nn.Module, head: str) -> Iterator[tuple[str, nn.Module, int]]:
 def _has_weights(module: nn.Module) -> bool:
     """Whether there is a parameter in it."""
     return next(module.parameters(), None) is not None
+
+
+class AdapterFileError(ValueError):
+    """An adapter file is damaged, or belongs to another model."""
+
+
+@contextmanager
+def restoring(model: nn.Module) -> Iterator[None]:
+    """Say of an error inside that the stored choice does not fit the model.
+
+    Raises:
+        AdapterFileError: A layer is missing, is of another kind or has fewer weights.
+    """
+    try:
+        yield
+    except (AttributeError, ValueError, TypeError, KeyError, IndexError) as error:
+        raise AdapterFileError(
+            f"the adapter does not fit {type(model).__name__}: {error}; load it into the architecture it was trained on"
+        ) from error

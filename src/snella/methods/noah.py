@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
 from random import Random
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from snella.methods.adapter import Adapter, apply_adapter
 from snella.methods.calibration import SelectionData, selection_data
-from snella.methods.files import restoring
 from snella.methods.method import Batches, Method, Options, check_by, number, whole_number
-from snella.methods.model_parts import attach, token_blocks, width_of_block
+from snella.methods.model_parts import attach, restoring, token_blocks, width_of_block
 from snella.methods.partial import train_head
 from snella.methods.prompts import Prompts, insert_prompts, make_prompts, remove_prompts
 from snella.methods.spt import LowRank, add_low_rank, budget_of
@@ -58,10 +57,6 @@ class SubnetSpace:
         blocks = len(self.block_widths)
         return sorted({ceil(blocks * quarters / 4) for quarters in (1, 2, 3, 4)})
 
-    def with_budget(self, budget: int) -> "SubnetSpace":
-        """The same combinations under another budget."""
-        return replace(self, budget=budget)
-
     def count(self, subnet: Subnet) -> int:
         """Parameters: Σ_blocks p·d + r·(in + out) + (2·d·a + a + d where a > 0)."""
         rows = zip(self.block_widths, self.qkv_sides, *subnet, strict=True)
@@ -73,7 +68,8 @@ class SubnetSpace:
 
     def sample(self, draw: Random) -> Subnet:
         """A random combination, within the budget or not."""
-        return Subnet(*(self._padded(self._sizes(draw, draw.choice(self.depths))) for _ in range(3)))
+        depths = (draw.choice(self.depths) for _ in range(3))
+        return Subnet(*(self._padded([draw.choice(self.sizes) for _ in range(depth)]) for depth in depths))
 
     def mutate(self, subnet: Subnet, draw: Random) -> Subnet:
         """Draw some sizes anew, and sometimes how many blocks a kind fills."""
@@ -89,10 +85,6 @@ class SubnetSpace:
     def cross(self, mother: Subnet, father: Subnet, draw: Random) -> Subnet:
         """Each kind from one of the two."""
         return Subnet(*(draw.choice(pair) for pair in zip(mother, father, strict=True)))
-
-    def _sizes(self, draw: Random, depth: int) -> list[int]:
-        """A random size for each of so many blocks."""
-        return [draw.choice(self.sizes) for _ in range(depth)]
 
     def _padded(self, sizes: list[int]) -> tuple[int, ...]:
         """With 0 for the blocks behind."""
@@ -164,29 +156,6 @@ def search_subnet(
     return max(scores, key=rank)
 
 
-class SuperPrompts(nn.Module):
-    """Prompts of which the first `active` stand in.
-
-    Args:
-        prompts: All of them.
-    """
-
-    def __init__(self, prompts: Prompts) -> None:
-        super().__init__()
-        self.prompts, self.active = prompts, 0
-
-    def insert(self, x: Tensor) -> Tensor:
-        """`x` with the active prompts behind its prefix."""
-        prefix = self.prompts.prefix
-        tokens = self.prompts.tokens[: self.active].to(x.dtype).expand(len(x), -1, -1)
-        return torch.cat([x[:, :prefix], tokens, x[:, prefix:]], dim=1)
-
-    def remove(self, x: Tensor) -> Tensor:
-        """`x` without what became of them."""
-        prefix = self.prompts.prefix
-        return torch.cat([x[:, :prefix], x[:, prefix + self.active :]], dim=1)
-
-
 class SuperLowRank(LowRank):
     """A low-rank update of which the first `active` ranks work."""
 
@@ -217,8 +186,7 @@ def build_supernet(model: nn.Module, head: str, size: int) -> nn.Module:
     for _, block in token_blocks("noah", supernet, head):
         attention, mlp = cast(nn.Module, block.attn), cast(nn.Module, block.mlp)
         qkv = cast(nn.Linear, attention.qkv)
-        prompts = SuperPrompts(make_prompts(supernet, block, size))
-        attach(block, "prompts", prompts, before=insert_prompts, after=remove_prompts)
+        attach(block, "prompts", make_prompts(supernet, block, size), before=insert_prompts, after=remove_prompts)
         attach(qkv, "low_rank", SuperLowRank(qkv.out_features, qkv.in_features, size), after=add_low_rank)
         attach(mlp, "adapter", SuperAdapter(width_of_block(block) or 0, size), after=apply_adapter)
     return supernet
@@ -226,7 +194,7 @@ def build_supernet(model: nn.Module, head: str, size: int) -> nn.Module:
 
 def activate(supernet: nn.Module, subnet: Subnet) -> None:
     """Let the supernet compute as one of its combinations."""
-    kinds: tuple[type[SuperPrompts | SuperLowRank | SuperAdapter], ...] = (SuperPrompts, SuperLowRank, SuperAdapter)
+    kinds: tuple[type[Prompts | SuperLowRank | SuperAdapter], ...] = (Prompts, SuperLowRank, SuperAdapter)
     for kind, sizes in zip(kinds, subnet, strict=True):
         parts = [module for module in supernet.modules() if isinstance(module, kind)]
         for part, size in zip(parts, sizes, strict=True):
@@ -337,7 +305,7 @@ def space_of(model: nn.Module, head: str, options: Options) -> SubnetSpace:
             f"budget must be at least {least / 1e6:g} million parameters, those of the smallest combination of "
             f"sizes={list(smallest.sizes)}, got {options['budget']}"
         )
-    return smallest.with_budget(max(budget, least))
+    return replace(smallest, budget=max(budget, least))
 
 
 def _build(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
@@ -391,32 +359,28 @@ def _restore(model: nn.Module, head: str, options: Options, tensors: Mapping[str
         return _apply(model, head, Subnet(*sizes))
 
 
-def _check(options: Options) -> list[str]:
-    """Rules for numbers, and `sizes`."""
-    sizes = options.get("sizes", _SIZES)
+def _list_of_sizes(sizes: Any) -> str | None:
+    """The rule of `sizes`."""
     is_list = isinstance(sizes, list | tuple) and len(sizes) > 0
-    errors = _CHECK_NUMBERS(options)
-    if not is_list or not all(isinstance(size, int) and size >= 1 for size in sizes):
-        errors.append(f"sizes must be a list of integers of at least 1, got {sizes!r}")
-    return errors
+    is_one = is_list and all(isinstance(size, int) and size >= 1 for size in sizes)
+    return None if is_one else "a list of integers of at least 1"
 
 
-_CHECK_NUMBERS = check_by(
-    {
-        "budget": number(1e-6),
-        "supernet_epochs": whole_number(),
-        "supernet_lr": number(),
-        "population": whole_number(2),
-        "generations": whole_number(0),
-    }
-)
+_RULES = {
+    "budget": number(1e-6),
+    "supernet_epochs": whole_number(),
+    "supernet_lr": number(),
+    "population": whole_number(2),
+    "generations": whole_number(0),
+    "sizes": _list_of_sizes,
+}
 
 NOAH = Method(
     "prompts, low-rank updates of qkv and adapters, of searched sizes in each block",
     "Neural Prompt Search, Zhang et al., arXiv 2206.04673",
     _build,
     ("budget", "sizes", "supernet_epochs", "supernet_lr", "population", "generations"),
-    check=_check,
+    check=check_by(_RULES),
     needs_batches=True,
     needs_validation=True,
     restore=_restore,

@@ -1,5 +1,6 @@
 """`vpt-shallow` and `vpt-deep`: learned tokens beside those of the image."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -25,6 +26,9 @@ class Prompts(nn.Module):
         prefix: Tokens of the image's own before its patches (class token, registers).
         patch_area: Pixels of a patch.
         dropout: Rate on the prompts, while training.
+
+    Attributes:
+        active: How many of the first prompts stand there; None for all.
     """
 
     def __init__(
@@ -34,17 +38,23 @@ class Prompts(nn.Module):
         self.tokens = nn.Parameter(torch.empty(prompts, width))
         self.dropout = nn.Dropout(dropout)
         self.prefix = prefix
+        self.active: int | None = None
         bound = math.sqrt(6.0 / (3 * patch_area + width))
         nn.init.uniform_(self.tokens, -bound, bound)
 
     def insert(self, x: Tensor) -> Tensor:
         """`x` `[batch, tokens, width]` with the prompts in it."""
-        prompts = self.dropout(self.tokens).to(x.dtype).expand(len(x), -1, -1)
+        prompts = self.dropout(self.tokens[: self.active]).to(x.dtype).expand(len(x), -1, -1)
         return torch.cat([x[:, : self.prefix], prompts, x[:, self.prefix :]], dim=1)
 
     def remove(self, x: Tensor) -> Tensor:
         """`x` without what became of the prompts."""
-        return torch.cat([x[:, : self.prefix], x[:, self.prefix + len(self.tokens) :]], dim=1)
+        return _without_tokens(x, self.prefix, len(self.tokens[: self.active]))
+
+
+def _without_tokens(x: Tensor, start: int, count: int) -> Tensor:
+    """`x` `[batch, tokens, width]` without `count` tokens from `start` on."""
+    return torch.cat([x[:, :start], x[:, start + count :]], dim=1)
 
 
 def insert_prompts(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -73,7 +83,7 @@ class PromptEnd(nn.Module):
 def end_prompts(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
     """Forward hook: take the prompts of another block out."""
     end: Any = module.prompt_end
-    return torch.cat([output[:, : end.prefix], output[:, end.prefix + end.count :]], dim=1)
+    return _without_tokens(output, end.prefix, end.count)
 
 
 def make_prompts(model: nn.Module, block: nn.Module, prompts: int, dropout: float = 0.0) -> Prompts:
@@ -105,31 +115,17 @@ def _shallow(model: nn.Module, head: str, options: Options, batches: Batches | N
     return model
 
 
-_OPTIONS = ("prompts", "dropout")
-_CHECK = check_by({"prompts": whole_number(), "dropout": number(0, 1)})
-_SOURCE = "VPT, Jia et al., arXiv 2203.12119"
-_REASON = "adds tokens to those of the image, which are no weights of the backbone"
-
 VPT_SHALLOW = Method(
     "prompt tokens before the first block",
-    _SOURCE,
+    "VPT, Jia et al., arXiv 2203.12119",
     _shallow,
-    _OPTIONS,
+    ("prompts", "dropout"),
     suffix="prompts",
-    check=_CHECK,
-    unmerged_reason=_REASON,
+    check=check_by({"prompts": whole_number(), "dropout": number(0, 1)}),
+    unmerged_reason="adds tokens to those of the image, which are no weights of the backbone",
     defaults={"lr": 5e-3, "head_lr": 1e-3, "weight_decay": 1e-4},
 )
-VPT_DEEP = Method(
-    "prompt tokens before each block",
-    _SOURCE,
-    _deep,
-    _OPTIONS,
-    suffix="prompts",
-    check=_CHECK,
-    unmerged_reason=_REASON,
-    defaults={"lr": 5e-3, "head_lr": 1e-3, "weight_decay": 1e-4},
-)
+VPT_DEEP = dataclasses.replace(VPT_SHALLOW, summary="prompt tokens before each block", build=_deep)
 
 
 class Queries(nn.Module):

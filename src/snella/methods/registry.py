@@ -9,18 +9,15 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from snella._deprecation import renamed
-from snella.methods.adalora import ADALORA
-from snella.methods.adapter import ADAPTER, MOSA
-from snella.methods.fixed_mask import FIXED_MASK
-from snella.methods.gps import GPS
+from snella.methods.adapter import ADAPTER, MOSA, SSF
 from snella.methods.method import Batches, Method, MethodSpec, Options
 from snella.methods.model_parts import find_head
 from snella.methods.noah import NOAH
 from snella.methods.partial import BIAS, FULL, LINEAR, MLP, PARTIAL
-from snella.methods.peft_methods import DORA, KLORA, LORA, SNELL, SNELLA, SNELLA_MATCHED, catalog
+from snella.methods.peft_methods import ADALORA, DORA, KLORA, LORA, SNELL, SNELLA, SNELLA_MATCHED, catalog
 from snella.methods.prompts import VPT_DEEP, VPT_SHALLOW, VQT
-from snella.methods.spt import SPT_ADAPTER, SPT_LORA
-from snella.methods.ssf import SSF
+from snella.methods.sparse_update import GPS
+from snella.methods.spt import FIXED_MASK, SPT_ADAPTER, SPT_LORA
 from snella.tuner.config import FORMER_NAMES
 from snella.tuner.targets import default_targets
 
@@ -138,7 +135,8 @@ def build_method(
         if method.config is None:
             raise
         raise ValueError(f"method {name!r} cannot be applied to {type(model).__name__}: {error}") from error
-    return _marked(built, MethodSpec(name, options, head_name, family))
+    built.snella_method = MethodSpec(name, options, head_name, family)  # type: ignore[assignment]
+    return built
 
 
 def restore_method(
@@ -164,7 +162,8 @@ def restore_method(
         built = method.restore(model, head_name, options, tensors)
     else:
         built = method.build(model, head_name, options, None)
-    return _marked(built, MethodSpec(name, options, head_name, family))
+    built.snella_method = MethodSpec(name, options, head_name, family)  # type: ignore[assignment]
+    return built
 
 
 def check_method(name: str, options: Options) -> Options:
@@ -247,12 +246,6 @@ def _prepare(model: nn.Module, head: str | None) -> str:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return head_name
-
-
-def _marked(model: nn.Module, spec: MethodSpec) -> nn.Module:
-    """The model, knowing its method."""
-    model.snella_method = spec  # type: ignore[assignment]
-    return model
 
 
 def _unknown_options(name: str, unknown: list[str], known: tuple[str, ...]) -> str:

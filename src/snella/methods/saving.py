@@ -15,15 +15,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from snella.methods.adalora import all_ranks
-from snella.methods.files import REMEDY, AdapterFileError, check_fits, read_header
+from snella._files import write_bytes
 from snella.methods.method import MethodSpec
-from snella.methods.peft_methods import inject, without_harmless_warnings
+from snella.methods.model_parts import AdapterFileError
+from snella.methods.peft_methods import all_ranks, inject, without_harmless_warnings
 from snella.methods.registry import METHODS, parse_method, restore_method, spec_of
 
 METHOD_FILE = "method.json"
 TENSOR_FILE = "trainable.safetensors"
+REMEDY = "copy the adapter again, or train again with `--overwrite`"
+"""What to do about an adapter that is damaged or incomplete; `snella inspect` says the same."""
 _TENSORS_DIGEST, _SETTINGS_DIGEST = "sha256", "settings_sha256"
+_MAX_HEADER_BYTES = 100_000_000
+_SHOWN = 3
 
 _logger = logging.getLogger(__name__)
 
@@ -42,17 +46,16 @@ def save_trained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     target = Path(folder)
     spec = spec_of(model)
     target.mkdir(parents=True, exist_ok=True)
-    tensors, file = _own_tensors(model), TENSOR_FILE
+    tensors, file = _trained_tensors(model)
     if isinstance(model, PeftModel):
-        tensors, file = _adapter_tensors(model), SAFETENSORS_WEIGHTS_NAME
         config = copy.copy(model.peft_config["default"])
         config.inference_mode = True
         with all_ranks(config):
             settings = _plain(config.to_dict())
-        _write(json.dumps(settings, indent=2, sort_keys=True).encode(), target / CONFIG_NAME)
+        write_bytes(target / CONFIG_NAME, json.dumps(settings, indent=2, sort_keys=True).encode())
     described = {"format": 1, "method": spec.name, "options": _plain(spec.options), "head": spec.head}
-    _write(json.dumps(described, indent=2).encode() + b"\n", target / METHOD_FILE)
-    _write(_as_safetensors(tensors, _settings_digest(target)), target / file)
+    write_bytes(target / METHOD_FILE, json.dumps(described, indent=2).encode() + b"\n")
+    write_bytes(target / file, _as_safetensors(tensors, _settings_digest(target)))
 
 
 def load_trained(folder: str | os.PathLike[str], backbone: nn.Module) -> nn.Module:
@@ -94,10 +97,9 @@ def load_trained_into(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         AdapterFileError: The file is damaged or altered, belongs to another model, or holds values that are not finite;
             names the tensor, and leaves the model as it was.
     """
-    is_peft = isinstance(model, PeftModel)
-    own = _adapter_tensors(model) if isinstance(model, PeftModel) else _own_tensors(model)
-    path = Path(folder) / (SAFETENSORS_WEIGHTS_NAME if is_peft else TENSOR_FILE)
-    _check(path, own)
+    own, file = _trained_tensors(model)
+    path = Path(folder) / file
+    check_fits(path, read_header(path), {name: list(tensor.shape) for name, tensor in own.items()})
     tensors = _read_tensors(path)
     _check_finite(path, tensors, own)
     if isinstance(model, PeftModel):
@@ -134,14 +136,15 @@ def _read_settings(path: Path) -> dict[str, Any]:
     return values
 
 
-def _adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
-    """Tensors of the adapter under the names of its file."""
-    with all_ranks(model.peft_config["default"]):
-        return dict(get_peft_model_state_dict(model))
+def _trained_tensors(model: nn.Module) -> tuple[dict[str, Tensor], str]:
+    """What is saved of a model by name, and the name of the file.
 
-
-def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Trained parameters, buffers that say where they belong, and with full fine-tuning all buffers (statistics)."""
+    Of a PEFT model, what PEFT saves; of others, trained parameters, buffers that say where they belong, and with full
+    fine-tuning all buffers (statistics).
+    """
+    if isinstance(model, PeftModel):
+        with all_ranks(model.peft_config["default"]):
+            return dict(get_peft_model_state_dict(model)), SAFETENSORS_WEIGHTS_NAME
     tensors: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, module in model.named_modules():
         for buffer in getattr(module, "saved_buffers", ()):
@@ -149,12 +152,7 @@ def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
     if spec_of(model).family == "full":
         kept = model.state_dict().keys()
         tensors.update((name, buffer) for name, buffer in model.named_buffers() if name in kept)
-    return tensors
-
-
-def _check(path: Path, wanted: dict[str, Tensor]) -> None:
-    """Compare a file's header with the model before anything is loaded."""
-    check_fits(path, read_header(path), {name: list(tensor.shape) for name, tensor in wanted.items()})
+    return tensors, TENSOR_FILE
 
 
 def _check_finite(path: Path, tensors: dict[str, Tensor], own: dict[str, Tensor]) -> None:
@@ -236,23 +234,6 @@ def _in_order(content: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + content[end:]
 
 
-def _write(content: bytes, path: Path) -> None:
-    """Write under a temporary name, sync, rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_bytes(content)
-        _publish(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _publish(temporary: Path, path: Path) -> None:
-    """Make a complete file visible under its name."""
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 def _plain(value: Any) -> Any:
     """The value as JSON knows it: sets become sorted lists, enums their values."""
     if isinstance(value, dict):
@@ -262,3 +243,70 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     return getattr(value, "value", value)
+
+
+def read_header(path: Path) -> dict[str, list[int]]:
+    """Names and shapes of the tensors in an adapter's safetensors file, without reading them.
+
+    Raises:
+        FileNotFoundError: No such file.
+        AdapterFileError: The file is cut off (says which tensors are incomplete) or is not a safetensors file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no adapter file {path}; {REMEDY}")
+
+    def damaged(problem: str) -> AdapterFileError:
+        return AdapterFileError(f"{path} is damaged: {problem}; {REMEDY}")
+
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            raise damaged(f"a safetensors header of {length} bytes cannot be in a file of {size} bytes")
+        try:
+            header: dict[str, Any] = json.loads(file.read(length))
+            tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            ends = {name: 8 + length + int(entry["data_offsets"][1]) for name, entry in tensors.items()}
+            shapes = {name: [int(n) for n in entry["shape"]] for name, entry in tensors.items()}
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise damaged(f"its safetensors header is unreadable ({error})") from None
+    cut = [name for name, end in ends.items() if end > size]
+    if cut:
+        raise damaged(f"cut off at {size} of {max(ends.values())} bytes, so {_some(cut)} is incomplete")
+    if max(ends.values(), default=8 + length) != size:
+        raise damaged(f"{size} bytes, its header describes {max(ends.values(), default=8 + length)}")
+    return shapes
+
+
+def check_fits(path: Path, found: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:
+    """Compare the tensors of a file with those that the model needs.
+
+    Args:
+        path: The file, for the message.
+        found: Shapes in the file, as `read_header` gives them.
+        wanted: Shapes that the model needs.
+
+    Raises:
+        AdapterFileError: A shape differs, a tensor is missing, or one is left over; all three are reported together.
+    """
+    errors = [
+        f"{name!r} is {found[name]} in the file and {shape} in the model"
+        for name, shape in wanted.items()
+        if name in found and found[name] != shape
+    ]
+    if len(errors) > _SHOWN:
+        errors = [*errors[:_SHOWN], f"{len(errors) - _SHOWN} more tensors differ in shape"]
+    missing = [name for name in wanted if name not in found]
+    extra = [name for name in found if name not in wanted]
+    if missing:
+        errors.append(f"the file lacks {_some(missing)}")
+    if extra:
+        errors.append(f"the model lacks {_some(extra)}")
+    if errors:
+        raise AdapterFileError(f"{path} belongs to another model: {'; '.join(errors)}")
+
+
+def _some(names: list[str]) -> str:
+    """The first names, and how many there are besides."""
+    shown = ", ".join(repr(name) for name in names[:_SHOWN])
+    return shown + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

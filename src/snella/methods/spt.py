@@ -1,11 +1,10 @@
-"""SPT: sensitivity-aware selection of single weights and of whole modules.
+"""`spt-lora`, `spt-adapter` and `fixed-mask`: weights that are selected by their sensitivity before training.
 
-Sensitivity-aware visual parameter-efficient fine-tuning, He et al., arXiv 2303.08566. What `spt-lora` and `spt-adapter`
-share; they differ in the module.
+SPT is sensitivity-aware visual parameter-efficient fine-tuning, He et al., arXiv 2303.08566.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from math import ceil, sqrt
@@ -13,29 +12,30 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from peft import PeftConfig
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from snella.methods.adapter import Adapter
 from snella.methods.calibration import SelectionData, loss_of, rank_entries, selection_data, squared_gradients
-from snella.methods.files import restoring
 from snella.methods.method import Batches, Method, Options, check_by, number, whole_number
-from snella.methods.model_parts import adaptable_layers, is_inside
+from snella.methods.model_parts import adaptable_layers, is_inside, restoring
 from snella.methods.partial import train_head
+from snella.methods.peft_methods import inject, merge_adapter, own_fields
 from snella.methods.sparse_update import SparseEntries, SparseUpdate, can_be_sparse, merge_sparse
 from snella.ops.spec import LinearOp
+from snella.tuner.config import SnellaConfig
+from snella.tuner.layer import SnellaLayer
+from snella.tuner.optimizer import create_snella_optimizer
 from snella.tuner.targets import count_rows
 
-OPTIONS = ("r", "budget", "alpha", "beta", "calibration_batches")
-CHECK = check_by(
-    {
-        "r": whole_number(),
-        "budget": number(1e-6),
-        "alpha": number(1),
-        "beta": number(1),
-        "calibration_batches": whole_number(),
-    }
-)
+_RULES = {
+    "r": whole_number(),
+    "budget": number(1e-6),
+    "alpha": number(1),
+    "beta": number(1),
+    "calibration_batches": whole_number(),
+}
 
 _WEIGHTS_OF_VIT_B = 84_934_656
 _FROZEN_PARTS = {"patch_embed", "patch_embedding", "patch_merging", "downsample", "stem"}
@@ -45,15 +45,24 @@ class StructuredModule(nn.Module, ABC):
     """What a matrix with many sensitive weights gets instead of single ones.
 
     One that can be folded has a method `delta`: what it adds to the matrix, `[rows, columns]`.
+
+    Args:
+        rows: Of the matrix, the width of its output.
+        columns: Of the matrix.
+        r: Rank or width of the module.
     """
+
+    def __init__(self, rows: int, columns: int, r: int) -> None:
+        super().__init__()
+
+    @staticmethod
+    @abstractmethod
+    def count(rows: int, columns: int, r: int) -> int:
+        """Its parameters."""
 
     @abstractmethod
     def forward(self, layer: "SptLayer", x: Tensor, h: Tensor) -> Tensor:
         """The changed output of the matrix, given the layer's prepared input `x` and the output `h` so far."""
-
-
-Structure = Callable[[int, int, int], StructuredModule]
-"""`(rows, columns, r) -> module` of one matrix."""
 
 
 class SptLayer(SparseUpdate):
@@ -203,16 +212,16 @@ def vectors(model: nn.Module, head: str) -> list[str]:
 
 
 def select(
-    model: nn.Module, head: str, options: Options, data: SelectionData, count_structured: Callable[[int, int, int], int]
+    model: nn.Module, head: str, options: Options, data: SelectionData, structure: type[StructuredModule]
 ) -> SptSelection:
     """Measure the sensitivity and decide what is trained, for exactly `budget` parameters besides the head.
 
     Args:
         model: Frozen.
         head: Name of its head.
-        options: `OPTIONS`.
+        options: Of the method.
         data: Training data and the task's loss.
-        count_structured: `(rows, columns, r) -> parameters` of a structured module.
+        structure: What a matrix with many sensitive weights gets.
 
     Raises:
         ValueError: The budget is more than the model can use, or less than its class token.
@@ -238,7 +247,7 @@ def select(
         for group, (start, stop) in enumerate(pairwise(accumulate(rows_of(model, name), initial=0))):
             groups.append((name, group, start * matrix.shape[1]))
             values.append(matrix[start:stop])
-            costs.append(count_structured(stop - start, matrix.shape[1], r))
+            costs.append(structure.count(stop - start, matrix.shape[1], r))
             thresholds.append(max(1, ceil(costs[-1] / alpha)))
     for name in plain:
         groups.append((name, -1, 0))
@@ -263,7 +272,7 @@ def select(
 
 
 def apply_selection(
-    model: nn.Module, head: str, selection: SptSelection, r: int, make_structured: Structure
+    model: nn.Module, head: str, selection: SptSelection, r: int, structure: type[StructuredModule]
 ) -> nn.Module:
     """Make the chosen weights, vectors and modules trainable, and the head.
 
@@ -272,7 +281,7 @@ def apply_selection(
         head: Name of its head.
         selection: From `select`.
         r: Rank or width of the modules.
-        make_structured: Makes one.
+        structure: Their class.
     """
     train_head(model, head)
     for name in selection.whole:
@@ -289,15 +298,13 @@ def apply_selection(
     for name in layers:
         rows, weight = rows_of(model, name), model.get_parameter(f"{name}.weight")
         indices = selection.entries.get(f"{name}.weight", torch.empty(0, dtype=torch.int64))
-        modules = {
-            group: make_structured(rows[group], weight[0].numel(), r) for group in selection.structured.get(name, ())
-        }
+        modules = {group: structure(rows[group], weight[0].numel(), r) for group in selection.structured.get(name, ())}
         model.set_submodule(name, SptLayer(model.get_submodule(name), indices, rows, modules))
     return model
 
 
 def restore_selection(
-    model: nn.Module, head: str, options: Options, tensors: Mapping[str, Tensor], make_structured: Structure
+    model: nn.Module, head: str, options: Options, tensors: Mapping[str, Tensor], structure: type[StructuredModule]
 ) -> nn.Module:
     """The structure of a saved adapter, from the names and shapes of its tensors."""
     entries: dict[str, Tensor] = {}
@@ -316,7 +323,7 @@ def restore_selection(
     groups = {name: tuple(sorted(numbers)) for name, numbers in structured.items()}
     with restoring(model):
         selection = SptSelection(entries, groups, tuple(whole))
-        return apply_selection(model, head, selection, options.get("r", 8), make_structured)
+        return apply_selection(model, head, selection, options.get("r", 8), structure)
 
 
 def merge_selection(model: nn.Module) -> nn.Module:
@@ -329,35 +336,30 @@ def merge_selection(model: nn.Module) -> nn.Module:
     return model
 
 
-def spt_method(
-    summary: str, source: str, make_structured: Structure, count_structured: Callable[[int, int, int], int], **own: Any
-) -> Method:
+def spt_method(summary: str, source: str, structure: type[StructuredModule], **own: Any) -> Method:
     """The method that SPT is with one kind of structured module.
 
     Args:
         summary: Of the method.
         source: Of the method.
-        make_structured: `(rows, columns, r) -> module` of one matrix.
-        count_structured: `(rows, columns, r) -> parameters` of that module.
+        structure: The class of the module.
         **own: Further fields of `Method`: how it is merged, or why it cannot be.
     """
 
     def build(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
-        """Select from data, then make it trainable."""
-        selection = select(model, head, options, selection_data(batches), count_structured)
-        return apply_selection(model, head, selection, options.get("r", 8), make_structured)
+        selection = select(model, head, options, selection_data(batches), structure)
+        return apply_selection(model, head, selection, options.get("r", 8), structure)
 
     def restore(model: nn.Module, head: str, options: Options, tensors: Mapping[str, Tensor]) -> nn.Module:
-        """The same structure from a file."""
-        return restore_selection(model, head, options, tensors, make_structured)
+        return restore_selection(model, head, options, tensors, structure)
 
     return Method(
         summary,
         source,
         build,
-        OPTIONS,
+        tuple(_RULES),
         suffix="r",
-        check=CHECK,
+        check=check_by(_RULES),
         needs_batches=True,
         restore=restore,
         defaults={"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4, "r": 8},
@@ -366,16 +368,10 @@ def spt_method(
 
 
 class AdapterBehind(StructuredModule):
-    """A bottleneck on the output of one matrix: h + U gelu(D h + d) + u; see `Adapter`.
-
-    Args:
-        rows: Of the matrix, the width of its output.
-        columns: Of the matrix.
-        r: Width of the bottleneck.
-    """
+    """A bottleneck on the output of one matrix: h + U gelu(D h + d) + u; see `Adapter`."""
 
     def __init__(self, rows: int, columns: int, r: int) -> None:
-        super().__init__()
+        super().__init__(rows, columns, r)
         self.adapter = Adapter(rows, r)
 
     def forward(self, layer: SptLayer, x: Tensor, h: Tensor) -> Tensor:
@@ -384,17 +380,16 @@ class AdapterBehind(StructuredModule):
         changed: Tensor = self.adapter(h.movedim(dim, -1)).movedim(-1, dim)
         return changed
 
-
-def count_adapter(rows: int, columns: int, r: int) -> int:
-    """Parameters of an `AdapterBehind`."""
-    return 2 * r * rows + r + rows
+    @staticmethod
+    def count(rows: int, columns: int, r: int) -> int:
+        """Its parameters."""
+        return 2 * r * rows + r + rows
 
 
 SPT_ADAPTER = spt_method(
     "the most sensitive weights, and an adapter behind a matrix that has many of them",
     "SPT-Adapter, He et al., arXiv 2303.08566",
     AdapterBehind,
-    count_adapter,
     unmerged_reason="adds nonlinear bottlenecks behind matrices",
 )
 """As `SPT_LORA`, with h + U gelu(D h + d) + u behind a matrix that has at least `(2·r·rows + r + rows) / alpha` weights
@@ -405,15 +400,10 @@ class LowRank(StructuredModule):
     """A low-rank update of one matrix: h + B A x.
 
     `A` `[r, columns]` starts uniform in ±1/sqrt(columns), as in LoRA, `B` `[rows, r]` at zero.
-
-    Args:
-        rows: Of the matrix.
-        columns: Of the matrix.
-        r: Rank.
     """
 
     def __init__(self, rows: int, columns: int, r: int) -> None:
-        super().__init__()
+        super().__init__(rows, columns, r)
         self.A = nn.Parameter(torch.empty(r, columns))
         self.B = nn.Parameter(torch.zeros(rows, r))
         nn.init.kaiming_uniform_(self.A, a=sqrt(5))
@@ -433,22 +423,21 @@ class LowRank(StructuredModule):
         """B A."""
         return self.B @ self.A
 
+    @staticmethod
+    def count(rows: int, columns: int, r: int) -> int:
+        """Its parameters."""
+        return r * (rows + columns)
+
 
 def add_low_rank(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     """Forward hook: a linear layer's child `low_rank` adds its update to the output."""
     return output + cast(LowRank, module.low_rank).update(inputs[0])
 
 
-def count_low_rank(rows: int, columns: int, r: int) -> int:
-    """Parameters of a `LowRank`."""
-    return r * (rows + columns)
-
-
 SPT_LORA = spt_method(
     "the most sensitive weights, in low-rank updates where a matrix has many of them",
     "SPT-LoRA, He et al., arXiv 2303.08566",
     LowRank,
-    count_low_rank,
     merge=merge_selection,
 )
 """Trains exactly `budget` million parameters besides the head, where the task is most sensitive to them.
@@ -460,4 +449,68 @@ vector with a share of at least `1 / beta` is trained in full; the rest of what 
 weight. The class token is always trained. Defaults: `r` 8, `alpha` 10, `beta` 5, and `budget` 0.4 on a ViT-B/16 and in
 proportion to the adapted weights elsewhere. Where the next module would not fit into what is left of the budget, the
 next single weights take its place, so that the count is met exactly; the authors' code takes the nearest count instead.
+"""
+
+
+_OF_THE_SELECTION = ("budget", "calibration_batches")
+_OF_THE_COMPETITION = {
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fixed_support", "target_sparsity"),
+    *("init_sparsity", "sparsify_mode", "update_dropout", "update_drop_path", "dropout_exclude", "zero_init_ema"),
+    *("allocation", "schedule", "importance", "realloc_every", "beta1", "beta2", "min_layer_share", "cache_delta"),
+    *("weight_gradient", "impl", "preset"),
+}
+
+
+def _mask_config(head: str, options: Options) -> PeftConfig:
+    """SNELLA with a fixed support."""
+    own = {name: value for name, value in options.items() if name not in _OF_THE_SELECTION}
+    return SnellaConfig(modules_to_save=[head], fixed_support=True, **own)
+
+
+def _build_mask(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
+    """Measure the sensitivity, rank all weights of the matrices, and give each layer its share of the mask."""
+    data, layers = selection_data(batches), matrix_layers(model, head)
+    budget = budget_of(options, model, head)
+    weights = [f"{name}.weight" for name in layers]
+    total = sum(model.get_parameter(name).numel() for name in weights)
+    if budget > total:
+        raise ValueError(
+            f"budget must be at most {total / 1e6:g} million, the weights of the adapted matrices, got {budget / 1e6:g}"
+        )
+    found = squared_gradients(model, weights, data, loss_of(data), options.get("calibration_batches", 8))
+    owners, positions = rank_entries([found[name] for name in weights], budget)
+    wrapped = inject(model, _mask_config(head, {"target_modules": layers, **options}))
+    adapted = wrapped.get_base_model()
+    for k, name in enumerate(layers):
+        cast(SnellaLayer, adapted.get_submodule(name)).set_support("default", positions[owners == k])
+    return wrapped
+
+
+def _restore_mask(model: nn.Module, head: str, options: Options, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """The same structure, its mask still to be loaded."""
+    return inject(model, _mask_config(head, {"target_modules": matrix_layers(model, head), **options}))
+
+
+FIXED_MASK = Method(
+    "SNELLA's merged matrix at the most sensitive weights, chosen before training",
+    "SNELLA, Shen et al., arXiv 2510.24037, Table XVII; the mask is SPT's, He et al., arXiv 2303.08566",
+    _build_mask,
+    (*(name for name in own_fields(SnellaConfig) if name not in _OF_THE_COMPETITION), *_OF_THE_SELECTION),
+    suffix="r",
+    check=check_by({"budget": number(1e-6), "calibration_batches": whole_number()}),
+    config=_mask_config,
+    needs_batches=True,
+    restore=_restore_mask,
+    merge=merge_adapter,
+    defaults={"lr": 1e-3, "scalar_lr": 1e-4, "head_lr": 1e-3, "weight_decay": 0.0, "r": 8},
+    optimizer=create_snella_optimizer,
+)
+"""Trains the factors and scalars of SNELLA and the head; the update is
+
+    S[i, j] = scaling · ΔW[i, j]   where (i, j) is among the `budget` million weights of largest Σ_batches (∂loss/∂w)²
+
+over all adapted matrices together, and 0 elsewhere: the paper's "pre-defined" row of Table XVII. Its kernels are
+`kernel=p_linear` and `mix_k` (default). The paper does not give the size of its mask; the default is SPT's, 0.4 on a
+ViT-B/16 and in proportion elsewhere. `ΔW` is not zero at the start (about 1/m with mix_k, m the outputs of the matrix),
+so neither is `S`. The mask is saved with the adapter, a bit a weight.
 """
