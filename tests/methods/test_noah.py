@@ -1,5 +1,6 @@
 """NOAH: supernet, search and the subnet that is found."""
 
+import dataclasses
 from random import Random
 
 import pytest
@@ -77,7 +78,7 @@ def test_the_search_is_the_same_for_the_same_seed():
 
 def test_the_search_ends_where_the_budget_leaves_no_candidate():
     said = []
-    space = SPACE.with_budget(SPACE.count(SPACE.least()))
+    space = dataclasses.replace(SPACE, budget=SPACE.count(SPACE.least()))
     assert search(lambda subnet: (0.0, 0.0), space, report=said.append) == SPACE.least()
     assert said[-1] == "noah: no candidates of at most 65 parameters are left"
 
@@ -153,7 +154,7 @@ def test_the_papers_budget_is_scaled_to_the_backbone_and_never_below_the_smalles
     space = space_of(make_model(), "head", {})
     assert space.sizes == (5, 10, 50, 100)
     assert space.budget == space.count(space.least())
-    assert space_of(make_model(), "head", {"sizes": [1]}).budget > space.with_budget(0).budget
+    assert space_of(make_model(), "head", {"sizes": [1]}).budget > dataclasses.replace(space, budget=0).budget
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from snella.cli.main import main
 from snella.methods import load_trained
 from snella.recipes.dreambooth import DreamBoothConfig, SamplingConfig, draw_images, load_pipeline, personalize
 from snella.recipes.dreambooth.generate import generate
-from snella.recipes.dreambooth.trainer import DreamBoothTrainer
+from snella.recipes.dreambooth.train import DreamBoothTrainer
 from snella.training.session import NonFiniteLossError, TrainingInterrupted
 
 STEPS = 12

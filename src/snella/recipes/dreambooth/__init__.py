@@ -12,13 +12,12 @@ if TYPE_CHECKING:
     from snella.recipes.dreambooth.generate import SamplingConfig, draw_images
     from snella.recipes.dreambooth.pipeline import load_pipeline
     from snella.recipes.dreambooth.report import write_generation_report
-    from snella.recipes.dreambooth.train import personalize
-    from snella.recipes.dreambooth.trainer import FlowMatching
+    from snella.recipes.dreambooth.train import FlowMatching, personalize
 
 _HOMES = {
     "SamplingConfig": "generate",
     "DreamBoothConfig": "config",
-    "FlowMatching": "trainer",
+    "FlowMatching": "train",
     "draw_images": "generate",
     "evaluate_generation": "evaluate",
     "load_pipeline": "pipeline",

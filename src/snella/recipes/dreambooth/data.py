@@ -68,17 +68,12 @@ def read_prompt_file(path: str | Path) -> PromptFile:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"prompts must be a UTF-8 text file, got '{path}': {error}") from None
-    lists = [_templates(body) for body in _LIST.findall(text)]
+    lists = [[_numbered(single or double) for single, double in _TEXT.findall(body)] for body in _LIST.findall(text)]
     if not lists:
         lines = (line.strip() for line in text.splitlines())
         lists = [[_numbered(line) for line in lines if line and not line.startswith("#")]]
     _check(file, lists)
     return PromptFile(lists[0], lists[1] if len(lists) > 1 else lists[0], _classes(text))
-
-
-def _templates(body: str) -> list[str]:
-    """The quoted texts of a Python list, one a line."""
-    return [_numbered(single or double) for single, double in _TEXT.findall(body)]
 
 
 def _numbered(template: str) -> str:
@@ -226,13 +221,3 @@ def _concept(folder: Path, class_name: str | None, skip_corrupt: bool) -> Concep
         notes.append(f"left out {len(broken)} broken images: {named}")
     good = [path for index, path in enumerate(paths) if index not in broken]
     return Concept(folder.name, good, class_name, notes)
-
-
-__all__ = [
-    "LIVE_CLASSES",
-    "PROMPT_FILE",
-    "Concept",
-    "PromptFile",
-    "load_concept",
-    "read_prompt_file",
-]

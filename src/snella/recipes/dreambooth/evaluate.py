@@ -19,7 +19,7 @@ from snella.backbones.create import cache_only_if_unreachable
 from snella.data.images import read_image
 from snella.recipes.dreambooth.config import DreamBoothFolder
 from snella.recipes.dreambooth.data import PROMPT_FILE, PromptFile, fill, load_concept, read_prompt_file
-from snella.recipes.dreambooth.generate import GeneratedImage, generate_images, load_generator
+from snella.recipes.dreambooth.generate import GeneratedImage, generate_images, load_generator, sampling_of
 from snella.recipes.dreambooth.pipeline import suppress_progress_bars
 from snella.runs.model import choose_device
 
@@ -110,20 +110,22 @@ class ClipEmbedder:
 
     def images(self, images: Sequence[Image.Image]) -> Tensor:
         """Embeddings of images, `[n, d]`."""
-        return _in_batches(images, lambda batch: self._features(self.model.get_image_features, self._pixels(batch)))
+
+        def embed(batch: Sequence[Image.Image]) -> Tensor:
+            pixels = self.processor(images=list(batch), return_tensors="pt")
+            return self._features(self.model.get_image_features, dict(pixels))
+
+        return _in_batches(images, embed)
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Embeddings of texts, `[n, d]`; a text is cut off where CLIP's length ends."""
-        return _in_batches(texts, lambda batch: self._features(self.model.get_text_features, self._tokens(batch)))
-
-    def _pixels(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        """Preprocessed images."""
-        return dict(self.processor(images=list(images), return_tensors="pt"))
-
-    def _tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Tokenized texts."""
         length = self.model.config.text_config.max_position_embeddings
-        return dict(self.tokenizer(list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt"))
+        options = {"padding": True, "truncation": True, "max_length": length, "return_tensors": "pt"}
+
+        def embed(batch: Sequence[str]) -> Tensor:
+            return self._features(self.model.get_text_features, dict(self.tokenizer(list(batch), **options)))
+
+        return _in_batches(texts, embed)
 
     def _features(self, function: Callable[..., Any], inputs: dict[str, Tensor]) -> Tensor:
         """Projected features of one tower."""
@@ -240,7 +242,7 @@ def evaluate_generation(
     target = choose_device(device)
     lists = {folder: _prompt_file(folder, prompts) for folder in folders}
     embedders = ClipEmbedder(clip, target), DinoEmbedder(dino, target)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for folder in folders:
         loaded = load_generator(folder, pipeline=pipeline, device=device)
         config = loaded.config
@@ -251,7 +253,7 @@ def evaluate_generation(
             loaded.pipeline,
             [fill(template, config.token, words) for template in templates],
             range(pictures),
-            loaded.drawing(steps, batch_size=batch_size),
+            sampling_of(config, steps, batch_size=batch_size),
             loaded.device,
             console,
             source=loaded.source,
@@ -260,11 +262,20 @@ def evaluate_generation(
         concept = load_concept(str(config.data), config.subject, skip_corrupt=config.skip_corrupt)
         plain = [fill(template, "", words) for template in templates for _ in range(pictures)]
         scores = score_images(drawn, list(concept.images()), plain, *embedders)
-        drawing = asdict(loaded.drawing(steps))
+        drawing = asdict(sampling_of(config, steps))
         row = {"subject": concept.name, "method": config.method, "pictures": len(drawn), **scores}
         loaded.run.write_json(RESULT_FILE, {"format": 1, **row, "clip": clip, "dino": dino, "drawing": drawing})
         rows.append({"run": str(folder), **row})
-    return {"runs": rows, **_summary(rows)}
+    of_all = {name: [row[name] for row in rows] for name in METRICS}
+    errors = {
+        name: statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+        for name, values in of_all.items()
+    }
+    return {
+        "runs": rows,
+        "mean": {name: statistics.fmean(values) for name, values in of_all.items()},
+        "standard_error": errors,
+    }
 
 
 def score_images(
@@ -335,13 +346,3 @@ def _prompt_file(run: Path, prompts: str | Path | None) -> PromptFile:
             "with {0} for the subject's token and {1} for its class"
         )
     return read_prompt_file(file)
-
-
-def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and standard error over subjects."""
-    mean = {name: statistics.fmean(row[name] for row in rows) for name in METRICS}
-    error = {
-        name: statistics.stdev(row[name] for row in rows) / len(rows) ** 0.5 if len(rows) > 1 else None
-        for name in METRICS
-    }
-    return {"mean": mean, "standard_error": error}

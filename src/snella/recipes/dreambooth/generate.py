@@ -16,7 +16,6 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import device as torch_device
 
 from snella._console import make_console
 from snella._files import write_bytes, write_json
@@ -53,6 +52,20 @@ class SamplingConfig:
     batch_size: int = 1
 
 
+def sampling_of(
+    config: DreamBoothConfig, steps: int | None = None, guidance: float | None = None, batch_size: int = 1
+) -> SamplingConfig:
+    """Sampling settings: the run's, unless given."""
+    return SamplingConfig(
+        config.resolution,
+        config.sample_steps if steps is None else steps,
+        config.guidance if guidance is None else guidance,
+        config.max_sequence_length,
+        config.precision,
+        batch_size,
+    )
+
+
 def draw_images(
     pipeline: StableDiffusion3Pipeline,
     jobs: Sequence[tuple[str, int]],
@@ -82,8 +95,7 @@ def draw_images(
     drawer = _without_text_encoders(pipeline, device)
     for first in range(0, len(jobs), drawing.batch_size):
         batch = jobs[first : first + drawing.batch_size]
-        found = _draw(drawer, batch, embedded, drawing, device)
-        for number, picture in enumerate(found, first):
+        for number, picture in enumerate(_draw(drawer, batch, embedded, drawing, device), first):
             receive(number, picture)
 
 
@@ -153,7 +165,7 @@ def generate_images(
     prompts: Sequence[str],
     seeds: Sequence[int],
     drawing: SamplingConfig,
-    device: torch_device,
+    device: torch.device,
     console: Console,
     *,
     source: str,
@@ -193,8 +205,9 @@ def generate_images(
     check_image_folder(folder, content, overwrite=overwrite)
     folder.mkdir(parents=True, exist_ok=True)
     if _read_manifest(folder) != content:
-        for path in _images_in(folder):
-            path.unlink()
+        for path in folder.iterdir():
+            if path.suffix.lower() in IMAGE_SUFFIXES:
+                path.unlink()
         write_json(folder / MANIFEST, content)
     missing = [each for each in pictures if not each.path.is_file()]
     columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -248,11 +261,6 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _images_in(folder: Path) -> list[Path]:
-    """Images of an earlier call."""
-    return [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
-
-
 def _write(picture: GeneratedImage, image: Image.Image) -> None:
     """Write a PNG file atomically, with prompt and seed in its metadata."""
     info = PngInfo()
@@ -272,17 +280,6 @@ class LoadedGenerator:
     pipeline: StableDiffusion3Pipeline
     device: torch.device
     source: str
-
-    def drawing(self, steps: int | None = None, guidance: float | None = None, batch_size: int = 1) -> SamplingConfig:
-        """Sampling settings: the run's, unless given."""
-        return SamplingConfig(
-            self.config.resolution,
-            self.config.sample_steps if steps is None else steps,
-            self.config.guidance if guidance is None else guidance,
-            self.config.max_sequence_length,
-            self.config.precision,
-            batch_size,
-        )
 
 
 def load_generator(run: str | Path, *, pipeline: str | None = None, device: str = "auto") -> LoadedGenerator:
@@ -365,7 +362,7 @@ def generate(
         loaded.pipeline,
         prompts,
         range(seed, seed + pictures),
-        loaded.drawing(steps, guidance, batch_size),
+        sampling_of(loaded.config, steps, guidance, batch_size),
         loaded.device,
         console or make_console(),
         source=loaded.source,

@@ -51,14 +51,14 @@ def write_generation_report(run: str | Path) -> Path:
     numbers = [
         ("loss on fixed noise", plain_text(curve.fixed_after), f"{plain_text(curve.fixed_before)} before training"),
         ("trainable parameters", count_text(metrics.trainable_parameters), ""),
-        *(
-            [("adapted weights kept", count_text(sum(budgets.values())), _share(budgets, allocation))]
-            if budgets
-            else []
-        ),
         ("adapter file", bytes_text(metrics.adapter_bytes), "to load on top of the pipeline"),
         ("training time", seconds_text(metrics.train_s), curve.optimizer),
     ]
+    if allocation is not None and budgets:
+        kept, total = sum(budgets.values()), max(allocation.total_weights, 1)
+        frozen = sum(budget == 0 for budget in budgets.values())
+        note = f"of {count_text(total)} ({percent_text(kept / total)}), {frozen} matrices frozen"
+        numbers.insert(2, ("adapted weights kept", count_text(kept), note))
     data = info.data
     subject = [Path(data.folder or "") / name for name in data.files or []]
     context = {
@@ -66,7 +66,7 @@ def write_generation_report(run: str | Path) -> Path:
         "title": f"{info.method} on {data.subject}",
         "quoted": shlex.quote(str(folder)),
         "numbers": [{"label": label, "value": value, "note": note} for label, value, note in numbers],
-        "curve": _inline(loss_curve(curve.history), "curve-loss", f"Loss by step; {curve.steps} steps."),
+        "curve": inline_svg(loss_curve(curve.history), "curve-loss", f"Loss by step; {curve.steps} steps."),
         "groups": [
             {"title": "Images of the subject", "note": data.description, "items": _pictures(subject)},
             {"title": "Images generated after training", "note": "", "items": _samples(folder / "samples")},
@@ -120,18 +120,6 @@ def _pictures(paths: Iterable[Path]) -> list[dict[str, Any]]:
             item["problem"] = f"cannot be read: {error}"
         items.append(item)
     return items
-
-
-def _share(budgets: dict[str, int], allocation: Any) -> str:
-    """Share of the adapted weights that is kept, and the number of frozen matrices."""
-    total = max(allocation.total_weights, 1)
-    frozen = sum(budget == 0 for budget in budgets.values())
-    return f"of {count_text(total)} ({percent_text(sum(budgets.values()) / total)}), {frozen} matrices frozen"
-
-
-def _inline(figure: Figure, name: str, description: str) -> Markup:
-    """A figure as markup; `inline_svg` escapes what comes from the run."""
-    return Markup(inline_svg(figure, name, description))
 
 
 def _text(package: str, name: str) -> str:

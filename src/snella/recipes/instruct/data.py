@@ -212,10 +212,3 @@ def pad_left(prompts: Sequence[list[int]], pad_id: int) -> dict[str, Tensor]:
     ids = [[*[pad_id] * (length - len(prompt)), *prompt] for prompt in prompts]
     mask = [[*[0] * (length - len(prompt)), *[1] * len(prompt)] for prompt in prompts]
     return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
-
-
-__all__ = [
-    "Instruction",
-    "read_benchmark",
-    "read_instructions",
-]

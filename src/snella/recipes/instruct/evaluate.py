@@ -16,7 +16,7 @@ from torch import nn
 from snella._console import make_console
 from snella._files import write_text
 from snella.methods import load_trained
-from snella.recipes.instruct.config import RESULT_FILE, LanguageFolder
+from snella.recipes.instruct.config import RESULT_FILE, LanguageConfig, LanguageFolder
 from snella.recipes.instruct.data import CHOICES, Instruction, Template, extract_answer, pad_left, read_benchmark
 from snella.recipes.instruct.train import load_model, load_tokenizer
 from snella.records import RunInfo, read
@@ -88,7 +88,7 @@ def evaluate_language(
         for task, entries in questions.items():
             missing = entries[len(done[task]) :]
             if missing and generator is None:
-                generator = _Answerer(name, folder, config.base, config.template, target, beams, max_new_tokens)
+                generator = _Answerer(name, folder, config, target, beams, max_new_tokens)
             with (answers_folder / f"{task}.jsonl").open("a", encoding="utf-8") as file:
                 for first in range(0, len(missing), batch_size):
                     batch = missing[first : first + batch_size]
@@ -111,15 +111,14 @@ class _Answerer:
         self,
         name: str,
         run: LanguageFolder,
-        base: str,
-        template: str | None,
+        config: LanguageConfig,
         device: torch.device,
         beams: int,
         max_new_tokens: int,
     ) -> None:
         self.tokenizer = load_tokenizer(name)
-        self.template = Template(template)
-        plain = load_model(name, torch.bfloat16 if base == "bf16" else torch.float32)
+        self.template = Template(config.template)
+        plain = load_model(name, torch.bfloat16 if config.base == "bf16" else torch.float32)
         self.model: nn.Module = load_trained(run.adapter, plain).to(device).eval()
         self.device, self.beams, self.max_new_tokens = device, beams, max_new_tokens
 
