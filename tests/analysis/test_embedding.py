@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from snella.analysis import features, write_plots
-from snella.analysis.embedding import PRETRAINED, cluster_nmi
+from snella.analysis.pictures import PRETRAINED, cluster_nmi
 
 
 def test_nmi_of_clusters_that_are_the_classes_is_one():

@@ -11,9 +11,8 @@ from snella.analysis.plot import KINDS, Plot, csv_text, plot_function, write_plo
 
 if TYPE_CHECKING:
     from snella.analysis.budgets import allocation, evolution
-    from snella.analysis.embedding import features
     from snella.analysis.matrix_fit import FitConfig, definiteness, fit_matrices
-    from snella.analysis.pictures import gradcam, images, masks, samples
+    from snella.analysis.pictures import features, gradcam, images, masks, samples
     from snella.analysis.profiles import memory, radar
     from snella.analysis.updates import overlap, read_updates, update
 

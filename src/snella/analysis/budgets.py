@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from snella.analysis.plot import Plot, Row, run_labels
+from snella.analysis.plot import Plot, Row, grouped, in_order_of_depth, run_labels
 from snella.records import Allocation, AllocationStep, MatrixInfo, Metrics, RunInfo, read, read_if_present
 from snella.report.allocation import adapter_budgets, linear_trend, log_axis
 from snella.report.inspect import read_adapter, saved_budgets
@@ -72,11 +72,7 @@ class BudgetedRun:
         for matrix in self.allocation.matrices:
             block = "–" if matrix.depth is None else str(matrix.depth)
             layers.setdefault(block if by == "block" else matrix.name, []).append(matrix)
-        if by == "block":
-            return dict(
-                sorted(layers.items(), key=lambda item: (item[0] == "–", 0 if item[0] == "–" else int(item[0])))
-            )
-        return layers
+        return in_order_of_depth(layers) if by == "block" else layers
 
 
 def read_budgeted_run(run: str | Path, label: str) -> BudgetedRun:
@@ -202,15 +198,14 @@ def budget_rows(run: BudgetedRun) -> list[Row]:
 
 def _draw_allocation(rows: Sequence[Row], by: Layers) -> Figure:
     """A panel a run: bars of sparsity and the line of the trend."""
-    labels = list(dict.fromkeys(row["run"] for row in rows))
-    columns = min(len(labels), 3)
-    widest = max(sum(row["run"] == label for row in rows) for label in labels)
+    runs = grouped(rows, "run")
+    columns = min(len(runs), 3)
+    widest = max(map(len, runs.values()))
     width = max(260, 60 + (16 if widest <= 32 else 5) * widest)
-    lines = -(-len(labels) // columns)
-    titles = [shortened(label, width // 9) for label in labels]
+    lines = -(-len(runs) // columns)
+    titles = [shortened(label, width // 9) for label in runs]
     figure, panels = new_panels(width * columns, 200 * lines + 50, titles, columns, sharey=True)
-    for axes, label in zip(panels, labels, strict=True):
-        own = [row for row in rows if row["run"] == label]
+    for axes, own in zip(panels, runs.values(), strict=True):
         places = [row["position"] for row in own]
         axes.bar(places, [row["sparsity"] for row in own], width=0.8, color=ACCENT)
         axes.plot(places, [row["trend"] for row in own], color=WARM, linewidth=2.2)
@@ -234,8 +229,7 @@ def _draw_evolution(rows: Sequence[Row], metrics: Mapping[str, str], by: Layers)
     )
     handles: list[Line2D] = []
     names: list[str] = []
-    for column, label in enumerate(labels):
-        own = [row for row in rows if row["run"] == label]
+    for column, own in enumerate(grouped(rows, "run").values()):
         steps = _spread(sorted({row["step"] for row in own}))
         above, below = panels[column], panels[column + len(labels)]
         for number, step in enumerate(steps):
@@ -273,20 +267,13 @@ def _draw_budgets(rows: Sequence[Row], runs: Sequence[BudgetedRun]) -> Figure:
         color, marker = style_of(number)
         whole, target, first = run.allocation.total_weights, run.allocation.target_budget, own[0]["budget"]
         schedule, last = str(run.settings.get("schedule", "cubic")), own[-1]
-        steps = [row["step"] for row in own]
         fine = np.linspace(0, last["total"], 201)
         scale = last["step"] / last["t"] if last["t"] else 1.0
         curve = [budget_at(int(1000 * t), 1000 * last["total"], first, target, schedule) / whole for t in fine]
         axes.plot(fine * scale, curve, color=color, linewidth=1, linestyle=(0, (4, 3)))
-        handles += axes.step(
-            steps,
-            [row["share"] for row in own],
-            where="post",
-            color=color,
-            linewidth=2,
-            marker=marker if len(own) <= 30 else "",
-            markersize=5,
-        )
+        look: dict[str, Any] = {"color": color, "linewidth": 2, "marker": marker if len(own) <= 30 else ""}
+        steps, shares = [row["step"] for row in own], [row["share"] for row in own]
+        handles += axes.step(steps, shares, where="post", markersize=5, **look)
     axes.set_ylim(0, 1.05)
     percent_axis(axes)
     axes.set(xlabel="optimizer step", ylabel="adapted weights that may change")
@@ -315,6 +302,3 @@ def _layer_axis(axes: Axes, rows: Sequence[Row], by: Layers) -> None:
         names = {row["position"]: row["layer"] for row in rows}
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: names.get(round(value), "")))
     axes.set_xlabel("block" if by == "block" else "matrix, in the order of the model")
-
-
-__all__ = ["BudgetedRun", "allocation", "evolution", "read_budgeted_run"]

@@ -20,7 +20,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from torch import Tensor
 
 from snella._files import write_json
-from snella.analysis.plot import Plot, Row
+from snella.analysis.plot import Plot, Row, grouped
 from snella.ops.kernels import KERNELS, Kernel, KernelScalars, make_kernel
 from snella.report.allocation import log_axis
 from snella.report.style import add_legend, new_figure, new_panels, style_of
@@ -227,14 +227,13 @@ def fit_matrices(
     """
     for kernel in config.kernels:
         find_kernel(kernel)
-    fits: list[Fit] = []
     known = {} if out is None else _read_fits(Path(out), config)
     for kernel in config.kernels:
         if kernel not in known:
             known[kernel] = fit_kernel(kernel, config, partial(on_step, kernel))
             if out is not None:
                 _write_fits(Path(out), config, known)
-        fits.append(known[kernel])
+    fits = [known[kernel] for kernel in config.kernels]
     every = [
         {"kernel": fit.kernel, "rank": rank, "matrix": number, "mse": value}
         for fit in fits
@@ -370,9 +369,8 @@ def _settings(config: FitConfig) -> dict[str, Any]:
 def _draw_curves(rows: Sequence[Row]) -> Figure:
     """Values and slopes of the kernels along a line."""
     figure, (left, right) = new_panels(860, 380, ["κ(1, x)", "Its derivative"], 2)
-    handles, names = [], list(dict.fromkeys(row["kernel"] for row in rows))
-    for number, name in enumerate(names):
-        own = [row for row in rows if row["kernel"] == name]
+    handles, kernels = [], grouped(rows, "kernel")
+    for number, own in enumerate(kernels.values()):
         look: dict[str, Any] = {"color": style_of(number)[0], "linewidth": 2, "marker": style_of(number)[1]}
         look |= {"markevery": (4 * number, 24), "markersize": 6}
         xs = [row["x"] for row in own]
@@ -380,17 +378,15 @@ def _draw_curves(rows: Sequence[Row]) -> Figure:
         right.plot(xs, [row["slope"] for row in own], **look)
     left.set_xlabel("x")
     right.set_xlabel("x")
-    add_legend(figure, handles, names, columns=6)
+    add_legend(figure, handles, list(kernels), columns=6)
     return figure
 
 
 def _draw_errors(rows: Sequence[Row]) -> Figure:
     """Error against rank, the mean of the matrices, with the standard deviation."""
-    names = list(dict.fromkeys(row["kernel"] for row in rows))
     figure, axes = new_figure(560, 380, "Random matrices fitted by each kernel")
-    handles = []
-    for number, name in enumerate(names):
-        own = [row for row in rows if row["kernel"] == name]
+    handles, kernels = [], grouped(rows, "kernel")
+    for number, own in enumerate(kernels.values()):
         color, marker = style_of(number)
         ranks, means = [row["rank"] for row in own], [row["mse"] for row in own]
         axes.errorbar(ranks, means, [row["std"] for row in own], color=color, linewidth=1, alpha=0.6, linestyle="none")
@@ -402,17 +398,15 @@ def _draw_errors(rows: Sequence[Row]) -> Figure:
     axes.set_xticks(ranks, [str(rank) for rank in ranks])
     axes.set_ylim(bottom=0)
     axes.set(xlabel="rank of the matrix", ylabel="mean squared error (of variance 1)")
-    add_legend(figure, handles, names)
+    add_legend(figure, handles, list(kernels))
     return figure
 
 
 def _draw_gradients(rows: Sequence[Row]) -> Figure:
     """Gradient norm over the steps."""
-    names = list(dict.fromkeys(row["kernel"] for row in rows))
     figure, axes = new_figure(560, 380, "Gradient of the factors while fitting")
-    handles = []
-    for number, name in enumerate(names):
-        own = [row for row in rows if row["kernel"] == name]
+    handles, kernels = [], grouped(rows, "kernel")
+    for number, own in enumerate(kernels.values()):
         color, marker = style_of(number)
         steps = [row["step"] for row in own]
         norms = [row["gradient_norm"] or math.nan for row in own]
@@ -420,18 +414,5 @@ def _draw_gradients(rows: Sequence[Row]) -> Figure:
         handles += axes.plot(steps, norms, markevery=(2 * number, 14), **look)
     log_axis(axes)
     axes.set(xlabel="step", ylabel="norm (log scale)")
-    add_legend(figure, handles, names)
+    add_legend(figure, handles, list(kernels))
     return figure
-
-
-__all__ = [
-    "PRESETS",
-    "Fit",
-    "FitConfig",
-    "definiteness",
-    "find_kernel",
-    "fit_kernel",
-    "fit_matrices",
-    "kernel_curves",
-    "random_matrices",
-]

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from snella._files import write_text
 
@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Row = Mapping[str, Any]
+T = TypeVar("T")
 
 KINDS = {
     "allocation": "budgets",
     "evolution": "budgets",
     "update": "updates",
     "overlap": "updates",
-    "features": "embedding",
+    "features": "pictures",
     "radar": "profiles",
     "memory": "profiles",
     "samples": "pictures",
@@ -120,6 +121,19 @@ def plot_function(kind: str) -> Callable[..., list[Plot]]:
     module = importlib.import_module(f"snella.analysis.{KINDS[kind]}")
     function: Callable[..., list[Plot]] = getattr(module, kind)
     return function
+
+
+def grouped(rows: Sequence[Row], column: str) -> dict[str, list[Row]]:
+    """Rows by their value in a column, in the order of these values' first rows."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row[column], []).append(row)
+    return groups
+
+
+def in_order_of_depth(layers: Mapping[str, list[T]]) -> dict[str, list[T]]:
+    """Layers by the numbers of their blocks; what is outside of blocks, `–`, comes last."""
+    return dict(sorted(layers.items(), key=lambda item: math.inf if item[0] == "–" else int(item[0])))
 
 
 def run_labels(runs: Sequence[str | Path]) -> list[str]:

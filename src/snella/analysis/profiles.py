@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from snella.analysis.plot import Plot, Row, run_labels
+from snella.analysis.plot import Plot, Row, grouped, run_labels
 from snella.comparison.experiment import FILE as EXPERIMENT_FILE
 from snella.comparison.experiment_files import read_experiment
 from snella.comparison.store import FILE as ROWS_FILE
@@ -223,7 +223,7 @@ def _thinned(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _draw_radar(rows: Sequence[Row]) -> Figure:
     """Polygons on axes that leave one center, with the highest accuracy at each axis's end."""
     axes_names = list(dict.fromkeys(row["axis"] for row in rows))
-    methods = list(dict.fromkeys(row["method"] for row in rows))
+    methods = grouped(rows, "method")
     figure, axes = new_figure(560, 410 + 20 * -(-len(methods) // 4))
     axes.set_axis_off()
     axes.set(xlim=(-1.75, 1.75), ylim=(-1.3, 1.3), aspect="equal")
@@ -239,9 +239,9 @@ def _draw_radar(rows: Sequence[Row]) -> Figure:
         axes.text(*place, shortened(name, 22), ha=side, va="bottom", color=INK, fontsize=12)
         axes.text(*place, f"{100 * best:.1f} %", ha=side, va="top", color=MUTED, fontsize=11)
     handles = []
-    for number, method in enumerate(methods):
+    for number, own in enumerate(methods.values()):
         color, marker = style_of(number)
-        radii = np.array([row["radius"] for row in rows if row["method"] == method])
+        radii = np.array([row["radius"] for row in own])
         closed, turn = np.append(radii, radii[0]), np.append(angles, angles[0])
         look: dict[str, Any] = {"color": color, "marker": marker, "markersize": 5, "linewidth": 1.8}
         handles += axes.plot(closed * np.cos(turn), closed * np.sin(turn), **look)
@@ -251,11 +251,9 @@ def _draw_radar(rows: Sequence[Row]) -> Figure:
 
 def _draw_memory(rows: Sequence[Row]) -> Figure:
     """A line a run over the phases of the steps."""
-    labels = list(dict.fromkeys(row["run"] for row in rows))
     figure, axes = new_figure(640, 380, f"Living tensors in training, batch {rows[0]['batch_size']}")
-    handles = []
-    for number, label in enumerate(labels):
-        own = [row for row in rows if row["run"] == label]
+    handles, runs = [], grouped(rows, "run")
+    for number, own in enumerate(runs.values()):
         handles += axes.plot(
             [row["position"] for row in own], [row["mib"] for row in own], color=style_of(number)[0], linewidth=1.8
         )
@@ -267,8 +265,5 @@ def _draw_memory(rows: Sequence[Row]) -> Figure:
     axes.grid(False, axis="x")
     axes.set_ylim(bottom=0)
     axes.set_ylabel("MiB")
-    add_legend(figure, handles, [shortened(label, 24) for label in labels])
+    add_legend(figure, handles, [shortened(label, 24) for label in runs])
     return figure
-
-
-__all__ = ["LiveTensors", "follow_memory", "memory", "radar", "scaled_radius"]

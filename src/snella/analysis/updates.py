@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from snella.analysis.plot import Plot, Row, run_labels
+from snella.analysis.plot import Plot, Row, in_order_of_depth, run_labels
 from snella.methods import merge_trained, spec_of
 from snella.methods.model_parts import is_inside
 from snella.records import Allocation, MatrixInfo, read_if_present
@@ -215,13 +215,10 @@ def overlap(runs: Sequence[str | Path], *, matrix: str | None = None) -> list[Pl
             stacked = torch.stack([run.make(other).flatten() for run in several])
             total.add(stacked)
             counts += update_frequencies(stacked)
-            expected += (
-                chance_frequencies([float(share) for share in (stacked != 0).double().mean(1)]) * stacked.shape[1]
-            )
+            expected += _expected_frequencies(stacked)
         rows.append({"layer": layer, "position": position, "matrices": len(names), **total.row()})
     stacked = torch.stack([run.make(name).flatten() for run in several])
-    own = update_frequencies(stacked)
-    chance = chance_frequencies([float(share) for share in (stacked != 0).double().mean(1)]) * stacked.shape[1]
+    own, chance = update_frequencies(stacked), _expected_frequencies(stacked)
     frequencies = [
         {
             "tasks": tasks,
@@ -233,11 +230,10 @@ def overlap(runs: Sequence[str | Path], *, matrix: str | None = None) -> list[Pl
         for tasks in range(len(runs) + 1)
     ]
     changed = (stacked != 0).sum(0).view(several[0].shapes[name])
-    lines = _lines(changed)
     return [
         Plot("overlap", rows, partial(_draw_similarity, rows)),
         Plot("overlap-frequency", frequencies, partial(_draw_frequencies, frequencies, name)),
-        Plot("overlap-map", lines, partial(_draw_map, changed, name, len(runs))),
+        Plot("overlap-map", _lines(changed), partial(_draw_map, changed, name, len(runs))),
     ]
 
 
@@ -245,9 +241,7 @@ class _Similarity:
     """Cosine similarities between the updates of `count` tasks, of several matrices as if they were one vector."""
 
     def __init__(self, count: int) -> None:
-        self._products = torch.zeros(count, count, dtype=torch.float64)
-        self._chance = torch.zeros(count, count, dtype=torch.float64)
-        self._both = torch.zeros(count, count, dtype=torch.float64)
+        self._products, self._chance, self._both = torch.zeros(3, count, count, dtype=torch.float64)
 
     def add(self, stacked: Tensor) -> None:
         """Add a matrix, `[tasks, weights]`."""
@@ -296,6 +290,11 @@ def chance_frequencies(shares: Iterable[float]) -> np.ndarray:
     return distribution
 
 
+def _expected_frequencies(stacked: Tensor) -> np.ndarray:
+    """What `update_frequencies` would be if the tasks chose their weights independently."""
+    return chance_frequencies((stacked != 0).double().mean(1).tolist()) * stacked.shape[1]
+
+
 def _lines(changed: Tensor) -> list[Row]:
     """Rows (outputs) and columns (inputs) of a matrix by the mean number of tasks that change their weights."""
     found = [
@@ -317,7 +316,7 @@ def _layers(names: Sequence[str], several: Sequence[RunUpdates]) -> dict[str, li
             numbers = re.findall(r"(?<=\.)\d+(?=\.)", name)
             depth = int(numbers[-1]) if numbers else None
         layers.setdefault("–" if depth is None else str(depth), []).append(name)
-    return dict(sorted(layers.items(), key=lambda item: (item[0] == "–", int(item[0]) if item[0] != "–" else 0)))
+    return in_order_of_depth(layers)
 
 
 def _without_numbers(name: str) -> str:
@@ -354,20 +353,12 @@ def _draw_similarity(rows: Sequence[Row]) -> Figure:
     figure, axes = new_figure(560, 340, "Similarity of the updates of different tasks")
     known = [row for row in rows if row["pairs"]]
     places = [row["position"] for row in known]
-    band = axes.fill_between(
-        places,
-        [row["least"] for row in known],
-        [row["greatest"] for row in known],
-        color=ACCENT,
-        alpha=0.18,
-        linewidth=0,
-    )
+    least, greatest = [row["least"] for row in known], [row["greatest"] for row in known]
+    band = axes.fill_between(places, least, greatest, color=ACCENT, alpha=0.18, linewidth=0)
     (mean,) = axes.plot(places, [row["cosine"] for row in known], color=ACCENT, linewidth=2.2, marker="o", markersize=5)
     chance = [row["chance"] for row in known]
     (random,) = axes.plot(places, chance, color=WARM, linewidth=1.6, linestyle=(0, (4, 3)), marker="s", markersize=4)
-    axes.set_ylim(
-        min(0, *(row["least"] for row in known), 0) - 0.02, max(0.5, *(row["greatest"] for row in known)) + 0.05
-    )
+    axes.set_ylim(min(0, *least, 0) - 0.02, max(0.5, *greatest) + 0.05)
     axes.set_xticks(places[:: -(-len(places) // 12)], [row["layer"] for row in known][:: -(-len(places) // 12)])
     axes.set(xlabel="block", ylabel="cosine similarity")
     add_legend(figure, [mean, band, random], ["mean of all pairs", "all pairs", "the same at random places"])
@@ -408,15 +399,3 @@ def _draw_map(changed: Tensor, name: str, tasks: int) -> Figure:
     axes.spines[:].set(visible=True, color=MUTED)
     scale_bar(figure, axes, "tasks", {0.0: "0", 0.5: f"{tasks / 2:g}", 1.0: str(tasks)})
     return figure
-
-
-__all__ = [
-    "RunUpdates",
-    "chance_frequencies",
-    "effective_rank",
-    "overlap",
-    "read_updates",
-    "singular_values",
-    "update",
-    "update_frequencies",
-]

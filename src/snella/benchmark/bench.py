@@ -1,4 +1,4 @@
-"""`bench` and its settings: step time of methods, interleaved in one process, as medians and ratios."""
+"""Step time and memory of methods, and what one matrix costs beside its layer's product: interleaved, as medians."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ import resource
 import statistics
 import sys
 import time
+import tracemalloc
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import timm
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -24,7 +27,8 @@ from snella._console import make_console, print_line
 from snella.benchmark.baselines import BASELINES, REFERENCE, Workload, random_batch
 from snella.benchmark.rows import append_rows, conditions, draw_figures
 from snella.ops.backends import choose_backend
-from snella.ops.functional import adapted_layer
+from snella.ops.backends.numba.backend import NumbaBackend, sddmm_weight_grad
+from snella.ops.functional import adapted_layer, compute_effective_weight
 from snella.ops.kernels import make_kernel
 from snella.ops.spec import Factors, LinearOp, Update, UpdateSpec
 from snella.training.memory import saved_bytes
@@ -32,8 +36,6 @@ from snella.tuner import BudgetAllocator, create_snella_optimizer
 from snella.tuner.layer import SnellaLayer
 
 _SHAPES = (((96,), 80), ((40, 40, 40), 64))
-
-
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -132,13 +134,8 @@ def op_error(impl: str, device: str = "cpu", sparsity: float = 0.7) -> str | Non
         m, groups = sum(rows), len(rows)
         drawn = [torch.rand(*s, generator=generator) * 2 - 1 for s in ((groups, n, 8), (m, 8), (4, n), (m, n), (4, m))]
         A, B, x, weight, grad_y = (tensor.to(device) for tensor in drawn)
-        factors = Factors(
-            A,
-            B,
-            torch.tensor([[0.1, -0.1]], device=device).repeat(groups, 1),
-            torch.ones(groups, device=device),
-            torch.zeros(groups, device=device),
-        )
+        piece_coeff = torch.tensor([[0.1, -0.1]], device=device).repeat(groups, 1)
+        factors = Factors(A, B, piece_coeff, torch.ones(groups, device=device), torch.zeros(groups, device=device))
         budgets = tuple(max(1, int(count * n * (1 - sparsity))) for count in rows)
         update = Update(UpdateSpec(make_kernel("mix_k"), rows), factors, budgets)
         found = _solve(update, x, weight, grad_y, impl, torch.float32)
@@ -153,9 +150,7 @@ def op_error(impl: str, device: str = "cpu", sparsity: float = 0.7) -> str | Non
     return None
 
 
-def _solve(
-    update: Update, x: torch.Tensor, weight: torch.Tensor, grad_y: torch.Tensor, impl: str, dtype: torch.dtype
-) -> list[torch.Tensor]:
+def _solve(update: Update, x: Tensor, weight: Tensor, grad_y: Tensor, impl: str, dtype: torch.dtype) -> list[Tensor]:
     """Output and gradients."""
     given = [x, *(tensor for tensor in update.factors if tensor is not None)]
     x, *tensors = (tensor.detach().to(dtype).requires_grad_() for tensor in given)
@@ -313,9 +308,8 @@ def _measure(config: BenchConfig, workload: Workload, batch: int, console: Conso
     images, labels = random_batch(workload, batch)
     runners: dict[str, Runner] = {}
     for name in config.methods:
-        error = (
-            op_error(_IMPLEMENTATIONS[name], workload.device, workload.sparsity) if name in _IMPLEMENTATIONS else None
-        )
+        impl = _IMPLEMENTATIONS.get(name)
+        error = None if impl is None else op_error(impl, workload.device, workload.sparsity)
         if error is None:
             runner = Runner(name, workload)
             error = None if runner.has_finite_gradients(images, labels) else "its gradients are not finite"
@@ -405,3 +399,150 @@ def _table(rows: list[dict[str, Any]], workload: Workload, batch: int) -> Table:
         values = [row.get(name, "") for name in shown]
         table.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in values))
     return table
+
+
+def measure_sampling(
+    m: int, n: int, *, tokens: int = 3152, density: float = 0.01, r: int = 8, rounds: int = 5
+) -> dict[str, Any]:
+    """Time `∂L/∂W = grad_yᵀ x` where `S` is not zero, interleaved with all of it.
+
+    Args:
+        m: Outputs.
+        n: Inputs.
+        tokens: Rows of `x` and `grad_y`.
+        density: Fraction of the entries that are kept.
+        r: Rank.
+        rounds: How often; medians are reported.
+
+    Returns:
+        A row: seconds of both, and their ratio.
+
+    Raises:
+        RuntimeError: The sampled entries differ from the product's.
+    """
+    factors, generator = _random_factors(m, n, r)
+    spec, budget = UpdateSpec(make_kernel("mix_k"), (m,), backend="numba"), round(density * m * n)
+    x, grad_y = torch.randn(tokens, n, generator=generator), torch.randn(tokens, m, generator=generator)
+    backend = NumbaBackend()
+    (matrix,) = backend.merge(spec, factors, (budget,)).workspace
+    if matrix is None:
+        raise RuntimeError(f"density must leave entries to sample, got {density}")
+
+    def sampled() -> Tensor:
+        out = torch.zeros(m, n)
+        sddmm_weight_grad(matrix, budget, grad_y, x, out)
+        return out
+
+    def dense() -> Tensor:
+        return grad_y.T @ x
+
+    some, whole = sampled(), dense()
+    if int(some.count_nonzero()) != budget or not torch.allclose(
+        some, torch.where(some == 0, some, whole), atol=1e-3 * float(whole.abs().max())
+    ):
+        raise RuntimeError(f"density {density} is not timed: the sampled entries differ from the product's")
+    sampled_s, dense_s, ratio = _interleaved(sampled, dense, rounds)
+    return {
+        "benchmark": "sampled_gradient",
+        "shape": [m, n],
+        "tokens": tokens,
+        "density": density,
+        "r": r,
+        "rounds": rounds,
+        **conditions("cpu"),
+        "sampled_s": sampled_s,
+        "dense_s": dense_s,
+        "sampled_over_dense": ratio,
+    }
+
+
+def measure_matrix(
+    m: int, n: int, *, tokens: int = 1576, r: int = 8, sparsity: float = 0.7, rounds: int = 9, impl: str = "auto"
+) -> dict[str, Any]:
+    """Time merging, exact selection and the effective weight of one matrix, interleaved with its forward product.
+
+    Args:
+        m: Outputs.
+        n: Inputs.
+        tokens: Rows of the product's input.
+        r: Rank.
+        sparsity: Of the update.
+        rounds: How often; medians are reported.
+        impl: As in `adapted_linear`.
+
+    Returns:
+        A row: seconds, their ratio, and `extra_over_matrix`, the memory held at most on top of weight and factors in
+        units of the matrix's own size (the effective weight itself is one of them).
+
+    Raises:
+        RuntimeError: The op differs from the reference.
+    """
+    error = op_error(impl, sparsity=sparsity)
+    if error is not None:
+        raise RuntimeError(f"impl={impl!r} is not timed: {error}")
+    factors, generator = _random_factors(m, n, r)
+    weight, x = torch.randn(m, n, generator=generator), torch.randn(tokens, n, generator=generator)
+    spec, budgets = UpdateSpec(make_kernel("mix_k"), (m,)), (int(m * n * (1 - sparsity)),)
+    spec = replace(spec, backend=choose_backend(impl, spec, factors.A)[0])
+
+    def effective() -> Tensor:
+        return compute_effective_weight(weight, [Update(spec, factors, budgets)], weight.shape)[0]
+
+    def product() -> Tensor:
+        return F.linear(x, weight)
+
+    effective(), product()
+    effective_s, product_s, ratio = _interleaved(effective, product, rounds)
+    return {
+        "benchmark": "one_matrix",
+        "shape": [m, n],
+        "tokens": tokens,
+        "r": r,
+        "sparsity": sparsity,
+        "impl": impl,
+        "rounds": rounds,
+        **conditions("cpu"),
+        "effective_s": effective_s,
+        "product_s": product_s,
+        "effective_over_product": ratio,
+        "extra_over_matrix": round(_extra_bytes(effective) / (4 * m * n), 2),
+    }
+
+
+def _random_factors(m: int, n: int, r: int) -> tuple[Factors, torch.Generator]:
+    """Factors of one matrix, the same ones every time, and the generator that drew them."""
+    generator = torch.Generator().manual_seed(0)
+    A, B = torch.randn(1, n, r, generator=generator) * n**-0.5, torch.randn(m, r, generator=generator) * m**-0.5
+    return Factors(A, B, torch.tensor([[0.1, -0.1]]), torch.ones(1), torch.zeros(1)), generator
+
+
+def _interleaved(first: Callable[[], object], second: Callable[[], object], rounds: int) -> tuple[float, float, float]:
+    """Median seconds of two functions that are called in turn, and the median of their ratios."""
+    times: list[tuple[float, float]] = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        first()
+        middle = time.perf_counter()
+        second()
+        times.append((middle - start, time.perf_counter() - middle))
+    ratio = statistics.median(mine / theirs for mine, theirs in times)
+    mine, theirs = (round(statistics.median(values), 5) for values in zip(*times, strict=True))
+    return mine, theirs, round(ratio, 3)
+
+
+def _extra_bytes(function: Callable[[], Tensor]) -> int:
+    """Most that a call holds at once: numpy's arrays as Python counts them, torch's tensors as its profiler does."""
+    tracemalloc.start()
+    try:
+        with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            result = function()
+        by_numpy = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    held = most = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    del result
+    return by_numpy + most

@@ -153,25 +153,29 @@ def put_between(path: str | Path, begin: str, end: str, section: str) -> bool:
     return updated != text
 
 
+def _markdown(title: str, head: list[str], rows: list[list[str]]) -> str:
+    """A table below its title."""
+    lines = [" | ".join(cells) for cells in (head, *rows)]
+    return "\n".join([title, "", f"| {lines[0]} |", "|---" * len(head) + "|", *(f"| {line} |" for line in lines[1:])])
+
+
 def _step_table(key: tuple[Any, ...], rows: list[dict[str, Any]]) -> str:
     """One setting."""
     backbone, batch, r, sparsity, dtype, device, rounds = key
     memory = next((name for name in ("peak_gpu_mib", "peak_rss_mib") if any(name in row for row in rows)), None)
     head = ["", "step", "÷ LoRA (quartiles)", "kept for backward"] + ([_MEMORY[memory]] if memory else [])
-    lines = [
+    title = (
         f"**{backbone}, batch {batch}, r {r}, sparsity {sparsity}, {dtype}** · {device} · commit {rows[0]['commit']}"
-        f"{' with changes' if rows[0]['dirty'] else ''}, {rows[0]['date'][:10]}, medians of {rounds}",
-        "",
-        "| " + " | ".join(head) + " |",
-        "|---" * len(head) + "|",
-    ]
+        f"{' with changes' if rows[0]['dirty'] else ''}, {rows[0]['date'][:10]}, medians of {rounds}"
+    )
+    lines = []
     for row in rows:
         low, high = row.get(f"step_over_{REFERENCE}_quartiles", ("", ""))
         cells = [row["contender"], f"{row['step_s']:.2f} s", f"{row.get(f'step_over_{REFERENCE}', '')} ({low}–{high})"]
         cells += [f"{row['saved_mib']:,.0f} MiB"]
         cells += [f"{row[memory]:,.0f} MiB" if memory in row else ""] if memory else []
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return _markdown(title, head, lines)
 
 
 def _memory_tables(rows: list[dict[str, Any]]) -> list[str]:
@@ -186,13 +190,9 @@ def _memory_tables(rows: list[dict[str, Any]]) -> list[str]:
         if len(counted) < 2:
             continue
         names = sorted({name for found in counted.values() for name in found} - {REFERENCE}, key=_place)
-        lines = [
-            f"**Kept for the backward pass by size of model, batch {batch}, r {r}, sparsity {sparsity}, {dtype}** "
-            "(÷ LoRA); counted",
-            "",
-            "| backbone | " + " | ".join([REFERENCE, *names]) + " |",
-            "|---" * (len(names) + 2) + "|",
-        ]
+        settings = f"batch {batch}, r {r}, sparsity {sparsity}, {dtype}"
+        title = f"**Kept for the backward pass by size of model, {settings}** (÷ LoRA); counted"
+        lines = []
         for backbone, found in sorted(counted.items(), key=lambda one: one[1][REFERENCE]["weights"]):
             kept = found[REFERENCE]["saved_mib"]
             cells = [f"{backbone}, {found[REFERENCE]['weights'] / 1e6:.0f} M", f"{kept:,.0f} MiB"]
@@ -200,8 +200,8 @@ def _memory_tables(rows: list[dict[str, Any]]) -> list[str]:
                 f"{found[name]['saved_mib']:,.0f} MiB ({found[name]['saved_mib'] / kept:.2f})" if name in found else ""
                 for name in names
             ]
-            lines.append("| " + " | ".join(cells) + " |")
-        tables.append("\n".join(lines))
+            lines.append(cells)
+        tables.append(_markdown(title, ["backbone", REFERENCE, *names], lines))
     return tables
 
 
@@ -210,39 +210,28 @@ _MEMORY = {"peak_gpu_mib": "peak memory", "peak_rss_mib": "peak resident size"}
 
 def _matrix_table(rows: list[dict[str, Any]]) -> str:
     """Single matrices."""
-    lines = [
-        "**One matrix merged, selected exactly and added to its weight** · "
-        f"{rows[0]['device']}, {rows[0]['date'][:10]}",
-        "",
-        "| matrix | seconds | ÷ its forward product | tokens of the product | extra memory ÷ its own size |",
-        "|---|---|---|---|---|",
-    ]
+    where = f"{rows[0]['device']}, {rows[0]['date'][:10]}"
+    head = ["matrix", "seconds", "÷ its forward product", "tokens of the product", "extra memory ÷ its own size"]
+    lines = []
     for row in rows:
-        m, n = row["shape"]
-        lines.append(
-            f"| {m}×{n} | {row['effective_s']:.4f} | {row['effective_over_product']} | {row['tokens']:,} "
-            f"| {row['extra_over_matrix']} |"
-        )
-    return "\n".join(lines)
+        (m, n), ratio, extra = row["shape"], row["effective_over_product"], row["extra_over_matrix"]
+        lines.append([f"{m}×{n}", f"{row['effective_s']:.4f}", str(ratio), f"{row['tokens']:,}", str(extra)])
+    return _markdown(f"**One matrix merged, selected exactly and added to its weight** · {where}", head, lines)
 
 
 def _sampling_table(rows: list[dict[str, Any]]) -> str:
     """The sampled gradient beside the whole product: a line for each matrix and number of tokens."""
     densities = sorted({row["density"] for row in rows})
-    lines = [
-        f"**A weight's gradient at its kept entries alone ÷ the whole product** · {rows[0]['device']}, "
-        f"{rows[0]['date'][:10]}",
-        "",
-        "| matrix | tokens | " + " | ".join(f"{density:.1%} kept" for density in densities) + " |",
-        "|---|---|" + "---|" * len(densities),
-    ]
+    where = f"{rows[0]['device']}, {rows[0]['date'][:10]}"
+    lines = []
     found: dict[tuple[int, int, int], dict[float, float]] = {}
     for row in rows:
         found.setdefault((*row["shape"], row["tokens"]), {})[row["density"]] = row["sampled_over_dense"]
     for (m, n, tokens), ratios in found.items():
         cells = [f"{ratios[density]:.2f}" if density in ratios else "" for density in densities]
-        lines.append(f"| {m}×{n} | {tokens:,} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([f"{m}×{n}", f"{tokens:,}", *cells])
+    title = f"**A weight's gradient at its kept entries alone ÷ the whole product** · {where}"
+    return _markdown(title, ["matrix", "tokens", *(f"{density:.1%} kept" for density in densities)], lines)
 
 
 _COMMON = ("dtype", "r", "sparsity", "device")
