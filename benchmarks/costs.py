@@ -17,7 +17,7 @@ from workloads import Workload, final_run, one_method, seconds, training
 from snella._files import write_text
 from snella.benchmark.rows import put_between, read_rows
 from snella.comparison.experiment_files import read_experiment
-from snella.data.fgvc import FGVC_DATASETS
+from snella.data.benchmarks import FGVC_DATASETS
 from snella.recipes.dreambooth.config import DreamBoothConfig
 from snella.recipes.instruct.config import LanguageConfig
 

@@ -9,8 +9,7 @@ from counted_step import CountedStep
 from row_speed import RowSpeed
 
 from snella.comparison.experiment import Experiment
-from snella.data.fgvc import FGVC_DATASETS
-from snella.data.vtab import VTAB_TASKS
+from snella.data.benchmarks import FGVC_DATASETS, VTAB_TASKS
 from snella.runs.protocol import PROTOCOLS
 
 _VTAB_TRAIN, _VTAB_VAL = 800, 200

@@ -1,9 +1,11 @@
-"""Human-readable numbers, with a no-break space before the unit."""
+"""Human-readable numbers, with a no-break space before the unit, and lists of names."""
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 _SPACE = "\N{NO-BREAK SPACE}"
@@ -55,6 +57,22 @@ def plain_text(value: Any) -> str:
     return str(value)
 
 
+def listed(items: Iterable[str], most: int = 5) -> str:
+    """The first few of many items, and how many more there are."""
+    shown = list(items)
+    rest = len(shown) - most
+    return ", ".join(shown[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def near_siblings(path: Path, *, most: int = 3, cutoff: float = 0.5, folders_alone: bool = False) -> str:
+    """Files and folders of a like name beside one that is missing: "; nearest there: 'a', 'b'"; empty for none."""
+    if not path.parent.is_dir():
+        return f"; there is no folder '{path.parent}'"
+    names = sorted(child.name for child in path.parent.iterdir() if child.is_dir() or not folders_alone)
+    near = difflib.get_close_matches(path.name, names, n=most, cutoff=cutoff)
+    return f"; nearest there: {', '.join(map(repr, near))}" if near else ""
+
+
 def _three_digits(value: float) -> str:
     """A number with three digits, none of them in exponents."""
     return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
@@ -63,6 +81,8 @@ def _three_digits(value: float) -> str:
 __all__ = [
     "bytes_text",
     "count_text",
+    "listed",
+    "near_siblings",
     "percent_text",
     "plain_text",
     "seconds_text",

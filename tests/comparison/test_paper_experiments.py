@@ -19,8 +19,7 @@ from snella.comparison.report import (
 )
 from snella.comparison.search import Candidate, Choice, next_tuning_runs
 from snella.comparison.summary import summarize
-from snella.data.fgvc import FGVC_DATASETS
-from snella.data.vtab import VTAB_TASKS
+from snella.data.benchmarks import FGVC_DATASETS, VTAB_TASKS
 from snella.methods import SelectionData, build_method
 from snella.records import CellResults, CellRow
 

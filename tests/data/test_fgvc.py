@@ -4,7 +4,7 @@ import shutil
 import pytest
 
 from snella.data import load_data
-from snella.data.fgvc import FGVC_DATASETS, load_fgvc
+from snella.data.benchmarks import FGVC_DATASETS, load_fgvc
 
 from ..benchmark_folders import write_fgvc
 

@@ -4,7 +4,7 @@ import shutil
 import pytest
 
 from snella.data import data_folder, load_data
-from snella.data.vtab import VTAB_TASKS, load_vtab
+from snella.data.benchmarks import VTAB_TASKS, load_vtab
 
 from ..benchmark_folders import write_noise, write_vtab
 

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import nn
 
 from snella.methods import build_method
-from snella.report.heat_maps import attention_rollout, heat_maps, overlay_heat
+from snella.report.examples import attention_rollout, heat_maps, overlay_heat
 
 pytest.importorskip("captum")
 SIZE = 64

@@ -26,8 +26,7 @@ from snella.data.datasets import MaskDataset
 from snella.data.images import is_image
 from snella.data.splits import stratified_sample
 from snella.methods import build_method, spec_of
-from snella.report.examples import overlay
-from snella.report.heat_maps import heat_maps, overlay_heat
+from snella.report.examples import heat_maps, overlay, overlay_heat
 from snella.report.style import INK, MUTED, add_legend, new_panels, shortened, style_of
 from snella.runs.evaluate import Split, images_for_run
 from snella.runs.model import LoadedRun, load_run, make_backbone
@@ -140,7 +139,7 @@ def gradcam(
     """Heat maps of what speaks for the true class: images, the pre-trained model, each run (Figure 15).
 
     Images are shown as the first run's transform crops them. The maps are those of
-    `snella.report.heat_maps.heat_maps`, for ViT, Swin, ConvNeXt and other models of timm. The pre-trained model has no
+    `snella.report.examples.heat_maps`, for ViT, Swin, ConvNeXt and other models of timm. The pre-trained model has no
     head for these classes: it is the first run's backbone under that run's head.
 
     Args:

@@ -41,6 +41,14 @@ _SIZES_V2: dict[tuple[int, tuple[int, ...]], str] = {
 }
 
 
+def _stage_depths(state: dict[str, Tensor], pattern: re.Pattern[str]) -> tuple[int, ...]:
+    """Number of blocks of each stage, from names that hold both numbers."""
+    blocks: dict[int, int] = {}
+    for match in filter(None, map(pattern.match, state)):
+        blocks[int(match[1])] = max(blocks.get(int(match[1]), 0), int(match[2]) + 1)
+    return tuple(blocks[stage] for stage in sorted(blocks))
+
+
 def is_convnext(state: dict[str, Tensor]) -> bool:
     """Whether these are weights of a ConvNeXt, in Facebook's names or timm's."""
     return any(name in state for name in _STEM) and any(map(_BLOCK.match, state))
@@ -52,11 +60,7 @@ def infer_convnext(state: dict[str, Tensor]) -> InferredArchitecture:
     Args:
         state: State dict in Facebook's or timm's names.
     """
-    blocks: dict[int, int] = {}
-    for match in filter(None, map(_BLOCK.match, state)):
-        stage = int(match[1])
-        blocks[stage] = max(blocks.get(stage, 0), int(match[2]) + 1)
-    depths = tuple(blocks[stage] for stage in sorted(blocks))
+    depths = _stage_depths(state, _BLOCK)
     stem = next(state[name] for name in _STEM if name in state)
     dims = [stem.shape[0]]
     for stage in range(1, len(depths)):
@@ -105,13 +109,8 @@ def infer_swin(state: dict[str, Tensor]) -> InferredArchitecture:
         state: State dict in Microsoft's or timm's names.
     """
     width, _, patch, _ = state[_PATCH].shape
-    heads: dict[int, int] = {}
-    blocks: dict[int, int] = {}
-    for match in filter(None, map(_TABLE.match, state)):
-        stage = int(match[1])
-        blocks[stage] = max(blocks.get(stage, 0), int(match[2]) + 1)
-        heads[stage] = state[match[0]].shape[1]
-    depths = tuple(blocks[stage] for stage in sorted(blocks))
+    heads = {int(match[1]): state[match[0]].shape[1] for match in filter(None, map(_TABLE.match, state))}
+    depths = _stage_depths(state, _TABLE)
     window = (math.isqrt(state[_FIRST_TABLE].shape[0]) + 1) // 2
     img_size = _masked_size(state, patch) or window * patch * 2 ** (len(depths) - 1)
     size = _SWIN_SIZES.get((width, depths))
@@ -223,14 +222,3 @@ def infer_architecture(checkpoint: Checkpoint, *, source: str) -> InferredArchit
     if is_convnext(state):
         return infer_convnext(state)
     return infer_vit(state, source=source, num_heads=checkpoint.num_heads)
-
-
-__all__ = [
-    "InferredArchitecture",
-    "infer_architecture",
-    "infer_convnext",
-    "infer_swin",
-    "infer_vit",
-    "is_convnext",
-    "is_swin",
-]

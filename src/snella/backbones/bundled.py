@@ -1,6 +1,5 @@
 """Bundled backbones: weights inside Python packages, converted once into the user's cache."""
 
-import hashlib
 import importlib.util
 import logging
 import os
@@ -17,6 +16,7 @@ from safetensors.torch import load_file, save
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
+from snella._files import sha256_of
 from snella.backbones.checkpoint import Checkpoint, load_weights, update_config
 
 
@@ -249,8 +249,7 @@ def _locate(name: str, packaged: PackagedBackbone) -> Path:
 
 def _check_sha256(source: Path, packaged: PackagedBackbone) -> None:
     """Refuse a file that is not the one whose layout is known."""
-    with source.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    digest = sha256_of(source)
     if digest != packaged.sha256:
         raise ValueError(
             f"'{source}' is damaged or of another version: its sha256 must begin with {packaged.sha256[:8]}, "
@@ -270,14 +269,3 @@ def _write(path: Path, content: bytes) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-__all__ = [
-    "PACKAGED",
-    "PackagedBackbone",
-    "cache_folder",
-    "convert_dinov2_onnx",
-    "convert_efficientnet_lite",
-    "load_packaged",
-    "packaged_names",
-]

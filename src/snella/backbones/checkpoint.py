@@ -7,7 +7,7 @@ import pickle
 import sys
 import warnings
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from timm.data.constants import (
 )
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+
+from snella._text import listed
 
 _logger = logging.getLogger(__name__)
 _Arrays = dict[str, tuple[int, ...]]
@@ -234,9 +236,6 @@ def _sines(grid: int, width: int) -> tuple[Tensor, Tensor]:
     return encoded.repeat_interleave(grid, 0), encoded.repeat(grid, 1)
 
 
-_SHOWN = 5
-
-
 def errors(
     state: Mapping[str, Tensor],
     reference: Mapping[str, Tensor],
@@ -265,13 +264,6 @@ def errors(
     ]
     kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
     return [f"{len(found)} {kind} ({listed(found)})" for kind, found in kinds if found]
-
-
-def listed(items: Iterable[str]) -> str:
-    """The first few items, and how many more there are."""
-    shown = list(items)
-    rest = len(shown) - _SHOWN
-    return ", ".join(shown[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def update_config(model: nn.Module, **entries: Any) -> None:
@@ -320,7 +312,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
         state, heads = read_google_npz(path)
         return Checkpoint(state, path, heads, GOOGLE)
     if suffix == ".safetensors":
-        content = _read_safetensors(path)
+        try:
+            content = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"weights '{path}' are not a readable safetensors file: {error}") from error
     elif suffix in _TORCH_SUFFIXES:
         content = _read_torch(path)
     else:
@@ -358,7 +353,8 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, *, name: str) -> None
     _check_patch_and_heads(model, checkpoint, name, reference)
     _check_position_tables(checkpoint, name, reference)
     state = _filtered(model, checkpoint, name)
-    heads = _head_names(model)
+    names = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    heads = (names,) if isinstance(names, str) else tuple(names)
     state = _without_other_head(state, reference, heads, checkpoint.source)
     found = errors(
         state,
@@ -385,14 +381,6 @@ def _take_normalization(model: nn.Module, checkpoint: Checkpoint) -> None:
     update_config(model, mean=origin.mean, std=origin.std)
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file, naming it where it is damaged."""
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"weights '{path}' are not a readable safetensors file: {error}") from error
-
-
 def _read_torch(path: Path) -> Any:
     """Unpickle tensors only; `argparse.Namespace` is let through, as training scripts store their options so."""
     try:
@@ -412,15 +400,12 @@ def _open_nested(content: Any, path: Path) -> dict[str, Tensor]:
         if key is None:
             break
         content = content[key]
-    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)} if _is_dict(content) else {}
+    is_named = isinstance(content, dict) and all(isinstance(key, str) for key in content)
+    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)} if is_named else {}
     if not tensors:
         seen = f"a dictionary with {listed(map(str, content))}" if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"weights '{path}' must hold a dictionary of tensors, found {seen}")
     return tensors
-
-
-def _is_dict(content: Any) -> bool:
-    return isinstance(content, dict) and all(isinstance(key, str) for key in content)
 
 
 def _unwrap(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -483,12 +468,6 @@ def _filtered(model: nn.Module, checkpoint: Checkpoint, name: str) -> dict[str, 
         ) from error
 
 
-def _head_names(model: nn.Module) -> tuple[str, ...]:
-    """Names of the classifier layers, e.g. `head`, or two for a distilled model."""
-    heads = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
-    return (heads,) if isinstance(heads, str) else tuple(heads)
-
-
 def _without_other_head(
     state: dict[str, Tensor], reference: dict[str, Tensor], heads: tuple[str, ...], source: Path
 ) -> dict[str, Tensor]:
@@ -499,20 +478,3 @@ def _without_other_head(
             _logger.info("head of %d classes in '%s' left out; the new one starts at random", weight.shape[0], source)
             state = {key: value for key, value in state.items() if not key.startswith(f"{head}.")}
     return state
-
-
-__all__ = [
-    "GOOGLE",
-    "WEIGHT_SUFFIXES",
-    "Checkpoint",
-    "Origin",
-    "encoder_alone",
-    "errors",
-    "listed",
-    "load_weights",
-    "origin_of",
-    "read_checkpoint",
-    "read_google_npz",
-    "update_config",
-    "weight_suffix",
-]

@@ -421,13 +421,3 @@ def _check_numbers(num_classes: int, img_size: int | None) -> None:
         raise ValueError(f"num_classes must be 0 (no head) or more, got {num_classes}")
     if img_size is not None and img_size < 1:
         raise ValueError(f"img_size must be at least 1 pixel, got {img_size}")
-
-
-__all__ = [
-    "SAM_PREFIX",
-    "LocalFolder",
-    "cache_only_if_unreachable",
-    "create_backbone",
-    "create_from_hub",
-    "read_folder",
-]

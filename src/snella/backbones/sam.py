@@ -13,7 +13,8 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEncoderConfig, SamVisionConfig
 
-from snella.backbones.checkpoint import errors, listed, read_checkpoint
+from snella._text import listed
+from snella.backbones.checkpoint import errors, read_checkpoint
 from snella.backbones.create import SAM_PREFIX
 
 _DECODER_HEADS = 8  # not visible in the shapes; every published SAM has this many
@@ -346,12 +347,3 @@ def create_sam_segmenter(path: str, *, num_classes: int, img_size: int | None = 
         )
     sam = load_sam(Path(path), image_size=img_size)
     return SamSegmenter(sam, next(iter(sam.vision_encoder.patch_embed.image_size)))
-
-
-__all__ = [
-    "SamMaskHead",
-    "SamSegmenter",
-    "create_sam_segmenter",
-    "infer_sam_config",
-    "load_sam",
-]

@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 from snella.backbones.create import SAM_PREFIX, create_backbone
 
-__all__ = ["DECODER", "LightDecoder", "SegmentationModel", "create_segmenter"]
-
 DECODER = "decoder"
 """Name of the part of a segmentation model that is always trained in full."""
 _LEVELS = 4

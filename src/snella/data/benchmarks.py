@@ -1,16 +1,17 @@
-"""The data sets of a benchmark: names, folders and checks of their lists."""
+"""VTAB-1k and FGVC: names and folders of their data sets, how they are listed, and checks of these lists."""
 
 import difflib
 import hashlib
+import json
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
-from snella.data.datasets import FileImages, ImageDataset
-from snella.data.folder import listed
+from snella._text import listed
+from snella.data.datasets import Collection, FileImages, ImageDataset
 
 _MOST_COPIES = 0.05
 
@@ -72,6 +73,21 @@ class Inspection:
             remedy = "; to use it anyway, pass strict_sizes=False" if strict_sizes and not self.errors else ""
             raise ValueError(f"{spec} is not {self.name} as the benchmark has it: {'; '.join(wrong)}{remedy}")
         self.notes += [f"not the benchmark's own data: {deviation}" for deviation in self.deviations]
+
+    def compare(self, one: str, other: str) -> None:
+        """Note `overlap_errors` of two parts, where both are there."""
+        if one in self.parts and other in self.parts:
+            errors, notes = overlap_errors(self.parts[one], self.parts[other])
+            self.errors += errors
+            self.notes += notes
+
+    def count(self, sizes: Mapping[str, int]) -> None:
+        """Note parts that have other numbers of images than the benchmark's."""
+        self.deviations += [
+            f"{name} must have {size:,} images, got {len(self.parts[name]):,}"
+            for name, size in sizes.items()
+            if name in self.parts and len(self.parts[name]) != size
+        ]
 
 
 def dataset_of(part: ListedPart) -> ImageDataset:
@@ -146,15 +162,19 @@ def class_errors(parts: Sequence[ListedPart], classes: int) -> tuple[list[str], 
 
 def _copies(one: ListedPart, other: ListedPart) -> list[str]:
     """`other file = file of one` for every file with equal bytes."""
+
+    def digest(file: Path) -> bytes:
+        return hashlib.blake2b(file.read_bytes(), digest_size=16).digest()
+
     mine, theirs = _sizes(one), _sizes(other)
     common = set(mine.values()) & set(theirs.values())
     known: dict[bytes, str] = {}
     for file in one.files:
         if mine.get(file) in common:
-            known.setdefault(_digest(one.root / file), file)
+            known.setdefault(digest(one.root / file), file)
     found = []
     for file in other.files:
-        if theirs.get(file) in common and (original := known.get(_digest(other.root / file))):
+        if theirs.get(file) in common and (original := known.get(digest(other.root / file))):
             found.append(f"{file} = {original}")
     return found
 
@@ -166,23 +186,13 @@ def _sizes(part: ListedPart) -> dict[str, int]:
     for file in part.files:
         parent, _, name = file.rpartition("/")
         if parent not in folders:
-            folders[parent] = _folder_sizes(part.root / parent)
+            folders[parent] = {}
+            if (part.root / parent).is_dir():
+                with os.scandir(part.root / parent) as entries:
+                    folders[parent] = {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
         if name in folders[parent]:
             sizes[file] = folders[parent][name]
     return sizes
-
-
-def _folder_sizes(folder: Path) -> dict[str, int]:
-    """Bytes of every file of a folder by name; none where there is no folder."""
-    if not folder.is_dir():
-        return {}
-    with os.scandir(folder) as entries:
-        return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
-
-
-def _digest(file: Path) -> bytes:
-    """BLAKE2 digest of a file."""
-    return hashlib.blake2b(file.read_bytes(), digest_size=16).digest()
 
 
 class Member(Protocol):
@@ -265,13 +275,313 @@ class BenchmarkFamily(Generic[M]):
         return member, found
 
 
-__all__ = [
-    "BenchmarkFamily",
-    "Inspection",
-    "ListedPart",
-    "Member",
-    "class_errors",
-    "dataset_of",
-    "file_errors",
-    "overlap_errors",
-]
+_VTAB_LAYOUT = "TASK/{train800,val200,train800val200,test}.txt and TASK/images/{train800,val200,train800val200,test}/"
+_VTAB_SIZES = {"train800": 800, "val200": 200, "train800val200": 1000}
+_JOINED = "train800val200"
+
+
+@dataclass(frozen=True)
+class VtabTask:
+    """One task.
+
+    Attributes:
+        name: Of its folder, as most repositories have it.
+        group: natural, specialised or structured.
+        classes: How many classes.
+        test_size: How many test images.
+        aliases: Other names of its folder.
+    """
+
+    name: str
+    group: str
+    classes: int
+    test_size: int
+    aliases: tuple[str, ...] = ()
+
+
+VTAB_TASKS: dict[str, VtabTask] = {
+    task.name: task
+    for task in (
+        VtabTask("cifar", "natural", 100, 10_000, ("cifar100",)),
+        VtabTask("caltech101", "natural", 102, 6_084),
+        VtabTask("dtd", "natural", 47, 1_880),
+        VtabTask("oxford_flowers102", "natural", 102, 6_149, ("flowers102",)),
+        VtabTask("svhn", "natural", 10, 26_032),
+        VtabTask("sun397", "natural", 397, 21_750),
+        VtabTask("oxford_iiit_pet", "natural", 37, 3_669, ("pets",)),
+        VtabTask("patch_camelyon", "specialised", 2, 32_768),
+        VtabTask("eurosat", "specialised", 10, 5_400),
+        VtabTask("resisc45", "specialised", 45, 6_300),
+        VtabTask("diabetic_retinopathy", "specialised", 5, 42_670),
+        VtabTask("clevr_count", "structured", 8, 15_000),
+        VtabTask("clevr_dist", "structured", 6, 15_000),
+        VtabTask("dmlab", "structured", 6, 22_735),
+        VtabTask("kitti", "structured", 4, 711),
+        VtabTask("dsprites_loc", "structured", 16, 73_728),
+        VtabTask("dsprites_ori", "structured", 16, 73_728),
+        VtabTask("smallnorb_azi", "structured", 18, 12_150),
+        VtabTask("smallnorb_ele", "structured", 9, 12_150),
+    )
+}
+"""The tasks in the order of the paper's Table XIII."""
+
+
+def load_vtab(path: str, *, strict_sizes: bool = True) -> Collection:
+    """Collect one task: `train800` for training, `val200` to choose on, and the test images.
+
+    Args:
+        path: The task's folder, named as in `VTAB_TASKS` or by another of its names.
+        strict_sizes: Refuse numbers of images or classes that are not the benchmark's; otherwise they are noted.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        ValueError: Not a task's name, or whatever `inspect_vtab` finds, all in one message.
+    """
+    task, found = VTAB.load(path, strict_sizes=strict_sizes)
+    return Collection(
+        task.name,
+        found.classes,
+        dataset_of(found.parts["train800"]),
+        dataset_of(found.parts["val200"]),
+        dataset_of(found.parts["test"]),
+        has_parts=True,
+        notes=found.notes,
+        is_resized_whole=True,
+        official_joins_val=True,
+    )
+
+
+def inspect_vtab(folder: Path, task: VtabTask) -> Inspection:
+    """Read and check the lists of one task.
+
+    Args:
+        folder: The task's folder; exists.
+        task: Which one it is.
+
+    Returns:
+        What is there and what is wrong: lists that are missing or malformed, labels out of range, files that do not
+        exist, images that are in two parts, other numbers of images or classes than the benchmark's.
+    """
+    found = Inspection(task.name, folder, classes=[str(label) for label in range(task.classes)])
+    for name in (*_VTAB_SIZES, "test"):
+        list_file = folder / f"{name}.txt"
+        if list_file.is_file():
+            part, errors = _read_list(list_file, folder)
+            found.parts[name] = part
+            found.errors += errors
+    _complete_vtab(found)
+    parts = found.parts
+    for part in parts.values():
+        found.errors += file_errors(part)
+    errors, deviations = class_errors(list(parts.values()), task.classes)
+    found.errors += errors
+    found.deviations += deviations
+    found.count({**_VTAB_SIZES, "test": task.test_size})
+    for one, other in (("train800", "val200"), (_JOINED, "test"), ("train800", "test"), ("val200", "test")):
+        is_covered = one != _JOINED and other == "test" and _JOINED in parts and not found.errors
+        if not is_covered:
+            found.compare(one, other)
+    return found
+
+
+def _complete_vtab(found: Inspection) -> None:
+    """Derive `train800` and `val200` where only both together are listed, and check that the lists agree."""
+    parts = found.parts
+    joined = parts.get(_JOINED)
+    if joined is not None and "train800" not in parts and "val200" not in parts and len(joined) == 1000:
+        for name, rows in (("train800", slice(800)), ("val200", slice(800, None))):
+            parts[name] = ListedPart(name, joined.root, joined.files[rows], joined.labels[rows])
+        found.notes.append(f"{found.name}: train800 and val200 are the first 800 and the last 200 of {_JOINED}.txt")
+    missing = [f"{name}.txt" for name in ("train800", "val200", "test") if name not in parts]
+    if missing:
+        found.errors.append(f"missing in '{found.folder}': {', '.join(missing)}; the layout is {_VTAB_LAYOUT}")
+    elif joined is not None and joined.labels != parts["train800"].labels + parts["val200"].labels:
+        found.errors.append(f"{_JOINED}.txt must list the labels of train800.txt followed by those of val200.txt")
+
+
+def _read_list(list_file: Path, folder: Path) -> tuple[ListedPart, list[str]]:
+    """The lines `images/SPLIT/NAME LABEL` of a list, and a text about those that are not of this form."""
+    files, labels, malformed = [], [], []
+    for number, line in enumerate(list_file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        if not line.strip():
+            continue
+        name, _, label = line.strip().rpartition(" ")
+        if name and label.lstrip("-").isdigit():
+            files.append(name.strip())
+            labels.append(int(label))
+        else:
+            malformed.append(f"line {number} is {line.strip()!r}")
+    errors = []
+    if malformed:
+        errors.append(
+            f"{list_file.name} must hold lines like 'images/test/000000.jpg 3', but {len(malformed)} are not: "
+            f"{listed(malformed)}"
+        )
+    elif not files:
+        errors.append(f"{list_file.name} is empty")
+    return ListedPart(list_file.stem, folder, files, labels), errors
+
+
+VTAB = BenchmarkFamily("vtab", "VTAB-1k", "task", VTAB_TASKS, _VTAB_LAYOUT, inspect_vtab)
+"""The benchmark: how its data sets are known, found and read."""
+
+
+_FGVC_LAYOUT = "DATASET/{train,val,test}.json, each one object {image path: class}, beside the images"
+_FGVC_PARTS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class FgvcDataset:
+    """One data set.
+
+    Attributes:
+        name: Of its folder, as in the authors' scripts.
+        classes: How many classes.
+        sizes: How many images in train, val and test.
+        images: Folder inside it that image paths are relative to; empty for its own.
+        aliases: Other names of its folder.
+    """
+
+    name: str
+    classes: int
+    sizes: tuple[int, int, int]
+    images: str = ""
+    aliases: tuple[str, ...] = ()
+
+
+FGVC_DATASETS: dict[str, FgvcDataset] = {
+    dataset.name: dataset
+    for dataset in (
+        FgvcDataset("cub", 200, (5394, 600, 5794), "images", ("CUB_200_2011",)),
+        FgvcDataset("nabirds", 555, (21536, 2393, 24633), "images"),
+        FgvcDataset("oxfordflower", 102, (1020, 1020, 6149), "", ("oxfordflowers", "OxfordFlower")),
+        FgvcDataset("stanforddog", 120, (10800, 1200, 8580), "Images", ("stanforddogs", "StanfordDogs")),
+        FgvcDataset("stanfordcar", 196, (7329, 815, 8041), "", ("stanfordcars", "StanfordCars")),
+    )
+}
+"""The data sets in the order of the paper's Table I."""
+
+
+def load_fgvc(path: str, *, strict_sizes: bool = True) -> Collection:
+    """Collect one data set.
+
+    Args:
+        path: Its folder, named as in `FGVC_DATASETS` or by another of its names.
+        strict_sizes: Refuse numbers of images or classes that are not the benchmark's; otherwise they are noted.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        ValueError: Not a data set's name, or whatever `inspect_fgvc` finds, all in one message.
+    """
+    dataset, found = FGVC.load(path, strict_sizes=strict_sizes)
+    parts = {name: dataset_of(found.parts[name]) for name in _FGVC_PARTS if name in found.parts}
+    return Collection(
+        dataset.name,
+        found.classes,
+        parts["train"],
+        parts.get("val"),
+        parts["test"],
+        has_parts=True,
+        notes=found.notes,
+    )
+
+
+def inspect_fgvc(folder: Path, dataset: FgvcDataset) -> Inspection:
+    """Read and check the lists of one data set.
+
+    Classes are numbered by their ids over all lists together: a list that lacks a class would shift the numbers of
+    the classes behind it. Without `train.json`, `trainval.json` is read in its place, and a validation part is split
+    off it.
+
+    Args:
+        folder: The data set's folder; exists.
+        dataset: Which one it is.
+
+    Returns:
+        What is there and what is wrong: lists that are missing or malformed, files that do not exist, images that are
+        in two parts, other numbers of images or classes than the benchmark's.
+    """
+    found = Inspection(dataset.name, folder)
+    lists = _fgvc_lists(found)
+    ids = sorted({label for entries in lists.values() for label in entries.values()})
+    numbers = {label: number for number, label in enumerate(ids)}
+    root = folder / dataset.images
+    for name, entries in lists.items():
+        labels = [numbers[label] for label in entries.values()]
+        found.parts[name] = ListedPart(name, root, list(entries), labels)
+    found.classes = _folder_names(ids, list(found.parts.values()))
+    for part in found.parts.values():
+        found.errors += file_errors(part)
+    _check_fgvc_numbers(found, dataset)
+    for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
+        found.compare(one, other)
+    return found
+
+
+def _fgvc_lists(found: Inspection) -> dict[str, dict[str, int]]:
+    """From image path to class id, for every list that there is."""
+    lists = {}
+    files = {name: found.folder / f"{name}.json" for name in _FGVC_PARTS}
+    joined = found.folder / "trainval.json"
+    if not files["train"].is_file() and joined.is_file():
+        del files["val"]
+        files["train"] = joined
+        found.notes.append(f"{found.name}: no train.json; trainval.json is divided into training and validation")
+    missing = [file.name for file in files.values() if not file.is_file()]
+    if missing:
+        found.errors.append(f"missing in '{found.folder}': {', '.join(missing)}; the layout is {_FGVC_LAYOUT}")
+    for name, file in files.items():
+        if file.is_file():
+            entries, error = _read_object(file)
+            if error:
+                found.errors.append(error)
+            else:
+                lists[name] = entries
+    return lists
+
+
+def _read_object(file: Path) -> tuple[dict[str, int], str]:
+    """One list, and what is wrong with it; ids written as text count as numbers."""
+    try:
+        content: Any = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        return {}, f"{file.name} must be a JSON file: {error}"
+    if not isinstance(content, dict) or not content:
+        return {}, f"{file.name} must hold an object {{image path: class}}, got {str(content)[:40]!r}"
+    wrong = [f"{path!r}: {label!r}" for path, label in content.items() if not _is_number(label)]
+    if wrong:
+        return {}, f"{file.name} must give each image an integer, but {len(wrong)} have none: {listed(wrong)}"
+    return {path: int(label) for path, label in content.items()}, ""
+
+
+def _is_number(label: Any) -> bool:
+    """Whether a class id is an integer, or a string of digits."""
+    return not isinstance(label, bool) and (isinstance(label, int) or (isinstance(label, str) and label.isdigit()))
+
+
+def _folder_names(ids: list[int], parts: list[ListedPart]) -> list[str]:
+    """Names of the images' folders where each class has one of its own, else the ids."""
+    folders: list[set[str]] = [set() for _ in ids]
+    for part in parts:
+        for file, label in zip(part.files, part.labels, strict=True):
+            folders[label].add(Path(file).parent.name)
+    names = [next(iter(found)) for found in folders if len(found) == 1]
+    if len(names) == len(ids) == len(set(names)) and all(names):
+        return names
+    return [str(label) for label in ids]
+
+
+def _check_fgvc_numbers(found: Inspection, dataset: FgvcDataset) -> None:
+    """Compare the numbers of classes and images with the benchmark's."""
+    if len(found.classes) > dataset.classes:
+        found.errors.append(f"{dataset.classes} classes are required, the lists name {len(found.classes)}")
+    elif found.parts:
+        found.deviations += class_errors(list(found.parts.values()), dataset.classes)[1]
+    sizes = dict(zip(_FGVC_PARTS, dataset.sizes, strict=True))
+    if "val" not in found.parts and found.notes:
+        sizes["train"] += sizes["val"]
+    found.count(sizes)
+
+
+FGVC = BenchmarkFamily("fgvc", "FGVC", "data set", FGVC_DATASETS, _FGVC_LAYOUT, inspect_fgvc)
+"""The benchmark: how its data sets are known, found and read."""

@@ -360,18 +360,3 @@ def _package_folder(module: str, data: str, install: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise ImportError(f"data {data} comes inside the package {module!r}, which is not installed; run `{install}`")
     return Path(next(iter(spec.submodule_search_locations)))
-
-
-__all__ = [
-    "REGIONS",
-    "load_digits",
-    "load_elpv",
-    "load_fashion_mnist",
-    "load_mnist5k",
-    "load_mri",
-    "load_mri_lobes",
-    "load_mri_regions",
-    "load_stamps",
-    "missing_package_message",
-    "read_nifti",
-]

@@ -11,14 +11,11 @@ from typing import Any, cast
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from snella.data.benchmarks import BenchmarkFamily, Inspection
-from snella.data.datasets import CachedImages, ImageDataset, MaskDataset, broken_images
-from snella.data.fgvc import FGVC, FGVC_DATASETS
-from snella.data.folder import listed
-from snella.data.images import ImageFacts
+from snella._text import listed
+from snella.data.benchmarks import FGVC, FGVC_DATASETS, VTAB, VTAB_TASKS, BenchmarkFamily, Inspection
+from snella.data.datasets import MaskDataset, broken_images, known_facts
 from snella.data.load import DataSplits, load_data, repeated_images
 from snella.data.table import TargetKind
-from snella.data.vtab import VTAB, VTAB_TASKS
 
 _FAMILIES: tuple[BenchmarkFamily[Any], ...] = (VTAB, FGVC)
 
@@ -234,13 +231,7 @@ def check_data(
     elif target == "numbers":
         check.ranges = _ranges(splits)
     check.notes += _repetitions(splits)
-    facts = [
-        known[row]
-        for images in splits.parts.values()
-        for known in (_facts_of(images),)
-        for row in images.rows
-        if row in known
-    ]
+    facts = [fact for images in splits.parts.values() for fact in known_facts(images).values()]
     if facts:
         by_area = sorted((fact.size for fact in facts), key=lambda size: size[0] * size[1])
         check.sizes = (by_area[0], by_area[len(by_area) // 2], by_area[-1])
@@ -264,11 +255,6 @@ def _ranges(splits: DataSplits) -> dict[str, tuple[float, float, float]]:
     values = np.array(targets, dtype=float).reshape(len(targets), -1)
     low, median, high = np.quantile(values, (0, 0.5, 1), axis=0, method="nearest").tolist()
     return dict(zip(splits.classes, zip(low, median, high, strict=True), strict=True))
-
-
-def _facts_of(images: ImageDataset) -> dict[int, ImageFacts]:
-    """What is known of images that were inspected, by row."""
-    return images.source.facts if isinstance(images.source, CachedImages) else {}
 
 
 def _repetitions(splits: DataSplits) -> list[str]:
@@ -327,12 +313,3 @@ def contact_sheet(splits: DataSplits, *, per_class: int = 10, most_classes: int 
             left = _GAP + place * (_TILE + _GAP)
             sheet.paste(tile, (left + (_TILE - tile.width) // 2, top + _HEADING + (_TILE - tile.height) // 2))
     return sheet
-
-
-__all__ = [
-    "BenchmarkCheck",
-    "DataCheck",
-    "check_benchmarks",
-    "check_data",
-    "contact_sheet",
-]

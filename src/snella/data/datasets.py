@@ -297,12 +297,8 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
             raise ValueError(
                 f"rows, labels and names must be equally many, got {len(rows)}, {len(labels)} and {len(names)}"
             )
-        self.source = source
-        self.rows = list(rows)
-        self.labels = list(labels)
-        self.names = list(names)
-        self.transform = transform
-        self.seed = seed
+        self.source, self.rows, self.labels, self.names = source, list(rows), list(labels), list(names)
+        self.transform, self.seed = transform, seed
         self.annotations = annotations or Annotations()
         self._encode: Callable[[Target], Any] | None = None
         self._is_weighted = False
@@ -440,6 +436,12 @@ def _item_seed(seed: int, epoch: int, index: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def known_facts(images: ImageDataset) -> dict[int, ImageFacts]:
+    """What is known of those images of a data set that were inspected, by position."""
+    known = images.source.facts if isinstance(images.source, CachedImages) else {}
+    return {position: known[row] for position, row in enumerate(images.rows) if row in known}
+
+
 class FileMasks(FileImages):
     """Mask files, kept in memory like images.
 
@@ -460,23 +462,12 @@ class FileMasks(FileImages):
         return Image.fromarray(labels.astype(np.uint8))
 
 
-class ArrayMasks:
-    """Masks in one array.
-
-    Args:
-        labels: `[n, height, width]`, uint8.
-    """
-
-    def __init__(self, labels: np.ndarray) -> None:
-        self.labels = labels
+class ArrayMasks(ArrayImages):
+    """Masks in one array, whose values are the labels."""
 
     def load(self, row: int) -> Image.Image:
         """Labels as the gray values of a picture."""
-        return Image.fromarray(self.labels[row])
-
-    def content(self, row: int) -> bytes:
-        """The labels."""
-        return self.labels[row].tobytes()
+        return Image.fromarray(self.pixels[row])
 
 
 class MaskDataset(ImageDataset):
@@ -518,16 +509,11 @@ class MaskDataset(ImageDataset):
         if self.transform is None:
             return image.copy(), labels.numpy()
         moved, mask = cast(Callable[..., Any], self.transform)(image, tv_tensors.Mask(labels))
-        return moved, _plain(mask).long()
+        return moved, mask.as_subclass(Tensor).long()
 
     def _made(self, rows: list[int], labels: list[int], names: list[str], transform: Any) -> "MaskDataset":
         """A data set of the same sources."""
         return MaskDataset(self.source, self.masks, rows, names, transform=transform, seed=self.seed)
-
-
-def _plain(mask: Tensor) -> Tensor:
-    """An ordinary tensor with the mask's values."""
-    return mask.as_subclass(Tensor)
 
 
 def read_at_side(parts: Sequence[ImageDataset], side: int | None) -> list[ImageDataset]:
@@ -631,24 +617,3 @@ class Collection:
             part = getattr(self, name)
             if part is not None:
                 yield name, part
-
-
-__all__ = [
-    "Annotations",
-    "ArrayImages",
-    "ArrayMasks",
-    "CachedImages",
-    "Collection",
-    "FileImages",
-    "FileMasks",
-    "ImageDataset",
-    "ImageSource",
-    "MaskDataset",
-    "Target",
-    "Watch",
-    "broken_images",
-    "broken_rows",
-    "joined",
-    "read_at_side",
-    "watched_reading",
-]

@@ -3,13 +3,12 @@
 import difflib
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from snella._text import listed
 from snella.data.datasets import Collection, FileImages, ImageDataset, broken_rows
 from snella.data.images import HEIC_HINT, IMAGE_SUFFIXES, RGB, Reading, is_heic, is_image
-
-__all__ = ["PARTS", "existing_folder", "listed", "load_folder"]
 
 PARTS = {
     **{"train": "train", "training": "train", "test": "test", "testing": "test"},
@@ -237,9 +236,3 @@ def _other_kinds(others: Counter[str]) -> str:
     kinds = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(_NAMED))
     heic = f"; {HEIC_HINT}" if "HEIC" in others else ""
     return f"left out {others.total()} files that are not {', '.join(IMAGE_SUFFIXES)}: {kinds}{heic}"
-
-
-def listed(items: Sequence[str]) -> str:
-    """The first few of many errors, and how many more there are."""
-    rest = len(items) - _NAMED
-    return ", ".join(items[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,6 +1,5 @@
 """Data sets of Hugging Face and torch: `hf:`, `wds:`, and objects that are handed over in Python."""
 
-import difflib
 import glob
 import io
 from collections.abc import Mapping, Sequence
@@ -13,12 +12,11 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
+from snella._text import listed, near_siblings
 from snella.data.datasets import CachedImages, Collection
-from snella.data.folder import PARTS, listed
+from snella.data.folder import PARTS
 from snella.data.images import RGB, Reading, decode_image, to_channels
 from snella.data.table import Columns, Samples, TargetKind, collection_of
-
-__all__ = ["PYTHON_PREFIX", "from_python", "load_hf", "load_wds"]
 
 PYTHON_PREFIX = "python:"
 _IMAGE = "<image>"
@@ -251,21 +249,11 @@ def _from_hf(
         found["split"] = "split"
     encoded = [rows.select_columns([found["path"]]) for rows in parts.values()]
     encoded = [rows.cast_column(found["path"], datasets.Image(decode=False)) for rows in encoded]
-    labels = found["label"].split("+")
     names = table.get(_KEY) or [f"{part}/{row:06}" for part, rows in parts.items() for row in range(len(rows))]
-    samples = Samples(
-        name,
-        where,
-        _HubImages(encoded, found["path"], reading),
-        names,
-        [value[0] if len(labels) == 1 else value for value in zip(*(table[label] for label in labels), strict=True)],
-        labels,
-        splits=table[found["split"]] if "split" in found else None,
-        weights=table[found["weight"]] if "weight" in found else None,
-        groups=table[found["group"]] if "group" in found else None,
-        classes=_class_names(first.features.get(labels[0])) if target != "numbers" else None,
-        notes=[*notes, f"columns: {', '.join(f'{role} {column!r}' for role, column in found.items())}"],
-    )
+    samples = Samples.of_table(name, where, _HubImages(encoded, found["path"], reading), names, table, found)
+    samples.notes = [*notes, *samples.notes]
+    if target != "numbers":
+        samples.classes = _class_names(first.features.get(samples.label_columns[0]))
     return collection_of(samples, target=target, skip_corrupt=skip_corrupt)
 
 
@@ -314,14 +302,9 @@ def _shards(path: str) -> list[Path]:
             found = [Path(name) for name in sorted(glob.glob(str(folder)))]
     missing = [str(shard) for shard in found if not shard.is_file()]
     if missing or not found:
-        parent = folder.parent
-        names = [child.name for child in parent.iterdir()] if parent.is_dir() else []
-        near = difflib.get_close_matches(folder.name, names, n=2)
-        hint = (
-            f"nearest there: {', '.join(map(repr, near))}" if near else "write wds:FOLDER or wds:train-{000..009}.tar"
-        )
+        hint = near_siblings(folder) or "; write wds:FOLDER or wds:train-{000..009}.tar"
         raise FileNotFoundError(
-            f"data must name tar files, got wds:{path}, but {listed(missing) or 'no such file'} is not there; {hint}"
+            f"data must name tar files, got wds:{path}, but {listed(missing) or 'no such file'} is not there{hint}"
         )
     return [shard.absolute() for shard in found]
 
@@ -343,9 +326,7 @@ def _reading_error(where: str, place: Path, error: Exception) -> Exception:
     while cause.__cause__ is not None:
         cause = cause.__cause__
     text = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-    siblings = [child.name for child in place.parent.iterdir()] if place.parent.is_dir() else []
-    near = [] if place.exists() else difflib.get_close_matches(place.name, siblings, n=2)
-    nearest = f"; nearest there: {', '.join(map(repr, near))}" if near else ""
+    nearest = near_siblings(place) if place.parent.is_dir() and not place.exists() else ""
     if isinstance(error, ConnectionError):
         return ConnectionError(
             f"data {where} is neither a folder nor in the cache, and the hub could not be reached ({text}); give the "

@@ -361,26 +361,3 @@ def _labels(image: Image.Image) -> np.ndarray:
             return colors[..., 0]
         raise ValueError("it holds colors, save it as a palette or gray PNG whose values are the labels")
     raise ValueError(f"mode {image.mode} has no labels, save it as a palette or gray PNG")
-
-
-__all__ = [
-    "DECODING_ERRORS",
-    "FULL_WHITE",
-    "HEIC_HINT",
-    "IMAGE_SUFFIXES",
-    "LOSSY_FORMATS",
-    "RGB",
-    "THRESHOLD",
-    "ImageFacts",
-    "Reading",
-    "decode_image",
-    "facts_of",
-    "has_heic",
-    "inspect_image",
-    "is_heic",
-    "is_image",
-    "read_image",
-    "read_label_map",
-    "to_channels",
-    "to_rgb",
-]

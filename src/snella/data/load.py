@@ -12,6 +12,8 @@ import numpy as np
 
 from snella._deprecation import accept_former_arguments
 from snella._files import sha256_of
+from snella._text import listed
+from snella.data.benchmarks import FGVC, VTAB, load_fgvc, load_vtab
 from snella.data.bundled import (
     load_digits,
     load_elpv,
@@ -22,15 +24,13 @@ from snella.data.bundled import (
     load_mri_regions,
     load_stamps,
 )
-from snella.data.datasets import CachedImages, Collection, FileImages, ImageDataset, Target, joined
-from snella.data.fgvc import FGVC, load_fgvc
-from snella.data.folder import listed, load_folder
+from snella.data.datasets import Collection, FileImages, ImageDataset, Target, joined, known_facts
+from snella.data.folder import load_folder
 from snella.data.hub import PYTHON_PREFIX, from_python, load_hf, load_wds
-from snella.data.images import FULL_WHITE, RGB, ImageFacts, Reading
+from snella.data.images import FULL_WHITE, RGB, Reading
 from snella.data.masks import load_kvasir, load_masks
 from snella.data.splits import fold_split, grouped_split, stratified_sample, stratified_split
 from snella.data.table import Columns, TargetKind, load_table
-from snella.data.vtab import VTAB, load_vtab
 
 _FOLDER = "folder:"
 _LEAST_CORRELATION, _MOST_DISTANCE = 0.995, 3.0
@@ -230,12 +230,9 @@ def load_data(
         part.seed = seed
     counts = " · ".join(f"{name} {len(part):,}" for name, part in parts.items())
     total = sum(len(images) for _, images in collection.parts())
-    what = (
-        f"images with {' and '.join(collection.classes)}"
-        if target == "numbers"
-        else f"images in {len(collection.classes)} classes"
-    )
-    description = f"{collection.name}: {total:,} {what}; {counts}"
+    of_numbers = f"with {' and '.join(collection.classes)}"
+    what = of_numbers if target == "numbers" else f"in {len(collection.classes)} classes"
+    description = f"{collection.name}: {total:,} images {what}; {counts}"
     notes = [
         *collection.notes,
         *_absent(parts, collection, target),
@@ -393,30 +390,18 @@ def _choose(part: str, images: ImageDataset, size: int | None, seed: int, classe
 
 def _absent(parts: dict[str, ImageDataset], collection: Collection, target: TargetKind) -> list[str]:
     """Notes about classes or labels that a part lacks; none of numbers."""
-    if target == "class":
-        return _absent_classes(parts, collection.label_names)
-    return _absent_labels(parts, collection.classes) if target == "labels" else []
-
-
-def _absent_labels(parts: dict[str, ImageDataset], classes: list[str]) -> list[str]:
-    """Notes about labels that no image of a part has."""
     notes = []
+    names = {"class": collection.label_names, "labels": collection.classes}.get(target, [])
     for part, images in parts.items():
-        there = {name for target in images.annotations.targets or [] for name in cast(tuple[str, ...], target)}
-        absent = [repr(name) for name in classes if name not in there]
+        if target == "class":
+            there, text = {names[label] for label in images.labels}, "of {} classes"
+        else:
+            targets = images.annotations.targets or []
+            there = {name for labels in targets for name in cast(tuple[str, ...], labels)} if names else set()
+            text = "has {} of the labels"
+        absent = [repr(name) for name in names if name not in there]
         if absent:
-            notes.append(f"no image in {part} has {len(absent)} of the labels: {', '.join(absent[:5])}")
-    return notes
-
-
-def _absent_classes(parts: dict[str, ImageDataset], classes: list[str]) -> list[str]:
-    """Notes about classes that a later part has no image of."""
-    notes = []
-    for part, images in parts.items():
-        there = set(images.labels)
-        absent = [repr(name) for label, name in enumerate(classes) if label not in there]
-        if absent:
-            notes.append(f"no image in {part} of {len(absent)} classes: {', '.join(absent[:5])}")
+            notes.append(f"no image in {part} {text.format(len(absent))}: {', '.join(absent[:5])}")
     return notes
 
 
@@ -449,10 +434,10 @@ def _imbalance(train: ImageDataset, classes: list[str]) -> list[str]:
 def _pages(parts: dict[str, ImageDataset]) -> list[str]:
     """A note about images with several pages or frames."""
     names = [
-        name
+        images.names[position]
         for images in parts.values()
-        for row, name in zip(images.rows, images.names, strict=True)
-        if (facts := _facts(images).get(row)) is not None and facts.has_pages
+        for position, facts in known_facts(images).items()
+        if facts.has_pages
     ]
     if not names:
         return []
@@ -461,23 +446,14 @@ def _pages(parts: dict[str, ImageDataset]) -> list[str]:
 
 def _darkness(parts: dict[str, ImageDataset]) -> list[str]:
     """A note where 16-bit images use a small part of their range, as those of 12-bit cameras do."""
-    shares = [
-        fact.brightest
-        for images in parts.values()
-        for row in images.rows
-        if (fact := _facts(images).get(row)) is not None and fact.brightest is not None
-    ]
+    facts = [fact for images in parts.values() for fact in known_facts(images).values()]
+    shares = [fact.brightest for fact in facts if fact.brightest is not None]
     if not shares or max(shares) > _DARK or max(shares) == 0:
         return []
     return [
         f"{len(shares)} images of 16 bits use at most {max(shares):.1%} of the range; --white (white=) is the value "
         "that becomes white, e.g. 4095 for 12-bit cameras"
     ]
-
-
-def _facts(images: ImageDataset) -> dict[int, ImageFacts]:
-    """What is known of the images of a source, by row."""
-    return images.source.facts if isinstance(images.source, CachedImages) else {}
 
 
 def _copies(parts: dict[str, ImageDataset]) -> list[str]:
@@ -487,9 +463,8 @@ def _copies(parts: dict[str, ImageDataset]) -> list[str]:
     for name in ("val", "test"):
         both = {**near_copies(parts["train"], parts[name]), **equal.get(name, {})} if name in parts else {}
         if both:
-            shown = listed(
-                [f"{parts['train'].names[b]!r} is {parts[name].names[a]!r}" for a, b in sorted(both.items())]
-            )
+            trained, others = parts["train"].names, parts[name].names
+            shown = listed(f"{trained[b]!r} is {others[a]!r}" for a, b in sorted(both.items()))
             resaved = len(both) - len(equal.get(name, {}))
             kind = f" ({resaved} of them saved again or resized)" if resaved else ""
             notes.append(
@@ -524,11 +499,10 @@ def repeated_images(images: ImageDataset) -> list[list[int]]:
     Args:
         images: Inspected ones; others are passed over, as are flat ones.
     """
-    facts = _facts(images)
     groups: dict[Any, list[int]] = {}
-    for position, row in enumerate(images.rows):
-        if row in facts and facts[row].thumbnail.std() > _FLAT:
-            groups.setdefault((facts[row].size, facts[row].thumbnail.tobytes()), []).append(position)
+    for position, facts in known_facts(images).items():
+        if facts.thumbnail.std() > _FLAT:
+            groups.setdefault((facts.size, facts.thumbnail.tobytes()), []).append(position)
     return [group for group in groups.values() if len(group) > 1]
 
 
@@ -546,13 +520,8 @@ def near_copies(train: ImageDataset, others: ImageDataset) -> dict[int, int]:
         From the position in `others` to that of the training image that is most alike.
     """
     known = [
-        {
-            p: facts[row].thumbnail
-            for p, row in enumerate(images.rows)
-            if row in facts and facts[row].thumbnail.std() > _FLAT
-        }
+        {p: facts.thumbnail for p, facts in known_facts(images).items() if facts.thumbnail.std() > _FLAT}
         for images in (train, others)
-        for facts in (_facts(images),)
     ]
     if not all(known) or len(known[0]) * len(known[1]) > _MOST_PAIRS:
         return {}
@@ -586,16 +555,3 @@ def _check_numbers(
     ]
     if errors:
         raise ValueError("; ".join(errors))
-
-
-__all__ = [
-    "DataSplits",
-    "data_folder",
-    "data_names",
-    "has_columns",
-    "load_data",
-    "near_copies",
-    "repeated_images",
-    "split_spec",
-    "with_class_order",
-]

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from snella._text import listed
 from snella.data.datasets import Collection, FileImages, FileMasks, ImageDataset, MaskDataset
-from snella.data.folder import existing_folder, listed
+from snella.data.folder import existing_folder
 from snella.data.images import IMAGE_SUFFIXES, THRESHOLD, read_image, read_label_map
 
 _OVERLAP_THREADS = 4  # decoding and hashing release the interpreter lock
@@ -398,16 +399,3 @@ def _own_split(names: list[str]) -> dict[str, list[str]]:
     ordered = sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
     test = set(ordered[: max(1, round(_TEST_SHARE * len(ordered)))])
     return {"train": [n for n in names if n not in test], "test": [n for n in names if n in test]}
-
-
-__all__ = [
-    "BINARY_CLASSES",
-    "MASK_STRATA",
-    "MaskPair",
-    "collect_masks",
-    "find_pairs",
-    "load_kvasir",
-    "load_masks",
-    "overlap_note",
-    "same_images",
-]

@@ -6,8 +6,6 @@ from fractions import Fraction
 
 import numpy as np
 
-__all__ = ["fold_split", "grouped_split", "stratified_sample", "stratified_split"]
-
 _MOST_FOLDS = 20
 
 

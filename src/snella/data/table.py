@@ -12,20 +12,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from snella._text import listed
 from snella.data.datasets import Annotations, CachedImages, Collection, FileImages, ImageDataset, Target, broken_rows
-from snella.data.folder import PARTS, listed
+from snella.data.folder import PARTS
 from snella.data.images import RGB, Reading
-
-__all__ = [
-    "TABLE_SUFFIXES",
-    "Columns",
-    "Samples",
-    "TargetKind",
-    "collection_of",
-    "load_table",
-    "read_table",
-    "table_paths",
-]
 
 TargetKind = Literal["class", "labels", "numbers"]
 """What the label column holds: one class a row, any number of labels, or numbers to be predicted."""
@@ -36,17 +26,7 @@ _SYNONYMS: dict[str, tuple[str, ...]] = {
         *("images", "files", "picture", "photo"),
     ),
     "label": (
-        "label",
-        "labels",
-        "class",
-        "classname",
-        "labelname",
-        "category",
-        "target",
-        "tags",
-        "species",
-        "cls",
-        "y",
+        *("label", "labels", "class", "classname", "labelname", "category", "target", "tags", "species", "cls", "y"),
     ),
     "split": ("split", "part", "subset", "partition", "phase"),
     "weight": ("weight", "weights", "sampleweight"),
@@ -171,6 +151,35 @@ class Samples:
     broken: dict[int, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
+    @classmethod
+    def of_table(
+        cls,
+        name: str,
+        where: str,
+        source: CachedImages,
+        names: list[str],
+        table: Mapping[str, list[Any]],
+        found: Mapping[str, str],
+    ) -> "Samples":
+        """Those of a table, of whose columns `found` says the roles, as `Columns.of` does."""
+        labels = _columns_in("label", found["label"])
+        values = zip(*(table[label] for label in labels), strict=True)
+        splits, weights, groups = (
+            table[found[role]] if role in found else None for role in ("split", "weight", "group")
+        )
+        return cls(
+            name,
+            where,
+            source,
+            names,
+            labels=[value[0] if len(labels) == 1 else value for value in values],
+            label_columns=labels,
+            splits=splits,
+            weights=weights,
+            groups=groups,
+            notes=[f"columns: {', '.join(f'{role} {column!r}' for role, column in found.items())}"],
+        )
+
 
 def load_table(
     path: str,
@@ -201,26 +210,14 @@ def load_table(
     table, file = read_table(path, kind)
     where = f"{kind}:{path}"
     found = columns.of(table, ("path", "label"), where)
-    labels = _columns_in("label", found["label"])
     names = _paths(table, found["path"])
     source = FileImages([file.parent / name for name in names], reading=reading)
     broken = {row: "no path" for row, name in enumerate(names) if not name}
     broken |= {
         row: "no such file" for row, image in enumerate(source.paths) if row not in broken and not image.is_file()
     }
-    samples = Samples(
-        file.stem,
-        where,
-        source,
-        names,
-        labels=[value[0] if len(labels) == 1 else value for value in zip(*(table[n] for n in labels), strict=True)],
-        label_columns=labels,
-        splits=table[found["split"]] if "split" in found else None,
-        weights=table[found["weight"]] if "weight" in found else None,
-        groups=table[found["group"]] if "group" in found else None,
-        broken=broken,
-        notes=[f"columns: {', '.join(f'{role} {name!r}' for role, name in found.items())}"],
-    )
+    samples = Samples.of_table(file.stem, where, source, names, table, found)
+    samples.broken = broken
     return collection_of(samples, target=target, skip_corrupt=skip_corrupt)
 
 
@@ -264,11 +261,7 @@ def collection_of(samples: Samples, *, target: TargetKind = "class", skip_corrup
     numbers, classes, strata = _labels(rows, samples, values, target)
     if target == "class":
         _check_classes(classes, numbers, rows, parts, samples)
-    groups = (
-        None
-        if samples.groups is None
-        else [_text(value) or f"(row {row + 1})" for row, value in enumerate(samples.groups)]
-    )
+    groups = samples.groups and [_text(value) or f"(row {row + 1})" for row, value in enumerate(samples.groups)]
 
     def dataset(part: str) -> ImageDataset | None:
         chosen = [row for row in rows if parts[row] == part]

@@ -9,8 +9,6 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
-__all__ = ["Augment", "build_transform"]
-
 Augment = Literal["none", "flip", "crop", "imagenet", "randaugment", "trivialaugment", "3augment"]
 CropMode = Literal["center", "squash"]
 _CROP_SCALES = {

@@ -1,16 +1,5 @@
 """The JSON files of runs and comparisons, as dataclasses: who writes one makes its record, who reads one gets it."""
 
-from snella.records.comparison import (
-    AnswerScores,
-    CellResults,
-    CellRow,
-    MethodResult,
-    MethodResults,
-    SearchChoice,
-    SubjectFidelity,
-    TaskAccuracy,
-    TriedCandidate,
-)
 from snella.records.record import (
     FORMAT,
     Record,
@@ -20,6 +9,24 @@ from snella.records.record import (
     read_object,
     record_from,
     write,
+)
+from snella.records.results import (
+    AnswerScores,
+    CellResults,
+    CellRow,
+    LabelSetScores,
+    MaskScores,
+    MethodResult,
+    MethodResults,
+    OrdinalScores,
+    RegressionScores,
+    Scores,
+    SearchChoice,
+    SplitScores,
+    SubjectFidelity,
+    TaskAccuracy,
+    TriedCandidate,
+    scores_from,
 )
 from snella.records.run import (
     Allocation,
@@ -48,15 +55,6 @@ from snella.records.run import (
     ReliabilityBin,
     RunInfo,
     Status,
-)
-from snella.records.scores import (
-    LabelSetScores,
-    MaskScores,
-    OrdinalScores,
-    RegressionScores,
-    Scores,
-    SplitScores,
-    scores_from,
 )
 
 __all__ = [

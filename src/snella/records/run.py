@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from snella._files import check_files
 from snella.records.record import FORMAT, OPTIONAL, Record
-from snella.records.scores import SplitScores
+from snella.records.results import SplitScores
 
 Status = Literal["running", "interrupted", "failed", "finished"]
 

@@ -19,8 +19,7 @@ from snella._files import write_bytes, write_text
 from snella._text import percent_text
 from snella.data import ImageDataset
 from snella.records import Predictions, read
-from snella.report.examples import choose_examples, picture_uri
-from snella.report.heat_maps import attention_rollout, heat_maps, overlay_heat
+from snella.report.examples import attention_rollout, choose_examples, heat_maps, overlay_heat, picture_uri
 from snella.runs.evaluate import redraw_report
 from snella.runs.images import check_splits, find_data, load_splits, parts_of
 from snella.runs.predict import Predictor, load

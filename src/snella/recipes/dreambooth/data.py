@@ -9,8 +9,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from snella._text import listed
 from snella.data.datasets import broken_images
-from snella.data.folder import existing_folder, listed
+from snella.data.folder import existing_folder
 from snella.data.images import IMAGE_SUFFIXES, read_image
 
 LIVE_CLASSES = ("cat", "dog")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from snella._text import near_siblings
 from snella.backbones.create import cache_only_if_unreachable
 
 
@@ -198,7 +198,8 @@ def load_pipeline(name: str, *, encoder_dtype: torch.dtype = torch.float32) -> S
         with suppress_progress_bars():
             return StableDiffusion3Pipeline.from_pretrained(folder, dtype=dtypes, local_files_only=True, **absent)
     if name.count("/") != 1 or name.startswith((".", "~", "/")):
-        raise FileNotFoundError(f"pipeline must be a folder or a hub name (owner/repo), got {name!r}{_near(folder)}")
+        near = near_siblings(folder, folders_alone=True)
+        raise FileNotFoundError(f"pipeline must be a folder or a hub name (owner/repo), got {name!r}{near}")
     with cache_only_if_unreachable() as reason, suppress_progress_bars():
         try:
             return StableDiffusion3Pipeline.from_pretrained(name, dtype=dtypes, local_files_only=bool(reason))
@@ -257,15 +258,6 @@ def _component_errors(folder: Path) -> list[str]:
     errors = [] if (folder / "config.json").is_file() else [f"{folder.name}/ holds no config.json"]
     weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
     return errors if weights else [*errors, f"{folder.name}/ holds no weights"]
-
-
-def _near(folder: Path) -> str:
-    """Folders of a like name beside the one that is missing."""
-    if not folder.parent.is_dir():
-        return f"; there is no folder '{folder.parent}'"
-    names = sorted(child.name for child in folder.parent.iterdir() if child.is_dir())
-    near = difflib.get_close_matches(folder.name, names, n=3, cutoff=0.5)
-    return f"; nearest there: {', '.join(map(repr, near))}" if near else ""
 
 
 def _first_line(error: BaseException) -> str:

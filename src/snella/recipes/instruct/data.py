@@ -1,6 +1,5 @@
 """Instruction data in the JSON layout of the commonsense benchmark: a list of instruction, input, output, answer."""
 
-import difflib
 import json
 import re
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snella.data.folder import listed
+from snella._text import listed, near_siblings
 
 _NUMBERED = tuple(f"answer{number}" for number in range(1, 6))
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -71,7 +70,7 @@ def read_instructions(path: str | Path, choices: tuple[str, ...] | None = None) 
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        raise FileNotFoundError(f"data must be a JSON file of instructions, got '{path}'{_near(file)}")
+        raise FileNotFoundError(f"data must be a JSON file of instructions, got '{path}'{near_siblings(file)}")
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -102,7 +101,7 @@ def read_benchmark(folder: str | Path, choices: dict[str, tuple[str, ...]]) -> d
     """
     root = Path(folder).expanduser()
     if not root.is_dir():
-        raise FileNotFoundError(f"data must be a folder with TASK/{_TEST}, got '{folder}'{_near(root)}")
+        raise FileNotFoundError(f"data must be a folder with TASK/{_TEST}, got '{folder}'{near_siblings(root)}")
     found = {name: root / name / _TEST for name in choices if (root / name / _TEST).is_file()}
     if not found:
         there = sorted(child.name for child in root.iterdir() if child.is_dir())
@@ -127,14 +126,6 @@ def _error(entry: Any, choices: tuple[str, ...] | None) -> str:
     if choices is not None and entry["answer"] not in choices:
         return f"answer must be one of {', '.join(choices)}, got {entry['answer']!r:.40}"
     return ""
-
-
-def _near(path: Path) -> str:
-    """Files and folders of a like name beside the one that is missing."""
-    if not path.parent.is_dir():
-        return f"; there is no folder '{path.parent}'"
-    near = difflib.get_close_matches(path.name, sorted(child.name for child in path.parent.iterdir()), n=3, cutoff=0.5)
-    return f"; nearest there: {', '.join(map(repr, near))}" if near else ""
 
 
 IGNORED = -100
