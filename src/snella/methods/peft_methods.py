@@ -5,8 +5,6 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any, Self
 
 import peft
@@ -388,29 +386,23 @@ ADALORA = peft_method(
 )
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """A configuration class of PEFT under a name of ours.
+def _of_peft(
+    summary: str,
+    source: str,
+    kind: type[PeftConfig],
+    defaults: Mapping[str, Any],
+    suffix: str | None = None,
+    **own: Any,
+) -> Method:
+    """A row for a configuration class of PEFT; `own` are values that differ from its defaults, and `targets`."""
+    targets = own.pop("targets", adaptable_layers)
 
-    Args:
-        summary: As for `Method`.
-        source: As for `Method`.
-        config: Name of the class in `peft`.
-        since: The first version of PEFT that has it.
-        defaults: As for `Method`.
-        suffix: As for `Method`.
-        values: Values that differ from PEFT's defaults, where the user gives none.
-        targets: Which modules are adapted.
-    """
+    def config(head: str, options: Options) -> PeftConfig:
+        with without_harmless_warnings():
+            return kind(modules_to_save=[head], **{**own, **options})  # type: ignore[call-arg]
 
-    summary: str
-    source: str
-    config: str
-    since: str
-    defaults: Mapping[str, Any]
-    suffix: str | None = None
-    values: tuple[tuple[str, Any], ...] = ()
-    targets: Targets = adaptable_layers
+    source = f"{source}; PEFT's implementation"
+    return peft_method(summary, source, config, own_fields(kind), suffix=suffix, targets=targets, defaults=defaults)
 
 
 def layer_norms(model: nn.Module, head: str) -> str:
@@ -430,121 +422,89 @@ def layer_norms(model: nn.Module, head: str) -> str:
 
 
 _UNDECAYED: dict[str, Any] = {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 0.0}
-_ENTRIES = {
-    "shira": _Entry(
+CATALOG: dict[str, Method] = {
+    "shira": _of_peft(
         "a random choice of weights, r (m + n) of each m x n matrix",
         "SHiRA, Bhardwaj et al., arXiv 2406.13175",
-        "ShiraConfig",
-        "0.16",
+        peft.ShiraConfig,
         {**_UNDECAYED, "r": 8},
         "r",
-        (("r", 8), ("random_seed", 0)),
+        r=8,
+        random_seed=0,
     ),
-    "supertuning": _Entry(
+    "supertuning": _of_peft(
         "the weights of largest magnitude",
         "Super-Tuning, arXiv 2607.09287",
-        "SupertuningConfig",
-        "0.21",
+        peft.SupertuningConfig,
         _UNDECAYED,
     ),
-    "fourierft": _Entry(
+    "fourierft": _of_peft(
         "coefficients of a few frequencies of each update's two-dimensional Fourier transform",
         "FourierFT, Gao et al., arXiv 2405.03003",
-        "FourierFTConfig",
-        "0.12",
+        peft.FourierFTConfig,
         {"lr": 1e-1, "head_lr": 1e-3, "weight_decay": 0.0},
         "n_frequency",
-        (("n_frequency", 3000), ("scaling", 300.0)),
+        n_frequency=3000,
+        scaling=300.0,
     ),
-    "randlora": _Entry(
+    "randlora": _of_peft(
         "scales of random low-rank bases that add up to full rank",
         "RandLoRA, Albert et al., arXiv 2502.00987",
-        "RandLoraConfig",
-        "0.14",
+        peft.RandLoraConfig,
         {**_UNDECAYED, "r": 32},
         "r",
-        (("save_projection", False),),
+        save_projection=False,
     ),
-    "vera": _Entry(
+    "vera": _of_peft(
         "two vectors a layer that scale shared random factors",
         "VeRA, Kopiczko et al., arXiv 2310.11454",
-        "VeraConfig",
-        "0.10",
+        peft.VeraConfig,
         {"lr": 5e-3, "head_lr": 1e-3, "weight_decay": 0.0, "r": 256},
         "r",
-        (("r", 256), ("save_projection", False)),
+        r=256,
+        save_projection=False,
     ),
-    "loha": _Entry(
+    "loha": _of_peft(
         "Hadamard products of two low-rank updates",
         "FedPara / LoHa, Hyeon-Woo et al., arXiv 2108.06098",
-        "LoHaConfig",
-        "0.6",
+        peft.LoHaConfig,
         _DECAYED,
         "r",
     ),
-    "lokr": _Entry(
+    "lokr": _of_peft(
         "Kronecker products",
         "LoKr, Yeh et al., arXiv 2309.14859",
-        "LoKrConfig",
-        "0.7",
+        peft.LoKrConfig,
         _DECAYED,
         "r",
     ),
-    "boft": _Entry(
+    "boft": _of_peft(
         "orthogonal factors in butterfly form",
         "BOFT, Liu et al., arXiv 2311.06243",
-        "BOFTConfig",
-        "0.9",
+        peft.BOFTConfig,
         _UNDECAYED,
         "boft_block_size",
     ),
-    "hra": _Entry(
+    "hra": _of_peft(
         "chains of Householder reflections",
         "HRA, Yuan et al., arXiv 2405.17484",
-        "HRAConfig",
-        "0.12",
+        peft.HRAConfig,
         {**_UNDECAYED, "r": 8},
         "r",
     ),
-    "delora": _Entry(
+    "delora": _of_peft(
         "low-rank updates of a learned norm",
         "DeLoRA, Bini et al., arXiv 2503.18225",
-        "DeloraConfig",
-        "0.18",
+        peft.DeloraConfig,
         {**_UNDECAYED, "r": 8},
         "r",
     ),
-    "ln_tuning": _Entry(
+    "ln_tuning": _of_peft(
         "weights and biases of the layer normalizations",
         "LN tuning, Zhao et al., arXiv 2312.11420",
-        "LNTuningConfig",
-        "0.10",
+        peft.LNTuningConfig,
         _UNDECAYED,
         targets=layer_norms,
     ),
 }
-
-
-def catalog() -> dict[str, Method]:
-    """One row for each of PEFT's methods; one that this version of PEFT lacks says so when it is asked for."""
-    return {name: _row(name, entry) for name, entry in _ENTRIES.items()}
-
-
-def _row(name: str, entry: _Entry) -> Method:
-    """The row of one entry."""
-    kind = getattr(peft, entry.config, None)
-
-    def config(head: str, options: Options) -> PeftConfig:
-        if kind is None:
-            raise ValueError(
-                f"method {name!r} needs peft>={entry.since} for its {entry.config}, got peft {version('peft')}; "
-                f"pip install --upgrade 'peft>={entry.since}'"
-            )
-        with without_harmless_warnings():
-            return kind(modules_to_save=[head], **{**dict(entry.values), **options})
-
-    options = () if kind is None else own_fields(kind)
-    source = f"{entry.source}; PEFT's implementation"
-    return peft_method(
-        entry.summary, source, config, options, suffix=entry.suffix, targets=entry.targets, defaults=entry.defaults
-    )
+"""Configurations of PEFT and nothing else, by name."""

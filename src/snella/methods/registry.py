@@ -14,7 +14,7 @@ from snella.methods.method import Batches, Method, MethodSpec, Options
 from snella.methods.model_parts import find_head
 from snella.methods.noah import NOAH
 from snella.methods.partial import BIAS, FULL, LINEAR, MLP, PARTIAL
-from snella.methods.peft_methods import ADALORA, DORA, KLORA, LORA, SNELL, SNELLA, SNELLA_MATCHED, catalog
+from snella.methods.peft_methods import ADALORA, CATALOG, DORA, KLORA, LORA, SNELL, SNELLA, SNELLA_MATCHED
 from snella.methods.prompts import VPT_DEEP, VPT_SHALLOW, VQT
 from snella.methods.sparse_update import GPS
 from snella.methods.spt import FIXED_MASK, SPT_ADAPTER, SPT_LORA
@@ -50,7 +50,7 @@ METHODS: dict[str, Method] = {
     "fixed-mask": FIXED_MASK,
     "noah": NOAH,
     # configurations of PEFT and nothing else
-    **catalog(),
+    **CATALOG,
 }
 """By name without the number. A new method is a file of its own with a `Method`, and a row here."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from snella._files import check_files
-from snella.records.record import FORMAT, OPTIONAL, Record
+from snella.records.record import FORMAT, OPTIONAL, Record, plain
 from snella.records.results import SplitScores
 
 Status = Literal["running", "interrupted", "failed", "finished"]
@@ -335,6 +335,27 @@ class GeneratorMetrics(Record):
     optimizer: str = ""
     fixed_loss: FixedLoss | None = field(default=None, metadata=OPTIONAL)
     loss_history: list[LossRow] = field(default_factory=list)
+
+    def learning(self) -> dict[str, Any]:
+        """The losses in short, as plain values; None where a value was not measured.
+
+        Returns:
+            `steps`, `epochs`, `first` and `last` loss, that of `held_out` entries, those on fixed noise and times
+            before and after training (`fixed_before`, `fixed_after`), and the `optimizer`.
+        """
+        rows, fixed = self.loss_history, self.fixed_loss or FixedLoss()
+        losses = [row.loss for row in rows if row.loss is not None]
+        held_out = [row.eval_loss for row in rows if row.eval_loss is not None]
+        return {
+            "steps": max((row.step for row in rows), default=0),
+            "epochs": max((row.epoch for row in rows if row.epoch is not None), default=None),
+            "first": losses[0] if losses else None,
+            "last": losses[-1] if losses else None,
+            "held_out": held_out[-1] if held_out else None,
+            "fixed_before": plain(fixed.before),
+            "fixed_after": plain(fixed.after),
+            "optimizer": self.optimizer,
+        }
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,7 @@ from snella._text import bytes_text, count_text, percent_text, plain_text, secon
 from snella.records import (
     Allocation,
     AnswerScores,
-    FixedLoss,
     GeneratorMetrics,
-    LossRow,
     MaskScores,
     MatrixInfo,
     Metrics,
@@ -174,7 +172,7 @@ def inspect_summary(run: str | Path) -> dict[str, Any]:
         if is_generator
         else {name: _scores(getattr(metrics, part, None)) for name, part in (("validation", "val"), ("test", "test"))}
     )
-    curve = read_learning_curve(folder) if is_generator and metrics else None
+    curve = read(GeneratorMetrics, folder).learning() if is_generator and metrics else None
     summary: dict[str, Any] = {
         "run": str(folder),
         "status": info.status,
@@ -192,7 +190,7 @@ def inspect_summary(run: str | Path) -> dict[str, Any]:
         "selected_on": metrics and metrics.selected_on,
         "ema": metrics and metrics.ema,
         "train_s": metrics and metrics.train_s,
-        "learning": curve and {name: value for name, value in plain(curve).items() if name != "history"},
+        "learning": curve,
         "scores": scores,
         "parameters": {
             "trainable": metrics and metrics.trainable_parameters,
@@ -387,52 +385,6 @@ def _settings_table(settings: dict[str, Any]) -> Table:
 
 GENERATOR_TASKS = ("generation", "language")
 """Tasks without classes: their runs count steps and have a loss instead of a best epoch and its accuracy."""
-
-
-@dataclass(frozen=True)
-class LearningCurve:
-    """The losses of a run; NaN where a value was not measured.
-
-    Attributes:
-        history: Each step or epoch that was noted.
-        steps: Optimizer steps.
-        epochs: Passes over the data; NaN where the run counts steps alone.
-        first: Loss of the first entry.
-        last: Loss of the last.
-        held_out: Last loss of held-out entries.
-        fixed_before: Loss on fixed noise and times before training.
-        fixed_after: The same after it.
-        optimizer: Its name.
-    """
-
-    history: list[LossRow]
-    steps: int
-    epochs: float
-    first: float
-    last: float
-    held_out: float
-    fixed_before: float
-    fixed_after: float
-    optimizer: str
-
-
-def read_learning_curve(run: str | Path) -> LearningCurve:
-    """Read the losses in `metrics.json`; raises as `snella.records.read`."""
-    metrics = read(GeneratorMetrics, run)
-    rows, fixed = metrics.loss_history, metrics.fixed_loss or FixedLoss()
-    losses = [row.loss for row in rows if row.loss is not None]
-    held_out = [row.eval_loss for row in rows if row.eval_loss is not None]
-    return LearningCurve(
-        history=rows,
-        steps=max((row.step for row in rows), default=0),
-        epochs=max((row.epoch for row in rows if row.epoch is not None), default=math.nan),
-        first=losses[0] if losses else math.nan,
-        last=losses[-1] if losses else math.nan,
-        held_out=held_out[-1] if held_out else math.nan,
-        fixed_before=fixed.before,
-        fixed_after=fixed.after,
-        optimizer=metrics.optimizer,
-    )
 
 
 def read_scores_of_generator(run: str | Path, task: str) -> dict[str, float]:

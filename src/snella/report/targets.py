@@ -321,6 +321,5 @@ def _label_arrays(predictions: LabelSetPredictions, classes: int) -> tuple[np.nd
 
 def _number_arrays(predictions: NumberPredictions) -> tuple[np.ndarray, np.ndarray]:
     """True and predicted numbers, `[images, targets]` each."""
-    return np.asarray([item.values for item in predictions.items]), np.asarray(
-        [item.predicted for item in predictions.items]
-    )
+    truth, predicted = ([getattr(item, name) for item in predictions.items] for name in ("values", "predicted"))
+    return np.asarray(truth), np.asarray(predicted)

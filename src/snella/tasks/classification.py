@@ -136,19 +136,9 @@ class ClassificationTask(Task):
             raise ValueError("; ".join(errors))
 
     @classmethod
-    def create(
-        cls,
-        classes: Sequence[str],
-        *,
-        label_smoothing: float = 0.0,
-        loss: str | None = None,
-        monitor: str | None = None,
-        class_weights: ClassWeights = None,
-        **others: Any,
-    ) -> Self:
-        """Make the task for some classes."""
-        first = next(iter(cls.monitors))
-        return cls(len(classes), label_smoothing, loss or cls.losses[0], monitor or first, class_weights)
+    def first_field(cls, classes: Sequence[str]) -> int:
+        """How many classes there are."""
+        return len(classes)
 
     def fitted(self, train: ImageDataset, classes: Sequence[str]) -> Self:
         """The task with class weights and priors of the training images.
@@ -328,6 +318,7 @@ class OrdinalTask(ClassificationTask):
     Source: CORN, Shi, Cao and Raschka, 2023, arXiv 2111.08851.
     """
 
+    loss_name: str = "corn"
     monitor: str = "mae"
 
     name: ClassVar[str] = "ordinal"
@@ -351,18 +342,6 @@ class OrdinalTask(ClassificationTask):
             raise ValueError(
                 f"classes must be at least 3 for task ordinal, got {self.num_classes}; two are a classification"
             )
-
-    @classmethod
-    def create(
-        cls,
-        classes: Sequence[str],
-        *,
-        monitor: str | None = None,
-        class_weights: ClassWeights = None,
-        **others: Any,
-    ) -> Self:
-        """Make the task for some classes, the lowest first."""
-        return cls(len(classes), loss_name="corn", monitor=monitor or "mae", class_weights=class_weights)
 
     @staticmethod
     def count_outputs(classes: Sequence[str]) -> int:

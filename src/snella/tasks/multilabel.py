@@ -103,28 +103,6 @@ class MultiLabelTask(Task):
         if not self.thresholds:
             object.__setattr__(self, "thresholds", (_THRESHOLD,) * len(self.classes))
 
-    @classmethod
-    def create(
-        cls,
-        classes: Sequence[str],
-        *,
-        label_smoothing: float = 0.0,
-        loss: str | None = None,
-        monitor: str | None = None,
-        class_weights: ClassWeights = None,
-        thresholds: Sequence[float] = (),
-        **others: Any,
-    ) -> Self:
-        """Make the task for some classes."""
-        return cls(
-            tuple(classes),
-            label_smoothing,
-            loss or cls.losses[0],
-            monitor or "map",
-            class_weights,
-            thresholds=tuple(thresholds),
-        )
-
     def encode(self, target: Any) -> Tensor:
         """Zeros and ones by class, `[classes]` float32, from label names."""
         labels = torch.zeros(len(self.classes))

@@ -70,21 +70,6 @@ class RegressionTask(Task):
             if not values:
                 object.__setattr__(self, name, (default,) * count)
 
-    @classmethod
-    def create(
-        cls,
-        classes: Sequence[str],
-        *,
-        loss: str | None = None,
-        monitor: str | None = None,
-        mean: Sequence[float] = (),
-        std: Sequence[float] = (),
-        median: Sequence[float] = (),
-        **others: Any,
-    ) -> Self:
-        """Make the task for some numbers by their names."""
-        return cls(tuple(classes), loss or cls.losses[0], monitor or "loss", tuple(mean), tuple(std), tuple(median))
-
     def encode(self, target: Any) -> Tensor:
         """The numbers, `[targets]` float64."""
         return torch.tensor(target if isinstance(target, tuple | list) else [target], dtype=torch.float64)

@@ -266,19 +266,6 @@ class SegmentationTask(Task):
         if errors:
             raise ValueError("; ".join(errors))
 
-    @classmethod
-    def create(
-        cls,
-        classes: Sequence[str],
-        *,
-        label_smoothing: float = 0.0,
-        mask_loss: MaskLoss | None = None,
-        monitor: str | None = None,
-        **others: Any,
-    ) -> "SegmentationTask":
-        """Make the task for some classes."""
-        return cls(tuple(classes), label_smoothing, mask_loss or "dice", monitor or "dice")
-
     @staticmethod
     def build_model(name: str, **options: Any) -> nn.Module:
         """A backbone with a decoder for `num_classes`; arguments as for `create_segmenter`."""

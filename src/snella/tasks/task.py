@@ -3,7 +3,7 @@
 import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -74,9 +74,17 @@ class Task(ABC):
     monitor: str
 
     @classmethod
-    @abstractmethod
     def create(cls, classes: Sequence[str], **settings: Any) -> Self:
-        """Make the task for some classes; settings of other tasks are ignored."""
+        """Make the task for some classes; settings of other tasks are ignored, None is for the default."""
+        settings["loss_name"] = settings.pop("loss", None) if cls.losses else None
+        known = {f.name for f in fields(cls)} & {name for name, value in settings.items() if value is not None}  # type: ignore[arg-type]
+        given = {name: tuple(value) if isinstance(value := settings[name], list) else value for name in known}
+        return cls(cls.first_field(classes), **given)  # type: ignore[call-arg]
+
+    @classmethod
+    def first_field(cls, classes: Sequence[str]) -> Any:
+        """What the task's first field holds: the names of its classes."""
+        return tuple(classes)
 
     @staticmethod
     def build_model(name: str, **options: Any) -> nn.Module:

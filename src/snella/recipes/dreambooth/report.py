@@ -17,10 +17,10 @@ from PIL import Image
 
 from snella._text import bytes_text, count_text, percent_text, plain_text, seconds_text
 from snella.recipes.dreambooth.generate import MANIFEST
-from snella.records import Allocation, LossRow, Metrics, RunInfo, read, read_if_present
+from snella.records import Allocation, GeneratorMetrics, LossRow, Metrics, RunInfo, read, read_if_present
 from snella.report.allocation import adapter_budgets
 from snella.report.examples import picture_uri
-from snella.report.inspect import read_adapter, read_learning_curve, saved_budgets
+from snella.report.inspect import read_adapter, saved_budgets
 from snella.report.report import allocation_section
 from snella.report.style import ACCENT, CURVE, MUTED, add_legend, inline_svg, new_figure, write_atomically
 
@@ -43,16 +43,18 @@ def write_generation_report(run: str | Path) -> Path:
     """
     folder = Path(run)
     info, metrics = read(RunInfo, folder), read(Metrics, folder)
-    curve = read_learning_curve(folder)
+    trained = read(GeneratorMetrics, folder)
+    curve = trained.learning()
     allocation = read_if_present(Allocation, folder)
     adapter = read_adapter(folder)
     saved = saved_budgets(adapter, allocation.matrices) if adapter and allocation else {}
     budgets = adapter_budgets(allocation, metrics) | saved if allocation else {}
+    before, after = plain_text(curve["fixed_before"]), plain_text(curve["fixed_after"])
     numbers = [
-        ("loss on fixed noise", plain_text(curve.fixed_after), f"{plain_text(curve.fixed_before)} before training"),
+        ("loss on fixed noise", after, f"{before} before training"),
         ("trainable parameters", count_text(metrics.trainable_parameters), ""),
         ("adapter file", bytes_text(metrics.adapter_bytes), "to load on top of the pipeline"),
-        ("training time", seconds_text(metrics.train_s), curve.optimizer),
+        ("training time", seconds_text(metrics.train_s), trained.optimizer),
     ]
     if allocation is not None and budgets:
         kept, total = sum(budgets.values()), max(allocation.total_weights, 1)
@@ -66,7 +68,7 @@ def write_generation_report(run: str | Path) -> Path:
         "title": f"{info.method} on {data.subject}",
         "quoted": shlex.quote(str(folder)),
         "numbers": [{"label": label, "value": value, "note": note} for label, value, note in numbers],
-        "curve": inline_svg(loss_curve(curve.history), "curve-loss", f"Loss by step; {curve.steps} steps."),
+        "curve": inline_svg(loss_curve(trained.loss_history), "curve-loss", f"Loss by step; {curve['steps']} steps."),
         "groups": [
             {"title": "Images of the subject", "note": data.description, "items": _pictures(subject)},
             {"title": "Images generated after training", "note": "", "items": _samples(folder / "samples")},
