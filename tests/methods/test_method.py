@@ -6,7 +6,6 @@ CHECK = check_by(
     {
         "r": whole_number(),
         "rate": number(0, 1),
-        "share": number(0, 1, with_high=True),
         "scale": number(),
         "kind": one_of("a", "b"),
     }
@@ -15,7 +14,7 @@ CHECK = check_by(
 
 def test_good_values_and_missing_ones_pass():
     assert CHECK({}) == []
-    assert CHECK({"r": 1, "rate": 0, "share": 1.0, "scale": 1e9, "kind": "b"}) == []
+    assert CHECK({"r": 1, "rate": 0, "scale": 1e9, "kind": "b"}) == []
 
 
 @pytest.mark.parametrize(
@@ -25,7 +24,6 @@ def test_good_values_and_missing_ones_pass():
         ("r", True, "r must be an integer of at least 1, got True"),
         ("r", "8", "r must be an integer of at least 1, got '8'"),
         ("rate", 1.0, "rate must be a number in [0, 1), got 1.0"),
-        ("share", 1.1, "share must be a number in [0, 1], got 1.1"),
         ("scale", float("nan"), "scale must be a finite number of at least 0, got nan"),
         ("kind", "c", "kind must be one of 'a', 'b', got 'c'"),
     ],

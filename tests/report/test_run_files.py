@@ -23,7 +23,7 @@ def test_a_finished_run_is_read_with_all_its_values(run):
 def test_the_standard_error_of_an_accuracy_follows_the_number_of_images(run):
     run.finished()
     scores = read(Metrics, run.folder).test
-    assert scores.count == 400
+    assert scores.images == 400
     assert scores.standard_error == pytest.approx(math.sqrt(scores.accuracy * (1 - scores.accuracy) / 400))
 
 

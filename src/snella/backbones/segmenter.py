@@ -18,18 +18,18 @@ _GROUPS = 8
 class LightDecoder(nn.Module):
     """From feature maps of a few layers to class scores on a grid four times as fine.
 
-    Each map is normalized over its channels and projected to `width` by a 1×1 convolution; the sum goes twice through
+    Each map is normalized over its channels and projected to 128 ones by a 1×1 convolution; the sum goes twice through
     (enlarge by 2, 3×3 convolution, group normalization, GELU) and a 1×1 convolution to the classes. Nothing in it
     depends on the batch or on the image's size.
 
     Args:
         channels: Channels of each map.
         num_classes: Classes, the background included.
-        width: Channels inside.
     """
 
-    def __init__(self, channels: list[int], num_classes: int, width: int = _WIDTH) -> None:
+    def __init__(self, channels: list[int], num_classes: int) -> None:
         super().__init__()
+        width = _WIDTH
         self.norms = nn.ModuleList(nn.GroupNorm(1, count) for count in channels)
         self.projections = nn.ModuleList(nn.Conv2d(count, width, 1) for count in channels)
         self.refine = nn.ModuleList(
@@ -53,16 +53,17 @@ class LightDecoder(nn.Module):
 class SegmentationModel(nn.Module):
     """A timm backbone and a decoder: `[batch, 3, H, W]` → class scores `[batch, classes, H, W]`.
 
+    The decoder sees up to four layers, evenly spaced and the last one among them.
+
     Args:
         encoder: A timm model without head that has `forward_intermediates`.
         num_classes: Classes, the background included.
-        levels: How many layers the decoder sees, evenly spaced and the last one among them.
 
     Raises:
         NotImplementedError: The model does not hand out its intermediate features.
     """
 
-    def __init__(self, encoder: nn.Module, num_classes: int, levels: int = _LEVELS) -> None:
+    def __init__(self, encoder: nn.Module, num_classes: int) -> None:
         super().__init__()
         info = getattr(encoder, "feature_info", None)
         if not callable(getattr(encoder, "forward_intermediates", None)) or not info:
@@ -72,7 +73,7 @@ class SegmentationModel(nn.Module):
             )
         self.encoder = encoder
         channels = [int(entry["num_chs"]) for entry in info]
-        self.layers = _evenly_spaced(len(channels), levels)
+        self.layers = _evenly_spaced(len(channels), _LEVELS)
         self.decoder = LightDecoder([channels[layer] for layer in self.layers], num_classes)
         # segmentation shows the whole image: nothing is cut off
         self.pretrained_cfg = {**dict(encoder.pretrained_cfg), "crop_pct": 1.0, "crop_mode": "squash"}  # type: ignore[arg-type]

@@ -35,12 +35,11 @@ class TwoBranches(nn.Module):
 
     Args:
         layer: An adapted linear layer; its parameters are used as they are.
-        adapter_name: Which adapter.
     """
 
-    def __init__(self, layer: SnellaLayer, adapter_name: str = "default") -> None:
+    def __init__(self, layer: SnellaLayer) -> None:
         super().__init__()
-        self.layer, self.adapter_name = layer, adapter_name
+        self.layer = layer
         layer.is_applied = True  # here, without a call of its own
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -49,7 +48,7 @@ class TwoBranches(nn.Module):
 
     def _branch(self, x: Tensor) -> Tensor:
         """The update's product."""
-        spec, factors, budgets, _ = self.layer.get_update(self.adapter_name)
+        spec, factors, budgets, _ = self.layer.get_update("default")
         groups = []
         for matrix, budget in zip(spec.matrices(factors), budgets, strict=True):
             delta = spec.merge_matrix(matrix)

@@ -130,13 +130,7 @@ class CachedImages:
 
 
 class FileImages(CachedImages):
-    """Image files.
-
-    Args:
-        paths: Files.
-        budget_bytes: See `CachedImages`.
-        reading: See `CachedImages`.
-    """
+    """Image files; the other arguments are those of `CachedImages`."""
 
     def __init__(self, paths: Sequence[Path], *, budget_bytes: int = _BUDGET_BYTES, reading: Reading = RGB) -> None:
         super().__init__(budget_bytes=budget_bytes, reading=reading)

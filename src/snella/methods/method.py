@@ -22,16 +22,13 @@ def whole_number(least: int = 1) -> Rule:
     return rule
 
 
-def number(low: float = 0.0, high: float = float("inf"), *, with_high: bool = False) -> Rule:
-    """A finite number in `[low, high)`, or in `[low, high]` with `with_high`."""
-    if high == float("inf"):
-        wanted = f"a finite number of at least {low:g}"
-    else:
-        wanted = f"a number in [{low:g}, {high:g}{']' if with_high else ')'}"
+def number(low: float = 0.0, high: float = float("inf")) -> Rule:
+    """A finite number in `[low, high)`."""
+    wanted = f"a finite number of at least {low:g}" if high == float("inf") else f"a number in [{low:g}, {high:g})"
 
     def rule(value: Any) -> str | None:
         is_one = isinstance(value, int | float) and not isinstance(value, bool)
-        return None if is_one and (low <= value < high or (with_high and value == high)) else wanted
+        return None if is_one and low <= value < high else wanted
 
     return rule
 

@@ -46,16 +46,9 @@ def peft_method(
     targets: Targets = adaptable_layers,
     **needs: Any,
 ) -> Method:
-    """A row of the table for an adapter of PEFT.
+    """A row of the table for an adapter of PEFT, with the fields of `Method`.
 
-    Args:
-        summary: As for `Method`.
-        source: As for `Method`.
-        config: `(head, options) -> PeftConfig`; `target_modules` is among the options.
-        options: Names of the options.
-        suffix: As for `Method`.
-        targets: Which modules are adapted where `target_modules` is not given.
-        **needs: Further fields of `Method`.
+    `targets` says which modules are adapted where `target_modules` is not given.
     """
 
     def build(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:

@@ -144,15 +144,7 @@ def restore_method(
 ) -> nn.Module:
     """The structure that `build_method` made once, without its training data; values are still to be loaded.
 
-    Args:
-        name: As for `build_method`.
-        model: As for `build_method`.
-        tensors: What was saved, by name.
-        head: As for `build_method`.
-        **options: As for `build_method`.
-
-    Raises:
-        ValueError: As for `build_method`.
+    Arguments and errors are those of `build_method`, and `tensors` is what was saved, by name.
     """
     options = check_method(name, options)
     family = parse_method(name)[0]
@@ -167,11 +159,7 @@ def restore_method(
 
 
 def check_method(name: str, options: Options) -> Options:
-    """Check all that can be known without a model.
-
-    Args:
-        name: As for `build_method`.
-        options: As for `build_method`.
+    """Check all that can be known of the arguments of `build_method` without a model.
 
     Returns:
         The options, with the number of the name among them.

@@ -337,14 +337,7 @@ def merge_selection(model: nn.Module) -> nn.Module:
 
 
 def spt_method(summary: str, source: str, structure: type[StructuredModule], **own: Any) -> Method:
-    """The method that SPT is with one kind of structured module.
-
-    Args:
-        summary: Of the method.
-        source: Of the method.
-        structure: The class of the module.
-        **own: Further fields of `Method`: how it is merged, or why it cannot be.
-    """
+    """The method that SPT is with one class of structured module; `own` are further fields of `Method`."""
 
     def build(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
         selection = select(model, head, options, selection_data(batches), structure)

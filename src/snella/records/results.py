@@ -11,9 +11,21 @@ from snella._text import count_text, percent_text
 from snella.records.record import FORMAT, OPTIONAL, Record, record_from
 
 
+class _Result:
+    """Base of the results of a task."""
+
+    short: ClassVar[tuple[str, ...]]
+
+    def values(self) -> dict[str, Any]:
+        """The numbers in short, as plain values."""
+        return {name: getattr(self, name) for name in self.short}
+
+
 @dataclass(frozen=True)
-class Scores:
+class Scores(_Result):
     """Result of a classifier on one split; `confusion[i][j]` counts images of class i taken for class j."""
+
+    short: ClassVar[tuple[str, ...]] = ("accuracy", "balanced_accuracy", "images")
 
     accuracy: float
     balanced_accuracy: float = math.nan
@@ -30,18 +42,14 @@ class Scores:
             )
 
     @property
-    def count(self) -> int:
+    def images(self) -> int:
         """Number of images."""
         return sum(map(sum, self.confusion))
 
     @property
     def standard_error(self) -> float:
         """One standard error of the accuracy, sqrt(a (1 - a) / n)."""
-        return math.sqrt(self.accuracy * (1 - self.accuracy) / self.count) if self.count else math.nan
-
-    def values(self) -> dict[str, Any]:
-        """The numbers in short, as plain values."""
-        return {"accuracy": self.accuracy, "balanced_accuracy": self.balanced_accuracy, "images": self.count}
+        return math.sqrt(self.accuracy * (1 - self.accuracy) / self.images) if self.images else math.nan
 
     def text(self) -> str:
         """The numbers in a few words."""
@@ -49,8 +57,8 @@ class Scores:
 
     def rows(self, split: str) -> list[tuple[str, str, str]]:
         """Label, value and small print of each number."""
-        error = f"± {100 * self.standard_error:.1f} (one standard error), " if self.count else ""
-        images = f"{error}{count_text(self.count)} images" if self.count else ""
+        error = f"± {100 * self.standard_error:.1f} (one standard error), " if self.images else ""
+        images = f"{error}{count_text(self.images)} images" if self.images else ""
         return [
             (f"{split} accuracy", percent_text(self.accuracy), images),
             (f"{split} balanced accuracy", percent_text(self.balanced_accuracy), "mean of the classes"),
@@ -70,8 +78,10 @@ class ClassScores:
 
 
 @dataclass(frozen=True)
-class MaskScores:
+class MaskScores(_Result):
     """Result of a segmentation on one split: by image, pooled, and GPS's variant without false positives."""
+
+    short: ClassVar[tuple[str, ...]] = ("dice", "iou", "dice_pooled", "iou_pooled", "images")
 
     dice: float
     iou: float
@@ -85,16 +95,6 @@ class MaskScores:
     per_class: list[ClassScores] = field(default_factory=list)
     confusion: list[list[int]] = field(default_factory=list)
     loss: float = math.nan
-
-    def values(self) -> dict[str, Any]:
-        """The numbers in short, as plain values."""
-        return {
-            "dice": self.dice,
-            "iou": self.iou,
-            "dice_pooled": self.dice_pooled,
-            "iou_pooled": self.iou_pooled,
-            "images": self.images,
-        }
 
     def text(self) -> str:
         """The numbers in a few words."""
@@ -121,12 +121,10 @@ class MaskScores:
 class OrdinalScores(Scores):
     """Result of a task with ordered classes on one split: `mae` in ranks, `kappa` with quadratic weights."""
 
+    short: ClassVar[tuple[str, ...]] = ("mae", "kappa", *Scores.short)
+
     mae: float
     kappa: float
-
-    def values(self) -> dict[str, Any]:
-        """The numbers in short, as plain values."""
-        return {"mae": self.mae, "kappa": self.kappa, **super().values()}
 
     def text(self) -> str:
         """The numbers in a few words."""
@@ -135,7 +133,7 @@ class OrdinalScores(Scores):
     def rows(self, split: str) -> list[tuple[str, str, str]]:
         """Label, value and small print of each number."""
         return [
-            (f"{split} MAE", f"{self.mae:.3f}", f"ranks, mean of {count_text(self.count)} images"),
+            (f"{split} MAE", f"{self.mae:.3f}", f"ranks, mean of {count_text(self.images)} images"),
             (f"{split} kappa", f"{self.kappa:.3f}", "quadratic weights; 1 is perfect, 0 is chance"),
             *super().rows(split),
         ]
@@ -155,8 +153,10 @@ class LabelScores:
 
 
 @dataclass(frozen=True)
-class LabelSetScores:
+class LabelSetScores(_Result):
     """Result of a task with several labels an image on one split; `map` is the mean of average precisions."""
+
+    short: ClassVar[tuple[str, ...]] = ("map", "macro_f1", "micro_f1", "images")
 
     map: float
     macro_f1: float
@@ -165,10 +165,6 @@ class LabelSetScores:
     images: int = 0
     loss: float = math.nan
     per_class: list[LabelScores] = field(default_factory=list)
-
-    def values(self) -> dict[str, Any]:
-        """The numbers in short, as plain values."""
-        return {"map": self.map, "macro_f1": self.macro_f1, "micro_f1": self.micro_f1, "images": self.images}
 
     def text(self) -> str:
         """The numbers in a few words."""
@@ -202,8 +198,10 @@ class NumberScores:
 
 
 @dataclass(frozen=True)
-class RegressionScores:
+class RegressionScores(_Result):
     """Result of a regression on one split; means over its numbers."""
+
+    short: ClassVar[tuple[str, ...]] = ("mae", "rmse", "r2", "images")
 
     mae: float
     rmse: float
@@ -211,10 +209,6 @@ class RegressionScores:
     images: int = 0
     loss: float = math.nan
     per_target: list[NumberScores] = field(default_factory=list)
-
-    def values(self) -> dict[str, Any]:
-        """The numbers in short, as plain values."""
-        return {"mae": self.mae, "rmse": self.rmse, "r2": self.r2, "images": self.images}
 
     def text(self) -> str:
         """The numbers in a few words."""

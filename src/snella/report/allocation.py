@@ -240,8 +240,8 @@ def budget_shares(allocation: Allocation, epochs: int | None, by: str = "kind") 
     """Draw how the total budget is divided among kinds or depths, as stacked shares over the epochs.
 
     Args:
-        allocation: The run's allocation.
-        epochs: Epochs that the schedule spans; None counts allocations instead.
+        allocation: As for `budget_curve`.
+        epochs: As for `budget_curve`.
         by: `kind` or `depth`.
 
     Raises:
@@ -281,9 +281,7 @@ def budget_shares(allocation: Allocation, epochs: int | None, by: str = "kind") 
 def frozen_curve(allocation: Allocation, epochs: int | None) -> Figure:
     """Draw how many matrices have no budget (frozen) and how many have all of their weights (full).
 
-    Args:
-        allocation: The run's allocation.
-        epochs: Epochs that the schedule spans; None counts allocations instead.
+    Arguments of `budget_curve`.
     """
     figure, axes = new_figure(CURVE[0], CURVE[1] + 25, f"Frozen and full among {len(allocation.matrices)} matrices")
     times = _times(allocation, epochs)
@@ -312,11 +310,7 @@ def has_importance(allocation: Allocation) -> bool:
 def importance_curves(allocation: Allocation, epochs: int | None) -> Figure:
     """Draw the importance of each matrix (faint) and the mean of each kind (strong) on a logarithmic scale.
 
-    Values that are 0 or not finite have no place on it and leave gaps.
-
-    Args:
-        allocation: The run's allocation.
-        epochs: Epochs that the schedule spans; None counts allocations instead.
+    Values that are 0 or not finite have no place on it and leave gaps. Arguments of `budget_curve`.
     """
     figure, axes = new_figure(760, 400, "Importance")
     times = _times(allocation, epochs)

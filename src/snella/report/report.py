@@ -197,7 +197,7 @@ def confusion_section(info: RunInfo, metrics: Metrics | None) -> dict[str, Any] 
         return None
     return {
         "split": split,
-        "count": scores.count,
+        "count": scores.images,
         "numbered": len(info.classes) <= figures.NUMBERED_CLASSES,
         "figure": inline_svg(
             figures.confusion_matrix(scores.confusion, info.classes),

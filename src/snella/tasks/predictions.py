@@ -200,12 +200,9 @@ def csv_row(prediction: Prediction, top_k: int | None = None) -> list[str]:
 
 
 def check_output(out: str | Path | None, top_k: int | None, *, overwrite: bool) -> None:
-    """Refuse an output that `write_predictions` would refuse, before any image is classified.
+    """Refuse an output that `write_predictions` would refuse, before any image is classified; raises as it does.
 
-    Args:
-        out: As for `write_predictions`, which raises the same; None where no file is wanted.
-        top_k: As for `write_predictions`.
-        overwrite: As for `write_predictions`.
+    `out` is None where no file is wanted.
     """
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}; leave it out for all classes")
