@@ -64,6 +64,12 @@ def listed(items: Iterable[str], most: int = 5) -> str:
     return ", ".join(shown[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
+def nearest(name: str, known: Iterable[str], *, most: int = 1, cutoff: float = 0.6, form: str = "; nearest: {}") -> str:
+    """Known names like one that is none of them, in a text such as "; nearest: a, b"; empty where none is alike."""
+    near = difflib.get_close_matches(name, list(known), n=most, cutoff=cutoff)
+    return form.format(", ".join(near)) if near else ""
+
+
 def near_siblings(path: Path, *, most: int = 3, cutoff: float = 0.5, folders_alone: bool = False) -> str:
     """Files and folders of a like name beside one that is missing: "; nearest there: 'a', 'b'"; empty for none."""
     if not path.parent.is_dir():
@@ -83,6 +89,7 @@ __all__ = [
     "count_text",
     "listed",
     "near_siblings",
+    "nearest",
     "percent_text",
     "plain_text",
     "seconds_text",

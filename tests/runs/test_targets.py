@@ -17,7 +17,7 @@ from snella.runs.export import export
 from snella.runs.merge import loading_snippet, merge
 from snella.runs.predict import predict
 from snella.tasks import task_class
-from snella.tasks.predictions import write_label_sets, write_numbers
+from snella.tasks.predictions import write_numbers, write_predictions
 from snella.training.sampler import EpochSampler
 from snella.training.session import InterruptCallback, TrainingInterrupted
 from snella.training.train import train
@@ -134,11 +134,11 @@ def test_thresholds_are_chosen_on_validation_and_used_by_predict(make_run, table
         assert set(prediction.labels) == above
     stored = run.read_json("predictions.json")
     assert stored["thresholds"] == thresholds and len(stored["items"]) == 8
-    rows = read_csv(write_label_sets(predictions, tmp_path / "labels.csv"))
+    rows = read_csv(write_predictions(predictions, tmp_path / "labels.csv"))
     assert rows[0] == ["image", "labels", *classes]
     assert rows[1][1] == "|".join(predictions[0].labels)
     assert float(rows[1][2]) == pytest.approx(predictions[0].probabilities[classes[0]], abs=1e-6)
-    ranked = read_csv(write_label_sets(predictions, tmp_path / "top.csv", 1))
+    ranked = read_csv(write_predictions(predictions, tmp_path / "top.csv", 1))
     assert ranked[0] == ["image", "labels", "class_1", "probability_1"]
     assert ranked[1][2] == predictions[0].ranking[0][0]
 

@@ -1,6 +1,5 @@
 """VTAB-1k and FGVC: names and folders of their data sets, how they are listed, and checks of these lists."""
 
-import difflib
 import hashlib
 import json
 import os
@@ -10,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from snella._text import listed
+from snella._text import listed, nearest
 from snella.data.datasets import Collection, FileImages, ImageDataset
 
 _MOST_COPIES = 0.05
@@ -262,9 +261,9 @@ class BenchmarkFamily(Generic[M]):
         spec, wanted = f"{self.prefix}:{path}", Path(path).expanduser()
         member = self.known(wanted.name)
         if member is None:
-            near = difflib.get_close_matches(wanted.name, self.members, n=3, cutoff=0.4)
-            hint = f"nearest: {', '.join(near)}" if near else f"{self.kind}s are {', '.join(self.members)}"
-            raise ValueError(f"{spec} must end with the name of a {self.kind}, got {wanted.name!r}; {hint}")
+            every = f"; {self.kind}s are {', '.join(self.members)}"
+            hint = nearest(wanted.name, self.members, most=3, cutoff=0.4) or every
+            raise ValueError(f"{spec} must end with the name of a {self.kind}, got {wanted.name!r}{hint}")
         folder = self.place(wanted.parent, member)
         if not folder.is_dir():
             raise FileNotFoundError(

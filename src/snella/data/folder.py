@@ -46,13 +46,8 @@ def load_folder(path: str, *, skip_corrupt: bool = False, reading: Reading = RGB
     source = FileImages([f for c in files.values() for found in c.values() for f in found], reading=reading)
     broken = {source.paths[row]: reason for row, reason in broken_rows(source, range(len(source.paths))).items()}
     if broken:
-        named = listed([f"{file.relative_to(root).as_posix()} ({reason})" for file, reason in broken.items()])
-        if not skip_corrupt:
-            raise ValueError(
-                f"{len(broken)} of {sum(len(f) for c in files.values() for f in c.values())} images in '{path}' cannot "
-                f"be read: {named}. Remove or replace them, or leave them out with --skip-corrupt (skip_corrupt=True)"
-            )
-        notes.append(f"left out {len(broken)} broken image{'s' if len(broken) > 1 else ''}: {named}")
+        named = {file.relative_to(root).as_posix(): reason for file, reason in broken.items()}
+        notes.append(note_broken(named, len(source.paths), path, skip_corrupt))
         files = {
             part: {name: [file for file in found if file not in broken] for name, found in classes.items()}
             for part, classes in files.items()
@@ -64,6 +59,27 @@ def load_folder(path: str, *, skip_corrupt: bool = False, reading: Reading = RGB
     collection = Collection(root.name, classes, parts["train"], parts.get("val"), parts.get("test"), has_parts, notes)
     collection.broken = {file.relative_to(root).as_posix(): reason for file, reason in broken.items()}
     return collection
+
+
+def note_broken(broken: Mapping[str, str], count: int, folder: str | Path, skip_corrupt: bool) -> str:
+    """The note about images of a folder that are left out.
+
+    Args:
+        broken: Why, by name.
+        count: Images in the folder.
+        folder: For the message.
+        skip_corrupt: Whether they may be left out.
+
+    Raises:
+        ValueError: They may not.
+    """
+    named = listed(f"{name} ({reason})" for name, reason in broken.items())
+    if not skip_corrupt:
+        raise ValueError(
+            f"{len(broken)} of {count} images in '{folder}' cannot be read: {named}. Remove or replace them, or leave "
+            "them out with --skip-corrupt (skip_corrupt=True)"
+        )
+    return f"left out {len(broken)} broken image{'s' if len(broken) > 1 else ''}: {named}"
 
 
 def existing_folder(

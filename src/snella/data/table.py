@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from snella._text import listed
+from snella._text import listed, nearest
 from snella.data.datasets import Annotations, CachedImages, Collection, FileImages, ImageDataset, Target, broken_rows
 from snella.data.folder import PARTS
 from snella.data.images import RGB, Reading
@@ -68,8 +68,7 @@ class Columns:
         for entry in filter(None, (part.strip() for part in (text or "").split(","))):
             role, sign, name = (part.strip() for part in entry.partition("="))
             if role not in ROLES or not sign or not name:
-                near = difflib.get_close_matches(role, ROLES, n=1)
-                hint = f"; nearest: {near[0]}" if near and role not in ROLES else ""
+                hint = nearest(role, ROLES) if role not in ROLES else ""
                 raise ValueError(
                     f"columns must be such as path=file,label=species, with {', '.join(ROLES)} before the '=', "
                     f"got {entry!r}{hint}"
@@ -110,8 +109,7 @@ class Columns:
                 continue
             unknown = [name for name in _columns_in(role, given) if name not in table]
             for name in unknown:
-                near = difflib.get_close_matches(name, table, n=1)
-                errors.append(f"no column {name!r} for {role}" + (f" (nearest: {near[0]!r})" if near else ""))
+                errors.append(f"no column {name!r} for {role}" + nearest(name, table, form=" (nearest: '{}')"))
             if not unknown:
                 found[role] = given
         if errors:

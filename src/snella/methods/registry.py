@@ -1,6 +1,5 @@
 """The table of methods: from a name to its row, its options and the number in the name."""
 
-import difflib
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +8,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from snella._deprecation import renamed
+from snella._text import nearest
 from snella.methods.adapter import ADAPTER, MOSA, SSF
 from snella.methods.method import Batches, Method, MethodSpec, Options
 from snella.methods.model_parts import find_head
@@ -83,8 +83,7 @@ def parse_method(name: str) -> tuple[str, int | None]:
     match = None if name in METHODS else re.fullmatch(r"(.+)-(\d+)", name)
     family, digits = (match[1], match[2]) if match else (name, None)
     if family not in METHODS:
-        near = difflib.get_close_matches(family, METHODS, n=3, cutoff=0.5)
-        hint = f"; nearest: {', '.join(near)}" if near else ""
+        hint = nearest(family, METHODS, most=3, cutoff=0.5)
         numbered = ", ".join(f"{key}-N" for key, method in METHODS.items() if method.suffix is not None)
         plain = ", ".join(key for key, method in METHODS.items() if method.suffix is None)
         raise ValueError(f"method must be one of {plain}, {numbered} (-N may be left out), got {name!r}{hint}")
@@ -238,10 +237,7 @@ def _prepare(model: nn.Module, head: str | None) -> str:
 
 def _unknown_options(name: str, unknown: list[str], known: tuple[str, ...]) -> str:
     """One message for all options that a method lacks."""
-    parts = []
-    for key in unknown:
-        near = difflib.get_close_matches(key, known, n=2, cutoff=0.5)
-        parts.append(f"{key!r}" + (f" (nearest: {', '.join(near)})" if near else ""))
+    parts = [f"{key!r}{nearest(key, known, most=2, cutoff=0.5, form=' (nearest: {})')}" for key in unknown]
     has = f"it takes {', '.join(known)}" if known else "it takes none"
     return f"method {name!r} has no option {', '.join(parts)}; {has}"
 

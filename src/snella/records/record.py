@@ -6,7 +6,6 @@ over.
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from snella._files import is_intact, sealed, write_json
+from snella._text import nearest
 
 FORMAT = 1
 """The run-folder format that this version of snella writes and reads."""
@@ -160,8 +160,8 @@ def record_from(kind: type[T], values: Any, file: Path | None = None, where: str
         if value is None and has_default and not (f.name in values and _accepts_none(hints[f.name])):
             continue
         if value is None and not _accepts_none(hints[f.name]):
-            near = difflib.get_close_matches(f.name, map(str, values), n=1)
-            raise _error(file, f"{_quoted(path)} is missing" + (f" (nearest: {near[0]!r})" if near else ""))
+            near = nearest(f.name, map(str, values), form=" (nearest: '{}')")
+            raise _error(file, f"{_quoted(path)} is missing{near}")
         arguments[f.name] = _converted(hints[f.name], value, file, path)
     try:
         return kind(**arguments)

@@ -269,7 +269,7 @@ class Metrics(Record):
 
     @property
     def measured(self) -> tuple[str, SplitScores | None]:
-        """The results that a report shows first, those on test images where there are any, and their split in words."""
+        """The results that a report shows first, those on test images where there are any, and their split."""
         return ("test", self.test) if self.test is not None else ("validation", self.val)
 
     @property

@@ -1,9 +1,9 @@
 """Tasks by the names of `--task`: batches, models, losses, metrics and results of classes, numbers and masks."""
 
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
+from snella._text import nearest
 from snella.tasks.classification import ClassificationTask, OrdinalTask
 from snella.tasks.multilabel import MultiLabelTask
 from snella.tasks.regression import RegressionTask
@@ -41,9 +41,7 @@ def task_class(name: str) -> type[Task]:
         ValueError: No such task; the nearest is given.
     """
     if name not in _TASKS:
-        near = difflib.get_close_matches(name, _TASKS, n=1)
-        hint = f"; nearest: {near[0]}" if near else ""
-        raise ValueError(f"task must be one of {', '.join(_TASKS)}, got {name!r}{hint}")
+        raise ValueError(f"task must be one of {', '.join(_TASKS)}, got {name!r}{nearest(name, _TASKS)}")
     return _TASKS[name]
 
 

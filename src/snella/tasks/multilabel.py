@@ -274,7 +274,7 @@ class MultiLabelTask(Task):
         return image_outputs.label_set_predictions(classes, paths, self.probabilities(outputs), self.thresholds)
 
     check_output = staticmethod(image_outputs.check_output)
-    write_predictions = staticmethod(image_outputs.write_label_sets)
+    write_predictions = staticmethod(image_outputs.write_predictions)
 
     def merged_use(self) -> str:
         """The classes from their thresholds on."""

@@ -156,13 +156,29 @@ class Prediction:
         ranking = ", ".join(f"{name} {p:.3f}" for name, p in self.ranking[: top_k or _SHOWN_CLASSES])
         return f"unsure: {ranking}" if self.is_unsure else ranking
 
+    def cells(self, top_k: int | None = None) -> list[tuple[str, str]]:
+        """Cells of a table by column: `unsure` where there is a threshold, `class_1`, `probability_1`, and so on."""
+        unsure = [] if self.unsure_below is None else [("unsure", "yes" if self.is_unsure else "no")]
+        return [*unsure, *_ranked(self.ranking[:top_k])]
+
+
+def _ranked(ranking: Sequence[tuple[str, float]]) -> list[tuple[str, str]]:
+    """Cells of classes with their probabilities."""
+    return [
+        (f"{column}_{rank}", cell)
+        for rank, (name, p) in enumerate(ranking, start=1)
+        for column, cell in (("class", name), ("probability", f"{p:.6f}"))
+    ]
+
 
 def write_predictions(
-    predictions: Iterable[Prediction], out: str | Path, top_k: int | None = None, *, overwrite: bool = False
+    predictions: "Iterable[Prediction | LabelSetPrediction | NumberPrediction]",
+    out: str | Path,
+    top_k: int | None = None,
+    *,
+    overwrite: bool = False,
 ) -> Path:
-    """Write predictions as CSV with the columns `image`, `class_1`, `probability_1`, `class_2` and so on.
-
-    Where a threshold was asked for, a column `unsure` after the image says yes or no.
+    """Write predictions as CSV: a column `image`, and what `cells` of each gives.
 
     Args:
         predictions: From `predict`.
@@ -177,26 +193,15 @@ def write_predictions(
     check_output(out, top_k, overwrite=overwrite)
     rows: list[list[str]] = []
     for prediction in predictions:
-        rows = rows or [csv_columns(prediction, top_k)]
-        rows.append(csv_row(prediction, top_k))
-    return _write_csv(rows or [["image"]], out)
-
-
-def csv_columns(prediction: Prediction, top_k: int | None = None) -> list[str]:
-    """The names of the columns of `csv_row`."""
-    ranks = range(1, len(prediction.ranking[:top_k]) + 1)
-    unsure = [] if prediction.unsure_below is None else ["unsure"]
-    return ["image", *unsure, *(f"{name}_{rank}" for rank in ranks for name in ("class", "probability"))]
-
-
-def csv_row(prediction: Prediction, top_k: int | None = None) -> list[str]:
-    """One prediction as a row of a table: the image, whether it is unsure, classes with their probabilities."""
-    unsure = [] if prediction.unsure_below is None else ["yes" if prediction.is_unsure else "no"]
-    return [
-        str(prediction.path),
-        *unsure,
-        *(cell for name, p in prediction.ranking[:top_k] for cell in (name, f"{p:.6f}")),
-    ]
+        cells = prediction.cells(top_k)
+        rows = rows or [["image", *(column for column, _ in cells)]]
+        rows.append([str(prediction.path), *(cell for _, cell in cells)])
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows or [["image"]])
+    path = Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text.getvalue())
+    return path
 
 
 def check_output(out: str | Path | None, top_k: int | None, *, overwrite: bool) -> None:
@@ -233,9 +238,6 @@ def class_predictions(classes: Sequence[str], paths: Sequence[Path], probabiliti
     ]
 
 
-_SEPARATOR = "|"
-
-
 @dataclass(frozen=True)
 class LabelSetPrediction:
     """The prediction for one image that may have any number of labels.
@@ -261,6 +263,11 @@ class LabelSetPrediction:
             return ", ".join(f"{name} {p:.3f}" for name, p in self.ranking[:top_k])
         return ", ".join(f"{name} {self.probabilities[name]:.3f}" for name in self.labels) or "no label"
 
+    def cells(self, top_k: int | None = None) -> list[tuple[str, str]]:
+        """Cells of a table by column: `labels` with `|` between them, and every class, or the likeliest `top_k`."""
+        of_classes = [(name, f"{p:.6f}") for name, p in self.probabilities.items()]
+        return [("labels", "|".join(self.labels)), *(of_classes if top_k is None else _ranked(self.ranking[:top_k]))]
+
 
 def label_set_predictions(
     classes: Sequence[str], paths: Sequence[Path], probabilities: Tensor, thresholds: Sequence[float]
@@ -281,35 +288,6 @@ def label_set_predictions(
     return made
 
 
-def write_label_sets(
-    predictions: Iterable[LabelSetPrediction], out: str | Path, top_k: int | None = None, *, overwrite: bool = False
-) -> Path:
-    """Write predictions as CSV: `image`, `labels` (with `|` between them), and the probability of each class.
-
-    Args:
-        predictions: From `predict`.
-        out: The file.
-        top_k: How many classes an image, as `class_1`, `probability_1` and so on; None for a column a class.
-        overwrite: Replace an existing file.
-
-    Raises:
-        FileExistsError: The file exists.
-        ValueError: `top_k` is less than 1, or `out` is a folder.
-    """
-    check_output(out, top_k, overwrite=overwrite)
-    predictions = list(predictions)
-    names = list(predictions[0].probabilities) if predictions else []
-    ranks = 0 if top_k is None else min(top_k, len(names))
-    ranked = [f"{name}_{rank + 1}" for rank in range(ranks) for name in ("class", "probability")]
-    rows = [["image", "labels", *(names if top_k is None else ranked)]]
-    for prediction in predictions:
-        cells = [cell for name, p in prediction.ranking[:ranks] for cell in (name, f"{p:.6f}")]
-        if top_k is None:
-            cells = [f"{p:.6f}" for p in prediction.probabilities.values()]
-        rows.append([str(prediction.path), _SEPARATOR.join(prediction.labels), *cells])
-    return _write_csv(rows, out)
-
-
 @dataclass(frozen=True)
 class NumberPrediction:
     """The numbers that are predicted for one image, by the name of the target, in its own unit."""
@@ -320,6 +298,10 @@ class NumberPrediction:
     def text(self, top_k: int | None = None) -> str:
         """The numbers in one line."""
         return ", ".join(f"{name} {value:.6g}" for name, value in self.values.items())
+
+    def cells(self, top_k: int | None = None) -> list[tuple[str, str]]:
+        """Cells of a table, a column a target."""
+        return [(name, f"{value:.7g}") for name, value in self.values.items()]
 
 
 def check_number_output(out: str | Path | None, top_k: int | None, *, overwrite: bool) -> None:
@@ -332,30 +314,6 @@ def check_number_output(out: str | Path | None, top_k: int | None, *, overwrite:
 def write_numbers(
     predictions: Iterable[NumberPrediction], out: str | Path, top_k: int | None = None, *, overwrite: bool = False
 ) -> Path:
-    """Write predictions as CSV: `image`, and a column a target.
-
-    Args:
-        predictions: From `predict`.
-        out: The file.
-        top_k: For classes alone.
-        overwrite: Replace an existing file.
-
-    Raises:
-        FileExistsError: The file exists.
-        ValueError: `top_k` is given, or `out` is a folder.
-    """
+    """Write numbers as `write_predictions` does; `top_k`, which is for classes alone, is refused."""
     check_number_output(out, top_k, overwrite=overwrite)
-    predictions = list(predictions)
-    rows = [["image", *(predictions[0].values if predictions else [])]]
-    rows += [[str(p.path), *(f"{value:.7g}" for value in p.values.values())] for p in predictions]
-    return _write_csv(rows, out)
-
-
-def _write_csv(rows: Iterable[Sequence[str]], out: str | Path) -> Path:
-    """Write rows of cells atomically."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    path = Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, text.getvalue())
-    return path
+    return write_predictions(predictions, out, overwrite=overwrite)

@@ -1,6 +1,5 @@
 """`Task`: what training, evaluation and reports ask of a kind of task."""
 
-import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -13,6 +12,7 @@ from numpy.typing import ArrayLike
 from PIL import Image
 from torch import Tensor, nn
 
+from snella._text import nearest
 from snella.backbones import create_backbone
 from snella.data import ImageDataset, MaskDataset
 from snella.records import LabelSetPredictions, MaskPredictions, NumberPredictions, Predictions
@@ -289,16 +289,14 @@ def paired(outputs: ArrayLike, labels: ArrayLike, name: str = "logits") -> tuple
 
 def unknown_class(name: str, classes: Sequence[str]) -> str:
     """The error of a name that is no class, with the nearest one."""
-    near = difflib.get_close_matches(name, classes, n=1)
-    return f"no class {name!r}" + (f" (nearest: {near[0]!r})" if near else "")
+    return f"no class {name!r}" + nearest(name, classes, form=" (nearest: '{}')")
 
 
 def check_monitor(task: type[Task], monitor: str) -> str | None:
     """The error of a metric that a task does not measure, with the nearest one; None where it does."""
     if monitor in task.monitors:
         return None
-    near = difflib.get_close_matches(monitor.lower().replace("-", "_"), task.monitors, n=1, cutoff=0.4)
-    hint = f"; nearest: {near[0]}" if near else ""
+    hint = nearest(monitor.lower().replace("-", "_"), task.monitors, cutoff=0.4)
     return f"monitor must be one of {', '.join(task.monitors)} for task {task.name}, got {monitor!r}{hint}"
 
 

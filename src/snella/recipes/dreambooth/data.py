@@ -1,6 +1,5 @@
 """DreamBooth data: a folder of images of one subject, or a folder of subjects, and lists of prompts."""
 
-import difflib
 import hashlib
 import re
 from collections.abc import Iterator
@@ -9,9 +8,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from snella._text import listed
+from snella._text import listed, nearest
 from snella.data.datasets import broken_images
-from snella.data.folder import existing_folder
+from snella.data.folder import existing_folder, note_broken
 from snella.data.images import IMAGE_SUFFIXES, read_image
 
 LIVE_CLASSES = ("cat", "dog")
@@ -196,9 +195,8 @@ def _subject_folder(root: Path, subject: str | None) -> Path:
         return root / str(subject)
     if subject is None:
         raise ValueError(f"subject must name one of the {len(names)} folders in {root}, got none: {listed(names)}")
-    near = difflib.get_close_matches(subject, names, n=3, cutoff=0.4)
-    shown = f"nearest: {', '.join(near)}" if near else f"there are {listed(names)}"
-    raise FileNotFoundError(f"subject must name one of the {len(names)} folders in {root}, got {subject!r}; {shown}")
+    shown = nearest(subject, names, most=3, cutoff=0.4) or f"; there are {listed(names)}"
+    raise FileNotFoundError(f"subject must name one of the {len(names)} folders in {root}, got {subject!r}{shown}")
 
 
 def _concept(folder: Path, class_name: str | None, skip_corrupt: bool) -> Concept:
@@ -211,14 +209,10 @@ def _concept(folder: Path, class_name: str | None, skip_corrupt: bool) -> Concep
     broken = broken_images(paths)
     notes = [f"left out {len(files) - len(paths)} files that are no images"] if len(files) > len(paths) else []
     if broken:
-        named = listed([f"{paths[index].name} ({reason})" for index, reason in broken.items()])
-        if not skip_corrupt:
-            raise ValueError(
-                f"{len(broken)} of {len(paths)} images in '{folder}' cannot be read: {named}. "
-                "Remove or replace them, or leave them out with --skip-corrupt (skip_corrupt=True)"
-            )
+        named = {paths[index].name: reason for index, reason in broken.items()}
+        notes.append(note_broken(named, len(paths), folder, skip_corrupt))
         if len(broken) == len(paths):
-            raise ValueError(f"all {len(paths)} images in '{folder}' are broken: {named}")
-        notes.append(f"left out {len(broken)} broken images: {named}")
+            reasons = listed(f"{name} ({reason})" for name, reason in named.items())
+            raise ValueError(f"all {len(paths)} images in '{folder}' are broken: {reasons}")
     good = [path for index, path in enumerate(paths) if index not in broken]
     return Concept(folder.name, good, class_name, notes)
