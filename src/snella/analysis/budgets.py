@@ -17,8 +17,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from snella.analysis.plot import Plot, Row, grouped, in_order_of_depth, run_labels
 from snella.records import Allocation, AllocationStep, MatrixInfo, Metrics, RunInfo, read, read_if_present
-from snella.report.allocation import adapter_budgets, linear_trend, log_axis
-from snella.report.inspect import read_adapter, saved_budgets
+from snella.report.allocation import linear_trend, log_axis
+from snella.report.inspect import current_budgets, read_adapter
 from snella.report.style import (
     ACCENT,
     MUTED,
@@ -90,8 +90,7 @@ def read_budgeted_run(run: str | Path, label: str) -> BudgetedRun:
             "without allocation.json, which is written when training ends"
         )
     adapter = read_adapter(run)
-    saved = saved_budgets(adapter, allocation.matrices) if adapter else {}
-    budgets = adapter_budgets(allocation, read_if_present(Metrics, run) if info.classes else None) | saved
+    budgets = current_budgets(adapter, allocation, read_if_present(Metrics, run) if info.classes else None)
     return BudgetedRun(label, allocation, budgets, adapter.config if adapter else {})
 
 

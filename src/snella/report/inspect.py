@@ -116,6 +116,16 @@ def saved_budgets(adapter: AdapterFile, matrices: Sequence[MatrixInfo]) -> dict[
     return budgets
 
 
+def current_budgets(
+    adapter: AdapterFile | None, allocation: Allocation | None, metrics: Metrics | None
+) -> dict[str, int]:
+    """The budget of each matrix, by its name: of the saved adapter, or else as files note it; empty without budgets."""
+    if allocation is None:
+        return {}
+    saved = {} if adapter is None else saved_budgets(adapter, allocation.matrices)
+    return adapter_budgets(allocation, metrics) | saved
+
+
 def _module_of(key: str) -> str:
     """The layer that a budget in a PEFT file belongs to."""
     return key.removesuffix(".snella_budget").removeprefix("base_model.model.")
@@ -163,8 +173,7 @@ def inspect_summary(run: str | Path) -> dict[str, Any]:
     metrics = read_if_present(Metrics, folder)
     allocation = read_if_present(Allocation, folder)
     adapter = read_adapter(folder)
-    saved = saved_budgets(adapter, allocation.matrices) if adapter and allocation else {}
-    budgets = None if allocation is None else adapter_budgets(allocation, metrics) | saved
+    budgets = current_budgets(adapter, allocation, metrics)
     value_bytes = adapter.value_bytes if adapter else 4
     is_generator = info.task in GENERATOR_TASKS
     scores: dict[str, Any] = (
@@ -202,13 +211,14 @@ def inspect_summary(run: str | Path) -> dict[str, Any]:
         "settings": dict(adapter.config) if adapter else {},
         "budgets": None,
     }
-    if allocation is not None and budgets is not None:
+    if allocation is not None:
+        has_own = adapter is not None and bool(saved_budgets(adapter, allocation.matrices))
         kept = sum(budgets.values())
         summary["sizes"] |= {
             "sparse_update_bytes": kept * (value_bytes + _INDEX_BYTES),
             "adapted_weights_bytes": allocation.total_weights * value_bytes,
         }
-        summary["budgets"] = _budgets(allocation, budgets, from_adapter=bool(saved))
+        summary["budgets"] = _budgets(allocation, budgets, from_adapter=has_own)
     return summary
 
 

@@ -36,7 +36,6 @@ from snella.records import (
 )
 from snella.report import figures, targets
 from snella.report.allocation import (
-    adapter_budgets,
     adapter_step,
     arrange,
     block_trend,
@@ -50,7 +49,7 @@ from snella.report.allocation import (
 )
 from snella.report.examples import ImageSource, choose_examples, load_example, load_picture, mask_colors, picture_uri
 from snella.report.figures import calibration_section, ranking_section
-from snella.report.inspect import AdapterFile, read_adapter, saved_budgets
+from snella.report.inspect import AdapterFile, current_budgets, read_adapter
 from snella.report.style import inline_svg, write_atomically
 
 _LONGEST = 800
@@ -488,35 +487,11 @@ def write_report(
         ValueError: A file of the run is damaged.
     """
     folder = Path(run)
-    page = _render(folder, images, metrics, allocation, has_stopped)
-    write_atomically(folder / "report.html", page.encode("utf-8", "backslashreplace"))
-    return folder / "report.html"
-
-
-def _warning(metrics: Metrics | None) -> str:
-    """Caveat about the results; empty for none."""
-    if metrics is None or metrics.selected_on != "test":
-        return ""
-    return (
-        f"Protocol {metrics.protocol}: the best epoch was selected on the test images: the test results are "
-        "optimistic, and not comparable with those of runs that selected on validation."
-    )
-
-
-def _render(
-    folder: Path,
-    images: ImageSource | None,
-    metrics: Metrics | None = None,
-    allocation: Allocation | None = None,
-    has_stopped: bool = False,
-) -> str:
-    """The page as a text; `metrics` and `allocation` are those of the files unless given."""
     info = read(RunInfo, folder)
     metrics = metrics or (read(Metrics, folder) if info.is_finished else read_if_present(Metrics, folder))
     allocation = allocation or read_if_present(Allocation, folder)
     adapter = read_adapter(folder)
-    saved = saved_budgets(adapter, allocation.matrices) if adapter and allocation else {}
-    budgets = adapter_budgets(allocation, metrics) | saved if allocation else {}
+    budgets = current_budgets(adapter, allocation, metrics)
     compared = read_if_present(MethodResults, folder)
     comparison = None if compared is None else compared.rows
     config = folder / "config.yaml"
@@ -550,11 +525,27 @@ def _render(
         "config": config.read_text(encoding="utf-8") if config.is_file() else "",
         "test_name": "test" if metrics is None or metrics.test else "validation",
     }
+    return write_page(folder, "snella.report", context)
+
+
+def write_page(folder: Path, package: str, context: Mapping[str, Any]) -> Path:
+    """Write `report.html` in a folder atomically: a package's template of that name, in the style of all reports."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(
         count=count_text, percent=percent_text, seconds=seconds_text, bytes=bytes_text, plain=plain_text
     )
-    texts = resources.files("snella.report")
-    template = environment.from_string(texts.joinpath("report.html.jinja").read_text(encoding="utf-8"))
-    style = texts.joinpath("report.css").read_text(encoding="utf-8")
-    return template.render(context, style=Markup(style))
+    template = resources.files(package).joinpath("report.html.jinja").read_text(encoding="utf-8")
+    style = resources.files("snella.report").joinpath("report.css").read_text(encoding="utf-8")
+    page = environment.from_string(template).render(context, style=Markup(style))
+    write_atomically(folder / "report.html", page.encode("utf-8", "backslashreplace"))
+    return folder / "report.html"
+
+
+def _warning(metrics: Metrics | None) -> str:
+    """Caveat about the results; empty for none."""
+    if metrics is None or metrics.selected_on != "test":
+        return ""
+    return (
+        f"Protocol {metrics.protocol}: the best epoch was selected on the test images: the test results are "
+        "optimistic, and not comparable with those of runs that selected on validation."
+    )

@@ -5,24 +5,20 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterable, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 
 from snella._text import bytes_text, count_text, percent_text, plain_text, seconds_text
 from snella.recipes.dreambooth.generate import MANIFEST
 from snella.records import Allocation, GeneratorMetrics, LossRow, Metrics, RunInfo, read, read_if_present
-from snella.report.allocation import adapter_budgets
 from snella.report.examples import picture_uri
-from snella.report.inspect import read_adapter, saved_budgets
-from snella.report.report import allocation_section
-from snella.report.style import ACCENT, CURVE, MUTED, add_legend, inline_svg, new_figure, write_atomically
+from snella.report.inspect import current_budgets, read_adapter
+from snella.report.report import allocation_section, write_page
+from snella.report.style import ACCENT, CURVE, MUTED, add_legend, inline_svg, new_figure
 
 _LONGEST = 320
 _WINDOW = 20
@@ -46,9 +42,7 @@ def write_generation_report(run: str | Path) -> Path:
     trained = read(GeneratorMetrics, folder)
     curve = trained.learning()
     allocation = read_if_present(Allocation, folder)
-    adapter = read_adapter(folder)
-    saved = saved_budgets(adapter, allocation.matrices) if adapter and allocation else {}
-    budgets = adapter_budgets(allocation, metrics) | saved if allocation else {}
+    budgets = current_budgets(read_adapter(folder), allocation, metrics)
     before, after = plain_text(curve["fixed_before"]), plain_text(curve["fixed_after"])
     numbers = [
         ("loss on fixed noise", after, f"{before} before training"),
@@ -76,12 +70,7 @@ def write_generation_report(run: str | Path) -> Path:
         "allocation": allocation_section(info, metrics, allocation, budgets),
         "config": (folder / "config.yaml").read_text(encoding="utf-8"),
     }
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(count=count_text, percent=percent_text, plain=plain_text)
-    template = environment.from_string(_text("snella.recipes.dreambooth", "report.html.jinja"))
-    page = template.render(context, style=Markup(_text("snella.report", "report.css")))
-    write_atomically(folder / "report.html", page.encode("utf-8", "backslashreplace"))
-    return folder / "report.html"
+    return write_page(folder, "snella.recipes.dreambooth", context)
 
 
 def loss_curve(history: Sequence[LossRow]) -> Figure:
@@ -122,8 +111,3 @@ def _pictures(paths: Iterable[Path]) -> list[dict[str, Any]]:
             item["problem"] = f"cannot be read: {error}"
         items.append(item)
     return items
-
-
-def _text(package: str, name: str) -> str:
-    """A text file of a package."""
-    return resources.files(package).joinpath(name).read_text(encoding="utf-8")
