@@ -15,8 +15,8 @@ from torchvision.transforms.functional import to_pil_image
 from snella._text import listed, near_siblings
 from snella.data.datasets import CachedImages, Collection
 from snella.data.folder import PARTS
-from snella.data.images import RGB, Reading, decode_image, to_channels
-from snella.data.table import Columns, Samples, TargetKind, collection_of
+from snella.data.images import Reading, decode_image, to_channels
+from snella.data.table import Columns, RowOptions, Samples, collection_of
 
 PYTHON_PREFIX = "python:"
 _IMAGE = "<image>"
@@ -24,18 +24,13 @@ _KEY, _URL = "__key__", "__url__"
 _INSTALL = "needs the package datasets; pip install 'snella[data]'"
 
 
-def load_hf(
-    path: str, *, columns: Columns, target: TargetKind = "class", skip_corrupt: bool = False, reading: Reading = RGB
-) -> Collection:
+def load_hf(path: str, options: RowOptions) -> Collection:
     """Collect the images of a Hugging Face data set.
 
     Args:
         path: A folder that `save_to_disk` wrote, a folder of images with `metadata.csv` (`imagefolder`) or of Parquet
             files, or a name on the hub, `owner/name` or `owner/name:configuration`.
-        columns: Which columns hold what; the first column of images is the image.
-        target: What the label column holds.
-        skip_corrupt: Leave out rows that cannot be used, and note how many.
-        reading: As for `read_image`.
+        options: How rows are read; the first column of images is the image.
 
     Raises:
         ConnectionError: The hub is needed and cannot be reached.
@@ -56,12 +51,10 @@ def load_hf(
             data = library.load_dataset(name, configuration or None)
     except Exception as error:
         raise _reading_error(f"hf:{path}", folder, error) from error
-    return _from_hf(data, f"hf:{path}", folder.name, columns, target, skip_corrupt, reading)
+    return _from_hf(data, f"hf:{path}", folder.name, options)
 
 
-def load_wds(
-    path: str, *, columns: Columns, target: TargetKind = "class", skip_corrupt: bool = False, reading: Reading = RGB
-) -> Collection:
+def load_wds(path: str, options: RowOptions) -> Collection:
     """Collect the images of WebDataset shards.
 
     Files of one sample have one name before the first dot: `0001.jpg`, and `0001.cls`, `0001.txt` or `0001.json` with
@@ -69,10 +62,7 @@ def load_wds(
 
     Args:
         path: Tar files: a folder, a pattern (`data/train-*.tar`) or a range (`data/train-{000..009}.tar`).
-        columns: Which entries hold what, such as `label=json.species`.
-        target: What the label entry holds.
-        skip_corrupt: Leave out samples that cannot be used, and note how many.
-        reading: As for `read_image`.
+        options: How samples are read; an entry is a column, such as `label=json.species`.
 
     Raises:
         FileNotFoundError: There are no such shards.
@@ -89,49 +79,38 @@ def load_wds(
         data = library.load_dataset("webdataset", data_files=by_part)
     except Exception as error:
         raise _reading_error(f"wds:{path}", shards[0], error) from error
-    return _from_hf(data, f"wds:{path}", shards[0].parent.name, columns, target, skip_corrupt, reading)
+    return _from_hf(data, f"wds:{path}", shards[0].parent.name, options)
 
 
-def from_python(
-    data: Any,
-    name: str = "data",
-    *,
-    columns: Columns,
-    target: TargetKind = "class",
-    skip_corrupt: bool = False,
-    reading: Reading = RGB,
-) -> Collection:
+def from_python(data: Any, options: RowOptions) -> Collection:
     """Collect the images of a data set that is an object.
 
     Args:
         data: A `datasets.Dataset` or `DatasetDict`; a torch data set with a length whose items are an image and a label
             (torchvision's, without a transform); or a mapping from train, val and test to such ones.
-        name: What it is called.
-        columns: Of a Hugging Face data set.
-        target: What the labels are.
-        skip_corrupt: Leave out images that cannot be used, and note how many.
-        reading: As for `read_image`.
+        options: How items are read; columns are those of a Hugging Face data set.
 
     Raises:
         TypeError: Another kind of object.
         ValueError: What `collection_of` refuses.
     """
-    where = f"{PYTHON_PREFIX}{name}"
+    name, where = "data", f"{PYTHON_PREFIX}data"
     parts = dict(data) if isinstance(data, Mapping) else {"train": data}
     if all(hasattr(part, "features") and hasattr(part, "column_names") for part in parts.values()):
-        return _from_hf(data, where, name, columns, target, skip_corrupt, reading)
+        return _from_hf(data, where, name, options)
     for part_name, part in parts.items():
         if not (hasattr(part, "__len__") and hasattr(part, "__getitem__")):
             raise TypeError(
                 f"data must be a specification such as folder:photos, or data sets with a length and items (image, "
                 f"label), got {type(part).__name__} for {part_name}"
             )
-    source = _ObjectImages(list(parts.values()), reading)
+    source = _ObjectImages(list(parts.values()), options.reading)
     labels = [label for part in parts.values() for label in _labels_of(part)]
     known = getattr(next(iter(parts.values())), "classes", None)
-    are_numbers = all(isinstance(label, int | np.integer) for label in labels)
-    if known and are_numbers and target == "class":
-        labels = [str(known[int(label)]) for label in labels]
+    classes = None
+    if known and options.target == "class" and all(isinstance(label, int | np.integer) for label in labels):
+        classes = [str(name) for name in known]
+        labels = [classes[int(label)] for label in labels]
     samples = Samples(
         name,
         where,
@@ -140,9 +119,9 @@ def from_python(
         labels,
         ["label"],
         splits=[part_name for part_name, part in parts.items() for _ in range(len(part))] if len(parts) > 1 else None,
-        classes=[str(name) for name in known] if known and are_numbers and target == "class" else None,
+        classes=classes,
     )
-    return collection_of(samples, target=target, skip_corrupt=skip_corrupt)
+    return collection_of(samples, options)
 
 
 class _HubImages(CachedImages):
@@ -218,9 +197,7 @@ def _labels_of(part: Any) -> list[Any]:
     return [label.tolist() if hasattr(label, "tolist") else label for label in labels]
 
 
-def _from_hf(
-    data: Any, where: str, name: str, columns: Columns, target: TargetKind, skip_corrupt: bool, reading: Reading
-) -> Collection:
+def _from_hf(data: Any, where: str, name: str, options: RowOptions) -> Collection:
     """A Hugging Face data set or several as a `Collection`."""
     import datasets
 
@@ -239,8 +216,7 @@ def _from_hf(
             table.setdefault(column, []).extend(values)
     total = sum(map(len, parts.values()))
     table = {**{column: [_IMAGE] * total for column in images}, **table}
-    if images:
-        columns = Columns({"path": images[0], **columns.names})
+    columns = Columns({"path": images[0], **options.columns.names}) if images else options.columns
     found = columns.of(table, ("path", "label"), where)
     if found["path"] not in images:
         raise ValueError(f"{where}: column {found['path']!r} must hold images, got {table[found['path']][:1]}")
@@ -250,11 +226,11 @@ def _from_hf(
     encoded = [rows.select_columns([found["path"]]) for rows in parts.values()]
     encoded = [rows.cast_column(found["path"], datasets.Image(decode=False)) for rows in encoded]
     names = table.get(_KEY) or [f"{part}/{row:06}" for part, rows in parts.items() for row in range(len(rows))]
-    samples = Samples.of_table(name, where, _HubImages(encoded, found["path"], reading), names, table, found)
+    samples = Samples.of_table(name, where, _HubImages(encoded, found["path"], options.reading), names, table, found)
     samples.notes = [*notes, *samples.notes]
-    if target != "numbers":
+    if options.target != "numbers":
         samples.classes = _class_names(first.features.get(samples.label_columns[0]))
-    return collection_of(samples, target=target, skip_corrupt=skip_corrupt)
+    return collection_of(samples, options)
 
 
 def _values(rows: Any, images: Sequence[str]) -> dict[str, list[Any]]:

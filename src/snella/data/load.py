@@ -30,7 +30,7 @@ from snella.data.hub import PYTHON_PREFIX, from_python, load_hf, load_wds
 from snella.data.images import FULL_WHITE, RGB, Reading
 from snella.data.masks import load_kvasir, load_masks
 from snella.data.splits import fold_split, grouped_split, stratified_sample, stratified_split
-from snella.data.table import Columns, TargetKind, load_table
+from snella.data.table import Columns, RowOptions, TargetKind, load_table
 
 _FOLDER = "folder:"
 _LEAST_CORRELATION, _MOST_DISTANCE = 0.995, 3.0
@@ -50,7 +50,7 @@ _IN_TABLES: dict[str, Callable[..., Collection]] = {
     "hf:": load_hf,
     "wds:": load_wds,
 }
-"""Data formats with columns; each takes what stands after the colon, `columns`, `target` and `skip_corrupt`."""
+"""Data formats with columns; each takes what stands after the colon, and `RowOptions`."""
 _BENCHMARKS: dict[str, Callable[..., Collection]] = {"vtab:": load_vtab, "fgvc:": load_fgvc}
 """Benchmarks by prefix; each takes the path of one data set and `strict_sizes`."""
 _BENCHMARK_FOLDERS: dict[str, Callable[[Path], Path]] = {"vtab:": VTAB.resolve, "fgvc:": FGVC.resolve}
@@ -271,14 +271,12 @@ def _collect(
     """The data as its family has it."""
     given: dict[str, Any] = {} if reading == RGB else {"reading": reading}
     if not isinstance(spec, str):
-        return from_python(spec, columns=Columns.parse(columns), target=target, skip_corrupt=skip_corrupt, **given)
+        return from_python(spec, RowOptions(Columns.parse(columns), target, skip_corrupt, reading))
     prefix, path = split_spec(spec)
     if prefix == PYTHON_PREFIX:
         raise ValueError(f"data {spec} is an object in Python: hand it over to train or evaluate with data=...")
     if prefix in _IN_TABLES:
-        return _IN_TABLES[prefix](
-            path, columns=Columns.parse(columns), target=target, skip_corrupt=skip_corrupt, **given
-        )
+        return _IN_TABLES[prefix](path, RowOptions(Columns.parse(columns), target, skip_corrupt, reading))
     if columns is not None:
         raise ValueError(
             f"columns can only be given for data with columns, {', '.join(_IN_TABLES)}, got {columns!r} with {spec}"

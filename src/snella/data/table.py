@@ -117,6 +117,24 @@ class Columns:
         return found
 
 
+@dataclass(frozen=True)
+class RowOptions:
+    """How the rows of data with columns become images with labels.
+
+    Attributes:
+        columns: Which columns hold what; others are found by their names.
+        target: What the label column holds.
+        skip_corrupt: Leave out rows that cannot be used (their image is missing or broken, or they have no label), and
+            note how many, instead of refusing.
+        reading: As for `read_image`.
+    """
+
+    columns: Columns
+    target: TargetKind = "class"
+    skip_corrupt: bool = False
+    reading: Reading = RGB
+
+
 @dataclass
 class Samples:
     """Images with what is known of each, row by row, before they become a `Collection`.
@@ -179,25 +197,14 @@ class Samples:
         )
 
 
-def load_table(
-    path: str,
-    kind: str,
-    *,
-    columns: Columns,
-    target: TargetKind = "class",
-    skip_corrupt: bool = False,
-    reading: Reading = RGB,
-) -> Collection:
+def load_table(path: str, options: RowOptions, *, kind: str) -> Collection:
     """Collect the images that a table names.
 
     Args:
         path: A CSV file (`,`, `;` or tab between the values, a line of names first) or a Parquet file; the paths in it
             are relative to its folder.
+        options: How rows are read.
         kind: csv or parquet.
-        columns: Which columns hold what; others are found by their names.
-        target: What the label column holds.
-        skip_corrupt: Leave rows out, and note how many, whose file is missing or broken or that have no label.
-        reading: As for `read_image`.
 
     Raises:
         FileNotFoundError: There is no such file; near names are given.
@@ -207,19 +214,19 @@ def load_table(
     """
     table, file = read_table(path, kind)
     where = f"{kind}:{path}"
-    found = columns.of(table, ("path", "label"), where)
+    found = options.columns.of(table, ("path", "label"), where)
     names = _paths(table, found["path"])
-    source = FileImages([file.parent / name for name in names], reading=reading)
+    source = FileImages([file.parent / name for name in names], reading=options.reading)
     broken = {row: "no path" for row, name in enumerate(names) if not name}
     broken |= {
         row: "no such file" for row, image in enumerate(source.paths) if row not in broken and not image.is_file()
     }
     samples = Samples.of_table(file.stem, where, source, names, table, found)
     samples.broken = broken
-    return collection_of(samples, target=target, skip_corrupt=skip_corrupt)
+    return collection_of(samples, options)
 
 
-def collection_of(samples: Samples, *, target: TargetKind = "class", skip_corrupt: bool = False) -> Collection:
+def collection_of(samples: Samples, options: RowOptions) -> Collection:
     """Images with labels, weights and groups, in the parts that their rows name.
 
     Labels become class numbers (`class`), or strata that splits are made by: the rarest label of an image (`labels`),
@@ -228,14 +235,13 @@ def collection_of(samples: Samples, *, target: TargetKind = "class", skip_corrup
 
     Args:
         samples: The rows.
-        target: What the labels are.
-        skip_corrupt: Leave out rows that cannot be used, and note how many.
+        options: How they are read.
 
     Raises:
         ValueError: Rows that cannot be used (counted and named), unknown parts, no training images, fewer than two
             classes, or labels of another kind than `target`.
     """
-    parts = _parts(samples)
+    parts, target = _parts(samples), options.target
     values, broken = _targets(samples, target)
     weights = None if samples.weights is None else [_number(value) for value in samples.weights]
     for row, weight in enumerate(samples.weights or []):
@@ -246,7 +252,7 @@ def collection_of(samples: Samples, *, target: TargetKind = "class", skip_corrup
     broken |= broken_rows(samples.source, usable)
     notes = list(samples.notes)
     if broken:
-        if not skip_corrupt:
+        if not options.skip_corrupt:
             raise ValueError(
                 f"{_broken_text(broken, samples)}. Mend or remove them, or leave them out with --skip-corrupt "
                 "(skip_corrupt=True)"
