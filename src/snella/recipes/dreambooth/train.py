@@ -34,7 +34,7 @@ from snella.recipes.dreambooth.pipeline import (
     load_pipeline,
 )
 from snella.recipes.dreambooth.report import write_generation_report
-from snella.records import BackboneInfo, DataInfo, FixedLoss, GeneratorMetrics, LossRow, RunInfo, read
+from snella.records import BackboneInfo, DataInfo, FixedLoss, LossRow, RunInfo, read
 from snella.runs.config import command_line
 from snella.runs.model import choose_device
 from snella.training.checkpoints import reading_checkpoint, remove_incomplete, reporting_write_errors, staged
