@@ -90,7 +90,7 @@ peft-contract: install ## PEFT's own tests with SNELLA in them, beside LoRA; bri
 faults: install ## kill, fill, flip and fuzz tiny trainings for some minutes, and count; appends to benchmarks/faults.jsonl
 	$(BIN)/python benchmarks/faults.py
 
-bench: install ## step times (twelve minutes on two cores) beside PEFT's LoRA and others; appends to benchmarks/results.jsonl
+bench: install ## step times (sixteen minutes on two cores) beside PEFT's LoRA and others; appends to benchmarks/results.jsonl
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/readme.py
 

@@ -80,7 +80,15 @@ SETTINGS = [
     Setting("convnext_base", batch=4),
     Setting("llama", batch=1, tokens=512, depth=2, blocks=32),
 ]
-CONTENDERS = ["lora", "full", "snella", "snella-sample", "snella-keep-delta"]
+# what they set beside rank, modules and sparsity
+SNELLA = {
+    "snella": {},
+    "snella-sample": {"weight_gradient": "sample:1/2"},
+    "snella-compress": {"compress_activations": True},
+    "snella-compress-sample": {"compress_activations": True, "weight_gradient": "sample:1/2"},
+    "snella-keep-delta": {"cache_delta": True},
+}
+CONTENDERS = ["lora", "full", *SNELLA]
 
 
 def build(setting: Setting) -> nn.Module:
@@ -108,9 +116,8 @@ def adapted(setting: Setting, contender: str) -> nn.Module:
     if contender == "lora":
         model = get_peft_model(model, LoraConfig(lora_alpha=setting.r, **common))
     else:
-        sparsity = {"target_sparsity": 0.7, "init_sparsity": 0.7, "cache_delta": contender == "snella-keep-delta"}
-        sampling = {"weight_gradient": "sample:1/2" if contender == "snella-sample" else "exact"}
-        model = get_peft_model(model, SnellaConfig(**common, **sparsity, **sampling))
+        config = SnellaConfig(target_sparsity=0.7, init_sparsity=0.7, **common, **SNELLA[contender])
+        model = get_peft_model(model, config)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

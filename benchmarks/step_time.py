@@ -1,6 +1,6 @@
 """Training-step time and memory of SNELLA beside its peers; `snella bench` is the same with all its options.
 
-python benchmarks/step_time.py                     twelve minutes on two cores; appends to results.jsonl
+python benchmarks/step_time.py                     sixteen minutes on two cores; appends to results.jsonl
 python benchmarks/step_time.py --matrices          single matrices on the CPU alone: a quarter of a minute
 python benchmarks/step_time.py --grid              every backbone, batch, rank, sparsity and dtype: hours
 """
@@ -13,8 +13,8 @@ from snella.benchmark import BenchConfig, bench, grid, measure_matrix, measure_s
 from snella.benchmark.rows import append_rows
 
 HERE = Path(__file__).parent
-SAMPLES = ["snella-sample", "snella-sample-quarter"]
-PEERS = ["frozen", "lora", "dora", "shira", "full", "snella", *SAMPLES, "snella-keep-inputs"]
+VARIANTS = ["snella-sample", "snella-sample-quarter", "snella-compress", "snella-compress-sample"]
+PEERS = ["frozen", "lora", "dora", "shira", "full", "snella", *VARIANTS, "snella-keep-inputs"]
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
     small, base, huge = "vit_small_patch16_224", "vit_base_patch16_224", "vit_huge_patch14_224"
     common = {"device": args.device, "out": args.out}
     bench(BenchConfig([base], [4], PEERS, rounds=5, **common), console)
-    bench(BenchConfig([base], [16], ["frozen", "lora", "full", "snella", *SAMPLES], rounds=4, **common), console)
+    bench(BenchConfig([base], [16], ["frozen", "lora", "full", "snella", *VARIANTS], rounds=4, **common), console)
     bench(BenchConfig([base], [16], ["lora", "snella"], sparsity=[0.99], rounds=2, **common), console)
     bench(BenchConfig([base], [4], ["lora", "snella", "paper"], rounds=2, **common), console)
     bench(BenchConfig([small], [4], ["lora", "full", "snella"], rounds=4, **common), console)

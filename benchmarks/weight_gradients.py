@@ -4,8 +4,9 @@ python benchmarks/weight_gradients.py
 
 A frozen DINOv2-S with a linear probe as its head, no update: for each linear layer of its blocks G = Σ_t g_t x_tᵀ of
 one batch, and ‖Ĝ − G‖/‖G‖ for `sample:P` (see `snella.ops.sampling`), for `pairs` (each token replaced by the mean of
-it and its neighbor, prefix tokens apart: the low half of a Walsh-Hadamard transform), and for `other images`, the mean
-over `--batches` batches in place of Ĝ. Appends a JSON line a task to weight_gradients.jsonl.
+it and its neighbor, prefix tokens apart: the low half of a Walsh-Hadamard transform), for `eight bits` (what
+`compress_activations` makes of g and x), and for `other images`, the mean over `--batches` batches in place of Ĝ.
+Appends a JSON line a task to weight_gradients.jsonl.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from torch.nn.functional import cross_entropy
 
 from snella.comparison.cells import git_state, system_info
 from snella.data import build_transform
+from snella.ops.recompute import mark_outputs, origin_of, unmark_outputs
 from snella.ops.sampling import sample_tokens
 from snella.records import BackboneInfo
 from snella.runs import TrainConfig
@@ -63,24 +65,27 @@ def measure(data: str, img_size: int, batch_size: int, batches: int) -> dict[str
     config = TrainConfig(data=data, backbone=BACKBONE, method="linear", out="-", img_size=img_size).resolved()
     splits = load_splits(dataclasses.replace(config, train_size=batch_size * batches, val_size=20))
     info = BackboneInfo(name=BACKBONE, num_classes=len(splits.classes), img_size=img_size, seed=0, pretrained=True)
-    model: Any = make_backbone(info).eval()
+    model: Any = make_backbone(info).eval().requires_grad_(False)
     transform = build_transform(resolve_data_config(model, img_size), train=False, augment="none")
     part = splits.train.with_transform(transform)
     images = torch.stack([part[row][0] for row in range(len(part))])
     labels = torch.tensor(part.labels)
     start_from_probe(model, images, labels)
-    pairs = [
-        gradients(model, images[rows], labels[rows]) for rows in torch.randperm(len(part)).split(batch_size)[:batches]
-    ]
+    parts = torch.randperm(len(part)).split(batch_size)[:batches]
+    pairs = [gradients(model, images[rows], labels[rows]) for rows in parts]
+    mark_outputs(model, compress=True)
+    rounded = gradients(model, images[parts[0]], labels[parts[0]])
+    unmark_outputs(model)
     errors: dict[str, list[float]] = {}
     for name, (grad, x) in pairs[0].items():
         exact = product(grad, x)
         estimates = {f"sample:1/{1 / share:g}": product(*sample_tokens(*flat(grad, x), share)) for share in SHARES}
         estimates["pairs"] = product(*neighbors(grad, x, model.num_prefix_tokens))
+        estimates["eight bits"] = product(*rounded[name])
         estimates["other images"] = sum(product(*one[name]) for one in pairs) / len(pairs)
         for estimate, value in estimates.items():
             errors.setdefault(estimate, []).append(float((value - exact).norm() / exact.norm()))
-    shown = {name: {"mean": round(sum(v) / len(v), 3), "max": round(max(v), 3)} for name, v in errors.items()}
+    shown = {name: {"mean": round(sum(v) / len(v), 4), "max": round(max(v), 4)} for name, v in errors.items()}
     return {"layers": len(pairs[0]), "tokens": len(flat(*pairs[0][next(iter(pairs[0]))])[0]), "error": shown}
 
 
@@ -100,7 +105,13 @@ def gradients(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Pai
     hooks = []
 
     def keep(name: str, _: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
-        y.register_hook(lambda grad: found.__setitem__(name, (grad.detach(), args[0].detach())))
+        (x,) = args
+        kept, origin = origin_of(x)
+
+        def note(grad: Tensor) -> None:
+            found[name] = grad.detach(), x.detach() if kept is None else origin.compute(kept)
+
+        y.register_hook(note)
 
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name.startswith("blocks"):

@@ -14,6 +14,7 @@ from snella.training.memory import predict_step_memory, saved_bytes, working_mod
 from snella.training.optimizer import checkpoint_gradients
 
 METHODS = ["snella-4", "lora-4", "full"]
+COMPRESSED = ("snella-4", {"compress_activations": True})
 SIDE = 64
 
 
@@ -85,9 +86,9 @@ def test_a_pass_that_fails_leaves_the_model_as_it_was():
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
-@pytest.mark.parametrize("method", METHODS)
-def test_what_another_batch_keeps_is_predicted_to_the_byte(method, name):
-    model = make(method, name)
+@pytest.mark.parametrize(("method", "options"), [*((method, {}) for method in METHODS), COMPRESSED])
+def test_what_another_batch_keeps_is_predicted_to_the_byte(method, options, name):
+    model = make(method, name, **options)
     memory = predict_step_memory(model, (3, SIDE, SIDE), 11)
     measured = saved_bytes(model, torch.randn(11, 3, SIDE, SIDE))
     assert memory.kept == pytest.approx(measured, rel=0.001)
@@ -105,7 +106,7 @@ def test_snella_keeps_no_more_than_lora(name, dtype):
 
 
 @pytest.mark.parametrize(
-    ("method", "options"), [*((method, {}) for method in METHODS), ("snella-4", {"impl": "eager"})]
+    ("method", "options"), [*((method, {}) for method in METHODS), ("snella-4", {"impl": "eager"}), COMPRESSED]
 )
 def test_the_peak_is_what_the_allocator_reports(method, options, tmp_path):
     model, images = make(method, **options), torch.randn(12, 3, SIDE, SIDE)

@@ -1,4 +1,4 @@
-"""Inputs that are computed again in the backward pass instead of being kept."""
+"""Inputs that are computed again in the backward pass instead of being kept, and those kept in eight bits."""
 
 import copy
 import logging
@@ -15,6 +15,7 @@ from transformers import DeiTConfig, DeiTForImageClassification, LlamaConfig, Ll
 from transformers.activations import ACT2FN
 
 from snella import SnellaConfig
+from snella.ops.compression import GROUP, decode, encode
 from snella.ops.recompute import can_recompute, mark_outputs, origin_of, unmark_outputs
 
 WIDTH = 12
@@ -274,3 +275,154 @@ def test_a_copied_and_a_pickled_model_still_mark(tmp_path):
 def test_a_model_without_its_adapters_has_no_marks(unload):
     plain = getattr(adapted(nn.GELU()), unload)()
     assert not any(module._forward_hooks for module in plain.modules())
+
+
+# compress_activations
+
+
+def relative_error(grads, exact):
+    """The distance of all gradients together to the exact ones, as a part of their norm."""
+    difference = sum(float((grads[name] - grad).square().sum()) for name, grad in exact.items())
+    return (difference / sum(float(grad.square().sum()) for grad in exact.values())) ** 0.5
+
+
+BATCH = (GROUP // 4, 3, WIDTH)
+
+
+def images_of(model):
+    grid = getattr(getattr(model, "patch_embed", None), "img_size", None) or model.pretrained_cfg["input_size"][1:]
+    return torch.randn(2, 3, *grid)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_outputs_are_exact_gradients_near_and_a_quarter_is_kept(name):
+    x = torch.randn(BATCH)
+    exact, kept = step(adapted(KNOWN[name]), x)
+    compressed, less = step(adapted(KNOWN[name], compress_activations=True), x)
+    assert torch.equal(adapted(KNOWN[name])(x), adapted(KNOWN[name], compress_activations=True)(x))
+    assert relative_error(compressed, exact) < 0.03
+    # a byte and a sixteenth an entry, of what the module kept; some keep more than their input
+    assert kept - less >= x.nbytes - x.numel() * (1 + 4 / GROUP)
+
+
+def test_gradients_are_those_at_the_rounded_input():
+    module, z, weights = nn.LayerNorm(WIDTH), torch.randn(BATCH, requires_grad=True), torch.randn(BATCH)
+    module.requires_grad_(False)
+    mark_outputs(module, compress=True)
+    (module(z) * weights).sum().backward()
+    unmark_outputs(module)
+    rounded = decode(*encode(z)).requires_grad_()
+    (module(rounded) * weights).sum().backward()
+    assert torch.equal(z.grad, rounded.grad)
+    assert not torch.equal(rounded, z)
+
+
+def test_a_normalization_that_is_trained_keeps_its_input():
+    x = torch.randn(BATCH)
+    exact, kept = step(adapted(nn.LayerNorm(WIDTH), trained=True), x)
+    same, as_much = step(adapted(nn.LayerNorm(WIDTH), trained=True, compress_activations=True), x)
+    assert_same_bits(exact, same)
+    assert kept == as_much
+
+
+@pytest.mark.parametrize(
+    ("build", "share"),
+    [
+        (lambda: timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=3, depth=2), 0.63),
+        (lambda: timm.create_model("convnext_atto", num_classes=3, depths=(1, 1, 1, 1)), 0.63),
+        (
+            lambda: timm.create_model("swin_tiny_patch4_window7_224", img_size=56, num_classes=3, depths=(1, 1, 1, 1)),
+            0.7,
+        ),
+    ],
+    ids=["vit", "convnext", "swin"],
+)
+def test_whole_models_keep_less_and_gradients_are_near(build, share):
+    def adapt(**settings):
+        torch.manual_seed(0)
+        return get_peft_model(build(), SnellaConfig(r=2, **settings)).eval()
+
+    x = images_of(build())
+    exact, kept = step(adapt(), x)
+    compressed, less = step(adapt(compress_activations=True), x)
+    assert less < share * kept
+    assert relative_error(compressed, exact) < 0.03
+
+
+def test_autocast_takes_the_rounded_input():
+    model = adapted(nn.GELU(), compress_activations=True)
+    exact = adapted(nn.GELU())
+    for one in (model, exact):
+        with torch.autocast("cpu", torch.bfloat16):
+            one(torch.linspace(-1, 1, GROUP * WIDTH).view(GROUP, WIDTH)).float().square().sum().backward()
+    for a, b in zip(model.parameters(), exact.parameters(), strict=True):
+        if a.grad is not None:
+            assert (a.grad - b.grad).norm() < 0.05 * b.grad.norm()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_with_compression_has_the_same_bits(use_reentrant):
+    def train(is_checkpointed):
+        model = adapted(nn.LayerNorm(WIDTH), compress_activations=True)
+        x = torch.linspace(-1, 1, GROUP * WIDTH).view(GROUP, WIDTH).requires_grad_()
+        y = checkpoint(model, x, use_reentrant=use_reentrant) if is_checkpointed else model(x)
+        y.square().sum().backward()
+        return {"x": x.grad, **{n: p.grad for n, p in model.named_parameters() if p.grad is not None}}
+
+    assert_same_bits(train(False), train(True))
+
+
+def test_two_backward_passes_over_one_compressed_graph_give_the_same_bits():
+    model = adapted(nn.GELU(), compress_activations=True)
+    loss = model(torch.randn(BATCH)).square().sum()
+    tensors = [p for p in model.parameters() if p.requires_grad]
+    first = torch.autograd.grad(loss, tensors, retain_graph=True)
+    for a, b in zip(first, torch.autograd.grad(loss, tensors), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_hooks_of_others_see_and_change_what_they_would():
+    x = torch.randn(BATCH)
+    model, exact = adapted(nn.GELU(), compress_activations=True), adapted(nn.GELU())
+    for one in (model, exact):
+        one.base_model.model[1].register_forward_hook(lambda module, args, output: output * 2)
+    assert torch.equal(model(x), exact(x))
+    assert 0 < relative_error(step(model, x)[0], step(exact, x)[0]) < 0.03
+    for one in (model, exact):  # what it gives the module is not what we would keep
+        one.base_model.model[1].register_forward_pre_hook(lambda module, args: (args[0] * 3,))
+    assert_same_bits(step(exact, x)[0], step(model, x)[0])
+
+
+def test_a_compressing_module_that_changed_is_an_error_too():
+    model = adapted(nn.LayerNorm(WIDTH), compress_activations=True)
+    loss = model(torch.randn(BATCH)).square().sum()
+    with torch.no_grad():
+        model.base_model.model[1].weight.mul_(2)
+    with pytest.raises(RuntimeError, match=r"LayerNorm.*was changed between"):
+        loss.backward()
+
+
+def test_copies_compress_and_unloading_ends_it():
+    model, x = adapted(nn.GELU(), compress_activations=True), torch.randn(BATCH)
+    grads, kept = step(model, x)
+    again, same = step(copy.deepcopy(model), x)
+    assert_same_bits(grads, again)
+    assert same == kept
+    plain = model.unload()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in plain.modules())
+
+
+def test_a_compiled_model_steps_aside():
+    x = torch.randn(BATCH)
+    exact, compressed = adapted(nn.GELU()), adapted(nn.GELU(), compress_activations=True)
+    for model in (exact, compressed):
+        torch.compile(model, backend="eager")(x).square().sum().backward()
+    for a, b in zip(exact.parameters(), compressed.parameters(), strict=True):
+        assert (a.grad is None and b.grad is None) or torch.equal(a.grad, b.grad)
+
+
+def test_inputs_that_are_kept_in_any_case_cannot_be_compressed():
+    with pytest.raises(ValueError, match="compress_activations=True needs recompute_inputs=True"):
+        SnellaConfig(compress_activations=True, recompute_inputs=False)
+    with pytest.raises((TypeError, ValueError), match="compress_activations"):
+        SnellaConfig(compress_activations="int8")

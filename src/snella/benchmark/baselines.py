@@ -200,6 +200,8 @@ BASELINES: dict[str, Builder] = {
     "snella-keep-inputs": _snella(recompute_inputs=False),
     "snella-sample": _snella(weight_gradient="sample:1/2"),
     "snella-sample-quarter": _snella(weight_gradient="sample:1/4"),
+    "snella-compress": _snella(compress_activations=True),
+    "snella-compress-sample": _snella(compress_activations=True, weight_gradient="sample:1/2"),
     "snella-eager": _snella(impl="eager"),
     "snella-triton": _snella(impl="triton"),
     "snella-compiled": _compiled(_snella()),

@@ -179,6 +179,9 @@ class SnellaConfig(PeftConfig):
             weight), and in evaluation the effective weight of a layer whose base weight is quantized.
         recompute_inputs: Do not keep an adapted layer's input where it is the output of a normalization or an
             activation, whose own input autograd keeps anyway: compute it again in the backward pass, to the same bits.
+        compress_activations: Keep the inputs of normalizations and activations in eight bits (see
+            `snella.ops.compression.encode`), for their own backward pass and for the layers behind them. Outputs stay
+            exact, gradients are those at rounded activations.
         weight_gradient: `"exact"`, or `"sample:P"`: estimate the updates' gradients in linear layers from a share `P`
             of the tokens, such as `"sample:1/2"`, without bias (see `snella.ops.sampling.sample_tokens`). Outputs and
             all other gradients stay exact; so do convolutions, `impl="reference"` and weights that a model reads
@@ -241,6 +244,7 @@ class SnellaConfig(PeftConfig):
     center_softmax: bool = field(default=False, metadata={"help": "subtract the softmax's mean"})
     cache_delta: bool = field(default=False, metadata={"help": "keep the merged matrix for the backward pass"})
     recompute_inputs: bool = field(default=True, metadata={"help": "compute inputs again instead of keeping them"})
+    compress_activations: bool = field(default=False, metadata={"help": "keep activations in eight bits"})
     weight_gradient: str = field(default="exact", metadata={"help": "exact, or sample:P for a share of the tokens"})
     fixed_support: bool = field(default=False, metadata={"help": "change entries that are given, see set_support"})
     impl: str = field(default="auto", metadata={"help": "implementation of the adapted layer"})
@@ -384,6 +388,8 @@ class SnellaConfig(PeftConfig):
                 check(value)
             except ValueError as error:
                 errors.append(str(error))
+        if self.compress_activations and not self.recompute_inputs:
+            errors.append("compress_activations=True needs recompute_inputs=True, got False")
         return errors
 
     def _range_errors(self) -> list[str]:
@@ -542,6 +548,7 @@ _KINDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
                 "center_softmax",
                 "cache_delta",
                 "recompute_inputs",
+                "compress_activations",
                 "fixed_support",
             ),
             *("init_weights", "ensure_weight_tying", "inference_mode", "match_update"),

@@ -265,7 +265,7 @@ class SnellaModel(BaseTuner):
         keep_off_fast_path(model)
         config = cast(SnellaConfig, self.peft_config[adapter_name])
         if config.recompute_inputs:
-            count = mark_outputs(model)
+            count = mark_outputs(model, compress=config.compress_activations)
             logger.info("inputs of adapted layers from %d normalizations and activations are computed again", count)
         layer = next((m for m in model.modules() if isinstance(m, SnellaLayer) and adapter_name in m.snella_A), None)
         if layer is not None and not layer.snella_A[adapter_name].is_meta:
