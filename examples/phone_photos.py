@@ -1,7 +1,7 @@
 """A hobbyist with phone photos in folders: turned JPEGs, HEIC, AVIF and WebP, a broken one, and a copy.
 
-The photographs are parts of the two that ship with scikit-learn, saved as phones do. `--quick` takes a tiny model
-without pre-trained weights and few images, for tests.
+The photographs are parts of the two that ship with scikit-learn, enlarged to the 12 megapixels of a phone and saved as
+phones do. `--quick` takes a tiny model without pre-trained weights and few, small images, for tests.
 """
 
 import random
@@ -43,6 +43,7 @@ def save_like_a_phone(picture: Image.Image, place: Path, number: int) -> None:
     elif number == 6 and features.check("avif"):
         picture.save(place / f"IMG_{number:04}.avif")
     elif kind == 3:
+        picture.thumbnail((1600, 1600))
         picture.save(place / f"IMG-{number:04}-WA.webp")
     else:
         picture.save(place / f"IMG_{number:04}.JPG", quality=90)
@@ -56,7 +57,8 @@ for name, whole in zip(("temple", "flower"), pictures, strict=True):
     for number in range(COUNT):
         side = choose.randrange(60, 90) if QUICK else choose.randrange(140, 240)
         left, top = choose.randrange(whole.width - side), choose.randrange(whole.height - side)
-        save_like_a_phone(whole.crop((left, top, left + side, top + side)), photos / name, number)
+        part = whole.crop((left, top, left + side, top + side))
+        save_like_a_phone(part if QUICK else part.resize((3464, 3464)), photos / name, number)
 (photos / "flower" / "IMG_9998.JPG").write_bytes((photos / "flower" / "IMG_0000.JPG").read_bytes()[:1500])
 (photos / "temple" / "copy of IMG_0000.JPG").write_bytes((photos / "temple" / "IMG_0000.JPG").read_bytes())
 (photos / "temple" / ".DS_Store").write_bytes(b"\0")

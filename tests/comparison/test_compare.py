@@ -193,6 +193,14 @@ def test_a_finished_comparison_trains_nothing_again(copy, console, no_training):
     assert (copy / "results.jsonl").read_text() == before
 
 
+def test_what_the_folder_has_beyond_what_was_asked_for_is_named(experiment, copy, console, no_training):
+    compare(replace(experiment, methods=experiment.methods[:1]), copy, workers=0, console=console)
+    said = console.file.getvalue()
+    assert "note: the folder's comparison has more, which is trained too: methods lora-2\n" in said
+    compare(experiment, copy, workers=0, console=console)
+    assert console.file.getvalue().count("has more") == 1
+
+
 def test_rows_alone_are_enough_to_draw_and_to_go_on(copy, console, no_training):
     shutil.rmtree(copy / "cells")
     (copy / "comparison.html").unlink()

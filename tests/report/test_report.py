@@ -113,6 +113,18 @@ def test_a_result_no_better_than_the_most_frequent_class_says_so(run):
     assert "Always answering 'cat', the most frequent class, gets 60.0 %: nothing is shown" in page(run).text
 
 
+def test_unbalanced_classes_are_told_by_what_each_class_counts_the_same_in(run):
+    run.finished(classes=("defect", "ok"))
+    test = run.read("metrics.json")["test"] | {"confusion": [[11, 9], [166, 1794]], "accuracy": 0.9116}
+    run.change("metrics.json", test=test)
+    text = page(run).text
+    assert (
+        "Always answering 'ok', the most frequent class, gets 99.0 %, and 50.0 % of the balanced accuracy, in which "
+        "each class counts the same; here that is 73.3 %, ±10.6 points (two standard errors)." in text
+    )
+    assert "nothing is shown" not in text
+
+
 def test_classes_are_sorted_by_recall_and_confusions_are_named(run):
     run.finished(classes=("cat", "dog", "owl"))
     test = run.read("metrics.json")["test"] | {"confusion": [[9, 1, 0], [4, 5, 1], [0, 0, 10]], "accuracy": 0.8}

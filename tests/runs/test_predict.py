@@ -280,6 +280,17 @@ def test_a_table_with_missing_images_is_answered_with_their_number_and_the_way_o
     assert len(predict(model.loaded, [gappy], skip_corrupt=True)) == 1
 
 
+def test_images_of_a_table_are_named_as_the_table_names_them(finished, photos, tmp_path, monkeypatch):
+    shutil.copytree(photos / "cats", tmp_path / "mine" / "cats")
+    (tmp_path / "mine" / "table.csv").write_text("path\ncats/000.png\n", encoding="utf-8")
+    for folder, table, expected in (
+        ("mine", "table.csv", "cats/000.png"),
+        (".", "mine/table.csv", "mine/cats/000.png"),
+    ):
+        monkeypatch.chdir(tmp_path / folder)
+        assert [str(one.path) for one in predict(finished.path, [table])] == [expected]
+
+
 def test_of_many_images_that_are_left_out_the_first_are_named(finished, gappy, tmp_path, capsys):
     predict_to_files(str(finished.path), [str(gappy)], out=str(tmp_path / "out.csv"), skip_corrupt=True)
     said = capsys.readouterr().err

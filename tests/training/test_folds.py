@@ -1,6 +1,7 @@
 """Cross-validation: folds, the table over them, resuming, and the ensemble."""
 
 import csv
+import shutil
 import statistics
 
 import pytest
@@ -65,6 +66,14 @@ def test_the_table_has_each_fold_and_its_mean(fast, console, tmp_path):
     page = (root / "folds.html").read_text()
     assert 'href="fold-2/report.html"' in page and "mean ± standard deviation" in page
     assert evaluate(root / "fold-2")["accuracy"] == accuracies[1]
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_a_telephone_shows_the_mean_without_scrolling(fast, console, tmp_path, browser):
+    train_folds(fast(), console)
+    browser.open(tmp_path / "run" / "folds.html", width=390)
+    right = browser.evaluate("document.querySelector('tbody tr:last-child td').getBoundingClientRect().right")
+    assert right < 390 and browser.evaluate("document.documentElement.scrollWidth") <= 390
 
 
 def test_an_interrupted_cross_validation_is_continued(fast, console, tmp_path, monkeypatch):

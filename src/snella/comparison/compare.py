@@ -181,11 +181,13 @@ def compare(
         raise ValueError(f"workers must be at least 0 and threads at least 1, got {workers} and {threads}")
     if ray:
         import_ray()
-    experiment = _resolve_experiment(experiment, root)
+    asked, experiment = experiment, _resolve_experiment(experiment, root)
     if not draw_only:
         check_parts(experiment, console)
     root.mkdir(parents=True, exist_ok=True)
     experiment = _store(root, experiment)
+    if asked is not None:
+        _note_what_else_is_trained(asked, experiment, console)
     if retry_failed:
         drop_failed(root)
     rows, notes = collect(root)
@@ -287,6 +289,19 @@ def _store(root: Path, experiment: Experiment) -> Experiment:
                 )
                 experiment.write(root)
                 return experiment
+
+
+def _note_what_else_is_trained(asked: Experiment, joined: Experiment, console: Console) -> None:
+    """Name what the folder holds beyond what was asked for, which is trained too."""
+    more = []
+    for kind in ("methods", "data"):
+        names = [entry.name for entry in getattr(asked, kind)]
+        others = [entry.name for entry in getattr(joined, kind) if entry.name not in names]
+        more += [f"{kind} {', '.join(others)}"] if others else []
+    if joined.seeds > asked.seeds:
+        more.append(f"{joined.seeds} seeds instead of {asked.seeds}")
+    if more:
+        print_line(console, f"note: the folder's comparison has more, which is trained too: {'; '.join(more)}")
 
 
 _CHOICE_SEEDS, _CHOICE_EPOCHS, _CHOICE_IMAGES = 2, 5, 400

@@ -324,7 +324,7 @@ def read_table(path: str, kind: str) -> tuple[dict[str, list[Any]], Path]:
 
 
 def table_paths(path: str | Path, columns: Columns) -> list[Path]:
-    """The image files that a table names, in its order.
+    """The image files that a table names, in its order, relative where the table's own path is.
 
     Args:
         path: Of a CSV or Parquet file.
@@ -335,9 +335,10 @@ def table_paths(path: str | Path, columns: Columns) -> list[Path]:
         ValueError: It has no such column.
     """
     kind = "parquet" if Path(path).suffix == ".parquet" else "csv"
-    table, file = read_table(str(path), kind)
+    table, _ = read_table(str(path), kind)
     found = columns.of(table, ("path",), str(path))
-    return [file.parent / name for name in _paths(table, found["path"]) if name]
+    folder = Path(path).expanduser().parent
+    return [folder / name for name in _paths(table, found["path"]) if name]
 
 
 def _read_csv(file: Path) -> dict[str, list[Any]]:

@@ -6,7 +6,7 @@ import math
 import shlex
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -265,9 +265,25 @@ def verdict_text(info: RunInfo, metrics: Metrics | None, comparison: list[Method
         baseline += f", a linear probe {percent_text(probe.accuracy)}"
     spread = math.sqrt(max(right * (total - right), 0) / total**3)  # standard error of a share
     if right / total - frequent <= 2 * spread:
+        balanced, balanced_spread = _balanced_accuracy(scores.confusion)
+        one_answer = 1 / sum(size > 0 for size in sizes)
+        if balanced - one_answer > 2 * balanced_spread:
+            return (
+                f"{text}{baseline}, and {percent_text(one_answer)} of the balanced accuracy, in which each class "
+                f"counts the same; here that is {percent_text(balanced)}, ±{100 * 2 * balanced_spread:.1f} points (two "
+                "standard errors)."
+            )
         return f"{text}{baseline}: nothing is shown to have been learned."
     error = f"{100 * 2 * spread:.1f}"
     return f"{text}{baseline}. With that many images the result is certain to ±{error} points (two standard errors)."
+
+
+def _balanced_accuracy(confusion: Sequence[Sequence[int]]) -> tuple[float, float]:
+    """The mean share of each class that is recognized, and its standard error, that of shares with two images more."""
+    found = [(row[i], sum(row)) for i, row in enumerate(confusion) if sum(row)]
+    smoothed = [((right + 1) / (size + 2), size + 2) for right, size in found]
+    variance = sum(share * (1 - share) / size for share, size in smoothed) / len(found) ** 2
+    return sum(right / size for right, size in found) / len(found), math.sqrt(variance)
 
 
 def _confused_pairs(info: RunInfo, scores: Scores) -> list[dict[str, Any]]:

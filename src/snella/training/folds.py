@@ -135,18 +135,17 @@ def _cells(results: FoldResults) -> tuple[list[str], list[list[str]]]:
     parts: list[tuple[str, bool]] = [(results.held_out, False)]
     if results.rows and results.rows[0].test:
         parts.append(("test", True))
-    columns, rows = (
-        ["fold", "best epoch"],
-        [[str(row.fold), "–" if row.best_epoch is None else str(row.best_epoch)] for row in results.rows],
-    )
-    last = ["mean ± standard deviation", ""]
+    columns, rows = ["fold"], [[str(row.fold)] for row in results.rows]
+    last = ["mean ± standard deviation"]
     for part, is_test in parts:
         for name, (mean, deviation) in summary_of(results, test=is_test).items():
             columns.append(f"{part} {name.replace('_', ' ')}")
             for cells, row in zip(rows, results.rows, strict=True):
                 cells.append(f"{(row.test if is_test else row.scores)[name]:.4f}")
             last.append(f"{mean:.4f} ± {deviation:.4f}")
-    return columns, [*rows, last]
+    for cells, row in zip(rows, results.rows, strict=True):
+        cells.append("–" if row.best_epoch is None else str(row.best_epoch))
+    return [*columns, "best epoch"], [*rows, [*last, ""]]
 
 
 def _markdown(results: FoldResults) -> str:
@@ -166,7 +165,8 @@ def _page(results: FoldResults, data: str, method: str) -> str:
         first, *others = map(html.escape, cells)
         link = first if row is None else f'<a href="{html.escape(row.folder)}/report.html">{first}</a>'
         body += (
-            f"<tr><th scope='row' class='n'>{link}</th>{''.join(f'<td class=n>{cell}</td>' for cell in others)}</tr>"
+            f"<tr><th scope='row' class='n' style='white-space: normal'>{link}</th>"
+            f"{''.join(f'<td class=n>{cell}</td>' for cell in others)}</tr>"
         )
     title = f"{results.folds} folds of {html.escape(data)} by {html.escape(method)}"
     return (
