@@ -113,8 +113,9 @@ def test_a_killed_run_resumes_to_the_same_bits(where, step, kept, settings, unin
     assert [p.name for p in run.checkpoints.iterdir()] == ["checkpoint-12"]
 
 
-def test_gradients_from_samples_of_tokens_resume_to_the_same_bits(settings, tmp_path):
-    sampling = {"img_size": 64, "method_options": {"weight_gradient": "sample:1/2"}}
+def test_estimated_gradients_resume_to_the_same_bits(settings, tmp_path):
+    options = {"weight_gradient": "sample:1/2", "compress_activations": True}
+    sampling = {"img_size": 64, "method_options": options}
     whole, config = settings(**sampling, out=str(tmp_path / "whole")), settings(**sampling)
     expected = outcome(train(whole, Console(file=io.StringIO())))
     kill(config, "step", 6, tmp_path)

@@ -349,6 +349,33 @@ def test_whole_models_keep_less_and_gradients_are_near(build, share):
     assert relative_error(compressed, exact) < 0.03
 
 
+def test_a_language_model_keeps_less_and_gradients_are_near():
+    shape = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128)
+
+    def adapt(**settings):
+        torch.manual_seed(0)
+        model = get_peft_model(LlamaForCausalLM(LlamaConfig(vocab_size=11, **shape)), SnellaConfig(r=2, **settings))
+        model.get_base_model().enable_input_require_grads()
+        return _Logits(model).train()
+
+    x = torch.randint(0, 11, (2, 8))
+    exact, kept = step(adapt(), x)
+    compressed, less = step(adapt(compress_activations=True), x)
+    assert less < 0.85 * kept
+    assert 0 < relative_error(compressed, exact) < 0.03
+
+
+class _Logits(nn.Module):
+    """A language model as a function to logits."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens):
+        return self.model(input_ids=tokens, use_cache=False).logits
+
+
 def test_autocast_takes_the_rounded_input():
     model = adapted(nn.GELU(), compress_activations=True)
     exact = adapted(nn.GELU())
