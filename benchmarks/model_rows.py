@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from snella.benchmark.bench import quartiles
 from snella.benchmark.rows import append_rows, conditions
-from snella.training.memory import saved_bytes
+from snella.training.memory import record_forward
 from snella.tuner import BudgetAllocator, SnellaConfig, create_snella_optimizer
 
 _VISION = r".*\.(attn\.(qkv|proj)|mlp\.(fc1|fc2))"
@@ -156,7 +156,7 @@ class Contender:
 
     def kept(self) -> int:
         """Bytes that autograd keeps."""
-        return saved_bytes(_Loss(self.model, self.forward), self.batch)
+        return record_forward(_Loss(self.model, self.forward), self.batch).kept
 
 
 class _Loss(nn.Module):

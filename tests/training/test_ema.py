@@ -8,7 +8,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from snella import BudgetAllocator
 from snella.methods import build_method
-from snella.training.callbacks import EmaCallback, WeightAverage
+from snella.training.callbacks import WeightAverage
 from snella.training.checkpoints import CheckpointError
 from snella.tuner.matrices import adapted_matrices
 
@@ -83,7 +83,7 @@ def test_a_checkpoint_without_averages_or_of_another_model_is_refused(layer, tmp
 def test_every_step_of_the_trainer_is_taken_in(layer, tmp_path):
     average = WeightAverage(layer, 0.9)
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
-    EmaCallback(average).on_step_end(arguments, TrainerState(), TrainerControl())
+    average.on_step_end(arguments, TrainerState(), TrainerControl())
     assert average.steps == 1
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from snella import SnellaConfig, create_snella_optimizer
 from snella.methods import build_method
-from snella.training.memory import predict_step_memory, saved_bytes, working_modules
+from snella.training.memory import predict_step_memory, record_forward, working_modules
 from snella.training.optimizer import checkpoint_gradients
 
 METHODS = ["snella-4", "lora-4", "full"]
@@ -63,7 +63,7 @@ def trained_bytes(model):
 def test_saved_bytes_are_those_that_autograd_keeps():
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
     # the input, the first layer's output after the activation; weights are not counted
-    assert saved_bytes(model, torch.zeros(5, 8)) == 4 * (5 * 8 + 5 * 16)
+    assert record_forward(model, torch.zeros(5, 8)).kept == 4 * (5 * 8 + 5 * 16)
 
 
 def test_measuring_memory_changes_nothing():
@@ -81,7 +81,7 @@ def test_measuring_memory_changes_nothing():
 def test_a_pass_that_fails_leaves_the_model_as_it_was():
     model = timm.create_model("test_vit", num_classes=3).eval()
     with pytest.raises(RuntimeError, match="to have 3 channels, but got 2 channels"):
-        saved_bytes(model, torch.zeros(2, 2, 160, 160))
+        record_forward(model, torch.zeros(2, 2, 160, 160))
     assert not model.training and not any(module._forward_hooks for module in model.modules())
 
 
@@ -90,7 +90,7 @@ def test_a_pass_that_fails_leaves_the_model_as_it_was():
 def test_what_another_batch_keeps_is_predicted_to_the_byte(method, options, name):
     model = make(method, name, **options)
     memory = predict_step_memory(model, (3, SIDE, SIDE), 11)
-    measured = saved_bytes(model, torch.randn(11, 3, SIDE, SIDE))
+    measured = record_forward(model, torch.randn(11, 3, SIDE, SIDE)).kept
     assert memory.kept == pytest.approx(measured, rel=0.001)
     assert memory.weights == held_bytes(model)
     assert memory.gradients == trained_bytes(model) and memory.optimizer_state == 2 * trained_bytes(model)
@@ -146,7 +146,7 @@ def test_a_model_that_asks_for_gradients_in_its_forward_pass_cannot_be_recorded(
             return torch.autograd.grad(super().forward(x).square().sum(), self.weight)[0]
 
     with pytest.raises(RuntimeError, match="record_forward keeps nothing for a backward pass, got one"):
-        saved_bytes(Asking(4, 3), torch.zeros(2, 4))
+        record_forward(Asking(4, 3), torch.zeros(2, 4))
 
 
 def test_an_adapted_layer_is_one_part_and_its_base_layer_none_of_its_own():

@@ -209,14 +209,6 @@ def test_the_input_size_follows_the_settings_and_the_rest_the_model():
     }
 
 
-def test_an_allocation_is_described_after_training_has_begun():
-    from snella import SnellaCallback
-    from snella.training.results import describe_allocation
-
-    with pytest.raises(RuntimeError, match="after training has begun, got a callback without an allocator"):
-        describe_allocation(vit("snella-2"), SnellaCallback())
-
-
 def test_of_equally_accurate_epochs_the_one_with_the_lower_loss_is_best_and_then_the_later():
     rows = [(0.5, 0.1), (0.75, 0.9), (0.75, 0.8), (0.75, 0.8), (0.75, 0.85)]
     history = [{"epoch": n + 1, "val_accuracy": a, "val_loss": loss} for n, (a, loss) in enumerate(rows)]

@@ -31,7 +31,7 @@ from snella.ops.backends.numba.backend import NumbaBackend, sddmm_weight_grad
 from snella.ops.functional import adapted_layer, compute_effective_weight
 from snella.ops.kernels import make_kernel
 from snella.ops.spec import Factors, LinearOp, Update, UpdateSpec
-from snella.training.memory import saved_bytes
+from snella.training.memory import record_forward
 from snella.tuner import BudgetAllocator, create_snella_optimizer
 from snella.tuner.layer import SnellaLayer
 
@@ -359,7 +359,7 @@ def _described(workload: Workload, batch: int) -> dict[str, Any]:
 def _counted(model: nn.Module, images: Tensor) -> dict[str, Any]:
     """What autograd keeps of a forward pass in training, and parameters."""
     return {
-        "saved_mib": round(saved_bytes(model.train(), images) / 2**20, 1),
+        "saved_mib": round(record_forward(model.train(), images).kept / 2**20, 1),
         "weights": sum(p.numel() for p in model.parameters()),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }

@@ -147,6 +147,12 @@ def _declared_head(model: nn.Module, modules: dict[str, nn.Module]) -> str:
     )
 
 
+def base_model(model: nn.Module) -> nn.Module:
+    """The backbone with its head that PEFT wraps, if it does."""
+    base: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return base
+
+
 def is_inside(name: str, module_name: str) -> bool:
     """Whether `name` is the module `module_name` or lies within it."""
     return name == module_name or name.startswith(module_name + ".")

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from snella.methods import spec_of
+from snella.methods.model_parts import base_model
 from snella.records import FoldResults, RunInfo, read, read_if_present
 from snella.runs.folder import RunFolder
 from snella.runs.image_inputs import ImageInput, near_name, read_input, separate
@@ -352,9 +353,7 @@ def _name(index: int, image: ImageInput) -> Path:
 
 def _head(model: nn.Module) -> nn.Module:
     """The head of a model, within PEFT's wrapping where there is one."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    head: nn.Module = base.get_submodule(spec_of(model).head)
-    return head
+    return base_model(model).get_submodule(spec_of(model).head)
 
 
 def _view(images: Tensor, view: int) -> Tensor:

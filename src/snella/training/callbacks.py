@@ -36,14 +36,16 @@ _LONG_S = 300.0
 _LINE_S = 30.0
 """Seconds between two lines of progress where there is no bar."""
 _KEPT_STEPS = 20
+_TRACKED_STEPS = 10
+"""Steps between two values of the loss that trackers show."""
 _RISEN = 1.5
 """Ratio to the first epoch's loss from which a rising loss is reported."""
 _FEW_STEPS = 20
 """Steps before which a loss may rise at any rate, as that of a linear probe does once the backbone moves."""
 
 
-class WeightAverage:
-    """The average of every trainable parameter over the optimizer's steps.
+class WeightAverage(TrainerCallback):
+    """The average of every trainable parameter over the optimizer's steps, as a callback over the Trainer's.
 
     average ← d_t · average + (1 − d_t) · value,   d_t = min(decay, (1 + t) / (10 + t)),   t = 1, 2, … steps
 
@@ -79,6 +81,10 @@ class WeightAverage:
         self.steps += 1
         values = [parameter.detach() for parameter in self._parameters.values()]
         get_ema_multi_avg_fn(self.decay_now)(list(self._averages.values()), values, self.steps)
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Average the step."""
+        self.update()
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -196,21 +202,6 @@ def _copy(parameters: Mapping[str, nn.Parameter], values: Mapping[str, torch.Ten
         parameter.copy_(values[name])
 
 
-class EmaCallback(TrainerCallback):
-    """Updates an average after every optimizer step.
-
-    Args:
-        average: Of the model that is trained.
-    """
-
-    def __init__(self, average: WeightAverage) -> None:
-        self.average = average
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Average the step."""
-        self.average.update()
-
-
 class ScheduleCallback(TrainerCallback):
     """Attaches a method's schedule when training starts.
 
@@ -296,7 +287,6 @@ class TrackingCallback(TrainerCallback):
         matrices: Those with budgets; none for other methods.
         allocation: The callback that owns the allocator; None without budgets.
         step_images: Images of a step.
-        interval: Steps between two values of the loss.
 
     Attributes:
         send: Where values go, by name; set once the Trainer is there.
@@ -308,10 +298,8 @@ class TrackingCallback(TrainerCallback):
         matrices: Sequence[AdaptedMatrix],
         allocation: SnellaCallback | None,
         step_images: int,
-        interval: int = 10,
     ) -> None:
-        self.matrices, self.allocation = matrices, allocation
-        self.step_images, self.interval = step_images, interval
+        self.matrices, self.allocation, self.step_images = matrices, allocation, step_images
         self.send: Callable[[dict[str, float]], None] = lambda values: None
         self.last_loss: Callable[[], float] = lambda: float("nan")
         self._sent_at = (0, time.perf_counter())
@@ -325,7 +313,7 @@ class TrackingCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Send the loss and the pace."""
         step, then = self._sent_at
-        if state.global_step % self.interval == 0:
+        if state.global_step % _TRACKED_STEPS == 0:
             now = time.perf_counter()
             pace = self.step_images * (state.global_step - step) / max(now - then, 1e-9)
             self.send({"loss": self.last_loss(), "images_per_s": pace})
@@ -411,12 +399,8 @@ class ProgressDisplay(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start the bar at the current step."""
-        past = [
-            self.protocol.selection_score(row, self.task.selection_score)
-            for row in state.log_history
-            if "budget" in row
-        ]
-        self._best = max(past, default=self._best)
+        past = [row for row in state.log_history if "budget" in row]
+        self._best = max((self._score(row) for row in past), default=self._best)
         self._last_line = self.clock()
         self._step_ends = deque([self._last_line], _KEPT_STEPS)
         if self.show_bar and state.is_world_process_zero:
@@ -461,20 +445,18 @@ class ProgressDisplay(TrainerCallback):
             if left_s >= 60:
                 much = left_s / _LONG_S
                 hint = self.shorten(much) if self.shorten is not None and much > 1 else ""
-                self.console.print(
-                    f"about {seconds_text(left_s)} to go: {state.max_steps - state.global_step} steps of "
-                    f"{seconds_text(step_s)}{hint}",
-                    highlight=False,
-                    soft_wrap=True,
+                steps_left = state.max_steps - state.global_step
+                print_line(
+                    self.console,
+                    f"about {seconds_text(left_s)} to go: {steps_left} steps of {seconds_text(step_s)}{hint}",
                 )
                 self._last_line = now
         if self.show_lines and now - self._last_line >= _LINE_S:
             self._last_line = now
             left = f"  about {seconds_text(left_s)} to go" if steps > 1 else ""
-            self.console.print(
+            print_line(
+                self.console,
                 f"step {state.global_step}/{state.max_steps}  loss {self.last_loss():.4f}{self._pace()}{left}",
-                highlight=False,
-                soft_wrap=True,
             )
 
     def on_evaluate(
@@ -483,7 +465,7 @@ class ProgressDisplay(TrainerCallback):
         """Write the epoch's line."""
         if not state.is_world_process_zero:
             return
-        score = self.protocol.selection_score(metrics, self.task.selection_score)
+        score = self._score(metrics)
         self._best, is_best = max(self._best, score), score >= self._best
         part, shown = self.protocol.selected_on, ""
         if part is not None and f"{part}_loss" in metrics:
@@ -495,9 +477,12 @@ class ProgressDisplay(TrainerCallback):
             f"epoch {round(state.epoch):>3}/{state.num_train_epochs}  loss {metrics['train_loss']:.4f}"
             f"{shown}{self._budget()}{'  best' if shown and is_best else ''}",
         )
-
         if state.global_step >= _FEW_STEPS and not (shown and is_best):
             self._report_rising_loss()
+
+    def _score(self, row: Mapping[str, Any]) -> tuple[float, float]:
+        """What an epoch is compared by."""
+        return self.protocol.selection_score(row, self.task.selection_score)
 
     def _report_rising_loss(self) -> None:
         """Report once that the loss is well above that of the first epoch."""
@@ -540,8 +525,4 @@ class ProgressDisplay(TrainerCallback):
         return f"  budget {sum(allocator.budgets.values()) / self.total_weights:.1%}"
 
 
-__all__ = [
-    "EmaCallback",
-    "EpochEnds",
-    "WeightAverage",
-]
+__all__ = ["EpochEnds", "WeightAverage"]

@@ -15,7 +15,9 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from snella.data import ImageDataset, build_transform
 from snella.methods import method_of, spec_of
+from snella.methods.model_parts import base_model
 from snella.runs.config import TrainConfig
+from snella.runs.images import parts_of
 from snella.training.build import RunComponents
 
 
@@ -82,18 +84,10 @@ def cache_features(parts: RunComponents, config: TrainConfig) -> nn.Module:
         parts: Its data sets are replaced.
         config: Resolved settings; the batch size and the workers count.
     """
-    parts.splits.train = _featurize(parts.model, parts.splits.train, config)
-    if parts.splits.val is not None:
-        parts.splits.val = _featurize(parts.model, parts.splits.val, config)
-    if parts.splits.test is not None:
-        parts.splits.test = _featurize(parts.model, parts.splits.test, config)
+    for name, images in parts_of(parts.splits).items():
+        features = torch.cat(list(pooled_features(parts.model, images, config)))
+        setattr(parts.splits, name, FeatureDataset(images, features))
     return parts.model.get_submodule(spec_of(parts.model).head)
-
-
-def _featurize(model: nn.Module, images: ImageDataset, config: TrainConfig) -> ImageDataset:
-    """The data set with features for images."""
-    features = torch.cat(list(pooled_features(model, images, config)))
-    return FeatureDataset(images, features)  # type: ignore[return-value]
 
 
 @torch.no_grad()
@@ -192,7 +186,8 @@ def start_head_from_probe(parts: RunComponents, config: TrainConfig) -> None:
     targets = [train.target_and_weight(index) for index in range(len(train))]
     batch = parts.task.collate([(torch.empty(0), *target) for target in targets])
     labels = batch["labels"].numpy()
-    given = [w for w in (parts.task.probe_weights(labels), _numpy(batch.get("weights"))) if w is not None]
+    of_samples = batch["weights"].double().numpy() if "weights" in batch else None
+    given = [weight for weight in (parts.task.probe_weights(labels), of_samples) if weight is not None]
     weights = np.prod(given, axis=0) if given else None
     weight, bias = parts.task.fit_linear(features, labels, head.out_features, weights)
     with torch.no_grad():
@@ -201,19 +196,10 @@ def start_head_from_probe(parts: RunComponents, config: TrainConfig) -> None:
             head.bias.copy_(bias)
 
 
-def _numpy(values: Tensor | None) -> np.ndarray | None:
-    """An array of a tensor."""
-    return None if values is None else values.double().numpy()
-
-
 def _base_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     """The model that PEFT wraps, if it does, and the head that is trained."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    return base, _trained_head(base.get_submodule(spec_of(model).head))
-
-
-def _trained_head(head: nn.Module) -> nn.Module:
-    """The copy of the head that is trained: PEFT keeps the old one beside it."""
-    if isinstance(head, ModulesToSaveWrapper):
-        return head.modules_to_save[head.active_adapter]  # type: ignore[index]
-    return head
+    base = base_model(model)
+    head = base.get_submodule(spec_of(model).head)
+    if isinstance(head, ModulesToSaveWrapper):  # PEFT keeps the old one beside the copy that is trained
+        head = head.modules_to_save[head.active_adapter]  # type: ignore[index]
+    return base, head

@@ -190,16 +190,6 @@ class StepMemory:
     total: int
 
 
-def saved_bytes(model: nn.Module, images: Tensor) -> int:
-    """Bytes that autograd keeps after a forward pass in training mode, parameters and buffers apart.
-
-    Args:
-        model: Left as it was: mode, buffers and the random state are restored.
-        images: `[batch, channels, height, width]` on the model's device.
-    """
-    return record_forward(model, images).kept
-
-
 def predict_step_memory(
     model: nn.Module, image_shape: tuple[int, int, int], batch_size: int, *, device_type: str | None = None
 ) -> StepMemory:

@@ -14,7 +14,7 @@ from torch.optim import AdamW, Optimizer
 
 from snella import create_snella_optimizer
 from snella.methods import method_of, spec_of
-from snella.methods.model_parts import find_blocks, is_inside
+from snella.methods.model_parts import base_model, find_blocks, is_inside
 from snella.runs.config import TrainConfig
 from snella.tuner.layer import SnellaLayer
 
@@ -113,11 +113,6 @@ def _grouped_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Opt
             for (in_head, is_matrix), params in sorted(groups.items(), key=lambda item: item[0])
         ]
     )
-
-
-def base_model(model: nn.Module) -> nn.Module:
-    """The backbone with its head that PEFT wraps, if it does."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _decay_rates(optimizer: Optimizer, model: nn.Module, decay: float) -> None:

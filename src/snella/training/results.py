@@ -16,7 +16,7 @@ from peft import PeftModel
 from rich.console import Console
 from torch import nn
 
-from snella import SnellaCallback, SnellaConfig
+from snella import BudgetAllocator, SnellaConfig
 from snella._console import counted, print_rows
 from snella.methods import method_of
 from snella.records import Allocation, AllocationStep, DataInfo, GeneratorMetrics, MatrixInfo, RunInfo
@@ -98,13 +98,8 @@ def trainable_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def describe_allocation(model: nn.Module, callback: SnellaCallback) -> Allocation:
+def describe_allocation(model: nn.Module, allocator: BudgetAllocator) -> Allocation:
     """What the matrices are, what the best adapter keeps, how budgets evolved."""
-    allocator = callback.allocator
-    if allocator is None:
-        raise RuntimeError(
-            "the allocation can be described after training has begun, got a callback without an allocator"
-        )
     return Allocation(
         total_weights=allocator.total_weights,
         target_budget=allocator.target_budget,

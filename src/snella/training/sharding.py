@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from snella.methods import spec_of
-from snella.methods.model_parts import find_blocks
+from snella.methods.model_parts import base_model, find_blocks
 from snella.training.distributed import process_count
-from snella.training.optimizer import base_model
 from snella.tuner.layer import SnellaLayer
 
 _GATHERED_BLOCKS = 2

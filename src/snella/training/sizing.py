@@ -56,15 +56,14 @@ def fit_batch_size(parts: RunComponents, config: TrainConfig, console: Console) 
     if config.batch_size != "auto":
         return config
     device = next(parts.model.parameters()).device
-    channels, height, width = parts.data_config["input_size"]
     free = free_memory(device)
     largest = max(1, min(_LARGEST_BATCH, len(parts.splits.train) // _FEWEST_STEPS // process_count()))
     batch = 1 << largest.bit_length() - 1
-    while batch > 1 and _predicted(parts, (channels, height, width), batch) > _MEMORY_SHARE * free:
+    while batch > 1 and _predicted(parts, batch) > _MEMORY_SHARE * free:
         batch //= 2
     while batch > 1 and _runs_out_of_memory(lambda: _trial_step(parts, config, _first_images(parts, batch))):  # noqa: B023
         batch //= 2
-    memory = _predicted(parts, (channels, height, width), batch) / 2**20
+    memory = _predicted(parts, batch) / 2**20
     whole = batch * process_count()
     print_line(
         console,
@@ -104,7 +103,7 @@ def fit_image_size(
     seconds: dict[int, float] = {}
     fits, too_large, number = -1, len(sizes), 0
     while fits + 1 < too_large and not (
-        0 <= fits < too_large < len(sizes) and _are_near(sizes[fits], sizes[too_large])
+        0 <= fits < too_large < len(sizes) and sizes[too_large] <= _SIZE_RATIO * sizes[fits]
     ):
         size = sizes[number]
         try:
@@ -132,11 +131,6 @@ def fit_image_size(
     return dataclasses.replace(config, img_size=chosen)
 
 
-def _are_near(size: int, larger: int) -> bool:
-    """Whether the search may end between two image sizes."""
-    return larger <= _SIZE_RATIO * size
-
-
 def _reason_to_keep_size(config: TrainConfig) -> str | None:
     """Why no other image size is tried; None where some are."""
     if config.init_from is not None:
@@ -159,19 +153,15 @@ def fit_epochs(parts: RunComponents, config: TrainConfig, console: Console) -> T
     if config.time_budget is None:
         return config
     epoch_s = _epoch_seconds(parts, config)
-    epochs = max(1, min(_MOST_EPOCHS, _fitting(epoch_s, config)))
+    budget_s = budget_seconds(config.time_budget)
+    epochs = max(1, min(_MOST_EPOCHS, int(_TIME_SHARE * budget_s / epoch_s)))
     text = f"{counted(epochs, 'epoch')} in {config.time_budget}: one takes about {seconds_text(epoch_s)}"
-    if epoch_s > budget_seconds(config.time_budget):
+    if epoch_s > budget_s:
         text += ", which is more than the budget; --train-size or a smaller --img-size make it shorter"
     elif epochs == _MOST_EPOCHS:
         text += f", and {_MOST_EPOCHS} are enough; --epochs without --time-budget sets more"
     print_line(console, text)
     return dataclasses.replace(config, epochs=epochs)
-
-
-def _fitting(epoch_s: float, config: TrainConfig) -> int:
-    """How many epochs of so many seconds fit into the time budget."""
-    return int(_TIME_SHARE * budget_seconds(str(config.time_budget)) / epoch_s)
 
 
 def _epoch_seconds(parts: RunComponents, config: TrainConfig) -> float:
@@ -188,9 +178,10 @@ def _epoch_seconds(parts: RunComponents, config: TrainConfig) -> float:
     return epoch_s
 
 
-def _predicted(parts: RunComponents, shape: tuple[int, int, int], batch: int) -> int:
+def _predicted(parts: RunComponents, batch: int) -> int:
     """Bytes of a step."""
-    return predict_step_memory(parts.model, shape, batch).total
+    channels, height, width = parts.data_config["input_size"]
+    return predict_step_memory(parts.model, (channels, height, width), batch).total
 
 
 def _first_images(parts: RunComponents, count: int) -> dict[str, Tensor]:

@@ -205,7 +205,7 @@ def _fit(
         start_head_from_probe(parts, config)
     if config.shard and process_count() > 1:
         shard_frozen(parts.model)
-    with _tracking(config, run):
+    with contextlib.closing(display), _tracking(config, run):
         trainer = SnellaTrainer(
             parts.model,
             config,
@@ -218,15 +218,11 @@ def _fit(
             start,
             keep_checkpoints,
         )
-    if draw_report and is_main():
-        trainer.add_callback(_LivePage(lambda: _draw_page(trainer, parts, run, costs, allocation)))
-    display.last_loss = tracking.last_loss = lambda: trainer.last_loss
-    tracking.send = lambda values: trainer.callback_handler.on_log(trainer.args, trainer.state, trainer.control, values)
-    try:
-        with _tracking(config, run):
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    finally:
-        display.close()
+        if draw_report and is_main():
+            trainer.add_callback(_LivePage(lambda: _draw_page(trainer, parts, run, costs)))
+        display.last_loss = tracking.last_loss = lambda: trainer.last_loss
+        tracking.send = lambda row: trainer.callback_handler.on_log(trainer.args, trainer.state, trainer.control, row)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     return trainer
 
 
@@ -279,7 +275,7 @@ def _metrics(trainer: SnellaTrainer, parts: RunComponents, run: RunFolder, costs
     """Results and costs of the epochs so far."""
     protocol, matrices = trainer.protocol, matrices_of(parts.model)
     return Metrics(
-        best_epoch=best_epoch(trainer.history, lambda row: protocol.selection_score(row, parts.task.selection_score)),
+        best_epoch=best_epoch(trainer.history, trainer.selection_score),
         protocol=protocol.name,
         selected_on=protocol.selected_on,
         best_metric=protocol.best_metric(parts.task.best_metric),
@@ -294,15 +290,9 @@ def _metrics(trainer: SnellaTrainer, parts: RunComponents, run: RunFolder, costs
     )
 
 
-def _draw_page(
-    trainer: SnellaTrainer,
-    parts: RunComponents,
-    run: RunFolder,
-    costs: StepTimeCallback,
-    allocation: SnellaCallback | None,
-) -> None:
+def _draw_page(trainer: SnellaTrainer, parts: RunComponents, run: RunFolder, costs: StepTimeCallback) -> None:
     """Write the report of the epochs so far; the files of results are those of a finished run alone."""
-    described = None if allocation is None else describe_allocation(parts.model, allocation)
+    described = None if trainer.allocator is None else describe_allocation(parts.model, trainer.allocator)
     write_report(run.path, metrics=_metrics(trainer, parts, run, costs), allocation=described)
 
 
@@ -365,10 +355,10 @@ def _finish(
         calibration = calibrate({name: (probabilities[name], torch.from_numpy(outputs[name][1])) for name in outputs})
         run.update("running", calibration=None if calibration is None else plain(calibration))
     matrices = matrices_of(model)
-    best = best_epoch(trainer.history, lambda row: protocol.selection_score(row, parts.task.selection_score))
-    callback = trainer.allocation_callback
-    if callback is not None:
-        run.write(describe_allocation(model, callback))
+    best = best_epoch(trainer.history, trainer.selection_score)
+    allocator = trainer.allocator
+    if allocator is not None:
+        run.write(describe_allocation(model, allocator))
     report_images = None
     if shown_part is not None and is_shown:
         sample_outputs = parts.task.sample_outputs(outputs[name][0])
@@ -404,7 +394,7 @@ def _finish(
     if matrices:
         kept = sum(m.budget for m in matrices)
         print_line(console, f"its update {sparsity_summary(matrices)}")
-        target = callback.allocator.target_budget if callback is not None and callback.allocator else kept
+        target = kept if allocator is None else allocator.target_budget
         if kept > target and which is None:
             print_line(console, f"epoch {best} was selected before the budget reached its target, {target:,} weights")
     shown = f"adapter {run.adapter}" + (f", report {report}" if report else "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from snella import SnellaCallback
+from snella import BudgetAllocator, SnellaCallback
 from snella._files import write_json
 from snella.data import ImageDataset
 from snella.methods import load_trained_into, method_of, save_trained
@@ -36,7 +36,7 @@ from snella.runs.model import choose_device
 from snella.runs.protocol import get_protocol
 from snella.tasks import Task
 from snella.training.build import epoch_sampler
-from snella.training.callbacks import EmaCallback, EpochEnds, WeightAverage
+from snella.training.callbacks import EpochEnds, WeightAverage
 from snella.training.checkpoints import reading_checkpoint, remove_incomplete, reporting_write_errors, staged
 from snella.training.distributed import (
     ShardedBatches,
@@ -268,7 +268,7 @@ class SnellaTrainer(CheckpointingTrainer):
         self.validation_set = val
         self.protocol = get_protocol(config.protocol)
         self.average = None if config.ema is None else WeightAverage(model, config.ema)
-        averaging = [] if self.average is None else [EmaCallback(self.average)]
+        averaging = [] if self.average is None else [self.average]
         self.epoch_ends = EpochEnds(model, count) if (count := config.swa or config.soup) else None
         self.progress = _Progress()
         self._weights: list[float] = []
@@ -314,22 +314,25 @@ class SnellaTrainer(CheckpointingTrainer):
         Only epochs count that were measured and keep no more weights than the target: with budgets that shrink, a run
         does not stop before what it keeps has the sparsity that was asked for.
         """
-        allocation = self.allocation_callback
-        allocator = None if allocation is None else allocation.allocator
+        allocator = self.allocator
         rows = [
-            (self.protocol.selection_score(row, self.task.selection_score), row["epoch"])
+            (score, -row["epoch"])  # of equals the first
             for row in self.history
-            if allocator is None or row["budget"] <= allocator.target_budget
+            if (allocator is None or row["budget"] <= allocator.target_budget)
+            and math.isfinite((score := self.selection_score(row))[0])
         ]
-        rows = [(score, -epoch) for score, epoch in rows if math.isfinite(score[0])]  # of equals the first
         patience = self.config.early_stopping
         return patience is not None and bool(rows) and max(rows)[1] - rows[-1][1] >= patience
 
     @property
-    def allocation_callback(self) -> SnellaCallback | None:
-        """The callback that owns the allocator; None for methods without budgets."""
-        found = [c for c in self.callback_handler.callbacks if isinstance(c, SnellaCallback)]
+    def allocator(self) -> BudgetAllocator | None:
+        """What shares out the budget, from the start of training on; None for methods without budgets."""
+        found = [c.allocator for c in self.callback_handler.callbacks if isinstance(c, SnellaCallback)]
         return found[0] if found else None
+
+    def selection_score(self, row: Mapping[str, Any]) -> tuple[float, float]:
+        """What an epoch is compared by, from its row of the history."""
+        return self.protocol.selection_score(row, self.task.selection_score)
 
     def outputs(self, dataset: Dataset[Any]) -> tuple[np.ndarray, np.ndarray]:
         """The outputs on a data set and its labels, as `Task.reduce` leaves them."""
@@ -360,8 +363,8 @@ class SnellaTrainer(CheckpointingTrainer):
         if self._is_denser_than_asked():
             row["is_denser"] = True
         self.progress.loss_sum, self.progress.steps = 0.0, 0
-        score = self.protocol.selection_score(row, self.task.selection_score)
-        is_best = all(self.protocol.selection_score(past, self.task.selection_score) <= score for past in self.history)
+        score = self.selection_score(row)
+        is_best = all(self.selection_score(past) <= score for past in self.history)
         self.log(row)
         if self.epoch_ends is not None:
             self.epoch_ends.add(round(self.state.epoch or 0))
@@ -391,7 +394,7 @@ class SnellaTrainer(CheckpointingTrainer):
         ends = self.epoch_ends
         if ends is None or not ends.epochs:
             return None
-        rows = {row["epoch"]: self.protocol.selection_score(row, self.task.selection_score) for row in self.history}
+        rows = {row["epoch"]: self.selection_score(row) for row in self.history}
         chosen = ends.epochs
         if self.config.soup is not None:
             best_first = sorted(ends.epochs, key=lambda epoch: (rows[epoch], epoch), reverse=True)
@@ -413,10 +416,10 @@ class SnellaTrainer(CheckpointingTrainer):
     def _score_of_mean(self, epochs: Sequence[int]) -> tuple[tuple[float, float], dict[str, float]]:
         """What the mean over some epochs is compared by, and its results; all means alike without a selection split."""
         if self.epoch_ends is None or self.validation_set is None:
-            return self.protocol.selection_score({}, self.task.selection_score), {}
+            return self.selection_score({}), {}
         with self.epoch_ends.mean_applied(epochs):
             scores = self._measured(self.validation_set)
-        return self.protocol.selection_score(scores, self.task.selection_score), scores
+        return self.selection_score(scores), scores
 
     def _save_adapter(self) -> None:
         """Write the adapter that the run keeps, by the main process."""
@@ -570,14 +573,12 @@ class SnellaTrainer(CheckpointingTrainer):
 
     def _budget(self) -> int | None:
         """Weights kept at present, over all matrices."""
-        callback = self.allocation_callback
-        allocator = None if callback is None else callback.allocator
+        allocator = self.allocator
         return None if allocator is None else sum(allocator.budgets.values())
 
     def _is_denser_than_asked(self) -> bool:
         """Whether epochs with the target budget are still to come, of which the best is to be kept."""
-        callback = self.allocation_callback
-        allocator = None if callback is None else callback.allocator
+        allocator = self.allocator
         return allocator is not None and (allocator.config.schedule_end or 1.0) < 1 and not allocator.has_reached_target
 
     def _not_finite(self, what: str, value: float) -> NonFiniteLossError:

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from snella import BudgetAllocator, SnellaCallback
+from snella import BudgetAllocator
 from snella._console import counted, make_console, print_line, print_rows
 from snella.methods import load_trained_into, save_trained
 from snella.methods.registry import adapt_headless
@@ -502,9 +502,7 @@ def _finish(
     with reporting_write_errors(run.adapter):
         save_trained(trainer.model, run.adapter)
     if trainer.allocator is not None:
-        callback = SnellaCallback()
-        callback.allocator = trainer.allocator
-        run.write(describe_allocation(trainer.model, callback))
+        run.write(describe_allocation(trainer.model, trainer.allocator))
     peak = torch.cuda.max_memory_allocated(trainer.device) / 2**20 if trainer.device.type == "cuda" else None
     run.write(
         describe_generator(

@@ -21,7 +21,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from snella import SnellaCallback
+from snella import BudgetAllocator, SnellaCallback
 from snella._console import counted, make_console, print_line, print_rows
 from snella.backbones.create import cache_only_if_unreachable
 from snella.methods import save_trained
@@ -158,8 +158,12 @@ class LanguageProgress(TrainerCallback):
 
     def budget(self) -> int | None:
         """Weights kept at present, over all matrices."""
-        allocator = None if self.allocation is None else self.allocation.allocator
-        return None if allocator is None else sum(allocator.budgets.values())
+        return None if self.allocator is None else sum(self.allocator.budgets.values())
+
+    @property
+    def allocator(self) -> BudgetAllocator | None:
+        """What shares out the budget, from the start of training on; None without budgets."""
+        return None if self.allocation is None else self.allocation.allocator
 
     def close(self) -> None:
         """Take the bar away."""
@@ -350,8 +354,8 @@ def _finish(
     with reporting_write_errors(run.adapter):
         save_trained(model, run.adapter)
     matrices = matrices_of(model)
-    if progress.allocation is not None:
-        run.write(describe_allocation(model, progress.allocation))
+    if progress.allocator is not None:
+        run.write(describe_allocation(model, progress.allocator))
     history = [record_from(LossRow, row) for row in trainer.state.log_history if "loss" in row or "eval_loss" in row]
     elapsed_s = round(trainer.elapsed_s, 3)
     run.write(describe_generator(model, run.adapter, train_s=elapsed_s, optimizer=optimizer, loss_history=history))
