@@ -136,6 +136,18 @@ def print_rows(console: Console, rows: Sequence[tuple[str, str]]) -> None:
     console.print(table, highlight=False)
 
 
+def make_table(
+    columns: Iterable[str], rows: Iterable[Iterable[str]], *, title: str | None = None, left: int = 1
+) -> Table:
+    """A table whose first `left` columns are aligned to the left, and whose others, numbers, to the right."""
+    table = Table(title=title, title_justify="left")
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="left" if number < left else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
 def print_heading(console: Console, text: str) -> None:
     """Print a heading: across a terminal, a plain line elsewhere."""
     if console.is_terminal:

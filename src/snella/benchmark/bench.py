@@ -23,7 +23,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
-from snella._console import make_console, print_line
+from snella._console import make_console, make_table, print_line
 from snella.benchmark.baselines import BASELINES, REFERENCE, Workload, random_batch
 from snella.benchmark.rows import append_rows, conditions, draw_figures
 from snella.ops.backends import choose_backend
@@ -392,13 +392,9 @@ def _table(rows: list[dict[str, Any]], workload: Workload, batch: int) -> Table:
     shown = [*_SHOWN, *([peak] if peak else [])]
     dtype = str(workload.dtype).removeprefix("torch.")
     title = f"{workload.backbone}, batch {batch}, r {workload.r}, sparsity {workload.sparsity}, {dtype}"
-    table = Table(title=title, title_justify="left")
-    for name in shown:
-        table.add_column(name.replace("_", " "), justify="left" if name == "contender" else "right")
-    for row in rows:
-        values = [row.get(name, "") for name in shown]
-        table.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in values))
-    return table
+    values = ([row.get(name, "") for name in shown] for row in rows)
+    cells = ([f"{value:,}" if isinstance(value, int) else str(value) for value in row] for row in values)
+    return make_table([name.replace("_", " ") for name in shown], cells, title=title)
 
 
 def measure_sampling(

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from snella.data.check import BenchmarkCheck
-    from snella.tasks import ResultTable
 
 ExportName = Literal["sparse", "onnx", "torchscript", "torch-export", "lora", "timm", "hf"]
 """Keys of `snella.runs.export.FORMATS`, which the command line does not wait for."""
@@ -79,7 +78,7 @@ def evaluate(
             before training did so.
         device: auto, cpu or cuda.
     """
-    from snella._console import make_console, print_line
+    from snella._console import make_console, make_table, print_line
     from snella._files import write_json
     from snella.records import RunInfo, read
     from snella.runs.evaluate import calibrate_run, evaluate
@@ -112,7 +111,8 @@ def evaluate(
     for note in result["notes"]:
         print_line(console, f"note: {note}")
     print_line(console, f"{result['data']} ({result['split']}), {result['images']} images: {task.result_text(result)}")
-    console.print(_class_table(task.result_table(result, result["classes"])))
+    table = task.result_table(result, result["classes"])
+    console.print(make_table(table.columns, table.rows, title=table.title))
     if out is not None:
         write_json(Path(out), result)
 
@@ -200,9 +200,13 @@ def merge(run: str, /, *, out: str, overwrite: bool = False) -> None:
 
     path = merge(run, out, overwrite=overwrite)
     console = make_console()
-    size = sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path])) / 2**20
-    print_line(console, f"{path}: {size:.1f} MiB, {describe_file(path)}; to load it:")
+    print_line(console, f"{path}: {_mib(path):.1f} MiB, {describe_file(path)}; to load it:")
     print_line(console, loading_snippet(path))
+
+
+def _mib(path: Path) -> float:
+    """Size of a file, or of the files in a folder."""
+    return sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path])) / 2**20
 
 
 @command("snella.runs.export", is_recorded=True)
@@ -245,8 +249,7 @@ def export(
 
     exported = export(run, format, out, overwrite=overwrite, opset=opset, rank=rank, values=values, images=images or ())
     console, path = make_console(), exported.path
-    size = sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path])) / 2**20
-    print_line(console, f"{path}: {size:.1f} MiB, {format}; to load it:")
+    print_line(console, f"{path}: {_mib(path):.1f} MiB, {format}; to load it:")
     print_line(console, exported.snippet)
     for note in exported.notes:
         print_line(console, note)
@@ -540,9 +543,7 @@ def _check_own_data(
     sheet: str | None,
 ) -> list[str]:
     """Print what is in a data set, draw its contact sheet, and return what is wrong."""
-    from rich.table import Table
-
-    from snella._console import make_console, print_line, print_rows
+    from snella._console import make_console, make_table, print_line, print_rows
     from snella.data.check import check_data, contact_sheet
     from snella.data.datasets import show_reading
     from snella.tasks import task_class
@@ -554,12 +555,12 @@ def _check_own_data(
         )
     parts = list(check.splits.parts)
     print_line(console, check.splits.description)
-    table = Table()
     first = "label" if target == "labels" else "class" if check.counts else ""
-    for name in (first, *parts, "all"):
-        table.add_column(name, justify="left" if name == first else "right")
-    for name, counts in check.counts.items():
-        table.add_row(name, *(f"{counts[part]:,}" for part in parts), f"{sum(counts.values()):,}")
+    cells = (
+        (name, *(f"{counts[part]:,}" for part in parts), f"{sum(counts.values()):,}")
+        for name, counts in check.counts.items()
+    )
+    table = make_table((first, *parts, "all"), cells)
     if check.counts:
         table.add_section()
     sizes = [len(images) for images in check.splits.parts.values()]
@@ -626,20 +627,16 @@ def _memory_table(backbone: str, device: str | None = None, **given: Any) -> "Gr
     """The memory of one training step: a row a method."""
     from rich.console import Group
     from rich.progress import track
-    from rich.table import Table
     from rich.text import Text
 
-    from snella._console import counted, make_console
+    from snella._console import counted, make_console, make_table
     from snella.runs.model import choose_device
     from snella.training.memory import methods_compared, predict_for_methods
 
     chosen: dict[str, Any] = {"batch": 32, "img_size": None, "r": 8, "dtype": "fp32"} | given
     device = device or choose_device("auto").type
     columns = ("weights", "gradients", "optimizer state", "kept for backward", "largest temporary", "total")
-    table = Table(title_justify="left")
-    table.add_column("MiB")
-    for name in columns:
-        table.add_column(name, justify="right")
+    table = make_table(("MiB", *columns), ())
     predictions = predict_for_methods(backbone, **chosen, device_type=device)
     count = len(methods_compared(chosen["r"]))
     for method, shape, memory in track(predictions, "predicting", total=count, console=make_console(), transient=True):
@@ -648,15 +645,3 @@ def _memory_table(backbone: str, device: str | None = None, **given: Any) -> "Gr
         table.add_row(method, *(f"{part / 2**20:,.1f}" for part in astuple(memory)))
     note = "total is the peak: kept tensors are let go while gradients appear, so it is less than the sum of the parts"
     return Group(table, Text(note))
-
-
-def _class_table(result: "ResultTable") -> "Table":
-    """A task's results class by class."""
-    from rich.table import Table
-
-    table = Table(title=result.title, title_justify="left")
-    for number, name in enumerate(result.columns):
-        table.add_column(name, justify="right" if number else "left")
-    for row in result.rows:
-        table.add_row(*row)
-    return table

@@ -1,5 +1,6 @@
 """Commands of analyses, comparisons and recipes: functions whose signature and docstring are their command line."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,6 +12,7 @@ from snella.recipes.dreambooth.config import DreamBoothConfig
 from snella.recipes.instruct.config import LanguageConfig
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 
@@ -99,8 +101,7 @@ def plot(
     paths = write_plots(plots, out, overwrite=overwrite)
     for note in (note for drawn in plots for note in drawn.notes):
         print_line(console, note)
-    for path in (path for path in paths if path.suffix in (".csv", ".svg") and not path.stem.endswith("-dark")):
-        print_line(console, str(path))
+    _print_plots(console, paths)
 
 
 @command("snella.analysis.matrix_fit")
@@ -143,9 +144,7 @@ def fit_matrix(
     """
     from dataclasses import replace
 
-    from rich.table import Table
-
-    from snella._console import make_console, print_line
+    from snella._console import make_console, make_table
     from snella.analysis.matrix_fit import PRESETS, fit_matrices
     from snella.analysis.plot import write_plots
 
@@ -158,15 +157,23 @@ def fit_matrix(
         plots = fit_matrices(config, out, lambda name, step: status.update(f"{name}: step {step} of {config.steps}"))
     paths = write_plots(plots, out, overwrite=overwrite)
     errors, shapes = plots[1].rows, plots[0].tables["definiteness"]
-    table = Table(title=f"mean squared error after {config.steps:,} steps, r={config.r}", title_justify="left")
-    for name in ("kernel", *(f"rank {rank}" for rank in config.ranks), "smallest eigenvalue"):
-        table.add_column(name, justify="left" if name == "kernel" else "right")
+    columns = ("kernel", *(f"rank {rank}" for rank in config.ranks), "smallest eigenvalue")
+    cells = []
     for kernel, shape in zip(config.kernels, shapes, strict=True):
         found = (f"{row['mse']:.4f}" for row in errors if row["kernel"] == kernel)
-        table.add_row(kernel, *found, f"{shape['smallest']:.3g}")
-    console.print(table)
-    for path in (path for path in paths if path.suffix in (".csv", ".svg") and not path.stem.endswith("-dark")):
-        print_line(console, str(path))
+        cells.append((kernel, *found, f"{shape['smallest']:.3g}"))
+    title = f"mean squared error after {config.steps:,} steps, r={config.r}"
+    console.print(make_table(columns, cells, title=title))
+    _print_plots(console, paths)
+
+
+def _print_plots(console: "Console", paths: Iterable[Path]) -> None:
+    """Print the files of plots, each once: the tables, and the vector graphics for light pages."""
+    from snella._console import print_line
+
+    for path in paths:
+        if path.suffix in (".csv", ".svg") and not path.stem.endswith("-dark"):
+            print_line(console, str(path))
 
 
 @accept_former_names(FORMER_OPTIONS)
@@ -521,9 +528,7 @@ def evaluate_language(
         overwrite: Answer anew where answers of other settings are.
         device: auto, cpu or cuda.
     """
-    from rich.table import Table
-
-    from snella._console import make_console
+    from snella._console import make_console, make_table
     from snella.recipes.instruct import evaluate_language
 
     result = evaluate_language(
@@ -537,13 +542,10 @@ def evaluate_language(
         device=device,
         overwrite=overwrite,
     )
-    table = Table()
-    table.add_column("task")
-    for name in ("accuracy", "right", "questions", "unanswered"):
-        table.add_column(name, justify="right")
-    for task, row in result["tasks"].items():
-        counts = (str(row[name]) for name in ("right", "questions", "unanswered"))
-        table.add_row(task, f"{row['accuracy']:.4f}", *counts)
+    counts = ("right", "questions", "unanswered")
+    rows = result["tasks"].items()
+    cells = ((task, f"{row['accuracy']:.4f}", *(str(row[name]) for name in counts)) for task, row in rows)
+    table = make_table(("task", "accuracy", *counts), cells)
     table.add_section()
     table.add_row("mean of tasks", f"{result['mean']:.4f}", "", "", "")
     make_console().print(table)
@@ -578,16 +580,12 @@ def demo(
 
 def _generation_table(result: dict[str, Any]) -> "Table":
     """One row a subject, then mean and standard error over subjects."""
-    from rich.table import Table
+    from snella._console import make_table
 
-    table = Table(title="alignments are cosines of CLIP embeddings, Vendi scores are of DINOv2's", title_justify="left")
     names = list(result["mean"])
-    table.add_column("subject")
-    table.add_column("method")
-    for name in names:
-        table.add_column(name.replace("_", " "), justify="right")
-    for row in result["runs"]:
-        table.add_row(row["subject"], row["method"], *(f"{row[name]:.4f}" for name in names))
+    cells = ((row["subject"], row["method"], *(f"{row[name]:.4f}" for name in names)) for row in result["runs"])
+    title = "alignments are cosines of CLIP embeddings, Vendi scores are of DINOv2's"
+    table = make_table(("subject", "method", *(name.replace("_", " ") for name in names)), cells, title=title, left=2)
     if len(result["runs"]) > 1:
         table.add_section()
         table.add_row("mean", "", *(f"{result['mean'][name]:.4f}" for name in names))

@@ -11,9 +11,8 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.table import Table
 
-from snella._console import counted
+from snella._console import counted, make_table
 from snella._files import write_text
 from snella._text import count_text, plain_text, seconds_text
 from snella.comparison import figures
@@ -79,12 +78,9 @@ def print_paper_comparison(console: Console, experiment: Experiment, summary: Su
     rows = paper_comparison(experiment, summary)
     if not rows:
         return
-    table = Table(title=f"compared with the paper: {experiment.published.get('source', '')}", title_justify="left")
-    for heading in ("method", "", "paper", "ours", "difference"):
-        table.add_column(heading, justify="left" if heading in ("method", "") else "right")
-    for row in rows:
-        table.add_row(*row.texts)
-    console.print(table)
+    title = f"compared with the paper: {experiment.published.get('source', '')}"
+    headings = ("method", "", "paper", "ours", "difference")
+    console.print(make_table(headings, (row.texts for row in rows), title=title, left=2))
 
 
 @dataclass(frozen=True)
@@ -144,12 +140,9 @@ def print_paper_orderings(console: Console, experiment: Experiment, rows: Rows) 
     results = paper_orderings(experiment, rows)
     if not results:
         return
-    table = Table(title=f"orderings of the paper: {experiment.published.get('source', '')}", title_justify="left")
-    for heading in ("claim", "here", f"difference, {LEVEL:.0%} interval"):
-        table.add_column(heading)
-    for result in results:
-        table.add_row(*result.texts)
-    console.print(table)
+    title = f"orderings of the paper: {experiment.published.get('source', '')}"
+    headings = ("claim", "here", f"difference, {LEVEL:.0%} interval")
+    console.print(make_table(headings, (result.texts for result in results), title=title, left=3))
 
 
 def _own_result(column: str, line: MethodSummary, summary: Summary) -> float | None:

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from snella._console import counted, print_line
+from snella._console import counted, make_table, print_line
 from snella._text import bytes_text, count_text, seconds_text
 from snella.comparison.experiment import Experiment
 from snella.comparison.statistics import (
@@ -325,12 +325,7 @@ def table_cells(summary: Summary, metric: str, *, with_costs: bool) -> list[list
 def _table(summary: Summary, metric: str, title: str) -> Table:
     """The table for the terminal."""
     headings, *lines = table_cells(summary, metric, with_costs=metric == summary.column)
-    table = Table(title=f"test {title}", title_justify="left")
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "method" else "right")
-    for cells in lines:
-        table.add_row(*cells)
-    return table
+    return make_table(headings, lines, title=f"test {title}")
 
 
 def _signed(share: float) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from snella._console import make_console, print_heading, print_line
+from snella._console import make_console, make_table, print_heading, print_line
 from snella.records import MethodResult, MethodResults, Metrics, read
 from snella.runs.config import TrainConfig
 from snella.runs.evaluate import redraw_report
@@ -99,12 +99,9 @@ def _row(run: RunFolder, method: str) -> MethodResult:
 
 def _table(rows: list[MethodResult]) -> Table:
     """The table for the terminal."""
-    table = Table()
-    table.add_column("method")
-    for title in ("accuracy", "balanced accuracy", "trainable parameters", "seconds", "adapter MiB"):
-        table.add_column(title, justify="right")
-    for row in rows:
-        table.add_row(
+    columns = ("method", "accuracy", "balanced accuracy", "trainable parameters", "seconds", "adapter MiB")
+    cells = (
+        (
             row.method,
             f"{row.accuracy:.4f}",
             f"{row.balanced_accuracy:.4f}",
@@ -112,4 +109,6 @@ def _table(rows: list[MethodResult]) -> Table:
             f"{row.train_s:.0f}",
             f"{(row.adapter_bytes or 0) / 2**20:.2f}",
         )
-    return table
+        for row in rows
+    )
+    return make_table(columns, cells)

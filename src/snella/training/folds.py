@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from snella._console import make_console, print_line
+from snella._console import make_console, make_table, print_line
 from snella._files import write_text
 from snella.records import FoldResults, FoldRow, Metrics, RunInfo, plain, read, read_if_present, write
 from snella.runs.config import TrainConfig
@@ -184,11 +184,7 @@ def _page(results: FoldResults, data: str, method: str) -> str:
 def _table(results: FoldResults) -> Table:
     """The table for the terminal."""
     columns, rows = _cells(results)
-    table = Table()
-    for name in columns:
-        table.add_column(name, justify="right")
-    for cells in rows[:-1]:
-        table.add_row(*cells)
+    table = make_table(columns, rows[:-1], left=0)
     table.add_section()
     table.add_row(*rows[-1])
     return table
