@@ -57,11 +57,11 @@ def plain_text(value: Any) -> str:
     return str(value)
 
 
-def listed(items: Iterable[str], most: int = 5) -> str:
+def listed(items: Iterable[str], most: int = 5, separator: str = ", ") -> str:
     """The first few of many items, and how many more there are."""
     shown = list(items)
     rest = len(shown) - most
-    return ", ".join(shown[:most]) + (f" and {rest} more" if rest > 0 else "")
+    return separator.join(shown[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def nearest(name: str, known: Iterable[str], *, most: int = 1, cutoff: float = 0.6, form: str = "; nearest: {}") -> str:

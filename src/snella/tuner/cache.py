@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils._pytree import tree_map_only
 
+from snella._text import listed
 from snella.ops.autograd import RecomputeCache
 from snella.ops.spec import Factors
 
@@ -313,10 +314,9 @@ class AllocatorCheck:
         changed = [name for name, batches in self._batches.items() if now.get(name, batches) != batches]
         if changed:
             self._batches = now
-            more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
             warnings.warn(
                 f"the running statistics of {len(changed)} batch normalizations changed in training and are no part "
-                f"of the saved adapter: {', '.join(map(repr, changed[:4]))}{more}; name them in modules_to_save, or "
+                f"of the saved adapter: {listed(map(repr, changed), 4)}; name them in modules_to_save, or "
                 "train with these layers in evaluation mode",
                 stacklevel=2,
             )

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from snella._text import listed
 from snella.ops.backends.base import MergeCache
 from snella.tuner.config import SnellaConfig
 from snella.tuner.layer import SnellaLayer
@@ -143,9 +144,7 @@ def _parts_of(
     tokens: list[TokenAdapter] = []
     for name, module in model.named_modules():
         if isinstance(module, (SnellaLayer, TokenAdapter)):
-            for attribute in (*module.adapter_layer_names, *module.other_param_names):
-                if not attribute.startswith("snella_") or attribute == "snella_config":
-                    continue
+            for attribute in module.saved_names:
                 tensors: Any = getattr(module, attribute)
                 if adapter_name in tensors:
                     found[f"{name}.{attribute}"] = tensors[adapter_name]
@@ -183,9 +182,8 @@ def _check(
     if not errors and not is_finite:
         errors = [f"{name} is not finite" for name, tensor in values.items() if not tensor.isfinite().all()]
     if errors:
-        more = f" and {len(errors) - 3} more" if len(errors) > 3 else ""
         raise ValueError(
-            f"the adapter cannot be swapped in: {'; '.join(errors[:3])}{more}; load it beside with load_adapter"
+            f"the adapter cannot be swapped in: {listed(errors, 3, '; ')}; load it beside with load_adapter"
         )
 
 

@@ -54,6 +54,8 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
     """Whether a forward pass, or a model that read the weight, has used an update since the layer was adapted."""
 
     other_param_names = ("snella_budget", "snella_support", "snella_config", "scaling", "row_counts")
+    saved_names = (*adapter_layer_names, "snella_budget", "snella_support")
+    """Parameters and buffers of an adapter, as its file has them."""
 
     def __init__(
         self,
@@ -583,7 +585,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
 
     def _adapter_tensors(self, names: list[str]) -> list[Tensor]:
         """Every tensor that the updates of these adapters depend on."""
-        attributes = [getattr(self, name) for name in (*self.adapter_layer_names, "snella_budget", "snella_support")]
+        attributes = [getattr(self, name) for name in self.saved_names]
         return [tensors[name] for name in names for tensors in attributes if name in tensors]
 
     def _updates(self, names: list[str]) -> tuple[list[Update], list[AdapterState]]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
+from snella._text import listed
 from snella.ops.recompute import mark_outputs, unmark_outputs
 from snella.tuner.attention import AdaptedAttention, Projection, input_projections, is_adaptable, keep_off_fast_path
 from snella.tuner.cache import check_after_step
@@ -90,7 +91,7 @@ class SnellaModel(BaseTuner):
         )
         peft_config.target_modules = targets
         # only names that miss are refused here: what is excluded on purpose is PEFT's own business
-        if not any(_matches(targets, name) for name, _ in model.named_modules()):
+        if not _matching(targets, model):
             raise ValueError(unmatched_message(targets, model))
         self._refuse_shared_weights(peft_config, model)
         self._check_ranks(peft_config, model)
@@ -105,7 +106,7 @@ class SnellaModel(BaseTuner):
             targets = default_targets(model)
             if isinstance(targets, str) and targets != "all-linear":
                 # by name, so that `layers_to_transform` can choose among them
-                return {name for name, _ in model.named_modules() if _matches(targets, name)}
+                return _matching(targets, model)
         if not isinstance(targets, str):
             return set(targets)
         if targets.lower() != "all-linear":
@@ -160,9 +161,8 @@ class SnellaModel(BaseTuner):
         """Look for tied embeddings as PEFT does, but by our own matching, whose time is limited."""
         targets = getattr(peft_config, "target_modules", None)
         if isinstance(targets, str) and targets.lower() != "all-linear":
-            names = [name for name, _ in model.named_modules()]
-            check_expression(targets, names)
-            peft_config.target_modules = {name for name in names if _matches(targets, name)}  # type: ignore[attr-defined]
+            check_expression(targets, [name for name, _ in model.named_modules()])
+            peft_config.target_modules = _matching(targets, model)  # type: ignore[attr-defined]
         try:
             super()._check_tied_modules(model, peft_config)
         finally:
@@ -198,7 +198,7 @@ class SnellaModel(BaseTuner):
         if not outputs:
             return targets
         if isinstance(targets, str):
-            targets = {name for name, _ in model.named_modules() if _matches(targets, name)}
+            targets = _matching(targets, model)
         return targets | outputs
 
     def _refuse_shared_weights(self, peft_config: SnellaConfig, model: nn.Module) -> None:
@@ -380,7 +380,9 @@ class SnellaModel(BaseTuner):
             self._adapt_output(peft_config, adapter_name, parent, current_key)
             return
         if is_adaptable(target):
-            self._adapt_attention(peft_config, adapter_name, target, target_name, parent, current_key)
+            wrapper = self._wrapped(target, target_name, parent)
+            for name in input_projections(wrapper.base_layer):
+                self._adapt_projection(peft_config, adapter_name, wrapper, name, current_key)
             return
         if isinstance(target, BaseTunerLayer) and not isinstance(target, SnellaLayer):
             raise NotImplementedError(
@@ -399,27 +401,7 @@ class SnellaModel(BaseTuner):
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
-    def _adapt_attention(
-        self,
-        peft_config: SnellaConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-    ) -> None:
-        """Adapt the projections of queries, keys and values of a torch attention, wrapping it first."""
-        wrapper = self._wrapped(target, target_name, parent)
-        for name in input_projections(wrapper.base_layer):
-            self._adapt_projection(peft_config, adapter_name, wrapper, name, current_key)
-
-    def _adapt_output(
-        self,
-        peft_config: SnellaConfig,
-        adapter_name: str,
-        parent: nn.Module,
-        current_key: str,
-    ) -> None:
+    def _adapt_output(self, peft_config: SnellaConfig, adapter_name: str, parent: nn.Module, current_key: str) -> None:
         """Adapt the projection of a torch attention's output, which only the attention itself can apply."""
         name = current_key.replace(".base_layer.", ".").rpartition(".")[0]
         if not name:
@@ -521,8 +503,7 @@ class SnellaModel(BaseTuner):
             f"{name}.{attribute}.{adapter_name}": getattr(module, attribute)[adapter_name]
             for name, module in model.named_modules()
             if isinstance(module, (SnellaLayer, TokenAdapter))
-            for attribute in (*module.adapter_layer_names, *module.other_param_names)
-            if attribute.startswith(cls.prefix) and attribute != "snella_config"
+            for attribute in module.saved_names
             if adapter_name in getattr(module, attribute)
         }
         errors = [f"{key} is missing" for key in expected if key not in remapped]
@@ -533,9 +514,8 @@ class SnellaModel(BaseTuner):
         ]
         errors += [f"{key} fits no layer" for key in remapped if ".snella_" in key and key not in expected]
         if errors:
-            more = f" and {len(errors) - 3} more" if len(errors) > 3 else ""
             raise ValueError(
-                f"the adapter does not fit {type(model).__name__}: {'; '.join(errors[:3])}{more}; "
+                f"the adapter does not fit {type(model).__name__}: {listed(errors, 3, '; ')}; "
                 "load it into the architecture it was trained on"
             )
         broken = [
@@ -544,9 +524,8 @@ class SnellaModel(BaseTuner):
             if (bad := int(remapped[key].numel() - torch.isfinite(remapped[key]).sum()))
         ]
         if broken:
-            more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
             raise ValueError(
-                f"the adapter holds values that are not finite: {', '.join(broken[:3])}{more}; its training "
+                f"the adapter holds values that are not finite: {listed(broken, 3)}; its training "
                 "diverged or its file is damaged, load an earlier one"
             )
         return remapped
@@ -556,6 +535,11 @@ def _adapted_layers(model: nn.Module, adapter_names: list[str]) -> list[SnellaLa
     """The layers that one of these adapters updates."""
     layers = [module for module in model.modules() if isinstance(module, SnellaLayer)]
     return [layer for layer in layers if any(name in layer.snella_A for name in adapter_names)]
+
+
+def _matching(targets: set[str] | str, model: nn.Module) -> set[str]:
+    """The names of the modules that the targets match."""
+    return {name for name, _ in model.named_modules() if _matches(targets, name)}
 
 
 def _matches(targets: set[str] | str, name: str) -> bool:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from snella._text import listed
 from snella.tuner.cache import pack_positions, unpack_positions
 
 FORMAT = "snella-sparse-1"
@@ -174,10 +175,7 @@ class SparsePatch:
         ]
         what = type(model).__name__
         if errors:
-            more = f" and {len(errors) - 3} more" if len(errors) > 3 else ""
-            raise ValueError(
-                f"the update does not fit {what}: {'; '.join(errors[:3])}{more}; build the run's own model"
-            )
+            raise ValueError(f"the update does not fit {what}: {listed(errors, 3, '; ')}; build the run's own model")
         for name, digest in self.digests.items() if check_base else ():
             if digest_of(tensors[name]) != digest:
                 raise ValueError(

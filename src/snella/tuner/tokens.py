@@ -37,6 +37,7 @@ class TokenAdapter(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("snella_token",)
     other_param_names = ()
+    saved_names = adapter_layer_names
 
     def __init__(self, owner: nn.Module, name: str) -> None:
         super().__init__()
