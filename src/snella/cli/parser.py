@@ -19,6 +19,7 @@ from jsonargparse import ArgumentParser
 
 from snella import __version__
 from snella._deprecation import FORMER_OPTIONS, renamed
+from snella._text import nearest
 from snella.cli import experiment_commands  # noqa: F401 - all commands are in the table once it is imported
 from snella.cli.command import COMMANDS
 from snella.methods.defaults import shown_defaults
@@ -107,8 +108,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, bool, dict[str, Any]]:
     if name is None and not set(words) & {"-h", "--help", "--version"}:
         raise UsageError(f"a command is needed: {', '.join(COMMANDS)}; see snella --help")
     if name is not None and name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=2)
-        hint = f"nearest: {', '.join(near)}" if near else f"there are {', '.join(COMMANDS)}"
+        hint = nearest(name, COMMANDS, most=2, form="nearest: {}") or f"there are {', '.join(COMMANDS)}"
         raise UsageError(f"snella has no command {name!r}; {hint}; see snella --help")
     options = [] if name is None else options_of(COMMANDS[name].function)
     if name is not None:
@@ -347,8 +347,8 @@ def _config_error(path: str, known: Sequence[str]) -> str | None:
         return f"--config {path} must name settings by strings: {error}; they are written as 'epochs: 20'"
     unknown = []
     for key in (str(key) for key in content if key not in known):
-        near = difflib.get_close_matches(key.replace("-", "_"), known, n=2, cutoff=0.5)
-        unknown.append(f"{key!r}" + (f" (nearest: {', '.join(near)})" if near else ""))
+        near = nearest(key.replace("-", "_"), known, most=2, cutoff=0.5, form=" (nearest: {})")
+        unknown.append(f"{key!r}{near}")
     return f"--config {path} has unknown settings: {', '.join(unknown)}" if unknown else None
 
 

@@ -1,7 +1,6 @@
 """`Experiment`: methods, data, shared settings and the tuning grid of a comparison."""
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -12,6 +11,7 @@ import yaml
 
 from snella._deprecation import FORMER_OPTIONS, renamed
 from snella._files import write_text
+from snella._text import nearest
 from snella.methods import method_options, parse_method
 from snella.methods.defaults import PROBE_METHOD, REFERENCE_METHOD
 from snella.runs import TrainConfig
@@ -198,8 +198,7 @@ def unknown_keys(where: str, keys: Iterable[str], known: Iterable[str]) -> str |
     choices, texts = list(known), []
     for key in keys:
         if key not in choices:
-            near = difflib.get_close_matches(str(key), choices, n=2, cutoff=0.5)
-            texts.append(f"{key!r}" + (f" (nearest: {', '.join(near)})" if near else ""))
+            texts.append(f"{key!r}" + nearest(str(key), choices, most=2, cutoff=0.5, form=" (nearest: {})"))
     return f"{where} has unknown settings: {', '.join(texts)}; it takes {', '.join(choices)}" if texts else None
 
 
@@ -310,8 +309,7 @@ class Experiment:
         error = unknown_keys("train", self.settings, SHARED_SETTINGS)
         names = [entry.name for entry in self.methods]
         if self.reference is not None and self.reference not in names:
-            near = difflib.get_close_matches(self.reference, names, n=2, cutoff=0.4)
-            hint = f" (nearest: {', '.join(near)})" if near else ""
+            hint = nearest(self.reference, names, most=2, cutoff=0.4, form=" (nearest: {})")
             errors.append(f"reference must be one of the methods {', '.join(names)}, got {self.reference!r}{hint}")
         task = self.settings.get("task", "classification")
         if task not in MEASURES:

@@ -1,6 +1,5 @@
 """Experiment files: YAML, found by path, or by the name of one that ships with snella."""
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import yaml
 
 import snella
+from snella._text import nearest
 from snella.comparison.experiment import (
     FILE,
     DataEntry,
@@ -93,8 +93,7 @@ def _find(name: str) -> Path:
     known = bundled_experiments()
     if name in known:
         return known[name]
-    near = difflib.get_close_matches(name, known, n=2, cutoff=0.4)
-    hint = f"; nearest: {', '.join(near)}" if near else ""
+    hint = nearest(name, known, most=2, cutoff=0.4)
     raise FileNotFoundError(
         f"experiment must be a YAML file or one of {', '.join(known) or 'none'}, got {name!r}{hint}"
     )

@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -17,6 +16,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
 from snella._deprecation import accept_former_names
+from snella._text import nearest
 from snella.ops.backends import resolve_implementation
 from snella.ops.kernels import KERNELS, Kernel, make_kernel
 from snella.ops.sampling import parse_weight_gradient
@@ -256,8 +256,8 @@ class SnellaConfig(PeftConfig):
         names = {setting.name for setting in fields(cls)} | FORMER_NAMES.keys()
         for name in settings:
             if name not in names:
-                near = get_close_matches(name, names, 1)
-                hint = _INSTEAD.get(name) or (f"did you mean {near[0]!r}?" if near else "see help(SnellaConfig)")
+                near = nearest(name, names, form="did you mean {!r}?")
+                hint = _INSTEAD.get(name) or near or "see help(SnellaConfig)"
                 # in Python's words, by which PEFT tells settings of a newer version
                 raise TypeError(f"{cls.__name__} got an unexpected keyword argument {name!r}; {hint}")
         return super().__new__(cls)
@@ -380,8 +380,7 @@ class SnellaConfig(PeftConfig):
             value = getattr(self, name)
             # a wrong preset leaves its dependants at None: one error, not seven
             if value not in allowed and not (value is None and self.preset not in list(_PRESETS)):
-                near = get_close_matches(str(value), allowed, 1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
+                hint = nearest(str(value), allowed, form="; did you mean {!r}?")
                 errors.append(f"{name} must be one of {list(allowed)}, got {value!r}{hint}")
         for check, value in ((resolve_implementation, self.impl), (parse_weight_gradient, self.weight_gradient)):
             try:
