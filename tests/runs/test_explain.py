@@ -72,3 +72,13 @@ def test_attention_is_rolled_out_on_request_and_the_pages_say_so(finished, photo
         explain(finished.path, [image], tmp_path / "other", by="rollout", of="cats")
     with pytest.raises(ValueError, match="by must be one of gradcam, rollout, got 'cam'"):
         explain(finished.path, [image], tmp_path / "other", by="cam")
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+@pytest.mark.parametrize(("width", "in_a_row"), [(390, 2), (1280, 5)])
+def test_an_image_and_its_heat_map_stand_side_by_side(width, in_a_row, finished, photos, tmp_path, browser):
+    found = explain(finished.path, [photos / "cats" / "000.png"], tmp_path / "out")
+    browser.open(found.page, width=width)
+    tops = browser.evaluate("[...document.querySelectorAll('figure')].map(f => f.getBoundingClientRect().top)")
+    assert len(tops) == 5 and tops.count(tops[0]) == in_a_row
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
