@@ -41,7 +41,7 @@ def save_like_a_phone(picture: Image.Image, place: Path, number: int) -> None:
 
         pillow_heif.from_pillow(picture).save(place / f"IMG_{number:04}.HEIC")
     elif number == 6 and features.check("avif"):
-        picture.save(place / f"IMG_{number:04}.avif")
+        picture.save(place / f"IMG_{number:04}.avif", speed=10)
     elif kind == 3:
         picture.thumbnail((1600, 1600))
         picture.save(place / f"IMG-{number:04}-WA.webp")
