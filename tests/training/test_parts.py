@@ -159,8 +159,24 @@ def test_what_will_not_fit_or_take_long_is_said_before_training(monkeypatch):
     output = io.StringIO()
     log_summary(Console(file=output, width=300), config("linear"), parts)
     text = output.getvalue()
-    assert "MiB of 1 MiB free" in text and "more memory than is free; --batch-size below 32 or a smaller" in text
+    assert "MiB of 1 MiB free" in text
+    assert "more memory than is free; --batch-size below 32, --grad-checkpointing or a smaller --img-size" in text
     assert "images of 448×448 px, the model's own, take a CPU about 4 times as long as 224×224 px" in text
+
+
+def test_snella_can_also_keep_less(monkeypatch):
+    monkeypatch.setattr("snella.training.results.free_memory", lambda device: 2**20)
+    parts = RunComponents(
+        load_data("digits"),
+        build_method("snella", timm.create_model("test_vit", num_classes=10, img_size=32)),
+        ClassificationTask(10),
+        {},
+        {"input_size": [3, 32, 32]},
+    )
+    for options, is_said in (({}, True), ({"compress_activations": True}, False)):
+        output = io.StringIO()
+        log_summary(Console(file=output, width=300), config("snella", method_options=options), parts)
+        assert ("--method-options.compress_activations true, --grad-" in output.getvalue()) == is_said
 
 
 RISEN = (

@@ -18,7 +18,7 @@ from torch import nn
 
 from snella import BudgetAllocator, SnellaConfig
 from snella._console import counted, print_rows
-from snella.methods import method_of
+from snella.methods import method_of, method_options
 from snella.records import Allocation, AllocationStep, DataInfo, GeneratorMetrics, MatrixInfo, RunInfo
 from snella.runs.config import SCHEDULE_END, TrainConfig, command_line
 from snella.runs.images import PARTS, absolute_folder, contents_of, split_sizes, splits_digest
@@ -241,7 +241,11 @@ def _cost_warnings(config: TrainConfig, parts: RunComponents, memory: float, fre
     """Warnings about memory and time."""
     rows = []
     if memory > free:
-        less = f"--batch-size below {config.effective_batch_size} or " if config.effective_batch_size > 1 else ""
+        ways = [f"--batch-size below {config.effective_batch_size}"] if config.effective_batch_size > 1 else []
+        if "compress_activations" in set(method_options(config.method)) - set(config.method_options):
+            ways.append("--method-options.compress_activations true")
+        ways += [] if config.grad_checkpointing else ["--grad-checkpointing"]
+        less = f"{', '.join(ways)} or " if ways else ""
         rows.append(("warning", f"that is more memory than is free; {less}a smaller --img-size needs less"))
     side, patch = int(parts.data_config["input_size"][-1]), size_step(parts.model)
     if config.img_size is None and side >= 1.5 * _USUAL_SIZE and next(parts.model.parameters()).device.type == "cpu":
