@@ -33,6 +33,9 @@ def test_flags_need_no_value_and_take_one():
     assert parse(["train", "--out", "x", "--resume"])[2]["resume"] is True
     assert parse(["train", "--resume", "false"])[2]["resume"] is False
     assert parse(["train", "--skip_corrupt"])[2]["skip_corrupt"] is True
+    assert parse(["compare", "--skip-corrupt", "--out", "x"])[2]["skip_corrupt"] is True
+    assert parse(["compare", "--skip-corrupt", "false", "--out", "x"])[2]["skip_corrupt"] is False
+    assert parse(["compare", "--out", "x"])[2]["skip_corrupt"] is None
     settings = parse(["predict", "run", "--skip-corrupt", "a.png", "b.png"])[2]
     assert (settings["skip_corrupt"], settings["images"]) == (True, ["a.png", "b.png"])
 

@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 
 from snella.comparison.experiment import Experiment
+from snella.comparison.report import write_page
 from snella.records import CellRow, record_from
 
 TINY = {
@@ -108,6 +109,30 @@ def rows_of(root):
 @pytest.fixture
 def make_row():
     return row
+
+
+@pytest.fixture
+def table_page(tiny, tmp_path):
+    """Two methods on one table, compared by mean average precision, of which neither cost nor forgetting is large."""
+    experiment = tiny(
+        data=["csv:people/photographs_and_labels.csv"],
+        seeds=2,
+        grid={"lr_factors": [0.3, 1.0]},
+        train={"task": "multilabel"},
+        forgetting=[],
+    )
+    task = experiment.data[0].name
+    values = {"forgetting": None, "test_map": 0.993, "test_macro_f1": 0.9, "val_map": 0.994, "metric": "map"}
+    rows = [
+        row(experiment, task, method, seed, num_trainable_params=size, **values)
+        for method, size in (("linear", 10), ("lora-2", 1000))
+        for seed in (0, 1)
+    ]
+    rows += [
+        row(experiment, task, "linear", 0, purpose="trial", factor=factor, **{**values, "val_map": score})
+        for factor, score in ((0.3, 0.992), (1.0, 0.9945))
+    ]
+    return write_page(tmp_path, experiment, rows), experiment, rows
 
 
 @pytest.fixture

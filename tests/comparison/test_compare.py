@@ -179,6 +179,8 @@ def test_a_linear_probe_forgets_nothing(finished):
 
 def test_the_lines_tell_what_was_done_and_the_table_what_came_out(finished):
     root, text = finished
+    before_the_first = text.partition("[1/6]")[0]
+    assert before_the_first.endswith("6 runs to train; a line for each as it ends\n")
     assert "[1/6] digits · linear · tuning lr-x0.3 · seed 0: validation 0." in text and "left\n" in text
     assert "[6/6] digits · lora-2 · final · seed 0: validation" in text
     assert text.count(", the selected tuning run)") == 2
@@ -191,6 +193,7 @@ def test_a_finished_comparison_trains_nothing_again(copy, console, no_training):
     before = (copy / "results.jsonl").read_text()
     compare(None, copy, workers=0, console=console)
     assert (copy / "results.jsonl").read_text() == before
+    assert "to train" not in console.file.getvalue()
 
 
 def test_what_the_folder_has_beyond_what_was_asked_for_is_named(experiment, copy, console, no_training):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from snella.comparison.experiment import Experiment
-from snella.comparison.report import write_page
+from snella.comparison.report import markdown_tables, write_page
 from snella.comparison.summary import outcome_text, recommendation_text, summarize
 
 
@@ -46,12 +46,31 @@ def test_an_outcome_that_is_not_certain_says_so(tiny, make_row):
         for seed, accuracy in enumerate(values)
     ]
     assert outcome_text(summarize(experiment, rows)) == (
-        "bias has the highest test accuracy, 79.0 % in the mean over 1 task: 4.0 points above lora-2 (95% interval "
+        "bias has the highest test accuracy, 79.0 %: 4.0 points above lora-2 (95% interval "
         "\u22122.0 to +10.0, not significant)."
     )
     text = outcome_text(summarize(experiment, rows[:2]))
-    assert text == "lora-2 has the highest test accuracy, 75.0 % in the mean over 1 task."
+    assert text == "lora-2 has the highest test accuracy, 75.0 %."
     assert outcome_text(summarize(experiment, [])) == ""
+    assert recommendation_text(summarize(experiment, rows[:2])).endswith(" Without a result so far: bias.")
+    assert "Without" not in recommendation_text(summarize(experiment, rows))
+
+
+def test_methods_that_are_equally_good_are_all_named(tiny, make_row):
+    experiment = tiny(methods=["lora-2", "bias"], seeds=2)
+    rows = [make_row(experiment, "digits", m, seed, test_accuracy=0.5) for m in ("lora-2", "bias") for seed in (0, 1)]
+    assert outcome_text(summarize(experiment, rows)) == "lora-2, bias have the highest test accuracy, 50.0 %."
+
+
+def test_words_of_the_page_are_those_of_the_measure_and_of_what_was_tuned(table_page):
+    page, experiment, rows = table_page
+    text = page.read_text()
+    assert "<h1>comparison on csv:<wbr>people/<wbr>photographs_<wbr>and_<wbr>labels.csv</h1>" in text
+    assert "<h2>Mean average precision and cost</h2>" in text and "Accuracy" not in text
+    assert "The learning rate was tuned on the validation set" in text
+    assert "forgetting" not in markdown_tables(experiment, rows) and "memory" in markdown_tables(experiment, rows)
+    ticks = re.findall(r"<text[^>]*>([\d.]+) %</text>", text)
+    assert ticks and not [tick for tick in ticks if tick.endswith("0") and "." in tick]
 
 
 def test_the_best_of_each_column_is_marked(page):

@@ -43,6 +43,32 @@ def test_the_zero_line_is_on_the_screen_and_headings_keep_their_distance(browser
     assert gap >= 12
 
 
+@pytest.mark.parametrize(("width", "is_shown"), [(390, True), (1280, False)])
+def test_a_narrow_screen_says_where_to_scroll(browser, table_page, width, is_shown):
+    browser.open(table_page[0], width)
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    shown = "[...document.querySelectorAll('.sideways')].filter(hint => hint.checkVisibility()).length > 0"
+    assert browser.evaluate(shown) == is_shown
+    silent = """
+        [...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth)
+          .filter(e => !e.nextElementSibling?.checkVisibility() || !e.nextElementSibling.matches('.sideways'))
+          .map(e => e.getAttribute('aria-label'))"""
+    browser.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert browser.evaluate(silent) == []
+
+
+def test_the_name_of_a_table_is_broken_between_its_parts(browser, table_page):
+    browser.open(table_page[0], 390)
+    lines = browser.evaluate("""
+        (() => { const th = document.querySelector('#accuracy table.scores thead th:last-child'), lines = []
+          const texts = document.createTreeWalker(th, NodeFilter.SHOW_TEXT)
+          while (texts.nextNode()) { const range = document.createRange(); range.selectNode(texts.currentNode)
+            lines.push([texts.currentNode.data, range.getClientRects().length]) }
+          return lines })()""")
+    assert "".join(text for text, _ in lines) == "csv:people/photographs_and_labels.csv"
+    assert [text for text, count in lines if count != 1] == []
+
+
 def test_it_asks_for_nothing_and_complains_of_nothing(browser, page):
     browser.open(page)
     assert browser.complaints() == []

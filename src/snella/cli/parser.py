@@ -273,11 +273,18 @@ def _check_options(command: str, options: Sequence[Option], words: Sequence[str]
 
 
 def _give_flags_values(options: Sequence[Option], words: Sequence[str]) -> list[str]:
-    """Let `--resume` alone mean `--resume=true`, whatever follows."""
-    flags = {option.typed for option in options if option.type is bool}
+    """Let `--resume` alone mean `--resume=true`, whatever follows.
+
+    An option that may also be unset takes the word that follows it, so that a wrong one is refused with what it takes.
+    """
+    always = {option.typed for option in options if option.type is bool}
+    at_end = {option.typed for option in options if _without_none(option.type) is bool} - always
     followers = [*words[1:], ""]
     return [
-        f"{word}=true" if word in flags and follower.lower() not in _BOOLEANS else word
+        f"{word}=true"
+        if (word in always and follower.lower() not in _BOOLEANS)
+        or (word in at_end and (not follower or follower.startswith("-")))
+        else word
         for word, follower in zip(words, followers, strict=True)
     ]
 

@@ -34,6 +34,7 @@ from snella.comparison.search import Candidate
 from snella.comparison.statistics import Spread, average
 from snella.comparison.store import LOCKS, cell_lock, collect, drop_failed, is_locked, read_row
 from snella.comparison.summary import COSTS, cost_texts, print_summary, recommend, spread_text, summarize
+from snella.data.load import is_unbalanced
 from snella.methods.defaults import CHOICE_METHODS
 from snella.records import CellRow
 from snella.runs import RunFolder, TrainConfig
@@ -68,6 +69,10 @@ class ComparisonProgress:
         self._running: dict[str, float] = {}
 
     def __enter__(self) -> "ComparisonProgress":
+        left, done = sum(count for _, count in self._plan.left()), self._plan.done()
+        if left:
+            already = f", {done:,} done already" if done else ""
+            print_line(self._console, f"{counted(left, 'run')} to train{already}; a line for each as it ends")
         if self._console.is_terminal:
             self._bar.start()
         self._refresh()
@@ -232,7 +237,8 @@ def check_parts(experiment: Experiment, console: Console) -> None:
         try:
             _check_data(experiment, data, console)
         except (OSError, ValueError, ImportError) as error:
-            errors.append(f"{data.name}: {error}")
+            is_named = data.name == data.data and data.data in str(error)
+            errors.append(str(error) if is_named else f"{data.name}: {error}")
     for name in {experiment.probe_data(data) for data in experiment.data} - {None}:
         try:
             probe_images(str(name), experiment.forgetting_images)
@@ -265,6 +271,10 @@ def _check_data(experiment: Experiment, data: DataEntry, console: Console) -> No
     if len(splits.train) < config.effective_batch_size and config.batch_size is not None:
         raise ValueError(f"batch_size must be at most the {len(splits.train)} training images, got {config.batch_size}")
     print_line(console, f"data {splits.description}")
+    for note in splits.notes:
+        print_line(console, f"note: {note}")
+    if experiment.metric == "accuracy" and is_unbalanced(splits.train.labels):
+        print_line(console, "note: methods are compared by accuracy; --monitor balanced_accuracy compares by that")
 
 
 def _resolve_experiment(experiment: Experiment | None, root: Path) -> Experiment:

@@ -169,7 +169,7 @@ def forest(summary: Summary, with_tasks: bool, width: int = 640) -> Figure | Non
     if not lines:
         return None
     figure, axes = new_figure(
-        width, 110 + (19 if with_tasks else 26) * len(lines), f"Accuracy minus {shortened(summary.reference, longest)}"
+        width, 110 + (19 if with_tasks else 26) * len(lines), f"Difference to {shortened(summary.reference, longest)}"
     )
     for place, (_, value, is_whole) in enumerate(lines):
         if value is None:

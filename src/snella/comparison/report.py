@@ -1,6 +1,7 @@
 """Reports of a comparison: a self-contained HTML file, Markdown tables, and the comparison with a paper's numbers."""
 
 import math
+import re
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import yaml
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 from rich.console import Console
 
@@ -245,6 +246,7 @@ def write_page(root: Path, experiment: Experiment, rows: Rows) -> Path:
     summary = summarize(experiment, rows)
     context = {
         "experiment": experiment,
+        "title": _title(experiment),
         "summary": summary,
         "tables": [_table(summary, metric, title) for metric, title in summary.metrics.items()]
         if summary.finals
@@ -267,17 +269,30 @@ def write_page(root: Path, experiment: Experiment, rows: Rows) -> Path:
         "level": f"{LEVEL:.0%}",
         "resamples": RESAMPLES,
         "machines": _machines(rows),
+        "tuned": "Learning rate and weight decay" if experiment.grid.weight_decays else "The learning rate",
         "trials": sum(row.purpose == "trial" for row in rows),
         "hours": seconds_text(sum(row.total_time for row in rows) - _counted_twice(rows)),
         "settings": yaml.safe_dump(experiment.as_dict(), sort_keys=False, allow_unicode=True),
     }
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(count=count_text, plain=plain_text)
+    environment.filters.update(count=count_text, plain=plain_text, breakable=_breakable)
     template = resources.files("snella.comparison").joinpath("comparison.html.jinja").read_text(encoding="utf-8")
     style = resources.files("snella.report").joinpath("report.css").read_text(encoding="utf-8")
     page = environment.from_string(template).render(context, style=Markup(style))
     write_atomically(root / FILE, page.encode("utf-8"))
     return root / FILE
+
+
+def _title(experiment: Experiment) -> str:
+    """The experiment's name, with its tasks where it was given none."""
+    if experiment.name != Experiment.name:
+        return experiment.name
+    return f"{experiment.name} on {', '.join(entry.name for entry in experiment.data)}"
+
+
+def _breakable(text: str) -> Markup:
+    """Text that may be broken after what divides paths."""
+    return Markup(re.sub(r"([:/_])", r"\1<wbr>", str(escape(text))))
 
 
 def _counted_twice(rows: Rows) -> float:
@@ -337,20 +352,21 @@ def _costs(summary: Summary) -> dict[str, Any]:
 
 
 def _pareto(summary: Summary) -> list[Markup]:
-    """Accuracy against each cost that was measured."""
+    """The measure against each cost that was measured."""
     has_gpu = any(method.costs["accelerator_memory_max"] for method in summary.methods)
     axes = [
-        ("accelerator_memory_max", "peak memory on the GPU, bytes", "Accuracy against memory", False)
+        ("accelerator_memory_max", "peak memory on the GPU, bytes", "Memory", False)
         if has_gpu
-        else ("training_mib", "peak memory beyond the libraries, MiB", "Accuracy against memory", False),
-        ("num_trainable_params", "trainable parameters", "Accuracy against trainable parameters", True),
-        ("step_time", "median seconds of a step", "Accuracy against step time", False),
+        else ("training_mib", "peak memory beyond the libraries, MiB", "Memory", False),
+        ("num_trainable_params", "trainable parameters", "Trainable parameters", True),
+        ("step_time", "median seconds of a step", "Step time", False),
     ]
     pictures = []
     for name, label, title, is_log in axes:
         figure = figures.pareto(summary, name, label, title, is_log)
         if figure is not None:
-            pictures.append(_picture(figure, f"pareto-{name}", f"{title}, a point a method."))
+            text = f"Test {summary.measure} against {title.lower()}, a point a method."
+            pictures.append(_picture(figure, f"pareto-{name}", text))
     return pictures
 
 

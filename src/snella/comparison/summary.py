@@ -185,11 +185,13 @@ def outcome_text(summary: Summary) -> str:
     if not means:
         return ""
     best = max(means, key=lambda name: means[name].mean)
-    tasks = counted(len(summary.tasks), "task")
-    text = f"{best} has the highest test {summary.measure}, {100 * means[best].mean:.1f} % in the mean over {tasks}"
+    where = f" in the mean over {counted(len(summary.tasks), 'task')}" if len(summary.tasks) > 1 else ""
+    equal = [name for name, value in means.items() if math.isclose(value.mean, means[best].mean)]
+    have = f"{', '.join(equal)} {'has' if len(equal) == 1 else 'have'} the highest test {summary.measure}"
+    text = f"{have}, {100 * means[best].mean:.1f} %{where}"
     differences = {m.name: d for m in summary.methods if (d := m.to_reference[summary.column]) is not None}
     lead = differences.get(best)
-    if lead is not None and lead.mean > 0:
+    if lead is not None and lead.mean > 0 and len(equal) == 1:
         text += f": {100 * lead.mean:.1f} points above {summary.reference}"
         if not math.isnan(lead.low):
             doubt = "" if lead.low > 0 else ", not significant"
@@ -208,10 +210,14 @@ def recommendation_text(summary: Summary) -> str:
     """Which method to take, in a sentence: accuracy within one standard error of the best, then memory, then time.
 
     The standard error is that of the best method's mean over seeds; memory within 5 % counts as the same. Empty where
-    no method is done.
+    no method is done; methods without a result are named.
     """
     means = {m.name: value for m in summary.methods if (value := m.over_tasks[summary.column]) is not None}
-    return recommend(means, {m.name: m.costs for m in summary.methods}, summary.measure)[1] if means else ""
+    if not means:
+        return ""
+    text = recommend(means, {m.name: m.costs for m in summary.methods}, summary.measure)[1]
+    others = [m.name for m in summary.methods if m.name not in means]
+    return f"{text} Without a result so far: {', '.join(others)}." if others else text
 
 
 def recommend(
@@ -307,8 +313,10 @@ def print_summary(console: Console, experiment: Experiment, rows: Rows) -> None:
 
 
 def table_cells(summary: Summary, metric: str, *, with_costs: bool) -> list[list[str]]:
-    """The table as text, its first line the headings: tasks, means, the difference to the reference, costs."""
-    costs = ("trainable", "changed", "file", "step", "memory", "forgetting") if with_costs else ()
+    """The table as text, its first line the headings: tasks, means, the difference to the reference, measured costs."""
+    texts = [cost_texts(method.costs) for method in summary.methods]
+    names = ("trainable", "changed", "file", "step", "memory", "forgetting") if with_costs else ()
+    costs = [name for name in names if any(line[name] != "–" for line in texts)]
     headings = ["method", *summary.tasks, *(["mean over tasks"] if len(summary.tasks) > 1 else [])]
     headings += ["mean over groups"] if summary.has_groups else []
     lines = [[*headings, f"difference to {summary.reference}", *costs]]

@@ -2,7 +2,7 @@
 
 import difflib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -417,12 +417,18 @@ def _shared_groups(parts: dict[str, ImageDataset]) -> list[str]:
     return notes
 
 
+def is_unbalanced(labels: Iterable[int]) -> bool:
+    """Whether the most frequent of the labels that occur has at least four times the images of the least frequent."""
+    counts = Counter(labels).values()
+    return bool(counts) and max(counts) >= _IMBALANCE * min(counts)
+
+
 def _imbalance(train: ImageDataset, classes: list[str]) -> list[str]:
     """A note where one class has many times the images of another."""
+    if not is_unbalanced(train.labels):
+        return []
     counts = Counter(train.labels)
     most, fewest = max(counts, key=lambda label: counts[label]), min(counts, key=lambda label: counts[label])
-    if counts[most] < _IMBALANCE * counts[fewest]:
-        return []
     return [
         f"classes are unbalanced: {counts[most]} training images of {classes[most]!r}, {counts[fewest]} of "
         f"{classes[fewest]!r}; judge by the balanced accuracy, in which each class counts the same"

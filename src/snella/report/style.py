@@ -27,7 +27,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, to_rgb, to_rgba, to_rgba_array
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 INK, MUTED, GRID, PANEL = "#1c2531", "#566172", "#dbe0e8", "#fefefd"
 ACCENT, WARM = "#2f6fdd", "#d2680c"
@@ -111,7 +111,7 @@ def epoch_axis(axes: Axes, label: str = "epoch") -> None:
 
 def percent_axis(axes: Axes) -> None:
     """Show the values of the y axis, shares, as percentages."""
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None, symbol=" %"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{round(100 * share, 3):g} %"))
 
 
 def add_legend(figure: Figure, handles: Sequence[Artist], labels: Sequence[str], columns: int = 3) -> None:
