@@ -67,6 +67,8 @@ def test_the_name_of_a_table_is_broken_between_its_parts(browser, table_page):
           return lines })()""")
     assert "".join(text for text, _ in lines) == "csv:people/photographs_and_labels.csv"
     assert [text for text, count in lines if count != 1] == []
+    first = "document.querySelector('#accuracy table.scores thead th')"
+    assert browser.evaluate(f"[{first}.textContent, getComputedStyle({first}).whiteSpace]") == ["method", "nowrap"]
 
 
 def test_it_asks_for_nothing_and_complains_of_nothing(browser, page):

@@ -108,6 +108,8 @@ def test_the_page_of_labels_has_their_numbers(runs):
         assert f"{row['threshold']:.3f}" in page and f"{100 * row['average_precision']:.1f}" in page
     assert 'aria-label="Precision against recall of 3 labels on the validation images' in page
     assert 'id="confusion"' not in page
+    table = page.partition('aria-label="Table of labels"')[2].partition("</section>")[0]
+    assert "scroll sideways" in table  # on a telephone its last columns are off the screen
 
 
 def test_the_page_of_numbers_sets_them_beside_the_baseline(runs):
