@@ -104,9 +104,13 @@ def test_an_old_comparison_is_drawn_with_the_numbers_of_then(tmp_path):
     assert len(rows) == 6 and not notes
     table = [line for line in (OLD / "comparison" / "comparison.md").read_text().splitlines() if line.startswith("|")]
     drawn = (folder / "comparison.md").read_text().splitlines()
-    numbers = [[cell.strip() for cell in line.split("|")] for line in table if "snella-2" in line]
+    # columns that have no number are left out today
+    numbers, today = (
+        [[cell.strip() for cell in line.split("|") if cell.strip() != "–"] for line in lines if "snella-2" in line]
+        for lines in (table, drawn)
+    )
     assert numbers[0][2] == "13.3" and numbers[0][5] == "73,726"
-    assert [[cell.strip() for cell in line.split("|")] for line in drawn if "snella-2" in line][:2] == numbers
+    assert today[:2] == numbers
 
 
 def test_a_row_of_a_comparison_has_the_columns_and_values_of_old_files():

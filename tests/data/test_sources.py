@@ -41,5 +41,5 @@ def test_decoded_images_do_not_travel_with_the_pickle(paths):
 def test_a_file_that_has_gone_since_is_named(paths):
     source = FileImages(paths)
     paths[2].unlink()
-    with pytest.raises(ValueError, match=r"2\.png' is not a readable image: .*No such file"):
+    with pytest.raises(ValueError, match=r"2\.png' is not a readable image: no such file"):
         source.load(2)
