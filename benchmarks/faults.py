@@ -54,7 +54,7 @@ from snella.cli import parser as _parser
 from snella.cli.main import main
 from snella.cli.parser import COMMANDS
 from snella.runs import folder as _run_folder  # noqa: F401 - imported before processes are forked
-from snella.training import train as _train  # noqa: F401
+from snella.training import train as _train  # noqa: F401 - so is this
 
 TINY = [
     "train", "--data", "digits", "--backbone", "test_vit", "--pretrained", "false", "--img-size", "32", "--r", "2",

@@ -145,8 +145,7 @@ def _check(shapes: _Arrays, prefix: str, sizes: dict[str, Any], path: Path) -> N
     if representation and not errors:
         _logger.info("representation layer before the head in '%s' left out: %s", path, ", ".join(representation))
     if errors:
-        more = f" and {len(errors) - 5} more" if len(errors) > 5 else ""
-        raise ValueError(f"weights '{path}' do not hold together: {'; '.join(errors[:5])}{more}")
+        raise ValueError(f"weights '{path}' do not hold together: {listed(errors, separator='; ')}")
 
 
 _CLOSE = 2e-3  # half precision keeps sines to about 5e-4

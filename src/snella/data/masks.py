@@ -35,10 +35,9 @@ def overlap_note(train: ImageDataset, test: ImageDataset, part: str = "test") ->
     both = same_images(train, test)
     if not both:
         return []
-    shown = ", ".join(f"{mine} = {theirs}" for mine, theirs in both[:_SHOWN])
-    more = f" and {len(both) - _SHOWN} more" if len(both) > _SHOWN else ""
+    shown = listed((f"{mine} = {theirs}" for mine, theirs in both), _SHOWN)
     return [
-        f"{len(both)} of {len(test)} {part} images are training images too, by their pixels: {shown}{more}; "
+        f"{len(both)} of {len(test)} {part} images are training images too, by their pixels: {shown}; "
         f"results on {part} are optimistic by as much"
     ]
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from snella._files import write_bytes
+from snella._text import listed
 from snella.methods.method import MethodSpec
 from snella.methods.model_parts import AdapterFileError
 from snella.methods.peft_methods import all_ranks, inject, without_harmless_warnings
@@ -308,5 +309,4 @@ def check_fits(path: Path, found: dict[str, list[int]], wanted: dict[str, list[i
 
 def _some(names: list[str]) -> str:
     """The first names, and how many there are besides."""
-    shown = ", ".join(repr(name) for name in names[:_SHOWN])
-    return shown + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    return listed(map(repr, names), _SHOWN)

@@ -7,14 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from snella.data import (
-    DataSplits,
-    ImageDataset,
-    data_folder,
-    load_data,
-    split_spec,
-    with_class_order,
-)
+from snella.data import DataSplits, ImageDataset, data_folder, load_data, split_spec, with_class_order
 from snella.data.table import TABLE_SUFFIXES
 from snella.records import DataInfo
 from snella.runs.config import TrainConfig

@@ -8,9 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from snella.data import (
-    build_transform,
-)
+from snella.data import build_transform
 from snella.data.images import FULL_WHITE, Reading
 from snella.methods import load_trained
 from snella.records import BackboneInfo, FoldResults, RunInfo, read, read_if_present

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from PIL import Image
 from torch import Tensor, nn
 
-from snella._text import nearest
+from snella._text import listed, nearest
 from snella.backbones import create_backbone
 from snella.data import ImageDataset, MaskDataset
 from snella.records import LabelSetPredictions, MaskPredictions, NumberPredictions, Predictions
@@ -325,9 +325,7 @@ def resolve_class_weights(
     named = {str(name): weight for name, weight in setting.items()}
     missing = [repr(name) for name in classes if name not in named]
     if missing:
-        errors.append(
-            f"no weight for {', '.join(missing[:5])}" + (f" and {len(missing) - 5} more" if missing[5:] else "")
-        )
+        errors.append(f"no weight for {listed(missing)}")
     wrong = [f"{name!r}: {weight}" for name, weight in named.items() if not 0 <= weight < float("inf")]
     if wrong:
         errors.append(f"weights must be at least 0 and finite, got {', '.join(wrong)}")

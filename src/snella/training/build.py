@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from snella._console import counted, print_line
-from snella.data import (
-    DataSplits,
-    ImageDataset,
-    build_transform,
-)
+from snella.data import DataSplits, ImageDataset, build_transform
 from snella.data.datasets import MaskDataset, read_at_side, show_reading
 from snella.methods import SelectionData, build_method, find_method, load_trained, load_trained_into, save_trained
 from snella.methods.model_parts import find_head
@@ -89,9 +86,7 @@ def selection_data(
         if console is not None:
             print_line(console, text)
 
-    validation: Callable[[], Iterator[tuple[Tensor, Tensor]]] | None = None
-    if val is not None:
-        validation = lambda: batches(val, None)  # noqa: E731
+    validation = None if val is None else partial(batches, val, None)
     return SelectionData(train_pass, validation, task.loss, say, task.has_one_class)
 
 
