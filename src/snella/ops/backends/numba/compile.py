@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ FASTMATH_REASSOC: dict[str, Any] = {
 FASTMATH_STRICT_ORDER: dict[str, Any] = {**FASTMATH_REASSOC, "fastmath": {"contract", "nsz"}}
 # and `W0 + scaling·S` is rounded as torch rounds it, so that a merged weight is the base plus `get_delta_weight`
 NO_CONTRACT: dict[str, Any] = {**FASTMATH_REASSOC, "fastmath": {"nsz"}}
+_ROUNDS_TO_WHOLE = np.float32(3 << 22)  # where float32 numbers lie one apart
 
 
 def compiled(settings: dict[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -126,9 +126,12 @@ def exponential(x: Any) -> Any:
     """`exp(x)` for `x ≤ 0` to within two units in the last place; below −87 it is taken at −87.
 
     2^k·exp(r) with `|r| ≤ ln 2 / 2`, `k·ln 2` subtracted in two parts, exp(r) by its Taylor series to the 7th power.
+    Sums in their written order only: what is added to round to a whole `k`, which the last bits of the sum then hold,
+    is subtracted again at once.
     """
     x = max(x, np.float32(-87))
-    k = np.float32(math.floor(x * np.float32(1.4426950408889634) + np.float32(0.5)))
+    shifted = x * np.float32(1.4426950408889634) + _ROUNDS_TO_WHOLE
+    k = shifted - _ROUNDS_TO_WHOLE
     r = x - k * np.float32(0.693145751953125)
     r = r - k * np.float32(1.428606765330187e-06)
     p = np.float32(1 / 5040)
@@ -138,4 +141,4 @@ def exponential(x: Any) -> Any:
     p = p * r + np.float32(1 / 6)
     p = p * r + np.float32(0.5)
     p = p * r * r + r + np.float32(1)
-    return p * float_of_bits((np.int32(k) + np.int32(127)) << np.int32(23))
+    return p * float_of_bits((bits_of_float(shifted) + np.int32(127)) << np.int32(23))
