@@ -121,7 +121,8 @@ def test_what_was_compiled_before_any_of_the_files_changed_is_not_taken_from_the
 @settings(max_examples=60, deadline=None)
 @given(rows=st.integers(1, 40), columns=st.integers(1, 40), seed=st.integers(0, 1000), data=st.data())
 def test_the_threshold_has_the_bits_of_keep_threshold(rows, columns, seed, data):
-    value = np.random.default_rng(seed).standard_normal((rows, columns)).astype(np.float32) * 10.0 ** (seed % 9 - 6)
+    value = np.random.default_rng(seed).standard_normal((rows, columns)) * 10.0 ** (seed % 9 * 3 - 14)
+    value = value.astype(np.float32)
     budget = data.draw(st.integers(0, value.size))
     assert numba_backend.select_threshold(value, budget) == keep_threshold(torch.from_numpy(value), budget).item()
 

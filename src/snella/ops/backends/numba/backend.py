@@ -297,7 +297,7 @@ def column_stats(packed: PackedFactors, shape: tuple[int, int], stats: np.ndarra
 
 
 def merge_and_count(packed: PackedFactors, shape: tuple[int, int], stats: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`ΔW` `[m, n]`, and how many of its magnitudes begin with which bits, by blocks; writes `column_stats`."""
+    """`ΔW` `[m, n]`, and the histogram of its magnitudes, by blocks; writes `column_stats`."""
     width, blocks = _blocks(shape)
     value, bins = np.empty(shape, np.float32), np.empty((blocks, forward.HISTOGRAM_BINS), np.int32)
     _run(forward.merge_and_count, blocks, shape, width, *packed, value, bins, stats)
@@ -305,7 +305,7 @@ def merge_and_count(packed: PackedFactors, shape: tuple[int, int], stats: np.nda
 
 
 def select_threshold(value: np.ndarray, budget: int, bins: np.ndarray | None = None) -> np.float32:
-    """The `(budget + 1)`-th largest magnitude: count by leading bits, then select within one bin."""
+    """The `(budget + 1)`-th largest magnitude: a histogram, then a selection within one of its bins."""
     if budget == value.size:
         return np.float32(0)
     width, blocks = _blocks(value.shape)
@@ -320,7 +320,7 @@ def select_threshold(value: np.ndarray, budget: int, bins: np.ndarray | None = N
     ends = np.cumsum(bins[:, wanted], dtype=np.int64)
     candidates = np.empty(int(ends[-1]), np.float32)
     offsets = ends - bins[:, wanted]
-    _run(forward.collect, blocks, value.shape, width, value, np.int32(wanted), offsets, candidates)
+    _run(forward.collect, blocks, value.shape, width, value, *forward.bits_of_bin(wanted), offsets, candidates)
     rank = len(candidates) - 1 - (budget - above)
     candidates.partition(rank)
     return candidates[rank]

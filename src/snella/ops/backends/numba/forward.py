@@ -33,12 +33,26 @@ from snella.ops.backends.numba.compile import (
 )
 
 ZERO = np.float32(0)
-HISTOGRAM_SHIFT = np.int32(16)  # bins by exponent and the first 7 bits of the mantissa
-HISTOGRAM_BINS = 1 << (31 - int(HISTOGRAM_SHIFT))
+HISTOGRAM_BINS = 1 << 12  # by exponent and the first 7 bits of the mantissa, for 32 exponents
+_HISTOGRAM_SHIFT, _FIRST_BIN = np.int32(16), np.int32((127 - 30) << 7)  # from 2^-30 on
 WIDTH_OF_ROWS = 768  # columns of a tile where rows are merged: 24 KiB at rank 8
 PREFETCH_DISTANCE = 6  # how many rows before its turn a block's part of a row is asked for
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 SOFT, OFFICIAL, NONE = 0, 1, 2  # the modes of `sparsify`
+
+
+@njit(**FASTMATH_STRICT_ORDER, inline="always")
+def histogram_bin(value):
+    # grows with the magnitude; the first and the last bin also take what is smaller or larger
+    leading = ((bits_of_float(value) & _MAGNITUDE) >> _HISTOGRAM_SHIFT) - _FIRST_BIN
+    return min(max(leading, np.int32(0)), np.int32(HISTOGRAM_BINS - 1))
+
+
+def bits_of_bin(number: int) -> tuple[np.int32, np.uint32]:
+    """Lowest bit pattern of the magnitudes in a bin of the histogram, and how many there are."""
+    lowest, end = ((int(_FIRST_BIN) + number + k) << int(_HISTOGRAM_SHIFT) for k in range(2))
+    lowest, end = 0 if number == 0 else lowest, 1 << 31 if number == HISTOGRAM_BINS - 1 else end
+    return np.int32(lowest), np.uint32(end - lowest)
 
 
 @njit(**FASTMATH_STRICT_ORDER)
@@ -179,10 +193,10 @@ def alloc_workspace(m, K, width):
 @compiled(FASTMATH_STRICT_ORDER)
 def merge_and_count(first, last, width, A, B, coeff, softmax, result, bins, columns):
     # result = ΔW, and the numbers of its columns
-    # bins[block, h] = entries of the block whose magnitude's leading bits are h
+    # bins[block, h] = entries of the block in the histogram's bin h
     m, n = result.shape
     tile, value, exps, inv_sum, scratch = alloc_workspace(m, A.shape[0], width)
-    leading = np.empty(width, np.int32)
+    own_bins = np.empty(width, np.int32)
     for block in range(first, last):
         start = block * width
         w = min(width, n - start)
@@ -193,30 +207,30 @@ def merge_and_count(first, last, width, A, B, coeff, softmax, result, bins, colu
         for i in range(m):
             for j in range(w):
                 result[i, np.uintp(start + j)] = value[i, j]
-                leading[j] = (bits_of_float(value[i, j]) & _MAGNITUDE) >> HISTOGRAM_SHIFT
+                own_bins[j] = histogram_bin(value[i, j])
             for j in range(w):
-                bins[block, leading[j]] += 1
+                bins[block, own_bins[j]] += 1
 
 
 @compiled(FASTMATH_STRICT_ORDER)
 def count(first, last, width, value, bins):
     # the same counts for a matrix that is there already
     m, n = value.shape
-    leading = np.empty(width, np.int32)
+    own_bins = np.empty(width, np.int32)
     for block in range(first, last):
         start = block * width
         w = min(width, n - start)
         bins[block, :] = 0
         for i in range(m):
             for j in range(w):
-                leading[j] = (bits_of_float(value[i, np.uintp(start + j)]) & _MAGNITUDE) >> HISTOGRAM_SHIFT
+                own_bins[j] = histogram_bin(value[i, np.uintp(start + j)])
             for j in range(w):
-                bins[block, leading[j]] += 1
+                bins[block, own_bins[j]] += 1
 
 
 @compiled(FASTMATH_STRICT_ORDER)
-def collect(first, last, width, value, wanted, offsets, result):
-    # the magnitudes whose leading bits are `wanted`, block by block from offsets[block] on
+def collect(first, last, width, value, lowest, span, offsets, result):
+    # the magnitudes whose bits are lowest … lowest + span − 1, block by block from offsets[block] on
     m, n = value.shape
     for block in range(first, last):
         start = block * width
@@ -225,12 +239,12 @@ def collect(first, last, width, value, wanted, offsets, result):
         for i in range(m):
             found = np.int32(0)
             for j in range(w):
-                found += (bits_of_float(value[i, np.uintp(start + j)]) & _MAGNITUDE) >> HISTOGRAM_SHIFT == wanted
+                found += np.uint32((bits_of_float(value[i, np.uintp(start + j)]) & _MAGNITUDE) - lowest) < span
             if found == 0:
                 continue
             for j in range(w):
                 bits = bits_of_float(value[i, np.uintp(start + j)]) & _MAGNITUDE
-                if bits >> HISTOGRAM_SHIFT == wanted:
+                if np.uint32(bits - lowest) < span:
                     result[at] = float_of_bits(bits)
                     at += 1
 
