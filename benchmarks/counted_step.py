@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from snella.ops.recompute import can_recompute
+from snella.ops.origins import origin_of
 from snella.training.memory import working_modules
 from snella.tuner.layer import SnellaLayer
 
@@ -64,15 +64,18 @@ def count_step(build: Callable[[], nn.Module], inputs: Mapping[str, Any], checkp
         layer.get_base_layer().weight.requires_grad_(True)
     given = {_storage(tensor): tensor for tensor in _tensors(inputs)}
     record = _Kept({_storage(tensor) for tensor in (*model.parameters(), *model.buffers())} | given.keys())
-    with (
-        _FusedAttention(),
-        FlopCounterMode(display=False, custom_mapping=_ATTENTION_FLOP) as counter,
-        record.of(model, checkpointed),
-    ):
-        y = model(inputs[""]) if "" in inputs else model(**inputs)
-        forward = counter.get_total_flops()
-        record.is_over = True
-        _first_tensor(y).sum().backward()
+
+    def run() -> Tensor:
+        return _first_tensor(model(inputs[""]) if "" in inputs else model(**inputs))
+
+    # one after the other: where the counter's hooks are, no input is computed again
+    with _FusedAttention():
+        with record.of(model, checkpointed):
+            run()
+        with FlopCounterMode(display=False, custom_mapping=_ATTENTION_FLOP) as counter:
+            y = run()
+            forward = counter.get_total_flops()
+            y.sum().backward()
     return CountedStep(
         batch=len(next(iter(inputs.values()))),
         adapted=sum(layer.get_base_layer().weight.numel() for layer in adapted),
@@ -132,12 +135,10 @@ class _Kept:
 
     own: set[int]
     peak: int = 0
-    is_over: bool = False
     _lasting: int = 0
     _in_block: int = 0
     _is_in_block: bool = False
     _seen: dict[int, Tensor] = field(default_factory=dict)
-    _recomputed: dict[int, Tensor] = field(default_factory=dict)
 
     @contextmanager
     def of(self, model: nn.Module, checkpointed: str) -> Iterator[None]:
@@ -150,9 +151,6 @@ class _Kept:
             module.register_forward_pre_hook(self._before_adapted)
             for module in model.modules()
             if isinstance(module, SnellaLayer)
-        ]
-        handles += [
-            module.register_forward_hook(self._after_known) for module in model.modules() if can_recompute(module)
         ]
         for name, module in model.named_modules():
             if checkpointed and name.rpartition(".")[0].split(".")[-1] == checkpointed:
@@ -170,7 +168,7 @@ class _Kept:
     def _pack(self, tensor: Tensor) -> Tensor:
         """Count a tensor that autograd saves."""
         key = _storage(tensor)
-        if not self.is_over and key not in self.own and key not in self._seen:
+        if key not in self.own and key not in self._seen:
             self._seen[key] = tensor
             size = tensor.untyped_storage().nbytes()
             if self._is_in_block:
@@ -190,13 +188,8 @@ class _Kept:
 
     def _before_adapted(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         """An input that an adapted layer computes again is not kept."""
-        if id(inputs[0]) in self._recomputed:
+        if origin_of(inputs[0])[1] is not None:
             self.own.add(_storage(inputs[0]))
-
-    def _after_known(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        """The output of a normalization or an activation, told by itself: the counter's own hooks keep marks away."""
-        if output.requires_grad:
-            self._recomputed[id(output)] = output
 
     def _before_block(self, block: nn.Module, positional: Any, named: Any) -> None:
         """What enters a block is kept whatever happens inside."""

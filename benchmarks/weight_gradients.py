@@ -24,7 +24,8 @@ from torch.nn.functional import cross_entropy
 
 from snella.comparison.cells import git_state, system_info
 from snella.data import build_transform
-from snella.ops.recompute import mark_outputs, origin_of, unmark_outputs
+from snella.ops.origins import origin_of
+from snella.ops.recompute import mark_outputs, unmark_outputs
 from snella.ops.sampling import sample_tokens
 from snella.records import BackboneInfo
 from snella.runs import TrainConfig
@@ -109,7 +110,7 @@ def gradients(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Pai
         kept, origin = origin_of(x)
 
         def note(grad: Tensor) -> None:
-            found[name] = grad.detach(), x.detach() if kept is None else origin.compute(kept)
+            found[name] = grad.detach(), x.detach() if origin is None else origin.compute(kept)
 
         y.register_hook(note)
 

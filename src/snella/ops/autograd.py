@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from snella.ops.backends import Gradients, Merged, get_backend
-from snella.ops.recompute import Origin
+from snella.ops.origins import Origin
 from snella.ops.spec import Factors, LayerOp, LazyWeight, LinearOp, Update, without_view
 
 NUM_FACTORS = len(Factors._fields)
@@ -104,14 +104,14 @@ def apply_updates(
     bias: Tensor | None,
     updates: Sequence[Update],
     call: LayerCall,
-    z: Tensor | None = None,
+    kept: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """`y = op(x, W0 + Σ scaling·S) + bias`, and the thresholds of each update.
 
-    With `call.origin`, `x` is what that makes of `z`, which is kept in its place.
+    With `call.origin`, `x` is what that makes of `kept`, tensors that are kept in its place.
     """
     tensors = [tensor for update in updates for tensor in update.factors]
-    return _AdaptedLayer.apply(x, weight, bias, call, updates, z, *tensors)
+    return _AdaptedLayer.apply(x, weight, bias, call, updates, kept, *tensors)
 
 
 class _AdaptedLayer(torch.autograd.Function):
@@ -125,7 +125,7 @@ class _AdaptedLayer(torch.autograd.Function):
         bias: Tensor | None,
         call: LayerCall,
         updates: Sequence[Update],
-        z: Tensor | None,
+        of_x: tuple[Tensor, ...],
         *tensors: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         y, merged, effective = forward_pass(x, weight, bias, updates, call)
@@ -144,15 +144,17 @@ class _AdaptedLayer(torch.autograd.Function):
             kept += own
         if needs_x and call.origin is not None:
             call.origin.add_user()
-        kept_x = x if call.origin is None else z
+        of_x = () if not needs_x else (x,) if call.origin is None else of_x
+        ctx.num_of_x = len(of_x)
         kept_weight = effective if keeps_effective else None
-        ctx.save_for_backward(kept_x if needs_x else None, weight, kept_weight, *thresholds, *kept, *tensors)
+        ctx.save_for_backward(*of_x, weight, kept_weight, *thresholds, *kept, *tensors)
         return without_view(y), thresholds
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Any, ...]:
-        x, weight, effective, *rest = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        of_x, (weight, effective, *rest) = saved[: ctx.num_of_x], saved[ctx.num_of_x :]
         call: LayerCall = ctx.call
         if call.lazy is not None:
             call.lazy.check_unchanged(ctx.lazy_versions)
@@ -165,8 +167,9 @@ class _AdaptedLayer(torch.autograd.Function):
         for size in ctx.kept_sizes:
             kept.append(tuple(rest[position : position + size]))
             position += size
-        if x is not None and call.origin is not None:
-            x = call.origin.compute(x).to(grad_y.dtype)
+        x: Tensor | None = of_x[0] if of_x else None
+        if of_x and call.origin is not None:
+            x = call.origin.compute(of_x).to(grad_y.dtype)
         needs_x, needs_weight, needs_bias, _, _, _, *of_factors = ctx.needs_input_grad
         needs = Needs(needs_x, needs_weight, needs_bias and ctx.has_bias, tuple(of_factors))
         grad_x, grad_weight, grad_bias, grads = backward_pass(

@@ -1,27 +1,28 @@
-"""Inputs that are not kept but computed again: the outputs of normalizations and activations.
+"""Inputs that are not kept but computed again: the outputs of normalizations and activations, and what becomes of them.
 
-A linear layer keeps its input `x` for ∂L/∂W. Where `x = f(z)` is the output of a normalization or an activation,
-autograd keeps `z` for the backward pass of `f` anyway, and keeping `x` as well is memory for nothing: `f` is run again
-on `z` in the backward pass. The same operation on the same bits gives the same bits.
+Forward hooks on known modules mark their outputs with their origin, so that an adapted layer behind them keeps their
+input in the place of its own. In known blocks what happens to an output on its way to the layer is followed: entries
+that move (windows of an image), products (gated activations), sums with something small (modulations).
 
-Where asked for, `z` itself is kept in eight bits, for `f`'s own backward pass too: the forward pass stays exact, and
-gradients become those at a `z` that is rounded.
+Where asked for, the input of the module itself is kept in eight bits, for the module's own backward pass too: the
+forward pass stays exact, and gradients become those at an input that is rounded.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, cast
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
+from torch.overrides import TorchFunctionMode
 
-from snella.ops.compression import Layout, decode, encode
+from snella.ops.origins import Derived, Mark, Output, keep_rounded, multiply
 
-ORIGIN_ATTRIBUTE = "_snella_origin"
 _SOURCE_ATTRIBUTE = "_snella_source"
 
 # each is deterministic and keeps its input for its own backward pass (ReLU and the like keep their output instead)
@@ -45,6 +46,15 @@ _TRANSFORMERS = {
     *("GELUActivation", "NewGELUActivation", "FastGELUActivation", "GELUTanh", "PytorchGELUTanh"),
     *("QuickGELUActivation", "SiLUActivation", "MishActivation"),
 }
+# an output that is cut into windows, multiplied or shifted before it enters a layer
+_FOLLOWED_TIMM = {
+    "timm.layers.mlp.GluMlp",
+    "timm.layers.mlp.SwiGLU",
+    "timm.models.swin_transformer.SwinTransformerBlock",
+    "timm.models.vision_transformer_sam.Block",
+}
+_FOLLOWED_TRANSFORMERS = ("MLP", "FFN", "SwinLayer", "SamVisionLayer", "VitDetLayer")
+_FOLLOWED_DIFFUSERS = ("TransformerBlock", "GELU", "GEGLU", "SwiGLU", "AdaLayerNormZero", "AdaLayerNormZeroX")
 
 
 def can_recompute(module: nn.Module) -> bool:
@@ -63,140 +73,59 @@ def can_recompute(module: nn.Module) -> bool:
     )
 
 
-class Origin:
-    """How an output was computed: by which module, in which state. Holds no tensor of the forward pass.
+def can_follow(module: nn.Module) -> bool:
+    """Whether what a module does to the outputs of its parts is followed: a known class, where less is kept by it.
 
-    Args:
-        module: The module.
-        device_type: Of its input.
-        layout: Of an input that is kept encoded, else `None`.
+    Blocks of Swin and of SAM's encoder, gated MLPs, diffusers' transformer blocks, modulations and activations.
     """
-
-    def __init__(self, module: nn.Module, device_type: str, layout: Layout | None = None) -> None:
-        self._module = module
-        self._state = self._current_state()
-        self._autocast = (
-            device_type,
-            torch.get_autocast_dtype(device_type),
-            torch.is_autocast_enabled(device_type),
-        )
-        self._layout = layout
-        self._users = 0
-        self._output: Tensor | None = None
-        self._graph: tuple[Tensor, GradientEdge] | None = None
-
-    def _current_state(self) -> tuple[Any, ...]:
-        """What the module computes with besides its input."""
-        module = self._module
-        tensors = (*module._parameters.values(), *module._buffers.values())
-        return (module.training, *[(id(tensor), tensor._version) for tensor in tensors if tensor is not None])
-
-    def add_user(self) -> None:
-        """Tell that one more backward pass will ask for the output."""
-        self._users += 1
-
-    def compute(self, kept: Tensor) -> Tensor:
-        """The output, without gradient; users after the first share what that one computed.
-
-        Args:
-            kept: The input, encoded where there is a layout.
-
-        Raises:
-            RuntimeError: The module has changed since the forward pass.
-        """
-        output, self._output = self._output, None
-        if output is None:
-            z, output = self._run(kept)
-            if self._layout is not None:
-                self._graph = z, get_gradient_edge(output)
-                output = output.detach()
-        self._users -= 1
-        if self._users > 0:
-            self._output = output
-        return output
-
-    def grad_input(self, kept: Tensor, grad_output: Tensor) -> Tensor:
-        """The gradient of an input that is kept encoded.
-
-        Raises:
-            RuntimeError: The module has changed since the forward pass.
-        """
-        graph, self._graph = self._graph, None
-        if graph is None:
-            z, output = self._run(kept)
-            graph = z, get_gradient_edge(output)
-        (grad,) = torch.autograd.grad(graph[1], graph[0], grad_output)
-        return grad
-
-    def _run(self, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """The module's input and output; with a layout, those of a graph."""
-        if self._current_state() != self._state:
-            raise RuntimeError(
-                f"{self._module} was changed between a forward pass and its backward pass, so that its output "
-                "cannot be computed again; change it after backward(), or set recompute_inputs=False"
-            )
-        device_type, dtype, is_enabled = self._autocast
-        z = kept if self._layout is None else decode(kept, self._layout).requires_grad_()
-        with (
-            torch.set_grad_enabled(self._layout is not None),
-            torch.autocast(device_type, dtype, enabled=is_enabled),
-        ):
-            return z, type(self._module).forward(self._module, z)
-
-
-@dataclass
-class _Mark:
-    """What a marked output carries while it is alive: the input, or what it was encoded as."""
-
-    z: Tensor
-    origin: Origin
-    versions: tuple[int, int]
-
-
-class _EncodedInput(torch.autograd.Function):
-    """A module's output, whose backward pass runs the module again on an input that was kept encoded."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, encoded: Tensor, origin: Origin, output: list[Tensor]) -> Tensor:
-        ctx.save_for_backward(encoded)
-        ctx.origin = origin
-        return output.pop()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
-        (encoded,) = ctx.saved_tensors
-        return ctx.origin.grad_input(encoded, grad_output), None, None, None
+    kind = type(module)
+    name, package = kind.__qualname__, kind.__module__
+    return (
+        f"{package}.{name}" in _FOLLOWED_TIMM
+        or (package.startswith("transformers.models.") and name.endswith(_FOLLOWED_TRANSFORMERS))
+        or (package.startswith("diffusers.models.") and name.endswith(_FOLLOWED_DIFFUSERS))
+    )
 
 
 def mark_outputs(model: nn.Module, *, compress: bool = False) -> int:
     """Let every known normalization and activation of a model mark its outputs, and return how many there are.
 
-    Marking costs one attribute of a tensor. A module that is marked already is left as it is.
+    Marking costs one attribute of a tensor, following a call of Python for each of torch's functions in known blocks. A
+    module that is marked already is left as it is.
 
     Args:
         model: The model.
         compress: Let them keep their inputs in eight bits too, see `snella.ops.compression`; those with trained
             parameters, and all under `torch.compile`, keep them as they are.
     """
-    count = 0
+    count, start = 0, _start_compressing if compress else _start_following
     for module in model.modules():
+        before, after = module._forward_pre_hooks.values(), module._forward_hooks.values()
+        if can_follow(module) and start not in before:
+            module.register_forward_pre_hook(start)
+            if _stop_following not in after:
+                module.register_forward_hook(_stop_following, always_call=True)
         if can_recompute(module):
             count += 1
-            if compress and _detach_input not in module._forward_pre_hooks.values():
+            if compress and _detach_input not in before:
                 module.register_forward_pre_hook(_detach_input)
-            if _mark_output not in module._forward_hooks.values():
+            if _mark_output not in after:
                 module.register_forward_hook(_mark_output, prepend=True)  # before anybody changes the output
     return count
 
 
 def unmark_outputs(model: nn.Module) -> None:
     """Undo `mark_outputs`."""
+    own = (_mark_output, _detach_input, _start_following, _start_compressing, _stop_following)
     for module in model.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key, hook in list(hooks.items()):
-                if hook in (_mark_output, _detach_input):
+                if hook in own:
                     del hooks[key]
+                    module._forward_hooks_always_called.pop(key, None)
+
+
+# what a marking module does
 
 
 def _is_marked(module: nn.Module) -> bool:
@@ -238,31 +167,130 @@ def _mark_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tenso
     """Forward hook: remember what the output was computed from, where it can be computed again to the same bits."""
     if not _is_recorded() or len(args) != 1 or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
         return None
+    run = partial(type(module).forward, module)
     source: Tensor | None = getattr(args[0], _SOURCE_ATTRIBUTE, None)
     if source is not None:
-        encoded, layout = encode(source)
-        origin = Origin(module, source.device.type, layout)
-        marked = cast(Tensor, _EncodedInput.apply(source, encoded, origin, [output]))
-        setattr(marked, ORIGIN_ATTRIBUTE, _Mark(encoded, origin, (encoded._version, marked._version)))
-        return marked
+        return keep_rounded(source, output, run, module)
     z = args[0]
     if not _is_marked(module) or type(z) is not Tensor or not output.requires_grad:
         return None
     if z.is_inference() or z.untyped_storage()._cdata == output.untyped_storage()._cdata:
         return None
-    setattr(output, ORIGIN_ATTRIBUTE, _Mark(z, Origin(module, z.device.type), (z._version, output._version)))
+    Mark.put(output, (z,), Output(run, z.device.type, module=module))
     return None
 
 
-def origin_of(x: Tensor) -> tuple[Tensor, Origin] | tuple[None, None]:
-    """The tensor that a marked, unchanged output was computed from, and how; twice `None` for any other tensor.
+# what is followed in a block
 
-    A view of an output, or one that was written to since, is another tensor.
+
+class _Following(TorchFunctionMode):
+    """Marks what known functions make of marked tensors.
+
+    Args:
+        module: The block in which it is active.
+        compress: Whether activations that are called as functions keep their input in eight bits.
     """
-    mark: _Mark | None = getattr(x, ORIGIN_ATTRIBUTE, None)
-    if mark is None or (mark.z._version, x._version) != mark.versions or not torch.is_grad_enabled():
-        return None, None
-    return mark.z.detach(), mark.origin
+
+    def __init__(self, module: nn.Module, compress: bool) -> None:
+        super().__init__()
+        self.module, self.compress = module, compress
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call a function, and mark its output where that can be computed again."""
+        kwargs = kwargs or {}
+        output = None
+        if func in _FOLLOWED and torch.is_grad_enabled():
+            if func in _ACTIVATIONS:
+                output = _activate(func, *args, compress=self.compress, **kwargs)
+            elif func in _MOVEMENTS:
+                output = _move(func, *args, **kwargs)
+            elif len(args) == 2 and not kwargs:
+                output = _combine(func, *args)
+        return func(*args, **kwargs) if output is None else output
 
 
-__all__ = ["Origin", "can_recompute", "mark_outputs", "origin_of", "unmark_outputs"]
+def _activate(function: Callable[..., Tensor], z: Any, *args: Any, compress: bool, **kwargs: Any) -> Tensor | None:
+    """The marked output of an activation, or `None` where it is not marked."""
+    if type(z) is not Tensor or not z.requires_grad or z.is_inference() or True in (*args, *kwargs.values()):
+        return None  # True: in place
+
+    def run(z: Tensor) -> Tensor:
+        return function(z, *args, **kwargs)
+
+    if compress:
+        return keep_rounded(z, run(z.detach()), run)
+    return Mark.put(run(z), (z,), Output(run, z.device.type))
+
+
+def _move(function: Callable[..., Tensor], x: Any, *args: Any, **kwargs: Any) -> Tensor | None:
+    """A marked tensor with its entries elsewhere, or `None` where it is not marked."""
+    mark = Mark.on(x)
+    if mark is None:
+        return None
+
+    def run(x: Tensor) -> Tensor:
+        return function(x, *args, **kwargs)
+
+    output = run(x)
+    return output if output is x else Mark.put(output, mark.kept, Derived(run, x.device.type, mark.origin))
+
+
+def _combine(function: Callable[..., Tensor], *args: Any) -> Tensor | None:
+    """Product or sum of a marked tensor with a number, product with a tensor, sum with a small one; `None` for others.
+
+    A product keeps its other factor anyway. A sum keeps nothing, so that a summand of its size would save nothing.
+    """
+    x, other = args if Mark.on(args[0]) is not None else args[::-1]
+    mark = Mark.on(x)
+    if mark is None:
+        return None
+    device_type, is_product = x.device.type, function in _PRODUCTS
+    if isinstance(other, int | float):
+        run = partial(torch.mul if is_product else torch.add, other=other)
+        return Mark.put(run(x), mark.kept, Derived(run, device_type, mark.origin))
+    if type(other) is not Tensor or (other.dtype, other.device) != (x.dtype, x.device) or other.is_inference():
+        return None
+    if other.shape != x.shape and torch.broadcast_shapes(other.shape, x.shape) != x.shape:
+        return None
+    if is_product:
+        return multiply(x, mark, other)
+    if _SMALL * other.numel() > x.numel():
+        return None
+    origin = Derived(torch.add, device_type, mark.origin, has_second=True)
+    return Mark.put(x + other, (*mark.kept, other.detach()), origin)
+
+
+_SMALL = 8  # a summand that is kept in the place of a sum is at least so many times smaller
+_ACTIVATIONS = {F.gelu, F.silu}
+_MOVEMENTS = {
+    *(torch.roll, torch.reshape, torch.permute, torch.transpose, torch.flatten, F.pad, Tensor.contiguous),
+    *(Tensor.roll, Tensor.view, Tensor.reshape, Tensor.permute, Tensor.transpose, Tensor.flatten, Tensor.unflatten),
+}
+_PRODUCTS = {torch.mul, Tensor.mul, Tensor.__rmul__}
+_FOLLOWED = {*_ACTIVATIONS, *_MOVEMENTS, *_PRODUCTS, torch.add, Tensor.add, Tensor.__radd__}
+_active = threading.local()
+
+
+def _start_following(module: nn.Module, args: tuple[Any, ...], compress: bool = False) -> None:
+    """Forward pre-hook: follow what the module does; one inside of it is followed already."""
+    if _is_recorded() and getattr(_active, "mode", None) is None:
+        _active.mode = _Following(module, compress)
+        _active.mode.__enter__()
+
+
+def _start_compressing(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Forward pre-hook: the same, and activations that are called as functions keep their inputs in eight bits."""
+    _start_following(module, args, compress=True)
+
+
+def _stop_following(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Forward hook, called after an exception too: the end of it."""
+    if torch.compiler.is_compiling():
+        return
+    mode: _Following | None = getattr(_active, "mode", None)
+    if mode is not None and mode.module is module:
+        _active.mode = None
+        mode.__exit__(None, None, None)
+
+
+__all__ = ["can_follow", "can_recompute", "mark_outputs", "unmark_outputs"]

@@ -1,0 +1,289 @@
+"""How a tensor was computed, told by a mark that it carries, so that it can be computed again instead of being kept.
+
+A linear layer needs its input `x` for ∂L/∂W. Where `x = f(z)` and autograd keeps `z` anyway, keeping `x` as well is
+memory for nothing: the same operation on the same bits gives the same bits. `recompute` puts the marks.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from snella.ops.compression import Layout, decode, encode
+
+ORIGIN_ATTRIBUTE = "_snella_origin"
+
+
+class Origin(ABC):
+    """How a tensor is computed again from what is kept in its place. Holds no tensor of the forward pass.
+
+    Args:
+        device_type: Of the tensor.
+    """
+
+    is_rounded = False
+    """Whether what is kept was rounded to eight bits."""
+
+    def __init__(self, device_type: str) -> None:
+        self._autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+        if torch.amp.is_autocast_available(device_type):
+            is_enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+            self._autocast = partial(torch.autocast, device_type, dtype, enabled=is_enabled)
+        self._users = 0
+        self._output: Tensor | None = None
+
+    def add_user(self) -> None:
+        """Tell that one more backward pass will ask for the tensor."""
+        self._users += 1
+
+    def compute(self, kept: Sequence[Tensor]) -> Tensor:
+        """The tensor, without gradient; users after the first share what that one computed.
+
+        Args:
+            kept: What was kept in its place.
+
+        Raises:
+            RuntimeError: A module has changed since the forward pass.
+        """
+        output, self._output = self._output, None
+        if output is None:
+            output = self._run(kept)
+        self._users -= 1
+        if self._users > 0:
+            self._output = output
+        return output
+
+    @abstractmethod
+    def _run(self, kept: Sequence[Tensor]) -> Tensor:
+        """Compute it."""
+
+    def _call(self, function: Callable[..., Tensor], *args: Tensor, with_graph: bool = False) -> Tensor:
+        """Call a function under the forward pass's autocast."""
+        with torch.set_grad_enabled(with_graph), self._autocast():
+            return function(*args)
+
+
+class Output(Origin):
+    """The output of a module or a function from its one input `z`, which it keeps for its own backward pass.
+
+    Args:
+        function: Gives the output.
+        device_type: Of `z`.
+        module: Whose output it is, in the state that it is in; `None` for a function without state.
+        layout: Of a `z` that is kept encoded, else `None`.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Tensor], Tensor],
+        device_type: str,
+        *,
+        module: nn.Module | None = None,
+        layout: Layout | None = None,
+    ) -> None:
+        super().__init__(device_type)
+        self._function, self._module = function, module
+        self._state = self._current_state()
+        self._layout, self.is_rounded = layout, layout is not None
+        self._graph: tuple[Tensor, GradientEdge] | None = None
+
+    def _current_state(self) -> tuple[Any, ...]:
+        """What the module computes with besides its input."""
+        module = self._module
+        if module is None:
+            return ()
+        tensors = (*module._parameters.values(), *module._buffers.values())
+        return (module.training, *[(id(tensor), tensor._version) for tensor in tensors if tensor is not None])
+
+    def _run(self, kept: Sequence[Tensor]) -> Tensor:
+        z, output = self._run_function(kept[0])
+        if self._layout is not None:
+            self._graph = z, get_gradient_edge(output)
+        return output.detach()
+
+    def grad_input(self, kept: Tensor, grad_output: Tensor) -> Tensor:
+        """The gradient of an input that is kept encoded.
+
+        Raises:
+            RuntimeError: The module has changed since the forward pass.
+        """
+        graph, self._graph = self._graph, None
+        if graph is None:
+            z, output = self._run_function(kept)
+            graph = z, get_gradient_edge(output)
+        (grad,) = torch.autograd.grad(graph[1], graph[0], grad_output)
+        return grad
+
+    def _run_function(self, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """Input and output; with a layout, those of a graph."""
+        if self._current_state() != self._state:
+            raise RuntimeError(
+                f"{self._module} was changed between a forward pass and its backward pass, so that its output "
+                "cannot be computed again; change it after backward(), or set recompute_inputs=False"
+            )
+        z = kept if self._layout is None else decode(kept, self._layout).requires_grad_()
+        return z, self._call(self._function, z, with_graph=self._layout is not None)
+
+
+class Derived(Origin):
+    """What a function made of a marked tensor, and perhaps of a second one, which is kept behind what the first needs.
+
+    Args:
+        function: Of one or two tensors.
+        device_type: Of the result.
+        source: How the first is computed.
+        has_second: Whether there is a second one.
+        layout: Of a second one that is kept encoded.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        device_type: str,
+        source: Origin,
+        *,
+        has_second: bool = False,
+        layout: Layout | None = None,
+    ) -> None:
+        super().__init__(device_type)
+        self._function, self._source, self._has_second, self._layout = function, source, has_second, layout
+        self.is_rounded = source.is_rounded
+
+    def add_user(self) -> None:
+        """Tell that one more backward pass will ask for the tensor; the first of them uses the source."""
+        if self._users == 0:
+            self._source.add_user()
+        super().add_user()
+
+    def _run(self, kept: Sequence[Tensor]) -> Tensor:
+        of_first, second = (kept[:-1], kept[-1:]) if self._has_second else (kept, ())
+        first = self._source.compute(of_first)
+        return self._call(self._function, first, *[_decoded(one, self._layout) for one in second])
+
+
+def _decoded(tensor: Tensor, layout: Layout | None) -> Tensor:
+    """A tensor that was kept as it is or, with a layout, encoded."""
+    return tensor if layout is None else decode(tensor, layout)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What a tensor carries while it is alive: what may be kept in its place, and how it is computed from that."""
+
+    kept: tuple[Tensor, ...]
+    origin: Origin
+    versions: tuple[int, ...]
+
+    @staticmethod
+    def put(x: Tensor, kept: tuple[Tensor, ...], origin: Origin) -> Tensor:
+        """Mark a tensor, and return it."""
+        setattr(x, ORIGIN_ATTRIBUTE, Mark(kept, origin, _versions(x, kept)))
+        return x
+
+    @staticmethod
+    def on(x: object) -> Mark | None:
+        """The mark of a tensor; `None` where there is none, or something was written to since."""
+        mark: Mark | None = getattr(x, ORIGIN_ATTRIBUTE, None)
+        if mark is None or not isinstance(x, Tensor) or _versions(x, mark.kept) != mark.versions:
+            return None
+        return mark
+
+
+def _versions(x: Tensor, kept: tuple[Tensor, ...]) -> tuple[int, ...]:
+    """How often each was written to."""
+    return (x._version, *[tensor._version for tensor in kept])
+
+
+def origin_of(x: Tensor) -> tuple[tuple[Tensor, ...], Origin | None]:
+    """What may be kept in the place of a marked tensor, and how it is computed from that; `()` and `None` for others.
+
+    A view of a marked tensor that nobody marked, or one that was written to since, is another tensor.
+    """
+    mark = Mark.on(x) if torch.is_grad_enabled() else None
+    return ((), None) if mark is None else (tuple([tensor.detach() for tensor in mark.kept]), mark.origin)
+
+
+def keep_rounded(
+    z: Tensor, output: Tensor, function: Callable[[Tensor], Tensor], module: nn.Module | None = None
+) -> Tensor:
+    """A marked output whose backward pass keeps its input in eight bits.
+
+    Args:
+        z: The input.
+        output: Computed from it without gradient.
+        function: Computes it again.
+        module: As `Output` takes it.
+    """
+    encoded, layout = encode(z)
+    origin = Output(function, z.device.type, module=module, layout=layout)
+    return Mark.put(cast(Tensor, _RoundedInput.apply(z, encoded, origin, [output])), (encoded,), origin)
+
+
+def multiply(first: Tensor, mark: Mark, second: Tensor) -> Tensor:
+    """`first ⊙ second`, marked, of a marked first factor: kept are what that is computed from, and the second.
+
+    A second factor whose gradient is asked for is kept in eight bits where the first is computed from such.
+
+    Args:
+        first: The first factor.
+        mark: Its mark.
+        second: Of the same shape, or broadcast to it.
+    """
+    kept, source = tuple([tensor.detach() for tensor in mark.kept]), mark.origin
+    layout, other = None, second.detach()
+    if source.is_rounded and second.requires_grad and second.shape == first.shape:
+        other, layout = encode(second)
+    origin = Derived(torch.mul, first.device.type, source, has_second=True, layout=layout)
+    if second.requires_grad:
+        product = cast(Tensor, _Product.apply(first, second, source, layout, (*kept, other)))
+    else:
+        product = first * second
+    return Mark.put(product, (*kept, other), origin)
+
+
+class _RoundedInput(torch.autograd.Function):
+    """An output, whose backward pass runs the module or function again on an input that was kept encoded."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, encoded: Tensor, origin: Output, output: list[Tensor]) -> Tensor:
+        ctx.save_for_backward(encoded)
+        ctx.origin = origin
+        return output.pop()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
+        (encoded,) = ctx.saved_tensors
+        return ctx.origin.grad_input(encoded, grad_output), None, None, None
+
+
+class _Product(torch.autograd.Function):
+    """A product whose first factor is computed again by `origin`; `kept` is what it needs, and the second factor."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, first: Tensor, second: Tensor, origin: Origin, layout: Layout | None, kept: tuple[Tensor, ...]
+    ) -> Tensor:
+        origin.add_user()
+        ctx.save_for_backward(*kept)
+        ctx.origin, ctx.layout, ctx.second_shape = origin, layout, second.shape
+        return first * second
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        *of_first, second = ctx.saved_tensors
+        grad_second = (grad * ctx.origin.compute(of_first)).sum_to_size(ctx.second_shape)
+        return grad * _decoded(second, ctx.layout), grad_second, None, None, None
+
+
+__all__ = ["ORIGIN_ATTRIBUTE", "Derived", "Mark", "Origin", "Output", "keep_rounded", "multiply", "origin_of"]

@@ -1,0 +1,299 @@
+"""What becomes of a normalization's or an activation's output before it enters an adapted layer is computed again too."""
+
+import pytest
+import timm
+import torch
+from diffusers import SD3Transformer2DModel
+from peft import get_peft_model
+from timm.layers import GluMlp, SwiGLU
+from torch import nn
+from torch.nn import functional as F
+from torch.overrides import _get_current_function_mode
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    Dinov2Config,
+    Dinov2Model,
+    LlamaConfig,
+    LlamaForCausalLM,
+    SamConfig,
+    SamModel,
+    SwinConfig,
+    SwinForImageClassification,
+)
+
+from snella import SnellaConfig
+from snella.ops.origins import origin_of
+from snella.ops.recompute import can_follow, mark_outputs, unmark_outputs
+
+from .test_recompute import assert_same_bits, relative_error, step
+
+WIDTH = 24
+
+
+class Call(nn.Module):
+    """A model as a function of one tensor to one tensor."""
+
+    def __init__(self, model, function):
+        super().__init__()
+        self.model, self.function = model, function
+
+    def forward(self, x):
+        return self.function(self.model, x)
+
+
+def gated(kind):
+    base = nn.Sequential(nn.Linear(WIDTH, WIDTH), kind(WIDTH, 2 * WIDTH, act_layer=nn.SiLU))
+    return base, lambda model, x: model(x), torch.randn(3, 5, WIDTH)
+
+
+def llama():
+    shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=88)
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=11, **shape))
+    base.enable_input_require_grads()
+    return base, lambda model, x: model(input_ids=x, use_cache=False).logits, torch.randint(0, 11, (2, 8))
+
+
+def dinov2():
+    shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=7)
+    base = Dinov2Model(Dinov2Config(use_swiglu_ffn=True, **shape))
+    return base, lambda model, x: model(x).last_hidden_state, torch.randn(2, 3, 28, 28)
+
+
+def swin_of_timm():
+    base = timm.create_model("swin_tiny_patch4_window7_224", img_size=56, num_classes=3, depths=(2, 2, 1, 1))
+    return base, lambda model, x: model(x), torch.randn(2, 3, 56, 56)
+
+
+def swin_of_transformers():
+    base = SwinForImageClassification(SwinConfig(image_size=56, embed_dim=16, depths=[2, 2], num_heads=[2, 4]))
+    return base, lambda model, x: model(x).logits, torch.randn(2, 3, 56, 56)
+
+
+def sam():
+    vision = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=64, patch_size=8)
+    vision |= dict(window_size=5, global_attn_indexes=[2], mlp_dim=64, output_channels=8)
+    base = SamModel(SamConfig(vision_config=vision)).vision_encoder
+    return base, lambda model, x: model(x).last_hidden_state, torch.randn(2, 3, 64, 64)
+
+
+def sd3():
+    base = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, caption_projection_dim=32, pooled_projection_dim=16, out_channels=4,
+        pos_embed_max_size=8,
+    )  # fmt: skip
+    text, pooled, timestep = torch.randn(2, 5, 32), torch.randn(2, 16), torch.tensor([3.0, 500.0])
+
+    def run(model, x):
+        return model(x, encoder_hidden_states=text, pooled_projections=pooled, timestep=timestep).sample
+
+    return base, run, torch.randn(2, 4, 8, 8)
+
+
+LLAMA_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+MODELS = {
+    "timm-swiglu": (lambda: gated(SwiGLU), ["0", "fc1_g", "fc1_x", "fc2"]),
+    "timm-glu": (lambda: gated(GluMlp), ["0", "fc1", "fc2"]),
+    "llama": (llama, LLAMA_LAYERS),
+    "dinov2": (dinov2, LLAMA_LAYERS),
+    "timm-swin": (swin_of_timm, ["qkv", "proj", "fc1", "fc2"]),
+    "transformers-swin": (swin_of_transformers, ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]),
+    "sam": (sam, ["qkv", "proj", "lin1", "lin2"]),
+    "sd3": (sd3, r".*\.(to_q|to_k|to_v|to_out\.0|add_._proj|to_add_out|net\.0\.proj|net\.2)"),
+}
+
+
+def adapted(kind, **settings):
+    """A model with adapted layers, as a function, and a batch."""
+    make, targets = MODELS[kind]
+    torch.manual_seed(0)
+    base, run, x = make()
+    model = get_peft_model(base, SnellaConfig(r=2, target_modules=targets, init_weights=False, **settings)).train()
+    return Call(model, run), x
+
+
+def without_following(monkeypatch):
+    monkeypatch.setattr("snella.ops.recompute.can_follow", lambda module: False)
+
+
+def seeded_step(model, x):
+    """`step`, with the same stochastic depth each time."""
+    torch.manual_seed(1)
+    return step(model, x)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_blocks_keep_less_and_gradients_have_the_same_bits(kind, monkeypatch):
+    model, x = adapted(kind)
+    followed, less = seeded_step(model, x)
+    plain, most = seeded_step(*adapted(kind, recompute_inputs=False))
+    without_following(monkeypatch)
+    _, more = seeded_step(*adapted(kind))
+    assert_same_bits(plain, followed)
+    assert less < 0.97 * more
+    assert less < 0.83 * most
+    assert any(can_follow(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("kind", ["timm-glu", "llama", "timm-swin", "sd3"])
+def test_with_eight_bits_outputs_are_exact_and_gradients_near(kind):
+    model, x = adapted(kind)
+    compressed, _ = adapted(kind, compress_activations=True)
+    outputs = []
+    for one in (model, compressed):
+        torch.manual_seed(1)
+        outputs.append(one(x))
+    assert torch.equal(*outputs)
+    exact, kept = seeded_step(model, x)
+    grads, less = seeded_step(compressed, x)
+    assert less < 0.8 * kept
+    assert 0 < relative_error(grads, exact) < 0.05
+
+
+@pytest.mark.parametrize("settings", [{}, {"compress_activations": True}], ids=["exact", "eight-bits"])
+def test_gated_blocks_under_gradient_checkpointing_have_the_same_bits(settings):
+    def train(is_checkpointed):
+        model, x = adapted("timm-swiglu", **settings)
+        y = checkpoint(model, x, use_reentrant=False) if is_checkpointed else model(x)
+        y.square().sum().backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    assert_same_bits(train(False), train(True))
+
+
+@pytest.mark.parametrize("settings", [{}, {"compress_activations": True}], ids=["exact", "eight-bits"])
+def test_two_backward_passes_over_a_gated_block_give_the_same_bits(settings):
+    model, x = adapted("timm-swiglu", **settings)
+    loss = model(x).square().sum()
+    tensors = [p for p in model.parameters() if p.requires_grad]
+    first = torch.autograd.grad(loss, tensors, retain_graph=True)
+    for a, b in zip(first, torch.autograd.grad(loss, tensors), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_autocast_computes_a_gated_block_s_bits_again():
+    def train(**settings):
+        model, x = adapted("llama", **settings)
+        with torch.autocast("cpu", torch.bfloat16):
+            model(x).float().square().sum().backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    assert_same_bits(train(recompute_inputs=False), train())
+
+
+def test_a_compiled_gated_block_steps_aside():
+    def train(recompute):
+        model, x = adapted("timm-swiglu", recompute_inputs=recompute)
+        torch.compile(model, backend="eager", fullgraph=True)(x).square().sum().backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    assert_same_bits(train(False), train(True))
+
+
+class Block(GluMlp):
+    """A followed block that does what a test says."""
+
+    __module__, __qualname__ = GluMlp.__module__, GluMlp.__qualname__
+
+    def __init__(self, function):
+        super().__init__(WIDTH)
+        self.norm, self.function = nn.LayerNorm(WIDTH), function
+
+    def forward(self, z):
+        return self.function(self.norm(z))
+
+
+def outcome(function, z=None):
+    """What the block gives for an input with a gradient."""
+    block = Block(function)
+    mark_outputs(block)
+    return block(torch.randn(2, 8, WIDTH, requires_grad=True) if z is None else z)
+
+
+SCALE = torch.randn(2, 1, WIDTH)
+MADE_AGAIN = {
+    "windows": lambda x: torch.roll(x.view(2, 2, 4, WIDTH), (1, 1), (1, 2)).permute(0, 2, 1, 3).reshape(16, WIDTH),
+    "padding": lambda x: F.pad(x, (0, 0, 0, 3)).transpose(1, 2).contiguous().flatten(1),
+    "modulation": lambda x: x * (1 + SCALE) + SCALE,
+    "modulation-with-gradient": lambda x: x * (1 + SCALE.clone().requires_grad_()) + SCALE,
+    "numbers": lambda x: 2 * (3 + x) * 0.5 + 1,
+    "gate": lambda x: x.sin() * F.silu(x),
+    "product-from-the-right": lambda x: x.cos() * x,
+}
+LEFT_ALONE = {
+    "large-sum": lambda x: x + x.sin(),
+    "slice": lambda x: x[:, 1:],
+    "broadcast-output": lambda x: x[:, :1] * torch.randn(2, 8, WIDTH),
+    "other-dtype": lambda x: x * SCALE.double(),
+    "in-place": lambda x: x.mul_(2),
+    "in-place-activation": lambda x: F.silu(x + 0, inplace=True),
+    "unknown": lambda x: x.tanh(),
+    "written-to": lambda x: x.view(16, WIDTH).add_(1),
+}
+
+
+@pytest.mark.parametrize("name", MADE_AGAIN)
+def test_what_is_followed_is_computed_again_to_the_same_bits(name):
+    x = outcome(MADE_AGAIN[name])
+    kept, origin = origin_of(x)
+    origin.add_user()
+    again = origin.compute(kept)
+    assert torch.equal(again, x)
+    assert again.stride() == x.stride()
+    assert not again.requires_grad
+
+
+@pytest.mark.parametrize("name", LEFT_ALONE)
+def test_what_cannot_be_computed_again_or_saves_nothing_is_left_alone(name):
+    assert origin_of(outcome(LEFT_ALONE[name])) == ((), None)
+
+
+@pytest.mark.parametrize("shape", [(2, 8, WIDTH), (2, 1, WIDTH), (WIDTH,)])
+def test_gradients_of_a_product_are_autograd_s_own(shape):
+    z, second = torch.randn(2, 8, WIDTH, requires_grad=True), torch.randn(shape, requires_grad=True)
+    block = Block(lambda x: second * x)
+    grads = []
+    for follow in (mark_outputs, unmark_outputs):
+        follow(block)
+        grads.append(torch.autograd.grad(block(z).sin().sum(), (z, second)))
+    for mine, own in zip(*grads, strict=True):
+        assert torch.equal(mine, own)
+
+
+def test_a_second_factor_that_was_written_to_is_torch_s_own_error():
+    second = torch.randn(2, 8, WIDTH, requires_grad=True) * 1
+    y = outcome(lambda x: x * second)
+    second.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_outside_of_a_followed_block_nothing_is_followed():
+    norm, z = nn.LayerNorm(WIDTH), torch.randn(2, 8, WIDTH, requires_grad=True)
+    mark_outputs(norm)
+    assert origin_of(norm(z).view(16, WIDTH)) == ((), None)
+    with torch.no_grad():
+        assert origin_of(outcome(MADE_AGAIN["windows"])) == ((), None)
+
+
+def test_following_ends_with_the_block_whatever_happens_in_it():
+    def fail(x):
+        assert _get_current_function_mode() is not None
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        outcome(fail)
+    assert _get_current_function_mode() is None
+    inner = Block(lambda x: x * 2)
+    mark_outputs(inner)
+    assert origin_of(outcome(lambda x: inner(x)))[1] is not None
+    assert _get_current_function_mode() is None
+
+
+def test_a_model_without_its_adapters_follows_nothing():
+    model, _ = adapted("timm-swiglu", compress_activations=True)
+    plain = model.model.unload()
+    assert not any(
+        module._forward_hooks or module._forward_pre_hooks or module._forward_hooks_always_called
+        for module in plain.modules()
+    )
