@@ -1,4 +1,4 @@
-"""What becomes of a normalization's or an activation's output before it enters an adapted layer is computed again too."""
+"""What becomes of a normalization's or an activation's output on its way to an adapted layer is computed again too."""
 
 import pytest
 import timm
@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from snella import SnellaConfig
+from snella.ops.compression import GROUP, decode, encode
 from snella.ops.origins import origin_of
 from snella.ops.recompute import can_follow, mark_outputs, unmark_outputs
 
@@ -38,12 +39,12 @@ class Call(nn.Module):
         self.model, self.function = model, function
 
     def forward(self, x):
-        return self.function(self.model, x)
+        return self.function(self.model, x).sin()  # a sum of squares alone has no gradient behind a normalization
 
 
 def gated(kind):
     base = nn.Sequential(nn.Linear(WIDTH, WIDTH), kind(WIDTH, 2 * WIDTH, act_layer=nn.SiLU))
-    return base, lambda model, x: model(x), torch.randn(3, 5, WIDTH)
+    return base, lambda model, x: model(x), torch.randn(16, 16, WIDTH)
 
 
 def llama():
@@ -57,6 +58,11 @@ def dinov2():
     shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=7)
     base = Dinov2Model(Dinov2Config(use_swiglu_ffn=True, **shape))
     return base, lambda model, x: model(x).last_hidden_state, torch.randn(2, 3, 28, 28)
+
+
+def vit():
+    base = timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=3, depth=2, embed_dim=64, num_heads=2)
+    return base, lambda model, x: model(x), torch.randn(8, 3, 64, 64)
 
 
 def swin_of_timm():
@@ -73,6 +79,8 @@ def sam():
     vision = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=64, patch_size=8)
     vision |= dict(window_size=5, global_attn_indexes=[2], mlp_dim=64, output_channels=8)
     base = SamModel(SamConfig(vision_config=vision)).vision_encoder
+    for parameter in base.parameters():
+        nn.init.normal_(parameter, std=0.2)
     return base, lambda model, x: model(x).last_hidden_state, torch.randn(2, 3, 64, 64)
 
 
@@ -96,6 +104,7 @@ MODELS = {
     "timm-glu": (lambda: gated(GluMlp), ["0", "fc1", "fc2"]),
     "llama": (llama, LLAMA_LAYERS),
     "dinov2": (dinov2, LLAMA_LAYERS),
+    "vit": (vit, ["qkv", "proj", "fc1", "fc2"]),
     "timm-swin": (swin_of_timm, ["qkv", "proj", "fc1", "fc2"]),
     "transformers-swin": (swin_of_transformers, ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]),
     "sam": (sam, ["qkv", "proj", "lin1", "lin2"]),
@@ -113,7 +122,7 @@ def adapted(kind, **settings):
 
 
 def without_following(monkeypatch):
-    monkeypatch.setattr("snella.ops.recompute.can_follow", lambda module: False)
+    monkeypatch.setattr("snella.ops.recompute.can_follow", lambda module, compress: False)
 
 
 def seeded_step(model, x):
@@ -122,7 +131,7 @@ def seeded_step(model, x):
     return step(model, x)
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", [kind for kind in MODELS if kind != "vit"])
 def test_blocks_keep_less_and_gradients_have_the_same_bits(kind, monkeypatch):
     model, x = adapted(kind)
     followed, less = seeded_step(model, x)
@@ -135,7 +144,14 @@ def test_blocks_keep_less_and_gradients_have_the_same_bits(kind, monkeypatch):
     assert any(can_follow(module) for module in model.modules())
 
 
-@pytest.mark.parametrize("kind", ["timm-glu", "llama", "timm-swin", "sd3"])
+# at most so much of what is kept exactly; the attention of SAM and of timm's Swin is no single operation
+SHARES = {
+    **{"timm-swiglu": 0.66, "timm-glu": 0.78, "vit": 0.53, "llama": 0.38, "dinov2": 0.38},
+    **{"timm-swin": 0.62, "transformers-swin": 0.46, "sam": 0.86, "sd3": 0.47},
+}
+
+
+@pytest.mark.parametrize("kind", SHARES)
 def test_with_eight_bits_outputs_are_exact_and_gradients_near(kind):
     model, x = adapted(kind)
     compressed, _ = adapted(kind, compress_activations=True)
@@ -146,7 +162,7 @@ def test_with_eight_bits_outputs_are_exact_and_gradients_near(kind):
     assert torch.equal(*outputs)
     exact, kept = seeded_step(model, x)
     grads, less = seeded_step(compressed, x)
-    assert less < 0.8 * kept
+    assert less < SHARES[kind] * kept
     assert 0 < relative_error(grads, exact) < 0.05
 
 
@@ -188,6 +204,62 @@ def test_a_compiled_gated_block_steps_aside():
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
     assert_same_bits(train(False), train(True))
+
+
+ATTENTION = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "mask": {"attn_mask": torch.randn(1, 1, 6, 6)},
+    "scale": {"scale": 0.3},
+}
+
+
+class Attention(timm.layers.Attention):
+    """Attention as a test calls it."""
+
+    __module__, __qualname__ = timm.layers.Attention.__module__, timm.layers.Attention.__qualname__
+
+    def __init__(self, **options):
+        super().__init__(GROUP)
+        self.options = options
+
+    def forward(self, *inputs):
+        return F.scaled_dot_product_attention(*inputs, **self.options)
+
+
+def heads(requires_grad=(True, True, True)):
+    torch.manual_seed(0)
+    return [torch.randn(2, 3, 6, GROUP, requires_grad=learns) for learns in requires_grad]
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize("learning", [(True, True, True), (True, False, False)], ids=["self", "cross"])
+def test_attention_keeps_what_it_is_computed_from_in_eight_bits(name, learning):
+    attention, inputs = Attention(**ATTENTION[name]), heads(learning)
+    exact = attention(*inputs)
+    mark_outputs(attention, compress=True)
+    y = attention(*inputs)
+    assert torch.equal(y, exact)
+    (y.sin().sum()).backward()
+    rounded = [decode(*encode(z)).requires_grad_() if z.requires_grad else z for z in inputs]
+    again = F.scaled_dot_product_attention(*rounded, **ATTENTION[name])
+    again.backward(exact.detach().cos())
+    for mine, own in zip(inputs, rounded, strict=True):
+        assert (mine.grad is None) == (not mine.requires_grad)
+        assert mine.grad is None or torch.equal(mine.grad, own.grad)
+    kept, origin = origin_of(y)
+    assert [one.dtype == torch.uint8 for one in kept] == [*learning, *([False] * (len(kept) - 3))]
+    origin.add_user()
+    assert torch.equal(origin.compute(kept), again)
+
+
+@pytest.mark.parametrize("options", [{"dropout_p": 0.5}, {"attn_mask": torch.zeros(6, 6, requires_grad=True)}])
+def test_attention_that_draws_or_learns_its_mask_keeps_what_it_does(options):
+    attention, inputs = Attention(**options), heads()
+    mark_outputs(attention, compress=True)
+    assert origin_of(attention(*inputs)) == ((), None)
+    mark_outputs(exact := Attention())
+    assert origin_of(exact(*inputs)) == ((), None)
 
 
 class Block(GluMlp):

@@ -7,7 +7,7 @@ memory for nothing: the same operation on the same bits gives the same bits. `re
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -73,28 +73,31 @@ class Origin(ABC):
 
 
 class Output(Origin):
-    """The output of a module or a function from its one input `z`, which it keeps for its own backward pass.
+    """The output of a module or a function from inputs that are kept, as they are or in eight bits.
 
     Args:
         function: Gives the output.
-        device_type: Of `z`.
+        device_type: Of the inputs.
         module: Whose output it is, in the state that it is in; `None` for a function without state.
-        layout: Of a `z` that is kept encoded, else `None`.
+        layouts: Of each input that is kept encoded, else `None`.
+        learns: Which of them ask for a gradient; looked at where one is kept encoded.
     """
 
     def __init__(
         self,
-        function: Callable[[Tensor], Tensor],
+        function: Callable[..., Tensor],
         device_type: str,
         *,
         module: nn.Module | None = None,
-        layout: Layout | None = None,
+        layouts: Sequence[Layout | None] = (None,),
+        learns: Sequence[bool] = (),
     ) -> None:
         super().__init__(device_type)
         self._function, self._module = function, module
         self._state = self._current_state()
-        self._layout, self.is_rounded = layout, layout is not None
-        self._graph: tuple[Tensor, GradientEdge] | None = None
+        self._layouts, self._learns = layouts, learns
+        self.is_rounded = any(layout is not None for layout in layouts)
+        self._graph: tuple[list[Tensor], GradientEdge] | None = None
 
     def _current_state(self) -> tuple[Any, ...]:
         """What the module computes with besides its input."""
@@ -105,33 +108,37 @@ class Output(Origin):
         return (module.training, *[(id(tensor), tensor._version) for tensor in tensors if tensor is not None])
 
     def _run(self, kept: Sequence[Tensor]) -> Tensor:
-        z, output = self._run_function(kept[0])
-        if self._layout is not None:
-            self._graph = z, get_gradient_edge(output)
+        if not self.is_rounded:
+            return self._run_function(kept)
+        inputs, output = self._record(kept)
+        self._graph = inputs, get_gradient_edge(output)
         return output.detach()
 
-    def grad_input(self, kept: Tensor, grad_output: Tensor) -> Tensor:
-        """The gradient of an input that is kept encoded.
+    def grad_inputs(self, kept: Sequence[Tensor], grad_output: Tensor) -> Iterator[Tensor]:
+        """The gradients of inputs that were kept encoded, of those that ask for one.
 
         Raises:
             RuntimeError: The module has changed since the forward pass.
         """
         graph, self._graph = self._graph, None
         if graph is None:
-            z, output = self._run_function(kept)
-            graph = z, get_gradient_edge(output)
-        (grad,) = torch.autograd.grad(graph[1], graph[0], grad_output)
-        return grad
+            inputs, output = self._record(kept)
+            graph = inputs, get_gradient_edge(output)
+        return iter(torch.autograd.grad(graph[1], graph[0], grad_output))
 
-    def _run_function(self, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """Input and output; with a layout, those of a graph."""
+    def _record(self, kept: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """The inputs that ask for a gradient, and the output, of a graph."""
+        inputs = [_decoded(one, layout) for one, layout in zip(kept, self._layouts, strict=True)]
+        learning = [z.requires_grad_() for z, learns in zip(inputs, self._learns, strict=True) if learns]
+        return learning, self._run_function(inputs, with_graph=True)
+
+    def _run_function(self, inputs: Sequence[Tensor], with_graph: bool = False) -> Tensor:
         if self._current_state() != self._state:
             raise RuntimeError(
                 f"{self._module} was changed between a forward pass and its backward pass, so that its output "
                 "cannot be computed again; change it after backward(), or set recompute_inputs=False"
             )
-        z = kept if self._layout is None else decode(kept, self._layout).requires_grad_()
-        return z, self._call(self._function, z, with_graph=self._layout is not None)
+        return self._call(self._function, *inputs, with_graph=with_graph)
 
 
 class Derived(Origin):
@@ -213,19 +220,21 @@ def origin_of(x: Tensor) -> tuple[tuple[Tensor, ...], Origin | None]:
 
 
 def keep_rounded(
-    z: Tensor, output: Tensor, function: Callable[[Tensor], Tensor], module: nn.Module | None = None
+    inputs: Sequence[Tensor], output: Tensor, function: Callable[..., Tensor], module: nn.Module | None = None
 ) -> Tensor:
-    """A marked output whose backward pass keeps its input in eight bits.
+    """A marked output whose backward pass keeps its inputs in eight bits; those without a gradient as they are.
 
     Args:
-        z: The input.
-        output: Computed from it without gradient.
+        inputs: What it was computed from.
+        output: Without gradient.
         function: Computes it again.
         module: As `Output` takes it.
     """
-    encoded, layout = encode(z)
-    origin = Output(function, z.device.type, module=module, layout=layout)
-    return Mark.put(cast(Tensor, _RoundedInput.apply(z, encoded, origin, [output])), (encoded,), origin)
+    learns = [z.requires_grad for z in inputs]
+    pairs = [encode(z) if z.requires_grad else (z.detach(), None) for z in inputs]
+    kept, layouts = tuple([pair[0] for pair in pairs]), [pair[1] for pair in pairs]
+    origin = Output(function, output.device.type, module=module, layouts=layouts, learns=learns)
+    return Mark.put(cast(Tensor, _RoundedInputs.apply(origin, kept, [output], *inputs)), kept, origin)
 
 
 def multiply(first: Tensor, mark: Mark, second: Tensor) -> Tensor:
@@ -250,20 +259,20 @@ def multiply(first: Tensor, mark: Mark, second: Tensor) -> Tensor:
     return Mark.put(product, (*kept, other), origin)
 
 
-class _RoundedInput(torch.autograd.Function):
-    """An output, whose backward pass runs the module or function again on an input that was kept encoded."""
+class _RoundedInputs(torch.autograd.Function):
+    """An output, whose backward pass runs the module or function again on inputs that were kept encoded."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, encoded: Tensor, origin: Output, output: list[Tensor]) -> Tensor:
-        ctx.save_for_backward(encoded)
+    def forward(ctx: Any, origin: Output, kept: tuple[Tensor, ...], output: list[Tensor], *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*kept)
         ctx.origin = origin
         return output.pop()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
-        (encoded,) = ctx.saved_tensors
-        return ctx.origin.grad_input(encoded, grad_output), None, None, None
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        grads = ctx.origin.grad_inputs(ctx.saved_tensors, grad_output)
+        return None, None, None, *[next(grads) if is_needed else None for is_needed in ctx.needs_input_grad[3:]]
 
 
 class _Product(torch.autograd.Function):

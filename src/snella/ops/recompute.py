@@ -4,8 +4,9 @@ Forward hooks on known modules mark their outputs with their origin, so that an 
 input in the place of its own. In known blocks what happens to an output on its way to the layer is followed: entries
 that move (windows of an image), products (gated activations), sums with something small (modulations).
 
-Where asked for, the input of the module itself is kept in eight bits, for the module's own backward pass too: the
-forward pass stays exact, and gradients become those at an input that is rounded.
+Where asked for, the input of the module itself is kept in eight bits, for the module's own backward pass too, and so
+are queries, keys and values in the place of what attention keeps: the forward pass stays exact, and gradients become
+those at inputs that are rounded.
 """
 
 from __future__ import annotations
@@ -73,13 +74,16 @@ def can_recompute(module: nn.Module) -> bool:
     )
 
 
-def can_follow(module: nn.Module) -> bool:
+def can_follow(module: nn.Module, *, compress: bool = False) -> bool:
     """Whether what a module does to the outputs of its parts is followed: a known class, where less is kept by it.
 
-    Blocks of Swin and of SAM's encoder, gated MLPs, diffusers' transformer blocks, modulations and activations.
+    Blocks of Swin and of SAM's encoder, gated MLPs, diffusers' transformer blocks, modulations and activations; with
+    `compress` attention of timm and transformers too.
     """
     kind = type(module)
     name, package = kind.__qualname__, kind.__module__
+    if compress and name.endswith("Attention") and package.startswith(("timm.", "transformers.models.")):
+        return True
     return (
         f"{package}.{name}" in _FOLLOWED_TIMM
         or (package.startswith("transformers.models.") and name.endswith(_FOLLOWED_TRANSFORMERS))
@@ -95,14 +99,14 @@ def mark_outputs(model: nn.Module, *, compress: bool = False) -> int:
 
     Args:
         model: The model.
-        compress: Let them keep their inputs in eight bits too, see `snella.ops.compression`; those with trained
-            parameters, and all under `torch.compile`, keep them as they are.
+        compress: Let them, and attention, keep their inputs in eight bits too, see `snella.ops.compression`; those with
+            trained parameters, and all under `torch.compile`, keep them as they are.
     """
     count, start = 0, _start_compressing if compress else _start_following
     for module in model.modules():
         before, after = module._forward_pre_hooks.values(), module._forward_hooks.values()
-        if can_follow(module) and start not in before:
-            module.register_forward_pre_hook(start)
+        if can_follow(module, compress=compress) and start not in before:
+            module.register_forward_pre_hook(start, prepend=compress)  # before one of an adapter that does not compress
             if _stop_following not in after:
                 module.register_forward_hook(_stop_following, always_call=True)
         if can_recompute(module):
@@ -170,7 +174,7 @@ def _mark_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tenso
     run = partial(type(module).forward, module)
     source: Tensor | None = getattr(args[0], _SOURCE_ATTRIBUTE, None)
     if source is not None:
-        return keep_rounded(source, output, run, module)
+        return keep_rounded([source], output, run, module)
     z = args[0]
     if not _is_marked(module) or type(z) is not Tensor or not output.requires_grad:
         return None
@@ -188,7 +192,7 @@ class _Following(TorchFunctionMode):
 
     Args:
         module: The block in which it is active.
-        compress: Whether activations that are called as functions keep their input in eight bits.
+        compress: Whether attention, and activations that are called as functions, keep their inputs in eight bits.
     """
 
     def __init__(self, module: nn.Module, compress: bool) -> None:
@@ -200,7 +204,9 @@ class _Following(TorchFunctionMode):
         kwargs = kwargs or {}
         output = None
         if func in _FOLLOWED and torch.is_grad_enabled():
-            if func in _ACTIVATIONS:
+            if func is F.scaled_dot_product_attention:
+                output = _attend(*args, **kwargs) if self.compress else None
+            elif func in _ACTIVATIONS:
                 output = _activate(func, *args, compress=self.compress, **kwargs)
             elif func in _MOVEMENTS:
                 output = _move(func, *args, **kwargs)
@@ -218,8 +224,27 @@ def _activate(function: Callable[..., Tensor], z: Any, *args: Any, compress: boo
         return function(z, *args, **kwargs)
 
     if compress:
-        return keep_rounded(z, run(z.detach()), run)
+        return keep_rounded([z], run(z.detach()), run)
     return Mark.put(run(z), (z,), Output(run, z.device.type))
+
+
+def _attend(
+    query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, *args: Any, **kwargs: Any
+) -> Tensor | None:
+    """Attention that keeps queries, keys and values in eight bits, or `None` where it has to keep more."""
+    inputs = [query, key, value, *([] if attn_mask is None else [attn_mask])]
+    if dropout_p or any(type(z) is not Tensor or z.is_inference() for z in inputs):
+        return None
+    if not query.requires_grad or any(mask.requires_grad for mask in inputs[3:]):
+        return None
+
+    def run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, mask, 0.0, *args, **kwargs)
+
+    # with a graph, for which nothing is kept: without one another of torch's kernels may compute it
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda kept: kept):
+        output = run(*[z.detach().requires_grad_(z.requires_grad) for z in inputs])
+    return keep_rounded(inputs, output.detach(), run)
 
 
 def _move(function: Callable[..., Tensor], x: Any, *args: Any, **kwargs: Any) -> Tensor | None:
@@ -267,7 +292,10 @@ _MOVEMENTS = {
     *(Tensor.roll, Tensor.view, Tensor.reshape, Tensor.permute, Tensor.transpose, Tensor.flatten, Tensor.unflatten),
 }
 _PRODUCTS = {torch.mul, Tensor.mul, Tensor.__rmul__}
-_FOLLOWED = {*_ACTIVATIONS, *_MOVEMENTS, *_PRODUCTS, torch.add, Tensor.add, Tensor.__radd__}
+_FOLLOWED = {
+    *(*_ACTIVATIONS, *_MOVEMENTS, *_PRODUCTS),
+    *(torch.add, Tensor.add, Tensor.__radd__, F.scaled_dot_product_attention),
+}
 _active = threading.local()
 
 
