@@ -141,7 +141,7 @@ def test_a_row_merged_alone_has_the_bits_of_the_merged_matrix(kernel, r, num_pie
     for m, n in ((7, 5), (61, 97), (40, 1700)):
         problem = make_problem(kernel, m=m, n=n, r=r, num_pieces=num_pieces)
         update = problem.update(problem.tensors)
-        factors = numba_backend.pack_factors(update.spec, update.factors, 0)
+        factors = numba_backend.pack_factors(update.spec, update.factors)[0]
         columns, again = np.empty((3, n), np.float32), np.empty((3, n), np.float32)
         value, _ = numba_backend.merge_and_count(factors, (m, n), columns)
         numba_backend.column_stats(factors, (m, n), again)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from snella.ops.backends.base import Backend, Gradients, MergeCache, Merged, store_gradients, zero_gradients
+from snella.ops.backends.base import Backend, Gradients, MergeCache, Merged
 from snella.ops.backends.numba import backward, forward
 from snella.ops.kernels import MixK, NormalizedRBF, PLinear
 from snella.ops.sparsify import KEEPS_EVERYTHING
@@ -42,7 +42,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class PackedFactors(NamedTuple):
-    """What a Numba kernel takes for one matrix: `A` `[K, n]`, `B` `[m, K]`, `[P]`, and the numbers of its softmax."""
+    """What a Numba kernel takes for one matrix: `A` `[n, K]`, `B` `[m, K]`, `[P]`, and the numbers of its softmax."""
 
     A: np.ndarray
     B: np.ndarray
@@ -94,9 +94,10 @@ class NumbaBackend(Backend):
         is_new = not delta or thresholds is None
         columns = torch.empty(len(budgets), 3, factors.A.shape[1]) if is_new else delta[0]
         stats = cast(Tensor, columns).numpy()
+        packed = pack_factors(spec, factors) if any(budgets) else [None] * len(budgets)
         workspace: list[_Matrix | None] = []
-        for group, (budget, threshold) in enumerate(zip(budgets, known, strict=True)):
-            one = _merge_matrix(spec, factors, group, budget, threshold, stats[group], is_new) if budget else None
+        for own, budget, threshold, own_stats in zip(packed, budgets, known, stats, strict=True):
+            one = _merge_matrix(spec, own, budget, threshold, own_stats, is_new) if own and budget else None
             workspace.append(one)
         if thresholds is None:
             found = [np.float32(np.inf) if one is None else one.threshold for one in workspace]
@@ -138,7 +139,8 @@ class NumbaBackend(Backend):
         base: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Gradients:
-        grads = zero_gradients(merged.factors)
+        grads = [None if one is None else torch.zeros(one.shape) for one in merged.factors]
+        arrays = [None if one is None else as_array(one) for one in grads]
         if base is not None and out is not None and not (base.dtype in _SUPPORTED and out.dtype in _SUPPORTED):
             self.add_update(spec, merged, base, out)
             base = out = None
@@ -149,8 +151,11 @@ class NumbaBackend(Backend):
                     out[rows] = base[rows]
                 continue
             ends = None if base is None or out is None else (as_array(base[rows]), as_array(out[rows]))
-            store_gradients(grads, group, rows, _grad_matrix(spec, matrix, grad, ends, grads[5] is not None))
-        return tuple(grads)
+            places = [slice(group, group + 1), rows, *[slice(group, group + 1)] * 4]
+            into = [None if one is None else one[place] for one, place in zip(arrays, places, strict=True)]
+            _grad_matrix(spec, matrix, grad, ends, into)
+        pairs = zip(grads, merged.factors, strict=True)
+        return tuple([None if wide is None or one is None else wide.to(one.dtype) for wide, one in pairs])
 
     def grad_weight(self, spec: UpdateSpec, merged: Merged, grad_y: Tensor, x: Tensor) -> Tensor:  # noqa: D102
         n, rows = x.shape[1], spec.row_counts
@@ -167,17 +172,10 @@ class NumbaBackend(Backend):
 
 
 def _merge_matrix(
-    spec: UpdateSpec,
-    factors: Factors,
-    group: int,
-    budget: int,
-    threshold: float | None,
-    stats: np.ndarray,
-    is_new: bool,
+    spec: UpdateSpec, packed: PackedFactors, budget: int, threshold: float | None, stats: np.ndarray, is_new: bool
 ) -> _Matrix:
-    """Pack one matrix; where its threshold is not known, merge it and find that; `stats` are written if `is_new`."""
-    packed = pack_factors(spec, factors, group)
-    shape = (packed.B.shape[0], packed.A.shape[1])
+    """One matrix; where its threshold is not known, merge it and find that; `stats` are written if `is_new`."""
+    shape = (packed.B.shape[0], packed.A.shape[0])
     if threshold is None and spec.mode == "none":
         threshold = KEEPS_EVERYTHING
     if threshold is not None:
@@ -233,14 +231,15 @@ def _grad_matrix(
     matrix: _Matrix,
     grad: Tensor,
     ends: tuple[np.ndarray, np.ndarray] | None,
-    has_temperature: bool,
-) -> Gradients:
-    """Gradients of one matrix in the order of `Factors`; adds it to the first of `ends` into the second on the way."""
+    into: Sequence[Any],
+) -> None:
+    """Write one matrix's gradients `into` arrays in the order of `Factors`; between `ends` the same sweep adds it."""
     packed, kernel, (m, n) = matrix.packed, spec.kernel, matrix.shape
-    (K, pieces), (width, blocks) = (len(packed.A), len(packed.coeff)), _blocks(matrix.shape)
+    (K, pieces), (width, blocks) = (packed.B.shape[1], len(packed.coeff)), _blocks(matrix.shape)
     per_chunk = -(-blocks // _MAX_CHUNKS)
     chunks = -(-blocks // per_chunk)
-    grad_A, grad_B = np.empty((K, n), np.float32), np.empty((chunks, m, K), np.float32)
+    grad_A, grad_B, grad_coeff, grad_alpha, grad_beta, grad_temperature = into
+    partial_B = np.empty((chunks, m, K), np.float32)
     means, sums = np.empty(n, np.float32), np.empty((chunks, pieces + 2), np.float64)
     _run(
         backward.factor_gradients,
@@ -254,39 +253,42 @@ def _grad_matrix(
         matrix.threshold,
         np.float32(spec.scaling),
         _MODES[spec.mode],
-        has_temperature,
+        grad_temperature is not None,
         ends is not None,
         *((_EMPTY, _EMPTY) if ends is None else ends),
-        grad_A,
-        grad_B,
+        grad_A[0],
+        partial_B,
         means,
         sums,
     )
     *by_piece, by_softmax, total = sums.sum(0)
-    of_factors = (torch.from_numpy(grad_A).T, torch.from_numpy(grad_B.sum(0)), torch.tensor(by_piece))
-    if not isinstance(kernel, NormalizedRBF):
-        return (*of_factors, None, None, None)
-    of_alpha = float(means.sum(dtype=np.float64)) - (total / m if kernel.center_softmax else 0.0)
-    inv_temperature = float(packed.softmax[0])
-    return (*of_factors, torch.tensor(of_alpha), torch.tensor(total), torch.tensor(-by_softmax * inv_temperature))
+    np.sum(partial_B, 0, out=grad_B)
+    grad_coeff[:] = by_piece
+    if isinstance(kernel, NormalizedRBF):
+        if grad_alpha is not None:
+            grad_alpha[:] = means.sum(dtype=np.float64) - (total / m if kernel.center_softmax else 0.0)
+        if grad_beta is not None:
+            grad_beta[:] = total
+        if grad_temperature is not None:
+            grad_temperature[:] = -by_softmax * float(packed.softmax[0])
 
 
-def pack_factors(spec: UpdateSpec, factors: Factors, group: int) -> PackedFactors:
-    """Contiguous arrays and plain numbers of one matrix."""
+def pack_factors(spec: UpdateSpec, factors: Factors) -> list[PackedFactors]:
+    """Contiguous arrays and plain numbers of each matrix."""
     kernel, (A, B, coeff, alpha, beta, temperature) = spec.kernel, factors
-    scale = 0.0 if alpha is None else float(alpha[group])
-    inv_temperature = 1.0 if temperature is None else 1.0 / float(temperature[group])
-    has_softmax, shift = isinstance(kernel, NormalizedRBF), 0.0
+    has_softmax, num_matrices = isinstance(kernel, NormalizedRBF), len(spec.rows)
     if coeff is None or (has_softmax and beta is None):
         raise ValueError(f"kernel {kernel.name!r} needs the scalars {list(kernel.scalars)}, got None")
-    if has_softmax and beta is not None:
-        shift = float(beta[group]) - (scale / spec.row_counts[group] if kernel.center_softmax else 0.0)
-    linear = 1.0 if isinstance(kernel, MixK) or not has_softmax else 0.0
-    softmax = (np.float32(inv_temperature), np.float32(linear), scale, np.float32(shift), has_softmax)
-    arrays = [
-        as_array(tensor.to(torch.float32).contiguous()) for tensor in (A[group].T, B[spec.rows[group]], coeff[group])
-    ]
-    return PackedFactors(arrays[0], arrays[1], arrays[2], softmax)
+    scales, shifts = [[0.0] * num_matrices if one is None else one.detach().tolist() for one in (alpha, beta)]
+    divisors = [1.0] * num_matrices if temperature is None else temperature.detach().tolist()
+    linear = np.float32(1.0 if isinstance(kernel, MixK) or not has_softmax else 0.0)
+    arrays = [as_array(one.to(torch.float32).contiguous()) for one in (A, B, coeff)]
+    packed = []
+    for group, (scale, shift, divisor) in enumerate(zip(scales, shifts, divisors, strict=True)):
+        constant = shift - (scale / spec.row_counts[group] if kernel.center_softmax else 0.0) if has_softmax else 0.0
+        softmax = (np.float32(1.0 / divisor), linear, scale, np.float32(constant), has_softmax)
+        packed.append(PackedFactors(arrays[0][group], arrays[1][spec.rows[group]], arrays[2][group], softmax))
+    return packed
 
 
 def column_stats(packed: PackedFactors, shape: tuple[int, int], stats: np.ndarray) -> None:

@@ -250,7 +250,7 @@ def factor_gradients(
     # sums[q, p] = Σ ∂L/∂κ_p·distance, sums[q, P] = Σ (softmax's part of ∂L/∂κ_p)·κ_p, sums[q, P + 1] = Σ G
     inv_temperature, linear, alpha, _, has_softmax = softmax
     m, n = grad.shape
-    pieces, K = coeff.shape[0], A.shape[0]
+    pieces, K = coeff.shape[0], A.shape[1]
     R, blocks = K // pieces, (n + width - 1) // width
     tile, value, exps, _, scratch = alloc_workspace(m, K, width)
     grad_A_acc, rows = np.empty((K, width), np.float32), np.empty((3, width), np.float32)
@@ -294,14 +294,14 @@ def factor_gradients(
                     accumulate_factor_grads(i, left, w, R, tile, B, coefs, grad_A_acc, grad_B, chunk)
             for k in range(K):
                 for j in range(w):
-                    grad_A[k, np.uintp(start + j)] = -grad_A_acc[k, j]
+                    grad_A[np.uintp(start + j), k] = -grad_A_acc[k, j]
 
 
 @compiled(FASTMATH_STRICT_ORDER)
 def list_entries(first, last, width, A, B, coeff, softmax, threshold, rows, columns, counts):
     # positions of the entries of each block that exceed the threshold, counts[block] of them
-    m, n = B.shape[0], A.shape[1]
-    tile, value, exps, inv_sum, scratch = alloc_workspace(m, A.shape[0], width)
+    m, n = B.shape[0], A.shape[0]
+    tile, value, exps, inv_sum, scratch = alloc_workspace(m, A.shape[1], width)
     for block in range(first, last):
         start = block * width
         w = min(width, n - start)

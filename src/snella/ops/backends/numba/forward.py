@@ -8,8 +8,8 @@ that several threads can share one matrix; the interpreter's lock is released. W
 the blocks are divided, and a value has the same bits in every pass: `merge_block` and `merge_row` do the same
 operations in the same order.
 
-Shape letters: `m` outputs, `n` inputs, `P` pieces of width `R`, `K = P·R`, `w` columns of a block. `A` comes as `[K,
-n]`, so that the innermost loop runs over memory; a block's part of it is copied to `tile` `[K, w]`.
+Shape letters: `m` outputs, `n` inputs, `P` pieces of width `R`, `K = P·R`, `w` columns of a block. A block's
+part of `A` `[n, K]` is copied to `tile` `[K, w]`, so that the innermost loop runs over memory.
 """
 
 # ruff: noqa: D103
@@ -57,10 +57,10 @@ def bits_of_bin(number: int) -> tuple[np.int32, np.uint32]:
 
 @njit(**FASTMATH_STRICT_ORDER)
 def copy_tile(A, start, w, tile):
-    # tile = the block's columns of A
-    for k in range(A.shape[0]):
+    # tile = the block's columns, side by side
+    for k in range(A.shape[1]):
         for j in range(w):
-            tile[k, j] = A[k, np.uintp(start + j)]
+            tile[k, j] = A[np.uintp(start + j), k]
 
 
 @njit(**FASTMATH_STRICT_ORDER)
@@ -195,8 +195,8 @@ def merge_and_count(first, last, width, A, B, coeff, softmax, result, bins, colu
     # result = ΔW, and the numbers of its columns
     # bins[block, h] = entries of the block in the histogram's bin h
     m, n = result.shape
-    tile, value, exps, inv_sum, scratch = alloc_workspace(m, A.shape[0], width)
-    own_bins = np.empty(width, np.int32)
+    tile, value, exps, inv_sum, scratch = alloc_workspace(m, A.shape[1], width)
+    own_bins = np.empty(width, np.uint16)
     for block in range(first, last):
         start = block * width
         w = min(width, n - start)
@@ -216,7 +216,7 @@ def merge_and_count(first, last, width, A, B, coeff, softmax, result, bins, colu
 def count(first, last, width, value, bins):
     # the same counts for a matrix that is there already
     m, n = value.shape
-    own_bins = np.empty(width, np.int32)
+    own_bins = np.empty(width, np.uint16)
     for block in range(first, last):
         start = block * width
         w = min(width, n - start)
@@ -280,8 +280,8 @@ def add_sparse(first, last, base, value, threshold, scaling, mode, result):
 @compiled(FASTMATH_STRICT_ORDER)
 def measure_column_stats(first, last, width, A, B, coeff, softmax, columns):
     # max_logit and scale of every column
-    m, n = B.shape[0], A.shape[1]
-    tile, value, exps, inv_sum, scratch = alloc_workspace(m, A.shape[0], width)
+    m, n = B.shape[0], A.shape[0]
+    tile, value, exps, inv_sum, scratch = alloc_workspace(m, A.shape[1], width)
     for block in range(first, last):
         start = block * width
         w = min(width, n - start)
@@ -296,7 +296,7 @@ def merge_and_add(first, last, A, B, coeff, softmax, columns, base, threshold, s
     n = result.shape[1]
     width = min(n, WIDTH_OF_ROWS)
     tile, row, squares = (
-        np.empty((A.shape[0], width), np.float32),
+        np.empty((A.shape[1], width), np.float32),
         np.empty((1, width), np.float32),
         np.empty(width, np.float32),
     )
