@@ -137,7 +137,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         op_dtype = weight.dtype if isinstance(weight, Tensor) else self._op_dtype(x)
         if isinstance(weight, Tensor) and (op_dtype.itemsize == 1 or (weight.is_meta and not x.is_meta)):
             raise self._unusable_weight(op_dtype)
-        x = self._prepare_input(self._cast_input_dtype(x, op_dtype))
+        x = self._input_of_op(x, op_dtype)
         if self.training or self._needs_gradients(names):
             y = self._apply_learning(x, weight, names)
         else:
@@ -173,7 +173,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         """The base layer as it is."""
         if self.quantization is None or self.quantization.is_safe_to_apply(self.get_base_layer()):
             return self.base_layer(x, *args, **kwargs)
-        wide = self._prepare_input(self._cast_input_dtype(x, self._op_dtype(x)))
+        wide = self._input_of_op(x, self._op_dtype(x))
         y, _ = adapted_layer(wide, self._weight(), self._base_bias(), [], self._op())
         return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
 
@@ -301,7 +301,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
             return self._forward_outside_graphs(x, *args, **kwargs)
         self._note_applied_in_graph()
         weight, bias, dtype, op = self._oriented_weight(), self._base_bias(), x.dtype, self._op()
-        x = self._prepare_input(self._cast_input_dtype(x, weight.dtype))
+        x = self._input_of_op(x, weight.dtype)
         is_autocast = torch.is_autocast_enabled(x.device.type)
         x = x.to(torch.get_autocast_dtype(x.device.type) if is_autocast else weight.dtype)
         bias = bias if bias is None else bias.to(x.dtype)
@@ -346,6 +346,11 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
     def _op(self) -> LayerOp:
         """The op of the base layer."""
         raise NotImplementedError
+
+    def _input_of_op(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The input as the op takes it; under autocast that casts it itself, once, and knows how it was computed."""
+        is_autocast = torch.is_autocast_enabled(x.device.type)
+        return self._prepare_input(x if is_autocast else self._cast_input_dtype(x, dtype))
 
     def _prepare_input(self, x: Tensor) -> Tensor:
         """What the base layer does to its input before the op."""
