@@ -168,13 +168,13 @@ class ImportanceTracker:
         value = torch.cat([one.value.reshape(-1) for one in read]).float()
         gradients = [one.gradient.reshape(-1) for one in read if one.gradient is not None]
         if gradients:
-            value = torch.cat(gradients).float() * scale * value
-        value = value.abs()
+            value = torch.cat(gradients).float().mul_(scale).mul_(value)
+        value.abs_()
         is_new = torch.isnan(flat.averages)
-        value = torch.where(torch.isfinite(value), value, torch.where(is_new, 0, flat.averages))
+        value = torch.where(value < torch.inf, value, torch.where(is_new, 0, flat.averages))
         torch.where(is_new, value, flat.averages, out=flat.averages)
         flat.averages.lerp_(value, 1 - self.beta1)
-        flat.uncertainties.lerp_((flat.averages - value).abs_(), 1 - self.beta2)
+        flat.uncertainties.lerp_(value.sub_(flat.averages).abs_(), 1 - self.beta2)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that `load_state_dict` needs, tensors and plain values only."""
