@@ -49,6 +49,7 @@ class Setting:
         r: Rank.
         autocast: Whether a step runs under bfloat16 autocast.
         frozen: Dtype of the frozen weights.
+        fused: Whether Swin's attention is one operation (timm's `TIMM_FUSED_ATTN=2`).
     """
 
     model: str
@@ -60,6 +61,7 @@ class Setting:
     r: int = 8
     autocast: bool = False
     frozen: str = "float32"
+    fused: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -77,6 +79,7 @@ SETTINGS = [
     Setting("vit_large_patch16_224", batch=4, depth=4, blocks=24),
     Setting("vit_huge_patch14_224", batch=4, depth=4, blocks=32),
     Setting("swin_base_patch4_window7_224", batch=4),
+    Setting("swin_base_patch4_window7_224", batch=4, fused=True),
     Setting("convnext_base", batch=4),
     Setting("llama", batch=1, tokens=512, depth=2, blocks=32),
 ]
@@ -98,6 +101,7 @@ def build(setting: Setting) -> nn.Module:
         # LLaMA-7B's blocks, a small vocabulary: embedding and head are not adapted
         config = LlamaConfig(vocab_size=_VOCABULARY, num_hidden_layers=setting.depth or 32)
         return LlamaForCausalLM(config)
+    timm.layers.set_fused_attn(True, experimental=setting.fused)
     options: dict[str, Any] = {} if setting.depth is None else {"depth": setting.depth}
     options |= {} if setting.side is None else {"img_size": setting.side}
     return timm.create_model(setting.model, num_classes=_CLASSES, **options)

@@ -340,6 +340,11 @@ def test_a_second_factor_that_was_written_to_is_torch_s_own_error():
         y.sum().backward()
 
 
+def test_shapes_that_do_not_fit_are_torch_s_own_error():
+    with pytest.raises(RuntimeError, match=r"size of tensor a \(24\) must match the size of tensor b \(5\)"):
+        outcome(lambda x: x * torch.randn(2, 8, 5))
+
+
 def test_outside_of_a_followed_block_nothing_is_followed():
     norm, z = nn.LayerNorm(WIDTH), torch.randn(2, 8, WIDTH, requires_grad=True)
     mark_outputs(norm)

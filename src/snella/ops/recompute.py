@@ -275,7 +275,8 @@ def _combine(function: Callable[..., Tensor], *args: Any) -> Tensor | None:
         return Mark.put(run(x), mark.kept, Derived(run, device_type, mark.origin))
     if type(other) is not Tensor or (other.dtype, other.device) != (x.dtype, x.device) or other.is_inference():
         return None
-    if other.shape != x.shape and torch.broadcast_shapes(other.shape, x.shape) != x.shape:
+    axes = zip(reversed(other.shape), reversed(x.shape), strict=False)
+    if other.ndim > x.ndim or any(mine not in (1, theirs) for mine, theirs in axes):
         return None
     if is_product:
         return multiply(x, mark, other)

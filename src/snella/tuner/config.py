@@ -178,10 +178,12 @@ class SnellaConfig(PeftConfig):
         cache_delta: Keep the merged matrix for the backward pass instead of rebuilding it (with numba the effective
             weight), and in evaluation the effective weight of a layer whose base weight is quantized.
         recompute_inputs: Do not keep an adapted layer's input where it is the output of a normalization or an
-            activation, whose own input autograd keeps anyway: compute it again in the backward pass, to the same bits.
+            activation, whose own input autograd keeps anyway, or is made of one in a known block (windows, gates,
+            modulations): compute it again in the backward pass, to the same bits.
         compress_activations: Keep the inputs of normalizations and activations in eight bits (see
-            `snella.ops.compression.encode`), for their own backward pass and for the layers behind them. Outputs stay
-            exact, gradients are those at rounded activations.
+            `snella.ops.compression.encode`), and queries, keys and values in the place of what attention keeps: for
+            their own backward pass and for the layers behind them. Outputs stay exact, gradients are those at rounded
+            activations.
         weight_gradient: `"exact"`, or `"sample:P"`: estimate the updates' gradients in linear layers from a share `P`
             of the tokens, such as `"sample:1/2"`, without bias (see `snella.ops.sampling.sample_tokens`). Outputs and
             all other gradients stay exact; so do convolutions, `impl="reference"` and weights that a model reads
