@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 
 from snella.backbones import create_backbone
 from snella.methods import build_method
@@ -20,7 +21,8 @@ from snella.methods.defaults import MEMORY_METHODS
 from snella.tuner.layer import SnellaLayer
 
 Call = tuple[str, int]
-"""A module's name, and which of its calls within the pass."""
+"""A module's name, or `ATTENTION`, and which of its calls within the pass."""
+ATTENTION = "scaled_dot_product_attention"
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ class ForwardRecord:
     Args:
         kept: Bytes that autograd keeps after it, parameters and buffers apart.
         keeps_images: Whether the images themselves are among them, as the first trained layer wants.
-        calls: The modules of `working_modules` in the order in which they ran.
+        calls: The modules of `working_modules`, and attention whose inputs are kept encoded, in the order in which they
+            ran.
     """
 
     kept: int = 0
@@ -113,11 +116,18 @@ def record_forward(model: nn.Module, images: Tensor) -> ForwardRecord:
 
         return note
 
+    def note_attention(inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        # decoded, it is there again with its output, besides gradients
+        passed = 2 * _bytes([*inputs, output])
+        record.calls[ATTENTION, seen[ATTENTION]] = ModuleCall(record.kept - recomputed, passed)
+        seen[ATTENTION] += 1
+
     handles = [module.register_forward_hook(noting(name)) for name, module in working_modules(model).items()]
     checkpoint = torch.utils.checkpoint.checkpoint
     try:
         torch.utils.checkpoint.checkpoint = compute_now
-        with restored_state(model, images), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        watched = _WatchedAttention(note_attention)
+        with restored_state(model, images), torch.autograd.graph.saved_tensors_hooks(pack, unpack), watched:
             model.train()
             model(images)
     finally:
@@ -126,6 +136,21 @@ def record_forward(model: nn.Module, images: Tensor) -> ForwardRecord:
             handle.remove()
     record.kept -= recomputed
     return record
+
+
+class _WatchedAttention(TorchFunctionMode):
+    """Tells of attention that is computed apart from the model's graph, and again in the backward pass."""
+
+    def __init__(self, note: Callable[[tuple[Tensor, ...], Tensor], None]) -> None:
+        super().__init__()
+        self.note = note
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call a function."""
+        output = func(*args, **(kwargs or {}))
+        if func is nn.functional.scaled_dot_product_attention and args and args[0].is_leaf and args[0].requires_grad:
+            self.note(args[:3], output)
+        return output
 
 
 @contextmanager
@@ -217,7 +242,8 @@ def predict_step_memory(
     still_to_come: dict[Call, int] = {}
     gradients = 0
     for call in reversed(few.calls):
-        gradients += _trained_bytes(modules[call[0]]) if call == last_call[call[0]] else 0
+        is_first = call[0] in modules and call == last_call[call[0]]
+        gradients += _trained_bytes(modules[call[0]]) if is_first else 0
         still_to_come[call] = gradients
     gradients = _trained_bytes(model)
     kept = _on_line(few.kept, more.kept, batch_size)
@@ -225,7 +251,7 @@ def predict_step_memory(
     temporary, peak = of_step, max(kept, gradients + of_step)
     for call in few.calls.keys() & more.calls.keys():
         one, two = few.calls[call], more.calls[call]
-        own = _on_line(one.passed, two.passed, batch_size) + _matrix_temporary(modules[call[0]], device_type)
+        own = _on_line(one.passed, two.passed, batch_size) + _matrix_temporary(modules.get(call[0]), device_type)
         temporary = max(temporary, own)
         peak = max(peak, _on_line(one.kept, two.kept, batch_size) + still_to_come[call] + own)
     if not few.keeps_images:
@@ -248,7 +274,7 @@ def _on_line(few: int, more: int, batch_size: int) -> int:
     return max(few - _FEW * per_image, 0) + batch_size * per_image
 
 
-def _matrix_temporary(module: nn.Module, device_type: str) -> int:
+def _matrix_temporary(module: nn.Module | None, device_type: str) -> int:
     """Bytes of the weight-sized tensors that an adapted layer makes and lets go within one pass, the larger of both.
 
     The weight's gradient takes the place of the effective weight. Numba kernels write `ΔW` in the forward pass alone,
