@@ -202,6 +202,17 @@ def test_results_do_not_depend_on_the_number_of_threads(kernel):
     assert torch.equal(found, expected)
 
 
+def test_the_default_dtype_changes_nothing():
+    problem = make_problem("mix_k", m=61, n=97, r=8)
+    expected = solve(problem, "numba")
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = solve(problem, "numba")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_several_callers_at_once_do_not_disturb_each_other():
     problems = [make_problem("mix_k", seed=seed, m=601, n=401, r=8) for seed in range(4)]
     expected = [solve(problem, "numba") for problem in problems]

@@ -92,7 +92,8 @@ class NumbaBackend(Backend):
     ) -> Merged:
         known = [None] * len(budgets) if thresholds is None else thresholds.tolist()
         is_new = not delta or thresholds is None
-        columns = torch.empty(len(budgets), 3, factors.A.shape[1]) if is_new else delta[0]
+        size = len(budgets), 3, factors.A.shape[1]
+        columns = torch.empty(size, dtype=torch.float32) if is_new else delta[0]
         stats = cast(Tensor, columns).numpy()
         packed = pack_factors(spec, factors) if any(budgets) else [None] * len(budgets)
         workspace: list[_Matrix | None] = []
@@ -114,7 +115,7 @@ class NumbaBackend(Backend):
             elif is_supported:
                 _add_matrix(spec, matrix, as_array(base[rows]), as_array(out[rows]))
             else:
-                sparse = torch.zeros(out[rows].shape)
+                sparse = torch.zeros(out[rows].shape, dtype=torch.float32)
                 _add_matrix(spec, matrix, sparse.numpy(), sparse.numpy())
                 torch.add(base[rows], sparse, out=out[rows])
 
@@ -139,7 +140,7 @@ class NumbaBackend(Backend):
         base: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Gradients:
-        grads = [None if one is None else torch.zeros(one.shape) for one in merged.factors]
+        grads = [None if one is None else torch.zeros(one.shape, dtype=torch.float32) for one in merged.factors]
         arrays = [None if one is None else as_array(one) for one in grads]
         if base is not None and out is not None and not (base.dtype in _SUPPORTED and out.dtype in _SUPPORTED):
             self.add_update(spec, merged, base, out)
