@@ -86,6 +86,7 @@ SETTINGS = [
 # what they set beside rank, modules and sparsity
 SNELLA = {
     "snella": {},
+    "snella-bf16-gradient": {"weight_gradient": "bfloat16"},
     "snella-sample": {"weight_gradient": "sample:1/2"},
     "snella-compress": {"compress_activations": True},
     "snella-compress-sample": {"compress_activations": True, "weight_gradient": "sample:1/2"},

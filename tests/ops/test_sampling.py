@@ -107,15 +107,29 @@ def test_a_weight_that_is_trained_itself_gets_its_exact_gradient():
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("share", [1.0, 0.5, 1 / 3])
-def test_a_compiled_graph_gets_the_share_to_the_last_bit(share):
-    op = LinearOp(share)
+@pytest.mark.parametrize("op", [LinearOp(), LinearOp(0.5), LinearOp(1 / 3), LinearOp(is_rounded=True)])
+def test_a_compiled_graph_gets_the_share_to_the_last_bit(op):
     assert layer_op_from_ints(op.to_ints(torch.Size([2, 2]))) == op
 
 
+@pytest.mark.parametrize("impl", ["eager", "numba"])
+@pytest.mark.parametrize("rows", [(7,), (5, 3, 4)])
+def test_only_the_update_s_gradients_are_computed_from_rounded_tokens(impl, rows):
+    exact = make_problem(rows=rows, n=6, batch=(3, 40))
+    needed = ("x", "bias", "A", "B", "piece_coeff", "alpha", "beta")
+    found = solve(replace(exact, product=LinearOp(is_rounded=True)), impl, needed=needed)
+    expected = solve(exact, impl, needed=needed)
+    for name in ("y", "x", "bias"):
+        assert torch.equal(found[name], expected[name]), name
+    for name in ("A", "B", "alpha"):
+        error = (found[name] - expected[name]).norm() / expected[name].norm()
+        assert 1e-5 < error < 0.02, name
+
+
 def test_what_is_asked_for_in_words():
-    assert parse_weight_gradient("exact") == 1
-    assert parse_weight_gradient("sample:1/4") == parse_weight_gradient("sample:0.25") == 0.25
+    assert parse_weight_gradient("exact") == (1, False)
+    assert parse_weight_gradient("bfloat16") == (1, True)
+    assert parse_weight_gradient("sample:1/4") == parse_weight_gradient("sample:0.25") == (0.25, False)
     for wrong in ("sample", "sample:0", "sample:2", "sample:1/0", "sample:nan", "half", "sample:x"):
-        with pytest.raises(ValueError, match=r"weight_gradient must be 'exact' or 'sample:P'.*'sample:1/2' takes half"):
+        with pytest.raises(ValueError, match=r"weight_gradient must be 'exact', 'bfloat16' or 'sample:P'.*takes half"):
             parse_weight_gradient(wrong)

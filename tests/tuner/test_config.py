@@ -59,7 +59,7 @@ from snella.tuner import adapted_matrices
         ({"update_dropout": 1.0}, r"update_dropout must be in \[0, 1\), got 1\.0"),
         ({"update_drop_path": 2}, r"update_drop_path must be in \[0, 1\), got 2"),
         ({"min_layer_share": 1.01}, r"min_layer_share must be in \[0, 1\], got 1\.01"),
-        ({"weight_gradient": "sample:2"}, "weight_gradient must be 'exact' or 'sample:P' .* got 'sample:2'"),
+        ({"weight_gradient": "sample:2"}, "weight_gradient must be 'exact', 'bfloat16' or .* got 'sample:2'"),
         ({"softmax_dim": 2}, "softmax_dim must be 0 or 1, got 2"),
         ({"realloc_every": 0}, "realloc_every must be 'epoch' or a number of steps of at least 1, got 0"),
         ({"realloc_every": "step"}, "realloc_every must be 'epoch' or .* got 'step'"),

@@ -46,6 +46,14 @@ def test_linear_layers_and_attention_are_estimated_and_convolutions_exact():
         assert (found[name] - exact[name]).norm() < exact[name].norm(), name
 
 
+def test_bfloat16_rounds_the_gradients_of_linear_layers_and_attention_alone():
+    (loss, exact), (same, found) = gradients("exact"), gradients("bfloat16")
+    assert torch.equal(loss, same)
+    for name, grad in exact.items():
+        assert torch.equal(grad, found[name]) == (".conv." in name or ".base_layer." in name), name
+        torch.testing.assert_close(found[name], grad, rtol=0.05, atol=0.02 * float(grad.abs().max()))
+
+
 def test_the_sample_is_that_of_torch_s_generator():
     first, again, other = (gradients("sample:1/2", seed)[1] for seed in (0, 0, 1))
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -61,3 +69,12 @@ def test_of_several_adapters_the_largest_sample_holds():
     )
     model.add_adapter("more", SnellaConfig(target_modules=["0"], weight_gradient="sample:1/2"))
     assert model.base_model.model[0].linear_op.token_share == pytest.approx(0.5)
+    assert not model.base_model.model[0].linear_op.is_rounded
+
+
+@pytest.mark.parametrize("is_supported", [True, False])
+def test_a_processor_without_bfloat16_products_is_warned_of(is_supported, monkeypatch, recwarn):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: is_supported)
+    gradients("bfloat16")
+    found = [str(one.message) for one in recwarn if "multiplies no bfloat16 numbers" in str(one.message)]
+    assert len(found) == (0 if is_supported else 1)

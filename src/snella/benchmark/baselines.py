@@ -198,6 +198,7 @@ BASELINES: dict[str, Builder] = {
     "snella": _snella(),
     "snella-keep-delta": _snella(cache_delta=True),
     "snella-keep-inputs": _snella(recompute_inputs=False),
+    "snella-bf16-gradient": _snella(weight_gradient="bfloat16"),
     "snella-sample": _snella(weight_gradient="sample:1/2"),
     "snella-sample-quarter": _snella(weight_gradient="sample:1/4"),
     "snella-compress": _snella(compress_activations=True),

@@ -1,4 +1,4 @@
-"""A sample of tokens from which the gradient of a linear layer's weight is estimated, without bias."""
+"""What the gradient of a linear layer's weight is computed from: all tokens, rounded ones, or a sample without bias."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ LEAST_SHARE = 2**-10
 _ROUNDS = 4  # in which certain tokens are found: those whose share of what is left exceeds one
 
 
-def parse_weight_gradient(weight_gradient: str) -> float:
-    """The share of tokens that `"sample:P"` asks for, 1 for `"exact"`.
+def parse_weight_gradient(weight_gradient: str) -> tuple[float, bool]:
+    """The share of the tokens that is asked for, and whether they are rounded to bfloat16.
 
     Args:
-        weight_gradient: `"exact"`, or `"sample:P"` with `P` a number or a fraction from 1/1024 to 1, such as
-            `sample:1/2`.
+        weight_gradient: `"exact"`, `"bfloat16"`, or `"sample:P"` with `P` a number or a fraction from 1/1024 to 1, such
+            as `sample:1/2`.
 
     Raises:
-        ValueError: It is neither.
+        ValueError: It is none of them.
     """
-    if weight_gradient == "exact":
-        return 1.0
+    if weight_gradient in ("exact", "bfloat16"):
+        return 1.0, weight_gradient == "bfloat16"
     kind, _, number = str(weight_gradient).partition(":")
     try:
         share = float(Fraction(number)) if kind == "sample" else math.nan
@@ -34,10 +34,10 @@ def parse_weight_gradient(weight_gradient: str) -> float:
         share = math.nan
     if not LEAST_SHARE <= share <= 1:
         raise ValueError(
-            f"weight_gradient must be 'exact' or 'sample:P' with P from 1/1024 to 1, got {weight_gradient!r}; "
-            "'sample:1/2' takes half of the tokens"
+            "weight_gradient must be 'exact', 'bfloat16' or 'sample:P' with P from 1/1024 to 1, got "
+            f"{weight_gradient!r}; 'sample:1/2' takes half of the tokens"
         )
-    return share
+    return share, False
 
 
 def sample_tokens(grad_y: Tensor, x: Tensor, share: float) -> tuple[Tensor, Tensor]:

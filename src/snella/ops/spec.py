@@ -185,9 +185,11 @@ class LinearOp:
     Args:
         token_share: Share of the tokens from which the gradient of an update is estimated, see `sample_tokens`; 1 is
             all of them. Every other gradient is exact.
+        is_rounded: Whether that gradient is a product of numbers rounded to bfloat16.
     """
 
     token_share: float = 1.0
+    is_rounded: bool = False
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: D102
         return F.linear(x, weight, bias)
@@ -201,13 +203,15 @@ class LinearOp:
     def tokens_of(self, grad_y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """∂L/∂y `[k, m]` and `x` `[k, n]`, whose product is the gradient of an update or its estimate."""
         grad_y, x = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
-        return (grad_y, x) if self.token_share == 1 else sample_tokens(grad_y, x, self.token_share)
+        if self.token_share != 1:
+            grad_y, x = sample_tokens(grad_y, x, self.token_share)
+        return (grad_y.to(torch.bfloat16), x.to(torch.bfloat16)) if self.is_rounded else (grad_y, x)
 
     def grad_bias(self, grad_y: Tensor) -> Tensor:  # noqa: D102
         return grad_y.reshape(-1, grad_y.shape[-1]).sum(0)
 
     def to_ints(self, weight_shape: torch.Size) -> list[int]:  # noqa: D102
-        return [] if self.token_share == 1 else list(self.token_share.as_integer_ratio())
+        return [] if self == LinearOp() else [*self.token_share.as_integer_ratio(), int(self.is_rounded)]
 
 
 @dataclass(frozen=True)
@@ -293,8 +297,8 @@ class WeightOp:
 
 def layer_op_from_ints(ints: Sequence[int]) -> LayerOp:
     """The op that `LinearOp.to_ints` or `Conv2dOp.to_ints` packed."""
-    if len(ints) <= 2:
-        return LinearOp(ints[0] / ints[1] if ints else 1.0)
+    if len(ints) <= 3:
+        return LinearOp(ints[0] / ints[1], *map(bool, ints[2:])) if ints else LinearOp()
     return Conv2dOp(tuple(ints[:2]), tuple(ints[2:4]), tuple(ints[4:6]), ints[6])
 
 

@@ -184,10 +184,10 @@ class SnellaConfig(PeftConfig):
             `snella.ops.compression.encode`), and queries, keys and values in the place of what attention keeps: for
             their own backward pass and for the layers behind them. Outputs stay exact, gradients are those at rounded
             activations.
-        weight_gradient: `"exact"`, or `"sample:P"`: estimate the updates' gradients in linear layers from a share `P`
-            of the tokens, such as `"sample:1/2"`, without bias (see `snella.ops.sampling.sample_tokens`). Outputs and
-            all other gradients stay exact; so do convolutions, `impl="reference"` and weights that a model reads
-            itself.
+        weight_gradient: What the updates' gradients in linear layers are computed from: `"exact"`; `"bfloat16"`, tokens
+            rounded to it, faster where the processor multiplies such numbers; or `"sample:P"`, a share `P` of the
+            tokens, such as `"sample:1/2"`, without bias (see `snella.ops.sampling.sample_tokens`). Outputs and all
+            other gradients stay exact; so do convolutions, `impl="reference"` and weights that a model reads itself.
         fixed_support: Let `layer.set_support` say once which entries may change (the paper's predefined mask), instead
             of letting them compete: the update is then the merged matrix itself at these entries, unshrunk. Sparsities,
             schedule and allocation mean nothing then.
@@ -247,7 +247,7 @@ class SnellaConfig(PeftConfig):
     cache_delta: bool = field(default=False, metadata={"help": "keep the merged matrix for the backward pass"})
     recompute_inputs: bool = field(default=True, metadata={"help": "compute inputs again instead of keeping them"})
     compress_activations: bool = field(default=False, metadata={"help": "keep activations in eight bits"})
-    weight_gradient: str = field(default="exact", metadata={"help": "exact, or sample:P for a share of the tokens"})
+    weight_gradient: str = field(default="exact", metadata={"help": "exact, bfloat16, or sample:P of the tokens"})
     fixed_support: bool = field(default=False, metadata={"help": "change entries that are given, see set_support"})
     impl: str = field(default="auto", metadata={"help": "implementation of the adapted layer"})
     init_weights: bool = field(default=True, metadata={"help": "start next to the pre-trained model"})

@@ -457,8 +457,8 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         with onloaded(self, with_base=True):
             self._init_parameters(adapter_name)
             self._move_adapter_to_device_of_base_layer(adapter_name)
-        shares = [parse_weight_gradient(config.weight_gradient) for config in self.snella_config.values()]
-        self.linear_op = LinearOp(max(shares))
+        wanted = [parse_weight_gradient(config.weight_gradient) for config in self.snella_config.values()]
+        self.linear_op = LinearOp(max(share for share, _ in wanted), all(is_rounded for _, is_rounded in wanted))
         self._specs.pop(adapter_name, None)
         self._choose_backends()
         self._cache.clear()
