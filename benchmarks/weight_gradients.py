@@ -4,8 +4,8 @@ python benchmarks/weight_gradients.py
 
 A frozen DINOv2-S with a linear probe as its head, no update: for each linear layer of its blocks G = Σ_t g_t x_tᵀ of
 one batch, and ‖Ĝ − G‖/‖G‖ for `sample:P` (see `snella.ops.sampling`), for `pairs` (each token replaced by the mean of
-it and its neighbor, prefix tokens apart: the low half of a Walsh-Hadamard transform), for `eight bits` (what
-`compress_activations` makes of g and x), and for `other images`, the mean over `--batches` batches in place of Ĝ.
+it and its neighbor, prefix tokens apart: the low half of a Walsh-Hadamard transform), for `bfloat16` (the tokens
+rounded to it), for `eight bits` (what `compress_activations` makes of g and x), and for `other images`, the mean over `--batches` batches in place of Ĝ.
 Appends a JSON line a task to weight_gradients.jsonl.
 """
 
@@ -82,6 +82,7 @@ def measure(data: str, img_size: int, batch_size: int, batches: int) -> dict[str
         exact = product(grad, x)
         estimates = {f"sample:1/{1 / share:g}": product(*sample_tokens(*flat(grad, x), share)) for share in SHARES}
         estimates["pairs"] = product(*neighbors(grad, x, model.num_prefix_tokens))
+        estimates["bfloat16"] = product(grad.bfloat16(), x.bfloat16()).float()
         estimates["eight bits"] = product(*rounded[name])
         estimates["other images"] = sum(product(*one[name]) for one in pairs) / len(pairs)
         for estimate, value in estimates.items():
