@@ -5,7 +5,8 @@ python benchmarks/weight_gradients.py
 A frozen DINOv2-S with a linear probe as its head, no update: for each linear layer of its blocks G = Σ_t g_t x_tᵀ of
 one batch, and ‖Ĝ − G‖/‖G‖ for `sample:P` (see `snella.ops.sampling`), for `pairs` (each token replaced by the mean of
 it and its neighbor, prefix tokens apart: the low half of a Walsh-Hadamard transform), for `bfloat16` (the tokens
-rounded to it), for `eight bits` (what `compress_activations` makes of g and x), and for `other images`, the mean over `--batches` batches in place of Ĝ.
+rounded to it), for `eight bits` (what `compress_activations` makes of g and x), and for `other images`, the mean over
+`--batches` batches in place of Ĝ.
 Appends a JSON line a task to weight_gradients.jsonl.
 """
 
