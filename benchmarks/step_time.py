@@ -13,7 +13,13 @@ from snella.benchmark import BenchConfig, bench, grid, measure_matrix, measure_s
 from snella.benchmark.rows import append_rows
 
 HERE = Path(__file__).parent
-VARIANTS = ["snella-bf16-gradient", "snella-sample", "snella-sample-quarter", "snella-compress", "snella-compress-sample"]
+VARIANTS = [
+    "snella-bf16-gradient",
+    "snella-sample",
+    "snella-sample-quarter",
+    "snella-compress",
+    "snella-compress-sample",
+]
 PEERS = ["frozen", "lora", "dora", "shira", "full", "snella", *VARIANTS, "snella-keep-inputs"]
 
 
