@@ -101,6 +101,14 @@ def test_only_the_update_s_gradients_are_estimated(impl, rows):
     assert all(torch.equal(again[name], found[name]) for name in found)
 
 
+def test_few_kept_entries_are_computed_from_tokens_as_they_are():
+    exact = make_problem(rows=(40,), n=30, batch=(3, 40), budgets=(60,))
+    needed = ("A", "B")
+    found = solve(replace(exact, product=LinearOp(is_rounded=True)), "numba", needed=needed)
+    expected = solve(exact, "numba", needed=needed)
+    assert all(torch.equal(found[name], expected[name]) for name in needed)
+
+
 def test_a_weight_that_is_trained_itself_gets_its_exact_gradient():
     exact = make_problem(batch=(3, 40))
     found, expected = solve(replace(exact, product=LinearOp(0.6)), "eager"), solve(exact, "eager")

@@ -1,5 +1,8 @@
 """What becomes of a normalization's or an activation's output on its way to an adapted layer is computed again too."""
 
+from contextlib import nullcontext
+from functools import partial
+
 import pytest
 import timm
 import torch
@@ -343,6 +346,157 @@ def test_a_second_factor_that_was_written_to_is_torch_s_own_error():
 def test_shapes_that_do_not_fit_are_torch_s_own_error():
     with pytest.raises(RuntimeError, match=r"size of tensor a \(24\) must match the size of tensor b \(5\)"):
         outcome(lambda x: x * torch.randn(2, 8, 5))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.cos().transpose(1, 2).contiguous().transpose(1, 2) * x,
+        lambda x: F.gelu(input=x),
+        lambda x: torch.roll(input=x, shifts=1, dims=1),
+        lambda x: torch.flatten(input=x, start_dim=1),
+    ],
+    ids=["layout-of-the-first", "gelu", "roll", "flatten"],
+)
+def test_a_followed_function_gives_what_it_gives_else(function):
+    z = torch.randn(2, 8, WIDTH, requires_grad=True)
+    block = Block(function)
+    plain = block(z)
+    mark_outputs(block)
+    assert torch.equal(block(z), plain)
+    assert block(z).stride() == plain.stride()
+
+
+def test_summands_may_be_written_to_and_outputs_stored(tmp_path):
+    shift = torch.randn(WIDTH)
+    y = outcome(lambda x: x + shift)
+    kept, origin = origin_of(y)
+    expected = y.detach().clone()
+    shift.zero_()
+    origin.add_user()
+    assert torch.equal(origin.compute(kept), expected)
+    y.sum().backward()
+    torch.save(y, tmp_path / "y.pt")
+    assert origin_of(torch.load(tmp_path / "y.pt", weights_only=False)) == ((), None)
+
+
+@pytest.mark.parametrize("is_disabled", [False, True])
+def test_second_derivatives_are_refused_and_not_lost(is_disabled):
+    model, x = adapted("timm-swiglu")
+    x.requires_grad_()
+    with model.model.disable_adapter() if is_disabled else nullcontext():
+        loss = (model(x) * torch.linspace(0, 1, WIDTH)).sum()
+        with pytest.raises(RuntimeError, match="create_graph=True: a backward pass here is not differentiable itself"):
+            torch.autograd.grad(loss, x, create_graph=True)
+
+
+def test_interrupted_blocks_end_too():
+    def interrupt(x):
+        raise KeyboardInterrupt
+
+    block = Block(interrupt)
+    mark_outputs(block, compress=True)
+    with pytest.raises(KeyboardInterrupt):
+        block(torch.randn(2, 8, WIDTH, requires_grad=True))
+    x = torch.randn(3, requires_grad=True)
+    assert origin_of(F.gelu(x)) == ((), None)
+    assert origin_of(outcome(MADE_AGAIN["windows"]))[1] is not None
+    assert origin_of(F.gelu(x)) == ((), None)
+    while (mode := _get_current_function_mode()) is not None:  # it stays, and does nothing
+        mode.__exit__(None, None, None)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at it
+def test_a_compiled_part_of_a_followed_block_is_left_to_the_compiler():
+    part = torch.compile(lambda x: F.gelu(x.view(16, WIDTH)) * 2, backend="eager", fullgraph=True)
+    z = torch.randn(2, 8, WIDTH, requires_grad=True)
+    block = Block(part)
+    plain = block(z)
+    mark_outputs(block)
+    assert torch.equal(block(z), plain)
+
+
+class Checkpointed(SwiGLU):
+    """A block that checkpoints a part of itself."""
+
+    __module__, __qualname__ = SwiGLU.__module__, SwiGLU.__qualname__
+
+    def __init__(self):
+        super().__init__(WIDTH, 2 * WIDTH)
+        self.own_norm = nn.LayerNorm(2 * WIDTH)
+
+    def forward(self, x):
+        gate = self.fc1_g(x)
+        rows = self.own_norm(gate).view(-1, gate.shape[-1])
+        part = checkpoint(lambda a, b: self.fc2(self.act(a) * b.view_as(a)), gate, rows, use_reentrant=False)
+        return part + self.fc2(F.silu(gate) * self.fc1_x(x))
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_a_part_of_a_followed_block_may_be_checkpointed(compress):
+    def train(**settings):
+        torch.manual_seed(0)
+        base = nn.Sequential(nn.Linear(WIDTH, WIDTH), Checkpointed())
+        targets = ["0", "fc1_g", "fc1_x", "fc2"]
+        model = get_peft_model(base, SnellaConfig(r=2, target_modules=targets, init_weights=False, **settings)).train()
+        model(torch.randn(3, 5, WIDTH)).sin().sum().backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    exact = train(recompute_inputs=False)
+    if compress:
+        assert 0 < relative_error(train(compress_activations=True), exact) < 0.05
+    else:
+        assert_same_bits(exact, train())
+
+
+@pytest.mark.parametrize("settings", [{}, {"compress_activations": True}], ids=["exact", "eight-bits"])
+@pytest.mark.parametrize("part", ["attn", "ff", "ff_context"])
+def test_a_followed_block_within_a_checkpointed_part_of_another_one(part, settings):
+    def train(is_checkpointed):
+        model, x = adapted("sd3", **settings)
+        for block in model.model.base_model.model.transformer_blocks if is_checkpointed else ():
+            module = getattr(block, part)
+            if module is not None:
+                module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+        model(x).square().sum().backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    plain, again = train(False), train(True)
+    assert relative_error(again, plain) < (0.05 if settings else 1e-6)
+
+
+def test_after_the_backward_pass_of_a_checkpointed_layer_nothing_is_held():
+    linear = get_peft_model(nn.Sequential(nn.Linear(WIDTH, 3)), SnellaConfig(r=2, target_modules=["0"])).train()
+    x = outcome(MADE_AGAIN["windows"])
+    origin = origin_of(x)[1]
+    y = checkpoint(linear, x, use_reentrant=False)
+    y.sum().backward()
+    assert origin._output is None
+    assert origin._source._output is None
+
+
+def heads_first(x):
+    return x.view(2, 8, 2, WIDTH // 2).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: F.scaled_dot_product_attention(*[heads_first(x)] * 3).transpose(1, 2).contiguous(),
+        lambda x: F.gelu(x.transpose(1, 2)).transpose(1, 2).contiguous(),
+    ],
+    ids=["attention", "gelu"],
+)
+def test_layouts_with_eight_bits_are_those_of_the_forward_pass(function):
+    block, linear = Block(lambda x: function(linear(x)).view(2, 8, WIDTH)), nn.Linear(WIDTH, WIDTH)
+    mark_outputs(block, compress=True)
+    y = block(torch.randn(2, 8, WIDTH, requires_grad=True))
+    kept, origin = origin_of(y)
+    origin.add_user()
+    again = origin.compute(kept)
+    assert again.stride() == y.stride()
+    torch.testing.assert_close(again, y, rtol=0, atol=0.05)
+    y.sum().backward()
 
 
 def test_outside_of_a_followed_block_nothing_is_followed():

@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from snella.ops.backends import Gradients, Merged, get_backend
-from snella.ops.origins import Origin
+from snella.ops.origins import Origin, once
 from snella.ops.spec import Factors, LayerOp, LazyWeight, LinearOp, Update, without_view
 
 NUM_FACTORS = len(Factors._fields)
@@ -151,7 +150,7 @@ class _AdaptedLayer(torch.autograd.Function):
         return without_view(y), thresholds
 
     @staticmethod
-    @once_differentiable
+    @once("impl='reference' of a kernel without distances is")
     def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
         of_x, (weight, effective, *rest) = saved[: ctx.num_of_x], saved[ctx.num_of_x :]
@@ -310,8 +309,9 @@ def _grad_weight(
         return call.op.grad_weight(grad_y, x, call.weight_shape)
     flat_y, flat_x = call.op.tokens_of(grad_y, x)
     if len(updates) != 1:
-        return call.op.grad_weight(flat_y, flat_x, call.weight_shape)
-    return get_backend(updates[0].spec.backend).grad_weight(updates[0].spec, merged[0], flat_y, flat_x)
+        return call.op.product(flat_y, flat_x)
+    backend = get_backend(updates[0].spec.backend)
+    return backend.grad_weight(updates[0].spec, merged[0], flat_y, flat_x, call.op.product)
 
 
 def _weight_and_gradients(

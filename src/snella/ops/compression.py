@@ -18,12 +18,14 @@ class Layout:
     """What an encoded tensor looked like.
 
     Args:
-        shape: Its shape.
+        shape: Its shape, axes in the order in which they lie in memory.
         dtype: Its dtype.
+        axes: Where each of its axes is in that order.
     """
 
     shape: torch.Size
     dtype: torch.dtype
+    axes: tuple[int, ...]
 
 
 def encode(z: Tensor) -> tuple[Tensor, Layout]:
@@ -32,13 +34,15 @@ def encode(z: Tensor) -> tuple[Tensor, Layout]:
         q_i = round(z_i / s),   s = max |z| / 127 over its group of 64;   |s·q_i − z_i| ≤ s/2
 
     Args:
-        z: Floating-point numbers, of any shape.
+        z: Floating-point numbers, of any shape; neighbors are those in memory.
 
     Returns:
         Codes, and behind them the scales in float32: one byte an entry and a sixteenth, uint8 `[17/16 · entries]` where
         the last group is whole; and what `decode` needs to know.
     """
-    flat = z.detach().reshape(-1)
+    order = sorted(range(z.ndim), key=z.stride, reverse=True)
+    in_memory = z.detach().permute(order)
+    flat = in_memory.reshape(-1)
     missing = -len(flat) % GROUP
     groups = (pad(flat, (0, missing)) if missing else flat).view(-1, GROUP)
     encoded = torch.empty(groups.numel() + 4 * len(groups), dtype=torch.uint8, device=z.device)
@@ -46,14 +50,14 @@ def encode(z: Tensor) -> tuple[Tensor, Layout]:
     torch.div(groups.abs().amax(1, keepdim=True).float(), _LEVELS, out=scales)
     # a group of zeros has no inverse, and stays one of zeros
     codes.copy_((groups * scales.clamp(min=torch.finfo(torch.float32).tiny).reciprocal_()).round_())
-    return encoded, Layout(z.shape, z.dtype)
+    return encoded, Layout(in_memory.shape, z.dtype, tuple([order.index(axis) for axis in range(z.ndim)]))
 
 
 def decode(encoded: Tensor, layout: Layout) -> Tensor:
-    """The tensor that `encode` rounded, in its shape and dtype, contiguous."""
+    """The tensor that `encode` rounded, in its shape and dtype; its axes lie in memory in the same order."""
     codes, scales = _parts(encoded)
     flat = codes.float().mul_(scales).to(layout.dtype).view(-1)
-    return flat[: layout.shape.numel()].view(layout.shape)
+    return flat[: layout.shape.numel()].view(layout.shape).permute(layout.axes)
 
 
 def _parts(encoded: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Any, cast
 
 import torch
@@ -20,11 +20,11 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from snella.ops.compression import Layout, decode, encode
 
-ORIGIN_ATTRIBUTE = "_snella_origin"
+_ATTRIBUTE = "_snella_origin"
 
 
 class Origin(ABC):
-    """How a tensor is computed again from what is kept in its place. Holds no tensor of the forward pass.
+    """How a tensor is computed again from what is kept in its place.
 
     Args:
         device_type: Of the tensor.
@@ -38,12 +38,17 @@ class Origin(ABC):
         if torch.amp.is_autocast_available(device_type):
             is_enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
             self._autocast = partial(torch.autocast, device_type, dtype, enabled=is_enabled)
-        self._users = 0
+        self._users, self._task = 0, torch._C._current_graph_task_id()
         self._output: Tensor | None = None
 
-    def add_user(self) -> None:
-        """Tell that one more backward pass will ask for the tensor."""
-        self._users += 1
+    def add_user(self) -> bool:
+        """Tell that one more backward pass will ask for the tensor; whether it is the first one.
+
+        Activation checkpointing runs a part of a model again, whose backward pass is the one that was told of already.
+        """
+        if torch._C._current_graph_task_id() == self._task:
+            self._users += 1
+        return self._users == 1
 
     def compute(self, kept: Sequence[Tensor]) -> Tensor:
         """The tensor, without gradient; users after the first share what that one computed.
@@ -79,8 +84,7 @@ class Output(Origin):
         function: Gives the output.
         device_type: Of the inputs.
         module: Whose output it is, in the state that it is in; `None` for a function without state.
-        layouts: Of each input that is kept encoded, else `None`.
-        learns: Which of them ask for a gradient; looked at where one is kept encoded.
+        layouts: Of each input that asks for a gradient and is kept encoded, else `None`.
     """
 
     def __init__(
@@ -90,12 +94,11 @@ class Output(Origin):
         *,
         module: nn.Module | None = None,
         layouts: Sequence[Layout | None] = (None,),
-        learns: Sequence[bool] = (),
     ) -> None:
         super().__init__(device_type)
         self._function, self._module = function, module
         self._state = self._current_state()
-        self._layouts, self._learns = layouts, learns
+        self._layouts = layouts
         self.is_rounded = any(layout is not None for layout in layouts)
         self._graph: tuple[list[Tensor], GradientEdge] | None = None
 
@@ -128,8 +131,9 @@ class Output(Origin):
 
     def _record(self, kept: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
         """The inputs that ask for a gradient, and the output, of a graph."""
-        inputs = [_decoded(one, layout) for one, layout in zip(kept, self._layouts, strict=True)]
-        learning = [z.requires_grad_() for z, learns in zip(inputs, self._learns, strict=True) if learns]
+        pairs = list(zip(kept, self._layouts, strict=True))
+        inputs = [one if layout is None else decode(one, layout).requires_grad_() for one, layout in pairs]
+        learning = [z for z, layout in zip(inputs, self._layouts, strict=True) if layout is not None]
         return learning, self._run_function(inputs, with_graph=True)
 
     def _run_function(self, inputs: Sequence[Tensor], with_graph: bool = False) -> Tensor:
@@ -165,11 +169,12 @@ class Derived(Origin):
         self._function, self._source, self._has_second, self._layout = function, source, has_second, layout
         self.is_rounded = source.is_rounded
 
-    def add_user(self) -> None:
+    def add_user(self) -> bool:
         """Tell that one more backward pass will ask for the tensor; the first of them uses the source."""
-        if self._users == 0:
+        is_first = super().add_user()
+        if is_first:
             self._source.add_user()
-        super().add_user()
+        return is_first
 
     def _run(self, kept: Sequence[Tensor]) -> Tensor:
         of_first, second = (kept[:-1], kept[-1:]) if self._has_second else (kept, ())
@@ -193,16 +198,28 @@ class Mark:
     @staticmethod
     def put(x: Tensor, kept: tuple[Tensor, ...], origin: Origin) -> Tensor:
         """Mark a tensor, and return it."""
-        setattr(x, ORIGIN_ATTRIBUTE, Mark(kept, origin, _versions(x, kept)))
+        setattr(x, _ATTRIBUTE, Mark(kept, origin, _versions(x, kept)))
         return x
 
     @staticmethod
     def on(x: object) -> Mark | None:
         """The mark of a tensor; `None` where there is none, or something was written to since."""
-        mark: Mark | None = getattr(x, ORIGIN_ATTRIBUTE, None)
+        mark: Mark | None = getattr(x, _ATTRIBUTE, None)
         if mark is None or not isinstance(x, Tensor) or _versions(x, mark.kept) != mark.versions:
             return None
         return mark
+
+    def detached(self) -> tuple[Tensor, ...]:
+        """What is kept, apart from the graph."""
+        return tuple([tensor.detach() for tensor in self.kept])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Nothing of it is stored with a tensor."""
+        return _no_mark, ()
+
+
+def _no_mark() -> None:
+    """What a stored mark is loaded as."""
 
 
 def _versions(x: Tensor, kept: tuple[Tensor, ...]) -> tuple[int, ...]:
@@ -216,7 +233,25 @@ def origin_of(x: Tensor) -> tuple[tuple[Tensor, ...], Origin | None]:
     A view of a marked tensor that nobody marked, or one that was written to since, is another tensor.
     """
     mark = Mark.on(x) if torch.is_grad_enabled() else None
-    return ((), None) if mark is None else (tuple([tensor.detach() for tensor in mark.kept]), mark.origin)
+    return ((), None) if mark is None else (mark.detached(), mark.origin)
+
+
+def once(hint: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A backward pass that is not differentiable itself, and says so with a way out where that is asked for.
+
+    torch's `once_differentiable` says it only where a gradient passes through, and is silent where it is lost.
+    """
+
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(backward)
+        def checked(ctx: Any, *grads: Any) -> Any:
+            if torch.is_grad_enabled():
+                raise RuntimeError(f"create_graph=True: a backward pass here is not differentiable itself; {hint}")
+            return once_differentiable(backward)(ctx, *grads)
+
+        return checked
+
+    return decorate
 
 
 def keep_rounded(
@@ -230,14 +265,13 @@ def keep_rounded(
         function: Computes it again.
         module: As `Output` takes it.
     """
-    learns = [z.requires_grad for z in inputs]
     pairs = [encode(z) if z.requires_grad else (z.detach(), None) for z in inputs]
     kept, layouts = tuple([pair[0] for pair in pairs]), [pair[1] for pair in pairs]
-    origin = Output(function, output.device.type, module=module, layouts=layouts, learns=learns)
+    origin = Output(function, output.device.type, module=module, layouts=layouts)
     return Mark.put(cast(Tensor, _RoundedInputs.apply(origin, kept, [output], *inputs)), kept, origin)
 
 
-def multiply(first: Tensor, mark: Mark, second: Tensor) -> Tensor:
+def multiply(first: Tensor, mark: Mark, second: Tensor, *, is_swapped: bool = False) -> Tensor:
     """`first ⊙ second`, marked, of a marked first factor: kept are what that is computed from, and the second.
 
     A second factor whose gradient is asked for is kept in eight bits where the first is computed from such.
@@ -246,17 +280,23 @@ def multiply(first: Tensor, mark: Mark, second: Tensor) -> Tensor:
         first: The first factor.
         mark: Its mark.
         second: Of the same shape, or broadcast to it.
+        is_swapped: Whether the second stands first, whose layout in memory a product takes.
     """
-    kept, source = tuple([tensor.detach() for tensor in mark.kept]), mark.origin
+    kept, source = mark.detached(), mark.origin
+    product = _swapped_product if is_swapped else torch.mul
     layout, other = None, second.detach()
     if source.is_rounded and second.requires_grad and second.shape == first.shape:
         other, layout = encode(second)
-    origin = Derived(torch.mul, first.device.type, source, has_second=True, layout=layout)
+    origin = Derived(product, first.device.type, source, has_second=True, layout=layout)
     if second.requires_grad:
-        product = cast(Tensor, _Product.apply(first, second, source, layout, (*kept, other)))
+        output = cast(Tensor, _Product.apply(first, second, source, layout, (*kept, other), product))
     else:
-        product = first * second
-    return Mark.put(product, (*kept, other), origin)
+        output = product(first, second)
+    return Mark.put(output, (*kept, other), origin)
+
+
+def _swapped_product(first: Tensor, second: Tensor) -> Tensor:
+    return second * first
 
 
 class _RoundedInputs(torch.autograd.Function):
@@ -269,7 +309,7 @@ class _RoundedInputs(torch.autograd.Function):
         return output.pop()
 
     @staticmethod
-    @once_differentiable
+    @once("compress_activations=False keeps activations as they are")
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         grads = ctx.origin.grad_inputs(ctx.saved_tensors, grad_output)
         return None, None, None, *[next(grads) if is_needed else None for is_needed in ctx.needs_input_grad[3:]]
@@ -280,19 +320,25 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, first: Tensor, second: Tensor, origin: Origin, layout: Layout | None, kept: tuple[Tensor, ...]
+        ctx: Any,
+        first: Tensor,
+        second: Tensor,
+        origin: Origin,
+        layout: Layout | None,
+        kept: tuple[Tensor, ...],
+        product: Callable[[Tensor, Tensor], Tensor],
     ) -> Tensor:
         origin.add_user()
         ctx.save_for_backward(*kept)
         ctx.origin, ctx.layout, ctx.second_shape = origin, layout, second.shape
-        return first * second
+        return product(first, second)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    @once("recompute_inputs=False leaves products to autograd")
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         *of_first, second = ctx.saved_tensors
         grad_second = (grad * ctx.origin.compute(of_first)).sum_to_size(ctx.second_shape)
-        return grad * _decoded(second, ctx.layout), grad_second, None, None, None
+        return grad * _decoded(second, ctx.layout), grad_second, None, None, None, None
 
 
-__all__ = ["ORIGIN_ATTRIBUTE", "Derived", "Mark", "Origin", "Output", "keep_rounded", "multiply", "origin_of"]
+__all__ = ["Derived", "Mark", "Origin", "Output", "keep_rounded", "multiply", "once", "origin_of"]

@@ -11,20 +11,23 @@ those at inputs that are rounded.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from snella.ops.origins import Derived, Mark, Output, keep_rounded, multiply
 
 _SOURCE_ATTRIBUTE = "_snella_source"
+_c_autograd: Any = torch._C._autograd
 
 # each is deterministic and keeps its input for its own backward pass (ReLU and the like keep their output instead)
 _TORCH = (
@@ -78,7 +81,7 @@ def can_follow(module: nn.Module, *, compress: bool = False) -> bool:
     """Whether what a module does to the outputs of its parts is followed: a known class, where less is kept by it.
 
     Blocks of Swin and of SAM's encoder, gated MLPs, diffusers' transformer blocks, modulations and activations; with
-    `compress` attention of timm and transformers too.
+    `compress` attention of timm and transformers too, as that of the other blocks is compressed then.
     """
     kind = type(module)
     name, package = kind.__qualname__, kind.__module__
@@ -193,35 +196,58 @@ class _Following(TorchFunctionMode):
     Args:
         module: The block in which it is active.
         compress: Whether attention, and activations that are called as functions, keep their inputs in eight bits.
+        caller: The frame that runs the block.
+        outer: What was active before, if anything.
     """
 
-    def __init__(self, module: nn.Module, compress: bool) -> None:
+    def __init__(self, module: nn.Module, compress: bool, caller: FrameType, outer: _Following | None) -> None:
         super().__init__()
-        self.module, self.compress = module, compress
+        self.module, self.compress, self.outer = module, compress, outer
+        self._caller, self._hooks = caller, _saved_tensors_hooks()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call a function, and mark its output where that can be computed again."""
         kwargs = kwargs or {}
-        output = None
-        if func in _FOLLOWED and torch.is_grad_enabled():
-            if func is F.scaled_dot_product_attention:
-                output = _attend(*args, **kwargs) if self.compress else None
-            elif func in _ACTIVATIONS:
-                output = _activate(func, *args, compress=self.compress, **kwargs)
-            elif func in _MOVEMENTS:
-                output = _move(func, *args, **kwargs)
-            elif len(args) == 2 and not kwargs:
-                output = _combine(func, *args)
+        handler = None if torch.compiler.is_compiling() else _HANDLERS.get(func)
+        is_marking = handler and args and torch.is_grad_enabled() and self is _active_mode()
+        output = handler(func, args, kwargs, self.compress) if handler and is_marking else None
         return func(*args, **kwargs) if output is None else output
 
+    def is_running(self) -> bool:
+        """Whether the block is; Ctrl-C, which is no `Exception`, ends it without its forward hook."""
+        try:
+            self._caller.clear()  # refused while it runs
+        except RuntimeError:
+            return True
+        return False
 
-def _activate(function: Callable[..., Tensor], z: Any, *args: Any, compress: bool, **kwargs: Any) -> Tensor | None:
+    def is_recorded(self) -> bool:
+        """Whether autograd itself records what runs; a part under activation checkpointing runs again without us."""
+        return _saved_tensors_hooks() == self._hooks
+
+
+def _active_mode() -> _Following | None:
+    """The one whose block is running and recorded."""
+    mode: _Following | None = getattr(_active, "mode", None)
+    if mode is not None and not mode.is_running():
+        mode = _active.mode = None
+    return mode if mode is not None and mode.is_recorded() else None
+
+
+def _saved_tensors_hooks() -> Any:
+    return _c_autograd._top_saved_tensors_default_hooks(False)
+
+
+def _activate(
+    function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], compress: bool
+) -> Tensor | None:
     """The marked output of an activation, or `None` where it is not marked."""
-    if type(z) is not Tensor or not z.requires_grad or z.is_inference() or True in (*args, *kwargs.values()):
+    z, *rest = args
+    if type(z) is not Tensor or not z.requires_grad or z.is_inference() or True in (*rest, *kwargs.values()):
         return None  # True: in place
 
     def run(z: Tensor) -> Tensor:
-        return function(z, *args, **kwargs)
+        return function(z, *rest, **kwargs)
 
     if compress:
         return keep_rounded([z], run(z.detach()), run)
@@ -229,17 +255,22 @@ def _activate(function: Callable[..., Tensor], z: Any, *args: Any, compress: boo
 
 
 def _attend(
-    query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, *args: Any, **kwargs: Any
+    function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], compress: bool
 ) -> Tensor | None:
     """Attention that keeps queries, keys and values in eight bits, or `None` where it has to keep more."""
-    inputs = [query, key, value, *([] if attn_mask is None else [attn_mask])]
-    if dropout_p or any(type(z) is not Tensor or z.is_inference() for z in inputs):
+    if not compress or len(args) < 3 or not _c_autograd._saved_tensors_hooks_is_enabled():
         return None
-    if not query.requires_grad or any(mask.requires_grad for mask in inputs[3:]):
+    query, key, value, *rest = args
+    options = dict(zip(("attn_mask", "dropout_p", "is_causal"), rest, strict=False)) | kwargs
+    mask = options.pop("attn_mask", None)
+    inputs = [query, key, value, *([] if mask is None else [mask])]
+    if options.get("dropout_p") or any(type(z) is not Tensor or z.is_inference() for z in inputs):
+        return None
+    if not query.requires_grad or (mask is not None and mask.requires_grad):
         return None
 
     def run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        return F.scaled_dot_product_attention(query, key, value, mask, 0.0, *args, **kwargs)
+        return function(query, key, value, mask, **options)
 
     # with a graph, for which nothing is kept: without one another of torch's kernels may compute it
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda kept: kept):
@@ -247,25 +278,33 @@ def _attend(
     return keep_rounded(inputs, output.detach(), run)
 
 
-def _move(function: Callable[..., Tensor], x: Any, *args: Any, **kwargs: Any) -> Tensor | None:
+def _move(
+    function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], compress: bool
+) -> Tensor | None:
     """A marked tensor with its entries elsewhere, or `None` where it is not marked."""
+    x, *rest = args
     mark = Mark.on(x)
     if mark is None:
         return None
 
     def run(x: Tensor) -> Tensor:
-        return function(x, *args, **kwargs)
+        return function(x, *rest, **kwargs)
 
     output = run(x)
     return output if output is x else Mark.put(output, mark.kept, Derived(run, x.device.type, mark.origin))
 
 
-def _combine(function: Callable[..., Tensor], *args: Any) -> Tensor | None:
+def _combine(
+    function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], compress: bool
+) -> Tensor | None:
     """Product or sum of a marked tensor with a number, product with a tensor, sum with a small one; `None` for others.
 
     A product keeps its other factor anyway. A sum keeps nothing, so that a summand of its size would save nothing.
     """
-    x, other = args if Mark.on(args[0]) is not None else args[::-1]
+    if len(args) != 2 or kwargs:
+        return None
+    is_swapped = Mark.on(args[0]) is None
+    x, other = args[::-1] if is_swapped else args
     mark = Mark.on(x)
     if mark is None:
         return None
@@ -279,31 +318,32 @@ def _combine(function: Callable[..., Tensor], *args: Any) -> Tensor | None:
     if other.ndim > x.ndim or any(mine not in (1, theirs) for mine, theirs in axes):
         return None
     if is_product:
-        return multiply(x, mark, other)
+        return multiply(x, mark, other, is_swapped=is_swapped)
     if _SMALL * other.numel() > x.numel():
         return None
+    # a copy, since a sum does not mind what becomes of its summands
     origin = Derived(torch.add, device_type, mark.origin, has_second=True)
-    return Mark.put(x + other, (*mark.kept, other.detach()), origin)
+    return Mark.put(x + other, (*mark.kept, other.detach().clone()), origin)
 
 
 _SMALL = 8  # a summand that is kept in the place of a sum is at least so many times smaller
-_ACTIVATIONS = {F.gelu, F.silu}
-_MOVEMENTS = {
-    *(torch.roll, torch.reshape, torch.permute, torch.transpose, torch.flatten, F.pad, Tensor.contiguous),
-    *(Tensor.roll, Tensor.view, Tensor.reshape, Tensor.permute, Tensor.transpose, Tensor.flatten, Tensor.unflatten),
-}
 _PRODUCTS = {torch.mul, Tensor.mul, Tensor.__rmul__}
-_FOLLOWED = {
-    *(*_ACTIVATIONS, *_MOVEMENTS, *_PRODUCTS),
-    *(torch.add, Tensor.add, Tensor.__radd__, F.scaled_dot_product_attention),
+_HANDLERS: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any], bool], Tensor | None]] = {
+    F.scaled_dot_product_attention: _attend,
+    **dict.fromkeys((F.gelu, F.silu), _activate),
+    **dict.fromkeys((torch.roll, torch.reshape, torch.permute, torch.transpose, torch.flatten, F.pad), _move),
+    **dict.fromkeys((Tensor.roll, Tensor.view, Tensor.reshape, Tensor.permute, Tensor.transpose), _move),
+    **dict.fromkeys((Tensor.contiguous, Tensor.flatten, Tensor.unflatten), _move),
+    **dict.fromkeys((*_PRODUCTS, torch.add, Tensor.add, Tensor.__radd__), _combine),
 }
 _active = threading.local()
 
 
 def _start_following(module: nn.Module, args: tuple[Any, ...], compress: bool = False) -> None:
     """Forward pre-hook: follow what the module does; one inside of it is followed already."""
-    if _is_recorded() and getattr(_active, "mode", None) is None:
-        _active.mode = _Following(module, compress)
+    if _is_recorded() and _active_mode() is None:
+        caller = sys._getframe(2 if compress else 1)
+        _active.mode = _Following(module, compress, caller, getattr(_active, "mode", None))
         _active.mode.__enter__()
 
 
@@ -313,13 +353,14 @@ def _start_compressing(module: nn.Module, args: tuple[Any, ...]) -> None:
 
 
 def _stop_following(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """Forward hook, called after an exception too: the end of it."""
+    """Forward hook, called after an `Exception` too: the end of it."""
     if torch.compiler.is_compiling():
         return
     mode: _Following | None = getattr(_active, "mode", None)
     if mode is not None and mode.module is module:
-        _active.mode = None
-        mode.__exit__(None, None, None)
+        _active.mode = mode.outer
+        if _get_current_function_mode() is mode:
+            mode.__exit__(None, None, None)
 
 
 __all__ = ["can_follow", "can_recompute", "mark_outputs", "unmark_outputs"]

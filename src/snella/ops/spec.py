@@ -185,7 +185,7 @@ class LinearOp:
     Args:
         token_share: Share of the tokens from which the gradient of an update is estimated, see `sample_tokens`; 1 is
             all of them. Every other gradient is exact.
-        is_rounded: Whether that gradient is a product of numbers rounded to bfloat16.
+        is_rounded: Whether that gradient is a product in bfloat16.
     """
 
     token_share: float = 1.0
@@ -203,9 +203,13 @@ class LinearOp:
     def tokens_of(self, grad_y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """∂L/∂y `[k, m]` and `x` `[k, n]`, whose product is the gradient of an update or its estimate."""
         grad_y, x = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
-        if self.token_share != 1:
-            grad_y, x = sample_tokens(grad_y, x, self.token_share)
-        return (grad_y.to(torch.bfloat16), x.to(torch.bfloat16)) if self.is_rounded else (grad_y, x)
+        return (grad_y, x) if self.token_share == 1 else sample_tokens(grad_y, x, self.token_share)
+
+    def product(self, grad_y: Tensor, x: Tensor) -> Tensor:
+        """`∂L/∂yᵀ x` of `tokens_of`, in bfloat16 where they are rounded to it."""
+        if self.is_rounded:
+            grad_y, x = grad_y.to(torch.bfloat16), x.to(torch.bfloat16)
+        return grad_y.T @ x
 
     def grad_bias(self, grad_y: Tensor) -> Tensor:  # noqa: D102
         return grad_y.reshape(-1, grad_y.shape[-1]).sum(0)
@@ -298,7 +302,7 @@ class WeightOp:
 def layer_op_from_ints(ints: Sequence[int]) -> LayerOp:
     """The op that `LinearOp.to_ints` or `Conv2dOp.to_ints` packed."""
     if len(ints) <= 3:
-        return LinearOp(ints[0] / ints[1], *map(bool, ints[2:])) if ints else LinearOp()
+        return LinearOp(ints[0] / ints[1], bool(ints[2])) if ints else LinearOp()
     return Conv2dOp(tuple(ints[:2]), tuple(ints[2:4]), tuple(ints[4:6]), ints[6])
 
 

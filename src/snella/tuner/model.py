@@ -270,14 +270,13 @@ class SnellaModel(BaseTuner):
         layer = next((m for m in model.modules() if isinstance(m, SnellaLayer) and adapter_name in m.snella_A), None)
         if layer is not None and not layer.snella_A[adapter_name].is_meta:
             logger.info("adapter %r: impl=%r is %s", adapter_name, config.impl, layer.backend(adapter_name))
-        if config.weight_gradient == "bfloat16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            device = "cpu" if layer is None else layer.snella_A[adapter_name].device.type
-            if device == "cpu":
-                warnings.warn(
-                    "this processor multiplies no bfloat16 numbers, so that weight_gradient='bfloat16' makes a step "
-                    "longer; 'exact' is the quicker one here",
-                    stacklevel=2,
-                )
+        is_on_cpu = layer is not None and layer.snella_A[adapter_name].device.type == "cpu"
+        if config.weight_gradient == "bfloat16" and is_on_cpu and not _multiplies_bfloat16():
+            warnings.warn(
+                "this processor multiplies no bfloat16 numbers, so that weight_gradient='bfloat16' makes a step "
+                "longer; 'exact' is the quicker one here",
+                stacklevel=2,
+            )
         if not config.inference_mode:
             self._check_after_first_step(adapter_name)
             config.watch.note_statistics(model)
@@ -555,3 +554,8 @@ def _matches(targets: set[str] | str, name: str) -> bool:
     if isinstance(targets, str):
         return matches_expression(targets, name)
     return name in targets or any(name.endswith(f".{target}") for target in targets)
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether this processor's library has products of bfloat16 numbers."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

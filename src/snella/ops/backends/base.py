@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -14,6 +15,10 @@ from snella.ops.spec import Factors, UpdateSpec
 
 Gradients: TypeAlias = tuple[Tensor | None, ...]
 """Gradients in the order of `Factors`; zero for what belongs to a matrix without budget."""
+
+
+Product: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""`∂L/∂yᵀ x` of tokens `[k, m]` and `[k, n]`."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,7 @@ class Backend(ABC):
         `fused_add_in_backward`.
         """
 
-    def grad_weight(self, spec: UpdateSpec, merged: Merged, grad_y: Tensor, x: Tensor) -> Tensor:
+    def grad_weight(self, spec: UpdateSpec, merged: Merged, grad_y: Tensor, x: Tensor, product: Product) -> Tensor:
         """∂L/∂W `[m, n]` of a linear layer where `S` is not zero; elsewhere it may be zero, as nobody reads it.
 
         Args:
@@ -124,13 +129,14 @@ class Backend(ABC):
             merged: Its matrices. One without budget needs no product.
             grad_y: ∂L/∂y, `[tokens, m]`.
             x: `[tokens, n]`, in the dtype of `grad_y`.
+            product: Of both, where whole products are formed.
         """
         if all(merged.budgets):
-            return grad_y.T @ x
+            return product(grad_y, x)
         result = _zeros_wide(grad_y, x)
         for rows, budget in zip(spec.rows, merged.budgets, strict=True):
             if budget:
-                result[rows] = grad_y[:, rows].T @ x
+                result[rows] = product(grad_y[:, rows], x)
         return result
 
 

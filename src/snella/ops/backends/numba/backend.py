@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from snella.ops.backends.base import Backend, Gradients, MergeCache, Merged
+from snella.ops.backends.base import Backend, Gradients, MergeCache, Merged, Product
 from snella.ops.backends.numba import backward, forward
 from snella.ops.kernels import MixK, NormalizedRBF, PLinear
 from snella.ops.sparsify import KEEPS_EVERYTHING
@@ -158,17 +158,19 @@ class NumbaBackend(Backend):
         pairs = zip(grads, merged.factors, strict=True)
         return tuple([None if wide is None or one is None else wide.to(one.dtype) for wide, one in pairs])
 
-    def grad_weight(self, spec: UpdateSpec, merged: Merged, grad_y: Tensor, x: Tensor) -> Tensor:  # noqa: D102
+    def grad_weight(  # noqa: D102
+        self, spec: UpdateSpec, merged: Merged, grad_y: Tensor, x: Tensor, product: Product
+    ) -> Tensor:
         n, rows = x.shape[1], spec.row_counts
         sparse = [use_sddmm(spec, budget, m * n) for budget, m in zip(merged.budgets, rows, strict=True)]
         if not any(sparse):
-            return super().grad_weight(spec, merged, grad_y, x)
+            return super().grad_weight(spec, merged, grad_y, x, product)
         result = torch.zeros(spec.num_rows, n, dtype=torch.promote_types(x.dtype, torch.float32))
         for own, matrix, budget, is_sparse in zip(spec.rows, merged.workspace, merged.budgets, sparse, strict=True):
             if is_sparse:
                 sddmm_weight_grad(matrix, budget, grad_y[:, own], x, result[own])
             elif budget:
-                result[own] = grad_y[:, own].T @ x
+                result[own] = product(grad_y[:, own], x)
         return result
 
 
