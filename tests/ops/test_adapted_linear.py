@@ -256,9 +256,8 @@ def test_double_backward_is_refused(cache_delta):
     problem = make_problem()
     A = problem.tensors["A"].requires_grad_()
     y = problem.forward(problem.tensors, "eager", cache_delta)
-    (grad,) = torch.autograd.grad(y.square().sum(), A, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"differentiate twice a function .* @once_differentiable"):
-        grad.sum().backward()
+    with pytest.raises(RuntimeError, match=r"create_graph=True: .* is not differentiable itself; impl='reference'"):
+        torch.autograd.grad(y.square().sum(), A, create_graph=True)
 
 
 def test_changing_a_factor_between_forward_and_backward_is_refused():

@@ -12,7 +12,7 @@ from snella.ops.autograd import LayerCall, RecomputeCache, add_updates, apply_up
 from snella.ops.backends import choose_backend, get_backend
 from snella.ops.backends.base import MergeCache
 from snella.ops.kernels import make_kernel
-from snella.ops.origins import origin_of
+from snella.ops.origins import ORIGIN_ATTRIBUTE, origin_of
 from snella.ops.sparsify import SparsifyMode, sparsify
 from snella.ops.spec import Factors, LayerOp, LazyWeight, LinearOp, Update, UpdateSpec
 
@@ -62,7 +62,7 @@ def adapted_layer(
             weight_shape = torch.Size((updates[0].factors.B.shape[0], updates[0].factors.A.shape[1]))
         else:
             weight_shape = weight.shape
-    kept, origin = origin_of(x)
+    kept, origin = origin_of(x) if hasattr(x, ORIGIN_ATTRIBUTE) else ((), None)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     elif isinstance(weight, Tensor):

@@ -20,7 +20,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from snella.ops.compression import Layout, decode, encode
 
-_ATTRIBUTE = "_snella_origin"
+ORIGIN_ATTRIBUTE = "_snella_origin"
 
 
 class Origin(ABC):
@@ -198,13 +198,13 @@ class Mark:
     @staticmethod
     def put(x: Tensor, kept: tuple[Tensor, ...], origin: Origin) -> Tensor:
         """Mark a tensor, and return it."""
-        setattr(x, _ATTRIBUTE, Mark(kept, origin, _versions(x, kept)))
+        setattr(x, ORIGIN_ATTRIBUTE, Mark(kept, origin, _versions(x, kept)))
         return x
 
     @staticmethod
     def on(x: object) -> Mark | None:
         """The mark of a tensor; `None` where there is none, or something was written to since."""
-        mark: Mark | None = getattr(x, _ATTRIBUTE, None)
+        mark: Mark | None = getattr(x, ORIGIN_ATTRIBUTE, None)
         if mark is None or not isinstance(x, Tensor) or _versions(x, mark.kept) != mark.versions:
             return None
         return mark
@@ -341,4 +341,4 @@ class _Product(torch.autograd.Function):
         return grad * _decoded(second, ctx.layout), grad_second, None, None, None, None
 
 
-__all__ = ["Derived", "Mark", "Origin", "Output", "keep_rounded", "multiply", "once", "origin_of"]
+__all__ = ["ORIGIN_ATTRIBUTE", "Derived", "Mark", "Origin", "Output", "keep_rounded", "multiply", "once", "origin_of"]
