@@ -237,7 +237,7 @@ def origin_of(x: Tensor) -> tuple[tuple[Tensor, ...], Origin | None]:
 
 
 def once(hint: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A backward pass that is not differentiable itself, and says so with a way out where that is asked for.
+    """A backward pass that is not differentiable itself, and says so, and what to set, where that is asked for.
 
     torch's `once_differentiable` says it only where a gradient passes through, and is silent where it is lost.
     """
