@@ -69,6 +69,7 @@ def test_torchs_generator_is_left_as_it_was():
     assert torch.equal(torch.rand(3), expected)
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")  # on one core
 @pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_give_what_the_main_process_gives(context):
     data = noise(transform=CROP, seed=1)
