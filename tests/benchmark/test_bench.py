@@ -24,6 +24,7 @@ QUIET = Console(quiet=True)
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning")
 
 
+@pytest.mark.filterwarnings("ignore:this processor multiplies no bfloat16 numbers")
 @pytest.mark.parametrize("name", [name for name in BASELINES if "compiled" not in name and "triton" not in name])
 def test_every_contender_takes_a_step(name):
     runner, (images, labels) = Runner(name, TINY), random_batch(TINY, 2)

@@ -1,5 +1,6 @@
 """What becomes of a normalization's or an activation's output on its way to an adapted layer is computed again too."""
 
+import weakref
 from contextlib import nullcontext
 from functools import partial
 
@@ -7,6 +8,7 @@ import pytest
 import timm
 import torch
 from diffusers import SD3Transformer2DModel
+from diffusers.models.attention import FeedForward
 from peft import get_peft_model
 from timm.layers import GluMlp, SwiGLU
 from torch import nn
@@ -22,6 +24,8 @@ from transformers import (
     SamModel,
     SwinConfig,
     SwinForImageClassification,
+    VitDetConfig,
+    VitDetModel,
 )
 
 from snella import SnellaConfig
@@ -87,6 +91,17 @@ def sam():
     return base, lambda model, x: model(x).last_hidden_state, torch.randn(2, 3, 64, 64)
 
 
+def vitdet():
+    shape = dict(hidden_size=64, num_hidden_layers=4, num_attention_heads=2, image_size=64, pretrain_image_size=64)
+    base = VitDetModel(VitDetConfig(patch_size=8, window_size=3, window_block_indices=[0, 1, 2], **shape))
+    return base, lambda model, x: model(x).last_hidden_state, torch.randn(2, 3, 64, 64)
+
+
+def geglu():
+    base = nn.Sequential(nn.Linear(WIDTH, WIDTH), FeedForward(WIDTH, activation_fn="geglu"))
+    return base, lambda model, x: model(x), torch.randn(16, 16, WIDTH)
+
+
 def sd3():
     base = SD3Transformer2DModel(
         sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
@@ -111,6 +126,8 @@ MODELS = {
     "timm-swin": (swin_of_timm, ["qkv", "proj", "fc1", "fc2"]),
     "transformers-swin": (swin_of_transformers, ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]),
     "sam": (sam, ["qkv", "proj", "lin1", "lin2"]),
+    "vitdet": (vitdet, ["qkv", "proj", "fc1", "fc2"]),
+    "geglu": (geglu, r"0|1\.net\.0\.proj|1\.net\.2"),
     "sd3": (sd3, r".*\.(to_q|to_k|to_v|to_out\.0|add_._proj|to_add_out|net\.0\.proj|net\.2)"),
 }
 
@@ -333,6 +350,17 @@ def test_gradients_of_a_product_are_autograd_s_own(shape):
         grads.append(torch.autograd.grad(block(z).sin().sum(), (z, second)))
     for mine, own in zip(*grads, strict=True):
         assert torch.equal(mine, own)
+
+
+@pytest.mark.parametrize("is_first", [False, True])
+def test_with_eight_bits_a_second_factor_is_held_by_nothing_else(is_first):
+    seconds = [torch.randn(2, 8, WIDTH, requires_grad=True) * 1]
+    held = weakref.ref(seconds[0])
+    block = Block(lambda x: seconds.pop() * F.gelu(x) if is_first else F.gelu(x) * seconds.pop())
+    mark_outputs(block, compress=True)
+    y = block(torch.randn(2, 8, WIDTH, requires_grad=True))
+    assert held() is None
+    y.sum().backward()
 
 
 def test_a_second_factor_that_was_written_to_is_torch_s_own_error():

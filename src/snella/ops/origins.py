@@ -46,8 +46,9 @@ class Origin(ABC):
 
         Activation checkpointing runs a part of a model again, whose backward pass is the one that was told of already.
         """
-        if torch._C._current_graph_task_id() == self._task:
-            self._users += 1
+        if torch._C._current_graph_task_id() != self._task:
+            return False
+        self._users += 1
         return self._users == 1
 
     def compute(self, kept: Sequence[Tensor]) -> Tensor:
@@ -243,11 +244,13 @@ def once(hint: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """
 
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        backward = once_differentiable(backward)
+
         @wraps(backward)
         def checked(ctx: Any, *grads: Any) -> Any:
             if torch.is_grad_enabled():
                 raise RuntimeError(f"create_graph=True: a backward pass here is not differentiable itself; {hint}")
-            return once_differentiable(backward)(ctx, *grads)
+            return backward(ctx, *grads)
 
         return checked
 
@@ -271,7 +274,7 @@ def keep_rounded(
     return Mark.put(cast(Tensor, _RoundedInputs.apply(origin, kept, [output], *inputs)), kept, origin)
 
 
-def multiply(first: Tensor, mark: Mark, second: Tensor, *, is_swapped: bool = False) -> Tensor:
+def multiply(first: Tensor, mark: Mark, second: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """`first ⊙ second`, marked, of a marked first factor: kept are what that is computed from, and the second.
 
     A second factor whose gradient is asked for is kept in eight bits where the first is computed from such.
@@ -280,10 +283,9 @@ def multiply(first: Tensor, mark: Mark, second: Tensor, *, is_swapped: bool = Fa
         first: The first factor.
         mark: Its mark.
         second: Of the same shape, or broadcast to it.
-        is_swapped: Whether the second stands first, whose layout in memory a product takes.
+        product: Computes it; the order of its factors decides how a product lies in memory.
     """
     kept, source = mark.detached(), mark.origin
-    product = _swapped_product if is_swapped else torch.mul
     layout, other = None, second.detach()
     if source.is_rounded and second.requires_grad and second.shape == first.shape:
         other, layout = encode(second)
@@ -293,10 +295,6 @@ def multiply(first: Tensor, mark: Mark, second: Tensor, *, is_swapped: bool = Fa
     else:
         output = product(first, second)
     return Mark.put(output, (*kept, other), origin)
-
-
-def _swapped_product(first: Tensor, second: Tensor) -> Tensor:
-    return second * first
 
 
 class _RoundedInputs(torch.autograd.Function):

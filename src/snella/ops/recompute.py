@@ -174,8 +174,8 @@ def _mark_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tenso
     """Forward hook: remember what the output was computed from, where it can be computed again to the same bits."""
     if not _is_recorded() or len(args) != 1 or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
         return None
-    run = partial(type(module).forward, module)
     source: Tensor | None = getattr(args[0], _SOURCE_ATTRIBUTE, None)
+    run = partial(type(module).forward, module)
     if source is not None:
         return keep_rounded([source], output, run, module)
     z = args[0]
@@ -207,10 +207,10 @@ class _Following(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call a function, and mark its output where that can be computed again."""
-        kwargs = kwargs or {}
+        kwargs, output = kwargs or {}, None
         handler = None if torch.compiler.is_compiling() else _HANDLERS.get(func)
-        is_marking = handler and args and torch.is_grad_enabled() and self is _active_mode()
-        output = handler(func, args, kwargs, self.compress) if handler and is_marking else None
+        if handler is not None and args and torch.is_grad_enabled() and self is _active_mode():
+            output = handler(func, args, kwargs, self.compress)
         return func(*args, **kwargs) if output is None else output
 
     def is_running(self) -> bool:
@@ -308,22 +308,26 @@ def _combine(
     mark = Mark.on(x)
     if mark is None:
         return None
+
+    def run(x: Tensor, other: Any) -> Tensor:
+        return function(other, x) if is_swapped else function(x, other)
+
     device_type, is_product = x.device.type, function in _PRODUCTS
     if isinstance(other, int | float):
-        run = partial(torch.mul if is_product else torch.add, other=other)
-        return Mark.put(run(x), mark.kept, Derived(run, device_type, mark.origin))
+        with_number = partial(run, other=other)
+        return Mark.put(with_number(x), mark.kept, Derived(with_number, device_type, mark.origin))
     if type(other) is not Tensor or (other.dtype, other.device) != (x.dtype, x.device) or other.is_inference():
         return None
     axes = zip(reversed(other.shape), reversed(x.shape), strict=False)
     if other.ndim > x.ndim or any(mine not in (1, theirs) for mine, theirs in axes):
         return None
     if is_product:
-        return multiply(x, mark, other, is_swapped=is_swapped)
+        return multiply(x, mark, other, run)
     if _SMALL * other.numel() > x.numel():
         return None
     # a copy, since a sum does not mind what becomes of its summands
-    origin = Derived(torch.add, device_type, mark.origin, has_second=True)
-    return Mark.put(x + other, (*mark.kept, other.detach().clone()), origin)
+    origin = Derived(run, device_type, mark.origin, has_second=True)
+    return Mark.put(run(x, other), (*mark.kept, other.detach().clone()), origin)
 
 
 _SMALL = 8  # a summand that is kept in the place of a sum is at least so many times smaller

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import platform
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -557,5 +558,7 @@ def _matches(targets: set[str] | str, name: str) -> bool:
 
 
 def _multiplies_bfloat16() -> bool:
-    """Whether this processor's library has products of bfloat16 numbers."""
+    """Whether this processor does, and not its library in its place."""
+    if platform.machine() in ("x86_64", "AMD64"):
+        return torch.cpu._is_avx512_bf16_supported()
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
