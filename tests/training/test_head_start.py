@@ -5,12 +5,13 @@ import io
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 
 from snella.runs import TrainConfig
 from snella.tasks.classification import fit_probe
 from snella.training.build import build_components
-from snella.training.linear_probe import choose_head_start, start_head_from_probe
+from snella.training.linear_probe import choose_augmentation, choose_head_start, start_head_from_probe
 from snella.training.train import train
 
 QUIET = Console(quiet=True)
@@ -58,7 +59,34 @@ def test_the_head_fits_the_training_images_before_the_first_step(options, tmp_pa
 def test_a_run_starts_there(tmp_path):
     cold = train(config(tmp_path / "cold", head_init="random"), QUIET).read_json("metrics.json")
     warm = train(config(tmp_path / "warm"), QUIET).read_json("metrics.json")
-    assert warm["history"][0]["train_loss"] < cold["history"][0]["train_loss"] - 0.5
+    assert warm["history"][1]["train_loss"] < cold["history"][0]["train_loss"] - 0.5
+
+
+def test_the_start_is_measured_as_epoch_0(tmp_path):
+    console = Console(file=io.StringIO(), width=200)
+    metrics = train(config(tmp_path), console).read_json("metrics.json")
+    assert [row["epoch"] for row in metrics["history"]] == [0, 1]
+    assert metrics["history"][0]["val_accuracy"] > 0.25
+    assert metrics["history"][0]["train_loss"] is None, "there were no steps"
+    assert "epoch   0/1  before training  val loss" in console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"head_init": "random"}, {"protocol": "final", "val_size": None}, {"protocol": "official", "val_size": None}],
+)
+def test_a_random_head_or_a_protocol_without_validation_has_no_epoch_0(settings, tmp_path):
+    metrics = train(config(tmp_path, **settings), QUIET).read_json("metrics.json")
+    assert metrics["history"][0]["epoch"] == 1
+
+
+def test_a_start_that_no_epoch_beats_is_saved(tmp_path):
+    console = Console(file=io.StringIO(), width=200)
+    run = train(config(tmp_path, lr=0.0, head_lr=3.0, epochs=2), console)
+    metrics = run.read_json("metrics.json")
+    assert metrics["best_epoch"] == 0
+    assert metrics["val"]["accuracy"] == pytest.approx(metrics["history"][0]["val_accuracy"])
+    assert "no epoch is better than the start, which is saved" in console.file.getvalue()
 
 
 @pytest.mark.parametrize("classes", [2, 5])
@@ -94,10 +122,80 @@ def test_auto_is_the_probe_where_there_are_few_steps_and_a_linear_head(options, 
     assert choose_head_start(build_components(settings), settings) == expected
 
 
-@pytest.mark.parametrize(("epochs", "expected"), [(33, "probe"), (34, "random")])
-def test_auto_is_a_random_head_where_there_are_steps_enough_to_train_it(epochs, expected, tmp_path):
-    settings = config(tmp_path, head_init="auto", epochs=epochs).resolved()  # 3 steps an epoch
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [({}, "probe"), ({"method": "mlp-3", "r": None}, "random"), ({"protocol": "official", "val_size": None}, "random")],
+)
+def test_auto_is_a_probe_for_linear_heads_except_with_the_authors_protocol(settings, expected, tmp_path):
+    settings = config(tmp_path, head_init="auto", **settings).resolved()
     assert choose_head_start(build_components(settings), settings) == expected
+
+
+class MirrorSensitive(torch.nn.Module):
+    """Features of the mean brightness of the left and the right half."""
+
+    head_hidden_size = num_features = 2
+
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(2, 2)
+
+    def forward_features(self, images):
+        return torch.stack([half.mean((1, 2, 3)) for half in images.tensor_split(2, -1)], 1)
+
+    def forward_head(self, features, pre_logits=False):
+        return features if pre_logits else self.head(features)
+
+    def forward(self, images):
+        return self.forward_head(self.forward_features(images))
+
+
+@pytest.fixture
+def halves(tmp_path):
+    """Images whose brighter half (`side`) or brightness as a whole (`level`) is their class."""
+    rng = np.random.default_rng(0)
+    for kind in ("side", "level"):
+        for number in range(40):
+            pixels = rng.integers(0, 60, (16, 16, 3)).astype(np.uint8)
+            label = number % 2
+            (pixels[:, 8 * label : 8 * label + 8] if kind == "side" else pixels)[:] += np.uint8(
+                120 * (kind == "side" or label)
+            )
+            folder = tmp_path / kind / f"class{label}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(folder / f"{number}.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("kind", "expected", "tta"), [("side", "crop-no-flip", 1), ("level", "crop", 2)])
+def test_auto_leaves_flips_out_if_they_change_the_classes(kind, expected, tta, halves, monkeypatch):
+    settings = config(
+        halves / "run", data=f"folder:{halves / kind}", method="linear", r=None, head_init="auto", augment="auto",
+        train_size=None, val_size=None, test_size=None, batch_size=None,
+    ).resolved()  # fmt: skip
+    parts = build_components(settings)
+    parts.model.forward_features = MirrorSensitive().forward_features
+    parts.model.forward_head = lambda features, pre_logits: features
+    chosen = choose_augmentation(parts, settings)
+    assert (chosen.augment, chosen.tta) == (expected, tta)
+
+
+@pytest.mark.parametrize(
+    ("settings", "augment", "tta"),
+    [
+        ({"augment": "flip"}, "flip", 2),
+        ({"augment": "none"}, "none", 1),
+        ({"augment": "auto"}, "crop-no-flip", 1),
+        ({"augment": "flip", "tta": 1}, "flip", 1),
+        ({"augment": "auto", "task": "regression"}, "flip", 1),
+        ({"augment": "auto", "protocol": "official", "val_size": None}, "flip", 1),
+    ],
+)
+def test_a_run_averages_flips_where_it_trains_on_them(settings, augment, tta, tmp_path):
+    chosen = config(tmp_path, **{"head_init": "random", "augment": "auto"} | settings).resolved()
+    parts = build_components(chosen)
+    chosen = choose_augmentation(parts, chosen)
+    assert (chosen.augment, chosen.tta) == (augment, tta)
 
 
 def test_a_run_says_and_stores_what_auto_stands_for(tmp_path):

@@ -191,6 +191,7 @@ def read_results(run: RunFolder) -> CellResults:
     """What the files of a finished run say."""
     metrics, data = read(Metrics, run.path), read(RunInfo, run.path).data
     best = next(row for row in metrics.history if row.epoch == metrics.adapter_epoch)
+    epochs = sum(row.epoch > 0 for row in metrics.history)
     return CellResults(
         peft_config=_adapter_config(run.adapter),
         num_trainable_params=metrics.trainable_parameters,
@@ -203,8 +204,8 @@ def read_results(run: RunFolder) -> CellResults:
         accelerator_memory_reserved_avg=metrics.accelerator_memory_reserved_avg,
         accelerator_memory_reserved_99th=metrics.accelerator_memory_reserved_99th,
         train_loss=best.train_loss,
-        train_samples=len(metrics.history) * data.sizes["train"],
-        epochs=len(metrics.history),
+        train_samples=epochs * data.sizes["train"],
+        epochs=epochs,
         best_epoch=metrics.best_epoch,
         protocol=metrics.protocol,
         selected_on=metrics.selected_on,

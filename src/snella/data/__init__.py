@@ -11,7 +11,7 @@ from snella.data.load import (
     split_spec,
     with_class_order,
 )
-from snella.data.transforms import build_transform
+from snella.data.transforms import build_transform, has_flips
 
 __all__ = [
     "Annotations",
@@ -22,6 +22,7 @@ __all__ = [
     "data_folder",
     "data_names",
     "has_columns",
+    "has_flips",
     "load_data",
     "read_image",
     "split_spec",

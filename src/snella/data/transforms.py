@@ -9,11 +9,11 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
-Augment = Literal["none", "flip", "crop", "imagenet", "randaugment", "trivialaugment", "3augment"]
+Augment = Literal["none", "flip", "crop", "crop-no-flip", "imagenet", "randaugment", "trivialaugment", "3augment"]
 CropMode = Literal["center", "squash"]
 _CROP_SCALES = {
     "imagenet": (0.08, 1.0),
-    **dict.fromkeys(("crop", "randaugment", "trivialaugment", "3augment"), (0.5, 1.0)),
+    **dict.fromkeys(("crop", "crop-no-flip", "randaugment", "trivialaugment", "3augment"), (0.5, 1.0)),
 }
 _COLOR_JITTER, _COLOR_JITTER_3AUGMENT = 0.4, 0.3
 _BLUR_KERNEL, _BLUR_SIGMAS = 9, (0.1, 2.0)
@@ -38,7 +38,8 @@ def build_transform(
             `interpolation`, `crop_pct` and `crop_mode`.
         train: False leaves augmentation out, whatever `augment` says.
         augment: "none", "flip" (evaluation and a flip left to right in half of the cases) or "crop" (a random part of
-            50 to 100 % of the area, and the flip) or "imagenet" (8 to 100 % of the area, the flip, and brightness,
+            50 to 100 % of the area, and the flip), "crop-no-flip" (without the flip, for letters and other images that
+            a flip changes) or "imagenet" (8 to 100 % of the area, the flip, and brightness,
             contrast and saturation changed by up to 40 %, as ImageNet's models and the authors' runs on FGVC have it).
             To what "crop" does are added: in "randaugment" two random operations of colors or geometry at magnitude 9
             (Cubuk et al., arXiv 1909.13719), in "trivialaugment" one at a random magnitude (Müller and Hutter, arXiv
@@ -61,7 +62,7 @@ def build_transform(
         steps = [v2.RandomResizedCrop(size, scale=scale, interpolation=interpolation, antialias=True)]
     else:
         steps = _resize_and_cut(data_config, size, interpolation)
-    if train and augment != "none":
+    if train and has_flips(augment):
         steps.append(v2.RandomHorizontalFlip())
     if train and augment == "imagenet":
         steps.append(v2.ColorJitter(_COLOR_JITTER, _COLOR_JITTER, _COLOR_JITTER))
@@ -80,6 +81,11 @@ def build_transform(
     if train and random_erasing:
         steps.append(v2.RandomErasing(random_erasing))
     return v2.Compose(steps)
+
+
+def has_flips(augment: str) -> bool:
+    """Whether an augmentation flips images left to right."""
+    return augment not in ("none", "crop-no-flip")
 
 
 def _resize_and_cut(config: dict[str, Any], size: int, interpolation: InterpolationMode) -> list[Callable[[Any], Any]]:

@@ -147,6 +147,7 @@ class RunInfo(Record):
     task: str = "classification"
     protocol: str = "standard"
     ema: float | None = None
+    tta: int = field(default=1, metadata=OPTIONAL)
     method: str
     method_options: dict[str, Any] = field(default_factory=dict)
     backbone: BackboneInfo
@@ -180,6 +181,7 @@ class RunInfo(Record):
 class EpochRow:
     """One epoch of training; NaN where a value was not measured.
 
+    Epoch 0 is the model before training, measured where its head starts from a probe or from another run.
     `val_…` is what the best epoch was chosen on: the test images where `Metrics.selected_on` says so. `is_denser` marks
     an epoch that holds more weights than were asked for, and so was not to be chosen.
     """

@@ -280,8 +280,7 @@ class TrainConfig(RunSettings):
         scalar_lr: Learning rate of the scalar kernel parameters (snella, snell); rarely worth changing.
         head_lr: Learning rate of the classifier head.
         head_init: Initialization of the classifier head: random, or probe, a linear probe on the model's features
-            before training (LP-FT; takes seconds). auto is probe for a linear head that is trained for less than 100
-            steps, unless the protocol is official.
+            before training (LP-FT; takes seconds). auto is probe for a linear head, unless the protocol is official.
         weight_decay: Decoupled weight decay; none on the kernels' scalars.
         layer_decay: Layer-wise decay of the learning rate, e.g. 0.75: each block's is that of the next one times this.
         drop_path: Stochastic depth of the backbone, whatever the method: the probability of dropping a residual branch
@@ -304,9 +303,13 @@ class TrainConfig(RunSettings):
             given.
         label_smoothing: Label smoothing, the share of the target spread over all classes.
         mask_loss: Overlap loss added to the cross entropy: dice, iou or none (segmentation; dice if not given).
-        augment: Data augmentation: none, flip, crop (random resized crop and flip), or imagenet
-            (smaller crops, flip, and changed colors). To crop are added, in randaugment and trivialaugment, random
-            changes of colors and geometry, in 3augment one of grayscale, solarization and blur.
+        augment: Data augmentation: none, flip, crop (random resized crop and flip), crop-no-flip, or imagenet (smaller
+            crops, flip, and changed colors). auto is crop for classes and labels, without flips if a linear probe
+            recognizes clearly fewer training images when they are flipped, and flip for numbers and masks. To crop are
+            added, in randaugment and trivialaugment, random changes of colors and geometry, in 3augment one of
+            grayscale, solarization and blur.
+        tta: Test-time augmentation of every prediction of the run: 2 averages the probabilities of an image and its
+            flip, 1 takes the image alone. auto is 2 where training flips images and an image has one class.
         random_erasing: Probability that a random rectangle of an image is erased.
         mixup: Mix pairs of images and their labels, with shares from Beta(mixup, mixup), e.g. 0.8; 0 for none.
         cutmix: Put a rectangle of one image into another, with areas from Beta(cutmix, cutmix), e.g. 1; 0 for none.
@@ -398,7 +401,10 @@ class TrainConfig(RunSettings):
     monitor: str | None = None
     label_smoothing: float = 0.0
     mask_loss: Literal["dice", "iou", "none"] | None = None
-    augment: Literal["none", "flip", "crop", "imagenet", "randaugment", "trivialaugment", "3augment"] = "flip"
+    augment: Literal[
+        "auto", "none", "flip", "crop", "crop-no-flip", "imagenet", "randaugment", "trivialaugment", "3augment"
+    ] = "auto"
+    tta: int | Literal["auto"] = "auto"
     random_erasing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -527,6 +533,8 @@ class TrainConfig(RunSettings):
         for name in ("warmup_ratio", "label_smoothing", "test_fraction", "drop_path"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 errors.append(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.tta not in ("auto", 1, 2):
+            errors.append(f"tta must be 1, 2 or auto, got {self.tta}; snella predict --tta takes more views")
         if self.ema is not None and not 0.0 < self.ema < 1.0:
             errors.append(f"ema must be in (0, 1), got {self.ema}; leave it out for none")
         if self.layer_decay is not None and not 0.0 < self.layer_decay <= 1.0:

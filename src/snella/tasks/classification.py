@@ -1,6 +1,7 @@
 """One class an image: cross entropies and accuracies, or, of ordered classes, errors in ranks."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -191,7 +192,8 @@ class ClassificationTask(Task):
 
     def average_outputs(self, outputs: Sequence[Tensor], tasks: Sequence[Any] | None = None) -> Tensor:
         """Logits whose softmax is the mean of several models' class probabilities."""
-        return torch.stack([self.probabilities(logits) for logits in outputs]).mean(0).log()
+        logs = torch.stack([full_precision(logits).log_softmax(-1) for logits in outputs])
+        return logs.logsumexp(0) - math.log(len(outputs))
 
     def metrics(self, logits: ArrayLike, labels: ArrayLike) -> dict[str, Any]:
         """Accuracy, balanced accuracy, macro F1, loss and the confusion matrix.

@@ -48,6 +48,7 @@ class RegressionTask(Task):
 
     name: ClassVar[str] = "regression"
     target: ClassVar[Any] = "numbers"
+    augment: ClassVar[str] = "flip"
     settings: ClassVar[tuple[str, ...]] = ("loss",)
     outputs_name: ClassVar[str] = "numbers"
     losses: ClassVar[tuple[str, ...]] = tuple(NUMBER_LOSSES)

@@ -243,6 +243,7 @@ class SegmentationTask(Task):
 
     name: ClassVar[str] = "segmentation"
     head: ClassVar[str | None] = DECODER
+    augment: ClassVar[str] = "flip"
     settings: ClassVar[tuple[str, ...]] = ("label_smoothing", "mask_loss")
     monitors: ClassVar[Mapping[str, int]] = {**dict.fromkeys(_SCORES, 1), "loss": -1}
     epoch_format: ClassVar[str] = "Dice {val_dice:.4f}  IoU {val_iou:.4f}"
@@ -374,7 +375,8 @@ class SegmentationTask(Task):
 
     def average_outputs(self, outputs: Sequence[Tensor], tasks: Sequence[Any] | None = None) -> Tensor:
         """Scores of the mean of the probabilities, `[images, classes, height, width]`."""
-        return torch.stack([scores.float().softmax(1) for scores in outputs]).mean(0).log()
+        logs = torch.stack([scores.float().log_softmax(1) for scores in outputs])
+        return logs.logsumexp(0) - math.log(len(outputs))
 
     def image_predictions(
         self, classes: Sequence[str], paths: Sequence[Path], images: Sequence[Image.Image], outputs: Tensor

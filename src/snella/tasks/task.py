@@ -58,6 +58,8 @@ class Task(ABC):
     has_one_class: ClassVar[bool] = False
     """Whether an image has one class, whose probabilities are the softmax of the outputs; a temperature calibrates
     them."""
+    augment: ClassVar[str] = "crop"
+    """What `--augment auto` means, before the images have their say; crops change numbers and masks."""
     has_linear_fit: ClassVar[bool] = False
     """Whether `fit_linear` finds a linear head on features."""
     epoch_format: ClassVar[str]

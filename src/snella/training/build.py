@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -118,13 +118,24 @@ def restore_selection(run: Path, backbone: nn.Module) -> nn.Module:
 
 @dataclass
 class RunComponents:
-    """All parts of a run, ready to train."""
+    """All parts of a run, ready to train.
+
+    Attributes:
+        splits: The images with their transforms.
+        model: From `build_method`.
+        task: Fitted to the training images.
+        backbone: What the model was built of.
+        data_config: Preprocessing, as timm names it.
+        probe_features: Features of training images before training, as they are (False) and flipped (True); filled by
+            `snella.training.linear_probe`.
+    """
 
     splits: DataSplits
     model: nn.Module
     task: Task
     backbone: BackboneInfo
     data_config: dict[str, Any]
+    probe_features: dict[bool, Tensor] = field(default_factory=dict)
 
 
 def build_components(
@@ -211,9 +222,8 @@ def assemble(
         resolve_data_config(backbone, config.img_size), is_resized_whole=splits.is_resized_whole
     )
     described = dataclasses.replace(wanted, architecture=architecture_name(backbone))
-    train_transform = build_transform(
-        data_config, train=True, augment=config.augment, random_erasing=config.random_erasing
-    )
+    augment: Any = task.augment if config.augment == "auto" else config.augment
+    train_transform = build_transform(data_config, train=True, augment=augment, random_erasing=config.random_erasing)
     transform = build_transform(data_config, train=False, augment="none")
     by_name = parts_of(splits)
     read = dict(zip(by_name, read_at_side(list(by_name.values()), read_side(data_config, splits.train)), strict=True))

@@ -471,12 +471,14 @@ class ProgressDisplay(TrainerCallback):
         if part is not None and f"{part}_loss" in metrics:
             text = self.task.epoch_text(self.protocol.with_val_prefix(metrics))
             shown = f"  {part} loss {metrics[f'{part}_loss']:.4f}  {text}"
+        is_start = state.global_step == 0
+        epoch = f"epoch {round(state.epoch):>3}/{state.num_train_epochs}"
+        loss = "before training" if is_start else f"loss {metrics['train_loss']:.4f}"
+        budget = "" if is_start else self._budget()
+        print_line(self.console, f"{epoch}  {loss}{shown}{budget}{'  best' if shown and is_best else ''}")
+        if is_start:
+            return
         self._losses.append(metrics["train_loss"])
-        print_line(
-            self.console,
-            f"epoch {round(state.epoch):>3}/{state.num_train_epochs}  loss {metrics['train_loss']:.4f}"
-            f"{shown}{self._budget()}{'  best' if shown and is_best else ''}",
-        )
         if state.global_step >= _FEW_STEPS and not (shown and is_best):
             self._report_rising_loss()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -13,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
-from snella.data import ImageDataset, build_transform
+from snella.data import ImageDataset, build_transform, has_flips
 from snella.methods import method_of, spec_of
 from snella.methods.model_parts import base_model
 from snella.runs.config import TrainConfig
@@ -59,6 +61,7 @@ def can_cache_features(config: TrainConfig, model: nn.Module) -> bool:
         method is not None
         and method.is_head_only
         and config.augment == "none"
+        and config.tta == 1
         and not (config.mixup or config.cutmix or config.random_erasing)
         and has_timm_features(model)
         and isinstance(model.get_submodule(spec_of(model).head), nn.Linear)
@@ -123,25 +126,119 @@ def head_inputs(model: nn.Module, parts: Sequence[ImageDataset], batch_size: int
     return torch.cat(seen).numpy()
 
 
-_STEPS_THAT_TRAIN_A_HEAD = 100
+_MOST_PROBE_IMAGES = 5_000
+"""Training images that a probe is fitted to, at most: more hardly change it."""
+_FOLDS = 4
+_CLEAR = 2.0
+"""Standard errors from which flips are known to change classes."""
 
 
 def choose_head_start(parts: RunComponents, config: TrainConfig) -> Literal["random", "probe"]:
-    """What `head_init` means for this model and data: itself, or what `auto` stands for.
+    """Resolve `head_init="auto"`.
 
-    `auto` is `probe` for a timm classifier with a linear head that is trained for less than 100 steps, since so few
-    leave a random head behind; with more steps neither start is better. With the authors' own protocol it is `random`,
-    as in their scripts.
+    `auto` is `probe` for a timm classifier with a linear head and at least two classes, else `random`. With the
+    authors' own protocol it is `random`, as in their scripts.
     """
     if config.head_init != "auto":
         return config.head_init
-    if not parts.task.has_linear_fit or config.protocol == "official":
-        return "random"
-    base, head = _base_and_head(parts.model)
-    labels = parts.splits.train.labels
-    steps = config.steps_per_epoch(len(labels)) * config.epochs
-    can_fit = parts.task.target != "class" or len(set(labels)) > 1
-    return "probe" if _is_probe(base, head) and steps < _STEPS_THAT_TRAIN_A_HEAD and can_fit else "random"
+    return "probe" if config.protocol != "official" and _can_probe(parts) else "random"
+
+
+def choose_augmentation(parts: RunComponents, config: TrainConfig) -> TrainConfig:
+    """Resolve `augment="auto"`, and `tta="auto"` with it.
+
+    `auto` is `Task.augment`: crops and flips for classes, labels and ranks, flips for numbers and masks. Flips are left
+    out if they change the classes, as they do for letters: a linear probe is cross-validated on the training images,
+    and recognizes clearly fewer of the held-out ones when these are flipped (McNemar's test, two standard errors).
+    Predictions are averaged over an image and its flip where training flips images and the outputs are classes.
+
+    Args:
+        parts: Data and model; the transform of the training images is replaced.
+        config: Resolved settings.
+    """
+    augment: Any = config.augment
+    if augment == "auto":
+        augment = parts.task.augment if config.protocol != "official" else "flip"
+        if augment == "crop" and _flips_change_classes(parts, config):
+            augment = "crop-no-flip"
+        transform = build_transform(
+            parts.data_config, train=True, augment=augment, random_erasing=config.random_erasing
+        )
+        parts.splits.train = parts.splits.train.with_transform(transform)
+    tta = config.tta
+    if tta == "auto":
+        is_averaged = has_flips(augment) and parts.task.has_one_class and config.protocol != "official"
+        tta = 2 if is_averaged else 1
+    return dataclasses.replace(config, augment=augment, tta=tta)
+
+
+def _can_probe(parts: RunComponents) -> bool:
+    """Whether a linear probe can be fitted: the task and the head are linear, and there are two classes."""
+    can_fit = parts.task.target != "class" or len(set(parts.splits.train.labels)) > 1
+    return parts.task.has_linear_fit and can_fit and _is_probe(*_base_and_head(parts.model))
+
+
+def _flips_change_classes(parts: RunComponents, config: TrainConfig) -> bool:
+    """Whether a cross-validated probe recognizes clearly fewer images when they are flipped."""
+    if not parts.task.has_one_class or not _can_probe(parts):
+        return False
+    plain, flipped = (probe_features(parts, config, flip=flip).double().numpy() for flip in (False, True))
+    labels = np.asarray(parts.splits.train.labels)[_probe_rows(parts, config)]
+    order = np.random.default_rng(config.seed).permutation(len(labels))
+    only_plain = only_flipped = 0
+    for fold in np.array_split(order, _FOLDS):
+        rest = np.setdiff1d(order, fold)
+        if len(set(labels[rest].tolist())) < 2:
+            continue
+        weight, bias = parts.task.fit_linear(plain[rest], labels[rest], len(parts.splits.classes), None)
+        right, right_flipped = (
+            (features[fold] @ weight.double().numpy().T + bias.double().numpy()).argmax(1) == labels[fold]
+            for features in (plain, flipped)
+        )
+        only_plain += int((right & ~right_flipped).sum())
+        only_flipped += int((right_flipped & ~right).sum())
+    return only_plain - only_flipped > _CLEAR * math.sqrt(only_plain + only_flipped)
+
+
+def _probe_rows(parts: RunComponents, config: TrainConfig) -> NDArray[np.int64]:
+    """Numbers of the training images that a probe is fitted to: all, or a random `_MOST_PROBE_IMAGES` of them."""
+    count = len(parts.splits.train)
+    if count <= _MOST_PROBE_IMAGES:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(config.seed).choice(count, _MOST_PROBE_IMAGES, replace=False))
+
+
+def probe_features(parts: RunComponents, config: TrainConfig, *, flip: bool = False) -> Tensor:
+    """Pooled features of training images before training, `[images, width]`, computed once.
+
+    Args:
+        parts: Data and model; keeps the features.
+        config: Resolved settings; the batch size, the seed and the workers count.
+        flip: Whether the images are flipped left to right.
+    """
+    if flip not in parts.probe_features:
+        train = parts.splits.train
+        rows = _probe_rows(parts, config)
+        if isinstance(train, FeatureDataset):
+            parts.probe_features[flip] = train.features[torch.from_numpy(rows)]
+        else:
+            transform = build_transform(parts.data_config, train=False, augment="none")
+            images = train.with_transform(_Flipped(transform) if flip else transform).subset(rows.tolist())
+            base, _ = _base_and_head(parts.model)
+            was_training = parts.model.training
+            parts.probe_features[flip] = torch.cat(list(pooled_features(base, images, config)))
+            parts.model.train(was_training)
+    return parts.probe_features[flip]
+
+
+class _Flipped:
+    """A transform and a flip left to right; picklable."""
+
+    def __init__(self, transform: Callable[[Any], Tensor]) -> None:
+        self.transform = transform
+
+    def __call__(self, image: Any) -> Tensor:
+        return self.transform(image).flip(-1)
 
 
 def _is_probe(base: nn.Module, head: nn.Module) -> bool:
@@ -157,9 +254,9 @@ def start_head_from_probe(parts: RunComponents, config: TrainConfig) -> None:
     ridge regression for numbers (`Task.fit_linear`), with the weights of classes and samples that training has.
 
     A random head sends random gradients through the backbone in its first steps; one that fits already does not
-    (Kumar et al., 2022, arXiv 2202.10054). The training images are seen once, without augmentation. Features are
-    divided by their root mean variance, and the L2 penalty is `1/(2·0.1)·‖w‖²` (`5 ‖w‖²`, too, for numbers) beside the
-    sum of the images' losses.
+    (Kumar et al., 2022, arXiv 2202.10054). At most 5,000 training images are seen once, and once flipped if training
+    flips them. Features are divided by their root mean variance, and the L2 penalty is `1/(2·0.1)·‖w‖²` (`5 ‖w‖²`, too,
+    for numbers) beside the sum of the images' losses.
 
     Args:
         parts: Data and model; the head is changed in place. Where `cache_features` has run, its features are taken.
@@ -168,22 +265,16 @@ def start_head_from_probe(parts: RunComponents, config: TrainConfig) -> None:
     Raises:
         ValueError: The model has no linear head on pooled features, or the task none at all.
     """
-    model = parts.model
-    base, head = _base_and_head(model)
+    base, head = _base_and_head(parts.model)
     if not isinstance(head, nn.Linear) or not _is_probe(base, head):
         raise ValueError(
             "head_init='probe' needs a timm classifier with a linear head on its pooled features, got "
             f"{type(base).__name__} with {type(head).__name__}; use head_init='random'"
         )
     train = parts.splits.train
-    if isinstance(train, FeatureDataset):
-        features = train.features.double().numpy()
-    else:
-        images = train.with_transform(build_transform(parts.data_config, train=False, augment="none"))
-        was_training = model.training
-        features = torch.cat(list(pooled_features(base, images, config))).double().numpy()
-        model.train(was_training)
-    targets = [train.target_and_weight(index) for index in range(len(train))]
+    views = [False, True] if has_flips(config.augment) and not isinstance(train, FeatureDataset) else [False]
+    features = torch.cat([probe_features(parts, config, flip=flip) for flip in views]).double().numpy()
+    targets = [train.target_and_weight(index) for index in _probe_rows(parts, config).tolist()] * len(views)
     batch = parts.task.collate([(torch.empty(0), *target) for target in targets])
     labels = batch["labels"].numpy()
     of_samples = batch["weights"].double().numpy() if "weights" in batch else None

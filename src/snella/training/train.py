@@ -36,7 +36,13 @@ from snella.training.build import RunComponents, assemble, build_components, loa
 from snella.training.callbacks import ProgressDisplay, ScheduleCallback, StepTimeCallback, TrackingCallback
 from snella.training.checkpoints import latest_checkpoint
 from snella.training.distributed import from_main, is_main, join_processes, only_main, process_count, wait_for_others
-from snella.training.linear_probe import cache_features, can_cache_features, choose_head_start, start_head_from_probe
+from snella.training.linear_probe import (
+    cache_features,
+    can_cache_features,
+    choose_augmentation,
+    choose_head_start,
+    start_head_from_probe,
+)
 from snella.training.results import (
     best_epoch,
     describe_allocation,
@@ -147,6 +153,8 @@ def _train(
     config = config.with_batch_size_for(len(parts.splits.train))
     if start is None:
         config = dataclasses.replace(config, head_init=choose_head_start(parts, config))
+    if not is_resumed:
+        config = choose_augmentation(parts, config)
     elif latest_checkpoint(run.checkpoints) is None:
         load_start(parts, config, start)
     wait_for_others()  # all have read what a resumed run had
@@ -377,8 +385,8 @@ def _finish(
     card = model_card(run.path, _ADAPTER_USE, library="peft")
     write_text(run.adapter / "README.md", card)  # without a digest: meant to be edited
     report = write_report(run.path, report_images) if draw_report else None
-    if trainer.has_stalled and len(trainer.history) < trainer.config.epochs:
-        print_line(console, f"stopped after epoch {trainer.history[-1]['epoch']} of {trainer.config.epochs}")
+    if trainer.has_stalled and (last := trainer.history[-1]["epoch"]) < trainer.config.epochs:
+        print_line(console, f"stopped after epoch {last} of {trainer.config.epochs}")
     if averaged is not None:
         print_line(console, _averaged_text(averaged, best))
     which = averaged.text if averaged is not None and averaged.is_saved else None
@@ -395,7 +403,7 @@ def _finish(
         kept = sum(m.budget for m in matrices)
         print_line(console, f"its update {sparsity_summary(matrices)}")
         target = kept if allocator is None else allocator.target_budget
-        if kept > target and which is None:
+        if kept > target and which is None and best > 0:
             print_line(console, f"epoch {best} was selected before the budget reached its target, {target:,} weights")
     shown = f"adapter {run.adapter}" + (f", report {report}" if report else "")
     print_line(console, shown)
@@ -426,7 +434,8 @@ def _final_text(
 ) -> str:
     """The results of the saved epoch or average, and what selected it."""
     if val is not None:
-        return f"{averaged or f'best epoch {best}'}: {task.final_text(val, test)}"
+        chosen = f"best epoch {best}" if best > 0 else "no epoch is better than the start, which is saved"
+        return f"{averaged or chosen}: {task.final_text(val, test)}"
     if averaged is not None:
         return f"{averaged}: " + ("not evaluated" if test is None else f"test {task.result_text(test)}")
     which = f"epoch {best}, the last" if protocol.selected_on is None else f"epoch {best}, the best on the test images"

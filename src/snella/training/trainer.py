@@ -75,6 +75,24 @@ class _StopIfStalled(TrainerCallback):
             raise _StalledError
 
 
+class _MeasureStart(TrainerCallback):
+    """Measures a trained head before the first step, as epoch 0, which may be the best one.
+
+    Args:
+        trainer: Whose callback it is; its allocator is attached by an earlier one.
+    """
+
+    def __init__(self, trainer: SnellaTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step == 0 and not self.trainer.history:
+            state.epoch = 0
+            self.trainer.evaluate()
+
+
 class CheckpointingTrainer(Trainer):
     """A Trainer with atomic checkpoints of the trained weights alone.
 
@@ -288,6 +306,8 @@ class SnellaTrainer(CheckpointingTrainer):
             callbacks=[EpochCallback(train, self._sampler), *averaging, *callbacks],
         )
         self.model_accepts_loss_kwargs = False
+        if self.protocol.selected_on == "val" and (config.head_init == "probe" or config.init_from is not None):
+            self.add_callback(_MeasureStart(self))
         self.add_callback(_StopIfStalled(self))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -300,7 +320,7 @@ class SnellaTrainer(CheckpointingTrainer):
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """One row per finished epoch, as `metrics.json` holds them."""
+        """One row per finished epoch, as `metrics.json` holds them; epoch 0 is the start, where that was measured."""
         rows = [row for row in self.state.log_history if "budget" in row]
         return [
             {"epoch": round(row["epoch"]), **{k: v for k, v in row.items() if k not in ("step", "epoch")}}
@@ -355,18 +375,19 @@ class SnellaTrainer(CheckpointingTrainer):
     def _measure_epoch(self) -> dict[str, float]:
         """Evaluate the epoch with the current values."""
         row: dict[str, Any] = {
-            "train_loss": self.progress.loss_sum / max(self.progress.steps, 1),
+            "train_loss": self.progress.loss_sum / self.progress.steps if self.progress.steps else math.nan,
             **self._selection_scores(),
             "lr": float(self._get_learning_rate()),
             "budget": self._budget(),
         }
-        if self._is_denser_than_asked():
+        is_start = self.state.global_step == 0
+        if self._is_denser_than_asked() and not is_start:
             row["is_denser"] = True
         self.progress.loss_sum, self.progress.steps = 0.0, 0
         score = self.selection_score(row)
         is_best = all(self.selection_score(past) <= score for past in self.history)
         self.log(row)
-        if self.epoch_ends is not None:
+        if self.epoch_ends is not None and not is_start:
             self.epoch_ends.add(round(self.state.epoch or 0))
         if self.has_stalled:
             self.control.should_training_stop = True
@@ -549,6 +570,8 @@ class SnellaTrainer(CheckpointingTrainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
             loss, logits = self.compute_loss(model, inputs, return_outputs=True)
+            if self.config.tta == 2:
+                logits = self.task.average_outputs([logits, model(inputs["images"].flip(-1))])
         return loss.detach(), *self.task.reduce(logits.detach(), inputs["labels"])
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
@@ -586,7 +609,7 @@ class SnellaTrainer(CheckpointingTrainer):
         step = self.state.global_step + (1 if what in ("the loss", "the gradient") else 0)
         per_epoch = max(1, self.state.max_steps // max(1, int(self.state.num_train_epochs)))
         epoch = (step - 1) // per_epoch + 1
-        done = len(self.history)
+        done = sum(row["epoch"] > 0 for row in self.history)
         kept = f"the state after epoch {done} is kept, and the best adapter" if done else "no epoch was finished before"
         rates = {name: getattr(self.config, name) for name in ("lr", "scalar_lr", "head_lr", "scaling")}
         shown = ", ".join(
