@@ -119,7 +119,7 @@ def test_the_probe_is_scikit_learns_on_scaled_features(classes):
 )
 def test_auto_is_the_probe_where_there_are_few_steps_and_a_linear_head(options, expected, tmp_path):
     settings = config(tmp_path, **{"head_init": "auto"} | options).resolved()
-    assert choose_head_start(build_components(settings), settings) == expected
+    assert choose_head_start(build_components(settings), settings).head_init == expected
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_auto_is_the_probe_where_there_are_few_steps_and_a_linear_head(options, 
 )
 def test_auto_is_a_probe_for_linear_heads_except_with_the_authors_protocol(settings, expected, tmp_path):
     settings = config(tmp_path, head_init="auto", **settings).resolved()
-    assert choose_head_start(build_components(settings), settings) == expected
+    assert choose_head_start(build_components(settings), settings).head_init == expected
 
 
 class MirrorSensitive(torch.nn.Module):

@@ -281,6 +281,8 @@ class TrainConfig(RunSettings):
         head_lr: Learning rate of the classifier head.
         head_init: Initialization of the classifier head: random, or probe, a linear probe on the model's features
             before training (LP-FT; takes seconds). auto is probe for a linear head, unless the protocol is official.
+        head_norm: Normalization of the head's inputs while it is trained: running, by their running mean and variance,
+            or none. What is saved is a plain linear head. auto is running where the head starts from a probe.
         weight_decay: Decoupled weight decay; none on the kernels' scalars.
         layer_decay: Layer-wise decay of the learning rate, e.g. 0.75: each block's is that of the next one times this.
         drop_path: Stochastic depth of the backbone, whatever the method: the probability of dropping a residual branch
@@ -388,6 +390,7 @@ class TrainConfig(RunSettings):
     scalar_lr: float | None = None
     head_lr: float | None = None
     head_init: Literal["auto", "random", "probe"] = "auto"
+    head_norm: Literal["auto", "none", "running"] = "auto"
     weight_decay: float | None = None
     layer_decay: float | None = None
     drop_path: float = 0.0

@@ -99,6 +99,13 @@ def mean_of_all(value: float) -> float:
     return float(total) / process_count()
 
 
+def sum_of_all(values: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over all processes."""
+    if process_count() > 1:
+        dist.all_reduce(values)
+    return values
+
+
 def from_main(make: Callable[[], _T]) -> _T:
     """What the main process makes, in all processes.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from snella.methods.model_parts import base_model
 from snella.runs.config import TrainConfig
 from snella.runs.images import parts_of
 from snella.training.build import RunComponents
+from snella.training.feature_norm import FeatureNorm
 
 
 class FeatureDataset(Dataset[tuple[Any, ...]]):
@@ -133,15 +134,34 @@ _CLEAR = 2.0
 """Standard errors from which flips are known to change classes."""
 
 
-def choose_head_start(parts: RunComponents, config: TrainConfig) -> Literal["random", "probe"]:
-    """Resolve `head_init="auto"`.
+def choose_head_start(parts: RunComponents, config: TrainConfig) -> TrainConfig:
+    """Resolve `head_init="auto"` and `head_norm="auto"`.
 
-    `auto` is `probe` for a timm classifier with a linear head and at least two classes, else `random`. With the
-    authors' own protocol it is `random`, as in their scripts.
+    The head starts from a `probe` if it is linear, in a timm classifier with at least two classes, else from `random`
+    values. With the authors' own protocol it is `random`, as in their scripts. Features are normalized for a head that
+    starts from a probe.
     """
-    if config.head_init != "auto":
-        return config.head_init
-    return "probe" if config.protocol != "official" and _can_probe(parts) else "random"
+    init, norm = config.head_init, config.head_norm
+    if init == "auto":
+        init = "probe" if config.protocol != "official" and _can_probe(parts) else "random"
+    if norm == "auto":
+        norm = "running" if init == "probe" else "none"
+    return dataclasses.replace(config, head_init=init, head_norm=norm)
+
+
+def normalize_features(parts: RunComponents, config: TrainConfig) -> FeatureNorm:
+    """Normalize the inputs of the head from here on.
+
+    Raises:
+        ValueError: The model has no linear head on pooled features.
+    """
+    base, head = _base_and_head(parts.model)
+    if not isinstance(head, nn.Linear) or head.bias is None or not _is_probe(base, head):
+        raise ValueError(
+            "head_norm='running' needs a timm classifier with a linear head on its pooled features, got "
+            f"{type(base).__name__} with {type(head).__name__}; use head_norm='none'"
+        )
+    return FeatureNorm(head, probe_features(parts, config))
 
 
 def choose_augmentation(parts: RunComponents, config: TrainConfig) -> TrainConfig:

@@ -41,6 +41,7 @@ from snella.training.linear_probe import (
     can_cache_features,
     choose_augmentation,
     choose_head_start,
+    normalize_features,
     start_head_from_probe,
 )
 from snella.training.results import (
@@ -152,7 +153,7 @@ def _train(
         config = from_main(lambda: fit_epochs(parts, fit_batch_size(parts, config, console), console))
     config = config.with_batch_size_for(len(parts.splits.train))
     if start is None:
-        config = dataclasses.replace(config, head_init=choose_head_start(parts, config))
+        config = choose_head_start(parts, config)
     if not is_resumed:
         config = choose_augmentation(parts, config)
     elif latest_checkpoint(run.checkpoints) is None:
@@ -211,6 +212,7 @@ def _fit(
     trained_part = cache_features(parts, config) if can_cache_features(config, parts.model) else None
     if config.head_init == "probe" and checkpoint is None:
         start_head_from_probe(parts, config)
+    norm = normalize_features(parts, config) if config.head_norm == "running" else None
     if config.shard and process_count() > 1:
         shard_frozen(parts.model)
     with contextlib.closing(display), _tracking(config, run):
@@ -225,6 +227,7 @@ def _fit(
             trained_part,
             start,
             keep_checkpoints,
+            norm,
         )
         if draw_report and is_main():
             trainer.add_callback(_LivePage(lambda: _draw_page(trainer, parts, run, costs)))
@@ -340,6 +343,8 @@ def _finish(
     splits, model = parts.splits, parts.model
     averaged = trainer.average_epochs()
     wait_for_others()  # the main process has written the best adapter
+    if trainer.feature_norm is not None:
+        trainer.feature_norm.remove()
     load_trained_into(model, run.adapter)
     protocol = trainer.protocol
     with console.status("measuring what is saved") if console.is_terminal else contextlib.nullcontext():

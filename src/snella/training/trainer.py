@@ -46,6 +46,7 @@ from snella.training.distributed import (
     process_number,
     wait_for_others,
 )
+from snella.training.feature_norm import FeatureNorm
 from snella.training.optimizer import build_optimizer
 from snella.training.sampler import EpochCallback, mix_seed
 from snella.training.session import NonFiniteLossError
@@ -266,6 +267,7 @@ class SnellaTrainer(CheckpointingTrainer):
         trained_part: The part of the model that the data sets are inputs of, where that is not the whole.
         start: When this session's work began, as `time.monotonic()` counts; now if not given.
         keep_checkpoints: Whether each epoch ends with a checkpoint.
+        feature_norm: Normalizes the inputs of the head, which is saved without it; None for none.
     """
 
     def __init__(
@@ -280,13 +282,16 @@ class SnellaTrainer(CheckpointingTrainer):
         trained_part: nn.Module | None = None,
         start: float | None = None,
         keep_checkpoints: bool = True,
+        feature_norm: FeatureNorm | None = None,
     ) -> None:
         self.config = config
+        self.feature_norm = feature_norm
         self.task = task
         self.validation_set = val
         self.protocol = get_protocol(config.protocol)
         self.average = None if config.ema is None else WeightAverage(model, config.ema)
-        averaging = [] if self.average is None else [self.average]
+        averaging: list[TrainerCallback] = [] if self.average is None else [self.average]
+        averaging += [] if feature_norm is None else [feature_norm]
         self.epoch_ends = EpochEnds(model, count) if (count := config.swa or config.soup) else None
         self.progress = _Progress()
         self._weights: list[float] = []
@@ -445,7 +450,8 @@ class SnellaTrainer(CheckpointingTrainer):
     def _save_adapter(self) -> None:
         """Write the adapter that the run keeps, by the main process."""
         if self.args.should_save:
-            with reporting_write_errors(self.run_folder.adapter):
+            folded = nullcontext() if self.feature_norm is None else self.feature_norm.folded()
+            with reporting_write_errors(self.run_folder.adapter), folded:
                 save_trained(self.trained_model, self.run_folder.adapter)
 
     def _selection_scores(self) -> dict[str, float]:
@@ -581,7 +587,7 @@ class SnellaTrainer(CheckpointingTrainer):
     def _write_state(self, checkpoint: Path, **values: Any) -> None:
         """Write the running epoch's loss and the average of the weights too."""
         super()._write_state(checkpoint, **asdict(self.progress), **values)
-        for kept in (self.average, self.epoch_ends):
+        for kept in (self.average, self.epoch_ends, self.feature_norm):
             if kept is not None:
                 kept.save(checkpoint)
 
@@ -589,7 +595,7 @@ class SnellaTrainer(CheckpointingTrainer):
         """Read what `_write_state` wrote."""
         values = super()._read_state(checkpoint)
         self.progress = _Progress(values["loss_sum"], values["steps"])
-        for kept in (self.average, self.epoch_ends):
+        for kept in (self.average, self.epoch_ends, self.feature_norm):
             if kept is not None:
                 kept.load(checkpoint)
         return values
