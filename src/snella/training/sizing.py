@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from rich.console import Console
@@ -17,8 +18,10 @@ from torch.utils.data import DataLoader
 
 from snella._console import counted, print_line
 from snella._text import seconds_text
+from snella.data import ImageDataset
 from snella.methods import find_method
 from snella.runs.config import TrainConfig, budget_seconds
+from snella.runs.images import parts_of
 from snella.runs.protocol import get_protocol
 from snella.training.build import RunComponents
 from snella.training.distributed import process_count
@@ -107,7 +110,7 @@ def fit_image_size(
     ):
         size = sizes[number]
         try:
-            seconds[size] = _epoch_seconds(parts if size == own else at_size(size), config)
+            seconds[size] = _measure_times(parts if size == own else at_size(size), config).epoch_s
         except _SIZE_ERRORS as error:
             text = str(error).strip().partition("\n")[0]
             print_line(console, f"image size stays {own} px, since {config.backbone} cannot take {size} px ({text})")
@@ -142,21 +145,23 @@ def _reason_to_keep_size(config: TrainConfig) -> str | None:
     return None
 
 
-def fit_epochs(parts: RunComponents, config: TrainConfig, console: Console) -> TrainConfig:
+def fit_epochs(parts: RunComponents, config: TrainConfig, console: Console, spent_s: float = 0.0) -> TrainConfig:
     """The settings with as many epochs as fit into `time_budget`, at least 1 and at most 100, from a few timed steps.
 
     Args:
         parts: Data and model.
         config: Resolved settings with a batch size.
         console: Where the choice is written.
+        spent_s: Seconds of the budget that loading data and model and fitting a probe have taken.
     """
     if config.time_budget is None:
         return config
-    epoch_s = _epoch_seconds(parts, config)
+    times = _measure_times(parts, config)
     budget_s = budget_seconds(config.time_budget)
-    epochs = max(1, min(_MOST_EPOCHS, int(_TIME_SHARE * budget_s / epoch_s)))
-    text = f"{counted(epochs, 'epoch')} in {config.time_budget}: one takes about {seconds_text(epoch_s)}"
-    if epoch_s > budget_s:
+    left_s = _TIME_SHARE * budget_s - spent_s - times.final_s
+    epochs = max(1, min(_MOST_EPOCHS, int(left_s / times.epoch_s)))
+    text = f"{counted(epochs, 'epoch')} in {config.time_budget}: one takes about {seconds_text(times.epoch_s)}"
+    if times.epoch_s > left_s:
         text += ", which is more than the budget; --train-size or a smaller --img-size make it shorter"
     elif epochs == _MOST_EPOCHS:
         text += f", and {_MOST_EPOCHS} are enough; --epochs without --time-budget sets more"
@@ -164,18 +169,32 @@ def fit_epochs(parts: RunComponents, config: TrainConfig, console: Console) -> T
     return dataclasses.replace(config, epochs=epochs)
 
 
-def _epoch_seconds(parts: RunComponents, config: TrainConfig) -> float:
-    """Seconds of an epoch with its evaluation, from a few timed steps of each."""
+@dataclass(frozen=True)
+class _Times:
+    """Seconds of an epoch with its evaluation, and of the evaluation of what is saved on all parts."""
+
+    epoch_s: float
+    final_s: float
+
+
+def _measure_times(parts: RunComponents, config: TrainConfig) -> _Times:
+    """Times from a few steps of training and evaluation."""
     config = fit_batch_size(parts, config, Console(file=io.StringIO()))
     per_batch = max(config.effective_batch_size // process_count(), 1)
     train_s = _step_seconds(parts, config, parts.splits.train, per_batch, _trial_step)
     steps = config.steps_per_epoch(len(parts.splits.train)) * config.accumulate
-    epoch_s = steps * train_s
     selection = get_protocol(config.protocol).selection_part(parts.splits)
-    if selection is not None:
-        batches = -(-len(selection) // config.effective_batch_size)
-        epoch_s += batches * _step_seconds(parts, config, selection, per_batch, _trial_evaluation)
-    return epoch_s
+    measured = [part for name, part in parts_of(parts.splits).items() if name != "train"]
+    if not measured:
+        return _Times(steps * train_s, 0.0)
+    views = config.tta if isinstance(config.tta, int) else 1
+    evaluation_s = views * _step_seconds(parts, config, measured[0], per_batch, _trial_evaluation)
+
+    def seconds_of(part: ImageDataset) -> float:
+        return -(-len(part) // config.effective_batch_size) * evaluation_s
+
+    epoch_s = steps * train_s + (0.0 if selection is None else seconds_of(selection))
+    return _Times(epoch_s, sum(map(seconds_of, measured)))
 
 
 def _predicted(parts: RunComponents, batch: int) -> int:

@@ -123,6 +123,7 @@ def _train(
     data: Any,
 ) -> RunFolder:
     """The work of `train`, in a folder that no other process writes into."""
+    begun = time.monotonic()
     if config.init_from is not None and not config.resume:
         config = RunFolder(config.init_from).start_settings(config)
     config, status = from_main(partial(run.resolve_resume, config))
@@ -150,13 +151,11 @@ def _train(
         size = from_main(lambda: fit_image_size(base, asked, at_size, console)).img_size
         if size != config.img_size:
             parts, config = at_size(size), dataclasses.replace(config, img_size=size)
-        config = from_main(lambda: fit_epochs(parts, fit_batch_size(parts, config, console), console))
-    config = config.with_batch_size_for(len(parts.splits.train))
-    if start is None:
-        config = choose_head_start(parts, config)
-    if not is_resumed:
-        config = choose_augmentation(parts, config)
-    elif latest_checkpoint(run.checkpoints) is None:
+        config = from_main(lambda: fit_batch_size(parts, config, console))
+        config = config.with_batch_size_for(len(parts.splits.train))
+        config = choose_augmentation(parts, config if start else choose_head_start(parts, config))
+        config = from_main(lambda: fit_epochs(parts, config, console, time.monotonic() - begun))
+    if start is not None and latest_checkpoint(run.checkpoints) is None:
         load_start(parts, config, start)
     wait_for_others()  # all have read what a resumed run had
     if is_main():
