@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -126,8 +126,7 @@ class RunComponents:
         task: Fitted to the training images.
         backbone: What the model was built of.
         data_config: Preprocessing, as timm names it.
-        probe_features: Features of training images before training, as they are (False) and flipped (True); filled by
-            `snella.training.linear_probe`.
+        probe_features: Features of training images before training; set by `snella.training.linear_probe`.
     """
 
     splits: DataSplits
@@ -135,7 +134,7 @@ class RunComponents:
     task: Task
     backbone: BackboneInfo
     data_config: dict[str, Any]
-    probe_features: dict[bool, Tensor] = field(default_factory=dict)
+    probe_features: Tensor | None = None
 
 
 def build_components(

@@ -129,6 +129,8 @@ def head_inputs(model: nn.Module, parts: Sequence[ImageDataset], batch_size: int
 
 _MOST_PROBE_IMAGES = 5_000
 """Training images that a probe is fitted to, at most: more hardly change it."""
+_MOST_FLIPPED = 500
+"""Training images whose flips are looked at, at most."""
 _FOLDS = 4
 _CLEAR = 2.0
 """Standard errors from which flips are known to change classes."""
@@ -202,17 +204,19 @@ def _flips_change_classes(parts: RunComponents, config: TrainConfig) -> bool:
     """Whether a cross-validated probe recognizes clearly fewer images when they are flipped."""
     if not parts.task.has_one_class or not _can_probe(parts):
         return False
-    plain, flipped = (probe_features(parts, config, flip=flip).double().numpy() for flip in (False, True))
-    labels = np.asarray(parts.splits.train.labels)[_probe_rows(parts, config)]
-    order = np.random.default_rng(config.seed).permutation(len(labels))
+    rows = _probe_rows(parts, config)
+    order = np.random.default_rng(config.seed).permutation(len(rows))[:_MOST_FLIPPED]
+    plain = probe_features(parts, config)[torch.from_numpy(order)].double().numpy()
+    flipped = _features_before_training(parts, config, rows[order], flip=True).double().numpy()
+    labels = np.asarray(parts.splits.train.labels)[rows[order]]
     only_plain = only_flipped = 0
-    for fold in np.array_split(order, _FOLDS):
-        rest = np.setdiff1d(order, fold)
+    for held_out in np.array_split(np.arange(len(labels)), _FOLDS):
+        rest = np.setdiff1d(np.arange(len(labels)), held_out)
         if len(set(labels[rest].tolist())) < 2:
             continue
         weight, bias = parts.task.fit_linear(plain[rest], labels[rest], len(parts.splits.classes), None)
         right, right_flipped = (
-            (features[fold] @ weight.double().numpy().T + bias.double().numpy()).argmax(1) == labels[fold]
+            (features[held_out] @ weight.double().numpy().T + bias.double().numpy()).argmax(1) == labels[held_out]
             for features in (plain, flipped)
         )
         only_plain += int((right & ~right_flipped).sum())
@@ -228,27 +232,33 @@ def _probe_rows(parts: RunComponents, config: TrainConfig) -> NDArray[np.int64]:
     return np.sort(np.random.default_rng(config.seed).choice(count, _MOST_PROBE_IMAGES, replace=False))
 
 
-def probe_features(parts: RunComponents, config: TrainConfig, *, flip: bool = False) -> Tensor:
-    """Pooled features of training images before training, `[images, width]`, computed once.
+def probe_features(parts: RunComponents, config: TrainConfig) -> Tensor:
+    """Pooled features before training of the images that a probe is fitted to, `[images, width]`; computed once.
 
     Args:
         parts: Data and model; keeps the features.
         config: Resolved settings; the batch size, the seed and the workers count.
-        flip: Whether the images are flipped left to right.
     """
-    if flip not in parts.probe_features:
-        train = parts.splits.train
-        rows = _probe_rows(parts, config)
+    if parts.probe_features is None:
+        train, rows = parts.splits.train, _probe_rows(parts, config)
         if isinstance(train, FeatureDataset):
-            parts.probe_features[flip] = train.features[torch.from_numpy(rows)]
+            parts.probe_features = train.features[torch.from_numpy(rows)]
         else:
-            transform = build_transform(parts.data_config, train=False, augment="none")
-            images = train.with_transform(_Flipped(transform) if flip else transform).subset(rows.tolist())
-            base, _ = _base_and_head(parts.model)
-            was_training = parts.model.training
-            parts.probe_features[flip] = torch.cat(list(pooled_features(base, images, config)))
-            parts.model.train(was_training)
-    return parts.probe_features[flip]
+            parts.probe_features = _features_before_training(parts, config, rows)
+    return parts.probe_features
+
+
+def _features_before_training(
+    parts: RunComponents, config: TrainConfig, rows: NDArray[np.int64], *, flip: bool = False
+) -> Tensor:
+    """Pooled features of some training images, as they are or flipped left to right."""
+    transform = build_transform(parts.data_config, train=False, augment="none")
+    images = parts.splits.train.with_transform(_Flipped(transform) if flip else transform).subset(rows.tolist())
+    base, _ = _base_and_head(parts.model)
+    was_training = parts.model.training
+    features = torch.cat(list(pooled_features(base, images, config)))
+    parts.model.train(was_training)
+    return features
 
 
 class _Flipped:
@@ -274,9 +284,9 @@ def start_head_from_probe(parts: RunComponents, config: TrainConfig) -> None:
     ridge regression for numbers (`Task.fit_linear`), with the weights of classes and samples that training has.
 
     A random head sends random gradients through the backbone in its first steps; one that fits already does not
-    (Kumar et al., 2022, arXiv 2202.10054). At most 5,000 training images are seen once, and once flipped if training
-    flips them. Features are divided by their root mean variance, and the L2 penalty is `1/(2·0.1)·‖w‖²` (`5 ‖w‖²`, too,
-    for numbers) beside the sum of the images' losses.
+    (Kumar et al., 2022, arXiv 2202.10054). At most 5,000 training images are seen once, without augmentation. Features
+    are divided by their root mean variance, and the L2 penalty is `1/(2·0.1)·‖w‖²` (`5 ‖w‖²`, too, for numbers) beside
+    the sum of the images' losses.
 
     Args:
         parts: Data and model; the head is changed in place. Where `cache_features` has run, its features are taken.
@@ -292,9 +302,8 @@ def start_head_from_probe(parts: RunComponents, config: TrainConfig) -> None:
             f"{type(base).__name__} with {type(head).__name__}; use head_init='random'"
         )
     train = parts.splits.train
-    views = [False, True] if has_flips(config.augment) and not isinstance(train, FeatureDataset) else [False]
-    features = torch.cat([probe_features(parts, config, flip=flip) for flip in views]).double().numpy()
-    targets = [train.target_and_weight(index) for index in _probe_rows(parts, config).tolist()] * len(views)
+    features = probe_features(parts, config).double().numpy()
+    targets = [train.target_and_weight(index) for index in _probe_rows(parts, config).tolist()]
     batch = parts.task.collate([(torch.empty(0), *target) for target in targets])
     labels = batch["labels"].numpy()
     of_samples = batch["weights"].double().numpy() if "weights" in batch else None
