@@ -191,7 +191,7 @@ def test_a_new_head_that_the_model_does_not_call_is_left_alone():
 def test_no_head_of_trained_weights_looks_new():
     torch.manual_seed(0)
     assert not looks_new(torch.randn(10, 64) + torch.randn(64), torch.zeros(10))  # correlated rows
-    assert not looks_new(torch.randn(10, 64) * torch.linspace(1, 2, 10)[:, None], torch.zeros(10))
+    assert not looks_new(torch.randn(10, 640) * torch.linspace(1, 2, 10)[:, None], torch.zeros(10))
     assert not looks_new(torch.randn(10, 64) + 0.5, torch.zeros(10))
     assert not looks_new(torch.randn(10, 64), torch.full((10,), 1e-4))
     assert not looks_new(torch.randn(10, 64), None)

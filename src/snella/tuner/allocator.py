@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -403,6 +404,7 @@ class _ZeroGradHook:
 
     def __init__(self, optimizer: Optimizer, function: Callable[[Optimizer], None]) -> None:
         self.optimizer, self.function, self.zero_grad = optimizer, function, optimizer.zero_grad
+        functools.update_wrapper(self, optimizer.zero_grad)  # Accelerate asks for its signature
         optimizer.zero_grad = self  # type: ignore[method-assign]
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from snella.tuner.targets import HEAD_NAMES, PREDICTOR_NAMES, head_modules
 
+_OUTPUTS = {"lm_head", "proj_out"}  # these come with the model
 _SIGMAS = 5.0  # of sampling noise: one fresh head in millions is missed by each test
 
 
@@ -51,12 +52,12 @@ class _Note:
 
 
 def _head_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
-    """The linear and convolutional layers of a model's head, by name, without those that adapters hold."""
+    """The linear and convolutional layers of a model's classifiers and predictors, without those of adapters."""
     heads, layers = head_modules(model), {}
     held: list[str] = []
     for name, module in model.named_modules():
         parts = name.split(".")
-        if any(name.startswith(prefix) for prefix in held):
+        if any(name.startswith(prefix) for prefix in held) or _OUTPUTS.intersection(parts):
             continue
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             held.append(f"{name}.")
@@ -110,7 +111,7 @@ def _is_noise(rows: Tensor) -> bool:
         return False
     spread = float((rows.square() / square).var(correction=0))  # of the squares: 2 for normal, 0.8 for uniform entries
     norms = rows.square().mean(1) / square  # [m]
-    if spread > 3 or float((norms - 1).abs().max()) > _SIGMAS * math.sqrt(spread / n) + 1e-3:
+    if spread > 4 or float((norms - 1).abs().max()) > _SIGMAS * math.sqrt(spread / n) + 1e-3:
         return False
     some = nn.functional.normalize(rows[:512], dim=1)
     cosines = (some @ some.T).square().triu(1).sum()

@@ -396,8 +396,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         """Switch between training and evaluation; the weight cached for evaluation is released."""
         if mode != self.training:
             self._cache.clear()
-            for name in self.snella_budget:
-                self._restore_budgets(name)  # a compiled graph reads the buffer itself
+            self._restore_budgets()  # a compiled graph reads the buffers itself
         return super().train(mode)
 
     def clear_cache(self) -> None:
@@ -530,9 +529,20 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         return self._cache.budgets(adapter_name, self.snella_budget[adapter_name], self._read_budgets)
 
     def _read_budgets(self, adapter_name: str) -> tuple[int, ...]:
-        """The budgets in the buffer, live ones in the place of averages."""
-        self._restore_budgets(adapter_name)
-        return tuple(self.snella_budget[adapter_name].tolist())
+        """The budgets in the buffer, after the live ones have replaced averages."""
+        buffer, seals = self.snella_budget[adapter_name], self.snella_seal[adapter_name]
+        budgets, found = torch.stack((buffer, seals.to(buffer.device))).tolist()  # one transfer
+        if found == [seal_of(budget) for budget in budgets]:
+            return tuple(budgets)
+        buffer.copy_(torch.tensor(self._live_budgets[adapter_name], dtype=buffer.dtype))
+        self.seal_budgets(adapter_name)
+        return self._live_budgets[adapter_name]
+
+    def _restore_budgets(self) -> None:
+        """Replace averages of budgets in the buffers, for those who read these themselves."""
+        for name, buffer in self.snella_budget.items():
+            if not buffer.is_meta and not self.snella_seal[name].is_meta:
+                self._read_budgets(name)
 
     def seal_budgets(self, adapter_name: str) -> None:
         """Take what is in the buffer for budgets; to be called by whoever writes into it."""
@@ -544,18 +554,9 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         seals = torch.tensor([seal_of(budget) for budget in budgets], dtype=buffer.dtype, device=buffer.device)
         self.snella_seal[adapter_name] = seals
 
-    def _restore_budgets(self, adapter_name: str) -> None:
-        """Write the live budgets where something has averaged them."""
-        buffer, seals = self.snella_budget[adapter_name], self.snella_seal[adapter_name]
-        if buffer.is_meta or seals.is_meta or seals.tolist() == [seal_of(budget) for budget in buffer.tolist()]:
-            return
-        buffer.copy_(torch.tensor(self._live_budgets[adapter_name], dtype=buffer.dtype))
-        self.seal_budgets(adapter_name)
-
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Save budgets, not averages of them."""
-        for name in self.snella_budget:
-            self._restore_budgets(name)
+        self._restore_budgets()
         super()._save_to_state_dict(*args, **kwargs)
 
     def set_scale(self, adapter: str, scale: float) -> None:

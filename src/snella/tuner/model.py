@@ -549,11 +549,12 @@ def _adapted_layers(model: nn.Module, adapter_names: list[str]) -> list[SnellaLa
 
 
 def _budget_and_target(layers: list[SnellaLayer], adapter_name: str) -> tuple[int, int]:
-    """Entries that an adapter keeps, and that it is to keep; a fixed support has no other target."""
+    """Entries that an adapter keeps now, and at the end; the same where its sparsity does not change."""
     budget = sum(sum(layer.budgets(adapter_name)) for layer in layers)
     config = layers[0].snella_config[adapter_name]
     size = sum(layer.out_features * layer.in_features for layer in layers)
-    return budget, budget if config.fixed_support else size - round(config.target_sparsity * size)
+    is_constant = config.fixed_support or config.target_sparsity <= config.init_sparsity
+    return budget, budget if is_constant else size - round(config.target_sparsity * size)
 
 
 def _warn_of_unapplied(layers: list[SnellaLayer]) -> None:
