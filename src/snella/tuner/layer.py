@@ -848,7 +848,6 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         self.__dict__["is_applied"] = True
         if not self._needs_gradients(names):
             return self._effective(self._weight(), names) if self.training else self._cached_weight(names)
-        self._check_allocator(names)
         if any(self._is_regularized(name) for name in names) and self.training:
             self.snella_config[names[0]].watch.on_weight_read(self.module_name)
         self._cache.release_effective_weight()
