@@ -54,6 +54,13 @@ def test_trainer_ends_as_an_uninterrupted_one_when_it_is_resumed(run_example):
     assert names["resumed"].state.global_step == names["whole"].state.global_step == 80
 
 
+@pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
+def test_lightning_module_averages_saves_and_loads(run_example):
+    averaged, loaded = percentages(run_example("lightning_module.py")[1])[-2:]
+    assert averaged > 50
+    assert loaded == pytest.approx(averaged, abs=1.0)
+
+
 def test_diffusers_dreambooth_lowers_its_loss_and_loads_it_again(run_example):
     names, printed = run_example("diffusers_dreambooth.py")
     before = float(printed.splitlines()[0].rpartition(" ")[2])

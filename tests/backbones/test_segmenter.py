@@ -45,6 +45,7 @@ def test_images_are_shown_whole():
     assert config["crop_mode"] == "squash" and config["crop_pct"] == 1.0
 
 
+@pytest.mark.filterwarnings("ignore:.* no budget allocator is attached:UserWarning")
 @pytest.mark.parametrize("method", ["linear", "bias", "full", "lora-2", "snella-2"])
 def test_every_method_trains_the_decoder_and_reloads(method, tmp_path):
     model = build_method(method, make(), head="decoder")

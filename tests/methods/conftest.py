@@ -1,11 +1,19 @@
 """Small models, one step of training, and training data for methods that look at some."""
 
+from pathlib import Path
+
 import pytest
 import timm
 import torch
 from torch.nn.functional import cross_entropy
 
 from snella.methods import SelectionData
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if Path(__file__).parent in item.path.parents:  # a few steps without an allocator are no training
+            item.add_marker(pytest.mark.filterwarnings("ignore:.* no budget allocator is attached:UserWarning"))
 
 
 @pytest.fixture

@@ -13,6 +13,8 @@ from snella.methods import build_method
 from snella.training.memory import predict_step_memory, record_forward, working_modules
 from snella.training.optimizer import checkpoint_gradients
 
+# a few steps without an allocator are no training
+pytestmark = pytest.mark.filterwarnings("ignore:.* no budget allocator is attached:UserWarning")
 METHODS = ["snella-4", "lora-4", "full"]
 COMPRESSED = ("snella-4", {"compress_activations": True})
 SIDE = 64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import math
 import warnings
@@ -426,7 +427,126 @@ def test_training_on_without_the_allocator_warns_again(mlp):
         train(mlp, model, optimizer, last=30)
 
 
-def test_a_step_that_the_gradient_scaler_skips_does_not_count(mlp):
+def scaled_step(mlp, model, optimizer, scaler, broken):
+    scaler.scale(mlp.run(model).square().sum()).backward()
+    if broken:
+        optimizer.param_groups[0]["params"][0].grad.fill_(torch.inf)
+    scaler.step(optimizer)
+    scaler.update()
+
+
+@pytest.mark.parametrize("clears", ["before", "after", "zeros"])
+def test_steps_that_the_gradient_scaler_skips_count_so_that_the_target_is_reached(mlp, clears):
+    model = mlp.adapted()
+    optimizer = make_optimizer(model)
+    allocator = allocator_of(model).attach(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    model.train()
+    for number in range(1, EPOCHS * STEPS + 1):
+        if clears == "before":
+            optimizer.zero_grad()
+        scaled_step(mlp, model, optimizer, scaler, number in (1, 2, 6))
+        if clears != "before":
+            optimizer.zero_grad(set_to_none=clears == "after")
+        if number == STEPS:
+            assert allocator.history[-1]["step"] == STEPS
+    assert allocator.step == EPOCHS * STEPS
+    assert sum(allocator.budgets.values()) == allocator.target_budget
+    assert all(torch.isfinite(torch.tensor(allocator.importance.scores())))
+
+
+def test_a_skipped_step_whose_gradients_nobody_clears_is_told_of_when_the_adapter_is_saved(mlp, tmp_path):
+    model = mlp.adapted()
+    optimizer = make_optimizer(model)
+    allocator = allocator_of(model, total_epochs=1).attach(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    model.train()
+    for number in range(1, STEPS + 1):
+        optimizer.zero_grad()
+        scaled_step(mlp, model, optimizer, scaler, number == STEPS)
+    with pytest.warns(UserWarning, match=r"seen 2 of 3 optimizer steps; .*allocator\.advance_to\(3\) lowers"):
+        model.save_pretrained(tmp_path)
+    allocator.advance_to(3)
+    assert sum(allocator.budgets.values()) == allocator.target_budget
+
+
+def test_gradients_that_are_cleared_without_a_step_count_only_where_they_overflowed(mlp):
+    model = mlp.adapted()
+    optimizer = make_optimizer(model)
+    allocator = allocator_of(model).attach(optimizer)
+    model.train()
+    for _ in range(3):
+        optimizer.zero_grad()
+        mlp.run(model).square().sum().backward()
+    assert allocator.step == 0
+
+
+def test_zero_grad_is_the_optimizers_own_once_the_allocator_is_detached(mlp):
+    model = mlp.adapted()
+    optimizer = make_optimizer(model)
+    allocator = allocator_of(model).attach(optimizer)
+    outer = optimizer.zero_grad
+    assert "set_to_none" in inspect.signature(outer).parameters
+    allocator.detach()
+    assert "zero_grad" not in optimizer.__dict__
+    allocator.attach(optimizer)
+    optimizer.zero_grad = lambda: outer()  # as a library wraps it
+    allocator.detach()
+    mlp.run(model.train()).square().sum().backward()
+    optimizer.zero_grad()
+    assert all(p.grad is None for group in optimizer.param_groups for p in group["params"])
+
+
+@pytest.mark.parametrize("passes", ["positional", "keyword"])
+@pytest.mark.parametrize("preset", ["paper", "official", "matched"])
+def test_steps_with_a_closure_are_those_of_a_plain_loop(mlp, preset, passes):
+    settings = {"preset": preset, "update_dropout": 0.0, "update_drop_path": 0.0}
+    plain, other = mlp.adapted(**settings), mlp.adapted(**settings)
+    optimizer = make_optimizer(plain)
+    reference = allocator_of(plain).attach(optimizer)
+    train(mlp, plain, optimizer)
+    optimizer = make_optimizer(other)
+    allocator = allocator_of(other).attach(optimizer)
+    other.train()
+    for number in range(1, EPOCHS * STEPS + 1):
+
+        def closure(number=number):
+            optimizer.zero_grad()
+            loss = mlp.run(other, mlp.inputs(number)).square().sum()
+            loss.backward()
+            return loss
+
+        loss = optimizer.step(closure) if passes == "positional" else optimizer.step(closure=closure)
+        assert loss.item() > 0
+    assert allocator.history == reference.history
+    assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in other.state_dict().items())
+
+
+def test_an_optimizer_that_calls_its_closure_several_times_has_the_importance_of_the_first_call(mlp):
+    model = mlp.adapted()
+    optimizer = torch.optim.LBFGS([p for p in model.parameters() if p.requires_grad], lr=1e-3, max_iter=3)
+    allocator = allocator_of(model, total_epochs=1, steps_per_epoch=1).attach(optimizer)
+    mlp.run(model.train()).square().sum().backward()
+    by_hand = ImportanceTracker(adapted_matrices(model))
+    by_hand.update()
+    calls = []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = mlp.run(model).square().sum()
+        loss.backward()
+        calls.append(loss)
+        return loss
+
+    optimizer.step(closure)
+    assert len(calls) > 1
+    expected = by_hand.state_dict()["averages"]
+    assert all(
+        torch.equal(value, expected[key]) for key, value in allocator.importance.state_dict()["averages"].items()
+    )
+
+
+def test_a_step_that_the_gradient_scaler_skips_counts_once_its_gradients_are_cleared(mlp):
     model = mlp.adapted()
     optimizer = make_optimizer(model)
     allocator = allocator_of(model).attach(optimizer)
@@ -439,9 +559,7 @@ def test_a_step_that_the_gradient_scaler_skips_does_not_count(mlp):
             allocator.matrices[0].layer.snella_A["default"].grad.fill_(torch.inf)
         scaler.step(optimizer)
         scaler.update()
-    assert allocator.step == 2
-    assert [entry["step"] for entry in allocator.history] == [0]
-    allocator.advance_to(3)
+    assert allocator.step == 3
     assert [entry["step"] for entry in allocator.history] == [0, 3]
     assert all(torch.isfinite(torch.tensor(allocator.importance.scores())))
 
@@ -477,11 +595,41 @@ def test_matrices_without_gradient_are_named_in_one_warning(mlp):
     allocator_of(model).attach(optimizer)
     model.base_model.model.lin0.register_forward_hook(lambda module, args, output: output.detach())
     model.train()
-    with pytest.warns(UserWarning, match=r"1 of 2 adapted matrices got no gradient .* \['lin0'\]: the loss does not"):
-        step(mlp, model, optimizer, 1)
+    message = "1 of 2 adapted matrices got no gradient in the first 5 steps: 'lin0'; the loss does not depend on"
+    with pytest.warns(UserWarning, match=message) as caught:
+        train(mlp, model, optimizer)
+    assert len(caught) == 1
+
+
+def test_a_training_of_two_steps_names_matrices_without_gradient_after_them(mlp):
+    model = mlp.adapted()
+    optimizer = make_optimizer(model)
+    allocator_of(model, total_epochs=1, steps_per_epoch=2).attach(optimizer)
+    # a gradient that is there but zero, as behind a mask
+    model.base_model.model.lin0.register_forward_hook(lambda module, args, output: output * 0)
+    model.train()
+    with pytest.warns(UserWarning, match="1 of 2 adapted matrices got no gradient in the first 2 steps: 'lin0'"):
+        train(mlp, model, optimizer, last=2)
+
+
+def test_a_gradient_in_any_of_the_first_steps_and_a_budget_of_zero_are_no_reason_to_warn(mlp):
+    model = mlp.adapted()
+    optimizer = make_optimizer(model)
+    allocator_of(model).attach(optimizer)
+    lin0 = model.base_model.model.lin0
+    handle = lin0.register_forward_hook(lambda module, args, output: output.detach())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        step(mlp, model, optimizer, 2)
+        train(mlp, model, optimizer, last=4)  # as a head that starts at zero
+        handle.remove()
+        train(mlp, model, optimizer, first=5)
+        empty = mlp.adapted()
+        optimizer = make_optimizer(empty)
+        allocator = allocator_of(empty).attach(optimizer)
+        allocator._set_budgets([0, 50])
+        train(mlp, empty, optimizer, last=2)
+        allocator._set_budgets([0, 50])
+        train(mlp, empty, optimizer, first=3)
 
 
 # SNELL and the numbers of large models ------------------------------------------------------------------------------

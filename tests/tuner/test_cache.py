@@ -191,6 +191,7 @@ def test_a_cached_budget_follows_the_buffer(mlp):
     layer = layers(mlp.adapted())[0]
     assert layer.budgets("default") == (120,)
     layer.snella_budget["default"].fill_(11)
+    layer.seal_budgets("default")
     assert layer.budgets("default") == (11,)
 
 
@@ -218,7 +219,7 @@ def test_training_keeps_no_effective_weight(kind):
 
 
 def test_thresholds_are_found_once_for_all_accumulated_batches(mlp, selections):
-    model = mlp.adapted(init_sparsity=0.5).train()
+    model = mlp.adapted(init_sparsity=0.5, target_sparsity=0.5).train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
     for _ in range(3):
         for _ in range(4):
@@ -228,7 +229,7 @@ def test_thresholds_are_found_once_for_all_accumulated_batches(mlp, selections):
 
 
 def test_thresholds_follow_an_optimizer_that_writes_past_torch(mlp, selections):
-    model = mlp.adapted(init_sparsity=0.5).train()
+    model = mlp.adapted(init_sparsity=0.5, target_sparsity=0.5).train()
     optimizer = WritesThroughData([p for p in model.parameters() if p.requires_grad])
     for _ in range(3):
         mlp.run(model).sum().backward()

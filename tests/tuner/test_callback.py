@@ -116,6 +116,11 @@ def test_the_callback_trains_the_adapter_it_is_given(vit, tmp_path):
         trainer(vit, tmp_path, callback).train()
 
 
+def test_a_trainer_without_the_callback_is_told_of(vit, tmp_path):
+    with pytest.warns(UserWarning, match=r"no budget allocator is attached.*callbacks=\[SnellaCallback\(\)\]"):
+        trainer(vit, tmp_path, max_steps=2).train()
+
+
 def test_a_callback_outside_of_a_trainer_says_what_it_needs(tmp_path):
     args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
     state, control = transformers.TrainerState(), transformers.TrainerControl()

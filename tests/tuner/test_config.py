@@ -192,7 +192,14 @@ def test_faults_of_kind_are_reported_together():
     [
         ("target_sparsitty", r"did you mean 'target_sparsity'\?"),
         ("lora_alpha", "the factor before the update is scaling"),
+        ("alpha", "the factor before the update is scaling"),
+        ("rank", "the rank is r"),
+        ("init_r", "the rank is r"),
+        ("dropout", "update_dropout"),
         ("lora_dropout", "update_dropout"),
+        ("sparsity", "the fraction of zeros at the end is target_sparsity"),
+        ("tfinal", "the length of the schedule is an argument of BudgetAllocator"),
+        ("deltaT", "realloc_every"),
         (
             "target_parameters",
             r"adapted by LoraConfig\(target_parameters=…\), or trained in full with parameters_to_save",
@@ -203,6 +210,12 @@ def test_faults_of_kind_are_reported_together():
 def test_settings_of_other_methods_are_refused_with_what_serves_instead(name, hint):
     with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'; .*{hint}"):
         SnellaConfig(**{name: 1})
+
+
+def test_every_unknown_setting_is_named_in_one_error():
+    message = r"argument 'rank'; the rank is r; .* argument 'alpha'; the factor before the update is scaling"
+    with pytest.raises(TypeError, match=message):
+        SnellaConfig(rank=8, alpha=16)
 
 
 # the name of the method ---------------------------------------------------------------------------------------------

@@ -158,6 +158,22 @@ def test_the_factor_on_a_step_is_the_formula(mlp):
         torch.testing.assert_close(matched, float(scale) * unmatched, rtol=1e-4, atol=1e-7)
 
 
+def test_the_factor_on_a_step_follows_the_rank_of_the_layer(mlp):
+    matched = {}
+    for rank in (2, 8):
+        torch.manual_seed(0)
+        model = mlp.adapted(preset="matched", r=4, rank_pattern={"lin0": rank}, target_sparsity=0.0)
+        optimizer = create_snella_optimizer(model, lr=0.02)
+        layer = adapted_matrices(model)[0].layer
+        slope = 2 * float(layer.sparse_updates("default")[0].abs().mean().sqrt())
+        take_step(model, optimizer)
+        change = 0.02 * float(layer.get_base_layer().weight.square().mean().sqrt()) / layer.scaling["default"]
+        delta = 2 * change / (slope + math.sqrt(slope**2 + 4 * change))
+        matched[rank] = optimizer.snella_step_matcher.scales["lin0", "default"][0]
+        assert matched[rank] == pytest.approx(delta / (0.02 * 0.1 * math.sqrt(rank)), rel=1e-4)
+    assert matched[2] != matched[8]
+
+
 def test_a_resumed_optimizer_takes_the_same_matched_steps(mlp):
     torch.manual_seed(0)
     model = mlp.adapted(match_update=True)

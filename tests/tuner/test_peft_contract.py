@@ -148,7 +148,7 @@ def test_other_layers_are_not_said_to_be_convertible(cases, name):
     [("all", {"lin0.base_layer.bias", "norm.bias", "head.bias"}), ("snella_only", {"lin0.base_layer.bias"})],
 )
 def test_biases_are_trained_and_saved(mlp, tmp_path, bias, trained):
-    model = mlp.adapted(bias=bias).train()
+    model = mlp.adapted(bias=bias, target_sparsity=0.0).train()
     names = {n.removeprefix("base_model.model.") for n, p in model.named_parameters() if p.requires_grad}
     assert {name for name in names if ".snella_" not in name} == trained
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)

@@ -298,7 +298,7 @@ def test_only_layers_that_look_fused_are_cut(suffix, rows, columns, expected):
 def test_each_matrix_of_a_fused_layer_trains_like_a_layer_of_its_own():
     torch.manual_seed(0)
     fused, x, goal = nn.Sequential(nn.Linear(6, 15)), torch.randn(20, 6), torch.randn(20, 15)
-    config = dict(r=4, init_weights=False, init_sparsity=0.3)
+    config = dict(r=4, init_weights=False, init_sparsity=0.3, target_sparsity=0.3)
     model = get_peft_model(fused, SnellaConfig(target_modules=["0"], qkv_groups={"0": [4, 5, 6]}, **config))
     rows = [slice(0, 4), slice(4, 9), slice(9, 15)]
     layer = model.base_model.model[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 import weakref
 from collections.abc import Sequence
 from functools import partial
@@ -185,7 +186,8 @@ def follow_memory(model: nn.Module, images: Tensor, steps: int) -> list[dict[str
     optimizer = torch.optim.AdamW(trained, lr=1e-5)
     live = LiveTensors([*model.parameters(), *model.buffers(), images])
     start = live.live
-    with live:
+    with live, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* no budget allocator is attached")  # these steps are no training
         for step in range(1, steps + 1):
             live.place = (step, "forward")
             outputs = model(images)

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from snella._text import listed
 from snella.tuner.allocation import allocate, budget_at
-from snella.tuner.importance import ImportanceTracker
+from snella.tuner.importance import ImportanceTracker, is_sharded
 from snella.tuner.matrices import AdaptedMatrix, adapted_matrices
 from snella.tuner.optimizer import MATCHER_ATTRIBUTE
 
 _STATE_KEY = "snella_allocator"  # in the first parameter group of an optimizer's state
 _FORMAT = 1
 _HISTORY_PARTS = 100  # points of a curve that a report draws
+_GRADIENT_STEPS = 5  # a head that starts at zero, or a block dropped by drop-path, has none in the first one or two
 
 __all__ = ["BudgetAllocator", "allocate"]
 
@@ -88,8 +91,11 @@ class BudgetAllocator:
         self.step = 0
         self.history: list[dict[str, Any]] = []
         self._has_checked = False
+        self._has_read = self._has_stepped = False  # in this step, and since the gradients were cleared
+        self._reads = 0  # of steps whose gradients were looked for
+        self._untouched = {matrix.name for matrix in self.matrices}
         self.has_exact_steps = False  # whether the number of steps is a trainer's own
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._handles: list[torch.utils.hooks.RemovableHandle | _ZeroGradHook] = []
         self._allocate(0)
 
     # what it works towards -----------------------------------------------------------------------------------------
@@ -143,8 +149,10 @@ class BudgetAllocator:
     def attach(self, optimizer: Optimizer) -> Self:
         """Follow an optimizer: from now on its steps drive the allocator and its state carries the allocator's.
 
-        The importance is read before the optimizer changes the parameters (after, with `preset="official"`), the budget
-        changes after. Attaching after `optimizer.load_state_dict` restores the allocator just as attaching before does.
+        The importance is read before the optimizer changes the parameters (after, with `preset="official"`), in
+        `optimizer.step(closure)` after the closure's first call; the budget changes after the step. A step that a
+        gradient scaler skips counts once `optimizer.zero_grad()` clears its overflowed gradients. Attaching after
+        `optimizer.load_state_dict` restores the allocator just as attaching before does.
 
         Args:
             optimizer: Any optimizer, wrapped by Accelerate or not.
@@ -179,6 +187,7 @@ class BudgetAllocator:
             optimizer.register_step_post_hook(self._after_step),
             optimizer.register_state_dict_post_hook(self._save_into),
             optimizer.register_load_state_dict_post_hook(self._load_from),
+            _ZeroGradHook(optimizer, self._before_zero_grad),
         ]
         self._watch(attached=True)
         self._load_from(optimizer)
@@ -188,7 +197,11 @@ class BudgetAllocator:
     def _is_optimized_by(self, optimizer: Optimizer) -> bool:
         """Whether an optimizer holds factors of the adapter."""
         optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        return any(id(matrix.layer.snella_A[self.adapter_name]) in optimized for matrix in self.matrices)
+        return any(id(factor) in optimized for factor in self._factors())
+
+    def _factors(self) -> list[torch.Tensor]:
+        """The first factor of every matrix, as the optimizer sees it."""
+        return [matrix.layer.snella_A[self.adapter_name] for matrix in self.matrices]
 
     def detach(self) -> None:
         """Release the optimizer."""
@@ -213,12 +226,14 @@ class BudgetAllocator:
     def advance_to(self, step: int) -> None:
         """Count steps that the optimizer never took, up to `step`, so that the budget still ends at its target.
 
-        A gradient scaler skips the optimizer's step where float16 gradients overflowed. `SnellaCallback` calls this.
+        For loops that skip steps and clear gradients without `optimizer.zero_grad()`. `SnellaCallback` calls this.
         """
         while self.step < step:
             self._finish_step(self.step + 1)
 
-    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if not self._has_checked and not self._is_optimized_by(optimizer):
             raise NotImplementedError(
                 f"since the allocator was attached, the {type(optimizer).__name__} was given other parameters than the "
@@ -226,13 +241,45 @@ class BudgetAllocator:
                 "away; train with DDP or FSDP, or without an allocator (target_sparsity = init_sparsity)"
             )
         self._has_checked = True
-        if not self.config.zero_init_ema:
+        self._has_read = False
+        if self.config.zero_init_ema:
+            return None
+        positional, closure = len(args) > 1, kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._read_importance(optimizer)
+            return None
+        closure = self._reading(closure, optimizer)
+        return ((args[0], closure, *args[2:]), kwargs) if positional else (args, {**kwargs, "closure": closure})
+
+    def _reading(self, closure: Callable[[], Any], optimizer: Optimizer) -> Callable[[], Any]:
+        """Wrap a step's closure: the importance is read after its first call, which computes the gradients."""
+
+        def closure_and_read() -> Any:
+            loss = closure()
+            self._read_importance(optimizer)
+            return loss
+
+        return closure_and_read
+
+    def _read_importance(self, optimizer: Optimizer) -> None:
+        """Update the importance unless this step already has."""
+        if not self._has_read:
+            self._has_read = True
             self._update_importance(_gradient_scale(optimizer))
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        if self.config.zero_init_ema:
-            self._update_importance(_gradient_scale(optimizer))
+        self._read_importance(optimizer)
+        self._has_stepped = True
         self._finish_step(self.step + 1)
+
+    def _before_zero_grad(self, optimizer: Optimizer) -> None:
+        """Count a step that a gradient scaler skipped: no step since the last call, and gradients that overflowed."""
+        has_stepped, self._has_stepped = self._has_stepped, False
+        if has_stepped or any(is_sharded(factor) for factor in self._factors()):
+            return
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
+            self.advance_to(self.step + 1)
 
     def _watch(self, *, attached: bool) -> None:
         """Tell the layers that somebody takes care of their budgets."""
@@ -240,19 +287,27 @@ class BudgetAllocator:
 
     def _update_importance(self, gradient_scale: float = 1.0) -> None:
         self.importance.update(gradient_scale)
-        # of those that take no part in the model's outputs at all, `SnellaModel` tells
-        applied = {matrix.name for matrix in self.matrices if matrix.layer.is_applied}
-        untouched = [name for name in self.importance.without_gradient if name in applied]
-        if untouched and self.step == 0:
+        if self._untouched and self._reads < _GRADIENT_STEPS:
+            self._look_for_gradients()
+
+    def _look_for_gradients(self) -> None:
+        """After the first steps, name the matrices that got no gradient in any of them."""
+        self._reads += 1
+        # `SnellaModel` names those that the model never used; a matrix without budget has no gradient
+        seen = {m.name for m in self.matrices if m.is_frozen or not m.layer.is_applied}
+        self._untouched -= self.importance.with_gradient() | seen
+        if self._reads == min(_GRADIENT_STEPS, self.total_steps) and self._untouched:
+            names = [matrix.name for matrix in self.matrices if matrix.name in self._untouched]
             warnings.warn(
-                f"{len(untouched)} of {len(self.matrices)} adapted matrices got no gradient in the first step, e.g. "
-                f"{untouched[:3]}: the loss does not depend on these layers; leave them out with exclude_modules",
+                f"{len(names)} of {len(self.matrices)} adapted matrices got no gradient in the first {self._reads} "
+                f"steps: {listed(map(repr, names))}; the loss does not depend on these layers; leave them out with "
+                "exclude_modules",
                 stacklevel=3,
             )
 
     def _finish_step(self, step: int) -> None:
         self.step = step
-        self.config.watch.steps = None if self.has_exact_steps else (step, self.total_steps)
+        self.config.watch.steps = None if self.has_exact_steps else (step, self.total_steps, self.steps_per_epoch)
         if self.is_realloc_step(step):
             self._allocate(step)
 
@@ -330,6 +385,8 @@ class BudgetAllocator:
             )
         self.importance.load_state_dict(state["importance"])
         self.step = state["step"]
+        if self.step > 0:
+            self._untouched = set()
         self.history = [dict(entry) for entry in state["history"]]
         self._set_budgets([int(value) for value in state["budgets"].values()])
 
@@ -340,6 +397,25 @@ class BudgetAllocator:
         state = optimizer.param_groups[0].pop(_STATE_KEY, None)
         if state is not None:
             self.load_state_dict(state)
+
+
+class _ZeroGradHook:
+    """Calls a function before `optimizer.zero_grad()`, for which torch has no hook."""
+
+    def __init__(self, optimizer: Optimizer, function: Callable[[Optimizer], None]) -> None:
+        self.optimizer, self.function, self.zero_grad = optimizer, function, optimizer.zero_grad
+        functools.update_wrapper(self, optimizer.zero_grad)  # Accelerate asks for its signature
+        optimizer.zero_grad = self  # type: ignore[method-assign]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        self.function(self.optimizer)
+        self.zero_grad(*args, **kwargs)
+
+    def remove(self) -> None:
+        """Stop; where others have wrapped it since, it stays and only passes on."""
+        self.function = lambda _: None
+        if self.optimizer.__dict__.get("zero_grad") is self:
+            del self.optimizer.zero_grad
 
 
 def _refuse_deepspeed(optimizer: Any) -> None:

@@ -1,22 +1,19 @@
-"""What a layer caches while its parameters stay the same, its weight as others read it, and a check of its training."""
+"""What a layer caches while its parameters stay the same, and its weight as others read it."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils._pytree import tree_map_only
 
-from snella._text import listed
 from snella.ops.autograd import RecomputeCache
 from snella.ops.spec import Factors
 
-_WARN_AFTER_STEPS = 10  # enough to tell training from a probe of the gradients
 _optimizer_steps: list[int] = []  # one number once somebody counts; empty before
 _step_checks: list[Callable[[Optimizer], bool]] = []
 
@@ -125,12 +122,12 @@ class LayerCache:
             known = self._adapters[name] = AdapterState(contents, factors)
         return known
 
-    def budgets(self, name: str, budget: Tensor) -> tuple[int, ...]:
-        """The budgets as Python integers; reading them synchronizes with the device only after they changed."""
+    def budgets(self, name: str, budget: Tensor, read: Callable[[str], tuple[int, ...]]) -> tuple[int, ...]:
+        """The budgets as Python integers; `read` synchronizes with the device, only after they changed."""
         known = self._budgets.get(name)
         if known is not None and known[0] is budget and known[1:3] == (budget.data_ptr(), budget._version):
             return known[3]
-        integers = tuple(budget.tolist())
+        integers = read(name)
         if not (budget.is_inference() or budget.is_meta):
             self._budgets[name] = (budget, budget.data_ptr(), budget._version, integers)
         return integers
@@ -164,6 +161,18 @@ class LayerCache:
 
     def __reduce__(self) -> tuple[type[LayerCache], tuple[()]]:
         return (LayerCache, ())
+
+
+class LiveBudgets(dict[str, tuple[int, ...]]):
+    """Budgets of a layer's adapters as they were last set, in the layer or in a copy of it; copies share them."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LiveBudgets:
+        return self
+
+
+def seal_of(budget: int) -> int:
+    """A number that follows from a budget, but whose mean over several budgets does not follow from their mean."""
+    return (budget + 1) * 0x9E3779B1 % 0x7FFFFFFF
 
 
 _DESCRIPTIONS = {
@@ -251,92 +260,3 @@ def unpack_positions(packed: Tensor) -> Tensor:
 def _shifts(device: torch.device) -> Tensor:
     """Places of the bits in a byte."""
     return torch.arange(8, dtype=torch.uint8, device=device)
-
-
-class AllocatorCheck:
-    """Warns once each of what goes wrong silently while an adapter is trained.
-
-    No allocator was ever attached to shrink its budget: AdaLoRA's users forget the call and silently train LoRA. A
-    model reads a layer's weight, so that dropout and drop-path of the update cannot act. An adapter is saved while its
-    budget is above the target, because a loop counted its steps wrong, or without the running statistics that changed.
-    """
-
-    def __init__(self) -> None:
-        self.is_attached = False
-        self.steps: tuple[int, int] | None = None
-        """Optimizer steps taken and to be taken, as an allocator has them from its caller's own count."""
-        self._batches: dict[str, int] = {}
-        self._has_told_of_budget = False
-        self._first_step: int | None = None
-        self._has_warned = False
-        self._has_warned_of_read = False
-
-    @property
-    def is_settled(self) -> bool:
-        """Whether there is nothing left to find out about the allocator."""
-        return self.is_attached or self._has_warned
-
-    def on_training_forward(self, target_sparsity: float) -> None:
-        """Note a forward pass in training, with gradients, towards `target_sparsity`."""
-        if self.is_settled:
-            return
-        if self._first_step is None:
-            self._first_step = optimizer_steps()
-        elif optimizer_steps() - self._first_step >= _WARN_AFTER_STEPS:
-            self._has_warned = True
-            warnings.warn(
-                f"target_sparsity={target_sparsity} is set, but after {_WARN_AFTER_STEPS} optimizer steps no budget "
-                "allocator is attached, so the update stays as dense as it started; call "
-                "BudgetAllocator(model, total_epochs=…, steps_per_epoch=…).attach(optimizer), "
-                "or pass callbacks=[SnellaCallback()] to the Trainer",
-                stacklevel=2,
-            )
-
-    def on_weight_read(self, module_name: str) -> None:
-        """Note that a model in training reads the weight of a layer whose update has dropout or drop-path."""
-        if self._has_warned_of_read:
-            return
-        self._has_warned_of_read = True
-        warnings.warn(
-            f"the model reads the weight of {module_name!r} instead of calling it, so that update_dropout and "
-            "update_drop_path do not act there; set dropout_exclude and update_drop_path=0, or leave the layer out "
-            "with exclude_modules, if that matters",
-            stacklevel=2,
-        )
-
-    def note_statistics(self, model: nn.Module) -> None:
-        """Remember how many batches the running statistics of each normalization have seen."""
-        self._batches = _tracked_batches(model)
-
-    def on_saving(self, model: nn.Module, budget: int, target_budget: int) -> None:
-        """Note that an adapter of a model is saved, which keeps `budget` entries."""
-        now = _tracked_batches(model)
-        changed = [name for name, batches in self._batches.items() if now.get(name, batches) != batches]
-        if changed:
-            self._batches = now
-            warnings.warn(
-                f"the running statistics of {len(changed)} batch normalizations changed in training and are no part "
-                f"of the saved adapter: {listed(map(repr, changed), 4)}; name them in modules_to_save, or "
-                "train with these layers in evaluation mode",
-                stacklevel=2,
-            )
-        is_early = self.steps is not None and self.steps[0] < self.steps[1]
-        if self.steps is not None and is_early and budget > 1.1 * target_budget and not self._has_told_of_budget:
-            self._has_told_of_budget = True
-            warnings.warn(
-                f"the adapter is saved with {budget:,} entries, its target is {target_budget:,}: the allocator has "
-                f"seen {self.steps[0]} of {self.steps[1]} optimizer steps; if the training is over, steps_per_epoch "
-                "or total_epochs was too large (batches over which gradients are accumulated are one step)",
-                stacklevel=2,
-            )
-
-
-def _tracked_batches(model: nn.Module) -> dict[str, int]:
-    """Batches that the running statistics of each batch normalization have seen, by name within the adapted model."""
-    counts = {
-        name.removeprefix("base_model.model."): module.num_batches_tracked
-        for name, module in model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._NormBase) and module.num_batches_tracked is not None
-        if ".modules_to_save." not in name  # those are saved
-    }
-    return {name: int(count) for name, count in counts.items() if not count.is_meta}

@@ -22,7 +22,7 @@ from snella.ops.kernels import KERNELS, Kernel, make_kernel
 from snella.ops.sampling import parse_weight_gradient
 from snella.ops.sparsify import SparsifyMode
 from snella.tuner.allocation import Schedule
-from snella.tuner.cache import AllocatorCheck
+from snella.tuner.watch import TrainingWatch
 
 
 class PeftTypeName(str):
@@ -66,10 +66,14 @@ FORMER_NAMES = {"keep_delta": "cache_delta", "zero_start": "zero_init_ema", "tra
 
 # what other methods of PEFT have under these names, and what to use instead
 _INSTEAD = {
-    "lora_alpha": "the factor before the update is scaling, without a division by r",
+    **dict.fromkeys(("rank", "lora_r", "init_r", "target_r"), "the rank is r"),
+    **dict.fromkeys(("alpha", "lora_alpha"), "the factor before the update is scaling, without a division by r"),
+    **dict.fromkeys(("dropout", "lora_dropout"), "dropout on the update's input is update_dropout"),
+    "sparsity": "the fraction of zeros at the end is target_sparsity",
+    **dict.fromkeys(("tinit", "tfinal", "total_step"), "the length of the schedule is an argument of BudgetAllocator"),
+    "deltaT": "the steps from one allocation to the next are realloc_every",
     "alpha_pattern": "the factor before the update is scaling, the same for all layers",
     "use_rslora": "the factor before the update is scaling, without a division by r",
-    "lora_dropout": "dropout on the update's input is update_dropout",
     "lora_bias": "bias='snella_only' trains the biases of the adapted layers",
     "init_lora_weights": "the field is init_weights",
     "fan_in_fan_out": "transposed weights (transformers' Conv1D) are recognized without it",
@@ -256,19 +260,21 @@ class SnellaConfig(PeftConfig):
     def __new__(cls, *args: Any, **settings: Any) -> Self:
         """Refuse settings that there are not, with the remedy."""
         names = {setting.name for setting in fields(cls)} | FORMER_NAMES.keys()
-        for name in settings:
-            if name not in names:
-                near = nearest(name, names, form="did you mean {!r}?")
-                hint = _INSTEAD.get(name) or near or "see help(SnellaConfig)"
-                # in Python's words, by which PEFT tells settings of a newer version
-                raise TypeError(f"{cls.__name__} got an unexpected keyword argument {name!r}; {hint}")
+        errors = []
+        for name in [name for name in settings if name not in names]:
+            near = nearest(name, names, form="did you mean {!r}?")
+            hint = _INSTEAD.get(name) or near or "see help(SnellaConfig)"
+            # in Python's words, by which PEFT tells settings of a newer version
+            errors.append(f"{cls.__name__} got an unexpected keyword argument {name!r}; {hint}")
+        if errors:
+            raise TypeError("; ".join(errors))
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         # PEFT's own enumeration has no such member, see snella._registration
         self.peft_type = PEFT_TYPE
-        self.watch = AllocatorCheck()
+        self.watch = TrainingWatch()
         # kinds first: what comes after may compare, hash and compile
         if errors := self._kind_errors():
             raise ValueError("; ".join(errors))

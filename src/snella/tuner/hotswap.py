@@ -116,6 +116,8 @@ def hotswap(
     adapter.is_finite = True
     for name, tensor in own.items():
         tensor.copy_(values[name])
+    for layer in layers.values():
+        layer.seal_budgets(adapter_name)
     if adapter.config is not None and adapter.config.scaling != config.scaling:
         for layer in layers.values():
             layer.snella_config[adapter_name].scaling = adapter.config.scaling

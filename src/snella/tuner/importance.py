@@ -71,7 +71,6 @@ class ImportanceTracker:
         self.metric, self.beta1, self.beta2, self.zero_init_ema = metric, beta1, beta2, zero_init_ema
         self._averages: dict[str, Tensor] = {}
         self._uncertainties: dict[str, Tensor] = {}
-        self.without_gradient: list[str] = []
         self._flat: dict[torch.device, _Flat] = {}
 
     @torch.no_grad()
@@ -81,13 +80,23 @@ class ImportanceTracker:
         Args:
             gradient_scale: What the gradients are multiplied by at present, by a gradient scaler.
         """
-        self.without_gradient = []
         read = self._read_updates() if self.metric in OF_UPDATES else self._read_factors()
         by_device: dict[torch.device, dict[str, _Read]] = {}
         for key, one in read.items():
             by_device.setdefault(one.value.device, {})[key] = one
         for device, values in by_device.items():
             self._smooth(self._averages_on(device, values), list(values.values()), 1 / gradient_scale)
+
+    @torch.no_grad()
+    def with_gradient(self) -> set[str]:
+        """Return the names of the matrices whose factors have a gradient other than zero now."""
+        _, gradients = _whole_factors(self.matrices)
+        found = set()
+        for matrix in self.matrices:
+            of_A, of_B = gradients[id(matrix.layer)]
+            if of_A is not None and of_B is not None and any(bool(part.any()) for part in matrix.parts(of_A, of_B)):
+                found.add(matrix.name)
+        return found
 
     @torch.no_grad()
     def scores(self) -> list[float]:
@@ -109,7 +118,6 @@ class ImportanceTracker:
             if self.metric == "magnitude":
                 parts: tuple[Tensor | None, ...] = (None, None)
             elif of_A is None or of_B is None:
-                self.without_gradient.append(matrix.name)
                 parts = tuple(map(torch.zeros_like, factors))
             else:
                 parts = matrix.parts(of_A, of_B)
@@ -123,7 +131,7 @@ class ImportanceTracker:
         Raises:
             NotImplementedError: The factors are sharded, so that no update can be merged between two passes.
         """
-        if any(_is_sharded(factor) for factor in _factors_of(self.matrices[0])):
+        if any(is_sharded(factor) for factor in _factors_of(self.matrices[0])):
             raise NotImplementedError(
                 f"importance={self.metric!r} merges the updates between two passes, when FSDP keeps parts of the "
                 "factors only; set importance='sensitivity', or train with DDP"
@@ -205,7 +213,7 @@ def _factors_of(matrix: AdaptedMatrix) -> tuple[Tensor, Tensor]:
     return matrix.layer.snella_A[matrix.adapter_name], matrix.layer.snella_B[matrix.adapter_name]
 
 
-def _is_sharded(factor: Tensor) -> bool:
+def is_sharded(factor: Tensor) -> bool:
     """Whether this process holds a part of a factor: a `DTensor`, or a flat piece as FSDP1 leaves it."""
     return isinstance(factor, DTensor) or factor.dim() == 1
 
@@ -230,7 +238,7 @@ def _whole_factors(
             if isinstance(factor, DTensor):
                 values[id(layer)][k] = factor.full_tensor().detach()
                 gradients[id(layer)][k] = factor.grad.full_tensor() if isinstance(factor.grad, DTensor) else None
-            elif _is_sharded(factor):
+            elif is_sharded(factor):
                 pieces.append((id(layer), k, shape))
     if pieces:
         local = [(values[key][k], gradients[key][k], shape) for key, k, shape in pieces]

@@ -25,7 +25,7 @@ from snella.ops.functional import adapted_layer, compute_effective_weight, write
 from snella.ops.sampling import parse_weight_gradient
 from snella.ops.sparsify import SparsifyMode
 from snella.ops.spec import Conv2dOp, Factors, LayerOp, LazyWeight, LinearOp, Update, UpdateSpec, WeightOp
-from snella.tuner.cache import AdapterState, EffectiveWeight, LayerCache, pack_positions
+from snella.tuner.cache import AdapterState, EffectiveWeight, LayerCache, LiveBudgets, pack_positions, seal_of
 from snella.tuner.config import SnellaConfig
 from snella.tuner.hooks import call_inside_hooks, hook_dicts, is_hooked_in_graph, onloaded
 from snella.tuner.initialization import bound_first_update, init_factors
@@ -44,6 +44,9 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
     branch of its own in training. A weight `[m, …]` is seen as `G` matrices one above the other (3 in a fused qkv
     layer). Every adapter has `snella_A` `[G, n, r]`, `snella_B` `[m, r]`, the kernel's scalars `[G]` or `[G, P]`, and
     `snella_budget` `[G]`, which is saved with the adapter so that a reloaded one keeps exactly the same weights.
+
+    Averages of models may average their buffers too (`AveragedModel(use_buffers=True)`, timm's `ModelEmaV2`). A mean of
+    budgets does not fit its `snella_seal` `[G]`, and the budgets that were last set replace it.
     """
 
     adapter_layer_names = tuple(f"snella_{name}" for name in Factors._fields)
@@ -53,7 +56,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
     is_applied = False
     """Whether a forward pass, or a model that read the weight, has used an update since the layer was adapted."""
 
-    other_param_names = ("snella_budget", "snella_support", "snella_config", "scaling", "row_counts")
+    other_param_names = ("snella_budget", "snella_seal", "snella_support", "snella_config", "scaling", "row_counts")
     saved_names = (*adapter_layer_names, "snella_budget", "snella_support")
     """Parameters and buffers of an adapter, as its file has them."""
 
@@ -75,6 +78,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         self.snella_beta = nn.ParameterDict({})
         self.snella_temperature = nn.ParameterDict({})
         self.snella_budget = BufferDict({}, persistent=True)
+        self.snella_seal = BufferDict({}, persistent=False)
         self.snella_support = BufferDict({}, persistent=True)
         self.snella_config: dict[str, SnellaConfig] = {}
         self.scaling: dict[str, float] = {}
@@ -84,6 +88,8 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._specs: dict[str, tuple[UpdateSpec, torch.device, torch.dtype]] = {}
         self._cache = LayerCache()
+        self._live_budgets = LiveBudgets()
+        self.register_load_state_dict_post_hook(_seal_all_budgets)
         self._unmerged_weight: Tensor | None = None
         self._unmerged_quantized: tuple[LazyWeight, Any] | None = None
         self._around_base = hook_dicts(base_layer) if isinstance(base_layer, nn.Module) else ()
@@ -196,8 +202,6 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
     def _apply_learning(self, x: Tensor, weight: Tensor | LazyWeight, names: list[str]) -> Tensor:
         """Base layer and updates in one op, differentiable; in training, regularized updates are branches."""
         self._cache.release_effective_weight()
-        if self.training:
-            self._check_allocator(names)
         branches = [name for name in names if self.training and self._is_regularized(name)]
         folded = [name for name in names if name not in branches] if branches else names
         if any([name in self.snella_support for name in folded]):
@@ -272,16 +276,6 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
             self.module_name == s or self.module_name.endswith(f".{s}") for s in config.dropout_exclude or []
         )
         return 0.0 if excluded else config.update_dropout or 0.0
-
-    def _check_allocator(self, names: list[str]) -> None:
-        """Let the check of each adapter that is to become sparser know that it is being trained."""
-        if not torch.is_grad_enabled():
-            return
-        for name in names:
-            config = self.snella_config[name]
-            becomes_sparser = config.target_sparsity > config.init_sparsity and not config.fixed_support
-            if becomes_sparser and not config.watch.is_settled and self.snella_A[name].requires_grad:
-                config.watch.on_training_forward(config.target_sparsity)
 
     def _needs_gradients(self, names: list[str]) -> bool:
         """Whether autograd will ask for gradients of anything that the effective weight is made of."""
@@ -402,6 +396,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         """Switch between training and evaluation; the weight cached for evaluation is released."""
         if mode != self.training:
             self._cache.clear()
+            self._restore_budgets()  # a compiled graph reads the buffers itself
         return super().train(mode)
 
     def clear_cache(self) -> None:
@@ -451,6 +446,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         if config.fixed_support:
             self.snella_support[adapter_name] = torch.zeros(-(-m * n // 8), dtype=torch.uint8)
             self.snella_budget[adapter_name] = torch.zeros_like(sizes)
+        self.seal_budgets(adapter_name)
         self.snella_config[adapter_name] = config
         self.scaling[adapter_name] = config.scaling
         self.row_counts[adapter_name] = row_counts
@@ -503,6 +499,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
             )
         buffer = self.snella_budget[adapter_name]
         buffer.copy_(torch.tensor(list(budgets), dtype=buffer.dtype))
+        self.seal_budgets(adapter_name)
         self._cache.clear()
 
     def set_support(self, adapter_name: str, indices: Tensor) -> None:
@@ -524,11 +521,43 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         ends = torch.tensor([rows.stop * self.in_features for rows in self.matrix_rows(adapter_name)])
         below = torch.searchsorted(indices.cpu().long().sort().values, ends)
         self.snella_budget[adapter_name].copy_(below.diff(prepend=below.new_zeros(1)))
+        self.seal_budgets(adapter_name)
         self._cache.clear()
 
     def budgets(self, adapter_name: str) -> tuple[int, ...]:
         """Entries that each matrix may keep."""
-        return self._cache.budgets(adapter_name, self.snella_budget[adapter_name])
+        return self._cache.budgets(adapter_name, self.snella_budget[adapter_name], self._read_budgets)
+
+    def _read_budgets(self, adapter_name: str) -> tuple[int, ...]:
+        """The budgets in the buffer, after the live ones have replaced averages."""
+        buffer, seals = self.snella_budget[adapter_name], self.snella_seal[adapter_name]
+        budgets, found = torch.stack((buffer, seals.to(buffer.device))).tolist()  # one transfer
+        if found == [seal_of(budget) for budget in budgets]:
+            return tuple(budgets)
+        buffer.copy_(torch.tensor(self._live_budgets[adapter_name], dtype=buffer.dtype))
+        self.seal_budgets(adapter_name)
+        return self._live_budgets[adapter_name]
+
+    def _restore_budgets(self) -> None:
+        """Replace averages of budgets in the buffers, for those who read these themselves."""
+        for name, buffer in self.snella_budget.items():
+            if not buffer.is_meta and not self.snella_seal[name].is_meta:
+                self._read_budgets(name)
+
+    def seal_budgets(self, adapter_name: str) -> None:
+        """Take what is in the buffer for budgets; to be called by whoever writes into it."""
+        buffer = self.snella_budget[adapter_name]
+        if buffer.is_meta:
+            self.snella_seal[adapter_name] = torch.zeros_like(buffer)
+            return
+        budgets = self._live_budgets[adapter_name] = tuple(buffer.tolist())
+        seals = torch.tensor([seal_of(budget) for budget in budgets], dtype=buffer.dtype, device=buffer.device)
+        self.snella_seal[adapter_name] = seals
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Save budgets, not averages of them."""
+        self._restore_budgets()
+        super()._save_to_state_dict(*args, **kwargs)
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set the factor before the update to `scale` times the configured one; other adapters stay as they are."""
@@ -819,7 +848,6 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         self.__dict__["is_applied"] = True
         if not self._needs_gradients(names):
             return self._effective(self._weight(), names) if self.training else self._cached_weight(names)
-        self._check_allocator(names)
         if any(self._is_regularized(name) for name in names) and self.training:
             self.snella_config[names[0]].watch.on_weight_read(self.module_name)
         self._cache.release_effective_weight()
@@ -900,6 +928,12 @@ class Conv2d(SnellaLayer):
 
     def __repr__(self) -> str:
         return "snella." + super().__repr__()
+
+
+def _seal_all_budgets(layer: SnellaLayer, _: Any) -> None:
+    """What `load_state_dict` brings are budgets."""
+    for name in layer.snella_budget:
+        layer.seal_budgets(name)
 
 
 def refuse_tracing(module_name: str) -> None:

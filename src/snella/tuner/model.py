@@ -24,6 +24,7 @@ from snella.ops.recompute import mark_outputs, unmark_outputs
 from snella.tuner.attention import AdaptedAttention, Projection, input_projections, is_adaptable, keep_off_fast_path
 from snella.tuner.cache import check_after_step
 from snella.tuner.config import SnellaConfig
+from snella.tuner.heads import NewHeads
 from snella.tuner.hooks import onloaded
 from snella.tuner.layer import SnellaLayer
 from snella.tuner.quantization import one_warning
@@ -46,7 +47,6 @@ from snella.tuner.tokens import TokenAdapter, attach_tokens, find_tokens, token_
 
 logger = logging.getLogger(__name__)
 
-_OTHERS_STEPS = 10  # of optimizers that train something else, until nobody waits for this adapter's first one
 _LEAST_LIMIT = 1 << 24  # numbers in the factors that are never too many: 64 MiB
 
 
@@ -279,7 +279,7 @@ class SnellaModel(BaseTuner):
                 stacklevel=2,
             )
         if not config.inference_mode:
-            self._check_after_first_step(adapter_name)
+            self._watch_training(adapter_name)
             config.watch.note_statistics(model)
         attach_tokens(
             model,
@@ -330,26 +330,31 @@ class SnellaModel(BaseTuner):
         unmark_outputs(model)
         return model
 
-    def _check_after_first_step(self, adapter_name: str) -> None:
-        """After the first optimizer step of an adapter, name the layers that nothing has used until then."""
-        reference, waited = weakref.ref(self.model), 0  # PEFT may keep the model alone
+    def _watch_training(self, adapter_name: str) -> None:
+        """Tell of silent mistakes in the first optimizer steps of an adapter, and of steps without an allocator."""
+        reference = weakref.ref(self.model)  # PEFT may keep the model alone
+        config = cast(SnellaConfig, self.peft_config[adapter_name])
+        steps, heads = 0, NewHeads()
 
         def check(optimizer: Optimizer) -> bool:
-            nonlocal waited
+            nonlocal steps
+            if steps > 1 and config.watch.is_attached:
+                return False
             model = reference()
             layers = [] if model is None else _adapted_layers(model, [adapter_name])
+            if model is None or not layers:
+                return True
             optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-            waited += 1
-            if layers and not any(id(layer.snella_A[adapter_name]) in optimized for layer in layers):
-                return waited >= _OTHERS_STEPS
-            if unapplied := [layer.module_name for layer in layers if not layer.is_applied]:
-                warnings.warn(
-                    f"{len(unapplied)} of {len(layers)} adapted modules had no part in the first optimizer step: "
-                    f"{', '.join(map(repr, unapplied))}; the model neither called them nor read their weight, so that "
-                    "they are not trained, while merging would change them; leave them out with exclude_modules",
-                    stacklevel=2,
-                )
-            return True
+            factors = [layer.snella_A[adapter_name] for layer in layers]
+            if not any(factor.requires_grad and id(factor) in optimized for factor in factors):
+                return False
+            steps += 1
+            if steps == 1:
+                _warn_of_unapplied(layers)
+                heads.find(model)
+            elif steps == 2:
+                config.watch.on_frozen_heads(heads.frozen_and_used())
+            return config.watch.on_step(*_budget_and_target(layers, adapter_name), config.target_sparsity) and steps > 1
 
         check_after_step(check)
 
@@ -493,9 +498,7 @@ class SnellaModel(BaseTuner):
         """Select the entries as PEFT does, and tell what the adapter lacks, or has too much of."""
         layers = _adapted_layers(model, [adapter_name])
         if isinstance(config, SnellaConfig) and not any(layer.snella_budget[adapter_name].is_meta for layer in layers):
-            budget = sum(sum(layer.budgets(adapter_name)) for layer in layers)
-            size = sum(layer.out_features * layer.in_features for layer in layers)
-            config.watch.on_saving(model, budget, size - round(config.target_sparsity * size))
+            config.watch.on_saving(model, *_budget_and_target(layers, adapter_name), config.target_sparsity)
             unused = [layer.module_name for layer in layers if not layer.is_applied]
             if len(unused) < len(layers):  # else nothing has run here: what is noted is of another process
                 config.unused_modules = unused or None
@@ -543,6 +546,26 @@ def _adapted_layers(model: nn.Module, adapter_names: list[str]) -> list[SnellaLa
     """The layers that one of these adapters updates."""
     layers = [module for module in model.modules() if isinstance(module, SnellaLayer)]
     return [layer for layer in layers if any(name in layer.snella_A for name in adapter_names)]
+
+
+def _budget_and_target(layers: list[SnellaLayer], adapter_name: str) -> tuple[int, int]:
+    """Entries that an adapter keeps now, and at the end; the same where its sparsity does not change."""
+    budget = sum(sum(layer.budgets(adapter_name)) for layer in layers)
+    config = layers[0].snella_config[adapter_name]
+    size = sum(layer.out_features * layer.in_features for layer in layers)
+    is_constant = config.fixed_support or config.target_sparsity <= config.init_sparsity
+    return budget, budget if is_constant else size - round(config.target_sparsity * size)
+
+
+def _warn_of_unapplied(layers: list[SnellaLayer]) -> None:
+    """Name the layers that nothing has used until the first optimizer step."""
+    if unapplied := [layer.module_name for layer in layers if not layer.is_applied]:
+        warnings.warn(
+            f"{len(unapplied)} of {len(layers)} adapted modules had no part in the first optimizer step: "
+            f"{', '.join(map(repr, unapplied))}; the model neither called them nor read their weight, so that "
+            "they are not trained, while merging would change them; leave them out with exclude_modules",
+            stacklevel=2,
+        )
 
 
 def _matching(targets: set[str] | str, model: nn.Module) -> set[str]:

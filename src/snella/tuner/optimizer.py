@@ -208,7 +208,7 @@ class StepMatcher:
     ) -> list[float]:
         """The factor on the step of each matrix; 1 where no step is made."""
         coeffs = layer.snella_piece_coeff[name].detach().float().square().mean(1).sqrt().tolist()
-        scaling, rank = abs(layer.scaling[name]), layer.snella_config[name].r
+        scaling, rank = abs(layer.scaling[name]), layer.snella_config[name].rank_of(layer.module_name)
         scales = []
         for rms, slope, coeff in zip(weight_rms, slopes, coeffs, strict=True):
             change, reach = lr * rms / scaling if scaling else 0.0, lr * coeff * math.sqrt(rank)

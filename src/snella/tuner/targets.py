@@ -20,9 +20,9 @@ from snella.tuner.layer import Conv2d, Linear, SnellaLayer
 from snella.tuner.quantization import find_quantization
 
 # of the model's own children
-_HEAD_NAMES = {"head", "heads", "head_dist", "classifier", "score", "fc", "lm_head", "qa_outputs", "proj_out"}
+HEAD_NAMES = {"head", "heads", "head_dist", "classifier", "score", "fc", "lm_head", "qa_outputs", "proj_out"}
 # of modules at any depth: the predictors of DeiT, detection and segmentation
-_PREDICTOR_NAMES = {
+PREDICTOR_NAMES = {
     *("cls_classifier", "distillation_classifier", "class_labels_classifier", "bbox_predictor", "class_predictor"),
     *("mask_predictor", "mask_embedder", "class_embed", "bbox_embed", "enc_score_head", "enc_bbox_head"),
     *("class_head", "box_head", "decode_head", "auxiliary_head"),
@@ -77,19 +77,19 @@ def plain_convolution_names(model: nn.Module) -> list[str]:
 
 def _candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The modules of a model outside of its head, of patch embedding and merging, and of adapters."""
-    heads = _head_modules(model)
+    heads = head_modules(model)
     found: list[tuple[str, nn.Module]] = []
     inside: list[str] = []
     for name, module in model.named_modules():
         parts = name.split(".")
-        if any(name.startswith(prefix) for prefix in inside) or module in heads or parts[0] in _HEAD_NAMES:
+        if any(name.startswith(prefix) for prefix in inside) or module in heads or parts[0] in HEAD_NAMES:
             continue
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper, nn.MultiheadAttention, AdaptedAttention)):
             inside.append(name + ".")
         if name and any(part in type(module).__name__ for part in _PATCH_CLASSES):
             inside.append(name + ".")
             continue
-        if name and not (_PREDICTOR_NAMES | _PATCH_NAMES).intersection(parts):
+        if name and not (PREDICTOR_NAMES | _PATCH_NAMES).intersection(parts):
             found.append((name, module))
     return found
 
@@ -169,7 +169,7 @@ def _slow(expression: str, name: str) -> ValueError:
     )
 
 
-def _head_modules(model: nn.Module) -> set[nn.Module]:
+def head_modules(model: nn.Module) -> set[nn.Module]:
     """The modules that the model, or a model within it, calls its classifier or its output embedding."""
     heads: set[nn.Module] = set()
     for module, method in product(model.modules(), ("get_classifier", "get_output_embeddings")):
