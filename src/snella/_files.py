@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,28 @@ WRITE_FAILURES = {
     "iostream": errno.ENOSPC,
 }
 """How libraries with errors of their own say that the disk did not take the data: safetensors, torch's zip writer."""
+
+
+@contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """Make a folder and its parents; remove those that were made and are empty where what is done inside fails.
+
+    Args:
+        folder: The folder; may exist.
+
+    Raises:
+        OSError: It cannot be made, or writing inside failed; names a file or the folder.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with naming_file(folder):
+            yield
+    except BaseException:
+        with suppress(OSError):
+            for path in made:
+                path.rmdir()
+        raise
 
 
 def write_text(path: Path, text: str) -> None:
