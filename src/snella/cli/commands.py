@@ -594,14 +594,14 @@ def _write_sheet(image: Any, sheet: str) -> None:
     """Write a picture as PNG, atomically."""
     import io
 
-    from snella._files import write_bytes
+    from snella._files import made_folder, write_bytes
 
     path, content = Path(sheet), io.BytesIO()
     if path.suffix.lower() != ".png":
         raise ValueError(f"sheet must be a PNG file, got {sheet!r}; write {str(path.with_suffix('.png'))!r}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     image.save(content, "PNG")
-    write_bytes(path, content.getvalue())
+    with made_folder(path.parent):
+        write_bytes(path, content.getvalue())
 
 
 def _refresh_generation_report(run: str) -> Path:

@@ -357,7 +357,7 @@ def _checked_pixels(file: Any, limits: ServerLimits, reading: Reading = RGB) -> 
             with open_image(file) as image:
                 pixels, found = float(image.width * image.height), f", got {image.width}×{image.height}"
         else:
-            pixels = array_pixels(file) / reading.channels
+            pixels = array_pixels(io.BytesIO(file.read())) / reading.channels  # tifffile needs the name of a file
             found = f", got {pixels / 1e6:.3g}"
     except Image.DecompressionBombError:
         raise ValueError(f"an image must have at most {limits.megapixels:g} million pixels") from None
