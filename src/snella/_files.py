@@ -2,12 +2,69 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+
+@contextmanager
+def naming_file(path: Path) -> Iterator[None]:
+    """Name a file in the errors of writing it, such as a full disk, where the system or a library names none.
+
+    Args:
+        path: The file that is written inside.
+
+    Raises:
+        OSError: Writing failed.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+    except Exception as error:
+        number = next((number for sign, number in WRITE_FAILURES.items() if sign in str(error)), None)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+WRITE_FAILURES = {
+    "No space left": errno.ENOSPC,
+    "File too large": errno.EFBIG,
+    "PytorchStreamWriter": errno.ENOSPC,
+    "unexpected pos": errno.ENOSPC,
+    "iostream": errno.ENOSPC,
+}
+"""How libraries with errors of their own say that the disk did not take the data: safetensors, torch's zip writer."""
+
+
+@contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """Make a folder and its parents; remove those that were made and are empty where what is done inside fails.
+
+    Args:
+        folder: The folder; may exist.
+
+    Raises:
+        OSError: It cannot be made, or writing inside failed; names a file or the folder.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with naming_file(folder):
+            yield
+    except BaseException:
+        with suppress(OSError):
+            for path in made:
+                path.rmdir()
+        raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -22,14 +79,16 @@ def write_bytes(path: Path, content: bytes) -> None:
         OSError: The disk is full or not writable; the old file is untouched.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with naming_file(path):
+        try:
+            temporary.unlink(missing_ok=True)  # of a killed process; never written through, should it be a link
+            with temporary.open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,4 +1,6 @@
+import io
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,9 +8,10 @@ import tifffile
 import torch
 from PIL import Image
 
+import snella
 from snella.data import ImageDataset, images, load_data, read_image
 from snella.data.datasets import FileImages, broken_images, broken_rows, joined, read_at_side, watched_reading
-from snella.data.images import IMAGE_SUFFIXES, Reading, to_rgb
+from snella.data.images import IMAGE_SUFFIXES, Reading, inspect_image, read_label_map, to_rgb
 from snella.data.load import near_copies
 
 
@@ -155,6 +158,60 @@ def test_parts_of_one_source_still_share_it_at_another_resolution(tmp_path):
     assert source.kept_bytes == 400 * 300 * 3 and small[0].source.kept_bytes == 2 * 200 * 150 * 3
 
 
+def test_postscript_under_the_name_of_a_picture_starts_no_program(tmp_path, monkeypatch):
+    program, marker = tmp_path / "gs", tmp_path / "started"
+    program.write_text(f'#!/bin/sh\n[ "$1" = --version ] || touch {marker}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)
+    path = tmp_path / "a.png"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n")
+    for read in (read_image, read_label_map, lambda file: inspect_image(file, str(file))):
+        with pytest.raises(ValueError, match=r"a.png' is not a readable (image|mask): "):
+            read(path)
+    assert not marker.exists()
+    with pytest.raises(OSError), Image.open(path) as image:  # what Pillow does when it may
+        image.load()
+    assert marker.exists()
+
+
+def test_no_image_is_opened_by_pillow_but_in_one_place():
+    """Pillow's own `open` tries every format that it knows."""
+    files = [path for path in Path(snella.__file__).parent.rglob("*.py") if "Image.open(" in path.read_text()]
+    assert [path.name for path in files] == ["images.py"]
+
+
+def test_an_array_that_says_it_fills_the_memory_is_refused_by_its_header(tmp_path):
+    path = tmp_path / "a.npy"
+    with path.open("wb") as file:
+        header = {"shape": (60000, 60000, 5), "fortran_order": False, "descr": "|u1"}
+        np.lib.format.write_array_header_1_0(file, header)
+    with pytest.raises(ValueError, match=r"values, got an array of \[60000, 60000, 5\]"):
+        read_image(path, Reading(5))
+    tiff = tmp_path / "a.tif"
+    tifffile.imwrite(tiff, np.zeros((8, 8, 5), np.uint8), photometric="minisblack", planarconfig="contig")
+    with tifffile.TiffFile(tiff, mode="r+b") as file:
+        for name in ("ImageWidth", "ImageLength"):
+            file.pages[0].tags[name].overwrite(60000)
+    with pytest.raises(ValueError, match=r"values, got an array of \[60000, 60000, 5\]"):
+        read_image(tiff, Reading(5))
+
+
+def test_the_pixels_of_an_uploaded_array_are_known_before_it_is_read():
+    values = np.zeros((6, 5, 4), np.uint8)
+    for write in (np.save, lambda file, array: tifffile.imwrite(file, array, photometric="minisblack")):
+        file = io.BytesIO()
+        write(file, values)
+        file.seek(0)
+        assert images.array_pixels(file) == 120
+        assert images.decode_image(file, "upload", Reading(6)).shape == (6, 5, 4)  # the stream is where it was
+    file = io.BytesIO()
+    np.save(file, np.array([("a", 1)], dtype=object))
+    file.seek(0)
+    with pytest.raises(ValueError, match="values must be numbers, got object"):
+        images.array_pixels(file)
+
+
 def test_a_pipe_among_the_images_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"a.png' is not a readable image: it is no regular file \(a pipe, a socket"):
@@ -219,6 +276,8 @@ def test_dark_images_of_16_bits_are_noted(tmp_path):
         (np.zeros((4, 4, 3), np.uint8), r"it must have 5 channels, got an array of \[4, 4, 3\]"),
         (np.full((5, 4, 4), -3, np.int16), "must be uint8, uint16 or shares of 0 to 1, got int16 of -3 to -3"),
         (np.full((5, 4, 4), 7.5), "got float64 of 7.5 to 7.5"),
+        (np.zeros((5, 4, 4), [("x", np.uint8)]), r"values must be numbers, got \[\('x', 'u1'\)\]"),
+        (np.zeros((5, 4, 4), complex), "values must be numbers, got complex128"),
     ],
 )
 def test_other_arrays_are_refused(values, message, tmp_path):
@@ -241,7 +300,7 @@ def test_a_photograph_of_apple_is_read_by_pillow_heif_or_answered_with_its_name(
     assert not images.is_image(tmp_path / "x.heic")
 
 
-def _unknown(file):
+def _unknown(file, formats):
     raise OSError("cannot identify image file")
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from snella._files import write_text
+from snella._files import made_folder, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -86,10 +86,10 @@ def write_plots(plots: Sequence[Plot], out: str | Path, *, overwrite: bool = Fal
             f"out={folder} holds {present[0].name!r} already; choose another folder, or replace it with --overwrite "
             "(overwrite=True)"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [path for plot in plots for path in write_figure(plot.draw(), folder, plot.name)]
-    for path, rows in tables.items():
-        write_text(path, csv_text(rows))
+    with made_folder(folder):
+        paths = [path for plot in plots for path in write_figure(plot.draw(), folder, plot.name)]
+        for path, rows in tables.items():
+            write_text(path, csv_text(rows))
     return [*paths, *tables]
 
 

@@ -1,11 +1,12 @@
 """Image files: what is one, how its pixels are read, and what is known of it; masks as label maps."""
 
 import importlib.util
+import math
 import os
 import stat
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,11 @@ from torchvision import tv_tensors
 from torchvision.transforms.functional import to_pil_image
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".jfif", ".avif")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF")
+"""Formats that Pillow may decode, whatever a file is called; HEIF with pillow-heif comes on top. Of others, EPS starts
+Ghostscript."""
+_MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 2**27)
+"""Of a TIFF or an array of any channels; Pillow refuses more for its formats."""
 _STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8")
 """How files of formats begin that Pillow reads; those of TIFF and BMP are others' too."""
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
@@ -108,10 +114,10 @@ def read_image(path: str | Path, reading: Reading = RGB) -> Any:
 def decode_image(file: File, name: str, reading: Reading = RGB) -> Any:
     """Decode an image as `read_image` does, from a file or a stream of bytes that is called `name` in messages."""
     with _naming_errors(name, file):
-        _check_regular(file)
+        check_regular(file)
         if reading.channels not in _PILLOW_CHANNELS:
             return tv_tensors.Image(_read_array(file, reading))
-        with _open(file) as image:
+        with open_image(file) as image:
             factor = _reduction(image, reading)
             if factor > 1:
                 image.draft(None, (image.width // factor, image.height // factor))
@@ -129,13 +135,13 @@ def _reduction(image: Image.Image, reading: Reading) -> int:
 def inspect_image(file: File, name: str, reading: Reading = RGB) -> ImageFacts:
     """Decode an image once, large JPEGs at a lower resolution, and say what it is. Raises as `read_image`."""
     with _naming_errors(name, file):
-        _check_regular(file)
+        check_regular(file)
         if reading.channels not in _PILLOW_CHANNELS:
             array = _read_array(file, reading)
             kind = f"{reading.channels} channels of {'8' if array.dtype == torch.uint8 else '16 or more'} bits"
             facts = facts_of(to_pil_image(first_channels(array)), kind, "array")
             return replace(facts, brightest=None if array.dtype == torch.uint8 else float(array.max()))
-        with _open(file) as image:
+        with open_image(file) as image:
             size, mode, kind = image.size, image.mode, image.format or ""
             has_pages = kind != "MPO" and bool(getattr(image, "is_animated", False))
             image.draft(None, _DRAFT)
@@ -153,7 +159,7 @@ def facts_of(image: Image.Image, mode: str = "", kind: str = "") -> ImageFacts:
     return ImageFacts(image.size, mode or image.mode, kind, False, np.asarray(thumbnail))
 
 
-def _check_regular(file: File) -> None:
+def check_regular(file: File) -> None:
     """Refuse what has a name but no end."""
     if isinstance(file, str | Path) and not stat.S_ISREG(os.stat(file).st_mode):
         raise ValueError("it is no regular file (a pipe, a socket or a device, which may never end)")
@@ -180,13 +186,28 @@ def _reason(error: BaseException, file: File) -> str:
     return str(error) or type(error).__name__
 
 
-def _open(file: File) -> Image.Image:
-    """Open an image, with pillow-heif's help for HEIC."""
+def open_image(file: File) -> Image.Image:
+    """Open an image by Pillow, in one of `FORMATS` only, or by pillow-heif's help as HEIC.
+
+    Args:
+        file: File or stream of bytes.
+
+    Raises:
+        UnidentifiedImageError: It is of no such format.
+    """
     if _is_heic_start(_start_of(file)) and has_heic():
         import pillow_heif
 
         pillow_heif.register_heif_opener()
-    return Image.open(file)
+        return Image.open(file, formats=("HEIF",))
+    return Image.open(file, formats=_known_formats())
+
+
+@cache
+def _known_formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow has."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 @cache
@@ -208,13 +229,18 @@ def _read_array(file: File, reading: Reading) -> Tensor:
     """The channels of a TIFF or an array file, `[channels, height, width]`, uint8 or float32 in [0, 1]."""
     channels = reading.channels
     if _start_of(file).startswith(_NUMPY_START):
+        _check_header(*_array_header(file))
         values = np.load(file, allow_pickle=False)
     else:
         try:
             import tifffile
         except ImportError as error:
             raise ImportError(f"images of {channels} channels need tifffile; pip install 'snella[channels]'") from error
-        values = tifffile.imread(file)
+        with tifffile.TiffFile(file) as tiff:
+            if not tiff.series:
+                raise ValueError("it holds no image")
+            _check_header(tiff.series[0].shape, tiff.series[0].dtype)
+            values = tiff.asarray()
     if values.ndim == 2:
         values = values[None]
     if values.ndim != 3 or channels not in (values.shape[0], values.shape[-1]):
@@ -232,6 +258,43 @@ def _read_array(file: File, reading: Reading) -> Tensor:
             f"{values.max():g}"
         )
     return torch.from_numpy(shares)
+
+
+def array_pixels(file: File) -> int:
+    """Pixels of a TIFF or an array file, all channels together, by its header; the stream stays where it is.
+
+    Raises:
+        ValueError: It is neither, or of no numbers.
+    """
+    if _start_of(file).startswith(_NUMPY_START):
+        shape, dtype = _array_header(file)
+    else:
+        import tifffile
+
+        with tifffile.TiffFile(file) as tiff:
+            shape, dtype = (tiff.series[0].shape, tiff.series[0].dtype) if tiff.series else ((0,), None)
+        if not isinstance(file, str | Path):
+            file.seek(0)
+    _check_header(shape, dtype)
+    return math.prod(shape)
+
+
+def _array_header(file: File) -> tuple[tuple[int, ...], Any]:
+    """Shape and type that an array file says it has."""
+    with nullcontext(file) if not isinstance(file, str | Path) else Path(file).open("rb") as stream:
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(stream)
+        stream.seek(0)
+    return shape, dtype
+
+
+def _check_header(shape: Sequence[int], dtype: Any) -> None:
+    """Refuse an array before it is read: of no numbers, or so large that it must be meant to fill the memory."""
+    if dtype is None or dtype.kind not in "uif":
+        raise ValueError(f"values must be numbers, got {dtype}")
+    if math.prod(shape) > _MOST_PIXELS * 4:
+        raise ValueError(f"it must have at most {_MOST_PIXELS * 4:,} values, got an array of {list(shape)}")
 
 
 def first_channels(image: Tensor) -> Tensor:
@@ -338,8 +401,8 @@ def read_label_map(path: str | Path) -> tuple[np.ndarray, bool]:
         ValueError: The file is no image, is truncated, or holds colors instead of labels.
     """
     try:
-        _check_regular(path)
-        with Image.open(path) as image:
+        check_regular(path)
+        with open_image(path) as image:
             image.load()
             is_lossy = image.format in LOSSY_FORMATS
             upright = ImageOps.exif_transpose(image)

@@ -39,6 +39,16 @@ class BackboneInfo:
     architecture: str | None = None
     channels: int = field(default=3, metadata=OPTIONAL)
 
+    def __post_init__(self) -> None:
+        """Refuse numbers that no model has."""
+        for name, most in _MOST.items():
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= most:
+                raise ValueError(f"{name} must be from 1 to {most:,}, got {value:,}")
+
+
+_MOST = {"img_size": 16_384, "num_classes": 1_000_000, "channels": 4_096}
+
 
 @dataclass(frozen=True)
 class DataInfo:
@@ -137,7 +147,8 @@ class Calibration:
 class RunInfo(Record):
     """What was trained on what: `run.json`; `files` are the digests of a finished run's other files.
 
-    `calibration` is there for classifiers that were measured on validation images.
+    `calibration` is there for classifiers that were measured on validation images. `id` is drawn when a run begins, and
+    each of its checkpoints names it. `settings` is the digest of the settings in `config.yaml`.
     """
 
     file: ClassVar[str] = "run.json"
@@ -157,6 +168,8 @@ class RunInfo(Record):
     data_config: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, Any] = field(default_factory=dict)
     command: str = ""
+    id: str | None = field(default=None, metadata=OPTIONAL)
+    settings: str | None = field(default=None, metadata=OPTIONAL)
     status: Status
     error: str | None = field(default=None, metadata=OPTIONAL)
     files: dict[str, str] | None = field(default=None, metadata=OPTIONAL)
@@ -553,6 +566,7 @@ class FoldResults(Record):
         folds: How many there are.
         held_out: The part that a fold is: test, or val where the data has a test part of its own.
         rows: Those that are finished.
+        settings: Digest of the settings in `config.yaml`.
     """
 
     file: ClassVar[str] = "folds.json"
@@ -560,3 +574,4 @@ class FoldResults(Record):
     folds: int
     held_out: str = "test"
     rows: list[FoldRow] = field(default_factory=list)
+    settings: str | None = field(default=None, metadata=OPTIONAL)

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from snella._files import write_bytes
+from snella.data.images import open_image
 from snella.records import Prediction
 
 _OPACITY = 0.45
@@ -49,7 +50,7 @@ def write_mask(labels: np.ndarray, path: Path) -> None:
 
 def read_mask(path: Path) -> Image.Image:
     """The palette PNG that `write_mask` wrote; its array holds the labels."""
-    with Image.open(path) as image:
+    with open_image(path) as image:
         image.load()
         return image
 

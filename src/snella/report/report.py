@@ -14,9 +14,9 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from matplotlib.colors import to_hex
-from PIL import Image
 
 from snella._text import bytes_text, count_text, percent_text, plain_text, seconds_text
+from snella.data.images import open_image
 from snella.methods.defaults import PROBE_METHOD
 from snella.records import (
     Allocation,
@@ -444,7 +444,7 @@ def heat_maps_section(folder: Path, info: RunInfo, predictions: Predictions | No
     for path in (folder / "heat_maps").glob("*.png"):
         item = items.get(int(path.stem)) if path.stem.isdigit() else None
         if item is not None:
-            with Image.open(path) as image:
+            with open_image(path) as image:
                 by = image.info.get("by", "gradcam")
                 uri, width, height = picture_uri(image, _LONGEST)
             names = {"predicted": info.classes[item.predicted], "label": info.classes[item.label]}

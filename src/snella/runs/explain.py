@@ -15,7 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from snella._deprecation import accept_former_arguments
-from snella._files import write_bytes, write_text
+from snella._files import made_folder, write_bytes, write_text
 from snella._text import percent_text
 from snella.data import ImageDataset
 from snella.records import Predictions, read
@@ -109,29 +109,29 @@ def explain(
         )
     )
     near = _neighbors(model, rows, neighbors, notes) if wants and rows else [[] for _ in predictions]
-    folder.mkdir(parents=True, exist_ok=True)
-    entries = []
-    for start in range(0, len(predictions), batch_size):
-        part = predictions[start : start + batch_size]
-        targets = [of or p.label for p in part]
-        for offset, (prediction, target, heat) in enumerate(
-            zip(part, targets, _overlays(model, [p.path for p in part], targets, by), strict=True)
-        ):
-            number = start + offset
-            name = f"{number + 1:04}-{prediction.path.stem}.png"
-            write_bytes(folder / name, _png(heat[1], by))
-            entries.append(
-                {
-                    "name": str(prediction.path),
-                    "file": name,
-                    "text": ", ".join(f"{c} {percent_text(p)}" for c, p in prediction.ranking[:3]),
-                    "target": f"for {target}" if by == "gradcam" else "of attention, for any class",
-                    "image": _shown(heat[0]),
-                    "heat": _shown(heat[1]),
-                    "near": near[number],
-                }
-            )
-    write_text(folder / "index.html", _page(model, entries, of, by))
+    with made_folder(folder):
+        entries = []
+        for start in range(0, len(predictions), batch_size):
+            part = predictions[start : start + batch_size]
+            targets = [of or p.label for p in part]
+            for offset, (prediction, target, heat) in enumerate(
+                zip(part, targets, _overlays(model, [p.path for p in part], targets, by), strict=True)
+            ):
+                number = start + offset
+                name = f"{number + 1:04}-{prediction.path.stem}.png"
+                write_bytes(folder / name, _png(heat[1], by))
+                entries.append(
+                    {
+                        "name": str(prediction.path),
+                        "file": name,
+                        "text": ", ".join(f"{c} {percent_text(p)}" for c, p in prediction.ranking[:3]),
+                        "target": f"for {target}" if by == "gradcam" else "of attention, for any class",
+                        "image": _shown(heat[0]),
+                        "heat": _shown(heat[1]),
+                        "near": near[number],
+                    }
+                )
+        write_text(folder / "index.html", _page(model, entries, of, by))
     return Explained(folder / "index.html", len(entries), notes)
 
 

@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from snella._files import sync_tree, write_text
+from snella._files import made_folder, naming_file, sync_tree, write_text
 from snella.data import read_image
 from snella.data.datasets import read_at_side
 from snella.methods.sparse_update import SparseUpdate
@@ -152,19 +152,19 @@ def export(
     if chosen.tasks is not None and loaded.task.name not in chosen.tasks:
         fitting = ", ".join(name for name, one in FORMATS.items() if one.tasks is None)
         raise ValueError(f"format={format} holds no model of the task {loaded.task.name}; take one of {fitting}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    _remove(temporary)
-    try:
-        notes = chosen.write(loaded, temporary, options) + _temperature_notes(loaded, chosen)
-        if path.is_dir():
-            _refuse_other_files(path, temporary)
-            _remove(path)
-        if temporary.is_dir():
-            sync_tree(temporary)
-        temporary.replace(path)
-    finally:
-        _remove(temporary)
+    with made_folder(path.parent), naming_file(path):
+        try:
+            _remove(temporary)
+            notes = chosen.write(loaded, temporary, options) + _temperature_notes(loaded, chosen)
+            if path.is_dir():
+                _refuse_other_files(path, temporary)
+                _remove(path)
+            if temporary.is_dir():
+                sync_tree(temporary)
+            temporary.replace(path)
+        finally:
+            _remove(temporary)
     return Exported(path, notes, chosen.snippet.format(path=str(path), backbone=loaded.info.backbone.name))
 
 

@@ -3,8 +3,12 @@
 import dataclasses
 import fcntl
 import hashlib
+import json
 import os
+import re
+import secrets
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar, get_args
 
@@ -13,7 +17,7 @@ import yaml
 from snella import records
 from snella._deprecation import FORMER_OPTIONS, renamed
 from snella._files import check_files, sealed, sha256_of, write_json, write_text
-from snella.records import FORMAT, Allocation, Record, Status, read_if_present
+from snella.records import FORMAT, Allocation, FoldResults, Record, RunInfo, Status, read_if_present
 from snella.runs.config import SESSION_FIELDS, UNSTORED_FIELDS, RunSettings, TrainConfig
 
 
@@ -53,6 +57,18 @@ _INHERITED = (
 """Settings of the run that another one starts from, without which its trained values would mean something else, or be
 measured on images that they were trained on."""
 _REMEDY = "copy the file again, or train again with `--overwrite`"
+_UNBOUND = (*SESSION_FIELDS, *UNSTORED_FIELDS, "data")
+"""Settings that may change while a run is resumed; images are compared by their own digests."""
+
+
+def settings_digest(values: Mapping[str, Any]) -> str:
+    """SHA-256 of the settings of a `config.yaml`, without those that may change while a run is resumed.
+
+    Args:
+        values: Content of the file.
+    """
+    bound = {str(name): value for name, value in values.items() if name not in _UNBOUND}
+    return hashlib.sha256(json.dumps(bound, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def status_text(status: Status) -> str:
@@ -99,6 +115,12 @@ class RunFolderOf(Generic[S]):
         return status
 
     @property
+    def id(self) -> str | None:
+        """What tells this run from all others; None where no run is, and for runs of early versions."""
+        found = self.read_json("run.json").get("id") if (self.path / "run.json").is_file() else None
+        return None if found is None else str(found)
+
+    @property
     def has_stopped(self) -> bool:
         """Whether the record says that the run is running, and no process holds its lock: it was killed.
 
@@ -107,7 +129,7 @@ class RunFolderOf(Generic[S]):
         if self.status != "running":
             return False
         try:
-            descriptor = os.open(self.lock, os.O_RDONLY)
+            descriptor = os.open(self.lock, os.O_RDONLY | os.O_NOFOLLOW)
         except FileNotFoundError:
             return True
         except OSError:
@@ -135,13 +157,19 @@ class RunFolderOf(Generic[S]):
         self._note_digest(name)
 
     def write(self, record: Record) -> None:
-        """Write the file of a record atomically."""
+        """Write the file of a record atomically; those that have fields for it with the run's id and settings."""
+        if isinstance(record, RunInfo):
+            binding: Any = self._binding()
+            record = dataclasses.replace(record, **binding)
+        elif isinstance(record, FoldResults):
+            record = dataclasses.replace(record, settings=self._binding()["settings"])
         records.write(record, self.path)
         self._note_digest(record.file)
 
     def update(self, status: Status, error: str | None = None, **values: Any) -> None:
         """Change entries of `run.json`, and leave the others as they are."""
-        run = self.read_json("run.json") if (self.path / "run.json").is_file() else {"format": FORMAT}
+        is_there = (self.path / "run.json").is_file()
+        run = self.read_json("run.json") if is_there else {"format": FORMAT, **self._binding()}
         run.update(values, status=status)
         run.pop("error", None)
         if error is not None:
@@ -199,11 +227,22 @@ class RunFolderOf(Generic[S]):
         path = self.path / "config.yaml"
         if not path.is_file():
             raise FileNotFoundError(f"no file {path}: this is not the folder of a run")
+        known = self._known_settings()
         try:
-            values = renamed(dict(yaml.safe_load(path.read_text(encoding="utf-8"))), FORMER_OPTIONS, warns=False)
-            return self.settings_type(**{name: value for name, value in values.items() if name not in UNSTORED_FIELDS})
+            stored = self._stored_settings()
+            values = renamed(stored, FORMER_OPTIONS, warns=False)
+            if known is None or settings_digest(stored) == known:
+                values = {name: value for name, value in values.items() if name not in UNSTORED_FIELDS}
+                return self.settings_type(**values)
         except (TypeError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
             raise ValueError(f"{path} is damaged: {error}; train again with `--overwrite`") from None
+        except ValueError as error:  # names settings as if they had been typed
+            refused = re.sub(r"(^|; )(\w+)(?= )", r"\1'\2'", str(error))
+            raise ValueError(f"{path} is damaged: {refused}; train again with `--overwrite`") from None
+        raise ValueError(
+            f"{path} was altered after it was written: the run was begun with other settings; restore the file, or "
+            "train again with `--overwrite`"
+        )
 
     def check_adapter(self) -> None:
         """Refuse a missing best adapter, and files that were altered.
@@ -240,8 +279,16 @@ class RunFolderOf(Generic[S]):
         status = self.status
         settings: Any = config
         if settings.resume and status is not None:
+            if status != "finished" and self.id is None:
+                raise ValueError(
+                    f"{self.path} was begun by a version of snella whose checkpoints do not say which run they belong "
+                    "to; finish it with that version, or start over with --overwrite"
+                )
             return self._resumed(config)
-        if settings.resume and not all(getattr(config, name) for name in config.needed):
+        is_named = all(getattr(config, name) for name in config.needed)
+        if settings.resume and not is_named and (self.path / "config.yaml").is_file():
+            return self._begun(config)
+        if settings.resume and not is_named:
             raise FileNotFoundError(
                 f"resume must name the folder of a run, got {self.path}, which holds none; "
                 f"give {' and '.join(config.needed)} to start one"
@@ -284,17 +331,49 @@ class RunFolderOf(Generic[S]):
         self.checkpoints.mkdir(exist_ok=True)
 
     def create(self, config: S) -> None:
-        """Start a run: remove the old one, make the folders, write `config.yaml`."""
-        self._clear()
+        """Start a run: write `config.yaml`, remove the old run, make the folders.
+
+        A process that is killed here leaves an old run that is refused, since its settings are others, or a folder
+        without `run.json` and checkpoints, which `resume` begins by its `config.yaml`.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
+        write_text(self.path / "config.yaml", yaml.safe_dump(config.stored(), sort_keys=False))
+        self._clear(keep="config.yaml")
         self.checkpoints.mkdir(exist_ok=True)
-        self.write_config(config)
+
+    def _begun(self, config: S) -> S:
+        """The settings of a run that was killed before it wrote `run.json`."""
+        if any(self.checkpoints.glob("checkpoint-*")):
+            raise FileNotFoundError(
+                f"{self.path} holds checkpoints but no run.json; copy that file there again, or start over with "
+                "--overwrite"
+            )
+        return self._resumed(config)
+
+    def _binding(self) -> dict[str, str | None]:
+        """The id and the digest of the settings that this folder's records name; a new id where no run is."""
+        has_config = (self.path / "config.yaml").is_file()
+        settings = settings_digest(self._stored_settings()) if has_config else None
+        return {"id": self.id or secrets.token_hex(16), "settings": settings}
+
+    def _stored_settings(self) -> dict[str, Any]:
+        """Content of `config.yaml`."""
+        return dict(yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8")))
+
+    def _known_settings(self) -> str | None:
+        """The digest of the settings that the run was begun with; None for runs of early versions."""
+        for name in ("run.json", FoldResults.file):
+            if (self.path / name).is_file():
+                known: str | None = self.read_json(name).get("settings")
+                return known
+        return None
 
     def _resumed(self, config: S) -> S:
         """The stored settings, if `config` does not contradict them; `data` may name its new place."""
         stored = self.read_config()
         data = getattr(config, "data", None)
-        if data and self.read_json("run.json").get("data", {}).get("digest"):
+        run = self.read_json("run.json") if self.status is not None else {}
+        if data and run.get("data", {}).get("digest"):
             setattr(stored, "data", data)  # noqa: B010 - a field of the subclass
         differences = config.differences(stored)
         if differences:
@@ -317,13 +396,16 @@ class RunFolderOf(Generic[S]):
         unexpected = [e for e in self.path.iterdir() if e.name not in expected and not e.name.startswith(".")]
         return any(not (entry / "run.json").is_file() for entry in unexpected)
 
-    def _clear(self) -> None:
-        """Remove a run, and only what belongs to it."""
-        for name in self.files:
-            (self.path / name).unlink(missing_ok=True)
-        for name in self.folders:
-            if (self.path / name).exists():
-                shutil.rmtree(self.path / name)
+    def _clear(self, keep: str | None = None) -> None:
+        """Remove a run, and only what belongs to it: checkpoints first, then `run.json`, which makes it a run."""
+        folders = sorted(self.folders, key=lambda name: name != "checkpoints")
+        files = sorted(self.files, key=lambda name: name != "run.json")
+        for name in (folders[0], *files, *folders[1:]):
+            path = self.path / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif name != keep:
+                path.unlink(missing_ok=True)
 
 
 class RunFolder(RunFolderOf[TrainConfig]):

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from snella._files import write_bytes, write_json
+from snella._files import made_folder, write_bytes, write_json
 from snella.methods import merge_trained
 from snella.records import BackboneInfo, plain, record_from
 from snella.runs.model import LoadedRun, load_run, make_backbone
@@ -60,8 +60,8 @@ def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> Path:
     loaded = load_run(run, device="cpu")
     if path.suffix == _SUFFIX:
         model = merged_model(loaded.model)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(path, save(_weights(model), run_metadata(loaded, model)))
+        with made_folder(path.parent):
+            write_bytes(path, save(_weights(model), run_metadata(loaded, model)))
     else:
         write_timm_folder(loaded, path)
     return path
@@ -83,10 +83,10 @@ def write_timm_folder(loaded: LoadedRun, path: Path, **entries: Any) -> nn.Modul
     """
     model = merged_model(loaded.model)
     config = {**_timm_config(loaded, model, str(path)), **entries}
-    path.mkdir(parents=True, exist_ok=True)
-    (path / _CONFIG).unlink(missing_ok=True)  # written last: a folder without it is not loaded
-    write_bytes(path / _WEIGHTS, save(_weights(model), {"format": "pt"}))
-    write_json(path / _CONFIG, config)
+    with made_folder(path):
+        (path / _CONFIG).unlink(missing_ok=True)  # written last: a folder without it is not loaded
+        write_bytes(path / _WEIGHTS, save(_weights(model), {"format": "pt"}))
+        write_json(path / _CONFIG, config)
     return model
 
 

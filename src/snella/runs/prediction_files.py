@@ -16,7 +16,7 @@ from rich.console import Console
 
 from snella._console import counted, make_console, print_line, tracked
 from snella._deprecation import accept_former_arguments
-from snella._files import write_bytes
+from snella._files import made_folder, naming_file, write_bytes
 from snella.data.folder import listed
 from snella.runs.image_inputs import expand, new_files
 from snella.runs.predict import check_order, columns_of, load, task_of_run
@@ -151,8 +151,8 @@ def write_features(
         from pyarrow import parquet
 
         parquet.write_table(pyarrow.table({"images": texts, "features": list(table)}), content)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, content.getvalue())
+    with made_folder(path.parent):
+        write_bytes(path, content.getvalue())
     return path
 
 
@@ -233,7 +233,7 @@ def _append_rows(predictions: Iterable[Any], out: Path, task: type[Task], top_k:
         for prediction in predictions:
             one = task.write_predictions([prediction], Path(folder) / "row.csv", top_k, overwrite=True)
             head, row = one.read_bytes().split(b"\n", 1)
-            with out.open("ab+") as file:
+            with naming_file(out), out.open("ab+") as file:
                 file.seek(0)
                 first = file.readline().rstrip(b"\n")
                 if first not in (b"", head):

@@ -9,12 +9,14 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from snella._files import is_intact, sealed, sha256_of, sync_folder, sync_tree, write_json
+from snella._files import WRITE_FAILURES, is_intact, sealed, sha256_of, sync_folder, sync_tree, write_json
+from snella.runs.folder import RunFolderOf
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 MANIFEST = "manifest.json"
-"""The file of a checkpoint that is written last: the SHA-256 digest of every other one, by its name."""
+"""The file of a checkpoint that is written last: the run's id, and the SHA-256 digest of every other file by name."""
 
 
 class CheckpointError(OSError):
@@ -39,11 +41,11 @@ def _checkpoints(folder: Path) -> list[Path]:
     return [steps[step] for step in sorted(steps, reverse=True)]
 
 
-def intact_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    """The checkpoint of the highest step whose files are all there and as they were written.
+def intact_checkpoint(run: RunFolderOf[Any]) -> tuple[Path | None, list[str]]:
+    """The checkpoint of this run of the highest step whose files are all there and as they were written.
 
     Args:
-        folder: The run's `checkpoints`.
+        run: Folder of the run.
 
     Returns:
         The checkpoint, None where there is none at all; and what is wrong with those of higher steps.
@@ -52,21 +54,27 @@ def intact_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
         CheckpointError: There are checkpoints, and every one is damaged; names a file of the latest and the remedies.
     """
     damages: list[str] = []
-    for checkpoint in _checkpoints(folder):
-        damage = find_damage(checkpoint)
+    run_id = run.id
+    for checkpoint in _checkpoints(run.checkpoints):
+        damage = find_damage(checkpoint, run_id)
         if not damage:
             return checkpoint, damages
         damages.append(f"{checkpoint}: {damage}")
     if damages:
         raise CheckpointError(
             f"the checkpoint is damaged: {damages[0]}; start over with --overwrite, "
-            f"or remove {folder} and --resume again, which trains from the first epoch"
+            f"or remove {run.checkpoints} and --resume again, which trains from the first epoch"
         )
     return None, []
 
 
-def find_damage(checkpoint: Path) -> str:
-    """What is wrong with the files of a checkpoint, before anything is loaded from it; empty if nothing is."""
+def find_damage(checkpoint: Path, run_id: str | None) -> str:
+    """What is wrong with the files of a checkpoint, before anything is loaded from it; empty if nothing is.
+
+    Args:
+        checkpoint: Its folder.
+        run_id: Of the run that is to be resumed.
+    """
     path = checkpoint / MANIFEST
     if not path.is_file():
         return f"{MANIFEST} is missing, which a complete checkpoint has"
@@ -77,18 +85,28 @@ def find_damage(checkpoint: Path) -> str:
         return f"{MANIFEST} is unreadable ({type(error).__name__}: {error})"
     if not is_intact(manifest):
         return f"{MANIFEST} was altered after it was written"
+    if manifest.get("run") != run_id:
+        return f"it is a checkpoint of another run ({manifest.get('run')}, where this run is {run_id})"
     missing = [name for name in files if not (checkpoint / name).is_file()]
     if missing:
         return f"{', '.join(missing)} is missing"
     altered = [name for name, digest in files.items() if sha256_of(checkpoint / name) != digest]
-    return f"{', '.join(altered)} was altered or cut off after it was written" if altered else ""
+    if altered:
+        return f"{', '.join(altered)} was altered or cut off after it was written"
+    foreign = [name for name in _files_of(checkpoint) if name not in (*files, MANIFEST)]
+    return f"{', '.join(foreign)} is no file of it ({MANIFEST} does not list it); remove it" if foreign else ""
 
 
-def _write_manifest(checkpoint: Path) -> None:
-    """List the files of a checkpoint with their digests."""
-    paths = sorted(path for path in checkpoint.rglob("*") if path.is_file())
-    files = {path.relative_to(checkpoint).as_posix(): sha256_of(path) for path in paths}
-    write_json(checkpoint / MANIFEST, sealed({"files": files}))
+def _files_of(checkpoint: Path) -> list[str]:
+    """Names of everything in a checkpoint that is not a folder; hidden files, which nothing loads, are left out."""
+    paths = (path.relative_to(checkpoint) for path in checkpoint.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts))
+
+
+def _write_manifest(checkpoint: Path, run_id: str | None) -> None:
+    """List the files of a checkpoint with their digests, and the run that it belongs to."""
+    files = {name: sha256_of(checkpoint / name) for name in _files_of(checkpoint)}
+    write_json(checkpoint / MANIFEST, sealed({"run": run_id, "files": files}))
 
 
 def remove_incomplete(folder: Path, keep: Path | None = None) -> int:
@@ -128,12 +146,12 @@ def reading_checkpoint(checkpoint: Path) -> Iterator[None]:
 
 
 @contextmanager
-def staged(folder: Path, name: str) -> Iterator[Path]:
-    """Collect the files of `folder/name` in a staging folder, add their digests, make them visible by one rename.
+def staged(run: RunFolderOf[Any], name: str) -> Iterator[Path]:
+    """Collect the files of a checkpoint in a staging folder, add their digests, make them visible by one rename.
 
     Args:
-        folder: Where the finished folder goes.
-        name: Its name; nothing of that name may be there.
+        run: Folder of the run; the checkpoint goes into its `checkpoints`.
+        name: Of the checkpoint; nothing of that name may be there.
 
     Yields:
         The staging folder; what is written into its subfolder `name` counts.
@@ -141,12 +159,13 @@ def staged(folder: Path, name: str) -> Iterator[Path]:
     Raises:
         CheckpointError: Writing failed, as on a full disk. Whatever was there before is still there.
     """
+    folder = run.checkpoints
     staging = folder / f".staging-{name}"
     try:
         shutil.rmtree(staging, ignore_errors=True)
         (staging / name).mkdir(parents=True)
         yield staging
-        _write_manifest(staging / name)
+        _write_manifest(staging / name, run.id)
         sync_tree(staging / name)
         (staging / name).rename(folder / name)
         sync_folder(folder)
@@ -176,11 +195,7 @@ def is_write_failure(error: BaseException) -> bool:
     """
     if isinstance(error, OSError):
         return not isinstance(error, FileNotFoundError)
-    text = str(error)
-    return any(
-        sign in text
-        for sign in ("PytorchStreamWriter", "No space left", "File too large", "unexpected pos", "iostream")
-    )
+    return any(sign in str(error) for sign in WRITE_FAILURES)
 
 
 def _reason(error: BaseException, target: Path) -> str:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from snella._console import make_console, make_table, print_line
 from snella._files import write_text
-from snella.records import FoldResults, FoldRow, Metrics, RunInfo, plain, read, read_if_present, write
+from snella.records import FoldResults, FoldRow, Metrics, RunInfo, plain, read, read_if_present
 from snella.runs.config import TrainConfig
 from snella.runs.folder import RunFolder
 from snella.training.train import train
@@ -66,7 +66,7 @@ def train_folds(config: TrainConfig, console: Console | None = None, **options: 
         test = numbers_of(metrics.test) if held_out == "val" else {}
         row = FoldRow(fold, run.path.name, metrics.best_epoch, numbers_of(chosen), test)
         results = FoldResults(count, held_out, [*results.rows, row])
-        write(results, folder.path)
+        folder.write(results)
     write_text(folder.path / "folds.md", _markdown(results))
     write_text(folder.path / "folds.html", _page(results, str(config.data), config.method))
     console.print(_table(results))
@@ -126,7 +126,7 @@ def _prepared(config: TrainConfig, folder: RunFolder) -> TrainConfig:
             RunFolder(folder.path / f"fold-{fold}")._clear()
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.write_config(config)
-    write(FoldResults(int(config.folds or 0)), folder.path)
+    folder.write(FoldResults(int(config.folds or 0)))
     return config
 
 

@@ -154,7 +154,12 @@ def lock_run(run: RunFolderOf[Any], *, is_shared: bool = False) -> Iterator[None
 def _lock(path: Path, run: Path) -> int:
     """An open lock file that this process alone has locked, with its process id inside."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise OSError(f"{path} must be a file, got a symbolic link; remove it") from None
+            raise
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -194,7 +199,7 @@ def checkpoint_to_resume(run: RunFolderOf[Any], console: Console) -> Path | None
     Raises:
         CheckpointError: There are checkpoints, all of them damaged; names the file and the remedies.
     """
-    checkpoint, damages = intact_checkpoint(run.checkpoints)
+    checkpoint, damages = intact_checkpoint(run)
     for damage in damages:
         print_line(console, f"note: skipped {damage}")
     remove_incomplete(run.checkpoints, checkpoint)

@@ -169,7 +169,7 @@ class CheckpointingTrainer(Trainer):
         folder, name = self.run_folder.checkpoints, f"checkpoint-{self.state.global_step}"
         if (folder / name).is_dir():
             return
-        with staged(folder, name) as self._staging:
+        with staged(self.run_folder, name) as self._staging:
             try:
                 super()._save_checkpoint(model, trial)
                 self._write_state(self._staging / name)

@@ -96,6 +96,7 @@ class SnellaModel(BaseTuner):
             raise ValueError(unmatched_message(targets, model))
         self._refuse_shared_weights(peft_config, model)
         self._check_ranks(peft_config, model)
+        _check_token_rows(peft_config, model)
         peft_config.parameters_to_save = find_tokens(
             model, peft_config.wanted_tokens(), is_required=peft_config.requires_tokens
         )
@@ -566,6 +567,25 @@ def _warn_of_unapplied(layers: list[SnellaLayer]) -> None:
             "they are not trained, while merging would change them; leave them out with exclude_modules",
             stacklevel=2,
         )
+
+
+def _check_token_rows(peft_config: SnellaConfig, model: nn.Module) -> None:
+    """Refuse rows that an embedding does not have."""
+    wanted = peft_config.trainable_token_indices
+    if not wanted:
+        return
+    own: Any = getattr(model, "get_input_embeddings", lambda: None)
+    embedding = own()
+    for name, module in model.named_modules():
+        if isinstance(wanted, dict):
+            rows = next((rows for end, rows in wanted.items() if _matches({end}, name)), [])
+        else:
+            rows = wanted if module is embedding else []
+        if not isinstance(module, nn.Embedding):
+            continue
+        count = module.num_embeddings
+        if wrong := [row for row in rows if not 0 <= row < count]:
+            raise ValueError(f"trainable_token_indices must be from 0 to {count - 1}, rows of {name!r}, got {wrong[0]}")
 
 
 def _matching(targets: set[str] | str, model: nn.Module) -> set[str]:

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image
 
 from snella._text import bytes_text, count_text, percent_text, plain_text, seconds_text
+from snella.data.images import open_image
 from snella.recipes.dreambooth.generate import MANIFEST
 from snella.records import Allocation, GeneratorMetrics, LossRow, Metrics, RunInfo, read, read_if_present
 from snella.report.examples import picture_uri
@@ -105,7 +105,7 @@ def _pictures(paths: Iterable[Path]) -> list[dict[str, Any]]:
     for path in paths:
         item: dict[str, Any] = {"text": path.name, "uri": None, "problem": ""}
         try:
-            with Image.open(path) as image:
+            with open_image(path) as image:
                 item["uri"], item["width"], item["height"] = picture_uri(image, _LONGEST)
         except OSError as error:
             item["problem"] = f"cannot be read: {error}"

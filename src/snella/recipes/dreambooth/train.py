@@ -246,7 +246,7 @@ class DreamBoothTrainer:
             "elapsed_s": self.elapsed_s,
             "optimizer": self.optimizer.state_dict(),
         }
-        with staged(folder, name) as staging:
+        with staged(self.run_folder, name) as staging:
             save_trained(self.model, staging / name)
             torch.save(state, staging / name / _STATE)
         remove_incomplete(folder)
