@@ -215,6 +215,32 @@ def test_a_module_that_changed_before_the_backward_pass_is_an_error():
         loss.backward()
 
 
+def test_a_module_that_changed_before_its_output_was_used_is_not_computed_again():
+    norm, z = nn.LayerNorm(WIDTH), torch.randn(5, WIDTH, requires_grad=True)
+    mark_outputs(norm)
+    marked = norm(z)
+    with torch.no_grad():
+        norm.weight.mul_(2)
+    assert origin_of(marked) == ((), None)
+
+
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("name", ["gelu", "layer-norm", "batch-norm"])
+def test_the_mode_may_change_between_the_passes(name, compress):
+    def gradients(switches):
+        model = adapted(nn.BatchNorm1d(WIDTH) if name == "batch-norm" else KNOWN[name], compress_activations=compress)
+        model.eval()
+        inner = model.base_model.model[1]
+        loss = model(torch.linspace(-1, 1, 8 * WIDTH).view(8, WIDTH)).square().sum()
+        model.train(switches)
+        loss.backward()
+        assert inner.training is switches
+        assert getattr(inner, "num_batches_tracked", None) in (None, torch.tensor(0))
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    assert_same_bits(gradients(False), gradients(True))
+
+
 def test_an_input_that_was_written_to_is_torch_s_own_error():
     z = torch.randn(5, WIDTH, requires_grad=True)
     model = adapted(nn.GELU())

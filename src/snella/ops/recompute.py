@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
-from snella.ops.origins import Derived, Mark, Output, keep_rounded, multiply
+from snella.ops.origins import Derived, Mark, Output, keep_rounded, multiply, own_tensors
 
 _SOURCE_ATTRIBUTE = "_snella_source"
 _c_autograd: Any = torch._C._autograd
@@ -163,7 +163,7 @@ def _detach_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] |
     z = args[0]
     if not (z.requires_grad and z.is_floating_point() and not z.is_inference() and _is_marked(module)):
         return None
-    if getattr(module, "inplace", False) or any(parameter.requires_grad for parameter in module.parameters()):
+    if getattr(module, "inplace", False) or any([tensor.requires_grad for tensor in own_tensors(module).values()]):
         return None
     detached = z.detach()
     setattr(detached, _SOURCE_ATTRIBUTE, z)
