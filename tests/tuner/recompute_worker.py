@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from snella import SnellaConfig
 from snella.tuner.layer import SnellaLayer
 
+
 class Block(nn.Sequential):
     """A layer and the normalization of its output."""
 

@@ -68,7 +68,7 @@ def test_what_cannot_be_sharded_is_refused_with_what_works(runs, case):
 
 @pytest.fixture(scope="module")
 def gradient_errors(tmp_path_factory):
-    """By kind, units and form of what is kept, how far gradients are from those of the whole model, in both processes."""
+    """By case, how far gradients are from those of the whole model, in both processes."""
     worker, folder = Path(__file__).with_name("recompute_worker.py"), tmp_path_factory.mktemp("recompute")
     cases = [f"{case}-{form}" for case in RECOMPUTED for form in ("exact", "compressed")]
     return in_two_processes(worker, folder, *cases, timeout=200)

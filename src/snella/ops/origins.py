@@ -363,4 +363,15 @@ class _Product(torch.autograd.Function):
         return grad * _decoded(second, ctx.layout), grad_second, None, None, None, None
 
 
-__all__ = ["ORIGIN_ATTRIBUTE", "Derived", "Mark", "Origin", "Output", "keep_rounded", "multiply", "once", "origin_of", "own_tensors"]
+__all__ = [
+    "ORIGIN_ATTRIBUTE",
+    "Derived",
+    "Mark",
+    "Origin",
+    "Output",
+    "keep_rounded",
+    "multiply",
+    "once",
+    "origin_of",
+    "own_tensors",
+]
