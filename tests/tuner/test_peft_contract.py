@@ -171,11 +171,6 @@ def test_the_gradient_of_a_bias_is_that_of_the_merged_layer(mlp):
     torch.testing.assert_close(grad, plain.lin0.bias.grad)
 
 
-def test_biases_of_a_torch_attention_are_refused(cases):
-    with pytest.raises(NotImplementedError, match=r"bias='all' .* 'encoder\.layers\.encoder_layer_0\.self_attention'"):
-        cases["torch_vit"].adapted(bias="all")
-
-
 def test_single_tokens_are_trained_saved_and_merged(tmp_path):
     model = get_peft_model(llama(), large(trainable_token_indices=[1, 3])).train()
     model(TOKENS).logits.square().sum().backward()

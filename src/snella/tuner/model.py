@@ -132,11 +132,6 @@ class SnellaModel(BaseTuner):
             if name.endswith(".base_layer") or not self._check_target_module_exists(peft_config, name):
                 continue
             if is_adaptable(module):
-                if peft_config.bias != "none":
-                    raise NotImplementedError(
-                        f"bias={peft_config.bias!r} with an adapted attention, {name!r}: the bias that its projections "
-                        "share has a name that PEFT would not save; leave the attention out with exclude_modules"
-                    )
                 attention = module.base_layer if isinstance(module, AdaptedAttention) else module
                 inputs = input_projections(cast(nn.MultiheadAttention, attention))
                 parts = [(f"{name}.{part}", tuple(attention.get_parameter(f"{part}_weight").shape)) for part in inputs]
@@ -501,6 +496,23 @@ class SnellaModel(BaseTuner):
                 config.unused_modules = unused or None
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        """Mark as PEFT does, and the biases of adapted attentions, which it does not know by name."""
+        super()._mark_only_adapters_as_trainable(model)
+        if any(getattr(self.peft_config[name], "bias", "none") != "none" for name in self.active_adapters):
+            for name in _attention_biases(model):
+                model.get_parameter(name).requires_grad_(True)
+
+    @classmethod
+    def _get_learnable_bias_state_dict(
+        cls, model: nn.Module, state_dict: dict[str, Tensor], config: PeftConfig
+    ) -> dict[str, Tensor]:
+        """Select the biases as PEFT does, and those of adapted attentions."""
+        biases: dict[str, Tensor] = super()._get_learnable_bias_state_dict(model, state_dict, config)
+        if getattr(config, "bias", "none") != "none":
+            biases |= {name: state_dict[name] for name in _attention_biases(model) if name in state_dict}
+        return biases
+
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
@@ -543,6 +555,18 @@ def _adapted_layers(model: nn.Module, adapter_names: list[str]) -> list[SnellaLa
     """The layers that one of these adapters updates."""
     layers = [module for module in model.modules() if isinstance(module, SnellaLayer)]
     return [layer for layer in layers if any(name in layer.snella_A for name in adapter_names)]
+
+
+def _attention_biases(model: nn.Module) -> list[str]:
+    """Names of the biases of adapted projections of attentions, which lie in the attentions themselves."""
+    biases: dict[str, None] = {}
+    for name, module in model.named_modules():
+        for projection in module.projections() if isinstance(module, AdaptedAttention) else ():
+            own = projection.bias_name
+            if own is not None:
+                plain = name.replace("_fsdp_wrapped_module.", "")
+                biases[f"{plain}.base_layer.{own}"] = None
+    return list(biases)
 
 
 def _matching(targets: set[str] | str, model: nn.Module) -> set[str]:
