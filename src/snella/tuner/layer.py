@@ -635,11 +635,17 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         whole, (state.thresholds,) = compute_effective_weight(None, [update], torch.Size(self._matrix_shape()))
         return [whole[rows] for rows in self.matrix_rows(adapter_name)]
 
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return `scaling·S` of one adapter in the layout of the base weight."""
+    @torch.compiler.disable
+    def get_delta_weight(self, adapter: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Return `scaling·S` of one adapter in the layout of the base weight.
+
+        Args:
+            adapter: The adapter.
+            dtype: Dtype of the result, default that of the factors; it is computed in at least float32.
+        """
         with torch.no_grad():
             delta = self._effective(None, [adapter])
-        return self._base_layout(delta)
+        return self._base_layout(delta.to(dtype or self.snella_A[adapter].dtype))
 
     def _effective(
         self,
