@@ -15,10 +15,7 @@ SHAPES = {"gaps": [20, 20], "bitmap": [20, 20], "int32": [1, 1]}
 def make() -> SparsePatch:
     """A patch with positions in several forms, and a tensor that is replaced."""
     torch.manual_seed(0)
-    entries = {
-        name: Entries(torch.tensor(list(where)), torch.randn(len(where)))
-        for name, where in POSITIONS.items()
-    }
+    entries = {name: Entries(torch.tensor(list(where)), torch.randn(len(where))) for name, where in POSITIONS.items()}
     return SparsePatch(entries, {"head": torch.randn(3)}, SHAPES, {"gaps": "0123"}, {"classes": json.dumps(["a", "b"])})
 
 
@@ -58,8 +55,14 @@ def test_no_byte_can_change_unnoticed(tmp_path, flip):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda tensors: tensors.pop("gaps:gaps"), r"'gaps' has positions in 0 forms, expected one of \['int32', 'gaps'"),
-        (lambda tensors: tensors.update({"gaps:gaps": torch.zeros(9, dtype=torch.uint8)}), "has 9 positions and 10 val"),
+        (
+            lambda tensors: tensors.pop("gaps:gaps"),
+            r"'gaps' has positions in 0 forms, expected one of \['int32', 'gaps'",
+        ),
+        (
+            lambda tensors: tensors.update({"gaps:gaps": torch.zeros(9, dtype=torch.uint8)}),
+            "has 9 positions and 10 val",
+        ),
         (
             lambda tensors: tensors.update({"gaps:gaps": torch.full((10,), 90, dtype=torch.uint8)}),
             "'gaps' has positions that do not ascend from 0 to 399",

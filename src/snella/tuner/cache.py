@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils._pytree import tree_map_only
 
@@ -181,13 +182,25 @@ class EffectiveWeight(Tensor):
 
     _stored: Tensor
     _compute: Callable[[], Tensor]
+    _multiply: Callable[[Tensor, Tensor | None], Tensor | None] | None
     _effective: Tensor | None
 
     @staticmethod
-    def of(base: Tensor, compute: Callable[[], Tensor]) -> EffectiveWeight:
-        """The weight that `compute` returns, in the shape, dtype and device of `base`."""
+    def of(
+        base: Tensor,
+        compute: Callable[[], Tensor],
+        multiply: Callable[[Tensor, Tensor | None], Tensor | None] | None = None,
+    ) -> EffectiveWeight:
+        """The weight that `compute` returns, in the shape, dtype and device of `base`.
+
+        Args:
+            base: The base weight.
+            compute: Returns the weight with its updates.
+            multiply: Returns `F.linear` of an input, the weight and a bias without keeping the weight for the backward
+                pass, or `None` where `compute` keeps nothing.
+        """
         weight = base.detach().as_subclass(EffectiveWeight)
-        weight._stored, weight._compute, weight._effective = base, compute, None
+        weight._stored, weight._compute, weight._multiply, weight._effective = base, compute, multiply, None
         return weight
 
     def value(self) -> Tensor:
@@ -203,6 +216,8 @@ class EffectiveWeight(Tensor):
         """Call `func` with the base weight where it describes or writes, else with the effective one."""
         kwargs = kwargs or {}
         name = func.__name__
+        if func is F.linear and (y := _multiply(*args, **kwargs)) is not None:
+            return y
         if name == "__get__":
             describes = func.__self__.__name__ not in _VALUES
         else:
@@ -213,6 +228,15 @@ class EffectiveWeight(Tensor):
         if writes:
             args = (*_replace(args[:1], "_stored"), *args[1:])
         return func(*_replace(args), **_replace(kwargs))
+
+
+def _multiply(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """`F.linear` with an effective weight that nothing has asked for yet, `None` elsewhere."""
+    if not isinstance(weight, EffectiveWeight) or weight._multiply is None or weight._effective is not None:
+        return None
+    if isinstance(input, EffectiveWeight) or isinstance(bias, EffectiveWeight):
+        return None
+    return weight._multiply(input, bias)
 
 
 def _replace(arguments: Any, attribute: str | None = None) -> Any:
@@ -298,8 +322,8 @@ class AllocatorCheck:
             return
         self._has_warned_of_read = True
         warnings.warn(
-            f"the model reads the weight of {module_name!r} instead of calling it, so that update_dropout and "
-            "update_drop_path do not act there; set dropout_exclude and update_drop_path=0, or leave the layer out "
+            f"the model reads the weight of {module_name!r} for something else than F.linear, so that update_dropout "
+            "and update_drop_path do not act there; set dropout_exclude and update_drop_path=0, or leave the layer out "
             "with exclude_modules, if that matters",
             stacklevel=2,
         )

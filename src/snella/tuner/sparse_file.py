@@ -131,7 +131,7 @@ class SparsePatch:
             if len(indices) != len(values):
                 raise ValueError(f"{name!r} has {len(indices)} positions and {len(values)} values")
             size = math.prod(shapes[name])
-            if len(indices) and not (0 <= int(indices[0]) and int(indices[-1]) < size and (indices.diff() > 0).all()):
+            if len(indices) and not (int(indices[0]) >= 0 and int(indices[-1]) < size and (indices.diff() > 0).all()):
                 raise ValueError(f"{name!r} has positions that do not ascend from 0 to {size - 1}")
             entries[name] = Entries(indices, values)
         return cls(entries, tensors, shapes, digests, metadata)
