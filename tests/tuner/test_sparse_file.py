@@ -57,11 +57,11 @@ def test_no_byte_can_change_unnoticed(tmp_path, flip):
     [
         (
             lambda tensors: tensors.pop("gaps:gaps"),
-            r"'gaps' has positions in 0 forms, expected one of \['int32', 'gaps'",
+            r"'gaps' has positions in 0 forms, expected one of \['int32',",
         ),
         (
             lambda tensors: tensors.update({"gaps:gaps": torch.zeros(9, dtype=torch.uint8)}),
-            "has 9 positions and 10 val",
+            "has 9 positions and 10 values",
         ),
         (
             lambda tensors: tensors.update({"gaps:gaps": torch.full((10,), 90, dtype=torch.uint8)}),
@@ -83,7 +83,7 @@ def test_positions_that_cannot_be_are_refused_in_spite_of_a_right_digest(tmp_pat
 def test_a_file_without_its_digest_is_refused(tmp_path):
     path, tensors = tmp_path / "m.safetensors", load(make().to_bytes())
     path.write_bytes(save(tensors, {"format": "snella-sparse-1", "shapes": json.dumps(SHAPES), "digests": "{}"}))
-    with pytest.raises(ValueError, match="is damaged: its SHA-256 is [0-9a-f]{64}, expected None; export it again"):
+    with pytest.raises(ValueError, match=r"is damaged: its SHA-256 is [0-9a-f]{64}, expected None; export it again"):
         SparsePatch.read(path)
 
 
