@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from itertools import accumulate, pairwise
@@ -397,6 +398,20 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         """Where the factors go, and in which dtype; one of eight bits is a base weight's alone."""
         device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
         return device, torch.float32 if dtype is not None and dtype.itemsize == 1 else dtype
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move an adapter to the base weight, its buffers only where that is not offloaded."""
+        with self.buffers_off_meta():
+            super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+
+    @contextmanager
+    def buffers_off_meta(self) -> Iterator[None]:
+        """Keep budgets and supports where they are if a move sends them to the meta device, as accelerate does."""
+        before = [(d, name, d[name]) for d in (self.snella_budget, self.snella_support) for name in d]
+        yield
+        for values, name, buffer in before:
+            if values[name].is_meta:
+                values[name] = buffer
 
     def train(self, mode: bool = True) -> Self:
         """Switch between training and evaluation; the weight cached for evaluation is released."""

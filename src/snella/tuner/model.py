@@ -8,7 +8,8 @@ import platform
 import warnings
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -261,7 +262,9 @@ class SnellaModel(BaseTuner):
         keep_off_fast_path(model)
         config = cast(SnellaConfig, self.peft_config[adapter_name])
         if config.recompute_inputs:
-            count = mark_outputs(model, compress=config.compress_activations)
+            layers = [module for module in model.modules() if isinstance(module, SnellaLayer)]
+            is_compressed = any(layer.snella_config[n].compress_activations for layer in layers for n in layer.snella_A)
+            count = mark_outputs(model, compress=_Compression(layers) if is_compressed else None)
             logger.info("inputs of adapted layers from %d normalizations and activations are computed again", count)
         layer = next((m for m in model.modules() if isinstance(m, SnellaLayer) and adapter_name in m.snella_A), None)
         if layer is not None and not layer.snella_A[adapter_name].is_meta:
@@ -448,7 +451,9 @@ class SnellaModel(BaseTuner):
             # given back as it is; PEFT would copy a `weight`, which an attention or a head of several layers lacks
             setattr(parent, child_name, new_module)
             return
-        with onloaded(new_module, with_base=True):  # PEFT moves the factors to where the base weight is now
+        # PEFT moves the factors to where the base weight is now
+        is_layer = isinstance(new_module, SnellaLayer)  # else the base layer is put back
+        with onloaded(new_module, with_base=True), new_module.buffers_off_meta() if is_layer else nullcontext():
             super()._replace_module(parent, child_name, new_module, child)
 
     def add_weighted_adapter(
@@ -549,6 +554,24 @@ class SnellaModel(BaseTuner):
                 "diverged or its file is damaged, load an earlier one"
             )
         return remapped
+
+
+@dataclass(eq=False)
+class _Compression:
+    """Whether all active adapters that are in a model ask for activations in eight bits.
+
+    Args:
+        layers: The adapted layers of the model.
+    """
+
+    layers: list[SnellaLayer]
+
+    def __call__(self) -> bool:
+        for layer in self.layers:
+            settings = [layer.snella_config[name] for name in layer.active_adapters if name in layer.snella_config]
+            if settings:
+                return all(one.compress_activations for one in settings)
+        return False
 
 
 def _adapted_layers(model: nn.Module, adapter_names: list[str]) -> list[SnellaLayer]:
