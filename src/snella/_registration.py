@@ -6,6 +6,9 @@ which they look up all the same. A test tells when PEFT gains a member of that n
 `get_base_model_state_dict` and its counterpart ask one function for the name that a parameter had before the model was
 adapted. It knows the layers of PEFT and nothing of an attention that holds several of them, and offers no place to
 say so; it is wrapped, and does what it did for everything else.
+
+So is the method that tells accelerate where a file on disk has an adapter's tensors: it knows names that end in the
+adapter and `weight`, and has no place for those that end in the adapter alone.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import save_and_load
 
@@ -21,6 +25,7 @@ from snella.tuner.attention import find_wrapped_attention
 from snella.tuner.config import PEFT_TYPE
 
 _KEY_FUNCTION = "_peft_key_to_original_key"
+_OFFLOAD_METHOD = "_update_offload"
 
 
 def register() -> None:
@@ -35,6 +40,9 @@ def register() -> None:
     original_key = getattr(save_and_load, _KEY_FUNCTION, None)
     if original_key is not None and not hasattr(original_key, "__wrapped__"):
         setattr(save_and_load, _KEY_FUNCTION, _with_attentions(original_key))
+    update_offload = getattr(PeftModel, _OFFLOAD_METHOD, None)
+    if update_offload is not None and not hasattr(update_offload, "__wrapped__"):
+        setattr(PeftModel, _OFFLOAD_METHOD, _with_parameters(update_offload))
 
 
 def _with_attentions(original_key: Any) -> Any:
@@ -49,6 +57,22 @@ def _with_attentions(original_key: Any) -> Any:
         return f"{original_key(model, wrapper)}.{parameter}"
 
     return with_attentions
+
+
+def _with_parameters(update_offload: Any) -> Any:
+    """PEFT's method that enters an adapter into accelerate's index of files, with the names that parameters have."""
+
+    @functools.wraps(update_offload)
+    def with_parameters(self: PeftModel, offload_index: Any, adapters_weights: Any) -> Any:
+        result = update_offload(self, offload_index, adapters_weights)
+        for key in list(offload_index or ()):
+            module, _, parameter = key.rpartition(".")
+            module, _, adapter_name = module.rpartition(".")
+            if parameter.startswith(SnellaModel.prefix) and adapter_name in self.peft_config:
+                offload_index[f"{module}.{parameter}.{adapter_name}"] = offload_index.pop(key)
+        return result
+
+    return with_parameters
 
 
 register()

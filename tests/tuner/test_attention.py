@@ -509,3 +509,32 @@ def test_torchvisions_blocks_are_numbered_and_its_head_of_several_layers_is_give
     plain = model.merge_and_unload()
     assert type(plain.heads) is nn.Sequential and list(plain.state_dict()) == list(base.state_dict())
     assert torch.equal(cases["torch_vit"].predict(plain), expected)
+
+
+@pytest.mark.parametrize("bias", ["all", "snella_only"])
+@pytest.mark.parametrize("options", [{}, {"kdim": 5, "vdim": 3}], ids=["fused", "separate"])
+def test_the_biases_of_an_adapted_attention_are_trained_and_saved(bias, options, tmp_path):
+    model = adapt(make(**options), bias=bias).train()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and "snella" not in name}
+    prefix = "base_model.model.attn.base_layer."
+    expected = {f"{prefix}in_proj_bias", f"{prefix}out_proj.bias"}
+    assert trained == expected | ({"base_model.model.before.bias"} if bias == "all" else set())
+    inputs = [torch.randn(4, 2, width) for width in (WIDTH, options.get("kdim", WIDTH), options.get("vdim", WIDTH))]
+    model(*inputs)[0].square().sum().backward()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                assert parameter.grad.abs().sum() > 0, name
+                parameter -= 0.1 * parameter.grad
+        outputs = model.eval()(*inputs)[0]
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make(**options), tmp_path)
+    with torch.no_grad():
+        assert torch.equal(loaded(*inputs)[0], outputs)
+        assert torch.equal(loaded.merge_and_unload()(*inputs)[0], outputs)
+
+
+def test_the_bias_of_a_projection_that_is_not_adapted_stays():
+    model = adapt(make(), ["attn.out_proj"], bias="snella_only")
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and "snella" not in name}
+    assert trained == {"base_model.model.attn.base_layer.out_proj.bias"}

@@ -437,8 +437,42 @@ def test_a_read_weight_is_remembered_in_evaluation(merges):
     assert spent(merges) == 1
 
 
+@pytest.mark.parametrize("settings", [{}, {"fixed_support": True}], ids=["competing", "fixed"])
+def test_a_linear_product_with_a_read_weight_keeps_what_a_call_keeps(settings):
+    called, reading, x = pair(**settings)
+
+    def kept(model):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.shape) or t, lambda t: t):
+            model(x)
+        return sizes
+
+    assert kept(reading) == kept(called)
+    for mine, theirs in zip(gradients(reading, x), gradients(called, x), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_dropout_acts_on_a_linear_product_with_a_read_weight():
+    called, reading, x = pair(update_dropout=0.5)
+    outputs = []
+    for model in (called, reading, reading):
+        torch.manual_seed(len(outputs) // 2)
+        outputs.append(model(x))
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[1], outputs[2])
+
+
+def test_the_bias_of_a_product_with_a_read_weight_is_the_caller_s():
+    _, reading, x = pair()
+    layer, bias = reading.base_model.model.layer, torch.randn(9, requires_grad=True)
+    y = F.linear(bias=bias, input=x, weight=layer.weight)
+    torch.testing.assert_close(y, F.linear(x, layer.weight.detach(), bias))
+    y.sum().backward()
+    assert torch.equal(bias.grad, torch.full((9,), 6.0))
+
+
 def test_one_warning_says_that_dropout_cannot_act_on_a_read_weight():
-    _, reading, x = pair(update_dropout=0.5)
+    _, reading, x = pair("transposed", update_dropout=0.5)
     with pytest.warns(UserWarning, match="the model reads the weight of 'layer'.*update_dropout") as caught:
         reading(x)
         reading(x)

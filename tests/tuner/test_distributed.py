@@ -22,6 +22,8 @@ REFUSED = {
     "fsdp2-eager-delta_magnitude": "NotImplementedError: importance='delta_magnitude'",
     "pieces": "NotImplementedError: BudgetAllocator needs factors of 3 numbers in one copy over all 2 processes, got 6",
 }
+UNITS = ("whole", "norms", "layers", "blocks")
+RECOMPUTED = [f"{kind}-{units}" for kind in ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "FSDP2") for units in UNITS]
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +64,22 @@ def test_evaluation_in_parallel_is_that_of_one_device(runs, case):
 def test_what_cannot_be_sharded_is_refused_with_what_works(runs, case):
     assert runs[0][case]["error"].startswith(REFUSED[case])
     assert "DDP" in runs[0][case]["error"]
+
+
+@pytest.fixture(scope="module")
+def gradient_errors(tmp_path_factory):
+    """By case, how far gradients are from those of the whole model, in both processes."""
+    worker, folder = Path(__file__).with_name("recompute_worker.py"), tmp_path_factory.mktemp("recompute")
+    cases = [f"{case}-{form}" for case in RECOMPUTED for form in ("exact", "compressed")]
+    return in_two_processes(worker, folder, *cases, timeout=200)
+
+
+@pytest.mark.parametrize("case", RECOMPUTED)
+def test_an_input_is_computed_again_from_a_normalization_that_fsdp_shards(gradient_errors, case):
+    for errors in gradient_errors:
+        assert errors[f"{case}-exact"] == 0
+        # a normalization beside trained parameters in one flat tensor of FSDP1 keeps its input as it is
+        assert errors[f"{case}-compressed"] == pytest.approx(0, abs=0.05)
 
 
 def test_an_optimizer_of_deepspeed_is_refused_by_its_name():

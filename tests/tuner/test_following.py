@@ -257,7 +257,7 @@ def heads(requires_grad=(True, True, True)):
 def test_attention_keeps_what_it_is_computed_from_in_eight_bits(name, learning):
     attention, inputs = Attention(**ATTENTION[name]), heads(learning)
     exact = attention(*inputs)
-    mark_outputs(attention, compress=True)
+    mark_outputs(attention, compress=lambda: True)
     y = attention(*inputs)
     assert torch.equal(y, exact)
     (y.sin().sum()).backward()
@@ -276,7 +276,7 @@ def test_attention_keeps_what_it_is_computed_from_in_eight_bits(name, learning):
 @pytest.mark.parametrize("options", [{"dropout_p": 0.5}, {"attn_mask": torch.zeros(6, 6, requires_grad=True)}])
 def test_attention_that_draws_or_learns_its_mask_keeps_what_it_does(options):
     attention, inputs = Attention(**options), heads()
-    mark_outputs(attention, compress=True)
+    mark_outputs(attention, compress=lambda: True)
     assert origin_of(attention(*inputs)) == ((), None)
     mark_outputs(exact := Attention())
     assert origin_of(exact(*inputs)) == ((), None)
@@ -357,7 +357,7 @@ def test_with_eight_bits_a_second_factor_is_held_by_nothing_else(is_first):
     seconds = [torch.randn(2, 8, WIDTH, requires_grad=True) * 1]
     held = weakref.ref(seconds[0])
     block = Block(lambda x: seconds.pop() * F.gelu(x) if is_first else F.gelu(x) * seconds.pop())
-    mark_outputs(block, compress=True)
+    mark_outputs(block, compress=lambda: True)
     y = block(torch.randn(2, 8, WIDTH, requires_grad=True))
     assert held() is None
     y.sum().backward()
@@ -423,7 +423,7 @@ def test_interrupted_blocks_end_too():
         raise KeyboardInterrupt
 
     block = Block(interrupt)
-    mark_outputs(block, compress=True)
+    mark_outputs(block, compress=lambda: True)
     with pytest.raises(KeyboardInterrupt):
         block(torch.randn(2, 8, WIDTH, requires_grad=True))
     x = torch.randn(3, requires_grad=True)
@@ -517,7 +517,7 @@ def heads_first(x):
 )
 def test_layouts_with_eight_bits_are_those_of_the_forward_pass(function):
     block, linear = Block(lambda x: function(linear(x)).view(2, 8, WIDTH)), nn.Linear(WIDTH, WIDTH)
-    mark_outputs(block, compress=True)
+    mark_outputs(block, compress=lambda: True)
     y = block(torch.randn(2, 8, WIDTH, requires_grad=True))
     kept, origin = origin_of(y)
     origin.add_user()

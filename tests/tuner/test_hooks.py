@@ -8,6 +8,7 @@ import types
 import accelerate
 import pytest
 import torch
+import transformers
 from diffusers.hooks import apply_layerwise_casting
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -133,6 +134,39 @@ def test_an_adapter_of_an_offloaded_model_trains():
     for name in ("snella_A", "snella_B"):
         expected = getattr(plain.base_model.model[0], name)["default"].grad
         assert torch.equal(getattr(model.base_model.model[0], name)["default"].grad, expected)
+
+
+@pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter:UserWarning")  # PEFT's, of any method
+@pytest.mark.parametrize("method", ["snella", "lora"])
+def test_an_adapter_is_loaded_into_a_model_that_lies_on_disk_in_part(method, tmp_path):
+    def build():
+        torch.manual_seed(0)
+        shape = dict(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).eval()
+
+    settings = dict(r=4, target_modules=["q_proj", "v_proj"])
+    if method == "snella":
+        config = SnellaConfig(**settings, init_weights=False, init_sparsity=0.5)
+    else:
+        config = LoraConfig(**settings, init_lora_weights=False)
+    model, x = get_peft_model(build(), config).eval(), torch.arange(6)[None]
+    with torch.no_grad():
+        expected = model(x).logits
+    model.save_pretrained(tmp_path / "adapter")
+    build().save_pretrained(tmp_path / "base")
+    places = {"model.layers.1": "disk"}
+    places |= dict.fromkeys(
+        ["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"], "cpu"
+    )
+    folder = tmp_path / "offloaded"
+    base = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base", device_map=places, offload_folder=folder)
+    assert base.model.layers[1].self_attn.q_proj.weight.is_meta
+    within = {f"base_model.model.{name}": place for name, place in places.items()}
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter", device_map=within, offload_dir=folder)
+    with torch.no_grad():
+        assert torch.equal(loaded(x).logits, expected)
+        assert loaded.base_model.model.model.layers[1].self_attn.q_proj.base_layer.weight.is_meta
+        torch.testing.assert_close(loaded.merge_and_unload()(x).logits, expected)
 
 
 def test_hooks_that_only_move_inputs_are_left_alone():

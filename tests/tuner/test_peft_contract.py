@@ -132,6 +132,29 @@ def test_linear_layers_can_be_converted_to_lora(cases, name):
     assert (case.predict(lora) - expected).norm() < (case.predict(case.base()) - expected).norm()
 
 
+@pytest.mark.parametrize("impl", ["auto", "eager"])
+def test_a_compiled_conversion_is_that_without_a_compiler(mlp, impl):
+    model = mlp.adapted(impl=impl)
+    _, expected = convert_to_lora(model, rank=2)
+    _, state = convert_to_lora(model, rank=2, compile_kwargs={"backend": "eager"})
+    assert state.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(state[name], tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_an_update_is_returned_in_the_dtype_of_its_factors(mlp, dtype):
+    model = mlp.adapted()
+    layer = model.base_model.model.lin0
+    exact = layer.get_delta_weight("default")
+    for name in layer.adapter_layer_names:
+        getattr(layer, name).to(dtype)
+    assert layer.get_delta_weight("default").dtype == dtype
+    assert layer.get_delta_weight("default", torch.float32).dtype == torch.float32
+    torch.testing.assert_close(layer.get_delta_weight("default").float(), exact, rtol=0.1, atol=0.1)
+    assert convert_to_lora(model, rank=2)[1]["base_model.model.lin0.lora_A.weight"].dtype == dtype
+
+
 @pytest.mark.parametrize("name", ["conv", "torch_vit"])
 def test_other_layers_are_not_said_to_be_convertible(cases, name):
     model = cases[name].adapted()
@@ -169,11 +192,6 @@ def test_the_gradient_of_a_bias_is_that_of_the_merged_layer(mlp):
     mlp.run(plain).square().sum().backward()
     grad = model.base_model.model.lin0.get_base_layer().bias.grad
     torch.testing.assert_close(grad, plain.lin0.bias.grad)
-
-
-def test_biases_of_a_torch_attention_are_refused(cases):
-    with pytest.raises(NotImplementedError, match=r"bias='all' .* 'encoder\.layers\.encoder_layer_0\.self_attention'"):
-        cases["torch_vit"].adapted(bias="all")
 
 
 @pytest.mark.parametrize("rows", [[1, 99], {"embed_tokens": [99]}, [-1]])

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from peft import get_peft_model
+from peft import get_peft_model, inject_adapter_in_model
 from timm import layers as timm_layers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -18,6 +18,7 @@ from snella import SnellaConfig
 from snella.ops.compression import GROUP, decode, encode
 from snella.ops.origins import origin_of
 from snella.ops.recompute import can_recompute, mark_outputs, unmark_outputs
+from snella.tuner.layer import SnellaLayer
 
 WIDTH = 12
 
@@ -215,6 +216,32 @@ def test_a_module_that_changed_before_the_backward_pass_is_an_error():
         loss.backward()
 
 
+def test_a_module_that_changed_before_its_output_was_used_is_not_computed_again():
+    norm, z = nn.LayerNorm(WIDTH), torch.randn(5, WIDTH, requires_grad=True)
+    mark_outputs(norm)
+    marked = norm(z)
+    with torch.no_grad():
+        norm.weight.mul_(2)
+    assert origin_of(marked) == ((), None)
+
+
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("name", ["gelu", "layer-norm", "batch-norm"])
+def test_the_mode_may_change_between_the_passes(name, compress):
+    def gradients(switches):
+        model = adapted(nn.BatchNorm1d(WIDTH) if name == "batch-norm" else KNOWN[name], compress_activations=compress)
+        model.eval()
+        inner = model.base_model.model[1]
+        loss = model(torch.linspace(-1, 1, 8 * WIDTH).view(8, WIDTH)).square().sum()
+        model.train(switches)
+        loss.backward()
+        assert inner.training is switches
+        assert getattr(inner, "num_batches_tracked", None) in (None, torch.tensor(0))
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    assert_same_bits(gradients(False), gradients(True))
+
+
 def test_an_input_that_was_written_to_is_torch_s_own_error():
     z = torch.randn(5, WIDTH, requires_grad=True)
     model = adapted(nn.GELU())
@@ -309,7 +336,7 @@ def test_outputs_are_exact_gradients_near_and_a_quarter_is_kept(name):
 def test_gradients_are_those_at_the_rounded_input():
     module, z, weights = nn.LayerNorm(WIDTH), torch.randn(BATCH, requires_grad=True), torch.randn(BATCH)
     module.requires_grad_(False)
-    mark_outputs(module, compress=True)
+    mark_outputs(module, compress=lambda: True)
     (module(z) * weights).sum().backward()
     unmark_outputs(module)
     rounded = decode(*encode(z)).requires_grad_()
@@ -437,6 +464,42 @@ def test_copies_compress_and_unloading_ends_it():
     assert same == kept
     plain = model.unload()
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in plain.modules())
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
+@pytest.mark.parametrize("add", ["get_peft_model", "inject_adapter_in_model"])
+@pytest.mark.parametrize("first", [False, True])
+def test_only_active_adapters_decide_what_is_kept_in_eight_bits(first, add):
+    """The `first` adapter, and another that is active once it is chosen."""
+
+    def config(compress):
+        targets = ["0", "2"] if compress is first else ["0"]
+        return SnellaConfig(r=4, target_modules=targets, init_weights=False, compress_activations=compress)
+
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 7))
+    if add == "get_peft_model":
+        model = get_peft_model(base, config(first)).train()
+        model.add_adapter("other", config(not first))
+        choose = model.base_model.set_adapter
+    else:
+        inject_adapter_in_model(config(first), base, "default")
+        model = inject_adapter_in_model(config(not first), base, "other").train()
+
+        def choose(names):
+            for module in model.modules():
+                if isinstance(module, SnellaLayer):
+                    module.set_adapter(names)
+
+    x = torch.randn(BATCH)
+    kept = {}
+    for names in ("default", "other", ["default", "other"], "default"):
+        choose(names)
+        kept[str(names)] = step(model, x)[1]
+    compressed, plain = (kept["default"], kept["other"]) if first else (kept["other"], kept["default"])
+    assert compressed < plain
+    # the rounding of one is not imposed on the other
+    assert kept["['default', 'other']"] >= plain
 
 
 def test_a_compiled_model_steps_aside():

@@ -21,6 +21,7 @@ from snella.methods.method import MethodSpec
 from snella.methods.model_parts import AdapterFileError
 from snella.methods.peft_methods import all_ranks, inject, without_harmless_warnings
 from snella.methods.registry import METHODS, parse_method, restore_method, spec_of
+from snella.tuner.sparse_file import tensors_digest
 
 METHOD_FILE = "method.json"
 TENSOR_FILE = "trainable.safetensors"
@@ -178,7 +179,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     if _TENSORS_DIGEST not in metadata:
         _logger.warning("note: %s names no SHA-256 digest; whether it is as it was written is not known", path)
         return tensors
-    if metadata[_TENSORS_DIGEST] != _tensors_digest(tensors):
+    if metadata[_TENSORS_DIGEST] != tensors_digest(tensors):
         raise AdapterFileError(
             f"{path} is damaged: its values were altered after they were written (SHA-256 is another); {REMEDY}"
         )
@@ -188,15 +189,6 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             f"; {REMEDY}"
         )
     return tensors
-
-
-def _tensors_digest(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of the names, types, shapes and values of tensors, in whatever order they lie in a file."""
-    total = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        total.update(f"{name}\n{tensor.dtype}\n{list(tensor.shape)}\n".encode())
-        total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return total.hexdigest()
 
 
 def _settings_file(folder: Path) -> Path:
@@ -221,7 +213,7 @@ def _as_safetensors(tensors: dict[str, Tensor], settings_digest: str) -> bytes:
         # the format has no tensors that share memory
         values[name] = value.clone() if pointer in seen else value
         seen.add(pointer)
-    metadata = {"format": "pt", _TENSORS_DIGEST: _tensors_digest(values), _SETTINGS_DIGEST: settings_digest}
+    metadata = {"format": "pt", _TENSORS_DIGEST: tensors_digest(values), _SETTINGS_DIGEST: settings_digest}
     return _in_order(save(values, metadata))
 
 

@@ -41,6 +41,10 @@ class Origin(ABC):
         self._users, self._task = 0, torch._C._current_graph_task_id()
         self._output: Tensor | None = None
 
+    def is_current(self) -> bool:
+        """Whether everything that the tensor is computed with is as it was."""
+        return True
+
     def add_user(self) -> bool:
         """Tell that one more backward pass will ask for the tensor; whether it is the first one.
 
@@ -84,7 +88,7 @@ class Output(Origin):
     Args:
         function: Gives the output.
         device_type: Of the inputs.
-        module: Whose output it is, in the state that it is in; `None` for a function without state.
+        module: Whose output it is, in the mode and with the parameters that it has now; `None` for a function.
         layouts: Of each input that asks for a gradient and is kept encoded, else `None`.
     """
 
@@ -98,18 +102,20 @@ class Output(Origin):
     ) -> None:
         super().__init__(device_type)
         self._function, self._module = function, module
-        self._state = self._current_state()
+        self._names = () if module is None else tuple(own_tensors(module))
+        self._state, self._is_training = self._current_state(), module is not None and module.training
         self._layouts = layouts
         self.is_rounded = any(layout is not None for layout in layouts)
         self._graph: tuple[list[Tensor], GradientEdge] | None = None
 
+    def is_current(self) -> bool:
+        """Whether the module's parameters and buffers are those of the forward pass, with the same values."""
+        return self._current_state() == self._state
+
     def _current_state(self) -> tuple[Any, ...]:
-        """What the module computes with besides its input."""
-        module = self._module
-        if module is None:
-            return ()
-        tensors = (*module._parameters.values(), *module._buffers.values())
-        return (module.training, *[(id(tensor), tensor._version) for tensor in tensors if tensor is not None])
+        """Identity and version of the tensors that the module computes with besides its input."""
+        tensors = [getattr(self._module, name, None) for name in self._names]
+        return tuple([(id(tensor), tensor._version) for tensor in tensors if tensor is not None])
 
     def _run(self, kept: Sequence[Tensor]) -> Tensor:
         if not self.is_rounded:
@@ -138,12 +144,25 @@ class Output(Origin):
         return learning, self._run_function(inputs, with_graph=True)
 
     def _run_function(self, inputs: Sequence[Tensor], with_graph: bool = False) -> Tensor:
-        if self._current_state() != self._state:
+        if not self.is_current():
             raise RuntimeError(
                 f"{self._module} was changed between a forward pass and its backward pass, so that its output "
                 "cannot be computed again; change it after backward(), or set recompute_inputs=False"
             )
-        return self._call(self._function, *inputs, with_graph=with_graph)
+        module = self._module
+        if module is None or module.training == self._is_training:
+            return self._call(self._function, *inputs, with_graph=with_graph)
+        module.training = self._is_training
+        try:
+            return self._call(self._function, *inputs, with_graph=with_graph)
+        finally:
+            module.training = not self._is_training
+
+
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a module itself by name; FSDP1 makes its parameters plain attributes for a pass."""
+    values = {**module.__dict__, **module._parameters, **module._buffers}
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
 class Derived(Origin):
@@ -169,6 +188,10 @@ class Derived(Origin):
         super().__init__(device_type)
         self._function, self._source, self._has_second, self._layout = function, source, has_second, layout
         self.is_rounded = source.is_rounded
+
+    def is_current(self) -> bool:
+        """Whether the first can be computed."""
+        return self._source.is_current()
 
     def add_user(self) -> bool:
         """Tell that one more backward pass will ask for the tensor; the first of them uses the source."""
@@ -231,10 +254,11 @@ def _versions(x: Tensor, kept: tuple[Tensor, ...]) -> tuple[int, ...]:
 def origin_of(x: Tensor) -> tuple[tuple[Tensor, ...], Origin | None]:
     """What may be kept in the place of a marked tensor, and how it is computed from that; `()` and `None` for others.
 
-    A view of a marked tensor that nobody marked, or one that was written to since, is another tensor.
+    A view of a marked tensor that nobody marked, or one that was written to since, is another tensor. The parameters of
+    a module that FSDP has freed by now cannot be relied on in the backward pass.
     """
     mark = Mark.on(x) if torch.is_grad_enabled() else None
-    return ((), None) if mark is None else (mark.detached(), mark.origin)
+    return ((), None) if mark is None or not mark.origin.is_current() else (mark.detached(), mark.origin)
 
 
 def once(hint: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -339,4 +363,15 @@ class _Product(torch.autograd.Function):
         return grad * _decoded(second, ctx.layout), grad_second, None, None, None, None
 
 
-__all__ = ["ORIGIN_ATTRIBUTE", "Derived", "Mark", "Origin", "Output", "keep_rounded", "multiply", "once", "origin_of"]
+__all__ = [
+    "ORIGIN_ATTRIBUTE",
+    "Derived",
+    "Mark",
+    "Origin",
+    "Output",
+    "keep_rounded",
+    "multiply",
+    "once",
+    "origin_of",
+    "own_tensors",
+]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -24,7 +25,7 @@ from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
-from snella.ops.origins import Derived, Mark, Output, keep_rounded, multiply
+from snella.ops.origins import Derived, Mark, Output, keep_rounded, multiply, own_tensors
 
 _SOURCE_ATTRIBUTE = "_snella_source"
 _c_autograd: Any = torch._C._autograd
@@ -94,40 +95,39 @@ def can_follow(module: nn.Module, *, compress: bool = False) -> bool:
     )
 
 
-def mark_outputs(model: nn.Module, *, compress: bool = False) -> int:
+def mark_outputs(model: nn.Module, *, compress: Callable[[], bool] | None = None) -> int:
     """Let every known normalization and activation of a model mark its outputs, and return how many there are.
 
-    Marking costs one attribute of a tensor, following a call of Python for each of torch's functions in known blocks. A
-    module that is marked already is left as it is.
+    Marking costs one attribute of a tensor, following a call of Python for each of torch's functions in known blocks.
+    Marks that are there already are replaced.
 
     Args:
         model: The model.
-        compress: Let them, and attention, keep their inputs in eight bits too, see `snella.ops.compression`; those with
-            trained parameters, and all under `torch.compile`, keep them as they are.
+        compress: Whether they, and attention, keep their inputs in eight bits too in a forward pass, see
+            `snella.ops.compression`; those with trained parameters, and all under `torch.compile`, keep them as they
+            are. `None`: never.
     """
-    count, start = 0, _start_compressing if compress else _start_following
+    unmark_outputs(model)
+    count = 0
     for module in model.modules():
-        before, after = module._forward_pre_hooks.values(), module._forward_hooks.values()
-        if can_follow(module, compress=compress) and start not in before:
-            module.register_forward_pre_hook(start, prepend=compress)  # before one of an adapter that does not compress
-            if _stop_following not in after:
-                module.register_forward_hook(_stop_following, always_call=True)
+        if can_follow(module, compress=compress is not None):
+            module.register_forward_pre_hook(_start_following if compress is None else _StartCompressing(compress))
+            module.register_forward_hook(_stop_following, always_call=True)
         if can_recompute(module):
             count += 1
-            if compress and _detach_input not in before:
-                module.register_forward_pre_hook(_detach_input)
-            if _mark_output not in after:
-                module.register_forward_hook(_mark_output, prepend=True)  # before anybody changes the output
+            if compress is not None:
+                module.register_forward_pre_hook(_DetachInput(compress))
+            module.register_forward_hook(_mark_output, prepend=True)  # before anybody changes the output
     return count
 
 
 def unmark_outputs(model: nn.Module) -> None:
     """Undo `mark_outputs`."""
-    own = (_mark_output, _detach_input, _start_following, _start_compressing, _stop_following)
+    own = (_mark_output, _start_following, _stop_following)
     for module in model.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key, hook in list(hooks.items()):
-                if hook in own:
+                if hook in own or isinstance(hook, _Compressing):
                     del hooks[key]
                     module._forward_hooks_always_called.pop(key, None)
 
@@ -140,7 +140,7 @@ def _is_marked(module: nn.Module) -> bool:
     pre_hooks = list(module._forward_pre_hooks.values())
     is_plain = (
         next(iter(module._forward_hooks.values())) is _mark_output
-        and pre_hooks in ([], [_detach_input])
+        and (not pre_hooks or (len(pre_hooks) == 1 and isinstance(pre_hooks[0], _DetachInput)))
         and not torch_module._global_forward_hooks
         and not torch_module._global_forward_pre_hooks
         and "forward" not in module.__dict__
@@ -156,18 +156,31 @@ def _is_recorded() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
 
-def _detach_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+@dataclass(eq=False)
+class _Compressing:
+    """A hook that keeps something in eight bits where that is asked for.
+
+    Args:
+        is_wanted: Whether it is, in this forward pass.
+    """
+
+    is_wanted: Callable[[], bool]
+
+
+class _DetachInput(_Compressing):
     """Forward pre-hook: where the input is to be kept encoded, let the module itself keep nothing."""
-    if not _is_recorded() or len(args) != 1 or type(args[0]) is not Tensor:
-        return None
-    z = args[0]
-    if not (z.requires_grad and z.is_floating_point() and not z.is_inference() and _is_marked(module)):
-        return None
-    if getattr(module, "inplace", False) or any(parameter.requires_grad for parameter in module.parameters()):
-        return None
-    detached = z.detach()
-    setattr(detached, _SOURCE_ATTRIBUTE, z)
-    return (detached,)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not _is_recorded() or len(args) != 1 or type(args[0]) is not Tensor or not self.is_wanted():
+            return None
+        z = args[0]
+        if not (z.requires_grad and z.is_floating_point() and not z.is_inference() and _is_marked(module)):
+            return None
+        if getattr(module, "inplace", False) or any([tensor.requires_grad for tensor in own_tensors(module).values()]):
+            return None
+        detached = z.detach()
+        setattr(detached, _SOURCE_ATTRIBUTE, z)
+        return (detached,)
 
 
 def _mark_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
@@ -343,17 +356,23 @@ _HANDLERS: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any], bool], Tens
 _active = threading.local()
 
 
-def _start_following(module: nn.Module, args: tuple[Any, ...], compress: bool = False) -> None:
+def _start_following(
+    module: nn.Module, args: tuple[Any, ...], compress: bool = False, caller: FrameType | None = None
+) -> None:
     """Forward pre-hook: follow what the module does; one inside of it is followed already."""
     if _is_recorded() and _active_mode() is None:
-        caller = sys._getframe(2 if compress else 1)
+        caller = caller or sys._getframe(1)
         _active.mode = _Following(module, compress, caller, getattr(_active, "mode", None))
         _active.mode.__enter__()
 
 
-def _start_compressing(module: nn.Module, args: tuple[Any, ...]) -> None:
+class _StartCompressing(_Compressing):
     """Forward pre-hook: the same, and activations that are called as functions keep their inputs in eight bits."""
-    _start_following(module, args, compress=True)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        compress = not torch.compiler.is_compiling() and self.is_wanted()
+        if compress or can_follow(module):
+            _start_following(module, args, compress, sys._getframe(1))
 
 
 def _stop_following(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -503,7 +503,8 @@ def sparse_patch(model: nn.Module, base: nn.Module) -> SparsePatch:
     """
     found: dict[str, Entries] = {}
     for name, layer in _tuner_layers(model).items():
-        delta = layer.get_delta_weight("default").detach()
+        exact = {"dtype": torch.float32} if isinstance(layer, SnellaLayer) else {}
+        delta = layer.get_delta_weight("default", **exact).detach()
         delta = (delta.to_dense() if delta.is_sparse else delta).contiguous().reshape(-1)
         indices = delta.nonzero().flatten()
         weight = layer.weight_name(name) if isinstance(layer, SnellaLayer) else f"{name}.weight"

@@ -232,6 +232,14 @@ class Projection(SnellaLayer):
         """Name of the weight among the attention's parameters."""
         return cast(ProjectionWeight, self.base_layer).parameter_name
 
+    @property
+    def bias_name(self) -> str | None:
+        """Name of the bias among the attention's parameters, which projections of inputs share; `None` without one."""
+        projection = cast(ProjectionWeight, self.base_layer)
+        if projection.bias is None:
+            return None
+        return "out_proj.bias" if projection.name == _OUTPUT else "in_proj_bias"
+
     def weight_name(self, name: str) -> str:
         """Name of the adapted parameter in the model without adapters, where this projection is called `name`."""
         return f"{name.rpartition('.')[0]}.{self.parameter_name}"

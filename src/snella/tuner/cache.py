@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils._pytree import tree_map_only
 
@@ -190,13 +191,25 @@ class EffectiveWeight(Tensor):
 
     _stored: Tensor
     _compute: Callable[[], Tensor]
+    _multiply: Callable[[Tensor, Tensor | None], Tensor | None] | None
     _effective: Tensor | None
 
     @staticmethod
-    def of(base: Tensor, compute: Callable[[], Tensor]) -> EffectiveWeight:
-        """The weight that `compute` returns, in the shape, dtype and device of `base`."""
+    def of(
+        base: Tensor,
+        compute: Callable[[], Tensor],
+        multiply: Callable[[Tensor, Tensor | None], Tensor | None] | None = None,
+    ) -> EffectiveWeight:
+        """The weight that `compute` returns, in the shape, dtype and device of `base`.
+
+        Args:
+            base: The base weight.
+            compute: Returns the weight with its updates.
+            multiply: Returns `F.linear` of an input, the weight and a bias without keeping the weight for the backward
+                pass, or `None` where `compute` keeps nothing.
+        """
         weight = base.detach().as_subclass(EffectiveWeight)
-        weight._stored, weight._compute, weight._effective = base, compute, None
+        weight._stored, weight._compute, weight._multiply, weight._effective = base, compute, multiply, None
         return weight
 
     def value(self) -> Tensor:
@@ -212,6 +225,8 @@ class EffectiveWeight(Tensor):
         """Call `func` with the base weight where it describes or writes, else with the effective one."""
         kwargs = kwargs or {}
         name = func.__name__
+        if func is F.linear and (y := _multiply(*args, **kwargs)) is not None:
+            return y
         if name == "__get__":
             describes = func.__self__.__name__ not in _VALUES
         else:
@@ -222,6 +237,15 @@ class EffectiveWeight(Tensor):
         if writes:
             args = (*_replace(args[:1], "_stored"), *args[1:])
         return func(*_replace(args), **_replace(kwargs))
+
+
+def _multiply(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """`F.linear` with an effective weight that nothing has asked for yet, `None` elsewhere."""
+    if not isinstance(weight, EffectiveWeight) or weight._multiply is None or weight._effective is not None:
+        return None
+    if isinstance(input, EffectiveWeight) or isinstance(bias, EffectiveWeight):
+        return None
+    return weight._multiply(input, bias)
 
 
 def _replace(arguments: Any, attribute: str | None = None) -> Any:

@@ -191,7 +191,8 @@ class SnellaConfig(PeftConfig):
         weight_gradient: What the updates' gradients in linear layers are computed from: `"exact"`; `"bfloat16"`, tokens
             rounded to it, faster where the processor multiplies such numbers; or `"sample:P"`, a share `P` of the
             tokens, such as `"sample:1/2"`, without bias (see `snella.ops.sampling.sample_tokens`). Outputs and all
-            other gradients stay exact; so do convolutions, `impl="reference"` and weights that a model reads itself.
+            other gradients stay exact; so do convolutions, `impl="reference"` and weights that a model reads for
+            something else than `F.linear`.
         fixed_support: Let `layer.set_support` say once which entries may change (the paper's predefined mask), instead
             of letting them compete: the update is then the merged matrix itself at these entries, unshrunk. Sparsities,
             schedule and allocation mean nothing then.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from itertools import accumulate, pairwise
@@ -145,7 +146,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
             raise self._unusable_weight(op_dtype)
         x = self._input_of_op(x, op_dtype)
         if self.training or self._needs_gradients(names):
-            y = self._apply_learning(x, weight, names)
+            y = self._apply_learning(x, weight, names, self._base_bias())
         else:
             y = self._apply_cached(x, weight, names)
         return y if torch.is_autocast_enabled(x.device.type) else y.to(dtype)
@@ -199,15 +200,15 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
             effective = LazyWeight(weight.shape, made_of, lambda: self._effective(weight, names, dtype=dtype))
         return adapted_layer(x, effective, self._base_bias(), [], self._op())[0]
 
-    def _apply_learning(self, x: Tensor, weight: Tensor | LazyWeight, names: list[str]) -> Tensor:
+    def _apply_learning(self, x: Tensor, weight: Tensor | LazyWeight, names: list[str], bias: Tensor | None) -> Tensor:
         """Base layer and updates in one op, differentiable; in training, regularized updates are branches."""
         self._cache.release_effective_weight()
         branches = [name for name in names if self.training and self._is_regularized(name)]
         folded = [name for name in names if name not in branches] if branches else names
         if any([name in self.snella_support for name in folded]):
-            y = self._apply_entries(x, weight, folded)
+            y = self._apply_entries(x, weight, bias, folded)
         else:
-            y = self._apply_updates(x, weight, self._base_bias(), folded, self._op())
+            y = self._apply_updates(x, weight, bias, folded, self._op())
         for name in branches:
             dropped = F.dropout(x, self._update_dropout(name), training=True)
             branch = self._apply_updates(dropped, None, None, [name], self._op())
@@ -233,13 +234,13 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
             state.thresholds = found
         return y
 
-    def _apply_entries(self, x: Tensor, weight: Tensor | LazyWeight, names: list[str]) -> Tensor:
+    def _apply_entries(self, x: Tensor, weight: Tensor | LazyWeight, bias: Tensor | None, names: list[str]) -> Tensor:
         """Base layer and the update of one adapter with a fixed support."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         elif isinstance(weight, Tensor):
             x = x.to(weight.dtype)
-        bias, (values, indices) = self._base_bias(), self._entries(names)
+        values, indices = self._entries(names)
         return layer_with_entries(x, weight, bias if bias is None else bias.to(x.dtype), values, indices, self._op())
 
     def _entries(self, names: list[str]) -> tuple[Tensor, Tensor]:
@@ -391,6 +392,20 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         """Where the factors go, and in which dtype; one of eight bits is a base weight's alone."""
         device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
         return device, torch.float32 if dtype is not None and dtype.itemsize == 1 else dtype
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move an adapter to the base weight, its buffers only where that is not offloaded."""
+        with self.buffers_off_meta():
+            super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+
+    @contextmanager
+    def buffers_off_meta(self) -> Iterator[None]:
+        """Keep budgets and supports where they are if a move sends them to the meta device, as accelerate does."""
+        before = [(d, name, d[name]) for d in (self.snella_budget, self.snella_support) for name in d]
+        yield
+        for values, name, buffer in before:
+            if values[name].is_meta:
+                values[name] = buffer
 
     def train(self, mode: bool = True) -> Self:
         """Switch between training and evaluation; the weight cached for evaluation is released."""
@@ -664,11 +679,17 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         whole, (state.thresholds,) = compute_effective_weight(None, [update], torch.Size(self._matrix_shape()))
         return [whole[rows] for rows in self.matrix_rows(adapter_name)]
 
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return `scaling·S` of one adapter in the layout of the base weight."""
+    @torch.compiler.disable
+    def get_delta_weight(self, adapter: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Return `scaling·S` of one adapter in the layout of the base weight.
+
+        Args:
+            adapter: The adapter.
+            dtype: Dtype of the result, default that of the factors; it is computed in at least float32.
+        """
         with torch.no_grad():
             delta = self._effective(None, [adapter])
-        return self._base_layout(delta)
+        return self._base_layout(delta.to(dtype or self.snella_A[adapter].dtype))
 
     def _effective(
         self,
@@ -831,7 +852,8 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
     def weight(self) -> Tensor:
         """The weight with the updates of all active adapters, differentiable, for models that read it themselves.
 
-        Base weight where it is quantized. Dropout and drop-path do not act on an update that is read.
+        Base weight where it is quantized. `F.linear` of it is computed as a call of the layer is; elsewhere dropout and
+        drop-path do not act on an update that is read, and the weight is kept for the backward pass.
         """
         names = self._names_in_use()
         base: Tensor = super().weight
@@ -840,7 +862,18 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         if torch.compiler.is_compiling():
             return self._base_layout(self._read_in_graph(names))
         refuse_tracing(self.module_name)
-        return EffectiveWeight.of(base, lambda: self._base_layout(self._read(names)))
+        multiply = None if base.ndim != 2 or isinstance(self.get_base_layer(), Conv1D) else self._multiply_read
+        return EffectiveWeight.of(base, lambda: self._base_layout(self._read(names)), multiply)
+
+    def _multiply_read(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """`F.linear` of an input and the weight that is read, where gradients are asked for."""
+        names = self._names_in_use()
+        if not names or not self._needs_gradients(names):
+            return None
+        weight = self._oriented_weight()
+        self._check_weight(weight)
+        self.__dict__["is_applied"] = True
+        return self._apply_learning(x, weight, names, bias)
 
     def _read(self, names: list[str]) -> Tensor:
         """`W0 + Σ scaling·S`, `[m, …]`; cached in evaluation without gradients, as for a forward pass."""

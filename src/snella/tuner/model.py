@@ -8,7 +8,8 @@ import platform
 import warnings
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -133,11 +134,6 @@ class SnellaModel(BaseTuner):
             if name.endswith(".base_layer") or not self._check_target_module_exists(peft_config, name):
                 continue
             if is_adaptable(module):
-                if peft_config.bias != "none":
-                    raise NotImplementedError(
-                        f"bias={peft_config.bias!r} with an adapted attention, {name!r}: the bias that its projections "
-                        "share has a name that PEFT would not save; leave the attention out with exclude_modules"
-                    )
                 attention = module.base_layer if isinstance(module, AdaptedAttention) else module
                 inputs = input_projections(cast(nn.MultiheadAttention, attention))
                 parts = [(f"{name}.{part}", tuple(attention.get_parameter(f"{part}_weight").shape)) for part in inputs]
@@ -267,7 +263,9 @@ class SnellaModel(BaseTuner):
         keep_off_fast_path(model)
         config = cast(SnellaConfig, self.peft_config[adapter_name])
         if config.recompute_inputs:
-            count = mark_outputs(model, compress=config.compress_activations)
+            layers = [module for module in model.modules() if isinstance(module, SnellaLayer)]
+            is_compressed = any(layer.snella_config[n].compress_activations for layer in layers for n in layer.snella_A)
+            count = mark_outputs(model, compress=_Compression(layers) if is_compressed else None)
             logger.info("inputs of adapted layers from %d normalizations and activations are computed again", count)
         layer = next((m for m in model.modules() if isinstance(m, SnellaLayer) and adapter_name in m.snella_A), None)
         if layer is not None and not layer.snella_A[adapter_name].is_meta:
@@ -459,7 +457,9 @@ class SnellaModel(BaseTuner):
             # given back as it is; PEFT would copy a `weight`, which an attention or a head of several layers lacks
             setattr(parent, child_name, new_module)
             return
-        with onloaded(new_module, with_base=True):  # PEFT moves the factors to where the base weight is now
+        # PEFT moves the factors to where the base weight is now
+        is_layer = isinstance(new_module, SnellaLayer)  # else the base layer is put back
+        with onloaded(new_module, with_base=True), new_module.buffers_off_meta() if is_layer else nullcontext():
             super()._replace_module(parent, child_name, new_module, child)
 
     def add_weighted_adapter(
@@ -505,6 +505,23 @@ class SnellaModel(BaseTuner):
                 config.unused_modules = unused or None
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        """Mark as PEFT does, and the biases of adapted attentions, which it does not know by name."""
+        super()._mark_only_adapters_as_trainable(model)
+        if any(getattr(self.peft_config[name], "bias", "none") != "none" for name in self.active_adapters):
+            for name in _attention_biases(model):
+                model.get_parameter(name).requires_grad_(True)
+
+    @classmethod
+    def _get_learnable_bias_state_dict(
+        cls, model: nn.Module, state_dict: dict[str, Tensor], config: PeftConfig
+    ) -> dict[str, Tensor]:
+        """Select the biases as PEFT does, and those of adapted attentions."""
+        biases: dict[str, Tensor] = super()._get_learnable_bias_state_dict(model, state_dict, config)
+        if getattr(config, "bias", "none") != "none":
+            biases |= {name: state_dict[name] for name in _attention_biases(model) if name in state_dict}
+        return biases
+
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
@@ -541,6 +558,24 @@ class SnellaModel(BaseTuner):
                 "diverged or its file is damaged, load an earlier one"
             )
         return remapped
+
+
+@dataclass(eq=False)
+class _Compression:
+    """Whether all active adapters that are in a model ask for activations in eight bits.
+
+    Args:
+        layers: The adapted layers of the model.
+    """
+
+    layers: list[SnellaLayer]
+
+    def __call__(self) -> bool:
+        for layer in self.layers:
+            settings = [layer.snella_config[name] for name in layer.active_adapters if name in layer.snella_config]
+            if settings:
+                return all(one.compress_activations for one in settings)
+        return False
 
 
 def _adapted_layers(model: nn.Module, adapter_names: list[str]) -> list[SnellaLayer]:
@@ -586,6 +621,18 @@ def _check_token_rows(peft_config: SnellaConfig, model: nn.Module) -> None:
         count = module.num_embeddings
         if wrong := [row for row in rows if not 0 <= row < count]:
             raise ValueError(f"trainable_token_indices must be from 0 to {count - 1}, rows of {name!r}, got {wrong[0]}")
+
+
+def _attention_biases(model: nn.Module) -> list[str]:
+    """Names of the biases of adapted projections of attentions, which lie in the attentions themselves."""
+    biases: dict[str, None] = {}
+    for name, module in model.named_modules():
+        for projection in module.projections() if isinstance(module, AdaptedAttention) else ():
+            own = projection.bias_name
+            if own is not None:
+                plain = name.replace("_fsdp_wrapped_module.", "")
+                biases[f"{plain}.base_layer.{own}"] = None
+    return list(biases)
 
 
 def _matching(targets: set[str] | str, model: nn.Module) -> set[str]:

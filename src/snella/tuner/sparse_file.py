@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ FORMAT = "snella-sparse-1"
 ValueDtype = Literal["fp32", "bf16"]
 _DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _VALUES = "values"
+_DIGEST = "sha256"
 _DIGITS = 16  # of a digest: no guard against forgery, only against another model
 
 
@@ -69,6 +71,7 @@ class SparsePatch:
 
         Positions are `NAME:int32`, `NAME:gaps` (the numbers of unchanged weights between changed ones, LEB128) or
         `NAME:bitmap` (a bit a weight), whichever is smallest; values are `NAME:values`; what is replaced is `NAME`.
+        The metadata hold the SHA-256 digest of all of it as `sha256`.
 
         Args:
             values: Type of the stored values; bf16 rounds them.
@@ -84,7 +87,8 @@ class SparsePatch:
             tensors[f"{name}:{kind}"] = positions
             tensors[f"{name}:{_VALUES}"] = one.values.detach().cpu().to(_DTYPES[values])
         own = {"format": FORMAT, "shapes": json.dumps(self.shapes), "digests": json.dumps(self.digests)}
-        return save(tensors, {**self.metadata, **own})
+        metadata = {**self.metadata, **own}
+        return save(tensors, {**metadata, _DIGEST: tensors_digest(tensors, metadata)})
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
@@ -102,17 +106,34 @@ class SparsePatch:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged: {error}; export it again") from None
-        if metadata.pop("format", None) != FORMAT:
+        if metadata.get("format") != FORMAT:
             raise ValueError(f"{path} holds no sparse update; snella export RUN --format sparse writes one")
+        digest, found = metadata.pop(_DIGEST, None), tensors_digest(tensors, metadata)
+        if digest != found:
+            raise ValueError(f"{path} is damaged: its SHA-256 is {found}, expected {digest}; export it again")
+        try:
+            return cls._parse(tensors, metadata)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}; export it again") from None
+
+    @classmethod
+    def _parse(cls, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Self:
+        """The patch that a file's tensors and metadata describe."""
+        del metadata["format"]
         shapes, digests = json.loads(metadata.pop("shapes")), json.loads(metadata.pop("digests"))
         entries = {}
         for key in [key for key in tensors if key.endswith(f":{_VALUES}")]:
-            name = key.removesuffix(f":{_VALUES}")
-            kind = next(kind for kind in _DECODERS if f"{name}:{kind}" in tensors)
-            indices = _DECODERS[kind](tensors.pop(f"{name}:{kind}")).long()
-            entries[name] = Entries(indices, tensors.pop(key))
-            if len(indices) != len(entries[name].values):
-                raise ValueError(f"{path} is damaged: {name!r} has {len(indices)} positions and other values")
+            name, values = key.removesuffix(f":{_VALUES}"), tensors.pop(key)
+            kinds = [kind for kind in _DECODERS if f"{name}:{kind}" in tensors]
+            if len(kinds) != 1:
+                raise ValueError(f"{name!r} has positions in {len(kinds)} forms, expected one of {list(_DECODERS)}")
+            indices = _DECODERS[kinds[0]](tensors.pop(f"{name}:{kinds[0]}")).long()
+            if len(indices) != len(values):
+                raise ValueError(f"{name!r} has {len(indices)} positions and {len(values)} values")
+            size = math.prod(shapes[name])
+            if len(indices) and not (int(indices[0]) >= 0 and int(indices[-1]) < size and (indices.diff() > 0).all()):
+                raise ValueError(f"{name!r} has positions that do not ascend from 0 to {size - 1}")
+            entries[name] = Entries(indices, values)
         return cls(entries, tensors, shapes, digests, metadata)
 
     # the model -----------------------------------------------------------------------------------------------------
@@ -211,6 +232,16 @@ def digest_of(tensor: Tensor) -> str:
     """First digits of the SHA-256 of a tensor's bytes."""
     content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return hashlib.sha256(content.data).hexdigest()[:_DIGITS]
+
+
+def tensors_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """SHA-256 of the names, types, shapes and values of tensors and of metadata, in any order."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name}\n{tensor.dtype}\n{list(tensor.shape)}\n".encode())
+        total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    total.update(json.dumps(sorted(metadata.items())).encode() if metadata else b"")
+    return total.hexdigest()
 
 
 def encode_positions(indices: Tensor, size: int) -> tuple[str, Tensor]:

@@ -71,8 +71,8 @@ class TrainingWatch:
             return
         self._has_warned_of_read = True
         warnings.warn(
-            f"the model reads the weight of {module_name!r} instead of calling it, so that update_dropout and "
-            "update_drop_path do not act there; set dropout_exclude and update_drop_path=0, or leave the layer out "
+            f"the model reads the weight of {module_name!r} for something else than F.linear, so that update_dropout "
+            "and update_drop_path do not act there; set dropout_exclude and update_drop_path=0, or leave the layer out "
             "with exclude_modules, if that matters",
             stacklevel=2,
         )
