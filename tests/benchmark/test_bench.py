@@ -1,6 +1,7 @@
 """The measurement itself, on models that take milliseconds."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +11,12 @@ from rich.console import Console
 
 from snella.benchmark import BASELINES, BenchConfig, bench, grid, measure_matrix, measure_sampling
 from snella.benchmark.baselines import Workload
-from snella.benchmark.bench import Runner, op_error, quartiles, random_batch
+from snella.benchmark.bench import Runner, op_error, peak_of_child, quartiles, random_batch
 from snella.benchmark.rows import append_rows, conditions, draw_figures, performance_section, read_rows, update_document
 from snella.cli.main import main
 from snella.ops.backends.numba import backend as numba_backend
+from snella.training import memory
+from snella.training.memory import peak_rss_mib
 from snella.tuner.layer import SnellaLayer
 
 KEPT = ["lora", "snella", "snella-keep-delta"]
@@ -91,10 +94,70 @@ def test_a_contender_without_finite_gradients_is_not_timed(monkeypatch, capsys):
     assert "lora is not timed: its gradients are not finite" in capsys.readouterr().out
 
 
+MIB = 2**18  # values of float32
+
+
+def allocate(name, before_mib, after_mib):
+    """Touch memory, take the peak, and touch more."""
+    held = [torch.ones(before_mib * MIB)]
+    before = peak_rss_mib()
+    held.append(torch.ones(after_mib * MIB))
+    return before
+
+
+def test_the_peak_of_a_child_is_its_own_whatever_its_parent_holds():
+    parent = torch.ones(1200 * MIB)  # more than the child has
+    small, large = (peak_of_child(allocate, "allocate", 10, size) for size in (50, 350))
+    assert small["peak_step_mib"] == pytest.approx(50, abs=15)
+    assert large["peak_step_mib"] == pytest.approx(350, abs=15)
+    assert large["peak_rss_mib"] - small["peak_rss_mib"] == pytest.approx(300, abs=30)
+    assert large["peak_rss_mib"] < len(parent) / MIB
+
+
+def end_at_once(name):
+    sys.exit(3)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_child_that_ends_without_a_result_is_an_error():
+    with pytest.raises(RuntimeError, match="measuring the memory of 'lora' ended with exit code 3"):
+        peak_of_child(end_at_once, "lora")
+
+
 @pytest.mark.slow
-def test_peak_memory_is_measured_in_a_process_of_its_own():
-    rows = bench(BenchConfig(["test_vit"], [2], ["lora"], rounds=1, memory=True), QUIET)
-    assert rows[0]["peak_rss_mib"] > rows[0]["peak_step_mib"] >= 0
+def test_peak_memory_differs_between_methods():
+    backbone = "vit_tiny_patch16_224"
+    config = BenchConfig([backbone], [8], ["frozen", "full"], rounds=1, memory=True)
+    frozen, full = bench(config, QUIET)
+    kept = full["saved_mib"] - frozen["saved_mib"]
+    assert frozen["peak_step_mib"] > frozen["saved_mib"] / 2
+    assert full["peak_rss_mib"] - frozen["peak_rss_mib"] > kept / 2 > 20
+
+
+def test_the_peak_is_read_from_the_system_where_it_tells(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "_STATUS", tmp_path / "status")
+    by_usage = peak_rss_mib()
+    assert by_usage > 100
+    (tmp_path / "status").write_text("Name:\tpython\nVmHWM:\t    2048 kB\n")
+    assert peak_rss_mib() == 2.0
+
+
+def test_a_device_that_is_not_there_is_one_line(capsys):
+    assert main(["bench", "--device", "cuda:77", "--backbones", "test_vit"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("snella: --device must be usable here, got 'cuda:77' (") and error.count("\n") == 1
+    assert main(["bench", "--device", "cudda", "--backbones", "test_vit"]) == 2
+    assert "got 'cudda' (Expected one of" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is said without a GPU")
+def test_the_file_of_table_16_is_one_line_without_a_gpu(capsys):
+    file = Path(__file__).parents[2] / "experiments" / "paper" / "table16.yaml"
+    assert main(["bench", "--config", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert error == (
+        "snella: --device must be usable here, got 'cuda' (Torch not compiled with CUDA enabled); leave it at cpu\n"
+    )
 
 
 def test_one_matrix_is_timed_beside_its_product():

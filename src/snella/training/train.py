@@ -37,6 +37,7 @@ from snella.training.callbacks import ProgressDisplay, ScheduleCallback, StepTim
 from snella.training.checkpoints import latest_checkpoint
 from snella.training.distributed import from_main, is_main, join_processes, only_main, process_count, wait_for_others
 from snella.training.linear_probe import cache_features, can_cache_features, choose_head_start, start_head_from_probe
+from snella.training.memory import peak_rss_mib
 from snella.training.results import (
     best_epoch,
     describe_allocation,
@@ -44,7 +45,6 @@ from snella.training.results import (
     folder_bytes,
     log_summary,
     matrices_of,
-    peak_rss_mib,
     shorten_hint,
     sparsity_summary,
     trainable_parameters,
