@@ -28,7 +28,7 @@ from snella.training.memory import predict_step_memory
 DEPTHS: dict[str, tuple[int, ...]] = {
     "vit_base_patch16_224": (),
     "vit_large_patch16_224": (4, 8),
-    "vit_huge_patch14_224": (4, 8),
+    "vit_huge_patch14_224": (2, 4),
 }
 # each without the recomputation of inputs, and with it
 METHODS = {

@@ -8,15 +8,24 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from torch import nn
 
-from snella.benchmark import BASELINES, BenchConfig, bench, grid, measure_matrix, measure_sampling
-from snella.benchmark.baselines import Workload
+from snella.benchmark import (
+    BASELINES,
+    BenchConfig,
+    bench,
+    grid,
+    measure_competition,
+    measure_matrix,
+    measure_sampling,
+)
+from snella.benchmark.baselines import RecomputedInputs, Workload
 from snella.benchmark.bench import Runner, op_error, peak_of_child, quartiles, random_batch
 from snella.benchmark.rows import append_rows, conditions, draw_figures, performance_section, read_rows, update_document
 from snella.cli.main import main
 from snella.ops.backends.numba import backend as numba_backend
 from snella.training import memory
-from snella.training.memory import peak_rss_mib
+from snella.training.memory import peak_rss_mib, record_forward
 from snella.tuner.layer import SnellaLayer
 
 KEPT = ["lora", "snella", "snella-keep-delta"]
@@ -200,6 +209,41 @@ def test_a_contender_that_stores_the_weight_keeps_it_and_snella_does_not():
         BenchConfig(["test_vit"], [2], KEPT, rounds=0, memory=True)
 
 
+@pytest.mark.parametrize("name", ["lora", "full", "gps", "spt-lora", "spt-adapter"])
+def test_recomputed_inputs_leave_every_bit_and_keep_less(name):
+    found = []
+    for contender in (name, f"{name}-recompute"):
+        model = Runner(contender, TINY).model
+        torch.manual_seed(1)
+        images, _ = random_batch(TINY, 3)
+        kept = record_forward(model, images).kept
+        y = model(images)
+        y.square().sum().backward()
+        found.append((kept, [y.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]))
+    (whole, expected), (less, values) = found
+    assert less < 0.75 * whole
+    assert len(values) == len(expected) > 2
+    assert all(torch.equal(mine, other) for mine, other in zip(values, expected, strict=True))
+
+
+def test_lora_with_recomputed_inputs_keeps_what_snella_keeps():
+    images, _ = random_batch(TINY, 3)
+    kept = {name: record_forward(Runner(name, TINY).model, images).kept for name in ("lora-recompute", "snella")}
+    assert kept["lora-recompute"] == pytest.approx(kept["snella"], rel=0.01)
+
+
+def test_an_output_that_is_written_to_is_kept_as_it_is():
+    model = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4))
+    model[1].register_forward_hook(lambda module, inputs, output: output.mul_(2))
+    x = torch.randn(3, 4)
+    model(x).sum().backward()
+    expected = model[2].weight.grad.clone()
+    model.zero_grad()
+    RecomputedInputs(model)
+    model(x).sum().backward()
+    assert torch.equal(model[2].weight.grad, expected)
+
+
 def test_a_table_has_what_each_method_adds_to_the_memory_of_each_backbone():
     common = {"benchmark": "kept_bytes", "batch": 4, "r": 8, "sparsity": 0.7, "dtype": "float32", "device": "cpu, x"}
     common |= {"commit": "a", "dirty": False, "date": "2026-11-26", "rounds": 2, "step_s": 1.0}
@@ -308,6 +352,17 @@ def test_tables_say_where_and_when(tmp_path):
     assert "| 64×48 | " in text
     assert f"| 64×48 | 10 | {rows[-2]['sampled_over_dense']:.2f} | {rows[-1]['sampled_over_dense']:.2f} |" in text
     assert "2.0% kept | 50.0% kept" in text
+
+
+def test_the_competition_is_timed_apart_from_its_step():
+    row = measure_competition("test_vit", batch=2, r=4, rounds=2)
+    assert row["step_s"] > row["importance_s"] > 0 and row["allocate_s"] > 0
+    assert row["merge_and_select_s"] > 0 and row["select_s"] == pytest.approx(
+        row["merge_and_select_s"] - row["merge_s"], abs=2e-5
+    )
+    text = performance_section([row])
+    assert "**Competition alone** · cpu, 1 threads" in text
+    assert f"| test_vit, batch 2 | {row['step_s']:.2f} s | {row['importance_s']:.3f} s |" in text
 
 
 def test_a_sampling_without_entries_is_refused():

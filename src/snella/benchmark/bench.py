@@ -30,7 +30,7 @@ from snella.ops.functional import adapted_layer, compute_effective_weight
 from snella.ops.kernels import make_kernel
 from snella.ops.spec import Factors, LinearOp, Update, UpdateSpec
 from snella.training.memory import peak_rss_mib, record_forward
-from snella.tuner import BudgetAllocator, create_snella_optimizer
+from snella.tuner import BudgetAllocator, allocate, create_snella_optimizer
 from snella.tuner.layer import SnellaLayer
 
 _SHAPES = (((96,), 80), ((40, 40, 40), 64))
@@ -524,6 +524,76 @@ def measure_matrix(
         "product_s": product_s,
         "effective_over_product": ratio,
         "extra_over_matrix": round(_extra_bytes(effective) / (4 * m * n), 2),
+    }
+
+
+def measure_competition(
+    backbone: str = "vit_base_patch16_224", *, batch: int = 4, r: int = 8, sparsity: float = 0.7, rounds: int = 5
+) -> dict[str, Any]:
+    """Time both levels of the competition in a training step of SNELLA, in processor time.
+
+    Layer level: the importance, once a step, and the allocation of the budget, once an epoch. Weight level: selecting
+    the entries that survive, which is the time of all effective weights less that of the same with every entry kept;
+    a step does it once, and the backward pass reuses the thresholds.
+
+    Args:
+        backbone: A timm name.
+        batch: Images per step.
+        r: Rank.
+        sparsity: Of the update.
+        rounds: How often; medians are reported.
+
+    Returns:
+        A row: seconds of a step and of each part, and `competition_over_step`.
+    """
+    workload = Workload(backbone, r, sparsity)
+    images, labels = random_batch(workload, batch)
+    model = BASELINES["snella"](workload.base(), workload).train()
+    optimizer = create_snella_optimizer(model, lr=1e-4)
+    allocator = BudgetAllocator(model, total_epochs=100, steps_per_epoch=100)
+    layers = [module for module in model.modules() if isinstance(module, SnellaLayer)]
+    caps = [matrix.size for matrix in allocator.matrices]
+
+    def learn() -> None:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+    @torch.no_grad()
+    def merge(*, selects: bool) -> None:
+        for layer in layers:
+            update, weight = layer.get_update("default"), layer.get_base_layer().weight
+            if not selects:
+                every = tuple(rows * weight.shape[1] for rows in update.spec.row_counts)
+                update = update._replace(budgets=every)
+            compute_effective_weight(weight, [update._replace(thresholds=None)], weight.shape)
+
+    parts: dict[str, Callable[[], object]] = {
+        "learn_s": learn,
+        "importance_s": allocator.importance.update,
+        "allocate_s": lambda: allocate(allocator.importance.scores(), caps, allocator.target_budget),
+        "merge_s": lambda: merge(selects=False),
+        "merge_and_select_s": lambda: merge(selects=True),
+    }
+    times: dict[str, list[float]] = {name: [] for name in parts}
+    for turn in range(rounds + 1):  # the first one compiles
+        for name, part in parts.items():
+            start = time.process_time()
+            part()
+            times[name] += [time.process_time() - start] if turn else []
+    found = {name: round(statistics.median(values), 5) for name, values in times.items()}
+    select_s = found["merge_and_select_s"] - found["merge_s"]
+    step_s = found["learn_s"] + found["importance_s"]
+    return {
+        "benchmark": "competition",
+        **_described(workload, batch),
+        "rounds": rounds,
+        "clock": "process time",
+        **conditions("cpu"),
+        **found,
+        "select_s": round(select_s, 5),
+        "step_s": round(step_s, 5),
+        "competition_over_step": round((select_s + found["importance_s"]) / step_s, 4),
     }
 
 
