@@ -21,8 +21,12 @@ import torch
 
 from snella.benchmark import BASELINES
 from snella.benchmark.baselines import NUM_CLASSES, Workload, random_batch
-from snella.benchmark.rows import append_rows, conditions
+from snella.benchmark.rows import append_rows, conditions, put_between, read_rows
 from snella.training.memory import predict_step_memory
+
+ROWS = Path(__file__).parent / "step_memory.jsonl"
+PAGE = Path(__file__).parents[1] / "docs" / "speed.md"
+_BEGIN, _END = "<!-- rows of benchmarks/step_memory.jsonl begin -->", "<!-- rows of step_memory end -->"
 
 # the whole model where no depths are named
 DEPTHS: dict[str, tuple[int, ...]] = {
@@ -84,12 +88,35 @@ def rows_of(backbone: str, batch: int, depths: tuple[int, ...]) -> list[dict[str
     return rows
 
 
+def memory_tables(rows: list[dict[str, Any]]) -> str:
+    """Markdown: peak and kept bytes of each method, a pair of columns for each backbone."""
+    backbones = list(dict.fromkeys(row["backbone"] for row in rows))
+    found = {(row["backbone"], row["method"], row["recomputes"]): row for row in rows}
+    titles = {"peak_mib": "Peak of a training step", "kept_mib": "Kept for the backward pass"}
+    tables = []
+    for field, title in titles.items():
+        sizes = [f"{found[name, 'full', False]['weights'] / 1e6:.0f} M" for name in backbones]
+        heads = [f"{name} ({size}) | recomputed" for name, size in zip(backbones, sizes, strict=True)]
+        lines = [f"**{title}, batch {rows[0]['batch']}, float32**, MiB by count", ""]
+        lines += [f"| | {' | '.join(heads)} |", "|---" * (1 + 2 * len(backbones)) + "|"]
+        for method in METHODS:
+            cells = [f"{found[name, method, flag][field]:,.0f}" for name in backbones for flag in (False, True)]
+            lines.append(f"| {method} | {' | '.join(cells)} |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
+def update_page(page: Path = PAGE, rows_file: Path = ROWS) -> bool:
+    """Put the tables into the page; whether it changed."""
+    return put_between(page, _BEGIN, _END, memory_tables(read_rows(rows_file)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbones", nargs="+", default=list(DEPTHS), help="timm names of ViTs")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--depths", type=int, nargs=2, help="instead of those of each backbone")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "step_memory.jsonl")
+    parser.add_argument("--out", type=Path, default=ROWS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.out.unlink(missing_ok=True)
