@@ -4,6 +4,7 @@ python benchmarks/readme.py
 """
 
 from costs import ROOT, update_costs
+from step_memory import update_page
 from suite_table import (
     PAGE,
     PICTURES,
@@ -22,6 +23,7 @@ if __name__ == "__main__":
     rows = ROOT / "benchmarks" / "results.jsonl"
     speed_page = ROOT / "docs" / "speed.md"
     changed = [speed_page] if update_document(speed_page, rows) else []
+    changed += [speed_page] if update_page() else []
     changed += update_costs(rows)
     changed += [PAGE] if update_suite() else []
     changed += [ROOT / "README.md"] if update_overview() else []

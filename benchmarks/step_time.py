@@ -2,6 +2,7 @@
 
 python benchmarks/step_time.py                     sixteen minutes on two cores; appends to results.jsonl
 python benchmarks/step_time.py --matrices          single matrices on the CPU alone: a quarter of a minute
+python benchmarks/step_time.py --competition       the competition alone: a minute
 python benchmarks/step_time.py --grid              every backbone, batch, rank, sparsity and dtype: hours
 """
 
@@ -9,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from snella._console import make_console
-from snella.benchmark import BenchConfig, bench, grid, measure_matrix, measure_sampling
+from snella.benchmark import BenchConfig, bench, grid, measure_competition, measure_matrix, measure_sampling
 from snella.benchmark.rows import append_rows
 
 HERE = Path(__file__).parent
@@ -27,12 +28,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grid", action="store_true", help="the full grid instead of the selection")
     parser.add_argument("--matrices", action="store_true", help="only merge, and sample gradients of, single matrices")
+    parser.add_argument("--competition", action="store_true", help="only the competition's own time")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", default=str(HERE / "results.jsonl"))
     args = parser.parse_args()
     console = make_console()
     if args.grid:
         bench(grid(args.device, args.out), console)
+        return
+    if args.competition:
+        append_rows(args.out, [measure_competition()])
         return
     if args.device == "cpu":
         matrices = [measure_matrix(3072, 768), measure_matrix(11008, 4096, tokens=512, rounds=3)]
@@ -46,7 +51,7 @@ def main() -> None:
             for tokens in (788, 3152)
             for density in (0.01, 0.03, 0.05, 0.1)
         ]
-        append_rows(args.out, [*matrices, *samplings])
+        append_rows(args.out, [*matrices, *samplings, measure_competition()])
     if args.matrices:
         return
     small, base, huge = "vit_small_patch16_224", "vit_base_patch16_224", "vit_huge_patch14_224"

@@ -1,7 +1,8 @@
 """Runs PEFT's own tests of the installed version on SNELLA and, as the control, on LoRA (`make peft-contract`).
 
 PEFT ships its tests in its source distribution alone, which pip brings once; rows of SNELLA take the place of those of
-all other methods. Ends with 1 if SNELLA fails a test that LoRA passes and that is not among the known differences.
+all other methods, and nothing else in the tests is changed. Ends with 1 unless the tests that SNELLA fails and LoRA
+passes are exactly the `KNOWN` ones.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import collections
 import importlib.metadata
 import os
-import re
 import subprocess
 import sys
 import tarfile
@@ -45,15 +45,28 @@ MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES = [
 ]
 """
 _PAIRS_MARK = "class TestMultipleActiveAdapters:"
-# the method for which PEFT lowers the learning rate of one of its tests to 1e-4, as 0.5 ends in NaN
-_CALM_MARK = "elif issubclass(config_cls, AdaLoraConfig):\n            lr = 1e-4"
+_CLASSES = ("TestPeftCustomModel", "TestMultipleActiveAdapters", "TestPeftFsdpStateDict")
 
-# tests that SNELLA fails, and why
-_KNOWN = {
-    "test_disable_adapters": "a fresh adapter of SNELLA is near the model, not equal to it",
-    "test_disable_adapters_with_merging": "a fresh adapter of SNELLA is near the model, not equal to it",
-    "test_adding_multiple_adapters_with_bias_raises": "bias of nn.MultiheadAttention is refused before",
+_FRESH = "a fresh adapter of SNELLA is near the model, not equal to it"
+_BIAS = "`bias` other than `none` is refused with an adapted `nn.MultiheadAttention`"
+_EVERY = (
+    *("Vanilla MLP 1", "Vanilla MLP 2", "Vanilla MLP 3", "Vanilla MLP 4", "Vanilla MLP 5", "Vanilla MLP 6"),
+    *("Embedding + transformers Conv1D", "Conv2d 1", "Conv2d 2", "Conv2d Groups", "Conv2d Groups2", "MHA 1", "MHA 2"),
+)
+KNOWN: dict[str, tuple[str, tuple[str, ...]]] = {
+    "test_disable_adapters": (_FRESH, _EVERY),
+    "test_disable_adapters_with_merging": (_FRESH, _EVERY),
+    "test_parameters_after_loading_model": (
+        "three steps of SGD at a learning rate of 0.5 end in NaN, and the saved adapter is refused when it is loaded",
+        ("Vanilla MLP 4", "Vanilla MLP 5", "Conv2d 2", "Conv2d Groups2"),
+    ),
+    "test_adding_multiple_adapters_with_bias_raises": (_BIAS, ("MHA 1", "MHA 2")),
+    "test_save_load_roundtrip_fsdp_wrapped_learnable_bias": (
+        _BIAS,
+        tuple(f"{bias}-{row}" for bias in ("bias_all", "bias_peft_method_only") for row in ("MHA 1", "MHA 2")),
+    ),
 }
+"""The tests that SNELLA fails and LoRA passes: why, and with which rows. docs/library.md shows them."""
 
 
 def main(folder: Path) -> int:
@@ -61,7 +74,7 @@ def main(folder: Path) -> int:
     tests = _fetch(folder)
     file = tests / "test_custom_models.py"
     report = folder / "report.xml"
-    selected = [f"{file}::TestPeftCustomModel", f"{file}::TestMultipleActiveAdapters"]
+    selected = [f"{file}::{name}" for name in _CLASSES]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "SnellaConfig or LoraConfig"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     subprocess.run(
@@ -86,12 +99,11 @@ def _fetch(folder: Path) -> Path:
             archive.extractall(folder, filter="data")
         file = root / "tests" / "test_custom_models.py"
         text = file.read_text(encoding="utf-8")
-        for mark in (_MARK, _PAIRS_MARK, _CALM_MARK):
+        for mark in (_MARK, _PAIRS_MARK):
             if text.count(mark) != 1:
                 raise RuntimeError(f"{file} of PEFT {version} has {mark!r} {text.count(mark)} times, expected 1")
         text = text.replace(_MARK, f"{_ROWS}{_MARK}")
         text = text.replace(_PAIRS_MARK, f"{_PAIRS}\n\n{_PAIRS_MARK}")
-        text = text.replace(_CALM_MARK, _CALM_MARK.replace("AdaLoraConfig", "(SnellaConfig, AdaLoraConfig)"))
         file.write_text(text, encoding="utf-8")
         (root / "tests" / "__init__.py").touch()
         # a library for tests that download data, none of which is run here
@@ -101,35 +113,45 @@ def _fetch(folder: Path) -> Path:
     return root / "tests"
 
 
+def known_table() -> str:
+    """`KNOWN` in Markdown."""
+    lines = ["| test | rows | why |", "|---|---|---|"]
+    for test, (reason, rows) in KNOWN.items():
+        shown = f"all {len(rows)}" if rows == _EVERY else ", ".join(rows)
+        lines.append(f"| `{test}` | {shown} | {reason} |")
+    return "\n".join(lines)
+
+
 def _count(report: Path, output: Path) -> int:
-    """Print how many tests each method passes, and which SNELLA fails."""
+    """Print how many tests each method passes, and how those that SNELLA alone fails differ from `KNOWN`."""
     counts: dict[str, collections.Counter[str]] = {
         name: collections.Counter() for name in ("SnellaConfig", "LoraConfig")
     }
-    failed: dict[str, dict[str, str]] = {name: {} for name in counts}
+    failed: dict[str, dict[tuple[str, str], str]] = {name: {} for name in counts}
     for case in ET.parse(report).iter("testcase"):
-        name = case.get("name", "")
-        method = next((method for method in counts if method in name), None)
+        test, _, parameters = case.get("name", "").partition("[")
+        method = next((method for method in counts if method in parameters), None)
         if method is None:
             continue
         outcome = next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed")
         counts[method][outcome] += 1
         if outcome in ("failure", "error"):
-            # the two methods' rows differ in the method's name and in the number that pytest gives the settings
-            key = re.sub(r"config_kwargs\w*\d+", "", name.replace(method, "*"))
-            failed[method][key] = (case.find(outcome).get("message") or "").splitlines()[0][:150]
+            row = parameters.partition(f" {method}")[0]
+            failed[method][test, row] = (case.find(outcome).get("message") or "").splitlines()[0][:150]
     if not counts["LoraConfig"]["passed"]:
         raise RuntimeError(f"no test of LoRA passed, so that nothing was compared; see {output}")
     for method, outcomes in counts.items():
         print(f"{method}: " + ", ".join(f"{number} {outcome}" for outcome, number in sorted(outcomes.items())))
-    alone = {k: v for k, v in failed["SnellaConfig"].items() if k not in failed["LoraConfig"]}
-    by_test: dict[str, list[str]] = collections.defaultdict(list)
-    for name, message in alone.items():
-        by_test[re.sub(r"\[.*", "", name)].append(message)
-    for test, messages in sorted(by_test.items()):
-        print(f"  {test}: {len(messages)} of SNELLA alone, {_KNOWN.get(test, f'NOT KNOWN: {messages[0]}')}")
+    alone = {key: message for key, message in failed["SnellaConfig"].items() if key not in failed["LoraConfig"]}
+    known = {(test, row) for test, (_, rows) in KNOWN.items() for row in rows}
+    for test, (reason, rows) in KNOWN.items():
+        print(f"  {test}: {sum((test, row) in alone for row in rows)} of {len(rows)} known ones fail: {reason}")
+    for test, row in sorted(alone.keys() - known):
+        print(f"  NOT KNOWN: {test}[{row}]: {alone[test, row]}")
+    for test, row in sorted(known - alone.keys()):
+        print(f"  PASSES NOW: {test}[{row}]; take it out of KNOWN")
     print(f"everything is in {output}")
-    return 1 if set(by_test) - set(_KNOWN) else 0
+    return 0 if alone.keys() == known else 1
 
 
 if __name__ == "__main__":

@@ -1,19 +1,31 @@
 """The measurement itself, on models that take milliseconds."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
+from torch import nn
 
-from snella.benchmark import BASELINES, BenchConfig, bench, grid, measure_matrix, measure_sampling
-from snella.benchmark.baselines import Workload
-from snella.benchmark.bench import Runner, op_error, quartiles, random_batch
+from snella.benchmark import (
+    BASELINES,
+    BenchConfig,
+    bench,
+    grid,
+    measure_competition,
+    measure_matrix,
+    measure_sampling,
+)
+from snella.benchmark.baselines import RecomputedInputs, Workload
+from snella.benchmark.bench import Runner, op_error, peak_of_child, quartiles, random_batch
 from snella.benchmark.rows import append_rows, conditions, draw_figures, performance_section, read_rows, update_document
 from snella.cli.main import main
 from snella.ops.backends.numba import backend as numba_backend
+from snella.training import memory
+from snella.training.memory import peak_rss_mib, record_forward
 from snella.tuner.layer import SnellaLayer
 
 KEPT = ["lora", "snella", "snella-keep-delta"]
@@ -91,10 +103,70 @@ def test_a_contender_without_finite_gradients_is_not_timed(monkeypatch, capsys):
     assert "lora is not timed: its gradients are not finite" in capsys.readouterr().out
 
 
+MIB = 2**18  # values of float32
+
+
+def allocate(name, before_mib, after_mib):
+    """Touch memory, take the peak, and touch more."""
+    held = [torch.ones(before_mib * MIB)]
+    before = peak_rss_mib()
+    held.append(torch.ones(after_mib * MIB))
+    return before
+
+
+def test_the_peak_of_a_child_is_its_own_whatever_its_parent_holds():
+    parent = torch.ones(1200 * MIB)  # more than the child has
+    small, large = (peak_of_child(allocate, "allocate", 10, size) for size in (50, 350))
+    assert small["peak_step_mib"] == pytest.approx(50, abs=15)
+    assert large["peak_step_mib"] == pytest.approx(350, abs=15)
+    assert large["peak_rss_mib"] - small["peak_rss_mib"] == pytest.approx(300, abs=30)
+    assert large["peak_rss_mib"] < len(parent) / MIB
+
+
+def end_at_once(name):
+    sys.exit(3)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_child_that_ends_without_a_result_is_an_error():
+    with pytest.raises(RuntimeError, match="measuring the memory of 'lora' ended with exit code 3"):
+        peak_of_child(end_at_once, "lora")
+
+
 @pytest.mark.slow
-def test_peak_memory_is_measured_in_a_process_of_its_own():
-    rows = bench(BenchConfig(["test_vit"], [2], ["lora"], rounds=1, memory=True), QUIET)
-    assert rows[0]["peak_rss_mib"] > rows[0]["peak_step_mib"] >= 0
+def test_peak_memory_differs_between_methods():
+    backbone = "vit_tiny_patch16_224"
+    config = BenchConfig([backbone], [8], ["frozen", "full"], rounds=1, memory=True)
+    frozen, full = bench(config, QUIET)
+    kept = full["saved_mib"] - frozen["saved_mib"]
+    assert frozen["peak_step_mib"] > frozen["saved_mib"] / 2
+    assert full["peak_rss_mib"] - frozen["peak_rss_mib"] > kept / 2 > 20
+
+
+def test_the_peak_is_read_from_the_system_where_it_tells(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "_STATUS", tmp_path / "status")
+    by_usage = peak_rss_mib()
+    assert by_usage > 100
+    (tmp_path / "status").write_text("Name:\tpython\nVmHWM:\t    2048 kB\n")
+    assert peak_rss_mib() == 2.0
+
+
+def test_a_device_that_is_not_there_is_one_line(capsys):
+    assert main(["bench", "--device", "cuda:77", "--backbones", "test_vit"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("snella: --device must be usable here, got 'cuda:77' (") and error.count("\n") == 1
+    assert main(["bench", "--device", "cudda", "--backbones", "test_vit"]) == 2
+    assert "got 'cudda' (Expected one of" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is said without a GPU")
+def test_the_file_of_table_16_is_one_line_without_a_gpu(capsys):
+    file = Path(__file__).parents[2] / "experiments" / "paper" / "table16.yaml"
+    assert main(["bench", "--config", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert error == (
+        "snella: --device must be usable here, got 'cuda' (Torch not compiled with CUDA enabled); leave it at cpu\n"
+    )
 
 
 def test_one_matrix_is_timed_beside_its_product():
@@ -135,6 +207,41 @@ def test_a_contender_that_stores_the_weight_keeps_it_and_snella_does_not():
     assert rows["snella"]["saved_mib"] < rows["lora"]["saved_mib"]
     with pytest.raises(ValueError, match="got memory with rounds=0; leave one out"):
         BenchConfig(["test_vit"], [2], KEPT, rounds=0, memory=True)
+
+
+@pytest.mark.parametrize("name", ["lora", "full", "gps", "spt-lora", "spt-adapter"])
+def test_recomputed_inputs_leave_every_bit_and_keep_less(name):
+    found = []
+    for contender in (name, f"{name}-recompute"):
+        model = Runner(contender, TINY).model
+        torch.manual_seed(1)
+        images, _ = random_batch(TINY, 3)
+        kept = record_forward(model, images).kept
+        y = model(images)
+        y.square().sum().backward()
+        found.append((kept, [y.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]))
+    (whole, expected), (less, values) = found
+    assert less < 0.75 * whole
+    assert len(values) == len(expected) > 2
+    assert all(torch.equal(mine, other) for mine, other in zip(values, expected, strict=True))
+
+
+def test_lora_with_recomputed_inputs_keeps_what_snella_keeps():
+    images, _ = random_batch(TINY, 3)
+    kept = {name: record_forward(Runner(name, TINY).model, images).kept for name in ("lora-recompute", "snella")}
+    assert kept["lora-recompute"] == pytest.approx(kept["snella"], rel=0.01)
+
+
+def test_an_output_that_is_written_to_is_kept_as_it_is():
+    model = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4))
+    model[1].register_forward_hook(lambda module, inputs, output: output.mul_(2))
+    x = torch.randn(3, 4)
+    model(x).sum().backward()
+    expected = model[2].weight.grad.clone()
+    model.zero_grad()
+    RecomputedInputs(model)
+    model(x).sum().backward()
+    assert torch.equal(model[2].weight.grad, expected)
 
 
 def test_a_table_has_what_each_method_adds_to_the_memory_of_each_backbone():
@@ -245,6 +352,17 @@ def test_tables_say_where_and_when(tmp_path):
     assert "| 64×48 | " in text
     assert f"| 64×48 | 10 | {rows[-2]['sampled_over_dense']:.2f} | {rows[-1]['sampled_over_dense']:.2f} |" in text
     assert "2.0% kept | 50.0% kept" in text
+
+
+def test_the_competition_is_timed_apart_from_its_step():
+    row = measure_competition("test_vit", batch=2, r=4, rounds=2)
+    assert row["step_s"] > row["importance_s"] > 0 and row["allocate_s"] > 0
+    assert row["merge_and_select_s"] > 0 and row["select_s"] == pytest.approx(
+        row["merge_and_select_s"] - row["merge_s"], abs=2e-5
+    )
+    text = performance_section([row])
+    assert "**Competition alone** · cpu, 1 threads" in text
+    assert f"| test_vit, batch 2 | {row['step_s']:.2f} s | {row['importance_s']:.3f} s |" in text
 
 
 def test_a_sampling_without_entries_is_refused():

@@ -50,6 +50,22 @@ def test_pages_and_experiments_show_what_the_committed_rows_say(tmp_path):
     assert not changed, f"{', '.join(changed)} differ from benchmarks/results.jsonl; run: python benchmarks/readme.py"
 
 
+def test_the_page_shows_the_committed_rows_of_memory(tmp_path):
+    from step_memory import PAGE, ROWS, update_page
+
+    copy = tmp_path / "speed.md"
+    shutil.copy(PAGE, copy)
+    assert not update_page(copy, ROWS), "run: python benchmarks/readme.py"
+
+
+def test_a_row_of_memory_at_two_depths_is_that_of_the_whole_model():
+    from step_memory import count, count_whole
+
+    whole = count("gps", "vit_tiny_patch16_224", 2, None)
+    of_two = count_whole("gps", "vit_tiny_patch16_224", 2, (1, 2))
+    assert {name: of_two[name] == whole[name] for name in whole} == dict.fromkeys(whole, True)
+
+
 def test_three_products_are_counted_for_every_adapted_layer_but_the_first_whose_input_needs_no_gradient():
     from counted_step import count_step
 

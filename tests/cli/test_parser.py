@@ -1,6 +1,7 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -38,6 +39,23 @@ def test_flags_need_no_value_and_take_one():
     assert parse(["compare", "--out", "x"])[2]["skip_corrupt"] is None
     settings = parse(["predict", "run", "--skip-corrupt", "a.png", "b.png"])[2]
     assert (settings["skip_corrupt"], settings["images"]) == (True, ["a.png", "b.png"])
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--preset paper", {"epochs": 100, "scaling": 1.0, "method_options": {"preset": "paper"}}),
+        ("--epochs 10 --preset=paper", {"epochs": 10, "scaling": 1.0}),
+        ("--preset official --method-options.kernel rbf", {"method_options": {"preset": "official", "kernel": "rbf"}}),
+        ("--config file.yaml", {"epochs": 7, "scaling": 1.0}),
+        ("--config file.yaml --preset official", {"epochs": 7, "method_options": {"preset": "official"}}),
+    ],
+)
+def test_a_preset_changes_defaults_and_what_is_given_wins(words, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file.yaml").write_text("preset: paper\nepochs: 7\n")
+    _, _, settings = parse(["train", "--out", "x", *words.split()])
+    assert {name: settings[name] for name in expected} == expected
 
 
 def test_method_options_are_set_one_by_one():

@@ -65,6 +65,15 @@ def test_the_papers_scaling_stands_beside_ours(experiments):
         assert (
             scaled and {method.settings["scaling"] for method in scaled} == {1.0} and "scaling 10" in experiment.about
         )
+    for name in ("table10", "table11", "table12"):
+        ours = {method.name: method for method in experiments[name].methods}
+        scaled = {label: method for label, method in ours.items() if label.endswith("-scaling-1")}
+        assert len(ours) == 2 * len(scaled)
+        for label, method in scaled.items():
+            base = ours[label.removesuffix("-scaling-1")]
+            assert method.settings == {**base.settings, "scaling": 1.0} and method.options == base.options
+        claims = [claim for claim in experiments[name].published["orderings"] if "-scaling-1" in claim["higher"]]
+        assert 2 * len(claims) == len(experiments[name].published["orderings"])
     assert {"ssf", "mosa", "gps"} <= {method.name for method in experiments["table1-vtab"].methods}
     adapter = next(m for m in experiments["table1-vtab"].methods if m.name == "adapter-8")
     assert adapter.options == {"activation": "relu"}

@@ -1,8 +1,11 @@
 import dataclasses
+from decimal import Decimal
+from pathlib import Path
 
 import pytest
 
 from snella.methods import METHODS
+from snella.methods.defaults import TRAIN_PRESETS
 from snella.runs import TrainConfig
 
 PLACES = {"data": "digits", "backbone": "test_vit", "out": "runs/x"}
@@ -90,3 +93,51 @@ def test_differences_look_at_what_was_asked_for_only():
 def test_every_setting_is_documented():
     for f in dataclasses.fields(TrainConfig):
         assert f"\n        {f.name}: " in (TrainConfig.__doc__ or "")
+
+
+def test_a_preset_fills_what_is_not_given_and_says_so_in_the_stored_settings():
+    config = TrainConfig(**PLACES, preset="paper", epochs=10, method_options={"kernel": "rbf"})
+    assert (config.scaling, config.lr, config.scalar_lr, config.augment) == (1.0, 1e-3, 1e-3, "none")
+    assert config.epochs == 10, "given, though it is the default"
+    assert config.method_options == {"preset": "paper", "kernel": "rbf"}
+    assert config.resolved().scaling == 1.0 and config.resolved().target_sparsity == 0.7
+    assert dataclasses.replace(config, scaling=2.0).scaling == 2.0
+    assert TrainConfig(**config.stored()).stored() == config.stored()
+
+
+def test_presets_differ_in_what_the_authors_code_does_alone():
+    paper, official = (TrainConfig(**PLACES, preset=name).as_dict() for name in ("paper", "official"))
+    assert {name for name in paper if paper[name] != official[name]} == {"preset", "method_options"}
+    assert official["method_options"] == {"preset": "official"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"preset": "papr"}, "preset must be one of paper, official, got 'papr'"),
+        ({"preset": "paper", "method": "lora-8"}, "preset is for snella and snell, got 'paper' with method 'lora-8'"),
+        ({"preset": "paper", "method": "auto"}, "preset is for snella and snell, got 'paper' with method 'auto'"),
+        ({"preset": "official", "method": "snella-matched-8"}, "got 'official' with method 'snella-matched-8'; leave"),
+    ],
+)  # fmt: skip
+def test_a_preset_of_another_name_or_method_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**PLACES, **changes)
+
+
+def test_the_documents_show_what_the_presets_change():
+    page = (Path(__file__).parents[2] / "docs" / "tuning.md").read_text(encoding="utf-8")
+    paper, official = TRAIN_PRESETS["paper"], TRAIN_PRESETS["official"]
+    default = TrainConfig(**PLACES).resolved()
+    lines = ["| option | default | paper | official |", "|---|---|---|---|"]
+    for name in (name for name in paper if name != "method_options"):
+        cells = [getattr(default, name), paper[name], official[name]]
+        shown = [cell if isinstance(cell, str) else _plain(cell) for cell in cells]
+        lines.append(f"| `--{name.replace('_', '-')}` | {' | '.join(shown)} |")
+    lines.append("| `--method-options.preset` | paper | paper | official |")
+    assert "\n".join(lines) in page
+
+
+def _plain(value):
+    """A number without an exponent: 0.00001, 10, 100."""
+    return format(Decimal(str(value)).normalize(), "f")

@@ -82,5 +82,5 @@ def test_statistics_travel_with_a_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match=r"'mean' of shape \[2\], got \[3\]"):
         FeatureNorm(nn.Linear(2, 4), torch.zeros(3, 2)).load(tmp_path)
     (tmp_path / "feature_norm.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="feature_norm.safetensors is missing"):
+    with pytest.raises(CheckpointError, match=r"feature_norm\.safetensors is missing"):
         other.load(tmp_path)

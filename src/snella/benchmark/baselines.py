@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,9 +13,13 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, ShiraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.checkpoint import checkpoint
 
 from snella.methods.registry import build_method
+from snella.ops.origins import Mark, Output
+from snella.ops.recompute import can_recompute, mark_outputs
 from snella.ops.sparsify import quantile_threshold, sparsify
 from snella.tuner.config import SnellaConfig
 from snella.tuner.layer import SnellaLayer
@@ -74,6 +79,98 @@ def _use_unfused_reference(model: nn.Module) -> nn.Module:
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, TwoBranches(module))
     return model
+
+
+@dataclass(frozen=True)
+class _Recomputable:
+    """A module's output that can be computed again: its storage, its mark, and its strides."""
+
+    storage: StorageWeakRef  # while it lives, no other storage has its address
+    output: weakref.ref[Tensor]
+    stride: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Recomputed:
+    """Stands for a saved tensor: how to compute it, from what, and the view of it that was saved."""
+
+    mark: Mark
+    stride: tuple[int, ...]
+    view: tuple[Any, ...]
+
+
+class RecomputedInputs:
+    """SNELLA's recomputation of inputs for a model of any method, so that methods are compared with and without it.
+
+    Autograd saves the output of a normalization or an activation as the input of the trained layer behind it. With
+    this, it saves what the output is computed from in its place, which the module itself keeps anyway. Gradients have
+    the same bits.
+
+    Args:
+        model: Changed in place: its `forward` runs under hooks for saved tensors.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._outputs: dict[int, _Recomputable] = {}
+        self._forward = model.forward
+        mark_outputs(model)
+        for module in model.modules():
+            if is_parametrized(module) and isinstance(module, nn.LayerNorm):  # SPT's, which mark_outputs does not know
+                module.register_forward_hook(_mark_parametrized)
+            if can_recompute(module) or is_parametrized(module):
+                module.register_forward_hook(self._note)
+        model.forward = self.forward  # type: ignore[method-assign]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model."""
+        outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        pack_outer, unpack_outer = outer or (_same, _same)
+
+        def pack(tensor: Tensor) -> Any:
+            return self._find(tensor) or pack_outer(tensor)
+
+        def unpack(packed: Any) -> Tensor:
+            if not isinstance(packed, _Recomputed):
+                return unpack_outer(packed)
+            output = packed.mark.origin.compute(packed.mark.detached())
+            if output.stride() != packed.stride:
+                raise RuntimeError(f"an output must be laid out as before, got strides {output.stride()}")
+            return output.as_strided(*packed.view)
+
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+                return self._forward(*args, **kwargs)
+        finally:
+            self._outputs.clear()
+
+    def _note(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        """Forward hook: remember a marked output by its storage."""
+        if Mark.on(output) is not None:
+            storage = StorageWeakRef(output.untyped_storage())
+            self._outputs[storage.cdata] = _Recomputable(storage, weakref.ref(output), output.stride())
+
+    def _find(self, tensor: Tensor) -> _Recomputed | None:
+        """What is saved in the place of a tensor, if it is a marked output or a view of one."""
+        if tensor.layout != torch.strided:
+            return None
+        known = self._outputs.get(tensor.untyped_storage()._cdata)
+        mark = None if known is None else Mark.on(known.output())
+        if known is None or mark is None or tensor._version:
+            return None
+        mark.origin.add_user()
+        return _Recomputed(mark, known.stride, (tensor.size(), tensor.stride(), tensor.storage_offset()))
+
+
+def _mark_parametrized(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+    """Forward hook: mark the output of a normalization that has parametrized weights."""
+    (z,) = args
+    if output.requires_grad and torch.is_grad_enabled():
+        Mark.put(output, (z,), Output(partial(type(module).forward, module), z.device.type, module=module))
+
+
+def _same(value: Any) -> Any:
+    """Keep a tensor as it is."""
+    return value
 
 
 NUM_CLASSES = 100
@@ -143,14 +240,15 @@ def _shira(model: nn.Module, workload: Workload) -> nn.Module:
     return get_peft_model(model, ShiraConfig(r=workload.r, target_modules=_TARGETS, modules_to_save=["head"]))
 
 
-def _method(name: str, *sparse: str) -> Builder:
+def _method(name: str, *sparse: str, has_rank: bool = True) -> Builder:
     """A method of `snella train`, at its defaults but for the rank; `sparse` are its options set to the sparsity.
 
     What looks at data before training sees one batch of two random images.
     """
 
     def build(model: nn.Module, workload: Workload) -> nn.Module:
-        options: dict[str, Any] = {"r": workload.r} | dict.fromkeys(sparse, workload.sparsity)
+        options: dict[str, Any] = {"r": workload.r} if has_rank else {}
+        options |= dict.fromkeys(sparse, workload.sparsity)
         return build_method(name, model, batches=lambda: [random_batch(workload, 2)], **options)
 
     return build
@@ -185,15 +283,32 @@ def _compiled(build: Builder) -> Builder:
     return build_compiled
 
 
+def _recomputing(build: Builder) -> Builder:
+    """The same method with `RecomputedInputs`."""
+
+    def build_recomputing(model: nn.Module, workload: Workload) -> nn.Module:
+        model = build(model, workload)
+        RecomputedInputs(model)
+        return model
+
+    return build_recomputing
+
+
 BASELINES: dict[str, Builder] = {
     "frozen": _frozen,
     "lora": _lora,
     "dora": partial(_lora, use_dora=True),
     "shira": _shira,
     "full": _full,
+    "lora-recompute": _recomputing(_lora),
+    "full-recompute": _recomputing(_full),
+    "gps": _method("gps", has_rank=False),
+    "gps-recompute": _recomputing(_method("gps", has_rank=False)),
     "klora": _method("klora"),
     "spt-lora": _method("spt-lora"),
+    "spt-lora-recompute": _recomputing(_method("spt-lora")),
     "spt-adapter": _method("spt-adapter"),
+    "spt-adapter-recompute": _recomputing(_method("spt-adapter")),
     "snell": _method("snell", "target_sparsity", "init_sparsity"),
     "snella": _snella(),
     "snella-keep-delta": _snella(cache_delta=True),
@@ -210,4 +325,5 @@ BASELINES: dict[str, Builder] = {
     "snella-reference-compiled": _compiled(_snella(impl="reference")),
     "paper": _paper,
 }
-"""By name. `snella` is what users get, the others with that prefix are variants of it."""
+"""By name. `snella` is what users get, the others with that prefix are variants of it; `-recompute` is a method with
+SNELLA's recomputation of inputs, which `snella-keep-inputs` is without."""

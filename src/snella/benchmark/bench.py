@@ -6,9 +6,7 @@ import gc
 import itertools
 import multiprocessing
 import random
-import resource
 import statistics
-import sys
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -31,8 +29,8 @@ from snella.ops.backends.numba.backend import NumbaBackend, sddmm_weight_grad
 from snella.ops.functional import adapted_layer, compute_effective_weight
 from snella.ops.kernels import make_kernel
 from snella.ops.spec import Factors, LinearOp, Update, UpdateSpec
-from snella.training.memory import record_forward
-from snella.tuner import BudgetAllocator, create_snella_optimizer
+from snella.training.memory import peak_rss_mib, record_forward
+from snella.tuner import BudgetAllocator, allocate, create_snella_optimizer
 from snella.tuner.layer import SnellaLayer
 
 _SHAPES = (((96,), 80), ((40, 40, 40), 64))
@@ -224,9 +222,26 @@ def peak_mib(name: str, workload: Workload, batch: int) -> dict[str, float]:
         torch.cuda.reset_peak_memory_stats(workload.device)
         _run(name, workload, batch)
         return {"peak_gpu_mib": round(torch.cuda.max_memory_allocated(workload.device) / 2**20, 1)}
+    return peak_of_child(_run, name, workload, batch)
+
+
+def peak_of_child(function: Callable[..., float], name: str, *args: Any) -> dict[str, float]:
+    """Peak resident size of a new process that calls `function(name, *args)`.
+
+    Args:
+        function: Importable by name. Returns its process's peak at the point that `peak_step_mib` counts from.
+        name: Of what it runs, for the error.
+        args: Further arguments.
+
+    Returns:
+        `peak_rss_mib`, and `peak_step_mib`, the rise since that point.
+
+    Raises:
+        RuntimeError: The process ended without a result.
+    """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_report, args=(sender, name, workload, batch, torch.get_num_threads()))
+    process = context.Process(target=_send_peak, args=(sender, torch.get_num_threads(), function, name, *args))
     process.start()
     sender.close()
     try:
@@ -238,27 +253,21 @@ def peak_mib(name: str, workload: Workload, batch: int) -> dict[str, float]:
         process.join()
 
 
-def _report(sender: Any, name: str, workload: Workload, batch: int, threads: int) -> None:
-    """Run in a process of its own, and send what it needed."""
+def _send_peak(sender: Any, threads: int, function: Callable[..., float], *args: Any) -> None:
+    """Call the function in this process and send its peak."""
     torch.set_num_threads(threads)
-    before = _run(name, workload, batch)
-    peak = _peak_rss_mib()
-    sender.send({"peak_rss_mib": round(peak, 1), "peak_step_mib": round(max(peak - before, 0.0), 1)})
+    before = function(*args)
+    peak = peak_rss_mib()
+    sender.send({"peak_rss_mib": peak, "peak_step_mib": round(max(peak - before, 0.0), 1)})
 
 
 def _run(name: str, workload: Workload, batch: int) -> float:
     """Take the steps; returns the peak so far, before the first."""
     runner, (images, labels) = Runner(name, workload), random_batch(workload, batch)
-    before = _peak_rss_mib()
+    before = peak_rss_mib()
     for _ in range(_STEPS):
         runner.step(images, labels)
     return before
-
-
-def _peak_rss_mib() -> float:
-    """Largest resident size of this process until now."""
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return size / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 _WARM_UP = 2  # steps before the clock
@@ -285,7 +294,11 @@ def bench(config: BenchConfig, console: Console | None = None) -> list[dict[str,
 
     Returns:
         The rows, also appended to `config.out`.
+
+    Raises:
+        ValueError: The device cannot be used here.
     """
+    _check_device(config.device)
     console = console or make_console()
     rows = []
     for workload, batch in config.settings():
@@ -299,6 +312,15 @@ def bench(config: BenchConfig, console: Console | None = None) -> list[dict[str,
         for path in draw_figures(config.out, config.figures):
             print_line(console, f"picture {path}")
     return rows
+
+
+def _check_device(device: str) -> None:
+    """Raise a ValueError where torch cannot put a tensor on the device."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device must be usable here, got {device!r} ({reason}); leave it at cpu") from error
 
 
 def _measure(config: BenchConfig, workload: Workload, batch: int, console: Console) -> list[dict[str, Any]]:
@@ -502,6 +524,76 @@ def measure_matrix(
         "product_s": product_s,
         "effective_over_product": ratio,
         "extra_over_matrix": round(_extra_bytes(effective) / (4 * m * n), 2),
+    }
+
+
+def measure_competition(
+    backbone: str = "vit_base_patch16_224", *, batch: int = 4, r: int = 8, sparsity: float = 0.7, rounds: int = 5
+) -> dict[str, Any]:
+    """Time both levels of the competition in a training step of SNELLA, in processor time.
+
+    Layer level: the importance, once a step, and the allocation of the budget, once an epoch. Weight level: selecting
+    the entries that survive, which is the time of all effective weights less that of the same with every entry kept;
+    a step does it once, and the backward pass reuses the thresholds.
+
+    Args:
+        backbone: A timm name.
+        batch: Images per step.
+        r: Rank.
+        sparsity: Of the update.
+        rounds: How often; medians are reported.
+
+    Returns:
+        A row: seconds of a step and of each part, and `competition_over_step`.
+    """
+    workload = Workload(backbone, r, sparsity)
+    images, labels = random_batch(workload, batch)
+    model = BASELINES["snella"](workload.base(), workload).train()
+    optimizer = create_snella_optimizer(model, lr=1e-4)
+    allocator = BudgetAllocator(model, total_epochs=100, steps_per_epoch=100)
+    layers = [module for module in model.modules() if isinstance(module, SnellaLayer)]
+    caps = [matrix.size for matrix in allocator.matrices]
+
+    def learn() -> None:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+    @torch.no_grad()
+    def merge(*, selects: bool) -> None:
+        for layer in layers:
+            update, weight = layer.get_update("default"), layer.get_base_layer().weight
+            if not selects:
+                every = tuple(rows * weight.shape[1] for rows in update.spec.row_counts)
+                update = update._replace(budgets=every)
+            compute_effective_weight(weight, [update._replace(thresholds=None)], weight.shape)
+
+    parts: dict[str, Callable[[], object]] = {
+        "learn_s": learn,
+        "importance_s": allocator.importance.update,
+        "allocate_s": lambda: allocate(allocator.importance.scores(), caps, allocator.target_budget),
+        "merge_s": lambda: merge(selects=False),
+        "merge_and_select_s": lambda: merge(selects=True),
+    }
+    times: dict[str, list[float]] = {name: [] for name in parts}
+    for turn in range(rounds + 1):  # the first one compiles
+        for name, part in parts.items():
+            start = time.process_time()
+            part()
+            times[name] += [time.process_time() - start] if turn else []
+    found = {name: round(statistics.median(values), 5) for name, values in times.items()}
+    select_s = found["merge_and_select_s"] - found["merge_s"]
+    step_s = found["learn_s"] + found["importance_s"]
+    return {
+        "benchmark": "competition",
+        **_described(workload, batch),
+        "rounds": rounds,
+        "clock": "process time",
+        **conditions("cpu"),
+        **found,
+        "select_s": round(select_s, 5),
+        "step_s": round(step_s, 5),
+        "competition_over_step": round((select_s + found["importance_s"]) / step_s, 4),
     }
 
 

@@ -118,6 +118,9 @@ def performance_section(rows: list[dict[str, Any]]) -> str:
     }
     if samplings:
         parts.append(_sampling_table(list(samplings.values())))
+    competitions = {(row["backbone"], row["batch"]): row for row in rows if row["benchmark"] == "competition"}
+    if competitions:
+        parts.append(_competition_table(list(competitions.values())))
     return "\n\n".join(parts)
 
 
@@ -232,6 +235,23 @@ def _sampling_table(rows: list[dict[str, Any]]) -> str:
         lines.append([f"{m}×{n}", f"{tokens:,}", *cells])
     title = f"**A weight's gradient at its kept entries alone ÷ the whole product** · {where}"
     return _markdown(title, ["matrix", "tokens", *(f"{density:.1%} kept" for density in densities)], lines)
+
+
+def _competition_table(rows: list[dict[str, Any]]) -> str:
+    """The competition's own time: a line for each backbone and batch."""
+    where = f"{rows[0]['device']}, {rows[0]['date'][:10]}, medians of {rows[0]['rounds']}, {rows[0]['clock']}"
+    head = ["", "whole step", "importance", "selection", "share of the step", "allocation, once an epoch"]
+    lines = [
+        [
+            f"{row['backbone']}, batch {row['batch']}",
+            f"{row['step_s']:.2f} s",
+            *(f"{row[name]:.3f} s" for name in ("importance_s", "select_s")),
+            f"{row['competition_over_step']:.1%}",
+            f"{row['allocate_s']:.3f} s",
+        ]
+        for row in rows
+    ]
+    return _markdown(f"**Competition alone** · {where}", head, lines)
 
 
 _COMMON = ("dtype", "r", "sparsity", "device")

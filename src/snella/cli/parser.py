@@ -22,7 +22,7 @@ from snella._deprecation import FORMER_OPTIONS, renamed
 from snella._text import nearest
 from snella.cli import experiment_commands  # noqa: F401 - all commands are in the table once it is imported
 from snella.cli.command import COMMANDS
-from snella.methods.defaults import shown_defaults
+from snella.methods.defaults import TRAIN_PRESETS, shown_defaults
 
 _BOOLEANS = ("true", "false", "yes", "no")
 _OF_ALL_COMMANDS = ("--config", "--print-config", "--help", "--version")
@@ -115,6 +115,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, bool, dict[str, Any]]:
         words = _with_present_options(options, words)
         _check_options(name, options, words)
         words = _with_checked_config(options, words)
+        words = _with_preset(name, words) if name == "train" else words
         words = _give_flags_values(options, words)
     try:
         values = build_parser().parse_args(words)
@@ -327,6 +328,23 @@ def _with_checked_config(options: Sequence[Option], words: Sequence[str]) -> lis
                 text = yaml.safe_dump(renamed(content, former, warns=False))
                 result[position + 1 - len(sign)] = f"--config={text}" if sign else text
     return result
+
+
+def _with_preset(command: str, words: Sequence[str]) -> list[str]:
+    """The words, with the values of `--preset` as a configuration file before all others."""
+    preset = None
+    for word, follower in zip(words, [*words[1:], ""], strict=True):
+        option, sign, value = word.partition("=")
+        value = value if sign else follower
+        if option == "--config":
+            path = Path(value).expanduser()
+            content = yaml.safe_load(path.read_text(encoding="utf-8") if path.is_file() else value)
+            preset = content.get("preset", preset) if isinstance(content, dict) else preset
+        elif option == "--preset":
+            preset = value
+    values = TRAIN_PRESETS.get(str(preset))
+    after = words.index(command) + 1
+    return [*words[:after], *([] if values is None else [f"--config={yaml.safe_dump(values)}"]), *words[after:]]
 
 
 def _config_error(path: str, known: Sequence[str]) -> str | None:

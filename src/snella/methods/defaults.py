@@ -25,6 +25,25 @@ SPARSE_DEFAULTS: dict[str, Any] = {
     "scaling": 10.0,
 }
 """`Method.defaults` of SNELLA and its variants."""
+_SCRIPTS: dict[str, Any] = {
+    "scaling": 1.0,
+    "lr": 1e-3,
+    "scalar_lr": 1e-3,
+    "head_lr": 1e-3,
+    "min_lr": 1e-5,
+    "max_grad_norm": 0.0,
+    "epochs": 100,
+    "augment": "none",
+    "head_init": "random",
+}
+TRAIN_PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {**_SCRIPTS, "method_options": {"preset": "paper"}},
+    "official": {**_SCRIPTS, "method_options": {"preset": "official"}},
+}
+"""Defaults of `TrainConfig` by its `preset`. The paper has no `scaling`, and prints no learning rates or epochs for
+classification; those are of its authors' released scripts for VTAB-1k."""
+PRESET_METHODS = ("snella", "snell")
+"""Methods that a preset is for."""
 SPARSE_RECIPES: dict[str, dict[str, Any]] = {
     # the rate is the paper's (section A.8 of arXiv 2510.24037), which has no scaling; this one keeps the update of 500
     # steps near the size of LoRA's, as measured for SNELLA on a block of the real width (docs/generation.md)

@@ -2,10 +2,11 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
@@ -13,7 +14,7 @@ from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_
 import yaml
 
 from snella._deprecation import FORMER_OPTIONS, accept_former_names
-from snella.methods.defaults import DEFAULT_METHOD
+from snella.methods.defaults import DEFAULT_METHOD, PRESET_METHODS, TRAIN_PRESETS
 
 SESSION_FIELDS = ("out", "resume", "overwrite", "workers", "shard", "progress")
 """Fields that may differ between the parts of a resumed run."""
@@ -234,7 +235,27 @@ def _read_class_weights(file: Path) -> dict[str, float]:
     return {str(name): float(value) for name, value in values.items()}
 
 
+def with_preset(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with those of their `preset` where they name none; method options are joined."""
+    preset = TRAIN_PRESETS.get(settings.get("preset") or "", {})
+    options = {**preset.get("method_options", {}), **(settings.get("method_options") or {})}
+    return {**preset, **settings, **({"method_options": options} if options else {})}
+
+
+def _accept_presets(cls: type[Any]) -> type[Any]:
+    """Class decorator: keyword arguments that are not given come from `preset`, then from the fields' defaults."""
+    original = cls.__init__
+
+    @functools.wraps(original)
+    def init(self: Any, **settings: Any) -> None:
+        original(self, **with_preset(settings))
+
+    cls.__init__ = init
+    return cls
+
+
 @accept_former_names(FORMER_OPTIONS)
+@_accept_presets
 @dataclass
 class TrainConfig(RunSettings):
     """Settings of one training run; None means the default of the method or of the model.
@@ -255,6 +276,8 @@ class TrainConfig(RunSettings):
             PEFT alone shira, supertuning, fourierft, randlora, vera, loha, lokr, boft, hra, delora, ln_tuning. A number
             at the end sets the rank (lora-8, adapter-8), the blocks (partial-1), the layers (mlp-3) or the tokens
             (vpt-deep-50). auto compares a few of them on a part of the training images first, by validation.
+        preset: Defaults of a published setting, for snella and snell: paper (scaling 1, 100 epochs, the learning rates
+            of its authors' scripts), or official (what their code does otherwise too); options that are given win.
         weights: Weight file for a backbone that is given by its architecture's name.
         pretrained: Load pre-trained weights; false starts from random ones, for tests.
         img_size: Input resolution in pixels; the model's own if not given.
@@ -373,6 +396,7 @@ class TrainConfig(RunSettings):
     out: str | None = None
     task: Literal["classification", "multilabel", "ordinal", "regression", "segmentation"] = "classification"
     method: str = DEFAULT_METHOD
+    preset: Literal["paper", "official"] | None = None
     weights: str | None = None
     pretrained: bool = True
     img_size: int | None = None
@@ -515,6 +539,9 @@ class TrainConfig(RunSettings):
 
     def method_errors(self) -> list[str]:
         """As for every method; where it is chosen, nothing of a single one can be set."""
+        if self.preset is not None and re.sub(r"-\d+$", "", self.method) not in PRESET_METHODS:
+            methods = " and ".join(PRESET_METHODS)
+            return [f"preset is for {methods}, got {self.preset!r} with method {self.method!r}; leave it out"]
         if self.method != AUTO_METHOD:
             return super().method_errors()
         names = (*_OPTION_FIELDS, "lr", "scalar_lr", "head_lr", "weight_decay", "method_options", "folds", "fold")

@@ -1,10 +1,13 @@
-"""Memory of a training step, predicted from two small forward passes."""
+"""Memory of a training step, predicted from two small forward passes, and the peak of this process."""
 
 import math
+import resource
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -182,6 +185,23 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, list | tuple):
         for inner in value:
             yield from _tensors(inner)
+
+
+_STATUS = Path("/proc/self/status")
+
+
+def peak_rss_mib() -> float:
+    """Peak resident memory of this process so far, in MiB.
+
+    `VmHWM` where the system has it. `ru_maxrss` on Linux begins at the peak of the process that started this one.
+    """
+    if _STATUS.is_file():
+        for line in _STATUS.read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            if name == "VmHWM":
+                return round(int(value.split()[0]) / 2**10, 1)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / 2 ** (20 if sys.platform == "darwin" else 10), 1)
 
 
 _FEW, _MORE = 2, 3

@@ -3,8 +3,6 @@
 import contextlib
 import math
 import platform
-import resource
-import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +23,7 @@ from snella.runs.images import PARTS, absolute_folder, contents_of, split_sizes,
 from snella.runs.protocol import get_protocol
 from snella.training.build import RunComponents, read_side
 from snella.training.distributed import process_count
-from snella.training.memory import predict_step_memory
+from snella.training.memory import peak_rss_mib, predict_step_memory
 from snella.training.sharding import saved_bytes
 from snella.tuner.matrices import AdaptedMatrix, adapted_matrices
 
@@ -140,12 +138,6 @@ def best_epoch(
 def folder_bytes(folder: Path) -> int:
     """Size of the weights in an adapter's folder."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
-def peak_rss_mib() -> float:
-    """Peak resident memory of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / 2 ** (20 if sys.platform == "darwin" else 10), 1)
 
 
 def log_summary(console: Console, config: TrainConfig, parts: RunComponents) -> None:

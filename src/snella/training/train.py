@@ -44,6 +44,7 @@ from snella.training.linear_probe import (
     normalize_features,
     start_head_from_probe,
 )
+from snella.training.memory import peak_rss_mib
 from snella.training.results import (
     best_epoch,
     describe_allocation,
@@ -51,7 +52,6 @@ from snella.training.results import (
     folder_bytes,
     log_summary,
     matrices_of,
-    peak_rss_mib,
     shorten_hint,
     sparsity_summary,
     trainable_parameters,
