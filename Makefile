@@ -23,7 +23,7 @@ STAGES = failed=; \
   finish() { echo; if [ -z "$$failed" ]; then echo "=== all stages passed"; else echo "=== failed:$$failed"; return 1; fi; }
 
 .DEFAULT_GOAL := help
-.PHONY: help install packages docs demo compare test test-oldest test-isa test-slow peft-contract faults bench lint format types clean
+.PHONY: help install packages docs demo compare test test-oldest test-isa test-slow peft-contract faults bench products lint format types clean
 
 help: ## print the verbs
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -93,6 +93,12 @@ faults: install ## kill, fill, flip and fuzz tiny trainings for some minutes, an
 bench: install ## step times (sixteen minutes on two cores) beside PEFT's LoRA and others; appends to benchmarks/results.jsonl
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/readme.py
+
+products: install ## other tools beside snella train, two folders, one minute each, from nothing; writes runs/products/ (Debian)
+	$(BIN)/python benchmarks/products/folders.py --packages runs/products/packages --out runs/products/folders --only emoji stamps
+	$(BIN)/python benchmarks/products/run.py --cache runs/products/cache --folders-root runs/products/folders \
+	  --out runs/products/rows.jsonl --folders emoji stamps --minutes 1
+	$(BIN)/python benchmarks/products/table.py runs/products/rows.jsonl --picture runs/products/accuracy.png
 
 lint: install ## style and formatting
 	$(BIN)/ruff check .

@@ -1,0 +1,69 @@
+"""Make the environments of the peers, one a tool, each beside this interpreter's packages, so that torch is there once.
+
+python benchmarks/products/environments.py --cache CACHE [fastai] [lightly]
+"""
+
+import argparse
+import subprocess
+import sys
+import sysconfig
+from importlib.metadata import version
+from pathlib import Path
+
+ENVIRONMENTS: dict[str, tuple[tuple[str, ...], ...]] = {
+    # without spacy, which fastai declares and images do not need
+    "fastai": (
+        ("--no-deps", "fastai==2.8.*", "fastdownload>=0.0.8,<2"),
+        ("fastcore", "fastprogress", "fasttransform", "plum-dispatch<2.10", "cloudpickle"),
+    ),
+}
+"""By environment, the arguments of one `pip install` after the other."""
+
+NOT_INSTALLED = {
+    "autogluon": "did not install within ten minutes (autogluon.multimodal 1.6.3, beside this torch)",
+    "lightly": "installs (lightly-train, beside this torch), but has no script here yet",
+    "tabpfn": "its weights come in no package: it downloads them from a hub",
+}
+"""Peers that are left out, and why."""
+
+_SHARED = ("torch", "torchvision")
+
+
+def interpreter(cache: Path, name: str) -> Path:
+    """The interpreter of an environment; `main` is this one."""
+    return Path(sys.executable) if name == "main" else cache / name / "bin" / "python"
+
+
+def make(cache: Path, name: str) -> None:
+    """Make one environment, unless it is there."""
+    if name == "main" or (cache / name / "done").exists():
+        return
+    subprocess.run([sys.executable, "-m", "venv", cache / name], check=True)
+    python = interpreter(cache, name)
+    inside = subprocess.run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+    Path(inside, "beside.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    constraints = cache / name / "constraints.txt"
+    constraints.write_text("".join(f"{package}=={version(package)}\n" for package in _SHARED))
+    for arguments in ENVIRONMENTS[name]:
+        subprocess.run([python, "-m", "pip", "install", "--quiet", "--constraint", constraints, *arguments], check=True)
+    (cache / name / "done").touch()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", default=list(ENVIRONMENTS), help=", ".join(ENVIRONMENTS))
+    parser.add_argument("--cache", type=Path, required=True)
+    args = parser.parse_args()
+    for name in args.names:
+        if name in NOT_INSTALLED:
+            raise SystemExit(f"names: {name!r} is left out: {NOT_INSTALLED[name]}")
+        make(args.cache, name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""fastai's `fine_tune` as its documentation has it: Resize, `aug_transforms`, an epoch of the head, one-cycle for all.
+
+Its default head, or (`--variant bn`) batch norm and one linear layer. Val is watched, train is learned from. Images are
+resized to twice the resolution before `aug_transforms`, as 460 to 224 in its book. An epoch's time is that of five steps.
+"""
+
+import copy
+from pathlib import Path
+
+import common
+import numpy as np
+from fastai.vision.all import (
+    CrossEntropyLossFlat,
+    ImageDataLoaders,
+    Learner,
+    Normalize,
+    Resize,
+    accuracy,
+    apply_init,
+    aug_transforms,
+    create_head,
+    params,
+    set_seed,
+)
+from torch import nn
+
+
+def fit(job: common.Job) -> common.Fitted:
+    """Fine-tune for the epochs that fit."""
+    mean, std = job.statistics()
+    batch_size = min(64, len(job.parts["train"]))
+    data = ImageDataLoaders.from_folder(
+        job.folder,
+        train="train",
+        valid="val",
+        vocab=job.classes,
+        item_tfms=Resize(2 * job.pixels),
+        batch_tfms=[*aug_transforms(size=job.pixels, min_scale=0.75), Normalize.from_stats(mean, std)],
+        bs=batch_size,
+        num_workers=0,
+    )
+    is_pooled = job.weights == "dinov2s"
+    body = job.backbone(0) if is_pooled else job.backbone(0, global_pool="")
+    width, count = body.num_features, len(job.classes)
+    if job.variant == "bn":
+        pool = [] if is_pooled else [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        head = nn.Sequential(*pool, nn.BatchNorm1d(width), nn.Linear(width, count))
+    else:
+        head = create_head(width, count, pool=not is_pooled, concat_pool=not is_pooled)
+    apply_init(head, nn.init.kaiming_normal_)
+    model = nn.Sequential(body, head)
+
+    trial, loss = copy.deepcopy(model).train(), CrossEntropyLossFlat()
+
+    def step(batch: tuple) -> None:
+        loss(trial(batch[0]), batch[1]).backward()
+
+    def look(batch: tuple) -> None:
+        trial(batch[0])
+
+    limit_s = 0.06 * job.minutes * 60
+    step_s = 1.05 * common.seconds_per_batch(lambda: data.train, step, limit_s)  # the optimizer takes the rest
+    trial.eval().requires_grad_(False)
+    look_s = common.seconds_per_batch(lambda: data.train, look, limit_s)
+    del trial
+    train, val = len(job.parts["train"]) // batch_size, -(-len(job.parts["val"]) // batch_size)
+    epochs = common.fitting_epochs(job, train * step_s + val * look_s, before_s=(train + val) * look_s)
+    set_seed(job.seed)
+    learner = Learner(
+        data, model, loss_func=loss, metrics=accuracy, splitter=lambda m: [params(m[0]), params(m[1])], path=job.cache
+    )
+    with learner.no_bar(), learner.no_logging():
+        learner.fine_tune(epochs)
+
+    def predict(paths: list[Path]) -> np.ndarray:
+        with learner.no_bar(), learner.no_logging():
+            return learner.get_preds(dl=data.test_dl(paths))[0].numpy()
+
+    return common.Fitted(predict, common.stored_size(model), {"epochs": epochs, "step_s": round(step_s, 3)})
+
+
+if __name__ == "__main__":
+    common.main("fastai", fit, ("fastai",), ("default", "bn"))

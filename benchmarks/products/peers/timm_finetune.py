@@ -1,0 +1,84 @@
+"""timm's fine-tuning recipe for a pre-trained model, from timm's own parts: what its `train.py` builds of these options.
+
+--opt adamw --lr 2e-4 --batch-size 64 --weight-decay 0.05 --layer-decay 0.75 --sched cosine --warmup-epochs 1
+--aa rand-m9-mstd0.5 --reprob 0.25 --smoothing 0.1 --drop-path 0.1; the epoch of the best accuracy on val is kept, as
+`train.py` keeps it. An epoch's time is that of five steps and of val.
+"""
+
+import copy
+from pathlib import Path
+
+import common
+import numpy as np
+import torch
+from timm.data import create_transform
+from timm.loss import LabelSmoothingCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+
+def fit(job: common.Job) -> common.Fitted:
+    """Train for the epochs that fit, and keep the best."""
+    mean, std = job.statistics()
+    size = (3, job.pixels, job.pixels)
+    learning = create_transform(
+        size, is_training=True, mean=mean, std=std, auto_augment="rand-m9-mstd0.5", re_prob=0.25, re_mode="pixel"
+    )
+    looking = create_transform(size, mean=mean, std=std)
+    batch_size = min(64, len(job.parts["train"]))
+    generator = torch.Generator().manual_seed(job.seed)
+    loader = DataLoader(
+        common.Files(job.parts["train"], learning), batch_size, shuffle=True, drop_last=True, generator=generator
+    )
+    paths, labels = zip(*job.parts["val"], strict=True)
+    model = job.backbone(len(job.classes), drop_path_rate=0.1)
+    loss = LabelSmoothingCrossEntropy(0.1)
+
+    def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+        return create_optimizer_v2(model, opt="adamw", lr=2e-4, weight_decay=0.05, layer_decay=0.75)
+
+    def learn(model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor]) -> None:
+        optimizer.zero_grad()
+        loss(model(batch[0]), batch[1]).backward()
+        optimizer.step()
+
+    trial = copy.deepcopy(model).train()
+    optimizer = optimizer_of(trial)
+    limit_s = 0.06 * job.minutes * 60
+    step_s = common.seconds_per_batch(lambda: loader, lambda batch: learn(trial, optimizer, batch), limit_s)
+    trial.eval().requires_grad_(False)
+    seen = DataLoader(common.Files(job.parts["val"], looking), batch_size)
+    look_s = common.seconds_per_batch(lambda: seen, lambda batch: trial(batch[0]), limit_s)
+    del trial
+    epochs = common.fitting_epochs(job, len(loader) * step_s + len(seen) * look_s)
+
+    generator.manual_seed(job.seed)
+    torch.manual_seed(job.seed)
+    optimizer = optimizer_of(model)
+    schedule, _ = create_scheduler_v2(
+        optimizer, sched="cosine", num_epochs=epochs, warmup_epochs=min(1, epochs - 1), warmup_lr=1e-6, min_lr=0,
+        step_on_epochs=False, updates_per_epoch=len(loader),
+    )  # fmt: skip
+    best, kept, updates = -1.0, model.state_dict(), 0
+    for _ in range(epochs):
+        model.train()
+        for batch in loader:
+            schedule.step_update(updates)
+            learn(model, optimizer, batch)
+            updates += 1
+        right = common.outputs(model, list(paths), looking).argmax(1) == torch.tensor(labels)
+        if right.float().mean() > best:
+            best, kept = float(right.float().mean()), copy.deepcopy(model.state_dict())
+    model.load_state_dict(kept)
+
+    def predict(paths: list[Path]) -> np.ndarray:
+        return common.outputs(model, paths, looking).softmax(1).numpy()
+
+    details = {"epochs": epochs, "step_s": round(step_s, 3), "val_accuracy": best}
+    return common.Fitted(predict, common.stored_size(model), details)
+
+
+if __name__ == "__main__":
+    common.main("timm", fit, ("timm",), ("default",))

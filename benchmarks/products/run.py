@@ -1,0 +1,92 @@
+"""Run products on folders with budgets and seeds, one after another, and append a row each to a JSON-lines file.
+
+python benchmarks/products/run.py --cache CACHE --folders-root ROOT --out rows.jsonl
+    [--products snella fastai ...] [--folders clipart ...] [--minutes 1 3 10] [--seeds 0 1 2] [--pixels 70]
+
+Runs that the file holds already are not repeated. The default folders are those of development.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from itertools import product as combinations
+from pathlib import Path
+
+from environments import interpreter, make
+from folders import DEVELOPMENT, HELD_OUT
+
+PRODUCTS: dict[str, tuple[str, str, str]] = {
+    "snella": ("main", "snella_train.py", "default"),
+    "snella-fixed-epochs": ("main", "snella_train.py", "fixed-epochs"),
+    "snella-lora-8": ("main", "snella_train.py", "lora-8"),
+    "snella-dora-8": ("main", "snella_train.py", "dora-8"),
+    "fastai": ("fastai", "fastai_finetune.py", "default"),
+    "fastai-bn": ("fastai", "fastai_finetune.py", "bn"),
+    "transformers": ("main", "transformers_trainer.py", "default"),
+    "timm": ("main", "timm_finetune.py", "default"),
+    "sklearn": ("main", "frozen_features.py", "logistic"),
+    "sklearn-knn": ("main", "frozen_features.py", "knn"),
+}
+"""Environment, script and variant of each product."""
+
+_HERE = Path(__file__).resolve().parent
+_KEYS = ("product", "folder", "minutes", "pixels", "seed", "weights")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache", type=Path, required=True, help="environments and weights; made where absent")
+    parser.add_argument("--folders-root", type=Path, required=True, help="what folders.py wrote")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--products", nargs="+", choices=list(PRODUCTS), default=list(PRODUCTS))
+    parser.add_argument("--folders", nargs="+", choices=[*DEVELOPMENT, *HELD_OUT], default=list(DEVELOPMENT))
+    parser.add_argument("--minutes", nargs="+", type=float, default=[1.0, 3.0, 10.0])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--pixels", type=int, default=70)
+    parser.add_argument("--weights", default="dinov2s")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    subprocess.run([sys.executable, _HERE / "weights.py", "--cache", args.cache / "weights"], check=True)
+    for name in args.products:
+        make(args.cache / "environments", PRODUCTS[name][0])
+    done = {tuple(row[key] for key in _KEYS) for row in read_rows(args.out)}
+    failed = []
+    for seed, minutes, folder, name in combinations(args.seeds, args.minutes, args.folders, args.products):
+        if (name, folder, minutes, args.pixels, seed, args.weights) in done:
+            continue
+        environment, script, variant = PRODUCTS[name]
+        with tempfile.TemporaryDirectory() as place:
+            row = Path(place) / "row.json"
+            values = {
+                "--folder": args.folders_root / folder, "--minutes": minutes, "--pixels": args.pixels, "--seed": seed,
+                "--weights": args.weights, "--threads": args.threads, "--cache": args.cache / "weights",
+                "--variant": variant, "--out": row,
+            }  # fmt: skip
+            words = [str(word) for pair in values.items() for word in pair]
+            python = interpreter(args.cache / "environments", environment)
+            status = subprocess.run([python, _HERE / "peers" / script, *words]).returncode
+            if status or not row.exists():
+                failed.append(f"{name} on {folder}, {minutes:g} min, seed {seed}: status {status}")
+                print("failed:", failed[-1], flush=True)
+                continue
+            text = row.read_text()
+            with args.out.open("a") as rows:
+                rows.write(text)
+            found = json.loads(text)
+            print(
+                f"{name} {folder} {minutes:g} min seed {seed}: {100 * found['accuracy']:.1f} in {found['seconds']:.0f} s",
+                flush=True,
+            )
+    if failed:
+        raise SystemExit(f"{len(failed)} runs failed: " + "; ".join(failed))
+
+
+def read_rows(file: Path) -> list[dict]:
+    """The rows of a file, none if there is no file."""
+    return [json.loads(line) for line in file.read_text().splitlines() if line.strip()] if file.exists() else []
+
+
+if __name__ == "__main__":
+    main()

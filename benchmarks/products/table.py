@@ -1,0 +1,110 @@
+"""The table and the picture of the rows: mean rank and mean difference to `snella train` over folders.
+
+python benchmarks/products/table.py rows.jsonl [--picture accuracy.png]
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import rankdata, t
+
+REFERENCE = "snella"
+Means = dict[str, dict[str, float]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("--picture", type=Path)
+    args = parser.parse_args()
+    rows = [json.loads(line) for line in args.rows.read_text().splitlines() if line.strip()]
+    for minutes in sorted({row["minutes"] for row in rows}):
+        print(f"\n{minutes:g} minutes\n\n{markdown([row for row in rows if row['minutes'] == minutes])}")
+    if args.picture:
+        draw(rows, args.picture)
+
+
+def means(rows: list[dict], score: str = "accuracy") -> Means:
+    """By product and folder, the mean of a score over seeds, on the folders that all products have rows of."""
+    values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        values[row["product"]][row["folder"]].append(row[score])
+    common = set.intersection(*(set(folders) for folders in values.values()))
+    return {name: {f: float(np.mean(found[f])) for f in sorted(common)} for name, found in values.items()}
+
+
+def mean_ranks(accuracies: Means) -> dict[str, float]:
+    """The mean over folders of a product's rank, 1 for the highest accuracy; equal ones share their mean rank."""
+    names = list(accuracies)
+    table = np.array([list(accuracies[name].values()) for name in names])  # [products, folders]
+    ranks = np.stack([rankdata(-column) for column in table.T], axis=1)
+    return dict(zip(names, ranks.mean(1).tolist(), strict=True))
+
+
+def difference(accuracies: Means, name: str, reference: str = REFERENCE) -> tuple[float, float]:
+    """Mean difference over folders to the reference and the half width of its 95 % interval of Student's t."""
+    gaps = [value - accuracies[reference][folder] for folder, value in accuracies[name].items()]
+    if len(gaps) < 2:
+        return float(np.mean(gaps)), float("nan")
+    half = t.ppf(0.975, len(gaps) - 1) * np.std(gaps, ddof=1) / np.sqrt(len(gaps))
+    return float(np.mean(gaps)), float(half)
+
+
+def markdown(rows: list[dict]) -> str:
+    """The table of one budget, by mean rank."""
+    accuracies = means(rows)
+    ranks = mean_ranks(accuracies)
+    folders = list(next(iter(accuracies.values())))
+    if not folders:
+        return "no folder has rows of all products"
+    others = {
+        score: means(rows, score)
+        for score in ("balanced_accuracy", "nll", "ece", "seconds", "peak_mib", "stored_bytes")
+    }
+    lines = [
+        f"| product | mean rank | accuracy, {len(folders)} folders | minus {REFERENCE} | balanced | NLL | ECE | seconds | MiB | stored MB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in sorted(ranks, key=ranks.__getitem__):
+
+        def mean(score: str, name: str = name) -> float:
+            return float(np.mean(list(others[score][name].values())))
+
+        gap = "–"
+        if name != REFERENCE and REFERENCE in accuracies:
+            value, half = difference(accuracies, name)
+            gap = f"{100 * value:+.1f} ± {100 * half:.1f}"
+        lines.append(
+            f"| {name} | {ranks[name]:.2f} | {100 * np.mean(list(accuracies[name].values())):.1f} | {gap} "
+            f"| {100 * mean('balanced_accuracy'):.1f} | {mean('nll'):.3f} | {mean('ece'):.3f} | {mean('seconds'):.0f} "
+            f"| {mean('peak_mib'):.0f} | {mean('stored_bytes') / 1e6:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(rows: list[dict], file: Path) -> None:
+    """Mean accuracy over the minutes that runs took, a curve a product, on a logarithmic axis."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for name in dict.fromkeys(row["product"] for row in rows):
+        points = []
+        for minutes in sorted({row["minutes"] for row in rows if row["product"] == name}):
+            same = [row for row in rows if row["minutes"] == minutes]
+            accuracy, seconds = means(same)[name].values(), means(same, "seconds")[name].values()
+            if accuracy:
+                points.append((np.mean(list(seconds)) / 60, 100 * np.mean(list(accuracy))))
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", label=name, linewidth=2.5 if name == REFERENCE else 1.2)
+    axes.set(xscale="log", xlabel="minutes", ylabel="test accuracy (%)")
+    axes.legend(fontsize="small")
+    axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=150)
+
+
+if __name__ == "__main__":
+    main()
