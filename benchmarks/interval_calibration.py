@@ -1,6 +1,6 @@
 """How often a true zero is called clear: Student's t over tasks with Holm's correction, beside what was used before.
 
-python benchmarks/interval_calibration.py              append a row to interval_calibration.jsonl: four minutes on a core
+python benchmarks/interval_calibration.py              append rows to interval_calibration.jsonl: four minutes, a core
 python benchmarks/interval_calibration.py --count 500  fewer simulations
 """
 
@@ -105,7 +105,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=COUNT)
     options = parser.parse_args()
+    measured_with = conditions("cpu")
     found = measure(options.count)
     if options.count == COUNT:
-        append_rows(ROWS, [{"benchmark": "interval_calibration", **row, **conditions("cpu")} for row in found])
+        append_rows(ROWS, [{"benchmark": "interval_calibration", **row, **measured_with} for row in found])
     print(table(found))

@@ -28,10 +28,10 @@ from snella.comparison.summary import (
     interval_text,
     outcome_text,
     recommendation_text,
+    significance_texts,
     spread_text,
     summarize,
     table_cells,
-    significance_texts,
 )
 from snella.records import CellRow, SearchChoice
 from snella.report.style import inline_svg, shortened, write_atomically
@@ -199,9 +199,9 @@ def markdown_tables(experiment: Experiment, rows: Rows) -> str:
     parts.append(f"{caption(summary)[0].upper()}{caption(summary)[1:]}. {done}. {_provenance(experiment, rows)}")
     orderings = paper_orderings(experiment, rows)
     if orderings:
-        first, rule = _markdown_line(list(ORDERING_HEADINGS)), "| --- | --- | ---: | ---: | ---: |"
+        first = _markdown_line(list(ORDERING_HEADINGS)) + "\n| --- | --- | ---: | ---: | ---: |"
         claims = [_markdown_line(list(result.texts)) for result in orderings]
-        parts.append("**Orderings of the paper**\n\n" + "\n".join([first, rule, *claims]))
+        parts.append("**Orderings of the paper**\n\n" + "\n".join([first, *claims]))
     warning = get_protocol(experiment.settings.get("protocol", "standard")).warning
     parts += [f"Official protocol: {warning}"] if warning else []
     if summary.failed:

@@ -363,7 +363,7 @@ def print_summary(console: Console, experiment: Experiment, rows: Rows) -> None:
 
 
 def table_cells(summary: Summary, metric: str, *, with_costs: bool) -> list[list[str]]:
-    """The table as text, its first line the headings: tasks, means, the difference to the reference and its tests, costs."""
+    """The table as text, its first line the headings: tasks, means, the difference to the reference, tests, costs."""
     texts = [cost_texts(method.costs) for method in summary.methods]
     names = ("trainable", "changed", "file", "step", "memory", "forgetting") if with_costs else ()
     costs = [name for name in names if any(line[name] != "–" for line in texts)]
