@@ -203,9 +203,9 @@ def decided_text(summary: Summary) -> str:
         else f"No difference is decided, the smallest p is {p_text(min(d.adjusted_p for d in found.values()))}."
     )
     return (
-        f"Intervals: Student's t, 95 %, over {len(summary.tasks)} tasks, each with its mean over seeds. p: the same test "
-        f"with Holm's correction over the {len(found)} comparisons. above: tasks above {summary.reference}, and the p of "
-        f"the sign test. {outcome}"
+        f"Intervals: Student's t, 95 %, over {len(summary.tasks)} tasks, each with its mean over seeds. p: the same "
+        f"test with Holm's correction over the {len(found)} comparisons. above: tasks above {summary.reference}, and "
+        f"the p of the sign test. {outcome}"
     )
 
 
