@@ -55,7 +55,7 @@ def test_every_ordering_is_of_two_methods_of_its_file(experiments):
         claims = experiment.published.get("orderings", [])
         assert {label for claim in claims for label in (claim["higher"], claim["lower"])} <= labels, name
         assert claims or "official" in name, name
-    assert [len(twin.methods) for twin in twins.values()] == [6, 6, 3, 6, 6, 4, 7, 4, 3]
+    assert [len(twin.methods) for twin in twins.values()] == [12, 12, 6, 12, 12, 8, 7, 4, 3]
 
 
 def test_the_papers_scaling_stands_beside_ours(experiments):
@@ -189,28 +189,33 @@ def test_our_numbers_stand_beside_the_papers(experiments):
     assert PaperComparison("lora-8", "dmlab", 49.8, None).texts == ("lora-8", "dmlab", "49.8", "–", "–")
 
 
-def test_orderings_are_judged_by_intervals_of_paired_differences(experiments):
+def test_orderings_are_judged_by_corrected_tests_of_paired_differences(experiments):
     claims = [
         {"higher": "cubic", "lower": "linear"},
         {"higher": "constant", "lower": "linear"},
         {"higher": "quadratic", "lower": "linear"},
-        {"higher": "cubic", "lower": "linear", "task": "sun397", "metric": "step_time"},
+        {"higher": "cubic", "lower": "linear", "metric": "step_time"},
         {"higher": "cubic", "lower": "elsewhere"},
     ]
-    experiment = changed(experiments["table12"], published={"source": "Table XII", "orderings": claims})
-    accuracies = {"linear": (0.50, 0.60), "cubic": (0.52, 0.63), "constant": (0.49, 0.57), "quadratic": (0.51, 0.59)}
+    data = experiments["table9"].as_dict()["data"][5:10]
+    claims[3]["task"] = data[0]["name"]
+    published = {"source": "Table XII", "orderings": claims}
+    experiment = changed(experiments["table12"], data=data, published=published)
+    tasks = [entry.name for entry in experiment.data]
+    leads = {"linear": 0.0, "cubic": 0.02, "constant": -0.02, "quadratic": 0.0}
     rows = [
-        row(method, task, value + seed / 100, seed, step_time=0.1 * value)
-        for method, values in accuracies.items()
-        for task, value in zip(("sun397", "clevr_count"), values, strict=True)
+        row(method, task, 0.5 + lead * (1 + place / 10) + seed / 100, seed, step_time=1 + lead)
+        for method, lead in leads.items()
+        for place, task in enumerate(tasks)
         for seed in range(3)
     ]
     found = paper_orderings(experiment, rows)
-    assert [result.verdict for result in found] == ["holds", "contradicted", "not decided", "holds"]
-    assert found[0].difference.mean == pytest.approx(0.025) and found[0].difference.pairs == 6
-    assert found[0].texts == ("cubic above linear", "holds", "+2.5 [+2.0, +3.0], 6 pairs")
-    assert found[3].claim == "cubic above linear on sun397 in step time"
-    assert found[3].difference.mean == pytest.approx(0.002)
+    assert [result.verdict for result in found] == ["holds", "contradicted", "not decided", "not decided"]
+    assert found[0].difference.mean == pytest.approx(0.024) and found[0].difference.pairs == 15
+    assert found[0].difference.comparisons == 4
+    assert found[0].texts == ("cubic above linear", "holds", "+2.4 [+2.0, +2.8], 15 pairs", "< 0.001", "5 of 5 (0.062)")
+    assert found[3].claim == f"cubic above linear on {tasks[0]} in step time" and found[3].difference.units == 3
+    assert found[3].difference.mean == pytest.approx(0.02)
     assert [result.verdict for result in paper_orderings(experiment, [])] == ["not run"] * 4
     output = io.StringIO()
     print_paper_orderings(Console(file=output, width=120), experiment, rows)

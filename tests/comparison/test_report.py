@@ -25,7 +25,10 @@ def test_the_page_has_its_sections_and_pictures_and_asks_the_network_for_nothing
 
 
 def test_the_page_states_how_its_numbers_came_about(page):
-    for text in ("up to 18 pairs", "10,000 resamples", "360 tuning runs without test images", "minus lora-8"):
+    tested = (
+        "Student&#39;s t 95% interval over tasks, each with its mean over seeds; p with Holm&#39;s correction over 11 "
+    )
+    for text in (tested, "5 tasks (seeds of a single task)", "360 tuning runs without test images", "minus lora-8"):
         assert text in page, text
     assert "natural (fashion, stamps)" in page and "snella compare --experiment large" in page
 
@@ -38,7 +41,7 @@ def test_the_outcome_is_said_in_a_sentence(large, page):
     assert "linear" in outcome.partition("are clearly below lora-8")[0].rpartition(" and ")[2]
 
 
-def test_an_outcome_that_is_not_certain_says_so(tiny, make_row):
+def test_two_seeds_decide_nothing_and_their_interval_is_wider_than_their_differences(tiny, make_row):
     experiment = tiny(methods=["lora-2", "bias"], seeds=2)
     rows = [
         make_row(experiment, "digits", method, seed, test_accuracy=accuracy)
@@ -47,13 +50,44 @@ def test_an_outcome_that_is_not_certain_says_so(tiny, make_row):
     ]
     assert outcome_text(summarize(experiment, rows)) == (
         "bias has the highest test accuracy, 79.0 %: 4.0 points above lora-2 (95% interval "
-        "\u22122.0 to +10.0, not significant)."
+        "\u221272.2 to +80.2; not decided, 2 seeds of at least 5)."
     )
     text = outcome_text(summarize(experiment, rows[:2]))
     assert text == "lora-2 has the highest test accuracy, 75.0 %."
     assert outcome_text(summarize(experiment, [])) == ""
     assert recommendation_text(summarize(experiment, rows[:2])).endswith(" Without a result so far: bias.")
     assert "Without" not in recommendation_text(summarize(experiment, rows))
+
+
+@pytest.mark.parametrize(("seeds", "word"), [(2, "decided, 2 seeds"), (5, "clearly below")])
+def test_a_method_far_below_is_called_so_from_five_seeds_on(tiny, make_row, seeds, word):
+    experiment = tiny(methods=["lora-2", "bias", "linear"], seeds=seeds)
+    rows = [
+        make_row(experiment, "digits", method, seed, test_accuracy=mean + seed / 1000 * (1 + mean))
+        for method, mean in (("lora-2", 0.8), ("bias", 0.85), ("linear", 0.4))
+        for seed in range(seeds)
+    ]
+    text = outcome_text(summarize(experiment, rows))
+    assert word in text and ("clearly" in text) == (seeds == 5)
+    assert ("nothing is decided with fewer than 5" in markdown_tables(experiment, rows)) == (seeds == 2)
+
+
+def test_a_lead_that_is_not_decided_says_its_p_value(large, make_row):
+    experiment, rows = large
+    values = iter([0.1, 0.02, 0.01, 0.0, 0.03, 0.01])
+    shift = {entry.name: next(values) for entry in experiment.data}
+    smaller = Experiment.from_dict({**experiment.as_dict(), "methods": ["lora-8", "full"]})
+    rows = [
+        make_row(experiment, task, method, seed, test_accuracy=0.8 + (method == "full") * shift[task])
+        for task in shift
+        for method in ("lora-8", "full")
+        for seed in range(3)
+    ]
+    text = outcome_text(summarize(smaller, rows))
+    assert text.endswith(
+        "82.8 % in the mean over 6 tasks: 2.8 points above lora-8 (95% interval \u22121.0 to +6.7; not decided, p 0.12 "
+        "with Holm's correction)."
+    )
 
 
 def test_methods_that_are_equally_good_are_all_named(tiny, make_row):
@@ -135,7 +169,7 @@ def test_a_difference_over_some_of_the_tasks_says_so(large, tmp_path):
     experiment, rows = large
     rows = [row for row in rows if row.experiment_name != "full" or row.task_name in ("fashion", "elpv")]
     text = write_page(tmp_path, experiment, rows).read_text()
-    assert re.search(r'<th scope="row">full</th>.*\] \(2 of 6 tasks\)</td>', text)
+    assert re.search(r'<th scope="row">full</th>.*\] \(2 of 6 tasks\)<span .*>p [\d.]+ · 2 of 2 \(0.50\)', text)
     assert text.count("(2 of 6 tasks)") >= 3  # both tables and the picture
 
 

@@ -2,12 +2,22 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from snella.comparison.experiment import Experiment
 from snella.comparison.figures import forest, learning_rate_curves, lr_curve, pareto, pareto_front
-from snella.comparison.statistics import Difference, average, difference, mean_over_groups, mean_over_tasks, spread
-from snella.comparison.summary import cost_texts, difference_text, spread_text, summarize
+from snella.comparison.statistics import (
+    Difference,
+    average,
+    difference,
+    difference_of,
+    mean_over_groups,
+    mean_over_tasks,
+    spread,
+    with_holm,
+)
+from snella.comparison.summary import cost_texts, difference_text, p_text, significance_texts, spread_text, summarize
 from snella.records import CellResults, CellRow
 
 VALUES = {
@@ -21,6 +31,7 @@ VALUES = {
 
 
 M = "test_accuracy"
+SIMULATIONS = 2000
 
 
 def row(method, task, seed, accuracy=None, **results):
@@ -63,30 +74,79 @@ def test_differences_are_taken_in_pairs(rows):
     found = difference(rows, "b", "a", ["t1", "t2", "t3"], M)
     assert (found.pairs, found.tasks) == (6, 3)
     assert found.mean == pytest.approx((-0.05 - 0.1 - 0.05) / 3)
-    assert -0.1 <= found.low < found.mean < found.high <= 0.0
+    # t(0.975, 2) = 4.3027 standard errors of -0.05, -0.1, -0.05
+    assert (found.low, found.high) == pytest.approx((-0.13838, 0.00504), abs=1e-5)
     unpaired = [row for row in rows if (row.experiment_name, row.seed) != ("a", 0)]
     single = difference(unpaired, "b", "a", ["t1"], M)
     assert (single.mean, single.pairs) == (0.0, 1) and math.isnan(single.low) and difference_text(single, 1) == "0.0"
     assert difference(rows, "c", "a", ["t1"], M) is None
 
 
-def test_the_interval_of_one_task_is_that_of_its_seeds():
+def test_the_interval_of_one_task_is_students_over_its_seeds():
     values = [0.01, 0.02, 0.03, 0.04]
     rows = [row("b", "t", i, v) for i, v in enumerate(values)]
     rows += [row("a", "t", i, 0.0) for i in range(4)]
     found = difference(rows, "b", "a", ["t"], M)
-    # 2.5 % and 97.5 % of the mean of four draws from these four: 1.5 and 3.5 hundredths
-    assert (found.low, found.high) == pytest.approx((0.015, 0.035), abs=1e-9)
-    assert found == difference(rows, "b", "a", ["t"], M)
+    half = 3.182446 * 0.0129099 / 2  # t(0.975, 3), deviation, root of the count
+    assert (found.low, found.high) == pytest.approx((0.025 - half, 0.025 + half), abs=1e-6)
+    assert found.p == pytest.approx(0.03047, abs=1e-5) and found.units == 4
 
 
-def test_the_interval_over_tasks_holds_the_spread_between_tasks():
-    rows = []
-    for task, value in (("t1", -0.1), ("t2", 0.1), ("t3", 0.12)):
-        rows += [row("b", task, s, value) for s in range(3)]
-        rows += [row("a", task, s, 0.0) for s in range(3)]
-    found = difference(rows, "b", "a", ["t1", "t2", "t3"], M)
-    assert (found.low, found.high) == pytest.approx((-0.1, 0.12))
+def test_the_interval_over_tasks_takes_each_tasks_mean_over_seeds():
+    pairs = [[-0.2, 0.0], [0.1, 0.1, 0.1], [0.12]]
+    found, means = difference_of(pairs), difference_of([[-0.1], [0.1], [0.12]])
+    assert (found.low, found.high, found.p) == (means.low, means.high, means.p)
+    assert (found.pairs, found.units) == (6, 3) and found.low < -0.1 and found.high > 0.12
+
+
+def test_equal_differences_have_an_interval_without_width():
+    with_effect, without = difference_of([[0.1] * 6]), difference_of([[0.0] * 6])
+    assert (with_effect.low, with_effect.high, with_effect.p) == (with_effect.mean, with_effect.mean, 0.0)
+    assert (without.low, without.high, without.p, without.sign_p) == (0.0, 0.0, 1.0, 1.0)
+
+
+def test_holms_correction_multiplies_by_the_comparisons_that_are_left():
+    ps = {"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.6, "e": math.nan}
+    found = with_holm({key: Difference(0.1, 0.0, 0.2, 6, 6, p) for key, p in ps.items()} | {"f": None})
+    assert [found[key].adjusted_p for key in "abcd"] == pytest.approx([0.04, 0.09, 0.09, 0.6])
+    assert found["a"].comparisons == 4 and math.isnan(found["e"].adjusted_p) and found["f"] is None
+    assert list(found) == [*"abcdef"] and [found[key].direction for key in "abe"] == [1, 0, 0]
+
+
+@pytest.mark.parametrize(("units", "decided"), [(2, 0), (4, 0), (5, 1), (6, 1)])
+def test_nothing_is_decided_with_fewer_than_five_tasks_or_seeds(units, decided):
+    values = [0.1 + 1e-4 * number for number in range(units)]
+    for pairs in ([values], [[value] for value in values]):
+        found = with_holm({0: difference_of(pairs)})[0]
+        assert found.adjusted_p < 0.05 and found.direction == decided
+        mirrored = with_holm({0: difference_of([[-value for value in one] for one in pairs])})[0]
+        assert mirrored.direction == -decided
+
+
+def test_the_sign_test_counts_tasks_above_and_leaves_ties_out():
+    found = with_holm({0: difference_of([[v] for v in (0.1, 0.2, 0.1, 0.3, 0.2, 0.0)])})[0]
+    assert (found.above, found.below, found.sign_p) == (5, 0, pytest.approx(2 / 2**5))
+    assert significance_texts(found) == ("0.017", "5 of 6 (0.062)") and significance_texts(None) == ("–", "–")
+    assert [p_text(value) for value in (1.0, 0.0996, 0.051, 0.0009, math.nan)] == [
+        "1.00",
+        "0.10",
+        "0.051",
+        "< 0.001",
+        "–",
+    ]
+
+
+@pytest.mark.parametrize("comparisons", [1, 12])
+def test_a_true_zero_is_called_clear_in_five_percent_of_simulated_comparisons(comparisons):
+    """A short form of benchmarks/interval_calibration.py."""
+    generator = np.random.default_rng(0)
+    wrong = 0
+    for _ in range(SIMULATIONS):
+        effects = generator.normal(0, 0.02, (comparisons, 6, 1))
+        values = effects + generator.normal(0, 0.02, (comparisons, 6, 3))
+        found = with_holm({number: difference_of(pairs.tolist()) for number, pairs in enumerate(values)})
+        wrong += any(one.direction for one in found.values())
+    assert 0.04 <= wrong / SIMULATIONS <= 0.06
 
 
 def test_a_mean_of_costs_counts_every_task_alike():
@@ -112,7 +172,7 @@ def test_the_summary_is_the_table(large):
     by_name = {line.name: line for line in summary.methods}
     assert by_name["lora-8"].failed == 6 and by_name["lora-8"].to_reference["test_accuracy"] is None
     found = by_name["snella-8"].to_reference["test_accuracy"]
-    assert (found.pairs, found.tasks) == (18, 6) and found.low > 0
+    assert (found.pairs, found.tasks, found.comparisons) == (18, 6, 11) and found.direction == 1
     assert by_name["full"].over_tasks["test_accuracy"].mean > by_name["linear"].over_tasks["test_accuracy"].mean
 
 

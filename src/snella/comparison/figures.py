@@ -174,9 +174,7 @@ def forest(summary: Summary, with_tasks: bool, width: int = 640) -> Figure | Non
     for place, (_, value, is_whole) in enumerate(lines):
         if value is None:
             continue
-        is_clear = value.low > 0 or value.high < 0
-        color = ACCENT if is_whole and is_clear and value.low > 0 else WARM if is_whole and is_clear else MUTED
-        color = INK if is_whole and not is_clear else color
+        color = (INK, ACCENT, WARM)[value.direction] if is_whole else MUTED
         axes.plot([value.low, value.high], [place, place], color=color, linewidth=2.4 if is_whole else 1.2)
         axes.plot(value.mean, place, color=color, marker="D" if is_whole else "o", markersize=7 if is_whole else 4)
     axes.axvline(0, color=MUTED, linewidth=1.2)

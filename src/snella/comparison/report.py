@@ -18,15 +18,17 @@ from snella._files import write_text
 from snella._text import count_text, plain_text, seconds_text
 from snella.comparison import figures
 from snella.comparison.experiment import MEASURES, OVER_GROUPS, OVER_TASKS, Experiment
-from snella.comparison.statistics import LEVEL, RESAMPLES, Difference, Rows, difference, final_rows
+from snella.comparison.statistics import LEVEL, MIN_UNITS, Difference, Rows, difference, final_rows, with_holm
 from snella.comparison.summary import (
     MethodSummary,
     Summary,
     caption,
     cost_texts,
     difference_text,
+    interval_text,
     outcome_text,
     recommendation_text,
+    significance_texts,
     spread_text,
     summarize,
     table_cells,
@@ -90,9 +92,9 @@ class OrderingResult:
 
     Attributes:
         claim: Human-readable, such as `cubic above linear`.
-        verdict: `holds` or `contradicted` where the whole interval lies on one side of zero, else `not decided`, or
-            `not run`.
-        difference: Of the one that is to be higher to the other, in pairs of the same task and seed; None without.
+        verdict: `holds` or `contradicted` where the difference is decided, else `not decided`, or `not run`.
+        difference: Of the one that is to be higher to the other, in pairs of the same task and seed, with Holm's
+            correction over the claims; None without.
         is_share: Whether the difference is one of shares (accuracy).
     """
 
@@ -102,24 +104,27 @@ class OrderingResult:
     is_share: bool
 
     @property
-    def texts(self) -> tuple[str, str, str]:
-        """Claim, verdict, and difference with its interval, human-readable."""
+    def texts(self) -> tuple[str, str, str, str, str]:
+        """Claim, verdict, difference with its interval, and its tests, human-readable."""
         found = self.difference
         if found is None:
-            return self.claim, self.verdict, "–"
+            return self.claim, self.verdict, "–", "–", "–"
         if self.is_share:
             text = difference_text(found, found.tasks)
         else:
             ends = "" if math.isnan(found.low) else f" [{found.low:+.4g}, {found.high:+.4g}]"
             text = f"{found.mean:+.4g}{ends}"
-        return self.claim, self.verdict, f"{text}, {counted(found.pairs, 'pair')}"
+        return self.claim, self.verdict, f"{text}, {counted(found.pairs, 'pair')}", *significance_texts(found)
+
+
+ORDERING_HEADINGS = ("the paper's claim", "here", f"difference, {LEVEL:.0%} interval", "p", "above")
 
 
 def paper_orderings(experiment: Experiment, rows: Rows) -> list[OrderingResult]:
     """Which of the paper's orderings hold here; those of methods that are not in the experiment are left out."""
     names = [method.name for method in experiment.methods]
     finals = final_rows(rows)
-    results = []
+    claims: list[tuple[str, Difference | None, bool]] = []
     for claim in experiment.published.get("orderings", []):
         higher, lower, metric = claim["higher"], claim["lower"], claim.get("metric", _METRIC)
         if higher not in names or lower not in names:
@@ -129,11 +134,17 @@ def paper_orderings(experiment: Experiment, rows: Rows) -> list[OrderingResult]:
         found = difference(measured, higher, lower, tasks, metric)
         words = f"{higher} above {lower}" + (f" on {claim['task']}" if claim.get("task") else "")
         words += "" if metric == _METRIC else f" in {metric.replace('_', ' ')}"
-        verdict = "not run" if found is None else "not decided"
-        if found is not None and not math.isnan(found.low):
-            verdict = "holds" if found.low > 0 else "contradicted" if found.high < 0 else verdict
-        results.append(OrderingResult(words, verdict, found, metric in _SHARES))
-    return results
+        claims.append((words, found, metric in _SHARES))
+    corrected = with_holm(dict(enumerate(found for _, found, _ in claims)))
+    return [
+        OrderingResult(words, _verdict(corrected[number]), corrected[number], is_share)
+        for number, (words, _, is_share) in enumerate(claims)
+    ]
+
+
+def _verdict(found: Difference | None) -> str:
+    """What a difference says of the claim that it is positive."""
+    return "not run" if found is None else ("not decided", "holds", "contradicted")[found.direction]
 
 
 def print_paper_orderings(console: Console, experiment: Experiment, rows: Rows) -> None:
@@ -142,8 +153,7 @@ def print_paper_orderings(console: Console, experiment: Experiment, rows: Rows) 
     if not results:
         return
     title = f"orderings of the paper: {experiment.published.get('source', '')}"
-    headings = ("claim", "here", f"difference, {LEVEL:.0%} interval")
-    console.print(make_table(headings, (result.texts for result in results), title=title, left=3))
+    console.print(make_table(ORDERING_HEADINGS, (result.texts for result in results), title=title, left=3))
 
 
 def _own_result(column: str, line: MethodSummary, summary: Summary) -> float | None:
@@ -189,9 +199,9 @@ def markdown_tables(experiment: Experiment, rows: Rows) -> str:
     parts.append(f"{caption(summary)[0].upper()}{caption(summary)[1:]}. {done}. {_provenance(experiment, rows)}")
     orderings = paper_orderings(experiment, rows)
     if orderings:
-        first = _markdown_line(["the paper's claim", "here", f"difference, {LEVEL:.0%} interval"])
+        first = _markdown_line(list(ORDERING_HEADINGS)) + "\n| --- | --- | ---: | ---: | ---: |"
         claims = [_markdown_line(list(result.texts)) for result in orderings]
-        parts.append("**Orderings of the paper**\n\n" + "\n".join([first, "| --- | --- | --- |", *claims]))
+        parts.append("**Orderings of the paper**\n\n" + "\n".join([first, *claims]))
     warning = get_protocol(experiment.settings.get("protocol", "standard")).warning
     parts += [f"Official protocol: {warning}"] if warning else []
     if summary.failed:
@@ -265,9 +275,9 @@ def write_page(root: Path, experiment: Experiment, rows: Rows) -> Path:
         "forests": _forest(summary, True) if len(summary.tasks) > 1 else Markup(""),
         "shown_points": f"{100 * figures.SHOWN_RANGE:g}",
         "on_gpu": any(row.column("accelerator_memory_max") for row in rows),
-        "pairs": max((d.pairs for m in summary.methods if (d := m.to_reference[summary.column])), default=0),
+        "tested": interval_text(summary),
         "level": f"{LEVEL:.0%}",
-        "resamples": RESAMPLES,
+        "least_units": MIN_UNITS,
         "machines": _machines(rows),
         "tuned": "Learning rate and weight decay" if experiment.grid.weight_decays else "The learning rate",
         "trials": sum(row.purpose == "trial" for row in rows),
@@ -322,9 +332,8 @@ def _table(summary: Summary, metric: str, title: str) -> dict[str, Any]:
             is_best = value is not None and value.mean == top
             cells.append({"text": spread_text(value), "is_best": is_best})
         difference = method.to_reference[metric]
-        lines.append(
-            {"name": method.name, "cells": cells, "difference": difference_text(difference, len(summary.tasks))}
-        )
+        text, tests = difference_text(difference, len(summary.tasks)), significance_texts(difference)
+        lines.append({"name": method.name, "cells": cells, "difference": text, "tests": tests})
     is_main = metric == summary.column
     return {"title": title, "headings": headings, "means": means, "lines": lines, "is_main": is_main}
 

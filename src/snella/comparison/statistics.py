@@ -1,18 +1,20 @@
-"""Statistics of a comparison: means, standard deviations, paired differences with bootstrap intervals."""
+"""Statistics of a comparison: means, standard deviations, paired differences with Student's t intervals."""
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-
-import numpy as np
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TypeVar
 
 from snella.records import CellRow
 
-RESAMPLES = 10_000
 LEVEL = 0.95
+MIN_UNITS = 5
+"""Tasks, or seeds of a single task, below which no difference is decided."""
 
 Rows = Sequence[CellRow]
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -26,14 +28,21 @@ class Spread:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of paired differences to the reference, with a percentile bootstrap interval.
+    """Mean of paired differences between two methods, with the interval and the p-value of Student's t test.
+
+    The test's units are tasks: each counts with its mean over seeds. With a single task they are its seeds.
 
     Args:
-        mean: Mean over tasks of the means over seeds.
-        low: Lower end of the 95 % interval; NaN for a single pair, which has none.
+        mean: Mean over units.
+        low: Lower end of the 95 % interval of this comparison alone; NaN for a single unit, which has none.
         high: Upper end.
         pairs: Pairs of the same task and seed.
         tasks: Tasks they come from.
+        p: Two-sided p-value of the t test; NaN for a single unit.
+        above: Units above zero.
+        below: Units below zero.
+        adjusted_p: `p` after Holm's correction; NaN before `with_holm`.
+        comparisons: Comparisons that the correction is over.
     """
 
     mean: float
@@ -41,6 +50,34 @@ class Difference:
     high: float
     pairs: int
     tasks: int
+    p: float = math.nan
+    above: int = 0
+    below: int = 0
+    adjusted_p: float = math.nan
+    comparisons: int = 0
+
+    @property
+    def units(self) -> int:
+        """How many values the test has: tasks, or seeds of a single task."""
+        return self.tasks if self.tasks > 1 else self.pairs
+
+    @property
+    def sign_p(self) -> float:
+        """Two-sided p-value of the sign test, without a correction; 1 where no unit differs from zero."""
+        from scipy.stats import binomtest  # a second, and only to test
+
+        differing = self.above + self.below
+        return float(binomtest(self.above, differing).pvalue) if differing else 1.0
+
+    @property
+    def direction(self) -> int:
+        """1 or -1 where the difference is decided, else 0.
+
+        Decided is what has at least `MIN_UNITS` units and an adjusted p-value of at most 1 - `LEVEL`.
+        """
+        if self.units < MIN_UNITS or not self.adjusted_p <= 1 - LEVEL:
+            return 0
+        return 1 if self.mean > 0 else -1
 
 
 def final_rows(rows: Rows) -> list[CellRow]:
@@ -65,10 +102,7 @@ def mean_over_groups(rows: Rows, method: str, groups: Mapping[str, Sequence[str]
 
 
 def difference(rows: Rows, method: str, reference: str, tasks: Sequence[str], metric: str) -> Difference | None:
-    """Differences to the reference in pairs of the same task and seed.
-
-    With several tasks the bootstrap draws tasks first, then seeds within each, so that its interval holds for tasks
-    like these; with one task it draws seeds.
+    """Differences to the reference in pairs of the same task and seed, with Student's t interval.
 
     Args:
         rows: Final rows.
@@ -78,23 +112,54 @@ def difference(rows: Rows, method: str, reference: str, tasks: Sequence[str], me
         metric: A column.
 
     Returns:
-        None where there is no pair.
+        Not corrected for other comparisons, which `with_holm` does. None where there is no pair.
     """
     pairs = [found for task in tasks if (found := _paired(rows, method, reference, task, metric))]
-    if not pairs:
-        return None
-    mean, count = float(np.mean([np.mean(found) for found in pairs])), sum(map(len, pairs))
-    if count == 1:
-        return Difference(mean, math.nan, math.nan, 1, 1)
-    generator = np.random.default_rng(0)
-    drawn = generator.integers(0, len(pairs), (RESAMPLES, len(pairs)))
-    total = np.zeros(RESAMPLES)
-    for place in range(len(pairs)):
-        means = np.array([_resampled(found, generator) for found in pairs])  # [tasks, RESAMPLES]
-        total += means[drawn[:, place], np.arange(RESAMPLES)]
-    resamples = total / len(pairs)
-    low, high = np.quantile(resamples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Difference(mean, float(low), float(high), count, len(pairs))
+    return difference_of(pairs) if pairs else None
+
+
+def difference_of(pairs: Sequence[Sequence[float]]) -> Difference:
+    """Student's t interval and test of paired differences.
+
+    mean ± t(0.975, n - 1) · s / sqrt(n)
+
+    over the n tasks' means, or over the n differences of a single task.
+
+    Args:
+        pairs: Differences of each task, a number a seed; at least one of each.
+    """
+    values = [statistics.fmean(found) for found in pairs] if len(pairs) > 1 else list(pairs[0])
+    count, tasks = sum(map(len, pairs)), len(pairs)
+    mean = statistics.fmean(values)
+    above, below = sum(value > _EQUAL for value in values), sum(value < -_EQUAL for value in values)
+    if len(values) == 1:
+        return Difference(mean, math.nan, math.nan, count, tasks, math.nan, above, below)
+    error = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+    if error <= _EQUAL:  # equal differences
+        return Difference(mean, mean, mean, count, tasks, 1.0 if abs(mean) <= _EQUAL else 0.0, above, below)
+    half, p = _half_width(len(values) - 1) * error, _two_sided_p(mean / error, len(values) - 1)
+    return Difference(mean, mean - half, mean + half, count, tasks, p, above, below)
+
+
+def with_holm(found: Mapping[Key, Difference | None]) -> dict[Key, Difference | None]:
+    """Set the p-values of comparisons that are shown together by Holm's correction.
+
+    Of m p-values in ascending order, the k-th becomes the maximum of (m - i + 1) · p_i over i <= k, at most 1.
+
+    Args:
+        found: Differences by any key; None and single units, which have no p-value, stay as they are.
+
+    Returns:
+        The same keys in the same order.
+    """
+    tested = {key: value for key, value in found.items() if value is not None and not math.isnan(value.p)}
+    adjusted: dict[Key, float] = {}
+    highest = 0.0
+    for place, key in enumerate(sorted(tested, key=lambda key: tested[key].p)):
+        highest = max(highest, min(1.0, (len(tested) - place) * tested[key].p))
+        adjusted[key] = highest
+    changed = {key: replace(value, adjusted_p=adjusted[key], comparisons=len(tested)) for key, value in tested.items()}
+    return {key: changed.get(key, value) for key, value in found.items()}
 
 
 def average(rows: Rows, method: str, column: str) -> float | None:
@@ -105,6 +170,24 @@ def average(rows: Rows, method: str, column: str) -> float | None:
         if row.experiment_name == method and value is not None:
             tasks.setdefault(row.task_name, []).append(value)
     return statistics.fmean(statistics.fmean(values) for values in tasks.values()) if tasks else None
+
+
+_EQUAL = 1e-12  # shares are sums of a few rounded numbers
+
+
+@lru_cache
+def _half_width(freedom: int) -> float:
+    """Quantile of Student's t distribution that the interval reaches to, in standard errors."""
+    from scipy.special import stdtrit  # half a second, and only to test
+
+    return float(stdtrit(freedom, (1 + LEVEL) / 2))
+
+
+def _two_sided_p(statistic: float, freedom: int) -> float:
+    """How likely a t statistic at least so far from zero is if the true mean is zero."""
+    from scipy.special import stdtr
+
+    return float(2 * stdtr(freedom, -abs(statistic)))
 
 
 def _value(row: CellRow, metric: str) -> float:
@@ -146,9 +229,3 @@ def _paired(rows: Rows, method: str, reference: str, task: str, metric: str) -> 
             values[row.experiment_name][row.seed] = _value(row, metric)
     common = sorted(values[method].keys() & values[reference].keys())
     return [values[method][seed] - values[reference][seed] for seed in common]
-
-
-def _resampled(values: Sequence[float], generator: np.random.Generator) -> np.ndarray:
-    """Means of resamples of one task's differences, `[RESAMPLES]`."""
-    drawn = generator.integers(0, len(values), (RESAMPLES, len(values)))
-    return np.asarray(values)[drawn].mean(axis=1)

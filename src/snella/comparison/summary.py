@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Console
@@ -13,6 +13,7 @@ from snella._text import bytes_text, count_text, seconds_text
 from snella.comparison.experiment import Experiment
 from snella.comparison.statistics import (
     LEVEL,
+    MIN_UNITS,
     Difference,
     Rows,
     Spread,
@@ -22,6 +23,7 @@ from snella.comparison.statistics import (
     mean_over_groups,
     mean_over_tasks,
     spread,
+    with_holm,
 )
 from snella.records import CellRow
 
@@ -40,8 +42,9 @@ class MethodSummary:
         per_task: Mean and deviation on every task, by metric; None where a cell is missing.
         over_tasks: Mean over tasks, by metric.
         over_groups: Mean over groups, by metric.
-        to_reference: Paired difference to the reference over all tasks, by metric; None for the reference.
-        to_reference_on: The same on each task, for the first metric.
+        to_reference: Paired difference to the reference over all tasks, by metric, with Holm's correction over the
+            methods; None for the reference.
+        to_reference_on: The same on each task, for the first metric; the correction is over methods and tasks.
         costs: Means over tasks of the columns of cost, None where not measured.
         edges: On how many tasks the chosen learning rate lies on the grid's edge.
         failed: How many of its runs failed.
@@ -117,8 +120,9 @@ def summarize(experiment: Experiment, rows: Rows) -> Summary:
     failed = [row for row in rows if row.status == "failed"]
     reference = experiment.reference_name
     metrics = {f"test_{metric}": title for metric, title in experiment.measures.items()}
+    lines = [_line(name, finals, tasks, groups, reference, failed, list(metrics)) for name in names]
     return Summary(
-        [_line(name, finals, tasks, groups, reference, failed, list(metrics)) for name in names],
+        _corrected(lines),
         tasks,
         groups,
         reference,
@@ -155,6 +159,21 @@ def _line(
     )
 
 
+def _corrected(lines: Sequence[MethodSummary]) -> list[MethodSummary]:
+    """The lines with Holm's correction: over the methods for each metric, over methods and tasks for single tasks."""
+    metrics = lines[0].to_reference if lines else {}
+    overall = {metric: with_holm({line.name: line.to_reference[metric] for line in lines}) for metric in metrics}
+    single = with_holm({(line.name, task): d for line in lines for task, d in line.to_reference_on.items()})
+    return [
+        replace(
+            line,
+            to_reference={metric: overall[metric][line.name] for metric in metrics},
+            to_reference_on={task: single[line.name, task] for task in line.to_reference_on},
+        )
+        for line in lines
+    ]
+
+
 def spread_text(value: Spread | None) -> str:
     """A share with its deviation in percent: 85.2 ± 0.4."""
     if value is None:
@@ -176,10 +195,24 @@ def difference_text(value: Difference | None, tasks: int) -> str:
     return f"{_signed(value.mean)} [{_signed(value.low)}, {_signed(value.high)}]{part}"
 
 
+def p_text(value: float) -> str:
+    """A p-value: 0.66, 0.031, < 0.001."""
+    if math.isnan(value):
+        return "–"
+    return f"{value:.2f}" if value >= 0.0995 else f"{value:.3f}" if value >= 0.001 else "< 0.001"
+
+
+def significance_texts(value: Difference | None) -> tuple[str, str]:
+    """The adjusted p-value of a difference, and on how many units it is above zero with the sign test's p-value."""
+    if value is None:
+        return "–", "–"
+    return p_text(value.adjusted_p), f"{value.above} of {value.units} ({p_text(value.sign_p)})"
+
+
 def outcome_text(summary: Summary) -> str:
     """The outcome in a sentence or two: the best mean, its difference to the reference, who else is clearly apart.
 
-    A difference is clear where its whole interval lies on one side of zero. Empty where no method is done.
+    Empty where no method is done.
     """
     means = {m.name: value for m in summary.methods if (value := m.over_tasks[summary.column]) is not None}
     if not means:
@@ -194,16 +227,24 @@ def outcome_text(summary: Summary) -> str:
     if lead is not None and lead.mean > 0 and len(equal) == 1:
         text += f": {100 * lead.mean:.1f} points above {summary.reference}"
         if not math.isnan(lead.low):
-            doubt = "" if lead.low > 0 else ", not significant"
+            doubt = "" if lead.direction else f"; {undecided_text(lead)}"
             text += f" ({LEVEL:.0%} interval {_signed(lead.low)} to {_signed(lead.high)}{doubt})"
-    above = [name for name, d in differences.items() if d.low > 0 and name != best]
-    below = [name for name, d in differences.items() if d.high < 0]
+    above = [name for name, d in differences.items() if d.direction > 0 and name != best]
+    below = [name for name, d in differences.items() if d.direction < 0]
     parts = [
         f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} clearly {side} {summary.reference}"
         for names, side in ((above, "above"), (below, "below"))
         if names
     ]
     return f"{text}. Of the others, {' and '.join(parts)}." if parts else f"{text}."
+
+
+def undecided_text(value: Difference) -> str:
+    """Why a difference is not decided: too few tasks or seeds, or the adjusted p-value."""
+    if value.units < MIN_UNITS:
+        unit = counted(value.units, "task" if value.tasks > 1 else "seed")
+        return f"not decided, {unit} of at least {MIN_UNITS}"
+    return f"not decided, p {p_text(value.adjusted_p)} with Holm's correction"
 
 
 def recommendation_text(summary: Summary) -> str:
@@ -288,11 +329,22 @@ def cost_texts(costs: Mapping[str, float | None]) -> dict[str, str]:
 
 def caption(summary: Summary) -> str:
     """The caption of the tables."""
-    pairs = max((m.to_reference[summary.column] or Difference(0, 0, 0, 0, 0)).pairs for m in summary.methods)
     return (
-        f"test {'/'.join(summary.metrics.values())} in percent, mean ± standard deviation over seeds; differences to "
-        f"{summary.reference} in points, {LEVEL:.0%} bootstrap interval, up to {counted(pairs, 'pair')}"
+        f"test {'/'.join(summary.metrics.values())} in percent, mean ± standard deviation over seeds; "
+        f"{interval_text(summary)}"
     )
+
+
+def interval_text(summary: Summary) -> str:
+    """How differences to the reference were tested."""
+    found = [d for m in summary.methods if (d := m.to_reference[summary.column]) is not None]
+    units = "tasks, each with its mean over seeds" if any(d.tasks > 1 for d in found) else "seeds"
+    text = (
+        f"differences to {summary.reference} in points with Student's t {LEVEL:.0%} interval over {units}; p with "
+        f"Holm's correction over {counted(len(found), 'comparison')}; above: on how many, with the sign test's p"
+    )
+    few = bool(found) and all(d.units < MIN_UNITS for d in found)
+    return f"{text}; nothing is decided with fewer than {MIN_UNITS} tasks or seeds" if few else text
 
 
 def print_summary(console: Console, experiment: Experiment, rows: Rows) -> None:
@@ -313,18 +365,19 @@ def print_summary(console: Console, experiment: Experiment, rows: Rows) -> None:
 
 
 def table_cells(summary: Summary, metric: str, *, with_costs: bool) -> list[list[str]]:
-    """The table as text, its first line the headings: tasks, means, the difference to the reference, measured costs."""
+    """The table as text, its first line the headings: tasks, means, the difference to the reference, tests, costs."""
     texts = [cost_texts(method.costs) for method in summary.methods]
     names = ("trainable", "changed", "file", "step", "memory", "forgetting") if with_costs else ()
     costs = [name for name in names if any(line[name] != "–" for line in texts)]
     headings = ["method", *summary.tasks, *(["mean over tasks"] if len(summary.tasks) > 1 else [])]
     headings += ["mean over groups"] if summary.has_groups else []
-    lines = [[*headings, f"difference to {summary.reference}", *costs]]
+    lines = [[*headings, f"difference to {summary.reference}", "p", "above", *costs]]
     for method in summary.methods:
         cells = [spread_text(method.per_task[metric][task]) for task in summary.tasks]
         cells += [spread_text(method.over_tasks[metric])] if len(summary.tasks) > 1 else []
         cells += [spread_text(method.over_groups[metric])] if summary.has_groups else []
         cells += [difference_text(method.to_reference[metric], len(summary.tasks))]
+        cells += significance_texts(method.to_reference[metric])
         cells += [cost_texts(method.costs)[key] for key in costs]
         lines.append([method.name, *cells])
     return lines

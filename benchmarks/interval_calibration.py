@@ -1,0 +1,112 @@
+"""How often a true zero is called clear: Student's t over tasks with Holm's correction, beside what was used before.
+
+python benchmarks/interval_calibration.py              append rows to interval_calibration.jsonl: four minutes, a core
+python benchmarks/interval_calibration.py --count 500  fewer simulations
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from snella.benchmark.rows import append_rows, conditions
+from snella.comparison.statistics import LEVEL, difference_of, with_holm
+
+ROWS = Path(__file__).with_suffix(".jsonl")
+COUNT = 10_000
+TASK, SEED = 0.02, 0.02
+"""Deviations of a difference between tasks, and between the seeds of one; about those of the bundled suite."""
+HEAVY = 3
+"""Degrees of freedom of the heavy-tailed task effects."""
+
+Pairs = np.ndarray
+"""Differences, `[comparisons, tasks, seeds]`."""
+
+
+def independent(generator: np.random.Generator, comparisons: int, tasks: int, seeds: int) -> Pairs:
+    """Differences of mean zero, each comparison by itself; a single task has no effect of its own."""
+    effects = generator.normal(0, TASK if tasks > 1 else 0, (comparisons, tasks, 1))
+    return effects + generator.normal(0, SEED, (comparisons, tasks, seeds))
+
+
+def shared_reference(generator: np.random.Generator, comparisons: int, tasks: int, seeds: int) -> Pairs:
+    """The same where all comparisons are with one method, as in a table."""
+    methods = independent(generator, comparisons + 1, tasks, seeds) / np.sqrt(2)
+    return methods[1:] - methods[:1]
+
+
+def heavy_tailed(generator: np.random.Generator, comparisons: int, tasks: int, seeds: int) -> Pairs:
+    """Independent comparisons in which single tasks stand out."""
+    effects = TASK * generator.standard_t(HEAVY, (comparisons, tasks, 1)) / np.sqrt(HEAVY / (HEAVY - 2))
+    return effects + generator.normal(0, SEED, (comparisons, tasks, seeds))
+
+
+def is_decided(values: Pairs) -> bool:
+    """Whether any comparison is called clear by `snella.comparison.statistics`."""
+    found = with_holm({number: difference_of(pairs.tolist()) for number, pairs in enumerate(values)})
+    return any(one is not None and one.direction != 0 for one in found.values())
+
+
+def bootstrap_is_clear(values: Pairs, generator: np.random.Generator, resamples: int = 1000) -> bool:
+    """Whether a percentile bootstrap (tasks first, then seeds) has an interval on one side of zero."""
+    _, tasks, seeds = values.shape
+    drawn = generator.integers(0, tasks, (resamples, tasks, 1))
+    inner = generator.integers(0, seeds, (resamples, tasks, seeds))
+    for one in values:
+        low, high = np.quantile(one[drawn, inner].mean(axis=(1, 2)), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        if low > 0 or high < 0:
+            return True
+    return False
+
+
+def measure(count: int) -> list[dict[str, Any]]:
+    """Shares of simulations in which at least one true zero is called clear, by setting."""
+    makers: dict[str, Callable[..., Pairs]] = {
+        "independent": independent,
+        "shared reference": shared_reference,
+        "heavy-tailed tasks": heavy_tailed,
+    }
+    settings = [
+        *((name, 1, 6, 3) for name in ("independent", "heavy-tailed tasks")),
+        *((name, 12, 6, 3) for name in makers),
+        *(("independent", 1, tasks, seeds) for tasks, seeds in ((1, 5), (1, 3), (4, 3), (6, 5), (19, 3))),
+    ]
+    rows = []
+    for name, comparisons, tasks, seeds in settings:
+        generator = np.random.default_rng(0)
+        decided = bootstrapped = 0
+        for _ in range(count):
+            values = makers[name](generator, comparisons, tasks, seeds)
+            decided += is_decided(values)
+            bootstrapped += comparisons == 1 and bootstrap_is_clear(values, generator)
+        row: dict[str, Any] = {"differences": name, "comparisons": comparisons, "tasks": tasks, "seeds": seeds}
+        row |= {"count": count, "called_clear": decided / count}
+        rows.append(row | ({"bootstrap_called_clear": bootstrapped / count} if comparisons == 1 else {}))
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows of one run in Markdown."""
+    head = "| differences | comparisons | tasks | seeds | t and Holm | percentile bootstrap |"
+    lines = [head, "|---|---:|---:|---:|---:|---:|"]
+    for row in rows:
+        old = row.get("bootstrap_called_clear")
+        cells = [row["differences"], *(str(row[key]) for key in ("comparisons", "tasks", "seeds"))]
+        cells += [f"{100 * row['called_clear']:.1f} %", "" if old is None else f"{100 * old:.1f} %"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=COUNT)
+    options = parser.parse_args()
+    measured_with = conditions("cpu")
+    found = measure(options.count)
+    if options.count == COUNT:
+        append_rows(ROWS, [{"benchmark": "interval_calibration", **row, **measured_with} for row in found])
+    print(table(found))
