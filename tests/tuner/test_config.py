@@ -193,6 +193,8 @@ def test_faults_of_kind_are_reported_together():
         ("target_sparsitty", r"did you mean 'target_sparsity'\?"),
         ("lora_alpha", "the factor before the update is scaling"),
         ("lora_dropout", "update_dropout"),
+        ("rank", "the rank is r"),
+        ("alpha", "the factor before the update is scaling"),
         (
             "target_parameters",
             r"adapted by LoraConfig\(target_parameters=…\), or trained in full with parameters_to_save",
@@ -203,6 +205,13 @@ def test_faults_of_kind_are_reported_together():
 def test_settings_of_other_methods_are_refused_with_what_serves_instead(name, hint):
     with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'; .*{hint}"):
         SnellaConfig(**{name: 1})
+
+
+def test_several_settings_of_other_methods_are_answered_together():
+    with pytest.raises(
+        TypeError, match=r"argument 'rank'; rank: the rank is r; alpha: the factor before the update is"
+    ):
+        SnellaConfig(rank=8, alpha=16)
 
 
 # the name of the method ---------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def join_processes(device: str) -> None:
     """Meet the other processes; nothing where there are none.
 
     Args:
-        device: auto, cpu or cuda; on GPUs each process takes the one of its local rank.
+        device: auto or a device of torch; on GPUs each process takes the one of its local rank.
 
     Raises:
         NotImplementedError: Accelerate was asked to shard the model.

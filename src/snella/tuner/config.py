@@ -66,6 +66,10 @@ FORMER_NAMES = {"keep_delta": "cache_delta", "zero_start": "zero_init_ema", "tra
 
 # what other methods of PEFT have under these names, and what to use instead
 _INSTEAD = {
+    "rank": "the rank is r",
+    "alpha": "the factor before the update is scaling, without a division by r",
+    "sparsity": "the sparsity is target_sparsity",
+    "dropout": "dropout on the update's input is update_dropout",
     "lora_alpha": "the factor before the update is scaling, without a division by r",
     "alpha_pattern": "the factor before the update is scaling, the same for all layers",
     "use_rslora": "the factor before the update is scaling, without a division by r",
@@ -256,12 +260,16 @@ class SnellaConfig(PeftConfig):
     def __new__(cls, *args: Any, **settings: Any) -> Self:
         """Refuse settings that there are not, with the remedy."""
         names = {setting.name for setting in fields(cls)} | FORMER_NAMES.keys()
-        for name in settings:
-            if name not in names:
+        unknown = [name for name in settings if name not in names]
+        if unknown:
+            hints = []
+            for name in unknown:
                 near = nearest(name, names, form="did you mean {!r}?")
                 hint = _INSTEAD.get(name) or near or "see help(SnellaConfig)"
-                # in Python's words, by which PEFT tells settings of a newer version
-                raise TypeError(f"{cls.__name__} got an unexpected keyword argument {name!r}; {hint}")
+                hints.append(hint if len(unknown) == 1 else f"{name}: {hint}")
+            # in Python's words, by which PEFT tells settings of a newer version
+            got = f"{cls.__name__} got an unexpected keyword argument {unknown[0]!r}"
+            raise TypeError("; ".join([got, *hints]))
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
