@@ -115,7 +115,8 @@ class KindError(TypeError):
 def described(kind: Any) -> str:
     """What an annotation allows, in words: `an integer or auto`."""
     if get_origin(kind) in (Union, UnionType):
-        return " or ".join(described(part).removeprefix("one of ") for part in get_args(kind) if part is not NoneType)
+        first, *others = (described(part) for part in get_args(kind) if part is not NoneType)
+        return " or ".join(text.removeprefix("one of ") for text in (first, *others)) if others else first
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, get_args(kind)))}"
     words = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}

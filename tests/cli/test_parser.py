@@ -107,8 +107,9 @@ def test_a_wrong_command_line_is_told_in_the_user_s_words(words, message):
 
 
 def test_unknown_keys_in_a_configuration_file_are_refused(tmp_path):
-    (tmp_path / "c.yaml").write_text("epochs: 3\nepoks: 3\n")
-    with pytest.raises(UsageError, match=r"--config .*c\.yaml has unknown settings: 'epoks' \(nearest: epochs"):
+    (tmp_path / "c.yaml").write_text("epochs: 3\nepoks: 3\nlearning_rate: 1\n")
+    unknown = r"'epoks' \(nearest: epochs.*\), 'learning_rate' \(it is called lr\)"
+    with pytest.raises(UsageError, match=rf"--config .*c\.yaml has unknown settings: {unknown}"):
         parse(["train", "--config", str(tmp_path / "c.yaml")])
 
 

@@ -1,5 +1,6 @@
 """A run's model in the formats of other programs."""
 
+import ast
 import json
 import subprocess
 import sys
@@ -89,22 +90,17 @@ def test_a_graph_gives_the_model_s_own_outputs_with_logits(name, finished, image
 
 @pytest.mark.parametrize("name", CHECKED)
 def test_the_printed_snippet_runs_as_it_stands_and_says_what_predict_says(name, finished, photos, tmp_path, capsys):
-    image = photos / "dogs" / "003.png"
-    assert (
-        main(["export", str(finished.path), "--format", name, "--out", str(tmp_path / "m"), "--images", f"[{image}]"])
-        == 0
-    )
-    printed = capsys.readouterr().out
-    code = (
-        printed[printed.index("import json") : printed.index("print(dict")]
-        + "answer = dict(zip(classes, probabilities[0]))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code + "\nprint(json.dumps({k: float(v) for k, v in answer.items()}))"],
-        capture_output=True, text=True, check=True, cwd=tmp_path,
-    )  # fmt: skip
+    image, out = tmp_path / "new.png", tmp_path / "m"
+    with Image.open(photos / "dogs" / "003.png") as picture:
+        picture.resize((50, 41)).save(image)
+    assert main(["export", str(finished.path), "--format", name, "--out", str(out), "--images", f"[{image}]"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    end = next(number for number, line in enumerate(lines) if line.startswith("print("))
+    code = "\n".join(lines[lines.index("import json") : end + 1])
+    program = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(program, capture_output=True, text=True, check=True, cwd=tmp_path)
     (prediction,) = predict(finished.path, [image])
-    assert json.loads(done.stdout) == pytest.approx(prediction.probabilities, abs=1e-4)
+    assert ast.literal_eval(done.stdout) == pytest.approx(prediction.probabilities, abs=1e-4)
 
 
 def test_onnx_says_classes_and_preprocessing_and_takes_an_opset(finished, loaded, tmp_path):

@@ -377,8 +377,9 @@ def _config_error(path: str, known: Sequence[str]) -> str | None:
         return f"--config {path} must name settings by strings: {error}; they are written as 'epochs: 20'"
     unknown = []
     for key in (str(key) for key in content if key not in known):
+        called = ours(key, known)
         near = nearest(key.replace("-", "_"), known, most=2, cutoff=0.5, form=" (nearest: {})")
-        unknown.append(f"{key!r}{near}")
+        unknown.append(f"{key!r} (it is called {called})" if called else f"{key!r}{near}")
     return f"--config {path} has unknown settings: {', '.join(unknown)}" if unknown else None
 
 

@@ -626,7 +626,7 @@ def _without_repetitions(rows: list[int], samples: Samples, values: Sequence[Any
 
 def _broken_text(broken: Mapping[int, str], samples: Samples) -> str:
     """How many rows cannot be used, why, and the first of them."""
-    kinds = Counter(_kind(reason) for reason in broken.values())
+    kinds = Counter(_error_kind(reason) for reason in broken.values())
     counts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items(), key=lambda item: (-item[1], item[0])))
     named = listed([f"{samples.names[row] or f'row {row + 1}'} ({broken[row]})" for row in sorted(broken)])
     return f"{len(broken)} of {len(samples.names)} rows of {samples.where}, {counts}: {named}"
@@ -635,7 +635,7 @@ def _broken_text(broken: Mapping[int, str], samples: Samples) -> str:
 _SIMPLE = ("no path", "no such file", "no label")
 
 
-def _kind(reason: str) -> str:
+def _error_kind(reason: str) -> str:
     """What is wrong with a row, in a word or two."""
     if reason in _SIMPLE:
         return reason

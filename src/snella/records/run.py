@@ -148,8 +148,8 @@ class Calibration:
         if last.is_better:
             return f"The temperature helped on the {last.count} {where}: {change}."
         return (
-            f"The temperature did not help on the {last.count} {where}: {change}. Do not rely on the probabilities; more "
-            "validation images may help."
+            f"The temperature did not help on the {last.count} {where}: {change}. Do not rely on the probabilities; "
+            "more validation images may help."
         )
 
 

@@ -600,7 +600,11 @@ def _graph_snippet(format: str) -> Callable[[LoadedRun, Path, ExportOptions], st
         name = "logits" if options.logits else loaded.task.final_name
         is_mask = loaded.task.head is not None
         result = (
-            f"{name}[0].argmax(0)" if is_mask else f"{name}[0]" if options.logits else f"dict(zip(classes, {name}[0]))"
+            f"{name}[0].argmax(0)"
+            if is_mask
+            else f"{name}[0]"
+            if options.logits
+            else f"dict(zip(classes, {name}[0].tolist()))"
         )
         return "\n".join(
             [*lines, load.format(path=str(path)), f"images = {images}", f"{name} = {run}", f"print({result})"]
