@@ -5,7 +5,10 @@ Importing the package makes PEFT know the method:
     model = get_peft_model(model, SnellaConfig(r=8, target_modules="all-linear", modules_to_save=["head"]))
     BudgetAllocator(model, total_epochs=10, steps_per_epoch=len(loader)).attach(optimizer)
 
-A run of `snella train` predicts by `snella.load("runs/photos").predict("new.jpg")`.
+`snella.train` trains as the command line does, and `snella.load` predicts:
+
+    run = snella.train(data="photos", backbone="vit_base_patch16_224.augreg_in21k", out="runs/photos")
+    snella.load(run).predict("new.jpg").label
 """
 
 import importlib
@@ -17,6 +20,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from snella._api import train
     from snella.runs.predict import load
     from snella.runs.task_bank import TaskBank
     from snella.tuner import (
@@ -29,7 +33,7 @@ if TYPE_CHECKING:
         load_sparse,
     )
 
-_HOMES = {"TaskBank": "snella.runs", "load": "snella.runs.predict"}
+_HOMES = {"TaskBank": "snella.runs", "load": "snella.runs.predict", "train": "snella._api"}
 
 __version__ = "0.1.0"
 __all__ = [
@@ -42,6 +46,7 @@ __all__ = [
     "hotswap",
     "load",
     "load_sparse",
+    "train",
 ]
 
 
@@ -79,8 +84,19 @@ else:
     sys.meta_path.insert(0, _RegisterAfterImport())
 
 
+def __dir__() -> list[str]:
+    """The public names, imported or not."""
+    return sorted({*__all__, "__version__"})
+
+
 def __getattr__(name: str) -> Any:
     """Import the tuner, or what uses runs, on first use of a public name."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES.get(name, "snella.tuner")), name)
+    try:
+        module = importlib.import_module(_HOMES.get(name, "snella.tuner"))
+    except ModuleNotFoundError as error:
+        if name not in _HOMES or (error.name or "").startswith("snella"):
+            raise
+        raise ImportError(f"snella.{name} needs {error.name}: pip install 'snella[cli]'") from error
+    return getattr(module, name)

@@ -59,7 +59,7 @@ def test_predict_writes_csv(run, photos, tmp_path, capsys):
     assert main(["predict", str(run), str(photos / "cats"), "--out", str(tmp_path / "p.csv"), "--top-k", "1"]) == 0
     with (tmp_path / "p.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 15 and set(rows[0]) == {"image", "class_1", "probability_1"}
+    assert len(rows) == 15 and set(rows[0]) == {"image", "label", "probability"}
     assert "15 images" in capsys.readouterr().out
 
 
@@ -68,10 +68,10 @@ def test_predict_refuses_an_output_before_it_loads_anything(run, photos, tmp_pat
     words = ["predict", str(run), str(photos / "cats")]
     line = failing(*words, "--out", str(tmp_path / "p.csv"))
     assert line == f"snella: --out {tmp_path / 'p.csv'} exists; choose another name, or replace it with --overwrite\n"
-    assert "--out must be a CSV file, got the folder" in failing(*words, "--out", str(tmp_path))
+    assert "--out must be a file, got the folder" in failing(*words, "--out", str(tmp_path))
     assert "--top-k must be at least 1, got 0" in failing(*words, "--top-k", "0")
     assert main([*words, "--out", str(tmp_path / "p.csv"), "--overwrite"]) == 0
-    assert (tmp_path / "p.csv").read_text().startswith("image,class_1")
+    assert (tmp_path / "p.csv").read_text().startswith("image,label,probability")
 
 
 def test_predict_says_that_the_run_comes_first(run, photos, failing):

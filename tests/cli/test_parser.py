@@ -107,6 +107,16 @@ def test_help_of_train_shows_basic_options_first_and_the_method_s_defaults(capsy
         (["data"], "snella data needs ACTION, DATA"),
         (["train", "--augment", "flop"], "--augment must be one of none, flip, crop, imagenet, .*, got flop"),
         (["train", "--config", "missing.yaml"], "missing.yaml"),
+        (["train", "--model", "x"], "no option --model; it is called --backbone; see snella train --help"),
+        (["train", "--learning-rate=1"], "no option --learning-rate; it is called --lr;"),
+        (["train", "--output_dir", "x"], "no option --output-dir; it is called --out;"),
+        (["train", "--batch", "8"], "no option --batch; it is called --batch-size;"),
+        (["inspect", "--batch-size", "8"], "no option --batch-size; it is called --batch;"),
+        (["predict", "--model", "x", "a.png"], "no option --model; give RUN; see snella predict --help"),
+        (["predict", "elves.png"], "needs RUN, the folder of a run, before the images: snella predict RUN elves.png"),
+        (["train", "--task", "multi-label"], "got multi-label; did you mean multilabel"),
+        (["train", "--precision", "bfloat16"], "got bfloat16; did you mean bf16"),
+        (["export", "run", "--format", "onxx"], "got onxx; did you mean onnx"),
     ],
 )
 def test_a_wrong_command_line_is_told_in_the_user_s_words(words, message):
@@ -115,8 +125,9 @@ def test_a_wrong_command_line_is_told_in_the_user_s_words(words, message):
 
 
 def test_unknown_keys_in_a_configuration_file_are_refused(tmp_path):
-    (tmp_path / "c.yaml").write_text("epochs: 3\nepoks: 3\n")
-    with pytest.raises(UsageError, match=r"--config .*c\.yaml has unknown settings: 'epoks' \(nearest: epochs"):
+    (tmp_path / "c.yaml").write_text("epochs: 3\nepoks: 3\nlearning_rate: 1\n")
+    unknown = r"'epoks' \(nearest: epochs.*\), 'learning_rate' \(it is called lr\)"
+    with pytest.raises(UsageError, match=rf"--config .*c\.yaml has unknown settings: {unknown}"):
         parse(["train", "--config", str(tmp_path / "c.yaml")])
 
 
@@ -158,3 +169,52 @@ def test_help_waits_for_no_library_besides_those_of_the_package_itself():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "LATE []" in done.stdout
+
+
+def test_help_is_a_command_too(capsys):
+    for words, same in ((["help", "train"], ["train", "--help"]), (["help"], ["--help"])):
+        texts = []
+        for line in (words, same):
+            with pytest.raises(SystemExit):
+                main(line)
+            texts.append(capsys.readouterr().out)
+        assert texts[0] == texts[1]
+
+
+def test_commands_of_every_day_come_before_those_of_research(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    everyday, research = capsys.readouterr().out.split("everyday commands:")[1].split("research commands:")
+    names = [re.findall(r"^  ([a-z-]+)", text, re.MULTILINE) for text in (everyday, research)]
+    assert {"train", "predict", "data", "compare"} <= set(names[0]) and {"bench", "fit-matrix"} <= set(names[1])
+    assert sorted([*names[0], *names[1]]) == sorted(COMMANDS)
+
+
+def test_missing_settings_are_named_as_options(capsys):
+    assert main(["train", "--epochs", "3"]) == 2
+    assert capsys.readouterr().err == (
+        "snella: missing required options: --data, --backbone, --out, e.g. --data photos --backbone "
+        "vit_base_patch16_224.augreg_in21k --out runs/photos\n"
+    )
+
+
+HIDDEN = """
+import sys
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("docstring_parser", "jsonargparse", "timm"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Hide())
+import snella
+from snella.cli.main import main
+assert main(["--help"]) == 2
+try: snella.load
+except ImportError as error: print(error)
+print(snella.SnellaConfig(r=2).r)
+"""
+
+
+def test_without_the_extra_the_library_works_and_the_command_line_names_it():
+    done = subprocess.run([sys.executable, "-c", HIDDEN], capture_output=True, text=True, check=True)
+    assert done.stderr == "snella: the command line needs docstring_parser: pip install 'snella[cli]'\n"
+    assert done.stdout == "snella.load needs timm: pip install 'snella[cli]'\n2\n"

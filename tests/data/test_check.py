@@ -32,8 +32,10 @@ def test_counts_sizes_formats_and_names_are_told(photos):
     }
     assert check.sizes == ((40, 30), (44, 30), (400, 300))
     assert check.kinds == {"PNG RGB": 24, "JPEG RGB": 1}
-    assert "classes whose names are none of a thing: 'New folder'" in check.notes
-    assert "classes that may be the same: 'Dogs' and 'dog'" in check.notes
+    assert check.warnings == [
+        "class names that say nothing: 'New folder'; rename them, or remove what is no class",
+        "classes that may be the same: 'Dogs' and 'dog'; put their images into one",
+    ]
 
 
 def test_broken_files_and_repeated_pictures_are_told(photos):
@@ -45,9 +47,9 @@ def test_broken_files_and_repeated_pictures_are_told(photos):
     (error,) = check.errors
     assert error.startswith("1 image cannot be used: dog/00.png (no known image format)")
     assert not any("left out" in note for note in check.notes)
-    assert any(note.startswith("train: 1 picture is in it more than once: ") for note in check.notes)
-    assert any(note.startswith("train: 1 picture has several labels: ") for note in check.notes)
-    assert any("test images are training images too" in note for note in check.notes)
+    assert any(text.startswith("train: 1 picture is in it more than once: ") for text in check.warnings)
+    assert any(text.startswith("train: 1 picture has several labels: ") for text in check.warnings)
+    assert any("test images are training images too" in text for text in check.warnings)
 
 
 def test_what_cannot_be_divided_is_an_error_and_is_described_all_the_same(photos):
@@ -68,19 +70,24 @@ def test_a_contact_sheet_has_a_row_a_class(photos):
 def test_the_command_prints_draws_and_fails(photos, capsys, tmp_path):
     assert main(["data", "check", f"folder:{photos}", "--sheet", str(tmp_path / "new/sheet.png")]) == 0
     shown = capsys.readouterr().out
-    assert "photos: 24 images in 3 classes" in shown and "complete, nothing is wrong" in shown
+    assert "photos: 24 images in 3 classes" in shown
+    assert shown.splitlines()[-1] == "usable, with 2 warnings: each says above what to do"
     assert "smallest 40×30, median 44×30, largest 51×30 px" in shown
     with Image.open(tmp_path / "new/sheet.png") as sheet:
         assert sheet.width == 1004
     (photos / "dog/00.png").write_text("no image")
     assert main(["data", "check", f"folder:{photos}"]) == 2
-    assert "1 error in 'folder:" in capsys.readouterr().err
+    assert "1 error in 'folder:" in (error := capsys.readouterr().err) and "; and 2 warnings, above" in error
     assert main(["data", "check", f"folder:{photos}", "--sheet", "x.jpg"]) == 2
     assert "sheet must be a PNG file, got 'x.jpg'; write 'x.png'" in capsys.readouterr().err
-    assert main(["data", "check", str(photos), "--columns", "label=x"]) == 2
-    assert "--columns label=x can only be given for data such as folder:" in capsys.readouterr().err
-    assert main(["data", "check", str(photos)]) == 2
-    assert f"checked as folder:{photos} or csv:FILE" in capsys.readouterr().err
+    (photos / "dog/00.png").unlink()
+    assert main(["data", "check", str(photos)]) == 0
+    assert "photos: 23 images in 3 classes" in capsys.readouterr().out
+    (tmp_path / "empty").mkdir()
+    assert main(["data", "check", str(tmp_path / "empty"), "--columns", "label=x"]) == 2
+    assert "--columns label=x can only be given for images of your own" in capsys.readouterr().err
+    assert main(["data", "check", str(tmp_path / "empty")]) == 2
+    assert "Images of your own are in class folders" in capsys.readouterr().err
 
 
 def test_data_without_files_is_described(capsys):

@@ -1,8 +1,9 @@
 import re
+from pathlib import Path
 
 import pytest
 
-from snella.data import data_names, load_data
+from snella.data import data_names, full_spec, load_data
 
 
 def test_the_names_are_listed():
@@ -63,7 +64,9 @@ def test_sizes_choose_from_the_parts_and_leave_the_other_parts_as_they_are():
     [
         ("digit", "got 'digit'; nearest: 'digits'"),
         ("fashion_mnist", "nearest: 'fashion-mnist'"),
-        ("qqqq", f"data must be one of {', '.join(data_names())}, got 'qqqq'"),
+        ("qqqq", f"data must be a folder, a table or one of {', '.join(data_names())}, got 'qqqq'"),
+        ("foldr:photos", "got 'foldr:photos'; did you mean 'folder:photos'?"),
+        ("cvs:t.csv", "did you mean 'csv:t.csv'?"),
     ],
 )
 def test_an_unknown_specification_is_answered_with_the_nearest(spec, message):
@@ -71,9 +74,33 @@ def test_an_unknown_specification_is_answered_with_the_nearest(spec, message):
         load_data(spec)
 
 
-def test_a_bare_path_is_answered_with_how_a_folder_is_written(tmp_path):
-    with pytest.raises(ValueError, match=re.escape(f"a folder is written folder:{tmp_path}")):
-        load_data(str(tmp_path))
+def test_a_bare_path_is_what_lies_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("photos/cat", "lungs/images", "lungs/masks", "shards", "saved", "digits"):
+        Path(folder).mkdir(parents=True)
+    for file in ("t.csv", "t.tsv", "t.parquet", "shards/0.tar", "saved/state.json", "x.jpg"):
+        Path(file).write_bytes(b"")
+    paths = [
+        "photos",
+        "lungs",
+        "shards",
+        "saved",
+        "digits",
+        "t.csv",
+        "t.tsv",
+        "t.parquet",
+        "x.jpg",
+        "nowhere",
+        "hf:saved",
+    ]
+    assert [full_spec(path) for path in paths] == [
+        *("folder:photos", "masks:lungs", "wds:shards", "hf:saved", "digits", "csv:t.csv", "csv:t.tsv"),
+        *("parquet:t.parquet", "x.jpg", "nowhere", "hf:saved"),
+    ]
+    with pytest.raises(ValueError, match=r"got 'x\.jpg', which is no table: CSV, TSV, Parquet and tar files are"):
+        load_data("x.jpg")
+    with pytest.raises(ValueError, match="got 'photo'; nearest there: 'photos'"):
+        load_data("photo")
 
 
 @pytest.mark.parametrize(

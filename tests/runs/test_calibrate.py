@@ -64,10 +64,41 @@ def test_calibration_brings_the_error_down_and_says_so_for_every_split():
 
 
 def test_the_calibration_error_is_the_mean_distance_weighted_by_images():
-    confidence = torch.tensor([0.95, 0.95, 0.55, 0.6])
-    bins = reliability_bins(confidence, torch.tensor([True, True, False, True]))
-    assert bins == [ReliabilityBin(0.575, 0.5, 2), ReliabilityBin(0.95, 1.0, 2)]
+    bins = [ReliabilityBin(0.575, 0.5, 2), ReliabilityBin(0.95, 1.0, 2)]
     assert expected_calibration_error(bins) == pytest.approx(0.5 * 0.075 + 0.5 * 0.05)
+
+
+@pytest.mark.parametrize(("images", "bins"), [(5, 1), (48, 4), (100, 8), (1000, 15)])
+def test_bins_hold_equally_many_images_and_are_fewer_for_few(images, bins):
+    confidence = torch.linspace(0.99, 0.3, images)
+    found = reliability_bins(confidence, confidence > 0.6)
+    counts = [b.count for b in found]
+    assert len(found) == bins and sum(counts) == images and max(counts) - min(counts) <= 1
+    assert [b.confidence for b in found] == sorted(b.confidence for b in found)
+    assert found[-1].accuracy == 1.0 and sum(b.accuracy * b.count for b in found) == int((confidence > 0.6).sum())
+
+
+def test_images_of_equal_probability_are_in_one_bin():
+    confidence = torch.cat([torch.full((30,), 1.0), torch.linspace(0.5, 0.9, 18)])
+    right = torch.arange(48) % 2 == 0
+    found = reliability_bins(confidence, right)
+    assert found[-1] == ReliabilityBin(1.0, 0.5, 30) and sum(b.count for b in found) == 48
+    shuffled = torch.randperm(48, generator=torch.Generator().manual_seed(0))
+    assert reliability_bins(confidence[shuffled], right[shuffled]) == found
+
+
+def test_a_temperature_that_makes_the_test_worse_is_said_not_to_help():
+    confident = torch.tensor([[4.0, 0.0], [0.0, 4.0]] * 40).softmax(1)
+    labels = torch.tensor([0, 1] * 40)
+    wrong = labels.clone()
+    wrong[:12] = 1 - wrong[:12]
+    found = calibrate({"val": (confident, wrong), "test": (confident, labels)})
+    assert found.temperature > 1 and not found.reliability[1].is_better
+    assert found.verdict.startswith(
+        "The temperature did not help on the 80 test images: expected calibration error 1.8 % without it, "
+    )
+    good = calibrate({"val": (confident, wrong), "test": (confident, wrong)})
+    assert good.verdict.startswith("The temperature helped on the 80 test images: expected calibration error 13.2 %")
 
 
 def test_the_threshold_is_the_least_that_halves_the_errors():
@@ -102,8 +133,10 @@ def test_a_run_of_before_gets_the_temperature_that_training_fits_today(finished,
     assert info.is_finished and info.temperature == pytest.approx(stored.temperature, rel=1e-3)
     assert [r.split for r in info.calibration.reliability] == ["val", "test"]
     assert info.calibration.reliability[1].ece == pytest.approx(stored.reliability[1].ece, abs=1e-3)
-    assert f"temperature {info.temperature:.4g} is stored" in capsys.readouterr().out
-    assert 'id="calibration"' in run.report.read_text()
+    printed = capsys.readouterr().out
+    assert f"temperature {info.temperature:.4g} is stored" in printed and info.calibration.verdict in printed
+    page = run.report.read_text()
+    assert 'id="calibration"' in page and info.calibration.verdict in page
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,16 @@
 import dataclasses
 from decimal import Decimal
 from pathlib import Path
+from typing import get_type_hints
 
+import numpy as np
 import pytest
+import torch
 
 from snella.methods import METHODS
 from snella.methods.defaults import TRAIN_PRESETS
 from snella.runs import TrainConfig
+from snella.runs.model import choose_device
 
 PLACES = {"data": "digits", "backbone": "test_vit", "out": "runs/x"}
 
@@ -25,8 +29,7 @@ def test_all_errors_are_reported_together():
         )
     text = str(caught.value)
     for part in (
-        "data must be a data specification",
-        "backbone must be a pre-trained model",
+        "missing required settings: data, backbone, e.g. data='photos' backbone='vit_base_patch16_224.augreg_in21k'",
         "epochs must be at least 1, got 0",
         "batch_size must be at least 1, got -1",
         "lr must be at least 0 and finite, got -1.0",
@@ -41,7 +44,7 @@ def test_all_errors_are_reported_together():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"out": None}, "out must be the folder"),
+        ({"out": None}, "missing required settings: out, e.g. out='runs/photos'"),
         ({"resume": True, "overwrite": True}, "resume and overwrite exclude each other"),
         ({"weights": "missing.pth"}, "weights must be an existing file, got 'missing.pth'"),
         ({"r": 3}, "r.*3"),
@@ -51,8 +54,12 @@ def test_all_errors_are_reported_together():
         ({"method": "lora", "scalar_lr": 1e-4}, "snell, klora and fixed-mask, got 0.0001 with method 'lora'"),
         ({"method": "lora-8", "r": 4}, "sets r to 8, but r=4"),
         ({"method_options": {"kernal": "rbf"}}, r"no option 'kernal' \(nearest: kernel"),
-        ({"device": "tpu"}, "device must be one of auto, cpu, cuda, got 'tpu'"),
+        ({"device": "gpu"}, "device must be auto or a device of torch .*, got 'gpu'; did you mean cuda"),
         ({"precision": "fp8"}, "precision must be one of fp32, bf16, fp16, got 'fp8'"),
+        ({"precision": "bfloat16"}, "got 'bfloat16'; did you mean bf16"),
+        ({"task": "multi-label"}, "got 'multi-label'; did you mean multilabel"),
+        ({"method": "lora8"}, "got 'lora8'; did you mean 'lora-8'"),
+        ({"method": "LoRA_8"}, "got 'LoRA_8'; did you mean 'lora-8'"),
         ({"lr": float("inf")}, "lr must be at least 0 and finite, got inf"),
         ({"img_size": 4}, "img_size must be at least 8, got 4"),
     ],
@@ -141,3 +148,67 @@ def test_the_documents_show_what_the_presets_change():
 def _plain(value):
     """A number without an exponent: 0.00001, 10, 100."""
     return format(Decimal(str(value)).normalize(), "f")
+
+
+WRONG = {str: 3, bool: "no", int: "x", float: "x"}
+"""A value of another kind, by the kind of the field."""
+
+
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(TrainConfig)])
+def test_a_value_of_a_wrong_kind_is_refused_by_the_name_of_its_field(field):
+    kind = get_type_hints(TrainConfig)[field]
+    for wrong in (object(), [object()], {3: 4}, b"x", *(value for part, value in WRONG.items() if kind == part)):
+        with pytest.raises(ValueError, match=rf"(^|; ){field} must be "):
+            TrainConfig(**{**PLACES, field: wrong})
+
+
+def test_kinds_and_ranges_are_reported_together_and_true_is_no_number():
+    with pytest.raises(ValueError) as caught:
+        TrainConfig(**PLACES, epochs=True, pretrained="no", lr=-1.0, seed=1.5, method_options=[1])
+    for part in (
+        "epochs must be an integer, got True",
+        "pretrained must be true or false, got 'no'",
+        "lr must be at least 0 and finite, got -1.0",
+        "seed must be an integer, got 1.5",
+        "method_options must be settings such as {kernel: rbf}, got [1]",
+    ):
+        assert part in str(caught.value)
+
+
+def test_paths_and_numbers_of_numpy_are_plain_afterwards():
+    config = TrainConfig(**{**PLACES, "out": Path("runs/x")}, epochs=np.int64(3), lr=np.float32(0.5), drop_path=0)
+    assert (config.out, config.epochs, config.lr) == ("runs/x", 3, 0.5)
+    assert [type(value) for value in (config.out, config.epochs, config.lr)] == [str, int, float]
+
+
+def test_a_setting_as_other_tools_call_it_is_answered_with_ours():
+    with pytest.raises(TypeError) as caught:
+        TrainConfig(**PLACES, model="x", learning_rate=1e-3, epoks=3)
+    assert str(caught.value) == (
+        "TrainConfig has no setting 'model' (it is called backbone), 'learning_rate' (it is called lr), 'epoks' "
+        "(nearest: epochs); see help(TrainConfig)"
+    )
+
+
+def test_a_bare_folder_is_stored_with_its_kind(tmp_path):
+    (tmp_path / "photos" / "cat").mkdir(parents=True)
+    assert TrainConfig(**{**PLACES, "data": str(tmp_path / "photos")}).data == f"folder:{tmp_path / 'photos'}"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cuda:7", r"got 'cuda:7', but torch .* sees no GPU|got 'cuda:7', but torch sees \d of them, from cuda:0"),
+        ("mps", "got 'mps', but torch .* sees no such device; leave it at auto"),
+        ("meta", "device must be one that computes, got 'meta'"),
+        ("tpu", "device must be auto or a device of torch such as cpu, cuda, cuda:1 or mps, got 'tpu'"),
+    ],
+)
+def test_a_device_that_is_not_here_is_refused(name, message):
+    with pytest.raises(ValueError, match=message):
+        choose_device(name)
+
+
+def test_a_device_may_have_an_index():
+    assert TrainConfig(**PLACES, device="cuda:1").device == "cuda:1"
+    assert choose_device("cpu:0") == torch.device("cpu", 0)

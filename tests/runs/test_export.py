@@ -1,6 +1,8 @@
 """A run's model in the formats of other programs."""
 
+import ast
 import json
+import subprocess
 import sys
 from typing import get_args
 
@@ -16,6 +18,7 @@ from snella.runs import TrainConfig, load_run
 from snella.runs import export as exporting
 from snella.runs.export import FORMATS, OUTPUT_BOUND, export
 from snella.runs.model import make_backbone
+from snella.runs.predict import predict
 from snella.training.train import train
 from snella.tuner.cache import unpack_positions
 from snella.tuner.sparse_file import SparsePatch, _decode_gaps, encode_positions
@@ -40,6 +43,11 @@ def expected(loaded, images):
         return loaded.model(images)
 
 
+@pytest.fixture(scope="module")
+def probabilities(loaded, expected):
+    return (expected / loaded.info.temperature).softmax(1)
+
+
 def backbone_of(loaded):
     return make_backbone(loaded.info.backbone, loaded.task.name).eval()
 
@@ -57,13 +65,42 @@ def reader(name, path):
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.load.*:DeprecationWarning")
 @pytest.mark.parametrize("name", CHECKED)
-def test_a_graph_gives_the_run_s_outputs_for_any_batch_size(name, finished, images, expected, tmp_path):
+def test_a_graph_gives_the_run_s_probabilities_for_any_batch_size(name, finished, images, probabilities, tmp_path):
     done = export(finished.path, name, tmp_path / "model")
     run = reader(name, done.path)
     for count in (1, 3, len(images)):
         got = run(images[:count])
-        assert (got - expected[:count]).abs().max() <= OUTPUT_BOUND * expected.abs().max()
+        assert (got - probabilities[:count]).abs().max() <= OUTPUT_BOUND
     assert "differ by " in done.notes[0] and list(tmp_path.iterdir()) == [done.path]
+    temperature = finished.read_json("run.json")["calibration"]["temperature"]
+    assert done.notes[1].startswith(
+        f"outputs are the probabilities of predict, from logits over the run's temperature {temperature:g}; --logits"
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.load.*:DeprecationWarning")
+@pytest.mark.parametrize("name", ["onnx", "torchscript"])
+def test_a_graph_gives_the_model_s_own_outputs_with_logits(name, finished, images, expected, tmp_path):
+    done = export(finished.path, name, tmp_path / "model", logits=True)
+    assert (reader(name, done.path)(images) - expected).abs().max() <= OUTPUT_BOUND * expected.abs().max()
+    assert done.notes[1].startswith("outputs are logits without the run's temperature: softmax(outputs / ")
+    with pytest.raises(ValueError, match="logits=True is an option of format onnx, torchscript, torch-export, not of"):
+        export(finished.path, "timm", tmp_path / "x", logits=True)
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_the_printed_snippet_runs_as_it_stands_and_says_what_predict_says(name, finished, photos, tmp_path, capsys):
+    image, out = tmp_path / "new.png", tmp_path / "m"
+    with Image.open(photos / "dogs" / "003.png") as picture:
+        picture.resize((50, 41)).save(image)
+    assert main(["export", str(finished.path), "--format", name, "--out", str(out), "--images", f"[{image}]"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    end = next(number for number, line in enumerate(lines) if line.startswith("print("))
+    code = "\n".join(lines[lines.index("import json") : end + 1])
+    program = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(program, capture_output=True, text=True, check=True, cwd=tmp_path)
+    (prediction,) = predict(finished.path, [image])
+    assert ast.literal_eval(done.stdout) == pytest.approx(prediction.probabilities, abs=1e-4)
 
 
 def test_onnx_says_classes_and_preprocessing_and_takes_an_opset(finished, loaded, tmp_path):

@@ -1,6 +1,7 @@
 """`snella.load`: images of every kind, one or many, and what is said about them."""
 
 import io
+import json
 import math
 import shutil
 import signal
@@ -173,8 +174,8 @@ def test_predictions_below_a_threshold_are_unsure(calibrated, photos, tmp_path):
     assert all(p.is_unsure for p in model.predict([photos], unsure=1.0))
     predict_to_files(str(calibrated), [str(photos)], out=str(tmp_path / "p.csv"), unsure="auto", top_k=1)
     head, *rows = (tmp_path / "p.csv").read_text().splitlines()
-    assert head == "image,unsure,class_1,probability_1"
-    assert all((row.split(",")[1] == "yes") == (float(row.split(",")[3]) < 0.4) for row in rows)
+    assert head == "image,label,probability,unsure"
+    assert all((row.split(",")[3] == "yes") == (float(row.split(",")[2]) < 0.4) for row in rows)
 
 
 @pytest.mark.parametrize(
@@ -254,8 +255,14 @@ def test_watching_appends_rows_and_is_resumed(finished, photos, tmp_path, monkey
     monkeypatch.setattr("snella.runs.prediction_files.new_files", looks(["c.png"]))
     predict_to_files(str(finished.path), [str(inbox)], out=str(out), watch=True, top_k=1)
     assert len(out.read_text().splitlines()) == 4
-    with pytest.raises(ValueError, match=r"out must have the columns .*class_3.*, got image,class_1,probability_1"):
-        predict_to_files(str(finished.path), [str(inbox)], out=str(out), watch=True)
+    with pytest.raises(ValueError, match=r"out must have the columns .*label_2.*, got image,label,probability in"):
+        predict_to_files(str(finished.path), [str(inbox)], out=str(out), watch=True, top_k=2)
+    monkeypatch.setattr("snella.runs.prediction_files.new_files", looks(["d.png"]))
+    lines = tmp_path / "rows.jsonl"
+    predict_to_files(str(finished.path), [str(inbox)], out=str(lines), watch=True)
+    assert [json.loads(line)["image"] for line in lines.read_text().splitlines()] == [str(inbox / "d.png")]
+    with pytest.raises(ValueError, match=r"out must end with \.csv or \.jsonl with watch, .*, got 'p\.json'"):
+        predict_to_files(str(finished.path), [str(inbox)], out="p.json", watch=True)
     with pytest.raises(ValueError, match=r"watch needs a folder among the images, got a\.png"):
         predict_to_files(str(finished.path), ["a.png"], watch=True)
     with pytest.raises(ValueError, match="features must be left out with watch"):
@@ -274,7 +281,7 @@ def gappy(photos, tmp_path):
 
 
 def test_a_table_with_missing_images_is_answered_with_their_number_and_the_way_out(model, gappy):
-    with pytest.raises(FileNotFoundError, match=r"8 of 10 images are not there: .*gone-0\.png, .* and 3 more; mend .*"):
+    with pytest.raises(FileNotFoundError, match=r"8 of 10 images are not there: .*gone-0\.png, .* and 3 more; fix .*"):
         model.predict(gappy)
     assert len(model.predict(gappy, skip_corrupt=True)) == 1
     assert len(predict(model.loaded, [gappy], skip_corrupt=True)) == 1

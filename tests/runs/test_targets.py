@@ -110,13 +110,16 @@ def test_an_exported_graph_gives_the_run_s_outputs(make_run, table, task, label,
     loaded = load_run(run.path, "cpu")
     image = loaded.transform(Image.open(path))[None]
     with torch.no_grad():
-        expected = loaded.model(image)
+        expected = loaded.task.final_outputs(loaded.model(image), loaded.info.temperature)
         script = torch.jit.load(str(export(run.path, "torchscript", tmp_path / "model.pt").path))(image)
         graph = torch.export.load(str(export(run.path, "torch-export", tmp_path / "model.pt2").path)).module()(image)
     assert (script - expected).abs().max() <= 1e-5 and (graph - expected).abs().max() <= 1e-5
     onnxruntime = pytest.importorskip("onnxruntime")
     session = onnxruntime.InferenceSession(str(export(run.path, "onnx", tmp_path / "model.onnx").path))
     assert np.abs(session.run(None, {"images": image.numpy()})[0] - expected.numpy()).max() <= 1e-4
+    (prediction,) = predict(run.path, [path])
+    said = prediction.values if task == "regression" else dict(prediction.ranking)
+    assert dict(zip(loaded.classes, expected[0].tolist(), strict=True)) == pytest.approx(said, rel=1e-4, abs=1e-5)
     for name in ("timm", "hf"):
         with pytest.raises(ValueError, match=rf"format={name} holds no model of the task {task}; take one of sparse, "):
             export(run.path, name, tmp_path / name)
@@ -139,7 +142,7 @@ def test_thresholds_are_chosen_on_validation_and_used_by_predict(make_run, table
     assert rows[1][1] == "|".join(predictions[0].labels)
     assert float(rows[1][2]) == pytest.approx(predictions[0].probabilities[classes[0]], abs=1e-6)
     ranked = read_csv(write_predictions(predictions, tmp_path / "top.csv", 1))
-    assert ranked[0] == ["image", "labels", "class_1", "probability_1"]
+    assert ranked[0] == ["image", "labels", "label_1", "probability_1"]
     assert ranked[1][2] == predictions[0].ranking[0][0]
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import sys
 
 import pytest
 import timm
@@ -11,12 +12,14 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from snella._files import sealed, write_json
 from snella.methods import AdapterFileError
 from snella.report.inspect import inspect_summary
 from snella.runs import RunFolder, TrainConfig, load_run
 from snella.runs.evaluate import evaluate
 from snella.runs.merge import loading_snippet, merge
 from snella.runs.predict import predict
+from snella.runs.prediction_files import predict_to_files
 from snella.tasks.predictions import write_predictions
 from snella.training.train import train
 
@@ -82,11 +85,11 @@ def test_predictions_are_written_as_csv(finished, photos, tmp_path):
     path = write_predictions(predictions, tmp_path / "deep" / "out.csv", top_k=2)
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 16 and list(rows[0]) == ["image", "class_1", "probability_1", "class_2", "probability_2"]
-    assert rows[3]["class_1"] == predictions[3].label
-    assert float(rows[3]["probability_1"]) == pytest.approx(predictions[3].probability, abs=1e-6)
+    assert len(rows) == 16 and list(rows[0]) == ["image", "label", "probability", "label_2", "probability_2"]
+    assert rows[3]["label"] == predictions[3].label
+    assert float(rows[3]["probability"]) == pytest.approx(predictions[3].probability, abs=1e-6)
     whole = write_predictions(predictions, path, overwrite=True)
-    assert len(whole.read_text().splitlines()[0].split(",")) == 7
+    assert whole.read_text().splitlines()[0] == "image,label,probability"
 
 
 def test_an_output_of_predictions_that_cannot_be_meant_is_refused(tmp_path):
@@ -94,9 +97,7 @@ def test_an_output_of_predictions_that_cannot_be_meant_is_refused(tmp_path):
     with pytest.raises(FileExistsError, match=r"out=.*p\.csv exists; .* with --overwrite \(overwrite=True\)"):
         write_predictions([], tmp_path / "p.csv")
     assert (tmp_path / "p.csv").read_text() == "mine"
-    with pytest.raises(
-        ValueError, match=rf"out must be a CSV file, got the folder '.*{tmp_path.name}'; write .*p\.csv"
-    ):
+    with pytest.raises(ValueError, match=rf"out must be a file, got the folder '.*{tmp_path.name}'; write .*p\.csv"):
         write_predictions([], tmp_path)
     with pytest.raises(ValueError, match="top_k must be at least 1, got 0; leave it out for all classes"):
         write_predictions([], tmp_path / "new.csv", top_k=0)
@@ -132,9 +133,27 @@ def test_a_run_that_is_not_there_is_named_before_the_images(finished, tmp_path):
         predict(finished.path.parent / "rum", [tmp_path / "a.jpg"])
 
 
-def test_predictions_are_written_as_csv_alone(tmp_path):
-    with pytest.raises(ValueError, match=r"out must be a CSV file, got '.*p\.json'; write '.*p\.csv'"):
-        write_predictions([], tmp_path / "p.json")
+def test_the_ending_of_a_file_says_how_predictions_are_written(finished, photos, tmp_path, monkeypatch):
+    predictions = predict(finished.path, [photos / "cats" / "000.png"], unsure=1.0)
+    (row,) = json.loads(write_predictions(predictions, tmp_path / "p.json", 3).read_text())
+    assert list(row) == [
+        "image",
+        "label",
+        "probability",
+        "unsure",
+        *(f"{n}_{k}" for k in (2, 3) for n in ("label", "probability")),
+    ]
+    assert (row["label"], row["unsure"]) == (predictions[0].label, True)
+    assert row["probability"] == pytest.approx(predictions[0].probability, abs=1e-6)
+    (line,) = write_predictions(predictions, tmp_path / "p.jsonl").read_text().splitlines()
+    assert json.loads(line) == {name: row[name] for name in ("image", "label", "probability", "unsure")}
+    table = pytest.importorskip("pyarrow.parquet").read_table(write_predictions(predictions, tmp_path / "p.parquet", 3))
+    assert table.to_pylist() == [row]
+    with pytest.raises(ValueError, match=r"out must end with \.csv, \.json, .*, got '.*p\.xlsx'; write '.*p\.csv'"):
+        write_predictions([], tmp_path / "p.xlsx")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match=r"q\.parquet needs pyarrow: pip install 'snella\[data\]'"):
+        write_predictions([], tmp_path / "q.parquet")
 
 
 def test_paths_without_images_are_named(finished, photos, tmp_path):
@@ -341,3 +360,38 @@ def test_what_the_run_itself_writes_again_is_its_own(finished, tmp_path):
     run.check_files()
     (run.path / "predictions.json").unlink()  # to save room: whoever needs it says so
     run.check_files()
+
+
+def test_images_that_the_run_was_trained_on_are_counted_by_their_pixels(finished, photos, make_photos, tmp_path):
+    table = tmp_path / "again.csv"
+    files = sorted(photos.rglob("*.png"))
+    for index, file in enumerate(files):
+        with Image.open(file) as image:
+            image.save(tmp_path / f"{index}.bmp")  # other files of the same pixels
+    rows = [f"{index}.bmp,{file.parent.name}" for index, file in enumerate(files)]
+    table.write_text("\n".join(["path,label", *rows]))
+    trained = finished.read_json("run.json")["data"]["sizes"]["train"]
+    note = f"{trained} of 48 images are training images of the run, e.g. "
+    assert any(text.startswith(note) for text in evaluate(finished.path, str(table))["notes"])
+    assert any(text.startswith(note) for text in evaluate(finished.path, split="all")["notes"])
+    assert not evaluate(finished.path)["notes"]
+    other = make_photos(tmp_path / "new", {"owls": 5, "dogs": 5}, contrast=0)
+    assert not any("training images" in text for text in evaluate(finished.path, str(other))["notes"])
+
+
+def test_other_images_are_not_called_new_where_the_run_s_own_are_gone(make_photos, tiny_run, tmp_path, no_report):
+    folder = make_photos(tmp_path / "photos", {"cats": 16, "dogs": 16})
+    run = train(TrainConfig(**{**tiny_run, "epochs": 1}, data=str(folder), out=str(tmp_path / "run")))
+    folder.rename(tmp_path / "moved")
+    (tmp_path / "moved" / "cats" / "015.png").unlink()
+    (note,) = (text for text in evaluate(run.path, str(tmp_path / "moved"))["notes"] if "trained on" in text)
+    assert note.startswith("not checked whether the run was trained on these images, as its own cannot be compared: ")
+
+
+def test_a_run_that_is_not_finished_is_said_to_be_so(finished, photos, tmp_path, capsys):
+    run = RunFolder(shutil.copytree(finished.path, tmp_path / "run"))
+    write_json(run.path / "run.json", sealed({**run.read_json("run.json"), "status": "interrupted"}))
+    words = "the run is not finished (interrupted): this is its best epoch so far; finish it with snella train --out "
+    assert any(note.startswith(words) for note in evaluate(run.path)["notes"])
+    predict_to_files(str(run.path), [str(photos / "cats" / "000.png")])
+    assert capsys.readouterr().err.startswith(f"note: {words}{run.path} --resume")

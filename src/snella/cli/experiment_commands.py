@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-@command("snella.analysis")
+@command("snella.analysis", is_research=True)
 def plot(
     kind: Literal[
         "allocation",
@@ -80,7 +80,7 @@ def plot(
         seed: Decides images and embedding (features, samples, gradcam; 0).
         steps: Training steps (memory; 2).
         batch_size: Batch size (memory, features); if not given, the first run's (memory) or 32.
-        device: auto, cpu or cuda (features, masks, gradcam).
+        device: auto, or a device of torch such as cpu, cuda:1 or mps (features, masks, gradcam).
         overwrite: Replace files of the same names.
     """
     import inspect
@@ -104,7 +104,7 @@ def plot(
     _print_plots(console, paths)
 
 
-@command("snella.analysis.matrix_fit")
+@command("snella.analysis.matrix_fit", is_research=True)
 def fit_matrix(
     *,
     out: str,
@@ -213,7 +213,7 @@ class CompareOptions:
         skip_corrupt: Skip images that cannot be read.
         weights: Weight file for a backbone that is given by its architecture's name.
         pretrained: Load pre-trained weights; false starts from random ones, for tests.
-        device: auto, cpu or cuda.
+        device: auto, or a device of torch such as cpu, cuda:1 or mps.
         precision: fp32, or bf16 for autocast.
         workers: Runs at a time, each in a process of its own; 0 trains all in this process.
         threads: Threads of each; the machine's processors shared out if not given.
@@ -286,7 +286,7 @@ def compare(options: CompareOptions) -> None:
     )
 
 
-@command("snella.recipes.dreambooth")
+@command("snella.recipes.dreambooth", is_research=True)
 def dreambooth(config: DreamBoothConfig) -> None:
     """Teach Stable Diffusion 3 one subject from a few images of it.
 
@@ -301,7 +301,7 @@ def dreambooth(config: DreamBoothConfig) -> None:
     personalize(config)
 
 
-@command("snella.recipes.dreambooth.generate")
+@command("snella.recipes.dreambooth.generate", is_research=True)
 def generate(
     run: str,
     /,
@@ -338,7 +338,7 @@ def generate(
         batch_size: Images at a time.
         pipeline: Where the pipeline lies now, if not where training found it.
         overwrite: Replace other images in the folder.
-        device: auto, cpu or cuda.
+        device: auto, or a device of torch such as cpu, cuda:1 or mps.
     """
     from snella._console import counted, make_console, print_line
     from snella.recipes.dreambooth.generate import generate, select_prompts
@@ -359,7 +359,7 @@ def generate(
     print_line(make_console(), f"{counted(len(images), 'picture')}: {out}")
 
 
-@command("snella.recipes.dreambooth")
+@command("snella.recipes.dreambooth", is_research=True)
 def evaluate_generation(
     run: str,
     /,
@@ -395,7 +395,7 @@ def evaluate_generation(
         pipeline: Where the pipeline lies now, if not where training found it.
         overwrite: Generate anew where images of other settings are.
         out: Also write the results to this JSON file.
-        device: auto, cpu or cuda.
+        device: auto, or a device of torch such as cpu, cuda:1 or mps.
     """
     from snella._console import make_console
     from snella._files import write_json
@@ -419,7 +419,7 @@ def evaluate_generation(
         write_json(Path(out), result)
 
 
-@command("snella.benchmark")
+@command("snella.benchmark", is_research=True)
 def bench(
     *,
     backbones: str = "vit_base_patch16_224",
@@ -482,7 +482,7 @@ def bench(
     )
 
 
-@command("snella.recipes.instruct")
+@command("snella.recipes.instruct", is_research=True)
 def language(config: LanguageConfig) -> None:
     """Fine-tune a causal language model on instructions.
 
@@ -496,7 +496,7 @@ def language(config: LanguageConfig) -> None:
     fine_tune(config)
 
 
-@command("snella.recipes.instruct")
+@command("snella.recipes.instruct", is_research=True)
 def evaluate_language(
     run: str,
     /,
@@ -526,7 +526,7 @@ def evaluate_language(
         limit: Maximum number of questions of each task.
         model: Where the model lies now, if not where training found it.
         overwrite: Answer anew where answers of other settings are.
-        device: auto, cpu or cuda.
+        device: auto, or a device of torch such as cpu, cuda:1 or mps.
     """
     from snella._console import make_console, make_table
     from snella.recipes.instruct import evaluate_language
@@ -570,7 +570,7 @@ def demo(
         overwrite: Replace earlier runs there.
         epochs: Epochs of each method; the demonstration's own if not given.
         seed: Seed of the split, the initial values and the order of the images.
-        device: auto, cpu or cuda.
+        device: auto, or a device of torch such as cpu, cuda:1 or mps.
     """
     from snella.recipes.demo import run_demo
 

@@ -48,13 +48,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(words: list[str]) -> int:
     """Parse, import what the command needs, and run it; importing late lets Ctrl-C end it from the first second."""
     end_when_interrupted()
-    from snella.cli.parser import call, parse
+    try:
+        from snella.cli.parser import call, parse
 
-    name, _, settings = parse(words)
-    from snella.cli.command import COMMANDS, record
+        name, _, settings = parse(words)
+        from snella.cli.command import COMMANDS, record
 
-    command = call(name, settings)
-    importlib.import_module(COMMANDS[name].library)
+        command = call(name, settings)
+        importlib.import_module(COMMANDS[name].library)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("snella"):
+            raise
+        missing = str(error.name).partition(".")[0]
+        extra = "generation" if missing == "diffusers" else "cli"
+        print(f"{_PROGRAM}: the command line needs {missing}: pip install 'snella[{extra}]'", file=sys.stderr)
+        return _USER_ERROR
     raise_when_interrupted()
     command()
     if COMMANDS[name].is_recorded:

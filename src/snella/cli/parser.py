@@ -6,11 +6,13 @@ import difflib
 import inspect
 import json
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from types import NoneType, UnionType
+from types import UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import docstring_parser
@@ -19,6 +21,7 @@ from jsonargparse import ArgumentParser
 
 from snella import __version__
 from snella._deprecation import FORMER_OPTIONS, renamed
+from snella._settings import described, hint_at_choice, ours
 from snella._text import nearest
 from snella.cli import experiment_commands  # noqa: F401 - all commands are in the table once it is imported
 from snella.cli.command import COMMANDS
@@ -104,6 +107,8 @@ def parse(arguments: Sequence[str]) -> tuple[str, bool, dict[str, Any]]:
     """
     is_debugging = "--debug" in arguments
     words = [_as_registered(word) for word in arguments if word != "--debug"]
+    if words[:1] == ["help"]:
+        words = [*words[1:2], "--help"]
     name = next((word for word in words if not word.startswith("-")), None)
     if name is None and not set(words) & {"-h", "--help", "--version"}:
         raise UsageError(f"a command is needed: {', '.join(COMMANDS)}; see snella --help")
@@ -120,7 +125,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, bool, dict[str, Any]]:
     try:
         values = build_parser().parse_args(words)
     except UsageError as error:
-        raise UsageError(_as_typed(str(error), str(name), options)) from None
+        raise UsageError(_as_typed(str(error), str(name), options, words)) from None
     settings = values[values.command].as_dict()
     return values.command, is_debugging, {key: value for key, value in settings.items() if key != "config"}
 
@@ -149,19 +154,39 @@ def build_parser() -> ArgumentParser:
     """Make the parser of the program."""
     parser = _Parser(
         prog="snella",
+        usage="snella [-h] [--debug] [--version] COMMAND ...",
         description="Fine-tune pre-trained vision models with sparse, high-rank updates.\n\n"
-        "  snella train --data folder:photos --backbone vit_base_patch16_224.augreg_in21k --out runs/photos\n"
+        "  snella train --data photos --backbone vit_base_patch16_224.augreg_in21k --out runs/photos\n"
         "  snella predict runs/photos new.jpg\n\n"
-        "Each command explains itself: snella train --help",
+        "Help on one command: snella train --help",
+        epilog=f"research commands:\n{_command_list(is_research=True)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--debug", action="store_true", help="Show the traceback of errors.")
     parser.add_argument("--version", action="version", version=f"snella {__version__}", help="Show the version.")
-    subcommands = parser.add_subcommands(dest="command", required=True, metavar="COMMAND")
+    subcommands = parser.add_subcommands(
+        dest="command",
+        required=True,
+        metavar="COMMAND",
+        help=argparse.SUPPRESS,
+        title="everyday commands",
+        description=textwrap.dedent(_command_list(is_research=False)),
+    )
     for name, command in COMMANDS.items():
-        summary = str(_docstring(command.function).short_description)
-        subcommands.add_subcommand(name, _command_parser(name, command.function), help=summary)
+        subcommands.add_subcommand(name, _command_parser(name, command.function))
     return parser
+
+
+def _command_list(is_research: bool) -> str:
+    """The commands of every day, or of research, with a line each."""
+    width = max(map(len, COMMANDS)) + 2
+    columns = max(shutil.get_terminal_size().columns - 4 - width, 30)
+    lines = []
+    for name, command in COMMANDS.items():
+        if command.is_research == is_research:
+            first, *rest = textwrap.wrap(str(_docstring(command.function).short_description), columns)
+            lines += [f"  {name:<{width}}{first}", *(" " * (width + 2) + line for line in rest)]
+    return "\n".join(lines)
 
 
 class _Parser(ArgumentParser):
@@ -226,7 +251,7 @@ def _add(group: Any, option: Option, of_method: str) -> None:
     group.add_argument(option.typed, type=option.type, metavar=option.choices, help=text, **needed)
 
 
-def _as_typed(message: str, command: str, options: Sequence[Option]) -> str:
+def _as_typed(message: str, command: str, options: Sequence[Option], words: Sequence[str]) -> str:
     """A message of jsonargparse in the words of the line: the argument as it is typed, what it takes, what came.
 
     Three kinds are known: `Parser key "top_k": ... value: many`, `required: predict.run, predict.out`, and
@@ -236,9 +261,14 @@ def _as_typed(message: str, command: str, options: Sequence[Option]) -> str:
     wrong = re.match(r'Parser key "(?:[\w-]+\.)?(\w+)".*value: ([^\n]*)', message, re.DOTALL)
     if wrong and wrong[1] in known:
         option = known[wrong[1]]
-        return f"{option.typed} must be {_described(option.type)}, got {wrong[2] or 'nothing'}"
+        got, hint = wrong[2] or "nothing", hint_at_choice(option.type, wrong[2])
+        return f"{option.typed} must be {described(option.type)}, got {got}{hint}"
     _, is_missing, names = message.partition("are required: ")
     missing = [name.removeprefix(f"{command}.") for name in names.split(", ")]
+    if is_missing and missing == ["images"]:
+        given = next((word for word in words[1:] if not word.startswith("-")), "")
+        if Path(given).is_file() or (Path(given).suffix and not Path(given).is_dir()):
+            return f"snella {command} needs RUN, the folder of a run, before the images: snella {command} RUN {given}"
     if is_missing and set(missing) <= set(known):
         return f"snella {command} needs {', '.join(known[n].typed for n in missing)}; see snella {command} --help"
     _, is_unknown, words = message.partition("unrecognized arguments: ")
@@ -250,24 +280,17 @@ def _as_typed(message: str, command: str, options: Sequence[Option]) -> str:
     return message
 
 
-def _described(kind: Any) -> str:
-    """What a type takes."""
-    kind = _without_none(kind)
-    if get_origin(kind) in (Union, UnionType):
-        return " or ".join(_described(part).removeprefix("one of ") for part in get_args(kind) if part is not NoneType)
-    if get_origin(kind) is Literal:
-        return f"one of {', '.join(map(str, get_args(kind)))}"
-    return {int: "an integer", float: "a number", bool: "true or false", str: "a string"}.get(
-        kind, "settings such as {kernel: rbf}"
-    )
-
-
 def _check_options(command: str, options: Sequence[Option], words: Sequence[str]) -> None:
     """Refuse unknown options, naming the nearest ones."""
     known = [*(option.typed for option in options if not option.is_positional), *_OF_ALL_COMMANDS]
+    names = {option.name: option for option in options}
     for word in words:
         option = re.split(r"[.=]", word)[0]
         if word.startswith("--") and word != "--" and option not in known:
+            own = "run" if option == "--model" and "run" in names else ours(option[2:], names)
+            if own is not None:
+                needed = f"it is called {names[own].typed}" if not names[own].is_positional else f"give {own.upper()}"
+                raise UsageError(f"snella {command} has no option {option}; {needed}; see snella {command} --help")
             near = difflib.get_close_matches(option[2:], [name[2:] for name in known], n=2, cutoff=0.5)
             hint = f"; nearest: {', '.join(_dashed(name) for name in near)}" if near else ""
             raise UsageError(f"snella {command} has no option {option}{hint}; see snella {command} --help")
@@ -372,8 +395,9 @@ def _config_error(path: str, known: Sequence[str]) -> str | None:
         return f"--config {path} must name settings by strings: {error}; they are written as 'epochs: 20'"
     unknown = []
     for key in (str(key) for key in content if key not in known):
+        called = ours(key, known)
         near = nearest(key.replace("-", "_"), known, most=2, cutoff=0.5, form=" (nearest: {})")
-        unknown.append(f"{key!r}{near}")
+        unknown.append(f"{key!r} (it is called {called})" if called else f"{key!r}{near}")
     return f"--config {path} has unknown settings: {', '.join(unknown)}" if unknown else None
 
 
@@ -403,11 +427,19 @@ def as_flags(message: str, command: str | None = None) -> str:
     message = re.sub(rf"(?<![-\w.])({flags})=True\b", lambda m: dashed[m[1]], message)
     message = re.sub(rf"(?<![-\w.])({flags})=False\b", lambda m: f"{dashed[m[1]]} false", message)
     message = message.replace("weights=PATH", "--weights PATH")
+    message = re.sub(r"missing required settings: ([^;]*)", _missing_options, message)
     message = re.sub(rf"^({names})=", lambda m: f"{dashed[m[1]]} ", message)
     message = re.sub(rf"(^|; )({names})(?= must\b)", lambda m: m[1] + dashed[m[2]], message)
     pair = rf"(^|; |\bwith )({names}) and ({names})\b"
     message = re.sub(pair, lambda m: f"{m[1]}{dashed[m[2]]} and {dashed[m[3]]}", message)
     return re.sub(r"\bwith overwrite\b", "with --overwrite", message)
+
+
+def _missing_options(match: re.Match[str]) -> str:
+    """The settings that are missing as options, with an example of each."""
+    missing, _, examples = match[1].partition(", e.g. ")
+    options = ", ".join(map(_dashed, missing.split(", ")))
+    return f"missing required options: {options}, e.g. " + re.sub(r"(\w+)='([^']*)'", r"--\1 \2", examples)
 
 
 def _as_registered(word: str) -> str:

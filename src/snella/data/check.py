@@ -85,12 +85,22 @@ def check_benchmarks(folder: str | Path, *, decode: bool = False) -> list[Benchm
         raise ValueError(
             f"folder must hold a benchmark, got '{root}', where nothing of one is ({there}); put there {wanted}. "
             f"Tasks are {', '.join(VTAB_TASKS)}; data sets are {', '.join(FGVC_DATASETS)}. "
-            f"Images of your own are checked as folder:{root} or csv:FILE"
+            f"Images of your own are in class folders, {root}/CLASS/image.jpg, or named by a table"
         )
     if decode:
         for inspection in (inspection for check in checks for inspection in check.found):
             _decode(inspection)
     return checks
+
+
+def holds_benchmark(folder: str | Path) -> bool:
+    """Whether a folder is a benchmark's, one data set of it, or one with benchmarks right inside it."""
+    root = Path(folder).expanduser()
+    if not root.is_dir():
+        return False
+    places = [root, *(child for child in root.iterdir() if child.is_dir())]
+    is_member = any(family.known(root.resolve().name) for family in _FAMILIES)
+    return is_member or any(family.holds(place) for place in places for family in _FAMILIES)
 
 
 def _single(root: Path) -> list[BenchmarkCheck]:
@@ -164,7 +174,8 @@ class DataCheck:
         sizes: Smallest, median and largest width and height; None where images were not inspected.
         kinds: Number of images by format and mode, such as `JPEG RGB`.
         errors: What training would refuse, or what surely is wrong.
-        notes: What a user should know.
+        warnings: What may make results wrong, and what to do about it.
+        notes: What else a user should know.
     """
 
     splits: DataSplits
@@ -173,6 +184,7 @@ class DataCheck:
     sizes: tuple[tuple[int, int], ...] | None = None
     kinds: dict[str, int] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -210,7 +222,8 @@ def check_data(
     except ValueError as error:
         splits = load_data(spec, skip_corrupt=True, divide=False, **options)  # or raises the same
         errors.append(str(error))
-    check = DataCheck(splits, errors=errors, notes=list(splits.notes))
+    notes = [note for note in splits.notes if note not in splits.warnings]
+    check = DataCheck(splits, errors=errors, warnings=list(splits.warnings), notes=notes)
     if splits.broken:
         named = listed([f"{name} ({reason})" for name, reason in splits.broken.items()])
         check.notes = [note for note in check.notes if named not in note]
@@ -225,12 +238,12 @@ def check_data(
             name: {part: images.labels.count(label) for part, images in splits.parts.items()}
             for label, name in enumerate(splits.classes)
         }
-        check.notes += _suspicious_names(splits.classes)
+        check.warnings += _suspicious_names(splits.classes)
     elif target == "labels":
         check.counts = _label_counts(splits)
     elif target == "numbers":
         check.ranges = _ranges(splits)
-    check.notes += _repetitions(splits)
+    check.warnings += _repetitions(splits)
     facts = [fact for images in splits.parts.values() for fact in known_facts(images).values()]
     if facts:
         by_area = sorted((fact.size for fact in facts), key=lambda size: size[0] * size[1])
@@ -258,34 +271,35 @@ def _ranges(splits: DataSplits) -> dict[str, tuple[float, float, float]]:
 
 
 def _repetitions(splits: DataSplits) -> list[str]:
-    """Notes about the same picture several times in one part, under one class or several."""
+    """Warnings about the same picture several times in one part, under one class or several."""
     notes = []
     for part, images in splits.parts.items():
         groups = repeated_images(images)
         contradicting = [group for group in groups if len({images.labels[position] for position in group}) > 1]
         texts = (
-            ("picture is", "pictures are", "in it more than once"),
-            ("picture has", "pictures have", "several labels"),
+            ("picture is", "pictures are", "in it more than once", "remove the copies"),
+            ("picture has", "pictures have", "several labels", "keep the right one"),
         )
-        for (one, many, text), chosen in zip(texts, (groups, contradicting), strict=True):
+        for (one, many, text, remedy), chosen in zip(texts, (groups, contradicting), strict=True):
             if chosen:
                 named = listed([" = ".join(images.names[position] for position in group[:3]) for group in chosen])
-                notes.append(f"{part}: {len(chosen)} {one if len(chosen) == 1 else many} {text}: {named}")
+                count = f"{len(chosen)} {one if len(chosen) == 1 else many}"
+                notes.append(f"{part}: {count} {text}: {named}; {remedy}")
     return notes
 
 
 def _suspicious_names(classes: Sequence[str]) -> list[str]:
-    """Notes about class names that may be no classes, or one class written in two ways."""
+    """Warnings about class names that may be no classes, or one class written in two ways."""
     notes = []
     generic = [repr(name) for name in classes if name.strip().lower() in _GENERIC or _COPY.search(name)]
     if generic:
-        notes.append(f"classes whose names are none of a thing: {listed(generic)}")
+        notes.append(f"class names that say nothing: {listed(generic)}; rename them, or remove what is no class")
     alike: dict[str, list[str]] = {}
     for name in classes:
         alike.setdefault(re.sub(r"[\W_]", "", name.lower()).rstrip("s") or name, []).append(name)
     twice = [" and ".join(map(repr, names)) for names in alike.values() if len(names) > 1]
     if twice:
-        notes.append(f"classes that may be the same: {listed(twice)}")
+        notes.append(f"classes that may be the same: {listed(twice)}; put their images into one")
     return notes
 
 

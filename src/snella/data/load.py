@@ -1,6 +1,8 @@
 """`load_data`: a data specification as training, validation and test splits."""
 
 import difflib
+import hashlib
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -9,10 +11,11 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
+from torch import Tensor
 
 from snella._deprecation import accept_former_arguments
 from snella._files import sha256_of
-from snella._text import listed
+from snella._text import listed, near_siblings
 from snella.data.benchmarks import FGVC, VTAB, load_fgvc, load_vtab
 from snella.data.bundled import (
     load_digits,
@@ -82,7 +85,8 @@ class DataSplits:
         classes: Class names by index.
         name: Short name of the data.
         description: One line with numbers, human-readable.
-        notes: What a user should know: files left out, choices made, licenses.
+        notes: What a user should know: files left out, choices made, licenses; `warnings` are among them.
+        warnings: What may make results wrong, such as test images that are training images too, and what to do.
         is_resized_whole: Whether images are resized as a whole, where others have their center cut out.
         broken: Why images were left out, by name.
         fold_part: The part that is a fold of a cross-validation.
@@ -95,6 +99,7 @@ class DataSplits:
     name: str
     description: str
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     is_resized_whole: bool = False
     broken: dict[str, str] = field(default_factory=dict)
     fold_part: str | None = None
@@ -117,6 +122,34 @@ def data_names() -> list[str]:
     ]
 
 
+def full_spec(spec: str) -> str:
+    """The specification of a bare path: `folder:photos` for a folder of class folders, `csv:t.csv` for a table.
+
+    A folder with `images` and `masks` is `masks:`, one with tar files `wds:`, one that Hugging Face's datasets wrote
+    `hf:`. Other text, the name of a bundled data set before a folder of that name, is returned as it is.
+    """
+    path = Path(spec).expanduser()
+    if split_spec(spec)[1] is not None or spec in _FAMILIES or not spec.strip() or not os.path.exists(path):
+        return spec
+    if path.is_file():
+        prefix = {".csv": "csv:", ".tsv": "csv:", ".parquet": "parquet:", ".tar": "wds:"}.get(path.suffix.lower())
+        return spec if prefix is None else prefix + spec
+    if any((path / part / "masks").is_dir() and (path / part / "images").is_dir() for part in ("", "train")):
+        return f"masks:{spec}"
+    if any((path / name).is_file() for name in ("dataset_dict.json", "state.json", "metadata.csv")):
+        return f"hf:{spec}"
+    files = [child for child in path.iterdir() if child.is_file() and not child.name.startswith(".")]
+    if any(file.suffix == ".tar" for file in files):
+        return f"wds:{spec}"
+    if (
+        files
+        and all(file.suffix == ".parquet" for file in files)
+        and not any(child.is_dir() for child in path.iterdir())
+    ):
+        return f"hf:{spec}"
+    return f"{_FOLDER}{spec}"
+
+
 def split_spec(spec: str) -> tuple[str, str | None]:
     """Cut `folder:PATH` into `("folder:", "PATH")`; data that needs no path is `(name, None)`."""
     prefix = next(
@@ -127,7 +160,7 @@ def split_spec(spec: str) -> tuple[str, str | None]:
 
 def has_columns(data: Any) -> bool:
     """Whether data, a specification or an object, may have columns."""
-    return not isinstance(data, str) or split_spec(data)[0] in _IN_TABLES
+    return not isinstance(data, str) or split_spec(full_spec(data))[0] in _IN_TABLES
 
 
 def data_folder(spec: str) -> Path | None:
@@ -169,8 +202,8 @@ def load_data(
     the test images do not change with the number of training images.
 
     Args:
-        spec: One of `data_names()`: `folder:PATH` (`class/image` or `train|val|test/class/image`) or a data set. Or an
-            object, see `snella.data.hub.from_python`.
+        spec: A folder or a table, see `full_spec`; one of `data_names()`: `folder:PATH` (`class/image` or
+            `train|val|test/class/image`) or a data set. Or an object, see `snella.data.hub.from_python`.
         seed: Of the splits, the sizes' choice and the augmentation.
         val_fraction: Share of the validation part.
         test_fraction: Share of the test part; 0 for none.
@@ -233,19 +266,25 @@ def load_data(
     of_numbers = f"with {' and '.join(collection.classes)}"
     what = of_numbers if target == "numbers" else f"in {len(collection.classes)} classes"
     description = f"{collection.name}: {total:,} images {what}; {counts}"
-    notes = [
-        *collection.notes,
+    warnings = [
         *_absent(parts, collection, target),
-        *_pages(parts),
         *_darkness(parts),
         *_shared_groups(parts),
         *_copies(parts),
+        *(_imbalance(train, labels) if collection.strata is None else []),
     ]
-    if collection.strata is None:
-        notes += _imbalance(train, labels)
-    whole = collection.is_resized_whole
     return DataSplits(
-        train, val, test, collection.classes, collection.name, description, notes, whole, collection.broken, fold_part
+        train,
+        val,
+        test,
+        collection.classes,
+        collection.name,
+        description,
+        notes=[*collection.notes, *_pages(parts), *warnings],
+        warnings=warnings,
+        is_resized_whole=collection.is_resized_whole,
+        broken=collection.broken,
+        fold_part=fold_part,
     )
 
 
@@ -270,6 +309,7 @@ def _collect(
 ) -> Collection:
     """The data as its family has it."""
     given: dict[str, Any] = {} if reading == RGB else {"reading": reading}
+    spec = full_spec(str(spec)) if isinstance(spec, str | Path) else spec
     if not isinstance(spec, str):
         return from_python(spec, RowOptions(Columns.parse(columns), target, skip_corrupt, reading))
     prefix, path = split_spec(spec)
@@ -292,14 +332,24 @@ def _collect(
         return _as_target(_IN_FOLDERS[prefix](path, skip_corrupt=skip_corrupt, **given), target, spec)
     if spec in _FAMILIES:
         return _as_target(_FAMILIES[spec](), target, spec)
-    nearest = difflib.get_close_matches(spec, _FAMILIES, n=2, cutoff=0.4)
-    if Path(spec).expanduser().is_dir():
-        hint = f"; a folder is written {_FOLDER}{spec}"
-    elif (table := f"{Path(spec).suffix[1:]}:") in _IN_TABLES or Path(spec).suffix == ".tsv":
-        hint = f"; a table is written {table if table in _IN_TABLES else 'csv:'}{spec}"
-    else:
-        hint = f"; nearest: {', '.join(map(repr, nearest))}" if nearest else ""
-    raise ValueError(f"data must be one of {', '.join(data_names())}, got {spec!r}{hint}")
+    known = ", ".join(data_names())
+    raise ValueError(f"data must be a folder, a table or one of {known}, got {spec!r}{_data_hint(spec)}")
+
+
+def _data_hint(spec: str) -> str:
+    """What an unknown specification may have meant."""
+    name, colon, rest = spec.partition(":")
+    if colon:
+        prefixes = [prefix[:-1] for prefix in (*_IN_FOLDERS, *_IN_TABLES, *_BENCHMARKS)]
+        near = difflib.get_close_matches(name.lower(), prefixes, n=1, cutoff=0.5)
+        return f"; did you mean '{near[0]}:{rest}'?" if near else ""
+    path = Path(spec).expanduser()
+    if path.is_file():
+        return ", which is no table: CSV, TSV, Parquet and tar files are"
+    near = difflib.get_close_matches(spec, _FAMILIES, n=2, cutoff=0.4)
+    if near:
+        return f"; nearest: {', '.join(map(repr, near))}"
+    return near_siblings(path) or "; there is no such folder"
 
 
 def _as_target(collection: Collection, target: TargetKind, spec: str) -> Collection:
@@ -387,32 +437,41 @@ def _choose(part: str, images: ImageDataset, size: int | None, seed: int, classe
 
 
 def _absent(parts: dict[str, ImageDataset], collection: Collection, target: TargetKind) -> list[str]:
-    """Notes about classes or labels that a part lacks; none of numbers."""
+    """Warnings about classes or labels that a part lacks; none of numbers."""
     notes = []
     names = {"class": collection.label_names, "labels": collection.classes}.get(target, [])
+    one, many = ("class", "classes") if target == "class" else ("label", "labels")
+    remedies = {
+        "train": f"add training images, or leave the {one} out",
+        "val": "add validation images, without which the epoch is chosen by the others",
+        "test": "add test images, without which nothing is measured",
+    }
     for part, images in parts.items():
         if target == "class":
-            there, text = {names[label] for label in images.labels}, "of {} classes"
+            there = {names[label] for label in images.labels}
         else:
             targets = images.annotations.targets or []
             there = {name for labels in targets for name in cast(tuple[str, ...], labels)} if names else set()
-            text = "has {} of the labels"
         absent = [repr(name) for name in names if name not in there]
         if absent:
-            notes.append(f"no image in {part} {text.format(len(absent))}: {', '.join(absent[:5])}")
+            part_name = {"train": "training", "val": "validation"}.get(part, part)
+            subject = f"{one} {absent[0]} has" if len(absent) == 1 else f"{len(absent)} {many} have"
+            named = "" if len(absent) == 1 else f": {listed(absent)}"
+            notes.append(f"{subject} no {part_name} images{named}; {remedies[part]}")
     return notes
 
 
 def _shared_groups(parts: dict[str, ImageDataset]) -> list[str]:
-    """Notes about groups that stand in training and in another part, as the data itself divides them."""
+    """Warnings about groups that are in training and in another part, as the data itself divides them."""
     notes = []
     trained = set(parts["train"].annotations.groups or [])
     for name in ("val", "test"):
-        both = sorted(trained & set(parts[name].annotations.groups or [])) if name in parts else []
+        groups = set(parts[name].annotations.groups or []) if name in parts else set()
+        both = sorted(trained & groups)
         if both:
             notes.append(
-                f"{len(both)} groups are both in train and in {name}, e.g. {both[0]!r}; results on "
-                f"{name} are optimistic"
+                f"{len(both)} of {len(groups)} groups in {name} are in train too, e.g. {both[0]!r}; results on {name} "
+                "are optimistic; --columns split=none divides anew and keeps groups together"
             )
     return notes
 
@@ -473,7 +532,8 @@ def _copies(parts: dict[str, ImageDataset]) -> list[str]:
             kind = f" ({resaved} of them saved again or resized)" if resaved else ""
             notes.append(
                 f"{len(both)} of {len(parts[name])} {name} images are training images too{kind}, e.g. {shown}; "
-                f"results on {name} are optimistic by as much"
+                f"results on {name} are optimistic by as much; "
+                "remove the copies from one part"
             )
     return notes
 
@@ -508,6 +568,42 @@ def repeated_images(images: ImageDataset) -> list[list[int]]:
         if facts.thumbnail.std() > _FLAT:
             groups.setdefault((facts.size, facts.thumbnail.tobytes()), []).append(position)
     return [group for group in groups.values() if len(group) > 1]
+
+
+def equal_pictures(train: ImageDataset, others: ImageDataset) -> dict[int, int]:
+    """Images whose pixels are those of a training image, whatever file they are in.
+
+    Args:
+        train: Training images.
+        others: Other images, read the same way.
+
+    Returns:
+        From the position in `others` to that of the training image.
+    """
+    are_known = all(len(known_facts(images)) == len(images) for images in (train, others))
+    looks = [_looks(images, are_known) for images in (train, others)]
+    shared = set(looks[0]) & set(looks[1])
+    positions = [[p for look in shared for p in found[look]] for found in looks]
+    trained = {_pixel_digest(train, position): position for position in positions[0]}
+    digests = {position: _pixel_digest(others, position) for position in sorted(positions[1])}
+    return {position: trained[digest] for position, digest in digests.items() if digest in trained}
+
+
+def _looks(images: ImageDataset, are_known: bool) -> dict[Any, list[int]]:
+    """Positions by size and thumbnail, which equal pictures share; all under None where images were not inspected."""
+    facts = known_facts(images)
+    found: dict[Any, list[int]] = {}
+    for position in range(len(images)):
+        look = (facts[position].size, facts[position].thumbnail.tobytes()) if are_known else None
+        found.setdefault(look, []).append(position)
+    return found
+
+
+def _pixel_digest(images: ImageDataset, position: int) -> bytes:
+    """A digest of the decoded image."""
+    image: Any = images.source.load(images.rows[position])
+    pixels = image.numpy() if isinstance(image, Tensor) else np.asarray(image)
+    return hashlib.blake2b(repr((pixels.shape, str(pixels.dtype))).encode() + pixels.tobytes(), digest_size=16).digest()
 
 
 def near_copies(train: ImageDataset, others: ImageDataset) -> dict[int, int]:

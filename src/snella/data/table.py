@@ -45,6 +45,7 @@ _BINS = 10
 _FEW_CLASSES = 20
 _LEAST_IN_STRATUM = 3
 _EXAMPLES = 3
+_MOST_WEIGHT = 1e9  # losses are float32 at most, and are squared by optimizers
 
 
 @dataclass(frozen=True)
@@ -255,8 +256,8 @@ def collection_of(samples: Samples, options: RowOptions) -> Collection:
     values, broken = _targets(samples, target)
     weights = None if samples.weights is None else [_number(value) for value in samples.weights]
     for row, weight in enumerate(samples.weights or []):
-        if not 0 <= _number(weight) < math.inf:
-            broken[row] = f"weight {weight!r}"
+        if not 0 <= _number(weight) <= _MOST_WEIGHT:
+            broken[row] = f"weight {weight!r} is not in [0, {_MOST_WEIGHT:g}]"
     broken |= samples.broken
     usable = [row for row in range(len(samples.names)) if row not in broken]
     broken |= broken_rows(samples.source, usable)
@@ -264,14 +265,15 @@ def collection_of(samples: Samples, options: RowOptions) -> Collection:
     if broken:
         if not options.skip_corrupt:
             raise ValueError(
-                f"{_broken_text(broken, samples)}. Mend or remove them, or leave them out with --skip-corrupt "
+                f"{_broken_text(broken, samples)}. Fix or remove them, or leave them out with --skip-corrupt "
                 "(skip_corrupt=True)"
             )
         notes.append(f"left out {_broken_text(broken, samples)}")
     rows = [row for row in usable if row not in broken]
     rows = _without_repetitions(rows, samples, values, notes)
     if not rows:
-        raise ValueError(f"{samples.where} holds no image to train on, got {len(samples.names)} rows")
+        reason = f"none can be used: {_broken_text(broken, samples)}" if broken else f"got {len(samples.names)} rows"
+        raise ValueError(f"{samples.where} holds no image to train on, {reason}")
     numbers, classes, strata = _labels(rows, samples, values, target)
     if target == "class":
         _check_classes(classes, numbers, rows, parts, samples)
@@ -294,6 +296,11 @@ def collection_of(samples: Samples, options: RowOptions) -> Collection:
         raise ValueError(
             f"{samples.where} has no training image, got parts {listed(sorted(set(parts)))}; "
             "columns split=none divides all images anew"
+        )
+    if weights is not None and not any(train.annotations.weights or []):
+        raise ValueError(
+            f"{samples.where}: at least one training image must have a weight above 0, got 0 for all {len(train)}; "
+            "--columns weight=none ignores the column"
         )
     has_parts = samples.splits is not None
     collection = Collection(
@@ -522,6 +529,13 @@ def _numbers(samples: Samples) -> tuple[list[Target], dict[int, str]]:
         if not all(map(math.isfinite, numbers)):
             broken[row] = f"label {_shown(value)!r} is not a number"
         values.append(numbers[0] if is_one else numbers)
+    if broken and len(broken) == len(values):
+        names = " and ".join(map(repr, samples.label_columns))
+        raise ValueError(
+            f"{samples.where}: column {names} must hold numbers for task regression, got {_shown(samples.labels[0])!r} "
+            f"in row 1 and no number in {len(values)} rows; name another column with --columns label=NAME, or leave "
+            "--task regression out"
+        )
     return values, broken
 
 
@@ -607,10 +621,12 @@ def _check_classes(
             "--columns label=NAME"
         )
     trained = {numbers[row] for row in rows if parts[row] == "train"}
-    unknown = sorted({classes[numbers[row]] for row in rows} - {classes[number] for number in trained})
-    if unknown and trained:
+    counts = Counter(classes[numbers[row]] for row in rows if numbers[row] not in trained)
+    if counts and trained:
+        named = listed([f"{name!r} ({count} in other parts)" for name, count in sorted(counts.items())])
         raise ValueError(
-            f"{samples.where}: classes without a training image: {listed([repr(name) for name in unknown])}"
+            f"{samples.where}: {len(counts)} of {len(classes)} classes have no training image: {named}; add training "
+            "images of them, remove their rows, or divide all images anew with --columns split=none"
         )
 
 
@@ -640,10 +656,17 @@ def _without_repetitions(rows: list[int], samples: Samples, values: Sequence[Any
 
 def _broken_text(broken: Mapping[int, str], samples: Samples) -> str:
     """How many rows cannot be used, why, and the first of them."""
-    kinds = Counter(reason.partition(" (")[0] if reason in _SIMPLE else "unreadable" for reason in broken.values())
+    kinds = Counter(_error_kind(reason) for reason in broken.values())
     counts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items(), key=lambda item: (-item[1], item[0])))
     named = listed([f"{samples.names[row] or f'row {row + 1}'} ({broken[row]})" for row in sorted(broken)])
     return f"{len(broken)} of {len(samples.names)} rows of {samples.where}, {counts}: {named}"
 
 
 _SIMPLE = ("no path", "no such file", "no label")
+
+
+def _error_kind(reason: str) -> str:
+    """What is wrong with a row, in a word or two."""
+    if reason in _SIMPLE:
+        return reason
+    return {"weight": "wrong weight", "label": "wrong label"}.get(reason.partition(" ")[0], "unreadable")

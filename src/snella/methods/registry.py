@@ -83,7 +83,7 @@ def parse_method(name: str) -> tuple[str, int | None]:
     match = None if name in METHODS else re.fullmatch(r"(.+)-(\d+)", name)
     family, digits = (match[1], match[2]) if match else (name, None)
     if family not in METHODS:
-        hint = nearest(family, METHODS, most=3, cutoff=0.5)
+        hint = _meant(name) or nearest(family, METHODS, most=3, cutoff=0.5)
         numbered = ", ".join(f"{key}-N" for key, method in METHODS.items() if method.suffix is not None)
         plain = ", ".join(key for key, method in METHODS.items() if method.suffix is None)
         raise ValueError(f"method must be one of {plain}, {numbered} (-N may be left out), got {name!r}{hint}")
@@ -95,6 +95,15 @@ def parse_method(name: str) -> tuple[str, int | None]:
     if int(digits) < 1:
         raise ValueError(f"the number in a method's name, {suffix}, must be at least 1, got {name!r}")
     return family, int(digits)
+
+
+def _meant(name: str) -> str:
+    """A method written in another way, such as `lora8` or `LoRA_8`: `; did you mean 'lora-8'?`; empty for none."""
+    match = re.fullmatch(r"(.*?)-?(\d*)", name.lower().replace("_", "-"))
+    family, digits = (match[1], match[2]) if match else (name, "")
+    if family not in METHODS or (digits and METHODS[family].suffix is None):
+        return ""
+    return f"; did you mean {family + (digits and '-' + digits)!r}?"
 
 
 def build_method(

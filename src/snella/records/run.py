@@ -90,7 +90,7 @@ class DataInfo:
 
 @dataclass(frozen=True)
 class ReliabilityBin:
-    """The images whose highest probability lies in one range: its mean, the share that is right, how many they are."""
+    """One confidence bin: mean confidence, fraction correct, number of images."""
 
     confidence: float
     accuracy: float
@@ -99,17 +99,17 @@ class ReliabilityBin:
 
 @dataclass(frozen=True)
 class Reliability:
-    """How far probabilities are from the shares that are right, on one split, with the temperature and without.
+    """Calibration on one split, with the temperature and without.
 
     Attributes:
         split: val or test.
         count: Images.
         ece: Expected calibration error with the temperature, `Σ_b count_b / count · |accuracy_b - confidence_b|` over
-            15 ranges of equal width (Guo et al., arXiv 1706.04599).
+            bins of equally many images (Guo et al., arXiv 1706.04599, but for the bins).
         ece_before: The same without.
         loss: Mean cross entropy with the temperature.
         loss_before: The same without.
-        bins: The ranges that hold images, with the temperature.
+        bins: The bins, from the lowest confidence to the highest, with the temperature.
         bins_before: The same without.
     """
 
@@ -121,6 +121,11 @@ class Reliability:
     loss_before: float
     bins: list[ReliabilityBin]
     bins_before: list[ReliabilityBin]
+
+    @property
+    def is_better(self) -> bool:
+        """Whether the temperature lowers the calibration error."""
+        return self.ece < self.ece_before
 
 
 @dataclass(frozen=True)
@@ -141,6 +146,21 @@ class Calibration:
     coverage: float = math.nan
     accuracy: float = math.nan
     reliability: list[Reliability] = field(default_factory=list)
+
+    @property
+    def verdict(self) -> str:
+        """Whether the temperature helped, on the test images where there are any."""
+        if not self.reliability:
+            return ""
+        last = self.reliability[-1]
+        where = f"{'validation' if last.split == 'val' else last.split} images"
+        change = f"expected calibration error {100 * last.ece_before:.1f} % without it, {100 * last.ece:.1f} % with it"
+        if last.is_better:
+            return f"The temperature helped on the {last.count} {where}: {change}."
+        return (
+            f"The temperature did not help on the {last.count} {where}: {change}. Do not rely on the probabilities; "
+            "more validation images may help."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -238,6 +238,7 @@ def calibration_section(info: RunInfo, predictions: Predictions | None) -> dict[
         )
     return {
         "temperature": f"{calibration.temperature:.3g}",
+        "verdict": calibration.verdict,
         "tendency": "too sure of itself" if calibration.temperature > 1 else "not sure enough of itself",
         "rows": [{"split": _SPLITS.get(r.split, r.split), "values": r} for r in calibration.reliability],
         "threshold": None if calibration.threshold is None else f"{calibration.threshold:.3f}",

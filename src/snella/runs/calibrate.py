@@ -1,5 +1,6 @@
 """`calibrate`: a temperature for a classifier's logits, and the probability below which it is unsure."""
 
+import itertools
 from collections.abc import Mapping
 
 import numpy as np
@@ -11,7 +12,8 @@ from snella.records import Calibration, Reliability, ReliabilityBin
 
 __all__ = ["calibrate", "expected_calibration_error", "fit_temperature", "reliability_bins", "unsure_threshold"]
 
-BINS = 15
+MOST_BINS = 15
+_PER_BIN = 12  # images: the standard error of a bin's accuracy is below 15 points
 _LEAST, _MOST = 0.05, 20.0
 _TINY = 1e-38  # probabilities are float32
 
@@ -75,20 +77,26 @@ def expected_calibration_error(bins: list[ReliabilityBin]) -> float:
 
 
 def reliability_bins(confidence: Tensor, is_right: Tensor) -> list[ReliabilityBin]:
-    """The images by 15 ranges of equal width of their highest probability; ranges without images are left out.
+    """The images in bins of equally many, by their highest probability; up to 15 bins, of 12 images at least.
+
+    Images of equal probability are in one bin.
 
     Args:
         confidence: `[images]`, in [0, 1].
         is_right: `[images]`, boolean.
     """
-    numbers = (confidence * BINS).ceil().long().clamp(1, BINS)
-    found = []
-    for number in range(1, BINS + 1):
-        chosen = numbers == number
-        if chosen.any():
-            mean, share = confidence[chosen].double().mean(), is_right[chosen].double().mean()
-            found.append(ReliabilityBin(round(float(mean), 6), round(float(share), 6), int(chosen.sum())))
-    return found
+    order = confidence.argsort(stable=True)
+    ranked, right = confidence[order].double(), is_right[order].double()
+    count = max(1, min(MOST_BINS, len(ranked) // _PER_BIN))
+    edges = {0, len(ranked)}
+    for number in range(1, count):
+        place = round(number * len(ranked) / count)
+        edges.add(int((ranked < ranked[place]).sum()))  # the first of those that are equal to it
+    bounds = sorted(edges)
+    return [
+        ReliabilityBin(round(float(ranked[start:end].mean()), 6), round(float(right[start:end].mean()), 6), end - start)
+        for start, end in itertools.pairwise(bounds)
+    ]
 
 
 def unsure_threshold(confidence: Tensor, is_right: Tensor) -> tuple[float | None, float, float]:

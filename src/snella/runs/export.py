@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import logging
+import math
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -19,8 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from snella._files import made_folder, naming_file, sync_tree, write_text
-from snella.data import read_image
-from snella.data.datasets import read_at_side
+from snella.data import ImageDataset, read_image
+from snella.data.datasets import FileImages, read_at_side
 from snella.methods.sparse_update import SparseUpdate
 from snella.report import model_card
 from snella.runs.images import find_data, load_splits, parts_of
@@ -46,12 +47,14 @@ class ExportOptions:
         rank: Rank of the LoRA that the update is fitted by.
         values: Type of a sparse file's values.
         images: Images for the check of the outputs; the run's own test or validation images if empty.
+        logits: Whether a graph ends in the model's own outputs; otherwise in what `predict` says.
     """
 
     opset: int | None = None
     rank: int | None = None
     values: ValueDtype | None = None
     images: Sequence[str | Path] = ()
+    logits: bool = False
 
 
 @dataclass
@@ -77,18 +80,18 @@ class ExportFormat:
         summary: What it is.
         suffix: Ending of the file; of a folder, what stands behind the run's name.
         write: `(loaded, path, options) -> notes`; writes under a temporary name.
-        snippet: Python code that loads `{path}`.
+        snippet: Python code that loads `{path}`, or what makes it.
         options: Names of `ExportOptions` that it takes.
         packages: Modules that it needs beyond those of the command line, each with the extra that brings it.
         is_folder: Whether it is a folder.
-        temperature: Where the run's temperature is.
+        temperature: Where the run's temperature is, if not in the outputs.
         tasks: Tasks that it can hold; None for all.
     """
 
     summary: str
     suffix: str
     write: Callable[[LoadedRun, Path, ExportOptions], list[str]]
-    snippet: str
+    snippet: str | Callable[[LoadedRun, Path, ExportOptions], str]
     options: tuple[str, ...] = ()
     packages: tuple[tuple[str, str], ...] = ()
     is_folder: bool = False
@@ -106,8 +109,12 @@ def export(
     rank: int | None = None,
     values: ValueDtype | None = None,
     images: Sequence[str | Path] = (),
+    logits: bool = False,
 ) -> Exported:
     """Write a run's best model in another format.
+
+    ONNX, TorchScript and `torch.export` files end in what `predict` says: class probabilities with the run's
+    temperature, or numbers in their unit.
 
     Everything is written under a temporary name and checked; what fails leaves nothing behind. ONNX, TorchScript and
     `torch.export` files compute the outputs of real images within `OUTPUT_BOUND` of torch's, with the same classes, for
@@ -122,6 +129,7 @@ def export(
         rank: For lora.
         values: For sparse.
         images: For onnx, torchscript, torch-export and lora: files whose outputs are compared.
+        logits: For onnx, torchscript and torch-export: leave the softmax (sigmoid, unit) and the temperature out.
 
     Returns:
         Path, measurements and a snippet.
@@ -133,7 +141,7 @@ def export(
             that differ.
     """
     chosen = _find(format)
-    options = ExportOptions(opset, rank, values, images)
+    options = ExportOptions(opset, rank, values, images, logits)
     _check_options(format, chosen, options)
     path = Path(f"{str(run).rstrip('/')}{chosen.suffix}") if out is None else Path(out)
     if path.exists() and not overwrite:
@@ -156,7 +164,7 @@ def export(
     with made_folder(path.parent), naming_file(path):
         try:
             _remove(temporary)
-            notes = chosen.write(loaded, temporary, options) + _temperature_notes(loaded, chosen)
+            notes = chosen.write(loaded, temporary, options) + _output_notes(loaded, chosen, options)
             if path.is_dir():
                 _refuse_other_files(path, temporary)
                 _remove(path)
@@ -165,12 +173,23 @@ def export(
             temporary.replace(path)
         finally:
             _remove(temporary)
-    return Exported(path, notes, chosen.snippet.format(path=str(path), backbone=loaded.info.backbone.name))
+    snippet = chosen.snippet
+    text = (
+        snippet.format(path=str(path), backbone=loaded.info.backbone.name)
+        if isinstance(snippet, str)
+        else snippet(loaded, path, options)
+    )
+    return Exported(path, notes, text)
 
 
-def _temperature_notes(loaded: LoadedRun, chosen: ExportFormat) -> list[str]:
-    """That the run's temperature is not in the outputs, and where the file or folder keeps it."""
+def _output_notes(loaded: LoadedRun, chosen: ExportFormat, options: ExportOptions) -> list[str]:
+    """What the outputs are, and where the run's temperature is."""
     temperature = loaded.info.temperature
+    if "logits" in chosen.options and not options.logits:
+        with_temperature = "" if temperature == 1.0 else f", with the run's temperature {temperature:g}"
+        return [
+            f"outputs are the {loaded.task.final_name} of predict{with_temperature}; --logits leaves them as they are"
+        ]
     if temperature == 1.0:
         return []
     text = "outputs are logits without the run's temperature: softmax(outputs / {:g}) has the probabilities of predict"
@@ -187,7 +206,7 @@ def _find(name: str) -> ExportFormat:
 def _check_options(name: str, chosen: ExportFormat, options: ExportOptions) -> None:
     """Refuse options of other formats, and numbers out of range."""
     for option, value in vars(options).items():
-        if value not in (None, ()) and value != [] and option not in chosen.options:
+        if value not in (None, (), False) and value != [] and option not in chosen.options:
             owners = ", ".join(other for other, one in FORMATS.items() if option in one.options)
             raise ValueError(f"{option}={value} is an option of format {owners}, not of {name}; leave it out")
     if options.rank is not None and options.rank < 1:
@@ -221,10 +240,34 @@ def _refuse_other_files(folder: Path, written: Path) -> None:
 # the check ----------------------------------------------------------------------------------------------------------
 
 
+class _Final(nn.Module):
+    """A model that ends in what `predict` says."""
+
+    def __init__(self, model: nn.Module, loaded: LoadedRun) -> None:
+        super().__init__()
+        self.model, self.task, self.temperature = model, loaded.task, loaded.info.temperature
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Probabilities, or numbers in their unit."""
+        return self.task.final_outputs(self.model(images), self.temperature)
+
+
+def _graph_model(loaded: LoadedRun, options: ExportOptions) -> tuple[nn.Module, nn.Module]:
+    """The merged model, and what is exported of it."""
+    merged = merged_model(loaded.model).eval()
+    return merged, merged if options.logits else _Final(merged, loaded).eval()
+
+
 def _sample_images(loaded: LoadedRun, images: Sequence[str | Path]) -> Tensor:
     """Real images as the model takes them, `[n, C, H, W]`: those given, or the run's own."""
     if images:
         return torch.stack([loaded.transform(read_image(Path(image), loaded.reading)) for image in images])
+    (part,) = read_at_side([_own_part(loaded).with_transform(loaded.transform)], loaded.reading.side)
+    return torch.stack([part[index][0] for index in range(min(_NUM_IMAGES, len(part)))])
+
+
+def _own_part(loaded: LoadedRun) -> ImageDataset:
+    """The run's test images; validation or training images where there are none."""
     config = loaded.folder.read_config()
     try:
         config.data = find_data(loaded.folder.path, str(config.data), loaded.info.data.folder)
@@ -233,9 +276,7 @@ def _sample_images(loaded: LoadedRun, images: Sequence[str | Path]) -> Tensor:
         raise ValueError(
             f"images must be given to compare outputs on, as the run's own cannot be read: {error}"
         ) from None
-    part = parts.get("test") or parts.get("val") or parts["train"]
-    (part,) = read_at_side([part.with_transform(loaded.transform)], loaded.reading.side)
-    return torch.stack([part[index][0] for index in range(min(_NUM_IMAGES, len(part)))])
+    return parts.get("test") or parts.get("val") or parts["train"]
 
 
 def _compare(images: Tensor, model: nn.Module, run_exported: Callable[[Tensor], Tensor], name: str) -> str:
@@ -285,7 +326,8 @@ def _dynamic_batch() -> Any:
 def _write_onnx(loaded: LoadedRun, path: Path, options: ExportOptions) -> list[str]:
     onnxruntime = _require("onnxruntime", "onnx", "export")
     images = _sample_images(loaded, options.images)
-    model = merged_model(loaded.model).eval()
+    merged, model = _graph_model(loaded, options)
+    output = "logits" if options.logits else loaded.task.final_name
     if sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()) >= _TWO_GIB:
         raise ValueError("format onnx holds at most 2 GiB of weights in its one file; take torch-export or timm")
     example = images[:1].expand(2, -1, -1, -1).contiguous()
@@ -295,7 +337,7 @@ def _write_onnx(loaded: LoadedRun, path: Path, options: ExportOptions) -> list[s
                 model,
                 (example,),
                 input_names=["images"],
-                output_names=["outputs"],
+                output_names=[output],
                 opset_version=options.opset,
                 dynamic_shapes=_dynamic_batch(),
                 dynamo=True,
@@ -307,7 +349,7 @@ def _write_onnx(loaded: LoadedRun, path: Path, options: ExportOptions) -> list[s
     if program is None:
         raise ValueError("torch cannot export this model to ONNX: its exporter returned nothing")
     proto = program.model_proto
-    for key, value in run_metadata(loaded, model).items():
+    for key, value in run_metadata(loaded, merged).items():
         proto.metadata_props.add(key=key, value=value)
     content = proto.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
@@ -326,18 +368,18 @@ def _write_onnx(loaded: LoadedRun, path: Path, options: ExportOptions) -> list[s
 
 def _write_torchscript(loaded: LoadedRun, path: Path, options: ExportOptions) -> list[str]:
     images = _sample_images(loaded, options.images)
-    model = merged_model(loaded.model).eval()
+    merged, model = _graph_model(loaded, options)
     example = images[:1].expand(2, -1, -1, -1).contiguous()
     with _quiet(), torch.no_grad():
         traced = torch.jit.trace(model, example)
-        torch.jit.save(traced, str(path), _extra_files=run_metadata(loaded, model))
+        torch.jit.save(traced, str(path), _extra_files=run_metadata(loaded, merged))
         loaded_again = torch.jit.load(str(path))
         return [f"TorchScript's {_compare(images, model, loaded_again, 'TorchScript')}"]
 
 
 def _write_torch_export(loaded: LoadedRun, path: Path, options: ExportOptions) -> list[str]:
     images = _sample_images(loaded, options.images)
-    model = merged_model(loaded.model).eval()
+    merged, model = _graph_model(loaded, options)
     example = images[:1].expand(2, -1, -1, -1).contiguous()
     with _quiet():
         try:
@@ -345,7 +387,7 @@ def _write_torch_export(loaded: LoadedRun, path: Path, options: ExportOptions) -
         except Exception as error:
             raise ValueError(f"torch.export cannot export this model: {_first_line(error)}") from error
         content = io.BytesIO()
-        torch.export.save(program, content, extra_files=run_metadata(loaded, model))
+        torch.export.save(program, content, extra_files=run_metadata(loaded, merged))
         path.write_bytes(content.getvalue())
         content.seek(0)
         return [f"torch.export's {_compare(images, model, torch.export.load(content).module(), 'torch.export')}"]
@@ -518,11 +560,94 @@ def sparse_patch(model: nn.Module, base: nn.Module) -> SparsePatch:
     return SparsePatch(found, {}, shapes, {name: digest_of(tensors[name]) for name in found})
 
 
-_LOAD_ONNX = (
-    "import json, onnxruntime\nsession = onnxruntime.InferenceSession({path!r})\n"
-    "classes = json.loads(session.get_modelmeta().custom_metadata_map['classes'])\n"
-    "# session.run(None, {{'images': transform(image)[None].numpy()}})"
-)
+_RUN_TORCH = "model(torch.from_numpy(images)).detach().numpy()"
+_GRAPHS = {
+    "onnx": (
+        "onnxruntime",
+        "session = onnxruntime.InferenceSession({path!r})\n"
+        "classes = json.loads(session.get_modelmeta().custom_metadata_map['classes'])",
+        "session.run(None, {'images': images})[0]",
+    ),
+    "torchscript": (
+        "torch",
+        "files = {{'classes': ''}}\nmodel = torch.jit.load({path!r}, _extra_files=files)\n"
+        "classes = json.loads(files['classes'])",
+        _RUN_TORCH,
+    ),
+    "torch-export": (
+        "torch",
+        "files = {{'classes': ''}}\nmodel = torch.export.load({path!r}, extra_files=files).module()\n"
+        "classes = json.loads(files['classes'])",
+        _RUN_TORCH,
+    ),
+}
+"""By format: what its snippet imports, how it loads the file, and how it runs `images`."""
+
+
+def _graph_snippet(format: str) -> Callable[[LoadedRun, Path, ExportOptions], str]:
+    """What makes the snippet of a graph: it loads the file, prepares an image and prints what the graph says of it."""
+
+    def write(loaded: LoadedRun, path: Path, options: ExportOptions) -> str:
+        module, load, run = _GRAPHS[format]
+        image = _example_image(loaded, options)
+        preparation = None if image is None else _preparation(loaded)
+        lines = ["import json", f"import numpy as np, {module}"]
+        if preparation is None:
+            shape = (1, *loaded.info.data_config["input_size"])
+            images = f"np.zeros({shape}, np.float32)  # in place of images prepared as 'data_config' in the file says"
+        else:
+            lines += ["from PIL import Image, ImageOps", *preparation]
+            images = f"transform(Image.open({image!r}))[None]"
+        name = "logits" if options.logits else loaded.task.final_name
+        is_mask = loaded.task.head is not None
+        result = (
+            f"{name}[0].argmax(0)"
+            if is_mask
+            else f"{name}[0]"
+            if options.logits
+            else f"dict(zip(classes, {name}[0].tolist()))"
+        )
+        return "\n".join(
+            [*lines, load.format(path=str(path)), f"images = {images}", f"{name} = {run}", f"print({result})"]
+        )
+
+    return write
+
+
+def _example_image(loaded: LoadedRun, options: ExportOptions) -> str | None:
+    """A file for the snippet: the first one of those that outputs are compared on; None where the run has no files."""
+    if options.images:
+        return str(options.images[0])
+    part = _own_part(loaded)
+    return str(part.source.paths[part.rows[0]]) if isinstance(part.source, FileImages) else None
+
+
+def _preparation(loaded: LoadedRun) -> list[str] | None:
+    """Lines of Python that prepare an image as training did, with NumPy and Pillow; None for channels Pillow lacks."""
+    config = loaded.info.data_config
+    channels, size = int(config["input_size"][0]), int(config["input_size"][-1])
+    mode = {1: "L", 3: "RGB"}.get(channels)
+    if mode is None:
+        return None
+    scaled = math.floor(size / (config.get("crop_pct") or 1.0))
+    resample = f"Image.Resampling.{config.get('interpolation', 'bicubic').upper()}"
+    sides = (
+        f"({scaled}, {scaled})"
+        if config.get("crop_mode") == "squash"
+        else f"[int({scaled} * side / min(image.size)) for side in image.size]"
+    )
+    mean, std = ([round(float(value), 6) for value in config[name]] for name in ("mean", "std"))
+    return [
+        "def transform(image):",
+        f"    image = ImageOps.exif_transpose(image).convert({mode!r})",
+        f"    image = image.resize({sides}, {resample})",
+        f"    left, top = (round((side - {size}) / 2) for side in image.size)",
+        f"    image = image.crop((left, top, left + {size}, top + {size}))",
+        f"    pixels = np.asarray(image, np.float32).reshape({size}, {size}, {channels}) / 255",
+        f"    return ((pixels - np.float32({mean})) / np.float32({std})).transpose(2, 0, 1)",
+    ]
+
+
 FORMATS: dict[str, ExportFormat] = {
     "sparse": ExportFormat(
         "positions and values of the changed weights",
@@ -535,23 +660,23 @@ FORMATS: dict[str, ExportFormat] = {
         "merged model for ONNX Runtime and others",
         ".onnx",
         _write_onnx,
-        _LOAD_ONNX,
-        options=("opset", "images"),
+        _graph_snippet("onnx"),
+        options=("opset", "images", "logits"),
         packages=(("onnx", "export"), ("onnxscript", "export"), ("onnxruntime", "export")),
     ),
     "torchscript": ExportFormat(
         "merged model for torch.jit",
         ".torchscript.pt",
         _write_torchscript,
-        "import torch\nmodel = torch.jit.load({path!r})",
-        options=("images",),
+        _graph_snippet("torchscript"),
+        options=("images", "logits"),
     ),
     "torch-export": ExportFormat(
         "merged model as a graph of torch.export",
         ".pt2",
         _write_torch_export,
-        "import torch\nmodel = torch.export.load({path!r}).module()",
-        options=("images",),
+        _graph_snippet("torch-export"),
+        options=("images", "logits"),
     ),
     "lora": ExportFormat(
         "nearest LoRA of a rank, for programs that read no other adapter",

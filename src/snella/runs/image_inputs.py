@@ -225,7 +225,7 @@ def _all_there(paths: Iterable[Path]) -> list[Path]:
     few = f"no image {missing[0]}{near_name(missing[0])}"
     many = f"{len(missing):,} of {len(found):,} images are not there: {listed([str(path) for path in missing])}"
     raise FileNotFoundError(
-        f"{few if len(missing) == 1 else many}; mend the list, or pass --skip-corrupt (skip_corrupt=True), which "
+        f"{few if len(missing) == 1 else many}; fix the list, or pass --skip-corrupt (skip_corrupt=True), which "
         "leaves out what is missing or broken"
     )
 

@@ -16,7 +16,7 @@ from snella.data import build_transform
 from snella.data.images import FULL_WHITE, Reading
 from snella.methods import load_trained
 from snella.records import BackboneInfo, FoldResults, RunInfo, read, read_if_present
-from snella.runs.folder import RunFolder
+from snella.runs.folder import RunFolder, status_text
 from snella.tasks import Task, create_task, task_class, task_names
 
 _COMMANDS_OF_OTHERS = {
@@ -53,7 +53,7 @@ def load_run(run: str | Path | RunFolder, device: str = "auto") -> LoadedRun:
 
     Args:
         run: Folder of the run, or of a cross-validation.
-        device: auto, cpu or cuda.
+        device: auto, or a device of torch such as cpu, cuda:1 or mps.
 
     Returns:
         Model in evaluation mode, its transform, the class names and the run's record.
@@ -133,6 +133,16 @@ def _check_transform(transform: Callable[..., Tensor], info: RunInfo, size: int 
         raise ValueError(f"it must make finite images of {[channels, side, side]}, got {list(made.shape)}")
 
 
+def unfinished_note(loaded: LoadedRun) -> str | None:
+    """What to know of the model of a run that is not finished; None for a finished one."""
+    if loaded.info.is_finished:
+        return None
+    return (
+        f"the run is not finished ({status_text(loaded.info.status)}): this is its best epoch so far; finish it with "
+        f"snella train --out {loaded.folder.path} --resume"
+    )
+
+
 class Ensemble(nn.Module):
     """The mean of several models' outputs.
 
@@ -207,16 +217,38 @@ def make_backbone(backbone: BackboneInfo, task: str = "classification") -> nn.Mo
     )
 
 
-def choose_device(name: str) -> torch.device:
-    """The device that `auto`, `cpu` or `cuda` means here.
+def device_named(name: str) -> torch.device:
+    """The device of torch that has this name, which need not be in this machine.
 
     Raises:
-        ValueError: `cuda` without a usable GPU.
+        ValueError: torch knows no such device.
     """
-    if name == "cuda" and not torch.cuda.is_available():
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        hint = "; did you mean cuda?" if name.partition(":")[0].lower() in ("gpu", "nvidia", "0", "1") else ""
         raise ValueError(
-            f"device must be usable here, got {name!r}, but torch {torch.__version__} sees no GPU; leave it at auto"
-        )
+            f"device must be auto or a device of torch such as cpu, cuda, cuda:1 or mps, got {name!r}{hint}"
+        ) from None
+    if device.type == "meta":
+        raise ValueError("device must be one that computes, got 'meta'; leave it at auto")
+    return device
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that `auto` or a name of torch means here.
+
+    Raises:
+        ValueError: torch does not know it, or it is not in this machine.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+    device = device_named(name)
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = f"torch {torch.__version__} sees no {'GPU' if device.type == 'cuda' else 'such device'}"
+        if device.type == "cuda" and torch.cuda.is_available():
+            reason = f"torch sees {torch.cuda.device_count()} of them, from cuda:0"
+        raise ValueError(f"device must be usable here, got {name!r}, but {reason}; leave it at auto") from error
+    return device

@@ -242,22 +242,22 @@ class Predictor:
         return outputs.flip(-1) if outputs.ndim == 4 and view == 1 else outputs
 
 
-def load(run: str | Path, device: str = "auto", *, batch_size: int = 32) -> Predictor:
+def load(run: str | Path | RunFolder, device: str = "auto", *, batch_size: int = 32) -> Predictor:
     """Load the best model of a run, to predict with.
 
     Args:
-        run: Folder of the run.
-        device: auto, cpu or cuda.
+        run: Folder of the run, or what `snella.train` returned.
+        device: auto, or a device of torch such as cpu, cuda:1 or mps.
         batch_size: Images at a time.
 
     Raises:
         FileNotFoundError: Not the folder of a run (near names are given), or no epoch was finished yet.
         ValueError: A file of the run is damaged, or the run is of another kind, such as a personalized generator.
     """
-    folder = Path(run)
+    folder = run.path if isinstance(run, RunFolder) else Path(run)
     if not folder.is_dir() and not folder.is_file():
         raise FileNotFoundError(f"no run {folder}{near_name(folder)}")
-    return Predictor(load_run(run, device), batch_size=batch_size)
+    return Predictor(load_run(folder, device), batch_size=batch_size)
 
 
 def columns_of(run: str | Path) -> str | None:
@@ -291,7 +291,7 @@ def predict(
         images: As for `Predictor.predict`.
         batch_size: Images at a time.
         skip_corrupt: Skip images that cannot be read, instead of stopping.
-        device: auto, cpu or cuda.
+        device: auto, or a device of torch such as cpu, cuda:1 or mps.
         tta: As for `Predictor.predict`.
         unsure: As for `Predictor.predict`.
         columns: Column of the paths in a table, `path=file`; if not given, the usual names or the run's own.

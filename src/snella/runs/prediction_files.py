@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import io
+import json
 import signal
 import sys
 import tempfile
@@ -19,8 +20,10 @@ from snella._deprecation import accept_former_arguments
 from snella._files import made_folder, naming_file, write_bytes
 from snella.data.folder import listed
 from snella.runs.image_inputs import expand, new_files
+from snella.runs.model import unfinished_note
 from snella.runs.predict import check_order, columns_of, load, task_of_run
 from snella.tasks import Task
+from snella.tasks.predictions import TABLE_SUFFIXES
 
 __all__ = ["expand_for", "parse_unsure", "predict_to_files", "write_features"]
 
@@ -58,7 +61,10 @@ def predict_to_files(
     threshold = parse_unsure(unsure)
     _check_features(features, watch, overwrite=overwrite)
     folders = [Path(image) for image in images if Path(image).is_dir()]
-    is_appended = watch and out is not None and not Path(out).is_dir() and Path(out).suffix.lower() == ".csv"
+    suffix = "" if out is None or Path(out).is_dir() else Path(out).suffix.lower()
+    is_appended = watch and suffix in (".csv", ".jsonl")
+    if watch and suffix in TABLE_SUFFIXES and not is_appended:
+        raise ValueError(f"out must end with .csv or .jsonl with watch, which appends rows, got {out!r}")
     if watch and not folders:
         raise ValueError(f"watch needs a folder among the images, got {', '.join(images)}")
     task.check_output(out, top_k, overwrite=overwrite or is_appended)
@@ -71,6 +77,8 @@ def predict_to_files(
     model = load(run, device, batch_size=batch_size)
     skipped: list[str] = []
     errors = make_console(sys.stderr)
+    if (about_status := unfinished_note(model.loaded)) is not None:
+        print_line(errors, f"note: {about_status}")
     rows: list[np.ndarray] = []
 
     def skip(path: Path, reason: str) -> None:
@@ -217,29 +225,32 @@ def _until_interrupted() -> Iterator[None]:
 
 
 def _images_in_rows(path: Path) -> list[Path]:
-    """The images that a CSV file of predictions holds."""
+    """The images that a CSV or JSON lines file of predictions holds."""
     with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-        return [Path(row["image"]) for row in csv.DictReader(file) if row.get("image")]
+        is_csv = path.suffix.lower() == ".csv"
+        rows = csv.DictReader(file) if is_csv else [json.loads(line) for line in file if line.strip()]
+        return [Path(row["image"]) for row in rows if row.get("image")]
 
 
 def _append_rows(predictions: Iterable[Any], out: Path, task: type[Task], top_k: int | None, console: Console) -> None:
-    """Append each prediction to a CSV file as it comes, and print it; its line of names has to be the same.
+    """Append each prediction to a CSV or JSON lines file as it comes, and print it; its columns have to be the same.
 
     Raises:
-        ValueError: The file has other columns.
+        ValueError: The CSV file has other columns.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
+    is_csv = out.suffix.lower() == ".csv"
     with tempfile.TemporaryDirectory() as folder:
         for prediction in predictions:
-            one = task.write_predictions([prediction], Path(folder) / "row.csv", top_k, overwrite=True)
-            head, row = one.read_bytes().split(b"\n", 1)
+            one = task.write_predictions([prediction], Path(folder) / f"row{out.suffix}", top_k, overwrite=True)
+            head, row = one.read_bytes().split(b"\n", 1) if is_csv else (b"", one.read_bytes())
             with naming_file(out), out.open("ab+") as file:
                 file.seek(0)
-                first = file.readline().rstrip(b"\n")
+                first = file.readline().rstrip(b"\n") if is_csv else head
                 if first not in (b"", head):
                     raise ValueError(
                         f"out must have the columns {head.decode()}, got {first.decode(errors='replace')} in {out}; "
                         "choose another file"
                     )
-                file.write(row if first else head + b"\n" + row)
+                file.write(row if first or not is_csv else head + b"\n" + row)
             print_line(console, f"{prediction.path}: {task.prediction_text(prediction, top_k)}")

@@ -57,7 +57,7 @@ class TaskBank:
     Args:
         runs: Folders of finished runs by the name of the task.
         memory_mib: Memory of all effective weights together, in MiB.
-        device: auto, cpu or cuda.
+        device: auto, or a device of torch such as cpu, cuda:1 or mps.
 
     Raises:
         ValueError: Runs of different backbones, or memory for less than one task.

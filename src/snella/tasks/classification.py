@@ -190,6 +190,10 @@ class ClassificationTask(Task):
         """Softmax over the classes, `[batch, classes]`, float32 at least."""
         return full_precision(logits).softmax(dim=-1)
 
+    def final_outputs(self, outputs: Tensor, temperature: float = 1.0) -> Tensor:
+        """Class probabilities, `[batch, classes]`."""
+        return self.probabilities(outputs / temperature)
+
     def average_outputs(self, outputs: Sequence[Tensor], tasks: Sequence[Any] | None = None) -> Tensor:
         """Logits whose softmax is the mean of several models' class probabilities."""
         logs = torch.stack([full_precision(logits).log_softmax(-1) for logits in outputs])

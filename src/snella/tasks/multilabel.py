@@ -161,6 +161,10 @@ class MultiLabelTask(Task):
         """Sigmoid of each logit, `[batch, classes]`, float32 at least."""
         return full_precision(logits).sigmoid()
 
+    def final_outputs(self, outputs: Tensor, temperature: float = 1.0) -> Tensor:
+        """Class probabilities, `[batch, classes]`."""
+        return self.probabilities(outputs / temperature)
+
     def average_outputs(self, outputs: Sequence[Tensor], tasks: Sequence[Any] | None = None) -> Tensor:
         """Logits of the mean of the probabilities."""
         return torch.stack([self.probabilities(logits) for logits in outputs]).mean(0).logit(eps=1e-7)

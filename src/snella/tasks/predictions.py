@@ -1,10 +1,12 @@
-"""Predictions of images outside a data set: what a model says about each, as text, as CSV, as masks."""
+"""Predictions of images outside a data set: what a model says about each, as text, in a table, as masks."""
 
 import csv
 import io
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -114,7 +116,11 @@ def check_mask_output(out: str | Path | None, top_k: int | None, *, overwrite: b
 
 
 _SHOWN_CLASSES = 3
+TABLE_SUFFIXES = (".csv", ".json", ".jsonl", ".parquet")
+"""Endings of the files that predictions are written to."""
 _CSV_SUFFIXES = ("", ".csv", ".txt")
+Row = dict[str, Any]
+"""Values by column: texts, numbers, booleans, lists of texts."""
 
 
 @dataclass(frozen=True)
@@ -156,19 +162,19 @@ class Prediction:
         ranking = ", ".join(f"{name} {p:.3f}" for name, p in self.ranking[: top_k or _SHOWN_CLASSES])
         return f"unsure: {ranking}" if self.is_unsure else ranking
 
-    def cells(self, top_k: int | None = None) -> list[tuple[str, str]]:
-        """Cells of a table by column: `unsure` where there is a threshold, `class_1`, `probability_1`, and so on."""
-        unsure = [] if self.unsure_below is None else [("unsure", "yes" if self.is_unsure else "no")]
-        return [*unsure, *_ranked(self.ranking[:top_k])]
+    def row(self, top_k: int | None = None) -> Row:
+        """`label`, `probability`, `unsure` where there is a threshold, and the others of the likeliest `top_k`."""
+        unsure = {} if self.unsure_below is None else {"unsure": self.is_unsure}
+        others = _ranked(self.ranking[1 : top_k or 1], first=2)
+        return {"label": self.label, "probability": round(self.probability, 6), **unsure, **others}
 
 
-def _ranked(ranking: Sequence[tuple[str, float]]) -> list[tuple[str, str]]:
-    """Cells of classes with their probabilities."""
-    return [
-        (f"{column}_{rank}", cell)
-        for rank, (name, p) in enumerate(ranking, start=1)
-        for column, cell in (("class", name), ("probability", f"{p:.6f}"))
-    ]
+def _ranked(ranking: Sequence[tuple[str, float]], first: int = 1) -> Row:
+    """Columns of classes with their probabilities: `label_1`, `probability_1`, and so on."""
+    found: Row = {}
+    for rank, (name, p) in enumerate(ranking, start=first):
+        found |= {f"label_{rank}": name, f"probability_{rank}": round(p, 6)}
+    return found
 
 
 def write_predictions(
@@ -178,30 +184,61 @@ def write_predictions(
     *,
     overwrite: bool = False,
 ) -> Path:
-    """Write predictions as CSV: a column `image`, and what `cells` of each gives.
+    """Write predictions as a table: a column `image`, and what `row` of each gives.
 
     Args:
         predictions: From `predict`.
-        out: The file.
-        top_k: How many classes an image; all if None.
+        out: The file; its ending says what it is: CSV, `.json` (a list of objects), `.jsonl` (one object a line) or
+            `.parquet`.
+        top_k: How many classes an image; the likeliest alone if None.
         overwrite: Replace an existing file.
 
     Raises:
         FileExistsError: The file exists.
-        ValueError: `top_k` is less than 1, or `out` is a folder.
+        ValueError: `top_k` is less than 1, or `out` is a folder or has another ending.
+        ImportError: Parquet without pyarrow.
     """
     check_output(out, top_k, overwrite=overwrite)
-    rows: list[list[str]] = []
-    for prediction in predictions:
-        cells = prediction.cells(top_k)
-        rows = rows or [["image", *(column for column, _ in cells)]]
-        rows.append([str(prediction.path), *(cell for _, cell in cells)])
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows or [["image"]])
+    rows = [{"image": str(prediction.path), **prediction.row(top_k)} for prediction in predictions]
     path = Path(out)
+    suffix = path.suffix.lower()
     with made_folder(path.parent):
-        write_text(path, text.getvalue())
+        if suffix == ".parquet":
+            write_bytes(path, _parquet(rows))
+        elif suffix == ".json":
+            write_text(path, json.dumps(rows, indent=1) + "\n")
+        elif suffix == ".jsonl":
+            write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        else:
+            write_text(path, _csv(rows))
     return path
+
+
+def _csv(rows: Sequence[Row]) -> str:
+    """Rows as CSV: yes and no, and lists with `|` between their texts."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(rows[0] if rows else ["image"])
+    for row in rows:
+        writer.writerow([_cell(value) for value in row.values()])
+    return text.getvalue()
+
+
+def _cell(value: Any) -> str:
+    """A value in CSV."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "|".join(value) if isinstance(value, list) else str(value)
+
+
+def _parquet(rows: Sequence[Row]) -> bytes:
+    """Rows as a Parquet file."""
+    import pyarrow
+    from pyarrow import parquet
+
+    content = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist(list(rows)), content)
+    return content.getvalue()
 
 
 def check_output(out: str | Path | None, top_k: int | None, *, overwrite: bool) -> None:
@@ -214,12 +251,18 @@ def check_output(out: str | Path | None, top_k: int | None, *, overwrite: bool) 
     if out is None:
         return
     if Path(out).is_dir():
-        raise ValueError(f"out must be a CSV file, got the folder {str(out)!r}; write {str(Path(out, 'p.csv'))!r}")
-    if Path(out).suffix.lower() not in _CSV_SUFFIXES:
+        raise ValueError(f"out must be a file, got the folder {str(out)!r}; write {str(Path(out, 'p.csv'))!r}")
+    suffix = Path(out).suffix.lower()
+    if suffix not in (*_CSV_SUFFIXES, *TABLE_SUFFIXES):
         raise ValueError(
-            f"out must be a CSV file, got {str(out)!r}; write {str(Path(out).with_suffix('.csv'))!r}, or leave it out "
-            "for a table on the terminal"
+            f"out must end with {', '.join(TABLE_SUFFIXES)}, got {str(out)!r}; write "
+            f"{str(Path(out).with_suffix('.csv'))!r}, or leave it out for a table on the terminal"
         )
+    if suffix == ".parquet":
+        try:
+            import pyarrow  # noqa: F401
+        except ImportError as error:
+            raise ImportError(f"{out} needs pyarrow: pip install 'snella[data]', or write .csv") from error
     if Path(out).exists() and not overwrite:
         raise FileExistsError(f"out={out} exists; choose another name, or replace it with --overwrite (overwrite=True)")
 
@@ -263,10 +306,10 @@ class LabelSetPrediction:
             return ", ".join(f"{name} {p:.3f}" for name, p in self.ranking[:top_k])
         return ", ".join(f"{name} {self.probabilities[name]:.3f}" for name in self.labels) or "no label"
 
-    def cells(self, top_k: int | None = None) -> list[tuple[str, str]]:
-        """Cells of a table by column: `labels` with `|` between them, and every class, or the likeliest `top_k`."""
-        of_classes = [(name, f"{p:.6f}") for name, p in self.probabilities.items()]
-        return [("labels", "|".join(self.labels)), *(of_classes if top_k is None else _ranked(self.ranking[:top_k]))]
+    def row(self, top_k: int | None = None) -> Row:
+        """`labels`, and the probability of every class, or the likeliest `top_k`."""
+        of_classes = {name: round(p, 6) for name, p in self.probabilities.items()}
+        return {"labels": self.labels, **(of_classes if top_k is None else _ranked(self.ranking[:top_k]))}
 
 
 def label_set_predictions(
@@ -299,9 +342,9 @@ class NumberPrediction:
         """The numbers in one line."""
         return ", ".join(f"{name} {value:.6g}" for name, value in self.values.items())
 
-    def cells(self, top_k: int | None = None) -> list[tuple[str, str]]:
-        """Cells of a table, a column a target."""
-        return [(name, f"{value:.7g}") for name, value in self.values.items()]
+    def row(self, top_k: int | None = None) -> Row:
+        """A column a target."""
+        return {name: float(f"{value:.7g}") for name, value in self.values.items()}
 
 
 def check_number_output(out: str | Path | None, top_k: int | None, *, overwrite: bool) -> None:

@@ -116,6 +116,12 @@ class RegressionTask(Task):
         mean, std = (torch.tensor(v, dtype=torch.float64, device=outputs.device) for v in (self.mean, self.std))
         return outputs.double() * std + mean
 
+    final_name = "numbers"
+
+    def final_outputs(self, outputs: Tensor, temperature: float = 1.0) -> Tensor:
+        """The numbers in their unit, `[batch, targets]`, float32."""
+        return self.numbers(outputs).float()
+
     def average_outputs(self, outputs: Sequence[Tensor], tasks: Sequence[Any] | None = None) -> Tensor:
         """The mean of the models' numbers, each turned back with its own statistics, standardized with these."""
         numbers = [task.numbers(output) for task, output in zip(tasks or [self] * len(outputs), outputs, strict=True)]

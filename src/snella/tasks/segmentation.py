@@ -373,6 +373,10 @@ class SegmentationTask(Task):
         ]
         return ResultTable("each class", columns, rows)
 
+    def final_outputs(self, outputs: Tensor, temperature: float = 1.0) -> Tensor:
+        """Class probabilities of each pixel, `[batch, classes, height, width]`."""
+        return full_precision(outputs).softmax(dim=1)
+
     def average_outputs(self, outputs: Sequence[Tensor], tasks: Sequence[Any] | None = None) -> Tensor:
         """Scores of the mean of the probabilities, `[images, classes, height, width]`."""
         logs = torch.stack([scores.float().log_softmax(1) for scores in outputs])

@@ -247,6 +247,18 @@ class Task(ABC):
     def result_table(self, scores: Mapping[str, Any], classes: Sequence[str]) -> ResultTable:
         """Results class by class, or target by target."""
 
+    final_name: ClassVar[str] = "probabilities"
+    """What `final_outputs` are."""
+
+    @abstractmethod
+    def final_outputs(self, outputs: Tensor, temperature: float = 1.0) -> Tensor:
+        """What `predict` says of a batch, as one tensor: probabilities of the classes, or numbers in their unit.
+
+        Args:
+            outputs: Of the model.
+            temperature: Of the run, which logits are divided by.
+        """
+
     @abstractmethod
     def image_predictions(
         self, classes: Sequence[str], paths: Sequence[Path], images: Sequence[Image.Image], outputs: Tensor

@@ -61,6 +61,7 @@ def join_processes(device: str) -> None:
 
     Raises:
         NotImplementedError: Accelerate was asked to shard the model.
+        ValueError: One device for several processes.
     """
     for variable, name in _OTHER_WAYS.items():
         if os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
@@ -70,6 +71,11 @@ def join_processes(device: str) -> None:
                 "the frozen weights out by FSDP2"
             )
     if process_count() > 1:
+        if ":" in device:
+            raise ValueError(
+                f"device must be auto, cpu or cuda for {process_count()} processes, each of which takes its own, got "
+                f"{device!r}"
+            )
         from accelerate import PartialState  # takes a while to import
 
         PartialState(cpu=device == "cpu" or not torch.cuda.is_available())

@@ -400,7 +400,7 @@ def _finish(
     if parts.task.has_one_class and (only := _only_answer(val or test or {}, splits.classes)):
         print_line(
             console,
-            f"note: every {'test' if val is None else 'validation'} image is taken for {only!r}: nothing that tells "
+            f"note: every {'test' if val is None else 'validation'} image is predicted as {only!r}: nothing that tells "
             "the classes apart was learned; a larger --img-size, more --epochs or --sampler weighted may help",
         )
     if matrices:
@@ -414,7 +414,7 @@ def _finish(
 
 
 def _only_answer(scores: dict[str, Any], classes: Sequence[str]) -> str | None:
-    """The class that all images are taken for; None where there are several, or images of one class alone."""
+    """The only predicted class; None where there are several, or images of one class alone."""
     confusion = np.asarray(scores.get("confusion") or [[]])
     answers = np.flatnonzero(confusion.sum(0))
     return classes[answers[0]] if len(answers) == 1 and np.count_nonzero(confusion.sum(1)) > 1 else None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -221,22 +223,39 @@ def base_training_arguments(
         precision: fp32, or bf16 or fp16 for autocast.
         **options: Those of this kind of run; `report_to` names trackers.
     """
-    arguments = TrainingArguments(
-        output_dir=str(checkpoints),
-        seed=seed,
-        use_cpu=device.type == "cpu",
-        bf16=precision == "bf16",
-        fp16=precision == "fp16",
-        logging_nan_inf_filter=False,
-        disable_tqdm=True,
-        log_level="error",
-        dataloader_pin_memory=False,
-        remove_unused_columns=False,
-        label_names=["labels"],
-        **{"report_to": "none", **options},
-    )
-    arguments._n_gpu = min(arguments.n_gpu, 1)
+    with _accelerate_device(device):
+        arguments = TrainingArguments(
+            output_dir=str(checkpoints),
+            seed=seed,
+            use_cpu=device.type == "cpu",
+            bf16=precision == "bf16",
+            fp16=precision == "fp16",
+            logging_nan_inf_filter=False,
+            disable_tqdm=True,
+            log_level="error",
+            dataloader_pin_memory=False,
+            remove_unused_columns=False,
+            label_names=["labels"],
+            **{"report_to": "none", **options},
+        )
+        arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
+
+
+_DEVICE_VARIABLE = "ACCELERATE_TORCH_DEVICE"
+
+
+@contextlib.contextmanager
+def _accelerate_device(device: torch.device) -> Iterator[None]:
+    """Let Accelerate take one device, such as cuda:1; it takes cpu, and a GPU for each of several processes, itself."""
+    if device.type == "cpu" or process_count() > 1 or _DEVICE_VARIABLE in os.environ:
+        yield
+        return
+    os.environ[_DEVICE_VARIABLE] = str(device)
+    try:
+        yield
+    finally:
+        del os.environ[_DEVICE_VARIABLE]
 
 
 @dataclass

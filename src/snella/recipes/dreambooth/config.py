@@ -66,7 +66,7 @@ class DreamBoothConfig(RunSettings):
         guidance: Guidance scale.
         skip_corrupt: Skip images that cannot be read, and report how many.
         seed: Decides initial values, order of images, noise and dropout.
-        device: auto, cpu or cuda (the first visible GPU).
+        device: auto (a GPU if there is one), or a device of torch such as cpu, cuda, cuda:1 or mps.
         precision: fp32, or bf16 for autocast and for the text encoders.
         resume: Continue the run in `out` from its last checkpoint, with its own settings.
         overwrite: Start over in a folder that holds a run.
@@ -74,10 +74,10 @@ class DreamBoothConfig(RunSettings):
     """
 
     needed: ClassVar[dict[str, str]] = {
-        "data": "must be a data specification, e.g. folder:photos/my-dog",
-        "pipeline": "must be a Stable Diffusion 3 folder in diffusers' format, or its hub name",
+        "data": "folder:photos/my-dog",
+        "pipeline": "sd3-medium",
     }
-    out_hint: ClassVar[str] = "must be the folder of the run, e.g. runs/my-dog"
+    out_example: ClassVar[str] = "runs/my-dog"
     purpose: ClassVar[str] = "generation"
     basic: ClassVar[tuple[str, ...]] = (
         *("data", "subject", "pipeline", "out", "method", "class_name", "token", "prompt", "resolution", "steps", "lr"),
@@ -119,7 +119,7 @@ class DreamBoothConfig(RunSettings):
     guidance: float = 7.0
     skip_corrupt: bool = False
     seed: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: str = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
     resume: bool = False
     overwrite: bool = False
@@ -127,9 +127,9 @@ class DreamBoothConfig(RunSettings):
 
     def __post_init__(self) -> None:
         """Check everything that can be known without data and model, and report all errors together."""
-        errors = self.path_errors()
+        errors = [*self.path_errors(), *self.kind_errors(), *self.device_errors()]
         errors += [] if self.token.strip() else [f"token must be a word, got {self.token!r}"]
-        errors += [*self.choice_errors(), *self.minimum_errors(_MINIMUMS)]
+        errors += self.minimum_errors(_MINIMUMS)
         errors += [*self.nonnegative_errors(_RATES), *self.method_errors()]
         if errors:
             raise ValueError("; ".join(errors))

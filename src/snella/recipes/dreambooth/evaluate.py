@@ -223,7 +223,7 @@ def evaluate_generation(
         steps: Sampling steps, the run's `sample_steps` if None.
         batch_size: Images at a time.
         pipeline: New place of the pipeline, if it was moved.
-        device: auto, cpu or cuda.
+        device: auto, or a device of torch such as cpu, cuda:1 or mps.
         overwrite: Generate again where images of other settings are.
         console: For progress bars and notes; standard output if None.
 

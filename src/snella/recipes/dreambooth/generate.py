@@ -288,7 +288,7 @@ def load_generator(run: str | Path, *, pipeline: str | None = None, device: str 
     Args:
         run: Folder of the run.
         pipeline: New place of the pipeline, if it was moved.
-        device: auto, cpu or cuda.
+        device: auto, or a device of torch such as cpu, cuda:1 or mps.
 
     Raises:
         FileNotFoundError: This is not the folder of such a run, or it holds no adapter yet.
@@ -338,7 +338,7 @@ def generate(
         guidance: Guidance scale, the run's if None.
         batch_size: Images at a time.
         pipeline: New place of the pipeline, if it was moved.
-        device: auto, cpu or cuda.
+        device: auto, or a device of torch such as cpu, cuda:1 or mps.
         overwrite: Replace other images in `out`.
         console: For the progress bar; standard output if None.
 

@@ -49,7 +49,7 @@ class LanguageConfig(RunSettings):
         val_size: So many entries are held out, and their loss is measured each epoch.
         base: Number format of the frozen weights: fp32, or bf16 for half the memory; small changes are lost in bf16.
         seed: Decides held-out entries, initial values, order and dropout.
-        device: auto, cpu or cuda (the first visible GPU).
+        device: auto (a GPU if there is one), or a device of torch such as cpu, cuda, cuda:1 or mps.
         precision: fp32, or bf16 for autocast.
         resume: Continue the run in `out` from its last checkpoint, with its own settings.
         overwrite: Start over in a folder that holds a run.
@@ -57,10 +57,10 @@ class LanguageConfig(RunSettings):
     """
 
     needed: ClassVar[dict[str, str]] = {
-        "data": "must name a JSON file of instructions, e.g. commonsense_170k.json",
-        "model": "must name a folder in transformers' format, or a hub name",
+        "data": "commonsense_170k.json",
+        "model": "Llama-2-7b-hf",
     }
-    out_hint: ClassVar[str] = "must name the folder of the run, e.g. runs/llama"
+    out_example: ClassVar[str] = "runs/llama"
     purpose: ClassVar[str] = "language"
     basic: ClassVar[tuple[str, ...]] = (
         *("data", "model", "out", "method", "template", "epochs", "batch_size", "accumulation", "max_length", "lr"),
@@ -91,7 +91,7 @@ class LanguageConfig(RunSettings):
     val_size: int = 0
     base: Literal["fp32", "bf16"] = "fp32"
     seed: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: str = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
     resume: bool = False
     overwrite: bool = False
@@ -99,7 +99,8 @@ class LanguageConfig(RunSettings):
 
     def __post_init__(self) -> None:
         """Check everything that can be known without data and model, and report all errors together."""
-        errors = [*self.path_errors(), *self._template_errors(), *self.choice_errors(), *self.minimum_errors(_MINIMUMS)]
+        errors = [*self.path_errors(), *self.kind_errors(), *self.device_errors()]
+        errors += [*self._template_errors(), *self.minimum_errors(_MINIMUMS)]
         errors += [*self.nonnegative_errors(_RATES), *self.method_errors()]
         if errors:
             raise ValueError("; ".join(errors))

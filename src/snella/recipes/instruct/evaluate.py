@@ -50,7 +50,7 @@ def evaluate_language(
         batch_size: Questions at a time.
         limit: Only the first questions of each task.
         model: Where the model lies now, if not where training found it.
-        device: auto, cpu or cuda.
+        device: auto, or a device of torch such as cpu, cuda:1 or mps.
         overwrite: Answer anew where answers of other settings are.
         console: For the progress bar; standard output if None.
 
