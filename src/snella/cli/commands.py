@@ -118,7 +118,7 @@ def predict(
     overwrite: bool = False,
     top_k: int | Literal["all"] | None = None,
     unsure: str | None = None,
-    tta: int = 1,
+    tta: int | None = None,
     features: str | None = None,
     watch: bool = False,
     batch_size: int = 32,
@@ -145,7 +145,7 @@ def predict(
         unsure: Mark predictions whose probability is lower than this as unsure; auto is the threshold that halved the
             errors on validation.
         tta: Test-time augmentation, the number of views of an image whose probabilities are averaged; 2 is the image
-            and its mirror image, up to 10 add the corners of the enlarged image.
+            and its flip, up to 10 add the corners of the enlarged image. The run's own if not given.
         features: Also write the features of each image, the input of the classifier head, to this .npz, .npy or
             .parquet file.
         watch: Continue with images that appear in the folders, until Ctrl-C; rows are appended to --out.
@@ -330,7 +330,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     unsure: str | None = None,
-    tta: int = 1,
+    tta: int | None = None,
     max_files: int = 32,
     max_mib: float = 20.0,
     max_megapixels: float = 50.0,

@@ -358,7 +358,10 @@ def _run_model(
     with torch.inference_mode():
         batches = DataLoader(items, batch_size, collate_fn=loaded.task.collate)
         for batch in tracked(batches, "measuring", len(batches), console):
-            outputs = loaded.model(batch["images"].to(loaded.device)).cpu()
+            images = batch["images"].to(loaded.device)
+            outputs = loaded.model(images).cpu()
+            if loaded.info.tta == 2:
+                outputs = loaded.task.average_outputs([outputs, loaded.model(images.flip(-1)).cpu()])
             for whole, part in zip((reduced, labels), loaded.task.reduce(outputs, batch["labels"]), strict=True):
                 whole.append(part)
     return torch.cat(reduced), torch.cat(labels)

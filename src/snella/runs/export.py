@@ -183,17 +183,18 @@ def export(
 
 
 def _output_notes(loaded: LoadedRun, chosen: ExportFormat, options: ExportOptions) -> list[str]:
-    """What the outputs are, and where the run's temperature is."""
+    """What the outputs are, and where the run's temperature and the average over flips are."""
     temperature = loaded.info.temperature
+    views = ["predict averages an image and its flip, outputs are of the image"] if loaded.info.tta == 2 else []
     if "logits" in chosen.options and not options.logits:
         with_temperature = "" if temperature == 1.0 else f", with the run's temperature {temperature:g}"
         return [
             f"outputs are the {loaded.task.final_name} of predict{with_temperature}; --logits leaves them as they are"
         ]
     if temperature == 1.0:
-        return []
+        return views
     text = "outputs are logits without the run's temperature: softmax(outputs / {:g}) has the probabilities of predict"
-    return [f"{text.format(temperature)}; it is {chosen.temperature}"]
+    return [f"{text.format(temperature)}; it is {chosen.temperature}", *views]
 
 
 def _find(name: str) -> ExportFormat:
@@ -246,10 +247,14 @@ class _Final(nn.Module):
     def __init__(self, model: nn.Module, loaded: LoadedRun) -> None:
         super().__init__()
         self.model, self.task, self.temperature = model, loaded.task, loaded.info.temperature
+        self.averages_flips = loaded.info.tta == 2
 
     def forward(self, images: Tensor) -> Tensor:
         """Probabilities, or numbers in their unit."""
-        return self.task.final_outputs(self.model(images), self.temperature)
+        outputs = self.model(images)
+        if self.averages_flips:
+            outputs = self.task.average_outputs([outputs, self.model(images.flip(-1))])
+        return self.task.final_outputs(outputs, self.temperature)
 
 
 def _graph_model(loaded: LoadedRun, options: ExportOptions) -> tuple[nn.Module, nn.Module]:

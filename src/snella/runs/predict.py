@@ -85,7 +85,7 @@ class Predictor:
         return self.loaded.info.temperature
 
     def predict(
-        self, images: Any, *, tta: int = 1, unsure: Unsure = None, skip_corrupt: bool = False
+        self, images: Any, *, tta: int | None = None, unsure: Unsure = None, skip_corrupt: bool = False
     ) -> Any | list[Any]:
         """Predict one image or several.
 
@@ -93,7 +93,7 @@ class Predictor:
             images: A file, a PIL image, an array or a tensor (see `snella.runs.image_inputs`); or several: a folder, a
                 pattern, a table, a batch, a list of all these.
             tta: Test-time augmentation: number of views (the image, flipped, corners of the enlarged image, flipped)
-                whose probabilities are averaged.
+                whose probabilities are averaged; the run's own if None.
             unsure: Probability below which a prediction is marked as unsure; `auto` for that of the run's calibration.
             skip_corrupt: Leave out images that cannot be read; where one alone is given, it is an error anyway.
 
@@ -146,7 +146,7 @@ class Predictor:
         self,
         images: Sequence[ImageInput],
         *,
-        tta: int = 1,
+        tta: int | None = None,
         unsure: Unsure = None,
         skip_corrupt: bool = False,
         on_skipped: Callable[[Path, str], None] = lambda path, reason: None,
@@ -176,9 +176,9 @@ class Predictor:
         """The columns of the run's own table."""
         return columns_of(self.loaded.folder.path)
 
-    def check_settings(self, tta: int, unsure: Unsure) -> float | None:
+    def check_settings(self, tta: int | None, unsure: Unsure) -> float | None:
         """Refuse settings that `each` would refuse; the probability that `unsure` means."""
-        if not 1 <= tta <= MOST_VIEWS:
+        if tta is not None and not 1 <= tta <= MOST_VIEWS:
             raise ValueError(f"tta must be between 1 and {MOST_VIEWS}, the views of an image, got {tta}")
         calibration = self.loaded.info.calibration
         if unsure == "auto":
@@ -219,15 +219,18 @@ class Predictor:
                     paths, pictures, tensors = zip(*whole, strict=True)
                     yield list(paths), list(pictures), torch.stack(tensors)
 
-    def _outputs(self, images: Tensor, tta: int, wants_features: bool) -> tuple[Tensor, np.ndarray | None]:
+    def _outputs(self, images: Tensor, tta: int | None, wants_features: bool) -> tuple[Tensor, np.ndarray | None]:
         """Calibrated outputs of a batch, averaged over views, and the features of the first view."""
         seen: list[Any] = []
         with self._lock, torch.inference_mode(), contextlib.ExitStack() as hooks:
             if wants_features:
                 head = _head(self.loaded.model)
                 hooks.callback(head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0])).remove)
-            outputs = [self._of_view(images.to(self.device), view) for view in range(tta)]
-            averaged = outputs[0] if tta == 1 else self.loaded.task.average_outputs(outputs)
+            is_own = tta in (None, self.loaded.info.tta)  # the temperature was fitted to the average
+            outputs = [self._of_view(images.to(self.device), view) for view in range(tta or self.loaded.info.tta)]
+            outputs = outputs if is_own else [output / self.temperature for output in outputs]
+            averaged = outputs[0] if len(outputs) == 1 else self.loaded.task.average_outputs(outputs)
+            averaged = averaged / self.temperature if is_own else averaged
         if not wants_features:
             return averaged, None
         if not seen or not isinstance(seen[0], Tensor) or seen[0].flatten(1).shape[0] != len(images):
@@ -235,8 +238,8 @@ class Predictor:
         return averaged, seen[0].flatten(1).float().cpu().numpy()
 
     def _of_view(self, images: Tensor, view: int) -> Tensor:
-        """The model's outputs for one view of a batch, over the temperature; maps are turned back."""
-        outputs = self.loaded.model(_view(images, view)) / self.temperature
+        """The model's outputs for one view of a batch; maps are turned back."""
+        outputs = self.loaded.model(_view(images, view))
         if outputs.ndim == 4 and view > 1:
             raise ValueError(f"tta must be 1 or 2 (flipped) for masks, which corners do not cover, got {view + 1}")
         return outputs.flip(-1) if outputs.ndim == 4 and view == 1 else outputs
@@ -280,7 +283,7 @@ def predict(
     batch_size: int = 32,
     skip_corrupt: bool = False,
     device: str = "auto",
-    tta: int = 1,
+    tta: int | None = None,
     unsure: Unsure = None,
     columns: str | None = None,
 ) -> list[Any]:

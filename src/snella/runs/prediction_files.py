@@ -40,7 +40,7 @@ def predict_to_files(
     top_k: int | None = None,
     features: str | None = None,
     watch: bool = False,
-    tta: int = 1,
+    tta: int | None = None,
     unsure: str | None = None,
     batch_size: int = 32,
     columns: str | None = None,
