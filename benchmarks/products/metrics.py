@@ -14,7 +14,7 @@ def score(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         labels: `[images]`, class numbers.
 
     Returns:
-        Balanced accuracy is the mean recall of the classes that occur; the calibration error has 15 bins of equal width.
+        Balanced accuracy is the mean recall of the classes that occur; the calibration error has 15 equal bins.
 
     Raises:
         ValueError: A row does not sum to 1, or the shapes do not match.

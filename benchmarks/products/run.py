@@ -75,10 +75,8 @@ def main() -> None:
             with args.out.open("a") as rows:
                 rows.write(text)
             found = json.loads(text)
-            print(
-                f"{name} {folder} {minutes:g} min seed {seed}: {100 * found['accuracy']:.1f} in {found['seconds']:.0f} s",
-                flush=True,
-            )
+            result = f"{100 * found['accuracy']:.1f} in {found['seconds']:.0f} s"
+            print(f"{name} {folder} {minutes:g} min seed {seed}: {result}", flush=True)
     if failed:
         raise SystemExit(f"{len(failed)} runs failed: " + "; ".join(failed))
 

@@ -65,7 +65,8 @@ def markdown(rows: list[dict]) -> str:
         for score in ("balanced_accuracy", "nll", "ece", "seconds", "peak_mib", "stored_bytes")
     }
     lines = [
-        f"| product | mean rank | accuracy, {len(folders)} folders | minus {REFERENCE} | balanced | NLL | ECE | seconds | MiB | stored MB |",
+        f"| product | mean rank | accuracy, {len(folders)} folders | minus {REFERENCE} "
+        "| balanced | NLL | ECE | seconds | MiB | stored MB |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name in sorted(ranks, key=ranks.__getitem__):

@@ -1,7 +1,7 @@
 """What the peers share: the command line, the folder, the backbone, the clock and the row.
 
-A peer is a function from a `Job` to a `Fitted`. The clock starts after the imports and ends when it returns; predicting the
-test images is not counted. The environments of the peers lack `snella`, so nothing here needs it.
+A peer is a function from a `Job` to a `Fitted`. The clock starts after the imports and ends when the function returns;
+predicting the test images is not counted. The environments of the peers lack `snella`, so nothing here needs it.
 """
 
 import argparse

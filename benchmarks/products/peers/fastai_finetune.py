@@ -1,7 +1,7 @@
 """fastai's `fine_tune` as its documentation has it: Resize, `aug_transforms`, an epoch of the head, one-cycle for all.
 
 Its default head, or (`--variant bn`) batch norm and one linear layer. Val is watched, train is learned from. Images are
-resized to twice the resolution before `aug_transforms`, as 460 to 224 in its book. An epoch's time is that of five steps.
+resized to twice the resolution before `aug_transforms`, as 460 to 224 in its book. An epoch's time is that of 5 steps.
 """
 
 import copy
@@ -62,7 +62,7 @@ def fit(job: common.Job) -> common.Fitted:
     step_s = 1.05 * common.seconds_per_batch(lambda: data.train, step, limit_s)  # the optimizer takes the rest
     trial.eval().requires_grad_(False)
     look_s = common.seconds_per_batch(lambda: data.train, look, limit_s)
-    del trial
+    trial = None  # frees its memory
     train, val = len(job.parts["train"]) // batch_size, -(-len(job.parts["val"]) // batch_size)
     epochs = common.fitting_epochs(job, train * step_s + val * look_s, before_s=(train + val) * look_s)
     set_seed(job.seed)

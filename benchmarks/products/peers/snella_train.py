@@ -28,7 +28,7 @@ def fit(job: common.Job) -> common.Fitted:
         words += ["--method", job.variant]
     if status := snella(words):
         raise SystemExit(f"snella {' '.join(words)} ended with status {status}")
-    run = read(Predictions, out).data
+    run = read(Predictions, out)
     by_name = {Path(item.name).name + str(item.label): item.probabilities for item in run.items}
 
     def predict(paths: list[Path]) -> np.ndarray:

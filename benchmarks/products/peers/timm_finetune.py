@@ -1,4 +1,4 @@
-"""timm's fine-tuning recipe for a pre-trained model, from timm's own parts: what its `train.py` builds of these options.
+"""timm's fine-tuning recipe for a pre-trained model, from timm's own parts: what `train.py` builds of these options.
 
 --opt adamw --lr 2e-4 --batch-size 64 --weight-decay 0.05 --layer-decay 0.75 --sched cosine --warmup-epochs 1
 --aa rand-m9-mstd0.5 --reprob 0.25 --smoothing 0.1 --drop-path 0.1; the epoch of the best accuracy on val is kept, as
@@ -51,7 +51,7 @@ def fit(job: common.Job) -> common.Fitted:
     trial.eval().requires_grad_(False)
     seen = DataLoader(common.Files(job.parts["val"], looking), batch_size)
     look_s = common.seconds_per_batch(lambda: seen, lambda batch: trial(batch[0]), limit_s)
-    del trial
+    trial = None  # frees its memory
     epochs = common.fitting_epochs(job, len(loader) * step_s + len(seen) * look_s)
 
     generator.manual_seed(job.seed)

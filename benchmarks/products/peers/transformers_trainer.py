@@ -1,7 +1,7 @@
 """Hugging Face's `run_image_classification` with its defaults, by its `Trainer`.
 
-RandomResizedCrop and flip, batches of 8, AdamW with a rate of 5e-5 that falls linearly, one linear layer as head. Train is
-learned from. An epoch's time is that of five steps.
+RandomResizedCrop and flip, batches of 8, AdamW with a rate of 5e-5 that falls linearly, one linear layer as head.
+Train is learned from. An epoch's time is that of five steps.
 """
 
 import copy
@@ -59,7 +59,7 @@ def fit(job: common.Job) -> common.Fitted:
     step_s = common.seconds_per_batch(
         lambda: DataLoader(images, 8, shuffle=True, collate_fn=collate), step, 0.06 * job.minutes * 60
     )
-    del trial, optimizer
+    trial = optimizer = None  # frees their memory
     epochs = common.fitting_epochs(job, step_s * -(-len(images) // 8))
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
