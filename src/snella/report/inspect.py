@@ -194,7 +194,7 @@ def inspect_summary(run: str | Path) -> dict[str, Any]:
         "classes": info.classes,
         "command": info.command,
         "best_epoch": metrics and metrics.best_epoch,
-        "epochs": len(metrics.history) if metrics else 0,
+        "epochs": metrics.history[-1].epoch if metrics and metrics.history else 0,
         "protocol": metrics and metrics.protocol,
         "selected_on": metrics and metrics.selected_on,
         "ema": metrics and metrics.ema,
