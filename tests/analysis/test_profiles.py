@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from matplotlib.colors import to_rgb
 from torch import nn
 
 from snella.analysis import memory, radar
-from snella.analysis.profiles import LiveTensors, follow_memory, scaled_radius
+from snella.analysis.profiles import LiveTensors, _draw_radar, follow_memory, scaled_radius
+from snella.report.style import _DARK, PANEL
 
 
 def test_living_tensors_are_counted_until_they_are_freed():
@@ -48,6 +50,27 @@ def test_the_best_lies_on_the_rim_and_close_ones_lie_close():
     assert scaled_radius(0.9, 0.7, 0.9) == 1 and scaled_radius(0.7, 0.7, 0.9) == pytest.approx(0.3)
     assert scaled_radius(0.8, 0.7, 0.9) == pytest.approx(0.65)
     assert scaled_radius(0.799, 0.799, 0.8) == pytest.approx(1 - 0.7 * 0.001 / 0.02)
+
+
+def test_each_of_sixteen_methods_has_a_color_of_its_own_that_both_panels_show():
+    axes = ("medical", "glyphs", "natural")
+    rows = [{"axis": a, "method": f"m{n}", "accuracy": 0.5, "radius": 0.5} for a in axes for n in range(16)]
+    handles = _draw_radar(rows).legends[0].legend_handles
+    colors = [to_rgb(handle.get_color()) for handle in handles]
+    assert len(colors) == len(set(colors)) == 16
+    for panel in (PANEL, _DARK[PANEL]):
+        assert min(contrast(color, to_rgb(panel)) for color in colors) >= 3
+
+
+def contrast(one, other):
+    """Contrast ratio of the Web Content Accessibility Guidelines."""
+
+    def luminance(color):
+        parts = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in color]
+        return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
 
 
 def test_a_folder_without_a_comparison_is_refused(tmp_path):

@@ -33,6 +33,8 @@ INK, MUTED, GRID, PANEL = "#1c2531", "#566172", "#dbe0e8", "#fefefd"
 ACCENT, WARM = "#2f6fdd", "#d2680c"
 COLORS = (ACCENT, WARM, "#1d9367", "#c8446a", "#8a5cd0", "#148fa8", "#9a8410", "#7b6a5c")
 """Line colors, at least 3:1 against the light and the dark panel."""
+MORE_COLORS = ("#b03fc4", "#5a8f00", "#d13b2f", "#64707f", "#a8622a", "#007f7a", "#5f6fe0", "#d0479a")
+"""Colors of further lines, where one figure has more than `COLORS`."""
 
 _VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--line", PANEL: "--panel"}
 _DARK = {INK: "#e6eaf0", MUTED: "#a2adbb", GRID: "#333d4b", PANEL: "#1a2029"}
@@ -99,8 +101,9 @@ def _styled(axes: Axes, title: str) -> Axes:
 
 
 def style_of(number: int) -> tuple[str, str]:
-    """Color and marker of the line of this number; markers tell lines of one color apart."""
-    return COLORS[number % len(COLORS)], _MARKERS[(number + number // len(COLORS)) % len(_MARKERS)]
+    """Color and marker of the line of this number: 16 colors, then markers tell lines of one color apart."""
+    colors = (*COLORS, *MORE_COLORS)
+    return colors[number % len(colors)], _MARKERS[(number + number // len(COLORS)) % len(_MARKERS)]
 
 
 def epoch_axis(axes: Axes, label: str = "epoch") -> None:
