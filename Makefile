@@ -23,7 +23,7 @@ STAGES = failed=; \
   finish() { echo; if [ -z "$$failed" ]; then echo "=== all stages passed"; else echo "=== failed:$$failed"; return 1; fi; }
 
 .DEFAULT_GOAL := help
-.PHONY: help install packages docs demo compare test test-oldest test-isa test-slow peft-contract faults bench lint format types clean
+.PHONY: help install packages docs demo compare twins test test-oldest test-isa test-slow peft-contract faults bench lint format types clean
 
 help: ## print the verbs
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +58,12 @@ demo: install ## fine-tune a real pre-trained ViT on real photographs; writes ru
 
 compare: install ## compare four methods on two real tasks; writes runs/coffee/
 	$(BIN)/snella compare --experiment coffee --out runs/coffee --workers 2
+
+twins: install packages ## small twins of the paper's Tables VII to XII (13 to 16 hours on two cores, estimated); writes runs/twins/
+	set -e; for table in 7 8 9 10 11 12; do \
+	  $(BIN)/snella compare --experiment twin-table$$table --out runs/twins --workers 2; \
+	done
+	$(BIN)/python benchmarks/twin_tables.py runs/twins
 
 test: $(VENV)/.installed-for-tests packages ## style, types and tests, each also where another one fails
 	@$(STAGES); \

@@ -1,0 +1,54 @@
+"""Which of the paper's orderings hold in the twins of its Tables VII to XII, in Markdown.
+
+make twins                                   train them: 13 to 16 hours on two cores (estimated)
+python benchmarks/twin_tables.py runs/twins  the tables, from the rows there are
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from snella.comparison.experiment_files import read_experiment
+from snella.comparison.report import ORDERING_HEADINGS, paper_orderings
+from snella.comparison.statistics import Rows
+from snella.comparison.store import FILE as ROWS_FILE
+from snella.comparison.store import read_lines
+
+TABLES = {"VII": 7, "VIII": 8, "IX": 9, "X": 10, "XI": 11, "XII": 12}
+
+
+def twin_tables(rows: Rows) -> str:
+    """A table of claims for each of the paper's tables; Holm's correction is over the claims of one.
+
+    Args:
+        rows: Of a folder in which the twins' experiments were run.
+    """
+    parts = []
+    for name, number in TABLES.items():
+        experiment = read_experiment(f"twin-table{number}")
+        lines = [ORDERING_HEADINGS, *(result.texts for result in paper_orderings(experiment, rows))]
+        cells = [f"| {' | '.join(line)} |" for line in lines]
+        parts.append("\n".join([f"**Table {name}**", "", cells[0], "|---|---:|---:|---:|---:|", *cells[1:]]))
+    return "\n\n".join(parts)
+
+
+def read_folder(folder: Path) -> Rows:
+    """The rows of a folder.
+
+    Raises:
+        FileNotFoundError: The folder holds no comparison.
+        ValueError: A row is damaged.
+    """
+    if not (folder / ROWS_FILE).is_file():
+        raise FileNotFoundError(f"{folder} holds no {ROWS_FILE}; run: make twins")
+    rows, notes = read_lines(folder / ROWS_FILE)
+    if notes:
+        raise ValueError("; ".join(notes))
+    return list(rows.values())
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("runs/twins"))
+    print(twin_tables(read_folder(parser.parse_args().folder)))
