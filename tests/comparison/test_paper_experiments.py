@@ -55,7 +55,7 @@ def test_every_ordering_is_of_two_methods_of_its_file(experiments):
         claims = experiment.published.get("orderings", [])
         assert {label for claim in claims for label in (claim["higher"], claim["lower"])} <= labels, name
         assert claims or "official" in name, name
-    assert [len(twin.methods) for twin in twins.values()] == [6, 6, 3, 6, 6, 4, 7, 4, 3]
+    assert [len(twin.methods) for twin in twins.values()] == [12, 12, 6, 12, 12, 8, 7, 4, 3]
 
 
 def test_the_papers_scaling_stands_beside_ours(experiments):
@@ -204,7 +204,7 @@ def test_orderings_are_judged_by_corrected_tests_of_paired_differences(experimen
     assert [result.verdict for result in found] == ["holds", "contradicted", "not decided", "not decided"]
     assert found[0].difference.mean == pytest.approx(0.024) and found[0].difference.pairs == 15
     assert found[0].difference.comparisons == 4
-    assert found[0].texts == ("cubic above linear", "holds", "+2.4 [+2.0, +2.8], 15 pairs", "< 0.01", "5 of 5 (0.06)")
+    assert found[0].texts == ("cubic above linear", "holds", "+2.4 [+2.0, +2.8], 15 pairs", "< 0.001", "5 of 5 (0.062)")
     assert found[3].claim == f"cubic above linear on {tasks[0]} in step time" and found[3].difference.units == 3
     assert found[3].difference.mean == pytest.approx(0.02)
     assert [result.verdict for result in paper_orderings(experiment, [])] == ["not run"] * 4

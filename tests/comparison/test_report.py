@@ -169,7 +169,7 @@ def test_a_difference_over_some_of_the_tasks_says_so(large, tmp_path):
     experiment, rows = large
     rows = [row for row in rows if row.experiment_name != "full" or row.task_name in ("fashion", "elpv")]
     text = write_page(tmp_path, experiment, rows).read_text()
-    assert re.search(r'<th scope="row">full</th>.*\] \(2 of 6 tasks\)</td>', text)
+    assert re.search(r'<th scope="row">full</th>.*\] \(2 of 6 tasks\)<span .*>p [\d.]+ · 2 of 2 \(0.50\)', text)
     assert text.count("(2 of 6 tasks)") >= 3  # both tables and the picture
 
 

@@ -126,8 +126,14 @@ def test_nothing_is_decided_with_fewer_than_five_tasks_or_seeds(units, decided):
 def test_the_sign_test_counts_tasks_above_and_leaves_ties_out():
     found = with_holm({0: difference_of([[v] for v in (0.1, 0.2, 0.1, 0.3, 0.2, 0.0)])})[0]
     assert (found.above, found.below, found.sign_p) == (5, 0, pytest.approx(2 / 2**5))
-    assert significance_texts(found) == ("0.02", "5 of 6 (0.06)") and significance_texts(None) == ("–", "–")
-    assert [p_text(value) for value in (1.0, 0.014, 0.0099, math.nan)] == ["1.00", "0.01", "< 0.01", "–"]
+    assert significance_texts(found) == ("0.017", "5 of 6 (0.062)") and significance_texts(None) == ("–", "–")
+    assert [p_text(value) for value in (1.0, 0.0996, 0.051, 0.0009, math.nan)] == [
+        "1.00",
+        "0.10",
+        "0.051",
+        "< 0.001",
+        "–",
+    ]
 
 
 @pytest.mark.parametrize("comparisons", [1, 12])

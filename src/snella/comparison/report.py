@@ -332,8 +332,8 @@ def _table(summary: Summary, metric: str, title: str) -> dict[str, Any]:
             is_best = value is not None and value.mean == top
             cells.append({"text": spread_text(value), "is_best": is_best})
         difference = method.to_reference[metric]
-        texts = (difference_text(difference, len(summary.tasks)), *significance_texts(difference))
-        lines.append({"name": method.name, "cells": cells, "differences": texts})
+        text, tests = difference_text(difference, len(summary.tasks)), significance_texts(difference)
+        lines.append({"name": method.name, "cells": cells, "difference": text, "tests": tests})
     is_main = metric == summary.column
     return {"title": title, "headings": headings, "means": means, "lines": lines, "is_main": is_main}
 

@@ -196,8 +196,10 @@ def difference_text(value: Difference | None, tasks: int) -> str:
 
 
 def p_text(value: float) -> str:
-    """A p-value: 0.03, or < 0.01."""
-    return "–" if math.isnan(value) else f"{value:.2f}" if value >= 0.01 else "< 0.01"
+    """A p-value: 0.66, 0.031, < 0.001."""
+    if math.isnan(value):
+        return "–"
+    return f"{value:.2f}" if value >= 0.0995 else f"{value:.3f}" if value >= 0.001 else "< 0.001"
 
 
 def significance_texts(value: Difference | None) -> tuple[str, str]:
