@@ -5,27 +5,46 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
-from snella.benchmark.rows import put_between
+from interval_calibration import ROWS as CALIBRATION_ROWS
+from interval_calibration import table as calibration_table
+
+from snella.benchmark.rows import put_between, read_rows
 from snella.comparison.experiment import Experiment
 from snella.comparison.experiment_files import read_experiment
 from snella.comparison.figures import forest, learning_rate_curves, pareto
-from snella.comparison.report import markdown_tables, paper_orderings, table_cells
-from snella.comparison.statistics import Rows
+from snella.comparison.report import ORDERING_HEADINGS, markdown_tables, paper_orderings, table_cells
+from snella.comparison.statistics import Difference, Rows, difference, final_rows, mean_over_tasks, with_holm
 from snella.comparison.store import read_lines
-from snella.comparison.summary import MethodSummary, Summary, cost_texts, difference_text, spread_text, summarize
+from snella.comparison.summary import (
+    MethodSummary,
+    Summary,
+    cost_texts,
+    difference_text,
+    p_text,
+    significance_texts,
+    spread_text,
+    summarize,
+)
 from snella.records import CellRow
 from snella.report.style import save_figure, write_figure
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "bundled-suite"
-TWINS = ROOT / "benchmarks" / "twins"
+TWINS, UNTUNED = ROOT / "benchmarks" / "twins", ROOT / "benchmarks" / "untuned" / "suite.jsonl"
 PAGE, README = ROOT / "docs" / "compare.md", ROOT / "README.md"
 PICTURES = ROOT / "docs" / "images" / "suite"
 TWINS_PAGE, TWINS_PICTURES = ROOT / "docs" / "plots.md", ROOT / "docs" / "images" / "twins"
 BEGIN, END = "<!-- rows of benchmarks/bundled-suite begin -->", "<!-- rows end -->"
 TWINS_BEGIN = "<!-- rows of benchmarks/twins begin -->"
+PAIRS_BEGIN, PAIRS_END = "<!-- leads in benchmarks/bundled-suite begin -->", "<!-- leads end -->"
+DEFAULTS_BEGIN, DEFAULTS_END = "<!-- defaults in benchmarks/untuned begin -->", "<!-- defaults end -->"
+CALIBRATION_BEGIN, CALIBRATION_END = "<!-- rows of benchmarks/interval_calibration.jsonl begin -->", "<!-- rows end -->"
+LEADERS, HELD_OUT = ("snella-matched-8", "snella-8"), "mri-regions"
+METRIC = "test_accuracy"
 OVERVIEW_BEGIN, OVERVIEW_END = "<!-- overview of benchmarks/bundled-suite begins -->", "<!-- overview ends -->"
 
 
@@ -42,13 +61,76 @@ def read_suite(folder: Path = RESULTS) -> tuple[Experiment, list[CellRow]]:
 
 
 def update_suite(page: Path = PAGE) -> bool:
-    """Put the tables into the page; whether it changed.
+    """Put all tables into the page; whether it changed.
 
     Raises:
         ValueError: A line of the rows is damaged, or the page has no marks.
     """
     experiment, rows = read_suite()
-    return put_between(page, BEGIN, END, markdown_tables(experiment, rows).strip())
+    changed = [
+        put_between(page, BEGIN, END, markdown_tables(experiment, rows).strip()),
+        put_between(page, PAIRS_BEGIN, PAIRS_END, leads_tables(experiment, rows)),
+        put_between(page, DEFAULTS_BEGIN, DEFAULTS_END, defaults_table(experiment, rows, untuned_rows())),
+        put_between(page, CALIBRATION_BEGIN, CALIBRATION_END, calibration_table(read_rows(CALIBRATION_ROWS))),
+    ]
+    return any(changed)
+
+
+def leads(rows: Rows, leader: str, names: list[str], tasks: list[str]) -> dict[str, Difference | None]:
+    """A method minus each of the others, corrected over them."""
+    finals = final_rows(rows)
+    return with_holm({n: difference(finals, leader, n, tasks, METRIC) for n in names if n != leader})
+
+
+def leads_tables(experiment: Experiment, rows: Rows) -> str:
+    """Both forms of SNELLA minus every other method, on all tasks and without the one that decides most."""
+    names, tasks = [entry.name for entry in experiment.methods], [entry.name for entry in experiment.data]
+    fewer = [task for task in tasks if task != HELD_OUT]
+    parts = []
+    for title, chosen in ((f"All {len(tasks)} tasks", tasks), (f"Without {HELD_OUT}", fewer)):
+        found = {leader: leads(rows, leader, names, chosen) for leader in LEADERS}
+        lines = [["", *(text for leader in LEADERS for text in (f"{leader} minus", "p", "above"))]]
+        for name in names:
+            cells = [_lead_texts(found[leader].get(name), len(chosen)) for leader in LEADERS]
+            lines.append([name, *(text for three in cells for text in three)])
+        parts.append(f"**{title}**\n\n{_markdown_table(lines)}")
+    return "\n\n".join(parts)
+
+
+def _lead_texts(found: Difference | None, tasks: int) -> tuple[str, str, str]:
+    """A difference with its interval and its tests."""
+    return difference_text(found, tasks), *significance_texts(found)
+
+
+def untuned_rows() -> list[CellRow]:
+    """Rows of `benchmarks/untuned/suite.jsonl`: methods at their default rates, where a search chose others."""
+    rows, notes = read_lines(UNTUNED)
+    if notes:
+        raise ValueError("; ".join(notes))
+    return list(rows.values())
+
+
+def defaults_rows(experiment: Experiment, rows: Rows, untuned: Rows) -> list[CellRow]:
+    """Final rows at the default rates, of the methods that have them: the untuned ones, else the suite's own."""
+    own = {row.cell: row for row in final_rows(untuned)}
+    names = {row.experiment_name for row in own.values()}
+    chosen = [row for row in final_rows(rows) if row.experiment_name in names]
+    return [own.get(row.cell, row) for row in chosen]
+
+
+def defaults_table(experiment: Experiment, rows: Rows, untuned: Rows) -> str:
+    """Means at the default rates, and differences to the reference at its own."""
+    found = defaults_rows(experiment, rows, untuned)
+    tasks, reference = [entry.name for entry in experiment.data], experiment.reference_name
+    names = list(dict.fromkeys(row.experiment_name for row in found))
+    differences = with_holm({n: difference(found, n, reference, tasks, METRIC) for n in names if n != reference})
+    lines = [["at its default rates", "mean over tasks", f"minus {reference}", "p", "above", *tasks]]
+    for name in names:
+        single = [difference(found, name, reference, [task], METRIC) for task in tasks]
+        by_task = [difference_text(d and replace(d, low=math.nan), 1) if name != reference else "–" for d in single]
+        mean = spread_text(mean_over_tasks(found, name, tasks, METRIC))
+        lines.append([name, mean, *_lead_texts(differences.get(name), len(tasks)), *by_task])
+    return _markdown_table(lines)
 
 
 def update_twins(page: Path = TWINS_PAGE) -> bool:
@@ -60,7 +142,7 @@ def update_twins(page: Path = TWINS_PAGE) -> bool:
     experiment, rows = read_suite(TWINS)
     summary = summarize(experiment, rows)
     accuracies = table_cells(summary, summary.column, with_costs=False)
-    claims = [("the paper's claim", "here", "difference, 95 % interval")]
+    claims = [ORDERING_HEADINGS]
     claims += [result.texts for result in paper_orderings(experiment, rows)]
     tables = [_markdown_table(list(map(list, table))) for table in (accuracies, claims)]
     return put_between(page, TWINS_BEGIN, END, "\n\n".join(tables))
@@ -101,26 +183,35 @@ def overview(experiment: Experiment, rows: Rows) -> str:
     if finished is None:
         return "No method has been on every task with every seed yet."
     summary = summarize(finished, rows)
-    lines = [
-        f"| method | mean over {len(summary.tasks)} tasks | minus {summary.reference} | trainable | adapter |",
-        "|---|---:|---:|---:|---:|",
-    ]
+    lines = [["method", f"mean over {len(summary.tasks)} tasks", f"minus {summary.reference}", "p", "above"]]
+    lines[0] += ["trainable", "adapter"]
     for method in sorted(summary.methods, key=_mean, reverse=True):
-        costs, difference = cost_texts(method.costs), method.to_reference["test_accuracy"]
-        cells = (
-            method.name,
-            spread_text(method.over_tasks["test_accuracy"]),
-            difference_text(difference, len(summary.tasks)),
-            costs["trainable"],
-            costs["file"],
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        costs, found = cost_texts(method.costs), method.to_reference[METRIC]
+        mean = spread_text(method.over_tasks[METRIC])
+        cells = [method.name, mean, *_lead_texts(found, len(summary.tasks)), costs["trainable"], costs["file"]]
+        lines.append(cells)
+    return f"{_markdown_table(lines)}\n\n{decided_text(summary)}"
+
+
+def decided_text(summary: Summary) -> str:
+    """How the differences were tested, and which are decided."""
+    found = {m.name: d for m in summary.methods if (d := m.to_reference[METRIC]) is not None}
+    decided = [name for name, value in found.items() if value.direction]
+    outcome = (
+        f"Decided: {', '.join(decided)}."
+        if decided
+        else f"No difference is decided, the smallest p is {p_text(min(d.adjusted_p for d in found.values()))}."
+    )
+    return (
+        f"Intervals: Student's t, 95 %, over {len(summary.tasks)} tasks, each with its mean over seeds. p: the same "
+        f"test with Holm's correction over the {len(found)} comparisons. above: tasks above {summary.reference}, and "
+        f"the p of the sign test. {outcome}"
+    )
 
 
 def _mean(method: MethodSummary) -> float:
     """The method's mean accuracy over tasks."""
-    mean = method.over_tasks["test_accuracy"]
+    mean = method.over_tasks[METRIC]
     return 0.0 if mean is None else mean.mean
 
 
@@ -150,7 +241,7 @@ def _finished(experiment: Experiment, rows: Rows) -> Experiment | None:
         method.name
         for method in summary.methods
         if all(
-            (value := method.per_task["test_accuracy"].get(task)) is not None and value.count == experiment.seeds
+            (value := method.per_task[METRIC].get(task)) is not None and value.count == experiment.seeds
             for task in wanted
         )
     }

@@ -33,12 +33,47 @@ def test_every_python_block_of_a_page_runs_in_order(page, tmp_path, monkeypatch,
     exec(compile(source, page, "exec"), {"__name__": "__main__"})
 
 
-def test_links_between_pages_lead_somewhere():
-    pages = [*DOCS.rglob("*.md"), DOCS.parent / "README.md", DOCS.parent / "CONTRIBUTING.md"]
-    for page in pages:
-        for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
-            if "://" not in target:
-                assert (page.parent / target).exists(), f"{page.name} links to {target}, which does not exist"
+ROOT = DOCS.parent
+PAGES = sorted([*DOCS.rglob("*.md"), *ROOT.glob("*.md"), *(ROOT / "src").rglob("README.md")])
+
+
+def anchors(page: Path) -> set[str]:
+    """Anchors of a page's headings, as GitHub and MkDocs make them."""
+    text = re.sub(r"^(```|~~~).*?^\1", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    found: set[str] = set()
+    for heading in re.findall(r"^#+ +(.+?) *#*$", text, re.MULTILINE):
+        plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower()
+        slug = re.sub(r"[^\w\- ]", "", plain).strip().replace(" ", "-")
+        found |= {slug, re.sub(r"-+", "-", slug)}
+    return found | set(re.findall(r'(?:id|name)="([^"]+)"', text))
+
+
+def broken_links(page: Path) -> list[str]:
+    """Links and pictures of a page whose file or heading is not there."""
+    text = page.read_text()
+    targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:href|src)="([^"]+)"', text)
+    broken = []
+    for target in targets:
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        file = page.parent / name if name else page
+        is_there = file.exists() and (anchor in ("", "only-light", "only-dark") or anchor in anchors(file))
+        broken += [] if is_there else [target]
+    return broken
+
+
+def test_every_link_and_anchor_of_the_documents_leads_somewhere():
+    broken = {str(page.relative_to(ROOT)): found for page in PAGES if (found := broken_links(page))}
+    assert len(PAGES) > 25 and not broken
+
+
+def test_a_link_to_a_heading_or_a_file_that_is_not_there_is_found(tmp_path):
+    (tmp_path / "other.md").write_text("# Speed & memory, of `a_b`\n\n## [Linked](x.md) title\n")
+    good = "[a](other.md#speed-memory-of-a_b) [b](other.md#linked-title) [c](#here) [d](https://e.org/#x)\n\n# Here\n"
+    page = tmp_path / "page.md"
+    page.write_text(good + "[e](other.md#speed) [f](none.md) [g](#gone)")
+    assert broken_links(page) == ["other.md#speed", "none.md", "#gone"]
 
 
 def test_the_audit_of_the_paper_names_files_and_commands_that_are_there():

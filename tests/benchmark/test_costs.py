@@ -199,12 +199,3 @@ def test_that_nothing_was_measured_on_a_gpu_is_said_only_while_it_is_so():
     speed = row_speed([a_row(4, 3.0, 1.0), a_row(16, 9.0, 3.0)], counted())
     assert not has_gpu_rows([a_row(4, 1, 1)]) and has_gpu_rows([*rows, {"device": "NVIDIA H100"}])
     assert ["nothing on a GPU" in notes_text(speed, measured) for measured in (False, True)] == [True, False]
-
-
-def test_the_documents_show_the_committed_rows_of_the_suite(tmp_path):
-    from suite_table import PAGE, README, update_overview, update_suite
-
-    for page, update in ((PAGE, update_suite), (README, update_overview)):
-        copy = tmp_path / page.name
-        copy.write_text(page.read_text())
-        assert not update(copy), f"{page.name} differs from benchmarks/bundled-suite; run: python benchmarks/readme.py"

@@ -130,7 +130,7 @@ def fit_matrix(
 
     Args:
         out: Folder for the files; created.
-        preset: quick takes minutes; paper has Adam at 1e-4 and 100,000 steps, and takes hours.
+        preset: quick takes minutes; paper has Adam at 1e-4 and 100,000 steps, and takes half an hour.
         kernels: Kernels, separated by commas; also import paths module:name of a Kernel or of a function of A and B.
             All of snella's if not given.
         size: Rows and columns of the matrices (48).
