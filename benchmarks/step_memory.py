@@ -6,7 +6,7 @@ python benchmarks/step_memory.py --backbones vit_base_patch16_224 --depths 4 8
 Each method comes with and without SNELLA's recomputation of inputs. Bytes are counted by autograd's own hooks, each
 storage once, and the peak is `snella.training.memory.predict_step_memory`'s: weights, gradients, AdamW's moments, saved
 tensors and temporaries. All blocks of a ViT are alike, so large ones are counted at two depths, on whose line the
-whole model lies. SPT spends its budget on single layers by random gradients, so its numbers lie near that line.
+whole model lies. What SPT-Adapter keeps depends on which matrices get an adapter, so it is counted on whole models.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ METHODS = {
     "spt-adapter": ("spt-adapter", "spt-adapter-recompute"),
     "full": ("full", "full-recompute"),
 }
+NOT_BY_DEPTH = ("spt-adapter",)
 FIELDS = ("weights", "trainable", "kept", "peak")
 
 
@@ -77,6 +78,8 @@ def rows_of(backbone: str, batch: int, depths: tuple[int, ...]) -> list[dict[str
     common |= {"dtype": "float32", "depths": list(depths), **conditions("cpu")}
     rows = []
     for method, contenders in METHODS.items():
+        if depths and method in NOT_BY_DEPTH:
+            continue
         for recomputes, contender in zip((False, True), contenders, strict=True):
             found = count_whole(contender, backbone, batch, depths)
             gc.collect()
@@ -100,7 +103,8 @@ def memory_tables(rows: list[dict[str, Any]]) -> str:
         lines = [f"**{title}, batch {rows[0]['batch']}, float32**, MiB by count", ""]
         lines += [f"| | {' | '.join(heads)} |", "|---" * (1 + 2 * len(backbones)) + "|"]
         for method in METHODS:
-            cells = [f"{found[name, method, flag][field]:,.0f}" for name in backbones for flag in (False, True)]
+            pairs = [found.get((name, method, flag)) for name in backbones for flag in (False, True)]
+            cells = ["" if row is None else f"{row[field]:,.0f}" for row in pairs]
             lines.append(f"| {method} | {' | '.join(cells)} |")
         tables.append("\n".join(lines))
     return "\n\n".join(tables)
