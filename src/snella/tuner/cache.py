@@ -82,6 +82,7 @@ class LayerCache:
     """
 
     def __init__(self) -> None:
+        self._sealed: dict[str, tuple[Tensor, int, Tensor, int]] = {}
         self.clear()
 
     def clear(self) -> None:
@@ -132,6 +133,19 @@ class LayerCache:
         if not (budget.is_inference() or budget.is_meta):
             self._budgets[name] = (budget, budget.data_ptr(), budget._version, integers)
         return integers
+
+    def note_seal(self, name: str, budget: Tensor, seal: Tensor) -> None:
+        """Remember the state of a buffer of budgets and of its seal, which fits it."""
+        if budget.is_inference() or seal.is_inference():
+            self._sealed.pop(name, None)
+        else:
+            self._sealed[name] = (budget, budget._version, seal, seal._version)
+
+    def is_written_without_seal(self, name: str, budget: Tensor, seal: Tensor) -> bool:
+        """Whether something has written into the buffer alone since, as what averages a `state_dict` does."""
+        known = self._sealed.get(name)
+        is_known = known is not None and known[0] is budget and known[2] is seal
+        return is_known and budget._version != known[1] and seal._version == known[3]  # type: ignore[index]
 
     def positions(self, name: str, packed: Tensor) -> Tensor:
         """The entries that a fixed support names, unpacked once for each of its states."""

@@ -547,7 +547,9 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         """The budgets in the buffer, after the live ones have replaced averages."""
         buffer, seals = self.snella_budget[adapter_name], self.snella_seal[adapter_name]
         budgets, found = torch.stack((buffer, seals.to(buffer.device))).tolist()  # one transfer
-        if found == [seal_of(budget) for budget in budgets]:
+        is_sealed = found == [seal_of(budget) for budget in budgets]
+        if is_sealed and not self._cache.is_written_without_seal(adapter_name, buffer, seals):
+            self._cache.note_seal(adapter_name, buffer, seals)
             return tuple(budgets)
         buffer.copy_(torch.tensor(self._live_budgets[adapter_name], dtype=buffer.dtype))
         self.seal_budgets(adapter_name)
@@ -568,6 +570,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         budgets = self._live_budgets[adapter_name] = tuple(buffer.tolist())
         seals = torch.tensor([seal_of(budget) for budget in budgets], dtype=buffer.dtype, device=buffer.device)
         self.snella_seal[adapter_name] = seals
+        self._cache.note_seal(adapter_name, buffer, seals)
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Save budgets, not averages of them."""
