@@ -52,3 +52,20 @@ def test_the_last_group_may_have_gaps(entries):
     encoded, layout = encode(z)
     assert encoded.nbytes == -(-entries // GROUP) * (GROUP + 4)
     torch.testing.assert_close(decode(encoded, layout), z, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("width", [1, 12, GROUP, GROUP + 1, 96, 5 * GROUP])
+def test_by_row_no_entry_is_rounded_by_the_scale_of_another_row(width):
+    z = torch.randn(2, 3, width) * 10.0 ** torch.arange(0, -6, -1).view(2, 3, 1)
+    encoded, layout = encode(z, by_row=True)
+    groups = -(-width // GROUP)
+    size = -(-width // groups)
+    assert encoded.nbytes == 6 * groups * (size + 4)
+    back = decode(encoded, layout)
+    assert ((back - z).abs() <= z.abs().amax(-1, keepdim=True) / 127 / 2 * (1 + 1e-5)).all()
+
+
+def test_rows_that_do_not_lie_innermost_in_memory_are_encoded_in_the_order_of_memory():
+    memory = torch.randn(8, 3, 12)
+    z = memory.mT
+    assert torch.equal(decode(*encode(z, by_row=True)), decode(*encode(memory)).mT)

@@ -247,8 +247,8 @@ def _no_mark() -> None:
 
 
 def _versions(x: Tensor, kept: tuple[Tensor, ...]) -> tuple[int, ...]:
-    """How often each was written to."""
-    return (x._version, *[tensor._version for tensor in kept])
+    """How often each was written to, and where the first lies; a write through `x.data` leaves no trace."""
+    return (x.data_ptr(), x._version, *[tensor._version for tensor in kept])
 
 
 def origin_of(x: Tensor) -> tuple[tuple[Tensor, ...], Origin | None]:
@@ -282,7 +282,12 @@ def once(hint: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def keep_rounded(
-    inputs: Sequence[Tensor], output: Tensor, function: Callable[..., Tensor], module: nn.Module | None = None
+    inputs: Sequence[Tensor],
+    output: Tensor,
+    function: Callable[..., Tensor],
+    module: nn.Module | None = None,
+    *,
+    by_row: bool = False,
 ) -> Tensor:
     """A marked output whose backward pass keeps its inputs in eight bits; those without a gradient as they are.
 
@@ -291,8 +296,9 @@ def keep_rounded(
         output: Without gradient.
         function: Computes it again.
         module: As `Output` takes it.
+        by_row: As `encode` takes it.
     """
-    pairs = [encode(z) if z.requires_grad else (z.detach(), None) for z in inputs]
+    pairs = [encode(z, by_row=by_row) if z.requires_grad else (z.detach(), None) for z in inputs]
     kept, layouts = tuple([pair[0] for pair in pairs]), [pair[1] for pair in pairs]
     origin = Output(function, output.device.type, module=module, layouts=layouts)
     return Mark.put(cast(Tensor, _RoundedInputs.apply(origin, kept, [output], *inputs)), kept, origin)

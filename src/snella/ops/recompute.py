@@ -51,6 +51,8 @@ _TRANSFORMERS = {
     *("GELUActivation", "NewGELUActivation", "FastGELUActivation", "GELUTanh", "PytorchGELUTanh"),
     *("QuickGELUActivation", "SiLUActivation", "MishActivation"),
 }
+# normalizations of each row of the last axis by itself
+_ROW_NORMS = ("LayerNorm", "LayerNormFp32", "RMSNorm", "RmsNorm", "RmsNormFp32", "SimpleNorm")
 # an output that is cut into windows, multiplied or shifted before it enters a layer
 _FOLLOWED_TIMM = {
     "timm.layers.mlp.GluMlp",
@@ -176,6 +178,8 @@ class _DetachInput(_Compressing):
         z = args[0]
         if not (z.requires_grad and z.is_floating_point() and not z.is_inference() and _is_marked(module)):
             return None
+        if hasattr(type(z.grad_fn), "_saved_result"):
+            return None  # what made it keeps it anyway, as ReLU does
         if getattr(module, "inplace", False) or any([tensor.requires_grad for tensor in own_tensors(module).values()]):
             return None
         detached = z.detach()
@@ -190,7 +194,7 @@ def _mark_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tenso
     source: Tensor | None = getattr(args[0], _SOURCE_ATTRIBUTE, None)
     run = partial(type(module).forward, module)
     if source is not None:
-        return keep_rounded([source], output, run, module)
+        return keep_rounded([source], output, run, module, by_row=type(module).__name__.endswith(_ROW_NORMS))
     z = args[0]
     if not _is_marked(module) or type(z) is not Tensor or not output.requires_grad:
         return None

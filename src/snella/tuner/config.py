@@ -183,7 +183,8 @@ class SnellaConfig(PeftConfig):
             weight), and in evaluation the effective weight of a layer whose base weight is quantized.
         recompute_inputs: Do not keep an adapted layer's input where it is the output of a normalization or an
             activation, whose own input autograd keeps anyway, or is made of one in a known block (windows, gates,
-            modulations): compute it again in the backward pass, to the same bits.
+            modulations): compute it again in the backward pass, to the same bits. Values written into such an output
+            through `.data` are not noticed, and give wrong gradients; set `False` for code that does so.
         compress_activations: Keep the inputs of normalizations and activations in eight bits (see
             `snella.ops.compression.encode`), and queries, keys and values in the place of what attention keeps: for
             their own backward pass and for the layers behind them. Outputs stay exact, gradients are those at rounded
