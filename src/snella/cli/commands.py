@@ -519,7 +519,8 @@ def data(
 
     path = Path(data).expanduser()
     is_own_path = path.is_file() or (path.is_dir() and any(path.iterdir()) and not holds_benchmark(data))
-    spec, warnings = full_spec(data) if is_own_path else data, []
+    spec = full_spec(data) if is_own_path else data
+    warnings: list[str] = []
     if split_spec(spec)[1] is not None or spec in data_names() or path.is_file():
         errors, warnings = _check_own_data(spec, columns, task, skip_corrupt, channels, white, sheet)
     else:

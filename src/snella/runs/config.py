@@ -122,14 +122,14 @@ class RunSettings:
         """
         errors = []
         for f in dataclasses.fields(self):  # type: ignore[arg-type]
-            kind, value = _hints(type(self))[f.name], getattr(self, f.name)
+            kind, value = _hints(type(self))[f.name], getattr(self, f.name)  # type: ignore[arg-type]
             try:
                 setattr(self, f.name, fitted(kind, value))
             except KindError:
                 hint = hint_at_choice(kind, value)
                 errors.append(f"{f.name} must be {described(kind)}, got {short(value)}{hint}")
-                is_made = f.default_factory is not dataclasses.MISSING
-                setattr(self, f.name, f.default_factory() if is_made else f.default)  # type: ignore[misc]
+                made = None if f.default_factory is dataclasses.MISSING else f.default_factory()
+                setattr(self, f.name, f.default if made is None else made)
         return errors
 
     def device_errors(self) -> list[str]:
