@@ -5,7 +5,17 @@ from itertools import pairwise
 import pytest
 from PIL import Image
 
-from snella._text import bytes_text, count_text, percent_text, plain_text, seconds_text
+from snella._text import (
+    bytes_text,
+    count_text,
+    decimal_text,
+    margin_text,
+    measure_text,
+    percent_text,
+    plain_text,
+    points_text,
+    seconds_text,
+)
 from snella.records import Metrics, Prediction, Predictions, RunInfo, read, write
 from snella.report.examples import choose_examples, load_example, picture_uri
 from snella.report.report import _count_row, groups_section, write_report
@@ -287,6 +297,17 @@ def test_numbers_read_well():
         (count_text(7_000_000_000), "7.00 G"),
         (percent_text(0.8754), "87.5 %"),
         (percent_text(float("nan")), "–"),
+        (percent_text(0.95, 0), "95 %"),
+        (percent_text(-0.0004), "0.0 %"),
+        (points_text(0.029), "+2.9"),
+        (points_text(-0.0101), "\N{MINUS SIGN}1.0"),
+        (points_text(-0.0001), "0.0"),
+        (points_text(float("nan")), "–"),
+        (margin_text(0.1338), "95 % margin: ±13.4 points"),
+        (margin_text(float("nan")), ""),
+        (decimal_text(-0.24, 3), "\N{MINUS SIGN}0.240"),
+        (measure_text(-12.3456), "\N{MINUS SIGN}12.35"),
+        (measure_text(float("nan")), "–"),
         (seconds_text(8.21), "8.2 s"),
         (seconds_text(125), "2 min 5 s"),
         (seconds_text(12_000), "3 h 20 min"),
