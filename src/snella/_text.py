@@ -24,9 +24,9 @@ def percent_text(share: float, digits: int = 1) -> str:
     return "–" if math.isnan(share) else f"{decimal_text(100 * share, digits)}{_SPACE}%"
 
 
-def points_text(share: float) -> str:
+def points_text(share: float, digits: int = 1) -> str:
     """Write a difference of two shares in percentage points, with its sign: +2.9, −1.0, 0.0."""
-    text = decimal_text(100 * share, 1)
+    text = decimal_text(100 * share, digits)
     return f"+{text}" if text[0].isdigit() and float(text) else text
 
 
@@ -43,9 +43,14 @@ def decimal_text(value: float, digits: int) -> str:
     return text.replace("-", "" if float(text) == 0 else _MINUS)
 
 
-def measure_text(value: float) -> str:
-    """Write a number of any unit with four significant digits and a minus sign: 12.35, −0.05, 1.2e+06."""
-    return "–" if math.isnan(value) else f"{value:.4g}".replace("-", _MINUS)
+def measure_text(value: float, *, signed: bool = False) -> str:
+    """Write a number of any unit with four significant digits and a minus sign: 12.35, −0.05, 1.2e+06.
+
+    Args:
+        value: The number.
+        signed: Whether positive numbers get a plus sign, as differences do.
+    """
+    return "–" if math.isnan(value) else f"{value:{'+' if signed else ''}.4g}".replace("-", _MINUS)
 
 
 def seconds_text(seconds: float) -> str:

@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Literal
 from snella._text import count_text, decimal_text, margin_text, measure_text, percent_text
 from snella.records.record import FORMAT, OPTIONAL, Record, record_from
 
-
 _Z = 1.959964  # 97.5 % quantile of the normal distribution
 
 
@@ -26,7 +25,7 @@ class _Result:
 
 @dataclass(frozen=True)
 class Scores(_Result):
-    """Result of a classifier on one split; `confusion[i][j]` counts images of class i taken for class j."""
+    """Result of a classifier on one split; `confusion[i][j]` counts images of class i predicted as class j."""
 
     short: ClassVar[tuple[str, ...]] = ("accuracy", "balanced_accuracy", "images")
 
@@ -225,8 +224,8 @@ class NumberScores:
 class RegressionScores(_Result):
     """Result of a regression on one split.
 
-    `mae`, `rmse` and `r2` are means over its numbers. Errors of several numbers have different units, so that `text` and
-    `rows` give those of each number, and the mean of R² alone.
+    `mae`, `rmse` and `r2` are means over its numbers. Errors of several numbers have different units, so that
+    `text` and `rows` give those of each number, and the mean of R² alone.
     """
 
     short: ClassVar[tuple[str, ...]] = ("mae", "rmse", "r2", "images")

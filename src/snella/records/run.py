@@ -80,7 +80,7 @@ class DataInfo:
 
 @dataclass(frozen=True)
 class ReliabilityBin:
-    """The images whose highest probability lies in one range: its mean, the share that is right, how many they are."""
+    """The images whose highest probability lies in one range: its mean, the fraction correct, and their number."""
 
     confidence: float
     accuracy: float
