@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-_SPACE = "\N{NO-BREAK SPACE}"
+_SPACE, _MINUS = "\N{NO-BREAK SPACE}", "\N{MINUS SIGN}"
 
 
 def count_text(count: int) -> str:
@@ -19,9 +19,38 @@ def count_text(count: int) -> str:
     return f"{_three_digits(count / size)}{_SPACE}{unit}"
 
 
-def percent_text(share: float) -> str:
+def percent_text(share: float, digits: int = 1) -> str:
     """Write a share of 1: 87.5 %; one that was not measured is a dash."""
-    return "–" if math.isnan(share) else f"{100 * share:.1f}{_SPACE}%"
+    return "–" if math.isnan(share) else f"{decimal_text(100 * share, digits)}{_SPACE}%"
+
+
+def points_text(share: float, digits: int = 1) -> str:
+    """Write a difference of two shares in percentage points, with its sign: +2.9, −1.0, 0.0."""
+    text = decimal_text(100 * share, digits)
+    return f"+{text}" if text[0].isdigit() and float(text) else text
+
+
+def margin_text(share: float) -> str:
+    """Write the half-width of a 95 % interval of a share: 95 % margin: ±13.4 points; empty if there is none."""
+    return "" if math.isnan(share) else f"95{_SPACE}% margin: ±{decimal_text(100 * share, 1)} points"
+
+
+def decimal_text(value: float, digits: int) -> str:
+    """Write a number with fixed decimals and a minus sign, never a negative zero: 0.747, −0.240, 0.0."""
+    if math.isnan(value):
+        return "–"
+    text = f"{value:.{digits}f}"
+    return text.replace("-", "" if float(text) == 0 else _MINUS)
+
+
+def measure_text(value: float, *, signed: bool = False) -> str:
+    """Write a number of any unit with four significant digits and a minus sign: 12.35, −0.05, 1.2e+06.
+
+    Args:
+        value: The number.
+        signed: Whether positive numbers get a plus sign, as differences do.
+    """
+    return "–" if math.isnan(value) else f"{value:{'+' if signed else ''}.4g}".replace("-", _MINUS)
 
 
 def seconds_text(seconds: float) -> str:
@@ -87,10 +116,14 @@ def _three_digits(value: float) -> str:
 __all__ = [
     "bytes_text",
     "count_text",
+    "decimal_text",
     "listed",
+    "margin_text",
+    "measure_text",
     "near_siblings",
     "nearest",
     "percent_text",
     "plain_text",
+    "points_text",
     "seconds_text",
 ]

@@ -34,7 +34,7 @@ def test_the_page_states_how_its_numbers_came_about(page):
 
 
 def test_the_outcome_is_said_in_a_sentence(large, page):
-    outcome = re.search(r'id="outcome"><b>(.*?)</b>', page)[1]
+    outcome = re.search(r'id="outcome">(.*?)</p>', page)[1]
     assert outcome == outcome_text(summarize(*large))
     pattern = r"full has the highest test accuracy, \d+\.\d % in the mean over 6 tasks: \d+\.\d points above lora-8 "
     assert re.match(pattern + r"\(95% interval \+\d+\.\d to \+\d+\.\d\)\. Of the others, ", outcome)
@@ -171,6 +171,39 @@ def test_a_difference_over_some_of_the_tasks_says_so(large, tmp_path):
     text = write_page(tmp_path, experiment, rows).read_text()
     assert re.search(r'<th scope="row">full</th>.*\] \(2 of 6 tasks\)<span .*>p [\d.]+ · 2 of 2 \(0.50\)', text)
     assert text.count("(2 of 6 tasks)") >= 3  # both tables and the picture
+
+
+def test_the_page_heads_with_the_recommended_method_and_says_where_another_has_the_highest_accuracy(
+    tiny, make_row, tmp_path
+):
+    experiment = tiny(methods=["lora-2", "bias"], seeds=2)
+
+    def headline(accuracies):
+        rows = [
+            make_row(
+                experiment, "digits", m, seed, test_accuracy=a, training_mib=mib, train_time=1.0,
+                accelerator_memory_max=None,
+            )
+            for m, mib, values in zip(("lora-2", "bias"), (900.0, 500.0), accuracies, strict=True)
+            for seed, a in enumerate(values)
+        ]  # fmt: skip
+        page = write_page(tmp_path, experiment, rows).read_text().replace("\N{NO-BREAK SPACE}", " ")
+        cards = page.partition('<div class="choices">')[2].partition("<nav")[0]
+        return re.findall(r'"label">(.*?)</p><p class="score">(.*?)</p><p class="value">(.*?)</p>', cards)
+
+    assert headline([(0.90, 0.86), (0.88, 0.85)]) == [
+        ("Recommended", "86.5 %", "bias"),
+        ("Highest accuracy", "88.0 %", "lora-2"),
+    ]
+    assert headline([(0.90, 0.86), (0.98, 0.95)]) == [("Recommended, highest accuracy", "96.5 %", "bias")]
+
+
+def test_a_single_task_has_its_score_before_the_difference(tiny, make_row, tmp_path):
+    experiment = tiny(methods=["lora-2", "bias"])
+    rows = [make_row(experiment, "digits", method, 0) for method in ("lora-2", "bias")]
+    page = write_page(tmp_path, experiment, rows).read_text()
+    head = page.partition('<table class="scores"><thead>')[2].partition("</thead>")[0]
+    assert re.findall(">([^<>]+)</th>", head)[:3] == ["method", "digits", "minus lora-2"]
 
 
 def test_the_recommendation_is_the_cheapest_of_the_methods_that_are_as_good(tiny, make_row):

@@ -57,10 +57,20 @@ def test_a_narrow_screen_says_where_to_scroll(browser, table_page, width, is_sho
     assert browser.evaluate(silent) == []
 
 
+def test_the_scores_are_on_a_narrow_screen_without_scrolling(browser, page, table_page):
+    for path in (page, table_page[0]):
+        browser.open(path, 390)
+        cut = browser.evaluate("""
+            [...document.querySelectorAll('#accuracy table.scores')].filter(table => table.checkVisibility())
+              .flatMap(table => { const frame = table.closest('.scroll').getBoundingClientRect()
+                return [...table.rows].map(row => row.cells[1].getBoundingClientRect().right - frame.right) })""")
+        assert cut and max(cut) <= 0
+
+
 def test_the_name_of_a_table_is_broken_between_its_parts(browser, table_page):
     browser.open(table_page[0], 390)
     lines = browser.evaluate("""
-        (() => { const th = document.querySelector('#accuracy table.scores thead th:last-child'), lines = []
+        (() => { const th = document.querySelector('#accuracy table.scores thead th:nth-child(2)'), lines = []
           const texts = document.createTreeWalker(th, NodeFilter.SHOW_TEXT)
           while (texts.nextNode()) { const range = document.createRange(); range.selectNode(texts.currentNode)
             lines.push([texts.currentNode.data, range.getClientRects().length]) }

@@ -1,6 +1,10 @@
 """The model card of a run."""
 
+import json
+import re
+
 import yaml
+from markdown_it import MarkdownIt
 
 from snella.report import model_card
 
@@ -18,7 +22,9 @@ def test_a_card_has_the_results_that_a_hub_reads_and_the_table_that_people_do(ru
     measured = {m["type"]: m["value"] for result in entry["results"] for m in result["metrics"]}
     assert entry["name"] == "solar cells" and entry["results"][0]["dataset"]["split"] == "test"
     assert measured == {key: round(test[key], 6) for key in ("accuracy", "balanced_accuracy")}
-    assert f"| test accuracy | {100 * test['accuracy']:.1f}\N{NO-BREAK SPACE}% | ±" in card
+    assert (
+        f"| test accuracy | {100 * test['accuracy']:.1f}\N{NO-BREAK SPACE}% | 95\N{NO-BREAK SPACE}% margin: ±" in card
+    )
     assert '`["defective", "sound"]`' in card and "## How to use\n\nsnella predict RUN\n" in card
 
 
@@ -41,3 +47,18 @@ def test_the_base_model_is_named_as_the_hub_names_it_where_it_is_there(run):
     backbone = {"name": "vit_base_patch16_224.augreg_in21k", "architecture": "vit_base_patch16_224", "pretrained": True}
     run.change("run.json", backbone=run.read("run.json")["backbone"] | backbone)
     assert head_of(model_card(run.folder, "x"))["base_model"] == "timm/vit_base_patch16_224.augreg_in21k"
+
+
+def test_texts_from_outside_stay_texts(run):
+    evil = "<img src=x onerror=alert(1)>`<b>`\n\n# title [a](http://b) | c"
+    run.finished(classes=(evil, "sound")).change("run.json", command=f"snella train --data {evil}")
+    data = run.read("run.json")["data"] | {"description": evil, "notes": [evil], "spec": evil}
+    run.change("run.json", data=data)
+    card = model_card(run.folder, "x", name=evil)
+    body = card.split("---", 2)[2]
+    shown = MarkdownIt("commonmark").enable("table").render(body)
+    assert not re.search("<(img|b|a)[ >]", shown.replace('<a href="https://github.com/huggingface/peft">', ""))
+    assert shown.count("<h1>") == 1 and "<h1>title" not in shown
+    names = re.search(r"in this order: `(\[.*?\])`\.", body)
+    assert json.loads(names[1]) == [evil, "sound"]
+    assert "<" not in names[1] and "`" not in names[1]

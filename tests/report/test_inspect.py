@@ -1,5 +1,6 @@
 import io
 import json
+import re
 
 import pytest
 import timm
@@ -131,6 +132,18 @@ def test_a_finished_run_without_its_results_is_refused(run):
     (run.folder / "metrics.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"is finished, but lacks metrics\.json; restore it from a copy"):
         inspect_summary(run.folder)
+
+
+def test_other_missing_files_of_a_finished_run_are_named(run):
+    run.finished()
+    names = ("predictions.json", "adapter/adapter_config.json", "adapter/adapter_model.safetensors")
+    run.change("run.json", files={name: sha256_of(run.folder / name) for name in names})
+    assert inspect_summary(run.folder)["missing"] == [] and not re.search(r"^missing\s", printed(run), re.MULTILINE)
+    for name in names[:2]:
+        (run.folder / name).unlink()
+    assert inspect_summary(run.folder)["missing"] == list(names[:2])
+    text = " ".join(printed(run).split())
+    assert "missing predictions.json, adapter/adapter_config.json; restore it from a copy, or train again" in text
 
 
 def test_a_failed_run_shows_its_error(run):

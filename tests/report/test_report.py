@@ -1,30 +1,33 @@
+import ast
+import dataclasses
 import re
+import shlex
 from html.parser import HTMLParser
 from itertools import pairwise
 
 import pytest
 from PIL import Image
 
-from snella._text import bytes_text, count_text, percent_text, plain_text, seconds_text
+from snella._text import (
+    bytes_text,
+    count_text,
+    decimal_text,
+    margin_text,
+    measure_text,
+    percent_text,
+    plain_text,
+    points_text,
+    seconds_text,
+)
+from snella.cli.parser import parse
 from snella.records import Metrics, Prediction, Predictions, RunInfo, read, write
 from snella.report.examples import choose_examples, load_example, picture_uri
-from snella.report.report import _count_row, groups_section, write_report
+from snella.report.report import _count_fact, groups_section, uses, write_report
+from snella.tasks import predictions as predictions_of_images
 
-SECTIONS = [
-    "results",
-    "comparison",
-    "confusion",
-    "ranking",
-    "examples",
-    "use",
-    "curves",
-    "update",
-    "sparsity",
-    "budgets",
-    "importance",
-    "matrices",
-]
-VOID = {"meta", "link", "br", "img", "input", "hr"}
+SECTIONS = ["results", "comparison", "confusion", "examples", "use", "curves", "ranking", "method", "configuration"]
+DETAILS = {"update", "sparsity", "budgets", "importance", "matrices"}
+VOID = {"meta", "link", "br", "wbr", "img", "input", "hr"}
 
 
 class Page(HTMLParser):
@@ -66,7 +69,8 @@ def page(run, images=None):
 def test_the_report_of_a_snella_run_has_all_sections_with_unique_ids(compared_report):
     report = Page(compared_report.read_text(encoding="utf-8"))
     sections = [attrs["id"] for tag, attrs in report.tags if tag == "section"]
-    assert sections == [*SECTIONS, "configuration"]
+    assert sections == SECTIONS
+    assert set(report.ids) >= DETAILS
     assert len(report.ids) == len(set(report.ids))
     links = [attrs["href"][1:] for tag, attrs in report.tags if tag == "a"]
     assert links == sections
@@ -95,22 +99,57 @@ def test_the_report_says_what_was_trained_with_which_result(compared_report):
 
 @pytest.mark.parametrize(("count", "note"), [(999, ""), (49_491, ""), (664_610, "664,610"), (21_233_664, "21,233,664")])
 def test_a_count_stands_in_full_below_its_short_form_alone(count, note):
-    assert _count_row("parameters", count)[2] == note
+    assert _count_fact("parameters", count).note == note
+
+
+def test_the_test_accuracy_is_the_main_number_and_what_was_trained_is_folded(compared_report):
+    page = compared_report.read_text(encoding="utf-8")
+    results = page.partition('<section id="results">')[2].partition("</section>")[0]
+    test = read(Metrics, compared_report.parent).test
+    main, _, others = results.partition('<dl class="numbers minor">')
+    assert f'<p class="label">test accuracy</p><p class="value">{percent_text(test.accuracy)}</p>' in main
+    assert main.count('class="value"') == 1
+    labels = re.findall("<dt>(.*?)</dt>", others)
+    assert labels == ["test balanced accuracy", "validation accuracy", "validation balanced accuracy"]
+    for words in ("trainable parameters", "frozen", "adapted weights"):
+        assert words not in results, words
+        method = page.partition('<section id="method">')[2].partition("</section>")[0]
+        assert words in method.partition("<details>")[2], words
+
+
+def test_a_plus_minus_is_a_margin_of_95_percent_and_says_so(run):
+    report = page(run.finished(classes=("cat", "dog")))
+    margin = f"±{100 * read(Metrics, run.folder).test.margin:.1f} points"
+    assert f"95 % margin: {margin}" in report.text
+    assert "standard error" not in report.text
+    assert all(text.endswith("95 % margin: ") for text in report.text.split("±")[:-1])
+
+
+def test_the_header_gives_the_split_once(run):
+    data = run.finished().read("run.json")["data"]
+    run.change("run.json", data=data | {"description": "cells: 9 images; train 600 · test 400"})
+    header = page(run).text.partition("Backbone")
+    assert header[0].count("600") == 1 and "600" not in header[2].partition("Results")[0]
+    run.change("run.json", data=data | {"description": ""})
+    assert "train 600 · val 300 · test 400" in page(run).text
 
 
 def test_the_verdict_is_a_sentence_with_a_baseline(run):
     report = page(run.finished(classes=("cat", "dog")))
     sizes = [sum(row) for row in run.read("metrics.json")["test"]["confusion"]]
-    assert f"of {sum(sizes)} test images are recognized" in report.text
+    assert f"of {sum(sizes)} test images are classified correctly" in report.text
     most = percent_text(max(sizes) / sum(sizes)).replace("\N{NO-BREAK SPACE}", " ")
-    assert f"the most frequent class, gets {most}. With that many images" in report.text
+    assert f"the most frequent class, gets {most}." in report.text and "no evidence" not in report.text
 
 
 def test_a_result_no_better_than_the_most_frequent_class_says_so(run):
     run.finished(classes=("cat", "dog"))
     test = run.read("metrics.json")["test"] | {"confusion": [[60, 0], [38, 2]], "accuracy": 0.62}
     run.change("metrics.json", test=test)
-    assert "Always answering 'cat', the most frequent class, gets 60.0 %: nothing is shown" in page(run).text
+    assert (
+        "Always predicting 'cat', the most frequent class, gets 60.0 %. The difference is within the 95 % margin: "
+        "there is no evidence of learning yet." in page(run).text
+    )
 
 
 def test_unbalanced_classes_are_told_by_what_each_class_counts_the_same_in(run):
@@ -119,10 +158,69 @@ def test_unbalanced_classes_are_told_by_what_each_class_counts_the_same_in(run):
     run.change("metrics.json", test=test)
     text = page(run).text
     assert (
-        "Always answering 'ok', the most frequent class, gets 99.0 %, and 50.0 % of the balanced accuracy, in which "
-        "each class counts the same; here that is 73.3 %, ±10.6 points (two standard errors)." in text
+        "Always predicting 'ok', the most frequent class, gets 99.0 %, but only 50.0 % balanced accuracy, which weighs "
+        "all classes equally; this model reaches 73.3 % (95 % margin: ±10.4 points)." in text
     )
-    assert "nothing is shown" not in text
+    assert "no evidence" not in text
+
+
+def test_the_scale_shows_the_margin_and_the_baselines(run):
+    run.finished(classes=("cat", "dog"), method="lora").comparison()
+    test = run.read("metrics.json")["test"] | {"confusion": [[20, 10], [10, 60]], "accuracy": 0.8}
+    run.change("metrics.json", test=test)
+    probe = next(row for row in run.read("comparison.json")["rows"] if row["method"] == "linear")["accuracy"]
+    (scale,) = [attrs["aria-label"] for _, attrs in page(run).tags if attrs.get("class") == "scale"]
+    words = scale.replace("\N{NO-BREAK SPACE}", " ")
+    assert words.startswith("Accuracy 80.0 %, 95 % margin from 71.1 % to 88.9 %; always 'dog' 70.0 %; linear probe ")
+    assert words.endswith(percent_text(probe).replace("\N{NO-BREAK SPACE}", " "))
+
+
+def test_sections_say_of_which_split_their_images_are(run):
+    run.finished()
+    text = page(run).text
+    assert "Confusion matrix test images 400 test images" in text
+    assert (
+        "Images with predictions validation images These are validation images; the scores and the confusion matrix "
+        "above are of the test images" in text
+    )
+    run.change("predictions.json", split="test")
+    assert "These are" not in page(run).text and "Images with predictions test images Wrong" in page(run).text
+
+
+def test_a_run_is_used_from_the_command_line_from_python_over_http_and_elsewhere(run):
+    page = Page(write_report(run.finished().folder).read_text(encoding="utf-8"))
+    blocks = [attrs for tag, attrs in page.tags if tag == "pre" and "copy" in attrs.get("class", "").split()]
+    assert len(blocks) == 9  # seven uses in blocks of code, the command and config.yaml
+    for words in (
+        f"snella predict {run.folder} photo.jpg",
+        f"model = snella.load('{run.folder}')",
+        f"snella serve {run.folder} curl -F files=@photo.jpg",
+        f"snella export {run.folder} --format onnx --out model.onnx",
+        f"snella merge {run.folder} --out model",
+    ):
+        assert words in page.text, words
+
+
+@pytest.mark.parametrize(
+    ("task", "kind"),
+    [
+        ("classification", predictions_of_images.Prediction),
+        ("ordinal", predictions_of_images.Prediction),
+        ("multilabel", predictions_of_images.LabelSetPrediction),
+        ("regression", predictions_of_images.NumberPrediction),
+        ("segmentation", predictions_of_images.MaskPrediction),
+    ],
+)
+def test_the_printed_uses_are_commands_and_attributes_that_exist(task, kind, tmp_path):
+    folder = tmp_path / "a run's folder"
+    lines = [line for use in uses(folder, task) for block in use.blocks for line in block.splitlines()]
+    commands = [parse(shlex.split(line)[1:]) for line in lines if line.startswith("snella ")]
+    assert [name for name, _, _ in commands] == ["predict", "serve", "export", "merge", "evaluate", "inspect"]
+    assert {settings["run"] for _, _, settings in commands} == {str(folder)}
+    python = ast.parse("\n".join(line for line in lines if not line.startswith(("snella ", "curl "))))
+    assert str(folder) in [node.value for node in ast.walk(python) if isinstance(node, ast.Constant)]
+    used = {n.attr for n in ast.walk(python) if isinstance(n, ast.Attribute) and n.value.id == "prediction"}
+    assert used and used <= {*dir(kind), *(field.name for field in dataclasses.fields(kind))}
 
 
 def test_classes_are_sorted_by_recall_and_confusions_are_named(run):
@@ -131,13 +229,14 @@ def test_classes_are_sorted_by_recall_and_confusions_are_named(run):
     run.change("metrics.json", test=test)
     text = page(run).text
     assert text.index("dog 10 50") < text.index("cat 10 90") < text.index("owl 10 100")
-    assert "dog taken for cat: 4 of 10" in text and text.index("dog taken for cat") < text.index("cat taken for dog")
+    assert "dog confused with cat: 4 of 10" in text
+    assert text.index("dog confused with cat") < text.index("cat confused with dog")
 
 
 def test_the_report_of_a_method_without_budgets_leaves_their_sections_out(run):
     report = page(run.finished(method="lora"))
     assert not {"sparsity", "budgets", "importance", "matrices"} & set(report.ids)
-    assert not [attrs for tag, attrs in report.tags if attrs.get("href") == "#sparsity"]
+    assert "295,682" in report.text and "method" in report.ids
 
 
 def test_a_comparison_appears_when_it_was_made(run):
@@ -145,9 +244,9 @@ def test_a_comparison_appears_when_it_was_made(run):
     assert "comparison" not in page(run).ids
     report = page(run.comparison())
     assert "comparison" in report.ids
-    assert "Measured on the test images" in report.text
+    assert "All methods are measured on the same test images" in report.text
     run.change("metrics.json", test=None)
-    assert "Measured on the validation images" in page(run).text
+    assert "All methods are measured on the same validation images" in page(run).text
 
 
 @pytest.mark.parametrize("status", ["running", "interrupted", "failed"])
@@ -164,7 +263,7 @@ def test_the_page_of_a_killed_run_waits_for_nothing(run, status, state):
     run.run_json(status=status)
     text = write_report(run.folder).read_text()
     assert ('http-equiv="refresh"' in text) == ("written at 20" in text) == (status == "running")
-    text = write_report(run.folder, has_stopped=True).read_text()
+    text = write_report(run.folder, state="stopped").read_text()
     assert f'<span class="badge {state}">{state}</span>' in text and 'http-equiv="refresh"' not in text
     assert "Continue it with" in text and ("stopped without a word" in text) == (state == "stopped")
 
@@ -177,7 +276,7 @@ def test_a_finished_run_without_metrics_is_refused(run):
 
 def test_an_interrupted_run_shows_the_budgets_it_reached(run):
     run.finished(epochs=4, best=3).run_json(status="interrupted")
-    assert {"notice", "sparsity", "budgets"} <= set(page(run).ids)
+    assert {"notice", "method", "sparsity", "budgets"} <= set(page(run).ids)
 
 
 def test_everything_that_comes_from_outside_is_escaped(run):
@@ -195,7 +294,7 @@ def test_everything_that_comes_from_outside_is_escaped(run):
     )
     run.write("config.yaml", evil)
     report = page(run, lambda index: Image.new("RGB", (8, 8)))
-    assert not [tag for tag, attrs in report.tags if tag == "script" or "onerror" in attrs]
+    assert [tag for tag, attrs in report.tags if tag == "script" or "onerror" in attrs] == ["script"]  # our own
     assert all(attrs["src"].startswith("data:image/png;base64,") for tag, attrs in report.tags if tag == "img")
 
 
@@ -287,6 +386,17 @@ def test_numbers_read_well():
         (count_text(7_000_000_000), "7.00 G"),
         (percent_text(0.8754), "87.5 %"),
         (percent_text(float("nan")), "–"),
+        (percent_text(0.95, 0), "95 %"),
+        (percent_text(-0.0004), "0.0 %"),
+        (points_text(0.029), "+2.9"),
+        (points_text(-0.0101), "\N{MINUS SIGN}1.0"),
+        (points_text(-0.0001), "0.0"),
+        (points_text(float("nan")), "–"),
+        (margin_text(0.1338), "95 % margin: ±13.4 points"),
+        (margin_text(float("nan")), ""),
+        (decimal_text(-0.24, 3), "\N{MINUS SIGN}0.240"),
+        (measure_text(-12.3456), "\N{MINUS SIGN}12.35"),
+        (measure_text(float("nan")), "–"),
         (seconds_text(8.21), "8.2 s"),
         (seconds_text(125), "2 min 5 s"),
         (seconds_text(12_000), "3 h 20 min"),
@@ -307,10 +417,12 @@ def test_a_calibrated_run_shows_its_reliability_and_the_suggested_threshold(run)
     run.finished().change("run.json", calibration=calibration)
     page = Page(write_report(run.folder).read_text(encoding="utf-8"))
     for words in (
-        "too sure of itself",
+        "The model was overconfident",
         "logits by 1.7",
-        "7.1 %",
-        "probability of 0.610",
+        "7.1 % → 3.3 %",
+        "probability below 61.0 %",
+        "perfectly calibrated",
+        "fraction correct",
         "Reliability on test",
     ):
         assert words in page.text, words

@@ -2,7 +2,18 @@ import math
 
 import pytest
 
-from snella.records import Allocation, MethodResults, Metrics, Predictions, RunInfo, read, read_if_present
+from snella.records import (
+    Allocation,
+    MethodResults,
+    Metrics,
+    Predictions,
+    RegressionScores,
+    RunInfo,
+    Scores,
+    read,
+    read_if_present,
+)
+from snella.records.results import NumberScores
 from snella.report.allocation import adapter_budgets, adapter_step, arrange, epochs_of_allocation
 
 
@@ -20,11 +31,40 @@ def test_a_finished_run_is_read_with_all_its_values(run):
     assert [row.method for row in read(MethodResults, run.folder).rows] == ["linear", "lora-8", "snella-8"]
 
 
-def test_the_standard_error_of_an_accuracy_follows_the_number_of_images(run):
-    run.finished()
-    scores = read(Metrics, run.folder).test
-    assert scores.images == 400
-    assert scores.standard_error == pytest.approx(math.sqrt(scores.accuracy * (1 - scores.accuracy) / 400))
+@pytest.mark.parametrize(
+    ("correct", "count", "ends"),
+    [(27, 52, (0.387, 0.649)), (52, 52, (0.931, 1.0)), (0, 10, (0.0, 0.278)), (394, 400, (0.968, 0.993))],
+)
+def test_the_margin_of_an_accuracy_reaches_the_farther_end_of_wilsons_interval(correct, count, ends):
+    scores = Scores(correct / count, confusion=[[correct, count - correct], [0, 0]])
+    assert scores.images == count
+    assert scores.margin == pytest.approx(max(abs(end - scores.accuracy) for end in ends), abs=6e-4)
+
+
+def test_accuracies_have_the_same_kind_of_margin_and_none_without_images():
+    scores = Scores(0.75, 0.75, confusion=[[30, 10], [10, 30]])
+    (_, _, accuracy), (_, _, balanced) = scores.rows("test")
+    assert accuracy.replace("\N{NO-BREAK SPACE}", " ") == "95 % margin: ±10.5 points, 80 images"
+    assert balanced.replace("\N{NO-BREAK SPACE}", " ") == "95 % margin: ±9.4 points, mean of the classes"
+    assert [note for _, _, note in Scores(0.75, 0.75).rows("test")] == ["", "mean of the classes"]
+
+
+def test_errors_of_numbers_with_different_units_are_not_averaged():
+    several = [NumberScores("age", mae=4.0, rmse=5.0, r2=0.5), NumberScores("weight", mae=900.0, rmse=1000.0, r2=-0.98)]
+    scores = RegressionScores(mae=452.0, rmse=502.5, r2=-0.24, images=60, per_target=several)
+    rows = scores.rows("test")
+    assert [(label, value) for label, value, _ in rows] == [
+        ("test R²", "\N{MINUS SIGN}0.240"),
+        ("test MAE of age", "4"),
+        ("test MAE of weight", "900"),
+    ]
+    assert "452" not in scores.text() and "502" not in scores.text() and "age 4, weight 900" in scores.text()
+    one = RegressionScores(mae=4.0, rmse=5.0, r2=0.5, images=60, per_target=several[:1])
+    assert [(label, value) for label, value, _ in one.rows("test")] == [
+        ("test MAE", "4"),
+        ("test RMSE", "5"),
+        ("test R²", "0.500"),
+    ]
 
 
 def test_a_folder_that_is_no_run_is_told_from_one_that_does_not_exist(run, tmp_path):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from snella._text import percent_text
 from snella.records import BackboneInfo, DataInfo, EpochRow, Metrics, RunInfo, read, scores_from, write
 from snella.report.report import write_report
 from snella.report.targets import label_cards, number_cards
@@ -105,7 +106,7 @@ def test_the_page_of_labels_has_their_numbers(runs):
     folder, scores = runs["multilabel"]
     page = (folder / "report.html").read_text()
     for row in scores["per_class"]:
-        assert f"{row['threshold']:.3f}" in page and f"{100 * row['average_precision']:.1f}" in page
+        assert percent_text(row["threshold"]) in page and percent_text(row["average_precision"]) in page
     assert 'aria-label="Precision against recall of 3 labels on the validation images' in page
     assert 'id="confusion"' not in page
     table = page.partition('aria-label="Table of labels"')[2].partition("</section>")[0]
@@ -119,6 +120,10 @@ def test_the_page_of_numbers_sets_them_beside_the_baseline(runs):
         for key in ("mae", "rmse", "baseline_mae", "baseline_rmse"):
             assert f">{row[key]:.4g}<" in page
     assert page.count("<svg") == 6  # two curves, and for each number a scatter plot and errors by range
+    hero = page.partition('<div class="hero">')[2].partition("</div>")[0]
+    assert "test R²" in hero and f">{scores['r2']:.3f}<" in hero  # errors in years and centimeters have no mean
+    assert f"{scores['mae']:.4g}" not in page and f"{scores['rmse']:.4g}" not in page
+    assert "R², mean of the numbers, by epoch" in page and "MAE by epoch" not in page
     better = 1 - scores["per_target"][0]["mae"] / scores["per_target"][0]["baseline_mae"]
     assert f"{100 * better:.1f}" in page
 

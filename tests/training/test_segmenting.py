@@ -73,7 +73,7 @@ def test_the_kept_masks_give_the_dice_that_is_noted_with_them(run, folder):
 
 def test_the_report_shows_curves_classes_and_overlays(run):
     page = (run / "report.html").read_text()
-    for text in ("Overlap on validation", "Each class", "class 2", "true mask, predicted mask", "GPS"):
+    for text in ("Overlap on validation", "Dice by image", "class 2", "true mask, predicted mask", "GPS"):
         assert text in page
     assert page.count(_PANELS) == sum(1 for _ in (run / "masks").iterdir()) > 0
     assert "Confusion matrix" not in page

@@ -16,6 +16,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from snella.records import BackboneInfo, DataInfo, RunInfo
+from snella.report import write_report
 from snella.runs import RunFolder, TrainConfig
 from snella.tasks.classification import ClassificationTask
 from snella.training.checkpoints import CheckpointError, latest_checkpoint
@@ -188,6 +189,38 @@ def test_a_run_killed_before_its_report_gets_it_by_resuming(finished, tmp_path):
     run.report.unlink()
     resumed(TrainConfig(out=str(run.path), resume=True))
     assert "<html" in run.report.read_text()
+
+
+def test_a_run_killed_at_its_end_has_a_page_that_says_finished_and_resuming_completes_it(
+    settings, console, uninterrupted, monkeypatch
+):
+    config = settings()
+    with monkeypatch.context() as patch:
+        patch.setattr("snella.training.train.write_report", write_report)
+        patch.setattr(RunFolder, "finish", lambda self: (_ for _ in ()).throw(SystemExit))  # as a kill would
+        with pytest.raises(SystemExit):
+            train(config, console, draw_report=True)
+    run = RunFolder(config.out)
+    assert run.status == "running"
+    assert '<span class="badge finished">' in run.report.read_text()
+    (run.adapter / "README.md").unlink()
+    for name in (".report.html.x1y2", ".metrics.json.tmp"):
+        (run.path / name).write_text("half")
+    run, _ = resumed(config)
+    assert same(outcome(run), uninterrupted)
+    assert "snella" in (run.adapter / "README.md").read_text()
+    assert not list(run.path.glob(".*"))
+    run.check_files()
+    (run.adapter / "README.md").write_text("edited")
+    run.check_files()
+
+
+def test_resuming_a_finished_run_removes_what_a_kill_left(finished, tmp_path):
+    run = RunFolder(shutil.copytree(finished.path, tmp_path / "run"))
+    (run.path / ".report.html.x1y2").write_text("half")
+    (run.path / ".mine").write_text("kept")
+    resumed(TrainConfig(out=str(run.path), resume=True))
+    assert [path.name for path in run.path.glob(".*")] == [".mine"]
 
 
 def test_a_second_ctrl_c_stops_at_once_and_keeps_the_last_checkpoint(settings, console, uninterrupted, monkeypatch):

@@ -1,21 +1,18 @@
 """Reports of a comparison: a self-contained HTML file, Markdown tables, and the comparison with a paper's numbers."""
 
 import math
-import re
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup, escape
+from markupsafe import Markup
 from matplotlib.figure import Figure
 from rich.console import Console
 
 from snella._console import counted, make_table
 from snella._files import write_text
-from snella._text import count_text, plain_text, seconds_text
+from snella._text import decimal_text, measure_text, percent_text, plain_text, points_text, seconds_text
 from snella.comparison import figures
 from snella.comparison.experiment import MEASURES, OVER_GROUPS, OVER_TASKS, Experiment
 from snella.comparison.statistics import LEVEL, MIN_UNITS, Difference, Rows, difference, final_rows, with_holm
@@ -27,6 +24,7 @@ from snella.comparison.summary import (
     difference_text,
     interval_text,
     outcome_text,
+    recommend,
     recommendation_text,
     significance_texts,
     spread_text,
@@ -34,7 +32,9 @@ from snella.comparison.summary import (
     table_cells,
 )
 from snella.records import CellRow, SearchChoice
-from snella.report.style import inline_svg, shortened, write_atomically
+from snella.report.report import breakable
+from snella.report.report import write_page as write_template
+from snella.report.style import inline_svg, shortened
 from snella.runs.protocol import get_protocol
 
 _METRIC = "test_accuracy"  # which the papers report
@@ -62,7 +62,8 @@ class PaperComparison:
         """Method, column, paper's, ours and the difference in points, human-readable."""
         if self.ours is None:
             return self.method, self.column, f"{self.paper:.1f}", "–", "–"
-        return self.method, self.column, f"{self.paper:.1f}", f"{self.ours:.1f}", f"{self.ours - self.paper:+.1f}"
+        difference = points_text((self.ours - self.paper) / 100)
+        return self.method, self.column, f"{self.paper:.1f}", f"{self.ours:.1f}", difference
 
 
 def paper_comparison(experiment: Experiment, summary: Summary) -> list[PaperComparison]:
@@ -112,8 +113,8 @@ class OrderingResult:
         if self.is_share:
             text = difference_text(found, found.tasks)
         else:
-            ends = "" if math.isnan(found.low) else f" [{found.low:+.4g}, {found.high:+.4g}]"
-            text = f"{found.mean:+.4g}{ends}"
+            mean, *ends = (measure_text(value, signed=True) for value in (found.mean, found.low, found.high))
+            text = mean if math.isnan(found.low) else f"{mean} [{', '.join(ends)}]"
         return self.claim, self.verdict, f"{text}, {counted(found.pairs, 'pair')}", *significance_texts(found)
 
 
@@ -271,12 +272,13 @@ def write_page(root: Path, experiment: Experiment, rows: Rows) -> Path:
         "choices": _choices(summary, rows),
         "outcome": outcome_text(summary),
         "recommendation": recommendation_text(summary),
+        "headline": _headline(summary),
         "forest": _forest(summary, False),
         "forests": _forest(summary, True) if len(summary.tasks) > 1 else Markup(""),
         "shown_points": f"{100 * figures.SHOWN_RANGE:g}",
         "on_gpu": any(row.column("accelerator_memory_max") for row in rows),
         "tested": interval_text(summary),
-        "level": f"{LEVEL:.0%}",
+        "level": percent_text(LEVEL, 0),
         "least_units": MIN_UNITS,
         "machines": _machines(rows),
         "tuned": "Learning rate and weight decay" if experiment.grid.weight_decays else "The learning rate",
@@ -284,13 +286,7 @@ def write_page(root: Path, experiment: Experiment, rows: Rows) -> Path:
         "hours": seconds_text(sum(row.total_time for row in rows) - _counted_twice(rows)),
         "settings": yaml.safe_dump(experiment.as_dict(), sort_keys=False, allow_unicode=True),
     }
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(count=count_text, plain=plain_text, breakable=_breakable)
-    template = resources.files("snella.comparison").joinpath("comparison.html.jinja").read_text(encoding="utf-8")
-    style = resources.files("snella.report").joinpath("report.css").read_text(encoding="utf-8")
-    page = environment.from_string(template).render(context, style=Markup(style))
-    write_atomically(root / FILE, page.encode("utf-8"))
-    return root / FILE
+    return write_template(root, "snella.comparison", context, FILE)
 
 
 def _title(experiment: Experiment) -> str:
@@ -300,9 +296,25 @@ def _title(experiment: Experiment) -> str:
     return f"{experiment.name} on {', '.join(entry.name for entry in experiment.data)}"
 
 
-def _breakable(text: str) -> Markup:
-    """Text that may be broken after what divides paths."""
-    return Markup(re.sub(r"([:/_])", r"\1<wbr>", str(escape(text))))
+def _headline(summary: Summary) -> dict[str, Any] | None:
+    """The recommended method, and the one with the highest measure if that is another; None if none is done."""
+    means = {m.name: value for m in summary.methods if (value := m.over_tasks[summary.column]) is not None}
+    if not means:
+        return None
+    name = recommend(means, {m.name: m.costs for m in summary.methods}, summary.measure)[0]
+    best = max(means, key=lambda method: means[method].mean)
+    return {
+        "name": name,
+        "score": _score_text(means[name].mean, summary),
+        "best": best,
+        "best_score": _score_text(means[best].mean, summary),
+        "is_best": math.isclose(means[name].mean, means[best].mean),
+    }
+
+
+def _score_text(mean: float, summary: Summary) -> str:
+    """A mean, as a share in percent or as a number."""
+    return percent_text(mean) if summary.column in _SHARES else decimal_text(mean, 3)
 
 
 def _counted_twice(rows: Rows) -> float:
@@ -320,10 +332,10 @@ def _table(summary: Summary, metric: str, title: str) -> dict[str, Any]:
     if summary.has_groups:
         columns.append([m.over_groups[metric] for m in summary.methods])
         headings.append("mean over groups")
-    means = len(headings)
+    means = max(len(headings), 1)  # before the difference; of a single task its score
     for task in summary.tasks:
         columns.append([m.per_task[metric][task] for m in summary.methods])
-        headings.append(task)
+        headings.append(breakable(task))
     best = [max((value.mean for value in column if value), default=None) for column in columns]
     for number, method in enumerate(summary.methods):
         cells = []

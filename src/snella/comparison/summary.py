@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from snella._console import counted, make_table, print_line
-from snella._text import bytes_text, count_text, seconds_text
+from snella._text import bytes_text, count_text, points_text, seconds_text
 from snella.comparison.experiment import Experiment
 from snella.comparison.statistics import (
     LEVEL,
@@ -391,8 +391,7 @@ def _table(summary: Summary, metric: str, title: str) -> Table:
 
 def _signed(share: float) -> str:
     """A difference of shares in points, with its sign."""
-    text = f"{100 * share:+.1f}"
-    return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "\N{MINUS SIGN}")
+    return points_text(share)
 
 
 def _text(value: float | None, write: Any) -> str:

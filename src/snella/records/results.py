@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from snella._text import count_text, percent_text
+from snella._text import count_text, decimal_text, margin_text, measure_text, percent_text
 from snella.records.record import FORMAT, OPTIONAL, Record, record_from
+
+_Z = 1.959964  # 97.5 % quantile of the normal distribution
 
 
 class _Result:
@@ -23,7 +25,7 @@ class _Result:
 
 @dataclass(frozen=True)
 class Scores(_Result):
-    """Result of a classifier on one split; `confusion[i][j]` counts images of class i taken for class j."""
+    """Result of a classifier on one split; `confusion[i][j]` counts images of class i predicted as class j."""
 
     short: ClassVar[tuple[str, ...]] = ("accuracy", "balanced_accuracy", "images")
 
@@ -47,9 +49,29 @@ class Scores(_Result):
         return sum(map(sum, self.confusion))
 
     @property
-    def standard_error(self) -> float:
-        """One standard error of the accuracy, sqrt(a (1 - a) / n)."""
-        return math.sqrt(self.accuracy * (1 - self.accuracy) / self.images) if self.images else math.nan
+    def margin(self) -> float:
+        """95 % margin of the accuracy: the distance to the farther end of Wilson's interval; NaN without images.
+
+        center = (a + z² / 2n) / (1 + z² / n),   half = z sqrt(a (1 - a) / n + z² / 4n²) / (1 + z² / n)
+        """
+        if not self.images:
+            return math.nan
+        shrinkage = _Z**2 / self.images
+        center = (self.accuracy + shrinkage / 2) / (1 + shrinkage)
+        variance = self.accuracy * (1 - self.accuracy) / self.images + (shrinkage / 2 / _Z) ** 2
+        return _Z * math.sqrt(max(variance, 0.0)) / (1 + shrinkage) + abs(self.accuracy - center)
+
+    @property
+    def balanced_margin(self) -> float:
+        """95 % margin of the balanced accuracy; NaN without images.
+
+        z / K sqrt(Σ_c p_c (1 - p_c) / (n_c + 2)),   p_c = (correct_c + 1) / (n_c + 2), over the K classes that occur
+        """
+        rows = [(row[i], sum(row)) for i, row in enumerate(self.confusion) if sum(row)]
+        if not rows:
+            return math.nan
+        smoothed = [((correct + 1) / (size + 2), size + 2) for correct, size in rows]
+        return _Z / len(rows) * math.sqrt(sum(share * (1 - share) / size for share, size in smoothed))
 
     def text(self) -> str:
         """The numbers in a few words."""
@@ -57,11 +79,11 @@ class Scores(_Result):
 
     def rows(self, split: str) -> list[tuple[str, str, str]]:
         """Label, value and small print of each number."""
-        error = f"± {100 * self.standard_error:.1f} (one standard error), " if self.images else ""
-        images = f"{error}{count_text(self.images)} images" if self.images else ""
+        images = f"{margin_text(self.margin)}, {count_text(self.images)} images" if self.images else ""
+        balanced = ", ".join(filter(None, (margin_text(self.balanced_margin), "mean of the classes")))
         return [
             (f"{split} accuracy", percent_text(self.accuracy), images),
-            (f"{split} balanced accuracy", percent_text(self.balanced_accuracy), "mean of the classes"),
+            (f"{split} balanced accuracy", percent_text(self.balanced_accuracy), balanced),
         ]
 
 
@@ -128,13 +150,14 @@ class OrdinalScores(Scores):
 
     def text(self) -> str:
         """The numbers in a few words."""
-        return f"MAE {self.mae:.3f} ranks, kappa {self.kappa:.3f}, {super().text()}"
+        kappa = decimal_text(self.kappa, 3)
+        return f"MAE {decimal_text(self.mae, 3)} ranks, kappa {kappa}, {super().text()}"
 
     def rows(self, split: str) -> list[tuple[str, str, str]]:
         """Label, value and small print of each number."""
         return [
-            (f"{split} MAE", f"{self.mae:.3f}", f"ranks, mean of {count_text(self.images)} images"),
-            (f"{split} kappa", f"{self.kappa:.3f}", "quadratic weights; 1 is perfect, 0 is chance"),
+            (f"{split} MAE", decimal_text(self.mae, 3), f"ranks, mean of {count_text(self.images)} images"),
+            (f"{split} kappa", decimal_text(self.kappa, 3), "quadratic weights; 1 is perfect, 0 is chance"),
             *super().rows(split),
         ]
 
@@ -199,7 +222,11 @@ class NumberScores:
 
 @dataclass(frozen=True)
 class RegressionScores(_Result):
-    """Result of a regression on one split; means over its numbers."""
+    """Result of a regression on one split.
+
+    `mae`, `rmse` and `r2` are means over its numbers. Errors of several numbers have different units, so that
+    `text` and `rows` give those of each number, and the mean of R² alone.
+    """
 
     short: ClassVar[tuple[str, ...]] = ("mae", "rmse", "r2", "images")
 
@@ -212,15 +239,26 @@ class RegressionScores(_Result):
 
     def text(self) -> str:
         """The numbers in a few words."""
-        return f"MAE {self.mae:.4g}, RMSE {self.rmse:.4g}, R² {self.r2:.3f}"
+        r2 = decimal_text(self.r2, 3)
+        if len(self.per_target) > 1:
+            errors = ", ".join(f"{row.name} {measure_text(row.mae)}" for row in self.per_target)
+            return f"R² {r2}, mean of {len(self.per_target)} numbers; MAE of {errors}"
+        return f"MAE {measure_text(self.mae)}, RMSE {measure_text(self.rmse)}, R² {r2}"
 
     def rows(self, split: str) -> list[tuple[str, str, str]]:
         """Label, value and small print of each number."""
-        of_several = f", mean of {len(self.per_target)} numbers" if len(self.per_target) > 1 else ""
+        r2, images = decimal_text(self.r2, 3), f"{count_text(self.images)} images"
+        if len(self.per_target) > 1:
+            explained = f"share of the variance explained, mean of {len(self.per_target)} numbers, {images}"
+            errors = [
+                (f"{split} MAE of {row.name}", measure_text(row.mae), f"RMSE {measure_text(row.rmse)}, in its own unit")
+                for row in self.per_target
+            ]
+            return [(f"{split} R²", r2, explained), *errors]
         return [
-            (f"{split} MAE", f"{self.mae:.4g}", f"mean absolute error, {count_text(self.images)} images{of_several}"),
-            (f"{split} RMSE", f"{self.rmse:.4g}", f"root mean squared error{of_several}"),
-            (f"{split} R²", f"{self.r2:.3f}", f"share of the variance explained{of_several}"),
+            (f"{split} MAE", measure_text(self.mae), f"mean absolute error, {images}"),
+            (f"{split} RMSE", measure_text(self.rmse), "root mean squared error"),
+            (f"{split} R²", r2, "share of the variance explained"),
         ]
 
 

@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from snella._text import points_text
 from snella.records import Allocation, AllocationStep, MatrixInfo, Metrics
 from snella.report.style import (
     ACCENT,
@@ -207,7 +208,7 @@ def block_trend(matrices: Sequence[MatrixInfo], budgets: Mapping[str, int]) -> F
     names = dict(enumerate(map(str, depths)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: names.get(round(value), "")))
     percent_axis(axes)
-    add_legend(figure, [bars, line], ["weights left unchanged", f"trend, {100 * slope:+.2f} points a block"])  # type: ignore[list-item]
+    add_legend(figure, [bars, line], ["weights left unchanged", f"trend, {points_text(slope, 2)} points a block"])  # type: ignore[list-item]
     return figure
 
 

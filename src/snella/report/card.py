@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -61,7 +63,7 @@ def model_card(
     )
     sections = [
         f"---\n{data.to_yaml().strip()}\n{_LICENSE}\n---",
-        f"# {title}",
+        f"# {_escaped(title)}",
         _summary(info),
         f"## How to use\n\n{use.strip()}",
         _measured(metrics),
@@ -99,12 +101,14 @@ def _results(info: RunInfo, metrics: Metrics | None, tag: str | None) -> list[An
 
 def _summary(info: RunInfo) -> str:
     """What the model is, in a few sentences, with its classes."""
-    weights = f", weights {info.backbone.weights}" if info.backbone.weights else ""
-    text = f"`{info.backbone.name}`{weights}, fine-tuned for {info.task} by `{info.method}` with "
+    weights = f", weights {_code(info.backbone.weights)}" if info.backbone.weights else ""
+    text = f"{_code(info.backbone.name)}{weights}, fine-tuned for {info.task} by {_code(info.method)} with "
     text += "[PEFT](https://github.com/huggingface/peft) and snella."
     if not info.classes:
         return text
     names = json.dumps(info.classes[:_MOST_CLASSES], ensure_ascii=False)
+    for character in "<>&`":  # neither HTML nor the end of the code, in whatever shows the card
+        names = names.replace(character, f"\\u{ord(character):04x}")
     more = "" if len(info.classes) <= _MOST_CLASSES else f" and {len(info.classes) - _MOST_CLASSES} more"
     return f"{text}\n\n{len(info.classes)} outputs, in this order: `{names}`{more}."
 
@@ -117,7 +121,7 @@ def _measured(metrics: Metrics | None) -> str:
     rows = [row for split, scores in splits if scores is not None for row in scores.rows(split)]
     if not rows:
         return ""
-    lines = [f"| {label} | {value} | {note} |" for label, value, note in rows]
+    lines = [f"| {_escaped(label)} | {value} | {note} |" for label, value, note in rows]
     how = (
         "The test images chose the epoch, so that these numbers are optimistic."
         if metrics.selected_on == "test"
@@ -132,16 +136,16 @@ def _data(info: RunInfo) -> list[tuple[str, str]]:
     sizes = ", ".join(f"{_SPLITS.get(part, part)} {count_text(size)}" for part, size in info.data.sizes.items())
     prepared = {name: info.data_config[name] for name in _PREPARED if name in info.data_config}
     return [
-        ("Data", info.data.description or info.data.spec),
+        ("Data", _escaped(info.data.description or info.data.spec)),
         ("Images", sizes),
-        ("Preparation", plain_text(prepared)),
-        *(("Note", note) for note in info.data.notes),
+        ("Preparation", _escaped(plain_text(prepared))),
+        *(("Note", _escaped(note)) for note in info.data.notes),
     ]
 
 
 def _training(info: RunInfo, metrics: Metrics | None) -> list[tuple[str, str]]:
     """What is known of the training."""
-    rows = [("Method", f"`{info.method}`, {plain_text(info.method_options)}")]
+    rows = [("Method", f"{_code(info.method)}, {_escaped(plain_text(info.method_options))}")]
     if metrics is not None:
         epochs = f"{metrics.best_epoch} of {metrics.history[-1].epoch}" if metrics.history else ""
         if metrics.averaged is not None and metrics.averaged.is_saved:
@@ -149,7 +153,19 @@ def _training(info: RunInfo, metrics: Metrics | None) -> list[tuple[str, str]]:
         time = "" if math.isnan(metrics.train_s) else seconds_text(metrics.train_s)
         rows += [("Trainable parameters", f"{metrics.trainable_parameters:,}"), ("Epoch", epochs), ("Time", time)]
     versions = ", ".join(f"{package} {version}" for package, version in info.versions.items())
-    return [*rows, ("Command", f"`{info.command}`" if info.command else ""), ("Versions", versions)]
+    return [*rows, ("Command", _code(info.command) if info.command else ""), ("Versions", _escaped(versions))]
+
+
+def _escaped(text: str) -> str:
+    """Text from outside as one line of Markdown that shows it as it is: no HTML, emphasis, links or table cells."""
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
+
+
+def _code(text: str) -> str:
+    """Text from outside as a code span, in more backticks than it has in a row."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence, space = "`" * (longest + 1), " " if longest else ""
+    return f"{fence}{space}{' '.join(text.split())}{space}{fence}"
 
 
 def _described(title: str, rows: Sequence[tuple[str, str]]) -> str:

@@ -70,6 +70,7 @@ _QUALITIES: dict[str, tuple[str, tuple[tuple[str, str, str], ...]]] = {
         ),
     ),
     "error": ("Errors on {}", (("MAE", "val_mae", ACCENT), ("RMSE", "val_rmse", COLORS[2]))),
+    "r2": ("R² on {}", (("R², mean of the numbers", "val_r2", ACCENT),)),
 }
 SHARES = ("accuracy", "dice", "map")
 """Curves of `quality_curves` that are shares of 1."""
@@ -80,8 +81,8 @@ def quality_curves(metrics: Metrics, name: str) -> Figure:
 
     Args:
         metrics: Of the run.
-        name: accuracy (and balanced accuracy), dice (and IoU), map (and F1), kappa (accuracy and error in ranks), or
-            error (MAE and RMSE).
+        name: accuracy (and balanced accuracy), dice (and IoU), map (and F1), kappa (accuracy and error in ranks),
+            error (MAE and RMSE of one number) or r2 (of several).
     """
     title, lines = _QUALITIES[name]
     figure = _curves(metrics, title.format(metrics.selection), lines)
@@ -94,7 +95,7 @@ def confusion_matrix(confusion: Sequence[Sequence[int]], classes: Sequence[str])
     """Draw counts, colored by their share of the true class (row), with numbers up to 50 classes.
 
     Args:
-        confusion: `confusion[i][j]` images of class i were taken for class j.
+        confusion: `confusion[i][j]` images of class i were predicted as class j.
         classes: One name for each row.
 
     Raises:
@@ -143,7 +144,7 @@ def comparison_bars(rows: Sequence[MethodResult]) -> Figure:
         places = np.arange(len(rows)) + offset
         axes.barh(places, np.nan_to_num(value), height=0.36, color=color)
         for place, number in zip(places, value, strict=True):
-            text = "not measured" if math.isnan(number) else f"{100 * number:.1f} %"
+            text = "not measured" if math.isnan(number) else percent_text(number)
             axes.text(np.nan_to_num(number) + 0.01, place, text, va="center", color=INK, fontsize=11)
     axes.set_xlim(0, 1.19)
     axes.set_xticks(np.linspace(0, 1, 5), [f"{p} %" for p in (0, 25, 50, 75, 100)])
@@ -211,7 +212,7 @@ _SQUARE = (CURVE[1], CURVE[1])
 
 
 def calibration_section(info: RunInfo, predictions: Predictions | None) -> dict[str, Any] | None:
-    """How far probabilities are from what is right, and what is left to answer where the model may be unsure.
+    """How far probabilities are from the fraction correct, and what is left to answer where the model may be unsure.
 
     Args:
         info: The run; without a calibration there is nothing to say.
@@ -225,7 +226,7 @@ def calibration_section(info: RunInfo, predictions: Predictions | None) -> dict[
         inline_svg(
             reliability_curve(shown),
             "reliability",
-            f"Share that is right against probability; expected calibration error {percent_text(shown.ece)}.",
+            f"Fraction correct against probability; expected calibration error {percent_text(shown.ece)}.",
         )
     ]
     if predictions is not None and predictions.split == "val" and predictions.items:
@@ -239,9 +240,9 @@ def calibration_section(info: RunInfo, predictions: Predictions | None) -> dict[
     return {
         "temperature": f"{calibration.temperature:.3g}",
         "verdict": calibration.verdict,
-        "tendency": "too sure of itself" if calibration.temperature > 1 else "not sure enough of itself",
+        "tendency": "overconfident" if calibration.temperature > 1 else "underconfident",
         "rows": [{"split": _SPLITS.get(r.split, r.split), "values": r} for r in calibration.reliability],
-        "threshold": None if calibration.threshold is None else f"{calibration.threshold:.3f}",
+        "threshold": calibration.threshold,
         "coverage": calibration.coverage,
         "accuracy": calibration.accuracy,
         "figures": pictures,
@@ -273,12 +274,12 @@ def ranking_section(info: RunInfo, predictions: Predictions | None) -> dict[str,
 
 
 def reliability_curve(reliability: Reliability) -> Figure:
-    """Draw the share that is right against the probability, with the temperature and without; areas are images."""
+    """Draw the fraction correct against the probability, with the temperature and without; areas are images."""
     figure, axes = new_figure(*_SQUARE, f"Reliability on {_SPLITS.get(reliability.split, reliability.split)}")
     handles = [axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))[0]]
-    labels = ["as sure as right"]
+    labels = ["perfectly calibrated"]
     for name, bins, color in (
-        ("without", reliability.bins_before, WARM),
+        ("without temperature", reliability.bins_before, WARM),
         ("with temperature", reliability.bins, ACCENT),
     ):
         x, y = [b.confidence for b in bins], [b.accuracy for b in bins]
@@ -286,14 +287,15 @@ def reliability_curve(reliability: Reliability) -> Figure:
         sizes = [8 + 120 * b.count / reliability.count for b in bins]
         axes.scatter(x, y, s=sizes, color=color, zorder=3, clip_on=False)  # most lie at the upper end
         labels.append(name)
-    axes.set(xlim=(0, 1), ylim=(-0.02, 1.05), xlabel="mean probability", ylabel="share that is right")
+    axes.set(xlim=(0, 1), ylim=(-0.02, 1.05), xlabel="mean probability", ylabel="fraction correct")
+    percent_axis(axes, "both")
     add_legend(figure, handles, labels, columns=2)
     return figure
 
 
 def coverage_curve(predictions: Predictions, calibration: Calibration) -> Figure:
-    """Draw the accuracy among the images that the model is surest of, and mark the suggested threshold."""
-    figure, axes = new_figure(*_SQUARE, "Accuracy among the surest")
+    """Draw the accuracy of the most confident predictions against their share, and mark the suggested threshold."""
+    figure, axes = new_figure(*_SQUARE, "Coverage on validation")
     confidence = np.array([item.probability for item in predictions.items])
     right = np.array([item.is_right for item in predictions.items])[np.argsort(-confidence, kind="stable")]
     shares = np.arange(1, len(right) + 1) / len(right)
@@ -301,12 +303,12 @@ def coverage_curve(predictions: Predictions, calibration: Calibration) -> Figure
     labels = ["accuracy"]
     if calibration.threshold is not None:
         handles.append(axes.axvline(calibration.coverage, color=WARM, linewidth=1.5, linestyle=(0, (4, 3))))
-        labels.append(f"probability ≥ {calibration.threshold:.2f}")
-    axes.set(xlim=(0, 1.02), xlabel="share of the images that are answered")
+        labels.append(f"probability ≥ {percent_text(calibration.threshold)}")
+    axes.set(xlim=(0, 1.02), xlabel="share of the images answered", ylabel="accuracy")
     low = min(0.9, float((right.cumsum() / np.arange(1, len(right) + 1)).min()))
     bottom = max(0.0, low - 0.05)
     axes.set_ylim(bottom, 1 + 0.04 * (1 - bottom))
-    percent_axis(axes)
+    percent_axis(axes, "both")
     add_legend(figure, handles, labels, columns=2)
     return figure
 
@@ -326,7 +328,13 @@ def roc_curve(labels: np.ndarray, scores: np.ndarray, name: str) -> tuple[Figure
     figure, axes = new_figure(*_SQUARE, f"ROC, area {area:.3f}")
     axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
     axes.plot(false_rate, true_rate, color=ACCENT, linewidth=2)
-    axes.set(xlim=(-0.01, 1.01), ylim=(-0.02, 1.02), xlabel="others taken for it", ylabel=f"{shortened(name)} found")
+    axes.set(
+        xlim=(-0.01, 1.01),
+        ylim=(-0.02, 1.02),
+        xlabel="false positive rate",
+        ylabel=f"true positive rate: {shortened(name)}",
+    )
+    percent_axis(axes, "both")
     return figure, area
 
 
@@ -353,5 +361,7 @@ def precision_recall_curves(
         precision, recall, _ = metrics.precision_recall_curve(labels == c, scores[:, c])
         handles += axes.plot(recall, precision, color=color, linewidth=2, drawstyle="steps-post")
     axes.set(xlim=(-0.01, 1.02), ylim=(-0.02, 1.05), xlabel="recall", ylabel="precision")
-    add_legend(figure, handles, [f"{shortened(classes[c])} {precisions[c]:.2f}" for c in drawn], columns=columns)
+    percent_axis(axes, "both")
+    labels_of = [f"{shortened(classes[c])} {percent_text(precisions[c])}" for c in drawn]
+    add_legend(figure, handles, labels_of, columns=columns)
     return figure, {classes[c]: value for c, value in precisions.items()}

@@ -158,8 +158,8 @@ def inspect_summary(run: str | Path) -> dict[str, Any]:
     Returns:
         Plain values, ready for JSON: `status`, `task`, `method`, `method_options`, `backbone`, `data`, `classes`,
         `scores`, `best_epoch`, `protocol`, `selected_on`, `ema`, `train_s`, `learning` (of a generator: its losses),
-        `adapter_missing` (though the run is finished), `sizes`, `parameters`, `settings`, and `budgets` (None for a
-        method without).
+        `adapter_missing` (though the run is finished), `missing` (files that a finished run wrote), `sizes`,
+        `parameters`, `settings`, and `budgets` (None for a method without).
 
     Raises:
         FileNotFoundError: The folder holds no `run.json`, or a finished run lacks results that it wrote.
@@ -207,6 +207,7 @@ def inspect_summary(run: str | Path) -> dict[str, Any]:
             "parts": dict(adapter.parts) if adapter else {},
         },
         "adapter_missing": adapter is None and info.is_finished,
+        "missing": [name for name in info.files or {} if not (folder / name).is_file()],
         "sizes": {"adapter_bytes": adapter.size_bytes if adapter else None},
         "settings": dict(adapter.config) if adapter else {},
         "budgets": None,
@@ -301,6 +302,8 @@ def _overview(summary: dict[str, Any]) -> Table:
     rows += generator_rows(summary) if summary["task"] in GENERATOR_TASKS else _epoch_rows(summary)
     sizes = summary["sizes"]
     parameters = summary["parameters"]
+    if summary["missing"]:
+        rows.append(("missing", f"{', '.join(summary['missing'])}; {_RESTORE}"))
     if parameters["trainable"] is not None:
         rows.append(("trainable", f"{parameters['trainable']:,} parameters"))
     if summary["adapter_missing"]:

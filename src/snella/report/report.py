@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import math
+import re
 import shlex
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from matplotlib.colors import to_hex
 
-from snella._text import bytes_text, count_text, percent_text, plain_text, seconds_text
+from snella._text import (
+    bytes_text,
+    count_text,
+    decimal_text,
+    margin_text,
+    measure_text,
+    percent_text,
+    plain_text,
+    seconds_text,
+)
 from snella.data.images import open_image
 from snella.methods.defaults import PROBE_METHOD
 from snella.records import (
@@ -26,6 +39,7 @@ from snella.records import (
     MethodResult,
     MethodResults,
     Metrics,
+    OrdinalScores,
     Prediction,
     Predictions,
     RegressionScores,
@@ -90,30 +104,70 @@ def masks_section(folder: Path, info: RunInfo, images: ImageSource | None) -> di
     }
 
 
-def results_section(
-    metrics: Metrics | None, allocation: Allocation | None, budgets: dict[str, int]
-) -> list[dict[str, str]]:
-    """The numbers at the top: label, value, note."""
+@dataclass(frozen=True)
+class Fact:
+    """A number of a report with its name and small print."""
+
+    label: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """An accuracy on a scale from 0 to 100 %: value, ends of its 95 % margin, and baselines by name; all are shares."""
+
+    value: float
+    low: float
+    high: float
+    marks: list[tuple[str, float]]
+
+
+def results_section(metrics: Metrics | None, marks: Sequence[tuple[str, float]] = ()) -> dict[str, Any] | None:
+    """The scores: the main one of the test split (validation without one), its scale, the others, and what was kept.
+
+    Args:
+        metrics: Of the run.
+        marks: Baselines of the accuracy, by name.
+    """
+    if metrics is None:
+        return None
+    splits = (("test", metrics.test), ("validation", metrics.val))
+    facts = [Fact(*row) for split, scores in splits if scores is not None for row in scores.rows(split)]
+    scale: Scale | None = None
+    scores = metrics.measured[1]
+    if isinstance(scores, Scores) and not isinstance(scores, OrdinalScores) and scores.images:
+        ends = max(scores.accuracy - scores.margin, 0.0), min(scores.accuracy + scores.margin, 1.0)
+        scale = Scale(scores.accuracy, *ends, list(marks))
+    return {"hero": facts[0] if facts else None, "scale": scale, "others": facts[1:], "kept": _kept_text(metrics)}
+
+
+def _kept_text(metrics: Metrics) -> str:
+    """Epoch, time and size of the saved adapter in a line."""
+    parts = [] if metrics.best_epoch is None else [" ".join(filter(None, _kept_epoch(metrics)))]
+    parts += [] if math.isnan(metrics.train_s) else [f"trained in {seconds_text(metrics.train_s)}"]
+    parts += [f"adapter file {bytes_text(metrics.adapter_bytes)}"] if metrics.adapter_bytes else []
+    return " · ".join(parts)
+
+
+def method_facts(metrics: Metrics | None, allocation: Allocation | None, budgets: Mapping[str, int]) -> list[Fact]:
+    """Sizes of what was trained, and the cost of training."""
     if metrics is None:
         return []
-    splits = (("test", metrics.test), ("validation", metrics.val))
-    rows = [row for split, scores in splits if scores is not None for row in scores.rows(split)]
-    if metrics.best_epoch is not None:
-        rows.append(_kept_epoch(metrics))
-    rows.append(_count_row("trainable parameters", metrics.trainable_parameters))
+    facts = [_count_fact("trainable parameters", metrics.trainable_parameters)]
     if allocation is not None:
         kept, total = sum(budgets.values()), allocation.total_weights
         frozen = sum(budget == 0 for budget in budgets.values())
-        note = (
-            f"of {count_text(total)} ({percent_text(kept / max(total, 1))}), {len(budgets)} matrices, {frozen} frozen"
-        )
-        rows.append(("adapted weights kept", count_text(kept), note))
+        share = percent_text(kept / max(total, 1))
+        note = f"of {count_text(total)} ({share}), {len(budgets)} matrices, {frozen} frozen"
+        facts.append(Fact("adapted weights kept", count_text(kept), note))
     elif metrics.adapted_weights:
-        rows.append(_count_row("adapted weights", metrics.adapted_weights))
-    rows.append(("adapter file", bytes_text(metrics.adapter_bytes), "to load on top of the backbone"))
-    memory = "" if math.isnan(metrics.peak_rss_mib) else f"peak memory {bytes_text(metrics.peak_rss_mib * 2**20)}"
-    rows.append(("training time", seconds_text(metrics.train_s), memory))
-    return [{"label": label, "value": value, "note": note} for label, value, note in rows]
+        facts.append(_count_fact("adapted weights", metrics.adapted_weights))
+    facts.append(Fact("adapter file", bytes_text(metrics.adapter_bytes), "to load on top of the backbone"))
+    facts.append(Fact("training time", seconds_text(metrics.train_s)))
+    if not math.isnan(metrics.peak_rss_mib):
+        facts.append(Fact("peak memory", bytes_text(metrics.peak_rss_mib * 2**20), "of the training process"))
+    return facts
 
 
 _SHORT_METRICS = {"map": "mAP", "mae": "MAE", "rmse": "RMSE", "r2": "R²"}
@@ -152,8 +206,8 @@ def curves_section(metrics: Metrics | None) -> list[Markup]:
         inline_svg(
             figures.loss_curves(metrics),
             "curve-loss",
-            f"Loss by epoch; in epoch {last.epoch}, the last: training {plain_text(last.train_loss)}, "
-            f"{metrics.selection} {plain_text(last.val_loss)}.",
+            f"Loss by epoch; in epoch {last.epoch}, the last: training {measure_text(last.train_loss)}, "
+            f"{metrics.selection} {measure_text(last.val_loss)}.",
         ),
         *([] if metrics.selected_on is None else [_quality_curves(metrics)]),
     ]
@@ -164,6 +218,7 @@ _QUALITIES = {
     "map": ("val_map", "mean average precision"),
     "kappa": ("val_kappa", "quadratic weighted kappa"),
     "error": ("val_mae", "mean absolute error"),
+    "r2": ("val_r2", "R², mean of the numbers,"),
     "accuracy": ("val_accuracy", "accuracy"),
 }
 """Names of `quality_curves`, an entry of an epoch's row that each needs, and what that is."""
@@ -178,8 +233,11 @@ def _quality_curves(metrics: Metrics) -> Markup:
         if any(not math.isnan(getattr(r, entry)) for r in metrics.history)
     )
     name = next(measured, "accuracy")
+    if name == "error" and isinstance(metrics.val, RegressionScores) and len(metrics.val.per_target) > 1:
+        name = "r2"  # errors of several numbers have different units
     entry, what = _QUALITIES[name]
-    text = (percent_text if name in figures.SHARES else plain_text)(getattr(last, entry))
+    value = getattr(last, entry)
+    text = percent_text(value) if name in figures.SHARES else measure_text(value)
     return inline_svg(
         figures.quality_curves(metrics, name),
         f"curve-{name}",
@@ -218,10 +276,10 @@ def groups_section(info: RunInfo, predictions: Predictions | None) -> dict[str, 
         return None
     rows: list[dict[str, Any]] = []
     for name, items in by_group.items():
-        taken = Counter((item.label, item.predicted) for item in items if not item.is_right)
+        confused = Counter((item.label, item.predicted) for item in items if not item.is_right)
         most = [
             f"{info.classes[label]} → {info.classes[predicted]} {count:,}"
-            for (label, predicted), count in taken.most_common(_CONFUSED_IN_GROUP)
+            for (label, predicted), count in confused.most_common(_CONFUSED_IN_GROUP)
         ]
         share = sum(item.is_right for item in items) / len(items)
         rows.append({"name": name, "images": len(items), "right": share, "confused": ", ".join(most)})
@@ -239,12 +297,20 @@ def groups_section(info: RunInfo, predictions: Predictions | None) -> dict[str, 
     }
 
 
-def verdict_text(info: RunInfo, metrics: Metrics | None, comparison: list[MethodResult] | None) -> str:
-    """The result in a sentence, beside what would be reached without the run; empty for a segmentation.
+def baselines(info: RunInfo, metrics: Metrics | None, comparison: list[MethodResult] | None) -> list[tuple[str, float]]:
+    """Baselines of a classifier's accuracy by name: the most frequent class, and a linear probe if one was compared."""
+    scores = None if metrics is None else metrics.measured[1]
+    if not isinstance(scores, Scores) or not scores.images:
+        return []
+    sizes = [sum(row) for row in scores.confusion]
+    most = max(range(len(sizes)), key=sizes.__getitem__)
+    found = [(f"always {info.classes[most]!r}", sizes[most] / scores.images)]
+    probe = next((row for row in comparison or [] if row.method == PROBE_METHOD), None)
+    return found if probe is None or math.isnan(probe.accuracy) else [*found, ("linear probe", probe.accuracy)]
 
-    For classes the baselines are the class that is most frequent in the measured images, and a linear probe where one
-    was compared.
-    """
+
+def verdict_text(info: RunInfo, metrics: Metrics | None) -> str:
+    """The result in a sentence, compared with predicting the most frequent class; empty for a segmentation."""
     if metrics is None:
         return ""
     split, scores = metrics.measured
@@ -252,42 +318,30 @@ def verdict_text(info: RunInfo, metrics: Metrics | None, comparison: list[Method
         return targets.label_set_verdict(scores, split)
     if isinstance(scores, RegressionScores):
         return targets.regression_verdict(scores, split)
-    if not isinstance(scores, Scores) or not scores.confusion:
+    if not isinstance(scores, Scores) or not scores.images:
         return ""
     sizes = [sum(row) for row in scores.confusion]
-    right, total = sum(row[i] for i, row in enumerate(scores.confusion)), sum(sizes)
+    correct, total = sum(row[i] for i, row in enumerate(scores.confusion)), scores.images
     most = max(range(len(sizes)), key=sizes.__getitem__)
     frequent = sizes[most] / total
-    text = f"{right:,} of {total:,} {split} images are recognized ({percent_text(right / total)}). "
-    baseline = f"Always answering {info.classes[most]!r}, the most frequent class, gets {percent_text(frequent)}"
-    probe = next((row for row in comparison or [] if row.method == PROBE_METHOD), None)
-    if probe is not None:
-        baseline += f", a linear probe {percent_text(probe.accuracy)}"
-    spread = math.sqrt(max(right * (total - right), 0) / total**3)  # standard error of a share
-    if right / total - frequent <= 2 * spread:
-        balanced, balanced_spread = _balanced_accuracy(scores.confusion)
-        one_answer = 1 / sum(size > 0 for size in sizes)
-        if balanced - one_answer > 2 * balanced_spread:
-            return (
-                f"{text}{baseline}, and {percent_text(one_answer)} of the balanced accuracy, in which each class "
-                f"counts the same; here that is {percent_text(balanced)}, ±{100 * 2 * balanced_spread:.1f} points (two "
-                "standard errors)."
-            )
-        return f"{text}{baseline}: nothing is shown to have been learned."
-    error = f"{100 * 2 * spread:.1f}"
-    return f"{text}{baseline}. With that many images the result is certain to ±{error} points (two standard errors)."
-
-
-def _balanced_accuracy(confusion: Sequence[Sequence[int]]) -> tuple[float, float]:
-    """The mean share of each class that is recognized, and its standard error, that of shares with two images more."""
-    found = [(row[i], sum(row)) for i, row in enumerate(confusion) if sum(row)]
-    smoothed = [((right + 1) / (size + 2), size + 2) for right, size in found]
-    variance = sum(share * (1 - share) / size for share, size in smoothed) / len(found) ** 2
-    return sum(right / size for right, size in found) / len(found), math.sqrt(variance)
+    text = (
+        f"{correct:,} of {total:,} {split} images are classified correctly. Always predicting {info.classes[most]!r}, "
+        f"the most frequent class, gets {percent_text(frequent)}"
+    )
+    if correct / total - frequent > scores.margin:
+        return f"{text}."
+    recalls = [row[i] / size for i, (row, size) in enumerate(zip(scores.confusion, sizes, strict=True)) if size]
+    balanced, one_answer = sum(recalls) / len(recalls), 1 / len(recalls)
+    if balanced - one_answer > scores.balanced_margin:
+        return (
+            f"{text}, but only {percent_text(one_answer)} balanced accuracy, which weighs all classes equally; this "
+            f"model reaches {percent_text(balanced)} ({margin_text(scores.balanced_margin)})."
+        )
+    return f"{text}. The difference is within the 95\N{NO-BREAK SPACE}% margin: there is no evidence of learning yet."
 
 
 def _confused_pairs(info: RunInfo, scores: Scores) -> list[dict[str, Any]]:
-    """The classes that are most often taken for another, with how many of their images."""
+    """The pairs of classes that are most often confused, with how many images."""
     pairs: list[dict[str, Any]] = [
         {"label": info.classes[i], "predicted": info.classes[j], "count": count, "images": sum(row)}
         for i, row in enumerate(scores.confusion)
@@ -301,9 +355,9 @@ def _class_rows(info: RunInfo, scores: Scores) -> list[dict[str, Any]]:
     """Images, recall and precision of each class."""
     rows = []
     for i, name in enumerate(info.classes):
-        images, taken = sum(scores.confusion[i]), sum(row[i] for row in scores.confusion)
+        images, predicted = sum(scores.confusion[i]), sum(row[i] for row in scores.confusion)
         hits = scores.confusion[i][i]
-        recall, precision = (hits / n if n else math.nan for n in (images, taken))
+        recall, precision = (hits / n if n else math.nan for n in (images, predicted))
         rows.append({"name": name, "images": images, "recall": recall, "precision": precision})
     return rows
 
@@ -424,13 +478,13 @@ def examples_section(
         "split": predictions.split_name,
         "groups": [
             {
-                "title": "Wrong",
-                "note": f"{len(wrong)} of {n_wrong} wrong predictions, the most confident first",
+                "title": "Wrong predictions",
+                "note": f"{len(wrong)} of {n_wrong}, the most confident first",
                 "items": shown(wrong),
             },
             {
-                "title": "Right",
-                "note": f"{len(right)} of {len(predictions.items) - n_wrong} right predictions, evenly spread",
+                "title": "Correct predictions",
+                "note": f"{len(right)} of {len(predictions.items) - n_wrong}, evenly spread",
                 "items": shown(right),
             },
         ],
@@ -452,27 +506,56 @@ def heat_maps_section(folder: Path, info: RunInfo, predictions: Predictions | No
     return sorted(found, key=lambda entry: (entry["item"].is_right, -entry["item"].probability))
 
 
-def _count_row(label: str, count: int) -> tuple[str, str, str]:
+def _count_fact(label: str, count: int) -> Fact:
     """A count in short, and with all its digits where the short form lacks some."""
     exact, short = f"{count:,}", count_text(count)
-    return label, short, exact if exact != short else ""
+    return Fact(label, short, exact if exact != short else "")
 
 
 _CONFUSED, _CONFUSED_IN_GROUP = 5, 3
 _SHOWN_GROUPS = 30
-_USES = {
-    "classification": ("Classify images", "photo.jpg another.png", "Write a plain timm model", "model"),
-    "ordinal": ("Classify images", "photo.jpg another.png", "Write a plain timm model", "model"),
-    "multilabel": ("Label images", "photo.jpg another.png", "Write a plain timm model", "model"),
-    "regression": ("Predict the numbers of images", "photo.jpg another.png", "Write a plain timm model", "model"),
-    "segmentation": (
-        "Segment images: masks and overlays",
-        "photo.jpg another.png --out masks",
-        "Write the whole model with the update folded in",
-        "model.safetensors",
-    ),
+_MERGED = {"segmentation": ("the whole model in one file", "model.safetensors")}
+_PREDICTED = {
+    "multilabel": "prediction.labels, prediction.probabilities",
+    "regression": "prediction.values",
+    "segmentation": "prediction.labels, prediction.shares",
 }
-"""How a run of each task is used: what `predict` does, its arguments, what `merge` gives, and its `--out`."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """Blocks of code to copy for one use of a run."""
+
+    title: str
+    blocks: tuple[str, ...]
+    note: str = ""
+
+
+def uses(folder: Path, task: str) -> list[Use]:
+    """How a run is used: command lines and Python code.
+
+    Args:
+        folder: Of the run.
+        task: Its task.
+    """
+    run = shlex.quote(str(folder))
+    merged, out = _MERGED.get(task, ("a folder that timm loads without snella", "model"))
+    masks = " --out masks" if task == "segmentation" else ""
+    shown = _PREDICTED.get(task, "prediction.label, prediction.probability")
+    python = (
+        f"import snella\n\nmodel = snella.load({str(folder)!r})\n"
+        f"prediction = model.predict('photo.jpg')\nprint({shown})"
+    )
+    serve = (f"snella serve {run}", "curl -F files=@photo.jpg http://127.0.0.1:8000/predict")
+    export = f"snella export {run} --format onnx --out model.onnx"
+    return [
+        Use("Predict", (f"snella predict {run} photo.jpg another.png{masks}",), "images, folders or tables of paths"),
+        Use("Python", (python,)),
+        Use("Serve over HTTP", serve, "needs pip install 'snella[serve]'; send requests from a second terminal"),
+        Use("Export to ONNX", (export,), "needs pip install 'snella[export]'; other formats: snella export --help"),
+        Use("Merge", (f"snella merge {run} --out {out}",), f"writes {merged}"),
+        Use("Evaluate and inspect", (f"snella evaluate {run}\nsnella inspect {run}",)),
+    ]
 
 
 def write_report(
@@ -481,7 +564,7 @@ def write_report(
     *,
     metrics: Metrics | None = None,
     allocation: Allocation | None = None,
-    has_stopped: bool = False,
+    state: Literal["finished", "stopped"] | None = None,
 ) -> Path:
     """Write `RUN/report.html` from the files of the run atomically.
 
@@ -493,7 +576,8 @@ def write_report(
             validation set's `image`.
         metrics: Of a run that is going on, which has no `metrics.json` yet: its results so far.
         allocation: The same of `allocation.json`.
-        has_stopped: Whether a run whose record says that it is running has no process any more.
+        state: Of a run whose record says that it is running: `stopped` if its process is gone, `finished` if its last
+            results are written. None for what the record says.
 
     Returns:
         Path of the page.
@@ -504,6 +588,8 @@ def write_report(
     """
     folder = Path(run)
     info = read(RunInfo, folder)
+    if state == "finished":
+        info = replace(info, status="finished")
     metrics = metrics or (read(Metrics, folder) if info.is_finished else read_if_present(Metrics, folder))
     allocation = allocation or read_if_present(Allocation, folder)
     adapter = read_adapter(folder)
@@ -514,14 +600,15 @@ def write_report(
     class_predictions = _class_predictions(folder, info)
     context: dict[str, Any] = {
         "run": info,
-        "state": "stopped" if has_stopped and info.status == "running" else info.status,
+        "state": "stopped" if state == "stopped" and info.status == "running" else info.status,
         "written": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
         "folder": str(folder),
         "quoted": shlex.quote(str(folder)),
         "metrics": metrics,
         "warning": _warning(metrics),
-        "verdict": verdict_text(info, metrics, comparison),
-        "results": results_section(metrics, allocation, budgets),
+        "verdict": verdict_text(info, metrics),
+        "results": results_section(metrics, baselines(info, metrics, comparison)),
+        "facts": method_facts(metrics, allocation, budgets),
         "curves": curves_section(metrics),
         "confusion": confusion_section(info, metrics),
         "groups": groups_section(info, class_predictions),
@@ -529,7 +616,6 @@ def write_report(
         "ranking": ranking_section(info, class_predictions),
         "allocation": allocation_section(info, metrics, allocation, budgets),
         "update": update_section(adapter, allocation, budgets),
-        "has_adapter": adapter is not None,
         "comparison": comparison_section(comparison),
         "examples": examples_section(info, class_predictions, images),
         "heat_maps": heat_maps_section(folder, info, class_predictions),
@@ -537,24 +623,50 @@ def write_report(
         "masks": masks_section(folder, info, images),
         "labels": targets.labels_section(folder, info, metrics, images),
         "numbers": targets.numbers_section(folder, info, metrics, images),
-        "use": _USES.get(info.task, _USES["classification"]),
+        "uses": [] if adapter is None else uses(folder, info.task),
         "config": config.read_text(encoding="utf-8") if config.is_file() else "",
         "test_name": "test" if metrics is None or metrics.test else "validation",
+        "measured": "" if metrics is None else metrics.measured[0],
     }
     return write_page(folder, "snella.report", context)
 
 
-def write_page(folder: Path, package: str, context: Mapping[str, Any]) -> Path:
-    """Write `report.html` in a folder atomically: a package's template of that name, in the style of all reports."""
+def write_page(folder: Path, package: str, context: Mapping[str, Any], name: str = "report.html") -> Path:
+    """Write a page in a folder atomically: a package's template of that name, in the style of all reports.
+
+    Args:
+        folder: Where the page is written.
+        package: Holds the template `{name}.jinja`.
+        context: Variables of the template. `style`, `script` (copy buttons) and `script_digest`, by which the content
+            security policy allows that script alone, are added.
+        name: Of the page.
+    """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(
-        count=count_text, percent=percent_text, seconds=seconds_text, bytes=bytes_text, plain=plain_text
+        {"count": count_text, "percent": percent_text, "seconds": seconds_text, "bytes": bytes_text},
+        plain=plain_text,
+        decimal=decimal_text,
+        measure=measure_text,
+        breakable=breakable,
     )
-    template = resources.files(package).joinpath("report.html.jinja").read_text(encoding="utf-8")
-    style = resources.files("snella.report").joinpath("report.css").read_text(encoding="utf-8")
-    page = environment.from_string(template).render(context, style=Markup(style))
-    write_atomically(folder / "report.html", page.encode("utf-8", "backslashreplace"))
-    return folder / "report.html"
+    template = resources.files(package).joinpath(f"{name}.jinja").read_text(encoding="utf-8")
+    style, script = (
+        resources.files("snella.report").joinpath(file).read_text(encoding="utf-8")
+        for file in ("report.css", "report.js")
+    )
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    page = environment.from_string(template).render(
+        context, style=Markup(style), script=Markup(script), script_digest=digest
+    )
+    write_atomically(folder / name, page.encode("utf-8", "backslashreplace"))
+    return folder / name
+
+
+def breakable(text: str) -> Markup:
+    """Text that may be broken after what divides paths; markup stays as it is."""
+    if isinstance(text, Markup):
+        return text
+    return Markup(re.sub(r"([:/_.])", r"\1<wbr>", str(escape(text))))
 
 
 def _warning(metrics: Metrics | None) -> str:

@@ -15,7 +15,7 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -112,9 +112,11 @@ def epoch_axis(axes: Axes, label: str = "epoch") -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
 
 
-def percent_axis(axes: Axes) -> None:
-    """Show the values of the y axis, shares, as percentages."""
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{round(100 * share, 3):g} %"))
+def percent_axis(axes: Axes, which: Literal["x", "y", "both"] = "y") -> None:
+    """Show the values of an axis, shares, as percentages."""
+    for name, axis in (("x", axes.xaxis), ("y", axes.yaxis)):
+        if which in (name, "both"):
+            axis.set_major_formatter(FuncFormatter(lambda share, _: f"{round(100 * share, 3):g}\N{NO-BREAK SPACE}%"))
 
 
 def add_legend(figure: Figure, handles: Sequence[Artist], labels: Sequence[str], columns: int = 3) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from sklearn.metrics import precision_recall_curve
 
-from snella._text import percent_text
+from snella._text import measure_text, percent_text
 from snella.records import (
     LabelSetPredictions,
     LabelSetScores,
@@ -86,8 +86,7 @@ def precision_recall_curves(predictions: LabelSetPredictions, classes: Sequence[
             handles.append(line[0])
             labels.append(f"{shortened(classes[c])} {percent_text(row.average_precision)}")
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.05), xlabel="recall", ylabel="precision")
-    percent_axis(axes)
-    axes.xaxis.set_major_formatter(axes.yaxis.get_major_formatter())
+    percent_axis(axes, "both")
     add_legend(figure, handles[::-1], labels[::-1], 2)
     return figure
 
@@ -167,8 +166,8 @@ def regression_verdict(scores: RegressionScores, split: str) -> str:
         better = 1 - row.mae / row.baseline_mae if row.baseline_mae else math.nan
         compared = f"{percent_text(better)} less than" if better > 0 else "no less than"
         texts.append(
-            f"{row.name} is {row.mae:.4g} off on average, {compared} the {row.baseline_mae:.4g} of always answering "
-            "the training images' median"
+            f"{row.name} is {measure_text(row.mae)} off on average, {compared} the {measure_text(row.baseline_mae)} of "
+            "always answering the training images' median"
         )
     return f"On {scores.images:,} {split} images, {'; '.join(texts)}." if texts else ""
 
@@ -214,7 +213,8 @@ def number_cards(
 
     def text(values: Sequence[float]) -> str:
         return ", ".join(
-            f"{value:.4g}" if is_one else f"{n} {value:.4g}" for n, value in zip(names, values, strict=True)
+            measure_text(value) if is_one else f"{n} {measure_text(value)}"
+            for n, value in zip(names, values, strict=True)
         )
 
     def card(row: int) -> Card:

@@ -59,7 +59,7 @@ def redraw_report(run: str | Path, console: Console | None = None) -> Path:
     except (OSError, ValueError, ImportError) as error:
         print_line(console or make_console(), f"note: the report has no images: {error}")
         images = None
-    return write_report(folder.path, images, has_stopped=folder.has_stopped)
+    return write_report(folder.path, images, state="stopped" if folder.has_stopped else None)
 
 
 def _shown_images(folder: RunFolder, stored: DataInfo) -> ImageDataset | None:

@@ -48,6 +48,8 @@ _FILES = (
 _FOLDERS = ("adapter", "checkpoints", "commands", "heat_maps", "masks", "selection", "tracking")
 _DIGESTED = ("config.yaml", "metrics.json", "allocation.json", "predictions.json")
 _DIGESTED_FOLDERS = ("adapter", "selection")
+CARD = "README.md"
+"""The adapter's model card, which has no digest: it is meant to be edited."""
 _NEW_RUN = "; once it is finished, a new run can start from what it trained: snella train --init-from {} --out NEW"
 _INHERITED = (
     *("task", "backbone", "weights", "pretrained", "channels", "method", "r", "scaling"),
@@ -180,9 +182,10 @@ class RunFolderOf(Generic[S]):
         """Set the status to finished, with the digests of settings, results and adapter."""
         paths = [self.path / name for name in _DIGESTED]
         for folder in _DIGESTED_FOLDERS:
-            paths += sorted(path for path in (self.path / folder).rglob("*") if path.is_file())
-        files = {path.relative_to(self.path).as_posix(): sha256_of(path) for path in paths if path.is_file()}
-        self.update("finished", files=files)
+            files = (path for path in (self.path / folder).rglob("*") if path.is_file() and path.name != CARD)
+            paths += sorted(files)
+        digests = {path.relative_to(self.path).as_posix(): sha256_of(path) for path in paths if path.is_file()}
+        self.update("finished", files=digests)
 
     def check_files(self) -> None:
         """Compare the files of a finished run with their digests in `run.json`; those of older runs pass.
@@ -324,6 +327,7 @@ class RunFolderOf(Generic[S]):
 
     def prepare(self, config: S, *, is_resumed: bool) -> None:
         """Create the folder of a new run, or prepare the existing one for resuming."""
+        self.remove_temporaries()
         if is_resumed:
             self.write_config(config)
         else:
@@ -367,6 +371,12 @@ class RunFolderOf(Generic[S]):
                 known: str | None = self.read_json(name).get("settings")
                 return known
         return None
+
+    def remove_temporaries(self) -> None:
+        """Remove the temporary files of writes that a killed process did not finish; its caller holds the lock."""
+        for name in self.files:
+            for path in self.path.glob(f".{name}.*"):
+                path.unlink(missing_ok=True)
 
     def _resumed(self, config: S) -> S:
         """The stored settings, if `config` does not contradict them; `data` may name its new place."""

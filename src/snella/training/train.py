@@ -28,7 +28,7 @@ from snella.report import model_card, write_report
 from snella.runs.calibrate import calibrate
 from snella.runs.config import TrainConfig
 from snella.runs.evaluate import redraw_report
-from snella.runs.folder import RunFolder
+from snella.runs.folder import CARD, RunFolder
 from snella.runs.images import PARTS, check_splits, find_data, parts_of
 from snella.runs.protocol import RunProtocol, get_protocol
 from snella.tasks import Task
@@ -129,9 +129,10 @@ def _train(
     config, status = from_main(partial(run.resolve_resume, config))
     if status == "finished":
         print_line(console, f"{run.path} is finished already; its report is {run.report}")
-        # killed after its last result was written
-        if is_main() and draw_report and not run.report.is_file():
-            redraw_report(run.path, console)
+        if is_main():
+            run.remove_temporaries()
+            if draw_report and not run.report.is_file():
+                redraw_report(run.path, console)
         return run
     is_resumed = status is not None
     _check_trackers(config)
@@ -385,10 +386,10 @@ def _finish(
         averaged=averaged,
     )
     run.write(metrics)
+    write_text(run.adapter / CARD, model_card(run.path, _ADAPTER_USE, library="peft"))
+    # before the status: a run that is killed in between is resumed, measured again and completed
+    report = write_report(run.path, report_images, state="finished") if draw_report else None
     run.finish()
-    card = model_card(run.path, _ADAPTER_USE, library="peft")
-    write_text(run.adapter / "README.md", card)  # without a digest: meant to be edited
-    report = write_report(run.path, report_images) if draw_report else None
     if trainer.has_stalled and (last := trainer.history[-1]["epoch"]) < trainer.config.epochs:
         print_line(console, f"stopped after epoch {last} of {trainer.config.epochs}")
     if averaged is not None:

@@ -1,0 +1,27 @@
+// A copy button on every block of code; pages without scripts have none.
+for (const pre of document.querySelectorAll('pre.copy')) {
+  const button = document.createElement('button')
+  button.type = 'button'
+  button.className = 'copy'
+  button.textContent = 'Copy'
+  button.setAttribute('aria-label', 'Copy this code')
+  button.addEventListener('click', async () => {
+    const text = pre.textContent
+    try {
+      await navigator.clipboard.writeText(text)
+    } catch {
+      // clipboards are for pages of files and of https alone; elsewhere the code is selected and copied as by hand
+      const range = document.createRange()
+      range.selectNodeContents(pre)
+      getSelection().removeAllRanges()
+      getSelection().addRange(range)
+      document.execCommand('copy')
+    }
+    button.textContent = 'Copied'
+    setTimeout(() => { button.textContent = 'Copy' }, 2000)
+  })
+  const frame = document.createElement('div')
+  frame.className = 'code'
+  pre.replaceWith(frame)
+  frame.append(pre, button)
+}
