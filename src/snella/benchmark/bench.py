@@ -562,7 +562,8 @@ def measure_competition(
     @torch.no_grad()
     def merge(*, selects: bool) -> None:
         for layer in layers:
-            update, weight = layer.get_update("default"), layer.get_base_layer().weight
+            update = layer.get_update("default")
+            weight = cast(torch.Tensor, layer.get_base_layer().weight)
             if not selects:
                 every = tuple(rows * weight.shape[1] for rows in update.spec.row_counts)
                 update = update._replace(budgets=every)
