@@ -119,7 +119,7 @@ class RecomputedInputs:
                 module.register_forward_hook(_mark_parametrized)
             if can_recompute(module) or is_parametrized(module):
                 module.register_forward_hook(self._note)
-        model.forward = self.forward  # type: ignore[method-assign]
+        model.forward = self.forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model."""
