@@ -11,7 +11,7 @@ import time
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import timm
 import torch
@@ -562,8 +562,7 @@ def measure_competition(
     @torch.no_grad()
     def merge(*, selects: bool) -> None:
         for layer in layers:
-            update = layer.get_update("default")
-            weight = cast(torch.Tensor, layer.get_base_layer().weight)
+            update, weight = layer.get_update("default"), cast(Tensor, layer.get_base_layer().weight)
             if not selects:
                 every = tuple(rows * weight.shape[1] for rows in update.spec.row_counts)
                 update = update._replace(budgets=every)
