@@ -55,6 +55,7 @@ def test_trainer_ends_as_an_uninterrupted_one_when_it_is_resumed(run_example):
 
 
 @pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
 def test_lightning_module_averages_saves_and_loads(run_example):
     averaged, loaded = percentages(run_example("lightning_module.py")[1])[-2:]
     assert averaged > 50

@@ -110,3 +110,24 @@ def test_a_budget_that_is_written_and_sealed_by_other_code_is_kept(mlp):
     layer.snella_budget["default"].fill_(11)
     layer.seal_budgets("default")
     assert layer.budgets("default") == (11,)
+
+
+def test_weights_that_are_exchanged_for_an_evaluation_leave_no_threshold_behind(mlp):
+    model = mlp.adapted(init_sparsity=0.5)
+    other = mlp.adapted(init_sparsity=0.5)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.5 + torch.rand_like(parameter))
+    expected = mlp.run(model.train())
+    for exchange in range(2):  # as Lightning's WeightAveraging does around a validation
+        for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+            kept = mine.detach().clone()
+            mine.data.copy_(theirs.data)
+            theirs.data.copy_(kept)
+        if exchange == 0:
+            model.eval()
+            mlp.run(model)
+    for module in model.modules():
+        module.training = True
+    assert torch.equal(mlp.run(model), expected)
+    assert [m.nonzeros() for m in adapted_matrices(model)] == [m.budget for m in adapted_matrices(model)]

@@ -20,7 +20,7 @@ from snella.tuner import adapted_matrices
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
-    pytest.mark.filterwarnings("ignore:The `srun` command is available:UserWarning"),
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
 ]
 EPOCHS, STEPS = 3, 4
 
@@ -86,6 +86,7 @@ class StopAfterFirstEpoch(Callback):
         trainer.should_stop = True
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
 def test_a_resumed_training_equals_an_uninterrupted_one_bit_for_bit(example, plain, tmp_path):
     history, weights = plain
     keeper = ModelCheckpoint(tmp_path, "one", save_on_train_epoch_end=True)

@@ -112,8 +112,8 @@ class LayerCache:
             self.release_effective_weight()
         self._written[tuple(names)] = values
 
-    def adapter(self, name: str, factors: Factors, budgets: tuple[int, ...], mode: str) -> AdapterState:
-        """What is known of an adapter; an empty state once its factors or budgets have changed."""
+    def adapter(self, name: str, factors: Factors, budgets: tuple[int, ...], mode: tuple[str, bool]) -> AdapterState:
+        """What is known of an adapter; an empty state once its factors, its budgets or the mode have changed."""
         # what is computed in inference mode cannot be kept for a backward pass afterwards
         of_factors = None if torch.is_inference_mode_enabled() else contents_of(factors)
         if of_factors is None:

@@ -649,7 +649,8 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         updates, states = [], []
         for name in names:
             spec, factors, budgets = self._spec(name), self._factors(name), self.budgets(name)
-            state = self._cache.adapter(name, factors, budgets, spec.mode)
+            # Lightning sets `training` without `train()`, after it has exchanged the factors through `.data`
+            state = self._cache.adapter(name, factors, budgets, (spec.mode, self.training))
             updates.append(Update(spec, factors, budgets, state.thresholds))
             states.append(state)
         return updates, states
