@@ -452,8 +452,8 @@ class SnellaModel(BaseTuner):
             setattr(parent, child_name, new_module)
             return
         # PEFT moves the factors to where the base weight is now
-        is_layer = isinstance(new_module, SnellaLayer)  # else the base layer is put back
-        with onloaded(new_module, with_base=True), new_module.buffers_off_meta() if is_layer else nullcontext():
+        off_meta = new_module.buffers_off_meta() if isinstance(new_module, SnellaLayer) else nullcontext()
+        with onloaded(new_module, with_base=True), off_meta:
             super()._replace_module(parent, child_name, new_module, child)
 
     def add_weighted_adapter(
