@@ -458,8 +458,8 @@ class SnellaModel(BaseTuner):
             setattr(parent, child_name, new_module)
             return
         # PEFT moves the factors to where the base weight is now
-        buffers = new_module.buffers_off_meta() if isinstance(new_module, SnellaLayer) else nullcontext()
-        with onloaded(new_module, with_base=True), buffers:
+        off_meta = new_module.buffers_off_meta() if isinstance(new_module, SnellaLayer) else nullcontext()
+        with onloaded(new_module, with_base=True), off_meta:
             super()._replace_module(parent, child_name, new_module, child)
 
     def add_weighted_adapter(
