@@ -1,13 +1,17 @@
 import csv
 import io
 import json
+import os
+import shutil
 import tarfile
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
+from pyarrow import parquet
 
 from snella.data import load_data
 
@@ -84,6 +88,43 @@ def test_a_saved_data_set_has_its_class_names_and_parts(tmp_path):
         ValueError, match=r"no column 'kind' for label\. It has 'image' \(text: '<image>'\), 'label' \("
     ):
         load_data(f"hf:{tmp_path}/saved", columns="label=kind")
+
+
+def test_rows_name_files_below_the_folder_alone_or_below_the_root_that_is_asked_for(tmp_path):
+    (tmp_path / "images").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for index in range(20):
+        picture(index).save(tmp_path / "images" / f"{index:02}.png")
+    names = [str(tmp_path / "images" / f"{index:02}.png") for index in range(20)]
+
+    def save(paths, name):
+        table = {"image": [{"bytes": None, "path": path} for path in paths], "label": ["a", "b"] * 10}
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+        (tmp_path / name).mkdir()
+        rows = pa.Table.from_pydict(table, schema=features.arrow_schema)
+        parquet.write_table(rows, tmp_path / name / "train-00000-of-00001.parquet")
+        return f"hf:{tmp_path / name}"
+
+    outside = save(names, "outside")
+    with pytest.raises(ValueError, match=r"20 of 20 rows .* is outside of '.*outside', which --columns root="):
+        load_data(outside)
+    assert load_data(outside, columns=f"root={tmp_path}").train.image(0).size == (8, 8)
+    for special in ("/dev/zero", str(tmp_path / "pipe")):
+        with pytest.raises(ValueError, match=r"1 of 20 rows .*it is no regular file"):
+            load_data(save([*names[:19], special], "special"), columns="root=/")
+        shutil.rmtree(tmp_path / "special")
+
+
+def test_a_class_number_without_a_name_is_one_line(tmp_path):
+    plain = datasets.Dataset.from_dict(
+        {"image": [{"bytes": encoded(i), "path": None} for i in range(4)], "label": [0, 1, 2, 0]},
+        features=datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")}),
+    )
+    kind = datasets.ClassLabel(names=["x", "y"])
+    data = datasets.Dataset(plain.data, plain.info.copy())
+    data.info.features["label"] = kind
+    with pytest.raises(ValueError, match=r"column 'label', row 3 must hold class numbers below 2, got 2"):
+        load_data(data)
 
 
 def test_lists_of_class_numbers_are_lists_of_names(tmp_path):

@@ -1,3 +1,4 @@
+import io
 import os
 from pathlib import Path
 
@@ -194,6 +195,21 @@ def test_an_array_that_says_it_fills_the_memory_is_refused_by_its_header(tmp_pat
             file.pages[0].tags[name].overwrite(60000)
     with pytest.raises(ValueError, match=r"values, got an array of \[60000, 60000, 5\]"):
         read_image(tiff, Reading(5))
+
+
+def test_the_pixels_of_an_uploaded_array_are_known_before_it_is_read():
+    values = np.zeros((6, 5, 4), np.uint8)
+    for write in (np.save, lambda file, array: tifffile.imwrite(file, array, photometric="minisblack")):
+        file = io.BytesIO()
+        write(file, values)
+        file.seek(0)
+        assert images.array_pixels(file) == 120
+        assert images.decode_image(file, "upload", Reading(6)).shape == (6, 5, 4)  # the stream is where it was
+    file = io.BytesIO()
+    np.save(file, np.array([("a", 1)], dtype=object))
+    file.seek(0)
+    with pytest.raises(ValueError, match="values must be numbers, got object"):
+        images.array_pixels(file)
 
 
 def test_a_pipe_among_the_images_is_refused_at_once(tmp_path):

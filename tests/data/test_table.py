@@ -86,6 +86,7 @@ def test_a_column_that_is_not_there_is_answered_with_what_each_holds(write_table
         ("file=path", "columns must be such as path=file,label=species, with path, label, split, .* got 'file=path'"),
         ("labl=species", "got 'labl=species'; nearest: label"),
         ("label", "got 'label'"),
+        ("root=", "group, root before the '=', got 'root='"),
     ],
 )
 def test_columns_that_cannot_be_read_are_refused(text, message):
@@ -242,6 +243,43 @@ def test_parquet_holds_lists_and_numbers(write_table, tmp_path):
     (tmp_path / "y.parquet").write_text("no")
     with pytest.raises(ValueError, match=r"y\.parquet' must be a Parquet file"):
         load_data(f"parquet:{tmp_path}/y.parquet")
+
+
+def test_parquet_names_files_below_its_folder_alone_or_below_the_root_that_is_asked_for(write_table, tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    write_table(rows_of(20))
+    (tmp_path / "tables").mkdir()
+    file = tmp_path / "tables" / "x.parquet"
+    names = [row[0] for row in rows_of(20)]
+    secret = tmp_path / "secret.png"
+    Image.new("RGB", (12, 12)).save(secret)
+    (tmp_path / "images" / "link.png").symlink_to("/dev/zero")
+    for outside in (str(secret), "../secret.png", "/dev/zero", "images/link.png"):
+        parquet.write_table(pa.table({"image": [*names, outside], "label": [0, 1] * 10 + [0]}), tmp_path / "x.parquet")
+        if outside == str(secret):  # below the folder, and absolute
+            load_data(f"parquet:{tmp_path}/x.parquet")
+            continue
+        with pytest.raises(ValueError, match=r"1 of 21 rows .* is outside of '.*', which --columns root=FOLDER widens"):
+            load_data(f"parquet:{tmp_path}/x.parquet")
+        with pytest.raises(ValueError, match=r"x.parquet must name images below its folder, .* is outside of '"):
+            table_paths(tmp_path / "x.parquet", Columns())
+    parquet.write_table(pa.table({"image": names, "label": [0, 1] * 10}), file)
+    with pytest.raises(ValueError, match="20 no such file"):
+        load_data(f"parquet:{file}")
+    assert len(load_data(f"parquet:{file}", columns=f"root={tmp_path}").train) == 12
+    assert table_paths(file, Columns(root=tmp_path))[0] == tmp_path / names[0]
+
+
+def test_times_out_of_range_in_a_parquet_file_are_one_line(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    table = pa.table({"image": ["a.png"], "label": ["a"], "when": pa.array([2**62], pa.timestamp("us"))})
+    parquet.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=r"x\.parquet' must be a Parquet file: "):
+        load_data(f"parquet:{tmp_path}/x.parquet")
 
 
 @pytest.mark.parametrize(

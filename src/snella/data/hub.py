@@ -15,8 +15,8 @@ from torchvision.transforms.functional import to_pil_image
 from snella._text import listed, near_siblings
 from snella.data.datasets import CachedImages, Collection
 from snella.data.folder import PARTS
-from snella.data.images import Reading, decode_image, to_channels
-from snella.data.table import Columns, RowOptions, Samples, collection_of
+from snella.data.images import Reading, check_regular, decode_image, to_channels
+from snella.data.table import Columns, RowOptions, Samples, collection_of, outside_reason
 
 PYTHON_PREFIX = "python:"
 _IMAGE = "<image>"
@@ -38,6 +38,8 @@ def load_hf(path: str, options: RowOptions) -> Collection:
         ValueError: It cannot be read, or what `collection_of` refuses.
         ImportError: The package `datasets` is not installed.
     """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
     library = _library(f"hf:{path}")
     if not path.strip():
         raise ValueError("data must name a data set after 'hf:', got 'hf:'; write hf:FOLDER or hf:OWNER/NAME")
@@ -51,7 +53,9 @@ def load_hf(path: str, options: RowOptions) -> Collection:
             data = library.load_dataset(name, configuration or None)
     except Exception as error:
         raise _reading_error(f"hf:{path}", folder, error) from error
-    return _from_hf(data, f"hf:{path}", folder.name, options)
+    caches = (library.config.HF_DATASETS_CACHE, HF_HUB_CACHE)  # what was downloaded, or lay in archives
+    roots = [*([folder] if folder.is_dir() else []), *map(Path, caches)]
+    return _from_hf(data, f"hf:{path}", folder.name, options, roots)
 
 
 def load_wds(path: str, options: RowOptions) -> Collection:
@@ -79,7 +83,7 @@ def load_wds(path: str, options: RowOptions) -> Collection:
         data = library.load_dataset("webdataset", data_files=by_part)
     except Exception as error:
         raise _reading_error(f"wds:{path}", shards[0], error) from error
-    return _from_hf(data, f"wds:{path}", shards[0].parent.name, options)
+    return _from_hf(data, f"wds:{path}", shards[0].parent.name, options, [shards[0].parent])
 
 
 def from_python(data: Any, options: RowOptions) -> Collection:
@@ -127,9 +131,9 @@ def from_python(data: Any, options: RowOptions) -> Collection:
 class _HubImages(CachedImages):
     """Encoded images in columns of Hugging Face data sets, one after the other."""
 
-    def __init__(self, columns: Sequence[Any], name: str, reading: Reading) -> None:
+    def __init__(self, columns: Sequence[Any], name: str, reading: Reading, roots: Sequence[Path] | None) -> None:
         super().__init__(reading=reading)
-        self.columns, self.name = list(columns), name
+        self.columns, self.name, self.roots = list(columns), name, roots
 
     def read(self, row: int) -> Any:
         """Decode one image."""
@@ -140,14 +144,23 @@ class _HubImages(CachedImages):
         """The encoded image."""
         return self._bytes(_item(self.columns, row)[self.name])
 
-    @staticmethod
-    def _bytes(item: Any) -> bytes:
+    def _bytes(self, item: Any) -> bytes:
         """What stands in a column, or in the file that it names."""
-        if item is None:
+        if item is None or (item["bytes"] is None and item["path"] is None):
             raise ValueError("no image")
+        if item["bytes"] is not None:
+            content: bytes = item["bytes"]
+            return content
+        path = Path(item["path"])
+        if self.roots is not None and not path.is_absolute():
+            path = self.roots[0] / path
+        reason = "" if self.roots is None else outside_reason(path, self.roots)
+        if reason:
+            raise ValueError(f"'{item['path']}' is not a readable image: {reason}")
         try:
-            return item["bytes"] if item["bytes"] is not None else Path(item["path"]).read_bytes()
-        except OSError as error:
+            check_regular(path)
+            return path.read_bytes()
+        except (OSError, ValueError) as error:
             raise ValueError(f"'{item['path']}' is not a readable image: {error}") from error
 
 
@@ -197,8 +210,8 @@ def _labels_of(part: Any) -> list[Any]:
     return [label.tolist() if hasattr(label, "tolist") else label for label in labels]
 
 
-def _from_hf(data: Any, where: str, name: str, options: RowOptions) -> Collection:
-    """A Hugging Face data set or several as a `Collection`."""
+def _from_hf(data: Any, where: str, name: str, options: RowOptions, roots: Sequence[Path] | None = None) -> Collection:
+    """A Hugging Face data set or several as a `Collection`, whose files lie below `roots`, or anywhere."""
     import datasets
 
     parts = dict(data) if isinstance(data, Mapping) else {"train": data}
@@ -216,6 +229,8 @@ def _from_hf(data: Any, where: str, name: str, options: RowOptions) -> Collectio
             table.setdefault(column, []).extend(values)
     total = sum(map(len, parts.values()))
     table = {**{column: [_IMAGE] * total for column in images}, **table}
+    if roots is not None and options.columns.root is not None:
+        roots = [options.columns.root]
     columns = Columns({"path": images[0], **options.columns.names}) if images else options.columns
     found = columns.of(table, ("path", "label"), where)
     if found["path"] not in images:
@@ -226,7 +241,9 @@ def _from_hf(data: Any, where: str, name: str, options: RowOptions) -> Collectio
     encoded = [rows.select_columns([found["path"]]) for rows in parts.values()]
     encoded = [rows.cast_column(found["path"], datasets.Image(decode=False)) for rows in encoded]
     names = table.get(_KEY) or [f"{part}/{row:06}" for part, rows in parts.items() for row in range(len(rows))]
-    samples = Samples.of_table(name, where, _HubImages(encoded, found["path"], options.reading), names, table, found)
+    samples = Samples.of_table(
+        name, where, _HubImages(encoded, found["path"], options.reading, roots), names, table, found
+    )
     samples.notes = [*notes, *samples.notes]
     if options.target != "numbers":
         samples.classes = _class_names(first.features.get(samples.label_columns[0]))
@@ -236,10 +253,14 @@ def _from_hf(data: Any, where: str, name: str, options: RowOptions) -> Collectio
 def _values(rows: Any, images: Sequence[str]) -> dict[str, list[Any]]:
     """All columns but the images; class numbers as names, entries of mappings as columns `json.label`."""
     table: dict[str, list[Any]] = {}
-    for column, values in rows.remove_columns(list(images)).to_dict().items():
+    try:
+        columns = rows.remove_columns(list(images)).to_dict()
+    except (ValueError, OverflowError) as error:  # times out of range
+        raise ValueError(f"data cannot be read: {str(error).splitlines()[0]}") from error
+    for column, values in columns.items():
         names = _class_names(rows.features[column])
         if names:
-            values = [_named(value, names) for value in values]
+            values = [_named(value, names, f"column {column!r}, row {row}") for row, value in enumerate(values, 1)]
         if values and isinstance(values[0], dict):
             for key in values[0]:
                 table[f"{column}.{key}"] = [None if value is None else value.get(key) for value in values]
@@ -255,11 +276,14 @@ def _class_names(kind: Any) -> list[str] | None:
     return None if names is None else [str(name) for name in names]
 
 
-def _named(value: Any, names: Sequence[str]) -> Any:
+def _named(value: Any, names: Sequence[str], where: str) -> Any:
     """Class numbers as names; those of unlabeled images, -1, as nothing."""
-    if isinstance(value, list):
-        return [names[number] for number in value]
-    return None if value is None or value < 0 else names[value]
+    numbers = value if isinstance(value, list) else [value]
+    wrong = [number for number in numbers if number is not None and number >= len(names)]
+    if wrong:
+        raise ValueError(f"{where} must hold class numbers below {len(names)}, got {wrong[0]}")
+    found = [None if number is None or number < 0 else names[number] for number in numbers]
+    return [name for name in found if name is not None] if isinstance(value, list) else found[0]
 
 
 def _shards(path: str) -> list[Path]:

@@ -114,7 +114,7 @@ def read_image(path: str | Path, reading: Reading = RGB) -> Any:
 def decode_image(file: File, name: str, reading: Reading = RGB) -> Any:
     """Decode an image as `read_image` does, from a file or a stream of bytes that is called `name` in messages."""
     with _naming_errors(name, file):
-        _check_regular(file)
+        check_regular(file)
         if reading.channels not in _PILLOW_CHANNELS:
             return tv_tensors.Image(_read_array(file, reading))
         with open_image(file) as image:
@@ -135,7 +135,7 @@ def _reduction(image: Image.Image, reading: Reading) -> int:
 def inspect_image(file: File, name: str, reading: Reading = RGB) -> ImageFacts:
     """Decode an image once, large JPEGs at a lower resolution, and say what it is. Raises as `read_image`."""
     with _naming_errors(name, file):
-        _check_regular(file)
+        check_regular(file)
         if reading.channels not in _PILLOW_CHANNELS:
             array = _read_array(file, reading)
             kind = f"{reading.channels} channels of {'8' if array.dtype == torch.uint8 else '16 or more'} bits"
@@ -159,7 +159,7 @@ def facts_of(image: Image.Image, mode: str = "", kind: str = "") -> ImageFacts:
     return ImageFacts(image.size, mode or image.mode, kind, False, np.asarray(thumbnail))
 
 
-def _check_regular(file: File) -> None:
+def check_regular(file: File) -> None:
     """Refuse what has a name but no end."""
     if isinstance(file, str | Path) and not stat.S_ISREG(os.stat(file).st_mode):
         raise ValueError("it is no regular file (a pipe, a socket or a device, which may never end)")
@@ -401,7 +401,7 @@ def read_label_map(path: str | Path) -> tuple[np.ndarray, bool]:
         ValueError: The file is no image, is truncated, or holds colors instead of labels.
     """
     try:
-        _check_regular(path)
+        check_regular(path)
         with open_image(path) as image:
             image.load()
             is_lossy = image.format in LOSSY_FORMATS

@@ -37,6 +37,7 @@ _SYNONYMS: dict[str, tuple[str, ...]] = {
 }
 """By role, names of columns without capitals, spaces and `_`, the likeliest first."""
 ROLES = tuple(_SYNONYMS)
+_ROOT = "root"
 _NONE = "none"
 _SEPARATORS = ("|", ";", ",")
 _TRUE, _FALSE = ("1", "1.0", "true", "yes"), ("0", "0.0", "false", "no", "", "-1")
@@ -53,9 +54,12 @@ class Columns:
     Attributes:
         names: By role (path, label, split, weight, group) the column's name; several label columns are joined by `+`,
             `none` is for no column, and a path may be made of columns: `train/{id}.jpg`.
+        root: Folder that paths are relative to, `root=FOLDER`; None for the folder of the data. Rows of Parquet files
+            and Hugging Face data sets, which nobody reads before, may only name files below it.
     """
 
     names: Mapping[str, str] = field(default_factory=dict)
+    root: Path | None = None
 
     @classmethod
     def parse(cls, text: str | None) -> "Columns":
@@ -65,16 +69,18 @@ class Columns:
             ValueError: No such role (the nearest is given), or an entry without `=`.
         """
         names: dict[str, str] = {}
+        roles = (*ROLES, _ROOT)
         for entry in filter(None, (part.strip() for part in (text or "").split(","))):
             role, sign, name = (part.strip() for part in entry.partition("="))
-            if role not in ROLES or not sign or not name:
-                hint = nearest(role, ROLES) if role not in ROLES else ""
+            if role not in roles or not sign or not name:
+                hint = nearest(role, roles) if role not in roles else ""
                 raise ValueError(
-                    f"columns must be such as path=file,label=species, with {', '.join(ROLES)} before the '=', "
+                    f"columns must be such as path=file,label=species, with {', '.join(roles)} before the '=', "
                     f"got {entry!r}{hint}"
                 )
             names[role] = name
-        return cls(names)
+        root = names.pop(_ROOT, None)
+        return cls(names, None if root is None else Path(root).expanduser())
 
     def of(self, table: Mapping[str, Sequence[Any]], needed: Sequence[str], where: str) -> dict[str, str]:
         """The column of each role that the table has.
@@ -216,8 +222,12 @@ def load_table(path: str, options: RowOptions, *, kind: str) -> Collection:
     where = f"{kind}:{path}"
     found = options.columns.of(table, ("path", "label"), where)
     names = _paths(table, found["path"])
-    source = FileImages([file.parent / name for name in names], reading=options.reading)
+    root = options.columns.root or file.parent
+    source = FileImages([root / name for name in names], reading=options.reading)
     broken = {row: "no path" for row, name in enumerate(names) if not name}
+    if kind == "parquet":
+        outside = {row: outside_reason(image, [root]) for row, image in enumerate(source.paths) if row not in broken}
+        broken |= {row: reason for row, reason in outside.items() if reason}
     broken |= {
         row: "no such file" for row, image in enumerate(source.paths) if row not in broken and not image.is_file()
     }
@@ -323,6 +333,22 @@ def read_table(path: str, kind: str) -> tuple[dict[str, list[Any]], Path]:
     return table, file
 
 
+def outside_reason(path: Path, roots: Sequence[Path]) -> str:
+    """Why a row may not name a file: it lies in none of some folders; empty where it lies in one, links followed.
+
+    Args:
+        path: The file that the row names.
+        roots: The folders.
+    """
+    try:
+        resolved = path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a link to itself, a name with a zero byte
+        return f"no such file: {error}"
+    if any(resolved.is_relative_to(root.resolve()) for root in roots):
+        return ""
+    return f"{str(resolved)!r} is outside of {str(roots[0])!r}, which --columns root=FOLDER widens"
+
+
 def table_paths(path: str | Path, columns: Columns) -> list[Path]:
     """The image files that a table names, in its order, relative where the table's own path is.
 
@@ -332,13 +358,17 @@ def table_paths(path: str | Path, columns: Columns) -> list[Path]:
 
     Raises:
         FileNotFoundError: There is no such table.
-        ValueError: It has no such column.
+        ValueError: It has no such column, or a Parquet file names an image outside of its folder or `columns.root`.
     """
     kind = "parquet" if Path(path).suffix == ".parquet" else "csv"
     table, _ = read_table(str(path), kind)
     found = columns.of(table, ("path",), str(path))
-    folder = Path(path).expanduser().parent
-    return [folder / name for name in _paths(table, found["path"]) if name]
+    folder = columns.root or Path(path).expanduser().parent
+    paths = [folder / name for name in _paths(table, found["path"]) if name]
+    reasons = (outside_reason(image, [folder]) for image in paths) if kind == "parquet" else ()
+    if reason := next(filter(None, reasons), None):
+        raise ValueError(f"{path} must name images below its folder, got one that does not: {reason}")
+    return paths
 
 
 def _read_csv(file: Path) -> dict[str, list[Any]]:
@@ -375,7 +405,7 @@ def _read_parquet(file: Path) -> dict[str, list[Any]]:
         raise ImportError(f"'{file}' needs pyarrow; pip install 'snella[data]'") from error
     try:
         table: dict[str, list[Any]] = parquet.read_table(file).to_pydict()
-    except (ArrowException, OSError) as error:
+    except (ArrowException, OSError, ValueError, OverflowError) as error:  # the last two of times out of range
         raise ValueError(f"'{file}' must be a Parquet file: {str(error).splitlines()[0]}") from error
     return table
 
