@@ -176,6 +176,12 @@ def test_biases_of_a_torch_attention_are_refused(cases):
         cases["torch_vit"].adapted(bias="all")
 
 
+@pytest.mark.parametrize("rows", [[1, 99], {"embed_tokens": [99]}, [-1]])
+def test_rows_that_an_embedding_does_not_have_are_refused(rows):
+    with pytest.raises(ValueError, match=r"trainable_token_indices must be from 0 to \d+, rows of '.*', got (99|-1)"):
+        get_peft_model(llama(), large(trainable_token_indices=rows))
+
+
 def test_single_tokens_are_trained_saved_and_merged(tmp_path):
     model = get_peft_model(llama(), large(trainable_token_indices=[1, 3])).train()
     model(TOKENS).logits.square().sum().backward()

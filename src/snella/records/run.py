@@ -39,6 +39,16 @@ class BackboneInfo:
     architecture: str | None = None
     channels: int = field(default=3, metadata=OPTIONAL)
 
+    def __post_init__(self) -> None:
+        """Refuse numbers that no model has."""
+        for name, most in _MOST.items():
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= most:
+                raise ValueError(f"{name} must be from 1 to {most:,}, got {value:,}")
+
+
+_MOST = {"img_size": 16_384, "num_classes": 1_000_000, "channels": 4_096}
+
 
 @dataclass(frozen=True)
 class DataInfo:

@@ -1,12 +1,16 @@
 """The best model of a run, with its transform, classes and task."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
+from torchvision import tv_tensors
 
 from snella.data import build_transform
 from snella.data.images import FULL_WHITE, Reading
@@ -64,11 +68,69 @@ def load_run(run: str | Path | RunFolder, device: str = "auto") -> LoadedRun:
     if results is not None:
         return _load_ensemble(folder, results, device)
     info = read(RunInfo, folder.path)
-    task = get_task(info)
-    folder.check_adapter()
-    model = load_trained(folder.adapter, make_backbone(info.backbone, task.name)).to(choose_device(device))
-    transform = build_transform(info.data_config, train=False, augment="none")
+    with _naming(folder.path):
+        task = get_task(info)
+        _check_outputs(info, task)
+        folder.check_adapter()
+        backbone = make_backbone(info.backbone, task.name)
+        size = _built_in_size(backbone)
+        model = load_trained(folder.adapter, backbone).to(choose_device(device))
+        try:
+            transform = build_transform(info.data_config, train=False, augment="none")
+            _check_transform(transform, info, size)
+        except ValueError as error:
+            raise ValueError(
+                f"{folder.path / info.file}: data_config: {error}; copy it again, or train again with `--overwrite`"
+            ) from error
     return LoadedRun(folder, model, transform, list(info.classes), task, info)
+
+
+_LIBRARY_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError)
+"""What torch, timm and PEFT raise for values that they cannot use."""
+
+
+@contextmanager
+def _naming(run: Path) -> Iterator[None]:
+    """Report what libraries say of values of a run's files as one error that names the run."""
+    try:
+        yield
+    except NotImplementedError:
+        raise
+    except _LIBRARY_ERRORS as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"{run} cannot be loaded: run.json or the settings of its adapter do not fit its weights: {reason:.300}; "
+            "copy the run again, or train again with `--overwrite`"
+        ) from error
+
+
+def _check_outputs(info: RunInfo, task: Task) -> None:
+    """Refuse class names that are not as many as the model's outputs."""
+    expected, found = task.count_outputs(info.classes), info.backbone.num_classes
+    if found is not None and expected != found:
+        raise ValueError(
+            f"run.json must name the classes of {found} outputs, got {len(info.classes)} names; copy the run again, or "
+            "train again with `--overwrite`"
+        )
+
+
+def _built_in_size(backbone: nn.Module) -> int | None:
+    """The only side of an image that a backbone takes; None where it takes others."""
+    patches: Any = getattr(getattr(backbone, "encoder", backbone), "patch_embed", None)
+    size = getattr(patches, "img_size", None)
+    is_fixed = size is not None and getattr(patches, "strict_img_size", False)
+    return int(size[0]) if is_fixed and size is not None else None
+
+
+def _check_transform(transform: Callable[..., Tensor], info: RunInfo, size: int | None) -> None:
+    """Refuse a transform that gives other tensors than the model takes, before the first image comes."""
+    channels = info.backbone.channels
+    modes = {1: "L", 3: "RGB", 4: "RGBA"}
+    blank: Any = tv_tensors.Image(torch.zeros(channels, 8, 8, dtype=torch.uint8))
+    made = transform(Image.new(modes[channels], (8, 8)) if channels in modes else blank)
+    side = made.shape[-1] if size is None else size
+    if list(made.shape) != [channels, side, side] or not bool(made.isfinite().all()):
+        raise ValueError(f"it must make finite images of {[channels, side, side]}, got {list(made.shape)}")
 
 
 class Ensemble(nn.Module):

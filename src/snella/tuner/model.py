@@ -96,6 +96,7 @@ class SnellaModel(BaseTuner):
             raise ValueError(unmatched_message(targets, model))
         self._refuse_shared_weights(peft_config, model)
         self._check_ranks(peft_config, model)
+        _check_token_rows(peft_config, model)
         peft_config.parameters_to_save = find_tokens(
             model, peft_config.wanted_tokens(), is_required=peft_config.requires_tokens
         )
@@ -543,6 +544,25 @@ def _adapted_layers(model: nn.Module, adapter_names: list[str]) -> list[SnellaLa
     """The layers that one of these adapters updates."""
     layers = [module for module in model.modules() if isinstance(module, SnellaLayer)]
     return [layer for layer in layers if any(name in layer.snella_A for name in adapter_names)]
+
+
+def _check_token_rows(peft_config: SnellaConfig, model: nn.Module) -> None:
+    """Refuse rows that an embedding does not have."""
+    wanted = peft_config.trainable_token_indices
+    if not wanted:
+        return
+    own: Any = getattr(model, "get_input_embeddings", lambda: None)
+    embedding = own()
+    for name, module in model.named_modules():
+        if isinstance(wanted, dict):
+            rows = next((rows for end, rows in wanted.items() if _matches({end}, name)), [])
+        else:
+            rows = wanted if module is embedding else []
+        if not isinstance(module, nn.Embedding):
+            continue
+        count = module.num_embeddings
+        if wrong := [row for row in rows if not 0 <= row < count]:
+            raise ValueError(f"trainable_token_indices must be from 0 to {count - 1}, rows of {name!r}, got {wrong[0]}")
 
 
 def _matching(targets: set[str] | str, model: nn.Module) -> set[str]:
