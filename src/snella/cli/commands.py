@@ -337,6 +337,8 @@ def serve(
     max_files: int = 32,
     max_mib: float = 20.0,
     max_megapixels: float = 50.0,
+    max_total_megapixels: float = 200.0,
+    hosts: str | None = None,
     batch_size: int = 32,
     device: Device = "auto",
 ) -> None:
@@ -345,8 +347,9 @@ def serve(
       snella serve runs/photos
       curl -F files=@new.jpg http://127.0.0.1:8000/predict
 
-    GET / is the page, GET /health says what is served, POST /predict takes images as files of a form. There is no
-    login and no encryption: put it behind a server that has them. Needs pip install 'snella[serve]'.
+    GET / is the page, GET /health says what is served, POST /predict takes images as files of a form, GET /docs
+    describes them. There is no login and no encryption: put it behind a server that has them. Needs pip install
+    'snella[serve]'.
 
     Args:
         run: Folder of the run.
@@ -357,15 +360,20 @@ def serve(
         max_files: Images in one request, at most.
         max_mib: Size of one file, at most, in MiB.
         max_megapixels: Pixels of one image, at most, in millions; larger ones are not decoded.
+        max_total_megapixels: Pixels of all images that are answered at one time, in millions; further requests get
+            status 503 and may come again.
+        hosts: Names by which the server is called, separated by commas, besides localhost, this machine's name and IP
+            addresses; e.g. photos.example.org where another server passes requests on.
         batch_size: Images at a time.
         device: auto, cpu or cuda.
     """
     from snella.runs.prediction_files import parse_unsure
     from snella.runs.serve import ServerLimits, serve
 
-    limits = ServerLimits(max_files, max_mib, max_megapixels)
-    threshold = parse_unsure(unsure)
-    serve(run, host=host, port=port, limits=limits, tta=tta, unsure=threshold, batch_size=batch_size, device=device)
+    limits = ServerLimits(max_files, max_mib, max_megapixels, max_total_megapixels)
+    threshold, names = parse_unsure(unsure), [name.strip() for name in (hosts or "").split(",") if name.strip()]
+    options = {"tta": tta, "unsure": threshold, "batch_size": batch_size, "device": device, "hosts": names}
+    serve(run, host=host, port=port, limits=limits, **options)
 
 
 @command("snella.runs.push")
@@ -586,14 +594,14 @@ def _write_sheet(image: Any, sheet: str) -> None:
     """Write a picture as PNG, atomically."""
     import io
 
-    from snella._files import write_bytes
+    from snella._files import made_folder, write_bytes
 
     path, content = Path(sheet), io.BytesIO()
     if path.suffix.lower() != ".png":
         raise ValueError(f"sheet must be a PNG file, got {sheet!r}; write {str(path.with_suffix('.png'))!r}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     image.save(content, "PNG")
-    write_bytes(path, content.getvalue())
+    with made_folder(path.parent):
+        write_bytes(path, content.getvalue())
 
 
 def _refresh_generation_report(run: str) -> Path:
