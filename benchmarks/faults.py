@@ -11,6 +11,22 @@
     checkpoint  the same in an unfinished run; then train --resume
     fuzzed      command lines and configuration files
     together    a second process on the folder of a living run
+    overwritten killed while --overwrite clears and begins; then train --resume
+    folds       a cross-validation killed, and resumed
+    features    a linear probe on features that are computed once, killed and resumed
+    merged      merge and export killed, and called again
+    limits      merge, export, explain, plot, predict where files may not grow
+    inodes      a file system that takes few files
+    torchruns   two of them in one folder
+
+and, in `faults_of_others.py`, what somebody else has made:
+
+    exchanged   checkpoints, settings and records of another run, files that nothing lists
+    forged      other values in run.json and adapter settings, with right seals
+    objects     YAML that would make Python objects
+    bombs       images that fill the memory, PostScript, in folders, masks and questions
+    requests    six requests at once to `snella serve` whose images fill the memory
+    markup      in the names of classes, files and folders; pages in a browser
 
 A command may refuse damage in one line (noticed) or answer as if nothing had happened (harmless). Other results,
 tracebacks and runs that cannot be finished must not occur: the program then prints what led to them, and ends with 1.
@@ -47,6 +63,7 @@ os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", HF_HUB_OFFLINE=
 import numpy as np
 import torch
 import yaml
+from faults_of_others import bombs, exchanged, forged, markup, objects, requests
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -62,7 +79,7 @@ TINY = [
     "--device", "cpu", "--progress", "false",
 ]  # fmt: skip
 LIMIT_S = 120
-MUST_BE_ZERO = ("other results", "traceback", "not resumed")
+MUST_BE_ZERO = ("other results", "traceback", "not resumed", "executed", "left over", "out of memory")
 
 
 @dataclass
@@ -180,10 +197,11 @@ def fill_up() -> None:
 def outcome(run: Path) -> dict[str, object]:
     """What a run ends with, to the last bit; times and paths apart."""
     metrics = json.loads((run / "metrics.json").read_text())
+    allocation = run / "allocation.json"
     return {
         "adapter": {path.name: _sha256(path) for path in sorted((run / "adapter").glob("*.safetensors"))},
         "metrics": {name: metrics[name] for name in ("best_epoch", "history", "val", "test")},
-        "allocation": _sha256(run / "allocation.json"),
+        "allocation": _sha256(allocation) if allocation.is_file() else None,
         "predictions": _sha256(run / "predictions.json"),
         "report": (run / "report.html").is_file(),
     }
@@ -202,6 +220,19 @@ class Harness:
     sizes: dict[str, int]
     counts: dict[str, Counter[str]] = field(default_factory=dict)
     complaints: list[str] = field(default_factory=list)
+    tiny = tuple(TINY)
+    fork = staticmethod(fork)
+    child = Child
+    outcome = staticmethod(lambda run: outcome(run))
+
+    def count_answer(self, group: str, what: str, ended: Finished, is_same: Callable[[], bool]) -> None:
+        """Note the end of one command: a traceback, one line, or results that have to be the same."""
+        if ended.has_traceback:
+            self.count(group, "traceback", what, ended.text)
+        elif ended.status:
+            self.count(group, "one line")
+        else:
+            self.count(group, "harmless" if is_same() else "other results", what, ended.text)
 
     def count(self, group: str, result: str, what: str = "", text: str = "") -> None:
         """Note the result of one trial; one that must not occur with what led to it."""
@@ -248,6 +279,13 @@ class Harness:
             if list((self.unfinished / "checkpoints").glob("checkpoint-*")):
                 break
             shutil.rmtree(self.unfinished, ignore_errors=True)
+        other = self.root / "other" / "run"
+        fork(functools.partial(train_until, other, number, die, [*TINY, "--seed", "1"]))
+        self.unfinished_other = other
+        if self.sizes["overwritten"]:
+            whole = shutil.copytree(other, self.root / "other" / "whole", symlinks=True)
+            fork(lambda: main(["train", "--out", str(whole), "--resume"]))
+            self.expected_of_other = outcome(whole)
         self.images = self.root / "images"
         self.images.mkdir()
         pixels = np.random.default_rng(0).integers(0, 255, (2, 32, 32, 3), dtype=np.uint8)
@@ -318,6 +356,162 @@ class Harness:
                 self.count("small disk", "one line" if ended.status else "not met")
                 subprocess.run(["mount", "-o", "remount,size=64m", str(place)], check=True)
                 self.resume("small disk", what, place / "run")
+
+    def overwritten(self) -> None:
+        """SIGKILL while an unfinished run is overwritten by one with other settings."""
+        for _, draw, place in self.trials("overwritten"):
+            run = shutil.copytree(self.unfinished_other, place / "run", symlinks=True)
+            operation = draw.randint(1, 30)
+            what = f"before file operation {operation}"
+            fork(functools.partial(train_until, run, operation, die, [*TINY, "--overwrite"]))
+            ended = fork(lambda run=run: main(["train", "--out", str(run), "--resume"]))
+            if ended.has_traceback:
+                self.count("overwritten", "traceback", what, ended.text)
+            elif ended.status and "--overwrite" in ended.text:
+                fork(lambda run=run: main([*TINY, "--out", str(run), "--overwrite"]))
+                same = outcome(run) == self.expected
+                self.count("overwritten", "told to overwrite" if same else "other results", what, ended.text)
+            elif ended.status:
+                self.count("overwritten", "not resumed", what, ended.text)
+            else:
+                found = outcome(run)
+                kinds = {"the old one resumed": self.expected_of_other, "the new one begun": self.expected}
+                kind = next((name for name, expected in kinds.items() if found == expected), "other results")
+                self.count("overwritten", kind, what, ended.text)
+
+    def folds(self) -> None:
+        """SIGKILL in a cross-validation; sometimes its settings are edited before it goes on."""
+        words = [word for word in TINY if word not in ("--test-size",)]
+        del words[words.index("--val-size") + 2]  # the size of the test part, which folds are
+        words += ["--folds", "2"]
+        self._killed_variant("folds", words, lambda run: (run / "folds.json").read_bytes())
+
+    def features(self) -> None:
+        """SIGKILL in a linear probe on features that are computed once."""
+        words = [word for word in TINY if word != "--r"]
+        del words[words.index("--img-size") + 2]
+        words += ["--method", "linear", "--augment", "none"]
+        self._killed_variant("features", words, outcome)
+
+    def _killed_variant(self, group: str, words: list[str], result: Callable[[Path], object]) -> None:
+        """SIGKILL before chosen operations of a training, which is then resumed to the same result."""
+        if not self.sizes[group]:
+            return
+        whole = self.root / group / "whole"
+        whole.parent.mkdir(parents=True)
+        notes = self.root / group / "operations"
+
+        def count() -> int:
+            found = at_file_operation(whole, None, die)
+            status = main([*words, "--out", str(whole)])
+            notes.write_text(str(found[0]))
+            return status
+
+        ended = fork(count)
+        if ended.status:
+            raise SystemExit(f"the uninterrupted run of {group} failed:\n{ended.text}")
+        expected, operations = result(whole), int(notes.read_text())
+        for _, draw, place in self.trials(group):
+            run, operation = place / "run", draw.randint(1, operations)
+            what = f"before file operation {operation}"
+            fork(functools.partial(train_until, run, operation, die, words))
+            ended = fork(lambda run=run: main(["train", "--out", str(run), "--resume"]))
+            if ended.status == 2 and ("which holds none" in ended.text or "--overwrite" in ended.text):
+                ended = fork(lambda run=run: main([*words, "--out", str(run), "--overwrite"]))
+            if ended.has_traceback or ended.status:
+                self.count(group, "traceback" if ended.has_traceback else "not resumed", what, ended.text)
+            else:
+                self.count(group, "same bits" if result(run) == expected else "other results", what, ended.text)
+
+    def merged(self) -> None:
+        """SIGKILL in merge and export; what has the final name is whole, and a second call succeeds."""
+        commands = {
+            "merge to a file": ["merge", str(self.finished), "--out", "m.safetensors", "--overwrite"],
+            "merge to a folder": ["merge", str(self.finished), "--out", "m", "--overwrite"],
+            "export": ["export", str(self.finished), "--format", "sparse", "--out", "s.safetensors", "--overwrite"],
+        }
+        for number, draw, place in self.trials("merged"):
+            name = list(commands)[number % len(commands)]
+            target = place / commands[name][commands[name].index("--out") + 1]
+            words = [str(target) if word == target.name else word for word in commands[name]]
+            operation = draw.randint(1, 8)
+            fork(functools.partial(call_until, place, operation, die, words))
+            left = contents_of(target)
+            ended = fork(lambda words=words: main(words))
+            what = f"{name}, killed before file operation {operation}"
+            if ended.has_traceback or ended.status:
+                self.count("merged", "traceback" if ended.has_traceback else "not resumed", what, ended.text)
+            elif left and left != contents_of(target) and "config.json" in left:
+                self.count("merged", "other results", what, str(sorted(left)))
+            elif any(path.name.endswith(".tmp") for path in place.iterdir()):
+                self.count("merged", "left over", what, str(list(place.iterdir())))
+            else:
+                self.count("merged", "whole at the second call")
+
+    def limits(self) -> None:
+        """Files that may not grow beyond a size: one line that names a file, and no empty folder."""
+        run, images = str(self.finished), str(self.images)
+        commands = [
+            lambda out: ["merge", run, "--out", f"{out}/m.safetensors"],
+            lambda out: ["merge", run, "--out", f"{out}/m"],
+            lambda out: ["export", run, "--format", "sparse", "--out", f"{out}/s.safetensors"],
+            lambda out: ["explain", run, images, "--out", f"{out}/maps"],
+            lambda out: ["plot", "allocation", run, "--out", f"{out}/plots"],
+            lambda out: ["predict", run, images, "--out", f"{out}/p.csv"],
+            lambda out: ["evaluate", run, "--out", f"{out}/e.json"],
+        ]
+        for number, draw, place in self.trials("limits"):
+            words = commands[number % len(commands)](place / "new")
+            limit = draw.choice([0, 10, 200])
+            ended = fork(functools.partial(call_limited, words, limit))
+            what = f"{' '.join(words)} with files of at most {limit} bytes"
+            empty = [path for path in place.rglob("*") if path.is_dir() and not any(path.iterdir())]
+            if ended.has_traceback:
+                self.count("limits", "traceback", what, ended.text)
+            elif ended.status == 0:
+                self.count("limits", "not met")
+            elif str(place) not in ended.text.strip().splitlines()[-1] or empty:
+                self.count("limits", "left over" if empty else "no file named", what, f"{empty} {ended.text}")
+            else:
+                self.count("limits", "one line with the file")
+
+    def inodes(self) -> None:
+        """A file system that takes few files, where one can be mounted."""
+        for _, draw, place in self.trials("inodes"):
+            count = draw.randint(3, 40)
+            with mounted(place, 2**26, f"nr_inodes={count}") as is_mounted:
+                if not is_mounted:
+                    self.count("inodes", "could not be mounted")
+                    return
+                what = f"a disk for {count} files"
+                ended = fork(lambda place=place: main([*TINY, "--out", str(place / "run")]))
+                if ended.has_traceback:
+                    self.count("inodes", "traceback", what, ended.text)
+                    continue
+                self.count("inodes", "one line" if ended.status else "not met")
+                subprocess.run(["mount", "-o", "remount,nr_inodes=100000", str(place)], check=True)
+                self.resume("inodes", what, place / "run")
+
+    def torchruns(self) -> None:
+        """Two torchruns of two processes each in one folder."""
+        if not self.sizes["torchruns"]:
+            return
+        whole = self.root / "torchruns-whole"
+        if torchrun(whole).wait(LIMIT_S * 3):
+            raise SystemExit("the uninterrupted torchrun failed")
+        expected = outcome(whole)
+        for _, draw, place in self.trials("torchruns"):
+            first = torchrun(place / "run")
+            time.sleep(draw.uniform(0.0, 3.0))
+            both = (first, torchrun(place / "run"))
+            texts = [process.communicate(timeout=LIMIT_S * 3)[0] for process in both]
+            statuses = [process.returncode for process in both]
+            if 0 not in statuses:
+                self.count("torchruns", "not resumed", "two torchruns", "".join(texts))
+            elif outcome(place / "run") != expected:
+                self.count("torchruns", "other results", "two torchruns", "".join(texts))
+            else:
+                self.count("torchruns", "one went through" if any(statuses) else "the one after the other")
 
     def damaged_run(self) -> None:
         """Damage in a finished run, and every command that uses it."""
@@ -435,10 +629,38 @@ class Harness:
                 self.count("together", "the one after the other")
 
 
+def torchrun(run: Path) -> "subprocess.Popen[str]":
+    """Start two processes of one training."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    tiny = [word for word in TINY if word != "--r"]  # which torchrun would take for an option of its own
+    tiny[tiny.index("--img-size") + 2] = "--method=snella-2"  # in place of the rank
+    words += ["-m", "snella.cli.main", *tiny, "--out", str(run)]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def contents_of(path: Path) -> dict[str, str]:
+    """Digests of a file, or of the files of a folder; empty where there is nothing."""
+    if path.is_file():
+        return {path.name: _sha256(path)}
+    return {file.name: _sha256(file) for file in files_of(path) if not file.name.startswith(".")}
+
+
+def call_until(folder: Path, operation: int, action: Callable[[], None], words: list[str]) -> int:
+    """Run a command until something happens before a file operation."""
+    at_file_operation(folder, operation, action)
+    return main(words)
+
+
+def call_limited(words: list[str], limit: int) -> int:
+    """Run a command with files of at most so many bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    return main(words)
+
+
 @contextmanager
-def mounted(place: Path, size: int) -> Iterator[bool]:
+def mounted(place: Path, size: int, *options: str) -> Iterator[bool]:
     """A file system of a size in `place`; False where this process may not mount one."""
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
+    command = ["mount", "-t", "tmpfs", "-o", ",".join((f"size={size}", *options)), "tmpfs", str(place)]
     is_mounted = shutil.which("mount") is not None and subprocess.run(command, capture_output=True).returncode == 0
     try:
         yield is_mounted
@@ -605,8 +827,14 @@ def leave_page_out(run: Path, images: object = None) -> Path:
 
 FULL = {
     "killed": 60, "disk full": 30, "small disk": 12, "finished": 120, "checkpoint": 60, "fuzzed": 600, "together": 15,
+    "overwritten": 30, "folds": 12, "features": 12, "merged": 24, "limits": 21, "inodes": 10, "torchruns": 2,
+    "exchanged": 40, "forged": 120, "objects": 6, "bombs": 12, "requests": 2, "markup": 1,
 }  # fmt: skip
-QUICK = {"killed": 2, "disk full": 1, "small disk": 0, "finished": 2, "checkpoint": 1, "fuzzed": 12, "together": 1}
+QUICK = {
+    **dict.fromkeys(FULL, 0),
+    **{"killed": 2, "disk full": 1, "finished": 2, "checkpoint": 1, "fuzzed": 12, "together": 1},
+    **{"overwritten": 1, "merged": 1, "limits": 2, "exchanged": 5, "forged": 4, "objects": 1, "bombs": 2},
+}
 
 
 def table(counts: dict[str, Counter[str]]) -> str:
@@ -642,7 +870,7 @@ def run_all(arguments: argparse.Namespace) -> int:
     sizes = {name: round(size * arguments.times) for name, size in sizes.items()}
     if arguments.only:
         sizes = {name: size if name in arguments.only else 0 for name, size in sizes.items()}
-    for name in ("train", "evaluate", "predict", "merge", "inspect", "data", "compare"):
+    for name in ("train", "evaluate", "predict", "merge", "inspect", "data", "compare", "export", "serve"):
         importlib.import_module(COMMANDS[name].library)
     if arguments.quick:  # half of the time of such a training
         sys.modules["snella.training.train"].__dict__["write_report"] = leave_page_out
@@ -652,9 +880,12 @@ def run_all(arguments: argparse.Namespace) -> int:
         harness.prepare()
         for group in (
             harness.killed, harness.disk_full, harness.small_disk, harness.damaged_run, harness.damaged_checkpoint,
-            harness.fuzzed, harness.together,
+            harness.fuzzed, harness.together, harness.overwritten, harness.folds, harness.features, harness.merged,
+            harness.limits, harness.inodes, harness.torchruns,
+            *(functools.partial(group, harness) for group in (exchanged, forged, objects, bombs, requests, markup)),
         ):  # fmt: skip
             group()
+            group = getattr(group, "func", group)
             print(f"{time.monotonic() - start:.0f} s: {group.__name__}", file=sys.stderr, flush=True)
     for complaint in harness.complaints:
         print(complaint)

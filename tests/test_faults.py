@@ -19,7 +19,9 @@ def test_faults_are_noticed_or_harmless_and_killed_runs_resume_to_the_same_bits(
     row = json.loads((tmp_path / "row.jsonl").read_text())
     assert row["quick"] and len(row["commit"]) in (0, 40)
     counts = row["counts"]
-    assert set(counts) == {"killed", "disk full", "finished", "checkpoint", "fuzzed", "together"}
+    groups = ("killed", "disk full", "finished", "checkpoint", "fuzzed", "together", "overwritten", "merged", "limits")
+    assert set(counts) == {*groups, "exchanged", "forged", "objects", "bombs"}
+    assert counts["exchanged"] == {"one line": 5} and counts["bombs"] == {"one line": 2}
     assert counts["killed"] == {"same bits": 2} and counts["disk full"]["same bits"] == 1
     assert counts["finished"]["noticed"] > 0 and sum(counts["fuzzed"].values()) == 12
     assert "| killed | 2 | 2 same bits; 0 other results, 0 traceback, 0 not resumed |" in done.stdout

@@ -1,0 +1,345 @@
+"""Groups of `faults.py` whose input somebody else has made: exchanged, forged, oversized, with code or markup inside.
+
+Each is a function of the harness and counts one result a trial; see the list in `faults.py`.
+"""
+
+import functools
+import http.client
+import io
+import json
+import os
+import random
+import resource
+import shutil
+import socket
+import struct
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from PIL import Image
+
+from snella._files import sealed
+from snella.cli.main import main
+from snella.training.checkpoints import latest_checkpoint
+
+MOST_BYTES = 8 * 2**30
+MARKUP = (
+    "<img src=x onerror=window.hit=1>",
+    "<b onmouseover=window.hit=1>b",
+    "'\"><svg onload=window.hit=1>",
+    "& &lt;",
+)
+"""Class and file names; none of their elements may appear in a page."""
+
+
+def exchanged(harness: Any) -> None:
+    """Parts of another unfinished run, edited settings, and files that nothing lists; then `--resume`."""
+    for number, draw, place in harness.trials("exchanged"):
+        run = shutil.copytree(harness.unfinished, place / "run", symlinks=True)
+        what = _EXCHANGES[number % len(_EXCHANGES)](draw, run, harness.unfinished_other)
+        ended = harness.fork(lambda run=run: main(["train", "--out", str(run), "--resume"]))
+        harness.count_answer("exchanged", what, ended, lambda run=run: harness.outcome(run) == harness.expected)
+
+
+def _checkpoint_of_another(draw: random.Random, run: Path, other: Path) -> str:
+    shutil.rmtree(run / "checkpoints")
+    shutil.copytree(other / "checkpoints", run / "checkpoints")
+    return "checkpoints of another run"
+
+
+def _files_of_another(draw: random.Random, run: Path, other: Path) -> str:
+    names = draw.choice([("config.yaml",), ("run.json",), ("config.yaml", "run.json")])
+    for name in names:
+        shutil.copy(other / name, run / name)
+    return f"{' and '.join(names)} of another run"
+
+
+def _edited_settings(draw: random.Random, run: Path, other: Path) -> str:
+    path = run / "config.yaml"
+    values = yaml.safe_load(path.read_text())
+    numbers = [("label_smoothing", 0.3), ("seed", 5), ("epochs", 0), ("epochs", 7), ("r", -1)]
+    name, value = draw.choice([*numbers, ("lr", "x"), ("augment", "none")])
+    path.write_text(yaml.safe_dump({**values, name: value}))
+    return f"{name}: {value} in config.yaml"
+
+
+def _unlisted_file(draw: random.Random, run: Path, other: Path) -> str:
+    name = draw.choice(["scaler.pt", "pytorch_model.bin", "adapter_model.bin", "scheduler_2.pt"])
+    checkpoint = latest_checkpoint(run / "checkpoints")
+    (checkpoint / name).write_bytes(b"\x80\x04." if draw.random() < 0.5 else (checkpoint / "optimizer.pt").read_bytes())
+    return f"{name} in the checkpoint"
+
+
+def _linked_lock(draw: random.Random, run: Path, other: Path) -> str:
+    (run.parent / "mine").write_text("mine")
+    (run / ".lock").unlink(missing_ok=True)
+    (run / ".lock").symlink_to(run.parent / "mine")
+    return ".lock is a link"
+
+
+_EXCHANGES = (_checkpoint_of_another, _files_of_another, _edited_settings, _unlisted_file, _linked_lock)
+
+
+def forged(harness: Any) -> None:
+    """Values of a finished run's `run.json` or adapter settings exchanged, and all seals and digests made right."""
+    strange = [None, -1, 0, 7, 10**9, "x", "", [], {}, [1, 2], 0.5, True, [0.5] * 5, ["a"] * 3, {"a": 1}]
+    for _, draw, place in harness.trials("forged"):
+        run = shutil.copytree(harness.finished, place / "run", symlinks=True)
+        values = json.loads((run / "run.json").read_text())
+        if draw.random() < 0.6:
+            part = draw.choice([values, values["backbone"], values["data"], values["data_config"]])
+            name = draw.choice(sorted(part))
+            value = draw.choice(strange)
+            part[name] = value
+        else:
+            path = run / "adapter" / "adapter_config.json"
+            settings = json.loads(path.read_text())
+            name, value = draw.choice([*sorted(settings), "trainable_token_indices"]), draw.choice(strange)
+            path.write_text(json.dumps({**settings, name: value}))
+            values["files"] = {}
+        (run / "run.json").write_text(json.dumps(sealed(values)))
+        words = ["predict", str(run), str(harness.images), "--out", str(place / "p.csv")]
+        ended = harness.fork(functools.partial(_within_memory, words))
+        harness.count_answer("forged", f"{name}: {value!r}", ended, lambda: True)
+
+
+def _within_memory(words: list[str]) -> int:
+    """A command in limited memory."""
+    resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
+    return main(words)
+
+
+def objects(harness: Any) -> None:
+    """YAML that would make Python objects, wherever a file of it is read."""
+    for number, _, place in harness.trials("objects"):
+        marker = place / "executed"
+        text = f"!!python/object/apply:os.system ['touch {marker}']"
+        run, file = place / "run", place / "x.yaml"
+        if number % 3 == 0:
+            run = shutil.copytree(harness.unfinished, run, symlinks=True)
+            (run / "config.yaml").write_text(text)
+            words = ["train", "--out", str(run), "--resume"]
+        elif number % 3 == 1:
+            file.write_text(f"data: {text}\n")
+            words = ["train", "--config", str(file), "--out", str(run)]
+        else:
+            file.write_text(text)
+            words = [*harness.tiny, "--class-weights", str(file), "--out", str(run)]
+        ended = harness.fork(lambda words=words: main(words))
+        if marker.exists():
+            harness.count("objects", "executed", " ".join(words), ended.text)
+        else:
+            harness.count_answer("objects", " ".join(words), ended, lambda: True)
+
+
+def png(width: int, height: int, content: bytes | None = None) -> bytes:
+    """A PNG whose header says that it is large; by default all of its pixels are there, and black."""
+    if content is None:
+        packer = zlib.compressobj(9)
+        content = b"".join(packer.compress(bytes(3 * width + 1)) for _ in range(height)) + packer.flush()
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    parts = [(b"IHDR", head), (b"IDAT", content), (b"IEND", b"")]
+    chunks = [struct.pack(">I", len(d)) + kind + d + struct.pack(">I", zlib.crc32(kind + d)) for kind, d in parts]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def _array_of(shape: tuple[int, ...]) -> bytes:
+    """An array file that says it has this shape, and holds nothing."""
+    out = io.BytesIO()
+    np.lib.format.write_array_header_1_0(out, {"shape": shape, "fortran_order": False, "descr": "|u1"})
+    return out.getvalue()
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+def bombs(harness: Any) -> None:
+    """Images that say or are more than the memory holds, and PostScript, in folders, masks and questions."""
+    contents: list[tuple[str, Callable[[], bytes]]] = [
+        ("a header of 60,000 × 60,000", lambda: png(60_000, 60_000, zlib.compress(b"\0"))),
+        ("PostScript", lambda: POSTSCRIPT),
+        ("an array of 60,000 × 60,000 × 3", lambda: _array_of((60_000, 60_000, 3))),
+        ("a text of 1 GiB when unpacked", _text_bomb),
+    ]
+    for number, _, place in harness.trials("bombs"):
+        program, marker = place / "bin" / "gs", place / "executed"
+        program.parent.mkdir()
+        program.write_text(f'#!/bin/sh\n[ "$1" = --version ] || touch {marker}\n')
+        program.chmod(0o755)
+        what, make = contents[number % len(contents)]
+        masks = number // len(contents) % 3 == 1
+        data = place / "data"
+        for index in range(12):
+            folder = data / ("images" if masks else "ab"[index % 2])
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = np.random.default_rng(index).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{index}.png")
+            if masks:
+                (data / "masks").mkdir(exist_ok=True)
+                Image.fromarray((pixels[..., 0] > 128).astype(np.uint8)).save(data / "masks" / f"{index}.png")
+        (data / ("masks" if masks else "a") / "0.png").write_bytes(make())
+        words = ["data", "check", f"{'masks' if masks else 'folder'}:{data}"]
+        if number // len(contents) % 3 == 2:
+            words = ["predict", str(harness.finished), str(data / "a"), "--out", str(place / "p.csv")]
+
+        def ask(words: list[str] = words, program: Path = program) -> int:
+            os.environ["PATH"] = f"{program.parent}:{os.environ['PATH']}"
+            return _within_memory(words)
+
+        ended = harness.fork(ask)
+        if marker.exists():
+            harness.count("bombs", "executed", f"{what}: {words}", ended.text)
+        else:
+            harness.count_answer("bombs", f"{what}: {words}", ended, lambda: True)
+
+
+def _text_bomb() -> bytes:
+    """A PNG with a compressed text."""
+    packer = zlib.compressobj(9)
+    text = b"".join(packer.compress(bytes(2**20)) for _ in range(1024)) + packer.flush()
+    data = b"Comment\0\0" + text
+    chunk = struct.pack(">I", len(data)) + b"zTXt" + data + struct.pack(">I", zlib.crc32(b"zTXt" + data))
+    whole = png(16, 16)
+    return whole[:33] + chunk + whole[33:]
+
+
+def requests(harness: Any) -> None:
+    """Several requests at one time whose images fill the memory: 200, 413 or 503, and bounded memory."""
+    most_mib = 1_500
+    for _, _, place in harness.trials("requests"):
+        port_file = place / "port"
+        child = harness.child(functools.partial(_serve, harness.finished, port_file))
+        deadline = time.monotonic() + 60
+        while not port_file.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        body, before = png(7_000, 7_000), _resident_mib(child.pid)
+        statuses: list[int] = []
+        askers = [
+            threading.Thread(target=_ask, args=(int(port_file.read_text()), [body] * 2, statuses)) for _ in range(6)
+        ]
+        for asker in askers:
+            asker.start()
+        peak = before
+        while any(asker.is_alive() for asker in askers):
+            peak = max(peak, _resident_mib(child.pid))
+            time.sleep(0.02)
+        ended = child.wait(signal_after_s=0)
+        what = f"statuses {sorted(statuses)}, {peak - before:.0f} MiB more"
+        if "Traceback" in ended.text or set(statuses) - {200, 413, 422, 503}:
+            harness.count("requests", "traceback", what, ended.text)
+        else:
+            harness.count("requests", "bounded" if peak - before < most_mib else "out of memory", what, ended.text)
+
+
+def _serve(run: Path, port_file: Path) -> int:
+    """A server on a free port."""
+    import uvicorn
+
+    from snella.runs.predict import load
+    from snella.runs.serve import create_app
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        app = create_app(load(run, "cpu"))
+        port_file.write_text(str(listener.getsockname()[1]))
+        uvicorn.Server(uvicorn.Config(app, log_level="error")).run(sockets=[listener])
+    return 0
+
+
+def _ask(port: int, images: list[bytes], statuses: list[int]) -> None:
+    """Send images; keeps the status."""
+    parts = [
+        f'--x\r\nContent-Disposition: form-data; name="files"; filename="{i}.png"\r\n\r\n'.encode() + image + b"\r\n"
+        for i, image in enumerate(images)
+    ]
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    connection.request("POST", "/predict", b"".join(parts) + b"--x--\r\n", headers)
+    statuses.append(connection.getresponse().status)
+    connection.close()
+
+
+def _resident_mib(pid: int) -> float:
+    """Resident memory of a process."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS")), 0.0)
+
+
+def markup(harness: Any) -> None:
+    """Markup in every name that comes from the data; the pages are opened in a browser where there is one."""
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    for _, _, place in harness.trials("markup"):
+        if program is None:
+            harness.count("markup", "no browser")
+            return
+        data, run = place / f"data {MARKUP[0]}", place / "run"
+        for number, name in enumerate(MARKUP):
+            (data / name).mkdir(parents=True)
+            for index in range(12):
+                pixels = np.random.default_rng(100 * number + index).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(data / name / f"{index}{name}.png")
+        pages = [run / "report.html", place / "maps" / "index.html"]
+
+        def work(run: Path = run, data: Path = data, place: Path = place) -> int:
+            tiny = list(harness.tiny)
+            tiny[tiny.index("--data") + 1] = f"folder:{data}"
+            for name in ("train", "val", "test"):
+                at = tiny.index(f"--{name}-size")
+                del tiny[at : at + 2]
+            status = main([*tiny, "--epochs", "1", "--batch-size", "8", "--out", str(run)])
+            if status == 0:
+                main(["explain", str(run), str(data), "--out", str(place / "maps")])
+            return status
+
+        ended = harness.fork(work)
+        if ended.has_traceback or ended.status:
+            harness.count("markup", "traceback" if ended.has_traceback else "refused", "training", ended.text)
+            continue
+        port_file = place / "port"
+        server = harness.child(functools.partial(_serve, run, port_file))
+        try:
+            with _browser(program, place / "chromium") as browser:
+                for page in filter(Path.is_file, pages):
+                    browser.open(page)
+                    _count_page(harness, page.name, browser)
+                while not port_file.exists():
+                    time.sleep(0.05)
+                browser.call("Page.navigate", url=f"http://127.0.0.1:{port_file.read_text()}/")
+                time.sleep(1.0)
+                _count_page(harness, "serve", browser)
+        finally:
+            server.wait(signal_after_s=0)
+
+
+@contextmanager
+def _browser(program: str, profile: Path) -> Iterator[Any]:
+    """A headless Chromium, as the tests drive it."""
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    from tests.browser import Browser
+
+    browser = Browser(program, profile)
+    try:
+        yield browser
+    finally:
+        browser.close()
+
+
+def _count_page(harness: Any, name: str, browser: Any) -> None:
+    """Whether a page has run or built anything of the names."""
+    found = browser.evaluate(
+        "[window.hit, document.querySelectorAll('[onerror],[onload],[onmouseover]').length, "
+        "document.body.textContent.includes('onerror')]"
+    )
+    if found[0] or found[1]:
+        harness.count("markup", "executed", name, str(found))
+    else:
+        harness.count("markup", "shown as text" if found[2] else "not shown")
