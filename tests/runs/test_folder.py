@@ -5,9 +5,12 @@ from itertools import count
 
 import pytest
 
-from snella._files import sealed, write_bytes, write_json
+from snella._files import made_folder, sealed, write_bytes, write_json
+from snella.analysis.plot import Plot, write_plots
 from snella.cli.parser import as_flags
+from snella.records import FoldResults
 from snella.runs import RunFolder, TrainConfig
+from snella.training.session import lock_run
 
 
 def config(path, **changes):
@@ -222,6 +225,45 @@ def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"\[Errno 28\] No space left on device: '.*a.json'"):
         write_json(tmp_path / "a.json", {"x": 1})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")])
+def test_a_write_that_fails_leaves_no_empty_folder_and_names_the_folder(error, tmp_path):
+    with pytest.raises(OSError, match=r"No space left on device: '.*/new/inner'"), made_folder(tmp_path / "new/inner"):
+        raise error
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "there").mkdir()
+    with pytest.raises(KeyError, match="bug"), made_folder(tmp_path / "there"):
+        raise KeyError("bug")
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]  # it was there before
+
+
+def test_a_plot_that_cannot_be_written_leaves_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    plot = Plot("a", [{"x": 1}], lambda: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match=r"No space left on device: '.*plots'"):
+        write_plots([plot], tmp_path / "plots")
+    assert not list(tmp_path.iterdir())
+
+
+def test_edited_settings_of_a_cross_validation_are_refused(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.write_config(config(tmp_path, folds=3).resolved())
+    folder.write(FoldResults(3))
+    assert folder.read_config().folds == 3
+    text = (tmp_path / "config.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(text.replace("folds: 3", "folds: 2"))
+    with pytest.raises(ValueError, match=r"config.yaml was altered after it was written"):
+        folder.read_config()
+
+
+def test_a_link_in_the_place_of_the_lock_is_refused_and_not_written_through(tmp_path):
+    run = made(tmp_path / "run", "running")
+    (tmp_path / "mine.txt").write_text("mine")
+    run.lock.symlink_to(tmp_path / "mine.txt")
+    with pytest.raises(OSError, match=r"run/\.lock must be a file, got a symbolic link; remove it"), lock_run(run):
+        pass
+    assert (tmp_path / "mine.txt").read_text() == "mine" and run.lock.is_symlink()
 
 
 def test_a_link_in_the_place_of_a_temporary_file_is_not_written_through(tmp_path):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from snella._files import write_bytes, write_text
+from snella._files import made_folder, write_bytes, write_text
 from snella.data import read_image
 from snella.report.examples import overlay, write_mask
 
@@ -199,8 +199,8 @@ def write_predictions(
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows or [["image"]])
     path = Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, text.getvalue())
+    with made_folder(path.parent):
+        write_text(path, text.getvalue())
     return path
 
 
