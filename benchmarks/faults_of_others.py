@@ -80,6 +80,7 @@ def _unlisted_file(draw: random.Random, run: Path, other: Path) -> str:
 
 def _linked_lock(draw: random.Random, run: Path, other: Path) -> str:
     (run.parent / "mine").write_text("mine")
+    (run / ".lock").unlink(missing_ok=True)
     (run / ".lock").symlink_to(run.parent / "mine")
     return ".lock is a link"
 

@@ -81,14 +81,20 @@ def write_bytes(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     with naming_file(path):
         try:
-            temporary.unlink(missing_ok=True)  # of a killed process; never written through, should it be a link
-            with temporary.open("xb") as file:
+            if temporary.is_symlink():
+                temporary.unlink()
+            with open(temporary, "wb", opener=_open_no_link) as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    """Open a file that is no link, so that nothing else is written over."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -160,7 +160,8 @@ class RunFolderOf(Generic[S]):
 
     def write(self, record: Record) -> None:
         """Write the file of a record atomically; those that have fields for it with the run's id and settings."""
-        if isinstance(record, RunInfo):
+        is_early = (self.path / "run.json").is_file() and self.id is None  # stays as it is
+        if isinstance(record, RunInfo) and not is_early:
             binding: Any = self._binding()
             record = dataclasses.replace(record, **binding)
         elif isinstance(record, FoldResults):
