@@ -78,7 +78,8 @@ if __name__ == "__main__":
     training, validation = make_loaders()
     module = Classifier()
     trainer = L.Trainer(
-        accelerator="cpu", max_epochs=4, default_root_dir=OUT, logger=False, enable_progress_bar=False,
+        accelerator="cpu", max_epochs=4, default_root_dir=OUT,
+        logger=False, enable_progress_bar=False, enable_model_summary=False,
         callbacks=[EMAWeightAveraging(decay=0.9), ModelCheckpoint(OUT, "{epoch}", enable_version_counter=False)],
     )  # fmt: skip
     trainer.fit(module, training)

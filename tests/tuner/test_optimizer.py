@@ -176,7 +176,7 @@ def test_the_factor_on_a_step_follows_the_rank_of_the_layer(mlp):
 
 def test_a_resumed_optimizer_takes_the_same_matched_steps(mlp):
     torch.manual_seed(0)
-    model = mlp.adapted(match_update=True)
+    model = mlp.adapted(match_update=True, target_sparsity=0.0)
     optimizer = create_snella_optimizer(model, lr=0.01)
     for _ in range(3):
         take_step(model, optimizer)
@@ -218,7 +218,7 @@ def test_matching_is_refused_for_kernels_that_are_no_piecewise_distances(mlp):
 
 
 def test_a_matrix_without_budget_and_a_rate_of_zero_move_nothing(mlp):
-    model = mlp.adapted(match_update=True)
+    model = mlp.adapted(match_update=True, target_sparsity=0.0)
     layer = adapted_matrices(model)[0].layer
     layer.set_budget("default", [0])
     optimizer = create_snella_optimizer(model, lr=0.0, scalar_lr=0.0)

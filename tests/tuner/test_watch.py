@@ -199,6 +199,7 @@ def test_no_head_of_trained_weights_looks_new():
     assert not looks_new(torch.ones(10, 64, dtype=torch.int8), None)
     assert not looks_new(torch.zeros(0, 64), None)
     assert not looks_new(torch.zeros(64), None)
+    assert not looks_new(nn.Linear(8, 3).weight, None)  # too few to tell
     assert looks_new(nn.Linear(64, 10, bias=False).bfloat16().weight, None)
 
 

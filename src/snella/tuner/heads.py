@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from snella.tuner.targets import HEAD_NAMES, PREDICTOR_NAMES, head_modules
 
 _OUTPUTS = {"lm_head", "proj_out"}  # these come with the model
+_LEAST_ENTRIES = 256  # fewer tell nothing
 _SIGMAS = 5.0  # of sampling noise: one fresh head in millions is missed by each test
 
 
@@ -87,10 +88,13 @@ def looks_new(weight: Tensor, bias: Tensor | None) -> bool:
     if weight.ndim < 2 or weight.numel() == 0:
         return False
     rows = weight.detach().float().flatten(1)  # [m, n]
-    if bias is not None and bias.any():
-        return _is_torchs_own(rows, bias.float(), torch.finfo(weight.dtype).eps)
-    if not rows.any():
+    has_bias = bias is not None and bool(bias.any())
+    if not rows.any() and not has_bias:
         return True
+    if rows.numel() < _LEAST_ENTRIES:
+        return False
+    if bias is not None and has_bias:
+        return _is_torchs_own(rows, bias.float(), torch.finfo(weight.dtype).eps)
     return _is_torchs_own(rows, None, torch.finfo(weight.dtype).eps) or (bias is not None and _is_noise(rows))
 
 
