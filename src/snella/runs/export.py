@@ -187,10 +187,8 @@ def _output_notes(loaded: LoadedRun, chosen: ExportFormat, options: ExportOption
     temperature = loaded.info.temperature
     views = ["predict averages an image and its flip, outputs are of the image"] if loaded.info.tta == 2 else []
     if "logits" in chosen.options and not options.logits:
-        with_temperature = "" if temperature == 1.0 else f", with the run's temperature {temperature:g}"
-        return [
-            f"outputs are the {loaded.task.final_name} of predict{with_temperature}; --logits leaves them as they are"
-        ]
+        divided = "" if temperature == 1.0 else f", from logits over the run's temperature {temperature:g}"
+        return [f"outputs are the {loaded.task.final_name} of predict{divided}; --logits gives the model's own"]
     if temperature == 1.0:
         return views
     text = "outputs are logits without the run's temperature: softmax(outputs / {:g}) has the probabilities of predict"
