@@ -479,7 +479,7 @@ class Harness:
     def inodes(self) -> None:
         """A file system that takes few files, where one can be mounted."""
         for _, draw, place in self.trials("inodes"):
-            count = draw.randint(3, 40)
+            count = draw.randint(3, 22)
             with mounted(place, 2**26, f"nr_inodes={count}") as is_mounted:
                 if not is_mounted:
                     self.count("inodes", "could not be mounted")

@@ -45,7 +45,7 @@ def test_a_backbone_that_is_none_is_one_line(entry, value, message, forged):
     ("entry", "value", "message"),
     [
         ("input_size", 7, "forged cannot be loaded: .* cannot unpack non-iterable int"),
-        ("input_size", [3, -32, -32], "run.json: data_config: height and width must be > 0; copy the run again"),
+        ("input_size", [3, -32, -32], "run.json: data_config: height and width must be > 0; copy it again"),
         ("mean", [0.5] * 5, r"forged cannot be loaded: .* tensor a \(3\) must match the size of tensor b \(5\)"),
         ("mean", ["a"] * 3, "run.json: data_config: too many dimensions 'str'"),
         ("std", [0.0] * 3, "run.json: data_config: std evaluated to zero"),
