@@ -190,7 +190,7 @@ def test_all_errors_of_a_configuration_are_told_together():
 def test_the_grid_is_what_it_says():
     config = grid()
     assert len(config.settings()) == 4 * 4 * 2 * 4 * 2
-    peers = {"frozen", "lora", "dora", "shira", "full", "klora", "spt-lora", "spt-adapter", "snell"}
+    peers = {"frozen", "lora", "dora", "shira", "full", "gps", "klora", "spt-lora", "spt-adapter", "snell"}
     assert peers | {"snella", "snella-keep-delta", "paper"} == set(config.methods)
 
 
