@@ -138,7 +138,9 @@ def test_an_adapter_of_an_offloaded_model_trains():
 
 @pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter:UserWarning")  # PEFT's, of any method
 @pytest.mark.parametrize("method", ["snella", "lora"])
-def test_an_adapter_is_loaded_into_a_model_that_lies_on_disk_in_part(method, tmp_path):
+def test_an_adapter_is_loaded_into_a_model_that_lies_on_disk_in_part(method, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # PEFT writes its copy of the files below the present folder
+
     def build():
         torch.manual_seed(0)
         shape = dict(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
