@@ -22,6 +22,11 @@ PRODUCTS: dict[str, tuple[str, str, str]] = {
     "snella-fixed-epochs": ("main", "snella_train.py", "fixed-epochs"),
     "snella-lora-8": ("main", "snella_train.py", "lora-8"),
     "snella-dora-8": ("main", "snella_train.py", "dora-8"),
+    "snella-full": ("main", "snella_train.py", "full"),
+    **{
+        f"snella-{part}": ("main", "snella_train.py", part)
+        for part in ("former", "no-head-norm", "no-crops", "one-view", "random-head")
+    },
     "fastai": ("fastai", "fastai_finetune.py", "default"),
     "fastai-bn": ("fastai", "fastai_finetune.py", "bn"),
     "transformers": ("main", "transformers_trainer.py", "default"),

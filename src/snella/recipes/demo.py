@@ -22,6 +22,8 @@ DEMO_SETTINGS: dict[str, Any] = {
     "test_fraction": 0.3,
     "batch_size": 16,
     "augment": "flip",
+    "head_norm": "none",
+    "tta": 1,
     "seed": 0,
 }
 """What all three share: data, split, backbone and input size."""
