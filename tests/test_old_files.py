@@ -94,6 +94,18 @@ def contains(new, old):
     return len(new) == len(old) and all(map(contains, new, old)) if isinstance(old, list) else new == old
 
 
+def numbers_of(page):
+    """The row of snella-2 of each Markdown table, by column; a column without a number may be left out."""
+    rows, headings = [], []
+    for line in page.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("| method"):
+            headings = cells
+        elif line.startswith("| snella-2"):
+            rows.append({name: cell for name, cell in zip(headings, cells, strict=True) if cell != "–"})
+    return rows
+
+
 def test_an_old_comparison_is_drawn_with_the_numbers_of_then(tmp_path):
     folder = Path(shutil.copytree(OLD / "comparison", tmp_path / "comparison"))
     (folder / "comparison.md").unlink()
@@ -102,15 +114,11 @@ def test_an_old_comparison_is_drawn_with_the_numbers_of_then(tmp_path):
     assert page.is_file() and "note:" not in console.file.getvalue()
     rows, notes = read_lines(folder / "results.jsonl")
     assert len(rows) == 6 and not notes
-    table = [line for line in (OLD / "comparison" / "comparison.md").read_text().splitlines() if line.startswith("|")]
-    drawn = (folder / "comparison.md").read_text().splitlines()
-    # columns that have no number are left out today
-    numbers, today = (
-        [[cell.strip() for cell in line.split("|") if cell.strip() != "–"] for line in lines if "snella-2" in line]
-        for lines in (table, drawn)
-    )
-    assert numbers[0][2] == "13.3" and numbers[0][5] == "73,726"
-    assert today[:2] == numbers
+    numbers, today = (numbers_of((place / "comparison.md").read_text()) for place in (OLD / "comparison", folder))
+    assert numbers[0]["digits"] == "13.3" and numbers[0]["changed"] == "73,726"
+    added = [{name: row.pop(name) for name in list(row) if name not in old} for row, old in zip(today, numbers, strict=True)]
+    assert today == numbers
+    assert all(set(columns) <= {"p", "above"} for columns in added)
 
 
 def test_a_row_of_a_comparison_has_the_columns_and_values_of_old_files():

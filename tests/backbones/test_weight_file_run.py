@@ -25,9 +25,8 @@ from snella.training.train import train
     ],
 )
 def test_a_run_on_a_weight_file_alone_merges_into_a_file_that_the_printed_lines_load(
-    architecture, options, tmp_path, monkeypatch
+    architecture, options, no_report, tmp_path
 ):
-    monkeypatch.setattr("snella.training.train.write_report", lambda run, images=None: run / "report.html")
     torch.manual_seed(0)
     torch.save(timm.create_model(architecture, num_classes=7, **options).state_dict(), tmp_path / "weights.pth")
     rng = np.random.default_rng(0)

@@ -99,7 +99,7 @@ def test_methods_that_are_equally_good_are_all_named(tiny, make_row):
 def test_words_of_the_page_are_those_of_the_measure_and_of_what_was_tuned(table_page):
     page, experiment, rows = table_page
     text = page.read_text()
-    assert "<h1>comparison on csv:<wbr>people/<wbr>photographs_<wbr>and_<wbr>labels.csv</h1>" in text
+    assert "<h1>comparison on csv:<wbr>people/<wbr>photographs_<wbr>and_<wbr>labels.<wbr>csv</h1>" in text
     assert "<h2>Mean average precision and cost</h2>" in text and "Accuracy" not in text
     assert "The learning rate was tuned on the validation set" in text
     assert "forgetting" not in markdown_tables(experiment, rows) and "memory" in markdown_tables(experiment, rows)

@@ -29,8 +29,8 @@ ALLOWED = {
     "benchmark/": "its baselines are functions of the benchmark, not rows of the table",
     "recipes/demo.py": "the demonstration is of three methods",
 }
-FORMATS = {"runs/export.py": "lora", "cli/commands.py": "lora"}
-"""Files where one word is the name of a format that adapters are exported to."""
+OF_FILES = {"runs/export.py": "lora", "cli/commands.py": "lora", "_settings.py": "full"}
+"""Files where one word is a format that adapters are exported to, or what other tools call 32-bit precision."""
 
 
 def texts_of(path):
@@ -52,7 +52,7 @@ def test_no_method_s_name_stands_outside_of_methods():
     words = [name for name in METHODS if name not in OTHER_MEANINGS]
     places = {path: path.relative_to(SOURCES).as_posix() for path in sorted(SOURCES.rglob("*.py"))}
     searched = [path for path, place in places.items() if not place.startswith(("methods/", *ALLOWED))]
-    of_file = {path: [word for word in words if word != FORMATS.get(places[path])] for path in searched}
+    of_file = {path: [word for word in words if word != OF_FILES.get(places[path])] for path in searched}
     found = [line for path in searched for line in names_in(path, of_file[path])]
     assert len(searched) > 80 and not found, "a method's needs are fields of `Method`:\n" + "\n".join(found)
 

@@ -38,7 +38,9 @@ def run(tmp_path):
 def check(run_folder, method):
     info, metrics = run_folder.read_json("run.json"), run_folder.read_json("metrics.json")
     assert info["status"] == "finished" and info["method"] == method
-    assert len(metrics["history"]) == 2 and all(row["train_loss"] > 0 for row in metrics["history"])
+    # the head starts from a probe, which is measured before training
+    assert [row["epoch"] for row in metrics["history"]] == [0, 1, 2]
+    assert [(row["train_loss"] or 0) > 0 for row in metrics["history"]] == [False, True, True]
     model = load_trained(run_folder.adapter, make_backbone(read(RunInfo, run_folder.path).backbone))
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
     return model
@@ -49,7 +51,7 @@ def test_adaloras_ranks_fall_in_the_trainer(run):
     model = check(folder, "adalora-2")
     history = folder.read_json("metrics.json")["history"]
     # near 10 √3 while the factors are small: the penalty is part of the training loss and of no other
-    assert all(row["train_loss"] > 12 and row["val_loss"] < 6 for row in history)
+    assert all(row["train_loss"] > 12 for row in history[1:]) and all(row["val_loss"] < 6 for row in history)
     kept = [int((p != 0).sum()) for name, p in model.named_parameters() if "lora_E" in name]
     # the best of two epochs of two steps: the budget is reached after the second step
     assert sum(kept) <= 2 * 24 + 8 and len(set(kept)) > 1

@@ -51,7 +51,7 @@ def test_the_demonstration_compares_three_methods_on_one_split(photos, tmp_path,
         f"{rows[0]['trainable_parameters']:,}",
     ):
         assert text in table
-    assert len(counted) == 3
+    assert len(counted) == 4, "the start and three epochs"
     for matrices in counted:
         assert len(matrices) == 36
         for name, budget, nonzeros in matrices:

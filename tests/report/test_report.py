@@ -55,7 +55,8 @@ class Page(HTMLParser):
             raise ValueError(f"{tag} closes something else in line {self.getpos()}")
 
     def handle_data(self, data):
-        self.texts.append(data)
+        if not {"style", "script"} & set(self.open):
+            self.texts.append(data)
 
     @property
     def text(self):

@@ -33,7 +33,8 @@ def test_all_errors_are_reported_together():
         "epochs must be at least 1, got 0",
         "batch_size must be at least 1, got -1",
         "lr must be at least 0 and finite, got -1.0",
-        "augment must be one of none, flip, crop, imagenet, randaugment, trivialaugment, 3augment, got 'flop'",
+        "augment must be one of auto, none, flip, crop, crop-no-flip, imagenet, randaugment, trivialaugment, 3augment, "
+        "got 'flop'",
         "warmup_ratio must be in [0, 1), got 1.0",
         "val_fraction must be in (0, 1), got 0.0",
         "got 'snela'; nearest: snella",

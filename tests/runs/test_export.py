@@ -44,8 +44,12 @@ def expected(loaded, images):
 
 
 @pytest.fixture(scope="module")
-def probabilities(loaded, expected):
-    return (expected / loaded.info.temperature).softmax(1)
+def probabilities(loaded, images, expected):
+    """Of predict: the mean over an image and its flip, with the run's temperature."""
+    assert loaded.info.tta == 2
+    with torch.no_grad():
+        mean = (expected.softmax(1) + loaded.model(images.flip(-1)).softmax(1)) / 2
+    return (mean.log() / loaded.info.temperature).softmax(1)
 
 
 def backbone_of(loaded):
@@ -76,6 +80,7 @@ def test_a_graph_gives_the_run_s_probabilities_for_any_batch_size(name, finished
     assert done.notes[1].startswith(
         f"outputs are the probabilities of predict, from logits over the run's temperature {temperature:g}; --logits"
     )
+    assert done.notes[2] == "they are averaged over an image and its flip, as predict does"
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.load.*:DeprecationWarning")
@@ -84,6 +89,8 @@ def test_a_graph_gives_the_model_s_own_outputs_with_logits(name, finished, image
     done = export(finished.path, name, tmp_path / "model", logits=True)
     assert (reader(name, done.path)(images) - expected).abs().max() <= OUTPUT_BOUND * expected.abs().max()
     assert done.notes[1].startswith("outputs are logits without the run's temperature: softmax(outputs / ")
+    assert " has the probabilities of predict --tta 1; it is " in done.notes[1]
+    assert done.notes[2].startswith("predict averages an image and its flip (--tta 1 does not); this model's outputs ")
     with pytest.raises(ValueError, match="logits=True is an option of format onnx, torchscript, torch-export, not of"):
         export(finished.path, "timm", tmp_path / "x", logits=True)
 

@@ -179,7 +179,9 @@ class Killed(BaseException):
 
 
 def test_a_kill_while_starting_over_leaves_a_folder_that_resume_knows_or_refuses(tmp_path, monkeypatch):
-    """Killed before each removal in turn: refused with what to do while `run.json` is there, begun after."""
+    """Killed before each renaming and removal in turn: as it was while `config.yaml` is the old one, refused with what
+    to do while `run.json` is there, begun after.
+    """
     wanted, said = config(tmp_path / "run", epochs=3).resolved(), []
     for number in range(20):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
@@ -188,16 +190,17 @@ def test_a_kill_while_starting_over_leaves_a_folder_that_resume_knows_or_refuses
         run.adapter.mkdir()
         (run.path / "metrics.json").write_text("{}")
         with monkeypatch.context() as patch:
-            removals = count(0)
+            changes = count(0)
 
-            def counted(original, removals=removals, number=number):
-                def remove(*args, **kwargs):
-                    if next(removals) == number:
+            def counted(original, changes=changes, number=number):
+                def change(*args, **kwargs):
+                    if next(changes) == number:
                         raise Killed
                     return original(*args, **kwargs)
 
-                return remove
+                return change
 
+            patch.setattr(type(run.path), "replace", counted(type(run.path).replace))
             patch.setattr(type(run.path), "unlink", counted(type(run.path).unlink))
             patch.setattr("shutil.rmtree", counted(shutil.rmtree))
             with contextlib.suppress(Killed):
@@ -206,7 +209,7 @@ def test_a_kill_while_starting_over_leaves_a_folder_that_resume_knows_or_refuses
             said.append(run.resolve_settings(TrainConfig(out=str(run.path), resume=True)).epochs)
         except ValueError as error:
             said.append(str(error).partition(": ")[2])
-        if next(removals) <= number:
+        if next(changes) <= number:
             break
     refused = "the run was begun with other settings; restore the file, or train again with `--overwrite`"
     assert said[0] == 10 and set(said) == {10, refused, 3} and said == sorted(said, key=[10, refused, 3].index)

@@ -1,5 +1,6 @@
 """`snella.load`: images of every kind, one or many, and what is said about them."""
 
+import dataclasses
 import io
 import json
 import math
@@ -19,7 +20,7 @@ from snella.records import Calibration, plain
 from snella.runs import RunFolder
 from snella.runs.evaluate import evaluate
 from snella.runs.image_inputs import expand, new_files
-from snella.runs.predict import MOST_VIEWS, predict
+from snella.runs.predict import MOST_VIEWS, Predictor, predict
 from snella.runs.prediction_files import predict_to_files, write_features
 from tests.processes import command
 
@@ -127,12 +128,24 @@ def test_logits_are_divided_by_the_run_s_temperature(old_run, calibrated, photos
 
 
 def test_views_are_averaged_as_probabilities(model, photos):
+    """A temperature fitted to the average of two views divides that; one fitted to one view divides each view."""
     image = Image.open(photos / "cats" / "002.png")
-    view, both = model.loaded.transform(image), model.predict(image, tta=2)
+    view, both = model.loaded.transform(image), model.predict(image)
+    assert model.loaded.info.tta == 2 and model.temperature != 1
+    same(both, model.predict(image, tta=2))
+    one_view = dataclasses.replace(model.loaded, info=dataclasses.replace(model.loaded.info, tta=1))
+    each = Predictor(one_view).predict(image, tta=2)
     with torch.inference_mode():
-        logits = model.loaded.model(torch.stack([view, view.flip(-1)])) / model.temperature
-    for name, p in zip(model.classes, logits.softmax(1).mean(0).tolist(), strict=True):
-        assert both.probabilities[name] == pytest.approx(p, abs=1e-5)
+        logits = model.loaded.model(torch.stack([view, view.flip(-1)]))
+    of_average = (logits.softmax(1).mean(0).log() / model.temperature).softmax(0)
+    average_of_each = (logits / model.temperature).softmax(1).mean(0)
+    assert (of_average - average_of_each).abs().max() > 1e-4
+    for found, expected in ((both, of_average), (each, average_of_each)):
+        for name, p in zip(model.classes, expected.tolist(), strict=True):
+            assert found.probabilities[name] == pytest.approx(p, abs=1e-5)
+    alone = dict(zip(model.classes, (logits[0] / model.temperature).softmax(0).tolist(), strict=True))
+    for found in (model.predict(image, tta=1), Predictor(one_view).predict(image)):
+        assert found.probabilities == pytest.approx(alone, abs=1e-5)
     many = model.predict(image, tta=MOST_VIEWS)
     assert sum(many.probabilities.values()) == pytest.approx(1, abs=1e-5)
     assert many.probabilities != both.probabilities
@@ -147,7 +160,7 @@ def test_features_are_the_head_s_inputs(model, photos):
     head = model.loaded.model.get_base_model().get_classifier()
     with torch.no_grad():
         logits = head(torch.from_numpy(features)) / model.temperature
-    for prediction, row in zip(model.predict([photos / "cats"]), logits.softmax(1), strict=True):
+    for prediction, row in zip(model.predict([photos / "cats"], tta=1), logits.softmax(1), strict=True):
         assert prediction.probability == pytest.approx(float(row.max()), abs=1e-5)
     assert np.allclose(model.features(photos / "cats" / "000.png"), features[0], atol=1e-5)
 

@@ -214,10 +214,13 @@ def test_the_lines_that_load_a_merged_file_give_equal_outputs(finished, tmp_path
         assert torch.equal(names["model"](images), load_run(finished.path).model(images))
 
 
-def timm_predictions(model, transform, classes, paths):
+def timm_predictions(model, transform, classes, paths, views=1):
     with torch.inference_mode():
-        logits = torch.cat([model(transform(Image.open(path).convert("RGB"))[None]) for path in paths])
-    best = logits.softmax(1).max(1)
+        images = torch.stack([transform(Image.open(path).convert("RGB")) for path in paths])
+        probabilities = model(images).softmax(1)
+        if views == 2:
+            probabilities = (probabilities + model(images.flip(-1)).softmax(1)) / 2
+    best = probabilities.max(1)
     return [(classes[index], value) for index, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
 
 
@@ -243,9 +246,11 @@ def test_timm_alone_predicts_with_a_merged_model_what_the_run_predicts(
         model, transform, classes = (names[name] for name in ("model", "transform", "classes"))
     paths = sorted(photos.rglob("*.png"))
     run.update("finished", calibration=None)  # the temperature is no part of the weights
-    expected = predict(run.path, paths)
-    for mine, theirs in zip(timm_predictions(model, transform, classes, paths), expected, strict=True):
-        assert mine == (theirs.label, pytest.approx(theirs.probability, abs=1e-5))
+    assert load_run(run.path).info.tta == 2
+    for views, expected in ((1, predict(run.path, paths, tta=1)), (2, predict(run.path, paths))):
+        found = timm_predictions(model, transform, classes, paths, views)
+        for mine, theirs in zip(found, expected, strict=True):
+            assert mine == (theirs.label, pytest.approx(theirs.probability, abs=1e-5))
 
 
 def test_a_merged_folder_is_a_backbone_for_another_run(finished, settings, console, no_report, tmp_path):

@@ -135,7 +135,7 @@ def test_predicting_refuses_what_it_cannot_write(run, folder, tmp_path, capsys):
 def test_exported_graphs_give_the_run_s_outputs_and_the_rest_is_refused(run, tmp_path):
     loaded, images = load_run(run, "cpu"), torch.rand(2, 3, 32, 32)
     with torch.no_grad():
-        expected = loaded.model(images)
+        expected = loaded.task.final_outputs(loaded.model(images), loaded.info.temperature)
         script = torch.jit.load(str(export(run, "torchscript", tmp_path / "model.pt").path))(images)
         graph = torch.export.load(str(export(run, "torch-export", tmp_path / "model.pt2").path)).module()(images)
     assert (script - expected).abs().max() <= 1e-5 and (graph - expected).abs().max() <= 1e-5

@@ -83,19 +83,30 @@ def test_half_precision_gradients_are_multiplied_in_float32():
     assert tracker._averages["0/A"].item() == pytest.approx(1e-8, rel=0.01)
 
 
-def test_magnitude_needs_no_gradient_and_no_gradient_is_noted_for_sensitivity():
+def test_magnitude_needs_no_gradient_and_sensitivity_is_zero_without_one():
     (matrix,) = matrices([(2, 3)])
     magnitude = ImportanceTracker([matrix], metric="magnitude", zero_init_ema=True)
     magnitude.update()
-    assert magnitude.without_gradient == []
     factors = [factor.detach().abs() for factor in matrix.factors]
     # Ī = 0.15·|X|, U = 0.15·0.85·|X|
     expected = sum(0.15 * 0.15 * 0.85 * factor.square().mean().item() for factor in factors)
     assert magnitude.scores() == [pytest.approx(expected)]
     sensitivity = ImportanceTracker([matrix])
     sensitivity.update()
-    assert sensitivity.without_gradient == ["0"]
     assert sensitivity.scores() == [0]
+
+
+def test_a_matrix_has_a_gradient_if_both_factors_do_and_one_of_them_is_not_zero():
+    with_one, without = matrices([(2, 3), (3, 2)])
+    tracker = ImportanceTracker([with_one, without])
+    assert tracker.with_gradient() == set()
+    for factor in (*with_one.factors, *without.factors):
+        factor.grad = torch.zeros_like(factor)
+    assert tracker.with_gradient() == set()
+    with_one.factors[1].grad[0, 0] = 1e-6
+    assert tracker.with_gradient() == {"0"}
+    with_one.factors[0].grad = None
+    assert tracker.with_gradient() == set()
 
 
 @pytest.mark.parametrize("metric", ["delta_magnitude", "delta_mean_magnitude"])

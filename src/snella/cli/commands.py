@@ -189,12 +189,15 @@ def merge(run: str, /, *, out: str, overwrite: bool = False) -> None:
         overwrite: Replace what is there.
     """
     from snella._console import make_console, print_line
-    from snella.runs.merge import describe_file, loading_snippet, merge
+    from snella.records import RunInfo, read
+    from snella.runs.merge import describe_file, loading_snippet, merge, views_notes
 
     path = merge(run, out, overwrite=overwrite)
     console = make_console()
     print_line(console, f"{path}: {_mib(path):.1f} MiB, {describe_file(path)}; to load it:")
     print_line(console, loading_snippet(path))
+    for note in views_notes(read(RunInfo, run)):
+        print_line(console, f"# {note}")  # a comment, so that all the lines can be pasted
 
 
 def _mib(path: Path) -> float:

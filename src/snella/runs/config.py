@@ -280,9 +280,15 @@ def _read_class_weights(file: Path) -> dict[str, float]:
 
 
 def with_preset(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with those of their `preset` where they name none; method options are joined."""
-    preset = TRAIN_PRESETS.get(settings.get("preset") or "", {})
-    options = {**preset.get("method_options", {}), **(settings.get("method_options") or {})}
+    """Settings with those of their `preset` where they name none; method options are joined.
+
+    Values of another kind are left as they are, for `RunSettings.kind_errors`.
+    """
+    name, given = settings.get("preset"), settings.get("method_options")
+    preset = TRAIN_PRESETS.get(name, {}) if isinstance(name, str) else {}
+    if given is not None and not isinstance(given, Mapping):
+        return {**preset, **settings}
+    options = {**preset.get("method_options", {}), **(given or {})}
     return {**preset, **settings, **({"method_options": options} if options else {})}
 
 

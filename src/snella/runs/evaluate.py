@@ -361,7 +361,8 @@ def _run_model(
             images = batch["images"].to(loaded.device)
             outputs = loaded.model(images).cpu()
             if loaded.info.tta == 2:
-                outputs = loaded.task.average_outputs([outputs, loaded.model(images.flip(-1)).cpu()])
+                flipped = loaded.task.outputs_of_flip(loaded.model, images).cpu()
+                outputs = loaded.task.average_outputs([outputs, flipped])
             for whole, part in zip((reduced, labels), loaded.task.reduce(outputs, batch["labels"]), strict=True):
                 whole.append(part)
     return torch.cat(reduced), torch.cat(labels)

@@ -25,7 +25,7 @@ from snella.data.datasets import FileImages, read_at_side
 from snella.methods.sparse_update import SparseUpdate
 from snella.report import model_card
 from snella.runs.images import find_data, load_splits, parts_of
-from snella.runs.merge import merged_model, run_metadata, write_timm_folder
+from snella.runs.merge import merged_model, run_metadata, views_notes, write_timm_folder
 from snella.runs.model import Ensemble, LoadedRun, load_run, make_backbone
 from snella.tuner.layer import SnellaLayer
 from snella.tuner.sparse_file import Entries, SparsePatch, ValueDtype, digest_of, load_sparse
@@ -185,14 +185,17 @@ def export(
 def _output_notes(loaded: LoadedRun, chosen: ExportFormat, options: ExportOptions) -> list[str]:
     """What the outputs are, and where the run's temperature and the average over flips are."""
     temperature = loaded.info.temperature
-    views = ["predict averages an image and its flip, outputs are of the image"] if loaded.info.tta == 2 else []
+    averages_flips = loaded.info.tta == 2
     if "logits" in chosen.options and not options.logits:
         divided = "" if temperature == 1.0 else f", from logits over the run's temperature {temperature:g}"
-        return [f"outputs are the {loaded.task.final_name} of predict{divided}; --logits gives the model's own"]
+        views = ["they are averaged over an image and its flip, as predict does"] if averages_flips else []
+        return [f"outputs are the {loaded.task.final_name} of predict{divided}; --logits gives the model's own", *views]
+    views = views_notes(loaded.info)
     if temperature == 1.0:
         return views
-    text = "outputs are logits without the run's temperature: softmax(outputs / {:g}) has the probabilities of predict"
-    return [f"{text.format(temperature)}; it is {chosen.temperature}", *views]
+    text = "outputs are logits without the run's temperature: softmax(outputs / {:g}) has the probabilities of {}"
+    said = text.format(temperature, "predict --tta 1" if averages_flips else "predict")
+    return [f"{said}; it is {chosen.temperature}", *views]
 
 
 def _find(name: str) -> ExportFormat:
@@ -251,7 +254,7 @@ class _Final(nn.Module):
         """Probabilities, or numbers in their unit."""
         outputs = self.model(images)
         if self.averages_flips:
-            outputs = self.task.average_outputs([outputs, self.model(images.flip(-1))])
+            outputs = self.task.average_outputs([outputs, self.task.outputs_of_flip(self.model, images)])
         return self.task.final_outputs(outputs, self.temperature)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from snella._files import made_folder, write_bytes, write_json
 from snella.methods import merge_trained
-from snella.records import BackboneInfo, plain, record_from
+from snella.records import BackboneInfo, RunInfo, plain, record_from
 from snella.runs.model import LoadedRun, load_run, make_backbone
 from snella.tasks import task_class
 
@@ -207,6 +207,17 @@ def loading_snippet(path: str | Path) -> str:
         "transform = timm.data.create_transform(**json.loads(metadata['data_config']))\n"
         f"classes = json.loads(metadata['classes'])\n{use}"
     )
+
+
+def views_notes(info: RunInfo) -> list[str]:
+    """A line that says why `predict` gives other numbers than the model alone; none where it gives the same.
+
+    Args:
+        info: The run's record.
+    """
+    if info.tta != 2:
+        return []
+    return ["predict averages an image and its flip (--tta 1 does not); this model's outputs are of the image alone"]
 
 
 def describe_file(path: str | Path) -> str:

@@ -168,6 +168,23 @@ class Ensemble(nn.Module):
         return self.average([model(images) / temperature for model, temperature in pairs])
 
 
+class FlipAverage(nn.Module):
+    """A model whose outputs are averaged over the images and their flips.
+
+    Args:
+        model: From images to outputs.
+        task: Averages them.
+    """
+
+    def __init__(self, model: nn.Module, task: Task) -> None:
+        super().__init__()
+        self.model, self.task = model, task
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The mean over both views."""
+        return self.task.average_outputs([self.model(images), self.task.outputs_of_flip(self.model, images)])
+
+
 def _load_ensemble(folder: RunFolder, results: FoldResults, device: str) -> LoadedRun:
     """The models of all folds as one."""
     if len(results.rows) < results.folds:
@@ -178,9 +195,10 @@ def _load_ensemble(folder: RunFolder, results: FoldResults, device: str) -> Load
     loaded = [load_run(folder.path / row.folder, device) for row in results.rows]
     first, tasks = loaded[0], [one.task for one in loaded]
     task = first.task.of_ensemble(tasks)
-    models, temperatures = [one.model for one in loaded], [one.info.temperature for one in loaded]
+    models = [FlipAverage(one.model, one.task) if one.info.tta == 2 else one.model for one in loaded]
+    temperatures = [one.info.temperature for one in loaded]
     model = Ensemble(models, temperatures, lambda outputs: task.average_outputs(outputs, tasks)).eval()
-    info = dataclasses.replace(first.info, calibration=None)  # each model has its own
+    info = dataclasses.replace(first.info, calibration=None, tta=1)  # each model has its own
     return LoadedRun(first.folder, model, first.transform, first.classes, task, info)
 
 

@@ -9,7 +9,7 @@ from snella._files import write_text
 from snella.records import RunInfo, read
 from snella.report import model_card
 from snella.runs.folder import RunFolder
-from snella.runs.merge import describe_file, loading_snippet, merge
+from snella.runs.merge import describe_file, loading_snippet, merge, views_notes
 from snella.runs.model import get_task
 
 __all__ = ["Pushed", "push", "write_hub_folder"]
@@ -60,6 +60,7 @@ def write_hub_folder(run: str | Path, folder: str | Path, name: str, *, adapter:
     use = f"```python\n{snippet}\n```\n\nThe files are {describe_file(written)}."
     if info.temperature != 1.0:
         use += f" Calibrated probabilities are `(logits / {info.temperature:g}).softmax(-1)`."
+    use += "".join(f" In snella, {note}." for note in views_notes(info))
     write_text(path / "README.md", model_card(run, use, name=name, library="timm" if is_timm else "snella"))
     return path
 

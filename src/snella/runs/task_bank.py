@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any, cast
@@ -214,7 +215,11 @@ class TaskBank:
                 part = places[start : start + batch_size]
                 paths = [Path(images[place]) for place in part]
                 read = [read_image(path, loaded.reading) for path in paths]
-                outputs = self._run(name, torch.stack([loaded.transform(image) for image in read]))
+                batch = torch.stack([loaded.transform(image) for image in read])
+                outputs = self._run(name, batch)
+                if loaded.info.tta == 2:
+                    flipped = loaded.task.outputs_of_flip(partial(self._run, name), batch)
+                    outputs = loaded.task.average_outputs([outputs, flipped])
                 outputs = outputs / loaded.info.temperature
                 made = loaded.task.image_predictions(loaded.classes, paths, read, outputs)
                 found.update(zip(part, made, strict=True))

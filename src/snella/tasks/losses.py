@@ -163,9 +163,9 @@ def corn_probabilities(logits: Tensor) -> Tensor:
     Args:
         logits: `[batch, K - 1]`, float32 or float64.
     """
-    above = logits.sigmoid().cumprod(-1)
-    ends = above.new_ones(len(above), 1), above.new_zeros(len(above), 1)
-    return torch.cat([ends[0], above], -1) - torch.cat([above, ends[1]], -1)
+    above = F.logsigmoid(logits).cumsum(-1).exp()  # ONNX has no cumulative product
+    first = above[:, :1]  # not its number of rows, which a traced graph would keep
+    return torch.cat([torch.ones_like(first), above], -1) - torch.cat([above, torch.zeros_like(first)], -1)
 
 
 def _squared(outputs: Tensor, targets: Tensor) -> Tensor:

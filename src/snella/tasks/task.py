@@ -1,7 +1,7 @@
 """`Task`: what training, evaluation and reports ask of a kind of task."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -146,6 +146,11 @@ class Task(ABC):
 
         `tasks` are those of each model; None for this one's.
         """
+
+    def outputs_of_flip(self, model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+        """A model's outputs for mirrored images `[..., width]`; maps are mirrored back."""
+        outputs = model(images.flip(-1))
+        return outputs.flip(-1) if outputs.ndim == 4 else outputs
 
     def sample_weights(self, train: ImageDataset) -> list[float]:
         """How often the weighted sampler draws each training image, up to a factor."""

@@ -65,8 +65,8 @@ def train_folds(config: TrainConfig, console: Console | None = None, **options: 
         chosen = metrics.test if held_out == "test" else metrics.val
         test = numbers_of(metrics.test) if held_out == "val" else {}
         row = FoldRow(fold, run.path.name, metrics.best_epoch, numbers_of(chosen), test)
-        results = FoldResults(count, held_out, [*results.rows, row])
-        folder.write(results)
+        folder.write(FoldResults(count, held_out, [*results.rows, row]))
+        results = read(FoldResults, folder.path)
     write_text(folder.path / "folds.md", _markdown(results))
     write_text(folder.path / "folds.html", _page(results, str(config.data), config.method))
     console.print(_table(results))

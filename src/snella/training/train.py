@@ -153,8 +153,10 @@ def _train(
         if size != config.img_size:
             parts, config = at_size(size), dataclasses.replace(config, img_size=size)
         config = from_main(lambda: fit_batch_size(parts, config, console))
-        config = config.with_batch_size_for(len(parts.splits.train))
+    config = config.with_batch_size_for(len(parts.splits.train))
+    if not is_resumed or latest_checkpoint(run.checkpoints) is None:
         config = choose_augmentation(parts, config if start else choose_head_start(parts, config))
+    if not is_resumed:
         config = from_main(lambda: fit_epochs(parts, config, console, time.monotonic() - begun))
     if start is not None and latest_checkpoint(run.checkpoints) is None:
         load_start(parts, config, start)

@@ -405,7 +405,7 @@ class SnellaTrainer(CheckpointingTrainer):
             "budget": self._budget(),
         }
         is_start = self.state.global_step == 0
-        if self._is_denser_than_asked() and not is_start:
+        if self._is_denser_than_asked():
             row["is_denser"] = True
         self.progress.loss_sum, self.progress.steps = 0.0, 0
         score = self.selection_score(row)
@@ -596,7 +596,8 @@ class SnellaTrainer(CheckpointingTrainer):
         with torch.no_grad():
             loss, logits = self.compute_loss(model, inputs, return_outputs=True)
             if self.config.tta == 2:
-                logits = self.task.average_outputs([logits, model(inputs["images"].flip(-1))])
+                flipped = self.task.outputs_of_flip(model, inputs["images"])
+                logits = self.task.average_outputs([logits, flipped])
         return loss.detach(), *self.task.reduce(logits.detach(), inputs["labels"])
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
