@@ -116,7 +116,9 @@ def test_an_old_comparison_is_drawn_with_the_numbers_of_then(tmp_path):
     assert len(rows) == 6 and not notes
     numbers, today = (numbers_of((place / "comparison.md").read_text()) for place in (OLD / "comparison", folder))
     assert numbers[0]["digits"] == "13.3" and numbers[0]["changed"] == "73,726"
-    added = [{name: row.pop(name) for name in list(row) if name not in old} for row, old in zip(today, numbers, strict=True)]
+    added = [
+        {name: row.pop(name) for name in list(row) if name not in old} for row, old in zip(today, numbers, strict=True)
+    ]
     assert today == numbers
     assert all(set(columns) <= {"p", "above"} for columns in added)
 

@@ -90,7 +90,7 @@ def test_merge_writes_a_file(run, tmp_path, capsys):
     images, loaded = torch.randn(2, 3, 32, 32), load_run(run)
     with torch.no_grad():
         assert torch.equal(names["model"](images), loaded.model(images))
-    assert loaded.info.tta == 2 and lines[-1].startswith("# predict averages an image and its flip (--tta 1 does not); ")
+    assert loaded.info.tta == 2 and lines[0].startswith("# predict averages an image and its flip (--tta 1 does not); ")
 
 
 def test_merge_writes_a_folder_of_timm(run, tmp_path, capsys):

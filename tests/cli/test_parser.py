@@ -105,7 +105,10 @@ def test_help_of_train_shows_basic_options_first_and_the_method_s_defaults(capsy
         (["predict"], "snella predict needs RUN, IMAGES; see snella predict --help"),
         (["evaluate"], "snella evaluate needs RUN"),
         (["data"], "snella data needs ACTION, DATA"),
-        (["train", "--augment", "flop"], "--augment must be one of auto, none, flip, crop, crop-no-flip, imagenet, .*, got flop"),
+        (
+            ["train", "--augment", "flop"],
+            "--augment must be one of auto, none, flip, crop, crop-no-flip, imagenet, .*, got flop",
+        ),
         (["train", "--config", "missing.yaml"], "missing.yaml"),
         (["train", "--model", "x"], "no option --model; it is called --backbone; see snella train --help"),
         (["train", "--learning-rate=1"], "no option --learning-rate; it is called --lr;"),

@@ -147,15 +147,30 @@ def test_the_chosen_trial_is_the_final_cell_of_its_seed_and_training_it_again_ch
 
 
 def test_the_best_trial_alone_keeps_its_adapter_until_its_final_cell_is_done(tiny, tmp_path):
-    experiment = tiny(methods=["lora-2"], seeds=1, grid={"lr_factors": [0.3, 1.0, 1e-6]})
+    # from a probe, the model before training would be the best of each trial, and all are equally good
+    grid, train = {"lr_factors": [0.3, 1.0, 1e-6]}, {"head_init": "random"}
+    experiment = tiny(methods=["lora-2"], seeds=1, grid=grid, train=train)
     data, method = experiment.data[0], experiment.methods[0]
     cells = [Cell(data, method, 0, Candidate(factor), False) for factor in (1e-6, 0.3, 1.0)]
     rows = [run_cell(tmp_path, experiment, cell).row for cell in cells]
     ranks = [(row.column("val_accuracy"), -row.column("val_loss")) for row in rows]
     best = cells[ranks.index(max(ranks))]
+    assert ranks.count(max(ranks)) == 1
     assert list(tmp_path.rglob("adapter")) == [best.folder(tmp_path) / "adapter"]
     final = replace(best, is_final=True)
     assert run_cell(tmp_path, experiment, final).row.results.trained_as == best.name
+    assert list(tmp_path.rglob("adapter")) == [final.folder(tmp_path) / "adapter"]
+
+
+def test_equally_good_trials_keep_their_adapters_until_the_final_cell_is_done(tiny, tmp_path):
+    experiment = tiny(methods=["lora-2"], seeds=1, train={"lr": 0.0, "head_lr": 0.0})
+    data, method = experiment.data[0], experiment.methods[0]
+    cells = [Cell(data, method, 0, Candidate(factor), False) for factor in (0.3, 1.0)]
+    for cell in cells:
+        run_cell(tmp_path, experiment, cell)
+    assert {path.parent for path in tmp_path.rglob("adapter")} == {cell.folder(tmp_path) for cell in cells}
+    final = replace(cells[1], is_final=True)
+    assert run_cell(tmp_path, experiment, final).row.results.trained_as == cells[1].name
     assert list(tmp_path.rglob("adapter")) == [final.folder(tmp_path) / "adapter"]
 
 

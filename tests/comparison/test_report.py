@@ -103,7 +103,7 @@ def test_words_of_the_page_are_those_of_the_measure_and_of_what_was_tuned(table_
     assert "<h2>Mean average precision and cost</h2>" in text and "Accuracy" not in text
     assert "The learning rate was tuned on the validation set" in text
     assert "forgetting" not in markdown_tables(experiment, rows) and "memory" in markdown_tables(experiment, rows)
-    ticks = re.findall(r"<text[^>]*>([\d.]+) %</text>", text)
+    ticks = re.findall(r"<text[^>]*>([\d.]+)\s%</text>", text)
     assert ticks and not [tick for tick in ticks if tick.endswith("0") and "." in tick]
 
 

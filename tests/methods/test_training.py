@@ -38,9 +38,11 @@ def run(tmp_path):
 def check(run_folder, method):
     info, metrics = run_folder.read_json("run.json"), run_folder.read_json("metrics.json")
     assert info["status"] == "finished" and info["method"] == method
-    # the head starts from a probe, which is measured before training
-    assert [row["epoch"] for row in metrics["history"]] == [0, 1, 2]
-    assert [(row["train_loss"] or 0) > 0 for row in metrics["history"]] == [False, True, True]
+    trained = [row for row in metrics["history"] if row["epoch"] > 0]
+    assert len(trained) == 2 and all(row["train_loss"] > 0 for row in trained)
+    # a head that starts from a probe is measured before training; these two methods' heads are not one linear layer
+    before = [row["train_loss"] for row in metrics["history"] if row["epoch"] == 0]
+    assert before == ([] if method in ("mlp", "vqt") else [None])
     model = load_trained(run_folder.adapter, make_backbone(read(RunInfo, run_folder.path).backbone))
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
     return model

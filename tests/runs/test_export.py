@@ -314,7 +314,8 @@ def test_the_command_prints_what_loads_it(finished, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "from snella import load_sparse" in printed and "bit for bit" in printed
     temperature = finished.read_json("run.json")["calibration"]["temperature"]
-    assert f"softmax(outputs / {temperature:g}) has the probabilities of predict; it is 'temperature' in its" in printed
+    divided = f"softmax(outputs / {temperature:g}) has the probabilities of predict --tta 1"
+    assert f"{divided}; it is 'temperature' in its" in printed
     assert main(["export", str(finished.path), "--format", "timm", "--opset", "18"]) == 2
     assert "--opset 18 is an option of format onnx, not of timm; leave it out" in capsys.readouterr().err
 

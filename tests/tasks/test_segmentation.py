@@ -96,3 +96,14 @@ def test_other_tasks_refuse_images_with_masks(name):
     task, masked = create_task(name, ["a", "b", "c"]), object.__new__(MaskDataset)
     with pytest.raises(ValueError, match=f"segmentation for images with masks such as masks:x, got {name!r}; add"):
         task.check_data(masked, "masks:x")
+
+
+def test_maps_of_a_mirrored_image_are_mirrored_back_before_they_are_averaged():
+    task, images = SegmentationTask(["a", "b"]), torch.randn(3, 2, 4, 6)
+    assert torch.equal(task.outputs_of_flip(lambda batch: 2 * batch, images), 2 * images)
+    both = task.average_outputs([images, task.outputs_of_flip(torch.nn.Identity(), images)])
+    torch.testing.assert_close(both.softmax(1), images.softmax(1))
+    of_classes = create_task("classification", ["a", "b", "c"])
+    weights = torch.randn(6, 3)
+    flipped = of_classes.outputs_of_flip(lambda batch: batch.mean((1, 2)) @ weights, images)
+    torch.testing.assert_close(flipped, images.mean((1, 2)).flip(-1) @ weights)

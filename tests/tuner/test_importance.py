@@ -100,12 +100,13 @@ def test_a_matrix_has_a_gradient_if_both_factors_do_and_one_of_them_is_not_zero(
     with_one, without = matrices([(2, 3), (3, 2)])
     tracker = ImportanceTracker([with_one, without])
     assert tracker.with_gradient() == set()
-    for factor in (*with_one.factors, *without.factors):
-        factor.grad = torch.zeros_like(factor)
+    for layer in (with_one.layer, without.layer):
+        for factor in (layer.snella_A["default"], layer.snella_B["default"]):
+            factor.grad = torch.zeros_like(factor)
     assert tracker.with_gradient() == set()
-    with_one.factors[1].grad[0, 0] = 1e-6
-    assert tracker.with_gradient() == {"0"}
-    with_one.factors[0].grad = None
+    with_one.layer.snella_B["default"].grad.view(-1)[0] = 1e-6
+    assert tracker.with_gradient() == {with_one.name} == {"0"}
+    with_one.layer.snella_A["default"].grad = None
     assert tracker.with_gradient() == set()
 
 

@@ -195,9 +195,9 @@ def merge(run: str, /, *, out: str, overwrite: bool = False) -> None:
     path = merge(run, out, overwrite=overwrite)
     console = make_console()
     print_line(console, f"{path}: {_mib(path):.1f} MiB, {describe_file(path)}; to load it:")
-    print_line(console, loading_snippet(path))
     for note in views_notes(read(RunInfo, run)):
-        print_line(console, f"# {note}")  # a comment, so that all the lines can be pasted
+        print_line(console, f"# {note}")  # a comment, so that it can be pasted with the lines
+    print_line(console, loading_snippet(path))
 
 
 def _mib(path: Path) -> float:

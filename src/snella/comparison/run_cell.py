@@ -265,6 +265,8 @@ def finish_tuning_run(root: Path, experiment: Experiment, cell: Cell, folder: Pa
 def drop_adapters(root: Path, experiment: Experiment, cell: Cell) -> None:
     """Remove the adapters that no final run can use any more: all but the best tuning run's, and all once it is done.
 
+    Of tuning runs that are equally good, as those that save the same model before training, each keeps its adapter.
+
     Args:
         root: Folder of the comparison.
         experiment: What the cell belongs to.

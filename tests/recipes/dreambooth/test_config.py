@@ -25,7 +25,10 @@ def config(**changes):
         ({"r": 8, "method_options": {"r": 4}}, "r given both by name and in method_options"),
         ({"r": 7}, "r must be divisible by num_pieces=2, got r=7"),
         ({"resume": True, "overwrite": True}, "resume and overwrite exclude each other, got both"),
-        ({"data": None, "pipeline": None, "out": None}, "missing required settings: data, pipeline, out, e.g. data='.*' pipeline='.*' out='.*'$"),
+        (
+            {"data": None, "pipeline": None, "out": None},
+            "missing required settings: data, pipeline, out, e.g. data='.*' pipeline='.*' out='.*'$",
+        ),
         ({"token": " "}, "token must be a word, got ' '"),
     ],
 )

@@ -98,7 +98,10 @@ def test_a_template_takes_instruction_and_input_whatever_braces_they_hold(tmp_pa
         ({"method": "lorra"}, "got 'lorra'; nearest: lora"),
         ({"r": 3}, "r must be divisible by num_pieces=2, got r=3"),
         ({"resume": True, "overwrite": True}, "resume and overwrite exclude each other, got both"),
-        ({"data": None, "model": None, "out": None}, "missing required settings: data, model, out, e.g. data='.*' model='.*' out='.*'$"),
+        (
+            {"data": None, "model": None, "out": None},
+            "missing required settings: data, model, out, e.g. data='.*' model='.*' out='.*'$",
+        ),
         ({"template": "gone.txt"}, "template must be an existing text file, got 'gone.txt'"),
         ({"r": 8, "method_options": {"r": 4}}, "r given both by name and in method_options; leave one out"),
         (
