@@ -103,7 +103,8 @@ bench: install ## step times (sixteen minutes on two cores) beside PEFT's LoRA a
 products: install ## other tools beside snella train, two folders, one minute each, from nothing; writes runs/products/ (Debian)
 	$(BIN)/python benchmarks/products/folders.py --packages runs/products/packages --out runs/products/folders --only emoji stamps
 	$(BIN)/python benchmarks/products/run.py --cache runs/products/cache --folders-root runs/products/folders \
-	  --out runs/products/rows.jsonl --folders emoji stamps --minutes 1
+	  --out runs/products/rows.jsonl --folders emoji stamps --minutes 1 \
+	  --products snella snella-lora-8 fastai fastai-bn transformers timm sklearn sklearn-knn
 	$(BIN)/python benchmarks/products/table.py runs/products/rows.jsonl --picture runs/products/accuracy.png
 
 lint: install ## style and formatting
