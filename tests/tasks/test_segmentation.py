@@ -98,12 +98,12 @@ def test_other_tasks_refuse_images_with_masks(name):
         task.check_data(masked, "masks:x")
 
 
-def test_maps_of_a_mirrored_image_are_mirrored_back_before_they_are_averaged():
+def test_outputs_are_averaged_over_an_image_and_its_flip_whose_maps_turn_back():
     task, images = SegmentationTask(["a", "b"]), torch.randn(3, 2, 4, 6)
-    assert torch.equal(task.outputs_of_flip(lambda batch: 2 * batch, images), 2 * images)
-    both = task.average_outputs([images, task.outputs_of_flip(torch.nn.Identity(), images)])
-    torch.testing.assert_close(both.softmax(1), images.softmax(1))
+    assert torch.equal(task.outputs(lambda batch: 2 * batch, images), 2 * images)
+    torch.testing.assert_close(task.outputs(torch.nn.Identity(), images, 2).softmax(1), images.softmax(1))
     of_classes = create_task("classification", ["a", "b", "c"])
     weights = torch.randn(6, 3)
-    flipped = of_classes.outputs_of_flip(lambda batch: batch.mean((1, 2)) @ weights, images)
-    torch.testing.assert_close(flipped, images.mean((1, 2)).flip(-1) @ weights)
+    plain, flipped = ((batch.mean((1, 2)) @ weights).softmax(1) for batch in (images, images.flip(-1)))
+    both = of_classes.outputs(lambda batch: batch.mean((1, 2)) @ weights, images, 2)
+    torch.testing.assert_close(both.softmax(1), (plain + flipped) / 2)

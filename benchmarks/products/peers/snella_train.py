@@ -48,8 +48,7 @@ def fit(job: common.Job) -> common.Fitted:
         return np.array([[row[name] for name in job.classes] for row in rows])
 
     stored = sum(file.stat().st_size for file in (out / "adapter").rglob("*") if file.is_file())
-    shown = [word.replace(str(job.folder), job.folder.name) for word in words if word not in ("--out", str(out))]
-    return common.Fitted(predict, stored, {"command": "snella " + " ".join(shown)})
+    return common.Fitted(predict, stored, {})
 
 
 if __name__ == "__main__":

@@ -529,6 +529,11 @@ class TrainConfig(RunSettings):
         """`batch_size`, or its default."""
         return self.batch_size if isinstance(self.batch_size, int) else DEFAULT_BATCH_SIZE
 
+    @property
+    def views(self) -> int:
+        """Views of an image that a prediction averages: `tta`, 1 while it is auto."""
+        return self.tta if isinstance(self.tta, int) else 1
+
     def steps_per_epoch(self, images: int) -> int:
         """Optimizer steps of one pass over so many training images."""
         return -(-images // (self.effective_batch_size * self.accumulate))

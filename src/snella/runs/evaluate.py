@@ -359,10 +359,7 @@ def _run_model(
         batches = DataLoader(items, batch_size, collate_fn=loaded.task.collate)
         for batch in tracked(batches, "measuring", len(batches), console):
             images = batch["images"].to(loaded.device)
-            outputs = loaded.model(images).cpu()
-            if loaded.info.tta == 2:
-                flipped = loaded.task.outputs_of_flip(loaded.model, images).cpu()
-                outputs = loaded.task.average_outputs([outputs, flipped])
+            outputs = loaded.task.outputs(loaded.model, images, loaded.info.tta).cpu()
             for whole, part in zip((reduced, labels), loaded.task.reduce(outputs, batch["labels"]), strict=True):
                 whole.append(part)
     return torch.cat(reduced), torch.cat(labels)

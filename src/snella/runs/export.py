@@ -248,14 +248,11 @@ class _Final(nn.Module):
     def __init__(self, model: nn.Module, loaded: LoadedRun) -> None:
         super().__init__()
         self.model, self.task, self.temperature = model, loaded.task, loaded.info.temperature
-        self.averages_flips = loaded.info.tta == 2
+        self.tta = loaded.info.tta
 
     def forward(self, images: Tensor) -> Tensor:
         """Probabilities, or numbers in their unit."""
-        outputs = self.model(images)
-        if self.averages_flips:
-            outputs = self.task.average_outputs([outputs, self.task.outputs_of_flip(self.model, images)])
-        return self.task.final_outputs(outputs, self.temperature)
+        return self.task.final_outputs(self.task.outputs(self.model, images, self.tta), self.temperature)
 
 
 def _graph_model(loaded: LoadedRun, options: ExportOptions) -> tuple[nn.Module, nn.Module]:

@@ -144,45 +144,22 @@ def unfinished_note(loaded: LoadedRun) -> str | None:
 
 
 class Ensemble(nn.Module):
-    """The mean of several models' outputs.
+    """The mean of the outputs of several runs' models.
 
     Args:
-        models: From the same images to outputs of the same shape.
-        temperatures: What each model's outputs are divided by.
-        average: From the models' outputs to one.
-    """
-
-    def __init__(
-        self,
-        models: Sequence[nn.Module],
-        temperatures: Sequence[float],
-        average: Callable[[Sequence[Tensor]], Tensor],
-    ) -> None:
-        super().__init__()
-        self.models = nn.ModuleList(models)
-        self.temperatures, self.average = temperatures, average
-
-    def forward(self, images: Tensor) -> Tensor:
-        """The mean over the models."""
-        pairs = zip(self.models, self.temperatures, strict=True)
-        return self.average([model(images) / temperature for model, temperature in pairs])
-
-
-class FlipAverage(nn.Module):
-    """A model whose outputs are averaged over the images and their flips.
-
-    Args:
-        model: From images to outputs.
+        runs: Their models take the same images and give outputs of the same shape.
         task: Averages them.
     """
 
-    def __init__(self, model: nn.Module, task: Task) -> None:
+    def __init__(self, runs: Sequence[LoadedRun], task: Task) -> None:
         super().__init__()
-        self.model, self.task = model, task
+        self.models = nn.ModuleList(run.model for run in runs)
+        self.runs, self.task = list(runs), task
 
     def forward(self, images: Tensor) -> Tensor:
-        """The mean over both views."""
-        return self.task.average_outputs([self.model(images), self.task.outputs_of_flip(self.model, images)])
+        """The mean over the models, each with its own temperature and views."""
+        outputs = [run.task.outputs(run.model, images, run.info.tta) / run.info.temperature for run in self.runs]
+        return self.task.average_outputs(outputs, [run.task for run in self.runs])
 
 
 def _load_ensemble(folder: RunFolder, results: FoldResults, device: str) -> LoadedRun:
@@ -193,11 +170,9 @@ def _load_ensemble(folder: RunFolder, results: FoldResults, device: str) -> Load
             f"snella train --out {folder.path} --resume"
         )
     loaded = [load_run(folder.path / row.folder, device) for row in results.rows]
-    first, tasks = loaded[0], [one.task for one in loaded]
-    task = first.task.of_ensemble(tasks)
-    models = [FlipAverage(one.model, one.task) if one.info.tta == 2 else one.model for one in loaded]
-    temperatures = [one.info.temperature for one in loaded]
-    model = Ensemble(models, temperatures, lambda outputs: task.average_outputs(outputs, tasks)).eval()
+    first = loaded[0]
+    task = first.task.of_ensemble([one.task for one in loaded])
+    model = Ensemble(loaded, task).eval()
     info = dataclasses.replace(first.info, calibration=None, tta=1)  # each model has its own
     return LoadedRun(first.folder, model, first.transform, first.classes, task, info)
 

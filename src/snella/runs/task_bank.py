@@ -216,10 +216,7 @@ class TaskBank:
                 paths = [Path(images[place]) for place in part]
                 read = [read_image(path, loaded.reading) for path in paths]
                 batch = torch.stack([loaded.transform(image) for image in read])
-                outputs = self._run(name, batch)
-                if loaded.info.tta == 2:
-                    flipped = loaded.task.outputs_of_flip(partial(self._run, name), batch)
-                    outputs = loaded.task.average_outputs([outputs, flipped])
+                outputs = loaded.task.outputs(partial(self._run, name), batch, loaded.info.tta)
                 outputs = outputs / loaded.info.temperature
                 made = loaded.task.image_predictions(loaded.classes, paths, read, outputs)
                 found.update(zip(part, made, strict=True))

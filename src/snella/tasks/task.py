@@ -147,10 +147,13 @@ class Task(ABC):
         `tasks` are those of each model; None for this one's.
         """
 
-    def outputs_of_flip(self, model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-        """A model's outputs for mirrored images `[..., width]`; maps are mirrored back."""
-        outputs = model(images.flip(-1))
-        return outputs.flip(-1) if outputs.ndim == 4 else outputs
+    def outputs(self, model: Callable[[Tensor], Tensor], images: Tensor, tta: int = 1) -> Tensor:
+        """A model's outputs; with `tta` 2 their average over the images `[..., width]` and their flips."""
+        outputs = model(images)
+        if tta == 1:
+            return outputs
+        flipped = model(images.flip(-1))
+        return self.average_outputs([outputs, flipped.flip(-1) if flipped.ndim == 4 else flipped])  # maps turn back
 
     def sample_weights(self, train: ImageDataset) -> list[float]:
         """How often the weighted sampler draws each training image, up to a factor."""

@@ -25,7 +25,7 @@ from snella._console import print_line
 from snella._text import seconds_text
 from snella.runs.protocol import RunProtocol
 from snella.tasks import Task
-from snella.training.checkpoints import CheckpointError
+from snella.training.checkpoints import CheckpointError, existing_file
 from snella.tuner.matrices import AdaptedMatrix
 
 _FILE, _ENDS_FILE = "ema.safetensors", "epoch_ends.safetensors"
@@ -103,9 +103,7 @@ class WeightAverage(TrainerCallback):
         Raises:
             CheckpointError: It holds no averages, or those of other parameters.
         """
-        path = checkpoint / _FILE
-        if not path.is_file():
-            raise CheckpointError(f"the checkpoint is damaged: {path} is missing; start over with --overwrite")
+        path = existing_file(checkpoint, _FILE)
         with safe_open(path, "pt") as file:
             names = set(file.keys())
             if names != set(self._averages):
@@ -169,9 +167,7 @@ class EpochEnds:
         Raises:
             CheckpointError: It holds none, or those of other parameters.
         """
-        path = checkpoint / _ENDS_FILE
-        if not path.is_file():
-            raise CheckpointError(f"the checkpoint is damaged: {path} is missing; start over with --overwrite")
+        path = existing_file(checkpoint, _ENDS_FILE)
         self._values = {}
         for key, value in load_file(path).items():
             number, name = key.split("/", 1)

@@ -23,6 +23,18 @@ class CheckpointError(OSError):
     """A checkpoint or the best adapter could not be written (the previous one is intact), or one is damaged."""
 
 
+def existing_file(checkpoint: Path, name: str) -> Path:
+    """A file of a checkpoint.
+
+    Raises:
+        CheckpointError: It is missing.
+    """
+    path = checkpoint / name
+    if not path.is_file():
+        raise CheckpointError(f"the checkpoint is damaged: {path} is missing; start over with --overwrite")
+    return path
+
+
 def latest_checkpoint(folder: Path) -> Path | None:
     """The complete checkpoint of the highest step; None where there is none.
 

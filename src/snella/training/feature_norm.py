@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from snella.training.checkpoints import CheckpointError
+from snella.training.checkpoints import CheckpointError, existing_file
 from snella.training.distributed import sum_of_all
 
 _FILE = "feature_norm.safetensors"
@@ -93,9 +93,7 @@ class FeatureNorm(TrainerCallback):
         Raises:
             CheckpointError: It holds none, or those of another width.
         """
-        path = checkpoint / _FILE
-        if not path.is_file():
-            raise CheckpointError(f"the checkpoint is damaged: {path} is missing; start over with --overwrite")
+        path = existing_file(checkpoint, _FILE)
         stored = load_file(path, str(self.mean.device))
         for name in ("mean", "var"):
             shape = list(stored[name].shape) if name in stored else None

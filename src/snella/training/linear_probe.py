@@ -62,7 +62,7 @@ def can_cache_features(config: TrainConfig, model: nn.Module) -> bool:
         method is not None
         and method.is_head_only
         and config.augment == "none"
-        and config.tta != 2
+        and config.views == 1
         and not (config.mixup or config.cutmix or config.random_erasing)
         and has_timm_features(model)
         and isinstance(model.get_submodule(spec_of(model).head), nn.Linear)

@@ -45,7 +45,7 @@ def describe_run(config: TrainConfig, parts: RunComponents, names: Collection[st
         task=parts.task.name,
         protocol=config.protocol,
         ema=config.ema,
-        tta=1 if config.tta == "auto" else config.tta,
+        tta=config.views,
         method=config.method,
         method_options=config.options_of_method(),
         backbone=parts.backbone,

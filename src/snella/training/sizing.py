@@ -187,8 +187,7 @@ def _measure_times(parts: RunComponents, config: TrainConfig) -> _Times:
     measured = [part for name, part in parts_of(parts.splits).items() if name != "train"]
     if not measured:
         return _Times(steps * train_s, 0.0)
-    views = config.tta if isinstance(config.tta, int) else 1
-    evaluation_s = views * _step_seconds(parts, config, measured[0], per_batch, _trial_evaluation)
+    evaluation_s = config.views * _step_seconds(parts, config, measured[0], per_batch, _trial_evaluation)
 
     def seconds_of(part: ImageDataset) -> float:
         return -(-len(part) // config.effective_batch_size) * evaluation_s

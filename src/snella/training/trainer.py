@@ -591,14 +591,11 @@ class SnellaTrainer(CheckpointingTrainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Loss of one batch, and the outputs that the task reduces it to."""
+        """The outputs that the task reduces one batch to, and no loss, which `Task.metrics` computes of them."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
-            loss, logits = self.compute_loss(model, inputs, return_outputs=True)
-            if self.config.tta == 2:
-                flipped = self.task.outputs_of_flip(model, inputs["images"])
-                logits = self.task.average_outputs([logits, flipped])
-        return loss.detach(), *self.task.reduce(logits.detach(), inputs["labels"])
+            outputs = self.task.outputs(model, inputs["images"], self.config.views)
+        return None, *self.task.reduce(outputs, inputs["labels"])
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
         """The order of an epoch."""
