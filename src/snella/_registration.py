@@ -60,7 +60,7 @@ def _with_attentions(original_key: Any) -> Any:
 
 
 def _with_parameters(update_offload: Any) -> Any:
-    """PEFT's method that enters an adapter into accelerate's index of files, with the names that parameters have."""
+    """Wrap `PeftModel._update_offload` to use SNELLA's parameter names in accelerate's offload index."""
 
     @functools.wraps(update_offload)
     def with_parameters(self: PeftModel, offload_index: Any, adapters_weights: Any) -> Any:

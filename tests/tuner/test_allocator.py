@@ -13,6 +13,7 @@ import torch
 
 from snella import BudgetAllocator, create_snella_optimizer
 from snella.tuner import adapted_matrices, allocate, budget_at
+from snella.tuner.allocator import _ZeroGradHook
 from snella.tuner.importance import ImportanceTracker
 
 EPOCHS, STEPS = 4, 3
@@ -564,6 +565,35 @@ def test_a_step_that_the_gradient_scaler_skips_counts_once_its_gradients_are_cle
     assert allocator.step == 3
     assert [entry["step"] for entry in allocator.history] == [0, 3]
     assert all(torch.isfinite(torch.tensor(allocator.importance.scores())))
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_hooks_on_zero_grad_call_each_other(count):
+    optimizer, calls = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1), []
+    hooks = [_ZeroGradHook(optimizer, lambda _, number=number: calls.append(number)) for number in range(count)]
+    optimizer.zero_grad()
+    assert sorted(calls) == list(range(count))
+    for hook in reversed(hooks):
+        hook.remove()
+    optimizer.zero_grad()
+    assert len(calls) == count
+
+
+def test_gradients_that_overflow_inside_of_a_step_are_no_skipped_step(mlp):
+    model = mlp.adapted()
+    optimizer = torch.optim.LBFGS([p for p in model.parameters() if p.requires_grad], max_iter=3)
+    allocator = allocator_of(model).attach(optimizer)
+    model.train()
+
+    def closure():
+        optimizer.zero_grad()
+        loss = mlp.run(model).square().sum()
+        loss.backward()
+        allocator.matrices[0].layer.snella_A["default"].grad.fill_(torch.inf)
+        return loss
+
+    optimizer.step(closure)
+    assert allocator.step == 1
 
 
 # errors and warnings ------------------------------------------------------------------------------------------------

@@ -452,14 +452,23 @@ def test_a_linear_product_with_a_read_weight_keeps_what_a_call_keeps(settings):
         assert torch.equal(mine, theirs)
 
 
-def test_dropout_acts_on_a_linear_product_with_a_read_weight():
+@pytest.mark.parametrize("has_grad", [True, False])
+def test_dropout_acts_on_a_linear_product_with_a_read_weight(has_grad):
     called, reading, x = pair(update_dropout=0.5)
     outputs = []
     for model in (called, reading, reading):
         torch.manual_seed(len(outputs) // 2)
-        outputs.append(model(x))
+        with torch.set_grad_enabled(has_grad):
+            outputs.append(model(x))
     assert torch.equal(outputs[0], outputs[1])
     assert not torch.equal(outputs[1], outputs[2])
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_a_linear_product_of_two_dtypes_with_a_read_weight_is_torch_s_error(is_training):
+    _, reading, x = pair()
+    with pytest.raises(RuntimeError, match="dtype"):
+        reading.train(is_training)(x.double())
 
 
 def test_the_bias_of_a_product_with_a_read_weight_is_the_caller_s():

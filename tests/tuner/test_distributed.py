@@ -23,6 +23,8 @@ REFUSED = {
     "pieces": "NotImplementedError: BudgetAllocator needs factors of 3 numbers in one copy over all 2 processes, got 6",
 }
 UNITS = ("whole", "norms", "layers", "blocks")
+ROUNDED_ALIKE = {"FULL_SHARD-layers", "SHARD_GRAD_OP-norms", "SHARD_GRAD_OP-layers", "NO_SHARD-layers", "FSDP2-whole"}
+"""Cases in which eight bits act on the same normalizations as in the whole model."""
 RECOMPUTED = [f"{kind}-{units}" for kind in ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "FSDP2") for units in UNITS]
 
 
@@ -78,8 +80,9 @@ def gradient_errors(tmp_path_factory):
 def test_an_input_is_computed_again_from_a_normalization_that_fsdp_shards(gradient_errors, case):
     for errors in gradient_errors:
         assert errors[f"{case}-exact"] == 0
-        # a normalization beside trained parameters in one flat tensor of FSDP1 keeps its input as it is
-        assert errors[f"{case}-compressed"] == pytest.approx(0, abs=0.05)
+        # a normalization whose parameters the sharding exchanges keeps its input in full precision
+        error = errors[f"{case}-compressed"]
+        assert error == 0 if case in ROUNDED_ALIKE else 0 < error < 0.01
 
 
 def test_an_optimizer_of_deepspeed_is_refused_by_its_name():

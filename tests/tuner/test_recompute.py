@@ -497,6 +497,22 @@ def test_copies_compress_and_unloading_ends_it():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in plain.modules())
 
 
+def test_adapters_of_different_layers_decide_together_what_is_kept_in_eight_bits():
+    torch.manual_seed(0)
+    base = nn.Sequential(
+        nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, 7)
+    )
+    settings = {"r": 4, "init_weights": False}
+    model = get_peft_model(base, SnellaConfig(target_modules=["2"], compress_activations=True, **settings)).train()
+    model.add_adapter("other", SnellaConfig(target_modules=["4"], compress_activations=False, **settings))
+    x, kept = torch.randn(BATCH), []
+    for compress in (False, True):
+        model.base_model.model[4].snella_config["other"].compress_activations = compress
+        model.base_model.set_adapter(["default", "other"])
+        kept.append(step(model, x)[1])
+    assert kept[1] < kept[0]
+
+
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
 @pytest.mark.parametrize("add", ["get_peft_model", "inject_adapter_in_model"])
 @pytest.mark.parametrize("first", [False, True])

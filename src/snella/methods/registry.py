@@ -99,8 +99,9 @@ def parse_method(name: str) -> tuple[str, int | None]:
 
 def _meant(name: str) -> str:
     """A method written in another way, such as `lora8` or `LoRA_8`: `; did you mean 'lora-8'?`; empty for none."""
-    match = re.fullmatch(r"(.*?)-?(\d*)", name.lower().replace("_", "-"))
-    family, digits = (match[1], match[2]) if match else (name, "")
+    plain = name.lower().replace("_", "-")
+    family = plain.rstrip("0123456789")
+    digits, family = plain.removeprefix(family), family.rstrip("-")
     if family not in METHODS or (digits and METHODS[family].suffix is None):
         return ""
     return f"; did you mean {family + (digits and '-' + digits)!r}?"

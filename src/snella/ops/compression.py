@@ -43,8 +43,8 @@ def encode(z: Tensor, *, by_row: bool = False) -> tuple[Tensor, Layout]:
             A row that is normalized by itself may be far smaller than the next one, whose scale would round it to zero.
 
     Returns:
-        The scales in float32, and behind them codes: one byte an entry and a sixteenth, uint8 `[17/16 · entries]` where
-        all groups are whole; and what `decode` needs to know.
+        Scales in float32, then codes: uint8 `[groups · (4 + group)]`, 17/16 bytes an entry for groups of 64; and the
+        layout for `decode`.
     """
     order = sorted(range(z.ndim), key=z.stride, reverse=True)
     in_memory = z.detach().permute(order)
@@ -68,7 +68,7 @@ def decode(encoded: Tensor, layout: Layout) -> Tensor:
     """The tensor that `encode` rounded, in its shape and dtype; its axes lie in memory in the same order."""
     codes, scales = _parts(encoded, layout.group)
     rows = codes.float().mul_(scales).to(layout.dtype).view(-1, layout.row + -layout.row % layout.group)
-    return rows[:, : layout.row].reshape(-1)[: layout.shape.numel()].view(layout.shape).permute(layout.axes)
+    return rows[:, : layout.row].reshape(layout.shape).permute(layout.axes)
 
 
 def _parts(encoded: Tensor, group: int) -> tuple[Tensor, Tensor]:

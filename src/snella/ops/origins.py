@@ -42,7 +42,7 @@ class Origin(ABC):
         self._output: Tensor | None = None
 
     def is_current(self) -> bool:
-        """Whether everything that the tensor is computed with is as it was."""
+        """Return whether the inputs of the recomputation are unchanged."""
         return True
 
     def add_user(self) -> bool:

@@ -92,6 +92,7 @@ class BudgetAllocator:
         self.history: list[dict[str, Any]] = []
         self._has_checked = False
         self._has_read = self._has_stepped = False  # in this step, and since the gradients were cleared
+        self._is_stepping = False
         self._reads = 0  # of steps whose gradients were looked for
         self._untouched = {matrix.name for matrix in self.matrices}
         self.has_exact_steps = False  # whether the number of steps is a trainer's own
@@ -242,6 +243,7 @@ class BudgetAllocator:
             )
         self._has_checked = True
         self._has_read = False
+        self._is_stepping = True
         if self.config.zero_init_ema:
             return None
         positional, closure = len(args) > 1, kwargs.get("closure", args[1] if len(args) > 1 else None)
@@ -269,16 +271,18 @@ class BudgetAllocator:
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         self._read_importance(optimizer)
-        self._has_stepped = True
+        self._has_stepped, self._is_stepping = True, False
         self._finish_step(self.step + 1)
 
     def _before_zero_grad(self, optimizer: Optimizer) -> None:
         """Count a step that a gradient scaler skipped: no step since the last call, and gradients that overflowed."""
+        if self._is_stepping:  # by the closure
+            return
         has_stepped, self._has_stepped = self._has_stepped, False
         if has_stepped or any(is_sharded(factor) for factor in self._factors()):
             return
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
+        if not bool(torch.nn.utils.get_total_norm(gradients, math.inf).isfinite()):
             self.advance_to(self.step + 1)
 
     def _watch(self, *, attached: bool) -> None:
@@ -404,7 +408,8 @@ class _ZeroGradHook:
 
     def __init__(self, optimizer: Optimizer, function: Callable[[Optimizer], None]) -> None:
         self.optimizer, self.function, self.zero_grad = optimizer, function, optimizer.zero_grad
-        functools.update_wrapper(self, optimizer.zero_grad)  # Accelerate asks for its signature
+        # Accelerate asks for the signature; the attributes may be those of another such hook
+        functools.update_wrapper(self, optimizer.zero_grad, updated=())
         optimizer.zero_grad = self  # type: ignore[method-assign]
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:

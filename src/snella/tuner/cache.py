@@ -130,9 +130,13 @@ class LayerCache:
         if known is not None and known[0] is budget and known[1:3] == (budget.data_ptr(), budget._version):
             return known[3]
         integers = read(name)
+        self.note_budgets(name, budget, integers)
+        return integers
+
+    def note_budgets(self, name: str, budget: Tensor, integers: tuple[int, ...]) -> None:
+        """Remember the integers that a buffer holds."""
         if not (budget.is_inference() or budget.is_meta):
             self._budgets[name] = (budget, budget.data_ptr(), budget._version, integers)
-        return integers
 
     def note_seal(self, name: str, budget: Tensor, seal: Tensor) -> None:
         """Remember the state of a buffer of budgets and of its seal, which fits it."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from snella.tuner.targets import HEAD_NAMES, PREDICTOR_NAMES, head_modules
 
 _OUTPUTS = {"lm_head", "proj_out"}  # these come with the model
-_LEAST_ENTRIES = 256  # fewer tell nothing
+_LEAST_ENTRIES = 256  # too few entries for the tests below
 _SIGMAS = 5.0  # of sampling noise: one fresh head in millions is missed by each test
 
 

@@ -89,7 +89,7 @@ class ImportanceTracker:
 
     @torch.no_grad()
     def with_gradient(self) -> set[str]:
-        """Return the names of the matrices whose factors have a gradient other than zero now."""
+        """Return the names of matrices whose factors have a nonzero gradient."""
         _, gradients = _whole_factors(self.matrices)
         found = set()
         for matrix in self.matrices:

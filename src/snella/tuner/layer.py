@@ -400,8 +400,8 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
 
     @contextmanager
     def buffers_off_meta(self) -> Iterator[None]:
-        """Keep budgets and supports where they are if a move sends them to the meta device, as accelerate does."""
-        before = [(d, name, d[name]) for d in (self.snella_budget, self.snella_support) for name in d]
+        """Keep budgets, seals and supports where they are if a move sends them to the meta device as accelerate does."""
+        before = [(d, name, d[name]) for d in (self.snella_budget, self.snella_seal, self.snella_support) for name in d]
         yield
         for values, name, buffer in before:
             if values[name].is_meta:
@@ -512,10 +512,10 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
                 f"adapter {adapter_name!r} has a fixed support of {list(self.budgets(adapter_name))} entries in "
                 f"{self.module_name!r}, which no budget can change; train it without a BudgetAllocator"
             )
-        buffer = self.snella_budget[adapter_name]
-        buffer.copy_(torch.tensor(list(budgets), dtype=buffer.dtype))
-        self.seal_budgets(adapter_name)
+        buffer, integers = self.snella_budget[adapter_name], tuple(map(int, budgets))
+        buffer.copy_(torch.tensor(integers, dtype=buffer.dtype))
         self._cache.clear()
+        self.seal_budgets(adapter_name, integers)
 
     def set_support(self, adapter_name: str, indices: Tensor) -> None:
         """Say which entries an adapter with `fixed_support` may change.
@@ -561,16 +561,23 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
             if not buffer.is_meta and not self.snella_seal[name].is_meta:
                 self._read_budgets(name)
 
-    def seal_budgets(self, adapter_name: str) -> None:
-        """Take what is in the buffer for budgets; to be called by whoever writes into it."""
+    def seal_budgets(self, adapter_name: str, budgets: tuple[int, ...] | None = None) -> None:
+        """Record the buffer's values as the live budgets. Call it after every write to `snella_budget`.
+
+        Args:
+            adapter_name: The adapter.
+            budgets: The values, which are read from the device if not given.
+        """
         buffer = self.snella_budget[adapter_name]
         if buffer.is_meta:
             self.snella_seal[adapter_name] = torch.zeros_like(buffer)
             return
-        budgets = self._live_budgets[adapter_name] = tuple(buffer.tolist())
+        budgets = tuple(buffer.tolist()) if budgets is None else budgets
+        self._live_budgets[adapter_name] = budgets
         seals = torch.tensor([seal_of(budget) for budget in budgets], dtype=buffer.dtype, device=buffer.device)
         self.snella_seal[adapter_name] = seals
         self._cache.note_seal(adapter_name, buffer, seals)
+        self._cache.note_budgets(adapter_name, buffer, budgets)
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Save budgets, not averages of them."""
@@ -870,12 +877,14 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         return EffectiveWeight.of(base, lambda: self._base_layout(self._read(names)), multiply)
 
     def _multiply_read(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
-        """`F.linear` of an input and the weight that is read, where gradients are asked for."""
+        """`F.linear` of an input and the weight that is read, in training or with gradients; `None` elsewhere."""
         names = self._names_in_use()
-        if not names or not self._needs_gradients(names):
+        if not names or not (self.training or self._needs_gradients(names)):
             return None
         weight = self._oriented_weight()
         self._check_weight(weight)
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            return None  # torch's own error
         self.__dict__["is_applied"] = True
         return self._apply_learning(x, weight, names, bias)
 
@@ -968,7 +977,7 @@ class Conv2d(SnellaLayer):
 
 
 def _seal_all_budgets(layer: SnellaLayer, _: Any) -> None:
-    """What `load_state_dict` brings are budgets."""
+    """`load_state_dict` hook: seal the loaded budgets."""
     for name in layer.snella_budget:
         layer.seal_budgets(name)
 

@@ -330,18 +330,19 @@ class SnellaModel(BaseTuner):
         return model
 
     def _watch_training(self, adapter_name: str) -> None:
-        """Tell of silent mistakes in the first optimizer steps of an adapter, and of steps without an allocator."""
+        """Warn about silent mistakes in an adapter's first optimizer steps, and about training without an allocator."""
         reference = weakref.ref(self.model)  # PEFT may keep the model alone
         config = cast(SnellaConfig, self.peft_config[adapter_name])
         steps, heads = 0, NewHeads()
 
         def check(optimizer: Optimizer) -> bool:
             nonlocal steps
+            if (model := reference()) is None:
+                return True
             if steps > 1 and config.watch.is_attached:
                 return False
-            model = reference()
-            layers = [] if model is None else _adapted_layers(model, [adapter_name])
-            if model is None or not layers:
+            layers = _adapted_layers(model, [adapter_name])
+            if not layers:
                 return True
             optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
             factors = [layer.snella_A[adapter_name] for layer in layers]
@@ -571,11 +572,15 @@ class _Compression:
     layers: list[SnellaLayer]
 
     def __call__(self) -> bool:
+        is_active = False
         for layer in self.layers:
-            settings = [layer.snella_config[name] for name in layer.active_adapters if name in layer.snella_config]
-            if settings:
-                return all(one.compress_activations for one in settings)
-        return False
+            for name in layer.active_adapters:
+                config = layer.snella_config.get(name)
+                if config is not None:
+                    is_active = True
+                    if not config.compress_activations:
+                        return False
+        return is_active
 
 
 def _adapted_layers(model: nn.Module, adapter_names: list[str]) -> list[SnellaLayer]:

@@ -109,6 +109,7 @@ class SparsePatch:
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{path} holds no sparse update; snella export RUN --format sparse writes one")
         digest, found = metadata.pop(_DIGEST, None), tensors_digest(tensors, metadata)
+        metadata.pop("format")
         if digest != found:
             raise ValueError(f"{path} is damaged: its SHA-256 is {found}, expected {digest}; export it again")
         try:
@@ -119,7 +120,6 @@ class SparsePatch:
     @classmethod
     def _parse(cls, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Self:
         """The patch that a file's tensors and metadata describe."""
-        del metadata["format"]
         shapes, digests = json.loads(metadata.pop("shapes")), json.loads(metadata.pop("digests"))
         entries = {}
         for key in [key for key in tensors if key.endswith(f":{_VALUES}")]:

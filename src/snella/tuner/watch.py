@@ -1,4 +1,4 @@
-"""Warnings of what goes wrong silently while an adapter is trained."""
+"""Warnings about silent training mistakes."""
 
 from __future__ import annotations
 
