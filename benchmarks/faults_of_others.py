@@ -26,11 +26,14 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from snella._files import sealed
+from snella._files import sealed, write_text
 from snella.cli.main import main
 from snella.training.checkpoints import latest_checkpoint
 
 MOST_BYTES = 8 * 2**30
+START_S = 60
+_LINKED = "mine"
+"""Name and text of a file outside the run, which nothing may write to."""
 MARKUP = (
     "<img src=x onerror=window.hit=1>",
     "<b onmouseover=window.hit=1>b",
@@ -46,7 +49,11 @@ def exchanged(harness: Any) -> None:
         run = shutil.copytree(harness.unfinished, place / "run", symlinks=True)
         what = _EXCHANGES[number % len(_EXCHANGES)](draw, run, harness.unfinished_other)
         ended = harness.fork(lambda run=run: main(["train", "--out", str(run), "--resume"]))
-        harness.count_answer("exchanged", what, ended, lambda run=run: harness.outcome(run) == harness.expected)
+        mine = place / _LINKED
+        if mine.exists() and mine.read_text() != _LINKED:
+            harness.count("exchanged", "other results", what, ended.text)
+        else:
+            harness.count_answer("exchanged", what, ended, lambda run=run: harness.outcome(run) == harness.expected)
 
 
 def _checkpoint_of_another(draw: random.Random, run: Path, other: Path) -> str:
@@ -79,9 +86,9 @@ def _unlisted_file(draw: random.Random, run: Path, other: Path) -> str:
 
 
 def _linked_lock(draw: random.Random, run: Path, other: Path) -> str:
-    (run.parent / "mine").write_text("mine")
+    (run.parent / _LINKED).write_text(_LINKED)
     (run / ".lock").unlink(missing_ok=True)
-    (run / ".lock").symlink_to(run.parent / "mine")
+    (run / ".lock").symlink_to(run.parent / _LINKED)
     return ".lock is a link"
 
 
@@ -217,14 +224,13 @@ def requests(harness: Any) -> None:
     for _, _, place in harness.trials("requests"):
         port_file = place / "port"
         child = harness.child(functools.partial(_serve, harness.finished, port_file))
-        deadline = time.monotonic() + 60
-        while not port_file.exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
+        port = _wait_for_port(port_file)
+        if port is None:
+            harness.count("requests", "no server", "start", child.wait(signal_after_s=0).text)
+            continue
         body, before = png(7_000, 7_000), _resident_mib(child.pid)
         statuses: list[int] = []
-        askers = [
-            threading.Thread(target=_ask, args=(int(port_file.read_text()), [body] * 2, statuses)) for _ in range(6)
-        ]
+        askers = [threading.Thread(target=_ask, args=(port, [body] * 2, statuses)) for _ in range(6)]
         for asker in askers:
             asker.start()
         peak = before
@@ -239,6 +245,16 @@ def requests(harness: Any) -> None:
             harness.count("requests", "bounded" if peak - before < most_mib else "out of memory", what, ended.text)
 
 
+def _wait_for_port(port_file: Path) -> int | None:
+    """The port of a server that is starting; None if it does not start."""
+    deadline = time.monotonic() + START_S
+    while not port_file.exists():
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(0.05)
+    return int(port_file.read_text())
+
+
 def _serve(run: Path, port_file: Path) -> int:
     """A server on a free port."""
     import uvicorn
@@ -250,7 +266,7 @@ def _serve(run: Path, port_file: Path) -> int:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         app = create_app(load(run, "cpu"))
-        port_file.write_text(str(listener.getsockname()[1]))
+        write_text(port_file, str(listener.getsockname()[1]))
         uvicorn.Server(uvicorn.Config(app, log_level="error")).run(sockets=[listener])
     return 0
 
@@ -296,24 +312,28 @@ def markup(harness: Any) -> None:
                 at = tiny.index(f"--{name}-size")
                 del tiny[at : at + 2]
             status = main([*tiny, "--epochs", "1", "--batch-size", "8", "--out", str(run)])
-            if status == 0:
-                main(["explain", str(run), str(data), "--out", str(place / "maps")])
-            return status
+            return status or main(["explain", str(run), str(data), "--out", str(place / "maps")])
 
         ended = harness.fork(work)
         if ended.has_traceback or ended.status:
-            harness.count("markup", "traceback" if ended.has_traceback else "refused", "training", ended.text)
+            result = "traceback" if ended.has_traceback else "refused"
+            harness.count("markup", result, "train and explain", ended.text)
             continue
         port_file = place / "port"
         server = harness.child(functools.partial(_serve, run, port_file))
         try:
             with _browser(program, place / "chromium") as browser:
-                for page in filter(Path.is_file, pages):
+                for page in pages:
+                    if not page.is_file():
+                        harness.count("markup", "missing page", page.name, ended.text)
+                        continue
                     browser.open(page)
                     _count_page(harness, page.name, browser)
-                while not port_file.exists():
-                    time.sleep(0.05)
-                browser.call("Page.navigate", url=f"http://127.0.0.1:{port_file.read_text()}/")
+                port = _wait_for_port(port_file)
+                if port is None:
+                    harness.count("markup", "no server", "start")
+                    continue
+                browser.call("Page.navigate", url=f"http://127.0.0.1:{port}/")
                 time.sleep(1.0)
                 _count_page(harness, "serve", browser)
         finally:

@@ -1,7 +1,7 @@
 """What methods keep for the backward pass and hold at most in a training step, by size of the model: counted.
 
 python benchmarks/step_memory.py                     three ViTs at batch 8; replaces step_memory.jsonl
-python benchmarks/step_memory.py --backbones vit_base_patch16_224 --depths 4 8
+python benchmarks/step_memory.py --backbones vit_base_patch16_224 --depths 4 8 --out other.jsonl
 
 Each method comes with and without SNELLA's recomputation of inputs. Bytes are counted by autograd's own hooks, each
 storage once, and the peak is `snella.training.memory.predict_step_memory`'s: weights, gradients, AdamW's moments, saved
@@ -44,6 +44,7 @@ METHODS = {
     "full": ("full", "full-recompute"),
 }
 NOT_BY_DEPTH = ("spt-adapter",)
+BATCH = 8
 FIELDS = ("weights", "trainable", "kept", "peak")
 
 
@@ -118,14 +119,17 @@ def update_page(page: Path = PAGE, rows_file: Path = ROWS) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbones", nargs="+", default=list(DEPTHS), help="timm names of ViTs")
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=BATCH)
     parser.add_argument("--depths", type=int, nargs=2, help="instead of those of each backbone")
-    parser.add_argument("--out", type=Path, default=ROWS)
+    parser.add_argument("--out", type=Path, help="replaced; step_memory.jsonl for the default models")
     args = parser.parse_args()
+    if args.out is None and (args.backbones, args.batch, args.depths) != (list(DEPTHS), BATCH, None):
+        parser.error(f"rows of other models do not replace those of {ROWS.name}; give --out")
     torch.set_num_threads(1)
-    args.out.unlink(missing_ok=True)
+    out = args.out or ROWS
+    out.unlink(missing_ok=True)
     for backbone in args.backbones:
-        append_rows(args.out, rows_of(backbone, args.batch, tuple(args.depths or DEPTHS.get(backbone, ()))))
+        append_rows(out, rows_of(backbone, args.batch, tuple(args.depths or DEPTHS.get(backbone, ()))))
 
 
 if __name__ == "__main__":

@@ -54,10 +54,15 @@ def read_suite(folder: Path = RESULTS) -> tuple[Experiment, list[CellRow]]:
     Raises:
         ValueError: A line of the rows is damaged.
     """
-    rows, notes = read_lines(folder / "results.jsonl")
+    return read_experiment(str(folder / "experiment.yaml")), _rows(folder / "results.jsonl")
+
+
+def _rows(file: Path) -> list[CellRow]:
+    """The rows of a file; raises a ValueError where a line is damaged."""
+    rows, notes = read_lines(file)
     if notes:
         raise ValueError("; ".join(notes))
-    return read_experiment(str(folder / "experiment.yaml")), list(rows.values())
+    return list(rows.values())
 
 
 def update_suite(page: Path = PAGE) -> bool:
@@ -104,13 +109,10 @@ def _lead_texts(found: Difference | None, tasks: int) -> tuple[str, str, str]:
 
 def untuned_rows() -> list[CellRow]:
     """Rows of `benchmarks/untuned/suite.jsonl`: methods at their default rates, where a search chose others."""
-    rows, notes = read_lines(UNTUNED)
-    if notes:
-        raise ValueError("; ".join(notes))
-    return list(rows.values())
+    return _rows(UNTUNED)
 
 
-def defaults_rows(experiment: Experiment, rows: Rows, untuned: Rows) -> list[CellRow]:
+def defaults_rows(rows: Rows, untuned: Rows) -> list[CellRow]:
     """Final rows at the default rates, of the methods that have them: the untuned ones, else the suite's own."""
     own = {row.cell: row for row in final_rows(untuned)}
     names = {row.experiment_name for row in own.values()}
@@ -120,7 +122,7 @@ def defaults_rows(experiment: Experiment, rows: Rows, untuned: Rows) -> list[Cel
 
 def defaults_table(experiment: Experiment, rows: Rows, untuned: Rows) -> str:
     """Means at the default rates, and differences to the reference at its own."""
-    found = defaults_rows(experiment, rows, untuned)
+    found = defaults_rows(rows, untuned)
     tasks, reference = [entry.name for entry in experiment.data], experiment.reference_name
     names = list(dict.fromkeys(row.experiment_name for row in found))
     differences = with_holm({n: difference(found, n, reference, tasks, METRIC) for n in names if n != reference})

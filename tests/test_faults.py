@@ -23,5 +23,14 @@ def test_faults_are_noticed_or_harmless_and_killed_runs_resume_to_the_same_bits(
     assert set(counts) == {*groups, "exchanged", "forged", "objects", "bombs"}
     assert counts["exchanged"] == {"one line": 5} and counts["bombs"] == {"one line": 2}
     assert counts["killed"] == {"same bits": 2} and counts["disk full"]["same bits"] == 1
+    assert set(counts["limits"]) <= {"one line with the file", "not met"}
     assert counts["finished"]["noticed"] > 0 and sum(counts["fuzzed"].values()) == 12
     assert "| killed | 2 | 2 same bits; 0 other results, 0 traceback, 0 not resumed |" in done.stdout
+    rows = {line.split(" | ")[0].removeprefix("| "): line for line in done.stdout.splitlines() if line[:2] == "| "}
+    for group, zeros in {
+        "forged": "0 traceback",
+        "objects": "0 traceback, 0 executed",
+        "bombs": "0 traceback, 0 executed",
+        "limits": "0 traceback, 0 left over, 0 no file named",
+    }.items():
+        assert rows[group].endswith(f"; {zeros} |")

@@ -4,7 +4,9 @@ import io
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from rich.console import Console
+from torch.utils.data import Dataset
 
 import snella
 from snella.runs import RunFolder, TrainConfig
@@ -27,6 +29,27 @@ def test_a_run_is_trained_and_loaded_in_two_lines(photos, tiny_run, tmp_path, no
     assert isinstance(run, RunFolder) and run.status == "finished"
     assert run.read_config().data == f"folder:{photos}"
     assert snella.load(run).predict(photos / "cats" / "000.png").label in ("cats", "dogs", "owls")
+
+
+class Gray(Dataset):
+    """Dark and bright images."""
+
+    classes = ("dark", "bright")
+
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, row):
+        return Image.new("RGB", (32, 32), (10 * row,) * 3), row // 12
+
+
+def test_an_object_is_cross_validated(tiny_run, tmp_path, no_report):
+    settings = {**tiny_run, "epochs": 1, "folds": 2, "out": tmp_path / "run"}
+    run = snella.train(data=Gray(), console=Console(file=io.StringIO()), **settings)
+    assert [row["fold"] for row in run.read_json("folds.json")["rows"]] == [1, 2]
+    for fold in ("fold-1", "fold-2"):
+        info = RunFolder(tmp_path / "run" / fold).read_json("run.json")
+        assert info["classes"] == ["dark", "bright"] and info["data"]["spec"] == "python:data"
 
 
 def test_a_config_and_settings_exclude_each_other():

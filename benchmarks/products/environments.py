@@ -1,6 +1,6 @@
 """Make the environments of the peers, one a tool, each beside this interpreter's packages, so that torch is there once.
 
-python benchmarks/products/environments.py --cache CACHE [fastai] [lightly]
+python benchmarks/products/environments.py --cache CACHE [fastai]
 """
 
 import argparse
@@ -61,7 +61,10 @@ def main() -> None:
     args = parser.parse_args()
     for name in args.names:
         if name in NOT_INSTALLED:
-            raise SystemExit(f"names: {name!r} is left out: {NOT_INSTALLED[name]}")
+            parser.error(f"{name!r} is left out: {NOT_INSTALLED[name]}")
+        if name not in ENVIRONMENTS:
+            parser.error(f"names must be among {', '.join(ENVIRONMENTS)}, got {name!r}")
+    for name in args.names:
         make(args.cache, name)
 
 

@@ -21,7 +21,7 @@ import unicodedata
 import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ class Folder:
     Attributes:
         read: From the folder of unpacked packages to pictures.
         debian: Debian packages.
-        npm, pypi: Package of another registry.
+        pypi: Package of PyPI.
         shares: Parts of train, val and test.
         most: Images of a class, at most.
         is_checked: Whether near-duplicates in val and test are left out; not for images that all look alike.
@@ -149,7 +149,7 @@ def divide(pictures: list[Picture], folder: Folder) -> list[Picture]:
         parts[origin] = max(_PARTS, key=lack)
         for label, number in labels.items():
             missing[parts[origin]][label] -= number
-    return [Picture(p.name, p.label, p.origin, p.make, parts[p.origin]) for p in kept]
+    return [replace(picture, part=parts[picture.origin]) for picture in kept]
 
 
 def write(out: Path, pictures: list[Picture], is_checked: bool = True) -> dict[str, Counter[str]]:

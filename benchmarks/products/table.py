@@ -5,11 +5,16 @@ python benchmarks/products/table.py rows.jsonl [--picture accuracy.png]
 
 import argparse
 import json
+import math
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import rankdata, t
+from scipy.stats import rankdata
+
+from snella._text import decimal_text
+from snella.comparison.statistics import Difference, difference_of, with_holm
+from snella.comparison.summary import difference_text, significance_texts
 
 REFERENCE = "snella"
 Means = dict[str, dict[str, float]]
@@ -44,17 +49,18 @@ def mean_ranks(accuracies: Means) -> dict[str, float]:
     return dict(zip(names, ranks.mean(1).tolist(), strict=True))
 
 
-def difference(accuracies: Means, name: str, reference: str = REFERENCE) -> tuple[float, float]:
-    """Mean difference over folders to the reference and the half width of its 95 % interval of Student's t."""
-    gaps = [value - accuracies[reference][folder] for folder, value in accuracies[name].items()]
-    if len(gaps) < 2:
-        return float(np.mean(gaps)), float("nan")
-    half = t.ppf(0.975, len(gaps) - 1) * np.std(gaps, ddof=1) / np.sqrt(len(gaps))
-    return float(np.mean(gaps)), float(half)
+def differences(accuracies: Means, reference: str = REFERENCE) -> dict[str, Difference | None]:
+    """Differences to the reference over folders, corrected over products; none without the reference."""
+    if reference not in accuracies:
+        return {}
+    own = accuracies[reference]
+    gaps = {name: [[value - own[folder]] for folder, value in found.items()] for name, found in accuracies.items()}
+    return with_holm({name: difference_of(values) for name, values in gaps.items() if name != reference})
 
 
 def markdown(rows: list[dict]) -> str:
     """The table of one budget, by mean rank."""
+    rows = [{"peak_mib": math.nan} | row for row in rows]
     accuracies = means(rows)
     ranks = mean_ranks(accuracies)
     folders = list(next(iter(accuracies.values())))
@@ -65,23 +71,21 @@ def markdown(rows: list[dict]) -> str:
         for score in ("balanced_accuracy", "nll", "ece", "seconds", "peak_mib", "stored_bytes")
     }
     lines = [
-        f"| product | mean rank | accuracy, {len(folders)} folders | minus {REFERENCE} "
+        f"| product | mean rank | accuracy, {len(folders)} folders | minus {REFERENCE} | p | above "
         "| balanced | NLL | ECE | seconds | MiB | stored MB |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "|---" * 12 + "|",
     ]
+    gaps = differences(accuracies)
     for name in sorted(ranks, key=ranks.__getitem__):
 
         def mean(score: str, name: str = name) -> float:
             return float(np.mean(list(others[score][name].values())))
 
-        gap = "–"
-        if name != REFERENCE and REFERENCE in accuracies:
-            value, half = difference(accuracies, name)
-            gap = f"{100 * value:+.1f} ± {100 * half:.1f}"
+        gap = " | ".join((difference_text(gaps.get(name), len(folders)), *significance_texts(gaps.get(name))))
         lines.append(
             f"| {name} | {ranks[name]:.2f} | {100 * np.mean(list(accuracies[name].values())):.1f} | {gap} "
             f"| {100 * mean('balanced_accuracy'):.1f} | {mean('nll'):.3f} | {mean('ece'):.3f} | {mean('seconds'):.0f} "
-            f"| {mean('peak_mib'):.0f} | {mean('stored_bytes') / 1e6:.1f} |"
+            f"| {decimal_text(mean('peak_mib'), 0)} | {mean('stored_bytes') / 1e6:.1f} |"
         )
     return "\n".join(lines)
 

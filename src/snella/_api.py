@@ -32,18 +32,16 @@ def train(config: TrainConfig | None = None, *, console: Console | None = None, 
     """
     if config is not None and settings:
         raise TypeError(f"train takes a config or settings, got both: config and {', '.join(settings)}")
-    data = settings.get("data")
-    is_object = not (data is None or isinstance(data, str | os.PathLike))
+    is_object = not isinstance(settings.get("data"), str | os.PathLike | None)
+    options = {"data": settings.pop("data")} if is_object else {}
     if is_object:
         settings["data"] = "python:data"
     config = TrainConfig(**settings) if config is None else config
-    if is_object:
-        return train_run(config, console, data=data)
-    if config.method == AUTO_METHOD:
+    if config.method == AUTO_METHOD and not is_object:
         from snella.comparison.compare import choose_method
 
         config = choose_method(config, console)
     if (config.folds and config.fold is None) or (config.resume and is_cross_validation(str(config.out))):
-        train_folds(config, console)
+        train_folds(config, console, **options)
         return RunFolder(str(config.out))
-    return train_run(config, console)
+    return train_run(config, console, **options)

@@ -42,7 +42,7 @@ WRITE_FAILURES = {
     "unexpected pos": errno.ENOSPC,
     "iostream": errno.ENOSPC,
 }
-"""How libraries with errors of their own say that the disk did not take the data: safetensors, torch's zip writer."""
+"""Substrings of library errors that mean a failed write, with their errno."""
 
 
 @contextmanager
@@ -61,8 +61,8 @@ def made_folder(folder: Path) -> Iterator[None]:
         with naming_file(folder):
             yield
     except BaseException:
-        with suppress(OSError):
-            for path in made:
+        for path in made:
+            with suppress(OSError):
                 path.rmdir()
         raise
 

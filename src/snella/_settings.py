@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from snella._text import nearest
 
 OTHER_NAMES: dict[str, tuple[str, ...]] = {
-    "model": ("backbone", "backbones", "model"),
+    "model": ("run", "backbone", "backbones", "model"),
     "model_name": ("backbone", "model"),
     "model_name_or_path": ("backbone", "model"),
     "arch": ("backbone",),
@@ -43,7 +43,6 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "num_train_epochs": ("epochs",),
     "n_epochs": ("epochs",),
     "max_epochs": ("epochs",),
-    "max_steps": ("epochs", "steps"),
     "dataset": ("data",),
     "dataset_name": ("data",),
     "data_dir": ("data",),
@@ -63,7 +62,6 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "lora_r": ("r",),
     "lora_rank": ("r",),
     "alpha": ("scaling",),
-    "lora_alpha": ("scaling",),
     "sparsity": ("target_sparsity",),
     "peft": ("method",),
     "peft_type": ("method",),
@@ -77,8 +75,6 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "patience": ("early_stopping",),
     "smoothing": ("label_smoothing",),
     "clip_grad": ("max_grad_norm",),
-    "warmup_epochs": ("warmup_ratio",),
-    "warmup_steps": ("warmup_ratio",),
     "val_split": ("val_fraction",),
     "validation_split": ("val_fraction",),
     "test_split": ("test_fraction",),
@@ -90,8 +86,6 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "augmentation": ("augment",),
     "aug": ("augment",),
     "format": ("out",),
-    "name": ("out",),
-    "project": ("out",),
 }
 """Settings as other tools call them, each with what it may be here."""
 
@@ -119,6 +113,8 @@ def described(kind: Any) -> str:
         return " or ".join(text.removeprefix("one of ") for text in (first, *others)) if others else first
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, get_args(kind)))}"
+    if get_origin(kind) is list:
+        return "a list such as [a, b]"
     words = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
     return words.get(kind, "settings such as {kernel: rbf}")
 

@@ -86,6 +86,11 @@ def plain_text(value: Any) -> str:
     return str(value)
 
 
+def utf8_text(text: str) -> str:
+    """The text with `?` for what UTF-8 lacks: bytes of a file's name that are not UTF-8."""
+    return text.encode(errors="replace").decode()
+
+
 def listed(items: Iterable[str], most: int = 5, separator: str = ", ") -> str:
     """The first few of many items, and how many more there are."""
     shown = list(items)

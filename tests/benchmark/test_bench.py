@@ -154,7 +154,7 @@ def test_the_peak_is_read_from_the_system_where_it_tells(monkeypatch, tmp_path):
 def test_a_device_that_is_not_there_is_one_line(capsys):
     assert main(["bench", "--device", "cuda:77", "--backbones", "test_vit"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("snella: --device must be usable here, got 'cuda:77' (") and error.count("\n") == 1
+    assert error.startswith("snella: --device must be available, got 'cuda:77' (") and error.count("\n") == 1
     assert main(["bench", "--device", "cudda", "--backbones", "test_vit"]) == 2
     assert "got 'cudda' (Expected one of" in capsys.readouterr().err
 
@@ -165,7 +165,7 @@ def test_the_file_of_table_16_is_one_line_without_a_gpu(capsys):
     assert main(["bench", "--config", str(file)]) == 2
     error = capsys.readouterr().err
     assert error == (
-        "snella: --device must be usable here, got 'cuda' (Torch not compiled with CUDA enabled); leave it at cpu\n"
+        "snella: --device must be available, got 'cuda' (Torch not compiled with CUDA enabled); use device cpu\n"
     )
 
 

@@ -63,7 +63,24 @@ def test_a_row_of_memory_at_two_depths_is_that_of_the_whole_model():
 
     whole = count("gps", "vit_tiny_patch16_224", 2, None)
     of_two = count_whole("gps", "vit_tiny_patch16_224", 2, (1, 2))
-    assert {name: of_two[name] == whole[name] for name in whole} == dict.fromkeys(whole, True)
+    assert of_two == whole
+
+
+@pytest.mark.parametrize("words", ["--backbones vit_tiny_patch16_224", "--depths 1 2", "--batch 2"])
+def test_other_models_do_not_replace_the_committed_rows_of_memory(words, monkeypatch, tmp_path, capsys):
+    import step_memory
+
+    rows = tmp_path / "step_memory.jsonl"
+    rows.write_text("{}\n")
+    monkeypatch.setattr(step_memory, "ROWS", rows)
+    monkeypatch.setattr(step_memory, "rows_of", lambda *_: [{"count": 1}])
+    monkeypatch.setattr("sys.argv", ["step_memory.py", *words.split()])
+    with pytest.raises(SystemExit):
+        step_memory.main()
+    assert rows.read_text() == "{}\n" and "give --out" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["step_memory.py", *words.split(), "--out", str(tmp_path / "other.jsonl")])
+    step_memory.main()
+    assert rows.read_text() == "{}\n" and '{"count": 1}' in (tmp_path / "other.jsonl").read_text()
 
 
 def test_three_products_are_counted_for_every_adapted_layer_but_the_first_whose_input_needs_no_gradient():

@@ -28,7 +28,7 @@ def suite():
         experiment, rows = read_suite()
         names, tasks = [m.name for m in experiment.methods], [d.name for d in experiment.data]
         fewer = [task for task in tasks if task != "mri-regions"]
-        untuned = defaults_rows(experiment, rows, untuned_rows())
+        untuned = defaults_rows(rows, untuned_rows())
         return {
             "all": {leader: leads(rows, leader, names, tasks) for leader in ("snella-matched-8", "snella-8")},
             "without": {leader: leads(rows, leader, names, fewer) for leader in ("snella-matched-8", "snella-8")},

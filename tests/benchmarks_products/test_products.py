@@ -63,13 +63,42 @@ def test_equal_accuracies_share_their_mean_rank():
 
 def test_the_difference_has_the_interval_of_students_t_over_folders():
     table = _module("table")
-    mean, half = table.difference(table.means(_ROWS), "other")
+    found = table.differences(table.means(_ROWS))
     gaps = np.array([-0.1, 0.0, -0.3])
-    assert mean == pytest.approx(gaps.mean())
-    assert half == pytest.approx(4.302653 * gaps.std(ddof=1) / np.sqrt(3), rel=1e-5)
+    half = 4.302653 * gaps.std(ddof=1) / np.sqrt(3)
+    assert list(found) == ["other"]
+    assert found["other"].mean == pytest.approx(gaps.mean())
+    assert (found["other"].low, found["other"].high) == pytest.approx(
+        (gaps.mean() - half, gaps.mean() + half), rel=1e-5
+    )
+
+
+def test_differences_are_corrected_over_products():
+    table = _module("table")
+    third = [_row("third", folder, accuracy) for folder, accuracy in (("a", 0.6), ("b", 0.41), ("c", 0.35))]
+    found = table.differences(table.means([*_ROWS, *third]))
+    assert [value.comparisons for value in found.values()] == [2, 2]
+    assert found["third"].adjusted_p == pytest.approx(2 * found["third"].p)
 
 
 def test_the_table_is_ordered_by_mean_rank():
     lines = _module("table").markdown(_ROWS).splitlines()
-    assert lines[2].startswith("| snella | 1.17 | 56.7 | – |")
-    assert lines[3].startswith("| other | 1.83 | 43.3 | -13.3 ± 37.9 |")
+    assert lines[2].startswith("| snella | 1.17 | 56.7 | – | – | – |")
+    assert lines[3].startswith("| other | 1.83 | 43.3 | −13.3 [−51.3, +24.6] | 0.27 | 0 of 3 (0.50) |")
+
+
+def test_memory_that_was_not_measured_is_a_dash():
+    rows = [{key: value for key, value in row.items() if key != "peak_mib"} for row in _ROWS[:4]] + _ROWS[4:]
+    lines = _module("table").markdown(rows).splitlines()
+    assert lines[2].endswith("| 1 | – | 0.0 |") and lines[3].endswith("| 1 | 1 | 0.0 |")
+
+
+@pytest.mark.parametrize(("name", "reason"), [("fastia", "must be among fastai"), ("lightly", "no script here yet")])
+def test_a_wrong_name_is_refused_before_any_environment_is_made(name, reason, monkeypatch, tmp_path, capsys):
+    module, made = _module("environments"), []
+    monkeypatch.setattr(module, "make", lambda _, name: made.append(name))
+    monkeypatch.setattr("sys.argv", ["environments.py", "--cache", str(tmp_path), "fastai", name])
+    with pytest.raises(SystemExit):
+        module.main()
+    error = capsys.readouterr().err
+    assert not made and repr(name) in error and reason in error

@@ -43,6 +43,15 @@ def test_a_configuration_file(form, tmp_path) -> None:
     assert settings["epochs"] == 3
 
 
+def test_a_long_configuration_file_with_a_former_name_and_a_preset(tmp_path) -> None:
+    file = tmp_path / "old.yaml"
+    file.write_text(yaml.safe_dump({"warmup": 0.3, "preset": "paper", "columns": "path=" + 300 * "x"}))
+
+    _, _, settings = parse([*TRAIN, "--config", str(file)])
+
+    assert (settings["warmup_ratio"], settings["preset"], settings["epochs"]) == (0.3, "paper", 100)
+
+
 def test_the_configuration_in_python() -> None:
     with pytest.warns(FutureWarning) as caught:
         config = TrainConfig(data="digits", backbone="test_vit", out="run", **FORMER)

@@ -69,6 +69,7 @@ ERRORS = [
     "predict missing image.png",
     "predict missing image.png --top-k x",
     "predict --out p.csv",
+    "predict --out p.csv elves.png",
     "merge",
     "merge missing",
     "merge missing --out model",

@@ -49,6 +49,7 @@ def test_flags_need_no_value_and_take_one():
         ("--preset official --method-options.kernel rbf", {"method_options": {"preset": "official", "kernel": "rbf"}}),
         ("--config file.yaml", {"epochs": 7, "scaling": 1.0}),
         ("--config file.yaml --preset official", {"epochs": 7, "method_options": {"preset": "official"}}),
+        ("--preset official --config file.yaml", {"epochs": 7, "method_options": {"preset": "paper"}}),
     ],
 )
 def test_a_preset_changes_defaults_and_what_is_given_wins(words, expected, tmp_path, monkeypatch):
@@ -110,13 +111,15 @@ def test_help_of_train_shows_basic_options_first_and_the_method_s_defaults(capsy
             "--augment must be one of auto, none, flip, crop, crop-no-flip, imagenet, .*, got flop",
         ),
         (["train", "--config", "missing.yaml"], "missing.yaml"),
-        (["train", "--model", "x"], "no option --model; it is called --backbone; see snella train --help"),
-        (["train", "--learning-rate=1"], "no option --learning-rate; it is called --lr;"),
-        (["train", "--output_dir", "x"], "no option --output-dir; it is called --out;"),
-        (["train", "--batch", "8"], "no option --batch; it is called --batch-size;"),
-        (["inspect", "--batch-size", "8"], "no option --batch-size; it is called --batch;"),
+        (["train", "--model", "x"], "no option --model; use --backbone; see snella train --help"),
+        (["train", "--learning-rate=1"], "no option --learning-rate; use --lr;"),
+        (["train", "--output_dir", "x"], "no option --output-dir; use --out;"),
+        (["train", "--batch", "8"], "no option --batch; use --batch-size;"),
+        (["inspect", "--batch-size", "8"], "no option --batch-size; use --batch;"),
         (["predict", "--model", "x", "a.png"], "no option --model; give RUN; see snella predict --help"),
         (["predict", "elves.png"], "needs RUN, the folder of a run, before the images: snella predict RUN elves.png"),
+        (["predict", "--out", "p.csv", "elves.png"], "before the images: snella predict RUN elves.png"),
+        (["predict", "--out=p.csv", "--skip-corrupt", "elves.png"], "before the images: snella predict RUN elves.png"),
         (["train", "--task", "multi-label"], "got multi-label; did you mean multilabel"),
         (["train", "--precision", "bfloat16"], "got bfloat16; did you mean bf16"),
         (["export", "run", "--format", "onxx"], "got onxx; did you mean onnx"),
@@ -129,9 +132,26 @@ def test_a_wrong_command_line_is_told_in_the_user_s_words(words, message):
 
 def test_unknown_keys_in_a_configuration_file_are_refused(tmp_path):
     (tmp_path / "c.yaml").write_text("epochs: 3\nepoks: 3\nlearning_rate: 1\n")
-    unknown = r"'epoks' \(nearest: epochs.*\), 'learning_rate' \(it is called lr\)"
+    unknown = r"'epoks' \(nearest: epochs.*\), 'learning_rate' \(use lr\)"
     with pytest.raises(UsageError, match=rf"--config .*c\.yaml has unknown settings: {unknown}"):
         parse(["train", "--config", str(tmp_path / "c.yaml")])
+
+
+def test_a_list_in_a_configuration_file_is_named_as_one(tmp_path):
+    (tmp_path / "c.yaml").write_text("images: 3\n")
+    with pytest.raises(UsageError, match=r"IMAGES must be a list such as \[a, b\], got 3"):
+        parse(["predict", "--config", str(tmp_path / "c.yaml"), "run", "a.png"])
+
+
+@pytest.mark.parametrize("option", ["--max-steps", "--warmup-steps", "--lora-alpha", "--name", "--project"])
+def test_an_option_of_another_unit_or_meaning_has_no_translation(option):
+    with pytest.raises(UsageError, match=f"snella train has no option {option}(; nearest: .*)?; see"):
+        parse(["train", option, "1"])
+
+
+def test_text_in_place_of_a_configuration_file_is_refused():
+    with pytest.raises(UsageError, match="--config must be an existing YAML file, got 'epochs: 3 xxx"):
+        parse(["train", "--config", "epochs: 3 " + 300 * "x"])
 
 
 @pytest.mark.parametrize(

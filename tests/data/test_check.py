@@ -71,7 +71,7 @@ def test_the_command_prints_draws_and_fails(photos, capsys, tmp_path):
     assert main(["data", "check", f"folder:{photos}", "--sheet", str(tmp_path / "new/sheet.png")]) == 0
     shown = capsys.readouterr().out
     assert "photos: 24 images in 3 classes" in shown
-    assert shown.splitlines()[-1] == "usable, with 2 warnings: each says above what to do"
+    assert shown.splitlines()[-1] == "usable, with 2 warnings (see above)"
     assert "smallest 40×30, median 44×30, largest 51×30 px" in shown
     with Image.open(tmp_path / "new/sheet.png") as sheet:
         assert sheet.width == 1004

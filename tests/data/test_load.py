@@ -78,7 +78,10 @@ def test_a_bare_path_is_what_lies_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in ("photos/cat", "lungs/images", "lungs/masks", "shards", "saved", "digits"):
         Path(folder).mkdir(parents=True)
-    for file in ("t.csv", "t.tsv", "t.parquet", "shards/0.tar", "saved/state.json", "x.jpg"):
+    for file in ("t.csv", "t.tsv", "t.parquet", "shards/0.tar", "saved/state.json", "x.jpg", "photos/all.tar"):
+        Path(file).write_bytes(b"")
+    for file in ("rows/0.parquet", "rows/.cache", "mixed/0.parquet", "mixed/a/0.jpg"):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
         Path(file).write_bytes(b"")
     paths = [
         "photos",
@@ -92,10 +95,13 @@ def test_a_bare_path_is_what_lies_there(tmp_path, monkeypatch):
         "x.jpg",
         "nowhere",
         "hf:saved",
+        "rows",
+        "mixed",
+        "~nosuchuser/x",
     ]
     assert [full_spec(path) for path in paths] == [
         *("folder:photos", "masks:lungs", "wds:shards", "hf:saved", "digits", "csv:t.csv", "csv:t.tsv"),
-        *("parquet:t.parquet", "x.jpg", "nowhere", "hf:saved"),
+        *("parquet:t.parquet", "x.jpg", "nowhere", "hf:saved", "hf:rows", "folder:mixed", "~nosuchuser/x"),
     ]
     with pytest.raises(ValueError, match=r"got 'x\.jpg', which is no table: CSV, TSV, Parquet and tar files are"):
         load_data("x.jpg")

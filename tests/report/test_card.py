@@ -50,14 +50,16 @@ def test_the_base_model_is_named_as_the_hub_names_it_where_it_is_there(run):
 
 
 def test_texts_from_outside_stay_texts(run):
-    evil = "<img src=x onerror=alert(1)>`<b>`\n\n# title [a](http://b) | c"
+    evil = "<img src=x onerror=alert(1)>`<b>`\n\n# title [a](http://b) | c _a_ **b**"
     run.finished(classes=(evil, "sound")).change("run.json", command=f"snella train --data {evil}")
     data = run.read("run.json")["data"] | {"description": evil, "notes": [evil], "spec": evil}
     run.change("run.json", data=data)
     card = model_card(run.folder, "x", name=evil)
     body = card.split("---", 2)[2]
     shown = MarkdownIt("commonmark").enable("table").render(body)
-    assert not re.search("<(img|b|a)[ >]", shown.replace('<a href="https://github.com/huggingface/peft">', ""))
+    assert not re.search(
+        "<(img|b|a|em|strong)[ >]", shown.replace('<a href="https://github.com/huggingface/peft">', "")
+    )
     assert shown.count("<h1>") == 1 and "<h1>title" not in shown
     names = re.search(r"in this order: `(\[.*?\])`\.", body)
     assert json.loads(names[1]) == [evil, "sound"]

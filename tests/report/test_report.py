@@ -148,9 +148,20 @@ def test_a_result_no_better_than_the_most_frequent_class_says_so(run):
     test = run.read("metrics.json")["test"] | {"confusion": [[60, 0], [38, 2]], "accuracy": 0.62}
     run.change("metrics.json", test=test)
     assert (
-        "Always predicting 'cat', the most frequent class, gets 60.0 %. The difference is within the 95 % margin: "
-        "there is no evidence of learning yet." in page(run).text
+        "Always predicting 'cat', the most frequent class, gets 60.0 %. The model is not above it by more than the 95 "
+        "% margin: there is no evidence of learning yet." in page(run).text
     )
+
+
+def test_a_result_far_below_the_most_frequent_class_is_not_called_within_the_margin(run):
+    run.finished(classes=("cat", "dog"))
+    test = run.read("metrics.json")["test"] | {"confusion": [[10, 90], [0, 10]], "accuracy": 20 / 110}
+    run.change("metrics.json", test=test)
+    text = page(run).text
+    assert (
+        "gets 90.9 %. The model is not above it by more than the 95 % margin: there is no evidence of learning yet."
+    ) in text
+    assert "within the" not in text
 
 
 def test_unbalanced_classes_are_told_by_what_each_class_counts_the_same_in(run):

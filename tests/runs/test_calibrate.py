@@ -79,12 +79,33 @@ def test_bins_hold_equally_many_images_and_are_fewer_for_few(images, bins):
 
 
 def test_images_of_equal_probability_are_in_one_bin():
-    confidence = torch.cat([torch.full((30,), 1.0), torch.linspace(0.5, 0.9, 18)])
-    right = torch.arange(48) % 2 == 0
+    confidence = torch.cat([torch.full((30,), 1.0), torch.linspace(0.5, 0.9, 12)])
+    right = torch.arange(42) % 2 == 0
     found = reliability_bins(confidence, right)
-    assert found[-1] == ReliabilityBin(1.0, 0.5, 30) and sum(b.count for b in found) == 48
-    shuffled = torch.randperm(48, generator=torch.Generator().manual_seed(0))
+    assert found[-1] == ReliabilityBin(1.0, 0.5, 30) and sum(b.count for b in found) == 42
+    assert min(b.count for b in found) >= 12
+    shuffled = torch.randperm(42, generator=torch.Generator().manual_seed(0))
     assert reliability_bins(confidence[shuffled], right[shuffled]) == found
+
+
+@pytest.mark.parametrize(
+    ("groups", "counts"), [([1, 23], [24]), ([12, 2, 34], [12, 36]), ([30, 6], [36]), ([12, 12], [12, 12])]
+)
+def test_bins_of_equal_probabilities_hold_at_least_twelve_images(groups, counts):
+    confidence = torch.cat([torch.full((size,), 0.5 + 0.1 * place) for place, size in enumerate(groups)])
+    assert [b.count for b in reliability_bins(confidence, confidence > 0.5)] == counts
+
+
+def test_bins_of_any_ties_hold_at_least_twelve_images():
+    random = np.random.default_rng(0)
+    for images in range(12, 200):
+        confidence = torch.from_numpy(random.integers(0, random.integers(1, 30), images) / 30)
+        counts = [b.count for b in reliability_bins(confidence, confidence > 0.5)]
+        assert min(counts) >= 12 and sum(counts) == images and len(counts) <= 15
+
+
+def test_no_images_have_no_bins():
+    assert reliability_bins(torch.zeros(0), torch.zeros(0, dtype=torch.bool)) == []
 
 
 def test_a_temperature_that_makes_the_test_worse_is_said_not_to_help():

@@ -1,4 +1,5 @@
 import dataclasses
+import inspect
 from decimal import Decimal
 from pathlib import Path
 from typing import get_type_hints
@@ -213,3 +214,10 @@ def test_a_device_that_is_not_here_is_refused(name, message):
 def test_a_device_may_have_an_index():
     assert TrainConfig(**PLACES, device="cuda:1").device == "cuda:1"
     assert choose_device("cpu:0") == torch.device("cpu", 0)
+
+
+def test_settings_are_given_by_name_alone():
+    parameters = list(inspect.signature(TrainConfig.__init__).parameters.values())[1:]
+    assert {parameter.kind for parameter in parameters} == {inspect.Parameter.KEYWORD_ONLY}
+    with pytest.raises(TypeError, match="positional argument"):
+        TrainConfig("digits", "test_vit")

@@ -1,11 +1,13 @@
 """A run's model in the formats of other programs."""
 
 import ast
+import dataclasses
 import json
 import subprocess
 import sys
 from typing import get_args
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -95,11 +97,21 @@ def test_a_graph_gives_the_model_s_own_outputs_with_logits(name, finished, image
         export(finished.path, "timm", tmp_path / "x", logits=True)
 
 
-@pytest.mark.parametrize("name", CHECKED)
-def test_the_printed_snippet_runs_as_it_stands_and_says_what_predict_says(name, finished, photos, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("name", "mode"), [*((name, "RGB") for name in CHECKED), ("torchscript", "RGBA"), ("torchscript", "I;16")]
+)
+def test_the_printed_snippet_runs_as_it_stands_and_says_what_predict_says(
+    name, mode, finished, photos, tmp_path, capsys
+):
     image, out = tmp_path / "new.png", tmp_path / "m"
     with Image.open(photos / "dogs" / "003.png") as picture:
-        picture.resize((50, 41)).save(image)
+        pixels = np.asarray(picture.resize((50, 41)))
+    if mode == "RGBA":
+        alpha = np.linspace(0, 255, pixels[..., 0].size).reshape(41, 50, 1).astype(np.uint8)
+        pixels = np.concatenate([pixels, alpha], 2)
+    Image.fromarray(pixels if mode != "I;16" else pixels[..., 0].astype(np.uint16) * 257).save(image)
+    with Image.open(image) as picture:
+        assert picture.mode == mode
     assert main(["export", str(finished.path), "--format", name, "--out", str(out), "--images", f"[{image}]"]) == 0
     lines = capsys.readouterr().out.splitlines()
     end = next(number for number, line in enumerate(lines) if line.startswith("print("))
@@ -108,6 +120,21 @@ def test_the_printed_snippet_runs_as_it_stands_and_says_what_predict_says(name, 
     done = subprocess.run(program, capture_output=True, text=True, check=True, cwd=tmp_path)
     (prediction,) = predict(finished.path, [image])
     assert ast.literal_eval(done.stdout) == pytest.approx(prediction.probabilities, abs=1e-4)
+
+
+def test_a_run_with_another_white_has_no_snippet_that_prepares_images(loaded):
+    assert exporting._preparation(loaded) is not None
+    data = dataclasses.replace(loaded.info.data, white=4095)
+    other = dataclasses.replace(loaded, info=dataclasses.replace(loaded.info, data=data))
+    assert exporting._preparation(other) is None
+
+
+def test_the_run_s_images_are_loaded_once(finished, tmp_path, monkeypatch):
+    loadings = []
+    load = exporting.load_splits
+    monkeypatch.setattr(exporting, "load_splits", lambda config: loadings.append(config) or load(config))
+    done = export(finished.path, "torchscript", tmp_path / "m")
+    assert "transform(Image.open(" in done.snippet and len(loadings) == 1
 
 
 def test_onnx_says_classes_and_preprocessing_and_takes_an_opset(finished, loaded, tmp_path):

@@ -149,6 +149,11 @@ def test_refused_settings_of_a_file_do_not_name_options(tmp_path):
     with pytest.raises(ValueError, match=refused) as error:
         RunFolder(tmp_path).read_config()
     assert as_flags(str(error.value)) == str(error.value)
+    (tmp_path / "config.yaml").write_text("out: x\nema: 2.0\n")
+    refused = r"damaged: it lacks 'data', 'backbone'; 'ema' must be in \(0, 1\), got 2\.0; leave it out for none; train"
+    with pytest.raises(ValueError, match=refused) as error:
+        RunFolder(tmp_path).read_config()
+    assert as_flags(str(error.value)) == str(error.value)
 
 
 def test_an_unfinished_run_of_an_early_version_is_refused_and_a_finished_one_is_read(tmp_path):
@@ -233,6 +238,10 @@ def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")])
 def test_a_write_that_fails_leaves_no_empty_folder_and_names_the_folder(error, tmp_path):
     with pytest.raises(OSError, match=r"No space left on device: '.*/new/inner'"), made_folder(tmp_path / "new/inner"):
+        raise error
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(OSError, match=r"No space left on device"), made_folder(tmp_path / "new/inner"):
+        (tmp_path / "new/inner").rmdir()
         raise error
     assert not list(tmp_path.iterdir())
     (tmp_path / "there").mkdir()

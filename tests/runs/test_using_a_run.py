@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -20,7 +21,7 @@ from snella.runs.evaluate import evaluate
 from snella.runs.merge import loading_snippet, merge
 from snella.runs.predict import predict
 from snella.runs.prediction_files import predict_to_files
-from snella.tasks.predictions import write_predictions
+from snella.tasks.predictions import LabelSetPrediction, NumberPrediction, write_predictions
 from snella.training.train import train
 
 
@@ -99,7 +100,9 @@ def test_an_output_of_predictions_that_cannot_be_meant_is_refused(tmp_path):
     assert (tmp_path / "p.csv").read_text() == "mine"
     with pytest.raises(ValueError, match=rf"out must be a file, got the folder '.*{tmp_path.name}'; write .*p\.csv"):
         write_predictions([], tmp_path)
-    with pytest.raises(ValueError, match="top_k must be at least 1, got 0; leave it out for all classes"):
+    with pytest.raises(
+        ValueError, match="top_k must be at least 1, got 0; leave it out for the default, or set --top-k all"
+    ):
         write_predictions([], tmp_path / "new.csv", top_k=0)
 
 
@@ -154,6 +157,32 @@ def test_the_ending_of_a_file_says_how_predictions_are_written(finished, photos,
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ImportError, match=r"q\.parquet needs pyarrow: pip install 'snella\[data\]'"):
         write_predictions([], tmp_path / "q.parquet")
+
+
+def test_values_that_json_and_parquet_lack_are_written_as_null_and_readable_names(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    number = NumberPrediction(Path("caf\udce9.png"), {"dose": float("nan"), "mass": 1.5})
+    (row,) = json.loads(write_predictions([number], tmp_path / "p.json").read_text())
+    assert row == {"image": "caf\udce9.png", "dose": None, "mass": 1.5}
+    assert json.loads(write_predictions([number], tmp_path / "p.jsonl").read_text()) == row
+    labels = LabelSetPrediction(Path("a.png"), ["\udce9"], {"\udce9": 0.7})
+    table = parquet.read_table(write_predictions([number, number], tmp_path / "p.parquet"))
+    assert table.to_pylist() == [{"image": "caf?.png", "dose": None, "mass": 1.5}] * 2
+    table = parquet.read_table(write_predictions([labels], tmp_path / "labels.parquet"))
+    assert table.to_pylist() == [{"image": "a.png", "labels": ["?"], "?": 0.7}]
+
+
+def test_classes_and_targets_that_are_called_as_a_column_get_a_suffix(tmp_path):
+    probabilities = {"image": 0.75, "labels": 0.25, "image_probability": 0.5}
+    labels = LabelSetPrediction(Path("a.png"), ["image", "image_probability"], probabilities)
+    (row,) = json.loads(write_predictions([labels], tmp_path / "labels.json").read_text())
+    assert row == {
+        **{"image": "a.png", "labels": ["image", "image_probability"]},
+        **{"image_probability_probability": 0.75, "labels_probability": 0.25, "image_probability": 0.5},
+    }
+    number = NumberPrediction(Path("a.png"), {"image": 2.0, "labels": 3.0})
+    (row,) = json.loads(write_predictions([number], tmp_path / "numbers.json").read_text())
+    assert row == {"image": "a.png", "image_value": 2.0, "labels": 3.0}
 
 
 def test_paths_without_images_are_named(finished, photos, tmp_path):

@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import random
-import resource
 import subprocess
 import sys
 import time
@@ -189,8 +188,9 @@ def main(product: str, fit: Callable[[Job], Fitted], packages: tuple[str, ...], 
 
 
 def peak_mib() -> int:
-    """The most memory that the process held (VmHWM), its children not counted."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    """Peak resident memory of this process (VmHWM); ru_maxrss would include the parent's before exec."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) // 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def machine() -> str:

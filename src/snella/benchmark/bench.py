@@ -322,7 +322,7 @@ def _check_device(device: str) -> None:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device must be usable here, got {device!r} ({reason}); leave it at cpu") from error
+        raise ValueError(f"device must be available, got {device!r} ({reason}); use device cpu") from error
 
 
 def _measure(config: BenchConfig, workload: Workload, batch: int, console: Console) -> list[dict[str, Any]]:

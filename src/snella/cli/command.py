@@ -20,7 +20,7 @@ class Command:
             dataclass as the only parameter gives its fields. The docstring is the help.
         library: Module that is imported before the call, while Ctrl-C ends the program at once.
         is_recorded: Whether its settings are left in the run's folder as `commands/NAME.yaml`.
-        is_research: Whether help lists it below the commands of every day.
+        is_research: List it under research commands in the help.
     """
 
     function: Callable[..., None]

@@ -545,7 +545,7 @@ def data(
         also = f"; and {counted(len(warnings), 'warning')}, above" if warnings else ""
         raise ValueError(f"{counted(len(errors), 'error')} in '{data}': {'; '.join(errors)}{also}")
     if warnings:
-        print_line(make_console(), f"usable, with {counted(len(warnings), 'warning')}: each says above what to do")
+        print_line(make_console(), f"usable, with {counted(len(warnings), 'warning')} (see above)")
     else:
         print_line(make_console(), "complete, nothing is wrong")
 

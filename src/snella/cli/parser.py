@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import inspect
 import json
+import os
 import re
 import shutil
 import sys
@@ -119,8 +120,8 @@ def parse(arguments: Sequence[str]) -> tuple[str, bool, dict[str, Any]]:
     if name is not None:
         words = _with_present_options(options, words)
         _check_options(name, options, words)
-        words = _with_checked_config(options, words)
-        words = _with_preset(name, words) if name == "train" else words
+        words, preset = _with_checked_config(options, words)
+        words = _with_preset(name, words, preset) if name == "train" else words
         words = _give_flags_values(options, words)
     try:
         values = build_parser().parse_args(words)
@@ -178,7 +179,7 @@ def build_parser() -> ArgumentParser:
 
 
 def _command_list(is_research: bool) -> str:
-    """The commands of every day, or of research, with a line each."""
+    """List everyday or research commands, one line each."""
     width = max(map(len, COMMANDS)) + 2
     columns = max(shutil.get_terminal_size().columns - 4 - width, 30)
     lines = []
@@ -266,18 +267,28 @@ def _as_typed(message: str, command: str, options: Sequence[Option], words: Sequ
     _, is_missing, names = message.partition("are required: ")
     missing = [name.removeprefix(f"{command}.") for name in names.split(", ")]
     if is_missing and missing == ["images"]:
-        given = next((word for word in words[1:] if not word.startswith("-")), "")
+        given = next(iter(_arguments(words)[1:]), "")
         if Path(given).is_file() or (Path(given).suffix and not Path(given).is_dir()):
             return f"snella {command} needs RUN, the folder of a run, before the images: snella {command} RUN {given}"
     if is_missing and set(missing) <= set(known):
         return f"snella {command} needs {', '.join(known[n].typed for n in missing)}; see snella {command} --help"
-    _, is_unknown, words = message.partition("unrecognized arguments: ")
+    _, is_unknown, unknown = message.partition("unrecognized arguments: ")
     if is_unknown:
-        return f"snella {command} takes no argument {words!r}; see snella {command} --help"
+        return f"snella {command} takes no argument {unknown!r}; see snella {command} --help"
     _, is_bare, _ = message.partition(": expected one argument")
     if is_bare:
         return f"{message.partition('argument ')[2].partition(':')[0]} needs a value; see snella {command} --help"
     return message
+
+
+def _arguments(words: Sequence[str]) -> list[str]:
+    """The words that are neither options nor their values: the command and its positional arguments."""
+    previous = ["", *words[:-1]]
+    return [
+        word
+        for before, word in zip(previous, words, strict=True)
+        if not word.startswith("-") and not (before.startswith("--") and "=" not in before)
+    ]
 
 
 def _check_options(command: str, options: Sequence[Option], words: Sequence[str]) -> None:
@@ -287,10 +298,11 @@ def _check_options(command: str, options: Sequence[Option], words: Sequence[str]
     for word in words:
         option = re.split(r"[.=]", word)[0]
         if word.startswith("--") and word != "--" and option not in known:
-            own = "run" if option == "--model" and "run" in names else ours(option[2:], names)
+            own = ours(option[2:], names)
             if own is not None:
-                needed = f"it is called {names[own].typed}" if not names[own].is_positional else f"give {own.upper()}"
-                raise UsageError(f"snella {command} has no option {option}; {needed}; see snella {command} --help")
+                verb = "give" if names[own].is_positional else "use"
+                hint = f"{verb} {names[own].typed}"
+                raise UsageError(f"snella {command} has no option {option}; {hint}; see snella {command} --help")
             near = difflib.get_close_matches(option[2:], [name[2:] for name in known], n=2, cutoff=0.5)
             hint = f"; nearest: {', '.join(_dashed(name) for name in near)}" if near else ""
             raise UsageError(f"snella {command} has no option {option}{hint}; see snella {command} --help")
@@ -331,79 +343,83 @@ def _with_present_options(options: Sequence[Option], words: Sequence[str]) -> li
     return result
 
 
-def _with_checked_config(options: Sequence[Option], words: Sequence[str]) -> list[str]:
-    """The words, a configuration file with former names as text with the present ones.
+def _with_checked_config(options: Sequence[Option], words: Sequence[str]) -> tuple[list[str], Any]:
+    """The words, a configuration file with former names as text with the present ones; and the last preset.
 
     Raises:
         UsageError: The file cannot be used.
     """
-    former, result = _former(options), list(words)
+    former, result, preset = _former(options), list(words), None
     known = [*(option.name for option in options), *former]
     for position, (word, follower) in enumerate(zip(words, [*words[1:], ""], strict=True)):
         option, sign, value = word.partition("=")
-        path = value if sign else follower
-        if option == "--config" and path:
-            error = _config_error(path, known)
-            if error is not None:
-                raise UsageError(error)
-            content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+        value = value if sign else follower
+        if option == "--config" and value:
+            content = _read_config(value, known)
+            for entry in options:
+                if get_origin(_without_none(entry.type)) is list and not isinstance(content.get(entry.name, []), list):
+                    kind = described(_without_none(entry.type))
+                    raise UsageError(f"{entry.typed} must be {kind}, got {content[entry.name]!r}")
+            preset = content.get("preset", preset)
             if content.keys() & former.keys():
                 text = yaml.safe_dump(renamed(content, former, warns=False))
                 result[position + 1 - len(sign)] = f"--config={text}" if sign else text
-    return result
-
-
-def _with_preset(command: str, words: Sequence[str]) -> list[str]:
-    """The words, with the values of `--preset` as a configuration file before all others."""
-    preset = None
-    for word, follower in zip(words, [*words[1:], ""], strict=True):
-        option, sign, value = word.partition("=")
-        value = value if sign else follower
-        if option == "--config":
-            path = Path(value).expanduser()
-            content = yaml.safe_load(path.read_text(encoding="utf-8") if path.is_file() else value)
-            preset = content.get("preset", preset) if isinstance(content, dict) else preset
         elif option == "--preset":
             preset = value
+    return result, preset
+
+
+def _with_preset(command: str, words: Sequence[str], preset: Any) -> list[str]:
+    """The words, with the values of a preset as a configuration file before all others."""
     values = TRAIN_PRESETS.get(str(preset))
     after = words.index(command) + 1
     return [*words[:after], *([] if values is None else [f"--config={yaml.safe_dump(values)}"]), *words[after:]]
 
 
-def _config_error(path: str, known: Sequence[str]) -> str | None:
-    """What is wrong with a configuration file, None where it can be used."""
+def _read_config(path: str, known: Sequence[str]) -> dict[str, Any]:
+    """The settings in a configuration file.
+
+    Raises:
+        UsageError: The file cannot be used, or has settings that are not among `known`.
+    """
     file = Path(path).expanduser()
-    if not file.is_file():
-        return f"--config must be an existing YAML file, got {path!r}{_near_file(file)}"
+    if not os.path.isfile(file):  # False for a name that is too long, where Path.is_file raises
+        raise UsageError(f"--config must be an existing YAML file, got {path!r}{_near_file(file)}")
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
-        return f"--config {path}{line}: {error.problem or error.context}; settings are written as 'epochs: 20'"
+        text = f"{error.problem or error.context}; settings are written as 'epochs: 20'"
+        raise UsageError(f"--config {path}{line}: {text}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        return f"--config {path} must be a YAML text file: {error}"
+        raise UsageError(f"--config {path} must be a YAML text file: {error}") from None
     except RecursionError:
-        return f"--config {path} is nested too deep to be settings; they are written as 'epochs: 20'"
+        text = "is nested too deep to be settings; they are written as 'epochs: 20'"
+        raise UsageError(f"--config {path} {text}") from None
     if not isinstance(content, dict):
-        return f"--config {path} must hold settings such as 'epochs: 20', got {type(content).__name__}"
+        raise UsageError(f"--config {path} must hold settings such as 'epochs: 20', got {type(content).__name__}")
     try:
         json.dumps(content, default=str)
     except (ValueError, RecursionError):
-        return f"--config {path} holds a setting that contains itself; settings are written as 'epochs: 20'"
+        text = "holds a setting that contains itself; settings are written as 'epochs: 20'"
+        raise UsageError(f"--config {path} {text}") from None
     except TypeError as error:  # a date, bytes or a tuple
-        return f"--config {path} must name settings by strings: {error}; they are written as 'epochs: 20'"
+        text = f"must name settings by strings: {error}; they are written as 'epochs: 20'"
+        raise UsageError(f"--config {path} {text}") from None
     unknown = []
     for key in (str(key) for key in content if key not in known):
-        called = ours(key, known)
+        own = ours(key, known)
         near = nearest(key.replace("-", "_"), known, most=2, cutoff=0.5, form=" (nearest: {})")
-        unknown.append(f"{key!r} (it is called {called})" if called else f"{key!r}{near}")
-    return f"--config {path} has unknown settings: {', '.join(unknown)}" if unknown else None
+        unknown.append(f"{key!r} (use {own})" if own else f"{key!r}{near}")
+    if unknown:
+        raise UsageError(f"--config {path} has unknown settings: {', '.join(unknown)}")
+    return content
 
 
 def _near_file(file: Path) -> str:
     """A hint at files of a like name in the same folder, or that the folder is missing."""
-    if not file.parent.is_dir():
+    if not os.path.isdir(file.parent):
         return f"; there is no folder '{file.parent}'"
     names = sorted(child.name for child in file.parent.iterdir() if child.is_file())
     near = difflib.get_close_matches(file.name, names, n=2, cutoff=0.5)

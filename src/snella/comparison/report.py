@@ -32,7 +32,6 @@ from snella.comparison.summary import (
     table_cells,
 )
 from snella.records import CellRow, SearchChoice
-from snella.report.report import breakable
 from snella.report.report import write_page as write_template
 from snella.report.style import inline_svg, shortened
 from snella.runs.protocol import get_protocol
@@ -118,7 +117,7 @@ class OrderingResult:
         return self.claim, self.verdict, f"{text}, {counted(found.pairs, 'pair')}", *significance_texts(found)
 
 
-ORDERING_HEADINGS = ("the paper's claim", "here", f"difference, {LEVEL:.0%} interval", "p", "above")
+ORDERING_HEADINGS = ("the paper's claim", "here", f"difference, {percent_text(LEVEL, 0)} interval", "p", "above")
 
 
 def paper_orderings(experiment: Experiment, rows: Rows) -> list[OrderingResult]:
@@ -279,6 +278,7 @@ def write_page(root: Path, experiment: Experiment, rows: Rows) -> Path:
         "on_gpu": any(row.column("accelerator_memory_max") for row in rows),
         "tested": interval_text(summary),
         "level": percent_text(LEVEL, 0),
+        "most_p": decimal_text(1 - LEVEL, 2),
         "least_units": MIN_UNITS,
         "machines": _machines(rows),
         "tuned": "Learning rate and weight decay" if experiment.grid.weight_decays else "The learning rate",
@@ -335,7 +335,7 @@ def _table(summary: Summary, metric: str, title: str) -> dict[str, Any]:
     means = max(len(headings), 1)  # before the difference; of a single task its score
     for task in summary.tasks:
         columns.append([m.per_task[metric][task] for m in summary.methods])
-        headings.append(breakable(task))
+        headings.append(task)
     best = [max((value.mean for value in column if value), default=None) for column in columns]
     for number, method in enumerate(summary.methods):
         cells = []

@@ -4,7 +4,6 @@ import math
 import statistics
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import TypeVar
 
 from snella.records import CellRow
@@ -134,11 +133,13 @@ def difference_of(pairs: Sequence[Sequence[float]]) -> Difference:
     above, below = sum(value > _EQUAL for value in values), sum(value < -_EQUAL for value in values)
     if len(values) == 1:
         return Difference(mean, math.nan, math.nan, count, tasks, math.nan, above, below)
-    error = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
-    if error <= _EQUAL:  # equal differences
+    if statistics.stdev(values) / math.sqrt(len(values)) <= _EQUAL:  # equal differences
         return Difference(mean, mean, mean, count, tasks, 1.0 if abs(mean) <= _EQUAL else 0.0, above, below)
-    half, p = _half_width(len(values) - 1) * error, _two_sided_p(mean / error, len(values) - 1)
-    return Difference(mean, mean - half, mean + half, count, tasks, p, above, below)
+    from scipy.stats import ttest_1samp  # a second, and only to test
+
+    test = ttest_1samp(values, 0)
+    low, high = map(float, test.confidence_interval(LEVEL))
+    return Difference(mean, low, high, count, tasks, float(test.pvalue), above, below)
 
 
 def with_holm(found: Mapping[Key, Difference | None]) -> dict[Key, Difference | None]:
@@ -173,21 +174,6 @@ def average(rows: Rows, method: str, column: str) -> float | None:
 
 
 _EQUAL = 1e-12  # shares are sums of a few rounded numbers
-
-
-@lru_cache
-def _half_width(freedom: int) -> float:
-    """Quantile of Student's t distribution that the interval reaches to, in standard errors."""
-    from scipy.special import stdtrit  # half a second, and only to test
-
-    return float(stdtrit(freedom, (1 + LEVEL) / 2))
-
-
-def _two_sided_p(statistic: float, freedom: int) -> float:
-    """How likely a t statistic at least so far from zero is if the true mean is zero."""
-    from scipy.special import stdtr
-
-    return float(2 * stdtr(freedom, -abs(statistic)))
 
 
 def _value(row: CellRow, metric: str) -> float:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from snella._console import counted, make_table, print_line
-from snella._text import bytes_text, count_text, points_text, seconds_text
+from snella._text import bytes_text, count_text, percent_text, points_text, seconds_text
 from snella.comparison.experiment import Experiment
 from snella.comparison.statistics import (
     LEVEL,
@@ -191,8 +191,8 @@ def difference_text(value: Difference | None, tasks: int) -> str:
         return "–"
     part = part_text(value, tasks)
     if math.isnan(value.low):
-        return f"{_signed(value.mean)}{part}"
-    return f"{_signed(value.mean)} [{_signed(value.low)}, {_signed(value.high)}]{part}"
+        return f"{points_text(value.mean)}{part}"
+    return f"{points_text(value.mean)} [{points_text(value.low)}, {points_text(value.high)}]{part}"
 
 
 def p_text(value: float) -> str:
@@ -228,7 +228,7 @@ def outcome_text(summary: Summary) -> str:
         text += f": {100 * lead.mean:.1f} points above {summary.reference}"
         if not math.isnan(lead.low):
             doubt = "" if lead.direction else f"; {undecided_text(lead)}"
-            text += f" ({LEVEL:.0%} interval {_signed(lead.low)} to {_signed(lead.high)}{doubt})"
+            text += f" ({percent_text(LEVEL, 0)} interval {points_text(lead.low)} to {points_text(lead.high)}{doubt})"
     above = [name for name, d in differences.items() if d.direction > 0 and name != best]
     below = [name for name, d in differences.items() if d.direction < 0]
     parts = [
@@ -322,7 +322,7 @@ def cost_texts(costs: Mapping[str, float | None]) -> dict[str, str]:
         "step": _text(costs["step_time"], lambda v: f"{1000 * v:.1f} ms"),
         "time": _text(costs["train_time"], seconds_text),
         "memory": bytes_text(memory) if memory else _text(costs["training_mib"], lambda v: bytes_text(v * 2**20)),
-        "forgetting": _text(costs["forgetting"], _signed),
+        "forgetting": _text(costs["forgetting"], points_text),
     }
     return texts
 
@@ -338,10 +338,12 @@ def caption(summary: Summary) -> str:
 def interval_text(summary: Summary) -> str:
     """How differences to the reference were tested."""
     found = [d for m in summary.methods if (d := m.to_reference[summary.column]) is not None]
-    units = "tasks, each with its mean over seeds" if any(d.tasks > 1 for d in found) else "seeds"
+    has_tasks = any(d.tasks > 1 for d in found)
+    units, each = ("tasks", ", each with its mean over seeds") if has_tasks else ("seeds", "")
     text = (
-        f"differences to {summary.reference} in points with Student's t {LEVEL:.0%} interval over {units}; p with "
-        f"Holm's correction over {counted(len(found), 'comparison')}; above: on how many, with the sign test's p"
+        f"differences to {summary.reference} in points with Student's t {percent_text(LEVEL, 0)} interval over "
+        f"{units}{each}, p with Holm's correction over {counted(len(found), 'comparison')}, and on how many {units} "
+        "the method is above, with the sign test's p"
     )
     few = bool(found) and all(d.units < MIN_UNITS for d in found)
     return f"{text}; nothing is decided with fewer than {MIN_UNITS} tasks or seeds" if few else text
@@ -387,11 +389,6 @@ def _table(summary: Summary, metric: str, title: str) -> Table:
     """The table for the terminal."""
     headings, *lines = table_cells(summary, metric, with_costs=metric == summary.column)
     return make_table(headings, lines, title=f"test {title}")
-
-
-def _signed(share: float) -> str:
-    """A difference of shares in points, with its sign."""
-    return points_text(share)
 
 
 def _text(value: float | None, write: Any) -> str:

@@ -260,7 +260,7 @@ def _values(rows: Any, images: Sequence[str]) -> dict[str, list[Any]]:
     for column, values in columns.items():
         names = _class_names(rows.features[column])
         if names:
-            values = [_named(value, names, f"column {column!r}, row {row}") for row, value in enumerate(values, 1)]
+            values = [_named(value, names, column, row) for row, value in enumerate(values, 1)]
         if values and isinstance(values[0], dict):
             for key in values[0]:
                 table[f"{column}.{key}"] = [None if value is None else value.get(key) for value in values]
@@ -276,12 +276,12 @@ def _class_names(kind: Any) -> list[str] | None:
     return None if names is None else [str(name) for name in names]
 
 
-def _named(value: Any, names: Sequence[str], where: str) -> Any:
+def _named(value: Any, names: Sequence[str], column: str, row: int) -> Any:
     """Class numbers as names; those of unlabeled images, -1, as nothing."""
     numbers = value if isinstance(value, list) else [value]
     wrong = [number for number in numbers if number is not None and number >= len(names)]
     if wrong:
-        raise ValueError(f"{where} must hold class numbers below {len(names)}, got {wrong[0]}")
+        raise ValueError(f"column {column!r}, row {row} must hold class numbers below {len(names)}, got {wrong[0]}")
     found = [None if number is None or number < 0 else names[number] for number in numbers]
     return [name for name in found if name is not None] if isinstance(value, list) else found[0]
 

@@ -125,10 +125,11 @@ def data_names() -> list[str]:
 def full_spec(spec: str) -> str:
     """The specification of a bare path: `folder:photos` for a folder of class folders, `csv:t.csv` for a table.
 
-    A folder with `images` and `masks` is `masks:`, one with tar files `wds:`, one that Hugging Face's datasets wrote
-    `hf:`. Other text, the name of a bundled data set before a folder of that name, is returned as it is.
+    A folder with `images` and `masks` is `masks:`, one that Hugging Face's datasets wrote `hf:`. A folder without
+    folders is `wds:` if it has tar files, and `hf:` if all of its files are Parquet. Other text is returned as it is;
+    the name of a bundled data set comes before a folder of that name.
     """
-    path = Path(spec).expanduser()
+    path = Path(os.path.expanduser(spec))  # which leaves the name of an unknown user as it is
     if split_spec(spec)[1] is not None or spec in _FAMILIES or not spec.strip() or not os.path.exists(path):
         return spec
     if path.is_file():
@@ -138,15 +139,13 @@ def full_spec(spec: str) -> str:
         return f"masks:{spec}"
     if any((path / name).is_file() for name in ("dataset_dict.json", "state.json", "metadata.csv")):
         return f"hf:{spec}"
-    files = [child for child in path.iterdir() if child.is_file() and not child.name.startswith(".")]
-    if any(file.suffix == ".tar" for file in files):
-        return f"wds:{spec}"
-    if (
-        files
-        and all(file.suffix == ".parquet" for file in files)
-        and not any(child.is_dir() for child in path.iterdir())
-    ):
-        return f"hf:{spec}"
+    children = [child for child in path.iterdir() if not child.name.startswith(".")]
+    if not any(child.is_dir() for child in children):
+        suffixes = {child.suffix for child in children}
+        if ".tar" in suffixes:
+            return f"wds:{spec}"
+        if suffixes == {".parquet"}:
+            return f"hf:{spec}"
     return f"{_FOLDER}{spec}"
 
 

@@ -158,7 +158,7 @@ def _training(info: RunInfo, metrics: Metrics | None) -> list[tuple[str, str]]:
 
 def _escaped(text: str) -> str:
     """Text from outside as one line of Markdown that shows it as it is: no HTML, emphasis, links or table cells."""
-    return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
+    return re.sub(r"([\\`*_\[\]|])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
 def _code(text: str) -> str:

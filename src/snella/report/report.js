@@ -10,7 +10,7 @@ for (const pre of document.querySelectorAll('pre.copy')) {
     try {
       await navigator.clipboard.writeText(text)
     } catch {
-      // clipboards are for pages of files and of https alone; elsewhere the code is selected and copied as by hand
+      // the Clipboard API needs a secure context (https or file); elsewhere the code is selected and copied
       const range = document.createRange()
       range.selectNodeContents(pre)
       getSelection().removeAllRanges()

@@ -151,7 +151,7 @@ def _kept_text(metrics: Metrics) -> str:
 
 
 def method_facts(metrics: Metrics | None, allocation: Allocation | None, budgets: Mapping[str, int]) -> list[Fact]:
-    """Sizes of what was trained, and the cost of training."""
+    """Sizes of what was trained, and the memory of training."""
     if metrics is None:
         return []
     facts = [_count_fact("trainable parameters", metrics.trainable_parameters)]
@@ -163,8 +163,6 @@ def method_facts(metrics: Metrics | None, allocation: Allocation | None, budgets
         facts.append(Fact("adapted weights kept", count_text(kept), note))
     elif metrics.adapted_weights:
         facts.append(_count_fact("adapted weights", metrics.adapted_weights))
-    facts.append(Fact("adapter file", bytes_text(metrics.adapter_bytes), "to load on top of the backbone"))
-    facts.append(Fact("training time", seconds_text(metrics.train_s)))
     if not math.isnan(metrics.peak_rss_mib):
         facts.append(Fact("peak memory", bytes_text(metrics.peak_rss_mib * 2**20), "of the training process"))
     return facts
@@ -302,11 +300,17 @@ def baselines(info: RunInfo, metrics: Metrics | None, comparison: list[MethodRes
     scores = None if metrics is None else metrics.measured[1]
     if not isinstance(scores, Scores) or not scores.images:
         return []
-    sizes = [sum(row) for row in scores.confusion]
-    most = max(range(len(sizes)), key=sizes.__getitem__)
-    found = [(f"always {info.classes[most]!r}", sizes[most] / scores.images)]
+    most, share = _most_frequent(scores)
+    found = [(f"always {info.classes[most]!r}", share)]
     probe = next((row for row in comparison or [] if row.method == PROBE_METHOD), None)
     return found if probe is None or math.isnan(probe.accuracy) else [*found, ("linear probe", probe.accuracy)]
+
+
+def _most_frequent(scores: Scores) -> tuple[int, float]:
+    """The most frequent class and its share of the images."""
+    sizes = [sum(row) for row in scores.confusion]
+    most = max(range(len(sizes)), key=sizes.__getitem__)
+    return most, sizes[most] / scores.images
 
 
 def verdict_text(info: RunInfo, metrics: Metrics | None) -> str:
@@ -320,24 +324,25 @@ def verdict_text(info: RunInfo, metrics: Metrics | None) -> str:
         return targets.regression_verdict(scores, split)
     if not isinstance(scores, Scores) or not scores.images:
         return ""
-    sizes = [sum(row) for row in scores.confusion]
     correct, total = sum(row[i] for i, row in enumerate(scores.confusion)), scores.images
-    most = max(range(len(sizes)), key=sizes.__getitem__)
-    frequent = sizes[most] / total
+    most, frequent = _most_frequent(scores)
     text = (
         f"{correct:,} of {total:,} {split} images are classified correctly. Always predicting {info.classes[most]!r}, "
         f"the most frequent class, gets {percent_text(frequent)}"
     )
     if correct / total - frequent > scores.margin:
         return f"{text}."
-    recalls = [row[i] / size for i, (row, size) in enumerate(zip(scores.confusion, sizes, strict=True)) if size]
+    recalls = [row[i] / sum(row) for i, row in enumerate(scores.confusion) if sum(row)]
     balanced, one_answer = sum(recalls) / len(recalls), 1 / len(recalls)
     if balanced - one_answer > scores.balanced_margin:
         return (
             f"{text}, but only {percent_text(one_answer)} balanced accuracy, which weighs all classes equally; this "
             f"model reaches {percent_text(balanced)} ({margin_text(scores.balanced_margin)})."
         )
-    return f"{text}. The difference is within the 95\N{NO-BREAK SPACE}% margin: there is no evidence of learning yet."
+    return (
+        f"{text}. The model is not above it by more than the 95\N{NO-BREAK SPACE}% margin: there is no evidence of "
+        "learning yet."
+    )
 
 
 def _confused_pairs(info: RunInfo, scores: Scores) -> list[dict[str, Any]]:
@@ -625,8 +630,7 @@ def write_report(
         "numbers": targets.numbers_section(folder, info, metrics, images),
         "uses": [] if adapter is None else uses(folder, info.task),
         "config": config.read_text(encoding="utf-8") if config.is_file() else "",
-        "test_name": "test" if metrics is None or metrics.test else "validation",
-        "measured": "" if metrics is None else metrics.measured[0],
+        "measured": "test" if metrics is None else metrics.measured[0],
     }
     return write_page(folder, "snella.report", context)
 
@@ -663,9 +667,7 @@ def write_page(folder: Path, package: str, context: Mapping[str, Any], name: str
 
 
 def breakable(text: str) -> Markup:
-    """Text that may be broken after what divides paths; markup stays as it is."""
-    if isinstance(text, Markup):
-        return text
+    """Text that may be broken after what divides paths."""
     return Markup(re.sub(r"([:/_.])", r"\1<wbr>", str(escape(text))))
 
 

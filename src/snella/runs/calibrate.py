@@ -85,14 +85,17 @@ def reliability_bins(confidence: Tensor, is_right: Tensor) -> list[ReliabilityBi
         confidence: `[images]`, in [0, 1].
         is_right: `[images]`, boolean.
     """
+    if not len(confidence):
+        return []
     order = confidence.argsort(stable=True)
     ranked, right = confidence[order].double(), is_right[order].double()
     count = max(1, min(MOST_BINS, len(ranked) // _PER_BIN))
-    edges = {0, len(ranked)}
-    for number in range(1, count):
-        place = round(number * len(ranked) / count)
-        edges.add(int((ranked < ranked[place]).sum()))  # the first of those that are equal to it
-    bounds = sorted(edges)
+    places = torch.tensor([round(number * len(ranked) / count) for number in range(1, count)], dtype=torch.long)
+    bounds = [0]
+    for edge in torch.searchsorted(ranked, ranked[places]).tolist():  # the first image of equal probability
+        if edge - bounds[-1] >= _PER_BIN:
+            bounds.append(edge)
+    bounds.append(len(ranked))  # an edge is never behind its place, so the last bin is large enough too
     return [
         ReliabilityBin(round(float(ranked[start:end].mean()), 6), round(float(right[start:end].mean()), 6), end - start)
         for start, end in itertools.pairwise(bounds)

@@ -306,7 +306,7 @@ def _accept_presets(cls: type[Any]) -> type[Any]:
 
 @accept_former_names(FORMER_OPTIONS)
 @_accept_presets
-@dataclass
+@dataclass(kw_only=True)
 class TrainConfig(RunSettings):
     """Settings of one training run; None means the default of the method or of the model.
 

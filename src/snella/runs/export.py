@@ -1,6 +1,7 @@
 """`export`: a run's model in the formats of other programs, checked before it gets its name."""
 
 import contextlib
+import dataclasses
 import importlib
 import io
 import json
@@ -48,6 +49,7 @@ class ExportOptions:
         values: Type of a sparse file's values.
         images: Images for the check of the outputs; the run's own test or validation images if empty.
         logits: Whether a graph ends in the model's own outputs; otherwise in what `predict` says.
+        own: The run's own images, where none are given; set by `export`.
     """
 
     opset: int | None = None
@@ -55,6 +57,7 @@ class ExportOptions:
     values: ValueDtype | None = None
     images: Sequence[str | Path] = ()
     logits: bool = False
+    own: ImageDataset | None = None
 
 
 @dataclass
@@ -160,6 +163,8 @@ def export(
     if chosen.tasks is not None and loaded.task.name not in chosen.tasks:
         fitting = ", ".join(name for name, one in FORMATS.items() if one.tasks is None)
         raise ValueError(f"format={format} holds no model of the task {loaded.task.name}; take one of {fitting}")
+    if "images" in chosen.options and not images:
+        options = dataclasses.replace(options, own=_own_part(loaded))
     temporary = path.with_name(f".{path.name}.tmp")
     with made_folder(path.parent), naming_file(path):
         try:
@@ -261,11 +266,11 @@ def _graph_model(loaded: LoadedRun, options: ExportOptions) -> tuple[nn.Module, 
     return merged, merged if options.logits else _Final(merged, loaded).eval()
 
 
-def _sample_images(loaded: LoadedRun, images: Sequence[str | Path]) -> Tensor:
+def _sample_images(loaded: LoadedRun, options: ExportOptions) -> Tensor:
     """Real images as the model takes them, `[n, C, H, W]`: those given, or the run's own."""
-    if images:
-        return torch.stack([loaded.transform(read_image(Path(image), loaded.reading)) for image in images])
-    (part,) = read_at_side([_own_part(loaded).with_transform(loaded.transform)], loaded.reading.side)
+    if options.own is None:
+        return torch.stack([loaded.transform(read_image(Path(image), loaded.reading)) for image in options.images])
+    (part,) = read_at_side([options.own.with_transform(loaded.transform)], loaded.reading.side)
     return torch.stack([part[index][0] for index in range(min(_NUM_IMAGES, len(part)))])
 
 
@@ -328,7 +333,7 @@ def _dynamic_batch() -> Any:
 
 def _write_onnx(loaded: LoadedRun, path: Path, options: ExportOptions) -> list[str]:
     onnxruntime = _require("onnxruntime", "onnx", "export")
-    images = _sample_images(loaded, options.images)
+    images = _sample_images(loaded, options)
     merged, model = _graph_model(loaded, options)
     output = "logits" if options.logits else loaded.task.final_name
     if sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()) >= _TWO_GIB:
@@ -370,7 +375,7 @@ def _write_onnx(loaded: LoadedRun, path: Path, options: ExportOptions) -> list[s
 
 
 def _write_torchscript(loaded: LoadedRun, path: Path, options: ExportOptions) -> list[str]:
-    images = _sample_images(loaded, options.images)
+    images = _sample_images(loaded, options)
     merged, model = _graph_model(loaded, options)
     example = images[:1].expand(2, -1, -1, -1).contiguous()
     with _quiet(), torch.no_grad():
@@ -381,7 +386,7 @@ def _write_torchscript(loaded: LoadedRun, path: Path, options: ExportOptions) ->
 
 
 def _write_torch_export(loaded: LoadedRun, path: Path, options: ExportOptions) -> list[str]:
-    images = _sample_images(loaded, options.images)
+    images = _sample_images(loaded, options)
     merged, model = _graph_model(loaded, options)
     example = images[:1].expand(2, -1, -1, -1).contiguous()
     with _quiet():
@@ -457,7 +462,7 @@ def _write_lora(loaded: LoadedRun, path: Path, options: ExportOptions) -> list[s
     refused = sorted({type(layer).__name__ for layer in adapted if not layer.supports_lora_conversion("default")})
     if refused:
         raise ValueError(f"PEFT converts linear layers only, and this model adapts others: {', '.join(refused)}")
-    images = _sample_images(loaded, options.images)
+    images = _sample_images(loaded, options)
     with torch.inference_mode():
         expected = model(images)
     deltas = {name: layer.get_delta_weight("default").clone() for name, layer in layers.items()}
@@ -588,11 +593,11 @@ _GRAPHS = {
 
 
 def _graph_snippet(format: str) -> Callable[[LoadedRun, Path, ExportOptions], str]:
-    """What makes the snippet of a graph: it loads the file, prepares an image and prints what the graph says of it."""
+    """Build the loading snippet of a graph format."""
 
     def write(loaded: LoadedRun, path: Path, options: ExportOptions) -> str:
         module, load, run = _GRAPHS[format]
-        image = _example_image(loaded, options)
+        image = _example_image(options)
         preparation = None if image is None else _preparation(loaded)
         lines = ["import json", f"import numpy as np, {module}"]
         if preparation is None:
@@ -617,20 +622,23 @@ def _graph_snippet(format: str) -> Callable[[LoadedRun, Path, ExportOptions], st
     return write
 
 
-def _example_image(loaded: LoadedRun, options: ExportOptions) -> str | None:
+def _example_image(options: ExportOptions) -> str | None:
     """A file for the snippet: the first one of those that outputs are compared on; None where the run has no files."""
-    if options.images:
+    part = options.own
+    if part is None:
         return str(options.images[0])
-    part = _own_part(loaded)
     return str(part.source.paths[part.rows[0]]) if isinstance(part.source, FileImages) else None
 
 
 def _preparation(loaded: LoadedRun) -> list[str] | None:
-    """Lines of Python that prepare an image as training did, with NumPy and Pillow; None for channels Pillow lacks."""
+    """Lines of Python that prepare an 8-bit or 16-bit image as `predict` does, with NumPy and Pillow.
+
+    None for other channels than gray and RGB, and for runs with a value of 16-bit images that becomes white.
+    """
     config = loaded.info.data_config
     channels, size = int(config["input_size"][0]), int(config["input_size"][-1])
     mode = {1: "L", 3: "RGB"}.get(channels)
-    if mode is None:
+    if mode is None or loaded.info.data.white is not None:
         return None
     scaled = math.floor(size / (config.get("crop_pct") or 1.0))
     resample = f"Image.Resampling.{config.get('interpolation', 'bicubic').upper()}"
@@ -642,7 +650,13 @@ def _preparation(loaded: LoadedRun) -> list[str] | None:
     mean, std = ([round(float(value), 6) for value in config[name]] for name in ("mean", "std"))
     return [
         "def transform(image):",
-        f"    image = ImageOps.exif_transpose(image).convert({mode!r})",
+        "    image = ImageOps.exif_transpose(image)",
+        "    if image.mode.startswith('I;16'):",
+        "        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))",
+        "    if image.mode.endswith('A') or 'transparency' in image.info:",
+        "        white = Image.new('RGBA', image.size, 'white')",
+        "        image = Image.alpha_composite(white, image.convert('RGBA'))",
+        f"    image = image.convert({mode!r})",
         f"    image = image.resize({sides}, {resample})",
         f"    left, top = (round((side - {size}) / 2) for side in image.size)",
         f"    image = image.crop((left, top, left + {size}, top + {size}))",

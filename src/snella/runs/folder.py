@@ -78,6 +78,13 @@ def status_text(status: Status) -> str:
     return "running or killed" if status == "running" else status
 
 
+def _as_of_file(message: str) -> str:
+    """Errors of settings as those of a file: names in quotes, without examples to type."""
+    missing = r"missing required settings: (.*?), e\.g\. [^;]*"
+    message = re.sub(missing, lambda found: "it lacks " + ", ".join(map(repr, found[1].split(", "))), message)
+    return re.sub(r"(^|; )(\w+)(?= must\b)", r"\1'\2'", message)
+
+
 class RunFolderOf(Generic[S]):
     """Paths and small files of one run.
 
@@ -241,8 +248,7 @@ class RunFolderOf(Generic[S]):
         except (TypeError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
             raise ValueError(f"{path} is damaged: {error}; train again with `--overwrite`") from None
         except ValueError as error:  # names settings as if they had been typed
-            refused = re.sub(r"(^|; )(\w+)(?= )", r"\1'\2'", str(error))
-            raise ValueError(f"{path} is damaged: {refused}; train again with `--overwrite`") from None
+            raise ValueError(f"{path} is damaged: {_as_of_file(str(error))}; train again with `--overwrite`") from None
         raise ValueError(
             f"{path} was altered after it was written: the run was begun with other settings; restore the file, or "
             "train again with `--overwrite`"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from snella._files import made_folder, write_bytes, write_json
 from snella.methods import merge_trained
 from snella.records import BackboneInfo, RunInfo, plain, record_from
-from snella.runs.model import LoadedRun, load_run, make_backbone
+from snella.runs.model import LoadedRun, built_in_size, load_run, make_backbone
 from snella.tasks import task_class
 
 _CLASSIFICATION = "classification"
@@ -122,7 +122,7 @@ def run_metadata(loaded: LoadedRun, model: nn.Module) -> dict[str, str]:
         "architecture": str(backbone.architecture),
         "backbone": str(backbone.name),
         "num_classes": str(backbone.num_classes),
-        "img_size": json.dumps(_built_in_size(model)),
+        "img_size": json.dumps(built_in_size(model)),
         "model_args": json.dumps(_model_args(model)),
         "task": loaded.task.name,
         "task_state": json.dumps(loaded.task.state()),
@@ -147,7 +147,7 @@ def _timm_config(loaded: LoadedRun, model: nn.Module, out: str) -> dict[str, Any
             f"out must end with {_SUFFIX} for {what}, which timm does not build, got {out!r}; "
             f"write {out.rstrip('/') + _SUFFIX!r}"
         )
-    size = _built_in_size(model)
+    size = built_in_size(model)
     arguments = _model_args(model) | ({} if size is None else {"img_size": size})
     known: Any = model
     own = {name: value for name, value in dict(known.pretrained_cfg).items() if name in _KEPT_ENTRIES}
@@ -256,13 +256,6 @@ def load_merged(path: str | Path) -> nn.Module:
 def _model_args(model: nn.Module) -> dict[str, Any]:
     """Arguments of `timm.create_model` that the architecture's name alone does not say."""
     return dict((getattr(model, "pretrained_cfg", None) or {}).get("model_args") or {})
-
-
-def _built_in_size(model: nn.Module) -> int | None:
-    """The `img_size` that timm needs to build such a model; None for models that take any."""
-    inner = getattr(model, "encoder", model)
-    size = getattr(getattr(inner, "patch_embed", None), "img_size", None)
-    return None if size is None else int(size[0])
 
 
 def merged_model(model: nn.Module) -> nn.Module:

@@ -73,7 +73,7 @@ def load_run(run: str | Path | RunFolder, device: str = "auto") -> LoadedRun:
         _check_outputs(info, task)
         folder.check_adapter()
         backbone = make_backbone(info.backbone, task.name)
-        size = _built_in_size(backbone)
+        size = built_in_size(backbone, is_only=True)
         model = load_trained(folder.adapter, backbone).to(choose_device(device))
         try:
             transform = build_transform(info.data_config, train=False, augment="none")
@@ -114,12 +114,18 @@ def _check_outputs(info: RunInfo, task: Task) -> None:
         )
 
 
-def _built_in_size(backbone: nn.Module) -> int | None:
-    """The only side of an image that a backbone takes; None where it takes others."""
-    patches: Any = getattr(getattr(backbone, "encoder", backbone), "patch_embed", None)
+def built_in_size(model: nn.Module, *, is_only: bool = False) -> int | None:
+    """The side of an image that a model is built for; None for models that are built for any.
+
+    Args:
+        model: A backbone, or a segmenter around one.
+        is_only: None too for models that also take other sides.
+    """
+    patches: Any = getattr(getattr(model, "encoder", model), "patch_embed", None)
     size = getattr(patches, "img_size", None)
-    is_fixed = size is not None and getattr(patches, "strict_img_size", False)
-    return int(size[0]) if is_fixed and size is not None else None
+    if size is None or (is_only and not getattr(patches, "strict_img_size", False)):
+        return None
+    return int(size[0])
 
 
 def _check_transform(transform: Callable[..., Tensor], info: RunInfo, size: int | None) -> None:

@@ -20,7 +20,7 @@ from snella.methods.model_parts import base_model
 from snella.records import FoldResults, RunInfo, read, read_if_present
 from snella.runs.folder import RunFolder
 from snella.runs.image_inputs import ImageInput, near_name, read_input, separate
-from snella.runs.model import LoadedRun, get_task_name, load_run
+from snella.runs.model import Ensemble, LoadedRun, get_task_name, load_run
 from snella.tasks import Task, task_class
 from snella.tasks.predictions import Prediction
 
@@ -180,6 +180,10 @@ class Predictor:
         """Refuse settings that `each` would refuse; the probability that `unsure` means."""
         if tta is not None and not 1 <= tta <= MOST_VIEWS:
             raise ValueError(f"tta must be between 1 and {MOST_VIEWS}, the views of an image, got {tta}")
+        if tta is not None and isinstance(self.loaded.model, Ensemble):
+            raise ValueError(
+                f"tta must be left out for a cross-validation, whose models average their own views, got {tta}"
+            )
         calibration = self.loaded.info.calibration
         if unsure == "auto":
             if calibration is None:

@@ -18,6 +18,7 @@ from rich.console import Console
 from snella._console import counted, make_console, print_line, tracked
 from snella._deprecation import accept_former_arguments
 from snella._files import made_folder, naming_file, write_bytes
+from snella._text import utf8_text
 from snella.data.folder import listed
 from snella.runs.image_inputs import expand, new_files
 from snella.runs.model import unfinished_note
@@ -158,7 +159,8 @@ def write_features(
         import pyarrow
         from pyarrow import parquet
 
-        parquet.write_table(pyarrow.table({"images": texts, "features": list(table)}), content)
+        named = {"images": [utf8_text(text) for text in texts], "features": list(table)}
+        parquet.write_table(pyarrow.table(named), content)
     with made_folder(path.parent):
         write_bytes(path, content.getvalue())
     return path

@@ -246,7 +246,7 @@ def serve(
         tta: As for `Predictor.predict`.
         unsure: As for `Predictor.predict`.
         batch_size: Images at a time.
-        device: auto, cpu or cuda.
+        device: auto, or a device of torch such as cpu, cuda:1 or mps.
         hosts: As for `create_app`.
         console: Where the address and a line about each answer are printed.
 

@@ -3,7 +3,8 @@
 import csv
 import io
 import json
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from snella._files import made_folder, write_bytes, write_text
+from snella._files import made_folder, write_bytes, write_json, write_text
+from snella._text import utf8_text
 from snella.data import read_image
 from snella.report.examples import overlay, write_mask
 
@@ -177,6 +179,17 @@ def _ranked(ranking: Sequence[tuple[str, float]], first: int = 1) -> Row:
     return found
 
 
+def _beside(values: Mapping[str, float], others: Sequence[str], suffix: str) -> Row:
+    """Columns named by `values`; a name that one of the `others` has gets a suffix."""
+    columns: Row = {}
+    for name, value in values.items():
+        column = name
+        while column in others or (column != name and column in values):
+            column += suffix
+        columns[column] = value
+    return columns
+
+
 def write_predictions(
     predictions: "Iterable[Prediction | LabelSetPrediction | NumberPrediction]",
     out: str | Path,
@@ -206,9 +219,9 @@ def write_predictions(
         if suffix == ".parquet":
             write_bytes(path, _parquet(rows))
         elif suffix == ".json":
-            write_text(path, json.dumps(rows, indent=1) + "\n")
+            write_json(path, _finite(rows))
         elif suffix == ".jsonl":
-            write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+            write_text(path, "".join(json.dumps(row) + "\n" for row in _finite(rows)))
         else:
             write_text(path, _csv(rows))
     return path
@@ -231,13 +244,27 @@ def _cell(value: Any) -> str:
     return "|".join(value) if isinstance(value, list) else str(value)
 
 
+def _finite(rows: Sequence[Row]) -> list[Row]:
+    """The rows with None for numbers that JSON lacks, such as NaN."""
+    return [
+        {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
+        for row in rows
+    ]
+
+
 def _parquet(rows: Sequence[Row]) -> bytes:
-    """Rows as a Parquet file."""
+    """Rows as a Parquet file, whose texts are UTF-8."""
     import pyarrow
     from pyarrow import parquet
 
+    def plain(value: Any) -> Any:
+        if isinstance(value, list):
+            return [plain(text) for text in value]
+        return utf8_text(value) if isinstance(value, str) else value
+
     content = io.BytesIO()
-    parquet.write_table(pyarrow.Table.from_pylist(list(rows)), content)
+    table = [{utf8_text(name): plain(value) for name, value in row.items()} for row in _finite(rows)]
+    parquet.write_table(pyarrow.Table.from_pylist(table), content)
     return content.getvalue()
 
 
@@ -247,7 +274,7 @@ def check_output(out: str | Path | None, top_k: int | None, *, overwrite: bool) 
     `out` is None where no file is wanted.
     """
     if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}; leave it out for all classes")
+        raise ValueError(f"top_k must be at least 1, got {top_k}; leave it out for the default, or set --top-k all")
     if out is None:
         return
     if Path(out).is_dir():
@@ -308,7 +335,8 @@ class LabelSetPrediction:
 
     def row(self, top_k: int | None = None) -> Row:
         """`labels`, and the probability of every class, or the likeliest `top_k`."""
-        of_classes = {name: round(p, 6) for name, p in self.probabilities.items()}
+        rounded = {name: round(p, 6) for name, p in self.probabilities.items()}
+        of_classes = _beside(rounded, ("image", "labels"), "_probability")
         return {"labels": self.labels, **(of_classes if top_k is None else _ranked(self.ranking[:top_k]))}
 
 
@@ -344,7 +372,7 @@ class NumberPrediction:
 
     def row(self, top_k: int | None = None) -> Row:
         """A column a target."""
-        return {name: float(f"{value:.7g}") for name, value in self.values.items()}
+        return _beside({name: float(f"{value:.7g}") for name, value in self.values.items()}, ("image",), "_value")
 
 
 def check_number_output(out: str | Path | None, top_k: int | None, *, overwrite: bool) -> None:

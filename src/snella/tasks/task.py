@@ -59,7 +59,7 @@ class Task(ABC):
     """Whether an image has one class, whose probabilities are the softmax of the outputs; a temperature calibrates
     them."""
     augment: ClassVar[str] = "crop"
-    """What `--augment auto` means, before the images have their say; crops change numbers and masks."""
+    """Default of `--augment auto`. Regression and segmentation use flips, since crops change their targets."""
     has_linear_fit: ClassVar[bool] = False
     """Whether `fit_linear` finds a linear head on features."""
     epoch_format: ClassVar[str]

@@ -400,7 +400,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
 
     @contextmanager
     def buffers_off_meta(self) -> Iterator[None]:
-        """Keep budgets, seals and supports where they are if a move sends them to the meta device as accelerate does."""
+        """Keep budgets, seals and supports in place if a move sends them to the meta device, as accelerate's does."""
         before = [(d, name, d[name]) for d in (self.snella_budget, self.snella_seal, self.snella_support) for name in d]
         yield
         for values, name, buffer in before:
