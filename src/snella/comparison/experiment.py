@@ -101,6 +101,7 @@ SHARED_SETTINGS = (
         "protocol",
         "head_init",
         "head_norm",
+        "final_head",
         "ema",
         "min_lr",
     ),

@@ -23,6 +23,7 @@ DEMO_SETTINGS: dict[str, Any] = {
     "batch_size": 16,
     "augment": "flip",
     "head_norm": "none",
+    "final_head": "trained",
     "tta": 1,
     "seed": 0,
 }

@@ -267,6 +267,25 @@ class AveragedEpochs:
         return f"the average of epochs {names}" if len(self.epochs) > 1 else f"epoch {names} alone"
 
 
+@dataclass(frozen=True)
+class FinalHead:
+    """A linear head on features of several layers that was fitted after training, beside the trained head.
+
+    Attributes:
+        layers: Their indices in timm's `feature_info`, from 0.
+        is_saved: Whether predictions use it; otherwise it is clearly worse on validation.
+        metric: That the validation results are of; None without validation images.
+        val: Result on validation of a fit to the training images.
+        val_trained: That of the trained head.
+    """
+
+    layers: list[int]
+    is_saved: bool
+    metric: str | None = None
+    val: float = math.nan
+    val_trained: float = math.nan
+
+
 @dataclass(frozen=True, kw_only=True)
 class Metrics(Record):
     """Results and costs: `metrics.json`; of a generator's, the costs alone.
@@ -294,6 +313,7 @@ class Metrics(Record):
     val: SplitScores | None = None
     test: SplitScores | None = None
     averaged: AveragedEpochs | None = field(default=None, metadata=OPTIONAL)
+    final_head: FinalHead | None = field(default=None, metadata=OPTIONAL)
 
     @property
     def adapter_epoch(self) -> int | None:

@@ -356,6 +356,9 @@ class TrainConfig(RunSettings):
             before training (LP-FT; takes seconds). auto is probe for a linear head, unless the protocol is official.
         head_norm: Normalization of the head's inputs while it is trained: running, by their running mean and variance,
             or none. What is saved is a plain linear head. auto is running where the head starts from a probe.
+        final_head: Head that predictions use: trained, the one that was trained; or layers, a linear head on features
+            of several layers of the trained model, fitted after training to training and validation images (Head2Toe).
+            auto is layers for timm models, unless it is clearly worse on validation or the protocol is official.
         weight_decay: Decoupled weight decay; none on the kernels' scalars.
         layer_decay: Layer-wise decay of the learning rate, e.g. 0.75: each block's is that of the next one times this.
         drop_path: Stochastic depth of the backbone, whatever the method: the probability of dropping a residual branch
@@ -465,6 +468,7 @@ class TrainConfig(RunSettings):
     head_lr: float | None = None
     head_init: Literal["auto", "random", "probe"] = "auto"
     head_norm: Literal["auto", "none", "running"] = "auto"
+    final_head: Literal["auto", "trained", "layers"] = "auto"
     weight_decay: float | None = None
     layer_decay: float | None = None
     drop_path: float = 0.0

@@ -156,6 +156,11 @@ def _training_note(
         split: Their part.
     """
     if own is not None and split in ("val", "test") and not isinstance(loaded.model, Ensemble):
+        if split == "val" and loaded.probe is not None:
+            return (
+                "the final head was fitted to these images too, so that results are optimistic; metrics.json has those "
+                "of a fit to the training images alone"
+            )
         return None
     if own is None:
         config, stored = loaded.folder.read_config(), loaded.info.data
@@ -172,6 +177,8 @@ def _training_note(
     trained = [own.train]
     if isinstance(loaded.model, Ensemble):  # each fold's model has seen what the others held out
         trained += [part for name, part in own.parts.items() if name in ("val", own.fold_part)]
+    elif loaded.probe is not None and own.val is not None:
+        trained.append(own.val)
     count = resaved = 0
     example = ""
     for part in parts:
@@ -218,6 +225,11 @@ def calibrate_run(run: str | Path, *, batch_size: int = 32, device: str = "auto"
     if not loaded.task.has_one_class or not loaded.info.is_finished:
         what = f"task {loaded.task.name!r}" if loaded.info.is_finished else f"status {loaded.info.status!r}"
         raise ValueError(f"run={folder.path} must be a finished classification to have a temperature, got {what}")
+    if loaded.probe is not None:
+        raise ValueError(
+            f"run={folder.path} has a final head that was fitted to the validation images; its temperature is the one "
+            "that training has fitted"
+        )
     if not loaded.info.data.sizes.get("val"):
         raise ValueError(f"run={folder.path} has no validation images to fit a temperature on; other images may not")
     measured: dict[str, tuple[Tensor, Tensor]] = {}
@@ -359,7 +371,7 @@ def _run_model(
         batches = DataLoader(items, batch_size, collate_fn=loaded.task.collate)
         for batch in tracked(batches, "measuring", len(batches), console):
             images = batch["images"].to(loaded.device)
-            outputs = loaded.task.outputs(loaded.model, images, loaded.info.tta).cpu()
+            outputs = loaded.task.outputs(loaded.network, images, loaded.info.tta).cpu()
             for whole, part in zip((reduced, labels), loaded.task.reduce(outputs, batch["labels"]), strict=True):
                 whole.append(part)
     return torch.cat(reduced), torch.cat(labels)

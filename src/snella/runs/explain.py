@@ -246,7 +246,7 @@ def _overlays(
 ) -> list[tuple[Image.Image, Image.Image]]:
     """What the model sees of each image, and the same under its heat map."""
     tensors, targets = model.prepare(images), torch.tensor([model.classes.index(name) for name in classes])
-    network, tensors = model.loaded.model, tensors.to(model.device)
+    network, tensors = model.loaded.network, tensors.to(model.device)
     heat = heat_maps(network, tensors, targets) if by == "gradcam" else attention_rollout(network, tensors)
     pictures = [model.picture(tensor) for tensor in tensors]
     return [(picture, overlay_heat(picture, one)) for picture, one in zip(pictures, heat, strict=True)]

@@ -262,7 +262,9 @@ class _Final(nn.Module):
 
 def _graph_model(loaded: LoadedRun, options: ExportOptions) -> tuple[nn.Module, nn.Module]:
     """The merged model, and what is exported of it."""
-    merged = merged_model(loaded.model).eval()
+    probe = loaded.probe
+    merged = merged_model(loaded.model)
+    merged = (merged if probe is None else probe.on(merged)).eval()
     return merged, merged if options.logits else _Final(merged, loaded).eval()
 
 

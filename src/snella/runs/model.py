@@ -17,6 +17,7 @@ from snella.data.images import FULL_WHITE, Reading
 from snella.methods import load_trained
 from snella.records import BackboneInfo, FoldResults, RunInfo, read, read_if_present
 from snella.runs.folder import RunFolder, status_text
+from snella.runs.layer_probe import LayerProbe, read_layer_probe
 from snella.tasks import Task, create_task, task_class, task_names
 
 _COMMANDS_OF_OTHERS = {
@@ -27,7 +28,17 @@ _COMMANDS_OF_OTHERS = {
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """The best model of a run, with its transform, classes and task."""
+    """The best model of a run, with its transform, classes and task.
+
+    Attributes:
+        folder: Of the run.
+        model: The backbone with what was trained, its head included.
+        transform: Of images.
+        classes: By output.
+        task: Of the run.
+        info: `run.json`.
+        probe: The final head of a run that has one besides the trained head, with the model in it.
+    """
 
     folder: RunFolder
     model: nn.Module
@@ -35,6 +46,12 @@ class LoadedRun:
     classes: list[str]
     task: Task
     info: RunInfo
+    probe: LayerProbe | None = None
+
+    @property
+    def network(self) -> nn.Module:
+        """What predictions come from: the model with the run's final head."""
+        return self.model if self.probe is None else self.probe
 
     @property
     def reading(self) -> Reading:
@@ -75,6 +92,10 @@ def load_run(run: str | Path | RunFolder, device: str = "auto") -> LoadedRun:
         backbone = make_backbone(info.backbone, task.name)
         size = built_in_size(backbone, is_only=True)
         model = load_trained(folder.adapter, backbone).to(choose_device(device))
+        probe = read_layer_probe(folder.adapter, model)
+        if probe is not None:
+            _check_head(probe, info)
+            probe = probe.to(next(model.parameters()).device).eval()
         try:
             transform = build_transform(info.data_config, train=False, augment="none")
             _check_transform(transform, info, size)
@@ -82,7 +103,7 @@ def load_run(run: str | Path | RunFolder, device: str = "auto") -> LoadedRun:
             raise ValueError(
                 f"{folder.path / info.file}: data_config: {error}; copy it again, or train again with `--overwrite`"
             ) from error
-    return LoadedRun(folder, model, transform, list(info.classes), task, info)
+    return LoadedRun(folder, model, transform, list(info.classes), task, info, probe)
 
 
 _LIBRARY_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError)
@@ -112,6 +133,13 @@ def _check_outputs(info: RunInfo, task: Task) -> None:
             f"run.json must name the classes of {found} outputs, got {len(info.classes)} names; copy the run again, or "
             "train again with `--overwrite`"
         )
+
+
+def _check_head(probe: LayerProbe, info: RunInfo) -> None:
+    """Refuse a final head with another number of outputs than the trained one."""
+    expected, found = info.backbone.num_classes, probe.linear.out_features
+    if expected not in (None, found):
+        raise ValueError(f"the final head must have {expected} outputs, got {found}; copy the run again")
 
 
 def built_in_size(model: nn.Module, *, is_only: bool = False) -> int | None:
@@ -159,12 +187,12 @@ class Ensemble(nn.Module):
 
     def __init__(self, runs: Sequence[LoadedRun], task: Task) -> None:
         super().__init__()
-        self.models = nn.ModuleList(run.model for run in runs)
+        self.models = nn.ModuleList(run.network for run in runs)
         self.runs, self.task = list(runs), task
 
     def forward(self, images: Tensor) -> Tensor:
         """The mean over the models, each with its own temperature and views."""
-        outputs = [run.task.outputs(run.model, images, run.info.tta) / run.info.temperature for run in self.runs]
+        outputs = [run.task.outputs(run.network, images, run.info.tta) / run.info.temperature for run in self.runs]
         return self.task.average_outputs(outputs, [run.task for run in self.runs])
 
 

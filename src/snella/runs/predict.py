@@ -228,7 +228,7 @@ class Predictor:
         seen: list[Any] = []
         with self._lock, torch.inference_mode(), contextlib.ExitStack() as hooks:
             if wants_features:
-                head = _head(self.loaded.model)
+                head = _head(self.loaded)
                 hooks.callback(head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0])).remove)
             is_own = tta in (None, self.loaded.info.tta)  # the temperature was fitted to the average
             outputs = [self._of_view(images.to(self.device), view) for view in range(tta or self.loaded.info.tta)]
@@ -239,11 +239,11 @@ class Predictor:
             return averaged, None
         if not seen or not isinstance(seen[0], Tensor) or seen[0].flatten(1).shape[0] != len(images):
             raise ValueError("features are the inputs of a classifier's head, which this model does not have")
-        return averaged, seen[0].flatten(1).float().cpu().numpy()
+        return averaged, seen[0].flatten(1)[:, : _feature_width(self.loaded)].float().cpu().numpy()
 
     def _of_view(self, images: Tensor, view: int) -> Tensor:
         """The model's outputs for one view of a batch; maps are turned back."""
-        outputs = self.loaded.model(_view(images, view))
+        outputs = self.loaded.network(_view(images, view))
         if outputs.ndim == 4 and view > 1:
             raise ValueError(f"tta must be 1 or 2 (flipped) for masks, which corners do not cover, got {view + 1}")
         return outputs.flip(-1) if outputs.ndim == 4 and view == 1 else outputs
@@ -358,9 +358,22 @@ def _name(index: int, image: ImageInput) -> Path:
     return Path(getattr(image, "filename", "") or f"[{index}]")
 
 
-def _head(model: nn.Module) -> nn.Module:
-    """The head of a model, within PEFT's wrapping where there is one."""
-    return base_model(model).get_submodule(spec_of(model).head)
+def _head(loaded: LoadedRun) -> nn.Module:
+    """The head that predictions come from, within PEFT's wrapping where there is one."""
+    return _trained_head(loaded) if loaded.probe is None else loaded.probe.linear
+
+
+def _trained_head(loaded: LoadedRun) -> nn.Module:
+    """The head that was trained with the model."""
+    return base_model(loaded.model).get_submodule(spec_of(loaded.model).head)
+
+
+def _feature_width(loaded: LoadedRun) -> int | None:
+    """How many of the head's inputs are the model's own pooled features, the first ones; None for all."""
+    if loaded.probe is None:
+        return None
+    head = _trained_head(loaded)
+    return int(head.in_features) if isinstance(head.in_features, int) else None
 
 
 def _view(images: Tensor, view: int) -> Tensor:

@@ -158,7 +158,8 @@ class TaskBank:
         with self._lock:
             self._model, self._described = base, described
             self._cached.pop(name, None)
-            self._tasks[name] = _Task(replace(loaded, model=base), updates, replaced)
+            probe = None if loaded.probe is None else loaded.probe.on(base).to(self._device).eval()
+            self._tasks[name] = _Task(replace(loaded, model=base, probe=probe), updates, replaced)
 
     def remove(self, name: str) -> None:
         """Take a task out, with everything that is kept of it.
@@ -242,9 +243,12 @@ class TaskBank:
     def _run(self, name: str, batch: Tensor) -> Tensor:
         """The outputs of one task's images. One at a time: the model is the same for all."""
         with self._lock:
+            loaded = self._tasks[name].loaded
             tensors = {**self._effective_weights(name), **self._tasks[name].replaced}
+            if loaded.probe is not None:
+                tensors = {f"model.{key}": tensor for key, tensor in tensors.items()}
             with torch.inference_mode():
-                outputs: Tensor = functional_call(self._tasks[name].loaded.model, tensors, (batch.to(self._device),))
+                outputs: Tensor = functional_call(loaded.network, tensors, (batch.to(self._device),))
         return outputs
 
     @torch.no_grad()

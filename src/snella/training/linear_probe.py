@@ -157,7 +157,7 @@ def normalize_features(parts: RunComponents, config: TrainConfig) -> FeatureNorm
     Raises:
         ValueError: The model has no linear head on pooled features.
     """
-    base, head = _base_and_head(parts.model)
+    base, head = base_and_head(parts.model)
     if not isinstance(head, nn.Linear) or head.bias is None or not _is_probe(base, head):
         raise ValueError(
             "head_norm='running' needs a timm classifier with a linear head on its pooled features, got "
@@ -197,14 +197,14 @@ def choose_augmentation(parts: RunComponents, config: TrainConfig) -> TrainConfi
 def _can_probe(parts: RunComponents) -> bool:
     """Whether a linear probe can be fitted: the task and the head are linear, and there are two classes."""
     can_fit = parts.task.target != "class" or len(set(parts.splits.train.labels)) > 1
-    return parts.task.has_linear_fit and can_fit and _is_probe(*_base_and_head(parts.model))
+    return parts.task.has_linear_fit and can_fit and _is_probe(*base_and_head(parts.model))
 
 
 def _flips_change_classes(parts: RunComponents, config: TrainConfig) -> bool:
     """Whether a cross-validated probe recognizes clearly fewer images when they are flipped."""
     if not parts.task.has_one_class or not _can_probe(parts):
         return False
-    rows = _probe_rows(parts, config)
+    rows = probe_rows(parts, config)
     order = np.random.default_rng(config.seed).permutation(len(rows))[:_MOST_FLIPPED]
     plain = probe_features(parts, config)[torch.from_numpy(order)].double().numpy()
     flipped = _features_before_training(parts, config, rows[order], flip=True).double().numpy()
@@ -224,7 +224,7 @@ def _flips_change_classes(parts: RunComponents, config: TrainConfig) -> bool:
     return only_plain - only_flipped > _CLEAR * math.sqrt(only_plain + only_flipped)
 
 
-def _probe_rows(parts: RunComponents, config: TrainConfig) -> NDArray[np.int64]:
+def probe_rows(parts: RunComponents, config: TrainConfig) -> NDArray[np.int64]:
     """Numbers of the training images that a probe is fitted to: all, or a random `_MOST_PROBE_IMAGES` of them."""
     count = len(parts.splits.train)
     if count <= _MOST_PROBE_IMAGES:
@@ -240,7 +240,7 @@ def probe_features(parts: RunComponents, config: TrainConfig) -> Tensor:
         config: Resolved settings; the batch size, the seed and the workers count.
     """
     if parts.probe_features is None:
-        train, rows = parts.splits.train, _probe_rows(parts, config)
+        train, rows = parts.splits.train, probe_rows(parts, config)
         if isinstance(train, FeatureDataset):
             parts.probe_features = train.features[torch.from_numpy(rows)]
         else:
@@ -254,7 +254,7 @@ def _features_before_training(
     """Pooled features of some training images, as they are or flipped left to right."""
     transform = build_transform(parts.data_config, train=False, augment="none")
     images = parts.splits.train.with_transform(_Flipped(transform) if flip else transform).subset(rows.tolist())
-    base, _ = _base_and_head(parts.model)
+    base, _ = base_and_head(parts.model)
     was_training = parts.model.training
     features = torch.cat(list(pooled_features(base, images, config)))
     parts.model.train(was_training)
@@ -295,7 +295,7 @@ def start_head_from_probe(parts: RunComponents, config: TrainConfig) -> None:
     Raises:
         ValueError: The model has no linear head on pooled features, or the task none at all.
     """
-    base, head = _base_and_head(parts.model)
+    base, head = base_and_head(parts.model)
     if not isinstance(head, nn.Linear) or not _is_probe(base, head):
         raise ValueError(
             "head_init='probe' needs a timm classifier with a linear head on its pooled features, got "
@@ -303,7 +303,7 @@ def start_head_from_probe(parts: RunComponents, config: TrainConfig) -> None:
         )
     train = parts.splits.train
     features = probe_features(parts, config).double().numpy()
-    targets = [train.target_and_weight(index) for index in _probe_rows(parts, config).tolist()]
+    targets = [train.target_and_weight(index) for index in probe_rows(parts, config).tolist()]
     batch = parts.task.collate([(torch.empty(0), *target) for target in targets])
     labels = batch["labels"].numpy()
     of_samples = batch["weights"].double().numpy() if "weights" in batch else None
@@ -316,7 +316,7 @@ def start_head_from_probe(parts: RunComponents, config: TrainConfig) -> None:
             head.bias.copy_(bias)
 
 
-def _base_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+def base_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     """The model that PEFT wraps, if it does, and the head that is trained."""
     base = base_model(model)
     head = base.get_submodule(spec_of(model).head)

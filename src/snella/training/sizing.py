@@ -25,6 +25,7 @@ from snella.runs.images import parts_of
 from snella.runs.protocol import get_protocol
 from snella.training.build import RunComponents
 from snella.training.distributed import process_count
+from snella.training.final_head import layer_fit_seconds
 from snella.training.memory import predict_step_memory, restored_state
 from snella.training.results import MIN_SIZE, free_memory, size_step
 
@@ -193,7 +194,10 @@ def _measure_times(parts: RunComponents, config: TrainConfig) -> _Times:
         return -(-len(part) // config.effective_batch_size) * evaluation_s
 
     epoch_s = steps * train_s + (0.0 if selection is None else seconds_of(selection))
-    return _Times(epoch_s, sum(map(seconds_of, measured)))
+    final_s = sum(map(seconds_of, measured))
+    if config.final_head == "layers":
+        final_s += seconds_of(parts.splits.train) + layer_fit_seconds(parts, config)
+    return _Times(epoch_s, final_s)
 
 
 def _predicted(parts: RunComponents, batch: int) -> int:

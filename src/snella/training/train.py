@@ -23,19 +23,21 @@ from snella import SnellaCallback
 from snella._console import make_console, print_line
 from snella._files import write_text
 from snella.methods import load_trained_into, method_of
-from snella.records import AveragedEpochs, EpochRow, Metrics, RunInfo, plain, read, scores_from
+from snella.records import AveragedEpochs, EpochRow, FinalHead, Metrics, RunInfo, plain, read, scores_from
 from snella.report import model_card, write_report
 from snella.runs.calibrate import calibrate
 from snella.runs.config import TrainConfig
 from snella.runs.evaluate import redraw_report
 from snella.runs.folder import CARD, RunFolder
-from snella.runs.images import PARTS, check_splits, find_data, parts_of
+from snella.runs.images import PARTS, check_splits, find_data
+from snella.runs.layer_probe import LAYER_PROBE
 from snella.runs.protocol import RunProtocol, get_protocol
 from snella.tasks import Task
 from snella.training.build import RunComponents, assemble, build_components, load_start, store_selection
 from snella.training.callbacks import ProgressDisplay, ScheduleCallback, StepTimeCallback, TrackingCallback
 from snella.training.checkpoints import latest_checkpoint
 from snella.training.distributed import from_main, is_main, join_processes, only_main, process_count, wait_for_others
+from snella.training.final_head import LayerFit, choose_final_head, fit_layers, is_clearly_worse, measure_layers
 from snella.training.linear_probe import (
     cache_features,
     can_cache_features,
@@ -156,6 +158,7 @@ def _train(
     config = config.with_batch_size_for(len(parts.splits.train))
     if not is_resumed or latest_checkpoint(run.checkpoints) is None:
         config = choose_augmentation(parts, config if start else choose_head_start(parts, config))
+        config = dataclasses.replace(config, final_head=choose_final_head(parts, config))
     if not is_resumed:
         config = from_main(lambda: fit_epochs(parts, config, console, time.monotonic() - begun))
     if start is not None and latest_checkpoint(run.checkpoints) is None:
@@ -350,7 +353,14 @@ def _finish(
     load_trained_into(model, run.adapter)
     protocol = trainer.protocol
     with console.status("measuring what is saved") if console.is_terminal else contextlib.nullcontext():
-        outputs = {name: trainer.outputs(part) for name, part in parts_of(splits).items() if name != "train"}
+        outputs = {} if splits.val is None else {"val": trainer.outputs(splits.val)}
+        fit, final_head = _fit_final_head(trainer, parts, run, outputs)
+        if splits.test is not None:
+            outputs["test"] = (
+                trainer.outputs(splits.test)
+                if fit is None
+                else measure_layers(parts, trainer.config, fit.probe, splits.test)
+            )
     name, shown_part = ("val", splits.val) if splits.val is not None else ("test", splits.test)
     is_shown = shown_part is not None and len(shown_part) <= _MOST_PREDICTIONS
     if not is_main():
@@ -386,6 +396,7 @@ def _finish(
         val=None if val is None else scores_from(val),
         test=None if test is None else scores_from(test),
         averaged=averaged,
+        final_head=final_head,
     )
     run.write(metrics)
     write_text(run.adapter / CARD, model_card(run.path, _ADAPTER_USE, library="peft"))
@@ -396,6 +407,8 @@ def _finish(
         print_line(console, f"stopped after epoch {last} of {trainer.config.epochs}")
     if averaged is not None:
         print_line(console, _averaged_text(averaged, best))
+    if final_head is not None:
+        print_line(console, _final_head_text(final_head))
     which = averaged.text if averaged is not None and averaged.is_saved else None
     print_line(console, _final_text(parts.task, protocol, best, val, test, which))
     if protocol.warning:
@@ -414,6 +427,50 @@ def _finish(
             print_line(console, f"epoch {best} was selected before the budget reached its target, {target:,} weights")
     shown = f"adapter {run.adapter}" + (f", report {report}" if report else "")
     print_line(console, shown)
+
+
+def _fit_final_head(
+    trainer: SnellaTrainer, parts: RunComponents, run: RunFolder, outputs: dict[str, tuple[np.ndarray, np.ndarray]]
+) -> tuple[LayerFit | None, FinalHead | None]:
+    """Fit the head of several layers, if the run has one, and save it unless it is clearly worse on validation.
+
+    Args:
+        trainer: Its configuration says which head is final.
+        parts: Data and trained model.
+        run: The head is written beside its adapter.
+        outputs: Of the trained head on the validation images, if there are any; replaced by those of the final head.
+
+    Returns:
+        The fit if it is saved, and its record; None for what there is not.
+    """
+    config, task = trainer.config, parts.task
+    (run.adapter / LAYER_PROBE).unlink(missing_ok=True)  # of an end that was interrupted
+    if config.final_head != "layers":
+        return None, None
+    fit = fit_layers(parts, config, task.count_outputs(parts.splits.classes))
+    if fit.val is None:
+        record = FinalHead(fit.probe.layers, True)
+    else:
+        val, val_trained = (float(task.metrics(*said)[task.monitor]) for said in (fit.val, outputs["val"]))
+        is_saved = not is_clearly_worse(task, fit.val, outputs["val"])
+        record = FinalHead(fit.probe.layers, is_saved, task.monitor, val, val_trained)
+        if not is_saved:
+            return None, record
+        outputs["val"] = fit.val
+    fit.probe.save(run.adapter)
+    return fit, record
+
+
+def _final_head_text(head: FinalHead) -> str:
+    """What was fitted after training, and whether predictions use it."""
+    text = f"linear head on layers {', '.join(str(layer + 1) for layer in head.layers)}"
+    if head.metric is None:
+        return f"{text} is the final head, fitted to all training images"
+    metric = head.metric.replace("_", " ")
+    change = f"validation {metric} {head.val_trained:.4f} with the trained head, {head.val:.4f} with it"
+    if not head.is_saved:
+        return f"{text} is clearly worse: {change}; the trained head stays"
+    return f"{text} is the final head: {change}; refitted to training and validation images"
 
 
 def _only_answer(scores: dict[str, Any], classes: Sequence[str]) -> str | None:

@@ -1,0 +1,128 @@
+"""Linear classifier on pooled features of several layers: the final head of a run."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from snella._files import write_bytes
+from snella.methods.model_parts import base_model
+
+LAYER_PROBE = "layer_probe.safetensors"
+"""File beside a run's adapter."""
+_LAYERS = 4
+
+
+def probed_layers(model: nn.Module) -> list[int]:
+    """Layers that a probe reads: up to four of those in timm's `feature_info`, the last one and evenly spaced ones.
+
+    They are a sixth of the layers apart: 6, 8, 10 and 12 of 12 blocks, the last four of at most eight stages.
+
+    Args:
+        model: From `build_method` or `load_trained`.
+
+    Returns:
+        Indices from 0, ascending; none for models without `forward_intermediates`.
+    """
+    base = base_model(model)
+    count = len(getattr(base, "feature_info", None) or [])
+    if not callable(getattr(base, "forward_intermediates", None)):
+        return []
+    step = max(1, round(count / 6))
+    return [layer for layer in range(count - 1 - (_LAYERS - 1) * step, count, step) if layer >= 0]
+
+
+def layer_features(model: nn.Module, images: Tensor, layers: Sequence[int]) -> Tensor:
+    """Pooled features of several layers.
+
+        z ‖ mean(A_1) ‖ class token(A_1) ‖ …        A_l: the output of layer l, normalized where the model does
+
+    Args:
+        model: As for `probed_layers`.
+        images: `[batch, channels, height, width]`.
+        layers: Indices into timm's `feature_info`.
+
+    Returns:
+        `[batch, width]`: the model's own pooled features z, and of each layer the mean over positions and, but for the
+        last layer, the class token if there is one.
+    """
+    base: Any = base_model(model)
+    has_tokens = getattr(base, "num_prefix_tokens", 0) > 0
+    options = {"return_prefix_tokens": True} if has_tokens else {}
+    final, maps = base.forward_intermediates(images, indices=list(layers), norm=True, output_fmt="NCHW", **options)
+    pooled = [base.forward_head(final, pre_logits=True).flatten(1)]
+    for place, entry in enumerate(maps):
+        positions, tokens = entry if has_tokens else (entry, None)
+        pooled.append(positions.mean((2, 3)))
+        if tokens is not None and place < len(maps) - 1:
+            pooled.append(tokens[:, 0])
+    return torch.cat(pooled, dim=1)
+
+
+class LayerProbe(nn.Module):
+    """A model whose outputs are linear in `layer_features`: `[batch, channels, height, width]` → `[batch, outputs]`.
+
+    Its idea is that of Evci et al., Head2Toe (arXiv 2201.03529): features of earlier layers tell more of images unlike
+    those of the pre-training.
+
+    Args:
+        model: As for `probed_layers`; its own head is not used.
+        layers: As for `layer_features`.
+        weight: `[outputs, width]`.
+        bias: `[outputs]`.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[int], weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.model, self.layers = model, list(layers)
+        self.linear = nn.Linear(weight.shape[1], weight.shape[0])
+        self.linear.load_state_dict({"weight": weight, "bias": bias})
+        self.linear.requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Outputs of a batch."""
+        features = layer_features(self.model, images, self.layers)
+        return self.linear(features.to(self.linear.weight.dtype))
+
+    def get_base_model(self) -> nn.Module:
+        """The backbone with its adapters."""
+        return base_model(self.model)
+
+    def on(self, model: nn.Module) -> "LayerProbe":
+        """The same probe on another model, such as the merged one."""
+        linear = self.linear
+        return LayerProbe(model, self.layers, linear.weight.detach(), linear.bias.detach()).to(linear.weight.device)
+
+    def save(self, adapter: Path) -> None:
+        """Write the probe beside an adapter."""
+        tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in self.linear.named_parameters()}
+        write_bytes(adapter / LAYER_PROBE, save(tensors, {"layers": json.dumps(self.layers)}))
+
+
+def read_layer_probe(adapter: Path, model: nn.Module) -> LayerProbe | None:
+    """The probe beside an adapter; None where there is none.
+
+    Args:
+        adapter: Folder.
+        model: What the probe reads the features of.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    path = adapter / LAYER_PROBE
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            layers = json.loads((file.metadata() or {}).get("layers", "null"))
+            weight, bias = (file.get_tensor(name) for name in ("weight", "bias"))
+        if not isinstance(layers, list) or not set(layers) <= set(range(len(base_model(model).feature_info))):  # type: ignore[arg-type]
+            raise ValueError(f"layers are {layers}")
+        return LayerProbe(model, layers, weight, bias)
+    except (OSError, SafetensorError, RuntimeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}; copy it again, or train again with `--overwrite`") from error
