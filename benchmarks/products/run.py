@@ -25,7 +25,7 @@ PRODUCTS: dict[str, tuple[str, str, str]] = {
     "snella-full": ("main", "snella_train.py", "full"),
     **{
         f"snella-{part}": ("main", "snella_train.py", part)
-        for part in ("no-recipe", "no-head-norm", "no-crops", "one-view", "random-head")
+        for part in ("no-recipe", "no-head-norm", "no-crops", "one-view", "random-head", "trained-head")
     },
     "fastai": ("fastai", "fastai_finetune.py", "default"),
     "fastai-bn": ("fastai", "fastai_finetune.py", "bn"),
