@@ -54,7 +54,7 @@ def test_a_mixed_batch_gives_each_run_s_own_bits_in_the_order_given(folders, ima
         for name, run in folders.items():
             places = [place for place, task in enumerate(MIXED) if task == name]
             with torch.inference_mode():
-                expected = load_run(run, "cpu").model(images[places])
+                expected = load_run(run, "cpu").network(images[places])
             assert torch.equal(torch.stack([outputs[place] for place in places]), expected)
         assert bank.cached_bytes <= sets * size * 2**20 and len(bank.cached_tasks) == sets
     assert bank.merges == {1: 3 + 2 + 2, 2: 3 + 1 + 1, 3: 3}[sets]

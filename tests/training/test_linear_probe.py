@@ -14,7 +14,7 @@ from snella.training.session import TrainingInterrupted
 from snella.training.train import train
 from snella.training.trainer import SnellaTrainer
 
-LINEAR = {"method": "linear", "method_options": {}, "augment": "none", "epochs": 3}
+LINEAR = {"method": "linear", "method_options": {}, "augment": "none", "epochs": 3, "final_head": "trained"}
 
 
 def config(**options):

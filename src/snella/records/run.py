@@ -168,7 +168,8 @@ class RunInfo(Record):
     """What was trained on what: `run.json`; `files` are the digests of a finished run's other files.
 
     `calibration` is there for classifiers that were measured on validation images. `id` is drawn when a run begins, and
-    each of its checkpoints names it. `settings` is the digest of the settings in `config.yaml`.
+    each of its checkpoints names it. `settings` is the digest of the settings in `config.yaml`. `final_head` is
+    `layers` if predictions come from a linear head on several layers, fitted after training.
     """
 
     file: ClassVar[str] = "run.json"
@@ -194,11 +195,17 @@ class RunInfo(Record):
     error: str | None = field(default=None, metadata=OPTIONAL)
     files: dict[str, str] | None = field(default=None, metadata=OPTIONAL)
     calibration: Calibration | None = field(default=None, metadata=OPTIONAL)
+    final_head: Literal["trained", "layers"] = field(default="trained", metadata=OPTIONAL)
 
     @property
     def temperature(self) -> float:
         """What `predict` divides logits by; 1 where nothing was calibrated."""
         return 1.0 if self.calibration is None else self.calibration.temperature
+
+    @property
+    def trained_head_temperature(self) -> float:
+        """The temperature of the trained head's logits; 1 where it was fitted to those of another final head."""
+        return self.temperature if self.final_head == "trained" else 1.0
 
     @property
     def is_finished(self) -> bool:

@@ -189,7 +189,8 @@ def export(
 
 def _output_notes(loaded: LoadedRun, chosen: ExportFormat, options: ExportOptions) -> list[str]:
     """What the outputs are, and where the run's temperature and the average over flips are."""
-    temperature = loaded.info.temperature
+    info = loaded.info
+    temperature = info.temperature if "logits" in chosen.options else info.trained_head_temperature
     averages_flips = loaded.info.tta == 2
     if "logits" in chosen.options and not options.logits:
         divided = "" if temperature == 1.0 else f", from logits over the run's temperature {temperature:g}"

@@ -130,7 +130,7 @@ def run_metadata(loaded: LoadedRun, model: nn.Module) -> dict[str, str]:
         "classes": json.dumps(loaded.classes),
         "built_from": json.dumps(plain(backbone)),
         "data_config": json.dumps(loaded.info.data_config),
-        "temperature": json.dumps(loaded.info.temperature),
+        "temperature": json.dumps(loaded.info.trained_head_temperature),
     }
 
 
@@ -157,7 +157,7 @@ def _timm_config(loaded: LoadedRun, model: nn.Module, out: str) -> dict[str, Any
         "num_classes": outputs,
         "num_features": known.num_features,
         "label_names": loaded.classes,
-        "temperature": loaded.info.temperature,
+        "temperature": loaded.info.trained_head_temperature,
         "task": loaded.task.name,
         "task_state": loaded.task.state(),
         _USE: loaded.task.merged_use(),
@@ -210,14 +210,23 @@ def loading_snippet(path: str | Path) -> str:
 
 
 def views_notes(info: RunInfo) -> list[str]:
-    """A line that says why `predict` gives other numbers than the model alone; none where it gives the same.
+    """Lines that say why `predict` gives other numbers than the plain model; none where it gives the same.
 
     Args:
         info: The run's record.
     """
-    if info.tta != 2:
-        return []
-    return ["predict averages an image and its flip (--tta 1 does not); this model's outputs are of the image alone"]
+    notes = []
+    if info.final_head == "layers":
+        notes.append(
+            "predict uses the final head on several layers, which plain formats cannot hold; this model has the "
+            "trained head, whose validation results are in metrics.json (final_head). onnx, torchscript and "
+            "torch-export have the final head, and a run with --final-head trained has no other"
+        )
+    if info.tta == 2:
+        notes.append(
+            "predict averages an image and its flip (--tta 1 does not); this model's outputs are of the image alone"
+        )
+    return notes
 
 
 def describe_file(path: str | Path) -> str:

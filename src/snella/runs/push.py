@@ -58,8 +58,8 @@ def write_hub_folder(run: str | Path, folder: str | Path, name: str, *, adapter:
     written = merge(run, path if is_timm else path / _WEIGHTS)
     snippet = loading_snippet(written).replace(f"local-dir:{written}", f"hf-hub:{name}").replace(str(written), _WEIGHTS)
     use = f"```python\n{snippet}\n```\n\nThe files are {describe_file(written)}."
-    if info.temperature != 1.0:
-        use += f" Calibrated probabilities are `(logits / {info.temperature:g}).softmax(-1)`."
+    if info.trained_head_temperature != 1.0:
+        use += f" Calibrated probabilities are `(logits / {info.trained_head_temperature:g}).softmax(-1)`."
     use += "".join(f" In snella, {note}." for note in views_notes(info))
     write_text(path / "README.md", model_card(run, use, name=name, library="timm" if is_timm else "snella"))
     return path

@@ -445,6 +445,7 @@ def _fit_final_head(
     """
     config, task = trainer.config, parts.task
     (run.adapter / LAYER_PROBE).unlink(missing_ok=True)  # of an end that was interrupted
+    run.update("running", final_head="trained")
     if config.final_head != "layers":
         return None, None
     fit = fit_layers(parts, config, task.count_outputs(parts.splits.classes))
@@ -458,6 +459,7 @@ def _fit_final_head(
             return None, record
         outputs["val"] = fit.val
     fit.probe.save(run.adapter)
+    run.update("running", final_head="layers")
     return fit, record
 
 
