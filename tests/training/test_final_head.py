@@ -297,3 +297,23 @@ def test_a_few_images_more_are_not_clear():
     assert not is_clearly_worse(task, outputs(3), outputs(0))
     assert is_clearly_worse(task, outputs(6), outputs(0))
     assert not is_clearly_worse(task, outputs(0), outputs(6))
+
+
+def test_without_epochs_the_start_is_saved(tmp_path, monkeypatch):
+    passes = []
+    plain = final_head.layer_features
+    monkeypatch.setattr(final_head, "layer_features", lambda *args: passes.append(len(args[1])) or plain(*args))
+    run = train(config(tmp_path, epochs=0), QUIET)
+    metrics = run.read_json("metrics.json")
+    assert [row["epoch"] for row in metrics["history"]] == [0]
+    assert metrics["final_head"]["is_saved"]
+    assert evaluate(run.path, split="test")["loss"] == pytest.approx(metrics["test"]["loss"], rel=1e-4)
+    views = load_run(run).info.tta
+    # one image decides whether features can be read; those of the training images are known from the start
+    assert sum(passes) == 1 + (views - 1) * 60 + views * (20 + 20)
+
+
+@pytest.mark.parametrize("options", [{"head_init": "random"}, {"protocol": "final", "val_size": None}])
+def test_no_epochs_without_a_measured_probe_are_refused(options, tmp_path):
+    with pytest.raises(ValueError, match="epochs must be at least 1, got 0"):
+        train(config(tmp_path, epochs=0, **options), QUIET)
