@@ -16,7 +16,7 @@ from snella.runs import TrainConfig, load_run
 from snella.runs.evaluate import calibrate_run, evaluate
 from snella.runs.export import export
 from snella.runs.layer_probe import LAYER_PROBE, layer_features, probed_layers
-from snella.runs.merge import merge
+from snella.runs.merge import loading_snippet, merge
 from snella.runs.predict import load
 from snella.tasks import create_task
 from snella.training import final_head
@@ -187,6 +187,27 @@ def test_a_merged_model_has_the_trained_head(finished, tmp_path):
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(model(images), load_run(run).model(images), atol=1e-5, rtol=1e-5)
+
+
+def test_the_lines_for_a_merged_model_give_the_final_heads_outputs(finished, tmp_path):
+    run, _ = finished
+    names = {}
+    exec(loading_snippet(merge(run.path, tmp_path / "merged")), names)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = load_run(run).network(images)
+        torch.testing.assert_close(names["logits_of"](images), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_merged_model_without_tokens_has_such_lines_too(tmp_path):
+    options = {"backbone": "test_convnext", "method": "full", "r": None, "img_size": 64}
+    run = train(config(tmp_path / "run", **options), QUIET)
+    names = {}
+    exec(loading_snippet(merge(run.path, tmp_path / "merged")), names)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = load_run(run).network(images)
+        torch.testing.assert_close(names["logits_of"](images), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_damaged_file_is_one_error(finished, tmp_path):
