@@ -227,7 +227,7 @@ def views_notes(info: RunInfo) -> list[str]:
     if info.final_head == "layers":
         notes.append(
             "predict uses the final head on several layers; this model by itself has the trained head, whose "
-            "validation results are in metrics.json (final_head). onnx, torchscript and torch-export have the final head"
+            "validation results are in metrics.json (final_head); onnx, torchscript and torch-export have the final one"
         )
     if info.tta == 2:
         notes.append(

@@ -85,7 +85,7 @@ def fit_probe(
         return mean
 
     with torch.enable_grad():
-        optimizer.step(objective)  # type: ignore[arg-type]
+        optimizer.step(objective)
     of_all, of_bias = torch.zeros(classes, features.shape[1], dtype=torch.float64), torch.zeros(classes).double()
     of_all[present], of_bias[present] = weight.detach().double() / scale, bias.detach().double()
     return of_all, of_bias

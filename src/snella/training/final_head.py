@@ -1,9 +1,9 @@
 """The final head of a run: the trained one, or a linear one fitted to features of several layers after training."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -58,7 +58,7 @@ class LayerFit:
     val: tuple[np.ndarray, np.ndarray] | None
 
 
-def choose_final_head(parts: RunComponents, config: TrainConfig) -> str:
+def choose_final_head(parts: RunComponents, config: TrainConfig) -> Literal["trained", "layers"]:
     """Resolve `final_head="auto"`: `layers` where the model and the task allow it, else `trained`.
 
     Raises:
@@ -135,6 +135,7 @@ def measure_features(
     views: dict[int, list[Tensor]] = {number: [] for number in missing}
     labels: list[Tensor] = []
     weights: list[Tensor] = []
+    batches: Iterable[dict[str, Tensor]]
     if missing:
         batches = DataLoader(
             plain, config.effective_batch_size, collate_fn=parts.task.collate, num_workers=config.workers
@@ -205,7 +206,7 @@ def is_clearly_worse(task: Task, val: tuple[Any, Any], trained: tuple[Any, Any])
 def layer_fit_seconds(parts: RunComponents, config: TrainConfig) -> float:
     """About how long the fits of `fit_layers` take on a CPU, without the passes over the images."""
     base, _ = base_and_head(parts.model)
-    channels = [int(entry["num_chs"]) for entry in base.feature_info]  # type: ignore[union-attr, index]
+    channels = [int(entry["num_chs"]) for entry in base.feature_info]  # type: ignore[union-attr]
     width = 2 * sum(channels[layer] for layer in probed_layers(parts.model))
     rows = config.views * len(probe_rows(parts, config))
     return _SECONDS_PER_PRODUCT * rows * width * parts.task.count_outputs(parts.splits.classes) + 1.0
@@ -246,7 +247,7 @@ def fit_linear(task: Task, measured: MeasuredFeatures, outputs: int) -> tuple[Te
         return loss
 
     with torch.enable_grad():
-        optimizer.step(objective)  # type: ignore[arg-type]
+        optimizer.step(objective)
     weight, bias = weight.detach() / std, bias.detach()
     return weight, bias - weight @ mean
 

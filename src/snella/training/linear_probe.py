@@ -263,7 +263,7 @@ def _features_before_training(
     if config.final_head == "layers" and not flip:
         parts.model.eval()
         parts.start_layers = torch.cat(list(batches_of_features(parts.model, images, config)))
-        features = parts.start_layers[:, : head.in_features].cpu()  # type: ignore[misc]
+        features = parts.start_layers[:, : head.in_features].cpu()
     else:
         features = torch.cat(list(pooled_features(base, images, config)))
     parts.model.train(was_training)
