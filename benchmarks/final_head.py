@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from products.folders import DEVELOPMENT
+from torch.utils.data import DataLoader
 
 from snella.benchmark.rows import append_rows, conditions
 from snella.runs import TrainConfig
@@ -35,8 +36,12 @@ def features_of(folder: Path, pixels: int) -> tuple[dict[str, MeasuredFeatures],
     ).resolved()
     parts = build_components(config)
     _, head = base_and_head(parts.model)
+
+    def load(images: object) -> DataLoader:
+        return DataLoader(images, 32, collate_fn=parts.task.collate)
+
     named = {"train": parts.splits.train, "val": parts.splits.val, "test": parts.splits.test}
-    return {name: measure_features(parts, part, config) for name, part in named.items()}, parts.task, head.in_features
+    return {name: measure_features(parts, part, 2, load) for name, part in named.items()}, parts.task, head.in_features
 
 
 def accuracy(

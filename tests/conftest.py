@@ -73,6 +73,7 @@ def tiny_run():
         "method": "snella-2",
         "method_options": {"update_dropout": 0.2, "update_drop_path": 0.2},
         "epochs": 3,
+        "final_head": "trained",
         "batch_size": 8,
         "device": "cpu",
         "progress": False,

@@ -17,6 +17,7 @@ from snella.comparison.run_cell import record_crash, run_cell
 from snella.comparison.search import Candidate
 from snella.comparison.store import append_row, cell_lock, is_locked, read_row
 from snella.runs import RunFolder, load_run
+from snella.runs.layer_probe import LAYER_PROBE
 from snella.training.session import TrainingInterrupted
 
 from .conftest import rows_of
@@ -86,7 +87,8 @@ def test_every_cell_has_a_row_with_what_it_cost_and_reached(finished):
     assert row["test_accuracy"] == metrics["test"]["accuracy"] and row["val_accuracy"] == metrics["val"]["accuracy"]
     assert row["test_balanced_accuracy"] == metrics["test"]["balanced_accuracy"]
     assert row["peft_type"] == "LORA" and row["peft_config"]["r"] == 2
-    assert row["file_size"] == (run / "adapter" / "adapter_model.safetensors").stat().st_size
+    files = ("adapter_model.safetensors", LAYER_PROBE)
+    assert row["file_size"] == sum((run / "adapter" / name).stat().st_size for name in files)
     assert row["num_trainable_params"] > rows["digits/linear/seed-0"]["num_trainable_params"]
     assert row["train_samples"] == 40 and row["model_id"] == "test_vit" and row["train_config"]["epochs"] == 1
     assert 0 < row["step_time"] < row["train_time"] < row["total_time"]
@@ -128,7 +130,8 @@ def test_final_cells_are_run_folders_that_can_be_used_and_trials_keep_no_weights
     root, _ = finished
     assert load_run(root / "cells/digits/lora-2/seed-0").classes == [str(i) for i in range(10)]
     assert not list((root / "cells").rglob("checkpoints"))
-    assert len(list((root / "cells").rglob("*.safetensors"))) == 2
+    names = sorted(path.name for path in (root / "cells").rglob("*.safetensors"))
+    assert names == ["adapter_model.safetensors", *[LAYER_PROBE] * 2, "trained.safetensors"]
 
 
 def test_the_chosen_trial_is_the_final_cell_of_its_seed_and_training_it_again_changes_nothing_but_time(copy, console):

@@ -84,7 +84,7 @@ def test_forgetting_is_never_probed_on_the_task_itself(tiny):
         ({"grid": {"max_extensions": -1}}, "grid.max_extensions must be an integer of at least 0, got -1"),
         ({"grid": {"lr_factor": [1]}}, r"grid has unknown settings: 'lr_factor' \(nearest: lr_factors"),
         ({"train": {"epoks": 3}}, r"train has unknown settings: 'epoks' \(nearest: epochs"),
-        ({"train": {"epochs": 0}}, "epochs must be at least 1, got 0"),
+        ({"train": {"epochs": -1}}, "epochs must be at least 0, got -1"),
         ({"train": {"seed": 3}}, "train has unknown settings: 'seed'"),
         ({"sedes": 3}, r"the experiment has unknown settings: 'sedes' \(nearest: seeds"),
         ({"backbone": ""}, "backbone must be given, e.g. backbone: NAME"),

@@ -20,7 +20,7 @@ def test_all_errors_are_reported_together():
     with pytest.raises(ValueError) as caught:
         TrainConfig(
             out="x",
-            epochs=0,
+            epochs=-1,
             batch_size=-1,
             lr=-1.0,
             augment="flop",
@@ -31,7 +31,7 @@ def test_all_errors_are_reported_together():
     text = str(caught.value)
     for part in (
         "missing required settings: data, backbone, e.g. data='photos' backbone='vit_base_patch16_224.augreg_in21k'",
-        "epochs must be at least 1, got 0",
+        "epochs must be at least 0, got -1",
         "batch_size must be at least 1, got -1",
         "lr must be at least 0 and finite, got -1.0",
         "augment must be one of auto, none, flip, crop, crop-no-flip, imagenet, randaugment, trivialaugment, 3augment, "

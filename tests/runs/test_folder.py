@@ -142,9 +142,9 @@ def test_settings_of_an_unfinished_run_that_were_edited_are_refused(tmp_path, ol
 
 
 def test_refused_settings_of_a_file_do_not_name_options(tmp_path):
-    (tmp_path / "config.yaml").write_text("data: digits\nbackbone: test_vit\nout: x\nepochs: 0\nbatch_size: -1\n")
+    (tmp_path / "config.yaml").write_text("data: digits\nbackbone: test_vit\nout: x\nepochs: -1\nbatch_size: -1\n")
     refused = (
-        r"config.yaml is damaged: 'epochs' must be at least 1, got 0; 'batch_size' must be at least 1, got -1; train"
+        r"config.yaml is damaged: 'epochs' must be at least 0, got -1; 'batch_size' must be at least 1, got -1; train"
     )
     with pytest.raises(ValueError, match=refused) as error:
         RunFolder(tmp_path).read_config()

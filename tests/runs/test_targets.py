@@ -110,7 +110,7 @@ def test_an_exported_graph_gives_the_run_s_outputs(make_run, table, task, label,
     loaded = load_run(run.path, "cpu")
     image = loaded.transform(Image.open(path))[None]
     with torch.no_grad():
-        expected = loaded.task.final_outputs(loaded.model(image), loaded.info.temperature)
+        expected = loaded.task.final_outputs(loaded.network(image), loaded.info.temperature)
         script = torch.jit.load(str(export(run.path, "torchscript", tmp_path / "model.pt").path))(image)
         graph = torch.export.load(str(export(run.path, "torch-export", tmp_path / "model.pt2").path)).module()(image)
     assert (script - expected).abs().max() <= 1e-5 and (graph - expected).abs().max() <= 1e-5

@@ -16,6 +16,7 @@ from snella.methods.model_parts import base_model
 LAYER_PROBE = "layer_probe.safetensors"
 """File beside a run's adapter."""
 _LAYERS = 4
+_TENSORS = ("weight", "intercept")
 
 
 def probed_layers(model: nn.Module) -> list[int]:
@@ -81,8 +82,9 @@ class LayerProbe(nn.Module):
         super().__init__()
         self.model, self.layers = model, list(layers)
         self.linear = nn.Linear(weight.shape[1], weight.shape[0])
-        self.linear.load_state_dict({"weight": weight, "bias": bias})
         self.linear.requires_grad_(False)
+        self.linear.weight.copy_(weight)
+        self.linear.bias.copy_(bias)
 
     def forward(self, images: Tensor) -> Tensor:
         """Outputs of a batch."""
@@ -98,12 +100,13 @@ class LayerProbe(nn.Module):
         linear = self.linear
         return LayerProbe(model, self.layers, linear.weight.detach(), linear.bias.detach()).to(linear.weight.device)
 
-    def save(self, folder: Path) -> None:
-        """Write the probe beside an adapter or a merged model."""
+    def save(self, path: Path) -> None:
+        """Write the probe to a file."""
         has_tokens = getattr(self.get_base_model(), "num_prefix_tokens", 0) > 0
         metadata = {"layers": json.dumps(self.layers), "has_tokens": json.dumps(has_tokens)}
-        tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in self.linear.named_parameters()}
-        write_bytes(folder / LAYER_PROBE, save(tensors, metadata))
+        both = (self.linear.weight, self.linear.bias)
+        tensors = {n: t.detach().float().cpu().contiguous() for n, t in zip(_TENSORS, both, strict=True)}
+        write_bytes(path, save(tensors, metadata))
 
 
 def layer_probe_snippet(path: Path) -> str:
@@ -128,7 +131,7 @@ def layer_probe_snippet(path: Path) -> str:
         "def logits_of(images):  # the outputs of snella predict: those of the final head, on several layers\n"
         f"    final, maps = model.forward_intermediates(images, {arguments})\n"
         "    pooled = [model.forward_head(final, pre_logits=True).flatten(1)]\n"
-        f"{pooled}    return torch.nn.functional.linear(torch.cat(pooled, 1), head['weight'], head['bias'])"
+        f"{pooled}    return torch.cat(pooled, 1) @ head['weight'].T + head['intercept']"
     )
 
 
@@ -148,7 +151,7 @@ def read_layer_probe(adapter: Path, model: nn.Module) -> LayerProbe | None:
     try:
         with safe_open(path, "pt") as file:
             layers = json.loads((file.metadata() or {}).get("layers", "null"))
-            weight, bias = (file.get_tensor(name) for name in ("weight", "bias"))
+            weight, bias = (file.get_tensor(name) for name in _TENSORS)
         if not isinstance(layers, list) or not set(layers) <= set(range(len(base_model(model).feature_info))):  # type: ignore[arg-type]
             raise ValueError(f"layers are {layers}")
         return LayerProbe(model, layers, weight, bias)

@@ -63,6 +63,7 @@ def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> Path:
         model = merged_model(loaded.model)
         with made_folder(path.parent):
             write_bytes(path, save(_weights(model), run_metadata(loaded, model)))
+            _write_final_head(loaded, _final_head_file(path))
     else:
         write_timm_folder(loaded, path)
     return path
@@ -86,9 +87,7 @@ def write_timm_folder(loaded: LoadedRun, path: Path, **entries: Any) -> nn.Modul
     config = {**_timm_config(loaded, model, str(path)), **entries}
     with made_folder(path):
         (path / _CONFIG).unlink(missing_ok=True)  # written last: a folder without it is not loaded
-        (path / LAYER_PROBE).unlink(missing_ok=True)
-        if loaded.probe is not None:
-            loaded.probe.save(path)
+        _write_final_head(loaded, _final_head_file(path))
         write_bytes(path / _WEIGHTS, save(_weights(model), {"format": "pt"}))
         write_json(path / _CONFIG, config)
     return model
@@ -192,10 +191,7 @@ def loading_snippet(path: str | Path) -> str:
             "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n"
             "classes = model.pretrained_cfg['label_names']\n"
         )
-        final_head = Path(path) / LAYER_PROBE
-        if final_head.is_file():
-            return f"{lines}{layer_probe_snippet(final_head)}\n{use.replace('model(', 'logits_of(')}"
-        return lines + use
+        return lines + _use_lines(Path(path), use)
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     if task_class(metadata.get("task", _CLASSIFICATION)).head is not None:
@@ -213,8 +209,26 @@ def loading_snippet(path: str | Path) -> str:
         f"model.load_state_dict(load_file({str(path)!r}))\n"
         f"metadata = safe_open({str(path)!r}, 'pt').metadata()\n"
         "transform = timm.data.create_transform(**json.loads(metadata['data_config']))\n"
-        f"classes = json.loads(metadata['classes'])\n{use}"
+        f"classes = json.loads(metadata['classes'])\n{_use_lines(Path(path), use)}"
     )
+
+
+def _final_head_file(path: Path) -> Path:
+    """Where the final head of a merged folder or file is written."""
+    return path / LAYER_PROBE if path.suffix != _SUFFIX else path.with_name(f"{path.stem}.{LAYER_PROBE}")
+
+
+def _write_final_head(loaded: LoadedRun, path: Path) -> None:
+    """Write the final head beside a merged model, if the run has one; remove that of an earlier model."""
+    path.unlink(missing_ok=True)
+    if loaded.probe is not None:
+        loaded.probe.save(path)
+
+
+def _use_lines(path: Path, use: str) -> str:
+    """The comment on how outputs are read, after the lines that compute those of the final head, if there is one."""
+    head = _final_head_file(path)
+    return f"{layer_probe_snippet(head)}\n{use.replace('model(', 'logits_of(')}" if head.is_file() else use
 
 
 def views_notes(info: RunInfo) -> list[str]:

@@ -1,22 +1,20 @@
 """The final head of a run: the trained one, or a linear one fitted to features of several layers after training."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from snella.data import ImageDataset, build_transform
-from snella.runs.config import TrainConfig
+from snella.methods.model_parts import base_model
 from snella.runs.layer_probe import LayerProbe, layer_features, probed_layers
 from snella.tasks import Task
 from snella.training.build import RunComponents
-from snella.training.distributed import process_count
-from snella.training.linear_probe import FeatureDataset, base_and_head, probe_rows
+from snella.training.linear_probe import FeatureDataset
 
 INVERSE_PENALTY = 0.01
 """Weight of the sum of the images' losses beside `‖W‖²/2`, for standardized features."""
@@ -58,130 +56,75 @@ class LayerFit:
     val: tuple[np.ndarray, np.ndarray] | None
 
 
-def choose_final_head(parts: RunComponents, config: TrainConfig) -> Literal["trained", "layers"]:
-    """Resolve `final_head="auto"`: `layers` where the model and the task allow it, else `trained`.
-
-    Raises:
-        ValueError: `layers` was asked for, and cannot be had.
-    """
-    if config.final_head == "trained" or (config.final_head == "auto" and config.protocol == "official"):
-        return "trained"
-    reason = _reason_for_trained(parts, config)
-    if reason is not None and config.final_head == "layers":
-        raise ValueError(f"final_head='layers' needs {reason}; use final_head='trained'")
-    return "layers" if reason is None else "trained"
-
-
-def _reason_for_trained(parts: RunComponents, config: TrainConfig) -> str | None:
-    """What a probe of several layers needs and this run lacks; None if nothing."""
-    if not parts.task.has_linear_fit:
-        return f"a task with one output an image, got {parts.task.name}"
-    if process_count() > 1 or config.shard:
-        return "a single process"
-    layers = probed_layers(parts.model)
-    if not layers or not _reads_features(parts, layers):
-        return f"a timm model with forward_intermediates, got {type(parts.model).__name__}"
-    return None
-
-
-@torch.no_grad()
-def _reads_features(parts: RunComponents, layers: Sequence[int]) -> bool:
-    """Whether the features of all layers can be read, and the model's own are those that its head gets.
-
-    Methods that add tokens, or change the forward pass as a whole, may not be followed by timm's
-    `forward_intermediates`.
-    """
-    channels, height, width = parts.data_config["input_size"]
-    model, seen = parts.model, []
-    image = torch.rand(1, channels, height, width, generator=torch.Generator().manual_seed(0))
-    image = image.to(next(model.parameters()).device)
-    was_training = model.training
-    model.eval()
-    _, head = base_and_head(model)
-    handle = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].flatten(1)))
-    try:
-        model(image)
-        read = layer_features(model, image, layers)[:, : seen[0].shape[1]]
-        return bool(torch.allclose(seen[0], read, atol=1e-4, rtol=1e-4))
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError, AssertionError):
-        return False
-    finally:
-        handle.remove()
-        model.train(was_training)
+Load = Callable[[ImageDataset], Iterable[dict[str, Tensor]]]
+"""Makes batches of a part's images, as `Task.collate` does."""
 
 
 @torch.no_grad()
 def measure_features(
-    parts: RunComponents, images: Any, config: TrainConfig, rows: Any = None, first_view: Tensor | None = None
+    parts: RunComponents, images: Any, views: int, load: Load, first_view: Tensor | None = None
 ) -> MeasuredFeatures:
     """Features of several layers of a part's images as predictions see them.
 
     Args:
         parts: The model, on its device.
         images: Of the part.
-        config: Resolved settings; the views, the batch size and the workers count.
-        rows: Which of the images; all if None.
+        views: 2 for the images and their flips.
+        load: Makes the batches.
         first_view: Features of the images as they are, if they are known.
     """
-    if isinstance(images, FeatureDataset):
-        images = images.images
-    plain: ImageDataset = images.with_transform(build_transform(parts.data_config, train=False, augment="none"))
-    if rows is not None:
-        plain = plain.subset(list(rows))
+    images = images.images if isinstance(images, FeatureDataset) else images
+    plain = images.with_transform(build_transform(parts.data_config, train=False, augment="none"))
     model, layers = parts.model, probed_layers(parts.model)
     device = next(model.parameters()).device
     model.eval()
-    missing = range(0 if first_view is None else 1, config.views)
-    views: dict[int, list[Tensor]] = {number: [] for number in missing}
+    found: dict[int, list[Tensor]] = {number: [] for number in range(0 if first_view is None else 1, views)}
     labels: list[Tensor] = []
     weights: list[Tensor] = []
-    batches: Iterable[dict[str, Tensor]]
-    if missing:
-        batches = DataLoader(
-            plain, config.effective_batch_size, collate_fn=parts.task.collate, num_workers=config.workers
-        )
-    else:
-        targets = [(torch.empty(0), *plain.target_and_weight(index)) for index in range(len(plain))]
-        batches = [parts.task.collate(targets)]
-    for batch in batches:
-        for number, view in views.items():
+    targets = [(torch.empty(0), *plain.target_and_weight(index)) for index in range(len(plain))]
+    for batch in load(plain) if found else [parts.task.collate(targets)]:
+        for number, view in found.items():
             batch_images = batch["images"].to(device)
             features = layer_features(model, batch_images.flip(-1) if number else batch_images, layers)
             view.append(features.float())
         labels.append(batch["labels"])
         weights += [batch["weights"]] if "weights" in batch else []
+    known = [] if first_view is None else [first_view]
     return MeasuredFeatures(
-        [*([] if first_view is None else [first_view]), *(torch.cat(view) for view in views.values())],
+        [*known, *(torch.cat(view) for view in found.values())],
         torch.cat(labels),
         torch.cat(weights) if weights else None,
     )
 
 
-def fit_layers(parts: RunComponents, config: TrainConfig, outputs: int, *, is_trained: bool = True) -> LayerFit:
+def fit_layers(
+    parts: RunComponents, train: ImageDataset, views: int, load: Load, *, is_trained: bool = True
+) -> LayerFit:
     """Fit a linear head to features of several layers of the trained model.
 
     The validation images are predicted by a fit to the training images, and then are part of the final one.
 
     Args:
         parts: Data and model.
-        config: Resolved settings.
-        outputs: Of the head.
+        train: The training images that it is fitted to.
+        views: As for `measure_features`, as is `load`.
+        load: Makes the batches.
         is_trained: False if the model is as it was at the start, whose features need not be computed again.
     """
-    known = None if is_trained else parts.start_layers
-    train = measure_features(parts, parts.splits.train, config, probe_rows(parts, config), known)
-    val = None if parts.splits.val is None else measure_features(parts, parts.splits.val, config)
-    weight, bias = fit_linear(parts.task, train, outputs)
+    outputs = parts.task.count_outputs(parts.splits.classes)
+    measured = measure_features(parts, train, views, load, None if is_trained else parts.start_layers)
+    val = None if parts.splits.val is None else measure_features(parts, parts.splits.val, views, load)
+    weight, bias = fit_linear(parts.task, measured, outputs)
     layers, said = probed_layers(parts.model), None
     if val is not None:
         said = _outputs(parts.task, val, weight, bias)
-        weight, bias = fit_linear(parts.task, _joined(train, val), outputs)
+        weight, bias = fit_linear(parts.task, _joined(measured, val), outputs)
     return LayerFit(LayerProbe(parts.model, layers, weight, bias).to(weight.device), said)
 
 
-def measure_layers(parts: RunComponents, config: TrainConfig, probe: LayerProbe, images: Any) -> Any:
-    """Reduced outputs and labels of a part's images, by a probe."""
-    measured = measure_features(parts, images, config)
+def measure_layers(parts: RunComponents, probe: LayerProbe, images: Any, views: int, load: Load) -> Any:
+    """Reduced outputs and labels of a part's images, by a probe; arguments as for `measure_features`."""
+    measured = measure_features(parts, images, views, load)
     return _outputs(parts.task, measured, probe.linear.weight, probe.linear.bias)
 
 
@@ -203,12 +146,16 @@ def is_clearly_worse(task: Task, val: tuple[Any, Any], trained: tuple[Any, Any])
     return sign * score_trained[task.monitor] > sign * score[task.monitor]
 
 
-def layer_fit_seconds(parts: RunComponents, config: TrainConfig) -> float:
-    """About how long the fits of `fit_layers` take on a CPU, without the passes over the images."""
-    base, _ = base_and_head(parts.model)
+def layer_fit_seconds(parts: RunComponents, rows: int) -> float:
+    """About how long the fits of `fit_layers` take on a CPU, without the passes over the images.
+
+    Args:
+        parts: Data and model.
+        rows: Images times views.
+    """
+    base = base_model(parts.model)
     channels = [int(entry["num_chs"]) for entry in base.feature_info]  # type: ignore[union-attr]
     width = 2 * sum(channels[layer] for layer in probed_layers(parts.model))
-    rows = config.views * len(probe_rows(parts, config))
     return _SECONDS_PER_PRODUCT * rows * width * parts.task.count_outputs(parts.splits.classes) + 1.0
 
 
@@ -270,4 +217,4 @@ def _joined(first: MeasuredFeatures, second: MeasuredFeatures) -> MeasuredFeatur
     return MeasuredFeatures(views, torch.cat([first.labels, second.labels]), weights)
 
 
-__all__ = ["LayerFit", "choose_final_head", "fit_layers", "is_clearly_worse", "layer_fit_seconds", "measure_layers"]
+__all__ = ["LayerFit", "fit_layers", "is_clearly_worse", "layer_fit_seconds", "measure_layers"]

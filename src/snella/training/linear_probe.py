@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from snella.runs.config import TrainConfig
 from snella.runs.images import parts_of
 from snella.runs.layer_probe import layer_features, probed_layers
 from snella.training.build import RunComponents
+from snella.training.distributed import process_count
 from snella.training.feature_norm import FeatureNorm
 
 
@@ -150,6 +151,58 @@ def choose_head_start(parts: RunComponents, config: TrainConfig) -> TrainConfig:
     if norm == "auto":
         norm = "running" if init == "probe" else "none"
     return dataclasses.replace(config, head_init=init, head_norm=norm)
+
+
+def choose_final_head(parts: RunComponents, config: TrainConfig) -> Literal["trained", "layers"]:
+    """Resolve `final_head="auto"`: `layers` where the model and the task allow it, else `trained`.
+
+    Raises:
+        ValueError: `layers` was asked for, and cannot be had.
+    """
+    if config.final_head == "trained" or (config.final_head == "auto" and config.protocol == "official"):
+        return "trained"
+    reason = _reason_for_trained(parts, config)
+    if reason is not None and config.final_head == "layers":
+        raise ValueError(f"final_head='layers' needs {reason}; use final_head='trained'")
+    return "layers" if reason is None else "trained"
+
+
+def _reason_for_trained(parts: RunComponents, config: TrainConfig) -> str | None:
+    """What a probe of several layers needs and this run lacks; None if nothing."""
+    if not parts.task.has_linear_fit:
+        return f"a task with one output an image, got {parts.task.name}"
+    if process_count() > 1 or config.shard:
+        return "a single process"
+    layers = probed_layers(parts.model)
+    if not layers or not _reads_features(parts, layers):
+        return f"a timm model with forward_intermediates, got {type(parts.model).__name__}"
+    return None
+
+
+@torch.no_grad()
+def _reads_features(parts: RunComponents, layers: Sequence[int]) -> bool:
+    """Whether the features of all layers can be read, and the model's own are those that its head gets.
+
+    Methods that add tokens, or change the forward pass as a whole, may not be followed by timm's
+    `forward_intermediates`.
+    """
+    channels, height, width = parts.data_config["input_size"]
+    model, seen = parts.model, []
+    image = torch.rand(1, channels, height, width, generator=torch.Generator().manual_seed(0))
+    image = image.to(next(model.parameters()).device)
+    was_training = model.training
+    model.eval()
+    _, head = base_and_head(model)
+    handle = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].flatten(1)))
+    try:
+        model(image)
+        read = layer_features(model, image, layers)[:, : seen[0].shape[1]]
+        return bool(torch.allclose(seen[0], read, atol=1e-4, rtol=1e-4))
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError, AssertionError):
+        return False
+    finally:
+        handle.remove()
+        model.train(was_training)
 
 
 def normalize_features(parts: RunComponents, config: TrainConfig) -> FeatureNorm:

@@ -207,7 +207,7 @@ def _measure_times(parts: RunComponents, config: TrainConfig) -> _Times:
     epoch_s = steps * train_s + (0.0 if selection is None else seconds_of(selection))
     final_s = sum(batches_of(part) * first_read_s + seconds_of(part) for part in measured)
     if config.final_head == "layers":
-        final_s += seconds_of(parts.splits.train) + layer_fit_seconds(parts, config)
+        final_s += seconds_of(parts.splits.train) + layer_fit_seconds(parts, config.views * len(parts.splits.train))
     return _Times(epoch_s, final_s)
 
 

@@ -37,13 +37,16 @@ from snella.training.build import RunComponents, assemble, build_components, loa
 from snella.training.callbacks import ProgressDisplay, ScheduleCallback, StepTimeCallback, TrackingCallback
 from snella.training.checkpoints import latest_checkpoint
 from snella.training.distributed import from_main, is_main, join_processes, only_main, process_count, wait_for_others
-from snella.training.final_head import LayerFit, choose_final_head, fit_layers, is_clearly_worse, measure_layers
+from snella.training.final_head import LayerFit, fit_layers, is_clearly_worse, measure_layers
 from snella.training.linear_probe import (
+    FeatureDataset,
     cache_features,
     can_cache_features,
     choose_augmentation,
+    choose_final_head,
     choose_head_start,
     normalize_features,
+    probe_rows,
     start_head_from_probe,
 )
 from snella.training.memory import peak_rss_mib
@@ -370,7 +373,7 @@ def _finish(
             outputs["test"] = (
                 trainer.outputs(splits.test)
                 if fit is None
-                else measure_layers(parts, trainer.config, fit.probe, splits.test)
+                else measure_layers(parts, fit.probe, splits.test, trainer.config.views, trainer.get_eval_dataloader)
             )
     name, shown_part = ("val", splits.val) if splits.val is not None else ("test", splits.test)
     is_shown = shown_part is not None and len(shown_part) <= _MOST_PREDICTIONS
@@ -455,11 +458,16 @@ def _fit_final_head(
         The fit if it is saved, and its record; None for what there is not.
     """
     config, task = trainer.config, parts.task
-    (run.adapter / LAYER_PROBE).unlink(missing_ok=True)  # of an end that was interrupted
-    run.update("running", final_head="trained")
-    if config.final_head != "layers":
+    if is_main():
+        (run.adapter / LAYER_PROBE).unlink(missing_ok=True)  # of an end that was interrupted
+        run.update("running", final_head="trained")
+    if config.final_head != "layers" or process_count() > 1:  # a run of one process that several go on with
         return None, None
-    fit = fit_layers(parts, config, task.count_outputs(parts.splits.classes), is_trained=trainer.state.global_step > 0)
+    images: Any = parts.splits.train
+    images = images.images if isinstance(images, FeatureDataset) else images
+    train = images.subset(probe_rows(parts, config).tolist())
+    is_trained = trainer.state.global_step > 0
+    fit = fit_layers(parts, train, config.views, trainer.get_eval_dataloader, is_trained=is_trained)
     if fit.val is None:
         record = FinalHead(fit.probe.layers, True)
     else:
@@ -469,7 +477,7 @@ def _fit_final_head(
         if not is_saved:
             return None, record
         outputs["val"] = fit.val
-    fit.probe.save(run.adapter)
+    fit.probe.save(run.adapter / LAYER_PROBE)
     run.update("running", final_head="layers")
     return fit, record
 
