@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from snella._console import make_console, print_line, tracked
-from snella._deprecation import accept_former_arguments
 from snella.data import DataSplits, ImageDataset, full_spec, has_columns, load_data
 from snella.data.datasets import read_at_side, show_reading
 from snella.data.load import equal_pictures, near_copies
@@ -92,7 +91,6 @@ class _Relabeled(Dataset[tuple[Tensor, Any]]):
         return image, self.task.remap_labels(label, self.numbers)
 
 
-@accept_former_arguments
 def evaluate(
     run: str | Path,
     data: Any = None,

@@ -15,7 +15,6 @@ from typing import Any, ClassVar, Generic, TypeVar, get_args
 import yaml
 
 from snella import records
-from snella._deprecation import FORMER_OPTIONS, renamed
 from snella._files import check_files, sealed, sha256_of, write_json, write_text
 from snella.records import FORMAT, Allocation, FoldResults, Record, RunInfo, Status, read_if_present
 from snella.runs.config import SESSION_FIELDS, UNSTORED_FIELDS, RunSettings, TrainConfig
@@ -241,9 +240,8 @@ class RunFolderOf(Generic[S]):
         known = self._known_settings()
         try:
             stored = self._stored_settings()
-            values = renamed(stored, FORMER_OPTIONS, warns=False)
             if known is None or settings_digest(stored) == known:
-                values = {name: value for name, value in values.items() if name not in UNSTORED_FIELDS}
+                values = {name: value for name, value in stored.items() if name not in UNSTORED_FIELDS}
                 return self.settings_type(**values)
         except (TypeError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
             raise ValueError(f"{path} is damaged: {error}; train again with `--overwrite`") from None
