@@ -200,7 +200,7 @@ def _training_note(
 def calibrate_run(run: str | Path, *, batch_size: int = 32, device: str = "auto") -> Calibration:
     """Fit a finished classifier's temperature anew on its validation images, store it, and redraw the report.
 
-    For runs that were finished before training fitted one. Test images, where there are any, are measured with it.
+    Test images, where there are any, are measured with it.
 
     Args:
         run: Folder of the run; its own images have to be where they were.
@@ -301,20 +301,19 @@ def _load_splits(
         unknown = [name for name in parts_of(splits) if name in measured and name not in stored.contents]
         if unknown:
             splits.notes.append(
-                f"run.json has no digest of the contents of {', '.join(unknown)}, which other versions of snella did "
-                "not write: that no image was replaced is not checked"
+                f"run.json has no digest of the contents of {', '.join(unknown)}, which the run did not read: that no "
+                "image was replaced is not checked"
             )
         return splits, True
     note = None
-    if stored.digest:
-        with contextlib.suppress(ValueError):
-            config.data = full_spec(data) if isinstance(data, str) else config.data
-            splits = load_splits(config, None if isinstance(data, str) else data)
-            changed = changed_parts(stored, splits, _names(_chosen(split, splits)))
-            if is_same_split(stored, splits) and not changed:
-                return splits, True
-            if is_same_split(stored, splits):
-                note = f"the files have the names of the run's own, but other contents in {', '.join(changed)}"
+    with contextlib.suppress(ValueError):
+        config.data = full_spec(data) if isinstance(data, str) else config.data
+        splits = load_splits(config, None if isinstance(data, str) else data)
+        changed = changed_parts(stored, splits, _names(_chosen(split, splits)))
+        if is_same_split(stored, splits) and not changed:
+            return splits, True
+        if is_same_split(stored, splits):
+            note = f"the files have the names of the run's own, but other contents in {', '.join(changed)}"
     splits = load_data(
         data,
         seed=config.seed,

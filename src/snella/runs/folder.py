@@ -195,7 +195,7 @@ class RunFolderOf(Generic[S]):
         self.update("finished", files=digests)
 
     def check_files(self) -> None:
-        """Compare the files of a finished run with their digests in `run.json`; those of older runs pass.
+        """Compare the files of a finished run with their digests in `run.json`; an unfinished run has none.
 
         Raises:
             ValueError: One was altered; all of them are named.
@@ -459,8 +459,8 @@ class RunFolder(RunFolderOf[TrainConfig]):
         options = {**stored.method_options, **config.method_options}
         allocation = read_if_present(Allocation, self.path)
         if allocation is not None and "init_sparsity" not in config.method_options:
-            budgets = [m.size if m.budget is None else m.budget for m in allocation.matrices]
-            if sum(budgets) < allocation.total_weights:
-                sparsity = 1 - sum(budgets) / allocation.total_weights
+            kept = sum(matrix.budget for matrix in allocation.matrices)
+            if kept < allocation.total_weights:
+                sparsity = 1 - kept / allocation.total_weights
                 options["init_sparsity"] = min(sparsity, values["target_sparsity"])
         return dataclasses.replace(config, **values, method_options=options)
