@@ -16,7 +16,7 @@ from snella.runs import TrainConfig, load_run
 from snella.runs.evaluate import calibrate_run, evaluate
 from snella.runs.export import export
 from snella.runs.layer_probe import LAYER_PROBE, layer_features, probed_layers
-from snella.runs.merge import merge
+from snella.runs.merge import loading_snippet, merge
 from snella.runs.predict import load
 from snella.tasks import create_task
 from snella.training import final_head
@@ -189,6 +189,27 @@ def test_a_merged_model_has_the_trained_head(finished, tmp_path):
         torch.testing.assert_close(model(images), load_run(run).model(images), atol=1e-5, rtol=1e-5)
 
 
+def test_the_lines_for_a_merged_model_give_the_final_heads_outputs(finished, tmp_path):
+    run, _ = finished
+    names = {}
+    exec(loading_snippet(merge(run.path, tmp_path / "merged")), names)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = load_run(run).network(images)
+        torch.testing.assert_close(names["logits_of"](images), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_merged_model_without_tokens_has_such_lines_too(tmp_path):
+    options = {"backbone": "test_convnext", "method": "full", "r": None, "img_size": 64}
+    run = train(config(tmp_path / "run", **options), QUIET)
+    names = {}
+    exec(loading_snippet(merge(run.path, tmp_path / "merged")), names)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = load_run(run).network(images)
+        torch.testing.assert_close(names["logits_of"](images), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_a_damaged_file_is_one_error(finished, tmp_path):
     run, _ = finished
     (run.path / "adapter" / LAYER_PROBE).rename(tmp_path / "kept")
@@ -297,3 +318,23 @@ def test_a_few_images_more_are_not_clear():
     assert not is_clearly_worse(task, outputs(3), outputs(0))
     assert is_clearly_worse(task, outputs(6), outputs(0))
     assert not is_clearly_worse(task, outputs(0), outputs(6))
+
+
+def test_without_epochs_the_start_is_saved(tmp_path, monkeypatch):
+    passes = []
+    plain = final_head.layer_features
+    monkeypatch.setattr(final_head, "layer_features", lambda *args: passes.append(len(args[1])) or plain(*args))
+    run = train(config(tmp_path, epochs=0), QUIET)
+    metrics = run.read_json("metrics.json")
+    assert [row["epoch"] for row in metrics["history"]] == [0]
+    assert metrics["final_head"]["is_saved"]
+    assert evaluate(run.path, split="test")["loss"] == pytest.approx(metrics["test"]["loss"], rel=1e-4)
+    views = load_run(run).info.tta
+    # one image decides whether features can be read; those of the training images are known from the start
+    assert sum(passes) == 1 + (views - 1) * 60 + views * (20 + 20)
+
+
+@pytest.mark.parametrize("options", [{"head_init": "random"}, {"protocol": "final", "val_size": None}])
+def test_no_epochs_without_a_measured_probe_are_refused(options, tmp_path):
+    with pytest.raises(ValueError, match="epochs must be at least 1, got 0"):
+        train(config(tmp_path, epochs=0, **options), QUIET)

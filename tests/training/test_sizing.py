@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -75,12 +76,12 @@ def test_a_trial_step_leaves_no_trace(settings):
 
 def test_the_run_is_that_of_the_numbers_that_were_chosen(settings, console, monkeypatch, tmp_path):
     monkeypatch.setattr(sizing, "_MOST_EPOCHS", 2)
-    config = settings(epochs=9, batch_size="auto", time_budget="2s", train_size=20)
+    config = settings(epochs=9, batch_size="auto", time_budget="60s", train_size=20)
     run = train(config, console)
     stored = run.read_config()
     assert stored.batch_size == 2 and 1 <= stored.epochs <= 2  # 20 images: 10 steps of 2
     text = console.file.getvalue()
-    assert "batch size 2: a step takes about" in text and re.search(r"\d+ epochs? in 2s: one takes about", text)
+    assert "batch size 2: a step takes about" in text and re.search(r"\d+ epochs? in 60s: one takes about", text)
     values = {**stored.stored(), "time_budget": None, "out": str(tmp_path / "again")}
     again = train(TrainConfig(**values, progress=False), console)
     one, two = (load_file(folder.adapter / "adapter_model.safetensors") for folder in (run, again))
@@ -242,3 +243,37 @@ def test_the_command_line_takes_a_number_or_auto(capsys):
     assert parse([*words, "auto"])[2]["batch_size"] == "auto" and parse([*words, "8"])[2]["batch_size"] == 8
     assert main([*words, "many"]) == 2
     assert "--batch-size must be an integer or auto, got many" in capsys.readouterr().err
+
+
+class _ReadSlowlyOnce(torch.utils.data.Dataset):
+    """Items that take 30 ms when they are read for the first time."""
+
+    def __init__(self):
+        self.known = set()
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        if index not in self.known:
+            self.known.add(index)
+            time.sleep(0.03)
+        return torch.zeros(1), 0
+
+
+def test_the_first_read_of_images_is_timed_apart_from_evaluation(settings):
+    config = settings(batch_size=2, time_budget="1h").resolved()
+    parts = build_components(config)
+    images = _ReadSlowlyOnce()
+    assert sizing._first_read_seconds(parts, config, images, 2) >= 0.06
+    assert sizing._step_seconds(parts, config, images, 2, lambda *args: None) < 0.03
+
+
+def test_the_final_head_is_part_of_the_budget(settings, console, monkeypatch):
+    config = settings(batch_size=1, train_size=14, val_size=3, time_budget="60s", final_head="trained").resolved()
+    parts = build_components(config)
+    monkeypatch.setattr(sizing, "_step_seconds", lambda *args: 0.1)
+    without = sizing._measure_times(parts, config)
+    with_head = sizing._measure_times(parts, dataclasses.replace(config, final_head="layers"))
+    assert with_head.epoch_s == without.epoch_s
+    assert with_head.final_s >= without.final_s + 14 * 0.1

@@ -35,6 +35,7 @@ _SCRIPTS: dict[str, Any] = {
     "epochs": 100,
     "augment": "none",
     "head_init": "random",
+    "final_head": "trained",
 }
 TRAIN_PRESETS: dict[str, dict[str, Any]] = {
     "paper": {**_SCRIPTS, "method_options": {"preset": "paper"}},

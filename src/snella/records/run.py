@@ -292,6 +292,19 @@ class FinalHead:
     val: float = math.nan
     val_trained: float = math.nan
 
+    @property
+    def name(self) -> str:
+        """What it is: layers are counted from 1."""
+        return f"linear head on layers {', '.join(str(layer + 1) for layer in self.layers)}"
+
+    @property
+    def comparison(self) -> str:
+        """Both validation results; empty without validation images."""
+        if self.metric is None:
+            return ""
+        metric = self.metric.replace("_", " ")
+        return f"validation {metric} {self.val:.4f}, {self.val_trained:.4f} with the trained head"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics(Record):

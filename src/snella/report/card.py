@@ -152,6 +152,8 @@ def _training(info: RunInfo, metrics: Metrics | None) -> list[tuple[str, str]]:
             epochs = f"{metrics.averaged.text}, of {metrics.history[-1].epoch}"
         time = "" if math.isnan(metrics.train_s) else seconds_text(metrics.train_s)
         rows += [("Trainable parameters", f"{metrics.trainable_parameters:,}"), ("Epoch", epochs), ("Time", time)]
+        if metrics.final_head is not None and metrics.final_head.is_saved:
+            rows.append(("Final head in snella", metrics.final_head.name))
     versions = ", ".join(f"{package} {version}" for package, version in info.versions.items())
     return [*rows, ("Command", _code(info.command) if info.command else ""), ("Versions", _escaped(versions))]
 

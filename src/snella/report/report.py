@@ -163,6 +163,9 @@ def method_facts(metrics: Metrics | None, allocation: Allocation | None, budgets
         facts.append(Fact("adapted weights kept", count_text(kept), note))
     elif metrics.adapted_weights:
         facts.append(_count_fact("adapted weights", metrics.adapted_weights))
+    if (head := metrics.final_head) is not None:
+        value = f"{len(head.layers)} layers" if head.is_saved else "trained"
+        facts.append(Fact("final head", value, f"{head.name}: {head.comparison}" if head.comparison else head.name))
     if not math.isnan(metrics.peak_rss_mib):
         facts.append(Fact("peak memory", bytes_text(metrics.peak_rss_mib * 2**20), "of the training process"))
     return facts

@@ -221,7 +221,7 @@ def command_line(settings: RunSettings, default: RunSettings, command: str) -> s
 
 _NONNEGATIVE_FIELDS = ("lr", "scalar_lr", "head_lr", "weight_decay")
 _MINIMUMS = {
-    "epochs": 1,
+    "epochs": 0,
     "swa": 2,
     "soup": 2,
     "early_stopping": 1,
@@ -338,7 +338,7 @@ class TrainConfig(RunSettings):
             lora_alpha for lora. On the command line --method-options.kernel rbf.
         init_from: Finished run to start from: its trained values, head included, in place of fresh ones, and a new
             schedule. Data, splits, backbone and method are that run's where they are not given.
-        epochs: Number of epochs.
+        epochs: Number of epochs; 0 for the start alone, a linear probe.
         time_budget: Train for about this time, e.g. 30m or 1h30m: the number of epochs is chosen by measuring steps,
             and before that a smaller img_size, unless it is given, where `epochs` of the model's own do not fit.
         early_stopping: Stop when so many epochs have gone by without a better one. With budgets (snella, snell) not

@@ -98,10 +98,38 @@ class LayerProbe(nn.Module):
         linear = self.linear
         return LayerProbe(model, self.layers, linear.weight.detach(), linear.bias.detach()).to(linear.weight.device)
 
-    def save(self, adapter: Path) -> None:
-        """Write the probe beside an adapter."""
+    def save(self, folder: Path) -> None:
+        """Write the probe beside an adapter or a merged model."""
+        has_tokens = getattr(self.get_base_model(), "num_prefix_tokens", 0) > 0
+        metadata = {"layers": json.dumps(self.layers), "has_tokens": json.dumps(has_tokens)}
         tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in self.linear.named_parameters()}
-        write_bytes(adapter / LAYER_PROBE, save(tensors, {"layers": json.dumps(self.layers)}))
+        write_bytes(folder / LAYER_PROBE, save(tensors, metadata))
+
+
+def layer_probe_snippet(path: Path) -> str:
+    """Python lines that compute the outputs of a probe beside a merged model, with timm and torch alone.
+
+    Args:
+        path: The file; its model is called `model` in the lines.
+    """
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tokens = json.loads(metadata["has_tokens"])
+    arguments = f"indices={metadata['layers']}, norm=True, output_fmt='NCHW'"
+    arguments += ", return_prefix_tokens=True" if tokens else ""
+    pooled = (
+        "    for grid, tokens in maps[:-1]:\n        pooled += [grid.mean((2, 3)), tokens[:, 0]]\n"
+        "    pooled += [maps[-1][0].mean((2, 3))]\n"
+        if tokens
+        else "    pooled += [grid.mean((2, 3)) for grid in maps]\n"
+    )
+    return (
+        f"import torch; from safetensors.torch import load_file\nhead = load_file({str(path)!r})\n"
+        "def logits_of(images):  # the outputs of snella predict: those of the final head, on several layers\n"
+        f"    final, maps = model.forward_intermediates(images, {arguments})\n"
+        "    pooled = [model.forward_head(final, pre_logits=True).flatten(1)]\n"
+        f"{pooled}    return torch.nn.functional.linear(torch.cat(pooled, 1), head['weight'], head['bias'])"
+    )
 
 
 def read_layer_probe(adapter: Path, model: nn.Module) -> LayerProbe | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from snella._files import made_folder, write_bytes, write_json
 from snella.methods import merge_trained
 from snella.records import BackboneInfo, RunInfo, plain, record_from
+from snella.runs.layer_probe import LAYER_PROBE, layer_probe_snippet
 from snella.runs.model import LoadedRun, built_in_size, load_run, make_backbone
 from snella.tasks import task_class
 
@@ -83,6 +84,9 @@ def write_timm_folder(loaded: LoadedRun, path: Path, **entries: Any) -> nn.Modul
     config = {**_timm_config(loaded, model, str(path)), **entries}
     with made_folder(path):
         (path / _CONFIG).unlink(missing_ok=True)  # written last: a folder without it is not loaded
+        (path / LAYER_PROBE).unlink(missing_ok=True)
+        if loaded.probe is not None:
+            loaded.probe.save(path)
         write_bytes(path / _WEIGHTS, save(_weights(model), {"format": "pt"}))
         write_json(path / _CONFIG, config)
     return model
@@ -101,7 +105,7 @@ def _check_out(path: Path, typed: str, *, overwrite: bool) -> None:
             f"write {str(path.with_suffix(_SUFFIX))!r} or {str(path.with_suffix(''))!r}"
         )
     if path.is_dir() and path.suffix != _SUFFIX:
-        others = sorted(child.name for child in path.iterdir() if child.name not in (_CONFIG, _WEIGHTS))
+        others = sorted(child.name for child in path.iterdir() if child.name not in (_CONFIG, _WEIGHTS, LAYER_PROBE))
         if others:
             raise FileExistsError(f"out={path} is a folder with other files, e.g. {others[0]!r}; choose a new folder")
         if next(path.iterdir(), None) is None:
@@ -181,11 +185,15 @@ def loading_snippet(path: str | Path) -> str:
     if Path(path).is_dir():
         use = json.loads((Path(path) / _CONFIG).read_text(encoding="utf-8"))[_USE]
         libraries = "timm, torch" if "torch." in use else "timm"
-        return (
+        lines = (
             f"import {libraries}\nmodel = timm.create_model({f'local-dir:{path}'!r}, pretrained=True).eval()\n"
             "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n"
-            f"classes = model.pretrained_cfg['label_names']\n{use}"
+            "classes = model.pretrained_cfg['label_names']\n"
         )
+        final_head = Path(path) / LAYER_PROBE
+        if final_head.is_file():
+            return f"{lines}{layer_probe_snippet(final_head)}\n{use.replace('model(', 'logits_of(')}"
+        return lines + use
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     if task_class(metadata["task"]).head is not None:
@@ -216,9 +224,8 @@ def views_notes(info: RunInfo) -> list[str]:
     notes = []
     if info.final_head == "layers":
         notes.append(
-            "predict uses the final head on several layers, which plain formats cannot hold; this model has the "
-            "trained head, whose validation results are in metrics.json (final_head). onnx, torchscript and "
-            "torch-export have the final head, and a run with --final-head trained has no other"
+            "predict uses the final head on several layers; this model by itself has the trained head, whose "
+            "validation results are in metrics.json (final_head); onnx, torchscript and torch-export have the final one"
         )
     if info.tta == 2:
         notes.append(

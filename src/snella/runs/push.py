@@ -9,6 +9,7 @@ from snella._files import write_text
 from snella.records import RunInfo, read
 from snella.report import model_card
 from snella.runs.folder import RunFolder
+from snella.runs.layer_probe import LAYER_PROBE
 from snella.runs.merge import describe_file, loading_snippet, merge, views_notes
 from snella.runs.model import get_task
 
@@ -56,7 +57,8 @@ def write_hub_folder(run: str | Path, folder: str | Path, name: str, *, adapter:
         return path
     is_timm = task.name == "classification" and info.backbone.architecture is not None
     written = merge(run, path if is_timm else path / _WEIGHTS)
-    snippet = loading_snippet(written).replace(f"local-dir:{written}", f"hf-hub:{name}").replace(str(written), _WEIGHTS)
+    snippet = loading_snippet(written).replace(f"local-dir:{written}", f"hf-hub:{name}")
+    snippet = snippet.replace(f"{written}/{LAYER_PROBE}", LAYER_PROBE).replace(str(written), _WEIGHTS)
     use = f"```python\n{snippet}\n```\n\nThe files are {describe_file(written)}."
     if info.trained_head_temperature != 1.0:
         use += f" Calibrated probabilities are `(logits / {info.trained_head_temperature:g}).softmax(-1)`."

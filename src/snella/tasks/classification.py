@@ -31,7 +31,9 @@ from snella.tasks.task import (
 
 INVERSE_PENALTY = 0.1
 """Of the linear probe: scikit-learn's `C` on features of mean variance 1."""
-_MAX_ITERATIONS = 2000
+_MAX_ITERATIONS = 200
+_TOLERANCE = 1e-5
+"""Largest entry of the gradient of the mean loss at which a fit ends."""
 
 
 def feature_scale(features: np.ndarray) -> float:
@@ -58,17 +60,34 @@ def fit_probe(
     Returns:
         Weight `[classes, width]` and bias `[classes]` of a softmax classifier, float64.
     """
-    from sklearn.linear_model import LogisticRegression  # a second, only to fit
-
     scale = feature_scale(features)
-    probe = LogisticRegression(C=inverse_penalty, max_iter=_MAX_ITERATIONS)
-    probe.fit(features / scale, labels, sample_weight=weights)
-    weight, bias = probe.coef_ / scale, probe.intercept_
-    if len(probe.classes_) == 2:
-        # one score for the second class is half of it for each of the two, with opposite signs
-        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+    present, numbers = np.unique(labels, return_inverse=True)
+    inputs, targets = torch.from_numpy(features / scale).float(), torch.from_numpy(numbers)
+    of_images = None if weights is None else torch.from_numpy(weights).float()
+    is_binary = len(present) == 2  # one score w for the second class: ‖w‖² is half of the sum for −w/2 and w/2 twice
+    penalty = (2.0 if is_binary else 1.0) / (2 * inverse_penalty)
+    weight = torch.zeros(len(present), inputs.shape[1], requires_grad=True)
+    bias = torch.zeros(len(present), requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=_MAX_ITERATIONS,
+        tolerance_grad=_TOLERANCE,
+        tolerance_change=1e-8,
+        line_search_fn="strong_wolfe",
+    )
+
+    def objective() -> Tensor:
+        optimizer.zero_grad()
+        losses = F.cross_entropy(inputs @ weight.T + bias, targets, reduction="none")
+        total = (losses if of_images is None else losses * of_images).sum() + penalty * weight.square().sum()
+        mean = total / len(inputs)
+        mean.backward()
+        return mean
+
+    with torch.enable_grad():
+        optimizer.step(objective)
     of_all, of_bias = torch.zeros(classes, features.shape[1], dtype=torch.float64), torch.zeros(classes).double()
-    of_all[probe.classes_], of_bias[probe.classes_] = torch.from_numpy(weight), torch.from_numpy(bias)
+    of_all[present], of_bias[present] = weight.detach().double() / scale, bias.detach().double()
     return of_all, of_bias
 
 

@@ -127,6 +127,7 @@ class RunComponents:
         backbone: What the model was built of.
         data_config: Preprocessing, as timm names it.
         probe_features: Features of training images before training; set by `snella.training.linear_probe`.
+        start_layers: Features of several layers of the same images, where the final head needs them.
     """
 
     splits: DataSplits
@@ -135,6 +136,7 @@ class RunComponents:
     backbone: BackboneInfo
     data_config: dict[str, Any]
     probe_features: Tensor | None = None
+    start_layers: Tensor | None = None
 
 
 def build_components(

@@ -1,9 +1,9 @@
 """The final head of a run: the trained one, or a linear one fitted to features of several layers after training."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -58,7 +58,7 @@ class LayerFit:
     val: tuple[np.ndarray, np.ndarray] | None
 
 
-def choose_final_head(parts: RunComponents, config: TrainConfig) -> str:
+def choose_final_head(parts: RunComponents, config: TrainConfig) -> Literal["trained", "layers"]:
     """Resolve `final_head="auto"`: `layers` where the model and the task allow it, else `trained`.
 
     Raises:
@@ -111,7 +111,9 @@ def _reads_features(parts: RunComponents, layers: Sequence[int]) -> bool:
 
 
 @torch.no_grad()
-def measure_features(parts: RunComponents, images: Any, config: TrainConfig, rows: Any = None) -> MeasuredFeatures:
+def measure_features(
+    parts: RunComponents, images: Any, config: TrainConfig, rows: Any = None, first_view: Tensor | None = None
+) -> MeasuredFeatures:
     """Features of several layers of a part's images as predictions see them.
 
     Args:
@@ -119,6 +121,7 @@ def measure_features(parts: RunComponents, images: Any, config: TrainConfig, row
         images: Of the part.
         config: Resolved settings; the views, the batch size and the workers count.
         rows: Which of the images; all if None.
+        first_view: Features of the images as they are, if they are known.
     """
     if isinstance(images, FeatureDataset):
         images = images.images
@@ -128,23 +131,33 @@ def measure_features(parts: RunComponents, images: Any, config: TrainConfig, row
     model, layers = parts.model, probed_layers(parts.model)
     device = next(model.parameters()).device
     model.eval()
-    views: list[list[Tensor]] = [[] for _ in range(config.views)]
+    missing = range(0 if first_view is None else 1, config.views)
+    views: dict[int, list[Tensor]] = {number: [] for number in missing}
     labels: list[Tensor] = []
     weights: list[Tensor] = []
-    loader = DataLoader(plain, config.effective_batch_size, collate_fn=parts.task.collate, num_workers=config.workers)
-    for batch in loader:
-        batch_images = batch["images"].to(device)
-        for number, view in enumerate(views):
+    batches: Iterable[dict[str, Tensor]]
+    if missing:
+        batches = DataLoader(
+            plain, config.effective_batch_size, collate_fn=parts.task.collate, num_workers=config.workers
+        )
+    else:
+        targets = [(torch.empty(0), *plain.target_and_weight(index)) for index in range(len(plain))]
+        batches = [parts.task.collate(targets)]
+    for batch in batches:
+        for number, view in views.items():
+            batch_images = batch["images"].to(device)
             features = layer_features(model, batch_images.flip(-1) if number else batch_images, layers)
             view.append(features.float())
         labels.append(batch["labels"])
         weights += [batch["weights"]] if "weights" in batch else []
     return MeasuredFeatures(
-        [torch.cat(view) for view in views], torch.cat(labels), torch.cat(weights) if weights else None
+        [*([] if first_view is None else [first_view]), *(torch.cat(view) for view in views.values())],
+        torch.cat(labels),
+        torch.cat(weights) if weights else None,
     )
 
 
-def fit_layers(parts: RunComponents, config: TrainConfig, outputs: int) -> LayerFit:
+def fit_layers(parts: RunComponents, config: TrainConfig, outputs: int, *, is_trained: bool = True) -> LayerFit:
     """Fit a linear head to features of several layers of the trained model.
 
     The validation images are predicted by a fit to the training images, and then are part of the final one.
@@ -153,8 +166,10 @@ def fit_layers(parts: RunComponents, config: TrainConfig, outputs: int) -> Layer
         parts: Data and model.
         config: Resolved settings.
         outputs: Of the head.
+        is_trained: False if the model is as it was at the start, whose features need not be computed again.
     """
-    train = measure_features(parts, parts.splits.train, config, probe_rows(parts, config))
+    known = None if is_trained else parts.start_layers
+    train = measure_features(parts, parts.splits.train, config, probe_rows(parts, config), known)
     val = None if parts.splits.val is None else measure_features(parts, parts.splits.val, config)
     weight, bias = fit_linear(parts.task, train, outputs)
     layers, said = probed_layers(parts.model), None
@@ -191,7 +206,7 @@ def is_clearly_worse(task: Task, val: tuple[Any, Any], trained: tuple[Any, Any])
 def layer_fit_seconds(parts: RunComponents, config: TrainConfig) -> float:
     """About how long the fits of `fit_layers` take on a CPU, without the passes over the images."""
     base, _ = base_and_head(parts.model)
-    channels = [int(entry["num_chs"]) for entry in base.feature_info]  # type: ignore[union-attr, index]
+    channels = [int(entry["num_chs"]) for entry in base.feature_info]  # type: ignore[union-attr]
     width = 2 * sum(channels[layer] for layer in probed_layers(parts.model))
     rows = config.views * len(probe_rows(parts, config))
     return _SECONDS_PER_PRODUCT * rows * width * parts.task.count_outputs(parts.splits.classes) + 1.0
@@ -232,7 +247,7 @@ def fit_linear(task: Task, measured: MeasuredFeatures, outputs: int) -> tuple[Te
         return loss
 
     with torch.enable_grad():
-        optimizer.step(objective)  # type: ignore[arg-type]
+        optimizer.step(objective)
     weight, bias = weight.detach() / std, bias.detach()
     return weight, bias - weight @ mean
 

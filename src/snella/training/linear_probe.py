@@ -20,6 +20,7 @@ from snella.methods import method_of, spec_of
 from snella.methods.model_parts import base_model
 from snella.runs.config import TrainConfig
 from snella.runs.images import parts_of
+from snella.runs.layer_probe import layer_features, probed_layers
 from snella.training.build import RunComponents
 from snella.training.feature_norm import FeatureNorm
 
@@ -251,14 +252,30 @@ def probe_features(parts: RunComponents, config: TrainConfig) -> Tensor:
 def _features_before_training(
     parts: RunComponents, config: TrainConfig, rows: NDArray[np.int64], *, flip: bool = False
 ) -> Tensor:
-    """Pooled features of some training images, as they are or flipped left to right."""
+    """Pooled features of some training images, as they are or flipped left to right.
+
+    Where the final head reads several layers, those of the images as they are are kept for it.
+    """
     transform = build_transform(parts.data_config, train=False, augment="none")
     images = parts.splits.train.with_transform(_Flipped(transform) if flip else transform).subset(rows.tolist())
-    base, _ = base_and_head(parts.model)
+    base, head = base_and_head(parts.model)
     was_training = parts.model.training
-    features = torch.cat(list(pooled_features(base, images, config)))
+    if config.final_head == "layers" and not flip:
+        parts.model.eval()
+        parts.start_layers = torch.cat(list(batches_of_features(parts.model, images, config)))
+        features = parts.start_layers[:, : head.in_features].cpu()
+    else:
+        features = torch.cat(list(pooled_features(base, images, config)))
     parts.model.train(was_training)
     return features
+
+
+@torch.no_grad()
+def batches_of_features(model: nn.Module, images: ImageDataset, config: TrainConfig) -> Iterator[Tensor]:
+    """`layer_features` of one batch after the other, on the model's device."""
+    layers, device = probed_layers(model), next(model.parameters()).device
+    for batch, *_ in DataLoader(images, batch_size=config.effective_batch_size, num_workers=config.workers):
+        yield layer_features(model, batch.to(device), layers).float()
 
 
 class _Flipped:

@@ -146,23 +146,30 @@ def _reason_to_keep_size(config: TrainConfig) -> str | None:
     return None
 
 
-def fit_epochs(parts: RunComponents, config: TrainConfig, console: Console, spent_s: float = 0.0) -> TrainConfig:
-    """The settings with as many epochs as fit into `time_budget`, at least 1 and at most 100, from a few timed steps.
+def fit_epochs(parts: RunComponents, config: TrainConfig, console: Console, begun: float | None = None) -> TrainConfig:
+    """The settings with as many epochs as fit into `time_budget`, at most 100, from a few timed steps.
+
+    There is at least one, or none if the head starts from a probe, which is then what is saved.
 
     Args:
         parts: Data and model.
         config: Resolved settings with a batch size.
         console: Where the choice is written.
-        spent_s: Seconds of the budget that loading data and model and fitting a probe have taken.
+        begun: When loading of data and model began, as `time.monotonic()` counts; now if None.
     """
     if config.time_budget is None:
         return config
+    begun = time.monotonic() if begun is None else begun
     times = _measure_times(parts, config)
+    spent_s = time.monotonic() - begun
     budget_s = budget_seconds(config.time_budget)
     left_s = _TIME_SHARE * budget_s - spent_s - times.final_s
-    epochs = max(1, min(_MOST_EPOCHS, int(left_s / times.epoch_s)))
+    fewest = 0 if config.head_init == "probe" and get_protocol(config.protocol).selected_on == "val" else 1
+    epochs = max(fewest, min(_MOST_EPOCHS, int(left_s / times.epoch_s)))
     text = f"{counted(epochs, 'epoch')} in {config.time_budget}: one takes about {seconds_text(times.epoch_s)}"
-    if times.epoch_s > left_s:
+    if not epochs:
+        text += "; the probe that the head starts from is what is saved"
+    elif times.epoch_s > left_s:
         text += ", which is more than the budget; --train-size or a smaller --img-size make it shorter"
     elif epochs == _MOST_EPOCHS:
         text += f", and {_MOST_EPOCHS} are enough; --epochs without --time-budget sets more"

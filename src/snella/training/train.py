@@ -157,10 +157,11 @@ def _train(
         config = from_main(lambda: fit_batch_size(parts, config, console))
     config = config.with_batch_size_for(len(parts.splits.train))
     if not is_resumed or latest_checkpoint(run.checkpoints) is None:
-        config = choose_augmentation(parts, config if start else choose_head_start(parts, config))
         config = dataclasses.replace(config, final_head=choose_final_head(parts, config))
+        config = choose_augmentation(parts, config if start else choose_head_start(parts, config))
+        _check_epochs(config)
     if not is_resumed:
-        config = from_main(lambda: fit_epochs(parts, config, console, time.monotonic() - begun))
+        config = from_main(lambda: fit_epochs(parts, config, console, begun))
     if start is not None and latest_checkpoint(run.checkpoints) is None:
         load_start(parts, config, start)
     wait_for_others()  # all have read what a resumed run had
@@ -181,6 +182,16 @@ def _train(
     return run
 
 
+def _check_epochs(config: TrainConfig) -> None:
+    """Refuse 0 epochs where nothing else gives a head."""
+    is_measured = get_protocol(config.protocol).selected_on == "val"
+    if config.epochs == 0 and not (is_measured and config.head_init == "probe"):
+        raise ValueError(
+            "epochs must be at least 1, got 0: without training there is only a head that starts from a probe "
+            "(head_init) and is measured on validation images (protocol)"
+        )
+
+
 def _fit(
     config: TrainConfig,
     parts: RunComponents,
@@ -194,7 +205,7 @@ def _fit(
     """Train, from the last checkpoint if there is one."""
     checkpoint = from_main(lambda: checkpoint_to_resume(run, console))
     matrices = matrices_of(parts.model)
-    allocation = SnellaCallback() if matrices else None
+    allocation = SnellaCallback() if matrices and config.epochs else None
     protocol = get_protocol(config.protocol)
     weights = sum(m.size for m in matrices) or None
     step_images = config.effective_batch_size * config.accumulate
@@ -419,7 +430,7 @@ def _finish(
             f"note: every {'test' if val is None else 'validation'} image is predicted as {only!r}: nothing that tells "
             "the classes apart was learned; a larger --img-size, more --epochs or --sampler weighted may help",
         )
-    if matrices:
+    if matrices and trainer.config.epochs:
         kept = sum(m.budget for m in matrices)
         print_line(console, f"its update {sparsity_summary(matrices)}")
         target = kept if allocator is None else allocator.target_budget
@@ -448,7 +459,7 @@ def _fit_final_head(
     run.update("running", final_head="trained")
     if config.final_head != "layers":
         return None, None
-    fit = fit_layers(parts, config, task.count_outputs(parts.splits.classes))
+    fit = fit_layers(parts, config, task.count_outputs(parts.splits.classes), is_trained=trainer.state.global_step > 0)
     if fit.val is None:
         record = FinalHead(fit.probe.layers, True)
     else:
@@ -465,14 +476,11 @@ def _fit_final_head(
 
 def _final_head_text(head: FinalHead) -> str:
     """What was fitted after training, and whether predictions use it."""
-    text = f"linear head on layers {', '.join(str(layer + 1) for layer in head.layers)}"
     if head.metric is None:
-        return f"{text} is the final head, fitted to all training images"
-    metric = head.metric.replace("_", " ")
-    change = f"validation {metric} {head.val_trained:.4f} with the trained head, {head.val:.4f} with it"
+        return f"{head.name} is the final head, fitted to all training images"
     if not head.is_saved:
-        return f"{text} is clearly worse: {change}; the trained head stays"
-    return f"{text} is the final head: {change}; refitted to training and validation images"
+        return f"{head.name} is clearly worse: {head.comparison}, which stays"
+    return f"{head.name} is the final head: {head.comparison}; refitted to training and validation images"
 
 
 def _only_answer(scores: dict[str, Any], classes: Sequence[str]) -> str | None:

