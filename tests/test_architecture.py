@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "src" / "snella"
-SHARED = {"records", "__init__", "_console", "_deprecation", "_files", "_settings", "_text"}
+SHARED = {"records", "__init__", "_console", "_files", "_settings", "_text"}
 """What all packages use; `snella` itself names the tuner's classes."""
 JOINS = {"__init__", "__main__", "_api", "_registration"}
 """Modules at the top that tie packages to the outside."""

@@ -16,7 +16,7 @@ OLD_RUN = Path(__file__).parents[1] / "old_files" / "run"
 
 @pytest.fixture
 def old_run(tmp_path):
-    """A finished SNELLA run of two epochs, as an early version wrote it."""
+    """A finished SNELLA run of two epochs, as commit 99db782 wrote it."""
     return Path(shutil.copytree(OLD_RUN, tmp_path / "snella"))
 
 

@@ -13,7 +13,8 @@ def write_run(folder, budgets, importance):
     folder.mkdir(parents=True)
     names = ["blocks.0.q", "blocks.0.fc", "blocks.1.q", "blocks.1.fc", "neck"]
     depths, sizes = [0, 0, 1, 1, None], [10, 30, 10, 30, 20]
-    matrices = [MatrixInfo(n, n, d, (1, s), s) for n, d, s in zip(names, depths, sizes, strict=True)]
+    of_matrices = zip(names, depths, sizes, budgets, strict=True)
+    matrices = [MatrixInfo(name, name, depth, (1, size), size, kept, kept) for name, depth, size, kept in of_matrices]
     history = [AllocationStep(0, 0, 2, 100, dict(zip(names, sizes, strict=True)), {})]
     history += [
         AllocationStep(

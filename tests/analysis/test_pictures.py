@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from snella.analysis import gradcam, images, samples
 from snella.analysis.pictures import PRETRAINED, _of_each_class, mean_dice, middle_share
+from snella.runs import RunFolder
 
 
 def test_samples_are_of_different_classes_in_the_order_of_groups():
@@ -50,6 +51,7 @@ def test_heat_maps_of_the_pretrained_model_and_of_a_run_are_of_the_same_images(o
     path = old_run / "adapter" / "adapter_model.safetensors"
     # as trained in two epochs, the update changes a map of few pixels in last bits alone
     save_file({name: 10 * value if "snella_A" in name else value for name, value in load_file(path).items()}, path)
+    RunFolder(old_run).finish()
     (plot,) = gradcam([old_run], limit=3, device="cpu")
     names = {label: [row["image"] for row in plot.rows if row["run"] == label] for label in (PRETRAINED, "snella")}
     assert names[PRETRAINED] == names["snella"] and len(names["snella"]) == 3

@@ -50,6 +50,7 @@ def test_flags_need_no_value_and_take_one():
         ("--config file.yaml", {"epochs": 7, "scaling": 1.0}),
         ("--config file.yaml --preset official", {"epochs": 7, "method_options": {"preset": "official"}}),
         ("--preset official --config file.yaml", {"epochs": 7, "method_options": {"preset": "paper"}}),
+        ("--config=file.yaml --epochs 9", {"epochs": 9, "method_options": {"preset": "paper"}}),
     ],
 )
 def test_a_preset_changes_defaults_and_what_is_given_wins(words, expected, tmp_path, monkeypatch):
@@ -116,6 +117,7 @@ def test_help_of_train_shows_basic_options_first_and_the_method_s_defaults(capsy
         (["train", "--output_dir", "x"], "no option --output-dir; use --out;"),
         (["train", "--batch", "8"], "no option --batch; use --batch-size;"),
         (["inspect", "--batch-size", "8"], "no option --batch-size; use --batch;"),
+        (["language", "--warmup", "0.3"], "no option --warmup; nearest: --"),
         (["predict", "--model", "x", "a.png"], "no option --model; give RUN; see snella predict --help"),
         (["predict", "elves.png"], "needs RUN, the folder of a run, before the images: snella predict RUN elves.png"),
         (["predict", "--out", "p.csv", "elves.png"], "before the images: snella predict RUN elves.png"),

@@ -116,12 +116,6 @@ def test_an_option_that_a_method_lacks_is_named_with_the_nearest():
         check_method("snell", {"kernel": "rbf"})
 
 
-def test_an_option_of_a_stored_run_may_have_its_former_name():
-    assert check_method("snella-4", {"zero_start": True}) == {"zero_init_ema": True, "r": 4}
-    with pytest.raises(ValueError, match="zero_start"):
-        check_method("lora-4", {"zero_start": True})
-
-
 def test_values_that_the_method_refuses_are_refused_without_a_model():
     with pytest.raises(ValueError, match=r"target_sparsity.*1\.5"):
         check_method("snella", {"target_sparsity": 1.5})

@@ -42,7 +42,7 @@ class RunBuilder:
     def finished(self, classes=("defective", "sound"), method="snella", epochs=10, best=9, images=400):
         """Write all files of a finished run."""
         self.run_json(classes, method)
-        history = self.allocation(epochs) if method == "snella" else []
+        history = self.allocation(epochs, best=best) if method == "snella" else []
         self.metrics(classes, epochs, best, [entry["budget"] for entry in history[1:]] or [None] * epochs, images)
         self.predictions(classes)
         self.adapter(history[best]["budgets"] if history else None, len(classes))
@@ -136,8 +136,11 @@ class RunBuilder:
             },
         )
 
-    def allocation(self, epochs=10, realloc=1, blocks=BLOCKS):
-        """Cubic schedule; importances over several orders of magnitude, so that some matrices freeze."""
+    def allocation(self, epochs=10, realloc=1, blocks=BLOCKS, best=-1):
+        """Cubic schedule; importances over several orders of magnitude, so that some matrices freeze.
+
+        The saved adapter has the budgets of the allocation `best`.
+        """
         matrices = [
             {
                 "name": f"blocks.{depth}.{kind}",
@@ -171,6 +174,8 @@ class RunBuilder:
                     "importance": dict(zip(names, map(float, importance), strict=True)) if t else {},
                 }
             )
+        for matrix in matrices:
+            matrix["budget"] = matrix["nonzeros"] = history[best]["budgets"][matrix["name"]]
         self.write(
             "allocation.json", {"total_weights": b0, "target_budget": bT, "matrices": matrices, "history": history}
         )

@@ -20,7 +20,7 @@ def texts(svg):
 
 def small_allocation(budgets, importance=None, total=2):
     """Two matrices over as many allocations as `budgets` has pairs."""
-    matrices = [MatrixInfo(name, name, 0, (10, 10), 100) for name in ("q", "_k")]
+    matrices = [MatrixInfo(name, name, 0, (10, 10), 100, 100, 100) for name in ("q", "_k")]
     history = [
         AllocationStep(t, t, total, sum(pair), dict(zip(("q", "_k"), pair, strict=True)), importance or {})
         for t, pair in enumerate(budgets)
@@ -121,7 +121,7 @@ def test_inline_figures_use_the_pages_inks_and_font_and_have_no_clashing_ids(run
 
 
 def test_the_sparsity_map_marks_frozen_matrices_and_never_calls_a_trained_one_all_zero():
-    matrices = [MatrixInfo(f"blocks.{d}.fc", "fc", d, (100, 100), 10_000) for d in range(4)]
+    matrices = [MatrixInfo(f"blocks.{d}.fc", "fc", d, (100, 100), 10_000, 10_000, 10_000) for d in range(4)]
     budgets = dict(zip((m.name for m in matrices), (0, 1, 2_500, 10_000), strict=True))
     shown = texts(inline_svg(allocation_figures.sparsity_map(matrices, budgets), "map", "Map"))
     assert {"×", "99", "75", "0", "fc", "block"} <= set(shown)
@@ -129,8 +129,10 @@ def test_the_sparsity_map_marks_frozen_matrices_and_never_calls_a_trained_one_al
 
 
 def test_the_trend_is_the_line_of_least_squares_through_the_sparsity_of_the_blocks():
-    matrices = [MatrixInfo(f"blocks.{d}.{kind}", kind, d, (10, 10), 100) for d in (2, 10, 11) for kind in ("q", "k")]
-    matrices.append(MatrixInfo("head", "head", None, (10, 10), 100))
+    matrices = [
+        MatrixInfo(f"blocks.{d}.{kind}", kind, d, (10, 10), 100, 100, 100) for d in (2, 10, 11) for kind in ("q", "k")
+    ]
+    matrices.append(MatrixInfo("head", "head", None, (10, 10), 100, 100, 100))
     budgets = dict(zip((m.name for m in matrices), (100, 80, 60, 60, 50, 0, 100), strict=True))
     axes = allocation_figures.block_trend(matrices, budgets).axes[0]
     assert [bar.get_height() for bar in axes.patches] == pytest.approx([0.1, 0.4, 0.75])
@@ -141,7 +143,7 @@ def test_the_trend_is_the_line_of_least_squares_through_the_sparsity_of_the_bloc
 
 
 def test_a_map_of_many_blocks_has_no_numbers():
-    matrices = [MatrixInfo(f"blocks.{d}.fc", "fc", d, (10, 10), 100) for d in range(60)]
+    matrices = [MatrixInfo(f"blocks.{d}.fc", "fc", d, (10, 10), 100, 100, 100) for d in range(60)]
     shown = texts(inline_svg(allocation_figures.sparsity_map(matrices, {m.name: 25 for m in matrices}), "m", "Map"))
     assert "75" not in shown
 
@@ -160,7 +162,7 @@ def test_shares_are_by_kind_or_depth_and_nothing_else():
 
 
 def test_shares_of_many_blocks_name_only_the_first_and_the_last():
-    matrices = [MatrixInfo(f"blocks.{d}.fc", "fc", d, (10, 10), 100) for d in range(32)]
+    matrices = [MatrixInfo(f"blocks.{d}.fc", "fc", d, (10, 10), 100, 100, 100) for d in range(32)]
     budgets = {m.name: 50 for m in matrices}
     history = [AllocationStep(t, t, 2, 1600, budgets, {}) for t in range(3)]
     figure = allocation_figures.budget_shares(Allocation(3200, 1600, matrices, history), 2, "depth")

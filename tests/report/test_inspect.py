@@ -70,7 +70,7 @@ def test_the_budgets_of_a_real_adapter_are_found_by_the_names_of_its_matrices(tm
     model.save_pretrained(tmp_path / "adapter")
     matrices = adapted_matrices(model)
     adapter = read_adapter(tmp_path)
-    budgets = saved_budgets(adapter, [MatrixInfo(m.name, m.kind, m.depth, m.shape, m.size) for m in matrices])
+    budgets = saved_budgets(adapter, [MatrixInfo(m.name, m.kind, m.depth, m.shape, m.size, 0, 0) for m in matrices])
     assert budgets == {m.name: m.size * 3 // 4 for m in matrices}
     assert adapter.parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
@@ -82,17 +82,13 @@ def test_a_layer_inside_a_fused_one_keeps_its_own_budget(tmp_path):
         "base_model.model.attn.out.snella_budget": torch.tensor([3]),
     }
     save_file(tensors, tmp_path / "adapter/adapter_model.safetensors")
-    matrices = [MatrixInfo(name, name, None, (2, 2), 4) for name in ("attn.q", "attn.k", "attn.out")]
+    matrices = [MatrixInfo(name, name, None, (2, 2), 4, 0, 0) for name in ("attn.q", "attn.k", "attn.out")]
     assert saved_budgets(read_adapter(tmp_path), matrices) == {"attn.q": 1, "attn.k": 2, "attn.out": 3}
 
 
 def test_counted_non_zeros_are_compared_with_the_budgets(run):
     run.finished()
-    assert "did not record a count" in printed(run)
     values = run.read("allocation.json")
-    for matrix in values["matrices"]:
-        matrix["nonzeros"] = values["history"][9]["budgets"][matrix["name"]]
-    run.write("allocation.json", values)
     assert f"Non-zero entries: {values['history'][9]['budget']:,}, equal to the budget" in printed(run)
     values["matrices"][4]["nonzeros"] += 1
     run.write("allocation.json", values)

@@ -14,7 +14,8 @@ from snella.records import (
     read_if_present,
 )
 from snella.records.results import NumberScores
-from snella.report.allocation import adapter_budgets, adapter_step, arrange, epochs_of_allocation
+from snella.report.allocation import adapter_step, arrange, epochs_of_allocation
+from snella.report.inspect import current_budgets
 
 
 def test_a_finished_run_is_read_with_all_its_values(run):
@@ -163,14 +164,13 @@ def test_values_that_were_not_measured_are_nan_or_none(run):
     assert metrics.test is None
 
 
-def test_the_adapter_has_the_budgets_of_its_own_epoch_not_of_the_last(run):
+def test_the_adapter_s_allocation_is_that_of_its_own_epoch_not_the_last(run):
     run.finished(best=4)
     allocation, metrics = read(Allocation, run.folder), read(Metrics, run.folder)
     assert adapter_step(allocation, metrics).t == 4
-    assert sum(adapter_budgets(allocation, metrics).values()) == allocation.history[4].budget
 
 
-def test_with_a_constant_total_the_adapter_still_has_the_budgets_of_its_epoch(run):
+def test_with_a_constant_total_the_adapter_still_has_the_allocation_of_its_epoch(run):
     run.finished(best=4)
     values = run.read("allocation.json")
     for entry in values["history"]:
@@ -183,23 +183,22 @@ def test_with_a_constant_total_the_adapter_still_has_the_budgets_of_its_epoch(ru
     assert adapter_step(read(Allocation, run.folder), read(Metrics, run.folder)).t == 4
 
 
-def test_without_metrics_the_last_allocation_counts_and_without_history_all_weights(run):
+def test_without_metrics_the_last_allocation_counts_and_without_history_none(run):
     run.allocation()
     allocation = read(Allocation, run.folder)
     assert adapter_step(allocation, None).t == 10
     run.change("allocation.json", history=[])
     allocation = read(Allocation, run.folder)
     assert adapter_step(allocation, None) is None
-    assert sum(adapter_budgets(allocation, None).values()) == allocation.total_weights
 
 
-def test_a_budget_that_training_wrote_for_the_saved_adapter_wins(run):
+def test_without_an_adapter_the_budgets_are_those_of_its_record(run):
     run.finished()
     values = run.read("allocation.json")
     values["matrices"][5]["budget"] = 17
     run.write("allocation.json", values)
     allocation = read(Allocation, run.folder)
-    assert adapter_budgets(allocation, read(Metrics, run.folder))[allocation.matrices[5].name] == 17
+    assert current_budgets(None, allocation)[allocation.matrices[5].name] == 17
 
 
 def test_allocations_within_an_epoch_are_put_onto_the_epochs(run):
@@ -217,7 +216,7 @@ def test_matrices_of_the_same_kind_and_depth_share_a_cell(run):
     run.finished()
     allocation = read(Allocation, run.folder)
     matrices = [m for m in allocation.matrices if m.kind in ("attn.q", "attn.k") and m.depth == 0]
-    same = [type(m)(m.name, "attn.q", 0, m.shape, m.size) for m in matrices]
+    same = [type(m)(m.name, "attn.q", 0, m.shape, m.size, m.budget, m.nonzeros) for m in matrices]
     grid = arrange(same, {same[0].name: same[0].size, same[1].name: 0})
     cell = grid.cells["attn.q", 0]
     assert (cell.count, cell.kept, cell.frozen, cell.is_frozen) == (2, 0.5, 1, False)
@@ -226,5 +225,5 @@ def test_matrices_of_the_same_kind_and_depth_share_a_cell(run):
 def test_matrices_outside_the_blocks_come_last(run):
     run.finished()
     matrices = read(Allocation, run.folder).matrices[:2]
-    outside = type(matrices[0])("fc_norm", "fc_norm", None, (4, 4), 16)
+    outside = type(matrices[0])("fc_norm", "fc_norm", None, (4, 4), 16, 16, 16)
     assert arrange([outside, *matrices], {m.name: 1 for m in [outside, *matrices]}).depths == [0, None]

@@ -120,8 +120,8 @@ def test_threads_share_a_model(model):
         same(found[index], prediction)
 
 
-def test_logits_are_divided_by_the_run_s_temperature(old_run, calibrated, photos):
-    for before, after in zip(old_run.predict([photos]), predict(calibrated, [photos]), strict=True):
+def test_logits_are_divided_by_the_run_s_temperature(uncalibrated, calibrated, photos):
+    for before, after in zip(uncalibrated.predict([photos]), predict(calibrated, [photos]), strict=True):
         roots = {name: math.sqrt(p) for name, p in before.ranking}
         for name, p in after.ranking:
             assert p == pytest.approx(roots[name] / sum(roots.values()), abs=1e-6)
@@ -198,17 +198,17 @@ def test_predictions_below_a_threshold_are_unsure(calibrated, photos, tmp_path):
         (1.5, r"unsure must be auto or a probability in \(0, 1\], got 1\.5"),
     ],
 )
-def test_a_threshold_that_cannot_be_meant_is_refused(old_run, unsure, message):
+def test_a_threshold_that_cannot_be_meant_is_refused(uncalibrated, unsure, message):
     with pytest.raises(ValueError, match=message):
-        old_run.predict(torch.zeros(3, 8, 8), unsure=unsure)
+        uncalibrated.predict(torch.zeros(3, 8, 8), unsure=unsure)
     with pytest.raises(ValueError, match=r"unsure must be auto or a probability in \(0, 1\], got 'often'"):
-        predict_to_files(str(old_run.loaded.folder.path), ["x.jpg"], unsure="often")
+        predict_to_files(str(uncalibrated.loaded.folder.path), ["x.jpg"], unsure="often")
 
 
 @pytest.fixture
-def old_run(finished, tmp_path):
-    """A run of a version that did not calibrate."""
-    run = RunFolder(shutil.copytree(finished.path, tmp_path / "old"))
+def uncalibrated(finished, tmp_path):
+    """A run without a temperature."""
+    run = RunFolder(shutil.copytree(finished.path, tmp_path / "uncalibrated"))
     run.update("finished", calibration=None)
     return snella.load(run.path)
 

@@ -239,21 +239,6 @@ def test_unknown_public_names_are_refused():
     assert all(getattr(snella.runs, name) is not None for name in snella.runs.__all__)
 
 
-def test_what_was_found_in_runs_before_is_found_there_with_a_warning():
-    from snella.training import folds, session, train
-
-    with pytest.warns(FutureWarning, match=r"^snella\.runs\.train\.train is snella\.training\.train\.train now"):
-        from snella.runs.train import train as former
-    with pytest.warns(FutureWarning, match=r"snella\.training\.folds\.train_folds now"):
-        from snella.runs.folds import train_folds
-    with pytest.warns(FutureWarning, match=r"snella\.training\.session\.TrainingInterrupted now"):
-        from snella.runs import TrainingInterrupted
-    assert (former, train_folds) == (train.train, folds.train_folds)
-    assert TrainingInterrupted is session.TrainingInterrupted
-    with pytest.warns(FutureWarning), pytest.raises(ImportError, match="cannot import name 'tarin'"):
-        from snella.runs.train import tarin  # noqa: F401
-
-
 def test_writers_of_other_libraries_are_recognized():
     from safetensors import SafetensorError
 

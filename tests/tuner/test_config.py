@@ -294,34 +294,3 @@ def test_projections_of_an_attention_can_have_ranks_of_their_own(cases):
 def test_a_rank_of_no_adapted_layer_is_refused(mlp):
     with pytest.raises(ValueError, match=r"rank_pattern=\['fc7'\] names no adapted module; .* \['lin0', 'lin1'\]"):
         get_peft_model(mlp.base(), SnellaConfig(rank_pattern={"fc7": 4, "lin0": 2}))
-
-
-FORMER = {"keep_delta": ("cache_delta", True), "zero_start": ("zero_init_ema", True)} | {
-    "train_tokens": ("parameters_to_save", ["cls_token"])
-}
-
-
-@pytest.mark.parametrize("former", FORMER)
-def test_a_setting_by_its_former_name_is_taken_with_a_warning(former):
-    name, value = FORMER[former]
-    with pytest.warns(FutureWarning, match=rf"^{former} is called {name} now; the former name goes in 0\.3$") as caught:
-        config = SnellaConfig(**{former: value})
-    assert getattr(config, name) == value and not hasattr(config, former)
-    assert caught[0].filename == __file__
-
-
-def test_a_setting_by_both_names_is_refused():
-    with pytest.raises(TypeError, match="keep_delta is the former name of cache_delta, got both; leave keep_delta out"):
-        SnellaConfig(keep_delta=True, cache_delta=False)
-
-
-@pytest.mark.parametrize("kind", [SnellaConfig, PeftConfig])
-def test_a_file_with_former_names_is_read_without_a_warning(tmp_path, kind):
-    SnellaConfig(cache_delta=True, parameters_to_save=["cls_token"]).save_pretrained(str(tmp_path))
-    path = tmp_path / "adapter_config.json"
-    settings = json.loads(path.read_text())
-    for former, (name, _) in FORMER.items():
-        settings[former] = settings.pop(name)
-    path.write_text(json.dumps(settings))
-    config = kind.from_pretrained(str(tmp_path))
-    assert (config.cache_delta, config.zero_init_ema, config.parameters_to_save) == (True, False, ["cls_token"])

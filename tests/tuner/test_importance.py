@@ -130,18 +130,6 @@ def test_delta_magnitude_smooths_every_entry_of_the_update_or_their_mean(metric)
     assert tracker.scores() == [pytest.approx(expected.mean().item(), rel=1e-5)]
 
 
-def test_a_state_with_one_number_a_matrix_is_continued_entry_by_entry():
-    (matrix,) = matrices([(2, 3)])
-    old = {key: {"0/S": torch.tensor(value)} for key, value in (("averages", 4e-3), ("uncertainties", 2e-3))}
-    tracker = ImportanceTracker([matrix], metric="delta_magnitude", beta1=0.5, beta2=0.5)
-    tracker.load_state_dict(old)
-    tracker.update()
-    sizes = matrix.sparse_update().abs()
-    average = 2e-3 + sizes / 2
-    expected = average * (1e-3 + (average - sizes).abs() / 2)
-    assert tracker.scores() == [pytest.approx(expected.mean().item(), rel=1e-5)]
-
-
 def test_the_parts_of_a_fused_layer_have_importances_of_their_own(vit):
     parts = adapted_matrices(vit.adapted(target_modules=["blocks.0.attn.qkv"]))
     layer = parts[0].layer

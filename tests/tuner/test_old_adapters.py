@@ -1,4 +1,4 @@
-"""Adapters written by commit dcb58d5, before the layer and its op were rewritten, compute what they did then."""
+"""Adapters written by commit 99db782 compute what they did then."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from snella.tuner import adapted_matrices
 
-FOLDER = Path(__file__).with_name("adapters_of_dcb58d5")
+FOLDER = Path(__file__).with_name("adapters_of_99db782")
 
 
 @pytest.mark.parametrize("impl", ["eager", "reference", "auto"])

@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from snella.analysis.plot import Plot, Row, grouped, in_order_of_depth, run_labels
-from snella.records import Allocation, AllocationStep, MatrixInfo, Metrics, RunInfo, read, read_if_present
+from snella.records import Allocation, AllocationStep, MatrixInfo, RunInfo, read, read_if_present
 from snella.report.allocation import linear_trend, log_axis
 from snella.report.inspect import current_budgets, read_adapter
 from snella.report.style import (
@@ -90,7 +90,7 @@ def read_budgeted_run(run: str | Path, label: str) -> BudgetedRun:
             "without allocation.json, which is written when training ends"
         )
     adapter = read_adapter(run)
-    budgets = current_budgets(adapter, allocation, read_if_present(Metrics, run) if info.classes else None)
+    budgets = current_budgets(adapter, allocation)
     return BudgetedRun(label, allocation, budgets, adapter.config if adapter else {})
 
 

@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from snella._deprecation import FORMER_OPTIONS, accept_former_names
 from snella.cli import commands  # noqa: F401 - those come first in the list
 from snella.cli.command import Device, command, listed
 from snella.recipes.dreambooth.config import DreamBoothConfig
@@ -176,7 +175,6 @@ def _print_plots(console: "Console", paths: Iterable[Path]) -> None:
             print_line(console, str(path))
 
 
-@accept_former_names(FORMER_OPTIONS)
 @dataclass
 class CompareOptions:
     """Settings of `snella compare`; None leaves what the experiment says.

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass
@@ -21,7 +20,6 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from snella import __version__
-from snella._deprecation import FORMER_OPTIONS, renamed
 from snella._settings import described, hint_at_choice, ours
 from snella._text import nearest
 from snella.cli import experiment_commands  # noqa: F401 - all commands are in the table once it is imported
@@ -118,9 +116,8 @@ def parse(arguments: Sequence[str]) -> tuple[str, bool, dict[str, Any]]:
         raise UsageError(f"snella has no command {name!r}; {hint}; see snella --help")
     options = [] if name is None else options_of(COMMANDS[name].function)
     if name is not None:
-        words = _with_present_options(options, words)
         _check_options(name, options, words)
-        words, preset = _with_checked_config(options, words)
+        preset = _checked_preset(options, words)
         words = _with_preset(name, words, preset) if name == "train" else words
         words = _give_flags_values(options, words)
     try:
@@ -325,33 +322,15 @@ def _give_flags_values(options: Sequence[Option], words: Sequence[str]) -> list[
     ]
 
 
-def _former(options: Sequence[Option]) -> dict[str, str]:
-    """Former names of a command's settings, each with the present one."""
-    names = {option.name for option in options}
-    return {old: new for old, new in FORMER_OPTIONS.items() if new in names and old not in names}
-
-
-def _with_present_options(options: Sequence[Option], words: Sequence[str]) -> list[str]:
-    """The words with former options under their present names, each with a line on standard error."""
-    former = {_dashed(old): _dashed(new) for old, new in _former(options).items()}
-    result = []
-    for word in words:
-        option, sign, value = word.partition("=")
-        if option in former:
-            print(f"snella: {option} is called {former[option]} now; the former name goes in 0.3", file=sys.stderr)
-        result.append(former.get(option, option) + sign + value)
-    return result
-
-
-def _with_checked_config(options: Sequence[Option], words: Sequence[str]) -> tuple[list[str], Any]:
-    """The words, a configuration file with former names as text with the present ones; and the last preset.
+def _checked_preset(options: Sequence[Option], words: Sequence[str]) -> Any:
+    """The last preset that the words or their configuration files name; None without one.
 
     Raises:
-        UsageError: The file cannot be used.
+        UsageError: A configuration file cannot be used.
     """
-    former, result, preset = _former(options), list(words), None
-    known = [*(option.name for option in options), *former]
-    for position, (word, follower) in enumerate(zip(words, [*words[1:], ""], strict=True)):
+    preset = None
+    known = [option.name for option in options]
+    for word, follower in zip(words, [*words[1:], ""], strict=True):
         option, sign, value = word.partition("=")
         value = value if sign else follower
         if option == "--config" and value:
@@ -361,12 +340,9 @@ def _with_checked_config(options: Sequence[Option], words: Sequence[str]) -> tup
                     kind = described(_without_none(entry.type))
                     raise UsageError(f"{entry.typed} must be {kind}, got {content[entry.name]!r}")
             preset = content.get("preset", preset)
-            if content.keys() & former.keys():
-                text = yaml.safe_dump(renamed(content, former, warns=False))
-                result[position + 1 - len(sign)] = f"--config={text}" if sign else text
         elif option == "--preset":
             preset = value
-    return result, preset
+    return preset
 
 
 def _with_preset(command: str, words: Sequence[str], preset: Any) -> list[str]:

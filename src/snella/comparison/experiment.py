@@ -9,7 +9,6 @@ from typing import Any
 
 import yaml
 
-from snella._deprecation import FORMER_OPTIONS, renamed
 from snella._files import write_text
 from snella._text import nearest
 from snella.methods import method_options, parse_method
@@ -413,7 +412,7 @@ class Experiment:
             methods=tuple(method_entry(value) for value in listed(values["methods"])),
             data=tuple(data_entry(value) for value in listed(values["data"])),
             grid=Grid(**grid),
-            settings=renamed(values.get("train") or {}, FORMER_OPTIONS, warns=False),
+            settings=dict(values.get("train") or {}),
             forgetting=None if values.get("forgetting") is None else tuple(listed(values["forgetting"])),
             **plain,
         )

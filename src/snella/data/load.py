@@ -13,7 +13,6 @@ from typing import Any, Literal, cast
 import numpy as np
 from torch import Tensor
 
-from snella._deprecation import accept_former_arguments
 from snella._files import sha256_of
 from snella._text import listed, near_siblings
 from snella.data.benchmarks import FGVC, VTAB, load_fgvc, load_vtab
@@ -172,7 +171,6 @@ def data_folder(spec: str) -> Path | None:
     return _BENCHMARK_FOLDERS.get(prefix, Path)(Path(path).expanduser())
 
 
-@accept_former_arguments
 def load_data(
     spec: Any,
     *,

@@ -7,7 +7,6 @@ from typing import Any
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from snella._deprecation import renamed
 from snella._text import nearest
 from snella.methods.adapter import ADAPTER, MOSA, SSF
 from snella.methods.method import Batches, Method, MethodSpec, Options
@@ -18,7 +17,6 @@ from snella.methods.peft_methods import ADALORA, CATALOG, DORA, KLORA, LORA, SNE
 from snella.methods.prompts import VPT_DEEP, VPT_SHALLOW, VQT
 from snella.methods.sparse_update import GPS
 from snella.methods.spt import FIXED_MASK, SPT_ADAPTER, SPT_LORA
-from snella.tuner.config import FORMER_NAMES
 from snella.tuner.targets import default_targets
 
 METHODS: dict[str, Method] = {
@@ -179,8 +177,6 @@ def check_method(name: str, options: Options) -> Options:
     """
     family, number = parse_method(name)
     method = METHODS[family]
-    former = {old: new for old, new in FORMER_NAMES.items() if new in method.options and old not in method.options}
-    options = renamed(options, former, warns=False)  # a stored run has them too
     unknown = [key for key in options if key not in method.options]
     if unknown:
         raise ValueError(_unknown_options(name, unknown, method.options))

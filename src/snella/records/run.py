@@ -59,14 +59,14 @@ class DataInfo:
         seed: Decides the splits.
         description: In a few words.
         sizes: Items of each part.
-        digest: SHA-256 of what was split, and how; None for old runs, which do not tell.
-        contents: SHA-256 of the images of each part; nothing for old runs.
+        digest: SHA-256 of what was split, and how; None for generators.
+        contents: SHA-256 of the images of each part that the run read; nothing for generators.
         folder: Its absolute place; None for data without one.
         notes: What a user should know about it.
         fold_part: The part that is a fold of a cross-validation.
         white: Value of 16-bit images that becomes white, where it was given.
         read_side: What the shorter side of an image keeps at least, where it is read at a lower resolution; None for
-            old runs and images with masks, which are read in full.
+            images with masks, which are read in full.
         subject: Of a personalization: which one.
         class_name: And what kind of thing it is.
         files: And its images in `folder`.
@@ -213,7 +213,7 @@ class RunInfo(Record):
         return self.status == "finished"
 
     def check_folder(self, folder: Path) -> None:
-        """Compare the files of a finished run with their digests; those of older runs pass."""
+        """Compare the files of a finished run with their digests; an unfinished run has none."""
         check_files(folder, self.files or {})
 
 
@@ -435,15 +435,15 @@ class GeneratorMetrics(Record):
 
 @dataclass(frozen=True)
 class MatrixInfo:
-    """One adapted matrix; `budget` and `nonzeros` are those of the saved adapter, where training wrote them."""
+    """One adapted matrix; `budget` and `nonzeros` are those of the saved adapter."""
 
     name: str
     kind: str
     depth: int | None
     shape: tuple[int, ...]
     size: int
-    budget: int | None = None
-    nonzeros: int | None = None
+    budget: int
+    nonzeros: int
 
 
 @dataclass(frozen=True)

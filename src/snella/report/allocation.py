@@ -123,13 +123,6 @@ def adapter_step(allocation: Allocation, metrics: Metrics | None) -> AllocationS
     return (reached or same or allocation.history)[-1]
 
 
-def adapter_budgets(allocation: Allocation, metrics: Metrics | None) -> dict[str, int]:
-    """Return the budget of each matrix in the saved adapter; before the first allocation, all weights."""
-    step = adapter_step(allocation, metrics)
-    budgets = {matrix.name: matrix.size for matrix in allocation.matrices} if step is None else dict(step.budgets)
-    return budgets | {matrix.name: matrix.budget for matrix in allocation.matrices if matrix.budget is not None}
-
-
 NUMBERED_DEPTHS = 48
 """Maps of more blocks are drawn without numbers."""
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")

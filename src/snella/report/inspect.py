@@ -31,7 +31,7 @@ from snella.records import (
     read,
     read_if_present,
 )
-from snella.report.allocation import adapter_budgets, arrange
+from snella.report.allocation import arrange
 
 _REMEDY = "copy the adapter again, or train again with `--overwrite`"
 _FILES = ("adapter_model.safetensors", "trainable.safetensors")
@@ -116,14 +116,12 @@ def saved_budgets(adapter: AdapterFile, matrices: Sequence[MatrixInfo]) -> dict[
     return budgets
 
 
-def current_budgets(
-    adapter: AdapterFile | None, allocation: Allocation | None, metrics: Metrics | None
-) -> dict[str, int]:
-    """The budget of each matrix, by its name: of the saved adapter, or else as files note it; empty without budgets."""
+def current_budgets(adapter: AdapterFile | None, allocation: Allocation | None) -> dict[str, int]:
+    """The budget of each matrix, by its name: of the saved adapter, or else of its record; empty without budgets."""
     if allocation is None:
         return {}
     saved = {} if adapter is None else saved_budgets(adapter, allocation.matrices)
-    return adapter_budgets(allocation, metrics) | saved
+    return {matrix.name: matrix.budget for matrix in allocation.matrices} | saved
 
 
 def _module_of(key: str) -> str:
@@ -173,7 +171,7 @@ def inspect_summary(run: str | Path) -> dict[str, Any]:
     metrics = read_if_present(Metrics, folder)
     allocation = read_if_present(Allocation, folder)
     adapter = read_adapter(folder)
-    budgets = current_budgets(adapter, allocation, metrics)
+    budgets = current_budgets(adapter, allocation)
     value_bytes = adapter.value_bytes if adapter else 4
     is_generator = info.task in GENERATOR_TASKS
     scores: dict[str, Any] = (
@@ -257,7 +255,6 @@ def _scores(scores: Scores | MaskScores | None) -> dict[str, Any] | None:
 def _budgets(allocation: Allocation, budgets: dict[str, int], from_adapter: bool) -> dict[str, Any]:
     """Budgets in total, by matrix and by kind and depth."""
     grid = arrange(allocation.matrices, budgets)
-    counted = {m.name: m.nonzeros for m in allocation.matrices if m.nonzeros is not None}
     return {
         "total_weights": allocation.total_weights,
         "target": allocation.target_budget,
@@ -265,8 +262,8 @@ def _budgets(allocation: Allocation, budgets: dict[str, int], from_adapter: bool
         "from_adapter": from_adapter,
         "allocations": len(allocation.history),
         "frozen": [m.name for m in allocation.matrices if budgets[m.name] == 0],
-        "nonzeros": sum(counted.values()) if len(counted) == len(budgets) else None,
-        "mismatches": [name for name, count in counted.items() if count != budgets[name]],
+        "nonzeros": sum(m.nonzeros for m in allocation.matrices),
+        "mismatches": [m.name for m in allocation.matrices if m.nonzeros != budgets[m.name]],
         "matrices": [
             {
                 "name": m.name,
@@ -378,8 +375,6 @@ def _nonzeros_text(budgets: dict[str, Any]) -> str:
         names = ", ".join(budgets["mismatches"][:5])
         where = _counted(len(budgets["mismatches"]), "matrix", "matrices")
         return f"Non-zero entries differ from the budget in {where}: {names}"
-    if budgets["nonzeros"] is None:
-        return f"Budgets are those in {source}; this run did not record a count of the non-zero entries."
     return f"Non-zero entries: {budgets['nonzeros']:,}, equal to the budget (from {source}) in every matrix."
 
 

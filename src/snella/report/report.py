@@ -440,7 +440,6 @@ def allocation_section(
         "frozen": [matrix.name for matrix in allocation.matrices if budgets[matrix.name] == 0],
         "evolution": evolution,
         "importance": importance,
-        "counted": any(matrix.nonzeros is not None for matrix in allocation.matrices),
         "rows": [
             {
                 "matrix": matrix,
@@ -507,7 +506,7 @@ def heat_maps_section(folder: Path, info: RunInfo, predictions: Predictions | No
         item = items.get(int(path.stem)) if path.stem.isdigit() else None
         if item is not None:
             with open_image(path) as image:
-                by = image.info.get("by", "gradcam")
+                by = image.info["by"]
                 uri, width, height = picture_uri(image, _LONGEST)
             names = {"predicted": info.classes[item.predicted], "label": info.classes[item.label]}
             found.append({"item": item, "uri": uri, "width": width, "height": height, "by": by, **names})
@@ -601,7 +600,7 @@ def write_report(
     metrics = metrics or (read(Metrics, folder) if info.is_finished else read_if_present(Metrics, folder))
     allocation = allocation or read_if_present(Allocation, folder)
     adapter = read_adapter(folder)
-    budgets = current_budgets(adapter, allocation, metrics)
+    budgets = current_budgets(adapter, allocation)
     compared = read_if_present(MethodResults, folder)
     comparison = None if compared is None else compared.rows
     config = folder / "config.yaml"

@@ -4,10 +4,7 @@ The names are imported when they are first used: the command line reads `TrainCo
 """
 
 import importlib
-import sys
 from typing import TYPE_CHECKING, Any
-
-from snella._deprecation import FormerModule, from_new_home
 
 if TYPE_CHECKING:
     from snella.runs.config import TrainConfig
@@ -24,23 +21,12 @@ _HOMES = {
     "load_merged": "merge",
     "load_run": "model",
 }
-_MOVED = {
-    "CheckpointError": "snella.training.checkpoints",
-    "NonFiniteLossError": "snella.training.session",
-    "RunInUseError": "snella.training.session",
-    "TrainingInterrupted": "snella.training.session",
-}
 
 __all__ = ["LoadedRun", "RunFolder", "TaskBank", "TrainConfig", "load_merged", "load_run"]
-
-for _name in ("train", "folds"):
-    sys.modules[f"{__name__}.{_name}"] = FormerModule(f"{__name__}.{_name}", f"snella.training.{_name}")
 
 
 def __getattr__(name: str) -> Any:
     """Import the module of a public name on first use."""
-    if name in _MOVED:
-        return from_new_home(f"{__name__}.{name}", _MOVED[name])
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -14,7 +14,6 @@ from typing import Any, ClassVar, Literal, Self, get_type_hints
 
 import yaml
 
-from snella._deprecation import FORMER_OPTIONS, accept_former_names
 from snella._settings import KindError, described, fitted, hint_at_choice, ours, short
 from snella._text import nearest
 from snella.methods.defaults import DEFAULT_METHOD, PRESET_METHODS, TRAIN_PRESETS
@@ -53,7 +52,7 @@ class RunSettings:
     def __new__(cls, *args: Any, **settings: Any) -> Self:
         """Reject unknown settings, with the name that each has here."""
         known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
-        unknown = [name for name in settings if name not in known and name not in FORMER_OPTIONS]
+        unknown = [name for name in settings if name not in known]
         if unknown:
             named = ", ".join(f"{name!r}{_other_name(name, known)}" for name in unknown)
             raise TypeError(f"{cls.__name__} has no setting {named}; see help({cls.__name__})")
@@ -304,7 +303,6 @@ def _accept_presets(cls: type[Any]) -> type[Any]:
     return cls
 
 
-@accept_former_names(FORMER_OPTIONS)
 @_accept_presets
 @dataclass(kw_only=True)
 class TrainConfig(RunSettings):

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from snella._console import make_console, print_line, tracked
-from snella._deprecation import accept_former_arguments
 from snella.data import DataSplits, ImageDataset, full_spec, has_columns, load_data
 from snella.data.datasets import read_at_side, show_reading
 from snella.data.load import equal_pictures, near_copies
@@ -92,7 +91,6 @@ class _Relabeled(Dataset[tuple[Tensor, Any]]):
         return image, self.task.remap_labels(label, self.numbers)
 
 
-@accept_former_arguments
 def evaluate(
     run: str | Path,
     data: Any = None,
@@ -202,7 +200,7 @@ def _training_note(
 def calibrate_run(run: str | Path, *, batch_size: int = 32, device: str = "auto") -> Calibration:
     """Fit a finished classifier's temperature anew on its validation images, store it, and redraw the report.
 
-    For runs that were finished before training fitted one. Test images, where there are any, are measured with it.
+    Test images, where there are any, are measured with it.
 
     Args:
         run: Folder of the run; its own images have to be where they were.
@@ -303,20 +301,19 @@ def _load_splits(
         unknown = [name for name in parts_of(splits) if name in measured and name not in stored.contents]
         if unknown:
             splits.notes.append(
-                f"run.json has no digest of the contents of {', '.join(unknown)}, which other versions of snella did "
-                "not write: that no image was replaced is not checked"
+                f"run.json has no digest of the contents of {', '.join(unknown)}, which the run did not read: that no "
+                "image was replaced is not checked"
             )
         return splits, True
     note = None
-    if stored.digest:
-        with contextlib.suppress(ValueError):
-            config.data = full_spec(data) if isinstance(data, str) else config.data
-            splits = load_splits(config, None if isinstance(data, str) else data)
-            changed = changed_parts(stored, splits, _names(_chosen(split, splits)))
-            if is_same_split(stored, splits) and not changed:
-                return splits, True
-            if is_same_split(stored, splits):
-                note = f"the files have the names of the run's own, but other contents in {', '.join(changed)}"
+    with contextlib.suppress(ValueError):
+        config.data = full_spec(data) if isinstance(data, str) else config.data
+        splits = load_splits(config, None if isinstance(data, str) else data)
+        changed = changed_parts(stored, splits, _names(_chosen(split, splits)))
+        if is_same_split(stored, splits) and not changed:
+            return splits, True
+        if is_same_split(stored, splits):
+            note = f"the files have the names of the run's own, but other contents in {', '.join(changed)}"
     splits = load_data(
         data,
         seed=config.seed,

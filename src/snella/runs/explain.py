@@ -14,7 +14,6 @@ from markupsafe import Markup
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from snella._deprecation import accept_former_arguments
 from snella._files import made_folder, write_bytes, write_text
 from snella._text import percent_text
 from snella.data import ImageDataset
@@ -45,7 +44,6 @@ class Explained:
     notes: list[str] = field(default_factory=list)
 
 
-@accept_former_arguments
 def explain(
     run: str | Path,
     images: Any,

@@ -15,7 +15,6 @@ from typing import Any, ClassVar, Generic, TypeVar, get_args
 import yaml
 
 from snella import records
-from snella._deprecation import FORMER_OPTIONS, renamed
 from snella._files import check_files, sealed, sha256_of, write_json, write_text
 from snella.records import FORMAT, Allocation, FoldResults, Record, RunInfo, Status, read_if_present
 from snella.runs.config import SESSION_FIELDS, UNSTORED_FIELDS, RunSettings, TrainConfig
@@ -196,7 +195,7 @@ class RunFolderOf(Generic[S]):
         self.update("finished", files=digests)
 
     def check_files(self) -> None:
-        """Compare the files of a finished run with their digests in `run.json`; those of older runs pass.
+        """Compare the files of a finished run with their digests in `run.json`; an unfinished run has none.
 
         Raises:
             ValueError: One was altered; all of them are named.
@@ -241,9 +240,8 @@ class RunFolderOf(Generic[S]):
         known = self._known_settings()
         try:
             stored = self._stored_settings()
-            values = renamed(stored, FORMER_OPTIONS, warns=False)
             if known is None or settings_digest(stored) == known:
-                values = {name: value for name, value in values.items() if name not in UNSTORED_FIELDS}
+                values = {name: value for name, value in stored.items() if name not in UNSTORED_FIELDS}
                 return self.settings_type(**values)
         except (TypeError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
             raise ValueError(f"{path} is damaged: {error}; train again with `--overwrite`") from None
@@ -461,8 +459,8 @@ class RunFolder(RunFolderOf[TrainConfig]):
         options = {**stored.method_options, **config.method_options}
         allocation = read_if_present(Allocation, self.path)
         if allocation is not None and "init_sparsity" not in config.method_options:
-            budgets = [m.size if m.budget is None else m.budget for m in allocation.matrices]
-            if sum(budgets) < allocation.total_weights:
-                sparsity = 1 - sum(budgets) / allocation.total_weights
+            kept = sum(matrix.budget for matrix in allocation.matrices)
+            if kept < allocation.total_weights:
+                sparsity = 1 - kept / allocation.total_weights
                 options["init_sparsity"] = min(sparsity, values["target_sparsity"])
         return dataclasses.replace(config, **values, method_options=options)

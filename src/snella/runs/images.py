@@ -52,12 +52,12 @@ def absolute_folder(spec: str) -> str | None:
 
 
 def is_same_split(data: DataInfo, splits: DataSplits) -> bool:
-    """Whether these are the splits of a run's data; True for old runs, which have no digest."""
-    return data.digest in (None, splits_digest(splits))
+    """Whether these are the splits of a run's data."""
+    return data.digest == splits_digest(splits)
 
 
 def changed_parts(data: DataInfo, splits: DataSplits, names: Collection[str] = PARTS) -> list[str]:
-    """The parts whose images have other contents than a run says of its data; none for old runs."""
+    """The parts whose images have other contents than a run says of its data, among those that it read."""
     stored = data.contents
     return [name for name, digest in contents_of(splits, set(names) & set(stored)).items() if digest != stored[name]]
 
@@ -67,7 +67,7 @@ def check_splits(run: Path, data: DataInfo | None, splits: DataSplits, names: Co
 
     Args:
         run: The run's folder, for the message.
-        data: What the run says of its data; None, and old runs, which do not tell, pass.
+        data: What the run says of its data; None passes.
         splits: From the run's own settings.
         names: The parts whose contents are compared, as those of all parts would have to be read.
 

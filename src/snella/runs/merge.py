@@ -15,15 +15,13 @@ from snella.runs.layer_probe import LAYER_PROBE, layer_probe_snippet
 from snella.runs.model import LoadedRun, built_in_size, load_run, make_backbone
 from snella.tasks import task_class
 
-_CLASSIFICATION = "classification"
 _SUFFIX = ".safetensors"
 _OTHER_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".npz", ".onnx", ".h5", ".pkl", ".tar", ".gz", ".zip")
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _KEPT_ENTRIES = ("first_conv", "classifier", "license", "pool_size")
 """Entries of a backbone's `pretrained_cfg` that hold for the fine-tuned model."""
 _USE = "use"
-"""Entry of a merged model that says how its output is read, `Task.merged_use`; older ones are classifiers."""
-_CLASSES = "# classes[model(transform(image.convert('RGB'))[None]).argmax()]"
+"""Entry of a merged model that says how its output is read, `Task.merged_use`."""
 
 
 def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> Path:
@@ -184,7 +182,7 @@ def loading_snippet(path: str | Path) -> str:
         path: File or folder written by `merge`.
     """
     if Path(path).is_dir():
-        use = json.loads((Path(path) / _CONFIG).read_text(encoding="utf-8")).get(_USE, _CLASSES)
+        use = json.loads((Path(path) / _CONFIG).read_text(encoding="utf-8"))[_USE]
         libraries = "timm, torch" if "torch." in use else "timm"
         lines = (
             f"import {libraries}\nmodel = timm.create_model({f'local-dir:{path}'!r}, pretrained=True).eval()\n"
@@ -194,14 +192,14 @@ def loading_snippet(path: str | Path) -> str:
         return lines + _use_lines(Path(path), use)
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    if task_class(metadata.get("task", _CLASSIFICATION)).head is not None:
+    if task_class(metadata["task"]).head is not None:
         return f"from snella.runs import load_merged\nmodel = load_merged({str(path)!r})"
     size = json.loads(metadata["img_size"])
     arguments = f"{metadata['architecture']!r}, num_classes={metadata['num_classes']}"
     arguments += "" if size is None else f", img_size={size}"
-    more = json.loads(metadata.get("model_args", "{}"))
+    more = json.loads(metadata["model_args"])
     arguments += "".join(f", {name}={value!r}" for name, value in more.items())
-    use = metadata.get(_USE, _CLASSES)
+    use = metadata[_USE]
     libraries = "json, timm, torch" if "torch." in use else "json, timm"
     return (
         f"import {libraries}; from safetensors import safe_open; from safetensors.torch import load_file\n"
@@ -255,7 +253,7 @@ def describe_file(path: str | Path) -> str:
     if Path(path).is_dir():
         return "a model in timm's format"
     with safe_open(path, "pt") as file:
-        task = file.metadata().get("task", _CLASSIFICATION)
+        task = file.metadata()["task"]
     if task_class(task).head is None:
         return "plain timm weights"
     return "plain weights of the backbone (encoder.…) and the decoder (decoder.…)"

@@ -16,7 +16,6 @@ import numpy as np
 from rich.console import Console
 
 from snella._console import counted, make_console, print_line, tracked
-from snella._deprecation import accept_former_arguments
 from snella._files import made_folder, naming_file, write_bytes
 from snella._text import utf8_text
 from snella.data.folder import listed
@@ -31,7 +30,6 @@ __all__ = ["expand_for", "parse_unsure", "predict_to_files", "write_features"]
 _FEATURE_SUFFIXES = (".npz", ".npy", ".parquet")
 
 
-@accept_former_arguments
 def predict_to_files(
     run: str,
     images: Sequence[str],

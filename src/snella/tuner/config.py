@@ -15,7 +15,6 @@ from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
-from snella._deprecation import accept_former_names
 from snella._text import nearest
 from snella.ops.backends import resolve_implementation
 from snella.ops.kernels import KERNELS, Kernel, make_kernel
@@ -60,9 +59,6 @@ Bias = Literal["none", "all", "snella_only"]
 
 MATCHED_KERNELS = ("mix_k", "p_linear")
 """Kernels whose steps `match_update` knows how to scale: sums of piecewise distances."""
-
-FORMER_NAMES = {"keep_delta": "cache_delta", "zero_start": "zero_init_ema", "train_tokens": "parameters_to_save"}
-"""Settings by the names they had in adapters of earlier versions, each with the present one."""
 
 # what other methods of PEFT have under these names, and what to use instead
 _INSTEAD = {
@@ -118,8 +114,6 @@ _PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-# a file names its type of adapter, a user need not
-@accept_former_names(FORMER_NAMES, is_from_file=lambda settings: "peft_type" in settings)
 @dataclass
 class SnellaConfig(PeftConfig):
     """Settings of one SNELLA adapter: which matrices, how they are merged, how many weights survive.
@@ -261,7 +255,7 @@ class SnellaConfig(PeftConfig):
 
     def __new__(cls, *args: Any, **settings: Any) -> Self:
         """Refuse settings that there are not, with the remedy."""
-        names = {setting.name for setting in fields(cls)} | FORMER_NAMES.keys()
+        names = {setting.name for setting in fields(cls)}
         errors = []
         for name in [name for name in settings if name not in names]:
             near = nearest(name, names, form="did you mean {!r}?")

@@ -155,12 +155,9 @@ class ImportanceTracker:
                 known = self._averages.get(key)
                 # NaN: the first value is taken as it is
                 start = nothing if self.zero_init_ema else torch.full_like(nothing, torch.nan)
-                # a state of before 2026-11-26 has one number a matrix under `delta_magnitude`
-                averages.append(start if known is None else known.to(device).reshape(-1).expand(value.numel()))
+                averages.append(start if known is None else known.to(device).reshape(-1))
                 uncertainty = self._uncertainties.get(key)
-                uncertainties.append(
-                    nothing if uncertainty is None else uncertainty.to(device).reshape(-1).expand(value.numel())
-                )
+                uncertainties.append(nothing if uncertainty is None else uncertainty.to(device).reshape(-1))
             shapes = [one.value.shape for one in values.values()]
             flat = self._flat[device] = _Flat(list(values), torch.cat(averages), torch.cat(uncertainties))
             self._averages |= flat.views_of(flat.averages, shapes)

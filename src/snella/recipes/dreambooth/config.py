@@ -4,7 +4,6 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from snella._deprecation import FORMER_OPTIONS, accept_former_names
 from snella.methods.defaults import RECIPE_METHOD
 from snella.runs.config import RunSettings
 from snella.runs.folder import RunFolderOf
@@ -24,7 +23,6 @@ _MINIMUMS = {
 }
 
 
-@accept_former_names(FORMER_OPTIONS)
 @dataclass
 class DreamBoothConfig(RunSettings):
     """Settings of one personalization run; None means the default of the method.

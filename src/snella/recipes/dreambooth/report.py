@@ -42,7 +42,7 @@ def write_generation_report(run: str | Path) -> Path:
     trained = read(GeneratorMetrics, folder)
     curve = trained.learning()
     allocation = read_if_present(Allocation, folder)
-    budgets = current_budgets(read_adapter(folder), allocation, metrics)
+    budgets = current_budgets(read_adapter(folder), allocation)
     before, after = plain_text(curve["fixed_before"]), plain_text(curve["fixed_after"])
     numbers = [
         ("loss on fixed noise", after, f"{before} before training"),
