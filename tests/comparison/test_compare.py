@@ -131,7 +131,7 @@ def test_final_cells_are_run_folders_that_can_be_used_and_trials_keep_no_weights
     assert load_run(root / "cells/digits/lora-2/seed-0").classes == [str(i) for i in range(10)]
     assert not list((root / "cells").rglob("checkpoints"))
     names = sorted(path.name for path in (root / "cells").rglob("*.safetensors"))
-    assert names == ["adapter_model.safetensors", *[LAYER_PROBE] * 2, "trained.safetensors"]
+    assert names == ["adapter_model.safetensors", *[LAYER_PROBE] * 2, "trainable.safetensors"]
 
 
 def test_the_chosen_trial_is_the_final_cell_of_its_seed_and_training_it_again_changes_nothing_but_time(copy, console):
