@@ -186,7 +186,7 @@ def test_auto_leaves_flips_out_if_they_change_the_classes(kind, expected, tta, h
     [
         ({"augment": "flip"}, "flip", 2),
         ({"augment": "none"}, "none", 1),
-        ({"augment": "auto"}, "crop-no-flip", 1),
+        ({"augment": "auto"}, "crop", 2),
         ({"augment": "flip", "tta": 1}, "flip", 1),
         ({"augment": "auto", "task": "regression"}, "flip", 1),
         ({"augment": "auto", "protocol": "official", "val_size": None}, "flip", 1),

@@ -135,7 +135,7 @@ _MOST_FLIPPED = 500
 """Training images whose flips are looked at, at most."""
 _FOLDS = 4
 _CLEAR = 2.0
-"""Standard errors from which flips are known to change classes."""
+"""Standard errors from which flips are known to make a probe worse."""
 
 
 def choose_head_start(parts: RunComponents, config: TrainConfig) -> TrainConfig:
@@ -224,8 +224,9 @@ def choose_augmentation(parts: RunComponents, config: TrainConfig) -> TrainConfi
     """Resolve `augment="auto"`, and `tta="auto"` with it.
 
     `auto` is `Task.augment`: crops and flips for classes, labels and ranks, flips for numbers and masks. Flips are left
-    out if they change the classes, as they do for letters: a linear probe is cross-validated on the training images,
-    and recognizes clearly fewer of the held-out ones when these are flipped (McNemar's test, two standard errors).
+    out if they change the classes: of a cross-validated linear probe, the one that learns from images and their flips,
+    and averages both, recognizes clearly fewer held-out images than the one without (McNemar's test, two standard
+    errors). Images that all face one side do not suffer from flips, though a probe without them would not know them.
     Predictions are averaged over an image and its flip where training flips images and the outputs are classes.
 
     Args:
@@ -255,7 +256,7 @@ def _can_probe(parts: RunComponents) -> bool:
 
 
 def _flips_change_classes(parts: RunComponents, config: TrainConfig) -> bool:
-    """Whether a cross-validated probe recognizes clearly fewer images when they are flipped."""
+    """Whether a cross-validated probe is clearly worse with flips: in training, and averaged in prediction."""
     if not parts.task.has_one_class or not _can_probe(parts):
         return False
     rows = probe_rows(parts, config)
@@ -263,19 +264,22 @@ def _flips_change_classes(parts: RunComponents, config: TrainConfig) -> bool:
     plain = probe_features(parts, config)[torch.from_numpy(order)].double().numpy()
     flipped = _features_before_training(parts, config, rows[order], flip=True).double().numpy()
     labels = np.asarray(parts.splits.train.labels)[rows[order]]
-    only_plain = only_flipped = 0
+    outputs = parts.task.count_outputs(parts.splits.classes)
+    only_without = only_with = 0
     for held_out in np.array_split(np.arange(len(labels)), _FOLDS):
         rest = np.setdiff1d(np.arange(len(labels)), held_out)
         if len(set(labels[rest].tolist())) < 2:
             continue
-        weight, bias = parts.task.fit_linear(plain[rest], labels[rest], len(parts.splits.classes), None)
-        right, right_flipped = (
-            (features[held_out] @ weight.double().numpy().T + bias.double().numpy()).argmax(1) == labels[held_out]
-            for features in (plain, flipped)
-        )
-        only_plain += int((right & ~right_flipped).sum())
-        only_flipped += int((right_flipped & ~right).sum())
-    return only_plain - only_flipped > _CLEAR * math.sqrt(only_plain + only_flipped)
+        right = []
+        for views in ([plain], [plain, flipped]):
+            targets = np.tile(labels[rest], len(views))
+            fit = parts.task.fit_linear(np.concatenate([view[rest] for view in views]), targets, outputs, None)
+            logits = [torch.from_numpy(view[held_out]) @ fit[0].T + fit[1] for view in views]
+            answers = parts.task.sample_outputs(parts.task.average_outputs(logits)).argmax(-1)
+            right.append(answers.numpy() == labels[held_out])
+        only_without += int((right[0] & ~right[1]).sum())
+        only_with += int((right[1] & ~right[0]).sum())
+    return only_without - only_with > _CLEAR * math.sqrt(only_without + only_with)
 
 
 def probe_rows(parts: RunComponents, config: TrainConfig) -> NDArray[np.int64]:
