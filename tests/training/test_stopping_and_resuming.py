@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from snella.records import BackboneInfo, DataInfo, RunInfo
 from snella.report import write_report
 from snella.runs import RunFolder, TrainConfig
+from snella.runs.images import load_splits, splits_digest
 from snella.tasks.classification import ClassificationTask
 from snella.training.checkpoints import CheckpointError, latest_checkpoint
 from snella.training.session import InterruptCallback, NonFiniteLossError, TrainingInterrupted, checkpoint_to_resume
@@ -129,7 +130,8 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(settings, uninter
     config = settings()
     run = RunFolder(config.out)
     run.create(run.resolve_settings(config))
-    backbone, data = BackboneInfo(name=config.backbone), DataInfo(spec=config.data)
+    backbone = BackboneInfo(name=config.backbone)
+    data = DataInfo(spec=config.data, digest=splits_digest(load_splits(config)))
     run.write(RunInfo(status="running", method=config.method, backbone=backbone, classes=[], data=data))
     assert same(outcome(resumed(config)[0]), uninterrupted)
 

@@ -74,7 +74,7 @@ def test_the_best_epoch_is_the_most_accurate_and_of_equals_that_with_the_lower_l
 def test_the_adapter_has_a_card_with_base_model_classes_and_preparation(finished):
     card = (finished.adapter / "README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "peft"
-    for words in ("`test_vit`, fine-tuned", '["cats", "dogs", "owls"]', "input_size: 3, 32, 32", "`snella-2`"):
+    for words in ("`test_vit`, fine-tuned", '["cats", "dogs", "owls"]', r"input\_size: 3, 32, 32", "`snella-2`"):
         assert words in card, words
 
 
