@@ -22,7 +22,7 @@ from snella.tasks import create_task
 from snella.training import final_head
 from snella.training.build import build_components
 from snella.training.final_head import MeasuredFeatures, fit_linear, is_clearly_worse
-from snella.training.linear_probe import choose_final_head
+from snella.training.linear_probe import base_and_head, choose_final_head
 from snella.training.train import train
 
 QUIET = Console(quiet=True)
@@ -227,25 +227,23 @@ def test_a_damaged_file_is_one_error(finished, tmp_path):
     [
         {"protocol": "official", "val_size": None},
         {"final_head": "trained"},
-        {"backbone": "test_efficientnet", "method": "vpt-deep-2", "r": None, "final_head": "trained"},
     ],
 )
 def test_the_trained_head_stays(options, tmp_path):
-    if options.get("backbone"):
-        options = options | {"backbone": "test_vit"}
     run = train(config(tmp_path, **options), QUIET)
     assert "final_head" not in run.read_json("metrics.json")
     assert load_run(run).probe is None
 
 
-def test_methods_with_tokens_of_their_own_keep_the_trained_head_or_read_the_same_features(tmp_path):
-    settings = config(tmp_path, method="vpt-deep-2", r=None).resolved()
+@pytest.mark.parametrize("method", ["vpt-deep-2", "ssf", "adapter-2"])
+def test_features_are_those_that_the_head_gets_for_methods_with_modules_of_their_own(method, tmp_path):
+    settings = config(tmp_path, method=method, r=None).resolved()
     parts = build_components(settings)
-    if choose_final_head(parts, settings) == "layers":
-        images = torch.randn(2, 3, 32, 32)
-        with torch.no_grad():
-            own = layer_features(parts.model.eval(), images, probed_layers(parts.model))
-            torch.testing.assert_close(parts.model.get_classifier()(own[:, :64]), parts.model(images))
+    assert choose_final_head(parts, settings) == "layers"
+    images, model = torch.randn(2, 3, 32, 32), parts.model.eval()
+    with torch.no_grad():
+        own = layer_features(model, images, probed_layers(model))[:, :64]
+        torch.testing.assert_close(base_and_head(model)[1](own), model(images), atol=1e-4, rtol=1e-4)
 
 
 def test_what_cannot_be_had_is_refused(tmp_path):

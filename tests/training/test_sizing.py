@@ -99,7 +99,7 @@ def test_the_run_is_that_of_the_numbers_that_were_chosen(settings, console, monk
 def test_as_many_epochs_as_fit(budget, epochs, said, settings, console, monkeypatch):
     config = settings(batch_size=1, accumulate=2, train_size=14, val_size=3, time_budget=budget).resolved()
     parts = build_components(config)
-    seconds = {sizing._trial_step: 0.5, sizing._trial_evaluation: 0.1}
+    seconds = {sizing._trial_step: 0.5, sizing._trial_evaluation: 0.1, sizing._only_read: 0.0}
     monkeypatch.setattr(sizing, "_step_seconds", lambda parts, config, dataset, batch, step: seconds[step])
     assert len(parts.splits.train) == 14 and len(parts.splits.val) == 3
     assert fit_epochs(parts, config, console).epochs == epochs
@@ -114,7 +114,7 @@ def timed_by_pixels(monkeypatch):
     def step_seconds(parts, config, dataset, batch, step):
         side = parts.data_config["input_size"][-1]
         assert next(iter(dataset))[0].shape[-1] == side
-        if step is sizing._trial_evaluation:
+        if step is not sizing._trial_step:
             return 0.0
         timing.sides.append(side)
         return (side / 160) ** timing.power
@@ -265,8 +265,8 @@ def test_the_first_read_of_images_is_timed_apart_from_evaluation(settings):
     config = settings(batch_size=2, time_budget="1h").resolved()
     parts = build_components(config)
     images = _ReadSlowlyOnce()
-    assert sizing._first_read_seconds(parts, config, images, 2) >= 0.06
-    assert sizing._step_seconds(parts, config, images, 2, lambda *args: None) < 0.03
+    assert sizing._step_seconds(parts, config, images, 2, sizing._only_read) >= 0.06
+    assert sizing._step_seconds(parts, config, images, 2, sizing._only_read) < 0.03
 
 
 def test_the_final_head_is_part_of_the_budget(settings, console, monkeypatch):

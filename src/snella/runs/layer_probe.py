@@ -68,8 +68,8 @@ def layer_features(model: nn.Module, images: Tensor, layers: Sequence[int]) -> T
 class LayerProbe(nn.Module):
     """A model whose outputs are linear in `layer_features`: `[batch, channels, height, width]` → `[batch, outputs]`.
 
-    Its idea is that of Evci et al., Head2Toe (arXiv 2201.03529): features of earlier layers tell more of images unlike
-    those of the pre-training.
+    The idea is Head2Toe's (Evci et al., arXiv 2201.03529): earlier layers can separate classes better than the last one
+    if the images differ from those of the pre-training.
 
     Args:
         model: As for `probed_layers`; its own head is not used.
@@ -152,7 +152,8 @@ def read_layer_probe(adapter: Path, model: nn.Module) -> LayerProbe | None:
         with safe_open(path, "pt") as file:
             layers = json.loads((file.metadata() or {}).get("layers", "null"))
             weight, bias = (file.get_tensor(name) for name in _TENSORS)
-        if not isinstance(layers, list) or not set(layers) <= set(range(len(base_model(model).feature_info))):  # type: ignore[arg-type]
+        base: Any = base_model(model)
+        if not isinstance(layers, list) or not set(layers) <= set(range(len(base.feature_info))):
             raise ValueError(f"layers are {layers}")
         return LayerProbe(model, layers, weight, bias)
     except (OSError, SafetensorError, RuntimeError, LookupError, TypeError, ValueError) as error:

@@ -18,6 +18,7 @@ from torch import Tensor
 from snella.data import ImageDataset
 from snella.records import Prediction, Predictions
 from snella.tasks import predictions as image_outputs
+from snella.tasks.linear_fit import fit_head
 from snella.tasks.losses import CLASS_LOSSES, corn, corn_probabilities, full_precision, weighted_mean
 from snella.tasks.task import (
     ClassWeights,
@@ -32,8 +33,6 @@ from snella.tasks.task import (
 INVERSE_PENALTY = 0.1
 """Of the linear probe: scikit-learn's `C` on features of mean variance 1."""
 _MAX_ITERATIONS = 200
-_TOLERANCE = 1e-5
-"""Largest entry of the gradient of the mean loss at which a fit ends."""
 
 
 def feature_scale(features: np.ndarray) -> float:
@@ -64,30 +63,18 @@ def fit_probe(
     present, numbers = np.unique(labels, return_inverse=True)
     inputs, targets = torch.from_numpy(features / scale).float(), torch.from_numpy(numbers)
     of_images = None if weights is None else torch.from_numpy(weights).float()
-    is_binary = len(present) == 2  # one score w for the second class: ‖w‖² is half of the sum for −w/2 and w/2 twice
-    penalty = (2.0 if is_binary else 1.0) / (2 * inverse_penalty)
-    weight = torch.zeros(len(present), inputs.shape[1], requires_grad=True)
-    bias = torch.zeros(len(present), requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [weight, bias],
-        max_iter=_MAX_ITERATIONS,
-        tolerance_grad=_TOLERANCE,
-        tolerance_change=1e-8,
-        line_search_fn="strong_wolfe",
-    )
+    count = len(inputs)
+    penalty = 1 / (2 * inverse_penalty * count)
+    if len(present) == 2:
+        penalty *= 2  # scikit-learn's one row w is −w/2 and w/2 here, whose squares sum to half of ‖w‖²
 
-    def objective() -> Tensor:
-        optimizer.zero_grad()
-        losses = F.cross_entropy(inputs @ weight.T + bias, targets, reduction="none")
-        total = (losses if of_images is None else losses * of_images).sum() + penalty * weight.square().sum()
-        mean = total / len(inputs)
-        mean.backward()
-        return mean
+    def loss(logits: Tensor) -> Tensor:
+        losses = F.cross_entropy(logits, targets, reduction="none")
+        return (losses if of_images is None else losses * of_images).sum() / count
 
-    with torch.enable_grad():
-        optimizer.step(objective)
+    weight, bias = fit_head(inputs, len(present), loss, penalty, _MAX_ITERATIONS)
     of_all, of_bias = torch.zeros(classes, features.shape[1], dtype=torch.float64), torch.zeros(classes).double()
-    of_all[present], of_bias[present] = weight.detach().double() / scale, bias.detach().double()
+    of_all[present], of_bias[present] = weight.double() / scale, bias.double()
     return of_all, of_bias
 
 

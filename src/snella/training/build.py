@@ -127,7 +127,7 @@ class RunComponents:
         backbone: What the model was built of.
         data_config: Preprocessing, as timm names it.
         probe_features: Features of training images before training; set by `snella.training.linear_probe`.
-        start_layers: Features of several layers of the same images, where the final head needs them.
+        start_layers: Features of several layers of the same images; None once the model is trained.
     """
 
     splits: DataSplits

@@ -13,8 +13,9 @@ from snella.data import ImageDataset, build_transform
 from snella.methods.model_parts import base_model
 from snella.runs.layer_probe import LayerProbe, layer_features, probed_layers
 from snella.tasks import Task
+from snella.tasks.linear_fit import fit_head
 from snella.training.build import RunComponents
-from snella.training.linear_probe import FeatureDataset
+from snella.training.linear_probe import plain_images
 
 INVERSE_PENALTY = 0.01
 """Weight of the sum of the images' losses beside `‖W‖²/2`, for standardized features."""
@@ -73,16 +74,14 @@ def measure_features(
         load: Makes the batches.
         first_view: Features of the images as they are, if they are known.
     """
-    images = images.images if isinstance(images, FeatureDataset) else images
-    plain = images.with_transform(build_transform(parts.data_config, train=False, augment="none"))
+    plain = plain_images(images).with_transform(build_transform(parts.data_config, train=False, augment="none"))
     model, layers = parts.model, probed_layers(parts.model)
     device = next(model.parameters()).device
     model.eval()
     found: dict[int, list[Tensor]] = {number: [] for number in range(0 if first_view is None else 1, views)}
     labels: list[Tensor] = []
     weights: list[Tensor] = []
-    targets = [(torch.empty(0), *plain.target_and_weight(index)) for index in range(len(plain))]
-    for batch in load(plain) if found else [parts.task.collate(targets)]:
+    for batch in load(plain) if found else [_targets(parts.task, plain)]:
         for number, view in found.items():
             batch_images = batch["images"].to(device)
             features = layer_features(model, batch_images.flip(-1) if number else batch_images, layers)
@@ -97,22 +96,24 @@ def measure_features(
     )
 
 
-def fit_layers(
-    parts: RunComponents, train: ImageDataset, views: int, load: Load, *, is_trained: bool = True
-) -> LayerFit:
+def _targets(task: Task, images: ImageDataset) -> dict[str, Tensor]:
+    """A batch of all targets, without the images."""
+    return task.collate([(torch.empty(0), *images.target_and_weight(index)) for index in range(len(images))])
+
+
+def fit_layers(parts: RunComponents, train: ImageDataset, views: int, load: Load) -> LayerFit:
     """Fit a linear head to features of several layers of the trained model.
 
     The validation images are predicted by a fit to the training images, and then are part of the final one.
 
     Args:
-        parts: Data and model.
+        parts: Data and model; `start_layers`, if it is there, has the features of `train`.
         train: The training images that it is fitted to.
-        views: As for `measure_features`, as is `load`.
+        views: As for `measure_features`.
         load: Makes the batches.
-        is_trained: False if the model is as it was at the start, whose features need not be computed again.
     """
     outputs = parts.task.count_outputs(parts.splits.classes)
-    measured = measure_features(parts, train, views, load, None if is_trained else parts.start_layers)
+    measured = measure_features(parts, train, views, load, parts.start_layers)
     val = None if parts.splits.val is None else measure_features(parts, parts.splits.val, views, load)
     weight, bias = fit_linear(parts.task, measured, outputs)
     layers, said = probed_layers(parts.model), None
@@ -153,8 +154,8 @@ def layer_fit_seconds(parts: RunComponents, rows: int) -> float:
         parts: Data and model.
         rows: Images times views.
     """
-    base = base_model(parts.model)
-    channels = [int(entry["num_chs"]) for entry in base.feature_info]  # type: ignore[union-attr]
+    base: Any = base_model(parts.model)
+    channels = [int(entry["num_chs"]) for entry in base.feature_info]
     width = 2 * sum(channels[layer] for layer in probed_layers(parts.model))
     return _SECONDS_PER_PRODUCT * rows * width * parts.task.count_outputs(parts.splits.classes) + 1.0
 
@@ -180,22 +181,9 @@ def fit_linear(task: Task, measured: MeasuredFeatures, outputs: int) -> tuple[Te
     inputs = (features - mean) / std
     labels = torch.cat([measured.labels] * count).to(inputs.device)
     weights = None if measured.weights is None else torch.cat([measured.weights] * count).to(inputs.device)
-    weight = torch.zeros(outputs, inputs.shape[1], device=inputs.device, requires_grad=True)
-    bias = torch.zeros(outputs, device=inputs.device, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=_ITERATIONS, tolerance_grad=1e-5, line_search_fn="strong_wolfe"
-    )
     penalty = 1 / (2 * INVERSE_PENALTY * len(inputs))
-
-    def objective() -> Tensor:
-        optimizer.zero_grad()
-        loss = task.loss(inputs @ weight.T + bias, labels, weights) + penalty * weight.square().sum()
-        loss.backward()
-        return loss
-
-    with torch.enable_grad():
-        optimizer.step(objective)
-    weight, bias = weight.detach() / std, bias.detach()
+    weight, bias = fit_head(inputs, outputs, lambda found: task.loss(found, labels, weights), penalty, _ITERATIONS)
+    weight = weight / std
     return weight, bias - weight @ mean
 
 

@@ -57,6 +57,11 @@ class FeatureDataset(Dataset[tuple[Any, ...]]):
         return self.images.image(index)
 
 
+def plain_images(images: ImageDataset | FeatureDataset) -> ImageDataset:
+    """The images themselves, where `cache_features` has replaced them by their features."""
+    return images.images if isinstance(images, FeatureDataset) else images
+
+
 def can_cache_features(config: TrainConfig, model: nn.Module) -> bool:
     """Whether nothing before the head changes during training: a linear probe of a timm model without augmentation."""
     method = method_of(model)
@@ -226,7 +231,7 @@ def choose_augmentation(parts: RunComponents, config: TrainConfig) -> TrainConfi
     `auto` is `Task.augment`: crops and flips for classes, labels and ranks, flips for numbers and masks. Flips are left
     out if they change the classes: of a cross-validated linear probe, the one that learns from images and their flips,
     and averages both, recognizes clearly fewer held-out images than the one without (McNemar's test, two standard
-    errors). Images that all face one side do not suffer from flips, though a probe without them would not know them.
+    errors). A probe that never saw flips says little: it fails on flipped figures that all face left.
     Predictions are averaged over an image and its flip where training flips images and the outputs are classes.
 
     Args:

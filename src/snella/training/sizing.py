@@ -26,6 +26,7 @@ from snella.runs.protocol import get_protocol
 from snella.training.build import RunComponents
 from snella.training.distributed import process_count
 from snella.training.final_head import layer_fit_seconds
+from snella.training.linear_probe import probe_rows
 from snella.training.memory import predict_step_memory, restored_state
 from snella.training.results import MIN_SIZE, free_memory, size_step
 
@@ -195,7 +196,8 @@ def _measure_times(parts: RunComponents, config: TrainConfig) -> _Times:
     measured = [part for name, part in parts_of(parts.splits).items() if name != "train"]
     if not measured:
         return _Times(steps * train_s, 0.0)
-    first_read_s = _first_read_seconds(parts, config, measured[-1], per_batch)
+    # images that fit into memory are read from there later
+    first_read_s = _step_seconds(parts, config, measured[-1], per_batch, _only_read)
     evaluation_s = config.views * _step_seconds(parts, config, measured[-1], per_batch, _trial_evaluation)
 
     def batches_of(part: ImageDataset) -> int:
@@ -207,7 +209,10 @@ def _measure_times(parts: RunComponents, config: TrainConfig) -> _Times:
     epoch_s = steps * train_s + (0.0 if selection is None else seconds_of(selection))
     final_s = sum(batches_of(part) * first_read_s + seconds_of(part) for part in measured)
     if config.final_head == "layers":
-        final_s += seconds_of(parts.splits.train) + layer_fit_seconds(parts, config.views * len(parts.splits.train))
+        rows = len(probe_rows(parts, config))
+        final_s += -(-rows // config.effective_batch_size) * evaluation_s + layer_fit_seconds(
+            parts, config.views * rows
+        )
     return _Times(epoch_s, final_s)
 
 
@@ -250,33 +255,14 @@ def _trial_evaluation(parts: RunComponents, config: TrainConfig, batch: dict[str
         model(images)
 
 
+def _only_read(parts: RunComponents, config: TrainConfig, batch: dict[str, Tensor]) -> None:
+    """Nothing: what is timed is the loading."""
+
+
 def _autocast(device: torch.device, config: TrainConfig) -> torch.autocast | nullcontext[None]:
     """Autocast as training has it."""
     dtype = _DTYPES.get(config.precision)
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
-
-
-def _first_read_seconds(
-    parts: RunComponents, config: TrainConfig, dataset: torch.utils.data.Dataset[object], batch: int
-) -> float:
-    """Median seconds to read a batch for the first time; later reads are faster if the images stay in memory."""
-    limit_s = _MEASURED_SHARE * budget_seconds(str(config.time_budget))
-    spans: list[float] = []
-    start = time.perf_counter()
-    for _ in _loader(parts, config, dataset, batch):
-        spans.append(time.perf_counter() - start)
-        if len(spans) > _TIMED_STEPS or sum(spans) > limit_s:
-            break
-        start = time.perf_counter()
-    return statistics.median(spans)
-
-
-def _loader(
-    parts: RunComponents, config: TrainConfig, dataset: torch.utils.data.Dataset[object], batch: int
-) -> DataLoader[object]:
-    """Batches in order."""
-    generator = torch.Generator().manual_seed(config.seed)  # or a loader would draw from torch's own numbers
-    return DataLoader(dataset, batch, collate_fn=parts.task.collate, num_workers=config.workers, generator=generator)
 
 
 def _step_seconds(
@@ -287,7 +273,8 @@ def _step_seconds(
     step: Callable[[RunComponents, TrainConfig, dict[str, Tensor]], None],
 ) -> float:
     """Median seconds of a step with the loading of its images; the first step, which compiles, is left out."""
-    loader = _loader(parts, config, dataset, batch)
+    generator = torch.Generator().manual_seed(config.seed)  # or a loader would draw from torch's own numbers
+    loader = DataLoader(dataset, batch, collate_fn=parts.task.collate, num_workers=config.workers, generator=generator)
     limit_s = _MEASURED_SHARE * budget_seconds(str(config.time_budget))
     spans: list[float] = []
     start = time.perf_counter()

@@ -39,13 +39,13 @@ from snella.training.checkpoints import latest_checkpoint
 from snella.training.distributed import from_main, is_main, join_processes, only_main, process_count, wait_for_others
 from snella.training.final_head import LayerFit, fit_layers, is_clearly_worse, measure_layers
 from snella.training.linear_probe import (
-    FeatureDataset,
     cache_features,
     can_cache_features,
     choose_augmentation,
     choose_final_head,
     choose_head_start,
     normalize_features,
+    plain_images,
     probe_rows,
     start_head_from_probe,
 )
@@ -165,6 +165,8 @@ def _train(
         _check_epochs(config)
     if not is_resumed:
         config = from_main(lambda: fit_epochs(parts, config, console, begun))
+    if config.epochs:
+        parts.start_layers = None  # training changes the features
     if start is not None and latest_checkpoint(run.checkpoints) is None:
         load_start(parts, config, start)
     wait_for_others()  # all have read what a resumed run had
@@ -463,11 +465,8 @@ def _fit_final_head(
         run.update("running", final_head="trained")
     if config.final_head != "layers" or process_count() > 1:  # a run of one process that several go on with
         return None, None
-    images: Any = parts.splits.train
-    images = images.images if isinstance(images, FeatureDataset) else images
-    train = images.subset(probe_rows(parts, config).tolist())
-    is_trained = trainer.state.global_step > 0
-    fit = fit_layers(parts, train, config.views, trainer.get_eval_dataloader, is_trained=is_trained)
+    train = plain_images(parts.splits.train).subset(probe_rows(parts, config).tolist())
+    fit = fit_layers(parts, train, config.views, trainer.get_eval_dataloader)
     if fit.val is None:
         record = FinalHead(fit.probe.layers, True)
     else:

@@ -1,0 +1,44 @@
+"""The fit of a linear head with an L2 penalty."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+_TOLERANCE = 1e-5
+"""Largest entry of the gradient at which a fit ends."""
+
+
+def fit_head(
+    inputs: Tensor, outputs: int, loss: Callable[[Tensor], Tensor], penalty: float, iterations: int
+) -> tuple[Tensor, Tensor]:
+    """Minimize `loss(X Wᵀ + b) + penalty · ‖W‖²` over `W` and `b` by L-BFGS, starting from zeros.
+
+    For thousands of images it takes a few seconds less than scikit-learn's logistic regression, which knows no other
+    loss and no GPU; a time budget of a minute has to hold several such fits.
+
+    Args:
+        inputs: X, `[images, width]`.
+        outputs: Rows of `W`.
+        loss: Of the outputs `[images, outputs]`; 0-dim.
+        penalty: Weight of the squared norm.
+        iterations: At most.
+
+    Returns:
+        `W`, `[outputs, width]`, and `b`, `[outputs]`.
+    """
+    weight = torch.zeros(outputs, inputs.shape[1], device=inputs.device, requires_grad=True)
+    bias = torch.zeros(outputs, device=inputs.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=iterations, tolerance_grad=_TOLERANCE, line_search_fn="strong_wolfe"
+    )
+
+    def objective() -> Tensor:
+        optimizer.zero_grad()
+        value = loss(inputs @ weight.T + bias) + penalty * weight.square().sum()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(objective)
+    return weight.detach(), bias.detach()
