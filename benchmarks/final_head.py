@@ -2,8 +2,8 @@
 
 python benchmarks/final_head.py --folders-root ROOT          appends to final_head.jsonl
 
-ROOT is what `products/folders.py` wrote. Folders are those of development. Nothing is trained: the features are those
-of the pre-trained weights, and each head adds one part to the one before.
+`products/folders.py` writes ROOT. The backbone is not trained. Each head adds one part to the one before it. By default
+all development folders are measured.
 """
 
 import argparse

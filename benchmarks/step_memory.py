@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="replaced; step_memory.jsonl for the default models")
     args = parser.parse_args()
     if args.out is None and (args.backbones, args.batch, args.depths) != (list(DEPTHS), BATCH, None):
-        parser.error(f"rows of other models do not replace those of {ROWS.name}; give --out")
+        parser.error(f"--out is required with other models; {ROWS.name} holds the default ones")
     torch.set_num_threads(1)
     out = args.out or ROWS
     out.unlink(missing_ok=True)

@@ -65,7 +65,7 @@ def evaluate(
         columns: Columns of a table, e.g. path=file,label=species; the run's own if not given.
         skip_corrupt: Leave out images that cannot be read.
         out: Also write the results to this JSON file.
-        calibrate: Fit a classifier's temperature on the validation images anew, and store it.
+        calibrate: Refit a classifier's temperature on the validation images, and store it.
         device: auto, or a device of torch such as cpu, cuda:1 or mps.
     """
     from snella._console import make_console, make_table, print_line

@@ -1,8 +1,8 @@
 """The rows of a comparison on disk, and the locks that give each cell to one process.
 
 `results.jsonl` holds one line a cell, appended as cells finish, by several processes if need be; every cell also keeps
-its row as `cell.json` in its folder, written atomically. Each row carries the SHA-256 of its other columns; a row
-without one is taken as it is. A line takes precedence over the folder's copy, and what is damaged or missing on one
+its row as `cell.json` in its folder, written atomically. Each row carries the SHA-256 of its other columns, and a row
+without one is not checked. A line takes precedence over the folder's copy, and what is damaged or missing on one
 side is restored from the other, with every column that it has.
 
 Locks are those of the operating system, on files below `locks/` (`filelock`): they end with the process that holds

@@ -59,7 +59,7 @@ class DataInfo:
         seed: Decides the splits.
         description: In a few words.
         sizes: Items of each part.
-        digest: SHA-256 of what was split, and how; None for generators.
+        digest: SHA-256 of the file names, classes and split; None for generators.
         contents: SHA-256 of the images of each part that the run read; nothing for generators.
         folder: Its absolute place; None for data without one.
         notes: What a user should know about it.
@@ -204,7 +204,7 @@ class RunInfo(Record):
 
     @property
     def trained_head_temperature(self) -> float:
-        """The temperature of the trained head's logits; 1 where it was fitted to those of another final head."""
+        """The temperature for the trained head's logits; 1 if the calibrated head is another one."""
         return self.temperature if self.final_head == "trained" else 1.0
 
     @property

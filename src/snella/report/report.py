@@ -151,7 +151,7 @@ def _kept_text(metrics: Metrics) -> str:
 
 
 def method_facts(metrics: Metrics | None, allocation: Allocation | None, budgets: Mapping[str, int]) -> list[Fact]:
-    """Sizes of what was trained, and the memory of training."""
+    """Trainable parameters, budget, final head and peak memory."""
     if metrics is None:
         return []
     facts = [_count_fact("trainable parameters", metrics.trainable_parameters)]
