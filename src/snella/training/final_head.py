@@ -1,6 +1,5 @@
 """The final head of a run: the trained one, or a linear one fitted to features of several layers after training."""
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +14,11 @@ from snella.runs.layer_probe import LayerProbe, layer_features, probed_layers
 from snella.tasks import Task
 from snella.tasks.linear_fit import fit_head
 from snella.training.build import RunComponents
-from snella.training.linear_probe import plain_images
+from snella.training.linear_probe import is_clearly_more, plain_images
 
 INVERSE_PENALTY = 0.01
 """Weight of the sum of the images' losses beside `‖W‖²/2`, for standardized features."""
 _ITERATIONS = 100
-_CLEAR = 2.0
-"""Standard errors from which the trained head is known to be better."""
 _EPS = 1e-6
 _SECONDS_PER_PRODUCT = 1e-8
 """Time of both fits for each image, feature and output; a fit has about a hundred steps."""
@@ -132,16 +129,14 @@ def measure_layers(parts: RunComponents, probe: LayerProbe, images: Any, views: 
 def is_clearly_worse(task: Task, val: tuple[Any, Any], trained: tuple[Any, Any]) -> bool:
     """Whether the outputs `val` are worse than those of the trained head on the same validation images.
 
-    For one class an image by McNemar's test, two standard errors of the number of images that one of both alone gets
-    right; for other tasks by the monitored metric.
+    For one class an image by McNemar's test (`is_clearly_more`), for other tasks by the monitored metric.
     """
     if task.has_one_class:
         labels = torch.as_tensor(np.asarray(trained[1]))
         right, right_trained = (
             task.sample_outputs(reduced).argmax(-1).cpu() == labels for reduced, _ in (val, trained)
         )
-        lost, won = int((right_trained & ~right).sum()), int((right & ~right_trained).sum())
-        return lost - won > _CLEAR * math.sqrt(lost + won)
+        return is_clearly_more(int((right_trained & ~right).sum()), int((right & ~right_trained).sum()))
     score, score_trained = (task.metrics(*outputs) for outputs in (val, trained))
     sign = task.monitors[task.monitor]
     return sign * score_trained[task.monitor] > sign * score[task.monitor]

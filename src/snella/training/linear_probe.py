@@ -140,7 +140,7 @@ _MOST_FLIPPED = 500
 """Training images whose flips are looked at, at most."""
 _FOLDS = 4
 _CLEAR = 2.0
-"""Standard errors from which flips are known to make a probe worse."""
+"""Standard errors from which a difference is clear."""
 
 
 def choose_head_start(parts: RunComponents, config: TrainConfig) -> TrainConfig:
@@ -284,7 +284,17 @@ def _flips_change_classes(parts: RunComponents, config: TrainConfig) -> bool:
             right.append(answers.numpy() == labels[held_out])
         only_without += int((right[0] & ~right[1]).sum())
         only_with += int((right[1] & ~right[0]).sum())
-    return only_without - only_with > _CLEAR * math.sqrt(only_without + only_with)
+    return is_clearly_more(only_without, only_with)
+
+
+def is_clearly_more(only_first: int, only_second: int) -> bool:
+    """Whether the first of two classifiers is clearly better on the same images: McNemar's test, two standard errors.
+
+    Args:
+        only_first: Images that the first one alone gets right.
+        only_second: Images that the second one alone gets right.
+    """
+    return only_first - only_second > _CLEAR * math.sqrt(only_first + only_second)
 
 
 def probe_rows(parts: RunComponents, config: TrainConfig) -> NDArray[np.int64]:
