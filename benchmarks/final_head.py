@@ -87,7 +87,8 @@ def main() -> None:
         table.append(row)
         print(folder, *(f"{100 * value:.1f}" for value in row), flush=True)
         found = {"folder": folder, "pixels": args.pixels, "accuracy": dict(zip(names, row, strict=True))}
-        append_rows(args.out, [found | conditions("cpu")])
+        command = {"command": f"final_head.py --folders-root ROOT --pixels {args.pixels}"}
+        append_rows(args.out, [found | conditions("cpu") | command])
     print("mean", *(f"{100 * value:.1f}" for value in np.mean(table, axis=0)))
 
 
