@@ -77,7 +77,7 @@ def test_other_models_do_not_replace_the_committed_rows_of_memory(words, monkeyp
     monkeypatch.setattr("sys.argv", ["step_memory.py", *words.split()])
     with pytest.raises(SystemExit):
         step_memory.main()
-    assert rows.read_text() == "{}\n" and "give --out" in capsys.readouterr().err
+    assert rows.read_text() == "{}\n" and "--out is required" in capsys.readouterr().err
     monkeypatch.setattr("sys.argv", ["step_memory.py", *words.split(), "--out", str(tmp_path / "other.jsonl")])
     step_memory.main()
     assert rows.read_text() == "{}\n" and '{"count": 1}' in (tmp_path / "other.jsonl").read_text()

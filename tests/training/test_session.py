@@ -25,9 +25,9 @@ from snella.runs.folder import RunFolder
 from snella.training.session import lock_run
 with lock_run(RunFolder(sys.argv[1])):
     if os.fork() == 0:
+        print("held", flush=True)  # only now has the child closed its copy of the lock
         time.sleep(60)  # as a loader's worker that outlives its parent
         os._exit(0)
-    print("held", flush=True)
     time.sleep(60)
 """
 
