@@ -277,3 +277,14 @@ def test_the_final_head_is_part_of_the_budget(settings, console, monkeypatch):
     with_head = sizing._measure_times(parts, dataclasses.replace(config, final_head="layers"))
     assert with_head.epoch_s == without.epoch_s
     assert with_head.final_s >= without.final_s + 14 * 0.1
+
+
+def test_two_steps_that_compile_are_left_out_of_the_time_of_a_step(settings):
+    config = settings(time_budget="1s").resolved()
+    parts = build_components(config)
+    pauses = iter([0.2, 0.2])
+
+    def step(*_):
+        time.sleep(next(pauses, 0.0))
+
+    assert sizing._step_seconds(parts, config, parts.splits.val, len(parts.splits.val), step) < 0.1

@@ -3,6 +3,7 @@
 import bisect
 import dataclasses
 import io
+import itertools
 import math
 import re
 import statistics
@@ -33,12 +34,12 @@ from snella.training.results import MIN_SIZE, free_memory, size_step
 _LARGEST_BATCH, _FEWEST_STEPS = 256, 10
 _MEMORY_SHARE = 0.8
 """Of the free memory that a step may take by its prediction: libraries and workspaces come on top."""
-_TIMED_STEPS = 4
+_TIMED_STEPS, _FEWEST_TIMED = 4, 3
 _TIME_SHARE = 0.9
 """Of the time budget that steps and evaluations may take: checkpoints, results and report take the rest."""
 _MOST_EPOCHS = 100
 _MEASURED_SHARE = 0.02
-"""Of the time budget, after which no further step is timed once there are two."""
+"""Of the time budget, after which no further step is timed once the fewest have been."""
 _SIZE_RATIO = 1.15
 """Of an image size that is too large to one that is not, from which none between them is tried."""
 _SIZE_ERRORS = (ValueError, TypeError, RuntimeError, AssertionError, IndexError)
@@ -272,21 +273,27 @@ def _step_seconds(
     batch: int,
     step: Callable[[RunComponents, TrainConfig, dict[str, Tensor]], None],
 ) -> float:
-    """Median seconds of a step with the loading of its images; the first step, which compiles, is left out."""
+    """Median seconds of a step with the loading of its images.
+
+    The first step compiles and is left out. The second may compile as well, so that at least two steps are timed after
+    the first, and of an even number of times the lower median counts.
+    """
     generator = torch.Generator().manual_seed(config.seed)  # or a loader would draw from torch's own numbers
     loader = DataLoader(dataset, batch, collate_fn=parts.task.collate, num_workers=config.workers, generator=generator)
     limit_s = _MEASURED_SHARE * budget_seconds(str(config.time_budget))
     spans: list[float] = []
     start = time.perf_counter()
-    for number, items in enumerate(loader):
+    passes = 1 if step is _only_read else _FEWEST_TIMED  # a part may be one batch, and is read once
+    batches = itertools.chain.from_iterable(itertools.repeat(loader, passes))
+    for number, items in enumerate(batches):
         step(parts, config, items)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         spans.append(time.perf_counter() - start)
-        if number == _TIMED_STEPS or (len(spans) > 1 and sum(spans) > limit_s):
+        if number == _TIMED_STEPS or (number >= _FEWEST_TIMED - 1 and sum(spans[1:]) > limit_s):
             break
         start = time.perf_counter()
-    return statistics.median(spans[1:] or spans)
+    return statistics.median_low(spans[1:] or spans)
 
 
 def _runs_out_of_memory(step: Callable[[], None]) -> bool:
