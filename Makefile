@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PACKAGES := dataset-fashion-mnist tuxpaint-stamps-default mricron-data chromium
 # those that need bitsandbytes or torchao; without them they are skipped
-QUANTIZED_TESTS := tests/tuner/test_quantization.py tests/recipes/dreambooth/test_train.py
-RAY_TESTS := tests/comparison/test_processes.py -k ray
+QUANTIZED_TESTS := tests/library/tuner/test_quantization.py tests/lab/recipes/dreambooth/test_train.py
+RAY_TESTS := tests/lab/comparison/test_processes.py -k ray
 # what promises equal bits, or sums in an order of its own
-ISA_TESTS := tests/ops tests/tuner tests/training/test_stopping_and_resuming.py
+ISA_TESTS := tests/library/functions tests/library/tuner tests/app/training/test_stopping_and_resuming.py
 # other x86-64 machines, as far as libraries can be told to be on one; code that torch compiled for this one is not theirs
 AVX2 := ATEN_CPU_CAPABILITY=avx2 NUMBA_CPU_NAME=haswell MKL_CBWR=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 \
   TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/$(VENV)/inductor-avx2
@@ -75,7 +75,7 @@ test: $(VENV)/.installed-for-tests packages ## style, types and tests, each also
 	finish
 
 test-oldest: $(VENV)/.installed-for-tests ## the ops' tests as on the oldest x86-64 processor
-	$(OLDEST) OMP_NUM_THREADS=1 $(PYTEST) $(FAST) tests/ops
+	$(OLDEST) OMP_NUM_THREADS=1 $(PYTEST) $(FAST) tests/library/functions
 
 test-isa: $(VENV)/.installed-for-tests ## ops, tuner and resuming with three instruction sets, on one thread and on two (x86-64)
 	@$(STAGES); \

@@ -14,12 +14,12 @@ from paper_models import METHOD, SAM_NAMES, classifier, llama_7b, sam, sd3_mediu
 from row_speed import BACKBONE, RowSpeed, has_gpu_rows, row_speed
 from workloads import Workload, final_run, one_method, seconds, training
 
-from snella._files import write_text
-from snella.benchmark.rows import put_between, read_rows
-from snella.comparison.experiment_files import read_experiment
-from snella.data.benchmarks import FGVC_DATASETS
-from snella.recipes.dreambooth.config import DreamBoothConfig
-from snella.recipes.instruct.config import LanguageConfig
+from snella_app.data.benchmarks import FGVC_DATASETS
+from snella_app.files import write_text
+from snella_lab.bench.rows import put_between, read_rows
+from snella_lab.comparison.experiment_files import read_experiment
+from snella_lab.recipes.dreambooth.config import DreamBoothConfig
+from snella_lab.recipes.instruct.config import LanguageConfig
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- cost estimated by benchmarks/readme.py begins -->", "<!-- cost ends -->"

@@ -19,12 +19,13 @@ from torch import nn
 
 import snella
 from snella import SnellaConfig
-from snella._console import make_console
-from snella.runs import TrainConfig
-from snella.training.train import train
+from snella_app.config import TrainConfig
+from snella_app.console import make_console
+from snella_app.training.train import train
 
 PACKAGE = str(Path(snella.__file__).parent)
-KERNELS = str(Path(PACKAGE, "ops", "backends", "numba", "forward.py"))
+KERNELS = str(Path(PACKAGE, "backends", "numba", "forward.py"))
+PROJECT = str(Path(PACKAGE).parent)
 
 
 @dataclass
@@ -67,12 +68,12 @@ def count_calls(function: Callable[[], object]) -> Calls:
 
 
 def functions_given(kind: type, function: Callable[[], object]) -> dict[str, set[str]]:
-    """Call `function`; by source file of snella, the functions that got an instance of `kind` as an argument."""
+    """Call `function`; by source file of the project, the functions that got an instance of `kind` as an argument."""
     given: dict[str, set[str]] = {}
 
     def note(frame: FrameType, event: str, argument: object) -> None:
         code = frame.f_code
-        if event != "call" or not code.co_filename.startswith(PACKAGE):
+        if event != "call" or not code.co_filename.startswith(f"{PROJECT}/snella"):
             return
         names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
         if any(isinstance(frame.f_locals.get(name), kind) for name in names):
@@ -117,13 +118,13 @@ def main() -> None:
             f"{sum(calls.by_file.values())} in {len(calls.by_file)} files in all, {calls.switches} changes of file"
         )
         for file, count in own.most_common():
-            print(f"  {count:4} {Path(file).relative_to(PACKAGE)}")
+            print(f"  {count:4} {Path(file).relative_to(PROJECT)}")
     with tempfile.TemporaryDirectory() as folder, open(Path(folder, "log"), "w") as log:
         config, console = small_training(str(Path(folder, "run"))), make_console(file=log)
         given = functions_given(TrainConfig, lambda: train(config, console))
     print(f"train(config): the configuration enters {sum(map(len, given.values()))} functions in {len(given)} files")
     for file, functions in sorted(given.items()):
-        print(f"  {Path(file).relative_to(PACKAGE)}: {', '.join(sorted(functions))}")
+        print(f"  {Path(file).relative_to(PROJECT)}: {', '.join(sorted(functions))}")
 
 
 if __name__ == "__main__":

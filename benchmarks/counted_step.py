@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from snella.ops.origins import origin_of
-from snella.training.memory import working_modules
-from snella.tuner.layer import SnellaLayer
+from snella.layer import SnellaLayer
+from snella.memory.origins import origin_of
+from snella_app.training.memory import working_modules
 
 _MOMENTS = 2  # of AdamW
 _FLOAT32 = 4

@@ -19,9 +19,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
-from snella.benchmark.rows import append_rows, conditions
-from snella.data import build_transform, load_data
-from snella.data.datasets import FileImages, ImageDataset
+from snella_app.data import build_transform, load_data
+from snella_app.data.datasets import FileImages, ImageDataset
+from snella_lab.bench.rows import append_rows, conditions
 
 CONFIG = {
     "input_size": (3, 224, 224),

@@ -3,7 +3,7 @@
     python benchmarks/export_sizes.py runs/photos      # a run of SNELLA; prints a table for docs/export.md
 
 The budgets of the run's matrices are scaled to each sparsity, in proportion to what its own allocation gave them, and
-each row is what `snella.runs.export` writes.
+each row is what `snella_app.runs.export` writes.
 """
 
 import sys
@@ -13,10 +13,11 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save
 
-from snella.runs import load_run
-from snella.runs.export import sparse_patch
-from snella.runs.model import make_backbone
-from snella.tuner import SnellaLayer, adapted_matrices
+from snella.layer import SnellaLayer
+from snella.matrices import adapted_matrices
+from snella_app.runs import load_run
+from snella_app.runs.export import sparse_patch
+from snella_app.runs.model import make_backbone
 
 SPARSITIES = (0.7, 0.8, 0.9, 0.97, 0.99, 0.999)
 

@@ -67,11 +67,11 @@ from faults_of_others import bombs, exchanged, forged, markup, objects, requests
 from PIL import Image
 from safetensors.torch import load_file
 
-from snella.cli import parser as _parser
-from snella.cli.main import main
-from snella.cli.parser import COMMANDS
-from snella.runs import folder as _run_folder  # noqa: F401 - imported before processes are forked
-from snella.training import train as _train  # noqa: F401 - so is this
+from snella_app.cli import parser as _parser
+from snella_app.cli.main import main
+from snella_app.cli.parser import COMMANDS
+from snella_app.runs import folder as _run_folder  # noqa: F401 - imported before processes are forked
+from snella_app.training import train as _train  # noqa: F401 - so is this
 
 TINY = [
     "train", "--data", "digits", "--backbone", "test_vit", "--pretrained", "false", "--img-size", "32", "--r", "2",
@@ -648,7 +648,7 @@ def torchrun(run: Path) -> "subprocess.Popen[str]":
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     tiny = [word for word in TINY if word != "--r"]  # which torchrun would take for an option of its own
     tiny[tiny.index("--img-size") + 2] = "--method=snella-2"  # in place of the rank
-    words += ["-m", "snella.cli.main", *tiny, "--out", str(run)]
+    words += ["-m", "snella_app.cli.main", *tiny, "--out", str(run)]
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -828,7 +828,7 @@ def run_fuzzed(words: list[str], place: Path) -> int:
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     _parser.call = settings_alone
-    sys.modules["snella.training.train"].__dict__["_fit"] = lambda *arguments: os._exit(REACHED)
+    sys.modules["snella_app.training.train"].__dict__["_fit"] = lambda *arguments: os._exit(REACHED)
     os.chdir(place)
     return main(words)
 
@@ -887,7 +887,7 @@ def run_all(arguments: argparse.Namespace) -> int:
     for name in ("train", "evaluate", "predict", "merge", "inspect", "data", "compare", "export", "serve"):
         importlib.import_module(COMMANDS[name].library)
     if arguments.quick:  # half of the time of such a training
-        sys.modules["snella.training.train"].__dict__["write_report"] = leave_page_out
+        sys.modules["snella_app.training.train"].__dict__["write_report"] = leave_page_out
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="snella-faults-") as folder:
         harness = Harness(Path(folder), arguments.seed, sizes)

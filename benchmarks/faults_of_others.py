@@ -26,9 +26,9 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from snella._files import sealed, write_text
-from snella.cli.main import main
-from snella.training.checkpoints import latest_checkpoint
+from snella_app.cli.main import main
+from snella_app.files import sealed, write_text
+from snella_app.training.checkpoints import latest_checkpoint
 
 MOST_BYTES = 8 * 2**30
 START_S = 60
@@ -259,8 +259,8 @@ def _serve(run: Path, port_file: Path) -> int:
     """A server on a free port."""
     import uvicorn
 
-    from snella.runs.predict import load
-    from snella.runs.serve import create_app
+    from snella_app.runs.predict import load
+    from snella_app.runs.serve import create_app
 
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

@@ -14,11 +14,11 @@ import torch
 from products.folders import DEVELOPMENT
 from torch.utils.data import DataLoader
 
-from snella.benchmark.rows import append_rows, conditions
-from snella.runs import TrainConfig
-from snella.training.build import build_components
-from snella.training.final_head import MeasuredFeatures, fit_linear, measure_features
-from snella.training.linear_probe import base_and_head
+from snella_app.config import TrainConfig
+from snella_app.training.build import build_components
+from snella_app.training.final_head import MeasuredFeatures, fit_linear, measure_features
+from snella_app.training.linear_probe import base_and_head
+from snella_lab.bench.rows import append_rows, conditions
 
 ROWS = Path(__file__).with_suffix(".jsonl")
 

@@ -25,10 +25,11 @@ from peft.utils.hotswap import hotswap_adapter
 from torch import nn
 
 from snella import SnellaConfig, hotswap
-from snella.benchmark.rows import append_rows, conditions
-from snella.methods.peft_methods import without_harmless_warnings
-from snella.tuner import AdapterValues, SnellaLayer
-from snella.tuner.sparse_file import Entries, SparsePatch
+from snella.compat.hotswap import AdapterValues
+from snella.compat.sparse_file import Entries, SparsePatch
+from snella.layer import SnellaLayer
+from snella_app.methods.peft_methods import without_harmless_warnings
+from snella_lab.bench.rows import append_rows, conditions
 
 ROWS = Path(__file__).with_name("hotswap.jsonl")
 R, SPARSITY, TASKS = 8, 0.7, ("one", "two")

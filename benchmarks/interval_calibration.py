@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from snella.benchmark.rows import append_rows, conditions
-from snella.comparison.statistics import LEVEL, difference_of, with_holm
+from snella_lab.bench.rows import append_rows, conditions
+from snella_lab.comparison.statistics import LEVEL, difference_of, with_holm
 
 ROWS = Path(__file__).with_suffix(".jsonl")
 COUNT = 10_000
@@ -46,7 +46,7 @@ def heavy_tailed(generator: np.random.Generator, comparisons: int, tasks: int, s
 
 
 def is_decided(values: Pairs) -> bool:
-    """Whether any comparison is called clear by `snella.comparison.statistics`."""
+    """Whether any comparison is called clear by `snella_lab.comparison.statistics`."""
     found = with_holm({number: difference_of(pairs.tolist()) for number, pairs in enumerate(values)})
     return any(one is not None and one.direction != 0 for one in found.values())
 

@@ -29,20 +29,20 @@ from torch.nn.functional import cross_entropy
 from transformers import get_cosine_schedule_with_warmup
 
 from snella import BudgetAllocator
-from snella.comparison.cells import git_state, system_info
-from snella.data import build_transform
-from snella.methods import build_method, spec_of
-from snella.records import BackboneInfo
-from snella.runs import TrainConfig
-from snella.runs.images import load_splits
-from snella.runs.model import make_backbone
-from snella.runs.protocol import get_protocol
-from snella.tasks.classification import INVERSE_PENALTY, fit_probe
-from snella.training.build import resolve_data_config
-from snella.training.callbacks import WeightAverage
-from snella.training.optimizer import build_optimizer
-from snella.training.results import matrices_of
-from snella.training.sampler import EpochSampler
+from snella_app.config import TrainConfig
+from snella_app.data import build_transform
+from snella_app.data.protocol import get_protocol
+from snella_app.methods import build_method, spec_of
+from snella_app.records import BackboneInfo
+from snella_app.runs.images import load_splits
+from snella_app.runs.model import make_backbone
+from snella_app.tasks.classification import INVERSE_PENALTY, fit_probe
+from snella_app.training.build import resolve_data_config
+from snella_app.training.callbacks import WeightAverage
+from snella_app.training.optimizer import build_optimizer
+from snella_app.training.results import matrices_of
+from snella_app.training.sampler import EpochSampler
+from snella_lab.comparison.cells import git_state, system_info
 
 HERE = Path(__file__).parent
 SUITE = HERE.parent / "experiments" / "bundled-suite.yaml"

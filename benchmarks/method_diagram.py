@@ -2,7 +2,7 @@
 
 python benchmarks/method_diagram.py
 
-Every square is computed by `snella.ops` and `snella.tuner`, nothing is drawn by hand.
+Every square is computed by `snella` and `snella`, nothing is drawn by hand.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from snella.ops import keep_threshold, merge_factors, sparsify
-from snella.tuner import allocate, budget_at
+from snella import sparsify
+from snella.allocation import budget_at
+from snella.allocator import allocate
+from snella.kernels import merge_factors
+from snella.sparsify import keep_threshold
 
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "method.svg"
 ROWS, COLUMNS, RANK, KEPT = 18, 24, 4, 0.3

@@ -25,10 +25,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from snella.benchmark.bench import quartiles
-from snella.benchmark.rows import append_rows, conditions
-from snella.training.memory import record_forward
-from snella.tuner import BudgetAllocator, SnellaConfig, create_snella_optimizer
+from snella import BudgetAllocator, SnellaConfig, create_snella_optimizer
+from snella_app.training.memory import record_forward
+from snella_lab.bench.bench import quartiles
+from snella_lab.bench.rows import append_rows, conditions
 
 _VISION = r".*\.(attn\.(qkv|proj)|mlp\.(fc1|fc2))"
 _LANGUAGE = r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"

@@ -12,10 +12,10 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, SamConfig, SamModel, SamVisionConfig
 
-from snella.backbones.sam import SamSegmenter
-from snella.backbones.segmenter import DECODER
-from snella.methods import build_method
-from snella.methods.registry import adapt_headless
+from snella_app.backbones.sam import SamSegmenter
+from snella_app.backbones.segmenter import DECODER
+from snella_app.methods import build_method
+from snella_app.methods.registry import adapt_headless
 
 METHOD = "snella-8"
 _CLASSES = 100

@@ -17,7 +17,7 @@ from suite_table import (
     update_twins,
 )
 
-from snella.benchmark.rows import draw_figures, update_document
+from snella_lab.bench.rows import draw_figures, update_document
 
 if __name__ == "__main__":
     rows = ROOT / "benchmarks" / "results.jsonl"

@@ -4,8 +4,8 @@ python benchmarks/step_memory.py                     three ViTs at batch 8; repl
 python benchmarks/step_memory.py --backbones vit_base_patch16_224 --depths 4 8 --out other.jsonl
 
 Each method comes with and without SNELLA's recomputation of inputs. Bytes are counted by autograd's own hooks, each
-storage once, and the peak is `snella.training.memory.predict_step_memory`'s: weights, gradients, AdamW's moments, saved
-tensors and temporaries. All blocks of a ViT are alike, so large ones are counted at two depths, on whose line the
+storage once, and the peak is `snella_app.training.memory.predict_step_memory`'s: weights, gradients, AdamW's moments,
+saved tensors and temporaries. All blocks of a ViT are alike, so large ones are counted at two depths, on whose line the
 whole model lies. What SPT-Adapter keeps depends on which matrices get an adapter, so it is counted on whole models.
 """
 
@@ -19,10 +19,10 @@ from typing import Any
 import timm
 import torch
 
-from snella.benchmark import BASELINES
-from snella.benchmark.baselines import NUM_CLASSES, Workload, random_batch
-from snella.benchmark.rows import append_rows, conditions, put_between, read_rows
-from snella.training.memory import predict_step_memory
+from snella_app.training.memory import predict_step_memory
+from snella_lab.bench import BASELINES
+from snella_lab.bench.baselines import NUM_CLASSES, Workload, random_batch
+from snella_lab.bench.rows import append_rows, conditions, put_between, read_rows
 
 ROWS = Path(__file__).parent / "step_memory.jsonl"
 PAGE = Path(__file__).parents[1] / "docs" / "speed.md"

@@ -9,9 +9,9 @@ python benchmarks/step_time.py --grid              every backbone, batch, rank, 
 import argparse
 from pathlib import Path
 
-from snella._console import make_console
-from snella.benchmark import BenchConfig, bench, grid, measure_competition, measure_matrix, measure_sampling
-from snella.benchmark.rows import append_rows
+from snella_app.console import make_console
+from snella_lab.bench import BenchConfig, bench, grid, measure_competition, measure_matrix, measure_sampling
+from snella_lab.bench.rows import append_rows
 
 HERE = Path(__file__).parent
 VARIANTS = [

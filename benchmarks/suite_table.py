@@ -12,14 +12,16 @@ from pathlib import Path
 from interval_calibration import ROWS as CALIBRATION_ROWS
 from interval_calibration import table as calibration_table
 
-from snella.benchmark.rows import put_between, read_rows
-from snella.comparison.experiment import Experiment
-from snella.comparison.experiment_files import read_experiment
-from snella.comparison.figures import forest, learning_rate_curves, pareto
-from snella.comparison.report import ORDERING_HEADINGS, markdown_tables, paper_orderings, table_cells
-from snella.comparison.statistics import Difference, Rows, difference, final_rows, mean_over_tasks, with_holm
-from snella.comparison.store import read_lines
-from snella.comparison.summary import (
+from snella_app.records import CellRow
+from snella_app.report.style import save_figure, write_figure
+from snella_lab.bench.rows import put_between, read_rows
+from snella_lab.comparison.experiment import Experiment
+from snella_lab.comparison.experiment_files import read_experiment
+from snella_lab.comparison.figures import forest, learning_rate_curves, pareto
+from snella_lab.comparison.report import ORDERING_HEADINGS, markdown_tables, paper_orderings, table_cells
+from snella_lab.comparison.statistics import Difference, Rows, difference, final_rows, mean_over_tasks, with_holm
+from snella_lab.comparison.store import read_lines
+from snella_lab.comparison.summary import (
     MethodSummary,
     Summary,
     cost_texts,
@@ -29,8 +31,6 @@ from snella.comparison.summary import (
     spread_text,
     summarize,
 )
-from snella.records import CellRow
-from snella.report.style import save_figure, write_figure
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "bundled-suite"

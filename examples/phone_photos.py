@@ -13,8 +13,8 @@ from PIL import Image, features
 from sklearn.datasets import load_sample_images
 
 from snella import load
-from snella.cli.main import main
-from snella.data.images import has_heic
+from snella_app.cli.main import main
+from snella_app.data.images import has_heic
 
 QUICK = "--quick" in sys.argv
 OUT = Path("runs/examples/phone_photos")

@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from snella.cli.main import main
+from snella_app.cli.main import main
 
 QUICK = "--quick" in sys.argv
 OUT = Path("runs/examples/table_of_paths")

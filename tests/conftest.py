@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from snella.runs import TrainConfig
+from snella_app.config import TrainConfig
 
 from .browser import Browser
 
@@ -97,7 +97,7 @@ def settings(photos, tiny_run, tmp_path):
 @pytest.fixture
 def no_report(monkeypatch):
     """Leave the report page out, which takes longer than these runs and has tests of its own."""
-    monkeypatch.setattr("snella.training.train.write_report", lambda run, images=None, **_: run / "report.html")
+    monkeypatch.setattr("snella_app.training.train.write_report", lambda run, images=None, **_: run / "report.html")
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def console():
 @pytest.fixture(scope="session")
 def finished(photos, tiny_run, tmp_path_factory):
     """One finished run for all tests that only read it."""
-    from snella.training.train import train  # with all libraries, for which other tests need not wait
+    from snella_app.training.train import train  # with all libraries, for which other tests need not wait
 
     out = str(tmp_path_factory.mktemp("finished") / "run")
     config = TrainConfig(**{**tiny_run, "method_options": {}}, data=f"folder:{photos}", out=out)

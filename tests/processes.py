@@ -50,7 +50,7 @@ def command(words: list[str], **options: Any) -> Iterator[subprocess.Popen[str]]
     program = (
         # a shell that started the tests in the background lets its children ignore the signal
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from snella.cli.main import main; sys.exit(main(sys.argv[1:]))"
+        "from snella_app.cli.main import main; sys.exit(main(sys.argv[1:]))"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", program, *words],

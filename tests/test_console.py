@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from snella._console import counted, make_console, print_heading, print_line, print_rows, printable
-from snella.data.datasets import broken_images, show_reading
+from snella_app.console import counted, make_console, print_heading, print_line, print_rows, printable
+from snella_app.data.datasets import broken_images, show_reading
 
 
 def test_what_is_no_terminal_gets_whole_lines_without_padding():
@@ -102,7 +102,7 @@ def test_line_breaks_and_tabs_stay():
 
 def test_work_continues_when_the_output_is_closed():
     code = (
-        "import sys; from snella._console import *; console = make_console(survives_closed_output=True)\n"
+        "import sys; from snella_app.console import *; console = make_console(survives_closed_output=True)\n"
         "for number in range(2000): print_line(console, f'line {number} ' + 'x' * 100)\n"
         "print('done', file=sys.stderr)\n"
     )

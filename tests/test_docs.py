@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from snella.data import load
-from snella.methods import registry
-from snella.ops import kernels
+from snella import kernels
+from snella_app.data import load
+from snella_app.methods import registry
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -24,7 +24,7 @@ def _restore(table: dict, before: dict) -> None:
 
 @pytest.mark.parametrize("page", ["data.md", "extending.md", "library.md", "methods.md"])
 def test_every_python_block_of_a_page_runs_in_order(page, tmp_path, monkeypatch, request):
-    for home, name in ((kernels, "KERNELS"), (registry, "METHODS"), (load, "_IN_FOLDERS")):
+    for home, name in ((kernels, "KERNELS"), (registry, "METHODS")):
         before = dict(getattr(home, name))  # extending.md enters examples into these tables
         request.addfinalizer(partial(_restore, getattr(home, name), before))
     source = python_blocks(page)
@@ -34,7 +34,7 @@ def test_every_python_block_of_a_page_runs_in_order(page, tmp_path, monkeypatch,
 
 
 ROOT = DOCS.parent
-PAGES = sorted([*DOCS.rglob("*.md"), *ROOT.glob("*.md"), *(ROOT / "src").rglob("README.md")])
+PAGES = sorted([*DOCS.rglob("*.md"), *ROOT.glob("*.md"), *(ROOT / "src").rglob("*.md")])
 
 
 def anchors(page: Path) -> set[str]:
@@ -77,13 +77,13 @@ def test_a_link_to_a_heading_or_a_file_that_is_not_there_is_found(tmp_path):
 
 
 def test_the_audit_of_the_paper_names_files_and_commands_that_are_there():
-    from snella.cli.parser import COMMANDS
+    from snella_app.cli.parser import COMMANDS
 
     page, root = (DOCS / "paper.md").read_text(), DOCS.parent
     named = set(re.findall(r"`((?:[\w-]+/)+[\w.-]+\.(?:py|yaml|svg))`", page)) | set(
         re.findall(r"`(table[\w-]+\.yaml)`", page)
     )
-    places = (root, root / "src" / "snella", root / "experiments" / "paper")
+    places = (root, root / "src", root / "experiments" / "paper")
     assert len(named) > 25
     assert not [name for name in sorted(named) if not any((place / name).exists() for place in places)]
     commands = set(re.findall(r"`snella ([a-z-]+)", page))

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from snella._files import sealed
-from snella.comparison.compare import compare
-from snella.comparison.store import read_lines
-from snella.records import Allocation, CellRow, Metrics, Predictions, RunInfo, plain, read, record_from
-from snella.report.inspect import inspect_run, inspect_summary
-from snella.runs import RunFolder
-from snella.runs.evaluate import evaluate, redraw_report
-from snella.runs.predict import predict
+from snella_app.files import sealed
+from snella_app.records import Allocation, CellRow, Metrics, Predictions, RunInfo, plain, read, record_from
+from snella_app.report.inspect import inspect_run, inspect_summary
+from snella_app.runs import RunFolder
+from snella_app.runs.evaluate import evaluate, redraw_report
+from snella_app.runs.predict import predict
+from snella_lab.comparison.compare import compare
+from snella_lab.comparison.store import read_lines
 
 OLD = Path(__file__).parent / "old_files"
 

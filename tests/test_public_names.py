@@ -9,7 +9,8 @@ from rich.console import Console
 from torch.utils.data import Dataset
 
 import snella
-from snella.runs import RunFolder, TrainConfig
+from snella_app.config import TrainConfig
+from snella_app.runs import RunFolder
 
 
 def test_the_public_names_are_listed_and_are_there():

@@ -10,7 +10,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.utils import save_and_load
 
 import snella
-from snella._registration import _KEY_FUNCTION, PEFT_TYPE, register
+from snella.compat.registration import _KEY_FUNCTION, PEFT_TYPE, register
 
 
 def test_peft_knows_the_tuner_once_the_package_is_imported():

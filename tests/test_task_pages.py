@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from snella.cli.parser import parse
-from snella.comparison.experiment_files import bundled_experiments
+from snella_app.cli.parser import parse
+from snella_lab.comparison.experiment_files import bundled_experiments
 
 ROOT = Path(__file__).parents[1]
 PLACEHOLDER = re.compile(r"…|\b(RUN|NAME|IMAGES|FOLDER|DIR|FILE)\b")

@@ -246,7 +246,7 @@ def textures(packages: Path) -> list[Picture]:
 
 def stamps(packages: Path) -> list[Picture]:
     """Photographs and drawings of things by category."""
-    from snella.data.bundled import load_stamps
+    from snella_lab.bundled.data import load_stamps
 
     root = packages / "usr/share/tuxpaint/stamps"
     data = load_stamps(str(root))
@@ -263,7 +263,7 @@ def stamps(packages: Path) -> list[Picture]:
 
 def cells(_: Path) -> list[Picture]:
     """Solar cells, intact or defective; 60 consecutive cells, about a module, share an origin."""
-    from snella.data.bundled import load_elpv
+    from snella_lab.bundled.data import load_elpv
 
     data = load_elpv()
     images = data.train
@@ -275,7 +275,7 @@ def cells(_: Path) -> list[Picture]:
 
 def mri_regions(packages: Path) -> list[Picture]:
     """Windows of a head's slices by region of the brain, in slabs that do not touch."""
-    from snella.data.bundled import load_mri_regions
+    from snella_lab.bundled.data import load_mri_regions
 
     data = load_mri_regions(str(packages / "usr/share/mricron/templates"))
     found = []

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import rankdata
 
-from snella._text import decimal_text
-from snella.comparison.statistics import Difference, difference_of, with_holm
-from snella.comparison.summary import difference_text, significance_texts
+from snella_app.text import decimal_text
+from snella_lab.comparison.statistics import Difference, difference_of, with_holm
+from snella_lab.comparison.summary import difference_text, significance_texts
 
 REFERENCE = "snella"
 Means = dict[str, dict[str, float]]

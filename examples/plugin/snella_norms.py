@@ -1,0 +1,64 @@
+"""A package that adds a method, a data format and a command to snella: `pip install ./examples/plugin`.
+
+snella train --method norms --data npz:small.npz --backbone NAME --out runs/small
+snella classes npz:small.npz
+"""
+
+from pathlib import Path
+
+from snella_app.cli.command import command
+
+
+def build_norms(model, head, options, batches):
+    """Train the normalization layers and the head; all parameters are frozen before."""
+    from torch import nn
+
+    from snella_app.methods.model_parts import is_inside
+
+    norms = [name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_inside(name, head) or any(is_inside(name, norm) for norm in norms))
+    return model
+
+
+def __getattr__(name):
+    """Build `NORMS` on first use, so that the command's help does not wait for torch."""
+    if name != "NORMS":
+        raise AttributeError(name)
+    from snella_app.methods.method import Method, unchanged
+
+    return Method(
+        "normalization layers and the head",
+        "Frankle et al., arXiv 2003.00152",
+        build_norms,
+        merge=unchanged,
+        defaults={"lr": 2e-3, "head_lr": 1e-3, "weight_decay": 0.0},
+    )
+
+
+def load_npz(path):
+    """`images` `[N, H, W]` uint8 and `labels` `[N]` of one `.npz` file."""
+    import numpy as np
+
+    from snella_app.data.datasets import ArrayImages, Collection, ImageDataset
+
+    with np.load(path) as file:
+        images, labels = file["images"], file["labels"]
+    classes = [str(label) for label in np.unique(labels)]
+    numbers = [classes.index(str(label)) for label in labels]
+    names = [f"{Path(path).name}[{row}]" for row in range(len(labels))]
+    return Collection(Path(path).stem, classes, ImageDataset(ArrayImages(images), range(len(labels)), numbers, names))
+
+
+@command("snella_app.data")
+def classes(data: str, /) -> None:
+    """Print the classes of a data set.
+
+      snella classes npz:small.npz
+
+    Args:
+        data: As for snella train --data.
+    """
+    from snella_app.data import load_data
+
+    print(", ".join(load_data(data).classes))

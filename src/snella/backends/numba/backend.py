@@ -1,0 +1,435 @@
+"""The piecewise kernels in Numba kernels on the CPU: few passes over memory, exact selection, several threads."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from snella.backends.base import Backend, Gradients, MergeCache, Merged, Product
+from snella.backends.numba import backward, forward
+from snella.kernels import MixK, NormalizedRBF, PLinear
+from snella.sparsify import KEEPS_EVERYTHING
+from snella.update import Factors, UpdateSpec
+
+_MAX_WIDTH, _MIN_WIDTH = 192, 96
+_MIN_BLOCKS = 6  # so that a few threads have something to share
+_WORKSPACE_ENTRIES = 1 << 20  # of a block's two matrices together, to stay in cache
+_MAX_CHUNKS = 16  # each has its own partial gradient of B
+_MIN_ENTRIES_FOR_THREADS = 1 << 17
+_PIECES_PER_THREAD = 4  # so that a thread that comes late does not hold up the others
+_SDDMM_DENSITY = 0.1  # below it a weight's gradient is computed at its kept entries alone
+_TOKENS = 256  # of one pass over the kept entries
+_BYTE_ORDER = "<" if sys.byteorder == "little" else ">"
+_MODES = {"soft": forward.SOFT, "official": forward.OFFICIAL, "none": forward.NONE}
+_SUPPORTED = (torch.float32, torch.bfloat16)
+_EMPTY = np.empty((0, 0), np.float32)
+_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_pools: dict[int, ThreadPoolExecutor] = {}
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pools.clear)  # threads do not survive a fork
+
+
+class PackedFactors(NamedTuple):
+    """What a Numba kernel takes for one matrix: `A` `[n, K]`, `B` `[m, K]`, `[P]`, and the numbers of its softmax."""
+
+    A: np.ndarray
+    B: np.ndarray
+    coeff: np.ndarray
+    softmax: tuple[np.float32, np.float32, float, np.float32, bool]
+
+
+class _Matrix(NamedTuple):
+    """One matrix within a pass: what it is merged from, threshold, `column_stats`, and `ΔW` where it was written."""
+
+    packed: PackedFactors
+    shape: tuple[int, int]
+    threshold: np.float32
+    stats: np.ndarray
+    delta: np.ndarray | None = None
+
+
+class NumbaBackend(Backend):
+    """Mix-K, its normalized RBF and P-Linear in float32 on the CPU.
+
+    A merged matrix is written only to find its threshold; once that is known, both the effective weight and the
+    gradients are computed from the factors, block by block. What `cache_delta` keeps is the effective weight; the
+    numbers of each column's softmax, three a column, are kept in any case.
+    """
+
+    name = "numba"
+    fused_add_in_backward = True
+
+    def unsupported_reason(self, spec: UpdateSpec, A: Tensor) -> str | None:  # noqa: D102
+        if not isinstance(spec.kernel, PLinear):
+            return f"has the piecewise kernels only, got kernel={spec.kernel.name!r}"
+        if A.device.type != "cpu":
+            return f"runs on the CPU, got factors on {str(A.device)!r}"
+        if torch.promote_types(A.dtype, torch.float32) != torch.float32:
+            return f"computes in float32, got factors in {A.dtype}"
+        if isinstance(spec.kernel, NormalizedRBF) and spec.kernel.softmax_dim != 0:
+            return f"normalizes over the outputs, got softmax_dim={spec.kernel.softmax_dim}"
+        return None
+
+    def merge(  # noqa: D102
+        self,
+        spec: UpdateSpec,
+        factors: Factors,
+        budgets: tuple[int, ...],
+        thresholds: Tensor | None = None,
+        delta: tuple[Tensor | None, ...] = (),
+    ) -> Merged:
+        known = [None] * len(budgets) if thresholds is None else thresholds.tolist()
+        is_new = not delta or thresholds is None
+        size = len(budgets), 3, factors.A.shape[1]
+        columns = torch.empty(size, dtype=torch.float32) if is_new else delta[0]
+        stats = cast(Tensor, columns).numpy()
+        packed = pack_factors(spec, factors) if any(budgets) else [None] * len(budgets)
+        workspace: list[_Matrix | None] = []
+        for own, budget, threshold, own_stats in zip(packed, budgets, known, stats, strict=True):
+            one = _merge_matrix(spec, own, budget, threshold, own_stats, is_new) if own and budget else None
+            workspace.append(one)
+        if thresholds is None:
+            found = [np.float32(np.inf) if one is None else one.threshold for one in workspace]
+            thresholds = torch.from_numpy(np.array(found, np.float32))
+        has_softmax = isinstance(spec.kernel, NormalizedRBF) and any(budgets)
+        return Merged(factors, budgets, thresholds, (), (cast(Tensor, columns),) if has_softmax else (), workspace)
+
+    def add_update(self, spec: UpdateSpec, merged: Merged, base: Tensor, out: Tensor) -> None:  # noqa: D102
+        is_supported = base.dtype in _SUPPORTED and out.dtype in _SUPPORTED
+        for rows, matrix in zip(spec.rows, merged.workspace, strict=True):
+            if matrix is None:
+                if out is not base:
+                    out[rows] = base[rows]
+            elif is_supported:
+                _add_matrix(spec, matrix, as_array(base[rows]), as_array(out[rows]))
+            else:
+                sparse = torch.zeros(out[rows].shape, dtype=torch.float32)
+                _add_matrix(spec, matrix, sparse.numpy(), sparse.numpy())
+                torch.add(base[rows], sparse, out=out[rows])
+
+    def write_effective(  # noqa: D102
+        self,
+        spec: UpdateSpec,
+        factors: Factors,
+        budgets: tuple[int, ...],
+        base: Tensor,
+        out: Tensor,
+        cache: MergeCache,
+    ) -> None:
+        merged = self.merge(spec, factors, budgets, cache.thresholds, cache.stats or ())
+        cache.thresholds, cache.stats = merged.thresholds, merged.columns
+        self.add_update(spec, merged, base, out)
+
+    def grad_factors(  # noqa: D102
+        self,
+        spec: UpdateSpec,
+        merged: Merged,
+        grad_weight: Tensor,
+        base: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Gradients:
+        grads = [None if one is None else torch.zeros(one.shape, dtype=torch.float32) for one in merged.factors]
+        arrays = [None if one is None else as_array(one) for one in grads]
+        if base is not None and out is not None and not (base.dtype in _SUPPORTED and out.dtype in _SUPPORTED):
+            self.add_update(spec, merged, base, out)
+            base = out = None
+        for group, (rows, matrix) in enumerate(zip(spec.rows, merged.workspace, strict=True)):
+            grad = grad_weight[rows].detach()
+            if matrix is None:
+                if base is not None and out is not None:
+                    out[rows] = base[rows]
+                continue
+            ends = None if base is None or out is None else (as_array(base[rows]), as_array(out[rows]))
+            places = [slice(group, group + 1), rows, *[slice(group, group + 1)] * 4]
+            into = [None if one is None else one[place] for one, place in zip(arrays, places, strict=True)]
+            _grad_matrix(spec, matrix, grad, ends, into)
+        pairs = zip(grads, merged.factors, strict=True)
+        return tuple([None if wide is None or one is None else wide.to(one.dtype) for wide, one in pairs])
+
+    def grad_weight(  # noqa: D102
+        self, spec: UpdateSpec, merged: Merged, grad_y: Tensor, x: Tensor, product: Product
+    ) -> Tensor:
+        n, rows = x.shape[1], spec.row_counts
+        sparse = [use_sddmm(spec, budget, m * n) for budget, m in zip(merged.budgets, rows, strict=True)]
+        if not any(sparse):
+            return super().grad_weight(spec, merged, grad_y, x, product)
+        result = torch.zeros(spec.num_rows, n, dtype=torch.promote_types(x.dtype, torch.float32))
+        for own, matrix, budget, is_sparse in zip(spec.rows, merged.workspace, merged.budgets, sparse, strict=True):
+            if is_sparse:
+                sddmm_weight_grad(matrix, budget, grad_y[:, own], x, result[own])
+            elif budget:
+                result[own] = product(grad_y[:, own], x)
+        return result
+
+
+def _merge_matrix(
+    spec: UpdateSpec, packed: PackedFactors, budget: int, threshold: float | None, stats: np.ndarray, is_new: bool
+) -> _Matrix:
+    """One matrix; where its threshold is not known, merge it and find that; `stats` are written if `is_new`."""
+    shape = (packed.B.shape[0], packed.A.shape[0])
+    if threshold is None and spec.mode == "none":
+        threshold = KEEPS_EVERYTHING
+    if threshold is not None:
+        if is_new:
+            column_stats(packed, shape, stats)
+        return _Matrix(packed, shape, np.float32(threshold), stats)
+    delta, bins = merge_and_count(packed, shape, stats)
+    if spec.mode == "soft":
+        return _Matrix(packed, shape, select_threshold(delta, budget, bins), stats, delta)
+    found = spec.find_threshold(torch.from_numpy(delta), budget).item()
+    return _Matrix(packed, shape, np.float32(found), stats, delta)
+
+
+def _add_matrix(spec: UpdateSpec, matrix: _Matrix, base: np.ndarray, out: np.ndarray) -> None:
+    """Write `base + scaling·S` of one matrix into `out`."""
+    settings = (matrix.threshold, np.float32(spec.scaling), _MODES[spec.mode])
+    shape = matrix.shape
+    if matrix.delta is not None:
+        _run(forward.add_sparse, shape[0], shape, base, matrix.delta, *settings, out)
+    else:
+        _run(forward.merge_and_add, shape[0], shape, *matrix.packed, matrix.stats, base, *settings, out)
+
+
+def use_sddmm(spec: UpdateSpec, budget: int, size: int) -> bool:
+    """Whether ∂L/∂W of a matrix of `size` entries is cheaper at its kept entries alone than as a whole product."""
+    return spec.mode == "soft" and 0 < budget < _SDDMM_DENSITY * size
+
+
+def sddmm_weight_grad(matrix: _Matrix, budget: int, grad_y: Tensor, x: Tensor, out: Tensor) -> None:
+    """Write ∂L/∂W of one matrix's kept entries into `out`.
+
+    Args:
+        matrix: The matrix.
+        budget: How many entries it keeps.
+        grad_y: The matrix's columns of ∂L/∂y, `[tokens, rows]`.
+        x: `[tokens, n]`, in the dtype of `grad_y`.
+        out: Zeros, `[rows, n]`, float32.
+    """
+    packed, shape = matrix.packed, matrix.shape
+    width, blocks = _blocks(shape)
+    capacity = min(budget, shape[0] * width)
+    rows, columns = (np.empty((blocks, capacity), np.int32) for _ in range(2))
+    counts, sums = np.empty(blocks, np.int64), np.zeros((blocks, capacity), np.float32)
+    _run(backward.list_entries, blocks, shape, width, *packed, matrix.threshold, rows, columns, counts)
+    for tokens in range(0, x.shape[0], _TOKENS):
+        parts = (_float32(part[tokens : tokens + _TOKENS].T) for part in (grad_y, x))
+        _run(backward.sddmm_accumulate, blocks, shape, *parts, rows, columns, counts, sums)
+    _run(backward.sddmm_scatter, blocks, shape, rows, columns, counts, sums, out.numpy())
+
+
+def _grad_matrix(
+    spec: UpdateSpec,
+    matrix: _Matrix,
+    grad: Tensor,
+    ends: tuple[np.ndarray, np.ndarray] | None,
+    into: Sequence[Any],
+) -> None:
+    """Write one matrix's gradients `into` arrays in the order of `Factors`; between `ends` the same sweep adds it."""
+    packed, kernel, (m, n) = matrix.packed, spec.kernel, matrix.shape
+    (K, pieces), (width, blocks) = (packed.B.shape[1], len(packed.coeff)), _blocks(matrix.shape)
+    per_chunk = -(-blocks // _MAX_CHUNKS)
+    chunks = -(-blocks // per_chunk)
+    grad_A, grad_B, grad_coeff, grad_alpha, grad_beta, grad_temperature = into
+    partial_B = np.empty((chunks, m, K), np.float32)
+    means, sums = np.empty(n, np.float32), np.empty((chunks, pieces + 2), np.float64)
+    _run(
+        backward.factor_gradients,
+        chunks,
+        matrix.shape,
+        per_chunk,
+        width,
+        *packed,
+        matrix.stats,
+        _float32(grad),
+        matrix.threshold,
+        np.float32(spec.scaling),
+        _MODES[spec.mode],
+        grad_temperature is not None,
+        ends is not None,
+        *((_EMPTY, _EMPTY) if ends is None else ends),
+        grad_A[0],
+        partial_B,
+        means,
+        sums,
+    )
+    *by_piece, by_softmax, total = sums.sum(0)
+    np.sum(partial_B, 0, out=grad_B)
+    grad_coeff[:] = by_piece
+    if isinstance(kernel, NormalizedRBF):
+        if grad_alpha is not None:
+            grad_alpha[:] = means.sum(dtype=np.float64) - (total / m if kernel.center_softmax else 0.0)
+        if grad_beta is not None:
+            grad_beta[:] = total
+        if grad_temperature is not None:
+            grad_temperature[:] = -by_softmax * float(packed.softmax[0])
+
+
+def pack_factors(spec: UpdateSpec, factors: Factors) -> list[PackedFactors]:
+    """Contiguous arrays and plain numbers of each matrix."""
+    kernel, (A, B, coeff, alpha, beta, temperature) = spec.kernel, factors
+    has_softmax, num_matrices = isinstance(kernel, NormalizedRBF), len(spec.rows)
+    if coeff is None or (has_softmax and beta is None):
+        raise ValueError(f"kernel {kernel.name!r} needs the scalars {list(kernel.scalars)}, got None")
+    scales, shifts = [[0.0] * num_matrices if one is None else one.detach().tolist() for one in (alpha, beta)]
+    divisors = [1.0] * num_matrices if temperature is None else temperature.detach().tolist()
+    linear = np.float32(1.0 if isinstance(kernel, MixK) or not has_softmax else 0.0)
+    arrays = [as_array(one.to(torch.float32).contiguous()) for one in (A, B, coeff)]
+    packed = []
+    for group, (scale, shift, divisor) in enumerate(zip(scales, shifts, divisors, strict=True)):
+        constant = shift - (scale / spec.row_counts[group] if kernel.center_softmax else 0.0) if has_softmax else 0.0
+        softmax = (np.float32(1.0 / divisor), linear, scale, np.float32(constant), has_softmax)
+        packed.append(PackedFactors(arrays[0][group], arrays[1][spec.rows[group]], arrays[2][group], softmax))
+    return packed
+
+
+def column_stats(packed: PackedFactors, shape: tuple[int, int], stats: np.ndarray) -> None:
+    """Write largest logit, scale and inverse sum of each column's softmax, `[3, n]`."""
+    width, blocks = _blocks(shape)
+    if packed.softmax[-1]:
+        _run(forward.measure_column_stats, blocks, shape, width, *packed, stats)
+
+
+def merge_and_count(packed: PackedFactors, shape: tuple[int, int], stats: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`ΔW` `[m, n]`, and the histogram of its magnitudes, by blocks; writes `column_stats`."""
+    width, blocks = _blocks(shape)
+    value, bins = np.empty(shape, np.float32), np.empty((blocks, forward.HISTOGRAM_BINS), np.int32)
+    _run(forward.merge_and_count, blocks, shape, width, *packed, value, bins, stats)
+    return value, bins
+
+
+def select_threshold(value: np.ndarray, budget: int, bins: np.ndarray | None = None) -> np.float32:
+    """The `(budget + 1)`-th largest magnitude: a histogram, then a selection within one of its bins."""
+    if budget == value.size:
+        return np.float32(0)
+    width, blocks = _blocks(value.shape)
+    if bins is None:
+        bins = np.empty((blocks, forward.HISTOGRAM_BINS), np.int32)
+        _run(forward.count, blocks, value.shape, width, value, bins)
+    counts = bins.sum(0, dtype=np.int64)
+    at_least = np.cumsum(counts[::-1])  # entries in this bin or a higher one, from the top
+    position = int(np.searchsorted(at_least, budget, side="right"))
+    wanted = forward.HISTOGRAM_BINS - 1 - position
+    above = int(at_least[position]) - int(counts[wanted])
+    ends = np.cumsum(bins[:, wanted], dtype=np.int64)
+    candidates = np.empty(int(ends[-1]), np.float32)
+    offsets = ends - bins[:, wanted]
+    _run(forward.collect, blocks, value.shape, width, value, *forward.bits_of_bin(wanted), offsets, candidates)
+    rank = len(candidates) - 1 - (budget - above)
+    candidates.partition(rank)
+    return candidates[rank]
+
+
+def as_array(tensor: Tensor) -> np.ndarray:
+    """The memory of a contiguous float32 tensor as an array, that of a bfloat16 one as its bit patterns.
+
+    `Tensor.numpy` would forbid to resize the tensor's storage, as FSDP does.
+    """
+    tensor = tensor.detach()
+    if not tensor.numel():
+        return np.empty(tuple(tensor.shape), np.float32 if tensor.dtype == torch.float32 else np.int16)
+    interface = {
+        "version": 3,
+        "data": (tensor.data_ptr(), False),
+        "shape": tuple(tensor.shape),
+        "typestr": _BYTE_ORDER + ("f4" if tensor.dtype == torch.float32 else "i2"),
+    }
+    return np.asarray(SimpleNamespace(__array_interface__=interface, tensor=tensor))  # kept while the array lives
+
+
+def _float32(tensor: Tensor) -> np.ndarray:
+    """A contiguous float32 array of any tensor."""
+    return as_array(tensor.to(torch.float32).contiguous())
+
+
+@lru_cache(maxsize=4096)
+def _blocks(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Columns of a block, and number of blocks; by shape alone, so that sums do not depend on the number of threads."""
+    m, n = shape
+    width = min(_MAX_WIDTH, -(-n // _MIN_BLOCKS), max(_MIN_WIDTH, _WORKSPACE_ENTRIES // (2 * m)))
+    width = max(_MIN_WIDTH, (width + 15) // 16 * 16)
+    return width, -(-n // width)
+
+
+def _run(function: Callable[..., None], count: int, shape: tuple[int, ...], *arguments: Any) -> None:
+    """Call `function(first, last, …)` over `count` pieces of work, a part of them on each thread."""
+    threads = min(torch.get_num_threads(), count) if shape[0] * shape[1] >= _MIN_ENTRIES_FOR_THREADS else 1
+    if threads < 2:
+        function(0, count, *arguments)
+        return
+    pieces = min(count, _PIECES_PER_THREAD * threads)
+    bounds = [count * k // pieces for k in range(pieces + 1)]
+    parallel_for([partial(function, *ends, *arguments) for ends in pairwise(bounds)], threads)
+
+
+def parallel_for(tasks: Sequence[Callable[[], None]], threads: int) -> None:
+    """Run all tasks, up to `threads` of them at a time, and wait for them.
+
+    They run on the threads that torch computes with where they can be reached, as those wait in a loop for some
+    milliseconds after each product, each on its own core, which threads of ours would have to share with them. A task's
+    error is raised here, once all others have ended.
+    """
+    if threads < 2 or len(tasks) < 2:
+        for task in tasks:
+            task()
+        return
+    remaining, errors = iter(tasks), []
+
+    def work(_: object = None) -> None:
+        for task in remaining:  # an iterator gives each task to one thread only
+            try:
+                task()
+            except BaseException as error:
+                errors.append(error)
+
+    library = _torch_openmp()
+    if library is not None:
+        library.GOMP_parallel(_CALLBACK(work), None, threads, 0)
+    else:
+        pending = [_pool(threads).submit(work) for _ in range(threads - 1)]
+        work()
+        for one in pending:
+            one.result()
+    if errors:
+        raise errors[0]
+
+
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Ordinary threads, kept for the next call."""
+    if threads not in _pools:
+        _pools[threads] = ThreadPoolExecutor(threads - 1, thread_name_prefix="snella")
+    return _pools[threads]
+
+
+@lru_cache(maxsize=1)
+def _torch_openmp() -> ctypes.CDLL | None:
+    """GNU's OpenMP runtime that torch has loaded, or `None`."""
+    maps = Path("/proc/self/maps")
+    if not maps.is_file():
+        return None
+    home = Path(torch.__file__).parent
+    loaded = {line.split(maxsplit=5)[-1].strip() for line in maps.read_text().splitlines() if "libgomp" in line}
+    own = sorted(path for path in loaded if Path(path).is_relative_to(home))
+    others = sorted(loaded)
+    # a wheel brings its own copy; elsewhere torch uses the only one there is
+    path = own[0] if own else others[0] if len(others) == 1 else None
+    if path is None:
+        return None
+    try:
+        library = ctypes.CDLL(path)
+        library.GOMP_parallel.argtypes = (_CALLBACK, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+        library.GOMP_parallel.restype = None
+    except (OSError, AttributeError):
+        return None
+    return library

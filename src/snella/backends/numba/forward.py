@@ -1,0 +1,308 @@
+"""Numba kernels of the forward pass: merge, select, add; `backward` holds the way back.
+
+A matrix is cut into blocks of columns, so that a block's softmax, which runs down the columns, is complete while its
+numbers are still in the processor's cache: `ΔW` is read from memory only where it has to be selected from, and the
+passes that know the threshold never write it. Once a column's largest `κ` and the sum of its exponentials are known, a
+row can be merged alone (`merge_row`), along memory. Every function works on the blocks (or rows) `first … last − 1`, so
+that several threads can share one matrix; the interpreter's lock is released. What is computed does not depend on how
+the blocks are divided, and a value has the same bits in every pass: `merge_block` and `merge_row` do the same
+operations in the same order.
+
+Shape letters: `m` outputs, `n` inputs, `P` pieces of width `R`, `K = P·R`, `w` columns of a block. A block's
+part of `A` `[n, K]` is copied to `tile` `[K, w]`, so that the innermost loop runs over memory.
+"""
+
+# ruff: noqa: D103
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit
+
+from snella.backends.numba.compile import (
+    FASTMATH_STRICT_ORDER,
+    NO_CONTRACT,
+    bits_of_float,
+    compiled,
+    exponential,
+    float_of_bits,
+    load_as_f32,
+    prefetch,
+    store_from_f32,
+)
+
+ZERO = np.float32(0)
+HISTOGRAM_BINS = 1 << 12  # by exponent and the first 7 bits of the mantissa, for 32 exponents
+_HISTOGRAM_SHIFT, _FIRST_BIN = np.int32(16), np.int32((127 - 30) << 7)  # from 2^-30 on
+WIDTH_OF_ROWS = 768  # columns of a tile where rows are merged: 24 KiB at rank 8
+PREFETCH_DISTANCE = 6  # how many rows before its turn a block's part of a row is asked for
+_MAGNITUDE = np.int32(0x7FFFFFFF)
+SOFT, OFFICIAL, NONE = 0, 1, 2  # the modes of `sparsify`
+
+
+@njit(**FASTMATH_STRICT_ORDER, inline="always")
+def histogram_bin(value):
+    # grows with the magnitude; the first and the last bin also take what is smaller or larger
+    leading = ((bits_of_float(value) & _MAGNITUDE) >> _HISTOGRAM_SHIFT) - _FIRST_BIN
+    return min(max(leading, np.int32(0)), np.int32(HISTOGRAM_BINS - 1))
+
+
+def bits_of_bin(number: int) -> tuple[np.int32, np.uint32]:
+    """Lowest bit pattern of the magnitudes in a bin of the histogram, and how many there are."""
+    lowest, end = ((int(_FIRST_BIN) + number + k) << int(_HISTOGRAM_SHIFT) for k in range(2))
+    lowest, end = 0 if number == 0 else lowest, 1 << 31 if number == HISTOGRAM_BINS - 1 else end
+    return np.int32(lowest), np.uint32(end - lowest)
+
+
+@njit(**FASTMATH_STRICT_ORDER)
+def copy_tile(A, start, w, tile):
+    # tile = the block's columns, side by side
+    for k in range(A.shape[1]):
+        for j in range(w):
+            tile[k, j] = A[np.uintp(start + j), k]
+
+
+@njit(**FASTMATH_STRICT_ORDER)
+def prefetch_row(array, i, start, w):
+    # have a later row's part of the block on its way from memory
+    if i + PREFETCH_DISTANCE < array.shape[0]:
+        for j in range(0, w, 16):
+            prefetch(array, i + PREFETCH_DISTANCE, start + j)
+
+
+@njit(**FASTMATH_STRICT_ORDER)
+def squared_distances(tile, B, i, first, last, w, squares):
+    # squares[j] = Σ_k (B[i, k] − tile[k, j])², k = first … last − 1, four at a time
+    for j in range(w):
+        squares[j] = ZERO
+    k = first
+    while k + 4 <= last:
+        b0, b1, b2, b3 = B[i, k], B[i, k + 1], B[i, k + 2], B[i, k + 3]
+        for j in range(w):
+            d0, d1, d2, d3 = b0 - tile[k, j], b1 - tile[k + 1, j], b2 - tile[k + 2, j], b3 - tile[k + 3, j]
+            squares[j] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)
+        k += 4
+    while k < last:
+        one = B[i, k]
+        for j in range(w):
+            difference = one - tile[k, j]
+            squares[j] += difference * difference
+        k += 1
+
+
+@njit(**FASTMATH_STRICT_ORDER)
+def distances_p2_r8(tile, B, coeff, i, w, value, at):
+    # `weighted_distances` for two pieces of four, the default, in one go
+    c0, b0, b1, b2, b3 = coeff[0], B[i, 0], B[i, 1], B[i, 2], B[i, 3]
+    c1, b4, b5, b6, b7 = coeff[1], B[i, 4], B[i, 5], B[i, 6], B[i, 7]
+    for j in range(w):
+        d0, d1, d2, d3 = b0 - tile[0, j], b1 - tile[1, j], b2 - tile[2, j], b3 - tile[3, j]
+        d4, d5, d6, d7 = b4 - tile[4, j], b5 - tile[5, j], b6 - tile[6, j], b7 - tile[7, j]
+        first = math.sqrt((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3))
+        second = math.sqrt((d4 * d4 + d5 * d5) + (d6 * d6 + d7 * d7))
+        value[at, j] = c0 * first + c1 * second
+
+
+@njit(**FASTMATH_STRICT_ORDER)
+def weighted_distances(tile, B, coeff, i, w, value, at, squares):
+    # value[at, j] = Σ_p coeff[p]·‖B[i, piece p] − tile[piece p, j]‖
+    pieces = coeff.shape[0]
+    R = tile.shape[0] // pieces
+    for j in range(w):
+        value[at, j] = ZERO
+    for p in range(pieces):
+        c = coeff[p]
+        squared_distances(tile, B, i, p * R, (p + 1) * R, w, squares)
+        for j in range(w):
+            value[at, j] += c * math.sqrt(squares[j])
+
+
+@njit(**FASTMATH_STRICT_ORDER)
+def is_p2_r8(tile, coeff):
+    return coeff.shape[0] == 2 and tile.shape[0] == 8
+
+
+@njit(**FASTMATH_STRICT_ORDER)
+def merge_block(tile, B, coeff, softmax, w, value, exps, inv_sum, scratch):
+    # value[i, j] = linear·κ_p + scale[j]·exps[i, j] + β, κ_p of `weighted_distances`;
+    # exps = exp(κ_p/γ − max_logit), inv_sum[j] = 1 / Σ_i exps; scratch = squares, max_logit = the column's largest
+    # κ_p/γ, scale = α·inv_sum
+    inv_temperature, linear, alpha, beta, has_softmax = softmax
+    m = B.shape[0]
+    squares, max_logit, scale = scratch[0], scratch[1], scratch[2]
+    for j in range(w):
+        max_logit[j] = np.float32(-np.inf)
+        inv_sum[j] = ZERO
+    is_default = is_p2_r8(tile, coeff)
+    for i in range(m):
+        if is_default:
+            distances_p2_r8(tile, B, coeff, i, w, value, i)
+        else:
+            weighted_distances(tile, B, coeff, i, w, value, i, squares)
+        if has_softmax:
+            for j in range(w):
+                max_logit[j] = max(max_logit[j], value[i, j] * inv_temperature)
+    if not has_softmax:
+        return
+    for i in range(m):
+        for j in range(w):
+            one = exponential(value[i, j] * inv_temperature - max_logit[j])
+            exps[i, j] = one
+            inv_sum[j] += one
+    for j in range(w):
+        inverse = 1.0 / np.float64(inv_sum[j])
+        inv_sum[j] = np.float32(inverse)
+        scale[j] = np.float32(alpha * inverse)
+    for i in range(m):
+        for j in range(w):
+            value[i, j] = linear * value[i, j] + scale[j] * exps[i, j] + beta
+
+
+@njit(**FASTMATH_STRICT_ORDER)
+def merge_row(tile, B, coeff, softmax, i, w, columns, start, row, squares):
+    # row[0, j] = the same value once more, to the last bit, from the column's max_logit and scale of `merge_block`
+    inv_temperature, linear, _, beta, has_softmax = softmax
+    if is_p2_r8(tile, coeff):
+        distances_p2_r8(tile, B, coeff, i, w, row, 0)
+    else:
+        weighted_distances(tile, B, coeff, i, w, row, 0, squares)
+    if has_softmax:
+        for j in range(w):
+            at = np.uintp(start + j)
+            share = exponential(row[0, j] * inv_temperature - columns[0, at])
+            row[0, j] = linear * row[0, j] + columns[1, at] * share + beta
+
+
+@njit(**FASTMATH_STRICT_ORDER)
+def store_column_stats(inv_sum, scratch, start, w, columns):
+    # columns = max_logit, scale and inv_sum of the block's columns, for `merge_row` and the backward pass
+    for j in range(w):
+        at = np.uintp(start + j)
+        columns[0, at], columns[1, at], columns[2, at] = scratch[1, j], scratch[2, j], inv_sum[j]
+
+
+@njit(**FASTMATH_STRICT_ORDER)
+def alloc_workspace(m, K, width):
+    # what a thread needs for blocks of `width` columns: tile, value, exps, inv_sum and three rows
+    block = (m, width)
+    tile, value, exps = np.empty((K, width), np.float32), np.empty(block, np.float32), np.empty(block, np.float32)
+    return tile, value, exps, np.empty(width, np.float32), np.empty((3, width), np.float32)
+
+
+@compiled(FASTMATH_STRICT_ORDER)
+def merge_and_count(first, last, width, A, B, coeff, softmax, result, bins, columns):
+    # result = ΔW, and the numbers of its columns
+    # bins[block, h] = entries of the block in the histogram's bin h
+    m, n = result.shape
+    tile, value, exps, inv_sum, scratch = alloc_workspace(m, A.shape[1], width)
+    own_bins = np.empty(width, np.uint16)
+    for block in range(first, last):
+        start = block * width
+        w = min(width, n - start)
+        copy_tile(A, start, w, tile)
+        merge_block(tile, B, coeff, softmax, w, value, exps, inv_sum, scratch)
+        store_column_stats(inv_sum, scratch, start, w, columns)
+        bins[block, :] = 0
+        for i in range(m):
+            for j in range(w):
+                result[i, np.uintp(start + j)] = value[i, j]
+                own_bins[j] = histogram_bin(value[i, j])
+            for j in range(w):
+                bins[block, own_bins[j]] += 1
+
+
+@compiled(FASTMATH_STRICT_ORDER)
+def count(first, last, width, value, bins):
+    # the same counts for a matrix that is there already
+    m, n = value.shape
+    own_bins = np.empty(width, np.uint16)
+    for block in range(first, last):
+        start = block * width
+        w = min(width, n - start)
+        bins[block, :] = 0
+        for i in range(m):
+            for j in range(w):
+                own_bins[j] = histogram_bin(value[i, np.uintp(start + j)])
+            for j in range(w):
+                bins[block, own_bins[j]] += 1
+
+
+@compiled(FASTMATH_STRICT_ORDER)
+def collect(first, last, width, value, lowest, span, offsets, result):
+    # the magnitudes whose bits are lowest … lowest + span − 1, block by block from offsets[block] on
+    m, n = value.shape
+    for block in range(first, last):
+        start = block * width
+        w = min(width, n - start)
+        at = offsets[block]
+        for i in range(m):
+            found = np.int32(0)
+            for j in range(w):
+                found += np.uint32((bits_of_float(value[i, np.uintp(start + j)]) & _MAGNITUDE) - lowest) < span
+            if found == 0:
+                continue
+            for j in range(w):
+                bits = bits_of_float(value[i, np.uintp(start + j)]) & _MAGNITUDE
+                if np.uint32(bits - lowest) < span:
+                    result[at] = float_of_bits(bits)
+                    at += 1
+
+
+@njit(**NO_CONTRACT)
+def add_row(base, value, of, i, start, w, threshold, scaling, mode, result):
+    # result[i, start + j] = base + scaling·S of value[of, j], in the types that the two arrays hold
+    if mode == SOFT:
+        for j in range(w):
+            one, at = value[of, j], np.uintp(start + j)
+            magnitude = abs(one)
+            weight = magnitude - threshold if magnitude > threshold else ZERO
+            result[i, at] = store_from_f32(load_as_f32(base[i, at]) + scaling * (one * weight), result[i, at])
+    elif mode == OFFICIAL:
+        for j in range(w):
+            one, at = value[of, j], np.uintp(start + j)
+            magnitude = abs(one)
+            weight = magnitude if magnitude > threshold else ZERO
+            result[i, at] = store_from_f32(load_as_f32(base[i, at]) + scaling * (one * weight), result[i, at])
+    else:
+        for j in range(w):
+            at = np.uintp(start + j)
+            result[i, at] = store_from_f32(load_as_f32(base[i, at]) + scaling * value[of, j], result[i, at])
+
+
+@compiled(NO_CONTRACT)
+def add_sparse(first, last, base, value, threshold, scaling, mode, result):
+    # result = base + scaling·S on the rows first … last − 1, S from a matrix that is there already
+    for i in range(first, last):
+        add_row(base, value, i, i, 0, value.shape[1], threshold, scaling, mode, result)
+
+
+@compiled(FASTMATH_STRICT_ORDER)
+def measure_column_stats(first, last, width, A, B, coeff, softmax, columns):
+    # max_logit and scale of every column
+    m, n = B.shape[0], A.shape[0]
+    tile, value, exps, inv_sum, scratch = alloc_workspace(m, A.shape[1], width)
+    for block in range(first, last):
+        start = block * width
+        w = min(width, n - start)
+        copy_tile(A, start, w, tile)
+        merge_block(tile, B, coeff, softmax, w, value, exps, inv_sum, scratch)
+        store_column_stats(inv_sum, scratch, start, w, columns)
+
+
+@compiled(NO_CONTRACT)
+def merge_and_add(first, last, A, B, coeff, softmax, columns, base, threshold, scaling, mode, result):
+    # result = base + scaling·S on the rows first … last − 1, S merged on the way, along the rows as they lie in memory
+    n = result.shape[1]
+    width = min(n, WIDTH_OF_ROWS)
+    tile, row, squares = (
+        np.empty((A.shape[1], width), np.float32),
+        np.empty((1, width), np.float32),
+        np.empty(width, np.float32),
+    )
+    for start in range(0, n, width):
+        w = min(width, n - start)
+        copy_tile(A, start, w, tile)
+        for i in range(first, last):
+            merge_row(tile, B, coeff, softmax, i, w, columns, start, row, squares)
+            add_row(base, row, 0, i, start, w, threshold, scaling, mode, result)

@@ -1,0 +1,349 @@
+"""The piecewise kernels on a CUDA device in Triton: all matrices of a weight in one launch, sync-free."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from snella.backends.base import Backend, Gradients, Merged, zero_gradients
+from snella.backends.triton import backward, forward
+from snella.kernels import MixK, NormalizedRBF, PLinear
+from snella.sparsify import KEEPS_EVERYTHING
+from snella.update import Factors, UpdateSpec
+
+# fixed, not tuned on the machine: the order of sums, and so the bits of a result, depends on them
+TILE = {"BLOCK_M": 32, "BLOCK_N": 64}
+_TILES_PER_HISTOGRAM = 4
+STATISTICS = {"ALONG": 64, "ACROSS": 16}
+_ENTRIES_TO_ADD = 2048
+_ENTRIES_TO_COUNT = 4096
+_MOST_PROGRAMS_TO_COUNT = 256  # each adds its counts to the matrix's histogram once
+_SUMS_AT_ONCE = 512
+_MODES = {"soft": forward.SOFT.value, "official": forward.OFFICIAL.value, "none": forward.NONE.value}
+LAUNCH: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
+
+
+_MAX_ENTRIES = 1 << 30  # positions within a matrix are int32
+_MIN_CAPABILITY = (7, 0)
+
+
+class SoftmaxStats(NamedTuple):
+    """Of each column (`[G·n]`) or row (`[m]`) of the softmax: largest logit, one over the sum of exponentials."""
+
+    max_logit: Tensor | None
+    inverse_sum: Tensor | None
+
+
+class _Launches:
+    """The launches for one update."""
+
+    def __init__(self, spec: UpdateSpec, factors: Factors, budgets: tuple[int, ...]) -> None:
+        self.spec = spec
+        A, B, *scalars = factors
+        self.A, self.B = A.detach().contiguous(), B.detach().contiguous()
+        self.scalars = tuple(None if value is None else value.detach().contiguous() for value in scalars)
+        self.coeff, self.alpha, self.beta, self.temperature = self.scalars
+        self.groups, self.n, self.rank = self.A.shape
+        self.m = self.B.shape[0]
+        kernel = spec.kernel
+        self.has_softmax = isinstance(kernel, NormalizedRBF)
+        self.sizes = {"P": kernel.num_pieces, "R": self.rank}
+        self.axis = {"HAS_TEMPERATURE": self.temperature is not None, "AXIS": kernel.softmax_dim}
+        self.terms = {"SOFTMAX": self.has_softmax, "LINEAR_TERM": not self.has_softmax or isinstance(kernel, MixK)}
+        is_cuda = self.A.is_cuda
+        self.layout = _layout(
+            spec.row_counts,
+            budgets,
+            self.n,
+            spec.mode != "official",
+            self.A.device,
+            torch.cuda.current_stream(self.A.device).cuda_stream if is_cuda else 0,
+        )
+
+    def on_device(self) -> AbstractContextManager[Any]:
+        """Triton launches on the current device."""
+        return torch.cuda.device(self.A.device) if self.A.is_cuda else nullcontext()
+
+    def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """An uninitialized tensor beside the factors."""
+        return torch.empty(shape, dtype=dtype, device=self.A.device)
+
+    def tiles(self, tiles_of_rows: int = 1) -> tuple[int, int, int]:
+        """Grid of tiles over every matrix."""
+        rows = max(self.spec.row_counts)
+        return -(-self.n // TILE["BLOCK_N"]), -(-rows // (TILE["BLOCK_M"] * tiles_of_rows)), self.groups
+
+    def softmax_stats(self) -> SoftmaxStats:
+        """Largest logit and one over the sum of exponentials of each column or row."""
+        if not self.has_softmax:
+            return SoftmaxStats(None, None)
+        by_column = self.axis["AXIS"] == 0
+        max_logit, inverse_sum = self.new(2, self.groups * self.n if by_column else self.m).unbind()
+        across = self.n if by_column else max(self.spec.row_counts)
+        forward.softmax_statistics[-(-across // STATISTICS["ACROSS"]), self.groups](
+            self.A,
+            self.B,
+            self.coeff,
+            self.temperature,
+            self.layout,
+            max_logit,
+            inverse_sum,
+            self.n,
+            **self.sizes,
+            **self.axis,
+            **STATISTICS,
+            **LAUNCH,
+        )
+        return SoftmaxStats(max_logit, inverse_sum)
+
+    def merge(self, delta: Tensor, stats: SoftmaxStats, counts: Tensor | None = None) -> None:
+        """Write `ΔW`, and add to the first histogram if it is given."""
+        forward.merge[self.tiles(_TILES_PER_HISTOGRAM)](
+            self.A,
+            self.B,
+            self.coeff,
+            self.alpha,
+            self.beta,
+            self.temperature,
+            self.layout,
+            *stats,
+            delta,
+            counts,
+            self.n,
+            **self.sizes,
+            **self.terms,
+            **self.axis,
+            CENTER=self.spec.kernel.center_softmax,
+            COUNT=counts is not None,
+            TILES=_TILES_PER_HISTOGRAM,
+            **TILE,
+            **LAUNCH,
+        )
+
+    def merge_and_select(self, delta: Tensor, stats: SoftmaxStats) -> Tensor:
+        """Write `ΔW`, and return the thresholds, `[G]`; without a selection where everything is kept."""
+        if self.spec.mode == "none":
+            self.merge(delta, stats)
+            return self.new(self.groups).fill_(KEEPS_EVERYTHING)
+        targets = 1 if self.spec.mode == "soft" else 2
+        high_bins, low_bins = forward.HIGH_BINS.value * self.groups, forward.LOW_BINS.value * self.groups * targets
+        counts = torch.zeros(high_bins + 2 * low_bins, dtype=torch.int32, device=self.A.device)
+        high, middle, low = counts.split([high_bins, low_bins, low_bins])
+        state, thresholds = self.new(2 * self.groups * targets, dtype=torch.int32), self.new(self.groups)
+        self.merge(delta, stats, high)
+        entries = max(self.spec.row_counts) * self.n
+        grid = (min(-(-entries // _ENTRIES_TO_COUNT), _MOST_PROGRAMS_TO_COUNT), self.groups)
+        for level in (1, 2):
+            forward.count_within_bin[grid](
+                delta,
+                self.layout,
+                high,
+                middle,
+                low,
+                state,
+                self.n,
+                TARGETS=targets,
+                LEVEL=level,
+                BLOCK=_ENTRIES_TO_COUNT,
+                **LAUNCH,
+            )
+        forward.finish_thresholds[(self.groups,)](
+            self.layout, high, middle, low, state, thresholds, TARGETS=targets, **LAUNCH
+        )
+        return thresholds
+
+    def add_sparse(self, delta: Tensor, thresholds: Tensor, base: Tensor, out: Tensor) -> None:
+        """Write `base + scaling·S` into `out`."""
+        entries = max(self.spec.row_counts) * self.n
+        forward.add_sparse[-(-entries // _ENTRIES_TO_ADD), self.groups](
+            delta,
+            thresholds,
+            self.layout,
+            base,
+            out,
+            self.spec.scaling,
+            self.n,
+            MODE=_MODES[self.spec.mode],
+            BLOCK=_ENTRIES_TO_ADD,
+            **LAUNCH,
+        )
+
+    def gradients(
+        self, delta: Tensor, thresholds: Tensor, stats: SoftmaxStats, grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients to A, B and the scalars."""
+        grid, mode = self.tiles(), {"MODE": _MODES[self.spec.mode]}
+        columns, rows, groups = grid
+        matrix = (delta, thresholds, grad)
+        weighted_sum = None
+        if self.has_softmax:
+            by_column = self.axis["AXIS"] == 0
+            kept = self.groups * self.n if by_column else self.m
+            partial = self.new(rows if by_column else columns, kept)
+            backward.softmax_weighted_sums[grid](
+                self.A,
+                self.B,
+                self.coeff,
+                self.temperature,
+                self.layout,
+                *stats,
+                *matrix,
+                partial,
+                self.spec.scaling,
+                self.n,
+                kept,
+                **self.sizes,
+                **self.axis,
+                **mode,
+                **TILE,
+                **LAUNCH,
+            )
+            weighted_sum = partial.sum(0)
+        part_A, part_B = self.new(rows, groups, self.n, self.rank), self.new(columns, self.m, self.rank)
+        sums = self.new(groups, rows * columns, self.sizes["P"] + 3)
+        backward.factor_gradients[grid](
+            self.A,
+            self.B,
+            self.coeff,
+            self.alpha,
+            self.temperature,
+            self.layout,
+            *stats,
+            weighted_sum,
+            *matrix,
+            part_A,
+            part_B,
+            sums,
+            self.spec.scaling,
+            self.n,
+            self.m,
+            **self.sizes,
+            **self.terms,
+            **self.axis,
+            **mode,
+            **TILE,
+            **LAUNCH,
+        )
+        # zeros, as a kernel without softmax leaves α, β and γ alone if somebody gives it any
+        found = [value if value is None else torch.zeros_like(value) for value in self.scalars]
+        backward.scalar_gradients[(groups,)](
+            sums,
+            self.layout,
+            self.temperature,
+            *found,
+            self.n,
+            rows * columns,
+            P=self.sizes["P"],
+            SOFTMAX=self.has_softmax,
+            CENTER=self.spec.kernel.center_softmax,
+            **self.axis,
+            BLOCK=_SUMS_AT_ONCE,
+            **LAUNCH,
+        )
+        return part_A.sum(0).to(self.A.dtype), part_B.sum(0).to(self.B.dtype), *found
+
+
+@lru_cache(maxsize=4096)
+def _layout(
+    row_counts: tuple[int, ...], budgets: tuple[int, ...], n: int, takes_rank: bool, device: torch.device, stream: int
+) -> Tensor:
+    """The table that every kernel reads, `[G, 6]` on `device`, one a `stream`; copied without a wait, then kept."""
+    table = np.zeros((len(budgets), forward.LAYOUT_FIELDS.value), np.int32)
+    start = 0
+    for entry, count, budget in zip(table, row_counts, budgets, strict=True):
+        size = count * n
+        entry[:3] = start, count, count if budget else 0
+        if takes_rank:
+            entry[3] = -1 if budget == size else budget
+        elif budget:
+            # ranks from the largest on of the two entries that the quantile lies between: see `quantile_threshold`
+            position = (1 - budget / size) * (size - 1)
+            below = int(position)
+            entry[3:5] = size - 1 - below, max(size - 2 - below, 0)
+            entry[5] = np.float32(position - below).view(np.int32)
+        start += count
+    cpu = torch.from_numpy(table)
+    return cpu.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else cpu
+
+
+def is_interpreted() -> bool:
+    """Whether the kernels were defined under `TRITON_INTERPRET=1` and run on the CPU, slowly, for tests."""
+    return type(forward.merge).__name__ == "InterpretedFunction"
+
+
+class TritonBackend(Backend):
+    """Mix-K, its normalized RBF and P-Linear in float32 on a CUDA device."""
+
+    name = "triton"
+
+    def unsupported_reason(self, spec: UpdateSpec, A: Tensor) -> str | None:  # noqa: D102
+        if not isinstance(spec.kernel, PLinear):
+            return f"has the piecewise kernels only, got kernel={spec.kernel.name!r}"
+        if A.device.type != ("cpu" if is_interpreted() else "cuda"):
+            return f"runs on a CUDA device, got factors on {str(A.device)!r}"
+        if torch.promote_types(A.dtype, torch.float32) != torch.float32:
+            return f"computes in float32, got factors in {A.dtype}"
+        largest = max(spec.row_counts) * A.shape[1]
+        if largest > _MAX_ENTRIES:
+            return f"counts at most {_MAX_ENTRIES} entries a matrix, got {largest}"
+        if A.device.type == "cuda":
+            capability = torch.cuda.get_device_capability(A.device)
+            if capability < _MIN_CAPABILITY:
+                return f"needs compute capability {_MIN_CAPABILITY}, got {capability} on {str(A.device)!r}"
+        return None
+
+    def merge(  # noqa: D102
+        self,
+        spec: UpdateSpec,
+        factors: Factors,
+        budgets: tuple[int, ...],
+        thresholds: Tensor | None = None,
+        delta: tuple[Tensor | None, ...] = (),
+    ) -> Merged:
+        launches = _Launches(spec, factors, budgets)
+        if not any(budgets):
+            found = launches.new(launches.groups).fill_(torch.inf) if thresholds is None else thresholds
+            return Merged(factors, budgets, found)
+        if delta and thresholds is not None:
+            return Merged(factors, budgets, thresholds, delta)
+        with launches.on_device():
+            stats = launches.softmax_stats()
+            matrix = launches.new(launches.m, launches.n)
+            if thresholds is None:
+                thresholds = launches.merge_and_select(matrix, stats)
+            else:
+                thresholds = thresholds.detach().to(torch.float32)
+                launches.merge(matrix, stats)
+        return Merged(factors, budgets, thresholds, (matrix,), workspace=stats)
+
+    def add_update(self, spec: UpdateSpec, merged: Merged, base: Tensor, out: Tensor) -> None:  # noqa: D102
+        (delta,) = merged.delta or (None,)
+        if delta is None:
+            if out is not base:
+                out.copy_(base)
+            return
+        launches = _Launches(spec, merged.factors, merged.budgets)
+        with launches.on_device():
+            launches.add_sparse(delta, merged.thresholds, base, out)
+
+    def grad_factors(  # noqa: D102
+        self,
+        spec: UpdateSpec,
+        merged: Merged,
+        grad_weight: Tensor,
+        base: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Gradients:
+        (delta,) = merged.delta or (None,)
+        if delta is None:
+            return tuple(zero_gradients(merged.factors))
+        launches = _Launches(spec, merged.factors, merged.budgets)
+        with launches.on_device():
+            # where ΔW was kept, the statistics of its softmax were not
+            stats = merged.workspace or launches.softmax_stats()
+            return launches.gradients(delta, merged.thresholds, stats, grad_weight.detach().contiguous())

@@ -1,0 +1,216 @@
+# mypy: ignore-errors
+"""Triton kernels of the backward pass: from `∂L/∂W` to the factors and scalars.
+
+Distances and softmax are worked out again from the factors. Sums over more than one tile are written tile by tile and
+added in a fixed order afterwards; no float is added atomically. Letters as in `forward`; `q` tiles of rows, `s`
+tiles of columns.
+"""
+
+import triton
+import triton.language as tl
+
+from snella.backends.triton.forward import (
+    LAYOUT_FIELDS,
+    NONE,
+    SOFT,
+    along_axis,
+    distance,
+    logits_of,
+    mean_prob,
+    piecewise,
+    probs_of,
+)
+
+
+@triton.jit
+def delta_gradient(delta, grad, thresholds, group, rows, j, inside, scaling, n, MODE: tl.constexpr):
+    """`G = ∂L/∂ΔW` on a tile: `scaling·∂S/∂ΔW ⊙ ∂L/∂W`."""
+    entry = rows[:, None] * n + j[None, :]
+    magnitude = tl.abs(tl.load(delta + entry, mask=inside, other=0.0))
+    threshold = tl.load(thresholds + group)
+    slope = magnitude
+    if MODE == SOFT:
+        slope = 2 * magnitude - threshold
+    elif MODE == NONE:
+        slope = tl.zeros_like(magnitude) + 1.0
+    slope = tl.where(inside & (magnitude > threshold), slope, 0.0)
+    return slope * tl.load(grad + entry, mask=inside, other=0.0).to(tl.float32) * scaling
+
+
+@triton.jit
+def softmax_weighted_sums(
+    A,
+    B,
+    coeff,
+    temperature,
+    layout,
+    max_logit,
+    inverse_sum,
+    delta,
+    thresholds,
+    grad,
+    partial,
+    scaling,
+    n,
+    num_kept,
+    P: tl.constexpr,
+    R: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    AXIS: tl.constexpr,
+    MODE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """`Σ_axis G ⊙ Z` of each tile: `partial` `[q, G·n]` for `AXIS` 0, `[s, m]` for 1 (`num_kept` its last size)."""
+    group = tl.program_id(2)
+    start = tl.load(layout + group * LAYOUT_FIELDS)
+    active = tl.load(layout + group * LAYOUT_FIELDS + 2)
+    i = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    i_inside, j_inside = i < active, j < tl.where(active > 0, n, 0)
+    inside = i_inside[:, None] & j_inside[None, :]
+    value = piecewise(B + start * R, A + group * n * R, coeff + group * P, i, j, i_inside, j_inside, P, R)
+    probs = probs_of(
+        value, temperature, max_logit, inverse_sum, group, start, i, j, i_inside, j_inside, n, HAS_TEMPERATURE, AXIS
+    )
+    rows = (start + i).to(tl.int64)
+    gradient = delta_gradient(delta, grad, thresholds, group, rows, j, inside, scaling, n, MODE)
+    weighted = tl.where(inside, gradient * probs, 0.0)
+    if AXIS == 0:
+        tl.store(partial + tl.program_id(1) * num_kept + group * n + j, tl.sum(weighted, 0), mask=j < n)
+    else:
+        tl.store(partial + tl.program_id(0) * num_kept + start + i, tl.sum(weighted, 1), mask=i_inside)
+
+
+@triton.jit
+def factor_gradients(
+    A,
+    B,
+    coeff,
+    alpha,
+    temperature,
+    layout,
+    max_logit,
+    inverse_sum,
+    weighted_sum,
+    delta,
+    thresholds,
+    grad,
+    grad_A,
+    grad_B,
+    sums,
+    scaling,
+    n,
+    m,
+    P: tl.constexpr,
+    R: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    LINEAR_TERM: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    AXIS: tl.constexpr,
+    MODE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Each tile's part of the gradients: `grad_A` `[q, G, n, R]`, `grad_B` `[s, m, R]`, `sums` `[G, q·s, P + 3]`.
+
+    `sums` holds `Σ ∂L/∂κ·d_p` for each piece, then `Σ G`, `Σ G⊙Z` and `Σ ∂L/∂(κ/γ)·κ/γ`.
+    """
+    group = tl.program_id(2)
+    start = tl.load(layout + group * LAYOUT_FIELDS)
+    count = tl.load(layout + group * LAYOUT_FIELDS + 1)
+    active = tl.load(layout + group * LAYOUT_FIELDS + 2)
+    i = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    i_inside, j_inside = i < active, j < tl.where(active > 0, n, 0)
+    inside = i_inside[:, None] & j_inside[None, :]
+    first, second = B + start * R, A + group * n * R
+    rows = (start + i).to(tl.int64)
+    gradient = delta_gradient(delta, grad, thresholds, group, rows, j, inside, scaling, n, MODE)
+    tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    sums += (group * tl.num_programs(1) * tl.num_programs(0) + tile) * (P + 3)
+    tl.store(sums + P, tl.sum(gradient))
+    if SOFTMAX:
+        value = piecewise(first, second, coeff + group * P, i, j, i_inside, j_inside, P, R)
+        probs = probs_of(
+            value, temperature, max_logit, inverse_sum, group, start, i, j, i_inside, j_inside, n, HAS_TEMPERATURE, AXIS
+        )
+        coupled = along_axis(weighted_sum, group, start, i, j, i_inside, j_inside, n, AXIS)
+        weighted = tl.where(inside, gradient * probs, 0.0)
+        of_logits = tl.load(alpha + group).to(tl.float32) * (weighted - probs * coupled)
+        of_logits = tl.where(inside, of_logits, 0.0)
+        tl.store(sums + P + 1, tl.sum(weighted))
+        if HAS_TEMPERATURE:
+            logits = logits_of(value, temperature, group, HAS_TEMPERATURE)
+            tl.store(sums + P + 2, tl.sum(tl.where(inside, of_logits * logits, 0.0)))
+            of_logits = logits_of(of_logits, temperature, group, HAS_TEMPERATURE)
+        of_value = of_logits + gradient if LINEAR_TERM else of_logits
+    else:
+        of_value = gradient
+    grad_B += tl.program_id(0).to(tl.int64) * m * R
+    grad_A += (tl.program_id(1).to(tl.int64) * tl.num_programs(2) + group) * n * R
+    for p in tl.static_range(P):
+        length = distance(first, second, i, j, i_inside, j_inside, p, P, R)
+        tl.store(sums + p, tl.sum(tl.where(inside, of_value * length, 0.0)))
+        # a pair at distance 0 has no gradient
+        coef = tl.load(coeff + group * P + p).to(tl.float32) * of_value
+        coef = tl.where(length == 0.0, 0.0, tl.div_rn(coef, tl.where(length == 0.0, 1.0, length)))
+        coef = tl.where(inside, coef, 0.0)
+        for k in range(p * (R // P), (p + 1) * (R // P)):
+            b = tl.load(first + i * R + k, mask=i_inside, other=0.0).to(tl.float32)
+            a = tl.load(second + j * R + k, mask=j_inside, other=0.0).to(tl.float32)
+            grad_diff = coef * (b[:, None] - a[None, :])
+            tl.store(grad_B + rows * R + k, tl.sum(grad_diff, 1), mask=i < count)
+            tl.store(grad_A + j * R + k, -tl.sum(grad_diff, 0), mask=j < n)
+
+
+@triton.jit
+def scalar_gradients(
+    sums,
+    layout,
+    temperature,
+    grad_coeff,
+    grad_alpha,
+    grad_beta,
+    grad_temperature,
+    n,
+    num_tiles,
+    P: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    CENTER: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    AXIS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Gradients of the scalars of each matrix from the sums of its tiles, added in float64."""
+    group = tl.program_id(0)
+    active = tl.load(layout + group * LAYOUT_FIELDS + 2)
+    sums += group * num_tiles * (P + 3)
+    for p in tl.static_range(P):
+        store_as(grad_coeff + group * P + p, total_of(sums + p, num_tiles, P + 3, BLOCK))
+    if SOFTMAX:
+        of_delta = total_of(sums + P, num_tiles, P + 3, BLOCK)
+        of_alpha = total_of(sums + P + 1, num_tiles, P + 3, BLOCK)
+        if CENTER:
+            of_alpha -= of_delta * mean_prob(active, n, AXIS).to(tl.float64)
+        store_as(grad_alpha + group, of_alpha)
+        store_as(grad_beta + group, of_delta)
+        if HAS_TEMPERATURE:
+            gamma = tl.load(temperature + group).to(tl.float64)
+            store_as(grad_temperature + group, -total_of(sums + P + 2, num_tiles, P + 3, BLOCK) / gamma)
+
+
+@triton.jit
+def total_of(values, count, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum of `count` numbers that lie `STRIDE` apart, float64."""
+    lanes = tl.zeros([BLOCK], tl.float64)
+    for first in range(0, count, BLOCK):
+        position = first + tl.arange(0, BLOCK)
+        lanes += tl.load(values + position * STRIDE, mask=position < count, other=0.0).to(tl.float64)
+    return tl.sum(lanes, 0)
+
+
+@triton.jit
+def store_as(target, value):
+    """Store in the target's own dtype."""
+    tl.store(target, value.to(tl.float32).to(target.dtype.element_ty))

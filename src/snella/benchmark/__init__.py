@@ -1,6 +1,0 @@
-"""Speed and memory of a training step, side by side with the peers, as JSON lines."""
-
-from snella.benchmark.baselines import BASELINES
-from snella.benchmark.bench import BenchConfig, bench, grid, measure_competition, measure_matrix, measure_sampling
-
-__all__ = ["BASELINES", "BenchConfig", "bench", "grid", "measure_competition", "measure_matrix", "measure_sampling"]

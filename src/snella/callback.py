@@ -1,0 +1,73 @@
+"""The allocator inside of transformers' `Trainer`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sized
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from snella.allocator import BudgetAllocator
+
+
+class SnellaCallback(TrainerCallback):
+    """Attaches a `BudgetAllocator` when training starts: `Trainer(…, callbacks=[SnellaCallback()])`.
+
+    The allocator's state is part of the optimizer's, so that the Trainer's own checkpoints carry it and
+    `resume_from_checkpoint` restores it.
+
+    Args:
+        adapter_name: The adapter to train, default the first active one.
+
+    Attributes:
+        allocator: The allocator, from the start of training on.
+    """
+
+    def __init__(self, adapter_name: str | None = None) -> None:
+        self.adapter_name = adapter_name
+        self.allocator: BudgetAllocator | None = None
+
+    def on_train_begin(  # noqa: D102
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        optimizer: Optimizer | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if model is None or optimizer is None:
+            raise RuntimeError("SnellaCallback needs the Trainer's model and optimizer, got None")
+        epochs = max(math.ceil(state.num_train_epochs), 1)
+        self.allocator = BudgetAllocator(
+            model,
+            total_epochs=epochs,
+            steps_per_epoch=_steps_per_epoch(args, kwargs.get("train_dataloader"))
+            or max(math.ceil(state.max_steps / epochs), 1),
+            total_steps=max(state.max_steps, 1),
+            adapter_name=self.adapter_name,
+        )
+        self.allocator.has_exact_steps = True
+        self.allocator.attach(optimizer)
+
+    def on_step_end(  # noqa: D102
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.allocator is not None:
+            self.allocator.advance_to(state.global_step)
+
+    def on_train_end(  # noqa: D102
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.allocator is not None:
+            self.allocator.detach()
+
+
+def _steps_per_epoch(args: TrainingArguments, loader: Any) -> int:
+    """Optimizer steps of one epoch as the Trainer counts them, 0 where the data have no length."""
+    if not isinstance(loader, Sized):
+        return 0
+    return math.ceil(len(loader) / args.gradient_accumulation_steps)

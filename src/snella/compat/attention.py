@@ -1,0 +1,402 @@
+"""`nn.MultiheadAttention`, which reads its weights past the layers that hold them, with updates that it really uses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from snella.compat.hooks import call_inside_hooks, has_hooks, hook_dicts, is_hooked_in_graph, onloaded
+from snella.config import SnellaConfig
+from snella.layer import SnellaLayer, refuse_tracing
+from snella.update import LayerOp
+
+_INPUTS = ("in_proj",)
+_SEPARATE_INPUTS = ("q_proj", "k_proj", "v_proj")
+_OUTPUT = "out_proj"
+
+
+class AdaptedAttention(nn.Module):
+    """An `nn.MultiheadAttention` whose projections carry updates.
+
+    The attention keeps its parameters. Each adapted projection is a child of its own: `in_proj` with its three
+    matrices (`q_proj`, `k_proj` and `v_proj` where the attention stores them apart, because keys or values have
+    another width), and `out_proj`. With gradients the projections are applied one by one and the attention between
+    them by `attend`, so that nothing merged is kept; without, torch's own `forward` runs with the effective weights,
+    fast path included, and gives the bits of the merged model.
+
+    Other attributes (`num_heads`, `batch_first`, …) are those of the attention. `in_proj_weight` is the weight with its
+    updates, for a model that reads it.
+
+    Args:
+        base_layer: The attention.
+    """
+
+    def __init__(self, base_layer: nn.MultiheadAttention) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self._around_base = hook_dicts(base_layer)
+
+    def __getattr__(self, name: str) -> Any:
+        """Attributes of the attention, for code that reads them from outside."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            projection = self._modules.get(name.removesuffix("_weight")) if name.endswith("_weight") else None
+            return projection.weight if isinstance(projection, Projection) else getattr(self.base_layer, name)
+
+    def projections(self) -> list[Projection]:
+        """The adapted projections."""
+        return [child for child in self.children() if isinstance(child, Projection)]
+
+    def find_projection(self, name: str) -> Projection | None:
+        """The adapted projection of that name."""
+        child = self._modules.get(name)
+        return child if isinstance(child, Projection) else None
+
+    def adapt(
+        self, name: str, adapter_name: str, config: SnellaConfig, row_counts: tuple[int, ...], module_name: str
+    ) -> bool:
+        """Give one projection an adapter, one more or the first.
+
+        Args:
+            name: `in_proj`, `q_proj`, `k_proj`, `v_proj` or `out_proj`.
+            adapter_name: Name of the adapter.
+            config: Its settings.
+            row_counts: Rows of each matrix of the projection's weight.
+            module_name: Full name of the projection.
+
+        Returns:
+            Whether the projection is new.
+        """
+        known = self.find_projection(name)
+        if known is not None:
+            known.update_layer(adapter_name, config, row_counts)
+            return False
+        weight = cast(nn.Module, ProjectionWeight(self.base_layer, name))
+        projection = Projection(weight, adapter_name, config, row_counts, module_name=module_name)
+        setattr(self, name, projection.train(self.training))
+        return True
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend as `nn.MultiheadAttention` does, with the updates of all active adapters."""
+        masks = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask, "is_causal": is_causal}
+        weights = {"need_weights": need_weights, "average_attn_weights": average_attn_weights}
+        updated = [projection for projection in self.projections() if projection.is_updated()]
+        if updated and torch.compiler.is_compiling():
+            # a graph cannot see what changed since an effective weight was computed
+            if is_hooked_in_graph(self.base_layer, self._around_base):
+                return self._attend_outside_graphs(query, key, value, **masks, **weights)
+            return self._attend(query, key, value, **masks, **weights)
+        if updated:
+            refuse_tracing(updated[0].module_name)
+        if any(projection.needs_own_op() for projection in updated):
+            return self._attend_inside_hooks(query, key, value, **masks, **weights)
+        if not updated:
+            return self.base_layer(query, key, value, **masks, **weights)
+        # `functional_call` replaces parameters only, FSDP1 keeps plain tensors in their place during a pass, and hooks
+        # that replace `forward` may bring others
+        is_replaceable = all(projection.is_weight_registered() for projection in updated)
+        if not is_replaceable or "forward" in self.base_layer.__dict__:
+            return self._attend_inside_hooks(query, key, value, **masks, **weights)
+        effective = {projection.parameter_name: projection.effective_weight() for projection in updated}
+        return functional_call(self.base_layer, effective, (query, key, value), masks | weights)
+
+    @torch.compiler.disable
+    def _attend_outside_graphs(self, *inputs: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+        """`_attend_inside_hooks`, of which a graph sees nothing."""
+        return self._attend_inside_hooks(*inputs, **options)
+
+    def _attend_inside_hooks(self, *inputs: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+        """`_attend`, with the hooks of the attention around it."""
+        if not has_hooks(self.base_layer):
+            return self._attend(*inputs, **options)
+
+        def forward(*inputs: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+            with ExitStack() as stack:
+                for projection in self.projections():
+                    stack.enter_context(onloaded(projection, with_base=True))
+                return self._attend(*inputs, **options)
+
+        output: tuple[Tensor, Tensor | None] = call_inside_hooks(self.base_layer, forward, *inputs, **options)
+        return output
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+        """Project, attend and project back, each product on its own."""
+        base, is_batched = self.base_layer, query.dim() == 3
+        is_self, is_shared = query is key and key is value, key is value
+
+        def batch_first(x: Tensor) -> Tensor:
+            return x[None] if not is_batched else x if base.batch_first else x.transpose(0, 1)
+
+        query = batch_first(query)
+        key = query if is_self else batch_first(key)
+        value = key if is_shared else batch_first(value)
+        output, weights = attend(base, *self._project(query, key, value), **options, is_batched=is_batched)
+        output = self._projection("out_proj")(output)
+        if not is_batched:
+            return output[0], weights
+        return output if base.batch_first else output.transpose(0, 1), weights
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        """Queries, keys and values, `[N, L, E]` each."""
+        if not self.base_layer._qkv_same_embed_dim:
+            inputs = zip(_SEPARATE_INPUTS, (query, key, value), strict=True)
+            return [self._projection(name)(x) for name, x in inputs]
+        project = self._projection("in_proj")
+        if query is key and key is value:
+            return list(project(query).chunk(3, dim=-1))
+        # where inputs differ, all three matrices are applied to each of them and what is not needed is dropped
+        of_query, of_key = project(query).chunk(3, dim=-1)[0], project(key).chunk(3, dim=-1)
+        of_value = of_key[2] if value is key else project(value).chunk(3, dim=-1)[2]
+        return [of_query, of_key[1], of_value]
+
+    def _projection(self, name: str) -> Projection | ProjectionWeight:
+        """The projection of that name, with its updates where it has some."""
+        return self.find_projection(name) or ProjectionWeight(self.base_layer, name)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.MultiheadAttention:
+        """Give the attention back, as PEFT asks a module that does more than wrap one weight."""
+        for projection in self.projections():
+            if merge:
+                projection.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        return self.base_layer
+
+
+class ProjectionWeight:
+    """One projection of an attention as a layer: its weight and bias wherever they are at this moment.
+
+    Not a module, or the attention would be a child of its own child.
+
+    Args:
+        attention: The attention.
+        name: `in_proj`, `q_proj`, `k_proj`, `v_proj` or `out_proj`.
+    """
+
+    def __init__(self, attention: nn.MultiheadAttention, name: str) -> None:
+        self.attention = attention
+        self.name = name
+
+    @property
+    def parameter_name(self) -> str:
+        """Name of the weight among the attention's parameters."""
+        return "out_proj.weight" if self.name == _OUTPUT else f"{self.name}_weight"
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The weight itself, `[m, n]`."""
+        holder = self.attention.out_proj if self.name == _OUTPUT else self.attention
+        weight: nn.Parameter = getattr(holder, "weight" if self.name == _OUTPUT else f"{self.name}_weight")
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """`[m]`, or `None`."""
+        if self.name == _OUTPUT:
+            return self.attention.out_proj.bias
+        bias = self.attention.in_proj_bias
+        if bias is None or self.name not in _SEPARATE_INPUTS:
+            return bias
+        width, place = self.attention.embed_dim, _SEPARATE_INPUTS.index(self.name)
+        return bias[place * width : (place + 1) * width]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Apply the projection as it is."""
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+class Projection(SnellaLayer):
+    """A projection of an attention, with updates."""
+
+    @property
+    def parameter_name(self) -> str:
+        """Name of the weight among the attention's parameters."""
+        return cast(ProjectionWeight, self.base_layer).parameter_name
+
+    @property
+    def bias_name(self) -> str | None:
+        """Name of the bias among the attention's parameters, which projections of inputs share; `None` without one."""
+        projection = cast(ProjectionWeight, self.base_layer)
+        if projection.bias is None:
+            return None
+        return "out_proj.bias" if projection.name == _OUTPUT else "in_proj_bias"
+
+    def weight_name(self, name: str) -> str:
+        """Name of the adapted parameter in the model without adapters, where this projection is called `name`."""
+        return f"{name.rpartition('.')[0]}.{self.parameter_name}"
+
+    def _op(self) -> LayerOp:
+        return self.linear_op
+
+    def is_updated(self) -> bool:
+        """Whether an update has to be added to the weight."""
+        return bool(self._names_in_use())
+
+    def needs_own_op(self) -> bool:
+        """Whether the weight cannot simply be replaced: in training, and where gradients are asked for."""
+        return self.training or self._needs_gradients(self._names_in_use())
+
+    def is_weight_registered(self) -> bool:
+        """Whether the weight is among the attention's parameters at this moment."""
+        return isinstance(cast(ProjectionWeight, self.base_layer).weight, nn.Parameter)
+
+    def effective_weight(self) -> Tensor:
+        """Weight and updates in one matrix, computed once while nothing changes."""
+        self.is_applied = True
+        return self._cached_weight(self._names_in_use())
+
+    def __repr__(self) -> str:
+        return "snella." + super().__repr__()
+
+
+def input_projections(attention: nn.MultiheadAttention) -> tuple[str, ...]:
+    """Names of the projections of queries, keys and values: one that holds all three, or three."""
+    return _INPUTS if attention._qkv_same_embed_dim else _SEPARATE_INPUTS
+
+
+def is_adaptable(module: nn.Module) -> bool:
+    """Whether a module is an attention that computes what `nn.MultiheadAttention` does, adapted or not."""
+    if isinstance(module, AdaptedAttention):
+        return True
+    return isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward
+
+
+def find_wrapped_attention(model: nn.Module, key: str) -> tuple[str, str] | None:
+    """Cut the key of an adapted attention's own parameter at the wrapper.
+
+    Args:
+        model: The adapted model.
+        key: In its `state_dict`.
+
+    Returns:
+        Name of the wrapper and name of the parameter in the attention, or `None` for any other key.
+    """
+    parts = key.split(".")
+    module: nn.Module | None = model
+    if "base_layer" not in parts:
+        return None
+    for place, part in enumerate(parts):
+        if part == "base_layer" and isinstance(module, AdaptedAttention):
+            return ".".join(parts[:place]), ".".join(parts[place + 1 :])
+        module = getattr(module, part, None)
+    return None
+
+
+def keep_off_fast_path(model: nn.Module) -> None:
+    """Make torch's encoder layers call their parts, where one of these is adapted.
+
+    In evaluation `nn.TransformerEncoderLayer` hands the weights of all its parts to one fused function, which knows
+    nothing of updates; it does not do so while any part has a hook. The hook leaves with the adapted part.
+    """
+    for layer in model.modules():
+        if isinstance(layer, nn.TransformerEncoderLayer):
+            for part in _adapted_parts(layer):
+                if not part._forward_pre_hooks:
+                    part.register_forward_pre_hook(_do_nothing)
+
+
+def _adapted_parts(layer: nn.Module) -> Iterator[nn.Module]:
+    return (part for part in layer.modules() if isinstance(part, SnellaLayer))
+
+
+def _do_nothing(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Be there."""
+
+
+def attend(
+    attention: nn.MultiheadAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    need_weights: bool,
+    average_attn_weights: bool,
+    is_batched: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Scaled dot-product attention over the heads of `attention`, with its masks, extra tokens and dropout.
+
+        w = softmax(q kᵀ / √d + mask),   output = dropout(w) v          for each head of width d
+
+    Args:
+        attention: Where heads, dropout, `bias_k`, `bias_v` and `add_zero_attn` are taken from.
+        query: Projected queries, `[N, L, E]`.
+        key: Projected keys, `[N, S, E]`.
+        value: Projected values, `[N, S, E]`.
+        key_padding_mask: `[N, S]` (`[S]` without a batch); true, or minus infinity, where a key is not to be seen.
+        attn_mask: `[L, S]` or `[N·heads, L, S]`, likewise.
+        is_causal: Whether `attn_mask` is the causal one, which may then be computed instead of read.
+        need_weights: Whether `w` is returned too.
+        average_attn_weights: Whether its heads are averaged.
+        is_batched: Whether the caller's tensors had a batch axis.
+
+    Returns:
+        `[N, L, E]`, and the weights `[N, L, S]`, `[N, heads, L, S]` or without `N`, or `None`.
+
+    Raises:
+        ValueError: `is_causal` without the mask that it speaks of.
+    """
+    if is_causal and attn_mask is None:
+        raise ValueError("is_causal=True needs attn_mask, of which it says that it is causal; got attn_mask=None")
+    heads = attention.num_heads
+    batch, length = query.shape[:2]
+    only_causal = is_causal and key_padding_mask is None and not need_weights
+    mask = None if only_causal else _joined_mask(attn_mask, key_padding_mask, batch, heads, query.dtype)
+    if attention.bias_k is not None and attention.bias_v is not None:
+        key = torch.cat([key, attention.bias_k.to(key.dtype).expand(batch, 1, -1)], dim=1)
+        value = torch.cat([value, attention.bias_v.to(value.dtype).expand(batch, 1, -1)], dim=1)
+        mask = mask if mask is None else F.pad(mask, (0, 1))
+    if attention.add_zero_attn:
+        key, value = (F.pad(x, (0, 0, 0, 1)) for x in (key, value))
+        mask = mask if mask is None else F.pad(mask, (0, 1))
+    query, key, value = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
+    dropout = attention.dropout if attention.training else 0.0
+    if not need_weights:
+        output = F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=only_causal)
+        return output.transpose(1, 2).flatten(2), None
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+    weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
+    output = (weights @ value).transpose(1, 2).reshape(batch, length, -1)
+    weights = weights.mean(1) if average_attn_weights else weights
+    return output, weights if is_batched else weights[0]
+
+
+def _joined_mask(
+    attn_mask: Tensor | None, key_padding_mask: Tensor | None, batch: int, heads: int, dtype: torch.dtype
+) -> Tensor | None:
+    """Both masks as one that is added to the scores, `[N or 1, heads or 1, L or 1, S]`."""
+    masks = []
+    if attn_mask is not None:
+        mask = _additive(attn_mask, dtype)
+        masks.append(mask[None, None] if mask.dim() == 2 else mask.view(batch, heads, *mask.shape[1:]))
+    if key_padding_mask is not None:
+        masks.append(_additive(key_padding_mask, dtype).view(batch, 1, 1, -1))
+    return sum(masks[1:], start=masks[0]) if masks else None
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Minus infinity where a boolean mask is true; a mask of numbers as it is."""
+    if mask.dtype == torch.bool:
+        return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
+    return mask.to(dtype)

@@ -1,0 +1,175 @@
+"""The adapted layer as an operator that `torch.compile` puts into its graph as it stands, forward and backward.
+
+What happens inside is that of `autograd`, by the backend of the update's spec; the compiler sees shapes only. Budgets
+come as a tensor, so that the allocator's changes do not compile the model anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from snella.autograd import LayerCall, Needs, backward_pass, forward_pass
+from snella.update import Factors, LayerOp, Update, UpdateSpec, layer_op_from_ints
+
+
+def adapted_layer_in_graph(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    spec: UpdateSpec,
+    factors: Factors,
+    budgets: Tensor,
+    op: LayerOp,
+    weight_shape: torch.Size,
+) -> Tensor:
+    """Same value as `adapted_layer` with one update; `torch.compile(fullgraph=True)` can trace it.
+
+    Args:
+        x: Input, in the dtype of the layer op.
+        weight: `[m, …]`, or `None` for the update alone.
+        bias: `[m]` or `None`.
+        spec: The update's spec.
+        factors: Its factors and scalars.
+        budgets: `[G]`, integers. Reading them synchronizes with the device.
+        op: The layer's operation.
+        weight_shape: Shape of the weight.
+    """
+    tensors = [tensor for tensor in factors if tensor is not None]
+    has = [int(tensor is not None) for tensor in factors]
+    sections = (spec.to_ints(), has, list(weight_shape), op.to_ints(weight_shape))
+    ints = [value for section in sections for value in (len(section), *section)]
+    return _adapted_layer(x, weight, bias, tensors, budgets, ints, spec.scaling)[0]
+
+
+def _sections(ints: Sequence[int]) -> list[list[int]]:
+    """What `adapted_layer_in_graph` has packed one behind the other, each with its length before it."""
+    sections, start = [], 0
+    while start < len(ints):
+        stop = start + 1 + ints[start]
+        sections.append(list(ints[start + 1 : stop]))
+        start = stop
+    return sections
+
+
+def _call(ints: Sequence[int]) -> LayerCall:
+    """The layer op and the shape of the weight."""
+    _, _, shape, op = _sections(ints)
+    return LayerCall(layer_op_from_ints(op), torch.Size(shape))
+
+
+def _update(
+    tensors: Sequence[Tensor],
+    budgets: Tensor,
+    ints: Sequence[int],
+    scaling: float,
+    thresholds: Tensor | None = None,
+) -> Update:
+    """The update."""
+    spec, has, _, _ = _sections(ints)
+    given = iter(tensors)
+    factors = Factors(*[next(given).detach() if present else None for present in has])  # type: ignore[arg-type]
+    counts = tuple([int(budget) for budget in budgets.tolist()])
+    return Update(UpdateSpec.from_ints(spec, scaling), factors, counts, thresholds)
+
+
+@torch.library.custom_op("snella::adapted_layer", mutates_args=())
+def _adapted_layer(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    tensors: Sequence[Tensor],
+    budgets: Tensor,
+    ints: Sequence[int],
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    """`y` and the thresholds `[G]`."""
+    y, (merged,), _ = forward_pass(x, weight, bias, [_update(tensors, budgets, ints, scaling)], _call(ints))
+    return y, merged.thresholds
+
+
+@_adapted_layer.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    tensors: Sequence[Tensor],
+    budgets: Tensor,
+    ints: Sequence[int],
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    call = _call(ints)
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    return call.op(x, x.new_empty(call.weight_shape), None), tensors[0].new_empty(budgets.shape[0], dtype=dtype)
+
+
+@torch.library.custom_op("snella::adapted_layer_backward", mutates_args=())
+def _backward(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    tensors: Sequence[Tensor],
+    thresholds: Tensor,
+    budgets: Tensor,
+    ints: Sequence[int],
+    scaling: float,
+    needed: Sequence[bool],
+) -> list[Tensor]:
+    """The gradients that are needed, in the order x, weight, bias, tensors."""
+    update = _update(tensors, budgets, ints, scaling, thresholds)
+    of_tensors = iter(needed[3:])
+    needs = Needs(
+        needed[0], needed[1], needed[2], tuple([tensor is not None and next(of_tensors) for tensor in update.factors])
+    )
+    used = x if needs.weight or any(needs.factors) else None
+    *first, grads = backward_pass(grad_y, used, x.shape, weight, [update], _call(ints), needs)
+    return [grad.contiguous() for grad in (*first, *grads) if grad is not None]
+
+
+@_backward.register_fake
+def _(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    tensors: Sequence[Tensor],
+    thresholds: Tensor,
+    budgets: Tensor,
+    ints: Sequence[int],
+    scaling: float,
+    needed: Sequence[bool],
+) -> list[Tensor]:
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format)] if needed[0] else []
+    if needed[1] and weight is not None:
+        grads.append(torch.empty_like(weight, memory_format=torch.contiguous_format))
+    if needed[2]:
+        grads.append(grad_y.new_empty(_call(ints).weight_shape[0]))
+    contiguous = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
+    return grads + [tensor for tensor, need in zip(contiguous, needed[3:], strict=True) if need]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keep what `autograd` keeps."""
+    x, weight, bias, tensors, budgets, *ctx.settings = inputs
+    ctx.has_bias, ctx.num_tensors = bias is not None, len(tensors)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, budgets, output[1], *tensors)
+
+
+def _differentiate(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    """Gradients in the structure of the forward pass's arguments."""
+    nothing = (None,) * 7
+    if grad_y is None:
+        return (*nothing[:3], [None] * ctx.num_tensors, *nothing[4:])
+    x, weight, budgets, thresholds, *tensors = ctx.saved_tensors
+    of_tensors = [tensor.requires_grad for tensor in tensors]
+    of_bias = ctx.has_bias and ctx.needs_input_grad[2]
+    needed = [ctx.needs_input_grad[0], weight is not None and ctx.needs_input_grad[1], of_bias, *of_tensors]
+    found = iter(_backward(grad_y, x, weight, tensors, thresholds, budgets, *ctx.settings, needed))
+    grad_x, grad_weight, grad_bias, *grads = (next(found) if need else None for need in needed)
+    return grad_x, grad_weight, grad_bias, grads, *nothing[4:]
+
+
+_adapted_layer.register_autograd(_differentiate, setup_context=_setup_context)

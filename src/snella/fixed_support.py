@@ -1,0 +1,153 @@
+"""Updates whose support is fixed instead of competed for: single entries of a merged matrix, and their product."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from snella.backends.base import store_gradients, zero_gradients
+from snella.update import Factors, LayerOp, LazyWeight, UpdateSpec, without_view
+
+
+def merged_entries(spec: UpdateSpec, factors: Factors, indices: Tensor) -> Tensor:
+    """The entries of `scaling·ΔW` at fixed positions; nothing of the size of `ΔW` is kept for the backward pass.
+
+        values[k] = scaling · ΔW[i, j],   indices[k] = i·n + j
+
+    Args:
+        spec: Kernel, rows and scaling; mode and backend play no part.
+        factors: Factors and scalars.
+        indices: Positions in the flattened `[m, n]`, ascending, on the factors' device.
+
+    Returns:
+        `[len(indices)]`, in the dtype of the merge, differentiable with respect to `factors`.
+    """
+    return _MergedEntries.apply(spec, indices, *factors)
+
+
+def _positions(spec: UpdateSpec, columns: int, indices: Tensor) -> list[tuple[slice, Tensor]]:
+    """For each matrix the part of `indices` that lies in it, and the positions within it."""
+    starts = torch.tensor([rows.start * columns for rows in spec.rows] + [spec.num_rows * columns])
+    cuts: Sequence[int] = torch.searchsorted(indices, starts.to(indices)).tolist()
+    return [
+        (slice(start, stop), indices[start:stop].long() - int(offset))
+        for start, stop, offset in zip(cuts[:-1], cuts[1:], starts[:-1].tolist(), strict=True)
+    ]
+
+
+class _MergedEntries(torch.autograd.Function):
+    """`scaling·ΔW[indices]`, with ΔW merged again in the backward pass by the kernel's own derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, spec: UpdateSpec, indices: Tensor, *tensors: Tensor | None) -> Tensor:
+        ctx.spec, factors = spec, Factors(*tensors)  # type: ignore[arg-type]
+        ctx.save_for_backward(indices, *tensors)
+        places = _positions(spec, factors.A.shape[1], indices)
+        parts = [
+            spec.merge_matrix(matrix).flatten()[where]
+            for matrix, (_, where) in zip(spec.matrices(factors), places, strict=True)
+        ]
+        return torch.cat(parts) * spec.scaling
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        indices, *tensors = ctx.saved_tensors
+        spec, factors = ctx.spec, Factors(*tensors)
+        grads = zero_gradients(factors)
+        matrices = zip(spec.matrices(factors), spec.rows, _positions(spec, factors.A.shape[1], indices), strict=True)
+        with torch.autocast(grad.device.type, enabled=False):
+            for group, (matrix, rows, (part, where)) in enumerate(matrices):
+                if not len(where):
+                    continue
+                dense = torch.zeros(len(matrix.B), len(matrix.A), dtype=matrix.A.dtype, device=grad.device)
+                dense.view(-1)[where] = (grad[part] * spec.scaling).to(dense.dtype)
+                store_gradients(grads, group, rows, spec.kernel.vjp(*matrix, dense))
+        return None, None, *(g if need else None for g, need in zip(grads, ctx.needs_input_grad[2:], strict=True))
+
+
+def layer_with_entries(
+    x: Tensor, weight: Tensor | LazyWeight, bias: Tensor | None, values: Tensor, indices: Tensor, op: LayerOp
+) -> Tensor:
+    """Apply a layer whose weight has `values` added at single positions.
+
+        y = op(x, W) + bias,   W = weight, W[indices[k]] += values[k]
+
+    Kept for the backward pass are the input, the frozen weight itself and the values; `W` is recomputed there.
+
+    Args:
+        x: Input of the layer, in the dtype to compute in.
+        weight: `[m, …]`, or where to get it in both passes.
+        bias: `[m]` or `None`.
+        values: `[K]`, differentiable.
+        indices: Positions in the flattened weight, `[K]`, integer, each at most once.
+        op: The layer's operation.
+    """
+    lazy = weight if isinstance(weight, LazyWeight) else None
+    return _LayerWithEntries.apply(x, None if lazy else weight, bias, values, indices, op, lazy)
+
+
+def fold_entries(weight: Tensor, values: Tensor, indices: Tensor) -> Tensor:
+    """`weight` with `values` added at the flattened positions `indices`; each sum is rounded once to its dtype."""
+    flat = weight.reshape(-1)
+    where = indices.long()
+    sums = (flat[where].to(values.dtype) + values).to(weight.dtype)
+    return flat.index_put((where,), sums).view(weight.shape)
+
+
+class _LayerWithEntries(torch.autograd.Function):
+    """`op(x, fold_entries(weight, values, indices)) + bias`, which keeps no weight besides the frozen one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        values: Tensor,
+        indices: Tensor,
+        op: LayerOp,
+        lazy: LazyWeight | None,
+    ) -> Tensor:
+        ctx.op, ctx.x_shape, ctx.has_bias, ctx.lazy = op, x.shape, bias is not None, lazy
+        ctx.lazy_versions = lazy and lazy.versions()
+        needs_x = ctx.needs_input_grad[1] or (ctx.needs_input_grad[3] and len(values))
+        ctx.save_for_backward(x if needs_x else None, weight, values, indices)
+        with torch.autocast(x.device.type, enabled=False):
+            effective = fold_entries(_matrix(weight, lazy), values, indices).to(x.dtype)
+            return without_view(op(x, effective, bias))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
+        x, weight, values, indices = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, needs_values = ctx.needs_input_grad[:4]
+        op: LayerOp = ctx.op
+        if ctx.lazy is not None:
+            ctx.lazy.check_unchanged(ctx.lazy_versions)
+        grad_x = grad_weight = grad_bias = grad_values = None
+        with torch.autocast(grad_y.device.type, enabled=False):
+            if needs_x:
+                effective = fold_entries(_matrix(weight, ctx.lazy), values, indices).to(grad_y.dtype)
+                grad_x = op.grad_input(grad_y, effective, ctx.x_shape)
+                del effective
+            if needs_bias and ctx.has_bias:
+                grad_bias = op.grad_bias(grad_y)
+            if x is not None:
+                # whole, as picking out single entries first is slower from about one entry in 400 on
+                grad_weight = op.grad_weight(grad_y, x, (weight if ctx.lazy is None else ctx.lazy).shape)
+            if needs_values:
+                grad_values = torch.zeros_like(values)
+                if grad_weight is not None:
+                    grad_values.copy_(grad_weight.reshape(-1)[indices.long()])
+        grad_weight = grad_weight.to(weight.dtype) if needs_weight and grad_weight is not None else None
+        return grad_x, grad_weight, grad_bias, grad_values, None, None, None
+
+
+def _matrix(weight: Tensor | None, lazy: LazyWeight | None) -> Tensor:
+    """The weight itself, or materialized, wide enough for what is added to it."""
+    return cast(Tensor, weight) if lazy is None else lazy.materialize_wide()

@@ -1,0 +1,164 @@
+"""The adapted matrices of a model, one by one: what the allocator shares its budget among and what reports show."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
+
+from snella.layer import SnellaLayer
+
+_NUMBERED = re.compile(r"(.*(?:layer|block)_)?\d+")  # "3", or torchvision's "encoder_layer_3"
+
+
+@dataclass(frozen=True)
+class AdaptedMatrix:
+    """One matrix with its own factors and budget, a view of its layer.
+
+    Args:
+        name: Name of the module, and of the part for fused ones: `"blocks.0.attn.qkv.q"`.
+        module_name: Name of the module.
+        kind: `name` without the number of the block and what precedes it: `"attn.q"`, `"mlp.fc1"`.
+        depth: Number of the block, counted through the whole model, or `None` outside of blocks.
+        layer: The layer.
+        adapter_name: The adapter.
+        group: Which of the layer's matrices this is.
+    """
+
+    name: str
+    module_name: str
+    kind: str
+    depth: int | None
+    layer: SnellaLayer = field(repr=False)
+    adapter_name: str
+    group: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(out, in)`."""
+        return self.layer.row_counts[self.adapter_name][self.group], self.layer.in_features
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def budget(self) -> int:
+        """Entries of the update that may differ from zero."""
+        return self.layer.budgets(self.adapter_name)[self.group]
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the update that is zero by its budget."""
+        return 1 - self.budget / self.size
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the matrix has no budget left, and therefore no gradient."""
+        return self.budget == 0
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """`A` `[in, r]` and `B` `[out, r]`, views of the layer's parameters."""
+        return self.parts(self.layer.snella_A[self.adapter_name], self.layer.snella_B[self.adapter_name])
+
+    def parts(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """Cut this matrix's part out of anything laid out like the layer's factors."""
+        return A[self.group], B[self.layer.matrix_rows(self.adapter_name)[self.group]]
+
+    @torch.no_grad()
+    def sparse_update(self) -> Tensor:
+        """`S`, `[out, in]`, without `scaling`."""
+        return self.layer.sparse_updates(self.adapter_name)[self.group]
+
+    def nonzeros(self) -> int:
+        """Entries of the update that do differ from zero, counted."""
+        return int(torch.count_nonzero(self.sparse_update()))
+
+
+def adapted_matrices(model: nn.Module, adapter_name: str | None = None) -> list[AdaptedMatrix]:
+    """List the adapted matrices of a model in the order of its modules.
+
+    Args:
+        model: A model with SNELLA layers, wrapped by PEFT or not.
+        adapter_name: The adapter, default the first active one.
+
+    Raises:
+        ValueError: The model has no SNELLA layer, or none with that adapter.
+    """
+    if isinstance(model, BaseTuner):
+        model = model.model
+    layers = {_plain_name(name): module for name, module in model.named_modules() if isinstance(module, SnellaLayer)}
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no SNELLA layer; wrap it with get_peft_model(model, SnellaConfig(…)) first"
+        )
+    if adapter_name is None:
+        adapter_name = next((name for layer in layers.values() for name in layer.active_adapters), "default")
+    holders = {name: layer for name, layer in layers.items() if adapter_name in layer.snella_A}
+    if not holders:
+        present = sorted({name for layer in layers.values() for name in layer.snella_A})
+        raise ValueError(f"adapter_name must be one of {present}, got {adapter_name!r}")
+    depths = _number_blocks(model, holders)
+    return [
+        AdaptedMatrix(
+            name=name + (f".{part}" if part else ""),
+            module_name=name,
+            kind=_kind(name, part),
+            depth=depths.get(_split_name(name)[0]),
+            layer=layer,
+            adapter_name=adapter_name,
+            group=group,
+        )
+        for name, layer in holders.items()
+        for group, part in enumerate(_part_names(name, len(layer.row_counts[adapter_name])))
+    ]
+
+
+def _plain_name(name: str) -> str:
+    """Strip what wrappers put before and into a module's name."""
+    parts = name.split(".")
+    while parts and parts[0] in {"base_model", "module", "_orig_mod", "_fsdp_wrapped_module"}:
+        wrapper = parts.pop(0)
+        if wrapper == "base_model" and parts and parts[0] == "model":
+            parts.pop(0)
+    return ".".join(part for part in parts if part not in {"_orig_mod", "_fsdp_wrapped_module"})
+
+
+def _number_blocks(model: nn.Module, holders: Iterable[str]) -> dict[str, int]:
+    """Number the blocks through the whole model, adapted or not, so that a block keeps its number."""
+    patterns = {_without_numbers(block) for block in (_split_name(name)[0] for name in holders) if block}
+    blocks = dict.fromkeys(_split_name(_plain_name(name))[0] for name, _ in model.named_modules())
+    return {block: depth for depth, block in enumerate(b for b in blocks if _without_numbers(b) in patterns)}
+
+
+def _without_numbers(name: str) -> str:
+    """The name of a block without saying which."""
+    numbered = ((part, _NUMBERED.fullmatch(part)) for part in name.split("."))
+    return ".".join(f"{match[1] or ''}#" if match else part for part, match in numbered)
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """Cut a name after its last number that something follows: the block, and the rest."""
+    parts = name.split(".")
+    numbers = [k for k, part in enumerate(parts[:-1]) if _NUMBERED.fullmatch(part)]
+    cut = numbers[-1] + 1 if numbers else 0
+    return ".".join(parts[:cut]), ".".join(parts[cut:])
+
+
+def _part_names(name: str, count: int) -> Sequence[str]:
+    """Names of the matrices in one weight."""
+    if count == 2 and name.rpartition(".")[2] == "kv":
+        return ["k", "v"]
+    return {1: [""], 3: ["q", "k", "v"]}.get(count) or [str(k) for k in range(count)]
+
+
+def _kind(name: str, part: str) -> str:
+    """What a matrix is, without saying where: the fused layer's own name gives way to the part's."""
+    rest = _split_name(name)[1]
+    return f"{rest.rpartition('.')[0]}.{part}".lstrip(".") if part else rest

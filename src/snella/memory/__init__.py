@@ -1,0 +1,1 @@
+"""Smaller activations for the backward pass: recomputed, compressed to eight bits, or sampled."""

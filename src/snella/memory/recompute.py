@@ -1,0 +1,393 @@
+"""Inputs that are not kept but computed again: the outputs of normalizations and activations, and what becomes of them.
+
+Forward hooks on known modules mark their outputs with their origin, so that an adapted layer behind them keeps their
+input in the place of its own. In known blocks what happens to an output on its way to the layer is followed: entries
+that move (windows of an image), products (gated activations), sums with something small (modulations).
+
+Where asked for, the input of the module itself is kept in eight bits, for the module's own backward pass too, and so
+are queries, keys and values in the place of what attention keeps: the forward pass stays exact, and gradients become
+those at inputs that are rounded.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules import module as torch_module
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
+
+from snella.memory.origins import Derived, Mark, Output, keep_rounded, multiply, own_tensors
+
+_SOURCE_ATTRIBUTE = "_snella_source"
+_c_autograd: Any = torch._C._autograd
+
+# each is deterministic and keeps its input for its own backward pass (ReLU and the like keep their output instead)
+_TORCH = (
+    nn.GELU,
+    nn.SiLU,
+    nn.Mish,
+    nn.Hardswish,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.GroupNorm,
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+)
+_TIMM = {
+    *("GELU", "GELUTanh", "QuickGELU"),
+    *("LayerNorm", "LayerNorm2d", "LayerNormFp32", "LayerNorm2dFp32", "GroupNorm", "GroupNorm1"),
+    *("RmsNorm", "RmsNorm2d", "RmsNormFp32", "RmsNorm2dFp32", "SimpleNorm", "SimpleNorm2d"),
+}
+_TRANSFORMERS = {
+    *("GELUActivation", "NewGELUActivation", "FastGELUActivation", "GELUTanh", "PytorchGELUTanh"),
+    *("QuickGELUActivation", "SiLUActivation", "MishActivation"),
+}
+# normalizations of each row of the last axis by itself
+_ROW_NORMS = ("LayerNorm", "LayerNormFp32", "RMSNorm", "RmsNorm", "RmsNormFp32", "SimpleNorm")
+# an output that is cut into windows, multiplied or shifted before it enters a layer
+_FOLLOWED_TIMM = {
+    "timm.layers.mlp.GluMlp",
+    "timm.layers.mlp.SwiGLU",
+    "timm.models.swin_transformer.SwinTransformerBlock",
+    "timm.models.vision_transformer_sam.Block",
+}
+_FOLLOWED_TRANSFORMERS = ("MLP", "FFN", "SwinLayer", "SamVisionLayer", "VitDetLayer")
+_FOLLOWED_DIFFUSERS = ("TransformerBlock", "GELU", "GEGLU", "SwiGLU", "AdaLayerNormZero", "AdaLayerNormZeroX")
+
+
+def can_recompute(module: nn.Module) -> bool:
+    """Whether the output of a module may be computed again instead of kept: a known class, by its exact type.
+
+    GELU in all its forms, SiLU, Mish, Hardswish, layer, group and RMS normalization, batch normalization in evaluation;
+    torch's, timm's and transformers' own classes.
+    """
+    kind = type(module)
+    name, package = kind.__qualname__, kind.__module__
+    return (
+        kind in _TORCH
+        or (package.startswith("timm.layers.") and name in _TIMM)
+        or (package == "transformers.activations" and name in _TRANSFORMERS)
+        or (package.startswith("transformers.models.") and name.endswith("RMSNorm"))
+    )
+
+
+def can_follow(module: nn.Module, *, compress: bool = False) -> bool:
+    """Whether what a module does to the outputs of its parts is followed: a known class, where less is kept by it.
+
+    Blocks of Swin and of SAM's encoder, gated MLPs, diffusers' transformer blocks, modulations and activations; with
+    `compress` attention of timm and transformers too, as that of the other blocks is compressed then.
+    """
+    kind = type(module)
+    name, package = kind.__qualname__, kind.__module__
+    if compress and name.endswith("Attention") and package.startswith(("timm.", "transformers.models.")):
+        return True
+    return (
+        f"{package}.{name}" in _FOLLOWED_TIMM
+        or (package.startswith("transformers.models.") and name.endswith(_FOLLOWED_TRANSFORMERS))
+        or (package.startswith("diffusers.models.") and name.endswith(_FOLLOWED_DIFFUSERS))
+    )
+
+
+def mark_outputs(model: nn.Module, *, compress: Callable[[], bool] | None = None) -> int:
+    """Let every known normalization and activation of a model mark its outputs, and return how many there are.
+
+    Marking costs one attribute of a tensor, following a call of Python for each of torch's functions in known blocks.
+    Marks that are there already are replaced.
+
+    Args:
+        model: The model.
+        compress: Whether they, and attention, keep their inputs in eight bits too in a forward pass, see
+            `snella.memory.compression`; those with trained parameters, and all under `torch.compile`, keep them as they
+            are. `None`: never.
+    """
+    unmark_outputs(model)
+    count = 0
+    for module in model.modules():
+        if can_follow(module, compress=compress is not None):
+            module.register_forward_pre_hook(_start_following if compress is None else _StartCompressing(compress))
+            module.register_forward_hook(_stop_following, always_call=True)
+        if can_recompute(module):
+            count += 1
+            if compress is not None:
+                module.register_forward_pre_hook(_DetachInput(compress))
+            module.register_forward_hook(_mark_output, prepend=True)  # before anybody changes the output
+    return count
+
+
+def unmark_outputs(model: nn.Module) -> None:
+    """Undo `mark_outputs`."""
+    own = (_mark_output, _start_following, _stop_following)
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key, hook in list(hooks.items()):
+                if hook in own or isinstance(hook, _Compressing):
+                    del hooks[key]
+                    module._forward_hooks_always_called.pop(key, None)
+
+
+# what a marking module does
+
+
+def _is_marked(module: nn.Module) -> bool:
+    """Whether a marking module runs as it will be run again: untouched by other hooks, to an output of its own."""
+    pre_hooks = list(module._forward_pre_hooks.values())
+    is_plain = (
+        next(iter(module._forward_hooks.values())) is _mark_output
+        and (not pre_hooks or (len(pre_hooks) == 1 and isinstance(pre_hooks[0], _DetachInput)))
+        and not torch_module._global_forward_hooks
+        and not torch_module._global_forward_pre_hooks
+        and "forward" not in module.__dict__
+    )
+    is_running_statistics = isinstance(module, nn.modules.batchnorm._BatchNorm) and (
+        module.training or module.running_mean is None
+    )
+    return is_plain and not is_running_statistics
+
+
+def _is_recorded() -> bool:
+    """Whether autograd, and nobody else, records what runs."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+
+
+@dataclass(eq=False)
+class _Compressing:
+    """A hook that keeps something in eight bits where that is asked for.
+
+    Args:
+        is_wanted: Whether it is, in this forward pass.
+    """
+
+    is_wanted: Callable[[], bool]
+
+
+class _DetachInput(_Compressing):
+    """Forward pre-hook: where the input is to be kept encoded, let the module itself keep nothing."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not _is_recorded() or len(args) != 1 or type(args[0]) is not Tensor or not self.is_wanted():
+            return None
+        z = args[0]
+        if not (z.requires_grad and z.is_floating_point() and not z.is_inference() and _is_marked(module)):
+            return None
+        if hasattr(type(z.grad_fn), "_saved_result"):
+            return None  # what made it keeps it anyway, as ReLU does
+        if getattr(module, "inplace", False) or any([tensor.requires_grad for tensor in own_tensors(module).values()]):
+            return None
+        detached = z.detach()
+        setattr(detached, _SOURCE_ATTRIBUTE, z)
+        return (detached,)
+
+
+def _mark_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
+    """Forward hook: remember what the output was computed from, where it can be computed again to the same bits."""
+    if not _is_recorded() or len(args) != 1 or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
+        return None
+    source: Tensor | None = getattr(args[0], _SOURCE_ATTRIBUTE, None)
+    run = partial(type(module).forward, module)
+    if source is not None:
+        return keep_rounded([source], output, run, module, by_row=type(module).__name__.endswith(_ROW_NORMS))
+    z = args[0]
+    if not _is_marked(module) or type(z) is not Tensor or not output.requires_grad:
+        return None
+    if z.is_inference() or z.untyped_storage()._cdata == output.untyped_storage()._cdata:
+        return None
+    Mark.put(output, (z,), Output(run, z.device.type, module=module))
+    return None
+
+
+# what is followed in a block
+
+
+class _Following(TorchFunctionMode):
+    """Marks what known functions make of marked tensors.
+
+    Args:
+        module: The block in which it is active.
+        compress: Whether attention, and activations that are called as functions, keep their inputs in eight bits.
+        caller: The frame that runs the block.
+        outer: What was active before, if anything.
+    """
+
+    def __init__(self, module: nn.Module, compress: bool, caller: FrameType, outer: _Following | None) -> None:
+        super().__init__()
+        self.module, self.compress, self.outer = module, compress, outer
+        self._caller, self._hooks = caller, _saved_tensors_hooks()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call a function, and mark its output where that can be computed again."""
+        kwargs, output = kwargs or {}, None
+        handler = None if torch.compiler.is_compiling() else _HANDLERS.get(func)
+        if handler is not None and args and torch.is_grad_enabled() and self is _active_mode():
+            output = handler(func, args, kwargs, self.compress)
+        return func(*args, **kwargs) if output is None else output
+
+    def is_running(self) -> bool:
+        """Whether the block is; Ctrl-C, which is no `Exception`, ends it without its forward hook."""
+        try:
+            self._caller.clear()  # refused while it runs
+        except RuntimeError:
+            return True
+        return False
+
+    def is_recorded(self) -> bool:
+        """Whether autograd itself records what runs; a part under activation checkpointing runs again without us."""
+        return _saved_tensors_hooks() == self._hooks
+
+
+def _active_mode() -> _Following | None:
+    """The one whose block is running and recorded."""
+    mode: _Following | None = getattr(_active, "mode", None)
+    if mode is not None and not mode.is_running():
+        mode = _active.mode = None
+    return mode if mode is not None and mode.is_recorded() else None
+
+
+def _saved_tensors_hooks() -> Any:
+    return _c_autograd._top_saved_tensors_default_hooks(False)
+
+
+def _activate(
+    function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], compress: bool
+) -> Tensor | None:
+    """The marked output of an activation, or `None` where it is not marked."""
+    z, *rest = args
+    if type(z) is not Tensor or not z.requires_grad or z.is_inference() or True in (*rest, *kwargs.values()):
+        return None  # True: in place
+
+    def run(z: Tensor) -> Tensor:
+        return function(z, *rest, **kwargs)
+
+    if compress:
+        return keep_rounded([z], run(z.detach()), run)
+    return Mark.put(run(z), (z,), Output(run, z.device.type))
+
+
+def _attend(
+    function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], compress: bool
+) -> Tensor | None:
+    """Attention that keeps queries, keys and values in eight bits, or `None` where it has to keep more."""
+    if not compress or len(args) < 3 or not _c_autograd._saved_tensors_hooks_is_enabled():
+        return None
+    query, key, value, *rest = args
+    options = dict(zip(("attn_mask", "dropout_p", "is_causal"), rest, strict=False)) | kwargs
+    mask = options.pop("attn_mask", None)
+    inputs = [query, key, value, *([] if mask is None else [mask])]
+    if options.get("dropout_p") or any(type(z) is not Tensor or z.is_inference() for z in inputs):
+        return None
+    if not query.requires_grad or (mask is not None and mask.requires_grad):
+        return None
+
+    def run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        return function(query, key, value, mask, **options)
+
+    # with a graph, for which nothing is kept: without one another of torch's kernels may compute it
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda kept: kept):
+        output = run(*[z.detach().requires_grad_(z.requires_grad) for z in inputs])
+    return keep_rounded(inputs, output.detach(), run)
+
+
+def _move(
+    function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], compress: bool
+) -> Tensor | None:
+    """A marked tensor with its entries elsewhere, or `None` where it is not marked."""
+    x, *rest = args
+    mark = Mark.on(x)
+    if mark is None:
+        return None
+
+    def run(x: Tensor) -> Tensor:
+        return function(x, *rest, **kwargs)
+
+    output = run(x)
+    return output if output is x else Mark.put(output, mark.kept, Derived(run, x.device.type, mark.origin))
+
+
+def _combine(
+    function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], compress: bool
+) -> Tensor | None:
+    """Product or sum of a marked tensor with a number, product with a tensor, sum with a small one; `None` for others.
+
+    A product keeps its other factor anyway. A sum keeps nothing, so that a summand of its size would save nothing.
+    """
+    if len(args) != 2 or kwargs:
+        return None
+    is_swapped = Mark.on(args[0]) is None
+    x, other = args[::-1] if is_swapped else args
+    mark = Mark.on(x)
+    if mark is None:
+        return None
+
+    def run(x: Tensor, other: Any) -> Tensor:
+        return function(other, x) if is_swapped else function(x, other)
+
+    device_type, is_product = x.device.type, function in _PRODUCTS
+    if isinstance(other, int | float):
+        with_number = partial(run, other=other)
+        return Mark.put(with_number(x), mark.kept, Derived(with_number, device_type, mark.origin))
+    if type(other) is not Tensor or (other.dtype, other.device) != (x.dtype, x.device) or other.is_inference():
+        return None
+    axes = zip(reversed(other.shape), reversed(x.shape), strict=False)
+    if other.ndim > x.ndim or any(mine not in (1, theirs) for mine, theirs in axes):
+        return None
+    if is_product:
+        return multiply(x, mark, other, run)
+    if _SMALL * other.numel() > x.numel():
+        return None
+    # a copy, since a sum does not mind what becomes of its summands
+    origin = Derived(run, device_type, mark.origin, has_second=True)
+    return Mark.put(run(x, other), (*mark.kept, other.detach().clone()), origin)
+
+
+_SMALL = 8  # a summand that is kept in the place of a sum is at least so many times smaller
+_PRODUCTS = {torch.mul, Tensor.mul, Tensor.__rmul__}
+_HANDLERS: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any], bool], Tensor | None]] = {
+    F.scaled_dot_product_attention: _attend,
+    **dict.fromkeys((F.gelu, F.silu), _activate),
+    **dict.fromkeys((torch.roll, torch.reshape, torch.permute, torch.transpose, torch.flatten, F.pad), _move),
+    **dict.fromkeys((Tensor.roll, Tensor.view, Tensor.reshape, Tensor.permute, Tensor.transpose), _move),
+    **dict.fromkeys((Tensor.contiguous, Tensor.flatten, Tensor.unflatten), _move),
+    **dict.fromkeys((*_PRODUCTS, torch.add, Tensor.add, Tensor.__radd__), _combine),
+}
+_active = threading.local()
+
+
+def _start_following(
+    module: nn.Module, args: tuple[Any, ...], compress: bool = False, caller: FrameType | None = None
+) -> None:
+    """Forward pre-hook: follow what the module does; one inside of it is followed already."""
+    if _is_recorded() and _active_mode() is None:
+        caller = caller or sys._getframe(1)
+        _active.mode = _Following(module, compress, caller, getattr(_active, "mode", None))
+        _active.mode.__enter__()
+
+
+class _StartCompressing(_Compressing):
+    """Forward pre-hook: the same, and activations that are called as functions keep their inputs in eight bits."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        compress = not torch.compiler.is_compiling() and self.is_wanted()
+        if compress or can_follow(module):
+            _start_following(module, args, compress, sys._getframe(1))
+
+
+def _stop_following(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Forward hook, called after an `Exception` too: the end of it."""
+    if torch.compiler.is_compiling():
+        return
+    mode: _Following | None = getattr(_active, "mode", None)
+    if mode is not None and mode.module is module:
+        _active.mode = mode.outer
+        if _get_current_function_mode() is mode:
+            mode.__exit__(None, None, None)
+
+
+__all__ = ["can_follow", "can_recompute", "mark_outputs", "unmark_outputs"]

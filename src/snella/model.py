@@ -1,0 +1,659 @@
+"""The tuner: puts `SnellaLayer`s into a model, in PEFT's way."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import platform
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers.pytorch_utils import Conv1D
+
+from snella._text import listed
+from snella.cache import check_after_step
+from snella.compat.attention import AdaptedAttention, Projection, input_projections, is_adaptable, keep_off_fast_path
+from snella.compat.hooks import onloaded
+from snella.compat.quantization import one_warning
+from snella.compat.tokens import TokenAdapter, attach_tokens, find_tokens, token_adapters
+from snella.config import SnellaConfig
+from snella.heads import NewHeads
+from snella.layer import SnellaLayer
+from snella.memory.recompute import mark_outputs, unmark_outputs
+from snella.targets import (
+    all_linear_names,
+    block_number,
+    check_expression,
+    choose_layer_class,
+    class_name,
+    count_rows,
+    default_targets,
+    describe_coverage,
+    matches_expression,
+    matrix_shape,
+    plain_convolution_names,
+    refuse_quantized_projection,
+    unmatched_message,
+)
+
+logger = logging.getLogger(__name__)
+
+_LEAST_LIMIT = 1 << 24  # numbers in the factors that are never too many: 64 MiB
+
+
+class SnellaModel(BaseTuner):
+    """A model whose weights carry sparse, high-rank updates (SNELLA, arXiv 2510.24037).
+
+    Usually made by `peft.get_peft_model(model, SnellaConfig(…))`.
+
+    Args:
+        model: Model to adapt, any `nn.Module`.
+        config: Settings of the first adapter.
+        adapter_name: Its name.
+        low_cpu_mem_usage: Create the factors on the meta device, to be filled by loading.
+
+    Raises:
+        ValueError: No module matches `target_modules`, or a fused layer cannot be cut as `qkv_groups` says.
+        TypeError: A targeted module is neither linear nor a two-dimensional convolution.
+        NotImplementedError: A targeted module has a weight quantized in a way that is not supported or a `forward` of
+            its own, carries an adapter of another method, or is the output projection of an attention that is the whole
+            model.
+        RuntimeError: A targeted module of bitsandbytes is not quantized yet.
+    """
+
+    prefix = "snella_"
+    tuner_layer_cls = SnellaLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        """Leave the targets open; `_prepare_model` sees the model and chooses."""
+        return peft_config
+
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        """Resolve the targets, and refuse those that match nothing while the model is still untouched."""
+        if not isinstance(peft_config, SnellaConfig):
+            raise TypeError(f"SnellaModel needs a SnellaConfig, got {type(peft_config).__name__}")
+        names = [name for name, _ in model.named_modules()]
+        for expression in (peft_config.target_modules, peft_config.exclude_modules):
+            if isinstance(expression, str) and expression.lower() != "all-linear":
+                check_expression(expression, names)
+        targets = self._chosen_targets(peft_config.target_modules, model)
+        targets = self._with_output_projections(
+            targets if isinstance(targets, str) else set(targets), peft_config, model
+        )
+        peft_config.target_modules = targets
+        # only names that miss are refused here: what is excluded on purpose is PEFT's own business
+        if not _matching(targets, model):
+            raise ValueError(unmatched_message(targets, model))
+        self._refuse_shared_weights(peft_config, model)
+        self._check_ranks(peft_config, model)
+        _check_token_rows(peft_config, model)
+        peft_config.parameters_to_save = find_tokens(
+            model, peft_config.wanted_tokens(), is_required=peft_config.requires_tokens
+        )
+
+    def _chosen_targets(self, targets: set[str] | list[str] | str | None, model: nn.Module) -> set[str] | str:
+        """Resolve `None` and `"all-linear"`, with a warning where they leave most of the weights out."""
+        is_default = targets is None
+        if targets is None:
+            targets = default_targets(model)
+            if isinstance(targets, str) and targets != "all-linear":
+                # by name, so that `layers_to_transform` can choose among them
+                return _matching(targets, model)
+        if not isinstance(targets, str):
+            return set(targets)
+        if targets.lower() != "all-linear":
+            return targets
+        found = all_linear_names(model) or (plain_convolution_names(model) if is_default else [])
+        if not found:
+            convolutions = plain_convolution_names(model)
+            message = f"target_modules='all-linear' found no linear layer in {type(model).__name__} besides its head"
+            if convolutions:
+                message += f"; target_modules=None adapts its convolutions, e.g. {convolutions[0]!r}"
+            raise ValueError(message)
+        is_first = not any(isinstance(module, BaseTunerLayer) for module in model.modules())
+        if is_first and (coverage := describe_coverage(model, found)):
+            warnings.warn(coverage, stacklevel=2)
+        return set(found)
+
+    def _check_ranks(self, peft_config: SnellaConfig, model: nn.Module) -> None:
+        """Refuse ranks of layers that are not adapted, and factors that would dwarf the weights, before they exist."""
+        names, weights, factors = [], 0, 0
+        for name, module in model.named_modules():
+            base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+            if name.endswith(".base_layer") or not self._check_target_module_exists(peft_config, name):
+                continue
+            if is_adaptable(module):
+                attention = module.base_layer if isinstance(module, AdaptedAttention) else module
+                inputs = input_projections(cast(nn.MultiheadAttention, attention))
+                parts = [(f"{name}.{part}", tuple(attention.get_parameter(f"{part}_weight").shape)) for part in inputs]
+            elif isinstance(base, (nn.Linear, nn.Conv2d, Conv1D)):
+                parts = [(name, matrix_shape(base))]
+            else:
+                continue
+            for part, (m, n) in parts:
+                names.append(part)
+                weights += m * n
+                factors += peft_config.rank_of(part) * (m + n)
+        unused = [key for key in peft_config.rank_pattern if not any(n == key or n.endswith(f".{key}") for n in names)]
+        if unused:
+            raise ValueError(f"rank_pattern={unused} names no adapted module; these are adapted: e.g. {names[:4]}")
+        if factors > max(_LEAST_LIMIT, 4 * weights):
+            ranks = max([peft_config.r, *peft_config.rank_pattern.values()])
+            raise ValueError(
+                f"r={ranks} would give factors of {factors:,} numbers to the {weights:,} weights that they change; "
+                "choose a rank that leaves them smaller, e.g. 8"
+            )
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: PeftConfig) -> None:
+        """Look for tied embeddings as PEFT does, but by our own matching, whose time is limited."""
+        targets = getattr(peft_config, "target_modules", None)
+        if isinstance(targets, str) and targets.lower() != "all-linear":
+            check_expression(targets, [name for name, _ in model.named_modules()])
+            peft_config.target_modules = _matching(targets, model)  # type: ignore[attr-defined]
+        try:
+            super()._check_tied_modules(model, peft_config)
+        finally:
+            peft_config.target_modules = targets  # type: ignore[attr-defined]
+
+    def _add_modules_to_save_to_tie(self, peft_config: SnellaConfig, tied_weight_keys: list[str]) -> None:
+        """Save the input embedding alone, and let PEFT tie to it whatever shares its weight."""
+        embedding = self.model.get_input_embeddings()
+        name = next(name for name, module in self.model.named_modules() if module is embedding)
+        tied = set(tied_weight_keys)
+        peft_config.modules_to_tie = tied  # type: ignore[attr-defined]
+        others = [m for m in peft_config.modules_to_save or [] if not any(_matches({m}, key) for key in tied)]
+        peft_config.modules_to_save = list(dict.fromkeys([*others, name]))
+
+    def _add_targets_to_tie(self, peft_config: SnellaConfig, tied_weight_keys: list[str]) -> None:
+        """Refuse: an update of one of two tied layers cannot be shared with the other."""
+        raise NotImplementedError(
+            f"ensure_weight_tying=True with a target among the tied layers {sorted(tied_weight_keys)}: SNELLA adapts "
+            "no embedding; train it with modules_to_save or trainable_token_indices"
+        )
+
+    def _with_output_projections(
+        self, targets: set[str] | str, peft_config: SnellaConfig, model: nn.Module
+    ) -> set[str] | str:
+        """Let the name of a torch attention stand for all of its projections, the one of its output included."""
+        probe = copy.copy(peft_config)
+        probe.target_modules = targets
+        outputs = {
+            f"{name}.out_proj"
+            for name, module in model.named_modules()
+            if name and is_adaptable(module) and self._check_target_module_exists(probe, name)
+        }
+        if not outputs:
+            return targets
+        if isinstance(targets, str):
+            targets = _matching(targets, model)
+        return targets | outputs
+
+    def _refuse_shared_weights(self, peft_config: SnellaConfig, model: nn.Module) -> None:
+        """Refuse to adapt a weight that several modules use, or a module that has several names."""
+        users: dict[int, list[tuple[str, nn.Module]]] = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+            if name.endswith(".base_layer"):
+                continue
+            if isinstance(base, (nn.Linear, nn.Conv2d, Conv1D)):
+                users.setdefault(id(base.weight), []).append((name, base))
+            elif isinstance(base, nn.MultiheadAttention):
+                for weight in (base.in_proj_weight, base.q_proj_weight, base.k_proj_weight, base.v_proj_weight):
+                    users.setdefault(id(weight), []).append((name, base)) if weight is not None else None
+        for sharing in users.values():
+            if len(sharing) < 2:
+                continue
+            targeted = [name for name, _ in sharing if self._check_target_module_exists(peft_config, name)]
+            is_alias = len({id(base) for _, base in sharing}) < len(sharing)
+            if targeted and (is_alias or len(targeted) > 1):
+                raise NotImplementedError(
+                    f"target_modules matches {targeted[0]!r}, whose weight {[name for name, _ in sharing]} share; an "
+                    "update of one would change or miss the others; exclude them, or give each a weight of its own"
+                )
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
+        """Match as PEFT does, but within a time limit, and let `layers_to_transform` choose among full names too."""
+        # what an adapted attention wraps is known by the name that it had before
+        key = key.replace(".base_layer.", ".")
+        if not isinstance(peft_config, SnellaConfig):
+            return check_target_module_exists(peft_config, key)
+        plain = copy.copy(peft_config)
+        plain.layers_to_transform = None
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(expression := getattr(plain, name), str):
+                setattr(plain, name, {key} if _matches(expression, key) else set())
+        found = check_target_module_exists(plain, key)
+        wanted = peft_config.layers_to_transform
+        blocks = [wanted] if isinstance(wanted, int) else wanted
+        if found and blocks and block_number(key, peft_config.layers_pattern) not in blocks:
+            return False
+        return found
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put one more adapter into the model; where that is refused, the model stays as it was."""
+        children = [(module, dict(module._modules)) for module in model.modules()]
+        flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        try:
+            with warnings.catch_warnings():
+                # PEFT looks for these among the targets, where the projections of an attention have no name
+                warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            for module, before in children:
+                module._modules.clear()
+                module._modules.update(before)
+            for module in model.modules():
+                if isinstance(module, SnellaLayer):
+                    module.drop_adapter(adapter_name)
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+            raise
+        keep_off_fast_path(model)
+        config = cast(SnellaConfig, self.peft_config[adapter_name])
+        if config.recompute_inputs:
+            layers = [module for module in model.modules() if isinstance(module, SnellaLayer)]
+            is_compressed = any(layer.snella_config[n].compress_activations for layer in layers for n in layer.snella_A)
+            count = mark_outputs(model, compress=_Compression(layers) if is_compressed else None)
+            logger.info("inputs of adapted layers from %d normalizations and activations are computed again", count)
+        layer = next((m for m in model.modules() if isinstance(m, SnellaLayer) and adapter_name in m.snella_A), None)
+        if layer is not None and not layer.snella_A[adapter_name].is_meta:
+            logger.info("adapter %r: impl=%r is %s", adapter_name, config.impl, layer.backend(adapter_name))
+        is_on_cpu = layer is not None and layer.snella_A[adapter_name].device.type == "cpu"
+        if config.weight_gradient == "bfloat16" and is_on_cpu and not _multiplies_bfloat16():
+            warnings.warn(
+                "this processor multiplies no bfloat16 numbers, so that weight_gradient='bfloat16' makes a step "
+                "longer; 'exact' is the quicker one here",
+                stacklevel=2,
+            )
+        if not config.inference_mode:
+            self._watch_training(adapter_name)
+            config.watch.note_statistics(model)
+        attach_tokens(
+            model,
+            config.parameters_to_save or [],
+            adapter_name,
+            self.active_adapters,
+            inference_mode=config.inference_mode,
+        )
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Set the active adapters; refused before anything changes where they cannot be active together."""
+        tokens = token_adapters(self.model)
+        for token in tokens:
+            token.check_active(adapter_name)
+        super().set_adapter(adapter_name, inference_mode)
+        for token in tokens:
+            token.set_adapter(adapter_name, inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; if it was active, PEFT chooses another one."""
+        super().delete_adapter(adapter_name)
+        for token in token_adapters(self.model):
+            token.delete_adapter(adapter_name)
+            if token.active_adapters != self.active_adapters:
+                token.set_adapter(self.active_adapters)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Factors and scalars become float32; tokens keep the dtype of the model that they are a part of."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for token in token_adapters(self.model):
+            token._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Add the updates to the base weights; what quantized ones lost is said once for all of them."""
+        self._tell_of_unapplied(*args[:1], **kwargs)
+        with one_warning():
+            super().merge_adapter(*args, **kwargs)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]
+        """Give parameters back and take marks away once PEFT has merged and replaced everything else."""
+        tokens = token_adapters(self.model)
+        if kwargs.get("merge", not args or args[0]):
+            self._tell_of_unapplied(**kwargs)
+        with one_warning():
+            model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore[assignment]
+        for token in tokens:
+            token.remove()
+        unmark_outputs(model)
+        return model
+
+    def _watch_training(self, adapter_name: str) -> None:
+        """Warn about silent mistakes in an adapter's first optimizer steps, and about training without an allocator."""
+        reference = weakref.ref(self.model)  # PEFT may keep the model alone
+        config = cast(SnellaConfig, self.peft_config[adapter_name])
+        steps, heads = 0, NewHeads()
+
+        def check(optimizer: Optimizer) -> bool:
+            nonlocal steps
+            if (model := reference()) is None:
+                return True
+            if steps > 1 and config.watch.is_attached:
+                return False
+            layers = _adapted_layers(model, [adapter_name])
+            if not layers:
+                return True
+            optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            factors = [layer.snella_A[adapter_name] for layer in layers]
+            if not any(factor.requires_grad and id(factor) in optimized for factor in factors):
+                return False
+            steps += 1
+            if steps == 1:
+                _warn_of_unapplied(layers)
+                heads.find(model)
+            elif steps == 2:
+                config.watch.on_frozen_heads(heads.frozen_and_used())
+            return config.watch.on_step(*_budget_and_target(layers, adapter_name), config.target_sparsity) and steps > 1
+
+        check_after_step(check)
+
+    def _tell_of_unapplied(self, adapter_names: list[str] | None = None, **_: Any) -> None:
+        """Name the layers that merging changes although nothing has used their updates, if others' were used.
+
+        Where nothing has run since the adapters were loaded, those that were noted when they were saved.
+        """
+        names = self.active_adapters if adapter_names is None else adapter_names
+        layers = _adapted_layers(self.model, names)
+        unapplied, when = [layer.module_name for layer in layers if not layer.is_applied], "so far"
+        if len(unapplied) == len(layers):
+            noted = {n for name in names for n in getattr(self.peft_config.get(name), "unused_modules", None) or ()}
+            unapplied, when = [name for name in unapplied if name in noted], "in training"
+        if 0 < len(unapplied) < len(layers):
+            warnings.warn(
+                f"merging changes {len(unapplied)} of {len(layers)} modules whose updates the model has not used "
+                f"{when}: {', '.join(map(repr, unapplied))}; if it never calls them nor reads their weight, this does "
+                "nothing, or changes outputs where other code reads the merged weight",
+                stacklevel=3,
+            )
+
+    def _create_and_replace(  # type: ignore[override]
+        self,
+        peft_config: SnellaConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(parent, AdaptedAttention) and target_name != "out_proj":
+            return  # the attention itself, or a projection that its name stands for
+        if isinstance(parent, (nn.MultiheadAttention, AdaptedAttention)) and target_name == "out_proj":
+            self._adapt_output(peft_config, adapter_name, parent, current_key)
+            return
+        if is_adaptable(target):
+            wrapper = self._wrapped(target, target_name, parent)
+            for name in input_projections(wrapper.base_layer):
+                self._adapt_projection(peft_config, adapter_name, wrapper, name, current_key)
+            return
+        if isinstance(target, BaseTunerLayer) and not isinstance(target, SnellaLayer):
+            raise NotImplementedError(
+                f"target_modules matches {current_key!r}, which carries {class_name(target)} already; its update "
+                "would be lost under SNELLA's, merge or unload it first"
+            )
+        base = target.get_base_layer() if isinstance(target, SnellaLayer) else target
+        layer_cls = choose_layer_class(base, current_key)
+        rows = count_rows(current_key, *matrix_shape(base), parent, peft_config.qkv_groups)
+        if isinstance(target, SnellaLayer):
+            target.update_layer(adapter_name, peft_config, rows)
+            return
+        layer = layer_cls(target, adapter_name, peft_config, rows, module_name=current_key)
+        if adapter_name not in self.active_adapters:
+            # an additional adapter is not trained until it is made active
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _adapt_output(self, peft_config: SnellaConfig, adapter_name: str, parent: nn.Module, current_key: str) -> None:
+        """Adapt the projection of a torch attention's output, which only the attention itself can apply."""
+        name = current_key.replace(".base_layer.", ".").rpartition(".")[0]
+        if not name:
+            raise NotImplementedError(
+                f"target_modules matches {current_key!r} of a model that is itself an nn.MultiheadAttention, which can "
+                "only be adapted inside of another module; wrap it in one, e.g. nn.ModuleDict"
+            )
+        attention = self.model.get_submodule(name)
+        if not is_adaptable(attention):
+            choose_layer_class(attention, name)
+        outer = self.model.get_submodule(name.rpartition(".")[0])
+        wrapper = self._wrapped(attention, name.rpartition(".")[2], outer)
+        # an output that was adapted before has two names here; the one of its adapter counts
+        if wrapper.find_projection("out_proj") is None or isinstance(parent, AdaptedAttention):
+            self._adapt_projection(peft_config, adapter_name, wrapper, "out_proj", name)
+
+    def _wrapped(self, attention: nn.Module, attention_name: str, parent: nn.Module) -> AdaptedAttention:
+        """The wrapper of a torch attention, put into the model where there is none yet."""
+        if isinstance(attention, AdaptedAttention):
+            return attention
+        wrapper = AdaptedAttention(cast(nn.MultiheadAttention, attention)).train(attention.training)
+        self._replace_module(parent, attention_name, wrapper, attention)
+        return wrapper
+
+    def _adapt_projection(
+        self, peft_config: SnellaConfig, adapter_name: str, wrapper: AdaptedAttention, name: str, attention_name: str
+    ) -> None:
+        """Give one projection of a wrapped attention an adapter."""
+        full_name = f"{attention_name}.{name}"
+        base = wrapper.base_layer.get_parameter("out_proj.weight" if name == "out_proj" else f"{name}_weight")
+        refuse_quantized_projection(base, full_name)
+        rows = count_rows(full_name, base.shape[0], base.shape[1], wrapper, peft_config.qkv_groups)
+        is_new = wrapper.adapt(name, adapter_name, peft_config, rows, full_name)
+        if is_new and adapter_name not in self.active_adapters:
+            # an additional adapter is not trained until it is made active
+            cast(Projection, wrapper.find_projection(name)).requires_grad_(False)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Put a module into the place of another one."""
+        if isinstance(child, (AdaptedAttention, AuxiliaryTrainingWrapper)):
+            # given back as it is; PEFT would copy a `weight`, which an attention or a head of several layers lacks
+            setattr(parent, child_name, new_module)
+            return
+        # PEFT moves the factors to where the base weight is now
+        off_meta = new_module.buffers_off_meta() if isinstance(new_module, SnellaLayer) else nullcontext()
+        with onloaded(new_module, with_base=True), off_meta:
+            super()._replace_module(parent, child_name, new_module, child)
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Refuse to make one adapter of several.
+
+        Raises:
+            NotImplementedError: Always, with what gives the same sum.
+        """
+        raise NotImplementedError(
+            f"add_weighted_adapter({adapters}, {weights}, {adapter_name!r}): a sum of sparse updates is no update of "
+            f"one pair of factors; make them active together, base_model.set_adapter({adapters}), with "
+            "layer.set_scale(name, weight) in every SnellaLayer, and merge them so if one set of weights is wanted"
+        )
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Iterator[None]:
+        """Refuse what would otherwise be ignored: one adapter for each sample of a batch."""
+        if adapter_names is not None:
+            raise NotImplementedError(
+                f"adapter_names={list(adapter_names)!r}: a batch cannot mix SNELLA adapters, because the update is "
+                "part of the weight; call set_adapter and pass the samples of one adapter at a time, or let "
+                "snella.TaskBank group them"
+            )
+        yield
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """Select the entries as PEFT does, and tell what the adapter lacks, or has too much of."""
+        layers = _adapted_layers(model, [adapter_name])
+        if isinstance(config, SnellaConfig) and not any(layer.snella_budget[adapter_name].is_meta for layer in layers):
+            config.watch.on_saving(model, *_budget_and_target(layers, adapter_name), config.target_sparsity)
+            unused = [layer.module_name for layer in layers if not layer.is_applied]
+            if len(unused) < len(layers):  # else nothing has run here: what is noted is of another process
+                config.unused_modules = unused or None
+        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        """Mark as PEFT does, and the biases of adapted attentions, which it does not know by name."""
+        super()._mark_only_adapters_as_trainable(model)
+        if any(getattr(self.peft_config[name], "bias", "none") != "none" for name in self.active_adapters):
+            for name in _attention_biases(model):
+                model.get_parameter(name).requires_grad_(True)
+
+    @classmethod
+    def _get_learnable_bias_state_dict(
+        cls, model: nn.Module, state_dict: dict[str, Tensor], config: PeftConfig
+    ) -> dict[str, Tensor]:
+        """Select the biases as PEFT does, and those of adapted attentions."""
+        biases: dict[str, Tensor] = super()._get_learnable_bias_state_dict(model, state_dict, config)
+        if getattr(config, "bias", "none") != "none":
+            biases |= {name: state_dict[name] for name in _attention_biases(model) if name in state_dict}
+        return biases
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Translate the keys as PEFT does, and refuse an adapter whose tensors do not fit this model."""
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        expected = {
+            f"{name}.{attribute}.{adapter_name}": getattr(module, attribute)[adapter_name]
+            for name, module in model.named_modules()
+            if isinstance(module, (SnellaLayer, TokenAdapter))
+            for attribute in module.saved_names
+            if adapter_name in getattr(module, attribute)
+        }
+        errors = [f"{key} is missing" for key in expected if key not in remapped]
+        errors += [
+            f"{key} is {list(remapped[key].shape)} where the model needs {list(tensor.shape)}"
+            for key, tensor in expected.items()
+            if key in remapped and remapped[key].shape != tensor.shape
+        ]
+        errors += [f"{key} fits no layer" for key in remapped if ".snella_" in key and key not in expected]
+        if errors:
+            raise ValueError(
+                f"the adapter does not fit {type(model).__name__}: {listed(errors, 3, '; ')}; "
+                "load it into the architecture it was trained on"
+            )
+        broken = [
+            f"{key} ({bad} of {remapped[key].numel()})"
+            for key in expected
+            if (bad := int(remapped[key].numel() - torch.isfinite(remapped[key]).sum()))
+        ]
+        if broken:
+            raise ValueError(
+                f"the adapter holds values that are not finite: {listed(broken, 3)}; its training "
+                "diverged or its file is damaged, load an earlier one"
+            )
+        return remapped
+
+
+@dataclass(eq=False)
+class _Compression:
+    """Whether all active adapters that are in a model ask for activations in eight bits.
+
+    Args:
+        layers: The adapted layers of the model.
+    """
+
+    layers: list[SnellaLayer]
+
+    def __call__(self) -> bool:
+        is_active = False
+        for layer in self.layers:
+            for name in layer.active_adapters:
+                config = layer.snella_config.get(name)
+                if config is not None:
+                    is_active = True
+                    if not config.compress_activations:
+                        return False
+        return is_active
+
+
+def _adapted_layers(model: nn.Module, adapter_names: list[str]) -> list[SnellaLayer]:
+    """The layers that one of these adapters updates."""
+    layers = [module for module in model.modules() if isinstance(module, SnellaLayer)]
+    return [layer for layer in layers if any(name in layer.snella_A for name in adapter_names)]
+
+
+def _budget_and_target(layers: list[SnellaLayer], adapter_name: str) -> tuple[int, int]:
+    """Entries that an adapter keeps now, and at the end; the same where its sparsity does not change."""
+    budget = sum(sum(layer.budgets(adapter_name)) for layer in layers)
+    config = layers[0].snella_config[adapter_name]
+    size = sum(layer.out_features * layer.in_features for layer in layers)
+    is_constant = config.fixed_support or config.target_sparsity <= config.init_sparsity
+    return budget, budget if is_constant else size - round(config.target_sparsity * size)
+
+
+def _warn_of_unapplied(layers: list[SnellaLayer]) -> None:
+    """Name the layers that nothing has used until the first optimizer step."""
+    if unapplied := [layer.module_name for layer in layers if not layer.is_applied]:
+        warnings.warn(
+            f"{len(unapplied)} of {len(layers)} adapted modules had no part in the first optimizer step: "
+            f"{', '.join(map(repr, unapplied))}; the model neither called them nor read their weight, so that "
+            "they are not trained, while merging would change them; leave them out with exclude_modules",
+            stacklevel=2,
+        )
+
+
+def _check_token_rows(peft_config: SnellaConfig, model: nn.Module) -> None:
+    """Refuse rows that an embedding does not have."""
+    wanted = peft_config.trainable_token_indices
+    if not wanted:
+        return
+    own: Any = getattr(model, "get_input_embeddings", lambda: None)
+    embedding = own()
+    for name, module in model.named_modules():
+        if isinstance(wanted, dict):
+            rows = next((rows for end, rows in wanted.items() if _matches({end}, name)), [])
+        else:
+            rows = wanted if module is embedding else []
+        if not isinstance(module, nn.Embedding):
+            continue
+        count = module.num_embeddings
+        if wrong := [row for row in rows if not 0 <= row < count]:
+            raise ValueError(f"trainable_token_indices must be from 0 to {count - 1}, rows of {name!r}, got {wrong[0]}")
+
+
+def _attention_biases(model: nn.Module) -> list[str]:
+    """Names of the biases of adapted projections of attentions, which lie in the attentions themselves."""
+    biases: dict[str, None] = {}
+    for name, module in model.named_modules():
+        for projection in module.projections() if isinstance(module, AdaptedAttention) else ():
+            own = projection.bias_name
+            if own is not None:
+                plain = name.replace("_fsdp_wrapped_module.", "")
+                biases[f"{plain}.base_layer.{own}"] = None
+    return list(biases)
+
+
+def _matching(targets: set[str] | str, model: nn.Module) -> set[str]:
+    """The names of the modules that the targets match."""
+    return {name for name, _ in model.named_modules() if _matches(targets, name)}
+
+
+def _matches(targets: set[str] | str, name: str) -> bool:
+    """Whether the targets alone match a module, whatever is excluded besides."""
+    if isinstance(targets, str):
+        return matches_expression(targets, name)
+    return name in targets or any(name.endswith(f".{target}") for target in targets)
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether this processor does, and not its library in its place."""
+    if platform.machine() in ("x86_64", "AMD64"):
+        return torch.cpu._is_avx512_bf16_supported()
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -1,0 +1,232 @@
+"""Optimizers with the right learning rate for each kind of parameter, and steps matched to the size of the weights."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from snella.compat.tokens import token_adapters
+from snella.config import MATCHED_KERNELS
+from snella.layer import SnellaLayer
+
+__all__ = ["StepMatcher", "create_snella_optimizer"]
+
+_FACTORS = ("snella_A", "snella_B")
+MATCHER_ATTRIBUTE = "snella_step_matcher"
+"""Where an optimizer holds the `StepMatcher` that is attached to it."""
+_STATE_KEY = MATCHER_ATTRIBUTE  # in the first parameter group of an optimizer's state
+
+
+def create_snella_optimizer(
+    model: nn.Module,
+    optimizer_cls: type[Optimizer] = AdamW,
+    *,
+    lr: float,
+    scalar_lr: float = 1e-4,
+    head_lr: float | None = None,
+    weight_decay: float = 0.0,
+    head_weight_decay: float | None = None,
+    match_update: bool | None = None,
+    **optimizer_kwargs: Any,
+) -> Optimizer:
+    """Create an optimizer whose parameter groups suit a SNELLA model, in the manner of `peft.optimizers`.
+
+    The kernels' scalars need a small rate of their own and no weight decay: `β` shifts every entry of `ΔW` alike and
+    an adaptive optimizer moves it by one learning rate a step, so that at the factors' rate it soon exceeds the
+    kernel's own spread, and a coefficient `α_p` = ±0.1 flips its sign.
+
+    Args:
+        model: Any model; parameters that are not SNELLA's (the head) form groups of their own.
+        optimizer_cls: Class of the optimizer.
+        lr: Rate of the factors `A` and `B`.
+        scalar_lr: Rate of `α`, `β`, `α_p` and the temperature.
+        head_lr: Rate of everything else that is trained, default `lr`.
+        weight_decay: Weight decay of the factors.
+        head_weight_decay: Weight decay of the other weights, default `weight_decay`; never on biases, norms and tokens.
+        match_update: Whether each step of the factors is scaled so that it changes the update by about `lr` times the
+            size of the adapted weights (see `StepMatcher`), default what the adapter's config says.
+        optimizer_kwargs: Passed on.
+
+    Returns:
+        An optimizer with the groups `factors`, `scalars`, `head` and `head_no_decay`, as far as they have parameters.
+
+    Raises:
+        ValueError: Nothing in the model is trainable, or `match_update` with a kernel it does not know.
+    """
+    factors: list[nn.Parameter] = []
+    scalars: list[nn.Parameter] = []
+    for module in model.modules():
+        if isinstance(module, SnellaLayer):
+            for attribute in module.adapter_layer_names:
+                kind = factors if attribute in _FACTORS else scalars
+                kind.extend(p for p in getattr(module, attribute).values() if p.requires_grad)
+    of_adapter = {id(parameter) for parameter in (*factors, *scalars)}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in of_adapter]
+    tokens = {id(p) for token in token_adapters(model) for p in token.snella_token.values()}
+    decayed = [p for p in others if p.ndim > 1 and id(p) not in tokens]
+    not_decayed = [p for p in others if p.ndim <= 1 or id(p) in tokens]
+    rate = lr if head_lr is None else head_lr
+    decay = weight_decay if head_weight_decay is None else head_weight_decay
+    groups = [
+        {"name": "factors", "params": factors, "lr": lr, "weight_decay": weight_decay},
+        {"name": "scalars", "params": scalars, "lr": scalar_lr, "weight_decay": 0.0},
+        {"name": "head", "params": decayed, "lr": rate, "weight_decay": decay},
+        {"name": "head_no_decay", "params": not_decayed, "lr": rate, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        raise ValueError(
+            f"{type(model).__name__} has no trainable parameter; wrap it with get_peft_model(model, SnellaConfig(…)) "
+            "and check that the adapter is active and not in inference mode"
+        )
+    if head_lr is not None and not others:
+        warnings.warn(
+            f"head_lr={head_lr} is given, but {type(model).__name__} trains nothing besides the adapter: a new head "
+            "keeps its random values; name it, e.g. SnellaConfig(modules_to_save=['head'])",
+            stacklevel=2,
+        )
+    optimizer = optimizer_cls(groups, **optimizer_kwargs)
+    if _is_matched(model) if match_update is None else match_update:
+        StepMatcher(model).attach(optimizer)
+    return optimizer
+
+
+def _is_matched(model: nn.Module) -> bool:
+    """Whether the config of a trained adapter asks for matched steps."""
+    return any(layer.snella_config[name].match_update for layer, name in _trained_adapters(model))
+
+
+def _trained_adapters(model: nn.Module) -> list[tuple[SnellaLayer, str]]:
+    """Every layer with each of its adapters whose factors are trained."""
+    layers = [module for module in model.modules() if isinstance(module, SnellaLayer)]
+    return [(layer, name) for layer in layers for name, A in layer.snella_A.items() if A.requires_grad]
+
+
+class StepMatcher:
+    """Scales the optimizer's steps of the factors so that each changes a matrix's update in proportion to its weight.
+
+    `S` is quadratic in `ΔW`: under Adam the update grows with the square of learning rate times steps, at a pace that
+    depends on `scaling`, on the matrix's shape and on the size of its weights. With
+
+        τ = lr·rms(W0)/|scaling|               the change of S that one step may make
+        κ = 2·√mean|S|                         about rms(∂S/∂ΔW); 1 where S is ΔW itself
+        δ = 2τ / (κ + √(κ² + 4τ))              so that κ·δ + δ² = τ: the slope's part and the quadratic one
+        step ← step · δ / (lr·rms(α_p)·√r)     an Adam step of lr in every entry changes ΔW by about lr·rms(α_p)·√r
+
+    one step changes `scaling·S` by about `lr·rms(W0)`, whatever layer, backbone, scaling and time. Model, update and
+    files stay as they are. `mean|S|` is measured every `interval` steps; the learning rate is read at each step.
+
+    Args:
+        model: Model with SNELLA layers.
+        interval: Steps from one measurement of `mean|S|` to the next; one costs about a merge of every matrix.
+
+    Attributes:
+        scales: By name of the layer and of the adapter, the factor on the last step of each matrix.
+
+    Raises:
+        ValueError: No factor is trained, the kernel is not made of piecewise distances, or `interval` is below 1.
+    """
+
+    def __init__(self, model: nn.Module, interval: int = 5) -> None:
+        if interval < 1:
+            raise ValueError(f"interval must be at least 1, got {interval}")
+        self.interval = interval
+        self._adapters = _trained_adapters(model)
+        if not self._adapters:
+            raise ValueError(
+                f"match_update needs a model whose SNELLA factors are trained, got {type(model).__name__} without any"
+            )
+        for layer, name in self._adapters:
+            kernel = layer.snella_config[name].kernel
+            if kernel not in MATCHED_KERNELS:
+                raise ValueError(f"match_update needs a kernel of {list(MATCHED_KERNELS)}, got {kernel!r}")
+        self._weight_rms = [self._measure_weight(layer, name) for layer, name in self._adapters]
+        self._slopes: list[list[float]] = []
+        self._before: list[tuple[Tensor, Tensor]] = []
+        self.step = 0
+        self.scales: dict[tuple[str, str], list[float]] = {}
+
+    def attach(self, optimizer: Optimizer) -> Self:
+        """Scale this optimizer's steps from now on; its state carries what a resumed run needs for the same bits."""
+        setattr(optimizer, MATCHER_ATTRIBUTE, self)
+        optimizer.register_step_pre_hook(self._before_step)
+        optimizer.register_step_post_hook(self._after_step)
+        optimizer.register_state_dict_post_hook(self._save_into)
+        optimizer.register_load_state_dict_post_hook(self._load_from)
+        return self
+
+    @staticmethod
+    @torch.no_grad()
+    def _measure_weight(layer: SnellaLayer, name: str) -> list[float]:
+        """`rms(W0)` of each matrix."""
+        weight = layer._weight()
+        whole = weight if isinstance(weight, Tensor) else weight.materialize()
+        return [float(whole[rows].float().square().mean().sqrt()) for rows in layer.matrix_rows(name)]
+
+    @staticmethod
+    @torch.no_grad()
+    def _measure_slopes(layer: SnellaLayer, name: str) -> list[float]:
+        """`κ` of each matrix."""
+        config = layer.snella_config[name]
+        if config.sparsify_mode == "none" or config.fixed_support:
+            return [1.0] * len(layer.row_counts[name])
+        return [2 * math.sqrt(float(S.abs().mean())) for S in layer.sparse_updates(name)]
+
+    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if self.step % self.interval == 0:
+            self._slopes = [self._measure_slopes(layer, name) for layer, name in self._adapters]
+        self.step += 1
+        # read anew at each step: accelerate's `prepare` replaces the groups
+        rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+        for (layer, name), weight_rms, slopes in zip(self._adapters, self._weight_rms, self._slopes, strict=True):
+            lr = rates.get(id(layer.snella_A[name]), 0.0)
+            self.scales[layer.module_name, name] = self._scales_of(layer, name, lr, weight_rms, slopes)
+        self._before = [
+            (layer.snella_A[name].detach().clone(), layer.snella_B[name].detach().clone())
+            for layer, name in self._adapters
+        ]
+
+    @torch.no_grad()
+    def _after_step(self, *_: Any) -> None:
+        for (layer, name), (A_before, B_before) in zip(self._adapters, self._before, strict=True):
+            A, B = layer.snella_A[name], layer.snella_B[name]
+            scales = torch.tensor(self.scales[layer.module_name, name], dtype=A.dtype, device=A.device)
+            row_counts = torch.tensor(layer.row_counts[name], device=A.device)
+            A.copy_(torch.lerp(A_before, A, scales[:, None, None]))
+            B.copy_(torch.lerp(B_before, B, scales.repeat_interleave(row_counts)[:, None]))
+        self._before = []
+
+    @staticmethod
+    def _scales_of(
+        layer: SnellaLayer, name: str, lr: float, weight_rms: list[float], slopes: list[float]
+    ) -> list[float]:
+        """The factor on the step of each matrix; 1 where no step is made."""
+        coeffs = layer.snella_piece_coeff[name].detach().float().square().mean(1).sqrt().tolist()
+        scaling, rank = abs(layer.scaling[name]), layer.snella_config[name].rank_of(layer.module_name)
+        scales = []
+        for rms, slope, coeff in zip(weight_rms, slopes, coeffs, strict=True):
+            change, reach = lr * rms / scaling if scaling else 0.0, lr * coeff * math.sqrt(rank)
+            is_moving = change > 0 and reach > 0
+            scales.append(2 * change / (slope + math.sqrt(slope**2 + 4 * change)) / reach if is_moving else 1.0)
+        return scales
+
+    def _save_into(self, _: Optimizer, state_dict: dict[str, Any]) -> None:
+        state_dict["param_groups"][0][_STATE_KEY] = {"step": self.step, "slopes": [list(s) for s in self._slopes]}
+
+    def _load_from(self, optimizer: Optimizer) -> None:
+        state: Mapping[str, Any] | None = optimizer.param_groups[0].pop(_STATE_KEY, None)
+        if state is None:
+            return
+        expected = [len(layer.row_counts[name]) for layer, name in self._adapters]
+        if state["slopes"] and [len(slopes) for slopes in state["slopes"]] != expected:
+            raise ValueError(
+                f"the optimizer's state must be of {len(expected)} adapted layers, got {len(state['slopes'])}; load it "
+                "into a model with the same target_modules"
+            )
+        self.step, self._slopes = state["step"], [list(slopes) for slopes in state["slopes"]]

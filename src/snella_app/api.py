@@ -1,0 +1,49 @@
+"""`snella.train`: one training from Python, as the command line starts it."""
+
+import os
+from typing import Any
+
+from rich.console import Console
+
+from snella_app.config import AUTO_METHOD, TrainConfig
+from snella_app.plugins import plugin
+from snella_app.runs.folder import RunFolder
+from snella_app.training.folds import is_cross_validation, train_folds
+from snella_app.training.train import train as train_run
+
+
+def train(config: TrainConfig | None = None, *, console: Console | None = None, **settings: Any) -> RunFolder:
+    """Fine-tune a pre-trained vision model on labeled images, as `snella train` does.
+
+        run = snella.train(data="photos", backbone="vit_base_patch16_224.augreg_in21k", out="runs/photos", epochs=20)
+        snella.load(run).predict("new.jpg").label
+
+    Args:
+        config: The settings as one object.
+        console: Where to write; standard output if None.
+        **settings: Fields of `TrainConfig`, in place of `config`. `data` may also be a data set of torch or Hugging
+            Face, or a mapping from train, val and test to such ones.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        TypeError: Both `config` and settings, or a setting that does not exist.
+        ValueError: Settings that are wrong or contradict each other; all are named.
+    """
+    if config is not None and settings:
+        raise TypeError(f"train takes a config or settings, got both: config and {', '.join(settings)}")
+    is_object = not isinstance(settings.get("data"), str | os.PathLike | None)
+    options = {"data": settings.pop("data")} if is_object else {}
+    if is_object:
+        settings["data"] = "python:data"
+    config = TrainConfig(**settings) if config is None else config
+    if config.method == AUTO_METHOD and not is_object:
+        choose_method = plugin("choices", "method")
+        if choose_method is None:
+            raise ValueError("method=auto needs snella_lab, which compares methods; name a method")
+        config = choose_method(config, console)
+    if (config.folds and config.fold is None) or (config.resume and is_cross_validation(str(config.out))):
+        train_folds(config, console, **options)
+        return RunFolder(str(config.out))
+    return train_run(config, console, **options)

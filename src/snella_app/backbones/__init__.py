@@ -1,0 +1,6 @@
+"""Backbones: timm names, local weight files and folders, and what packages register."""
+
+from snella_app.backbones.create import NamedBackbone, create_backbone, packaged_names
+from snella_app.backbones.segmenter import DECODER, create_segmenter
+
+__all__ = ["DECODER", "NamedBackbone", "create_backbone", "create_segmenter", "packaged_names"]

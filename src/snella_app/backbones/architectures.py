@@ -1,0 +1,224 @@
+"""Inference of the timm architecture of a weight file."""
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import timm
+from torch import Tensor
+
+from snella_app.backbones.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class InferredArchitecture:
+    """timm's name of an architecture, the input size of the weights and further arguments of `create_model`.
+
+    `img_size` is None for networks that take any size.
+    """
+
+    name: str
+    img_size: int | None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+# names of the same parts in Facebook's checkpoints and in timm's
+_STEM = ("downsample_layers.0.0.weight", "stem.0.weight")
+_DOWNSAMPLE = ("downsample_layers.{}.1.weight", "stages.{}.downsample.1.weight")
+_BLOCK = re.compile(r"stages\.(\d+)\.(?:blocks\.)?(\d+)\.(?:dwconv|conv_dw)\.weight$")
+_CONVNEXT_SIZES: dict[tuple[int, tuple[int, ...]], str] = {
+    (96, (3, 3, 9, 3)): "tiny",
+    (96, (3, 3, 27, 3)): "small",
+    (128, (3, 3, 27, 3)): "base",
+    (192, (3, 3, 27, 3)): "large",
+    (256, (3, 3, 27, 3)): "xlarge",
+}
+_SIZES_V2: dict[tuple[int, tuple[int, ...]], str] = {
+    (96, (3, 3, 9, 3)): "tiny",
+    (128, (3, 3, 27, 3)): "base",
+    (192, (3, 3, 27, 3)): "large",
+}
+
+
+def _stage_depths(state: dict[str, Tensor], pattern: re.Pattern[str]) -> tuple[int, ...]:
+    """Number of blocks of each stage, from names that hold both numbers."""
+    blocks: dict[int, int] = {}
+    for match in filter(None, map(pattern.match, state)):
+        blocks[int(match[1])] = max(blocks.get(int(match[1]), 0), int(match[2]) + 1)
+    return tuple(blocks[stage] for stage in sorted(blocks))
+
+
+def is_convnext(state: dict[str, Tensor]) -> bool:
+    """Whether these are weights of a ConvNeXt, in Facebook's names or timm's."""
+    return any(name in state for name in _STEM) and any(map(_BLOCK.match, state))
+
+
+def infer_convnext(state: dict[str, Tensor]) -> InferredArchitecture:
+    """Find widths, blocks and version (V2 normalizes responses); it takes images of any size.
+
+    Args:
+        state: State dict in Facebook's or timm's names.
+    """
+    depths = _stage_depths(state, _BLOCK)
+    stem = next(state[name] for name in _STEM if name in state)
+    dims = [stem.shape[0]]
+    for stage in range(1, len(depths)):
+        found = (state.get(name.format(stage)) for name in _DOWNSAMPLE)
+        dims.append(next((weight.shape[0] for weight in found if weight is not None), dims[-1]))
+    is_v2 = any(".grn." in key for key in state)
+    size = (_SIZES_V2 if is_v2 else _CONVNEXT_SIZES).get((dims[0], depths))
+    family = "convnextv2" if is_v2 else "convnext"
+    pointwise = next(
+        (value for key, value in state.items() if key.endswith((".pwconv1.weight", ".mlp.fc1.weight"))), stem
+    )
+    is_convolution = "stem.0.weight" in state and pointwise.ndim == 4
+    if size is not None and dims == [dims[0] * 2**stage for stage in range(4)] and not is_convolution:
+        return InferredArchitecture(f"{family}_{size}", None)
+    options: dict[str, Any] = {"depths": depths, "dims": tuple(dims), "patch_size": stem.shape[-1]}
+    if is_convolution:
+        options["conv_mlp"] = True
+    return InferredArchitecture(f"{family}_tiny", None, options)
+
+
+_TABLE = re.compile(r"layers\.(\d+)\.blocks\.(\d+)\.attn\.relative_position_bias_table$")
+_FIRST_TABLE = "layers.0.blocks.0.attn.relative_position_bias_table"
+_PATCH = "patch_embed.proj.weight"
+# width of the first stage and number of blocks in each; heads are always 32 wide
+_SWIN_SIZES: dict[tuple[int, tuple[int, ...]], str] = {
+    (96, (2, 2, 6, 2)): "tiny",
+    (96, (2, 2, 18, 2)): "small",
+    (128, (2, 2, 18, 2)): "base",
+    (192, (2, 2, 18, 2)): "large",
+}
+
+
+def is_swin(state: dict[str, Tensor]) -> bool:
+    """Whether these are weights of a Swin transformer, in Microsoft's names or timm's (which differ little)."""
+    return _FIRST_TABLE in state and _PATCH in state
+
+
+def infer_swin(state: dict[str, Tensor]) -> InferredArchitecture:
+    """Find width, blocks, heads, window and input size; any Swin can be told from its shapes.
+
+    The window follows from the first position table, `(2w − 1)²` rows. The input size follows from the masks of
+    shifted windows where the file holds them (Microsoft's does: `[n, w², w²]` for `n` windows), else from the window,
+    which the last stage of every published model fits exactly once.
+
+    Args:
+        state: State dict in Microsoft's or timm's names.
+    """
+    width, _, patch, _ = state[_PATCH].shape
+    heads = {int(match[1]): state[match[0]].shape[1] for match in filter(None, map(_TABLE.match, state))}
+    depths = _stage_depths(state, _TABLE)
+    window = (math.isqrt(state[_FIRST_TABLE].shape[0]) + 1) // 2
+    img_size = _masked_size(state, patch) or window * patch * 2 ** (len(depths) - 1)
+    size = _SWIN_SIZES.get((width, depths))
+    name = f"swin_{size}_patch{patch}_window{window}_{img_size}"
+    if timm.is_model(name) and all(heads[stage] * 32 == width * 2**stage for stage in heads):
+        return InferredArchitecture(name, img_size)
+    options: dict[str, Any] = {
+        "patch_size": patch,
+        "embed_dim": width,
+        "depths": depths,
+        "num_heads": tuple(heads[stage] for stage in sorted(heads)),
+        "window_size": window,
+        "mlp_ratio": state["layers.0.blocks.0.mlp.fc1.weight"].shape[0] / width,
+    }
+    return InferredArchitecture("swin_tiny_patch4_window7_224", img_size, options)
+
+
+def _masked_size(state: dict[str, Tensor], patch: int) -> int | None:
+    """Input size from the first mask of shifted windows, None where the file holds none."""
+    for key, value in state.items():
+        if key.startswith("layers.") and key.endswith(".attn_mask") and value.ndim == 3:
+            stage = int(key.split(".")[1])
+            # both square: windows in the picture, and patches in a window
+            return math.isqrt(value.shape[0]) * math.isqrt(value.shape[1]) * patch * 2**stage
+    return None
+
+
+# Heads are not visible in the shapes; these widths and depths have the same number of them almost everywhere.
+_VIT_SIZES = {(192, 12): "tiny", (384, 12): "small", (768, 12): "base", (1024, 24): "large", (1280, 32): "huge"}
+_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
+
+
+def infer_vit(state: dict[str, Tensor], *, source: str, num_heads: int | None = None) -> InferredArchitecture:
+    """Find timm's ViT by width, depth, patch size, layer scale and register tokens.
+
+    Args:
+        state: State dict in timm's or DINOv2's own names.
+        source: The file as the user typed it, for messages.
+        num_heads: Attention heads, where the file or its publisher tells their number.
+
+    Raises:
+        ValueError: Not a ViT, or one that timm has no plain name for; the message says what was seen.
+    """
+    patch, positions = state.get(_PATCH), state.get("pos_embed")
+    if patch is None or patch.ndim != 4 or positions is None or positions.ndim != 3:
+        seen = ", ".join(f"{key} {list(value.shape)}" for key, value in list(state.items())[:4])
+        raise ValueError(
+            f"the architecture of '{source}' cannot be read from its shapes: {_PATCH} or pos_embed is missing, "
+            f"it holds {seen}, …; give its timm name as the backbone and weights={source!r}"
+        )
+    if "norm_pre.weight" in state:
+        raise ValueError(
+            f"the architecture of '{source}' cannot be read from its shapes: a norm before the blocks, as in CLIP's "
+            "image towers, whose activation the shapes do not tell; give its timm name as the backbone, for example "
+            f"vit_base_patch16_clip_224 or vit_base_patch16_clip_quickgelu_224, and weights={source!r}"
+        )
+    width, side = patch.shape[0], patch.shape[-1]
+    depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    registers = next((state[key].shape[1] for key in ("reg_token", "register_tokens") if key in state), 0)
+    is_scaled = "blocks.0.ls1.gamma" in state
+    grid = _grid(positions.shape[1], registers)
+    name = _name(_VIT_SIZES.get((width, depth)), side, is_scaled, registers)
+    if name is None or grid is None:
+        raise ValueError(
+            f"the architecture of '{source}' cannot be read from its shapes: a ViT of width {width}, depth {depth}, "
+            f"patch size {side}, {positions.shape[1]} positions, {registers} register tokens, "
+            f"{'with' if is_scaled else 'without'} layer scale; "
+            f"give its timm name as the backbone and weights={source!r}"
+        )
+    options: dict[str, Any] = {"global_pool": "avg"} if "fc_norm.weight" in state else {}
+    if num_heads is not None and num_heads != _HEADS[width]:
+        options["num_heads"] = num_heads
+    return InferredArchitecture(name, grid * side, options)
+
+
+def _name(size: str | None, patch: int, is_scaled: bool, registers: int) -> str | None:
+    """Timm's name, None where it has none."""
+    if size is None:
+        return None
+    if is_scaled:
+        name = f"vit_{size}_patch{patch}_{f'reg{registers}_' if registers else ''}dinov2"
+    else:
+        name = f"vit_{size}_patch{patch}_224"
+    return name if timm.is_model(name) and (is_scaled or not registers) else None
+
+
+def _grid(positions: int, registers: int) -> int | None:
+    """Side of the square grid of patches, with or without positions of class and register tokens before it."""
+    for extra in (1, 0, 1 + registers):
+        side = math.isqrt(max(positions - extra, 0))
+        if side and side * side == positions - extra:
+            return side
+    return None
+
+
+def infer_architecture(checkpoint: Checkpoint, *, source: str) -> InferredArchitecture:
+    """Find timm's ViT, Swin or ConvNeXt by names and shapes, in timm's names or those of the authors.
+
+    Args:
+        checkpoint: What `read_checkpoint` returned.
+        source: The file as the user typed it, for messages.
+
+    Raises:
+        ValueError: Another network, or a ViT that timm has no plain name for; the message says what was seen.
+    """
+    state = checkpoint.state
+    if is_swin(state):
+        return infer_swin(state)
+    if is_convnext(state):
+        return infer_convnext(state)
+    return infer_vit(state, source=source, num_heads=checkpoint.num_heads)

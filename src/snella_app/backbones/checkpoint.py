@@ -1,0 +1,479 @@
+"""Local weight files: read into a flat state dict, and loaded strictly into a model."""
+
+import argparse
+import logging
+import math
+import pickle
+import sys
+import warnings
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.data.constants import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_INCEPTION_MEAN,
+    IMAGENET_INCEPTION_STD,
+)
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from snella_app.text import listed
+
+_logger = logging.getLogger(__name__)
+_Arrays = dict[str, tuple[int, ...]]
+# a layer between features and classes that only the first releases have; timm's ViT has none
+_REPRESENTATION = ("pre_logits/kernel", "pre_logits/bias")
+
+
+def read_google_npz(path: Path) -> tuple[dict[str, Tensor], int]:
+    """Read a ViT in the layout of google-research/vision_transformer.
+
+    A model of exactly the file's sizes is built and filled by timm's `VisionTransformer.load_pretrained`; its state is
+    what comes out, so that everything after it is the same for all kinds of file.
+
+    Args:
+        path: `.npz` file.
+
+    Returns:
+        State dict in timm's names and the number of attention heads.
+
+    Raises:
+        ValueError: The file is damaged, or an array is missing, extra or of a shape that does not agree with the
+            others.
+        NotImplementedError: A ResNet-ViT hybrid or a big_vision checkpoint.
+    """
+    shapes = _shapes(path)
+    prefix = "opt/target/" if "opt/target/embedding/kernel" in shapes else ""
+    if f"{prefix}conv_root/kernel" in shapes:
+        raise NotImplementedError(f"weights '{path}': a ResNet-ViT hybrid; only plain ViT files are read from .npz")
+    if any(key.startswith("params/") or key == f"{prefix}pos_embedding" for key in shapes):
+        raise NotImplementedError(
+            f"weights '{path}': big_vision's layout; only that of google-research/vision_transformer is read from .npz"
+        )
+    sizes = _sizes(shapes, prefix, path)
+    _check(shapes, prefix, sizes, path)
+    model = VisionTransformer(weight_init="skip", **sizes)
+    model.load_pretrained(str(path))
+    return {key: value.detach() for key, value in model.state_dict().items()}, sizes["num_heads"]
+
+
+def _shapes(path: Path) -> _Arrays:
+    """Shapes of all arrays; objects are not unpickled."""
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
+            return {key: arrays[key].shape for key in arrays.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+        raise ValueError(f"weights '{path}' are not a readable .npz file: {error}") from error
+
+
+def _sizes(shapes: _Arrays, prefix: str, path: Path) -> dict[str, Any]:
+    """Arguments of the `VisionTransformer` that the arrays were taken from."""
+    block = f"{prefix}Transformer/encoderblock_0/"
+    needed = {
+        "patch": f"{prefix}embedding/kernel",
+        "positions": f"{prefix}Transformer/posembed_input/pos_embedding",
+        "query": f"{block}MultiHeadDotProductAttention_1/query/kernel",
+        "hidden": f"{block}MlpBlock_3/Dense_0/kernel",
+    }
+    missing = [key for key in needed.values() if key not in shapes]
+    if missing:
+        raise ValueError(f"weights '{path}' are no ViT of Google's layout: {', '.join(missing)} missing")
+    patch, positions = shapes[needed["patch"]], shapes[needed["positions"]]
+    query, hidden = shapes[needed["query"]], shapes[needed["hidden"]]
+    grid = math.isqrt(positions[1] - 1) if len(positions) == 3 else 0
+    if len(patch) != 4 or len(query) != 3 or len(hidden) != 2 or not grid or grid * grid + 1 != positions[1]:
+        found = ", ".join(f"{key} {list(shapes[key])}" for key in needed.values())
+        raise ValueError(f"weights '{path}' are no ViT of Google's layout with a class token: {found}")
+    depth = sum(key.startswith(f"{prefix}Transformer/encoderblock_") and key.endswith("query/kernel") for key in shapes)
+    head = shapes.get(f"{prefix}head/bias", (0,))
+    return {
+        "img_size": grid * patch[0],
+        "patch_size": patch[0],
+        "embed_dim": patch[3],
+        "depth": depth,
+        "num_heads": query[1],
+        "mlp_ratio": hidden[1] / hidden[0],
+        "num_classes": head[0],
+    }
+
+
+def _check(shapes: _Arrays, prefix: str, sizes: dict[str, Any], path: Path) -> None:
+    """Refuse arrays that are missing or do not agree: copying would broadcast them silently."""
+    width, heads, depth = sizes["embed_dim"], sizes["num_heads"], sizes["depth"]
+    per_head, hidden, patch = width // heads, round(sizes["mlp_ratio"] * width), sizes["patch_size"]
+    wanted: _Arrays = {
+        "embedding/kernel": (patch, patch, 3, width),
+        "embedding/bias": (width,),
+        "cls": (1, 1, width),
+        "Transformer/posembed_input/pos_embedding": (1, (sizes["img_size"] // patch) ** 2 + 1, width),
+        **{f"Transformer/encoder_norm/{leaf}": (width,) for leaf in ("scale", "bias")},
+    }
+    if sizes["num_classes"]:
+        wanted["head/kernel"] = (width, sizes["num_classes"])
+        wanted["head/bias"] = (sizes["num_classes"],)
+    for index in range(depth):
+        block = f"Transformer/encoderblock_{index}/"
+        attention = f"{block}MultiHeadDotProductAttention_1/"
+        for part in ("query", "key", "value"):
+            wanted[f"{attention}{part}/kernel"] = (width, heads, per_head)
+            wanted[f"{attention}{part}/bias"] = (heads, per_head)
+        wanted[f"{attention}out/kernel"] = (heads, per_head, width)
+        wanted[f"{attention}out/bias"] = (width,)
+        for norm in ("LayerNorm_0", "LayerNorm_2"):
+            wanted.update({f"{block}{norm}/{leaf}": (width,) for leaf in ("scale", "bias")})
+        wanted[f"{block}MlpBlock_3/Dense_0/kernel"] = (width, hidden)
+        wanted[f"{block}MlpBlock_3/Dense_0/bias"] = (hidden,)
+        wanted[f"{block}MlpBlock_3/Dense_1/kernel"] = (hidden, width)
+        wanted[f"{block}MlpBlock_3/Dense_1/bias"] = (width,)
+    errors = [
+        f"{prefix}{key}: file {list(shapes[f'{prefix}{key}']) if f'{prefix}{key}' in shapes else 'lacks it'}, "
+        f"needed {list(shape)}"
+        for key, shape in wanted.items()
+        if shapes.get(f"{prefix}{key}") != shape
+    ]
+    extra = [key for key in shapes if key.startswith(prefix) and key.removeprefix(prefix) not in wanted]
+    representation = [key for key in extra if key.removeprefix(prefix) in _REPRESENTATION]
+    errors += [f"{key}: file {list(shapes[key])}, not part of a ViT" for key in extra if key not in representation]
+    if representation and not errors:
+        _logger.info("representation layer before the head in '%s' left out: %s", path, ", ".join(representation))
+    if errors:
+        raise ValueError(f"weights '{path}' do not hold together: {listed(errors, separator='; ')}")
+
+
+_CLOSE = 2e-3  # half precision keeps sines to about 5e-4
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Whose weights these are.
+
+    Attributes:
+        label: Name for messages.
+        mean: Of the normalization that the network was trained with, red, green, blue.
+        std: Its standard deviation.
+        num_heads: Attention heads of the widths that have another number of them than usual.
+    """
+
+    label: str
+    mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN
+    std: tuple[float, float, float] = IMAGENET_DEFAULT_STD
+    num_heads: Mapping[int, int] = field(default_factory=dict)
+
+
+GOOGLE = Origin("Google's ViT", IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD)
+_MAE = Origin("MAE")
+_MOCO = Origin("MoCo v3", num_heads={384: 12})
+_SWIN = Origin("Microsoft's Swin")
+_CONVNEXT = Origin("Facebook's ConvNeXt")
+
+
+def origin_of(state: dict[str, Tensor]) -> Origin | None:
+    """Tell the publisher of a state dict; None where nothing tells it, so that timm's own configuration holds.
+
+    MAE and MoCo v3 never train their positions: sines and cosines of the patch's column and row, a zero for the class
+    token. MAE has the column first, MoCo v3 the row.
+
+    Args:
+        state: State dict in the names of the file, without wrapper prefixes.
+    """
+    if "layers.0.downsample.reduction.weight" in state:
+        return _SWIN
+    if "downsample_layers.0.0.weight" in state:
+        return _CONVNEXT
+    positions = state.get("pos_embed")
+    if positions is None or positions.ndim != 3 or positions.shape[-1] % 4:
+        return None
+    grid = math.isqrt(positions.shape[1] - 1)
+    if grid < 2 or grid * grid + 1 != positions.shape[1] or positions[0, 0].any():
+        return None
+    patches = positions[0, 1:].detach().float().cpu()
+    row, column = _sines(grid, patches.shape[1])
+    for origin, expected in ((_MAE, torch.cat([column, row], 1)), (_MOCO, torch.cat([row, column], 1))):
+        if (patches - expected).abs().max() < _CLOSE:
+            return origin
+    return None
+
+
+def encoder_alone(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], str | None]:
+    """Take the network out of a checkpoint that holds all that its pre-training needed.
+
+    MAE's full checkpoints add a decoder, MoCo v3's hold two encoders with projection heads and a predictor.
+
+    Args:
+        state: State dict without wrapper prefixes.
+
+    Returns:
+        The encoder's tensors, and what was left out in words (None where nothing was).
+    """
+    if "decoder_pos_embed" in state:
+        kept = {key: value for key, value in state.items() if not key.startswith("decoder_") and key != "mask_token"}
+        return kept, f"MAE's decoder and mask token ({len(state) - len(kept)} tensors)"
+    if any(key.startswith("base_encoder.") for key in state):
+        prefix = "base_encoder."
+        kept = {
+            key.removeprefix(prefix): value
+            for key, value in state.items()
+            if key.startswith(prefix) and not key.startswith(f"{prefix}head.")
+        }
+        return kept, f"MoCo v3's momentum encoder, projection head and predictor ({len(state) - len(kept)} tensors)"
+    return state, None
+
+
+def _sines(grid: int, width: int) -> tuple[Tensor, Tensor]:
+    """Sines and cosines of each patch's row and of its column, `[grid², width/2]` each, in reading order."""
+    frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
+    encoded = torch.cat([angles.sin(), angles.cos()], 1).float()  # [grid, width/2]
+    return encoded.repeat_interleave(grid, 0), encoded.repeat(grid, 1)
+
+
+def errors(
+    state: Mapping[str, Tensor],
+    reference: Mapping[str, Tensor],
+    *,
+    may_lack: tuple[str, ...] = (),
+    may_lack_endings: tuple[str, ...] = (),
+) -> list[str]:
+    """One sentence for each kind of error, with names and shapes; empty where `state` fits.
+
+    Args:
+        state: What a file holds, in the model's names.
+        reference: State dict of the model.
+        may_lack: Beginnings of names that the file need not hold.
+        may_lack_endings: Endings of such names.
+    """
+    missing = [
+        f"{key} {list(value.shape)}"
+        for key, value in reference.items()
+        if key not in state and not key.startswith(may_lack) and not key.endswith(may_lack_endings)
+    ]
+    unexpected = [f"{key} {list(value.shape)}" for key, value in state.items() if key not in reference]
+    reshaped = [
+        f"{key}: file {list(value.shape)}, model {list(reference[key].shape)}"
+        for key, value in state.items()
+        if key in reference and value.shape != reference[key].shape
+    ]
+    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
+    return [f"{len(found)} {kind} ({listed(found)})" for kind, found in kinds if found]
+
+
+def update_config(model: nn.Module, **entries: Any) -> None:
+    """Change entries of a timm model's `pretrained_cfg`, which its data config is resolved from."""
+    cfg: dict[str, Any] = dict(model.pretrained_cfg)  # type: ignore[arg-type]
+    cfg.update(entries)
+    for alias in ("pretrained_cfg", "default_cfg"):
+        setattr(model, alias, cfg)
+
+
+_TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".pth.tar")
+WEIGHT_SUFFIXES = (*_TORCH_SUFFIXES, ".safetensors", ".npz")
+_NESTED_UNDER = ("state_dict", "model", "model_state_dict")
+_WRAPPERS = ("module.", "_orig_mod.", "model.")
+_TABLE = "relative_position_bias_table"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Tensors of a weight file by name, the number of attention heads where the file tells it, and its publisher."""
+
+    state: dict[str, Tensor]
+    source: Path
+    num_heads: int | None = None
+    origin: Origin | None = None
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a weight file; no code inside it is run.
+
+    Dictionaries nested under `state_dict`, `model` or `model_state_dict` are opened, and prefixes that wrappers put
+    before every name (`module.`, `_orig_mod.`, `model.`) are removed. Google's `.npz` comes out in timm's names; of a
+    checkpoint that holds a whole pre-training (MAE's decoder, MoCo v3's second encoder) the encoder alone.
+
+    Args:
+        path: File ending in one of `WEIGHT_SUFFIXES`.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: Another kind of file, a damaged one, or one without tensors.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"weights '{path}': no such file")
+    suffix = weight_suffix(path)
+    if suffix == ".npz":
+        state, heads = read_google_npz(path)
+        return Checkpoint(state, path, heads, GOOGLE)
+    if suffix == ".safetensors":
+        try:
+            content = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"weights '{path}' are not a readable safetensors file: {error}") from error
+    elif suffix in _TORCH_SUFFIXES:
+        content = _read_torch(path)
+    else:
+        raise ValueError(f"weights '{path}' must end in one of {', '.join(WEIGHT_SUFFIXES)}, got {path.suffix!r}")
+    state, left_out = encoder_alone(_unwrap(_open_nested(content, path)))
+    if left_out is not None:
+        _logger.info("of '%s' the encoder alone is taken; left out: %s", path, left_out)
+    origin = origin_of(state)
+    heads_by_width = origin.num_heads if origin is not None else {}
+    num_heads = heads_by_width.get(state["pos_embed"].shape[-1]) if heads_by_width else None
+    return Checkpoint(state, path, num_heads, origin)
+
+
+def weight_suffix(path: Path) -> str:
+    """The ending of a file's name that tells its kind, of two parts for `.pth.tar`."""
+    return next((suffix for suffix in WEIGHT_SUFFIXES if path.name.endswith(suffix)), path.suffix)
+
+
+def load_weights(model: nn.Module, checkpoint: Checkpoint, *, name: str) -> None:
+    """Copy a checkpoint into a timm model, every tensor of it but a head of another class count.
+
+    timm's own filter of the model's family is applied: it knows foreign namings and resamples positions.
+
+    Args:
+        model: Model of timm, fresh from `create_model`; it is changed in place.
+        checkpoint: What `read_checkpoint` returned.
+        name: The backbone as the user typed it, for messages.
+
+    Where the content tells who published the weights, the model's data config takes their mean and standard deviation.
+
+    Raises:
+        ValueError: Tensors are missing, unexpected or of another shape; each is named with its shapes.
+    """
+    reference = model.state_dict()
+    _check_patch_and_heads(model, checkpoint, name, reference)
+    _check_position_tables(checkpoint, name, reference)
+    state = _filtered(model, checkpoint, name)
+    names = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    heads = (names,) if isinstance(names, str) else tuple(names)
+    state = _without_other_head(state, reference, heads, checkpoint.source)
+    found = errors(
+        state,
+        reference,
+        may_lack=tuple(f"{head}." for head in heads),
+        may_lack_endings=("num_batches_tracked",),
+    )
+    if found:
+        raise ValueError(f"weights '{checkpoint.source}' do not fit backbone {name!r}: {'; '.join(found)}")
+    model.load_state_dict(state, strict=False)
+    _take_normalization(model, checkpoint)
+
+
+def _take_normalization(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Note the mean and standard deviation of the weights' publisher in the model's data config."""
+    origin, cfg = checkpoint.origin, dict(getattr(model, "pretrained_cfg", None) or {})
+    if origin is None or not cfg:
+        return
+    if (tuple(cfg["mean"]), tuple(cfg["std"])) != (origin.mean, origin.std):
+        _logger.info(
+            "'%s' holds weights of %s: images are normalized with mean %s and std %s",
+            *(checkpoint.source, origin.label, origin.mean, origin.std),
+        )
+    update_config(model, mean=origin.mean, std=origin.std)
+
+
+def _read_torch(path: Path) -> Any:
+    """Unpickle tensors only; `argparse.Namespace` is let through, as training scripts store their options so."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"weights '{path}' cannot be read as tensors (files with code inside are refused): {first}"
+        ) from error
+
+
+def _open_nested(content: Any, path: Path) -> dict[str, Tensor]:
+    """The dictionary of tensors inside what the file holds."""
+    while isinstance(content, dict):
+        key = next((key for key in _NESTED_UNDER if isinstance(content.get(key), dict)), None)
+        if key is None:
+            break
+        content = content[key]
+    is_named = isinstance(content, dict) and all(isinstance(key, str) for key in content)
+    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)} if is_named else {}
+    if not tensors:
+        seen = f"a dictionary with {listed(map(str, content))}" if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"weights '{path}' must hold a dictionary of tensors, found {seen}")
+    return tensors
+
+
+def _unwrap(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Remove the prefixes that DDP, `torch.compile` and Lightning put before every name."""
+    while True:
+        prefix = next((prefix for prefix in _WRAPPERS if all(key.startswith(prefix) for key in state)), None)
+        if prefix is None:
+            return state
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+
+
+def _check_patch_and_heads(model: nn.Module, checkpoint: Checkpoint, name: str, reference: dict[str, Tensor]) -> None:
+    """Refuse what timm's filter would silently resample, and what shapes alone do not tell."""
+    key = "patch_embed.proj.weight"
+    if key in checkpoint.state and key in reference:
+        found, wanted = checkpoint.state[key].shape, reference[key].shape
+        if len(found) == len(wanted) == 4 and found != wanted:
+            raise ValueError(
+                f"weights '{checkpoint.source}' do not fit backbone {name!r}: 1 of another shape "
+                f"({key}: file {list(found)}, model {list(wanted)})"
+            )
+    blocks = getattr(model, "blocks", None)
+    num_heads = getattr(getattr(blocks[0], "attn", None), "num_heads", None) if blocks is not None else None
+    if checkpoint.num_heads is not None and num_heads is not None and checkpoint.num_heads != num_heads:
+        raise ValueError(
+            f"weights '{checkpoint.source}' have {checkpoint.num_heads} attention heads, "
+            f"backbone {name!r} has {num_heads}"
+        )
+
+
+def _check_position_tables(checkpoint: Checkpoint, name: str, reference: dict[str, Tensor]) -> None:
+    """Refuse Swin's position tables of another number of heads, or of blocks that the model lacks.
+
+    timm's filter resizes tables to the model's window, and fails or resizes heads where these differ.
+    """
+    file, own = (
+        # one row of each: the number of rows may differ, the number of heads may not
+        {key: value[:1] for key, value in part.items() if key.endswith(_TABLE)}
+        for part in (checkpoint.state, reference)
+    )
+    found = errors(file, own, may_lack=tuple(own)) if own else []
+    if found:
+        raise ValueError(f"weights '{checkpoint.source}' do not fit backbone {name!r}: {'; '.join(found)}")
+
+
+def _filtered(model: nn.Module, checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
+    """The checkpoint through the filter that timm has for the model's family."""
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if convert is None:
+        return dict(checkpoint.state)
+    try:
+        with warnings.catch_warnings():
+            # timm's resampling of Swin's tables: about its speed, and about how it writes an index
+            warnings.filterwarnings("ignore", message="torch.searchsorted|Using a non-tuple sequence")
+            return convert(dict(checkpoint.state), model)
+    except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError) as error:
+        raise ValueError(
+            f"weights '{checkpoint.source}' do not fit backbone {name!r}: timm cannot convert them ({error}); "
+            f"the file holds {listed(f'{k} {list(v.shape)}' for k, v in checkpoint.state.items())}"
+        ) from error
+
+
+def _without_other_head(
+    state: dict[str, Tensor], reference: dict[str, Tensor], heads: tuple[str, ...], source: Path
+) -> dict[str, Tensor]:
+    """Leave out a head whose class count differs from the model's, or that the model lacks."""
+    for head in heads:
+        weight, wanted = state.get(f"{head}.weight"), reference.get(f"{head}.weight")
+        if weight is not None and (wanted is None or weight.shape[0] != wanted.shape[0]):
+            _logger.info("head of %d classes in '%s' left out; the new one starts at random", weight.shape[0], source)
+            state = {key: value for key, value in state.items() if not key.startswith(f"{head}.")}
+    return state

@@ -1,0 +1,349 @@
+"""SAM from its authors' checkpoint (`sam_vit_b_01ec64.pth`) or from a folder of transformers."""
+
+import json
+import logging
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEncoderConfig, SamVisionConfig
+
+from snella_app.backbones.checkpoint import errors, read_checkpoint
+from snella_app.backbones.create import SAM_PREFIX
+from snella_app.text import listed
+
+_DECODER_HEADS = 8  # not visible in the shapes; every published SAM has this many
+_VISION, _PROMPT, _DECODER = "vision_encoder.", "prompt_encoder.", "mask_decoder."
+_NEEDED = (
+    _VISION + "pos_embed",
+    _VISION + "patch_embed.projection.weight",
+    _VISION + "layers.0.attn.rel_pos_h",
+    _VISION + "layers.0.mlp.lin1.weight",
+    _VISION + "neck.conv1.weight",
+    _PROMPT + "mask_embed.conv2.weight",
+    _DECODER + "iou_token.weight",
+    _DECODER + "mask_tokens.weight",
+    _DECODER + "iou_prediction_head.proj_in.weight",
+    _DECODER + "transformer.layers.0.mlp.lin1.weight",
+    _DECODER + "transformer.layers.0.cross_attn_token_to_image.q_proj.weight",
+)
+
+
+def infer_sam_config(state: Mapping[str, Tensor], *, source: str) -> SamConfig:
+    """Find the sizes of a SAM: ViT-B, L, H or any other.
+
+    Width, depth, patch and image size come from the image encoder's shapes, its heads from the width of its relative
+    positions, and its global blocks from their length; the mask decoder has eight heads, as every published one.
+
+    Args:
+        state: State dict in the names of transformers' `SamModel`.
+        source: The file as the user typed it, for messages.
+
+    Raises:
+        ValueError: Tensors that tell the sizes are missing, or the sizes do not agree; the message says which.
+    """
+    missing = [key for key in _NEEDED if key not in state]
+    if missing:
+        raise ValueError(f"'{source}' is no complete SAM: {', '.join(missing)} missing")
+    shapes = {key: list(state[key].shape) for key in _NEEDED}
+    _, grid, _, width = shapes[_VISION + "pos_embed"]
+    patch = shapes[_VISION + "patch_embed.projection.weight"][-1]
+    head_width = shapes[_VISION + "layers.0.attn.rel_pos_h"][1]
+    hidden = shapes[_DECODER + "iou_token.weight"][1]
+    if width % head_width or hidden % _DECODER_HEADS:
+        raise ValueError(
+            f"'{source}' is no SAM: width {width} must be a multiple of the heads' width {head_width}, and the mask "
+            f"decoder's width {hidden} one of its {_DECODER_HEADS} heads"
+        )
+    depth = _count(state, _VISION + "layers.")
+    lengths = [state[f"{_VISION}layers.{k}.attn.rel_pos_h"].shape[0] for k in range(depth)]
+    windows = {(length + 1) // 2 for length in lengths if length != 2 * grid - 1}
+    if len(windows) > 1:
+        raise ValueError(f"'{source}' is no SAM: its blocks have windows of {sorted(windows)} patches, one is needed")
+    vision = SamVisionConfig(
+        hidden_size=width,
+        output_channels=shapes[_VISION + "neck.conv1.weight"][0],
+        num_hidden_layers=depth,
+        num_attention_heads=width // head_width,
+        image_size=grid * patch,
+        patch_size=patch,
+        qkv_bias=f"{_VISION}layers.0.attn.qkv.bias" in state,
+        window_size=windows.pop() if windows else grid,
+        global_attn_indexes=[k for k, length in enumerate(lengths) if length == 2 * grid - 1],
+        num_pos_feats=hidden // 2,
+        mlp_dim=shapes[_VISION + "layers.0.mlp.lin1.weight"][0],
+    )
+    prompt = SamPromptEncoderConfig(
+        hidden_size=hidden,
+        image_size=grid * patch,
+        patch_size=patch,
+        mask_input_channels=shapes[_PROMPT + "mask_embed.conv2.weight"][0],
+        num_point_embeddings=_count(state, _PROMPT + "point_embed."),
+    )
+    decoder = SamMaskDecoderConfig(
+        hidden_size=hidden,
+        mlp_dim=shapes[_DECODER + "transformer.layers.0.mlp.lin1.weight"][0],
+        num_hidden_layers=_count(state, _DECODER + "transformer.layers."),
+        num_attention_heads=_DECODER_HEADS,
+        attention_downsample_rate=hidden
+        // shapes[_DECODER + "transformer.layers.0.cross_attn_token_to_image.q_proj.weight"][0],
+        num_multimask_outputs=shapes[_DECODER + "mask_tokens.weight"][0] - 1,
+        iou_head_depth=_count(state, _DECODER + "iou_prediction_head.layers.") + 2,
+        iou_head_hidden_dim=shapes[_DECODER + "iou_prediction_head.proj_in.weight"][0],
+    )
+    return SamConfig(vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder)
+
+
+def _count(state: Mapping[str, Tensor], prefix: str) -> int:
+    """How many numbered modules there are behind `prefix`."""
+    return len({key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)})
+
+
+_logger = logging.getLogger(__name__)
+_IMAGE_POSITIONS = "shared_image_embedding.positional_embedding"
+_PROMPT_POSITIONS = "prompt_encoder.shared_embedding.positional_embedding"
+_PIXEL_BUFFERS = {"pixel_mean", "pixel_std"}  # constants of the authors' preprocessing, in some copies of the file
+
+# the authors' names to transformers'; applied in this order, each where it matches
+_RENAMED: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
+    (r"^image_encoder\.", "vision_encoder."),
+    (r"^(vision_encoder\.)blocks\.", r"\1layers."),
+    (r"^(vision_encoder\.patch_embed)\.proj\.", r"\1.projection."),
+    (r"^(vision_encoder\.layers\.\d+)\.norm", r"\1.layer_norm"),
+    (r"^(vision_encoder\.neck)\.([02])\.", lambda m: f"{m[1]}.conv{int(m[2]) // 2 + 1}."),
+    (r"^(vision_encoder\.neck)\.([13])\.", lambda m: f"{m[1]}.layer_norm{int(m[2]) // 2 + 1}."),
+    (r"^prompt_encoder\.pe_layer\.positional_encoding_gaussian_matrix$", _PROMPT_POSITIONS),
+    (r"^(prompt_encoder)\.point_embeddings\.", r"\1.point_embed."),
+    (r"^(prompt_encoder)\.mask_downscaling\.([036])\.", lambda m: f"{m[1]}.mask_embed.conv{int(m[2]) // 3 + 1}."),
+    (r"^(prompt_encoder)\.mask_downscaling\.([14])\.", lambda m: f"{m[1]}.mask_embed.layer_norm{int(m[2]) // 3 + 1}."),
+    (r"^(mask_decoder\.transformer\.layers\.\d+)\.norm", r"\1.layer_norm"),
+    (r"^(mask_decoder\.transformer)\.norm_final_attn\.", r"\1.layer_norm_final_attn."),
+    (r"^(mask_decoder)\.output_upscaling\.0\.", r"\1.upscale_conv1."),
+    (r"^(mask_decoder)\.output_upscaling\.1\.", r"\1.upscale_layer_norm."),
+    (r"^(mask_decoder)\.output_upscaling\.3\.", r"\1.upscale_conv2."),
+]
+_MLP = re.compile(r"^(mask_decoder\.(?:output_hypernetworks_mlps\.\d+|iou_prediction_head))\.layers\.(\d+)\.")
+
+
+def load_sam(path: str | Path, *, image_size: int | None = None) -> SamModel:
+    """Load SAM with every one of its weights.
+
+    ViT-B, L, H or any other size, told from the shapes. For another image size the absolute positions are resampled
+    bicubically and the relative ones of the global blocks linearly, as the model itself would do on the fly.
+
+    Args:
+        path: The authors' `.pth`, a single weight file in the names of transformers, or a local folder that
+            `SamModel.save_pretrained` wrote; recognized by content.
+        image_size: Side of the square input in pixels, by default the one that the weights were trained with (1024).
+
+    Returns:
+        Model in evaluation mode.
+
+    Raises:
+        FileNotFoundError: There is no such file or folder.
+        ValueError: Another network, tensors that are missing or extra (each is named), or an `image_size` that the
+            patches cannot tile.
+    """
+    location = Path(path).expanduser()
+    if location.is_dir():
+        config, state = _read_folder(location)
+    else:
+        state = _in_transformers_names(read_checkpoint(location).state, location)
+        config = infer_sam_config(state, source=str(location))
+    if image_size is not None:
+        config, state = _resized(config, state, image_size)
+    model = SamModel(config)
+    reference = model.state_dict()
+    found = errors(state, reference)
+    if found:
+        raise ValueError(f"weights '{location}' do not fit SAM: {'; '.join(found)}")
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def _in_transformers_names(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The state dict of a file in transformers' names, whichever of the two layouts it has."""
+    names = set(state)
+    if not any(name.startswith(("image_encoder.patch_embed.", "vision_encoder.patch_embed.")) for name in names):
+        raise ValueError(
+            f"weights '{path}' are no SAM: neither image_encoder.patch_embed (the authors' names) nor "
+            f"vision_encoder.patch_embed (transformers') is there, it holds {listed(sorted(names))}"
+        )
+    if any(name.startswith("image_encoder.") for name in names):
+        depths = _mlp_depths(names)
+        state = {_renamed(name, depths): value for name, value in state.items() if name not in _PIXEL_BUFFERS}
+    # one matrix under two names; files hold it under either
+    for one, other in ((_IMAGE_POSITIONS, _PROMPT_POSITIONS), (_PROMPT_POSITIONS, _IMAGE_POSITIONS)):
+        if one in state:
+            state.setdefault(other, state[one])
+    return state
+
+
+def _mlp_depths(names: set[str]) -> dict[str, int]:
+    """Number of layers in each small perceptron of the mask decoder."""
+    depths: dict[str, int] = {}
+    for match in filter(None, map(_MLP.match, names)):
+        depths[match[1]] = max(depths.get(match[1], 0), int(match[2]) + 1)
+    return depths
+
+
+def _renamed(name: str, depths: dict[str, int]) -> str:
+    """One of the authors' names in transformers'."""
+    for pattern, replacement in _RENAMED:
+        name = re.sub(pattern, replacement, name)
+    match = _MLP.match(name)
+    if match is None:
+        return name
+    layer, last = int(match[2]), depths[match[1]] - 1
+    place = "proj_in" if layer == 0 else "proj_out" if layer == last else f"layers.{layer - 1}"
+    return f"{match[1]}.{place}.{name[match.end() :]}"
+
+
+def _read_folder(folder: Path) -> tuple[SamConfig, dict[str, Tensor]]:
+    """Configuration and weights of a folder in transformers' format."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"SAM folder '{folder}' needs config.json and model.safetensors; no config.json there")
+    try:
+        kind = json.loads(file.read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"'{file}' is not a readable configuration: {error}") from error
+    if kind != "sam":
+        raise ValueError(f"'{file}' must be of a transformers model of model_type 'sam', got {kind!r}")
+    loaded: Any = SamModel.from_pretrained(
+        folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    model, info = cast(SamModel, loaded[0]), loaded[1]
+    found = [
+        f"{len(keys)} {kind} ({listed(sorted(map(str, keys)))})"
+        for kind, keys in (
+            ("missing", info["missing_keys"]),
+            ("unexpected", info["unexpected_keys"]),
+            ("of another shape", info["mismatched_keys"]),
+        )
+        if keys
+    ]
+    if found:
+        raise ValueError(f"weights in '{folder}' do not fit its config.json: {'; '.join(found)}")
+    return model.config, model.state_dict()
+
+
+def _resized(config: SamConfig, state: dict[str, Tensor], image_size: int) -> tuple[SamConfig, dict[str, Tensor]]:
+    """Configuration and weights for another image size."""
+    vision: Any = config.vision_config
+    patch, before = vision.patch_size, vision.image_size // vision.patch_size
+    if image_size < patch or image_size % patch:
+        raise ValueError(f"image_size must be a multiple of SAM's patch size {patch}, got {image_size}")
+    grid = image_size // patch
+    if grid == before:
+        return config, state
+    _logger.info("SAM's positions resampled from %dx%d to %dx%d patches", before, before, grid, grid)
+    settings = config.to_dict()
+    settings["vision_config"] |= {"image_size": image_size}
+    settings["prompt_encoder_config"] |= {"image_size": image_size, "image_embedding_size": grid}
+    state = dict(state)
+    positions = state["vision_encoder.pos_embed"].permute(0, 3, 1, 2)
+    resampled = F.interpolate(positions.float(), size=(grid, grid), mode="bicubic", antialias=True)
+    state["vision_encoder.pos_embed"] = resampled.permute(0, 2, 3, 1).to(positions.dtype)
+    for block in vision.global_attn_indexes:
+        for axis in "hw":
+            name = f"vision_encoder.layers.{block}.attn.rel_pos_{axis}"
+            table = state[name].T[None]
+            state[name] = F.interpolate(table.float(), size=2 * grid - 1, mode="linear")[0].T.to(table.dtype)
+    return SamConfig.from_dict(settings), state
+
+
+class SamMaskHead(nn.Module):
+    """SAM's mask decoder with nothing to prompt it: no point, no box, the embedding of "no mask" as the dense prompt.
+
+    As in SAM-Adapter: decoder and dense embedding are trained, the first of the mask tokens gives the mask.
+
+    Args:
+        sam: Where decoder, dense embedding and position encoding come from.
+    """
+
+    def __init__(self, sam: SamModel) -> None:
+        super().__init__()
+        self.masks = sam.mask_decoder  # no name that ends with "decoder": PEFT would wrap it a second time
+        self.position_encoding = sam.shared_image_embedding
+        self.no_mask = nn.Parameter(sam.prompt_encoder.no_mask_embed.weight.detach()[0].clone())
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """Logits of the foreground `[batch, 1, 4h, 4w]` from image embeddings `[batch, channels, h, w]`."""
+        batch, _, height, width = embeddings.shape
+        dense = self.no_mask[None, :, None, None].expand(batch, -1, height, width)
+        masks, _ = self.masks(
+            image_embeddings=embeddings,
+            image_positional_embeddings=self._positions(height, width, embeddings).expand(batch, -1, -1, -1),
+            sparse_prompt_embeddings=None,
+            dense_prompt_embeddings=dense,
+            multimask_output=False,
+        )
+        return masks[:, 0]
+
+    def _positions(self, height: int, width: int, like: Tensor) -> Tensor:
+        """Encoded centres of the patches, `[1, channels, h, w]`."""
+        y = (torch.arange(height, device=like.device, dtype=like.dtype) + 0.5) / height
+        x = (torch.arange(width, device=like.device, dtype=like.dtype) + 0.5) / width
+        centres = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)  # [h, w, 2], x first
+        return self.position_encoding(centres).permute(2, 0, 1)[None]
+
+
+class SamSegmenter(nn.Module):
+    """`[batch, 3, S, S]` → scores of background (always 0) and foreground, `[batch, 2, S, S]`.
+
+    With the background's score at 0, the softmax of both is the sigmoid of SAM's own logit.
+
+    Args:
+        sam: A SAM, taken apart.
+        image_size: Side of its input in pixels.
+    """
+
+    def __init__(self, sam: SamModel, image_size: int) -> None:
+        super().__init__()
+        self.encoder = sam.vision_encoder
+        self.decoder = SamMaskHead(sam)
+        # as GPS's and SAM-Adapter's code prepares images: ImageNet's statistics, both sides resized
+        self.pretrained_cfg = {
+            "architecture": None,
+            "input_size": (3, image_size, image_size),
+            "mean": IMAGENET_DEFAULT_MEAN,
+            "std": IMAGENET_DEFAULT_STD,
+            "interpolation": "bilinear",
+            "crop_pct": 1.0,
+            "crop_mode": "squash",
+        }
+        self.default_cfg = self.pretrained_cfg
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Scores of every pixel."""
+        logits = self.decoder(self.encoder(images).last_hidden_state)
+        logits = F.interpolate(logits, images.shape[-2:], mode="bilinear", align_corners=False)
+        return torch.cat([torch.zeros_like(logits), logits], dim=1)
+
+
+def create_sam_segmenter(path: str, *, num_classes: int, img_size: int | None = None) -> nn.Module:
+    """Build a segmentation model from SAM.
+
+    Args:
+        path: The authors' checkpoint, or a local folder in transformers' format; see `load_sam`.
+        num_classes: Must be 2: background and foreground.
+        img_size: Side of the input in pixels; the one of the weights (1024) if None.
+
+    Raises:
+        NotImplementedError: More than two classes.
+        FileNotFoundError: There is no such file or folder.
+        ValueError: Weights that are no SAM, or a size that its patches cannot tile.
+    """
+    if num_classes != 2:
+        raise NotImplementedError(
+            f"backbone {SAM_PREFIX}{path} gives one mask, of 2 classes, but the data has {num_classes}; a timm ViT as "
+            "the backbone, with a decoder of its own, takes any number"
+        )
+    sam = load_sam(Path(path), image_size=img_size)
+    return SamSegmenter(sam, next(iter(sam.vision_encoder.patch_embed.image_size)))

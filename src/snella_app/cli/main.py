@@ -1,0 +1,110 @@
+"""The program `snella`: parse a command line, call the command, report errors in one line."""
+
+import importlib
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+_PROGRAM = "snella"
+_USER_ERROR = 2
+_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Errors that a user can cause are one line on standard error; `--debug` shows the traceback.
+
+    Args:
+        arguments: The command line without the program's name; that of the process if None.
+
+    Returns:
+        Exit status: 0, 1 for a comparison with failed runs, 2 for an error, 130 after Ctrl-C.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what DDP says of its options, before torch is imported
+    try:
+        return _run(words)
+    except KeyboardInterrupt:
+        print(f"{_PROGRAM}: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - closed with the process
+        return 1
+    except (ValueError, OSError, ImportError, NotImplementedError) as error:
+        return _report(error, words)
+    except Exception as error:
+        status = getattr(error, "exit_status", None)  # of an outcome, such as an interrupted training
+        if status is None:
+            raise
+        return _report(error, [word for word in words if word != "--debug"], status)
+
+
+def _run(words: list[str]) -> int:
+    """Parse, import what the command needs, and run it; importing late lets Ctrl-C end it from the first second."""
+    end_when_interrupted()
+    try:
+        from snella_app.cli.parser import call, parse
+
+        name, _, settings = parse(words)
+        from snella_app.cli.command import COMMANDS, record
+
+        command = call(name, settings)
+        importlib.import_module(COMMANDS[name].library)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("snella"):
+            raise
+        missing = str(error.name).partition(".")[0]
+        extra = "generation" if missing == "diffusers" else "cli"
+        print(f"{_PROGRAM}: the command line needs {missing}: pip install 'snella[{extra}]'", file=sys.stderr)
+        return _USER_ERROR
+    raise_when_interrupted()
+    command()
+    if COMMANDS[name].is_recorded:
+        record(name, settings)
+    return 0
+
+
+def _report(error: Exception, words: Sequence[str], status: int = _USER_ERROR) -> int:
+    """Write one line, or the traceback."""
+    if "--debug" in words:
+        traceback.print_exception(error)
+        return status
+    from snella_app.cli.parser import UsageError, as_flags
+    from snella_app.console import printable
+
+    line = printable(" ".join(str(error).split()))
+    command = next((word for word in words if not word.startswith("-")), None)
+    print(f"{_PROGRAM}: " + (line if isinstance(error, UsageError) else as_flags(line, command)), file=sys.stderr)
+    return status
+
+
+def end_when_interrupted() -> None:
+    """Let Ctrl-C end the program at once with one line and status 130; other programs are left alone.
+
+    An exception would not do: libraries that are being imported swallow it or print it with a traceback.
+    """
+    is_this_program = bool(sys.argv) and Path(sys.argv[0]).stem == _PROGRAM
+    if is_this_program and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, _end)
+
+
+def raise_when_interrupted() -> None:
+    """Let Ctrl-C be an exception again, once there is something to clean up."""
+    if signal.getsignal(signal.SIGINT) is _end:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """Say so and leave."""
+    print(f"{_PROGRAM}: interrupted", file=sys.stderr, flush=True)
+    os._exit(_INTERRUPTED)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,474 @@
+"""The parser: options from the commands' signatures and docstrings, and errors in the words of the command line."""
+
+import argparse
+import dataclasses
+import difflib
+import inspect
+import json
+import os
+import re
+import shutil
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+
+import docstring_parser
+import yaml
+from jsonargparse import ArgumentParser
+
+from snella_app.cli import commands as _commands  # noqa: F401 - enters its commands into the table
+from snella_app.cli.command import COMMANDS
+from snella_app.methods.defaults import TRAIN_PRESETS, shown_defaults
+from snella_app.plugins import plugins
+from snella_app.settings import described, hint_at_choice, ours
+from snella_app.text import nearest
+
+plugins("commands")  # enter theirs
+_BOOLEANS = ("true", "false", "yes", "no")
+_OF_ALL_COMMANDS = ("--config", "--print-config", "--help", "--version")
+
+
+class UsageError(ValueError):
+    """The command line itself is wrong."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One argument of a command, as its function or its dataclass declares it.
+
+    Attributes:
+        name: In Python, with underscores.
+        type: Annotation.
+        default: `MISSING` if it must be given.
+        help: From the docstring.
+        is_positional: Whether it stands on the line without its name.
+    """
+
+    name: str
+    type: Any
+    default: Any
+    help: str
+    is_positional: bool
+
+    @property
+    def typed(self) -> str:
+        """How it is named to who types it: `--top-k`, `RUN`."""
+        return self.name.upper() if self.is_positional else _dashed(self.name)
+
+    @property
+    def choices(self) -> str:
+        """What it takes, for the help: `{dice,iou}`, or its name."""
+        kind = _without_none(self.type)
+        values = get_args(kind) if get_origin(kind) is Literal else ("true", "false") if kind is bool else ()
+        return f"{{{','.join(map(str, values))}}}" if values and not self.is_positional else self.name.upper()
+
+
+def settings_class(function: Callable[..., None]) -> type | None:
+    """The dataclass whose fields are a command's options; None where its parameters are."""
+    kinds = list(_hints(function).values())
+    return kinds[0] if len(kinds) == 1 and isinstance(kinds[0], type) and dataclasses.is_dataclass(kinds[0]) else None
+
+
+def options_of(function: Callable[..., None]) -> list[Option]:
+    """The arguments of a command."""
+    owner = settings_class(function) or function
+    helps = {entry.arg_name: " ".join((entry.description or "").split()) for entry in _docstring(owner).params}
+    hints = _hints(owner)
+    if isinstance(owner, type) and dataclasses.is_dataclass(owner):
+        fields = dataclasses.fields(owner)
+        made = {f.name: f.default_factory() for f in fields if f.default_factory is not MISSING}
+        return [Option(f.name, hints[f.name], made.get(f.name, f.default), helps[f.name], False) for f in fields]
+    return [
+        Option(
+            name,
+            hints[name],
+            MISSING if parameter.default is parameter.empty else parameter.default,
+            helps[name],
+            parameter.kind is parameter.POSITIONAL_ONLY,
+        )
+        for name, parameter in inspect.signature(owner).parameters.items()
+    ]
+
+
+def parse(arguments: Sequence[str]) -> tuple[str, bool, dict[str, Any]]:
+    """Read a command line.
+
+    Args:
+        arguments: Without the program's name.
+
+    Returns:
+        The command, whether tracebacks are wanted, and the command's settings.
+
+    Raises:
+        UsageError: Unknown command or option (with the nearest ones), missing or malformed value.
+    """
+    is_debugging = "--debug" in arguments
+    words = [_as_registered(word) for word in arguments if word != "--debug"]
+    if words[:1] == ["help"]:
+        words = [*words[1:2], "--help"]
+    name = next((word for word in words if not word.startswith("-")), None)
+    if name is None and not set(words) & {"-h", "--help", "--version"}:
+        raise UsageError(f"a command is needed: {', '.join(COMMANDS)}; see snella --help")
+    if name is not None and name not in COMMANDS:
+        hint = nearest(name, COMMANDS, most=2, form="nearest: {}") or f"there are {', '.join(COMMANDS)}"
+        raise UsageError(f"snella has no command {name!r}; {hint}; see snella --help")
+    options = [] if name is None else options_of(COMMANDS[name].function)
+    if name is not None:
+        _check_options(name, options, words)
+        preset = _checked_preset(options, words)
+        words = _with_preset(name, words, preset) if name == "train" else words
+        words = _give_flags_values(options, words)
+    try:
+        values = build_parser().parse_args(words)
+    except UsageError as error:
+        raise UsageError(_as_typed(str(error), str(name), options, words)) from None
+    settings = values[values.command].as_dict()
+    return values.command, is_debugging, {key: value for key, value in settings.items() if key != "config"}
+
+
+def call(name: str, settings: Mapping[str, Any]) -> Callable[[], None]:
+    """A command with its settings, ready to run.
+
+    Args:
+        name: Of the command.
+        settings: From `parse`.
+
+    Raises:
+        ValueError: The settings contradict each other.
+    """
+    function = COMMANDS[name].function
+    owner = settings_class(function)
+    if owner is not None:
+        config = owner(**settings)
+        return lambda: function(config)
+    bound = inspect.signature(function).bind_partial()
+    bound.arguments.update(settings)
+    return lambda: function(*bound.args, **bound.kwargs)
+
+
+def build_parser() -> ArgumentParser:
+    """Make the parser of the program."""
+    parser = _Parser(
+        prog="snella",
+        usage="snella [-h] [--debug] [--version] COMMAND ...",
+        description="Fine-tune pre-trained vision models with sparse, high-rank updates.\n\n"
+        "  snella train --data photos --backbone vit_base_patch16_224.augreg_in21k --out runs/photos\n"
+        "  snella predict runs/photos new.jpg\n\n"
+        "Help on one command: snella train --help",
+        epilog=f"research commands:\n{_command_list(is_research=True)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--debug", action="store_true", help="Show the traceback of errors.")
+    parser.add_argument("--version", action="version", version=f"snella {version('snella')}", help="Show the version.")
+    subcommands = parser.add_subcommands(
+        dest="command",
+        required=True,
+        metavar="COMMAND",
+        help=argparse.SUPPRESS,
+        title="everyday commands",
+        description=textwrap.dedent(_command_list(is_research=False)),
+    )
+    for name, command in COMMANDS.items():
+        subcommands.add_subcommand(name, _command_parser(name, command.function))
+    return parser
+
+
+def _command_list(is_research: bool) -> str:
+    """List everyday or research commands, one line each."""
+    width = max(map(len, COMMANDS)) + 2
+    columns = max(shutil.get_terminal_size().columns - 4 - width, 30)
+    lines = []
+    for name, command in COMMANDS.items():
+        if command.is_research == is_research:
+            first, *rest = textwrap.wrap(str(_docstring(command.function).short_description), columns)
+            lines += [f"  {name:<{width}}{first}", *(" " * (width + 2) + line for line in rest)]
+    return "\n".join(lines)
+
+
+class _Parser(ArgumentParser):
+    """An argument parser whose errors are exceptions."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise instead of printing the usage."""
+        raise UsageError(message) from ex
+
+
+def _command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
+    """The parser of one command."""
+    options = options_of(function)
+    needed = [f"{o.name.upper()} ..." if _is_list(o) else o.name.upper() for o in options if o.is_positional]
+    needed = [f"[{word}]" if o.default is not MISSING else word for o, word in zip(options, needed, strict=False)]
+    needed += [f"{o.typed} {o.choices}" for o in options if not o.is_positional and o.default is MISSING]
+    parser = _Parser(
+        usage=" ".join(["snella", name, *needed, "[options]"]),
+        description=inspect.cleandoc(function.__doc__ or "").partition("\nArgs:")[0].rstrip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        print_config="--print-config",
+    )
+    parser.add_argument(
+        "--config", action="config", help="YAML file with any of the options below; the command line wins."
+    )
+    owner = settings_class(function)
+    basic: tuple[str, ...] = getattr(owner, "basic", ())
+    purpose = getattr(owner, "purpose", None)
+    decided = {} if purpose is None else shown_defaults(purpose)
+    method = getattr(owner, "method", "")
+    first: Any = parser.add_argument_group("basic options") if basic else parser
+    rest: Any = parser.add_argument_group("advanced options (the defaults do for a first run)") if basic else parser
+    for option in sorted(options, key=lambda option: [*basic, option.name].index(option.name)):
+        of_method = f"default with {method}: {decided[option.name]}" if option.name in decided else ""
+        _add(first if option.name in basic else rest, option, of_method)
+    return parser
+
+
+def _add(group: Any, option: Option, of_method: str) -> None:
+    """Add one argument to a parser or a group.
+
+    Args:
+        group: Where to.
+        option: The argument.
+        of_method: What the method takes where nothing is given, if it decides.
+    """
+    text = option.help.replace("%", "%%")
+    if option.default is MISSING:
+        text += "" if option.is_positional else " (required)"
+    elif option.default not in (None, {}):
+        text += f" (default: {_shown(option.default)})"
+    elif of_method:
+        text += f" ({of_method})"
+    if option.is_positional:
+        is_needed = option.default is MISSING
+        kind, nargs = (
+            (str, "+" if is_needed else "*") if _is_list(option) else (option.type, None if is_needed else "?")
+        )
+        group.add_argument(option.name, type=kind, nargs=nargs, metavar=option.choices, help=text)
+        return
+    needed: dict[str, Any] = {"required": True} if option.default is MISSING else {"default": option.default}
+    group.add_argument(option.typed, type=option.type, metavar=option.choices, help=text, **needed)
+
+
+def _as_typed(message: str, command: str, options: Sequence[Option], words: Sequence[str]) -> str:
+    """A message of jsonargparse in the words of the line: the argument as it is typed, what it takes, what came.
+
+    Three kinds are known: `Parser key "top_k": ... value: many`, `required: predict.run, predict.out`, and
+    `unrecognized arguments: x`. Others are left as they are.
+    """
+    known = {option.name: option for option in options}
+    wrong = re.match(r'Parser key "(?:[\w-]+\.)?(\w+)".*value: ([^\n]*)', message, re.DOTALL)
+    if wrong and wrong[1] in known:
+        option = known[wrong[1]]
+        got, hint = wrong[2] or "nothing", hint_at_choice(option.type, wrong[2])
+        return f"{option.typed} must be {described(option.type)}, got {got}{hint}"
+    _, is_missing, names = message.partition("are required: ")
+    missing = [name.removeprefix(f"{command}.") for name in names.split(", ")]
+    if is_missing and missing == ["images"]:
+        given = next(iter(_arguments(words)[1:]), "")
+        if Path(given).is_file() or (Path(given).suffix and not Path(given).is_dir()):
+            return f"snella {command} needs RUN, the folder of a run, before the images: snella {command} RUN {given}"
+    if is_missing and set(missing) <= set(known):
+        return f"snella {command} needs {', '.join(known[n].typed for n in missing)}; see snella {command} --help"
+    _, is_unknown, unknown = message.partition("unrecognized arguments: ")
+    if is_unknown:
+        return f"snella {command} takes no argument {unknown!r}; see snella {command} --help"
+    _, is_bare, _ = message.partition(": expected one argument")
+    if is_bare:
+        return f"{message.partition('argument ')[2].partition(':')[0]} needs a value; see snella {command} --help"
+    return message
+
+
+def _arguments(words: Sequence[str]) -> list[str]:
+    """The words that are neither options nor their values: the command and its positional arguments."""
+    previous = ["", *words[:-1]]
+    return [
+        word
+        for before, word in zip(previous, words, strict=True)
+        if not word.startswith("-") and not (before.startswith("--") and "=" not in before)
+    ]
+
+
+def _check_options(command: str, options: Sequence[Option], words: Sequence[str]) -> None:
+    """Refuse unknown options, naming the nearest ones."""
+    known = [*(option.typed for option in options if not option.is_positional), *_OF_ALL_COMMANDS]
+    names = {option.name: option for option in options}
+    for word in words:
+        option = re.split(r"[.=]", word)[0]
+        if word.startswith("--") and word != "--" and option not in known:
+            own = ours(option[2:], names)
+            if own is not None:
+                verb = "give" if names[own].is_positional else "use"
+                hint = f"{verb} {names[own].typed}"
+                raise UsageError(f"snella {command} has no option {option}; {hint}; see snella {command} --help")
+            near = difflib.get_close_matches(option[2:], [name[2:] for name in known], n=2, cutoff=0.5)
+            hint = f"; nearest: {', '.join(_dashed(name) for name in near)}" if near else ""
+            raise UsageError(f"snella {command} has no option {option}{hint}; see snella {command} --help")
+
+
+def _give_flags_values(options: Sequence[Option], words: Sequence[str]) -> list[str]:
+    """Let `--resume` alone mean `--resume=true`, whatever follows.
+
+    An option that may also be unset takes the word that follows it, so that a wrong one is refused with what it takes.
+    """
+    always = {option.typed for option in options if option.type is bool}
+    at_end = {option.typed for option in options if _without_none(option.type) is bool} - always
+    followers = [*words[1:], ""]
+    return [
+        f"{word}=true"
+        if (word in always and follower.lower() not in _BOOLEANS)
+        or (word in at_end and (not follower or follower.startswith("-")))
+        else word
+        for word, follower in zip(words, followers, strict=True)
+    ]
+
+
+def _checked_preset(options: Sequence[Option], words: Sequence[str]) -> Any:
+    """The last preset that the words or their configuration files name; None without one.
+
+    Raises:
+        UsageError: A configuration file cannot be used.
+    """
+    preset = None
+    known = [option.name for option in options]
+    for word, follower in zip(words, [*words[1:], ""], strict=True):
+        option, sign, value = word.partition("=")
+        value = value if sign else follower
+        if option == "--config" and value:
+            content = _read_config(value, known)
+            for entry in options:
+                if get_origin(_without_none(entry.type)) is list and not isinstance(content.get(entry.name, []), list):
+                    kind = described(_without_none(entry.type))
+                    raise UsageError(f"{entry.typed} must be {kind}, got {content[entry.name]!r}")
+            preset = content.get("preset", preset)
+        elif option == "--preset":
+            preset = value
+    return preset
+
+
+def _with_preset(command: str, words: Sequence[str], preset: Any) -> list[str]:
+    """The words, with the values of a preset as a configuration file before all others."""
+    values = TRAIN_PRESETS.get(str(preset))
+    after = words.index(command) + 1
+    return [*words[:after], *([] if values is None else [f"--config={yaml.safe_dump(values)}"]), *words[after:]]
+
+
+def _read_config(path: str, known: Sequence[str]) -> dict[str, Any]:
+    """The settings in a configuration file.
+
+    Raises:
+        UsageError: The file cannot be used, or has settings that are not among `known`.
+    """
+    file = Path(path).expanduser()
+    if not os.path.isfile(file):  # False for a name that is too long, where Path.is_file raises
+        raise UsageError(f"--config must be an existing YAML file, got {path!r}{_near_file(file)}")
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f", line {mark.line + 1}" if mark else ""
+        text = f"{error.problem or error.context}; settings are written as 'epochs: 20'"
+        raise UsageError(f"--config {path}{line}: {text}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path} must be a YAML text file: {error}") from None
+    except RecursionError:
+        text = "is nested too deep to be settings; they are written as 'epochs: 20'"
+        raise UsageError(f"--config {path} {text}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"--config {path} must hold settings such as 'epochs: 20', got {type(content).__name__}")
+    try:
+        json.dumps(content, default=str)
+    except (ValueError, RecursionError):
+        text = "holds a setting that contains itself; settings are written as 'epochs: 20'"
+        raise UsageError(f"--config {path} {text}") from None
+    except TypeError as error:  # a date, bytes or a tuple
+        text = f"must name settings by strings: {error}; they are written as 'epochs: 20'"
+        raise UsageError(f"--config {path} {text}") from None
+    unknown = []
+    for key in (str(key) for key in content if key not in known):
+        own = ours(key, known)
+        near = nearest(key.replace("-", "_"), known, most=2, cutoff=0.5, form=" (nearest: {})")
+        unknown.append(f"{key!r} (use {own})" if own else f"{key!r}{near}")
+    if unknown:
+        raise UsageError(f"--config {path} has unknown settings: {', '.join(unknown)}")
+    return content
+
+
+def _near_file(file: Path) -> str:
+    """A hint at files of a like name in the same folder, or that the folder is missing."""
+    if not os.path.isdir(file.parent):
+        return f"; there is no folder '{file.parent}'"
+    names = sorted(child.name for child in file.parent.iterdir() if child.is_file())
+    near = difflib.get_close_matches(file.name, names, n=2, cutoff=0.5)
+    return f"; nearest there: {', '.join(map(repr, near))}" if near else ""
+
+
+def as_flags(message: str, command: str | None = None) -> str:
+    """Replace Python's spelling of settings in a message by options that can be typed.
+
+    Args:
+        message: One line that names settings as `name=value`, or where a sentence starts as `name must be ...`.
+        command: Which one ended so; what it takes by its place is no option there. Of any command if None.
+    """
+    options = [option for command in COMMANDS.values() for option in options_of(command.function)]
+    own = options if command not in COMMANDS else options_of(COMMANDS[str(command)].function)
+    positional = {option.name for option in own if option.is_positional}
+    dashed = {option.name: _dashed(option.name) for option in options if option.name not in positional}
+    names = "|".join(sorted(dashed))
+    flags = "|".join(sorted({option.name for option in options if _without_none(option.type) is bool}))
+    message = re.sub(rf" \((?:{flags})=(?:True|False)\)| \(test_fraction=0\)", "", message)  # said both ways
+    message = re.sub(rf"(?<![-\w.])({flags})=True\b", lambda m: dashed[m[1]], message)
+    message = re.sub(rf"(?<![-\w.])({flags})=False\b", lambda m: f"{dashed[m[1]]} false", message)
+    message = message.replace("weights=PATH", "--weights PATH")
+    message = re.sub(r"missing required settings: ([^;]*)", _missing_options, message)
+    message = re.sub(rf"^({names})=", lambda m: f"{dashed[m[1]]} ", message)
+    message = re.sub(rf"(^|; )({names})(?= must\b)", lambda m: m[1] + dashed[m[2]], message)
+    pair = rf"(^|; |\bwith )({names}) and ({names})\b"
+    message = re.sub(pair, lambda m: f"{m[1]}{dashed[m[2]]} and {dashed[m[3]]}", message)
+    return re.sub(r"\bwith overwrite\b", "with --overwrite", message)
+
+
+def _missing_options(match: re.Match[str]) -> str:
+    """The settings that are missing as options, with an example of each."""
+    missing, _, examples = match[1].partition(", e.g. ")
+    options = ", ".join(map(_dashed, missing.split(", ")))
+    return f"missing required options: {options}, e.g. " + re.sub(r"(\w+)='([^']*)'", r"--\1 \2", examples)
+
+
+def _as_registered(word: str) -> str:
+    """An option with dashes; its value, or what follows a dot, as it is."""
+    end = re.search(r"[.=]|$", word)
+    size = end.start() if end and word.startswith("--") else 0
+    return word[:size].replace("_", "-") + word[size:]
+
+
+def _dashed(name: str) -> str:
+    """`top_k` as `--top-k`."""
+    return "--" + name.replace("_", "-")
+
+
+def _shown(default: Any) -> str:
+    """A default as it would be typed."""
+    return str(default).lower() if isinstance(default, bool) else str(default)
+
+
+def _is_list(option: Option) -> bool:
+    """Whether an argument takes several words."""
+    return get_origin(_without_none(option.type)) is list
+
+
+def _without_none(kind: Any) -> Any:
+    """`T` of `T | None`; the type itself otherwise."""
+    inner = [part for part in get_args(kind) if part is not type(None)]
+    return inner[0] if get_origin(kind) in (Union, UnionType) and len(inner) == 1 else kind
+
+
+def _hints(owner: Callable[..., Any]) -> dict[str, Any]:
+    """The types of parameters or fields."""
+    return {name: kind for name, kind in get_type_hints(owner).items() if name != "return"}
+
+
+def _docstring(owner: Callable[..., Any]) -> docstring_parser.Docstring:
+    """What a docstring says."""
+    return docstring_parser.parse(owner.__doc__ or "", docstring_parser.DocstringStyle.GOOGLE)

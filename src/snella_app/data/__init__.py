@@ -1,0 +1,32 @@
+"""Data: folders and tables of images and the real data sets that ship inside packages, split and ready for training."""
+
+from snella_app.data.datasets import Annotations, ImageDataset, MaskDataset
+from snella_app.data.images import read_image
+from snella_app.data.load import (
+    DataSplits,
+    data_folder,
+    data_names,
+    full_spec,
+    has_columns,
+    load_data,
+    split_spec,
+    with_class_order,
+)
+from snella_app.data.transforms import build_transform, has_flips
+
+__all__ = [
+    "Annotations",
+    "DataSplits",
+    "ImageDataset",
+    "MaskDataset",
+    "build_transform",
+    "data_folder",
+    "data_names",
+    "full_spec",
+    "has_columns",
+    "has_flips",
+    "load_data",
+    "read_image",
+    "split_spec",
+    "with_class_order",
+]

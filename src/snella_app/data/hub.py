@@ -1,0 +1,337 @@
+"""Data sets of Hugging Face and torch: `hf:`, `wds:`, and objects that are handed over in Python."""
+
+import glob
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+
+from snella_app.data.datasets import CachedImages, Collection
+from snella_app.data.folder import PARTS
+from snella_app.data.images import Reading, check_regular, decode_image, to_channels
+from snella_app.data.table import Columns, RowOptions, Samples, collection_of, outside_reason
+from snella_app.text import listed, near_siblings
+
+PYTHON_PREFIX = "python:"
+_IMAGE = "<image>"
+_KEY, _URL = "__key__", "__url__"
+_INSTALL = "needs the package datasets; pip install 'snella[data]'"
+
+
+def load_hf(path: str, options: RowOptions) -> Collection:
+    """Collect the images of a Hugging Face data set.
+
+    Args:
+        path: A folder that `save_to_disk` wrote, a folder of images with `metadata.csv` (`imagefolder`) or of Parquet
+            files, or a name on the hub, `owner/name` or `owner/name:configuration`.
+        options: How rows are read; the first column of images is the image.
+
+    Raises:
+        ConnectionError: The hub is needed and cannot be reached.
+        FileNotFoundError: There is no such data set.
+        ValueError: It cannot be read, or what `collection_of` refuses.
+        ImportError: The package `datasets` is not installed.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    library = _library(f"hf:{path}")
+    if not path.strip():
+        raise ValueError("data must name a data set after 'hf:', got 'hf:'; write hf:FOLDER or hf:OWNER/NAME")
+    folder = Path(path).expanduser()
+    try:
+        if folder.is_dir():
+            is_saved = any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
+            data = library.load_from_disk(str(folder)) if is_saved else library.load_dataset(str(folder))
+        else:
+            name, _, configuration = path.partition(":")
+            data = library.load_dataset(name, configuration or None)
+    except Exception as error:
+        raise _reading_error(f"hf:{path}", folder, error) from error
+    caches = (library.config.HF_DATASETS_CACHE, HF_HUB_CACHE)  # what was downloaded, or lay in archives
+    roots = [*([folder] if folder.is_dir() else []), *map(Path, caches)]
+    return _from_hf(data, f"hf:{path}", folder.name, options, roots)
+
+
+def load_wds(path: str, options: RowOptions) -> Collection:
+    """Collect the images of WebDataset shards.
+
+    Files of one sample have one name before the first dot: `0001.jpg`, and `0001.cls`, `0001.txt` or `0001.json` with
+    its label. Shards whose names begin with `train`, `val` or `test` are these parts.
+
+    Args:
+        path: Tar files: a folder, a pattern (`data/train-*.tar`) or a range (`data/train-{000..009}.tar`).
+        options: How samples are read; an entry is a column, such as `label=json.species`.
+
+    Raises:
+        FileNotFoundError: There are no such shards.
+        ValueError: They cannot be read, or what `collection_of` refuses.
+        ImportError: The package `datasets` is not installed.
+    """
+    library = _library(f"wds:{path}")
+    shards = _shards(path)
+    by_part: dict[str, list[str]] = {}
+    for shard in shards:
+        start = "".join(letter for letter in shard.name.partition(".")[0].lower() if letter.isalpha() or letter in "-_")
+        by_part.setdefault(PARTS.get(start.replace("_", "-").partition("-")[0], "train"), []).append(str(shard))
+    try:
+        data = library.load_dataset("webdataset", data_files=by_part)
+    except Exception as error:
+        raise _reading_error(f"wds:{path}", shards[0], error) from error
+    return _from_hf(data, f"wds:{path}", shards[0].parent.name, options, [shards[0].parent])
+
+
+def from_python(data: Any, options: RowOptions) -> Collection:
+    """Collect the images of a data set that is an object.
+
+    Args:
+        data: A `datasets.Dataset` or `DatasetDict`; a torch data set with a length whose items are an image and a label
+            (torchvision's, without a transform); or a mapping from train, val and test to such ones.
+        options: How items are read; columns are those of a Hugging Face data set.
+
+    Raises:
+        TypeError: Another kind of object.
+        ValueError: What `collection_of` refuses.
+    """
+    name, where = "data", f"{PYTHON_PREFIX}data"
+    parts = dict(data) if isinstance(data, Mapping) else {"train": data}
+    if all(hasattr(part, "features") and hasattr(part, "column_names") for part in parts.values()):
+        return _from_hf(data, where, name, options)
+    for part_name, part in parts.items():
+        if not (hasattr(part, "__len__") and hasattr(part, "__getitem__")):
+            raise TypeError(
+                f"data must be a specification such as folder:photos, or data sets with a length and items (image, "
+                f"label), got {type(part).__name__} for {part_name}"
+            )
+    source = _ObjectImages(list(parts.values()), options.reading)
+    labels = [label for part in parts.values() for label in _labels_of(part)]
+    known = getattr(next(iter(parts.values())), "classes", None)
+    classes = None
+    if known and options.target == "class" and all(isinstance(label, int | np.integer) for label in labels):
+        classes = [str(name) for name in known]
+        labels = [classes[int(label)] for label in labels]
+    samples = Samples(
+        name,
+        where,
+        source,
+        [f"{part_name}/{row:06}" for part_name, part in parts.items() for row in range(len(part))],
+        labels,
+        ["label"],
+        splits=[part_name for part_name, part in parts.items() for _ in range(len(part))] if len(parts) > 1 else None,
+        classes=classes,
+    )
+    return collection_of(samples, options)
+
+
+class _HubImages(CachedImages):
+    """Encoded images in columns of Hugging Face data sets, one after the other."""
+
+    def __init__(self, columns: Sequence[Any], name: str, reading: Reading, roots: Sequence[Path] | None) -> None:
+        super().__init__(reading=reading)
+        self.columns, self.name, self.roots = list(columns), name, roots
+
+    def read(self, row: int) -> Any:
+        """Decode one image."""
+        item = _item(self.columns, row)[self.name]
+        return decode_image(io.BytesIO(self._bytes(item)), str(item["path"] or f"row {row}"), self.reading)
+
+    def content(self, row: int) -> bytes:
+        """The encoded image."""
+        return self._bytes(_item(self.columns, row)[self.name])
+
+    def _bytes(self, item: Any) -> bytes:
+        """What stands in a column, or in the file that it names."""
+        if item is None or (item["bytes"] is None and item["path"] is None):
+            raise ValueError("no image")
+        if item["bytes"] is not None:
+            content: bytes = item["bytes"]
+            return content
+        path = Path(item["path"])
+        if self.roots is not None and not path.is_absolute():
+            path = self.roots[0] / path
+        reason = "" if self.roots is None else outside_reason(path, self.roots)
+        if reason:
+            raise ValueError(f"'{item['path']}' is not a readable image: {reason}")
+        try:
+            check_regular(path)
+            return path.read_bytes()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"'{item['path']}' is not a readable image: {error}") from error
+
+
+class _ObjectImages(CachedImages):
+    """Images of torch data sets, one after the other."""
+
+    def __init__(self, parts: Sequence[Any], reading: Reading) -> None:
+        super().__init__(reading=reading)
+        self.parts = list(parts)
+
+    def read(self, row: int) -> Any:
+        """The image of an item."""
+        image = _item(self.parts, row)[0]
+        if isinstance(image, Tensor | np.ndarray):
+            if image.dtype not in (np.dtype(np.uint8), torch.uint8):
+                raise ValueError(
+                    f"items must be images of 0 to 255 (PIL, uint8), got {type(image).__name__} of {image.dtype}; "
+                    "leave out the data set's transform, training has its own"
+                )
+            image = to_pil_image(image)
+        if not isinstance(image, Image.Image):
+            raise ValueError(f"items must be an image and a label, got {type(image).__name__} first")
+        return to_channels(image, self.reading)
+
+    def content(self, row: int) -> bytes:
+        """The pixels."""
+        image = self.read(row)
+        return repr(image.size).encode() + image.tobytes()
+
+
+def _item(parts: Sequence[Any], row: int) -> Any:
+    """An item of data sets one after the other."""
+    for part in parts:
+        if row < len(part):
+            return part[row]
+        row -= len(part)
+    raise IndexError(row)
+
+
+def _labels_of(part: Any) -> list[Any]:
+    """The labels of a torch data set: a list of its own, or its items'."""
+    for name in ("targets", "labels", "_labels"):
+        values = getattr(part, name, None)
+        if values is not None and hasattr(values, "__len__") and len(values) == len(part):
+            return [value.tolist() if hasattr(value, "tolist") else value for value in values]
+    labels = [part[row][1] for row in range(len(part))]
+    return [label.tolist() if hasattr(label, "tolist") else label for label in labels]
+
+
+def _from_hf(data: Any, where: str, name: str, options: RowOptions, roots: Sequence[Path] | None = None) -> Collection:
+    """A Hugging Face data set or several as a `Collection`, whose files lie below `roots`, or anywhere."""
+    import datasets
+
+    parts = dict(data) if isinstance(data, Mapping) else {"train": data}
+    notes = []
+    if len(parts) > 1:
+        others = [part for part in parts if part.lower() not in PARTS]
+        if others:
+            notes.append(f"left out {listed([f'{part!r} with {len(parts[part])} rows' for part in others])}")
+        parts = {part: rows for part, rows in parts.items() if part not in others}
+    first = next(iter(parts.values()))
+    images = [column for column, kind in first.features.items() if isinstance(kind, datasets.Image)]
+    table: dict[str, list[Any]] = {}
+    for rows in parts.values():
+        for column, values in _values(rows, images).items():
+            table.setdefault(column, []).extend(values)
+    total = sum(map(len, parts.values()))
+    table = {**{column: [_IMAGE] * total for column in images}, **table}
+    if roots is not None and options.columns.root is not None:
+        roots = [options.columns.root]
+    columns = Columns({"path": images[0], **options.columns.names}) if images else options.columns
+    found = columns.of(table, ("path", "label"), where)
+    if found["path"] not in images:
+        raise ValueError(f"{where}: column {found['path']!r} must hold images, got {table[found['path']][:1]}")
+    if len(parts) > 1:
+        table["split"] = [part for part, rows in parts.items() for _ in range(len(rows))]
+        found["split"] = "split"
+    encoded = [rows.select_columns([found["path"]]) for rows in parts.values()]
+    encoded = [rows.cast_column(found["path"], datasets.Image(decode=False)) for rows in encoded]
+    names = table.get(_KEY) or [f"{part}/{row:06}" for part, rows in parts.items() for row in range(len(rows))]
+    samples = Samples.of_table(
+        name, where, _HubImages(encoded, found["path"], options.reading, roots), names, table, found
+    )
+    samples.notes = [*notes, *samples.notes]
+    if options.target != "numbers":
+        samples.classes = _class_names(first.features.get(samples.label_columns[0]))
+    return collection_of(samples, options)
+
+
+def _values(rows: Any, images: Sequence[str]) -> dict[str, list[Any]]:
+    """All columns but the images; class numbers as names, entries of mappings as columns `json.label`."""
+    table: dict[str, list[Any]] = {}
+    try:
+        columns = rows.remove_columns(list(images)).to_dict()
+    except (ValueError, OverflowError) as error:  # times out of range
+        raise ValueError(f"data cannot be read: {str(error).splitlines()[0]}") from error
+    for column, values in columns.items():
+        names = _class_names(rows.features[column])
+        if names:
+            values = [_named(value, names, column, row) for row, value in enumerate(values, 1)]
+        if values and isinstance(values[0], dict):
+            for key in values[0]:
+                table[f"{column}.{key}"] = [None if value is None else value.get(key) for value in values]
+        else:
+            table[column] = [value.decode(errors="replace") if isinstance(value, bytes) else value for value in values]
+    table.pop(_URL, None)
+    return table
+
+
+def _class_names(kind: Any) -> list[str] | None:
+    """The names of a column of class numbers, or of lists of them."""
+    names = getattr(kind, "names", None) or getattr(getattr(kind, "feature", None), "names", None)
+    return None if names is None else [str(name) for name in names]
+
+
+def _named(value: Any, names: Sequence[str], column: str, row: int) -> Any:
+    """Class numbers as names; those of unlabeled images, -1, as nothing."""
+    numbers = value if isinstance(value, list) else [value]
+    wrong = [number for number in numbers if number is not None and number >= len(names)]
+    if wrong:
+        raise ValueError(f"column {column!r}, row {row} must hold class numbers below {len(names)}, got {wrong[0]}")
+    found = [None if number is None or number < 0 else names[number] for number in numbers]
+    return [name for name in found if name is not None] if isinstance(value, list) else found[0]
+
+
+def _shards(path: str) -> list[Path]:
+    """The tar files of a folder, a pattern or a range in braces."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        found = sorted(folder.glob("*.tar"))
+    else:
+        before, brace, rest = str(folder).partition("{")
+        inside, _, after = rest.partition("}")
+        first, dots, last = inside.partition("..")
+        if brace and dots and first.isdigit() and last.isdigit():
+            numbers = range(int(first), int(last) + 1)
+            found = [Path(f"{before}{number:0{len(first)}}{after}") for number in numbers]
+        else:
+            found = [Path(name) for name in sorted(glob.glob(str(folder)))]
+    missing = [str(shard) for shard in found if not shard.is_file()]
+    if missing or not found:
+        hint = near_siblings(folder) or "; write wds:FOLDER or wds:train-{000..009}.tar"
+        raise FileNotFoundError(
+            f"data must name tar files, got wds:{path}, but {listed(missing) or 'no such file'} is not there{hint}"
+        )
+    return [shard.absolute() for shard in found]
+
+
+def _library(where: str) -> Any:
+    """The package `datasets`, without its progress bars and warnings."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(f"data {where} {_INSTALL}") from error
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    return datasets
+
+
+def _reading_error(where: str, place: Path, error: Exception) -> Exception:
+    """What went wrong inside the library, in one line."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    text = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+    nearest = near_siblings(place) if place.parent.is_dir() and not place.exists() else ""
+    if isinstance(error, ConnectionError):
+        return ConnectionError(
+            f"data {where} is neither a folder nor in the cache, and the hub could not be reached ({text}); give the "
+            f"folder of a copy, hf:FOLDER{nearest}"
+        )
+    if isinstance(error, FileNotFoundError):
+        return FileNotFoundError(f"data {where} cannot be read: {text}{nearest}")
+    return ValueError(f"data {where} cannot be read: {text}")

@@ -1,0 +1,648 @@
+"""`load_data`: a data specification as training, validation and test splits."""
+
+import difflib
+import functools
+import hashlib
+import inspect
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+from torch import Tensor
+
+from snella_app.data.benchmarks import FGVC, VTAB, load_fgvc, load_vtab
+from snella_app.data.datasets import Collection, FileImages, ImageDataset, Target, joined, known_facts
+from snella_app.data.folder import load_folder
+from snella_app.data.hub import PYTHON_PREFIX, from_python, load_hf, load_wds
+from snella_app.data.images import FULL_WHITE, RGB, Reading
+from snella_app.data.masks import load_kvasir, load_masks
+from snella_app.data.splits import fold_split, grouped_split, stratified_sample, stratified_split
+from snella_app.data.table import Columns, RowOptions, TargetKind, load_table
+from snella_app.files import sha256_of
+from snella_app.plugins import plugins
+from snella_app.text import listed, near_siblings
+
+_FOLDER = "folder:"
+_LEAST_CORRELATION, _MOST_DISTANCE = 0.995, 3.0
+_FLAT, _DARK = 2.0, 0.25
+_CHUNK, _MOST_PAIRS = 1024, 2_000_000_000
+_IMBALANCE = 4
+"""Ratio of class sizes from which a note about imbalance is given."""
+_IN_FOLDERS: dict[str, Callable[..., Collection]] = {
+    _FOLDER: load_folder,
+    "masks:": load_masks,
+    "kvasir:": load_kvasir,
+}
+"""Data formats by the prefix of a folder's path; each takes the path and `skip_corrupt`."""
+_IN_TABLES: dict[str, Callable[..., Collection]] = {
+    "csv:": partial(load_table, kind="csv"),
+    "parquet:": partial(load_table, kind="parquet"),
+    "hf:": load_hf,
+    "wds:": load_wds,
+}
+"""Data formats with columns; each takes what stands after the colon, and `RowOptions`."""
+_BENCHMARKS: dict[str, Callable[..., Collection]] = {"vtab:": load_vtab, "fgvc:": load_fgvc}
+"""Benchmarks by prefix; each takes the path of one data set and `strict_sizes`."""
+_BENCHMARK_FOLDERS: dict[str, Callable[[Path], Path]] = {"vtab:": VTAB.resolve, "fgvc:": FGVC.resolve}
+"""Resolve other names of their data sets' folders."""
+
+
+Protocol = Literal["standard", "final", "official"]
+"""Which images are trained on and which choose the best epoch; see `load_data`."""
+
+
+@dataclass
+class DataSplits:
+    """Data ready for training.
+
+    Attributes:
+        train: Training images.
+        val: Images to choose the best epoch on; None where none are held out.
+        test: Images to measure once at the end; None where the data is divided without a test part.
+        classes: Class names by index.
+        name: Short name of the data.
+        description: One line with numbers, human-readable.
+        notes: What a user should know: files left out, choices made, licenses; `warnings` are among them.
+        warnings: What may make results wrong, such as test images that are training images too, and what to do.
+        is_resized_whole: Whether images are resized as a whole, where others have their center cut out.
+        broken: Why images were left out, by name.
+        fold_part: The part that is a fold of a cross-validation.
+    """
+
+    train: ImageDataset
+    val: ImageDataset | None
+    test: ImageDataset | None
+    classes: list[str]
+    name: str
+    description: str
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    is_resized_whole: bool = False
+    broken: dict[str, str] = field(default_factory=dict)
+    fold_part: str | None = None
+
+    @property
+    def parts(self) -> dict[str, ImageDataset]:
+        """The parts that there are, by name."""
+        there = (("train", self.train), ("val", self.val), ("test", self.test))
+        return {name: part for name, part in there if part is not None}
+
+
+@functools.cache
+def _registered() -> dict[str, Callable[..., Collection]]:
+    """Data that packages register, by name; a colon ends the name of data that needs a path."""
+    needs_path = {
+        name: any(parameter.default is parameter.empty for parameter in inspect.signature(load).parameters.values())
+        for name, load in plugins("data").items()
+    }
+    return {f"{name}:" if needs_path[name] else name: load for name, load in plugins("data").items()}
+
+
+def data_names() -> list[str]:
+    """What a data specification may be."""
+    tables = ("csv:FILE", "parquet:FILE", "hf:NAME", "wds:SHARDS")
+    return [
+        *(f"{prefix}PATH" for prefix in _IN_FOLDERS),
+        *tables,
+        *(f"{prefix}PATH" for prefix in _BENCHMARKS),
+        *(f"{name}PATH" if name.endswith(":") else name for name in _registered()),
+    ]
+
+
+def full_spec(spec: str) -> str:
+    """The specification of a bare path: `folder:photos` for a folder of class folders, `csv:t.csv` for a table.
+
+    A folder with `images` and `masks` is `masks:`, one that Hugging Face's datasets wrote `hf:`. A folder without
+    folders is `wds:` if it has tar files, and `hf:` if all of its files are Parquet. Other text is returned as it is;
+    the name of a bundled data set comes before a folder of that name.
+    """
+    path = Path(os.path.expanduser(spec))  # which leaves the name of an unknown user as it is
+    if split_spec(spec)[1] is not None or spec in _registered() or not spec.strip() or not os.path.exists(path):
+        return spec
+    if path.is_file():
+        prefix = {".csv": "csv:", ".tsv": "csv:", ".parquet": "parquet:", ".tar": "wds:"}.get(path.suffix.lower())
+        return spec if prefix is None else prefix + spec
+    if any((path / part / "masks").is_dir() and (path / part / "images").is_dir() for part in ("", "train")):
+        return f"masks:{spec}"
+    if any((path / name).is_file() for name in ("dataset_dict.json", "state.json", "metadata.csv")):
+        return f"hf:{spec}"
+    children = [child for child in path.iterdir() if not child.name.startswith(".")]
+    if not any(child.is_dir() for child in children):
+        suffixes = {child.suffix for child in children}
+        if ".tar" in suffixes:
+            return f"wds:{spec}"
+        if suffixes == {".parquet"}:
+            return f"hf:{spec}"
+    return f"{_FOLDER}{spec}"
+
+
+def split_spec(spec: str) -> tuple[str, str | None]:
+    """Cut `folder:PATH` into `("folder:", "PATH")`; data that needs no path is `(name, None)`."""
+    registered = (name for name in _registered() if name.endswith(":"))
+    prefixes = (*_IN_FOLDERS, *_IN_TABLES, *_BENCHMARKS, PYTHON_PREFIX, *registered)
+    prefix = next((prefix for prefix in prefixes if spec.startswith(prefix)), None)
+    return (spec, None) if prefix is None else (prefix, spec.removeprefix(prefix))
+
+
+def has_columns(data: Any) -> bool:
+    """Whether data, a specification or an object, may have columns."""
+    return not isinstance(data, str) or split_spec(full_spec(data))[0] in _IN_TABLES
+
+
+def data_folder(spec: str) -> Path | None:
+    """The folder or file that `folder:PATH`, `csv:FILE` and the like name, there or not; None for other data."""
+    prefix, path = split_spec(spec)
+    if path is None or prefix == PYTHON_PREFIX or (prefix == "hf:" and not Path(path).expanduser().exists()):
+        return None
+    if prefix == "wds:" and not Path(path).expanduser().exists():
+        path = str(Path(path).parent)
+    return _BENCHMARK_FOLDERS.get(prefix, Path)(Path(path).expanduser())
+
+
+def load_data(
+    spec: Any,
+    *,
+    seed: int = 0,
+    val_fraction: float = 0.2,
+    test_fraction: float = 0.2,
+    train_size: int | None = None,
+    val_size: int | None = None,
+    test_size: int | None = None,
+    test_seed: int | None = None,
+    skip_corrupt: bool = False,
+    strict_sizes: bool = True,
+    protocol: Protocol = "standard",
+    columns: str | None = None,
+    target: TargetKind = "class",
+    channels: int = 3,
+    white: int | None = None,
+    divide: bool = True,
+    folds: int | None = None,
+    fold: int | None = None,
+) -> DataSplits:
+    """Load data and divide it, stratified and seeded; images of one group are never in two parts that are split here.
+
+    Parts that the data has are kept: a test part is split off only where the data is not divided at all, a validation
+    part wherever it is missing. Both are shares of all images to be divided. Sizes then choose from the parts, so that
+    the test images do not change with the number of training images.
+
+    Args:
+        spec: A folder or a table, see `full_spec`; one of `data_names()`: `folder:PATH` (`class/image` or
+            `train|val|test/class/image`) or a data set. Or an object, see `snella_app.data.hub.from_python`.
+        seed: Of the splits, the sizes' choice and the augmentation.
+        val_fraction: Share of the validation part.
+        test_fraction: Share of the test part; 0 for none.
+        train_size: How many training images to choose; all by default.
+        val_size: The same for validation.
+        test_size: The same for the test.
+        test_seed: Of the test part alone, so that other seeds share it; `seed` by default.
+        skip_corrupt: Leave broken images of a folder out and note them instead of refusing.
+        strict_sizes: Refuse a benchmark's data whose numbers of images or classes are not the benchmark's; otherwise
+            they are noted.
+        protocol: `standard` keeps a validation part; `final` learns from it too, and leaves none; `official` divides as
+            the authors' scripts do, who choose on the test images: none is held out, and of data with a validation part
+            VTAB's is trained on and others' are left unused.
+        columns: Which columns of a table hold what, e.g. `path=file,label=species,group=patient`; others are found by
+            their names.
+        target: What the label column of a table holds: one class (`class`), any number of labels (`labels`) or numbers
+            (`numbers`, whose columns are then `classes`). Labels of the data sets are classes, or for the other two
+            strata that splits are made by; raw values, weights and groups are in `ImageDataset.annotations`.
+        channels: Channels of an image: 3 for RGB, 1 for gray, 4 for RGBA, others for multispectral files; see
+            `read_image`.
+        white: Value of 16-bit images that becomes white, e.g. 4095 of 12-bit cameras; 65535 by default.
+        divide: False leaves all images in the parts that the data has, and splits none off.
+        folds: Number of folds of a cross-validation.
+        fold: Which of them is held out, from 1: as the test part, or, of data with a test part of its own, as the
+            validation part. Training and validation images of the data are divided together.
+
+    Raises:
+        ValueError: An unknown specification (with the nearest ones), numbers out of range, too few images.
+        FileNotFoundError: A folder or Debian package that is not there.
+        ImportError: A Python package that is not installed.
+    """
+    for_test = seed if test_seed is None else test_seed
+    sizes = {"train": train_size, "val": val_size, "test": test_size}
+    _check_numbers({"seed": seed, "test_seed": for_test}, val_fraction, test_fraction, sizes)
+    collection = _collect(spec, skip_corrupt, strict_sizes, columns, target, Reading(channels, white or FULL_WHITE))
+    fold_part = None
+    if folds is not None and fold is not None:
+        fold_part = "test" if collection.test is None else "val"
+        _hold_out(collection, folds, fold, for_test)
+    train, val, test = (
+        _divide(collection, seed, for_test, val_fraction, test_fraction, protocol)
+        if divide
+        else (collection.train, collection.val, collection.test)
+    )
+    labels = collection.label_names
+    train = _choose("train", train, train_size, seed, labels)
+    if val is not None:
+        val = _choose("val", val, val_size, seed, labels)
+    elif val_size is not None:
+        raise ValueError(f"val_size={val_size} given, but protocol={protocol} holds no validation part out")
+    if test is not None:
+        test = _choose("test", test, test_size, for_test, labels)
+    elif test_size is not None:
+        raise ValueError(f"test_size={test_size} given, but {collection.name!r} has no test part")
+    parts = {name: part for name, part in (("train", train), ("val", val), ("test", test)) if part is not None}
+    for part in parts.values():
+        part.seed = seed
+    counts = " · ".join(f"{name} {len(part):,}" for name, part in parts.items())
+    total = sum(len(images) for _, images in collection.parts())
+    of_numbers = f"with {' and '.join(collection.classes)}"
+    what = of_numbers if target == "numbers" else f"in {len(collection.classes)} classes"
+    description = f"{collection.name}: {total:,} images {what}; {counts}"
+    warnings = [
+        *_absent(parts, collection, target),
+        *_darkness(parts),
+        *_shared_groups(parts),
+        *_copies(parts),
+        *(_imbalance(train, labels) if collection.strata is None else []),
+    ]
+    return DataSplits(
+        train,
+        val,
+        test,
+        collection.classes,
+        collection.name,
+        description,
+        notes=[*collection.notes, *_pages(parts), *warnings],
+        warnings=warnings,
+        is_resized_whole=collection.is_resized_whole,
+        broken=collection.broken,
+        fold_part=fold_part,
+    )
+
+
+def with_class_order(splits: DataSplits, classes: list[str]) -> DataSplits:
+    """The same splits with the classes numbered in another order.
+
+    Args:
+        splits: With one class an image.
+        classes: The same names.
+    """
+    if classes == splits.classes:
+        return splits
+    numbers = [classes.index(name) for name in splits.classes]
+    for part in (splits.train, splits.val, splits.test):
+        if part is not None:
+            part.labels = [numbers[label] for label in part.labels]
+    return replace(splits, classes=classes)
+
+
+def _collect(
+    spec: Any, skip_corrupt: bool, strict_sizes: bool, columns: str | None, target: TargetKind, reading: Reading
+) -> Collection:
+    """The data as its family has it."""
+    given: dict[str, Any] = {} if reading == RGB else {"reading": reading}
+    spec = full_spec(str(spec)) if isinstance(spec, str | Path) else spec
+    if not isinstance(spec, str):
+        return from_python(spec, RowOptions(Columns.parse(columns), target, skip_corrupt, reading))
+    prefix, path = split_spec(spec)
+    if prefix == PYTHON_PREFIX:
+        raise ValueError(f"data {spec} is an object in Python: hand it over to train or evaluate with data=...")
+    if prefix in _IN_TABLES:
+        return _IN_TABLES[prefix](path, RowOptions(Columns.parse(columns), target, skip_corrupt, reading))
+    if columns is not None:
+        raise ValueError(
+            f"columns can only be given for data with columns, {', '.join(_IN_TABLES)}, got {columns!r} with {spec}"
+        )
+    if given and prefix != _FOLDER:
+        known = ", ".join((_FOLDER, *_IN_TABLES))
+        raise ValueError(
+            f"channels and white can only be given for {known}, got {reading.channels} and {reading.white} with {spec}"
+        )
+    if prefix in _BENCHMARKS:
+        return _as_target(_BENCHMARKS[prefix](path, strict_sizes=strict_sizes), target, spec)
+    if prefix in _IN_FOLDERS:
+        return _as_target(_IN_FOLDERS[prefix](path, skip_corrupt=skip_corrupt, **given), target, spec)
+    if prefix in _registered():
+        load = _registered()[prefix]
+        return _as_target(load() if path is None else load(path), target, spec)
+    known = ", ".join(data_names())
+    raise ValueError(f"data must be a folder, a table or one of {known}, got {spec!r}{_data_hint(spec)}")
+
+
+def _data_hint(spec: str) -> str:
+    """What an unknown specification may have meant."""
+    name, colon, rest = spec.partition(":")
+    if colon:
+        prefixes = [prefix[:-1] for prefix in (*_IN_FOLDERS, *_IN_TABLES, *_BENCHMARKS)]
+        near = difflib.get_close_matches(name.lower(), prefixes, n=1, cutoff=0.5)
+        return f"; did you mean '{near[0]}:{rest}'?" if near else ""
+    path = Path(spec).expanduser()
+    if path.is_file():
+        return ", which is no table: CSV, TSV, Parquet and tar files are"
+    near = difflib.get_close_matches(spec, _registered(), n=2, cutoff=0.4)
+    if near:
+        return f"; nearest: {', '.join(map(repr, near))}"
+    return near_siblings(path) or "; there is no such folder"
+
+
+def _as_target(collection: Collection, target: TargetKind, spec: str) -> Collection:
+    """Images in classes as those with one label each, or with the number that the class's name is."""
+    if target == "class" or collection.strata is not None:
+        return collection
+    if target == "labels":
+        values: list[Target] = [(name,) for name in collection.classes]
+        note = "every image has one label, that of its class; labels that are not exclusive need a table"
+    else:
+        try:
+            values = [float(name) for name in collection.classes]
+        except ValueError:
+            raise ValueError(
+                f"data must have a column of numbers for task regression, e.g. csv:FILE with --columns label=NAME, or "
+                f"class names that are numbers, got {spec} with classes "
+                f"{', '.join(map(repr, collection.classes[:3]))}"
+            ) from None
+        note = "the numbers are the names of the classes"
+    for _, part in collection.parts():
+        part.annotations = replace(part.annotations, targets=[values[label] for label in part.labels])
+    return replace(
+        collection,
+        classes=["value"] if target == "numbers" else collection.classes,
+        strata=collection.classes,
+        notes=[*collection.notes, note],
+    )
+
+
+def _divide(
+    collection: Collection, seed: int, test_seed: int, val_fraction: float, test_fraction: float, protocol: Protocol
+) -> tuple[ImageDataset, ImageDataset | None, ImageDataset | None]:
+    """Split off the parts that the data does not have."""
+    train, val, test = collection.train, collection.val, collection.test
+    total, classes = len(train), collection.label_names
+    if not collection.has_parts and test_fraction > 0:
+        train, test = _split_off(train, test_fraction, test_seed, classes, "test")
+    if protocol == "official" and test is None:
+        raise ValueError(
+            f"protocol=official chooses on the test images, and {collection.name!r} has none; use another protocol"
+        )
+    if protocol != "standard":
+        joins_training = val is not None and (protocol == "final" or collection.official_joins_val)
+        return joined(train, val) if joins_training and val is not None else train, None, test
+    if val is None:
+        share = val_fraction * total / len(train)
+        train, val = _split_off(train, share, seed, classes, "val")
+    return train, val, test
+
+
+def _hold_out(collection: Collection, folds: int, fold: int, seed: int) -> None:
+    """Make one fold of the images that are there to train and validate on the test part, or the validation part."""
+    images = collection.train if collection.val is None else joined(collection.train, collection.val)
+    left, taken = fold_split(
+        images.labels, images.annotations.groups, folds, fold, seed=seed, classes=collection.label_names
+    )
+    collection.train, collection.val, held_out = images.subset(left), None, images.subset(taken)
+    if collection.test is None:
+        collection.test = held_out
+        collection.notes.append(f"fold {fold} of {folds} is the test part")
+    else:
+        collection.val = held_out
+        collection.notes.append(f"fold {fold} of {folds} is the validation part, the test part is the data's own")
+    collection.has_parts = True
+
+
+def _split_off(
+    images: ImageDataset, fraction: float, seed: int, classes: list[str], part: str
+) -> tuple[ImageDataset, ImageDataset]:
+    """What is left and a part of its own: by groups where images have them."""
+    groups = images.annotations.groups
+    if groups is None:
+        reserve = 2 if part == "test" else 1
+        left, taken = stratified_split(images.labels, fraction, seed=seed, classes=classes, reserve=reserve, part=part)
+    else:
+        left, taken = grouped_split(images.labels, groups, fraction, seed=seed, part=part)
+    return images.subset(left), images.subset(taken)
+
+
+def _choose(part: str, images: ImageDataset, size: int | None, seed: int, classes: list[str]) -> ImageDataset:
+    """`size` images of a part, all of them where no size is given."""
+    if size is None:
+        return images
+    return images.subset(stratified_sample(images.labels, size, seed=seed, classes=classes, argument=f"{part}_size"))
+
+
+def _absent(parts: dict[str, ImageDataset], collection: Collection, target: TargetKind) -> list[str]:
+    """Warnings about classes or labels that a part lacks; none of numbers."""
+    notes = []
+    names = {"class": collection.label_names, "labels": collection.classes}.get(target, [])
+    one, many = ("class", "classes") if target == "class" else ("label", "labels")
+    remedies = {
+        "train": f"add training images, or leave the {one} out",
+        "val": "add validation images, without which the epoch is chosen by the others",
+        "test": "add test images, without which nothing is measured",
+    }
+    for part, images in parts.items():
+        if target == "class":
+            there = {names[label] for label in images.labels}
+        else:
+            targets = images.annotations.targets or []
+            there = {name for labels in targets for name in cast(tuple[str, ...], labels)} if names else set()
+        absent = [repr(name) for name in names if name not in there]
+        if absent:
+            part_name = {"train": "training", "val": "validation"}.get(part, part)
+            subject = f"{one} {absent[0]} has" if len(absent) == 1 else f"{len(absent)} {many} have"
+            named = "" if len(absent) == 1 else f": {listed(absent)}"
+            notes.append(f"{subject} no {part_name} images{named}; {remedies[part]}")
+    return notes
+
+
+def _shared_groups(parts: dict[str, ImageDataset]) -> list[str]:
+    """Warnings about groups that are in training and in another part, as the data itself divides them."""
+    notes = []
+    trained = set(parts["train"].annotations.groups or [])
+    for name in ("val", "test"):
+        groups = set(parts[name].annotations.groups or []) if name in parts else set()
+        both = sorted(trained & groups)
+        if both:
+            notes.append(
+                f"{len(both)} of {len(groups)} groups in {name} are in train too, e.g. {both[0]!r}; results on {name} "
+                "are optimistic; --columns split=none divides anew and keeps groups together"
+            )
+    return notes
+
+
+def is_unbalanced(labels: Iterable[int]) -> bool:
+    """Whether the most frequent of the labels that occur has at least four times the images of the least frequent."""
+    counts = Counter(labels).values()
+    return bool(counts) and max(counts) >= _IMBALANCE * min(counts)
+
+
+def _imbalance(train: ImageDataset, classes: list[str]) -> list[str]:
+    """A note where one class has many times the images of another."""
+    if not is_unbalanced(train.labels):
+        return []
+    counts = Counter(train.labels)
+    most, fewest = max(counts, key=lambda label: counts[label]), min(counts, key=lambda label: counts[label])
+    return [
+        f"classes are unbalanced: {counts[most]} training images of {classes[most]!r}, {counts[fewest]} of "
+        f"{classes[fewest]!r}; judge by the balanced accuracy, in which each class counts the same"
+    ]
+
+
+def _pages(parts: dict[str, ImageDataset]) -> list[str]:
+    """A note about images with several pages or frames."""
+    names = [
+        images.names[position]
+        for images in parts.values()
+        for position, facts in known_facts(images).items()
+        if facts.has_pages
+    ]
+    if not names:
+        return []
+    return [f"{len(names)} images have several pages or frames, of which the first is used: {listed(names)}"]
+
+
+def _darkness(parts: dict[str, ImageDataset]) -> list[str]:
+    """A note where 16-bit images use a small part of their range, as those of 12-bit cameras do."""
+    facts = [fact for images in parts.values() for fact in known_facts(images).values()]
+    shares = [fact.brightest for fact in facts if fact.brightest is not None]
+    if not shares or max(shares) > _DARK or max(shares) == 0:
+        return []
+    return [
+        f"{len(shares)} images of 16 bits use at most {max(shares):.1%} of the range; --white (white=) is the value "
+        "that becomes white, e.g. 4095 for 12-bit cameras"
+    ]
+
+
+def _copies(parts: dict[str, ImageDataset]) -> list[str]:
+    """Notes about images of a later part that are training images too: of the same bytes, or saved again."""
+    equal = _equal_files(parts)
+    notes = []
+    for name in ("val", "test"):
+        both = {**near_copies(parts["train"], parts[name]), **equal.get(name, {})} if name in parts else {}
+        if both:
+            trained, others = parts["train"].names, parts[name].names
+            shown = listed(f"{trained[b]!r} is {others[a]!r}" for a, b in sorted(both.items()))
+            resaved = len(both) - len(equal.get(name, {}))
+            kind = f" ({resaved} of them saved again or resized)" if resaved else ""
+            notes.append(
+                f"{len(both)} of {len(parts[name])} {name} images are training images too{kind}, e.g. {shown}; "
+                f"results on {name} are optimistic by as much; "
+                "remove the copies from one part"
+            )
+    return notes
+
+
+def _equal_files(parts: dict[str, ImageDataset]) -> dict[str, dict[int, int]]:
+    """By part, positions of image files whose bytes are those of a training image, with its position."""
+    paths = {
+        name: [images.source.paths[row] for row in images.rows]
+        for name, images in parts.items()
+        if isinstance(images.source, FileImages)
+    }
+    sizes = Counter(path.stat().st_size for group in paths.values() for path in group)
+    digests = {
+        name: {position: sha256_of(path) for position, path in enumerate(group) if sizes[path.stat().st_size] > 1}
+        for name, group in paths.items()
+    }
+    trained = {digest: position for position, digest in digests.pop("train", {}).items()}
+    return {
+        name: {position: trained[digest] for position, digest in group.items() if digest in trained}
+        for name, group in digests.items()
+    }
+
+
+def repeated_images(images: ImageDataset) -> list[list[int]]:
+    """Positions of images that are the same picture, pixel by pixel as far as 16×16 gray values and the size tell.
+
+    Args:
+        images: Inspected ones; others are passed over, as are flat ones.
+    """
+    groups: dict[Any, list[int]] = {}
+    for position, facts in known_facts(images).items():
+        if facts.thumbnail.std() > _FLAT:
+            groups.setdefault((facts.size, facts.thumbnail.tobytes()), []).append(position)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def equal_pictures(train: ImageDataset, others: ImageDataset) -> dict[int, int]:
+    """Images whose pixels are those of a training image, whatever file they are in.
+
+    Args:
+        train: Training images.
+        others: Other images, read the same way.
+
+    Returns:
+        From the position in `others` to that of the training image.
+    """
+    are_known = all(len(known_facts(images)) == len(images) for images in (train, others))
+    looks = [_looks(images, are_known) for images in (train, others)]
+    shared = set(looks[0]) & set(looks[1])
+    positions = [[p for look in shared for p in found[look]] for found in looks]
+    trained = {_pixel_digest(train, position): position for position in positions[0]}
+    digests = {position: _pixel_digest(others, position) for position in sorted(positions[1])}
+    return {position: trained[digest] for position, digest in digests.items() if digest in trained}
+
+
+def _looks(images: ImageDataset, are_known: bool) -> dict[Any, list[int]]:
+    """Positions by size and thumbnail, which equal pictures share; all under None where images were not inspected."""
+    facts = known_facts(images)
+    found: dict[Any, list[int]] = {}
+    for position in range(len(images)):
+        look = (facts[position].size, facts[position].thumbnail.tobytes()) if are_known else None
+        found.setdefault(look, []).append(position)
+    return found
+
+
+def _pixel_digest(images: ImageDataset, position: int) -> bytes:
+    """A digest of the decoded image."""
+    image: Any = images.source.load(images.rows[position])
+    pixels = image.numpy() if isinstance(image, Tensor) else np.asarray(image)
+    return hashlib.blake2b(repr((pixels.shape, str(pixels.dtype))).encode() + pixels.tobytes(), digest_size=16).digest()
+
+
+def near_copies(train: ImageDataset, others: ImageDataset) -> dict[int, int]:
+    """Images that look like a training image: copies that were saved again, resized or compressed.
+
+    Two images count as one where their thumbnails of 16×16 gray values correlate by 0.995 at least and differ by 3 of
+    255 at most (root mean square). Only images that were inspected, and are not flat, are compared.
+
+    Args:
+        train: Training images.
+        others: Images of another part.
+
+    Returns:
+        From the position in `others` to that of the training image that is most alike.
+    """
+    known = [
+        {p: facts.thumbnail for p, facts in known_facts(images).items() if facts.thumbnail.std() > _FLAT}
+        for images in (train, others)
+    ]
+    if not all(known) or len(known[0]) * len(known[1]) > _MOST_PAIRS:
+        return {}
+    positions = [np.array(list(thumbnails)) for thumbnails in known]
+    raw = [np.stack(list(thumbnails.values())).reshape(len(thumbnails), -1).astype(np.float32) for thumbnails in known]
+    centered = [values - values.mean(1, keepdims=True) for values in raw]
+    unit = [values / np.linalg.norm(values, axis=1, keepdims=True) for values in centered]
+    found = {}
+    for start in range(0, len(unit[1]), _CHUNK):
+        correlations = unit[1][start : start + _CHUNK] @ unit[0].T
+        for offset, nearest in enumerate(correlations.argmax(1)):
+            distance = np.sqrt(((raw[1][start + offset] - raw[0][nearest]) ** 2).mean())
+            if correlations[offset, nearest] >= _LEAST_CORRELATION and distance <= _MOST_DISTANCE:
+                found[int(positions[1][start + offset])] = int(positions[0][nearest])
+    return found
+
+
+def _check_numbers(
+    seeds: dict[str, int], val_fraction: float, test_fraction: float, sizes: dict[str, int | None]
+) -> None:
+    """Refuse numbers out of range, all of them in one message."""
+    errors = [f"{name} must be in [0, 2^32), got {seed}" for name, seed in seeds.items() if not 0 <= seed < 2**32][:1]
+    if not 0 < val_fraction < 1:
+        errors.append(f"val_fraction must be in (0, 1), got {val_fraction}")
+    if not 0 <= test_fraction < 1:
+        errors.append(f"test_fraction must be in [0, 1), got {test_fraction}")
+    if val_fraction + test_fraction >= 1:
+        errors.append(f"val_fraction + test_fraction must leave images to train on, got {val_fraction + test_fraction}")
+    errors += [
+        f"{part}_size must be at least 1, got {size}" for part, size in sizes.items() if size is not None and size < 1
+    ]
+    if errors:
+        raise ValueError("; ".join(errors))

@@ -1,0 +1,133 @@
+"""Run protocols: which split selects the best epoch, and how images are preprocessed."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from snella_app.data.datasets import ImageDataset
+from snella_app.data.load import DataSplits
+
+_OFFICIAL_INTERVAL = 10
+_OFFICIAL_CROP_PCT = 0.875
+
+
+@dataclass(frozen=True)
+class RunProtocol:
+    """How the epoch whose adapter is saved is selected.
+
+    Attributes:
+        name: As `--protocol` takes it.
+        selected_on: Part of the data that the best epoch is chosen on; None keeps the last epoch.
+        summary: One line, human-readable.
+        warning: Caveat about the results; empty for none.
+    """
+
+    name: str
+    selected_on: Literal["val", "test"] | None
+    summary: str
+    warning: str = ""
+
+    def selection_part(self, splits: DataSplits) -> ImageDataset | None:
+        """The split that the best epoch is selected on."""
+        return {"val": splits.val, "test": splits.test, None: None}[self.selected_on]
+
+    def is_measured(self, epoch: int, epochs: int) -> bool:
+        """Whether the model is measured after an epoch, counted from 1.
+
+        The authors' scripts measure after the first epoch, every tenth from there on, and each of the last ten.
+        """
+        if self.selected_on != "test":
+            return self.selected_on is not None
+        return (epoch - 1) % _OFFICIAL_INTERVAL == 0 or epoch > epochs - _OFFICIAL_INTERVAL
+
+    def selection_score(
+        self, row: Mapping[str, Any], task_score: Callable[[Mapping[str, Any]], tuple[float, float]]
+    ) -> tuple[float, float]:
+        """The score that epochs are compared by: the task's, the lowest where an epoch was not evaluated.
+
+        Args:
+            row: Of the history; with `is_denser` it has more weights than the target, and counts as not evaluated.
+            task_score: `Task.selection_score`.
+        """
+        if self.selected_on is None:
+            return 0.0, 0.0  # all alike, so that the last is kept
+        if f"{self.selected_on}_loss" not in row or row.get("is_denser"):
+            return -math.inf, -math.inf
+        return task_score(self.with_val_prefix(row))
+
+    def best_metric(self, task_score: str) -> str:
+        """The entry of the history that epochs are compared by; `last_epoch` where nothing is compared."""
+        return "last_epoch" if self.selected_on is None else _renamed(task_score, "val_", f"{self.selected_on}_")
+
+    def with_split_prefix(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """A row of the history with `val_…` renamed to the evaluated split."""
+        return {_renamed(key, "val_", f"{self.selected_on}_"): value for key, value in row.items()}
+
+    def with_val_prefix(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The inverse of `with_split_prefix`."""
+        return {_renamed(key, f"{self.selected_on}_", "val_"): value for key, value in row.items()}
+
+    def data_config(self, config: Mapping[str, Any], *, is_resized_whole: bool) -> dict[str, Any]:
+        """The data configuration of the model, adjusted to this protocol and the data.
+
+        Args:
+            config: The model's own: `mean`, `std`, `crop_pct`, `crop_mode`, `interpolation` and others.
+            is_resized_whole: Whether the benchmark resizes whole images instead of cutting their center out.
+        """
+        changed = dict(config)
+        if is_resized_whole:
+            changed |= {"crop_mode": "squash", "crop_pct": 1.0}
+        if self.name == "official":
+            changed |= {"mean": list(IMAGENET_DEFAULT_MEAN), "std": list(IMAGENET_DEFAULT_STD)}
+            if is_resized_whole:
+                changed |= {"interpolation": "bicubic"}
+            else:
+                changed |= {"crop_mode": "center", "crop_pct": _OFFICIAL_CROP_PCT, "interpolation": "bilinear"}
+        return changed
+
+
+PROTOCOLS: dict[str, RunProtocol] = {
+    protocol.name: protocol
+    for protocol in (
+        RunProtocol("standard", "val", "the best epoch is selected on validation; the test images are evaluated once"),
+        RunProtocol(
+            "final",
+            None,
+            "training on training and validation images; the last epoch is saved and evaluated once on the test images",
+        ),
+        RunProtocol(
+            "official",
+            "test",
+            "as in the authors' scripts: the best epoch is selected on the test images, with ImageNet's mean and "
+            "standard deviation",
+            "the epoch was selected on the test images: this test accuracy is optimistic, not comparable with others",
+        ),
+    )
+}
+"""By the name that `--protocol` takes."""
+
+
+def get_protocol(name: str) -> RunProtocol:
+    """The protocol of a name.
+
+    Raises:
+        ValueError: There is no such protocol.
+    """
+    if name not in PROTOCOLS:
+        raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {name!r}")
+    return PROTOCOLS[name]
+
+
+def _renamed(key: str, old: str, new: str) -> str:
+    """`key` with its prefix replaced, if it has the old one."""
+    return new + key.removeprefix(old) if key.startswith(old) else key
+
+
+__all__ = [
+    "PROTOCOLS",
+    "RunProtocol",
+    "get_protocol",
+]

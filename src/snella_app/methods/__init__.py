@@ -1,0 +1,60 @@
+"""Ways of fine-tuning, each behind one name: `build_method("snella-8", model)`.
+
+The names are imported when they are first used: help reads `defaults` without waiting for the libraries.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from snella_app.methods.method import Batches, Method, MethodSpec, SelectionData
+    from snella_app.methods.model_parts import AdapterFileError
+    from snella_app.methods.registry import (
+        METHODS,
+        build_method,
+        check_method,
+        find_method,
+        merge_trained,
+        method_names,
+        method_of,
+        method_options,
+        parse_method,
+        restore_method,
+        spec_of,
+    )
+    from snella_app.methods.saving import load_trained, load_trained_into, save_trained
+
+_HOMES = {
+    "AdapterFileError": "model_parts",
+    **dict.fromkeys(("Batches", "Method", "MethodSpec", "SelectionData"), "method"),
+    **dict.fromkeys(("load_trained", "load_trained_into", "save_trained"), "saving"),
+}
+
+__all__ = [
+    "METHODS",
+    "AdapterFileError",
+    "Batches",
+    "Method",
+    "MethodSpec",
+    "SelectionData",
+    "build_method",
+    "check_method",
+    "find_method",
+    "load_trained",
+    "load_trained_into",
+    "merge_trained",
+    "method_names",
+    "method_of",
+    "method_options",
+    "parse_method",
+    "restore_method",
+    "save_trained",
+    "spec_of",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module of a public name on first use."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'registry')}"), name)

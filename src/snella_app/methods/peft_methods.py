@@ -1,0 +1,503 @@
+"""Methods that are PEFT configurations."""
+
+import dataclasses
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Self
+
+import peft
+import torch
+from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.adalora import AdaLoraModel
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from snella.config import SnellaConfig
+from snella.optimizer import create_snella_optimizer
+from snella_app.methods.defaults import SPARSE_DEFAULTS, SPARSE_RECIPES
+from snella_app.methods.method import Batches, Method, Options
+from snella_app.methods.model_parts import adaptable_layers, freeze_running_statistics, is_inside
+
+Targets = Callable[[nn.Module, str], list[str] | str]
+"""`(model, head) -> names`, or one regular expression for all: the modules to adapt where the user names none."""
+
+_HARMLESS = (
+    # the random projections come from a seed that is saved, so that they need not be
+    "Specified to not save",
+    "Specified to not load",
+    # BOFT's compiled extension is an option of speed
+    "Failed to load the CUDA extension",
+    "Setting boft_n_butterfly_factor to 1",
+    # of a LayerNorm, or a subclass of it, which is copied and trained all the same
+    "Unsupported layer type .*LayerNorm",
+)
+
+
+def peft_method(
+    summary: str,
+    source: str,
+    config: Callable[[str, Options], PeftConfig],
+    options: tuple[str, ...],
+    *,
+    suffix: str | None = None,
+    targets: Targets = adaptable_layers,
+    **needs: Any,
+) -> Method:
+    """A row of the table for an adapter of PEFT, with the fields of `Method`.
+
+    `targets` says which modules are adapted where `target_modules` is not given.
+    """
+
+    def build(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
+        given = options if "target_modules" in options else {"target_modules": targets(model, head), **options}
+        return inject(model, config(head, given))
+
+    return Method(summary, source, build, options, suffix=suffix, config=config, merge=merge_adapter, **needs)
+
+
+def inject(model: nn.Module, config: PeftConfig) -> PeftModel:
+    """Put an adapter into a model, with frozen statistics below it.
+
+    Raises:
+        ValueError: PEFT cannot adapt one of the targets; says which.
+    """
+    freeze_running_statistics(model)
+    invariants = torch.sparse.check_sparse_tensor_invariants
+    if str(getattr(config.peft_type, "value", config.peft_type)) == "SHIRA" and not invariants.is_enabled():
+        invariants.disable()  # PEFT's indices are valid; undecided, torch warns at every sparse tensor
+    with without_harmless_warnings():
+        return get_peft_model(model, config)
+
+
+@contextmanager
+def without_harmless_warnings() -> Iterator[None]:
+    """Keep PEFT from warning of what is meant to be."""
+    with warnings.catch_warnings():
+        for message in _HARMLESS:
+            warnings.filterwarnings("ignore", message)
+        yield
+
+
+def merge_adapter(model: nn.Module) -> nn.Module:
+    """The backbone with the adapter's update in its weights.
+
+    Raises:
+        TypeError: The model is no `PeftModel`.
+    """
+    if not isinstance(model, PeftModel):
+        raise TypeError(f"only a PeftModel has an adapter to merge, got {type(model).__name__}")
+    inner: nn.Module = model.base_model.model  # type: ignore[assignment]
+    for name, module in list(inner.named_modules()):
+        # unwrapped first: PEFT's LN tuning leaves the head wrapped, and others want a head to be a single layer
+        if isinstance(module, ModulesToSaveWrapper):
+            inner.set_submodule(name, module.modules_to_save[module.active_adapters[0]])
+    merged: nn.Module = model.merge_and_unload()
+    return merged
+
+
+def own_fields(config: type[PeftConfig]) -> tuple[str, ...]:
+    """Fields of a configuration that PEFT's base class does not have; `modules_to_save` is the head, always."""
+    base = {f.name for f in dataclasses.fields(PeftConfig)} | {"modules_to_save"}
+    return tuple(f.name for f in dataclasses.fields(config) if f.name not in base and f.init)
+
+
+_SNELL_OPTIONS = own_fields(SnellaConfig)
+_OF_SPARSITY = (
+    *("target_sparsity", "init_sparsity", "sparsify_mode", "allocation", "schedule", "importance", "realloc_every"),
+    *("beta1", "beta2", "min_layer_share", "zero_init_ema", "fixed_support"),
+)
+
+
+def _snella_config(head: str, options: Options) -> PeftConfig:
+    """SNELLA with the head trained in full."""
+    return SnellaConfig(modules_to_save=[head] if head else None, **options)
+
+
+def _matched_config(head: str, options: Options) -> PeftConfig:
+    """SNELLA with the preset whose steps are matched to the weights."""
+    return _snella_config(head, {"preset": "matched", **options})
+
+
+def _snell_config(head: str, options: Options) -> PeftConfig:
+    """SNELL: the kernel p_linear, and the same sparsity in every matrix."""
+    return _snella_config(head, {"kernel": "p_linear", "allocation": "uniform", **options})
+
+
+def _klora_config(head: str, options: Options) -> PeftConfig:
+    """Kernelized LoRA: the merged matrix as it is."""
+    return _snella_config(head, {**options, "sparsify_mode": "none", "target_sparsity": 0.0})
+
+
+SNELLA = peft_method(
+    "sparse high-rank updates, budgets by competition",
+    "SNELLA, Shen et al., arXiv 2510.24037",
+    _snella_config,
+    _SNELL_OPTIONS,
+    suffix="r",
+    defaults=SPARSE_DEFAULTS,
+    recipes=SPARSE_RECIPES,
+    has_budgets=True,
+    optimizer=create_snella_optimizer,
+)
+"""Trains the factors `A`, `B` and scalars of every matrix, and the head:
+
+    W = W0 + scaling · S    S[i, j] = ΔW[i, j] · max(|ΔW[i, j]| − t, 0)    ΔW[i, j] = κ(A[j], B[i])
+
+with κ = Mix-K and `t` such that as many entries survive as the matrix's budget allows; see docs/method.md.
+"""
+
+SNELLA_MATCHED = peft_method(
+    "SNELLA with steps matched to the size of the weights",
+    "SNELLA, Shen et al., arXiv 2510.24037; matched steps are this package's",
+    _matched_config,
+    _SNELL_OPTIONS,
+    suffix="r",
+    defaults=SPARSE_DEFAULTS,
+    has_budgets=True,
+    optimizer=create_snella_optimizer,
+)
+"""As SNELLA, but one step of the factors changes `scaling·S` by about the learning rate times the size of `W0`, and the
+budget reaches its target after 0.7 of the training; `preset="matched"` of `SnellaConfig`, see docs/method.md.
+"""
+
+SNELL = peft_method(
+    "sparse updates, the same sparsity everywhere",
+    "SNELL, Shen et al., arXiv 2411.01800",
+    _snell_config,
+    tuple(option for option in _SNELL_OPTIONS if option not in ("kernel", "allocation")),
+    suffix="r",
+    defaults=SPARSE_DEFAULTS,
+    recipes=SPARSE_RECIPES,
+    has_budgets=True,
+    optimizer=create_snella_optimizer,
+)
+"""As SNELLA with κ = P-Linear, `ΔW[i, j] = Σ_p α_p ‖A[j, piece p] − B[i, piece p]‖`, and one sparsity for all."""
+
+KLORA = peft_method(
+    "a kernel's high-rank update without sparsity",
+    "kernelized LoRA (KLoRA) of SNELLA, Shen et al., arXiv 2510.24037, Tables VII to IX",
+    _klora_config,
+    tuple(option for option in _SNELL_OPTIONS if option not in _OF_SPARSITY),
+    suffix="r",
+    defaults={"lr": 2e-3, "scalar_lr": 1e-4, "head_lr": 1e-3, "weight_decay": 0.0, "r": 8},
+    optimizer=create_snella_optimizer,
+)
+"""Trains what SNELLA trains: `W = W0 + scaling · ΔW`, `ΔW[i, j] = κ(A[j], B[i])`, every entry of it.
+
+`kernel` is mix_k (default), p_linear, rbf, …, or linear, which is LoRA's product with both factors drawn at random.
+`ΔW` is not zero at the start: about 1/m with mix_k, m the outputs of the matrix.
+"""
+
+
+_LORA_OPTIONS = (
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "exclude_modules",
+    "use_rslora",
+    "use_dora",
+    "bias",
+)
+
+
+def lora_config(head: str, options: Options) -> PeftConfig:
+    """W = W0 + (lora_alpha / r) B A, with `lora_alpha = r` (scaling 1) unless told otherwise."""
+    return LoraConfig(modules_to_save=[head], **{"r": 8, "lora_alpha": options.get("r", 8), **options})
+
+
+def _dora_config(head: str, options: Options) -> PeftConfig:
+    """W = m ⊙ (W0 + B A) / ‖W0 + B A‖, the norm taken of each output's row; m starts as ‖W0‖."""
+    return lora_config(head, {"use_dora": True, **options})
+
+
+_DECAYED: dict[str, Any] = {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4, "r": 8}
+_LORA_RECIPES: dict[str, dict[str, Any]] = {
+    "generation": {"lr": 1e-4, "r": 8},  # the SNELLA paper's rate
+    "language": {"lr": 3e-4, "r": 8},  # the benchmark's own rate
+}
+
+LORA = peft_method(
+    "low-rank updates",
+    "LoRA, Hu et al., arXiv 2106.09685; PEFT's implementation",
+    lora_config,
+    _LORA_OPTIONS,
+    suffix="r",
+    defaults=_DECAYED,
+    recipes=_LORA_RECIPES,
+)
+DORA = peft_method(
+    "low-rank updates of the direction and a magnitude for each output",
+    "DoRA, Liu et al., arXiv 2402.09353; PEFT's implementation",
+    _dora_config,
+    tuple(option for option in _LORA_OPTIONS if option != "use_dora"),
+    suffix="r",
+    defaults=_DECAYED,
+    recipes=_LORA_RECIPES,
+)
+
+
+_STATE_KEY = "adalora_ranks"
+_WARMUP_SHARE, _FINAL_SHARE = 0.1, 0.5
+_ADALORA_OPTIONS = (
+    *("r", "init_r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules"),
+    *("tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"),
+)
+
+
+class RankSchedule:
+    """Lets AdaLoRA take ranks away while a model trains: PEFT's `update_and_allocate` after each step of the optimizer.
+
+    The ranks stay at `init_r` for the first `tinit` steps, fall along a cubic to `r` on average, and stay for the last
+    `tfinal` steps. Where the configuration names neither, these are a tenth and a half of all steps, as in most of
+    the paper's runs. The allocator's state is part of the optimizer's, so that a resumed run continues with it.
+
+    Args:
+        model: With an AdaLoRA adapter.
+        total_steps: Steps of the optimizer in the whole run.
+
+    Attributes:
+        step: Steps taken.
+
+    Raises:
+        TypeError: The model has another adapter, or none.
+    """
+
+    def __init__(self, model: nn.Module, total_steps: int) -> None:
+        if not is_adalora(model):
+            raise TypeError(f"ranks are scheduled for AdaLoRA adapters, got {type(model).__name__}")
+        self.tuner: AdaLoraModel = model.base_model  # type: ignore[assignment]
+        self.config: AdaLoraConfig = self.tuner.peft_config[self.tuner.trainable_adapter_name]  # type: ignore[assignment]
+        self.step = 0
+        if self.config.tinit == 0 and self.config.tfinal == 0:
+            self.config.tinit = min(round(_WARMUP_SHARE * total_steps), total_steps - 1)
+            self.config.tfinal = min(max(1, round(_FINAL_SHARE * total_steps)), total_steps - 1 - self.config.tinit)
+        self.config.total_step = total_steps
+        if self.config.tinit + self.config.tfinal >= total_steps:
+            raise ValueError(
+                f"tinit + tfinal must be less than the {total_steps} steps of the run, got {self.config.tinit} + "
+                f"{self.config.tfinal}; train longer or lower them"
+            )
+
+    def attach(self, optimizer: Optimizer) -> Self:
+        """Follow an optimizer, wrapped by Accelerate or not; its `state_dict` carries the allocator's from now on."""
+        while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+            optimizer = inner
+        optimizer.register_step_post_hook(self._after_step)
+        optimizer.register_state_dict_post_hook(self._save_into)
+        optimizer.register_load_state_dict_post_hook(self._load_from)
+        self._load_from(optimizer)
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs."""
+        allocator = self.tuner.rankallocator
+        return {
+            "step": self.step,
+            "rank_pattern": self.config.rank_pattern,
+            "sensitivity": dict(allocator.exp_avg_ipt),
+            "uncertainty": dict(allocator.exp_avg_unc),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        allocator = self.tuner.rankallocator
+        self.step = state["step"]
+        self.config.rank_pattern = state["rank_pattern"]
+        devices = {name: parameter.device for name, parameter in self.tuner.model.named_parameters()}
+        allocator.exp_avg_ipt = {name: value.to(devices[name]) for name, value in state["sensitivity"].items()}
+        allocator.exp_avg_unc = {name: value.to(devices[name]) for name, value in state["uncertainty"].items()}
+        allocator.ipt = {name: torch.zeros_like(value) for name, value in allocator.exp_avg_ipt.items()}
+
+    def _after_step(self, *_: Any) -> None:
+        self.tuner.update_and_allocate(self.step)
+        self.step += 1
+
+    def _save_into(self, _: Optimizer, state_dict: dict[str, Any]) -> None:
+        state_dict["param_groups"][0][_STATE_KEY] = self.state_dict()
+
+    def _load_from(self, optimizer: Optimizer) -> None:
+        state = optimizer.param_groups[0].pop(_STATE_KEY, None)
+        if state is not None:
+            self.load_state_dict(state)
+
+
+def is_adalora(model: nn.Module) -> bool:
+    """Whether the model's adapter is PEFT's AdaLoRA."""
+    return isinstance(model, PeftModel) and isinstance(model.base_model, AdaLoraModel)
+
+
+@contextmanager
+def all_ranks(config: PeftConfig) -> Iterator[None]:
+    """Let PEFT save AdaLoRA's factors whole, those of no rank as zeros, so that they fit the model they came from."""
+    pattern = getattr(config, "rank_pattern", None)
+    if isinstance(config, AdaLoraConfig):
+        config.rank_pattern = None
+    try:
+        yield
+    finally:
+        if isinstance(config, AdaLoraConfig):
+            config.rank_pattern = pattern
+
+
+def orthogonality(model: nn.Module) -> Tensor:
+    """How far AdaLoRA's factors are from orthogonal, weighted as configured: part of its training loss.
+
+    orth_reg_weight · mean over all factors of ‖P Pᵀ − I‖_F   (Qᵀ Q for the factor of the output side)
+    """
+    tuner: AdaLoraModel = model.base_model  # type: ignore[assignment]
+    adapter = tuner.trainable_adapter_name
+    config: AdaLoraConfig = tuner.peft_config[adapter]  # type: ignore[assignment]
+    norms = []
+    for name, parameter in tuner.model.named_parameters():
+        if name.endswith((f"lora_A.{adapter}", f"lora_B.{adapter}")):
+            gram = parameter @ parameter.T if "lora_A" in name else parameter.T @ parameter
+            norms.append(torch.linalg.matrix_norm(gram - torch.eye(len(gram), device=gram.device, dtype=gram.dtype)))
+    return config.orth_reg_weight * torch.stack(norms).mean()
+
+
+def _adalora_config(head: str, options: Options) -> PeftConfig:
+    """W = W0 + (lora_alpha / rank) B diag(E) A; `r` is the rank at the end, on average, `init_r` = 1.5 r at first."""
+    r = options.get("r", 8)
+    values = {key: value for key, value in options.items() if key != "r"}
+    defaults = {"init_r": max(r + 1, round(1.5 * r)), "lora_alpha": r, "total_step": 1}
+    return AdaLoraConfig(modules_to_save=[head], target_r=r, **{**defaults, **values})
+
+
+ADALORA = peft_method(
+    "low-rank updates with ranks by competition",
+    "AdaLoRA, Zhang et al., arXiv 2303.10512; PEFT's implementation",
+    _adalora_config,
+    _ADALORA_OPTIONS,
+    suffix="r",
+    penalty=orthogonality,
+    schedule=RankSchedule,
+    defaults=_DECAYED,
+)
+
+
+def _of_peft(
+    summary: str,
+    source: str,
+    kind: type[PeftConfig],
+    defaults: Mapping[str, Any],
+    suffix: str | None = None,
+    **own: Any,
+) -> Method:
+    """A row for a configuration class of PEFT; `own` are values that differ from its defaults, and `targets`."""
+    targets = own.pop("targets", adaptable_layers)
+
+    def config(head: str, options: Options) -> PeftConfig:
+        with without_harmless_warnings():
+            return kind(modules_to_save=[head], **{**own, **options})  # type: ignore[call-arg]
+
+    source = f"{source}; PEFT's implementation"
+    return peft_method(summary, source, config, own_fields(kind), suffix=suffix, targets=targets, defaults=defaults)
+
+
+def layer_norms(model: nn.Module, head: str) -> str:
+    """A regular expression for the names of the layer normalizations outside of the head.
+
+    As plain names they would match too much: `norm` is also how `blocks.0.attn.norm` ends.
+
+    Raises:
+        ValueError: There is none.
+    """
+    found = [
+        name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm) and not is_inside(name, head)
+    ]
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no LayerNorm outside of its head {head!r}")
+    return "|".join(re.escape(name) for name in found)
+
+
+_UNDECAYED: dict[str, Any] = {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 0.0}
+CATALOG: dict[str, Method] = {
+    "shira": _of_peft(
+        "a random choice of weights, r (m + n) of each m x n matrix",
+        "SHiRA, Bhardwaj et al., arXiv 2406.13175",
+        peft.ShiraConfig,
+        {**_UNDECAYED, "r": 8},
+        "r",
+        r=8,
+        random_seed=0,
+    ),
+    "supertuning": _of_peft(
+        "the weights of largest magnitude",
+        "Super-Tuning, arXiv 2607.09287",
+        peft.SupertuningConfig,
+        _UNDECAYED,
+    ),
+    "fourierft": _of_peft(
+        "coefficients of a few frequencies of each update's two-dimensional Fourier transform",
+        "FourierFT, Gao et al., arXiv 2405.03003",
+        peft.FourierFTConfig,
+        {"lr": 1e-1, "head_lr": 1e-3, "weight_decay": 0.0},
+        "n_frequency",
+        n_frequency=3000,
+        scaling=300.0,
+    ),
+    "randlora": _of_peft(
+        "scales of random low-rank bases that add up to full rank",
+        "RandLoRA, Albert et al., arXiv 2502.00987",
+        peft.RandLoraConfig,
+        {**_UNDECAYED, "r": 32},
+        "r",
+        save_projection=False,
+    ),
+    "vera": _of_peft(
+        "two vectors a layer that scale shared random factors",
+        "VeRA, Kopiczko et al., arXiv 2310.11454",
+        peft.VeraConfig,
+        {"lr": 5e-3, "head_lr": 1e-3, "weight_decay": 0.0, "r": 256},
+        "r",
+        r=256,
+        save_projection=False,
+    ),
+    "loha": _of_peft(
+        "Hadamard products of two low-rank updates",
+        "FedPara / LoHa, Hyeon-Woo et al., arXiv 2108.06098",
+        peft.LoHaConfig,
+        _DECAYED,
+        "r",
+    ),
+    "lokr": _of_peft(
+        "Kronecker products",
+        "LoKr, Yeh et al., arXiv 2309.14859",
+        peft.LoKrConfig,
+        _DECAYED,
+        "r",
+    ),
+    "boft": _of_peft(
+        "orthogonal factors in butterfly form",
+        "BOFT, Liu et al., arXiv 2311.06243",
+        peft.BOFTConfig,
+        _UNDECAYED,
+        "boft_block_size",
+    ),
+    "hra": _of_peft(
+        "chains of Householder reflections",
+        "HRA, Yuan et al., arXiv 2405.17484",
+        peft.HRAConfig,
+        {**_UNDECAYED, "r": 8},
+        "r",
+    ),
+    "delora": _of_peft(
+        "low-rank updates of a learned norm",
+        "DeLoRA, Bini et al., arXiv 2503.18225",
+        peft.DeloraConfig,
+        {**_UNDECAYED, "r": 8},
+        "r",
+    ),
+    "ln_tuning": _of_peft(
+        "weights and biases of the layer normalizations",
+        "LN tuning, Zhao et al., arXiv 2312.11420",
+        peft.LNTuningConfig,
+        _UNDECAYED,
+        targets=layer_norms,
+    ),
+}
+"""Configurations of PEFT and nothing else, by name."""

@@ -1,0 +1,304 @@
+"""Saving the trained parameters of a method, and loading them onto a fresh backbone."""
+
+import copy
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from snella.compat.sparse_file import tensors_digest
+from snella_app.files import write_bytes
+from snella_app.methods.method import MethodSpec
+from snella_app.methods.model_parts import AdapterFileError
+from snella_app.methods.peft_methods import all_ranks, inject, without_harmless_warnings
+from snella_app.methods.registry import METHODS, parse_method, restore_method, spec_of
+from snella_app.text import listed
+
+METHOD_FILE = "method.json"
+TENSOR_FILE = "trainable.safetensors"
+REMEDY = "copy the adapter again, or train again with `--overwrite`"
+"""What to do about an adapter that is damaged or incomplete; `snella inspect` says the same."""
+_TENSORS_DIGEST, _SETTINGS_DIGEST = "sha256", "settings_sha256"
+_MAX_HEADER_BYTES = 100_000_000
+_SHOWN = 3
+
+_logger = logging.getLogger(__name__)
+
+
+def save_trained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Write what was trained, and nothing of the backbone.
+
+    PEFT models become a PEFT adapter (`adapter_config.json`, `adapter_model.safetensors`), others
+    `trainable.safetensors` and `method.json`. Each file is written under a temporary name and renamed; the tensors come
+    last, with the SHA-256 digests of their values and of the settings beside them in the file's metadata.
+
+    Args:
+        model: From `build_method` or `load_trained`.
+        folder: Created if it is not there.
+    """
+    target = Path(folder)
+    spec = spec_of(model)
+    target.mkdir(parents=True, exist_ok=True)
+    tensors, file = _trained_tensors(model)
+    if isinstance(model, PeftModel):
+        config = copy.copy(model.peft_config["default"])
+        config.inference_mode = True
+        with all_ranks(config):
+            settings = _plain(config.to_dict())
+        write_bytes(target / CONFIG_NAME, json.dumps(settings, indent=2, sort_keys=True).encode())
+    described = {"format": 1, "method": spec.name, "options": _plain(spec.options), "head": spec.head}
+    write_bytes(target / METHOD_FILE, json.dumps(described, indent=2).encode() + b"\n")
+    write_bytes(target / file, _as_safetensors(tensors, _settings_digest(target)))
+
+
+def load_trained(folder: str | os.PathLike[str], backbone: nn.Module) -> nn.Module:
+    """Put a saved adapter onto a backbone.
+
+    Args:
+        folder: As written by `save_trained`, or any PEFT adapter.
+        backbone: The model it was trained on, with a head of as many classes; changed in place.
+
+    Returns:
+        The model in evaluation mode, with outputs equal bit for bit to those of the saved one.
+
+    Raises:
+        FileNotFoundError: The folder holds no adapter.
+        AdapterFileError: The file is damaged or altered, belongs to another model, or holds values that are not finite;
+            names the tensor.
+    """
+    source = Path(folder)
+    if (source / CONFIG_NAME).is_file():
+        model = _rebuild_adapter(source, backbone)
+    elif (source / METHOD_FILE).is_file():
+        described = _read_settings(source / METHOD_FILE)
+        read_header(source / TENSOR_FILE)
+        tensors = _read_tensors(source / TENSOR_FILE)
+        model = restore_method(described["method"], backbone, tensors, head=described["head"], **described["options"])
+    else:
+        raise FileNotFoundError(
+            f"{source} holds no adapter: neither {CONFIG_NAME} nor {METHOD_FILE} is there; {REMEDY}"
+        )
+    load_trained_into(model, source)
+    return model.eval()
+
+
+def load_trained_into(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Load saved values into a model that `build_method` made in the same way.
+
+    Raises:
+        FileNotFoundError: The folder holds no tensors.
+        AdapterFileError: The file is damaged or altered, belongs to another model, or holds values that are not finite;
+            names the tensor, and leaves the model as it was.
+    """
+    own, file = _trained_tensors(model)
+    path = Path(folder) / file
+    check_fits(path, read_header(path), {name: list(tensor.shape) for name, tensor in own.items()})
+    tensors = _read_tensors(path)
+    _check_finite(path, tensors, own)
+    if isinstance(model, PeftModel):
+        with all_ranks(model.peft_config["default"]), without_harmless_warnings():
+            set_peft_model_state_dict(model, tensors)
+        return
+    for name, value in tensors.items():
+        own[name].data.copy_(value)
+
+
+def _rebuild_adapter(folder: Path, backbone: nn.Module) -> nn.Module:
+    """The adapter of `folder` around `backbone`, values still to be loaded."""
+    _read_settings(folder / CONFIG_NAME)
+    with without_harmless_warnings():
+        config = PeftConfig.from_pretrained(str(folder))
+    config.inference_mode = False
+    model = inject(backbone, config)
+    method = folder / METHOD_FILE
+    described: dict[str, Any] = _read_settings(method) if method.is_file() else {}
+    name = described.get("method", str(getattr(config.peft_type, "value", config.peft_type)).lower())
+    family = parse_method(name)[0] if "method" in described else (name if name in METHODS else "")
+    model.snella_method = MethodSpec(name, described.get("options", {}), described.get("head", "head"), family)  # type: ignore[assignment]
+    return model
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of an adapter."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise AdapterFileError(f"{path} is damaged: {error}; {REMEDY}") from None
+    if not isinstance(values, dict):
+        raise AdapterFileError(f"{path} is damaged: it must hold a mapping, got {values!r:.60}; {REMEDY}")
+    return values
+
+
+def _trained_tensors(model: nn.Module) -> tuple[dict[str, Tensor], str]:
+    """What is saved of a model by name, and the name of the file.
+
+    Of a PEFT model, what PEFT saves; of others, trained parameters, buffers that say where they belong, and with full
+    fine-tuning all buffers (statistics).
+    """
+    if isinstance(model, PeftModel):
+        with all_ranks(model.peft_config["default"]):
+            return dict(get_peft_model_state_dict(model)), SAFETENSORS_WEIGHTS_NAME
+    tensors: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for name, module in model.named_modules():
+        for buffer in getattr(module, "saved_buffers", ()):
+            tensors[f"{name}.{buffer}" if name else buffer] = module.get_buffer(buffer)
+    if spec_of(model).family == "full":
+        kept = model.state_dict().keys()
+        tensors.update((name, buffer) for name, buffer in model.named_buffers() if name in kept)
+    return tensors, TENSOR_FILE
+
+
+def _check_finite(path: Path, tensors: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    """Refuse infinite values and NaN, but where the model itself has them (a buffer that masks with minus infinity)."""
+    for name, value in tensors.items():
+        wrong = ~torch.isfinite(value)
+        if wrong.any() and (wrong & torch.isfinite(own[name].detach().cpu())).any():
+            raise AdapterFileError(
+                f"{path} is damaged: {name!r} holds {int(wrong.sum())} values that are not finite, of "
+                f"{value.numel()}; {REMEDY}"
+            )
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file whose header was checked, compared with the digests in its metadata."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise AdapterFileError(f"{path} is damaged: {error}; {REMEDY}") from None
+    if _TENSORS_DIGEST not in metadata:
+        _logger.warning("note: %s names no SHA-256 digest; whether it is as it was written is not known", path)
+        return tensors
+    if metadata[_TENSORS_DIGEST] != tensors_digest(tensors):
+        raise AdapterFileError(
+            f"{path} is damaged: its values were altered after they were written (SHA-256 is another); {REMEDY}"
+        )
+    if metadata.get(_SETTINGS_DIGEST) != _settings_digest(path.parent):
+        raise AdapterFileError(
+            f"{_settings_file(path.parent)} is damaged: it is not what the adapter was saved with (SHA-256 is another)"
+            f"; {REMEDY}"
+        )
+    return tensors
+
+
+def _settings_file(folder: Path) -> Path:
+    """The file that says what the tensors beside it are."""
+    path = folder / CONFIG_NAME
+    return path if path.is_file() else folder / METHOD_FILE
+
+
+def _settings_digest(folder: Path) -> str:
+    """SHA-256 of the settings beside the tensors; empty where there are none."""
+    path = _settings_file(folder)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
+def _as_safetensors(tensors: dict[str, Tensor], settings_digest: str) -> bytes:
+    """The bytes of a safetensors file (`save_file` itself would hide the errno of a full disk)."""
+    seen: set[int] = set()
+    values = {}
+    for name, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        pointer = value.untyped_storage().data_ptr()
+        # the format has no tensors that share memory
+        values[name] = value.clone() if pointer in seen else value
+        seen.add(pointer)
+    metadata = {"format": "pt", _TENSORS_DIGEST: tensors_digest(values), _SETTINGS_DIGEST: settings_digest}
+    return _in_order(save(values, metadata))
+
+
+def _in_order(content: bytes) -> bytes:
+    """The same file with its metadata sorted; safetensors writes them in a random order, so that equal runs differ."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[end:]
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON knows it: sets become sorted lists, enums their values."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(_plain(v) for v in value)
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return getattr(value, "value", value)
+
+
+def read_header(path: Path) -> dict[str, list[int]]:
+    """Names and shapes of the tensors in an adapter's safetensors file, without reading them.
+
+    Raises:
+        FileNotFoundError: No such file.
+        AdapterFileError: The file is cut off (says which tensors are incomplete) or is not a safetensors file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no adapter file {path}; {REMEDY}")
+
+    def damaged(problem: str) -> AdapterFileError:
+        return AdapterFileError(f"{path} is damaged: {problem}; {REMEDY}")
+
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            raise damaged(f"a safetensors header of {length} bytes cannot be in a file of {size} bytes")
+        try:
+            header: dict[str, Any] = json.loads(file.read(length))
+            tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            ends = {name: 8 + length + int(entry["data_offsets"][1]) for name, entry in tensors.items()}
+            shapes = {name: [int(n) for n in entry["shape"]] for name, entry in tensors.items()}
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise damaged(f"its safetensors header is unreadable ({error})") from None
+    cut = [name for name, end in ends.items() if end > size]
+    if cut:
+        raise damaged(f"cut off at {size} of {max(ends.values())} bytes, so {_some(cut)} is incomplete")
+    if max(ends.values(), default=8 + length) != size:
+        raise damaged(f"{size} bytes, its header describes {max(ends.values(), default=8 + length)}")
+    return shapes
+
+
+def check_fits(path: Path, found: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:
+    """Compare the tensors of a file with those that the model needs.
+
+    Args:
+        path: The file, for the message.
+        found: Shapes in the file, as `read_header` gives them.
+        wanted: Shapes that the model needs.
+
+    Raises:
+        AdapterFileError: A shape differs, a tensor is missing, or one is left over; all three are reported together.
+    """
+    errors = [
+        f"{name!r} is {found[name]} in the file and {shape} in the model"
+        for name, shape in wanted.items()
+        if name in found and found[name] != shape
+    ]
+    if len(errors) > _SHOWN:
+        errors = [*errors[:_SHOWN], f"{len(errors) - _SHOWN} more tensors differ in shape"]
+    missing = [name for name in wanted if name not in found]
+    extra = [name for name in found if name not in wanted]
+    if missing:
+        errors.append(f"the file lacks {_some(missing)}")
+    if extra:
+        errors.append(f"the model lacks {_some(extra)}")
+    if errors:
+        raise AdapterFileError(f"{path} belongs to another model: {'; '.join(errors)}")
+
+
+def _some(names: list[str]) -> str:
+    """The first names, and how many there are besides."""
+    return listed(map(repr, names), _SHOWN)

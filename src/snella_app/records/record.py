@@ -1,0 +1,269 @@
+"""`Record`, and the only way between it and its file: `write` and `read`.
+
+A field is a key of the file; one with a default may be missing there, or null. Keys that no field names are passed
+over.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from snella_app.files import is_intact, sealed, write_json
+from snella_app.text import nearest
+
+FORMAT = 1
+"""The run-folder format that this version of snella writes and reads."""
+
+T = TypeVar("T")
+R = TypeVar("R", bound="Record")
+
+
+class Record:
+    """Base of the dataclasses that are a whole file.
+
+    Attributes:
+        file: Its name in the folder of a run.
+        is_sealed: Whether it carries the SHA-256 of its other entries.
+    """
+
+    file: ClassVar[str]
+    is_sealed: ClassVar[bool] = False
+
+    @classmethod
+    def decoded(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The entries of a file under the names of the fields."""
+        return values
+
+    def encoded(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The values of the fields under the names of the file."""
+        return values
+
+    def check_folder(self, folder: Path) -> None:
+        """Refuse a folder whose other files are not what this one says, with a ValueError."""
+
+
+OPTIONAL = {"is_optional": True}
+"""Marks a field that is not written while it has its default."""
+
+
+def plain(value: Any) -> Any:
+    """A record, or what stands in one, as plain values for JSON, which lacks NaN: null stands for it."""
+    if is_dataclass(value) and not isinstance(value, type):
+        values = {
+            f.name: plain(getattr(value, f.name))
+            for f in fields(value)
+            if not (f.metadata.get("is_optional") and _is_same(getattr(value, f.name), f.default))
+        }
+        return value.encoded(values) if isinstance(value, Record) else values
+    if isinstance(value, Mapping):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write(record: Record, folder: str | Path) -> Path:
+    """Write a record into the folder of a run, atomically; the file."""
+    file = Path(folder) / record.file
+    values = plain(record)
+    write_json(file, sealed(values) if record.is_sealed else values)
+    return file
+
+
+def read(kind: type[R], folder: str | Path) -> R:
+    """Read a record from the folder of a run.
+
+    Args:
+        kind: Class of the record.
+        folder: Of the run.
+
+    Raises:
+        FileNotFoundError: The folder holds no such file.
+        ValueError: The file is damaged or of an unknown format, a field is missing or of another type, or what the file
+            says of the folder is not so.
+    """
+    file = Path(folder) / kind.file
+    record = record_from(kind, kind.decoded(read_object(file)), file)
+    record.check_folder(Path(folder))
+    return record
+
+
+def read_if_present(kind: type[R], folder: str | Path) -> R | None:
+    """Read a record as `read` does; None where the run has no such file."""
+    return read(kind, folder) if (Path(folder) / kind.file).exists() else None
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """Read a JSON file that holds one object, and check its seal and its format number.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not JSON, not an object, altered, or of a format that this version does not know.
+    """
+    if not file.is_file():
+        folder, hint = file.parent, _hint(file)
+        if (folder / "run.json").is_file():
+            state = "the run has not written it yet, or the file was removed"
+        elif folder.is_dir():
+            state, hint = "this is not the folder of a run", "give the folder that `snella train --out` wrote"
+        else:
+            state, hint = "there is no such folder", "give the folder that `snella train --out` wrote"
+        raise FileNotFoundError(f"no file {file}: {state}; {hint}")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is damaged: byte {error.start} is not UTF-8; {_hint(file)}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{file} is damaged: {error.msg} in line {error.lineno}, column {error.colno}; {_hint(file)}"
+        ) from error
+    except RecursionError:
+        raise ValueError(f"{file} is damaged: it is nested too deeply; {_hint(file)}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: the file must hold a mapping, got {_shown(values)}; {_hint(file)}")
+    if not is_intact(values):
+        raise ValueError(f"{file} was altered after it was written: its SHA-256 is another; {_hint(file)}")
+    if values.get("format", FORMAT) != FORMAT:
+        raise ValueError(
+            f"{file} has format {values['format']!r}, this version of snella reads format {FORMAT}; "
+            "install the version that wrote it (named under 'versions' in run.json)"
+        )
+    return values
+
+
+def record_from(kind: type[T], values: Any, file: Path | None = None, where: str = "") -> T:
+    """Make a dataclass of plain values, each checked against the type of its field.
+
+    Args:
+        kind: The dataclass.
+        values: A mapping; keys that no field names are passed over.
+        file: Where the values come from, for messages.
+        where: Path of the mapping inside the file, such as `history[3]`.
+
+    Raises:
+        ValueError: No mapping, a field that is missing or of another type, or what the dataclass itself refuses.
+    """
+    if not isinstance(values, Mapping):
+        raise _error(file, f"{_quoted(where)} must be a mapping, got {_shown(values)}")
+    hints = _hints(kind)  # type: ignore[arg-type]
+    arguments = {}
+    for f in fields(kind):  # type: ignore[arg-type]
+        value, path = values.get(f.name), f"{where}.{f.name}" if where else f.name
+        has_default = f.default is not MISSING or f.default_factory is not MISSING
+        if value is None and has_default and not (f.name in values and _accepts_none(hints[f.name])):
+            continue
+        if value is None and not _accepts_none(hints[f.name]):
+            near = nearest(f.name, map(str, values), form=" (nearest: '{}')")
+            raise _error(file, f"{_quoted(path)} is missing{near}")
+        arguments[f.name] = _converted(hints[f.name], value, file, path)
+    try:
+        return kind(**arguments)
+    except ValueError as error:
+        raise _error(file, f"{where}: {error}" if where else str(error)) from None
+
+
+def _converted(kind: Any, value: Any, file: Path | None, where: str) -> Any:
+    """A value of a file as a field of some type holds it."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (Union, UnionType):
+        options = [option for option in inner if option is not NoneType]
+        if value is None and len(options) < len(inner):
+            return None
+        return _converted(_fitting(options, value), value, file, where)
+    if is_dataclass(kind):
+        return record_from(kind, value, file, where)  # type: ignore[arg-type]
+    if origin is Literal:
+        if value not in inner:
+            raise _error(file, f"{_quoted(where)} must be one of {', '.join(map(repr, inner))}, got {value!r}")
+        return value
+    if origin in (list, tuple):
+        items = _checked(list, value, file, where)
+        made = [_converted(inner[0], item, file, f"{where}[{i}]") for i, item in enumerate(items)]
+        return tuple(made) if origin is tuple else made
+    if origin is dict:
+        entries = _checked(dict, value, file, where)
+        return {str(key): _converted(inner[1], item, file, f"{where}.{key}") for key, item in entries.items()}
+    if kind is float and value is None:
+        return math.nan  # among others of a list or mapping; JSON has no other word for it
+    return _checked(kind, value, file, where)
+
+
+_NAMES: dict[type, str] = {
+    str: "a string",
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    list: "a list",
+    dict: "a mapping",
+}
+
+
+def _checked(kind: type, value: Any, file: Path | None, where: str) -> Any:
+    """A value that must be of a plain type; an integer passes as a float."""
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise _error(file, f"{_quoted(where)} must be {_NAMES[kind]}, got {_shown(value)}")
+    return value
+
+
+def _fitting(options: list[Any], value: Any) -> Any:
+    """Of several types the one whose required fields a value has most of; the first of equals."""
+
+    def count(option: Any) -> int:
+        if not is_dataclass(option) or not isinstance(value, Mapping):
+            return 0
+        return sum(f.name in value for f in fields(option) if f.default is MISSING and f.default_factory is MISSING)
+
+    return max(options, key=count)
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    """The types of a dataclass's fields."""
+    return get_type_hints(kind)
+
+
+def _accepts_none(kind: Any) -> bool:
+    """Whether a field of this type may be None."""
+    return kind is Any or NoneType in get_args(kind)
+
+
+def _is_same(value: Any, default: Any) -> bool:
+    """Whether a field has its default, which may be NaN."""
+    both = (value, default)
+    return value is default or value == default or all(isinstance(v, float) and math.isnan(v) for v in both)
+
+
+def _quoted(where: str) -> str:
+    """A place in a file."""
+    return f"'{where}'" if where else "the file"
+
+
+def _error(file: Path | None, message: str) -> ValueError:
+    """What is wrong with a file, and what to do about it."""
+    return ValueError(message if file is None else f"{file}: {message}; {_hint(file)}")
+
+
+def _hint(file: Path) -> str:
+    """What to do about a file that cannot be used."""
+    if file.name == "comparison.json":
+        return f"run `snella compare` again or delete {file.name}"
+    if file.name == "run.json":
+        return "copy the file again, or train again with `--overwrite`"
+    return f"resume with `snella train --resume --out {file.parent}`, or train again with `--overwrite`"
+
+
+def _shown(value: Any) -> str:
+    """A value with its type, short enough for a message."""
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

@@ -1,0 +1,23 @@
+"""Figures, tables and the HTML report of a run, from the files of its folder.
+
+The names are imported when they are first used: a prediction does not wait for matplotlib.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from snella_app.report.card import model_card
+    from snella_app.report.inspect import inspect_run, inspect_summary
+    from snella_app.report.report import write_report
+
+_HOMES = {"inspect_run": "inspect", "inspect_summary": "inspect", "model_card": "card", "write_report": "report"}
+
+__all__ = ["inspect_run", "inspect_summary", "model_card", "write_report"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module of a public name on first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

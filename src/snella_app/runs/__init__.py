@@ -1,0 +1,30 @@
+"""Runs: their folder, and what is done with a trained one: evaluate, predict, merge, export, serve.
+
+The names are imported when they are first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from snella_app.runs.folder import RunFolder
+    from snella_app.runs.merge import load_merged
+    from snella_app.runs.model import LoadedRun, load_run
+    from snella_app.runs.task_bank import TaskBank
+
+_HOMES = {
+    "LoadedRun": "model",
+    "RunFolder": "folder",
+    "TaskBank": "task_bank",
+    "load_merged": "merge",
+    "load_run": "model",
+}
+
+__all__ = ["LoadedRun", "RunFolder", "TaskBank", "load_merged", "load_run"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module of a public name on first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,273 @@
+"""`explain`: heat maps of what predictions depend on, and the training images that are most like an image."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from snella_app.data import ImageDataset
+from snella_app.files import made_folder, write_bytes, write_text
+from snella_app.records import Predictions, read
+from snella_app.report.examples import attention_rollout, choose_examples, heat_maps, overlay_heat, picture_uri
+from snella_app.runs.evaluate import redraw_report
+from snella_app.runs.images import check_splits, find_data, load_splits, parts_of
+from snella_app.runs.predict import Predictor, load
+from snella_app.runs.prediction_files import expand_for
+from snella_app.text import percent_text
+
+__all__ = ["HEAT_MAPS", "Explained", "HeatMap", "explain", "explain_validation", "nearest_images"]
+
+HeatMap = Literal["gradcam", "rollout"]
+"""How heat maps are made: gradient times activation for a class, or attention roll-out of a ViT for none."""
+HEAT_MAPS = "heat_maps"
+"""Folder of a run with the heat maps of its report, `INDEX.png`."""
+_SHOWN = 12
+_MOST_NEIGHBORS_FROM = 2_000
+_LONGEST = 320
+
+
+@dataclass(frozen=True)
+class Explained:
+    """What `explain` wrote: the page, how many images are on it, and what a user should know."""
+
+    page: Path
+    count: int
+    notes: list[str] = field(default_factory=list)
+
+
+def explain(
+    run: str | Path,
+    images: Any,
+    out: str | Path,
+    *,
+    by: HeatMap = "gradcam",
+    of: str | None = None,
+    neighbors: int = 3,
+    overwrite: bool = False,
+    batch_size: int = 16,
+    columns: str | None = None,
+    skip_corrupt: bool = False,
+    device: str = "auto",
+) -> Explained:
+    """Write a heat map of each image, `OUT/0001-NAME.png`, and `OUT/index.html` with all of them.
+
+    Args:
+        run: Folder of a classification run.
+        images: As `snella_app.runs.image_inputs.expand` takes them.
+        out: Folder; created.
+        by: gradcam (gradient times activation), or rollout (attention of a ViT, the same for all classes).
+        of: Class that the heat maps speak for; that of each prediction if None.
+        neighbors: Nearest training images of each image, by the cosine of their features; 0 for none. Of more than
+            2,000 training images so many are compared, evenly spread.
+        overwrite: Write into a folder that holds files.
+        batch_size: Images at a time.
+        columns: As for `expand`.
+        skip_corrupt: Leave out images that cannot be read.
+        device: auto, or a device of torch such as cpu, cuda:1 or mps.
+
+    Raises:
+        FileExistsError: The folder holds files.
+        FileNotFoundError: No such run or image; near names are given.
+        ValueError: Another task, a class that the run has not, an image that cannot be read.
+        ImportError: Captum is not installed.
+    """
+    folder = Path(out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
+        raise FileExistsError(
+            f"out={out} holds files; choose another folder, or write into it with --overwrite (overwrite=True)"
+        )
+    _check_map(by)
+    if by == "rollout" and of is not None:
+        raise ValueError(f"of is for heat maps of a class, got {of!r} with rollout, which is of none; leave one out")
+    if neighbors < 0:
+        raise ValueError(f"neighbors must be at least 0, got {neighbors}")
+    files = expand_for(run, images, columns, skip_corrupt)
+    model = load(run, device, batch_size=batch_size)
+    _check_task(model)
+    if of is not None and of not in model.classes:
+        raise ValueError(f"of must be one of the run's classes, {', '.join(model.classes)}, got {of!r}")
+    notes: list[str] = []
+    rows: list[np.ndarray] = []
+    wants = neighbors > 0
+    predictions = list(
+        model.each(
+            files,
+            skip_corrupt=skip_corrupt,
+            on_skipped=lambda path, reason: notes.append(f"left out {str(path)!r} ({reason})"),
+            on_features=rows.append if wants else None,
+        )
+    )
+    near = _neighbors(model, rows, neighbors, notes) if wants and rows else [[] for _ in predictions]
+    with made_folder(folder):
+        entries = []
+        for start in range(0, len(predictions), batch_size):
+            part = predictions[start : start + batch_size]
+            targets = [of or p.label for p in part]
+            for offset, (prediction, target, heat) in enumerate(
+                zip(part, targets, _overlays(model, [p.path for p in part], targets, by), strict=True)
+            ):
+                number = start + offset
+                name = f"{number + 1:04}-{prediction.path.stem}.png"
+                write_bytes(folder / name, _png(heat[1], by))
+                entries.append(
+                    {
+                        "name": str(prediction.path),
+                        "file": name,
+                        "text": ", ".join(f"{c} {percent_text(p)}" for c, p in prediction.ranking[:3]),
+                        "target": f"for {target}" if by == "gradcam" else "of attention, for any class",
+                        "image": _shown(heat[0]),
+                        "heat": _shown(heat[1]),
+                        "near": near[number],
+                    }
+                )
+        write_text(folder / "index.html", _page(model, entries, of, by))
+    return Explained(folder / "index.html", len(entries), notes)
+
+
+def explain_validation(run: str | Path, *, by: HeatMap = "gradcam", batch_size: int = 16, device: str = "auto") -> Path:
+    """Write heat maps of the most confident mistakes and of some right images into the run, and redraw its report.
+
+    Args:
+        run: Folder of a finished classification run; its validation images have to be where they were.
+        by: As for `explain`.
+        batch_size: Images at a time.
+        device: auto, or a device of torch such as cpu, cuda:1 or mps.
+
+    Returns:
+        The report.
+
+    Raises:
+        FileNotFoundError: Not the folder of a run, or its images are not there any more.
+        ValueError: Another task, or the images have changed.
+        ImportError: Captum is not installed.
+    """
+    _check_map(by)
+    model = load(run, device, batch_size=batch_size)
+    _check_task(model)
+    predictions = read(Predictions, run)
+    split = parts_of(_own_splits(model))[predictions.split]
+    wrong, right = choose_examples(predictions.items, _SHOWN)
+    items = [*wrong, *right]
+    folder = Path(run) / HEAT_MAPS
+    folder.mkdir(exist_ok=True)
+    for old in folder.glob("*.png"):
+        old.unlink()
+    for start in range(0, len(items), batch_size):
+        part = items[start : start + batch_size]
+        images = [split.image(item.index) for item in part]
+        classes = [model.classes[item.predicted] for item in part]
+        for item, (_, heat) in zip(part, _overlays(model, images, classes, by), strict=True):
+            heat.thumbnail((_LONGEST, _LONGEST))
+            write_bytes(folder / f"{item.index}.png", _png(heat, by))
+    return redraw_report(run)
+
+
+def nearest_images(features: np.ndarray, others: np.ndarray, count: int) -> list[list[tuple[int, float]]]:
+    """For each row of `features` the rows of `others` with the highest cosine, the nearest first, with the cosine.
+
+    Args:
+        features: `[images, width]`.
+        others: `[others, width]`.
+        count: How many.
+    """
+    norms = (np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12) for rows in (features, others))
+    unit, unit_others = (rows / norm for rows, norm in zip((features, others), norms, strict=True))
+    cosines = unit @ unit_others.T
+    order = np.argsort(-cosines, axis=1, kind="stable")[:, :count]
+    return [[(int(place), float(cosines[row, place])) for place in places] for row, places in enumerate(order)]
+
+
+def _check_map(by: str) -> None:
+    """Refuse an unknown way of making heat maps."""
+    if by not in get_args(HeatMap):
+        raise ValueError(f"by must be one of {', '.join(get_args(HeatMap))}, got {by!r}")
+
+
+def _check_task(model: Predictor) -> None:
+    """Refuse tasks whose outputs are no classes of an image."""
+    if not model.loaded.task.has_one_class:
+        raise ValueError(f"run must be a classification for heat maps, got a run of {model.loaded.info.task!r}")
+
+
+def _own_splits(model: Predictor) -> Any:
+    """The splits of the run's own data, as they were."""
+    folder, stored = model.loaded.folder, model.loaded.info.data
+    config = folder.read_config()
+    config.data = find_data(folder.path, str(config.data), stored.folder)
+    splits = load_splits(config)
+    check_splits(folder.path, stored, splits, ())
+    return splits
+
+
+def _neighbors(
+    model: Predictor, rows: Sequence[np.ndarray], count: int, notes: list[str]
+) -> list[list[dict[str, Any]]]:
+    """Pictures of the nearest training images; none, and a note, where they cannot be read."""
+    try:
+        train: ImageDataset = _own_splits(model).train
+        step = max(1, -(-len(train) // _MOST_NEIGHBORS_FROM))
+        places = list(range(0, len(train), step))
+        size = model.batch_size
+        chunks = [places[start : start + size] for start in range(0, len(places), size)]
+        others = np.concatenate([model.features([train.image(place) for place in chunk]) for chunk in chunks])
+    except (OSError, ValueError) as error:
+        notes.append(f"no nearest training images: {error}")
+        return [[] for _ in rows]
+    if step > 1:
+        notes.append(f"nearest of {len(places):,} training images, every {step}th")
+    found = nearest_images(np.stack(rows), others, count)
+    return [
+        [
+            {
+                **_shown(train.image(places[place])),
+                "label": model.classes[train.labels[places[place]]],
+                "name": train.names[places[place]],
+                "cosine": f"{cosine:.2f}",
+            }
+            for place, cosine in near
+        ]
+        for near in found
+    ]
+
+
+def _overlays(
+    model: Predictor, images: Sequence[Path | Image.Image], classes: Sequence[str], by: HeatMap
+) -> list[tuple[Image.Image, Image.Image]]:
+    """What the model sees of each image, and the same under its heat map."""
+    tensors, targets = model.prepare(images), torch.tensor([model.classes.index(name) for name in classes])
+    network, tensors = model.loaded.network, tensors.to(model.device)
+    heat = heat_maps(network, tensors, targets) if by == "gradcam" else attention_rollout(network, tensors)
+    pictures = [model.picture(tensor) for tensor in tensors]
+    return [(picture, overlay_heat(picture, one)) for picture, one in zip(pictures, heat, strict=True)]
+
+
+def _shown(image: Image.Image) -> dict[str, Any]:
+    """A picture for the page."""
+    uri, width, height = picture_uri(image, _LONGEST)
+    return {"uri": uri, "width": width, "height": height}
+
+
+def _png(image: Image.Image, by: HeatMap) -> bytes:
+    """The bytes of a PNG file that says what kind of map it is."""
+    content, texts = io.BytesIO(), PngInfo()
+    texts.add_text("by", by)
+    image.save(content, "PNG", pnginfo=texts)
+    return content.getvalue()
+
+
+def _page(model: Predictor, entries: Sequence[dict[str, Any]], of: str | None, by: HeatMap) -> str:
+    """`index.html`."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    texts = resources.files("snella_app.report")
+    template = environment.from_string(texts.joinpath("explained.html.jinja").read_text(encoding="utf-8"))
+    style = texts.joinpath("report.css").read_text(encoding="utf-8")
+    return template.render(run=model.loaded.info, entries=entries, of=of, by=by, style=Markup(style))

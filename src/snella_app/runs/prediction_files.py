@@ -1,0 +1,256 @@
+"""Predictions on the terminal and in files: tables, masks, features, rows appended while a folder is watched."""
+
+import contextlib
+import csv
+import io
+import json
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from snella_app.console import counted, make_console, print_line, tracked
+from snella_app.data.folder import listed
+from snella_app.files import made_folder, naming_file, write_bytes
+from snella_app.runs.image_inputs import expand, new_files
+from snella_app.runs.model import unfinished_note
+from snella_app.runs.predict import check_order, columns_of, load, task_of_run
+from snella_app.tasks import Task
+from snella_app.tasks.predictions import TABLE_SUFFIXES
+from snella_app.text import utf8_text
+
+__all__ = ["expand_for", "parse_unsure", "predict_to_files", "write_features"]
+
+_FEATURE_SUFFIXES = (".npz", ".npy", ".parquet")
+
+
+def predict_to_files(
+    run: str,
+    images: Sequence[str],
+    *,
+    out: str | None = None,
+    overwrite: bool = False,
+    top_k: int | None = None,
+    features: str | None = None,
+    watch: bool = False,
+    tta: int | None = None,
+    unsure: str | None = None,
+    batch_size: int = 32,
+    columns: str | None = None,
+    skip_corrupt: bool = False,
+    device: str = "auto",
+) -> None:
+    """Predict images and print or write what is said about them: `snella predict`, whose help explains the arguments.
+
+    Watching always leaves out images that cannot be read, and predicts none again that `out` holds already.
+
+    Raises:
+        FileExistsError: An output exists.
+        FileNotFoundError: No such run or image; near names are given.
+        ValueError: Settings that contradict each other, an image that cannot be read, or an image before the run.
+        ImportError: Features in Parquet without pyarrow.
+    """
+    console, task = make_console(), task_of_run(run)
+    threshold = parse_unsure(unsure)
+    _check_features(features, watch, overwrite=overwrite)
+    folders = [Path(image) for image in images if Path(image).is_dir()]
+    suffix = "" if out is None or Path(out).is_dir() else Path(out).suffix.lower()
+    is_appended = watch and suffix in (".csv", ".jsonl")
+    if watch and suffix in TABLE_SUFFIXES and not is_appended:
+        raise ValueError(f"out must end with .csv or .jsonl with watch, which appends rows, got {out!r}")
+    if watch and not folders:
+        raise ValueError(f"watch needs a folder among the images, got {', '.join(images)}")
+    task.check_output(out, top_k, overwrite=overwrite or is_appended)
+    check_order(Path(run), list(images))
+    files: list[Path] = []
+    if not watch or len(folders) < len(images):
+        files = expand_for(
+            run, [image for image in images if not watch or Path(image) not in folders], columns, skip_corrupt
+        )
+    model = load(run, device, batch_size=batch_size)
+    skipped: list[str] = []
+    errors = make_console(sys.stderr)
+    if (about_status := unfinished_note(model.loaded)) is not None:
+        print_line(errors, f"note: {about_status}")
+    rows: list[np.ndarray] = []
+
+    def skip(path: Path, reason: str) -> None:
+        skipped.append(f"{str(path)!r} ({reason})")
+        if watch:  # which has no end to tell it at
+            print_line(errors, f"left out {skipped[-1]}")
+
+    def predicted(paths: Sequence[Path]) -> Iterator[Any]:
+        return model.each(
+            paths,
+            tta=tta,
+            unsure=threshold,
+            skip_corrupt=skip_corrupt or watch,
+            on_skipped=skip,
+            on_features=None if features is None else rows.append,
+        )
+
+    names: list[Path] = []
+    if watch:
+        found: Iterable[Any] = _watched(predicted, files, folders, out if is_appended else None)
+    else:
+        found = tracked(predicted(files), "predicting", len(files), None if out is None else errors)
+    shown = _noted(found, names)
+    with _until_interrupted() if watch else contextlib.nullcontext():
+        if out is None:
+            for prediction in shown:
+                print_line(console, f"{prediction.path}: {task.prediction_text(prediction, top_k)}")
+        elif is_appended:
+            _append_rows(shown, Path(out), task, top_k, console)
+        else:
+            task.write_predictions(shown, out, top_k, overwrite=overwrite)
+    if out is not None:
+        print_line(console, f"{counted(len(names), 'image')}: {out}")
+    if features is not None:
+        write_features(features, names, rows, overwrite=overwrite)
+        print_line(console, f"features of {counted(len(names), 'image')}: {features}")
+    if threshold == "auto" and model.check_settings(tta, threshold) is None:
+        print_line(
+            console, "no answer is marked as unsure: no threshold halves the errors on validation, or there are none"
+        )
+    if skipped and not watch:
+        print_line(errors, f"left out {counted(len(skipped), 'image')}: {listed(skipped)}")
+
+
+def expand_for(run: str | Path, images: Any, columns: str | None, keep_missing: bool = False) -> list[Path]:
+    """The files of `images`, after a check that the run is one; see `snella_app.runs.image_inputs.expand`."""
+    words = [images] if isinstance(images, str | Path) else list(images)
+    check_order(Path(run), words)
+    return expand(words, columns, columns_of(run), keep_missing=keep_missing)
+
+
+def write_features(
+    out: str | Path, names: Sequence[str | Path], features: Sequence[np.ndarray], *, overwrite: bool = False
+) -> Path:
+    """Write features with the names of their images.
+
+    Args:
+        out: `.npz` with the arrays `images` and `features`, `.npy` with `features` alone, or `.parquet` with these two
+            as columns.
+        names: One an image.
+        features: `[width]` each, float32.
+        overwrite: Replace an existing file.
+
+    Raises:
+        FileExistsError: The file exists.
+        ValueError: Another ending.
+        ImportError: Parquet without pyarrow.
+    """
+    _check_features(str(out), False, overwrite=overwrite)
+    path, texts, content = Path(out), [str(name) for name in names], io.BytesIO()
+    table = np.stack(features) if features else np.zeros((0, 0), np.float32)
+    if path.suffix == ".npz":
+        np.savez(content, images=np.array(texts, dtype=str), features=table)
+    elif path.suffix == ".npy":
+        np.save(content, table)
+    else:
+        import pyarrow
+        from pyarrow import parquet
+
+        named = {"images": [utf8_text(text) for text in texts], "features": list(table)}
+        parquet.write_table(pyarrow.table(named), content)
+    with made_folder(path.parent):
+        write_bytes(path, content.getvalue())
+    return path
+
+
+def _check_features(features: str | None, watch: bool, *, overwrite: bool) -> None:
+    """Refuse a file of features that could not be written in the end."""
+    if features is None:
+        return
+    path = Path(features)
+    if watch:
+        raise ValueError("features must be left out with watch, which never comes to an end to write them at")
+    if path.suffix not in _FEATURE_SUFFIXES:
+        raise ValueError(f"features must end with {', '.join(_FEATURE_SUFFIXES)}, got {features!r}")
+    if path.suffix == ".parquet":
+        try:
+            import pyarrow  # noqa: F401
+        except ImportError as error:
+            raise ImportError(f"{features} needs pyarrow; pip install pyarrow, or write .npz") from error
+    if path.exists() and not overwrite:
+        raise FileExistsError(
+            f"features={features} exists; choose another name, or replace it with --overwrite (overwrite=True)"
+        )
+
+
+def parse_unsure(unsure: str | None) -> Any:
+    """What `--unsure` says: `auto`, or a number; None for neither. Raises a ValueError for other words."""
+    if unsure in (None, "auto"):
+        return unsure
+    try:
+        return float(str(unsure))
+    except ValueError:
+        raise ValueError(f"unsure must be auto or a probability in (0, 1], got {unsure!r}") from None
+
+
+def _noted(predictions: Iterable[Any], names: list[Path]) -> Iterator[Any]:
+    """The same predictions; `names` is filled with their images."""
+    for prediction in predictions:
+        names.append(prediction.path)
+        yield prediction
+
+
+def _watched(predicted: Any, files: Sequence[Path], folders: Sequence[Path], out: str | None) -> Iterator[Any]:
+    """Predictions of files, and then of images as they appear in folders; never ends."""
+    known = [] if out is None or not Path(out).is_file() else _images_in_rows(Path(out))
+    done = {path.resolve() for path in known}
+    yield from predicted([path for path in files if path.resolve() not in done])
+    for new in new_files(folders, known):
+        if new:
+            yield from predicted(new)
+
+
+@contextlib.contextmanager
+def _until_interrupted() -> Iterator[None]:
+    """Let Ctrl-C and, in the main thread, SIGTERM end what is inside, and go on afterwards."""
+    is_main = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler) if is_main else None
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            yield
+    finally:
+        if is_main:
+            signal.signal(signal.SIGTERM, previous)
+
+
+def _images_in_rows(path: Path) -> list[Path]:
+    """The images that a CSV or JSON lines file of predictions holds."""
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        is_csv = path.suffix.lower() == ".csv"
+        rows = csv.DictReader(file) if is_csv else [json.loads(line) for line in file if line.strip()]
+        return [Path(row["image"]) for row in rows if row.get("image")]
+
+
+def _append_rows(predictions: Iterable[Any], out: Path, task: type[Task], top_k: int | None, console: Console) -> None:
+    """Append each prediction to a CSV or JSON lines file as it comes, and print it; its columns have to be the same.
+
+    Raises:
+        ValueError: The CSV file has other columns.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    is_csv = out.suffix.lower() == ".csv"
+    with tempfile.TemporaryDirectory() as folder:
+        for prediction in predictions:
+            one = task.write_predictions([prediction], Path(folder) / f"row{out.suffix}", top_k, overwrite=True)
+            head, row = one.read_bytes().split(b"\n", 1) if is_csv else (b"", one.read_bytes())
+            with naming_file(out), out.open("ab+") as file:
+                file.seek(0)
+                first = file.readline().rstrip(b"\n") if is_csv else head
+                if first not in (b"", head):
+                    raise ValueError(
+                        f"out must have the columns {head.decode()}, got {first.decode(errors='replace')} in {out}; "
+                        "choose another file"
+                    )
+                file.write(row if first or not is_csv else head + b"\n" + row)
+            print_line(console, f"{prediction.path}: {task.prediction_text(prediction, top_k)}")

@@ -1,0 +1,132 @@
+"""`push`: a run's model with its card, on the Hugging Face hub or as a folder in its layout."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from snella_app.files import write_text
+from snella_app.records import RunInfo, read
+from snella_app.report import model_card
+from snella_app.runs.folder import RunFolder
+from snella_app.runs.layer_probe import LAYER_PROBE
+from snella_app.runs.merge import describe_file, loading_snippet, merge, views_notes
+from snella_app.runs.model import get_task
+
+__all__ = ["Pushed", "push", "write_hub_folder"]
+
+_WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """Where a model was published: its address on the hub, or the folder that was written and why it was no more."""
+
+    place: str
+    reason: str | None = None
+
+
+def write_hub_folder(run: str | Path, folder: str | Path, name: str, *, adapter: bool = False) -> Path:
+    """Write what a hub shows and loads: the weights and `README.md`, the model card.
+
+    Args:
+        run: Folder of the run.
+        folder: A new or empty folder.
+        name: Of the model on the hub, for the lines that load it.
+        adapter: The adapter in PEFT's layout in place of the merged model, which timm loads.
+
+    Raises:
+        FileExistsError: The folder holds something.
+        ValueError: The run is damaged or of another kind.
+    """
+    path = Path(folder)
+    if path.exists() and (not path.is_dir() or next(path.iterdir(), None) is not None):
+        raise FileExistsError(f"to_folder={path} holds something; choose a new folder")
+    info = read(RunInfo, run)
+    task = get_task(info)
+    if adapter:
+        source = RunFolder(run)
+        source.check_adapter()
+        shutil.copytree(source.adapter, path, dirs_exist_ok=True)
+        use = (
+            f"```python\nfrom huggingface_hub import snapshot_download\nfrom peft import PeftModel\n\n"
+            f"import snella  # registers the adapter's type\n\nmodel = PeftModel.from_pretrained(backbone, "
+            f"snapshot_download({name!r}))\n```\n\n`backbone` is the base model with {len(info.classes)} outputs."
+        )
+        write_text(path / "README.md", model_card(run, use, name=name, library="peft", tags=("peft",)))
+        return path
+    is_timm = task.name == "classification" and info.backbone.architecture is not None
+    written = merge(run, path if is_timm else path / _WEIGHTS)
+    snippet = loading_snippet(written).replace(f"local-dir:{written}", f"hf-hub:{name}")
+    snippet = snippet.replace(f"{written}/{LAYER_PROBE}", LAYER_PROBE).replace(str(written), _WEIGHTS)
+    use = f"```python\n{snippet}\n```\n\nThe files are {describe_file(written)}."
+    if info.trained_head_temperature != 1.0:
+        use += f" Calibrated probabilities are `(logits / {info.trained_head_temperature:g}).softmax(-1)`."
+    use += "".join(f" In snella, {note}." for note in views_notes(info))
+    write_text(path / "README.md", model_card(run, use, name=name, library="timm" if is_timm else "snella"))
+    return path
+
+
+def push(
+    run: str | Path,
+    name: str,
+    *,
+    to_folder: str | Path | None = None,
+    adapter: bool = False,
+    private: bool = False,
+    overwrite: bool = False,
+) -> Pushed:
+    """Publish a run's model on the hub; where that cannot be reached, or with `to_folder`, write its folder.
+
+    Args:
+        run: Folder of the run.
+        name: On the hub: `user/model`.
+        to_folder: Write this new folder and contact nobody.
+        adapter: The adapter in place of the merged model.
+        private: Whether others may not see it.
+        overwrite: Add a commit to a model that exists; its earlier files stay in its history.
+
+    Returns:
+        The address, or the folder and why.
+
+    Raises:
+        FileExistsError: The hub has such a model already, or the folder holds something.
+        PermissionError: Not logged in, or not allowed to write there.
+        ValueError: `name` is none for the hub, or the run is damaged or of another kind.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(
+            f"name must be that of a model on the hub such as user/photos, got {name!r}: {error}"
+        ) from None
+    if to_folder is not None:
+        return Pushed(str(write_hub_folder(run, to_folder, name, adapter=adapter)))
+    folder = write_hub_folder(run, Path(f"{Path(run)}-hub"), name, adapter=adapter)
+    api: Any = HfApi()
+    try:
+        url = api.create_repo(name, private=private, exist_ok=overwrite)
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Model and card")
+    except LocalTokenNotFoundError as error:
+        shutil.rmtree(folder)
+        raise PermissionError(f"name={name} needs a login to the hub; run `hf auth login`") from error
+    except HfHubHTTPError as error:
+        shutil.rmtree(folder)
+        status = None if error.response is None else error.response.status_code
+        if status == 409:
+            raise FileExistsError(
+                f"name={name} is on the hub already; choose another name, or add a commit with --overwrite "
+                "(overwrite=True)"
+            ) from error
+        if status in (401, 403):
+            raise PermissionError(f"name={name} must not be written by you; run `hf auth login`") from error
+        raise
+    except (OfflineModeIsEnabled, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return Pushed(str(folder), reason)
+    shutil.rmtree(folder)
+    return Pushed(str(url))

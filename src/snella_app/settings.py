@@ -1,0 +1,185 @@
+"""Kinds of settings by their annotations, and hints for values and names that other tools use."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from snella_app.text import nearest
+
+OTHER_NAMES: dict[str, tuple[str, ...]] = {
+    "model": ("run", "backbone", "backbones", "model"),
+    "model_name": ("backbone", "model"),
+    "model_name_or_path": ("backbone", "model"),
+    "arch": ("backbone",),
+    "architecture": ("backbone",),
+    "checkpoint": ("weights",),
+    "ckpt": ("weights",),
+    "resume_from_checkpoint": ("resume",),
+    "continue": ("resume",),
+    "learning_rate": ("lr",),
+    "base_lr": ("lr",),
+    "lr0": ("lr",),
+    "output_dir": ("out",),
+    "output": ("out",),
+    "outdir": ("out",),
+    "out_dir": ("out",),
+    "save_dir": ("out",),
+    "logging_dir": ("out",),
+    "batch": ("batch_size",),
+    "bs": ("batch_size",),
+    "batchsize": ("batch_size",),
+    "batch_size": ("batch",),
+    "train_batch_size": ("batch_size",),
+    "per_device_train_batch_size": ("batch_size",),
+    "per_device_eval_batch_size": ("batch_size",),
+    "gradient_accumulation_steps": ("accumulate", "accumulation"),
+    "grad_accum": ("accumulate", "accumulation"),
+    "num_epochs": ("epochs",),
+    "num_train_epochs": ("epochs",),
+    "n_epochs": ("epochs",),
+    "max_epochs": ("epochs",),
+    "dataset": ("data",),
+    "dataset_name": ("data",),
+    "data_dir": ("data",),
+    "data_path": ("data",),
+    "train_dir": ("data",),
+    "input": ("data", "images"),
+    "image": ("images",),
+    "source": ("images", "data"),
+    "image_size": ("img_size",),
+    "imgsz": ("img_size",),
+    "input_size": ("img_size",),
+    "resolution": ("img_size",),
+    "num_workers": ("workers",),
+    "dataloader_num_workers": ("workers",),
+    "wd": ("weight_decay",),
+    "rank": ("r",),
+    "lora_r": ("r",),
+    "lora_rank": ("r",),
+    "alpha": ("scaling",),
+    "sparsity": ("target_sparsity",),
+    "peft": ("method",),
+    "peft_type": ("method",),
+    "peft_method": ("method",),
+    "dtype": ("precision",),
+    "amp": ("precision",),
+    "fp16": ("precision",),
+    "bf16": ("precision",),
+    "mixed_precision": ("precision",),
+    "gradient_checkpointing": ("grad_checkpointing",),
+    "patience": ("early_stopping",),
+    "smoothing": ("label_smoothing",),
+    "clip_grad": ("max_grad_norm",),
+    "val_split": ("val_fraction",),
+    "validation_split": ("val_fraction",),
+    "test_split": ("test_fraction",),
+    "gpu": ("device",),
+    "gpus": ("device",),
+    "force": ("overwrite",),
+    "report_to": ("track",),
+    "logger": ("track",),
+    "augmentation": ("augment",),
+    "aug": ("augment",),
+    "format": ("out",),
+}
+"""Settings as other tools call them, each with what it may be here."""
+
+_OTHER_VALUES = {
+    "bfloat16": "bf16",
+    "half": "fp16",
+    "float16": "fp16",
+    "full": "fp32",
+    "float": "fp32",
+    "float32": "fp32",
+    "semantic-segmentation": "segmentation",
+    "image-classification": "classification",
+    "multi-class": "classification",
+}
+
+
+class KindError(TypeError):
+    """A value that an annotation does not allow."""
+
+
+def described(kind: Any) -> str:
+    """What an annotation allows, in words: `an integer or auto`."""
+    if get_origin(kind) in (Union, UnionType):
+        first, *others = (described(part) for part in get_args(kind) if part is not NoneType)
+        return " or ".join(text.removeprefix("one of ") for text in (first, *others)) if others else first
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, get_args(kind)))}"
+    if get_origin(kind) is list:
+        return "a list such as [a, b]"
+    words = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+    return words.get(kind, "settings such as {kernel: rbf}")
+
+
+def fitted(kind: Any, value: Any) -> Any:
+    """A value as its annotation has it: paths become strings, and numbers of numpy plain ones.
+
+    Raises:
+        KindError: The annotation does not allow it.
+    """
+    origin, inner = get_origin(kind), get_args(kind)
+    if kind is Any or (kind is NoneType and value is None):
+        return value
+    if origin in (Union, UnionType):
+        for part in inner:
+            try:
+                return fitted(part, value)
+            except KindError:
+                continue
+        raise KindError
+    if origin is Literal:
+        is_choice = isinstance(value, str) and value in inner
+    elif origin is dict:
+        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+            raise KindError
+        return {key: fitted(inner[1], one) for key, one in value.items()}
+    elif origin is list:
+        if not isinstance(value, list | tuple):
+            raise KindError
+        return [fitted(inner[0], one) for one in value]
+    elif kind is bool:
+        is_choice = isinstance(value, bool)
+    elif kind is int:
+        is_choice = isinstance(value, Integral) and not isinstance(value, bool)
+        value = int(value) if is_choice else value
+    elif kind is float:
+        is_choice = isinstance(value, Real) and not isinstance(value, bool)
+        value = value if not is_choice or isinstance(value, int) else float(value)
+    else:
+        value = os.fspath(value) if kind is str and isinstance(value, os.PathLike) else value
+        is_choice = isinstance(value, kind)
+    if not is_choice:
+        raise KindError
+    return value
+
+
+def hint_at_choice(kind: Any, value: Any) -> str:
+    """The choice that a wrong value may have meant: `; did you mean bf16?`; empty where none is alike."""
+    parts = [kind, *get_args(kind)]
+    choices = [str(choice) for part in parts if get_origin(part) is Literal for choice in get_args(part)]
+    text = str(value).lower()
+    meant = _OTHER_VALUES.get(text.replace("_", "-"))
+    if meant not in choices:
+        squeezed = re.sub(r"[-_ ]", "", text)
+        meant = next((choice for choice in choices if re.sub(r"[-_ ]", "", choice) == squeezed), None)
+    return f"; did you mean {meant}?" if meant else nearest(text, choices, form="; did you mean {}?")
+
+
+def ours(name: str, known: Iterable[str]) -> str | None:
+    """The setting that another tool calls `name`, if it is among those that are known."""
+    there = set(known)
+    return next((ours for ours in OTHER_NAMES.get(name.replace("-", "_"), ()) if ours in there), None)
+
+
+def short(value: Any, most: int = 60) -> str:
+    """A value in Python's words, cut where it is long."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= most else f"{text[: most - 3]}..."

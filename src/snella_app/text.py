@@ -1,0 +1,134 @@
+"""Human-readable numbers, with a no-break space before the unit, and lists of names."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+_SPACE, _MINUS = "\N{NO-BREAK SPACE}", "\N{MINUS SIGN}"
+
+
+def count_text(count: int) -> str:
+    """Write a count: 768, 12,345, 1.33 M, 84.9 M."""
+    if count < 100_000:
+        return f"{count:,}"
+    unit, size = ("G", 10**9) if count >= 10**9 else ("M", 10**6) if count >= 10**6 else ("k", 10**3)
+    return f"{_three_digits(count / size)}{_SPACE}{unit}"
+
+
+def percent_text(share: float, digits: int = 1) -> str:
+    """Write a share of 1: 87.5 %; one that was not measured is a dash."""
+    return "–" if math.isnan(share) else f"{decimal_text(100 * share, digits)}{_SPACE}%"
+
+
+def points_text(share: float, digits: int = 1) -> str:
+    """Write a difference of two shares in percentage points, with its sign: +2.9, −1.0, 0.0."""
+    text = decimal_text(100 * share, digits)
+    return f"+{text}" if text[0].isdigit() and float(text) else text
+
+
+def margin_text(share: float) -> str:
+    """Write the half-width of a 95 % interval of a share: 95 % margin: ±13.4 points; empty if there is none."""
+    return "" if math.isnan(share) else f"95{_SPACE}% margin: ±{decimal_text(100 * share, 1)} points"
+
+
+def decimal_text(value: float, digits: int) -> str:
+    """Write a number with fixed decimals and a minus sign, never a negative zero: 0.747, −0.240, 0.0."""
+    if math.isnan(value):
+        return "–"
+    text = f"{value:.{digits}f}"
+    return text.replace("-", "" if float(text) == 0 else _MINUS)
+
+
+def measure_text(value: float, *, signed: bool = False) -> str:
+    """Write a number of any unit with four significant digits and a minus sign: 12.35, −0.05, 1.2e+06.
+
+    Args:
+        value: The number.
+        signed: Whether positive numbers get a plus sign, as differences do.
+    """
+    return "–" if math.isnan(value) else f"{value:{'+' if signed else ''}.4g}".replace("-", _MINUS)
+
+
+def seconds_text(seconds: float) -> str:
+    """Write a time: 8.2 s, 2 min 5 s, 3 h 20 min."""
+    if math.isnan(seconds):
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.1f}{_SPACE}s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60}{_SPACE}min {whole % 60}{_SPACE}s"
+    return f"{whole // 3600}{_SPACE}h {whole % 3600 // 60}{_SPACE}min"
+
+
+def bytes_text(size: float) -> str:
+    """Write a size in bytes: 512 B, 3.1 MiB."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= scale:
+            return f"{_three_digits(size / scale)}{_SPACE}{unit}"
+    return f"{size:.0f}{_SPACE}B"
+
+
+def plain_text(value: Any) -> str:
+    """A value of a settings table: short numbers, lists and mappings in one line."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "–"}[value]
+    if isinstance(value, float):
+        return "–" if math.isnan(value) else f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {plain_text(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(plain_text, value))
+    return str(value)
+
+
+def utf8_text(text: str) -> str:
+    """The text with `?` for what UTF-8 lacks: bytes of a file's name that are not UTF-8."""
+    return text.encode(errors="replace").decode()
+
+
+def listed(items: Iterable[str], most: int = 5, separator: str = ", ") -> str:
+    """The first few of many items, and how many more there are."""
+    shown = list(items)
+    rest = len(shown) - most
+    return separator.join(shown[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def nearest(name: str, known: Iterable[str], *, most: int = 1, cutoff: float = 0.6, form: str = "; nearest: {}") -> str:
+    """Known names like one that is none of them, in a text such as "; nearest: a, b"; empty where none is alike."""
+    near = difflib.get_close_matches(name, list(known), n=most, cutoff=cutoff)
+    return form.format(", ".join(near)) if near else ""
+
+
+def near_siblings(path: Path, *, most: int = 3, cutoff: float = 0.5, folders_alone: bool = False) -> str:
+    """Files and folders of a like name beside one that is missing: "; nearest there: 'a', 'b'"; empty for none."""
+    if not path.parent.is_dir():
+        return f"; there is no folder '{path.parent}'"
+    names = sorted(child.name for child in path.parent.iterdir() if child.is_dir() or not folders_alone)
+    near = difflib.get_close_matches(path.name, names, n=most, cutoff=cutoff)
+    return f"; nearest there: {', '.join(map(repr, near))}" if near else ""
+
+
+def _three_digits(value: float) -> str:
+    """A number with three digits, none of them in exponents."""
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+
+
+__all__ = [
+    "bytes_text",
+    "count_text",
+    "decimal_text",
+    "listed",
+    "margin_text",
+    "measure_text",
+    "near_siblings",
+    "nearest",
+    "percent_text",
+    "plain_text",
+    "points_text",
+    "seconds_text",
+]

@@ -1,0 +1,526 @@
+"""Trainer callbacks: progress display, weight average, a method's own schedule, step time and memory."""
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from snella import SnellaCallback
+from snella.matrices import AdaptedMatrix
+from snella_app.console import print_line
+from snella_app.data.protocol import RunProtocol
+from snella_app.tasks import Task
+from snella_app.text import seconds_text
+from snella_app.training.checkpoints import CheckpointError, existing_file
+
+_FILE, _ENDS_FILE = "ema.safetensors", "epoch_ends.safetensors"
+_ESTIMATE_STEPS, _ESTIMATE_S = 4, 20.0
+"""Steps, or seconds and two steps, after which the remaining time is estimated: the first step compiles."""
+_LONG_S = 300.0
+"""Remaining time from which ways to shorten it are suggested."""
+_LINE_S = 30.0
+"""Seconds between two lines of progress where there is no bar."""
+_KEPT_STEPS = 20
+_TRACKED_STEPS = 10
+"""Steps between two values of the loss that trackers show."""
+_RISEN = 1.5
+"""Ratio to the first epoch's loss from which a rising loss is reported."""
+_FEW_STEPS = 20
+"""Steps before which a loss may rise at any rate, as that of a linear probe does once the backbone moves."""
+
+
+class WeightAverage(TrainerCallback):
+    """The average of every trainable parameter over the optimizer's steps, as a callback over the Trainer's.
+
+    average ← d_t · average + (1 − d_t) · value,   d_t = min(decay, (1 + t) / (10 + t)),   t = 1, 2, … steps
+
+    The decay warms up: without it, a short run with a decay of 0.9999 would still weigh the values it began with. While
+    (1 + t) / (10 + t) is the lesser, the average spans about the last ninth of the steps so far.
+
+    Averaged are parameters alone: factors, scalars, head. Budgets are buffers and stay those of the present, so that
+    an update built of averaged factors keeps exactly as many entries as its budget: the threshold is recomputed from
+    them. (Averaging merged matrices, or restoring budgets of another time, would lose the sparsity.)
+
+    Args:
+        model: From `build_method`; only what is trainable now is averaged.
+        decay: In (0, 1); nearer to 1 averages over more steps.
+
+    Attributes:
+        steps: How many steps were averaged.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.steps = 0
+        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._averages = {name: p.detach().clone() for name, p in self._parameters.items()}
+
+    @property
+    def decay_now(self) -> float:
+        """`d_t` of the last step."""
+        return min(self.decay, (1 + self.steps) / (10 + self.steps))
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Update the average after an optimizer step."""
+        self.steps += 1
+        values = [parameter.detach() for parameter in self._parameters.values()]
+        get_ema_multi_avg_fn(self.decay_now)(list(self._averages.values()), values, self.steps)
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Average the step."""
+        self.update()
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Swap the averages into the model, inside."""
+        with _swapped_in(self._parameters, self._averages):
+            yield
+
+    def save(self, checkpoint: Path) -> None:
+        """Write the averages into a checkpoint's folder."""
+        tensors = {name: average.cpu().contiguous() for name, average in self._averages.items()}
+        save_file(tensors, checkpoint / _FILE, {"steps": str(self.steps)})
+
+    def load(self, checkpoint: Path) -> None:
+        """Load the averages from a checkpoint.
+
+        Raises:
+            CheckpointError: It holds no averages, or those of other parameters.
+        """
+        path = existing_file(checkpoint, _FILE)
+        with safe_open(path, "pt") as file:
+            names = set(file.keys())
+            if names != set(self._averages):
+                different = sorted(names ^ set(self._averages))[:3]
+                raise CheckpointError(
+                    f"{path} must hold the averages of this model's trainable parameters, it differs in "
+                    f"{', '.join(different)}; start over with --overwrite"
+                )
+            for name, average in self._averages.items():
+                average.copy_(file.get_tensor(name))
+            self.steps = int(file.metadata()["steps"])
+
+
+class EpochEnds:
+    """The trained parameters at the ends of the last epochs, to be averaged after the training.
+
+    Parameters alone are averaged, as by `WeightAverage`: the update that is built of them has the budgets of the last
+    step, hence the sparsity that was asked for. Batch norms keep the pre-trained statistics in every method, so that
+    none have to be measured anew.
+
+    Args:
+        model: From `build_method`; only what is trainable now is kept, on the CPU.
+        count: How many epochs.
+    """
+
+    def __init__(self, model: nn.Module, count: int) -> None:
+        self.count = count
+        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._values: dict[int, dict[str, torch.Tensor]] = {}
+
+    @property
+    def epochs(self) -> list[int]:
+        """Epochs that are kept, the oldest first."""
+        return sorted(self._values)
+
+    def add(self, epoch: int) -> None:
+        """Keep the present values as those of an epoch, and drop the oldest."""
+        self._values[epoch] = {name: p.detach().to("cpu", copy=True) for name, p in self._parameters.items()}
+        for old in self.epochs[: -self.count]:
+            del self._values[old]
+
+    @contextmanager
+    def mean_applied(self, epochs: Sequence[int]) -> Iterator[None]:
+        """Swap the mean over some of the epochs into the model, inside."""
+        first, *others = epochs
+        means = {name: value.clone() for name, value in self._values[first].items()}
+        average = get_swa_multi_avg_fn()
+        for number, epoch in enumerate(others, 1):
+            average(list(means.values()), [self._values[epoch][name] for name in means], number)
+        with _swapped_in(self._parameters, means):
+            yield
+
+    def save(self, checkpoint: Path) -> None:
+        """Write the values into a checkpoint's folder."""
+        tensors = {f"{epoch}/{name}": value for epoch in self.epochs for name, value in self._values[epoch].items()}
+        save_file(tensors, checkpoint / _ENDS_FILE)
+
+    def load(self, checkpoint: Path) -> None:
+        """Load the values from a checkpoint.
+
+        Raises:
+            CheckpointError: It holds none, or those of other parameters.
+        """
+        path = existing_file(checkpoint, _ENDS_FILE)
+        self._values = {}
+        for key, value in load_file(path).items():
+            number, name = key.split("/", 1)
+            self._values.setdefault(int(number), {})[name] = value
+        for epoch, values in self._values.items():
+            if different := sorted(values.keys() ^ self._parameters.keys())[:3]:
+                raise CheckpointError(
+                    f"{path} must hold this model's trainable parameters, epoch {epoch} differs in "
+                    f"{', '.join(different)}; start over with --overwrite"
+                )
+
+
+@contextmanager
+def _swapped_in(parameters: Mapping[str, nn.Parameter], values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Other values in a model's parameters, inside."""
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    _copy(parameters, values)
+    try:
+        yield
+    finally:
+        _copy(parameters, before)
+
+
+@torch.no_grad()
+def _copy(parameters: Mapping[str, nn.Parameter], values: Mapping[str, torch.Tensor]) -> None:
+    """Copy values into a model's own parameters, so that layers notice that their caches are stale."""
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])
+
+
+class ScheduleCallback(TrainerCallback):
+    """Attaches a method's schedule when training starts.
+
+    Args:
+        make: `Method.schedule`.
+
+    Attributes:
+        schedule: What it made, from the start of training on.
+    """
+
+    def __init__(self, make: Callable[[nn.Module, int], Any]) -> None:
+        self.make = make
+        self.schedule: Any = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        optimizer: Optimizer | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if model is None or optimizer is None:
+            raise RuntimeError(f"ScheduleCallback needs the Trainer's model and optimizer, got {model} and {optimizer}")
+        self.schedule = self.make(model, max(state.max_steps, 1))
+        self.schedule.attach(optimizer)
+
+
+class StepTimeCallback(TrainerCallback):
+    """Step time, from before the forward pass to after the optimizer step, without data loading; and GPU memory.
+
+    Args:
+        device: Device of the model; memory is recorded on a GPU only.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.step_s: list[float] = []
+        self.reserved_bytes: list[int] = []
+        self._start: float | None = None
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock."""
+        self._synchronize()
+        self._start = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stop the clock."""
+        self._synchronize()
+        if self._start is not None:
+            self.step_s.append(time.perf_counter() - self._start)
+        if self.device.type == "cuda":
+            self.reserved_bytes.append(torch.cuda.memory_reserved(self.device))
+
+    def summary(self) -> dict[str, Any]:
+        """Median seconds of a step, and bytes on the GPU (None on a CPU) as PEFT's method comparison names them."""
+        reserved = self.reserved_bytes
+        return {
+            "step_s": round(statistics.median(self.step_s), 6) if self.step_s else None,
+            "accelerator_memory_max": torch.cuda.max_memory_reserved(self.device) if reserved else None,
+            "accelerator_memory_reserved_avg": int(np.mean(reserved)) if reserved else None,
+            "accelerator_memory_reserved_99th": int(np.percentile(reserved, 99)) if reserved else None,
+        }
+
+    def _synchronize(self) -> None:
+        """Wait for the GPU's work."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+class TrackingCallback(TrainerCallback):
+    """Sends what trackers show: loss and pace every few steps, and how the sparse update develops every epoch.
+
+    Of each adapted matrix: its budget, threshold, importance, and the size of its update, ‖scaling·S‖ / ‖W0‖; of all:
+    the budget, the number of frozen matrices and the size of the update. Results of an epoch are sent by the Trainer.
+
+    Args:
+        matrices: Those with budgets; none for other methods.
+        allocation: The callback that owns the allocator; None without budgets.
+        step_images: Images of a step.
+
+    Attributes:
+        send: Where values go, by name; set once the Trainer is there.
+        last_loss: Gives the loss of the latest step; the same.
+    """
+
+    def __init__(
+        self,
+        matrices: Sequence[AdaptedMatrix],
+        allocation: SnellaCallback | None,
+        step_images: int,
+    ) -> None:
+        self.matrices, self.allocation, self.step_images = matrices, allocation, step_images
+        self.send: Callable[[dict[str, float]], None] = lambda values: None
+        self.last_loss: Callable[[], float] = lambda: float("nan")
+        self._sent_at = (0, time.perf_counter())
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock."""
+        self._sent_at = (state.global_step, time.perf_counter())
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Send the loss and the pace."""
+        step, then = self._sent_at
+        if state.global_step % _TRACKED_STEPS == 0:
+            now = time.perf_counter()
+            pace = self.step_images * (state.global_step - step) / max(now - then, 1e-9)
+            self.send({"loss": self.last_loss(), "images_per_s": pace})
+            self._sent_at = (state.global_step, now)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Send what the matrices are like."""
+        allocator = None if self.allocation is None else self.allocation.allocator
+        if self.matrices and allocator is not None:
+            self.send(self._measure(allocator.history[-1]["importance"]))
+
+    @torch.no_grad()
+    def _measure(self, importance: Mapping[str, float]) -> dict[str, float]:
+        """Values of every matrix, and of all."""
+        values: dict[str, float] = {}
+        updates, weights = 0.0, 0.0
+        for matrix in self.matrices:
+            layer, name = matrix.layer, matrix.adapter_name
+            spec, factors, budgets, *_ = layer.get_update(name)
+            delta = spec.merge_matrix(list(spec.matrices(factors))[matrix.group])
+            weight = cast(torch.Tensor, layer.get_base_layer().weight).reshape(-1, delta.shape[1])
+            own = weight[layer.matrix_rows(name)[matrix.group]].float().square().sum().item()
+            update = (layer.scaling[name] * matrix.sparse_update()).float().square().sum().item()
+            updates, weights = updates + update, weights + own
+            values[f"budget/{matrix.name}"] = matrix.budget
+            values[f"threshold/{matrix.name}"] = float(spec.find_threshold(delta, budgets[matrix.group]))
+            values[f"importance/{matrix.name}"] = importance[matrix.name]
+            values[f"update_size/{matrix.name}"] = (update / own) ** 0.5 if own else 0.0
+        values["snella/budget"] = sum(matrix.budget for matrix in self.matrices)
+        values["snella/frozen_matrices"] = sum(matrix.is_frozen for matrix in self.matrices)
+        values["snella/update_size"] = (updates / weights) ** 0.5 if weights else 0.0
+        return values
+
+
+class ProgressDisplay(TrainerCallback):
+    """Progress bar with the loss and the budget, and a line with the results of each epoch.
+
+    Without a terminal, a line every half minute takes the bar's place. If training will take more than a minute, the
+    remaining time is printed after the first steps.
+
+    Args:
+        console: Where to write; the bar appears only if it is a terminal.
+        task: Formats and scores an epoch's results.
+        protocol: Selects the best epoch.
+        total_weights: Adapted weights, to give the budget as a share; None without budgets.
+        allocation: The callback that owns the allocator; None without budgets.
+        show_bar: Whether to show a bar, or lines in its place.
+        shorten: Hint on shortening the training, from how many times too long it is; None for none.
+        clock: Gives seconds.
+        step_images: Images of a step, to show how many are trained on in a second; None for no such number.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        task: Task,
+        protocol: RunProtocol,
+        total_weights: int | None = None,
+        allocation: SnellaCallback | None = None,
+        show_bar: bool = True,
+        shorten: Callable[[float], str] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        step_images: int | None = None,
+    ) -> None:
+        self.console = console
+        self.task, self.protocol = task, protocol
+        self.total_weights = total_weights
+        self.allocation = allocation
+        self.show_bar = show_bar and console.is_terminal
+        self.show_lines = show_bar and not console.is_terminal
+        self.shorten, self.clock, self.step_images = shorten, clock, step_images
+        self.last_loss: Callable[[], float] = lambda: float("nan")
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._best = (float("-inf"), float("-inf"))
+        self._step_ends: deque[float] = deque(maxlen=_KEPT_STEPS)
+        self._last_line = 0.0
+        self._has_estimated = False
+        self._losses: list[float] = []
+        self._has_reported = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the bar at the current step."""
+        past = [row for row in state.log_history if "budget" in row]
+        self._best = max((self._score(row) for row in past), default=self._best)
+        self._last_line = self.clock()
+        self._step_ends = deque([self._last_line], _KEPT_STEPS)
+        if self.show_bar and state.is_world_process_zero:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[shown]}"),
+            )
+            self._bar = Progress(*columns, console=self.console, transient=True)
+            self._task = self._bar.add_task(
+                "training", total=state.max_steps, completed=state.global_step, shown="the first step takes longest"
+            )
+            self._bar.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Update the bar, or print a line; once, print the estimated time."""
+        if state.is_world_process_zero:
+            self._step_ends.append(self.clock())
+            self._write_lines(state)
+        if self._bar is not None:
+            epoch = f"epoch {int(min(state.epoch, state.num_train_epochs - 1e-6)) + 1}/{state.num_train_epochs}"
+            shown = f"loss {self.last_loss():.3f}{self._budget()}{self._pace()}"
+            self._bar.update(self._task, completed=state.global_step, description=epoch, shown=shown)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Say why the bar stands still."""
+        if self._bar is not None and self.protocol.selected_on is not None:
+            self._bar.update(self._task, shown=f"measuring on {self.protocol.selected_on} images")
+
+    def _write_lines(self, state: TrainerState) -> None:
+        """Print the estimate after the first steps, and the progress from time to time."""
+        now, steps = self._step_ends[-1], len(self._step_ends) - 1
+        step_s = self._step_s()
+        left_s = step_s * (state.max_steps - state.global_step)
+        is_long = steps > 1 and now - self._step_ends[0] >= _ESTIMATE_S
+        if not self._has_estimated and (steps >= _ESTIMATE_STEPS or is_long):
+            self._has_estimated = True
+            if left_s >= 60:
+                much = left_s / _LONG_S
+                hint = self.shorten(much) if self.shorten is not None and much > 1 else ""
+                steps_left = state.max_steps - state.global_step
+                print_line(
+                    self.console,
+                    f"about {seconds_text(left_s)} to go: {steps_left} steps of {seconds_text(step_s)}{hint}",
+                )
+                self._last_line = now
+        if self.show_lines and now - self._last_line >= _LINE_S:
+            self._last_line = now
+            left = f"  about {seconds_text(left_s)} to go" if steps > 1 else ""
+            print_line(
+                self.console,
+                f"step {state.global_step}/{state.max_steps}  loss {self.last_loss():.4f}{self._pace()}{left}",
+            )
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        """Write the epoch's line."""
+        if not state.is_world_process_zero:
+            return
+        score = self._score(metrics)
+        self._best, is_best = max(self._best, score), score >= self._best
+        part, shown = self.protocol.selected_on, ""
+        if part is not None and f"{part}_loss" in metrics:
+            text = self.task.epoch_text(self.protocol.with_val_prefix(metrics))
+            shown = f"  {part} loss {metrics[f'{part}_loss']:.4f}  {text}"
+        is_start = state.global_step == 0
+        epoch = f"epoch {round(state.epoch):>3}/{state.num_train_epochs}"
+        loss = "before training" if is_start else f"loss {metrics['train_loss']:.4f}"
+        budget = "" if is_start else self._budget()
+        print_line(self.console, f"{epoch}  {loss}{shown}{budget}{'  best' if shown and is_best else ''}")
+        if is_start:
+            return
+        self._losses.append(metrics["train_loss"])
+        if state.global_step >= _FEW_STEPS and not (shown and is_best):
+            self._report_rising_loss()
+
+    def _score(self, row: Mapping[str, Any]) -> tuple[float, float]:
+        """What an epoch is compared by."""
+        return self.protocol.selection_score(row, self.task.selection_score)
+
+    def _report_rising_loss(self) -> None:
+        """Report once that the loss is well above that of the first epoch."""
+        first, last = self._losses[0], self._losses[-1]
+        if last > _RISEN * first and not self._has_reported:
+            self._has_reported = True
+            print_line(
+                self.console,
+                f"the training loss has risen from {first:.4f} to {last:.4f}: the learning rate is too high; "
+                "stop, and try a third of --lr",
+            )
+
+    def close(self) -> None:
+        """Remove the bar."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Remove the bar."""
+        self.close()
+
+    def _step_s(self) -> float:
+        """Seconds of a step, the median of the latest; the first also compiles, and counts where it is the only one."""
+        spans = [after - before for before, after in pairwise(self._step_ends)]
+        return statistics.median(spans[1:] or spans)
+
+    def _pace(self) -> str:
+        """Images a second, from the second step on: the first compiles."""
+        step_s = self._step_s() if self.step_images is not None and len(self._step_ends) > 2 else 0.0
+        return f"  {(self.step_images or 0) / step_s:,.0f} images/s" if step_s > 0 else ""
+
+    def _budget(self) -> str:
+        """Share of the adapted weights that the update may still change."""
+        allocator = None if self.allocation is None else self.allocation.allocator
+        if allocator is None or not self.total_weights:
+            return ""
+        return f"  budget {sum(allocator.budgets.values()) / self.total_weights:.1%}"
+
+
+__all__ = ["EpochEnds", "WeightAverage"]

@@ -1,0 +1,105 @@
+"""Normalized features in front of a linear head while it is trained; what is saved is a plain linear layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from snella_app.training.checkpoints import CheckpointError, existing_file
+from snella_app.training.distributed import sum_of_all
+
+_FILE = "feature_norm.safetensors"
+_MOMENTUM = 0.1
+_EPS = 1e-5
+
+
+class FeatureNorm(TrainerCallback):
+    """Standardizes the inputs of a linear head by their running mean and variance.
+
+        y = W ẑ + b,   ẑ = (z − μ) / σ
+        μ ← μ + m (mean(z) − μ),   σ² ← σ² + m (var(z) − σ²)      after each optimizer step, m = 0.1
+
+    The head learns at the same rate along every feature, whatever its scale, and follows features that move while the
+    backbone is trained. μ and σ are constants for differentiation, so that a step does not depend on how its images are
+    divided into batches and processes. `folded` gives the same function as one linear layer of `z`.
+
+    Args:
+        head: Linear layer, `[classes, width]`; its weights become those of `ẑ`, for the same outputs.
+        features: Features before training, `[images, width]`, which give the first statistics.
+    """
+
+    def __init__(self, head: nn.Linear, features: Tensor) -> None:
+        self.head = head
+        device = head.weight.device
+        self.mean = features.float().mean(0).to(device)
+        self.var = features.float().var(0, correction=0).to(device)
+        self._sums: list[Tensor] = []
+        with torch.no_grad():
+            head.bias.add_(head.weight @ self.mean)
+            head.weight.mul_(self._std)
+        self._handle = head.register_forward_pre_hook(self._normalize)
+
+    @property
+    def _std(self) -> Tensor:
+        return (self.var + _EPS).sqrt()
+
+    def _normalize(self, head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        features = inputs[0]
+        if head.training and torch.is_grad_enabled():
+            z = features.detach().float()
+            self._sums.append(torch.cat([z.new_tensor([len(z)]), z.sum(0), z.square().sum(0)]))
+        return (((features.float() - self.mean) / self._std).to(features.dtype), *inputs[1:])
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Update the statistics by the step's images, over all batches and processes."""
+        count, sums, squares = sum_of_all(torch.stack(self._sums).sum(0)).split([1, len(self.mean), len(self.mean)])
+        self._sums = []
+        mean = sums / count
+        self.mean = torch.lerp(self.mean, mean, _MOMENTUM)
+        self.var = torch.lerp(self.var, (squares / count - mean.square()).clamp_min(0), _MOMENTUM)
+
+    @contextmanager
+    def folded(self) -> Iterator[None]:
+        """Swap in the weights of the features as they are, inside: `W / σ` and `b − W μ / σ`."""
+        weight, bias = self.head.weight.detach().clone(), self.head.bias.detach().clone()
+        with torch.no_grad():
+            self.head.weight.div_(self._std)
+            self.head.bias.sub_(self.head.weight @ self.mean)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                self.head.weight.copy_(weight)
+                self.head.bias.copy_(bias)
+
+    def remove(self) -> None:
+        """Stop normalizing; the head takes the features as they are from here on."""
+        self._handle.remove()
+
+    def save(self, checkpoint: Path) -> None:
+        """Write the statistics into a checkpoint's folder."""
+        save_file({"mean": self.mean.cpu(), "var": self.var.cpu()}, checkpoint / _FILE)
+
+    def load(self, checkpoint: Path) -> None:
+        """Load the statistics from a checkpoint.
+
+        Raises:
+            CheckpointError: It holds none, or those of another width.
+        """
+        path = existing_file(checkpoint, _FILE)
+        stored = load_file(path, str(self.mean.device))
+        for name in ("mean", "var"):
+            shape = list(stored[name].shape) if name in stored else None
+            if shape != [len(self.mean)]:
+                raise CheckpointError(f"{path} must hold {name!r} of shape {[len(self.mean)]}, got {shape}")
+        self.mean, self.var = stored["mean"], stored["var"]
+
+
+__all__ = ["FeatureNorm"]

@@ -1,0 +1,190 @@
+"""Cross-validation: one run a fold, a table over folds, and their models as an ensemble."""
+
+import dataclasses
+import html
+import math
+import statistics
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from snella_app.config import TrainConfig
+from snella_app.console import make_console, make_table, print_line
+from snella_app.files import write_text
+from snella_app.records import FoldResults, FoldRow, Metrics, RunInfo, plain, read, read_if_present
+from snella_app.runs.folder import RunFolder
+from snella_app.training.train import train
+
+__all__ = ["is_cross_validation", "train_folds"]
+
+_SKIPPED = ("confusion",)
+
+
+def is_cross_validation(folder: str | Path) -> bool:
+    """Whether a folder is that of a cross-validation."""
+    return (Path(folder) / FoldResults.file).is_file()
+
+
+def train_folds(config: TrainConfig, console: Console | None = None, **options: Any) -> FoldResults:
+    """Train one run for each of `config.folds` folds, `OUT/fold-1` and so on, and write the table over them.
+
+    A fold holds out one K-th of the images, by class, or by groups where the data has some. Each run is an ordinary one
+    (`snella evaluate OUT/fold-2`), and trains on a validation part of its own to choose its epoch; where the data has a
+    test part, the folds are the validation parts instead, and all models are measured on that test part.
+
+    Args:
+        config: As for `train`, with `folds`. With `resume`, finished folds are kept, and the others trained.
+        console: Where to write; standard output if None.
+        **options: As for `train`.
+
+    Returns:
+        What `OUT/folds.json` holds; `folds.md` and `folds.html` show it.
+
+    Raises:
+        FileExistsError: The folder holds a cross-validation or a run, and neither `resume` nor `overwrite` was asked.
+        FileNotFoundError: `resume` without a cross-validation, and without data and backbone to start one.
+        ValueError: What `train` refuses, or a resumed one with other settings.
+    """
+    console = console or make_console(survives_closed_output=True)
+    folder = RunFolder(str(config.out))
+    config = _prepared(config, folder)
+    count = int(config.folds or 0)
+    results = FoldResults(count)
+    for fold in range(1, count + 1):
+        run = RunFolder(folder.path / f"fold-{fold}")
+        if run.status != "finished":
+            is_started = run.status is not None
+            print_line(console, f"fold {fold} of {count}")
+            own = dataclasses.replace(config, fold=fold, out=str(run.path), resume=is_started, overwrite=False)
+            train(own, console, **options)
+        metrics = read(Metrics, run.path)
+        held_out = read(RunInfo, run.path).data.fold_part or "test"
+        chosen = metrics.test if held_out == "test" else metrics.val
+        test = numbers_of(metrics.test) if held_out == "val" else {}
+        row = FoldRow(fold, run.path.name, metrics.best_epoch, numbers_of(chosen), test)
+        folder.write(FoldResults(count, held_out, [*results.rows, row]))
+        results = read(FoldResults, folder.path)
+    write_text(folder.path / "folds.md", _markdown(results))
+    write_text(folder.path / "folds.html", _page(results, str(config.data), config.method))
+    console.print(_table(results))
+    print_line(
+        console, f"table {folder.path / 'folds.html'}; snella predict {folder.path} takes the mean of all models"
+    )
+    return results
+
+
+def numbers_of(scores: Any) -> dict[str, float]:
+    """The numbers among the results on one part, by metric; none where it was not measured."""
+    if scores is None:
+        return {}
+    values = plain(scores) if dataclasses.is_dataclass(scores) else dict(scores)
+    return {
+        name: float(value)
+        for name, value in values.items()
+        if name not in _SKIPPED and isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+def summary_of(results: FoldResults, *, test: bool = False) -> dict[str, tuple[float, float]]:
+    """Mean and standard deviation over folds (n - 1 in its denominator) of each metric."""
+    rows = [row.test if test else row.scores for row in results.rows]
+    names = [name for name in (rows[0] if rows else {}) if all(name in row for row in rows)]
+    summary = {}
+    for name in names:
+        values = [row[name] for row in rows]
+        summary[name] = (statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan)
+    return summary
+
+
+def _prepared(config: TrainConfig, folder: RunFolder) -> TrainConfig:
+    """The settings of a new cross-validation, written down, or those of the one that is resumed."""
+    stored = read_if_present(FoldResults, folder.path)
+    if stored is not None and config.resume:
+        known = folder.read_config()
+        differences = config.differences(known)
+        if differences:
+            raise ValueError(
+                f"resume continues {folder.path} with its own settings, but {'; '.join(differences)}; leave them out"
+            )
+        return dataclasses.replace(known, out=str(folder.path), workers=config.workers, progress=config.progress)
+    if folder.status is not None:
+        raise FileExistsError(f"out={folder.path} holds a run of one split; choose another folder for folds")
+    if stored is not None and not config.overwrite:
+        raise FileExistsError(
+            f"out={folder.path} holds a cross-validation of {stored.folds} folds; continue it with --resume, choose "
+            "another folder, or start over with --overwrite"
+        )
+    if stored is None and folder.path.is_dir() and any(folder.path.iterdir()):
+        raise FileExistsError(f"out={folder.path} holds files but no cross-validation; choose an empty or a new folder")
+    if not config.data or not config.backbone:
+        raise FileNotFoundError(f"resume must name a cross-validation, got {folder.path}, which holds none")
+    if stored is not None:
+        for fold in range(1, stored.folds + 1):
+            RunFolder(folder.path / f"fold-{fold}")._clear()
+    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.write_config(config)
+    folder.write(FoldResults(int(config.folds or 0)))
+    return config
+
+
+def _cells(results: FoldResults) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the table, mean and standard deviation last."""
+    parts: list[tuple[str, bool]] = [(results.held_out, False)]
+    if results.rows and results.rows[0].test:
+        parts.append(("test", True))
+    columns, rows = ["fold"], [[str(row.fold)] for row in results.rows]
+    last = ["mean ± standard deviation"]
+    for part, is_test in parts:
+        for name, (mean, deviation) in summary_of(results, test=is_test).items():
+            columns.append(f"{part} {name.replace('_', ' ')}")
+            for cells, row in zip(rows, results.rows, strict=True):
+                cells.append(f"{(row.test if is_test else row.scores)[name]:.4f}")
+            last.append(f"{mean:.4f} ± {deviation:.4f}")
+    for cells, row in zip(rows, results.rows, strict=True):
+        cells.append("–" if row.best_epoch is None else str(row.best_epoch))
+    return [*columns, "best epoch"], [*rows, [*last, ""]]
+
+
+def _markdown(results: FoldResults) -> str:
+    """The table in Markdown."""
+    columns, rows = _cells(results)
+    lines = [columns, ["---:" for _ in columns], *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+
+
+def _page(results: FoldResults, data: str, method: str) -> str:
+    """The table as a page, with links to the folds' reports."""
+    columns, rows = _cells(results)
+    css = resources.files("snella_app.report").joinpath("report.css").read_text(encoding="utf-8")
+    head = "".join(f'<th scope="col" class="n">{html.escape(name)}</th>' for name in columns)
+    body = ""
+    for cells, row in zip(rows, [*results.rows, None], strict=True):
+        first, *others = map(html.escape, cells)
+        link = first if row is None else f'<a href="{html.escape(row.folder)}/report.html">{first}</a>'
+        body += (
+            f"<tr><th scope='row' class='n' style='white-space: normal'>{link}</th>"
+            f"{''.join(f'<td class=n>{cell}</td>' for cell in others)}</tr>"
+        )
+    title = f"{results.folds} folds of {html.escape(data)} by {html.escape(method)}"
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
+        f"<title>{title}</title><style>{css}</style></head><body><header><h1>{title}</h1>"
+        '<p class="lead">Each row is a run of its own, measured on the images of its fold.</p></header><main><section>'
+        '<div class="scroll wide" role="region" aria-label="Table of folds" tabindex="0">'
+        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        '<p class="sideways" aria-hidden="true">scroll sideways for the rest ⟷</p></section></main></body></html>\n'
+    )
+
+
+def _table(results: FoldResults) -> Table:
+    """The table for the terminal."""
+    columns, rows = _cells(results)
+    table = make_table(columns, rows[:-1], left=0)
+    table.add_section()
+    table.add_row(*rows[-1])
+    return table

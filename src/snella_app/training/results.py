@@ -1,0 +1,305 @@
+"""Summaries of a run: `run.json`, `allocation.json`, the adapter's card and the console's overview."""
+
+import contextlib
+import math
+import platform
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import psutil
+import torch
+from peft import PeftModel
+from rich.console import Console
+from torch import nn
+
+from snella import BudgetAllocator, SnellaConfig
+from snella.matrices import AdaptedMatrix, adapted_matrices
+from snella_app.config import SCHEDULE_END, TrainConfig, command_line
+from snella_app.console import counted, print_rows
+from snella_app.data.protocol import get_protocol
+from snella_app.methods import method_of, method_options
+from snella_app.records import Allocation, AllocationStep, DataInfo, GeneratorMetrics, MatrixInfo, RunInfo
+from snella_app.runs.images import PARTS, absolute_folder, contents_of, split_sizes, splits_digest
+from snella_app.training.build import RunComponents, read_side
+from snella_app.training.distributed import process_count
+from snella_app.training.memory import peak_rss_mib, predict_step_memory
+from snella_app.training.sharding import saved_bytes
+
+_PACKAGES = ("snella", "torch", "peft", "timm", "transformers")
+_USUAL_SIZE, MIN_SIZE = 224, 48
+
+
+def describe_run(config: TrainConfig, parts: RunComponents, names: Collection[str] = PARTS) -> RunInfo:
+    """The record of a run that begins.
+
+    Args:
+        config: Resolved settings.
+        parts: Data and model.
+        names: The parts of the data that are used, whose contents are noted.
+    """
+    splits = parts.splits
+    return RunInfo(
+        status="running",
+        task=parts.task.name,
+        protocol=config.protocol,
+        ema=config.ema,
+        tta=config.views,
+        method=config.method,
+        method_options=config.options_of_method(),
+        backbone=parts.backbone,
+        classes=list(splits.classes),
+        task_state=parts.task.state() or None,
+        data=DataInfo(
+            spec=str(config.data),
+            seed=config.seed,
+            description=splits.description,
+            sizes=split_sizes(splits),
+            digest=splits_digest(splits),
+            contents=contents_of(splits, names),
+            folder=absolute_folder(str(config.data)),
+            notes=list(splits.notes),
+            fold_part=splits.fold_part,
+            white=config.white,
+            read_side=read_side(parts.data_config, splits.train),
+        ),
+        data_config=parts.data_config,
+        versions=versions_of(_PACKAGES),
+        command=command_of(config),
+    )
+
+
+def versions_of(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of Python and of packages."""
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def command_of(config: TrainConfig) -> str:
+    """The command line that gives these settings; defaults are left out."""
+    return command_line(config, TrainConfig(data="-", backbone="-", out="-"), "train")
+
+
+def sparsity_summary(matrices: Sequence[AdaptedMatrix]) -> str:
+    """How many weights an update changes, human-readable."""
+    kept, total = sum(m.budget for m in matrices), sum(m.size for m in matrices)
+    return f"changes {kept:,} of {total:,} weights ({1 - kept / total:.1%} sparse)"
+
+
+def matrices_of(model: nn.Module) -> list[AdaptedMatrix]:
+    """The sparse matrices of a model; none for methods without budgets."""
+    method = method_of(model)
+    return adapted_matrices(model) if method is not None and method.has_budgets else []
+
+
+def trainable_parameters(model: nn.Module) -> int:
+    """Number of trainable parameters, the head's included."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def describe_allocation(model: nn.Module, allocator: BudgetAllocator) -> Allocation:
+    """What the matrices are, what the best adapter keeps, how budgets evolved."""
+    return Allocation(
+        total_weights=allocator.total_weights,
+        target_budget=allocator.target_budget,
+        matrices=[
+            MatrixInfo(m.name, m.kind, m.depth, tuple(m.shape), m.size, m.budget, m.nonzeros())
+            for m in matrices_of(model)
+        ],
+        history=[AllocationStep(**entry) for entry in allocator.history],
+    )
+
+
+def describe_generator(model: nn.Module, adapter: Path, **measured: Any) -> GeneratorMetrics:
+    """What training a generator has cost, and its losses.
+
+    Args:
+        model: The trained model.
+        adapter: Folder of what was saved of it.
+        **measured: The fields of `GeneratorMetrics` that only its recipe knows.
+    """
+    matrices = matrices_of(model)
+    return GeneratorMetrics(
+        trainable_parameters=trainable_parameters(model),
+        adapted_weights=sum(m.size for m in matrices) if matrices else None,
+        adapter_bytes=folder_bytes(adapter),
+        peak_rss_mib=peak_rss_mib(),
+        **measured,
+    )
+
+
+def best_epoch(
+    history: Sequence[dict[str, Any]], selection_score: Callable[[Mapping[str, Any]], tuple[float, float]]
+) -> int:
+    """The epoch of the highest score, the latest of equals; see `RunProtocol.selection_score`."""
+    return int(max(history, key=lambda row: (selection_score(row), row["epoch"]))["epoch"])
+
+
+def folder_bytes(folder: Path) -> int:
+    """Size of the weights in an adapter's folder."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def log_summary(console: Console, config: TrainConfig, parts: RunComponents) -> None:
+    """Print data, model, method, budgets, steps and the estimated memory.
+
+    Args:
+        console: Where to write.
+        config: Resolved settings.
+        parts: Data and model.
+    """
+    splits, model = parts.splits, parts.model
+    size = tuple(parts.data_config["input_size"])
+    classes = ", ".join(splits.classes[:6]) + (", …" if len(splits.classes) > 6 else "")
+    batch = config.effective_batch_size
+    steps = counted(config.steps_per_epoch(len(splits.train)), "step")
+    images = f"{config.accumulate} × {counted(batch, 'image')}" if config.accumulate > 1 else counted(batch, "image")
+    device = next(model.parameters()).device
+    count = process_count()
+    processes = f", by {count} processes" if count > 1 else ""
+    processes += ", which share the frozen weights out" if count > 1 and config.shard else ""
+    batch = -(-batch // count)
+    memory = predict_step_memory(model, (size[0], size[1], size[2]), batch).total / 2**20
+    memory -= saved_bytes(model, count) / 2**20 if config.shard else 0
+    free = free_memory(device) / 2**20
+    rows = [
+        ("data", splits.description),
+        (parts.task.outputs_name, f"{len(splits.classes)}: {classes}"),
+        *(("note", note) for note in splits.notes),
+        *_protocol_rows(config),
+        ("backbone", f"{config.backbone}, {_count(model):,} weights, images of {size[1]}×{size[2]} px"),
+        ("method", f"{config.method}, {trainable_parameters(model):,} trainable parameters{_adapted(model)}"),
+        _start_row(config),
+        *([("budget", _budgets(model))] if matrices_of(model) else []),
+        ("training", f"{counted(config.epochs, 'epoch')} of {steps}, {images} each, on {device}{processes}"),
+        *_stopping_rows(config, model),
+        (
+            "memory",
+            f"about {memory:,.0f} MiB of {free:,.0f} MiB free, for weights, gradients, optimizer, batch (estimated)",
+        ),
+        *_cost_warnings(config, parts, memory, free),
+    ]
+    print_rows(console, rows)
+
+
+def _start_row(config: TrainConfig) -> tuple[str, str]:
+    """What the head, or everything trained, starts from."""
+    if config.init_from is not None:
+        return "start", f"what {config.init_from} has trained, head included"
+    return "head", "starts as a linear probe" if config.head_init == "probe" else "starts from random values"
+
+
+def free_memory(device: torch.device) -> int:
+    """Free bytes on a device: of the GPU, or of the machine or its container."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = int(psutil.virtual_memory().available)
+    limit, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
+    with contextlib.suppress(OSError, ValueError):  # no such files, or "max"
+        free = min(free, max(int(limit.read_text()) - int(used.read_text()), 0))
+    return free
+
+
+def shorten_hint(parts: RunComponents) -> Callable[[float], str]:
+    """A hint on shortening a run, as a function of how many times too long it is.
+
+    The time of a step is taken as proportional to the pixels of an image, which is true of convolutions, and less than
+    what a smaller image saves in attention.
+
+    Args:
+        parts: Data and model.
+    """
+    side, patch = int(parts.data_config["input_size"][-1]), size_step(parts.model)
+
+    def shorten(much: float) -> str:
+        shorter = int(side / math.sqrt(much)) // patch * patch
+        if shorter < max(MIN_SIZE, patch):
+            return "; --train-size, --epochs or a smaller --backbone make it shorter"
+        share = (shorter / side) ** 2
+        return f"; --img-size {shorter} takes about {share:.0%} of that, at some loss of accuracy"
+
+    return shorten
+
+
+def size_step(model: nn.Module) -> int:
+    """What image sizes are multiples of: the side of a patch, or what the last features are reduced by; else 32."""
+    modules = list(model.modules())
+    patches = [size[0] for module in modules if isinstance(size := getattr(module, "patch_size", None), tuple)]
+    infos = [info for module in modules if isinstance(info := getattr(module, "feature_info", None), list)]
+    reductions = [int(stage["reduction"]) for info in infos[:1] for stage in info[-1:]]
+    return math.lcm(*map(int, patches[:1]), *reductions) if patches or reductions else 32
+
+
+def _cost_warnings(config: TrainConfig, parts: RunComponents, memory: float, free: float) -> list[tuple[str, str]]:
+    """Warnings about memory and time."""
+    rows = []
+    if memory > free:
+        ways = [f"--batch-size below {config.effective_batch_size}"] if config.effective_batch_size > 1 else []
+        if "compress_activations" in set(method_options(config.method)) - set(config.method_options):
+            ways.append("--method-options.compress_activations true")
+        ways += [] if config.grad_checkpointing else ["--grad-checkpointing"]
+        less = f"{', '.join(ways)} or " if ways else ""
+        rows.append(("warning", f"that is more memory than is free; {less}a smaller --img-size needs less"))
+    side, patch = int(parts.data_config["input_size"][-1]), size_step(parts.model)
+    if config.img_size is None and side >= 1.5 * _USUAL_SIZE and next(parts.model.parameters()).device.type == "cpu":
+        usual = _USUAL_SIZE // patch * patch
+        rows.append(
+            (
+                "warning",
+                f"images of {side}×{side} px, the model's own, take a CPU about {(side / usual) ** 2:.0f} times as "
+                f"long as {usual}×{usual} px; --img-size {usual} chooses these",
+            )
+        )
+    return rows
+
+
+def _stopping_rows(config: TrainConfig, model: nn.Module) -> list[tuple[str, str]]:
+    """When training stops early, and what that means for the sparsity."""
+    if config.early_stopping is None:
+        return []
+    text = f"after {counted(config.early_stopping, 'epoch')} without a better one"
+    if not matrices_of(model):
+        return [("stopping", text)]
+    end = cast(SnellaConfig, cast(PeftModel, model).peft_config["default"]).schedule_end or 1.0
+    if end >= 1:
+        note = "early stopping has no effect: the budget reaches its target with the last step (schedule_end 1)"
+        return [("note", f"{note}; --method-options.schedule_end {SCHEDULE_END} lets it")]
+    reached = math.ceil(end * config.epochs)
+    return [("stopping", f"{text}, from epoch {reached} on, when the budget has its target (schedule_end {end:g})")]
+
+
+def _protocol_rows(config: TrainConfig) -> list[tuple[str, str]]:
+    """Protocol and average, where they are not the defaults."""
+    protocol = get_protocol(config.protocol)
+    rows = [] if protocol.name == "standard" else [("protocol", f"{protocol.name}: {protocol.summary}")]
+    if protocol.warning:
+        rows.append(("warning", protocol.warning))
+    if config.ema is not None:
+        rows.append(("average", f"exponential moving average of the trained weights, decay {config.ema:g}"))
+    if config.swa is not None:
+        rows.append(("average", f"of the trained weights after the last {config.swa} epochs (swa)"))
+    if config.soup is not None:
+        rows.append(("average", f"of the best of the last {config.soup} epochs (greedy soup)"))
+    return rows
+
+
+def _count(model: nn.Module) -> int:
+    """Weights that are not trained."""
+    return sum(p.numel() for p in model.parameters() if not p.requires_grad) or sum(
+        p.numel() for p in model.parameters()
+    )
+
+
+def _adapted(model: nn.Module) -> str:
+    """How many matrices and weights are adapted."""
+    matrices = matrices_of(model)
+    return f"; {len(matrices)} matrices, {sum(m.size for m in matrices):,} adapted weights" if matrices else ""
+
+
+def _budgets(model: nn.Module) -> str:
+    """Initial and target budget, b_0 and b_T."""
+    total = sum(matrix.size for matrix in matrices_of(model))
+    settings = cast(SnellaConfig, cast(PeftModel, model).peft_config["default"])
+    start, end = (total - round(sparsity * total) for sparsity in (settings.init_sparsity, settings.target_sparsity))
+    sparsity = f"{settings.target_sparsity:.0%} sparse at the end"
+    return f"b_0 {start:,} → b_T {end:,} weights kept ({sparsity}), {settings.schedule}"

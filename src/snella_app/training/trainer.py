@@ -1,0 +1,670 @@
+"""Trainers: `SnellaTrainer` for labeled images, `CheckpointingTrainer` for all runs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms import v2
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from snella import BudgetAllocator, SnellaCallback
+from snella_app.config import TrainConfig
+from snella_app.data import ImageDataset
+from snella_app.data.protocol import get_protocol
+from snella_app.device import choose_device
+from snella_app.files import write_json
+from snella_app.methods import load_trained_into, method_of, save_trained
+from snella_app.records import AveragedEpochs
+from snella_app.runs.folder import RunFolder, RunFolderOf
+from snella_app.tasks import Task
+from snella_app.training.build import epoch_sampler
+from snella_app.training.callbacks import EpochEnds, WeightAverage
+from snella_app.training.checkpoints import reading_checkpoint, remove_incomplete, reporting_write_errors, staged
+from snella_app.training.distributed import (
+    ShardedBatches,
+    is_main,
+    mean_of_all,
+    process_count,
+    process_number,
+    wait_for_others,
+)
+from snella_app.training.feature_norm import FeatureNorm
+from snella_app.training.optimizer import build_optimizer
+from snella_app.training.sampler import EpochCallback, mix_seed
+from snella_app.training.session import NonFiniteLossError
+from snella_app.training.sharding import average_gradients, is_sharded
+
+_PROGRESS_FILE = "progress.json"
+
+
+class _StalledError(Exception):
+    """A resumed run had stopped early already."""
+
+
+class _StopIfStalled(TrainerCallback):
+    """Ends a resumed training before its first step where it had stopped early: its state is loaded by then.
+
+    Args:
+        trainer: Whose callback it is, the last one.
+    """
+
+    def __init__(self, trainer: SnellaTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.trainer.has_stalled:
+            raise _StalledError
+
+
+class _MeasureStart(TrainerCallback):
+    """Measures a trained head before the first step, as epoch 0, which may be the best one.
+
+    Args:
+        trainer: Whose callback it is; its allocator is attached by an earlier one.
+    """
+
+    def __init__(self, trainer: SnellaTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step == 0 and not self.trainer.history:
+            state.epoch = 0
+            self.trainer.evaluate()
+
+
+class CheckpointingTrainer(Trainer):
+    """A Trainer with atomic checkpoints of the trained weights alone.
+
+    Differs from its base class in that
+    - a checkpoint holds what was trained, not the model around it, and appears under its name only when it is complete;
+    - a loss or gradient that is not finite ends the run before it reaches the weights;
+    - the time spent before an interruption counts.
+
+    Args:
+        trained: The model with what is trained, from `build_method` or `adapt_headless`.
+        run: Where checkpoints go.
+        start: When this session's work began, as `time.monotonic()` counts; now if None.
+        **options: As for transformers' Trainer; `model` is `trained` if it is not given.
+
+    Attributes:
+        last_loss: Of the latest forward pass.
+    """
+
+    def __init__(self, trained: nn.Module, run: RunFolderOf[Any], start: float | None = None, **options: Any) -> None:
+        self.trained_model = trained
+        self.run_folder = run
+        self.last_loss = math.nan
+        self._earlier_s = 0.0
+        self._session_start = time.monotonic() if start is None else start
+        self._staging: Path | None = None
+        super().__init__(**{"model": trained, **options})
+        self.remove_callback(PrinterCallback)
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds spent, those before an interruption included."""
+        return self._earlier_s + time.monotonic() - self._session_start
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of one batch.
+
+        Raises:
+            NonFiniteLossError: The loss is not finite; nothing of this step is kept.
+        """
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        value = mean_of_all(loss.item())
+        if not math.isfinite(value):
+            raise self._not_finite("the loss", value)
+        self.last_loss = value
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Norm of the gradient before clipping, checked before the optimizer uses it."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if not self.args.fp16 and not math.isfinite(float(norm)):  # in fp16 the scaler skips such a step
+            raise self._not_finite("the gradient", float(norm))
+        return norm
+
+    def _not_finite(self, what: str, value: float) -> NonFiniteLossError:
+        """The error with the step, the last good state and the remedy."""
+        raise NotImplementedError
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where the base class writes a checkpoint: the staging folder while one is open."""
+        return str(self._staging or self.run_folder.checkpoints)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint atomically, then remove the older ones; the main process does."""
+        if is_main():
+            self._write_checkpoint(model, trial)
+        wait_for_others()
+
+    def store_flos(self) -> None:
+        """Nothing: operations are not counted, and the base class would gather them from all processes."""
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint and remove the older ones."""
+        folder, name = self.run_folder.checkpoints, f"checkpoint-{self.state.global_step}"
+        if (folder / name).is_dir():
+            return
+        with staged(self.run_folder, name) as self._staging:
+            try:
+                super()._save_checkpoint(model, trial)
+                self._write_state(self._staging / name)
+            finally:
+                self._staging = None
+        remove_incomplete(folder)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Write what was trained."""
+        save_trained(self.trained_model, output_dir or str(self.run_folder.adapter))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Read the trained weights and the state of this class."""
+        checkpoint = Path(resume_from_checkpoint)
+        with reading_checkpoint(checkpoint):
+            load_trained_into(self.trained_model, checkpoint)
+            self._read_state(checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Read their states."""
+        with nullcontext() if checkpoint is None else reading_checkpoint(Path(checkpoint)):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Read the states of the generators of random numbers."""
+        with nullcontext() if checkpoint is None else reading_checkpoint(Path(checkpoint)):
+            super()._load_rng_state(checkpoint)
+
+    def _write_state(self, checkpoint: Path, **values: Any) -> None:
+        """Write what the Trainer's own state lacks, `values` with it."""
+        write_json(checkpoint / _PROGRESS_FILE, {"elapsed_s": self.elapsed_s, **values})
+
+    def _read_state(self, checkpoint: Path) -> dict[str, Any]:
+        """Read what `_write_state` wrote."""
+        values: dict[str, Any] = json.loads((checkpoint / _PROGRESS_FILE).read_text(encoding="utf-8"))
+        self._earlier_s = values["elapsed_s"]
+        return values
+
+
+def base_training_arguments(
+    checkpoints: Path, device: torch.device, *, seed: int, precision: str, **options: Any
+) -> TrainingArguments:
+    """The Trainer's settings that all kinds of runs share: quiet, on one device.
+
+    Args:
+        checkpoints: Where they go.
+        device: Where to train.
+        seed: Of the run.
+        precision: fp32, or bf16 or fp16 for autocast.
+        **options: Those of this kind of run; `report_to` names trackers.
+    """
+    with _accelerate_device(device):
+        arguments = TrainingArguments(
+            output_dir=str(checkpoints),
+            seed=seed,
+            use_cpu=device.type == "cpu",
+            bf16=precision == "bf16",
+            fp16=precision == "fp16",
+            logging_nan_inf_filter=False,
+            disable_tqdm=True,
+            log_level="error",
+            dataloader_pin_memory=False,
+            remove_unused_columns=False,
+            label_names=["labels"],
+            **{"report_to": "none", **options},
+        )
+        arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+_DEVICE_VARIABLE = "ACCELERATE_TORCH_DEVICE"
+
+
+@contextlib.contextmanager
+def _accelerate_device(device: torch.device) -> Iterator[None]:
+    """Let Accelerate take one device, such as cuda:1; it takes cpu, and a GPU for each of several processes, itself."""
+    if device.type == "cpu" or process_count() > 1 or _DEVICE_VARIABLE in os.environ:
+        yield
+        return
+    os.environ[_DEVICE_VARIABLE] = str(device)
+    try:
+        yield
+    finally:
+        del os.environ[_DEVICE_VARIABLE]
+
+
+@dataclass
+class _Progress:
+    """The running epoch's loss."""
+
+    loss_sum: float = 0.0
+    steps: int = 0
+
+
+class SnellaTrainer(CheckpointingTrainer):
+    """One training run over `(image, label)` data sets.
+
+    Differs from its base class in that
+    - every step draws its random numbers (dropout, drop-path) from `(seed, step)`, and every epoch its order from
+      `(seed, epoch)`, so that a resumed run repeats them wherever it was interrupted;
+    - the adapter of the best epoch (see `Task.selection_score`) is written when it is found;
+    - an average of the weights, and the weights of epochs to be averaged, are part of a checkpoint.
+
+    Args:
+        model: From `build_method`.
+        config: Resolved settings.
+        task: Loss and metrics.
+        train: Training items.
+        val: Items that choose the best epoch, as the protocol of `config` has it; None keeps the last.
+        run: Where checkpoints and the best adapter go.
+        callbacks: Further callbacks.
+        trained_part: The part of the model that the data sets are inputs of, where that is not the whole.
+        start: When this session's work began, as `time.monotonic()` counts; now if not given.
+        keep_checkpoints: Whether each epoch ends with a checkpoint.
+        feature_norm: Normalizes the inputs of the head, which is saved without it; None for none.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        task: Task,
+        train: ImageDataset,
+        val: ImageDataset | None,
+        run: RunFolder,
+        callbacks: list[TrainerCallback],
+        trained_part: nn.Module | None = None,
+        start: float | None = None,
+        keep_checkpoints: bool = True,
+        feature_norm: FeatureNorm | None = None,
+    ) -> None:
+        self.config = config
+        self.feature_norm = feature_norm
+        self.task = task
+        self.validation_set = val
+        self.protocol = get_protocol(config.protocol)
+        self.average = None if config.ema is None else WeightAverage(model, config.ema)
+        averaging: list[TrainerCallback] = [] if self.average is None else [self.average]
+        averaging += [] if feature_norm is None else [feature_norm]
+        self.epoch_ends = EpochEnds(model, count) if (count := config.swa or config.soup) else None
+        self.progress = _Progress()
+        self._weights: list[float] = []
+        self._micro_step, self._step_loss = 0, 0.0
+        self._sampler = epoch_sampler(train, task, config)
+        self._is_sharded = is_sharded(model) and trained_part is None
+        self._shards = ShardedBatches(self._sampler, config.effective_batch_size, process_number(), process_count())
+        super().__init__(
+            model,
+            run,
+            start,
+            model=model if trained_part is None else trained_part,
+            args=training_arguments(config, run.checkpoints, keep_checkpoints),
+            data_collator=task.collate,
+            train_dataset=train,
+            eval_dataset=train if val is None else val,  # `evaluate` decides itself what is measured
+            callbacks=[EpochCallback(train, self._sampler), *averaging, *callbacks],
+        )
+        self.model_accepts_loss_kwargs = False
+        if self.protocol.selected_on == "val" and (config.head_init == "probe" or config.init_from is not None):
+            self.add_callback(_MeasureStart(self))
+        self.add_callback(_StopIfStalled(self))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as the base class does; a resumed run that had stopped early stays as it is."""
+        try:
+            return super().train(*args, **kwargs)
+        except _StalledError:
+            self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+            return None
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """One row per finished epoch, as `metrics.json` holds them; epoch 0 is the start, where that was measured."""
+        rows = [row for row in self.state.log_history if "budget" in row]
+        return [
+            {"epoch": round(row["epoch"]), **{k: v for k, v in row.items() if k not in ("step", "epoch")}}
+            for row in rows
+        ]
+
+    @property
+    def has_stalled(self) -> bool:
+        """Whether `early_stopping` epochs have gone by without a better one.
+
+        Only epochs count that were measured and keep no more weights than the target: with budgets that shrink, a run
+        does not stop before what it keeps has the sparsity that was asked for.
+        """
+        allocator = self.allocator
+        rows = [
+            (score, -row["epoch"])  # of equals the first
+            for row in self.history
+            if (allocator is None or row["budget"] <= allocator.target_budget)
+            and math.isfinite((score := self.selection_score(row))[0])
+        ]
+        patience = self.config.early_stopping
+        return patience is not None and bool(rows) and max(rows)[1] - rows[-1][1] >= patience
+
+    @property
+    def allocator(self) -> BudgetAllocator | None:
+        """What shares out the budget, from the start of training on; None for methods without budgets."""
+        found = [c.allocator for c in self.callback_handler.callbacks if isinstance(c, SnellaCallback)]
+        return found[0] if found else None
+
+    def selection_score(self, row: Mapping[str, Any]) -> tuple[float, float]:
+        """What an epoch is compared by, from its row of the history."""
+        return self.protocol.selection_score(row, self.task.selection_score)
+
+    def outputs(self, dataset: Dataset[Any]) -> tuple[np.ndarray, np.ndarray]:
+        """The outputs on a data set and its labels, as `Task.reduce` leaves them."""
+        output = self.evaluation_loop(self.get_eval_dataloader(dataset), "evaluation", prediction_loss_only=False)
+        return np.asarray(output.predictions), np.asarray(output.label_ids)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "val"
+    ) -> dict[str, float]:
+        """Evaluate the epoch by the protocol, log it, and save its adapter if it is the best so far.
+
+        With an average of the weights, the average is evaluated and saved.
+
+        Raises:
+            NonFiniteLossError: The loss is not finite; nothing is saved then.
+        """
+        with nullcontext() if self.average is None else self.average.applied():
+            return self._measure_epoch()
+
+    def _measure_epoch(self) -> dict[str, float]:
+        """Evaluate the epoch with the current values."""
+        row: dict[str, Any] = {
+            "train_loss": self.progress.loss_sum / self.progress.steps if self.progress.steps else math.nan,
+            **self._selection_scores(),
+            "lr": float(self._get_learning_rate()),
+            "budget": self._budget(),
+        }
+        is_start = self.state.global_step == 0
+        if self._is_denser_than_asked():
+            row["is_denser"] = True
+        self.progress.loss_sum, self.progress.steps = 0.0, 0
+        score = self.selection_score(row)
+        is_best = all(self.selection_score(past) <= score for past in self.history)
+        self.log(row)
+        if self.epoch_ends is not None and not is_start:
+            self.epoch_ends.add(round(self.state.epoch or 0))
+        if self.has_stalled:
+            self.control.should_training_stop = True
+        if is_best:
+            self._save_adapter()
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, row)
+        return row
+
+    def average_epochs(self) -> AveragedEpochs | None:
+        """Average the trained weights of the last epochs, and save the average unless the best epoch is better.
+
+        `swa` is the mean of all of them. `soup` begins with the best one and takes in another, the better ones first,
+        where the mean with it is not worse on the selection split. Both are measured with the budgets of the last step.
+
+        Returns:
+            What was averaged, and whether it was saved; None where the settings do not ask for it.
+
+        Raises:
+            NonFiniteLossError: The loss of an average is not finite.
+
+        Sources:
+            Izmailov et al., Averaging Weights Leads to Wider Optima (arXiv 1803.05407); Wortsman et al., Model Soups
+            (arXiv 2203.05482).
+        """
+        ends = self.epoch_ends
+        if ends is None or not ends.epochs:
+            return None
+        rows = {row["epoch"]: self.selection_score(row) for row in self.history}
+        chosen = ends.epochs
+        if self.config.soup is not None:
+            best_first = sorted(ends.epochs, key=lambda epoch: (rows[epoch], epoch), reverse=True)
+            chosen = best_first[:1]
+            score, _ = self._score_of_mean(chosen)
+            for epoch in best_first[1:]:
+                other, _ = self._score_of_mean([*chosen, epoch])
+                if other >= score:
+                    chosen, score = [*chosen, epoch], other
+        chosen = sorted(chosen)
+        score, scores = self._score_of_mean(chosen)
+        is_saved = score >= max(rows.values())
+        if is_saved:
+            with ends.mean_applied(chosen):
+                self._save_adapter()
+        kind: Literal["swa", "soup"] = "swa" if self.config.soup is None else "soup"
+        return AveragedEpochs(kind, chosen, ends.epochs, is_saved, scores)
+
+    def _score_of_mean(self, epochs: Sequence[int]) -> tuple[tuple[float, float], dict[str, float]]:
+        """What the mean over some epochs is compared by, and its results; all means alike without a selection split."""
+        if self.epoch_ends is None or self.validation_set is None:
+            return self.selection_score({}), {}
+        with self.epoch_ends.mean_applied(epochs):
+            scores = self._measured(self.validation_set)
+        return self.selection_score(scores), scores
+
+    def _save_adapter(self) -> None:
+        """Write the adapter that the run keeps, by the main process."""
+        if self.args.should_save:
+            folded = nullcontext() if self.feature_norm is None else self.feature_norm.folded()
+            with reporting_write_errors(self.run_folder.adapter), folded:
+                save_trained(self.trained_model, self.run_folder.adapter)
+
+    def _selection_scores(self) -> dict[str, float]:
+        """Results on the selection split, by the names of the history; none where it is not evaluated."""
+        epoch = round(self.state.epoch or 0)
+        if self.validation_set is None or not self.protocol.is_measured(epoch, self.config.epochs):
+            return {}
+        return self._measured(self.validation_set)
+
+    def _measured(self, images: ImageDataset) -> dict[str, float]:
+        """Results on the selection split."""
+        scores = self.task.metrics(*self.outputs(images))
+        if not math.isfinite(scores["loss"]):
+            part = "test" if self.protocol.selected_on == "test" else "validation"
+            raise self._not_finite(f"the {part} loss", scores["loss"])
+        return self.protocol.with_split_prefix({"val_loss": scores["loss"], **self.task.epoch_row(scores)})
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make the optimizer with its groups."""
+        if self.optimizer is None:
+            self.optimizer = build_optimizer(self.trained_model, self.config)
+        return self.optimizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Loss of a batch; with `return_outputs` the logits too."""
+        logits = model(inputs["images"])
+        weights = inputs.get("weights")
+        loss = self.task.loss(logits, inputs["labels"], weights)
+        if "share" in inputs:
+            share, others = inputs["share"], None if weights is None else weights.roll(1, 0)
+            loss = share * loss + (1 - share) * self.task.loss(logits, inputs["other_labels"], others)
+        penalty = None if (method := method_of(self.trained_model)) is None else method.penalty
+        if penalty is not None and model.training:
+            loss = loss + penalty(self.trained_model)
+        if model.training and (self.config.accumulate > 1 or self._shards.count > 1):
+            loss = loss * self._weights[self._micro_step]
+        return (loss, logits) if return_outputs else loss
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of one batch, with the step's own random numbers.
+
+        Raises:
+            NonFiniteLossError: The loss is not finite.
+        """
+        micro_step = [self._micro_step] if self._micro_step else []  # the first draws as the only one does
+        torch.manual_seed(mix_seed(self.config.seed, 1, self.state.global_step, self.args.process_index, *micro_step))
+        loss = super().training_step(model, self._mix(inputs), num_items_in_batch)
+        self._micro_step += 1
+        self._step_loss += self.last_loss
+        self.last_loss = self._step_loss
+        if self._micro_step == self.current_gradient_accumulation_steps:
+            if self._is_sharded:
+                average_gradients(self.trained_model)
+            self.progress.loss_sum += self._step_loss
+            self.progress.steps += 1
+        return loss
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, *others: Any) -> Any:
+        """The batches of one step, and what each weighs, so that all images of the step count the same.
+
+        The Trainer divides the loss by the number of batches, DDP the gradients by the number of processes.
+        """
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, *others)
+        per_epoch = self.config.steps_per_epoch(len(self._sampler))
+        first = self.state.global_step % per_epoch * self.config.accumulate
+        numbers = range(first, first + len(batches))
+        images = min(len(self._sampler), (first + len(batches)) * self._shards.batch_size)
+        images -= first * self._shards.batch_size
+        self._weights = [self._shards.weight(number) * len(batches) * self._shards.count / images for number in numbers]
+        self._micro_step, self._step_loss = 0, 0.0
+        return batches, items
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Make Accelerate's object; one that leaves a sharded model where it is, with no DDP around it."""
+        super().create_accelerator_and_postprocess()
+        if self._is_sharded:
+            prepare = self.accelerator.prepare_model
+            self.accelerator.prepare_model = lambda model, *_, **__: prepare(
+                model, device_placement=False, evaluation_mode=True
+            )
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """Move a whole model; parts of a sharded one are where they have to be."""
+        if not self._is_sharded:
+            super()._move_model_to_device(model, device)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches of the images; with several processes this one's part of each."""
+        if self._shards.count == 1:
+            return super().get_train_dataloader()
+        return DataLoader(
+            self.train_dataset,  # type: ignore[arg-type]
+            batch_sampler=self._shards,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+        )
+
+    def _mix(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The batch with each image mixed with another, if the settings say so: that one's label and the own share.
+
+        Torchvision mixes labels as one-hot rows; with the image's number for its label, a row tells the share.
+        """
+        alphas = {v2.MixUp: self.config.mixup, v2.CutMix: self.config.cutmix}
+        count = len(inputs["labels"])
+        mixers = [kind(alpha=alpha, num_classes=count) for kind, alpha in alphas.items() if alpha]
+        if not mixers or count == 1:
+            return inputs
+        numbers = torch.arange(count, device=inputs["images"].device)
+        images, rows = v2.RandomChoice(mixers)(inputs["images"], numbers)
+        return {**inputs, "images": images, "other_labels": inputs["labels"].roll(1, 0), "share": float(rows[0, 0])}
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The outputs that the task reduces one batch to, and no loss, which `Task.metrics` computes of them."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            outputs = self.task.outputs(model, inputs["images"], self.config.views)
+        return None, *self.task.reduce(outputs, inputs["labels"])
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
+        """The order of an epoch."""
+        return self._sampler
+
+    def _write_state(self, checkpoint: Path, **values: Any) -> None:
+        """Write the running epoch's loss and the average of the weights too."""
+        super()._write_state(checkpoint, **asdict(self.progress), **values)
+        for kept in (self.average, self.epoch_ends, self.feature_norm):
+            if kept is not None:
+                kept.save(checkpoint)
+
+    def _read_state(self, checkpoint: Path) -> dict[str, Any]:
+        """Read what `_write_state` wrote."""
+        values = super()._read_state(checkpoint)
+        self.progress = _Progress(values["loss_sum"], values["steps"])
+        for kept in (self.average, self.epoch_ends, self.feature_norm):
+            if kept is not None:
+                kept.load(checkpoint)
+        return values
+
+    def _budget(self) -> int | None:
+        """Weights kept at present, over all matrices."""
+        allocator = self.allocator
+        return None if allocator is None else sum(allocator.budgets.values())
+
+    def _is_denser_than_asked(self) -> bool:
+        """Whether epochs with the target budget are still to come, of which the best is to be kept."""
+        allocator = self.allocator
+        return allocator is not None and (allocator.config.schedule_end or 1.0) < 1 and not allocator.has_reached_target
+
+    def _not_finite(self, what: str, value: float) -> NonFiniteLossError:
+        """The error with the step, the last good state and the remedy."""
+        step = self.state.global_step + (1 if what in ("the loss", "the gradient") else 0)
+        per_epoch = max(1, self.state.max_steps // max(1, int(self.state.num_train_epochs)))
+        epoch = (step - 1) // per_epoch + 1
+        done = sum(row["epoch"] > 0 for row in self.history)
+        kept = f"the state after epoch {done} is kept, and the best adapter" if done else "no epoch was finished before"
+        rates = {name: getattr(self.config, name) for name in ("lr", "scalar_lr", "head_lr", "scaling")}
+        shown = ", ".join(
+            f"--{name.replace('_', '-')} (now {rate:g})" for name, rate in rates.items() if rate is not None
+        )
+        return NonFiniteLossError(
+            f"{what} became {value} in epoch {epoch}, step {step} of {self.state.max_steps}; "
+            f"{kept} in {self.run_folder.path}; "
+            f"start a new run with a lower {shown} or a longer --warmup-ratio"
+        )
+
+
+def training_arguments(config: TrainConfig, checkpoints: Path, keep_checkpoints: bool = True) -> TrainingArguments:
+    """The Trainer's own settings: quiet, an evaluation and a checkpoint each epoch, warm-up and a cosine."""
+    return base_training_arguments(
+        checkpoints,
+        choose_device(config.device),
+        seed=config.seed,
+        precision=config.precision,
+        num_train_epochs=config.epochs,
+        per_device_train_batch_size=-(-config.effective_batch_size // process_count()),
+        per_device_eval_batch_size=config.effective_batch_size,
+        learning_rate=config.lr or 0.0,
+        lr_scheduler_type="cosine_with_min_lr" if config.min_lr else "cosine",
+        lr_scheduler_kwargs={"min_lr_rate": config.min_lr / (config.lr or 1.0)} if config.min_lr else {},
+        warmup_steps=config.warmup_ratio,
+        max_grad_norm=config.max_grad_norm,
+        eval_strategy="epoch",
+        save_strategy="epoch" if keep_checkpoints else "no",
+        logging_strategy="no",
+        dataloader_num_workers=config.workers,
+        gradient_accumulation_steps=config.accumulate,
+        report_to=config.trackers or "none",
+        run_name=str(config.out),
+    )

@@ -1,0 +1,303 @@
+"""Where the weight budget went: sparsity and importance by layer at the end and over training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from snella.allocation import budget_at
+from snella_app.records import Allocation, AllocationStep, MatrixInfo, RunInfo, read, read_if_present
+from snella_app.report.allocation import linear_trend, log_axis
+from snella_app.report.inspect import current_budgets, read_adapter
+from snella_app.report.style import (
+    ACCENT,
+    MUTED,
+    WARM,
+    accent_map,
+    add_legend,
+    new_figure,
+    new_panels,
+    percent_axis,
+    shortened,
+    style_of,
+)
+from snella_lab.analysis.plot import Plot, Row, grouped, in_order_of_depth, run_labels
+
+Layers = Literal["block", "matrix"]
+"""What counts as a layer: all matrices of a block of the backbone, or each matrix by itself."""
+_METRIC_NAMES = {
+    "sensitivity": "Sensitivity",
+    "magnitude": "Magnitude",
+    "delta_magnitude": "W-Magnitude",
+    "delta_mean_magnitude": "mean W-Magnitude",
+}
+_SHOWN_TIMES = 6
+
+
+@dataclass(frozen=True)
+class BudgetedRun:
+    """A run with budgets, and what its files say of them.
+
+    Attributes:
+        label: Short name.
+        allocation: Its `allocation.json`.
+        budgets: Of each matrix in the saved adapter.
+        settings: Of the adapter, such as `importance` and `schedule`.
+    """
+
+    label: str
+    allocation: Allocation
+    budgets: Mapping[str, int]
+    settings: Mapping[str, Any]
+
+    @property
+    def metric(self) -> str:
+        """Its importance metric as the paper calls it."""
+        name = str(self.settings.get("importance", "sensitivity"))
+        return _METRIC_NAMES.get(name, name)
+
+    def layers(self, by: Layers) -> dict[str, list[MatrixInfo]]:
+        """Its matrices by layer, in the order of the model; those outside of blocks are one layer, `–`."""
+        layers: dict[str, list[MatrixInfo]] = {}
+        for matrix in self.allocation.matrices:
+            block = "–" if matrix.depth is None else str(matrix.depth)
+            layers.setdefault(block if by == "block" else matrix.name, []).append(matrix)
+        return in_order_of_depth(layers) if by == "block" else layers
+
+
+def read_budgeted_run(run: str | Path, label: str) -> BudgetedRun:
+    """Read a run with budgets.
+
+    Raises:
+        FileNotFoundError: The folder holds no run.
+        ValueError: Its method has no budgets, or a file is damaged.
+    """
+    info = read(RunInfo, run)
+    allocation = read_if_present(Allocation, run)
+    if allocation is None or not allocation.matrices:
+        raise ValueError(
+            f"run must have weight budgets, as those of snella and snell have, got {run} of {info.method!r} "
+            "without allocation.json, which is written when training ends"
+        )
+    adapter = read_adapter(run)
+    budgets = current_budgets(adapter, allocation)
+    return BudgetedRun(label, allocation, budgets, adapter.config if adapter else {})
+
+
+def allocation(runs: Sequence[str | Path], *, by: Layers = "block") -> list[Plot]:
+    """Sparsity ratio of each layer's update with its linear trend, several runs beside each other (Figure 10).
+
+        sparsity[l] = 1 − budget[l] / weights[l],   trend[l] = a + slope·l by least squares over the layers
+
+    Args:
+        runs: Folders of runs with budgets.
+        by: What a layer is.
+
+    Returns:
+        One plot: a row of its table is a layer of a run, `allocation-trend` has slope and intercept.
+
+    Raises:
+        FileNotFoundError: A folder holds no run.
+        ValueError: A run has no budgets.
+    """
+    read_runs = [read_budgeted_run(run, label) for run, label in zip(runs, run_labels(runs), strict=True)]
+    rows: list[Row] = []
+    trends: list[Row] = []
+    for run in read_runs:
+        own = layer_sparsities(run, run.budgets, by)
+        slope, intercept = linear_trend([row["sparsity"] for row in own])
+        rows += [{**row, "trend": intercept + slope * row["position"]} for row in own]
+        trends.append({"run": run.label, "layers": len(own), "intercept": intercept, "slope": slope})
+    notes = [f"{row['run']}: {100 * row['slope']:+.2f} points of sparsity a layer" for row in trends]
+    return [Plot("allocation", rows, partial(_draw_allocation, rows, by), notes, {"trend": trends})]
+
+
+def layer_sparsities(run: BudgetedRun, budgets: Mapping[str, int], by: Layers) -> list[dict[str, Any]]:
+    """Weights, budget and sparsity of each layer under some budgets."""
+    rows = []
+    for position, (layer, matrices) in enumerate(run.layers(by).items()):
+        weights, budget = sum(m.size for m in matrices), sum(budgets[m.name] for m in matrices)
+        row = {"run": run.label, "layer": layer, "position": position, "weights": weights, "budget": budget}
+        rows.append({**row, "sparsity": 1 - budget / weights})
+    return rows
+
+
+def evolution(runs: Sequence[str | Path], *, by: Layers = "block") -> list[Plot]:
+    """Importance and sparsity ratio of each layer over training (Figure 16), and the total budget (Figure 6).
+
+    The importance of a layer is the mean of its matrices' importance. Runs of several importance metrics stand side
+    by side.
+
+    Args:
+        runs: Folders of runs with budgets.
+        by: What a layer is.
+
+    Returns:
+        Two plots. `evolution`: a row of its table is a layer of a run after one allocation, all allocations that the
+        run noted; the figure shows some of them. `budget`: a row is an allocation, with the schedule's own value.
+
+    Raises:
+        FileNotFoundError: A folder holds no run.
+        ValueError: A run has no budgets, or made no allocation yet.
+    """
+    read_runs = [read_budgeted_run(run, label) for run, label in zip(runs, run_labels(runs), strict=True)]
+    for run in read_runs:
+        if not run.allocation.history:
+            raise ValueError(f"run must have made an allocation, got {run.label}, whose allocation.json notes none")
+    rows = [row for run in read_runs for step in run.allocation.history for row in _layers_after(run, step, by)]
+    totals = [row for run in read_runs for row in budget_rows(run)]
+    return [
+        Plot("evolution", rows, partial(_draw_evolution, rows, {run.label: run.metric for run in read_runs}, by)),
+        Plot("budget", totals, partial(_draw_budgets, totals, read_runs)),
+    ]
+
+
+def _layers_after(run: BudgetedRun, step: AllocationStep, by: Layers) -> list[Row]:
+    """Sparsity and importance of each layer after an allocation."""
+    layers = run.layers(by)
+    return [
+        {
+            "run": run.label,
+            "metric": run.metric,
+            "step": step.step,
+            **{name: row[name] for name in ("layer", "position", "sparsity")},
+            "importance": float(np.mean([step.importance.get(m.name, np.nan) for m in layers[row["layer"]]])),
+        }
+        for row in layer_sparsities(run, step.budgets, by)
+    ]
+
+
+def budget_rows(run: BudgetedRun) -> list[Row]:
+    """Total budget after each allocation, and `b_t` of the schedule at that time (eq. 12)."""
+    whole, target = run.allocation.total_weights, run.allocation.target_budget
+    first, schedule = run.allocation.history[0].budget, str(run.settings.get("schedule", "cubic"))
+    return [
+        {
+            "run": run.label,
+            "step": step.step,
+            "t": step.t,
+            "total": step.total,
+            "budget": step.budget,
+            "share": step.budget / whole,
+            "scheduled": budget_at(step.t, step.total, first, target, schedule),
+        }
+        for step in run.allocation.history
+    ]
+
+
+def _draw_allocation(rows: Sequence[Row], by: Layers) -> Figure:
+    """A panel a run: bars of sparsity and the line of the trend."""
+    runs = grouped(rows, "run")
+    columns = min(len(runs), 3)
+    widest = max(map(len, runs.values()))
+    width = max(260, 60 + (16 if widest <= 32 else 5) * widest)
+    lines = -(-len(runs) // columns)
+    titles = [shortened(label, width // 9) for label in runs]
+    figure, panels = new_panels(width * columns, 200 * lines + 50, titles, columns, sharey=True)
+    for axes, own in zip(panels, runs.values(), strict=True):
+        places = [row["position"] for row in own]
+        axes.bar(places, [row["sparsity"] for row in own], width=0.8, color=ACCENT)
+        axes.plot(places, [row["trend"] for row in own], color=WARM, linewidth=2.2)
+        axes.grid(False, axis="x")
+        axes.set_ylim(0, 1.02)
+        percent_axis(axes)
+        _layer_axis(axes, own, by)
+    for axes in panels[::columns]:
+        axes.set_ylabel("sparsity ratio")
+    bar, line = panels[0].containers[0], panels[0].lines[0]
+    add_legend(figure, [bar, line], ["share of weights left unchanged", "linear trend"])  # type: ignore[list-item]
+    return figure
+
+
+def _draw_evolution(rows: Sequence[Row], metrics: Mapping[str, str], by: Layers) -> Figure:
+    """A column a run: importance above, sparsity below, a line a time, from pale to strong."""
+    labels = list(metrics)
+    titles = [f"{shortened(label, 20)}: {metrics[label]}" for label in labels]
+    figure, panels = new_panels(
+        max(300 * len(labels), 430), 470, [*titles, *[""] * len(labels)], len(labels), sharex="col", sharey=False
+    )
+    handles: list[Line2D] = []
+    names: list[str] = []
+    for column, own in enumerate(grouped(rows, "run").values()):
+        steps = _spread(sorted({row["step"] for row in own}))
+        above, below = panels[column], panels[column + len(labels)]
+        for number, step in enumerate(steps):
+            at = [row for row in own if row["step"] == step]
+            color = time_color(number, len(steps))
+            places = [row["position"] for row in at]
+            importance = [row["importance"] if row["importance"] > 0 else np.nan for row in at]
+            above.plot(places, importance, color=color, linewidth=1.8, marker="o", markersize=3)
+            (line,) = below.plot(
+                places, [row["sparsity"] for row in at], color=color, linewidth=1.8, marker="o", markersize=3
+            )
+            if column == 0:
+                handles.append(line)
+                names.append("start" if step == 0 else f"step {step}")
+        if any(np.isfinite(line.get_ydata()).any() for line in above.lines):
+            log_axis(above)
+        below.set_ylim(-0.02, 1.02)
+        percent_axis(below)
+        _layer_axis(below, [row for row in own if row["step"] == steps[-1]], by)
+        above.tick_params(labelbottom=False)
+    panels[0].set_ylabel("importance (log scale)")
+    panels[len(labels)].set_ylabel("sparsity ratio")
+    if len(labels) > 1:  # steps of other runs may be others
+        names = ["earliest", *[""] * (len(names) - 2), "last"] if len(names) > 2 else names
+    add_legend(figure, handles, names, columns=min(3 * len(labels), _SHOWN_TIMES))
+    return figure
+
+
+def _draw_budgets(rows: Sequence[Row], runs: Sequence[BudgetedRun]) -> Figure:
+    """The total budget of each run as steps, and its schedule as a thin dashed curve."""
+    figure, axes = new_figure(560, 340, "Total budget")
+    handles = []
+    for number, run in enumerate(runs):
+        own = [row for row in rows if row["run"] == run.label]
+        color, marker = style_of(number)
+        whole, target, first = run.allocation.total_weights, run.allocation.target_budget, own[0]["budget"]
+        schedule, last = str(run.settings.get("schedule", "cubic")), own[-1]
+        fine = np.linspace(0, last["total"], 201)
+        scale = last["step"] / last["t"] if last["t"] else 1.0
+        curve = [budget_at(int(1000 * t), 1000 * last["total"], first, target, schedule) / whole for t in fine]
+        axes.plot(fine * scale, curve, color=color, linewidth=1, linestyle=(0, (4, 3)))
+        look: dict[str, Any] = {"color": color, "linewidth": 2, "marker": marker if len(own) <= 30 else ""}
+        steps, shares = [row["step"] for row in own], [row["share"] for row in own]
+        handles += axes.step(steps, shares, where="post", markersize=5, **look)
+    axes.set_ylim(0, 1.05)
+    percent_axis(axes)
+    axes.set(xlabel="optimizer step", ylabel="adapted weights that may change")
+    handles.append(Line2D([], [], color=MUTED, linewidth=1, linestyle=(0, (4, 3))))
+    add_legend(figure, handles, [*(shortened(run.label, 24) for run in runs), "the schedule"])
+    return figure
+
+
+def time_color(number: int, count: int) -> str:
+    """Color of the point in time of this number of so many: from pale to the full accent."""
+    return to_hex(accent_map()(0.18 + 0.82 * number / max(count - 1, 1)), keep_alpha=True)
+
+
+def _spread(values: Sequence[int]) -> list[int]:
+    """Some of the values, evenly spread, with the first and the last."""
+    if len(values) <= _SHOWN_TIMES:
+        return list(values)
+    places = np.linspace(0, len(values) - 1, _SHOWN_TIMES).round().astype(int)
+    return [values[place] for place in places]
+
+
+def _layer_axis(axes: Axes, rows: Sequence[Row], by: Layers) -> None:
+    """Ticks at whole layers, with their names where these are numbers of blocks."""
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
+    if by == "block":
+        names = {row["position"]: row["layer"] for row in rows}
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: names.get(round(value), "")))
+    axes.set_xlabel("block" if by == "block" else "matrix, in the order of the model")

@@ -1,0 +1,418 @@
+"""How expressive a kernel is: curves, matrices of a given rank fitted by it, gradients, definiteness (A.2 to A.4)."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
+from torch import Tensor
+
+from snella.kernels import KERNELS, Kernel, KernelScalars, make_kernel
+from snella_app.files import write_json
+from snella_app.report.allocation import log_axis
+from snella_app.report.style import add_legend, new_figure, new_panels, style_of
+from snella_lab.analysis.plot import Plot, Row, grouped
+
+Merge = Callable[[Tensor, Tensor, KernelScalars], Tensor]
+"""From factors `A` `[n, r]` and `B` `[m, r]` and scalars to `[m, n]`."""
+_STATE = "fits.json"
+_RECORDED = 100
+_REACH = 4.0
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """Settings of a fit of random matrices by kernels (A.2 of arXiv 2510.24037).
+
+    Args:
+        kernels: Names of kernels, or import paths `module:name` of a `Kernel` subclass or of a function of `A` `[n, r]`
+            and `B` `[m, r]`.
+        size: Rows and columns of the matrices. The paper does not say.
+        ranks: Ranks of the matrices, at most `size`.
+        density: Share of entries that differ from zero in the sparse factors that the matrices are products of.
+        matrices: Random matrices of each rank.
+        r: Rank of the two learnable factors, a multiple of 2.
+        steps: Steps of Adam.
+        lr: Its learning rate.
+        seed: Decides matrices and initial factors, the same for all kernels.
+    """
+
+    kernels: tuple[str, ...] = tuple(KERNELS)
+    size: int = 48
+    ranks: tuple[int, ...] = (4, 8, 16, 32, 48)
+    density: float = 0.3
+    matrices: int = 10
+    r: int = 8
+    steps: int = 2000
+    lr: float = 1e-2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        errors = [
+            f"{name} must be at least 1, got {getattr(self, name)}"
+            for name in ("size", "matrices", "steps")
+            if getattr(self, name) < 1
+        ]
+        if self.r < 2 or self.r % 2:
+            errors.append(f"r must be a multiple of 2, the pieces of a factor row, got {self.r}")
+        if not self.ranks or not all(1 <= rank <= self.size for rank in self.ranks):
+            errors.append(f"ranks must lie between 1 and size={self.size}, got {list(self.ranks)}")
+        if not 0 < self.density <= 1:
+            errors.append(f"density must be in (0, 1], got {self.density}")
+        if not self.lr > 0:
+            errors.append(f"lr must be above 0, got {self.lr}")
+        if not self.kernels:
+            errors.append("kernels must name at least one, e.g. mix_k")
+        if errors:
+            raise ValueError("; ".join(errors))
+
+
+PRESETS: dict[str, FitConfig] = {
+    "quick": FitConfig(),
+    "paper": FitConfig(steps=100_000, lr=1e-4),
+}
+"""`paper` has A.2's optimizer, steps and number of matrices; `quick` takes minutes."""
+
+
+def find_kernel(name: str) -> Merge:
+    """The merge of a kernel by its name, or of a user's by its import path.
+
+    Raises:
+        ValueError: No such kernel, or the path leads to something else.
+    """
+    if name in KERNELS:
+        return make_kernel(name).merge
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise ValueError(f"kernels must be of {', '.join(KERNELS)} or import paths such as mine:MyKernel, got {name!r}")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"kernels holds {name!r}, which cannot be imported: {error}") from error
+    if inspect.isclass(found) and issubclass(found, Kernel):
+        return found().merge
+    if callable(found):
+        return lambda A, B, scalars: found(A, B)
+    raise ValueError(f"kernels holds {name!r}, which must be a Kernel or a function of A and B, got {found!r}")
+
+
+def random_matrices(size: int, rank: int, count: int, density: float, generator: torch.Generator) -> Tensor:
+    """Random matrices of exactly this rank, products of two sparse Gaussian factors, of root mean square 1.
+
+        W = U V,   U `[size, rank]`, V `[rank, size]`, each with a share `density` of entries that differ from zero
+
+    A draw whose rank is less, as happens with few entries, is drawn anew. With `density=1` the matrices are dense.
+
+    Returns:
+        `[count, size, size]`, float32.
+    """
+    found: list[Tensor] = []
+    while len(found) < count:
+        factors = torch.randn(2, size, rank, dtype=torch.float64, generator=generator)
+        kept = torch.rand(2, size, rank, dtype=torch.float64, generator=generator) < density
+        left, right = factors * kept
+        if rank == size:  # a diagonal makes both invertible, as good as always
+            left, right = (part + torch.diag(factors.new_ones(size)) for part in (left, right))
+        matrix = left @ right.T
+        if int(torch.linalg.matrix_rank(matrix)) == rank:
+            found.append((matrix / matrix.square().mean().sqrt()).float())
+    return torch.stack(found)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What one kernel reached.
+
+    Attributes:
+        kernel: As named.
+        mse: Mean squared error of each matrix at the end, `[ranks][matrices]`.
+        steps: At which `gradient` was noted.
+        gradient: Norm of the gradient of both factors at these steps, the mean of all fits.
+        error: Mean squared error at these steps, the mean of all fits.
+    """
+
+    kernel: str
+    mse: list[list[float]]
+    steps: list[int]
+    gradient: list[float]
+    error: list[float]
+
+
+def fit_kernel(kernel: str, config: FitConfig, on_step: Callable[[int], None] = lambda step: None) -> Fit:
+    """Fit all matrices of all ranks by one kernel, each with factors of its own (eq. 15).
+
+        min over A, B, scalars of 1/(mn) Σ_ij (W[i, j] − κ(A[j], B[i]))²,   by Adam
+
+    Factors start Gaussian with the variance at which an inner product has variance 1; scalars start at α = 1, β = 0 and
+    α_p = ±0.1. All kernels see the same matrices and begin with the same factors.
+
+    Args:
+        kernel: As for `find_kernel`.
+        config: Settings.
+        on_step: Called with the number of each step.
+
+    Raises:
+        ValueError: There is no such kernel, or it returns another shape.
+        FloatingPointError: The error is not finite any more.
+    """
+    merge = find_kernel(kernel)
+    generator = torch.Generator().manual_seed(config.seed)
+    wanted = torch.cat(
+        [random_matrices(config.size, rank, config.matrices, config.density, generator) for rank in config.ranks]
+    )
+    count, size = len(wanted), config.size
+    scale = config.r**-0.25
+    A, B = (scale * torch.randn(count, size, config.r, generator=generator) for _ in range(2))
+    scalars = [torch.tensor([0.1, -0.1]).repeat(count, 1), torch.ones(count), torch.zeros(count)]
+    parameters = [tensor.requires_grad_() for tensor in (A, B, *scalars)]
+
+    def merged(A: Tensor, B: Tensor, piece_coeff: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
+        return merge(A, B, KernelScalars(piece_coeff, alpha, beta))
+
+    batched = torch.vmap(merged)
+    shape = list(batched(*parameters).shape)
+    if shape != [count, size, size]:
+        raise ValueError(f"kernel {kernel!r} must return [m, n] = {[size, size]}, got {shape[1:]}")
+    optimizer = torch.optim.Adam(parameters, lr=config.lr)
+    noted = set(np.linspace(0, config.steps - 1, min(_RECORDED, config.steps)).round().astype(int).tolist())
+    steps, gradients, errors = [], [], []
+    for step in range(config.steps):
+        optimizer.zero_grad()
+        each = (batched(*parameters) - wanted).square().mean((1, 2))
+        each.sum().backward()
+        if step in noted:
+            grads = torch.cat([part.grad.flatten(1) for part in (A, B) if part.grad is not None], 1)
+            steps.append(step)
+            gradients.append(float(grads.norm(dim=1).mean()) if grads.numel() else 0.0)
+            errors.append(float(each.detach().mean()))
+            if not math.isfinite(errors[-1]):
+                raise FloatingPointError(f"kernel {kernel!r}: the error is {errors[-1]} at step {step}; lower lr")
+        optimizer.step()
+        on_step(step + 1)
+    with torch.no_grad():
+        final = (batched(*parameters) - wanted).square().mean((1, 2))
+    return Fit(kernel, final.view(len(config.ranks), -1).tolist(), steps, gradients, errors)
+
+
+def fit_matrices(
+    config: FitConfig, out: str | Path | None = None, on_step: Callable[[str, int], None] = lambda kernel, step: None
+) -> list[Plot]:
+    """Fit random matrices by several kernels, and show the kernels themselves (Figure 4).
+
+    Args:
+        config: Settings.
+        out: Folder that keeps each finished kernel (`fits.json`), so that an interrupted call continues; None keeps
+            nothing.
+        on_step: Called with the kernel and the number of each step.
+
+    Returns:
+        Three plots: `kernel-curves` (4a), with `kernel-curves-definiteness`, see `definiteness`; `fit-error` (4b), mean
+        squared error against rank, with `fit-error-matrices`, each matrix by itself; `fit-gradient` (4c), norm of the
+        gradient over the steps.
+
+    Raises:
+        ValueError: There is no such kernel, or the folder has fits of other settings.
+    """
+    for kernel in config.kernels:
+        find_kernel(kernel)
+    known = {} if out is None else _read_fits(Path(out), config)
+    for kernel in config.kernels:
+        if kernel not in known:
+            known[kernel] = fit_kernel(kernel, config, partial(on_step, kernel))
+            if out is not None:
+                _write_fits(Path(out), config, known)
+    fits = [known[kernel] for kernel in config.kernels]
+    every = [
+        {"kernel": fit.kernel, "rank": rank, "matrix": number, "mse": value}
+        for fit in fits
+        for rank, values in zip(config.ranks, fit.mse, strict=True)
+        for number, value in enumerate(values)
+    ]
+    means = [
+        {
+            "kernel": fit.kernel,
+            "rank": rank,
+            "mse": float(np.mean(values)),
+            "std": float(np.std(values, ddof=1)) if len(values) > 1 else math.nan,
+            "matrices": len(values),
+        }
+        for fit in fits
+        for rank, values in zip(config.ranks, fit.mse, strict=True)
+    ]
+    gradients = [
+        {"kernel": fit.kernel, "step": step, "gradient_norm": gradient, "mse": error}
+        for fit in fits
+        for step, gradient, error in zip(fit.steps, fit.gradient, fit.error, strict=True)
+    ]
+    curves = kernel_curves(config.kernels)
+    return [
+        Plot(
+            "kernel-curves", curves, partial(_draw_curves, curves), (), {"definiteness": definiteness(config.kernels)}
+        ),
+        Plot("fit-error", means, partial(_draw_errors, means), (), {"matrices": every}),
+        Plot("fit-gradient", gradients, partial(_draw_gradients, gradients)),
+    ]
+
+
+def kernel_curves(kernels: Sequence[str], points: int = 161) -> list[Row]:
+    """κ(1, x) and its derivative for x between −4 and 4, in one dimension: the first coordinate of each piece.
+
+    All scalars are 1, and β is 0; the softmax of the normalized kernels is over the points of the curve, of which each
+    has the derivative with respect to itself.
+    """
+    xs = torch.linspace(-_REACH, _REACH, points, dtype=torch.float64)
+    rows: list[Row] = []
+    for name in kernels:
+        merge = find_kernel(name)
+        A = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+        B = torch.stack([xs, torch.zeros_like(xs)], 1)
+        values = _line(merge, A, B)
+        whole = torch.autograd.functional.jacobian(partial(_line, merge, A), B)
+        slopes = whole[..., 0].diagonal()
+        found = zip(xs.tolist(), values.tolist(), slopes.tolist(), strict=True)
+        rows += [{"kernel": name, "x": x, "value": value, "slope": slope} for x, value, slope in found]
+    return rows
+
+
+def _line(merge: Merge, A: Tensor, B: Tensor) -> Tensor:
+    """The only column of a merged matrix."""
+    return merge(A, B, _unit_scalars())[:, 0]
+
+
+def _unit_scalars() -> KernelScalars:
+    """All coefficients 1, no shift."""
+    one = torch.ones((), dtype=torch.float64)
+    return KernelScalars(torch.ones(2, dtype=torch.float64), one, torch.zeros((), dtype=torch.float64))
+
+
+def definiteness(kernels: Sequence[str], points: int = 60, r: int = 8, seed: int = 0) -> list[Row]:
+    """Whether kernels are positive semi-definite, numerically: eigenvalues of `K[i, j] = κ(x_i, x_j)` (eq. 16, A.4).
+
+    All coefficients are 1, the case of which A.4 says that Mix-K is positive semi-definite. It is not: a distance
+    kernel has a zero diagonal, so that the eigenvalues of `K` sum to 0, and one of them is negative unless all are 0.
+    What holds for distances is conditional: −K is positive semi-definite on vectors whose entries sum to 0.
+
+    Args:
+        kernels: As for `find_kernel`.
+        points: Random points.
+        r: Their dimension.
+        seed: Decides them.
+
+    Returns:
+        A row a kernel: `trace`, `asymmetry` (largest difference between K and its transpose), `smallest` and `largest`
+        eigenvalue of the symmetric part, whether that is positive semi-definite up to rounding, and `conditional`: the
+        smallest eigenvalue of −K on vectors that sum to 0.
+    """
+    x = torch.randn(points, r, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    centering = torch.eye(points, dtype=torch.float64) - 1 / points
+    rows: list[Row] = []
+    for name in kernels:
+        K = find_kernel(name)(x, x, _unit_scalars()).detach()
+        symmetric = (K + K.T) / 2
+        values = torch.linalg.eigvalsh(symmetric)
+        tolerance = float(values.abs().max()) * points * torch.finfo(torch.float64).eps
+        rows.append(
+            {
+                "kernel": name,
+                "trace": float(K.trace()),
+                "asymmetry": float((K - K.T).abs().max()),
+                "smallest": float(values[0]),
+                "largest": float(values[-1]),
+                "is_positive_semi_definite": bool(values[0] >= -tolerance) and bool((K - K.T).abs().max() <= tolerance),
+                "conditional": float(torch.linalg.eigvalsh(-centering @ symmetric @ centering)[0]),
+            }
+        )
+    return rows
+
+
+def _read_fits(folder: Path, config: FitConfig) -> dict[str, Fit]:
+    """Kernels that an earlier call finished with these settings."""
+    path = folder / _STATE
+    if not path.is_file():
+        return {}
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        fits = {name: Fit(**values) for name, values in state["fits"].items()}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged: {error}; delete it to fit anew") from error
+    if state["settings"] != _settings(config):
+        raise ValueError(f"out={folder} has fits of other settings, {state['settings']}; choose another folder")
+    return fits
+
+
+def _write_fits(folder: Path, config: FitConfig, fits: Mapping[str, Fit]) -> None:
+    """Keep finished kernels."""
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {name: dataclasses.asdict(fit) for name, fit in fits.items()}
+    write_json(folder / _STATE, {"settings": _settings(config), "fits": values})
+
+
+def _settings(config: FitConfig) -> dict[str, Any]:
+    """What a fit depends on, as JSON holds it."""
+    values = dataclasses.asdict(config)
+    values.pop("kernels")
+    return {**values, "ranks": list(config.ranks)}
+
+
+def _draw_curves(rows: Sequence[Row]) -> Figure:
+    """Values and slopes of the kernels along a line."""
+    figure, (left, right) = new_panels(860, 380, ["κ(1, x)", "Its derivative"], 2)
+    handles, kernels = [], grouped(rows, "kernel")
+    for number, own in enumerate(kernels.values()):
+        look: dict[str, Any] = {"color": style_of(number)[0], "linewidth": 2, "marker": style_of(number)[1]}
+        look |= {"markevery": (4 * number, 24), "markersize": 6}
+        xs = [row["x"] for row in own]
+        handles += left.plot(xs, [row["value"] for row in own], **look)
+        right.plot(xs, [row["slope"] for row in own], **look)
+    left.set_xlabel("x")
+    right.set_xlabel("x")
+    add_legend(figure, handles, list(kernels), columns=6)
+    return figure
+
+
+def _draw_errors(rows: Sequence[Row]) -> Figure:
+    """Error against rank, the mean of the matrices, with the standard deviation."""
+    figure, axes = new_figure(560, 380, "Random matrices fitted by each kernel")
+    handles, kernels = [], grouped(rows, "kernel")
+    for number, own in enumerate(kernels.values()):
+        color, marker = style_of(number)
+        ranks, means = [row["rank"] for row in own], [row["mse"] for row in own]
+        axes.errorbar(ranks, means, [row["std"] for row in own], color=color, linewidth=1, alpha=0.6, linestyle="none")
+        handles += axes.plot(ranks, means, color=color, linewidth=2, marker=marker, markersize=6)
+    axes.set_xscale("log", base=2)
+    ranks = sorted({row["rank"] for row in rows})
+    axes.xaxis.set_major_locator(FixedLocator(ranks))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticks(ranks, [str(rank) for rank in ranks])
+    axes.set_ylim(bottom=0)
+    axes.set(xlabel="rank of the matrix", ylabel="mean squared error (of variance 1)")
+    add_legend(figure, handles, list(kernels))
+    return figure
+
+
+def _draw_gradients(rows: Sequence[Row]) -> Figure:
+    """Gradient norm over the steps."""
+    figure, axes = new_figure(560, 380, "Gradient of the factors while fitting")
+    handles, kernels = [], grouped(rows, "kernel")
+    for number, own in enumerate(kernels.values()):
+        color, marker = style_of(number)
+        steps = [row["step"] for row in own]
+        norms = [row["gradient_norm"] or math.nan for row in own]
+        look: dict[str, Any] = {"color": color, "linewidth": 1.8, "marker": marker, "markersize": 5}
+        handles += axes.plot(steps, norms, markevery=(2 * number, 14), **look)
+    log_axis(axes)
+    axes.set(xlabel="step", ylabel="norm (log scale)")
+    add_legend(figure, handles, list(kernels))
+    return figure

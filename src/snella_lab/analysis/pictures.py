@@ -1,0 +1,433 @@
+"""Runs beside each other on the same images: masks, heat maps and features; samples of data; generated images."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.cluster import KMeans
+from sklearn.manifold import TSNE
+from sklearn.metrics import normalized_mutual_info_score
+from torch import nn
+
+from snella_app.data import load_data, read_image
+from snella_app.data.datasets import MaskDataset
+from snella_app.data.images import is_image
+from snella_app.data.splits import stratified_sample
+from snella_app.methods import build_method, spec_of
+from snella_app.report.examples import heat_maps, overlay, overlay_heat
+from snella_app.report.style import INK, MUTED, add_legend, new_panels, shortened, style_of
+from snella_app.runs.evaluate import Split, images_for_run
+from snella_app.runs.model import LoadedRun, load_run, make_backbone
+from snella_app.training.linear_probe import head_inputs
+from snella_lab.analysis.plot import Plot, Row, run_labels
+from snella_lab.comparison.experiment import DataEntry, data_entry
+from snella_lab.comparison.experiment_files import bundled_experiments, read_experiment
+
+PRETRAINED = "pre-trained"
+_SIDE = 96
+_PERPLEXITY = 30.0
+
+
+def samples(sources: Sequence[str], *, limit: int = 6, seed: int = 0) -> list[Plot]:
+    """Images of data sets, a row each, in the order of their groups (Figure 11).
+
+    Args:
+        sources: Data as for `snella train`, or experiments, by name or file, whose data is taken with its groups.
+        limit: Images of each data set, of different classes as far as there are.
+        seed: Decides which.
+
+    Returns:
+        One plot: a row of its table is an image.
+
+    Raises:
+        ValueError: `limit` is below 1, or data that cannot be loaded.
+    """
+    if limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}")
+    entries = [entry for source in sources for entry in _entries(str(source))]
+    order = list(dict.fromkeys(entry.group for entry in entries))
+    entries.sort(key=lambda entry: order.index(entry.group))
+    rows: list[Row] = []
+    images: list[list[Image.Image]] = []
+    titles: list[str] = []
+    for entry in entries:
+        splits = load_data(entry.data, seed=seed)
+        chosen = _of_each_class(splits.train.labels, limit, seed)
+        images.append([splits.train.image(index) for index in chosen])
+        group = "" if entry.group == entry.name else f"{entry.group}: "
+        titles.append(f"{group}{entry.name}")
+        rows += [
+            {
+                "group": entry.group,
+                "data": entry.name,
+                "class": splits.classes[splits.train.labels[index]] if splits.classes else "",
+                "image": splits.train.names[index],
+            }
+            for index in chosen
+        ]
+    heads = [[shortened(str(row["class"]), 13) for row in rows if row["data"] == entry.name] for entry in entries]
+    return [Plot("samples", rows, partial(_draw_grid, images, titles, heads))]
+
+
+def masks(runs: Sequence[str | Path], *, split: Split = "auto", limit: int = 6, device: str = "auto") -> list[Plot]:
+    """Images, true masks and those of each run, on the same images (Figure 8).
+
+    Args:
+        runs: Folders of segmentation runs on the same data.
+        split: Part of the first run's data; `auto` is its test part, else its validation part.
+        limit: Images, evenly spread over the part.
+        device: auto, or a device of torch such as cpu, cuda:1 or mps.
+
+    Returns:
+        One plot: a row of its table is an image with the Dice of each run, the mean of the classes but the background.
+
+    Raises:
+        FileNotFoundError: A folder holds no finished run.
+        ValueError: A run is no segmentation.
+    """
+    first = load_run(runs[0], device)
+    _, _, parts = images_for_run(first, None, split)
+    items = [(part, index) for part in parts for index in range(len(part))]
+    chosen = [items[i * len(items) // min(limit, len(items))] for i in range(min(limit, len(items)))]
+    rows: list[dict[str, object]] = [{"image": part.names[index]} for part, index in chosen]
+    columns: list[list[Image.Image]] = [[part.image(index) for part, index in chosen]]
+    true: list[np.ndarray] = []
+    for part, index in chosen:
+        if not isinstance(part, MaskDataset):
+            raise ValueError(f"masks are of segmentation runs, got {runs[0]} of the task {first.task.name!r}")
+        true.append(np.asarray(part.mask(index)))
+    columns.append([overlay(image, mask) for image, mask in zip(columns[0], true, strict=True)])
+    for label, run in zip(run_labels(runs), runs, strict=True):
+        loaded = first if run == runs[0] else load_run(run, device)
+        if loaded.task.name != "segmentation":
+            raise ValueError(f"masks are of segmentation runs, got {run} of the task {loaded.task.name!r}")
+        found = []
+        with torch.inference_mode():
+            for image in columns[0]:
+                scores = loaded.network(loaded.transform(image)[None].to(loaded.device)).float()
+                size = (image.height, image.width)
+                sized = torch.nn.functional.interpolate(scores, size, mode="bilinear", align_corners=False)
+                found.append(sized.argmax(1)[0].to(torch.uint8).cpu().numpy())
+        for row, mask, truth in zip(rows, found, true, strict=True):
+            row[f"dice {label}"] = mean_dice(mask, truth)
+        columns.append([overlay(image, mask) for image, mask in zip(columns[0], found, strict=True)])
+    titles = ["image", "true mask", *run_labels(runs)]
+    heads = [[""] * len(rows)] * 2 + [
+        [f"Dice {row[f'dice {label}']:.2f}" for row in rows] for label in run_labels(runs)
+    ]
+    return [Plot("masks", rows, partial(_draw_grid, columns, titles, heads))]
+
+
+def gradcam(
+    runs: Sequence[str | Path],
+    *,
+    data: str | None = None,
+    split: Split = "auto",
+    limit: int = 6,
+    seed: int = 0,
+    device: str = "auto",
+) -> list[Plot]:
+    """Heat maps of what speaks for the true class: images, the pre-trained model, each run (Figure 15).
+
+    Images are shown as the first run's transform crops them. The maps are those of
+    `snella_app.report.examples.heat_maps`, for ViT, Swin, ConvNeXt and other models of timm. The pre-trained model has
+    no head for these classes: it is the first run's backbone under that run's head.
+
+    Args:
+        runs: Folders of classification runs.
+        data: Images for all of them; the first run's own if None.
+        split: Part of the data; `auto` is the first run's test part.
+        limit: Images, of different classes as far as there are.
+        seed: Decides which.
+        device: auto, or a device of torch such as cpu, cuda:1 or mps.
+
+    Returns:
+        One plot: a row of its table is an image in one model, with the share of its map's mass in the middle ninth.
+
+    Raises:
+        FileNotFoundError: A folder holds no finished run, or the data is not there any more.
+        ValueError: A run is no classification, or its model says no feature map.
+        ImportError: Captum is not installed.
+    """
+    first = load_run(runs[0], device)
+    splits, _, parts = images_for_run(first, data, split)
+    items = [(part, index) for part in parts for index in range(len(part))]
+    chosen = [items[place] for place in _of_each_class([part.labels[index] for part, index in items], limit, seed)]
+    photographs = [part.image(index) for part, index in chosen]
+    shown = [_as_seen(first, image) for image in photographs]
+    numbers = torch.tensor([first.classes.index(splits.classes[part.labels[index]]) for part, index in chosen])
+    lines: list[list[Image.Image]] = [shown]
+    rows: list[Row] = []
+    labels = run_labels(runs)
+    for label, run in zip([PRETRAINED, *labels], [None, *runs], strict=True):
+        loaded = first if run is None else load_run(run, device)
+        if loaded.task.name != "classification":
+            raise ValueError(f"gradcam is of classification runs, got {run} of the task {loaded.task.name!r}")
+        model = _pretrained_with_head(loaded) if run is None else loaded.model
+        batch = torch.stack([loaded.transform(image) for image in photographs]).to(loaded.device)
+        maps = heat_maps(model.to(loaded.device), batch, numbers)
+        lines.append([overlay_heat(image, heat) for image, heat in zip(shown, maps, strict=True)])
+        rows += [
+            {
+                "run": label,
+                "image": part.names[index],
+                "class": splits.classes[part.labels[index]],
+                "share_in_middle": middle_share(heat),
+            }
+            for (part, index), heat in zip(chosen, maps, strict=True)
+        ]
+    heads = [[shortened(splits.classes[part.labels[index]], 13) for part, index in chosen]]
+    heads += [[""] * len(shown)] * (len(lines) - 1)
+    return [Plot("gradcam", rows, partial(_draw_grid, lines, ["image", PRETRAINED, *labels], heads))]
+
+
+def _pretrained_with_head(loaded: LoadedRun) -> nn.Module:
+    """The backbone of a run as it was before training, under the head that the run trained."""
+    model = make_backbone(loaded.info.backbone)
+    name = spec_of(loaded.model).head
+    trained = {
+        key.rpartition(f"{name}.")[2].removeprefix("modules_to_save.default."): value
+        for key, value in loaded.model.state_dict().items()
+        if f"{name}." in key and "original_module" not in key
+    }
+    own = model.get_submodule(name).state_dict()
+    model.get_submodule(name).load_state_dict({key: trained[key.rpartition(".")[2]] for key in own})
+    return model.eval()
+
+
+def _as_seen(loaded: LoadedRun, image: Image.Image) -> Image.Image:
+    """An image as a run's transform shows it to the model: what a heat map lies over."""
+    mean, std = (torch.tensor(loaded.info.data_config[name]).view(-1, 1, 1) for name in ("mean", "std"))
+    values = (loaded.transform(image)[:3] * std[:3] + mean[:3]).clamp(0, 1)
+    pixels = (255 * values).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    return Image.fromarray(pixels).resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
+
+
+def middle_share(heat: np.ndarray) -> float:
+    """Share of a map's sum that lies in the middle third of its height and width; 0 for a map of zeros."""
+    height, width = heat.shape
+    middle = heat[height // 3 : height - height // 3, width // 3 : width - width // 3]
+    return float(middle.sum() / heat.sum()) if heat.any() else 0.0
+
+
+def images(folders: Sequence[str | Path], *, limit: int = 6) -> list[Plot]:
+    """Generated images of several runs beside each other, by their file names (Figures 9 and 14).
+
+    Args:
+        folders: Of images, such as `snella generate` writes: one prompt and seed has one name in each. Names that most
+            folders have are shown; a folder without any of them (the subject's own photographs) shows its first images.
+        limit: Images of each.
+
+    Returns:
+        One plot: a row of its table is an image.
+
+    Raises:
+        FileNotFoundError: A folder holds no image.
+    """
+    files = {Path(folder): sorted(p for p in Path(folder).iterdir() if is_image(p)) for folder in map(Path, folders)}
+    for folder, found in files.items():
+        if not found:
+            raise FileNotFoundError(f"folder {folder} holds no image")
+    counts = Counter(path.name for found in files.values() for path in found)
+    shared = max(counts.values())
+    common = sorted(name for name, count in counts.items() if count == shared and count > 1)
+    grid: list[list[Path]] = []
+    for folder, found in files.items():
+        own = [folder / name for name in common if folder / name in found] or found
+        grid.append(own[:limit])
+    labels = run_labels(folders)
+    rows = [{"folder": label, "image": path.name} for label, paths in zip(labels, grid, strict=True) for path in paths]
+    pictures = [[read_image(path) for path in paths] for paths in grid]
+    heads = [[shortened(path.stem, 13) for path in paths] for paths in grid]
+    return [Plot("images", rows, partial(_draw_grid, pictures, labels, heads))]
+
+
+def mean_dice(mask: np.ndarray, truth: np.ndarray) -> float:
+    """2·|A ∩ B| / (|A| + |B|), the mean of the classes above 0 that are in either; 1 where none is."""
+    classes = [label for label in np.union1d(mask, truth) if label > 0]
+    if not classes:
+        return 1.0
+    both = [float(((mask == label) & (truth == label)).sum()) for label in classes]
+    sizes = [float((mask == label).sum() + (truth == label).sum()) for label in classes]
+    return float(np.mean([2 * shared / size for shared, size in zip(both, sizes, strict=True)]))
+
+
+def _entries(source: str) -> list[DataEntry]:
+    """The data that an argument stands for: an experiment's, or itself."""
+    if source in bundled_experiments() or source.endswith((".yaml", ".yml")):
+        return list(read_experiment(source).data)
+    return [data_entry(source)]
+
+
+def _of_each_class(labels: Sequence[int], count: int, seed: int) -> list[int]:
+    """Places of random items, of one class after the other."""
+    order = np.random.default_rng(seed).permutation(len(labels)).tolist()
+    by_class: dict[int, list[int]] = {}
+    for index in order:
+        by_class.setdefault(labels[index], []).append(index)
+    turns = [found[turn] for turn in range(len(labels)) for _, found in sorted(by_class.items()) if turn < len(found)]
+    return turns[:count]
+
+
+_GAP, _TITLE, _CAPTION = 12, 24, 17
+"""Pixels between cells, and of a line's title and of its captions."""
+
+
+def _draw_grid(lines: Sequence[Sequence[Image.Image]], titles: Sequence[str], heads: Sequence[Sequence[str]]) -> Figure:
+    """A line of images for each title, a text above each image; every cell has the same size."""
+    columns = max(map(len, lines))
+    tops = [_TITLE + _CAPTION * any(line) for line in heads]
+    width = (_SIDE + _GAP) * columns + _GAP
+    height = (_SIDE + _GAP) * len(lines) + sum(tops) + _GAP
+    figure, panels = new_panels(width, height, [""] * (columns * len(lines)), columns)
+    figure.set_layout_engine("none")
+    bottom = height
+    for row, line in enumerate(lines):
+        bottom -= _GAP + tops[row] + _SIDE
+        left = _GAP / width
+        title = shortened(titles[row], 10 * columns)
+        place = (bottom + _SIDE + tops[row] - 3) / height
+        figure.text(left, place, title, color=INK, fontsize=11, fontweight="bold", va="top")
+        for column in range(columns):
+            axes = panels[row * columns + column]
+            axes.set_axis_off()
+            corner = _GAP + (_SIDE + _GAP) * column
+            axes.set_position((corner / width, bottom / height, _SIDE / width, _SIDE / height))
+            if column < len(line):
+                image = line[column].convert("RGB")
+                image.thumbnail((2 * _SIDE, 2 * _SIDE), Image.Resampling.LANCZOS)
+                axes.imshow(np.asarray(image), interpolation="none" if min(image.size) > 40 else "nearest")
+                figure.text(corner / width, (bottom + _SIDE + 4) / height, heads[row][column], color=INK, fontsize=9)
+    return figure
+
+
+def features(
+    runs: Sequence[str | Path],
+    *,
+    data: str | None = None,
+    split: Split = "auto",
+    limit: int = 500,
+    seed: int = 0,
+    batch_size: int = 32,
+    device: str = "auto",
+) -> list[Plot]:
+    """t-SNE of the inputs to the head, a panel a model, each with the normalized mutual information of its clusters.
+
+        NMI = 2·I(clusters; classes) / (H(clusters) + H(classes)),   clusters by k-means, as many as classes
+
+    The first panel is the pre-trained backbone of the first run. Clusters are found among the features themselves, not
+    among their images in two dimensions, which depend on the seed.
+
+    Args:
+        runs: Folders of classification runs.
+        data: Images for all of them; the first run's own if None.
+        split: Part of the data; `auto` is the first run's test part.
+        limit: Maximum number of images, stratified by class.
+        seed: Decides the images, the clusters and the embedding.
+        batch_size: Images at a time.
+        device: auto, or a device of torch such as cpu, cuda:1 or mps.
+
+    Returns:
+        One plot: a row of its table is an image in one model, `features-nmi` has a row a model.
+
+    Raises:
+        FileNotFoundError: A folder holds no finished run, or the data is not there any more.
+        ValueError: A run is no classification.
+    """
+    labels = run_labels(runs)
+    first = load_run(runs[0], device)
+    splits, _, parts = images_for_run(first, data, split)
+    classes = [label for part in parts for label in part.labels]
+    chosen = np.arange(len(classes))
+    if len(classes) > limit:
+        names = splits.classes
+        chosen = np.array(sorted(stratified_sample(classes, limit, seed=seed, classes=names, argument="limit")))
+    wanted = np.array(classes)[chosen]
+    models: list[tuple[str, NDArray[np.float32]]] = []
+    for label, run in zip([PRETRAINED, *labels], [None, *runs], strict=True):
+        loaded = first if run is None else load_run(run, device)
+        model = loaded.model
+        if run is None:
+            model = build_method("linear", make_backbone(first.info.backbone)).to(first.device)
+        elif loaded.task.name != "classification":
+            raise ValueError(f"features are of classification runs, got {run} of the task {loaded.task.name!r}")
+        starts = np.cumsum([0, *map(len, parts)])
+        own = [
+            part.subset((chosen[(chosen >= start) & (chosen < start + len(part))] - start).tolist())
+            for part, start in zip(parts, starts, strict=False)
+        ]
+        shown = [part.with_transform(loaded.transform) for part in own if len(part)]
+        models.append((label, head_inputs(model, shown, batch_size)))
+    points = {label: embed(values, seed) for label, values in models}
+    scores: list[Row] = [
+        {
+            "run": label,
+            "images": len(wanted),
+            "classes": len(set(wanted.tolist())),
+            "nmi": cluster_nmi(values, wanted, seed),
+        }
+        for label, values in models
+    ]
+    rows = [
+        {"run": label, "image": int(index), "class": splits.classes[number], "x": float(x), "y": float(y)}
+        for label, places in points.items()
+        for index, number, (x, y) in zip(chosen, wanted, places, strict=True)
+    ]
+    notes = [f"{row['run']}: NMI {row['nmi']:.3f}" for row in scores]
+    return [Plot("features", rows, partial(_draw_features, rows, scores), notes, {"nmi": scores})]
+
+
+def embed(values: NDArray[np.float32], seed: int = 0) -> NDArray[np.float64]:
+    """t-SNE of features `[images, width]` in two dimensions, `[images, 2]`."""
+    perplexity = min(_PERPLEXITY, (len(values) - 1) / 3)
+    found = TSNE(2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(_of_length_one(values))
+    return found.astype(float)
+
+
+def cluster_nmi(values: NDArray[np.float32], classes: NDArray[np.int64], seed: int = 0) -> float:
+    """Normalized mutual information between classes and the clusters of k-means, as many as there are classes."""
+    count = len(set(classes.tolist()))
+    found = KMeans(count, n_init=10, random_state=seed).fit_predict(_of_length_one(values))
+    return float(normalized_mutual_info_score(classes, found))
+
+
+def _of_length_one(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Features of length 1, so that no single image of great norm decides."""
+    norms = np.linalg.norm(values, axis=1, keepdims=True)
+    return (values / np.maximum(norms, 1e-12)).astype(np.float32)
+
+
+def _draw_features(rows: Sequence[Row], scores: Sequence[Row]) -> Figure:
+    """A panel a model, classes by color and marker."""
+    columns = min(len(scores), 3)
+    lines = -(-len(scores) // columns)
+    classes = sorted({row["class"] for row in rows})
+    titles = [f"{shortened(row['run'], 20)}: NMI {row['nmi']:.2f}" for row in scores]
+    figure, panels = new_panels(
+        280 * columns, 275 * lines + 20 * -(-len(classes) // (2 * columns)) + 20, titles, columns
+    )
+    for axes, score in zip(panels, scores, strict=True):
+        for number, name in enumerate(classes):
+            color, marker = style_of(number)
+            own = [row for row in rows if row["run"] == score["run"] and row["class"] == name]
+            places = [row["x"] for row in own], [row["y"] for row in own]
+            axes.plot(*places, linestyle="none", marker=marker, color=color, markersize=4, alpha=0.85)
+        axes.grid(False)
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set(visible=True, color=MUTED)
+    if len(classes) <= 24:
+        handles = [
+            Line2D([], [], linestyle="none", marker=style_of(number)[1], color=style_of(number)[0], markersize=5)
+            for number in range(len(classes))
+        ]
+        add_legend(figure, handles, [shortened(name, 16) for name in classes], columns=2 * columns)
+    return figure

@@ -1,0 +1,146 @@
+"""`Plot`: a figure with its numbers, how it is written, and which kinds of them there are."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from snella_app.files import made_folder, write_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Row = Mapping[str, Any]
+T = TypeVar("T")
+
+KINDS = {
+    "allocation": "budgets",
+    "evolution": "budgets",
+    "update": "updates",
+    "overlap": "updates",
+    "features": "pictures",
+    "radar": "profiles",
+    "memory": "profiles",
+    "samples": "pictures",
+    "masks": "pictures",
+    "gradcam": "pictures",
+    "images": "pictures",
+}
+"""Module of `snella_lab.analysis` with the function of each kind of plot, which has its name."""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure and the numbers that it shows.
+
+    Attributes:
+        name: Stem of its files.
+        rows: Its numbers, one mapping from column to value a line of the CSV file.
+        draw: Makes the figure.
+        notes: What a reader of the figure should know, a line each.
+        tables: Further tables, by the end of their name.
+    """
+
+    name: str
+    rows: Sequence[Row]
+    draw: Callable[[], Figure]
+    notes: Sequence[str] = ()
+    tables: Mapping[str, Sequence[Row]] = field(default_factory=dict)
+
+
+def write_plots(plots: Sequence[Plot], out: str | Path, *, overwrite: bool = False) -> list[Path]:
+    """Write each plot as SVG and PNG, light and dark, and its numbers as CSV.
+
+    Args:
+        plots: From one of the functions of `KINDS`.
+        out: Folder; created.
+        overwrite: Replace files of these names.
+
+    Returns:
+        The files `NAME.svg`, `NAME.png`, `NAME-dark.svg`, `NAME-dark.png` and `NAME.csv` of each plot, and
+        `NAME-TABLE.csv` of its further tables.
+
+    Raises:
+        FileExistsError: A file is there already; nothing was written.
+    """
+    from snella_app.report.style import write_figure
+
+    folder = Path(out)
+    tables = {
+        folder / f"{plot.name}{ending}.csv": rows
+        for plot in plots
+        for ending, rows in {"": plot.rows, **{f"-{name}": rows for name, rows in plot.tables.items()}}.items()
+    }
+    pictures = (
+        folder / f"{plot.name}{dark}.{kind}" for plot in plots for dark in ("", "-dark") for kind in ("svg", "png")
+    )
+    present = [path for path in (*tables, *pictures) if path.exists()]
+    if present and not overwrite:
+        raise FileExistsError(
+            f"out={folder} holds {present[0].name!r} already; choose another folder, or replace it with --overwrite "
+            "(overwrite=True)"
+        )
+    with made_folder(folder):
+        paths = [path for plot in plots for path in write_figure(plot.draw(), folder, plot.name)]
+        for path, rows in tables.items():
+            write_text(path, csv_text(rows))
+    return [*paths, *tables]
+
+
+def csv_text(rows: Sequence[Row]) -> str:
+    """A table as CSV, with all columns that some row has; what is not a number (NaN) or None is left empty."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([_plain(row.get(name)) for name in columns] for row in rows)
+    return out.getvalue()
+
+
+def _plain(value: Any) -> Any:
+    """A cell of a table: numbers with all digits that tell them apart."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return repr(value) if isinstance(value, float) else value
+
+
+def plot_function(kind: str) -> Callable[..., list[Plot]]:
+    """The function of a kind of plot; its module is imported now.
+
+    Raises:
+        ValueError: There is no such kind.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    module = importlib.import_module(f"snella_lab.analysis.{KINDS[kind]}")
+    function: Callable[..., list[Plot]] = getattr(module, kind)
+    return function
+
+
+def grouped(rows: Sequence[Row], column: str) -> dict[str, list[Row]]:
+    """Rows by their value in a column, in the order of these values' first rows."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row[column], []).append(row)
+    return groups
+
+
+def in_order_of_depth(layers: Mapping[str, list[T]]) -> dict[str, list[T]]:
+    """Layers by the numbers of their blocks; what is outside of blocks, `–`, comes last."""
+    return dict(sorted(layers.items(), key=lambda item: math.inf if item[0] == "–" else int(item[0])))
+
+
+def run_labels(runs: Sequence[str | Path]) -> list[str]:
+    """A short name for each of several folders: its own, with as many of its parents' as tell it from the others."""
+    parts = [Path(run).resolve().parts for run in runs]
+    for length in range(1, max(map(len, parts), default=1) + 1):
+        labels = ["/".join(part[-length:]) for part in parts]
+        if len(set(labels)) == len(set(parts)):
+            break
+    return labels if runs else []

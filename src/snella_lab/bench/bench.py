@@ -1,0 +1,639 @@
+"""Step time and memory of methods, and what one matrix costs beside its layer's product: interleaved, as medians."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import multiprocessing
+import random
+import statistics
+import time
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, cast
+
+import timm
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+
+from snella import BudgetAllocator, create_snella_optimizer
+from snella.allocator import allocate
+from snella.backends import choose_backend
+from snella.backends.numba.backend import NumbaBackend, sddmm_weight_grad
+from snella.functional import adapted_layer, compute_effective_weight
+from snella.kernels import make_kernel
+from snella.layer import SnellaLayer
+from snella.update import Factors, LinearOp, Update, UpdateSpec
+from snella_app.console import make_console, make_table, print_line
+from snella_app.training.memory import peak_rss_mib, record_forward
+from snella_lab.bench.baselines import BASELINES, REFERENCE, Workload, random_batch
+from snella_lab.bench.rows import append_rows, conditions, draw_figures
+
+_SHAPES = (((96,), 80), ((40, 40, 40), 64))
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class BenchConfig:
+    """Settings of `snella bench`.
+
+    Args:
+        backbones: timm names; their weights are random.
+        batch: Images per step.
+        methods: The methods; lora is the reference of ratios.
+        r: Ranks.
+        sparsity: Fractions of the adapted weights that SNELLA leaves as they are.
+        dtype: fp32 or bf16, of weights and activations alike.
+        device: cpu, cuda or cuda:1.
+        rounds: Steps of each method, of which medians are reported; 0 counts what is kept and takes none.
+        memory: Also measure the peak memory of each method, in a process of its own where there is no GPU.
+        out: JSON lines file to append to.
+        figures: Folder to draw the pictures of all rows in `out` into.
+    """
+
+    backbones: list[str] = field(default_factory=lambda: ["vit_base_patch16_224"])
+    batch: list[int] = field(default_factory=lambda: [4, 16])
+    methods: list[str] = field(default_factory=lambda: ["frozen", "lora", "full", "snella"])
+    r: list[int] = field(default_factory=lambda: [8])
+    sparsity: list[float] = field(default_factory=lambda: [0.7])
+    dtype: list[Literal["fp32", "bf16"]] = field(default_factory=lambda: ["fp32"])
+    device: str = "cpu"
+    rounds: int = 5
+    memory: bool = False
+    out: str | None = None
+    figures: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check everything that can be known without a model, and report all errors together."""
+        errors = [f"batch must be at least 1, got {size}" for size in self.batch if size < 1]
+        errors += [f"r must be at least 1, got {r}" for r in self.r if r < 1]
+        errors += [f"sparsity must be in [0, 1), got {s}" for s in self.sparsity if not 0 <= s < 1]
+        errors += [
+            f"methods must be among {', '.join(BASELINES)}, got {name!r}"
+            for name in self.methods
+            if name not in BASELINES
+        ]
+        errors += [
+            f"dtype must be among {', '.join(_DTYPES)}, got {name!r}" for name in self.dtype if name not in _DTYPES
+        ]
+        errors += [f"backbones must be timm names, got {name!r}" for name in self.backbones if not timm.is_model(name)]
+        if self.rounds < 0:
+            errors.append(f"rounds must not be negative, got {self.rounds}")
+        if self.rounds == 0 and self.memory:
+            errors.append("peak memory is that of steps, got memory with rounds=0; leave one out")
+        if self.figures is not None and self.out is None:
+            errors.append(f"figures are drawn from the rows of a file, got figures={self.figures!r} without out")
+        if errors:
+            raise ValueError("; ".join(errors))
+
+    def settings(self) -> list[tuple[Workload, int]]:
+        """Every combination, with its batch size."""
+        axes = (self.backbones, self.r, self.sparsity, self.dtype, self.batch)
+        return [
+            (Workload(backbone, r, sparsity, _DTYPES[dtype], self.device), batch)
+            for backbone, r, sparsity, dtype, batch in itertools.product(*axes)
+        ]
+
+
+def grid(device: str = "cpu", out: str | None = None) -> BenchConfig:
+    """The full grid: four ViTs, batches 1 to 64, two ranks, four sparsities, two dtypes, every peer. Hours."""
+    return BenchConfig(
+        backbones=["vit_small_patch16_224", "vit_base_patch16_224", "vit_large_patch16_224", "vit_huge_patch14_224"],
+        batch=[1, 4, 16, 64],
+        methods=[
+            name
+            for name in BASELINES
+            if name in ("snella", "snella-keep-delta") or not (name.startswith("snella") or name.endswith("-recompute"))
+        ],
+        r=[8, 32],
+        sparsity=[0.0, 0.7, 0.99, 0.9999],
+        dtype=["fp32", "bf16"],
+        device=device,
+        memory=True,
+        out=out,
+    )
+
+
+def op_error(impl: str, device: str = "cpu", sparsity: float = 0.7) -> str | None:
+    """Compare output and every gradient of an implementation with the reference in float64.
+
+    Args:
+        impl: As in `adapted_linear`.
+        device: Where.
+        sparsity: Of the update.
+
+    Returns:
+        The first thing that differs by more than float32 can excuse, or `None`.
+    """
+    for rows, n in _SHAPES:
+        generator = torch.Generator().manual_seed(0)
+        m, groups = sum(rows), len(rows)
+        drawn = [torch.rand(*s, generator=generator) * 2 - 1 for s in ((groups, n, 8), (m, 8), (4, n), (m, n), (4, m))]
+        A, B, x, weight, grad_y = (tensor.to(device) for tensor in drawn)
+        piece_coeff = torch.tensor([[0.1, -0.1]], device=device).repeat(groups, 1)
+        factors = Factors(A, B, piece_coeff, torch.ones(groups, device=device), torch.zeros(groups, device=device))
+        budgets = tuple(max(1, int(count * n * (1 - sparsity))) for count in rows)
+        update = Update(UpdateSpec(make_kernel("mix_k"), rows), factors, budgets)
+        found = _solve(update, x, weight, grad_y, impl, torch.float32)
+        exact = _solve(update, x, weight, grad_y, "reference", torch.float64)
+        for name, (mine, true) in zip(
+            ("y", "x", "A", "B", "piece_coeff", "alpha", "beta"), zip(found, exact, strict=True), strict=True
+        ):
+            error = (mine.double() - true).abs().max().item()
+            allowed = 2e-4 * (true.abs().max().item() + 1e-3)
+            if not error <= allowed:
+                return f"{name} differs by {error:.2e} from the reference at {[m, n]}, allowed is {allowed:.2e}"
+    return None
+
+
+def _solve(update: Update, x: Tensor, weight: Tensor, grad_y: Tensor, impl: str, dtype: torch.dtype) -> list[Tensor]:
+    """Output and gradients."""
+    given = [x, *(tensor for tensor in update.factors if tensor is not None)]
+    x, *tensors = (tensor.detach().to(dtype).requires_grad_() for tensor in given)
+    spec = replace(update.spec, backend=choose_backend(impl, update.spec, tensors[0])[0])
+    y, _ = adapted_layer(x, weight.to(dtype), None, [Update(spec, Factors(*tensors), update.budgets)], LinearOp())
+    return [y.detach(), *torch.autograd.grad(y, [x, *tensors], grad_y.to(dtype))]
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one training step."""
+
+    forward_s: float
+    backward_s: float
+    step_s: float
+
+
+class Runner:
+    """A method with its optimizer, ready to step.
+
+    Args:
+        name: One of `BASELINES`.
+        workload: What it is built for.
+    """
+
+    def __init__(self, name: str, workload: Workload) -> None:
+        self.device = torch.device(workload.device)
+        self.model = BASELINES[name](workload.base(), workload).train()
+        self.optimizer = create_snella_optimizer(self.model, lr=1e-4)
+        if any(isinstance(module, SnellaLayer) for module in self.model.modules()):
+            BudgetAllocator(self.model, total_epochs=100, steps_per_epoch=100).attach(self.optimizer)
+
+    def step(self, images: Tensor, labels: Tensor) -> StepTime:
+        """Forward, backward, optimizer."""
+        start = self._now()
+        loss = nn.functional.cross_entropy(self.model(images), labels)
+        forward = self._now()
+        loss.backward()
+        backward = self._now()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return StepTime(forward - start, backward - forward, self._now() - start)
+
+    def has_finite_gradients(self, images: Tensor, labels: Tensor) -> bool:
+        """Whether a step's gradients are there and finite; also a warm-up."""
+        nn.functional.cross_entropy(self.model(images), labels).backward()
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        found = bool(gradients) and all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
+        self.optimizer.zero_grad()
+        return found
+
+    def _now(self) -> float:
+        """A clock, once the device has done all that it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+_STEPS = 2
+
+
+def peak_mib(name: str, workload: Workload, batch: int) -> dict[str, float]:
+    """Peak memory of two training steps, in MiB.
+
+    On a GPU what its allocator held at most. On the CPU the largest resident size of a process that does nothing else
+    (`peak_rss_mib`) and how much of it came after the model and its optimizer were there (`peak_step_mib`): libraries
+    and thread pools are in the first.
+    """
+    if torch.device(workload.device).type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(workload.device)
+        _run(name, workload, batch)
+        return {"peak_gpu_mib": round(torch.cuda.max_memory_allocated(workload.device) / 2**20, 1)}
+    return peak_of_child(_run, name, workload, batch)
+
+
+def peak_of_child(function: Callable[..., float], name: str, *args: Any) -> dict[str, float]:
+    """Peak resident size of a new process that calls `function(name, *args)`.
+
+    Args:
+        function: Importable by name. Returns its process's peak at the point that `peak_step_mib` counts from.
+        name: Of what it runs, for the error.
+        args: Further arguments.
+
+    Returns:
+        `peak_rss_mib`, and `peak_step_mib`, the rise since that point.
+
+    Raises:
+        RuntimeError: The process ended without a result.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send_peak, args=(sender, torch.get_num_threads(), function, name, *args))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"measuring the memory of {name!r} ended with exit code {process.exitcode}") from None
+    finally:
+        process.join()
+
+
+def _send_peak(sender: Any, threads: int, function: Callable[..., float], *args: Any) -> None:
+    """Call the function in this process and send its peak."""
+    torch.set_num_threads(threads)
+    before = function(*args)
+    peak = peak_rss_mib()
+    sender.send({"peak_rss_mib": peak, "peak_step_mib": round(max(peak - before, 0.0), 1)})
+
+
+def _run(name: str, workload: Workload, batch: int) -> float:
+    """Take the steps; returns the peak so far, before the first."""
+    runner, (images, labels) = Runner(name, workload), random_batch(workload, batch)
+    before = peak_rss_mib()
+    for _ in range(_STEPS):
+        runner.step(images, labels)
+    return before
+
+
+_WARM_UP = 2  # steps before the clock
+_IMPLEMENTATIONS = {
+    "snella": "auto",
+    "snella-keep-delta": "auto",
+    "snella-keep-inputs": "auto",
+    "snella-compiled": "auto",
+    "snella-eager": "eager",
+    "snella-triton": "triton",
+}
+_SHOWN = ("contender", "forward_s", "backward_s", "step_s", f"step_over_{REFERENCE}", "saved_mib", "trainable")
+
+
+def bench(config: BenchConfig, console: Console | None = None) -> list[dict[str, Any]]:
+    """Time training steps of all methods on the same images.
+
+    In each round every method takes one step, in an order that changes from round to round, after two steps that
+    are not timed. A method whose op differs from the reference, or whose gradients are not finite, gets no row.
+
+    Args:
+        config: What to measure.
+        console: Where to write; standard output if None.
+
+    Returns:
+        The rows, also appended to `config.out`.
+
+    Raises:
+        ValueError: The device cannot be used here.
+    """
+    _check_device(config.device)
+    console = console or make_console()
+    rows = []
+    for workload, batch in config.settings():
+        found = _measure(config, workload, batch, console)
+        gc.collect()  # models and optimizers hold each other, and the next setting needs their memory
+        console.print(_table(found, workload, batch))
+        if config.out is not None:
+            append_rows(config.out, found)
+        rows.extend(found)
+    if config.figures is not None and config.out is not None:
+        for path in draw_figures(config.out, config.figures):
+            print_line(console, f"picture {path}")
+    return rows
+
+
+def _check_device(device: str) -> None:
+    """Raise a ValueError where torch cannot put a tensor on the device."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device must be available, got {device!r} ({reason}); use device cpu") from error
+
+
+def _measure(config: BenchConfig, workload: Workload, batch: int, console: Console) -> list[dict[str, Any]]:
+    """Rows of one setting."""
+    if not config.rounds:
+        return _count(config, workload, batch)
+    images, labels = random_batch(workload, batch)
+    runners: dict[str, Runner] = {}
+    for name in config.methods:
+        impl = _IMPLEMENTATIONS.get(name)
+        error = None if impl is None else op_error(impl, workload.device, workload.sparsity)
+        if error is None:
+            runner = Runner(name, workload)
+            error = None if runner.has_finite_gradients(images, labels) else "its gradients are not finite"
+        if error is None:
+            runners[name] = runner
+        else:
+            print_line(console, f"{name} is not timed: {error}")
+    for runner in runners.values():
+        for _ in range(_WARM_UP):
+            runner.step(images, labels)
+    times: dict[str, list[StepTime]] = {name: [] for name in runners}
+    order, shuffle = list(runners), random.Random(0)
+    for _ in track(range(config.rounds), f"{workload.backbone}, batch {batch}", console=console, transient=True):
+        shuffle.shuffle(order)
+        for name in order:
+            times[name].append(runners[name].step(images, labels))
+    common = {"benchmark": "step_time", **_described(workload, batch), "rounds": config.rounds}
+    common |= conditions(workload.device)
+    rows = []
+    for name, runner in runners.items():
+        summary = _summary(times[name], times.get(REFERENCE))
+        rows.append({**common, "contender": name, **summary, **_counted(runner.model, images)})
+    del runners
+    if config.memory:
+        for row in rows:
+            row.update(peak_mib(str(row["contender"]), workload, batch))
+    return rows
+
+
+def _count(config: BenchConfig, workload: Workload, batch: int) -> list[dict[str, Any]]:
+    """Rows of one setting without times: one model at a time, and a forward pass of each."""
+    images, _ = random_batch(workload, batch)
+    common = {"benchmark": "kept_bytes", **_described(workload, batch), **conditions(workload.device)}
+    rows = []
+    for name in config.methods:
+        rows.append({**common, "contender": name, **_counted(BASELINES[name](workload.base(), workload), images)})
+        gc.collect()
+    return rows
+
+
+def _described(workload: Workload, batch: int) -> dict[str, Any]:
+    """A setting, as its rows have it."""
+    described = {key: value for key, value in asdict(workload).items() if key not in ("dtype", "device")}
+    return {**described, "dtype": str(workload.dtype).removeprefix("torch."), "batch": batch}
+
+
+def _counted(model: nn.Module, images: Tensor) -> dict[str, Any]:
+    """What autograd keeps of a forward pass in training, and parameters."""
+    return {
+        "saved_mib": round(record_forward(model.train(), images).kept / 2**20, 1),
+        "weights": sum(p.numel() for p in model.parameters()),
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
+
+
+def _summary(steps: list[StepTime], peer: list[StepTime] | None) -> dict[str, Any]:
+    """Medians, and the ratio to the peer round by round."""
+    found: dict[str, Any] = {
+        key: round(statistics.median(getattr(step, key) for step in steps), 4)
+        for key in ("forward_s", "backward_s", "step_s")
+    }
+    if peer:
+        ratios = [mine.step_s / theirs.step_s for mine, theirs in zip(steps, peer, strict=True)]
+        found[f"step_over_{REFERENCE}"] = round(statistics.median(ratios), 3)
+        found[f"step_over_{REFERENCE}_quartiles"] = [round(q, 3) for q in quartiles(ratios)]
+    return found
+
+
+def quartiles(values: list[float]) -> tuple[float, float]:
+    """First and third quartile."""
+    if len(values) < 2:
+        return values[0], values[0]
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return first, third
+
+
+def _table(rows: list[dict[str, Any]], workload: Workload, batch: int) -> Table:
+    """The table for the terminal."""
+    peak = next((key for key in ("peak_gpu_mib", "peak_rss_mib") if rows and key in rows[0]), None)
+    shown = [*_SHOWN, *([peak] if peak else [])]
+    dtype = str(workload.dtype).removeprefix("torch.")
+    title = f"{workload.backbone}, batch {batch}, r {workload.r}, sparsity {workload.sparsity}, {dtype}"
+    values = ([row.get(name, "") for name in shown] for row in rows)
+    cells = ([f"{value:,}" if isinstance(value, int) else str(value) for value in row] for row in values)
+    return make_table([name.replace("_", " ") for name in shown], cells, title=title)
+
+
+def measure_sampling(
+    m: int, n: int, *, tokens: int = 3152, density: float = 0.01, r: int = 8, rounds: int = 5
+) -> dict[str, Any]:
+    """Time `∂L/∂W = grad_yᵀ x` where `S` is not zero, interleaved with all of it.
+
+    Args:
+        m: Outputs.
+        n: Inputs.
+        tokens: Rows of `x` and `grad_y`.
+        density: Fraction of the entries that are kept.
+        r: Rank.
+        rounds: How often; medians are reported.
+
+    Returns:
+        A row: seconds of both, and their ratio.
+
+    Raises:
+        RuntimeError: The sampled entries differ from the product's.
+    """
+    factors, generator = _random_factors(m, n, r)
+    spec, budget = UpdateSpec(make_kernel("mix_k"), (m,), backend="numba"), round(density * m * n)
+    x, grad_y = torch.randn(tokens, n, generator=generator), torch.randn(tokens, m, generator=generator)
+    backend = NumbaBackend()
+    (matrix,) = backend.merge(spec, factors, (budget,)).workspace
+    if matrix is None:
+        raise RuntimeError(f"density must leave entries to sample, got {density}")
+
+    def sampled() -> Tensor:
+        out = torch.zeros(m, n)
+        sddmm_weight_grad(matrix, budget, grad_y, x, out)
+        return out
+
+    def dense() -> Tensor:
+        return grad_y.T @ x
+
+    some, whole = sampled(), dense()
+    if int(some.count_nonzero()) != budget or not torch.allclose(
+        some, torch.where(some == 0, some, whole), atol=1e-3 * float(whole.abs().max())
+    ):
+        raise RuntimeError(f"density {density} is not timed: the sampled entries differ from the product's")
+    sampled_s, dense_s, ratio = _interleaved(sampled, dense, rounds)
+    return {
+        "benchmark": "sampled_gradient",
+        "shape": [m, n],
+        "tokens": tokens,
+        "density": density,
+        "r": r,
+        "rounds": rounds,
+        **conditions("cpu"),
+        "sampled_s": sampled_s,
+        "dense_s": dense_s,
+        "sampled_over_dense": ratio,
+    }
+
+
+def measure_matrix(
+    m: int, n: int, *, tokens: int = 1576, r: int = 8, sparsity: float = 0.7, rounds: int = 9, impl: str = "auto"
+) -> dict[str, Any]:
+    """Time merging, exact selection and the effective weight of one matrix, interleaved with its forward product.
+
+    Args:
+        m: Outputs.
+        n: Inputs.
+        tokens: Rows of the product's input.
+        r: Rank.
+        sparsity: Of the update.
+        rounds: How often; medians are reported.
+        impl: As in `adapted_linear`.
+
+    Returns:
+        A row: seconds, their ratio, and `extra_over_matrix`, the memory held at most on top of weight and factors in
+        units of the matrix's own size (the effective weight itself is one of them).
+
+    Raises:
+        RuntimeError: The op differs from the reference.
+    """
+    error = op_error(impl, sparsity=sparsity)
+    if error is not None:
+        raise RuntimeError(f"impl={impl!r} is not timed: {error}")
+    factors, generator = _random_factors(m, n, r)
+    weight, x = torch.randn(m, n, generator=generator), torch.randn(tokens, n, generator=generator)
+    spec, budgets = UpdateSpec(make_kernel("mix_k"), (m,)), (int(m * n * (1 - sparsity)),)
+    spec = replace(spec, backend=choose_backend(impl, spec, factors.A)[0])
+
+    def effective() -> Tensor:
+        return compute_effective_weight(weight, [Update(spec, factors, budgets)], weight.shape)[0]
+
+    def product() -> Tensor:
+        return F.linear(x, weight)
+
+    effective(), product()
+    effective_s, product_s, ratio = _interleaved(effective, product, rounds)
+    return {
+        "benchmark": "one_matrix",
+        "shape": [m, n],
+        "tokens": tokens,
+        "r": r,
+        "sparsity": sparsity,
+        "impl": impl,
+        "rounds": rounds,
+        **conditions("cpu"),
+        "effective_s": effective_s,
+        "product_s": product_s,
+        "effective_over_product": ratio,
+        "extra_over_matrix": round(_extra_bytes(effective) / (4 * m * n), 2),
+    }
+
+
+def measure_competition(
+    backbone: str = "vit_base_patch16_224", *, batch: int = 4, r: int = 8, sparsity: float = 0.7, rounds: int = 5
+) -> dict[str, Any]:
+    """Time both levels of the competition in a training step of SNELLA, in processor time.
+
+    Layer level: the importance, once a step, and the allocation of the budget, once an epoch. Weight level: selecting
+    the entries that survive, which is the time of all effective weights less that of the same with every entry kept;
+    a step does it once, and the backward pass reuses the thresholds.
+
+    Args:
+        backbone: A timm name.
+        batch: Images per step.
+        r: Rank.
+        sparsity: Of the update.
+        rounds: How often; medians are reported.
+
+    Returns:
+        A row: seconds of a step and of each part, and `competition_over_step`.
+    """
+    workload = Workload(backbone, r, sparsity)
+    images, labels = random_batch(workload, batch)
+    model = BASELINES["snella"](workload.base(), workload).train()
+    optimizer = create_snella_optimizer(model, lr=1e-4)
+    allocator = BudgetAllocator(model, total_epochs=100, steps_per_epoch=100)
+    layers = [module for module in model.modules() if isinstance(module, SnellaLayer)]
+    caps = [matrix.size for matrix in allocator.matrices]
+
+    def learn() -> None:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+    @torch.no_grad()
+    def merge(*, selects: bool) -> None:
+        for layer in layers:
+            update, weight = layer.get_update("default"), cast(Tensor, layer.get_base_layer().weight)
+            if not selects:
+                every = tuple(rows * weight.shape[1] for rows in update.spec.row_counts)
+                update = update._replace(budgets=every)
+            compute_effective_weight(weight, [update._replace(thresholds=None)], weight.shape)
+
+    parts: dict[str, Callable[[], object]] = {
+        "learn_s": learn,
+        "importance_s": allocator.importance.update,
+        "allocate_s": lambda: allocate(allocator.importance.scores(), caps, allocator.target_budget),
+        "merge_s": lambda: merge(selects=False),
+        "merge_and_select_s": lambda: merge(selects=True),
+    }
+    times: dict[str, list[float]] = {name: [] for name in parts}
+    for turn in range(rounds + 1):  # the first one compiles
+        for name, part in parts.items():
+            start = time.process_time()
+            part()
+            times[name] += [time.process_time() - start] if turn else []
+    found = {name: round(statistics.median(values), 5) for name, values in times.items()}
+    select_s = found["merge_and_select_s"] - found["merge_s"]
+    step_s = found["learn_s"] + found["importance_s"]
+    return {
+        "benchmark": "competition",
+        **_described(workload, batch),
+        "rounds": rounds,
+        "clock": "process time",
+        **conditions("cpu"),
+        **found,
+        "select_s": round(select_s, 5),
+        "step_s": round(step_s, 5),
+        "competition_over_step": round((select_s + found["importance_s"]) / step_s, 4),
+    }
+
+
+def _random_factors(m: int, n: int, r: int) -> tuple[Factors, torch.Generator]:
+    """Factors of one matrix, the same ones every time, and the generator that drew them."""
+    generator = torch.Generator().manual_seed(0)
+    A, B = torch.randn(1, n, r, generator=generator) * n**-0.5, torch.randn(m, r, generator=generator) * m**-0.5
+    return Factors(A, B, torch.tensor([[0.1, -0.1]]), torch.ones(1), torch.zeros(1)), generator
+
+
+def _interleaved(first: Callable[[], object], second: Callable[[], object], rounds: int) -> tuple[float, float, float]:
+    """Median seconds of two functions that are called in turn, and the median of their ratios."""
+    times: list[tuple[float, float]] = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        first()
+        middle = time.perf_counter()
+        second()
+        times.append((middle - start, time.perf_counter() - middle))
+    ratio = statistics.median(mine / theirs for mine, theirs in times)
+    mine, theirs = (round(statistics.median(values), 5) for values in zip(*times, strict=True))
+    return mine, theirs, round(ratio, 3)
+
+
+def _extra_bytes(function: Callable[[], Tensor]) -> int:
+    """Most that a call holds at once: numpy's arrays as Python counts them, torch's tensors as its profiler does."""
+    tracemalloc.start()
+    try:
+        with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            result = function()
+        by_numpy = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    held = most = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    del result
+    return by_numpy + most

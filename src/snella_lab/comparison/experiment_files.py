@@ -1,0 +1,154 @@
+"""Experiment files: YAML, found by path, or by the name of one that ships with snella."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import snella_lab
+from snella_app.text import nearest
+from snella_lab.comparison.experiment import (
+    FILE,
+    DataEntry,
+    Experiment,
+    MethodEntry,
+    data_entry,
+    listed,
+    method_entry,
+    plain_entry,
+)
+
+
+def bundled_experiments() -> dict[str, Path]:
+    """Comparisons that ship with snella, by name: inside the installed package, or beside `src` in a checkout.
+
+    Files of other commands lie in the same folders; a comparison is what names methods and data.
+    """
+    package = Path(snella_lab.__file__).parent
+    folders = (package.parents[1] / "experiments", package / "experiments")
+    files = (path for folder in folders for path in sorted(folder.rglob("*.yaml")))
+    texts = {path: path.read_text(encoding="utf-8") for path in files}
+    return {path.stem: path for path, text in texts.items() if "\nmethods:" in text and "\ndata:" in text}
+
+
+def read_experiment(name: str, changes: dict[str, Any] | None = None) -> Experiment:
+    """Read an experiment.
+
+    Args:
+        name: Path of a YAML file, or the name of one that ships with snella.
+        changes: Entries that override the file's; those of `train` and `grid` one by one.
+
+    Raises:
+        FileNotFoundError: Neither a file nor a name.
+        ValueError: The file is no YAML mapping, or holds unknown or wrong settings; names the file.
+    """
+    path = _find(name)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"experiment {path} must be a YAML text file: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"experiment {path} must hold settings such as 'seeds: 3', got {type(values).__name__}")
+    values.setdefault("name", path.stem)
+    try:
+        return Experiment.from_dict(merged(values, changes or {}))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"experiment {path}: {error}") from None
+
+
+def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Settings with changes, one level deep.
+
+    A method or task that is named by its label, or a task by its data, keeps the settings of its entry. A reference
+    that is no longer among the methods is removed.
+    """
+    result, changes = {**values}, {**changes}
+    if "methods" in changes:
+        methods = {e.name: e for e in map(method_entry, listed(values.get("methods") or []))}
+        changes["methods"] = [_as_known(args, methods) for args in changes["methods"]]
+    if "data" in changes:
+        data = [data_entry(value) for value in listed(values.get("data") or [])]
+        tasks = {e.data: e for e in reversed(data)} | {e.name: e for e in data}
+        changes["data"] = [_as_known(args, tasks) for args in changes["data"]]
+    for key, value in changes.items():
+        inner = result.get(key)
+        result[key] = {**inner, **value} if isinstance(inner, dict) and isinstance(value, dict) else value
+    if "methods" in changes and "reference" not in changes:
+        names = [method_entry(value).name for value in changes["methods"]]
+        result["reference"] = result["reference"] if result.get("reference") in names else None
+    return result
+
+
+def _as_known(args: Any, known: Mapping[str, MethodEntry] | Mapping[str, DataEntry]) -> Any:
+    """The entry of that name; the argument itself where there is none."""
+    return plain_entry(known[args]) if isinstance(args, str) and args in known else args
+
+
+def _find(name: str) -> Path:
+    """The file that a name stands for."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    known = bundled_experiments()
+    if name in known:
+        return known[name]
+    hint = nearest(name, known, most=2, cutoff=0.4)
+    raise FileNotFoundError(
+        f"experiment must be a YAML file or one of {', '.join(known) or 'none'}, got {name!r}{hint}"
+    )
+
+
+_NONE = "none"
+_TRAIN = (
+    *("epochs", "batch_size", "img_size", "train_size", "val_size", "test_size", "augment", "weights", "pretrained"),
+    *("head_init", "ema", "device", "precision", "task", "monitor", "columns", "channels", "skip_corrupt"),
+)
+"""Settings that all runs share; `workers` is not that of their loaders."""
+
+
+def experiment_from_args(args: Mapping[str, Any]) -> Experiment | None:
+    """The experiment of a command line: the file's, the folder's, or a new one, with the given changes.
+
+    Args:
+        args: Arguments of `snella compare` by name; None for those not given.
+
+    Returns:
+        None where nothing but the folder was named.
+
+    Raises:
+        FileNotFoundError: No such experiment.
+        ValueError: Settings that are missing, unknown or out of range; a number that is none.
+    """
+    changes = _changes(args)
+    if args["experiment"] is not None:
+        return read_experiment(args["experiment"], changes)
+    if not changes:
+        return None
+    stored = Path(args["out"]) / FILE
+    base = read_experiment(str(stored)).as_dict() if stored.is_file() else {}
+    return Experiment.from_dict(merged(base, changes))
+
+
+def _changes(args: Mapping[str, Any]) -> dict[str, Any]:
+    """The given arguments as entries of an experiment file."""
+    given = {name: value for name, value in args.items() if value is not None}
+    changes: dict[str, Any] = {key: given[key] for key in ("backbone", "seeds", "reference") if key in given}
+    changes.update({key: listed(given[key]) for key in ("methods", "data") if key in given})
+    if "forgetting" in given:
+        changes["forgetting"] = [] if given["forgetting"] == _NONE else listed(given["forgetting"])
+    grid = {
+        name: given[key] for key, name in (("tune_seeds", "seeds"), ("extensions", "max_extensions")) if key in given
+    }
+    grid.update({key: _numbers(key, given[key]) for key in ("lr_factors", "weight_decays") if key in given})
+    train = {key: given[key] for key in _TRAIN if key in given}
+    return changes | ({"grid": grid} if grid else {}) | ({"train": train} if train else {})
+
+
+def _numbers(name: str, text: str) -> list[float]:
+    """Numbers between commas."""
+    words = [] if text == _NONE else listed(text)
+    try:
+        return [float(word) for word in words]
+    except ValueError:
+        raise ValueError(f"{name} must be numbers separated by commas, e.g. 0.3,1,3, got {text!r}") from None

@@ -1,0 +1,230 @@
+"""Figures of a comparison: accuracy against cost, against the learning rate, and paired differences."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+
+from snella_app.report.style import (
+    ACCENT,
+    COLORS,
+    CURVE,
+    INK,
+    MUTED,
+    WARM,
+    add_legend,
+    new_figure,
+    percent_axis,
+    shortened,
+    style_of,
+)
+from snella_lab.comparison.statistics import Rows, final_rows
+from snella_lab.comparison.summary import Summary, part_text
+
+SHOWN_RANGE = 0.3
+"""Range of accuracies below the best that is shown."""
+
+
+def pareto(summary: Summary, cost: str, label: str, title: str, is_log: bool) -> Figure | None:
+    """Draw mean accuracy against a cost, with the Pareto front of the methods.
+
+    Args:
+        summary: The table.
+        cost: A column of `MethodSummary.costs`.
+        label: Name and unit of the axis.
+        title: Of the figure.
+        is_log: Whether the cost spans orders of magnitude.
+
+    Returns:
+        None where fewer than two methods have both numbers.
+    """
+    points = []
+    for number, method in enumerate(summary.methods):
+        accuracy, value = method.over_tasks[summary.column], method.costs[cost]
+        if accuracy is not None and value is not None and (value > 0 or not is_log):
+            points.append((value, accuracy.mean, accuracy.std, number, method.name))
+    if len(points) < 2:
+        return None
+    figure, axes = new_figure(CURVE[0], CURVE[1] + 70 + 17 * math.ceil(len(points) / 3), title)
+    handles = []
+    for value, mean, std, number, _ in points:
+        color, marker = style_of(number)
+        if not math.isnan(std):
+            axes.errorbar(value, mean, std, color=color, linewidth=1.2, capsize=0, alpha=0.6)
+        handles += axes.plot(value, mean, marker=marker, color=color, markersize=8, linestyle="none")
+    frontier = pareto_front([(value, mean) for value, mean, *_ in points])
+    axes.plot(*zip(*frontier, strict=True), color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
+    if is_log:
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _short(v)))
+    else:
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _short(v)))
+    axes.margins(0.08)
+    axes.set_xlabel(label)
+    axes.set_ylabel(f"test {summary.measure}" + (", mean over tasks" if len(summary.tasks) > 1 else ""))
+    percent_axis(axes)
+    add_legend(figure, handles, [shortened(name) for *_, name in points])
+    return figure
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The Pareto-optimal points, by ascending cost."""
+    front: list[tuple[float, float]] = []
+    for cost, gain in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not front or gain > front[-1][1]:
+            front.append((cost, gain))
+    return front
+
+
+def learning_rate_curves(summary: Summary, rows: Rows, tasks: Sequence[str], title: str) -> Figure | None:
+    """Draw the accuracy on validation against the learning rate, one line a method; the chosen rate is filled.
+
+    Rates are given as factors on each method's default, so that methods of different scales share an axis. A training
+    that failed has no point; its factor is marked at the bottom.
+
+    Args:
+        summary: For the order of methods.
+        rows: All rows.
+        tasks: The mean over these tasks is drawn, at factors that were tried on all of them; its best rate is filled.
+        title: Of the figure.
+    """
+    curves = [(number, m.name, _mean_curve(rows, m.name, tasks)) for number, m in enumerate(summary.methods)]
+    curves = [curve for curve in curves if len(curve[2]) > 1]
+    if not curves:
+        return None
+    figure, axes = new_figure(CURVE[0], CURVE[1] + 40 + 17 * math.ceil(len(curves) / 3), title)
+    handles = [_draw_curve(axes, number, points, _chosen(rows, name, tasks)) for number, name, points in curves]
+    _factor_axis(axes, sorted({factor for *_, points in curves for factor, _ in points}))
+    found = [accuracy for *_, points in curves for _, accuracy in points if accuracy is not None]
+    if found:
+        axes.set_ylim(bottom=max(axes.get_ylim()[0], max(found) - SHOWN_RANGE))
+    axes.set_ylabel(f"validation {summary.measure}")
+    percent_axis(axes)
+    add_legend(figure, handles, [shortened(name) for _, name, _ in curves])
+    return figure
+
+
+def _chosen(rows: Rows, method: str, tasks: Sequence[str]) -> float | None:
+    """The factor that a method's final runs of one task were trained with; None for several tasks or no cell."""
+    finals = [row for row in final_rows(rows) if row.experiment_name == method and [row.task_name] == [*tasks]]
+    return finals[0].lr_factor if finals else None
+
+
+def _draw_curve(axes: Axes, number: int, points: Sequence[tuple[float, float | None]], chosen: float | None) -> Line2D:
+    """One method's line, the chosen rate or else the best one filled; what it is called by in the legend."""
+    color, marker = style_of(number)
+    dashes: Any = "-" if number < len(COLORS) else (0, (5, 2))
+    kept = [(factor, accuracy) for factor, accuracy in points if accuracy is not None]
+    x, y = [factor for factor, _ in kept], [accuracy for _, accuracy in kept]
+    look: dict[str, Any] = {"color": color, "marker": marker}
+    line = axes.plot(x, y, **look, markersize=5, linewidth=1.6, linestyle=dashes, markerfacecolor="none")[0]
+    if kept:
+        axes.plot(*max(kept, key=lambda point: (point[0] == chosen, point[1])), **look, markersize=8)
+    for factor, accuracy in points:
+        if accuracy is None:
+            axes.plot(factor, 0.02, color=color, marker="x", transform=axes.get_xaxis_transform(), clip_on=False)
+    return line
+
+
+def _mean_curve(rows: Rows, method: str, tasks: Sequence[str]) -> list[tuple[float, float | None]]:
+    """The mean of several tasks' curves, at the factors that all of them have."""
+    curves = [dict(lr_curve(rows, method, task)) for task in tasks]
+    common = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
+    return [(factor, _mean([curve[factor] for curve in curves])) for factor in common]
+
+
+def lr_curve(rows: Rows, method: str, task: str) -> list[tuple[float, float | None]]:
+    """Mean validation accuracy by learning-rate factor at the method's own weight decay; None where it failed."""
+    found: dict[float, list[float | None]] = {}
+    for row in rows:
+        is_own = row.experiment_name == method and row.task_name == task
+        if is_own and row.purpose == "trial" and row.tried_weight_decay is None:
+            accuracy = row.score("val")
+            found.setdefault(row.lr_factor, []).append(accuracy)
+    return [(factor, _mean(values)) for factor, values in sorted(found.items())]
+
+
+def forest(summary: Summary, with_tasks: bool, width: int = 640) -> Figure | None:
+    """Draw the paired differences to the reference over all tasks with their intervals, below each those of its tasks.
+
+    Args:
+        summary: The table.
+        with_tasks: Whether single tasks are drawn too.
+        width: Pixels; names are cut shorter where there are few.
+    """
+    longest = 30 if width >= 600 else 16
+    lines: list[tuple[str, Any, bool]] = []
+    for method in summary.methods:
+        overall = method.to_reference[summary.column]
+        if overall is None:
+            continue
+        lines.append((f"{method.name}{part_text(overall, len(summary.tasks))}", overall, True))
+        if with_tasks:
+            lines += [(task, method.to_reference_on[task], False) for task in summary.tasks]
+    if not lines:
+        return None
+    figure, axes = new_figure(
+        width, 110 + (19 if with_tasks else 26) * len(lines), f"Difference to {shortened(summary.reference, longest)}"
+    )
+    for place, (_, value, is_whole) in enumerate(lines):
+        if value is None:
+            continue
+        color = (INK, ACCENT, WARM)[value.direction] if is_whole else MUTED
+        axes.plot([value.low, value.high], [place, place], color=color, linewidth=2.4 if is_whole else 1.2)
+        axes.plot(value.mean, place, color=color, marker="D" if is_whole else "o", markersize=7 if is_whole else 4)
+    axes.axvline(0, color=MUTED, linewidth=1.2)
+    axes.set_ylim(len(lines) - 0.5, -0.5)
+    axes.set_yticks(range(len(lines)), [shortened(name, longest) for name, *_ in lines])
+    for text, (_, _, is_whole) in zip(axes.get_yticklabels(), lines, strict=True):
+        text.set(fontweight="bold" if is_whole else "normal", color=INK if is_whole else MUTED)
+    axes.grid(False, axis="y")
+    axes.tick_params(axis="y", length=0)
+    if width < 600:
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _points(v)))
+    axes.set_xlabel(f"points of test {summary.measure}")
+    return figure
+
+
+def _factor_axis(axes: Axes, factors: Sequence[float]) -> None:
+    """A logarithmic axis with the tried factors as ticks."""
+    axes.set_xscale("log")
+    shown = factors if len(factors) <= 8 else factors[:: math.ceil(len(factors) / 8)]
+    axes.xaxis.set_major_locator(FixedLocator(list(shown)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"×{v:g}"))
+    axes.set_xlabel("learning rate, times the method's default")
+
+
+def _points(share: float) -> str:
+    """A difference of shares in points: 0, +2."""
+    points = round(100 * share, 3)
+    return "0" if points == 0 else f"{points:+g}".replace("-", "\N{MINUS SIGN}")
+
+
+def _short(value: float) -> str:
+    """A number in three digits: 768, 1.33 M."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.3g}"
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """The mean; None if one is missing."""
+    numbers = [value for value in values if value is not None]
+    return sum(numbers) / len(numbers) if len(numbers) == len(values) else None
+
+
+__all__ = [
+    "forest",
+    "learning_rate_curves",
+    "lr_curve",
+    "pareto",
+    "pareto_front",
+]

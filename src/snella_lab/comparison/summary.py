@@ -1,0 +1,396 @@
+"""The table of a comparison: the numbers of every method, for the report and the terminal."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from snella_app.console import counted, make_table, print_line
+from snella_app.records import CellRow
+from snella_app.text import bytes_text, count_text, percent_text, points_text, seconds_text
+from snella_lab.comparison.experiment import Experiment
+from snella_lab.comparison.statistics import (
+    LEVEL,
+    MIN_UNITS,
+    Difference,
+    Rows,
+    Spread,
+    average,
+    difference,
+    final_rows,
+    mean_over_groups,
+    mean_over_tasks,
+    spread,
+    with_holm,
+)
+
+COSTS = (
+    *("num_trainable_params", "changed_weights", "file_size", "step_time", "train_time"),
+    *("training_mib", "peak_rss_mib", "accelerator_memory_max", "forgetting"),
+)
+
+
+@dataclass(frozen=True)
+class MethodSummary:
+    """One line of the table.
+
+    Args:
+        name: The method's label.
+        per_task: Mean and deviation on every task, by metric; None where a cell is missing.
+        over_tasks: Mean over tasks, by metric.
+        over_groups: Mean over groups, by metric.
+        to_reference: Paired difference to the reference over all tasks, by metric, with Holm's correction over the
+            methods; None for the reference.
+        to_reference_on: The same on each task, for the first metric; the correction is over methods and tasks.
+        costs: Means over tasks of the columns of cost, None where not measured.
+        edges: On how many tasks the chosen learning rate lies on the grid's edge.
+        failed: How many of its runs failed.
+    """
+
+    name: str
+    per_task: Mapping[str, Mapping[str, Spread | None]]
+    over_tasks: Mapping[str, Spread | None]
+    over_groups: Mapping[str, Spread | None]
+    to_reference: Mapping[str, Difference | None]
+    to_reference_on: Mapping[str, Difference | None]
+    costs: Mapping[str, float | None]
+    edges: int
+    failed: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The whole table.
+
+    Args:
+        methods: Lines, in the order of the experiment.
+        tasks: Tasks that have a row, in the order of the experiment.
+        groups: Their groups, by name.
+        reference: The method that others are compared to.
+        finals: Finished final runs.
+        expected: Final runs of the experiment.
+        failed: Rows of failed runs.
+        metrics: What is in the table, by column of the rows; the first decides.
+    """
+
+    methods: list[MethodSummary]
+    tasks: list[str]
+    groups: dict[str, list[str]]
+    reference: str
+    finals: int
+    expected: int
+    failed: list[CellRow]
+    metrics: Mapping[str, str]
+
+    @property
+    def column(self) -> str:
+        """The column that decides, such as `test_accuracy`."""
+        return next(iter(self.metrics))
+
+    @property
+    def measure(self) -> str:
+        """What it is called, such as accuracy."""
+        return self.metrics[self.column]
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether the mean over groups differs from the mean over tasks."""
+        return 1 < len(self.groups) < len(self.tasks)
+
+
+def summarize(experiment: Experiment, rows: Rows) -> Summary:
+    """Compute the table.
+
+    Args:
+        experiment: Order, groups and reference.
+        rows: All rows; those of other methods and tasks are left out.
+    """
+    names, task_names = [m.name for m in experiment.methods], [d.name for d in experiment.data]
+    rows = [row for row in rows if row.experiment_name in names and row.task_name in task_names]
+    finals = final_rows(rows)
+    seen = {row.task_name for row in finals}
+    data = [entry for entry in experiment.data if entry.name in seen]
+    tasks = [entry.name for entry in data]
+    groups: dict[str, list[str]] = {}
+    for entry in data:
+        groups.setdefault(entry.group, []).append(entry.name)
+    failed = [row for row in rows if row.status == "failed"]
+    reference = experiment.reference_name
+    metrics = {f"test_{metric}": title for metric, title in experiment.measures.items()}
+    lines = [_line(name, finals, tasks, groups, reference, failed, list(metrics)) for name in names]
+    return Summary(
+        _corrected(lines),
+        tasks,
+        groups,
+        reference,
+        len(finals),
+        len(names) * len(task_names) * experiment.seeds,
+        failed,
+        metrics,
+    )
+
+
+def _line(
+    name: str,
+    rows: Rows,
+    tasks: list[str],
+    groups: dict[str, list[str]],
+    reference: str,
+    failed: list[CellRow],
+    metrics: Sequence[str],
+) -> MethodSummary:
+    """The numbers of one method."""
+    is_reference = name == reference
+    own = [row for row in rows if row.experiment_name == name]
+    on_edge = {row.task_name for row in own if row.search and row.search.lr_on_edge}
+    return MethodSummary(
+        name,
+        {metric: {task: spread(rows, name, task, metric) for task in tasks} for metric in metrics},
+        {metric: mean_over_tasks(rows, name, tasks, metric) for metric in metrics},
+        {metric: mean_over_groups(rows, name, groups, metric) for metric in metrics},
+        {m: None if is_reference else difference(rows, name, reference, tasks, m) for m in metrics},
+        {task: None if is_reference else difference(rows, name, reference, [task], metrics[0]) for task in tasks},
+        {column: average(rows, name, column) for column in COSTS},
+        len(on_edge),
+        sum(row.experiment_name == name for row in failed),
+    )
+
+
+def _corrected(lines: Sequence[MethodSummary]) -> list[MethodSummary]:
+    """The lines with Holm's correction: over the methods for each metric, over methods and tasks for single tasks."""
+    metrics = lines[0].to_reference if lines else {}
+    overall = {metric: with_holm({line.name: line.to_reference[metric] for line in lines}) for metric in metrics}
+    single = with_holm({(line.name, task): d for line in lines for task, d in line.to_reference_on.items()})
+    return [
+        replace(
+            line,
+            to_reference={metric: overall[metric][line.name] for metric in metrics},
+            to_reference_on={task: single[line.name, task] for task in line.to_reference_on},
+        )
+        for line in lines
+    ]
+
+
+def spread_text(value: Spread | None) -> str:
+    """A share with its deviation in percent: 85.2 ± 0.4."""
+    if value is None:
+        return "–"
+    deviation = "" if math.isnan(value.std) else f" ± {100 * value.std:.1f}"
+    return f"{100 * value.mean:.1f}{deviation}"
+
+
+def difference_text(value: Difference | None, tasks: int) -> str:
+    """A difference in points with its interval, where it has one: -0.8 [-1.9, +0.2].
+
+    Says how many tasks it is about where that is not all of `tasks`.
+    """
+    if value is None:
+        return "–"
+    part = part_text(value, tasks)
+    if math.isnan(value.low):
+        return f"{points_text(value.mean)}{part}"
+    return f"{points_text(value.mean)} [{points_text(value.low)}, {points_text(value.high)}]{part}"
+
+
+def p_text(value: float) -> str:
+    """A p-value: 0.66, 0.031, < 0.001."""
+    if math.isnan(value):
+        return "–"
+    return f"{value:.2f}" if value >= 0.0995 else f"{value:.3f}" if value >= 0.001 else "< 0.001"
+
+
+def significance_texts(value: Difference | None) -> tuple[str, str]:
+    """The adjusted p-value of a difference, and on how many units it is above zero with the sign test's p-value."""
+    if value is None:
+        return "–", "–"
+    return p_text(value.adjusted_p), f"{value.above} of {value.units} ({p_text(value.sign_p)})"
+
+
+def outcome_text(summary: Summary) -> str:
+    """The outcome in a sentence or two: the best mean, its difference to the reference, who else is clearly apart.
+
+    Empty where no method is done.
+    """
+    means = {m.name: value for m in summary.methods if (value := m.over_tasks[summary.column]) is not None}
+    if not means:
+        return ""
+    best = max(means, key=lambda name: means[name].mean)
+    where = f" in the mean over {counted(len(summary.tasks), 'task')}" if len(summary.tasks) > 1 else ""
+    equal = [name for name, value in means.items() if math.isclose(value.mean, means[best].mean)]
+    have = f"{', '.join(equal)} {'has' if len(equal) == 1 else 'have'} the highest test {summary.measure}"
+    text = f"{have}, {100 * means[best].mean:.1f} %{where}"
+    differences = {m.name: d for m in summary.methods if (d := m.to_reference[summary.column]) is not None}
+    lead = differences.get(best)
+    if lead is not None and lead.mean > 0 and len(equal) == 1:
+        text += f": {100 * lead.mean:.1f} points above {summary.reference}"
+        if not math.isnan(lead.low):
+            doubt = "" if lead.direction else f"; {undecided_text(lead)}"
+            text += f" ({percent_text(LEVEL, 0)} interval {points_text(lead.low)} to {points_text(lead.high)}{doubt})"
+    above = [name for name, d in differences.items() if d.direction > 0 and name != best]
+    below = [name for name, d in differences.items() if d.direction < 0]
+    parts = [
+        f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} clearly {side} {summary.reference}"
+        for names, side in ((above, "above"), (below, "below"))
+        if names
+    ]
+    return f"{text}. Of the others, {' and '.join(parts)}." if parts else f"{text}."
+
+
+def undecided_text(value: Difference) -> str:
+    """Why a difference is not decided: too few tasks or seeds, or the adjusted p-value."""
+    if value.units < MIN_UNITS:
+        unit = counted(value.units, "task" if value.tasks > 1 else "seed")
+        return f"not decided, {unit} of at least {MIN_UNITS}"
+    return f"not decided, p {p_text(value.adjusted_p)} with Holm's correction"
+
+
+def recommendation_text(summary: Summary) -> str:
+    """Which method to take, in a sentence: accuracy within one standard error of the best, then memory, then time.
+
+    The standard error is that of the best method's mean over seeds; memory within 5 % counts as the same. Empty where
+    no method is done; methods without a result are named.
+    """
+    means = {m.name: value for m in summary.methods if (value := m.over_tasks[summary.column]) is not None}
+    if not means:
+        return ""
+    text = recommend(means, {m.name: m.costs for m in summary.methods}, summary.measure)[1]
+    others = [m.name for m in summary.methods if m.name not in means]
+    return f"{text} Without a result so far: {', '.join(others)}." if others else text
+
+
+def recommend(
+    means: Mapping[str, Spread], costs: Mapping[str, Mapping[str, float | None]], measure: str
+) -> tuple[str, str]:
+    """The method to take, and why in a sentence, as `recommendation_text` has it.
+
+    Args:
+        means: Of the measure over seeds, by method.
+        costs: `accelerator_memory_max`, `training_mib` and `train_time`, by method.
+        measure: What it is called.
+    """
+    best = max(means, key=lambda name: means[name].mean)
+    top = means[best]
+    error = 0.0 if math.isnan(top.std) else top.std / math.sqrt(top.count)
+    near = [name for name, value in means.items() if value.mean >= top.mean - error]
+    if len(near) == 1:
+        seeds = "a single seed has no standard error" if math.isnan(top.std) else f"{100 * error:.1f} points"
+        return best, f"Recommended: {best}, no other method is within one standard error of its {measure} ({seeds})."
+    chosen, reason = _cheapest(near, costs)
+    texts = cost_texts({**dict.fromkeys(COSTS), **costs[chosen]})
+    return chosen, (
+        f"Recommended: {chosen}. {len(near)} methods are within one standard error ({100 * error:.1f} points) of the "
+        f"best {measure}, {100 * top.mean:.1f} % by {best}; {reason} (memory {texts['memory']}, time {texts['time']})."
+    )
+
+
+def _cheapest(names: Sequence[str], costs: Mapping[str, Mapping[str, float | None]]) -> tuple[str, str]:
+    """The method that needs the least memory, and of those that need as much the least time; and why."""
+
+    def memory(name: str) -> float:
+        peak = costs[name]["accelerator_memory_max"]
+        mib = costs[name]["training_mib"]
+        return float(peak) if peak else math.inf if mib is None else mib * 2**20
+
+    def time(name: str) -> float:
+        seconds = costs[name]["train_time"]
+        return math.inf if seconds is None else seconds
+
+    least = min(map(memory, names))
+    small = [name for name in names if memory(name) <= 1.05 * least or math.isinf(least)]
+    chosen = min(small, key=time)
+    if len(small) == 1:
+        return chosen, f"of these {chosen} needs the least memory"
+    what = "as little memory as any" if not math.isinf(least) else "memory that was not measured"
+    return chosen, f"of these {chosen} needs {what} and the least time"
+
+
+def part_text(value: Difference, tasks: int) -> str:
+    """How many of `tasks` a difference is about; empty where it is all of them."""
+    return "" if value.tasks == tasks else f" ({value.tasks} of {counted(tasks, 'task')})"
+
+
+def cost_texts(costs: Mapping[str, float | None]) -> dict[str, str]:
+    """Costs, human-readable."""
+    memory = costs["accelerator_memory_max"]
+    texts = {
+        "trainable": _text(costs["num_trainable_params"], lambda v: count_text(round(v))),
+        "changed": _text(costs["changed_weights"], lambda v: count_text(round(v))),
+        "file": _text(costs["file_size"], bytes_text),
+        "step": _text(costs["step_time"], lambda v: f"{1000 * v:.1f} ms"),
+        "time": _text(costs["train_time"], seconds_text),
+        "memory": bytes_text(memory) if memory else _text(costs["training_mib"], lambda v: bytes_text(v * 2**20)),
+        "forgetting": _text(costs["forgetting"], points_text),
+    }
+    return texts
+
+
+def caption(summary: Summary) -> str:
+    """The caption of the tables."""
+    return (
+        f"test {'/'.join(summary.metrics.values())} in percent, mean ± standard deviation over seeds; "
+        f"{interval_text(summary)}"
+    )
+
+
+def interval_text(summary: Summary) -> str:
+    """How differences to the reference were tested."""
+    found = [d for m in summary.methods if (d := m.to_reference[summary.column]) is not None]
+    has_tasks = any(d.tasks > 1 for d in found)
+    units, each = ("tasks", ", each with its mean over seeds") if has_tasks else ("seeds", "")
+    text = (
+        f"differences to {summary.reference} in points with Student's t {percent_text(LEVEL, 0)} interval over "
+        f"{units}{each}, p with Holm's correction over {counted(len(found), 'comparison')}, and on how many {units} "
+        "the method is above, with the sign test's p"
+    )
+    few = bool(found) and all(d.units < MIN_UNITS for d in found)
+    return f"{text}; nothing is decided with fewer than {MIN_UNITS} tasks or seeds" if few else text
+
+
+def print_summary(console: Console, experiment: Experiment, rows: Rows) -> None:
+    """Print the table."""
+    summary = summarize(experiment, rows)
+    if not summary.finals:
+        print_line(console, "no final run is finished yet")
+        return
+    for metric, title in summary.metrics.items():
+        console.print(_table(summary, metric, title))
+    print_line(console, outcome_text(summary))
+    print_line(console, recommendation_text(summary))
+    print_line(console, caption(summary))
+    for row in summary.failed:
+        print_line(console, f"FAILED {row.cell}: {row.error}")
+    if summary.failed:
+        print_line(console, "--retry-failed trains failed runs again")
+
+
+def table_cells(summary: Summary, metric: str, *, with_costs: bool) -> list[list[str]]:
+    """The table as text, its first line the headings: tasks, means, the difference to the reference, tests, costs."""
+    texts = [cost_texts(method.costs) for method in summary.methods]
+    names = ("trainable", "changed", "file", "step", "memory", "forgetting") if with_costs else ()
+    costs = [name for name in names if any(line[name] != "–" for line in texts)]
+    headings = ["method", *summary.tasks, *(["mean over tasks"] if len(summary.tasks) > 1 else [])]
+    headings += ["mean over groups"] if summary.has_groups else []
+    lines = [[*headings, f"difference to {summary.reference}", "p", "above", *costs]]
+    for method in summary.methods:
+        cells = [spread_text(method.per_task[metric][task]) for task in summary.tasks]
+        cells += [spread_text(method.over_tasks[metric])] if len(summary.tasks) > 1 else []
+        cells += [spread_text(method.over_groups[metric])] if summary.has_groups else []
+        cells += [difference_text(method.to_reference[metric], len(summary.tasks))]
+        cells += significance_texts(method.to_reference[metric])
+        cells += [cost_texts(method.costs)[key] for key in costs]
+        lines.append([method.name, *cells])
+    return lines
+
+
+def _table(summary: Summary, metric: str, title: str) -> Table:
+    """The table for the terminal."""
+    headings, *lines = table_cells(summary, metric, with_costs=metric == summary.column)
+    return make_table(headings, lines, title=f"test {title}")
+
+
+def _text(value: float | None, write: Any) -> str:
+    """A number written, or a dash."""
+    return "–" if value is None else str(write(value))

@@ -1,0 +1,289 @@
+"""`adapter-r`, `mosa-r` and `ssf`: small modules behind the parts of a frozen backbone."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from snella_app.methods.method import Batches, Method, Options, check_by, number, one_of, whole_number
+from snella_app.methods.model_parts import attach, attached, detach, is_inside, mlps, remove_hooks
+from snella_app.methods.partial import train_head
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
+
+
+class Adapter(nn.Module):
+    """A bottleneck beside the identity: nothing at first, since what leads out of it starts at zero.
+
+    y = h + scale · (U · dropout(act(D h + d)) + u),   act = gelu, or relu as A.1 of arXiv 2510.24037 describes it
+
+    `D` `[r, width]` starts uniform after Glorot, `U` `[width, r]` and both biases at zero.
+
+    Args:
+        width: Channels of a token, the last dimension of the input.
+        r: Width of the bottleneck.
+        scale: Factor on what is added.
+        dropout: Rate inside of the bottleneck, while training.
+        activation: One of `ACTIVATIONS`.
+    """
+
+    def __init__(
+        self, width: int, r: int = 8, *, scale: float = 1.0, dropout: float = 0.0, activation: str = "gelu"
+    ) -> None:
+        super().__init__()
+        self.down = nn.Linear(width, r)
+        self.act = ACTIVATIONS[activation]()
+        self.dropout = nn.Dropout(dropout)
+        self.up = nn.Linear(r, width)
+        self.scale = scale
+        nn.init.xavier_uniform_(self.down.weight)
+        for tensor in (self.down.bias, self.up.weight, self.up.bias):
+            nn.init.zeros_(tensor)
+
+    def bottleneck(self, h: Tensor) -> Tensor:
+        """What is added to `h`, before the scale."""
+        return self.up(self.dropout(self.act(self.down(h))))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """`h` and what the bottleneck adds, `[..., width]`."""
+        return h + self.scale * self.bottleneck(h)
+
+
+def apply_adapter(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+    """Forward hook: pass the output of a module on to its child `adapter`."""
+    return module.adapter(output)  # type: ignore[operator]
+
+
+def add_adapters(method: str, model: nn.Module, head: str, make: Callable[[int, int], nn.Module]) -> nn.Module:
+    """Attach one adapter to the MLP of each block, as its child `adapter`.
+
+    Args:
+        method: Name, for the error.
+        model: Frozen; changed in place.
+        head: Name of its head, which learns too.
+        make: `(width, index) -> nn.Module`.
+
+    Raises:
+        ValueError: No block has an MLP.
+    """
+    places = list(mlps(model, head))
+    if not places:
+        raise ValueError(
+            f"method {method!r} cannot be applied to {type(model).__name__}: it adapts the MLP of each block, "
+            "and no module of this model is called mlp and ends with a linear layer"
+        )
+    train_head(model, head)
+    for index, (_, module, width) in enumerate(places):
+        attach(module, "adapter", make(width, index), after=apply_adapter)
+    return model
+
+
+def _build_adapter(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
+    """One `Adapter` after each MLP, inside of the residual branch."""
+    own = {name: options[name] for name in ("scale", "dropout", "activation") if name in options}
+    return add_adapters("adapter", model, head, lambda width, index: Adapter(width, options.get("r", 8), **own))
+
+
+ADAPTER = Method(
+    "a bottleneck after the MLP of each block",
+    "adapters, Houlsby et al., arXiv 1902.00751, in the place that Pfeiffer et al., arXiv 2005.00247, found to do: "
+    "after the MLP only, as compared in VPT and NOAH",
+    _build_adapter,
+    ("r", "scale", "dropout", "activation"),
+    suffix="r",
+    check=check_by(
+        {"r": whole_number(), "scale": number(), "dropout": number(0, 1), "activation": one_of(*ACTIVATIONS)}
+    ),
+    unmerged_reason="adds a nonlinear bottleneck to each block",
+    defaults={"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4, "r": 8},
+)
+
+
+class SparseAdapters(Adapter):
+    """A mixture of sparse adapters: one bottleneck, of which each training step uses a random part.
+
+    training:    y = h + scale · (n · (U ⊙ M_i) dropout(gelu(D h + d)) + u),  i drawn anew from 1 … n in each pass
+    evaluation:  y = h + scale · (U gelu(D h + d) + u)
+
+    The masks M_1 … M_n share out the entries of `U` `[width, r]` evenly and at random. The down projection and the
+    biases belong to all of them (the paper's hierarchical split). `n (U ⊙ M_i)` has the mean `U` over i, so that the
+    merged adapter, the mean of the sparse ones, is `U` itself and nothing but one adapter is stored.
+
+    Args:
+        width: Channels of a token.
+        r: Width of the bottleneck.
+        experts: n.
+        seed: Decides the masks; they are drawn again when an adapter is loaded.
+        scale: As for `Adapter`.
+        dropout: As for `Adapter`.
+    """
+
+    def __init__(
+        self, width: int, r: int = 8, *, experts: int = 4, seed: int = 0, scale: float = 1.0, dropout: float = 0.0
+    ) -> None:
+        super().__init__(width, r, scale=scale, dropout=dropout)
+        self.experts = experts
+        generator = torch.Generator().manual_seed(seed)
+        owner = torch.randperm(width * r, generator=generator).remainder(experts).view(width, r)
+        self.register_buffer("owner", owner.to(torch.uint8), persistent=False)
+
+    def bottleneck(self, h: Tensor) -> Tensor:
+        """What is added to `h`: by one sparse adapter while training, by all of them together otherwise."""
+        if not self.training:
+            return super().bottleneck(h)
+        active = int(torch.randint(self.experts, ()))
+        sparse = self.up.weight * (self.owner == active) * self.experts
+        return F.linear(self.dropout(self.act(self.down(h))), sparse, self.up.bias)
+
+
+def _build_mosa(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
+    """`SparseAdapters` where `adapter-r` has its adapters; masks differ from block to block."""
+    own = {name: options[name] for name in ("experts", "scale", "dropout") if name in options}
+    seed = options.get("mask_seed", 0)
+
+    def make(width: int, index: int) -> nn.Module:
+        return SparseAdapters(width, options.get("r", 8), seed=seed + index, **own)
+
+    return add_adapters("mosa", model, head, make)
+
+
+MOSA = Method(
+    "a bottleneck after the MLP of each block, trained in random parts",
+    "MoSA, Zhang et al., arXiv 2312.02923",
+    _build_mosa,
+    ("r", "experts", "scale", "dropout", "mask_seed"),
+    suffix="r",
+    check=check_by(
+        {
+            "r": whole_number(),
+            "experts": whole_number(),
+            "scale": number(),
+            "dropout": number(0, 1),
+            "mask_seed": whole_number(0),
+        }
+    ),
+    unmerged_reason="adds a nonlinear bottleneck to each block",
+    defaults={"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-2, "r": 16},
+)
+
+
+class ScaleShift(nn.Module):
+    """y = γ ⊙ x + β, channel by channel.
+
+    γ starts normal around 1, β normal around 0.
+
+    Args:
+        channels: How many.
+        dim: The dimension of the input that holds them: -1 for tokens, 1 for feature maps.
+        init_std: Standard deviation of both at the start; 0 begins with the identity.
+    """
+
+    def __init__(self, channels: int, *, dim: int = -1, init_std: float = 0.02) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(channels))
+        self.shift = nn.Parameter(torch.zeros(channels))
+        self.dim = dim
+        self.was_used = False
+        if init_std > 0:
+            nn.init.normal_(self.scale, mean=1.0, std=init_std)
+            nn.init.normal_(self.shift, std=init_std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` with each channel scaled and shifted."""
+        self.was_used = True
+        scale, shift = self.scale.to(x.dtype), self.shift.to(x.dtype)
+        if self.dim == 1:
+            shape = (1, -1) + (1,) * (x.ndim - 2)
+            scale, shift = scale.view(shape), shift.view(shape)
+        return x * scale + shift
+
+
+def apply_scale_shift(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+    """Forward hook: pass the output of an operation on to its child `ssf`."""
+    return module.ssf(output)  # type: ignore[operator]
+
+
+def warn_of_unused(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    """Forward hook of the model: say once which operations it does not call, so that nothing follows them."""
+    if module.training and not getattr(module, "ssf_was_checked", False):
+        module.ssf_was_checked = True  # type: ignore[assignment]
+        unused = [name for name, _, ssf in attached(module, "ssf", ScaleShift) if not ssf.was_used]
+        if unused:
+            warnings.warn(
+                f"method 'ssf' changes nothing at {len(unused)} operations of {type(module).__name__}, e.g. "
+                f"{unused[:3]}: the model does not use them, or reads their weights past them",
+                stacklevel=2,
+            )
+
+
+def _channels(module: nn.Module) -> tuple[int, int] | None:
+    """Channels of an operation's output and the dimension that holds them; None for what is no operation."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, -1
+    if isinstance(module, nn.Conv2d):
+        return module.out_channels, 1
+    if isinstance(module, _BatchNorm):
+        return module.num_features, 1
+    if isinstance(module, nn.GroupNorm):
+        return module.num_channels, 1
+    if isinstance(module, nn.LayerNorm):
+        # timm's LayerNorm2d and the channels-first norms of transformers take feature maps, LayerNorms all the same
+        takes_maps = type(module).__name__.endswith("2d") or getattr(module, "data_format", None) == "channels_first"
+        return module.normalized_shape[-1], 1 if takes_maps else -1
+    return None
+
+
+def _build_ssf(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
+    """Attach a `ScaleShift` to each linear layer, convolution and normalization outside of the head."""
+    places = [
+        (module, found)
+        for name, module in model.named_modules()
+        if not is_inside(name, head) and (found := _channels(module)) is not None
+    ]
+    if not places:
+        raise ValueError(
+            f"method 'ssf' cannot be applied to {type(model).__name__}: it follows linear layers, convolutions and "
+            f"normalizations, and there is none besides the head {head!r}"
+        )
+    train_head(model, head)
+    for module, (channels, dim) in places:
+        ssf = ScaleShift(channels, dim=dim, init_std=options.get("init_std", 0.02))
+        attach(module, "ssf", ssf, after=apply_scale_shift)
+    model.register_forward_hook(warn_of_unused)
+    return model
+
+
+@torch.no_grad()
+def _merge_ssf(model: nn.Module) -> nn.Module:
+    """W <- γ W, b <- γ b + β in each operation."""
+    places = list(attached(model, "ssf", ScaleShift))
+    without = [name for name, module, _ in places if getattr(module, "weight", None) is None or module.bias is None]
+    if without:
+        shown = repr(without[0]) + (f" and {len(without) - 1} more layers" if without[1:] else "")
+        raise ValueError(
+            f"method 'ssf' cannot be folded into {type(model).__name__}: no bias to take the shift in {shown}; "
+            "keep the adapter beside the backbone, load_trained puts it back"
+        )
+    for _, module, ssf in places:
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        bias: Tensor = module.bias  # type: ignore[assignment]
+        weight.mul_(ssf.scale.view(-1, *[1] * (weight.ndim - 1)))
+        bias.mul_(ssf.scale).add_(ssf.shift)
+        detach(module, "ssf", apply_scale_shift)
+    remove_hooks(model, warn_of_unused)
+    return model
+
+
+SSF = Method(
+    "a scale and a shift of each channel after each operation",
+    "SSF, Lian et al., arXiv 2210.08823",
+    _build_ssf,
+    ("init_std",),
+    check=check_by({"init_std": number()}),
+    merge=_merge_ssf,
+    defaults={"lr": 5e-3, "head_lr": 1e-3, "weight_decay": 5e-5},
+)

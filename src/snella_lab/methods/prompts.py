@@ -1,0 +1,263 @@
+"""`vpt-shallow` and `vpt-deep`: learned tokens beside those of the image."""
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from snella_app.methods.method import Batches, Method, Options, check_by, number, whole_number
+from snella_app.methods.model_parts import attach, token_blocks, width_of_block
+from snella_app.methods.partial import train_head
+
+
+class Prompts(nn.Module):
+    """Learned tokens that stand behind the class token while a block, or all of them, works.
+
+    [cls, x] -> [cls, p_1 ... p_n, x]
+
+    Each value starts uniform in ±sqrt(6 / (3 · patch_area + width)), Glorot's range for the patch embedding.
+
+    Args:
+        prompts: n.
+        width: Channels of a token.
+        prefix: Tokens of the image's own before its patches (class token, registers).
+        patch_area: Pixels of a patch.
+        dropout: Rate on the prompts, while training.
+
+    Attributes:
+        active: How many of the first prompts stand there; None for all.
+    """
+
+    def __init__(
+        self, prompts: int, width: int, *, prefix: int = 1, patch_area: int = 256, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.tokens = nn.Parameter(torch.empty(prompts, width))
+        self.dropout = nn.Dropout(dropout)
+        self.prefix = prefix
+        self.active: int | None = None
+        bound = math.sqrt(6.0 / (3 * patch_area + width))
+        nn.init.uniform_(self.tokens, -bound, bound)
+
+    def insert(self, x: Tensor) -> Tensor:
+        """`x` `[batch, tokens, width]` with the prompts in it."""
+        prompts = self.dropout(self.tokens[: self.active]).to(x.dtype).expand(len(x), -1, -1)
+        return torch.cat([x[:, : self.prefix], prompts, x[:, self.prefix :]], dim=1)
+
+    def remove(self, x: Tensor) -> Tensor:
+        """`x` without what became of the prompts."""
+        return _without_tokens(x, self.prefix, len(self.tokens[: self.active]))
+
+
+def _without_tokens(x: Tensor, start: int, count: int) -> Tensor:
+    """`x` `[batch, tokens, width]` without `count` tokens from `start` on."""
+    return torch.cat([x[:, :start], x[:, start + count :]], dim=1)
+
+
+def insert_prompts(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Forward pre-hook: a block's child `prompts` joins the tokens."""
+    return (module.prompts.insert(inputs[0]), *inputs[1:])  # type: ignore[operator,union-attr]
+
+
+def remove_prompts(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+    """Forward hook: the prompts of a block leave after it."""
+    return module.prompts.remove(output)  # type: ignore[operator,union-attr]
+
+
+class PromptEnd(nn.Module):
+    """Marks the block after which the prompts of the first one leave.
+
+    Args:
+        prompts: How many.
+        prefix: As for `Prompts`.
+    """
+
+    def __init__(self, prompts: int, prefix: int) -> None:
+        super().__init__()
+        self.count, self.prefix = prompts, prefix
+
+
+def end_prompts(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+    """Forward hook: take the prompts of another block out."""
+    end: Any = module.prompt_end
+    return _without_tokens(output, end.prefix, end.count)
+
+
+def make_prompts(model: nn.Module, block: nn.Module, prompts: int, dropout: float = 0.0) -> Prompts:
+    """Prompts that fit a block of a timm ViT."""
+    patch: Any = getattr(getattr(model, "patch_embed", None), "patch_size", None) or (16, 16)
+    prefix: Any = getattr(model, "num_prefix_tokens", 1)
+    width = width_of_block(block) or 0
+    return Prompts(prompts, width, prefix=int(prefix), patch_area=int(patch[0] * patch[1]), dropout=dropout)
+
+
+def _deep(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
+    """New prompts at each block; what became of them is dropped after it."""
+    blocks = token_blocks("vpt-deep", model, head)
+    train_head(model, head)
+    for _, block in blocks:
+        prompts = make_prompts(model, block, options.get("prompts", 10), options.get("dropout", 0.0))
+        attach(block, "prompts", prompts, before=insert_prompts, after=remove_prompts)
+    return model
+
+
+def _shallow(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
+    """Prompts at the first block; they pass through all blocks and leave after the last."""
+    blocks = token_blocks("vpt-shallow", model, head)
+    train_head(model, head)
+    first, last = blocks[0][1], blocks[-1][1]
+    prompts = make_prompts(model, first, options.get("prompts", 10), options.get("dropout", 0.0))
+    attach(first, "prompts", prompts, before=insert_prompts)
+    attach(last, "prompt_end", PromptEnd(len(prompts.tokens), prompts.prefix), after=end_prompts)
+    return model
+
+
+VPT_SHALLOW = Method(
+    "prompt tokens before the first block",
+    "VPT, Jia et al., arXiv 2203.12119",
+    _shallow,
+    ("prompts", "dropout"),
+    suffix="prompts",
+    check=check_by({"prompts": whole_number(), "dropout": number(0, 1)}),
+    unmerged_reason="adds tokens to those of the image, which are no weights of the backbone",
+    defaults={"lr": 5e-3, "head_lr": 1e-3, "weight_decay": 1e-4},
+)
+VPT_DEEP = dataclasses.replace(VPT_SHALLOW, summary="prompt tokens before each block", build=_deep)
+
+
+class Queries(nn.Module):
+    """Query tokens of one block, and what the block made of them in the running forward pass.
+
+    z = p + ls1(proj(softmax(q(p) K(x)ᵀ / √d) V(x)));   summary = z + ls2(mlp(norm2(z)))
+
+    with the block's own frozen weights; `K` and `V` are those of the image's tokens, which see nothing of the queries.
+
+    Args:
+        tokens: p, `[queries, width]`.
+        dropout: Rate on the queries, while training.
+    """
+
+    def __init__(self, tokens: Tensor, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.tokens = nn.Parameter(tokens)
+        self.dropout = nn.Dropout(dropout)
+        self.summary: Tensor | None = None
+
+    def summarize(self, block: Any, qkv: Tensor) -> Tensor:
+        """Let the queries attend to the tokens of a block.
+
+        Args:
+            block: Of a timm ViT.
+            qkv: What its `attn.qkv` gave for the image's tokens, `[batch, tokens, 3 · width]`.
+
+        Returns:
+            `[batch, queries, width]`.
+        """
+        attn = block.attn
+        batch, heads = len(qkv), attn.num_heads
+        size = qkv.shape[-1] // 3
+        key, value = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in qkv.detach()[..., size:].chunk(2, -1))
+        tokens = self.dropout(self.tokens.expand(batch, -1, -1))
+        bias = None if attn.qkv.bias is None else attn.qkv.bias[:size]
+        query = F.linear(block.norm1(tokens), attn.qkv.weight[:size], bias).unflatten(-1, (heads, -1)).transpose(1, 2)
+        mixed = F.scaled_dot_product_attention(attn.q_norm(query), attn.k_norm(key), value)
+        attended = attn.proj(attn.norm(mixed.transpose(1, 2).flatten(2)))
+        z = tokens + block.ls1(attended)
+        return z + block.ls2(block.mlp(block.norm2(z)))
+
+
+class QueryHead(nn.Linear):
+    """A linear head on the backbone's features and the summaries of all blocks.
+
+    y = W [x, s_1, …, s_L] + b
+
+    Args:
+        features: Width of x.
+        classes: Number of outputs.
+        sources: The `Queries` of all blocks; they stay children of their blocks.
+        normalize: Scale x and each summary to length 1.
+    """
+
+    def __init__(self, features: int, classes: int, sources: list[Queries], *, normalize: bool = False) -> None:
+        super().__init__(features + sum(source.tokens.numel() for source in sources), classes)
+        # a list of modules is no child, so that the queries are saved under their blocks' names alone
+        self.sources = sources
+        self.normalize = normalize
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Class scores `[batch, classes]` from features `[batch, features]`; uses the summaries up."""
+        parts = [input]
+        for source in self.sources:
+            if source.summary is None:
+                raise RuntimeError(
+                    "the head of method 'vqt' needs the summaries of a forward pass, got features alone; "
+                    "call the model on images"
+                )
+            parts.append(source.summary.flatten(1).to(input.dtype))
+            source.summary = None
+        if self.normalize:
+            parts = [F.normalize(part, dim=-1) for part in parts]
+        return super().forward(torch.cat(parts, dim=-1))
+
+
+def keep_output(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Forward hook of `attn.qkv`: lay its output by for the block's queries."""
+    module.kept_output = output
+
+
+def summarize_block(module: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Forward hook of a block: fill the summary of its child `queries`; the output stays as it is."""
+    module.queries.summary = module.queries.summarize(module, module.attn.qkv.kept_output)
+    del module.attn.qkv.kept_output
+
+
+def _build(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
+    """Queries at each block, and a `QueryHead` in the place of the head."""
+    blocks = token_blocks("vqt", model, head)
+    old = model.get_submodule(head)
+    lacking = [name for name, block in blocks if not _has_parts(block)]
+    if lacking or not isinstance(old, nn.Linear):
+        what = f"block {lacking[0]!r} is built differently" if lacking else f"its head is a {type(old).__name__}"
+        raise ValueError(
+            f"method 'vqt' cannot be applied to {type(model).__name__}: {what}; it needs blocks with a fused attn.qkv, "
+            "as timm's VisionTransformer has them, and a linear head"
+        )
+    train_head(model, head)
+    sources = []
+    for _, block in blocks:
+        tokens = make_prompts(model, block, options.get("queries", 1)).tokens.detach()
+        queries = Queries(tokens, options.get("dropout", 0.0))
+        block.attn.qkv.register_forward_hook(keep_output)  # type: ignore[union-attr]
+        attach(block, "queries", queries, after=summarize_block)
+        sources.append(queries)
+    new = QueryHead(old.in_features, old.out_features, sources, normalize=options.get("normalize", False))
+    model.set_submodule(head, new.to(old.weight.device, old.weight.dtype))
+    return model
+
+
+def _has_parts(block: Any) -> bool:
+    """Whether a block is the pre-norm block of timm's ViT, which the queries' path repeats."""
+    attn = block.attn
+    return (
+        all(hasattr(block, name) for name in ("norm1", "ls1", "norm2", "ls2", "mlp"))
+        and all(hasattr(attn, name) for name in ("num_heads", "q_norm", "k_norm", "norm", "proj"))
+        and isinstance(getattr(attn, "qkv", None), nn.Linear)
+        and attn.qkv.out_features == 3 * attn.proj.in_features
+        and getattr(attn, "gate", None) is None
+    )
+
+
+VQT = Method(
+    "query tokens that sum up each block, and a head on all summaries",
+    "VQT, Tu et al., arXiv 2212.03220",
+    _build,
+    ("queries", "dropout", "normalize"),
+    suffix="queries",
+    check=check_by({"queries": whole_number(), "dropout": number(0, 1)}),
+    unmerged_reason="adds tokens to those of the image and widens the head",
+    unsharded_reason="takes gradients past the outputs of the blocks, which tell when a weight is needed again",
+    defaults={"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4},
+)

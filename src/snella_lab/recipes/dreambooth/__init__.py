@@ -1,0 +1,53 @@
+"""DreamBooth: fine-tuning Stable Diffusion 3 on one subject, generating images, and evaluating them.
+
+The names are imported when they are first used: the command line reads the settings without waiting for the libraries.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from snella_lab.recipes.dreambooth.config import DreamBoothConfig
+    from snella_lab.recipes.dreambooth.evaluate import evaluate_generation, mean_cosine, vendi_score
+    from snella_lab.recipes.dreambooth.generate import SamplingConfig, draw_images
+    from snella_lab.recipes.dreambooth.pipeline import load_pipeline
+    from snella_lab.recipes.dreambooth.report import write_generation_report
+    from snella_lab.recipes.dreambooth.train import FlowMatching, personalize
+
+_HOMES = {
+    "SamplingConfig": "generate",
+    "DreamBoothConfig": "config",
+    "FlowMatching": "train",
+    "draw_images": "generate",
+    "evaluate_generation": "evaluate",
+    "load_pipeline": "pipeline",
+    "mean_cosine": "evaluate",
+    "personalize": "train",
+    "vendi_score": "evaluate",
+    "write_generation_report": "report",
+}
+
+__all__ = [
+    "DreamBoothConfig",
+    "FlowMatching",
+    "SamplingConfig",
+    "draw_images",
+    "evaluate_generation",
+    "load_pipeline",
+    "mean_cosine",
+    "personalize",
+    "vendi_score",
+    "write_generation_report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module of a public name on first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    except ModuleNotFoundError as error:
+        if error.name != "diffusers":
+            raise
+        raise ImportError("personalized generation needs diffusers; pip install 'snella[generation]'") from error

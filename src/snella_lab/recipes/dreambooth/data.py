@@ -1,0 +1,218 @@
+"""DreamBooth data: a folder of images of one subject, or a folder of subjects, and lists of prompts."""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from snella_app.data.datasets import broken_images
+from snella_app.data.folder import existing_folder, note_broken
+from snella_app.data.images import IMAGE_SUFFIXES, read_image
+from snella_app.text import listed, nearest
+
+LIVE_CLASSES = ("cat", "dog")
+"""Classes of DreamBooth's live subjects, which have a list of prompts of their own."""
+
+_LIST = re.compile(r"=\s*\[(.*?)^\s*\]", re.DOTALL | re.MULTILINE)
+_TEXT = re.compile(r"^\s*(?:'([^'\n]*)'|\"([^\"\n]*)\")", re.MULTILINE)
+_PLACE = re.compile(r"\{([^{}]*)\}")
+_NAMES = {"{token}": "{0}", "{class}": "{1}"}
+
+
+@dataclass(frozen=True)
+class PromptFile:
+    """Prompts with `{0}` where the token and `{1}` where the class belongs.
+
+    Attributes:
+        objects: Prompts for things.
+        live: Prompts for animals; the same list in a file of plain lines.
+        classes: Class of each subject, where the file tells them.
+    """
+
+    objects: list[str]
+    live: list[str]
+    classes: dict[str, str] = field(default_factory=dict)
+
+    def templates(self, class_name: str | None, is_live: bool | None = None) -> list[str]:
+        """The list that suits a class; `is_live` decides where the class is neither cat nor dog but an animal."""
+        return self.live if (class_name in LIVE_CLASSES if is_live is None else is_live) else self.objects
+
+
+def fill(template: str, token: str, class_name: str) -> str:
+    """The prompt with token and class in their places, one blank where one of them is empty."""
+    return " ".join(template.replace("{0}", token).replace("{1}", class_name).split())
+
+
+def read_prompt_file(path: str | Path) -> PromptFile:
+    """Read a list of prompts.
+
+    Two layouts are known. DreamBooth's `prompts_and_classes.txt` has lines `subject,class` under the heading
+    `subject_name,class`, then two Python lists of quoted templates, the first for objects, the second for live
+    subjects. Any other text file holds one template a line; blank lines and lines that begin with `#` do not count.
+    A template has `{0}` or `{token}` where the subject's token belongs, and may have `{1}` or `{class}` for its class.
+
+    Args:
+        path: The file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: No templates, or templates without the token's place or with other places, all of them named.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(f"prompts must be an existing text file, got '{path}'")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompts must be a UTF-8 text file, got '{path}': {error}") from None
+    lists = [[_numbered(single or double) for single, double in _TEXT.findall(body)] for body in _LIST.findall(text)]
+    if not lists:
+        lines = (line.strip() for line in text.splitlines())
+        lists = [[_numbered(line) for line in lines if line and not line.startswith("#")]]
+    _check(file, lists)
+    return PromptFile(lists[0], lists[1] if len(lists) > 1 else lists[0], _classes(text))
+
+
+def _numbered(template: str) -> str:
+    """The template with numbers for names of places."""
+    for name, number in _NAMES.items():
+        template = template.replace(name, number)
+    return template
+
+
+def _classes(text: str) -> dict[str, str]:
+    """Class by subject: the lines after the heading, up to one that is not a pair."""
+    classes: dict[str, str] = {}
+    lines = iter(text.splitlines())
+    if any(line.replace(" ", "") == "subject_name,class" for line in lines):
+        for line in lines:
+            subject, comma, name = (part.strip() for part in line.partition(","))
+            if not comma:
+                break
+            classes[subject] = name
+    return classes
+
+
+def _check(file: Path, lists: list[list[str]]) -> None:
+    """Refuse unusable lists, all errors in one message."""
+    errors = ["it holds no prompts"] if not all(lists) else []
+    templates = list(dict.fromkeys(template for each in lists for template in each))
+    without = [repr(template) for template in templates if "{0}" not in template]
+    if without:
+        errors.append(f"{len(without)} of {len(templates)} prompts have no {{0}}: {listed(without)}")
+    strange = [
+        f"{{{place}}} in {template!r}"
+        for template in templates
+        for place in _PLACE.findall(template)
+        if place not in ("0", "1")
+    ]
+    if strange:
+        errors.append(f"places other than {{0}} and {{1}}: {listed(strange)}")
+    if errors:
+        raise ValueError(
+            f"prompts '{file}': {'; '.join(errors)}; write the subject's token as {{0}} (or {{token}}) and "
+            "its class as {1} (or {class}), one prompt a line"
+        )
+
+
+PROMPT_FILE = "prompts_and_classes.txt"
+"""What the DreamBooth data set calls its list of classes and prompts."""
+_OF_IMAGES = "with the images of one subject"
+_OF_SUBJECTS = "with a folder of images a subject, as the data set of DreamBooth has it"
+
+
+@dataclass(frozen=True)
+class Concept:
+    """The images of one subject.
+
+    Attributes:
+        name: The subject's folder.
+        paths: Image files, by name.
+        class_name: Its class, where the data has it: `dog` for `dog6`.
+        notes: What a user should know.
+    """
+
+    name: str
+    paths: list[Path]
+    class_name: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def images(self) -> Iterator[Image.Image]:
+        """The images as RGB."""
+        return (read_image(path) for path in self.paths)
+
+    def digest(self) -> str:
+        """SHA-256 of names and contents, wherever the folder lies."""
+        total = hashlib.sha256()
+        for path in self.paths:
+            total.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+        return total.hexdigest()
+
+
+def load_concept(spec: str, subject: str | None = None, *, skip_corrupt: bool = False) -> Concept:
+    """Find the images of a subject and decode each of them once.
+
+    Args:
+        spec: `folder:PATH` for a folder of images, or `dreambooth:PATH` for a folder that has one folder of images a
+            subject (`PATH/dog6/00.jpg`) and may hold `prompts_and_classes.txt`, which tells the classes.
+        subject: Name of the subject's folder, with `dreambooth:`.
+        skip_corrupt: Leave broken images out and note how many instead of refusing.
+
+    Raises:
+        FileNotFoundError: There is no such folder or subject; near names are given.
+        ValueError: No images, broken ones (all of them named), or a specification of another kind.
+    """
+    family, colon, path = spec.partition(":")
+    if not colon or family not in ("folder", "dreambooth"):
+        raise ValueError(
+            f"data must be folder:PATH with the images of one subject, or dreambooth:PATH with folders of subjects, "
+            f"got {spec!r}"
+        )
+    if family == "folder":
+        if subject is not None:
+            raise ValueError(
+                f"subject chooses among the folders of dreambooth:PATH, got {subject!r} with {spec!r}; leave it out, "
+                f"or write dreambooth:{path}"
+            )
+        folder = existing_folder(path, "folder", _OF_IMAGES)
+        return _concept(folder, None, skip_corrupt)
+    root = existing_folder(path, "dreambooth", _OF_SUBJECTS)
+    folder = _subject_folder(root, subject)
+    prompts = root / PROMPT_FILE
+    classes = read_prompt_file(prompts).classes if prompts.is_file() else {}
+    return _concept(folder, classes.get(folder.name), skip_corrupt)
+
+
+def _subject_folder(root: Path, subject: str | None) -> Path:
+    """The folder of a subject, or an error with those that there are."""
+    names = sorted(child.name for child in root.iterdir() if child.is_dir() and not child.name.startswith("."))
+    if not names:
+        raise ValueError(f"dreambooth:{root} has no folders of subjects; images lie in PATH/subject/image.jpg")
+    if subject in names:
+        return root / str(subject)
+    if subject is None:
+        raise ValueError(f"subject must name one of the {len(names)} folders in {root}, got none: {listed(names)}")
+    shown = nearest(subject, names, most=3, cutoff=0.4) or f"; there are {listed(names)}"
+    raise FileNotFoundError(f"subject must name one of the {len(names)} folders in {root}, got {subject!r}{shown}")
+
+
+def _concept(folder: Path, class_name: str | None, skip_corrupt: bool) -> Concept:
+    """The images of one folder, broken ones refused together."""
+    files = sorted(child for child in folder.iterdir() if child.is_file() and not child.name.startswith("."))
+    paths = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+    if not paths:
+        what = f"its {len(files)} files are no images" if files else "it is empty"
+        raise ValueError(f"folder '{folder}' must hold images ({', '.join(IMAGE_SUFFIXES)}) of one subject, {what}")
+    broken = broken_images(paths)
+    notes = [f"left out {len(files) - len(paths)} files that are no images"] if len(files) > len(paths) else []
+    if broken:
+        named = {paths[index].name: reason for index, reason in broken.items()}
+        notes.append(note_broken(named, len(paths), folder, skip_corrupt))
+        if len(broken) == len(paths):
+            reasons = listed(f"{name} ({reason})" for name, reason in named.items())
+            raise ValueError(f"all {len(paths)} images in '{folder}' are broken: {reasons}")
+    good = [path for index, path in enumerate(paths) if index not in broken]
+    return Concept(folder.name, good, class_name, notes)

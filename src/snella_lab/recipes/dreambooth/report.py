@@ -1,0 +1,113 @@
+"""The HTML report of a DreamBooth run, a self-contained file."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from snella_app.data.images import open_image
+from snella_app.records import Allocation, GeneratorMetrics, LossRow, Metrics, RunInfo, read, read_if_present
+from snella_app.report.examples import picture_uri
+from snella_app.report.inspect import current_budgets, read_adapter
+from snella_app.report.report import allocation_section, write_page
+from snella_app.report.style import ACCENT, CURVE, MUTED, add_legend, inline_svg, new_figure
+from snella_app.text import bytes_text, count_text, percent_text, plain_text, seconds_text
+from snella_lab.recipes.dreambooth.generate import MANIFEST
+
+_LONGEST = 320
+_WINDOW = 20
+
+
+def write_generation_report(run: str | Path) -> Path:
+    """Write `RUN/report.html` from the files of the run atomically.
+
+    Args:
+        run: Folder of a run of `snella dreambooth`.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        FileNotFoundError: The folder holds no finished run.
+        ValueError: A file of the run is damaged.
+    """
+    folder = Path(run)
+    info, metrics = read(RunInfo, folder), read(Metrics, folder)
+    trained = read(GeneratorMetrics, folder)
+    curve = trained.learning()
+    allocation = read_if_present(Allocation, folder)
+    budgets = current_budgets(read_adapter(folder), allocation)
+    before, after = plain_text(curve["fixed_before"]), plain_text(curve["fixed_after"])
+    numbers = [
+        ("loss on fixed noise", after, f"{before} before training"),
+        ("trainable parameters", count_text(metrics.trainable_parameters), ""),
+        ("adapter file", bytes_text(metrics.adapter_bytes), "to load on top of the pipeline"),
+        ("training time", seconds_text(metrics.train_s), trained.optimizer),
+    ]
+    if allocation is not None and budgets:
+        kept, total = sum(budgets.values()), max(allocation.total_weights, 1)
+        frozen = sum(budget == 0 for budget in budgets.values())
+        note = f"of {count_text(total)} ({percent_text(kept / total)}), {frozen} matrices frozen"
+        numbers.insert(2, ("adapted weights kept", count_text(kept), note))
+    data = info.data
+    subject = [Path(data.folder or "") / name for name in data.files or []]
+    context = {
+        "run": info,
+        "title": f"{info.method} on {data.subject}",
+        "quoted": shlex.quote(str(folder)),
+        "numbers": [{"label": label, "value": value, "note": note} for label, value, note in numbers],
+        "curve": inline_svg(loss_curve(trained.loss_history), "curve-loss", f"Loss by step; {curve['steps']} steps."),
+        "groups": [
+            {"title": "Images of the subject", "note": data.description, "items": _pictures(subject)},
+            {"title": "Images generated after training", "note": "", "items": _samples(folder / "samples")},
+        ],
+        "allocation": allocation_section(info, metrics, allocation, budgets),
+        "config": (folder / "config.yaml").read_text(encoding="utf-8"),
+    }
+    return write_page(folder, "snella_lab.recipes.dreambooth", context)
+
+
+def loss_curve(history: Sequence[LossRow]) -> Figure:
+    """Draw the loss of each step, and the mean of the last twenty."""
+    figure, axes = new_figure(2 * CURVE[0], CURVE[1], "Loss")
+    steps = [row.step for row in history]
+    losses = np.array([np.nan if row.loss is None else row.loss for row in history], dtype=float)
+    mean = [float(np.mean(losses[max(0, k + 1 - _WINDOW) : k + 1])) for k in range(len(losses))]
+    single = axes.plot(steps, losses, color=MUTED, linewidth=0.8, marker="o" if len(steps) < 3 else "")
+    line = axes.plot(steps, mean, color=ACCENT, linewidth=2)
+    axes.set_xlabel("step")
+    axes.set_ylim(bottom=0.0)
+    add_legend(figure, [*single, *line], ["each step", f"mean of the last {_WINDOW}"])
+    return figure
+
+
+def _samples(folder: Path) -> list[dict[str, Any]]:
+    """Sample images of the run."""
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        return []
+    entries = json.loads(manifest.read_text(encoding="utf-8"))["images"]
+    shown = _pictures(folder / entry["file"] for entry in entries)
+    return [
+        item | {"text": f"{entry['prompt']} · seed {entry['seed']}"} for item, entry in zip(shown, entries, strict=True)
+    ]
+
+
+def _pictures(paths: Iterable[Path]) -> list[dict[str, Any]]:
+    """Images of the report; a missing one has a problem text."""
+    items: list[dict[str, Any]] = []
+    for path in paths:
+        item: dict[str, Any] = {"text": path.name, "uri": None, "problem": ""}
+        try:
+            with open_image(path) as image:
+                item["uri"], item["width"], item["height"] = picture_uri(image, _LONGEST)
+        except OSError as error:
+            item["problem"] = f"cannot be read: {error}"
+        items.append(item)
+    return items

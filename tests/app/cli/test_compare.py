@@ -1,0 +1,106 @@
+"""`snella compare` on the command line."""
+
+from dataclasses import asdict
+
+import pytest
+
+from snella_app.cli.main import main
+from snella_app.cli.parser import parse
+from snella_lab.commands import CompareOptions
+from snella_lab.comparison.experiment_files import experiment_from_args
+from snella_lab.comparison.store import read_lines
+
+WORDS = [
+    *("compare", "--methods", "linear,bias", "--data", "digits", "--backbone", "test_vit", "--pretrained", "false"),
+    *("--img-size", "32", "--epochs", "1", "--batch-size", "20", "--train-size", "40", "--val-size", "20"),
+    *("--test-size", "30", "--device", "cpu", "--seeds", "1", "--lr-factors", "1", "--weight-decays", "none"),
+    *("--extensions", "0", "--forgetting", "none", "--workers", "0"),
+]
+
+
+def asked(*words):
+    return experiment_from_args(asdict(CompareOptions(**parse(list(words))[2])))
+
+
+def test_a_comparison_is_trained_and_gone_on_with(tmp_path, capsys):
+    out = str(tmp_path / "c")
+    assert main([*WORDS, "--out", out]) == 0
+    rows, _ = read_lines(tmp_path / "c" / "results.jsonl")
+    assert {row.experiment_name for row in rows.values()} == {"linear", "bias"}
+    assert main(["compare", "--out", out, "--draw-only"]) == 0
+    assert "difference to linear" in capsys.readouterr().out and (tmp_path / "c" / "comparison.html").exists()
+
+
+def test_flags_become_an_experiment():
+    experiment = asked(
+        *("compare", "--out", "x", "--methods", "lora-8, snella-8", "--data", "elpv,digits", "--backbone", "test_vit"),
+        *("--lr-factors", "0.3,1", "--weight-decays", "none", "--tune-seeds", "2", "--epochs", "4"),
+        *("--forgetting", "none", "--workers", "3"),
+    )
+    assert [entry.name for entry in experiment.methods] == ["lora-8", "snella-8"]
+    assert (experiment.grid.lr_factors, experiment.grid.weight_decays, experiment.grid.seeds) == ((0.3, 1.0), (), 2)
+    assert experiment.settings == {"epochs": 4} and experiment.forgetting == ()
+
+
+def test_flags_go_before_the_file():
+    words = ("compare", "--out", "x", "--experiment", "coffee", "--seeds", "4", "--epochs", "2", "--methods", "linear")
+    experiment = asked(*words)
+    assert experiment.seeds == 4 and experiment.settings["epochs"] == 2 and experiment.settings["img_size"] == 42
+    assert [entry.name for entry in experiment.methods] == ["linear"] and experiment.reference_name == "linear"
+
+
+def test_head_start_and_ema_hold_for_every_method(tmp_path):
+    words = ("--head-init", "probe", "--ema", "0.5", "--methods", "bias,lora-2")
+    assert main([*WORDS, *words, "--out", str(tmp_path / "c")]) == 0
+    rows, _ = read_lines(tmp_path / "c" / "results.jsonl")
+    assert {(row.train_config["head_init"], row.results.ema) for row in rows.values()} == {("probe", 0.5)}
+
+
+def test_the_status_says_that_runs_failed(tmp_path, capsys, monkeypatch):
+    def fail(*arguments, **options):
+        raise OSError("no space left on device")
+
+    out = str(tmp_path / "c")
+    with monkeypatch.context() as patch:
+        patch.setattr("snella_lab.comparison.run_cell.train", fail)
+        assert main([*WORDS, "--out", out]) == 1
+    error = capsys.readouterr().err
+    assert "2 of 2 runs failed, e.g. digits/bias/seed-0: OSError: no space left on device" in error
+    assert "--retry-failed trains the failed ones again" in error
+    assert main(["compare", "--out", out, "--draw-only"]) == 0
+    assert main(["compare", "--out", out, "--workers", "0"]) == 1
+    assert main(["compare", "--out", out, "--workers", "0", "--retry-failed"]) == 0
+
+
+def test_a_folder_alone_means_its_own_experiment(tmp_path):
+    assert asked("compare", "--out", str(tmp_path)) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--methods", "linear,lorra-8"], "got 'lorra-8'; nearest: lora"),
+        (["--lr-factors", "1,x"], "--lr-factors must be numbers separated by commas, e.g. 0.3,1,3, got '1,x'"),
+        (["--data", "digits,elvp"], "nearest: 'elpv'"),
+        (["--backbone", "tset_vit"], "'tset_vit'"),
+        (["--experiment", "cofee"], "--experiment must be a YAML file or one of"),
+        (["--seeds", "0"], "--seeds must be an integer of at least 1, got 0"),
+        (["--workers", "-1"], "--workers must be at least 0"),
+        (["--method", "linear"], "snella compare has no option --method; nearest: --methods"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_no_folder(words, message, tmp_path, failing):
+    assert message in failing(*WORDS, *words, "--out", str(tmp_path / "c"))
+    assert not (tmp_path / "c").exists()
+
+
+def test_experiments_of_other_commands_are_not_offered(tmp_path, failing):
+    message = failing(*WORDS, "--experiment", "table5", "--out", str(tmp_path / "c"))
+    assert "coffee" in message and "table1-vtab" in message
+    assert not any(f" {name}," in message or f"nearest: {name}" in message for name in ("table5", "table6", "table18"))
+
+
+def test_nothing_to_go_on_with_is_said(tmp_path, failing):
+    assert "holds no comparison to continue; give methods, data and a backbone" in failing(
+        "compare", "--out", str(tmp_path / "c")
+    )

@@ -1,0 +1,61 @@
+import pytest
+
+from snella_app.cli.main import main
+from tests.benchmark_folders import write_fgvc, write_vtab
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """One task of its real size, one that is too small, and a data set of FGVC."""
+    root = tmp_path_factory.mktemp("data")
+    write_vtab(root / "vtab-1k" / "kitti", 4, {"train800": 800, "val200": 200, "test": 711})
+    write_vtab(root / "vtab-1k" / "patch_camelyon", 2, {"train800": 8, "val200": 4, "test": 4})
+    write_fgvc(root / "fgvc" / "cub", "images", [1, 2], {"train": 4, "val": 2, "test": 2})
+    return root
+
+
+def test_a_data_set_without_faults_is_said_to_be_complete(data, capsys):
+    assert main(["data", "check", str(data / "vtab-1k" / "kitti")]) == 0
+    shown = capsys.readouterr()
+    assert "complete, nothing is wrong" in shown.out and shown.err == ""
+    row = next(line for line in shown.out.splitlines() if "kitti " in line)
+    assert all(word in row for word in ("800", "200", "1,000", "711", "4", "good"))
+
+
+def test_everything_that_is_wrong_is_one_error(data, capsys):
+    assert main(["data", "check", str(data)]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.count("\n") == 1 and shown.err.startswith("snella: ")
+    for part in (
+        "patch_camelyon: train800 must have 800 images, got 8; patch_camelyon: val200 must have 200 images, got 4",
+        "17 of 19 data sets of VTAB-1k are missing: cifar, caltech101",
+        f"put each into '{data / 'vtab-1k'}' as TASK/{{train800",
+        "cub: 200 classes are required, 2 have images",
+        "4 of 5 data sets of FGVC are missing: nabirds, oxfordflower, stanforddog, stanfordcar",
+    ):
+        assert part in shown.err
+    assert "missing" in shown.out and "VTAB-1k in" in shown.out and "FGVC in" in shown.out
+
+
+def test_what_is_typed_wrong_is_told(data, failing, tmp_path):
+    assert "where nothing of one is (it is empty); put there VTAB-1k" in failing("data", "check", str(tmp_path))
+    assert "--folder" not in failing("data", "check", str(tmp_path / "nowhere"))
+    assert "nowhere', which does not exist" in failing("data", "check", str(tmp_path / "nowhere"))
+    assert "check" in failing("data", "chek", str(data))
+    assert "needs DATA" in failing("data", "check")
+    assert "snella data has no option --decod; nearest: --decode" in failing("data", "check", str(data), "--decod")
+
+
+def test_images_are_decoded_when_asked_for(data, failing, tmp_path):
+    folder = write_fgvc(tmp_path / "nabirds", "images", [1, 2], {"train": 4, "val": 2, "test": 2})
+    (folder / "images/001.Bird_1/train_0.jpg").write_bytes(b"broken")
+    assert "cannot be read" not in failing("data", "check", str(folder))
+    assert "1 of 8 images cannot be read: 001.Bird_1/train_0.jpg" in failing("data", "check", str(folder), "--decode")
+
+
+def test_training_on_other_sizes_says_how_to_go_on(data, failing, tmp_path):
+    error = failing(
+        "train", "--data", f"vtab:{data}/vtab-1k/patch_camelyon", "--backbone", "test_vit",
+        "--out", str(tmp_path / "run"),
+    )  # fmt: skip
+    assert "test must have 32,768 images, got 4" in error and error.endswith("pass --strict-sizes false\n")

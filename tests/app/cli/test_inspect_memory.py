@@ -1,0 +1,31 @@
+"""`snella inspect --backbone`: a table of memory without a run."""
+
+import pytest
+
+from snella_app.cli.main import main
+
+
+def test_a_backbone_gets_a_row_a_method_and_no_file_is_written(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["inspect", "--backbone", "test_vit", "--batch", "4", "--img-size", "32", "--r", "2", "--device", "cuda"]
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    assert "Training step of test_vit: 4 images of 32×32 px, fp32, AdamW, on cuda" in text
+    assert all(word in text for word in ("snella-2", "lora-2", "full", "kept for backward", "largest temporary"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ([], "inspect takes either RUN, the folder of a run, or --backbone NAME, got neither"),
+        (["r", "--backbone", "test_vit"], "or --backbone NAME, got RUN r and --backbone test_vit"),
+        (["r", "--batch", "4", "--img-size", "32"], "--batch 4, --img-size 32 can only be given with --backbone NAME"),
+        (["--backbone", "test_vit", "--report"], "--report draws the page of a run; leave it out with --backbone"),
+        (["--backbone", "test_vit", "--batch", "0", "--r", "-1"], "--batch must be at least 1, got 0; --r must be at"),
+        (["--backbone", "test_vat"], "unknown backbone 'test_vat'; nearest: 'test_vit'"),
+        (["--backbone", "test_vit", "--dtype", "fp16"], "--dtype must be one of fp32, bf16, got fp16"),
+    ],
+)
+def test_what_does_not_go_together_is_one_clear_error(words, line, failing):
+    assert line in failing("inspect", *words)

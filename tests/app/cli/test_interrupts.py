@@ -1,0 +1,29 @@
+import subprocess
+import sys
+
+import pytest
+
+
+def interrupt(program, then=""):
+    code = (
+        "import os, signal, sys; from snella_app.cli.main import end_when_interrupted, raise_when_interrupted\n"
+        # a shell that started the tests in the background lets its children ignore the signal
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"sys.argv = [{program!r}]; end_when_interrupted(); {then}\n"
+        "class Imported:\n"
+        "    def __del__(self): os.kill(os.getpid(), signal.SIGINT)\n"
+        "Imported()\n"
+        "for _ in range(1000): pass\n"
+    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("program", ["/usr/bin/snella", "snella.exe"])
+def test_ctrl_c_during_the_program_s_imports_is_one_line_and_130(program):
+    done = interrupt(program)
+    assert (done.returncode, done.stderr) == (130, "snella: interrupted\n")
+
+
+def test_other_programs_and_a_running_command_get_the_exception():
+    for done in (interrupt("train.py"), interrupt("snella", "raise_when_interrupted()")):
+        assert "KeyboardInterrupt" in done.stderr and "interrupted" not in done.stderr

@@ -1,0 +1,245 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from snella_app.cli.main import main
+from snella_app.cli.parser import COMMANDS, UsageError, parse
+from snella_app.methods.defaults import SPARSE_DEFAULTS
+
+
+@pytest.mark.parametrize("name", [None, *COMMANDS])
+def test_help_explains_every_command_with_an_example(name, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"] if name is None else [name, "--help"])
+    text = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert f"  snella {name or 'train'}" in text
+    assert "_" not in "".join(word for word in text.split() if word.startswith("--"))
+    for other in COMMANDS if name is None else ["--config"]:
+        assert other in text
+
+
+def test_options_are_understood_with_dashes_and_underscores():
+    for option in ("--target-sparsity", "--target_sparsity"):
+        name, is_debugging, settings = parse(["train", "--data", "digits", option, "0.5"])
+        assert (name, is_debugging, settings["target_sparsity"], settings["data"]) == ("train", False, 0.5, "digits")
+    assert parse(["train", "--target-sparsity=0.25"])[2]["target_sparsity"] == 0.25
+
+
+def test_flags_need_no_value_and_take_one():
+    assert parse(["train", "--resume", "--out", "x"])[2]["resume"] is True
+    assert parse(["train", "--out", "x", "--resume"])[2]["resume"] is True
+    assert parse(["train", "--resume", "false"])[2]["resume"] is False
+    assert parse(["train", "--skip_corrupt"])[2]["skip_corrupt"] is True
+    assert parse(["compare", "--skip-corrupt", "--out", "x"])[2]["skip_corrupt"] is True
+    assert parse(["compare", "--skip-corrupt", "false", "--out", "x"])[2]["skip_corrupt"] is False
+    assert parse(["compare", "--out", "x"])[2]["skip_corrupt"] is None
+    settings = parse(["predict", "run", "--skip-corrupt", "a.png", "b.png"])[2]
+    assert (settings["skip_corrupt"], settings["images"]) == (True, ["a.png", "b.png"])
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--preset paper", {"epochs": 100, "scaling": 1.0, "method_options": {"preset": "paper"}}),
+        ("--epochs 10 --preset=paper", {"epochs": 10, "scaling": 1.0}),
+        ("--preset official --method-options.kernel rbf", {"method_options": {"preset": "official", "kernel": "rbf"}}),
+        ("--config file.yaml", {"epochs": 7, "scaling": 1.0}),
+        ("--config file.yaml --preset official", {"epochs": 7, "method_options": {"preset": "official"}}),
+        ("--preset official --config file.yaml", {"epochs": 7, "method_options": {"preset": "paper"}}),
+        ("--config=file.yaml --epochs 9", {"epochs": 9, "method_options": {"preset": "paper"}}),
+    ],
+)
+def test_a_preset_changes_defaults_and_what_is_given_wins(words, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file.yaml").write_text("preset: paper\nepochs: 7\n")
+    _, _, settings = parse(["train", "--out", "x", *words.split()])
+    assert {name: settings[name] for name in expected} == expected
+
+
+def test_method_options_are_set_one_by_one():
+    words = ["train", "--method-options.kernel", "rbf", "--method-options.min_layer_share", "0.1"]
+    assert parse(words)[2]["method_options"] == {"kernel": "rbf", "min_layer_share": 0.1}
+    words = ["train", "--method_options.kernel", "p_linear", "--method_options.min_layer_share=0.1"]
+    assert parse(words)[2]["method_options"] == {"kernel": "p_linear", "min_layer_share": 0.1}
+
+
+@pytest.mark.parametrize("option", ["--print-config", "--print_config", "--print-config=skip_default"])
+def test_the_configuration_is_printed_as_help_shows_it(option, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "--epochs", "7", option])
+    assert caught.value.code == 0 and "epochs: 7" in capsys.readouterr().out
+
+
+def test_help_of_train_shows_basic_options_first_and_the_method_s_defaults(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    before, basic, advanced = re.split("basic options:|advanced options [^:]*:", text)
+    assert "--config CONFIG" in before and "--data DATA" in basic and "--seed SEED" in advanced
+    assert "null" not in text and "None" not in text
+    for name in ("lr", "scalar_lr", "r", "target_sparsity", "scaling"):
+        help_of_one = re.split(r" --[a-z-]+ [A-Z_]+ ", advanced.split(f"--{name.replace('_', '-')} {name.upper()}")[1])[
+            0
+        ]
+        assert f"(default with snella: {SPARSE_DEFAULTS[name]})" in help_of_one
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["train", "--target-sparsty", "0.5"],
+            "snella train has no option --target-sparsty; nearest: --target-sparsity",
+        ),
+        (["trian"], "snella has no command 'trian'; nearest: train"),
+        ([], "a command is needed: train, evaluate, predict, .*, demo; see snella --help"),
+        (["train", "--epochs", "many"], "--epochs must be an integer, got many"),
+        (["train", "--lr", "x"], "--lr must be a number, got x"),
+        (["train", "--resume=perhaps"], "--resume must be true or false, got perhaps"),
+        (["train", "--method-options", "rbf"], "--method-options must be settings such as {kernel: rbf}, got rbf"),
+        (["train", "--epochs"], "--epochs needs a value"),
+        (["merge", "run"], "snella merge needs --out; see snella merge --help"),
+        (["predict", "run"], "snella predict needs IMAGES"),
+        (["predict"], "snella predict needs RUN, IMAGES; see snella predict --help"),
+        (["evaluate"], "snella evaluate needs RUN"),
+        (["data"], "snella data needs ACTION, DATA"),
+        (
+            ["train", "--augment", "flop"],
+            "--augment must be one of auto, none, flip, crop, crop-no-flip, imagenet, .*, got flop",
+        ),
+        (["train", "--config", "missing.yaml"], "missing.yaml"),
+        (["train", "--model", "x"], "no option --model; use --backbone; see snella train --help"),
+        (["train", "--learning-rate=1"], "no option --learning-rate; use --lr;"),
+        (["train", "--output_dir", "x"], "no option --output-dir; use --out;"),
+        (["train", "--batch", "8"], "no option --batch; use --batch-size;"),
+        (["inspect", "--batch-size", "8"], "no option --batch-size; use --batch;"),
+        (["language", "--warmup", "0.3"], "no option --warmup; nearest: --"),
+        (["predict", "--model", "x", "a.png"], "no option --model; give RUN; see snella predict --help"),
+        (["predict", "elves.png"], "needs RUN, the folder of a run, before the images: snella predict RUN elves.png"),
+        (["predict", "--out", "p.csv", "elves.png"], "before the images: snella predict RUN elves.png"),
+        (["predict", "--out=p.csv", "--skip-corrupt", "elves.png"], "before the images: snella predict RUN elves.png"),
+        (["train", "--task", "multi-label"], "got multi-label; did you mean multilabel"),
+        (["train", "--precision", "bfloat16"], "got bfloat16; did you mean bf16"),
+        (["export", "run", "--format", "onxx"], "got onxx; did you mean onnx"),
+    ],
+)
+def test_a_wrong_command_line_is_told_in_the_user_s_words(words, message):
+    with pytest.raises(UsageError, match=message):
+        parse(words)
+
+
+def test_unknown_keys_in_a_configuration_file_are_refused(tmp_path):
+    (tmp_path / "c.yaml").write_text("epochs: 3\nepoks: 3\nlearning_rate: 1\n")
+    unknown = r"'epoks' \(nearest: epochs.*\), 'learning_rate' \(use lr\)"
+    with pytest.raises(UsageError, match=rf"--config .*c\.yaml has unknown settings: {unknown}"):
+        parse(["train", "--config", str(tmp_path / "c.yaml")])
+
+
+def test_a_list_in_a_configuration_file_is_named_as_one(tmp_path):
+    (tmp_path / "c.yaml").write_text("images: 3\n")
+    with pytest.raises(UsageError, match=r"IMAGES must be a list such as \[a, b\], got 3"):
+        parse(["predict", "--config", str(tmp_path / "c.yaml"), "run", "a.png"])
+
+
+@pytest.mark.parametrize("option", ["--max-steps", "--warmup-steps", "--lora-alpha", "--name", "--project"])
+def test_an_option_of_another_unit_or_meaning_has_no_translation(option):
+    with pytest.raises(UsageError, match=f"snella train has no option {option}(; nearest: .*)?; see"):
+        parse(["train", option, "1"])
+
+
+def test_text_in_place_of_a_configuration_file_is_refused():
+    with pytest.raises(UsageError, match="--config must be an existing YAML file, got 'epochs: 3 xxx"):
+        parse(["train", "--config", "epochs: 3 " + 300 * "x"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("epochs: 3\n  a: [\n", r"--config .*c\.yaml, line 2: mapping values are not allowed here"),
+        ("a: " + "[" * 3000, r"--config .*c\.yaml is nested too deep to be settings"),
+        ("method_options: &a {kernel: *a}\n", r"--config .*c\.yaml holds a setting that contains itself"),
+        ("2001-01-01: 1\n", r"--config .*c\.yaml must name settings by strings: keys must be .*, not datetime\.date"),
+        ("- a\n", r"--config .*c\.yaml must hold settings such as 'epochs: 20', got list"),
+        (b"\xff\xfe\x00\xd8", r"--config .*c\.yaml must be a YAML text file: "),
+    ],
+)
+def test_a_configuration_file_that_cannot_be_used_is_named(content, message, tmp_path):
+    (tmp_path / "c.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UsageError, match=message):
+        parse(["train", f"--config={tmp_path / 'c.yaml'}"])
+
+
+def test_a_missing_configuration_file_is_answered_with_its_neighbours(tmp_path):
+    (tmp_path / "config.yaml").write_text("epochs: 3\n")
+    with pytest.raises(
+        UsageError, match=r"must be an existing YAML file, got '.*confg\.yaml'; nearest .*'config\.yaml'"
+    ):
+        parse(["train", "--config", str(tmp_path / "confg.yaml")])
+    with pytest.raises(UsageError, match=r"got '.*a/c\.yaml'; there is no folder '.*a'"):
+        parse(["train", "--config", str(tmp_path / "a" / "c.yaml")])
+
+
+def test_help_waits_for_no_library_besides_those_of_the_package_itself():
+    code = (
+        "import sys, snella; own = set(sys.modules)\n"
+        "from snella_app.cli.main import main\n"
+        "try: main(['train', '--help'])\n"
+        "except SystemExit: pass\n"
+        "late = {name.split('.')[0] for name in set(sys.modules) - own}\n"
+        "print('LATE', sorted(late & {'timm', 'torchvision', 'matplotlib', 'sklearn', 'accelerate'}))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "LATE []" in done.stdout
+
+
+def test_help_is_a_command_too(capsys):
+    for words, same in ((["help", "train"], ["train", "--help"]), (["help"], ["--help"])):
+        texts = []
+        for line in (words, same):
+            with pytest.raises(SystemExit):
+                main(line)
+            texts.append(capsys.readouterr().out)
+        assert texts[0] == texts[1]
+
+
+def test_commands_of_every_day_come_before_those_of_research(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    everyday, research = capsys.readouterr().out.split("everyday commands:")[1].split("research commands:")
+    names = [re.findall(r"^  ([a-z-]+)", text, re.MULTILINE) for text in (everyday, research)]
+    assert {"train", "predict", "data", "compare"} <= set(names[0]) and {"bench", "fit-matrix"} <= set(names[1])
+    assert sorted([*names[0], *names[1]]) == sorted(COMMANDS)
+
+
+def test_missing_settings_are_named_as_options(capsys):
+    assert main(["train", "--epochs", "3"]) == 2
+    assert capsys.readouterr().err == (
+        "snella: missing required options: --data, --backbone, --out, e.g. --data photos --backbone "
+        "vit_base_patch16_224.augreg_in21k --out runs/photos\n"
+    )
+
+
+HIDDEN = """
+import sys
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("docstring_parser", "jsonargparse", "timm"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Hide())
+import snella
+from snella_app.cli.main import main
+assert main(["--help"]) == 2
+try: snella.load
+except ImportError as error: print(error)
+print(snella.SnellaConfig(r=2).r)
+"""
+
+
+def test_without_the_extra_the_library_works_and_the_command_line_names_it():
+    done = subprocess.run([sys.executable, "-c", HIDDEN], capture_output=True, text=True, check=True)
+    assert done.stderr == "snella: the command line needs docstring_parser: pip install 'snella[cli]'\n"
+    assert done.stdout == "snella.load needs timm: pip install 'snella[cli]'\n2\n"

@@ -1,0 +1,59 @@
+"""The program starts quickly: nothing heavy is imported before it is needed."""
+
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+
+HEAVY = ("torch", "timm", "peft", "transformers", "matplotlib", "sklearn", "numpy")
+
+
+def loaded_by(code, heavy=HEAVY):
+    """Which of the heavy libraries a program has imported in the end, what it printed, and its exit status."""
+    program = (
+        f"import sys\ntry:\n    {code}\nexcept SystemExit as end:\n    status = end.code or 0\n"
+        f"print('\\n#', status, *[name for name in {heavy!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    printed, _, last = done.stdout.rpartition("\n# ")
+    status, *names = last.split()
+    return names, printed + done.stderr, int(status)
+
+
+@pytest.mark.parametrize(
+    ("words", "printed", "status"),
+    [
+        (["--help"], "Fine-tune pre-trained vision models", 0),
+        (["--version"], f"snella {version('snella')}", 0),
+        (["train", "--help"], "--target-sparsity", 0),
+        (["tain"], "tain", 2),
+        (["train", "--epohcs", "3"], "nearest: --epochs", 2),
+    ],
+)
+def test_help_version_and_a_typo_wait_for_no_library(words, printed, status):
+    names, text, code = loaded_by(f"from snella_app.cli.main import main; status = main({words!r})")
+    assert names == [] and printed in text and code == status
+
+
+def test_the_package_is_a_program_too():
+    done = subprocess.run([sys.executable, "-m", "snella", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"snella {version('snella')}\n"
+
+
+def test_predicting_imports_neither_matplotlib_nor_scikit_learn():
+    names, _, _ = loaded_by("import snella_app.runs.predict; status = 0", ("matplotlib", "sklearn", "torch"))
+    assert names == ["torch"]
+
+
+@pytest.mark.parametrize(
+    "imports",
+    ["import snella, peft", "import peft, snella", "import snella.config", "import snella; snella.SnellaConfig"],
+)
+def test_peft_knows_the_tuner_whatever_is_imported_first(imports):
+    code = f"{imports}; from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as known; status = int('SNELLA' in known)"
+    assert loaded_by(code)[2] == 1
+
+
+def test_the_package_alone_does_not_wait_for_peft():
+    assert loaded_by("import snella; status = 0")[0] == []

@@ -1,0 +1,23 @@
+import pytest
+
+from snella_app.cli.parser import as_flags
+
+
+@pytest.mark.parametrize(
+    ("message", "typed"),
+    [
+        ("leave them out with --skip-corrupt (skip_corrupt=True)", "leave them out with --skip-corrupt"),
+        ("Without the hub: weights=PATH with a file", "Without the hub: --weights PATH with a file"),
+        ("or pretrained=False for random values", "or --pretrained false for random values"),
+        ("set skip_corrupt=True", "set --skip-corrupt"),
+        ("x is damaged; train again with overwrite", "x is damaged; train again with --overwrite"),
+        ("resume and overwrite exclude each other, got both", "--resume and --overwrite exclude each other, got both"),
+        ("seed must be 1; val_size must be 2", "--seed must be 1; --val-size must be 2"),
+        ("set with val_fraction and test_fraction", "set with --val-fraction and --test-fraction"),
+        ("out=a.csv exists", "--out a.csv exists"),
+        ("run must be a folder; images must be there", "run must be a folder; images must be there"),
+        ("the data must be there, as r=7", "the data must be there, as r=7"),
+    ],
+)
+def test_hints_can_be_typed(message, typed):
+    assert as_flags(message) == typed

@@ -1,0 +1,129 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from snella_app.cli.main import main
+from snella_app.data.check import check_data, contact_sheet
+
+
+def stamp(seed, size=(40, 30)):
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    root = tmp_path / "photos"
+    for label, (name, count) in enumerate({"dog": 12, "Dogs": 6, "New folder": 6}.items()):
+        (root / name).mkdir(parents=True)
+        for index in range(count):
+            stamp(100 * label + index, (40 + index, 30)).save(root / name / f"{index:02}.png")
+    return root
+
+
+def test_counts_sizes_formats_and_names_are_told(photos):
+    stamp(7, (400, 300)).save(photos / "dog/large.jpg")
+    check = check_data(f"folder:{photos}")
+    assert check.errors == []
+    assert check.counts == {
+        "Dogs": {"train": 4, "val": 1, "test": 1},
+        "New folder": {"train": 4, "val": 1, "test": 1},
+        "dog": {"train": 7, "val": 3, "test": 3},
+    }
+    assert check.sizes == ((40, 30), (44, 30), (400, 300))
+    assert check.kinds == {"PNG RGB": 24, "JPEG RGB": 1}
+    assert check.warnings == [
+        "class names that say nothing: 'New folder'; rename them, or remove what is no class",
+        "classes that may be the same: 'Dogs' and 'dog'; put their images into one",
+    ]
+
+
+def test_broken_files_and_repeated_pictures_are_told(photos):
+    (photos / "dog/00.png").write_text("no image")
+    for index in range(20, 30):
+        stamp(3, (43, 30)).save(photos / "Dogs" / f"{index}.png")
+        stamp(3, (43, 30)).save(photos / "dog" / f"{index}.png")
+    check = check_data(f"folder:{photos}")
+    (error,) = check.errors
+    assert error.startswith("1 image cannot be used: dog/00.png (no known image format)")
+    assert not any("left out" in note for note in check.notes)
+    assert any(text.startswith("train: 1 picture is in it more than once: ") for text in check.warnings)
+    assert any(text.startswith("train: 1 picture has several labels: ") for text in check.warnings)
+    assert any("test images are training images too" in text for text in check.warnings)
+
+
+def test_what_cannot_be_divided_is_an_error_and_is_described_all_the_same(photos):
+    for file in sorted((photos / "Dogs").iterdir())[1:]:
+        file.unlink()
+    check = check_data(f"folder:{photos}")
+    assert check.errors[0].startswith("every class needs at least 3 images")
+    assert check.counts["Dogs"] == {"train": 1}
+
+
+def test_a_contact_sheet_has_a_row_a_class(photos):
+    sheet = contact_sheet(check_data(f"folder:{photos}").splits, per_class=3)
+    assert sheet.size == (3 * 100 + 4, 3 * 120 + 4)
+    tile = np.asarray(sheet)[24 + 12 : 24 + 84, 8:96].astype(float)
+    assert tile.std() > 20 and np.asarray(sheet)[:, -4:].min() == 255
+
+
+def test_the_command_prints_draws_and_fails(photos, capsys, tmp_path):
+    assert main(["data", "check", f"folder:{photos}", "--sheet", str(tmp_path / "new/sheet.png")]) == 0
+    shown = capsys.readouterr().out
+    assert "photos: 24 images in 3 classes" in shown
+    assert shown.splitlines()[-1] == "usable, with 2 warnings (see above)"
+    assert "smallest 40×30, median 44×30, largest 51×30 px" in shown
+    with Image.open(tmp_path / "new/sheet.png") as sheet:
+        assert sheet.width == 1004
+    (photos / "dog/00.png").write_text("no image")
+    assert main(["data", "check", f"folder:{photos}"]) == 2
+    assert "1 error in 'folder:" in (error := capsys.readouterr().err) and "; and 2 warnings, above" in error
+    assert main(["data", "check", f"folder:{photos}", "--sheet", "x.jpg"]) == 2
+    assert "sheet must be a PNG file, got 'x.jpg'; write 'x.png'" in capsys.readouterr().err
+    (photos / "dog/00.png").unlink()
+    assert main(["data", "check", str(photos)]) == 0
+    assert "photos: 23 images in 3 classes" in capsys.readouterr().out
+    (tmp_path / "empty").mkdir()
+    assert main(["data", "check", str(tmp_path / "empty"), "--columns", "label=x"]) == 2
+    assert "--columns label=x can only be given for images of your own" in capsys.readouterr().err
+    assert main(["data", "check", str(tmp_path / "empty")]) == 2
+    assert "Images of your own are in class folders" in capsys.readouterr().err
+
+
+def test_data_without_files_is_described(capsys):
+    assert main(["data", "check", "digits"]) == 0
+    assert "digits: 1,797 images in 10 classes" in capsys.readouterr().out
+
+
+def test_what_a_training_would_leave_out_is_a_note_with_skip_broken(photos, capsys):
+    (photos / "dog" / "00.png").write_bytes(b"nothing")
+    assert main(["data", "check", f"folder:{photos}"]) == 2
+    assert "--skip-corrupt leaves them out" in capsys.readouterr().err
+    assert main(["data", "check", f"folder:{photos}", "--skip-corrupt"]) == 0
+    printed = capsys.readouterr().out
+    assert "1 image cannot be used, and is left out by --skip-corrupt: dog/00.png" in printed
+
+
+def test_lists_of_labels_are_checked_as_such(photos, tmp_path, capsys):
+    table = tmp_path / "t.csv"
+    names = sorted(path.relative_to(photos) for path in photos.rglob("*.png"))
+    table.write_text("path,tags\n" + "".join(f"{photos / name},{name.parent}|thing\n" for name in names))
+    table.write_text(table.read_text() + f"{photos / names[0].with_name('none.png')},\n")
+    stamp(9, (40, 30)).save(photos / names[0].with_name("none.png"))
+    assert main(["data", "check", f"csv:{table}", "--columns", "label=tags", "--task", "multilabel"]) == 0
+    printed = capsys.readouterr().out
+    assert "complete, nothing is wrong" in printed
+    check = check_data(f"csv:{table}", columns="label=tags", target="labels")
+    assert list(check.counts) == [*check.splits.classes, "(none)"] and sum(check.counts["(none)"].values()) == 1
+    assert sum(check.counts["thing"].values()) == len(names) and "(none)" in printed and "label" in printed
+
+
+def test_the_range_of_numbers_is_told(photos, tmp_path, capsys):
+    table = tmp_path / "t.csv"
+    names = sorted(path.relative_to(photos) for path in photos.rglob("*.png"))
+    rows = "".join(f"{photos / name},{number},{2.5 * number}\n" for number, name in enumerate(names))
+    table.write_text("path,age,height\n" + rows)
+    assert main(["data", "check", f"csv:{table}", "--columns", "label=age+height", "--task", "regression"]) == 0
+    printed = capsys.readouterr().out
+    last = len(names) - 1
+    assert f"age from 0 to {last}, median " in printed and f"height from 0 to {2.5 * last:g}, median" in printed

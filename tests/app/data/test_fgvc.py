@@ -1,0 +1,154 @@
+import json
+import shutil
+
+import pytest
+
+from snella_app.data import load_data
+from snella_app.data.benchmarks import FGVC_DATASETS, load_fgvc
+from tests.benchmark_folders import write_fgvc
+
+TINY = {"train": 9, "val": 3, "test": 6}
+
+
+@pytest.fixture
+def cub(tmp_path):
+    return write_fgvc(tmp_path / "fgvc" / "cub", "images", [3, 17, 200], TINY)
+
+
+def load(folder, **options):
+    return load_data(f"fgvc:{folder}", strict_sizes=False, **options)
+
+
+def test_there_are_five_data_sets():
+    assert [data.classes for data in FGVC_DATASETS.values()] == [200, 555, 102, 120, 196]
+    assert sum(sum(data.sizes) for data in FGVC_DATASETS.values()) == 105_304
+
+
+def test_a_data_set_loads_with_its_own_parts_and_class_names(cub):
+    data = load(cub)
+    assert (len(data.train), len(data.val), len(data.test)) == (9, 3, 6)
+    assert data.classes == ["003.Bird_3", "017.Bird_17", "200.Bird_200"] and data.train.labels[:4] == [0, 1, 2, 0]
+    assert data.train.image(0).size == (8, 8) and not data.is_resized_whole
+
+
+def test_classes_are_numbered_over_all_lists_together(cub):
+    """Numbered by the training list alone, the class of id 200 would be number 1 there and number 2 in the test."""
+    train = json.loads((cub / "train.json").read_text())
+    (cub / "train.json").write_text(json.dumps({file: label for file, label in train.items() if label != 17}))
+    data = load(cub)
+    assert set(data.train.labels) == {0, 2} and set(data.test.labels) == {0, 1, 2}
+    assert all(
+        data.classes[label] == name.split("/")[0] for name, label in zip(data.test.names, data.test.labels, strict=True)
+    )
+
+
+def test_ids_sort_as_numbers_also_where_they_are_written_as_text(cub):
+    for split in TINY:
+        file = cub / f"{split}.json"
+        file.write_text(json.dumps({name: str(label) for name, label in json.loads(file.read_text()).items()}))
+    assert load(cub).train.labels[:3] == [0, 1, 2]
+
+
+def test_classes_without_folders_of_their_own_are_named_by_their_ids(tmp_path):
+    folder = write_fgvc(tmp_path / "oxfordflower", "", [1, 2, 10], TINY)
+    for split in TINY:
+        entries = json.loads((folder / f"{split}.json").read_text())
+        (folder / "jpg").mkdir(exist_ok=True)
+        for name in entries:
+            shutil.move(folder / name, folder / "jpg" / name.split("/")[1])
+        (folder / f"{split}.json").write_text(json.dumps({f"jpg/{n.split('/')[1]}": c for n, c in entries.items()}))
+    assert load(folder).classes == ["1", "2", "10"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "images", "name"),
+    [("CUB_200_2011", "images", "cub"), ("stanforddogs", "Images", "stanforddog"), ("stanfordcars", "", "stanfordcar")],
+)
+def test_other_names_of_a_folder_are_known(folder, images, name, tmp_path):
+    write_fgvc(tmp_path / folder, images, [1, 2], TINY)
+    for asked in (folder, name):
+        assert load_fgvc(str(tmp_path / asked), strict_sizes=False).name == name
+
+
+def test_the_final_run_learns_from_validation_too_and_the_official_one_does_not(cub):
+    final, official = load(cub, protocol="final"), load(cub, protocol="official")
+    assert (len(final.train), final.val, len(final.test)) == (12, None, 6)
+    assert (len(official.train), official.val, len(official.test)) == (9, None, 6)
+
+
+def test_trainval_is_divided_where_there_is_no_train(cub):
+    joined = {}
+    for split in ("train", "val"):
+        joined |= json.loads((cub / f"{split}.json").read_text())
+        (cub / f"{split}.json").unlink()
+    (cub / "trainval.json").write_text(json.dumps(joined))
+    data = load(cub)
+    assert len(data.train) + len(data.val) == 12 and len(data.val) >= 3
+    assert data.notes[0] == "cub: no train.json; trainval.json is divided into training and validation"
+
+
+def test_other_sizes_and_classes_are_refused_and_listed(cub):
+    message = (
+        r"fgvc:.*cub is not cub as the benchmark has it: 200 classes are required, 3 have images; none of 3, 4.*more; "
+        r"train must have 5,394 images, got 9; val must have 600 images, got 3; test must have 5,794 images, got 6"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_data(f"fgvc:{cub}")
+
+
+def test_more_classes_than_the_benchmark_has_are_always_refused(tmp_path):
+    folder = write_fgvc(tmp_path / "oxfordflower", "", range(1, 104), {"train": 103, "val": 3, "test": 3})
+    with pytest.raises(ValueError, match="102 classes are required, the lists name 103"):
+        load(folder)
+
+
+def test_files_that_do_not_exist_and_broken_lists_are_told_in_one_message(cub):
+    shutil.rmtree(cub / "images" / "017.Bird_17")
+    (cub / "val.json").write_text('{"a.jpg": 1,')
+    with pytest.raises(ValueError) as caught:
+        load(cub)
+    for part in (
+        "val.json must be a JSON file:",
+        "train names 3 of 9 files that are not in '",
+        "test names 2 of 6 files",
+    ):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1, 2], r"test.json must hold an object \{image path: class\}, got '\[1, 2\]'"),
+        ({"a.jpg": "bird"}, "test.json must give each image an integer, but 1 have none: 'a.jpg': 'bird'"),
+        ({"a.jpg": 1.5, "b.jpg": True}, "but 2 have none: 'a.jpg': 1.5, 'b.jpg': True"),
+    ],
+)
+def test_a_list_of_another_kind_is_refused(content, message, cub):
+    (cub / "test.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        load(cub)
+
+
+def test_missing_lists_are_named(cub):
+    (cub / "test.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"missing in '.*cub': test.json; the layout is DATASET/\{train,val,test\}.json"
+    ):
+        load(cub)
+
+
+def test_an_image_in_two_lists_is_refused(cub):
+    train, test = (json.loads((cub / f"{split}.json").read_text()) for split in ("train", "test"))
+    first = next(iter(train))
+    (cub / "test.json").write_text(json.dumps({**test, first: train[first]}))
+    with pytest.raises(ValueError, match=r"1 images are both in train and in test: train_0\.jpg"):
+        load(cub)
+
+
+def test_an_unknown_or_missing_data_set_is_told_with_the_nearest(tmp_path):
+    with pytest.raises(ValueError, match=r"got 'standforddog'; nearest: stanforddog"):
+        load_data(f"fgvc:{tmp_path}/standforddog")
+    with pytest.raises(ValueError, match=r"got 'xyz'; data sets are cub, nabirds"):
+        load_data(f"fgvc:{tmp_path}/xyz")
+    with pytest.raises(FileNotFoundError, match=r"there is no folder '.*/nabirds'; `snella data check .*` says what"):
+        load_data(f"fgvc:{tmp_path}/nabirds")

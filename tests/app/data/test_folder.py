@@ -1,0 +1,254 @@
+import re
+from collections import Counter
+
+import pytest
+from PIL import Image
+
+from snella_app.data import images, load_data
+
+
+def load(root, **options):
+    return load_data(f"folder:{root}", **options)
+
+
+def test_class_folders_become_a_stratified_split_in_three(write_images):
+    data = load(write_images({"dog": 20, "cat": 10}), seed=3)
+    assert data.classes == ["cat", "dog"] and data.name == "photos"
+    counts = [Counter(part.labels) for part in (data.train, data.val, data.test)]
+    assert counts == [{0: 6, 1: 12}, {0: 2, 1: 4}, {0: 2, 1: 4}]
+    names = [name for part in (data.train, data.val, data.test) for name in part.names]
+    assert len(set(names)) == 30 and set(names) == {
+        f"{c}/{i:03}.png" for c, n in (("cat", 10), ("dog", 20)) for i in range(n)
+    }
+    assert all(
+        (name.startswith("dog")) == bool(label) for name, label in zip(data.val.names, data.val.labels, strict=True)
+    )
+    assert data.description == "photos: 30 images in 2 classes; train 18 · val 6 · test 6"
+
+
+def test_an_item_is_the_image_that_its_name_says(write_images):
+    root = write_images({"a": 5, "b": 5})
+    data = load(root)
+    for index, name in enumerate(data.test.names):
+        assert data.test.image(index).tobytes() == Image.open(root / name).tobytes()
+
+
+@pytest.mark.parametrize("word", ["val", "validation", "valid", "Val", "dev"])
+def test_parts_that_are_there_are_kept(word, write_images):
+    data = load(write_images({"train/a": 4, "train/b": 3, f"{word}/a": 2, f"{word}/b": 1, "test/a": 1, "test/b": 2}))
+    assert [Counter(part.labels) for part in (data.train, data.val, data.test)] == [
+        {0: 4, 1: 3},
+        {0: 2, 1: 1},
+        {0: 1, 1: 2},
+    ]
+    assert data.val.names == [f"{word}/a/000.png", f"{word}/a/001.png", f"{word}/b/000.png"]
+
+
+def test_a_missing_validation_part_is_split_from_training(write_images):
+    data = load(write_images({"train/a": 10, "train/b": 10, "test/a": 2, "test/b": 2}))
+    assert (len(data.train), len(data.val), len(data.test)) == (16, 4, 4)
+    assert all(name.startswith("train/") for name in data.val.names)
+
+
+def test_a_divided_folder_without_a_test_part_has_none(write_images):
+    root = write_images({"train/a": 4, "train/b": 4, "val/a": 1, "val/b": 1})
+    assert load(root).test is None
+    with pytest.raises(ValueError, match="test_size=2 given, but 'photos' has no test part"):
+        load(root, test_size=2)
+
+
+def test_a_class_named_train_is_a_class(write_images):
+    assert load(write_images({"bus": 5, "train": 5})).classes == ["bus", "train"]
+
+
+def test_hidden_files_are_ignored_and_other_kinds_noted(write_images):
+    root = write_images({"a": 5, "b": 5, ".cache": 5, "a/.thumbs": 5})
+    (root / "a" / ".DS_Store").write_bytes(b"x")
+    (root / "a" / "._000.png").write_bytes(b"x")
+    (root / "a" / "labels.txt").write_bytes(b"x")
+    (root / "b" / "photo.heic").write_bytes(b"x")
+    data = load(root)
+    assert data.classes == ["a", "b"]
+    assert len(data.train) + len(data.val) + len(data.test) == 10
+    (note,) = data.notes
+    assert note.startswith("left out 2 files that are not .png,") and "1 .txt" in note and "1 .heic" in note
+
+
+def test_images_below_a_class_folder_belong_to_the_class(write_images):
+    data = load(write_images({"a/day": 3, "a/night/late": 2, "b": 5}))
+    assert data.classes == ["a", "b"]
+    assert len(data.train) + len(data.val) + len(data.test) == 10
+
+
+def test_suffixes_count_in_any_case(write_images):
+    root = write_images({"a": 5, "b": 5}, suffix=".JPG")
+    assert load(root).train.image(0).mode == "RGB"
+
+
+def break_files(root, count):
+    for index in range(count):
+        file = root / "a" / f"{index:03}.png"
+        file.write_bytes(file.read_bytes()[:60] if index % 2 else b"no image")
+
+
+def test_broken_images_are_named_and_counted(write_images):
+    root = write_images({"a": 6, "b": 5})
+    break_files(root, 2)
+    with pytest.raises(ValueError) as caught:
+        load(root)
+    message = str(caught.value)
+    assert "2 of 11 images in" in message and "--skip-corrupt" in message
+    assert "a/000.png (no known image format)" in message and "a/001.png (" in message
+
+
+def test_of_many_broken_images_five_are_named(write_images):
+    root = write_images({"a": 12, "b": 5})
+    break_files(root, 8)
+    with pytest.raises(ValueError, match=r"8 of 17 images .*a/004\.png .* and 3 more\. Remove") as caught:
+        load(root)
+    assert "a/005.png" not in str(caught.value)
+
+
+def test_broken_images_are_left_out_and_noted_on_demand(write_images):
+    root = write_images({"a": 7, "b": 5})
+    break_files(root, 2)
+    data = load(root, skip_corrupt=True)
+    names = data.train.names + data.val.names + data.test.names
+    assert len(names) == 10 and not {"a/000.png", "a/001.png"} & set(names)
+    (note,) = data.notes
+    assert note.startswith("left out 2 broken images: a/000.png (")
+
+
+def test_a_class_of_broken_images_only_is_refused_all_the_same(write_images):
+    root = write_images({"a": 2, "b": 5, "c": 5})
+    break_files(root, 2)
+    with pytest.raises(ValueError, match="class folders without a readable image: 'a'"):
+        load(root, skip_corrupt=True)
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ({"a": 5, "b": 0, "c": 5}, r"without a readable image: 'b', remove them or add images \(\.png, \.jpg"),
+        ({"a": 5}, "at least two classes are needed, there is one: 'a'; .* PATH/class/image.jpg, one folder for each"),
+        ({".": 3}, r"no class folders in '.*photos' \(3 images lie there without a class\); .* PATH/class/image\.jpg"),
+        ({".": 0}, r"'.*photos' is empty; images are laid out as PATH/class/image\.jpg"),
+        ({"train/a": 2, "train/b": 2, "val/c": 1}, "classes of 'val' unknown to training: 'c'; training has 'a', 'b'"),
+        (
+            {"train/a": 2, "train/b": 2, "test/B": 1},
+            r"classes of 'test' unknown to training: 'B' \(nearest: 'b'\); training has 'a', 'b'",
+        ),
+        ({"train/cats": 2, "train/dogs": 2, "val/cat": 1}, r"unknown to training: 'cat' \(nearest: 'cats'\)"),
+        ({"train/a": 2, "train/b": 2, "val/a": 1, "val/b": 0}, "without a readable image: 'val/b'"),
+        ({"val/a": 2, "test/a": 2}, "has 'test', 'val' but no 'train' with class folders inside; add PATH/train/"),
+        ({"train/a": 2, "val/a": 2, "valid/a": 2}, "has two parts 'val': 'val' and 'valid'"),
+        ({"a": 9, "b": 2}, "every class needs at least 3 images for a part 'test' .*'b' has 2"),
+        ({"train/a": 9, "train/b": 1}, "every class needs at least 2 images for a part 'val' .*'b' has 1"),
+    ],
+    ids=[
+        *("empty", "one", "loose", "nothing", "unknown-val", "unknown-test", "near-val", "empty-val", "no-train"),
+        *("two-vals", "few", "few-val"),
+    ],
+)
+def test_a_folder_that_gives_no_classification_is_refused(counts, message, write_images):
+    with pytest.raises(ValueError, match=message):
+        load(write_images(counts))
+
+
+def test_training_and_testing_are_parts_and_no_classes(write_images):
+    data = load(write_images({"training/a": 4, "training/b": 4, "testing/a": 2, "testing/b": 2}))
+    assert data.classes == ["a", "b"] and len(data.test) == 4
+
+
+def test_what_is_passed_over_is_noted(write_images):
+    root = write_images({"train/a": 4, "train/b": 4, "test": 3, "extra/a": 2, ".": 1})
+    assert load(root).notes == [
+        "left out 1 image that lies without a class folder, e.g. '000.png'",
+        "left out 'extra' with 2 images, 'test' with 3 images: no part with class folders inside; "
+        "parts are called dev, test, testing, train, training, val, valid, validation",
+    ]
+
+
+def test_a_folder_too_many_and_a_table_of_labels_are_told(write_images):
+    root = write_images({"photos/cats": 3, "photos/dogs": 3})
+    with pytest.raises(ValueError, match="there is one: 'photos'; the folders inside it, 'cats', 'dogs', may be the"):
+        load(root)
+    (root / "photos").rename(root.parent / "loose")
+    (root / "images").mkdir()
+    (root.parent / "loose" / "cats" / "000.png").rename(root / "images" / "000.png")
+    (root / "metadata.csv").write_text("file_name,label\n")
+    with pytest.raises(ValueError, match=rf"in 'metadata\.csv' are read with --data csv:{root}/metadata\.csv$"):
+        load(root)
+    (root / "metadata.csv").rename(root / "metadata.jsonl")
+    with pytest.raises(ValueError, match=rf"in 'metadata\.jsonl' are read with --data hf:{root}$"):
+        load(root)
+    (root / "metadata.jsonl").rename(root / "labels.xlsx")
+    with pytest.raises(ValueError, match=r"Labels are not read from 'labels\.xlsx': save it as CSV"):
+        load(root)
+
+
+def test_unbalanced_classes_are_noted(write_images):
+    (note,) = load(write_images({"a": 40, "b": 10})).notes
+    assert note.startswith("classes are unbalanced: 24 training images of 'a', 6 of 'b'")
+
+
+def test_images_of_two_parts_are_noted(write_images):
+    root = write_images({"train/a": 4, "train/b": 4, "val/a": 2, "val/b": 2, "test/a": 2, "test/b": 2})
+    (root / "test/a/copy.png").write_bytes((root / "train/a/001.png").read_bytes())
+    (note,) = load(root).notes
+    assert note.startswith("1 of 5 test images are training images too, e.g. 'train/a/001.png' is 'test/a/copy.png'")
+
+
+def test_images_of_other_endings_are_told_by_their_content(write_images, monkeypatch):
+    root = write_images({"a": 5, "b": 5})
+    (root / "a/000.png").rename(root / "a/000.jpeg_large")
+    (root / "a/photo.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0")
+    monkeypatch.setattr(images, "has_heic", lambda: False)
+    data = load(root)
+    assert len(data.train) + len(data.val) + len(data.test) == 10
+    assert data.notes[0].endswith(
+        "1 HEIC; HEIC photographs need pillow-heif: pip install 'snella[heic]', or save them as JPEG"
+    )
+
+
+def test_two_images_a_class_will_do_without_a_test(write_images):
+    root = write_images({"a": 2, "b": 2})
+    with pytest.raises(ValueError, match=r"or do without a test with --test-fraction 0 \(test_fraction=0\)"):
+        load(root)
+    assert load(root, test_fraction=0).test is None
+
+
+def test_several_errors_are_reported_together(write_images):
+    root = write_images({"train/a": 2, "train/b": 0, "val/c": 1})
+    with pytest.raises(
+        ValueError, match=r"without a readable image: 'train/b', remove .*; classes of 'val' unknown to training: 'c'"
+    ):
+        load(root)
+
+
+def test_a_missing_folder_is_answered_with_its_neighbors(write_images):
+    root = write_images({"a": 3, "b": 3})
+    missing = root.parent / "fotos" / "2024"
+    with pytest.raises(FileNotFoundError, match=f"folder:{missing}: there is no 'fotos' in .*nearest there: 'photos'"):
+        load(missing)
+    with pytest.raises(FileNotFoundError, match=r"there is no 'zzz' in .* has no folder of a like name"):
+        load(root.parent / "zzz")
+
+
+def test_an_empty_path_is_refused():
+    with pytest.raises(ValueError, match=r"data must name a folder after 'folder:', got 'folder:'; write folder:PATH"):
+        load("")
+
+
+def test_a_file_is_not_a_folder(tmp_path):
+    (tmp_path / "x.png").write_bytes(b"")
+    with pytest.raises(
+        ValueError, match=re.escape(f"folder:{tmp_path}/x.png must be a folder with one folder a class")
+    ):
+        load(tmp_path / "x.png")
+
+
+def test_a_class_that_only_training_has_is_noted(write_images):
+    data = load(write_images({"train/a": 4, "train/b": 4, "val/a": 2}))
+    (note,) = data.notes
+    assert note.startswith("class 'b' has no validation images; add validation images, ") and data.warnings == [note]

@@ -1,0 +1,227 @@
+import csv
+import io
+import json
+import os
+import shutil
+import tarfile
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+from pyarrow import parquet
+
+from snella_app.data import load_data
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+def picture(index):
+    return Image.fromarray(np.random.default_rng(index).integers(0, 256, (8, 8, 3), dtype=np.uint8))
+
+
+def encoded(index):
+    content = io.BytesIO()
+    picture(index).save(content, "PNG")
+    return content.getvalue()
+
+
+def all_items(data):
+    """By name: pixels, class name and group of every image."""
+    items = {}
+    for part in (data.train, data.val, data.test):
+        for index in range(len(part) if part is not None else 0):
+            groups = part.annotations.groups
+            items[part.names[index]] = (
+                part.image(index).tobytes(),
+                data.classes[part.labels[index]],
+                None if groups is None else groups[index],
+            )
+    return items
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    root = tmp_path / "photos"
+    root.mkdir()
+    rows = [(f"{i:02}.png", "ab"[i % 2], f"p{i // 3}") for i in range(24)]
+    for index in range(24):
+        picture(index).save(root / f"{index:02}.png")
+    with (root / "metadata.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("file_name", "species", "patient"), *rows])
+    return root
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # datasets leaves its file open
+def test_an_image_folder_with_metadata_has_its_columns(image_folder):
+    items = all_items(load_data(f"hf:{image_folder}"))
+    assert len(items) == 24
+    for name, item in items.items():
+        index = int(name.rpartition("/")[2])
+        assert item == (picture(index).tobytes(), "ab"[index % 2], f"p{index // 3}")
+
+
+def test_a_saved_data_set_has_its_class_names_and_parts(tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["zebra", "ant"])})
+    parts = {
+        part: datasets.Dataset.from_dict(
+            {"image": [{"bytes": encoded(i), "path": None} for i in numbers], "label": [i % 2 for i in numbers]},
+            features=features,
+        )
+        for part, numbers in (("train", range(12)), ("validation", range(12, 16)), ("test", range(16, 20)))
+    }
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    data = load_data(f"hf:{tmp_path}/saved")
+    assert data.classes == ["zebra", "ant"]
+    assert [len(part) for part in (data.train, data.val, data.test)] == [12, 4, 4]
+    assert data.test.labels == [0, 1, 0, 1] and data.test.image(1).tobytes() == picture(17).tobytes()
+    again = load_data(datasets.DatasetDict(parts))
+    assert again.classes == data.classes and all_items(again).keys() == all_items(data).keys()
+    assert again.train.content_digest() == data.train.content_digest()
+    with pytest.raises(
+        ValueError, match=r"no column 'kind' for label\. It has 'image' \(text: '<image>'\), 'label' \("
+    ):
+        load_data(f"hf:{tmp_path}/saved", columns="label=kind")
+
+
+def test_rows_name_files_below_the_folder_alone_or_below_the_root_that_is_asked_for(tmp_path):
+    (tmp_path / "images").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for index in range(20):
+        picture(index).save(tmp_path / "images" / f"{index:02}.png")
+    names = [str(tmp_path / "images" / f"{index:02}.png") for index in range(20)]
+
+    def save(paths, name):
+        table = {"image": [{"bytes": None, "path": path} for path in paths], "label": ["a", "b"] * 10}
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+        (tmp_path / name).mkdir()
+        rows = pa.Table.from_pydict(table, schema=features.arrow_schema)
+        parquet.write_table(rows, tmp_path / name / "train-00000-of-00001.parquet")
+        return f"hf:{tmp_path / name}"
+
+    outside = save(names, "outside")
+    with pytest.raises(ValueError, match=r"20 of 20 rows .* is outside of '.*outside', which --columns root="):
+        load_data(outside)
+    assert load_data(outside, columns=f"root={tmp_path}").train.image(0).size == (8, 8)
+    for special in ("/dev/zero", str(tmp_path / "pipe")):
+        with pytest.raises(ValueError, match=r"1 of 20 rows .*it is no regular file"):
+            load_data(save([*names[:19], special], "special"), columns="root=/")
+        shutil.rmtree(tmp_path / "special")
+
+
+def test_a_class_number_without_a_name_is_one_line(tmp_path):
+    plain = datasets.Dataset.from_dict(
+        {"image": [{"bytes": encoded(i), "path": None} for i in range(4)], "label": [0, 1, 2, 0]},
+        features=datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")}),
+    )
+    kind = datasets.ClassLabel(names=["x", "y"])
+    data = datasets.Dataset(plain.data, plain.info.copy())
+    data.info.features["label"] = kind
+    with pytest.raises(ValueError, match=r"column 'label', row 3 must hold class numbers below 2, got 2"):
+        load_data(data)
+
+
+def test_lists_of_class_numbers_are_lists_of_names(tmp_path):
+    kind = datasets.Sequence(datasets.ClassLabel(names=["x", "y", "z"]))
+    data = datasets.Dataset.from_dict(
+        {"image": [{"bytes": encoded(i), "path": None} for i in range(20)], "labels": [[0, 2], [1]] * 10},
+        features=datasets.Features({"image": datasets.Image(), "labels": kind}),
+    )
+    loaded = load_data(data, target="labels")
+    assert loaded.classes == ["x", "y", "z"] and set(loaded.train.annotations.targets) == {("x", "z"), ("y",)}
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Writes shards of ten samples with `json` or `cls` labels."""
+
+    def write(names, label=lambda i: ("json", json.dumps({"species": "ab"[i % 2], "site": f"s{i // 2}"}))):
+        for number, name in enumerate(names):
+            with tarfile.open(tmp_path / name, "w") as tar:
+                for i in range(10 * number, 10 * number + 10):
+                    suffix, text = label(i)
+                    for end, content in (("png", encoded(i)), (suffix, text.encode())):
+                        entry = tarfile.TarInfo(f"{i:03}.{end}")
+                        entry.size = len(content)
+                        tar.addfile(entry, io.BytesIO(content))
+        return tmp_path
+
+    return write
+
+
+def test_shards_have_labels_in_json_and_groups(shards):
+    root = shards(["x-000.tar", "x-001.tar", "x-002.tar"])
+    for spec in (f"wds:{root}", f"wds:{root}/x-*.tar", f"wds:{root}/x-{{000..002}}.tar"):
+        items = all_items(load_data(spec, columns="group=json.site"))
+        assert items == {f"{i:03}": (picture(i).tobytes(), "ab"[i % 2], f"s{i // 2}") for i in range(30)}
+
+
+def test_shards_of_parts_are_these_parts(shards):
+    root = shards(["train-0.tar", "train-1.tar", "val-0.tar", "test-0.tar"], lambda i: ("cls", str(i % 2)))
+    data = load_data(f"wds:{root}")
+    assert [len(part) for part in (data.train, data.val, data.test)] == [20, 10, 10]
+    assert data.classes == ["0", "1"] and data.val.names[0] == "020"
+
+
+def test_missing_shards_and_data_sets_are_told(shards, image_folder, tmp_path):
+    root = shards(["x-000.tar"])
+    with pytest.raises(
+        FileNotFoundError, match=r"got wds:.*, but .*x-001\.tar is not there; nearest there: 'x-000\.tar'"
+    ):
+        load_data(f"wds:{root}/x-{{000..001}}.tar")
+    with pytest.raises(FileNotFoundError, match=r"data hf:.*photo cannot be read: .*; nearest there: 'photos'"):
+        load_data(f"hf:{tmp_path}/photo")
+    with pytest.raises(ConnectionError, match=r"neither a folder nor in the cache, and the hub could not be reached"):
+        load_data("hf:somebody/photos")
+    with pytest.raises(ValueError, match="data python:x is an object in Python: hand it over"):
+        load_data("python:x")
+    (tmp_path / "bad.tar").write_text("no tar")
+    with pytest.raises(ValueError, match=r"data wds:.*bad\.tar cannot be read: "):
+        load_data(f"wds:{tmp_path}/bad.tar")
+
+
+def test_a_broken_image_in_a_data_set_is_named():
+    content = [{"bytes": encoded(i) if i != 3 else b"no image", "path": None} for i in range(20)]
+    data = datasets.Dataset.from_dict({"image": content, "label": ["a", "b"] * 10})
+    data = data.cast_column("image", datasets.Image())
+    with pytest.raises(
+        ValueError, match=r"1 of 20 rows of python:data, 1 unreadable: train/000003 \(no known image format"
+    ):
+        load_data(data)
+    assert len(load_data(data, skip_corrupt=True).train) == 11
+
+
+class Pictures(torch.utils.data.Dataset):
+    classes = ("cat", "dog")
+
+    def __init__(self, numbers, make=picture):
+        self.numbers, self.make = list(numbers), make
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __getitem__(self, row):
+        return self.make(self.numbers[row]), self.numbers[row] % 2
+
+
+def test_a_torch_data_set_is_divided_and_parts_are_kept():
+    items = all_items(load_data(Pictures(range(20))))
+    assert items == {f"train/{i:06}": (picture(i).tobytes(), ("cat", "dog")[i % 2], None) for i in range(20)}
+    data = load_data({"train": Pictures(range(10)), "val": Pictures(range(10, 14)), "test": Pictures([15, 16])})
+    assert [len(part) for part in (data.train, data.val, data.test)] == [10, 4, 2]
+    assert data.test.labels == [1, 0] and data.test.image(0).tobytes() == picture(15).tobytes()
+
+
+def test_transformed_items_and_other_objects_are_refused():
+    with pytest.raises(ValueError, match=r"must be images of 0 to 255 .* got Tensor of torch\.float32; leave out"):
+        load_data(Pictures(range(20), lambda i: torch.zeros(3, 8, 8)))
+    pixels = load_data(Pictures(range(20), lambda i: torch.full((3, 8, 8), i, dtype=torch.uint8)))
+    assert pixels.train.image(0).getpixel((0, 0)) == (int(pixels.train.names[0][6:]),) * 3
+    with pytest.raises(TypeError, match=r"data must be a specification such as folder:photos, or data sets .* got int"):
+        load_data(3)

@@ -1,0 +1,373 @@
+import ast
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import Image
+
+import snella
+from snella_app.data import ImageDataset, images, load_data, read_image
+from snella_app.data.datasets import FileImages, broken_images, broken_rows, joined, read_at_side, watched_reading
+from snella_app.data.images import IMAGE_SUFFIXES, Reading, inspect_image, read_label_map, to_rgb
+from snella_app.data.load import near_copies
+
+
+@pytest.mark.parametrize("suffix", IMAGE_SUFFIXES)
+def test_every_listed_kind_of_file_is_read_as_rgb(suffix, tmp_path):
+    Image.new("RGB", (4, 3), (255, 0, 0)).save(tmp_path / f"red{suffix}")
+    image = read_image(tmp_path / f"red{suffix}")
+    assert (image.mode, image.size) == ("RGB", (4, 3))
+    red, green, blue = image.getpixel((0, 0))
+    assert red > 250 and green < 5 and blue < 5
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_is_laid_on_white(mode, tmp_path):
+    image = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
+    image.putpixel((1, 0), (0, 0, 0, 255))
+    image.convert(mode).save(tmp_path / "x.png")
+    rgb = read_image(tmp_path / "x.png")
+    assert [rgb.getpixel((0, 0)), rgb.getpixel((1, 0))] == [(255, 255, 255), (0, 0, 0)]
+
+
+def test_a_palette_with_transparency_in_bytes_is_laid_on_white(tmp_path):
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.putpixel((1, 0), 1)
+    image.save(tmp_path / "x.png", transparency=bytes([0, 255]))
+    rgb = read_image(tmp_path / "x.png")
+    assert [rgb.getpixel((0, 0)), rgb.getpixel((1, 0))] == [(255, 255, 255), (40, 50, 60)]
+
+
+def test_an_rgb_file_with_a_transparent_color_is_laid_on_white(tmp_path):
+    Image.new("RGB", (1, 1), (1, 2, 3)).save(tmp_path / "x.png", transparency=(1, 2, 3))
+    assert read_image(tmp_path / "x.png").getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "CMYK", "YCbCr", "HSV"])
+def test_other_modes_become_rgb(mode):
+    assert to_rgb(Image.new(mode, (2, 2))).mode == "RGB"
+
+
+def test_gray_becomes_three_equal_channels():
+    assert to_rgb(Image.new("L", (1, 1), 77)).getpixel((0, 0)) == (77, 77, 77)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_sixteen_bit_gray_keeps_its_high_byte(suffix, tmp_path):
+    Image.fromarray(np.array([[0, 0x8000, 0xFFFF]], dtype=np.uint16)).save(tmp_path / f"x{suffix}")
+    image = read_image(tmp_path / f"x{suffix}")
+    assert [image.getpixel((x, 0))[0] for x in range(3)] == [0, 128, 255]
+
+
+def test_small_32_bit_integers_are_taken_as_they_are():
+    assert to_rgb(Image.fromarray(np.array([[7, 200]], dtype=np.int32))).getpixel((1, 0)) == (200, 200, 200)
+
+
+def test_floating_point_values_are_refused(tmp_path):
+    Image.fromarray(np.zeros((2, 2), dtype=np.float32)).save(tmp_path / "x.tif")
+    with pytest.raises(ValueError, match=r"x\.tif' is not a readable image: floating-point values"):
+        read_image(tmp_path / "x.tif")
+
+
+def test_a_photograph_is_turned_upright(tmp_path):
+    image = Image.new("RGB", (4, 2))
+    exif = image.getexif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    image.save(tmp_path / "x.jpg", exif=exif)
+    assert read_image(tmp_path / "x.jpg").size == (2, 4)
+
+
+def test_an_animation_gives_its_first_frame(tmp_path):
+    frames = [Image.new("RGB", (2, 2), color) for color in ("red", "blue")]
+    frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
+    assert read_image(tmp_path / "x.gif").getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".bmp", ".tif", ".gif", ".ppm"])
+def test_a_truncated_file_of_any_kind_is_found(suffix, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    whole, cut = tmp_path / f"whole{suffix}", tmp_path / f"cut{suffix}"
+    Image.fromarray(pixels).save(whole)
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size * 2 // 3])
+    assert list(broken_images([whole, cut, whole])) == [1]
+    with pytest.raises(ValueError, match=rf"cut\{suffix}' is not a readable image"):
+        read_image(cut)
+
+
+def test_text_and_empty_files_are_no_images(tmp_path):
+    (tmp_path / "a.png").write_text("not an image")
+    (tmp_path / "b.jpg").write_bytes(b"")
+    reasons = broken_images([tmp_path / "a.png", tmp_path / "b.jpg", tmp_path / "gone.png"])
+    assert reasons[0] == "no known image format" and reasons[1] == "the file is empty"
+    assert reasons[2] == "no such file"
+
+
+def test_the_first_decoding_can_be_watched(tmp_path):
+    seen = []
+
+    def watch(items, total):
+        for item in items:
+            seen.append((item, total))
+            yield item
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "b.jpg").write_bytes(b"")
+    with watched_reading(watch):
+        assert broken_images([tmp_path / "a.png", tmp_path / "b.jpg"]) == {1: "the file is empty"}
+    assert seen == [(None, 2), ("the file is empty", 2)]
+    assert broken_images([tmp_path / "a.png"]) == {} and len(seen) == 2
+
+
+@pytest.mark.parametrize(
+    ("suffix", "mode", "side", "size"),
+    [
+        (".jpg", "RGB", 64, (80, 120)),  # by 8 while it is decoded, and no more: by 2 would be 40
+        (".jpg", "RGB", 16, (16, 24)),  # by 8, then by 5
+        (".jpg", "L", 64, (80, 120)),
+        (".png", "RGB", 64, (64, 96)),  # 640 // 64 = 10
+        (".png", "P", 64, (640, 960)),
+        (".jpg", "RGB", 321, (640, 960)),
+        (".jpg", "RGB", None, (640, 960)),
+    ],
+)
+def test_a_large_image_is_read_at_a_fraction_of_its_resolution_upright(suffix, mode, side, size, tmp_path):
+    upright = Image.linear_gradient("L").resize((640, 960)).convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = upright.transpose(Image.Transpose.ROTATE_90)
+    turned.save(tmp_path / f"a{suffix}", **({"exif": exif} if suffix == ".jpg" else {"exif": exif.tobytes()}))
+    image = read_image(tmp_path / f"a{suffix}", Reading(side=side))
+    assert image.size == size and image.mode == "RGB"
+    full = read_image(tmp_path / f"a{suffix}").resize(size, Image.Resampling.BOX)
+    assert np.abs(np.asarray(image, dtype=int) - np.asarray(full, dtype=int)).max() <= 6
+
+
+def test_parts_of_one_source_still_share_it_at_another_resolution(tmp_path):
+    for name in "ab":
+        Image.new("RGB", (400, 300)).save(tmp_path / f"{name}.jpg")
+    source = FileImages([tmp_path / "a.jpg", tmp_path / "b.jpg"])
+    parts = [ImageDataset(source, [row], [row], [name]) for row, name in enumerate("ab")]
+    small = read_at_side([*parts, joined(*parts)], 100)
+    assert small[0].source is small[1].source is not source and small[0].names == ["a"]
+    assert [part.image(0).size for part in small] == [(200, 150)] * 3  # JPEGs by powers of two
+    assert parts[0].image(0).size == (400, 300) and small[2].image(1).size == (200, 150)
+    assert source.kept_bytes == 400 * 300 * 3 and small[0].source.kept_bytes == 2 * 200 * 150 * 3
+
+
+def test_postscript_under_the_name_of_a_picture_starts_no_program(tmp_path, monkeypatch):
+    program, marker = tmp_path / "gs", tmp_path / "started"
+    program.write_text(f'#!/bin/sh\n[ "$1" = --version ] || touch {marker}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)
+    path = tmp_path / "a.png"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n")
+    for read in (read_image, read_label_map, lambda file: inspect_image(file, str(file))):
+        with pytest.raises(ValueError, match=r"a.png' is not a readable (image|mask): "):
+            read(path)
+    assert not marker.exists()
+    with pytest.raises(OSError), Image.open(path) as image:  # what Pillow does when it may
+        image.load()
+    assert marker.exists()
+
+
+def test_no_image_is_opened_by_pillow_but_in_one_place():
+    """Pillow's own `open` tries every format that it knows."""
+
+    def opens(path):
+        calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+        return any(ast.unparse(call.func).endswith("Image.open") for call in calls)  # not in a text, as of a snippet
+
+    sources = Path(snella.__file__).parents[1]
+    assert [path.name for path in sources.rglob("*.py") if opens(path)] == ["images.py"]
+
+
+def test_an_array_that_says_it_fills_the_memory_is_refused_by_its_header(tmp_path):
+    path = tmp_path / "a.npy"
+    with path.open("wb") as file:
+        header = {"shape": (60000, 60000, 5), "fortran_order": False, "descr": "|u1"}
+        np.lib.format.write_array_header_1_0(file, header)
+    with pytest.raises(ValueError, match=r"values, got an array of \[60000, 60000, 5\]"):
+        read_image(path, Reading(5))
+    tiff = tmp_path / "a.tif"
+    tifffile.imwrite(tiff, np.zeros((8, 8, 5), np.uint8), photometric="minisblack", planarconfig="contig")
+    with tifffile.TiffFile(tiff, mode="r+b") as file:
+        for name in ("ImageWidth", "ImageLength"):
+            file.pages[0].tags[name].overwrite(60000)
+    with pytest.raises(ValueError, match=r"values, got an array of \[60000, 60000, 5\]"):
+        read_image(tiff, Reading(5))
+
+
+def test_the_pixels_of_an_uploaded_array_are_known_before_it_is_read():
+    values = np.zeros((6, 5, 4), np.uint8)
+    for write in (np.save, lambda file, array: tifffile.imwrite(file, array, photometric="minisblack")):
+        file = io.BytesIO()
+        write(file, values)
+        file.seek(0)
+        assert images.array_pixels(file) == 120
+        assert images.decode_image(file, "upload", Reading(6)).shape == (6, 5, 4)  # the stream is where it was
+    file = io.BytesIO()
+    np.save(file, np.array([("a", 1)], dtype=object))
+    file.seek(0)
+    with pytest.raises(ValueError, match="values must be numbers, got object"):
+        images.array_pixels(file)
+
+
+def test_a_pipe_among_the_images_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"a.png' is not a readable image: it is no regular file \(a pipe, a socket"):
+        read_image(tmp_path / "a.png")
+    assert "no regular file" in broken_images([tmp_path / "a.png"])[0]
+
+
+def test_gray_and_alpha_are_kept_where_they_are_asked_for(tmp_path):
+    Image.new("RGBA", (1, 1), (10, 20, 30, 40)).save(tmp_path / "x.png")
+    Image.new("L", (1, 1), 77).save(tmp_path / "y.png")
+    rgba, white, gray = (
+        read_image(tmp_path / "x.png", Reading(4)),
+        read_image(tmp_path / "x.png"),
+        read_image(tmp_path / "y.png", Reading(1)),
+    )
+    assert rgba.getpixel((0, 0)) == (10, 20, 30, 40) and white.getpixel((0, 0)) == (217, 218, 220)
+    assert (gray.mode, gray.getpixel((0, 0))) == ("L", 77)
+    assert read_image(tmp_path / "y.png", Reading(4)).getpixel((0, 0)) == (77, 77, 77, 255)
+
+
+@pytest.mark.parametrize("layout", ["interleaved", "planes", "pages", "npy"])
+def test_many_channels_are_read_in_any_layout(layout, tmp_path):
+    values = np.random.default_rng(0).integers(0, 65536, (6, 5, 4)).astype(np.uint16)
+    file = tmp_path / ("x.npy" if layout == "npy" else "x.tif")
+    if layout == "npy":
+        np.save(file, np.moveaxis(values, 0, -1))
+    elif layout == "interleaved":
+        tifffile.imwrite(file, np.moveaxis(values, 0, -1), photometric="minisblack", planarconfig="contig")
+    else:
+        tifffile.imwrite(
+            file, values, photometric="minisblack", planarconfig="separate" if layout == "planes" else None
+        )
+    image = read_image(file, Reading(6))
+    assert torch.equal(image.as_subclass(torch.Tensor), torch.from_numpy(values.astype(np.float32) / 65535))
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_the_value_that_is_white_can_be_chosen(channels, tmp_path):
+    Image.fromarray(np.array([[0, 1000, 4095, 60000]], dtype=np.uint16)).save(tmp_path / "x.png")
+    image = read_image(tmp_path / "x.png", Reading(channels, 4095))
+    assert [np.atleast_1d(image.getpixel((x, 0)))[0] for x in range(4)] == [0, 62, 255, 255]
+    np.save(tmp_path / "x.npy", np.full((5, 2, 2), 2000, np.uint16))
+    assert float(read_image(tmp_path / "x.npy", Reading(5, 4000)).mean()) == 0.5
+
+
+def test_dark_images_of_16_bits_are_noted(tmp_path):
+    for index in range(12):
+        folder = tmp_path / "ab"[index % 2]
+        folder.mkdir(exist_ok=True)
+        values = np.random.default_rng(index).integers(0, 4096, (8, 8)).astype(np.uint16)
+        values[0, 0] = 4095
+        Image.fromarray(values).save(folder / f"{index}.png")
+    note = "12 images of 16 bits use at most 6.2% of the range; --white (white=) is the value that becomes white, e.g. "
+    assert any(one.startswith(note) for one in load_data(f"folder:{tmp_path}").notes)
+    bright = load_data(f"folder:{tmp_path}", white=4095)
+    assert bright.notes == [] and max(np.asarray(bright.train.image(0)).ravel()) == 255
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.zeros((4, 4, 3), np.uint8), r"it must have 5 channels, got an array of \[4, 4, 3\]"),
+        (np.full((5, 4, 4), -3, np.int16), "must be uint8, uint16 or shares of 0 to 1, got int16 of -3 to -3"),
+        (np.full((5, 4, 4), 7.5), "got float64 of 7.5 to 7.5"),
+        (np.zeros((5, 4, 4), [("x", np.uint8)]), r"values must be numbers, got \[\('x', 'u1'\)\]"),
+        (np.zeros((5, 4, 4), complex), "values must be numbers, got complex128"),
+    ],
+)
+def test_other_arrays_are_refused(values, message, tmp_path):
+    np.save(tmp_path / "x.npy", values)
+    with pytest.raises(ValueError, match=rf"x\.npy' is not a readable image: .*{message}"):
+        read_image(tmp_path / "x.npy", Reading(5))
+
+
+def test_a_photograph_of_apple_is_read_by_pillow_heif_or_answered_with_its_name(tmp_path, monkeypatch):
+    import pillow_heif
+
+    heif = pillow_heif.from_pillow(Image.new("RGB", (64, 64), (200, 30, 40)))
+    heif.save(tmp_path / "x.heic")
+    red, green, _ = read_image(tmp_path / "x.heic").getpixel((5, 5))
+    assert red > 180 and green < 60 and images.is_image(tmp_path / "x.heic")
+    monkeypatch.setattr(images, "has_heic", lambda: False)
+    monkeypatch.setattr(Image, "open", _unknown)
+    with pytest.raises(ValueError, match=r"HEIC photographs need pillow-heif: pip install 'snella\[heic\]'"):
+        read_image(tmp_path / "x.heic")
+    assert not images.is_image(tmp_path / "x.heic")
+
+
+def _unknown(file, formats):
+    raise OSError("cannot identify image file")
+
+
+def test_what_is_known_of_a_file_is_noted(tmp_path):
+    frames = [Image.new("L", (40, 30), value) for value in (0, 255)]
+    frames[0].save(tmp_path / "x.tif", save_all=True, append_images=frames[1:])
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 20, 3), dtype=np.uint8).repeat(40, 0).repeat(40, 1)
+    Image.fromarray(pixels).convert("CMYK").save(tmp_path / "y.jpg")
+    source = FileImages([tmp_path / "x.tif", tmp_path / "y.jpg"])
+    assert broken_rows(source, [0, 1]) == {}
+    first, second = source.facts[0], source.facts[1]
+    assert (first.size, first.mode, first.format, first.has_pages) == ((40, 30), "L", "TIFF", True)
+    assert (second.size, second.mode, second.format, second.has_pages) == ((800, 1200), "CMYK", "JPEG", False)
+
+
+def test_large_jpegs_that_are_cut_off_are_found_too(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (900, 900, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "x.jpg")
+    content = (tmp_path / "x.jpg").read_bytes()
+    (tmp_path / "y.jpg").write_bytes(content[: len(content) * 9 // 10])
+    assert list(broken_images([tmp_path / "x.jpg", tmp_path / "y.jpg"])) == [1]
+
+
+def stamp(seed):
+    """A picture with large shapes, as photographs have them."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((120, 90), Image.Resampling.BICUBIC)
+
+
+def test_copies_that_were_saved_again_are_found_and_others_are_not(tmp_path):
+    paths = []
+    for seed in range(40):
+        paths.append(tmp_path / f"{seed}.png")
+        stamp(seed).save(paths[-1])
+    stamp(3).save(tmp_path / "low.jpg", quality=40)
+    stamp(4).resize((77, 50)).save(tmp_path / "small.png")
+    stamp(5).transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png")
+    paths += [tmp_path / "low.jpg", tmp_path / "small.png", tmp_path / "turned.png"]
+    source = FileImages(paths)
+    assert broken_rows(source, range(43)) == {}
+    train = ImageDataset(source, range(20), [0] * 20, [path.name for path in paths[:20]])
+    others = ImageDataset(source, range(20, 43), [0] * 23, [path.name for path in paths[20:]])
+    assert near_copies(train, others) == {20: 3, 21: 4}
+
+
+def test_copies_and_pages_are_noted(tmp_path):
+    for part, seeds in (("train", range(8)), ("test", range(8, 12))):
+        for seed in seeds:
+            folder = tmp_path / part / "ab"[seed % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            stamp(seed).save(folder / f"{seed}.png")
+    stamp(2).save(tmp_path / "test/a/again.jpg", quality=60)
+    stamp(30).save(tmp_path / "train/a/film.gif", save_all=True, append_images=[stamp(31)])
+    notes = load_data(f"folder:{tmp_path}").notes
+    assert "1 images have several pages or frames, of which the first is used: train/a/film.gif" in notes
+    assert any(
+        note.startswith(
+            "1 of 5 test images are training images too (1 of them saved again or resized), e.g. 'train/a/2.png'"
+        )
+        and note.endswith(
+            "is 'test/a/again.jpg'; results on test are optimistic by as much; remove the copies from one part"
+        )
+        for note in notes
+    ), notes

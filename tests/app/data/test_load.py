@@ -1,0 +1,131 @@
+import re
+from pathlib import Path
+
+import pytest
+
+from snella_app.data import data_names, full_spec, load_data
+
+
+def test_the_names_are_listed():
+    families = [
+        "folder:PATH",
+        "masks:PATH",
+        "kvasir:PATH",
+        "csv:FILE",
+        "parquet:FILE",
+        "hf:NAME",
+        "wds:SHARDS",
+        "vtab:PATH",
+        "fgvc:PATH",
+    ]
+    bundled = ["digits", "mnist5k", "fashion-mnist", "elpv", "stamps", "mri", "mri-lobes", "mri-regions"]
+    assert data_names() == [*families, *bundled]
+
+
+def names_of(data) -> list[list[str]]:
+    return [part.names for part in (data.train, data.val, data.test)]
+
+
+def test_the_same_seed_gives_the_same_parts_and_another_one_others():
+    first, again, other = (load_data("digits", seed=seed) for seed in (5, 5, 6))
+    assert names_of(first) == names_of(again)
+    assert all(a != b for a, b in zip(names_of(first), names_of(other), strict=True))
+    assert first.train.seed == first.val.seed == 5
+
+
+def test_parts_do_not_overlap_and_hold_everything():
+    names = [name for part in names_of(load_data("digits")) for name in part]
+    assert len(names) == len(set(names)) == 1797
+
+
+def test_the_shares_are_of_all_images():
+    data = load_data("digits", val_fraction=0.3, test_fraction=0.1)
+    assert (len(data.train), len(data.val), len(data.test)) == (1078, 539, 180)
+
+
+def test_without_a_test_share_there_is_no_test_part():
+    data = load_data("digits", test_fraction=0)
+    assert data.test is None and len(data.val) == 359
+    assert data.description == "digits: 1,797 images in 10 classes; train 1,438 · val 359"
+
+
+def test_sizes_choose_from_the_parts_and_leave_the_other_parts_as_they_are():
+    whole, small = load_data("digits"), load_data("digits", train_size=100, val_size=50, test_size=20)
+    assert (len(small.train), len(small.val), len(small.test)) == (100, 50, 20)
+    assert all(set(a) < set(b) for a, b in zip(names_of(small), names_of(whole), strict=True))
+    assert load_data("digits", train_size=100).test.names == whole.test.names
+    assert names_of(load_data("digits", train_size=100, val_size=50, test_size=20)) == names_of(small)
+    counts = [small.train.labels.count(label) for label in range(10)]
+    assert min(counts) >= 9 and max(counts) <= 11
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("digit", "got 'digit'; nearest: 'digits'"),
+        ("fashion_mnist", "nearest: 'fashion-mnist'"),
+        ("qqqq", f"data must be a folder, a table or one of {', '.join(data_names())}, got 'qqqq'"),
+        ("foldr:photos", "got 'foldr:photos'; did you mean 'folder:photos'?"),
+        ("cvs:t.csv", "did you mean 'csv:t.csv'?"),
+    ],
+)
+def test_an_unknown_specification_is_answered_with_the_nearest(spec, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_data(spec)
+
+
+def test_a_bare_path_is_what_lies_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("photos/cat", "lungs/images", "lungs/masks", "shards", "saved", "digits"):
+        Path(folder).mkdir(parents=True)
+    for file in ("t.csv", "t.tsv", "t.parquet", "shards/0.tar", "saved/state.json", "x.jpg", "photos/all.tar"):
+        Path(file).write_bytes(b"")
+    for file in ("rows/0.parquet", "rows/.cache", "mixed/0.parquet", "mixed/a/0.jpg"):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        Path(file).write_bytes(b"")
+    paths = [
+        "photos",
+        "lungs",
+        "shards",
+        "saved",
+        "digits",
+        "t.csv",
+        "t.tsv",
+        "t.parquet",
+        "x.jpg",
+        "nowhere",
+        "hf:saved",
+        "rows",
+        "mixed",
+        "~nosuchuser/x",
+    ]
+    assert [full_spec(path) for path in paths] == [
+        *("folder:photos", "masks:lungs", "wds:shards", "hf:saved", "digits", "csv:t.csv", "csv:t.tsv"),
+        *("parquet:t.parquet", "x.jpg", "nowhere", "hf:saved", "hf:rows", "folder:mixed", "~nosuchuser/x"),
+    ]
+    with pytest.raises(ValueError, match=r"got 'x\.jpg', which is no table: CSV, TSV, Parquet and tar files are"):
+        load_data("x.jpg")
+    with pytest.raises(ValueError, match="got 'photo'; nearest there: 'photos'"):
+        load_data("photo")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": -1}, "seed must be in [0, 2^32), got -1"),
+        ({"val_fraction": 0.0}, "val_fraction must be in (0, 1), got 0.0"),
+        ({"test_fraction": 1.0, "val_fraction": 0.1}, "test_fraction must be in [0, 1), got 1.0"),
+        ({"val_fraction": 0.5, "test_fraction": 0.5}, "must leave images to train on, got 1.0"),
+        ({"val_size": 0}, "val_size must be at least 1, got 0"),
+        ({"train_size": 1080}, "train_size must be at most 1079, the images of that part, got 1080"),
+        ({"test_size": 9}, "test_size must be at least 10, one image a class, got 9"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_data("digits", **options)
+
+
+def test_several_wrong_numbers_are_reported_together():
+    with pytest.raises(ValueError, match=r"seed must be .* got -2; test_size must be at least 1, got -3"):
+        load_data("digits", seed=-2, test_size=-3)

@@ -1,0 +1,142 @@
+import re
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from snella_app.data import load_data
+from snella_app.data.images import read_label_map
+
+from .mask_folders import write_pairs
+
+
+@pytest.mark.parametrize("white", [1, 255])
+def test_masks_of_black_and_white_are_binary(white, tmp_path):
+    data = load_data(f"masks:{write_pairs(tmp_path / 'm', 10, white=white)}")
+    assert data.classes == ["background", "foreground"]
+    assert [len(part) for part in (data.train, data.val, data.test)] == [6, 2, 2]
+    assert set(np.unique(data.train.mask(0))) == {0, 1}
+
+
+def test_label_maps_give_as_many_classes_as_labels(tmp_path):
+    root = write_pairs(tmp_path / "m", 10, classes=4)
+    data = load_data(f"masks:{root}")
+    assert data.classes == ["background", "class 1", "class 2", "class 3"]
+    (root / "classes.txt").write_text("nothing\nleaf\nstem\nroot\nrare\n")
+    assert load_data(f"masks:{root}").classes == ["nothing", "leaf", "stem", "root", "rare"]
+
+
+def test_palette_masks_hold_their_indices(tmp_path):
+    mask = Image.fromarray(np.array([[0, 1], [2, 1]], np.uint8))
+    mask.putpalette([0, 0, 0, 200, 0, 0, 0, 0, 250])
+    mask.save(tmp_path / "m.png")
+    labels, is_thresholded = read_label_map(tmp_path / "m.png")
+    assert labels.tolist() == [[0, 1], [2, 1]] and not is_thresholded
+
+
+def test_jpeg_masks_are_cut_at_128_and_it_is_said(tmp_path):
+    data = load_data(f"masks:{write_pairs(tmp_path / 'm', 10, ending='.jpg')}")
+    assert any("10 masks in a lossy format (JPEG)" in note and "from 128" in note for note in data.notes)
+    exact = load_data(f"masks:{write_pairs(tmp_path / 'exact', 10)}")
+    assert np.mean(data.train.mask(0) != exact.train.mask(0)) < 0.02
+
+
+def test_parts_of_their_own_are_kept(tmp_path):
+    for part, count in (("train", 4), ("val", 2), ("test", 3)):
+        write_pairs(tmp_path / "m" / part, count)
+    data = load_data(f"masks:{tmp_path / 'm'}")
+    assert [len(part) for part in (data.train, data.val, data.test)] == [4, 2, 3]
+    assert data.test.names[0] == "test/images/000.png"
+    # the same noise was written into every part
+    assert any("3 of 3 test images are training images too" in note for note in data.notes)
+
+
+def test_image_and_mask_move_together_and_the_same_way_every_time(tmp_path):
+    from snella_app.data import build_transform
+
+    root = write_pairs(tmp_path / "m", 6)
+    for index in range(6):  # a mask is what is bright in its image
+        labels = np.asarray(Image.open(root / "masks" / f"{index:03}.png"))
+        Image.fromarray(np.repeat(labels[..., None], 3, 2)).save(root / "images" / f"{index:03}.png")
+    config = {"input_size": (3, 32, 32), "mean": (0, 0, 0), "std": (1, 1, 1), "crop_mode": "squash", "crop_pct": 1.0}
+    data = load_data(f"masks:{root}").train
+    data = data.with_transform(build_transform(config, train=True, augment="crop"))
+    first = [data[index] for index in range(len(data))]
+    for image, mask in first:
+        assert mask.shape == image.shape[1:] and mask.dtype.is_signed
+        assert ((image[0] > 0.5) == mask.bool()).float().mean() > 0.93
+    again = [data[index] for index in reversed(range(len(data)))][::-1]
+    assert all((a[0] == b[0]).all() and (a[1] == b[1]).all() for a, b in zip(first, again, strict=True))
+    data.set_epoch(1)
+    assert any((data[index][1] != first[index][1]).any() for index in range(len(data)))
+
+
+def test_everything_that_is_wrong_with_the_files_is_told_at_once(tmp_path):
+    root = write_pairs(tmp_path / "m", 9, classes=3)
+    (root / "masks" / "000.png").unlink()
+    (root / "images" / "001.png").unlink()
+    Image.new("L", (7, 5)).save(root / "masks" / "002.png")
+    strange = np.asarray(Image.open(root / "masks" / "003.png")).copy()
+    strange[0, 0] = 77
+    Image.fromarray(strange).save(root / "masks" / "003.png")
+    (root / "images" / "004.png").write_bytes(b"no picture")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 40, 3)).astype(np.uint8)).save(
+        root / "masks" / "005.png"
+    )
+    with pytest.raises(ValueError) as caught:
+        load_data(f"masks:{root}")
+    text = str(caught.value)
+    for error in (
+        "1 image without a mask: 000.png",
+        "1 mask without an image: 001.png",
+        "masks/002.png is 7×5, its image 40×32",
+        "1 mask with labels out of range 0 to 2",
+        "masks/003.png has 77",
+        "2 pairs with an unreadable file",
+        "004.png' is not a readable image",
+        "005.png' is not a readable mask: it holds colors",
+    ):
+        assert error in text
+
+
+def test_broken_pairs_are_left_out_when_asked(tmp_path):
+    root = write_pairs(tmp_path / "m", 9)
+    (root / "masks" / "003.png").write_bytes(b"no picture")
+    data = load_data(f"masks:{root}", skip_corrupt=True)
+    assert len(data.train) + len(data.val) + len(data.test) == 8
+    assert any("left out 1 pair with an unreadable file" in note and "003.png" in note for note in data.notes)
+
+
+def test_labels_beyond_the_named_classes_are_refused(tmp_path):
+    root = write_pairs(tmp_path / "m", 8, classes=4)
+    (root / "classes.txt").write_text("sky\nsea\n")
+    with pytest.raises(ValueError, match=r"labels out of range 0 to 1 \(classes.txt names 2 classes\).*2, 3"):
+        load_data(f"masks:{root}")
+    (root / "classes.txt").write_text("sky\nsky\n")
+    with pytest.raises(ValueError, match=r"must name 2 to 256 different classes.*got \['sky', 'sky'\]"):
+        load_data(f"masks:{root}")
+
+
+def test_masks_of_one_label_teach_nothing(tmp_path):
+    root = write_pairs(tmp_path / "m", 6, white=0)
+    with pytest.raises(ValueError, match="all masks hold one label only, 0"):
+        load_data(f"masks:{root}")
+
+
+def test_a_folder_of_another_layout_is_told_what_it_must_hold(tmp_path):
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(ValueError, match=r"no image files in images/; it must hold images/NAME.jpg and masks/NAME.png"):
+        load_data(f"masks:{tmp_path / 'photos'}")
+    with pytest.raises(FileNotFoundError, match=r"masks:.*there is no 'fotos'.*nearest there: 'photos'"):
+        load_data(f"masks:{tmp_path / 'fotos'}")
+    root = write_pairs(tmp_path / "m", 6)
+    shutil.copy(root / "images" / "000.png", root / "images" / "000.bmp")
+    with pytest.raises(ValueError, match=r"two files of one name in images/: 000.bmp, 000.png"):
+        load_data(f"masks:{root}")
+
+
+def test_a_float_mask_has_no_labels(tmp_path):
+    Image.fromarray(np.zeros((3, 3), np.float32)).save(tmp_path / "m.tiff")
+    with pytest.raises(ValueError, match=re.escape("mode F has no labels")):
+        read_label_map(tmp_path / "m.tiff")

@@ -1,0 +1,377 @@
+import csv
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from snella_app.data import load_data
+from snella_app.data.table import Columns, table_paths
+
+COLUMNS = ("file", "species", "patient")
+
+
+@pytest.fixture
+def write_table(tmp_path):
+    """Writes a table of so many images, or of rows that are given, and returns its path."""
+    (tmp_path / "images").mkdir()
+
+    def write(rows, columns=COLUMNS, name="photos.csv", delimiter=","):
+        for index, row in enumerate(rows):
+            if row[0].endswith(".png") and "gone" not in row[0]:
+                pixels = np.random.default_rng(index).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / row[0])
+        with (tmp_path / name).open("w", newline="") as file:
+            csv.writer(file, delimiter=delimiter).writerows([columns, *rows])
+        return tmp_path / name
+
+    return write
+
+
+def rows_of(count, classes=("cat", "dog"), patients=8):
+    return [(f"images/{i:02}.png", classes[i % len(classes)], f"p{i // 2 % patients}") for i in range(count)]
+
+
+def parts_of(data):
+    return [part for part in (data.train, data.val, data.test) if part is not None]
+
+
+def test_columns_are_found_by_their_names_and_paths_are_relative_to_the_file(write_table, tmp_path, monkeypatch):
+    file = write_table(rows_of(20), ("File Name", "Label", "other"))
+    monkeypatch.chdir("/")
+    data = load_data(f"csv:{file}")
+    assert data.classes == ["cat", "dog"] and data.name == "photos"
+    assert [len(part) for part in parts_of(data)] == [12, 4, 4]
+    assert data.notes == ["columns: path 'File Name', label 'Label'"]
+    for part in parts_of(data):
+        for index, (name, label) in enumerate(zip(part.names, part.labels, strict=True)):
+            assert int(name[7:9]) % 2 == label
+            assert part.image(index).tobytes() == Image.open(tmp_path / name).tobytes()
+
+
+@pytest.mark.parametrize(("delimiter", "name"), [(";", "x.csv"), ("\t", "x.tsv")])
+def test_other_delimiters_are_seen(delimiter, name, write_table):
+    file = write_table(rows_of(20), name=name, delimiter=delimiter)
+    assert len(load_data(f"csv:{file}", columns="path=file,label=species,group=none").train) == 12
+
+
+def test_named_columns_win_and_a_path_may_be_made_of_columns(write_table):
+    rows = [(f"images/{i:02}.png", f"{i:02}", "ab"[i % 2], "xy"[i // 10]) for i in range(20)]
+    file = write_table(rows, ("image", "id", "label", "kind"))
+    assert load_data(f"csv:{file}").classes == ["a", "b"]
+    data = load_data(f"csv:{file}", columns="path=images/{id}.png,label=kind")
+    assert data.classes == ["x", "y"]
+    assert {name: label for part in parts_of(data) for name, label in zip(part.names, part.labels, strict=True)} == {
+        f"images/{i:02}.png": i // 10 for i in range(20)
+    }
+
+
+def test_a_column_that_is_not_there_is_answered_with_what_each_holds(write_table):
+    file = write_table([(*row, str(i)) for i, row in enumerate(rows_of(4))], (*COLUMNS, "age"))
+    with pytest.raises(ValueError) as caught:
+        load_data(f"csv:{file}", columns="label=specie")
+    assert str(caught.value) == (
+        f"csv:{file}: no column 'specie' for label (nearest: 'species'). It has "
+        "'file' (text: 'images/00.png', 'images/01.png', 'images/02.png'), 'species' (text: 'cat', 'dog'), "
+        "'patient' (text: 'p0', 'p1'), 'age' (integers: '0', '1', '2')"
+    )
+    file = write_table(rows_of(4), ("where", "kind", "of"))
+    with pytest.raises(ValueError, match=r"no column for path, called path or the like; .*=NAME; no column for label"):
+        load_data(f"csv:{file}")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("file=path", "columns must be such as path=file,label=species, with path, label, split, .* got 'file=path'"),
+        ("labl=species", "got 'labl=species'; nearest: label"),
+        ("label", "got 'label'"),
+        ("root=", "group, root before the '=', got 'root='"),
+    ],
+)
+def test_columns_that_cannot_be_read_are_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        Columns.parse(text)
+
+
+def test_images_of_one_group_stay_together_and_classes_are_balanced(write_table):
+    rows = [(f"images/{i:02}.png", "ab"[i % 2], f"p{i // 4}") for i in range(60)]
+    data = load_data(f"csv:{write_table(rows)}", columns="label=species", seed=1)
+    groups = [set(part.annotations.groups) for part in parts_of(data)]
+    assert [len(part) for part in parts_of(data)] == [36, 12, 12]
+    assert sum(map(len, groups)) == 15 == len(set.union(*groups))
+    assert all(Counter(part.labels)[0] == len(part) / 2 for part in parts_of(data))
+    other = load_data(f"csv:{write_table(rows)}", columns="label=species", seed=2)
+    assert other.test.names != data.test.names
+    without = load_data(f"csv:{write_table(rows)}", columns="label=species,group=none", seed=1)
+    assert without.train.annotations.groups is None
+
+
+def test_a_group_that_is_a_class_is_trained_on(write_table):
+    rows = [(f"images/{i:02}.png", "abc"[i % 3], "only" if i % 3 == 2 else f"p{i % 6}-{i // 12}") for i in range(60)]
+    data = load_data(f"csv:{write_table(rows)}", columns="label=species")
+    assert Counter(data.train.labels)[2] == 20
+    assert "class 'c' has no test images; add test images, without which nothing is measured" in data.warnings
+
+
+def test_one_group_cannot_be_split(write_table):
+    file = write_table([(*row[:2], "p") for row in rows_of(10)])
+    with pytest.raises(ValueError, match=r"at least two groups are needed for a part 'test' .*\(columns group=none\)"):
+        load_data(f"csv:{file}")
+
+
+def test_the_parts_of_a_split_column_are_kept_and_groups_across_them_are_told(write_table):
+    rows = [(*row, ("train", "train", "Valid", "test")[i // 5]) for i, row in enumerate(rows_of(20, patients=3))]
+    data = load_data(f"csv:{write_table(rows, (*COLUMNS, 'split'))}")
+    assert [len(part) for part in parts_of(data)] == [10, 5, 5]
+    assert data.warnings[0] == (
+        "3 of 3 groups in val are in train too, e.g. 'p0'; results on val are optimistic; --columns split=none divides "
+        "anew and keeps groups together"
+    )
+    with pytest.raises(ValueError, match=r"the split column must hold dev, .*, got 'p0' \(8 rows\), .* split=none"):
+        load_data(f"csv:{write_table(rows_of(20, patients=3))}", columns="split=patient,label=species")
+
+
+def test_rows_that_cannot_be_used_are_counted_and_named_or_left_out(write_table, tmp_path):
+    rows = [*rows_of(20), ("images/gone.png", "cat", "p1"), ("images/bad.jpg", "dog", "p2"), ("images/20.png", "", "p")]
+    (tmp_path / "images/bad.jpg").write_text("no image")
+    file = write_table(rows)
+    with pytest.raises(ValueError) as caught:
+        load_data(f"csv:{file}")
+    message = str(caught.value)
+    assert message.startswith(
+        f"3 of 23 rows of csv:{file}, 1 no label, 1 no such file, 1 unreadable: images/gone.png (no such file), "
+        "images/bad.jpg (no known image format)"
+    )
+    assert message.endswith("images/20.png (no label). Fix or remove them, or leave them out with --skip-corrupt "
+                            "(skip_corrupt=True)")  # fmt: skip
+    data = load_data(f"csv:{file}", skip_corrupt=True)
+    assert sum(map(len, parts_of(data))) == 20
+    assert data.notes[1].startswith(f"left out 3 of 23 rows of csv:{file}, 1 no label, 1 no")
+
+
+def test_repeated_rows_are_left_out_and_contradictions_noted(write_table):
+    rows = [*rows_of(20), ("images/00.png", "cat", "p0"), ("images/01.png", "cat", "p0")]
+    data = load_data(f"csv:{write_table(rows)}", columns="group=none")
+    assert sum(map(len, parts_of(data))) == 21
+    assert data.notes[1:3] == [
+        "left out 1 rows that repeat others",
+        "1 rows give an image another label than an earlier row: images/01.png (dog, cat)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        (lambda i: "cat", "at least two classes are needed, column 'species' holds one: 'cat'"),
+        (
+            lambda i: str(i),
+            "column 'species' must hold classes, got 50 different values in 50 rows, e.g. '0', '1'",
+        ),
+    ],
+)
+def test_a_column_that_holds_no_classes_is_refused(label, message, write_table):
+    file = write_table([(f"images/{i:02}.png", label(i), f"p{i}") for i in range(50)])
+    with pytest.raises(ValueError, match=message):
+        load_data(f"csv:{file}", columns="label=species")
+
+
+def test_numbered_classes_are_in_the_order_of_numbers(write_table):
+    file = write_table([(f"images/{i:02}.png", str(i % 3 * 5), f"p{i}") for i in range(30)])
+    assert load_data(f"csv:{file}", columns="label=species,group=none").classes == ["0", "5", "10"]
+
+
+def test_weights_and_raw_labels_follow_their_images(write_table):
+    rows = [(f"images/{i:02}.png", "ab"[i % 2], str(i / 10)) for i in range(20)]
+    data = load_data(f"csv:{write_table(rows, ('file', 'class', 'weight'))}", train_size=5)
+    for part in parts_of(data):
+        numbers = [int(name[7:9]) for name in part.names]
+        assert part.annotations.weights == [number / 10 for number in numbers]
+        assert part.annotations.targets == ["ab"[number % 2] for number in numbers]
+    rows[3] = (*rows[3][:2], "-1")
+    with pytest.raises(ValueError, match=r"images/03.png \(weight '-1' is not in \[0, 1e\+09\]\)"):
+        load_data(f"csv:{write_table(rows, ('file', 'class', 'weight'))}")
+
+
+@pytest.mark.parametrize("separator", "|;,")
+def test_lists_of_labels_are_split_and_strata_follow_the_rarest(separator, write_table):
+    sets = [("a",), ("a", "b"), ("b", "c"), ()]
+    rows = [(f"images/{i:02}.png", separator.join(sets[i % 4]), "") for i in range(40)]
+    data = load_data(f"csv:{write_table(rows)}", columns="label=species,group=none", target="labels")
+    assert data.classes == ["a", "b", "c"]
+    for part in parts_of(data):
+        assert part.annotations.targets == [sets[int(name[7:9]) % 4] for name in part.names]
+        assert [count / len(part) for _, count in Counter(part.labels).most_common()] == [1 / 2, 1 / 4, 1 / 4]
+
+
+def test_columns_of_zeros_and_ones_are_labels(write_table):
+    rows = [(f"images/{i:02}.png", str(i % 2), str(i // 2 % 2)) for i in range(40)]
+    data = load_data(f"csv:{write_table(rows, ('file', 'a', 'b'))}", columns="label=a+b", target="labels")
+    assert data.classes == ["a", "b"]
+    for name, target in zip(data.train.names, data.train.annotations.targets, strict=True):
+        number = int(name[7:9])
+        assert target == ("a",) * (number % 2) + ("b",) * (number // 2 % 2)
+
+
+def test_numbers_are_split_by_ranges(write_table):
+    rows = [(f"images/{i:02}.png", str(i / 4), str(-i)) for i in range(60)]
+    file = write_table(rows, ("file", "age", "depth"))
+    data = load_data(f"csv:{file}", columns="label=age", target="numbers")
+    assert data.classes == ["age"] and data.description.startswith("photos: 60 images with age; train 36")
+    assert data.test.annotations.targets == [int(name[7:9]) / 4 for name in data.test.names]
+    assert set(Counter(data.test.labels).values()) == {2}
+    both = load_data(f"csv:{file}", columns="label=age+depth", target="numbers")
+    assert both.classes == ["age", "depth"]
+    assert both.val.annotations.targets == [(int(name[7:9]) / 4, -int(name[7:9])) for name in both.val.names]
+    rows[7] = ("images/07.png", "old", "1")
+    with pytest.raises(ValueError, match=r"images/07.png \(label 'old' is not a number\)"):
+        load_data(f"csv:{write_table(rows, ('file', 'age', 'depth'))}", columns="label=age", target="numbers")
+
+
+def test_parquet_holds_lists_and_numbers(write_table, tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    write_table(rows_of(20))
+    names = [row[0] for row in rows_of(20)]
+    columns = {"image": names, "tags": [["a"], ["a", "b"]] * 10, "label": [3, 7] * 10, "w": [0.5, None] * 10}
+    parquet.write_table(pa.table(columns), tmp_path / "x.parquet")
+    assert load_data(f"parquet:{tmp_path}/x.parquet").classes == ["3", "7"]
+    data = load_data(f"parquet:{tmp_path}/x.parquet", columns="label=tags", target="labels")
+    assert set(data.train.annotations.targets) == {("a",), ("a", "b")}
+    with pytest.raises(ValueError, match="column 'tags' must hold one class an image, got the list 'a' in row 1"):
+        load_data(f"parquet:{tmp_path}/x.parquet", columns="label=tags")
+    with pytest.raises(ValueError, match=r"10 of 20 rows .*images/01.png \(weight None is not in \[0, 1e\+09\]\)"):
+        load_data(f"parquet:{tmp_path}/x.parquet", columns="weight=w")
+    (tmp_path / "y.parquet").write_text("no")
+    with pytest.raises(ValueError, match=r"y\.parquet' must be a Parquet file"):
+        load_data(f"parquet:{tmp_path}/y.parquet")
+
+
+def test_parquet_names_files_below_its_folder_alone_or_below_the_root_that_is_asked_for(write_table, tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    write_table(rows_of(20))
+    (tmp_path / "tables").mkdir()
+    file = tmp_path / "tables" / "x.parquet"
+    names = [row[0] for row in rows_of(20)]
+    secret = tmp_path / "secret.png"
+    Image.new("RGB", (12, 12)).save(secret)
+    (tmp_path / "images" / "link.png").symlink_to("/dev/zero")
+    for outside in (str(secret), "../secret.png", "/dev/zero", "images/link.png"):
+        parquet.write_table(pa.table({"image": [*names, outside], "label": [0, 1] * 10 + [0]}), tmp_path / "x.parquet")
+        if outside == str(secret):  # below the folder, and absolute
+            load_data(f"parquet:{tmp_path}/x.parquet")
+            continue
+        with pytest.raises(ValueError, match=r"1 of 21 rows .* is outside of '.*', which --columns root=FOLDER widens"):
+            load_data(f"parquet:{tmp_path}/x.parquet")
+        with pytest.raises(ValueError, match=r"x.parquet must name images below its folder, .* is outside of '"):
+            table_paths(tmp_path / "x.parquet", Columns())
+    parquet.write_table(pa.table({"image": names, "label": [0, 1] * 10}), file)
+    with pytest.raises(ValueError, match="20 no such file"):
+        load_data(f"parquet:{file}")
+    assert len(load_data(f"parquet:{file}", columns=f"root={tmp_path}").train) == 12
+    assert table_paths(file, Columns(root=tmp_path))[0] == tmp_path / names[0]
+
+
+def test_times_out_of_range_in_a_parquet_file_are_one_line(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    table = pa.table({"image": ["a.png"], "label": ["a"], "when": pa.array([2**62], pa.timestamp("us"))})
+    parquet.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=r"x\.parquet' must be a Parquet file: "):
+        load_data(f"parquet:{tmp_path}/x.parquet")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "must hold a row an image, got an empty table"),
+        ("file,label\n", "must hold a row an image, got an empty table"),
+        ("file,file\na,b\n", "must have one column of each name, got 'file' twice"),
+        ("file,label\na,b,c\n", "must have 2 values a line, one for each of file, label, but row 1 has 3"),
+        (b"file,label\na,caf\xe9\n", r"must be a CSV file in UTF-8: .*; save it as CSV \(UTF-8\)"),
+    ],
+)
+def test_a_damaged_table_is_refused(content, message, tmp_path):
+    (tmp_path / "x.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message):
+        load_data(f"csv:{tmp_path}/x.csv")
+
+
+def test_a_missing_table_is_answered_with_its_neighbors(write_table):
+    file = write_table(rows_of(4))
+    with pytest.raises(FileNotFoundError, match=r"photo\.csv, which is not there; nearest there: 'photos\.csv'"):
+        load_data(f"csv:{file.parent}/photo.csv")
+
+
+def test_other_data_has_no_columns_and_numbers_only_as_names_of_classes(write_images):
+    with pytest.raises(ValueError, match=r"columns can only be given for data with columns, csv:, .*digits"):
+        load_data("digits", columns="label=x")
+    assert load_data("digits", target="numbers").train.annotations.targets[0] in {float(n) for n in range(10)}
+    photos = write_images({"cat": 6, "dog": 6})
+    with pytest.raises(ValueError, match=r"data must have a column of numbers .* got .* with classes 'cat', 'dog'"):
+        load_data(f"folder:{photos}", target="numbers")
+
+
+def test_ten_thousand_rows_are_read_in_their_order(tmp_path):
+    Image.new("RGB", (2, 2)).save(tmp_path / "one.png")
+    with (tmp_path / "x.csv").open("w") as file:
+        file.writelines(["path,label\n", *(f"one.png,{i % 7}\n" for i in range(10_000))])
+    paths = table_paths(tmp_path / "x.csv", Columns())
+    assert len(paths) == 10_000 and paths[0] == tmp_path / "one.png"
+
+
+def test_text_where_numbers_are_needed_is_named_also_when_broken_rows_are_left_out(write_table):
+    file = write_table(rows_of(12))
+    for skip_corrupt in (False, True):
+        with pytest.raises(
+            ValueError, match=r"'species' must hold numbers for task regression, got 'cat' in row 1 and"
+        ):
+            load_data(f"csv:{file}", columns="label=species", target="numbers", skip_corrupt=skip_corrupt)
+
+
+def test_why_no_row_can_be_used_is_told(write_table):
+    file = write_table([(f"images/gone{i}.png", "ab"[i % 2], "p") for i in range(4)])
+    with pytest.raises(ValueError, match=r"no image to train on, none can be used: 4 of 4 rows of .*, 4 no such file"):
+        load_data(f"csv:{file}", columns="label=species,group=none", skip_corrupt=True)
+
+
+@pytest.mark.parametrize("weight", ["-1", "1e308", "nan", "x"])
+def test_a_weight_that_no_loss_can_take_is_refused(weight, write_table):
+    rows = [(*row[:2], weight if index == 3 else "1") for index, row in enumerate(rows_of(12))]
+    file = write_table(rows, ("path", "label", "weight"))
+    with pytest.raises(
+        ValueError, match=rf"1 of 12 rows .*, 1 wrong weight: .* \(weight '{weight}' is not in \[0, 1e\+09"
+    ):
+        load_data(f"csv:{file}")
+
+
+def test_weights_that_are_all_zero_are_refused(write_table):
+    file = write_table([(*row[:2], "0") for row in rows_of(12)], ("path", "label", "weight"))
+    with pytest.raises(ValueError, match=r"a weight above 0, got 0 for all 12; --columns weight=none ignores"):
+        load_data(f"csv:{file}")
+    assert len(load_data(f"csv:{file}", columns="weight=none").train) > 0
+
+
+def test_classes_without_a_training_image_are_counted_with_what_to_do(write_table):
+    rows = [(*row[:2], "train" if row[1] == "cat" or i < 2 else "test") for i, row in enumerate(rows_of(12))]
+    rows = [(path, "fox" if part == "test" else label, part) for path, label, part in rows]
+    file = write_table(rows, ("path", "label", "split"))
+    with pytest.raises(ValueError) as caught:
+        load_data(f"csv:{file}")
+    assert str(caught.value).endswith(
+        "1 of 3 classes have no training image: 'fox' (5 in other parts); add training images of them, remove their "
+        "rows, or divide all images anew with --columns split=none"
+    )
+
+
+def test_several_classes_without_test_images_are_one_warning(write_table):
+    rows = [(*row[:2], "test" if i in (0, 4) else "train") for i, row in enumerate(rows_of(24, classes="abcd"))]
+    data = load_data(f"csv:{write_table(rows, ('path', 'label', 'split'))}")
+    assert (
+        "3 classes have no test images: 'b', 'c', 'd'; add test images, without which nothing is measured"
+        in data.warnings
+    )

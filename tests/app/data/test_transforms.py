@@ -1,0 +1,139 @@
+import pickle
+import re
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from snella_app.data import build_transform
+
+CONFIG = {
+    "input_size": (3, 32, 32),
+    "interpolation": "bicubic",
+    "mean": (0.485, 0.456, 0.406),
+    "std": (0.229, 0.224, 0.225),
+    "crop_pct": 0.9,
+    "crop_mode": "center",
+}
+
+
+@pytest.fixture
+def image() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "lanczos", "nearest"])
+@pytest.mark.parametrize(
+    ("crop_pct", "crop_mode"), [(0.9, "center"), (1.0, "center"), (1.0, "squash"), (0.8, "squash")]
+)
+def test_evaluation_is_timms(interpolation, crop_pct, crop_mode, image):
+    config = {**CONFIG, "interpolation": interpolation, "crop_pct": crop_pct, "crop_mode": crop_mode}
+    ours = build_transform(config, train=False, augment="none")(image)
+    theirs = timm.data.create_transform(**config, is_training=False)(image)
+    assert ours.shape == (3, 32, 32) and ours.dtype == torch.float32
+    assert type(ours) is torch.Tensor
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (33, 500), (500, 31)])
+def test_small_and_narrow_images_come_out_in_the_models_size(size):
+    transform = build_transform(CONFIG, train=False, augment="none")
+    assert transform(Image.new("RGB", size)).shape == (3, 32, 32)
+
+
+def test_a_models_own_configuration_is_taken(image):
+    config = timm.data.resolve_model_data_config(timm.create_model("test_vit"))
+    assert build_transform(config, train=True, augment="crop")(image).shape == (3, 160, 160)
+
+
+def test_values_are_scaled_and_normalized():
+    white = build_transform(CONFIG, train=False, augment="none")(Image.new("RGB", (40, 40), "white"))
+    expected = [(1 - mean) / std for mean, std in zip(CONFIG["mean"], CONFIG["std"], strict=True)]
+    torch.testing.assert_close(white.amax((1, 2)), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("augment", ["randaugment", "trivialaugment", "3augment"])
+def test_stronger_augmentation_adds_to_a_crop_and_draws_from_torch(augment, image):
+    crop, strong = (build_transform(CONFIG, train=True, augment=name) for name in ("crop", augment))
+    results = []
+    for transform in (strong, strong, crop):
+        torch.manual_seed(3)
+        results.append(transform(image))
+    assert torch.equal(results[0], results[1]) and not torch.allclose(results[0], results[2])
+    assert results[0].shape == (3, 32, 32)
+    pickle.loads(pickle.dumps(strong))
+
+
+def test_erasing_leaves_a_rectangle_of_zeros_and_the_rest_as_it_is(image):
+    plain = build_transform(CONFIG, train=True, augment="none")(image)
+    torch.manual_seed(0)
+    erased = build_transform(CONFIG, train=True, augment="none", random_erasing=1.0)(image)
+    is_gone = (erased == 0).all(0)
+    rows, columns = is_gone.any(1).nonzero(), is_gone.any(0).nonzero()
+    assert is_gone.sum() == len(rows) * len(columns) > 16
+    assert torch.equal(erased[:, ~is_gone], plain[:, ~is_gone])
+    assert torch.equal(build_transform(CONFIG, train=False, augment="none", random_erasing=1.0)(image), plain)
+
+
+def test_flip_gives_the_evaluation_image_or_its_mirror(image):
+    plain = build_transform(CONFIG, train=True, augment="none")(image)
+    flip = build_transform(CONFIG, train=True, augment="flip")
+    torch.manual_seed(0)
+    seen = {("same" if torch.equal(x, plain) else "mirror" if torch.equal(x.flip(-1), plain) else "other")
+            for x in (flip(image) for _ in range(20))}  # fmt: skip
+    assert seen == {"same", "mirror"}
+
+
+def test_crop_cuts_at_least_half_of_the_area():
+    ramp = np.broadcast_to(np.arange(200, dtype=np.uint8)[None, :, None], (200, 200, 3))
+    crop = build_transform({**CONFIG, "mean": (0,) * 3, "std": (1,) * 3}, train=True, augment="crop")
+    torch.manual_seed(0)
+    spans = [float(out.max() - out.min()) * 255 for out in (crop(Image.fromarray(ramp.copy())) for _ in range(50))]
+    assert min(spans) > 100 and max(spans) < 201 and len({round(span) for span in spans}) > 10
+
+
+@pytest.mark.parametrize("augment", ["none", "flip", "crop"])
+def test_evaluation_is_never_augmented(augment, image):
+    transform = build_transform(CONFIG, train=False, augment=augment)
+    before = torch.random.get_rng_state()
+    assert all(torch.equal(transform(image), transform(image)) for _ in range(4))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_transform_survives_pickling(image):
+    transform = build_transform(CONFIG, train=True, augment="crop")
+    torch.manual_seed(1)
+    expected = transform(image)
+    torch.manual_seed(1)
+    assert torch.equal(pickle.loads(pickle.dumps(transform))(image), expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "augment", "error", "message"),
+    [
+        ({}, "mirror", ValueError, "imagenet, randaugment, trivialaugment, 3augment, got 'mirror'"),
+        ({"interpolation": "random"}, "none", ValueError, "bilinear, bicubic, lanczos, got 'random'"),
+        ({"crop_mode": "border"}, "none", ValueError, "crop_mode must be one of center, squash, got 'border'"),
+        ({"input_size": (3, 32, 48)}, "none", NotImplementedError, "input_size must be square, got [32, 48]"),
+    ],
+)  # fmt: skip
+def test_what_is_not_known_is_refused_with_the_choices(changes, augment, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        build_transform({**CONFIG, **changes}, train=True, augment=augment)
+
+
+def test_an_incomplete_configuration_names_what_it_lacks():
+    with pytest.raises(ValueError, match=r"data_config lacks mean, std; timm.data.resolve_model_data_config"):
+        build_transform({"input_size": (3, 8, 8)}, train=True, augment="none")
+
+
+def test_imagenets_augmentation_changes_colors_too():
+    image = Image.new("RGB", (64, 64), (90, 120, 200))
+    torch.manual_seed(0)
+    plain, drawn = (build_transform(CONFIG, train=True, augment=name)(image) for name in ("crop", "imagenet"))
+    assert drawn.shape == plain.shape and not torch.allclose(drawn, plain, atol=0.1)
+    assert drawn.flatten(1).std(dim=1).max() < 1e-4, "one color stays one color"
+    measured = [build_transform(CONFIG, train=False, augment=name)(image) for name in ("none", "imagenet")]
+    assert torch.equal(*measured)

@@ -1,0 +1,186 @@
+import re
+import shutil
+
+import pytest
+
+from snella_app.data import data_folder, load_data
+from snella_app.data.benchmarks import VTAB_TASKS, load_vtab
+from tests.benchmark_folders import write_noise, write_vtab
+
+TINY = {"train800": 12, "val200": 4, "test": 8}
+
+
+@pytest.fixture
+def kitti(tmp_path):
+    return write_vtab(tmp_path / "vtab-1k" / "kitti", 4, TINY)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The smallest task at its real size."""
+    return write_vtab(tmp_path_factory.mktemp("vtab") / "kitti", 4, {"train800": 800, "val200": 200, "test": 711})
+
+
+def names(part):
+    return sorted({name.split("/")[1] for name in part.names})
+
+
+def test_there_are_nineteen_tasks_in_three_groups():
+    groups = [task.group for task in VTAB_TASKS.values()]
+    assert [groups.count(group) for group in ("natural", "specialised", "structured")] == [7, 4, 8]
+    assert sum(task.classes for task in VTAB_TASKS.values()) == 940
+
+
+def test_a_task_of_its_real_size_loads_without_complaint(whole):
+    data = load_data(f"vtab:{whole}")
+    assert (len(data.train), len(data.val), len(data.test), len(data.classes)) == (800, 200, 711, 4)
+    assert data.notes == [] and data.is_resized_whole
+    assert data.train.labels[:5] == [0, 1, 2, 3, 0] and data.train.names[0] == "images/train800/000000.jpg"
+    assert data.train.image(0).size == (8, 8)
+
+
+def test_the_final_run_learns_from_both_and_holds_nothing_out(whole):
+    choosing, final = (load_data(f"vtab:{whole}", protocol=name) for name in ("standard", "final"))
+    assert final.val is None and len(final.train) == 1000
+    assert final.train.names == choosing.train.names + choosing.val.names
+    assert final.train.labels == choosing.train.labels + choosing.val.labels
+    assert final.test.names == choosing.test.names
+    same = [final.train.image(index).tobytes() for index in (0, 999)]
+    assert same == [choosing.train.image(0).tobytes(), choosing.val.image(199).tobytes()]
+
+
+def test_the_official_protocol_learns_from_both_too(kitti):
+    official = load_data(f"vtab:{kitti}", protocol="official", strict_sizes=False)
+    assert official.val is None and names(official.train) == ["train800", "val200"] and names(official.test) == ["test"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "asked", "name"), [("cifar100", "cifar", "cifar"), ("pets", "pets", "oxford_iiit_pet")]
+)
+def test_other_names_of_a_folder_are_known(folder, asked, name, tmp_path):
+    write_vtab(tmp_path / folder, VTAB_TASKS[name].classes, {"train800": 100, "val200": 4, "test": 4})
+    collection = load_vtab(str(tmp_path / asked), strict_sizes=False)
+    assert collection.name == name and len(collection.classes) == VTAB_TASKS[name].classes
+
+
+def test_without_single_lists_the_joint_one_is_cut(whole, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "kitti")
+    for name in ("train800", "val200"):
+        (folder / f"{name}.txt").unlink()
+    data = load_data(f"vtab:{folder}")
+    assert (len(data.train), len(data.val)) == (800, 200) and names(data.val) == ["train800val200"]
+    assert data.notes == ["kitti: train800 and val200 are the first 800 and the last 200 of train800val200.txt"]
+
+
+def test_other_sizes_are_refused_and_all_of_them_listed(kitti):
+    message = (
+        r"vtab:.*kitti is not kitti as the benchmark has it: train800 must have 800 images, got 12; val200 must have "
+        r"200 images, got 4; train800val200 must have 1,000 images, got 16; test must have 711 images, got 8; "
+        r"to use it anyway, pass strict_sizes=False"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_data(f"vtab:{kitti}")
+
+
+def test_other_sizes_are_noted_where_they_are_allowed(kitti):
+    data = load_data(f"vtab:{kitti}", strict_sizes=False)
+    assert "not the benchmark's own data: test must have 711 images, got 8" in data.notes
+
+
+def spoil(folder, name, change):
+    file = folder / f"{name}.txt"
+    file.write_text(change(file.read_text()))
+
+
+def test_all_errors_are_told_in_one_message(kitti):
+    (kitti / "images/test/000003.jpg").unlink()
+    (kitti / "images/test/000004.jpg").unlink()
+    spoil(kitti, "train800", lambda text: text.replace("000001.jpg 1", "000001.jpg 7"))
+    spoil(kitti, "val200", lambda text: text + "images/val200/000000.jpg 0\nimages/val200/000009.jpg\n")
+    with pytest.raises(ValueError) as caught:
+        load_data(f"vtab:{kitti}", strict_sizes=False)
+    for part in (
+        "val200.txt must hold lines like 'images/test/000000.jpg 3', but 1 are not: line 6 is 'images/val200",
+        "test names 2 of 8 files that are not in",
+        "images/test/000003.jpg, images/test/000004.jpg",
+        "labels must be in 0 … 3, train800 has 7",
+        "val200 lists 1 files more than once: images/val200/000000.jpg",
+        "train800val200.txt must list the labels of train800.txt followed by those of val200.txt",
+    ):
+        assert part in str(caught.value)
+    assert "strict_sizes" not in str(caught.value)
+
+
+def test_missing_and_empty_lists_are_named(kitti):
+    (kitti / "val200.txt").unlink()
+    spoil(kitti, "test", lambda text: "")
+    with pytest.raises(ValueError, match=r"test.txt is empty; missing in '.*kitti': val200.txt; the layout is TASK/\{"):
+        load_data(f"vtab:{kitti}", strict_sizes=False)
+
+
+def test_classes_without_images_are_counted(kitti):
+    for name in ("train800", "val200", "train800val200", "test"):
+        spoil(kitti, name, lambda text: re.sub(" 3\n", " 2\n", text))
+    with pytest.raises(ValueError, match="4 classes are required, 3 have images; none of 3"):
+        load_data(f"vtab:{kitti}")
+
+
+def test_a_test_image_that_is_listed_for_training_too_is_refused(kitti):
+    spoil(kitti, "test", lambda text: text + "images/train800/000002.jpg 2\n")
+    with pytest.raises(ValueError, match=r"1 images are both in train800 and in test: 000002\.jpg"):
+        load_data(f"vtab:{kitti}", strict_sizes=False)
+
+
+def test_copies_under_other_names_are_refused_where_they_are_many(kitti):
+    shutil.copy(kitti / "images/train800/000002.jpg", kitti / "images/test/000005.jpg")
+    with pytest.raises(
+        ValueError,
+        match=r"1 of 8 images of test are copies of images of .*: images/test/000005.jpg = images/\w+/000002.jpg",
+    ):
+        load_data(f"vtab:{kitti}", strict_sizes=False)
+
+
+def test_a_few_copies_are_noted(tmp_path):
+    folder = write_vtab(tmp_path / "kitti", 4, {**TINY, "test": 30})
+    shutil.copy(folder / "images/val200/000001.jpg", folder / "images/test/000005.jpg")
+    data = load_data(f"vtab:{folder}", strict_sizes=False)
+    assert any(note.startswith("1 of 30 images of test are copies of images of train800val200") for note in data.notes)
+
+
+def test_images_of_equal_length_but_other_content_are_no_copies(tmp_path):
+    folder = write_vtab(tmp_path / "kitti", 4, TINY)
+    for split in ("train800", "test"):
+        file = folder / f"images/{split}/000000.jpg"
+        write_noise(file.with_suffix(".bmp"), (len(split), 1))
+        file.with_suffix(".bmp").rename(file)
+    assert (folder / "images/train800/000000.jpg").stat().st_size == (folder / "images/test/000000.jpg").stat().st_size
+    assert not any("copies" in note for note in load_data(f"vtab:{folder}", strict_sizes=False).notes)
+
+
+def test_an_unknown_task_is_told_with_the_nearest(tmp_path):
+    with pytest.raises(
+        ValueError,
+        match=r"vtab:.*/clevr_counts must end with the name of a task, got 'clevr_counts'; nearest: clevr_count",
+    ):
+        load_data(f"vtab:{tmp_path}/clevr_counts")
+    with pytest.raises(ValueError, match="got 'xyz'; tasks are cifar, caltech101"):
+        load_data(f"vtab:{tmp_path}/xyz")
+
+
+def test_a_missing_folder_is_told_with_what_belongs_there(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"there is no folder '.*/dtd'; `snella data check .*` says what belongs"
+    ):
+        load_data(f"vtab:{tmp_path}/dtd")
+
+
+def test_the_number_of_validation_images_needs_a_validation_part(kitti):
+    with pytest.raises(ValueError, match="val_size=3 given, but protocol=final holds no validation part out"):
+        load_data(f"vtab:{kitti}", protocol="final", val_size=3, strict_sizes=False)
+
+
+def test_a_run_finds_its_data_again_under_the_folders_other_name(tmp_path):
+    (tmp_path / "cifar100").mkdir()
+    assert data_folder(f"vtab:{tmp_path}/cifar") == tmp_path / "cifar100"
+    assert data_folder(f"vtab:{tmp_path}/dtd") == tmp_path / "dtd" and data_folder("digits") is None
+    assert data_folder(f"fgvc:{tmp_path}/other") == tmp_path / "other"

@@ -1,0 +1,123 @@
+"""How much each weight matters, by hand-computed gradients."""
+
+import pytest
+import torch
+from torch import nn
+
+from snella_lab.methods.calibration import (
+    SelectionData,
+    loss_of,
+    rank_entries,
+    selection_data,
+    squared_gradients,
+    summed_gradients,
+)
+
+X = [torch.tensor([[1.0, 2.0]]), torch.tensor([[-3.0, 1.0]])]
+
+
+def layer():
+    linear = nn.Linear(2, 1)
+    nn.init.zeros_(linear.weight)
+    return linear.requires_grad_(False)
+
+
+def total(model, images, labels):
+    """A loss whose gradient to the weight is the image."""
+    return model(images).sum()
+
+
+def batches():
+    return iter([(x, torch.zeros(1)) for x in X])
+
+
+def test_sensitivity_is_the_sum_of_the_batches_squared_gradients():
+    found = squared_gradients(layer(), ["weight", "bias"], batches, total)
+    assert found["weight"].tolist() == [[1.0 + 9.0, 4.0 + 1.0]]
+    assert found["bias"].tolist() == [2.0]
+
+
+def test_gradients_are_summed_with_their_signs():
+    assert summed_gradients(layer(), ["weight"], batches, total)["weight"].tolist() == [[-2.0, 3.0]]
+
+
+def test_no_more_batches_are_looked_at_than_allowed():
+    assert squared_gradients(layer(), ["weight"], batches, total, 1)["weight"].tolist() == [[1.0, 4.0]]
+
+
+def test_the_model_is_left_as_it_was():
+    model = nn.Sequential(layer(), nn.Dropout(0.5)).train()
+    model[0].bias.requires_grad_(True)
+    state = torch.random.get_rng_state()
+    squared_gradients(model, ["0.weight"], batches, total)
+    assert model.training and model[1].training
+    assert [p.requires_grad for p in model.parameters()] == [False, True]
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def test_gradients_of_different_weights_never_exist_together():
+    model = nn.Sequential(layer(), nn.Linear(1, 1))
+    later_is_gone = []
+    model[0].weight.requires_grad_(True).register_hook(lambda _: later_is_gone.append(model[1].weight.grad is None))
+    squared_gradients(model, ["0.weight", "1.weight"], batches, total)
+    assert later_is_gone == [True, True]
+
+
+def test_a_name_that_is_no_parameter_is_refused():
+    with pytest.raises(ValueError, match=r"names must be parameters of Linear, got \['wieght'\]"):
+        squared_gradients(layer(), ["wieght"], batches, total)
+
+
+def test_a_loss_that_is_not_finite_names_its_batch():
+    with pytest.raises(ValueError, match="the loss of batch 2 is inf"):
+        squared_gradients(layer(), ["weight"], batches, lambda m, x, _: m(x).sum() + (torch.inf if x[0, 0] < 0 else 0))
+
+
+def test_no_batch_is_refused():
+    with pytest.raises(ValueError, match="at least one batch of images and labels, got none"):
+        squared_gradients(layer(), ["weight"], lambda: iter([]), total)
+
+
+def test_what_is_no_callable_is_refused_as_batches():
+    with pytest.raises(TypeError, match=r"batches must be a callable .*, got \[1, 2\]; write batches=lambda"):
+        selection_data([1, 2])
+
+
+def test_the_loss_of_plain_batches_is_cross_entropy_and_that_of_selection_data_its_own():
+    logits, labels = torch.tensor([[2.0, 0.0]]), torch.tensor([0])
+    plain = loss_of(selection_data(batches))(nn.Identity(), logits, labels)
+    torch.testing.assert_close(plain, torch.log(1 + torch.exp(torch.tensor(-2.0))))
+    own = SelectionData(batches, loss=lambda outputs, labels: outputs.sum())
+    assert loss_of(selection_data(own))(nn.Identity(), logits, labels) == 2.0
+
+
+def test_entries_are_ranked_over_all_tensors_and_equal_ones_by_their_place():
+    values = [torch.tensor([[1.0, 5.0], [0.0, 2.0]]), torch.tensor([5.0, 0.0, 3.0])]
+    owners, positions = rank_entries(values, 6)
+    assert list(zip(owners.tolist(), positions.tolist(), strict=True)) == [
+        (0, 1),
+        (1, 0),
+        (1, 2),
+        (0, 3),
+        (0, 0),
+        (0, 2),
+    ]
+    assert [t.tolist() for t in rank_entries(values, 0)] == [[], []]
+
+
+@pytest.mark.parametrize("count", [0, 1, 17, 60])
+def test_the_ranking_is_that_of_a_stable_sort(count):
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randint(4, (n,), generator=generator).float() for n in (20, 1, 39)]
+    everything = torch.cat(values)
+    order = everything.argsort(descending=True, stable=True)[:count]
+    owners, positions = rank_entries(values, count)
+    starts = torch.tensor([0, 20, 21])
+    assert torch.equal(starts[owners] + positions, order)
+
+
+def test_more_entries_than_there_are_are_refused():
+    with pytest.raises(ValueError, match=r"count must be in \[0, 3\], .* got 4"):
+        rank_entries([torch.zeros(3)], 4)

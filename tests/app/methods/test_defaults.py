@@ -1,0 +1,98 @@
+"""No file outside of the `methods/` packages knows a method by its name."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import snella_app
+from snella_app.methods import METHODS, find_method
+from snella_app.methods.defaults import (
+    DEFAULT_METHOD,
+    MEMORY_METHODS,
+    PROBE_METHOD,
+    RECIPE_METHOD,
+    REFERENCE_METHOD,
+    shown_defaults,
+)
+
+SOURCES = Path(snella_app.__file__).parents[1]
+OTHER_MEANINGS = {
+    "snella": "the program, and the package",
+    "linear": "a kernel function, a schedule, a mode of interpolation",
+    "bias": "a parameter",
+    "adapter": "the folder of an adapter",
+}
+"""Words that are names of methods too, where they mean something else."""
+ALLOWED = {
+    "snella_app/methods/": "the table",
+    "snella_lab/methods/": "the table of the laboratory",
+    "snella_lab/bench/": "its baselines are functions of the benchmark, not rows of the table",
+    "snella_lab/recipes/demo.py": "the demonstration is of three methods",
+}
+OF_FILES = {"snella_app/runs/export.py": "lora", "snella_app/cli/commands.py": "lora", "snella_app/settings.py": "full"}
+"""Files where one word is a format that adapters are exported to, or what other tools call 32-bit precision."""
+
+
+def texts_of(path):
+    """The strings of a file with their lines, without docstrings."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield node.lineno, node.value
+
+
+def names_in(path, words):
+    """The lines of a file where a string is a method's name, with or without a number or the dash before one."""
+    pattern = re.compile(rf"({'|'.join(map(re.escape, words))})(-\d*)?")
+    return [f"{path}:{line}: {text!r}" for line, text in texts_of(path) if pattern.fullmatch(text)]
+
+
+def test_no_method_s_name_stands_outside_of_methods():
+    words = [name for name in METHODS if name not in OTHER_MEANINGS]
+    places = {path: path.relative_to(SOURCES).as_posix() for path in sorted(SOURCES.rglob("*.py"))}
+    searched = [path for path, place in places.items() if not place.startswith(tuple(ALLOWED))]
+    of_file = {path: [word for word in words if word != OF_FILES.get(places[path])] for path in searched}
+    found = [line for path in searched for line in names_in(path, of_file[path])]
+    assert len(searched) > 80 and not found, "a method's needs are fields of `Method`:\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "snella_app/runs",
+        "snella_app/tasks",
+        "snella_app/report",
+        "snella_app/cli",
+        "snella_app/data",
+        "snella_lab/comparison",
+        "snella_lab/recipes/instruct",
+    ],
+)
+def test_words_of_other_meaning_are_no_methods_where_methods_are_spoken_of(place):
+    words = [word for word in OTHER_MEANINGS if word not in ("adapter", "snella")]
+    found = [line for path in sorted((SOURCES / place).rglob("*.py")) for line in names_in(path, words)]
+    is_schedule = [line for line in found if "recipes/instruct/train.py" in line and "'linear'" in line]
+    assert len(found) == len(is_schedule) <= 1, "\n".join(found)
+
+
+def test_a_name_is_found_where_there_is_one(tmp_path):
+    (tmp_path / "a.py").write_text('"""lora"""\nx = "lora-8"\nname = f"snell-{x}"\ny = "a lora"\n')
+    assert names_in(tmp_path / "a.py", ["lora", "snell"]) == [
+        f"{tmp_path / 'a.py'}:2: 'lora-8'",
+        f"{tmp_path / 'a.py'}:3: 'snell-'",
+    ]
+
+
+@pytest.mark.parametrize(("method", "purpose"), [(DEFAULT_METHOD, ""), (RECIPE_METHOD, "generation"),
+                                                 (RECIPE_METHOD, "language")])  # fmt: skip
+def test_help_shows_what_the_default_method_takes(method, purpose):
+    assert shown_defaults(purpose) == find_method(method).defaults_of(purpose)
+
+
+def test_methods_with_a_part_of_their_own_are_in_the_table():
+    for name in (PROBE_METHOD, REFERENCE_METHOD, *(name.format(r=8) for name in MEMORY_METHODS)):
+        assert find_method(name) is not None
+    assert find_method(PROBE_METHOD).is_head_only

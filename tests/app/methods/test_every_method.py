@@ -1,0 +1,129 @@
+"""What holds for each row of the table; a new row is covered as it is added."""
+
+import copy
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch.nn.functional import cross_entropy
+
+from snella_app.methods import (
+    METHODS,
+    build_method,
+    check_method,
+    find_method,
+    load_trained,
+    load_trained_into,
+    merge_trained,
+    save_trained,
+    spec_of,
+)
+
+STARTS_ELSEWHERE = {
+    "mlp",
+    "vpt-shallow",
+    "vpt-deep",
+    "vqt",
+    "ssf",
+    "fourierft",
+    "snella",
+    "snella-matched",
+    "snell",
+    "klora",
+    "fixed-mask",
+    "noah",
+}
+"""Methods whose definition does not begin with the outputs of the backbone."""
+QUICK = {"noah": {"supernet_epochs": 1}}
+"""Options that make a method with a search of its own quick."""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_it_begins_trains_copies_saves_reloads_and_merges_as_it_promises(
+    method, make_model, batches, train_steps, images, tmp_path
+):
+    model = build_method(method, make_model(), batches=batches, **QUICK.get(method, {}))
+    with torch.no_grad():
+        plain, begun = make_model().eval()(images), model.eval()(images)
+    if method not in STARTS_ELSEWHERE:
+        torch.testing.assert_close(begun, plain, atol=2e-6, rtol=1e-5)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model.train()
+    for _ in range(2):  # some factors have no gradient until others have moved
+        train_steps(model, steps=1)
+        cross_entropy(model(images), torch.tensor([0, 1, 2, 0])).backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+        assert parameter.requires_grad or torch.equal(before[name], parameter), name
+    model.zero_grad()
+    model.eval()
+    with torch.no_grad():
+        outputs = model(images)
+        assert not torch.allclose(outputs, plain, atol=1e-4)
+        save_trained(model, tmp_path)
+        _check_size(method, model, tmp_path)
+        _check_copies(model, images, outputs, tmp_path)
+        loaded = load_trained(tmp_path, make_model())
+        assert torch.equal(loaded(images), outputs)
+        assert spec_of(loaded) == spec_of(model)
+        _check_merging(method, model, make_model, images, outputs)
+
+
+def _check_size(method, model, folder):
+    """Nothing of the frozen backbone is in the file."""
+    (weights,) = folder.glob("*.safetensors")
+    with safe_open(weights, "pt") as file:
+        stored = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # besides trained values: one or two positions of each sparse one, budgets, statistics of a head's normalization
+    assert trained <= stored <= 3 * trained + 300 or method == "full"
+
+
+def _check_copies(model, images, outputs, folder):
+    """A copy works, shares nothing, and takes saved values back."""
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(images), outputs)
+    for parameter in twin.parameters():
+        if parameter.requires_grad:
+            parameter.mul_(0.5)
+    assert torch.equal(model(images), outputs)
+    load_trained_into(twin, folder)
+    assert torch.equal(twin.train().eval()(images), outputs)
+
+
+def _check_merging(method, model, make_model, images, outputs):
+    """Merged weights are those of a plain model with the same outputs; what cannot be merged says why."""
+    row = METHODS[method]
+    if row.merge is None:
+        with pytest.raises(ValueError, match=f"method '{method}' cannot be folded .*: it {row.unmerged_reason}"):
+            merge_trained(model)
+        return
+    merged = merge_trained(model)
+    again = make_model()
+    again.load_state_dict(merged.state_dict())
+    torch.testing.assert_close(again.eval()(images), outputs, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_its_row_says_what_it_is(method):
+    row = METHODS[method]
+    assert row.summary and row.source
+    assert row.suffix is None or row.suffix in row.options
+    assert row.merge is not None or row.unmerged_reason
+    assert not row.needs_batches or row.restore is not None or row.config is not None
+    assert check_method(method, {}) == {}
+    assert find_method(method) is row
+
+
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.suffix is not None])
+def test_the_number_in_its_name_is_its_option(method):
+    suffix = METHODS[method].suffix
+    assert check_method(f"{method}-4", {}) == {suffix: 4}
+    with pytest.raises(ValueError, match=f"'{method}-4' sets {suffix} to 4, but {suffix}=2 was given too"):
+        check_method(f"{method}-4", {suffix: 2})
+
+
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.needs_batches])
+def test_without_data_it_says_that_it_needs_some(method, make_model):
+    with pytest.raises(ValueError, match=f"'{method}' chooses what to train from training data, got batches=None"):
+        build_method(method, make_model())

@@ -1,0 +1,50 @@
+"""A SNELLA update on the most sensitive weights."""
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from snella.layer import SnellaLayer
+from snella_app.methods import build_method, load_trained, save_trained
+from snella_lab.methods.spt import matrix_layers
+
+
+def layers(model):
+    return {name: m for name, m in model.get_base_model().named_modules() if isinstance(m, SnellaLayer)}
+
+
+def test_the_mask_is_the_most_sensitive_weights_of_all_matrices_together(make_model, batches):
+    built = build_method("fixed-mask-4", make_model(), batches=batches, budget=0.001, kernel="p_linear")
+    model, total = make_model().eval(), {}
+    names = matrix_layers(model, "head")
+    for images, labels in batches():
+        model.zero_grad()
+        cross_entropy(model(images), labels).backward()
+        for name in names:
+            total[name] = total.get(name, 0) + model.get_parameter(f"{name}.weight").grad ** 2
+    threshold = torch.cat([total[name].flatten() for name in names]).sort(descending=True).values[999]
+    assert set(layers(built)) == set(names)
+    for name, layer in layers(built).items():
+        assert torch.equal(layer.get_delta_weight("default") != 0, total[name] >= threshold), name
+    assert sum(sum(layer.budgets("default")) for layer in layers(built).values()) == 1000
+
+
+def test_the_mask_comes_back_from_the_file_without_data(make_model, batches, images, tmp_path):
+    built = build_method("fixed-mask-4", make_model(), batches=batches, budget=0.001).eval()
+    save_trained(built, tmp_path)
+    loaded = load_trained(tmp_path, make_model())
+    with torch.no_grad():
+        assert torch.equal(loaded(images), built(images))
+    assert [m.budgets("default") for m in layers(loaded).values()] == [
+        m.budgets("default") for m in layers(built).values()
+    ]
+
+
+def test_a_mask_larger_than_the_matrices_is_refused(make_model, batches):
+    with pytest.raises(ValueError, match=r"budget must be at most 0.2\d+ million, .* got 1$"):
+        build_method("fixed-mask", make_model(), batches=batches, budget=1)
+
+
+def test_what_belongs_to_the_competition_is_no_option(make_model, batches):
+    with pytest.raises(ValueError, match="no option 'target_sparsity'"):
+        build_method("fixed-mask", make_model(), batches=batches, target_sparsity=0.5)

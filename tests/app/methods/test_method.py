@@ -1,0 +1,36 @@
+import pytest
+
+from snella_app.methods.method import check_by, number, one_of, whole_number
+
+CHECK = check_by(
+    {
+        "r": whole_number(),
+        "rate": number(0, 1),
+        "scale": number(),
+        "kind": one_of("a", "b"),
+    }
+)
+
+
+def test_good_values_and_missing_ones_pass():
+    assert CHECK({}) == []
+    assert CHECK({"r": 1, "rate": 0, "scale": 1e9, "kind": "b"}) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("r", 0, "r must be an integer of at least 1, got 0"),
+        ("r", True, "r must be an integer of at least 1, got True"),
+        ("r", "8", "r must be an integer of at least 1, got '8'"),
+        ("rate", 1.0, "rate must be a number in [0, 1), got 1.0"),
+        ("scale", float("nan"), "scale must be a finite number of at least 0, got nan"),
+        ("kind", "c", "kind must be one of 'a', 'b', got 'c'"),
+    ],
+)
+def test_a_bad_value_is_named_with_what_is_wanted(name, value, error):
+    assert CHECK({name: value}) == [error]
+
+
+def test_all_errors_come_together():
+    assert len(CHECK({"r": -1, "kind": 3})) == 2

@@ -1,0 +1,67 @@
+import copy
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from snella_app.methods.model_parts import attach, attached, detach, find_blocks, mlps
+
+
+class Add(nn.Module):
+    def __init__(self, value):
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor(value))
+
+
+def add_after(module, inputs, output):
+    return output + module.extra.value
+
+
+def add_before(module, inputs):
+    return (inputs[0] + module.extra.value,)
+
+
+def test_a_child_works_and_is_saved_as_any_module_and_leaves_no_trace():
+    model = nn.Sequential(nn.Identity(), nn.ReLU())
+    attach(model[1], "extra", Add(2.0), before=add_before, after=add_after)
+    x = torch.tensor([-1.0, -5.0])
+    assert model(x).tolist() == [3.0, 2.0]
+    assert list(model.state_dict()) == ["1.extra.value"]
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin[1].extra.value.fill_(0.0)
+    assert twin(x).tolist() == [0.0, 0.0] and model(x).tolist() == [3.0, 2.0]
+    assert [(n, m, c.value.item()) for n, m, c in attached(twin, "extra", Add)] == [("1", twin[1], 0.0)]
+    detach(twin[1], "extra", add_before, add_after)
+    assert twin(x).tolist() == [0.0, 0.0] and not twin.state_dict() and model(x).tolist() == [3.0, 2.0]
+
+
+def test_a_name_that_is_taken_is_refused():
+    with pytest.raises(ValueError, match="Linear has a 'weight' already, a Parameter"):
+        attach(nn.Linear(2, 2), "weight", Add(1.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "last", "count"),
+    [
+        ("test_vit", "blocks.0", "blocks.5", 6),
+        ("test_convnext", "stages.0.blocks.0", "stages.3.blocks.1", 9),
+        ("test_resnet", "layer1.0", "layer4.0", 4),
+        ("test_efficientnet", "blocks.0.0", "blocks.4.0", 5),
+        ("swin_tiny_patch4_window7_224", "layers.0.blocks.0", "layers.3.blocks.1", 12),
+    ],
+)
+def test_blocks_are_found_in_forward_order(name, first, last, count):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    head = "fc" if name == "test_resnet" else "head"
+    names = [n for n, _ in find_blocks(model, head)]
+    assert names[0] == first and names[-1] == last
+    assert len(names) == count
+
+
+def test_the_width_of_an_mlp_is_that_of_its_last_layer():
+    with torch.device("meta"):
+        model = timm.create_model("test_vit")
+    assert [(n, width) for n, _, width in mlps(model, "head")] == [(f"blocks.{i}.mlp", 64) for i in range(6)]

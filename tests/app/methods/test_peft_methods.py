@@ -1,0 +1,60 @@
+import pytest
+import torch
+from torch import nn
+
+from snella_app.methods import build_method, load_trained, method_options, save_trained
+from snella_app.methods.peft_methods import merge_adapter
+
+
+def test_options_are_the_fields_of_pefts_configuration(make_model):
+    assert {"r", "sparsity", "select_top"} <= set(method_options("supertuning"))
+    model = build_method("supertuning", make_model(), sparsity=0.9)
+    config = model.peft_config["default"]
+    assert config.sparsity == 0.9 and config.modules_to_save == ["head"]
+    assert build_method("vera-16", make_model()).peft_config["default"].r == 16
+
+
+def test_sparse_methods_train_values_alone_not_masked_matrices(make_model):
+    for method in ("shira-2", "supertuning"):
+        model = build_method(method, make_model())
+        own = [p for n, p in model.named_parameters() if p.requires_grad and "head" not in n]
+        assert all(p.ndim == 1 and len(p) < 64 * 64 / 4 for p in own)
+
+
+def test_ln_tuning_changes_layer_normalizations_and_nothing_of_that_name_besides(make_model):
+    model = build_method("ln_tuning", make_model())
+    trained = {n.split(".ln_tuning_layers")[0] for n, p in model.named_parameters() if p.requires_grad and "ln_" in n}
+    names = {f"blocks.{i}.norm{k}" for i in range(6) for k in (1, 2)} | {"norm"}
+    assert trained == {f"base_model.model.{name}" for name in names}
+
+
+def test_random_projections_come_from_their_seed_and_are_not_saved(make_model, images, tmp_path):
+    for method, saved in (("vera-8", False), ("randlora-8", False), ("randlora-8", True)):
+        folder = tmp_path / f"{method}-{saved}"
+        model = build_method(method, make_model(), **({"save_projection": True} if saved else {})).eval()
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "head" not in name:
+                nn.init.normal_(parameter, std=0.1)
+        save_trained(model, folder)
+        (weights,) = folder.glob("*.safetensors")
+        assert (weights.stat().st_size > 100_000) == saved
+        with torch.no_grad():
+            assert torch.equal(load_trained(folder, make_model())(images), model(images))
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [
+        ("shira", r"Target module Conv2d.* is not supported"),
+        ("vera", "No layers types compatible with VeRA"),
+        ("ln_tuning", "ResNet has no LayerNorm outside of its head 'fc'"),
+    ],
+)
+def test_a_model_that_a_method_cannot_change_is_named_with_the_method(method, reason, make_model):
+    with pytest.raises(ValueError, match=f"method '{method}' cannot be applied to ResNet: {reason}"):
+        build_method(method, make_model("test_resnet"))
+
+
+def test_only_adapters_are_merged_as_such(make_model):
+    with pytest.raises(TypeError, match="only a PeftModel has an adapter to merge, got VisionTransformer"):
+        merge_adapter(make_model())

@@ -1,0 +1,230 @@
+import json
+
+import pytest
+import timm
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from snella_app.methods import AdapterFileError, build_method, load_trained, load_trained_into, save_trained
+from snella_app.methods.saving import check_fits, read_header
+
+METHODS = ["linear", "bias", "full", "lora-2", "snella-2", "snell-2"]
+
+
+def backbone(name="test_vit", num_classes=3):
+    torch.manual_seed(0)
+    return timm.create_model(name, num_classes=num_classes, **({"img_size": 32} if "vit" in name else {}))
+
+
+def trained(method, name="test_vit"):
+    model = build_method(method, backbone(name)).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    torch.manual_seed(1)
+    for _ in range(2):
+        model(torch.randn(4, 3, 32, 32)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_reloaded_model_gives_the_same_bits(method, name, tmp_path):
+    model = trained(method, name)
+    save_trained(model, tmp_path / "adapter")
+    loaded = load_trained(tmp_path / "adapter", backbone(name))
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(loaded(images), model(images))
+        assert not torch.equal(loaded(images), backbone(name).eval()(images))
+    assert not loaded.training
+
+
+@pytest.mark.parametrize("method", ["linear", "lora-2", "snella-2"])
+def test_nothing_of_the_backbone_is_saved(method, tmp_path):
+    save_trained(trained(method), tmp_path)
+    (weights,) = tmp_path.glob("*.safetensors")
+    assert not any("pos_embed" in name or "patch_embed" in name for name in load_file(weights))
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".") or p.suffix == ".tmp"]
+
+
+@pytest.mark.parametrize("method", ["lora-2", "snella-2"])
+def test_a_saved_adapter_is_an_ordinary_peft_adapter(method, tmp_path):
+    model = trained(method)
+    save_trained(model, tmp_path)
+    loaded = PeftModel.from_pretrained(backbone(), str(tmp_path)).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(loaded(images), model(images))
+    (tmp_path / "method.json").unlink()
+    with torch.no_grad():
+        assert torch.equal(load_trained(tmp_path, backbone())(images), model(images))
+
+
+def test_training_can_go_on_after_loading(tmp_path):
+    save_trained(trained("snella-2"), tmp_path)
+    loaded = load_trained(tmp_path, backbone())
+    assert {p.requires_grad for n, p in loaded.named_parameters() if "snella_" in n} == {True}
+    save_trained(loaded, tmp_path / "again")
+    first, second = (load_file(f / "adapter_model.safetensors") for f in (tmp_path, tmp_path / "again"))
+    assert first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
+
+
+@pytest.mark.parametrize("method", ["linear", "snella-2"])
+def test_no_flipped_bit_of_the_values_goes_unnoticed(method, tmp_path):
+    model = trained(method)
+    save_trained(model, tmp_path)
+    (path,) = tmp_path.glob("*.safetensors")
+    whole = path.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    for position in range(start, len(whole), (len(whole) - start) // 7):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        with pytest.raises(AdapterFileError, match=rf"{path.name} is damaged: its values were altered .*; copy the ad"):
+            load_trained_into(model, tmp_path)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+def test_a_header_that_safetensors_refuses_is_called_damaged(tmp_path):
+    save_trained(trained("linear"), tmp_path)
+    path = tmp_path / "trainable.safetensors"
+    path.write_bytes(path.read_bytes().replace(b'"dtype":"F32"', b'"dtype":"F33"', 1))
+    with pytest.raises(AdapterFileError, match=r"trainable.safetensors is damaged: .*F33.*; copy the adapter again"):
+        load_trained(tmp_path, backbone())
+
+
+@pytest.mark.parametrize(("method", "name"), [("linear", "method.json"), ("snella-2", "adapter_config.json")])
+def test_other_settings_than_the_saved_ones_are_noticed(method, name, tmp_path):
+    save_trained(trained(method), tmp_path)
+    (tmp_path / name).write_text((tmp_path / name).read_text() + " ")
+    with pytest.raises(AdapterFileError, match=rf"{name} is damaged: it is not what the adapter was saved with"):
+        load_trained(tmp_path, backbone())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("method", ["linear", "snella-2"])
+def test_values_that_are_not_finite_are_refused(method, value, tmp_path):
+    model = trained(method)
+    name = next(n for n, p in model.named_parameters() if p.requires_grad)
+    model.get_parameter(name).data.view(-1)[:2] = value
+    save_trained(model, tmp_path)
+    with pytest.raises(AdapterFileError, match=r"is damaged: '.*' holds 2 values that are not finite, of \d+; copy"):
+        load_trained(tmp_path, backbone())
+
+
+def test_an_adapter_without_a_digest_is_loaded_with_a_note(tmp_path, caplog):
+    save_trained(trained("lora-2"), tmp_path)
+    load_trained(tmp_path, backbone())
+    assert not caplog.text
+    path = tmp_path / "adapter_model.safetensors"
+    save_file(load_file(path), path, {"format": "pt"})
+    load_trained(tmp_path, backbone())
+    assert f"note: {path} names no SHA-256 digest" in caplog.text
+
+
+def test_targets_are_written_in_the_same_order_by_every_process(tmp_path):
+    save_trained(trained("lora-2"), tmp_path)
+    names = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    assert len(names) > 1 and names == sorted(names)
+
+
+@pytest.mark.parametrize("method", ["linear", "lora-2", "snella-2"])
+def test_a_truncated_file_names_the_incomplete_tensor(method, tmp_path):
+    save_trained(trained(method), tmp_path)
+    (path,) = tmp_path.glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(
+        AdapterFileError, match=rf"{path.name} is damaged: cut off at \d+ of \d+ bytes, so '.+' is incomplete"
+    ):
+        load_trained(tmp_path, backbone())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"abc", "a safetensors header of .* bytes cannot be in a file of 3 bytes"),
+        (b"\x05" + bytes(7) + b"{nope", "its safetensors header is unreadable"),
+        (b"\x02" + bytes(7) + b"[]", "its safetensors header is unreadable"),
+        (b"\xff" * 40, "cannot be in a file of 40 bytes"),
+    ],
+)
+def test_a_file_of_other_content_is_called_damaged(content, message, tmp_path):
+    save_trained(trained("linear"), tmp_path)
+    (tmp_path / "trainable.safetensors").write_bytes(content)
+    with pytest.raises(AdapterFileError, match=message):
+        load_trained(tmp_path, backbone())
+
+
+def test_a_file_with_something_appended_is_called_damaged(tmp_path):
+    save_file({"a": torch.zeros(2)}, tmp_path / "x.safetensors")
+    with (tmp_path / "x.safetensors").open("ab") as file:
+        file.write(b"1234")
+    with pytest.raises(AdapterFileError, match=r"damaged: \d+ bytes, its header describes \d+"):
+        read_header(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("method", ["linear", "lora-2", "snella-2"])
+def test_an_adapter_for_another_number_of_classes_names_the_tensor_and_both_shapes(method, tmp_path):
+    save_trained(trained(method), tmp_path)
+    with pytest.raises(AdapterFileError, match=r"head.*weight' is \[3, 64\] in the file and \[5, 64\] in the model"):
+        load_trained(tmp_path, backbone(num_classes=5))
+
+
+@pytest.mark.parametrize("method", ["linear", "bias"])
+def test_an_adapter_of_another_architecture_names_what_is_missing_and_left_over(method, tmp_path):
+    model = trained(method)
+    save_trained(model, tmp_path)
+    path = tmp_path / "trainable.safetensors"
+    tensors = load_file(path)
+    tensors["neck.weight"] = tensors.pop("head.weight")
+    save_file(tensors, path)
+    with pytest.raises(AdapterFileError, match=r"the file lacks 'head.weight'; the model lacks 'neck.weight'"):
+        load_trained(tmp_path, backbone())
+
+
+def test_a_refused_file_leaves_the_model_as_it_was(tmp_path):
+    save_trained(trained("lora-2"), tmp_path)
+    other = build_method("lora-4", backbone())
+    before = {n: p.clone() for n, p in other.named_parameters()}
+    with pytest.raises(AdapterFileError, match=r"more tensors differ in shape"):
+        load_trained_into(other, tmp_path)
+    assert all(torch.equal(before[n], p) for n, p in other.named_parameters())
+
+
+def test_many_missing_tensors_are_counted():
+    from pathlib import Path
+
+    with pytest.raises(AdapterFileError, match="the file lacks 'a0', 'a1', 'a2' and 7 more"):
+        check_fits(Path("x"), {}, {f"a{i}": [1] for i in range(10)})
+
+
+def test_equal_tensors_are_equal_files(tmp_path):
+    model = trained("snella-2")
+    for number in range(8):
+        save_trained(model, tmp_path / str(number))
+    assert len({path.read_bytes() for path in tmp_path.glob("*/*.safetensors")}) == 1
+
+
+def test_a_folder_without_an_adapter_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path.name} holds no adapter"):
+        load_trained(tmp_path, backbone())
+    save_trained(trained("linear"), tmp_path)
+    (tmp_path / "trainable.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no adapter file .*trainable\.safetensors"):
+        load_trained(tmp_path, backbone())
+
+
+@pytest.mark.parametrize(("method", "name"), [("lora-2", "adapter_config.json"), ("linear", "method.json")])
+@pytest.mark.parametrize(("content", "reason"), [("{", "Expecting"), ("[1]", r"must hold a mapping, got \[1\]")])
+def test_damaged_settings_are_named_with_the_way_out(method, name, content, reason, tmp_path):
+    save_trained(trained(method), tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(AdapterFileError, match=rf"{name} is damaged: .*{reason}.*; copy the adapter again, or train"):
+        load_trained(tmp_path, backbone())
+
+
+def test_method_json_tells_how_to_build_the_model_again(tmp_path):
+    save_trained(trained("snella-2"), tmp_path)
+    described = json.loads((tmp_path / "method.json").read_text())
+    assert described == {"format": 1, "method": "snella-2", "options": {"r": 2}, "head": "head"}

@@ -1,0 +1,118 @@
+"""SPT: which weights are trained one by one, and which matrices get a module."""
+
+import pytest
+import torch
+from torch import nn
+
+from snella_app.methods import build_method, spec_of
+from snella_lab.methods.adapter import Adapter
+from snella_lab.methods.spt import AdapterBehind, LowRank, SptLayer, budget_of, spend_budget
+
+VALUES = [torch.tensor([9.0, 8.0, 1.0, 7.0]), torch.tensor([6.0, 0.0]), torch.tensor([5.0, 4.0, 3.0])]
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "budget", "structured", "chosen"),
+    [
+        # 9 and 8 by themselves, then 7 turns the first group into a module of 3 parameters; 6 and 5 are left
+        ([3, 9, 9], 5, [True, False, False], [[], [0], [0]]),
+        # nothing reaches its threshold
+        ([9, 9, 9], 4, [False, False, False], [[0, 1, 3], [0], []]),
+        # at 8 the module would cost 3 instead of 1, more than what is left of 2
+        ([2, 9, 9], 2, [False, False, False], [[0, 1], [], []]),
+        # what a structured group has besides is passed for nothing: 1 and 0 are the last to be looked at
+        ([1, 9, 9], 8, [True, False, False], [[], [0, 1], [0, 1, 2]]),
+        ([9, 9, 9], 0, [False, False, False], [[], [], []]),
+    ],
+)
+def test_the_budget_is_spent_down_the_ranking(thresholds, budget, structured, chosen):
+    costs = [3, 9, 9]
+    found = spend_budget(VALUES, costs, thresholds, budget)
+    assert found[0] == structured
+    assert [one.tolist() for one in found[1]] == chosen
+    assert sum(c for c, s in zip(costs, found[0], strict=True) if s) + sum(map(len, found[1])) == budget
+
+
+def test_more_than_all_groups_can_use_is_refused():
+    with pytest.raises(ValueError, match=r"budget must be at most 8e-06 million .*, got 9e-06"):
+        spend_budget(VALUES, [3, 9, 9], [1, 9, 9], 9)
+
+
+@pytest.mark.parametrize(("rows", "columns", "r"), [(6, 4, 2), (3, 5, 1)])
+def test_the_cost_of_a_module_is_its_parameters(rows, columns, r):
+    assert LowRank.count(rows, columns, r) == sum(p.numel() for p in LowRank(rows, columns, r).parameters())
+    assert AdapterBehind.count(rows, columns, r) == sum(p.numel() for p in AdapterBehind(rows, columns, r).parameters())
+
+
+@pytest.mark.parametrize("method", ["spt-lora-2", "spt-adapter-2"])
+@pytest.mark.parametrize("budget", [0.0004, 0.005])
+@pytest.mark.parametrize("backbone", ["test_vit", "test_resnet"])
+def test_exactly_the_budget_is_trained_besides_the_head(method, budget, backbone, make_model, batches):
+    model = build_method(method, make_model(backbone), batches=batches, budget=budget, alpha=40)
+    head = set(model.get_submodule(spec_of(model).head).parameters())
+    trained = [p for p in model.parameters() if p.requires_grad and p not in head]
+    assert sum(p.numel() for p in trained) == round(budget * 1e6)
+    if budget > 0.001:
+        assert any(isinstance(module, LowRank | AdapterBehind) for module in model.modules())
+
+
+def test_the_default_is_0_4_million_on_a_vit_b_16():
+    class Backbone(nn.Module):
+        def __init__(self):
+            super().__init__()
+            for k, (rows, columns) in enumerate([(2304, 768), (768, 768), (3072, 768), (768, 3072)]):
+                for block in range(12):
+                    self.add_module(f"layer{block}_{k}", nn.Linear(columns, rows))
+            self.head = nn.Linear(768, 2)
+
+    with torch.device("meta"):
+        model = Backbone()
+    assert budget_of({}, model, "head") == 400_000
+    assert budget_of({"budget": 0.2}, model, "head") == 200_000
+
+
+@pytest.fixture
+def layer():
+    """A fused layer of three matrices, the second of which has a module."""
+    torch.manual_seed(0)
+    return lambda module: SptLayer(nn.Linear(4, 6).requires_grad_(False), torch.tensor([1, 20]), (2, 2, 2), {1: module})
+
+
+def test_a_low_rank_update_changes_the_rows_of_its_matrix(layer):
+    spt = layer(LowRank(2, 4, 3))
+    nn.init.normal_(spt.structured["1"].B)
+    nn.init.normal_(spt.values)
+    x = torch.randn(5, 4)
+    weight = spt.base_layer.weight.clone()
+    weight.view(-1)[[1, 20]] += spt.values.detach()
+    weight[2:4] += (spt.structured["1"].B @ spt.structured["1"].A).detach()
+    expected = x @ weight.T + spt.base_layer.bias
+    torch.testing.assert_close(spt(x), expected)
+    torch.testing.assert_close(spt.merged()(x), expected)
+
+
+def test_an_adapter_changes_the_output_of_its_matrix(layer):
+    spt = layer(AdapterBehind(2, 4, 3))
+    adapter = spt.structured["1"].adapter
+    nn.init.normal_(adapter.up.weight)
+    x = torch.randn(5, 4)
+    plain = spt.base_layer(x)
+    expected = torch.cat([plain[:, :2], adapter(plain[:, 2:4]), plain[:, 4:]], dim=1)
+    assert isinstance(adapter, Adapter)
+    torch.testing.assert_close(spt(x), expected)
+
+
+def test_the_class_token_must_fit_into_the_budget(make_model, batches):
+    with pytest.raises(ValueError, match=r"more than 6.4e-05 million parameters, .* class token, got 5e-05"):
+        build_method("spt-lora", make_model(), batches=batches, budget=0.00005)
+
+
+def test_the_same_seed_gives_the_same_model(make_model, batches):
+    def build():
+        model = make_model()
+        torch.manual_seed(1)
+        return build_method("spt-lora-2", model, batches=batches, budget=0.003, alpha=40).state_dict()
+
+    first, second = build(), build()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)

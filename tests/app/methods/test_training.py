@@ -1,0 +1,70 @@
+"""Each method in a whole run of `snella train`: settings, Trainer, best adapter, reloading."""
+
+import pytest
+import torch
+
+from snella_app.config import TrainConfig
+from snella_app.methods import METHODS, load_trained
+from snella_app.records import RunInfo, read
+from snella_app.runs.model import make_backbone
+from snella_app.training.callbacks import ScheduleCallback
+from snella_app.training.train import train
+
+QUICK = {"noah": {"supernet_epochs": 1}}
+
+
+@pytest.fixture
+def run(tmp_path):
+    def start(method, **changes):
+        settings = {
+            "data": "digits",
+            "backbone": "test_vit",
+            "pretrained": False,
+            "img_size": 32,
+            "epochs": 2,
+            "batch_size": 16,
+            "train_size": 32,
+            "val_size": 16,
+            "test_size": 16,
+            "progress": False,
+            "method_options": QUICK.get(method, {}),
+            "out": str(tmp_path / method),
+        }
+        return train(TrainConfig(**{**settings, "method": method, **changes}), draw_report=False)
+
+    return start
+
+
+def check(run_folder, method):
+    info, metrics = run_folder.read_json("run.json"), run_folder.read_json("metrics.json")
+    assert info["status"] == "finished" and info["method"] == method
+    trained = [row for row in metrics["history"] if row["epoch"] > 0]
+    assert len(trained) == 2 and all(row["train_loss"] > 0 for row in trained)
+    # a head that starts from a probe is measured before training; these two methods' heads are not one linear layer
+    before = [row["train_loss"] for row in metrics["history"] if row["epoch"] == 0]
+    assert before == ([] if method in ("mlp", "vqt") else [None])
+    model = load_trained(run_folder.adapter, make_backbone(read(RunInfo, run_folder.path).backbone))
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+    return model
+
+
+def test_adaloras_ranks_fall_in_the_trainer(run):
+    folder = run("adalora-2", method_options={"orth_reg_weight": 10.0})
+    model = check(folder, "adalora-2")
+    history = folder.read_json("metrics.json")["history"]
+    # near 10 √3 while the factors are small: the penalty is part of the training loss and of no other
+    assert all(row["train_loss"] > 12 for row in history[1:]) and all(row["val_loss"] < 6 for row in history)
+    kept = [int((p != 0).sum()) for name, p in model.named_parameters() if "lora_E" in name]
+    # the best of two epochs of two steps: the budget is reached after the second step
+    assert sum(kept) <= 2 * 24 + 8 and len(set(kept)) > 1
+
+
+def test_ranks_need_a_model_and_an_optimizer():
+    with pytest.raises(RuntimeError, match="needs the Trainer's model and optimizer, got None and None"):
+        ScheduleCallback(METHODS["adalora"].schedule).on_train_begin(None, None, None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_by_its_name_alone(method, run):
+    check(run(method), method)

@@ -1,0 +1,100 @@
+import math
+
+import pytest
+import torch
+
+from snella_app.methods import build_method
+from snella_lab.methods.prompts import Prompts
+
+
+def tokens_of(model, images):
+    """What enters the first block."""
+    return model.norm_pre(model._pos_embed(model.patch_embed(images)))
+
+
+def with_prompts(x, prompts):
+    return torch.cat([x[:, :1], prompts.expand(len(x), -1, -1), x[:, 1:]], dim=1)
+
+
+def scores(model, x):
+    return model.head(model.fc_norm(model.pool(model.norm(x))))
+
+
+def test_deep_prompts_are_new_at_each_block(make_model, images):
+    plain = make_model().eval()
+    model = build_method("vpt-deep-3", make_model()).eval()
+    with torch.no_grad():
+        x = tokens_of(plain, images)
+        for block, prompted in zip(plain.blocks, model.blocks, strict=True):
+            y = block(with_prompts(x, prompted.prompts.tokens))
+            x = torch.cat([y[:, :1], y[:, 4:]], dim=1)
+        torch.testing.assert_close(model(images), scores(plain, x))
+
+
+def test_shallow_prompts_pass_through_all_blocks(make_model, images):
+    plain = make_model().eval()
+    model = build_method("vpt-shallow-3", make_model()).eval()
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == [
+        "blocks.0.prompts.tokens",
+        "head.weight",
+        "head.bias",
+    ]
+    with torch.no_grad():
+        x = with_prompts(tokens_of(plain, images), model.blocks[0].prompts.tokens)
+        for block in plain.blocks:
+            x = block(x)
+        x = torch.cat([x[:, :1], x[:, 4:]], dim=1)
+        torch.testing.assert_close(model(images), scores(plain, x))
+
+
+@pytest.mark.parametrize("options", [{"global_pool": "avg"}, {"class_token": False, "global_pool": "avg"}])
+@pytest.mark.parametrize("method", ["vpt-shallow-2", "vpt-deep-2"])
+def test_pooling_over_patches_leaves_the_prompts_out(method, options, make_model, images):
+    model = build_method(method, make_model(**options)).eval()
+    prefix = 0 if "class_token" in options else 1
+    assert model.forward_features(images).shape == (4, prefix + 4, 64)
+    assert model.blocks[0].prompts.prefix == prefix
+
+
+def test_values_start_uniform_in_glorots_range():
+    torch.manual_seed(0)
+    tokens = Prompts(50, 64, patch_area=256).tokens
+    bound = math.sqrt(6 / (3 * 256 + 64))
+    assert tokens.abs().max() <= bound
+    assert tokens.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+
+
+def test_dropout_acts_on_prompts_in_training_alone(make_model, images):
+    model = build_method("vpt-deep-4", make_model(), dropout=0.5)
+    with torch.no_grad():
+        assert not torch.equal(model.train()(images), model(images))
+        assert torch.equal(model.eval()(images), model(images))
+
+
+def test_a_model_without_one_row_of_tokens_is_named(make_model):
+    for name in ("test_convnext", "test_resnet"):
+        with pytest.raises(
+            ValueError, match=r"'vpt-deep' cannot be applied to (ConvNeXt|ResNet): its blocks do not share"
+        ):
+            build_method("vpt-deep", make_model(name))
+
+
+def test_a_model_that_rotates_its_tokens_is_named(make_model):
+    import timm
+
+    eva = timm.create_model("eva02_tiny_patch14_224", img_size=28, depth=1, embed_dim=24, num_heads=2, num_classes=2)
+    with pytest.raises(ValueError, match=r"'vpt-shallow' cannot be applied to Eva: it rotates or biases tokens"):
+        build_method("vpt-shallow", eva)
+    beit = timm.create_model("beit_base_patch16_224", img_size=32, depth=1, embed_dim=24, num_heads=2, num_classes=2)
+    with pytest.raises(ValueError, match=r"'vqt' cannot be applied to Beit: it biases tokens by their place"):
+        build_method("vqt", beit)
+
+
+def test_blocks_of_another_make_are_named():
+    import timm
+    from torch import nn
+
+    model = timm.create_model("test_vit", img_size=32, num_classes=2)
+    model.blocks[1].norm1 = nn.Identity()
+    with pytest.raises(ValueError, match="its blocks are not an attention and an MLP behind one norm each"):
+        build_method("vpt-deep", model)

@@ -1,0 +1,70 @@
+import pytest
+import torch
+from torch import nn
+
+from snella_app.methods import build_method
+
+
+def with_random_norms(model):
+    """Norms and layer scales that are not the identity, so that leaving one out shows."""
+    torch.manual_seed(4)
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "ls" in name:
+            nn.init.normal_(parameter, mean=1.0, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("options", [{}, {"init_values": 0.5, "qk_norm": True}, {"qkv_bias": False}])
+def test_a_summary_is_what_the_block_makes_of_a_token_that_no_other_sees(options, make_model, images):
+    plain = with_random_norms(make_model(**options)).eval()
+    model = build_method("vqt-2", with_random_norms(make_model(**options))).eval()
+    parts = []
+    with torch.no_grad():
+        x = plain.norm_pre(plain._pos_embed(plain.patch_embed(images)))
+        seen = x.shape[1]
+        mask = torch.zeros(seen + 2, seen + 2)
+        mask[:, seen:] = -torch.inf  # nobody looks at the queries
+        for block, asked in zip(plain.blocks, model.blocks, strict=True):
+            y = block(torch.cat([x, asked.queries.tokens.expand(4, -1, -1)], dim=1), attn_mask=mask)
+            x = y[:, :seen]
+            parts.append(y[:, seen:].flatten(1))
+        features = plain.forward_head(plain.norm(x), pre_logits=True)
+        expected = torch.cat([features, *parts], dim=1) @ model.head.weight.T + model.head.bias
+        torch.testing.assert_close(model(images), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_backbone_keeps_nothing_for_the_backward_pass(make_model, images):
+    model = build_method("vqt", make_model()).train()
+    assert not model.forward_features(images).requires_grad
+    model(images).sum().backward()
+    assert all(block.queries.tokens.grad.abs().sum() > 0 for block in model.blocks)
+    assert not any(hasattr(block.attn.qkv, "kept_output") for block in model.blocks)
+
+
+def test_normalized_parts_have_length_one(make_model, images):
+    model = build_method("vqt", make_model(), normalize=True).eval()
+    seen = []
+    with torch.no_grad():
+        model.head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        nn.init.ones_(model.head.weight)
+        nn.init.zeros_(model.head.bias)
+        scores = model(images)
+        summaries = [block.queries.summarize(block, torch.zeros(4, 5, 192)) for block in model.blocks]
+    assert scores.abs().max() <= (1 + len(summaries)) * 8  # seven unit vectors of 64 entries sum to at most 7 * 8
+
+
+def test_a_block_of_another_make_is_named(make_model):
+    with pytest.raises(ValueError, match=r"'vqt' cannot be applied to ConvNeXt: its blocks do not share one row"):
+        build_method("vqt", make_model("test_convnext"))
+    model = make_model()
+    model.blocks[2].attn.qkv = nn.Identity()
+    with pytest.raises(
+        ValueError, match=r"'vqt' cannot be applied to VisionTransformer: block 'blocks.2' is built diff"
+    ):
+        build_method("vqt", model)
+
+
+def test_features_without_an_image_are_refused(make_model):
+    model = build_method("vqt", make_model())
+    with pytest.raises(RuntimeError, match="needs the summaries of a forward pass, got features alone"):
+        model.head(torch.zeros(1, 64))

@@ -1,0 +1,68 @@
+"""The table "Which backbones" of docs/methods.md: what it promises is built and trained, what it denies is refused."""
+
+import re
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from timm.models.convnext import ConvNeXt
+from timm.models.swin_transformer import SwinTransformer
+
+from snella_app.methods import build_method, load_trained, method_names, save_trained, spec_of
+from snella_app.methods.model_parts import is_inside
+
+BACKBONES = {
+    "swin": lambda: SwinTransformer(
+        img_size=32, patch_size=4, window_size=4, embed_dim=16, depths=(1, 1), num_heads=(1, 2), num_classes=3
+    ),
+    "convnext": lambda: ConvNeXt(depths=(1, 1, 1, 1), dims=(8, 8, 8, 16), num_classes=3),
+    "resnet": lambda: timm.create_model("test_resnet", num_classes=3),
+}
+
+SMALL = {"shira": "shira-2", "fourierft": "fourierft-20"}
+"""Where the default number is more than these backbones' matrices have."""
+
+
+def promised():
+    """`(method, backbone, whether it works)` as the table says."""
+    text = (Path(__file__).parents[3] / "docs" / "methods.md").read_text()
+    lines = [line for line in text.split("## Which backbones")[1].split("\n## ")[0].splitlines() if "| yes |" in line]
+    found = []
+    for line in lines:
+        names, _, transformers, convolutional = (cell.strip() for cell in line.strip("|").split("|"))
+        for name in re.findall(r"`([^`]+)`", names):
+            for method in [m for m in method_names() if re.fullmatch(name.replace("*", ".+"), m)]:
+                found += [(method, backbone, transformers == "yes") for backbone in ("swin", "convnext")]
+                found.append((method, "resnet", convolutional == "yes"))
+    return found
+
+
+def make(backbone):
+    torch.manual_seed(0)
+    return BACKBONES[backbone]()
+
+
+def test_the_table_has_every_method():
+    assert {method for method, *_ in promised()} == set(method_names())
+
+
+@pytest.mark.parametrize(("method", "backbone"), [(m, b) for m, b, works in promised() if works])
+def test_a_method_trains_and_reloads_where_the_table_says_yes(method, backbone, batches, images, train_steps, tmp_path):
+    model = build_method(SMALL.get(method, method), make(backbone), batches=batches)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    train_steps(model, steps=2)
+    moved = {name for name, p in model.named_parameters() if p.requires_grad and not torch.equal(before[name], p)}
+    head = spec_of(model).head
+    of_backbone = {name for name in moved if not is_inside(name.removeprefix("base_model.model."), head)}
+    assert bool(of_backbone) == (method not in ("linear", "mlp"))
+    with torch.no_grad():
+        outputs = model(images)
+        save_trained(model, tmp_path)
+        assert torch.equal(load_trained(tmp_path, make(backbone))(images), outputs)
+
+
+@pytest.mark.parametrize(("method", "backbone"), [(m, b) for m, b, works in promised() if not works])
+def test_a_method_is_refused_with_the_models_name_where_the_table_says_no(method, backbone, batches):
+    with pytest.raises(ValueError, match=f"method '{method}' .*(SwinTransformer|ConvNeXt|ResNet)"):
+        build_method(method, make(backbone), batches=batches)

@@ -1,0 +1,66 @@
+"""The model card of a run."""
+
+import json
+import re
+
+import yaml
+from markdown_it import MarkdownIt
+
+from snella_app.report import model_card
+
+
+def head_of(card):
+    """The metadata at the top of a card."""
+    return yaml.safe_load(card.split("---")[1])
+
+
+def test_a_card_has_the_results_that_a_hub_reads_and_the_table_that_people_do(run):
+    card = model_card(run.finished().folder, "    snella predict RUN", name="solar cells")
+    head, test = head_of(card), run.read("metrics.json")["test"]
+    assert head["pipeline_tag"] == "image-classification" and head["tags"] == ["snella", "classification"]
+    (entry,) = head["model-index"]
+    measured = {m["type"]: m["value"] for result in entry["results"] for m in result["metrics"]}
+    assert entry["name"] == "solar cells" and entry["results"][0]["dataset"]["split"] == "test"
+    assert measured == {key: round(test[key], 6) for key in ("accuracy", "balanced_accuracy")}
+    assert (
+        f"| test accuracy | {100 * test['accuracy']:.1f}\N{NO-BREAK SPACE}% | 95\N{NO-BREAK SPACE}% margin: ±" in card
+    )
+    assert '`["defective", "sound"]`' in card and "## How to use\n\nsnella predict RUN\n" in card
+
+
+def test_what_the_program_does_not_know_is_left_to_fill_in(run):
+    card = model_card(run.finished().folder, "x")
+    assert "license" not in head_of(card)
+    assert "\n# license: fill in" in card and "## License\n\nTo be filled in" in card
+
+
+def test_a_run_that_has_not_been_measured_and_one_that_chose_on_the_test_images_say_so(run):
+    run.run_json()
+    assert "## Results" not in model_card(run.folder, "x") and "model-index" not in head_of(model_card(run.folder, "x"))
+    run.finished().change("metrics.json", selected_on="test", best_metric="test_accuracy")
+    assert "these numbers are optimistic" in model_card(run.folder, "x")
+
+
+def test_the_base_model_is_named_as_the_hub_names_it_where_it_is_there(run):
+    run.finished()
+    assert "base_model" not in head_of(model_card(run.folder, "x"))
+    backbone = {"name": "vit_base_patch16_224.augreg_in21k", "architecture": "vit_base_patch16_224", "pretrained": True}
+    run.change("run.json", backbone=run.read("run.json")["backbone"] | backbone)
+    assert head_of(model_card(run.folder, "x"))["base_model"] == "timm/vit_base_patch16_224.augreg_in21k"
+
+
+def test_texts_from_outside_stay_texts(run):
+    evil = "<img src=x onerror=alert(1)>`<b>`\n\n# title [a](http://b) | c _a_ **b**"
+    run.finished(classes=(evil, "sound")).change("run.json", command=f"snella train --data {evil}")
+    data = run.read("run.json")["data"] | {"description": evil, "notes": [evil], "spec": evil}
+    run.change("run.json", data=data)
+    card = model_card(run.folder, "x", name=evil)
+    body = card.split("---", 2)[2]
+    shown = MarkdownIt("commonmark").enable("table").render(body)
+    assert not re.search(
+        "<(img|b|a|em|strong)[ >]", shown.replace('<a href="https://github.com/huggingface/peft">', "")
+    )
+    assert shown.count("<h1>") == 1 and "<h1>title" not in shown
+    names = re.search(r"in this order: `(\[.*?\])`\.", body)
+    assert json.loads(names[1]) == [evil, "sound"]
+    assert "<" not in names[1] and "`" not in names[1]

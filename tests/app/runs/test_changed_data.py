@@ -1,0 +1,211 @@
+"""Runs whose images were moved, changed or removed after training."""
+
+import io
+import shutil
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from snella_app.config import TrainConfig
+from snella_app.records import RunInfo, read
+from snella_app.runs import RunFolder
+from snella_app.runs.evaluate import evaluate, redraw_report
+from snella_app.runs.images import absolute_folder, check_splits, find_data, load_splits
+from snella_app.training.session import TrainingInterrupted
+from snella_app.training.train import train
+from snella_app.training.trainer import SnellaTrainer
+
+
+@pytest.fixture
+def mine(photos, tmp_path):
+    """Photographs that a test may change."""
+    return shutil.copytree(photos, tmp_path / "mine")
+
+
+@pytest.fixture
+def run_of(finished, tmp_path):
+    """A copy of the finished run that says it was trained on a folder of the same photographs."""
+
+    def make(folder):
+        run = RunFolder(shutil.copytree(finished.path, tmp_path / "copy"))
+        config = run.read_config()
+        config.data = f"folder:{folder}"
+        run.write_config(config)
+        data = run.read_json("run.json")["data"]
+        run.update("finished", data={**data, "spec": config.data, "folder": absolute_folder(config.data)})
+        return run
+
+    return make
+
+
+@pytest.fixture
+def interrupted(settings, mine, console, monkeypatch, no_report):
+    """Settings of a run on `mine` that was interrupted after an epoch."""
+    config = settings(data=f"folder:{mine}", epochs=2)
+    training_step = SnellaTrainer.training_step
+
+    def stop(self, *args, **kwargs):
+        if self.state.global_step == 5:
+            raise KeyboardInterrupt
+        return training_step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SnellaTrainer, "training_step", stop)
+        with pytest.raises(TrainingInterrupted, match="checkpoint-4"):
+            train(config, console)
+    return config
+
+
+def test_run_json_says_which_images_and_where(finished, photos):
+    data = finished.read_json("run.json")["data"]
+    assert len(data["digest"]) == 64 and data["folder"] == str(photos)
+
+
+@pytest.mark.parametrize(
+    ("change", "now"), [("added", "train 3"), ("removed", "train 2"), ("renamed", "the same numb")]
+)
+def test_evaluating_on_changed_images_is_refused_with_both_sizes(change, now, run_of, mine):
+    run = run_of(mine)
+    first = mine / "cats" / "000.png"
+    if change == "added":
+        for number in range(8):
+            shutil.copy(first, mine / "cats" / f"new{number}.png")
+    elif change == "removed":
+        for number in range(8):
+            (mine / "cats" / f"{number:03}.png").unlink()
+    else:
+        first.rename(mine / "cats" / "zzz.png")
+    sizes = ", ".join(f"{k} {v}" for k, v in run.read_json("run.json")["data"]["sizes"].items())
+    with pytest.raises(
+        ValueError,
+        match=rf"images that .*copy was split from, {sizes}, got {now}.*evaluate on other images with --data",
+    ):
+        evaluate(run.path)
+    assert evaluate(run.path, f"folder:{mine}")["split"] == "all"
+
+
+def replace_pixels(path):
+    """Another picture under the same name."""
+    Image.eval(Image.open(path), lambda value: 255 - value).save(path)
+
+
+def test_a_replaced_image_is_noticed_where_it_is_measured(run_of, mine):
+    run = run_of(mine)
+    splits = load_splits(run.read_config())
+    before = evaluate(run.path)
+    assert before["notes"] == []
+    replace_pixels(splits.test.source.paths[splits.test.rows[0]])
+    with pytest.raises(
+        ValueError, match=r"of the same names with other contents in folder:.*mine \(test\): .*or train a new run"
+    ):
+        evaluate(run.path)
+    with pytest.raises(ValueError, match=r"other contents in folder:.*mine \(test\)"):
+        evaluate(run.path, split="all")
+    assert evaluate(run.path, split="val")["split"] == "val"
+    other = evaluate(run.path, f"folder:{mine}")
+    assert other["split"] == "all"
+    note = "the files have the names of the run's own, but other contents in test: measured as other data"
+    assert note in other["notes"]
+
+
+def test_of_images_that_a_run_did_not_read_it_is_said_that_replaced_ones_are_not_noticed(run_of, mine):
+    run = run_of(mine)
+    before = evaluate(run.path)
+    data = run.read_json("run.json")["data"]
+    contents = {name: digest for name, digest in data["contents"].items() if name != "test"}
+    run.update("finished", data=data | {"contents": contents})
+    after = evaluate(run.path)
+    assert after["confusion"] == before["confusion"]
+    assert [note for note in after["notes"] if note not in before["notes"]] == [
+        "run.json has no digest of the contents of test, which the run did not read: that no image was replaced is not "
+        "checked"
+    ]
+
+
+def test_test_images_that_are_left_untouched_are_not_read_for_their_digest(settings, console, no_report):
+    run = train(settings(epochs=1), console, measure_test=False)
+    assert list(run.read_json("run.json")["data"]["contents"]) == ["train", "val"]
+
+
+def test_resuming_on_replaced_images_is_refused(interrupted, mine):
+    train_images = load_splits(interrupted).train
+    replace_pixels(train_images.source.paths[train_images.rows[0]])
+    with pytest.raises(ValueError, match=r"other contents in folder:.*mine \(train\): images were replaced"):
+        train(TrainConfig(out=interrupted.out, resume=True), Console(file=io.StringIO()))
+
+
+def test_moved_images_are_the_run_s_own_wherever_they_lie(run_of, mine, finished, tmp_path):
+    run = run_of(mine)
+    moved = mine.rename(tmp_path / "moved")
+    with pytest.raises(
+        FileNotFoundError, match=r"where .*copy had it, folder:.*mine, but no .*; pass its new place with --data folder"
+    ):
+        evaluate(run.path)
+    result = evaluate(run.path, f"folder:{moved}")
+    assert result["split"] == "test"
+    assert result["confusion"] == finished.read_json("metrics.json")["test"]["confusion"]
+
+
+def test_a_relative_folder_is_found_from_another_directory(photos, tmp_path, monkeypatch):
+    stored = str(photos)
+    monkeypatch.chdir(photos.parent)
+    assert find_data(tmp_path, "folder:all", stored) == "folder:all"
+    assert find_data(tmp_path, "digits", stored) == "digits"
+    assert absolute_folder("folder:all") == str(photos) and absolute_folder("digits") is None
+    monkeypatch.chdir(tmp_path)
+    assert find_data(tmp_path, "folder:all", stored) == f"folder:{photos}"
+    with pytest.raises(
+        FileNotFoundError, match=r"folder:all \(then .*gone\), but no folder is there; pass its new place"
+    ):
+        find_data(tmp_path, "folder:all", str(tmp_path / "gone"))
+
+
+def test_resuming_on_changed_images_is_refused_and_changes_nothing(interrupted, mine):
+    run = RunFolder(interrupted.out)
+    before = (run.path / "run.json").read_bytes()
+    (mine / "cats" / "000.png").rename(mine / "cats" / "zzz.png")
+    with pytest.raises(ValueError, match=r"got the same numbers of other files in folder:.*mine"):
+        train(TrainConfig(out=interrupted.out, resume=True), Console(file=io.StringIO()))
+    assert (run.path / "run.json").read_bytes() == before
+
+
+def test_resuming_goes_on_with_moved_images(interrupted, mine, tmp_path):
+    moved = mine.rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match="pass its new place with --data folder:NEW"):
+        train(TrainConfig(out=interrupted.out, resume=True), Console(file=io.StringIO()))
+    config = TrainConfig(out=interrupted.out, resume=True, data=f"folder:{moved}")
+    run = train(config, Console(file=io.StringIO()))
+    assert run.status == "finished" and run.read_config().data == config.data
+    assert run.read_json("run.json")["data"]["folder"] == str(moved)
+    assert evaluate(run.path)["split"] == "test"
+
+
+def test_resuming_a_run_without_a_digest_of_its_data_with_other_data_is_refused(interrupted):
+    run = RunFolder(interrupted.out)
+    run.update("interrupted", data={"spec": interrupted.data})
+    with pytest.raises(ValueError, match=r"data is 'folder:.*' there and 'digits' here; leave them out"):
+        train(TrainConfig(out=interrupted.out, resume=True, data="digits"), Console(file=io.StringIO()))
+
+
+@pytest.mark.parametrize("change", ["removed", "renamed"])
+def test_a_report_without_its_images_is_written_without_pictures_and_says_so(change, run_of, mine, console):
+    run = run_of(mine)
+    redraw_report(run.path, console)
+    assert "<img" in run.report.read_text() and not console.file.getvalue()
+    if change == "removed":
+        shutil.rmtree(mine)
+    else:
+        (mine / "cats" / "000.png").rename(mine / "cats" / "zzz.png")
+    assert redraw_report(run.path, console) == run.report
+    assert "<img" not in run.report.read_text()
+    assert "note: the report has no images: data must" in console.file.getvalue()
+
+
+def test_a_report_of_no_run_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="this is not the folder of a run"):
+        redraw_report(tmp_path)
+
+
+def test_the_same_images_pass(finished):
+    check_splits(finished.path, read(RunInfo, finished.path).data, load_splits(finished.read_config()))

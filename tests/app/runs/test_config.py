@@ -1,0 +1,223 @@
+import dataclasses
+import inspect
+from decimal import Decimal
+from pathlib import Path
+from typing import get_type_hints
+
+import numpy as np
+import pytest
+import torch
+
+from snella_app.config import TrainConfig
+from snella_app.device import choose_device
+from snella_app.methods import METHODS
+from snella_app.methods.defaults import TRAIN_PRESETS
+
+PLACES = {"data": "digits", "backbone": "test_vit", "out": "runs/x"}
+
+
+def test_all_errors_are_reported_together():
+    with pytest.raises(ValueError) as caught:
+        TrainConfig(
+            out="x",
+            epochs=-1,
+            batch_size=-1,
+            lr=-1.0,
+            augment="flop",
+            method="snela",
+            warmup_ratio=1.0,
+            val_fraction=0.0,
+        )
+    text = str(caught.value)
+    for part in (
+        "missing required settings: data, backbone, e.g. data='photos' backbone='vit_base_patch16_224.augreg_in21k'",
+        "epochs must be at least 0, got -1",
+        "batch_size must be at least 1, got -1",
+        "lr must be at least 0 and finite, got -1.0",
+        "augment must be one of auto, none, flip, crop, crop-no-flip, imagenet, randaugment, trivialaugment, 3augment, "
+        "got 'flop'",
+        "warmup_ratio must be in [0, 1), got 1.0",
+        "val_fraction must be in (0, 1), got 0.0",
+        "got 'snela'; nearest: snella",
+    ):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"out": None}, "missing required settings: out, e.g. out='runs/photos'"),
+        ({"resume": True, "overwrite": True}, "resume and overwrite exclude each other"),
+        ({"weights": "missing.pth"}, "weights must be an existing file, got 'missing.pth'"),
+        ({"r": 3}, "r.*3"),
+        ({"target_sparsity": 1.0}, r"target_sparsity must be in \[0, 1\), got 1\.0"),
+        ({"r": 4, "method_options": {"r": 2}}, "r given both by name and in method_options"),
+        ({"method": "linear", "r": 4}, "method 'linear' has no option 'r'"),
+        ({"method": "lora", "scalar_lr": 1e-4}, "snell, klora and fixed-mask, got 0.0001 with method 'lora'"),
+        ({"method": "lora-8", "r": 4}, "sets r to 8, but r=4"),
+        ({"method_options": {"kernal": "rbf"}}, r"no option 'kernal' \(nearest: kernel"),
+        ({"device": "gpu"}, "device must be auto or a device of torch .*, got 'gpu'; did you mean cuda"),
+        ({"precision": "fp8"}, "precision must be one of fp32, bf16, fp16, got 'fp8'"),
+        ({"precision": "bfloat16"}, "got 'bfloat16'; did you mean bf16"),
+        ({"task": "multi-label"}, "got 'multi-label'; did you mean multilabel"),
+        ({"method": "lora8"}, "got 'lora8'; did you mean 'lora-8'"),
+        ({"method": "LoRA_8"}, "got 'LoRA_8'; did you mean 'lora-8'"),
+        ({"lr": float("inf")}, "lr must be at least 0 and finite, got inf"),
+        ({"img_size": 4}, "img_size must be at least 8, got 4"),
+    ],
+)  # fmt: skip
+def test_a_value_out_of_range_is_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**{**PLACES, **changes})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resolving_fills_in_the_method_defaults_and_keeps_what_was_given(method):
+    config = TrainConfig(**PLACES, method=method, lr=0.5).resolved()
+    assert config.lr == 0.5
+    for name, value in METHODS[method].defaults.items():
+        assert getattr(config, name) == (0.5 if name == "lr" else value)
+    assert config.resolved() == config
+
+
+def test_every_default_of_a_method_is_a_setting():
+    fields = {f.name for f in dataclasses.fields(TrainConfig)}
+    for method in METHODS.values():
+        assert {"lr", "head_lr", "weight_decay"} <= set(method.defaults) <= fields
+
+
+def test_the_rank_in_the_name_wins_over_the_default_and_options_over_both():
+    assert TrainConfig(**PLACES, method="snella-16").resolved().options_of_method()["r"] == 16
+    config = TrainConfig(**PLACES, method_options={"scaling": 2.0, "kernel": "rbf"}).resolved()
+    assert config.scaling is None
+    assert config.options_of_method() == {"r": 8, "target_sparsity": 0.7, "scaling": 2.0, "kernel": "rbf"}
+
+
+def test_differences_look_at_what_was_asked_for_only():
+    stored = TrainConfig(**PLACES, method="lora", epochs=7).resolved()
+    assert TrainConfig(out="elsewhere", resume=True).differences(stored) == []
+    assert TrainConfig(out="x", resume=True, epochs=9).differences(stored) == ["epochs is 7 there and 9 here"]
+
+
+def test_every_setting_is_documented():
+    for f in dataclasses.fields(TrainConfig):
+        assert f"\n        {f.name}: " in (TrainConfig.__doc__ or "")
+
+
+def test_a_preset_fills_what_is_not_given_and_says_so_in_the_stored_settings():
+    config = TrainConfig(**PLACES, preset="paper", epochs=10, method_options={"kernel": "rbf"})
+    assert (config.scaling, config.lr, config.scalar_lr, config.augment) == (1.0, 1e-3, 1e-3, "none")
+    assert config.epochs == 10, "given, though it is the default"
+    assert config.method_options == {"preset": "paper", "kernel": "rbf"}
+    assert config.resolved().scaling == 1.0 and config.resolved().target_sparsity == 0.7
+    assert dataclasses.replace(config, scaling=2.0).scaling == 2.0
+    assert TrainConfig(**config.stored()).stored() == config.stored()
+
+
+def test_presets_differ_in_what_the_authors_code_does_alone():
+    paper, official = (TrainConfig(**PLACES, preset=name).as_dict() for name in ("paper", "official"))
+    assert {name for name in paper if paper[name] != official[name]} == {"preset", "method_options"}
+    assert official["method_options"] == {"preset": "official"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"preset": "papr"}, "preset must be one of paper, official, got 'papr'"),
+        ({"preset": "paper", "method": "lora-8"}, "preset is for snella and snell, got 'paper' with method 'lora-8'"),
+        ({"preset": "paper", "method": "auto"}, "preset is for snella and snell, got 'paper' with method 'auto'"),
+        ({"preset": "official", "method": "snella-matched-8"}, "got 'official' with method 'snella-matched-8'; leave"),
+    ],
+)  # fmt: skip
+def test_a_preset_of_another_name_or_method_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**PLACES, **changes)
+
+
+def test_the_documents_show_what_the_presets_change():
+    page = (Path(__file__).parents[3] / "docs" / "tuning.md").read_text(encoding="utf-8")
+    paper, official = TRAIN_PRESETS["paper"], TRAIN_PRESETS["official"]
+    default = TrainConfig(**PLACES).resolved()
+    lines = ["| option | default | paper | official |", "|---|---|---|---|"]
+    for name in (name for name in paper if name != "method_options"):
+        cells = [getattr(default, name), paper[name], official[name]]
+        shown = [cell if isinstance(cell, str) else _plain(cell) for cell in cells]
+        lines.append(f"| `--{name.replace('_', '-')}` | {' | '.join(shown)} |")
+    lines.append("| `--method-options.preset` | paper | paper | official |")
+    assert "\n".join(lines) in page
+
+
+def _plain(value):
+    """A number without an exponent: 0.00001, 10, 100."""
+    return format(Decimal(str(value)).normalize(), "f")
+
+
+WRONG = {str: 3, bool: "no", int: "x", float: "x"}
+"""A value of another kind, by the kind of the field."""
+
+
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(TrainConfig)])
+def test_a_value_of_a_wrong_kind_is_refused_by_the_name_of_its_field(field):
+    kind = get_type_hints(TrainConfig)[field]
+    for wrong in (object(), [object()], {3: 4}, b"x", *(value for part, value in WRONG.items() if kind == part)):
+        with pytest.raises(ValueError, match=rf"(^|; ){field} must be "):
+            TrainConfig(**{**PLACES, field: wrong})
+
+
+def test_kinds_and_ranges_are_reported_together_and_true_is_no_number():
+    with pytest.raises(ValueError) as caught:
+        TrainConfig(**PLACES, epochs=True, pretrained="no", lr=-1.0, seed=1.5, method_options=[1])
+    for part in (
+        "epochs must be an integer, got True",
+        "pretrained must be true or false, got 'no'",
+        "lr must be at least 0 and finite, got -1.0",
+        "seed must be an integer, got 1.5",
+        "method_options must be settings such as {kernel: rbf}, got [1]",
+    ):
+        assert part in str(caught.value)
+
+
+def test_paths_and_numbers_of_numpy_are_plain_afterwards():
+    config = TrainConfig(**{**PLACES, "out": Path("runs/x")}, epochs=np.int64(3), lr=np.float32(0.5), drop_path=0)
+    assert (config.out, config.epochs, config.lr) == ("runs/x", 3, 0.5)
+    assert [type(value) for value in (config.out, config.epochs, config.lr)] == [str, int, float]
+
+
+def test_a_setting_as_other_tools_call_it_is_answered_with_ours():
+    with pytest.raises(TypeError) as caught:
+        TrainConfig(**PLACES, model="x", learning_rate=1e-3, epoks=3)
+    assert str(caught.value) == (
+        "TrainConfig has no setting 'model' (it is called backbone), 'learning_rate' (it is called lr), 'epoks' "
+        "(nearest: epochs); see help(TrainConfig)"
+    )
+
+
+def test_a_bare_folder_is_stored_with_its_kind(tmp_path):
+    (tmp_path / "photos" / "cat").mkdir(parents=True)
+    assert TrainConfig(**{**PLACES, "data": str(tmp_path / "photos")}).data == f"folder:{tmp_path / 'photos'}"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cuda:7", r"got 'cuda:7', but torch .* sees no GPU|got 'cuda:7', but torch sees \d of them, from cuda:0"),
+        ("mps", "got 'mps', but torch .* sees no such device; leave it at auto"),
+        ("meta", "device must be one that computes, got 'meta'"),
+        ("tpu", "device must be auto or a device of torch such as cpu, cuda, cuda:1 or mps, got 'tpu'"),
+    ],
+)
+def test_a_device_that_is_not_here_is_refused(name, message):
+    with pytest.raises(ValueError, match=message):
+        choose_device(name)
+
+
+def test_a_device_may_have_an_index():
+    assert TrainConfig(**PLACES, device="cuda:1").device == "cuda:1"
+    assert choose_device("cpu:0") == torch.device("cpu", 0)
+
+
+def test_settings_are_given_by_name_alone():
+    parameters = list(inspect.signature(TrainConfig.__init__).parameters.values())[1:]
+    assert {parameter.kind for parameter in parameters} == {inspect.Parameter.KEYWORD_ONLY}
+    with pytest.raises(TypeError, match="positional argument"):
+        TrainConfig("digits", "test_vit")

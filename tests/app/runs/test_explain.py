@@ -1,0 +1,84 @@
+"""Heat maps of a run's images, and their nearest training images."""
+
+import re
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from snella_app.runs.explain import explain, explain_validation, nearest_images
+
+pytest.importorskip("captum")
+
+
+def test_the_nearest_have_the_highest_cosine():
+    features, others = np.array([[1.0, 0.0]]), np.array([[0.0, 3.0], [5.0, 0.0], [1.0, 1.0]])
+    ((first, second),) = nearest_images(features, others, 2)
+    assert first == (1, pytest.approx(1.0)) and second == (2, pytest.approx(0.5**0.5))
+
+
+def test_images_get_heat_maps_and_their_nearest_training_images(finished, photos, tmp_path):
+    chosen = sorted((photos / "cats").iterdir())[:3]
+    found = explain(finished.path, chosen, tmp_path / "out", neighbors=2)
+    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert files == ["0001-000.png", "0002-001.png", "0003-002.png", "index.html"] and found.count == 3
+    page = found.page.read_text()
+    assert page.count("<section>") == 3 and not found.notes
+    cosines = [float(c) for c in re.findall(r"cosine (-?[\d.]+)", page)]
+    assert len(cosines) == 6 and all(a >= b for a, b in zip(cosines[::2], cosines[1::2], strict=True))
+    assert max(cosines) == 1.0  # some of them are training images themselves
+    assert np.asarray(Image.open(tmp_path / "out" / "0001-000.png")).std() > 5
+    with pytest.raises(FileExistsError, match=r"out=.*out holds files"):
+        explain(finished.path, chosen, tmp_path / "out")
+    with pytest.raises(ValueError, match="of must be one of the run's classes, cats, dogs, owls, got 'newts'"):
+        explain(finished.path, chosen, tmp_path / "other", of="newts")
+
+
+def test_where_the_training_images_are_gone_the_heat_maps_are_there(finished, photos, tmp_path):
+    run = shutil.copytree(finished.path, tmp_path / "run")
+    text = (run / "config.yaml").read_text().replace(str(photos), "/nowhere/photos")
+    (run / "config.yaml").write_text(text)
+    from snella_app.runs import RunFolder
+
+    folder = RunFolder(run)
+    folder.update("finished", files={}, data=folder.read_json("run.json")["data"] | {"folder": None})
+    found = explain(run, [photos / "cats" / "000.png"], tmp_path / "out")
+    assert found.count == 1 and found.notes[0].startswith("no nearest training images: data must be where")
+
+
+def test_the_report_shows_wrong_and_right_images_with_their_heat_maps(finished, tmp_path):
+    run = shutil.copytree(finished.path, tmp_path / "run")
+    page = explain_validation(run).read_text()
+    maps = sorted((run / "heat_maps").glob("*.png"))
+    assert 0 < len(maps) <= 12 and page.count('alt="Heat map of') == len(maps)
+    section = page[page.index('id="heat_maps"') : page.index('id="use"')]
+    wrong, right = section.count("✗"), section.count("✓")
+    assert wrong + right == len(maps)
+
+
+def test_attention_is_rolled_out_on_request_and_the_pages_say_so(finished, photos, tmp_path):
+    image = photos / "cats" / "000.png"
+    found = explain(finished.path, [image], tmp_path / "out", by="rollout", neighbors=0)
+    page = found.page.read_text()
+    assert "whatever the class" in page and "of attention, for any class" in page and "HiResCAM" not in page
+    explain(finished.path, [image], tmp_path / "gradcam", neighbors=0)
+    rolled, grad = (np.asarray(Image.open(tmp_path / name / "0001-000.png")) for name in ("out", "gradcam"))
+    assert rolled.shape == grad.shape and np.abs(rolled.astype(int) - grad).mean() > 1
+    run = shutil.copytree(finished.path, tmp_path / "run")
+    assert "through the attention of all layers" in explain_validation(run, by="rollout").read_text()
+    assert "through the attention of all layers" not in explain_validation(run).read_text()
+    with pytest.raises(ValueError, match="got 'cats' with rollout, which is of none"):
+        explain(finished.path, [image], tmp_path / "other", by="rollout", of="cats")
+    with pytest.raises(ValueError, match="by must be one of gradcam, rollout, got 'cam'"):
+        explain(finished.path, [image], tmp_path / "other", by="cam")
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+@pytest.mark.parametrize(("width", "in_a_row"), [(390, 2), (1280, 5)])
+def test_an_image_and_its_heat_map_stand_side_by_side(width, in_a_row, finished, photos, tmp_path, browser):
+    found = explain(finished.path, [photos / "cats" / "000.png"], tmp_path / "out")
+    browser.open(found.page, width=width)
+    tops = browser.evaluate("[...document.querySelectorAll('figure')].map(f => f.getBoundingClientRect().top)")
+    assert len(tops) == 5 and tops.count(tops[0]) == in_a_row
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width

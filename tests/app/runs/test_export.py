@@ -1,0 +1,352 @@
+"""A run's model in the formats of other programs."""
+
+import ast
+import dataclasses
+import json
+import subprocess
+import sys
+from typing import get_args
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from snella import load_sparse
+from snella.cache import unpack_positions
+from snella.compat.sparse_file import SparsePatch, _decode_gaps, encode_positions
+from snella_app.cli.commands import ExportName
+from snella_app.cli.main import main
+from snella_app.config import TrainConfig
+from snella_app.runs import export as exporting
+from snella_app.runs import load_run
+from snella_app.runs.export import FORMATS, OUTPUT_BOUND, export
+from snella_app.runs.model import make_backbone
+from snella_app.runs.predict import predict
+from snella_app.training.train import train
+
+CHECKED = ("onnx", "torchscript", "torch-export")
+
+
+@pytest.fixture(scope="module")
+def loaded(finished):
+    return load_run(finished.path, "cpu")
+
+
+@pytest.fixture(scope="module")
+def images(loaded, photos):
+    paths = sorted(photos.rglob("*.png"))[::5]
+    return torch.stack([loaded.transform(Image.open(path).convert("RGB")) for path in paths])
+
+
+@pytest.fixture(scope="module")
+def expected(loaded, images):
+    with torch.no_grad():
+        return loaded.model(images)
+
+
+@pytest.fixture(scope="module")
+def probabilities(loaded, images, expected):
+    """Of predict: the mean over an image and its flip, with the run's temperature."""
+    assert loaded.info.tta == 2
+    with torch.no_grad():
+        mean = (expected.softmax(1) + loaded.model(images.flip(-1)).softmax(1)) / 2
+    return (mean.log() / loaded.info.temperature).softmax(1)
+
+
+def backbone_of(loaded):
+    return make_backbone(loaded.info.backbone, loaded.task.name).eval()
+
+
+def reader(name, path):
+    """A function from images to outputs, by the program that the format is for."""
+    if name == "onnx":
+        onnxruntime = pytest.importorskip("onnxruntime")
+        session = onnxruntime.InferenceSession(str(path))
+        return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    if name == "torchscript":
+        return torch.jit.load(str(path))
+    return torch.export.load(str(path)).module()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.load.*:DeprecationWarning")
+@pytest.mark.parametrize("name", CHECKED)
+def test_a_graph_gives_the_run_s_probabilities_for_any_batch_size(name, finished, images, probabilities, tmp_path):
+    done = export(finished.path, name, tmp_path / "model")
+    run = reader(name, done.path)
+    for count in (1, 3, len(images)):
+        got = run(images[:count])
+        assert (got - probabilities[:count]).abs().max() <= OUTPUT_BOUND
+    assert "differ by " in done.notes[0] and list(tmp_path.iterdir()) == [done.path]
+    temperature = finished.read_json("run.json")["calibration"]["temperature"]
+    assert done.notes[1].startswith(
+        f"outputs are the probabilities of predict, from logits over the run's temperature {temperature:g}; --logits"
+    )
+    assert done.notes[2] == "they are averaged over an image and its flip, as predict does"
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.load.*:DeprecationWarning")
+@pytest.mark.parametrize("name", ["onnx", "torchscript"])
+def test_a_graph_gives_the_model_s_own_outputs_with_logits(name, finished, images, expected, tmp_path):
+    done = export(finished.path, name, tmp_path / "model", logits=True)
+    assert (reader(name, done.path)(images) - expected).abs().max() <= OUTPUT_BOUND * expected.abs().max()
+    assert done.notes[1].startswith("outputs are logits without the run's temperature: softmax(outputs / ")
+    assert " has the probabilities of predict --tta 1; it is " in done.notes[1]
+    assert done.notes[2].startswith("predict averages an image and its flip (--tta 1 does not); this model's outputs ")
+    with pytest.raises(ValueError, match="logits=True is an option of format onnx, torchscript, torch-export, not of"):
+        export(finished.path, "timm", tmp_path / "x", logits=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"), [*((name, "RGB") for name in CHECKED), ("torchscript", "RGBA"), ("torchscript", "I;16")]
+)
+def test_the_printed_snippet_runs_as_it_stands_and_says_what_predict_says(
+    name, mode, finished, photos, tmp_path, capsys
+):
+    image, out = tmp_path / "new.png", tmp_path / "m"
+    with Image.open(photos / "dogs" / "003.png") as picture:
+        pixels = np.asarray(picture.resize((50, 41)))
+    if mode == "RGBA":
+        alpha = np.linspace(0, 255, pixels[..., 0].size).reshape(41, 50, 1).astype(np.uint8)
+        pixels = np.concatenate([pixels, alpha], 2)
+    Image.fromarray(pixels if mode != "I;16" else pixels[..., 0].astype(np.uint16) * 257).save(image)
+    with Image.open(image) as picture:
+        assert picture.mode == mode
+    assert main(["export", str(finished.path), "--format", name, "--out", str(out), "--images", f"[{image}]"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    end = next(number for number, line in enumerate(lines) if line.startswith("print("))
+    code = "\n".join(lines[lines.index("import json") : end + 1])
+    program = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(program, capture_output=True, text=True, check=True, cwd=tmp_path)
+    (prediction,) = predict(finished.path, [image])
+    assert ast.literal_eval(done.stdout) == pytest.approx(prediction.probabilities, abs=1e-4)
+
+
+def test_a_run_with_another_white_has_no_snippet_that_prepares_images(loaded):
+    assert exporting._preparation(loaded) is not None
+    data = dataclasses.replace(loaded.info.data, white=4095)
+    other = dataclasses.replace(loaded, info=dataclasses.replace(loaded.info, data=data))
+    assert exporting._preparation(other) is None
+
+
+def test_the_run_s_images_are_loaded_once(finished, tmp_path, monkeypatch):
+    loadings = []
+    load = exporting.load_splits
+    monkeypatch.setattr(exporting, "load_splits", lambda config: loadings.append(config) or load(config))
+    done = export(finished.path, "torchscript", tmp_path / "m")
+    assert "transform(Image.open(" in done.snippet and len(loadings) == 1
+
+
+def test_onnx_says_classes_and_preprocessing_and_takes_an_opset(finished, loaded, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    path = export(finished.path, "onnx", tmp_path / "m.onnx", opset=20).path
+    model = onnx.load(path)
+    said = {entry.key: entry.value for entry in model.metadata_props}
+    assert json.loads(said["classes"]) == ["cats", "dogs", "owls"] and said["task"] == "classification"
+    assert json.loads(said["data_config"])["input_size"] == [3, 32, 32]
+    assert [entry.version for entry in model.opset_import if entry.domain == ""] == [20]
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_other_outputs_are_refused_and_leave_nothing(name, finished, tmp_path, monkeypatch):
+    compare = exporting._compare
+
+    def compare_altered(images, model, run, name):
+        return compare(images, model, lambda batch: 1.01 * run(batch), name)
+
+    monkeypatch.setattr(exporting, "_compare", compare_altered)
+    with pytest.raises(ValueError, match=r"computes other outputs than torch: .* nothing was written"):
+        export(finished.path, name, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_sparse_gives_the_fine_tuned_weights_and_the_old_ones_again_bit_for_bit(finished, loaded, images, tmp_path):
+    done = export(finished.path, "sparse", tmp_path / "m.safetensors")
+    model = backbone_of(loaded)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    patch = load_sparse(model, done.path)
+    merged = load_run(finished.path, "cpu").model.merge_and_unload()
+    assert all(torch.equal(tensor, merged.state_dict()[name]) for name, tensor in model.state_dict().items())
+    with torch.no_grad():
+        assert torch.equal(model(images), merged(images))
+    with pytest.raises(RuntimeError, match="applied already"):
+        patch.apply(model)
+    patch.remove()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(RuntimeError, match="not applied"):
+        patch.remove()
+    assert "bit for bit" in done.notes[0] and set(patch.replaced) == {"head.weight", "head.bias"}
+    assert json.loads(patch.metadata["classes"]) == ["cats", "dogs", "owls"]
+
+
+def test_the_values_are_the_adapter_s_own_update(finished, loaded, tmp_path):
+    patch = SparsePatch.read(export(finished.path, "sparse", tmp_path / "m").path)
+    layer = loaded.model.base_model.model.blocks[0].attn.qkv
+    update = layer.get_delta_weight("default").flatten()
+    entries = patch.entries["blocks.0.attn.qkv.weight"]
+    assert torch.equal(update.nonzero().flatten(), entries.indices)
+    assert torch.equal(update[entries.indices], entries.values)
+
+
+def test_half_precision_values_are_smaller_and_nearly_the_same(finished, loaded, tmp_path):
+    whole = export(finished.path, "sparse", tmp_path / "fp32")
+    half = export(finished.path, "sparse", tmp_path / "bf16", values="bf16")
+    assert half.path.stat().st_size < 0.75 * whole.path.stat().st_size and "to within" in half.notes[0]
+    patches = [SparsePatch.read(one.path) for one in (whole, half)]
+    for name, entries in patches[0].entries.items():
+        torch.testing.assert_close(patches[1].entries[name].values.float(), entries.values, rtol=2**-8, atol=0)
+
+
+def test_a_sparse_file_is_not_put_on_another_model(finished, loaded, tmp_path):
+    path = export(finished.path, "sparse", tmp_path / "m").path
+    other = backbone_of(loaded)
+    with torch.no_grad():
+        other.blocks[1].mlp.fc1.weight[0, 0] += 1
+    before = other.blocks[0].attn.qkv.weight.clone()
+    with pytest.raises(
+        ValueError, match=r"other weights in 'blocks\.1\.mlp\.fc1\.weight' than the update was trained on"
+    ):
+        load_sparse(other, path)
+    assert torch.equal(other.blocks[0].attn.qkv.weight, before)
+    load_sparse(other, path, check_base=False)
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn\.qkv\.weight is missing"):
+        load_sparse(timm.create_model("test_resnet"), path)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="is damaged"):
+        load_sparse(other, path)
+
+
+@pytest.mark.parametrize(
+    ("density", "kind"), [(0.0, "gaps"), (0.00001, "gaps"), (0.01, "gaps"), (0.3, "bitmap"), (1.0, "bitmap")]
+)
+def test_positions_come_back_from_the_smallest_encoding(density, kind):
+    size = 300_007
+    generator = torch.Generator().manual_seed(0)
+    indices = (torch.rand(size, generator=generator) < density).nonzero().flatten()
+    name, encoded = encode_positions(indices, size)
+    assert name == kind or len(indices) == 0
+    decoded = {"gaps": _decode_gaps, "bitmap": unpack_positions, "int32": lambda t: t}[name](encoded)
+    assert torch.equal(decoded.long(), indices)
+    assert encoded.numel() * encoded.element_size() <= min(4 * len(indices), -(-size // 8))
+
+
+def test_gaps_of_every_length_are_coded():
+    indices = torch.tensor([0, 1, 129, 130 + 2**7, 2**14 + 500, 2**21 + 2**15, 2**28 + 2**22, 2**31 - 2])
+    name, encoded = encode_positions(indices, 2**31)
+    assert name == "gaps" and len(encoded) == 1 + 1 + 1 + 2 + 3 + 4 + 5 + 5
+    assert torch.equal(_decode_gaps(encoded), indices)
+
+
+@pytest.mark.parametrize("method", ["shira-2", "gps", "linear"])
+def test_other_methods_that_change_few_weights_are_exact_too(method, settings, no_report, tmp_path):
+    run = train(settings(method=method, epochs=1, method_options={}))
+    model = make_backbone(load_run(run.path, "cpu").info.backbone, "classification").eval()
+    load_sparse(model, export(run.path, "sparse", tmp_path / "m").path)
+    from snella_app.methods import merge_trained
+
+    merged = merge_trained(load_run(run.path, "cpu").model).state_dict()
+    assert all(torch.equal(tensor, merged[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_method_that_changes_all_weights_is_refused(settings, no_report, tmp_path):
+    run = train(settings(method="lora-2", epochs=1))
+    with pytest.raises(ValueError, match=r"method lora-2 changes .* take --format timm"):
+        export(run.path, "sparse", tmp_path / "m")
+    with pytest.raises(ValueError, match="is a LoRA already"):
+        export(run.path, "lora", tmp_path / "l")
+    assert not list(tmp_path.glob("[ml]"))
+
+
+def test_lora_comes_nearer_with_its_rank_and_says_how_near(finished, loaded, images, expected, tmp_path):
+    from peft import PeftModel
+
+    notes, errors = [], []
+    for rank in (4, 64):
+        done = export(finished.path, "lora", tmp_path / f"r{rank}", rank=rank)
+        model = PeftModel.from_pretrained(backbone_of(loaded), done.path).eval()
+        with torch.no_grad():
+            errors.append(float((model(images) - expected).abs().max() / expected.abs().max()))
+        notes.append(float(done.notes[0].split("= ")[1].split(" ")[0]))
+    assert 0.05 < notes[0] < 1 and notes[1] < 1e-3  # 64 is the rank of every matrix of this model
+    assert errors[1] < 1e-4
+    with pytest.raises(ValueError, match="rank must be at most 64, the smaller side of the smallest matrix, got 65"):
+        export(finished.path, "lora", tmp_path / "big", rank=65)
+
+
+def test_transformers_loads_the_hf_folder_with_labels_and_preprocessing(finished, photos, images, expected, tmp_path):
+    from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+
+    path = export(finished.path, "hf", tmp_path / "hf").path
+    model = AutoModelForImageClassification.from_pretrained(path).eval()
+    assert model.config.id2label == {0: "cats", 1: "dogs", 2: "owls"}
+    with torch.no_grad():
+        assert torch.equal(model(pixel_values=images).logits, expected)
+    paths = sorted(photos.rglob("*.png"))[::5]
+    processor = AutoImageProcessor.from_pretrained(path)
+    pixels = processor([Image.open(p).convert("RGB") for p in paths], return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(pixels, images)
+    best = pipeline("image-classification", model=str(path))(str(paths[0]))[0]
+    assert best["label"] == ["cats", "dogs", "owls"][int(expected[0].argmax())]
+    card = (path / "README.md").read_text()
+    assert (
+        card.startswith("---\n") and "pipeline_tag: image-classification" in card and '["cats", "dogs", "owls"]' in card
+    )
+    with torch.no_grad():
+        plain = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
+        assert torch.equal(plain(images), expected)
+
+
+def test_the_timm_folder_is_that_of_merge(finished, images, expected, tmp_path):
+    from snella_app.runs.merge import merge
+
+    one, two = export(finished.path, "timm", tmp_path / "one").path, merge(finished.path, tmp_path / "two")
+    assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
+    assert all((one / p.name).read_bytes() == p.read_bytes() for p in two.iterdir())
+
+
+def test_nothing_is_overwritten_silently(finished, tmp_path):
+    path = export(finished.path, "timm", tmp_path / "m").path
+    with pytest.raises(FileExistsError, match=r"out=.*m exists; .* --overwrite"):
+        export(finished.path, "timm", path)
+    export(finished.path, "timm", path, overwrite=True)
+    (path / "mine.txt").write_text("notes")
+    with pytest.raises(FileExistsError, match=r"other files, e\.g\. 'mine\.txt'"):
+        export(finished.path, "timm", path, overwrite=True)
+    with pytest.raises(FileExistsError, match="is a folder, which sparse does not replace"):
+        export(finished.path, "sparse", path, overwrite=True)
+    assert (path / "mine.txt").read_text() == "notes" and sorted(p.name for p in tmp_path.iterdir()) == ["m"]
+
+
+def test_a_missing_package_is_named_with_its_extra(finished, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ImportError, match=r"format onnx needs onnxscript: pip install 'snella\[export\]'"):
+        export(finished.path, "onnx", tmp_path / "m")
+
+
+def test_images_for_the_check_can_be_given_where_the_run_s_are_gone(make_photos, tiny_run, tmp_path, no_report):
+    folder = make_photos(tmp_path / "photos", {"cats": 16, "dogs": 16})
+    config = TrainConfig(**{**tiny_run, "epochs": 1}, data=f"folder:{folder}", out=str(tmp_path / "run"))
+    run = train(config)
+    folder.rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match="images must be given to compare outputs on"):
+        export(run.path, "torchscript")
+    image = tmp_path / "moved" / "cats" / "000.png"
+    assert "on 1 images" in export(run.path, "torchscript", images=[image]).notes[0]
+    assert (tmp_path / "run.torchscript.pt").is_file()
+
+
+def test_the_command_prints_what_loads_it(finished, tmp_path, capsys):
+    out = tmp_path / "m.sparse"
+    assert main(["export", str(finished.path), "--format", "sparse", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "from snella import load_sparse" in printed and "bit for bit" in printed
+    temperature = finished.read_json("run.json")["calibration"]["temperature"]
+    divided = f"softmax(outputs / {temperature:g}) has the probabilities of predict --tta 1"
+    assert f"{divided}; it is 'temperature' in its" in printed
+    assert main(["export", str(finished.path), "--format", "timm", "--opset", "18"]) == 2
+    assert "--opset 18 is an option of format onnx, not of timm; leave it out" in capsys.readouterr().err
+
+
+def test_the_command_line_knows_every_format():
+    assert get_args(ExportName) == tuple(FORMATS)

@@ -1,0 +1,305 @@
+import contextlib
+import json
+import shutil
+from itertools import count
+
+import pytest
+
+from snella_app.cli.parser import as_flags
+from snella_app.config import TrainConfig
+from snella_app.files import made_folder, sealed, write_bytes, write_json
+from snella_app.records import FoldResults
+from snella_app.runs import RunFolder
+from snella_app.training.session import lock_run
+from snella_lab.analysis.plot import Plot, write_plots
+
+
+def config(path, **changes):
+    return TrainConfig(**{"data": "digits", "backbone": "test_vit", "out": str(path), **changes})
+
+
+def made(path, status):
+    run = RunFolder(path)
+    run.create(config(path).resolved())
+    run.update(status)
+    return run
+
+
+def test_a_finished_run_is_not_overwritten_by_accident(tmp_path):
+    run = made(tmp_path / "run", "finished")
+    with pytest.raises(
+        FileExistsError, match=r"out=.*run holds a finished run; choose another folder, or start over with --overwrite"
+    ):
+        run.resolve_settings(config(run.path))
+
+
+def test_an_unfinished_run_can_be_continued_or_started_over(tmp_path):
+    run = made(tmp_path / "run", "interrupted")
+    with pytest.raises(FileExistsError, match=r"an unfinished run \(interrupted\); resume it with --resume"):
+        run.resolve_settings(config(run.path))
+    assert run.resolve_settings(config(run.path, overwrite=True)).overwrite
+
+
+def test_resuming_uses_the_stored_settings(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    run.create(config(run.path, epochs=7, method="lora-4").resolved())
+    run.update("running")
+    settled = run.resolve_settings(TrainConfig(out=str(run.path), resume=True))
+    assert (settled.epochs, settled.method, settled.data, settled.resume) == (7, "lora-4", "digits", True)
+    with pytest.raises(ValueError, match=r"epochs is 7 there and 3 here; leave them out; .* snella train --init-from "):
+        run.resolve_settings(config(run.path, epochs=3, resume=True))
+
+
+def test_the_settings_of_one_call_are_neither_stored_nor_read_back(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    run.create(config(run.path, overwrite=True, progress=False).resolved())
+    text = (run.path / "config.yaml").read_text()
+    assert not any(name in text for name in ("overwrite", "resume", "progress"))
+    (run.path / "config.yaml").write_text(text + "overwrite: true\nprogress: false\nresume: false\n")
+    read = run.read_config()
+    assert (read.overwrite, read.progress, read.resume) == (False, True, False)
+
+
+def test_a_status_that_is_none_is_called_damage(tmp_path):
+    run = made(tmp_path / "run", "running")
+    (run.path / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"run.json is damaged: it holds no status; copy the file again, or train"):
+        run.resolve_settings(config(run.path))
+
+
+def test_a_run_that_is_running_may_have_been_killed(tmp_path):
+    run = made(tmp_path / "run", "running")
+    with pytest.raises(FileExistsError, match=r"an unfinished run \(running or killed\); resume it with --resume"):
+        run.resolve_settings(config(run.path))
+
+
+def test_resuming_without_a_run_needs_to_know_what_to_start(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match=r"got .*run, which holds none; give data and backbone"):
+        run.resolve_settings(TrainConfig(out=str(run.path), resume=True))
+    assert run.resolve_settings(config(run.path, resume=True)).epochs == 10
+    assert not run.path.exists()
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("x")
+    with pytest.raises(FileExistsError, match="holds files but no run"):
+        RunFolder(tmp_path).resolve_settings(config(tmp_path))
+    file = tmp_path / "thesis.txt"
+    with pytest.raises(FileExistsError, match=r"thesis.txt holds files but no run"):
+        RunFolder(file).resolve_settings(config(file))
+
+
+def test_starting_over_removes_the_run_and_nothing_else(tmp_path):
+    run = made(tmp_path / "run", "finished")
+    (run.path / "notes.txt").write_text("mine")
+    (run.adapter).mkdir()
+    (run.adapter / "old.safetensors").write_text("x")
+    run.create(config(run.path).resolved())
+    assert (run.path / "notes.txt").read_text() == "mine"
+    assert not run.adapter.exists() and run.status is None
+
+
+def test_what_is_no_run_is_called_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"run.json: this is not the folder of a run"):
+        RunFolder(tmp_path).read_json("run.json")
+    with pytest.raises(FileNotFoundError, match=r"config.yaml: this is not the folder of a run"):
+        RunFolder(tmp_path).read_config()
+    run = made(tmp_path / "run", "running")
+    with pytest.raises(FileNotFoundError, match=r"metrics.json: the run has not written it yet"):
+        run.read_json("metrics.json")
+
+
+def test_damaged_files_are_named(tmp_path):
+    run = made(tmp_path / "run", "running")
+    (run.path / "metrics.json").write_text("{")
+    with pytest.raises(ValueError, match=r"metrics.json is damaged"):
+        run.read_json("metrics.json")
+    (run.path / "config.yaml").write_text("epoch: 3\n")
+    with pytest.raises(ValueError, match=r"config.yaml was altered after it was written: the run was begun with other"):
+        run.read_config()
+    (run.path / "run.json").unlink()
+    with pytest.raises(ValueError, match=r"config.yaml is damaged: .*'epoch'"):
+        run.read_config()
+    (run.path / "config.yaml").write_text("")
+    with pytest.raises(ValueError, match=r"config.yaml is damaged"):
+        run.read_config()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("label_smoothing: 0.0", "label_smoothing: 0.3"), ("epochs: 10", "epochs: 0")]
+)
+def test_settings_of_an_unfinished_run_that_were_edited_are_refused(tmp_path, old, new):
+    run = made(tmp_path / "run", "running")
+    text = (run.path / "config.yaml").read_text()
+    (run.path / "config.yaml").write_text(text.replace("workers: 0", "workers: 2"))
+    assert run.read_config().workers == 2  # no part of what is trained
+    assert old in text
+    (run.path / "config.yaml").write_text(text.replace(old, new))
+    with pytest.raises(
+        ValueError, match=r"config.yaml was altered after it was written: .* restore the file, or train"
+    ):
+        run.resolve_settings(TrainConfig(out=str(run.path), resume=True))
+
+
+def test_refused_settings_of_a_file_do_not_name_options(tmp_path):
+    (tmp_path / "config.yaml").write_text("data: digits\nbackbone: test_vit\nout: x\nepochs: -1\nbatch_size: -1\n")
+    refused = (
+        r"config.yaml is damaged: 'epochs' must be at least 0, got -1; 'batch_size' must be at least 1, got -1; train"
+    )
+    with pytest.raises(ValueError, match=refused) as error:
+        RunFolder(tmp_path).read_config()
+    assert as_flags(str(error.value)) == str(error.value)
+    (tmp_path / "config.yaml").write_text("out: x\nema: 2.0\n")
+    refused = r"damaged: it lacks 'data', 'backbone'; 'ema' must be in \(0, 1\), got 2\.0; leave it out for none; train"
+    with pytest.raises(ValueError, match=refused) as error:
+        RunFolder(tmp_path).read_config()
+    assert as_flags(str(error.value)) == str(error.value)
+
+
+def test_an_unfinished_run_of_an_early_version_is_refused_and_a_finished_one_is_read(tmp_path):
+    run = made(tmp_path / "run", "running")
+    early = {"format": 1, "status": "running"}
+    (run.path / "run.json").write_text(json.dumps(sealed(early)))
+    with pytest.raises(
+        ValueError, match=r"run was begun by a version of snella whose checkpoints do not say which run"
+    ):
+        run.resolve_settings(TrainConfig(out=str(run.path), resume=True))
+    (run.path / "run.json").write_text(json.dumps(sealed({**early, "status": "finished"})))
+    assert run.resolve_settings(TrainConfig(out=str(run.path), resume=True)).epochs == 10
+
+
+def test_a_new_run_in_the_same_folder_has_another_id_and_a_resumed_one_its_own(tmp_path):
+    run = made(tmp_path / "run", "running")
+    first = run.id
+    run.update("interrupted")
+    run.prepare(run.read_config(), is_resumed=True)
+    assert run.id == first and len(first) == 32
+    run.create(config(run.path).resolved())
+    run.update("running")
+    assert run.id != first
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL."""
+
+
+def test_a_kill_while_starting_over_leaves_a_folder_that_resume_knows_or_refuses(tmp_path, monkeypatch):
+    """Killed before each renaming and removal in turn: as it was while `config.yaml` is the old one, refused with what
+    to do while `run.json` is there, begun after.
+    """
+    wanted, said = config(tmp_path / "run", epochs=3).resolved(), []
+    for number in range(20):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        run = made(tmp_path / "run", "running")
+        (run.checkpoints / "checkpoint-4").mkdir()
+        run.adapter.mkdir()
+        (run.path / "metrics.json").write_text("{}")
+        with monkeypatch.context() as patch:
+            changes = count(0)
+
+            def counted(original, changes=changes, number=number):
+                def change(*args, **kwargs):
+                    if next(changes) == number:
+                        raise Killed
+                    return original(*args, **kwargs)
+
+                return change
+
+            patch.setattr(type(run.path), "replace", counted(type(run.path).replace))
+            patch.setattr(type(run.path), "unlink", counted(type(run.path).unlink))
+            patch.setattr("shutil.rmtree", counted(shutil.rmtree))
+            with contextlib.suppress(Killed):
+                run.create(wanted)
+        try:
+            said.append(run.resolve_settings(TrainConfig(out=str(run.path), resume=True)).epochs)
+        except ValueError as error:
+            said.append(str(error).partition(": ")[2])
+        if next(changes) <= number:
+            break
+    refused = "the run was begun with other settings; restore the file, or train again with `--overwrite`"
+    assert said[0] == 10 and set(said) == {10, refused, 3} and said == sorted(said, key=[10, refused, 3].index)
+
+
+def test_checkpoints_without_the_record_of_their_run_are_not_removed(tmp_path):
+    run = made(tmp_path / "run", "running")
+    (run.checkpoints / "checkpoint-4").mkdir()
+    (run.path / "run.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"run holds checkpoints but no run.json; copy that file there again"):
+        run.resolve_settings(TrainConfig(out=str(run.path), resume=True))
+
+
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match=r"\[Errno 28\] No space left on device: '.*a.json'"):
+        write_json(tmp_path / "a.json", {"x": 1})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")])
+def test_a_write_that_fails_leaves_no_empty_folder_and_names_the_folder(error, tmp_path):
+    with pytest.raises(OSError, match=r"No space left on device: '.*/new/inner'"), made_folder(tmp_path / "new/inner"):
+        raise error
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(OSError, match=r"No space left on device"), made_folder(tmp_path / "new/inner"):
+        (tmp_path / "new/inner").rmdir()
+        raise error
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "there").mkdir()
+    with pytest.raises(KeyError, match="bug"), made_folder(tmp_path / "there"):
+        raise KeyError("bug")
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]  # it was there before
+
+
+def test_a_plot_that_cannot_be_written_leaves_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    plot = Plot("a", [{"x": 1}], lambda: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match=r"No space left on device: '.*plots'"):
+        write_plots([plot], tmp_path / "plots")
+    assert not list(tmp_path.iterdir())
+
+
+def test_edited_settings_of_a_cross_validation_are_refused(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.write_config(config(tmp_path, folds=3).resolved())
+    folder.write(FoldResults(3))
+    assert folder.read_config().folds == 3
+    text = (tmp_path / "config.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(text.replace("folds: 3", "folds: 2"))
+    with pytest.raises(ValueError, match=r"config.yaml was altered after it was written"):
+        folder.read_config()
+
+
+def test_a_link_in_the_place_of_the_lock_is_refused_and_not_written_through(tmp_path):
+    run = made(tmp_path / "run", "running")
+    (tmp_path / "mine.txt").write_text("mine")
+    run.lock.symlink_to(tmp_path / "mine.txt")
+    with pytest.raises(OSError, match=r"run/\.lock must be a file, got a symbolic link; remove it"), lock_run(run):
+        pass
+    assert (tmp_path / "mine.txt").read_text() == "mine" and run.lock.is_symlink()
+
+
+def test_a_link_in_the_place_of_a_temporary_file_is_not_written_through(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    (tmp_path / ".a.json.tmp").symlink_to(tmp_path / "mine.txt")
+    write_json(tmp_path / "a.json", {"x": 1})
+    assert (tmp_path / "mine.txt").read_text() == "mine" and (tmp_path / "a.json").read_text() == '{\n "x": 1\n}\n'
+
+
+def test_an_error_is_stored_and_forgotten_when_the_run_goes_on(tmp_path):
+    run = made(tmp_path / "run", "running")
+    run.update("failed", error="boom")
+    assert run.read_json("run.json")["error"] == "boom"
+    run.update("running")
+    assert "error" not in run.read_json("run.json")
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
+    write_json(tmp_path / "a.json", {"x": 1})
+    before = (tmp_path / "a.json").read_bytes()
+    with pytest.raises(ValueError, match="nan"):
+        write_json(tmp_path / "a.json", {"x": float("nan")})
+    with pytest.raises(TypeError):
+        write_bytes(tmp_path / "a.json", "text")
+    assert (tmp_path / "a.json").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]

@@ -1,0 +1,353 @@
+"""`snella.load`: images of every kind, one or many, and what is said about them."""
+
+import dataclasses
+import io
+import json
+import math
+import shutil
+import signal
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import snella
+from snella_app.console import make_console
+from snella_app.records import Calibration, plain
+from snella_app.runs import RunFolder
+from snella_app.runs.evaluate import evaluate
+from snella_app.runs.image_inputs import expand, new_files
+from snella_app.runs.predict import MOST_VIEWS, Predictor, predict
+from snella_app.runs.prediction_files import predict_to_files, write_features
+from tests.processes import command
+
+
+@pytest.fixture(scope="module")
+def model(finished):
+    return snella.load(finished.path)
+
+
+@pytest.fixture
+def calibrated(finished, tmp_path):
+    """A run with a temperature of 2 and a threshold."""
+    run = RunFolder(shutil.copytree(finished.path, tmp_path / "calibrated"))
+    run.update("finished", calibration=plain(Calibration(2.0, 0.4)))
+    return run.path
+
+
+def same(a, b):
+    assert list(a.probabilities) == list(b.probabilities)
+    assert list(a.probabilities.values()) == pytest.approx(list(b.probabilities.values()), abs=1e-6)
+
+
+def test_three_lines_predict(finished, photos):
+    model = snella.load(finished.path)
+    prediction = model.predict(photos / "dogs" / "003.png")
+    same(prediction, predict(finished.path, [photos / "dogs" / "003.png"])[0])
+    assert model.classes == ["cats", "dogs", "owls"] and prediction.path == photos / "dogs" / "003.png"
+    assert "snella-2, 3 classes, on cpu" in repr(model)
+
+
+def test_an_image_is_the_same_as_file_pil_image_bytes_array_and_tensor(model, photos):
+    path = photos / "owls" / "004.png"
+    image, array = Image.open(path), np.asarray(Image.open(path))
+    tensor = torch.from_numpy(array.copy()).movedim(-1, 0)
+    kinds = [str(path), image, path.read_bytes(), array, array / 255.0, tensor, tensor / 255, tensor.bfloat16() / 255]
+    for kind in kinds[:-1]:
+        same(model.predict(kind), model.predict(path))
+    assert model.predict(kinds[-1]).probability == pytest.approx(model.predict(path).probability, abs=0.05)
+    assert [p.path.name for p in model.predict([path, image, array])] == ["004.png", "004.png", "[2]"]
+
+
+def test_gray_and_transparent_arrays_are_converted_as_files_are(model):
+    gray = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    same(model.predict(gray), model.predict(np.stack([gray] * 3, axis=2)))
+    same(model.predict(gray[..., None]), model.predict(torch.from_numpy(gray)[None]))
+    clear = np.zeros((8, 8, 4), np.uint8)
+    same(model.predict(clear), model.predict(np.full((8, 8, 3), 255, np.uint8)))
+
+
+def test_one_image_gives_one_prediction_and_several_a_list(model, photos):
+    batch = torch.rand(3, 3, 32, 32)
+    together = model.predict(batch)
+    for one, prediction in zip(batch, together, strict=True):
+        same(model.predict(one), prediction)
+    assert len(model.predict(batch[:1])) == 1
+    assert len(model.predict(photos / "cats")) == 16 and len(model.predict(str(photos / "**" / "00?.png"))) == 30
+
+
+@pytest.mark.parametrize(
+    ("image", "error", "message"),
+    [
+        (torch.zeros(2, 8, 8), ValueError, r"\[1, 3 or 4, height, width\] as a tensor, got \[2, 8, 8\] as \[0\]"),
+        (np.zeros((8, 8, 3), np.int64), ValueError, "must be uint8 or floating point, got int64"),
+        (torch.randn(3, 8, 8) * 3 - 5, ValueError, "values from 0 to 1, got -.*before it is normalized"),
+        (np.full((8, 8), np.nan), ValueError, "values from 0 to 1, got nan to nan"),
+        (b"no image", ValueError, r"'\[0\]' is not a readable image"),
+        (3.5, TypeError, "must be files, PIL images, arrays or tensors, one or several of them, got float 3.5"),
+        ([None], TypeError, r"got NoneType as \[0\]"),
+        ([], ValueError, "images must name at least one file or folder, got none"),
+    ],
+)
+def test_what_is_no_image_is_named(model, image, error, message):
+    with pytest.raises(error, match=message):
+        model.predict(image)
+
+
+def test_a_run_that_is_not_there_is_named_by_load(finished):
+    with pytest.raises(FileNotFoundError, match=r"no run .*rum; nearest there: 'run'"):
+        snella.load(finished.path.parent / "rum")
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        snella.load(finished.path, batch_size=0)
+
+
+def test_threads_share_a_model(model):
+    images = torch.rand(8, 3, 32, 32)
+    expected, found = model.predict(images), {}
+
+    def work(index):
+        found[index] = model.predict(images[index])
+
+    threads = [threading.Thread(target=work, args=[i]) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index, prediction in enumerate(expected):
+        same(found[index], prediction)
+
+
+def test_logits_are_divided_by_the_run_s_temperature(uncalibrated, calibrated, photos):
+    for before, after in zip(uncalibrated.predict([photos]), predict(calibrated, [photos]), strict=True):
+        roots = {name: math.sqrt(p) for name, p in before.ranking}
+        for name, p in after.ranking:
+            assert p == pytest.approx(roots[name] / sum(roots.values()), abs=1e-6)
+
+
+def test_views_are_averaged_as_probabilities(model, photos):
+    """A temperature fitted to the average of two views divides that; one fitted to one view divides each view."""
+    image = Image.open(photos / "cats" / "002.png")
+    view, both = model.loaded.transform(image), model.predict(image)
+    assert model.loaded.info.tta == 2 and model.temperature != 1
+    same(both, model.predict(image, tta=2))
+    one_view = dataclasses.replace(model.loaded, info=dataclasses.replace(model.loaded.info, tta=1))
+    each = Predictor(one_view).predict(image, tta=2)
+    with torch.inference_mode():
+        logits = model.loaded.model(torch.stack([view, view.flip(-1)]))
+    of_average = (logits.softmax(1).mean(0).log() / model.temperature).softmax(0)
+    average_of_each = (logits / model.temperature).softmax(1).mean(0)
+    assert (of_average - average_of_each).abs().max() > 1e-4
+    for found, expected in ((both, of_average), (each, average_of_each)):
+        for name, p in zip(model.classes, expected.tolist(), strict=True):
+            assert found.probabilities[name] == pytest.approx(p, abs=1e-5)
+    alone = dict(zip(model.classes, (logits[0] / model.temperature).softmax(0).tolist(), strict=True))
+    for found in (model.predict(image, tta=1), Predictor(one_view).predict(image)):
+        assert found.probabilities == pytest.approx(alone, abs=1e-5)
+    many = model.predict(image, tta=MOST_VIEWS)
+    assert sum(many.probabilities.values()) == pytest.approx(1, abs=1e-5)
+    assert many.probabilities != both.probabilities
+    uniform = model.predict(np.full((32, 32, 3), 77, np.uint8))
+    same(uniform, model.predict(np.full((32, 32, 3), 77, np.uint8), tta=MOST_VIEWS))
+    with pytest.raises(ValueError, match="tta must be between 1 and 10, the views of an image, got 11"):
+        model.predict(image, tta=11)
+
+
+def test_features_are_the_head_s_inputs(model, photos):
+    features = model.features([photos / "cats"])
+    head = model.loaded.model.get_base_model().get_classifier()
+    with torch.no_grad():
+        logits = head(torch.from_numpy(features)) / model.temperature
+    for prediction, row in zip(model.predict([photos / "cats"], tta=1), logits.softmax(1), strict=True):
+        assert prediction.probability == pytest.approx(float(row.max()), abs=1e-5)
+    assert np.allclose(model.features(photos / "cats" / "000.png"), features[0], atol=1e-5)
+
+
+def test_features_are_written_with_their_images(tmp_path):
+    rows, names = [np.arange(3, dtype=np.float32), np.ones(3, np.float32)], ["a.jpg", "b.jpg"]
+    with np.load(write_features(tmp_path / "f.npz", names, rows)) as file:
+        assert file["images"].tolist() == names and np.array_equal(file["features"], np.stack(rows))
+    assert np.array_equal(np.load(write_features(tmp_path / "f.npy", names, rows)), np.stack(rows))
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = parquet.read_table(write_features(tmp_path / "f.parquet", names, rows)).to_pydict()
+    assert table == {"images": names, "features": [[0, 1, 2], [1, 1, 1]]}
+    with pytest.raises(FileExistsError, match=r"features=.*f\.npy exists; .*--overwrite"):
+        write_features(tmp_path / "f.npy", names, rows)
+    with pytest.raises(ValueError, match=r"features must end with \.npz, \.npy, \.parquet, got '.*f\.txt'"):
+        write_features(tmp_path / "f.txt", names, rows)
+
+
+def test_predictions_below_a_threshold_are_unsure(calibrated, photos, tmp_path):
+    model = snella.load(calibrated)
+    for prediction in model.predict([photos], unsure="auto"):
+        assert prediction.is_unsure == (prediction.probability < 0.4)
+    assert not any(p.is_unsure for p in model.predict([photos]))
+    assert all(p.is_unsure for p in model.predict([photos], unsure=1.0))
+    predict_to_files(str(calibrated), [str(photos)], out=str(tmp_path / "p.csv"), unsure="auto", top_k=1)
+    head, *rows = (tmp_path / "p.csv").read_text().splitlines()
+    assert head == "image,label,probability,unsure"
+    assert all((row.split(",")[3] == "yes") == (float(row.split(",")[2]) < 0.4) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("unsure", "message"),
+    [
+        ("auto", r"unsure must be a probability for a run with no calibration, got 'auto'; give e\.g\. 0\.5"),
+        (1.5, r"unsure must be auto or a probability in \(0, 1\], got 1\.5"),
+    ],
+)
+def test_a_threshold_that_cannot_be_meant_is_refused(uncalibrated, unsure, message):
+    with pytest.raises(ValueError, match=message):
+        uncalibrated.predict(torch.zeros(3, 8, 8), unsure=unsure)
+    with pytest.raises(ValueError, match=r"unsure must be auto or a probability in \(0, 1\], got 'often'"):
+        predict_to_files(str(uncalibrated.loaded.folder.path), ["x.jpg"], unsure="often")
+
+
+@pytest.fixture
+def uncalibrated(finished, tmp_path):
+    """A run without a temperature."""
+    run = RunFolder(shutil.copytree(finished.path, tmp_path / "uncalibrated"))
+    run.update("finished", calibration=None)
+    return snella.load(run.path)
+
+
+def test_paths_come_from_standard_input_tables_and_patterns(photos, tmp_path, monkeypatch):
+    cats = sorted((photos / "cats").iterdir())
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{cats[0]}\n\n{cats[2]}\n"))
+    assert expand(["-"]) == [cats[0], cats[2]]
+    table = photos.parent / "table.csv"
+    table.write_text(f"label,Path\ncats,all/cats/{cats[1].name}\ncats,all/cats/{cats[3].name}\n")
+    assert expand([table]) == [photos.parent / "all/cats" / cats[i].name for i in (1, 3)]
+    table.write_text("label,place\ncats,a.png\n")
+    with pytest.raises(ValueError, match=r"table\.csv: no column for path, .*It has 'label'"):
+        expand([table])
+    assert expand([str(photos / "*" / "00[01].png")]) == sorted(photos.glob("*/00[01].png"))
+
+
+def test_new_files_are_found_once_and_only_when_they_are_whole(tmp_path, photos):
+    looks = new_files([tmp_path], [], poll_s=0.0)
+    assert next(looks) == []
+    whole = (photos / "cats" / "000.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(whole[:100])
+    assert next(looks) == []
+    (tmp_path / "a.png").write_bytes(whole)
+    assert next(looks) == []
+    assert next(looks) == [tmp_path / "a.png"]
+    (tmp_path / "b.txt").write_text("no image")
+    assert next(looks) == [] and next(looks) == []
+
+
+def test_watching_appends_rows_and_is_resumed(finished, photos, tmp_path, monkeypatch, capsys):
+    inbox, out = tmp_path / "inbox", tmp_path / "rows.csv"
+    inbox.mkdir()
+    shutil.copy(photos / "cats" / "000.png", inbox / "a.png")
+
+    def looks(names):
+        def look(folders, known, poll_s=0.5):
+            for name in names:
+                if name.endswith(".png"):
+                    shutil.copy(photos / "dogs" / "001.png", inbox / name)
+                else:
+                    (inbox / name).write_bytes(b"no image")
+                yield [inbox / name]
+            raise KeyboardInterrupt
+
+        return look
+
+    monkeypatch.setattr("snella_app.runs.prediction_files.new_files", looks(["a.png", "broken.jpg", "b.png"]))
+    predict_to_files(str(finished.path), [str(inbox)], out=str(out), watch=True, top_k=1)
+    captured = capsys.readouterr()
+    assert [row.split(",")[0] for row in out.read_text().splitlines()] == [
+        "image",
+        *map(str, (inbox / "a.png", inbox / "b.png")),
+    ]
+    assert captured.out.endswith(f"2 images: {out}\n")
+    assert captured.err == f"left out '{inbox / 'broken.jpg'}' (no known image format)\n"
+    monkeypatch.setattr("snella_app.runs.prediction_files.new_files", looks(["c.png"]))
+    predict_to_files(str(finished.path), [str(inbox)], out=str(out), watch=True, top_k=1)
+    assert len(out.read_text().splitlines()) == 4
+    with pytest.raises(ValueError, match=r"out must have the columns .*label_2.*, got image,label,probability in"):
+        predict_to_files(str(finished.path), [str(inbox)], out=str(out), watch=True, top_k=2)
+    monkeypatch.setattr("snella_app.runs.prediction_files.new_files", looks(["d.png"]))
+    lines = tmp_path / "rows.jsonl"
+    predict_to_files(str(finished.path), [str(inbox)], out=str(lines), watch=True)
+    assert [json.loads(line)["image"] for line in lines.read_text().splitlines()] == [str(inbox / "d.png")]
+    with pytest.raises(ValueError, match=r"out must end with \.csv or \.jsonl with watch, .*, got 'p\.json'"):
+        predict_to_files(str(finished.path), [str(inbox)], out="p.json", watch=True)
+    with pytest.raises(ValueError, match=r"watch needs a folder among the images, got a\.png"):
+        predict_to_files(str(finished.path), ["a.png"], watch=True)
+    with pytest.raises(ValueError, match="features must be left out with watch"):
+        predict_to_files(str(finished.path), [str(inbox)], watch=True, features="f.npz")
+
+
+@pytest.fixture
+def gappy(photos, tmp_path):
+    """A table of ten images, of which eight are missing and one is empty."""
+    (tmp_path / "empty.png").write_bytes(b"")
+    whole = photos / "cats" / "000.png"
+    names = [str(whole), "empty.png", *(f"gone-{number}.png" for number in range(8))]
+    table = tmp_path / "table.csv"
+    table.write_text("\n".join(["path", *names]), encoding="utf-8")
+    return table
+
+
+def test_a_table_with_missing_images_is_answered_with_their_number_and_the_way_out(model, gappy):
+    with pytest.raises(FileNotFoundError, match=r"8 of 10 images are not there: .*gone-0\.png, .* and 3 more; fix .*"):
+        model.predict(gappy)
+    assert len(model.predict(gappy, skip_corrupt=True)) == 1
+    assert len(predict(model.loaded, [gappy], skip_corrupt=True)) == 1
+
+
+def test_images_of_a_table_are_named_as_the_table_names_them(finished, photos, tmp_path, monkeypatch):
+    shutil.copytree(photos / "cats", tmp_path / "mine" / "cats")
+    (tmp_path / "mine" / "table.csv").write_text("path\ncats/000.png\n", encoding="utf-8")
+    for folder, table, expected in (
+        ("mine", "table.csv", "cats/000.png"),
+        (".", "mine/table.csv", "mine/cats/000.png"),
+    ):
+        monkeypatch.chdir(tmp_path / folder)
+        assert [str(one.path) for one in predict(finished.path, [table])] == [expected]
+
+
+def test_of_many_images_that_are_left_out_the_first_are_named(finished, gappy, tmp_path, capsys):
+    predict_to_files(str(finished.path), [str(gappy)], out=str(tmp_path / "out.csv"), skip_corrupt=True)
+    said = capsys.readouterr().err
+    assert said.startswith("left out 9 images: ") and said.endswith("gone-3.png' (no such file) and 4 more\n")
+    assert "empty.png' (the file is empty)" in said and "Errno" not in said
+
+
+def test_a_terminal_sees_how_far_predicting_and_measuring_are(finished, photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal, rich takes it
+    predict_to_files(str(finished.path), [str(photos)], out=str(tmp_path / "out.csv"))
+    evaluate(finished.path, console=make_console(sys.stderr))
+    said = capsys.readouterr().err
+    assert "predicting" in said and "reading images" in said and "measuring" in said
+    monkeypatch.delenv("FORCE_COLOR")
+    predict_to_files(str(finished.path), [str(photos)], out=str(tmp_path / "out.csv"), overwrite=True)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_process_that_watches_answers_files_as_they_are_dropped_and_ends_in_peace(stop, finished, photos, tmp_path):
+    inbox, out, errors = tmp_path / "inbox", tmp_path / "rows.csv", tmp_path / "errors.txt"
+    inbox.mkdir()
+    shutil.copy(photos / "cats" / "000.png", inbox / "a.png")
+    words = ["predict", str(finished.path), str(inbox), "--watch", "--out", str(out), "--top-k", "1"]
+    with errors.open("w") as file, command(words, stderr=file) as process:
+        assert process.stdout.readline().startswith(f"{inbox / 'a.png'}: ")
+        (inbox / "b.png").write_bytes(b"no image")
+        shutil.copy(photos / "owls" / "000.png", inbox / "c.png")
+        assert process.stdout.readline().startswith(f"{inbox / 'c.png'}: ")
+        assert [row.split(",")[0] for row in out.read_text().splitlines()[1:]] == [
+            str(inbox / "a.png"),
+            str(inbox / "c.png"),
+        ]
+        assert errors.read_text() == f"left out '{inbox / 'b.png'}' (no known image format)\n"
+        process.send_signal(stop)
+        # a line that the signal interrupts while it is printed is printed again
+        *again, last = process.communicate(timeout=120)[0].splitlines()
+        assert last == f"2 images: {out}" and process.returncode == 0
+        assert all(line.startswith(f"{inbox / 'c.png'}: ") for line in again) and len(again) <= 1
+    assert errors.read_text().count("\n") == 1

@@ -1,0 +1,100 @@
+"""Publishing: a folder in the hub's layout, the hub itself, and what happens without it."""
+
+import json
+
+import pytest
+import timm
+import torch
+import yaml
+from huggingface_hub.errors import HfHubHTTPError
+
+from snella_app.runs import load_run
+from snella_app.runs.push import Pushed, push, write_hub_folder
+
+
+class Hub:
+    """What is asked of the hub; `status` is an error that it answers with."""
+
+    calls: list = []
+    status = None
+
+    def create_repo(self, name, *, private, exist_ok):
+        if self.status:
+            response = type("Response", (), {"status_code": self.status, "headers": {}, "request": None})()
+            raise HfHubHTTPError("refused", response=response)
+        self.calls.append(("create", name, private, exist_ok))
+        return f"https://huggingface.co/{name}"
+
+    def upload_folder(self, *, repo_id, folder_path, commit_message):
+        self.calls.append(("upload", repo_id, sorted(path.name for path in folder_path.iterdir())))
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    monkeypatch.setattr(Hub, "calls", [])
+    return Hub
+
+
+def test_a_folder_has_the_model_that_timm_loads_and_its_card(finished, tmp_path):
+    folder = write_hub_folder(finished.path, tmp_path / "hub", "user/photos")
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    card = (folder / "README.md").read_text()
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["library_name"] == "timm" and head["model-index"][0]["name"] == "user/photos"
+    assert "timm.create_model('hf-hub:user/photos', pretrained=True)" in card and str(tmp_path) not in card
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(model(images), load_run(finished.path).model(images))
+    temperature = json.loads((folder / "config.json").read_text())["temperature"]
+    assert f"(logits / {temperature:g}).softmax(-1)" in card
+    with pytest.raises(FileExistsError, match=r"to_folder=.*hub holds something; choose a new folder"):
+        write_hub_folder(finished.path, tmp_path / "hub", "user/photos")
+
+
+def test_an_adapter_is_published_in_peft_s_layout(finished, tmp_path):
+    done = push(finished.path, "user/photos", to_folder=tmp_path / "hub", adapter=True)
+    names = {path.name for path in (tmp_path / "hub").iterdir()}
+    assert done == Pushed(str(tmp_path / "hub"))
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= names
+    assert yaml.safe_load((tmp_path / "hub" / "README.md").read_text().split("---")[1])["library_name"] == "peft"
+
+
+def test_the_hub_gets_a_new_model_and_its_files(finished, hub):
+    done = push(finished.path, "user/photos", private=True)
+    assert done == Pushed("https://huggingface.co/user/photos")
+    assert hub.calls == [
+        ("create", "user/photos", True, False),
+        ("upload", "user/photos", ["README.md", "config.json", "model.safetensors"]),
+    ]
+    assert not finished.path.with_name("run-hub").exists()
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "message"),
+    [
+        (409, FileExistsError, "name=user/photos is on the hub already; choose another name, or add a commit with"),
+        (401, PermissionError, "name=user/photos must not be written by you; run `hf auth login`"),
+    ],
+)
+def test_a_model_that_exists_or_belongs_to_others_is_left_alone(finished, hub, monkeypatch, status, error, message):
+    monkeypatch.setattr(hub, "status", status)
+    with pytest.raises(error, match=message):
+        push(finished.path, "user/photos")
+    assert hub.calls == [] and not finished.path.with_name("run-hub").exists()
+
+
+def test_without_the_hub_the_folder_is_left_with_the_reason(finished, monkeypatch, tmp_path):
+    import shutil
+
+    run = shutil.copytree(finished.path, tmp_path / "run")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    done = push(run, "user/photos")
+    assert done.place == str(tmp_path / "run-hub") and "offline" in done.reason.lower()
+    assert (tmp_path / "run-hub" / "README.md").is_file()
+
+
+def test_a_name_that_the_hub_has_not_is_refused(finished, tmp_path):
+    with pytest.raises(ValueError, match="on the hub such as user/photos, got 'my photos!'"):
+        push(finished.path, "my photos!", to_folder=tmp_path / "hub")

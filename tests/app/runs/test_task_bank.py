@@ -1,0 +1,122 @@
+"""One backbone, many tasks."""
+
+import pytest
+import timm
+import torch
+
+from snella import TaskBank
+from snella_app.config import TrainConfig
+from snella_app.runs import load_run
+from snella_app.runs.predict import predict
+from snella_app.training.train import train
+
+COLORS = {"animals": {"cats": 10, "dogs": 10, "owls": 10}, "plants": {"oak": 12, "ash": 12}}
+
+
+@pytest.fixture(scope="module")
+def folders(make_photos, tiny_run, tmp_path_factory):
+    """Runs of three tasks on one backbone, with other classes, ranks and sparsity."""
+    root = tmp_path_factory.mktemp("bank")
+    for name, counts in COLORS.items():
+        make_photos(root / name, counts)
+    torch.manual_seed(0)
+    torch.save(timm.create_model("test_vit", img_size=32, num_classes=0).state_dict(), root / "weights.pth")
+    shared = {**tiny_run, "weights": str(root / "weights.pth"), "pretrained": True}
+    runs = {}
+    rows = [("animals", "animals", "snella-2", 0.5), ("plants", "plants", "snella-4", 0.9)]
+    for name, data, method, sparsity in [*rows, ("again", "plants", "snella-2", 0.7)]:
+        options = {"target_sparsity": sparsity, "init_sparsity": 0.3}
+        settings = {**shared, "method": method, "method_options": options, "epochs": 1}
+        train(TrainConfig(**settings, data=f"folder:{root / data}", out=str(root / "runs" / name)))
+        runs[name] = root / "runs" / name
+    return runs
+
+
+@pytest.fixture
+def images():
+    return torch.randn(7, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+MIXED = ["plants", "animals", "plants", "again", "animals", "animals", "plants"]
+
+
+def one_set(folders):
+    bank = TaskBank({"animals": folders["animals"]}, device="cpu")
+    bank(torch.zeros(1, 3, 32, 32), ["animals"])
+    return bank.cached_bytes / 2**20
+
+
+@pytest.mark.parametrize("sets", [1, 2, 3])
+def test_a_mixed_batch_gives_each_run_s_own_bits_in_the_order_given(folders, images, sets):
+    size = one_set(folders)
+    bank = TaskBank(folders, memory_mib=size * (sets + 0.1), device="cpu")
+    for _ in range(3):
+        outputs = bank(images, MIXED)
+        for name, run in folders.items():
+            places = [place for place, task in enumerate(MIXED) if task == name]
+            with torch.inference_mode():
+                expected = load_run(run, "cpu").network(images[places])
+            assert torch.equal(torch.stack([outputs[place] for place in places]), expected)
+        assert bank.cached_bytes <= sets * size * 2**20 and len(bank.cached_tasks) == sets
+    assert bank.merges == {1: 3 + 2 + 2, 2: 3 + 1 + 1, 3: 3}[sets]
+
+
+def test_the_task_that_was_not_used_for_longest_goes_first(folders, images):
+    bank = TaskBank(folders, memory_mib=one_set(folders) * 2.1, device="cpu")
+    for name in ("animals", "plants", "animals", "again"):
+        bank(images[:1], [name])
+    assert bank.cached_tasks == ["animals", "again"] and bank.merges == 3
+
+
+def test_memory_of_an_evicted_task_is_used_again(folders, images):
+    bank = TaskBank(folders, memory_mib=one_set(folders) * 1.1, device="cpu")
+    bank(images[:1], ["animals"])
+    addresses = {t.data_ptr() for t in bank._cached["animals"].values()}
+    bank(images[:1], ["plants"])
+    assert {t.data_ptr() for t in bank._cached["plants"].values()} == addresses
+
+
+def test_files_are_predicted_as_by_each_run(folders, make_photos, tmp_path):
+    make_photos(tmp_path / "new", {"a": 3, "b": 2})
+    paths = sorted((tmp_path / "new").rglob("*.png"))
+    tasks = ["plants", "animals", "plants", "plants", "animals"]
+    found = TaskBank(folders, device="cpu").predict(paths, tasks, batch_size=2)
+    for path, task, prediction in zip(paths, tasks, found, strict=True):
+        (expected,) = predict(load_run(folders[task], "cpu"), [path])
+        assert prediction.path == path and prediction.label == expected.label
+        assert prediction.probability == pytest.approx(expected.probability, abs=1e-6)
+
+
+def test_tasks_come_and_go(folders, images):
+    bank = TaskBank({"animals": folders["animals"]}, device="cpu")
+    assert bank.classes("animals") == ["cats", "dogs", "owls"]
+    with pytest.raises(ValueError, match="task must be one of animals, got 'plants'"):
+        bank(images[:1], ["plants"])
+    bank.add("plants", folders["plants"])
+    assert bank(images[:2], ["plants", "animals"])[0].shape == (2,) and bank.tasks == ["animals", "plants"]
+    bank.remove("animals")
+    assert bank.tasks == bank.cached_tasks == ["plants"]
+    with pytest.raises(ValueError, match="got 1 names for 2 images"):
+        bank(images[:2], ["plants"])
+
+
+def test_what_cannot_be_held_is_refused(folders, tiny_run, make_photos, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"memory_mib must be at least 0\.\d for the effective weights of .*, got 0\.0"
+    ):
+        TaskBank(folders, memory_mib=0.01, device="cpu")
+    with pytest.raises(ValueError, match="memory_mib must be more than 0, got -1"):
+        TaskBank(memory_mib=-1)
+    photos = make_photos(tmp_path / "photos", {"a": 10, "b": 10})
+    settings = {**tiny_run, "data": f"folder:{photos}", "epochs": 1, "method_options": {}}
+    train(TrainConfig(**{**settings, "method": "lora-2", "out": str(tmp_path / "lora")}))
+    with pytest.raises(NotImplementedError, match="trained by lora-2, which keeps whole weights"):
+        TaskBank({"lora": tmp_path / "lora"}, device="cpu")
+    with pytest.raises(ValueError, match="another backbone than the bank"):
+        TaskBank(folders, device="cpu").add("random", tmp_path / "lora")
+    train(TrainConfig(**{**settings, "out": str(tmp_path / "two")}))
+    more = make_photos(tmp_path / "more", {"a": 10, "b": 10, "c": 10})
+    train(TrainConfig(**{**settings, "data": f"folder:{more}", "out": str(tmp_path / "three")}))
+    # random weights are drawn after a head of another size
+    with pytest.raises(ValueError, match=r"trained on other weights in 'blocks\.0\.attn\.qkv\.weight' than the bank's"):
+        TaskBank({"two": tmp_path / "two", "three": tmp_path / "three"}, device="cpu")

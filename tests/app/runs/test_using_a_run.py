@@ -1,0 +1,432 @@
+"""Evaluating, predicting and merging a finished run."""
+
+import csv
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from snella_app.config import TrainConfig
+from snella_app.files import sealed, write_json
+from snella_app.methods import AdapterFileError
+from snella_app.report.inspect import inspect_summary
+from snella_app.runs import RunFolder, load_run
+from snella_app.runs.evaluate import evaluate
+from snella_app.runs.merge import loading_snippet, merge
+from snella_app.runs.predict import predict
+from snella_app.runs.prediction_files import predict_to_files
+from snella_app.tasks.predictions import LabelSetPrediction, NumberPrediction, write_predictions
+from snella_app.training.train import train
+
+
+def test_evaluating_repeats_the_test_result(finished):
+    result = evaluate(finished.path)
+    test = finished.read_json("metrics.json")["test"]
+    assert (result["split"], result["images"]) == ("test", sum(map(sum, test["confusion"])))
+    assert result["confusion"] == test["confusion"] and result["accuracy"] == test["accuracy"]
+    assert result["loss"] == pytest.approx(test["loss"], abs=1e-6)
+
+
+def test_evaluating_another_part(finished):
+    val = evaluate(finished.path, split="val", batch_size=3)
+    assert val["accuracy"] == finished.read_json("metrics.json")["val"]["accuracy"]
+    assert evaluate(finished.path, split="all")["images"] == 48
+
+
+def test_other_data_is_evaluated_in_full_with_the_run_s_class_numbers(finished, make_photos, tmp_path):
+    folder = make_photos(tmp_path / "new", {"owls": 5, "dogs": 5}, contrast=0)
+    result = evaluate(finished.path, f"folder:{folder}")
+    assert (result["split"], result["images"], result["classes"]) == ("all", 10, ["cats", "dogs", "owls"])
+    assert [sum(row) for row in result["confusion"]] == [0, 5, 5]
+
+
+def test_classes_that_the_run_does_not_know_are_named(finished, make_photos, tmp_path):
+    folder = make_photos(tmp_path / "new", {"cats": 5, "newts": 5})
+    with pytest.raises(
+        ValueError,
+        match=r"classes \['newts'\] that the run was not trained on; its classes are \['cats', 'dogs', 'owls'\]",
+    ):
+        evaluate(finished.path, f"folder:{folder}")
+
+
+def test_unusable_evaluation_settings_are_named(finished):
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        evaluate(finished.path, batch_size=0)
+    with pytest.raises(ValueError, match="split must be one of train, val, test, all, auto for this data, got 'dev'"):
+        evaluate(finished.path, split="dev")
+
+
+def test_predictions_are_the_model_s_own(finished, photos):
+    paths = [photos / "dogs" / "003.png", photos / "cats" / "001.png"]
+    one, two = predict(finished.path, paths, batch_size=1), predict(finished.path, [str(p) for p in paths])
+    assert [p.path for p in one] == paths
+    for a, b in zip(one, two, strict=True):
+        assert a.label == b.label and a.probability == pytest.approx(b.probability, abs=1e-6)
+        assert sum(p for _, p in a.ranking) == pytest.approx(1.0, abs=1e-5)
+        assert [p for _, p in a.ranking] == sorted((p for _, p in a.ranking), reverse=True)
+    loaded = load_run(finished.path)
+    with torch.inference_mode():
+        logits = loaded.model(loaded.transform(Image.open(paths[0]).convert("RGB"))[None])
+    assert one[0].label == loaded.classes[int(logits.argmax())]
+
+
+def test_a_folder_stands_for_the_images_in_it(finished, photos):
+    assert len(predict(finished.path, [photos / "cats"])) == 16
+    assert len(predict(load_run(finished.path), [photos, photos / "cats" / "000.png"])) == 49
+
+
+def test_predictions_are_written_as_csv(finished, photos, tmp_path):
+    predictions = predict(finished.path, [photos / "cats"])
+    path = write_predictions(predictions, tmp_path / "deep" / "out.csv", top_k=2)
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 16 and list(rows[0]) == ["image", "label", "probability", "label_2", "probability_2"]
+    assert rows[3]["label"] == predictions[3].label
+    assert float(rows[3]["probability"]) == pytest.approx(predictions[3].probability, abs=1e-6)
+    whole = write_predictions(predictions, path, overwrite=True)
+    assert whole.read_text().splitlines()[0] == "image,label,probability"
+
+
+def test_an_output_of_predictions_that_cannot_be_meant_is_refused(tmp_path):
+    (tmp_path / "p.csv").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"out=.*p\.csv exists; .* with --overwrite \(overwrite=True\)"):
+        write_predictions([], tmp_path / "p.csv")
+    assert (tmp_path / "p.csv").read_text() == "mine"
+    with pytest.raises(ValueError, match=rf"out must be a file, got the folder '.*{tmp_path.name}'; write .*p\.csv"):
+        write_predictions([], tmp_path)
+    with pytest.raises(
+        ValueError, match="top_k must be at least 1, got 0; leave it out for the default, or set --top-k all"
+    ):
+        write_predictions([], tmp_path / "new.csv", top_k=0)
+
+
+def test_an_image_in_the_run_s_place_is_answered_with_the_order(finished, photos):
+    image = photos / "cats" / "000.png"
+    with pytest.raises(ValueError, match=r"run must be the folder of a run, got the file '.*000\.png'; the run comes"):
+        predict(image, [finished.path])
+    with pytest.raises(ValueError, match=r"got '.*cats'; '.*run' is one: it comes before the images"):
+        predict(photos / "cats", [finished.path])
+
+
+def test_images_that_cannot_be_read_are_named_or_left_out(finished, photos, tmp_path):
+    whole = (photos / "cats" / "000.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    images = [photos / "cats" / "000.png", tmp_path / "cut.png"]
+    with pytest.raises(ValueError, match=r"cut\.png' is not a readable image.*; leave it out, or pass --skip-corrupt"):
+        predict(finished.path, images)
+    assert [p.path for p in predict(finished.path, images, skip_corrupt=True)] == images[:1]
+
+
+def test_hidden_files_are_no_images_and_content_counts_beside_the_ending(finished, photos, tmp_path):
+    Image.open(photos / "cats" / "000.png").save(tmp_path / "a.jfif", "JPEG")
+    Image.open(photos / "cats" / "000.png").save(tmp_path / "b", "PNG")
+    (tmp_path / "._a.jpg").write_bytes(b"what macOS keeps")
+    (tmp_path / "notes.txt").write_text("BMX")
+    assert [p.path.name for p in predict(finished.path, [tmp_path])][:2] == ["a.jfif", "b"]
+
+
+def test_a_run_that_is_not_there_is_named_before_the_images(finished, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no run .*rum; nearest there: 'run'"):
+        predict(finished.path.parent / "rum", [tmp_path / "a.jpg"])
+
+
+def test_the_ending_of_a_file_says_how_predictions_are_written(finished, photos, tmp_path, monkeypatch):
+    predictions = predict(finished.path, [photos / "cats" / "000.png"], unsure=1.0)
+    (row,) = json.loads(write_predictions(predictions, tmp_path / "p.json", 3).read_text())
+    assert list(row) == [
+        "image",
+        "label",
+        "probability",
+        "unsure",
+        *(f"{n}_{k}" for k in (2, 3) for n in ("label", "probability")),
+    ]
+    assert (row["label"], row["unsure"]) == (predictions[0].label, True)
+    assert row["probability"] == pytest.approx(predictions[0].probability, abs=1e-6)
+    (line,) = write_predictions(predictions, tmp_path / "p.jsonl").read_text().splitlines()
+    assert json.loads(line) == {name: row[name] for name in ("image", "label", "probability", "unsure")}
+    table = pytest.importorskip("pyarrow.parquet").read_table(write_predictions(predictions, tmp_path / "p.parquet", 3))
+    assert table.to_pylist() == [row]
+    with pytest.raises(ValueError, match=r"out must end with \.csv, \.json, .*, got '.*p\.xlsx'; write '.*p\.csv'"):
+        write_predictions([], tmp_path / "p.xlsx")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match=r"q\.parquet needs pyarrow: pip install 'snella\[data\]'"):
+        write_predictions([], tmp_path / "q.parquet")
+
+
+def test_values_that_json_and_parquet_lack_are_written_as_null_and_readable_names(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    number = NumberPrediction(Path("caf\udce9.png"), {"dose": float("nan"), "mass": 1.5})
+    (row,) = json.loads(write_predictions([number], tmp_path / "p.json").read_text())
+    assert row == {"image": "caf\udce9.png", "dose": None, "mass": 1.5}
+    assert json.loads(write_predictions([number], tmp_path / "p.jsonl").read_text()) == row
+    labels = LabelSetPrediction(Path("a.png"), ["\udce9"], {"\udce9": 0.7})
+    table = parquet.read_table(write_predictions([number, number], tmp_path / "p.parquet"))
+    assert table.to_pylist() == [{"image": "caf?.png", "dose": None, "mass": 1.5}] * 2
+    table = parquet.read_table(write_predictions([labels], tmp_path / "labels.parquet"))
+    assert table.to_pylist() == [{"image": "a.png", "labels": ["?"], "?": 0.7}]
+
+
+def test_classes_and_targets_that_are_called_as_a_column_get_a_suffix(tmp_path):
+    probabilities = {"image": 0.75, "labels": 0.25, "image_probability": 0.5}
+    labels = LabelSetPrediction(Path("a.png"), ["image", "image_probability"], probabilities)
+    (row,) = json.loads(write_predictions([labels], tmp_path / "labels.json").read_text())
+    assert row == {
+        **{"image": "a.png", "labels": ["image", "image_probability"]},
+        **{"image_probability_probability": 0.75, "labels_probability": 0.25, "image_probability": 0.5},
+    }
+    number = NumberPrediction(Path("a.png"), {"image": 2.0, "labels": 3.0})
+    (row,) = json.loads(write_predictions([number], tmp_path / "numbers.json").read_text())
+    assert row == {"image": "a.png", "image_value": 2.0, "labels": 3.0}
+
+
+def test_paths_without_images_are_named(finished, photos, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no image .*nothing\.png; .* has no similar name"):
+        predict(finished.path, [tmp_path / "nothing.png"])
+    with pytest.raises(FileNotFoundError, match=r"no image .*00\.png; nearest there: '0\d+\.png'"):
+        predict(finished.path, [photos / "cats" / "00.png"])
+    with pytest.raises(FileNotFoundError, match=r"no image .*\*\.tif; no file in .*cats matches the pattern"):
+        predict(finished.path, [photos / "cats" / "*.tif"])
+    with pytest.raises(FileNotFoundError, match=r"no image .*a\.png; there is no folder .*lions"):
+        predict(finished.path, [photos / "lions" / "a.png"])
+    with pytest.raises(FileNotFoundError, match=rf"folder .*{tmp_path.name} holds no images; known endings are"):
+        predict(finished.path, [tmp_path])
+    with pytest.raises(ValueError, match="images must name at least one file or folder"):
+        predict(finished.path, [])
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got -1"):
+        predict(finished.path, [tmp_path], batch_size=-1)
+
+
+def test_merged_weights_are_plain_timm_weights_with_equal_outputs(finished, tmp_path):
+    path = merge(finished.path, tmp_path / "deep" / "model.safetensors")
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    plain = timm.create_model(
+        metadata["architecture"], num_classes=int(metadata["num_classes"]), img_size=json.loads(metadata["img_size"])
+    )
+    plain.load_state_dict(load_file(path), strict=True)
+    assert not [
+        name for name in load_file(path) if "snella" in name or "base_model" in name or "modules_to_save" in name
+    ]
+    assert json.loads(metadata["classes"]) == ["cats", "dogs", "owls"]
+    assert json.loads(metadata["data_config"])["input_size"] == [3, 32, 32]
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(plain.eval()(images), load_run(finished.path).model(images))
+
+
+@pytest.mark.parametrize("method", ["linear", "lora-2"])
+def test_other_methods_merge_too(method, settings, console, no_report, tmp_path):
+    run = train(settings(method=method, epochs=1), console)
+    path = merge(run.path, tmp_path / "model.safetensors")
+    plain = timm.create_model("test_vit", num_classes=3, img_size=32)
+    plain.load_state_dict(load_file(path), strict=True)
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(plain.eval()(images), load_run(run.path).model(images))
+
+
+def test_the_lines_that_load_a_merged_file_give_equal_outputs(finished, tmp_path):
+    lines = loading_snippet(merge(finished.path, tmp_path / "model.safetensors"))
+    assert "snella" not in lines.replace(str(tmp_path), "")
+    assert "timm.create_model('test_vit', num_classes=3, img_size=32)" in lines
+    names: dict = {}
+    exec(lines, names)
+    assert names["classes"] == ["cats", "dogs", "owls"]
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(names["model"](images), load_run(finished.path).model(images))
+
+
+def timm_predictions(model, transform, classes, paths, views=1):
+    with torch.inference_mode():
+        images = torch.stack([transform(Image.open(path).convert("RGB")) for path in paths])
+        probabilities = model(images).softmax(1)
+        if views == 2:
+            probabilities = (probabilities + model(images.flip(-1)).softmax(1)) / 2
+    best = probabilities.max(1)
+    return [(classes[index], value) for index, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("backbone", "method", "img_size"),
+    [("test_vit", "snella-2", 48), ("test_efficientnet", "full", 96), ("vit_tiny_patch16_224", "linear", 64)],
+)
+@pytest.mark.parametrize("out", ["model", "model.safetensors"])
+def test_timm_alone_predicts_with_a_merged_model_what_the_run_predicts(
+    backbone, method, img_size, out, make_photos, settings, console, no_report, tmp_path
+):
+    photos = make_photos(tmp_path / "photos", {"cats": 12, "dogs": 12}, side=70)
+    changes = {"backbone": backbone, "method": method, "img_size": img_size, "epochs": 1, "data": f"folder:{photos}"}
+    run = train(settings(**changes), console)
+    path = merge(run.path, tmp_path / out)
+    if out == "model":
+        model = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
+        transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+        classes = model.pretrained_cfg["label_names"]
+    else:
+        names: dict = {}
+        exec(loading_snippet(path), names)
+        model, transform, classes = (names[name] for name in ("model", "transform", "classes"))
+    paths = sorted(photos.rglob("*.png"))
+    run.update("finished", calibration=None)  # the temperature is no part of the weights
+    assert load_run(run.path).info.tta == 2
+    for views, expected in ((1, predict(run.path, paths, tta=1)), (2, predict(run.path, paths))):
+        found = timm_predictions(model, transform, classes, paths, views)
+        for mine, theirs in zip(found, expected, strict=True):
+            assert mine == (theirs.label, pytest.approx(theirs.probability, abs=1e-5))
+
+
+def test_a_merged_folder_is_a_backbone_for_another_run(finished, settings, console, no_report, tmp_path):
+    folder = merge(finished.path, tmp_path / "model")
+    run = train(settings(backbone=str(folder), pretrained=True, img_size=None, epochs=1), console)
+    assert load_run(run.path).info.data_config["input_size"] == [3, 32, 32]
+
+
+def test_merging_into_a_folder_keeps_what_lies_there(finished, tmp_path):
+    folder = tmp_path / "model"
+    merge(finished.path, folder)
+    with pytest.raises(FileExistsError, match=r"out=.*model exists; .* replace it with --overwrite"):
+        merge(finished.path, folder)
+    assert merge(finished.path, folder, overwrite=True) == folder
+    (folder / "mine.txt").write_text("mine")
+    with pytest.raises(
+        FileExistsError, match=r"out=.*model is a folder with other files, e.g. 'mine.txt'; choose a new"
+    ):
+        merge(finished.path, folder, overwrite=True)
+
+
+def test_merging_does_not_overwrite_by_accident(finished, tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_text("mine")
+    with pytest.raises(
+        FileExistsError, match=r"out=.*model\.safetensors exists; choose another name, or replace it with --overwrite"
+    ):
+        merge(finished.path, path)
+    assert path.read_text() == "mine"
+    assert merge(finished.path, path, overwrite=True).stat().st_size > 1000
+    with pytest.raises(ValueError, match=r"out must end with \.safetensors, or be a folder .*, got 'model\.pth'"):
+        merge(finished.path, "model.pth")
+
+
+def test_a_damaged_adapter_is_reported_with_its_tensor(finished, tmp_path):
+    shutil.copytree(finished.path, tmp_path / "run")
+    path = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(
+        ValueError, match=r"run: adapter/adapter_model.safetensors: damaged: altered after it was writt"
+    ):
+        load_run(tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
+    run.update("finished", files={})
+    with pytest.raises(AdapterFileError, match=r"is damaged: cut off at .*'base_model.model.* is incomplete"):
+        load_run(run)
+
+
+def test_a_damaged_file_gets_the_same_advice_from_every_command(finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished.path, folder)
+    path = folder / "adapter" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    for command in (load_run, inspect_summary):
+        with pytest.raises(ValueError, match=r"damaged: .*; copy it again, or train again with `--overwrite`"):
+            command(folder)
+    for content in ("{", '{"status": "finished"}', '{"status": "done"}', "[]"):
+        (folder / "run.json").write_text(content)
+        for command in (load_run, inspect_summary):
+            with pytest.raises(ValueError, match=r"run.json.*; copy the file again, or train again with `--overwrite`"):
+                command(folder)
+
+
+def test_a_run_without_an_adapter_says_what_to_do(finished, tmp_path):
+    shutil.copytree(finished.path, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    missing = r"run.adapter is missing, though the run is finished; restore .*train again with `--overwrite`"
+    with pytest.raises(FileNotFoundError, match=missing):
+        load_run(tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match=missing):
+        train(TrainConfig(out=str(tmp_path / "run"), resume=True))
+    RunFolder(tmp_path / "run").update("running")
+    with pytest.raises(
+        FileNotFoundError, match=r"no adapter yet \(status running or killed\); finish the run with --resume"
+    ):
+        load_run(tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match="this is not the folder of a run"):
+        load_run(tmp_path)
+
+
+def test_a_finished_run_is_not_trained_again_by_resuming(finished, console):
+    before = (finished.path / "metrics.json").read_bytes()
+    train(TrainConfig(out=str(finished.path), resume=True), console)
+    assert (finished.path / "metrics.json").read_bytes() == before
+    assert "is finished already" in console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "name", ["run.json", "config.yaml", "metrics.json", "predictions.json", "adapter/adapter_config.json"]
+)
+def test_a_flipped_bit_in_a_file_of_a_finished_run_is_noticed(name, finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished.path, folder)
+    content = bytearray((folder / name).read_bytes())
+    position = content.index(b"e")  # of the kind that leaves JSON readable
+    content[position] ^= 4
+    (folder / name).write_bytes(content)
+    commands = {
+        "predict, evaluate and merge": lambda: load_run(folder),
+        "inspect": lambda: inspect_summary(folder),
+        "resume": lambda: train(TrainConfig(out=str(folder), resume=True)),
+    }
+    for command in commands.values():
+        with pytest.raises(ValueError, match=rf"{name}.*(altered after it was written|damaged|must be|missing)"):
+            command()
+
+
+def test_what_the_run_itself_writes_again_is_its_own(finished, tmp_path):
+    run = RunFolder(shutil.copytree(finished.path, tmp_path / "run"))
+    run.write_json("metrics.json", {**run.read_json("metrics.json"), "train_s": 1.0})
+    run.write_config(run.read_config())
+    run.check_files()
+    (run.path / "predictions.json").unlink()  # to save room: whoever needs it says so
+    run.check_files()
+
+
+def test_images_that_the_run_was_trained_on_are_counted_by_their_pixels(finished, photos, make_photos, tmp_path):
+    table = tmp_path / "again.csv"
+    files = sorted(photos.rglob("*.png"))
+    for index, file in enumerate(files):
+        with Image.open(file) as image:
+            image.save(tmp_path / f"{index}.bmp")  # other files of the same pixels
+    rows = [f"{index}.bmp,{file.parent.name}" for index, file in enumerate(files)]
+    table.write_text("\n".join(["path,label", *rows]))
+    trained = finished.read_json("run.json")["data"]["sizes"]["train"]
+    note = f"{trained} of 48 images are training images of the run, e.g. "
+    assert any(text.startswith(note) for text in evaluate(finished.path, str(table))["notes"])
+    assert any(text.startswith(note) for text in evaluate(finished.path, split="all")["notes"])
+    assert not evaluate(finished.path)["notes"]
+    other = make_photos(tmp_path / "new", {"owls": 5, "dogs": 5}, contrast=0)
+    assert not any("training images" in text for text in evaluate(finished.path, str(other))["notes"])
+
+
+def test_other_images_are_not_called_new_where_the_run_s_own_are_gone(make_photos, tiny_run, tmp_path, no_report):
+    folder = make_photos(tmp_path / "photos", {"cats": 16, "dogs": 16})
+    run = train(TrainConfig(**{**tiny_run, "epochs": 1}, data=str(folder), out=str(tmp_path / "run")))
+    folder.rename(tmp_path / "moved")
+    (tmp_path / "moved" / "cats" / "015.png").unlink()
+    (note,) = (text for text in evaluate(run.path, str(tmp_path / "moved"))["notes"] if "trained on" in text)
+    assert note.startswith("not checked whether the run was trained on these images, as its own cannot be compared: ")
+
+
+def test_a_run_that_is_not_finished_is_said_to_be_so(finished, photos, tmp_path, capsys):
+    run = RunFolder(shutil.copytree(finished.path, tmp_path / "run"))
+    write_json(run.path / "run.json", sealed({**run.read_json("run.json"), "status": "interrupted"}))
+    words = "the run is not finished (interrupted): this is its best epoch so far; finish it with snella train --out "
+    assert any(note.startswith(words) for note in evaluate(run.path)["notes"])
+    predict_to_files(str(run.path), [str(photos / "cats" / "000.png")])
+    assert capsys.readouterr().err.startswith(f"note: {words}{run.path} --resume")

@@ -1,0 +1,94 @@
+"""Losses by hand, and where they must agree with each other."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from snella_app.tasks import ClassificationTask, MultiLabelTask, OrdinalTask, RegressionTask
+from snella_app.tasks.classification import predicted_ranks
+from snella_app.tasks.losses import binary_focal, corn, corn_probabilities, cross_entropy, focal, logit_adjusted
+
+LOGITS = torch.tensor([[2.0, 0.0, -1.0], [0.5, 1.0, 0.0]], dtype=torch.float64)
+LABELS = torch.tensor([0, 2])
+
+
+def test_the_focal_loss_is_its_formula():
+    p = LOGITS.softmax(1)
+    by_hand = torch.stack([-((1 - p[0, 0]) ** 2) * p[0, 0].log(), -((1 - p[1, 2]) ** 2) * p[1, 2].log()])
+    assert torch.allclose(focal(LOGITS, LABELS), by_hand)
+
+
+def test_the_logit_adjustment_adds_log_shares():
+    shares = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
+    adjusted = logit_adjusted(LOGITS, LABELS, log_priors=shares.log())
+    weighted = LOGITS.exp() * shares
+    by_hand = -(weighted / weighted.sum(1, keepdim=True)).log()[[0, 1], LABELS]
+    assert torch.allclose(adjusted, by_hand)
+    with pytest.raises(ValueError, match="log_priors must be given for the logit-adjusted loss, got None"):
+        logit_adjusted(LOGITS, LABELS)
+
+
+@pytest.mark.parametrize("loss", [cross_entropy, focal, logit_adjusted])
+def test_a_mixture_of_labels_costs_the_mixture_of_their_losses(loss):
+    priors = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
+    mixed = 0.3 * F.one_hot(LABELS, 3) + 0.7 * F.one_hot(torch.tensor([1, 0]), 3)
+    parts = [loss(LOGITS, labels, log_priors=priors) for labels in (LABELS, torch.tensor([1, 0]))]
+    assert torch.allclose(loss(LOGITS, mixed.double(), log_priors=priors), 0.3 * parts[0] + 0.7 * parts[1])
+
+
+def test_the_binary_focal_loss_is_its_formula():
+    labels = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
+    p = LOGITS.sigmoid()
+    each = -(labels * (1 - p) ** 2 * p.log() + (1 - labels) * p**2 * (1 - p).log())
+    assert torch.allclose(binary_focal(LOGITS, labels), each.mean(1))
+    weighted = binary_focal(LOGITS, labels, positive_weights=torch.tensor([3.0, 1.0, 0.5]))
+    assert torch.allclose(weighted, (each * torch.where(labels > 0, torch.tensor([3.0, 1.0, 0.5]), 1.0)).mean(1))
+
+
+def test_corn_asks_a_sample_its_own_questions_alone():
+    z = torch.tensor([[0.3, -0.2], [0.3, -0.2], [0.3, -0.2]], dtype=torch.float64)
+    losses = corn(z, torch.tensor([0, 1, 2]))
+    up, down = -F.logsigmoid(z[0]), -F.logsigmoid(-z[0])
+    assert torch.allclose(losses, torch.stack([down[0], up[0] + down[1], up[0] + up[1]]) / 2)
+
+
+def test_corn_s_probabilities_are_products_of_its_conditional_ones():
+    p = corn_probabilities(torch.tensor([[0.0, math.log(3.0)]], dtype=torch.float64))
+    assert torch.allclose(p, torch.tensor([[0.5, 0.125, 0.375]], dtype=torch.float64))
+    assert predicted_ranks(torch.tensor([[0.5, 0.125, 0.375], [0.49, 0.125, 0.385], [0.3, 0.1, 0.6]])).tolist() == [
+        0,
+        1,
+        2,
+    ]
+
+
+def test_weights_of_class_and_sample_multiply_the_loss():
+    each = cross_entropy(LOGITS, LABELS)
+    task = ClassificationTask(3, weight_by_class=(2.0, 1.0, 0.5))
+    assert torch.allclose(task.loss(LOGITS, LABELS), (2 * each[0] + 0.5 * each[1]) / 2)
+    own = torch.tensor([3.0, 0.0])
+    assert torch.allclose(task.loss(LOGITS, LABELS, own), 6 * each[0] / 2)
+    mixed = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
+    soft = cross_entropy(LOGITS, mixed)
+    assert torch.allclose(task.loss(LOGITS, mixed), (1.5 * soft[0] + 0.5 * soft[1]) / 2)
+
+
+@pytest.mark.parametrize(
+    ("task", "outputs", "labels"),
+    [
+        (ClassificationTask(3, loss_name="focal"), LOGITS, LABELS),
+        (MultiLabelTask(("a", "b", "c")), LOGITS, torch.tensor([[1.0, 0, 1], [0, 0, 0]])),
+        (OrdinalTask(4, loss_name="corn"), LOGITS, torch.tensor([3, 1])),
+        (RegressionTask(("x", "y", "z"), mean=(1.0, 2, 3), std=(2.0, 2, 2)), LOGITS, torch.randn(2, 3).double()),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_every_loss_has_a_correct_gradient_and_float32_for_half_precision(task, outputs, labels):
+    assert torch.autograd.gradcheck(
+        lambda z: task.loss(z, labels, torch.tensor([1.0, 2.0])), outputs.clone().requires_grad_()
+    )
+    half = task.loss(outputs.bfloat16(), labels)
+    assert half.dtype in (torch.float32, torch.float64)
+    assert float(half) == pytest.approx(float(task.loss(outputs, labels)), rel=0.02)

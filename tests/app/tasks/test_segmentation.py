@@ -1,0 +1,109 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from snella_app.config import TrainConfig
+from snella_app.data import ImageDataset, MaskDataset
+from snella_app.tasks import SegmentationTask, create_task, task_class, task_names
+from snella_app.tasks.segmentation import choose_indices, overlap_losses
+
+LABELS = torch.tensor([[[0, 1], [1, 1]]])
+SCORES = torch.tensor([[[[2.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [3.0, 1.0]]]])
+
+
+def test_overlap_losses_by_hand():
+    p = SCORES.softmax(1)[0, 1]
+    t = LABELS[0].float()
+    both, sums = (p * t).sum(), p.sum() + t.sum()
+    assert torch.allclose(overlap_losses(SCORES, LABELS, "dice"), 1 - (2 * both + 1) / (sums + 1))
+    assert torch.allclose(overlap_losses(SCORES, LABELS, "iou"), 1 - (both + 1) / (sums - both + 1))
+    assert overlap_losses(SCORES, LABELS, "none").tolist() == [0.0]
+
+
+def test_the_loss_is_cross_entropy_and_overlap_and_falls_with_better_scores():
+    task = SegmentationTask(("background", "polyp"), mask_loss="iou")
+    expected = F.cross_entropy(SCORES, LABELS) + overlap_losses(SCORES, LABELS, "iou").mean()
+    assert torch.allclose(task.loss(SCORES, LABELS), expected)
+    perfect = 20.0 * F.one_hot(LABELS, 2).permute(0, 3, 1, 2)
+    assert task.loss(perfect, LABELS) < 1e-6 < task.loss(SCORES, LABELS)
+    assert task.loss(SCORES.bfloat16(), LABELS).dtype == torch.float32
+
+
+def test_what_is_kept_of_a_batch_gives_the_metrics():
+    task = SegmentationTask(("background", "polyp"))
+    reduced, labels = task.reduce(torch.cat([SCORES, -SCORES]), LABELS.repeat(2, 1, 1))
+    assert reduced.shape == (2, 5) and labels.tolist() == [0, 0]
+    scores = task.metrics(reduced.numpy(), labels.numpy())
+    # SCORES predicts [[0, 1], [1, 0]] (the tie goes to the background); -SCORES [[1, 0], [0, 0]]
+    assert scores["dice"] == pytest.approx((2 * 2 / (2 * 2 + 1) + 0) / 2)
+    assert scores["loss"] == pytest.approx(float(task.loss(torch.cat([SCORES, -SCORES]), LABELS.repeat(2, 1, 1))))
+    with pytest.raises(ValueError, match="at least 1 image to measure on, got 0"):
+        task.metrics(reduced[:0].numpy(), labels[:0].numpy())
+
+
+def test_epochs_are_ranked_by_dice_and_then_by_loss():
+    task = SegmentationTask(("background", "polyp"))
+    rows = [{"val_dice": 0.5, "val_loss": 0.1}, {"val_dice": 0.6, "val_loss": 0.9}, {"val_dice": 0.6, "val_loss": 0.8}]
+    assert max(rows, key=task.selection_score) is rows[2]
+
+
+def test_bad_settings_are_told_together():
+    with pytest.raises(ValueError) as caught:
+        SegmentationTask(("one",), 1.5, "hinge")
+    for text in ("got ['one']", "label_smoothing must be in [0, 1), got 1.5", "one of dice, iou, none, got 'hinge'"):
+        assert text in str(caught.value)
+
+
+def test_tasks_have_the_names_that_the_configuration_takes():
+    from typing import get_args, get_type_hints
+
+    assert list(get_args(get_type_hints(TrainConfig)["task"])) == task_names()
+    with pytest.raises(ValueError, match=r"one of classification, .*segmentation, got 'segmentatoin'; nearest: segm"):
+        task_class("segmentatoin")
+    assert create_task("segmentation", ["a", "b"], mask_loss=None, epochs=3).classes == ("a", "b")
+
+
+def test_settings_of_another_task_are_refused():
+    wanted = {"data": "d", "backbone": "b", "out": "o"}
+    with pytest.raises(ValueError, match="mask_loss is for task segmentation, got 'iou' with task 'classification'"):
+        TrainConfig(**wanted, mask_loss="iou")
+    with pytest.raises(ValueError, match=r"min_lr must be at most lr, 0.001, got 0.1"):
+        TrainConfig(**wanted, lr=1e-3, min_lr=0.1)
+    with pytest.raises(ValueError, match=r"task must be one of classification, .*segmentation, got 'detection'"):
+        TrainConfig(**wanted, task="detection")
+
+
+def test_each_task_wants_its_own_kind_of_data(tmp_path):
+    task = SegmentationTask(("background", "polyp"))
+    with pytest.raises(ValueError, match=r"must be images with masks for task segmentation, .*got 'digits'"):
+        task.check_data(ImageDataset(None, [], [], []), "digits")
+    with pytest.raises(TypeError, match="dataset must have masks, got ImageDataset"):
+        task.report_images(ImageDataset(None, [], [], []), tmp_path)
+
+
+def test_examples_are_the_worst_and_some_others():
+    dice = [0.9, 0.1, None, 0.5, 0.7, 0.3, 0.95, 0.2]
+    assert choose_indices(dice, 4) == [1, 7, 3, 6]
+    assert sorted(choose_indices(dice, 20)) == list(range(8))
+
+
+def test_a_mask_gets_the_numbers_of_the_run():
+    assert SegmentationTask(("a", "b", "c")).remap_labels(torch.tensor([[0, 1]]), [0, 2]).tolist() == [[0, 2]]
+
+
+@pytest.mark.parametrize("name", [name for name in task_names() if name != "segmentation"])
+def test_other_tasks_refuse_images_with_masks(name):
+    task, masked = create_task(name, ["a", "b", "c"]), object.__new__(MaskDataset)
+    with pytest.raises(ValueError, match=f"segmentation for images with masks such as masks:x, got {name!r}; add"):
+        task.check_data(masked, "masks:x")
+
+
+def test_outputs_are_averaged_over_an_image_and_its_flip_whose_maps_turn_back():
+    task, images = SegmentationTask(["a", "b"]), torch.randn(3, 2, 4, 6)
+    assert torch.equal(task.outputs(lambda batch: 2 * batch, images), 2 * images)
+    torch.testing.assert_close(task.outputs(torch.nn.Identity(), images, 2).softmax(1), images.softmax(1))
+    of_classes = create_task("classification", ["a", "b", "c"])
+    weights = torch.randn(6, 3)
+    plain, flipped = ((batch.mean((1, 2)) @ weights).softmax(1) for batch in (images, images.flip(-1)))
+    both = of_classes.outputs(lambda batch: batch.mean((1, 2)) @ weights, images, 2)
+    torch.testing.assert_close(both.softmax(1), (plain + flipped) / 2)

@@ -1,0 +1,210 @@
+"""Tasks of several labels, ordered classes and numbers: what they take from data, and their metrics by hand."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import average_precision_score, cohen_kappa_score, f1_score
+
+from snella_app.data import Annotations, ImageDataset
+from snella_app.data.datasets import ArrayImages
+from snella_app.tasks import ClassificationTask, MultiLabelTask, OrdinalTask, RegressionTask, create_task
+from snella_app.tasks.classification import rank_order
+from snella_app.tasks.multilabel import best_thresholds
+from snella_app.tasks.task import resolve_class_weights
+
+
+def dataset(labels, targets=None):
+    images = ArrayImages(np.zeros((len(labels), 4, 4), np.uint8))
+    names = [str(row) for row in range(len(labels))]
+    return ImageDataset(images, range(len(labels)), labels, names, annotations=Annotations(targets))
+
+
+def test_balanced_class_weights_are_scikit_learn_s_and_have_mean_one():
+    from sklearn.utils.class_weight import compute_class_weight
+
+    labels = [0] * 6 + [1] * 3 + [2]
+    task = create_task("classification", ["a", "b", "c"], class_weights="balanced").fitted(
+        dataset(labels), ["a", "b", "c"]
+    )
+    assert np.allclose(task.weight_by_class, compute_class_weight("balanced", classes=np.arange(3), y=labels))
+    assert np.mean(np.asarray(task.weight_by_class)[labels]) == pytest.approx(1.0)
+    assert task.sample_weights(dataset(labels)) == pytest.approx([1 / 6] * 6 + [1 / 3] * 3 + [1.0])
+
+
+def test_a_class_without_images_cannot_be_balanced():
+    task = create_task("classification", ["a", "b"], class_weights="balanced")
+    with pytest.raises(ValueError, match="balance classes by their training images, got none of 'b'; add images"):
+        task.fitted(dataset([0, 0]), ["a", "b"])
+
+
+def test_class_weights_by_name_are_checked_with_near_names():
+    assert resolve_class_weights({"cat": 1, "dog": 2.5}, ["dog", "cat"], []) == (2.5, 1.0)
+    assert resolve_class_weights("none", ["dog", "cat"], []) is None
+    message = r"once, of 'dog', 'cat': no class 'dgo' \(nearest: 'dog'\); no weight for 'dog'"
+    with pytest.raises(ValueError, match=message):
+        resolve_class_weights({"cat": 1, "dgo": 2}, ["dog", "cat"], [])
+    with pytest.raises(ValueError, match="at least 0 and finite, got 'cat': -1"):
+        resolve_class_weights({"cat": -1, "dog": 2}, ["dog", "cat"], [])
+
+
+def test_macro_f1_of_a_classification_is_scikit_learn_s():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(40, 3), torch.randint(0, 3, (40,))
+    scores = ClassificationTask(3).metrics(logits, labels)
+    assert scores["macro_f1"] == pytest.approx(f1_score(labels, logits.argmax(1), average="macro"))
+
+
+def test_epochs_are_compared_by_the_monitored_metric_in_its_direction():
+    row = {"val_accuracy": 0.9, "val_balanced_accuracy": 0.6, "val_loss": 0.5}
+    assert ClassificationTask(2, monitor="balanced_accuracy").selection_score(row) == (0.6, -0.5)
+    assert ClassificationTask(2, monitor="loss").selection_score(row) == (-0.5, -0.5)
+    assert RegressionTask(("age",), monitor="mae").selection_score({"val_mae": 3.0, "val_loss": 0.2}) == (-3.0, -0.2)
+
+
+def test_metrics_of_several_labels_agree_with_scikit_learn():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(60, 3), (torch.rand(60, 3) > 0.6).int()
+    task = MultiLabelTask(("a", "b", "c"), thresholds=(0.3, 0.5, 0.7))
+    scores, given = task.metrics(logits, labels), (logits.sigmoid() >= torch.tensor([0.3, 0.5, 0.7])).int()
+    assert scores["map"] == pytest.approx(average_precision_score(labels, logits.sigmoid(), average="macro"))
+    for average in ("macro", "micro"):
+        assert scores[f"{average}_f1"] == pytest.approx(f1_score(labels, given, average=average))
+    assert scores["subset_accuracy"] == pytest.approx(float((given == labels).all(1).float().mean()))
+    assert scores["per_class"][2]["threshold"] == 0.7
+    assert scores["per_class"][1]["support"] == int(labels[:, 1].sum())
+    assert scores["loss"] == pytest.approx(
+        float(torch.nn.functional.binary_cross_entropy_with_logits(logits, labels.float()))
+    )
+
+
+def test_a_label_that_no_image_has_counts_in_no_mean():
+    logits, labels = torch.tensor([[3.0, -3.0], [-3.0, -3.0]]), torch.tensor([[1, 0], [0, 0]])
+    scores = MultiLabelTask(("a", "b")).metrics(logits, labels)
+    assert scores["map"] == scores["macro_f1"] == 1.0
+    assert scores["per_class"][1]["average_precision"] is None
+
+
+def test_thresholds_have_the_highest_f1_that_any_threshold_has():
+    torch.manual_seed(0)
+    probabilities, labels = torch.rand(50, 4).double().numpy(), (torch.rand(50, 4) > 0.7).int().numpy()
+    labels[:, 3] = 0
+    thresholds = best_thresholds(probabilities, labels)
+    for c in range(3):
+        every = [f1_score(labels[:, c], probabilities[:, c] >= t) for t in np.linspace(0, 1, 1001)]
+        reached = f1_score(labels[:, c], probabilities[:, c] >= thresholds[c])
+        assert reached >= max(every) - 1e-12
+    assert thresholds[3] == 0.5
+    tied = best_thresholds(np.array([[0.2], [0.2], [0.2]]), np.array([[1], [0], [0]]))
+    assert tied == [0.1]  # equal probabilities are all above or all below
+
+
+def test_positive_weights_are_the_ratio_of_images_without_and_with_the_label():
+    data = dataset([0] * 5, [("a",), ("a", "b"), ("a",), (), ("b",)])
+    task = create_task("multilabel", ["a", "b"], class_weights="balanced").fitted(data, ["a", "b"])
+    assert task.positive_weights == pytest.approx((2 / 3, 3 / 2))
+    assert task.sample_weights(data) == pytest.approx([1 / 3, 1 / 2, 1 / 3, 1.0, 1 / 2])
+    assert task.encode(("b",)).tolist() == [0.0, 1.0]
+    assert task.remap_labels(torch.tensor([1.0]), [1]).tolist() == [0.0, 1.0]
+
+
+def test_the_state_of_several_labels_is_their_thresholds():
+    logits, labels = torch.tensor([[0.0, 2.0], [-1.0, 1.0], [-2.0, 0.5]]), np.array([[1, 1], [1, 0], [0, 0]])
+    task = MultiLabelTask(("a", "b")).calibrated(logits, labels)
+    again = create_task("multilabel", ["a", "b"], **task.state())
+    assert again.thresholds == task.thresholds
+    assert again.metrics(logits, labels)["macro_f1"] == 1.0
+
+
+def test_ordered_classes_are_measured_in_ranks():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(40, 3), torch.randint(0, 4, (40,))
+    scores = OrdinalTask(4, loss_name="corn").metrics(logits, labels)
+    ranks = (logits.double().sigmoid().cumprod(1) > 0.5).sum(1)
+    assert scores["mae"] == pytest.approx(float((ranks - labels).abs().double().mean()))
+    assert scores["kappa"] == pytest.approx(cohen_kappa_score(labels, ranks, weights="quadratic"))
+    assert sum(map(sum, scores["confusion"])) == 40
+    perfect = torch.full((2, 3), -9.0)
+    assert OrdinalTask(4, loss_name="corn").metrics(perfect, [0, 0])["kappa"] == 1.0
+
+
+def test_the_order_of_classes_is_their_numbers_or_must_be_given():
+    assert rank_order(["0", "1", "10", "2"], None) == ["0", "1", "2", "10"]
+    assert rank_order(["1 low", "2 high", "-1 none"], None) == ["-1 none", "1 low", "2 high"]
+    assert rank_order(["high", "low", "mid"], "low, mid,high") == ["low", "mid", "high"]
+    with pytest.raises(ValueError, match=r"class_order must name the classes .* e.g. high,low,mid, got none"):
+        rank_order(["high", "low", "mid"], None)
+    with pytest.raises(ValueError, match=r"got 'low,mid,hihg': no class 'hihg' \(nearest: 'high'\); 'high' missing"):
+        rank_order(["high", "low", "mid"], "low,mid,hihg")
+
+
+def test_two_classes_are_not_ordinal():
+    with pytest.raises(ValueError, match="at least 3 for task ordinal, got 2"):
+        create_task("ordinal", ["0", "1"])
+
+
+def test_numbers_are_standardized_for_the_loss_and_turned_back():
+    data = dataset([0] * 4, [(1.0, 100.0), (2.0, 200.0), (3.0, 300.0), (6.0, 300.0)])
+    task = create_task("regression", ["x", "y"]).fitted(data, ["x", "y"])
+    assert task.mean == pytest.approx((3.0, 225.0)) and task.std == pytest.approx(
+        (np.std([1, 2, 3, 6]), np.std([100, 200, 300, 300]))
+    )
+    outputs, labels = torch.zeros(2, 2), torch.tensor([[3.0, 225.0], [3.0 + task.std[0], 225.0]])
+    assert float(task.loss(outputs, labels)) == pytest.approx(0.25)
+    scores = create_task("regression", ["x", "y"], **task.state()).metrics(outputs, labels)
+    assert scores["per_target"][0]["mae"] == pytest.approx(task.std[0] / 2)
+    assert scores["per_target"][1]["mae"] == pytest.approx(0.0, abs=1e-9)
+    assert scores["loss"] == pytest.approx(0.25)
+    assert scores["per_target"][0]["r2"] == pytest.approx(-1.0)
+    assert np.isnan(scores["per_target"][1]["r2"])
+    assert scores["r2"] == pytest.approx(-1.0)
+
+
+def test_models_of_several_folds_are_averaged_in_the_numbers_own_unit():
+    one, two = RegressionTask(("x",), mean=(1.0,), std=(2.0,)), RegressionTask(("x",), mean=(3.0,), std=(4.0,))
+    outputs = [torch.tensor([[1.0]]), torch.tensor([[0.5]])]  # 3 and 5
+    assert one.numbers(one.average_outputs(outputs, [one, two])).item() == pytest.approx(4.0)
+    tasks = [MultiLabelTask(("a",), thresholds=(t,)) for t in (0.2, 0.6)]
+    pooled = tasks[0].of_ensemble(tasks)
+    assert pooled.thresholds == pytest.approx((0.4,))
+
+
+@pytest.mark.parametrize("task", [MultiLabelTask(("a", "b", "c")), OrdinalTask(4)], ids=lambda task: task.name)
+def test_the_average_of_outputs_has_the_mean_of_their_probabilities(task):
+    torch.manual_seed(0)
+    outputs = [torch.randn(5, 3).double(), torch.randn(5, 3).double()]
+    mean = (task.probabilities(outputs[0]) + task.probabilities(outputs[1])) / 2
+    assert torch.allclose(task.probabilities(task.average_outputs(outputs)), mean)
+
+
+def test_large_numbers_keep_their_differences():
+    data = dataset([0] * 3, [1.7e9, 1.7e9 + 1, 1.7e9 + 2])
+    task = create_task("regression", ["t"]).fitted(data, ["t"])
+    values = task.standardized(torch.stack([task.encode(1.7e9 + i) for i in range(3)]))
+    assert values[:, 0].tolist() == pytest.approx([-(1.5**0.5), 0.0, 1.5**0.5])
+
+
+def test_a_regression_refuses_data_that_lacks_a_number():
+    task = RegressionTask(("x", "y"))
+    assert task.remap_labels(torch.tensor([1.0, 2.0]), [1, 0]).tolist() == [2.0, 1.0]
+    with pytest.raises(ValueError, match="must have all numbers of the run, got none for 'y'"):
+        task.remap_labels(torch.tensor([1.0]), [0])
+
+
+@pytest.mark.parametrize(
+    ("task", "labels"),
+    [
+        (MultiLabelTask(("a", "b")), np.array([[1, 0], [1, 1], [0, 1], [0, 0]] * 10)),
+        (OrdinalTask(3, loss_name="corn"), np.array([0, 1, 2, 1] * 10)),
+        (RegressionTask(("x", "y"), mean=(1.0, 0.0), std=(2.0, 1.0)), np.array([[1.0, 5.0], [3.0, 4.0]] * 20)),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_the_linear_head_that_is_fitted_has_a_lower_loss_than_a_constant_one(task, labels):
+    rng = np.random.default_rng(0)
+    signal = labels.reshape(len(labels), -1).astype(float)
+    features = np.concatenate([signal + 0.1 * rng.normal(size=signal.shape), rng.normal(size=(len(labels), 3))], 1)
+    outputs = 2 if task.name != "regression" else signal.shape[1]
+    weight, bias = task.fit_linear(features, labels, outputs)
+    fitted = float(task.loss(torch.from_numpy(features) @ weight.T + bias, torch.from_numpy(labels)))
+    constant = float(task.loss(torch.zeros(len(labels), outputs).double(), torch.from_numpy(labels)))
+    assert fitted < 0.7 * constant

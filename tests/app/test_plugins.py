@@ -1,0 +1,87 @@
+"""What other packages register as entry points: `examples/plugin`, and packages that are broken."""
+
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "plugin"
+
+
+def install(folder, project, module):
+    """Lay a package down as an installer does: the module, its metadata and its entry points."""
+    (folder / f"{module[0]}.py").write_text(module[1])
+    info = folder / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
+    groups = project["entry-points"].items()
+    lines = (f"[{group}]\n" + "".join(f"{name} = {value}\n" for name, value in of.items()) for group, of in groups)
+    (info / "entry_points.txt").write_text("\n".join(lines))
+
+
+@pytest.fixture
+def example(tmp_path):
+    """A folder in which the example is installed, beside a data file."""
+    project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["project"]
+    install(tmp_path, project, ("snella_norms", (EXAMPLE / "snella_norms.py").read_text()))
+    pixels = np.random.default_rng(0).integers(0, 255, (24, 32, 32), np.uint8)
+    np.savez(tmp_path / "small.npz", images=pixels, labels=np.arange(24) % 2)
+    return tmp_path
+
+
+def snella(folder, *words):
+    """Run the command line with the packages in a folder."""
+    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    code = "import sys; from snella_app.cli.main import main; sys.exit(main())"
+    environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "100"}
+    return subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=folder, env=environment, capture_output=True, text=True
+    )
+
+
+def test_a_method_and_a_data_format_of_another_package_are_trained(example):
+    words = (
+        "--backbone test_vit --pretrained false --img-size 32 --epochs 1 --batch-size 8 --final-head trained --out run"
+    )
+    done = snella(example, "train", "--method", "norms", "--data", "npz:small.npz", *words.split())
+    assert done.returncode == 0, done.stderr
+    assert "24 images in 2 classes" in done.stdout and "method    norms" in done.stdout
+    predicted = snella(example, "evaluate", "run")
+    assert predicted.returncode == 0, predicted.stderr
+
+
+def test_a_command_of_another_package_is_listed_and_called(example):
+    assert "classes" in snella(example, "--help").stdout
+    assert "As for snella train --data" in " ".join(snella(example, "classes", "--help").stdout.split())
+    assert snella(example, "classes", "npz:small.npz").stdout == "0, 1\n"
+
+
+def test_the_data_format_of_another_package_is_among_those_that_an_error_lists(example):
+    assert "npz:PATH" in snella(example, "classes", "nowhere").stderr
+
+
+@pytest.mark.parametrize("group, name", [("commands", "hello"), ("methods", "hello"), ("data", "hello:")])
+def test_a_package_that_cannot_be_imported_is_named_and_left_out(group, name, tmp_path):
+    project = {"name": "broken", "version": "1", "entry-points": {f"snella.{group}": {name.rstrip(":"): "broken:X"}}}
+    install(tmp_path, project, ("broken", "raise RuntimeError('no such thing')"))
+    done = snella(tmp_path, "data", "check", "digits")
+    if group == "methods":
+        done = snella(
+            tmp_path, "train", "--method", "nothing", "--data", "digits", "--backbone", "test_vit", "--out", "x"
+        )
+    assert f"broken registers 'hello' in snella.{group}, which cannot be imported" in done.stderr
+    assert "RuntimeError: no such thing" in done.stderr and "Traceback" not in done.stderr
+    assert group == "methods" or done.returncode == 0
+
+
+def test_a_name_that_is_taken_is_kept_by_its_owner(tmp_path):
+    source = "from snella_app.cli.command import command\n@command('os')\ndef train() -> None:\n    print('stolen')\n"
+    project = {"name": "thief", "version": "1", "entry-points": {"snella.commands": {"train": "thief:train"}}}
+    install(tmp_path, project, ("thief", source))
+    done = snella(tmp_path, "train", "--help")
+    assert "there is a command 'train' already" in done.stderr and "stolen" not in done.stdout
+    assert "--backbone" in done.stdout

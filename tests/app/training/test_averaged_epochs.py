@@ -1,0 +1,155 @@
+import itertools
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from snella.matrices import adapted_matrices
+from snella_app.records import Metrics, read
+from snella_app.report.report import _kept_epoch
+from snella_app.runs import load_run
+from snella_app.training.build import build_components
+from snella_app.training.callbacks import EpochEnds
+from snella_app.training.checkpoints import CheckpointError
+from snella_app.training.session import TrainingInterrupted
+from snella_app.training.train import train
+from snella_app.training.trainer import SnellaTrainer
+
+pytestmark = pytest.mark.usefixtures("no_report")
+
+
+def test_the_mean_over_epochs_is_in_the_model_inside_and_its_own_values_to_the_bit_afterwards():
+    layer = nn.Linear(3, 2)
+    layer.bias.requires_grad_(False)
+    ends, values = EpochEnds(layer, 2), {}
+    for epoch in (1, 2, 3):
+        with torch.no_grad():
+            layer.weight.normal_()
+        values[epoch] = layer.weight.detach().clone()
+        ends.add(epoch)
+    assert ends.epochs == [2, 3]
+    with ends.mean_applied([2, 3]):
+        torch.testing.assert_close(layer.weight.detach(), (values[2] + values[3]) / 2)
+    assert torch.equal(layer.weight, values[3])
+
+
+def test_a_checkpoint_keeps_the_epochs_and_one_of_another_model_is_refused(tmp_path):
+    layer = nn.Linear(3, 2)
+    ends = EpochEnds(layer, 3)
+    ends.add(4)
+    ends.save(tmp_path)
+    other = EpochEnds(nn.Linear(3, 2), 3)
+    other.load(tmp_path)
+    assert other.epochs == [4] and torch.equal(other._values[4]["bias"], layer.bias)
+    with pytest.raises(CheckpointError, match=r"epoch 4 differs in bias; start over"):
+        EpochEnds(nn.Linear(3, 2, bias=False), 3).load(tmp_path)
+    with pytest.raises(CheckpointError, match=r"epoch_ends\.safetensors is missing"):
+        other.load(tmp_path / "checkpoints")
+
+
+@pytest.fixture
+def ends_of(monkeypatch):
+    """The trained weights after each epoch of the runs of a test."""
+    seen, measure = {}, SnellaTrainer._measure_epoch
+
+    def noting(trainer):
+        row = measure(trainer)
+        named = trainer.trained_model.named_parameters()
+        seen[round(trainer.state.epoch)] = {n: p.detach().clone() for n, p in named if p.requires_grad}
+        return row
+
+    monkeypatch.setattr(SnellaTrainer, "_measure_epoch", noting)
+    return seen
+
+
+def test_swa_saves_the_mean_of_the_last_epochs_with_the_sparsity_asked_for(settings, console, ends_of):
+    config = settings(epochs=4, swa=3, protocol="final", target_sparsity=0.9, head_norm="none")
+    run = train(config, console)
+    averaged = read(Metrics, run.path).averaged
+    assert (averaged.kind, averaged.epochs, averaged.offered, averaged.is_saved) == ("swa", [2, 3, 4], [2, 3, 4], True)
+    model = load_run(run).model
+    for name, parameter in model.named_parameters():
+        if name in ends_of[4]:
+            expected = (ends_of[2][name] + ends_of[3][name] + ends_of[4][name]) / 3
+            torch.testing.assert_close(parameter.detach(), expected)
+    matrices = adapted_matrices(model)
+    total = sum(matrix.size for matrix in matrices)
+    assert sum(matrix.budget for matrix in matrices) == total - round(0.9 * total)
+    assert [matrix.nonzeros() for matrix in matrices] == [matrix.budget for matrix in matrices]
+    assert "the average of epochs 2, 3, 4 is saved" in console.file.getvalue()
+    assert _kept_epoch(read(Metrics, run.path)) == (
+        *("averaged epochs", "2, 3, 4", "weights of epochs 2 to 4 of 4 (SWA)"),
+    )
+
+
+def test_a_greedy_soup_is_the_best_that_taking_in_one_epoch_after_the_other_finds(settings, console, ends_of):
+    config = settings(epochs=4, soup=4, method="lora-2", head_init="random", tta=1)
+    run = train(config, console)
+    metrics = read(Metrics, run.path)
+    parts = build_components(config.resolved())
+    model, task = parts.model.eval(), parts.task
+    images = [parts.splits.val[index] for index in range(len(parts.splits.val))]
+    batch = task.collate(images)
+
+    def score(epochs):
+        for name, parameter in model.named_parameters():
+            if name in ends_of[4]:
+                parameter.data.copy_(sum(ends_of[epoch][name] for epoch in epochs) / len(epochs))
+        with torch.no_grad():
+            scores = task.metrics(model(batch["images"]), batch["labels"])
+        return scores["accuracy"], -scores["loss"]
+
+    best_first = sorted(ends_of, key=lambda epoch: score([epoch]), reverse=True)
+    soup = best_first[:1]
+    for epoch in best_first[1:]:
+        soup = [*soup, epoch] if score([*soup, epoch]) >= score(soup) else soup
+    assert metrics.averaged.epochs == sorted(soup) and metrics.averaged.is_saved
+    assert score(soup) >= max(score([epoch]) for epoch in ends_of)
+    assert metrics.val.accuracy == pytest.approx(score(soup)[0])
+    assert metrics.val.loss == pytest.approx(-score(soup)[1], rel=1e-5)
+    assert metrics.averaged.scores["val_loss"] == pytest.approx(metrics.val.loss, rel=1e-5)
+
+
+def test_an_average_that_is_worse_on_validation_than_the_best_epoch_is_not_saved(settings, console, monkeypatch):
+    monkeypatch.setattr(SnellaTrainer, "_score_of_mean", lambda trainer, epochs: ((-1.0, -9.0), {"val_loss": 9.0}))
+    run = train(settings(epochs=2, swa=2, method="lora-2"), console)
+    metrics = read(Metrics, run.path)
+    assert not metrics.averaged.is_saved and metrics.adapter_epoch == metrics.best_epoch
+    assert f"is worse on validation than epoch {metrics.best_epoch}, which is saved" in console.file.getvalue()
+    assert metrics.val.loss == pytest.approx(metrics.history[metrics.best_epoch].val_loss, rel=1e-4)
+
+
+def test_an_average_of_heads_with_normalized_inputs_is_saved_as_it_was_measured(settings, console):
+    metrics = read(Metrics, train(settings(epochs=4, swa=3, head_norm="running"), console).path)
+    measured = metrics.averaged.scores if metrics.averaged.is_saved else vars(metrics.history[metrics.best_epoch])
+    assert metrics.val.loss == pytest.approx(measured["val_loss"], rel=1e-4)
+
+
+def test_a_resumed_run_averages_to_the_same_bits(settings, console, monkeypatch, tmp_path):
+    whole = train(settings(epochs=3, swa=3, protocol="final", out=str(tmp_path / "whole")), console)
+    calls, step = itertools.count(1), SnellaTrainer.training_step
+
+    def interrupted(trainer, *args):
+        if next(calls) == 11:  # in the third epoch
+            raise KeyboardInterrupt
+        return step(trainer, *args)
+
+    config = settings(epochs=3, swa=3, protocol="final")
+    with monkeypatch.context() as patch:
+        patch.setattr(SnellaTrainer, "training_step", interrupted)
+        with pytest.raises(TrainingInterrupted):
+            train(config, console)
+    config.resume = True
+    resumed = train(config, console)
+    one, other = (load_file(run.adapter / "adapter_model.safetensors") for run in (whole, resumed))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_averages_that_exclude_each_other_or_need_measured_epochs_are_refused(settings):
+    with pytest.raises(ValueError, match=r"ema, swa and soup exclude each other, got ema 0\.9 and swa 3; leave one"):
+        settings(ema=0.9, swa=3)
+    with pytest.raises(ValueError, match=r"soup needs images .* got 3 with protocol 'final': .*take --swa 3"):
+        settings(soup=3, protocol="final")
+    with pytest.raises(ValueError, match="swa must be at least 2, got 1"):
+        settings(swa=1)

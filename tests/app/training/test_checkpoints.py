@@ -1,0 +1,136 @@
+import errno
+import json
+
+import pytest
+
+from snella_app.files import sealed
+from snella_app.runs import RunFolder
+from snella_app.training.checkpoints import (
+    CheckpointError,
+    find_damage,
+    intact_checkpoint,
+    is_write_failure,
+    latest_checkpoint,
+    remove_incomplete,
+    reporting_write_errors,
+    staged,
+)
+
+
+@pytest.fixture
+def run(tmp_path):
+    made = RunFolder(tmp_path / "run")
+    made.checkpoints.mkdir(parents=True)
+    made.update("running")
+    return made
+
+
+def checkpoint(run, name):
+    with staged(run, name) as staging:
+        (staging / name / "weights").write_text(name)
+    return run.checkpoints / name
+
+
+def test_the_latest_checkpoint_is_the_one_of_the_highest_step(run):
+    assert latest_checkpoint(run.path / "missing") is None
+    for step in (5, 20, 100):
+        checkpoint(run, f"checkpoint-{step}")
+    (run.checkpoints / "checkpoint-x").mkdir()
+    assert latest_checkpoint(run.checkpoints) == run.checkpoints / "checkpoint-100"
+
+
+def test_a_checkpoint_of_another_run_is_refused_or_passed_over(run, tmp_path):
+    other = RunFolder(tmp_path / "other")
+    other.checkpoints.mkdir(parents=True)
+    other.update("running")
+    foreign = checkpoint(other, "checkpoint-9").rename(run.checkpoints / "checkpoint-9")
+    refused = rf"checkpoint-9: it is a checkpoint of another run \({other.id}, where this run is {run.id}\); start over"
+    with pytest.raises(CheckpointError, match=refused):
+        intact_checkpoint(run)
+    own = checkpoint(run, "checkpoint-4")
+    found, damages = intact_checkpoint(run)
+    assert found == own and [damage.partition(":")[0] for damage in damages] == [str(foreign)]
+
+
+def test_a_checkpoint_without_the_id_of_its_run_is_refused(run):
+    path = checkpoint(run, "checkpoint-1")
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(sealed({"files": manifest["files"]})))
+    assert find_damage(path, run.id) == f"it is a checkpoint of another run (None, where this run is {run.id})"
+
+
+def test_a_file_that_the_manifest_does_not_list_is_refused_before_it_is_loaded(run, tmp_path):
+    path = checkpoint(run, "checkpoint-1")
+    (path / ".DS_Store").write_text("of the file manager")
+    assert find_damage(path, run.id) == ""
+    (path / "scaler.pt").write_text("x")
+    assert find_damage(path, run.id) == "scaler.pt is no file of it (manifest.json does not list it); remove it"
+    (path / "scaler.pt").unlink()
+    (path / "scaler.pt").symlink_to(tmp_path / "nowhere")
+    assert "scaler.pt is no file of it" in find_damage(path, run.id)
+
+
+def test_incomplete_and_old_checkpoints_are_ignored_and_removed(run):
+    checkpoint(run, "checkpoint-5")
+    checkpoint(run, "checkpoint-10")
+    (run.checkpoints / ".staging-checkpoint-15" / "checkpoint-15").mkdir(parents=True)
+    (run.checkpoints / "stray").write_text("x")
+    assert latest_checkpoint(run.checkpoints) == run.checkpoints / "checkpoint-10"
+    assert remove_incomplete(run.checkpoints) == 3
+    assert [p.name for p in run.checkpoints.iterdir()] == ["checkpoint-10"]
+    assert remove_incomplete(run.path / "missing") == 0
+
+
+def test_a_checkpoint_appears_only_when_it_is_complete(run):
+    with staged(run, "checkpoint-1") as staging:
+        (staging / "checkpoint-1" / "weights").write_text("x")
+        assert latest_checkpoint(run.checkpoints) is None
+    assert (run.checkpoints / "checkpoint-1" / "weights").read_text() == "x"
+    assert [p.name for p in run.checkpoints.iterdir()] == ["checkpoint-1"]
+
+
+def test_a_failed_write_keeps_the_previous_checkpoint(run):
+    checkpoint(run, "checkpoint-1")
+    with (
+        pytest.raises(
+            CheckpointError,
+            match=r"checkpoint-2: the disk is full \(\d+ MiB free\); the previous one, .*checkpoint-1, is intact",
+        ),
+        staged(run, "checkpoint-2"),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert [p.name for p in run.checkpoints.iterdir()] == ["checkpoint-1"]
+
+
+def test_without_an_earlier_checkpoint_the_message_says_so(run, tmp_path):
+    with pytest.raises(CheckpointError, match="there is no earlier one"), staged(run, "checkpoint-2"):
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0")
+    with (
+        pytest.raises(CheckpointError, match=r"adapter: .*; there is no earlier one"),
+        reporting_write_errors(tmp_path / "adapter"),
+    ):
+        raise OSError(errno.EDQUOT, "Quota exceeded")
+
+
+def test_other_errors_pass_through(run, tmp_path):
+    with pytest.raises(KeyError, match="bug"), staged(run, "checkpoint-2"):
+        raise KeyError("bug")
+    with pytest.raises(KeyError, match="bug"), reporting_write_errors(tmp_path):
+        raise KeyError("bug")
+    assert not is_write_failure(ValueError("shapes differ")) and not is_write_failure(FileNotFoundError("x"))
+    assert not list(run.checkpoints.iterdir())
+
+
+def test_torch_s_words_for_a_full_disk_are_put_plainly_and_an_empty_folder_is_no_earlier_adapter(run, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    plain = (
+        r"adapter: the disk is full, or a limit on the size of files was met \(\d+ MiB free\); there is no earlier one"
+    )
+    with pytest.raises(CheckpointError, match=plain), reporting_write_errors(tmp_path / "adapter"):
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 704 vs 598")
+    (tmp_path / "adapter" / "adapter_model.safetensors").touch()
+    with (
+        pytest.raises(CheckpointError, match=r"the previous one, .*adapter, is intact"),
+        reporting_write_errors(tmp_path / "adapter"),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")

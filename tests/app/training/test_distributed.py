@@ -1,0 +1,170 @@
+"""Training in several processes, as `torchrun` starts them: the same adapter, one writer, resumed by another number."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from snella_app.config import TrainConfig
+from snella_app.runs import RunFolder
+from snella_app.training.checkpoints import latest_checkpoint
+from snella_app.training.distributed import ShardedBatches, join_processes
+from snella_app.training.sampler import EpochSampler
+from snella_app.training.session import TrainingInterrupted
+from snella_app.training.train import train
+from snella_app.training.trainer import SnellaTrainer
+
+from ..data.mask_folders import write_pairs
+
+pytestmark = [
+    pytest.mark.usefixtures("no_report"),
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed"),
+]
+SAME = {"epochs": 2, "batch_size": 9, "method_options": {}}  # of 28 images the last batch has 1, for two processes
+PROGRAM = """
+import os, signal, sys
+import yaml
+from snella_app.cli.main import main
+from snella_app.training import trainer
+step = int(sys.argv[1])
+original = trainer.SnellaTrainer.training_step
+def training_step(self, *args, **kwargs):
+    if self.state.global_step == 2 and os.environ["RANK"] == "1":
+        frozen = [p for p in self.trained_model.parameters() if not p.requires_grad]
+        held = sum(getattr(p, "_local_tensor", p).numel() for p in frozen)
+        print(f"holds {held / sum(p.numel() for p in frozen):.1f} of the frozen weights")
+    if self.state.global_step == step and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGINT)
+    return original(self, *args, **kwargs)
+trainer.SnellaTrainer.training_step = training_step
+sys.exit(main(["train", *sys.argv[2:]]))
+"""
+
+
+def train_in_two(tmp_path, *words, interrupt_at=-1):
+    """Train in two processes, of which the second is interrupted before a step."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, str(interrupt_at), *words], capture_output=True, text=True, timeout=300, env=environment
+    )
+
+
+def adapter_of(run):
+    return load_file(run.adapter / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def whole(photos, tiny_run, tmp_path_factory):
+    """The run of one process."""
+    values = {**tiny_run, **SAME, "data": f"folder:{photos}"}
+    return train(TrainConfig(**values, out=str(tmp_path_factory.mktemp("whole") / "run")))
+
+
+def assert_same(run, whole):
+    """The same budgets, and results to rounding."""
+    assert run.status == "finished"
+    for one, two in zip(
+        run.read_json("metrics.json")["history"], whole.read_json("metrics.json")["history"], strict=True
+    ):
+        assert one["budget"] == two["budget"] and one["lr"] == two["lr"]
+        if one["epoch"] > 0:
+            assert one["train_loss"] == pytest.approx(two["train_loss"], rel=1e-4)
+        assert one["val_loss"] == pytest.approx(two["val_loss"], rel=1e-3)
+    one, two = adapter_of(run), adapter_of(whole)
+    assert one.keys() == two.keys() and all(torch.allclose(one[name], two[name], rtol=0, atol=2e-4) for name in one)
+
+
+WAYS = pytest.mark.parametrize("shard", [False, True], ids=["ddp", "sharded"])
+
+
+@pytest.mark.slow
+@WAYS
+def test_two_processes_are_interrupted_together_and_one_goes_on(shard, settings, whole, console, tmp_path):
+    config = settings(**SAME, shard=shard)
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(config.stored()))
+    done = train_in_two(tmp_path, "--config", str(tmp_path / "settings.yaml"), "--progress", "false", interrupt_at=5)
+    run = RunFolder(config.out)
+    assert run.status == "interrupted", done.stderr
+    assert latest_checkpoint(run.checkpoints).name == "checkpoint-6"
+    assert ("by 2 processes, which share the frozen weights out" if shard else "by 2 processes\n") in done.stdout
+    assert f"holds {0.5 if shard else 1.0} of the frozen weights" in done.stdout
+    assert done.stdout.count("backbone  test_vit") == 1
+    assert done.stderr.count("interrupted; saved as") == 1
+    run = train(TrainConfig(out=config.out, resume=True), console)
+    assert_same(run, whole)
+
+
+@WAYS
+def test_two_processes_go_on_with_a_run_of_one(shard, settings, whole, console, monkeypatch, tmp_path):
+    config = settings(**SAME)
+    with monkeypatch.context() as patch:
+        original = SnellaTrainer.training_step
+
+        def press_ctrl_c(self, *args, **kwargs):
+            if self.state.global_step == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+            return original(self, *args, **kwargs)
+
+        patch.setattr(SnellaTrainer, "training_step", press_ctrl_c)
+        with pytest.raises(TrainingInterrupted, match="checkpoint-2"):
+            train(config, console)
+    done = train_in_two(tmp_path, "--out", config.out, "--resume", *(["--shard"] if shard else []))
+    assert done.returncode == 0, done.stderr
+    assert f"holds {0.5 if shard else 1.0} of the frozen weights" in done.stdout
+    run = RunFolder(config.out)
+    assert_same(run, whole)
+    assert run.report.is_file() and done.stdout.count("best epoch") == 1
+    assert run.read_json("metrics.json")["val"]["confusion"] == whole.read_json("metrics.json")["val"]["confusion"]
+
+
+@pytest.mark.slow
+def test_processes_that_share_the_weights_predict_masks_together(settings, tmp_path):
+    data = f"masks:{write_pairs(tmp_path / 'discs', 24)}"
+    config = settings(data=data, task="segmentation", method_options={}, epochs=1, shard=True)
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(config.stored()))
+    done = train_in_two(tmp_path, "--config", str(tmp_path / "settings.yaml"), "--progress", "false")
+    assert done.returncode == 0, done.stderr
+    run = RunFolder(config.out)
+    kept = [item["mask"] for item in run.read_json("predictions.json")["items"] if item["mask"]]
+    assert run.status == "finished" and kept and all((run.path / mask).is_file() for mask in kept)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_parts_of_a_batch_together_are_the_batch(count):
+    sampler = EpochSampler(23, seed=0)
+    parts = [ShardedBatches(sampler, 7, rank, count) for rank in range(count)]
+    indices = list(sampler)
+    for number, batches in enumerate(zip(*parts, strict=True)):
+        weights = [part.weight(number) for part in parts]
+        together = [index for batch, weight in zip(batches, weights, strict=True) for index in batch[:weight]]
+        assert together == indices[7 * number : 7 * number + 7] and max(weights) - min(weights) <= 1
+        assert all(len(batch) == max(weight, 1) for batch, weight in zip(batches, weights, strict=True))
+    assert len(parts[0]) == 4
+
+
+def test_fewer_images_than_processes_are_refused(settings, console, monkeypatch):
+    monkeypatch.setattr("snella_app.training.build.process_count", lambda: 4)
+    with pytest.raises(ValueError, match=r"batch_size must be at least the number of processes, 4, .* got 2"):
+        train(settings(batch_size=2), console)
+
+
+def test_what_would_shard_the_model_is_refused_in_a_line_that_names_what_works(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(NotImplementedError, match=r"train by DDP, .*got FSDP \(ACCELERATE_USE_FSDP=true\); .*torchrun"):
+        join_processes("cpu")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    join_processes("cpu")
+
+
+def test_one_device_for_several_processes_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"device must be auto, cpu or cuda for 2 processes, .*, got 'cuda:1'"):
+        join_processes("cuda:1")

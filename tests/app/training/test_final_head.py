@@ -1,0 +1,340 @@
+"""The final head: linear on features of several layers, fitted after training."""
+
+import io
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from rich.console import Console
+from sklearn.linear_model import LogisticRegression
+
+from snella import TaskBank
+from snella_app.config import TrainConfig
+from snella_app.methods import build_method
+from snella_app.runs import load_run
+from snella_app.runs.evaluate import calibrate_run, evaluate
+from snella_app.runs.export import export
+from snella_app.runs.layer_probe import LAYER_PROBE, layer_features, probed_layers
+from snella_app.runs.merge import loading_snippet, merge
+from snella_app.runs.predict import load
+from snella_app.tasks import create_task
+from snella_app.training import final_head
+from snella_app.training.build import build_components
+from snella_app.training.final_head import MeasuredFeatures, fit_linear, is_clearly_worse
+from snella_app.training.linear_probe import base_and_head, choose_final_head
+from snella_app.training.train import train
+
+QUIET = Console(quiet=True)
+
+
+def config(out, **options):
+    settings = {
+        "data": "digits",
+        "backbone": "test_vit",
+        "pretrained": False,
+        "img_size": 32,
+        "out": str(out),
+        "device": "cpu",
+        "train_size": 60,
+        "val_size": 20,
+        "test_size": 20,
+        "epochs": 1,
+        "batch_size": 20,
+        "r": 2,
+        "progress": False,
+    }
+    return TrainConfig(**settings | options)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    console = Console(file=io.StringIO(), width=250)
+    run = train(config(tmp_path_factory.mktemp("runs") / "layers"), console)
+    return run, console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("vit_tiny_patch16_224", [5, 7, 9, 11]),
+        ("test_vit", [2, 3, 4, 5]),
+        ("convnext_atto", [0, 1, 2, 3]),
+        ("resnet18", [1, 2, 3, 4]),
+    ],
+)
+def test_the_last_layers_are_read_evenly_spaced(name, layers):
+    model = timm.create_model(name, num_classes=3).eval()
+    assert probed_layers(model) == layers
+    images = torch.randn(2, 3, *model.pretrained_cfg["input_size"][1:])
+    with torch.no_grad():
+        features = layer_features(model, images, layers)
+        own = model.forward_head(model.forward_features(images), pre_logits=True)
+    torch.testing.assert_close(features[:, : own.shape[1]], own)
+    per_layer = [model.feature_info[layer]["num_chs"] for layer in layers]
+    tokens = sum(per_layer[:-1]) if getattr(model, "num_prefix_tokens", 0) else 0
+    assert features.shape == (2, own.shape[1] + sum(per_layer) + tokens)
+
+
+def test_a_model_without_intermediate_features_has_no_layers():
+    assert probed_layers(torch.nn.Linear(2, 2)) == []
+
+
+def test_the_adapted_layers_are_read():
+    torch.manual_seed(0)
+    model = build_method("lora-2", timm.create_model("test_vit", num_classes=3), head="head").eval()
+    images = torch.randn(2, 3, 160, 160)
+    before = layer_features(model, images, [4, 5])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    assert not torch.allclose(layer_features(model, images, [4, 5]), before)
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_the_fit_is_scikit_learns_on_standardized_features(classes):
+    random = np.random.default_rng(0)
+    labels = random.integers(0, classes, 90)
+    features = random.standard_normal((90, 7)) * np.arange(1, 8) + labels[:, None] * np.arange(7)
+    views = [torch.from_numpy(features[:45]).float(), torch.from_numpy(features[45:]).float()]
+    measured = MeasuredFeatures(views, torch.from_numpy(labels[:45]), None)
+    weight, bias = fit_linear(create_task("classification", list("abcd")[:classes]), measured, classes)
+    doubled = np.concatenate([labels[:45], labels[:45]])
+    scaled = (features - features.mean(0)) / features.std(0)
+    # two classes: one score for the difference, whose penalty is half of that of two
+    reference = LogisticRegression(C=0.01 if classes > 2 else 0.02, tol=1e-8, max_iter=5000).fit(scaled, doubled)
+    found = (torch.cat(views) @ weight.T + bias).softmax(1)
+    torch.testing.assert_close(found.double(), torch.from_numpy(reference.predict_proba(scaled)), atol=2e-3, rtol=0)
+
+
+def test_sample_weights_count():
+    views = [torch.tensor([[0.0], [1.0], [0.0], [1.0]])]
+    labels, weights = torch.tensor([0, 1, 1, 0]), torch.tensor([9.0, 9.0, 1.0, 1.0])
+    task = create_task("classification", ["a", "b"])
+    weight, _ = fit_linear(task, MeasuredFeatures(views, labels, weights), 2)
+    assert weight[1, 0] > weight[0, 0]
+    weight, _ = fit_linear(task, MeasuredFeatures(views, labels, weights.flip(0)), 2)
+    assert weight[1, 0] < weight[0, 0]
+
+
+def test_a_run_ends_with_it(finished):
+    run, log = finished
+    metrics = run.read_json("metrics.json")
+    head = metrics["final_head"]
+    assert head["layers"] == [2, 3, 4, 5]
+    assert head["is_saved"]
+    assert head["metric"] == "accuracy"
+    assert metrics["val"]["accuracy"] == pytest.approx(head["val"])
+    assert head["val_trained"] == pytest.approx(max(row["val_accuracy"] for row in metrics["history"]))
+    assert f"adapter/{LAYER_PROBE}" in run.read_json("run.json")["files"]
+    assert "linear head on layers 3, 4, 5, 6 is the final head: validation accuracy" in log
+    assert run.read_config().final_head == "layers"
+
+
+def test_predictions_and_measurements_use_it(finished):
+    run, _ = finished
+    loaded = load_run(run)
+    assert loaded.network is loaded.probe
+    metrics = run.read_json("metrics.json")
+    assert evaluate(run.path, split="test")["accuracy"] == pytest.approx(metrics["test"]["accuracy"])
+    assert evaluate(run.path, split="test")["loss"] == pytest.approx(metrics["test"]["loss"], rel=1e-4)
+    val = evaluate(run.path, split="val")
+    assert val["accuracy"] >= metrics["val"]["accuracy"]
+    assert any("the final head was fitted to these images too" in note for note in val["notes"])
+    image = Image.new("RGB", (40, 40), (10, 200, 90))
+    tensor = loaded.transform(image)[None]
+    views = [tensor, tensor.flip(-1)][: loaded.info.tta]
+    with torch.no_grad():
+        logits = loaded.task.average_outputs([loaded.probe(view) for view in views]) / loaded.info.temperature
+    (prediction,) = load(run.path).predict([image])
+    assert dict(prediction.ranking)["3"] == pytest.approx(float(logits.softmax(1)[0, 3]), abs=1e-5)
+
+
+def test_features_stay_the_models_own(finished):
+    run, _ = finished
+    predictor = load(run.path)
+    assert predictor.features([Image.new("RGB", (40, 40))]).shape == (
+        1,
+        predictor.loaded.model.get_base_model().num_features,
+    )
+
+
+def test_a_temperature_is_not_fitted_to_images_that_the_head_knows(finished):
+    run, _ = finished
+    assert run.read_json("run.json")["calibration"]["temperature"] > 0
+    with pytest.raises(ValueError, match="has a final head that was fitted to the validation images"):
+        calibrate_run(run.path)
+
+
+def test_task_banks_and_graphs_use_it(finished, tmp_path):
+    run, _ = finished
+    loaded = load_run(run)
+    images = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        expected = loaded.network(images)
+    bank = TaskBank({"digits": run.path}, device="cpu")
+    torch.testing.assert_close(torch.stack(bank(images, ["digits"] * 3)), expected, atol=1e-5, rtol=1e-5)
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    export(run.path, "torch-export", tmp_path / "model.pt2", logits=True, images=[tmp_path / "a.png"])
+    exported = torch.export.load(tmp_path / "model.pt2").module()
+    torch.testing.assert_close(exported(images), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_merged_model_has_the_trained_head(finished, tmp_path):
+    run, _ = finished
+    merge(run.path, tmp_path / "merged")
+    model = timm.create_model(f"local-dir:{tmp_path / 'merged'}", pretrained=True).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), load_run(run).model(images), atol=1e-5, rtol=1e-5)
+
+
+def test_the_lines_for_a_merged_model_give_the_final_heads_outputs(finished, tmp_path):
+    run, _ = finished
+    names = {}
+    exec(loading_snippet(merge(run.path, tmp_path / "merged")), names)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = load_run(run).network(images)
+        torch.testing.assert_close(names["logits_of"](images), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_merged_model_without_tokens_has_such_lines_too(tmp_path):
+    options = {"backbone": "test_convnext", "method": "full", "r": None, "img_size": 64}
+    run = train(config(tmp_path / "run", **options), QUIET)
+    names = {}
+    exec(loading_snippet(merge(run.path, tmp_path / "merged")), names)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = load_run(run).network(images)
+        torch.testing.assert_close(names["logits_of"](images), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_damaged_file_is_one_error(finished, tmp_path):
+    run, _ = finished
+    (run.path / "adapter" / LAYER_PROBE).rename(tmp_path / "kept")
+    try:
+        (run.path / "adapter" / LAYER_PROBE).write_bytes(b"no tensors")
+        with pytest.raises(ValueError, match="altered after it was written"):
+            load_run(run)
+    finally:
+        (tmp_path / "kept").replace(run.path / "adapter" / LAYER_PROBE)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"protocol": "official", "val_size": None},
+        {"final_head": "trained"},
+    ],
+)
+def test_the_trained_head_stays(options, tmp_path):
+    run = train(config(tmp_path, **options), QUIET)
+    assert "final_head" not in run.read_json("metrics.json")
+    assert load_run(run).probe is None
+
+
+@pytest.mark.parametrize("method", ["vpt-deep-2", "ssf", "adapter-2"])
+def test_features_are_those_that_the_head_gets_for_methods_with_modules_of_their_own(method, tmp_path):
+    settings = config(tmp_path, method=method, r=None).resolved()
+    parts = build_components(settings)
+    assert choose_final_head(parts, settings) == "layers"
+    images, model = torch.randn(2, 3, 32, 32), parts.model.eval()
+    with torch.no_grad():
+        own = layer_features(model, images, probed_layers(model))[:, :64]
+        torch.testing.assert_close(base_and_head(model)[1](own), model(images), atol=1e-4, rtol=1e-4)
+
+
+def test_what_cannot_be_had_is_refused(tmp_path):
+    settings = config(tmp_path, final_head="layers", method="vpt-deep-2", r=None).resolved()
+    parts = build_components(settings)
+    parts.model.forward_intermediates = None
+    with pytest.raises(ValueError, match="final_head='layers' needs a timm model with forward_intermediates"):
+        choose_final_head(parts, settings)
+
+
+def test_without_validation_images_it_is_fitted_to_all(tmp_path):
+    run = train(config(tmp_path, protocol="final", val_size=None), QUIET)
+    head = run.read_json("metrics.json")["final_head"]
+    assert head["is_saved"]
+    assert head["metric"] is None
+    assert load_run(run).probe is not None
+
+
+def test_a_linear_probe_has_it_too(tmp_path):
+    run = train(config(tmp_path, method="linear", r=None, augment="none", tta=1), QUIET)
+    assert load_run(run).probe is not None
+
+
+@pytest.mark.parametrize("task", ["regression", "multilabel", "ordinal"])
+def test_other_tasks_with_a_linear_head(task, tmp_path):
+    rows = ["image,label"]
+    for index in range(40):
+        level = index % 4
+        Image.new("RGB", (32, 32), (60 * level, 30, 200 - 40 * level)).save(tmp_path / f"{index}.png")
+        label = {"regression": str(level), "multilabel": "dark|any" if level < 2 else "any", "ordinal": str(level)}[
+            task
+        ]
+        rows.append(f"{index}.png,{label}")
+    (tmp_path / "t.csv").write_text("\n".join(rows) + "\n")
+    options = {
+        "data": f"csv:{tmp_path / 't.csv'}",
+        "task": task,
+        "train_size": None,
+        "val_size": None,
+        "test_size": None,
+    }
+    run = train(config(tmp_path / "run", batch_size=8, **options), QUIET)
+    metrics = run.read_json("metrics.json")
+    assert metrics["final_head"]["layers"] == [2, 3, 4, 5]
+    assert evaluate(run.path, split="test")["loss"] == pytest.approx(metrics["test"]["loss"], rel=1e-3)
+
+
+def test_a_head_that_is_clearly_worse_is_not_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        final_head,
+        "fit_linear",
+        lambda task, measured, outputs: (torch.zeros(outputs, 8 * 64), torch.zeros(outputs)),
+    )
+    console = Console(file=io.StringIO(), width=250)
+    run = train(config(tmp_path, epochs=3, train_size=200, val_size=100), console)
+    assert not run.read_json("metrics.json")["final_head"]["is_saved"]
+    assert "is clearly worse" in console.file.getvalue()
+    assert not (run.adapter / LAYER_PROBE).exists()
+    assert load_run(run).probe is None
+
+
+def test_a_few_images_more_are_not_clear():
+    task = create_task("classification", ["a", "b"])
+    labels = np.zeros(20, dtype=int)
+
+    def outputs(wrong):
+        logits = np.tile([[1.0, 0.0]], (20, 1))
+        logits[:wrong] = [0.0, 1.0]
+        return logits, labels
+
+    assert not is_clearly_worse(task, outputs(3), outputs(0))
+    assert is_clearly_worse(task, outputs(6), outputs(0))
+    assert not is_clearly_worse(task, outputs(0), outputs(6))
+
+
+def test_without_epochs_the_start_is_saved(tmp_path, monkeypatch):
+    passes = []
+    plain = final_head.layer_features
+    monkeypatch.setattr(final_head, "layer_features", lambda *args: passes.append(len(args[1])) or plain(*args))
+    run = train(config(tmp_path, epochs=0), QUIET)
+    metrics = run.read_json("metrics.json")
+    assert [row["epoch"] for row in metrics["history"]] == [0]
+    assert metrics["final_head"]["is_saved"]
+    assert evaluate(run.path, split="test")["loss"] == pytest.approx(metrics["test"]["loss"], rel=1e-4)
+    views = load_run(run).info.tta
+    # the features of the training images are known from the start
+    assert sum(passes) == (views - 1) * 60 + views * (20 + 20)
+
+
+@pytest.mark.parametrize("options", [{"head_init": "random"}, {"protocol": "final", "val_size": None}])
+def test_no_epochs_without_a_measured_probe_are_refused(options, tmp_path):
+    with pytest.raises(ValueError, match="epochs must be at least 1, got 0"):
+        train(config(tmp_path, epochs=0, **options), QUIET)

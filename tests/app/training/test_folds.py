@@ -1,0 +1,132 @@
+"""Cross-validation: folds, the table over them, resuming, and the ensemble."""
+
+import csv
+import shutil
+import statistics
+
+import pytest
+import torch
+
+from snella_app.cli.main import main
+from snella_app.data import load_data
+from snella_app.records import FoldResults, read
+from snella_app.runs import RunFolder, load_run
+from snella_app.runs.evaluate import evaluate
+from snella_app.runs.predict import predict
+from snella_app.training.folds import train_folds
+
+
+@pytest.fixture
+def fast(settings, no_report):
+    """Make the configuration of three folds of one epoch."""
+    return lambda **changes: settings(**{"method": "linear", "epochs": 1, "folds": 3, **changes})
+
+
+def test_every_image_is_held_out_once_and_classes_are_even(photos):
+    held_out = []
+    for fold in (1, 2, 3, 4):
+        data = load_data(f"folder:{photos}", folds=4, fold=fold, seed=2)
+        names = [part.names for part in (data.train, data.val, data.test)]
+        assert sum(map(len, names)) == 48 == len({name for part in names for name in part})
+        assert [data.test.labels.count(label) for label in range(3)] == [4, 4, 4]
+        assert data.fold_part == "test" and f"fold {fold} of 4 is the test part" in data.notes
+        held_out += data.test.names
+    assert len(set(held_out)) == 48
+    with pytest.raises(
+        ValueError, match="folds must be at most the number of images of each class, got 20; 'cats' has"
+    ):
+        load_data(f"folder:{photos}", folds=20, fold=1)
+
+
+def test_groups_are_held_out_whole(photos, tmp_path):
+    rows = [(str(p), p.parent.name, f"g{int(p.stem) // 4}-{p.parent.name}") for p in photos.rglob("*.png")]
+    with (tmp_path / "x.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("path", "label", "group"), *sorted(rows)])
+    groups = [load_data(f"csv:{tmp_path}/x.csv", folds=4, fold=fold).test.annotations.groups for fold in (1, 2, 3, 4)]
+    assert sorted(map(len, groups)) == [12] * 4 and len(set().union(*groups)) == 12 == sum(len(set(g)) for g in groups)
+    with pytest.raises(ValueError, match="folds must be at most the number of groups, 12, got 13"):
+        load_data(f"csv:{tmp_path}/x.csv", folds=13, fold=1)
+
+
+def test_of_data_with_a_test_part_folds_are_validation_parts(make_photos, tmp_path):
+    make_photos(tmp_path / "x/train", {"a": 9, "b": 9})
+    make_photos(tmp_path / "x/test", {"a": 3, "b": 3}, contrast=40)
+    data = load_data(f"folder:{tmp_path}/x", folds=3, fold=2)
+    assert [len(part) for part in (data.train, data.val, data.test)] == [12, 6, 6] and data.fold_part == "val"
+
+
+def test_the_table_has_each_fold_and_its_mean(fast, console, tmp_path):
+    results = train_folds(fast(), console)
+    root = tmp_path / "run"
+    assert results == read(FoldResults, root) and results.held_out == "test"
+    accuracies = [RunFolder(root / f"fold-{k}").read_json("metrics.json")["test"]["accuracy"] for k in (1, 2, 3)]
+    assert [row.scores["accuracy"] for row in results.rows] == accuracies
+    last = (root / "folds.md").read_text().splitlines()[-1]
+    assert f"{statistics.mean(accuracies):.4f} ± {statistics.stdev(accuracies):.4f}" in last
+    page = (root / "folds.html").read_text()
+    assert 'href="fold-2/report.html"' in page and "mean ± standard deviation" in page
+    assert evaluate(root / "fold-2")["accuracy"] == accuracies[1]
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_a_telephone_shows_the_mean_without_scrolling(fast, console, tmp_path, browser):
+    train_folds(fast(), console)
+    browser.open(tmp_path / "run" / "folds.html", width=390)
+    right = browser.evaluate("document.querySelector('tbody tr:last-child td').getBoundingClientRect().right")
+    assert right < 390 and browser.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_an_interrupted_cross_validation_is_continued(fast, console, tmp_path, monkeypatch):
+    from snella_app.training import folds
+
+    def stop_at_two(config, *rest, **options):
+        if config.fold == 2:
+            raise KeyboardInterrupt
+        return original(config, *rest, **options)
+
+    original = folds.train
+    monkeypatch.setattr(folds, "train", stop_at_two)
+    with pytest.raises(KeyboardInterrupt):
+        train_folds(fast(), console)
+    root = tmp_path / "run"
+    with pytest.raises(FileNotFoundError, match=r"has 1 of 3 folds; finish it with snella train --out .*run --resume"):
+        load_run(root)
+    with pytest.raises(FileExistsError, match="holds a cross-validation of 3 folds; continue it with --resume"):
+        train_folds(fast(), console)
+    with pytest.raises(
+        ValueError, match=r"resume continues .* with its own settings, but epochs is 1 there and 2 here"
+    ):
+        train_folds(fast(epochs=2, resume=True), console)
+    before = (root / "fold-1/metrics.json").read_bytes()
+    monkeypatch.setattr(folds, "train", original)
+    results = train_folds(fast(resume=True, data=None, backbone=None), console)
+    assert len(results.rows) == 3 and (root / "fold-1/metrics.json").read_bytes() == before
+    assert main(["train", "--out", str(root), "--resume"]) == 0
+
+
+def test_the_mean_of_all_models_predicts(fast, console, photos, tmp_path):
+    train_folds(fast(), console)
+    image = photos / "cats/000.png"
+    single = [predict(tmp_path / f"run/fold-{k}", [image])[0] for k in (1, 2, 3)]
+    (together,) = predict(tmp_path / "run", [image])
+    for name, probability in together.ranking:
+        assert probability == pytest.approx(statistics.mean(dict(one.ranking)[name] for one in single), abs=1e-6)
+    assert isinstance(load_run(tmp_path / "run").model(torch.zeros(1, 3, 32, 32)), torch.Tensor)
+    message = "tta must be left out for a cross-validation, whose models average their own views, got "
+    for tta in (1, 2):
+        with pytest.raises(ValueError, match=f"{message}{tta}"):
+            predict(tmp_path / "run", [image], tta=tta)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"folds": 1}, "folds must be at least 2, got 1"),
+        ({"fold": 4}, "fold must be at most folds, got 4 of 3"),
+        ({"folds": None, "fold": 1}, "fold must be at most folds, got 1 of None"),
+        ({"protocol": "final"}, "protocol must be standard with folds, got 'final'"),
+    ],
+)
+def test_folds_that_do_not_fit_are_refused(changes, message, fast):
+    with pytest.raises(ValueError, match=message):
+        fast(**changes)

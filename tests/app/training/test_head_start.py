@@ -1,0 +1,217 @@
+"""A head that starts as the linear probe."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from snella_app.config import TrainConfig
+from snella_app.tasks.classification import fit_probe
+from snella_app.training.build import build_components
+from snella_app.training.linear_probe import choose_augmentation, choose_head_start, start_head_from_probe
+from snella_app.training.train import train
+
+QUIET = Console(quiet=True)
+
+
+def config(out, **options):
+    settings = {
+        "data": "digits",
+        "backbone": "test_vit",
+        "pretrained": False,
+        "img_size": 32,
+        "out": str(out),
+        "device": "cpu",
+        "train_size": 60,
+        "val_size": 20,
+        "test_size": 20,
+        "epochs": 1,
+        "batch_size": 20,
+        "r": 2,
+        "augment": "flip",
+        "head_init": "probe",
+        "final_head": "trained",
+        "progress": False,
+    }
+    return TrainConfig(**settings | options)
+
+
+def logits_of(parts):
+    parts.model.eval()
+    with torch.no_grad():
+        images = torch.stack([parts.splits.train.with_transform(parts.splits.val.transform)[k][0] for k in range(60)])
+        return parts.model(images), torch.tensor(parts.splits.train.labels)
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "lora-2", "r": None}, {"method": "linear", "r": None}])
+def test_the_head_fits_the_training_images_before_the_first_step(options, tmp_path):
+    settings = config(tmp_path, **options).resolved()
+    parts = build_components(settings)
+    random_start, labels = logits_of(parts)
+    start_head_from_probe(parts, settings)
+    found, _ = logits_of(parts)
+    assert (random_start.argmax(1) == labels).float().mean() < 0.4
+    assert (found.argmax(1) == labels).float().mean() > 0.7
+
+
+def test_a_run_starts_there(tmp_path):
+    cold = train(config(tmp_path / "cold", head_init="random"), QUIET).read_json("metrics.json")
+    warm = train(config(tmp_path / "warm"), QUIET).read_json("metrics.json")
+    assert warm["history"][1]["train_loss"] < cold["history"][0]["train_loss"] - 0.5
+
+
+def test_the_start_is_measured_as_epoch_0(tmp_path):
+    console = Console(file=io.StringIO(), width=200)
+    metrics = train(config(tmp_path), console).read_json("metrics.json")
+    assert [row["epoch"] for row in metrics["history"]] == [0, 1]
+    assert metrics["history"][0]["val_accuracy"] > 0.25
+    assert metrics["history"][0]["train_loss"] is None, "there were no steps"
+    assert "epoch   0/1  before training  val loss" in console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"head_init": "random"}, {"protocol": "final", "val_size": None}, {"protocol": "official", "val_size": None}],
+)
+def test_a_random_head_or_a_protocol_without_validation_has_no_epoch_0(settings, tmp_path):
+    metrics = train(config(tmp_path, **settings), QUIET).read_json("metrics.json")
+    assert metrics["history"][0]["epoch"] == 1
+
+
+def test_a_start_that_no_epoch_beats_is_saved(tmp_path):
+    console = Console(file=io.StringIO(), width=200)
+    run = train(config(tmp_path, lr=0.0, head_lr=3.0, epochs=2), console)
+    metrics = run.read_json("metrics.json")
+    assert metrics["best_epoch"] == 0
+    assert metrics["val"]["accuracy"] == pytest.approx(metrics["history"][0]["val_accuracy"])
+    assert "no epoch is better than the start, which is saved" in console.file.getvalue()
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_the_probe_is_scikit_learns_on_scaled_features(classes):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, classes, 80)
+    features = rng.standard_normal((80, 6)) * 3 + labels[:, None] * np.arange(6)
+    weight, bias = fit_probe(features, labels, classes + 1)
+    from sklearn.linear_model import LogisticRegression
+
+    scale = np.sqrt(features.var(0).mean())
+    reference = LogisticRegression(C=0.1, max_iter=5000, tol=1e-10).fit(features / scale, labels)
+    logits = torch.from_numpy(features) @ weight.T + bias
+    expected = torch.from_numpy(reference.predict_proba(features / scale))
+    torch.testing.assert_close(logits[:, :classes].softmax(1), expected, atol=1e-3, rtol=0)
+    assert not weight[classes].any(), "a class without images"
+    assert not bias[classes].any()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "probe"),
+        ({"method": "lora-2", "r": None}, "probe"),
+        ({"method": "mlp-3", "r": None}, "random"),
+        ({"protocol": "official", "val_size": None}, "random"),
+        ({"head_init": "random"}, "random"),
+        ({"method": "mlp-3", "r": None, "head_init": "probe"}, "probe"),
+    ],
+)
+def test_auto_is_the_probe_where_there_are_few_steps_and_a_linear_head(options, expected, tmp_path):
+    settings = config(tmp_path, **{"head_init": "auto"} | options).resolved()
+    assert choose_head_start(build_components(settings), settings).head_init == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [({}, "probe"), ({"method": "mlp-3", "r": None}, "random"), ({"protocol": "official", "val_size": None}, "random")],
+)
+def test_auto_is_a_probe_for_linear_heads_except_with_the_authors_protocol(settings, expected, tmp_path):
+    settings = config(tmp_path, head_init="auto", **settings).resolved()
+    assert choose_head_start(build_components(settings), settings).head_init == expected
+
+
+class MirrorSensitive(torch.nn.Module):
+    """Features of the mean brightness of the left and the right half."""
+
+    head_hidden_size = num_features = 2
+
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(2, 2)
+
+    def forward_features(self, images):
+        return torch.stack([half.mean((1, 2, 3)) for half in images.tensor_split(2, -1)], 1)
+
+    def forward_head(self, features, pre_logits=False):
+        return features if pre_logits else self.head(features)
+
+    def forward(self, images):
+        return self.forward_head(self.forward_features(images))
+
+
+@pytest.fixture
+def halves(tmp_path):
+    """Images whose brighter half (`side`) or brightness as a whole (`level`) is their class."""
+    rng = np.random.default_rng(0)
+    for kind in ("side", "level"):
+        for number in range(40):
+            pixels = rng.integers(0, 60, (16, 16, 3)).astype(np.uint8)
+            label = number % 2
+            (pixels[:, 8 * label : 8 * label + 8] if kind == "side" else pixels)[:] += np.uint8(
+                120 * (kind == "side" or label)
+            )
+            folder = tmp_path / kind / f"class{label}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(folder / f"{number}.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("kind", "expected", "tta"), [("side", "crop-no-flip", 1), ("level", "crop", 2)])
+def test_auto_leaves_flips_out_if_they_change_the_classes(kind, expected, tta, halves, monkeypatch):
+    settings = config(
+        halves / "run", data=f"folder:{halves / kind}", method="linear", r=None, head_init="auto", augment="auto",
+        train_size=None, val_size=None, test_size=None, batch_size=None,
+    ).resolved()  # fmt: skip
+    parts = build_components(settings)
+    parts.model.forward_features = MirrorSensitive().forward_features
+    parts.model.forward_head = lambda features, pre_logits: features
+    chosen = choose_augmentation(parts, settings)
+    assert (chosen.augment, chosen.tta) == (expected, tta)
+
+
+@pytest.mark.parametrize(
+    ("settings", "augment", "tta"),
+    [
+        ({"augment": "flip"}, "flip", 2),
+        ({"augment": "none"}, "none", 1),
+        ({"augment": "auto"}, "crop", 2),
+        ({"augment": "flip", "tta": 1}, "flip", 1),
+        ({"augment": "auto", "task": "regression"}, "flip", 1),
+        ({"augment": "auto", "protocol": "official", "val_size": None}, "flip", 1),
+    ],
+)
+def test_a_run_averages_flips_where_it_trains_on_them(settings, augment, tta, tmp_path):
+    chosen = config(tmp_path, **{"head_init": "random", "augment": "auto"} | settings).resolved()
+    parts = build_components(chosen)
+    chosen = choose_augmentation(parts, chosen)
+    assert (chosen.augment, chosen.tta) == (augment, tta)
+
+
+def test_a_run_says_and_stores_what_auto_stands_for(tmp_path):
+    text = io.StringIO()
+    run = train(config(tmp_path / "run", head_init="auto"), Console(file=text, width=100))
+    assert "starts as a linear probe" in text.getvalue()
+    assert run.read_config().head_init == "probe"
+
+
+def test_a_model_without_a_linear_head_is_refused(tmp_path):
+    settings = config(tmp_path, method="mlp-3", r=None).resolved()
+    with pytest.raises(ValueError, match="head_init='probe' needs a timm classifier with a linear head on its pooled"):
+        start_head_from_probe(build_components(settings), settings)
+
+
+def test_an_unknown_start_is_named_with_the_choices(tmp_path):
+    with pytest.raises(ValueError, match="head_init must be one of auto, random, probe, got 'zero'"):
+        config(tmp_path, head_init="zero")

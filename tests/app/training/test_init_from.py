@@ -1,0 +1,107 @@
+"""A new run that starts from what another one has trained."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from snella import BudgetAllocator
+from snella_app.config import TrainConfig
+from snella_app.runs.model import load_run
+from snella_app.training.build import build_components, load_start
+from snella_app.training.results import matrices_of
+from snella_app.training.session import TrainingInterrupted
+from snella_app.training.train import train
+
+pytestmark = pytest.mark.usefixtures("no_report")
+
+
+@pytest.fixture
+def further(finished, tmp_path):
+    """Make the configuration of a run that starts from the finished one."""
+
+    def make(**changes):
+        values = {"init_from": str(finished.path), "out": str(tmp_path / "new"), "device": "cpu", "progress": False}
+        return TrainConfig(**{**values, **changes})
+
+    return make
+
+
+def test_a_new_run_starts_from_the_outputs_and_budgets_of_the_other(finished, further, console):
+    config = finished.start_settings(further(batch_size=8)).resolved()
+    parts = build_components(config)
+    images = torch.stack([parts.splits.val[k][0] for k in range(4)])
+    with torch.no_grad():
+        fresh = parts.model.eval()(images)
+    load_start(parts, config, finished)
+    BudgetAllocator(parts.model, total_epochs=2, steps_per_epoch=2)
+    other = load_run(finished)
+    with torch.no_grad():
+        expected = other.model(images)
+        assert torch.equal(parts.model.eval()(images), expected)
+    assert not torch.allclose(fresh, expected)
+    budgets = [matrix.budget for matrix in matrices_of(other.model)]
+    assert [matrix.budget for matrix in matrices_of(parts.model)] == budgets
+    assert len({budget / matrix.size for budget, matrix in zip(budgets, matrices_of(other.model), strict=True)}) > 1
+    assert parts.splits.notes == []
+
+
+def test_it_has_the_settings_of_the_other_run_but_for_those_given(finished, further, console):
+    run = train(further(epochs=2, batch_size=8, target_sparsity=0.8), console)
+    assert run.status == "finished"
+    mine, theirs = run.read_config(), finished.read_config()
+    assert (mine.method, mine.r, mine.backbone, mine.data) == (theirs.method, theirs.r, theirs.backbone, theirs.data)
+    assert (mine.epochs, mine.target_sparsity) == (2, 0.8)
+    before, after = (folder.read_json("allocation.json") for folder in (finished, run))
+    budgets = [entry["budget"] for entry in after["history"]]
+    assert budgets[0] == sum(matrix["budget"] for matrix in before["matrices"])
+    assert budgets[-1] == after["total_weights"] - round(0.8 * after["total_weights"]) < budgets[0]
+    assert f"what {finished.path} has trained, head included" in console.file.getvalue()
+
+
+def test_it_resumes_without_the_other_run(finished, further, tmp_path, console, monkeypatch):
+    copied = tmp_path / "other"
+    shutil.copytree(finished.path, copied)
+    config = further(init_from=str(copied), epochs=2, batch_size=8)
+    whole = train(config, console)
+    with monkeypatch.context() as patch:
+        patch.setattr("snella_app.training.train._finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(TrainingInterrupted, match="--resume"):
+            train(further(init_from=str(copied), epochs=2, batch_size=8, out=str(tmp_path / "cut")), console)
+    shutil.rmtree(copied)
+    resumed = train(TrainConfig(out=str(tmp_path / "cut"), resume=True, progress=False), console)
+    assert resumed.read_json("metrics.json")["history"] == whole.read_json("metrics.json")["history"]
+
+
+def test_a_choice_of_weights_is_taken_over(settings, further, tmp_path, console):
+    first = train(settings(method="gps", epochs=1, out=str(tmp_path / "gps")), console)
+    run = train(further(init_from=str(first.path), epochs=1, batch_size=8), console)
+    theirs, mine = (load_file(folder.path / "selection" / "trainable.safetensors") for folder in (first, run))
+    chosen = {name for name, tensor in theirs.items() if not tensor.is_floating_point()}
+    assert chosen and theirs.keys() == mine.keys()
+    assert all(torch.equal(theirs[name], mine[name]) for name in chosen)
+
+
+def test_what_contradicts_the_other_run_is_refused(finished, further, make_photos, tmp_path):
+    with pytest.raises(ValueError, match="method is 'snella-2' there and 'lora-2' here; leave them out"):
+        train(further(method="lora-2"))
+    with pytest.raises(ValueError, match=r"init_from must be the folder of a finished run, got .*none, which holds no"):
+        train(further(init_from=str(tmp_path / "none")))
+    others = make_photos(tmp_path / "others", {"cats": 16, "dogs": 16})
+    with pytest.raises(ValueError, match=r"the classes of init_from=.*, \['cats', 'dogs', 'owls'\], got \['cats', 'do"):
+        train(further(data=f"folder:{others}"))
+    with pytest.raises(ValueError, match="out must be another folder than init_from"):
+        further(out=str(finished.path))
+    with pytest.raises(ValueError, match="head_init must not be probe with init_from"):
+        further(head_init="probe")
+    with pytest.raises(ValueError, match="init_from is for one run, not for folds"):
+        further(folds=3)
+
+
+def test_other_images_are_noted(finished, further, make_photos, tmp_path):
+    others = make_photos(tmp_path / "others", {"cats": 12, "dogs": 12, "owls": 12})
+    config = finished.start_settings(further(data=f"folder:{others}")).resolved()
+    parts = build_components(config)
+    load_start(parts, config, finished)
+    assert parts.splits.notes[-1].startswith(f"{finished.path} was trained on other images than this run")

@@ -1,0 +1,45 @@
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from snella_app.training.optimizer import build_low_bit_optimizer
+
+CPU = torch.device("cpu")
+
+
+def build(wanted):
+    return build_low_bit_optimizer(nn.Linear(4, 4), wanted, CPU, lr=0.5, scalar_lr=None, weight_decay=0.1)
+
+
+@pytest.fixture
+def no_bitsandbytes(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+
+
+def test_adamw_takes_over_with_a_reason_where_the_8_bit_one_is_missing(no_bitsandbytes):
+    optimizer, told = build("auto")
+    assert type(optimizer) is torch.optim.AdamW
+    assert told.startswith("AdamW, since 8-bit AdamW does not run here (ModuleNotFoundError: ")
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5]
+    assert build("adamw")[1] == "AdamW"
+
+
+def test_insisting_on_8_bit_says_what_to_install(no_bitsandbytes):
+    with pytest.raises(
+        ImportError, match=r"optimizer=adamw8bit needs bitsandbytes to run on cpu, but Module.*; pip ins"
+    ):
+        build("adamw8bit")
+
+
+def test_an_8_bit_optimizer_whose_step_does_nothing_is_not_used(monkeypatch):
+    class Idle(torch.optim.SGD):
+        def step(self, closure=None):
+            return None
+
+    package = type(sys)("bitsandbytes")
+    package.optim = type(sys)("optim")
+    package.optim.AdamW8bit = Idle
+    monkeypatch.setitem(sys.modules, "bitsandbytes", package)
+    assert "RuntimeError: its step changes nothing" in build("auto")[1]

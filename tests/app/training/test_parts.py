@@ -1,0 +1,250 @@
+"""Sampler, optimizer groups, progress, devices."""
+
+import io
+
+import psutil
+import pytest
+import timm
+import torch
+from rich.console import Console
+from transformers import TrainerControl, TrainerState
+
+from snella_app.config import TrainConfig
+from snella_app.data import load_data
+from snella_app.data.protocol import PROTOCOLS
+from snella_app.device import choose_device
+from snella_app.methods import build_method
+from snella_app.tasks import ClassificationTask
+from snella_app.training.build import RunComponents, resolve_data_config
+from snella_app.training.callbacks import ProgressDisplay
+from snella_app.training.checkpoints import is_write_failure
+from snella_app.training.optimizer import build_optimizer
+from snella_app.training.results import best_epoch, free_memory, log_summary, shorten_hint
+from snella_app.training.sampler import EpochSampler, mix_seed
+
+TASK = ClassificationTask(3)
+
+
+def config(method, **changes):
+    return TrainConfig(data="digits", backbone="test_vit", out="x", method=method, **changes).resolved()
+
+
+def vit(method):
+    torch.manual_seed(0)
+    return build_method(method, timm.create_model("test_vit", num_classes=3, img_size=32))
+
+
+def test_the_order_depends_on_seed_and_epoch_alone():
+    sampler = EpochSampler(50, seed=3)
+    first = list(sampler)
+    torch.manual_seed(99)
+    assert list(sampler) == first and sorted(first) == list(range(50)) and len(sampler) == 50
+    sampler.set_epoch(1)
+    assert list(sampler) != first and list(EpochSampler(50, seed=4)) != first
+    sampler.set_epoch(0)
+    assert list(sampler) == first
+
+
+def test_mixed_seeds_differ_for_different_numbers_and_for_their_order():
+    seeds = {mix_seed(a, b) for a in range(40) for b in range(40)}
+    assert len(seeds) == 1600 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_factors_scalars_and_head_have_rates_of_their_own():
+    optimizer = build_optimizer(
+        vit("snella-2"), config("snella-2", lr=1e-2, scalar_lr=1e-5, head_lr=1e-1, weight_decay=0.5)
+    )
+    assert {g["name"]: (g["lr"], g["weight_decay"]) for g in optimizer.param_groups} == {
+        "factors": (1e-2, 0.5), "scalars": (1e-5, 0.0), "head": (1e-1, 0.5), "head_no_decay": (1e-1, 0.0),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "rates"), [("lora-2", {1e-2, 1e-1}), ("linear", {1e-1}), ("full", {1e-2, 1e-1})])
+def test_the_head_of_other_methods_has_its_rate_and_vectors_no_decay(method, rates):
+    model = vit(method)
+    optimizer = build_optimizer(model, config(method, lr=1e-2, head_lr=1e-1, weight_decay=0.5))
+    assert {group["lr"] for group in optimizer.param_groups} == rates
+    for group in optimizer.param_groups:
+        assert all((p.ndim > 1) == (group["weight_decay"] > 0) for p in group["params"])
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == sum(p.requires_grad for p in model.parameters())
+    head = {id(p) for n, p in model.named_parameters() if "head" in n and p.requires_grad}
+    assert {id(p) for g in optimizer.param_groups if g["lr"] == 1e-1 for p in g["params"]} == head
+
+
+def test_a_model_with_nothing_to_train_is_refused():
+    model = vit("linear").requires_grad_(False)
+    with pytest.raises(ValueError, match="method 'linear' leaves nothing to train in VisionTransformer"):
+        build_optimizer(model, config("linear"))
+
+
+def test_the_bar_appears_on_a_terminal_and_goes_away():
+    output = io.StringIO()
+    display = ProgressDisplay(Console(file=output, force_terminal=True, width=100), TASK, PROTOCOLS["standard"])
+    display.last_loss = lambda: 0.125
+    state = TrainerState(max_steps=10, num_train_epochs=2, epoch=0.2, global_step=1)
+    display.on_train_begin(None, state, TrainerControl())
+    display.on_step_end(None, state, TrainerControl())
+    display._bar.refresh()
+    assert "epoch 1/2" in output.getvalue() and "loss 0.125" in output.getvalue() and "1/10" in output.getvalue()
+    display.on_epoch_end(None, state, TrainerControl())
+    display._bar.refresh()
+    assert "measuring on val images" in output.getvalue()
+    display.on_train_end(None, state, TrainerControl())
+    assert display._bar is None
+
+
+def test_without_a_terminal_there_are_lines_only_and_the_best_one_is_marked():
+    output = io.StringIO()
+    display = ProgressDisplay(Console(file=output, width=200), TASK, PROTOCOLS["standard"])
+    past = {"val_accuracy": 0.5, "val_loss": 0.9, "budget": None}
+    state = TrainerState(max_steps=10, num_train_epochs=2, log_history=[past])
+    display.on_train_begin(None, state, TrainerControl())
+    assert display._bar is None
+    for epoch, accuracy in ((1.0, 0.5), (2.0, 0.75)):
+        state.epoch = epoch
+        row = {"train_loss": 1.0, "val_loss": 1.0, "val_accuracy": accuracy, "val_balanced_accuracy": accuracy}
+        display.on_evaluate(None, state, TrainerControl(), metrics=row)
+    first, second = output.getvalue().splitlines()
+    assert not first.endswith("best") and second.endswith("best")
+
+
+def printed_by_steps(seconds, max_steps=100, shorten=None, **options):
+    """What is printed on no terminal by steps that take so many seconds each."""
+    output, now = io.StringIO(), [0.0]
+    console = Console(file=output, width=200)
+    display = ProgressDisplay(console, TASK, PROTOCOLS["standard"], shorten=shorten, clock=lambda: now[0], **options)
+    display.last_loss = lambda: 0.5
+    state = TrainerState(max_steps=max_steps, num_train_epochs=2)
+    display.on_train_begin(None, state, TrainerControl())
+    for span in seconds:
+        now[0] += span
+        state.global_step, state.epoch = state.global_step + 1, 0.1
+        display.on_step_end(None, state, TrainerControl())
+    return output.getvalue().replace("\N{NO-BREAK SPACE}", " ").splitlines()
+
+
+def test_the_time_that_is_left_is_told_after_the_first_steps_which_compile():
+    assert printed_by_steps([9.0, 1.0, 1.0, 1.0, 1.0]) == ["about 1 min 36 s to go: 96 steps of 1.0 s"]
+    assert printed_by_steps([9.0, 0.1, 0.1, 0.1]) == []
+
+
+def test_steps_that_take_long_are_told_after_the_second_with_what_takes_less():
+    factors = []
+    first, estimate = printed_by_steps([90.0, 60.0], 82, lambda much: factors.append(much) or "; less with X")
+    assert first == "step 1/82  loss 0.5000"  # which compiles, and says little of the others
+    assert estimate == "about 1 h 20 min to go: 80 steps of 1 min 0 s; less with X" and factors == [16.0]
+
+
+def test_without_a_terminal_a_line_comes_every_half_minute_unless_none_is_wanted():
+    lines = printed_by_steps([10.0] * 9)
+    assert lines[1:] == [
+        "step 5/100  loss 0.5000  about 15 min 50 s to go",
+        "step 8/100  loss 0.5000  about 15 min 20 s to go",
+    ]
+    assert len(printed_by_steps([10.0] * 9, show_bar=False)) == 1
+
+
+@pytest.mark.parametrize(
+    ("side", "much", "said"), [(518, 16, "--img-size 126 takes about 6% of that"), (98, 8, "--train-size, --epochs")]
+)
+def test_what_takes_less_is_a_size_that_patches_tile(side, much, said):
+    model = timm.create_model("test_vit", img_size=112, patch_size=14)
+    assert said in shorten_hint(RunComponents(None, model, TASK, {}, {"input_size": [3, side, side]}))(much)
+
+
+def test_what_will_not_fit_or_take_long_is_said_before_training(monkeypatch):
+    monkeypatch.setattr("snella_app.training.results.free_memory", lambda device: 2**20)
+    model = build_method("linear", timm.create_model("test_vit", num_classes=10, img_size=448))
+    parts = RunComponents(load_data("digits"), model, ClassificationTask(10), {}, {"input_size": [3, 448, 448]})
+    output = io.StringIO()
+    log_summary(Console(file=output, width=300), config("linear"), parts)
+    text = output.getvalue()
+    assert "MiB of 1 MiB free" in text
+    assert "more memory than is free; --batch-size below 32, --grad-checkpointing or a smaller --img-size" in text
+    assert "images of 448×448 px, the model's own, take a CPU about 4 times as long as 224×224 px" in text
+
+
+def test_snella_can_also_keep_less(monkeypatch):
+    monkeypatch.setattr("snella_app.training.results.free_memory", lambda device: 2**20)
+    parts = RunComponents(
+        load_data("digits"),
+        build_method("snella", timm.create_model("test_vit", num_classes=10, img_size=32)),
+        ClassificationTask(10),
+        {},
+        {"input_size": [3, 32, 32]},
+    )
+    for options, is_said in (({}, True), ({"compress_activations": True}, False)):
+        output = io.StringIO()
+        log_summary(Console(file=output, width=300), config("snella", method_options=options), parts)
+        assert ("--method-options.compress_activations true, --grad-" in output.getvalue()) == is_said
+
+
+RISEN = (
+    "the training loss has risen from 2.0000 to 641.0000: the learning rate is too high; stop, and try a third of --lr"
+)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "steps", "accuracies", "expected"),
+    [
+        ("standard", 20, (0.5, 0.6, 0.3, 0.2), [RISEN]),
+        ("final", 20, (0.5, 0.6, 0.7, 0.8), [RISEN]),
+        ("standard", 20, (0.5, 0.6, 0.7, 0.8), []),  # of mixed images, say
+        ("standard", 4, (0.5, 0.6, 0.3, 0.2), []),  # a linear probe that four steps have disturbed
+    ],
+)
+def test_a_loss_that_rises_is_told_once_where_it_harms_and_steps_were_many(protocol, steps, accuracies, expected):
+    output = io.StringIO()
+    display = ProgressDisplay(Console(file=output, width=200), TASK, PROTOCOLS[protocol])
+    state = TrainerState(max_steps=4 * steps, num_train_epochs=4)
+    display.on_train_begin(None, state, TrainerControl())
+    for epoch, (loss, accuracy) in enumerate(zip((2.0, 1.0, 641.0, 640.0), accuracies, strict=True), 1):
+        state.epoch, state.global_step = epoch, epoch * steps // 2
+        metrics = {"train_loss": loss, "val_loss": loss, "val_accuracy": accuracy, "val_balanced_accuracy": accuracy}
+        display.on_evaluate(None, state, TrainerControl(), metrics=metrics)
+    assert [line for line in output.getvalue().splitlines() if "risen" in line] == expected
+
+
+def test_free_memory_is_positive_and_no_more_than_the_machine_has():
+    assert 0 < free_memory(torch.device("cpu")) <= psutil.virtual_memory().total
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device must be usable here, got 'cuda'"):
+        choose_device("cuda")
+    assert choose_device("auto").type == "cpu" == choose_device("cpu").type
+
+
+def test_the_input_size_follows_the_settings_and_the_rest_the_model():
+    model = timm.create_model("test_vit", num_classes=3, img_size=32)
+    changed, own = resolve_data_config(model, 32), resolve_data_config(model, None)
+    assert changed["input_size"] == [3, 32, 32] and own["input_size"] == [3, 160, 160]
+    assert {k: v for k, v in changed.items() if k != "input_size"} == {
+        k: v for k, v in own.items() if k != "input_size"
+    }
+
+
+def test_of_equally_accurate_epochs_the_one_with_the_lower_loss_is_best_and_then_the_later():
+    rows = [(0.5, 0.1), (0.75, 0.9), (0.75, 0.8), (0.75, 0.8), (0.75, 0.85)]
+    history = [{"epoch": n + 1, "val_accuracy": a, "val_loss": loss} for n, (a, loss) in enumerate(rows)]
+    assert [best_epoch(history[:count], TASK.selection_score) for count in (5, 3, 1)] == [4, 3, 1]
+
+
+def test_unknown_public_names_are_refused():
+    import snella_app.runs
+
+    with pytest.raises(AttributeError, match=r"module 'snella\.runs' has no attribute 'tarin'"):
+        _ = snella_app.runs.tarin
+    assert all(getattr(snella_app.runs, name) is not None for name in snella_app.runs.__all__)
+
+
+def test_writers_of_other_libraries_are_recognized():
+    from safetensors import SafetensorError
+
+    assert is_write_failure(
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    )
+    assert is_write_failure(
+        RuntimeError("[enforce fail at inline_container.cc:863] . PytorchStreamWriter failed writing file")
+    )

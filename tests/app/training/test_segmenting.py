@@ -1,0 +1,239 @@
+"""Segmentation through the command line: train, evaluate, predict, inspect, merge."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from safetensors import safe_open
+from transformers import SamModel
+
+from snella import load_sparse
+from snella_app.cli.main import main
+from snella_app.cli.parser import parse
+from snella_app.config import TrainConfig
+from snella_app.data import read_image
+from snella_app.report.examples import read_mask
+from snella_app.runs import load_merged, load_run
+from snella_app.runs.export import export
+from snella_app.runs.model import make_backbone
+from snella_app.training.train import train
+
+from ..backbones.test_sam import tiny_config
+from ..data.mask_folders import write_pairs
+
+TINY = ["--backbone", "test_vit", "--pretrained", "false", "--img-size", "32", "--device", "cpu", "--progress", "false"]
+
+_PANELS = 'true mask and predicted mask">'
+
+
+def command(*words, status=0):
+    assert main([str(word) for word in words]) == status
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_pairs(tmp_path_factory.mktemp("masks") / "discs", 24, classes=3)
+
+
+@pytest.fixture(scope="module")
+def run(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "discs"
+    words = ["--data", f"masks:{folder}", "--method", "snella-2", "--epochs", 2, "--batch-size", 4]
+    command("train", "--task", "segmentation", *TINY, *words, "--out", out)
+    return out
+
+
+def test_a_run_holds_dice_and_predicted_masks(run):
+    info, metrics = (json.loads((run / name).read_text()) for name in ("run.json", "metrics.json"))
+    assert info["task"] == "segmentation" and info["classes"] == ["background", "class 1", "class 2"]
+    assert metrics["best_metric"] == "val_dice"
+    best = max(metrics["history"], key=lambda row: (row["val_dice"], -row["val_loss"], row["epoch"]))
+    assert metrics["best_epoch"] == best["epoch"] and metrics["val"]["dice"] == pytest.approx(best["val_dice"])
+    for name in ("dice", "iou", "dice_pooled", "iou_pooled", "dice_gps_foreground_only", "iou_gps_foreground_only"):
+        assert 0 <= metrics["test"][name] <= 1
+    items = json.loads((run / "predictions.json").read_text())["items"]
+    kept = [item for item in items if item["mask"]]
+    assert len(kept) == min(12, len(items)) and all((run / item["mask"]).is_file() for item in kept)
+
+
+def test_the_kept_masks_give_the_dice_that_is_noted_with_them(run, folder):
+    from snella_app.tasks.segmentation import image_scores, pixel_counts
+
+    item = next(i for i in json.loads((run / "predictions.json").read_text())["items"] if i["dice"] is not None)
+    truth = read_mask(folder / "masks" / item["name"].rpartition("/")[2]).resize((32, 32), Image.Resampling.NEAREST)
+    predicted = np.asarray(read_mask(run / item["mask"]))
+    assert predicted.shape == (32, 32)
+    both = (torch.as_tensor(np.array(values)).long()[None] for values in (predicted, truth))
+    dice, _ = image_scores(pixel_counts(*both, 3).numpy())
+    assert item["dice"] == pytest.approx(np.nanmean(dice), abs=0.05)  # torchvision's nearest pixel may be the next one
+
+
+def test_the_report_shows_curves_classes_and_overlays(run):
+    page = (run / "report.html").read_text()
+    for text in ("Overlap on validation", "Dice by image", "class 2", "true mask, predicted mask", "GPS"):
+        assert text in page
+    assert page.count(_PANELS) == sum(1 for _ in (run / "masks").iterdir()) > 0
+    assert "Confusion matrix" not in page
+
+
+def test_training_again_draws_the_report_the_same(run, capsys):
+    before = (run / "report.html").read_text().count(_PANELS)
+    command("inspect", run, "--report")
+    assert "Dice" in capsys.readouterr().out
+    assert (run / "report.html").read_text().count(_PANELS) == before > 0
+
+
+def test_evaluating_gives_the_test_results_again(run, capsys, tmp_path):
+    command("evaluate", run, "--out", tmp_path / "result.json")
+    result, metrics = json.loads((tmp_path / "result.json").read_text()), json.loads((run / "metrics.json").read_text())
+    assert result["dice"] == pytest.approx(metrics["test"]["dice"])
+    assert result["confusion"] == metrics["test"]["confusion"]
+    assert "GPS's variant, without false positives" in capsys.readouterr().out
+
+
+def test_other_data_is_measured_in_full_and_other_kinds_are_refused(run, tmp_path, capsys):
+    write_pairs(tmp_path / "more", 5, classes=3)
+    command("evaluate", run, "--data", f"masks:{tmp_path / 'more'}")
+    assert "(all), 5 images" in capsys.readouterr().out
+    command("evaluate", run, "--data", "digits", status=2)
+    assert "data must be images with masks for task segmentation" in capsys.readouterr().err
+
+
+def test_predicting_writes_masks_of_the_images_size_and_overlays(run, folder, tmp_path, capsys):
+    out = tmp_path / "predicted"
+    command("predict", run, folder / "images" / "000.png", folder / "images" / "001.png", "--out", out)
+    assert "2 images" in capsys.readouterr().out
+    mask = read_mask(out / "000.png")
+    assert mask.size == read_mask(out / "overlays" / "000.png").size == (40, 32) and mask.mode == "P"
+    loaded = load_run(run, "cpu")
+    image = read_image(folder / "images" / "000.png")
+    with torch.no_grad():
+        scores = loaded.model(loaded.transform(image)[None])
+    wanted = torch.nn.functional.interpolate(scores, (32, 40), mode="bilinear", align_corners=False).argmax(1)[0]
+    assert np.array_equal(np.asarray(mask), wanted.numpy())
+    command("predict", run, folder / "images" / "000.png", "--out", out, status=2)
+    assert "holds files; choose another folder" in capsys.readouterr().err
+    command("predict", run, folder / "images" / "000.png")
+    assert "%" in capsys.readouterr().out
+
+
+def test_predicting_refuses_what_it_cannot_write(run, folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    image = folder / "images" / "000.png"
+    command("predict", run, image, "--out", tmp_path / "file", status=2)
+    assert "must be a folder for the masks, got the file" in capsys.readouterr().err
+    command("predict", run, image, "--top-k", "2", status=2)
+    assert "must be left out for a segmentation, which gives masks, got 2" in capsys.readouterr().err
+    command("predict", run, image, image, "--out", tmp_path / "out", status=2)
+    assert "images must differ in their names" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.load.*:DeprecationWarning")
+def test_exported_graphs_give_the_run_s_outputs_and_the_rest_is_refused(run, tmp_path):
+    loaded, images = load_run(run, "cpu"), torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = loaded.task.final_outputs(loaded.model(images), loaded.info.temperature)
+        script = torch.jit.load(str(export(run, "torchscript", tmp_path / "model.pt").path))(images)
+        graph = torch.export.load(str(export(run, "torch-export", tmp_path / "model.pt2").path)).module()(images)
+    assert (script - expected).abs().max() <= 1e-5 and (graph - expected).abs().max() <= 1e-5
+    onnxruntime = pytest.importorskip("onnxruntime")
+    session = onnxruntime.InferenceSession(str(export(run, "onnx", tmp_path / "model.onnx").path))
+    assert np.abs(session.run(None, {"images": images.numpy()})[0] - expected.numpy()).max() <= 1e-4
+    for name in ("timm", "hf"):
+        with pytest.raises(ValueError, match=rf"format={name} holds no model of the task segmentation; take one of"):
+            export(run, name, tmp_path / name)
+
+
+def test_a_sparse_file_gives_the_fine_tuned_weights(run, tmp_path):
+    loaded, images = load_run(run, "cpu"), torch.rand(2, 3, 32, 32)
+    model = make_backbone(loaded.info.backbone, loaded.task.name).eval()
+    load_sparse(model, export(run, "sparse", tmp_path / "sparse.safetensors").path)
+    with torch.no_grad():
+        assert torch.equal(model(images), loaded.model.merge_and_unload()(images))
+
+
+def test_merging_gives_encoder_and_decoder_with_the_same_outputs(run, tmp_path, capsys):
+    path = tmp_path / "merged.safetensors"
+    command("merge", run, "--out", path)
+    out = capsys.readouterr().out
+    assert "plain weights of the backbone (encoder.…) and the decoder (decoder.…)" in out and "load_merged" in out
+    with safe_open(path, "pt") as file:
+        assert {name.partition(".")[0] for name in file.keys()} == {"encoder", "decoder"}  # noqa: SIM118
+    images = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(load_merged(path)(images), load_run(run, "cpu").model(images))
+
+
+def test_a_file_of_another_origin_is_not_loaded_as_merged(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"must be a file that snella merge wrote, got .*x.safetensors"):
+        load_merged(tmp_path / "x.safetensors")
+
+
+def test_tasks_and_data_that_do_not_belong_together_are_refused(folder, tmp_path, capsys):
+    command("train", *TINY, "--data", f"masks:{folder}", "--out", tmp_path / "a", status=2)
+    assert "add --task segmentation" in capsys.readouterr().err
+    command("train", *TINY, "--task", "segmentation", "--data", "digits", "--out", tmp_path / "b", status=2)
+    assert "data must be images with masks" in capsys.readouterr().err
+
+
+def test_the_decoder_learns(folder, tmp_path):
+    config = TrainConfig(
+        task="segmentation", data=f"masks:{folder}", backbone="test_vit", pretrained=False, img_size=32, method="full",
+        epochs=5, batch_size=4, lr=1e-3, head_lr=3e-3, device="cpu", progress=False, out=str(tmp_path / "run"),
+    )  # fmt: skip
+    history = train(config, Console(quiet=True), draw_report=False).read_json("metrics.json")["history"]
+    assert history[-1]["train_loss"] < 0.8 * history[0]["train_loss"]
+
+
+def test_sam_learns_polyps_as_the_paper_does(tmp_path, capsys):
+    torch.manual_seed(0)
+    SamModel(tiny_config()).save_pretrained(tmp_path / "sam")
+    write_pairs(tmp_path / "Kvasir-SEG", 10, ending=".jpg")
+    words = ["--data", f"kvasir:{tmp_path / 'Kvasir-SEG'}", "--backbone", f"sam:{tmp_path / 'sam'}", "--epochs", 2]
+    words += ["--batch-size", 1, "--lr", "1e-3", "--min-lr", "1e-7", "--warmup-ratio", 0, "--mask-loss", "iou"]
+    out = tmp_path / "run"
+    command("train", "--task", "segmentation", *words, "--method", "snella-2", "--device", "cpu", "--out", out)
+    metrics = json.loads((out / "metrics.json").read_text())
+    history = metrics["history"]
+    assert history[1]["train_loss"] < history[0]["train_loss"]
+    assert history[-1]["lr"] == pytest.approx(1e-7, rel=1e-3)
+    matrices = json.loads((out / "allocation.json").read_text())["matrices"]
+    shares = [matrix["budget"] / matrix["size"] for matrix in matrices]
+    assert len(matrices) == 18 and max(shares) - min(shares) > 0.2  # by importance: shares by size would be equal
+    assert json.loads((out / "run.json").read_text())["data_config"]["mean"] == pytest.approx([0.485, 0.456, 0.406])
+    capsys.readouterr()
+    command("predict", out, tmp_path / "Kvasir-SEG" / "images", "--out", tmp_path / "masks")
+    assert len(list((tmp_path / "masks").glob("*.png"))) == 10
+
+
+def test_the_experiment_of_table_v_is_what_the_paper_describes():
+    path = Path(__file__).parents[3] / "experiments" / "polyp" / "table5.yaml"
+    _, _, settings = parse(["train", "--config", str(path), "--out", "runs/polyp"])
+    config = TrainConfig(**settings).resolved()
+    assert (config.epochs, config.batch_size, config.lr, config.min_lr) == (20, 1, 1e-3, 1e-7)
+    assert config.task == "segmentation" and config.options_of_method()["r"] == 8
+    _, _, settings = parse(["train", "--config", str(path), "--out", "o", "--method", "lora-8", "--scaling", "null"])
+    assert TrainConfig(**settings).resolved().options_of_method() == {"r": 8}
+
+
+def test_merging_a_sam_and_training_on_all_images_work(tmp_path):
+    torch.manual_seed(0)
+    SamModel(tiny_config()).save_pretrained(tmp_path / "sam")
+    config = TrainConfig(
+        task="segmentation", data=f"masks:{write_pairs(tmp_path / 'm', 8)}", backbone=f"sam:{tmp_path / 'sam'}",
+        protocol="final", method="lora-2", epochs=1, batch_size=2, img_size=32, device="cpu", out=str(tmp_path / "run"),
+    )  # fmt: skip
+    run = train(config, Console(quiet=True), draw_report=False)
+    assert run.read_json("run.json")["data"]["sizes"] == {"train": 6, "val": 0, "test": 2}
+    command("merge", run.path, "--out", tmp_path / "m.safetensors")
+    images = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        merged, adapted = load_merged(tmp_path / "m.safetensors")(images), load_run(run.path, "cpu").model(images)
+    assert torch.allclose(merged, adapted, atol=1e-5)

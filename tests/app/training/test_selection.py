@@ -1,0 +1,120 @@
+"""Runs of methods that choose from data what is trained."""
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from snella_app.config import TrainConfig
+from snella_app.data import load_data
+from snella_app.methods import build_method
+from snella_app.runs.merge import merge
+from snella_app.runs.model import load_run
+from snella_app.tasks import ClassificationTask
+from snella_app.training.build import FOLDER, has_selection, selection_data, store_selection
+from snella_app.training.session import TrainingInterrupted
+from snella_app.training.train import train
+from snella_app.training.trainer import SnellaTrainer
+
+OPTIONS = {"noah": {"sizes": [1], "supernet_epochs": 1, "population": 2, "generations": 1}}
+
+
+@pytest.fixture
+def parts(settings):
+    """The images of a tiny run with their tensors' first pixel for transform, and its settings."""
+    config = settings(method="gps")
+    splits = load_data(str(config.data), seed=0)
+    mark = lambda image: torch.tensor([float(sum(image.getpixel((0, 0)))), float(torch.rand(()))])  # noqa: E731
+    task = ClassificationTask(len(splits.classes))
+    return splits.train.with_transform(mark), splits.val.with_transform(mark), task, config
+
+
+def passes(data, which, count=2):
+    return [[torch.cat([i, labels[:, None]], 1) for i, labels in which(data)] for _ in range(count)]
+
+
+def test_every_pass_has_all_training_images_in_an_order_and_an_augmentation_of_its_own(parts):
+    first, second = passes(selection_data(*parts), lambda data: data())
+    assert [len(batch) for batch in first] == [8] * 3 + [len(parts[0]) - 24] * (len(parts[0]) > 24)
+    images = [torch.cat(batches)[:, [0, 2]] for batches in (first, second)]
+    assert not torch.equal(*images)
+    assert torch.equal(*(one[one[:, 0].argsort(stable=True)][:, 0] for one in images))
+    assert not torch.isin(torch.cat(first)[:, 1], torch.cat(second)[:, 1]).any()
+
+
+def test_the_same_seed_gives_the_same_batches_and_draws_nothing_of_torchs_own(parts):
+    state = torch.random.get_rng_state()
+    one, other = (passes(selection_data(*parts), lambda data: data()) for _ in range(2))
+    assert all(torch.equal(a, b) for x, y in zip(one, other, strict=True) for a, b in zip(x, y, strict=True))
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_validation_images_come_in_their_order_and_the_runs_own_images_stay_in_their_epoch(parts):
+    data = selection_data(*parts)
+    seen = torch.cat([labels for _, labels in data.validation()])
+    assert seen.tolist() == parts[1].labels
+    passes(data, lambda data: data())
+    assert parts[0].epoch == 0
+    assert selection_data(parts[0], None, *parts[2:]).validation is None
+
+
+@pytest.mark.parametrize(
+    "method", ["gps", pytest.param("spt-adapter-2", marks=pytest.mark.slow), "fixed-mask-2", "noah"]
+)
+def test_a_run_trains_and_its_adapter_is_used_without_the_data(method, settings, console, no_report, tmp_path):
+    run = train(settings(method=method, method_options=OPTIONS.get(method, {}), epochs=1), console)
+    assert has_selection(run.path)
+    assert ("noah: generation 0" in console.file.getvalue()) == (method == "noah")
+    model = load_run(run.path).model
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        outputs = model(x)
+    assert outputs.isfinite().all()
+    if method in ("gps", "fixed-mask-2"):
+        merged = load_file(merge(run.path, tmp_path / "merged.safetensors"))
+        assert "blocks.0.attn.qkv.weight" in merged
+
+
+def test_noah_searches_on_images_apart_though_the_run_learns_from_them_too(settings, console, no_report, monkeypatch):
+    seen = {}
+
+    def watched(train, val, *others):
+        seen["train"], seen["val"] = (set(part.names) for part in (train, val))
+        seen["transforms"] = train.transform is not None and val.transform is not None
+        return selection_data(train, val, *others)
+
+    monkeypatch.setattr("snella_app.training.build.selection_data", watched)
+    config = settings(method="noah", method_options=OPTIONS["noah"], epochs=1, protocol="final")
+    run = train(config, console)
+    parts = load_data(str(config.data), seed=config.seed, protocol="standard")
+    assert seen["val"] == set(parts.val.names) and seen["train"] == set(parts.train.names) and seen["transforms"]
+    assert not (seen["train"] | seen["val"]) & set(parts.test.names)
+    assert run.read_json("run.json")["data"]["sizes"]["train"] == len(seen["train"] | seen["val"])
+
+
+def test_a_resumed_run_does_not_choose_again_and_ends_in_the_same_bits(settings, console, no_report, monkeypatch):
+    chosen = {"method": "spt-lora-2", "method_options": {"budget": 0.003, "alpha": 40}, "epochs": 2}
+    whole = train(settings(**chosen, out=settings().out + "-whole"), console)
+    config, evaluate = settings(**chosen), SnellaTrainer.evaluate
+
+    def interrupt_in_the_second_epoch(self, *args, **kwargs):
+        if self.history:
+            raise KeyboardInterrupt
+        return evaluate(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SnellaTrainer, "evaluate", interrupt_in_the_second_epoch)
+        with pytest.raises(TrainingInterrupted, match="checkpoint"):
+            train(config, console)
+    looked = []
+    monkeypatch.setattr("snella_lab.methods.spt.squared_gradients", lambda *args: looked.append(args))
+    run = train(TrainConfig(out=config.out, resume=True, progress=False), console)
+    one, two = (load_file(r.path / "adapter" / "trainable.safetensors") for r in (run, whole))
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    assert not looked
+
+
+def test_methods_that_choose_nothing_keep_no_choice(tmp_path):
+    model = build_method("bias", timm.create_model("test_vit", num_classes=3, img_size=32))
+    store_selection(tmp_path, "bias", model)
+    assert not (tmp_path / FOLDER).exists()

@@ -1,0 +1,214 @@
+"""One process a run: the lock that the kernel frees."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from snella_app.cli.main import main
+from snella_app.config import TrainConfig
+from snella_app.runs import RunFolder
+from snella_app.training.session import RunInUseError, lock_run
+from snella_app.training.train import train
+
+HOLDER = """
+import os, sys, time
+from snella_app.runs.folder import RunFolder
+from snella_app.training.session import lock_run
+with lock_run(RunFolder(sys.argv[1])):
+    if os.fork() == 0:
+        print("held", flush=True)  # only now has the child closed its copy of the lock
+        time.sleep(60)  # as a loader's worker that outlives its parent
+        os._exit(0)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def held(tmp_path):
+    """A run's folder, and the process that owns it."""
+    folder = tmp_path / "run"
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "held\n"
+        yield folder, process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+@pytest.mark.parametrize("how", ["resume", "overwrite"])
+def test_a_run_that_a_living_process_writes_is_refused_with_its_number(how, held):
+    folder, process = held
+    run = RunFolder(folder)
+    run.update("running")
+    before = (folder / "run.json").read_bytes()
+    config = TrainConfig(data="digits", backbone="test_vit", out=str(folder), **{how: True})
+    with pytest.raises(RunInUseError, match=rf"out=.*run is being written by process {process.pid}, which is still"):
+        train(config)
+    assert (folder / "run.json").read_bytes() == before
+
+
+def test_a_killed_process_owns_nothing_even_if_its_children_live_on(held):
+    folder, process = held
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with lock_run(RunFolder(folder)):
+        assert (folder / ".lock").read_text() == str(os.getpid())
+    assert not folder.exists() or not list(folder.iterdir())
+
+
+def test_a_killed_run_is_told_from_a_living_one(held, monkeypatch):
+    folder, process = held
+    run = RunFolder(folder)
+    assert not run.has_stopped  # no run yet
+    run.update("running")
+    assert not run.has_stopped
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert run.has_stopped
+    (folder / ".lock").unlink()
+    assert run.has_stopped
+    run.update("interrupted")
+    assert not run.has_stopped
+
+
+def test_inspect_says_that_a_run_was_killed_and_its_page_stops_waiting(tmp_path, capsys):
+    out = str(tmp_path / "run")
+    words = ["--data", "digits", "--backbone", "test_vit", "--pretrained", "false", "--img-size", "32", "--epochs", "1"]
+    words += ["--method", "linear", "--train-size", "20", "--val-size", "10", "--test-size", "10", "--out", out]
+    assert main(["train", *words]) == 0 and main(["inspect", out]) == 0
+    assert "no process is writing it" not in capsys.readouterr().out
+    RunFolder(out).update("running")
+    assert main(["inspect", out, "--report"]) == 0
+    assert f"continue it with snella train --out {out} --resume" in capsys.readouterr().out
+    assert ">stopped<" in RunFolder(out).report.read_text()
+
+
+def test_nothing_is_left_of_a_folder_that_no_run_came_into(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder"), lock_run(RunFolder(tmp_path / "a" / "run")):
+        raise FileNotFoundError("no folder")
+    assert not list(tmp_path.iterdir())
+    with lock_run(RunFolder(tmp_path / "a" / "run")) as _:
+        (tmp_path / "a" / "run" / "run.json").write_text("{}")
+    assert [p.name for p in (tmp_path / "a" / "run").iterdir()] == ["run.json"]
+
+
+def test_a_lock_excludes_the_same_process_too(tmp_path):
+    with (
+        lock_run(RunFolder(tmp_path)),
+        pytest.raises(RunInUseError, match=f"process {os.getpid()}"),
+        lock_run(RunFolder(tmp_path)),
+    ):
+        pass
+    with lock_run(RunFolder(tmp_path)):
+        pass
+
+
+def test_a_folder_s_name_that_is_no_text_is_refused_before_anything_is_trained(tmp_path):
+    config = TrainConfig(data="digits", backbone="test_vit", out=f"{tmp_path}/caf\udce9")
+    with pytest.raises(ValueError, match=r"out must be a name in UTF-8 without control characters, got '.*/caf.udce9'"):
+        train(config)
+    assert not list(tmp_path.iterdir())
+
+
+@contextmanager
+def no_permission_to_write(folder):
+    """Root may write anywhere, and becomes somebody else inside."""
+    modes = {path: path.stat().st_mode for path in [folder, *folder.rglob("*")]}
+    for path in modes:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    is_root = os.geteuid() == 0
+    try:
+        if is_root:
+            os.seteuid(65534)
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
+        for path, mode in modes.items():
+            path.chmod(mode)
+
+
+@pytest.fixture
+def public():
+    """A folder that others may enter, which pytest's own is not."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+@pytest.mark.parametrize("status", ["finished", "interrupted"])
+def test_resuming_where_nothing_can_be_written_says_that_a_finished_run_is_finished(status, finished, public):
+    run = RunFolder(shutil.copytree(finished.path, public / "run"))
+    run.update(status)
+    output = io.StringIO()
+    with no_permission_to_write(run.path):
+        if status == "finished":
+            train(TrainConfig(out=str(run.path), resume=True), Console(file=output, width=200))
+            assert "run is finished already; its report is" in output.getvalue()
+        else:
+            with pytest.raises(PermissionError, match="Permission denied"):
+                train(TrainConfig(out=str(run.path), resume=True), Console(file=output))
+    assert not (run.path / ".lock").exists()
+
+
+@pytest.fixture
+def read_only(public):
+    """A file system that nobody can write on, as a function of what it is to hold."""
+    places = []
+
+    def mount(source):
+        place = public / "disk"
+        place.mkdir()
+        made = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(place)], capture_output=True, text=True)
+        if made.returncode:
+            pytest.skip(f"no file system can be mounted here: {made.stderr.strip()}")
+        places.append(place)
+        copy = Path(shutil.copytree(source, place / "run"))
+        subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
+        return copy
+
+    yield mount
+    for place in places:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_run_on_a_read_only_file_system_is_read_by_every_command(finished, photos, read_only, tmp_path):
+    run, image = read_only(finished.path), str(next(Path(photos).rglob("*.png")))
+    with pytest.raises(OSError, match="Read-only file system"):
+        (run / "x").touch()
+    commands = {
+        "predict": [str(run), image, "--out", str(tmp_path / "p.csv")],
+        "evaluate": [str(run), "--out", str(tmp_path / "e.json")],
+        "merge": [str(run), "--out", str(tmp_path / "merged")],
+        "inspect": [str(run)],
+        "train": ["--out", str(run), "--resume"],
+    }
+    for name, words in commands.items():
+        assert main([name, *words]) == 0, name
+    expected = finished.read_json("metrics.json")["test"]
+    measured = json.loads((tmp_path / "e.json").read_text())
+    assert {name: measured[name] for name in expected} == expected
+    assert (tmp_path / "p.csv").stat().st_size
+    assert (tmp_path / "merged" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "predictions.json"])
+def test_resuming_a_finished_run_that_lacks_results_names_them(name, finished, tmp_path):
+    run = RunFolder(shutil.copytree(finished.path, tmp_path / "run"))
+    (run.path / name).unlink()
+    with pytest.raises(
+        FileNotFoundError, match=rf"run is finished, but lacks {name}; restore it from a copy, or train"
+    ):
+        train(TrainConfig(out=str(run.path), resume=True), Console(file=io.StringIO()))

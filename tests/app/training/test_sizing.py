@@ -1,0 +1,289 @@
+"""`--batch-size auto` and `--time-budget`: what is chosen, why, and that nothing else changes."""
+
+import dataclasses
+import re
+import time
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from snella_app.config import TrainConfig, budget_seconds
+from snella_app.records import RunInfo, read
+from snella_app.runs.model import load_run
+from snella_app.training import sizing
+from snella_app.training.build import assemble, build_components
+from snella_app.training.memory import predict_step_memory
+from snella_app.training.results import size_step
+from snella_app.training.sizing import fit_batch_size, fit_epochs, fit_image_size
+from snella_app.training.train import train
+
+pytestmark = pytest.mark.usefixtures("no_report")
+
+
+@pytest.fixture
+def many(make_photos, tmp_path):
+    """Enough images for batches of 16."""
+    return f"folder:{make_photos(tmp_path / 'many', {'cats': 200, 'dogs': 100}, side=8)}"
+
+
+@pytest.mark.parametrize("share", [2.0, 0.99, 0.3])
+def test_the_largest_batch_is_taken_whose_predicted_memory_fits(share, many, settings, console, monkeypatch):
+    config = settings(data=many, batch_size="auto").resolved()
+    parts = build_components(config)
+    assert len(parts.splits.train) // 10 >= 16
+    sizes = {batch: predict_step_memory(parts.model, (3, 32, 32), batch).total for batch in (1, 2, 4, 8, 16)}
+    free = share * sizes[16] / 0.8
+    monkeypatch.setattr(sizing, "free_memory", lambda device: free)
+    fitting = [batch for batch, size in sizes.items() if size <= 0.8 * free]
+    chosen = fit_batch_size(parts, config, console).batch_size
+    assert chosen == max(fitting, default=1) and (chosen == 16) == (share > 1)
+    assert f"batch size {chosen}: a step takes about" in console.file.getvalue()
+
+
+def test_a_step_that_runs_out_of_memory_halves_the_batch(many, settings, console, monkeypatch):
+    config = settings(data=many, batch_size="auto").resolved()
+    parts = build_components(config)
+    tried = []
+
+    def step(parts, config, batch):
+        tried.append(len(batch["labels"]))
+        if len(batch["labels"]) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(sizing, "_trial_step", step)
+    assert fit_batch_size(parts, config, console).batch_size == 4 and tried == [16, 8, 4]
+    monkeypatch.setattr(sizing, "_trial_step", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fit_batch_size(parts, config, console)
+
+
+def test_a_trial_step_leaves_no_trace(settings):
+    config = settings(method="full", method_options={}).resolved()
+    parts = build_components(config)
+    before = {name: tensor.clone() for name, tensor in parts.model.state_dict().items()}
+    state = torch.random.get_rng_state()
+    parts.model.eval()
+    sizing._trial_step(parts, config, sizing._first_images(parts, 3))
+    assert torch.equal(torch.random.get_rng_state(), state) and not parts.model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in parts.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in parts.model.parameters())
+
+
+def test_the_run_is_that_of_the_numbers_that_were_chosen(settings, console, monkeypatch, tmp_path):
+    monkeypatch.setattr(sizing, "_MOST_EPOCHS", 2)
+    config = settings(epochs=9, batch_size="auto", time_budget="60s", train_size=20)
+    run = train(config, console)
+    stored = run.read_config()
+    assert stored.batch_size == 2 and 1 <= stored.epochs <= 2  # 20 images: 10 steps of 2
+    text = console.file.getvalue()
+    assert "batch size 2: a step takes about" in text and re.search(r"\d+ epochs? in 60s: one takes about", text)
+    values = {**stored.stored(), "time_budget": None, "out": str(tmp_path / "again")}
+    again = train(TrainConfig(**values, progress=False), console)
+    one, two = (load_file(folder.adapter / "adapter_model.safetensors") for folder in (run, again))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("budget", "epochs", "said"),
+    [
+        ("60s", 7, "7 epochs in 60s: one takes about"),  # 0.9 · 60 / (14 · 0.5 + 3 · 0.1) = 7.4
+        ("4s", 1, "which is more than the budget"),
+        ("2h", 100, "and 100 are enough"),
+    ],
+)
+def test_as_many_epochs_as_fit(budget, epochs, said, settings, console, monkeypatch):
+    config = settings(batch_size=1, accumulate=2, train_size=14, val_size=3, time_budget=budget).resolved()
+    parts = build_components(config)
+    seconds = {sizing._trial_step: 0.5, sizing._trial_evaluation: 0.1, sizing._only_read: 0.0}
+    monkeypatch.setattr(sizing, "_step_seconds", lambda parts, config, dataset, batch, step: seconds[step])
+    assert len(parts.splits.train) == 14 and len(parts.splits.val) == 3
+    assert fit_epochs(parts, config, console).epochs == epochs
+    assert said in console.file.getvalue()
+
+
+@pytest.fixture
+def timed_by_pixels(monkeypatch):
+    """A step of training takes a second at 160 px and less with fewer pixels, one of evaluation nothing."""
+    timing = SimpleNamespace(sides=[], power=2)
+
+    def step_seconds(parts, config, dataset, batch, step):
+        side = parts.data_config["input_size"][-1]
+        assert next(iter(dataset))[0].shape[-1] == side
+        if step is not sizing._trial_step:
+            return 0.0
+        timing.sides.append(side)
+        return (side / 160) ** timing.power
+
+    monkeypatch.setattr(sizing, "_step_seconds", step_seconds)
+    return timing
+
+
+def chosen_size(settings, console, **changes):
+    """What is chosen for 16 training images, one a step, and what is said of it."""
+    values = {"img_size": None, "batch_size": 1, "train_size": 16, "val_size": 3, "epochs": 4, **changes}
+    config = settings(**values).resolved()
+    parts = build_components(config)
+
+    def at_size(size):
+        return assemble(dataclasses.replace(config, img_size=size), parts.splits, parts.task)
+
+    return fit_image_size(parts, config, at_size, console).img_size, console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("budget", "power", "size", "tried", "said"),
+    [
+        ("72s", 2, None, [48, 160], "measuring steps, to fit 4 epochs into 72s"),  # 0.9 · 72 / (16 · 1) = 4.05
+        (
+            "70s",
+            2,
+            144,
+            [48, 144, 160],
+            "one takes about 13.0 s; at 160 px, the backbone's own size, it takes about 16.0 s;",
+        ),
+        (
+            "30s",
+            2,
+            96,
+            [48, 96, 112],
+            "16.0 s if time grows as the pixels do; --img-size sets it",
+        ),  # 0.9 · 30 / (16 · 0.36) = 4.7
+        ("30s", 4, 128, [48, 160, 96, 128, 144], "image size 128 px: 4 epochs fit into 30s, one takes about 6.6 s"),
+        (
+            "3s",
+            2,
+            48,
+            [48],
+            "image size 48 px: 4 epochs do not fit there either, the smallest size that is tried, into 3s",
+        ),
+    ],
+)
+def test_the_largest_size_is_taken_at_which_the_epochs_fit(
+    budget, power, size, tried, said, settings, console, timed_by_pixels
+):
+    timed_by_pixels.power = power
+    chosen, text = chosen_size(settings, console, time_budget=budget)
+    assert chosen == size and said in text.replace("\N{NO-BREAK SPACE}", " ")
+    assert timed_by_pixels.sides == tried
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"img_size": 80}, ""),
+        ({"time_budget": None}, ""),
+        ({"folds": 2, "fold": 1, "train_size": None}, "image size stays 160 px, since all folds have the same"),
+        ({"method": "gps"}, "image size stays 160 px, since gps chooses what it trains at one size"),
+    ],
+)
+def test_a_size_that_is_given_or_must_be_the_same_stays(changes, said, settings, console, timed_by_pixels):
+    size, text = chosen_size(settings, console, **{"time_budget": "30s", **changes})
+    assert size == changes.get("img_size") and said in text and bool(said) == bool(text)
+    assert timed_by_pixels.sides == []
+
+
+def test_a_backbone_that_cannot_be_built_for_another_size_keeps_its_own(settings, console, timed_by_pixels):
+    config = settings(img_size=None, time_budget="1s", batch_size=1, train_size=16).resolved()
+    parts = build_components(config)
+
+    def at_size(size):
+        raise ValueError(f"no {size}\nat all")
+
+    assert fit_image_size(parts, config, at_size, console) == config
+    assert "image size stays 160 px, since test_vit cannot take 48 px (no 48)" in console.file.getvalue()
+
+
+def test_the_chosen_size_is_that_of_the_run(settings, console, monkeypatch, timed_by_pixels):
+    monkeypatch.setattr(sizing, "_MOST_EPOCHS", 1)
+    config = settings(img_size=None, epochs=4, time_budget="3s", batch_size=1, train_size=16, method="linear")
+    run = train(config, console)
+    info = read(RunInfo, run.path)
+    assert run.read_config().img_size == info.backbone.img_size == 48 and info.data_config["input_size"] == [3, 48, 48]
+    assert "images of 48×48 px" in console.file.getvalue()
+    assert load_run(run).transform(Image.new("RGB", (60, 60))).shape == (3, 48, 48)
+
+
+@pytest.mark.parametrize(
+    ("name", "step"), [("test_vit", 16), ("test_resnet", 32), ("swin_tiny_patch4_window7_224", 32), (None, 32)]
+)
+def test_sizes_are_multiples_of_what_a_model_reduces_images_by(name, step):
+    assert size_step(torch.nn.Linear(2, 2) if name is None else timm.create_model(name)) == step
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("30m", 1800), ("1h30m", 5400), ("90s", 90), ("0.5h", 1800)])
+def test_a_time_is_read(text, seconds):
+    assert budget_seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["30", "m", "", "0s", "30 minutes"])
+def test_another_time_is_refused_with_examples(text, settings):
+    with pytest.raises(ValueError, match=f"time_budget must be a time such as 30m, 1h30m or 90s, got {text!r}"):
+        settings(time_budget=text)
+
+
+def test_a_comparison_has_one_batch_size():
+    from snella_lab.comparison.experiment import Experiment
+
+    with pytest.raises(ValueError, match="batch_size must be the same number for all runs of a comparison, got 'auto'"):
+        Experiment.from_dict(
+            {"methods": ["linear"], "data": ["digits"], "backbone": "test_vit", "train": {"batch_size": "auto"}}
+        )
+
+
+def test_the_command_line_takes_a_number_or_auto(capsys):
+    from snella_app.cli.main import main
+    from snella_app.cli.parser import parse
+
+    words = ["train", "--data", "digits", "--backbone", "test_vit", "--out", "x", "--batch-size"]
+    assert parse([*words, "auto"])[2]["batch_size"] == "auto" and parse([*words, "8"])[2]["batch_size"] == 8
+    assert main([*words, "many"]) == 2
+    assert "--batch-size must be an integer or auto, got many" in capsys.readouterr().err
+
+
+class _ReadSlowlyOnce(torch.utils.data.Dataset):
+    """Items that take 30 ms when they are read for the first time."""
+
+    def __init__(self):
+        self.known = set()
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        if index not in self.known:
+            self.known.add(index)
+            time.sleep(0.03)
+        return torch.zeros(1), 0
+
+
+def test_the_first_read_of_images_is_timed_apart_from_evaluation(settings):
+    config = settings(batch_size=2, time_budget="1h").resolved()
+    parts = build_components(config)
+    images = _ReadSlowlyOnce()
+    assert sizing._step_seconds(parts, config, images, 2, sizing._only_read) >= 0.06
+    assert sizing._step_seconds(parts, config, images, 2, sizing._only_read) < 0.03
+
+
+def test_the_final_head_is_part_of_the_budget(settings, console, monkeypatch):
+    config = settings(batch_size=1, train_size=14, val_size=3, time_budget="60s", final_head="trained").resolved()
+    parts = build_components(config)
+    monkeypatch.setattr(sizing, "_step_seconds", lambda *args: 0.1)
+    without = sizing._measure_times(parts, config)
+    with_head = sizing._measure_times(parts, dataclasses.replace(config, final_head="layers"))
+    assert with_head.epoch_s == without.epoch_s
+    assert with_head.final_s >= without.final_s + 14 * 0.1
+
+
+def test_two_steps_that_compile_are_left_out_of_the_time_of_a_step(settings):
+    config = settings(time_budget="1s").resolved()
+    parts = build_components(config)
+    pauses = iter([0.2, 0.2])
+
+    def step(*_):
+        time.sleep(next(pauses, 0.0))
+
+    assert sizing._step_seconds(parts, config, parts.splits.val, len(parts.splits.val), step) < 0.1

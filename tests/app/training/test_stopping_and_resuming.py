@@ -1,0 +1,466 @@
+"""Runs that are cut short, by signals, full disks and numbers that are none, and what is left of them."""
+
+import errno
+import importlib
+import io
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from snella_app.config import TrainConfig
+from snella_app.records import BackboneInfo, DataInfo, RunInfo
+from snella_app.report import write_report
+from snella_app.runs import RunFolder
+from snella_app.runs.images import load_splits, splits_digest
+from snella_app.tasks.classification import ClassificationTask
+from snella_app.training.checkpoints import CheckpointError, latest_checkpoint
+from snella_app.training.session import InterruptCallback, NonFiniteLossError, TrainingInterrupted, checkpoint_to_resume
+from snella_app.training.train import train
+from snella_app.training.trainer import SnellaTrainer
+
+fit = importlib.import_module("snella_app.training.train")._fit
+
+pytestmark = pytest.mark.usefixtures("no_report")
+
+KILLED = """
+import os, signal, sys
+import yaml, torch
+torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
+from snella_app.config import TrainConfig
+from snella_app.training.train import train
+from snella_app.training import checkpoints, trainer
+where, step, path = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+def die(): os.kill(os.getpid(), signal.SIGKILL)
+if where == "step":
+    original = trainer.SnellaTrainer.training_step
+    def training_step(self, *args, **kwargs):
+        result = original(self, *args, **kwargs)
+        return die() if self.state.global_step == step else result
+    trainer.SnellaTrainer.training_step = training_step
+else:
+    original = checkpoints.sync_tree
+    checkpoints.sync_tree = lambda folder: die() if folder.name == f"checkpoint-{step}" else original(folder)
+train(TrainConfig(**yaml.safe_load(open(path))))
+"""
+
+
+def outcome(run):
+    """All that a run ends with, times and paths apart."""
+    metrics = run.read_json("metrics.json")
+    state = latest_checkpoint(run.checkpoints)
+    return (
+        load_file(run.adapter / "adapter_model.safetensors"),
+        load_file(state / "adapter_model.safetensors"),
+        torch.load(state / "optimizer.pt", weights_only=True)["state"],
+        {key: metrics[key] for key in ("best_epoch", "history", "val", "test")},
+        run.read_json("allocation.json"),
+    )
+
+
+def same(one, two):
+    """Whether two values are equal to the last bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, two)
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(same(one[key], two[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(two) and all(map(same, one, two))
+    return one == two
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(photos, tiny_run, tmp_path_factory):
+    """What the run of `settings()` ends with when nothing happens."""
+    values = {"data": f"folder:{photos}", "out": str(tmp_path_factory.mktemp("uninterrupted") / "run")}
+    config = TrainConfig(**tiny_run, **values)
+    run = train(config, Console(file=io.StringIO()))
+    return outcome(run)
+
+
+def resumed(config):
+    """Continue a run with nothing but its folder."""
+    output = io.StringIO()
+    run = train(TrainConfig(out=config.out, resume=True), Console(file=output, width=200))
+    return run, output.getvalue()
+
+
+def kill(config, where, step, tmp_path):
+    """Train in a process that kills itself."""
+    import yaml
+
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(config.as_dict()))
+    command = [sys.executable, "-c", KILLED, where, str(step), str(tmp_path / "settings.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+@pytest.mark.parametrize(("where", "step", "kept"), [("step", 6, "checkpoint-4"), ("save", 8, "checkpoint-4")])
+def test_a_killed_run_resumes_to_the_same_bits(where, step, kept, settings, uninterrupted, tmp_path):
+    config = settings()
+    kill(config, where, step, tmp_path)
+    run = RunFolder(config.out)
+    assert run.status == "running"
+    assert latest_checkpoint(run.checkpoints) == run.checkpoints / kept
+    assert any(p.name.startswith(".staging") for p in run.checkpoints.iterdir()) == (where == "save")
+    run, text = resumed(config)
+    assert f"resuming from {run.checkpoints / kept}" in text
+    assert same(outcome(run), uninterrupted)
+    assert [p.name for p in run.checkpoints.iterdir()] == ["checkpoint-12"]
+
+
+def test_estimated_gradients_resume_to_the_same_bits(settings, tmp_path):
+    options = {"weight_gradient": "sample:1/2", "compress_activations": True}
+    sampling = {"img_size": 64, "method_options": options}
+    whole, config = settings(**sampling, out=str(tmp_path / "whole")), settings(**sampling)
+    expected = outcome(train(whole, Console(file=io.StringIO())))
+    kill(config, "step", 6, tmp_path)
+    assert same(outcome(resumed(config)[0]), expected)
+    exact = settings(img_size=64, method_options={}, out=str(tmp_path / "exact"))
+    assert not same(outcome(train(exact, Console(file=io.StringIO())))[0], expected[0])
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(settings, uninterrupted):
+    config = settings()
+    run = RunFolder(config.out)
+    run.create(run.resolve_settings(config))
+    backbone = BackboneInfo(name=config.backbone)
+    data = DataInfo(spec=config.data, digest=splits_digest(load_splits(config)))
+    run.write(RunInfo(status="running", method=config.method, backbone=backbone, classes=[], data=data))
+    assert same(outcome(resumed(config)[0]), uninterrupted)
+
+
+@pytest.mark.parametrize(
+    ("step", "number"),
+    [(1, signal.SIGINT), (6, signal.SIGINT), (8, signal.SIGINT), (6, signal.SIGTERM), (6, signal.SIGHUP)],
+)
+def test_an_interrupted_run_saves_and_resumes_to_the_same_bits(
+    step, number, settings, console, uninterrupted, monkeypatch
+):
+    config = settings()
+    original = SnellaTrainer.training_step
+
+    def stop(self, *args, **kwargs):
+        loss = original(self, *args, **kwargs)
+        if self.state.global_step + 1 == step:
+            os.kill(os.getpid(), number)
+        return loss
+
+    if signal.getsignal(number) == signal.SIG_IGN:  # as under nohup, which is another test's
+        signal.signal(number, signal.SIG_DFL)
+    handler = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(SnellaTrainer, "training_step", stop)
+        with pytest.raises(
+            TrainingInterrupted,
+            match=rf"saved as .*checkpoint-{step}; resume with: snella train --out .*run --resume",
+        ):
+            train(config, console)
+    assert signal.getsignal(number) == handler
+    assert RunFolder(config.out).status == "interrupted"
+    run, _ = resumed(config)
+    assert same(outcome(run), uninterrupted)
+
+
+def test_ctrl_c_is_answered_at_once(capfd):
+    with InterruptCallback() as interrupt:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupt.is_requested
+        assert "finishing this step and saving" in capfd.readouterr().err
+
+
+def test_a_closed_terminal_is_no_request_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with InterruptCallback() as interrupt:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not interrupt.is_requested
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_killed_before_its_report_gets_it_by_resuming(finished, tmp_path):
+    run = RunFolder(shutil.copytree(finished.path, tmp_path / "run"))
+    run.report.unlink()
+    resumed(TrainConfig(out=str(run.path), resume=True))
+    assert "<html" in run.report.read_text()
+
+
+def test_a_run_killed_at_its_end_has_a_page_that_says_finished_and_resuming_completes_it(
+    settings, console, uninterrupted, monkeypatch
+):
+    config = settings()
+    with monkeypatch.context() as patch:
+        patch.setattr("snella_app.training.train.write_report", write_report)
+        patch.setattr(RunFolder, "finish", lambda self: (_ for _ in ()).throw(SystemExit))  # as a kill would
+        with pytest.raises(SystemExit):
+            train(config, console, draw_report=True)
+    run = RunFolder(config.out)
+    assert run.status == "running"
+    assert '<span class="badge finished">' in run.report.read_text()
+    (run.adapter / "README.md").unlink()
+    for name in (".report.html.x1y2", ".metrics.json.tmp"):
+        (run.path / name).write_text("half")
+    run, _ = resumed(config)
+    assert same(outcome(run), uninterrupted)
+    assert "snella" in (run.adapter / "README.md").read_text()
+    assert not list(run.path.glob(".*"))
+    run.check_files()
+    (run.adapter / "README.md").write_text("edited")
+    run.check_files()
+
+
+def test_resuming_a_finished_run_removes_what_a_kill_left(finished, tmp_path):
+    run = RunFolder(shutil.copytree(finished.path, tmp_path / "run"))
+    (run.path / ".report.html.x1y2").write_text("half")
+    (run.path / ".mine").write_text("kept")
+    resumed(TrainConfig(out=str(run.path), resume=True))
+    assert [path.name for path in run.path.glob(".*")] == [".mine"]
+
+
+def test_a_second_ctrl_c_stops_at_once_and_keeps_the_last_checkpoint(settings, console, uninterrupted, monkeypatch):
+    config = settings()
+    original = SnellaTrainer.training_step
+
+    def press_twice(self, *args, **kwargs):
+        loss = original(self, *args, **kwargs)
+        if self.state.global_step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SnellaTrainer, "training_step", press_twice)
+        with pytest.raises(TrainingInterrupted, match=r"saved as .*checkpoint-4;"):
+            train(config, console)
+    assert same(outcome(resumed(config)[0]), uninterrupted)
+
+
+def test_a_run_killed_while_the_test_is_measured_resumes_to_the_same_result(
+    settings, console, uninterrupted, monkeypatch
+):
+    config = settings()
+    with monkeypatch.context() as patch:
+        patch.setattr("snella_app.training.train._finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(TrainingInterrupted, match="checkpoint-12"):
+            train(config, console)
+    assert same(outcome(resumed(config)[0]), uninterrupted)
+
+
+FILES = ("adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+
+
+def flipped(content):
+    """The bytes with one bit in the middle turned."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 8]) + content[middle + 1 :]
+
+
+def test_a_checkpoint_that_is_not_as_it_was_written_is_named_with_the_ways_out(
+    settings, console, uninterrupted, monkeypatch
+):
+    config = settings()
+    with monkeypatch.context() as patch:
+        patch.setattr("snella_app.training.train._finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(TrainingInterrupted, match="checkpoint-12"):
+            train(config, console)
+    checkpoint = RunFolder(config.out).checkpoints / "checkpoint-12"
+    refused = r"checkpoint is damaged: .*-12: {}.*; start over with --overwrite, or remove .*checkpoints and --resume"
+    for name in (*FILES, "rng_state.pth", "progress.json", "manifest.json"):
+        whole = (checkpoint / name).read_bytes()
+        for content in (whole[: len(whole) // 2], flipped(whole)):
+            (checkpoint / name).write_bytes(content)
+            with pytest.raises(CheckpointError, match=refused.format(name)):
+                resumed(config)
+        (checkpoint / name).unlink()
+        with pytest.raises(CheckpointError, match=refused.format(rf"{name} is missing")):
+            resumed(config)
+        (checkpoint / name).write_bytes(whole)
+    older = shutil.copytree(checkpoint, checkpoint.with_name("checkpoint-4"))
+    (checkpoint / "optimizer.pt").write_bytes(flipped((checkpoint / "optimizer.pt").read_bytes()))
+    note = io.StringIO()
+    assert checkpoint_to_resume(RunFolder(config.out), Console(file=note, width=400)) == older
+    assert "note: skipped" in note.getvalue() and "optimizer.pt was altered" in note.getvalue()
+    shutil.rmtree(older)
+    assert same(outcome(resumed(config)[0]), uninterrupted)
+
+
+@pytest.mark.parametrize("method", ["lora-2", "linear", "full", "snella-matched-2"])
+def test_other_methods_resume_to_the_same_bits_too(method, settings, console, monkeypatch, tmp_path):
+    options = {"lora_dropout": 0.3} if method == "lora-2" else {}
+    config = settings(method=method, method_options=options, epochs=2)
+    whole = train(settings(method=method, method_options=options, epochs=2, out=str(tmp_path / "whole")), console)
+    with monkeypatch.context() as patch:
+        original = SnellaTrainer.training_step
+
+        def press_ctrl_c(self, *args, **kwargs):
+            if self.state.global_step == 5:
+                os.kill(os.getpid(), signal.SIGINT)
+            return original(self, *args, **kwargs)
+
+        patch.setattr(SnellaTrainer, "training_step", press_ctrl_c)
+        with pytest.raises(TrainingInterrupted, match="checkpoint-6"):
+            train(config, console)
+    run, _ = resumed(config)
+    for folder in ("adapter", "checkpoints/checkpoint-8"):
+        files = [sorted((r.path / folder).glob("*.safetensors")) for r in (run, whole)]
+        assert [file.name for file in files[0]] == [file.name for file in files[1]]
+        assert all(same(load_file(one), load_file(two)) for one, two in zip(*files, strict=True))
+    assert run.read_json("metrics.json")["history"] == whole.read_json("metrics.json")["history"]
+
+
+def test_dropout_is_active_in_these_runs(settings, console, tmp_path, uninterrupted):
+    plain = train(settings(method_options={"update_dropout": 0.0, "update_drop_path": 0.0}), console)
+    assert not same(outcome(plain)[1], uninterrupted[1])
+
+
+def test_a_full_disk_while_saving_leaves_the_old_checkpoint_and_resumes(settings, console, uninterrupted, monkeypatch):
+    config = settings()
+    original = SnellaTrainer._save_rng_state
+
+    def disk_full(self, folder):
+        original(self, folder)
+        if self.state.global_step == 8:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SnellaTrainer, "_save_rng_state", disk_full)
+        message = (
+            r"write .*checkpoint-8: the disk is full \(\d+ MiB free\); the previous one, .*checkpoint-4, is intact"
+        )
+        with pytest.raises(CheckpointError, match=message):
+            train(config, console)
+    run = RunFolder(config.out)
+    assert run.status == "failed" and "the disk is full" in run.read_json("run.json")["error"]
+    assert [p.name for p in run.checkpoints.iterdir()] == ["checkpoint-4"]
+    assert same(outcome(resumed(config)[0]), uninterrupted)
+
+
+def test_a_real_write_limit_while_saving_leaves_the_old_checkpoint_and_resumes(
+    settings, console, uninterrupted, monkeypatch
+):
+    """The kernel itself refuses the bytes, so that torch's writer fails in its own way."""
+    config = settings()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    original = SnellaTrainer._save_optimizer_and_scheduler
+
+    def limited(self, folder):
+        if self.state.global_step == 8:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        try:
+            original(self, folder)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SnellaTrainer, "_save_optimizer_and_scheduler", limited)
+        with pytest.raises(CheckpointError, match=r"could not write .*checkpoint-8: .*checkpoint-4, is intact"):
+            train(config, console)
+    assert same(outcome(resumed(config)[0]), uninterrupted)
+
+
+def test_a_full_disk_while_keeping_the_best_adapter_leaves_the_old_one(settings, console, uninterrupted, monkeypatch):
+    config = settings()
+    original = SnellaTrainer._selection_scores
+    better = iter([0.1, 0.2, 0.3, 0.4])  # epoch 0 is the first
+
+    def improving(self):
+        return {**original(self), "val_accuracy": next(better)}
+
+    def disk_full(tensors, *settings):
+        if len(seen := [*written, 1]) == 4:  # two adapters, the state of epoch 1, and the adapter of epoch 2
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written[:] = seen
+        return as_safetensors(tensors, *settings)
+
+    from snella_app.methods import saving
+
+    written, as_safetensors = [], saving._as_safetensors
+    with monkeypatch.context() as patch:
+        patch.setattr(SnellaTrainer, "_selection_scores", improving)
+        patch.setattr(saving, "_as_safetensors", disk_full)
+        with pytest.raises(
+            CheckpointError,
+            match=r"could not write .*adapter: the disk is full .*; the previous one, .*adapter, is intact",
+        ):
+            train(config, console)
+    run = RunFolder(config.out)
+    kept, epoch_1 = (
+        {name: value for name, value in load_file(folder / "adapter_model.safetensors").items() if ".head." not in name}
+        for folder in (run.adapter, run.checkpoints / "checkpoint-4")  # whose head has normalized inputs
+    )
+    assert same(kept, epoch_1)
+    assert same(outcome(resumed(config)[0])[1:3], uninterrupted[1:3])
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_says_where(settings, console, monkeypatch):
+    config = settings()
+    original = SnellaTrainer.compute_loss
+
+    def broken(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        result = original(self, model, inputs, return_outputs, num_items_in_batch)
+        return result * float("nan") if model.training and self.state.global_step == 5 else result
+
+    monkeypatch.setattr(SnellaTrainer, "compute_loss", broken)
+    message = (
+        r"the loss became nan in epoch 2, step 6 of 12; the state after epoch 1 is kept.*lower --lr \(now 0\.005\)"
+    )
+    with pytest.raises(NonFiniteLossError, match=message):
+        train(config, console)
+    run = RunFolder(config.out)
+    assert run.status == "failed" and "epoch 2, step 6" in run.read_json("run.json")["error"]
+    for folder in ("checkpoints/checkpoint-4", "adapter"):
+        assert all(t.isfinite().all() for t in load_file(run.path / folder / "adapter_model.safetensors").values())
+
+
+def test_rates_that_are_far_too_high_end_in_that_error(settings, console):
+    with pytest.raises(
+        NonFiniteLossError, match=r"became (nan|inf) in epoch 1, step \d of 12; no epoch was finished before"
+    ):
+        train(settings(method="full", lr=1e30, head_lr=1e30, warmup_ratio=0.0), console)
+
+
+def test_a_gradient_that_is_no_number_does_not_reach_the_weights(settings, console, monkeypatch):
+    original = SnellaTrainer.training_step
+
+    def broken(self, model, *args, **kwargs):
+        loss = original(self, model, *args, **kwargs)
+        if self.state.global_step == 6:
+            next(p for p in model.parameters() if p.grad is not None).grad.fill_(float("inf"))
+        return loss
+
+    monkeypatch.setattr(SnellaTrainer, "training_step", broken)
+    with pytest.raises(NonFiniteLossError, match=r"the gradient became (nan|inf) in epoch 2, step 7 of 12"):
+        train(settings(max_grad_norm=0.0), console)
+
+
+def test_a_validation_loss_that_is_no_number_is_not_saved(settings, console, monkeypatch):
+    original, epochs = ClassificationTask.metrics, iter([0, 1, 2])
+
+    def broken(self, logits, labels):
+        scores = original(self, logits, labels)
+        return {**scores, "loss": float("inf")} if next(epochs) == 2 else scores
+
+    monkeypatch.setattr(ClassificationTask, "metrics", broken)
+    with pytest.raises(NonFiniteLossError, match="the validation loss became inf in epoch 2, step 8 of 12"):
+        train(settings(), console)
+    assert [p.name for p in RunFolder(settings().out).checkpoints.iterdir()] == ["checkpoint-4"]
+
+
+def test_an_image_that_vanished_is_one_line_with_workers_too(settings, console, photos, monkeypatch, tmp_path):
+    mine = shutil.copytree(photos, tmp_path / "mine")
+    config = settings(data=f"folder:{mine}", workers=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("snella_app.training.train._fit", lambda *args: shutil.rmtree(mine / "cats") or fit(*args))
+        with pytest.raises(ValueError, match=r"^'.*cats/\d+.png' is not a readable image: no such file[^\n]*$"):
+            train(config, console)
+    error = RunFolder(config.out).read_json("run.json")["error"]
+    assert "Traceback" not in error and "is not a readable image" in error

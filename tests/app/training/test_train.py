@@ -1,0 +1,278 @@
+import io
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file
+
+from snella import load
+from snella.matrices import adapted_matrices
+from snella_app.methods import load_trained
+from snella_app.records import RunInfo, read
+from snella_app.runs import RunFolder, load_run
+from snella_app.runs.evaluate import images_for_run
+from snella_app.runs.model import make_backbone
+from snella_app.training.build import build_components
+from snella_app.training.train import _only_answer, train
+
+training = sys.modules["snella_app.training.train"]
+
+
+def test_a_finished_run_holds_every_file_of_the_contract(finished):
+    names = {p.relative_to(finished.path).as_posix() for p in finished.path.rglob("*") if p.is_file()}
+    wanted = {"config.yaml", "run.json", "metrics.json", "allocation.json", "predictions.json", "report.html"}
+    assert wanted | {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"} <= names
+    assert not [n for n in names if ".tmp" in n or ".staging" in n]
+    assert [p.name for p in finished.checkpoints.iterdir()] == ["checkpoint-12"]
+
+
+def test_run_json_describes_the_run(finished):
+    run = finished.read_json("run.json")
+    assert run["format"] == 1 and run["status"] == "finished" and "error" not in run
+    assert run["classes"] == ["cats", "dogs", "owls"]
+    assert run["method"] == "snella-2" and run["method_options"]["target_sparsity"] == 0.7
+    assert run["backbone"]["name"] == "test_vit" and run["backbone"]["num_classes"] == 3
+    assert sum(run["data"]["sizes"].values()) == 48
+    assert run["data_config"]["input_size"] == [3, 32, 32] and run["data"]["read_side"] == 4 * 32
+    assert run["command"].startswith("snella train --data folder:") and "--method snella-2" in run["command"]
+
+
+def test_config_yaml_is_resolved_and_gives_the_same_configuration(finished):
+    values = yaml.safe_load((finished.path / "config.yaml").read_text())
+    assert values["r"] == 2 and values["lr"] is not None and values["scalar_lr"] is not None
+    assert finished.read_config().stored() == values
+    assert not {"overwrite", "resume", "progress"} & set(values)
+
+
+def test_the_history_has_a_row_an_epoch_and_the_budget_falls_to_its_target(finished):
+    metrics, allocation = finished.read_json("metrics.json"), finished.read_json("allocation.json")
+    assert [row["epoch"] for row in metrics["history"]] == [0, 1, 2, 3]
+    assert set(metrics["history"][1]) == {
+        "epoch", "train_loss", "val_loss", "val_accuracy", "val_balanced_accuracy", "val_macro_f1", "lr", "budget",
+    }  # fmt: skip
+    budgets = [row["budget"] for row in metrics["history"]]
+    assert budgets == sorted(budgets, reverse=True) and budgets[-1] == allocation["target_budget"]
+    assert allocation["history"][0]["step"] == 0
+    assert (
+        allocation["history"][-1]["budget"] == allocation["target_budget"] == round(0.3 * allocation["total_weights"])
+    )
+
+
+def test_the_best_epoch_is_the_most_accurate_and_of_equals_that_with_the_lower_loss(finished):
+    metrics = finished.read_json("metrics.json")
+    ranks = [(row["val_accuracy"], -row["val_loss"]) for row in metrics["history"]]
+    assert metrics["best_epoch"] == ranks.index(max(ranks))
+    assert metrics["val"]["accuracy"] == max(ranks)[0]
+    assert metrics["val"]["loss"] == pytest.approx(metrics["history"][metrics["best_epoch"]]["val_loss"], abs=1e-5)
+
+
+def test_the_adapter_has_a_card_with_base_model_classes_and_preparation(finished):
+    card = (finished.adapter / "README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1])["library_name"] == "peft"
+    for words in ("`test_vit`, fine-tuned", '["cats", "dogs", "owls"]', r"input\_size: 3, 32, 32", "`snella-2`"):
+        assert words in card, words
+
+
+def test_the_saved_adapter_keeps_exactly_its_budget_in_every_matrix(finished):
+    allocation = finished.read_json("allocation.json")
+    matrices = adapted_matrices(load_run(finished.path).model)
+    assert [m.nonzeros() for m in matrices] == [m.budget for m in matrices]
+    assert [m["budget"] for m in allocation["matrices"]] == [m.budget for m in matrices]
+    assert [m["nonzeros"] for m in allocation["matrices"]] == [m.budget for m in matrices]
+    best = finished.read_json("metrics.json")["best_epoch"]
+    at_best = finished.read_json("metrics.json")["history"][best]["budget"]
+    assert sum(m.budget for m in matrices) == at_best
+
+
+def test_predictions_cover_the_validation_images_and_agree_with_the_metrics(finished):
+    predictions, metrics = finished.read_json("predictions.json"), finished.read_json("metrics.json")
+    assert predictions["split"] == "val"
+    assert len(predictions["items"]) == sum(map(sum, metrics["val"]["confusion"]))
+    right = [max(range(3), key=i["probabilities"].__getitem__) == i["label"] for i in predictions["items"]]
+    assert sum(right) / len(right) == pytest.approx(metrics["val"]["accuracy"])
+    assert all(sum(i["probabilities"]) == pytest.approx(1, abs=1e-5) for i in predictions["items"])
+
+
+def test_metrics_count_parameters_and_bytes(finished):
+    metrics = finished.read_json("metrics.json")
+    model = load_run(finished.path).model
+    assert metrics["trainable_parameters"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert metrics["adapted_weights"] == sum(m.size for m in adapted_matrices(model))
+    assert metrics["adapter_bytes"] == (finished.adapter / "adapter_model.safetensors").stat().st_size
+    assert metrics["train_s"] > 0 and metrics["peak_rss_mib"] > 50
+
+
+def test_a_few_lines_say_before_training_what_will_happen(finished):
+    before = finished.printed.split("epoch   1/3")[0]
+    allocation = finished.read_json("allocation.json")
+    description = finished.read_json("run.json")["data"]["description"]
+    for text in (description, "36 matrices", "cats, dogs, owls", "3 epochs of"):
+        assert text in before
+    assert f"{allocation['total_weights']:,}" in before and f"{allocation['target_budget']:,}" in before
+    assert "MiB" in before and "(estimated)" in before
+
+
+@pytest.mark.parametrize("method", ["linear", "bias", "full", "lora-2", "snell-2"])
+def test_every_method_trains_and_reloads(method, settings, console, no_report):
+    run = train(settings(method=method, epochs=1), console)
+    metrics = run.read_json("metrics.json")
+    assert run.status == "finished" and metrics["test"]["accuracy"] >= 0
+    assert (run.path / "allocation.json").exists() == method.startswith("snell")
+    assert (metrics["adapted_weights"] is None) == (not method.startswith("snell"))
+    assert load_run(run.path).model(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
+
+
+def test_training_learns(settings, console, no_report):
+    history = train(settings(method="full", epochs=6, lr=1e-3), console).read_json("metrics.json")["history"]
+    assert history[-1]["train_loss"] < 0.8 * history[1]["train_loss"]
+
+
+def test_the_test_images_are_measured_once_with_the_best_adapter(settings, console, no_report, monkeypatch):
+    from snella_app.training.trainer import SnellaTrainer
+
+    seen = []
+    outputs = SnellaTrainer.outputs
+
+    def record(self, dataset):
+        weights = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
+        seen.append((list(dataset.names), weights))
+        return outputs(self, dataset)
+
+    monkeypatch.setattr(SnellaTrainer, "outputs", record)
+    run = train(settings(), console)
+    test_names = seen[-1][0]
+    assert [names for names, _ in seen].count(test_names) == 1
+    best = load_trained(run.adapter, make_backbone(read(RunInfo, run.path).backbone))
+    for name, parameter in best.named_parameters():
+        if name in seen[-1][1]:
+            assert torch.equal(parameter, seen[-1][1][name])
+
+
+def test_the_same_settings_give_the_same_bits_and_another_seed_others(settings, console, no_report, tmp_path):
+    one = train(settings(epochs=1), console)
+    two = train(settings(epochs=1, out=str(tmp_path / "two")), console)
+    three = train(settings(epochs=1, out=str(tmp_path / "three"), seed=1), console)
+    a, b, c = (load_file(run.adapter / "adapter_model.safetensors") for run in (one, two, three))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert any(not torch.equal(a[name], c[name]) for name in a)
+
+
+def test_workers_do_not_change_the_result(settings, console, no_report, tmp_path):
+    one = train(settings(epochs=1), console)
+    two = train(settings(epochs=1, out=str(tmp_path / "two"), workers=1), console)
+    a, b = (load_file(run.adapter / "adapter_model.safetensors") for run in (one, two))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_bf16_trains(settings, console, no_report):
+    metrics = train(settings(epochs=1, precision="bf16"), console).read_json("metrics.json")
+    assert 0 < metrics["history"][1]["train_loss"] < 3
+
+
+def test_fewer_images_than_a_batch_is_said_with_both_numbers(settings, console):
+    with pytest.raises(
+        ValueError, match=r"batch_size must be at most the number of training images, \d\d in folder:.*, got 100"
+    ):
+        train(settings(batch_size=100), console)
+    assert not RunFolder(settings().out).path.exists()
+
+
+def test_a_batch_size_that_nobody_gave_shrinks_to_the_training_images(settings, console, no_report):
+    run = train(settings(batch_size=None, epochs=1, train_size=9), console)
+    assert run.read_config().batch_size == 9
+    text = console.file.getvalue()
+    assert "all 9 training images in one batch, instead of 32 images" in text
+    assert "1 epoch of 1 step, 9 images each" in text
+
+
+@pytest.mark.parametrize(("best", "says"), [(1, True), (3, False)])
+def test_a_best_epoch_before_the_target_is_said_to_be_one(best, says, settings, console, no_report, monkeypatch):
+    from snella_app.training.trainer import SnellaTrainer
+
+    selection_scores = SnellaTrainer._selection_scores
+
+    def chosen(self):
+        epoch = round(self.state.epoch)
+        return {**selection_scores(self), "val_accuracy": 0.5, "val_loss": abs(epoch - best) + 1.0}
+
+    monkeypatch.setattr(SnellaTrainer, "_selection_scores", chosen)
+    run = train(settings(), console)
+    target = run.read_json("allocation.json")["target_budget"]
+    sentence = f"epoch {best} was selected before the budget reached its target, {target:,} weights"
+    assert run.read_json("metrics.json")["best_epoch"] == best
+    assert (sentence in console.file.getvalue()) == says
+    kept = sum(matrix["budget"] for matrix in run.read_json("allocation.json")["matrices"])
+    assert (kept > target) == says
+
+
+@pytest.mark.parametrize(
+    ("confusion", "only"), [([[0, 3], [0, 9]], "b"), ([[1, 2], [0, 9]], None), ([[0, 3], [0, 0]], None), (None, None)]
+)
+def test_one_answer_to_everything_is_noticed(confusion, only):
+    assert _only_answer({"confusion": confusion}, ["a", "b"]) == only
+
+
+def test_a_run_that_gives_one_answer_says_so(settings, console, no_report, monkeypatch):
+    monkeypatch.setattr(
+        "snella_app.training.train._only_answer", lambda scores, classes: classes[len(scores["confusion"]) - 1]
+    )
+    train(settings(method="linear", epochs=1), console)
+    assert "note: every validation image is predicted as 'owls': nothing that tells" in console.file.getvalue()
+
+
+def test_large_images_are_read_at_the_same_resolution_in_training_evaluation_and_prediction(
+    settings, console, no_report, tmp_path
+):
+    rng = np.random.default_rng(0)
+    for name in ("bright", "dark"):
+        (tmp_path / "large" / name).mkdir(parents=True)
+        for index in range(5):
+            pixels = rng.integers(0, 130, (40, 60, 3)) + 120 * (name == "bright")
+            picture = Image.fromarray(pixels.astype(np.uint8)).resize((900, 600))
+            picture.save(tmp_path / "large" / name / f"{index}.jpg")
+    config = settings(data=f"folder:{tmp_path / 'large'}", method="linear", epochs=1, batch_size=4)
+    model = load(train(config, console).path)
+    trained = build_components(config.resolved()).splits.val
+    measured = images_for_run(model.loaded, split="val")[2][0]
+    for index, name in enumerate(trained.names):
+        prepared = model.prepare([tmp_path / "large" / name])[0]
+        assert torch.equal(trained[index][0], prepared) and torch.equal(measured[index][0], prepared)
+    assert trained.image(0).size == measured.image(0).size == (225, 150)  # by 4: at least 4 times 32 pixels
+
+
+def test_a_failure_is_noted_in_run_json(settings, console, monkeypatch):
+    from snella_app.training.trainer import SnellaTrainer
+
+    def fail(self, dataset):
+        raise RuntimeError("the sensor melted")
+
+    monkeypatch.setattr(SnellaTrainer, "outputs", fail)
+    with pytest.raises(RuntimeError, match="the sensor melted"):
+        train(settings(epochs=1), console)
+    run = json.loads((RunFolder(settings().out).path / "run.json").read_text())
+    assert (run["status"], run["error"]) == ("failed", "the sensor melted")
+
+
+def test_the_page_of_a_run_that_goes_on_refreshes_itself_and_changes_nothing(settings, finished, monkeypatch):
+    pages, write_report = [], training.write_report
+
+    def record(run, images=None, **so_far):
+        path = write_report(run, images, **so_far)
+        pages.append(path.read_text())
+        assert "metrics" not in so_far or not (run / "metrics.json").is_file()
+        return path
+
+    monkeypatch.setattr(training, "write_report", record)
+    monkeypatch.setattr(training, "_PAGE_S", 0.0)
+    run = train(settings(method_options={}), Console(file=io.StringIO()))
+
+    *live, last = pages
+    assert live and all('http-equiv="refresh"' in page and 'id="curves"' in page for page in live)
+    assert 'http-equiv="refresh"' not in last and ">finished<" in last
+    adapters = [load_file(one.adapter / "adapter_model.safetensors") for one in (run, finished)]
+    assert all(torch.equal(value, adapters[1][name]) for name, value in adapters[0].items())

@@ -1,0 +1,311 @@
+"""Options of training beyond epochs and rates: early stopping, accumulation, augmentation, mixing, trackers."""
+
+import math
+import os
+import signal
+import sys
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.layers import DropPath
+from torch import nn
+
+from snella_app.config import TrainConfig
+from snella_app.methods import build_method
+from snella_app.runs import RunFolder
+from snella_app.training.build import build_components
+from snella_app.training.optimizer import build_optimizer, checkpoint_gradients, set_drop_path
+from snella_app.training.session import TrainingInterrupted
+from snella_app.training.train import _tracking, train
+from snella_app.training.trainer import SnellaTrainer
+
+pytestmark = pytest.mark.usefixtures("no_report")
+
+STILL = {"lr": 0.0, "scalar_lr": 0.0, "head_lr": 0.0, "head_norm": "none", "method_options": {}}
+"""Nothing changes, so that no epoch is better than the first."""
+
+
+def adapter_of(run):
+    (file,) = run.adapter.glob("*.safetensors")
+    return load_file(file)
+
+
+def history_of(run):
+    return run.read_json("metrics.json")["history"]
+
+
+def is_close(one, two, tolerance):
+    return one.keys() == two.keys() and all(torch.allclose(one[k], two[k], rtol=0, atol=tolerance) for k in one)
+
+
+# early stopping
+
+
+def test_training_stops_after_epochs_without_a_better_one(settings, console):
+    values = {**STILL, "method": "lora-2", "epochs": 9, "early_stopping": 2}
+    values.pop("scalar_lr")
+    run = train(settings(**values), console)
+    assert [row["epoch"] for row in history_of(run)] == [0, 1, 2] and run.status == "finished"
+    text = console.file.getvalue()
+    assert "stopping  after 2 epochs without a better one" in text and "stopped after epoch 2 of 9" in text
+
+
+def test_with_budgets_training_does_not_stop_before_the_target_sparsity(settings, console):
+    run = train(settings(**STILL, epochs=5, early_stopping=1), console)
+    rows, allocation = history_of(run), run.read_json("allocation.json")
+    assert [row["epoch"] for row in rows] == [0, 1, 2, 3, 4, 5]  # the target is there from epoch 4 = ceil(0.7 · 5) on
+    assert [row["budget"] <= allocation["target_budget"] for row in rows] == [False, False, False, False, True, True]
+    assert sum(matrix["budget"] for matrix in allocation["matrices"]) == allocation["target_budget"]
+    assert "from epoch 4 on, when the budget has its target (schedule_end 0.7)" in console.file.getvalue()
+    assert run.read_config().method_options == {"schedule_end": 0.7}
+
+
+def test_a_preset_keeps_its_schedule_and_the_log_says_that_nothing_stops(settings, console):
+    options = {"method_options": {"preset": "paper"}}
+    run = train(settings(**{**STILL, **options}, epochs=3, early_stopping=1), console)
+    assert len(history_of(run)) == 4 and run.read_config().method_options == {"preset": "paper"}
+    assert "early stopping has no effect: the budget reaches its target with the last step" in console.file.getvalue()
+
+
+def test_a_run_that_was_killed_after_it_had_stopped_is_not_trained_further(settings, console, monkeypatch):
+    values = {**STILL, "method": "linear", "epochs": 9, "early_stopping": 1, "augment": "none"}
+    values.pop("scalar_lr")
+    config = settings(**values)
+    finish = sys.modules["snella_app.training.train"]._finish
+    with monkeypatch.context() as patch:
+        patch.setattr("snella_app.training.train._finish", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(config, console)
+    assert finish is sys.modules["snella_app.training.train"]._finish
+    monkeypatch.setattr(SnellaTrainer, "training_step", lambda *args: pytest.fail("a step was trained"))
+    run = train(TrainConfig(out=config.out, resume=True), console)
+    assert run.status == "finished" and [row["epoch"] for row in history_of(run)] == [0, 1]
+
+
+def test_stopping_early_needs_something_to_measure(settings):
+    with pytest.raises(
+        ValueError, match="early_stopping needs images that epochs are measured on, got 3 with protocol"
+    ):
+        settings(early_stopping=3, protocol="final")
+
+
+# accumulation, checkpointing
+
+
+@pytest.mark.parametrize("method", ["snella-2", "lora-2"])
+def test_accumulated_batches_are_one_large_batch(method, settings, console, tmp_path):
+    same = {"method": method, "method_options": {}, "epochs": 2}
+    whole = train(settings(**same, batch_size=10, out=str(tmp_path / "whole")), console)
+    parts = train(settings(**same, batch_size=5, accumulate=2), console)  # 28 images: the last step has 5 and 3 of them
+    for one, two in zip(history_of(whole)[1:], history_of(parts)[1:], strict=True):
+        assert one["budget"] == two["budget"] and math.isclose(one["train_loss"], two["train_loss"], rel_tol=1e-4)
+        assert one["lr"] == two["lr"]
+    assert is_close(adapter_of(whole), adapter_of(parts), 2e-4)
+    assert "2 epochs of 3 steps, 2 × 5 images each" in console.file.getvalue()
+
+
+def test_recomputed_activations_give_the_same_adapter(settings, console, tmp_path):
+    values = {"epochs": 1, "drop_path": 0.3}
+    plain = train(settings(**values, out=str(tmp_path / "plain")), console)
+    recomputed = train(settings(**values, grad_checkpointing=True), console)
+    assert is_close(adapter_of(plain), adapter_of(recomputed), 1e-6)
+
+
+def test_recomputing_keeps_less():
+    from snella_app.training.memory import record_forward
+
+    images = torch.randn(4, 3, 160, 160)
+    model = build_method("lora-4", timm.create_model("test_vit", num_classes=3))
+    before = record_forward(model, images).kept
+    checkpoint_gradients(model)
+    assert record_forward(model, images).kept < before / 2
+    with pytest.raises(ValueError, match="grad_checkpointing needs a backbone that can compute activations again"):
+        checkpoint_gradients(nn.Sequential(nn.Linear(2, 2)))
+
+
+# layers
+
+
+@pytest.mark.parametrize("method", ["full", "lora-2", "snella-2"])
+def test_rates_decay_from_the_head_to_the_stem(method, settings):
+    options = {} if method != "snella-2" else {"method_options": {}}
+    config = settings(method=method, lr=1.0, head_lr=1.0, layer_decay=0.5, **options).resolved()
+    model = build_method(method, timm.create_model("test_vit", num_classes=3, img_size=32))
+    optimizer = build_optimizer(model, config)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    named = {name: rates[id(p)] for name, p in model.named_parameters() if id(p) in rates}
+    count = len(timm.create_model("test_vit").blocks)
+    assert len(named) == sum(p.requires_grad for p in model.parameters())
+    for name, rate in named.items():
+        if name.endswith(("snella_alpha", "snella_beta")) or "piece_coeff" in name or rate < 1e-3:
+            continue  # the kernels' scalars have a rate of their own
+        if ".blocks." in f".{name}":
+            block = int(name.split("blocks.")[1].split(".")[0])
+            assert rate == 0.5 ** (count - block), name
+        elif "head" in name:
+            assert rate == 1.0, name
+    assert len({rate for rate in named.values()}) > count
+
+
+def test_every_backbone_gets_its_drop_path_whatever_the_method(settings):
+    parts = build_components(settings(method="lora-2", drop_path=0.4).resolved())
+    rates = [m.drop_prob for m in parts.model.modules() if isinstance(m, DropPath)]
+    blocks = len(rates) // 2
+    assert rates == [pytest.approx(0.4 * (k // 2) / (blocks - 1)) for k in range(2 * blocks)] and max(rates) == 0.4
+    with pytest.raises(ValueError, match="drop_path needs a backbone whose blocks have residual branches"):
+        set_drop_path(nn.Sequential(nn.Linear(2, 2)), "0", 0.1)
+
+
+# augmentation and mixing
+
+
+def test_mixing_weighs_the_losses_of_both_labels(settings, console, monkeypatch):
+    seen = []
+    original = SnellaTrainer._mix
+
+    def mix(self, inputs):
+        mixed = original(self, inputs)
+        seen.append((inputs, mixed))
+        return mixed
+
+    monkeypatch.setattr(SnellaTrainer, "_mix", mix)
+    train(settings(method="linear", method_options={}, epochs=3, mixup=0.8, cutmix=1.0, augment="none"), console)
+    kinds = set()
+    for inputs, mixed in seen:
+        share, images, others = mixed["share"], inputs["images"], inputs["images"].roll(1, 0)
+        assert torch.equal(mixed["other_labels"], inputs["labels"].roll(1)) and 0 <= share <= 1
+        if torch.allclose(mixed["images"], share * images + (1 - share) * others, atol=1e-5):
+            kinds.add("mixup")
+        else:
+            is_own = (mixed["images"] == images).all(1)
+            assert torch.equal(torch.where(is_own[:, None], images, others), mixed["images"])
+            assert math.isclose(is_own.float().mean(), share, abs_tol=0.02)
+            kinds.add("cutmix")
+    assert kinds == {"mixup", "cutmix"}
+
+
+def test_the_loss_of_a_mixed_batch_is_that_of_soft_labels(settings, console):
+    config = settings(method="linear", method_options={}, mixup=1.0).resolved()
+    parts = build_components(config)
+    run = RunFolder(config.out)
+    run.create(config)
+    trainer = SnellaTrainer(parts.model, config, parts.task, parts.splits.train, None, run, [])
+    images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
+    inputs = {"images": images, "labels": labels, "other_labels": labels.roll(1), "share": 0.3}
+    one_hot = torch.eye(3)
+    soft = 0.3 * one_hot[labels] + 0.7 * one_hot[labels.roll(1)]
+    expected = nn.functional.cross_entropy(parts.model(images), soft)
+    assert torch.allclose(trainer.compute_loss(parts.model, inputs), expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mixup": 0.5}, "mixup is not for images with masks, got 0.5"),
+        ({"random_erasing": 0.5}, "random_erasing is not for images with masks, got 0.5"),
+        ({"augment": "randaugment"}, "3augment for images with masks, got 'randaugment'"),
+    ],
+)
+def test_what_masks_cannot_follow_is_refused(changes, message, settings):
+    with pytest.raises(ValueError, match=message):
+        settings(task="segmentation", **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"accumulate": 0}, "accumulate must be at least 1, got 0"),
+        ({"early_stopping": 0}, "early_stopping must be at least 1, got 0"),
+        ({"mixup": -1.0}, "mixup must be at least 0 and finite, got -1.0"),
+        ({"drop_path": 1.0}, r"drop_path must be in \[0, 1\), got 1.0"),
+        ({"layer_decay": 0.0}, r"layer_decay must be in \(0, 1\], got 0.0"),
+        ({"random_erasing": 2.0}, r"random_erasing must be in \[0, 1\], got 2.0"),
+        ({"track": "tensorbord"}, "track must be among azure_ml, .*wandb.*, got tensorbord"),
+    ],
+)
+def test_values_out_of_range_are_named(changes, message, settings):
+    with pytest.raises(ValueError, match=message):
+        settings(**changes)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_half_precision_needs_a_gpu(settings, console):
+    with pytest.raises(ValueError, match="precision must be fp32 or bf16 on device 'cpu', got 'fp16'"):
+        train(settings(precision="fp16"), console)
+
+
+# all of it, interrupted
+
+EVERYTHING = {
+    **{"accumulate": 2, "batch_size": 4, "epochs": 2, "grad_checkpointing": True, "layer_decay": 0.8, "drop_path": 0.2},
+    **{"augment": "randaugment", "random_erasing": 0.5, "mixup": 0.8, "cutmix": 1.0, "early_stopping": 5},
+}
+
+
+def test_a_run_with_all_of_it_resumes_to_the_same_bits(settings, console, monkeypatch, tmp_path):
+    whole = train(settings(**EVERYTHING, out=str(tmp_path / "whole")), console)
+    config = settings(**EVERYTHING)
+    with monkeypatch.context() as patch:
+        original = SnellaTrainer.training_step
+
+        def press_ctrl_c(self, *args, **kwargs):
+            if self.state.global_step == 5 and self._micro_step == 0:
+                os.kill(os.getpid(), signal.SIGINT)
+            return original(self, *args, **kwargs)
+
+        patch.setattr(SnellaTrainer, "training_step", press_ctrl_c)
+        with pytest.raises(TrainingInterrupted, match="checkpoint-6"):
+            train(config, console)
+    run = train(TrainConfig(out=config.out, resume=True), console)
+    assert history_of(run) == history_of(whole)
+    one, two = adapter_of(run), adapter_of(whole)
+    assert all(torch.equal(one[name], two[name]) for name in two)
+
+
+# trackers
+
+
+def test_tensorboard_shows_losses_budgets_and_every_matrix(settings, console):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = train(settings(epochs=3, track="tensorboard"), console)
+    events = EventAccumulator(str(run.path / "tracking")).Reload()
+    shown = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    rows, allocation = history_of(run), run.read_json("allocation.json")
+    assert shown["train/val_accuracy"] == pytest.approx([row["val_accuracy"] for row in rows])
+    assert shown["train/snella/budget"] == [row["budget"] for row in rows]
+    assert shown["train/loss"] and shown["train/images_per_s"][0] > 0
+    for matrix in allocation["matrices"]:
+        name = matrix["name"]
+        assert len(shown[f"train/threshold/{name}"]) == 4 and len(shown[f"train/update_size/{name}"]) == 4
+        assert shown[f"train/budget/{name}"][-1] <= matrix["size"]
+    assert shown["train/snella/update_size"][-1] > 0 and shown["train/snella/frozen_matrices"][0] == 0
+    assert "TENSORBOARD_LOGGING_DIR" not in os.environ
+
+
+def test_what_a_tracker_refuses_is_one_line_and_its_variables_are_as_before(settings, tmp_path):
+    class RefusedError(Exception):
+        __module__ = "mlflow.exceptions"
+
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    with pytest.raises(ValueError, match=r"track=mlflow: no folders$"), _tracking(settings(track="mlflow"), run):
+        assert os.environ["MLFLOW_TRACKING_URI"] == f"sqlite:///{run.path}/tracking/mlflow.db"
+        assert os.environ["WANDB_DIR"] == str(run.path / "tracking") and (run.path / "tracking").is_dir()
+        raise RefusedError("no folders\nbut databases")
+    assert "MLFLOW_TRACKING_URI" not in os.environ
+    with pytest.raises(RefusedError), _tracking(settings(), run):
+        raise RefusedError
+
+
+def test_a_tracker_without_its_package_is_named_before_anything_is_loaded(settings, console, monkeypatch):
+    def missing():
+        raise RuntimeError("WandbCallback requires wandb to be installed. Run `pip install wandb`.")
+
+    monkeypatch.setitem(sys.modules["snella_app.training.train"].INTEGRATION_TO_CALLBACK, "wandb", missing)
+    with pytest.raises(ImportError, match="track=wandb needs a package; pip install wandb: WandbCallback requires"):
+        train(settings(track="wandb"), console)
+    assert not os.path.exists(settings().out)

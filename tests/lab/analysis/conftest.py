@@ -1,0 +1,47 @@
+"""Folders of runs with known updates: real adapters on test_vit, and the JSON files beside them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from snella_app.methods import build_method, save_trained
+from snella_app.records import BackboneInfo, DataInfo, RunInfo, write
+from snella_app.runs.model import make_backbone
+
+OLD_RUN = Path(__file__).parents[2] / "old_files" / "run"
+
+
+@pytest.fixture
+def old_run(tmp_path):
+    """A finished SNELLA run of two epochs, as commit 99db782 wrote it."""
+    return Path(shutil.copytree(OLD_RUN, tmp_path / "snella"))
+
+
+@pytest.fixture
+def save_run(tmp_path):
+    """Save an adapter of a method on test_vit, with random values, as the folder of a run."""
+
+    def make(name, method="lora-2", seed=0):
+        described = BackboneInfo("test_vit", pretrained=False, img_size=32, num_classes=10, seed=0)
+        model = build_method(method, make_backbone(described))
+        torch.manual_seed(seed)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data.normal_(std=0.05)
+        save_trained(model, tmp_path / name / "adapter")
+        data_config = json.loads((OLD_RUN / "run.json").read_text())["data_config"]
+        info = RunInfo(
+            method=method,
+            backbone=described,
+            classes=[str(digit) for digit in range(10)],
+            data=DataInfo("digits", seed=0),
+            data_config=data_config,
+            status="running",
+        )
+        write(info, tmp_path / name)
+        return tmp_path / name
+
+    return make

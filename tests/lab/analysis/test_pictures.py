@@ -1,0 +1,66 @@
+"""Grids of images: which are shown, and the overlap of masks."""
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from snella_app.runs import RunFolder
+from snella_lab.analysis import gradcam, images, samples
+from snella_lab.analysis.pictures import PRETRAINED, _of_each_class, mean_dice, middle_share
+
+
+def test_samples_are_of_different_classes_in_the_order_of_groups():
+    (plot,) = samples(["digits"], limit=4)
+    assert [row["class"] for row in plot.rows] == ["0", "1", "2", "3"] and len({r["image"] for r in plot.rows}) == 4
+    plot.draw().draw_without_rendering()
+    assert [sorted(_of_each_class([0, 0, 1], 3, seed=1)[:1])[0] in (0, 1), len(_of_each_class([0, 0, 1], 5, 0))] == [
+        True,
+        3,
+    ]
+    with pytest.raises(ValueError, match="limit must be at least 1, got 0"):
+        samples(["digits"], limit=0)
+
+
+def test_images_of_one_name_stand_below_each_other(tmp_path):
+    for folder, names in (
+        ("subject", ["a.png"]),
+        ("lora", ["0-0.png", "1-0.png", "x.png"]),
+        ("snella", ["1-0.png", "0-0.png"]),
+    ):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            Image.new("RGB", (8, 8)).save(tmp_path / folder / name)
+    (plot,) = images([tmp_path / name for name in ("subject", "lora", "snella")])
+    shown = [(row["folder"], row["image"]) for row in plot.rows]
+    both = ["0-0.png", "1-0.png"]
+    assert shown == [("subject", "a.png"), *(("lora", n) for n in both), *(("snella", n) for n in both)]
+    (tmp_path / "none").mkdir()
+    with pytest.raises(FileNotFoundError, match="none holds no image"):
+        images([tmp_path / "none"])
+
+
+def test_dice_is_the_mean_of_the_classes_that_are_there():
+    mask, truth = np.array([[1, 1], [2, 0]]), np.array([[1, 0], [0, 0]])
+    assert mean_dice(mask, truth) == pytest.approx((2 * 1 / 3 + 0) / 2)
+    assert mean_dice(np.zeros((2, 2)), np.zeros((2, 2))) == 1.0
+
+
+def test_heat_maps_of_the_pretrained_model_and_of_a_run_are_of_the_same_images(old_run):
+    pytest.importorskip("captum")
+    path = old_run / "adapter" / "adapter_model.safetensors"
+    # as trained in two epochs, the update changes a map of few pixels in last bits alone
+    save_file({name: 10 * value if "snella_A" in name else value for name, value in load_file(path).items()}, path)
+    RunFolder(old_run).finish()
+    (plot,) = gradcam([old_run], limit=3, device="cpu")
+    names = {label: [row["image"] for row in plot.rows if row["run"] == label] for label in (PRETRAINED, "snella")}
+    assert names[PRETRAINED] == names["snella"] and len(names["snella"]) == 3
+    shares = {label: [row["share_in_middle"] for row in plot.rows if row["run"] == label] for label in names}
+    assert shares[PRETRAINED] != shares["snella"]  # the update changes what speaks for a class
+
+
+def test_the_share_in_the_middle_of_a_flat_map_is_a_ninth():
+    assert middle_share(np.ones((9, 9))) == pytest.approx(1 / 9) and middle_share(np.zeros((9, 9))) == 0
+    corner = np.zeros((6, 6))
+    corner[0, 0] = 1
+    assert middle_share(corner) == 0

@@ -1,0 +1,66 @@
+"""Files of plots: names, tables, the two modes, and what is refused."""
+
+import csv
+
+import numpy as np
+import pytest
+from matplotlib.text import Text
+from PIL import Image
+
+from snella_app.report.style import INK, PANEL, darken, new_figure
+from snella_lab.analysis import KINDS, Plot, csv_text, plot_function, write_plots
+from snella_lab.analysis.plot import run_labels
+
+ROWS = [{"layer": "0", "value": 0.1 + 0.2}, {"layer": "1", "value": float("nan"), "note": "a,b"}]
+
+
+def draw():
+    figure, axes = new_figure(200, 100, "title")
+    axes.plot([0, 1], [0, 1], color=INK)
+    return figure
+
+
+def test_a_plot_becomes_four_pictures_and_its_numbers(tmp_path):
+    paths = write_plots([Plot("one", ROWS, draw, tables={"more": ROWS[:1]})], tmp_path / "new")
+    names = ["one.svg", "one.png", "one-dark.svg", "one-dark.png", "one.csv", "one-more.csv"]
+    assert [path.name for path in paths] == names
+    with (tmp_path / "new" / "one.csv").open() as file:
+        assert list(csv.DictReader(file)) == [
+            {"layer": "0", "value": "0.30000000000000004", "note": ""},
+            {"layer": "1", "value": "", "note": "a,b"},
+        ]
+    light, dark = (np.asarray(Image.open(tmp_path / "new" / name).convert("RGB")) for name in names[1:4:2])
+    assert light[2, 2].min() > 250 and dark[2, 2].max() < 50
+    assert light.min() < 60 and dark.max() > 200  # the line in the ink of each mode
+
+
+def test_an_existing_file_is_only_replaced_on_demand(tmp_path):
+    (tmp_path / "one.csv").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"holds 'one\.csv' already"):
+        write_plots([Plot("one", ROWS, draw)], tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["one.csv"]
+    write_plots([Plot("one", ROWS, draw)], tmp_path, overwrite=True)
+    assert (tmp_path / "one.csv").read_text() == csv_text(ROWS)
+
+
+def test_dark_figures_keep_no_ink_of_the_light_ones():
+    figure, axes = new_figure(300, 200, "title")
+    axes.bar([0, 1], [1, 2], color=INK)
+    axes.fill_between([0, 1], [0, 1], color=PANEL)
+    darken(figure)
+    assert INK not in {text.get_color() for text in figure.findobj(Text)}
+    assert axes.xaxis.label.get_color() == (230 / 255, 234 / 255, 240 / 255, 1.0)
+    assert axes.patches[0].get_facecolor() == (230 / 255, 234 / 255, 240 / 255, 1.0)
+
+
+def test_labels_are_as_short_as_they_may_be():
+    assert run_labels(["a/x", "b/y"]) == ["x", "y"]
+    assert run_labels(["a/x", "b/x"]) == ["a/x", "b/x"]
+    assert run_labels(["a/x"]) == ["x"]
+
+
+def test_every_kind_has_its_function():
+    for kind in KINDS:
+        assert plot_function(kind).__name__ == kind
+    with pytest.raises(ValueError, match=r"kind must be one of allocation, .* got 'pie'"):
+        plot_function("pie")

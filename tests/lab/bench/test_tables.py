@@ -1,0 +1,172 @@
+"""What the documents say of committed rows: generated tables, sentences with their numbers, the twins' files."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from snella_lab.comparison.experiment import Experiment
+from snella_lab.comparison.experiment_files import read_experiment
+from snella_lab.comparison.statistics import difference, with_holm
+
+ROOT = Path(__file__).parents[3]
+METRIC = "test_accuracy"
+
+
+@pytest.fixture(autouse=True)
+def _scripts(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+
+
+@pytest.fixture(scope="module")
+def suite():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        from suite_table import defaults_rows, leads, read_suite, untuned_rows
+
+        experiment, rows = read_suite()
+        names, tasks = [m.name for m in experiment.methods], [d.name for d in experiment.data]
+        fewer = [task for task in tasks if task != "mri-regions"]
+        untuned = defaults_rows(rows, untuned_rows())
+        return {
+            "all": {leader: leads(rows, leader, names, tasks) for leader in ("snella-matched-8", "snella-8")},
+            "without": {leader: leads(rows, leader, names, fewer) for leader in ("snella-matched-8", "snella-8")},
+            "defaults": with_holm(
+                {name: difference(untuned, name, "lora-8", tasks, METRIC) for name in ("snella-8", "snella-matched-8")}
+            ),
+        }
+
+
+def page(name):
+    return " ".join((ROOT / name).read_text().replace("\N{MINUS SIGN}", "-").split())
+
+
+def test_each_generated_table_is_what_its_script_makes_from_the_committed_rows(tmp_path):
+    from suite_table import PAGE, README, TWINS_PAGE, update_overview, update_suite, update_twins
+
+    from snella_lab.bench.rows import update_document
+
+    rows = ROOT / "benchmarks" / "results.jsonl"
+    speed = ROOT / "docs" / "speed.md"
+    scripts = [(PAGE, update_suite), (README, update_overview), (TWINS_PAGE, update_twins)]
+    for path, update in (*scripts, (speed, lambda copy: update_document(copy, rows))):
+        copy = shutil.copy(path, tmp_path)
+        assert not update(Path(copy)), f"{path.name} differs from its rows; run: python benchmarks/readme.py"
+
+
+def test_readme_says_of_the_suite_what_its_rows_give(suite):
+    readme = page("README.md")
+    matched, without = suite["all"]["snella-matched-8"], suite["without"]["snella-matched-8"]
+    lead, fewer, default = matched["lora-8"], without["lora-8"], suite["defaults"]["snella-8"]
+    assert f"by {100 * lead.mean:.1f} points (95 % interval {100 * lead.low:.1f} to +{100 * lead.high:.1f})" in readme
+    assert lead.above == 6 and lead.mean > 2 * fewer.mean * 5 / 6
+    assert f"by {100 * fewer.mean:.1f} ({100 * fewer.low:.1f} to {100 * fewer.high:.1f})" in readme
+    alone = [name for name, found in matched.items() if found.low > 0.0005]
+    assert sorted(alone) == ["adapter-8", "bias", "linear", "vpt-deep"]
+    ps = [matched[name].adjusted_p for name in alone]
+    assert f"a p of {min(ps):.2f} to {max(ps):.2f} among its" in readme
+    assert not any(found.direction for leader in suite["all"].values() for found in leader.values())
+    points = f"{100 * default.mean:.1f} points more ({100 * default.low:.1f} to +{100 * default.high:.1f}, not decided)"
+    assert points in readme and default.direction == 0
+
+
+def test_the_comparisons_page_says_what_is_decided(suite):
+    compare = page("docs/compare.md")
+    smallest = min(found.adjusted_p for leader in suite["all"].values() for found in leader.values())
+    assert f"every p of the [tables below](#leads-of-snella) on all tasks is {smallest:.2f} or more" in compare
+    decided = [(leader, name) for leader, row in suite["without"].items() for name, d in row.items() if d.direction]
+    assert decided == [("snella-matched-8", "bias"), ("snella-8", "bias")]
+    assert "decided is then the lead of both on BitFit" in compare
+
+
+def test_the_audit_of_the_paper_has_the_suites_and_the_twins_numbers(suite):
+    from suite_table import TWINS, read_suite
+
+    from snella_lab.comparison.report import paper_orderings
+
+    paper, snella = page("docs/paper.md"), suite["all"]["snella-8"]
+    for name in ("lora-8", "ssf", "snell-8", "dora-8"):
+        found = snella[name]
+        assert f"+{100 * found.mean:.1f} on" in paper and f"({_ends(found)})" in paper, name
+    results = {result.claim: result for result in paper_orderings(*read_suite(TWINS))}
+    assert {result.verdict for result in results.values()} == {"not decided"}
+    for claim in ("within-layers above klora-8", "snella-8 above within-layers"):
+        assert f"+{100 * results[claim].difference.mean:.1f} ({_ends(results[claim].difference)})" in paper, claim
+
+
+def _ends(found):
+    return f"{100 * found.low:.1f} to +{100 * found.high:.1f}"
+
+
+def test_the_best_snella_is_highest_on_twelve_of_the_papers_nineteen_tasks():
+    values = read_experiment("table1-vtab").published["values"]
+    tasks = [entry.name for entry in read_experiment("table1-vtab").data]
+    ours = [max(row[task] for name, row in values.items() if name.startswith("snella")) for task in tasks]
+    others = [max(row[task] for name, row in values.items() if not name.startswith("snella")) for task in tasks]
+    highest = sum(own >= other for own, other in zip(ours, others, strict=True))
+    assert (len(tasks), highest) == (19, 12)
+    assert "the best SNELLA is highest, alone or level, on 12" in page("docs/paper.md")
+
+
+def test_what_three_times_the_rate_costs_is_that_of_four_folders():
+    found = {}
+    for line in (ROOT / "benchmarks" / "learning_rates.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        is_changed = any(row.get(name) for name in ("options", "settings", "factor_scale", "seed")) or "kept" not in row
+        if row["method"] == "snella-matched-8" and row["blocks"] == 12 and not is_changed:
+            found[row["task"], row["lr_factor"]] = row["kept"]["raw"]["accuracy"]
+    tasks = [task for task, factor in found if factor == 3.0]
+    differences = sorted(100 * (found[task, 3.0] - found[task, 1.0]) for task in tasks)
+    texts = [f"{value:+.1f}" for value in differences]
+    assert len(tasks) == 4 and f"({', '.join(texts)})" in page("docs/tuning.md")
+
+
+TWINS = (7, 8, 9, 10, 11, 12)
+
+
+def test_the_twins_have_six_tasks_five_seeds_tuned_rates_and_both_scalings():
+    entries = set()
+    for number in TWINS:
+        experiment = read_experiment(f"twin-table{number}")
+        assert (len(experiment.data), experiment.seeds) == (6, 5) and experiment.grid.lr_factors == (0.1, 0.3, 1.0, 3.0)
+        assert experiment.settings.get("protocol", "standard") == "standard"
+        names = [m.name for m in experiment.methods]
+        plain = [name for name in names if not name.endswith("-scaling-1")]
+        assert sorted(names) == sorted([*plain, *(f"{name}-scaling-1" for name in plain)])
+        for method in experiment.methods:
+            assert method.settings.get("scaling", 10.0) == (1.0 if method.name.endswith("-scaling-1") else 10.0)
+            assert "lr" not in method.settings
+        entries |= {(m.name, str(m.options), str(m.settings)) for m in experiment.methods}
+        claims = [(c["higher"], c["lower"]) for c in experiment.published["orderings"]]
+        half = claims[: len(claims) // 2]
+        assert claims[len(half) :] == [(f"{a}-scaling-1", f"{b}-scaling-1") for a, b in half]
+    assert len(entries) == len({name for name, *_ in entries}) == 48, "a shared folder needs one method by a name"
+    trainings = [48 * 6 * (5 + trials - 1) for trials in (4, 6)]
+    assert f"{trainings[0]:,} to {trainings[1]:,} trainings" in page("docs/plots.md")
+
+
+def test_a_tiny_run_of_a_twin_gives_a_table_for_each_of_the_papers(tmp_path):
+    """One of the six files, a handful of images, a model without pre-trained weights."""
+    from twin_tables import read_folder, twin_tables
+
+    from snella_lab.comparison.compare import compare
+
+    with pytest.raises(FileNotFoundError, match=r"holds no results\.jsonl; run: make twins"):
+        read_folder(tmp_path)
+    asked = {"methods": ["klora-8", "within-layers-scaling-1", "klora-8-scaling-1"], "data": ["digits"], "seeds": 1}
+    values = read_experiment("twin-table9", asked).as_dict()
+    values["data"] = [{"data": "digits", "group": "glyphs"}]
+    values["grid"] = {"lr_factors": [1.0], "weight_decays": [], "max_extensions": 0}
+    for method in values["methods"]:
+        method["options"] = {k: v for k, v in method["options"].items() if k != "exclude_modules"}
+    values["backbone"] = "test_vit"
+    sizes = {"train_size": 20, "val_size": 20, "test_size": 20, "epochs": 1, "batch_size": 10, "img_size": 32}
+    values["train"] = {**values["train"], **sizes, "pretrained": False, "device": "cpu"}
+    compare(Experiment.from_dict(values), tmp_path / "twins", workers=0)
+    rows = read_folder(tmp_path / "twins")
+    assert {row.experiment_name for row in rows if row.status == "success"} == set(asked["methods"])
+    tables = twin_tables(rows)
+    assert [f"**Table {name}**" in tables for name in ("VII", "VIII", "IX", "X", "XI", "XII")] == [True] * 6
+    assert "| within-layers-scaling-1 above klora-8-scaling-1 | not decided |" in tables
+    assert "| linear above constant | not run | – |" in tables

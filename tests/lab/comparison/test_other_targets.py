@@ -1,0 +1,140 @@
+"""Comparisons of other targets than one class, and the choice of a method by a small one."""
+
+import csv
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from snella_app.cli.main import main
+from snella_app.config import TrainConfig
+from snella_app.records import RunInfo, read
+from snella_lab.comparison import compare as module
+from snella_lab.comparison.compare import choose_method, compare
+from snella_lab.comparison.executors import InThisProcess
+from snella_lab.comparison.experiment import Experiment
+from snella_lab.comparison.experiment_files import experiment_from_args
+
+from .conftest import rows_of
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """Images whose brightness is a number, and whose bright colors are labels."""
+    folder, random = tmp_path_factory.mktemp("table"), np.random.default_rng(0)
+    with (folder / "t.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["photo", "tags", "level", "kind"])
+        for index in range(36):
+            means = random.choice([60, 180], 3)
+            pixels = np.clip(random.normal(means, 20, (32, 32, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"{index}.png")
+            tags = "|".join(name for name, mean in zip("rgb", means, strict=True) if mean > 100)
+            kind = ["bright", "dark"][int(means.sum() < 360)]
+            writer.writerow([f"{index}.png", tags, int(means.sum()), kind])
+    return folder / "t.csv"
+
+
+@pytest.mark.parametrize(
+    ("task", "label", "metric", "title"),
+    [("multilabel", "tags", "map", "mean average precision"), ("regression", "level", "r2", "R²")],
+)
+def test_methods_are_compared_by_what_measures_the_task(task, label, metric, title, table, tmp_path, console):
+    args = {
+        **dict.fromkeys(["experiment", "reference", "tune_seeds", "seeds"]),
+        **{"out": str(tmp_path / "c"), "methods": "linear,lora-2", "data": f"csv:{table}", "backbone": "test_vit"},
+        **{"seeds": 1, "lr_factors": "1", "weight_decays": "none", "forgetting": "none", "pretrained": False},
+        **{"task": task, "columns": f"path=photo,label={label}", "img_size": 32, "epochs": 1, "device": "cpu"},
+    }
+    experiment = experiment_from_args(args)
+    page = compare(experiment, args["out"], workers=0, console=console).read_text()
+    rows = list(rows_of(tmp_path / "c").values())
+    assert {row["metric"] for row in rows} == {metric} and [row["status"] for row in rows] == ["success"] * 2
+    tops = {row["experiment_name"]: row[f"test_{metric}"] for row in rows}
+    best = [name for name, top in tops.items() if top == max(tops.values())]
+    have = f"{', '.join(best)} {'has' if len(best) == 1 else 'have'}"
+    printed = console.file.getvalue()
+    assert f"{have} the highest test {title}, {100 * tops[best[0]]:.1f} %" in printed
+    assert "Recommended: " in printed and f" {title}" in printed.partition("Recommended: ")[2].partition(chr(10))[0]
+    assert f"<h2>{title[0].upper()}{title[1:]} on test</h2>" in page and "ccuracy on test" not in page
+
+
+@pytest.fixture
+def parts(tmp_path):
+    """A table of forty images with an eighth of them in one class, and a row whose file is missing."""
+    lines, random = ["photo,label"], np.random.default_rng(0)
+    for index in range(40):
+        pixels = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{index}.png")
+        lines.append(f"{index}.png,{'scratch' if index % 8 == 0 else 'good'}")
+    (tmp_path / "parts.csv").write_text("\n".join([*lines, "missing.png,good"]) + "\n")
+    return f"csv:{tmp_path / 'parts.csv'}"
+
+
+def test_what_is_known_of_the_data_is_said_before_the_first_run(parts, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("snella_lab.comparison.compare._train_all", lambda *arguments: None)
+    words = ["compare", "--methods", "linear", "--data", parts, "--backbone", "test_vit", "--pretrained", "false"]
+    words += ["--img-size", "32", "--epochs", "1", "--device", "cpu", "--forgetting", "none"]
+    assert main([*words, "--out", str(tmp_path / "refused")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("parts.csv") == 1 and "leave them out with --skip-corrupt\n" in error
+    assert main([*words, "--skip-corrupt", "--out", str(tmp_path / "c")]) == 0
+    said = capsys.readouterr().out
+    assert f"note: left out 1 of 41 rows of {parts}, 1 no such file: missing.png (no such file)\n" in said
+    assert "note: classes are unbalanced: " in said
+    assert "note: methods are compared by accuracy; --monitor balanced_accuracy compares by that\n" in said
+    assert main([*words, "--skip-corrupt", "--monitor", "balanced_accuracy", "--out", str(tmp_path / "b")]) == 0
+    said = capsys.readouterr().out
+    assert "classes are unbalanced" in said and "compared by accuracy" not in said
+
+
+def test_a_task_that_has_no_such_comparison_is_refused():
+    values = {"methods": ["linear"], "data": ["digits"], "backbone": "test_vit"}
+    with pytest.raises(ValueError, match=r"task must be one of classification, .* to be compared, got 'segmentation'"):
+        Experiment.from_dict({**values, "train": {"task": "segmentation"}})
+    experiment = Experiment.from_dict({**values, "train": {"monitor": "balanced_accuracy"}})
+    assert experiment.metric == "balanced_accuracy" and list(experiment.measures) == ["balanced_accuracy", "accuracy"]
+
+
+@pytest.fixture
+def small_choice(monkeypatch):
+    monkeypatch.setattr(module, "CHOICE_METHODS", ("linear", "lora-2"))
+    monkeypatch.setattr(module, "_executor", lambda root, experiment, *others: InThisProcess(root, experiment))
+
+
+def test_auto_takes_what_a_small_comparison_on_validation_recommends(
+    small_choice, table, tmp_path, console, capsys, monkeypatch
+):
+    values = {
+        **{"data": f"csv:{table}", "columns": "path=photo,label=kind", "backbone": "test_vit", "pretrained": False},
+        **{"img_size": 32, "epochs": 2, "device": "cpu", "seed": 3, "out": str(tmp_path / "run"), "progress": False},
+    }
+    config = TrainConfig(**values, method="auto")
+    chosen = choose_method(config, console)
+    rows = list(rows_of(tmp_path / "run-choice").values())
+    assert [row["experiment_name"] for row in rows] == ["linear", "linear", "lora-2", "lora-2"]
+    assert all(row["test_accuracy"] is None and row["train_config"]["test_seed"] == 3 for row in rows)
+    means = {
+        name: np.mean([r["val_accuracy"] for r in rows if r["experiment_name"] == name])
+        for name in ("linear", "lora-2")
+    }
+    printed = console.file.getvalue()
+    assert f"Recommended: {chosen.method}" in printed and f"{100 * max(means.values()):.1f}" in printed
+    assert chosen.method in means and chosen.seed == 3 and chosen.epochs == 2
+    monkeypatch.setattr("snella_lab.comparison.run_cell.train", None)  # the choice stands in its folder
+    words = [
+        f"--{name.replace('_', '-')}={str(value).lower() if value is False else value}"
+        for name, value in values.items()
+    ]
+    assert main(["train", *words, "--method", "auto"]) == 0
+    assert read(RunInfo, tmp_path / "run").method == chosen.method
+    assert main(["train", *words, "--method", "auto"]) == 2
+    assert "holds a finished run" in capsys.readouterr().err
+
+
+def test_what_belongs_to_one_method_or_would_see_test_images_is_refused_with_auto(tmp_path):
+    values = {"data": "digits", "backbone": "test_vit", "out": str(tmp_path), "method": "auto"}
+    with pytest.raises(ValueError, match=r"r 4 is for a method that is known, got method 'auto'; .*folds 3 is for"):
+        TrainConfig(**values, r=4, folds=3)
+    with pytest.raises(ValueError, match=r"choose_method\(config\) chooses one"):
+        TrainConfig(**values).resolved()

@@ -1,0 +1,240 @@
+"""The page: what is on it, and that nothing of a row becomes markup."""
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from snella_lab.comparison.experiment import Experiment
+from snella_lab.comparison.report import markdown_tables, write_page
+from snella_lab.comparison.summary import outcome_text, recommendation_text, summarize
+
+
+@pytest.fixture(scope="module")
+def page(request, tmp_path_factory):
+    experiment, rows = request.getfixturevalue("large_once")
+    return write_page(tmp_path_factory.mktemp("page"), experiment, rows).read_text()
+
+
+def test_the_page_has_its_sections_and_pictures_and_asks_the_network_for_nothing(page):
+    assert re.findall(r'<section id="(\w+)"', page) == ["accuracy", "differences", "costs", "rates", "failed", "how"]
+    assert page.count('<svg class="figure"') == 2 * 2 + 3 + 7
+    assert not re.findall(r'(?:src|href)="(?:https?:)?//', page)
+    ids = re.findall(r' id="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+
+
+def test_the_page_states_how_its_numbers_came_about(page):
+    tested = (
+        "the highest mean of each column is bold. The column “minus lora-8” shows differences to lora-8 in points with "
+        "Student&#39;s t 95\N{NO-BREAK SPACE}% interval over tasks, each with its mean over seeds, p with Holm&#39;s "
+        "correction over 11 comparisons, and on how many tasks the method is above, with the sign test&#39;s p. A "
+        "difference is decided where p is at most 0.05 with at least 5 tasks (seeds of a single task)."
+    )
+    for text in (tested, "360 tuning runs without test images", "minus lora-8"):
+        assert text in page, text
+    assert "natural (fashion, stamps)" in page and "snella compare --experiment large" in page
+
+
+def test_the_outcome_is_said_in_a_sentence(large, page):
+    outcome = re.search(r'id="outcome">(.*?)</p>', page)[1]
+    assert outcome == outcome_text(summarize(*large))
+    pattern = r"full has the highest test accuracy, \d+\.\d % in the mean over 6 tasks: \d+\.\d points above lora-8 "
+    assert re.match(pattern + r"\(95\N{NO-BREAK SPACE}% interval \+\d+\.\d to \+\d+\.\d\)\. Of the others, ", outcome)
+    assert "linear" in outcome.partition("are clearly below lora-8")[0].rpartition(" and ")[2]
+
+
+def test_two_seeds_decide_nothing_and_their_interval_is_wider_than_their_differences(tiny, make_row):
+    experiment = tiny(methods=["lora-2", "bias"], seeds=2)
+    rows = [
+        make_row(experiment, "digits", method, seed, test_accuracy=accuracy)
+        for method, *values in (("lora-2", 0.8, 0.7), ("bias", 0.9, 0.68))
+        for seed, accuracy in enumerate(values)
+    ]
+    assert outcome_text(summarize(experiment, rows)) == (
+        "bias has the highest test accuracy, 79.0 %: 4.0 points above lora-2 (95\N{NO-BREAK SPACE}% interval "
+        "\u221272.2 to +80.2; not decided, 2 seeds of at least 5)."
+    )
+    text = outcome_text(summarize(experiment, rows[:2]))
+    assert text == "lora-2 has the highest test accuracy, 75.0 %."
+    assert outcome_text(summarize(experiment, [])) == ""
+    assert recommendation_text(summarize(experiment, rows[:2])).endswith(" Without a result so far: bias.")
+    assert "Without" not in recommendation_text(summarize(experiment, rows))
+
+
+@pytest.mark.parametrize(("seeds", "word"), [(2, "decided, 2 seeds"), (5, "clearly below")])
+def test_a_method_far_below_is_called_so_from_five_seeds_on(tiny, make_row, seeds, word):
+    experiment = tiny(methods=["lora-2", "bias", "linear"], seeds=seeds)
+    rows = [
+        make_row(experiment, "digits", method, seed, test_accuracy=mean + seed / 1000 * (1 + mean))
+        for method, mean in (("lora-2", 0.8), ("bias", 0.85), ("linear", 0.4))
+        for seed in range(seeds)
+    ]
+    text = outcome_text(summarize(experiment, rows))
+    assert word in text and ("clearly" in text) == (seeds == 5)
+    assert ("nothing is decided with fewer than 5" in markdown_tables(experiment, rows)) == (seeds == 2)
+
+
+def test_a_lead_that_is_not_decided_says_its_p_value(large, make_row):
+    experiment, rows = large
+    values = iter([0.1, 0.02, 0.01, 0.0, 0.03, 0.01])
+    shift = {entry.name: next(values) for entry in experiment.data}
+    smaller = Experiment.from_dict({**experiment.as_dict(), "methods": ["lora-8", "full"]})
+    rows = [
+        make_row(experiment, task, method, seed, test_accuracy=0.8 + (method == "full") * shift[task])
+        for task in shift
+        for method in ("lora-8", "full")
+        for seed in range(3)
+    ]
+    text = outcome_text(summarize(smaller, rows))
+    assert text.endswith(
+        "82.8 % in the mean over 6 tasks: 2.8 points above lora-8 (95\N{NO-BREAK SPACE}% interval \u22121.0 to +6.7; "
+        "not decided, p 0.12 with Holm's correction)."
+    )
+
+
+def test_methods_that_are_equally_good_are_all_named(tiny, make_row):
+    experiment = tiny(methods=["lora-2", "bias"], seeds=2)
+    rows = [make_row(experiment, "digits", m, seed, test_accuracy=0.5) for m in ("lora-2", "bias") for seed in (0, 1)]
+    assert outcome_text(summarize(experiment, rows)) == "lora-2, bias have the highest test accuracy, 50.0 %."
+
+
+def test_words_of_the_page_are_those_of_the_measure_and_of_what_was_tuned(table_page):
+    page, experiment, rows = table_page
+    text = page.read_text()
+    assert "<h1>comparison on csv:<wbr>people/<wbr>photographs_<wbr>and_<wbr>labels.<wbr>csv</h1>" in text
+    assert "<h2>Mean average precision and cost</h2>" in text and "Accuracy" not in text
+    assert "The learning rate was tuned on the validation set" in text
+    assert "forgetting" not in markdown_tables(experiment, rows) and "memory" in markdown_tables(experiment, rows)
+    ticks = re.findall(r"<text[^>]*>([\d.]+)\s%</text>", text)
+    assert ticks and not [tick for tick in ticks if tick.endswith("0") and "." in tick]
+
+
+def test_the_best_of_each_column_is_marked(page):
+    line = re.search(r'<th scope="row">full</th>.*', page)[0]
+    assert line.count("n best") == 8
+
+
+def test_names_that_look_like_markup_stay_text(large, tmp_path):
+    experiment, rows = large
+    evil = "<img src=x onerror=alert(1)>"
+    values = experiment.as_dict()
+    values["methods"][0]["name"] = values["data"][0]["name"] = evil
+    values["about"] = evil
+    values["methods"], values["data"] = values["methods"][:1], values["data"][:1]
+    names = {"linear": evil, "fashion": evil}
+    changed = [
+        replace(
+            row,
+            experiment_name=names.get(row.experiment_name, row.experiment_name),
+            task_name=names.get(row.task_name, row.task_name),
+        )
+        for row in rows
+    ]
+    text = write_page(tmp_path, Experiment.from_dict(values), changed).read_text()
+    assert "<img" not in text and "&lt;img" in text
+
+
+def test_a_comparison_that_has_only_begun_has_a_page(large, tmp_path):
+    experiment, rows = large
+    assert "0 of 216 final runs finished" in write_page(tmp_path, experiment, []).read_text()
+    trials = [row for row in rows if row.purpose == "trial"][:3]
+    assert 'id="rates"' in write_page(tmp_path, experiment, trials).read_text()
+
+
+def test_a_trial_that_became_a_final_cell_is_counted_once_in_the_time(tiny, make_row, tmp_path):
+    experiment = tiny()
+    trial = make_row(experiment, "digits", "linear", 0, purpose="trial", total_time=100.0)
+    final = make_row(experiment, "digits", "linear", 0, total_time=130.0, trained_as=trial.cell)
+    text = write_page(tmp_path, experiment, [trial, final]).read_text()
+    assert "All runs together took 2 min 10 s." in text.replace("\N{NO-BREAK SPACE}", " ").replace(
+        "\N{NARROW NO-BREAK SPACE}", " "
+    )
+
+
+def test_rates_that_were_not_searched_for_are_not_said_to_be(tiny, make_row, tmp_path):
+    experiment = tiny(train={"protocol": "official"}, grid={"lr_factors": [1.0]})
+    text = write_page(tmp_path, experiment, [make_row(experiment, "digits", "linear", 0)]).read_text()
+    assert (
+        "Learning rate and weight decay were given, not tuned; each final run" in text
+        and "chosen on validation, in" not in text
+    )
+
+
+def test_the_memory_says_where_it_was_measured(tiny, make_row, tmp_path):
+    experiment = tiny()
+    for memory, words in ((None, "beyond what the libraries take"), (2**30, "a process of its own on the GPU")):
+        row = make_row(experiment, "digits", "linear", 0, accelerator_memory_max=memory)
+        assert words in write_page(tmp_path, experiment, [row]).read_text()
+
+
+def test_a_difference_over_some_of_the_tasks_says_so(large, tmp_path):
+    experiment, rows = large
+    rows = [row for row in rows if row.experiment_name != "full" or row.task_name in ("fashion", "elpv")]
+    text = write_page(tmp_path, experiment, rows).read_text()
+    assert re.search(r'<th scope="row">full</th>.*\] \(2 of 6 tasks\)<span .*>p [\d.]+ · 2 of 2 \(0.50\)', text)
+    assert text.count("(2 of 6 tasks)") >= 3  # both tables and the picture
+
+
+def test_the_page_heads_with_the_recommended_method_and_says_where_another_has_the_highest_accuracy(
+    tiny, make_row, tmp_path
+):
+    experiment = tiny(methods=["lora-2", "bias"], seeds=2)
+
+    def headline(accuracies):
+        rows = [
+            make_row(
+                experiment, "digits", m, seed, test_accuracy=a, training_mib=mib, train_time=1.0,
+                accelerator_memory_max=None,
+            )
+            for m, mib, values in zip(("lora-2", "bias"), (900.0, 500.0), accuracies, strict=True)
+            for seed, a in enumerate(values)
+        ]  # fmt: skip
+        page = write_page(tmp_path, experiment, rows).read_text().replace("\N{NO-BREAK SPACE}", " ")
+        cards = page.partition('<div class="choices">')[2].partition("<nav")[0]
+        return re.findall(r'"label">(.*?)</p><p class="score">(.*?)</p><p class="value">(.*?)</p>', cards)
+
+    assert headline([(0.90, 0.86), (0.88, 0.85)]) == [
+        ("Recommended", "86.5 %", "bias"),
+        ("Highest accuracy", "88.0 %", "lora-2"),
+    ]
+    assert headline([(0.90, 0.86), (0.98, 0.95)]) == [("Recommended, highest accuracy", "96.5 %", "bias")]
+
+
+def test_a_single_task_has_its_score_before_the_difference(tiny, make_row, tmp_path):
+    experiment = tiny(methods=["lora-2", "bias"])
+    rows = [make_row(experiment, "digits", method, 0) for method in ("lora-2", "bias")]
+    page = write_page(tmp_path, experiment, rows).read_text()
+    head = page.partition('<table class="scores"><thead>')[2].partition("</thead>")[0]
+    assert re.findall(">([^<>]+)</th>", head)[:3] == ["method", "digits", "minus lora-2"]
+
+
+def test_the_recommendation_is_the_cheapest_of_the_methods_that_are_as_good(tiny, make_row):
+    experiment = tiny(methods=["linear", "lora-2", "bias"], seeds=2)
+    values = {"linear": (0.5, 0.5), "lora-2": (0.90, 0.86), "bias": (0.88, 0.85)}
+    costs = {"linear": (100.0, 1.0), "lora-2": (900.0, 9.0), "bias": (500.0, 12.0)}
+
+    def rows(costs):
+        return [
+            make_row(
+                experiment, "digits", m, seed, test_accuracy=a, training_mib=costs[m][0], train_time=costs[m][1],
+                accelerator_memory_max=None,
+            )
+            for m, accuracies in values.items()
+            for seed, a in enumerate(accuracies)
+        ]  # fmt: skip
+
+    text = recommendation_text(summarize(experiment, rows(costs)))
+    assert text == (
+        "Recommended: bias. 2 methods are within one standard error (2.0 points) of the best accuracy, 88.0 % by "
+        "lora-2; of these bias needs the least memory (memory 500\N{NO-BREAK SPACE}MiB, time 12.0\N{NO-BREAK SPACE}s)."
+    )
+    same = costs | {"lora-2": (510.0, 9.0)}
+    assert "lora-2 needs as little memory as any and the least time" in recommendation_text(
+        summarize(experiment, rows(same))
+    )
+    alone = [row for row in rows(costs) if row.seed == 0]
+    assert recommendation_text(summarize(experiment, alone)).startswith(
+        "Recommended: lora-2, no other method is within one standard error of its accuracy (a single seed has"
+    )
+    assert recommendation_text(summarize(experiment, [])) == ""

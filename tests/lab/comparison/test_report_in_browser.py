@@ -1,0 +1,86 @@
+"""The page of a comparison in a real browser: whether people can read it, whatever is missing in it."""
+
+import pytest
+
+from snella_lab.comparison.report import write_page
+from tests.browser import FAULTY_TEXTS, SMALLEST_TEXT
+
+
+@pytest.fixture(scope="module", params=["whole", "begun"])
+def page(request, tmp_path_factory):
+    """All rows of twelve methods on six tasks, or a third of them, so that names and differences say what they miss."""
+    experiment, rows = request.getfixturevalue("large_once")
+    if request.param == "begun":
+        known = {"fashion", "elpv"}
+        rows = [row for row in rows if row.task_name in known or row.experiment_name in ("lora-8", "linear")]
+    return write_page(tmp_path_factory.mktemp(request.param), experiment, rows)
+
+
+@pytest.mark.parametrize("width", [1200, 768, 400])
+def test_no_text_is_cut_or_covered_or_tiny_at_any_width(browser, page, width):
+    browser.open(page, width)
+    browser.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    assert browser.evaluate(FAULTY_TEXTS) == []
+    assert browser.evaluate(SMALLEST_TEXT) >= 8.5
+
+
+@pytest.mark.parametrize("width", [390, 768, 1280])
+def test_the_zero_line_is_on_the_screen_and_headings_keep_their_distance(browser, page, width):
+    browser.open(page, width)
+    zeros = browser.evaluate("""
+        [...document.querySelectorAll('#differences svg.figure')].filter(svg => svg.checkVisibility()).map(svg => {
+          const zero = [...svg.querySelectorAll('text')].find(t => t.textContent.trim() === '0').getBoundingClientRect()
+          const frame = svg.closest('.scroll').getBoundingClientRect()
+          return [zero.left - frame.left, frame.right - zero.right] })""")
+    assert len(zeros) == 1 and min(zeros[0]) >= 0
+    gap = browser.evaluate("""
+        Math.min(...[...document.querySelectorAll('#accuracy table.scores thead')].filter(h => h.checkVisibility())
+          .flatMap(head => [...head.querySelectorAll('th')].map(th => {
+            const range = document.createRange(); range.selectNodeContents(th); return range.getBoundingClientRect() })
+            .map((box, i, all) => i ? box.left - all[i - 1].right : Infinity)))""")
+    assert gap >= 12
+
+
+@pytest.mark.parametrize(("width", "is_shown"), [(390, True), (1280, False)])
+def test_a_narrow_screen_says_where_to_scroll(browser, table_page, width, is_shown):
+    browser.open(table_page[0], width)
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    shown = "[...document.querySelectorAll('.sideways')].filter(hint => hint.checkVisibility()).length > 0"
+    assert browser.evaluate(shown) == is_shown
+    silent = """
+        [...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth)
+          .filter(e => !e.nextElementSibling?.checkVisibility() || !e.nextElementSibling.matches('.sideways'))
+          .map(e => e.getAttribute('aria-label'))"""
+    browser.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert browser.evaluate(silent) == []
+
+
+def test_the_scores_are_on_a_narrow_screen_without_scrolling(browser, page, table_page):
+    for path in (page, table_page[0]):
+        browser.open(path, 390)
+        cut = browser.evaluate("""
+            [...document.querySelectorAll('#accuracy table.scores')].filter(table => table.checkVisibility())
+              .flatMap(table => { const frame = table.closest('.scroll').getBoundingClientRect()
+                return [...table.rows].map(row => row.cells[1].getBoundingClientRect().right - frame.right) })""")
+        assert cut and max(cut) <= 0
+
+
+def test_the_name_of_a_table_is_broken_between_its_parts(browser, table_page):
+    browser.open(table_page[0], 390)
+    lines = browser.evaluate("""
+        (() => { const th = document.querySelector('#accuracy table.scores thead th:nth-child(2)'), lines = []
+          const texts = document.createTreeWalker(th, NodeFilter.SHOW_TEXT)
+          while (texts.nextNode()) { const range = document.createRange(); range.selectNode(texts.currentNode)
+            lines.push([texts.currentNode.data, range.getClientRects().length]) }
+          return lines })()""")
+    assert "".join(text for text, _ in lines) == "csv:people/photographs_and_labels.csv"
+    assert [text for text, count in lines if count != 1] == []
+    first = "document.querySelector('#accuracy table.scores thead th')"
+    assert browser.evaluate(f"[{first}.textContent, getComputedStyle({first}).whiteSpace]") == ["method", "nowrap"]
+
+
+def test_it_asks_for_nothing_and_complains_of_nothing(browser, page):
+    browser.open(page)
+    assert browser.complaints() == []
+    assert [url for url in browser.requested() if not url.startswith("data:")] == [page.resolve().as_uri()]

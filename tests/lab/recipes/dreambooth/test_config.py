@@ -1,0 +1,96 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from snella_app.cli.parser import parse
+from snella_lab.recipes.dreambooth import DreamBoothConfig
+
+
+def config(**changes):
+    return DreamBoothConfig(**{"data": "folder:dog", "pipeline": "sd3", "out": "runs/dog", **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0, "resolution": 4}, "resolution must be at least 8, got 4; steps must be at least 1, got 0"),
+        ({"lr": -1.0}, "lr must be at least 0 and finite, got -1.0"),
+        ({"prior_weight": float("inf")}, "prior_weight must be at least 0 and finite, got inf"),
+        ({"weighting": "none"}, "weighting must be one of logit_normal, mode, uniform, .*, got 'none'"),
+        ({"optimizer": "sgd"}, "optimizer must be one of auto, adamw, adamw8bit, got 'sgd'"),
+        ({"method": "linear"}, "method must be one of full, lora, dora, snella, snell for generation, got 'linear'"),
+        ({"method": "snela"}, "got 'snela'; nearest: snell"),
+        ({"method": "lora", "scalar_lr": 0.1}, "scalar_lr is for the kernels' scalars .*, got 0.1 with method 'lora'"),
+        ({"r": 8, "method_options": {"r": 4}}, "r given both by name and in method_options"),
+        ({"r": 7}, "r must be divisible by num_pieces=2, got r=7"),
+        ({"resume": True, "overwrite": True}, "resume and overwrite exclude each other, got both"),
+        (
+            {"data": None, "pipeline": None, "out": None},
+            "missing required settings: data, pipeline, out, e.g. data='.*' pipeline='.*' out='.*'$",
+        ),
+        ({"token": " "}, "token must be a word, got ' '"),
+    ],
+)
+def test_errors_are_told_with_their_values(changes, message):
+    with pytest.raises(ValueError, match=message):
+        config(**changes)
+
+
+def test_the_paper_s_settings_are_the_defaults():
+    found = config().resolved()
+    assert (found.resolution, found.steps, found.batch_size, found.accumulation, found.lr) == (512, 500, 1, 4, 1e-4)
+    assert (found.optimizer, found.gradient_checkpointing, found.prior_weight) == ("auto", True, 0.0)
+    assert config(method="lora-16").resolved().options_of_method() == {"r": 16}
+    assert config(method="full").resolved().lr == 5e-6
+
+
+def test_prompts_are_made_of_token_and_class():
+    found = config(prior_weight=1.0).named("dog")
+    assert (found.prompt, found.class_prompt) == ("a photo of sks dog", "a photo of dog")
+    assert config(class_name="puppy", token="xyz").named("dog").prompt == "a photo of xyz puppy"
+    assert config(prompt="my sks").named(None).prompt == "my sks"
+    with pytest.raises(
+        ValueError, match=r"class_name must be .*, got none, and folder:dog does not define it; give it, or pro"
+    ):
+        config().named(None)
+    with pytest.raises(ValueError, match="give it, or class_prompt"):
+        config(prompt="my sks", prior_weight=1.0).named(None)
+
+
+def test_the_command_line_reads_the_settings():
+    name, _, settings = parse(
+        [
+            "dreambooth",
+            "--data",
+            "folder:dog",
+            "--pipeline",
+            "sd3",
+            "--out",
+            "o",
+            "--flip",
+            "--method-options.kernel",
+            "rbf",
+        ]
+    )
+    assert name == "dreambooth"
+    found = DreamBoothConfig(**settings)
+    assert (found.flip, found.method_options, found.steps) == (True, {"kernel": "rbf"}, 500)
+
+
+def test_help_shows_the_defaults_of_its_own_methods(capsys):
+    with pytest.raises(SystemExit):
+        parse(["dreambooth", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "basic options: --data" in text and "(default with snella: 0.0001)" in text
+    with pytest.raises(SystemExit):
+        parse(["train", "--help"])
+    assert "(default with snella: 0.005)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_experiment_of_table_vi_is_what_the_paper_states():
+    path = Path(__file__).parents[4] / "experiments" / "dreambooth" / "table6.yaml"
+    found = DreamBoothConfig(**yaml.safe_load(path.read_text()), subject="dog6", out="runs/dog6").resolved()
+    stated = (found.resolution, found.batch_size, found.accumulation, found.lr, found.steps, found.optimizer)
+    assert stated == (512, 1, 4, 1e-4, 500, "adamw8bit")
+    assert found.gradient_checkpointing and found.scaling == 1.0

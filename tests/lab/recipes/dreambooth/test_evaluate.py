@@ -1,0 +1,179 @@
+"""The protocol of Table VI, on an untrained adapter: what is drawn, what is measured, what is refused."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from snella_app.cli.main import main
+from snella_app.data.images import read_image
+from snella_lab.recipes.dreambooth import DreamBoothConfig, evaluate_generation, mean_cosine, personalize, vendi_score
+from snella_lab.recipes.dreambooth.evaluate import ClipEmbedder, DinoEmbedder, find_runs, score_images
+from snella_lab.recipes.dreambooth.generate import GeneratedImage, generate, load_generator, select_prompts
+
+CPU = torch.device("cpu")
+PROMPTS = "subject_name,class\ntoy,toy\n\np = [\n'a {0} {1} at sea'\n'{0} {1}'\n]\nq = [\n'a {0} {1} in a hat'\n]\n"
+
+
+@pytest.fixture(scope="module")
+def dataset(subject, tmp_path_factory):
+    root = tmp_path_factory.mktemp("dreambooth") / "dataset"
+    for name in ("toy", "toy2"):
+        shutil.copytree(subject, root / name)
+    (root / "prompts_and_classes.txt").write_text(PROMPTS)
+    return root
+
+
+@pytest.fixture(scope="module")
+def runs(dataset, pipeline_folder, tmp_path_factory):
+    """Two runs of one step beside each other."""
+    root = tmp_path_factory.mktemp("runs")
+    settings = dict(resolution=16, steps=1, accumulation=1, samples=0, sample_steps=1, max_sequence_length=24)
+    for name in ("toy", "toy2"):
+        personalize(
+            DreamBoothConfig(
+                data=f"dreambooth:{dataset}",
+                subject=name,
+                class_name="toy",
+                pipeline=str(pipeline_folder),
+                out=str(root / name),
+                method="lora-2",
+                device="cpu",
+                seed=len(name),
+                **settings,
+            )
+        )
+    return root
+
+
+@pytest.fixture(scope="module")
+def embedders(clip_folder, dino_folder):
+    return ClipEmbedder(str(clip_folder), CPU), DinoEmbedder(str(dino_folder), CPU)
+
+
+def test_every_prompt_is_drawn_measured_and_kept(runs, subject, clip_folder, dino_folder, embedders, tmp_path, capsys):
+    words = ["--clip", str(clip_folder), "--dino", str(dino_folder), "--pictures", "2", "--device", "cpu"]
+    assert main(["evaluate-generation", str(runs), *words, "--out", str(tmp_path / "table.json")]) == 0
+    printed = capsys.readouterr().out
+    assert "concept alignment" in printed and "standard error" in printed
+    found = json.loads((tmp_path / "table.json").read_text())
+    row = found["runs"][0]
+    assert (row["subject"], row["method"], row["pictures"]) == ("toy", "lora-2", 4)
+    manifest = json.loads((runs / "toy" / "evaluation" / "images.json").read_text())
+    prompts = [entry["prompt"] for entry in manifest["images"]]
+    assert prompts == ["a sks toy at sea"] * 2 + ["sks toy"] * 2
+    clip, dino = embedders
+    images = [read_image(runs / "toy" / "evaluation" / entry["file"]) for entry in manifest["images"]]
+    concept = [read_image(path) for path in sorted(subject.iterdir())]
+    assert row["concept_alignment"] == pytest.approx(mean_cosine(clip.images(images), clip.images(concept)))
+    assert row["vendi"] == pytest.approx(vendi_score(dino.images(images)))
+    pairs = [
+        torch.cosine_similarity(clip.images([image]), clip.texts([p])).item()
+        for image, p in zip(images, prompts, strict=True)
+    ]
+    assert row["text_alignment"] == pytest.approx(sum(pairs) / 4)
+    plain = [prompt.replace("sks ", "") for prompt in prompts]
+    pairs = [
+        torch.cosine_similarity(clip.images([image]), clip.texts([p])).item()
+        for image, p in zip(images, plain, strict=True)
+    ]
+    assert row["text_alignment_without_token"] == pytest.approx(sum(pairs) / 4)
+    values = [each["vendi"] for each in found["runs"]]
+    assert found["mean"]["vendi"] == pytest.approx(sum(values) / 2)
+    assert found["standard_error"]["vendi"] == pytest.approx(abs(values[0] - values[1]) / 2)
+    times = {path: path.stat().st_mtime_ns for path in (runs / "toy" / "evaluation").iterdir()}
+    again = evaluate_generation(runs / "toy", clip=str(clip_folder), dino=str(dino_folder), pictures=2, device="cpu")
+    assert times == {path: path.stat().st_mtime_ns for path in (runs / "toy" / "evaluation").iterdir()}
+    assert again["mean"]["vendi"] == row["vendi"] and again["standard_error"]["vendi"] is None
+
+
+def test_four_equal_pictures_have_the_diversity_of_one(embedders, tmp_path):
+    pictures = []
+    for number in range(4):
+        path = tmp_path / f"{number}.png"
+        Image.new("RGB", (20, 20), (200, 40 + 100 * (number // 2), 40)).save(path)
+        pictures.append(GeneratedImage(path, f"prompt {number // 2}", number % 2))
+    concept = [read_image(pictures[0].path)]
+    scores = score_images(pictures[:2], concept, ["toy"] * 2, *embedders)
+    assert scores["concept_alignment"] == pytest.approx(1.0, abs=1e-6)
+    assert scores["vendi"] == scores["vendi_by_prompt"] == pytest.approx(1.0, abs=1e-3)
+    scores = score_images(pictures, concept, ["toy"] * 4, *embedders)
+    assert scores["vendi_by_prompt"] == pytest.approx(1.0, abs=1e-3) and scores["vendi"] > scores["vendi_by_prompt"]
+
+
+def test_prompts_come_from_a_line_or_a_file(runs, tmp_path):
+    file = tmp_path / "mine.txt"
+    file.write_text("{token} {class} on a tray\n")
+    assert select_prompts(runs / "toy", None, file) == ["sks toy on a tray"]
+    assert select_prompts(runs / "toy", "as typed", None) == ["as typed"]
+    for prompt, given, told in ((None, None, "neither"), ("a", file, "both")):
+        with pytest.raises(ValueError, match=f"one of them, got {told}; e.g. --prompt"):
+            select_prompts(runs / "toy", prompt, given)
+
+
+def test_other_pictures_are_not_drawn_over(runs, tmp_path):
+    out = tmp_path / "out"
+    generate(runs / "toy", ["sks"], out, pictures=1, device="cpu")
+    with pytest.raises(
+        FileExistsError, match=r"out=.*out holds images of other settings and other prompts or seeds; ch"
+    ):
+        generate(runs / "toy", ["sks sks"], out, pictures=1, steps=2, device="cpu")
+    with pytest.raises(FileExistsError, match="holds images of another adapter; choose another folder"):
+        generate(runs / "toy2", ["sks"], out, pictures=1, device="cpu")
+    generate(runs / "toy", ["sks"], out, pictures=1, seed=7, device="cpu", overwrite=True)
+    assert sorted(path.name for path in out.iterdir()) == ["00-7.png", "images.json"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="mine holds other files; choose an empty or a new folder"):
+        generate(runs / "toy", ["sks"], tmp_path / "mine", device="cpu", overwrite=True)
+    with pytest.raises(FileExistsError, match=r"letter.txt must be a folder, got a file"):
+        generate(runs / "toy", ["sks"], tmp_path / "mine" / "letter.txt", device="cpu")
+
+
+def test_numbers_and_folders_that_cannot_be_are_refused(runs, tmp_path, clip_folder, dino_folder):
+    with pytest.raises(
+        ValueError, match=r"pictures must be at least 1, got 0; steps must .* got 0; prompt must be given"
+    ):
+        generate(runs / "toy", [], tmp_path / "out", pictures=0, steps=0)
+    with pytest.raises(ValueError, match="pictures must be at least 1, got -1"):
+        evaluate_generation(runs, clip=str(clip_folder), dino=str(dino_folder), pictures=-1)
+    with pytest.raises(
+        FileNotFoundError, match=r"run must be the folder of a run of snella dreambooth or of several, got"
+    ):
+        find_runs(tmp_path)
+    shutil.copy(Path(__file__).parents[3] / "old_files" / "run" / "run.json", tmp_path)
+    with pytest.raises(ValueError, match=r"of a run of snella dreambooth, got .*, a run of another task"):
+        load_generator(tmp_path)
+
+
+def test_a_folder_without_the_wanted_model_is_refused(runs, clip_folder, dino_folder, tmp_path, monkeypatch):
+    with pytest.raises(
+        FileNotFoundError, match=r"clip must be a folder in transformers' format, .* gives no CLIPModel"
+    ):
+        ClipEmbedder(str(tmp_path), CPU)
+    with pytest.raises(FileNotFoundError, match=r"dino must be .* gives no Dinov2Model"):
+        DinoEmbedder(str(tmp_path), CPU)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        ConnectionError, match=r"clip='nobody/clip' is no folder here, and the hub could not be reached"
+    ):
+        ClipEmbedder("nobody/clip", CPU)
+
+
+def test_a_run_on_a_plain_folder_needs_a_file_of_prompts(runs, tmp_path, clip_folder, dino_folder):
+    run = shutil.copytree(runs / "toy", tmp_path / "run")
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("data: dreambooth:", "data: folder:"))
+    with pytest.raises(
+        FileNotFoundError, match=r"prompts must be a file of prompts, got none, and folder:.* has no prom"
+    ):
+        evaluate_generation(run, clip=str(clip_folder), dino=str(dino_folder), device="cpu")
+
+
+def test_vendi_scores_lie_between_one_and_the_number_of_pictures(embedders, subject):
+    score = vendi_score(embedders[1].images([read_image(path) for path in sorted(subject.iterdir())]))
+    assert 1.0 < score < 4.0 and math.isfinite(score)

@@ -1,0 +1,87 @@
+import json
+import shutil
+
+import pytest
+import torch
+from huggingface_hub import constants
+
+from snella_lab.recipes.dreambooth import load_pipeline
+from snella_lab.recipes.dreambooth.pipeline import check_resolution, encode_images
+
+
+@pytest.fixture
+def copy(pipeline_folder, tmp_path):
+    return shutil.copytree(pipeline_folder, tmp_path / "sd3")
+
+
+def test_everything_that_a_folder_lacks_is_named(copy):
+    shutil.rmtree(copy / "vae")
+    (copy / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    (copy / "text_encoder" / "config.json").unlink()
+    for file in (copy / "tokenizer_2").iterdir():
+        file.unlink()
+    with pytest.raises(FileNotFoundError) as caught:
+        load_pipeline(str(copy))
+    assert str(caught.value).startswith(f"pipeline folder '{copy}' is incomplete: ")
+    for error in (
+        "there is no vae/",
+        "transformer/ holds no weights",
+        "text_encoder/ holds no config.json",
+        "there is no tokenizer_2/",
+    ):
+        assert error in str(caught.value)
+
+
+def test_a_folder_of_another_kind_is_refused(copy, tmp_path):
+    index = copy / "model_index.json"
+    content = json.loads(index.read_text())
+    index.write_text(json.dumps({**content, "vae": [None, None]}))
+    with pytest.raises(FileNotFoundError, match=r"incomplete: vae is missing from model_index.json"):
+        load_pipeline(str(copy))
+    index.write_text(json.dumps({**content, "_class_name": "FluxPipeline"}))
+    with pytest.raises(ValueError, match="must hold a StableDiffusion3Pipeline, got FluxPipeline"):
+        load_pipeline(str(copy))
+    index.write_text("{")
+    with pytest.raises(ValueError, match=r"model_index.json' is damaged: .*; copy the folder again"):
+        load_pipeline(str(copy))
+    index.unlink()
+    with pytest.raises(FileNotFoundError, match=r"sd3' has no model_index.json; it must be in diffusers' format"):
+        load_pipeline(str(copy))
+
+
+def test_a_pipeline_may_lack_its_third_text_encoder(copy):
+    index = copy / "model_index.json"
+    absent = {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
+    index.write_text(json.dumps(json.loads(index.read_text()) | absent))
+    assert load_pipeline(str(copy)).text_encoder_3 is None
+
+
+def test_only_the_text_encoders_take_the_dtype(pipeline_folder):
+    pipeline = load_pipeline(str(pipeline_folder), encoder_dtype=torch.bfloat16)
+    parts = (pipeline.text_encoder, pipeline.text_encoder_3, pipeline.transformer, pipeline.vae)
+    assert [part.dtype for part in parts] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32]
+
+
+def test_a_folder_that_is_not_there_is_answered_with_near_ones(copy):
+    with pytest.raises(
+        FileNotFoundError, match=r"folder or a hub name \(owner/repo\), got '.*sd'; nearest there: 'sd3'"
+    ):
+        load_pipeline(str(copy.parent / "sd"))
+    with pytest.raises(FileNotFoundError, match=r"got './no/where/sd3'; there is no folder 'no/where'"):
+        load_pipeline("./no/where/sd3")
+
+
+def test_a_hub_name_says_that_the_hub_is_out_of_reach(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        ConnectionError, match=r"'nobody/nothing' is no folder here, .* \(HF_HUB_OFFLINE is set\), nor is"
+    ):
+        load_pipeline("nobody/nothing")
+
+
+def test_a_resolution_that_does_not_fit_is_refused_with_one_that_does(pipeline_folder):
+    pipeline = load_pipeline(str(pipeline_folder))
+    with pytest.raises(ValueError, match="must be a multiple of 4 up to 32 for this pipeline, got 18; 16 would fit"):
+        check_resolution(pipeline, 18)
+    with pytest.raises(ValueError, match="got 64; 32 would fit"):
+        encode_images(pipeline, [], torch.device("cpu"), 64)

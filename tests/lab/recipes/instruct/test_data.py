@@ -1,0 +1,66 @@
+import json
+
+import pytest
+
+from snella_lab.recipes.instruct.data import Instruction, read_benchmark, read_instructions
+
+ENTRY = {"instruction": "Is it wet? true/false", "input": "", "output": "the correct answer is true", "answer": "true"}
+CHOICES = {"boolq": ("true", "false"), "piqa": ("solution1", "solution2")}
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def test_entries_are_read_with_or_without_input(tmp_path):
+    entries = [ENTRY, {**ENTRY, "input": "rain", "answer": "false"}, {k: v for k, v in ENTRY.items() if k != "input"}]
+    found = read_instructions(write(tmp_path / "data.json", entries))
+    assert found[0] == Instruction(ENTRY["instruction"], "", "the correct answer is true", "true")
+    assert [entry.input for entry in found] == ["", "rain", ""]
+
+
+def test_the_tasks_that_a_folder_holds_are_read(tmp_path):
+    write(tmp_path / "boolq" / "test.json", [ENTRY])
+    write(tmp_path / "other" / "test.json", [ENTRY])
+    assert list(read_benchmark(tmp_path, CHOICES)) == ["boolq"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not readable JSON"),
+        ({"a": 1}, "must hold a list of objects with instruction, output and answer, got dict"),
+        ([], "got an empty list"),
+        ([ENTRY, 3], r"1 of 2 entries in .* are invalid: entry 1: must be an object, got int"),
+        (
+            [{**ENTRY, "output": " "}, {**ENTRY, "instruction": 5}],
+            "entry 0: output must be a text, got ' ', entry 1: ins",
+        ),
+        ([{**ENTRY, "input": 7}], "input must be a text, got 7"),
+        ([{"instruction": "a", "output": "b"}], "answer is missing"),
+    ],
+)
+def test_another_layout_is_refused(tmp_path, content, message):
+    with pytest.raises(ValueError, match=message):
+        read_instructions(write(tmp_path / "data.json", content))
+
+
+def test_an_answer_that_the_task_does_not_have_is_refused(tmp_path):
+    write(tmp_path / "boolq" / "test.json", [{**ENTRY, "answer": "maybe"}])
+    with pytest.raises(ValueError, match=r"entry 0: answer must be one of true, false, got 'maybe'"):
+        read_benchmark(tmp_path, CHOICES)
+
+
+def test_what_is_missing_is_answered_with_what_is_there(tmp_path):
+    write(tmp_path / "commonsense_170k.json", [ENTRY])
+    with pytest.raises(FileNotFoundError, match=r"got '.*common_170k.json'; nearest there: 'commonsense_170k.json'"):
+        read_instructions(tmp_path / "common_170k.json")
+    with pytest.raises(FileNotFoundError, match=r"got '.*no/data.json'; there is no folder"):
+        read_instructions(tmp_path / "no" / "data.json")
+    with pytest.raises(FileNotFoundError, match=r"must be a folder with TASK/test.json, got '.*nowhere'"):
+        read_benchmark(tmp_path / "nowhere", CHOICES)
+    write(tmp_path / "BoolQ" / "test.json", [ENTRY])
+    with pytest.raises(FileNotFoundError, match=r"none of boolq/test.json, piqa/test.json; its folders are BoolQ"):
+        read_benchmark(tmp_path, CHOICES)

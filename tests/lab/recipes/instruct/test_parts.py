@@ -1,0 +1,131 @@
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import constants
+
+from snella_lab.recipes.instruct import CHOICES, LanguageConfig, extract_answer
+from snella_lab.recipes.instruct.data import Instruction, Template, encode, pad_left, pad_right
+from snella_lab.recipes.instruct.evaluate import _row, _scores
+from snella_lab.recipes.instruct.train import load_model
+
+
+class Letters:
+    """A tokenizer of letters: 1 begins, 2 ends."""
+
+    eos_token_id = 2
+
+    def __call__(self, text, add_special_tokens=True):
+        ids = [ord(letter) for letter in text]
+        return type("Encoding", (), {"input_ids": [1, *ids] if add_special_tokens else ids})
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "answer"),
+    [
+        ("boolq", "the correct answer is false", "false"),
+        ("boolq", "true, since false is wrong", "true"),
+        ("piqa", "the correct answer is solution2.", "solution2"),
+        ("social_i_qa", "answer3", "answer3"),
+        ("hellaswag", "I take ending4 or ending1", "ending4"),
+        ("winogrande", "the correct answer is option1</s>", "option1"),
+        ("ARC-Easy", "answer5", "answer5"),
+        ("ARC-Challenge", "the correct answer is B", ""),
+        ("openbookqa", "Answer1", ""),
+        ("piqa", "answer1", ""),
+    ],
+)
+def test_the_first_choice_in_a_text_is_the_answer(task, text, answer):
+    assert extract_answer(task, text) == answer
+
+
+def test_right_wrong_and_missing_answers_are_counted():
+    entry = Instruction("is it?", "", "the correct answer is true", "true")
+    rows = [_row("boolq", entry, text) for text in ("it is true", "false, not true", "who knows", "true")]
+    assert [row["predicted"] for row in rows] == ["true", "false", "", "true"]
+    assert _scores(rows) == {"accuracy": 0.5, "right": 2, "questions": 4, "unanswered": 1}
+
+
+def test_there_are_eight_tasks():
+    assert len(CHOICES) == 8 and CHOICES["openbookqa"][-1] == "answer5"
+
+
+def test_only_the_response_is_learned_unless_the_prompt_is_wanted():
+    found = encode(Letters(), "ab", "cd", 10, learn_prompt=False)
+    assert found == {"input_ids": [1, 97, 98, 99, 100, 2], "labels": [-100, -100, -100, 99, 100, 2]}
+    assert encode(Letters(), "ab", "cd", 10, learn_prompt=True)["labels"] == found["input_ids"]
+    cut = encode(Letters(), "ab", "cd", 4, learn_prompt=False)
+    assert cut == {"input_ids": [1, 97, 98, 99], "labels": [-100, -100, -100, 99]}
+
+
+def test_batches_are_padded_right_to_train_and_left_to_answer():
+    items = [{"input_ids": [1, 5], "labels": [-100, 5]}, {"input_ids": [1, 6, 7], "labels": [-100, 6, 7]}]
+    batch = pad_right(items, 0)
+    assert batch["input_ids"].tolist() == [[1, 5, 0], [1, 6, 7]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert batch["labels"].tolist() == [[-100, 5, -100], [-100, 6, 7]]
+    batch = pad_left([[1, 5], [1, 6, 7]], 0)
+    assert batch["input_ids"].tolist() == [[0, 1, 5], [1, 6, 7]]
+    assert batch["attention_mask"].tolist() == [[0, 1, 1], [1, 1, 1]]
+
+
+def test_a_template_takes_instruction_and_input_whatever_braces_they_hold(tmp_path):
+    entry = Instruction("what is {input}?", "{instruction}", "x", "x")
+    assert Template().fill(entry) == (
+        "### Instruction:\nwhat is {input}?\n\n### Input:\n{instruction}\n\n### Response:\n"
+    )
+    path = tmp_path / "template.txt"
+    path.write_text("Q: {instruction} | {input} A:")
+    assert Template(path).fill(entry) == "Q: what is {input}? | {instruction} A:"
+    path.write_text("Q: {instruction} A:")
+    assert Template(path).fill(entry) == "Q: what is {input}?\n{instruction} A:"
+    assert Template(path).fill(Instruction("why?", "", "x", "x")) == "Q: why? A:"
+    path.write_text("Q:")
+    with pytest.raises(ValueError, match=r"template '.*template.txt' must have \{instruction\} where .*, got none"):
+        Template(path)
+    with pytest.raises(FileNotFoundError, match=r"template must be an existing text file, got .*gone.txt"):
+        Template(tmp_path / "gone.txt")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 0, "max_length": 1}, "max_length must be at least 2, got 1; epochs must be at least 1, got 0"),
+        ({"lr": float("nan")}, "lr must be at least 0 and finite, got nan"),
+        ({"base": "fp16"}, "base must be one of fp32, bf16, got 'fp16'"),
+        ({"method": "linear"}, "method must be one of full, lora, dora, snella, snell for language, got 'linear'"),
+        ({"method": "lorra"}, "got 'lorra'; nearest: lora"),
+        ({"r": 3}, "r must be divisible by num_pieces=2, got r=3"),
+        ({"resume": True, "overwrite": True}, "resume and overwrite exclude each other, got both"),
+        (
+            {"data": None, "model": None, "out": None},
+            "missing required settings: data, model, out, e.g. data='.*' model='.*' out='.*'$",
+        ),
+        ({"template": "gone.txt"}, "template must be an existing text file, got 'gone.txt'"),
+        ({"r": 8, "method_options": {"r": 4}}, "r given both by name and in method_options; leave one out"),
+        (
+            {"method": "lora", "scalar_lr": 1e-4},
+            "scalar_lr is for the kernels' scalars of snella and snell, got 0.0001",
+        ),
+    ],
+)
+def test_errors_of_the_settings_are_told_with_their_values(changes, message):
+    with pytest.raises(ValueError, match=message):
+        LanguageConfig(**{"data": "d.json", "model": "m", "out": "o", **changes})
+
+
+def test_a_model_that_is_not_there_says_so(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=r"a folder with a causal language model .*, got '.*': "):
+        load_model(str(tmp_path), torch.float32)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        ConnectionError, match=r"model 'nobody/llama' is no folder here, and the hub could not be reached"
+    ):
+        load_model("nobody/llama", torch.float32)
+
+
+def test_the_experiment_of_table_xviii_holds_settings_that_exist():
+    path = Path(__file__).parents[4] / "experiments" / "language" / "table18.yaml"
+    found = LanguageConfig(**yaml.safe_load(path.read_text()), out="runs/llama").resolved()
+    assert (found.epochs, found.batch_size * found.accumulation, found.max_length) == (3, 16, 256)

@@ -1,0 +1,83 @@
+"""Mixed precision: the product runs in bfloat16, the merge never does."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from snella.backends.base import TorchBackend
+from snella.functional import compute_effective_weight, effective_weight, sparsify_update
+from snella.kernels import KERNELS
+
+from .problems import assert_close_to_reference, draws, make_problem
+
+IMPL = pytest.mark.parametrize("impl", ["reference", "eager", "auto"])
+
+
+def autocast():
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+@IMPL
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_update_is_merged_in_float32_and_the_product_taken_in_bfloat16(kernel, impl):
+    problem = make_problem(kernel, m=32, n=24, r=8)
+    x, weight, bias = (problem.tensors[name] for name in ("x", "weight", "bias"))
+    effective = effective_weight(weight, [problem.update(problem.tensors)])
+    with autocast():
+        y = problem.forward(problem.tensors, impl)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, F.linear(x.bfloat16(), effective.bfloat16(), bias.bfloat16()))
+
+
+@pytest.mark.parametrize("cache_delta", [False, True])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_backward_pass_inside_autocast_gives_the_same_bits_as_outside(kernel, cache_delta):
+    problem = make_problem(kernel, m=32, n=24, r=8)
+    leaves = {k: v if v is None else v.requires_grad_() for k, v in problem.tensors.items()}
+    wanted = [leaf for leaf in leaves.values() if leaf is not None]
+    grad_y = problem.grad_y.bfloat16()
+    with autocast():
+        y = problem.forward(leaves, "eager", cache_delta)
+        inside = torch.autograd.grad(y, wanted, grad_y, retain_graph=True)
+    outside = torch.autograd.grad(y, wanted, grad_y)
+    assert all(torch.equal(*pair) for pair in zip(inside, outside, strict=True))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_merging_and_selecting_inside_autocast_gives_the_same_bits_as_outside(kernel):
+    problem = make_problem(kernel, m=32, n=24, r=8)
+    weight = problem.tensors["weight"]
+
+    def compute() -> list[Tensor]:
+        update = problem.update(problem.tensors)
+        merged = TorchBackend().merge(*update)
+        eager, _ = compute_effective_weight(weight, [update], weight.shape)
+        sparse, thresholds = sparsify_update(update)
+        assert torch.equal(thresholds, merged.thresholds)
+        return [*merged.delta, thresholds, *sparse, eager, effective_weight(weight, [update])]
+
+    outside = compute()
+    with autocast():
+        inside = compute()
+    assert all(torch.equal(*pair) for pair in zip(inside, outside, strict=True))
+    assert all(value.dtype == torch.float32 for value in inside)
+
+
+@IMPL
+def test_the_update_alone_runs_in_bfloat16_too(impl):
+    problem = make_problem(m=32, n=24, r=8)
+    x = problem.tensors["x"]
+    alone = problem.tensors | {"weight": None, "bias": None}
+    expected = F.linear(x.bfloat16(), effective_weight(None, [problem.update(alone)]).bfloat16())
+    with autocast():
+        assert torch.equal(problem.forward(alone, impl), expected)
+
+
+@pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16])
+def test_the_tolerance_holds_under_autocast(base_dtype):
+    problems = draws(m=13, n=11, base_dtype=base_dtype)
+    problems = [replace(problem, grad_y=problem.grad_y.bfloat16()) for problem in problems]
+    assert_close_to_reference(problems, within=autocast)

@@ -1,0 +1,268 @@
+"""The Numba kernels: when they are chosen, and what they promise beyond the contract of the op."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numba import njit
+
+from snella.backends import choose_backend, numba_problem
+from snella.backends.numba import backend as numba_backend
+from snella.backends.numba import compile as numba_compile
+from snella.backends.numba import forward as loops
+from snella.kernels import KERNELS
+from snella.sparsify import keep_threshold
+
+from .problems import computed_weight, make_problem, solve
+
+PIECEWISE = ["p_linear", "normalized_rbf", "mix_k"]
+
+
+def update_of(kernel: str = "mix_k", **options):
+    problem = make_problem(kernel, **options)
+    return problem.update(problem.tensors)
+
+
+def chosen(impl: str, update):
+    return choose_backend(impl, update.spec, update.factors.A)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_auto_is_numba_for_piecewise_kernels_in_float32_and_eager_for_the_others(kernel):
+    assert chosen("auto", update_of(kernel))[0] == ("numba" if kernel in PIECEWISE else "eager")
+    assert chosen("auto", update_of(kernel, dtype=torch.float64))[0] == "eager"
+    assert chosen("eager", update_of(kernel))[0] == "eager"
+
+
+def test_each_of_several_updates_is_computed_by_what_can():
+    first, second = make_problem("mix_k"), make_problem("linear")
+    shape = first.tensors["weight"].shape
+    updates = [problem.update(problem.tensors) for problem in (first, second)]
+    alone = [computed_weight(None, [update], shape) for update in updates]
+    torch.testing.assert_close(computed_weight(None, updates, shape), alone[0] + alone[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kernel": "rbf"}, "impl='numba' has the piecewise kernels only, got kernel='rbf'; impl='eager' would work"),
+        ({"dtype": torch.float64}, "computes in float32, got factors in torch.float64"),
+        ({"softmax_dim": 1}, "normalizes over the outputs, got softmax_dim=1"),
+    ],
+)
+def test_what_numba_cannot_compute_is_refused_when_it_is_asked_for(options, message):
+    with pytest.raises(NotImplementedError, match=message):
+        chosen("numba", update_of(**options))
+
+
+def test_factors_elsewhere_than_on_the_cpu_are_refused():
+    update = update_of()
+    elsewhere = update._replace(factors=update.factors._replace(A=update.factors.A.to("meta")))
+    with pytest.raises(NotImplementedError, match="runs on the CPU, got factors on 'meta'"):
+        chosen("numba", elsewhere)
+
+
+@pytest.fixture
+def fresh_look():
+    """Let the machine be looked at again, before and after."""
+    numba_problem.cache_clear()
+    yield
+    numba_problem.cache_clear()
+
+
+def test_without_numba_auto_is_eager_and_asking_for_it_names_the_command(monkeypatch, fresh_look):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    backend, reason = chosen("auto", update_of())
+    assert backend == "eager"
+    assert "numba is not installed" in reason
+    with pytest.raises(ImportError, match=r"impl='numba', but numba is not installed; .* pip install 'snella\[fast\]'"):
+        chosen("numba", update_of())
+
+
+def test_a_numba_that_does_not_work_is_said_to_be_so(monkeypatch, fresh_look):
+    monkeypatch.delattr(sys.modules["snella.backends.numba"], "backend")
+    monkeypatch.setitem(sys.modules, "snella.backends.numba.backend", None)
+    backend, reason = chosen("auto", update_of())
+    assert backend == "eager"
+    assert "numba cannot be used" in reason
+    with pytest.raises(ImportError, match="impl='numba', but numba cannot be used"):
+        chosen("numba", update_of())
+
+
+def test_loops_are_compiled_without_a_folder_to_keep_them_in(monkeypatch):
+    def refuse_to_cache(**settings):
+        if settings.get("cache"):
+            raise RuntimeError("cannot cache function 'f': no locator available")
+        return lambda function: "compiled"
+
+    monkeypatch.setattr(numba_compile, "njit", refuse_to_cache)
+    assert numba_compile.compiled({})(len) == "compiled"
+
+
+def test_what_was_compiled_before_any_of_the_files_changed_is_not_taken_from_the_disk(tmp_path):
+    newest = max(file.stat().st_mtime for file in Path(numba_compile.__file__).parent.glob("*.py"))
+    stale, fresh, other = (tmp_path / f"{name}-7.py311.nbi" for name in ("forward.count", "forward.collect", "x.count"))
+    for file, age in ((stale, 1), (fresh, -1), (other, 1)):
+        file.touch()
+        os.utime(file, (newest - age, newest - age))
+    for function in (loops.count, loops.collect):
+        numba_compile.remove_stale_index(function.py_func, tmp_path)
+    assert not stale.exists() and fresh.exists() and other.exists()
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.integers(1, 40), columns=st.integers(1, 40), seed=st.integers(0, 1000), data=st.data())
+def test_the_threshold_has_the_bits_of_keep_threshold(rows, columns, seed, data):
+    value = np.random.default_rng(seed).standard_normal((rows, columns)) * 10.0 ** (seed % 9 * 3 - 14)
+    value = value.astype(np.float32)
+    budget = data.draw(st.integers(0, value.size))
+    assert numba_backend.select_threshold(value, budget) == keep_threshold(torch.from_numpy(value), budget).item()
+
+
+@pytest.mark.parametrize("budget", [0, 1, 500_000, 999_999, 1_000_000])
+def test_the_threshold_is_exact_where_most_magnitudes_are_equal(budget):
+    value = np.ones((1000, 1000), np.float32)
+    value[::7] = -0.5
+    value[3, :5] = [0, 2, -3, 1e-40, np.inf]
+    assert numba_backend.select_threshold(value, budget) == keep_threshold(torch.from_numpy(value), budget).item()
+
+
+@pytest.mark.parametrize("kernel", PIECEWISE)
+@pytest.mark.parametrize(("r", "num_pieces"), [(8, 2), (8, 1), (6, 3), (5, 1), (16, 4)])
+def test_a_row_merged_alone_has_the_bits_of_the_merged_matrix(kernel, r, num_pieces):
+    for m, n in ((7, 5), (61, 97), (40, 1700)):
+        problem = make_problem(kernel, m=m, n=n, r=r, num_pieces=num_pieces)
+        update = problem.update(problem.tensors)
+        factors = numba_backend.pack_factors(update.spec, update.factors)[0]
+        columns, again = np.empty((3, n), np.float32), np.empty((3, n), np.float32)
+        value, _ = numba_backend.merge_and_count(factors, (m, n), columns)
+        numba_backend.column_stats(factors, (m, n), again)
+        assert kernel == "p_linear" or np.array_equal(columns, again)
+        base = np.zeros_like(value)
+        threshold, scaling = np.float32(0), np.float32(1)
+        from_matrix, from_rows = np.empty_like(value), np.empty_like(value)
+        loops.add_sparse(0, m, base, value, threshold, scaling, False, from_matrix)
+        loops.merge_and_add(0, m, *factors, columns, base, threshold, scaling, False, from_rows)
+        assert np.array_equal(from_matrix, from_rows) and np.count_nonzero(from_rows) > 0
+
+
+def test_the_threshold_is_exact_beyond_two_to_the_24_entries():
+    value = np.random.default_rng(0).standard_normal((4100, 4100), dtype=np.float32)
+    budget = 5_000_000
+    threshold = numba_backend.select_threshold(value, budget)
+    assert np.count_nonzero(np.abs(value) > threshold) == budget
+
+
+def test_the_exponential_is_within_two_units_in_the_last_place():
+    value = -np.concatenate([np.linspace(0, 87, 100_003), np.logspace(-9, 1.9, 10_007)]).astype(np.float32)[None]
+
+    @njit(**numba_compile.FASTMATH_STRICT_ORDER)
+    def exponentials(values, results):
+        for k in range(len(values)):
+            results[k] = numba_compile.exponential(values[k])
+
+    result = np.empty_like(value)
+    exponentials(value[0], result[0])
+    exact = np.exp(value.astype(np.float64))
+    assert (np.abs(result - exact) / np.spacing(exact.astype(np.float32))).max() <= 2
+    assert result[0, 0] == 1
+
+
+@pytest.mark.parametrize("kernel", PIECEWISE)
+def test_results_do_not_depend_on_the_number_of_threads(kernel):
+    problem = make_problem(kernel, m=601, n=401, r=8, batch=(5,))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = solve(problem, "numba")
+        torch.set_num_threads(3)
+        together = solve(problem, "numba")
+    finally:
+        torch.set_num_threads(threads)
+    # the product itself is torch's, which may split its sums by threads
+    for name in set(alone) - {"y", "x", "weight", "bias"}:
+        torch.testing.assert_close(together[name], alone[name], rtol=1e-4, atol=1e-6)
+    update = problem.update(problem.tensors)
+    weight = problem.tensors["weight"]
+    try:
+        torch.set_num_threads(1)
+        expected = computed_weight(weight, [update], weight.shape, "numba")
+        torch.set_num_threads(3)
+        found = computed_weight(weight, [update], weight.shape, "numba")
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found, expected)
+
+
+def test_the_default_dtype_changes_nothing():
+    problem = make_problem("mix_k", m=61, n=97, r=8)
+    expected = solve(problem, "numba")
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = solve(problem, "numba")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_several_callers_at_once_do_not_disturb_each_other():
+    problems = [make_problem("mix_k", seed=seed, m=601, n=401, r=8) for seed in range(4)]
+    expected = [solve(problem, "numba") for problem in problems]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda problem: solve(problem, "numba"), problems))
+    for mine, theirs in zip(found, expected, strict=True):
+        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e3])
+def test_the_softmax_neither_overflows_nor_divides_by_zero(scale):
+    problem = make_problem("mix_k", m=40, n=30, r=8)
+    problem = replace(problem, tensors=problem.tensors | {k: problem.tensors[k] * scale for k in ("A", "B")})
+    for name, value in solve(problem, "numba").items():
+        assert torch.isfinite(value).all(), name
+
+
+def test_equal_rows_have_no_gradient_and_no_nan():
+    problem = make_problem("p_linear", m=6, n=5)
+    ones = {name: torch.ones_like(problem.tensors[name]) for name in ("A", "B")}
+    found = solve(replace(problem, tensors=problem.tensors | ones), "numba")
+    assert torch.equal(found["A"], torch.zeros_like(found["A"]))
+    assert torch.equal(found["B"], torch.zeros_like(found["B"]))
+
+
+def test_nan_in_a_factor_is_not_hidden():
+    problem = make_problem("mix_k", budget=35)
+    problem.tensors["A"][0, 0, 0] = torch.nan
+    assert solve(problem, "numba")["y"].isnan().any()
+
+
+COMPUTED = """
+import hashlib, torch
+torch.set_num_threads(1)
+from problems import make_problem, solve
+for m, n, mode in ((384, 1536, "soft"), (64, 64, "official"), (64, 48, "none")):
+    solution = solve(make_problem(m=m, n=n, r=8, batch=(16,), mode=mode), "numba")
+    print({name: hashlib.md5(value.numpy().tobytes()).hexdigest() for name, value in solution.items()})
+"""
+
+
+def test_a_process_that_compiles_computes_the_bits_of_one_that_takes_the_loops_from_the_disk(tmp_path):
+    paths = [str(Path(__file__).parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    found = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", COMPUTED], capture_output=True, text=True, env=environment, timeout=280
+        )
+        assert done.returncode == 0, done.stderr
+        found.append(done.stdout)
+    assert list(tmp_path.rglob("*.nbc"))
+    assert len(found[0].splitlines()) == 3 and found[0] == found[1]

@@ -1,0 +1,698 @@
+"""The competition while training runs: order, budgets, resuming, errors."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import math
+import warnings
+from itertools import pairwise
+
+import pytest
+import torch
+
+from snella import BudgetAllocator, create_snella_optimizer
+from snella.allocation import budget_at
+from snella.allocator import _ZeroGradHook, allocate
+from snella.importance import ImportanceTracker
+from snella.matrices import adapted_matrices
+
+EPOCHS, STEPS = 4, 3
+
+
+def make_optimizer(model, cls=torch.optim.AdamW, **settings):
+    return create_snella_optimizer(model, cls, **{"lr": 1e-2, "scalar_lr": 1e-3} | settings)
+
+
+def step(case, model, optimizer, number):
+    """One step, whose data depend on its number alone."""
+    optimizer.zero_grad()
+    case.run(model, case.inputs(number)).square().sum().backward()
+    optimizer.step()
+
+
+def train(case, model, optimizer, first=1, last=EPOCHS * STEPS):
+    model.train()
+    for number in range(first, last + 1):
+        step(case, model, optimizer, number)
+
+
+def allocator_of(model, **settings):
+    return BudgetAllocator(model, **{"total_epochs": EPOCHS, "steps_per_epoch": STEPS} | settings)
+
+
+# budgets ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", ["paper", "official"])
+def test_every_matrix_keeps_exactly_its_budget_after_every_allocation(kind, preset):
+    # the authors' quantile is strict: of a dense matrix, the smallest entry does not survive
+    lost = 1 if preset == "official" else 0
+    model = kind.adapted(preset=preset)
+    optimizer = make_optimizer(model)
+    allocator = allocator_of(model).attach(optimizer)
+    model.train()
+    for number in range(1, EPOCHS * STEPS + 1):
+        step(kind, model, optimizer, number)
+        assert sum(allocator.budgets.values()) == allocator.history[-1]["budget"]
+        if number % STEPS == 0:
+            assert all(m.nonzeros() == m.budget - lost * (m.budget == m.size) for m in allocator.matrices)
+    assert sum(allocator.budgets.values()) == allocator.target_budget
+    assert allocator.target_budget == allocator.total_weights - round(0.7 * allocator.total_weights)
+    assert len(allocator.history) == EPOCHS + 1
+
+
+def test_the_history_tells_every_allocation(mlp):
+    model = mlp.adapted()
+    optimizer = make_optimizer(model)
+    allocator = allocator_of(model).attach(optimizer)
+    train(mlp, model, optimizer)
+    assert [entry["step"] for entry in allocator.history] == [0, 3, 6, 9, 12]
+    assert [(entry["t"], entry["total"]) for entry in allocator.history] == [(t, 4) for t in range(5)]
+    expected = [budget_at(t, 4, allocator.start_budget, allocator.target_budget) for t in range(5)]
+    assert [entry["budget"] for entry in allocator.history] == expected
+    assert allocator.history[0]["budgets"] == {"lin0": 120, "lin1": 96}
+    assert allocator.history[0]["importance"] == {"lin0": 0.0, "lin1": 0.0}
+    assert all(value > 0 for entry in allocator.history[1:] for value in entry["importance"].values())
+    for entry in allocator.history[1:]:
+        assert list(entry["budgets"].values()) == allocate(
+            list(entry["importance"].values()), [120, 96], entry["budget"]
+        )
+    assert allocator.budgets == allocator.history[-1]["budgets"]
+
+
+def test_the_history_stays_short_where_every_step_allocates(mlp):
+    model = mlp.adapted(realloc_every=1)
+    optimizer = make_optimizer(model)
+    allocator = BudgetAllocator(model, total_epochs=2, steps_per_epoch=301).attach(optimizer)
+    train(mlp, model, optimizer, last=602)
+    steps = [entry["step"] for entry in allocator.history]
+    assert len(steps) == 101 and steps == sorted(steps)
+    assert {0, 301, 602} <= set(steps)
+    assert max(after - before for before, after in pairwise(steps)) <= 7
+    # a resumed run keeps the same entries
+    half = BudgetAllocator(mlp.adapted(realloc_every=1), total_epochs=2, steps_per_epoch=301)
+    half.load_state_dict(allocator.state_dict())
+    assert half.history == allocator.history
+
+
+def test_budgets_can_follow_every_few_steps(mlp):
+    model = mlp.adapted(realloc_every=5)
+    optimizer = make_optimizer(model)
+    allocator = allocator_of(model).attach(optimizer)
+    train(mlp, model, optimizer)
+    assert [entry["step"] for entry in allocator.history] == [0, 5, 10, 12]
+    assert [(entry["t"], entry["total"]) for entry in allocator.history] == [(0, 12), (5, 12), (10, 12), (12, 12)]
+    assert sum(allocator.budgets.values()) == allocator.target_budget
+
+
+def test_a_training_that_stops_within_an_epoch_ends_at_the_target(mlp):
+    model = mlp.adapted()
+    optimizer = make_optimizer(model)
+    allocator = allocator_of(model, total_steps=10).attach(optimizer)
+    train(mlp, model, optimizer, last=10)
+    assert [(entry["step"], entry["t"]) for entry in allocator.history] == [(0, 0), (3, 1), (6, 2), (9, 3), (10, 4)]
+    assert sum(allocator.budgets.values()) == allocator.target_budget
+
+
+def test_steps_past_the_end_change_no_budget(mlp):
+    model = mlp.adapted()
+    optimizer = make_optimizer(model)
+    allocator = allocator_of(model).attach(optimizer)
+    train(mlp, model, optimizer, last=EPOCHS * STEPS + 6)
+    assert len(allocator.history) == EPOCHS + 1
+
+
+def test_a_start_below_all_weights_is_where_the_schedule_starts(mlp):
+    allocator = allocator_of(mlp.adapted(init_sparsity=0.5))
+    assert allocator.start_budget == 108
+    assert sum(allocator.budgets.values()) == 108
+    assert [m.nonzeros() for m in allocator.matrices] == list(allocator.budgets.values())
+
+
+def test_a_constant_schedule_is_at_the_target_from_the_first_step(mlp):
+    model = mlp.adapted(schedule="constant")
+    optimizer = make_optimizer(model)
+    allocator = allocator_of(model).attach(optimizer)
+    assert sum(allocator.budgets.values()) == allocator.target_budget
+    train(mlp, model, optimizer)
+    assert {entry["budget"] for entry in allocator.history} == {allocator.target_budget}
+    assert len({tuple(entry["budgets"].values()) for entry in allocator.history}) > 1
+
+
+def test_uniform_allocation_goes_by_size_and_ignores_importance(mlp):
+    model = mlp.adapted(allocation="uniform", kernel="p_linear")
+    optimizer = make_optimizer(model)
+    allocator = allocator_of(model).attach(optimizer)
+    train(mlp, model, optimizer)
+    for entry in allocator.history:
+        assert list(entry["budgets"].values()) == allocate([120.0, 96.0], [120, 96], entry["budget"])
+
+
+@pytest.mark.parametrize("metric", ["sensitivity", "magnitude", "delta_magnitude", "delta_mean_magnitude"])
+def test_every_metric_moves_budgets_and_meets_the_target(mlp, metric):
+    model = mlp.adapted(importance=metric)
+    optimizer = make_optimizer(model)
+    allocator = allocator_of(model).attach(optimizer)
+    train(mlp, model, optimizer)
+    assert sum(allocator.budgets.values()) == allocator.target_budget
+    assert list(allocator.budgets.values()) != allocate([120.0, 96.0], [120, 96], allocator.target_budget)
+
+
+def test_frozen_matrices_are_reported_and_a_minimal_share_prevents_them(mlp):
+    for share, frozen in ((0.0, ["lin1"]), (0.2, [])):
+        model = mlp.adapted(min_layer_share=share)
+        optimizer = make_optimizer(model)
+        allocator = allocator_of(model).attach(optimizer)
+        model.train()
+        with pytest.warns(UserWarning, match="1 of 2 adapted matrices got no gradient in the first 5 steps: 'lin1'"):
+            for number in range(1, EPOCHS * STEPS + 1):
+                optimizer.zero_grad()
+                mlp.run(model, mlp.inputs(number)).square().sum().backward()
+                allocator.matrices[1].layer.snella_A["default"].grad.zero_()
+                allocator.matrices[1].layer.snella_B["default"].grad.zero_()
+                optimizer.step()
+        assert allocator.frozen == frozen
+    assert allocator.budgets["lin1"] == int(0.2 * allocator.target_budget * 96 / 216)
+
+
+def test_of_several_adapters_the_named_one_is_trained(mlp):
+    model = mlp.adapted()
+    model.add_adapter("second", mlp.config(target_sparsity=0.5))
+    model.set_adapter("second")
+    assert allocator_of(model).adapter_name == "second"
+    allocator = allocator_of(model, adapter_name="default")
+    assert allocator.adapter_name == "default"
+    assert allocator.target_budget == 216 - round(0.7 * 216)
+
+
+# order --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", ["paper", "official"])
+def test_the_importance_is_read_before_the_step_and_after_it_in_the_authors_code(mlp, preset):
+    model = mlp.adapted(preset=preset, update_dropout=0.0, update_drop_path=0.0)
+    optimizer = make_optimizer(model, torch.optim.SGD, lr=1e-3)
+    allocator = allocator_of(model).attach(optimizer)
+    by_hand = ImportanceTracker(adapted_matrices(model), zero_init_ema=preset == "official")
+    model.train()
+    for number in (1, 2, 3):
+        optimizer.zero_grad()
+        mlp.run(model, mlp.inputs(number)).square().sum().backward()
+        if preset == "paper":
+            by_hand.update()
+        optimizer.step()
+        if preset == "official":
+            by_hand.update()
+    assert allocator.importance.scores() == by_hand.scores()
+    assert allocator.history[-1]["importance"] == dict(zip(["lin0", "lin1"], by_hand.scores(), strict=True))
+
+
+@pytest.mark.parametrize("preset", ["paper", "official"])
+def test_calling_for_every_step_does_the_same_as_attaching(mlp, preset):
+    settings = {"preset": preset, "update_dropout": 0.0, "update_drop_path": 0.0}
+    attached, called = mlp.adapted(**settings), mlp.adapted(**settings)
+    optimizer = make_optimizer(attached)
+    reference = allocator_of(attached).attach(optimizer)
+    train(mlp, attached, optimizer)
+    optimizer, allocator = make_optimizer(called), allocator_of(called)
+    called.train()
+    for number in range(1, EPOCHS * STEPS + 1):
+        optimizer.zero_grad()
+        mlp.run(called, mlp.inputs(number)).square().sum().backward()
+        if preset == "official":
+            optimizer.step()
+        allocator.update_and_allocate(number)
+        if preset == "paper":
+            optimizer.step()
+    assert allocator.history == reference.history
+    assert all(torch.equal(tensor, attached.state_dict()[name]) for name, tensor in called.state_dict().items())
+
+
+def test_a_detached_allocator_follows_no_more(mlp):
+    model = mlp.adapted()
+    optimizer = make_optimizer(model)
+    allocator = allocator_of(model).attach(optimizer)
+    allocator.detach()
+    with pytest.warns(UserWarning, match="after 2 optimizer steps no budget allocator is attached"):
+        train(mlp, model, optimizer, last=5)
+    assert allocator.step == 0
+    allocator.attach(optimizer)
+    train(mlp, model, optimizer, last=3)
+    assert allocator.step == 3
+
+
+# resuming -----------------------------------------------------------------------------------------------------------
+
+
+def state_of(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("restores_first", [True, False], ids=["load-then-attach", "attach-then-load"])
+@pytest.mark.parametrize(
+    ("name", "stop"), [("mlp", 1), ("mlp", 5), ("mlp", 6), ("mlp", 11), ("conv", 5), ("timm_vit", 6), ("gpt2", 5)]
+)
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(cases, name, stop, restores_first):
+    kind = cases[name]
+    settings = {"realloc_every": 2} if stop == 11 else {}
+    whole = kind.adapted(**settings)
+    optimizer = make_optimizer(whole)
+    reference = allocator_of(whole).attach(optimizer)
+    _without_dropout(whole)
+    start = state_of(whole)
+    train(kind, whole, optimizer)
+
+    first = kind.adapted(**settings)
+    first.load_state_dict(start)
+    _without_dropout(first)
+    optimizer = make_optimizer(first)
+    allocator_of(first).attach(optimizer)
+    train(kind, first, optimizer, last=stop)
+    file = io.BytesIO()
+    torch.save({"model": first.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    checkpoint = torch.load(file, weights_only=True)
+
+    second = kind.adapted(**settings)
+    second.load_state_dict(checkpoint["model"])
+    _without_dropout(second)
+    optimizer = make_optimizer(second)
+    allocator = allocator_of(second)
+    if restores_first:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        allocator.attach(optimizer)
+    else:
+        allocator.attach(optimizer)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    assert allocator.step == stop
+    train(kind, second, optimizer, first=stop + 1)
+    assert allocator.history == reference.history
+    assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in second.state_dict().items())
+
+
+def _without_dropout(model):
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+
+
+def test_a_state_is_taken_and_given_back_by_hand(mlp):
+    model = mlp.adapted()
+    optimizer = make_optimizer(model)
+    allocator = allocator_of(model).attach(optimizer)
+    train(mlp, model, optimizer, last=7)
+    other = allocator_of(mlp.adapted())
+    other.load_state_dict(allocator.state_dict())
+    assert (other.step, other.history, other.budgets) == (7, allocator.history, allocator.budgets)
+    assert other.importance.scores() == allocator.importance.scores()
+    assert [m.nonzeros() for m in other.matrices] == list(allocator.budgets.values())
+
+
+def test_the_optimizers_own_groups_stay_clean(mlp):
+    model = mlp.adapted()
+    optimizer = make_optimizer(model)
+    allocator_of(model).attach(optimizer)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert "snella_allocator" not in optimizer.param_groups[0]
+    assert "snella_allocator" in optimizer.state_dict()["param_groups"][0]
+
+
+def test_an_optimizer_checkpoint_without_an_allocator_can_be_loaded(mlp):
+    model = mlp.adapted()
+    state = make_optimizer(model).state_dict()
+    optimizer = make_optimizer(model)
+    allocator = allocator_of(model).attach(optimizer)
+    optimizer.load_state_dict(state)
+    assert allocator.step == 0
+
+
+def test_a_state_of_another_format_is_refused(mlp):
+    with pytest.raises(ValueError, match="the allocator's state must have format 1, got 2"):
+        allocator_of(mlp.adapted()).load_state_dict({"format": 2})
+    with pytest.raises(ValueError, match="must have format 1, got None"):
+        allocator_of(mlp.adapted()).load_state_dict({})
+
+
+def test_a_state_of_another_model_is_refused_with_a_name(mlp):
+    state = allocator_of(mlp.adapted(target_modules=["lin1"])).state_dict()
+    with pytest.raises(ValueError, match=r"of other matrices than this model adapts, e\.g\. \['lin0'\]"):
+        allocator_of(mlp.adapted()).load_state_dict(state)
+
+
+# wrapped optimizers -------------------------------------------------------------------------------------------------
+
+
+def test_an_optimizer_wrapped_by_accelerate_is_followed(mlp):
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    # these are shared by the whole process, and the Trainers of other tests leave theirs behind
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    try:
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+        model = mlp.adapted()
+        model, optimizer = accelerator.prepare(model, make_optimizer(model))
+        allocator = allocator_of(model).attach(optimizer)
+        model.train()
+        for number in range(1, 2 * EPOCHS * STEPS + 1):
+            with accelerator.accumulate(model):
+                accelerator.backward(mlp.run(model, mlp.inputs(number)).square().sum())
+                optimizer.step()
+                optimizer.zero_grad()
+        assert allocator.step == EPOCHS * STEPS
+        assert sum(allocator.budgets.values()) == allocator.target_budget
+        assert "snella_allocator" in optimizer.state_dict()["param_groups"][0]
+    finally:
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+
+
+def test_an_overflow_that_a_fused_optimizer_skips_itself_leaves_the_importance_finite(mlp):
+    torch.manual_seed(0)
+    model = mlp.adapted().train()
+    optimizer = make_optimizer(model, fused=True)
+    allocator = allocator_of(model).attach(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for number in range(1, EPOCHS * STEPS + 1):
+        loss = mlp.run(model, mlp.inputs(number)).square().sum()
+        scaler.scale(loss * (math.inf if number == 1 else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    scores = list(allocator.history[-1]["importance"].values())
+    assert all(0 < score < math.inf for score in scores)
+    assert len({matrix.budget / matrix.size for matrix in allocator.matrices}) > 1
+
+
+def test_scaled_gradients_have_the_importance_of_unscaled_ones(mlp):
+    scores = {}
+    for scale in (1.0, 1024.0):
+        model = mlp.adapted().train()
+        optimizer = make_optimizer(model, fused=True)
+        allocator = allocator_of(model).attach(optimizer)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10**6)
+        for number in (1, 2, 3):
+            scaler.scale(mlp.run(model, mlp.inputs(number)).square().sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        scores[scale] = list(allocator.history[-1]["importance"].values())
+    assert scores[1024.0] == pytest.approx(scores[1.0], rel=1e-3)
+
+
+def test_one_infinite_gradient_entry_does_not_freeze_its_matrix(mlp):
+    model = mlp.adapted().train()
+    optimizer = make_optimizer(model)
+    allocator = allocator_of(model).attach(optimizer)
+    for number in range(1, STEPS + 1):
+        mlp.run(model, mlp.inputs(number)).square().sum().backward()
+        if number == 2:
+            allocator.matrices[0].layer.snella_A["default"].grad[0, 0, 0] = math.inf
+            optimizer.param_groups[0]["lr"] = 0.0
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(0 < score < math.inf for score in allocator.history[-1]["importance"].values())
+
+
+def test_an_optimizer_without_the_factors_is_refused(mlp):
+    model = mlp.adapted()
+    other = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
+    with pytest.raises(ValueError, match="SGD holds none of the factors of adapter 'default'; attach to the optimizer"):
+        allocator_of(model).attach(other)
+
+
+def test_training_on_without_the_allocator_warns_again(mlp):
+    model = mlp.adapted()
+    optimizer = make_optimizer(model)
+    allocator_of(model).attach(optimizer).detach()
+    with pytest.warns(UserWarning, match="no budget allocator is attached"):
+        train(mlp, model, optimizer, last=30)
+
+
+def scaled_step(mlp, model, optimizer, scaler, broken):
+    scaler.scale(mlp.run(model).square().sum()).backward()
+    if broken:
+        optimizer.param_groups[0]["params"][0].grad.fill_(torch.inf)
+    scaler.step(optimizer)
+    scaler.update()
+
+
+@pytest.mark.parametrize("clears", ["before", "after", "zeros"])
+def test_steps_that_the_gradient_scaler_skips_count_so_that_the_target_is_reached(mlp, clears):
+    model = mlp.adapted()
+    optimizer = make_optimizer(model)
+    allocator = allocator_of(model).attach(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    model.train()
+    for number in range(1, EPOCHS * STEPS + 1):
+        if clears == "before":
+            optimizer.zero_grad()
+        scaled_step(mlp, model, optimizer, scaler, number in (1, 2, 6))
+        if clears != "before":
+            optimizer.zero_grad(set_to_none=clears == "after")
+        if number == STEPS:
+            assert allocator.history[-1]["step"] == STEPS
+    assert allocator.step == EPOCHS * STEPS
+    assert sum(allocator.budgets.values()) == allocator.target_budget
+    assert all(torch.isfinite(torch.tensor(allocator.importance.scores())))
+
+
+def test_a_skipped_step_whose_gradients_nobody_clears_is_told_of_when_the_adapter_is_saved(mlp, tmp_path):
+    model = mlp.adapted()
+    optimizer = make_optimizer(model)
+    allocator = allocator_of(model, total_epochs=1).attach(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    model.train()
+    for number in range(1, STEPS + 1):
+        optimizer.zero_grad()
+        scaled_step(mlp, model, optimizer, scaler, number == STEPS)
+    with pytest.warns(UserWarning, match=r"seen 2 of 3 optimizer steps; .*allocator\.advance_to\(3\) lowers"):
+        model.save_pretrained(tmp_path)
+    allocator.advance_to(3)
+    assert sum(allocator.budgets.values()) == allocator.target_budget
+
+
+def test_gradients_that_are_cleared_without_a_step_count_only_where_they_overflowed(mlp):
+    model = mlp.adapted()
+    optimizer = make_optimizer(model)
+    allocator = allocator_of(model).attach(optimizer)
+    model.train()
+    for _ in range(3):
+        optimizer.zero_grad()
+        mlp.run(model).square().sum().backward()
+    assert allocator.step == 0
+
+
+def test_zero_grad_is_the_optimizers_own_once_the_allocator_is_detached(mlp):
+    model = mlp.adapted()
+    optimizer = make_optimizer(model)
+    allocator = allocator_of(model).attach(optimizer)
+    outer = optimizer.zero_grad
+    assert "set_to_none" in inspect.signature(outer).parameters
+    allocator.detach()
+    assert "zero_grad" not in optimizer.__dict__
+    allocator.attach(optimizer)
+    optimizer.zero_grad = lambda: outer()  # as a library wraps it
+    allocator.detach()
+    mlp.run(model.train()).square().sum().backward()
+    optimizer.zero_grad()
+    assert all(p.grad is None for group in optimizer.param_groups for p in group["params"])
+
+
+@pytest.mark.parametrize("passes", ["positional", "keyword"])
+@pytest.mark.parametrize("preset", ["paper", "official", "matched"])
+def test_steps_with_a_closure_are_those_of_a_plain_loop(mlp, preset, passes):
+    settings = {"preset": preset, "update_dropout": 0.0, "update_drop_path": 0.0}
+    plain, other = mlp.adapted(**settings), mlp.adapted(**settings)
+    optimizer = make_optimizer(plain)
+    reference = allocator_of(plain).attach(optimizer)
+    train(mlp, plain, optimizer)
+    optimizer = make_optimizer(other)
+    allocator = allocator_of(other).attach(optimizer)
+    other.train()
+    for number in range(1, EPOCHS * STEPS + 1):
+
+        def closure(number=number):
+            optimizer.zero_grad()
+            loss = mlp.run(other, mlp.inputs(number)).square().sum()
+            loss.backward()
+            return loss
+
+        loss = optimizer.step(closure) if passes == "positional" else optimizer.step(closure=closure)
+        assert loss.item() > 0
+    assert allocator.history == reference.history
+    assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in other.state_dict().items())
+
+
+def test_an_optimizer_that_calls_its_closure_several_times_has_the_importance_of_the_first_call(mlp):
+    model = mlp.adapted()
+    optimizer = torch.optim.LBFGS([p for p in model.parameters() if p.requires_grad], lr=1e-3, max_iter=3)
+    allocator = allocator_of(model, total_epochs=1, steps_per_epoch=1).attach(optimizer)
+    mlp.run(model.train()).square().sum().backward()
+    by_hand = ImportanceTracker(adapted_matrices(model))
+    by_hand.update()
+    calls = []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = mlp.run(model).square().sum()
+        loss.backward()
+        calls.append(loss)
+        return loss
+
+    optimizer.step(closure)
+    assert len(calls) > 1
+    expected = by_hand.state_dict()["averages"]
+    assert all(
+        torch.equal(value, expected[key]) for key, value in allocator.importance.state_dict()["averages"].items()
+    )
+
+
+def test_a_step_that_the_gradient_scaler_skips_counts_once_its_gradients_are_cleared(mlp):
+    model = mlp.adapted()
+    optimizer = make_optimizer(model)
+    allocator = allocator_of(model).attach(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    model.train()
+    for broken in (False, True, False):
+        optimizer.zero_grad()
+        scaler.scale(mlp.run(model).square().sum()).backward()
+        if broken:
+            allocator.matrices[0].layer.snella_A["default"].grad.fill_(torch.inf)
+        scaler.step(optimizer)
+        scaler.update()
+    assert allocator.step == 3
+    assert [entry["step"] for entry in allocator.history] == [0, 3]
+    assert all(torch.isfinite(torch.tensor(allocator.importance.scores())))
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_hooks_on_zero_grad_call_each_other(count):
+    optimizer, calls = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1), []
+    hooks = [_ZeroGradHook(optimizer, lambda _, number=number: calls.append(number)) for number in range(count)]
+    optimizer.zero_grad()
+    assert sorted(calls) == list(range(count))
+    for hook in reversed(hooks):
+        hook.remove()
+    optimizer.zero_grad()
+    assert len(calls) == count
+
+
+def test_gradients_that_overflow_inside_of_a_step_are_no_skipped_step(mlp):
+    model = mlp.adapted()
+    optimizer = torch.optim.LBFGS([p for p in model.parameters() if p.requires_grad], max_iter=3)
+    allocator = allocator_of(model).attach(optimizer)
+    model.train()
+
+    def closure():
+        optimizer.zero_grad()
+        loss = mlp.run(model).square().sum()
+        loss.backward()
+        allocator.matrices[0].layer.snella_A["default"].grad.fill_(torch.inf)
+        return loss
+
+    optimizer.step(closure)
+    assert allocator.step == 1
+
+
+# errors and warnings ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"total_epochs": 0}, "total_epochs must be at least 1, got 0"),
+        ({"steps_per_epoch": -3}, "steps_per_epoch must be at least 1, got -3"),
+        ({"total_steps": 0}, "total_steps must be at least 1, got 0"),
+        ({"adapter_name": "nobody"}, r"adapter_name must be one of \['default'\], got 'nobody'"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(mlp, settings, message):
+    with pytest.raises(ValueError, match=message):
+        allocator_of(mlp.adapted(), **settings)
+
+
+def test_attaching_twice_is_refused(mlp):
+    model = mlp.adapted()
+    optimizer = make_optimizer(model)
+    allocator = allocator_of(model).attach(optimizer)
+    with pytest.raises(RuntimeError, match=r"attached to an optimizer already; call detach\(\) first"):
+        allocator.attach(optimizer)
+
+
+def test_matrices_without_gradient_are_named_in_one_warning(mlp):
+    model = mlp.adapted()
+    optimizer = make_optimizer(model)
+    allocator_of(model).attach(optimizer)
+    model.base_model.model.lin0.register_forward_hook(lambda module, args, output: output.detach())
+    model.train()
+    message = "1 of 2 adapted matrices got no gradient in the first 5 steps: 'lin0'; the loss does not depend on"
+    with pytest.warns(UserWarning, match=message) as caught:
+        train(mlp, model, optimizer)
+    assert len(caught) == 1
+
+
+def test_a_training_of_two_steps_names_matrices_without_gradient_after_them(mlp):
+    model = mlp.adapted()
+    optimizer = make_optimizer(model)
+    allocator_of(model, total_epochs=1, steps_per_epoch=2).attach(optimizer)
+    # a gradient that is there but zero, as behind a mask
+    model.base_model.model.lin0.register_forward_hook(lambda module, args, output: output * 0)
+    model.train()
+    with pytest.warns(UserWarning, match="1 of 2 adapted matrices got no gradient in the first 2 steps: 'lin0'"):
+        train(mlp, model, optimizer, last=2)
+
+
+def test_a_gradient_in_any_of_the_first_steps_and_a_budget_of_zero_are_no_reason_to_warn(mlp):
+    model = mlp.adapted()
+    optimizer = make_optimizer(model)
+    allocator_of(model).attach(optimizer)
+    lin0 = model.base_model.model.lin0
+    handle = lin0.register_forward_hook(lambda module, args, output: output.detach())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(mlp, model, optimizer, last=4)  # as a head that starts at zero
+        handle.remove()
+        train(mlp, model, optimizer, first=5)
+        empty = mlp.adapted()
+        optimizer = make_optimizer(empty)
+        allocator = allocator_of(empty).attach(optimizer)
+        allocator._set_budgets([0, 50])
+        train(mlp, empty, optimizer, last=2)
+        allocator._set_budgets([0, 50])
+        train(mlp, empty, optimizer, first=3)
+
+
+# SNELL and the numbers of large models ------------------------------------------------------------------------------
+
+
+def test_snell_is_a_setting(vit):
+    model = vit.adapted(kernel="p_linear", allocation="uniform", target_sparsity=0.9)
+    optimizer = make_optimizer(model)
+    allocator = allocator_of(model, total_epochs=1, steps_per_epoch=2).attach(optimizer)
+    train(vit, model, optimizer, last=2)
+    assert all(m.sparsity == pytest.approx(0.9, abs=0.001) for m in allocator.matrices)
+    assert all(m.nonzeros() == m.budget for m in allocator.matrices)
+
+
+@pytest.mark.parametrize(
+    ("every", "end", "reached_at"), [("epoch", 0.5, 6), ("epoch", 0.6, 9), (2, 0.5, 6), (4, 0.3, 4), ("epoch", 1.0, 12)]
+)
+def test_the_target_is_reached_once_the_schedule_ends_and_kept(mlp, every, end, reached_at):
+    model = mlp.adapted(schedule_end=end, realloc_every=every)
+    optimizer = make_optimizer(model)
+    allocator = BudgetAllocator(model, total_epochs=4, steps_per_epoch=3).attach(optimizer)
+    assert not allocator.has_reached_target
+    train(mlp, model, optimizer, last=12)
+    at_target = [entry["step"] for entry in allocator.history if entry["budget"] == allocator.target_budget]
+    assert at_target == [entry["step"] for entry in allocator.history if entry["step"] >= reached_at]
+    assert allocator.has_reached_target
+
+
+def test_an_optimizer_that_matches_no_steps_is_told_of_where_they_were_asked_for(mlp):
+    model = mlp.adapted(preset="matched")
+    with pytest.warns(UserWarning, match="match_update=True has no effect on this AdamW; make the optimizer"):
+        allocator_of(model).attach(torch.optim.AdamW(model.parameters()))
+    allocator_of(model).attach(create_snella_optimizer(model, lr=0.1))

@@ -1,0 +1,133 @@
+"""Averages of models have the budgets of the model, whatever a tool does to buffers."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel
+from timm.utils import ModelEmaV2, ModelEmaV3
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
+
+from snella import BudgetAllocator, create_snella_optimizer
+from snella.matrices import adapted_matrices
+
+STEPS = 6
+
+
+def averaged(model, **settings):
+    average = AveragedModel(model, **settings)
+    return average.module, lambda: average.update_parameters(model)
+
+
+def timms(kind, model):
+    average = kind(model, decay=0.9)
+    return average.module, lambda: average.update(model)
+
+
+AVERAGES = {
+    "mean": lambda model: averaged(model, use_buffers=True),
+    "ema": lambda model: averaged(model, use_buffers=True, avg_fn=get_ema_avg_fn(0.9)),
+    "multi": lambda model: averaged(model, use_buffers=True, multi_avg_fn=get_ema_multi_avg_fn(0.9)),
+    "parameters": lambda model: averaged(model),
+    "ModelEmaV2": lambda model: timms(ModelEmaV2, model),
+    "ModelEmaV3": lambda model: timms(ModelEmaV3, model),
+}
+
+
+def budgets_of(model):
+    return {matrix.name: matrix.budget for matrix in adapted_matrices(model)}
+
+
+def train(case, model, after_step=lambda: None, **settings):
+    optimizer = create_snella_optimizer(model, lr=1e-2)
+    allocator = BudgetAllocator(model, total_epochs=1, steps_per_epoch=STEPS).attach(optimizer)
+    model.train()
+    for number in range(STEPS):
+        case.run(model, case.inputs(number)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        after_step()
+    allocator.detach()
+    return allocator
+
+
+@pytest.mark.parametrize("kind", AVERAGES)
+@pytest.mark.parametrize("name", ["mlp", "timm_vit"])
+def test_an_average_has_the_budgets_of_the_model_and_is_saved_with_them(cases, name, kind, tmp_path):
+    case = cases[name]
+    model = case.adapted(realloc_every=1)
+    average, update = AVERAGES[kind](model)
+    seen = []
+
+    def after_step():
+        update()
+        seen.append(budgets_of(average) == budgets_of(model))
+
+    allocator = train(case, model, after_step)
+    assert seen == [True] * STEPS
+    update()  # what is averaged last is saved before anything reads it
+    average.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(case.base(), tmp_path)
+    assert budgets_of(loaded) == allocator.budgets
+    assert sum(budgets_of(loaded).values()) == allocator.target_budget
+    assert [m.nonzeros() for m in adapted_matrices(average.eval())] == list(allocator.budgets.values())
+    assert not torch.equal(case.predict(average), case.predict(model.eval()))
+
+
+def test_an_average_in_evaluation_has_the_budgets_in_its_buffers_where_a_compiled_graph_reads_them(mlp):
+    model = mlp.adapted(realloc_every=1)
+    average, update = AVERAGES["ema"](model)
+    average.train()
+    allocator = train(mlp, model, update)
+    layers = [matrix.layer for matrix in adapted_matrices(average)]
+    raw = [int(layer.snella_budget["default"]) for layer in layers]
+    average.eval()
+    assert [int(layer.snella_budget["default"]) for layer in layers] == list(allocator.budgets.values()) != raw
+
+
+def test_copies_keep_their_own_budgets(mlp):
+    model = mlp.adapted(realloc_every=1)
+    dense = budgets_of(model)
+    snapshot = copy.deepcopy(model)
+    first = train(mlp, model)
+    assert budgets_of(snapshot) == dense != first.budgets
+    other = copy.deepcopy(snapshot)
+    second = train(mlp, other)
+    other_layer = adapted_matrices(other)[0].layer
+    other_layer.set_budget("default", [7])
+    assert budgets_of(model) == first.budgets
+    assert budgets_of(other) == second.budgets | {"lin0": 7}
+    snapshot.load_state_dict(model.state_dict())
+    assert budgets_of(snapshot) == first.budgets
+
+
+def test_a_budget_that_is_written_and_sealed_by_other_code_is_kept(mlp):
+    layer = adapted_matrices(mlp.adapted())[0].layer
+    layer.snella_budget["default"].fill_(11)
+    assert layer.budgets("default") == (120,)
+    layer.snella_budget["default"].fill_(11)
+    layer.seal_budgets("default")
+    assert layer.budgets("default") == (11,)
+
+
+def test_weights_that_are_exchanged_for_an_evaluation_leave_no_threshold_behind(mlp):
+    model = mlp.adapted(init_sparsity=0.5)
+    other = mlp.adapted(init_sparsity=0.5)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.5 + torch.rand_like(parameter))
+    expected = mlp.run(model.train())
+    for exchange in range(2):  # as Lightning's WeightAveraging does around a validation
+        for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+            kept = mine.detach().clone()
+            mine.data.copy_(theirs.data)
+            theirs.data.copy_(kept)
+        if exchange == 0:
+            model.eval()
+            mlp.run(model)
+    for module in model.modules():
+        module.training = True
+    assert torch.equal(mlp.run(model), expected)
+    assert [m.nonzeros() for m in adapted_matrices(model)] == [m.budget for m in adapted_matrices(model)]

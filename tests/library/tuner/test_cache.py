@@ -1,0 +1,520 @@
+"""What a layer remembers between forward passes: computed once, never stale."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers.training_utils import EMAModel
+from peft import PeftModel, get_peft_model
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
+
+from snella import SnellaConfig
+from snella import update as spec
+from snella.backends.base import TorchBackend
+from snella.backends.numba import backend as numba_backend
+from snella.cache import LayerCache
+from snella.layer import SnellaLayer
+from snella.matrices import adapted_matrices
+
+
+def count(monkeypatch, calls, *functions):
+    """Let every call of the functions, given as owner and name, add to `calls`."""
+    for owner, name in functions:
+        plain = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, plain=plain: calls.append(1) or plain(*args))
+
+
+@pytest.fixture
+def merges(monkeypatch):
+    """Counts how often two factors are merged."""
+    calls = []
+    count(monkeypatch, calls, (TorchBackend, "merge"), (numba_backend, "pack_factors"))
+    return calls
+
+
+@pytest.fixture
+def selections(monkeypatch):
+    """Counts how often a threshold is looked for."""
+    calls = []
+    count(monkeypatch, calls, (spec, "keep_threshold"), (numba_backend, "select_threshold"))
+    return calls
+
+
+def layers(model):
+    return [module for module in model.modules() if isinstance(module, SnellaLayer)]
+
+
+def spent(calls):
+    count = len(calls)
+    calls.clear()
+    return count
+
+
+# in evaluation ------------------------------------------------------------------------------------------------------
+
+
+def test_evaluation_merges_once_for_all_batches(mlp, merges):
+    model = mlp.adapted()
+    for _ in range(5):
+        mlp.predict(model)
+    assert spent(merges) == 2
+
+
+def test_inference_mode_uses_the_same_weight(mlp, merges):
+    model = mlp.adapted()
+    expected = mlp.predict(model)
+    with torch.inference_mode():
+        assert torch.equal(mlp.run(model), expected)
+    assert torch.equal(mlp.predict(model), expected)
+    assert spent(merges) == 2
+
+
+def test_a_weight_first_computed_in_inference_mode_serves_gradients_afterwards(mlp):
+    model = mlp.adapted()
+    with torch.inference_mode():
+        expected = mlp.run(model).clone()
+    mlp.run(model).sum().backward()
+    assert torch.equal(mlp.predict(model), expected)
+
+
+def test_a_frozen_adapter_is_merged_once_although_gradients_are_enabled(mlp, merges, tmp_path):
+    mlp.adapted().save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(mlp.base(), tmp_path).eval()
+    spent(merges)
+    x = mlp.inputs().requires_grad_()
+    for _ in range(3):
+        mlp.run(model, x).sum().backward()
+    assert spent(merges) == 2
+    assert x.grad.any()
+
+
+@torch.no_grad()
+def change_in_place(model):
+    layers(model)[0].snella_A["default"].add_(0.5)
+
+
+def step_optimizer(model):
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.ones_like(parameter)
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3).step()
+
+
+def change_budget(model):
+    layers(model)[0].set_budget("default", [7])
+
+
+def load_state(model):
+    model.load_state_dict(
+        {name: tensor + 0.5 for name, tensor in model.state_dict().items() if "snella_B" in name}, False
+    )
+
+
+def change_scale(model):
+    layers(model)[0].set_scale("default", 3)
+
+
+@torch.no_grad()
+def change_base(model):
+    layers(model)[0].get_base_layer().weight.add_(0.5)
+
+
+def replace_base_data(model):
+    layer = layers(model)[0]
+    layer.set_base_weight(layer.get_base_weight() + 0.5)
+
+
+def replace_parameter(model):
+    layer = layers(model)[0]
+    layer.snella_A["default"] = nn.Parameter(layer.snella_A["default"].detach() + 0.5)
+
+
+class WritesThroughData(torch.optim.Optimizer):
+    """As 8-bit optimizers do: torch does not see that the parameter changed."""
+
+    def __init__(self, params):
+        super().__init__(params, {})
+
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            parameter.data.add_(0.3)
+
+
+def step_unseen(model):
+    WritesThroughData([p for p in model.parameters() if p.requires_grad]).step()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_in_place,
+        step_optimizer,
+        change_budget,
+        load_state,
+        change_scale,
+        change_base,
+        replace_base_data,
+        replace_parameter,
+        step_unseen,
+    ],
+)
+def test_evaluation_follows_every_change(mlp, change):
+    model = mlp.adapted()
+    before = mlp.predict(model)
+    change(model)
+    after = mlp.predict(model)
+    assert not torch.equal(after, before)
+    fresh = copy.deepcopy(model)
+    assert torch.equal(mlp.predict(fresh), after)
+
+
+def test_evaluation_follows_a_switch_of_adapters(mlp, merges):
+    model = mlp.adapted()
+    first = mlp.predict(model)
+    model.add_adapter("second", mlp.config())
+    model.set_adapter("second")
+    second = mlp.predict(model)
+    assert not torch.equal(second, first)
+    model.set_adapter("default")
+    assert torch.equal(mlp.predict(model), first)
+    model.delete_adapter("second")
+    assert torch.equal(mlp.predict(model), first)
+
+
+def test_a_cached_budget_follows_the_buffer(mlp):
+    layer = layers(mlp.adapted())[0]
+    assert layer.budgets("default") == (120,)
+    layer.snella_budget["default"].fill_(11)
+    layer.seal_budgets("default")
+    assert layer.budgets("default") == (11,)
+
+
+def test_adapters_born_in_inference_mode_are_never_cached(mlp):
+    with torch.inference_mode():
+        model = mlp.adapted()
+        before = mlp.run(model).clone()
+        layers(model)[0].snella_A["default"].data.add_(0.5)
+        assert not torch.equal(mlp.run(model), before)
+
+
+# in training --------------------------------------------------------------------------------------------------------
+
+
+def test_training_keeps_no_effective_weight(kind):
+    model = kind.adapted()
+    kind.predict(model)
+    assert all(layer._cache._effective is not None for layer in layers(model))
+    model.train()
+    assert all(layer._cache._effective is None for layer in layers(model))
+    kind.run(model).sum().backward()
+    with torch.no_grad():
+        kind.run(model)
+    assert all(layer._cache._effective is None for layer in layers(model))
+
+
+def test_thresholds_are_found_once_for_all_accumulated_batches(mlp, selections):
+    model = mlp.adapted(init_sparsity=0.5, target_sparsity=0.5).train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    for _ in range(3):
+        for _ in range(4):
+            mlp.run(model).sum().backward()
+        assert spent(selections) == 2
+        optimizer.step()
+
+
+def test_thresholds_follow_an_optimizer_that_writes_past_torch(mlp, selections):
+    model = mlp.adapted(init_sparsity=0.5, target_sparsity=0.5).train()
+    optimizer = WritesThroughData([p for p in model.parameters() if p.requires_grad])
+    for _ in range(3):
+        mlp.run(model).sum().backward()
+        assert [m.nonzeros() for m in adapted_matrices(model)] == [m.budget for m in adapted_matrices(model)]
+        assert spent(selections) == 2
+        optimizer.step()
+
+
+def test_thresholds_follow_a_change_of_budget(mlp):
+    model = mlp.adapted().train()
+    mlp.run(model).sum().backward()
+    layers(model)[0].set_budget("default", [13])
+    mlp.run(model).sum().backward()
+    assert adapted_matrices(model)[0].nonzeros() == 13
+
+
+def test_accumulated_gradients_equal_those_of_single_batches(mlp):
+    model = mlp.adapted(init_sparsity=0.5).train()
+    batches = [mlp.inputs(seed) for seed in (1, 2, 3)]
+    for x in batches:
+        mlp.run(model, x).square().sum().backward()
+    accumulated = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+    total = [torch.zeros_like(gradient) for gradient in accumulated]
+    for x in batches:
+        model.zero_grad()
+        twin = copy.deepcopy(model)
+        mlp.run(twin, x).square().sum().backward()
+        total = [t + p.grad for t, p in zip(total, (p for p in twin.parameters() if p.requires_grad), strict=True)]
+    assert all(torch.allclose(a, t, rtol=1e-4, atol=1e-5) for a, t in zip(accumulated, total, strict=True))
+
+
+# copies -------------------------------------------------------------------------------------------------------------
+
+
+def test_copies_and_pickles_start_empty(mlp):
+    model = mlp.adapted()
+    mlp.predict(model)
+    cache = layers(model)[0]._cache
+    for twin in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+        assert isinstance(twin, LayerCache)
+        assert twin._effective is None
+        assert not twin._adapters
+
+
+# entries in inference mode ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda mlp, model: mlp.run(model),
+        lambda mlp, model: adapted_matrices(model)[0].nonzeros(),
+        lambda mlp, model: layers(model)[0].get_delta_weight("default"),
+    ],
+    ids=["forward", "nonzeros", "get_delta_weight"],
+)
+def test_a_look_in_inference_mode_does_not_disturb_training(mlp, look):
+    model = mlp.adapted().train()
+    with torch.inference_mode():
+        look(mlp, model)
+    mlp.run(model).sum().backward()
+    assert layers(model)[0].snella_A["default"].grad.any()
+
+
+def test_setting_the_mode_that_is_set_already_keeps_the_thresholds(mlp, selections):
+    model = mlp.adapted().train()
+    for number in range(4):
+        model.train()  # as transformers' Trainer does before every batch
+        mlp.run(model, mlp.inputs(number)).sum().backward()
+    assert spent(selections) == 2
+
+
+# read by the model --------------------------------------------------------------------------------------------------
+
+
+class Reader(nn.Module):
+    """Calls its layer, or reads its weight as BEiT, Swin V2 and others do."""
+
+    def __init__(self, layer, reads):
+        super().__init__()
+        self.layer, self.reads = layer, reads
+
+    def forward(self, x):
+        if not self.reads:
+            return self.layer(x)
+        bias = None if self.layer.bias is None else self.layer.bias.to(x.dtype)
+        weight = self.layer.weight
+        if isinstance(self.layer.get_base_layer(), nn.Conv2d):
+            return F.conv2d(x, weight, bias, padding=1)
+        return F.linear(x, weight.T if isinstance(self.layer.get_base_layer(), Conv1D) else weight, bias)
+
+
+READ_LAYERS = {
+    "linear": (lambda: nn.Linear(6, 9), (2, 3, 6)),
+    "transposed": (lambda: Conv1D(9, 6), (2, 3, 6)),
+    "conv": (lambda: nn.Conv2d(4, 5, 3, padding=1), (2, 4, 5, 5)),
+}
+
+
+def pair(kind="linear", **settings):
+    """The same adapted layer called and read, and an input."""
+    make, shape = READ_LAYERS[kind]
+    torch.manual_seed(0)
+    layer = make()
+    models = []
+    for reads in (False, True):
+        torch.manual_seed(1)
+        config = SnellaConfig(**{"r": 4, "target_modules": ["layer"], "init_weights": False, "scaling": 0.1} | settings)
+        model = get_peft_model(Reader(copy.deepcopy(layer), reads), config)
+        if config.fixed_support:
+            layers(model)[0].set_support("default", torch.arange(0, 50, 3))
+        models.append(model)
+    return *models, torch.randn(shape)
+
+
+def gradients(model, x):
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    model(x).square().sum().backward()
+    return [x.grad, *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
+
+
+@pytest.mark.parametrize("settings", [{}, {"impl": "eager"}, {"impl": "reference"}, {"fixed_support": True}], ids=str)
+@pytest.mark.parametrize("kind", READ_LAYERS)
+def test_a_weight_that_the_model_reads_is_the_one_that_the_layer_applies(kind, settings):
+    called, reading, x = pair(kind, **settings)
+    torch.testing.assert_close(reading(x), called(x))
+    torch.testing.assert_close(gradients(reading, x), gradients(called, x))
+    for model in (called, reading):
+        model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(reading(x), called(x))
+        unmerged = reading(x)
+        with reading.disable_adapter():
+            assert not torch.equal(reading(x), unmerged)
+        reading.merge_adapter()
+        torch.testing.assert_close(reading(x), unmerged)
+
+
+@pytest.mark.parametrize("kind", READ_LAYERS)
+def test_a_compiled_model_that_reads_a_weight_gives_the_same_numbers(kind):
+    called, reading, x = pair(kind)
+    torch._dynamo.reset()
+    compiled = torch.compile(reading, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), called(x))
+    compiled(x).square().sum().backward()
+    expected = gradients(called, x)[1:]
+    torch.testing.assert_close([p.grad for p in reading.parameters() if p.requires_grad], expected)
+
+
+def test_a_read_weight_under_checkpointing_and_autocast_trains_as_a_called_layer():
+    called, reading, x = pair()
+    expected = gradients(called, x)
+    assert all(map(torch.equal, gradients(lambda_module(reading), x)[1:], gradients(reading, x)[1:]))
+    torch.testing.assert_close(gradients(reading, x), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert reading(x).dtype == torch.bfloat16
+        torch.testing.assert_close(reading(x), called(x))
+
+
+def lambda_module(model):
+    """The same model with its activations checkpointed."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return checkpoint(self.model, x, use_reentrant=False)
+
+    return Checkpointed()
+
+
+def test_a_weight_that_is_only_described_is_not_merged(mlp, merges):
+    model = mlp.adapted().train()
+    layer = layers(model)[0]
+    spent(merges)
+    weight = layer.weight
+    assert (weight.dtype, weight.shape, weight.size(0)) == (torch.float32, (12, 10), 12)
+    assert (len(weight), weight.ndim, weight.device.type, weight.is_floating_point()) == (12, 2, "cpu", True)
+    assert weight.data_ptr() == layer.base_layer.weight.data_ptr()
+    assert not merges
+    assert torch.equal(weight.detach(), layer.base_layer.weight + layer.get_delta_weight("default"))
+
+
+def test_writing_into_a_weight_writes_into_the_base(mlp):
+    layer = layers(mlp.adapted())[0]
+    nn.init.ones_(layer.weight)
+    assert (layer.base_layer.weight == 1).all()
+    with torch.no_grad():
+        layer.weight.mul_(2)
+        layer.weight.data.add_(1)
+    assert (layer.base_layer.weight == 3).all()
+    assert not (layer.weight == 3).all()
+
+
+def test_a_read_weight_is_remembered_in_evaluation(merges):
+    _, reading, x = pair()
+    reading.eval()
+    spent(merges)
+    with torch.no_grad():
+        for _ in range(3):
+            reading(x)
+    assert spent(merges) == 1
+
+
+@pytest.mark.parametrize("settings", [{}, {"fixed_support": True}], ids=["competing", "fixed"])
+def test_a_linear_product_with_a_read_weight_keeps_what_a_call_keeps(settings):
+    called, reading, x = pair(**settings)
+
+    def kept(model):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.shape) or t, lambda t: t):
+            model(x)
+        return sizes
+
+    assert kept(reading) == kept(called)
+    for mine, theirs in zip(gradients(reading, x), gradients(called, x), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("has_grad", [True, False])
+def test_dropout_acts_on_a_linear_product_with_a_read_weight(has_grad):
+    called, reading, x = pair(update_dropout=0.5)
+    outputs = []
+    for model in (called, reading, reading):
+        torch.manual_seed(len(outputs) // 2)
+        with torch.set_grad_enabled(has_grad):
+            outputs.append(model(x))
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[1], outputs[2])
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_a_linear_product_of_two_dtypes_with_a_read_weight_is_torch_s_error(is_training):
+    _, reading, x = pair()
+    with pytest.raises(RuntimeError, match="dtype"):
+        reading.train(is_training)(x.double())
+
+
+def test_the_bias_of_a_product_with_a_read_weight_is_the_caller_s():
+    _, reading, x = pair()
+    layer, bias = reading.base_model.model.layer, torch.randn(9, requires_grad=True)
+    y = F.linear(bias=bias, input=x, weight=layer.weight)
+    torch.testing.assert_close(y, F.linear(x, layer.weight.detach(), bias))
+    y.sum().backward()
+    assert torch.equal(bias.grad, torch.full((9,), 6.0))
+
+
+def test_one_warning_says_that_dropout_cannot_act_on_a_read_weight():
+    _, reading, x = pair("transposed", update_dropout=0.5)
+    with pytest.warns(UserWarning, match="the model reads the weight of 'layer'.*update_dropout") as caught:
+        reading(x)
+        reading(x)
+    assert len(caught) == 1
+
+
+def test_the_weight_of_an_adapted_attention_can_be_read():
+    torch.manual_seed(0)
+    model = get_peft_model(
+        nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2)}),
+        SnellaConfig(r=4, target_modules=["attn"], init_weights=False),
+    )
+    attention = model.base_model.model["attn"]
+    update = attention.in_proj.get_delta_weight("default")
+    torch.testing.assert_close(attention.in_proj_weight.detach(), attention.base_layer.in_proj_weight + update)
+    attention.in_proj_weight.sum().backward()
+    assert attention.in_proj.snella_A["default"].grad is not None
+
+
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_evaluation_follows_averages_that_are_copied_into_the_factors(mlp, with_gradients):
+    model = mlp.adapted().eval()
+    averages = EMAModel([p for p in model.parameters() if p.requires_grad], decay=0.5)
+    for average in averages.shadow_params:
+        average.mul_(2)
+    inputs = mlp.inputs()
+    with torch.set_grad_enabled(with_gradients):
+        before = mlp.run(model, inputs).detach()
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        averages.store(parameters)
+        averages.copy_to(parameters)
+        averaged = mlp.run(model, inputs).detach()
+        torch.testing.assert_close(averaged, mlp.run(copy.deepcopy(model), inputs).detach())
+        assert not torch.allclose(averaged, before)
+        averages.restore(parameters)
+        torch.testing.assert_close(mlp.run(model, inputs).detach(), before)

@@ -1,0 +1,129 @@
+"""The allocator inside of transformers' Trainer, resumed from its checkpoints."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel, get_peft_model
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from snella import SnellaCallback, create_snella_optimizer
+from snella.matrices import adapted_matrices
+
+
+class Pictures(torch.utils.data.Dataset):
+    def __init__(self, count=20):
+        generator = torch.Generator().manual_seed(0)
+        self.images = torch.randn(count, 3, 16, 16, generator=generator)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return {"pixel_values": self.images[index], "labels": index % 3}
+
+
+class StopAfter(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+def trainer(case, folder, *callbacks, **settings):
+    transformers.set_seed(0)
+    config = case.config(modules_to_save=["classifier"], target_modules=["q_proj", "v_proj", "fc1"])
+    model = get_peft_model(case.base(), config)
+    defaults = {
+        "num_train_epochs": 3,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "logging_strategy": "no",
+    }
+    args = TrainingArguments(str(folder), **defaults | settings)
+    optimizer = create_snella_optimizer(model, lr=1e-2)
+    return Trainer(
+        model=model, args=args, train_dataset=Pictures(), callbacks=list(callbacks), optimizers=(optimizer, None)
+    )
+
+
+@pytest.fixture
+def vit(cases):
+    return cases["vit"]
+
+
+def test_training_with_the_callback_ends_at_the_target_budget(vit, tmp_path):
+    callback = SnellaCallback()
+    run = trainer(vit, tmp_path, callback)
+    run.train()
+    allocator = callback.allocator
+    # 20 pictures, 4 a batch, 2 batches a step: 3 steps an epoch
+    assert [(entry["step"], entry["t"]) for entry in allocator.history] == [(0, 0), (3, 1), (6, 2), (9, 3)]
+    assert sum(allocator.budgets.values()) == allocator.target_budget
+    assert [m.nonzeros() for m in adapted_matrices(run.model)] == list(allocator.budgets.values())
+    assert allocator._handles == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "times"),
+    [
+        ({"max_steps": 7}, [(0, 0), (3, 1), (6, 2), (7, 3)]),
+        ({"max_steps": 2}, [(0, 0), (2, 1)]),
+        ({"num_train_epochs": 1.5}, [(0, 0), (3, 1), (5, 2)]),
+    ],
+)
+def test_training_that_stops_within_an_epoch_ends_at_the_target_budget(vit, tmp_path, settings, times):
+    callback = SnellaCallback()
+    trainer(vit, tmp_path, callback, **settings).train()
+    assert [(entry["step"], entry["t"]) for entry in callback.allocator.history] == times
+    assert sum(callback.allocator.budgets.values()) == callback.allocator.target_budget
+
+
+@pytest.mark.parametrize("stop", [3, 5])
+def test_a_resumed_training_equals_an_uninterrupted_one_bit_for_bit(vit, tmp_path, stop):
+    whole = SnellaCallback()
+    reference = trainer(vit, tmp_path / "whole", whole)
+    reference.train()
+    first = trainer(vit, tmp_path / "parts", SnellaCallback(), StopAfter(stop), save_strategy="steps", save_steps=1000)
+    first.train()
+    resumed = SnellaCallback()
+    second = trainer(vit, tmp_path / "parts", resumed)
+    second.train(resume_from_checkpoint=str(tmp_path / "parts" / f"checkpoint-{stop}"))
+    assert resumed.allocator.history == whole.allocator.history
+    assert resumed.allocator.budgets == whole.allocator.budgets
+    expected = reference.model.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in second.model.state_dict().items())
+
+
+def test_a_checkpoint_of_the_trainer_is_an_adapter(vit, tmp_path):
+    run = trainer(vit, tmp_path, SnellaCallback(), save_strategy="epoch")
+    run.train()
+    loaded = PeftModel.from_pretrained(vit.base(), tmp_path / "checkpoint-9").eval()
+    assert torch.equal(vit.predict(loaded), vit.predict(run.model.eval()))
+
+
+def test_the_callback_trains_the_adapter_it_is_given(vit, tmp_path):
+    callback = SnellaCallback("nobody")
+    with pytest.raises(ValueError, match=r"adapter_name must be one of \['default'\], got 'nobody'"):
+        trainer(vit, tmp_path, callback).train()
+
+
+def test_a_trainer_without_the_callback_is_told_of(vit, tmp_path):
+    with pytest.warns(UserWarning, match=r"no budget allocator is attached.*callbacks=\[SnellaCallback\(\)\]"):
+        trainer(vit, tmp_path, max_steps=2).train()
+
+
+def test_a_callback_outside_of_a_trainer_says_what_it_needs(tmp_path):
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    state, control = transformers.TrainerState(), transformers.TrainerControl()
+    with pytest.raises(RuntimeError, match="SnellaCallback needs the Trainer's model and optimizer, got None"):
+        SnellaCallback().on_train_begin(args, state, control)
+    SnellaCallback().on_train_end(args, state, control)

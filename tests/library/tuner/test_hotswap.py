@@ -1,0 +1,209 @@
+"""Another adapter in a running model."""
+
+import gc
+import sys
+
+import pytest
+import timm
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from torch import nn
+
+from snella import SnellaConfig, hotswap
+from snella.backends.base import MergeCache
+from snella.compat.hotswap import AdapterValues
+from snella.functional import compute_effective_weight, write_effective_weight
+from snella.kernels import make_kernel
+from snella.layer import SnellaLayer
+from snella.update import Factors, Update, UpdateSpec
+
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+TASKS = {"one": 1, "two": 2}
+
+
+def backbone():
+    torch.manual_seed(0)
+    return timm.create_model("test_vit", num_classes=3, img_size=32).eval()
+
+
+def adapted(seed, **changes):
+    torch.manual_seed(0)
+    settings = {"r": 4, "target_sparsity": 0.7, "init_sparsity": 0.7, "modules_to_save": ["head"]}
+    model = get_peft_model(backbone(), SnellaConfig(**{**settings, **changes}))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.rand(parameter.shape, generator=generator), alpha=0.3)
+        for module in model.modules():
+            if isinstance(module, SnellaLayer):  # other budgets in each task
+                module.set_budget("default", [budget // seed for budget in module.budgets("default")])
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("adapters")
+    for name, seed in TASKS.items():
+        adapted(seed, scaling=float(seed)).save_pretrained(root / name)
+    return {name: root / name for name in TASKS}
+
+
+def expected(folder):
+    return PeftModel.from_pretrained(backbone(), folder).merge_and_unload().eval()(IMAGES)
+
+
+def weights(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items() if "base_layer" in name}
+
+
+@pytest.mark.parametrize("is_merged", [True, False])
+def test_outputs_are_those_of_a_freshly_loaded_model_and_the_base_is_restored_bit_for_bit(folders, is_merged):
+    model = PeftModel.from_pretrained(backbone(), folders["one"]).eval()
+    before = weights(model)
+    if is_merged:
+        model.merge_adapter()
+    with torch.no_grad():
+        for name in ("two", "one", "two", "two"):
+            hotswap(model, folders[name])
+            assert torch.equal(model(IMAGES), expected(folders[name]))
+    if is_merged:
+        model.unmerge_adapter()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(model).items())
+
+
+def test_an_adapter_in_memory_reads_nothing_and_keeps_its_thresholds(folders, monkeypatch):
+    model = PeftModel.from_pretrained(backbone(), folders["one"]).eval()
+    model.merge_adapter()
+    values = {name: hotswap(model, folder) for name, folder in folders.items()}
+    monkeypatch.setattr(sys.modules["snella.compat.hotswap"], "load_file", None)
+    with torch.no_grad():
+        for name in ("one", "two", "one"):
+            assert hotswap(model, values[name]) is values[name]
+            assert torch.equal(model(IMAGES), expected(folders[name]))
+    assert all(cache.thresholds is not None for cache in values["one"].caches.values())
+    assert values["one"].num_bytes < 0.5 * sum(p.numel() * 4 for p in backbone().parameters())
+
+
+def test_a_state_dict_serves_as_well_as_a_folder(folders):
+    model, other = (PeftModel.from_pretrained(backbone(), folders[name]).eval() for name in ("one", "one"))
+    state = {
+        name: tensor + 0.01 for name, tensor in get_peft_model_state_dict(other).items() if tensor.is_floating_point()
+    }
+    state |= {name: t for name, t in get_peft_model_state_dict(other).items() if name not in state}
+    hotswap(model, state)
+    merged = model.merge_and_unload()
+    assert torch.equal(merged.head.weight, state["base_model.model.head.weight"])
+
+
+def test_a_compiled_model_is_not_compiled_again(folders):
+    torch._dynamo.reset()
+    model = PeftModel.from_pretrained(backbone(), folders["one"]).eval()
+    model.merge_adapter()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    counters = torch._dynamo.utils.counters
+    with torch.no_grad():
+        compiled(IMAGES)
+        graphs = counters["stats"]["unique_graphs"]
+        for name in ("two", "one", "two"):
+            hotswap(compiled, folders[name])
+            assert torch.equal(compiled(IMAGES), expected(folders[name]))
+    assert graphs >= 1 and counters["stats"]["unique_graphs"] == graphs
+    torch._dynamo.reset()
+
+
+def test_no_tensor_is_added_or_replaced(folders):
+    model = PeftModel.from_pretrained(backbone(), folders["one"]).eval()
+    model.merge_adapter()
+    values = [AdapterValues.read(folder) for folder in folders.values()]
+    for one in values:
+        hotswap(model, one)
+
+    def storages():
+        gc.collect()
+        return {
+            t.untyped_storage().data_ptr()
+            for t in gc.get_objects()
+            if type(t) in (torch.Tensor, nn.Parameter) and t.numel() > 500
+        }
+
+    addresses, before = [p.data_ptr() for p in model.parameters()], storages()
+    for _ in range(3):
+        for one in values:
+            hotswap(model, one)
+    assert [p.data_ptr() for p in model.parameters()] == addresses
+    assert len(storages()) <= len(before)
+
+
+def test_convolutions_transposed_weights_and_attention_follow(tmp_path):
+    from transformers.pytorch_utils import Conv1D
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.mix = nn.Conv2d(3, 8, 3, padding=1), Conv1D(12, 8)
+            self.attention = nn.MultiheadAttention(12, 2, batch_first=True)
+
+        def forward(self, x):
+            tokens = self.mix(self.conv(x).flatten(2).transpose(1, 2).contiguous())
+            return self.attention(tokens, tokens, tokens)[0].mean(1)
+
+    def make(seed):
+        torch.manual_seed(0)
+        config = SnellaConfig(r=4, target_modules=["conv", "mix", "attention"], target_sparsity=0.5, init_sparsity=0.5)
+        model = get_peft_model(Net(), config).eval()
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.rand(parameter.shape))
+        return model
+
+    make(1).save_pretrained(tmp_path / "one")
+    model, images = make(2), torch.randn(2, 3, 4, 4)
+    model.merge_adapter()
+    for _ in range(3):
+        hotswap(model, tmp_path / "one")
+        with torch.no_grad():
+            assert torch.equal(model(images), make(1).merge_and_unload()(images))
+
+
+def test_what_does_not_fit_is_refused_and_changes_nothing(folders, tmp_path):
+    model = PeftModel.from_pretrained(backbone(), folders["one"]).eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    adapted(1, kernel="p_linear").save_pretrained(tmp_path / "kernel")
+    with pytest.raises(ValueError, match="kernel is 'p_linear' where the model has 'mix_k'"):
+        hotswap(model, tmp_path / "kernel")
+    adapted(1, r=8).save_pretrained(tmp_path / "rank")
+    with pytest.raises(ValueError, match=r"snella_A is \[3, 64, 8\] where the model has \[3, 64, 4\]"):
+        hotswap(model, tmp_path / "rank")
+    values = AdapterValues.read(folders["two"])
+    values.tensors["base_model.model.head.weight"][0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"head\.weight is not finite"):
+        hotswap(model, values)
+    with pytest.raises(ValueError, match="has no SNELLA adapter 'other'"):
+        hotswap(model, folders["two"], "other")
+    get_peft_model(backbone(), LoraConfig(target_modules=["qkv"])).save_pretrained(tmp_path / "lora")
+    with pytest.raises(ValueError, match="must hold an adapter of SNELLA, got LoraConfig"):
+        hotswap(model, tmp_path / "lora")
+    with pytest.raises(FileNotFoundError, match="nowhere holds no adapter"):
+        hotswap(model, tmp_path / "nowhere")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("backend", ["numba", "eager"])
+@pytest.mark.parametrize("budget", [0, 37, 13 * 11])
+def test_writing_an_effective_weight_again_gives_the_same_bits(backend, budget):
+    if backend == "numba":
+        pytest.importorskip("numba")
+    torch.manual_seed(0)
+    spec = UpdateSpec(make_kernel("mix_k"), (13,), "soft", 0.7, backend)
+    factors = Factors(
+        torch.randn(1, 11, 8), torch.randn(13, 8), torch.tensor([[0.1, -0.1]]), torch.ones(1), torch.zeros(1)
+    )
+    weight, update = torch.randn(13, 11), Update(spec, factors, (budget,))
+    wanted, _ = compute_effective_weight(weight, [update], weight.shape)
+    cache, strided = MergeCache(), torch.empty(11, 13).T
+    for out in (torch.empty(13, 11), torch.empty(13, 11), torch.empty(13, 11), strided):
+        write_effective_weight(weight, update, out, cache)
+        assert torch.equal(out, wanted)

@@ -1,0 +1,587 @@
+"""Base layers whose weight is quantized: bitsandbytes and torchao, as they compute on this machine."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import warnings
+import weakref
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from torch import nn
+
+from snella import SnellaConfig
+from snella.compat.quantization import Quantization, RequantizationLoss, measure_requantization
+from snella.layer import SnellaLayer
+from snella.update import LazyWeight
+
+M, N = 64, 128
+BITSANDBYTES = ["nf4", "fp4", "nf4 double", "nf4 bfloat16", "int8"]
+TORCHAO = ["torchao int8", "torchao int8 groups", "torchao int4", "torchao int4 bfloat16"]
+
+
+def need(package):
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed: pip install {package}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return importlib.import_module(package)
+
+
+def linear(kind, m=M, n=N, bias=True):
+    """A quantized linear layer of one kind, and the weight that it stores."""
+    plain = nn.Linear(n, m, bias=bias)
+    if kind in BITSANDBYTES:
+        bnb = need("bitsandbytes")
+        if kind == "int8":
+            layer = bnb.nn.Linear8bitLt(n, m, bias=bias, has_fp16_weights=False)
+        else:
+            name, double = kind.split()[0], kind.endswith("double")
+            layer = bnb.nn.Linear4bit(n, m, bias=bias, quant_type=name, compress_statistics=double)
+        layer.load_state_dict(plain.state_dict())
+        if kind.endswith("bfloat16"):
+            layer.weight.data = layer.weight.data.bfloat16()
+        layer.to("cpu")
+        functional = bnb.functional
+        if kind == "int8":
+            return layer, functional.int8_vectorwise_dequant(layer.weight.data, layer.weight.SCB)
+        return layer, functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    need("torchao")
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, granularity, quantize_
+
+    configs = {
+        "torchao int8": lambda: Int8WeightOnlyConfig(set_inductor_config=False),
+        "torchao int8 groups": lambda: Int8WeightOnlyConfig(
+            granularity=granularity.PerGroup(32), set_inductor_config=False
+        ),
+        "torchao int4": lambda: IntxWeightOnlyConfig(torch.int4, granularity.PerGroup(32)),
+        "torchao int4 bfloat16": lambda: IntxWeightOnlyConfig(torch.int4, granularity.PerGroup(32)),
+    }
+    plain = plain.bfloat16() if kind.endswith("bfloat16") else plain
+    quantize_(plain, configs[kind]())
+    return plain, plain.weight.dequantize()
+
+
+class Net(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.lin = layer
+        self.head = nn.Linear(layer.out_features, 2)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.lin(x)))
+
+
+CONFIG = dict(r=4, target_modules=["lin"], init_sparsity=0.5, init_weights=False, scaling=0.3)
+
+
+def adapted(kind, **options):
+    """A model with one quantized layer that carries an update, and the same with the weight dequantized by hand."""
+    torch.manual_seed(0)
+    layer, weight = linear(kind)
+    torch.manual_seed(0)
+    plain = nn.Linear(N, M, dtype=torch.float32)
+    plain.weight.data, plain.bias.data = weight.float(), layer.bias.data.float().clone()
+    nets = [Net(layer), Net(plain)]
+    nets[1].head.load_state_dict(nets[0].head.state_dict())
+    models = []
+    for net in nets:
+        torch.manual_seed(1)
+        models.append(get_peft_model(net, SnellaConfig(**CONFIG | options)))
+    return models
+
+
+def the_layer(model):
+    return next(module for module in model.modules() if isinstance(module, SnellaLayer))
+
+
+def bits(model):
+    """Everything that the quantized weight consists of, copied."""
+    base = the_layer(model).get_base_layer()
+    source = the_layer(model)._weight()
+    stored = [] if type(base.weight).__module__.startswith("torchao.") else [base.weight.data]
+    return [tensor.detach().clone() for tensor in (*stored, *source.tensors)] + [source.materialize()]
+
+
+def loses(kind):
+    return pytest.warns(UserWarning, match=r"merged into 1 quantized weight \(.*\): .* by \d+\.\d% of .* in 'lin'")
+
+
+@pytest.fixture(params=BITSANDBYTES + TORCHAO)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(params=["bytes", *BITSANDBYTES, *TORCHAO])
+def kind_or_bytes(request):
+    return request.param
+
+
+@pytest.fixture(params=["nf4 double", "int8", "torchao int4"])
+def one_of_each(request):
+    return request.param
+
+
+@pytest.fixture(params=["bytes", "nf4 double", "int8", "torchao int4"])
+def one_of_each_or_bytes(request):
+    return request.param
+
+
+x = torch.randn(5, N, generator=torch.Generator().manual_seed(3))
+
+
+# forward and backward -----------------------------------------------------------------------------------------------
+
+
+def test_outputs_and_gradients_are_those_of_the_layer_dequantized_by_hand(kind):
+    model, by_hand = adapted(kind)
+    is_half = kind == "torchao int4 bfloat16"  # the layer itself computes in bfloat16
+    found, expected = x.clone().requires_grad_(), x.clone().requires_grad_()
+    tolerance = dict(rtol=2e-2, atol=2e-2) if is_half else {}
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_half):
+        outputs = model(found), by_hand(expected)
+    torch.testing.assert_close(*outputs, **tolerance)
+    for output in outputs:
+        output.square().sum().backward()
+    torch.testing.assert_close(found.grad, expected.grad, **tolerance)
+    learned = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    assert len(learned) >= 5, "factors and scalars"
+    for name, parameter in learned:
+        wanted = by_hand.get_parameter(name).grad
+        scale = wanted.abs().max().item()
+        torch.testing.assert_close(
+            parameter.grad, wanted, **(dict(rtol=0, atol=5e-2 * scale) if is_half else dict(rtol=1e-4, atol=1e-5))
+        )
+    assert all(p.grad is None for p in the_layer(model).get_base_layer().parameters())
+
+
+def test_an_update_that_is_smaller_than_the_spacing_of_the_dequantized_dtype_still_counts():
+    model, _ = adapted("nf4 bfloat16", scaling=1e-4)
+    layer = the_layer(model)
+    weight, delta = layer._weight().materialize(), layer.get_delta_weight("default")
+    is_lost = (weight.float() + delta).bfloat16() == weight
+    assert is_lost[delta != 0].float().mean() > 0.9, "a sum in bfloat16 would lose it"
+    torch.testing.assert_close(layer(x), x @ (weight.float() + delta).T + layer.bias)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["folded", "in a branch of its own"])
+def test_nothing_dequantized_lives_between_the_passes(one_of_each, dropout, monkeypatch):
+    model, _ = adapted(one_of_each, update_dropout=dropout)
+    layer, made = the_layer(model), []
+    plain = layer.quantization.source
+
+    def watched(base):
+        source = plain(base)
+
+        def make():
+            weight = source.materialize()
+            made.append(weakref.ref(weight))
+            return weight
+
+        return type(source)(source.shape, source.tensors, make)
+
+    monkeypatch.setattr(layer.quantization, "source", watched)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = layer(x.clone().requires_grad_())
+    assert len(made) == 1 and made[0]() is None
+    owned = {p.data_ptr() for p in model.parameters()}
+    assert max(t.numel() for t in kept if t.data_ptr() not in owned) < M * N / 2, "nothing of the weight's size"
+    y.sum().backward()
+    assert len(made) == 2, "dequantized again"
+
+
+def test_a_fixed_support_works_on_a_quantized_weight(one_of_each):
+    models = adapted(one_of_each, fixed_support=True)
+    for model in models:
+        the_layer(model).set_support("default", torch.arange(0, M * N, 7))
+    torch.testing.assert_close(*(model(x) for model in models))
+    for model in models:
+        model.eval()
+        torch.testing.assert_close(*(model(x) for model in models))
+        model(x).sum().backward()
+    torch.testing.assert_close(*(the_layer(model).snella_A["default"].grad for model in models))
+
+
+# dynamo asks a tensor between two graphs for its gradient
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_a_compiled_model_takes_the_quantized_layer_as_it_is():
+    model, _ = adapted("nf4")
+    expected = model(x)
+    torch.testing.assert_close(torch.compile(model, backend="eager")(x), expected)
+
+
+# peft calls transformers by a name that transformers is about to change
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize("package", ["bitsandbytes", "torchao"])
+def test_a_language_model_that_transformers_has_quantized_learns_under_checkpointing(package, tmp_path):
+    need(package)
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=32
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    if package == "bitsandbytes":
+        quantized = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    else:
+        from torchao.quantization import IntxWeightOnlyConfig, granularity
+
+        quantized = transformers.TorchAoConfig(IntxWeightOnlyConfig(torch.int4, granularity.PerGroup(32)))
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=quantized, device_map="cpu", dtype=torch.float32
+    )
+    model = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = get_peft_model(model, SnellaConfig(r=4, init_weights=False, scaling=0.1, target_sparsity=0.0))
+    layers = [module for module in model.modules() if isinstance(module, SnellaLayer)]
+    assert len(layers) == 14 and all(layer.quantization is not None for layer in layers)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    tokens, losses = torch.arange(32).view(2, 16), []
+    for _ in range(4):
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+# evaluation ---------------------------------------------------------------------------------------------------------
+
+
+class Bytes(Quantization):
+    """A weight as bytes with one scale, which needs no package."""
+
+    name = "bytes"
+
+    def __init__(self, weight):
+        self.scale = weight.abs().max() / 127
+        self.codes = (weight / self.scale).round().to(torch.int8)
+
+    def source(self, base):
+        return LazyWeight(self.codes.shape, (self.codes, self.scale), lambda: self.codes * self.scale)
+
+    def write(self, base, weight):
+        raise NotImplementedError
+
+    def snapshot(self, base):
+        raise NotImplementedError
+
+    def restore(self, base, snapshot):
+        raise NotImplementedError
+
+
+def adapted_on(kind, **options):
+    """A model with one quantized layer that carries an update; `bytes` runs without any package."""
+    if kind != "bytes":
+        return adapted(kind, **options)[0]
+    torch.manual_seed(0)
+    net = Net(nn.Linear(N, M))
+    torch.manual_seed(1)
+    model = get_peft_model(net, SnellaConfig(**CONFIG | options))
+    the_layer(model).quantization = Bytes(net.lin.weight.detach())
+    return model
+
+
+def test_evaluation_gives_the_bits_of_training_and_keeps_nothing_dequantized(kind_or_bytes, monkeypatch):
+    model = adapted_on(kind_or_bytes)
+    layer, kept = the_layer(model), []
+    trained = layer(x)
+    model.eval()
+    effective = layer._effective
+
+    def watched(*args, **options):
+        weight = effective(*args, **options)
+        kept.append(weakref.ref(weight))
+        return weight
+
+    monkeypatch.setattr(layer, "_effective", watched)
+    for is_enabled in (False, True):
+        with torch.set_grad_enabled(is_enabled):
+            torch.testing.assert_close(layer(x), trained.detach(), rtol=0, atol=0)
+    assert layer._cache._effective is None
+    assert kept and all(made() is None for made in kept)
+
+
+def test_a_frozen_adapter_passes_gradients_on_without_keeping_its_weight(one_of_each_or_bytes):
+    model = adapted_on(one_of_each_or_bytes)
+    layer, found, expected = the_layer(model), *(x.clone().requires_grad_() for _ in range(2))
+    layer(expected).square().sum().backward()
+    model.requires_grad_(False).eval()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = layer(found)
+    assert max((t.numel() for t in kept), default=0) < M * N / 2
+    y.square().sum().backward()
+    torch.testing.assert_close(found.grad, expected.grad, rtol=0, atol=0)
+
+
+def test_a_weight_that_changes_between_evaluation_s_passes_is_noticed():
+    model = adapted_on("bytes")
+    model.requires_grad_(False).eval()
+    y = the_layer(model)(x.clone().requires_grad_())
+    the_layer(model).snella_B["default"].add_(1)
+    with pytest.raises(RuntimeError, match=rf"a weight \[{M}, {N}\] .* changed in place between forward and backward"):
+        y.sum().backward()
+
+
+def test_evaluation_keeps_the_weight_where_it_is_told_to(kind_or_bytes, monkeypatch):
+    model = adapted_on(kind_or_bytes)
+    layer = the_layer(model)
+    model.eval()
+    with torch.no_grad():
+        expected = layer(x)
+        model.peft_config["default"].cache_delta = True
+        torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
+        assert layer._cache._effective is not None
+        with monkeypatch.context() as patch:
+            patch.setattr(layer, "_effective", None)  # not needed any more
+            torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
+        model.peft_config["default"].cache_delta = False
+        torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
+    assert layer._cache._effective is None
+
+
+def test_evaluation_in_another_dtype_is_not_served_from_memory(one_of_each):
+    model, by_hand = adapted(one_of_each)
+    model.eval(), by_hand.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), by_hand(x))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model(x).dtype == torch.bfloat16
+        torch.testing.assert_close(model(x), by_hand(x))
+
+
+def test_without_its_adapter_the_layer_is_the_base_layer(kind):
+    model, _ = adapted(kind)
+    before = bits(model)
+    base = copy.deepcopy(the_layer(model).get_base_layer())
+    # bitsandbytes does not round four-bit weights to their own dtype on their way into its product, and changes their
+    # layout in evaluation; its 8-bit layers quantize their input in evaluation alone
+    tolerance = dict(rtol=0, atol=5e-3) if kind == "nf4 bfloat16" else {}
+    given = x.to(the_layer(model)._op_dtype(x)).requires_grad_()
+    for mode in (True, False):
+        model.train(mode)
+        expected = base.train(mode if kind == "int8" else True)(given)
+        with model.disable_adapter(), torch.no_grad():
+            torch.testing.assert_close(the_layer(model)(given), expected, **tolerance)
+    for mine, theirs in zip(bits(model), before, strict=True):
+        assert torch.equal(mine, theirs), "evaluating the base layer changes nothing"
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [("nf4", 2**-8), ("nf4 double", 0.05)])
+def test_a_weight_that_bitsandbytes_has_laid_out_for_cpus_is_laid_out_back(kind, tolerance):
+    bnb = need("bitsandbytes")
+    layer, weight = linear(kind)
+    packed, state = bnb.functional._convert_weight_packed_for_cpu(layer.weight.data, layer.weight.quant_state)
+    layer.weight.data, layer.weight.quant_state = packed, state
+    model = get_peft_model(Net(layer), SnellaConfig(**CONFIG))
+    # the layout keeps the scales in bfloat16, and quantizes them anew where they were quantized
+    torch.testing.assert_close(the_layer(model)._weight().materialize(), weight, rtol=tolerance, atol=0)
+
+
+# merging ------------------------------------------------------------------------------------------------------------
+
+
+def test_merging_quantizes_the_sum_and_says_what_that_lost(kind):
+    model, _ = adapted(kind)
+    layer = the_layer(model)
+    before, delta = layer._weight().materialize().float(), layer.get_delta_weight("default").float()
+    attributes = dict(layer.get_base_layer().weight.__dict__)
+    with loses(kind) as caught:
+        model.merge_adapter()
+    after = layer._weight().materialize().float()
+    assert not torch.equal(after, before)
+    lost = (after - (before + delta)).norm() / delta.norm()
+    said = float(str(caught[0].message).split("by ")[1].split("%")[0]) / 100
+    assert said > 0 and said == pytest.approx(lost.item(), rel=0.02, abs=1e-3)
+    assert set(layer.get_base_layer().weight.__dict__) == set(attributes), "quantized with the same settings"
+    merged = layer.get_base_layer()(x.to(layer._op_dtype(x))) if kind != "int8" else layer(x)
+    wanted = x @ after.T + layer.bias.float()
+    torch.testing.assert_close(merged.float(), wanted, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("kind", TORCHAO)
+def test_torchao_keeps_the_scales_where_new_ones_would_lose_more(kind):
+    model, _ = adapted(kind, scaling=1e-3)
+    layer, before = the_layer(model), bits(model)
+    with pytest.warns(UserWarning, match=r"by (100\.0|\d\d?\.\d)% of"):  # all of the update at the worst
+        layer.merge()
+    after = bits(model)
+    assert torch.equal(after[1], before[1]), "scales"
+    untouched = layer.get_delta_weight("default") == 0
+    assert torch.equal(after[0][untouched], before[0][untouched])
+
+
+def test_unmerging_restores_every_bit(kind):
+    model, _ = adapted(kind)
+    layer, before, output = the_layer(model), bits(model), model(x)
+    for _ in range(2):
+        with loses(kind):
+            model.merge_adapter()
+        layer(x.to(layer._op_dtype(x)))
+        model.unmerge_adapter()
+    for mine, theirs in zip(bits(model), before, strict=True):
+        assert torch.equal(mine, theirs)
+    torch.testing.assert_close(model(x), output, rtol=0, atol=0)
+
+
+def test_a_second_adapter_is_merged_from_the_untouched_weight(one_of_each):
+    model, _ = adapted(one_of_each)
+    model.add_adapter("other", SnellaConfig(**CONFIG))
+    layer, before = the_layer(model), bits(model)
+    wanted = layer._weight().materialize().float() + sum(layer.get_delta_weight(name) for name in ("default", "other"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's of the second merge, ours of the loss
+        layer.merge(adapter_names=["default"])
+        layer.merge(adapter_names=["other"])
+    both = layer._weight().materialize()
+    layer.quantization.write(layer.get_base_layer(), wanted)
+    torch.testing.assert_close(layer._weight().materialize(), both)
+    layer.unmerge()
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(bits(model), before, strict=True))
+
+
+def test_a_merge_that_is_not_finite_is_refused_and_changes_nothing(one_of_each):
+    model, _ = adapted(one_of_each)
+    before = bits(model)
+    the_layer(model).snella_A["default"].data[0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"NaNs detected in the merged weights\. The adapter default"):
+        the_layer(model).merge(safe_merge=True)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(bits(model), before, strict=True))
+
+
+def test_merging_many_layers_warns_once_and_unloads_quantized_layers(one_of_each):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(linear(one_of_each, N, N)[0] for _ in range(3)))
+    names = [type(layer) for layer in model]
+    model = get_peft_model(model, SnellaConfig(**CONFIG | {"target_modules": ["0", "1", "2"]}))
+    with pytest.warns(UserWarning, match=r"merged into 3 quantized weights .* in '[012]'\)") as caught:
+        merged = model.merge_and_unload()
+    assert len(caught) == 1
+    assert [type(layer) for layer in merged] == names
+    assert not any(isinstance(module, SnellaLayer) for module in merged.modules())
+
+
+def test_the_loss_is_measured_against_the_update():
+    before, update, error = torch.zeros(4), torch.tensor([3.0, 4, 0, 0]), torch.tensor([0.0, 0, 0, 1])
+    loss = measure_requantization("lin", "some bits", before, before + update, before + update + error)
+    assert (loss.lost, loss.update, loss.relative) == (1, 5, 0.2)
+    assert RequantizationLoss("", "", 0.0, 0.0).relative == 0
+    assert RequantizationLoss("", "", 1.0, 0.0).relative == float("inf")
+
+
+# saving, copying ----------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_is_saved_and_loaded_on_a_quantized_base(one_of_each, tmp_path):
+    model, _ = adapted(one_of_each)
+    base = Net(copy.deepcopy(the_layer(model).get_base_layer()))
+    base.head.load_state_dict(model.base_model.model.head.state_dict())
+    with torch.no_grad():
+        expected = model.eval()(x)
+        model.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(base, tmp_path)
+        torch.testing.assert_close(loaded.eval()(x), expected, rtol=0, atol=0)
+
+
+def test_copies_compute_the_same(one_of_each):
+    model, _ = adapted(one_of_each)
+    expected = model(x)
+    torch.testing.assert_close(copy.deepcopy(model)(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.* no budget allocator is attached:UserWarning")
+def test_a_training_step_moves_the_adapter_and_not_the_base(one_of_each):
+    model, _ = adapted(one_of_each)
+    before = bits(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(5):
+        loss = model(x).square().sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(bits(model), before, strict=True))
+
+
+# what cannot be adapted ---------------------------------------------------------------------------------------------
+
+
+def wrap(layer, targets=("lin",)):
+    return get_peft_model(Net(layer), SnellaConfig(r=4, target_modules=list(targets)))
+
+
+def test_a_layer_that_is_not_quantized_yet_is_refused():
+    bnb = need("bitsandbytes")
+    for cls, options in ((bnb.nn.Linear4bit, {}), (bnb.nn.Linear8bitLt, {"has_fp16_weights": False})):
+        with pytest.raises(RuntimeError, match=r"'lin', a Linear\w+ of .* yet: its weight is torch\.float32 on 'cpu'"):
+            wrap(cls(N, M, **options))
+
+
+def test_a_layer_that_quantizes_in_every_pass_is_refused():
+    layer = need("bitsandbytes").nn.Linear8bitLt(N, M, has_fp16_weights=True)
+    with pytest.raises(NotImplementedError, match=r"'lin', a Linear8bitLt with has_fp16_weights=True"):
+        wrap(layer)
+
+
+def test_other_modules_of_bitsandbytes_are_refused_by_name():
+    model = nn.ModuleDict({"lin": need("bitsandbytes").nn.StableEmbedding(4, 4)})
+    with pytest.raises(
+        NotImplementedError, match=r"'lin', a StableEmbedding of bitsandbytes; of quantized layers, those"
+    ):
+        get_peft_model(model, SnellaConfig(target_modules=["lin"]))
+
+
+def test_other_tensors_of_torchao_are_refused_by_name():
+    need("torchao")
+    from torchao.quantization import Float8WeightOnlyConfig, Int8DynamicActivationInt8WeightConfig, quantize_
+
+    layer = nn.Linear(N, M)
+    quantize_(layer, Float8WeightOnlyConfig(set_inductor_config=False))
+    with pytest.raises(
+        NotImplementedError, match=r"'lin', a Linear whose weight is a Float8Tensor of torchao: it cannot"
+    ):
+        wrap(layer)
+    layer = nn.Linear(N, M)
+    quantize_(layer, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False))
+    with pytest.raises(NotImplementedError, match=r"a Int8Tensor of torchao: it also changes .* \(act_quant_kwargs="):
+        wrap(layer)
+
+
+@pytest.mark.parametrize("packed", ["qweight", "W_q"])
+def test_layers_of_other_packages_are_refused_by_name(packed):
+    class Packed(nn.Module):
+        out_features = M
+
+    layer = Packed()
+    layer.register_buffer(packed, torch.zeros(4, dtype=torch.int32))
+    with pytest.raises(
+        NotImplementedError, match=rf"'lin', a .*Packed, which keeps its weight as {packed}; of quantized"
+    ):
+        wrap(layer)
+
+
+def test_a_quantized_projection_of_an_attention_is_refused():
+    need("torchao")
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(32, 2)})
+    quantize_(
+        model, Int8WeightOnlyConfig(set_inductor_config=False), filter_fn=lambda module, name: name == "attn.out_proj"
+    )
+    with pytest.raises(
+        NotImplementedError, match=r"'attn\.out_proj', a projection of .* whose weight is a Int8Tensor of"
+    ):
+        get_peft_model(model, SnellaConfig(target_modules=["attn"]))
+
+
+def test_nothing_is_imported_for_a_model_that_is_not_quantized(monkeypatch):
+    import sys
+
+    for module in ("bitsandbytes", "torchao"):
+        monkeypatch.setitem(sys.modules, module, None)  # importing it would raise
+    wrap(nn.Linear(N, M))(x)

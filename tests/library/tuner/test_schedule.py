@@ -1,0 +1,66 @@
+"""Equation 12 in integers."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from snella.allocation import budget_at
+
+KINDS = ["cubic", "quadratic", "linear", "constant"]
+
+
+@pytest.mark.parametrize("schedule", ["cubic", "quadratic", "linear"])
+def test_a_schedule_starts_and_ends_exactly_at_its_budgets(schedule):
+    assert budget_at(0, 7, 84_934_656, 25_480_397, schedule) == 84_934_656
+    assert budget_at(7, 7, 84_934_656, 25_480_397, schedule) == 25_480_397
+    assert budget_at(99, 7, 84_934_656, 25_480_397, schedule) == 25_480_397
+
+
+def test_a_constant_schedule_is_at_the_target_from_the_start():
+    assert [budget_at(t, 4, 1000, 300, "constant") for t in range(5)] == [300] * 5
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        # 300 + (1 − t/4)^k · 700, rounded down
+        ("cubic", [1000, 595, 387, 310, 300]),
+        ("quadratic", [1000, 693, 475, 343, 300]),
+        ("linear", [1000, 825, 650, 475, 300]),
+    ],
+)
+def test_values_equal_those_computed_by_hand(schedule, expected):
+    assert [budget_at(t, 4, 1000, 300, schedule) for t in range(5)] == expected
+
+
+@given(
+    total=st.integers(1, 200),
+    target=st.integers(0, 10**9),
+    extra=st.integers(0, 10**9),
+    schedule=st.sampled_from(KINDS),
+)
+def test_a_budget_never_grows_and_stays_between_its_ends(total, target, extra, schedule):
+    budgets = [budget_at(t, total, target + extra, target, schedule) for t in range(total + 2)]
+    assert all(later <= earlier for earlier, later in pairwise(budgets))
+    assert budgets[-1] == budgets[-2] == target
+    assert max(budgets) <= target + extra
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            (0, 4, 10, 3, "cubed"),
+            r"schedule must be one of \['cubic', .*'constant'\], got 'cubed'",
+        ),
+        ((0, 0, 10, 3), "total must be at least 1, got 0"),
+        ((-1, 4, 10, 3), "t must be at least 0, got -1"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        budget_at(*arguments)

@@ -1,0 +1,99 @@
+"""A sparse file that is damaged is refused, whatever is wrong with it."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load, save
+
+from snella.compat.sparse_file import Entries, SparsePatch, encode_positions, tensors_digest
+
+POSITIONS = {"gaps": range(0, 400, 40), "bitmap": range(0, 400, 2), "int32": []}
+SHAPES = {"gaps": [20, 20], "bitmap": [20, 20], "int32": [1, 1]}
+
+
+def make() -> SparsePatch:
+    """A patch with positions in several forms, and a tensor that is replaced."""
+    torch.manual_seed(0)
+    entries = {
+        name: Entries(torch.tensor(list(where), dtype=torch.long), torch.randn(len(where)))
+        for name, where in POSITIONS.items()
+    }
+    return SparsePatch(entries, {"head": torch.randn(3)}, SHAPES, {"gaps": "0123"}, {"classes": json.dumps(["a", "b"])})
+
+
+def assert_same(patch: SparsePatch, expected: SparsePatch) -> None:
+    for name, one in expected.entries.items():
+        assert torch.equal(patch.entries[name].indices, one.indices)
+        assert torch.equal(patch.entries[name].values, one.values)
+    assert torch.equal(patch.replaced["head"], expected.replaced["head"])
+    assert (patch.shapes, patch.digests) == (expected.shapes, expected.digests)
+    assert patch.metadata == expected.metadata
+
+
+def test_a_file_is_read_as_it_was_written(tmp_path):
+    sizes = {name: rows * columns for name, (rows, columns) in SHAPES.items()}
+    positions = {name: torch.tensor(list(where), dtype=torch.long) for name, where in POSITIONS.items()}
+    forms = {name: encode_positions(where, sizes[name])[0] for name, where in positions.items()}
+    assert forms == {name: name for name in POSITIONS}
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(make().to_bytes())
+    assert_same(SparsePatch.read(path), make())
+
+
+@pytest.mark.parametrize("flip", [1, 128])
+def test_no_byte_can_change_unnoticed(tmp_path, flip):
+    path, content = tmp_path / "m.safetensors", make().to_bytes()
+    refused = 0
+    for place in range(len(content)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ flip]) + content[place + 1 :])
+        try:
+            patch = SparsePatch.read(path)
+        except ValueError as error:
+            assert "is damaged" in str(error) or "holds no sparse update" in str(error)
+            refused += 1
+        else:
+            assert_same(patch, make())
+    assert refused > 0.9 * len(content)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda tensors: tensors.pop("gaps:gaps"),
+            r"'gaps' has positions in 0 forms, expected one of \['int32',",
+        ),
+        (
+            lambda tensors: tensors.update({"gaps:gaps": torch.zeros(9, dtype=torch.uint8)}),
+            "has 9 positions and 10 values",
+        ),
+        (
+            lambda tensors: tensors.update({"gaps:gaps": torch.full((10,), 90, dtype=torch.uint8)}),
+            "'gaps' has positions that do not ascend from 0 to 399",
+        ),
+    ],
+    ids=["missing", "fewer", "beyond"],
+)
+def test_positions_that_cannot_be_are_refused_in_spite_of_a_right_digest(tmp_path, change, message):
+    path, content = tmp_path / "m.safetensors", make().to_bytes()
+    tensors = load(content)
+    metadata = {"format": "snella-sparse-1", "shapes": json.dumps(SHAPES), "digests": "{}"}
+    change(tensors)
+    path.write_bytes(save(tensors, {**metadata, "sha256": tensors_digest(tensors, metadata)}))
+    with pytest.raises(ValueError, match=rf"m.safetensors is damaged: .*{message}"):
+        SparsePatch.read(path)
+
+
+def test_a_file_without_its_digest_is_refused(tmp_path):
+    path, tensors = tmp_path / "m.safetensors", load(make().to_bytes())
+    path.write_bytes(save(tensors, {"format": "snella-sparse-1", "shapes": json.dumps(SHAPES), "digests": "{}"}))
+    with pytest.raises(ValueError, match=r"is damaged: its SHA-256 is [0-9a-f]{64}, expected None; export it again"):
+        SparsePatch.read(path)
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(save({"a": torch.zeros(1)}))
+    with pytest.raises(ValueError, match=r"m.safetensors holds no sparse update; snella export RUN"):
+        SparsePatch.read(path)

@@ -1,0 +1,82 @@
+"""`SnellaConfig.weight_gradient`: which gradients of a model are estimated, and which are not."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from snella import SnellaConfig
+
+TOKENS, WIDTH = 200, 8
+
+
+class Net(nn.Module):
+    """An attention, a convolution and a linear layer, one after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+        self.conv = nn.Conv2d(1, 1, 3, padding=1)
+        self.head = nn.Linear(WIDTH, 3)
+
+    def forward(self, x):
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return self.head(x + self.conv(x[:, None])[:, 0])
+
+
+def gradients(weight_gradient, seed=0):
+    torch.manual_seed(0)
+    names = ["attention", "conv", "head"]
+    config = SnellaConfig(r=2, target_modules=names, init_weights=False, weight_gradient=weight_gradient)
+    model, x = get_peft_model(Net(), config).train(), torch.randn(1, TOKENS, WIDTH)
+    torch.manual_seed(seed)
+    loss = model(x).square().sum()
+    loss.backward()
+    return loss, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_linear_layers_and_attention_are_estimated_and_convolutions_exact():
+    (loss, exact), (same, found) = gradients("exact"), gradients("sample:1/2")
+    assert torch.equal(loss, same)
+    different = {name for name in exact if not torch.equal(exact[name], found[name])}
+    assert different
+    assert not [name for name in different if ".conv." in name]
+    assert {name for name in exact if "snella_B" in name and ".conv." not in name} <= different
+    for name in different:
+        assert (found[name] - exact[name]).norm() < exact[name].norm(), name
+
+
+@pytest.mark.filterwarnings("ignore:this processor multiplies no bfloat16 numbers")
+def test_bfloat16_rounds_the_gradients_of_linear_layers_and_attention_alone():
+    (loss, exact), (same, found) = gradients("exact"), gradients("bfloat16")
+    assert torch.equal(loss, same)
+    for name, grad in exact.items():
+        assert torch.equal(grad, found[name]) == (".conv." in name or ".base_layer." in name), name
+        torch.testing.assert_close(found[name], grad, rtol=0.05, atol=0.02 * float(grad.abs().max()))
+
+
+def test_the_sample_is_that_of_torch_s_generator():
+    first, again, other = (gradients("sample:1/2", seed)[1] for seed in (0, 0, 1))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_of_several_adapters_the_largest_sample_holds():
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), SnellaConfig(target_modules=["0"]))
+    layer = model.base_model.model[0]
+    assert layer.linear_op.token_share == 1
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(8, 8)), SnellaConfig(target_modules=["0"], weight_gradient="sample:1/4")
+    )
+    model.add_adapter("more", SnellaConfig(target_modules=["0"], weight_gradient="sample:1/2"))
+    assert model.base_model.model[0].linear_op.token_share == pytest.approx(0.5)
+    assert not model.base_model.model[0].linear_op.is_rounded
+
+
+@pytest.mark.filterwarnings("default:this processor multiplies no bfloat16 numbers")
+@pytest.mark.parametrize("is_supported", [True, False])
+def test_a_processor_without_bfloat16_products_is_warned_of(is_supported, monkeypatch, recwarn):
+    monkeypatch.setattr("snella.model._multiplies_bfloat16", lambda: is_supported)
+    gradients("bfloat16")
+    found = [str(one.message) for one in recwarn if "multiplies no bfloat16 numbers" in str(one.message)]
+    assert len(found) == (0 if is_supported else 1)
