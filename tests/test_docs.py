@@ -22,7 +22,7 @@ def _restore(table: dict, before: dict) -> None:
     table.update(before)
 
 
-@pytest.mark.parametrize("page", ["data.md", "extending.md", "library.md", "methods.md"])
+@pytest.mark.parametrize("page", ["data.md", "extending.md", "library-reference.md", "library.md", "methods.md"])
 def test_every_python_block_of_a_page_runs_in_order(page, tmp_path, monkeypatch, request):
     for home, name in ((kernels, "KERNELS"), (registry, "METHODS")):
         before = dict(getattr(home, name))  # extending.md enters examples into these tables

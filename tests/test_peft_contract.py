@@ -63,5 +63,5 @@ def test_a_report_without_lora_compares_nothing(tmp_path):
 
 
 def test_the_documents_show_the_known_failures():
-    page = Path(__file__).parents[1] / "docs" / "library.md"
+    page = Path(__file__).parents[1] / "docs" / "library-reference.md"
     assert known_table() in page.read_text(encoding="utf-8")
