@@ -1,4 +1,4 @@
-"""How costs are written: units that people use, two digits, and what the numbers are."""
+"""Format costs: units, two digits, and a note on the estimate."""
 
 from __future__ import annotations
 
@@ -14,25 +14,19 @@ _WIDTH = 140
 
 
 def notes_text(speed: RowSpeed, is_gpu_measured: bool) -> str:
-    """What the numbers are, and where they come from."""
+    """Describe how the costs are estimated."""
     small, large = BATCHES
     per_weight_ns = f"{1e9 * speed.step.per_weight_s:.2g} ns"
     rate = f"{float(f'{1e-9 / speed.step.per_flop_s:.2g}'):,.0f} GFLOP/s"
-    gpu = "" if is_gpu_measured else " We have measured nothing on a GPU."
-    paragraphs = (
-        f"These are estimates, not measurements, for SNELLA-8 in float32 on {speed.device}: seconds = passes × adapted "
-        f"weights × {per_weight_ns} + FLOP ÷ {rate}, both constants being those of the line through the rows of "
-        f"`snella` at batch {small} and {large} in `benchmarks/results.jsonl` (`{BACKBONE}`, {speed.when}).",
-        "The FLOP of forward and backward pass are counted from shapes by torch's flop counter, with three products "
-        "for every adapted layer; images that are only measured count by their forward pass. Memory is counted from "
-        "shapes too: weights, gradients, AdamW's moments, what is kept for the backward pass, temporary tensors; "
-        "libraries and the allocator come on top. Reading and preparing images is not in the times."
-        f"{gpu} `snella bench --batch {small},{large} --methods lora,snella` measures a step on your machine; the "
-        "times above go with it.",
+    gpu = "" if is_gpu_measured else " The project has measured nothing on a GPU."
+    text = (
+        f"Estimates, not measurements, for SNELLA-8 in float32 on {speed.device}: seconds = passes × adapted weights × "
+        f"{per_weight_ns} + FLOP ÷ {rate}. Both constants fit the rows of `snella` at batch {small} and {large} in "
+        f"`benchmarks/results.jsonl` (`{BACKBONE}`). FLOP and memory are counted from shapes; data loading and "
+        f"library overhead are excluded.{gpu} `snella bench --batch {small},{large} --methods lora,snella` measures a "
+        "step on your machine."
     )
-    return "\n\n".join(
-        textwrap.fill(text, _WIDTH, break_long_words=False, break_on_hyphens=False) for text in paragraphs
-    )
+    return textwrap.fill(text, _WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
 def markdown_table(head: list[str], lines: list[list[str]]) -> str:

@@ -63,13 +63,13 @@ def estimate(rows: list[dict[str, Any]]) -> Costs:
     """
     speed = row_speed(rows, classifier(BACKBONE, 1))
     notes = notes_text(speed, has_gpu_rows(rows))
-    makers = {"vtab": _vtab, "fgvc": _fgvc, "segmentation": _polyps, "generation": _dreambooth, "language": _language}
+    makers = {"benchmarks": _benchmarks, "segmentation": _polyps, "generation": _dreambooth, "language": _language}
     pages, experiments = {}, {}
     for page, make in makers.items():
         table, of_experiments = make(speed)
         pages[f"{page}.md"] = f"{table}\n\n{notes}"
         for path, text in of_experiments.items():
-            experiments[path] = f"{_MARK} {METHOD} in float32 on {speed.device} takes {text}; docs/{page}.md says how."
+            experiments[path] = f"{_MARK} {METHOD} in float32 on {speed.device} takes {text}; see docs/{page}.md."
     return Costs(pages, experiments)
 
 
@@ -109,6 +109,13 @@ def with_cost(content: str, text: str, path: Path) -> str:
     return content[: found.start()] + "\n".join(lines) + "\n" + content[found.end() :]
 
 
+def _benchmarks(speed: RowSpeed) -> tuple[str, dict[str, str]]:
+    """VTAB-1k and FGVC."""
+    vtab, vtab_experiments = _vtab(speed)
+    fgvc, fgvc_experiments = _fgvc(speed)
+    return f"{vtab}\n\n{fgvc}", vtab_experiments | fgvc_experiments
+
+
 def _vtab(speed: RowSpeed) -> tuple[str, dict[str, str]]:
     """Tables I to IV."""
     lines, experiments = [], {}
@@ -120,8 +127,8 @@ def _vtab(speed: RowSpeed) -> tuple[str, dict[str, str]]:
         whole = _whole(speed, counted, name)
         lines.append([f"`{name}`", label, time_text(run), whole, flop_text(counted), memory_text(counted)])
         experiments[f"paper/{name}.yaml"] = _of_experiment(name, whole, counted)
-    head = ["experiment", "backbone", "one final run of one task", "SNELLA-8 in the whole experiment"]
-    return markdown_table([*head, "FLOP an image", f"memory, batch {_BATCH}"], lines), experiments
+    head = ["experiment", "backbone", "one final run, one dataset", "SNELLA-8, all runs"]
+    return markdown_table([*head, "FLOP per image", f"memory, batch {_BATCH}"], lines), experiments
 
 
 def _fgvc(speed: RowSpeed) -> tuple[str, dict[str, str]]:
@@ -135,10 +142,10 @@ def _fgvc(speed: RowSpeed) -> tuple[str, dict[str, str]]:
         run = seconds(speed, counted, training(train + val, epochs, _BATCH, test))
         lines.append([f"one final run on `{name}`", time_text(run)])
     wholes = {name: _whole(speed, counted, name) for name in names}
-    lines += [[f"SNELLA-8 in the whole of `{name}`", whole] for name, whole in wholes.items()]
+    lines += [[f"SNELLA-8, all runs of `{name}`", whole] for name, whole in wholes.items()]
     lines.append([f"memory at batch {_BATCH}", memory_text(counted)])
     experiments = {f"paper/{name}.yaml": _of_experiment(name, whole, counted) for name, whole in wholes.items()}
-    return markdown_table([f"ViT-B/16, {flop_text(counted)} an image", ""], lines), experiments
+    return markdown_table([f"ViT-B/16, {flop_text(counted)} per image", ""], lines), experiments
 
 
 def _polyps(speed: RowSpeed) -> tuple[str, dict[str, str]]:
@@ -150,7 +157,7 @@ def _polyps(speed: RowSpeed) -> tuple[str, dict[str, str]]:
         lines.append([name, time_text(seconds(speed, counted, work)), flop_text(counted), memory_text(counted)])
     first = lines[0]
     experiment = {"polyp/table5.yaml": f"{first[1]}, and {first[3]} of memory"}
-    return markdown_table(["1024×1024", "the run of Table V", "FLOP an image", "memory, batch 1"], lines), experiment
+    return markdown_table(["1024×1024", "run of Table V", "FLOP per image", "memory, batch 1"], lines), experiment
 
 
 def _dreambooth(speed: RowSpeed) -> tuple[str, dict[str, str]]:
@@ -163,14 +170,14 @@ def _dreambooth(speed: RowSpeed) -> tuple[str, dict[str, str]]:
     learning = seconds(speed, counted, run, is_checkpointed=True)
     pictures = _PICTURES * seconds(speed, counted, drawing)
     lines = [
-        [f"learning one subject, {config.steps} steps", time_text(learning)],
+        [f"training one subject, {config.steps} steps", time_text(learning)],
         ["generating one image", time_text(pictures / _PICTURES)],
-        [f"the table: {_SUBJECTS} subjects, {_PICTURES:,} images", time_text(_SUBJECTS * learning + pictures)],
-        ["memory in learning, transformer alone", memory_text(counted)],
+        [f"Table VI: {_SUBJECTS} subjects, {_PICTURES:,} images", time_text(_SUBJECTS * learning + pictures)],
+        ["training memory, transformer only", memory_text(counted)],
     ]
-    text = f"{time_text(learning)} a subject and {time_text(pictures)} for all pictures, "
+    text = f"{time_text(learning)} per subject and {time_text(pictures)} for all images, "
     text += f"and {memory_text(counted)} of memory for the transformer"
-    return markdown_table([f"512×512, {flop_text(counted)} an image", ""], lines), {"dreambooth/table6.yaml": text}
+    return markdown_table([f"512×512, {flop_text(counted)} per image", ""], lines), {"dreambooth/table6.yaml": text}
 
 
 def _language(speed: RowSpeed) -> tuple[str, dict[str, str]]:
@@ -180,10 +187,10 @@ def _language(speed: RowSpeed) -> tuple[str, dict[str, str]]:
     work = training(_INSTRUCTIONS, config.epochs, config.batch_size)
     time = time_text(seconds(speed, counted, work, is_checkpointed=True))
     lines = [
-        [f"{config.epochs} epochs of {_INSTRUCTIONS:,} entries", time],
+        [f"{config.epochs} epochs of {_INSTRUCTIONS:,} examples", time],
         [f"memory at batch {config.batch_size}", memory_text(counted)],
     ]
-    head = [f"LLaMA-2-7B, {config.max_length} tokens, {flop_text(counted)} an entry", ""]
+    head = [f"LLaMA-2-7B, {config.max_length} tokens, {flop_text(counted)} per example", ""]
     return markdown_table(head, lines), {"language/table18.yaml": f"{time}, and {memory_text(counted)} of memory"}
 
 

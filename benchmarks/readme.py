@@ -4,10 +4,13 @@ python benchmarks/readme.py
 """
 
 from costs import ROOT, update_costs
+from step_memory import PAGE as SPEED_PAGE
 from step_memory import update_page
 from suite_table import (
+    GUIDE,
     PAGE,
     PICTURES,
+    README,
     TWINS_PAGE,
     TWINS_PICTURES,
     draw_suite,
@@ -21,12 +24,12 @@ from snella_lab.bench.rows import draw_figures, update_document
 
 if __name__ == "__main__":
     rows = ROOT / "benchmarks" / "results.jsonl"
-    speed_page = ROOT / "docs" / "speed.md"
-    changed = [speed_page] if update_document(speed_page, rows) else []
-    changed += [speed_page] if update_page() else []
+    steps_page = ROOT / "docs" / "notes" / "step-time.md"
+    changed = [steps_page] if update_document(steps_page, rows) else []
+    changed += [SPEED_PAGE] if update_page() else []
     changed += update_costs(rows)
     changed += [PAGE] if update_suite() else []
-    changed += [ROOT / "README.md"] if update_overview() else []
+    changed += [page for page in (GUIDE, README) if update_overview(page)]
     changed += [TWINS_PAGE] if update_twins() else []
     speed = ROOT / "docs" / "images" / "speed"
     before = {path: path.read_bytes() for folder in (speed, PICTURES, TWINS_PICTURES) for path in folder.glob("*.svg")}

@@ -35,9 +35,10 @@ from snella_lab.comparison.summary import (
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "bundled-suite"
 TWINS, UNTUNED = ROOT / "benchmarks" / "twins", ROOT / "benchmarks" / "untuned" / "suite.jsonl"
-PAGE, README = ROOT / "docs" / "compare.md", ROOT / "README.md"
+GUIDE, README = ROOT / "docs" / "compare.md", ROOT / "README.md"
+PAGE = TWINS_PAGE = ROOT / "docs" / "notes" / "comparisons.md"
 PICTURES = ROOT / "docs" / "images" / "suite"
-TWINS_PAGE, TWINS_PICTURES = ROOT / "docs" / "plots.md", ROOT / "docs" / "images" / "twins"
+TWINS_PICTURES = ROOT / "docs" / "images" / "twins"
 BEGIN, END = "<!-- rows of benchmarks/bundled-suite begin -->", "<!-- rows end -->"
 TWINS_BEGIN = "<!-- rows of benchmarks/twins begin -->"
 PAIRS_BEGIN, PAIRS_END = "<!-- leads in benchmarks/bundled-suite begin -->", "<!-- leads end -->"

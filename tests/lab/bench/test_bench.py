@@ -309,10 +309,10 @@ def test_a_setting_builds_the_same_weights_each_time():
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
-def test_the_readme_shows_the_committed_rows(tmp_path):
+def test_the_notes_show_the_committed_rows(tmp_path):
     root = Path(__file__).parents[3]
-    copy = tmp_path / "speed.md"
-    copy.write_text((root / "docs" / "speed.md").read_text())
+    copy = tmp_path / "step-time.md"
+    copy.write_text((root / "docs" / "notes" / "step-time.md").read_text())
     assert not update_document(copy, root / "benchmarks" / "results.jsonl"), "run: python benchmarks/readme.py"
 
 

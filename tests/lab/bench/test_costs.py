@@ -19,7 +19,6 @@ from snella_lab.comparison.experiment_files import read_experiment
 
 ROOT = Path(__file__).parents[3]
 ROWS = ROOT / "benchmarks" / "results.jsonl"
-PAGES = ("vtab", "fgvc", "segmentation", "generation", "language")
 
 
 @pytest.fixture(autouse=True)
