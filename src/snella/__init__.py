@@ -57,4 +57,4 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("snella"):
             raise
-        raise ImportError(f"snella.{name} needs {error.name}: pip install 'snella[cli]'") from error
+        raise ImportError(f"snella.{name} needs {error.name}: pip install 'snella[app]'") from error

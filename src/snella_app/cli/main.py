@@ -60,7 +60,7 @@ def _run(words: list[str]) -> int:
         if (error.name or "").startswith("snella"):
             raise
         missing = str(error.name).partition(".")[0]
-        extra = "generation" if missing == "diffusers" else "cli"
+        extra = "generation" if missing == "diffusers" else "app"
         print(f"{_PROGRAM}: the command line needs {missing}: pip install 'snella[{extra}]'", file=sys.stderr)
         return _USER_ERROR
     raise_when_interrupted()

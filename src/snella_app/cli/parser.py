@@ -21,7 +21,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from snella_app.cli import commands as _commands  # noqa: F401 - enters its commands into the table
-from snella_app.cli.command import COMMANDS
+from snella_app.cli.command import COMMANDS, Command
 from snella_app.methods.defaults import TRAIN_PRESETS, shown_defaults
 from snella_app.plugins import plugins
 from snella_app.settings import described, hint_at_choice, ours
@@ -60,11 +60,21 @@ class Option:
         return self.name.upper() if self.is_positional else _dashed(self.name)
 
     @property
-    def choices(self) -> str:
-        """What it takes, for the help: `{dice,iou}`, or its name."""
+    def values(self) -> list[str]:
+        """Fixed choices as they are typed; empty if there are none."""
         kind = _without_none(self.type)
         values = get_args(kind) if get_origin(kind) is Literal else ("true", "false") if kind is bool else ()
-        return f"{{{','.join(map(str, values))}}}" if values and not self.is_positional else self.name.upper()
+        return [str(value) for value in values]
+
+    @property
+    def choices(self) -> str:
+        """Placeholder of the value in the help: `{dice,iou}`, or the option's name."""
+        return f"{{{','.join(self.values)}}}" if self.values and not self.is_positional else self.name.upper()
+
+    @property
+    def is_list(self) -> bool:
+        """Whether the argument takes several words."""
+        return get_origin(_without_none(self.type)) is list
 
 
 def settings_class(function: Callable[..., None]) -> type | None:
@@ -110,8 +120,9 @@ def parse(arguments: Sequence[str]) -> tuple[str, bool, dict[str, Any]]:
     words = [_as_registered(word) for word in arguments if word != "--debug"]
     if words[:1] == ["help"]:
         words = [*words[1:2], "--help"]
-    name = next((word for word in words if not word.startswith("-")), None)
-    if name is None and not set(words) & {"-h", "--help", "--version"}:
+    is_answered = any(word.partition("=")[0] == "--completion" for word in words[:1])
+    name = None if is_answered else next((word for word in words if not word.startswith("-")), None)
+    if name is None and not is_answered and not set(words) & {"-h", "--help", "--version"}:
         raise UsageError(f"a command is needed: {', '.join(COMMANDS)}; see snella --help")
     if name is not None and name not in COMMANDS:
         hint = nearest(name, COMMANDS, most=2, form="nearest: {}") or f"there are {', '.join(COMMANDS)}"
@@ -154,7 +165,7 @@ def build_parser() -> ArgumentParser:
     """Make the parser of the program."""
     parser = _Parser(
         prog="snella",
-        usage="snella [-h] [--debug] [--version] COMMAND ...",
+        usage="snella [-h] [--debug] [--version] [--completion SHELL] COMMAND ...",
         description="Fine-tune pre-trained vision models with sparse, high-rank updates.\n\n"
         "  snella train --data photos --backbone vit_base_patch16_224.augreg_in21k --out runs/photos\n"
         "  snella predict runs/photos new.jpg\n\n"
@@ -164,6 +175,13 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument("--debug", action="store_true", help="Show the traceback of errors.")
     parser.add_argument("--version", action="version", version=f"snella {version('snella')}", help="Show the version.")
+    parser.add_argument(
+        "--completion",
+        action=_PrintCompletion,
+        nargs="?",
+        metavar="SHELL",
+        help="Print the completion script of bash, zsh or fish: snella --completion bash > ~/.snella.bash",
+    )
     subcommands = parser.add_subcommands(
         dest="command",
         required=True,
@@ -177,6 +195,11 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
+def summary(command: Command) -> str:
+    """First line of a command's help."""
+    return str(_docstring(command.function).short_description)
+
+
 def _command_list(is_research: bool) -> str:
     """List everyday or research commands, one line each."""
     width = max(map(len, COMMANDS)) + 2
@@ -184,9 +207,23 @@ def _command_list(is_research: bool) -> str:
     lines = []
     for name, command in COMMANDS.items():
         if command.is_research == is_research:
-            first, *rest = textwrap.wrap(str(_docstring(command.function).short_description), columns)
+            first, *rest = textwrap.wrap(summary(command), columns)
             lines += [f"  {name:<{width}}{first}", *(" " * (width + 2) + line for line in rest)]
     return "\n".join(lines)
+
+
+class _PrintCompletion(argparse.Action):
+    """Print the completion script of a shell and exit."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *arguments: Any) -> NoReturn:
+        """Print and exit; import the generator first."""
+        from snella_app.cli.completion import SHELLS, completion_script
+
+        shell = arguments[1]
+        if shell not in SHELLS:
+            raise UsageError(f"--completion must be one of {', '.join(SHELLS)}, got {shell or 'nothing'}")
+        print(completion_script(shell))
+        parser.exit()
 
 
 class _Parser(ArgumentParser):
@@ -200,7 +237,7 @@ class _Parser(ArgumentParser):
 def _command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
     """The parser of one command."""
     options = options_of(function)
-    needed = [f"{o.name.upper()} ..." if _is_list(o) else o.name.upper() for o in options if o.is_positional]
+    needed = [f"{o.name.upper()} ..." if o.is_list else o.name.upper() for o in options if o.is_positional]
     needed = [f"[{word}]" if o.default is not MISSING else word for o, word in zip(options, needed, strict=False)]
     needed += [f"{o.typed} {o.choices}" for o in options if not o.is_positional and o.default is MISSING]
     parser = _Parser(
@@ -242,9 +279,7 @@ def _add(group: Any, option: Option, of_method: str) -> None:
         text += f" ({of_method})"
     if option.is_positional:
         is_needed = option.default is MISSING
-        kind, nargs = (
-            (str, "+" if is_needed else "*") if _is_list(option) else (option.type, None if is_needed else "?")
-        )
+        kind, nargs = (str, "+" if is_needed else "*") if option.is_list else (option.type, None if is_needed else "?")
         group.add_argument(option.name, type=kind, nargs=nargs, metavar=option.choices, help=text)
         return
     needed: dict[str, Any] = {"required": True} if option.default is MISSING else {"default": option.default}
@@ -451,11 +486,6 @@ def _dashed(name: str) -> str:
 def _shown(default: Any) -> str:
     """A default as it would be typed."""
     return str(default).lower() if isinstance(default, bool) else str(default)
-
-
-def _is_list(option: Option) -> bool:
-    """Whether an argument takes several words."""
-    return get_origin(_without_none(option.type)) is list
 
 
 def _without_none(kind: Any) -> Any:

@@ -241,5 +241,5 @@ print(snella.SnellaConfig(r=2).r)
 
 def test_without_the_extra_the_library_works_and_the_command_line_names_it():
     done = subprocess.run([sys.executable, "-c", HIDDEN], capture_output=True, text=True, check=True)
-    assert done.stderr == "snella: the command line needs docstring_parser: pip install 'snella[cli]'\n"
-    assert done.stdout == "snella.load needs timm: pip install 'snella[cli]'\n2\n"
+    assert done.stderr == "snella: the command line needs docstring_parser: pip install 'snella[app]'\n"
+    assert done.stdout == "snella.load needs timm: pip install 'snella[app]'\n2\n"

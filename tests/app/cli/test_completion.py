@@ -1,0 +1,84 @@
+"""Completion scripts complete commands, options and values in real shells."""
+
+import os
+import shutil
+import subprocess
+
+import pytest
+
+from snella_app.cli.completion import SHELLS, completion_script
+from snella_app.cli.main import main
+from snella_app.cli.parser import COMMANDS, options_of
+
+BASH = """
+source "$1"
+COMP_WORDS=("${@:2}") COMP_CWORD=$(($# - 2))
+COMP_LINE="${COMP_WORDS[*]}" COMP_POINT=${#COMP_LINE}
+complete -p snella >/dev/null
+function=$(complete -p snella | sed 's/.* -F \\([^ ]*\\) .*/\\1/')
+$function snella "${COMP_WORDS[-1]}" "${COMP_WORDS[-2]}"
+printf '%s\\n' "${COMPREPLY[@]}"
+"""
+
+
+def complete(shell, script, *words, where):
+    """The completions of the last word in a real shell."""
+    program = shutil.which(shell)
+    if program is None:
+        pytest.skip(f"{shell} is not installed")
+    file = where / f"snella.{shell}"
+    file.write_text(script)
+    if shell == "bash":
+        command = [program, "--norc", "-c", BASH, "bash", str(file), "snella", *words]
+    else:
+        line = " ".join(("snella", *words))
+        command = [program, "--no-config", "-c", f"source {file}; complete -C '{line}'"]
+    environment = {**os.environ, "HOME": str(where)}
+    done = subprocess.run(command, cwd=where, env=environment, capture_output=True, text=True, check=True, timeout=30)
+    assert not done.stderr
+    return [line.split("\t")[0].strip() for line in done.stdout.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("shell", ["bash", "fish"])
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["tr"], {"train"}),
+        (["evaluate-"], {"evaluate-generation", "evaluate-language"}),
+        (["train", "--ba"], {"--backbone", "--batch-size"}),
+        (["train", "--augment", "cr"], {"crop", "crop-no-flip"}),
+        (["train", "--overwrite", "--resu"], {"--resume"}),
+        (["train", "--backbone", "eff"], {"efficientnet_lite0.pypi"}),
+        (["export", "run", "--format", "on"], {"onnx"}),
+        (["data", "ch"], {"check"}),
+        (["--comp"], {"--completion"}),
+        (["train", "--config", "se"], {"settings.yaml"}),
+        (["evaluate", "--data", "se"], {"settings.yaml"}),
+    ],
+)
+def test_a_shell_completes_commands_options_values_and_files(shell, words, expected, tmp_path):
+    (tmp_path / "settings.yaml").touch()
+    assert set(complete(shell, completion_script(shell), *words, where=tmp_path)) == expected
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_script_is_valid_and_lists_every_command_and_option(shell, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--completion", shell])
+    script = capsys.readouterr().out
+    assert caught.value.code == 0
+    for name, command in COMMANDS.items():
+        assert name in script
+        for option in options_of(command.function):
+            assert option.is_positional or option.typed.removeprefix("--") in script
+    program = shutil.which(shell)
+    if program is not None:
+        file = tmp_path / "script"
+        file.write_text(script)
+        subprocess.run([program, "-n", str(file)], check=True, timeout=30)
+
+
+@pytest.mark.parametrize(("words", "got"), [(["nu"], "nu"), ([], "nothing")])
+def test_an_unknown_shell_is_an_error(words, got, capsys):
+    assert main(["--completion", *words]) == 2
+    assert capsys.readouterr().err == f"snella: --completion must be one of bash, zsh, fish, got {got}\n"
