@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from snella import kernels
-from snella_app.data import load
 from snella_app.methods import registry
 
 DOCS = Path(__file__).parents[1] / "docs"
