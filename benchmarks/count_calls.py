@@ -1,10 +1,15 @@
-"""Python calls and source files of one forward pass of an adapted `nn.Linear`, beside PEFT's LoRA, and of a training.
+"""How much a reader has to follow: calls of a forward pass, functions of a training, sizes of classes and packages.
+
+Counted are the Python calls of one forward pass of an adapted `nn.Linear` beside PEFT's LoRA, the functions that a
+training enters before its first step and those that receive its configuration, and the lines of each package.
 
 python benchmarks/count_calls.py
 """
 
 from __future__ import annotations
 
+import ast
+import os
 import sys
 import tempfile
 from collections import Counter
@@ -22,6 +27,7 @@ from snella import SnellaConfig
 from snella_app.config import TrainConfig
 from snella_app.console import make_console
 from snella_app.training.train import train
+from snella_app.training.trainer import SnellaTrainer
 
 PACKAGE = str(Path(snella.__file__).parent)
 KERNELS = str(Path(PACKAGE, "backends", "numba", "forward.py"))
@@ -87,6 +93,84 @@ def functions_given(kind: type, function: Callable[[], object]) -> dict[str, set
     return given
 
 
+class _FirstStepError(Exception):
+    """Ends a training at its first step."""
+
+
+def functions_before_first_step(config: TrainConfig) -> dict[str, set[str]]:
+    """Start a training and stop it at its first step; the functions of the project that it entered, by source file."""
+    entered: dict[str, set[str]] = {}
+
+    def note(frame: FrameType, event: str, argument: object) -> None:
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(f"{PROJECT}/snella"):
+            entered.setdefault(code.co_filename, set()).add(code.co_qualname)
+
+    def stop(*_: object) -> None:
+        raise _FirstStepError
+
+    console = make_console(file=open(os.devnull, "w"))  # noqa: SIM115 - closed with the process
+    step, SnellaTrainer.training_step = SnellaTrainer.training_step, stop  # type: ignore[assignment]
+    sys.setprofile(note)
+    try:
+        train(config, console)
+    except _FirstStepError:
+        pass
+    finally:
+        sys.setprofile(None)
+        SnellaTrainer.training_step = step  # type: ignore[method-assign]
+    return entered
+
+
+@dataclass
+class Size:
+    """Size of one root package.
+
+    Args:
+        modules: Files.
+        lines: All lines.
+        code: Lines that are neither blank, comment nor docstring.
+        largest_class: Name and number of methods.
+        longest_signature: Name and number of parameters, `self` and `cls` left out.
+    """
+
+    modules: int = 0
+    lines: int = 0
+    code: int = 0
+    largest_class: tuple[str, int] = ("", 0)
+    longest_signature: tuple[str, int] = ("", 0)
+
+
+def size_of(root: Path) -> Size:
+    """Count the lines, classes and signatures below a folder."""
+    size = Size()
+    for path in sorted(root.rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        tree, lines = ast.parse(text), text.splitlines()
+        of_docs: set[int] = set()
+        for node in ast.walk(tree):
+            if (
+                isinstance(node, ast.Expr)
+                and isinstance(node.value, ast.Constant)
+                and isinstance(node.value.value, str)
+            ):
+                of_docs.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+            if isinstance(node, ast.ClassDef):
+                methods = sum(isinstance(item, ast.FunctionDef | ast.AsyncFunctionDef) for item in node.body)
+                size.largest_class = max(size.largest_class, (node.name, methods), key=lambda pair: pair[1])
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+                count = sum(name not in ("self", "cls") for name in names)
+                size.longest_signature = max(size.longest_signature, (node.name, count), key=lambda pair: pair[1])
+        size.modules += 1
+        size.lines += len(lines)
+        size.code += sum(
+            bool(line.strip()) and not line.lstrip().startswith("#") and number not in of_docs
+            for number, line in enumerate(lines, start=1)
+        )
+    return size
+
+
 def small_training(out: str) -> TrainConfig:
     """Two steps of a small model on the digits."""
     sizes = {"train_size": 40, "val_size": 20, "test_size": 20}
@@ -119,12 +203,22 @@ def main() -> None:
         )
         for file, count in own.most_common():
             print(f"  {count:4} {Path(file).relative_to(PROJECT)}")
+    with tempfile.TemporaryDirectory() as folder:
+        entered = functions_before_first_step(small_training(str(Path(folder, "run"))))
+    print(f"before the first step: {sum(map(len, entered.values()))} functions in {len(entered)} files")
     with tempfile.TemporaryDirectory() as folder, open(Path(folder, "log"), "w") as log:
         config, console = small_training(str(Path(folder, "run"))), make_console(file=log)
         given = functions_given(TrainConfig, lambda: train(config, console))
     print(f"train(config): the configuration enters {sum(map(len, given.values()))} functions in {len(given)} files")
     for file, functions in sorted(given.items()):
         print(f"  {Path(file).relative_to(PROJECT)}: {', '.join(sorted(functions))}")
+    for root in ("snella", "snella_app", "snella_lab"):
+        size = size_of(Path(PROJECT, root))
+        print(
+            f"{root}: {size.modules} modules, {size.lines:,} lines, {size.code:,} of code; largest class "
+            f"{size.largest_class[0]} with {size.largest_class[1]} methods; longest signature "
+            f"{size.longest_signature[0]} with {size.longest_signature[1]} parameters"
+        )
 
 
 if __name__ == "__main__":

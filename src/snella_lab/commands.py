@@ -416,6 +416,26 @@ def evaluate_generation(
         write_json(Path(out), result)
 
 
+@command("snella_lab.bench.doctor")
+def doctor(*, steps: bool = True, out: str | None = None) -> None:
+    """Check that this machine computes correctly, and how fast.
+
+      snella doctor
+      snella doctor --out doctor.json
+
+    Prints the devices and versions, compares each backend on each device with a float64 reference, and times a training
+    step of a ViT-B with LoRA, full fine-tuning and SNELLA.
+
+    Args:
+        steps: Time training steps; --steps false only checks the results.
+        out: JSON file for the results, to send with a report of an error.
+    """
+    from snella_lab.bench.doctor import diagnose
+
+    if diagnose(time_steps=steps, out=out).wrong:
+        raise SystemExit(1)
+
+
 @command("snella_lab.bench", is_research=True)
 def bench(
     *,

@@ -1,0 +1,89 @@
+"""`snella doctor`: the machine, and whether its backends are right."""
+
+import io
+import json
+
+import pytest
+import torch
+from rich.console import Console
+
+from snella.backends.base import TorchBackend
+from snella_app.cli.main import main
+from snella_lab.bench import doctor
+from snella_lab.bench.doctor import check_backend, describe_machine, diagnose
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    """Fewer draws and shapes."""
+    monkeypatch.setattr(doctor, "_DRAWS", 3)
+    monkeypatch.setattr(doctor, "SHAPES", (((17,), 33), ((8, 8, 8), 12)))
+
+
+@pytest.mark.parametrize("impl", ["numba", "eager"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_backends_of_the_cpu_are_right(impl, dtype):
+    if impl == "numba":
+        pytest.importorskip("numba")
+    check = check_backend(impl, "cpu", dtype)
+    assert check.verdict == "right" and check.cases == 4 and 0 < check.worst <= 1, check
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_triton_is_right(dtype):
+    assert check_backend("triton", "cuda", dtype).verdict == "right"
+
+
+def wrong_gradient(self, *args, **options):
+    """A gradient of the factors that is a thousandth too large."""
+    A, *others = RIGHT(self, *args, **options)
+    return (A * 1.001, *others)
+
+
+RIGHT = TorchBackend.grad_factors
+
+
+def test_a_backend_that_is_wrong_is_named_with_the_tensor(monkeypatch):
+    monkeypatch.setattr(TorchBackend, "grad_factors", wrong_gradient)
+    check = check_backend("eager", "cpu")
+    assert check.verdict == "wrong" and check.worst > 1 and check.where.endswith(" A")
+
+
+def test_a_gradient_that_is_not_a_number_is_wrong(monkeypatch):
+    def broken(self, *args, **options):
+        A, B, *others = RIGHT(self, *args, **options)
+        return (A, B * torch.nan, *others)
+
+    monkeypatch.setattr(TorchBackend, "grad_factors", broken)
+    check = check_backend("eager", "cpu")
+    assert check.verdict == "wrong" and check.worst == float("inf") and check.where.endswith(" B")
+
+
+def test_a_backend_that_is_missing_says_why(monkeypatch):
+    monkeypatch.setattr("snella.backends.numba_problem", lambda: "numba is not installed")
+    check = check_backend("numba", "cpu")
+    assert check.verdict == "not available" and "numba is not installed" in check.error
+
+
+def test_the_machine_is_described():
+    machine = describe_machine()
+    assert machine["versions"]["torch"] == torch.__version__ and "Python" in machine["system"]
+    assert (machine["gpu"] == "none") == (not torch.cuda.is_available())
+
+
+def test_the_results_are_written(tmp_path):
+    console = Console(file=io.StringIO(), width=200)
+    diagnosis = diagnose(time_steps=False, out=tmp_path / "doctor.json", console=console)
+    stored = json.loads((tmp_path / "doctor.json").read_text())
+    assert [check["verdict"] for check in stored["checks"]] == [check.verdict for check in diagnosis.checks]
+    assert {"machine", "commit", "date", "versions"} <= set(stored) and stored["steps"] == []
+    assert "all available backends are right" in console.file.getvalue()
+
+
+def test_the_command_ends_with_1_if_a_backend_is_wrong(monkeypatch, capsys):
+    assert main(["doctor", "--steps", "false"]) == 0
+    monkeypatch.setattr(TorchBackend, "grad_factors", wrong_gradient)
+    with pytest.raises(SystemExit, match="1"):
+        main(["doctor", "--steps", "false"])
+    assert "wrong: eager on cpu in fp32" in " ".join(capsys.readouterr().out.split())
