@@ -23,7 +23,7 @@ STAGES = failed=; \
   finish() { echo; if [ -z "$$failed" ]; then echo "=== all stages passed"; else echo "=== failed:$$failed"; return 1; fi; }
 
 .DEFAULT_GOAL := help
-.PHONY: help install packages docs demo compare twins test test-oldest test-isa test-slow peft-contract faults bench products lint format types clean
+.PHONY: help install packages docs demo compare twins test test-oldest test-isa test-slow peft-contract faults bench products lint format types wheel clean
 
 help: ## print the verbs
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -121,6 +121,11 @@ types: install ## static types
 docs: install ## build the documents as a site, runs/docs/index.html
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+wheel: install ## build the wheel into dist/ and try it in an empty virtual environment
+	rm -rf dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(BIN)/python tools/try_wheel.py dist/snella-*.whl
 
 clean: ## remove .venv and caches
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,192 @@
+"""Install a wheel of snella in an empty virtual environment and try it: the library, then `[app]`, then `[lab]`.
+
+    make wheel
+
+Each step prints one line. A failed step prints the command and its output, and ends the program with status 1.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import tomllib
+import venv
+import zipfile
+from configparser import ConfigParser
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("snella", "snella_app", "snella_lab")
+
+LIBRARY = """
+import snella, torch
+from peft import get_peft_model
+from torch import nn
+
+torch.manual_seed(0)
+images, labels = torch.randn(16, 8), torch.arange(16) % 2
+model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 2))
+model = get_peft_model(model, snella.SnellaConfig(r=2, target_modules=["0"], target_sparsity=0.5))
+optimizer = snella.create_snella_optimizer(model, lr=1e-2)
+snella.BudgetAllocator(model, total_epochs=1, steps_per_epoch=2).attach(optimizer)
+losses = []
+for _ in range(2):
+    loss = nn.functional.cross_entropy(model(images), labels)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    losses.append(loss.item())
+assert losses[1] < losses[0], losses
+assert "site-packages" in snella.__file__, snella.__file__
+"""
+
+PHOTOS = """
+import numpy as np
+from pathlib import Path
+from PIL import Image
+
+rng = np.random.default_rng(0)
+for channel, name in enumerate(("red", "green")):
+    Path("photos", name).mkdir(parents=True)
+    for index in range(12):
+        pixels = rng.integers(0, 150, (32, 32, 3))
+        pixels[..., channel] += 100
+        Image.fromarray(pixels.astype(np.uint8)).save(f"photos/{name}/{index}.png")
+"""
+
+EXPERIMENTS = """
+from snella_lab.comparison import bundled_experiments, read_experiment
+
+names = bundled_experiments()
+assert {"coffee", "bundled-suite"} <= set(names), names
+assert all("site-packages" in str(path) for path in names.values()), names
+print(len(names), "experiments,", read_experiment("coffee").name)
+"""
+
+ENTRY_POINTS = """
+from importlib.metadata import entry_points
+
+from snella_app.plugins import plugins
+
+count = 0
+for group in ("commands", "methods", "data", "backbones", "choices"):  # reports need the extra generation
+    names = entry_points(group=f"snella.{group}").names
+    assert set(plugins(group)) == set(names), group
+    count += len(names)
+print(count, "entry points")
+"""
+
+TRAIN = (
+    *("train", "--data", "photos", "--backbone", "test_vit", "--pretrained", "false", "--img-size", "32"),
+    *("--method", "snella-2", "--epochs", "1", "--batch-size", "8", "--device", "cpu", "--out", "run"),
+)
+
+
+def check_contents(wheel: Path) -> None:
+    """Compare the files and entry points of the wheel with the repository.
+
+    Raises:
+        SystemExit: A file or an entry point is missing, or one too many.
+    """
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        info = next(name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt"))
+        parser = ConfigParser(delimiters="=")
+        parser.optionxform = str  # type: ignore[assignment, method-assign]
+        parser.read_string(archive.read(info).decode())
+    expected = {f"{package}/py.typed" for package in PACKAGES}
+    for source, target in ((ROOT / "src", ""), (ROOT / "experiments", "snella_lab/experiments/")):
+        files = (path for path in source.rglob("*") if path.is_file() and path.suffix in (".py", ".yaml", ".jinja"))
+        expected |= {target + path.relative_to(source).as_posix() for path in files}
+    foreign = {name for name in names if name.split("/")[0] not in PACKAGES or "__pycache__" in name}
+    if expected - names or foreign:
+        sys.exit(f"{wheel.name}: missing files {sorted(expected - names)}, unexpected files {sorted(foreign)}")
+    declared = {**project["entry-points"], "console_scripts": project["scripts"]}
+    built = {section: dict(parser[section]) for section in parser.sections()}
+    if built != declared:
+        sys.exit(f"{wheel.name}: entry points are {built}, pyproject.toml declares {declared}")
+    print(f"contents: {len(names)} files, {sum(map(len, built.values()))} entry points", flush=True)
+
+
+class Environment:
+    """An empty virtual environment, and a folder in which its programs run."""
+
+    def __init__(self, folder: Path) -> None:
+        """Create the environment below `folder`."""
+        venv.create(folder / "venv", with_pip=True)
+        self.programs = folder / "venv" / ("Scripts" if os.name == "nt" else "bin")
+        self.work = folder / "work"
+        self.work.mkdir()
+
+    def run(self, title: str, program: str, *words: str, status: int = 0, says: str = "") -> None:
+        """Run a program of the environment.
+
+        Args:
+            title: Printed name of the step.
+            program: File name of the program.
+            *words: Its arguments.
+            status: Expected exit status.
+            says: Expected part of the output.
+
+        Raises:
+            SystemExit: Another status, or other output.
+        """
+        hidden = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+        environment = {name: value for name, value in os.environ.items() if name not in hidden}
+        environment |= {"HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
+        command = [str(self.programs / program), *words]
+        done = subprocess.run(command, cwd=self.work, env=environment, capture_output=True, text=True)
+        output = done.stdout + done.stderr
+        if done.returncode != status or says not in output:
+            sys.exit(f"{title}: status {done.returncode}, expected {status} and {says!r}\n{command}\n{output}")
+        lines = output.strip().splitlines()
+        print(f"{title}: {lines[-1].strip()[:80] if lines else 'ok'}", flush=True)
+
+    def install(self, requirement: str) -> None:
+        """Install a requirement by pip."""
+        self.run(f"pip install {Path(requirement).name}", "python", "-m", "pip", "install", "--quiet", requirement)
+
+    def python(self, title: str, code: str) -> None:
+        """Run Python code."""
+        self.run(title, "python", "-c", code)
+
+
+def try_wheel(wheel: Path, folder: Path) -> None:
+    """Install the wheel with more and more extras, and try what each promises."""
+    check_contents(wheel)
+    environment = Environment(folder)
+
+    environment.install(str(wheel))
+    environment.python("library: an adapted layer trains", LIBRARY)
+    environment.run("library: snella names the extra", "snella", "--help", status=2, says="pip install 'snella[app]'")
+
+    environment.install(f"{wheel}[app]")
+    environment.run("app: snella --version", "snella", "--version", says=f"snella {wheel.name.split('-')[1]}")
+    environment.run("app: snella --help", "snella", "--help", says="everyday commands")
+    environment.run("app: snella --completion bash", "snella", "--completion", "bash", says="complete -o")
+    environment.run("app: snella demo --help", "snella", "demo", "--help", says="snella demo")
+    environment.python("app: photos", PHOTOS)
+    environment.run("app: snella train", "snella", *TRAIN, says="report.html")
+    environment.run("app: snella predict", "snella", "predict", "run", "photos/red/0.png", says="0.png")
+    environment.python("app: bundled experiments", EXPERIMENTS)
+    unknown = ("compare", "--experiment", "cofee", "--out", "compared")
+    environment.run("app: snella compare", "snella", *unknown, status=2, says="nearest: coffee")
+
+    environment.install(f"{wheel}[lab]")
+    environment.python("lab: entry points", ENTRY_POINTS)
+
+
+def main() -> None:
+    """Parse the command line and try the wheel."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("wheel", type=Path, help="file of the wheel")
+    wheel = parser.parse_args().wheel.resolve()
+    with tempfile.TemporaryDirectory(prefix="snella-wheel-") as folder:
+        try_wheel(wheel, Path(folder))
+    print("the wheel works")
+
+
+if __name__ == "__main__":
+    main()
