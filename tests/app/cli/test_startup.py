@@ -26,6 +26,7 @@ def loaded_by(code, heavy=HEAVY):
     [
         (["--help"], "Fine-tune pre-trained vision models", 0),
         (["--version"], f"snella {version('snella')}", 0),
+        (["--completion", "bash"], "_shtab_snella", 0),
         (["train", "--help"], "--target-sparsity", 0),
         (["tain"], "tain", 2),
         (["train", "--epohcs", "3"], "nearest: --epochs", 2),
