@@ -14,11 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from snella import sparsify
 from snella.allocation import budget_at
 from snella.allocator import allocate
 from snella.kernels import merge_factors
-from snella.sparsify import keep_threshold
+from snella.sparsify import keep_threshold, sparsify
 
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "method.svg"
 ROWS, COLUMNS, RANK, KEPT = 18, 24, 4, 0.3

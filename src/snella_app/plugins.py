@@ -43,7 +43,8 @@ def plugins(group: str) -> dict[str, Any]:
         group: `commands`, `methods`, `data`, `backbones`, `reports` or `choices`.
     """
     found = {}
-    for entry in sorted(entry_points(group=f"snella.{group}"), key=lambda entry: not entry.value.startswith("snella_")):
+    entries = entry_points(group=f"snella.{group}")
+    for entry in sorted(entries, key=lambda entry: (not entry.value.startswith("snella_"), entry.name)):
         package = entry.dist.name if entry.dist is not None else entry.module
         if entry.name in found:
             warnings.warn(f"{package} registers {entry.name!r} in snella.{group} a second time; ignored", stacklevel=2)

@@ -65,6 +65,11 @@ def get_backend(name: str) -> Backend:
     return TorchBackend()
 
 
+def is_checked(A: Tensor) -> bool:
+    """Whether Triton kernels for such factors are compared with torch operations before their first use: on a GPU."""
+    return A.device.type == "cuda"
+
+
 def choose_backend(impl: str, spec: UpdateSpec, A: Tensor) -> tuple[str, str]:
     """Return the name of the backend that computes such updates, and why it is that one.
 
@@ -80,6 +85,7 @@ def choose_backend(impl: str, spec: UpdateSpec, A: Tensor) -> tuple[str, str]:
     Raises:
         ImportError: `impl` is `"triton"` or `"numba"`, and that is missing or does not work.
         NotImplementedError: `impl` is `"triton"` or `"numba"`, and the updates are such that it cannot compute them.
+        RuntimeError: `impl` is `"triton"`, and its kernels give wrong results on this device; says which and how wrong.
         ValueError: `impl` is unknown.
     """
     if resolve_implementation(impl) in ("eager", "reference"):
@@ -95,6 +101,14 @@ def choose_backend(impl: str, spec: UpdateSpec, A: Tensor) -> tuple[str, str]:
         if impl == name:
             raise NotImplementedError(f"impl={name!r} {reason}; impl='eager' would work")
         return "eager", f"{name} {reason}"
+    if name == "triton" and is_checked(A):
+        from snella.backends.triton.verify import failed_check
+
+        reason = failed_check(spec, A)
+        if reason is not None:
+            if impl == name:
+                raise RuntimeError(f"impl={name!r} {reason}; use impl='eager'")
+            return "eager", f"{name} {reason}"
     return name, f"Triton kernels on {str(A.device)!r}" if name == "triton" else "Numba kernels on the CPU"
 
 

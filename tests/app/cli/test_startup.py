@@ -54,7 +54,3 @@ def test_predicting_imports_neither_matplotlib_nor_scikit_learn():
 def test_peft_knows_the_tuner_whatever_is_imported_first(imports):
     code = f"{imports}; from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as known; status = int('SNELLA' in known)"
     assert loaded_by(code)[2] == 1
-
-
-def test_the_package_alone_does_not_wait_for_peft():
-    assert loaded_by("import snella; status = 0")[0] == []

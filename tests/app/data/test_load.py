@@ -18,7 +18,7 @@ def test_the_names_are_listed():
         "vtab:PATH",
         "fgvc:PATH",
     ]
-    bundled = ["digits", "mnist5k", "fashion-mnist", "elpv", "stamps", "mri", "mri-lobes", "mri-regions"]
+    bundled = ["digits", "elpv", "fashion-mnist", "mnist5k", "mri", "mri-lobes", "mri-regions", "stamps"]
     assert data_names() == [*families, *bundled]
 
 

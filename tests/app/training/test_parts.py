@@ -234,7 +234,7 @@ def test_of_equally_accurate_epochs_the_one_with_the_lower_loss_is_best_and_then
 def test_unknown_public_names_are_refused():
     import snella_app.runs
 
-    with pytest.raises(AttributeError, match=r"module 'snella\.runs' has no attribute 'tarin'"):
+    with pytest.raises(AttributeError, match=r"module 'snella_app\.runs' has no attribute 'tarin'"):
         _ = snella_app.runs.tarin
     assert all(getattr(snella_app.runs, name) is not None for name in snella_app.runs.__all__)
 

@@ -136,5 +136,5 @@ def test_what_belongs_to_one_method_or_would_see_test_images_is_refused_with_aut
     values = {"data": "digits", "backbone": "test_vit", "out": str(tmp_path), "method": "auto"}
     with pytest.raises(ValueError, match=r"r 4 is for a method that is known, got method 'auto'; .*folds 3 is for"):
         TrainConfig(**values, r=4, folds=3)
-    with pytest.raises(ValueError, match=r"choose_method\(config\) chooses one"):
+    with pytest.raises(ValueError, match=r"train\(method='auto'\) and the command line choose one"):
         TrainConfig(**values).resolved()

@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from snella import sparsify
-from snella.sparsify import keep_threshold, sparsify_slope
+from snella.sparsify import keep_threshold, sparsify, sparsify_slope
 
 from .formulas import sparsify_by_hand
 

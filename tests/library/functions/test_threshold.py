@@ -3,8 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snella import sparsify
-from snella.sparsify import _smallest, keep_threshold, quantile_threshold
+from snella.sparsify import _smallest, keep_threshold, quantile_threshold, sparsify
 
 
 def tie_free(m, n, dtype=torch.float32, seed=0):

@@ -133,11 +133,12 @@ def test_a_matrix_that_was_kept_gives_the_gradients_of_one_that_is_merged_again(
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 def test_every_kernel_compiles_for_a_gpu(capability, tmp_path):
-    script = Path(__file__).with_name("compile_triton.py")
+    script = Path(__file__).parents[3] / "benchmarks" / "triton_resources.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path)}
+    words = ["--capabilities", str(capability), "--ranks", "8", "--check"]
     done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning:triton", str(script), str(capability)],
+        [sys.executable, "-W", "error::UserWarning:triton", str(script), *words],
         capture_output=True,
         text=True,
         env=environment,

@@ -10,11 +10,11 @@ from peft import PeftModel, get_base_model_state_dict, get_peft_model, set_base_
 from torch import nn
 from torch.func import functional_call
 
-from snella import SnellaConfig, sparsify
+from snella import SnellaConfig
 from snella.compat.attention import AdaptedAttention, Projection
 from snella.kernels import merge_factors
 from snella.matrices import adapted_matrices
-from snella.sparsify import keep_threshold
+from snella.sparsify import keep_threshold, sparsify
 from snella.targets import all_linear_names
 
 WIDTH, HEADS = 8, 2

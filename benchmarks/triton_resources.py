@@ -1,0 +1,178 @@
+"""Registers, spills, shared memory, occupancy and instructions of the compiled Triton kernels; no GPU is needed.
+
+python benchmarks/triton_resources.py                         all capabilities and ranks; writes triton_resources.jsonl
+python benchmarks/triton_resources.py --capabilities 90 --ranks 8 --check    compiles, writes nothing
+
+Each kernel is compiled with the settings that choose between its branches. The numbers are those of `cuobjdump`, which
+Triton brings. Occupancy is the share of a multiprocessor's warps that its registers, shared memory and program limit
+allow. AMD's `gfx942` is compiled as well: its rows only say whether that works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from snella.backends.triton import backend, backward, forward
+
+ROWS = Path(__file__).with_suffix(".jsonl")
+CAPABILITIES = (80, 86, 89, 90, 100, 120)
+RANKS = (8, 16, 32)
+INTEGERS = {"n": "i32", "m": "i32", "num_kept": "i32", "num_tiles": "i32", "scaling": "fp32"}
+TABLES = dict.fromkeys(("layout", "counts", "high", "middle", "low", "state"), "*i32")
+TILE, STATISTICS = backend.TILE, backend.STATISTICS
+_WARP = 32
+_REGISTERS, _REGISTERS_AT_ONCE = 65_536, 256
+"""Registers of a multiprocessor, and the unit in which a warp gets them."""
+_LIMITS = {
+    80: (64, 32, 164),
+    86: (48, 16, 100),
+    89: (48, 24, 100),
+    90: (64, 32, 228),
+    100: (64, 32, 228),
+    120: (48, 24, 100),
+}
+"""Warps, programs and KiB of shared memory of a multiprocessor, from the CUDA programming guide's table of limits."""
+_RESERVED_KIB = 1
+"""Shared memory that CUDA keeps of each program."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel takes.
+
+    Attributes:
+        registers: Of a thread.
+        spilled_bytes: Local memory of a thread.
+        shared_bytes: Shared memory of a program.
+        instructions: Of the machine code.
+        occupancy: Active warps over the multiprocessor's warps.
+    """
+
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    instructions: int
+    occupancy: float
+
+
+def variants(rank: int = 8) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """A name, the kernel, and the settings that choose between its branches."""
+    plain = {"P": 2, "R": rank, "HAS_TEMPERATURE": False, "temperature": None, "AXIS": 0}
+    warm = {"P": 4 if rank > 8 else 3, "R": rank if rank > 8 else 6, "HAS_TEMPERATURE": True, "AXIS": 1}
+    no_softmax = {"peak": None, "inverse_sum": None, "SOFTMAX": False, "LINEAR_TERM": True}
+    for label, axis in (("mix-k", plain), ("normalized rbf", warm)):
+        yield f"softmax statistics, {label}", forward.softmax_statistics, axis | STATISTICS
+        merge = axis | TILE | {"SOFTMAX": True, "LINEAR_TERM": axis is plain, "CENTER": axis is warm, "TILES": 4}
+        yield f"merge and count, {label}", forward.merge, merge | {"COUNT": True}
+        yield f"merge, {label}", forward.merge, merge | {"COUNT": False, "counts": None}
+        linear = merge | no_softmax | {"COUNT": True, "alpha": None, "beta": None}
+        yield f"merge and count, p-linear {axis['P']} pieces", forward.merge, linear
+        mode = 0 if axis is plain else 1
+        yield f"softmax sums, {label}", backward.softmax_weighted_sums, axis | TILE | {"MODE": mode}
+        terms = {"SOFTMAX": True, "LINEAR_TERM": axis is plain, "MODE": mode}
+        yield f"factor gradients, {label}", backward.factor_gradients, axis | TILE | terms
+        scalar = axis | {"SOFTMAX": True, "CENTER": axis is warm, "BLOCK": 512}
+        yield f"scalar gradients, {label}", backward.scalar_gradients, scalar
+    nothing = no_softmax | {"alpha": None, "weighted_sum": None, "MODE": 2}
+    yield "factor gradients, p-linear", backward.factor_gradients, plain | TILE | nothing
+    for targets, mode_name in ((1, "soft"), (2, "official")):
+        yield f"add sparse, {mode_name}", forward.add_sparse, {"MODE": targets - 1, "BLOCK": 2048}
+        counting = {"TARGETS": targets, "LEVEL": targets, "BLOCK": 4096}
+        yield f"count within bin, {mode_name}", forward.count_within_bin, counting
+        yield f"finish thresholds, {mode_name}", forward.finish_thresholds, {"TARGETS": targets}
+
+
+def compile_for(target: GPUTarget, kernel: Any, settings: dict[str, Any]) -> Any:
+    """Compile one kernel to machine code."""
+    signature, constants = {}, {}
+    for parameter in kernel.params:
+        name = parameter.name
+        if parameter.is_constexpr or settings.get(name, 0) is None:
+            signature[name], constants[name] = "constexpr", settings[name]
+        elif name in INTEGERS | TABLES:
+            signature[name] = (INTEGERS | TABLES)[name]
+        else:
+            signature[name] = "*bf16" if name in ("base", "out", "grad", "A") else "*fp32"
+    compiled = triton.compile(ASTSource(kernel, signature, constants), target=target, options=backend.LAUNCH)
+    if not (compiled.asm.get("cubin") or compiled.asm.get("hsaco")):
+        raise RuntimeError(f"no machine code for {kernel.__name__} with {settings}")
+    return compiled
+
+
+def resources_of(cubin: bytes, capability: int, warps: int) -> Resources:
+    """Read the resources of a kernel with `cuobjdump`."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+        code = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+    text = usage.stdout + usage.stderr
+    registers, stack, shared, local = (
+        int(re.search(rf"{name}:(\d+)", text)[1])  # type: ignore[index]
+        for name in ("REG", "STACK", "SHARED", "LOCAL")
+    )
+    instructions = len(re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/", code, re.MULTILINE))
+    return Resources(registers, stack + local, shared, instructions, occupancy(registers, shared, warps, capability))
+
+
+def occupancy(registers: int, shared_bytes: int, warps: int, capability: int) -> float:
+    """Active warps of a multiprocessor over its warps, for programs of so many warps."""
+    most_warps, most_programs, shared_kib = _LIMITS[capability]
+    of_warp = -(-registers * _WARP // _REGISTERS_AT_ONCE) * _REGISTERS_AT_ONCE
+    by_registers = _REGISTERS // of_warp // warps if of_warp else most_programs
+    by_shared = shared_kib * 1024 // (shared_bytes + _RESERVED_KIB * 1024)
+    programs = min(most_programs, most_warps // warps, by_registers, by_shared)
+    return round(programs * warps / most_warps, 3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--capabilities", nargs="+", type=int, choices=CAPABILITIES, default=list(CAPABILITIES))
+    parser.add_argument("--ranks", nargs="+", type=int, default=list(RANKS))
+    parser.add_argument("--check", action="store_true", help="only compile")
+    parser.add_argument("--out", type=Path, default=ROWS)
+    args = parser.parse_args()
+    rows, count = [], 0
+    for rank in args.ranks:
+        for name, kernel, settings in variants(rank):
+            for capability in args.capabilities:
+                compiled = compile_for(GPUTarget("cuda", capability, _WARP), kernel, settings)
+                count += 1
+                print(f"{count} {name}, r {rank}, {capability}", flush=True)
+                if args.check:
+                    continue
+                resources = resources_of(compiled.asm["cubin"], capability, int(backend.LAUNCH["num_warps"]))
+                # shared memory is asked for at launch, where the machine code does not name it
+                shared = max(resources.shared_bytes, int(compiled.metadata.shared))
+                share = occupancy(resources.registers, shared, int(backend.LAUNCH["num_warps"]), capability)
+                row = {"kernel": name, "rank": rank, "capability": capability, **asdict(resources)}
+                rows.append({**row, "shared_bytes": shared, "occupancy": share})
+    if args.check:
+        print(f"{count} compiled")
+        return
+    for name, kernel, settings in variants(args.ranks[0]):
+        try:
+            compile_for(GPUTarget("hip", "gfx942", 64), kernel, settings)
+            error = ""
+        except Exception as problem:  # whatever Triton's AMD backend raises belongs into the row
+            error = f"{type(problem).__name__}: {str(problem).splitlines()[0][:200] if str(problem) else ''}"
+        rows.append({"kernel": name, "rank": args.ranks[0], "capability": "gfx942", "error": error})
+    versions = {"triton": triton.__version__, "tile": TILE, "warps": backend.LAUNCH["num_warps"]}
+    args.out.write_text("".join(json.dumps({**row, **versions}) + "\n" for row in rows))
+
+
+if __name__ == "__main__":
+    main()

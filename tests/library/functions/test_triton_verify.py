@@ -1,0 +1,94 @@
+"""The first-use check of the Triton kernels."""
+
+import json
+
+import pytest
+import torch
+
+from snella.backends import choose_backend
+from snella.kernels import make_kernel
+from snella.update import UpdateSpec
+
+from .triton_problems import DEVICE, needs_triton
+
+pytestmark = needs_triton
+
+
+@pytest.fixture
+def verify(monkeypatch, tmp_path):
+    """The module, with an empty cache."""
+    from snella.backends.triton import verify
+
+    monkeypatch.setenv("SNELLA_CACHE", str(tmp_path))
+    monkeypatch.setattr(verify, "_known", {})
+    return verify
+
+
+@pytest.fixture
+def wrong(monkeypatch):
+    """Make the gradients of A a hundredth too large."""
+    from snella.backends.triton.backend import TritonBackend
+
+    right = TritonBackend.grad_factors
+
+    def grad_factors(self, *args, **options):
+        A, *others = right(self, *args, **options)
+        return A * 1.01, *others
+
+    monkeypatch.setattr(TritonBackend, "grad_factors", grad_factors)
+
+
+def spec_of(kernel="mix_k", mode="soft"):
+    return UpdateSpec(make_kernel(kernel), (5,), mode, 10.0)
+
+
+FACTORS = torch.zeros(1, 7, 4, device=DEVICE)
+
+
+@pytest.mark.parametrize(("kernel", "mode"), [("mix_k", "soft"), ("mix_k", "official"), ("p_linear", "none")])
+def test_the_kernels_pass(verify, kernel, mode):
+    assert verify.failed_check(spec_of(kernel, mode), FACTORS) is None
+
+
+def test_a_wrong_kernel_is_described_and_stays_so(verify, wrong, monkeypatch, tmp_path):
+    reason = verify.failed_check(spec_of("p_linear", "none"), FACTORS)
+    assert "computes the gradient of A of kernel 'p_linear' wrong on" in reason and "largest error" in reason
+    monkeypatch.undo()
+    monkeypatch.setenv("SNELLA_CACHE", str(tmp_path))
+    assert verify.failed_check(spec_of("p_linear", "none"), FACTORS) == reason  # in memory
+    monkeypatch.setattr(verify, "_known", {})
+    assert verify.failed_check(spec_of("p_linear", "none"), FACTORS) == reason  # on disk
+    assert list(json.loads((tmp_path / "kernel_checks.json").read_text()).values()) == [reason]
+
+
+def test_a_passed_check_is_not_repeated(verify, monkeypatch):
+    monkeypatch.setattr(verify, "_compare", lambda spec, A: None)
+    assert verify.failed_check(spec_of(), FACTORS) is None
+    monkeypatch.setattr(verify, "_compare", lambda spec, A: pytest.fail("compared again"))
+    monkeypatch.setattr(verify, "_known", {})
+    assert verify.failed_check(spec_of(), FACTORS) is None
+
+
+def test_another_source_driver_rank_or_sparsifier_is_checked_again(verify, monkeypatch):
+    keys = {verify._key(spec_of(), FACTORS), verify._key(spec_of(mode="official"), FACTORS)}
+    keys |= {verify._key(spec_of(), FACTORS[..., :2])}
+    for name in ("_driver", "_source_digest"):
+        monkeypatch.setattr(verify, name, lambda: "another")
+        keys.add(verify._key(spec_of(), FACTORS))
+    assert len(keys) == 5
+
+
+def test_a_damaged_cache_is_written_again(verify, monkeypatch, tmp_path):
+    (tmp_path / "kernel_checks.json").write_text("{")
+    monkeypatch.setattr(verify, "_compare", lambda spec, A: "wrong")
+    assert verify.failed_check(spec_of(), FACTORS) == "wrong"
+    assert list(json.loads((tmp_path / "kernel_checks.json").read_text()).values()) == ["wrong"]
+
+
+def test_auto_takes_eager_with_the_check_as_its_reason_and_triton_refuses(verify, monkeypatch):
+    monkeypatch.setattr(verify, "failed_check", lambda spec, A: "computes the threshold wrong")
+    monkeypatch.setattr("snella.backends.is_checked", lambda A: True)
+    with pytest.raises(RuntimeError, match=r"impl='triton' computes the threshold wrong; use impl='eager'"):
+        choose_backend("triton", spec_of(), FACTORS)
+    if DEVICE == "cuda":
+        assert choose_backend("auto", spec_of(), FACTORS) == ("eager", "triton computes the threshold wrong")
