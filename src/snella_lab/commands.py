@@ -1,4 +1,4 @@
-"""Commands of analyses, comparisons and recipes: functions whose signature and docstring are their command line."""
+"""Laboratory commands; each function's signature and docstring define its command line."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -44,7 +44,7 @@ def plot(
     device: Device | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Draw what runs have learned: SVG and PNG for light and dark pages, and the numbers as CSV.
+    """Plot what runs have learned as SVG and PNG, with the data as CSV.
 
       snella plot allocation runs/photos runs/cells --out plots
       snella plot evolution runs/photos --out plots
@@ -56,30 +56,30 @@ def plot(
       snella plot samples bundled-suite --out plots
       snella plot masks runs/lungs --out plots
       snella plot gradcam runs/photos runs/lora --out plots
-      snella plot images photos/my-dog pictures --out plots
+      snella plot images photos/my-dog images --out plots
 
-    allocation is the sparsity of each layer, evolution that and the importance over training and the total budget,
-    update the changes of one matrix and their singular values, overlap what several tasks change alike, features a
-    t-SNE of the features of several models, radar the accuracy of methods over the groups of comparisons, memory that
-    of some training steps, samples images of data, masks those of segmentations, gradcam what
-    speaks for the true class, images generated ones.
+    allocation plots the sparsity of each layer; evolution plots sparsity, importance and total budget during training.
+    update plots the update of one matrix and its singular values; overlap compares the updates of several tasks.
+    features plots a t-SNE of the features of several models; radar plots the accuracy of methods by task group.
+    memory plots memory use during training steps. samples, masks and images show data, predicted segmentations and
+    generated images. gradcam shows the evidence for the true class.
 
     Args:
         kind: allocation, evolution, update, overlap, features, radar, memory, samples, masks, gradcam or
             images.
-        runs: Folders of runs; of comparisons (radar) or images (images); data or experiments (samples).
-        out: Folder for the files; created.
-        by: What a layer is (allocation, evolution): block (if not given) or matrix.
-        matrix: Matrix that is drawn (update, overlap), e.g. blocks.11.attn.qkv.q; if not given, the deepest query
-            projection.
-        data: Images (features, gradcam), as for snella train; the first run's own if not given.
-        split: Part of the data (features, masks, gradcam); if not given, the test images.
-        limit: Maximum number of images (features; 500), or of each line (samples, masks, gradcam, images; 6).
-        seed: Decides images and embedding (features, samples, gradcam; 0).
-        steps: Training steps (memory; 2).
-        batch_size: Batch size (memory, features); if not given, the first run's (memory) or 32.
-        device: auto, or a device of torch such as cpu, cuda:1 or mps (features, masks, gradcam).
-        overwrite: Replace files of the same names.
+        runs: Run folders; comparison folders (radar), image folders (images), or datasets or experiments (samples).
+        out: Output folder; created.
+        by: Layer granularity (allocation, evolution): block or matrix; default block.
+        matrix: Matrix to plot (update, overlap), e.g. blocks.11.attn.qkv.q; defaults to the deepest query projection.
+        data: Images (features, gradcam), as for snella train; defaults to the first run's data.
+        split: Split of the data (features, masks, gradcam); defaults to the test images.
+        limit: Maximum number of images (features; default 500), or per row (samples, masks, gradcam, images; default
+            6).
+        seed: Seed for image selection and embedding (features, samples, gradcam; default 0).
+        steps: Training steps (memory; default 2).
+        batch_size: Batch size (memory, features); defaults to the first run's (memory) or 32 (features).
+        device: auto, or a torch device such as cpu, cuda:1 or mps (features, masks, gradcam).
+        overwrite: Overwrite existing files.
     """
     import inspect
 
@@ -117,28 +117,28 @@ def fit_matrix(
     seed: int | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Fit random matrices by the kernels: how expressive each is, and whether its gradient vanishes.
+    """Fit random matrices with each kernel to compare expressiveness and gradients.
 
       snella fit-matrix --out runs/kernels
       snella fit-matrix --out runs/kernels-paper --preset paper
       snella fit-matrix --out runs/mine --kernels linear,mix_k,mymodule:my_kernel
 
-    Curves of the kernels, error against the rank of the matrix, gradient over the steps, as SVG, PNG and CSV. An
-    interrupted call is resumed by the same line.
+    Writes kernel curves, error by matrix rank and gradient by step as SVG, PNG and CSV. Run the same command again to
+    resume an interrupted fit.
 
     Args:
-        out: Folder for the files; created.
-        preset: quick takes minutes; paper has Adam at 1e-4 and 100,000 steps, and takes half an hour.
-        kernels: Kernels, separated by commas; also import paths module:name of a Kernel or of a function of A and B.
-            All of snella's if not given.
-        size: Rows and columns of the matrices (48).
-        ranks: Ranks of the matrices (4,8,16,32,48).
-        matrices: Random matrices of each rank (10).
-        r: Rank of the learnable factors (8).
-        steps: Steps of Adam; the preset's if not given.
-        lr: Learning rate; the preset's if not given.
-        seed: Decides matrices and initial factors (0).
-        overwrite: Replace pictures and tables.
+        out: Output folder; created.
+        preset: quick takes minutes; paper uses Adam at 1e-4 for 100,000 steps and takes half an hour.
+        kernels: Comma-separated kernels: built-in names, or module:name of a Kernel or of a function of A and B.
+            Defaults to all built-in kernels.
+        size: Rows and columns of the matrices; default 48.
+        ranks: Ranks of the matrices; default 4,8,16,32,48.
+        matrices: Random matrices per rank; default 10.
+        r: Rank of the learnable factors; default 8.
+        steps: Adam steps; defaults to the preset's.
+        lr: Learning rate; defaults to the preset's.
+        seed: Seed for the matrices and initial factors; default 0.
+        overwrite: Overwrite existing figures and tables.
     """
     from dataclasses import replace
 
@@ -158,15 +158,15 @@ def fit_matrix(
     columns = ("kernel", *(f"rank {rank}" for rank in config.ranks), "smallest eigenvalue")
     cells = []
     for kernel, shape in zip(config.kernels, shapes, strict=True):
-        found = (f"{row['mse']:.4f}" for row in errors if row["kernel"] == kernel)
-        cells.append((kernel, *found, f"{shape['smallest']:.3g}"))
+        values_by_rank = (f"{row['mse']:.4f}" for row in errors if row["kernel"] == kernel)
+        cells.append((kernel, *values_by_rank, f"{shape['smallest']:.3g}"))
     title = f"mean squared error after {config.steps:,} steps, r={config.r}"
     console.print(make_table(columns, cells, title=title))
     _print_plots(console, paths)
 
 
 def _print_plots(console: "Console", paths: Iterable[Path]) -> None:
-    """Print the files of plots, each once: the tables, and the vector graphics for light pages."""
+    """Print the paths of the CSV tables and of the light-mode SVG figures."""
     from snella_app.console import print_line
 
     for path in paths:
@@ -176,47 +176,48 @@ def _print_plots(console: "Console", paths: Iterable[Path]) -> None:
 
 @dataclass
 class CompareOptions:
-    """Settings of `snella compare`; None leaves what the experiment says.
+    """Settings of `snella compare`; None keeps the experiment's value.
 
     Args:
-        out: Folder of the comparison; an existing one is resumed.
-        experiment: YAML file, or the name of an experiment that ships with snella; the options below override it.
+        out: Comparison folder; an existing comparison is resumed.
+        experiment: YAML file or name of a bundled experiment; the options below override it.
         methods: Methods, e.g. linear,lora-8,snella-8.
         data: Datasets, e.g. elpv,digits,folder:photos.
         backbone: Pre-trained model, as for snella train.
-        seeds: Final runs of each method on each dataset (3 if neither this nor the experiment says).
-        tune_seeds: Seeds of each tuning run (1).
-        lr_factors: Grid of learning rates, times each method's default, e.g. 0.1,0.3,1,3,10.
-        weight_decays: Grid of weight decays, tried at the best learning rate, e.g. 0,0.1; none for the defaults alone.
-        extensions: Maximum number of times that the grid grows while the best value lies on its edge (2).
-        reference: Method that others are compared to in pairs; the first LoRA if not given.
-        forgetting: Data whose linear probe shows what the features forget, e.g. stamps,digits; none for nothing.
-        epochs: Epochs, the same for all methods.
+        seeds: Final runs per method and dataset; default 3.
+        tune_seeds: Seeds per tuning run; default 1.
+        lr_factors: Learning rate grid, as multiples of each method's default, e.g. 0.1,0.3,1,3,10.
+        weight_decays: Weight decay grid, tuned at the best learning rate, e.g. 0,0.1; none keeps the defaults.
+        extensions: Maximum number of grid extensions while the best value lies on the edge of the grid; default 2.
+        reference: Reference method for pairwise comparisons; defaults to the first LoRA.
+        forgetting: Datasets whose linear-probe accuracy measures forgetting, e.g. stamps,digits; none disables it.
+        epochs: Epochs, for all methods.
         batch_size: Batch size.
         img_size: Input resolution in pixels.
-        train_size: Number of training images of each dataset.
-        val_size: Number of validation images of each dataset.
-        test_size: Number of test images of each dataset, at most.
+        train_size: Training images per dataset.
+        val_size: Validation images per dataset.
+        test_size: Maximum number of test images per dataset.
         augment: Augmentation of training images: none, flip, or crop.
-        head_init: Initialization of every method's classifier head: random values, or probe, the linear probe; auto is
-            probe for less than 100 steps.
-        ema: Decay of an exponential moving average of the trained parameters, which is evaluated and kept, e.g. 0.9998.
-        task: classification, multilabel (methods are compared by mean average precision), ordinal (by quadratic
-            weighted kappa) or regression (by R²).
-        monitor: Metric on validation that epochs are selected by, as for snella train; balanced_accuracy, and macro_f1
-            of several labels, is also what methods are compared by.
-        columns: Columns of tables, e.g. path=file,label=species, as for snella train.
-        channels: Channels of an image.
-        skip_corrupt: Skip images that cannot be read.
-        weights: Weight file for a backbone that is given by its architecture's name.
-        pretrained: Load pre-trained weights; false starts from random ones, for tests.
-        device: auto, or a device of torch such as cpu, cuda:1 or mps.
+        head_init: Initialization of the classifier head: random, or probe for a linear probe; auto uses probe below 100
+            steps.
+        ema: Decay of the exponential moving average of the trained parameters, e.g. 0.9998; the average is evaluated
+            and saved.
+        task: classification, multilabel (compared by mean average precision), ordinal (by quadratic weighted kappa) or
+            regression (by R²).
+        monitor: Validation metric for epoch selection, as for snella train. balanced_accuracy, and macro_f1 for
+            multilabel, also become the comparison metric.
+        columns: Table columns, e.g. path=file,label=species, as for snella train.
+        channels: Image channels.
+        skip_corrupt: Skip corrupt images.
+        weights: Weight file for a backbone given by its architecture name.
+        pretrained: Load pre-trained weights; false uses random weights, for tests.
+        device: auto, or a torch device such as cpu, cuda:1 or mps.
         precision: fp32, or bf16 for autocast.
-        workers: Runs at a time, each in a process of its own; 0 trains all in this process.
-        threads: Threads of each; the machine's processors shared out if not given.
-        ray: Give the runs to Ray, on the cluster that RAY_ADDRESS names or on this machine.
+        workers: Parallel runs, one process each; 0 runs everything in the current process.
+        threads: Threads per worker; defaults to an equal share of the CPUs.
+        ray: Run on Ray: the cluster at RAY_ADDRESS, or this machine.
         retry_failed: Train failed runs again.
-        draw_only: Train nothing; draw table and HTML report from the rows that there are.
+        draw_only: Skip training; redraw the table and the HTML report from existing results.
     """
 
     out: str
@@ -258,7 +259,7 @@ class CompareOptions:
 
 @command("snella_lab.comparison.compare")
 def compare(options: CompareOptions) -> None:
-    r"""Compare methods on the same images, tuned on the validation set and evaluated once on the test set.
+    r"""Compare methods, tuned on the validation set and evaluated once on the test set.
 
       snella compare --methods linear,lora-8,snella-8 --data elpv,digits --backbone NAME --img-size 56 \
           --out runs/compare
@@ -266,8 +267,8 @@ def compare(options: CompareOptions) -> None:
       snella compare --out runs/compare
       snella compare --out runs/compare --draw-only
 
-    The third line resumes the first one; it may run several times at once. The folder receives results.jsonl with a row
-    for each training, and comparison.html.
+    The third command resumes the first; several processes may run it at once. The folder receives comparison.html and
+    results.jsonl, with one row per run.
     """
     from snella_lab.comparison.compare import compare
     from snella_lab.comparison.experiment_files import experiment_from_args
@@ -285,13 +286,13 @@ def compare(options: CompareOptions) -> None:
 
 @command("snella_lab.recipes.dreambooth", is_research=True)
 def dreambooth(config: DreamBoothConfig) -> None:
-    """Teach Stable Diffusion 3 one subject from a few images of it.
+    """Fine-tune Stable Diffusion 3 on a few images of one subject (DreamBooth).
 
       snella dreambooth --data folder:photos/my-dog --class-name dog --pipeline sd3-medium --out runs/my-dog
       snella dreambooth --data dreambooth:dreambooth/dataset --subject dog6 --pipeline sd3-medium --out runs/dog6
       snella dreambooth --out runs/dog6 --resume
 
-    sd3-medium is a folder in diffusers' format. The run's folder receives the adapter, sample images and report.html.
+    sd3-medium is a folder in diffusers format. The run folder receives the adapter, sample images and report.html.
     """
     from snella_lab.recipes.dreambooth import personalize
 
@@ -316,26 +317,26 @@ def generate(
     overwrite: bool = False,
     device: Device = "auto",
 ) -> None:
-    """Generate images with what a run of snella dreambooth has learned.
+    """Generate images with the adapter of a snella dreambooth run.
 
-      snella generate runs/my-dog --prompt "a photo of sks dog on the beach" --out pictures
-      snella generate runs/my-dog --prompts prompts.txt --pictures 2 --out pictures
+      snella generate runs/my-dog --prompt "a photo of sks dog on the beach" --out images
+      snella generate runs/my-dog --prompts prompts.txt --pictures 2 --out images
 
     Args:
-        run: Folder of the run.
-        out: Folder for the images.
-        prompt: What to generate; the word that the run gave its subject stands for it.
-        prompts: File of prompts, one a line, with {0} for the subject's word and {1} for its class; or DreamBooth's
+        run: Run folder.
+        out: Output folder for the images.
+        prompt: Prompt, with the run's token for the subject, e.g. sks.
+        prompts: Prompt file, one prompt per line, with {0} for the token and {1} for the class; or DreamBooth's
             prompts_and_classes.txt.
-        live: Use that file's prompts for animals; cats and dogs get them anyhow.
-        pictures: Images of each prompt.
-        seed: Of the first image of a prompt; the next ones count up.
-        steps: Steps of the sampler; the run's own if not given.
-        guidance: Guidance scale of the sampler; the run's own if not given.
-        batch_size: Images at a time.
-        pipeline: Where the pipeline lies now, if not where training found it.
+        live: Use the file's prompts for live subjects; the default for cats and dogs.
+        pictures: Images per prompt.
+        seed: Seed of the first image of each prompt; later images use the following seeds.
+        steps: Sampling steps; defaults to the run's.
+        guidance: Guidance scale; defaults to the run's.
+        batch_size: Batch size.
+        pipeline: Path or hub name of the pipeline; defaults to the run's.
         overwrite: Replace other images in the folder.
-        device: auto, or a device of torch such as cpu, cuda:1 or mps.
+        device: auto, or a torch device such as cpu, cuda:1 or mps.
     """
     from snella_app.console import counted, make_console, print_line
     from snella_lab.recipes.dreambooth.generate import generate, select_prompts
@@ -372,27 +373,27 @@ def evaluate_generation(
     out: str | None = None,
     device: Device = "auto",
 ) -> None:
-    """Generate the images of DreamBooth's protocol and measure them: subject fidelity, text, diversity.
+    """Evaluate subject fidelity, text alignment and diversity on DreamBooth's prompts.
 
       snella evaluate-generation runs/dog6 --clip clip-vit-base-patch32 --dino dinov2-base
       snella evaluate-generation runs/table6 --clip clip-vit-base-patch32 --dino dinov2-base --out table6.json
 
-    25 prompts with four images each, unless --prompts and --pictures say otherwise. An interrupted call is resumed by
-    the same line; the second line measures every run in a folder.
+    The default is 25 prompts with four images each. The second command evaluates every run in a folder. Run the same
+    command again to resume an interrupted evaluation.
 
     Args:
-        run: Folder of the run, or a folder of several.
-        clip: CLIP model, a local folder in transformers' format or a name on the hub.
-        dino: DINOv2 model, likewise.
-        prompts: File of prompts; prompts_and_classes.txt in the run's dreambooth: folder if not given.
-        live: Use that file's prompts for animals; cats and dogs get them anyhow.
-        pictures: Images of each prompt.
-        steps: Steps of the sampler; the run's own if not given.
-        batch_size: Images at a time.
-        pipeline: Where the pipeline lies now, if not where training found it.
-        overwrite: Generate anew where images of other settings are.
-        out: Also write the results to this JSON file.
-        device: auto, or a device of torch such as cpu, cuda:1 or mps.
+        run: Run folder, or a folder of runs.
+        clip: CLIP model: a local folder in transformers format or a hub name.
+        dino: DINOv2 model: a local folder in transformers format or a hub name.
+        prompts: Prompt file; defaults to prompts_and_classes.txt in the run's dreambooth: folder.
+        live: Use the file's prompts for live subjects; the default for cats and dogs.
+        pictures: Images per prompt.
+        steps: Sampling steps; defaults to the run's.
+        batch_size: Batch size.
+        pipeline: Path or hub name of the pipeline; defaults to the run's.
+        overwrite: Replace images generated with other settings.
+        out: JSON file for the results.
+        device: auto, or a torch device such as cpu, cuda:1 or mps.
     """
     from snella_app.console import make_console
     from snella_app.files import write_json
@@ -418,7 +419,7 @@ def evaluate_generation(
 
 @command("snella_lab.bench.doctor")
 def doctor(*, steps: bool = True, out: str | None = None) -> None:
-    """Check that this machine computes correctly, and how fast.
+    """Check numerical correctness and speed on this machine.
 
       snella doctor
       snella doctor --out doctor.json
@@ -428,7 +429,7 @@ def doctor(*, steps: bool = True, out: str | None = None) -> None:
 
     Args:
         steps: Time training steps; --steps false only checks the results.
-        out: JSON file for the results, to send with a report of an error.
+        out: JSON file for the results, to attach to a bug report.
     """
     from snella_lab.bench.doctor import diagnose
 
@@ -452,28 +453,28 @@ def bench(
     out: str | None = None,
     figures: str | None = None,
 ) -> None:
-    """Time training steps of SNELLA, LoRA, full fine-tuning and others side by side.
+    """Benchmark training steps of SNELLA, LoRA, full fine-tuning and other methods.
 
       snella bench
       snella bench --backbones vit_small_patch16_224,vit_base_patch16_224 --memory --out rows.jsonl --figures .
       snella bench --device cuda --dtype bf16 --batch 64 --methods lora,full,snella,paper
 
-    Several values are separated by commas; every combination is measured.
+    Lists are comma-separated; every combination is measured.
 
     Args:
-        backbones: timm names; their weights are random.
-        batch: Batch size.
+        backbones: timm model names; weights are random.
+        batch: Batch sizes.
         methods: frozen, lora, dora, shira, full, klora, spt-lora, spt-adapter, snell, snella, paper and variants of
             snella; ratios are relative to lora.
         r: Ranks.
-        sparsity: Fractions of the adapted weights that SNELLA leaves as they are.
-        dtype: fp32, bf16, of weights and activations alike.
+        sparsity: Target sparsities.
+        dtype: Dtypes of weights and activations: fp32, bf16.
         device: cpu, cuda or cuda:1.
-        rounds: Steps of each method, of which medians are reported; 0 counts what is kept and takes none.
-        memory: Also measure the peak memory of each method.
-        grid: Every backbone, batch, rank, sparsity and dtype instead; takes hours.
-        out: JSON lines file to append to.
-        figures: Folder for the figures of all rows in --out.
+        rounds: Timed steps per method; medians are reported. 0 measures only saved activations and parameter counts.
+        memory: Also measure peak memory.
+        grid: Measure every backbone, batch size, rank, sparsity and dtype instead; takes hours.
+        out: JSON Lines file to append to.
+        figures: Folder for figures of all rows in --out.
     """
     from snella_lab.bench import BenchConfig
     from snella_lab.bench import bench as run_bench
@@ -506,7 +507,7 @@ def language(config: LanguageConfig) -> None:
       snella language --data commonsense_170k.json --model Llama-2-7b-hf --out runs/llama
       snella language --out runs/llama --resume
 
-    commonsense_170k.json holds a list of objects with instruction, input, output and answer.
+    commonsense_170k.json is a list of objects with the fields instruction, input, output and answer.
     """
     from snella_lab.recipes.instruct import fine_tune
 
@@ -527,23 +528,23 @@ def evaluate_language(
     overwrite: bool = False,
     device: Device = "auto",
 ) -> None:
-    """Let a fine-tuned language model answer the commonsense benchmark.
+    """Evaluate a fine-tuned language model on the commonsense benchmark.
 
       snella evaluate-language runs/llama --data dataset
       snella evaluate-language runs/llama --data dataset --limit 100
 
-    dataset holds TASK/test.json. An interrupted call is resumed by the same line.
+    dataset contains TASK/test.json. Run the same command again to resume an interrupted evaluation.
 
     Args:
-        run: Folder of the run.
+        run: Run folder.
         data: Folder with TASK/test.json for some or all of the eight tasks.
-        beams: Beams of the search; 1 takes the likeliest token each time. The benchmark's own script uses 4.
-        max_new_tokens: Tokens of an answer.
-        batch_size: Questions at a time.
-        limit: Maximum number of questions of each task.
-        model: Where the model lies now, if not where training found it.
-        overwrite: Answer anew where answers of other settings are.
-        device: auto, or a device of torch such as cpu, cuda:1 or mps.
+        beams: Beam search width; 1 is greedy decoding. The benchmark's script uses 4.
+        max_new_tokens: Maximum number of tokens per answer.
+        batch_size: Batch size.
+        limit: Maximum number of questions per task.
+        model: Path or hub name of the model; defaults to the run's.
+        overwrite: Replace answers generated with other settings.
+        device: auto, or a torch device such as cpu, cuda:1 or mps.
     """
     from snella_app.console import make_console, make_table
     from snella_lab.recipes.instruct import evaluate_language
@@ -583,11 +584,11 @@ def demo(
       snella demo --out runs/demo
 
     Args:
-        out: Folder for SNELLA's run; the others go into its subfolders.
-        overwrite: Replace earlier runs there.
-        epochs: Epochs of each method; the demonstration's own if not given.
-        seed: Seed of the split, the initial values and the order of the images.
-        device: auto, or a device of torch such as cpu, cuda:1 or mps.
+        out: Run folder of SNELLA; the other methods use subfolders.
+        overwrite: Replace earlier runs.
+        epochs: Epochs of each method; defaults to the demo's settings.
+        seed: Seed for the split, initialization and data order.
+        device: auto, or a torch device such as cpu, cuda:1 or mps.
     """
     from snella_lab.recipes.demo import run_demo
 
@@ -596,12 +597,12 @@ def demo(
 
 
 def _generation_table(result: dict[str, Any]) -> "Table":
-    """One row a subject, then mean and standard error over subjects."""
+    """Return a table with one row per subject, then mean and standard error over subjects."""
     from snella_app.console import make_table
 
     names = list(result["mean"])
     cells = ((row["subject"], row["method"], *(f"{row[name]:.4f}" for name in names)) for row in result["runs"])
-    title = "alignments are cosines of CLIP embeddings, Vendi scores are of DINOv2's"
+    title = "alignment: cosine similarity of CLIP embeddings; Vendi score: DINOv2 embeddings"
     table = make_table(("subject", "method", *(name.replace("_", " ") for name in names)), cells, title=title, left=2)
     if len(result["runs"]) > 1:
         table.add_section()

@@ -1,1 +1,1 @@
-"""Methods that SNELLA is compared with and that are not part of PEFT."""
+"""Baseline methods that PEFT does not provide."""

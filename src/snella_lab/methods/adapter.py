@@ -1,4 +1,4 @@
-"""`adapter-r`, `mosa-r` and `ssf`: small modules behind the parts of a frozen backbone."""
+"""`adapter-r`, `mosa-r` and `ssf`: small modules after the layers of a frozen backbone."""
 
 import warnings
 from collections.abc import Callable
@@ -17,18 +17,18 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
 
 
 class Adapter(nn.Module):
-    """A bottleneck beside the identity: nothing at first, since what leads out of it starts at zero.
+    """Residual bottleneck adapter, initialized to the identity.
 
-    y = h + scale · (U · dropout(act(D h + d)) + u),   act = gelu, or relu as A.1 of arXiv 2510.24037 describes it
+    y = h + scale · (U · dropout(act(D h + d)) + u),   act = gelu, or relu as in A.1 of arXiv 2510.24037
 
-    `D` `[r, width]` starts uniform after Glorot, `U` `[width, r]` and both biases at zero.
+    `D` `[r, width]` is Glorot-uniform; `U` `[width, r]` and both biases are zero.
 
     Args:
-        width: Channels of a token, the last dimension of the input.
-        r: Width of the bottleneck.
-        scale: Factor on what is added.
-        dropout: Rate inside of the bottleneck, while training.
-        activation: One of `ACTIVATIONS`.
+        width: Last dimension of the input.
+        r: Bottleneck width.
+        scale: Factor on the bottleneck's output.
+        dropout: Dropout rate inside the bottleneck.
+        activation: Key of `ACTIVATIONS`.
     """
 
     def __init__(
@@ -45,26 +45,26 @@ class Adapter(nn.Module):
             nn.init.zeros_(tensor)
 
     def bottleneck(self, h: Tensor) -> Tensor:
-        """What is added to `h`, before the scale."""
+        """Compute the bottleneck's output before scaling."""
         return self.up(self.dropout(self.act(self.down(h))))
 
     def forward(self, h: Tensor) -> Tensor:
-        """`h` and what the bottleneck adds, `[..., width]`."""
+        """Add the scaled bottleneck output to `h`, `[..., width]`."""
         return h + self.scale * self.bottleneck(h)
 
 
 def apply_adapter(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-    """Forward hook: pass the output of a module on to its child `adapter`."""
+    """Forward hook: apply the module's child `adapter` to its output."""
     return module.adapter(output)  # type: ignore[operator]
 
 
 def add_adapters(method: str, model: nn.Module, head: str, make: Callable[[int, int], nn.Module]) -> nn.Module:
-    """Attach one adapter to the MLP of each block, as its child `adapter`.
+    """Attach an adapter to the MLP of each block as its child `adapter`.
 
     Args:
-        method: Name, for the error.
-        model: Frozen; changed in place.
-        head: Name of its head, which learns too.
+        method: Method name for the error message.
+        model: Frozen model; changed in place.
+        head: Name of the head, which becomes trainable.
         make: `(width, index) -> nn.Module`.
 
     Raises:
@@ -74,7 +74,7 @@ def add_adapters(method: str, model: nn.Module, head: str, make: Callable[[int, 
     if not places:
         raise ValueError(
             f"method {method!r} cannot be applied to {type(model).__name__}: it adapts the MLP of each block, "
-            "and no module of this model is called mlp and ends with a linear layer"
+            "and this model has no module named mlp that ends with a linear layer"
         )
     train_head(model, head)
     for index, (_, module, width) in enumerate(places):
@@ -83,15 +83,15 @@ def add_adapters(method: str, model: nn.Module, head: str, make: Callable[[int, 
 
 
 def _build_adapter(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
-    """One `Adapter` after each MLP, inside of the residual branch."""
-    own = {name: options[name] for name in ("scale", "dropout", "activation") if name in options}
-    return add_adapters("adapter", model, head, lambda width, index: Adapter(width, options.get("r", 8), **own))
+    """Attach an `Adapter` after each MLP, inside the residual branch."""
+    given = {name: options[name] for name in ("scale", "dropout", "activation") if name in options}
+    return add_adapters("adapter", model, head, lambda width, index: Adapter(width, options.get("r", 8), **given))
 
 
 ADAPTER = Method(
     "a bottleneck after the MLP of each block",
-    "adapters, Houlsby et al., arXiv 1902.00751, in the place that Pfeiffer et al., arXiv 2005.00247, found to do: "
-    "after the MLP only, as compared in VPT and NOAH",
+    "adapters, Houlsby et al., arXiv 1902.00751, after the MLP only, as in Pfeiffer et al., arXiv 2005.00247, VPT and "
+    "NOAH",
     _build_adapter,
     ("r", "scale", "dropout", "activation"),
     suffix="r",
@@ -104,22 +104,22 @@ ADAPTER = Method(
 
 
 class SparseAdapters(Adapter):
-    """A mixture of sparse adapters: one bottleneck, of which each training step uses a random part.
+    """Mixture of sparse adapters (MoSA): each training step uses a random part of one bottleneck.
 
-    training:    y = h + scale · (n · (U ⊙ M_i) dropout(gelu(D h + d)) + u),  i drawn anew from 1 … n in each pass
+    training:    y = h + scale · (n · (U ⊙ M_i) dropout(gelu(D h + d)) + u),  i uniform in 1 … n for each forward pass
     evaluation:  y = h + scale · (U gelu(D h + d) + u)
 
-    The masks M_1 … M_n share out the entries of `U` `[width, r]` evenly and at random. The down projection and the
-    biases belong to all of them (the paper's hierarchical split). `n (U ⊙ M_i)` has the mean `U` over i, so that the
-    merged adapter, the mean of the sparse ones, is `U` itself and nothing but one adapter is stored.
+    The masks M_1 … M_n are a random, even partition of the entries of `U` `[width, r]`. All experts share the down
+    projection and the biases (the paper's hierarchical split). `n (U ⊙ M_i)` has the mean `U` over i, so the merged
+    adapter is `U`, and only one adapter is stored.
 
     Args:
-        width: Channels of a token.
-        r: Width of the bottleneck.
-        experts: n.
-        seed: Decides the masks; they are drawn again when an adapter is loaded.
-        scale: As for `Adapter`.
-        dropout: As for `Adapter`.
+        width: Last dimension of the input.
+        r: Bottleneck width.
+        experts: Number of experts n.
+        seed: Seed for the masks, which are not saved but sampled again on loading.
+        scale: Factor on the bottleneck's output.
+        dropout: Dropout rate inside the bottleneck.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class SparseAdapters(Adapter):
         self.register_buffer("owner", owner.to(torch.uint8), persistent=False)
 
     def bottleneck(self, h: Tensor) -> Tensor:
-        """What is added to `h`: by one sparse adapter while training, by all of them together otherwise."""
+        """Compute the output of a random expert in training, of the merged adapter in evaluation."""
         if not self.training:
             return super().bottleneck(h)
         active = int(torch.randint(self.experts, ()))
@@ -141,18 +141,18 @@ class SparseAdapters(Adapter):
 
 
 def _build_mosa(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
-    """`SparseAdapters` where `adapter-r` has its adapters; masks differ from block to block."""
-    own = {name: options[name] for name in ("experts", "scale", "dropout") if name in options}
+    """Attach `SparseAdapters` after each MLP, with different masks per block."""
+    given = {name: options[name] for name in ("experts", "scale", "dropout") if name in options}
     seed = options.get("mask_seed", 0)
 
     def make(width: int, index: int) -> nn.Module:
-        return SparseAdapters(width, options.get("r", 8), seed=seed + index, **own)
+        return SparseAdapters(width, options.get("r", 8), seed=seed + index, **given)
 
     return add_adapters("mosa", model, head, make)
 
 
 MOSA = Method(
-    "a bottleneck after the MLP of each block, trained in random parts",
+    "a bottleneck after the MLP of each block, trained as a mixture of random sparse parts",
     "MoSA, Zhang et al., arXiv 2312.02923",
     _build_mosa,
     ("r", "experts", "scale", "dropout", "mask_seed"),
@@ -172,14 +172,14 @@ MOSA = Method(
 
 
 class ScaleShift(nn.Module):
-    """y = γ ⊙ x + β, channel by channel.
+    """Per-channel scale and shift: y = γ ⊙ x + β.
 
-    γ starts normal around 1, β normal around 0.
+    γ is initialized from N(1, init_std²) and β from N(0, init_std²).
 
     Args:
-        channels: How many.
-        dim: The dimension of the input that holds them: -1 for tokens, 1 for feature maps.
-        init_std: Standard deviation of both at the start; 0 begins with the identity.
+        channels: Number of channels.
+        dim: Channel dimension of the input: -1 for tokens, 1 for feature maps.
+        init_std: Standard deviation of the initialization; 0 starts at the identity.
     """
 
     def __init__(self, channels: int, *, dim: int = -1, init_std: float = 0.02) -> None:
@@ -193,7 +193,7 @@ class ScaleShift(nn.Module):
             nn.init.normal_(self.shift, std=init_std)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x` with each channel scaled and shifted."""
+        """Scale and shift each channel of `x`."""
         self.was_used = True
         scale, shift = self.scale.to(x.dtype), self.shift.to(x.dtype)
         if self.dim == 1:
@@ -203,25 +203,25 @@ class ScaleShift(nn.Module):
 
 
 def apply_scale_shift(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-    """Forward hook: pass the output of an operation on to its child `ssf`."""
+    """Forward hook: apply the layer's child `ssf` to its output."""
     return module.ssf(output)  # type: ignore[operator]
 
 
 def warn_of_unused(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-    """Forward hook of the model: say once which operations it does not call, so that nothing follows them."""
+    """Forward hook of the model: warn once about layers whose `ssf` is never called."""
     if module.training and not getattr(module, "ssf_was_checked", False):
         module.ssf_was_checked = True  # type: ignore[assignment]
         unused = [name for name, _, ssf in attached(module, "ssf", ScaleShift) if not ssf.was_used]
         if unused:
             warnings.warn(
-                f"method 'ssf' changes nothing at {len(unused)} operations of {type(module).__name__}, e.g. "
-                f"{unused[:3]}: the model does not use them, or reads their weights past them",
+                f"method 'ssf' has no effect on {len(unused)} layers of {type(module).__name__}, e.g. "
+                f"{unused[:3]}: the model does not call them or reads their weights directly",
                 stacklevel=2,
             )
 
 
 def _channels(module: nn.Module) -> tuple[int, int] | None:
-    """Channels of an operation's output and the dimension that holds them; None for what is no operation."""
+    """Return the number of output channels and the channel dimension of a layer; None for other modules."""
     if isinstance(module, nn.Linear):
         return module.out_features, -1
     if isinstance(module, nn.Conv2d):
@@ -231,23 +231,23 @@ def _channels(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, nn.GroupNorm):
         return module.num_channels, 1
     if isinstance(module, nn.LayerNorm):
-        # timm's LayerNorm2d and the channels-first norms of transformers take feature maps, LayerNorms all the same
+        # timm's LayerNorm2d and transformers' channels-first norms are LayerNorms that take feature maps
         takes_maps = type(module).__name__.endswith("2d") or getattr(module, "data_format", None) == "channels_first"
         return module.normalized_shape[-1], 1 if takes_maps else -1
     return None
 
 
 def _build_ssf(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
-    """Attach a `ScaleShift` to each linear layer, convolution and normalization outside of the head."""
+    """Attach a `ScaleShift` to each linear layer, convolution and normalization outside the head."""
     places = [
-        (module, found)
+        (module, channels)
         for name, module in model.named_modules()
-        if not is_inside(name, head) and (found := _channels(module)) is not None
+        if not is_inside(name, head) and (channels := _channels(module)) is not None
     ]
     if not places:
         raise ValueError(
-            f"method 'ssf' cannot be applied to {type(model).__name__}: it follows linear layers, convolutions and "
-            f"normalizations, and there is none besides the head {head!r}"
+            f"method 'ssf' cannot be applied to {type(model).__name__}: it needs linear layers, convolutions or "
+            f"normalizations, got none outside the head {head!r}"
         )
     train_head(model, head)
     for module, (channels, dim) in places:
@@ -259,14 +259,14 @@ def _build_ssf(model: nn.Module, head: str, options: Options, batches: Batches |
 
 @torch.no_grad()
 def _merge_ssf(model: nn.Module) -> nn.Module:
-    """W <- γ W, b <- γ b + β in each operation."""
+    """Fold γ and β into each layer: W <- γ W, b <- γ b + β."""
     places = list(attached(model, "ssf", ScaleShift))
     without = [name for name, module, _ in places if getattr(module, "weight", None) is None or module.bias is None]
     if without:
         shown = repr(without[0]) + (f" and {len(without) - 1} more layers" if without[1:] else "")
         raise ValueError(
-            f"method 'ssf' cannot be folded into {type(model).__name__}: no bias to take the shift in {shown}; "
-            "keep the adapter beside the backbone, load_trained puts it back"
+            f"method 'ssf' cannot be merged into {type(model).__name__}: no bias for the shift in {shown}; "
+            "keep the adapter separate and load it with load_trained"
         )
     for _, module, ssf in places:
         weight: Tensor = module.weight  # type: ignore[assignment]
@@ -279,7 +279,7 @@ def _merge_ssf(model: nn.Module) -> nn.Module:
 
 
 SSF = Method(
-    "a scale and a shift of each channel after each operation",
+    "a scale and a shift per channel after each layer",
     "SSF, Lian et al., arXiv 2210.08823",
     _build_ssf,
     ("init_std",),

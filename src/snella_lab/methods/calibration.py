@@ -1,4 +1,4 @@
-"""Weight sensitivity: gradients on a few batches before training."""
+"""Weight sensitivity from gradients on a few batches before training."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -17,24 +17,25 @@ Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 def squared_gradients(
     model: nn.Module, names: Sequence[str], batches: Batches, loss: Loss, limit: int | None = None
 ) -> dict[str, Tensor]:
-    """SPT's sensitivity of each weight: the loss that one step of gradient descent on this weight alone would save.
+    """Compute SPT's sensitivity of each weight.
 
     s[w] = Σ_batches g[w]²,   g = ∂loss/∂w
 
-    To first order the loss changes by g·Δw, and a step of gradient descent is Δw = -ε g; ε is the same for all.
+    Up to a constant factor this is the first-order decrease of the loss, g·Δw, after a gradient step Δw = -ε g on that
+    weight.
 
     Args:
-        model: Left as it was; works in evaluation mode, so that nothing random is drawn.
-        names: Parameters to measure.
-        batches: Gives a fresh pass over training data.
-        loss: Of a batch.
-        limit: Use so many batches at most.
+        model: Model, run in evaluation mode and restored afterwards.
+        names: Names of the parameters.
+        batches: Callable that returns a fresh pass over the training data.
+        loss: Loss of a batch.
+        limit: Maximum number of batches; all if None.
 
     Returns:
-        float32 tensors in the shapes of the parameters, on their devices.
+        float32 tensors with the parameters' shapes and devices.
 
     Raises:
-        ValueError: There is no batch, a loss is not finite, or a name is no parameter.
+        ValueError: `batches` is empty, a loss is not finite, or a name is not a parameter.
     """
     return _accumulate(model, names, batches, loss, limit, lambda total, grad: total.addcmul_(grad, grad))
 
@@ -42,42 +43,42 @@ def squared_gradients(
 def summed_gradients(
     model: nn.Module, names: Sequence[str], batches: Batches, loss: Loss, limit: int | None = None
 ) -> dict[str, Tensor]:
-    """The gradient of the loss over all batches, Σ_batches ∂loss/∂w; arguments and errors of `squared_gradients`."""
+    """Sum the gradient of the loss over all batches, Σ_batches ∂loss/∂w; see `squared_gradients` for the arguments."""
     return _accumulate(model, names, batches, loss, limit, lambda total, grad: total.add_(grad))
 
 
 def rank_entries(values: Sequence[Tensor], count: int) -> tuple[Tensor, Tensor]:
-    """The largest entries of several tensors together, in descending order.
+    """Find the `count` largest entries over several tensors, in descending order.
 
-    Exact and the same every time: equal entries stand in the order of their tensors, then of their positions. Needs
-    memory for what it returns and one tensor's mask, not for a sorted copy.
+    The result is exact and deterministic; ties are ordered by tensor, then by position. Peak memory is the result plus
+    one boolean mask per tensor, without a sorted copy.
 
     Args:
-        values: float32 tensors without negative entries, of any shapes.
-        count: How many entries, at most all.
+        values: Nonnegative float32 tensors of any shapes.
+        count: Number of entries.
 
     Returns:
-        Which tensor and which position in it, flattened, `[count]` int64 each, on the CPU.
+        Tensor indices and flattened positions, `[count]` int64 each, on the CPU.
 
     Raises:
-        ValueError: `count` is negative or more than there are.
+        ValueError: `count` is negative or exceeds the total number of entries.
     """
     total = sum(tensor.numel() for tensor in values)
     if not 0 <= count <= total:
         raise ValueError(f"count must be in [0, {total}], the entries of all tensors together, got {count}")
-    # the bits of floats without sign are ordered as the floats are, so that bisection finds a value exactly
+    # nonnegative floats sort like their bit patterns, so bisection over integers finds the exact threshold
     bits = [tensor.reshape(-1).view(torch.int32) for tensor in values]
     threshold = _kth_largest(bits, count)
-    kept = [torch.nonzero(one > threshold).flatten() for one in bits]
-    magnitudes = torch.cat([one[where].cpu() for one, where in zip(bits, kept, strict=True)])
+    above = [torch.nonzero(tensor > threshold).flatten() for tensor in bits]
+    magnitudes = torch.cat([tensor[indices].cpu() for tensor, indices in zip(bits, above, strict=True)])
     order = magnitudes.argsort(descending=True, stable=True)
-    owners = [torch.cat([torch.full((len(where),), k) for k, where in enumerate(kept)])[order]]
-    positions = [torch.cat([where.cpu() for where in kept])[order]]
+    owners = [torch.cat([torch.full((len(indices),), k) for k, indices in enumerate(above)])[order]]
+    positions = [torch.cat([indices.cpu() for indices in above])[order]]
     missing = count - len(order)
-    for k, one in enumerate(bits):
+    for k, tensor in enumerate(bits):
         if missing <= 0:
             break
-        ties = torch.nonzero(one == threshold).flatten()[:missing].cpu()
+        ties = torch.nonzero(tensor == threshold).flatten()[:missing].cpu()
         owners.append(torch.full((len(ties),), k))
         positions.append(ties)
         missing -= len(ties)
@@ -85,13 +86,13 @@ def rank_entries(values: Sequence[Tensor], count: int) -> tuple[Tensor, Tensor]:
 
 
 def _kth_largest(bits: Sequence[Tensor], count: int) -> int:
-    """The `count`-th largest of all integers, which are not negative; more than any for 0."""
+    """Return the `count`-th largest of nonnegative integers, or the maximum int32 if `count` is 0."""
     low, high = 0, torch.iinfo(torch.int32).max
     if count == 0:
         return high
     while low < high:
         middle = (low + high + 1) // 2
-        if sum(int((one >= middle).sum()) for one in bits) >= count:
+        if sum(int((tensor >= middle).sum()) for tensor in bits) >= count:
             low = middle
         else:
             high = middle - 1
@@ -106,7 +107,7 @@ def _accumulate(
     limit: int | None,
     add: Callable[[Tensor, Tensor], object],
 ) -> dict[str, Tensor]:
-    """Add up something of each gradient, which is freed at once: no two weights' gradients need to exist together."""
+    """Accumulate a function of each gradient in hooks and free the gradient at once to save memory."""
     parameters = dict(model.named_parameters())
     unknown = [name for name in names if name not in parameters]
     if unknown:
@@ -130,7 +131,7 @@ def _accumulate(
                 value = loss(model, images.to(device), labels.to(device))
                 if not math.isfinite(value.item()):
                     raise ValueError(
-                        f"the loss of batch {seen + 1} is {value.item()}; check the images and the weights"
+                        f"the loss must be finite, got {value.item()} in batch {seen + 1}; check the images and weights"
                     )
                 value.backward()
                 seen += 1
@@ -138,46 +139,46 @@ def _accumulate(
             for handle in handles:
                 handle.remove()
     if not seen:
-        raise ValueError("batches() must give at least one batch of images and labels, got none")
+        raise ValueError("batches() must yield at least one batch of images and labels, got none")
     return totals
 
 
 @contextmanager
 def _measuring(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Evaluation mode, gradients for these parameters alone; everything is put back."""
+    """Switch to evaluation mode and gradients for only these parameters; restore both on exit."""
     modes = {module: module.training for module in model.modules()}
-    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
     measured = set(parameters)
     try:
         model.eval()
-        for parameter in wanted:
+        for parameter in requires_grad:
             parameter.requires_grad_(parameter in measured)
         yield
     finally:
         for module, training in modes.items():
             module.training = training
-        for parameter, needs in wanted.items():
-            parameter.requires_grad_(needs)
+        for parameter, needs_grad in requires_grad.items():
+            parameter.requires_grad_(needs_grad)
 
 
 def selection_data(batches: Batches | None) -> SelectionData:
-    """What a method's `build` was given, as `SelectionData`.
+    """Convert the `batches` argument of a method's `build` to `SelectionData`.
 
     Raises:
-        TypeError: `batches` cannot be called.
+        TypeError: `batches` is not callable.
     """
     if isinstance(batches, SelectionData):
         return batches
     if not callable(batches):
         raise TypeError(
-            f"batches must be a callable that gives a fresh pass over pairs of images and labels, got {batches!r:.80}; "
-            "write batches=lambda: loader"
+            f"batches must be a callable that returns a fresh iterable of (images, labels), got {batches!r:.80}; "
+            "pass batches=lambda: loader"
         )
     return SelectionData(batches)
 
 
 def loss_of(data: SelectionData) -> Loss:
-    """The task's loss of a model on a batch."""
+    """Return the task's loss as a function of model and batch."""
 
     def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         return data.loss(model(images), labels)

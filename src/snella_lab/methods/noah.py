@@ -28,7 +28,7 @@ _TRIES = 200
 
 
 class Subnet(NamedTuple):
-    """Sizes in each block, 0 for none: prompts, rank of the low-rank update, width of the adapter."""
+    """Sizes per block, 0 for none: number of prompts, rank of the low-rank update, width of the adapter."""
 
     prompts: tuple[int, ...]
     ranks: tuple[int, ...]
@@ -37,13 +37,13 @@ class Subnet(NamedTuple):
 
 @dataclass(frozen=True)
 class SubnetSpace:
-    """Which combinations there are.
+    """Search space of subnets.
 
     Args:
-        block_widths: Channels of a token in each block.
+        block_widths: Token width of each block.
         qkv_sides: Inputs plus outputs of each block's qkv layer.
-        sizes: Sizes to choose from, ascending.
-        budget: Parameters that a combination may have.
+        sizes: Candidate sizes, ascending.
+        budget: Maximum number of parameters of a subnet.
     """
 
     block_widths: tuple[int, ...]
@@ -53,41 +53,41 @@ class SubnetSpace:
 
     @property
     def depths(self) -> list[int]:
-        """How many of the first blocks a kind may fill: a quarter, half, three quarters, all."""
+        """Allowed depths of a module type: the first quarter, half, three quarters or all of the blocks."""
         blocks = len(self.block_widths)
         return sorted({ceil(blocks * quarters / 4) for quarters in (1, 2, 3, 4)})
 
     def count(self, subnet: Subnet) -> int:
-        """Parameters: Σ_blocks p·d + r·(in + out) + (2·d·a + a + d where a > 0)."""
+        """Count parameters: Σ_blocks p·d + r·(in + out) + (2·d·a + a + d if a > 0)."""
         rows = zip(self.block_widths, self.qkv_sides, *subnet, strict=True)
         return sum(p * d + r * sides + (2 * d * a + a + d if a else 0) for d, sides, p, r, a in rows)
 
     def least(self) -> Subnet:
-        """The smallest combination: the least size of everything in the first quarter of the blocks."""
+        """Return the smallest subnet: the smallest size of each module type in the first quarter of the blocks."""
         return Subnet(*[self._padded([self.sizes[0]] * self.depths[0])] * 3)
 
     def sample(self, draw: Random) -> Subnet:
-        """A random combination, within the budget or not."""
+        """Sample a random subnet; it may exceed the budget."""
         depths = (draw.choice(self.depths) for _ in range(3))
         return Subnet(*(self._padded([draw.choice(self.sizes) for _ in range(depth)]) for depth in depths))
 
     def mutate(self, subnet: Subnet, draw: Random) -> Subnet:
-        """Draw some sizes anew, and sometimes how many blocks a kind fills."""
-        kinds = []
+        """Resample some sizes and sometimes the depth of a module type."""
+        mutated = []
         for sizes in subnet:
             depth = sum(size > 0 for size in sizes)
             if draw.random() < _DEPTH_MUTATION:
                 depth = draw.choice(self.depths)
-            kept = [draw.choice(self.sizes) if not s or draw.random() < _MUTATION else s for s in sizes[:depth]]
-            kinds.append(self._padded(kept))
-        return Subnet(*kinds)
+            resampled = [draw.choice(self.sizes) if not s or draw.random() < _MUTATION else s for s in sizes[:depth]]
+            mutated.append(self._padded(resampled))
+        return Subnet(*mutated)
 
     def cross(self, mother: Subnet, father: Subnet, draw: Random) -> Subnet:
-        """Each kind from one of the two."""
+        """Take each module type from a random parent."""
         return Subnet(*(draw.choice(pair) for pair in zip(mother, father, strict=True)))
 
     def _padded(self, sizes: list[int]) -> tuple[int, ...]:
-        """With 0 for the blocks behind."""
+        """Pad sizes with 0 for the remaining blocks."""
         return (*sizes, *[0] * (len(self.block_widths) - len(sizes)))
 
 
@@ -100,35 +100,35 @@ def search_subnet(
     generations: int,
     report: Callable[[str], None],
 ) -> Subnet:
-    """Find the combination with the highest score by evolution.
+    """Find the subnet with the highest score by evolutionary search.
 
-    A generation has `population` new candidates within the budget: up to a half mutations of the best ten so far, up to
-    a half crossings of them, and random ones for the rest. None is measured twice.
+    Each generation adds `population` new candidates within the budget: up to half are mutations of the best ten, up to
+    half are crossovers of them, and the rest are random. No candidate is evaluated twice.
 
     Args:
-        space: The candidates.
-        score: The higher the better.
-        draw: Random numbers.
-        population: Candidates in a generation.
-        generations: After the first one, which is random.
-        report: Is told of each generation.
+        space: Search space.
+        score: Score of a subnet; higher is better.
+        draw: Random number generator.
+        population: Candidates per generation.
+        generations: Generations after the initial random one.
+        report: Callback for one progress line per generation.
 
     Returns:
-        The best of all that were measured; of equals the one with the fewest parameters.
+        The best subnet; ties go to the one with the fewest parameters.
     """
     scores: dict[Subnet, tuple[float, float]] = {}
 
     def rank(subnet: Subnet) -> tuple[tuple[float, float], int, Subnet]:
         return scores[subnet], -space.count(subnet), subnet
 
-    def breed(make: Callable[[], Subnet], wanted: int) -> None:
-        for _ in range(wanted * _TRIES):
-            if wanted <= 0:
+    def breed(make: Callable[[], Subnet], count: int) -> None:
+        for _ in range(count * _TRIES):
+            if count <= 0:
                 return
             subnet = make()
             if subnet not in scores and space.count(subnet) <= space.budget:
                 scores[subnet] = score(subnet)
-                wanted -= 1
+                count -= 1
 
     def mutant() -> Subnet:
         return space.mutate(draw.choice(parents), draw)
@@ -150,29 +150,29 @@ def search_subnet(
             break
         best = max(scores, key=rank)
         report(
-            f"noah: generation {generation} of {generations}, {len(scores)} candidates measured, "
+            f"noah: generation {generation} of {generations}, {len(scores)} candidates evaluated, "
             f"best {scores[best][0]:.4f} with {space.count(best):,} parameters"
         )
     return max(scores, key=rank)
 
 
 class SuperLowRank(LowRank):
-    """A low-rank update of which the first `active` ranks work."""
+    """Low-rank update that uses only the first `active` ranks."""
 
     active = 0
 
     def update(self, x: Tensor) -> Tensor:
-        """What the active ranks add."""
+        """Compute the update of the active ranks."""
         return F.linear(F.linear(x, self.A[: self.active]), self.B[:, : self.active])
 
 
 class SuperAdapter(Adapter):
-    """A bottleneck of which the first `active` channels work."""
+    """Adapter that uses only the first `active` bottleneck channels."""
 
     active = 0
 
     def forward(self, h: Tensor) -> Tensor:
-        """`h` and what the active channels add; `h` itself without any."""
+        """Add the output of the active channels to `h`; return `h` if there are none."""
         if not self.active:
             return h
         inner = F.linear(h, self.down.weight[: self.active], self.down.bias[: self.active])
@@ -180,7 +180,7 @@ class SuperAdapter(Adapter):
 
 
 def build_supernet(model: nn.Module, head: str, size: int) -> nn.Module:
-    """A copy of a frozen model with everything of the largest size in every block, and its head trainable."""
+    """Copy a frozen model and attach modules of the largest size to every block; the head is trainable."""
     supernet = copy.deepcopy(model)
     train_head(supernet, head)
     for _, block in token_blocks("noah", supernet, head):
@@ -193,7 +193,7 @@ def build_supernet(model: nn.Module, head: str, size: int) -> nn.Module:
 
 
 def activate(supernet: nn.Module, subnet: Subnet) -> None:
-    """Let the supernet compute as one of its combinations."""
+    """Configure the supernet to compute one subnet."""
     kinds: tuple[type[Prompts | SuperLowRank | SuperAdapter], ...] = (Prompts, SuperLowRank, SuperAdapter)
     for kind, sizes in zip(kinds, subnet, strict=True):
         parts = [module for module in supernet.modules() if isinstance(module, kind)]
@@ -204,21 +204,21 @@ def activate(supernet: nn.Module, subnet: Subnet) -> None:
 def train_supernet(
     supernet: nn.Module, space: SubnetSpace, data: SelectionData, *, epochs: int, lr: float, weight_decay: float
 ) -> Random:
-    """Train with a random combination for each batch; the rate falls along a cosine, epoch by epoch.
+    """Train the supernet with a random subnet per batch and a per-epoch cosine learning rate schedule.
 
     Args:
-        supernet: From `build_supernet`.
-        space: Combinations, whatever their parameters.
-        data: Training batches and the loss.
-        epochs: Passes over the training data.
-        lr: First learning rate of AdamW.
-        weight_decay: Of AdamW.
+        supernet: Model from `build_supernet`.
+        space: Search space; its budget is ignored here.
+        data: Training batches and loss.
+        epochs: Training epochs.
+        lr: Initial learning rate of AdamW.
+        weight_decay: Weight decay of AdamW.
 
     Returns:
-        The source of random numbers, seeded from torch's, for the search to go on with.
+        The random number generator, seeded from torch's, for use by the search.
 
     Raises:
-        ValueError: There is no batch, or a loss is not finite.
+        ValueError: `data` is empty, or a loss is not finite.
     """
     draw = Random(int(torch.randint(2**31, ())))
     device = next(supernet.parameters()).device
@@ -239,19 +239,19 @@ def train_supernet(
             optimizer.step()
             total, steps = total + loss.item(), steps + 1
         if not steps:
-            raise ValueError("batches() must give at least one batch of images and labels, got none")
+            raise ValueError("batches() must yield at least one batch of images and labels, got none")
         data.report(f"noah: supernet epoch {epoch + 1} of {epochs}, loss {total / steps:.4f}")
     return draw
 
 
 @torch.no_grad()
 def accuracy_of(supernet: nn.Module, subnet: Subnet, data: SelectionData) -> tuple[float, float]:
-    """Share of validation images that a combination recognizes, and the negative loss, which decides between equals.
+    """Compute the validation accuracy of a subnet and, as a tie-breaker, its negative loss.
 
-    Where outputs are no class scores (several labels, ordered classes, numbers) the share is 0 and the loss decides.
+    For multilabel, ordinal and regression tasks the accuracy is 0 and only the loss counts.
 
     Raises:
-        ValueError: There is no validation image.
+        ValueError: `data` has no validation images.
     """
     activate(supernet, subnet)
     supernet.eval()
@@ -264,7 +264,7 @@ def accuracy_of(supernet: nn.Module, subnet: Subnet, data: SelectionData) -> tup
         loss += float(data.loss(outputs, labels)) * len(images)
         images_seen += len(images)
     if not images_seen:
-        raise ValueError("validation must give at least one batch of images and labels, got none")
+        raise ValueError("validation must yield at least one batch of images and labels, got none")
     return right / images_seen, -loss / images_seen
 
 
@@ -272,25 +272,25 @@ _SIZES = (5, 10, 50, 100)
 
 
 def qkv_layers(model: nn.Module, head: str) -> list[tuple[str, nn.Module, nn.Linear]]:
-    """The blocks of a plain ViT with the fused query-key-value layer of each, as `(name, block, qkv)`.
+    """Return the blocks of a plain ViT with their fused qkv layers, as `(name, block, qkv)`.
 
     Raises:
-        ValueError: The model is no plain ViT, or a block has no `attn.qkv`.
+        ValueError: The model is not a plain ViT, or a block has no linear `attn.qkv`.
     """
-    found = []
+    layers = []
     for name, block in token_blocks("noah", model, head):
         qkv = getattr(getattr(block, "attn", None), "qkv", None)
         if not isinstance(qkv, nn.Linear):
             raise ValueError(
-                f"method 'noah' cannot be applied to {type(model).__name__}: {name}.attn.qkv is no linear layer, "
+                f"method 'noah' cannot be applied to {type(model).__name__}: {name}.attn.qkv must be a linear layer, "
                 f"got {type(qkv).__name__}"
             )
-        found.append((name, block, qkv))
-    return found
+        layers.append((name, block, qkv))
+    return layers
 
 
 def space_of(model: nn.Module, head: str, options: Options) -> SubnetSpace:
-    """The candidates for a model."""
+    """Build the search space for a model."""
     layers = qkv_layers(model, head)
     smallest = SubnetSpace(
         tuple(width_of_block(block) or 0 for _, block, _ in layers),
@@ -302,18 +302,18 @@ def space_of(model: nn.Module, head: str, options: Options) -> SubnetSpace:
     budget = budget_of(options, model, head, on_vit_b=0.64)
     if "budget" in options and budget < least:
         raise ValueError(
-            f"budget must be at least {least / 1e6:g} million parameters, those of the smallest combination of "
+            f"budget must be at least {least / 1e6:g} million parameters, the size of the smallest subnet of "
             f"sizes={list(smallest.sizes)}, got {options['budget']}"
         )
     return replace(smallest, budget=max(budget, least))
 
 
 def _build(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
-    """Train the supernet on a copy, search it, and put the best subnet into the model."""
+    """Train a supernet on a copy of the model, search it and apply the best subnet."""
     data, space = selection_data(batches), space_of(model, head, options)
     if data.validation is None:
         raise ValueError(
-            "method 'noah' searches on validation images, got none; "
+            "method 'noah' needs validation images for its search, got none; "
             "pass batches=SelectionData(train=..., validation=...)"
         )
     supernet = build_supernet(model, head, space.sizes[-1])
@@ -337,7 +337,7 @@ def _build(model: nn.Module, head: str, options: Options, batches: Batches | Non
 
 
 def _apply(model: nn.Module, head: str, subnet: Subnet) -> nn.Module:
-    """Fresh modules of the found sizes; a size of 0 adds none."""
+    """Attach new modules of the subnet's sizes; size 0 attaches none."""
     train_head(model, head)
     for (_, block, qkv), prompts, rank, width in zip(qkv_layers(model, head), *subnet, strict=True):
         if prompts:
@@ -351,7 +351,7 @@ def _apply(model: nn.Module, head: str, subnet: Subnet) -> nn.Module:
 
 
 def _restore(model: nn.Module, head: str, options: Options, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """The sizes are the shapes of the stored tensors."""
+    """Rebuild the structure with sizes from the shapes of the stored tensors."""
     with restoring(model):
         names = [name for name, _, _ in qkv_layers(model, head)]
         parts = ("prompts.tokens", "attn.qkv.low_rank.A", "mlp.adapter.down.weight")
@@ -360,10 +360,10 @@ def _restore(model: nn.Module, head: str, options: Options, tensors: Mapping[str
 
 
 def _list_of_sizes(sizes: Any) -> str | None:
-    """The rule of `sizes`."""
+    """Validate `sizes`; return the requirement if it is violated."""
     is_list = isinstance(sizes, list | tuple) and len(sizes) > 0
-    is_one = is_list and all(isinstance(size, int) and size >= 1 for size in sizes)
-    return None if is_one else "a list of integers of at least 1"
+    is_valid = is_list and all(isinstance(size, int) and size >= 1 for size in sizes)
+    return None if is_valid else "a list of integers of at least 1"
 
 
 _RULES = {
@@ -376,7 +376,7 @@ _RULES = {
 }
 
 NOAH = Method(
-    "prompts, low-rank updates of qkv and adapters, of searched sizes in each block",
+    "prompts, low-rank updates of qkv, and adapters, with searched sizes per block",
     "Neural Prompt Search, Zhang et al., arXiv 2206.04673",
     _build,
     ("budget", "sizes", "supernet_epochs", "supernet_lr", "population", "generations"),
@@ -384,18 +384,20 @@ NOAH = Method(
     needs_batches=True,
     needs_validation=True,
     restore=_restore,
-    unmerged_reason="adds prompt tokens and nonlinear bottlenecks, which are no weights of the backbone",
+    unmerged_reason="adds prompt tokens and nonlinear bottlenecks, which are not weights of the backbone",
     defaults={"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4},
 )
-"""Three steps. (1) A supernet with the largest size of everything in every block is trained with AdamW, each batch on a
-random combination: a kind fills the first quarter, half, three quarters or all of the blocks, with a random one of
-`sizes` in each; smaller sizes share the first rows of larger ones. (2) Evolution over combinations of at most `budget`
-million parameters, ranked by the supernet's accuracy on validation. (3) The best combination is put in anew and trained
-as any method is; the supernet is thrown away.
+"""NOAH has three steps:
 
-The paper's sizes (5, 10, 50, 100) and budget (0.64 on a ViT-B/16; elsewhere in proportion to the adapted weights, at
-least the smallest combination) are the defaults. Its effort is not: it trains the supernet for 500 epochs and evolves
-50 candidates; `supernet_epochs=500, population=50, generations=20` gives that. Its adapters start at random values,
-ours at the identity. Parameters of a block of width d: p·d for prompts, 4·d·r for the low-rank update of a fused qkv,
-2·d·a + a + d for the adapter.
+1. A supernet with the largest size of each module type in every block is trained with AdamW. Each batch trains a random
+   subnet: a module type fills the first quarter, half, three quarters or all of the blocks, with a random size from
+   `sizes` in each. Smaller sizes share the first rows of larger ones.
+2. Evolutionary search ranks subnets of at most `budget` million parameters by the supernet's validation accuracy.
+3. The best subnet is initialized again and trained like any method; the supernet is discarded.
+
+Defaults are the paper's sizes (5, 10, 50, 100) and its budget of 0.64 on a ViT-B/16. On other models the budget is
+proportional to the adapted weights and at least the smallest subnet. The paper's search effort corresponds to
+`supernet_epochs=500, population=50, generations=20`. The paper initializes adapters randomly; this implementation
+starts them at the identity. Parameters per block of width d: p·d for prompts, 4·d·r for the low-rank update of a fused
+qkv, 2·d·a + a + d for the adapter.
 """

@@ -1,4 +1,4 @@
-"""`vpt-shallow` and `vpt-deep`: learned tokens beside those of the image."""
+"""`vpt-shallow`, `vpt-deep` and `vqt`: learned prompt and query tokens."""
 
 import dataclasses
 import math
@@ -14,21 +14,21 @@ from snella_app.methods.partial import train_head
 
 
 class Prompts(nn.Module):
-    """Learned tokens that stand behind the class token while a block, or all of them, works.
+    """Learned prompt tokens inserted after the prefix tokens.
 
     [cls, x] -> [cls, p_1 ... p_n, x]
 
-    Each value starts uniform in ±sqrt(6 / (3 · patch_area + width)), Glorot's range for the patch embedding.
+    The initialization is uniform in ±sqrt(6 / (3 · patch_area + width)), the Glorot range of the patch embedding.
 
     Args:
-        prompts: n.
-        width: Channels of a token.
-        prefix: Tokens of the image's own before its patches (class token, registers).
-        patch_area: Pixels of a patch.
-        dropout: Rate on the prompts, while training.
+        prompts: Number of prompts n.
+        width: Token width.
+        prefix: Number of prefix tokens (class token, registers).
+        patch_area: Pixels per patch.
+        dropout: Dropout rate on the prompts.
 
     Attributes:
-        active: How many of the first prompts stand there; None for all.
+        active: Number of leading prompts in use; None for all.
     """
 
     def __init__(
@@ -43,36 +43,36 @@ class Prompts(nn.Module):
         nn.init.uniform_(self.tokens, -bound, bound)
 
     def insert(self, x: Tensor) -> Tensor:
-        """`x` `[batch, tokens, width]` with the prompts in it."""
+        """Insert the prompts into `x` `[batch, tokens, width]`."""
         prompts = self.dropout(self.tokens[: self.active]).to(x.dtype).expand(len(x), -1, -1)
         return torch.cat([x[:, : self.prefix], prompts, x[:, self.prefix :]], dim=1)
 
     def remove(self, x: Tensor) -> Tensor:
-        """`x` without what became of the prompts."""
+        """Remove the prompt tokens from `x`."""
         return _without_tokens(x, self.prefix, len(self.tokens[: self.active]))
 
 
 def _without_tokens(x: Tensor, start: int, count: int) -> Tensor:
-    """`x` `[batch, tokens, width]` without `count` tokens from `start` on."""
+    """Remove `count` tokens of `x` `[batch, tokens, width]` starting at `start`."""
     return torch.cat([x[:, :start], x[:, start + count :]], dim=1)
 
 
 def insert_prompts(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Forward pre-hook: a block's child `prompts` joins the tokens."""
+    """Forward pre-hook: insert the tokens of the block's child `prompts`."""
     return (module.prompts.insert(inputs[0]), *inputs[1:])  # type: ignore[operator,union-attr]
 
 
 def remove_prompts(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-    """Forward hook: the prompts of a block leave after it."""
+    """Forward hook: remove the block's prompts from its output."""
     return module.prompts.remove(output)  # type: ignore[operator,union-attr]
 
 
 class PromptEnd(nn.Module):
-    """Marks the block after which the prompts of the first one leave.
+    """Marker of the block after which the first block's prompts are removed.
 
     Args:
-        prompts: How many.
-        prefix: As for `Prompts`.
+        prompts: Number of prompts.
+        prefix: Number of prefix tokens.
     """
 
     def __init__(self, prompts: int, prefix: int) -> None:
@@ -81,13 +81,13 @@ class PromptEnd(nn.Module):
 
 
 def end_prompts(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-    """Forward hook: take the prompts of another block out."""
+    """Forward hook: remove the prompts inserted by an earlier block."""
     end: Any = module.prompt_end
     return _without_tokens(output, end.prefix, end.count)
 
 
 def make_prompts(model: nn.Module, block: nn.Module, prompts: int, dropout: float = 0.0) -> Prompts:
-    """Prompts that fit a block of a timm ViT."""
+    """Create prompts for a block of a timm ViT."""
     patch: Any = getattr(getattr(model, "patch_embed", None), "patch_size", None) or (16, 16)
     prefix: Any = getattr(model, "num_prefix_tokens", 1)
     width = width_of_block(block) or 0
@@ -95,7 +95,7 @@ def make_prompts(model: nn.Module, block: nn.Module, prompts: int, dropout: floa
 
 
 def _deep(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
-    """New prompts at each block; what became of them is dropped after it."""
+    """Attach new prompts to each block and remove them after it."""
     blocks = token_blocks("vpt-deep", model, head)
     train_head(model, head)
     for _, block in blocks:
@@ -105,7 +105,7 @@ def _deep(model: nn.Module, head: str, options: Options, batches: Batches | None
 
 
 def _shallow(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
-    """Prompts at the first block; they pass through all blocks and leave after the last."""
+    """Attach prompts to the first block and remove them after the last block."""
     blocks = token_blocks("vpt-shallow", model, head)
     train_head(model, head)
     first, last = blocks[0][1], blocks[-1][1]
@@ -122,22 +122,26 @@ VPT_SHALLOW = Method(
     ("prompts", "dropout"),
     suffix="prompts",
     check=check_by({"prompts": whole_number(), "dropout": number(0, 1)}),
-    unmerged_reason="adds tokens to those of the image, which are no weights of the backbone",
+    unmerged_reason="adds prompt tokens, which are not weights of the backbone",
     defaults={"lr": 5e-3, "head_lr": 1e-3, "weight_decay": 1e-4},
 )
 VPT_DEEP = dataclasses.replace(VPT_SHALLOW, summary="prompt tokens before each block", build=_deep)
 
 
 class Queries(nn.Module):
-    """Query tokens of one block, and what the block made of them in the running forward pass.
+    """Query tokens of one block and their summary of the current forward pass.
 
     z = p + ls1(proj(softmax(q(p) K(x)ᵀ / √d) V(x)));   summary = z + ls2(mlp(norm2(z)))
 
-    with the block's own frozen weights; `K` and `V` are those of the image's tokens, which see nothing of the queries.
+    The formula uses the block's frozen weights. `K` and `V` come from the image tokens, which do not attend to the
+    queries.
 
     Args:
-        tokens: p, `[queries, width]`.
-        dropout: Rate on the queries, while training.
+        tokens: Initial queries p, `[queries, width]`.
+        dropout: Dropout rate on the queries.
+
+    Attributes:
+        summary: Output of the queries, `[batch, queries, width]`; None before a forward pass.
     """
 
     def __init__(self, tokens: Tensor, dropout: float = 0.0) -> None:
@@ -147,11 +151,11 @@ class Queries(nn.Module):
         self.summary: Tensor | None = None
 
     def summarize(self, block: Any, qkv: Tensor) -> Tensor:
-        """Let the queries attend to the tokens of a block.
+        """Attend from the queries to the image tokens of a block.
 
         Args:
-            block: Of a timm ViT.
-            qkv: What its `attn.qkv` gave for the image's tokens, `[batch, tokens, 3 · width]`.
+            block: Block of a timm ViT.
+            qkv: Output of its `attn.qkv` for the image tokens, `[batch, tokens, 3 · width]`.
 
         Returns:
             `[batch, queries, width]`.
@@ -170,30 +174,30 @@ class Queries(nn.Module):
 
 
 class QueryHead(nn.Linear):
-    """A linear head on the backbone's features and the summaries of all blocks.
+    """Linear head on the backbone's features and the summaries of all blocks.
 
     y = W [x, s_1, …, s_L] + b
 
     Args:
         features: Width of x.
         classes: Number of outputs.
-        sources: The `Queries` of all blocks; they stay children of their blocks.
-        normalize: Scale x and each summary to length 1.
+        sources: `Queries` of all blocks; they remain children of their blocks.
+        normalize: Scale x and each summary to unit length.
     """
 
     def __init__(self, features: int, classes: int, sources: list[Queries], *, normalize: bool = False) -> None:
         super().__init__(features + sum(source.tokens.numel() for source in sources), classes)
-        # a list of modules is no child, so that the queries are saved under their blocks' names alone
+        # a plain list does not register the modules, so the queries are saved only under their blocks' names
         self.sources = sources
         self.normalize = normalize
 
     def forward(self, input: Tensor) -> Tensor:
-        """Class scores `[batch, classes]` from features `[batch, features]`; uses the summaries up."""
+        """Compute logits `[batch, classes]` from features `[batch, features]`; clears the summaries."""
         parts = [input]
         for source in self.sources:
             if source.summary is None:
                 raise RuntimeError(
-                    "the head of method 'vqt' needs the summaries of a forward pass, got features alone; "
+                    "the head of method 'vqt' needs the summaries of a forward pass, got only features; "
                     "call the model on images"
                 )
             parts.append(source.summary.flatten(1).to(input.dtype))
@@ -204,26 +208,26 @@ class QueryHead(nn.Linear):
 
 
 def keep_output(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Forward hook of `attn.qkv`: lay its output by for the block's queries."""
+    """Forward hook of `attn.qkv`: store its output for the block's queries."""
     module.kept_output = output
 
 
 def summarize_block(module: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Forward hook of a block: fill the summary of its child `queries`; the output stays as it is."""
+    """Forward hook of a block: compute the summary of its child `queries`; the output is unchanged."""
     module.queries.summary = module.queries.summarize(module, module.attn.qkv.kept_output)
     del module.attn.qkv.kept_output
 
 
 def _build(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
-    """Queries at each block, and a `QueryHead` in the place of the head."""
+    """Attach queries to each block and replace the head by a `QueryHead`."""
     blocks = token_blocks("vqt", model, head)
     old = model.get_submodule(head)
     lacking = [name for name, block in blocks if not _has_parts(block)]
     if lacking or not isinstance(old, nn.Linear):
-        what = f"block {lacking[0]!r} is built differently" if lacking else f"its head is a {type(old).__name__}"
+        reason = f"unsupported block {lacking[0]!r}" if lacking else f"its head is a {type(old).__name__}"
         raise ValueError(
-            f"method 'vqt' cannot be applied to {type(model).__name__}: {what}; it needs blocks with a fused attn.qkv, "
-            "as timm's VisionTransformer has them, and a linear head"
+            f"method 'vqt' cannot be applied to {type(model).__name__}: {reason}; it needs a linear head and blocks "
+            "with a fused attn.qkv, as in timm's VisionTransformer"
         )
     train_head(model, head)
     sources = []
@@ -239,7 +243,7 @@ def _build(model: nn.Module, head: str, options: Options, batches: Batches | Non
 
 
 def _has_parts(block: Any) -> bool:
-    """Whether a block is the pre-norm block of timm's ViT, which the queries' path repeats."""
+    """Check for the pre-norm block of timm's ViT, which `Queries.summarize` reimplements."""
     attn = block.attn
     return (
         all(hasattr(block, name) for name in ("norm1", "ls1", "norm2", "ls2", "mlp"))
@@ -251,13 +255,13 @@ def _has_parts(block: Any) -> bool:
 
 
 VQT = Method(
-    "query tokens that sum up each block, and a head on all summaries",
+    "query tokens that summarize each block, and a head on all summaries",
     "VQT, Tu et al., arXiv 2212.03220",
     _build,
     ("queries", "dropout", "normalize"),
     suffix="queries",
     check=check_by({"queries": whole_number(), "dropout": number(0, 1)}),
-    unmerged_reason="adds tokens to those of the image and widens the head",
-    unsharded_reason="takes gradients past the outputs of the blocks, which tell when a weight is needed again",
+    unmerged_reason="adds query tokens and widens the head",
+    unsharded_reason="routes gradients around the block outputs, whose hooks gather the sharded weights",
     defaults={"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4},
 )

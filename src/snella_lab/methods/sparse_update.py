@@ -1,4 +1,4 @@
-"""`gps-k`, and the sparse updates that it shares with SPT: int32 positions and as many values, no dense tensor."""
+"""`gps-k` and the sparse updates that GPS and SPT share: int32 positions and values, without dense tensors."""
 
 from collections.abc import Mapping
 from typing import Any, TypeGuard
@@ -16,20 +16,20 @@ from snella_lab.methods.calibration import Loss, SelectionData, loss_of, selecti
 
 
 class SparseUpdate(nn.Module):
-    """A `Linear` or `Conv2d` of which single weights are trained.
+    """`Linear` or `Conv2d` layer with individually trained weights.
 
     y = product(x, W) + bias,   W = W0, W[indices[k]] += values[k]
 
-    Kept for the backward pass are the input and the values; `W` is made anew there, and the gradient reaches the
-    values alone. Optimizer and file hold `2·len(indices)` numbers, not a masked matrix.
+    Autograd saves only the input and the values. The backward pass recomputes `W`, and its weight gradient covers only
+    the values. Optimizer state and checkpoint each hold `2·len(indices)` numbers instead of a masked matrix.
 
     Args:
-        base_layer: The frozen layer.
-        indices: Positions in its weight, flattened, strictly ascending.
+        base_layer: Frozen layer.
+        indices: Flattened positions in its weight, strictly ascending.
 
     Raises:
-        TypeError: A layer of another class, or with a forward pass of its own.
-        ValueError: Positions out of range, repeated or not in order.
+        TypeError: The layer has another class or overrides the forward pass.
+        ValueError: Positions are out of range, repeated or unsorted.
     """
 
     saved_buffers: tuple[str, ...] = ("indices",)
@@ -40,14 +40,14 @@ class SparseUpdate(nn.Module):
         super().__init__()
         if not can_be_sparse(base_layer):
             raise TypeError(
-                f"base_layer must be a torch.nn.Linear or Conv2d with its own forward pass, got {type(base_layer)}"
+                f"base_layer must be a torch.nn.Linear or Conv2d with the original forward pass, got {type(base_layer)}"
             )
         weight = base_layer.weight
         size = weight.numel()
         in_order = indices.ndim == 1 and bool((indices[1:] > indices[:-1]).all())
         if not in_order or (len(indices) and not 0 <= int(indices[0]) <= int(indices[-1]) < size):
             raise ValueError(
-                f"indices must be positions in [0, {size}), one-dimensional and strictly ascending, got {indices}"
+                f"indices must be one-dimensional, strictly ascending positions in [0, {size}), got {indices}"
             )
         self.base_layer = base_layer
         self.register_buffer("indices", indices.to(weight.device, torch.int32))
@@ -55,12 +55,12 @@ class SparseUpdate(nn.Module):
         self.values = nn.Parameter(torch.zeros(len(indices), dtype=dtype, device=weight.device))
 
     def sparse_entries(self) -> tuple[Tensor, Tensor]:
-        """Positions in the flattened weight, int64, and what is added there, for `snella export`."""
+        """Return int64 positions in the flattened weight and the trained values, for `snella export`."""
         return self.indices.long(), self.values.detach().clone()
 
     @property
     def weight(self) -> Tensor:
-        """`W`, differentiable, for models that read a layer's weight past the layer."""
+        """Effective weight `W`, differentiable, for models that read the weight directly."""
         return fold_entries(self.base_layer.weight, self.values, self.indices)
 
     @property
@@ -70,7 +70,7 @@ class SparseUpdate(nn.Module):
 
     @property
     def product(self) -> LayerOp:
-        """The product of the base layer."""
+        """Layer op of the base layer."""
         base = self.base_layer
         if isinstance(base, nn.Conv2d):
             padding = base.padding if base.padding_mode == "zeros" else (0, 0)
@@ -78,7 +78,7 @@ class SparseUpdate(nn.Module):
         return LinearOp()
 
     def __getattr__(self, name: str) -> Any:
-        """What the wrapper lacks, such as `in_features`, is the base layer's."""
+        """Delegate missing attributes, e.g. `in_features`, to the base layer."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -87,37 +87,37 @@ class SparseUpdate(nn.Module):
             return getattr(super().__getattr__("base_layer"), name)
 
     def prepare_input(self, x: Tensor) -> Tensor:
-        """What happens to the input before the product: padding other than by zeros, and autocast's dtype."""
+        """Apply non-zero padding modes and cast to the autocast dtype."""
         base = self.base_layer
         if isinstance(base, nn.Conv2d) and base.padding_mode != "zeros":
             x = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode)
         return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
 
     def forward(self, x: Tensor) -> Tensor:
-        """The layer's output with the trained entries in its weight."""
+        """Compute the layer's output with the trained entries added to its weight."""
         base, x = self.base_layer, self.prepare_input(x)
         bias = None if base.bias is None else base.bias.to(x.dtype)
         return layer_with_entries(x, base.weight, bias, self.values, self.indices, self.product)
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
-        """The base layer with the trained entries in its own weight; outputs stay the same bit for bit."""
+        """Merge the trained entries into the base layer and return it; outputs are bit-identical."""
         self.base_layer.weight.copy_(self.weight)
         return self.base_layer
 
     def extra_repr(self) -> str:
-        """How many entries are trained."""
+        """Show the number of trained entries."""
         return f"{len(self.indices)} of {self.base_layer.weight.numel()} weights"
 
 
 class SparseEntries(nn.Module):
-    """A parametrization (`torch.nn.utils.parametrize`) that trains some entries of a small frozen vector.
+    """Parametrization (`torch.nn.utils.parametrize`) that trains selected entries of a frozen vector.
 
     v = v0, v[indices[k]] += values[k]
 
     Args:
-        vector: The frozen parameter.
-        indices: Positions in it, strictly ascending.
+        vector: Frozen parameter.
+        indices: Positions in the vector, strictly ascending.
     """
 
     saved_buffers = ("indices",)
@@ -131,12 +131,12 @@ class SparseEntries(nn.Module):
         )
 
     def forward(self, vector: Tensor) -> Tensor:
-        """The vector with the trained entries in it."""
+        """Add the trained entries to the vector."""
         return fold_entries(vector, self.values, self.indices)
 
 
 def can_be_sparse(module: nn.Module) -> TypeGuard[nn.Linear | nn.Conv2d]:
-    """Whether `SparseUpdate` can wrap a module: a `Linear` or `Conv2d` that computes what these classes do."""
+    """Check that `SparseUpdate` can wrap a module: a `Linear` or `Conv2d` with the original forward pass."""
     return any(
         isinstance(module, kind) and all(getattr(type(module), f, None) is getattr(kind, f, None) for f in methods)
         for kind, methods in ((nn.Linear, ("forward",)), (nn.Conv2d, ("forward", "_conv_forward")))
@@ -144,7 +144,7 @@ def can_be_sparse(module: nn.Module) -> TypeGuard[nn.Linear | nn.Conv2d]:
 
 
 def merge_sparse(model: nn.Module) -> nn.Module:
-    """Put every layer that `SparseUpdate` wraps back into its place, with the trained entries in its weight."""
+    """Merge every `SparseUpdate` and replace it by its base layer."""
     for name, module in list(model.named_modules()):
         if isinstance(module, SparseUpdate):
             model.set_submodule(name, module.merged())
@@ -160,27 +160,27 @@ _RULES = {
 
 
 def neuron_layers(model: nn.Module, head: str) -> list[str]:
-    """Layers whose neurons GPS selects inputs for: every `Linear` and `Conv2d` but the head, patch embedding included.
+    """Return the layers that GPS adapts: every `Linear` and `Conv2d` except the head, including the patch embedding.
 
-    Left frozen are layers with a forward pass of their own and the projection inside of `nn.MultiheadAttention`, whose
-    weight is read past the layer.
+    Layers with a custom forward pass stay frozen, and so does the output projection of `nn.MultiheadAttention`, which
+    reads its weight directly.
     """
-    past = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
+    outers = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
     return [
         name
         for name, module in model.named_modules()
-        if can_be_sparse(module) and not is_inside(name, head) and not any(is_inside(name, outer) for outer in past)
+        if can_be_sparse(module) and not is_inside(name, head) and not any(is_inside(name, outer) for outer in outers)
     ]
 
 
 def strongest_inputs(gradient: Tensor, k: int) -> Tensor:
-    """Positions of the `k` inputs of each neuron with the largest magnitude of gradient.
+    """Return the positions of the `k` largest gradient magnitudes of each neuron.
 
-    A neuron is a row of the weight seen as a matrix; of equal inputs the first ones count.
+    A neuron is a row of the weight reshaped to `[m, n]`. Ties go to the first inputs.
 
     Args:
-        gradient: `[m, ...]`.
-        k: Inputs a neuron; all where it has fewer.
+        gradient: Gradient of the weight, `[m, ...]`.
+        k: Inputs per neuron; at most n are used.
 
     Returns:
         Flattened positions, ascending, `[m · min(k, n)]` int64.
@@ -192,11 +192,11 @@ def strongest_inputs(gradient: Tensor, k: int) -> Tensor:
 
 
 def supervised_contrastive(features: Tensor, labels: Tensor, temperature: float = 0.07) -> Tensor:
-    """How much nearer each feature should be to those of its own class: a loss that needs no head.
+    """Compute the supervised contrastive loss, which needs no head.
 
     loss = mean_i( -1/|P(i)| Σ_{p in P(i)} log( exp(z_i·z_p/τ) / Σ_{a≠i} exp(z_i·z_a/τ) ) ),   z = features/‖features‖
 
-    `P(i)` are the other features of the class of `i`; features without any are left out of the mean.
+    `P(i)` are the other features with the class of `i`. The mean skips features with an empty `P(i)`.
 
     Args:
         features: `[n, width]`.
@@ -204,7 +204,7 @@ def supervised_contrastive(features: Tensor, labels: Tensor, temperature: float 
         temperature: τ.
 
     Returns:
-        0-dim, float32; 0 where no two features share a class.
+        0-dim, float32; 0 if no two features share a class.
 
     Source: Khosla et al., arXiv 2004.11362, eq. 2.
     """
@@ -218,39 +218,39 @@ def supervised_contrastive(features: Tensor, labels: Tensor, temperature: float 
 
 
 def contrastive_loss(head: str, temperature: float = 0.07) -> Loss:
-    """`supervised_contrastive` of what the head reads, over each image and its mirror image; refuses masks."""
+    """Return `supervised_contrastive` on the head's inputs over each image and its mirror image; rejects masks."""
 
     def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         if labels.ndim != 1:
             raise ValueError(
-                "selection_loss='contrastive' compares images by their classes and needs one label an image, got "
+                "selection_loss='contrastive' compares images by class and needs one label per image, got "
                 f"labels of shape {list(labels.shape)}; use selection_loss='task'"
             )
-        read: list[Tensor] = []
-        handle = model.get_submodule(head).register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+        features: list[Tensor] = []
+        handle = model.get_submodule(head).register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
         try:
             model(torch.cat([images, images.flip(-1)]))
         finally:
             handle.remove()
-        return supervised_contrastive(read[0].flatten(1), torch.cat([labels, labels]), temperature)
+        return supervised_contrastive(features[0].flatten(1), torch.cat([labels, labels]), temperature)
 
     return loss
 
 
 def _selection_loss(data: SelectionData, head: str, options: Options) -> Loss:
-    """The loss that is asked for; by default the contrastive one for images with a class each, the task's for masks."""
-    asked, task = options.get("selection_loss"), loss_of(data)
+    """Return the selection loss; the default is contrastive for single-label images and the task loss for masks."""
+    name, task = options.get("selection_loss"), loss_of(data)
     contrastive = contrastive_loss(head, options.get("temperature", 0.07))
 
     def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        is_contrastive = asked == "contrastive" or (asked is None and labels.ndim == 1)
+        is_contrastive = name == "contrastive" or (name is None and labels.ndim == 1)
         return (contrastive if is_contrastive else task)(model, images, labels)
 
     return loss
 
 
 def _build(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
-    """Measure the gradient, pick each neuron's inputs, wrap the layers."""
+    """Compute gradients, select each neuron's inputs and wrap the layers."""
     data, names = selection_data(batches), neuron_layers(model, head)
     loss = _selection_loss(data, head, options)
     weights = [f"{name}.weight" for name in names]
@@ -260,7 +260,7 @@ def _build(model: nn.Module, head: str, options: Options, batches: Batches | Non
 
 
 def _apply(model: nn.Module, head: str, chosen: Mapping[str, Tensor]) -> nn.Module:
-    """Train the chosen weights, the neurons' biases, what scales whole layers, and the head."""
+    """Make the selected weights, the biases of their layers, layer scales and the head trainable."""
     train_head(model, head)
     for name in neuron_layers(model, head):
         bias: Any = model.get_submodule(name).bias
@@ -275,14 +275,14 @@ def _apply(model: nn.Module, head: str, chosen: Mapping[str, Tensor]) -> nn.Modu
 
 
 def _restore(model: nn.Module, head: str, options: Options, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """The same structure from the stored positions."""
+    """Rebuild the structure from the stored positions."""
     with restoring(model):
         stored = {key.removesuffix(".indices"): value for key, value in tensors.items() if key.endswith(".indices")}
         return _apply(model, head, stored)
 
 
 GPS = Method(
-    "the k weights of each neuron with the largest gradient, and all biases but those of norms",
+    "the k weights of each neuron with the largest gradient, and all biases except in norms",
     "gradient-based parameter selection, Zhang et al., arXiv 2312.10136",
     _build,
     tuple(_RULES),
@@ -292,14 +292,16 @@ GPS = Method(
     restore=_restore,
     merge=merge_sparse,
 )
-"""Trains of every neuron (a row of a `Linear` or `Conv2d` weight) the `k` inputs whose gradient is the largest,
+"""GPS trains the `k` inputs with the largest gradient of every neuron (a row of a `Linear` or `Conv2d` weight),
 
-    M[i, j] = 1 where |Σ_batches ∂loss/∂W[i, j]| is among the k largest of row i,
+    M[i, j] = 1 if |Σ_batches ∂loss/∂W[i, j]| is among the k largest of row i,
 
-its bias, layer scales, and the head; norms, tokens and positions stay frozen. With `k = 1` on a ViT-B/16 these are
-83,712 weights and as many biases. The gradient is that of `selection_loss`, before training: `contrastive` (as in the
-paper; the default where every image has one class) compares what the head reads within a batch, so that the head's
-random values play no part; `task` (the default for masks) is the loss of training and goes through the head. The
-paper's two augmented views of each image are here the image and its mirror image. `calibration_batches` limits how many
-batches are looked at; by default one pass over all.
+its bias, layer scales and the head. Norms, tokens and position embeddings stay frozen. With `k = 1`, a ViT-B/16 has
+83,712 trained weights and as many biases.
+
+The gradient is computed before training with `selection_loss`. `contrastive` is the paper's loss and the default for
+single-label images; it compares the head's inputs within a batch, so the random head has no influence. `task`, the
+default for masks, is the training loss and includes the head. The two views per image are the image and its mirror
+image; the paper uses two augmented views. `calibration_batches` limits the number of batches; the default is one
+epoch.
 """

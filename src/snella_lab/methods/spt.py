@@ -1,4 +1,4 @@
-"""`spt-lora`, `spt-adapter` and `fixed-mask`: weights that are selected by their sensitivity before training.
+"""`spt-lora`, `spt-adapter` and `fixed-mask`: weight selection by sensitivity before training.
 
 SPT is sensitivity-aware visual parameter-efficient fine-tuning, He et al., arXiv 2303.08566.
 """
@@ -42,14 +42,14 @@ _FROZEN_PARTS = {"patch_embed", "patch_embedding", "patch_merging", "downsample"
 
 
 class StructuredModule(nn.Module, ABC):
-    """What a matrix with many sensitive weights gets instead of single ones.
+    """Module for a matrix with many sensitive weights, used instead of sparse entries.
 
-    One that can be folded has a method `delta`: what it adds to the matrix, `[rows, columns]`.
+    A mergeable module has a method `delta` that returns its weight update, `[rows, columns]`.
 
     Args:
-        rows: Of the matrix, the width of its output.
-        columns: Of the matrix.
-        r: Rank or width of the module.
+        rows: Rows of the matrix (output width).
+        columns: Columns of the matrix (input width).
+        r: Rank or bottleneck width.
     """
 
     def __init__(self, rows: int, columns: int, r: int) -> None:
@@ -58,21 +58,21 @@ class StructuredModule(nn.Module, ABC):
     @staticmethod
     @abstractmethod
     def count(rows: int, columns: int, r: int) -> int:
-        """Its parameters."""
+        """Count the module's parameters."""
 
     @abstractmethod
     def forward(self, layer: "SptLayer", x: Tensor, h: Tensor) -> Tensor:
-        """The changed output of the matrix, given the layer's prepared input `x` and the output `h` so far."""
+        """Return the adapted output, given the layer's prepared input `x` and current output `h`."""
 
 
 class SptLayer(SparseUpdate):
-    """A layer whose sparse entries are trained, and of whose matrices some carry a structured module.
+    """Layer with trained sparse entries and structured modules on some of its matrices.
 
     Args:
-        base_layer: The frozen layer.
+        base_layer: Frozen layer.
         indices: Positions of the sparse entries in the matrices without a module, ascending.
-        row_counts: Rows of each matrix that the weight consists of (3 in a fused qkv layer).
-        structured: Module by the number of its matrix.
+        row_counts: Rows of each matrix in the weight (three matrices in a fused qkv layer).
+        structured: Module by matrix index.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class SptLayer(SparseUpdate):
         self.structured.to(self.base_layer.weight.device)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The layer's output with the sparse entries and the modules at work."""
+        """Compute the layer's output with sparse entries and structured modules."""
         y = super().forward(x)
         if not self.structured:
             return y
@@ -100,12 +100,12 @@ class SptLayer(SparseUpdate):
 
     @property
     def channel_dim(self) -> int:
-        """The output's dimension along which the rows of the weight lie."""
+        """Channel dimension of the output."""
         return -3 if isinstance(self.base_layer, nn.Conv2d) else -1
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
-        """The base layer with entries and modules in its own weight."""
+        """Merge entries and modules into the base layer and return it."""
         base = super().merged()
         matrix = self.base_layer.weight.reshape(len(self.base_layer.weight), -1).clone()
         starts = list(accumulate(self.row_counts, initial=0))
@@ -118,12 +118,12 @@ class SptLayer(SparseUpdate):
 
 @dataclass(frozen=True)
 class SptSelection:
-    """What SPT trains of a backbone besides the head.
+    """Backbone parameters that SPT trains.
 
     Args:
-        entries: Positions of sparse entries, by the name of their weight or vector, ascending.
-        structured: Numbers of the matrices with a module, by the name of the layer.
-        whole: Parameters that are trained in full.
+        entries: Ascending positions of sparse entries by parameter name.
+        structured: Indices of matrices with a structured module by layer name.
+        whole: Names of parameters that are trained in full.
     """
 
     entries: dict[str, Tensor] = field(default_factory=dict)
@@ -134,32 +134,32 @@ class SptSelection:
 def spend_budget(
     values: Sequence[Tensor], costs: Sequence[int], thresholds: Sequence[int], budget: int
 ) -> tuple[list[bool], list[Tensor]]:
-    """Go down the ranking of all weights until the budget is spent to the last parameter.
+    """Select the most sensitive weights in descending order until the budget is spent exactly.
 
-    A weight costs 1. Once `thresholds[g]` weights of group `g` are among those passed, the whole group gets a
-    structured module for `costs[g]` in their place, if what is left of the budget allows; its other weights are then
-    passed for nothing.
+    A single weight costs 1. Once `thresholds[g]` weights of group `g` are selected, the group switches to a structured
+    module at a cost of `costs[g]` if the remaining budget allows. The module replaces the group's selected weights, and
+    its remaining weights are skipped at no cost.
 
     Args:
-        values: Sensitivities of each group, not negative, any shapes.
+        values: Nonnegative sensitivities of each group, any shapes.
         costs: Parameters of each group's module.
-        thresholds: Sensitive weights that earn it, at least 1 and at most the cost.
-        budget: Parameters to spend.
+        thresholds: Number of selected weights that triggers the module, at least 1 and at most the cost.
+        budget: Number of parameters to spend.
 
     Returns:
-        Whether each group is structured, and the ascending positions of the chosen weights of the others (those of
-        structured groups are empty). Together they cost exactly `budget`.
+        A flag per group for its module, and the ascending positions of the selected weights per group (empty for
+        structured groups). The total cost is exactly `budget`.
 
     Raises:
-        ValueError: Even all groups cannot use up the budget.
+        ValueError: The budget exceeds the cost of all groups.
     """
     total = sum(tensor.numel() for tensor in values)
     is_structured = [False] * len(values)
     chosen: list[list[int]] = [[] for _ in values]
     left, seen = budget, 0
-    looked_at = min(total, 4 * budget)
+    ranked = min(total, 4 * budget)
     while left and seen < total:
-        owners, positions = rank_entries(values, looked_at)
+        owners, positions = rank_entries(values, ranked)
         for group, position in zip(owners[seen:].tolist(), positions[seen:].tolist(), strict=True):
             seen += 1
             if is_structured[group]:
@@ -173,17 +173,17 @@ def spend_budget(
                 left -= 1
             if not left:
                 break
-        looked_at = min(total, 4 * looked_at)
+        ranked = min(total, 4 * ranked)
     if left:
         raise ValueError(
-            f"budget must be at most {(budget - left) / 1e6:g} million parameters, all that this model and r can use, "
+            f"budget must be at most {(budget - left) / 1e6:g} million parameters, the maximum for this model and r, "
             f"got {budget / 1e6:g}"
         )
-    return is_structured, [torch.tensor(sorted(one), dtype=torch.int64) for one in chosen]
+    return is_structured, [torch.tensor(sorted(positions), dtype=torch.int64) for positions in chosen]
 
 
 def budget_of(options: Options, model: nn.Module, head: str, on_vit_b: float = 0.4) -> int:
-    """Parameters to spend: `budget` million, or `on_vit_b` million on a ViT-B/16 and as large a share of others."""
+    """Return the budget in parameters: `budget` million, else `on_vit_b` million scaled from ViT-B/16 by size."""
     if "budget" in options:
         return round(options["budget"] * 1e6)
     weights = sum(model.get_parameter(f"{name}.weight").numel() for name in matrix_layers(model, head))
@@ -191,19 +191,19 @@ def budget_of(options: Options, model: nn.Module, head: str, on_vit_b: float = 0
 
 
 def matrix_layers(model: nn.Module, head: str) -> list[str]:
-    """The layers that LoRA and SNELLA adapt, as far as single weights of them can be trained."""
+    """Return the layers that LoRA and SNELLA adapt and `SparseUpdate` supports."""
     return [name for name in adaptable_layers(model, head) if can_be_sparse(model.get_submodule(name))]
 
 
 def rows_of(model: nn.Module, name: str) -> tuple[int, ...]:
-    """Rows of each matrix that a layer's weight consists of: three for a fused qkv layer."""
+    """Return the rows of each matrix in a layer's weight: three counts for a fused qkv layer."""
     weight = model.get_parameter(f"{name}.weight")
     parent = model.get_submodule(name.rpartition(".")[0])
     return count_rows(name, len(weight), weight[0].numel(), parent, "auto")
 
 
 def vectors(model: nn.Module, head: str) -> list[str]:
-    """Biases, norms and layer scales outside of head, patch embedding and stem."""
+    """Return the names of biases, norms and layer scales outside head, patch embedding and stem."""
     return [
         name
         for name, parameter in model.named_parameters()
@@ -214,17 +214,17 @@ def vectors(model: nn.Module, head: str) -> list[str]:
 def select(
     model: nn.Module, head: str, options: Options, data: SelectionData, structure: type[StructuredModule]
 ) -> SptSelection:
-    """Measure the sensitivity and decide what is trained, for exactly `budget` parameters besides the head.
+    """Select exactly `budget` backbone parameters by sensitivity.
 
     Args:
-        model: Frozen.
-        head: Name of its head.
-        options: Of the method.
+        model: Frozen model.
+        head: Name of the head.
+        options: Method options.
         data: Training data and the task's loss.
-        structure: What a matrix with many sensitive weights gets.
+        structure: Class of structured modules.
 
     Raises:
-        ValueError: The budget is more than the model can use, or less than its class token.
+        ValueError: The budget exceeds the model's maximum or does not cover the class token.
     """
     layers = matrix_layers(model, head)
     whole = [name for name, _ in model.named_parameters() if name == "cls_token"]
@@ -232,17 +232,17 @@ def select(
     fixed = sum(model.get_parameter(name).numel() for name in whole)
     if budget <= fixed:
         raise ValueError(
-            f"budget must be more than {fixed / 1e6:g} million parameters, those of the class token, "
+            f"budget must be more than {fixed / 1e6:g} million parameters, the size of the class token, "
             f"got {budget / 1e6:g}"
         )
     plain = vectors(model, head)
     names = [*(f"{name}.weight" for name in layers), *plain]
-    found = squared_gradients(model, names, data, loss_of(data), options.get("calibration_batches", 8))
+    sensitivities = squared_gradients(model, names, data, loss_of(data), options.get("calibration_batches", 8))
     r, alpha, beta = options.get("r", 8), options.get("alpha", 10), options.get("beta", 5)
     groups: list[tuple[str, int, int]] = []
     values, costs, thresholds = [], [], []
     for name in layers:
-        sensitivity = found.pop(f"{name}.weight")
+        sensitivity = sensitivities.pop(f"{name}.weight")
         matrix = sensitivity.view(len(sensitivity), -1)
         for group, (start, stop) in enumerate(pairwise(accumulate(rows_of(model, name), initial=0))):
             groups.append((name, group, start * matrix.shape[1]))
@@ -251,7 +251,7 @@ def select(
             thresholds.append(max(1, ceil(costs[-1] / alpha)))
     for name in plain:
         groups.append((name, -1, 0))
-        values.append(found.pop(name))
+        values.append(sensitivities.pop(name))
         costs.append(values[-1].numel())
         thresholds.append(max(1, ceil(costs[-1] / beta)))
     is_structured, chosen = spend_budget(values, costs, thresholds, budget - fixed)
@@ -274,14 +274,14 @@ def select(
 def apply_selection(
     model: nn.Module, head: str, selection: SptSelection, r: int, structure: type[StructuredModule]
 ) -> nn.Module:
-    """Make the chosen weights, vectors and modules trainable, and the head.
+    """Make the selected weights, vectors and modules and the head trainable.
 
     Args:
-        model: Frozen; changed in place.
-        head: Name of its head.
-        selection: From `select`.
-        r: Rank or width of the modules.
-        structure: Their class.
+        model: Frozen model; changed in place.
+        head: Name of the head.
+        selection: Result of `select`.
+        r: Rank or bottleneck width of the modules.
+        structure: Class of structured modules.
     """
     train_head(model, head)
     for name in selection.whole:
@@ -306,7 +306,7 @@ def apply_selection(
 def restore_selection(
     model: nn.Module, head: str, options: Options, tensors: Mapping[str, Tensor], structure: type[StructuredModule]
 ) -> nn.Module:
-    """The structure of a saved adapter, from the names and shapes of its tensors."""
+    """Rebuild the structure of a saved adapter from the names and shapes of its tensors."""
     entries: dict[str, Tensor] = {}
     structured: dict[str, set[int]] = {}
     whole: list[str] = []
@@ -327,7 +327,7 @@ def restore_selection(
 
 
 def merge_selection(model: nn.Module) -> nn.Module:
-    """The backbone with everything that SPT trained in its own weights and vectors."""
+    """Merge everything that SPT trained into the backbone's weights and vectors."""
     merge_sparse(model)
     for module in list(model.modules()):
         if parametrize.is_parametrized(module):
@@ -336,8 +336,8 @@ def merge_selection(model: nn.Module) -> nn.Module:
     return model
 
 
-def spt_method(summary: str, source: str, structure: type[StructuredModule], **own: Any) -> Method:
-    """The method that SPT is with one class of structured module; `own` are further fields of `Method`."""
+def spt_method(summary: str, source: str, structure: type[StructuredModule], **fields: Any) -> Method:
+    """Define an SPT method for a class of structured modules; `fields` are other fields of `Method`."""
 
     def build(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
         selection = select(model, head, options, selection_data(batches), structure)
@@ -356,43 +356,43 @@ def spt_method(summary: str, source: str, structure: type[StructuredModule], **o
         needs_batches=True,
         restore=restore,
         defaults={"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4, "r": 8},
-        **own,
+        **fields,
     )
 
 
 class AdapterBehind(StructuredModule):
-    """A bottleneck on the output of one matrix: h + U gelu(D h + d) + u; see `Adapter`."""
+    """Adapter on the output of one matrix: h + U gelu(D h + d) + u; see `Adapter`."""
 
     def __init__(self, rows: int, columns: int, r: int) -> None:
         super().__init__(rows, columns, r)
         self.adapter = Adapter(rows, r)
 
     def forward(self, layer: SptLayer, x: Tensor, h: Tensor) -> Tensor:
-        """`h` and what the bottleneck adds, channel by channel."""
+        """Apply the adapter along the channel dimension of `h`."""
         dim = layer.channel_dim
         changed: Tensor = self.adapter(h.movedim(dim, -1)).movedim(-1, dim)
         return changed
 
     @staticmethod
     def count(rows: int, columns: int, r: int) -> int:
-        """Its parameters."""
+        """Count the module's parameters."""
         return 2 * r * rows + r + rows
 
 
 SPT_ADAPTER = spt_method(
-    "the most sensitive weights, and an adapter behind a matrix that has many of them",
+    "the most sensitive weights, and an adapter after each matrix with many of them",
     "SPT-Adapter, He et al., arXiv 2303.08566",
     AdapterBehind,
-    unmerged_reason="adds nonlinear bottlenecks behind matrices",
+    unmerged_reason="adds nonlinear bottlenecks after matrices",
 )
-"""As `SPT_LORA`, with h + U gelu(D h + d) + u behind a matrix that has at least `(2·r·rows + r + rows) / alpha` weights
-above the cut."""
+"""Like `SPT_LORA`, but a matrix with at least `(2·r·rows + r + rows) / alpha` selected weights gets an adapter on its
+output, h + U gelu(D h + d) + u."""
 
 
 class LowRank(StructuredModule):
-    """A low-rank update of one matrix: h + B A x.
+    """Low-rank update of one matrix: h + B A x.
 
-    `A` `[r, columns]` starts uniform in ±1/sqrt(columns), as in LoRA, `B` `[rows, r]` at zero.
+    `A` `[r, columns]` is uniform in ±1/sqrt(columns), as in LoRA; `B` `[rows, r]` is zero.
     """
 
     def __init__(self, rows: int, columns: int, r: int) -> None:
@@ -402,46 +402,50 @@ class LowRank(StructuredModule):
         nn.init.kaiming_uniform_(self.A, a=sqrt(5))
 
     def forward(self, layer: SptLayer, x: Tensor, h: Tensor) -> Tensor:
-        """`h` and what the update adds."""
+        """Add the low-rank update to `h`."""
         if isinstance(layer.product, LinearOp):
             return h + self.update(x)
         A = self.A.to(x.dtype).view(len(self.A), *layer.base_layer.weight.shape[1:])
         return h + F.conv2d(layer.product(x, A, None), self.B.to(x.dtype)[:, :, None, None])
 
     def update(self, x: Tensor) -> Tensor:
-        """B A x for `x` `[..., columns]`."""
+        """Compute B A x for `x` `[..., columns]`."""
         return F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
 
     def delta(self) -> Tensor:
-        """B A."""
+        """Compute B A."""
         return self.B @ self.A
 
     @staticmethod
     def count(rows: int, columns: int, r: int) -> int:
-        """Its parameters."""
+        """Count the module's parameters."""
         return r * (rows + columns)
 
 
 def add_low_rank(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """Forward hook: a linear layer's child `low_rank` adds its update to the output."""
+    """Forward hook: add the update of a linear layer's child `low_rank` to its output."""
     return output + cast(LowRank, module.low_rank).update(inputs[0])
 
 
 SPT_LORA = spt_method(
-    "the most sensitive weights, in low-rank updates where a matrix has many of them",
+    "the most sensitive weights, and a low-rank update for each matrix with many of them",
     "SPT-LoRA, He et al., arXiv 2303.08566",
     LowRank,
     merge=merge_selection,
 )
-"""Trains exactly `budget` million parameters besides the head, where the task is most sensitive to them.
+"""SPT trains the head and the `budget` million backbone parameters with the highest sensitivity.
 
-Sensitivity of a weight: Σ_batches (∂loss/∂w)², over `calibration_batches` batches (8), the loss being the cross entropy
-of the untrained head. All weights of the adapted matrices, biases, norms and layer scales are ranked together. A matrix
-with at least `r·(rows + columns) / alpha` of its weights above the cut gets h + B A x instead of single weights; a
-vector with a share of at least `1 / beta` is trained in full; the rest of what is above the cut is trained weight by
-weight. The class token is always trained. Defaults: `r` 8, `alpha` 10, `beta` 5, and `budget` 0.4 on a ViT-B/16 and in
-proportion to the adapted weights elsewhere. Where the next module would not fit into what is left of the budget, the
-next single weights take its place, so that the count is met exactly; the authors' code takes the nearest count instead.
+The sensitivity of a weight is Σ_batches (∂loss/∂w)² over `calibration_batches` batches (8) with the task's loss and the
+untrained head. All weights of the adapted matrices, biases, norms and layer scales are ranked together:
+
+- A matrix with at least `r·(rows + columns) / alpha` selected weights gets h + B A x instead of sparse entries.
+- A vector with at least a fraction `1 / beta` of selected entries is trained in full.
+- All other selected weights are trained as sparse entries.
+- The class token is always trained.
+
+Defaults are `r` 8, `alpha` 10, `beta` 5 and a `budget` of 0.4 on a ViT-B/16, scaled by the adapted weights on other
+models. If a module exceeds the remaining budget, single weights fill it, so the parameter count is exact; the authors'
+code uses the nearest count.
 """
 
 
@@ -455,23 +459,23 @@ _OF_THE_COMPETITION = {
 
 
 def _mask_config(head: str, options: Options) -> PeftConfig:
-    """SNELLA with a fixed support."""
-    own = {name: value for name, value in options.items() if name not in _OF_THE_SELECTION}
-    return SnellaConfig(modules_to_save=[head], fixed_support=True, **own)
+    """Build the configuration of SNELLA with a fixed support."""
+    given = {name: value for name, value in options.items() if name not in _OF_THE_SELECTION}
+    return SnellaConfig(modules_to_save=[head], fixed_support=True, **given)
 
 
 def _build_mask(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
-    """Measure the sensitivity, rank all weights of the matrices, and give each layer its share of the mask."""
+    """Rank the weights of all matrices by sensitivity and set each layer's mask."""
     data, layers = selection_data(batches), matrix_layers(model, head)
     budget = budget_of(options, model, head)
     weights = [f"{name}.weight" for name in layers]
     total = sum(model.get_parameter(name).numel() for name in weights)
     if budget > total:
         raise ValueError(
-            f"budget must be at most {total / 1e6:g} million, the weights of the adapted matrices, got {budget / 1e6:g}"
+            f"budget must be at most {total / 1e6:g} million, the size of the adapted matrices, got {budget / 1e6:g}"
         )
-    found = squared_gradients(model, weights, data, loss_of(data), options.get("calibration_batches", 8))
-    owners, positions = rank_entries([found[name] for name in weights], budget)
+    sensitivities = squared_gradients(model, weights, data, loss_of(data), options.get("calibration_batches", 8))
+    owners, positions = rank_entries([sensitivities[name] for name in weights], budget)
     wrapped = inject(model, _mask_config(head, {"target_modules": layers, **options}))
     adapted = wrapped.get_base_model()
     for k, name in enumerate(layers):
@@ -480,12 +484,12 @@ def _build_mask(model: nn.Module, head: str, options: Options, batches: Batches 
 
 
 def _restore_mask(model: nn.Module, head: str, options: Options, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """The same structure, its mask still to be loaded."""
+    """Rebuild the structure; the mask is loaded later."""
     return inject(model, _mask_config(head, {"target_modules": matrix_layers(model, head), **options}))
 
 
 FIXED_MASK = Method(
-    "SNELLA's merged matrix at the most sensitive weights, chosen before training",
+    "SNELLA's merged matrix at the most sensitive weights, selected before training",
     "SNELLA, Shen et al., arXiv 2510.24037, Table XVII; the mask is SPT's, He et al., arXiv 2303.08566",
     _build_mask,
     (*(name for name in own_fields(SnellaConfig) if name not in _OF_THE_COMPETITION), *_OF_THE_SELECTION),
@@ -498,12 +502,12 @@ FIXED_MASK = Method(
     defaults={"lr": 1e-3, "scalar_lr": 1e-4, "head_lr": 1e-3, "weight_decay": 0.0, "r": 8},
     optimizer=create_snella_optimizer,
 )
-"""Trains the factors and scalars of SNELLA and the head; the update is
+"""Trains the factors and scalars of SNELLA and the head. The update is
 
-    S[i, j] = scaling · ΔW[i, j]   where (i, j) is among the `budget` million weights of largest Σ_batches (∂loss/∂w)²
+    S[i, j] = scaling · ΔW[i, j]   if (i, j) is among the `budget` million weights of largest Σ_batches (∂loss/∂w)²
 
-over all adapted matrices together, and 0 elsewhere: the paper's "pre-defined" row of Table XVII. Its kernels are
-`kernel=p_linear` and `mix_k` (default). The paper does not give the size of its mask; the default is SPT's, 0.4 on a
-ViT-B/16 and in proportion elsewhere. `ΔW` is not zero at the start (about 1/m with mix_k, m the outputs of the matrix),
-so neither is `S`. The mask is saved with the adapter, a bit a weight.
+over all adapted matrices, and 0 elsewhere. This is the "pre-defined" row of Table XVII, with the kernels
+`kernel=p_linear` and `mix_k` (default). The paper does not state the mask size; the default is SPT's budget, 0.4 on a
+ViT-B/16 and proportional on other models. `ΔW` and `S` are not zero at initialization (about 1/m with mix_k, m the
+output width). The mask is saved with the adapter, one bit per weight.
 """

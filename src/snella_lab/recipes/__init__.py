@@ -1,1 +1,1 @@
-"""Recipes: complete trainings built from the parts of a run: DreamBooth, instruction tuning, the demonstration."""
+"""Recipes: DreamBooth, instruction fine-tuning and the demo."""

@@ -1,4 +1,4 @@
-"""The demonstration: linear probe, LoRA and SNELLA on photographs of solar cells."""
+"""Demo: linear probe, LoRA and SNELLA on photographs of solar cells."""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ DEMO_SETTINGS: dict[str, Any] = {
     "tta": 1,
     "seed": 0,
 }
-"""What all three share: data, split, backbone and input size."""
+"""Shared settings: data, split, backbone and input size."""
 
 _UPPER_HALF: dict[str, Any] = {
     "epochs": 4,
@@ -42,11 +42,11 @@ DEMO_METHODS: dict[str, dict[str, Any]] = {
     "lora-8": _UPPER_HALF,
     "snella-8": {**_UPPER_HALF, "lr": 2e-3},
 }
-"""What each method is given beyond its defaults (chosen as docs/notes/default-settings.md says).
+"""Settings per method; docs/notes/default-settings.md explains the choice.
 
-Both adapt the last six of twelve blocks, to be done in minutes, start from the best linear classifier, and measure and
-keep the average of their weights over some 30 steps, since single epochs of either are rough; the linear probe sees
-unchanged images, so that their features are computed once and it can train until it has converged."""
+LoRA and SNELLA adapt the last six of twelve blocks, which keeps the demo to a few minutes. They start from a linear
+probe. Their weights are averaged over about 30 steps, because single epochs are noisy. The linear probe uses no
+augmentation, so its features are computed once and it can train to convergence."""
 
 
 def run_demo(
@@ -55,22 +55,22 @@ def run_demo(
     """Train a linear probe, LoRA and SNELLA on the same split and compare them.
 
     Args:
-        out: SNELLA's run folder; the others go into its subfolders. Holds `comparison.json` in the end.
-        overwrite: Replace earlier runs there.
-        console: Where to write; standard output if None.
-        **settings: Replace entries of `DEMO_SETTINGS`, or `epochs`.
+        out: Run folder of SNELLA; the other methods use subfolders. Receives `comparison.json`.
+        overwrite: Replace earlier runs.
+        console: Output console; standard output if None.
+        **settings: Overrides of `DEMO_SETTINGS`, or `epochs`.
 
     Returns:
-        The folder.
+        Path of the run folder.
     """
     console = console or make_console(survives_closed_output=True)
     folder = Path(out)
     rows = []
-    for number, (method, own) in enumerate(DEMO_METHODS.items(), start=1):
+    for number, (method, method_settings) in enumerate(DEMO_METHODS.items(), start=1):
         target = folder if method.startswith("snella") else folder / method
         print_heading(console, f"{number}/{len(DEMO_METHODS)}  {method}")
         config = TrainConfig(
-            **{**DEMO_SETTINGS, **own, **settings}, out=str(target), method=method, overwrite=overwrite
+            **{**DEMO_SETTINGS, **method_settings, **settings}, out=str(target), method=method, overwrite=overwrite
         )
         run = train(config, console)
         rows.append(_row(run, method))
@@ -78,14 +78,14 @@ def run_demo(
     run.write(MethodResults(rows=rows))
     report = redraw_report(folder, console)
     print_heading(console, "comparison")
-    print_line(console, f"{folder}: {DEMO_SETTINGS['train_size']} training images, measured on the same test images")
+    print_line(console, f"{folder}: {DEMO_SETTINGS['train_size']} training images, same test images for all methods")
     console.print(_table(rows))
     print_line(console, f"best SNELLA adapter {run.adapter}; report {report}")
     return folder
 
 
 def _row(run: RunFolder, method: str) -> MethodResult:
-    """Results of one run, on the test images, or validation where there are none."""
+    """Return the test results of a run, or its validation results without test images."""
     metrics = read(Metrics, run.path)
     scores: Any = metrics.test or metrics.val
     return MethodResult(
@@ -101,7 +101,7 @@ def _row(run: RunFolder, method: str) -> MethodResult:
 
 
 def _table(rows: list[MethodResult]) -> Table:
-    """The table for the terminal."""
+    """Build the terminal table."""
     columns = ("method", "accuracy", "balanced accuracy", "trainable parameters", "seconds", "adapter MiB")
     cells = (
         (

@@ -172,14 +172,14 @@ def test_options_out_of_range_are_refused(options, message, make_model, batches)
 
 
 def test_it_needs_validation_images(make_model, batches):
-    with pytest.raises(ValueError, match="method 'noah' searches on validation images, got none"):
+    with pytest.raises(ValueError, match="method 'noah' needs validation images for its search, got none"):
         build_method("noah", make_model(), batches=batches.train)
-    with pytest.raises(ValueError, match=r"validation must give at least one batch .* got none"):
+    with pytest.raises(ValueError, match=r"validation must yield at least one batch .* got none"):
         build_method("noah", make_model(), batches=SelectionData(batches.train, lambda: iter([])), **QUICK)
 
 
 def test_it_needs_training_images_and_a_finite_loss(make_model, batches):
-    with pytest.raises(ValueError, match=r"batches\(\) must give at least one batch .* got none"):
+    with pytest.raises(ValueError, match=r"batches\(\) must yield at least one batch .* got none"):
         build_method("noah", make_model(), batches=SelectionData(lambda: iter([]), batches.validation), **QUICK)
     broken = SelectionData(batches.train, batches.validation, loss=lambda outputs, labels: outputs.sum() * torch.nan)
     with pytest.raises(ValueError, match=r"supernet is nan in epoch 1; lower supernet_lr=0.0005"):
@@ -190,6 +190,6 @@ def test_a_block_without_a_fused_qkv_layer_is_refused(make_model, batches):
     model = make_model()
     model.blocks[1].attn.qkv = nn.Identity()
     with pytest.raises(
-        ValueError, match=r"'noah' cannot be applied .*blocks.1.attn.qkv is no linear layer, got Identity"
+        ValueError, match=r"'noah' cannot be applied .*blocks.1.attn.qkv must be a linear layer, got Identity"
     ):
         build_method("noah", model, batches=batches)

@@ -65,7 +65,7 @@ def test_folded_weights_give_the_same_outputs(name, make_model):
     images = torch.randn(2, 3, size, size)
     if name == "test_resnet":
         with pytest.raises(
-            ValueError, match=r"'ssf' cannot be folded into ResNet: no bias to take the shift in 'conv1.0' and"
+            ValueError, match=r"'ssf' cannot be merged into ResNet: no bias for the shift in 'conv1.0' and"
         ):
             merge_trained(model)
         return
@@ -88,7 +88,7 @@ def test_batch_and_group_normalization_fold_too():
 
 
 def test_a_model_with_nothing_to_follow_is_named():
-    with pytest.raises(ValueError, match=r"'ssf' cannot be applied to Sequential: .* none besides the head '1'"):
+    with pytest.raises(ValueError, match=r"'ssf' cannot be applied to Sequential: .* got none outside the head '1'"):
         build_method("ssf", nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), head="1")
 
 
@@ -97,6 +97,6 @@ def test_operations_that_the_model_does_not_call_are_named_once(images):
 
     beit = timm.create_model("beit_base_patch16_224", img_size=32, depth=2, embed_dim=24, num_heads=2, num_classes=2)
     model = build_method("ssf", beit).train()
-    with pytest.warns(UserWarning, match=r"changes nothing at 2 operations of Beit, e.g. \['blocks.0.attn.qkv'"):
+    with pytest.warns(UserWarning, match=r"has no effect on 2 layers of Beit, e.g. \['blocks.0.attn.qkv'"):
         model(images)
     model(images)

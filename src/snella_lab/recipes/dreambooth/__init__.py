@@ -1,6 +1,6 @@
-"""DreamBooth: fine-tuning Stable Diffusion 3 on one subject, generating images, and evaluating them.
+"""DreamBooth: fine-tuning Stable Diffusion 3 on one subject, image generation and evaluation.
 
-The names are imported when they are first used: the command line reads the settings without waiting for the libraries.
+Public names are imported lazily, so the command line can read the settings without importing diffusers.
 """
 
 import importlib
@@ -42,7 +42,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import the module of a public name on first use."""
+    """Import a public name on first use."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:

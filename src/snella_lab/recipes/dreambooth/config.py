@@ -1,4 +1,4 @@
-"""`DreamBoothConfig`: the configuration of a DreamBooth run."""
+"""Configuration of a DreamBooth run."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -25,49 +25,48 @@ _MINIMUMS = {
 
 @dataclass
 class DreamBoothConfig(RunSettings):
-    """Settings of one personalization run; None means the default of the method.
+    """Settings of a DreamBooth run; None means the method's default.
 
     Args:
-        data: Images of the subject: folder:PATH, or dreambooth:PATH for a folder that holds a folder of images for
-            each of several subjects.
-        subject: Which of the folders of dreambooth:PATH.
-        pipeline: Stable Diffusion 3: a local folder in diffusers' format, or a name on the hub.
-        out: Folder of the run; created.
+        data: Images of the subject: folder:PATH for PATH/*.jpg, or dreambooth:PATH for PATH/SUBJECT/*.jpg.
+        subject: Subject folder in dreambooth:PATH.
+        pipeline: Stable Diffusion 3: a local folder in diffusers format or a hub name.
+        out: Run folder; created.
         method: snella, snell, lora, dora or full; lora-8 sets the rank.
-        token: Rare word for the subject in prompts.
+        token: Rare token for the subject in prompts.
         class_name: Class of the subject, e.g. dog; dreambooth:PATH may define it.
-        prompt: Training prompt; "a photo of TOKEN CLASS" if not given.
+        prompt: Training prompt; defaults to "a photo of TOKEN CLASS".
         r: Rank of the factors (lora, dora, snella, snell).
-        target_sparsity: Fraction of the adapted weights that the final update leaves unchanged (snella, snell).
-        scaling: Factor on the sparse update (snella, snell): how far a step of the learning rate moves the model.
-        method_options: Further options of the method. On the command line --method-options.kernel rbf.
-        resolution: Resolution of the images in pixels; they are scaled and center-cropped.
+        target_sparsity: Fraction of the adapted weights left unchanged at the end of training (snella, snell).
+        scaling: Scaling of the sparse update (snella, snell).
+        method_options: Other method arguments, e.g. --method-options.kernel rbf.
+        resolution: Image resolution in pixels; images are resized and center-cropped.
         steps: Optimizer steps.
         batch_size: Images per forward pass (micro-batch size).
         accumulation: Gradient accumulation steps.
-        lr: Learning rate, constant, of the factors (of all weights in full).
+        lr: Constant learning rate of the factors (of all weights for full).
         scalar_lr: Learning rate of the scalar kernel parameters (snella, snell).
-        weight_decay: Decoupled weight decay; none on the kernels' scalars.
-        max_grad_norm: Maximum norm for gradient clipping; 0 for none.
-        optimizer: auto is 8-bit AdamW where the package bitsandbytes runs, else AdamW; adamw8bit insists on it.
+        weight_decay: Decoupled weight decay; not applied to scalar kernel parameters.
+        max_grad_norm: Maximum norm for gradient clipping; 0 disables it.
+        optimizer: adamw, adamw8bit (requires bitsandbytes), or auto for 8-bit AdamW if bitsandbytes works, else AdamW.
         gradient_checkpointing: Recompute each block's activations instead of storing them.
         weighting: Sampling and weighting of the timesteps: logit_normal, mode, uniform, sigma_sqrt or cosmap.
         precondition: Compute the loss on predicted images instead of velocities.
-        flip: Also train on each image mirrored.
-        prior_weight: Weight of the prior-preservation loss on images of the class; 0 for none.
-        class_images: Number of class images; the pipeline generates them.
-        class_prompt: Prompt of the class images; "a photo of CLASS" if not given.
-        max_sequence_length: Tokens of a prompt that the third text encoder sees.
+        flip: Also train on mirrored images.
+        prior_weight: Weight of the prior-preservation loss on class images; 0 disables it.
+        class_images: Number of class images that the pipeline generates.
+        class_prompt: Prompt of the class images; defaults to "a photo of CLASS".
+        max_sequence_length: Maximum prompt length of the third text encoder, in tokens.
         save_every: Steps between checkpoints.
         samples: Images to generate at the end, with the training prompt.
         sample_steps: Sampling steps.
         guidance: Guidance scale.
-        skip_corrupt: Skip images that cannot be read, and report how many.
-        seed: Decides initial values, order of images, noise and dropout.
-        device: auto (a GPU if there is one), or a device of torch such as cpu, cuda, cuda:1 or mps.
-        precision: fp32, or bf16 for autocast and for the text encoders.
-        resume: Continue the run in `out` from its last checkpoint, with its own settings.
-        overwrite: Start over in a folder that holds a run.
+        skip_corrupt: Skip corrupt images and report their number.
+        seed: Seed for initialization, data order, noise and dropout.
+        device: auto (a GPU if available), or a torch device such as cpu, cuda, cuda:1 or mps.
+        precision: fp32, or bf16 for autocast and the text encoders.
+        resume: Resume the run in `out` from its last checkpoint with its stored settings.
+        overwrite: Replace an existing run in `out`.
         progress: Show a progress bar on a terminal.
     """
 
@@ -124,7 +123,7 @@ class DreamBoothConfig(RunSettings):
     progress: bool = True
 
     def __post_init__(self) -> None:
-        """Check everything that can be known without data and model, and report all errors together."""
+        """Validate all settings that need neither data nor model; report all errors together."""
         errors = [*self.path_errors(), *self.kind_errors(), *self.device_errors()]
         errors += [] if self.token.strip() else [f"token must be a word, got {self.token!r}"]
         errors += self.minimum_errors(_MINIMUMS)
@@ -133,10 +132,13 @@ class DreamBoothConfig(RunSettings):
             raise ValueError("; ".join(errors))
 
     def named(self, class_name: str | None) -> "DreamBoothConfig":
-        """The same settings with the prompts for a class.
+        """Return a copy with the prompts filled in.
+
+        Args:
+            class_name: Class from the data; used if the settings have none.
 
         Raises:
-            ValueError: A prompt is to be made and neither settings nor data have the class.
+            ValueError: A prompt needs a class name and neither the settings nor the data define one.
         """
         known = self.class_name or class_name
         lacking = [] if self.prompt else ["prompt"]
@@ -144,7 +146,7 @@ class DreamBoothConfig(RunSettings):
         if lacking and not known:
             raise ValueError(
                 f"class_name must be the class of the subject, e.g. dog, got none, and {self.data} does not "
-                f"define it; give it, or {' and '.join(lacking)}"
+                f"define it; set it, or set {' and '.join(lacking)}"
             )
         return dataclasses.replace(
             self,
@@ -155,7 +157,7 @@ class DreamBoothConfig(RunSettings):
 
 
 class DreamBoothFolder(RunFolderOf[DreamBoothConfig]):
-    """Paths and small files of one personalization run."""
+    """Paths and small files of a DreamBooth run."""
 
     settings_type = DreamBoothConfig
     files = (*RunFolderOf.files, "images.json", "generation.json")

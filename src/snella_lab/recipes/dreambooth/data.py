@@ -1,4 +1,4 @@
-"""DreamBooth data: a folder of images of one subject, or a folder of subjects, and lists of prompts."""
+"""DreamBooth data: subject images and prompt files."""
 
 import hashlib
 import re
@@ -14,7 +14,7 @@ from snella_app.data.images import IMAGE_SUFFIXES, read_image
 from snella_app.text import listed, nearest
 
 LIVE_CLASSES = ("cat", "dog")
-"""Classes of DreamBooth's live subjects, which have a list of prompts of their own."""
+"""Classes of DreamBooth's live subjects, which use a separate prompt list."""
 
 _LIST = re.compile(r"=\s*\[(.*?)^\s*\]", re.DOTALL | re.MULTILINE)
 _TEXT = re.compile(r"^\s*(?:'([^'\n]*)'|\"([^\"\n]*)\")", re.MULTILINE)
@@ -24,12 +24,12 @@ _NAMES = {"{token}": "{0}", "{class}": "{1}"}
 
 @dataclass(frozen=True)
 class PromptFile:
-    """Prompts with `{0}` where the token and `{1}` where the class belongs.
+    """Prompt templates with the placeholders `{0}` for the token and `{1}` for the class.
 
     Attributes:
-        objects: Prompts for things.
-        live: Prompts for animals; the same list in a file of plain lines.
-        classes: Class of each subject, where the file tells them.
+        objects: Templates for objects.
+        live: Templates for live subjects; equal to `objects` for a plain text file.
+        classes: Class by subject, if the file lists it.
     """
 
     objects: list[str]
@@ -37,29 +37,30 @@ class PromptFile:
     classes: dict[str, str] = field(default_factory=dict)
 
     def templates(self, class_name: str | None, is_live: bool | None = None) -> list[str]:
-        """The list that suits a class; `is_live` decides where the class is neither cat nor dog but an animal."""
+        """Return the templates for a class; `is_live` overrides the choice by class name."""
         return self.live if (class_name in LIVE_CLASSES if is_live is None else is_live) else self.objects
 
 
 def fill(template: str, token: str, class_name: str) -> str:
-    """The prompt with token and class in their places, one blank where one of them is empty."""
+    """Substitute token and class in a template; whitespace collapses to single spaces."""
     return " ".join(template.replace("{0}", token).replace("{1}", class_name).split())
 
 
 def read_prompt_file(path: str | Path) -> PromptFile:
-    """Read a list of prompts.
+    """Read a prompt file.
 
-    Two layouts are known. DreamBooth's `prompts_and_classes.txt` has lines `subject,class` under the heading
+    Two layouts are supported. DreamBooth's `prompts_and_classes.txt` has lines `subject,class` under the heading
     `subject_name,class`, then two Python lists of quoted templates, the first for objects, the second for live
-    subjects. Any other text file holds one template a line; blank lines and lines that begin with `#` do not count.
-    A template has `{0}` or `{token}` where the subject's token belongs, and may have `{1}` or `{class}` for its class.
+    subjects. Any other text file has one template per line; blank lines and lines that start with `#` are ignored.
+    A template contains `{0}` or `{token}` for the subject's token and may contain `{1}` or `{class}` for its class.
 
     Args:
-        path: The file.
+        path: Text file, UTF-8.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: No templates, or templates without the token's place or with other places, all of them named.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file has no templates, or templates without the token placeholder or with unknown
+            placeholders; the message lists them.
     """
     file = Path(path).expanduser()
     if not file.is_file():
@@ -77,14 +78,14 @@ def read_prompt_file(path: str | Path) -> PromptFile:
 
 
 def _numbered(template: str) -> str:
-    """The template with numbers for names of places."""
+    """Replace named placeholders by numbered ones."""
     for name, number in _NAMES.items():
         template = template.replace(name, number)
     return template
 
 
 def _classes(text: str) -> dict[str, str]:
-    """Class by subject: the lines after the heading, up to one that is not a pair."""
+    """Parse `subject,class` lines after the heading, up to the first line without a comma."""
     classes: dict[str, str] = {}
     lines = iter(text.splitlines())
     if any(line.replace(" ", "") == "subject_name,class" for line in lines):
@@ -97,8 +98,8 @@ def _classes(text: str) -> dict[str, str]:
 
 
 def _check(file: Path, lists: list[list[str]]) -> None:
-    """Refuse unusable lists, all errors in one message."""
-    errors = ["it holds no prompts"] if not all(lists) else []
+    """Validate prompt lists and report all errors together."""
+    errors = ["it has no prompts"] if not all(lists) else []
     templates = list(dict.fromkeys(template for each in lists for template in each))
     without = [repr(template) for template in templates if "{0}" not in template]
     if without:
@@ -110,18 +111,18 @@ def _check(file: Path, lists: list[list[str]]) -> None:
         if place not in ("0", "1")
     ]
     if strange:
-        errors.append(f"places other than {{0}} and {{1}}: {listed(strange)}")
+        errors.append(f"placeholders other than {{0}} and {{1}}: {listed(strange)}")
     if errors:
         raise ValueError(
             f"prompts '{file}': {'; '.join(errors)}; write the subject's token as {{0}} (or {{token}}) and "
-            "its class as {1} (or {class}), one prompt a line"
+            "its class as {1} (or {class}), one prompt per line"
         )
 
 
 PROMPT_FILE = "prompts_and_classes.txt"
-"""What the DreamBooth data set calls its list of classes and prompts."""
+"""File of classes and prompts in the DreamBooth dataset."""
 _OF_IMAGES = "with the images of one subject"
-_OF_SUBJECTS = "with a folder of images a subject, as the data set of DreamBooth has it"
+_OF_SUBJECTS = "with one folder of images per subject, as in the DreamBooth dataset"
 
 
 @dataclass(frozen=True)
@@ -129,10 +130,10 @@ class Concept:
     """The images of one subject.
 
     Attributes:
-        name: The subject's folder.
-        paths: Image files, by name.
-        class_name: Its class, where the data has it: `dog` for `dog6`.
-        notes: What a user should know.
+        name: Name of the subject's folder.
+        paths: Image files, sorted by name.
+        class_name: Class from the data, e.g. `dog` for `dog6`; None if unknown.
+        notes: Notes for the user.
     """
 
     name: str
@@ -141,11 +142,11 @@ class Concept:
     notes: list[str] = field(default_factory=list)
 
     def images(self) -> Iterator[Image.Image]:
-        """The images as RGB."""
+        """Iterate over the images as RGB."""
         return (read_image(path) for path in self.paths)
 
     def digest(self) -> str:
-        """SHA-256 of names and contents, wherever the folder lies."""
+        """Return the SHA-256 of file names and contents, independent of the folder's path."""
         total = hashlib.sha256()
         for path in self.paths:
             total.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
@@ -153,17 +154,17 @@ class Concept:
 
 
 def load_concept(spec: str, subject: str | None = None, *, skip_corrupt: bool = False) -> Concept:
-    """Find the images of a subject and decode each of them once.
+    """Find the images of a subject and verify that each can be decoded.
 
     Args:
-        spec: `folder:PATH` for a folder of images, or `dreambooth:PATH` for a folder that has one folder of images a
-            subject (`PATH/dog6/00.jpg`) and may hold `prompts_and_classes.txt`, which tells the classes.
-        subject: Name of the subject's folder, with `dreambooth:`.
-        skip_corrupt: Leave broken images out and note how many instead of refusing.
+        spec: `folder:PATH` for a folder of images, or `dreambooth:PATH` for one folder per subject
+            (`PATH/dog6/00.jpg`) and an optional `prompts_and_classes.txt` with the classes.
+        subject: Name of the subject's folder, for `dreambooth:`.
+        skip_corrupt: Skip corrupt images and add a note instead of raising an error.
 
     Raises:
-        FileNotFoundError: There is no such folder or subject; near names are given.
-        ValueError: No images, broken ones (all of them named), or a specification of another kind.
+        FileNotFoundError: The folder or subject does not exist; the message suggests similar names.
+        ValueError: The folder has no images or corrupt ones (the message lists them), or `spec` is invalid.
     """
     family, colon, path = spec.partition(":")
     if not colon or family not in ("folder", "dreambooth"):
@@ -187,32 +188,34 @@ def load_concept(spec: str, subject: str | None = None, *, skip_corrupt: bool = 
 
 
 def _subject_folder(root: Path, subject: str | None) -> Path:
-    """The folder of a subject, or an error with those that there are."""
+    """Return the folder of a subject; the error lists the available ones."""
     names = sorted(child.name for child in root.iterdir() if child.is_dir() and not child.name.startswith("."))
     if not names:
-        raise ValueError(f"dreambooth:{root} has no folders of subjects; images lie in PATH/subject/image.jpg")
+        raise ValueError(f"dreambooth:{root} has no subject folders; put images at PATH/subject/image.jpg")
     if subject in names:
         return root / str(subject)
     if subject is None:
         raise ValueError(f"subject must name one of the {len(names)} folders in {root}, got none: {listed(names)}")
-    shown = nearest(subject, names, most=3, cutoff=0.4) or f"; there are {listed(names)}"
+    shown = nearest(subject, names, most=3, cutoff=0.4) or f"; available: {listed(names)}"
     raise FileNotFoundError(f"subject must name one of the {len(names)} folders in {root}, got {subject!r}{shown}")
 
 
 def _concept(folder: Path, class_name: str | None, skip_corrupt: bool) -> Concept:
-    """The images of one folder, broken ones refused together."""
+    """Load one folder; report all corrupt images together."""
     files = sorted(child for child in folder.iterdir() if child.is_file() and not child.name.startswith("."))
     paths = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
     if not paths:
-        what = f"its {len(files)} files are no images" if files else "it is empty"
-        raise ValueError(f"folder '{folder}' must hold images ({', '.join(IMAGE_SUFFIXES)}) of one subject, {what}")
+        state = f"{len(files)} files that are not images" if files else "an empty folder"
+        raise ValueError(
+            f"folder '{folder}' must contain images ({', '.join(IMAGE_SUFFIXES)}) of one subject, got {state}"
+        )
     broken = broken_images(paths)
-    notes = [f"left out {len(files) - len(paths)} files that are no images"] if len(files) > len(paths) else []
+    notes = [f"skipped {len(files) - len(paths)} files that are not images"] if len(files) > len(paths) else []
     if broken:
         named = {paths[index].name: reason for index, reason in broken.items()}
         notes.append(note_broken(named, len(paths), folder, skip_corrupt))
         if len(broken) == len(paths):
             reasons = listed(f"{name} ({reason})" for name, reason in named.items())
-            raise ValueError(f"all {len(paths)} images in '{folder}' are broken: {reasons}")
+            raise ValueError(f"all {len(paths)} images in '{folder}' are corrupt: {reasons}")
     good = [path for index, path in enumerate(paths) if index not in broken]
     return Concept(folder.name, good, class_name, notes)

@@ -1,4 +1,4 @@
-"""`evaluate_generation`: subject fidelity, text alignment and diversity, as in Table VI of the paper."""
+"""Evaluation of generated images: subject fidelity, text alignment and diversity, as in Table VI of the paper."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ _TINY = 1e-12
 
 
 def vendi_score(embeddings: Tensor) -> float:
-    """The Vendi score: the effective number of different images.
+    """Compute the Vendi score, the effective number of distinct images.
 
     V = exp(−Σ_i λ_i ln λ_i),   λ the eigenvalues of K / n,   K[i, j] = cos(e_i, e_j)
 
-    1 where all embeddings point the same way, n where they are orthogonal.
+    The score is 1 for parallel embeddings and n for orthogonal ones.
 
     Args:
-        embeddings: `[n, d]`, none of them 0.
+        embeddings: `[n, d]`, nonzero rows.
 
     Raises:
-        ValueError: No embeddings, or some that are 0 or not finite.
+        ValueError: `embeddings` is empty, or a row is zero or not finite.
 
     Source: Friedman and Dieng, arXiv 2210.02410.
     """
@@ -48,42 +48,42 @@ def vendi_score(embeddings: Tensor) -> float:
 
 
 def mean_cosine(first: Tensor, second: Tensor) -> float:
-    """Mean cosine similarity over all pairs of one embedding out of each set.
+    """Compute the mean cosine similarity over all pairs of rows from `first` and `second`.
 
     Args:
         first: `[n, d]`.
         second: `[m, d]`.
 
     Raises:
-        ValueError: No embeddings, or some that are 0 or not finite.
+        ValueError: An argument is empty, or a row is zero or not finite.
     """
     return float((_normalized(first) @ _normalized(second).T).mean())
 
 
 def paired_cosine(first: Tensor, second: Tensor) -> float:
-    """Mean cosine similarity of embeddings that belong together, row by row.
+    """Compute the mean cosine similarity of corresponding rows.
 
     Args:
         first: `[n, d]`.
         second: `[n, d]`.
 
     Raises:
-        ValueError: Different numbers of embeddings, none, or some that are 0 or not finite.
+        ValueError: The shapes differ, the arguments are empty, or a row is zero or not finite.
     """
     if first.shape != second.shape:
-        raise ValueError(f"both sets of embeddings must have one shape, got {list(first.shape)}, {list(second.shape)}")
+        raise ValueError(f"embeddings must have the same shape, got {list(first.shape)} and {list(second.shape)}")
     return float((_normalized(first) * _normalized(second)).sum(dim=1).mean())
 
 
 def _normalized(embeddings: Tensor) -> Tensor:
-    """The embeddings as unit vectors in float64."""
+    """Normalize the rows to unit length in float64."""
     if embeddings.ndim != 2 or embeddings.shape[0] == 0:
-        raise ValueError(f"embeddings must be [n, d] with n of at least 1, got shape {list(embeddings.shape)}")
+        raise ValueError(f"embeddings must be [n, d] with n >= 1, got shape {list(embeddings.shape)}")
     values = embeddings.detach().double()
     norms = values.norm(dim=1, keepdim=True)
     bad = int((~torch.isfinite(norms) | (norms == 0)).sum())
     if bad:
-        raise ValueError(f"embeddings must be finite and not 0, got {bad} of {len(values)} that are not")
+        raise ValueError(f"embeddings must be finite and nonzero, got {bad} invalid rows of {len(values)}")
     return values / norms
 
 
@@ -91,15 +91,15 @@ _BATCH = 16
 
 
 class ClipEmbedder:
-    """CLIP's image and text embeddings in their common space.
+    """CLIP image and text embeddings in the joint space.
 
     Args:
-        name: Local folder in transformers' format, or a name on the hub.
-        device: Where to compute.
+        name: Local folder in transformers format or hub name.
+        device: Device of the model.
 
     Raises:
-        FileNotFoundError: A folder that lacks model, image processor or tokenizer.
-        ConnectionError: No folder, and neither the hub nor its cache has it.
+        FileNotFoundError: The folder lacks a model, image processor or tokenizer.
+        ConnectionError: `name` is not a local folder and cannot be loaded from the hub or its cache.
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
@@ -109,7 +109,7 @@ class ClipEmbedder:
         self.tokenizer = _load("clip", name, AutoTokenizer)
 
     def images(self, images: Sequence[Image.Image]) -> Tensor:
-        """Embeddings of images, `[n, d]`."""
+        """Return the embeddings of images, `[n, d]`."""
 
         def embed(batch: Sequence[Image.Image]) -> Tensor:
             pixels = self.processor(images=list(batch), return_tensors="pt")
@@ -118,7 +118,7 @@ class ClipEmbedder:
         return _in_batches(images, embed)
 
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings of texts, `[n, d]`; a text is cut off where CLIP's length ends."""
+        """Return the embeddings of texts, `[n, d]`; texts are truncated to CLIP's context length."""
         length = self.model.config.text_config.max_position_embeddings
         options = {"padding": True, "truncation": True, "max_length": length, "return_tensors": "pt"}
 
@@ -128,21 +128,21 @@ class ClipEmbedder:
         return _in_batches(texts, embed)
 
     def _features(self, function: Callable[..., Any], inputs: dict[str, Tensor]) -> Tensor:
-        """Projected features of one tower."""
-        found = function(**{name: value.to(self.device) for name, value in inputs.items()})
-        return found if isinstance(found, Tensor) else found.pooler_output
+        """Return the projected features of one tower."""
+        output = function(**{name: value.to(self.device) for name, value in inputs.items()})
+        return output if isinstance(output, Tensor) else output.pooler_output
 
 
 class DinoEmbedder:
-    """DINOv2's image embeddings: the class token after the last norm.
+    """DINOv2 image embeddings: the class token after the last norm.
 
     Args:
-        name: Local folder in transformers' format, or a name on the hub.
-        device: Where to compute.
+        name: Local folder in transformers format or hub name.
+        device: Device of the model.
 
     Raises:
-        FileNotFoundError: A folder that lacks model or image processor.
-        ConnectionError: No folder, and neither the hub nor its cache has it.
+        FileNotFoundError: The folder lacks a model or image processor.
+        ConnectionError: `name` is not a local folder and cannot be loaded from the hub or its cache.
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
@@ -151,7 +151,7 @@ class DinoEmbedder:
         self.processor = _load("dino", name, AutoImageProcessor)
 
     def images(self, images: Sequence[Image.Image]) -> Tensor:
-        """Embeddings of images, `[n, d]`."""
+        """Return the embeddings of images, `[n, d]`."""
 
         def embed(batch: Sequence[Image.Image]) -> Tensor:
             pixels = self.processor(images=list(batch), return_tensors="pt")["pixel_values"]
@@ -162,12 +162,12 @@ class DinoEmbedder:
 
 @torch.no_grad()
 def _in_batches(items: Sequence[Any], embed: Callable[[Sequence[Any]], Tensor]) -> Tensor:
-    """Embeddings of many items, a few at a time, on the CPU."""
+    """Embed items in batches; the result is on the CPU."""
     return torch.cat([embed(items[k : k + _BATCH]).float().cpu() for k in range(0, len(items), _BATCH)])
 
 
 def _load(option: str, name: str, kind: Any) -> Any:
-    """A model or a processor, from a folder or the hub."""
+    """Load a model or processor from a folder or the hub."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         try:
@@ -175,7 +175,7 @@ def _load(option: str, name: str, kind: Any) -> Any:
                 return kind.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
-                f"{option} must be a folder in transformers' format, got '{folder}', which gives no {kind.__name__}: "
+                f"{option} must be a folder in transformers format, got '{folder}', which has no {kind.__name__}: "
                 f"{str(error).strip().splitlines()[0]}"
             ) from error
     with cache_only_if_unreachable() as reason, suppress_progress_bars():
@@ -183,14 +183,14 @@ def _load(option: str, name: str, kind: Any) -> Any:
             return kind.from_pretrained(name, local_files_only=bool(reason))
         except (OSError, ValueError) as error:
             raise ConnectionError(
-                f"{option}={name!r} is no folder here, and "
-                + (f"the hub could not be reached ({reason}), nor is it in its cache" if reason else "not on the hub")
-                + "; pass a local folder in transformers' format"
+                f"{option} must be a local folder or a hub name, got {name!r}, which is "
+                + (f"not cached, and the hub is unreachable ({reason})" if reason else "not on the hub")
+                + "; pass a local folder in transformers format"
             ) from error
 
 
 METRICS = ("concept_alignment", "text_alignment", "text_alignment_without_token", "vendi", "vendi_by_prompt")
-"""Numbers of one subject; see `score_images`."""
+"""Metrics of one subject; see `score_images`."""
 RESULT_FILE = "generation.json"
 
 
@@ -209,31 +209,31 @@ def evaluate_generation(
     overwrite: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Generate the missing images of the protocol, and evaluate them.
+    """Generate the missing images of the DreamBooth protocol and evaluate them.
 
-    Each run receives `evaluation/` with the images and `generation.json` with its scores.
+    Each run folder receives `evaluation/` with the images and `generation.json` with the scores.
 
     Args:
-        runs: Folder of one run, or a folder of several.
-        clip: CLIP model: local folder in transformers' format or hub name.
-        dino: DINOv2 model, likewise.
-        prompts: File of prompts; `prompts_and_classes.txt` in the run's `dreambooth:` folder if None.
-        live: Whether to use the prompts for animals; if None cats and dogs get them.
-        pictures: Images of each prompt, with seeds 0, 1, …
-        steps: Sampling steps, the run's `sample_steps` if None.
-        batch_size: Images at a time.
-        pipeline: New place of the pipeline, if it was moved.
-        device: auto, or a device of torch such as cpu, cuda:1 or mps.
-        overwrite: Generate again where images of other settings are.
-        console: For progress bars and notes; standard output if None.
+        runs: Run folder, or a folder of runs.
+        clip: CLIP model: local folder in transformers format or hub name.
+        dino: DINOv2 model: local folder in transformers format or hub name.
+        prompts: Prompt file; `prompts_and_classes.txt` in the run's `dreambooth:` folder if None.
+        live: Use the prompts for live subjects; None uses them for cats and dogs.
+        pictures: Images per prompt, with seeds 0, 1, …
+        steps: Sampling steps; the run's `sample_steps` if None.
+        batch_size: Batch size.
+        pipeline: Path or hub name of the pipeline; the run's if None.
+        device: auto, or a torch device such as cpu, cuda:1 or mps.
+        overwrite: Replace images generated with other settings.
+        console: Output console for progress bars and notes; standard output if None.
 
     Returns:
-        `{"runs": [the numbers of each], "mean": {…}, "standard_error": {…}}`; the errors are those over subjects, None
-        for a single one.
+        `{"runs": [metrics per run], "mean": {…}, "standard_error": {…}}`. The standard error is over subjects, None for
+        a single subject.
 
     Raises:
-        FileNotFoundError: No run, no prompts, or a folder that lacks a model.
-        ValueError: A file of prompts without places for the subject, or numbers out of range.
+        FileNotFoundError: A run, prompt file or model does not exist.
+        ValueError: The prompts lack the token placeholder, or a number is out of range.
     """
     if pictures < 1:
         raise ValueError(f"pictures must be at least 1, got {pictures}")
@@ -248,7 +248,7 @@ def evaluate_generation(
         config = loaded.config
         templates = lists[folder].templates(config.class_name, live)
         words = config.class_name or ""
-        drawn = generate_images(
+        generated = generate_images(
             folder / "evaluation",
             loaded.pipeline,
             [fill(template, config.token, words) for template in templates],
@@ -261,19 +261,19 @@ def evaluate_generation(
         )
         concept = load_concept(str(config.data), config.subject, skip_corrupt=config.skip_corrupt)
         plain = [fill(template, "", words) for template in templates for _ in range(pictures)]
-        scores = score_images(drawn, list(concept.images()), plain, *embedders)
-        drawing = asdict(sampling_of(config, steps))
-        row = {"subject": concept.name, "method": config.method, "pictures": len(drawn), **scores}
-        loaded.run.write_json(RESULT_FILE, {"format": 1, **row, "clip": clip, "dino": dino, "drawing": drawing})
+        scores = score_images(generated, list(concept.images()), plain, *embedders)
+        sampling = asdict(sampling_of(config, steps))
+        row = {"subject": concept.name, "method": config.method, "pictures": len(generated), **scores}
+        loaded.run.write_json(RESULT_FILE, {"format": 1, **row, "clip": clip, "dino": dino, "drawing": sampling})
         rows.append({"run": str(folder), **row})
-    of_all = {name: [row[name] for row in rows] for name in METRICS}
+    scores_by_metric = {name: [row[name] for row in rows] for name in METRICS}
     errors = {
         name: statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-        for name, values in of_all.items()
+        for name, values in scores_by_metric.items()
     }
     return {
         "runs": rows,
-        "mean": {name: statistics.fmean(values) for name, values in of_all.items()},
+        "mean": {name: statistics.fmean(values) for name, values in scores_by_metric.items()},
         "standard_error": errors,
     }
 
@@ -285,21 +285,21 @@ def score_images(
     clip: ClipEmbedder,
     dino: DinoEmbedder,
 ) -> dict[str, float]:
-    """The numbers of one subject.
+    """Compute the metrics of one subject.
 
     Args:
-        pictures: Generated ones.
-        concept: The subject's images, RGB.
+        pictures: Generated images.
+        concept: Real images of the subject, RGB.
         plain_prompts: Prompt of each image without the subject's token, which CLIP does not know.
-        clip: Embeds images and texts.
-        dino: Embeds images.
+        clip: CLIP embedder.
+        dino: DINOv2 embedder.
 
     Returns:
-        `concept_alignment`: mean cosine of CLIP's embeddings over all pairs of a generated image and an image of
-        the subject.
-        `text_alignment`: mean cosine of CLIP's embeddings of each image and its prompt, and
-        `text_alignment_without_token` of its prompt without the subject's token. `vendi`: Vendi score of DINOv2's
-        embeddings of all images. `vendi_by_prompt`: mean of the scores of each prompt's images.
+        `concept_alignment`: mean cosine similarity of CLIP embeddings over all pairs of a generated and a real image.
+        `text_alignment`: mean cosine similarity of the CLIP embeddings of each image and its prompt.
+        `text_alignment_without_token`: the same with the prompts of `plain_prompts`.
+        `vendi`: Vendi score of the DINOv2 embeddings of all images.
+        `vendi_by_prompt`: mean over prompts of the Vendi score of each prompt's images.
     """
     images = [read_image(picture.path) for picture in pictures]
     clip_embeddings = clip.images(images)
@@ -319,22 +319,22 @@ def score_images(
 
 
 def find_runs(folder: str | Path) -> list[Path]:
-    """The run that a folder is, or the runs in it, by name.
+    """Return the folder if it is a run, else the runs in it, sorted by name.
 
     Raises:
-        FileNotFoundError: Neither.
+        FileNotFoundError: The folder is not a run and contains none.
     """
     root = Path(folder)
     if (root / "run.json").is_file():
         return [root]
-    found = sorted(path.parent for path in root.glob("*/run.json")) if root.is_dir() else []
-    if not found:
-        raise FileNotFoundError(f"run must be the folder of a run of snella dreambooth or of several, got {root}")
-    return found
+    runs = sorted(path.parent for path in root.glob("*/run.json")) if root.is_dir() else []
+    if not runs:
+        raise FileNotFoundError(f"run must be a snella dreambooth run folder or a folder of runs, got {root}")
+    return runs
 
 
 def _prompt_file(run: Path, prompts: str | Path | None) -> PromptFile:
-    """The given prompts, or those of the data."""
+    """Read the given prompt file, or the one in the run's data folder."""
     if prompts is not None:
         return read_prompt_file(prompts)
     config = DreamBoothFolder(run).read_config()
@@ -342,7 +342,7 @@ def _prompt_file(run: Path, prompts: str | Path | None) -> PromptFile:
     file = Path(path).expanduser() / PROMPT_FILE
     if family != "dreambooth" or not file.is_file():
         raise FileNotFoundError(
-            f"prompts must be a file of prompts, got none, and {config.data} has no {PROMPT_FILE}; one prompt a line "
-            "with {0} for the subject's token and {1} for its class"
+            f"prompts must be a prompt file, got none, and {config.data} has no {PROMPT_FILE}; write one prompt per "
+            "line with {0} for the subject's token and {1} for its class"
         )
     return read_prompt_file(file)

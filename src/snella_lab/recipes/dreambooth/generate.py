@@ -1,4 +1,4 @@
-"""`generate`: images from a finished DreamBooth run."""
+"""Image generation with a finished DreamBooth run."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class SamplingConfig:
     """Sampling settings.
 
     Args:
-        resolution: In pixels.
+        resolution: Image resolution in pixels.
         steps: Sampling steps.
-        guidance: Guidance scale; up to 1 for none.
-        max_sequence_length: Tokens of a prompt that the third text encoder sees; as in training.
+        guidance: Guidance scale; values up to 1 disable guidance.
+        max_sequence_length: Maximum prompt length of the third text encoder in tokens; use the training value.
         precision: fp32, or bf16 for autocast.
-        batch_size: Images at a time.
+        batch_size: Batch size.
     """
 
     resolution: int = 512
@@ -55,7 +55,7 @@ class SamplingConfig:
 def sampling_of(
     config: DreamBoothConfig, steps: int | None = None, guidance: float | None = None, batch_size: int = 1
 ) -> SamplingConfig:
-    """Sampling settings: the run's, unless given."""
+    """Return the run's sampling settings with the given overrides."""
     return SamplingConfig(
         config.resolution,
         config.sample_steps if steps is None else steps,
@@ -75,23 +75,23 @@ def draw_images(
 ) -> None:
     """Generate one image per job.
 
-    Prompts are embedded first, each once; then only transformer and autoencoder stay on the device.
+    Each distinct prompt is embedded once, first. Only transformer and autoencoder then stay on the device.
 
     Args:
-        pipeline: With the adapter in its transformer.
+        pipeline: Pipeline with the adapter in its transformer.
         jobs: Prompt and seed of each image.
-        drawing: How.
-        device: Where.
-        receive: Called with the number of the job and its image as soon as it is generated.
+        drawing: Sampling settings.
+        device: Device.
+        receive: Callback with the job index and its image, called after each batch.
 
     Raises:
-        ValueError: The pipeline cannot draw at this resolution.
+        ValueError: The pipeline does not support this resolution.
     """
     check_resolution(pipeline, drawing.resolution)
     prompts = list(dict.fromkeys(prompt for prompt, _ in jobs))
     is_guided = drawing.guidance > 1
-    wanted = [*prompts, *([""] if is_guided else [])]
-    embedded = dict(zip(wanted, embed_prompts(pipeline, wanted, device, drawing.max_sequence_length), strict=True))
+    texts = [*prompts, *([""] if is_guided else [])]
+    embedded = dict(zip(texts, embed_prompts(pipeline, texts, device, drawing.max_sequence_length), strict=True))
     drawer = _without_text_encoders(pipeline, device)
     for first in range(0, len(jobs), drawing.batch_size):
         batch = jobs[first : first + drawing.batch_size]
@@ -100,7 +100,7 @@ def draw_images(
 
 
 def _without_text_encoders(pipeline: StableDiffusion3Pipeline, device: torch.device) -> StableDiffusion3Pipeline:
-    """The pipeline's drawing parts, on the device; a pipeline with parts elsewhere would mistake where it is."""
+    """Build a pipeline without text encoders on the device; diffusers infers the device from all components."""
     absent: dict[str, Any] = dict.fromkeys(_TEXT_PARTS)
     drawer = StableDiffusion3Pipeline(
         transformer=pipeline.transformer.to(device).eval(),
@@ -120,7 +120,7 @@ def _draw(
     drawing: SamplingConfig,
     device: torch.device,
 ) -> list[Image.Image]:
-    """The pictures of one batch."""
+    """Generate one batch of images."""
 
     def stacked(prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = torch.cat([embedded[prompt].tokens for prompt in prompts])
@@ -143,7 +143,7 @@ def _draw(
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """Autocast for bf16, nothing for fp32."""
+    """Return an autocast context for bf16, a null context for fp32."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
@@ -172,23 +172,23 @@ def generate_images(
     overwrite: bool = False,
     show_bar: bool = True,
 ) -> list[GeneratedImage]:
-    """Generate every prompt with every seed; images of an interrupted call are kept.
+    """Generate every prompt with every seed, skipping images from an interrupted call.
 
     Args:
-        folder: Where they go, as `PROMPT-SEED.png`, with `images.json`; created.
-        pipeline: With the adapter in its transformer.
+        folder: Output folder for `PROMPT-SEED.png` and `images.json`; created.
+        pipeline: Pipeline with the adapter in its transformer.
         prompts: The prompts.
-        seeds: One image of each prompt for each of them.
-        drawing: How.
-        device: Where.
-        console: For the progress bar; it appears only if this is a terminal.
-        source: Pipeline and digest of the adapter. Images of another source are not kept.
-        overwrite: Generate everything again in a folder that holds other images.
-        show_bar: Whether to show a bar.
+        seeds: Seeds; one image per prompt and seed.
+        drawing: Sampling settings.
+        device: Device.
+        console: Output console; the progress bar appears only on a terminal.
+        source: Pipeline and digest of the adapter. Existing images from another source are replaced.
+        overwrite: Replace other generated images in the folder.
+        show_bar: Show a progress bar.
 
     Raises:
-        FileExistsError: The folder holds images of other prompts, seeds, settings or another adapter.
-        ValueError: The pipeline cannot draw at this resolution.
+        FileExistsError: The folder contains images of other prompts, seeds, settings or another adapter.
+        ValueError: The pipeline does not support this resolution.
     """
     width = max(2, len(str(len(prompts) - 1)))
     pictures = [
@@ -224,15 +224,15 @@ def generate_images(
 
 
 def check_image_folder(folder: Path, content: dict[str, Any], *, overwrite: bool) -> None:
-    """Refuse a folder that holds something else.
+    """Check that images may be written to a folder.
 
     Args:
-        folder: Need not exist.
-        content: The content of `images.json`.
-        overwrite: Whether other generated images may be removed.
+        folder: Output folder; may not exist yet.
+        content: Expected content of `images.json`.
+        overwrite: Allow the removal of other generated images.
 
     Raises:
-        FileExistsError: It does.
+        FileExistsError: The folder contains other files, or other images without `overwrite`.
     """
     if not folder.exists():
         return
@@ -242,27 +242,27 @@ def check_image_folder(folder: Path, content: dict[str, Any], *, overwrite: bool
     if manifest == content:
         return
     if manifest is None and any(folder.iterdir()):
-        raise FileExistsError(f"out={folder} holds other files; choose an empty or a new folder")
+        raise FileExistsError(f"out={folder} contains other files; choose an empty or a new folder")
     if manifest is not None and not overwrite:
         changed = [name for name in ("source", "drawing", "images") if manifest.get(name) != content[name]]
         names = {"source": "another adapter", "drawing": "other settings", "images": "other prompts or seeds"}
         raise FileExistsError(
-            f"out={folder} holds images of {' and '.join(names[name] for name in changed)}; choose another folder, "
-            "or generate again with --overwrite"
+            f"out={folder} contains images of {' and '.join(names[name] for name in changed)}; choose another folder, "
+            "or pass --overwrite"
         )
 
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
-    """What `images.json` says; None where there is none or it is damaged."""
+    """Read `images.json`; None if it is missing or damaged."""
     try:
-        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return manifest if isinstance(manifest, dict) else None
 
 
 def _write(picture: GeneratedImage, image: Image.Image) -> None:
-    """Write a PNG file atomically, with prompt and seed in its metadata."""
+    """Write a PNG file atomically with prompt and seed in its metadata."""
     info = PngInfo()
     info.add_itxt("prompt", picture.prompt)
     info.add_itxt("seed", str(picture.seed))
@@ -286,18 +286,18 @@ def load_generator(run: str | Path, *, pipeline: str | None = None, device: str 
     """Load the pipeline of a run with its adapter.
 
     Args:
-        run: Folder of the run.
-        pipeline: New place of the pipeline, if it was moved.
-        device: auto, or a device of torch such as cpu, cuda:1 or mps.
+        run: Run folder.
+        pipeline: Path or hub name of the pipeline; the run's if None.
+        device: auto, or a torch device such as cpu, cuda:1 or mps.
 
     Raises:
-        FileNotFoundError: This is not the folder of such a run, or it holds no adapter yet.
-        ValueError: The run is one of another kind.
-        AdapterFileError: The adapter is damaged, or belongs to another pipeline.
+        FileNotFoundError: The folder is not a run, or the run has no adapter yet.
+        ValueError: The run has another task.
+        AdapterFileError: The adapter is damaged or does not fit the pipeline.
     """
     folder = DreamBoothFolder(run)
     if read(RunInfo, folder.path).task != "generation":
-        raise ValueError(f"run must be the folder of a run of snella dreambooth, got {run}, a run of another task")
+        raise ValueError(f"run must be a snella dreambooth run folder, got {run}, a run of another task")
     folder.check_adapter()
     config = folder.read_config()
     name = str(pipeline or config.pipeline)
@@ -307,7 +307,7 @@ def load_generator(run: str | Path, *, pipeline: str | None = None, device: str 
 
 
 def adapter_source(run: DreamBoothFolder, config: DreamBoothConfig) -> str:
-    """The pipeline's name and a digest of the adapter's weights."""
+    """Return the pipeline's name and a digest of the adapter's weights."""
     return f"{config.pipeline} with adapter {adapter_digest(run.adapter)}"
 
 
@@ -329,23 +329,23 @@ def generate(
     """Generate images with the pipeline and adapter of a run.
 
     Args:
-        run: Folder of the run.
-        prompts: The prompts, with the subject's token (`sks`).
-        out: Folder for the images.
-        pictures: Images of each prompt, with seeds `seed`, `seed + 1`, …
-        seed: The first seed; an image depends on prompt and seed alone.
-        steps: Sampling steps, the run's `sample_steps` if None.
-        guidance: Guidance scale, the run's if None.
-        batch_size: Images at a time.
-        pipeline: New place of the pipeline, if it was moved.
-        device: auto, or a device of torch such as cpu, cuda:1 or mps.
+        run: Run folder.
+        prompts: Prompts with the subject's token, e.g. `sks`.
+        out: Output folder for the images.
+        pictures: Images per prompt, with seeds `seed`, `seed + 1`, …
+        seed: First seed; an image depends only on its prompt and seed.
+        steps: Sampling steps; the run's `sample_steps` if None.
+        guidance: Guidance scale; the run's if None.
+        batch_size: Batch size.
+        pipeline: Path or hub name of the pipeline; the run's if None.
+        device: auto, or a torch device such as cpu, cuda:1 or mps.
         overwrite: Replace other images in `out`.
-        console: For the progress bar; standard output if None.
+        console: Output console for the progress bar; standard output if None.
 
     Raises:
-        ValueError: No prompts, or a number out of range.
-        FileNotFoundError: As for `load_generator`.
-        FileExistsError: `out` holds other images.
+        ValueError: `prompts` is empty, or a number is out of range.
+        FileNotFoundError: See `load_generator`.
+        FileExistsError: `out` contains other images.
     """
     checked = {"pictures": (pictures, 1), "seed": (seed, 0), "batch_size": (batch_size, 1), "steps": (steps, 1)}
     errors = [
@@ -371,22 +371,22 @@ def generate(
 
 
 def select_prompts(run: str | Path, prompt: str | None, file: str | Path | None, live: bool | None = None) -> list[str]:
-    """The prompts that a user asks for: one, or those of a file with the run's subject in their places.
+    """Return the given prompt, or the prompts of a file filled with the run's token and class.
 
     Args:
-        run: Folder of the run.
-        prompt: A whole prompt.
-        file: A file of prompts.
-        live: Whether to use that file's prompts for animals; if None cats and dogs get them.
+        run: Run folder.
+        prompt: Complete prompt; exclusive with `file`.
+        file: Prompt file; exclusive with `prompt`.
+        live: Use the file's prompts for live subjects; None uses them for cats and dogs.
 
     Raises:
-        ValueError: Neither is given or both are, or the file holds no usable prompts.
-        FileNotFoundError: There is no such file or run.
+        ValueError: Neither or both of `prompt` and `file` are given, or the file has no usable prompts.
+        FileNotFoundError: The file or run does not exist.
     """
     if (prompt is None) == (file is None):
         raise ValueError(
-            f"prompt or prompts must be given, one of them, got {'neither' if prompt is None else 'both'}; "
-            "e.g. --prompt 'a photo of sks dog on the beach'"
+            f"exactly one of prompt and prompts must be given, got {'neither' if prompt is None else 'both'}; "
+            "pass e.g. --prompt 'a photo of sks dog on the beach'"
         )
     if prompt is not None:
         return [prompt]

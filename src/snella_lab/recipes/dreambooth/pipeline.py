@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 pipelines: loading, prompt embeddings and latent images."""
+"""Stable Diffusion 3 pipelines: loading, prompt embeddings and image latents."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ class PromptEmbedding:
     pooled: Tensor
 
     def repeated(self, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Tokens and pooled vector for `count` images."""
+        """Return token and pooled embeddings repeated for `count` images."""
         return self.tokens.to(device).repeat(count, 1, 1), self.pooled.to(device).repeat(count, 1)
 
 
 @dataclass(frozen=True)
 class LatentImages:
-    """Images as distributions in the autoencoder's latent space; each use draws a sample.
+    """Latent distributions of images, sampled on each use.
 
     z = (mean + std · noise − shift) · scale
 
     Attributes:
         mean: `[n, c, h, w]`.
         std: `[n, c, h, w]`.
-        shift: What the transformer's inputs are centered by.
-        scale: What they are scaled by.
+        shift: Shift factor of the autoencoder.
+        scale: Scaling factor of the autoencoder.
     """
 
     mean: Tensor
@@ -61,7 +61,7 @@ class LatentImages:
         return len(self.mean)
 
     def draw(self, indices: list[int], generator: torch.Generator) -> Tensor:
-        """A sample of each of these images, `[n, c, h, w]`."""
+        """Sample latents of the images at `indices`, `[n, c, h, w]`."""
         mean, std = self.mean[indices], self.std[indices]
         noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype)
         return (mean + std * noise - self.shift) * self.scale
@@ -71,17 +71,17 @@ class LatentImages:
 def embed_prompts(
     pipeline: StableDiffusion3Pipeline, prompts: Iterable[str], device: torch.device, max_sequence_length: int
 ) -> list[PromptEmbedding]:
-    """Embed prompts with the pipeline's three text encoders, which are on the device only meanwhile.
+    """Embed prompts with the pipeline's three text encoders, moved to the device temporarily.
 
     Args:
-        pipeline: Its text encoders and tokenizers are used.
-        prompts: Each as a whole; what exceeds the encoders' length is cut off by them, with a note.
-        device: Where to compute.
-        max_sequence_length: Tokens that the third encoder sees.
+        pipeline: Pipeline with text encoders and tokenizers.
+        prompts: Prompts; diffusers truncates long ones and logs a warning.
+        device: Device of the text encoders.
+        max_sequence_length: Maximum prompt length of the third text encoder, in tokens.
     """
     encoders = [pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3]
     with offload_models(*(encoder for encoder in encoders if encoder is not None), device=device):
-        found = [
+        outputs = [
             pipeline.encode_prompt(
                 prompt,
                 prompt,
@@ -92,7 +92,7 @@ def embed_prompts(
             )
             for prompt in prompts
         ]
-    return [PromptEmbedding(tokens.float().cpu(), pooled.float().cpu()) for tokens, _, pooled, _ in found]
+    return [PromptEmbedding(tokens.float().cpu(), pooled.float().cpu()) for tokens, _, pooled, _ in outputs]
 
 
 @torch.no_grad()
@@ -104,17 +104,17 @@ def encode_images(
     *,
     flip: bool = False,
 ) -> LatentImages:
-    """Encode images with the pipeline's autoencoder, which is on the device only meanwhile.
+    """Encode images with the pipeline's autoencoder, moved to the device temporarily.
 
     Args:
-        pipeline: Its autoencoder is used.
-        images: RGB, of any size; scaled so that the shorter side fits, and cut to a square about the center.
-        device: Where to compute.
+        pipeline: Pipeline with the autoencoder.
+        images: RGB images of any size; resized to the resolution on the shorter side and center-cropped to a square.
+        device: Device of the autoencoder.
         resolution: Side of the square in pixels.
-        flip: Encode every image a second time, mirrored; these follow after the others.
+        flip: Append a mirrored copy of every image.
 
     Raises:
-        ValueError: The pipeline cannot work at this resolution; names one that it can.
+        ValueError: The pipeline does not support this resolution; the message suggests one.
     """
     check_resolution(pipeline, resolution)
     pictures = list(images)
@@ -123,18 +123,18 @@ def encode_images(
     with offload_models(vae, device=device):
         for picture in pictures:
             pixels = pipeline.image_processor.preprocess(picture, resolution, resolution, resize_mode="crop")
-            found = vae.encode(pixels.to(device, vae.dtype)).latent_dist
-            means.append(found.mean.float().cpu())
-            deviations.append(found.std.float().cpu())
+            latents = vae.encode(pixels.to(device, vae.dtype)).latent_dist
+            means.append(latents.mean.float().cpu())
+            deviations.append(latents.std.float().cpu())
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     return LatentImages(torch.cat(means), torch.cat(deviations), shift, vae.config.scaling_factor)
 
 
 def check_resolution(pipeline: StableDiffusion3Pipeline, resolution: int) -> None:
-    """Refuse a resolution that does not fit the pipeline.
+    """Check that the pipeline supports a resolution.
 
     Raises:
-        ValueError: Not a multiple of what latents and patches need, or beyond the transformer's positions.
+        ValueError: The resolution is not a multiple of the latent patch size, or exceeds the position embeddings.
     """
     unit = pipeline.vae_scale_factor * pipeline.patch_size
     most = unit * getattr(pipeline.transformer.config, "pos_embed_max_size", 0)
@@ -143,7 +143,7 @@ def check_resolution(pipeline: StableDiffusion3Pipeline, resolution: int) -> Non
     if resolution % unit or (most and resolution > most):
         limit = f" up to {most}" if most else ""
         raise ValueError(
-            f"resolution must be a multiple of {unit}{limit} for this pipeline, got {resolution}; {near} would fit"
+            f"resolution must be a multiple of {unit}{limit} for this pipeline, got {resolution}; use {near}"
         )
 
 
@@ -178,17 +178,16 @@ _NEEDED = (
 
 
 def load_pipeline(name: str, *, encoder_dtype: torch.dtype = torch.float32) -> StableDiffusion3Pipeline:
-    """Load a pipeline onto the CPU; transformer and image autoencoder in float32.
+    """Load a pipeline onto the CPU, with transformer and autoencoder in float32.
 
     Args:
-        name: A local folder in diffusers' format, or a name on the hub, `owner/repo`.
-        encoder_dtype: Dtype of the three text encoders, which are never trained. The third may be missing, as diffusers
-            allows.
+        name: Local folder in diffusers format or hub name `owner/repo`.
+        encoder_dtype: Dtype of the frozen text encoders. The third text encoder is optional.
 
     Raises:
-        FileNotFoundError: A folder that is not there, or one that lacks components; all of them are named.
-        ValueError: A folder of another pipeline, or the hub does not give it out.
-        ConnectionError: No folder, and neither the hub nor its cache has it.
+        FileNotFoundError: The folder does not exist or lacks components; the message lists them.
+        ValueError: The folder contains another pipeline, or the hub denies the download.
+        ConnectionError: The pipeline is neither local nor cached, and the hub is unreachable.
     """
     folder = Path(name).expanduser()
     dtypes: dict[str, Any] = {"default": torch.float32}
@@ -206,26 +205,26 @@ def load_pipeline(name: str, *, encoder_dtype: torch.dtype = torch.float32) -> S
         except (OSError, ValueError, HfHubHTTPError) as error:
             if reason is None:
                 raise ValueError(
-                    f"the hub does not give out pipeline {name!r}: {_first_line(error)}; accept its license there, or "
+                    f"the hub denies pipeline {name!r}: {_first_line(error)}; accept its license on the hub, or "
                     "download it elsewhere and pass the folder"
                 ) from error
             raise ConnectionError(
-                f"pipeline {name!r} is no folder here, and the hub could not be reached ({reason}), nor is it in its "
-                f"cache; pass a local folder in diffusers' format (it holds {_INDEX}, transformer/, vae/, …)"
+                f"pipeline {name!r} is not a local folder and not cached, and the hub is unreachable ({reason}); pass "
+                f"a local folder in diffusers format (with {_INDEX}, transformer/, vae/, …)"
             ) from error
 
 
 def _check_folder(folder: Path) -> list[str]:
-    """Refuse a folder that is no such pipeline or lacks something, all errors in one message.
+    """Validate a pipeline folder and report all errors together.
 
     Returns:
-        Optional components that are absent, which diffusers needs to know.
+        Missing optional components, which diffusers needs as explicit None arguments.
     """
     index = folder / _INDEX
     if not index.is_file():
         raise FileNotFoundError(
-            f"pipeline folder '{folder}' has no {_INDEX}; it must be in diffusers' format, as "
-            "pipeline.save_pretrained writes it"
+            f"pipeline folder '{folder}' must be in diffusers format, got a folder without {_INDEX}; write it with "
+            "pipeline.save_pretrained"
         )
     try:
         components = json.loads(index.read_text(encoding="utf-8"))
@@ -234,8 +233,8 @@ def _check_folder(folder: Path) -> list[str]:
         raise ValueError(f"'{index}' is damaged: {error}; copy the folder again") from None
     if kind != StableDiffusion3Pipeline.__name__:
         raise ValueError(
-            f"pipeline folder '{folder}' must hold a StableDiffusion3Pipeline, got {kind}; SNELLA's generation is "
-            "written for Stable Diffusion 3"
+            f"pipeline folder '{folder}' must contain a StableDiffusion3Pipeline, got {kind}; snella dreambooth "
+            "supports Stable Diffusion 3 only"
         )
     absent = [part for part in _NEEDED if part not in components or components[part][0] is None]
     errors = [f"{part} is missing from {_INDEX}" for part in absent if part not in _OPTIONAL]
@@ -250,17 +249,17 @@ def _check_folder(folder: Path) -> list[str]:
 
 
 def _component_errors(folder: Path) -> list[str]:
-    """What a component's folder lacks."""
+    """List the missing files of a component's folder."""
     if not folder.is_dir() or not any(folder.iterdir()):
-        return [f"there is no {folder.name}/"]
+        return [f"{folder.name}/ is missing"]
     if folder.name.startswith("tokenizer") or folder.name == "scheduler":
-        return [] if any(folder.glob("*.json")) else [f"{folder.name}/ holds no configuration"]
-    errors = [] if (folder / "config.json").is_file() else [f"{folder.name}/ holds no config.json"]
+        return [] if any(folder.glob("*.json")) else [f"{folder.name}/ has no configuration"]
+    errors = [] if (folder / "config.json").is_file() else [f"{folder.name}/ has no config.json"]
     weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
-    return errors if weights else [*errors, f"{folder.name}/ holds no weights"]
+    return errors if weights else [*errors, f"{folder.name}/ has no weights"]
 
 
 def _first_line(error: BaseException) -> str:
-    """The first line of an error, which says what happened."""
+    """Return the first line of an error message, or the error's type if it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

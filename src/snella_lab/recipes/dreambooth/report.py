@@ -1,4 +1,4 @@
-"""The HTML report of a DreamBooth run, a self-contained file."""
+"""Self-contained HTML report of a DreamBooth run."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ _WINDOW = 20
 
 
 def write_generation_report(run: str | Path) -> Path:
-    """Write `RUN/report.html` from the files of the run atomically.
+    """Write `RUN/report.html` atomically from the files of the run.
 
     Args:
-        run: Folder of a run of `snella dreambooth`.
+        run: Folder of a `snella dreambooth` run.
 
     Returns:
-        Path of the page.
+        Path of the report.
 
     Raises:
-        FileNotFoundError: The folder holds no finished run.
+        FileNotFoundError: The folder does not contain a finished run.
         ValueError: A file of the run is damaged.
     """
     folder = Path(run)
@@ -47,7 +47,7 @@ def write_generation_report(run: str | Path) -> Path:
     numbers = [
         ("loss on fixed noise", after, f"{before} before training"),
         ("trainable parameters", count_text(metrics.trainable_parameters), ""),
-        ("adapter file", bytes_text(metrics.adapter_bytes), "to load on top of the pipeline"),
+        ("adapter file", bytes_text(metrics.adapter_bytes), "loads on top of the pipeline"),
         ("training time", seconds_text(metrics.train_s), trained.optimizer),
     ]
     if allocation is not None and budgets:
@@ -74,7 +74,7 @@ def write_generation_report(run: str | Path) -> Path:
 
 
 def loss_curve(history: Sequence[LossRow]) -> Figure:
-    """Draw the loss of each step, and the mean of the last twenty."""
+    """Plot the loss of each step and the mean of the last 20 steps."""
     figure, axes = new_figure(2 * CURVE[0], CURVE[1], "Loss")
     steps = [row.step for row in history]
     losses = np.array([np.nan if row.loss is None else row.loss for row in history], dtype=float)
@@ -88,7 +88,7 @@ def loss_curve(history: Sequence[LossRow]) -> Figure:
 
 
 def _samples(folder: Path) -> list[dict[str, Any]]:
-    """Sample images of the run."""
+    """Return the report entries of the run's sample images."""
     manifest = folder / MANIFEST
     if not manifest.is_file():
         return []
@@ -100,7 +100,7 @@ def _samples(folder: Path) -> list[dict[str, Any]]:
 
 
 def _pictures(paths: Iterable[Path]) -> list[dict[str, Any]]:
-    """Images of the report; a missing one has a problem text."""
+    """Encode images for the report; an unreadable image gets a problem text."""
     items: list[dict[str, Any]] = []
     for path in paths:
         item: dict[str, Any] = {"text": path.name, "uri": None, "problem": ""}

@@ -1,4 +1,4 @@
-"""`personalize`: one DreamBooth run, from configuration to report, by a loop that is bit-identical when resumed."""
+"""DreamBooth training with bit-identical resume."""
 
 from __future__ import annotations
 
@@ -64,14 +64,14 @@ class FlowMatching:
 
     z_σ = (1 − σ) z + σ ε,      loss = w(σ) · mean |v(z_σ, σ) − (ε − z)|²
 
-    `v` is the transformer. With `precondition` it is the images that are compared, z against z_σ − σ v, which weights
-    the same error by σ².
+    `v` is the transformer. With `precondition` the loss compares images, z and z_σ − σ v, which weights the same error
+    by σ².
 
     Args:
-        scheduler: Of the pipeline; a fresh one of its configuration is used, since sampling changes a scheduler.
-        weighting: `logit_normal` and `mode` draw the times unevenly; `sigma_sqrt` and `cosmap` draw them evenly and
-            weight the loss; `uniform` does neither.
-        precondition: Compare images instead of velocities.
+        scheduler: Scheduler of the pipeline. It is copied from its configuration, because sampling modifies it.
+        weighting: Timestep sampling and loss weighting. `logit_normal` and `mode` sample timesteps non-uniformly.
+            `sigma_sqrt` and `cosmap` sample uniformly and weight the loss. `uniform` does neither.
+        precondition: Compute the loss on images instead of velocities.
 
     Source: Esser et al., arXiv 2403.03206, section 3, with the defaults of diffusers' DreamBooth training.
     """
@@ -83,7 +83,7 @@ class FlowMatching:
         self.precondition = precondition
 
     def draw_times(self, count: int, generator: torch.Generator) -> Tensor:
-        """Sample `count` positions in [0, 1) of the list of times, distributed by the weighting."""
+        """Sample `count` relative positions in [0, 1) in the timestep list."""
         return compute_density_for_timestep_sampling(
             self.weighting, count, _LOGIT_MEAN, _LOGIT_STD, _MODE_SCALE, generator=generator
         )
@@ -91,14 +91,14 @@ class FlowMatching:
     def losses(
         self, transformer: nn.Module, images: Tensor, noise: Tensor, times: Tensor, prompt: PromptEmbedding
     ) -> Tensor:
-        """Loss of each image.
+        """Compute the loss of each image.
 
         Args:
-            transformer: Predicts velocities.
-            images: Latent images, `[n, c, h, w]`.
-            noise: `[n, c, h, w]`.
-            times: Places in the list of times, `[n]`, in [0, 1).
-            prompt: Of all images.
+            transformer: Velocity model.
+            images: Latents, `[n, c, h, w]`.
+            noise: Noise, `[n, c, h, w]`.
+            times: Relative positions in the timestep list, `[n]`, in [0, 1).
+            prompt: Prompt shared by all images.
 
         Returns:
             `[n]`, float32.
@@ -127,32 +127,32 @@ _RECENT = 20
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """Latent images and their prompt."""
+    """Image latents and their prompt."""
 
     images: LatentImages
     prompt: PromptEmbedding
 
 
 class DreamBoothTrainer:
-    """Training of one adapter.
+    """Training loop for one adapter.
 
-    Every forward pass draws image, noise and time from `(seed, step, pass)` alone, so that a resumed run repeats them.
-    The images of a subject come in a new order each epoch; an epoch is one pass over them.
+    Images, noise and timesteps of a micro-batch depend only on the seed, the step and the micro-batch index, so a
+    resumed run repeats them. The subject's images are shuffled each epoch.
 
     Args:
-        model: From `adapt_headless`.
+        model: Adapted model from `adapt_headless`.
         config: Resolved settings.
-        loss: The loss.
+        loss: Flow-matching loss.
         subject: Images of the subject.
-        classes: Images of its class; None without prior preservation.
-        run: Where checkpoints go.
-        device: Where to train.
+        classes: Class images; None without prior preservation.
+        run: Run folder for checkpoints.
+        device: Training device.
 
     Attributes:
-        history: One row a step: `step`, `loss`, `grad_norm`, `budget`.
-        loss_before: Loss on fixed noise and times before the first step.
-        loss_after: The same after the last.
-        allocator: Allocates the budget; None for methods without one.
+        history: One row per step: `step`, `loss`, `grad_norm`, `budget`.
+        loss_before: Loss on fixed noise and timesteps before the first step.
+        loss_after: Loss on fixed noise and timesteps after the last step.
+        allocator: Budget allocator; None for methods without budgets.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class DreamBoothTrainer:
         run: DreamBoothFolder,
         device: torch.device,
     ) -> None:
-        # as transformers does: accelerate keeps the settings of the process's first Accelerator otherwise
+        # accelerate otherwise reuses the settings of the first Accelerator in the process; transformers resets it too
         AcceleratorState._reset_state(reset_partial_state=True)
         precision = "bf16" if config.precision == "bf16" else "no"
         self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
@@ -200,15 +200,15 @@ class DreamBoothTrainer:
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds spent, those before an interruption included."""
+        """Training time in seconds, including time before an interruption."""
         return self._earlier_s + time.monotonic() - self._start
 
     def run(self, console: Console, interrupt: InterruptCallback) -> None:
         """Train up to the last step.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C; a checkpoint is saved.
-            NonFiniteLossError: Loss or gradient are not finite; nothing of that step is kept.
+            KeyboardInterrupt: Training was interrupted; a checkpoint is saved.
+            NonFiniteLossError: The loss or gradient is not finite; the step is discarded.
         """
         if math.isnan(self.loss_before):
             self.loss_before = self.fixed_loss()
@@ -237,10 +237,10 @@ class DreamBoothTrainer:
         self.loss_after = self.fixed_loss()
 
     def save(self) -> None:
-        """Write a checkpoint atomically, and then remove the older ones.
+        """Write a checkpoint atomically, then remove older ones.
 
         Raises:
-            CheckpointError: Writing failed, as on a full disk; the last checkpoint is kept.
+            CheckpointError: Writing failed, e.g. because the disk is full; the last checkpoint is kept.
         """
         folder, name = self.run_folder.checkpoints, f"checkpoint-{self.step}"
         if (folder / name).is_dir():
@@ -261,7 +261,7 @@ class DreamBoothTrainer:
         """Load a checkpoint.
 
         Raises:
-            CheckpointError: It was written with another optimizer, or holds something else than a learner's state.
+            CheckpointError: The checkpoint was written with another optimizer or is not a trainer state.
         """
         with reading_checkpoint(checkpoint):
             load_trained_into(self.model, checkpoint)
@@ -272,20 +272,20 @@ class DreamBoothTrainer:
 
     @torch.no_grad()
     def fixed_loss(self) -> float:
-        """Mean loss over all images of the subject at evenly spaced times, with fixed noise."""
+        """Compute the mean loss over the subject's images at evenly spaced timesteps with fixed noise."""
         was_training = self.model.training
         self.model.eval()
         generator = torch.Generator().manual_seed(mix_seed(self.config.seed, _FIXED))
         values = []
         for index in range(len(self.subject.images)):
             for number in range(_FIXED_TIMES):
-                time_of_it = torch.tensor([(number + 0.5) / _FIXED_TIMES])
-                values.append(self._losses(self.model, self.subject, [index], time_of_it, generator).mean().item())
+                times = torch.tensor([(number + 0.5) / _FIXED_TIMES])
+                values.append(self._losses(self.model, self.subject, [index], times, generator).mean().item())
         self.model.train(was_training)
         return math.fsum(values) / len(values)
 
     def _take_step(self, model: nn.Module, optimizer: Any) -> None:
-        """One optimizer step: several passes forward and backward, clipping, the update."""
+        """Run one optimizer step: accumulate gradients, clip and update."""
         config, total = self.config, 0.0
         for number in range(config.accumulation):
             torch.manual_seed(mix_seed(config.seed, _GLOBAL, self.step, number))
@@ -309,37 +309,37 @@ class DreamBoothTrainer:
     def _pass_loss(
         self, model: nn.Module, training_set: TrainingSet, position: int, generator: torch.Generator
     ) -> Tensor:
-        """Mean loss of the images of micro-batch number `position`."""
-        count = self.config.batch_size
-        chosen = [_epoch_index(len(training_set.images), self.config.seed, position * count + k) for k in range(count)]
-        return self._losses(model, training_set, chosen, self.loss.draw_times(count, generator), generator).mean()
+        """Compute the mean loss of micro-batch `position`."""
+        count, total = self.config.batch_size, len(training_set.images)
+        indices = [_epoch_index(total, self.config.seed, position * count + k) for k in range(count)]
+        return self._losses(model, training_set, indices, self.loss.draw_times(count, generator), generator).mean()
 
     def _losses(
         self, model: nn.Module, training_set: TrainingSet, indices: list[int], times: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """Loss of each of these images at these times."""
+        """Compute the loss of each indexed image at the given timesteps."""
         images = training_set.images.draw(indices, generator)
         noise = torch.randn(images.shape, generator=generator)
         with self.accelerator.autocast():
             return self.loss.losses(model, images.to(self.device), noise.to(self.device), times, training_set.prompt)
 
     def _budget(self) -> int | None:
-        """Weights kept at present, over all matrices."""
+        """Return the current total budget."""
         return None if self.allocator is None else sum(self.allocator.budgets.values())
 
     def _check(self, what: str, value: float) -> None:
-        """Refuse values that are not finite."""
+        """Raise an error for a value that is not finite."""
         if math.isfinite(value):
             return
-        rates = {name: getattr(self.config, name) for name in ("lr", "scalar_lr", "scaling")}
-        shown = ", ".join(f"--{name.replace('_', '-')} (now {rate:g})" for name, rate in rates.items() if rate)
+        options = {name: getattr(self.config, name) for name in ("lr", "scalar_lr", "scaling")}
+        shown = ", ".join(f"--{name.replace('_', '-')} (now {rate:g})" for name, rate in options.items() if rate)
         raise NonFiniteLossError(
             f"{what} became {value} in step {self.step + 1} of {self.config.steps}; the last checkpoint in "
             f"{self.run_folder.checkpoints} is kept; start a new run with a lower {shown}"
         )
 
     def _line(self) -> str:
-        """The state of training, human-readable."""
+        """Format step, recent loss and budget as a log line."""
         recent = [row["loss"] for row in self.history[-_RECENT:]]
         text = f"step {self.step:>5}/{self.config.steps}  loss {math.fsum(recent) / len(recent):.5f}"
         if self.allocator is not None:
@@ -348,7 +348,7 @@ class DreamBoothTrainer:
 
 
 def _epoch_index(count: int, seed: int, position: int) -> int:
-    """The index of the image at a position: each comes once per epoch, in the epoch's order."""
+    """Return the image index at a global position; each epoch visits every image once in a new order."""
     order = EpochSampler(count, seed)
     order.set_epoch(position // count)
     return list(order)[position % count]
@@ -358,7 +358,7 @@ _PACKAGES = ("snella", "torch", "peft", "diffusers", "transformers", "accelerate
 
 
 def _describe_run(config: DreamBoothConfig, concept: Concept) -> RunInfo:
-    """The record of a run that begins."""
+    """Build the record of a starting run."""
     return RunInfo(
         status="running",
         task="generation",
@@ -371,7 +371,7 @@ def _describe_run(config: DreamBoothConfig, concept: Concept) -> RunInfo:
             subject=concept.name,
             class_name=config.class_name,
             seed=config.seed,
-            description=f"{counted(len(concept.paths), 'image')} of {concept.name}, learned as “{config.prompt}”",
+            description=f"{counted(len(concept.paths), 'image')} of {concept.name}, prompt “{config.prompt}”",
             sizes={"train": len(concept.paths)},
             digest=concept.digest(),
             folder=str(concept.paths[0].parent),
@@ -402,24 +402,23 @@ def _print_summary(console: Console, trainer: DreamBoothTrainer, concept: Concep
 
 
 def personalize(config: DreamBoothConfig, console: Console | None = None) -> DreamBoothFolder:
-    """Fine-tune a Stable Diffusion 3 pipeline on one subject, and write a complete run folder.
+    """Fine-tune a Stable Diffusion 3 pipeline on one subject and write a complete run folder.
 
     Args:
-        config: The configuration. With `resume` a stored run is resumed from its last checkpoint, with its own
-            settings.
-        console: Where to write; standard output if None.
+        config: Settings. With `resume`, the stored run and its settings are resumed from the last checkpoint.
+        console: Output console; standard output if None.
 
     Returns:
-        The folder, its run finished.
+        The folder of the finished run.
 
     Raises:
-        FileExistsError: The folder holds a run, and neither `resume` nor `overwrite` was asked for.
-        RunInUseError: Another process is writing into the folder.
-        FileNotFoundError: Images, subject or pipeline are not there.
-        ValueError: Settings that contradict each other, broken images, or a resumed run whose images have changed.
-        TrainingInterrupted: Ctrl-C; a checkpoint is saved.
-        NonFiniteLossError: The loss or the gradient became infinite or NaN; the last checkpoint is kept.
-        CheckpointError: The disk is full, and the last checkpoint is kept; or that of a resumed run is damaged.
+        FileExistsError: The folder contains a run, and neither `resume` nor `overwrite` is set.
+        RunInUseError: Another process is writing to the folder.
+        FileNotFoundError: Images, subject or pipeline do not exist.
+        ValueError: Settings conflict, images are corrupt, or the images of a resumed run have changed.
+        TrainingInterrupted: Training was interrupted; a checkpoint is saved.
+        NonFiniteLossError: The loss or gradient became infinite or NaN; the last checkpoint is kept.
+        CheckpointError: The disk is full (the last checkpoint is kept), or the resumed checkpoint is damaged.
     """
     console = console or make_console(survives_closed_output=True)
     run = DreamBoothFolder(str(config.out))
@@ -428,10 +427,10 @@ def personalize(config: DreamBoothConfig, console: Console | None = None) -> Dre
 
 
 def _personalize(config: DreamBoothConfig, run: DreamBoothFolder, console: Console) -> DreamBoothFolder:
-    """`personalize`, with the folder locked."""
+    """Run `personalize` with the folder locked."""
     config, status = run.resolve_resume(config)
     if status == "finished":
-        print_line(console, f"{run.path} is finished already; its report is {run.report}")
+        print_line(console, f"{run.path} is already finished; report {run.report}")
         if not run.report.is_file():
             write_generation_report(run.path)
         return run
@@ -462,8 +461,8 @@ def _personalize(config: DreamBoothConfig, run: DreamBoothFolder, console: Conso
                 source=str(config.pipeline),
                 show_bar=config.progress,
             )
-            of_class = Concept("class_images", [picture.path for picture in pictures])
-            classes = _training_set(pipeline, config, device, str(config.class_prompt), of_class)
+            class_concept = Concept("class_images", [picture.path for picture in pictures])
+            classes = _training_set(pipeline, config, device, str(config.class_prompt), class_concept)
         torch.manual_seed(config.seed)
         model = adapt_headless(config.method, pipeline.transformer, config.options_of_method())
         loss = FlowMatching(pipeline.scheduler, config.weighting, config.precondition)
@@ -477,20 +476,20 @@ def _personalize(config: DreamBoothConfig, run: DreamBoothFolder, console: Conso
 
 
 def _check_images(run: DreamBoothFolder, concept: Concept) -> None:
-    """Refuse to resume with other images than those that the run began with."""
+    """Check that a resumed run uses the images it started with."""
     stored = read(RunInfo, run.path).data
     if stored.digest not in (None, concept.digest()):
         then, now = stored.sizes.get("train"), len(concept.paths)
         raise ValueError(
-            f"data must hold the images that {run.path} began with, {then} images, got {now} images in "
-            f"{concept.paths[0].parent} and other content; restore them, or start a new run"
+            f"data must contain the {then} images that {run.path} started with, got {now} images in "
+            f"{concept.paths[0].parent} with different content; restore them, or start a new run"
         )
 
 
 def _training_set(
     pipeline: StableDiffusion3Pipeline, config: DreamBoothConfig, device: torch.device, prompt: str, concept: Concept
 ) -> TrainingSet:
-    """Encoded images and prompt."""
+    """Encode images and prompt."""
     embedded = embed_prompts(pipeline, [prompt], device, config.max_sequence_length)[0]
     images = encode_images(pipeline, concept.images(), device, config.resolution, flip=config.flip)
     return TrainingSet(images, embedded)
@@ -503,7 +502,7 @@ def _finish(
     run: DreamBoothFolder,
     console: Console,
 ) -> None:
-    """Save the adapter, generate sample images, write results and report."""
+    """Save the adapter, generate sample images, and write results and report."""
     config = trainer.config
     with reporting_write_errors(run.adapter):
         save_trained(trainer.model, run.adapter)

@@ -1,6 +1,6 @@
-"""Instruction fine-tuning of causal language models, and the commonsense benchmark.
+"""Instruction fine-tuning of causal language models and evaluation on the commonsense benchmark.
 
-The names are imported when they are first used: the command line reads the settings without waiting for the libraries.
+Public names are imported lazily, so the command line can read the settings without importing transformers.
 """
 
 import importlib
@@ -24,7 +24,7 @@ __all__ = ["CHOICES", "LanguageConfig", "evaluate_language", "extract_answer", "
 
 
 def __getattr__(name: str) -> Any:
-    """Import the module of a public name on first use."""
+    """Import a public name on first use."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,4 +1,4 @@
-"""The configuration of instruction fine-tuning."""
+"""Configuration of an instruction fine-tuning run."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,37 +22,37 @@ _MINIMUMS = {
 
 @dataclass
 class LanguageConfig(RunSettings):
-    """Settings of one instruction fine-tuning; None means the default of the method.
+    """Settings of an instruction fine-tuning run; None means the method's default.
 
     Args:
-        data: JSON file with a list of instruction, input, output and answer, such as commonsense_170k.json.
-        model: Causal language model: a local folder in transformers' format, or a name on the hub.
-        out: Folder of the run; created.
+        data: JSON file with a list of objects with instruction, input, output and answer, e.g. commonsense_170k.json.
+        model: Causal language model: a local folder in transformers format or a hub name.
+        out: Run folder; created.
         method: snella, snell, lora, dora or full; lora-32 sets the rank.
-        template: File with {instruction} and {input} in it, the response follows it; a plain one if not given.
+        template: Prompt template file with {instruction} and {input}; defaults to a plain built-in template.
         r: Rank of the factors (lora, dora, snella, snell).
-        target_sparsity: Fraction of the adapted weights that the update leaves untouched in the end (snella, snell).
-        scaling: Factor on the sparse update (snella, snell): how far a step of the learning rate moves the model.
-        method_options: Further options of the method. On the command line --method-options.kernel rbf.
-        max_length: Tokens of prompt and response together; what is longer is cut off.
-        learn_prompt: Learn the prompt's tokens too, as the benchmark's own script does, not the response alone.
-        epochs: Passes over the data.
-        batch_size: Entries of one forward pass.
-        accumulation: Forward passes of one optimizer step.
-        lr: Highest learning rate of the factors (of all weights in full); it falls linearly to 0.
-        scalar_lr: The same for the few numbers that shape how the factors are combined (snella, snell).
-        weight_decay: Decoupled weight decay; none on the kernels' scalars.
-        warmup_steps: Steps over which the rates rise.
-        max_grad_norm: Gradients are scaled down to this norm.
-        optimizer: auto is 8-bit AdamW where the package bitsandbytes runs, else AdamW; adamw8bit insists on it.
-        gradient_checkpointing: Compute each block's activations a second time instead of keeping them.
-        val_size: So many entries are held out, and their loss is measured each epoch.
-        base: Number format of the frozen weights: fp32, or bf16 for half the memory; small changes are lost in bf16.
-        seed: Decides held-out entries, initial values, order and dropout.
-        device: auto (a GPU if there is one), or a device of torch such as cpu, cuda, cuda:1 or mps.
+        target_sparsity: Fraction of the adapted weights left unchanged at the end of training (snella, snell).
+        scaling: Scaling of the sparse update (snella, snell).
+        method_options: Other method arguments, e.g. --method-options.kernel rbf.
+        max_length: Maximum length of prompt and response in tokens; longer sequences are truncated.
+        learn_prompt: Also compute the loss on prompt tokens, as the benchmark's script does.
+        epochs: Training epochs.
+        batch_size: Entries per forward pass (micro-batch size).
+        accumulation: Gradient accumulation steps.
+        lr: Peak learning rate of the factors (of all weights for full); decays linearly to 0.
+        scalar_lr: Peak learning rate of the scalar kernel parameters (snella, snell).
+        weight_decay: Decoupled weight decay; not applied to scalar kernel parameters.
+        warmup_steps: Learning rate warmup steps.
+        max_grad_norm: Maximum norm for gradient clipping.
+        optimizer: adamw, adamw8bit (requires bitsandbytes), or auto for 8-bit AdamW if bitsandbytes works, else AdamW.
+        gradient_checkpointing: Recompute each block's activations instead of storing them.
+        val_size: Number of held-out entries; their loss is evaluated each epoch.
+        base: Dtype of the frozen weights: fp32, or bf16 for half the memory; bf16 rounds small updates away.
+        seed: Seed for the held-out split, initialization, data order and dropout.
+        device: auto (a GPU if available), or a torch device such as cpu, cuda, cuda:1 or mps.
         precision: fp32, or bf16 for autocast.
-        resume: Continue the run in `out` from its last checkpoint, with its own settings.
-        overwrite: Start over in a folder that holds a run.
+        resume: Resume the run in `out` from its last checkpoint with its stored settings.
+        overwrite: Replace an existing run in `out`.
         progress: Show a progress bar on a terminal.
     """
 
@@ -98,7 +98,7 @@ class LanguageConfig(RunSettings):
     progress: bool = True
 
     def __post_init__(self) -> None:
-        """Check everything that can be known without data and model, and report all errors together."""
+        """Validate all settings that need neither data nor model; report all errors together."""
         errors = [*self.path_errors(), *self.kind_errors(), *self.device_errors()]
         errors += [*self._template_errors(), *self.minimum_errors(_MINIMUMS)]
         errors += [*self.nonnegative_errors(_RATES), *self.method_errors()]
@@ -106,7 +106,7 @@ class LanguageConfig(RunSettings):
             raise ValueError("; ".join(errors))
 
     def _template_errors(self) -> list[str]:
-        """A template that is not there."""
+        """Return an error for a missing template file."""
         if self.template is None or Path(self.template).expanduser().is_file():
             return []
         return [f"template must be an existing text file, got {self.template!r}"]
@@ -116,7 +116,7 @@ RESULT_FILE = "language.json"
 
 
 class LanguageFolder(RunFolderOf[LanguageConfig]):
-    """Paths and small files of one instruction fine-tuning."""
+    """Paths and small files of an instruction fine-tuning run."""
 
     settings_type = LanguageConfig
     files = (*RunFolderOf.files, RESULT_FILE)

@@ -1,4 +1,4 @@
-"""Instruction data in the JSON layout of the commonsense benchmark: a list of instruction, input, output, answer."""
+"""Instruction data in the JSON format of the commonsense benchmark: instruction, input, output and answer."""
 
 import json
 import re
@@ -23,18 +23,18 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "ARC-Challenge": _NUMBERED,
     "openbookqa": _NUMBERED,
 }
-"""Answers by task, named as the benchmark's folders are."""
+"""Answer choices by task; tasks are named like the benchmark's folders."""
 
 
 def extract_answer(task: str, text: str) -> str:
-    """The choice that comes first in a text; empty where none does, which counts as wrong.
+    """Return the first answer choice in a text, or an empty string, which counts as wrong.
 
     Args:
-        task: One of `CHOICES`.
-        text: What the model wrote.
+        task: Key of `CHOICES`.
+        text: Generated text.
     """
-    found = re.search("|".join(map(re.escape, CHOICES[task])), text)
-    return "" if found is None else found[0]
+    match = re.search("|".join(map(re.escape, CHOICES[task])), text)
+    return "" if match is None else match[0]
 
 
 _TEST = "test.json"
@@ -42,13 +42,13 @@ _TEST = "test.json"
 
 @dataclass(frozen=True)
 class Instruction:
-    """One entry.
+    """One instruction entry.
 
     Attributes:
-        instruction: What is asked, the choices included.
-        input: Further text; mostly empty.
-        output: What the model is to write: "the correct answer is true".
-        answer: The choice alone: "true".
+        instruction: Question with its answer choices.
+        input: Optional context; usually empty.
+        output: Target response, e.g. "the correct answer is true".
+        answer: Correct choice, e.g. "true".
     """
 
     instruction: str
@@ -58,15 +58,16 @@ class Instruction:
 
 
 def read_instructions(path: str | Path, choices: tuple[str, ...] | None = None) -> list[Instruction]:
-    """Read a file such as `commonsense_170k.json`.
+    """Read an instruction file, e.g. `commonsense_170k.json`.
 
     Args:
-        path: JSON file with a list of objects that have `instruction`, `output` and `answer`, and may have `input`.
-        choices: What `answer` may be; anything if None.
+        path: JSON file with a list of objects with `instruction`, `output`, `answer` and optionally `input`.
+        choices: Allowed values of `answer`; any if None.
 
     Raises:
-        FileNotFoundError: There is no such file; near names are given.
-        ValueError: Another layout, no entries, or invalid ones, all of which are counted and the first ones named.
+        FileNotFoundError: The file does not exist; the message suggests similar names.
+        ValueError: The file is not a list of entries, is empty, or has invalid entries; the message counts them and
+            lists the first ones.
     """
     file = Path(path).expanduser()
     if not file.is_file():
@@ -77,9 +78,9 @@ def read_instructions(path: str | Path, choices: tuple[str, ...] | None = None) 
         raise ValueError(f"'{file}' is not readable JSON: {error}") from None
     if not isinstance(entries, list) or not entries:
         kind = "an empty list" if entries == [] else type(entries).__name__
-        raise ValueError(f"'{file}' must hold a list of objects with instruction, output and answer, got {kind}")
-    found = (_error(entry, choices) for entry in entries)
-    errors = [f"entry {number}: {what}" for number, what in enumerate(found) if what]
+        raise ValueError(f"'{file}' must contain a list of objects with instruction, output and answer, got {kind}")
+    messages = (_error(entry, choices) for entry in entries)
+    errors = [f"entry {number}: {message}" for number, message in enumerate(messages) if message]
     if errors:
         raise ValueError(f"{len(errors)} of {len(entries)} entries in '{file}' are invalid: {listed(errors)}")
     return [
@@ -89,38 +90,38 @@ def read_instructions(path: str | Path, choices: tuple[str, ...] | None = None) 
 
 
 def read_benchmark(folder: str | Path, choices: dict[str, tuple[str, ...]]) -> dict[str, list[Instruction]]:
-    """Read the test files of the tasks that a folder holds, `FOLDER/TASK/test.json`.
+    """Read the test files of all known tasks in a folder, `FOLDER/TASK/test.json`.
 
     Args:
-        folder: As the benchmark has it.
-        choices: Possible answers of each task that is known.
+        folder: Benchmark folder.
+        choices: Answer choices by task name.
 
     Raises:
-        FileNotFoundError: No such folder, or none of the tasks in it; says what is there.
-        ValueError: A invalid file.
+        FileNotFoundError: The folder does not exist or contains none of the tasks; the message lists its subfolders.
+        ValueError: A test file is invalid.
     """
     root = Path(folder).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(f"data must be a folder with TASK/{_TEST}, got '{folder}'{near_siblings(root)}")
-    found = {name: root / name / _TEST for name in choices if (root / name / _TEST).is_file()}
-    if not found:
-        there = sorted(child.name for child in root.iterdir() if child.is_dir())
+    files = {name: root / name / _TEST for name in choices if (root / name / _TEST).is_file()}
+    if not files:
+        folders = sorted(child.name for child in root.iterdir() if child.is_dir())
         raise FileNotFoundError(
-            f"'{root}' holds none of {', '.join(f'{name}/{_TEST}' for name in choices)}; its folders are "
-            f"{listed(there) if there else 'none'}"
+            f"'{root}' must contain at least one of {', '.join(f'{name}/{_TEST}' for name in choices)}, got the "
+            f"folders: {listed(folders) if folders else 'none'}"
         )
-    return {name: read_instructions(file, choices[name]) for name, file in found.items()}
+    return {name: read_instructions(file, choices[name]) for name, file in files.items()}
 
 
 def _error(entry: Any, choices: tuple[str, ...] | None) -> str:
-    """What is wrong with an entry; empty if nothing is."""
+    """Return the error of an entry, or an empty string for a valid one."""
     if not isinstance(entry, dict):
         return f"must be an object, got {type(entry).__name__}"
     for name in ("instruction", "output"):
         if not isinstance(entry.get(name), str) or not entry[name].strip():
-            return f"{name} must be a text, got {entry.get(name)!r:.40}"
+            return f"{name} must be a non-empty string, got {entry.get(name)!r:.40}"
     if not isinstance(entry.get("input") or "", str):
-        return f"input must be a text, got {entry['input']!r:.40}"
+        return f"input must be a string, got {entry['input']!r:.40}"
     if "answer" not in entry:
         return "answer is missing"
     if choices is not None and entry["answer"] not in choices:
@@ -134,14 +135,14 @@ _WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Res
 
 
 class Template:
-    """A text with `{instruction}` and, for entries that have one, `{input}` in it; the response follows it.
+    """Prompt template with `{instruction}` and an optional `{input}`.
 
     Args:
-        path: A file with the template; the input, if there is one, goes behind the instruction where it has no
-            `{input}`. A plain one of ours if None.
+        path: Template file. Without `{input}`, the input follows the instruction. None selects a plain built-in
+            template.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: The file does not exist.
         ValueError: The template has no `{instruction}`.
     """
 
@@ -159,22 +160,25 @@ class Template:
             self.with_input = text if has_input else text.replace("{instruction}", "{instruction}\n{input}")
 
     def fill(self, entry: Instruction) -> str:
-        """The prompt of an entry."""
+        """Return the prompt of an entry."""
         text = self.with_input if entry.input else self.plain
         before, _, after = text.partition("{instruction}")
-        # one after the other, so that braces within an instruction stay what they are
+        # substitute separately: braces inside an instruction must stay literal
         return before.replace("{input}", entry.input) + entry.instruction + after.replace("{input}", entry.input)
 
 
 def encode(tokenizer: Any, prompt: str, response: str, max_length: int, *, learn_prompt: bool) -> dict[str, list[int]]:
-    """Token ids of prompt and response, with the end token, and the labels that are learned.
+    """Tokenize prompt, response and end token, and build the labels.
 
     Args:
-        tokenizer: Of the model.
-        prompt: Up to where the response begins.
-        response: What the model is to write.
-        max_length: Tokens beyond this are cut off at the end.
-        learn_prompt: Whether the prompt's own tokens are learned too.
+        tokenizer: Tokenizer of the model.
+        prompt: Filled template.
+        response: Target response.
+        max_length: Maximum length in tokens; longer sequences are truncated at the end.
+        learn_prompt: Also use the prompt tokens as labels.
+
+    Returns:
+        `input_ids` and `labels`.
     """
     start = list(tokenizer(prompt).input_ids)
     if start and start[-1] == tokenizer.eos_token_id:
@@ -186,7 +190,7 @@ def encode(tokenizer: Any, prompt: str, response: str, max_length: int, *, learn
 
 
 def pad_right(items: Sequence[dict[str, list[int]]], pad_id: int) -> dict[str, Tensor]:
-    """A batch for training: ids, mask and labels of one length."""
+    """Collate a training batch with padding on the right."""
     length = max(len(item["input_ids"]) for item in items)
     rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
     for item in items:
@@ -198,7 +202,7 @@ def pad_right(items: Sequence[dict[str, list[int]]], pad_id: int) -> dict[str, T
 
 
 def pad_left(prompts: Sequence[list[int]], pad_id: int) -> dict[str, Tensor]:
-    """A batch for generation: prompts that end together."""
+    """Collate prompts for generation with padding on the left."""
     length = max(map(len, prompts))
     ids = [[*[pad_id] * (length - len(prompt)), *prompt] for prompt in prompts]
     mask = [[*[0] * (length - len(prompt)), *[1] * len(prompt)] for prompt in prompts]

@@ -37,30 +37,30 @@ def evaluate_language(
     overwrite: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Answer the test questions of every task in a folder.
+    """Evaluate a run on every task in a folder.
 
-    Answers are written as they come, one line each, to `RUN/answers/TASK.jsonl`; an interrupted call resumes where it
-    stopped.
+    Each answer is appended to `RUN/answers/TASK.jsonl`. An interrupted call resumes after the last answer.
 
     Args:
-        run: Folder of the run.
+        run: Run folder.
         data: Folder with `TASK/test.json`.
-        beams: Beams of the search; 1 takes the likeliest token each time.
-        max_new_tokens: Tokens of an answer.
-        batch_size: Questions at a time.
-        limit: Only the first questions of each task.
-        model: Where the model lies now, if not where training found it.
-        device: auto, or a device of torch such as cpu, cuda:1 or mps.
-        overwrite: Answer anew where answers of other settings are.
-        console: For the progress bar; standard output if None.
+        beams: Beam search width; 1 is greedy decoding.
+        max_new_tokens: Maximum number of tokens per answer.
+        batch_size: Batch size.
+        limit: Maximum number of questions per task.
+        model: Path or hub name of the model; the run's if None.
+        device: auto, or a torch device such as cpu, cuda:1 or mps.
+        overwrite: Replace answers generated with other settings.
+        console: Output console for the progress bar; standard output if None.
 
     Returns:
-        `{"tasks": {name: {"accuracy", "right", "questions", "unanswered"}}, "mean": …}`, also in `RUN/language.json`.
+        `{"tasks": {name: {"accuracy", "right", "questions", "unanswered"}}, "mean": …}`, also written to
+        `RUN/language.json`.
 
     Raises:
-        FileNotFoundError: No run, adapter, data or model.
-        FileExistsError: There are answers of other settings.
-        ValueError: Invalid data, a run of another task, or numbers out of range.
+        FileNotFoundError: The run, adapter, data or model does not exist.
+        FileExistsError: The run has answers generated with other settings.
+        ValueError: The data are invalid, the run has another task, or a number is out of range.
     """
     numbers = {"beams": beams, "max_new_tokens": max_new_tokens, "batch_size": batch_size, "limit": limit}
     errors = [
@@ -71,7 +71,7 @@ def evaluate_language(
     console = console or make_console()
     folder = LanguageFolder(run)
     if read(RunInfo, folder.path).task != "language":
-        raise ValueError(f"run must be the folder of a run of snella language, got {run}, a run of another task")
+        raise ValueError(f"run must be a snella language run folder, got {run}, a run of another task")
     folder.check_adapter()
     questions = {name: entries[:limit] for name, entries in read_benchmark(data, CHOICES).items()}
     config = folder.read_config()
@@ -105,7 +105,7 @@ def evaluate_language(
 
 
 class _Answerer:
-    """A model with its adapter, and how its answers are found."""
+    """Fine-tuned model with tokenizer, template and decoding settings."""
 
     def __init__(
         self,
@@ -124,7 +124,7 @@ class _Answerer:
 
     @torch.no_grad()
     def __call__(self, entries: Sequence[Instruction]) -> list[str]:
-        """What the model writes after each prompt."""
+        """Generate the answers to a batch of entries."""
         prompts = [list(self.tokenizer(self.template.fill(entry)).input_ids) for entry in entries]
         prompts = [ids[:-1] if ids[-1] == self.tokenizer.eos_token_id else ids for ids in prompts]
         batch = {name: value.to(self.device) for name, value in pad_left(prompts, self.tokenizer.pad_token_id).items()}
@@ -145,20 +145,20 @@ class _Answerer:
 
 
 def _row(task: str, entry: Instruction, text: str) -> dict[str, Any]:
-    """One answered question."""
+    """Build the record of one answer."""
     predicted = extract_answer(task, text)
     return {"text": text, "predicted": predicted, "answer": entry.answer, "right": predicted == entry.answer}
 
 
 def _scores(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Accuracy of a task; a text without any of the choices is wrong."""
+    """Compute the accuracy of a task; an answer without a choice is wrong."""
     right = sum(row["right"] for row in rows)
     unanswered = sum(not row["predicted"] for row in rows)
     return {"accuracy": right / len(rows), "right": right, "questions": len(rows), "unanswered": unanswered}
 
 
 def _read_answers(run: LanguageFolder, task: str, settings: dict[str, Any], overwrite: bool) -> list[dict[str, Any]]:
-    """Answers that an earlier call left, without a line that was cut off; the file begins with the settings."""
+    """Read existing answers and drop a truncated last line; the first line of the file holds the settings."""
     path = run.path / "answers" / f"{task}.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
     rows = []
@@ -168,7 +168,7 @@ def _read_answers(run: LanguageFolder, task: str, settings: dict[str, Any], over
         except ValueError:
             break
     if rows and rows[0] != settings and not overwrite:
-        raise FileExistsError(f"{path} holds answers of other settings, {rows[0]}; answer anew with --overwrite")
+        raise FileExistsError(f"{path} contains answers with other settings, {rows[0]}; replace them with --overwrite")
     if not rows or rows[0] != settings:
         rows = [settings]
     path.parent.mkdir(exist_ok=True)

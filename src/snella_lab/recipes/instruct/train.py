@@ -1,4 +1,4 @@
-"""One instruction fine-tuning run, from configuration to adapter."""
+"""Instruction fine-tuning with the Hugging Face Trainer."""
 
 from __future__ import annotations
 
@@ -55,21 +55,21 @@ def load_model(name: str, dtype: torch.dtype) -> nn.Module:
     """Load a model onto the CPU.
 
     Args:
-        name: Local folder in transformers' format, or a name on the hub.
-        dtype: Of its weights.
+        name: Local folder in transformers format or hub name.
+        dtype: Dtype of the weights.
 
     Raises:
-        FileNotFoundError: The folder holds no causal language model.
-        ConnectionError: No folder, and neither the hub nor its cache has it.
+        FileNotFoundError: The folder does not contain a causal language model.
+        ConnectionError: `name` is not a local folder and cannot be loaded from the hub or its cache.
     """
     model: nn.Module = _load(AutoModelForCausalLM, name, dtype=dtype)
     return model
 
 
 def load_tokenizer(name: str) -> Any:
-    """Load the tokenizer that belongs to a model; raises as `load_model`.
+    """Load the tokenizer of a model; raises the errors of `load_model`.
 
-    One without a padding token pads with its unknown token, or else with its end token; neither is looked at.
+    A tokenizer without a padding token uses its unknown token, or else its end token; padding is masked.
     """
     tokenizer = _load(AutoTokenizer, name)
     if tokenizer.pad_token_id is None:
@@ -78,7 +78,7 @@ def load_tokenizer(name: str) -> Any:
 
 
 def _load(kind: Any, name: str, **options: Any) -> Any:
-    """A model or a tokenizer, without the library's progress bars."""
+    """Load a model or tokenizer without progress bars."""
     log = transformers.utils.logging
     was_shown = log.is_progress_bar_enabled()
     log.disable_progress_bar()
@@ -96,9 +96,10 @@ def _load(kind: Any, name: str, **options: Any) -> Any:
             try:
                 return kind.from_pretrained(name, local_files_only=bool(reason), **options)
             except (OSError, ValueError) as error:
-                why = f"the hub could not be reached ({reason}), nor is it in its cache" if reason else str(error)
+                cause = f"it is not cached and the hub is unreachable ({reason})" if reason else str(error)
                 raise ConnectionError(
-                    f"model {name!r} is no folder here, and {why}; pass a local folder in transformers' format"
+                    f"model must be a local folder or a hub name, got {name!r}: {cause}; pass a local folder in "
+                    "transformers format"
                 ) from error
     finally:
         if was_shown:
@@ -106,10 +107,10 @@ def _load(kind: Any, name: str, **options: Any) -> Any:
 
 
 class LanguageTrainer(CheckpointingTrainer):
-    """Instruction fine-tuning."""
+    """Trainer for instruction fine-tuning."""
 
     def _not_finite(self, what: str, value: float) -> NonFiniteLossError:
-        """The error that says where, what is left, and what to try."""
+        """Build the error for a non-finite loss or gradient."""
         return NonFiniteLossError(
             f"{what} became {value} in step {self.state.global_step + 1} of {self.state.max_steps}; the "
             f"last checkpoint in {self.run_folder.checkpoints} is kept; start a new run with a lower --lr (now "
@@ -118,12 +119,12 @@ class LanguageTrainer(CheckpointingTrainer):
 
 
 class LanguageProgress(TrainerCallback):
-    """Progress bar, and a line an epoch with its mean loss, that of held-out entries and the budget.
+    """Progress bar and per-epoch log lines with training loss, held-out loss and budget.
 
     Args:
-        console: Where to write; the bar appears only if it is a terminal.
-        allocation: The callback that owns the allocator; None without budgets.
-        show_bar: Whether a bar is wanted.
+        console: Output console; the progress bar appears only on a terminal.
+        allocation: Callback that owns the allocator; None without budgets.
+        show_bar: Show a progress bar.
     """
 
     def __init__(self, console: Console, allocation: SnellaCallback | None, show_bar: bool) -> None:
@@ -136,18 +137,18 @@ class LanguageProgress(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the bar where the run stands."""
+        """Start the progress bar at the current step."""
         self._task = self._bar.add_task("training", total=state.max_steps, completed=state.global_step)
         self._bar.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Move the bar."""
+        """Advance the progress bar."""
         self._bar.update(self._task, completed=state.global_step)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
-        """Write the epoch's line, or that of its held-out entries."""
+        """Print the training or held-out loss of the epoch."""
         shown = [
             f"{name} {logs[key]:.4f}" for key, name in (("loss", "loss"), ("eval_loss", "held-out loss")) if key in logs
         ]
@@ -157,21 +158,21 @@ class LanguageProgress(TrainerCallback):
             print_line(self.console, f"{epoch}  {'  '.join(shown)}{budget}")
 
     def budget(self) -> int | None:
-        """Weights kept at present, over all matrices."""
+        """Return the current total budget; None without budgets."""
         return None if self.allocator is None else sum(self.allocator.budgets.values())
 
     @property
     def allocator(self) -> BudgetAllocator | None:
-        """What shares out the budget, from the start of training on; None without budgets."""
+        """Budget allocator, available once training has started; None without budgets."""
         return None if self.allocation is None else self.allocation.allocator
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the progress bar."""
         self._bar.stop()
 
 
 def training_arguments(config: LanguageConfig, checkpoints: Path) -> TrainingArguments:
-    """The Trainer's own settings: quiet, a checkpoint each epoch, warm-up and a linear fall."""
+    """Return Trainer arguments: one checkpoint per epoch, warmup and linear decay."""
     return base_training_arguments(
         checkpoints,
         choose_device(config.device),
@@ -197,26 +198,25 @@ _Item = dict[str, list[int]]
 
 
 def fine_tune(config: LanguageConfig, console: Console | None = None) -> LanguageFolder:
-    """Fine-tune a causal language model on instructions, and leave a complete run folder behind.
+    """Fine-tune a causal language model on instructions and write a complete run folder.
 
-    The adapter of the last epoch is kept.
+    The run saves the adapter of the last epoch.
 
     Args:
-        config: The configuration. With `resume` a stored run is resumed from its last checkpoint, with its own
-            settings.
-        console: Where to write; standard output if None.
+        config: Settings. With `resume`, the stored run and its settings are resumed from the last checkpoint.
+        console: Output console; standard output if None.
 
     Returns:
-        The folder, its run finished.
+        The folder of the finished run.
 
     Raises:
-        FileExistsError: The folder holds a run, and neither `resume` nor `overwrite` was asked for.
-        RunInUseError: Another process is writing into the folder.
-        FileNotFoundError: Data or model are not there.
-        ValueError: Invalid data, settings that contradict each other, or a resumed run whose data have changed.
-        TrainingInterrupted: Ctrl-C; a checkpoint is saved.
+        FileExistsError: The folder contains a run, and neither `resume` nor `overwrite` is set.
+        RunInUseError: Another process is writing to the folder.
+        FileNotFoundError: Data or model do not exist.
+        ValueError: The data are invalid, settings conflict, or the data of a resumed run have changed.
+        TrainingInterrupted: Training was interrupted; a checkpoint is saved.
         NonFiniteLossError: The loss became infinite or NaN; the last checkpoint is kept.
-        CheckpointError: The disk is full, and the last checkpoint is kept; or that of a resumed run is damaged.
+        CheckpointError: The disk is full (the last checkpoint is kept), or the resumed checkpoint is damaged.
     """
     console = console or make_console(survives_closed_output=True)
     run = LanguageFolder(str(config.out))
@@ -225,10 +225,10 @@ def fine_tune(config: LanguageConfig, console: Console | None = None) -> Languag
 
 
 def _fine_tune(config: LanguageConfig, run: LanguageFolder, console: Console) -> LanguageFolder:
-    """The work of `fine_tune`, in a folder that no other process writes into."""
+    """Run `fine_tune` with the folder locked."""
     config, status = run.resolve_resume(config)
     if status == "finished":
-        print_line(console, f"{run.path} is finished already; its adapter is {run.adapter}")
+        print_line(console, f"{run.path} is already finished; adapter {run.adapter}")
         return run
     is_resumed = status is not None
     data = Path(str(config.data)).expanduser()
@@ -236,12 +236,12 @@ def _fine_tune(config: LanguageConfig, run: LanguageFolder, console: Console) ->
     train, val, notes = _items(config, tokenizer)
     digest = hashlib.sha256(data.read_bytes()).hexdigest()
     if is_resumed and read(RunInfo, run.path).data.digest != digest:
-        raise ValueError(f"data must be the file that {run.path} began with, got other content in {data}; restore it")
+        raise ValueError(f"data must be the file that {run.path} started with, got changed content in {data}")
     device = choose_device(config.device)
     base: Any = load_model(str(config.model), torch.bfloat16 if config.base == "bf16" else torch.float32)
     weights = sum(parameter.numel() for parameter in base.parameters())
     if config.gradient_checkpointing:
-        # transformers 5.24 gave it another name, and warns of the old one
+        # transformers 5.24 renamed this method and warns about the old name
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     torch.manual_seed(config.seed)
@@ -279,7 +279,7 @@ def _fine_tune(config: LanguageConfig, run: LanguageFolder, console: Console) ->
 
 
 def _items(config: LanguageConfig, tokenizer: Any) -> tuple[list[_Item], list[_Item], list[str]]:
-    """Encoded entries to train on, held-out ones, and what a user should know about them."""
+    """Return encoded training entries, held-out entries and notes for the user."""
     entries = read_instructions(str(config.data))
     template = Template(config.template)
     items = [
@@ -289,17 +289,17 @@ def _items(config: LanguageConfig, tokenizer: Any) -> tuple[list[_Item], list[_I
     usable = [item for item in items if any(label != IGNORED for label in item["labels"][1:])]
     notes = []
     if len(usable) < len(items):
-        lost = len(items) - len(usable)
-        notes.append(f"left out {lost} entries whose prompt alone fills max_length={config.max_length} tokens")
+        skipped = len(items) - len(usable)
+        notes.append(f"skipped {skipped} entries whose prompt fills max_length={config.max_length} tokens")
     if len(usable) <= config.val_size:
         raise ValueError(
             f"data must have more entries than val_size={config.val_size}, got {len(usable)} usable ones of "
             f"{len(items)} in {config.data}" + (f" ({notes[0]}; raise it)" if notes else "")
         )
     order = torch.randperm(len(usable), generator=torch.Generator().manual_seed(config.seed)).tolist()
-    held = set(order[: config.val_size])
-    train = [item for index, item in enumerate(usable) if index not in held]
-    return train, [usable[index] for index in sorted(held)], notes
+    held_out = set(order[: config.val_size])
+    train = [item for index, item in enumerate(usable) if index not in held_out]
+    return train, [usable[index] for index in sorted(held_out)], notes
 
 
 def _fit(
@@ -313,7 +313,7 @@ def _fit(
     console: Console,
     device: torch.device,
 ) -> tuple[LanguageTrainer, LanguageProgress, str]:
-    """Train, from the last checkpoint if there is one."""
+    """Train, resuming from the last checkpoint if one exists."""
     checkpoint = checkpoint_to_resume(run, console)
     optimizer, name = build_low_bit_optimizer(
         model,
@@ -366,7 +366,7 @@ def _finish(
 
 
 def _describe(config: LanguageConfig, data: DataInfo) -> RunInfo:
-    """The record of a run that begins."""
+    """Build the record of a starting run."""
     return RunInfo(
         status="running",
         task="language",

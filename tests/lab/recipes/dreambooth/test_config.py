@@ -51,10 +51,10 @@ def test_prompts_are_made_of_token_and_class():
     assert config(class_name="puppy", token="xyz").named("dog").prompt == "a photo of xyz puppy"
     assert config(prompt="my sks").named(None).prompt == "my sks"
     with pytest.raises(
-        ValueError, match=r"class_name must be .*, got none, and folder:dog does not define it; give it, or pro"
+        ValueError, match=r"class_name must be .*, got none, and folder:dog does not define it; set it, or set pro"
     ):
         config().named(None)
-    with pytest.raises(ValueError, match="give it, or class_prompt"):
+    with pytest.raises(ValueError, match="set it, or set class_prompt"):
         config(prompt="my sks", prior_weight=1.0).named(None)
 
 

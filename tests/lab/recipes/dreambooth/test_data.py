@@ -34,7 +34,7 @@ def test_a_plain_folder_is_a_subject_too(dataset):
     (dataset / "vase" / "notes.txt").write_text("mine")
     concept = load_concept(f"folder:{dataset / 'vase'}")
     assert (concept.name, len(concept.paths)) == ("vase", 2)
-    assert concept.notes == ["left out 1 files that are no images"]
+    assert concept.notes == ["skipped 1 files that are not images"]
 
 
 def test_the_digest_is_of_names_and_contents_not_of_the_place(dataset, tmp_path):
@@ -48,7 +48,7 @@ def test_the_digest_is_of_names_and_contents_not_of_the_place(dataset, tmp_path)
 def test_an_unknown_subject_is_answered_with_near_names(dataset):
     with pytest.raises(FileNotFoundError, match=r"one of the 2 folders in .*, got 'dog7'; nearest: dog6"):
         load_concept(f"dreambooth:{dataset}", "dog7")
-    with pytest.raises(FileNotFoundError, match=r"got 'zzz'; there are dog6, vase"):
+    with pytest.raises(FileNotFoundError, match=r"got 'zzz'; available: dog6, vase"):
         load_concept(f"dreambooth:{dataset}", "zzz")
     with pytest.raises(ValueError, match=r"one of the 2 folders in .*, got none: dog6, vase"):
         load_concept(f"dreambooth:{dataset}")
@@ -68,15 +68,15 @@ def test_broken_images_are_named_together(dataset):
 
 def test_a_folder_without_a_usable_image_is_refused(dataset, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"folder '.*empty' must hold images .* of one subject, it is empty"):
+    with pytest.raises(ValueError, match=r"folder '.*empty' must contain images .*, got an empty folder"):
         load_concept(f"folder:{tmp_path / 'empty'}")
     (tmp_path / "empty" / "a.txt").write_text("x")
-    with pytest.raises(ValueError, match="its 1 files are no images"):
+    with pytest.raises(ValueError, match="got 1 files that are not images"):
         load_concept(f"folder:{tmp_path / 'empty'}")
     (tmp_path / "empty" / "a.png").write_bytes(b"no")
-    with pytest.raises(ValueError, match=r"all 1 images in '.*empty' are broken: a.png"):
+    with pytest.raises(ValueError, match=r"all 1 images in '.*empty' are corrupt: a.png"):
         load_concept(f"folder:{tmp_path / 'empty'}", skip_corrupt=True)
-    with pytest.raises(ValueError, match=r"dreambooth:.*empty has no folders of subjects"):
+    with pytest.raises(ValueError, match=r"dreambooth:.*empty has no subject folders"):
         load_concept(f"dreambooth:{tmp_path / 'empty'}", "dog")
 
 

@@ -111,7 +111,7 @@ def test_prompts_come_from_a_line_or_a_file(runs, tmp_path):
     assert select_prompts(runs / "toy", None, file) == ["sks toy on a tray"]
     assert select_prompts(runs / "toy", "as typed", None) == ["as typed"]
     for prompt, given, told in ((None, None, "neither"), ("a", file, "both")):
-        with pytest.raises(ValueError, match=f"one of them, got {told}; e.g. --prompt"):
+        with pytest.raises(ValueError, match=f"must be given, got {told}; pass e.g. --prompt"):
             select_prompts(runs / "toy", prompt, given)
 
 
@@ -119,16 +119,16 @@ def test_other_pictures_are_not_drawn_over(runs, tmp_path):
     out = tmp_path / "out"
     generate(runs / "toy", ["sks"], out, pictures=1, device="cpu")
     with pytest.raises(
-        FileExistsError, match=r"out=.*out holds images of other settings and other prompts or seeds; ch"
+        FileExistsError, match=r"out=.*out contains images of other settings and other prompts or seeds; ch"
     ):
         generate(runs / "toy", ["sks sks"], out, pictures=1, steps=2, device="cpu")
-    with pytest.raises(FileExistsError, match="holds images of another adapter; choose another folder"):
+    with pytest.raises(FileExistsError, match="contains images of another adapter; choose another folder"):
         generate(runs / "toy2", ["sks"], out, pictures=1, device="cpu")
     generate(runs / "toy", ["sks"], out, pictures=1, seed=7, device="cpu", overwrite=True)
     assert sorted(path.name for path in out.iterdir()) == ["00-7.png", "images.json"]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="mine holds other files; choose an empty or a new folder"):
+    with pytest.raises(FileExistsError, match="mine contains other files; choose an empty or a new folder"):
         generate(runs / "toy", ["sks"], tmp_path / "mine", device="cpu", overwrite=True)
     with pytest.raises(FileExistsError, match=r"letter.txt must be a folder, got a file"):
         generate(runs / "toy", ["sks"], tmp_path / "mine" / "letter.txt", device="cpu")
@@ -141,25 +141,21 @@ def test_numbers_and_folders_that_cannot_be_are_refused(runs, tmp_path, clip_fol
         generate(runs / "toy", [], tmp_path / "out", pictures=0, steps=0)
     with pytest.raises(ValueError, match="pictures must be at least 1, got -1"):
         evaluate_generation(runs, clip=str(clip_folder), dino=str(dino_folder), pictures=-1)
-    with pytest.raises(
-        FileNotFoundError, match=r"run must be the folder of a run of snella dreambooth or of several, got"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"run must be a snella dreambooth run folder or a folder of runs, got"):
         find_runs(tmp_path)
     shutil.copy(Path(__file__).parents[3] / "old_files" / "run" / "run.json", tmp_path)
-    with pytest.raises(ValueError, match=r"of a run of snella dreambooth, got .*, a run of another task"):
+    with pytest.raises(ValueError, match=r"must be a snella dreambooth run folder, got .*, a run of another task"):
         load_generator(tmp_path)
 
 
 def test_a_folder_without_the_wanted_model_is_refused(runs, clip_folder, dino_folder, tmp_path, monkeypatch):
-    with pytest.raises(
-        FileNotFoundError, match=r"clip must be a folder in transformers' format, .* gives no CLIPModel"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"clip must be a folder in transformers format, .* has no CLIPModel"):
         ClipEmbedder(str(tmp_path), CPU)
-    with pytest.raises(FileNotFoundError, match=r"dino must be .* gives no Dinov2Model"):
+    with pytest.raises(FileNotFoundError, match=r"dino must be .* has no Dinov2Model"):
         DinoEmbedder(str(tmp_path), CPU)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
-        ConnectionError, match=r"clip='nobody/clip' is no folder here, and the hub could not be reached"
+        ConnectionError, match=r"clip must be .*, got 'nobody/clip', which is not cached, and the hub is unreachable"
     ):
         ClipEmbedder("nobody/clip", CPU)
 
@@ -168,9 +164,7 @@ def test_a_run_on_a_plain_folder_needs_a_file_of_prompts(runs, tmp_path, clip_fo
     run = shutil.copytree(runs / "toy", tmp_path / "run")
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace("data: dreambooth:", "data: folder:"))
-    with pytest.raises(
-        FileNotFoundError, match=r"prompts must be a file of prompts, got none, and folder:.* has no prom"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"prompts must be a prompt file, got none, and folder:.* has no prom"):
         evaluate_generation(run, clip=str(clip_folder), dino=str(dino_folder), device="cpu")
 
 

@@ -24,10 +24,10 @@ def test_everything_that_a_folder_lacks_is_named(copy):
         load_pipeline(str(copy))
     assert str(caught.value).startswith(f"pipeline folder '{copy}' is incomplete: ")
     for error in (
-        "there is no vae/",
-        "transformer/ holds no weights",
-        "text_encoder/ holds no config.json",
-        "there is no tokenizer_2/",
+        "vae/ is missing",
+        "transformer/ has no weights",
+        "text_encoder/ has no config.json",
+        "tokenizer_2/ is missing",
     ):
         assert error in str(caught.value)
 
@@ -39,13 +39,13 @@ def test_a_folder_of_another_kind_is_refused(copy, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"incomplete: vae is missing from model_index.json"):
         load_pipeline(str(copy))
     index.write_text(json.dumps({**content, "_class_name": "FluxPipeline"}))
-    with pytest.raises(ValueError, match="must hold a StableDiffusion3Pipeline, got FluxPipeline"):
+    with pytest.raises(ValueError, match="must contain a StableDiffusion3Pipeline, got FluxPipeline"):
         load_pipeline(str(copy))
     index.write_text("{")
     with pytest.raises(ValueError, match=r"model_index.json' is damaged: .*; copy the folder again"):
         load_pipeline(str(copy))
     index.unlink()
-    with pytest.raises(FileNotFoundError, match=r"sd3' has no model_index.json; it must be in diffusers' format"):
+    with pytest.raises(FileNotFoundError, match=r"sd3' must be in diffusers format, got .* without model_index.json"):
         load_pipeline(str(copy))
 
 
@@ -74,14 +74,14 @@ def test_a_folder_that_is_not_there_is_answered_with_near_ones(copy):
 def test_a_hub_name_says_that_the_hub_is_out_of_reach(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(
-        ConnectionError, match=r"'nobody/nothing' is no folder here, .* \(HF_HUB_OFFLINE is set\), nor is"
+        ConnectionError, match=r"'nobody/nothing' is not a local folder and not cached, .* \(HF_HUB_OFFLINE is set\)"
     ):
         load_pipeline("nobody/nothing")
 
 
 def test_a_resolution_that_does_not_fit_is_refused_with_one_that_does(pipeline_folder):
     pipeline = load_pipeline(str(pipeline_folder))
-    with pytest.raises(ValueError, match="must be a multiple of 4 up to 32 for this pipeline, got 18; 16 would fit"):
+    with pytest.raises(ValueError, match="must be a multiple of 4 up to 32 for this pipeline, got 18; use 16"):
         check_resolution(pipeline, 18)
-    with pytest.raises(ValueError, match="got 64; 32 would fit"):
+    with pytest.raises(ValueError, match="got 64; use 32"):
         encode_images(pipeline, [], torch.device("cpu"), 64)

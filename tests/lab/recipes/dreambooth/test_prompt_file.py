@@ -62,9 +62,9 @@ def test_an_empty_word_leaves_a_single_blank():
     ("text", "message"),
     [
         ("a dog\na {0} {1}\n", r"1 of 2 prompts have no \{0\}: 'a dog'; write the subject's token as \{0\}"),
-        ("a {0} {2}\n{} and {0}", r"places other than \{0\} and \{1\}: \{2\} in 'a \{0\} \{2\}', \{\} in"),
-        ("# nothing\n", "it holds no prompts"),
-        ("prompt_list = [\n]\n", "it holds no prompts"),
+        ("a {0} {2}\n{} and {0}", r"placeholders other than \{0\} and \{1\}: \{2\} in 'a \{0\} \{2\}', \{\} in"),
+        ("# nothing\n", "it has no prompts"),
+        ("prompt_list = [\n]\n", "it has no prompts"),
     ],
 )
 def test_prompts_that_cannot_serve_are_named_together(tmp_path, text, message):

@@ -134,7 +134,7 @@ def test_the_adapter_loads_through_peft_into_a_plain_pipeline(taught, pipeline_f
 def test_the_run_folder_tells_what_was_done(taught, subject, capsys):
     run = json.loads((taught / "run.json").read_text())
     assert (run["status"], run["task"], run["data"]["subject"]) == ("finished", "generation", subject.name)
-    assert run["data"]["description"] == "4 images of toy, learned as “a photo of sks toy”"
+    assert run["data"]["description"] == "4 images of toy, prompt “a photo of sks toy”"
     assert "--class-name toy" in run["command"] and "--steps 12" in run["command"]
     page = (taught / "report.html").read_text()
     assert page.count("<img ") == 5 and "a photo of sks toy · seed 0" in page and "Sparsity of each matrix" in page
@@ -201,14 +201,14 @@ def test_a_resumed_run_needs_the_images_it_began_with(settings, subject, tmp_pat
     with interrupted_at(1), pytest.raises(TrainingInterrupted, match="checkpoint-1; resume"):
         personalize(settings(data=f"folder:{copy}"))
     (copy / "00.png").unlink()
-    with pytest.raises(ValueError, match=r"began with, 4 images, got 3 images in .*copy and other content"):
+    with pytest.raises(ValueError, match=r"the 4 images that .*, got 3 images in .*copy with different content"):
         personalize(DreamBoothConfig(out=str(tmp_path / "run"), resume=True))
 
 
 def test_a_finished_run_is_left_alone(taught, capsys):
     before = (taught / "metrics.json").stat().st_mtime_ns
     assert main(["dreambooth", "--out", str(taught), "--resume"]) == 0
-    assert "is finished already" in capsys.readouterr().out
+    assert "is already finished" in capsys.readouterr().out
     assert main(["dreambooth", "--out", str(taught), "--data", "folder:x", "--pipeline", "y"]) == 2
     assert "holds a finished run; choose another folder" in capsys.readouterr().err
     assert (taught / "metrics.json").stat().st_mtime_ns == before
@@ -250,7 +250,7 @@ def test_inspect_tells_what_the_generator_learned_and_draws_its_own_page(taught,
     fixed = metrics_of(run)["fixed_loss"]
     for words in (
         "16×16 px",
-        "4 images of toy, learned as “a photo of sks toy”",
+        "4 images of toy, prompt “a photo of sks toy”",
         f"steps {STEPS} in",
         f"loss {fixed['after']:.5f} on fixed noise, {fixed['before']:.4g} before training",
         "concept alignment 0.750, text alignment 0.300",

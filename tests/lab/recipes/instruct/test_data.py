@@ -31,14 +31,14 @@ def test_the_tasks_that_a_folder_holds_are_read(tmp_path):
     ("content", "message"),
     [
         ("{", "is not readable JSON"),
-        ({"a": 1}, "must hold a list of objects with instruction, output and answer, got dict"),
+        ({"a": 1}, "must contain a list of objects with instruction, output and answer, got dict"),
         ([], "got an empty list"),
         ([ENTRY, 3], r"1 of 2 entries in .* are invalid: entry 1: must be an object, got int"),
         (
             [{**ENTRY, "output": " "}, {**ENTRY, "instruction": 5}],
-            "entry 0: output must be a text, got ' ', entry 1: ins",
+            "entry 0: output must be a non-empty string, got ' ', entry 1: ins",
         ),
-        ([{**ENTRY, "input": 7}], "input must be a text, got 7"),
+        ([{**ENTRY, "input": 7}], "input must be a string, got 7"),
         ([{"instruction": "a", "output": "b"}], "answer is missing"),
     ],
 )
@@ -62,5 +62,5 @@ def test_what_is_missing_is_answered_with_what_is_there(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"must be a folder with TASK/test.json, got '.*nowhere'"):
         read_benchmark(tmp_path / "nowhere", CHOICES)
     write(tmp_path / "BoolQ" / "test.json", [ENTRY])
-    with pytest.raises(FileNotFoundError, match=r"none of boolq/test.json, piqa/test.json; its folders are BoolQ"):
+    with pytest.raises(FileNotFoundError, match=r"one of boolq/test.json, piqa/test.json, got the folders: BoolQ"):
         read_benchmark(tmp_path, CHOICES)

@@ -120,7 +120,7 @@ def test_a_model_that_is_not_there_says_so(tmp_path, monkeypatch):
         load_model(str(tmp_path), torch.float32)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(
-        ConnectionError, match=r"model 'nobody/llama' is no folder here, and the hub could not be reached"
+        ConnectionError, match=r"model must be .*, got 'nobody/llama': it is not cached and the hub is unreachable"
     ):
         load_model("nobody/llama", torch.float32)
 

@@ -127,7 +127,7 @@ def test_answers_that_are_there_are_kept_and_a_torn_line_is_answered_again(tuned
     assert evaluate_language(tuned, data, **options) == first
     assert path.read_text() == whole
     with pytest.raises(
-        FileExistsError, match=r"boolq.jsonl holds answers of other settings, .*'beams': 1.*--overwrite"
+        FileExistsError, match=r"boolq.jsonl contains answers with other settings, .*'beams': 1.*--overwrite"
     ):
         evaluate_language(tuned, data, **options, beams=2)
     assert evaluate_language(tuned, data, **options, limit=2)["tasks"]["piqa"]["questions"] in (2, 5)
@@ -186,7 +186,7 @@ def test_entries_whose_prompt_leaves_no_room_are_left_out_and_counted(settings, 
     long.write_text(json.dumps([entry, entry, {**entry, "instruction": "why? " * 30}]))
     run = fine_tune(settings(data=str(long), epochs=1))
     notes = json.loads((run.path / "run.json").read_text())["data"]["notes"]
-    assert notes == ["left out 1 entries whose prompt alone fills max_length=64 tokens"]
+    assert notes == ["skipped 1 entries whose prompt fills max_length=64 tokens"]
 
 
 def test_a_gradient_that_is_no_number_ends_the_run_before_it_reaches_the_weights(settings, monkeypatch):
@@ -205,7 +205,7 @@ def test_numbers_and_runs_that_cannot_be_are_refused(tuned, data, tmp_path):
     with pytest.raises(ValueError, match="beams must be at least 1, got 0; limit must be at least 1, got 0"):
         evaluate_language(tuned, data, beams=0, limit=0)
     shutil.copy(Path(__file__).parents[3] / "old_files" / "run" / "run.json", tmp_path)
-    with pytest.raises(ValueError, match=r"of a run of snella language, got .*, a run of another task"):
+    with pytest.raises(ValueError, match=r"must be a snella language run folder, got .*, a run of another task"):
         evaluate_language(tmp_path, data)
 
 
@@ -215,7 +215,7 @@ def test_a_resumed_run_needs_the_data_it_began_with(settings, tmp_path, data):
     run = fine_tune(settings(data=str(copy), epochs=1))
     run.update("interrupted")
     copy.write_text(json.dumps(json.loads(copy.read_text())[:-1]))
-    with pytest.raises(ValueError, match=r"must be the file that .*run began with, got other content in .*copy.json"):
+    with pytest.raises(ValueError, match=r"the file that .*run started with, got changed content in .*copy.json"):
         fine_tune(LanguageConfig(out=str(run.path), resume=True))
 
 
