@@ -1,7 +1,6 @@
-"""What was learned, in pictures and numbers: the paper's analyses on one's own runs.
+"""The paper's analyses on your own runs, as figures and tables.
 
-Every function of a kind of plot takes folders of runs and returns `Plot`s, which `write_plots` writes. The names are
-imported when they are first used.
+Every plot function takes run folders and returns `Plot`s for `write_plots`. Public names are imported lazily.
 """
 
 import importlib

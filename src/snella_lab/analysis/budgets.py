@@ -1,4 +1,4 @@
-"""Where the weight budget went: sparsity and importance by layer at the end and over training."""
+"""Budget plots: sparsity and importance by layer, at the end of and during training."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from snella_app.report.style import (
 from snella_lab.analysis.plot import Plot, Row, grouped, in_order_of_depth, run_labels
 
 Layers = Literal["block", "matrix"]
-"""What counts as a layer: all matrices of a block of the backbone, or each matrix by itself."""
+"""Layer granularity: all matrices of a backbone block, or single matrices."""
 _METRIC_NAMES = {
     "sensitivity": "Sensitivity",
     "magnitude": "Magnitude",
@@ -46,13 +46,13 @@ _SHOWN_TIMES = 6
 
 @dataclass(frozen=True)
 class BudgetedRun:
-    """A run with budgets, and what its files say of them.
+    """Budgets of a run, read from its files.
 
     Attributes:
         label: Short name.
-        allocation: Its `allocation.json`.
-        budgets: Of each matrix in the saved adapter.
-        settings: Of the adapter, such as `importance` and `schedule`.
+        allocation: Contents of `allocation.json`.
+        budgets: Budget of each matrix in the saved adapter.
+        settings: Adapter settings, such as `importance` and `schedule`.
     """
 
     label: str
@@ -62,12 +62,12 @@ class BudgetedRun:
 
     @property
     def metric(self) -> str:
-        """Its importance metric as the paper calls it."""
+        """The paper's name of the importance metric."""
         name = str(self.settings.get("importance", "sensitivity"))
         return _METRIC_NAMES.get(name, name)
 
     def layers(self, by: Layers) -> dict[str, list[MatrixInfo]]:
-        """Its matrices by layer, in the order of the model; those outside of blocks are one layer, `–`."""
+        """Group matrices by layer, in model order; matrices outside blocks form the layer `–`."""
         layers: dict[str, list[MatrixInfo]] = {}
         for matrix in self.allocation.matrices:
             block = "–" if matrix.depth is None else str(matrix.depth)
@@ -76,18 +76,18 @@ class BudgetedRun:
 
 
 def read_budgeted_run(run: str | Path, label: str) -> BudgetedRun:
-    """Read a run with budgets.
+    """Read the budgets of a run.
 
     Raises:
-        FileNotFoundError: The folder holds no run.
-        ValueError: Its method has no budgets, or a file is damaged.
+        FileNotFoundError: If the folder holds no run.
+        ValueError: If the method has no budgets or a file is damaged.
     """
     info = read(RunInfo, run)
     allocation = read_if_present(Allocation, run)
     if allocation is None or not allocation.matrices:
         raise ValueError(
-            f"run must have weight budgets, as those of snella and snell have, got {run} of {info.method!r} "
-            "without allocation.json, which is written when training ends"
+            f"run must have weight budgets (methods snella and snell), got {run} with method {info.method!r} and no "
+            "allocation.json; the file is written at the end of training"
         )
     adapter = read_adapter(run)
     budgets = current_budgets(adapter, allocation)
@@ -95,35 +95,35 @@ def read_budgeted_run(run: str | Path, label: str) -> BudgetedRun:
 
 
 def allocation(runs: Sequence[str | Path], *, by: Layers = "block") -> list[Plot]:
-    """Sparsity ratio of each layer's update with its linear trend, several runs beside each other (Figure 10).
+    """Plot the sparsity of each layer's update with its linear trend, one panel per run (Figure 10).
 
         sparsity[l] = 1 − budget[l] / weights[l],   trend[l] = a + slope·l by least squares over the layers
 
     Args:
         runs: Folders of runs with budgets.
-        by: What a layer is.
+        by: Layer granularity.
 
     Returns:
-        One plot: a row of its table is a layer of a run, `allocation-trend` has slope and intercept.
+        One plot with a table row for each layer and run; `allocation-trend` holds slope and intercept.
 
     Raises:
-        FileNotFoundError: A folder holds no run.
-        ValueError: A run has no budgets.
+        FileNotFoundError: If a folder holds no run.
+        ValueError: If a run has no budgets.
     """
     read_runs = [read_budgeted_run(run, label) for run, label in zip(runs, run_labels(runs), strict=True)]
     rows: list[Row] = []
     trends: list[Row] = []
     for run in read_runs:
-        own = layer_sparsities(run, run.budgets, by)
-        slope, intercept = linear_trend([row["sparsity"] for row in own])
-        rows += [{**row, "trend": intercept + slope * row["position"]} for row in own]
-        trends.append({"run": run.label, "layers": len(own), "intercept": intercept, "slope": slope})
-    notes = [f"{row['run']}: {100 * row['slope']:+.2f} points of sparsity a layer" for row in trends]
+        layers = layer_sparsities(run, run.budgets, by)
+        slope, intercept = linear_trend([row["sparsity"] for row in layers])
+        rows += [{**row, "trend": intercept + slope * row["position"]} for row in layers]
+        trends.append({"run": run.label, "layers": len(layers), "intercept": intercept, "slope": slope})
+    notes = [f"{row['run']}: {100 * row['slope']:+.2f} points of sparsity per layer" for row in trends]
     return [Plot("allocation", rows, partial(_draw_allocation, rows, by), notes, {"trend": trends})]
 
 
 def layer_sparsities(run: BudgetedRun, budgets: Mapping[str, int], by: Layers) -> list[dict[str, Any]]:
-    """Weights, budget and sparsity of each layer under some budgets."""
+    """Return weights, budget and sparsity of each layer for the given budgets."""
     rows = []
     for position, (layer, matrices) in enumerate(run.layers(by).items()):
         weights, budget = sum(m.size for m in matrices), sum(budgets[m.name] for m in matrices)
@@ -133,27 +133,26 @@ def layer_sparsities(run: BudgetedRun, budgets: Mapping[str, int], by: Layers) -
 
 
 def evolution(runs: Sequence[str | Path], *, by: Layers = "block") -> list[Plot]:
-    """Importance and sparsity ratio of each layer over training (Figure 16), and the total budget (Figure 6).
+    """Plot importance and sparsity of each layer during training (Figure 16), and the total budget (Figure 6).
 
-    The importance of a layer is the mean of its matrices' importance. Runs of several importance metrics stand side
-    by side.
+    The importance of a layer is the mean importance of its matrices. Each run has its own column of panels.
 
     Args:
         runs: Folders of runs with budgets.
-        by: What a layer is.
+        by: Layer granularity.
 
     Returns:
-        Two plots. `evolution`: a row of its table is a layer of a run after one allocation, all allocations that the
-        run noted; the figure shows some of them. `budget`: a row is an allocation, with the schedule's own value.
+        Two plots. `evolution` has a table row for each layer after each recorded allocation; the figure shows a
+        selection. `budget` has a row for each allocation, with the scheduled budget.
 
     Raises:
-        FileNotFoundError: A folder holds no run.
-        ValueError: A run has no budgets, or made no allocation yet.
+        FileNotFoundError: If a folder holds no run.
+        ValueError: If a run has no budgets or no recorded allocation.
     """
     read_runs = [read_budgeted_run(run, label) for run, label in zip(runs, run_labels(runs), strict=True)]
     for run in read_runs:
         if not run.allocation.history:
-            raise ValueError(f"run must have made an allocation, got {run.label}, whose allocation.json notes none")
+            raise ValueError(f"run must have recorded allocations, got {run.label} with none in allocation.json")
     rows = [row for run in read_runs for step in run.allocation.history for row in _layers_after(run, step, by)]
     totals = [row for run in read_runs for row in budget_rows(run)]
     return [
@@ -163,7 +162,7 @@ def evolution(runs: Sequence[str | Path], *, by: Layers = "block") -> list[Plot]
 
 
 def _layers_after(run: BudgetedRun, step: AllocationStep, by: Layers) -> list[Row]:
-    """Sparsity and importance of each layer after an allocation."""
+    """Return sparsity and importance of each layer after an allocation."""
     layers = run.layers(by)
     return [
         {
@@ -178,7 +177,7 @@ def _layers_after(run: BudgetedRun, step: AllocationStep, by: Layers) -> list[Ro
 
 
 def budget_rows(run: BudgetedRun) -> list[Row]:
-    """Total budget after each allocation, and `b_t` of the schedule at that time (eq. 12)."""
+    """Return the total budget after each allocation, and the scheduled budget `b_t` (eq. 12)."""
     whole, target = run.allocation.total_weights, run.allocation.target_budget
     first, schedule = run.allocation.history[0].budget, str(run.settings.get("schedule", "cubic"))
     return [
@@ -196,7 +195,7 @@ def budget_rows(run: BudgetedRun) -> list[Row]:
 
 
 def _draw_allocation(rows: Sequence[Row], by: Layers) -> Figure:
-    """A panel a run: bars of sparsity and the line of the trend."""
+    """Draw one panel per run with bars of sparsity and the linear trend."""
     runs = grouped(rows, "run")
     columns = min(len(runs), 3)
     widest = max(map(len, runs.values()))
@@ -204,23 +203,23 @@ def _draw_allocation(rows: Sequence[Row], by: Layers) -> Figure:
     lines = -(-len(runs) // columns)
     titles = [shortened(label, width // 9) for label in runs]
     figure, panels = new_panels(width * columns, 200 * lines + 50, titles, columns, sharey=True)
-    for axes, own in zip(panels, runs.values(), strict=True):
-        places = [row["position"] for row in own]
-        axes.bar(places, [row["sparsity"] for row in own], width=0.8, color=ACCENT)
-        axes.plot(places, [row["trend"] for row in own], color=WARM, linewidth=2.2)
+    for axes, layers in zip(panels, runs.values(), strict=True):
+        places = [row["position"] for row in layers]
+        axes.bar(places, [row["sparsity"] for row in layers], width=0.8, color=ACCENT)
+        axes.plot(places, [row["trend"] for row in layers], color=WARM, linewidth=2.2)
         axes.grid(False, axis="x")
         axes.set_ylim(0, 1.02)
         percent_axis(axes)
-        _layer_axis(axes, own, by)
+        _layer_axis(axes, layers, by)
     for axes in panels[::columns]:
         axes.set_ylabel("sparsity ratio")
     bar, line = panels[0].containers[0], panels[0].lines[0]
-    add_legend(figure, [bar, line], ["share of weights left unchanged", "linear trend"])  # type: ignore[list-item]
+    add_legend(figure, [bar, line], ["fraction of unchanged weights", "linear trend"])  # type: ignore[list-item]
     return figure
 
 
 def _draw_evolution(rows: Sequence[Row], metrics: Mapping[str, str], by: Layers) -> Figure:
-    """A column a run: importance above, sparsity below, a line a time, from pale to strong."""
+    """Draw one column per run: importance above, sparsity below, one line per step from light to dark."""
     labels = list(metrics)
     titles = [f"{shortened(label, 20)}: {metrics[label]}" for label in labels]
     figure, panels = new_panels(
@@ -228,17 +227,17 @@ def _draw_evolution(rows: Sequence[Row], metrics: Mapping[str, str], by: Layers)
     )
     handles: list[Line2D] = []
     names: list[str] = []
-    for column, own in enumerate(grouped(rows, "run").values()):
-        steps = _spread(sorted({row["step"] for row in own}))
+    for column, run_rows in enumerate(grouped(rows, "run").values()):
+        steps = _spread(sorted({row["step"] for row in run_rows}))
         above, below = panels[column], panels[column + len(labels)]
         for number, step in enumerate(steps):
-            at = [row for row in own if row["step"] == step]
+            step_rows = [row for row in run_rows if row["step"] == step]
             color = time_color(number, len(steps))
-            places = [row["position"] for row in at]
-            importance = [row["importance"] if row["importance"] > 0 else np.nan for row in at]
+            places = [row["position"] for row in step_rows]
+            importance = [row["importance"] if row["importance"] > 0 else np.nan for row in step_rows]
             above.plot(places, importance, color=color, linewidth=1.8, marker="o", markersize=3)
             (line,) = below.plot(
-                places, [row["sparsity"] for row in at], color=color, linewidth=1.8, marker="o", markersize=3
+                places, [row["sparsity"] for row in step_rows], color=color, linewidth=1.8, marker="o", markersize=3
             )
             if column == 0:
                 handles.append(line)
@@ -247,47 +246,47 @@ def _draw_evolution(rows: Sequence[Row], metrics: Mapping[str, str], by: Layers)
             log_axis(above)
         below.set_ylim(-0.02, 1.02)
         percent_axis(below)
-        _layer_axis(below, [row for row in own if row["step"] == steps[-1]], by)
+        _layer_axis(below, [row for row in run_rows if row["step"] == steps[-1]], by)
         above.tick_params(labelbottom=False)
     panels[0].set_ylabel("importance (log scale)")
     panels[len(labels)].set_ylabel("sparsity ratio")
-    if len(labels) > 1:  # steps of other runs may be others
-        names = ["earliest", *[""] * (len(names) - 2), "last"] if len(names) > 2 else names
+    if len(labels) > 1:  # runs may have different steps
+        names = ["first", *[""] * (len(names) - 2), "last"] if len(names) > 2 else names
     add_legend(figure, handles, names, columns=min(3 * len(labels), _SHOWN_TIMES))
     return figure
 
 
 def _draw_budgets(rows: Sequence[Row], runs: Sequence[BudgetedRun]) -> Figure:
-    """The total budget of each run as steps, and its schedule as a thin dashed curve."""
+    """Draw the total budget of each run as steps, and its schedule as a thin dashed curve."""
     figure, axes = new_figure(560, 340, "Total budget")
     handles = []
     for number, run in enumerate(runs):
-        own = [row for row in rows if row["run"] == run.label]
+        run_rows = [row for row in rows if row["run"] == run.label]
         color, marker = style_of(number)
-        whole, target, first = run.allocation.total_weights, run.allocation.target_budget, own[0]["budget"]
-        schedule, last = str(run.settings.get("schedule", "cubic")), own[-1]
+        whole, target, first = run.allocation.total_weights, run.allocation.target_budget, run_rows[0]["budget"]
+        schedule, last = str(run.settings.get("schedule", "cubic")), run_rows[-1]
         fine = np.linspace(0, last["total"], 201)
         scale = last["step"] / last["t"] if last["t"] else 1.0
         curve = [budget_at(int(1000 * t), 1000 * last["total"], first, target, schedule) / whole for t in fine]
         axes.plot(fine * scale, curve, color=color, linewidth=1, linestyle=(0, (4, 3)))
-        look: dict[str, Any] = {"color": color, "linewidth": 2, "marker": marker if len(own) <= 30 else ""}
-        steps, shares = [row["step"] for row in own], [row["share"] for row in own]
-        handles += axes.step(steps, shares, where="post", markersize=5, **look)
+        style: dict[str, Any] = {"color": color, "linewidth": 2, "marker": marker if len(run_rows) <= 30 else ""}
+        steps, fractions = [row["step"] for row in run_rows], [row["share"] for row in run_rows]
+        handles += axes.step(steps, fractions, where="post", markersize=5, **style)
     axes.set_ylim(0, 1.05)
     percent_axis(axes)
-    axes.set(xlabel="optimizer step", ylabel="adapted weights that may change")
+    axes.set(xlabel="optimizer step", ylabel="budget / adapted weights")
     handles.append(Line2D([], [], color=MUTED, linewidth=1, linestyle=(0, (4, 3))))
-    add_legend(figure, handles, [*(shortened(run.label, 24) for run in runs), "the schedule"])
+    add_legend(figure, handles, [*(shortened(run.label, 24) for run in runs), "schedule"])
     return figure
 
 
 def time_color(number: int, count: int) -> str:
-    """Color of the point in time of this number of so many: from pale to the full accent."""
+    """Return the color of one of `count` points in time, from light to the full accent."""
     return to_hex(accent_map()(0.18 + 0.82 * number / max(count - 1, 1)), keep_alpha=True)
 
 
 def _spread(values: Sequence[int]) -> list[int]:
-    """Some of the values, evenly spread, with the first and the last."""
+    """Select evenly spaced values, including the first and the last."""
     if len(values) <= _SHOWN_TIMES:
         return list(values)
     places = np.linspace(0, len(values) - 1, _SHOWN_TIMES).round().astype(int)
@@ -295,9 +294,9 @@ def _spread(values: Sequence[int]) -> list[int]:
 
 
 def _layer_axis(axes: Axes, rows: Sequence[Row], by: Layers) -> None:
-    """Ticks at whole layers, with their names where these are numbers of blocks."""
+    """Set ticks at layers, labeled with block numbers."""
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
     if by == "block":
         names = {row["position"]: row["layer"] for row in rows}
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: names.get(round(value), "")))
-    axes.set_xlabel("block" if by == "block" else "matrix, in the order of the model")
+    axes.set_xlabel("block" if by == "block" else "matrix (in model order)")

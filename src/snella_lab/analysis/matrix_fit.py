@@ -1,4 +1,4 @@
-"""How expressive a kernel is: curves, matrices of a given rank fitted by it, gradients, definiteness (A.2 to A.4)."""
+"""Kernel expressivity: curves, fits of random matrices, gradients, definiteness (appendices A.2 to A.4)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from snella_app.report.style import add_legend, new_figure, new_panels, style_of
 from snella_lab.analysis.plot import Plot, Row, grouped
 
 Merge = Callable[[Tensor, Tensor, KernelScalars], Tensor]
-"""From factors `A` `[n, r]` and `B` `[m, r]` and scalars to `[m, n]`."""
+"""Function of factors `A` `[n, r]`, `B` `[m, r]` and scalars; returns `[m, n]`."""
 _STATE = "fits.json"
 _RECORDED = 100
 _REACH = 4.0
@@ -34,19 +34,19 @@ _REACH = 4.0
 
 @dataclass(frozen=True)
 class FitConfig:
-    """Settings of a fit of random matrices by kernels (A.2 of arXiv 2510.24037).
+    """Settings for fitting random matrices with kernels (arXiv 2510.24037, appendix A.2).
 
     Args:
-        kernels: Names of kernels, or import paths `module:name` of a `Kernel` subclass or of a function of `A` `[n, r]`
-            and `B` `[m, r]`.
-        size: Rows and columns of the matrices. The paper does not say.
+        kernels: Kernel names, or import paths `module:name` of a `Kernel` subclass or a function of `A` `[n, r]` and
+            `B` `[m, r]`.
+        size: Rows and columns of the matrices; not given in the paper.
         ranks: Ranks of the matrices, at most `size`.
-        density: Share of entries that differ from zero in the sparse factors that the matrices are products of.
-        matrices: Random matrices of each rank.
+        density: Fraction of nonzero entries in the sparse factors of the random matrices.
+        matrices: Number of random matrices per rank.
         r: Rank of the two learnable factors, a multiple of 2.
-        steps: Steps of Adam.
-        lr: Its learning rate.
-        seed: Decides matrices and initial factors, the same for all kernels.
+        steps: Number of Adam steps.
+        lr: Learning rate of Adam.
+        seed: Seed for matrices and initial factors, shared by all kernels.
     """
 
     kernels: tuple[str, ...] = tuple(KERNELS)
@@ -68,13 +68,13 @@ class FitConfig:
         if self.r < 2 or self.r % 2:
             errors.append(f"r must be a multiple of 2, the pieces of a factor row, got {self.r}")
         if not self.ranks or not all(1 <= rank <= self.size for rank in self.ranks):
-            errors.append(f"ranks must lie between 1 and size={self.size}, got {list(self.ranks)}")
+            errors.append(f"ranks must be in [1, size={self.size}], got {list(self.ranks)}")
         if not 0 < self.density <= 1:
             errors.append(f"density must be in (0, 1], got {self.density}")
         if not self.lr > 0:
-            errors.append(f"lr must be above 0, got {self.lr}")
+            errors.append(f"lr must be positive, got {self.lr}")
         if not self.kernels:
-            errors.append("kernels must name at least one, e.g. mix_k")
+            errors.append("kernels must not be empty; add e.g. mix_k")
         if errors:
             raise ValueError("; ".join(errors))
 
@@ -83,64 +83,66 @@ PRESETS: dict[str, FitConfig] = {
     "quick": FitConfig(),
     "paper": FitConfig(steps=100_000, lr=1e-4),
 }
-"""`paper` has A.2's optimizer, steps and number of matrices; `quick` takes minutes."""
+"""`paper` uses the optimizer, steps and number of matrices of appendix A.2; `quick` takes minutes."""
 
 
 def find_kernel(name: str) -> Merge:
-    """The merge of a kernel by its name, or of a user's by its import path.
+    """Return the merge function of a kernel given by name or import path.
 
     Raises:
-        ValueError: No such kernel, or the path leads to something else.
+        ValueError: If the kernel is unknown, or the path is not a kernel or function.
     """
     if name in KERNELS:
         return make_kernel(name).merge
     module, colon, attribute = name.partition(":")
     if not colon:
-        raise ValueError(f"kernels must be of {', '.join(KERNELS)} or import paths such as mine:MyKernel, got {name!r}")
+        raise ValueError(
+            f"kernels must be among {', '.join(KERNELS)} or import paths such as mine:MyKernel, got {name!r}"
+        )
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        kernel = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"kernels holds {name!r}, which cannot be imported: {error}") from error
-    if inspect.isclass(found) and issubclass(found, Kernel):
-        return found().merge
-    if callable(found):
-        return lambda A, B, scalars: found(A, B)
-    raise ValueError(f"kernels holds {name!r}, which must be a Kernel or a function of A and B, got {found!r}")
+        raise ValueError(f"cannot import kernel {name!r}: {error}") from error
+    if inspect.isclass(kernel) and issubclass(kernel, Kernel):
+        return kernel().merge
+    if callable(kernel):
+        return lambda A, B, scalars: kernel(A, B)
+    raise ValueError(f"kernel {name!r} must be a Kernel subclass or a function of A and B, got {kernel!r}")
 
 
 def random_matrices(size: int, rank: int, count: int, density: float, generator: torch.Generator) -> Tensor:
-    """Random matrices of exactly this rank, products of two sparse Gaussian factors, of root mean square 1.
+    """Sample random matrices of exact rank as products of two sparse Gaussian factors, with root mean square 1.
 
-        W = U V,   U `[size, rank]`, V `[rank, size]`, each with a share `density` of entries that differ from zero
+        W = U V,   U `[size, rank]`, V `[rank, size]`, each with a fraction `density` of nonzero entries
 
-    A draw whose rank is less, as happens with few entries, is drawn anew. With `density=1` the matrices are dense.
+    Samples with a lower rank are rejected. With `density=1` the factors are dense.
 
     Returns:
         `[count, size, size]`, float32.
     """
-    found: list[Tensor] = []
-    while len(found) < count:
+    matrices: list[Tensor] = []
+    while len(matrices) < count:
         factors = torch.randn(2, size, rank, dtype=torch.float64, generator=generator)
-        kept = torch.rand(2, size, rank, dtype=torch.float64, generator=generator) < density
-        left, right = factors * kept
-        if rank == size:  # a diagonal makes both invertible, as good as always
+        mask = torch.rand(2, size, rank, dtype=torch.float64, generator=generator) < density
+        left, right = factors * mask
+        if rank == size:  # adding a diagonal makes both factors almost surely invertible
             left, right = (part + torch.diag(factors.new_ones(size)) for part in (left, right))
         matrix = left @ right.T
         if int(torch.linalg.matrix_rank(matrix)) == rank:
-            found.append((matrix / matrix.square().mean().sqrt()).float())
-    return torch.stack(found)
+            matrices.append((matrix / matrix.square().mean().sqrt()).float())
+    return torch.stack(matrices)
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What one kernel reached.
+    """Fit results of one kernel.
 
     Attributes:
-        kernel: As named.
-        mse: Mean squared error of each matrix at the end, `[ranks][matrices]`.
-        steps: At which `gradient` was noted.
-        gradient: Norm of the gradient of both factors at these steps, the mean of all fits.
-        error: Mean squared error at these steps, the mean of all fits.
+        kernel: Name or import path.
+        mse: Final mean squared error of each matrix, `[ranks][matrices]`.
+        steps: Recorded steps.
+        gradient: Gradient norm of both factors at the recorded steps, averaged over all fits.
+        error: Mean squared error at the recorded steps, averaged over all fits.
     """
 
     kernel: str
@@ -151,28 +153,28 @@ class Fit:
 
 
 def fit_kernel(kernel: str, config: FitConfig, on_step: Callable[[int], None] = lambda step: None) -> Fit:
-    """Fit all matrices of all ranks by one kernel, each with factors of its own (eq. 15).
+    """Fit all matrices of all ranks with one kernel and separate factors (eq. 15).
 
         min over A, B, scalars of 1/(mn) Σ_ij (W[i, j] − κ(A[j], B[i]))²,   by Adam
 
-    Factors start Gaussian with the variance at which an inner product has variance 1; scalars start at α = 1, β = 0 and
-    α_p = ±0.1. All kernels see the same matrices and begin with the same factors.
+    Factors are initialized from a Gaussian such that inner products have variance 1, scalars to α = 1, β = 0 and
+    α_p = ±0.1. All kernels share the matrices and the initial factors.
 
     Args:
-        kernel: As for `find_kernel`.
+        kernel: Name or import path, see `find_kernel`.
         config: Settings.
-        on_step: Called with the number of each step.
+        on_step: Callback that receives the step number.
 
     Raises:
-        ValueError: There is no such kernel, or it returns another shape.
-        FloatingPointError: The error is not finite any more.
+        ValueError: If the kernel is unknown or returns the wrong shape.
+        FloatingPointError: If the error is not finite.
     """
     merge = find_kernel(kernel)
     generator = torch.Generator().manual_seed(config.seed)
-    wanted = torch.cat(
+    targets = torch.cat(
         [random_matrices(config.size, rank, config.matrices, config.density, generator) for rank in config.ranks]
     )
-    count, size = len(wanted), config.size
+    count, size = len(targets), config.size
     scale = config.r**-0.25
     A, B = (scale * torch.randn(count, size, config.r, generator=generator) for _ in range(2))
     scalars = [torch.tensor([0.1, -0.1]).repeat(count, 1), torch.ones(count), torch.zeros(count)]
@@ -186,55 +188,54 @@ def fit_kernel(kernel: str, config: FitConfig, on_step: Callable[[int], None] = 
     if shape != [count, size, size]:
         raise ValueError(f"kernel {kernel!r} must return [m, n] = {[size, size]}, got {shape[1:]}")
     optimizer = torch.optim.Adam(parameters, lr=config.lr)
-    noted = set(np.linspace(0, config.steps - 1, min(_RECORDED, config.steps)).round().astype(int).tolist())
+    recorded = set(np.linspace(0, config.steps - 1, min(_RECORDED, config.steps)).round().astype(int).tolist())
     steps, gradients, errors = [], [], []
     for step in range(config.steps):
         optimizer.zero_grad()
-        each = (batched(*parameters) - wanted).square().mean((1, 2))
-        each.sum().backward()
-        if step in noted:
+        losses = (batched(*parameters) - targets).square().mean((1, 2))
+        losses.sum().backward()
+        if step in recorded:
             grads = torch.cat([part.grad.flatten(1) for part in (A, B) if part.grad is not None], 1)
             steps.append(step)
             gradients.append(float(grads.norm(dim=1).mean()) if grads.numel() else 0.0)
-            errors.append(float(each.detach().mean()))
+            errors.append(float(losses.detach().mean()))
             if not math.isfinite(errors[-1]):
                 raise FloatingPointError(f"kernel {kernel!r}: the error is {errors[-1]} at step {step}; lower lr")
         optimizer.step()
         on_step(step + 1)
     with torch.no_grad():
-        final = (batched(*parameters) - wanted).square().mean((1, 2))
+        final = (batched(*parameters) - targets).square().mean((1, 2))
     return Fit(kernel, final.view(len(config.ranks), -1).tolist(), steps, gradients, errors)
 
 
 def fit_matrices(
     config: FitConfig, out: str | Path | None = None, on_step: Callable[[str, int], None] = lambda kernel, step: None
 ) -> list[Plot]:
-    """Fit random matrices by several kernels, and show the kernels themselves (Figure 4).
+    """Fit random matrices with several kernels, and plot the kernel functions (Figure 4).
 
     Args:
         config: Settings.
-        out: Folder that keeps each finished kernel (`fits.json`), so that an interrupted call continues; None keeps
-            nothing.
-        on_step: Called with the kernel and the number of each step.
+        out: Folder for finished kernels (`fits.json`), from which an interrupted call resumes; None disables it.
+        on_step: Callback that receives the kernel and the step number.
 
     Returns:
-        Three plots: `kernel-curves` (4a), with `kernel-curves-definiteness`, see `definiteness`; `fit-error` (4b), mean
-        squared error against rank, with `fit-error-matrices`, each matrix by itself; `fit-gradient` (4c), norm of the
-        gradient over the steps.
+        Three plots: `kernel-curves` (4a) with table `kernel-curves-definiteness`, see `definiteness`; `fit-error` (4b),
+        mean squared error over rank, with table `fit-error-matrices` of single matrices; `fit-gradient` (4c), gradient
+        norm over steps.
 
     Raises:
-        ValueError: There is no such kernel, or the folder has fits of other settings.
+        ValueError: If a kernel is unknown, or the folder holds fits with other settings.
     """
     for kernel in config.kernels:
         find_kernel(kernel)
-    known = {} if out is None else _read_fits(Path(out), config)
+    finished = {} if out is None else _read_fits(Path(out), config)
     for kernel in config.kernels:
-        if kernel not in known:
-            known[kernel] = fit_kernel(kernel, config, partial(on_step, kernel))
+        if kernel not in finished:
+            finished[kernel] = fit_kernel(kernel, config, partial(on_step, kernel))
             if out is not None:
-                _write_fits(Path(out), config, known)
-    fits = [known[kernel] for kernel in config.kernels]
-    every = [
+                _write_fits(Path(out), config, finished)
+    fits = [finished[kernel] for kernel in config.kernels]
+    matrices = [
         {"kernel": fit.kernel, "rank": rank, "matrix": number, "mse": value}
         for fit in fits
         for rank, values in zip(config.ranks, fit.mse, strict=True)
@@ -261,16 +262,16 @@ def fit_matrices(
         Plot(
             "kernel-curves", curves, partial(_draw_curves, curves), (), {"definiteness": definiteness(config.kernels)}
         ),
-        Plot("fit-error", means, partial(_draw_errors, means), (), {"matrices": every}),
+        Plot("fit-error", means, partial(_draw_errors, means), (), {"matrices": matrices}),
         Plot("fit-gradient", gradients, partial(_draw_gradients, gradients)),
     ]
 
 
 def kernel_curves(kernels: Sequence[str], points: int = 161) -> list[Row]:
-    """κ(1, x) and its derivative for x between −4 and 4, in one dimension: the first coordinate of each piece.
+    """Compute κ(1, x) and its derivative for x in [−4, 4], with x as the first coordinate of each piece.
 
-    All scalars are 1, and β is 0; the softmax of the normalized kernels is over the points of the curve, of which each
-    has the derivative with respect to itself.
+    All scalars are 1 and β is 0. Normalized kernels apply their softmax over the points of the curve; each derivative
+    is with respect to the point itself.
     """
     xs = torch.linspace(-_REACH, _REACH, points, dtype=torch.float64)
     rows: list[Row] = []
@@ -281,38 +282,38 @@ def kernel_curves(kernels: Sequence[str], points: int = 161) -> list[Row]:
         values = _line(merge, A, B)
         whole = torch.autograd.functional.jacobian(partial(_line, merge, A), B)
         slopes = whole[..., 0].diagonal()
-        found = zip(xs.tolist(), values.tolist(), slopes.tolist(), strict=True)
-        rows += [{"kernel": name, "x": x, "value": value, "slope": slope} for x, value, slope in found]
+        curve = zip(xs.tolist(), values.tolist(), slopes.tolist(), strict=True)
+        rows += [{"kernel": name, "x": x, "value": value, "slope": slope} for x, value, slope in curve]
     return rows
 
 
 def _line(merge: Merge, A: Tensor, B: Tensor) -> Tensor:
-    """The only column of a merged matrix."""
+    """Return the only column of a merged matrix."""
     return merge(A, B, _unit_scalars())[:, 0]
 
 
 def _unit_scalars() -> KernelScalars:
-    """All coefficients 1, no shift."""
+    """Return scalars with all coefficients 1 and no shift."""
     one = torch.ones((), dtype=torch.float64)
     return KernelScalars(torch.ones(2, dtype=torch.float64), one, torch.zeros((), dtype=torch.float64))
 
 
 def definiteness(kernels: Sequence[str], points: int = 60, r: int = 8, seed: int = 0) -> list[Row]:
-    """Whether kernels are positive semi-definite, numerically: eigenvalues of `K[i, j] = κ(x_i, x_j)` (eq. 16, A.4).
+    """Test numerically if kernels are positive semi-definite: eigenvalues of `K[i, j] = κ(x_i, x_j)` (eq. 16, A.4).
 
-    All coefficients are 1, the case of which A.4 says that Mix-K is positive semi-definite. It is not: a distance
-    kernel has a zero diagonal, so that the eigenvalues of `K` sum to 0, and one of them is negative unless all are 0.
-    What holds for distances is conditional: −K is positive semi-definite on vectors whose entries sum to 0.
+    All coefficients are 1. Appendix A.4 claims that Mix-K is positive semi-definite in this case. The claim is wrong:
+    a distance kernel has a zero diagonal, so the eigenvalues of `K` sum to 0, and one is negative unless all are 0.
+    Distances are conditionally definite: −K is positive semi-definite on vectors whose entries sum to 0.
 
     Args:
-        kernels: As for `find_kernel`.
-        points: Random points.
-        r: Their dimension.
-        seed: Decides them.
+        kernels: Names or import paths, see `find_kernel`.
+        points: Number of random points.
+        r: Dimension of the points.
+        seed: Seed of the points.
 
     Returns:
-        A row a kernel: `trace`, `asymmetry` (largest difference between K and its transpose), `smallest` and `largest`
-        eigenvalue of the symmetric part, whether that is positive semi-definite up to rounding, and `conditional`: the
+        One row per kernel: `trace`; `asymmetry`, the largest difference between K and its transpose; `smallest` and
+        `largest` eigenvalue of the symmetric part; `is_positive_semi_definite`, up to rounding; `conditional`, the
         smallest eigenvalue of −K on vectors that sum to 0.
     """
     x = torch.randn(points, r, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
@@ -338,7 +339,7 @@ def definiteness(kernels: Sequence[str], points: int = 60, r: int = 8, seed: int
 
 
 def _read_fits(folder: Path, config: FitConfig) -> dict[str, Fit]:
-    """Kernels that an earlier call finished with these settings."""
+    """Read the fits of an earlier call with the same settings."""
     path = folder / _STATE
     if not path.is_file():
         return {}
@@ -346,36 +347,36 @@ def _read_fits(folder: Path, config: FitConfig) -> dict[str, Fit]:
         state = json.loads(path.read_text(encoding="utf-8"))
         fits = {name: Fit(**values) for name, values in state["fits"].items()}
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is damaged: {error}; delete it to fit anew") from error
+        raise ValueError(f"{path} is damaged: {error}; delete it to start again") from error
     if state["settings"] != _settings(config):
-        raise ValueError(f"out={folder} has fits of other settings, {state['settings']}; choose another folder")
+        raise ValueError(f"out={folder} holds fits with other settings, {state['settings']}; choose another folder")
     return fits
 
 
 def _write_fits(folder: Path, config: FitConfig, fits: Mapping[str, Fit]) -> None:
-    """Keep finished kernels."""
+    """Write the finished fits."""
     folder.mkdir(parents=True, exist_ok=True)
     values = {name: dataclasses.asdict(fit) for name, fit in fits.items()}
     write_json(folder / _STATE, {"settings": _settings(config), "fits": values})
 
 
 def _settings(config: FitConfig) -> dict[str, Any]:
-    """What a fit depends on, as JSON holds it."""
+    """Return the settings of a fit as JSON values."""
     values = dataclasses.asdict(config)
     values.pop("kernels")
     return {**values, "ranks": list(config.ranks)}
 
 
 def _draw_curves(rows: Sequence[Row]) -> Figure:
-    """Values and slopes of the kernels along a line."""
-    figure, (left, right) = new_panels(860, 380, ["κ(1, x)", "Its derivative"], 2)
+    """Draw kernel values and their derivatives."""
+    figure, (left, right) = new_panels(860, 380, ["κ(1, x)", "Derivative"], 2)
     handles, kernels = [], grouped(rows, "kernel")
-    for number, own in enumerate(kernels.values()):
-        look: dict[str, Any] = {"color": style_of(number)[0], "linewidth": 2, "marker": style_of(number)[1]}
-        look |= {"markevery": (4 * number, 24), "markersize": 6}
-        xs = [row["x"] for row in own]
-        handles += left.plot(xs, [row["value"] for row in own], **look)
-        right.plot(xs, [row["slope"] for row in own], **look)
+    for number, points in enumerate(kernels.values()):
+        style: dict[str, Any] = {"color": style_of(number)[0], "linewidth": 2, "marker": style_of(number)[1]}
+        style |= {"markevery": (4 * number, 24), "markersize": 6}
+        xs = [row["x"] for row in points]
+        handles += left.plot(xs, [row["value"] for row in points], **style)
+        right.plot(xs, [row["slope"] for row in points], **style)
     left.set_xlabel("x")
     right.set_xlabel("x")
     add_legend(figure, handles, list(kernels), columns=6)
@@ -383,13 +384,15 @@ def _draw_curves(rows: Sequence[Row]) -> Figure:
 
 
 def _draw_errors(rows: Sequence[Row]) -> Figure:
-    """Error against rank, the mean of the matrices, with the standard deviation."""
-    figure, axes = new_figure(560, 380, "Random matrices fitted by each kernel")
+    """Draw mean error over rank with standard deviations."""
+    figure, axes = new_figure(560, 380, "Fit error of random matrices")
     handles, kernels = [], grouped(rows, "kernel")
-    for number, own in enumerate(kernels.values()):
+    for number, points in enumerate(kernels.values()):
         color, marker = style_of(number)
-        ranks, means = [row["rank"] for row in own], [row["mse"] for row in own]
-        axes.errorbar(ranks, means, [row["std"] for row in own], color=color, linewidth=1, alpha=0.6, linestyle="none")
+        ranks, means = [row["rank"] for row in points], [row["mse"] for row in points]
+        axes.errorbar(
+            ranks, means, [row["std"] for row in points], color=color, linewidth=1, alpha=0.6, linestyle="none"
+        )
         handles += axes.plot(ranks, means, color=color, linewidth=2, marker=marker, markersize=6)
     axes.set_xscale("log", base=2)
     ranks = sorted({row["rank"] for row in rows})
@@ -397,21 +400,21 @@ def _draw_errors(rows: Sequence[Row]) -> Figure:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticks(ranks, [str(rank) for rank in ranks])
     axes.set_ylim(bottom=0)
-    axes.set(xlabel="rank of the matrix", ylabel="mean squared error (of variance 1)")
+    axes.set(xlabel="matrix rank", ylabel="mean squared error (unit variance)")
     add_legend(figure, handles, list(kernels))
     return figure
 
 
 def _draw_gradients(rows: Sequence[Row]) -> Figure:
-    """Gradient norm over the steps."""
-    figure, axes = new_figure(560, 380, "Gradient of the factors while fitting")
+    """Draw the gradient norm over steps."""
+    figure, axes = new_figure(560, 380, "Gradient norm of the factors")
     handles, kernels = [], grouped(rows, "kernel")
-    for number, own in enumerate(kernels.values()):
+    for number, points in enumerate(kernels.values()):
         color, marker = style_of(number)
-        steps = [row["step"] for row in own]
-        norms = [row["gradient_norm"] or math.nan for row in own]
-        look: dict[str, Any] = {"color": color, "linewidth": 1.8, "marker": marker, "markersize": 5}
-        handles += axes.plot(steps, norms, markevery=(2 * number, 14), **look)
+        steps = [row["step"] for row in points]
+        norms = [row["gradient_norm"] or math.nan for row in points]
+        style: dict[str, Any] = {"color": color, "linewidth": 1.8, "marker": marker, "markersize": 5}
+        handles += axes.plot(steps, norms, markevery=(2 * number, 14), **style)
     log_axis(axes)
     axes.set(xlabel="step", ylabel="norm (log scale)")
     add_legend(figure, handles, list(kernels))

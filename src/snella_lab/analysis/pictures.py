@@ -1,4 +1,4 @@
-"""Runs beside each other on the same images: masks, heat maps and features; samples of data; generated images."""
+"""Image plots: masks, heat maps and features of several runs, data samples, and generated images."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ _PERPLEXITY = 30.0
 
 
 def samples(sources: Sequence[str], *, limit: int = 6, seed: int = 0) -> list[Plot]:
-    """Images of data sets, a row each, in the order of their groups (Figure 11).
+    """Plot sample images, one row per dataset, ordered by group (Figure 11).
 
     Args:
-        sources: Data as for `snella train`, or experiments, by name or file, whose data is taken with its groups.
-        limit: Images of each data set, of different classes as far as there are.
-        seed: Decides which.
+        sources: Data as in `snella train`, or names or files of experiments, whose data and groups are used.
+        limit: Images per dataset, from different classes where possible.
+        seed: Seed of the selection.
 
     Returns:
-        One plot: a row of its table is an image.
+        One plot with a table row for each image.
 
     Raises:
-        ValueError: `limit` is below 1, or data that cannot be loaded.
+        ValueError: If `limit` is smaller than 1 or data cannot be loaded.
     """
     if limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
@@ -79,20 +79,20 @@ def samples(sources: Sequence[str], *, limit: int = 6, seed: int = 0) -> list[Pl
 
 
 def masks(runs: Sequence[str | Path], *, split: Split = "auto", limit: int = 6, device: str = "auto") -> list[Plot]:
-    """Images, true masks and those of each run, on the same images (Figure 8).
+    """Plot images, true masks and the predicted masks of each run (Figure 8).
 
     Args:
         runs: Folders of segmentation runs on the same data.
-        split: Part of the first run's data; `auto` is its test part, else its validation part.
-        limit: Images, evenly spread over the part.
-        device: auto, or a device of torch such as cpu, cuda:1 or mps.
+        split: Split of the first run's data; `auto` selects test, else validation.
+        limit: Number of images, evenly spaced over the split.
+        device: auto, or a torch device such as cpu, cuda:1 or mps.
 
     Returns:
-        One plot: a row of its table is an image with the Dice of each run, the mean of the classes but the background.
+        One plot with a table row for each image and the Dice of each run, averaged over classes without background.
 
     Raises:
-        FileNotFoundError: A folder holds no finished run.
-        ValueError: A run is no segmentation.
+        FileNotFoundError: If a folder holds no finished run.
+        ValueError: If a run has another task than segmentation.
     """
     first = load_run(runs[0], device)
     _, _, parts = images_for_run(first, None, split)
@@ -103,23 +103,23 @@ def masks(runs: Sequence[str | Path], *, split: Split = "auto", limit: int = 6, 
     true: list[np.ndarray] = []
     for part, index in chosen:
         if not isinstance(part, MaskDataset):
-            raise ValueError(f"masks are of segmentation runs, got {runs[0]} of the task {first.task.name!r}")
+            raise ValueError(f"masks requires segmentation runs, got {runs[0]} with task {first.task.name!r}")
         true.append(np.asarray(part.mask(index)))
     columns.append([overlay(image, mask) for image, mask in zip(columns[0], true, strict=True)])
     for label, run in zip(run_labels(runs), runs, strict=True):
         loaded = first if run == runs[0] else load_run(run, device)
         if loaded.task.name != "segmentation":
-            raise ValueError(f"masks are of segmentation runs, got {run} of the task {loaded.task.name!r}")
-        found = []
+            raise ValueError(f"masks requires segmentation runs, got {run} with task {loaded.task.name!r}")
+        predicted = []
         with torch.inference_mode():
             for image in columns[0]:
                 scores = loaded.network(loaded.transform(image)[None].to(loaded.device)).float()
                 size = (image.height, image.width)
                 sized = torch.nn.functional.interpolate(scores, size, mode="bilinear", align_corners=False)
-                found.append(sized.argmax(1)[0].to(torch.uint8).cpu().numpy())
-        for row, mask, truth in zip(rows, found, true, strict=True):
+                predicted.append(sized.argmax(1)[0].to(torch.uint8).cpu().numpy())
+        for row, mask, truth in zip(rows, predicted, true, strict=True):
             row[f"dice {label}"] = mean_dice(mask, truth)
-        columns.append([overlay(image, mask) for image, mask in zip(columns[0], found, strict=True)])
+        columns.append([overlay(image, mask) for image, mask in zip(columns[0], predicted, strict=True)])
     titles = ["image", "true mask", *run_labels(runs)]
     heads = [[""] * len(rows)] * 2 + [
         [f"Dice {row[f'dice {label}']:.2f}" for row in rows] for label in run_labels(runs)
@@ -136,27 +136,27 @@ def gradcam(
     seed: int = 0,
     device: str = "auto",
 ) -> list[Plot]:
-    """Heat maps of what speaks for the true class: images, the pre-trained model, each run (Figure 15).
+    """Plot heat maps of the evidence for the true class, for the pre-trained model and each run (Figure 15).
 
-    Images are shown as the first run's transform crops them. The maps are those of
-    `snella_app.report.examples.heat_maps`, for ViT, Swin, ConvNeXt and other models of timm. The pre-trained model has
-    no head for these classes: it is the first run's backbone under that run's head.
+    Images are cropped by the first run's transform. The maps come from `snella_app.report.examples.heat_maps`, which
+    supports ViT, Swin, ConvNeXt and other timm models. The pre-trained model combines the first run's backbone before
+    training with that run's trained head.
 
     Args:
         runs: Folders of classification runs.
-        data: Images for all of them; the first run's own if None.
-        split: Part of the data; `auto` is the first run's test part.
-        limit: Images, of different classes as far as there are.
-        seed: Decides which.
-        device: auto, or a device of torch such as cpu, cuda:1 or mps.
+        data: Images for all runs; None selects the first run's data.
+        split: Split of the data; `auto` selects the first run's test split.
+        limit: Number of images, from different classes where possible.
+        seed: Seed of the selection.
+        device: auto, or a torch device such as cpu, cuda:1 or mps.
 
     Returns:
-        One plot: a row of its table is an image in one model, with the share of its map's mass in the middle ninth.
+        One plot with a table row for each image and model, with the fraction of the map's mass in the central ninth.
 
     Raises:
-        FileNotFoundError: A folder holds no finished run, or the data is not there any more.
-        ValueError: A run is no classification, or its model says no feature map.
-        ImportError: Captum is not installed.
+        FileNotFoundError: If a folder holds no finished run, or the data no longer exists.
+        ValueError: If a run has another task than classification, or its model has no feature map.
+        ImportError: If Captum is not installed.
     """
     first = load_run(runs[0], device)
     splits, _, parts = images_for_run(first, data, split)
@@ -171,7 +171,7 @@ def gradcam(
     for label, run in zip([PRETRAINED, *labels], [None, *runs], strict=True):
         loaded = first if run is None else load_run(run, device)
         if loaded.task.name != "classification":
-            raise ValueError(f"gradcam is of classification runs, got {run} of the task {loaded.task.name!r}")
+            raise ValueError(f"gradcam requires classification runs, got {run} with task {loaded.task.name!r}")
         model = _pretrained_with_head(loaded) if run is None else loaded.model
         batch = torch.stack([loaded.transform(image) for image in photographs]).to(loaded.device)
         maps = heat_maps(model.to(loaded.device), batch, numbers)
@@ -191,7 +191,7 @@ def gradcam(
 
 
 def _pretrained_with_head(loaded: LoadedRun) -> nn.Module:
-    """The backbone of a run as it was before training, under the head that the run trained."""
+    """Return the run's backbone before training with the trained head."""
     model = make_backbone(loaded.info.backbone)
     name = spec_of(loaded.model).head
     trained = {
@@ -199,13 +199,13 @@ def _pretrained_with_head(loaded: LoadedRun) -> nn.Module:
         for key, value in loaded.model.state_dict().items()
         if f"{name}." in key and "original_module" not in key
     }
-    own = model.get_submodule(name).state_dict()
-    model.get_submodule(name).load_state_dict({key: trained[key.rpartition(".")[2]] for key in own})
+    head = model.get_submodule(name)
+    head.load_state_dict({key: trained[key.rpartition(".")[2]] for key in head.state_dict()})
     return model.eval()
 
 
 def _as_seen(loaded: LoadedRun, image: Image.Image) -> Image.Image:
-    """An image as a run's transform shows it to the model: what a heat map lies over."""
+    """Return an image after the run's transform, without normalization, as background of a heat map."""
     mean, std = (torch.tensor(loaded.info.data_config[name]).view(-1, 1, 1) for name in ("mean", "std"))
     values = (loaded.transform(image)[:3] * std[:3] + mean[:3]).clamp(0, 1)
     pixels = (255 * values).round().to(torch.uint8).permute(1, 2, 0).numpy()
@@ -213,37 +213,38 @@ def _as_seen(loaded: LoadedRun, image: Image.Image) -> Image.Image:
 
 
 def middle_share(heat: np.ndarray) -> float:
-    """Share of a map's sum that lies in the middle third of its height and width; 0 for a map of zeros."""
+    """Return the fraction of a map's sum in the middle third of its height and width; 0 for a map of zeros."""
     height, width = heat.shape
     middle = heat[height // 3 : height - height // 3, width // 3 : width - width // 3]
     return float(middle.sum() / heat.sum()) if heat.any() else 0.0
 
 
 def images(folders: Sequence[str | Path], *, limit: int = 6) -> list[Plot]:
-    """Generated images of several runs beside each other, by their file names (Figures 9 and 14).
+    """Plot generated images of several runs, matched by file name (Figures 9 and 14).
 
     Args:
-        folders: Of images, such as `snella generate` writes: one prompt and seed has one name in each. Names that most
-            folders have are shown; a folder without any of them (the subject's own photographs) shows its first images.
-        limit: Images of each.
+        folders: Image folders, e.g. from `snella generate`, which names files by prompt and seed. The plot shows the
+            names that most folders share; a folder with none of them, e.g. the subject's photos, shows its first
+            images.
+        limit: Images per folder.
 
     Returns:
-        One plot: a row of its table is an image.
+        One plot with a table row for each image.
 
     Raises:
-        FileNotFoundError: A folder holds no image.
+        FileNotFoundError: If a folder holds no images.
     """
     files = {Path(folder): sorted(p for p in Path(folder).iterdir() if is_image(p)) for folder in map(Path, folders)}
-    for folder, found in files.items():
-        if not found:
-            raise FileNotFoundError(f"folder {folder} holds no image")
-    counts = Counter(path.name for found in files.values() for path in found)
+    for folder, paths in files.items():
+        if not paths:
+            raise FileNotFoundError(f"folder {folder} holds no images")
+    counts = Counter(path.name for paths in files.values() for path in paths)
     shared = max(counts.values())
     common = sorted(name for name, count in counts.items() if count == shared and count > 1)
     grid: list[list[Path]] = []
-    for folder, found in files.items():
-        own = [folder / name for name in common if folder / name in found] or found
-        grid.append(own[:limit])
+    for folder, paths in files.items():
+        selected = [folder / name for name in common if folder / name in paths] or paths
+        grid.append(selected[:limit])
     labels = run_labels(folders)
     rows = [{"folder": label, "image": path.name} for label, paths in zip(labels, grid, strict=True) for path in paths]
     pictures = [[read_image(path) for path in paths] for paths in grid]
@@ -252,7 +253,7 @@ def images(folders: Sequence[str | Path], *, limit: int = 6) -> list[Plot]:
 
 
 def mean_dice(mask: np.ndarray, truth: np.ndarray) -> float:
-    """2·|A ∩ B| / (|A| + |B|), the mean of the classes above 0 that are in either; 1 where none is."""
+    """Compute the Dice score 2·|A ∩ B| / (|A| + |B|), averaged over the nonzero classes present; 1 without any."""
     classes = [label for label in np.union1d(mask, truth) if label > 0]
     if not classes:
         return 1.0
@@ -262,28 +263,28 @@ def mean_dice(mask: np.ndarray, truth: np.ndarray) -> float:
 
 
 def _entries(source: str) -> list[DataEntry]:
-    """The data that an argument stands for: an experiment's, or itself."""
+    """Return the data entries of an experiment, or of a single data specification."""
     if source in bundled_experiments() or source.endswith((".yaml", ".yml")):
         return list(read_experiment(source).data)
     return [data_entry(source)]
 
 
 def _of_each_class(labels: Sequence[int], count: int, seed: int) -> list[int]:
-    """Places of random items, of one class after the other."""
+    """Return indices of random items, cycling through the classes."""
     order = np.random.default_rng(seed).permutation(len(labels)).tolist()
     by_class: dict[int, list[int]] = {}
     for index in order:
         by_class.setdefault(labels[index], []).append(index)
-    turns = [found[turn] for turn in range(len(labels)) for _, found in sorted(by_class.items()) if turn < len(found)]
-    return turns[:count]
+    cycled = [items[k] for k in range(len(labels)) for _, items in sorted(by_class.items()) if k < len(items)]
+    return cycled[:count]
 
 
 _GAP, _TITLE, _CAPTION = 12, 24, 17
-"""Pixels between cells, and of a line's title and of its captions."""
+"""Heights in pixels: gap between cells, row title, image caption."""
 
 
 def _draw_grid(lines: Sequence[Sequence[Image.Image]], titles: Sequence[str], heads: Sequence[Sequence[str]]) -> Figure:
-    """A line of images for each title, a text above each image; every cell has the same size."""
+    """Draw one row of images per title with a caption above each image, in cells of equal size."""
     columns = max(map(len, lines))
     tops = [_TITLE + _CAPTION * any(line) for line in heads]
     width = (_SIDE + _GAP) * columns + _GAP
@@ -320,28 +321,28 @@ def features(
     batch_size: int = 32,
     device: str = "auto",
 ) -> list[Plot]:
-    """t-SNE of the inputs to the head, a panel a model, each with the normalized mutual information of its clusters.
+    """Plot a t-SNE of the head inputs, one panel per model, with the normalized mutual information of its clusters.
 
-        NMI = 2·I(clusters; classes) / (H(clusters) + H(classes)),   clusters by k-means, as many as classes
+        NMI = 2·I(clusters; classes) / (H(clusters) + H(classes)),   clusters by k-means, one per class
 
-    The first panel is the pre-trained backbone of the first run. Clusters are found among the features themselves, not
-    among their images in two dimensions, which depend on the seed.
+    The first panel is the pre-trained backbone of the first run. Clusters are computed on the features, not on the
+    two-dimensional embedding, which depends on the seed.
 
     Args:
         runs: Folders of classification runs.
-        data: Images for all of them; the first run's own if None.
-        split: Part of the data; `auto` is the first run's test part.
+        data: Images for all runs; None selects the first run's data.
+        split: Split of the data; `auto` selects the first run's test split.
         limit: Maximum number of images, stratified by class.
-        seed: Decides the images, the clusters and the embedding.
-        batch_size: Images at a time.
-        device: auto, or a device of torch such as cpu, cuda:1 or mps.
+        seed: Seed of image selection, clustering and embedding.
+        batch_size: Batch size.
+        device: auto, or a torch device such as cpu, cuda:1 or mps.
 
     Returns:
-        One plot: a row of its table is an image in one model, `features-nmi` has a row a model.
+        One plot with a table row for each image and model; `features-nmi` has a row for each model.
 
     Raises:
-        FileNotFoundError: A folder holds no finished run, or the data is not there any more.
-        ValueError: A run is no classification.
+        FileNotFoundError: If a folder holds no finished run, or the data no longer exists.
+        ValueError: If a run has another task than classification.
     """
     labels = run_labels(runs)
     first = load_run(runs[0], device)
@@ -351,7 +352,7 @@ def features(
     if len(classes) > limit:
         names = splits.classes
         chosen = np.array(sorted(stratified_sample(classes, limit, seed=seed, classes=names, argument="limit")))
-    wanted = np.array(classes)[chosen]
+    targets = np.array(classes)[chosen]
     models: list[tuple[str, NDArray[np.float32]]] = []
     for label, run in zip([PRETRAINED, *labels], [None, *runs], strict=True):
         loaded = first if run is None else load_run(run, device)
@@ -359,55 +360,55 @@ def features(
         if run is None:
             model = build_method("linear", make_backbone(first.info.backbone)).to(first.device)
         elif loaded.task.name != "classification":
-            raise ValueError(f"features are of classification runs, got {run} of the task {loaded.task.name!r}")
+            raise ValueError(f"features requires classification runs, got {run} with task {loaded.task.name!r}")
         starts = np.cumsum([0, *map(len, parts)])
-        own = [
+        subsets = [
             part.subset((chosen[(chosen >= start) & (chosen < start + len(part))] - start).tolist())
             for part, start in zip(parts, starts, strict=False)
         ]
-        shown = [part.with_transform(loaded.transform) for part in own if len(part)]
-        models.append((label, head_inputs(model, shown, batch_size)))
+        inputs = [part.with_transform(loaded.transform) for part in subsets if len(part)]
+        models.append((label, head_inputs(model, inputs, batch_size)))
     points = {label: embed(values, seed) for label, values in models}
     scores: list[Row] = [
         {
             "run": label,
-            "images": len(wanted),
-            "classes": len(set(wanted.tolist())),
-            "nmi": cluster_nmi(values, wanted, seed),
+            "images": len(targets),
+            "classes": len(set(targets.tolist())),
+            "nmi": cluster_nmi(values, targets, seed),
         }
         for label, values in models
     ]
     rows = [
         {"run": label, "image": int(index), "class": splits.classes[number], "x": float(x), "y": float(y)}
         for label, places in points.items()
-        for index, number, (x, y) in zip(chosen, wanted, places, strict=True)
+        for index, number, (x, y) in zip(chosen, targets, places, strict=True)
     ]
     notes = [f"{row['run']}: NMI {row['nmi']:.3f}" for row in scores]
     return [Plot("features", rows, partial(_draw_features, rows, scores), notes, {"nmi": scores})]
 
 
 def embed(values: NDArray[np.float32], seed: int = 0) -> NDArray[np.float64]:
-    """t-SNE of features `[images, width]` in two dimensions, `[images, 2]`."""
+    """Embed features `[images, width]` in two dimensions by t-SNE, `[images, 2]`."""
     perplexity = min(_PERPLEXITY, (len(values) - 1) / 3)
-    found = TSNE(2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(_of_length_one(values))
-    return found.astype(float)
+    embedding = TSNE(2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(_normalized(values))
+    return embedding.astype(float)
 
 
 def cluster_nmi(values: NDArray[np.float32], classes: NDArray[np.int64], seed: int = 0) -> float:
-    """Normalized mutual information between classes and the clusters of k-means, as many as there are classes."""
+    """Compute the normalized mutual information between classes and k-means clusters, one cluster per class."""
     count = len(set(classes.tolist()))
-    found = KMeans(count, n_init=10, random_state=seed).fit_predict(_of_length_one(values))
-    return float(normalized_mutual_info_score(classes, found))
+    clusters = KMeans(count, n_init=10, random_state=seed).fit_predict(_normalized(values))
+    return float(normalized_mutual_info_score(classes, clusters))
 
 
-def _of_length_one(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Features of length 1, so that no single image of great norm decides."""
+def _normalized(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Normalize features to unit length, so that outliers in norm do not dominate."""
     norms = np.linalg.norm(values, axis=1, keepdims=True)
     return (values / np.maximum(norms, 1e-12)).astype(np.float32)
 
 
 def _draw_features(rows: Sequence[Row], scores: Sequence[Row]) -> Figure:
-    """A panel a model, classes by color and marker."""
+    """Draw one panel per model, with a color and marker for each class."""
     columns = min(len(scores), 3)
     lines = -(-len(scores) // columns)
     classes = sorted({row["class"] for row in rows})
@@ -418,8 +419,8 @@ def _draw_features(rows: Sequence[Row], scores: Sequence[Row]) -> Figure:
     for axes, score in zip(panels, scores, strict=True):
         for number, name in enumerate(classes):
             color, marker = style_of(number)
-            own = [row for row in rows if row["run"] == score["run"] and row["class"] == name]
-            places = [row["x"] for row in own], [row["y"] for row in own]
+            points = [row for row in rows if row["run"] == score["run"] and row["class"] == name]
+            places = [row["x"] for row in points], [row["y"] for row in points]
             axes.plot(*places, linestyle="none", marker=marker, color=color, markersize=4, alpha=0.85)
         axes.grid(False)
         axes.set(xticks=[], yticks=[])

@@ -1,4 +1,4 @@
-"""`Plot`: a figure with its numbers, how it is written, and which kinds of them there are."""
+"""Plots: a figure with its data, file output, and the registry of plot kinds."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ KINDS = {
     "gradcam": "pictures",
     "images": "pictures",
 }
-"""Module of `snella_lab.analysis` with the function of each kind of plot, which has its name."""
+"""Module of `snella_lab.analysis` that defines the function of each plot kind."""
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure and the numbers that it shows.
+    """A figure and its data.
 
     Attributes:
-        name: Stem of its files.
-        rows: Its numbers, one mapping from column to value a line of the CSV file.
-        draw: Makes the figure.
-        notes: What a reader of the figure should know, a line each.
-        tables: Further tables, by the end of their name.
+        name: Stem of the file names.
+        rows: Data, one mapping from column to value per CSV row.
+        draw: Function that creates the figure.
+        notes: Notes for the reader, one per line.
+        tables: Further tables by file name suffix.
     """
 
     name: str
@@ -55,19 +55,19 @@ class Plot:
 
 
 def write_plots(plots: Sequence[Plot], out: str | Path, *, overwrite: bool = False) -> list[Path]:
-    """Write each plot as SVG and PNG, light and dark, and its numbers as CSV.
+    """Write each plot as SVG and PNG, light and dark, and its data as CSV.
 
     Args:
-        plots: From one of the functions of `KINDS`.
-        out: Folder; created.
-        overwrite: Replace files of these names.
+        plots: Plots from a function in `KINDS`.
+        out: Output folder; created if missing.
+        overwrite: Replace existing files.
 
     Returns:
-        The files `NAME.svg`, `NAME.png`, `NAME-dark.svg`, `NAME-dark.png` and `NAME.csv` of each plot, and
+        Paths of `NAME.svg`, `NAME.png`, `NAME-dark.svg`, `NAME-dark.png` and `NAME.csv` of each plot, and
         `NAME-TABLE.csv` of its further tables.
 
     Raises:
-        FileExistsError: A file is there already; nothing was written.
+        FileExistsError: If a file exists; nothing is written.
     """
     from snella_app.report.style import write_figure
 
@@ -83,7 +83,7 @@ def write_plots(plots: Sequence[Plot], out: str | Path, *, overwrite: bool = Fal
     present = [path for path in (*tables, *pictures) if path.exists()]
     if present and not overwrite:
         raise FileExistsError(
-            f"out={folder} holds {present[0].name!r} already; choose another folder, or replace it with --overwrite "
+            f"out={folder} already holds {present[0].name!r}; choose another folder, or replace it with --overwrite "
             "(overwrite=True)"
         )
     with made_folder(folder):
@@ -94,7 +94,7 @@ def write_plots(plots: Sequence[Plot], out: str | Path, *, overwrite: bool = Fal
 
 
 def csv_text(rows: Sequence[Row]) -> str:
-    """A table as CSV, with all columns that some row has; what is not a number (NaN) or None is left empty."""
+    """Format a table as CSV with the union of all columns; NaN and None become empty cells."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -104,17 +104,17 @@ def csv_text(rows: Sequence[Row]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A cell of a table: numbers with all digits that tell them apart."""
+    """Convert a cell to CSV; floats keep full precision."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     return repr(value) if isinstance(value, float) else value
 
 
 def plot_function(kind: str) -> Callable[..., list[Plot]]:
-    """The function of a kind of plot; its module is imported now.
+    """Import and return the function of a plot kind.
 
     Raises:
-        ValueError: There is no such kind.
+        ValueError: If the kind is unknown.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
@@ -124,7 +124,7 @@ def plot_function(kind: str) -> Callable[..., list[Plot]]:
 
 
 def grouped(rows: Sequence[Row], column: str) -> dict[str, list[Row]]:
-    """Rows by their value in a column, in the order of these values' first rows."""
+    """Group rows by a column, in order of first appearance."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row[column], []).append(row)
@@ -132,12 +132,12 @@ def grouped(rows: Sequence[Row], column: str) -> dict[str, list[Row]]:
 
 
 def in_order_of_depth(layers: Mapping[str, list[T]]) -> dict[str, list[T]]:
-    """Layers by the numbers of their blocks; what is outside of blocks, `–`, comes last."""
+    """Sort layers by block number; matrices outside blocks (`–`) come last."""
     return dict(sorted(layers.items(), key=lambda item: math.inf if item[0] == "–" else int(item[0])))
 
 
 def run_labels(runs: Sequence[str | Path]) -> list[str]:
-    """A short name for each of several folders: its own, with as many of its parents' as tell it from the others."""
+    """Return the shortest unique path suffix of each folder."""
     parts = [Path(run).resolve().parts for run in runs]
     for length in range(1, max(map(len, parts), default=1) + 1):
         labels = ["/".join(part[-length:]) for part in parts]

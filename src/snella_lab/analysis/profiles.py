@@ -1,4 +1,4 @@
-"""Profiles of methods: accuracy over benchmarks and models as a radar, memory over the phases of a training step."""
+"""Method profiles: accuracy by task group as a radar plot, and memory during training steps."""
 
 from __future__ import annotations
 
@@ -32,23 +32,22 @@ _PHASES = ("forward", "backward", "optimizer")
 
 
 def radar(folders: Sequence[str | Path]) -> list[Plot]:
-    """Accuracy of the methods of comparisons over their groups of tasks, an axis a group of a comparison (Figure 2).
+    """Plot the accuracy of methods by task group as a radar, one axis per group and comparison (Figure 2).
 
-    Each axis is scaled by itself, from below its lowest mean to its highest, which lies on the rim; the table has the
-    accuracies themselves.
+    Each axis has its own scale; its highest mean lies on the rim. The table holds the unscaled accuracies.
 
     Args:
-        folders: Of comparisons, as `snella compare` writes them; methods that all of them have are drawn.
+        folders: Comparison folders written by `snella compare`; only methods common to all are drawn.
 
     Returns:
-        One plot: a row of its table is a method on an axis.
+        One plot with a table row for each method and axis.
 
     Raises:
-        FileNotFoundError: A folder holds no comparison.
-        ValueError: No method is common to all, or there are fewer than three axes.
+        FileNotFoundError: If a folder holds no comparison.
+        ValueError: If the comparisons share no method, or the radar has fewer than three axes.
     """
     labels = run_labels(folders)
-    found: dict[str, dict[str, tuple[float, float, int]]] = {}
+    results: dict[str, dict[str, tuple[float, float, int]]] = {}
     for label, folder in zip(labels, map(Path, folders), strict=True):
         if not (folder / EXPERIMENT_FILE).is_file():
             raise FileNotFoundError(f"{folder} holds no comparison: {EXPERIMENT_FILE} is missing; run snella compare")
@@ -58,52 +57,50 @@ def radar(folders: Sequence[str | Path]) -> list[Plot]:
             axis = group if len(folders) == 1 else f"{label}: {group}"
             for method in summary.methods:
                 spreads = [method.per_task[summary.column][task] for task in tasks]
-                known = [spread for spread in spreads if spread is not None]
-                if len(known) == len(tasks):
-                    mean = float(np.mean([spread.mean for spread in known]))
-                    deviation = float(np.mean([spread.std for spread in known]))
-                    found.setdefault(axis, {})[method.name] = (mean, deviation, len(tasks))
-    methods = [name for name in next(iter(found.values()), {}) if all(name in of_axis for of_axis in found.values())]
+                present = [spread for spread in spreads if spread is not None]
+                if len(present) == len(tasks):
+                    mean = float(np.mean([spread.mean for spread in present]))
+                    deviation = float(np.mean([spread.std for spread in present]))
+                    results.setdefault(axis, {})[method.name] = (mean, deviation, len(tasks))
+    methods = [name for name in next(iter(results.values()), {}) if all(name in values for values in results.values())]
     if not methods:
-        raise ValueError(f"folders must have a method that is finished on all tasks, got none in {', '.join(labels)}")
-    if len(found) < 3:
-        raise ValueError(f"a radar must have at least 3 axes, got {', '.join(found)}; give more comparisons or groups")
+        raise ValueError(f"folders must share a method that is finished on all tasks, got none in {', '.join(labels)}")
+    if len(results) < 3:
+        raise ValueError(f"a radar must have at least 3 axes, got {', '.join(results)}; add comparisons or groups")
     table = []
-    for axis, values in found.items():
+    for axis, values in results.items():
         means = [values[name][0] for name in methods]
         for name in methods:
-            mean, deviation, tasks_of = values[name]
+            mean, deviation, task_count = values[name]
             scaled = scaled_radius(mean, min(means), max(means))
-            table.append(
-                {"axis": axis, "method": name, "accuracy": mean, "std": deviation, "tasks": tasks_of, "radius": scaled}
-            )
+            row = {"axis": axis, "method": name, "accuracy": mean, "std": deviation, "tasks": task_count}
+            table.append({**row, "radius": scaled})
     return [Plot("radar", table, partial(_draw_radar, table))]
 
 
 def scaled_radius(value: float, low: float, high: float) -> float:
-    """Place between the center and the rim: the highest value at 1, the lowest at 0.3, close ones close."""
+    """Scale a value to a radius: 1 at `high`, and 0.3 at `low` unless the range is below the minimum span."""
     span = max(high - low, _LEAST_SPAN)
     return 1 - 0.7 * (high - value) / span
 
 
 def memory(runs: Sequence[str | Path], *, steps: int = 2, batch_size: int | None = None) -> list[Plot]:
-    """Memory of living tensors over the first steps of each run's training (Figure 7b).
+    """Plot the memory of live tensors during training steps of each run (Figure 7b).
 
-    The run's model takes `steps` training steps on random images with AdamW, and every operation of torch is followed:
-    the bytes of all tensors that it made and that still live, weights included. This counts what the program keeps; an
-    allocator keeps more.
+    Each model takes `steps` training steps on random images with AdamW. After every torch operation, the plot records
+    the bytes of all live tensors, weights included. An allocator reserves more.
 
     Args:
-        runs: Folders of runs; those of one backbone and batch size can be compared.
-        steps: Steps.
-        batch_size: Images in a batch; that of the first run if None.
+        runs: Run folders; comparable for one backbone and batch size.
+        steps: Number of training steps.
+        batch_size: Batch size; None uses that of the first run.
 
     Returns:
-        One plot: a row of its table is a point in time, `memory-peaks` has the peak of each phase of the last step.
+        One plot with a table row for each point in time; `memory-peaks` holds the peak of each phase of the last step.
 
     Raises:
-        FileNotFoundError: A folder holds no run with an adapter.
-        ValueError: `steps` or `batch_size` is below 1.
+        FileNotFoundError: If a folder holds no run with an adapter.
+        ValueError: If `steps` or `batch_size` is smaller than 1.
     """
     for name, value in (("steps", steps), ("batch_size", batch_size)):
         if value is not None and value < 1:
@@ -126,14 +123,14 @@ def memory(runs: Sequence[str | Path], *, steps: int = 2, batch_size: int | None
 
 
 class LiveTensors(TorchDispatchMode):
-    """Counts the bytes of storages that operations make and that still live.
+    """Dispatch mode that counts the bytes of live storages created by torch operations.
 
     Args:
-        known: Tensors that are there already, such as a model's weights.
+        known: Existing tensors to include, such as a model's weights.
 
     Attributes:
-        live: Bytes now.
-        points: After each operation, the phase that was set and the bytes.
+        live: Current number of bytes.
+        points: Step, phase and bytes after each operation.
     """
 
     def __init__(self, known: Sequence[Tensor] = ()) -> None:
@@ -146,13 +143,13 @@ class LiveTensors(TorchDispatchMode):
             self._track(tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and count what it made."""
-        made = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(made):
+        """Run the operation and track its outputs."""
+        outputs = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(outputs):
             if isinstance(leaf, Tensor):
                 self._track(leaf)
         self.points.append((*self.place, self.live))
-        return made
+        return outputs
 
     def _track(self, tensor: Tensor) -> None:
         """Count a storage until it is freed."""
@@ -165,21 +162,22 @@ class LiveTensors(TorchDispatchMode):
         weakref.finalize(storage, self._free, key, size)
 
     def _free(self, key: int, size: int) -> None:
-        """A storage was freed."""
+        """Subtract a freed storage."""
         self._seen.discard(key)
         self.live -= size
 
 
 def follow_memory(model: nn.Module, images: Tensor, steps: int) -> list[dict[str, Any]]:
-    """Memory after each operation of some training steps of a model, in MiB, with the place within its phase.
+    """Record the memory after each operation of several training steps, in MiB.
 
     Args:
-        model: From `build_method` or `load_trained`; trained, with random labels.
-        images: A batch.
-        steps: Steps.
+        model: Model from `build_method` or `load_trained`; modified by training on a dummy loss.
+        images: A batch of images.
+        steps: Number of training steps.
 
     Returns:
-        `step`, `phase`, `position` (phases have length 1) and `mib`; the first point is the model alone.
+        Points with `step`, `phase`, `position` (each phase has length 1) and `mib`; the first point is the memory
+        before training.
     """
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -187,7 +185,7 @@ def follow_memory(model: nn.Module, images: Tensor, steps: int) -> list[dict[str
     live = LiveTensors([*model.parameters(), *model.buffers(), images])
     start = live.live
     with live, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".* no budget allocator is attached")  # these steps are no training
+        warnings.filterwarnings("ignore", ".* no budget allocator is attached")  # dummy steps need no allocator
         for step in range(1, steps + 1):
             live.place = (step, "forward")
             outputs = model(images)
@@ -199,31 +197,31 @@ def follow_memory(model: nn.Module, images: Tensor, steps: int) -> list[dict[str
             optimizer.step()
             optimizer.zero_grad()
             del loss
-            torch.zeros(())  # a point after the gradients are gone
-    found = [{"step": 0, "phase": "start", "position": 0.0, "mib": start / 2**20}]
+            torch.zeros(())  # records a point after the gradients are freed
+    points = [{"step": 0, "phase": "start", "position": 0.0, "mib": start / 2**20}]
     for step in range(1, steps + 1):
         for number, phase in enumerate(_PHASES):
-            own = [size for at, name, size in live.points if (at, name) == (step, phase)]
+            sizes = [size for at, name, size in live.points if (at, name) == (step, phase)]
             begin = (step - 1) * len(_PHASES) + number
-            found += [
-                {"step": step, "phase": phase, "position": begin + (k + 1) / len(own), "mib": size / 2**20}
-                for k, size in enumerate(own)
+            points += [
+                {"step": step, "phase": phase, "position": begin + (k + 1) / len(sizes), "mib": size / 2**20}
+                for k, size in enumerate(sizes)
             ]
-    return found
+    return points
 
 
 def _thinned(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """At most so many points of each phase, the greatest of its neighbors each."""
-    kept: list[dict[str, Any]] = []
+    """Reduce each phase to at most `_MOST_POINTS` points by taking local maxima."""
+    maxima: list[dict[str, Any]] = []
     for place in dict.fromkeys((point["step"], point["phase"]) for point in points):
-        own = [point for point in points if (point["step"], point["phase"]) == place]
-        width = math.ceil(len(own) / _MOST_POINTS)
-        kept += [max(own[i : i + width], key=lambda point: point["mib"]) for i in range(0, len(own), width)]
-    return kept
+        group = [point for point in points if (point["step"], point["phase"]) == place]
+        width = math.ceil(len(group) / _MOST_POINTS)
+        maxima += [max(group[i : i + width], key=lambda point: point["mib"]) for i in range(0, len(group), width)]
+    return maxima
 
 
 def _draw_radar(rows: Sequence[Row]) -> Figure:
-    """Polygons on axes that leave one center, with the highest accuracy at each axis's end."""
+    """Draw one polygon per method, with the highest accuracy at the end of each axis."""
     axes_names = list(dict.fromkeys(row["axis"] for row in rows))
     methods = grouped(rows, "method")
     figure, axes = new_figure(560, 410 + 20 * -(-len(methods) // 4))
@@ -252,12 +250,15 @@ def _draw_radar(rows: Sequence[Row]) -> Figure:
 
 
 def _draw_memory(rows: Sequence[Row]) -> Figure:
-    """A line a run over the phases of the steps."""
-    figure, axes = new_figure(640, 380, f"Living tensors in training, batch {rows[0]['batch_size']}")
+    """Draw one line per run over the phases of the steps."""
+    figure, axes = new_figure(640, 380, f"Live tensors during training, batch size {rows[0]['batch_size']}")
     handles, runs = [], grouped(rows, "run")
-    for number, own in enumerate(runs.values()):
+    for number, points in enumerate(runs.values()):
         handles += axes.plot(
-            [row["position"] for row in own], [row["mib"] for row in own], color=style_of(number)[0], linewidth=1.8
+            [row["position"] for row in points],
+            [row["mib"] for row in points],
+            color=style_of(number)[0],
+            linewidth=1.8,
         )
     last = math.ceil(max(row["position"] for row in rows))
     for place in range(0, last + 1, len(_PHASES)):

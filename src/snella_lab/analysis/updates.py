@@ -1,4 +1,4 @@
-"""What runs changed in the weights: updates as pictures, their singular values, and what tasks have in common."""
+"""Plots of weight updates: images, singular values, and overlap between tasks."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ from snella_lab.analysis.plot import Plot, Row, in_order_of_depth, run_labels
 
 @dataclass(frozen=True)
 class RunUpdates:
-    """The updates of a run, made when they are asked for.
+    """Lazily computed updates of a run.
 
     Attributes:
         label: Short name of the run.
-        shapes: `[out, in]` of each matrix, by name.
-        infos: What `allocation.json` says of matrices; nothing where there is none.
-        make: From a matrix's name to its update `[out, in]`, with its scaling, float32.
+        shapes: `[out, in]` of each matrix by name.
+        infos: Entries of `allocation.json` by matrix name; empty without the file.
+        make: Function from matrix name to scaled update `[out, in]`, float32.
     """
 
     label: str
@@ -56,17 +56,18 @@ class RunUpdates:
 
 
 def read_updates(run: str | Path, label: str) -> RunUpdates:
-    """Read what a run changed: from the adapter's file alone for SNELLA and LoRA, of any task, without the backbone.
+    """Read the weight updates of a run.
 
-    The changes of other methods are the differences between the merged model's weights and the backbone's.
+    For SNELLA and LoRA, the adapter file suffices, for any task. For other methods, updates are the differences between
+    the merged model and the backbone.
 
     Raises:
-        FileNotFoundError: The run has no adapter, or the folder no run.
-        ValueError: The method changes no weights, such as prompts.
+        FileNotFoundError: If the run has no adapter or the folder holds no run.
+        ValueError: If the method changes no weights, e.g. prompts.
     """
     adapter = read_adapter(run)
     if adapter is None:
-        raise FileNotFoundError(f"run {run} has no adapter yet; give a run that finished an epoch")
+        raise FileNotFoundError(f"run {run} has no adapter yet; choose a run that has finished an epoch")
     allocation = read_if_present(Allocation, run)
     infos = {} if allocation is None else {matrix.name: matrix for matrix in allocation.matrices}
     shapes, make = adapter_updates(adapter, infos) or _of_differences(run)
@@ -74,7 +75,7 @@ def read_updates(run: str | Path, label: str) -> RunUpdates:
 
 
 def _of_differences(run: str | Path) -> UpdateSource:
-    """Differences between the merged model's matrices and the backbone's, the head aside."""
+    """Compute the differences between the matrices of merged model and backbone, without the head."""
     loaded = load_run(run, device="cpu")
     head = spec_of(loaded.model).head
     merged = merge_trained(loaded.model).state_dict()
@@ -88,45 +89,47 @@ def _of_differences(run: str | Path) -> UpdateSource:
             names = part_names(module, 3 if module.endswith("qkv") and len(difference) % 3 == 0 else 1, {})
             changed |= dict(zip(names, difference.chunk(len(names)), strict=True))
     if not changed:
-        raise ValueError(f"run must have changed matrices of its backbone, got {run} of {loaded.info.method!r}")
+        raise ValueError(
+            f"run must have changed matrices of its backbone, got {run} with method {loaded.info.method!r}"
+        )
     return {name: (len(value), value.shape[1]) for name, value in changed.items()}, changed.__getitem__
 
 
 def choose_matrix(several: Sequence[RunUpdates], name: str | None) -> str:
-    """The matrix of this name, or the deepest query projection (else the deepest matrix) that all runs have.
+    """Return the named matrix, or the deepest query projection (else the deepest matrix) common to all runs.
 
     Raises:
-        ValueError: No matrix is common to all runs, or not the named one.
+        ValueError: If the runs share no matrix, or not the named one.
     """
     common = [name for name in several[0].shapes if all(name in run.shapes for run in several)]
     if not common:
-        raise ValueError(f"runs must share a matrix to compare, got none in {', '.join(run.label for run in several)}")
+        raise ValueError(f"runs must share a matrix, got none common to {', '.join(run.label for run in several)}")
     if name is not None:
         if name not in common:
-            raise ValueError(f"matrix must be one that all runs changed, e.g. {common[0]!r}, got {name!r}")
+            raise ValueError(f"matrix must be changed by all runs, e.g. {common[0]!r}, got {name!r}")
         return name
     return deepest_query(common)
 
 
 def singular_values(update: Tensor) -> Tensor:
-    """Singular values of a matrix, descending, float64."""
+    """Return the singular values of a matrix in descending order, float64."""
     return torch.linalg.svdvals(update.double())
 
 
 def effective_rank(values: Tensor) -> float:
-    """exp(−Σ p_i log p_i) with p_i = σ_i / Σ σ (Roy and Vetterli 2007); 0 for a matrix of zeros.
+    """Compute exp(−Σ p_i log p_i) with p_i = σ_i / Σ σ (Roy and Vetterli 2007); 0 for a zero matrix.
 
     Args:
         values: Singular values.
     """
     if not values.sum():
         return 0.0
-    shares = values / values.sum()
-    return float(torch.special.entr(shares).sum().exp())
+    probs = values / values.sum()
+    return float(torch.special.entr(probs).sum().exp())
 
 
 def rank_row(update: Tensor) -> dict[str, Any]:
-    """Size, entries and ranks of one update; `rank` counts singular values that float32 can tell from zero."""
+    """Return size, density and ranks of one update; `rank` counts singular values above float32 precision."""
     values = singular_values(update)
     largest = float(values[0])
     tolerance = largest * max(update.shape) * torch.finfo(torch.float32).eps
@@ -144,19 +147,19 @@ def rank_row(update: Tensor) -> dict[str, Any]:
 
 
 def update(runs: Sequence[str | Path], *, matrix: str | None = None) -> list[Plot]:
-    """The update of one matrix as a picture, a panel a run (Figure 12a), its singular values and effective ranks.
+    """Plot the update of one matrix, one panel per run (Figure 12a), its singular values and effective ranks.
 
     Args:
-        runs: Folders of runs whose method changes weights: SNELLA and LoRA of any task, others of images.
-        matrix: Name of the matrix; the deepest query projection if None.
+        runs: Run folders: SNELLA and LoRA on any task, other weight-changing methods on image tasks.
+        matrix: Name of the matrix; None selects the deepest query projection.
 
     Returns:
-        Two plots. `update`: a row of its table is a run, with size, density and ranks of the matrix. `update-spectrum`:
-        a row is a singular value; `update-spectrum-ranks` has the ranks of all matrices of the same kind.
+        Two plots. `update` has a table row for each run with size, density and ranks of the matrix. `update-spectrum`
+        has a row for each singular value; `update-spectrum-ranks` holds the ranks of all matrices of the same type.
 
     Raises:
-        FileNotFoundError: A run has no adapter.
-        ValueError: The runs have no matrix in common, or a method changes no weights.
+        FileNotFoundError: If a run has no adapter.
+        ValueError: If the runs share no matrix or a method changes no weights.
     """
     several = [read_updates(run, label) for run, label in zip(runs, run_labels(runs), strict=True)]
     name = choose_matrix(several, matrix)
@@ -167,11 +170,11 @@ def update(runs: Sequence[str | Path], *, matrix: str | None = None) -> list[Plo
         for label, matrix_update in updates.items()
         for index, value in enumerate(singular_values(matrix_update).tolist(), start=1)
     ]
-    alike = [other for other in several[0].shapes if _without_numbers(other) == _without_numbers(name)]
+    same_type = [other for other in several[0].shapes if _without_numbers(other) == _without_numbers(name)]
     ranks = [
         {"run": run.label, "matrix": other, "position": position, **rank_row(run.make(other))}
         for run in several
-        for position, other in enumerate(alike)
+        for position, other in enumerate(same_type)
         if other in run.shapes
     ]
     return [
@@ -181,26 +184,25 @@ def update(runs: Sequence[str | Path], *, matrix: str | None = None) -> list[Plo
 
 
 def overlap(runs: Sequence[str | Path], *, matrix: str | None = None) -> list[Plot]:
-    """What the updates of several tasks have in common, by layer and by weight (Figures 12b, 12c, section 4.5).
+    """Plot the overlap between the updates of several tasks, by layer and by weight (Figures 12b, 12c, section 4.5).
 
-    Beside each number stands what chance alone would give: the same updates with their entries at random places of each
-    matrix.
+    Each value comes with its chance level: the same updates with entries at random positions of each matrix.
 
     Args:
-        runs: Folders of two runs or more, on one backbone.
-        matrix: Whose weights are counted one by one; the deepest query projection if None.
+        runs: At least two run folders with the same backbone.
+        matrix: Matrix for the plots by weight; None selects the deepest query projection.
 
     Returns:
-        Three plots. `overlap`: mean cosine similarity over all pairs of tasks, a row a layer. `overlap-frequency`: how
-        many weights are changed by 0, 1, … tasks, of the matrix and of all. `overlap-map`: by how many tasks each
-        weight of the matrix is changed; rows and columns in its table, the most frequent first.
+        Three plots. `overlap`: mean cosine similarity over all pairs of tasks, one row per layer. `overlap-frequency`:
+        number of weights changed by 0, 1, … tasks, in the matrix and in all matrices. `overlap-map`: number of tasks
+        that change each weight of the matrix; its table lists rows and columns, most frequent first.
 
     Raises:
-        FileNotFoundError: A run has no adapter.
-        ValueError: Fewer than two runs, no matrix in common, or a method that changes no weights.
+        FileNotFoundError: If a run has no adapter.
+        ValueError: If fewer than two runs are given, the runs share no matrix, or a method changes no weights.
     """
     if len(runs) < 2:
-        raise ValueError(f"overlap must compare at least 2 runs, got {len(runs)}")
+        raise ValueError(f"overlap requires at least 2 runs, got {len(runs)}")
     several = [read_updates(run, label) for run, label in zip(runs, run_labels(runs), strict=True)]
     name = choose_matrix(several, matrix)
     common = [
@@ -218,11 +220,11 @@ def overlap(runs: Sequence[str | Path], *, matrix: str | None = None) -> list[Pl
             expected += _expected_frequencies(stacked)
         rows.append({"layer": layer, "position": position, "matrices": len(names), **total.row()})
     stacked = torch.stack([run.make(name).flatten() for run in several])
-    own, chance = update_frequencies(stacked), _expected_frequencies(stacked)
+    observed, chance = update_frequencies(stacked), _expected_frequencies(stacked)
     frequencies = [
         {
             "tasks": tasks,
-            "weights": int(own[tasks]),
+            "weights": int(observed[tasks]),
             "expected_by_chance": float(chance[tasks]),
             "weights_of_all_matrices": int(counts[tasks]),
             "expected_by_chance_of_all": float(expected[tasks]),
@@ -238,21 +240,21 @@ def overlap(runs: Sequence[str | Path], *, matrix: str | None = None) -> list[Pl
 
 
 class _Similarity:
-    """Cosine similarities between the updates of `count` tasks, of several matrices as if they were one vector."""
+    """Cosine similarities between the updates of `count` tasks, with all matrices as one vector."""
 
     def __init__(self, count: int) -> None:
         self._products, self._chance, self._both = torch.zeros(3, count, count, dtype=torch.float64)
 
     def add(self, stacked: Tensor) -> None:
-        """Add a matrix, `[tasks, weights]`."""
+        """Add the updates of one matrix, `[tasks, weights]`."""
         sums = stacked.double().sum(1)
         self._products += stacked.double() @ stacked.double().T
-        self._chance += torch.outer(sums, sums) / stacked.shape[1]  # the mean over all permutations of the entries
+        self._chance += torch.outer(sums, sums) / stacked.shape[1]  # mean over all permutations of the entries
         support = (stacked != 0).double()
         self._both += support @ support.T
 
     def row(self) -> dict[str, Any]:
-        """Mean, least and greatest similarity of the pairs, that by chance, and the overlap of the supports."""
+        """Return mean, minimum and maximum similarity of all pairs, the chance level, and the support overlap."""
         norms = self._products.diagonal().sqrt()
         pairs = [(i, j) for i, j in combinations(range(len(norms)), 2) if norms[i] and norms[j]]
         if not pairs:
@@ -260,29 +262,29 @@ class _Similarity:
         cosines = [float(self._products[i, j] / (norms[i] * norms[j])) for i, j in pairs]
         chance = [float(self._chance[i, j] / (norms[i] * norms[j])) for i, j in pairs]
         sizes = self._both.diagonal()
-        shared = [float(self._both[i, j] / (sizes[i] + sizes[j] - self._both[i, j])) for i, j in pairs]
+        jaccard = [float(self._both[i, j] / (sizes[i] + sizes[j] - self._both[i, j])) for i, j in pairs]
         return {
             "pairs": len(pairs),
             "cosine": float(np.mean(cosines)),
             "least": min(cosines),
             "greatest": max(cosines),
             "chance": float(np.mean(chance)),
-            "jaccard": float(np.mean(shared)),
+            "jaccard": float(np.mean(jaccard)),
         }
 
 
 def update_frequencies(stacked: Tensor) -> np.ndarray:
-    """How many weights are changed by 0, 1, …, all tasks, `[tasks + 1]`, from updates `[tasks, weights]`."""
+    """Count the weights changed by 0, 1, …, all tasks, `[tasks + 1]`, given updates `[tasks, weights]`."""
     return torch.bincount((stacked != 0).sum(0), minlength=len(stacked) + 1).double().numpy()
 
 
 def chance_frequencies(shares: Iterable[float]) -> np.ndarray:
-    """Chances that 0, 1, … of independent tasks change a weight, each of which changes some share of all.
+    """Compute the probabilities that 0, 1, … independent tasks change a weight.
 
         The distribution of a sum of independent Bernoulli variables (Poisson binomial).
 
     Args:
-        shares: One a task.
+        shares: Fraction of changed weights of each task.
     """
     distribution = np.ones(1)
     for share in shares:
@@ -291,22 +293,22 @@ def chance_frequencies(shares: Iterable[float]) -> np.ndarray:
 
 
 def _expected_frequencies(stacked: Tensor) -> np.ndarray:
-    """What `update_frequencies` would be if the tasks chose their weights independently."""
+    """Return the expected `update_frequencies` of independent tasks."""
     return chance_frequencies((stacked != 0).double().mean(1).tolist()) * stacked.shape[1]
 
 
 def _lines(changed: Tensor) -> list[Row]:
-    """Rows (outputs) and columns (inputs) of a matrix by the mean number of tasks that change their weights."""
-    found = [
+    """Sort rows (outputs) and columns (inputs) of a matrix by the mean number of tasks that change their weights."""
+    entries = [
         {"axis": axis, "index": index, "mean_tasks": float(value)}
         for axis, means in (("row", changed.double().mean(1)), ("column", changed.double().mean(0)))
         for index, value in enumerate(means.tolist())
     ]
-    return sorted(found, key=lambda row: -float(row["mean_tasks"]))
+    return sorted(entries, key=lambda row: -float(row["mean_tasks"]))
 
 
 def _layers(names: Sequence[str], several: Sequence[RunUpdates]) -> dict[str, list[str]]:
-    """The matrices by block, in order."""
+    """Group matrices by block, in order of depth."""
     infos = {name: info for run in several for name, info in run.infos.items()}
     layers: dict[str, list[str]] = {}
     for name in names:
@@ -320,13 +322,13 @@ def _layers(names: Sequence[str], several: Sequence[RunUpdates]) -> dict[str, li
 
 
 def _without_numbers(name: str) -> str:
-    """A matrix's name without the numbers of blocks and stages."""
+    """Replace the block and stage numbers in a matrix name."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "#", name)
 
 
 def _draw_spectrum(spectrum: Sequence[Row], rows: Sequence[Row], ranks: Sequence[Row], name: str) -> Figure:
-    """Singular values relative to the largest one, and effective rank along the depth."""
-    titles = [f"Singular values of {shortened(name, 26)}", "Effective rank of each such matrix"]
+    """Draw singular values relative to the largest, and the effective rank over depth."""
+    titles = [f"Singular values of {shortened(name, 26)}", "Effective rank by depth"]
     figure, (left, right) = new_panels(860, 380, titles, 2)
     handles = []
     for number, row in enumerate(rows):
@@ -335,12 +337,12 @@ def _draw_spectrum(spectrum: Sequence[Row], rows: Sequence[Row], ranks: Sequence
         values = values[values > values.max() * 1e-7] if values.max() > 0 else values[:0]
         if len(values):
             left.plot(np.arange(1, len(values) + 1), values / values[0], color=color, linewidth=2)
-        own = [entry for entry in ranks if entry["run"] == row["run"]]
-        places, heights = [entry["position"] for entry in own], [entry["effective_rank"] for entry in own]
+        run_ranks = [entry for entry in ranks if entry["run"] == row["run"]]
+        places, heights = [entry["position"] for entry in run_ranks], [entry["effective_rank"] for entry in run_ranks]
         handles += right.plot(places, heights, color=color, linewidth=2, marker=marker, markersize=5)
     left.set_yscale("log")
     left.set(xlabel="index", ylabel="relative to the largest")
-    right.set(xlabel="matrix, in the order of the model", ylabel="effective rank")
+    right.set(xlabel="matrix (in model order)", ylabel="effective rank")
     right.set_ylim(bottom=0)
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
     labels = [f"{shortened(row['run'], 20)}: {row['effective_rank']:.1f}, rank {row['rank']}" for row in rows]
@@ -349,25 +351,27 @@ def _draw_spectrum(spectrum: Sequence[Row], rows: Sequence[Row], ranks: Sequence
 
 
 def _draw_similarity(rows: Sequence[Row]) -> Figure:
-    """Mean cosine similarity by layer with the range of the pairs, beside that by chance."""
-    figure, axes = new_figure(560, 340, "Similarity of the updates of different tasks")
-    known = [row for row in rows if row["pairs"]]
-    places = [row["position"] for row in known]
-    least, greatest = [row["least"] for row in known], [row["greatest"] for row in known]
+    """Draw mean cosine similarity by layer with the range of all pairs, and the chance level."""
+    figure, axes = new_figure(560, 340, "Cosine similarity of updates between tasks")
+    layers = [row for row in rows if row["pairs"]]
+    places = [row["position"] for row in layers]
+    least, greatest = [row["least"] for row in layers], [row["greatest"] for row in layers]
     band = axes.fill_between(places, least, greatest, color=ACCENT, alpha=0.18, linewidth=0)
-    (mean,) = axes.plot(places, [row["cosine"] for row in known], color=ACCENT, linewidth=2.2, marker="o", markersize=5)
-    chance = [row["chance"] for row in known]
+    (mean,) = axes.plot(
+        places, [row["cosine"] for row in layers], color=ACCENT, linewidth=2.2, marker="o", markersize=5
+    )
+    chance = [row["chance"] for row in layers]
     (random,) = axes.plot(places, chance, color=WARM, linewidth=1.6, linestyle=(0, (4, 3)), marker="s", markersize=4)
     axes.set_ylim(min(0, *least, 0) - 0.02, max(0.5, *greatest) + 0.05)
-    axes.set_xticks(places[:: -(-len(places) // 12)], [row["layer"] for row in known][:: -(-len(places) // 12)])
+    axes.set_xticks(places[:: -(-len(places) // 12)], [row["layer"] for row in layers][:: -(-len(places) // 12)])
     axes.set(xlabel="block", ylabel="cosine similarity")
-    add_legend(figure, [mean, band, random], ["mean of all pairs", "all pairs", "the same at random places"])
+    add_legend(figure, [mean, band, random], ["mean of all pairs", "range of all pairs", "chance level"])
     return figure
 
 
 def _draw_frequencies(rows: Sequence[Row], name: str) -> Figure:
-    """Bars: shares of the weights changed by so many tasks; marks: what independent tasks would give."""
-    figure, axes = new_figure(560, 340, f"How many tasks change a weight of {shortened(name, 28)}")
+    """Draw the number of weights by number of changing tasks as bars, and the expectation of independent tasks."""
+    figure, axes = new_figure(560, 340, f"Tasks per changed weight of {shortened(name, 28)}")
     places = [row["tasks"] for row in rows]
     bars = axes.bar(places, [row["weights"] for row in rows], width=0.75, color=ACCENT)
     chance = [row["expected_by_chance"] for row in rows]
@@ -376,16 +380,16 @@ def _draw_frequencies(rows: Sequence[Row], name: str) -> Figure:
     log_axis(axes)
     axes.grid(False, axis="x")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="tasks that change it", ylabel="weights (log scale)")
-    add_legend(figure, [bars, *marks], ["observed", "if tasks chose independently"])  # type: ignore[list-item]
+    axes.set(xlabel="number of tasks", ylabel="weights (log scale)")
+    add_legend(figure, [bars, *marks], ["observed", "expected if independent"])  # type: ignore[list-item]
     return figure
 
 
 def _draw_map(changed: Tensor, name: str, tasks: int) -> Figure:
-    """By how many tasks each weight is changed; what all share is strongest."""
+    """Draw the number of tasks that change each weight as a heat map."""
     rows, columns = changed.shape
     figure, axes = new_figure(
-        420, min(max(330 * rows / columns, 150), 560) + 130, f"Tasks that change {shortened(name, 26)}"
+        420, min(max(330 * rows / columns, 150), 560) + 130, f"Tasks changing {shortened(name, 26)}"
     )
     axes.grid(False)
     cells = (min(rows, MOST_CELLS), min(columns, MOST_CELLS))

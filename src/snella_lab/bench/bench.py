@@ -1,4 +1,4 @@
-"""Step time and memory of methods, and what one matrix costs beside its layer's product: interleaved, as medians."""
+"""Step time and memory of methods, and the cost of single operations: interleaved runs, medians."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ class BenchConfig:
     """Settings of `snella bench`.
 
     Args:
-        backbones: timm names; their weights are random.
-        batch: Images per step.
-        methods: The methods; lora is the reference of ratios.
+        backbones: timm model names; weights are random.
+        batch: Batch sizes.
+        methods: Methods to compare; ratios are relative to lora.
         r: Ranks.
-        sparsity: Fractions of the adapted weights that SNELLA leaves as they are.
-        dtype: fp32 or bf16, of weights and activations alike.
+        sparsity: Fractions of the adapted weights that SNELLA leaves unchanged.
+        dtype: fp32 or bf16, for weights and activations.
         device: cpu, cuda or cuda:1.
-        rounds: Steps of each method, of which medians are reported; 0 counts what is kept and takes none.
-        memory: Also measure the peak memory of each method, in a process of its own where there is no GPU.
+        rounds: Timed steps of each method, reported as medians; 0 only counts saved tensors.
+        memory: Also measure the peak memory of each method; on CPU, in a separate process.
         out: JSON lines file to append to.
-        figures: Folder to draw the pictures of all rows in `out` into.
+        figures: Output folder for figures of all rows in `out`.
     """
 
     backbones: list[str] = field(default_factory=lambda: ["vit_base_patch16_224"])
@@ -69,7 +69,7 @@ class BenchConfig:
     figures: str | None = None
 
     def __post_init__(self) -> None:
-        """Check everything that can be known without a model, and report all errors together."""
+        """Validate all settings and report all errors together."""
         errors = [f"batch must be at least 1, got {size}" for size in self.batch if size < 1]
         errors += [f"r must be at least 1, got {r}" for r in self.r if r < 1]
         errors += [f"sparsity must be in [0, 1), got {s}" for s in self.sparsity if not 0 <= s < 1]
@@ -85,14 +85,14 @@ class BenchConfig:
         if self.rounds < 0:
             errors.append(f"rounds must not be negative, got {self.rounds}")
         if self.rounds == 0 and self.memory:
-            errors.append("peak memory is that of steps, got memory with rounds=0; leave one out")
+            errors.append("memory requires timed steps, got rounds=0; set rounds to at least 1 or drop memory")
         if self.figures is not None and self.out is None:
-            errors.append(f"figures are drawn from the rows of a file, got figures={self.figures!r} without out")
+            errors.append(f"figures requires out, got figures={self.figures!r} without out; set out")
         if errors:
             raise ValueError("; ".join(errors))
 
     def settings(self) -> list[tuple[Workload, int]]:
-        """Every combination, with its batch size."""
+        """Return every combination of settings with its batch size."""
         axes = (self.backbones, self.r, self.sparsity, self.dtype, self.batch)
         return [
             (Workload(backbone, r, sparsity, _DTYPES[dtype], self.device), batch)
@@ -101,7 +101,7 @@ class BenchConfig:
 
 
 def grid(device: str = "cpu", out: str | None = None) -> BenchConfig:
-    """The full grid: four ViTs, batches 1 to 64, two ranks, four sparsities, two dtypes, every peer. Hours."""
+    """Return the full grid, which takes hours: four ViTs, four batch sizes, two ranks, four sparsities, two dtypes."""
     return BenchConfig(
         backbones=["vit_small_patch16_224", "vit_base_patch16_224", "vit_large_patch16_224", "vit_huge_patch14_224"],
         batch=[1, 4, 16, 64],
@@ -120,15 +120,15 @@ def grid(device: str = "cpu", out: str | None = None) -> BenchConfig:
 
 
 def op_error(impl: str, device: str = "cpu", sparsity: float = 0.7) -> str | None:
-    """Compare output and every gradient of an implementation with the reference in float64.
+    """Compare the output and every gradient of an implementation with the float64 reference.
 
     Args:
-        impl: As in `adapted_linear`.
-        device: Where.
-        sparsity: Of the update.
+        impl: Implementation, as in `adapted_linear`.
+        device: Device of the comparison.
+        sparsity: Sparsity of the update.
 
     Returns:
-        The first thing that differs by more than float32 can excuse, or `None`.
+        Message on the first tensor outside the float32 tolerance, or `None`.
     """
     for rows, n in _SHAPES:
         generator = torch.Generator().manual_seed(0)
@@ -139,22 +139,22 @@ def op_error(impl: str, device: str = "cpu", sparsity: float = 0.7) -> str | Non
         factors = Factors(A, B, piece_coeff, torch.ones(groups, device=device), torch.zeros(groups, device=device))
         budgets = tuple(max(1, int(count * n * (1 - sparsity))) for count in rows)
         update = Update(UpdateSpec(make_kernel("mix_k"), rows), factors, budgets)
-        found = _solve(update, x, weight, grad_y, impl, torch.float32)
-        exact = _solve(update, x, weight, grad_y, "reference", torch.float64)
-        for name, (mine, true) in zip(
-            ("y", "x", "A", "B", "piece_coeff", "alpha", "beta"), zip(found, exact, strict=True), strict=True
+        actual = _solve(update, x, weight, grad_y, impl, torch.float32)
+        expected = _solve(update, x, weight, grad_y, "reference", torch.float64)
+        for name, (value, exact) in zip(
+            ("y", "x", "A", "B", "piece_coeff", "alpha", "beta"), zip(actual, expected, strict=True), strict=True
         ):
-            error = (mine.double() - true).abs().max().item()
-            allowed = 2e-4 * (true.abs().max().item() + 1e-3)
-            if not error <= allowed:
-                return f"{name} differs by {error:.2e} from the reference at {[m, n]}, allowed is {allowed:.2e}"
+            error = (value.double() - exact).abs().max().item()
+            tolerance = 2e-4 * (exact.abs().max().item() + 1e-3)
+            if not error <= tolerance:
+                return f"{name} differs by {error:.2e} from the reference at {[m, n]}; the tolerance is {tolerance:.2e}"
     return None
 
 
 def _solve(update: Update, x: Tensor, weight: Tensor, grad_y: Tensor, impl: str, dtype: torch.dtype) -> list[Tensor]:
-    """Output and gradients."""
-    given = [x, *(tensor for tensor in update.factors if tensor is not None)]
-    x, *tensors = (tensor.detach().to(dtype).requires_grad_() for tensor in given)
+    """Return the output and the gradients of `x` and all factors."""
+    inputs = [x, *(tensor for tensor in update.factors if tensor is not None)]
+    x, *tensors = (tensor.detach().to(dtype).requires_grad_() for tensor in inputs)
     spec = replace(update.spec, backend=choose_backend(impl, update.spec, tensors[0])[0])
     y, _ = adapted_layer(x, weight.to(dtype), None, [Update(spec, Factors(*tensors), update.budgets)], LinearOp())
     return [y.detach(), *torch.autograd.grad(y, [x, *tensors], grad_y.to(dtype))]
@@ -162,7 +162,7 @@ def _solve(update: Update, x: Tensor, weight: Tensor, grad_y: Tensor, impl: str,
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one training step."""
+    """Duration of one training step in seconds."""
 
     forward_s: float
     backward_s: float
@@ -170,11 +170,11 @@ class StepTime:
 
 
 class Runner:
-    """A method with its optimizer, ready to step.
+    """Model and optimizer of one method.
 
     Args:
         name: One of `BASELINES`.
-        workload: What it is built for.
+        workload: Backbone, rank, sparsity, dtype and device.
     """
 
     def __init__(self, name: str, workload: Workload) -> None:
@@ -185,7 +185,7 @@ class Runner:
             BudgetAllocator(self.model, total_epochs=100, steps_per_epoch=100).attach(self.optimizer)
 
     def step(self, images: Tensor, labels: Tensor) -> StepTime:
-        """Forward, backward, optimizer."""
+        """Run and time forward, backward and optimizer."""
         start = self._now()
         loss = nn.functional.cross_entropy(self.model(images), labels)
         forward = self._now()
@@ -196,15 +196,15 @@ class Runner:
         return StepTime(forward - start, backward - forward, self._now() - start)
 
     def has_finite_gradients(self, images: Tensor, labels: Tensor) -> bool:
-        """Whether a step's gradients are there and finite; also a warm-up."""
+        """Return True if gradients exist and are finite; also serves as a warm-up."""
         nn.functional.cross_entropy(self.model(images), labels).backward()
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        found = bool(gradients) and all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
+        is_finite = bool(gradients) and all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
         self.optimizer.zero_grad()
-        return found
+        return is_finite
 
     def _now(self) -> float:
-        """A clock, once the device has done all that it was given."""
+        """Synchronize the device and return the time."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
@@ -214,11 +214,10 @@ _STEPS = 2
 
 
 def peak_mib(name: str, workload: Workload, batch: int) -> dict[str, float]:
-    """Peak memory of two training steps, in MiB.
+    """Measure the peak memory of two training steps, in MiB.
 
-    On a GPU what its allocator held at most. On the CPU the largest resident size of a process that does nothing else
-    (`peak_rss_mib`) and how much of it came after the model and its optimizer were there (`peak_step_mib`): libraries
-    and thread pools are in the first.
+    On a GPU, `peak_gpu_mib` is the allocator's peak. On the CPU, `peak_rss_mib` is the peak resident set size of a new
+    process, including libraries and thread pools, and `peak_step_mib` is its growth after building model and optimizer.
     """
     if torch.device(workload.device).type == "cuda":
         torch.cuda.empty_cache()
@@ -229,18 +228,18 @@ def peak_mib(name: str, workload: Workload, batch: int) -> dict[str, float]:
 
 
 def peak_of_child(function: Callable[..., float], name: str, *args: Any) -> dict[str, float]:
-    """Peak resident size of a new process that calls `function(name, *args)`.
+    """Measure the peak resident set size of a new process that calls `function(name, *args)`.
 
     Args:
-        function: Importable by name. Returns its process's peak at the point that `peak_step_mib` counts from.
-        name: Of what it runs, for the error.
+        function: Importable function that returns the process's peak before the part of interest.
+        name: First argument, named in the error.
         args: Further arguments.
 
     Returns:
-        `peak_rss_mib`, and `peak_step_mib`, the rise since that point.
+        `peak_rss_mib`, the total peak, and `peak_step_mib`, the peak minus the returned value.
 
     Raises:
-        RuntimeError: The process ended without a result.
+        RuntimeError: If the process exits without a result.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -251,13 +250,13 @@ def peak_of_child(function: Callable[..., float], name: str, *args: Any) -> dict
         return receiver.recv()
     except EOFError:
         process.join()
-        raise RuntimeError(f"measuring the memory of {name!r} ended with exit code {process.exitcode}") from None
+        raise RuntimeError(f"memory measurement of {name!r} failed with exit code {process.exitcode}") from None
     finally:
         process.join()
 
 
 def _send_peak(sender: Any, threads: int, function: Callable[..., float], *args: Any) -> None:
-    """Call the function in this process and send its peak."""
+    """Call the function in this process and send the peak memory."""
     torch.set_num_threads(threads)
     before = function(*args)
     peak = peak_rss_mib()
@@ -265,7 +264,7 @@ def _send_peak(sender: Any, threads: int, function: Callable[..., float], *args:
 
 
 def _run(name: str, workload: Workload, batch: int) -> float:
-    """Take the steps; returns the peak so far, before the first."""
+    """Run the steps and return the peak memory before the first one."""
     runner, (images, labels) = Runner(name, workload), random_batch(workload, batch)
     before = peak_rss_mib()
     for _ in range(_STEPS):
@@ -273,7 +272,7 @@ def _run(name: str, workload: Workload, batch: int) -> float:
     return before
 
 
-_WARM_UP = 2  # steps before the clock
+_WARM_UP = 2  # untimed steps
 _IMPLEMENTATIONS = {
     "snella": "auto",
     "snella-keep-delta": "auto",
@@ -288,37 +287,37 @@ _SHOWN = ("contender", "forward_s", "backward_s", "step_s", f"step_over_{REFEREN
 def bench(config: BenchConfig, console: Console | None = None) -> list[dict[str, Any]]:
     """Time training steps of all methods on the same images.
 
-    In each round every method takes one step, in an order that changes from round to round, after two steps that
-    are not timed. A method whose op differs from the reference, or whose gradients are not finite, gets no row.
+    After two warm-up steps, every method takes one step in each round, in random order. A method gets no row if its op
+    differs from the reference or its gradients are not finite.
 
     Args:
-        config: What to measure.
-        console: Where to write; standard output if None.
+        config: Settings.
+        console: Output; stdout if None.
 
     Returns:
         The rows, also appended to `config.out`.
 
     Raises:
-        ValueError: The device cannot be used here.
+        ValueError: If the device is not available.
     """
     _check_device(config.device)
     console = console or make_console()
     rows = []
     for workload, batch in config.settings():
-        found = _measure(config, workload, batch, console)
-        gc.collect()  # models and optimizers hold each other, and the next setting needs their memory
-        console.print(_table(found, workload, batch))
+        new_rows = _measure(config, workload, batch, console)
+        gc.collect()  # frees reference cycles of models and optimizers before the next setting
+        console.print(_table(new_rows, workload, batch))
         if config.out is not None:
-            append_rows(config.out, found)
-        rows.extend(found)
+            append_rows(config.out, new_rows)
+        rows.extend(new_rows)
     if config.figures is not None and config.out is not None:
         for path in draw_figures(config.out, config.figures):
-            print_line(console, f"picture {path}")
+            print_line(console, f"figure: {path}")
     return rows
 
 
 def _check_device(device: str) -> None:
-    """Raise a ValueError where torch cannot put a tensor on the device."""
+    """Raise a ValueError if torch cannot allocate on the device."""
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
@@ -327,7 +326,7 @@ def _check_device(device: str) -> None:
 
 
 def _measure(config: BenchConfig, workload: Workload, batch: int, console: Console) -> list[dict[str, Any]]:
-    """Rows of one setting."""
+    """Measure one setting and return its rows."""
     if not config.rounds:
         return _count(config, workload, batch)
     images, labels = random_batch(workload, batch)
@@ -341,7 +340,7 @@ def _measure(config: BenchConfig, workload: Workload, batch: int, console: Conso
         if error is None:
             runners[name] = runner
         else:
-            print_line(console, f"{name} is not timed: {error}")
+            print_line(console, f"skipped {name}: {error}")
     for runner in runners.values():
         for _ in range(_WARM_UP):
             runner.step(images, labels)
@@ -365,7 +364,7 @@ def _measure(config: BenchConfig, workload: Workload, batch: int, console: Conso
 
 
 def _count(config: BenchConfig, workload: Workload, batch: int) -> list[dict[str, Any]]:
-    """Rows of one setting without times: one model at a time, and a forward pass of each."""
+    """Count saved tensors and parameters of one setting from one forward pass of each model."""
     images, _ = random_batch(workload, batch)
     common = {"benchmark": "kept_bytes", **_described(workload, batch), **conditions(workload.device)}
     rows = []
@@ -376,13 +375,13 @@ def _count(config: BenchConfig, workload: Workload, batch: int) -> list[dict[str
 
 
 def _described(workload: Workload, batch: int) -> dict[str, Any]:
-    """A setting, as its rows have it."""
-    described = {key: value for key, value in asdict(workload).items() if key not in ("dtype", "device")}
-    return {**described, "dtype": str(workload.dtype).removeprefix("torch."), "batch": batch}
+    """Return the row fields that describe a setting."""
+    fields = {key: value for key, value in asdict(workload).items() if key not in ("dtype", "device")}
+    return {**fields, "dtype": str(workload.dtype).removeprefix("torch."), "batch": batch}
 
 
 def _counted(model: nn.Module, images: Tensor) -> dict[str, Any]:
-    """What autograd keeps of a forward pass in training, and parameters."""
+    """Count the tensors that autograd saves in a forward pass, and the parameters."""
     return {
         "saved_mib": round(record_forward(model.train(), images).kept / 2**20, 1),
         "weights": sum(p.numel() for p in model.parameters()),
@@ -391,20 +390,20 @@ def _counted(model: nn.Module, images: Tensor) -> dict[str, Any]:
 
 
 def _summary(steps: list[StepTime], peer: list[StepTime] | None) -> dict[str, Any]:
-    """Medians, and the ratio to the peer round by round."""
-    found: dict[str, Any] = {
+    """Return median times and the median ratio to the reference, paired by round."""
+    summary: dict[str, Any] = {
         key: round(statistics.median(getattr(step, key) for step in steps), 4)
         for key in ("forward_s", "backward_s", "step_s")
     }
     if peer:
-        ratios = [mine.step_s / theirs.step_s for mine, theirs in zip(steps, peer, strict=True)]
-        found[f"step_over_{REFERENCE}"] = round(statistics.median(ratios), 3)
-        found[f"step_over_{REFERENCE}_quartiles"] = [round(q, 3) for q in quartiles(ratios)]
-    return found
+        ratios = [step.step_s / reference.step_s for step, reference in zip(steps, peer, strict=True)]
+        summary[f"step_over_{REFERENCE}"] = round(statistics.median(ratios), 3)
+        summary[f"step_over_{REFERENCE}_quartiles"] = [round(q, 3) for q in quartiles(ratios)]
+    return summary
 
 
 def quartiles(values: list[float]) -> tuple[float, float]:
-    """First and third quartile."""
+    """Return the first and third quartile."""
     if len(values) < 2:
         return values[0], values[0]
     first, _, third = statistics.quantiles(values, n=4, method="inclusive")
@@ -412,7 +411,7 @@ def quartiles(values: list[float]) -> tuple[float, float]:
 
 
 def _table(rows: list[dict[str, Any]], workload: Workload, batch: int) -> Table:
-    """The table for the terminal."""
+    """Return the console table of one setting."""
     peak = next((key for key in ("peak_gpu_mib", "peak_rss_mib") if rows and key in rows[0]), None)
     shown = [*_SHOWN, *([peak] if peak else [])]
     dtype = str(workload.dtype).removeprefix("torch.")
@@ -425,21 +424,21 @@ def _table(rows: list[dict[str, Any]], workload: Workload, batch: int) -> Table:
 def measure_sampling(
     m: int, n: int, *, tokens: int = 3152, density: float = 0.01, r: int = 8, rounds: int = 5
 ) -> dict[str, Any]:
-    """Time `∂L/∂W = grad_yᵀ x` where `S` is not zero, interleaved with all of it.
+    """Time `∂L/∂W = grad_yᵀ x` at the nonzero entries of `S`, interleaved with the dense product.
 
     Args:
-        m: Outputs.
-        n: Inputs.
+        m: Output features.
+        n: Input features.
         tokens: Rows of `x` and `grad_y`.
-        density: Fraction of the entries that are kept.
+        density: Fraction of nonzero entries in `S`.
         r: Rank.
-        rounds: How often; medians are reported.
+        rounds: Number of rounds, reported as medians.
 
     Returns:
-        A row: seconds of both, and their ratio.
+        A row with both times in seconds and their ratio.
 
     Raises:
-        RuntimeError: The sampled entries differ from the product's.
+        RuntimeError: If the sampled entries differ from those of the dense product.
     """
     factors, generator = _random_factors(m, n, r)
     spec, budget = UpdateSpec(make_kernel("mix_k"), (m,), backend="numba"), round(density * m * n)
@@ -447,7 +446,7 @@ def measure_sampling(
     backend = NumbaBackend()
     (matrix,) = backend.merge(spec, factors, (budget,)).workspace
     if matrix is None:
-        raise RuntimeError(f"density must leave entries to sample, got {density}")
+        raise RuntimeError(f"density must keep at least one entry, got {density}; increase it")
 
     def sampled() -> Tensor:
         out = torch.zeros(m, n)
@@ -461,7 +460,7 @@ def measure_sampling(
     if int(some.count_nonzero()) != budget or not torch.allclose(
         some, torch.where(some == 0, some, whole), atol=1e-3 * float(whole.abs().max())
     ):
-        raise RuntimeError(f"density {density} is not timed: the sampled entries differ from the product's")
+        raise RuntimeError(f"sampled entries differ from the dense product at density {density}; nothing was timed")
     sampled_s, dense_s, ratio = _interleaved(sampled, dense, rounds)
     return {
         "benchmark": "sampled_gradient",
@@ -480,27 +479,27 @@ def measure_sampling(
 def measure_matrix(
     m: int, n: int, *, tokens: int = 1576, r: int = 8, sparsity: float = 0.7, rounds: int = 9, impl: str = "auto"
 ) -> dict[str, Any]:
-    """Time merging, exact selection and the effective weight of one matrix, interleaved with its forward product.
+    """Time the effective weight of one matrix (merge, exact selection, addition), interleaved with its forward product.
 
     Args:
-        m: Outputs.
-        n: Inputs.
-        tokens: Rows of the product's input.
+        m: Output features.
+        n: Input features.
+        tokens: Rows of the input.
         r: Rank.
-        sparsity: Of the update.
-        rounds: How often; medians are reported.
-        impl: As in `adapted_linear`.
+        sparsity: Sparsity of the update.
+        rounds: Number of rounds, reported as medians.
+        impl: Implementation, as in `adapted_linear`.
 
     Returns:
-        A row: seconds, their ratio, and `extra_over_matrix`, the memory held at most on top of weight and factors in
-        units of the matrix's own size (the effective weight itself is one of them).
+        A row with both times in seconds, their ratio and `extra_over_matrix`: the peak memory on top of weight and
+        factors, in multiples of the matrix size. The effective weight itself counts as 1.
 
     Raises:
-        RuntimeError: The op differs from the reference.
+        RuntimeError: If the op differs from the reference.
     """
     error = op_error(impl, sparsity=sparsity)
     if error is not None:
-        raise RuntimeError(f"impl={impl!r} is not timed: {error}")
+        raise RuntimeError(f"impl={impl!r} does not match the reference: {error}; nothing was timed")
     factors, generator = _random_factors(m, n, r)
     weight, x = torch.randn(m, n, generator=generator), torch.randn(tokens, n, generator=generator)
     spec, budgets = UpdateSpec(make_kernel("mix_k"), (m,)), (int(m * n * (1 - sparsity)),)
@@ -533,21 +532,21 @@ def measure_matrix(
 def measure_competition(
     backbone: str = "vit_base_patch16_224", *, batch: int = 4, r: int = 8, sparsity: float = 0.7, rounds: int = 5
 ) -> dict[str, Any]:
-    """Time both levels of the competition in a training step of SNELLA, in processor time.
+    """Measure the CPU time of layer-level and weight-level competition in a SNELLA training step.
 
-    Layer level: the importance, once a step, and the allocation of the budget, once an epoch. Weight level: selecting
-    the entries that survive, which is the time of all effective weights less that of the same with every entry kept;
-    a step does it once, and the backward pass reuses the thresholds.
+    Layer level: importance, once per step, and budget allocation, once per epoch. Weight level: selection, computed as
+    the time of all effective weights minus the time without selection. A step selects once; the backward pass reuses
+    the thresholds.
 
     Args:
-        backbone: A timm name.
-        batch: Images per step.
+        backbone: A timm model name.
+        batch: Batch size.
         r: Rank.
-        sparsity: Of the update.
-        rounds: How often; medians are reported.
+        sparsity: Sparsity of the update.
+        rounds: Number of rounds, reported as medians.
 
     Returns:
-        A row: seconds of a step and of each part, and `competition_over_step`.
+        A row with the seconds of a step and of each part, and `competition_over_step`.
     """
     workload = Workload(backbone, r, sparsity)
     images, labels = random_batch(workload, batch)
@@ -567,8 +566,8 @@ def measure_competition(
         for layer in layers:
             update, weight = layer.get_update("default"), cast(Tensor, layer.get_base_layer().weight)
             if not selects:
-                every = tuple(rows * weight.shape[1] for rows in update.spec.row_counts)
-                update = update._replace(budgets=every)
+                full_budgets = tuple(rows * weight.shape[1] for rows in update.spec.row_counts)
+                update = update._replace(budgets=full_budgets)
             compute_effective_weight(weight, [update._replace(thresholds=None)], weight.shape)
 
     parts: dict[str, Callable[[], object]] = {
@@ -579,36 +578,36 @@ def measure_competition(
         "merge_and_select_s": lambda: merge(selects=True),
     }
     times: dict[str, list[float]] = {name: [] for name in parts}
-    for turn in range(rounds + 1):  # the first one compiles
+    for k in range(rounds + 1):  # round 0 compiles
         for name, part in parts.items():
             start = time.process_time()
             part()
-            times[name] += [time.process_time() - start] if turn else []
-    found = {name: round(statistics.median(values), 5) for name, values in times.items()}
-    select_s = found["merge_and_select_s"] - found["merge_s"]
-    step_s = found["learn_s"] + found["importance_s"]
+            times[name] += [time.process_time() - start] if k else []
+    medians = {name: round(statistics.median(values), 5) for name, values in times.items()}
+    select_s = medians["merge_and_select_s"] - medians["merge_s"]
+    step_s = medians["learn_s"] + medians["importance_s"]
     return {
         "benchmark": "competition",
         **_described(workload, batch),
         "rounds": rounds,
         "clock": "process time",
         **conditions("cpu"),
-        **found,
+        **medians,
         "select_s": round(select_s, 5),
         "step_s": round(step_s, 5),
-        "competition_over_step": round((select_s + found["importance_s"]) / step_s, 4),
+        "competition_over_step": round((select_s + medians["importance_s"]) / step_s, 4),
     }
 
 
 def _random_factors(m: int, n: int, r: int) -> tuple[Factors, torch.Generator]:
-    """Factors of one matrix, the same ones every time, and the generator that drew them."""
+    """Return the factors of one matrix from a fixed seed, and the generator."""
     generator = torch.Generator().manual_seed(0)
     A, B = torch.randn(1, n, r, generator=generator) * n**-0.5, torch.randn(m, r, generator=generator) * m**-0.5
     return Factors(A, B, torch.tensor([[0.1, -0.1]]), torch.ones(1), torch.zeros(1)), generator
 
 
 def _interleaved(first: Callable[[], object], second: Callable[[], object], rounds: int) -> tuple[float, float, float]:
-    """Median seconds of two functions that are called in turn, and the median of their ratios."""
+    """Return the median seconds of two functions called alternately, and the median of their ratios."""
     times: list[tuple[float, float]] = []
     for _ in range(rounds):
         start = time.perf_counter()
@@ -616,24 +615,24 @@ def _interleaved(first: Callable[[], object], second: Callable[[], object], roun
         middle = time.perf_counter()
         second()
         times.append((middle - start, time.perf_counter() - middle))
-    ratio = statistics.median(mine / theirs for mine, theirs in times)
-    mine, theirs = (round(statistics.median(values), 5) for values in zip(*times, strict=True))
-    return mine, theirs, round(ratio, 3)
+    ratio = statistics.median(first_s / second_s for first_s, second_s in times)
+    first_s, second_s = (round(statistics.median(values), 5) for values in zip(*times, strict=True))
+    return first_s, second_s, round(ratio, 3)
 
 
 def _extra_bytes(function: Callable[[], Tensor]) -> int:
-    """Most that a call holds at once: numpy's arrays as Python counts them, torch's tensors as its profiler does."""
+    """Return the peak bytes of a call: NumPy arrays from tracemalloc plus torch tensors from the profiler."""
     tracemalloc.start()
     try:
         with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             result = function()
-        by_numpy = tracemalloc.get_traced_memory()[1]
+        numpy_peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    held = most = 0
+    current = peak = 0
     for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
         if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
+            current += event.nbytes()
+            peak = max(peak, current)
     del result
-    return by_numpy + most
+    return numpy_peak + peak

@@ -1,4 +1,4 @@
-"""Rows of results: provenance, JSON lines, tables and figures."""
+"""Benchmark rows: provenance, JSON lines, tables and figures."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PACKAGES = ("torch", "peft", "timm", "numpy", "numba", "triton")
 
 
 def conditions(device: str) -> dict[str, Any]:
-    """Command without its output path, machine, versions, commit and date."""
+    """Return the provenance of a row: command without its output path, device, versions, commit and date."""
     words = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
     git = ["git", "-C", str(Path(__file__).parent)]
     return {
@@ -37,7 +37,7 @@ def conditions(device: str) -> dict[str, Any]:
 
 
 def device_name(device: str) -> str:
-    """What a row calls the machine; a CPU says that it is one."""
+    """Return the device name of a row; CPU names start with "cpu"."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu, {torch.get_num_threads()} threads, {_processor()}"
@@ -52,11 +52,11 @@ def append_rows(path: str | Path, rows: list[dict[str, Any]]) -> None:
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """Rows of a file; a line that was cut off at its end is left out.
+    """Read a JSON lines file; skip a truncated last line.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: Another line is damaged.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If any other line is invalid JSON.
     """
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     rows = []
@@ -70,7 +70,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _processor() -> str:
-    """The processor's name, where the system tells."""
+    """Return the CPU model name, or the architecture where the system does not report one."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text(encoding="utf-8").splitlines():
@@ -80,7 +80,7 @@ def _processor() -> str:
 
 
 def _output(command: list[str]) -> str:
-    """What a command prints; nothing where it fails."""
+    """Return a command's stdout, empty if it cannot run."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     except OSError:
@@ -91,22 +91,22 @@ _BEGIN, _END = "<!-- rows of benchmarks/results.jsonl begin -->", "<!-- rows end
 
 
 def performance_section(rows: list[dict[str, Any]]) -> str:
-    """Markdown tables of the latest row of each setting: step times with their ratio to LoRA, and single matrices.
+    """Format the latest row of each setting as Markdown tables: step times relative to LoRA, memory and kernels.
 
-    Rows of one setting that were measured with other numbers of rounds stay beside each other, as ratios hold within a
-    run alone; a run all of whose methods were measured again later is left out.
+    Rows of one setting with different `rounds` get separate tables, because ratios are comparable only within a run.
+    A run is dropped when a later run of the same setting covers all of its methods.
     """
     runs: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for row in rows:
         if _is_step(row):
             run = tuple(row[name] for name in ("backbone", "batch", "r", "sparsity", "dtype", "device", "rounds"))
-            earlier = runs.pop(run, {})  # and to the end: the order is that of the last measurement
+            earlier = runs.pop(run, {})  # re-insert at the end: order by latest measurement
             runs[run] = earlier | {row["contender"]: row}
     order = list(runs)
     groups = {
-        run: list(found.values())
-        for k, (run, found) in enumerate(runs.items())
-        if not any(later[:-1] == run[:-1] and found.keys() <= runs[later].keys() for later in order[k + 1 :])
+        run: list(methods.values())
+        for k, (run, methods) in enumerate(runs.items())
+        if not any(later[:-1] == run[:-1] and methods.keys() <= runs[later].keys() for later in order[k + 1 :])
     }
     parts = [_step_table(key, group) for key, group in groups.items()]
     parts += _memory_tables(rows)
@@ -125,29 +125,29 @@ def performance_section(rows: list[dict[str, Any]]) -> str:
 
 
 def _is_step(row: dict[str, Any]) -> bool:
-    """Whether a row is a step's time; on the CPU `snella-keep-delta` was a second measurement of `snella`."""
+    """Return True for a step time row, except `snella-keep-delta` on CPU, which repeats `snella`."""
     is_repeated = row.get("contender") == "snella-keep-delta" and row["device"].startswith("cpu")
     return row.get("benchmark") == "step_time" and not is_repeated
 
 
 def update_document(path: str | Path, rows_file: str | Path) -> bool:
-    """Put the tables between the two marks of a Markdown file.
+    """Write the performance tables between the markers of a Markdown file.
 
     Returns:
-        Whether the file changed.
+        True if the file changed.
 
     Raises:
-        ValueError: The file has no marks.
+        ValueError: If the file has no markers.
     """
     return put_between(path, _BEGIN, _END, performance_section(read_rows(rows_file)))
 
 
 def put_between(path: str | Path, begin: str, end: str, section: str) -> bool:
-    """Put text between two marks of a Markdown file; returns and raises as `update_document`."""
+    """Replace the text between two markers of a Markdown file; see `update_document`."""
     file = Path(path)
     text = file.read_text(encoding="utf-8")
     if begin not in text or end not in text:
-        raise ValueError(f"{file} has no place for the rows; put the lines {begin!r} and {end!r} into it")
+        raise ValueError(f"{file} must contain the markers {begin!r} and {end!r}; add both lines")
     before, _, rest = text.partition(begin)
     after = rest.partition(end)[2]
     updated = f"{before}{begin}\n\n{section}\n\n{end}{after}"
@@ -157,19 +157,19 @@ def put_between(path: str | Path, begin: str, end: str, section: str) -> bool:
 
 
 def _markdown(title: str, head: list[str], rows: list[list[str]]) -> str:
-    """A table below its title."""
+    """Return a Markdown table with a title."""
     lines = [" | ".join(cells) for cells in (head, *rows)]
     return "\n".join([title, "", f"| {lines[0]} |", "|---" * len(head) + "|", *(f"| {line} |" for line in lines[1:])])
 
 
 def _step_table(key: tuple[Any, ...], rows: list[dict[str, Any]]) -> str:
-    """One setting."""
+    """Return the step time table of one setting."""
     backbone, batch, r, sparsity, dtype, device, rounds = key
     memory = next((name for name in ("peak_gpu_mib", "peak_rss_mib") if any(name in row for row in rows)), None)
-    head = ["", "step", "÷ LoRA (quartiles)", "kept for backward"] + ([_MEMORY[memory]] if memory else [])
+    head = ["", "step", "vs. LoRA (quartiles)", "saved for backward"] + ([_MEMORY[memory]] if memory else [])
     title = (
         f"**{backbone}, batch {batch}, r {r}, sparsity {sparsity}, {dtype}** · {device} · commit {rows[0]['commit']}"
-        f"{' with changes' if rows[0]['dirty'] else ''}, {rows[0]['date'][:10]}, medians of {rounds}"
+        f"{' (modified)' if rows[0]['dirty'] else ''}, {rows[0]['date'][:10]}, median of {rounds}"
     )
     lines = []
     for row in rows:
@@ -182,65 +182,65 @@ def _step_table(key: tuple[Any, ...], rows: list[dict[str, Any]]) -> str:
 
 
 def _memory_tables(rows: list[dict[str, Any]]) -> list[str]:
-    """What methods keep for the backward pass, by size of the backbone: a table for each setting that has several."""
+    """Return tables of saved tensors by backbone size, one for each setting with at least two backbones."""
     latest = {_key(row)[:-1]: row for row in rows if row["benchmark"] == "kept_bytes"}
     tables = []
     for (batch, dtype, r, sparsity), part in _grouped(list(latest.values()), "batch", "dtype", "r", "sparsity").items():
         counted: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
-        for row in part:  # counted from shapes, so that machines do not matter
+        for row in part:  # counted from shapes, independent of the device
             counted[row["backbone"]][row["contender"]] = row
-        counted = {name: found for name, found in counted.items() if {REFERENCE, "snella"} <= found.keys()}
+        counted = {name: methods for name, methods in counted.items() if {REFERENCE, "snella"} <= methods.keys()}
         if len(counted) < 2:
             continue
-        names = sorted({name for found in counted.values() for name in found} - {REFERENCE}, key=_place)
+        names = sorted({name for methods in counted.values() for name in methods} - {REFERENCE}, key=_place)
         settings = f"batch {batch}, r {r}, sparsity {sparsity}, {dtype}"
-        title = f"**Kept for the backward pass by size of model, {settings}** (÷ LoRA); counted"
+        title = f"**Saved for backward by model size, {settings}** (ratio to LoRA), counted from shapes"
         lines = []
-        for backbone, found in sorted(counted.items(), key=lambda one: one[1][REFERENCE]["weights"]):
-            kept = found[REFERENCE]["saved_mib"]
-            cells = [f"{backbone}, {found[REFERENCE]['weights'] / 1e6:.0f} M", f"{kept:,.0f} MiB"]
+        for backbone, methods in sorted(counted.items(), key=lambda item: item[1][REFERENCE]["weights"]):
+            saved = {name: row["saved_mib"] for name, row in methods.items()}
+            reference = saved[REFERENCE]
+            cells = [f"{backbone}, {methods[REFERENCE]['weights'] / 1e6:.0f} M", f"{reference:,.0f} MiB"]
             cells += [
-                f"{found[name]['saved_mib']:,.0f} MiB ({found[name]['saved_mib'] / kept:.2f})" if name in found else ""
-                for name in names
+                f"{saved[name]:,.0f} MiB ({saved[name] / reference:.2f})" if name in saved else "" for name in names
             ]
             lines.append(cells)
         tables.append(_markdown(title, ["backbone", REFERENCE, *names], lines))
     return tables
 
 
-_MEMORY = {"peak_gpu_mib": "peak memory", "peak_rss_mib": "peak resident size"}
+_MEMORY = {"peak_gpu_mib": "peak memory", "peak_rss_mib": "peak RSS"}
 
 
 def _matrix_table(rows: list[dict[str, Any]]) -> str:
-    """Single matrices."""
+    """Return the table of single-matrix measurements."""
     where = f"{rows[0]['device']}, {rows[0]['date'][:10]}"
-    head = ["matrix", "seconds", "÷ its forward product", "tokens of the product", "extra memory ÷ its own size"]
+    head = ["matrix", "seconds", "relative to the forward product", "tokens", "extra memory / matrix size"]
     lines = []
     for row in rows:
         (m, n), ratio, extra = row["shape"], row["effective_over_product"], row["extra_over_matrix"]
         lines.append([f"{m}×{n}", f"{row['effective_s']:.4f}", str(ratio), f"{row['tokens']:,}", str(extra)])
-    return _markdown(f"**One matrix merged, selected exactly and added to its weight** · {where}", head, lines)
+    return _markdown(f"**Effective weight of one matrix: merge, exact selection, addition** · {where}", head, lines)
 
 
 def _sampling_table(rows: list[dict[str, Any]]) -> str:
-    """The sampled gradient beside the whole product: a line for each matrix and number of tokens."""
+    """Return the table of sampled vs. dense weight gradients, a line for each matrix and number of tokens."""
     densities = sorted({row["density"] for row in rows})
     where = f"{rows[0]['device']}, {rows[0]['date'][:10]}"
     lines = []
-    found: dict[tuple[int, int, int], dict[float, float]] = {}
+    by_shape: dict[tuple[int, int, int], dict[float, float]] = {}
     for row in rows:
-        found.setdefault((*row["shape"], row["tokens"]), {})[row["density"]] = row["sampled_over_dense"]
-    for (m, n, tokens), ratios in found.items():
+        by_shape.setdefault((*row["shape"], row["tokens"]), {})[row["density"]] = row["sampled_over_dense"]
+    for (m, n, tokens), ratios in by_shape.items():
         cells = [f"{ratios[density]:.2f}" if density in ratios else "" for density in densities]
         lines.append([f"{m}×{n}", f"{tokens:,}", *cells])
-    title = f"**A weight's gradient at its kept entries alone ÷ the whole product** · {where}"
-    return _markdown(title, ["matrix", "tokens", *(f"{density:.1%} kept" for density in densities)], lines)
+    title = f"**Sparse weight gradient (SDDMM): time relative to the dense product** · {where}"
+    return _markdown(title, ["matrix", "tokens", *(f"density {density:.1%}" for density in densities)], lines)
 
 
 def _competition_table(rows: list[dict[str, Any]]) -> str:
-    """The competition's own time: a line for each backbone and batch."""
-    where = f"{rows[0]['device']}, {rows[0]['date'][:10]}, medians of {rows[0]['rounds']}, {rows[0]['clock']}"
-    head = ["", "whole step", "importance", "selection", "share of the step", "allocation, once an epoch"]
+    """Return the table of importance, selection and allocation time, a line for each backbone and batch size."""
+    where = f"{rows[0]['device']}, {rows[0]['date'][:10]}, median of {rows[0]['rounds']}, {rows[0]['clock']}"
+    head = ["", "step", "importance", "selection", "fraction of the step", "allocation, once per epoch"]
     lines = [
         [
             f"{row['backbone']}, batch {row['batch']}",
@@ -251,7 +251,7 @@ def _competition_table(rows: list[dict[str, Any]]) -> str:
         ]
         for row in rows
     ]
-    return _markdown(f"**Competition alone** · {where}", head, lines)
+    return _markdown(f"**Overhead of importance, selection and allocation** · {where}", head, lines)
 
 
 _COMMON = ("dtype", "r", "sparsity", "device")
@@ -262,14 +262,14 @@ _ORDER = (
 
 
 def draw_figures(rows_file: str | Path, folder: str | Path) -> list[Path]:
-    """Draw every picture that the rows allow.
+    """Draw step time over batch size and memory over model size.
 
     Args:
-        rows_file: JSON lines of `bench`. Of several rows of one setting the last one counts.
-        folder: Where the SVG files go.
+        rows_file: JSON lines of `bench`. The last row of a setting counts.
+        folder: Output folder for the SVG files.
 
     Returns:
-        Their paths.
+        Paths of the SVG files.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -280,21 +280,21 @@ def draw_figures(rows_file: str | Path, folder: str | Path) -> list[Path]:
         if len({row["batch"] for row in part}) > 1:
             path = folder / f"time-{backbone}{_suffix(*common)}.svg"
             title = f"{backbone}, {_words(*common)}"
-            drawn.append(_lines(path, part, "batch", "step_s", title, "images per step", "seconds per step"))
+            drawn.append(_lines(path, part, "batch", "step_s", title, "batch size", "seconds per step"))
     for (batch, *common), part in _grouped(rows, "batch", *_COMMON).items():
         memory = next((key for key in ("peak_gpu_mib", "peak_step_mib", "counted_mib") if key in part[0]), None)
         if memory is not None and len({row["backbone"] for row in part}) > 1:
             path = folder / f"memory-batch{batch}{_suffix(*common)}.svg"
-            label = {"counted_mib": "memory by count (MiB)"}.get(memory, "peak memory (MiB)")
+            label = {"counted_mib": "estimated memory (MiB)"}.get(memory, "peak memory (MiB)")
             title = f"batch {batch}, {_words(*common)}"
             drawn.append(_lines(path, part, "million", memory, title, "weights (millions)", label))
     return drawn
 
 
 def _counted_mib(row: dict[str, Any]) -> float:
-    """What a step needs by count: weights, kept activations, and of what is trained gradients and AdamW's two moments.
+    """Estimate step memory: weights, saved tensors, gradients and AdamW's two moments of trainable parameters.
 
-    SNELLA's importance is two more averages, in float32.
+    SNELLA's importance adds two float32 averages for each trainable parameter.
     """
     bytes_each = 2 if row["dtype"] in ("bfloat16", "float16") else 4
     importance = 2 * 4 * row["trainable"] if row["contender"].startswith("snella") else 0
@@ -302,12 +302,12 @@ def _counted_mib(row: dict[str, Any]) -> float:
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What makes two rows measurements of the same thing."""
+    """Return the setting that a row measures."""
     return tuple(row.get(name) for name in ("contender", "backbone", "r", "sparsity", "dtype", "batch", "device"))
 
 
 def _grouped(rows: list[dict[str, Any]], *names: str) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
-    """Rows that share some values."""
+    """Group rows by the values of `names`."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         groups[tuple(row[name] for name in names)].append(row)
@@ -315,13 +315,13 @@ def _grouped(rows: list[dict[str, Any]], *names: str) -> dict[tuple[Any, ...], l
 
 
 def _lines(path: Path, rows: list[dict[str, Any]], x: str, y: str, title: str, x_label: str, y_label: str) -> Path:
-    """One line per method."""
+    """Draw one line per method."""
     figure, axes = new_figure(*CURVE, title)
     names = sorted({row["contender"] for row in rows}, key=_place)
     for name in names:
         points = sorted((row[x], row[y]) for row in rows if row["contender"] == name and y in row)
         color = COLORS[_place(name)[0] % len(COLORS)]
-        # the peer is dashed and on top: where another's line is the same, both are seen
+        # the reference is dashed and on top, so that an identical line below it stays visible
         style: dict[str, Any] = {"linestyle": "--", "zorder": 3} if name == REFERENCE else {}
         axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=color, label=name, **style)
     axes.set_xlabel(x_label)
@@ -335,17 +335,17 @@ def _lines(path: Path, rows: list[dict[str, Any]], x: str, y: str, title: str, x
 
 
 def _place(name: str) -> tuple[int, str]:
-    """The position of a method among the others, which decides its color."""
+    """Return the position of a method, which selects its color."""
     return _ORDER.index(name) if name in _ORDER else len(_ORDER), name
 
 
 def _words(dtype: str, r: int, sparsity: float, device: str) -> str:
-    """What a picture's rows have in common; a CPU says that it is one."""
+    """Return the settings shared by a figure's rows; CPU devices read "CPU"."""
     where = device.partition(",")[0].upper() if device.startswith("cpu") else device
     return f"{dtype}, r {r}, sparsity {sparsity}, {where}"
 
 
 def _suffix(dtype: str, r: int, sparsity: float, device: str) -> str:
-    """The same for a file's name."""
+    """Return the shared settings as a file name suffix."""
     where = "cpu" if device.startswith("cpu") else "".join(c if c.isalnum() else "-" for c in device.lower())
     return f"-{dtype}-r{r}-sparsity{sparsity}-{where}"

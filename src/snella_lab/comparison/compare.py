@@ -1,4 +1,4 @@
-"""`compare`: train the missing runs of an experiment, then write the table and the HTML report."""
+"""Comparison driver: train the missing runs of an experiment, then write the table and the HTML report."""
 
 import os
 import shutil
@@ -48,12 +48,12 @@ from snella_lab.comparison.summary import COSTS, cost_texts, print_summary, reco
 
 
 class ComparisonProgress:
-    """Progress of a comparison: lines and, on a terminal, a bar.
+    """Progress of a comparison: one line per run and, on a terminal, a progress bar.
 
     Args:
-        console: Where to write.
-        plan: The finished and the remaining runs.
-        slots: Runs at a time.
+        console: Output.
+        plan: Finished and remaining runs.
+        slots: Number of parallel runs.
     """
 
     def __init__(self, console: Console, plan: Plan, slots: int) -> None:
@@ -71,8 +71,8 @@ class ComparisonProgress:
     def __enter__(self) -> "ComparisonProgress":
         left, done = sum(count for _, count in self._plan.left()), self._plan.done()
         if left:
-            already = f", {done:,} done already" if done else ""
-            print_line(self._console, f"{counted(left, 'run')} to train{already}; a line for each as it ends")
+            already = f", {done:,} already done" if done else ""
+            print_line(self._console, f"{counted(left, 'run')} to train{already}")
         if self._console.is_terminal:
             self._bar.start()
         self._refresh()
@@ -101,13 +101,13 @@ class ComparisonProgress:
             result = f"FAILED, {row.error}"
         remaining = f"; about {seconds_text(self._remaining_s())} left" if left else ""
         others = "" if is_own else " by another process"
-        origin = ", the selected tuning run" if row.results and row.results.trained_as else ""
+        origin = ", reused from the selected tuning run" if row.results and row.results.trained_as else ""
         text = f"{number} {cell.title}: {result} ({seconds_text(row.total_time)}{others}{origin}){remaining}"
         print_line(self._console, text)
         self._refresh()
 
     def claimed_elsewhere(self, cell: Cell) -> None:
-        """Another process has claimed the run."""
+        """Remove a run that another process has claimed."""
         self._running.pop(cell.title, None)
         self._refresh()
 
@@ -123,13 +123,13 @@ class ComparisonProgress:
             self._durations.setdefault((row.task_name, row.experiment_name), []).append(row.total_time)
 
     def _remaining_s(self) -> float:
-        """Estimated remaining time: each pair's remaining runs at the mean time of its own, its task's, or all runs."""
-        every = [s for found in self._durations.values() for s in found] or [0.0]
+        """Estimate the remaining time from the mean duration of the same pair, else of the same task, else overall."""
+        overall = [s for durations in self._durations.values() for s in durations] or [0.0]
         total = 0.0
         for cell, count in self._plan.left():
-            own = self._durations.get((cell.data.name, cell.method.name))
-            near = [s for (task, _), found in self._durations.items() if task == cell.data.name for s in found]
-            total += count * statistics.fmean(own or near or every)
+            same_pair = self._durations.get((cell.data.name, cell.method.name))
+            same_task = [s for (task, _), values in self._durations.items() if task == cell.data.name for s in values]
+            total += count * statistics.fmean(same_pair or same_task or overall)
         return total / self._slots
 
     def _refresh(self) -> None:
@@ -153,31 +153,31 @@ def compare(
     draw_only: bool = False,
     console: Console | None = None,
 ) -> Path:
-    """Train every unfinished run of an experiment, and compare the methods.
+    """Train every unfinished run of an experiment and compare the methods.
 
-    Several processes may work on one folder at once; each run is trained once.
+    Several processes can share one folder; each run is trained once.
 
     Args:
-        experiment: What to compare; None continues with what the folder holds.
-        out: Folder of the comparison; created.
-        workers: Processes, one run each; 0 trains in this process, one run after the other, without measuring memory.
-        threads: Threads of each; this machine's processors divided evenly if None.
-        ray: Use Ray instead.
+        experiment: The experiment; None resumes the one stored in `out`.
+        out: Output folder; created if missing.
+        workers: Number of worker processes; 0 trains sequentially in this process and does not measure memory.
+        threads: Threads per worker; None divides the CPU cores evenly.
+        ray: Run on Ray instead of local processes.
         retry_failed: Train failed runs again.
-        draw_only: Train nothing; write the table and the report from the existing rows.
-        console: Where to write; standard output if None.
+        draw_only: Only write the table and the report from existing rows.
+        console: Output; stdout if None.
 
     Returns:
         Path of the report.
 
     Raises:
-        FileExistsError: `out` holds something else.
-        FileNotFoundError: Nothing to continue with.
-        ImportError: Ray is asked for and not installed.
-        ValueError: Settings that contradict each other, the folder's, or the data; all that is known beforehand.
-        CellsFailedError: The report is written, and runs failed: final ones, or tuning runs for another reason than a
-            diverged loss, which only says that the learning rate was too high. Not with `draw_only`.
-        TrainingInterrupted: Ctrl-C; finished runs are kept.
+        FileExistsError: If `out` holds other files.
+        FileNotFoundError: If `experiment` is None and `out` holds no comparison.
+        ImportError: If `ray` is set and Ray is not installed.
+        ValueError: If settings contradict each other, the stored experiment or the data.
+        CellsFailedError: If a final run failed, or a tuning run failed for another reason than a diverged loss. Raised
+            after the report is written; not with `draw_only`.
+        TrainingInterrupted: On Ctrl-C; finished runs are kept.
     """
     refuse_several_processes("a comparison")
     console = console or make_console(survives_closed_output=True)
@@ -186,13 +186,13 @@ def compare(
         raise ValueError(f"workers must be at least 0 and threads at least 1, got {workers} and {threads}")
     if ray:
         import_ray()
-    asked, experiment = experiment, _resolve_experiment(experiment, root)
+    requested, experiment = experiment, _resolve_experiment(experiment, root)
     if not draw_only:
         check_parts(experiment, console)
     root.mkdir(parents=True, exist_ok=True)
     experiment = _store(root, experiment)
-    if asked is not None:
-        _note_what_else_is_trained(asked, experiment, console)
+    if requested is not None:
+        _note_what_else_is_trained(requested, experiment, console)
     if retry_failed:
         drop_failed(root)
     rows, notes = collect(root)
@@ -210,27 +210,27 @@ def compare(
     warning = get_protocol(experiment.settings.get("protocol", "standard")).warning
     if warning:
         print_line(console, f"official protocol: {warning}")
-    print_line(console, f"rows {root / 'results.jsonl'}, report {page}")
+    print_line(console, f"rows: {root / 'results.jsonl'}, report: {page}")
     failed = [row for row in rows.values() if row.status == "failed" and not _has_diverged(row)]
     if failed and not draw_only:
         first = min(failed, key=lambda row: (row.purpose != "final", row.cell))
         raise CellsFailedError(
-            f"{len(failed)} of {counted(len(rows), 'run')} failed, e.g. {first.cell}: {first.error}; the others "
-            f"are in {page}; once the cause is fixed, --retry-failed trains the failed ones again"
+            f"{len(failed)} of {counted(len(rows), 'run')} failed, e.g. {first.cell}: {first.error}; "
+            f"{page} lists all errors; fix the cause and add --retry-failed to train the failed runs again"
         )
     return page
 
 
 def _has_diverged(row: CellRow) -> bool:
-    """Whether a row is a tuning run whose loss stopped being finite, one of the results that a search expects."""
+    """Return True for a tuning run with a non-finite loss, which the search expects at high learning rates."""
     return row.purpose == "trial" and str(row.error).startswith(NonFiniteLossError.__name__)
 
 
 def check_parts(experiment: Experiment, console: Console) -> None:
-    """Validate all data and the backbone before anything is trained.
+    """Validate all data and the backbone before training.
 
     Raises:
-        ValueError: Something is missing or does not fit; all errors in one message.
+        ValueError: If data or backbone are missing or invalid; one message lists all errors.
     """
     errors = []
     for data in experiment.data:
@@ -269,16 +269,21 @@ def _check_data(experiment: Experiment, data: DataEntry, console: Console) -> No
     if splits.test is None or (splits.val is None and config.protocol == "standard"):
         raise ValueError(f"data {data.data!r} must have a validation and a test part, got {splits.description}")
     if len(splits.train) < config.effective_batch_size and config.batch_size is not None:
-        raise ValueError(f"batch_size must be at most the {len(splits.train)} training images, got {config.batch_size}")
-    print_line(console, f"data {splits.description}")
+        raise ValueError(
+            f"batch_size must be at most {len(splits.train)}, the number of training images, got {config.batch_size}"
+        )
+    print_line(console, f"data: {splits.description}")
     for note in splits.notes:
         print_line(console, f"note: {note}")
     if experiment.metric == "accuracy" and is_unbalanced(splits.train.labels):
-        print_line(console, "note: methods are compared by accuracy; --monitor balanced_accuracy compares by that")
+        print_line(
+            console,
+            "note: methods are compared by accuracy; add --monitor balanced_accuracy to compare by balanced accuracy",
+        )
 
 
 def _resolve_experiment(experiment: Experiment | None, root: Path) -> Experiment:
-    """The experiment, joined with what the folder holds."""
+    """Return the experiment, merged with the one stored in the folder."""
     stored = read_experiment(str(root / FILE)) if (root / FILE).is_file() else None
     if stored is None:
         if experiment is None:
@@ -290,7 +295,7 @@ def _resolve_experiment(experiment: Experiment | None, root: Path) -> Experiment
 
 
 def _store(root: Path, experiment: Experiment) -> Experiment:
-    """Store the experiment, joined with what another command may have stored meanwhile; the joined one."""
+    """Store and return the experiment, merged with concurrent changes of other processes."""
     while True:
         with cell_lock(root / LOCKS, FILE) as is_acquired:
             if is_acquired:
@@ -301,47 +306,47 @@ def _store(root: Path, experiment: Experiment) -> Experiment:
                 return experiment
 
 
-def _note_what_else_is_trained(asked: Experiment, joined: Experiment, console: Console) -> None:
-    """Name what the folder holds beyond what was asked for, which is trained too."""
-    more = []
+def _note_what_else_is_trained(requested: Experiment, joined: Experiment, console: Console) -> None:
+    """Print methods, tasks and seeds that only the stored experiment has; they are trained too."""
+    extra = []
     for kind in ("methods", "data"):
-        names = [entry.name for entry in getattr(asked, kind)]
+        names = [entry.name for entry in getattr(requested, kind)]
         others = [entry.name for entry in getattr(joined, kind) if entry.name not in names]
-        more += [f"{kind} {', '.join(others)}"] if others else []
-    if joined.seeds > asked.seeds:
-        more.append(f"{joined.seeds} seeds instead of {asked.seeds}")
-    if more:
-        print_line(console, f"note: the folder's comparison has more, which is trained too: {'; '.join(more)}")
+        extra += [f"{kind} {', '.join(others)}"] if others else []
+    if joined.seeds > requested.seeds:
+        extra.append(f"{joined.seeds} seeds instead of {requested.seeds}")
+    if extra:
+        print_line(console, f"note: also training entries stored in the folder: {'; '.join(extra)}")
 
 
 _CHOICE_SEEDS, _CHOICE_EPOCHS, _CHOICE_IMAGES = 2, 5, 400
 CHOICE_FOLDER = "-choice"
-"""Ending of the folder beside a run in which its method was chosen."""
+"""Suffix of the folder that holds the method selection of a run."""
 
 
 def choose_method(config: TrainConfig, console: Console | None = None) -> TrainConfig:
-    """The settings with a method in place of auto, which a small comparison on validation images recommends.
+    """Replace method auto with the method that a small comparison on validation images recommends.
 
-    linear, bias, lora-8 and snella-matched are trained with their default rates, two seeds each, for at most 5 epochs
-    on at most 400 of the training images, each in a process of its own. Test images take no part. Of the methods within
-    one standard error of the best the one that needs the least memory is taken, then time. The runs are in
-    `OUT-choice`; an interrupted choice continues there.
+    The comparison trains linear, bias, lora-8 and snella-matched at their default learning rates with two seeds, for at
+    most 5 epochs on at most 400 training images, each run in a separate process. It never uses test images. Among the
+    methods within one standard error of the best, the one with the least memory wins, then the fastest. The runs are
+    stored in `OUT-choice`; an interrupted selection resumes there.
 
     Args:
         config: Settings of a new run, with method auto.
-        console: Where the results are written; standard output if None.
+        console: Output; stdout if None.
 
     Raises:
-        FileExistsError: `out` holds a run, or `OUT-choice` the choice of other settings.
-        ValueError: Data or settings that cannot be trained with.
-        CellsFailedError: A method failed in each of its runs.
-        TrainingInterrupted: Ctrl-C; finished runs are kept.
+        FileExistsError: If `out` holds a run, or `OUT-choice` a selection with other settings.
+        ValueError: If data or settings are invalid.
+        CellsFailedError: If every method failed.
+        TrainingInterrupted: On Ctrl-C; finished runs are kept.
     """
     refuse_several_processes("choosing a method")
     console = console or make_console(survives_closed_output=True)
-    found = RunFolder(str(config.out)).resolve_settings(replace(config, method=CHOICE_METHODS[0]))
-    if config.resume and found.method != AUTO_METHOD and RunFolder(str(config.out)).status is not None:
-        return replace(config, method=found.method)
+    stored = RunFolder(str(config.out)).resolve_settings(replace(config, method=CHOICE_METHODS[0]))
+    if config.resume and stored.method != AUTO_METHOD and RunFolder(str(config.out)).status is not None:
+        return replace(config, method=stored.method)
     root = Path(f"{str(config.out).rstrip('/')}{CHOICE_FOLDER}")
     experiment = _choice_experiment(config)
     check_parts(experiment, console)
@@ -354,18 +359,18 @@ def choose_method(config: TrainConfig, console: Console | None = None) -> TrainC
         for method in experiment.methods
         for seed in range(experiment.seeds)
     ]
-    print_line(console, f"choosing a method: {counted(len(cells), 'short run')} in {root}")
+    print_line(console, f"selecting a method: {counted(len(cells), 'short run')} in {root}")
     rows = [_trained_row(root, experiment, cell, console) for cell in cells]
     means, costs = {}, {}
     for method in experiment.methods:
-        own = [row for row in rows if row.experiment_name == method.name]
-        values = [value for row in own if row.status == "success" and (value := row.score("val")) is not None]
-        if len(values) < len(own):
-            error = next(row.error for row in own if row.status != "success")
+        method_rows = [row for row in rows if row.experiment_name == method.name]
+        values = [value for row in method_rows if row.status == "success" and (value := row.score("val")) is not None]
+        if len(values) < len(method_rows):
+            error = next(row.error for row in method_rows if row.status != "success")
             print_line(console, f"{method.name}: FAILED, {error}")
             continue
         means[method.name] = Spread(statistics.fmean(values), statistics.stdev(values), len(values))
-        costs[method.name] = {column: average(own, method.name, column) for column in _CHOICE_COSTS}
+        costs[method.name] = {column: average(method_rows, method.name, column) for column in _CHOICE_COSTS}
         texts = cost_texts({**dict.fromkeys(COSTS), **costs[method.name]})
         print_line(
             console,
@@ -383,7 +388,7 @@ _CHOICE_COSTS = ("accelerator_memory_max", "training_mib", "train_time")
 
 
 def _choice_experiment(config: TrainConfig) -> Experiment:
-    """The small comparison of `choose_method`."""
+    """Return the experiment of `choose_method`."""
     default = TrainConfig(data="-", backbone="-", out="-")
     shared = [name for name in SHARED_SETTINGS if getattr(config, name) != getattr(default, name)]
     settings: dict[str, Any] = {name: getattr(config, name) for name in shared if name not in ("protocol", "workers")}
@@ -403,7 +408,7 @@ def _choice_experiment(config: TrainConfig) -> Experiment:
 
 
 def _trained_row(root: Path, experiment: Experiment, cell: Cell, console: Console) -> CellRow:
-    """The row of a cell, trained in a process of its own if there is none yet."""
+    """Return the row of a cell; train the cell in a separate process if it has none."""
     if (row := read_row(cell.folder(root))) is not None:
         return row
     executor = _executor(root, experiment, 1, None, False)
@@ -412,18 +417,20 @@ def _trained_row(root: Path, experiment: Experiment, cell: Cell, console: Consol
         while not (ended := executor.wait(_POLL_S)):
             pass
     except (KeyboardInterrupt, TrainingInterrupted):
-        raise TrainingInterrupted(f"interrupted while choosing a method in {root}; the same line continues") from None
+        raise TrainingInterrupted(
+            f"interrupted while selecting a method in {root}; resume with the same command"
+        ) from None
     finally:
         executor.close()
     outcome = ended[0].outcome
     row = outcome.row if outcome else record_crash(root, experiment, cell, ended[0].error)
     if row is None:
-        raise CellsFailedError(f"another process trains {cell.title} in {root}; wait for it, and start again")
+        raise CellsFailedError(f"another process is training {cell.title} in {root}; wait for it, then start again")
     return row
 
 
 def _executor(root: Path, experiment: Experiment, workers: int, threads: int | None, ray: bool) -> Executor:
-    """The executor for these settings."""
+    """Return the executor for these settings."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     each = threads or max(1, cores // max(workers, 1))
     if ray:
@@ -436,7 +443,7 @@ def _executor(root: Path, experiment: Experiment, workers: int, threads: int | N
 
 
 def _train_all(root: Path, plan: Plan, executor: Executor, console: Console) -> None:
-    """Start runs until all are finished, here or by other processes."""
+    """Start runs until all are finished by this or other processes."""
     running: dict[str, Cell] = {}
     try:
         with ComparisonProgress(console, plan, executor.slots) as progress:
@@ -461,8 +468,7 @@ def _train_all(root: Path, plan: Plan, executor: Executor, console: Console) -> 
                         progress.ended(ended.cell, row, ended.outcome is None or ended.outcome.state == "trained")
     except (KeyboardInterrupt, TrainingInterrupted):
         raise TrainingInterrupted(
-            f"interrupted; {counted(plan.done(), 'run')} of the comparison are done; "
-            f"resume with: snella compare --out {root}"
+            f"interrupted after {counted(plan.done(), 'finished run')}; resume with: snella compare --out {root}"
         ) from None
     finally:
         executor.close()
@@ -476,7 +482,7 @@ def _start(
     executor: Executor,
     progress: ComparisonProgress,
 ) -> int:
-    """Start runs in free slots, and record those finished elsewhere; returns how many are claimed elsewhere."""
+    """Start runs in free slots, record runs finished elsewhere, and return the number of runs claimed elsewhere."""
     claimed = 0
     for item in ready:
         cell = item.cell if isinstance(item, BlockedRun) else item
@@ -501,5 +507,5 @@ def _start(
 
 
 def _name(item: Cell | BlockedRun) -> str:
-    """Name of the cell."""
+    """Return the name of the cell."""
     return item.cell.name if isinstance(item, BlockedRun) else item.name

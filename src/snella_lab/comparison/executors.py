@@ -24,9 +24,9 @@ class Finished:
     """A finished cell.
 
     Args:
-        cell: Which.
-        outcome: Of `run_cell`; None where its process crashed.
-        error: The reason of a crash, or an error outside of training.
+        cell: The cell.
+        outcome: Outcome of `run_cell`; None if the process crashed.
+        error: Reason of the crash, or an error outside training.
     """
 
     cell: Cell
@@ -35,22 +35,25 @@ class Finished:
 
 
 class Executor(Protocol):
-    """Trains cells, several at a time if it can."""
+    """Interface for training cells in parallel."""
 
     slots: int
 
     def start(self, cell: Cell) -> None:
-        """Begin a cell; there must be a free slot."""
+        """Start a cell; requires a free slot."""
 
     def wait(self, timeout_s: float) -> list[Finished]:
-        """Finished cells, after the first one or the timeout."""
+        """Wait for a finished cell or the timeout, and return all finished cells."""
 
     def close(self) -> None:
         """Stop running cells."""
 
 
 class InThisProcess:
-    """One cell after the other, here. Memory is not measured: it would be that of all cells so far."""
+    """Sequential execution in this process.
+
+    Memory is not measured, because the process peak covers all previous cells.
+    """
 
     slots = 1
 
@@ -59,31 +62,31 @@ class InThisProcess:
         self._ended: list[Finished] = []
 
     def start(self, cell: Cell) -> None:
-        """Train it now."""
+        """Train a cell and block until it is finished."""
         self._ended.append(Finished(cell, run_cell(self._root, self._experiment, cell)))
 
     def wait(self, timeout_s: float) -> list[Finished]:
-        """The trained cells."""
+        """Return the trained cells."""
         if not self._ended:
             time.sleep(timeout_s)
         ended, self._ended = self._ended, []
         return ended
 
     def close(self) -> None:
-        """Nothing runs."""
+        """No-op; no cell runs in the background."""
 
 
 class InProcesses:
-    """A fresh process for every cell, `slots` at a time; a crash affects its cell alone.
+    """Parallel execution with a new process for every cell, so that a crash affects only its cell.
 
-    Processes are forked from a server that has imported the libraries and done nothing else, so that they start at once
-    and their peak memory is the cell's.
+    Processes fork from a server that has only imported the libraries. They start quickly, and their peak memory is
+    that of the cell.
 
     Args:
         root: Folder of the comparison.
-        experiment: What the cells belong to.
-        slots: Processes at a time.
-        threads: Threads of each.
+        experiment: The experiment.
+        slots: Number of parallel processes.
+        threads: Threads per process.
     """
 
     def __init__(self, root: Path, experiment: Experiment, slots: int, threads: int) -> None:
@@ -96,7 +99,7 @@ class InProcesses:
         self._running: dict[Connection, tuple[Cell, Any]] = {}
 
     def start(self, cell: Cell) -> None:
-        """Begin a cell in a process of its own."""
+        """Start a cell in a new process."""
         receiving, sending = self._context.Pipe(duplex=False)
         arguments = (sending, self._root, self._experiment, cell, self._threads, git_state())
         process = self._context.Process(target=_work, args=arguments, name=cell.name)
@@ -105,14 +108,14 @@ class InProcesses:
         self._running[receiving] = (cell, process)
 
     def wait(self, timeout_s: float) -> list[Finished]:
-        """Finished cells, after the first one or the timeout."""
+        """Wait for a finished cell or the timeout, and return all finished cells."""
         if not self._running:
             time.sleep(timeout_s)
             return []
         return [self._end(ready) for ready in wait(list(self._running), timeout_s) if isinstance(ready, Connection)]
 
     def close(self) -> None:
-        """Interrupt running cells, and wait for them."""
+        """Terminate running cells and wait for them."""
         for _, process in self._running.values():
             with contextlib.suppress(ProcessLookupError):
                 process.terminate()
@@ -125,7 +128,7 @@ class InProcesses:
         self._running.clear()
 
     def _end(self, connection: Connection) -> Finished:
-        """The outcome that a process has sent, or the reason of its crash."""
+        """Return the outcome sent by a process, or the reason of its crash."""
         cell, process = self._running.pop(connection)
         try:
             outcome, error = connection.recv()
@@ -141,7 +144,7 @@ class InProcesses:
 def _work(
     connection: Connection, root: Path, experiment: Experiment, cell: Cell, threads: int, state: GitState
 ) -> None:
-    """Main function of a cell's process. Ctrl-C reaches it through the parent, which terminates it."""
+    """Run a cell in a worker process; ignore Ctrl-C, because the parent terminates the worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     set_threads(threads)
     set_git_state(state)
@@ -155,7 +158,7 @@ def _reported(connection: Connection) -> Iterator[Any]:
     try:
         yield connection.send
     except (KeyboardInterrupt, TrainingInterrupted, BrokenPipeError):
-        return  # the parent has gone
+        return  # the parent is gone or terminating
     except Exception as error:
         with contextlib.suppress(BrokenPipeError):
             connection.send((None, f"{type(error).__name__}: {error}"))
@@ -164,29 +167,29 @@ def _reported(connection: Connection) -> Iterator[Any]:
 
 
 def _crash_reason(exit_code: int | None) -> str:
-    """Why a process ended without a result."""
+    """Return the reason why a process exited without a result."""
     if exit_code is not None and exit_code < 0:
         name = signal.Signals(-exit_code).name
         hint = "; the machine may be out of memory" if name == "SIGKILL" else ""
-        return f"its process was ended by {name}{hint}"
-    return f"its process ended with status {exit_code} and without a result"
+        return f"the process was killed by {name}{hint}"
+    return f"the process exited with status {exit_code} without a result"
 
 
 class OnRay:
-    """One Ray task a cell, each in a worker process of its own.
+    """Execution on Ray, with one task and one worker process per cell.
 
-    A cluster is used if `RAY_ADDRESS` names one, else one is started on this machine. All its machines must see the
-    comparison's folder under the same path.
+    Connects to the cluster in `RAY_ADDRESS`, or starts a local one. All machines must see the comparison's folder
+    under the same path.
 
     Args:
         root: Folder of the comparison; made absolute.
-        experiment: What the cells belong to.
-        slots: Cells at a time; as many as the cluster's processors allow if None.
-        threads: Threads of each, reserved as Ray's CPUs.
-        gpus: Share of a GPU that each needs; 0 for none.
+        experiment: The experiment.
+        slots: Number of parallel cells; None uses all CPUs of the cluster.
+        threads: Threads per cell, reserved as Ray CPUs.
+        gpus: Fraction of a GPU per cell.
 
     Raises:
-        ImportError: Ray is not installed.
+        ImportError: If Ray is not installed.
     """
 
     def __init__(self, root: Path, experiment: Experiment, slots: int | None, threads: int, gpus: float = 0.0) -> None:
@@ -203,16 +206,16 @@ class OnRay:
         available = int(ray.cluster_resources().get("CPU", 1)) // threads
         self.slots = max(1, available if slots is None else slots)
         self._arguments = (root.resolve(), experiment, threads, git_state())
-        # a worker that ends after each cell: its peak memory is the cell's
+        # max_calls=1: a new worker for each cell, so that its peak memory is that of the cell
         self._task = ray.remote(num_cpus=threads, num_gpus=gpus, max_calls=1, max_retries=0)(_work_for_ray)
         self._running: dict[Any, Cell] = {}
 
     def start(self, cell: Cell) -> None:
-        """Give a cell to Ray."""
+        """Submit a cell to Ray."""
         self._running[self._task.remote(*self._arguments, cell)] = cell
 
     def wait(self, timeout_s: float) -> list[Finished]:
-        """Finished cells, after the first one or the timeout."""
+        """Wait for a finished cell or the timeout, and return all finished cells."""
         if not self._running:
             time.sleep(timeout_s)
             return []
@@ -220,7 +223,7 @@ class OnRay:
         return [self._end(reference) for reference in ready]
 
     def close(self) -> None:
-        """Stop running cells, and the cluster if it was started here."""
+        """Cancel running cells, and shut down a cluster started by this object."""
         for reference in self._running:
             self._ray.cancel(reference, force=True)
         self._running.clear()
@@ -228,31 +231,31 @@ class OnRay:
             self._ray.shutdown()
 
     def _end(self, reference: Any) -> Finished:
-        """The outcome that a worker has returned, or the reason of its crash."""
+        """Return the outcome of a worker, or the reason of its crash."""
         cell = self._running.pop(reference)
         try:
             return Finished(cell, self._ray.get(reference))
         except self._ray.exceptions.RayError as error:
             reason = str(error).strip().splitlines()
-            return Finished(cell, None, f"{type(error).__name__}: {reason[-1] if reason else 'its worker crashed'}")
+            return Finished(cell, None, f"{type(error).__name__}: {reason[-1] if reason else 'the worker crashed'}")
 
 
 def import_ray() -> Any:
-    """The module `ray`.
+    """Import and return the module `ray`.
 
     Raises:
-        ImportError: It is not installed; names the command.
+        ImportError: If Ray is not installed.
     """
     try:
         import ray
         import ray.exceptions
     except ImportError as error:
-        raise ImportError(f"ray=True needs Ray, which is not installed ({error}); run `pip install ray`") from None
+        raise ImportError(f"ray=True requires Ray ({error}); run `pip install ray`") from None
     return ray
 
 
 def _work_for_ray(root: Path, experiment: Experiment, threads: int, state: GitState, cell: Cell) -> Outcome:
-    """Main function of a Ray worker."""
+    """Run a cell in a Ray worker."""
     set_threads(threads)
     set_git_state(state)
     return run_cell(root, experiment, cell, is_own_process=True)

@@ -1,4 +1,4 @@
-"""`Experiment`: methods, data, shared settings and the tuning grid of a comparison."""
+"""Experiment of a comparison: methods, data, shared settings and tuning grid."""
 
 import dataclasses
 import re
@@ -19,14 +19,17 @@ OVER_TASKS, OVER_GROUPS = "mean over tasks", "mean over groups"
 
 
 def reported_errors(published: Mapping[str, Any], tasks: Iterable[str], groups: Iterable[str]) -> list[str]:
-    """Errors in an experiment's `published`, numbers reported by a paper.
+    """Validate an experiment's `published` entry, the numbers reported by a paper.
 
     Args:
-        published: `source`, a string; `values`: from a method's label to numbers in percent, by task, group or mean;
-            and `orderings`: `higher` and `lower`, labels of two methods, where wanted a `task`, and `metric`, a
-            column of the results other than the accuracy.
+        published: `source`, a string; `values`, mapping a method label to percentages by task, group or mean; and
+            `orderings`, each with the method labels `higher` and `lower`, an optional `task`, and an optional result
+            column `metric` (default: accuracy).
         tasks: Labels of the experiment's data.
-        groups: Their groups.
+        groups: Groups of the data.
+
+    Returns:
+        Error messages, empty if valid.
     """
     if not published:
         return []
@@ -51,13 +54,13 @@ def reported_errors(published: Mapping[str, Any], tasks: Iterable[str], groups: 
 
 
 def _ordering_errors(claim: Any, tasks: Sequence[str]) -> list[str]:
-    """Errors in one ordering that a paper claims."""
+    """Return the errors of one `orderings` entry."""
     known = ("higher", "lower", "task", "metric")
-    is_one = isinstance(claim, Mapping) and set(claim) <= set(known) and claim.get("higher") and claim.get("lower")
-    if not is_one:
+    is_valid = isinstance(claim, Mapping) and set(claim) <= set(known) and claim.get("higher") and claim.get("lower")
+    if not is_valid:
         return [f"published.orderings must hold 'higher' and 'lower', and may hold 'task' and 'metric', got {claim!r}"]
     if claim.get("task") is not None and claim["task"] not in tasks:
-        return [f"published.orderings must be of a 'task' among {', '.join(tasks)}, got {claim['task']!r}"]
+        return [f"'task' in published.orderings must be one of {', '.join(tasks)}, got {claim['task']!r}"]
     return []
 
 
@@ -67,15 +70,15 @@ MEASURES: dict[str, dict[str, str]] = {
     "ordinal": {"kappa": "quadratic weighted kappa", "accuracy": "accuracy"},
     "regression": {"r2": "R²"},
 }
-"""What methods are compared by, in each kind of task: entries of its scores, of which 1 is the most."""
+"""Metrics of each task type, by name of the score; 1 is the maximum."""
 METHOD_SETTINGS = ("r", "target_sparsity", "scaling", "lr", "scalar_lr", "head_lr", "weight_decay")
-"""Settings of a method's entry; learning rate and weight decay are the center of its grid."""
+"""Settings of a method entry; `lr` and `weight_decay` are the center of its tuning grid."""
 _SPARSE_SETTINGS = ("target_sparsity", "scalar_lr")
 DATA_SETTINGS = (
     *("train_size", "val_size", "test_size", "val_fraction", "test_fraction", "batch_size"),
     *("columns", "class_order", "channels", "white", "lr", "head_lr", "weight_decay", *_SPARSE_SETTINGS),
 )
-"""Settings of a data entry; those of sparse methods do not apply to the others."""
+"""Settings of a data entry; `target_sparsity` and `scalar_lr` apply to sparse methods only."""
 SHARED_SETTINGS = (
     *(
         "task",
@@ -108,16 +111,16 @@ SHARED_SETTINGS = (
     "test_seed",
     *("device", "precision", "grad_checkpointing", "workers"),
 )
-"""Settings that are the same in all runs."""
+"""Settings shared by all runs."""
 
 
 @dataclass(frozen=True)
 class MethodEntry:
-    """A method of the comparison.
+    """One method of the comparison.
 
     Args:
-        name: Its label in tables, and its folder.
-        method: A name for `build_method`, such as `lora-8`.
+        name: Label in tables and folder name.
+        method: Name for `build_method`, e.g. `lora-8`.
         options: Further options of the method.
         settings: Entries of `METHOD_SETTINGS`.
     """
@@ -129,17 +132,17 @@ class MethodEntry:
 
 
 PROBE = MethodEntry(PROBE_METHOD, PROBE_METHOD)
-"""A method with no settings of its own, for checks of everything else."""
+"""Method without specific settings, used to validate data and backbone."""
 
 
 @dataclass(frozen=True)
 class DataEntry:
-    """One task.
+    """One task of the comparison.
 
     Args:
-        name: Its label in tables, and its folder.
-        data: What `snella train --data` takes.
-        group: The group that its mean belongs to.
+        name: Label in tables and folder name.
+        data: Data specification, as in `snella train --data`.
+        group: Group for the mean over groups.
         settings: Entries of `DATA_SETTINGS`.
     """
 
@@ -150,10 +153,10 @@ class DataEntry:
 
 
 def method_entry(value: Any) -> MethodEntry:
-    """Read a method: its name alone, or a mapping with `method` and, if wanted, `name`, `options` and settings.
+    """Parse a method: a name, or a mapping with `method` and optional `name`, `options` and settings.
 
     Raises:
-        ValueError: A key is unknown, or `method` is missing.
+        ValueError: If a key is unknown or `method` is missing.
     """
     if isinstance(value, str):
         return MethodEntry(value, value)
@@ -166,10 +169,10 @@ def method_entry(value: Any) -> MethodEntry:
 
 
 def data_entry(value: Any) -> DataEntry:
-    """Read a data set: its specification alone, or a mapping with `data` and, if wanted, `name`, `group` and sizes.
+    """Parse a data entry: a data specification, or a mapping with `data` and optional `name`, `group` and settings.
 
     Raises:
-        ValueError: A key is unknown, or `data` is missing.
+        ValueError: If a key is unknown or `data` is missing.
     """
     if isinstance(value, str):
         return DataEntry(value, value, value)
@@ -180,32 +183,30 @@ def data_entry(value: Any) -> DataEntry:
 
 
 def plain_entry(entry: MethodEntry | DataEntry) -> dict[str, Any]:
-    """An entry as YAML holds it."""
+    """Convert an entry to its YAML form."""
     values = {k: v for k, v in dataclasses.asdict(entry).items() if k != "settings"}
     return {**values, **entry.settings}
 
 
 def folder_name(label: str) -> str:
-    """A label as the name of a folder."""
+    """Convert a label to a folder name."""
     return re.sub(r"[^A-Za-z0-9._+-]+", "_", label).strip("._") or "_"
 
 
 def entry_errors(kind: str, entries: Iterable[MethodEntry | DataEntry]) -> list[str]:
-    """Errors of labels that give the same folder."""
+    """Return errors for labels that map to the same folder."""
     errors: list[str] = []
     seen: dict[str, str] = {}
     for entry in entries:
         folder = folder_name(entry.name).lower()
         if folder in seen:
-            errors.append(
-                f"{kind} must have distinct names, got {seen[folder]!r} and {entry.name!r}; give one another name"
-            )
+            errors.append(f"{kind} must have distinct names, got {seen[folder]!r} and {entry.name!r}; rename one")
         seen[folder] = entry.name
     return errors
 
 
 def unknown_keys(where: str, keys: Iterable[str], known: Iterable[str]) -> str | None:
-    """The error of unknown keys, with the nearest known ones; None if all are known."""
+    """Return an error that lists unknown keys and the nearest known ones, or None."""
     choices, texts = list(known), []
     for key in keys:
         if key not in choices:
@@ -214,16 +215,16 @@ def unknown_keys(where: str, keys: Iterable[str], known: Iterable[str]) -> str |
 
 
 def make_config(method: MethodEntry, data: DataEntry, shared: Mapping[str, Any], **values: Any) -> TrainConfig:
-    """The settings of a run, the method's defaults resolved.
+    """Build the settings of a run, with the method's defaults resolved.
 
     Args:
         method: The method.
-        data: The task; its sizes override the shared ones.
-        shared: Entries of `SHARED_SETTINGS` that are set.
+        data: The task; its settings override the shared ones.
+        shared: Entries of `SHARED_SETTINGS`.
         **values: Further settings, which override all others.
 
     Raises:
-        ValueError: Whatever `TrainConfig` refuses.
+        ValueError: If `TrainConfig` rejects a setting.
     """
     is_sparse = "target_sparsity" in method_options(method.method)
     settings = {
@@ -239,33 +240,33 @@ def make_config(method: MethodEntry, data: DataEntry, shared: Mapping[str, Any],
 
 
 def _mapping(value: Any, where: str, known: Iterable[str], needed: str) -> Mapping[str, Any]:
-    """The value as a mapping with known keys."""
+    """Return the value as a mapping with known keys."""
     if not isinstance(value, Mapping):
         raise ValueError(f"{where} must hold names or mappings with '{needed}', got {value!r}")
     error = unknown_keys(f"{where} entry {value.get('name', value.get(needed, '?'))!r}", value, known)
     if error:
         raise ValueError(error)
     if not value.get(needed):
-        raise ValueError(f"{where} must say '{needed}' in every entry, got {dict(value)!r}")
+        raise ValueError(f"{where} must have '{needed}' in every entry, got {dict(value)!r}")
     return value
 
 
 _TEXTS = ("name", "about", "command", "cost", "expected")
 _GROWING = ("methods", "data", "seeds", *_TEXTS, "reference", "published")
-"""Fields that may change between two calls on one folder: no finished cell depends on them."""
+"""Fields that may change between two calls on one folder; finished cells do not depend on them."""
 FILE = "experiment.yaml"
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The tuning grid of learning rate and weight decay, the same for all methods.
+    """Tuning grid of learning rate and weight decay, shared by all methods.
 
     Args:
-        lr_factors: Times the method's own default learning rate.
-        weight_decays: Tried at the best learning rate, besides the method's default.
-        max_extensions: While the best value lies on the edge, the grid grows by its outermost ratio; the maximum
-            number of times on either axis.
-        seeds: Seeds of each candidate.
+        lr_factors: Factors on the method's default learning rate.
+        weight_decays: Values tried at the best learning rate, in addition to the method's default.
+        max_extensions: Maximum number of extensions per axis. The grid grows by its outermost ratio while the best
+            value lies on the edge.
+        seeds: Number of seeds per candidate.
     """
 
     lr_factors: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0)
@@ -276,26 +277,26 @@ class Grid:
 
 @dataclass(frozen=True)
 class Experiment:
-    """The configuration of a comparison.
+    """Configuration of a comparison.
 
     Args:
         methods: The methods.
         data: The tasks.
-        backbone: Pre-trained model, as `snella train --backbone` takes it.
+        backbone: Pre-trained model, as in `snella train --backbone`.
         name: Short name.
-        seeds: Final runs of each method on each task, with seeds 0, 1, …
-        grid: The tuning grid.
-        settings: What all runs share: entries of `SHARED_SETTINGS`.
-        reference: The method that others are compared to in pairs; the first LoRA, else the first method, if None.
-        forgetting: Data whose linear probe measures forgetting; a task that is itself the first of them takes the
-            second. `()` measures nothing, None takes the first two tasks, then digits.
-        forgetting_images: Maximum number of images of that probe.
-        about: Its purpose.
-        command: The command that starts it.
-        cost: Its cost.
-        expected: The expected results.
-        published: Numbers reported by a paper: `source`, and `values` in percent, from a method's label and
-            a task, a group, `mean over tasks` or `mean over groups`; `orderings`, what the paper says is above what.
+        seeds: Number of final runs of each method on each task, with seeds 0, 1, …
+        grid: Tuning grid.
+        settings: Settings shared by all runs, entries of `SHARED_SETTINGS`.
+        reference: Method that the others are compared to; None selects the first LoRA, else the first method.
+        forgetting: Data for the linear probe that measures forgetting. Each task uses the first entry that differs
+            from its own data. `()` disables the probe; None selects the first two tasks, then digits.
+        forgetting_images: Maximum number of images for the probe.
+        about: Purpose.
+        command: Command that starts the comparison.
+        cost: Estimated cost.
+        expected: Expected results.
+        published: Numbers reported by a paper: `source`; `values` in percent, by method label and by task, group,
+            `mean over tasks` or `mean over groups`; `orderings`, pairs of methods that the paper ranks.
     """
 
     methods: tuple[MethodEntry, ...]
@@ -315,7 +316,7 @@ class Experiment:
     published: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check everything that can be known before data and model are there, and report all errors together."""
+        """Validate all settings that do not require data or model, and report all errors together."""
         errors = [*self._size_errors(), *entry_errors("methods", self.methods), *entry_errors("data", self.data)]
         error = unknown_keys("train", self.settings, SHARED_SETTINGS)
         names = [entry.name for entry in self.methods]
@@ -324,13 +325,13 @@ class Experiment:
             errors.append(f"reference must be one of the methods {', '.join(names)}, got {self.reference!r}{hint}")
         task = self.settings.get("task", "classification")
         if task not in MEASURES:
-            errors.append(f"task must be one of {', '.join(MEASURES)} to be compared, got {task!r}")
+            errors.append(f"task must be one of {', '.join(MEASURES)} in a comparison, got {task!r}")
         errors += [error] if error else self._cell_errors()
         errors += reported_errors(self.published, [d.name for d in self.data], [d.group for d in self.data])
         has_search = len(set(self.grid.lr_factors)) > 1 or len(self.grid.weight_decays) > 0
         if self.settings.get("protocol") == "official" and has_search:
             errors.append(
-                "protocol official has no validation images to tune on; set grid.lr_factors to one number and "
+                "protocol official has no validation set for tuning; set grid.lr_factors to one number and "
                 f"grid.weight_decays to [], got {list(self.grid.lr_factors)} and {list(self.grid.weight_decays)}"
             )
         if errors:
@@ -338,10 +339,10 @@ class Experiment:
 
     @property
     def measures(self) -> dict[str, str]:
-        """Names of what methods are compared by, by its entry of the scores; what `monitor` names comes first."""
-        found = MEASURES[self.settings.get("task", "classification")]
+        """Metric titles by score name, the `monitor` metric first."""
+        measures = MEASURES[self.settings.get("task", "classification")]
         first = self.settings.get("monitor")
-        return {first: found[first], **found} if first in found else found
+        return {first: measures[first], **measures} if first in measures else measures
 
     @property
     def metric(self) -> str:
@@ -350,27 +351,27 @@ class Experiment:
 
     @property
     def reference_name(self) -> str:
-        """The label of the method that others are compared to."""
-        usual = [entry.name for entry in self.methods if parse_method(entry.method)[0] == REFERENCE_METHOD]
-        return self.reference or (usual[0] if usual else self.methods[0].name)
+        """Label of the reference method."""
+        defaults = [entry.name for entry in self.methods if parse_method(entry.method)[0] == REFERENCE_METHOD]
+        return self.reference or (defaults[0] if defaults else self.methods[0].name)
 
     def probe_data(self, task: DataEntry) -> str | None:
-        """Data on which forgetting is measured after training on `task`: never the task's own; None for none."""
+        """Return the data for measuring forgetting after training on `task`, or None; never the task's own data."""
         return next((data for data in self.with_probes().forgetting or () if data != task.data), None)
 
     def with_probes(self) -> "Experiment":
-        """This experiment with the data of its probes fixed, so that tasks added later do not change them."""
+        """Return the experiment with `forgetting` resolved, so that tasks added later do not change it."""
         has_classes = self.settings.get("task", "classification") == "classification"
-        own = [
+        probes = [
             entry.data
             for entry in self.data[:2]
             if has_classes and "columns" not in {**self.settings, **entry.settings}
         ]
-        usual = (*own, "digits")
-        return replace(self, forgetting=usual if self.forgetting is None else self.forgetting)
+        default = (*probes, "digits")
+        return replace(self, forgetting=default if self.forgetting is None else self.forgetting)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, as an experiment file holds them."""
+        """Return plain values in the format of an experiment file."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values["methods"] = [plain_entry(entry) for entry in self.methods]
         values["data"] = [plain_entry(entry) for entry in self.data]
@@ -382,10 +383,10 @@ class Experiment:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Experiment":
-        """Read plain values.
+        """Create an experiment from plain values.
 
         Raises:
-            ValueError: Unknown keys, missing ones, or values out of range.
+            ValueError: If a key is unknown or missing, or a value is out of range.
         """
         known = [f.name for f in fields(cls) if f.name != "settings"] + ["train"]
         errors: list[str | None] = [
@@ -398,7 +399,7 @@ class Experiment:
         errors = [unknown_keys("the experiment", values, known)]
         errors += [unknown_keys("grid", dict(values.get("grid") or {}), [f.name for f in fields(Grid)])]
         errors += [
-            f"{key} must be given, e.g. {key}: {example}"
+            f"{key} is required, e.g. {key}: {example}"
             for key, example in (("methods", "[lora-8, snella-8]"), ("data", "[digits]"), ("backbone", "NAME"))
             if not values.get(key)
         ]
@@ -422,10 +423,10 @@ class Experiment:
         write_text(folder / FILE, yaml.safe_dump(self.as_dict(), sort_keys=False))
 
     def joined_with(self, stored: "Experiment", folder: Path) -> "Experiment":
-        """This experiment merged with the methods, tasks and seeds that `folder` has already.
+        """Merge with the methods, tasks and seeds stored in `folder`.
 
         Raises:
-            ValueError: Something that finished cells depend on differs.
+            ValueError: If a setting that finished cells depend on differs.
         """
         if self.forgetting is None:
             return replace(self, forgetting=stored.with_probes().forgetting).joined_with(stored.with_probes(), folder)
@@ -437,8 +438,8 @@ class Experiment:
         if changed:
             texts = [_difference(key, mine, theirs) for key in changed]
             raise ValueError(
-                f"{folder} holds a comparison with other settings: {'; '.join(texts)}; its rows would not be "
-                "comparable: choose another folder, or leave these settings as they were"
+                f"{folder} holds a comparison with other settings: {'; '.join(texts)}; rows would not be comparable; "
+                "choose another folder, or keep the stored settings"
             )
         return replace(
             self,
@@ -450,7 +451,7 @@ class Experiment:
         )
 
     def _size_errors(self) -> list[str]:
-        """Numbers out of range."""
+        """Return errors of numbers out of range."""
         grid = self.grid
         errors = [
             f"{name} must be an integer of at least {least}, got {value!r}"
@@ -471,7 +472,7 @@ class Experiment:
         return errors
 
     def _cell_errors(self) -> list[str]:
-        """Errors of the settings of any cell."""
+        """Return errors of the settings of any cell."""
         errors = []
         for method in self.methods:
             for data in self.data[:1]:
@@ -488,14 +489,14 @@ class Experiment:
 
 
 def listed(value: Any) -> Sequence[Any]:
-    """A list as it is; a string split at its commas."""
+    """Return the value as a list; split strings at commas."""
     if isinstance(value, str):
         return [word.strip() for word in value.split(",") if word.strip()]
     return value if isinstance(value, list | tuple) else [value]
 
 
 def _numbers(name: str, value: Any) -> tuple[float, ...]:
-    """Numbers in a list, or between commas."""
+    """Parse a list of numbers or a comma-separated string."""
     try:
         return tuple(float(number) for number in listed(value))
     except (TypeError, ValueError):
@@ -503,12 +504,12 @@ def _numbers(name: str, value: Any) -> tuple[float, ...]:
 
 
 def _plain(value: Any) -> Any:
-    """Tuples as lists."""
+    """Convert tuples to lists."""
     return list(value) if isinstance(value, tuple) else value
 
 
 def _joined_reports(stored: Mapping[str, Any], new: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The paper's numbers and orderings, stored ones first; the new ones alone where they are of another source."""
+    """Merge reported numbers and orderings, stored ones first; a different source replaces them."""
     if not new or not stored or new.get("source") != stored.get("source"):
         return new or stored
     values = {
@@ -522,10 +523,10 @@ def _joined_reports(stored: Mapping[str, Any], new: Mapping[str, Any]) -> Mappin
 
 
 def _difference(key: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
-    """What a changed setting is there and here; only the inner entries that differ."""
+    """Describe a changed setting by its stored and its new value; for mappings, only entries that differ."""
     if key.partition(" ")[0] in ("methods", "data") and " " in key:
-        return f"{key} is set up in another way"
+        return f"{key} has other settings"
     if isinstance(mine[key], dict):
         inner = [k for k in {**theirs[key], **mine[key]} if mine[key].get(k) != theirs[key].get(k)]
-        return ", ".join(f"{k} is {theirs[key].get(k)!r} there and {mine[key].get(k)!r} here" for k in inner)
-    return f"{key} is {theirs[key]!r} there and {mine[key]!r} here"
+        return ", ".join(f"{k} is {theirs[key].get(k)!r}, got {mine[key].get(k)!r}" for k in inner)
+    return f"{key} is {theirs[key]!r}, got {mine[key]!r}"

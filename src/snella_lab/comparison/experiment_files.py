@@ -1,4 +1,4 @@
-"""Experiment files: YAML, found by path, or by the name of one that ships with snella."""
+"""Experiment files in YAML, given by path or by bundled name."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,9 +21,9 @@ from snella_lab.comparison.experiment import (
 
 
 def bundled_experiments() -> dict[str, Path]:
-    """Comparisons that ship with snella, by name: inside the installed package, or beside `src` in a checkout.
+    """Return the bundled comparisons by name, from the installed package or a source checkout.
 
-    Files of other commands lie in the same folders; a comparison is what names methods and data.
+    The folders also hold files of other commands; only files with `methods` and `data` are comparisons.
     """
     package = Path(snella_lab.__file__).parent
     folders = (package.parents[1] / "experiments", package / "experiments")
@@ -36,12 +36,12 @@ def read_experiment(name: str, changes: dict[str, Any] | None = None) -> Experim
     """Read an experiment.
 
     Args:
-        name: Path of a YAML file, or the name of one that ships with snella.
-        changes: Entries that override the file's; those of `train` and `grid` one by one.
+        name: Path of a YAML file, or name of a bundled experiment.
+        changes: Entries that override the file; mappings such as `train` and `grid` are merged.
 
     Raises:
-        FileNotFoundError: Neither a file nor a name.
-        ValueError: The file is no YAML mapping, or holds unknown or wrong settings; names the file.
+        FileNotFoundError: If `name` is neither a file nor a bundled experiment.
+        ValueError: If the file is not a YAML mapping, or a setting is unknown or invalid.
     """
     path = _find(name)
     try:
@@ -58,9 +58,9 @@ def read_experiment(name: str, changes: dict[str, Any] | None = None) -> Experim
 
 
 def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Settings with changes, one level deep.
+    """Merge changes into settings, one level deep.
 
-    A method or task that is named by its label, or a task by its data, keeps the settings of its entry. A reference
+    A method or task given by its label, or a task given by its data, keeps the settings of its entry. A reference
     that is no longer among the methods is removed.
     """
     result, changes = {**values}, {**changes}
@@ -81,12 +81,12 @@ def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _as_known(args: Any, known: Mapping[str, MethodEntry] | Mapping[str, DataEntry]) -> Any:
-    """The entry of that name; the argument itself where there is none."""
+    """Return the known entry of that name, or the argument itself."""
     return plain_entry(known[args]) if isinstance(args, str) and args in known else args
 
 
 def _find(name: str) -> Path:
-    """The file that a name stands for."""
+    """Return the file for a path or a bundled name."""
     path = Path(name).expanduser()
     if path.is_file():
         return path
@@ -104,21 +104,21 @@ _TRAIN = (
     *("epochs", "batch_size", "img_size", "train_size", "val_size", "test_size", "augment", "weights", "pretrained"),
     *("head_init", "ema", "device", "precision", "task", "monitor", "columns", "channels", "skip_corrupt"),
 )
-"""Settings that all runs share; `workers` is not that of their loaders."""
+"""Shared settings with an option in `snella compare`; its `--workers` counts processes, not data loader workers."""
 
 
 def experiment_from_args(args: Mapping[str, Any]) -> Experiment | None:
-    """The experiment of a command line: the file's, the folder's, or a new one, with the given changes.
+    """Build the experiment of a command line: from a file, the output folder or options, with the given changes.
 
     Args:
-        args: Arguments of `snella compare` by name; None for those not given.
+        args: Arguments of `snella compare` by name; None for omitted ones.
 
     Returns:
-        None where nothing but the folder was named.
+        The experiment, or None if only the output folder was given.
 
     Raises:
-        FileNotFoundError: No such experiment.
-        ValueError: Settings that are missing, unknown or out of range; a number that is none.
+        FileNotFoundError: If the experiment does not exist.
+        ValueError: If a setting is missing, unknown, out of range or not a number.
     """
     changes = _changes(args)
     if args["experiment"] is not None:
@@ -131,7 +131,7 @@ def experiment_from_args(args: Mapping[str, Any]) -> Experiment | None:
 
 
 def _changes(args: Mapping[str, Any]) -> dict[str, Any]:
-    """The given arguments as entries of an experiment file."""
+    """Convert the given arguments to entries of an experiment file."""
     given = {name: value for name, value in args.items() if value is not None}
     changes: dict[str, Any] = {key: given[key] for key in ("backbone", "seeds", "reference") if key in given}
     changes.update({key: listed(given[key]) for key in ("methods", "data") if key in given})
@@ -146,7 +146,7 @@ def _changes(args: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _numbers(name: str, text: str) -> list[float]:
-    """Numbers between commas."""
+    """Parse comma-separated numbers."""
     words = [] if text == _NONE else listed(text)
     try:
         return [float(word) for word in words]

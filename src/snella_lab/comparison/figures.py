@@ -1,4 +1,4 @@
-"""Figures of a comparison: accuracy against cost, against the learning rate, and paired differences."""
+"""Comparison figures: accuracy over cost, accuracy over learning rate, and paired differences."""
 
 import math
 from collections.abc import Sequence
@@ -26,21 +26,21 @@ from snella_lab.comparison.statistics import Rows, final_rows
 from snella_lab.comparison.summary import Summary, part_text
 
 SHOWN_RANGE = 0.3
-"""Range of accuracies below the best that is shown."""
+"""Plotted accuracy range below the best value."""
 
 
 def pareto(summary: Summary, cost: str, label: str, title: str, is_log: bool) -> Figure | None:
-    """Draw mean accuracy against a cost, with the Pareto front of the methods.
+    """Plot mean accuracy over a cost, with the Pareto front.
 
     Args:
-        summary: The table.
+        summary: Results of the comparison.
         cost: A column of `MethodSummary.costs`.
-        label: Name and unit of the axis.
-        title: Of the figure.
-        is_log: Whether the cost spans orders of magnitude.
+        label: Name and unit of the cost axis.
+        title: Title of the figure.
+        is_log: True for a logarithmic cost axis.
 
     Returns:
-        None where fewer than two methods have both numbers.
+        The figure, or None if fewer than two methods have both values.
     """
     points = []
     for number, method in enumerate(summary.methods):
@@ -73,7 +73,7 @@ def pareto(summary: Summary, cost: str, label: str, title: str, is_log: bool) ->
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The Pareto-optimal points, by ascending cost."""
+    """Return the Pareto-optimal points by ascending cost."""
     front: list[tuple[float, float]] = []
     for cost, gain in sorted(points, key=lambda point: (point[0], -point[1])):
         if not front or gain > front[-1][1]:
@@ -82,16 +82,16 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
 
 
 def learning_rate_curves(summary: Summary, rows: Rows, tasks: Sequence[str], title: str) -> Figure | None:
-    """Draw the accuracy on validation against the learning rate, one line a method; the chosen rate is filled.
+    """Plot validation accuracy over the learning rate, one line per method, with a filled marker at the selected one.
 
-    Rates are given as factors on each method's default, so that methods of different scales share an axis. A training
-    that failed has no point; its factor is marked at the bottom.
+    Learning rates are factors on each method's default, so that all methods share an axis. A failed run is marked at
+    the bottom of the figure.
 
     Args:
-        summary: For the order of methods.
+        summary: Results of the comparison, for the order of methods.
         rows: All rows.
-        tasks: The mean over these tasks is drawn, at factors that were tried on all of them; its best rate is filled.
-        title: Of the figure.
+        tasks: Tasks to average over, at factors tried on all of them; a mean marks its best learning rate.
+        title: Title of the figure.
     """
     curves = [(number, m.name, _mean_curve(rows, m.name, tasks)) for number, m in enumerate(summary.methods)]
     curves = [curve for curve in curves if len(curve[2]) > 1]
@@ -100,9 +100,9 @@ def learning_rate_curves(summary: Summary, rows: Rows, tasks: Sequence[str], tit
     figure, axes = new_figure(CURVE[0], CURVE[1] + 40 + 17 * math.ceil(len(curves) / 3), title)
     handles = [_draw_curve(axes, number, points, _chosen(rows, name, tasks)) for number, name, points in curves]
     _factor_axis(axes, sorted({factor for *_, points in curves for factor, _ in points}))
-    found = [accuracy for *_, points in curves for _, accuracy in points if accuracy is not None]
-    if found:
-        axes.set_ylim(bottom=max(axes.get_ylim()[0], max(found) - SHOWN_RANGE))
+    accuracies = [accuracy for *_, points in curves for _, accuracy in points if accuracy is not None]
+    if accuracies:
+        axes.set_ylim(bottom=max(axes.get_ylim()[0], max(accuracies) - SHOWN_RANGE))
     axes.set_ylabel(f"validation {summary.measure}")
     percent_axis(axes)
     add_legend(figure, handles, [shortened(name) for _, name, _ in curves])
@@ -110,21 +110,21 @@ def learning_rate_curves(summary: Summary, rows: Rows, tasks: Sequence[str], tit
 
 
 def _chosen(rows: Rows, method: str, tasks: Sequence[str]) -> float | None:
-    """The factor that a method's final runs of one task were trained with; None for several tasks or no cell."""
+    """Return the factor of a method's final runs on one task; None for several tasks or without final runs."""
     finals = [row for row in final_rows(rows) if row.experiment_name == method and [row.task_name] == [*tasks]]
     return finals[0].lr_factor if finals else None
 
 
 def _draw_curve(axes: Axes, number: int, points: Sequence[tuple[float, float | None]], chosen: float | None) -> Line2D:
-    """One method's line, the chosen rate or else the best one filled; what it is called by in the legend."""
+    """Draw one method's line with a filled marker at the selected, else the best factor; return its legend handle."""
     color, marker = style_of(number)
     dashes: Any = "-" if number < len(COLORS) else (0, (5, 2))
-    kept = [(factor, accuracy) for factor, accuracy in points if accuracy is not None]
-    x, y = [factor for factor, _ in kept], [accuracy for _, accuracy in kept]
-    look: dict[str, Any] = {"color": color, "marker": marker}
-    line = axes.plot(x, y, **look, markersize=5, linewidth=1.6, linestyle=dashes, markerfacecolor="none")[0]
-    if kept:
-        axes.plot(*max(kept, key=lambda point: (point[0] == chosen, point[1])), **look, markersize=8)
+    finished = [(factor, accuracy) for factor, accuracy in points if accuracy is not None]
+    x, y = [factor for factor, _ in finished], [accuracy for _, accuracy in finished]
+    style: dict[str, Any] = {"color": color, "marker": marker}
+    line = axes.plot(x, y, **style, markersize=5, linewidth=1.6, linestyle=dashes, markerfacecolor="none")[0]
+    if finished:
+        axes.plot(*max(finished, key=lambda point: (point[0] == chosen, point[1])), **style, markersize=8)
     for factor, accuracy in points:
         if accuracy is None:
             axes.plot(factor, 0.02, color=color, marker="x", transform=axes.get_xaxis_transform(), clip_on=False)
@@ -132,30 +132,30 @@ def _draw_curve(axes: Axes, number: int, points: Sequence[tuple[float, float | N
 
 
 def _mean_curve(rows: Rows, method: str, tasks: Sequence[str]) -> list[tuple[float, float | None]]:
-    """The mean of several tasks' curves, at the factors that all of them have."""
+    """Average the curves of several tasks at their common factors."""
     curves = [dict(lr_curve(rows, method, task)) for task in tasks]
     common = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
     return [(factor, _mean([curve[factor] for curve in curves])) for factor in common]
 
 
 def lr_curve(rows: Rows, method: str, task: str) -> list[tuple[float, float | None]]:
-    """Mean validation accuracy by learning-rate factor at the method's own weight decay; None where it failed."""
-    found: dict[float, list[float | None]] = {}
+    """Return mean validation accuracy by learning-rate factor at the default weight decay; None for failed runs."""
+    accuracies: dict[float, list[float | None]] = {}
     for row in rows:
-        is_own = row.experiment_name == method and row.task_name == task
-        if is_own and row.purpose == "trial" and row.tried_weight_decay is None:
+        is_match = row.experiment_name == method and row.task_name == task
+        if is_match and row.purpose == "trial" and row.tried_weight_decay is None:
             accuracy = row.score("val")
-            found.setdefault(row.lr_factor, []).append(accuracy)
-    return [(factor, _mean(values)) for factor, values in sorted(found.items())]
+            accuracies.setdefault(row.lr_factor, []).append(accuracy)
+    return [(factor, _mean(values)) for factor, values in sorted(accuracies.items())]
 
 
 def forest(summary: Summary, with_tasks: bool, width: int = 640) -> Figure | None:
-    """Draw the paired differences to the reference over all tasks with their intervals, below each those of its tasks.
+    """Plot the paired differences from the reference with their intervals, over all tasks and on each task.
 
     Args:
-        summary: The table.
-        with_tasks: Whether single tasks are drawn too.
-        width: Pixels; names are cut shorter where there are few.
+        summary: Results of the comparison.
+        with_tasks: Also draw single tasks below each method.
+        width: Width in pixels; narrow figures truncate names earlier.
     """
     longest = 30 if width >= 600 else 16
     lines: list[tuple[str, Any, bool]] = []
@@ -169,7 +169,7 @@ def forest(summary: Summary, with_tasks: bool, width: int = 640) -> Figure | Non
     if not lines:
         return None
     figure, axes = new_figure(
-        width, 110 + (19 if with_tasks else 26) * len(lines), f"Difference to {shortened(summary.reference, longest)}"
+        width, 110 + (19 if with_tasks else 26) * len(lines), f"Difference from {shortened(summary.reference, longest)}"
     )
     for place, (_, value, is_whole) in enumerate(lines):
         if value is None:
@@ -192,23 +192,23 @@ def forest(summary: Summary, with_tasks: bool, width: int = 640) -> Figure | Non
 
 
 def _factor_axis(axes: Axes, factors: Sequence[float]) -> None:
-    """A logarithmic axis with the tried factors as ticks."""
+    """Set a logarithmic x axis with the tried factors as ticks."""
     axes.set_xscale("log")
     shown = factors if len(factors) <= 8 else factors[:: math.ceil(len(factors) / 8)]
     axes.xaxis.set_major_locator(FixedLocator(list(shown)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"×{v:g}"))
-    axes.set_xlabel("learning rate, times the method's default")
+    axes.set_xlabel("learning rate relative to the method's default")
 
 
 def _points(share: float) -> str:
-    """A difference of shares in points: 0, +2."""
+    """Format a difference of fractions in points: 0, +2."""
     points = round(100 * share, 3)
     return "0" if points == 0 else f"{points:+g}".replace("-", "\N{MINUS SIGN}")
 
 
 def _short(value: float) -> str:
-    """A number in three digits: 768, 1.33 M."""
+    """Format a number with three digits: 768, 1.33 M."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= size:
             return f"{value / size:.3g} {unit}"
@@ -216,7 +216,7 @@ def _short(value: float) -> str:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """The mean; None if one is missing."""
+    """Return the mean, or None if a value is missing."""
     numbers = [value for value in values if value is not None]
     return sum(numbers) / len(numbers) if len(numbers) == len(values) else None
 

@@ -1,4 +1,4 @@
-"""Reports of a comparison: a self-contained HTML file, Markdown tables, and the comparison with a paper's numbers."""
+"""Comparison reports: self-contained HTML, Markdown tables, and reported vs. measured numbers."""
 
 import math
 from dataclasses import dataclass
@@ -36,19 +36,19 @@ from snella_lab.comparison.summary import (
     table_cells,
 )
 
-_METRIC = "test_accuracy"  # which the papers report
+_METRIC = "test_accuracy"  # the metric in papers
 _SHARES = {f"test_{metric}" for measures in MEASURES.values() for metric in measures}
 
 
 @dataclass(frozen=True)
 class PaperComparison:
-    """A number reported by the paper and the result here.
+    """A number reported by a paper and the measured result.
 
     Args:
-        method: The method's label.
+        method: Method label.
         column: A task, a group, or one of the two means.
-        paper: In percent.
-        ours: In percent; None where a run is missing.
+        paper: Reported result in percent.
+        ours: Measured result in percent; None if a run is missing.
     """
 
     method: str
@@ -58,7 +58,7 @@ class PaperComparison:
 
     @property
     def texts(self) -> tuple[str, str, str, str, str]:
-        """Method, column, paper's, ours and the difference in points, human-readable."""
+        """Method, column, reported result, measured result and difference in points as strings."""
         if self.ours is None:
             return self.method, self.column, f"{self.paper:.1f}", "–", "–"
         difference = points_text((self.ours - self.paper) / 100)
@@ -66,7 +66,7 @@ class PaperComparison:
 
 
 def paper_comparison(experiment: Experiment, summary: Summary) -> list[PaperComparison]:
-    """Every reported number whose method is in the experiment, with the result here; empty without reported ones."""
+    """Pair every reported number of the experiment's methods with the measured result."""
     lines = {line.name: line for line in summary.methods}
     return [
         PaperComparison(method, column, float(value), _own_result(column, lines[method], summary))
@@ -77,7 +77,7 @@ def paper_comparison(experiment: Experiment, summary: Summary) -> list[PaperComp
 
 
 def print_paper_comparison(console: Console, experiment: Experiment, summary: Summary) -> None:
-    """Print the table, if the experiment has reported numbers."""
+    """Print reported and measured numbers, if the experiment has reported ones."""
     rows = paper_comparison(experiment, summary)
     if not rows:
         return
@@ -88,14 +88,14 @@ def print_paper_comparison(console: Console, experiment: Experiment, summary: Su
 
 @dataclass(frozen=True)
 class OrderingResult:
-    """An ordering that the paper claims, and what the runs here say of it.
+    """An ordering claimed by a paper, tested on the measured runs.
 
     Attributes:
-        claim: Human-readable, such as `cubic above linear`.
-        verdict: `holds` or `contradicted` where the difference is decided, else `not decided`, or `not run`.
-        difference: Of the one that is to be higher to the other, in pairs of the same task and seed, with Holm's
-            correction over the claims; None without.
-        is_share: Whether the difference is one of shares (accuracy).
+        claim: Human-readable claim, e.g. `cubic above linear`.
+        verdict: `holds` or `contradicted` for a decided difference, else `not decided` or `not run`.
+        difference: Paired difference between the claimed higher and lower method, by task and seed, with Holm's
+            correction over the claims; None without runs.
+        is_share: True for fractions such as accuracy.
     """
 
     claim: str
@@ -105,23 +105,23 @@ class OrderingResult:
 
     @property
     def texts(self) -> tuple[str, str, str, str, str]:
-        """Claim, verdict, difference with its interval, and its tests, human-readable."""
-        found = self.difference
-        if found is None:
+        """Claim, verdict, difference with interval, and test results as strings."""
+        diff = self.difference
+        if diff is None:
             return self.claim, self.verdict, "–", "–", "–"
         if self.is_share:
-            text = difference_text(found, found.tasks)
+            text = difference_text(diff, diff.tasks)
         else:
-            mean, *ends = (measure_text(value, signed=True) for value in (found.mean, found.low, found.high))
-            text = mean if math.isnan(found.low) else f"{mean} [{', '.join(ends)}]"
-        return self.claim, self.verdict, f"{text}, {counted(found.pairs, 'pair')}", *significance_texts(found)
+            mean, *ends = (measure_text(value, signed=True) for value in (diff.mean, diff.low, diff.high))
+            text = mean if math.isnan(diff.low) else f"{mean} [{', '.join(ends)}]"
+        return self.claim, self.verdict, f"{text}, {counted(diff.pairs, 'pair')}", *significance_texts(diff)
 
 
-ORDERING_HEADINGS = ("the paper's claim", "here", f"difference, {percent_text(LEVEL, 0)} interval", "p", "above")
+ORDERING_HEADINGS = ("claim in the paper", "result", f"difference, {percent_text(LEVEL, 0)} interval", "p", "above")
 
 
 def paper_orderings(experiment: Experiment, rows: Rows) -> list[OrderingResult]:
-    """Which of the paper's orderings hold here; those of methods that are not in the experiment are left out."""
+    """Test the paper's orderings of the experiment's methods."""
     names = [method.name for method in experiment.methods]
     finals = final_rows(rows)
     claims: list[tuple[str, Difference | None, bool]] = []
@@ -131,24 +131,24 @@ def paper_orderings(experiment: Experiment, rows: Rows) -> list[OrderingResult]:
             continue
         tasks = [claim["task"]] if claim.get("task") else [entry.name for entry in experiment.data]
         measured = [row for row in finals if row.column(metric) is not None]
-        found = difference(measured, higher, lower, tasks, metric)
-        words = f"{higher} above {lower}" + (f" on {claim['task']}" if claim.get("task") else "")
-        words += "" if metric == _METRIC else f" in {metric.replace('_', ' ')}"
-        claims.append((words, found, metric in _SHARES))
-    corrected = with_holm(dict(enumerate(found for _, found, _ in claims)))
+        value = difference(measured, higher, lower, tasks, metric)
+        text = f"{higher} above {lower}" + (f" on {claim['task']}" if claim.get("task") else "")
+        text += "" if metric == _METRIC else f" in {metric.replace('_', ' ')}"
+        claims.append((text, value, metric in _SHARES))
+    corrected = with_holm(dict(enumerate(value for _, value, _ in claims)))
     return [
-        OrderingResult(words, _verdict(corrected[number]), corrected[number], is_share)
-        for number, (words, _, is_share) in enumerate(claims)
+        OrderingResult(text, _verdict(corrected[number]), corrected[number], is_share)
+        for number, (text, _, is_share) in enumerate(claims)
     ]
 
 
-def _verdict(found: Difference | None) -> str:
-    """What a difference says of the claim that it is positive."""
-    return "not run" if found is None else ("not decided", "holds", "contradicted")[found.direction]
+def _verdict(value: Difference | None) -> str:
+    """Return the verdict on the claim that a difference is positive."""
+    return "not run" if value is None else ("not decided", "holds", "contradicted")[value.direction]
 
 
 def print_paper_orderings(console: Console, experiment: Experiment, rows: Rows) -> None:
-    """Print which of the paper's orderings hold, if the experiment has any."""
+    """Print the verdicts on the paper's orderings, if the experiment has any."""
     results = paper_orderings(experiment, rows)
     if not results:
         return
@@ -157,33 +157,33 @@ def print_paper_orderings(console: Console, experiment: Experiment, rows: Rows) 
 
 
 def _own_result(column: str, line: MethodSummary, summary: Summary) -> float | None:
-    """The result here of one column, in percent."""
+    """Return the measured result of one column in percent."""
     spreads = line.per_task[_METRIC]
     if column == OVER_TASKS:
-        found = line.over_tasks[_METRIC]
+        value = line.over_tasks[_METRIC]
     elif column == OVER_GROUPS:
-        found = line.over_groups[_METRIC]
+        value = line.over_groups[_METRIC]
     elif column in summary.groups and column not in spreads:
         means = [spreads[task] for task in summary.groups[column]]
-        known = [mean.mean for mean in means if mean is not None]
-        return 100 * sum(known) / len(known) if len(known) == len(means) else None
+        present = [mean.mean for mean in means if mean is not None]
+        return 100 * sum(present) / len(present) if len(present) == len(means) else None
     else:
-        found = spreads.get(column)
-    return None if found is None else 100 * found.mean
+        value = spreads.get(column)
+    return None if value is None else 100 * value.mean
 
 
 MARKDOWN_FILE = "comparison.md"
 
 
 def markdown_tables(experiment: Experiment, rows: Rows) -> str:
-    """The tables of accuracy and balanced accuracy, with what they are, the command, the machine and the dates.
+    """Format the result tables as Markdown, with caption, command, machine and dates.
 
     Args:
-        experiment: Order, groups and reference.
+        experiment: The experiment, for order, groups and reference.
         rows: All rows.
 
     Returns:
-        Markdown; says so where no final run is finished.
+        Markdown text; a single sentence if no final run is finished.
     """
     summary = summarize(experiment, rows)
     if not summary.finals:
@@ -210,18 +210,18 @@ def markdown_tables(experiment: Experiment, rows: Rows) -> str:
 
 
 def write_markdown(root: Path, experiment: Experiment, rows: Rows) -> Path:
-    """Write the tables next to the report."""
+    """Write the Markdown tables next to the HTML report."""
     write_text(root / MARKDOWN_FILE, markdown_tables(experiment, rows))
     return root / MARKDOWN_FILE
 
 
 def _markdown_line(cells: list[str]) -> str:
-    """A line of a table."""
+    """Return one line of a Markdown table."""
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _provenance(experiment: Experiment, rows: Rows) -> str:
-    """Command, machines, dates and commits."""
+    """Return command, machines, dates and commits as a sentence."""
     finals = final_rows(rows)
     dates = sorted({row.created_at[:10] for row in finals})
     machines = sorted({str(row.system_info.get("processor") or row.system_info.get("machine")) for row in finals})
@@ -233,25 +233,25 @@ def _provenance(experiment: Experiment, rows: Rows) -> str:
 
 
 FILE = "comparison.html"
-_NARROW = 310  # pixels that a phone's screen leaves for a figure
+_NARROW = 310  # figure width in pixels on a phone
 _KEPT = {
-    "standard": "with the best epoch on validation",
-    "final": "with the last epoch, after learning from the validation images too",
-    "official": "with the best epoch on these same test images",
+    "standard": "at the best epoch on validation",
+    "final": "at the last epoch, trained on training and validation images",
+    "official": "at the best epoch on the same test images",
 }
-"""Which epoch a final run evaluates, by protocol."""
+"""Evaluated epoch of a final run, by protocol."""
 
 
 def write_page(root: Path, experiment: Experiment, rows: Rows) -> Path:
-    """Write the page atomically.
+    """Write the HTML report atomically.
 
     Args:
         root: Folder of the comparison.
-        experiment: What was compared.
-        rows: All rows there are.
+        experiment: The experiment.
+        rows: All rows.
 
     Returns:
-        The page's path.
+        Path of the report.
     """
     summary = summarize(experiment, rows)
     context = {
@@ -290,14 +290,14 @@ def write_page(root: Path, experiment: Experiment, rows: Rows) -> Path:
 
 
 def _title(experiment: Experiment) -> str:
-    """The experiment's name, with its tasks where it was given none."""
+    """Return the experiment's name; add the tasks to the default name."""
     if experiment.name != Experiment.name:
         return experiment.name
     return f"{experiment.name} on {', '.join(entry.name for entry in experiment.data)}"
 
 
 def _headline(summary: Summary) -> dict[str, Any] | None:
-    """The recommended method, and the one with the highest measure if that is another; None if none is done."""
+    """Return the recommended method and the best one; None without results."""
     means = {m.name: value for m in summary.methods if (value := m.over_tasks[summary.column]) is not None}
     if not means:
         return None
@@ -313,18 +313,18 @@ def _headline(summary: Summary) -> dict[str, Any] | None:
 
 
 def _score_text(mean: float, summary: Summary) -> str:
-    """A mean, as a share in percent or as a number."""
+    """Format a mean, fractions in percent."""
     return percent_text(mean) if summary.column in _SHARES else decimal_text(mean, 3)
 
 
 def _counted_twice(rows: Rows) -> float:
-    """Seconds of tuning runs that are also in the rows of the final runs made from them."""
+    """Return the seconds of tuning runs that are counted again in the final runs derived from them."""
     times = {row.cell: row.total_time for row in rows}
     return sum(times.get(row.results.trained_as or "", 0.0) for row in rows if row.results is not None)
 
 
 def _table(summary: Summary, metric: str, title: str) -> dict[str, Any]:
-    """Headings and lines of one measure, the best of each column marked."""
+    """Return headings and lines of one metric; mark the best value of each column."""
     columns, headings, lines = [], [], []
     if len(summary.tasks) > 1:
         columns.append([m.over_tasks[metric] for m in summary.methods])
@@ -332,7 +332,7 @@ def _table(summary: Summary, metric: str, title: str) -> dict[str, Any]:
     if summary.has_groups:
         columns.append([m.over_groups[metric] for m in summary.methods])
         headings.append("mean over groups")
-    means = max(len(headings), 1)  # before the difference; of a single task its score
+    means = max(len(headings), 1)  # columns before the difference; with a single task, its score
     for task in summary.tasks:
         columns.append([m.per_task[metric][task] for m in summary.methods])
         headings.append(task)
@@ -351,7 +351,7 @@ def _table(summary: Summary, metric: str, title: str) -> dict[str, Any]:
 
 
 def _costs(summary: Summary) -> dict[str, Any]:
-    """Headings and lines of the costs; empty columns are left out."""
+    """Return headings and lines of the costs without empty columns."""
     titles = {
         "trainable": "trainable",
         "changed": "changed weights",
@@ -373,12 +373,12 @@ def _costs(summary: Summary) -> dict[str, Any]:
 
 
 def _pareto(summary: Summary) -> list[Markup]:
-    """The measure against each cost that was measured."""
+    """Plot the metric over each measured cost."""
     has_gpu = any(method.costs["accelerator_memory_max"] for method in summary.methods)
     axes = [
         ("accelerator_memory_max", "peak memory on the GPU, bytes", "Memory", False)
         if has_gpu
-        else ("training_mib", "peak memory beyond the libraries, MiB", "Memory", False),
+        else ("training_mib", "peak memory without libraries, MiB", "Memory", False),
         ("num_trainable_params", "trainable parameters", "Trainable parameters", True),
         ("step_time", "median seconds of a step", "Step time", False),
     ]
@@ -386,14 +386,14 @@ def _pareto(summary: Summary) -> list[Markup]:
     for name, label, title, is_log in axes:
         figure = figures.pareto(summary, name, label, title, is_log)
         if figure is not None:
-            text = f"Test {summary.measure} against {title.lower()}, a point a method."
+            text = f"Test {summary.measure} over {title.lower()}, one point per method."
             pictures.append(_picture(figure, f"pareto-{name}", text))
     return pictures
 
 
 def _forest(summary: Summary, with_tasks: bool) -> Markup:
-    """The differences in two widths, of which the style sheet shows the one that fits the screen."""
-    text = "Paired differences on each task." if with_tasks else "Mean paired differences to the reference."
+    """Plot the differences in two widths; CSS shows the one that fits the screen."""
+    text = "Paired differences on each task." if with_tasks else "Mean paired differences from the reference."
     parts = []
     for place, width in (("roomy", 640), ("narrow", _NARROW)):
         picture = _picture(figures.forest(summary, with_tasks, width), f"forest-{place}-{with_tasks:d}", text)
@@ -403,27 +403,27 @@ def _forest(summary: Summary, with_tasks: bool) -> Markup:
 
 
 def _rates(summary: Summary, rows: Rows) -> list[Markup]:
-    """Accuracy against learning rate: the mean over tasks, then each task."""
+    """Plot the metric over the learning rate: the mean over tasks, then each task."""
     tasks = summary.tasks or sorted({row.task_name for row in rows})
-    wanted = [("Mean over tasks", tasks)] if len(tasks) > 1 else []
+    overall = [("Mean over tasks", tasks)] if len(tasks) > 1 else []
     pictures = []
-    for number, (title, several) in enumerate([*wanted, *((task, [task]) for task in tasks)]):
-        figure = figures.learning_rate_curves(summary, rows, several, shortened(title, 40))
+    for number, (title, task_group) in enumerate([*overall, *((task, [task]) for task in tasks)]):
+        figure = figures.learning_rate_curves(summary, rows, task_group, shortened(title, 40))
         if figure is not None:
-            text = f"{title}: validation {summary.measure} against the learning rate, a line a method."
+            text = f"{title}: validation {summary.measure} over the learning rate, one line per method."
             pictures.append(_picture(figure, f"rates-{number}", text))
     return pictures
 
 
 def _choices(summary: Summary, rows: Rows) -> list[dict[str, Any]]:
-    """The chosen hyperparameters of every pair of task and method."""
-    found: dict[tuple[str, str], CellRow] = {}
+    """Return the selected hyperparameters of every pair of task and method."""
+    finals: dict[tuple[str, str], CellRow] = {}
     for final in final_rows(rows):
-        found.setdefault((final.task_name, final.experiment_name), final)
+        finals.setdefault((final.task_name, final.experiment_name), final)
     lines = []
     for task in summary.tasks:
         for method in summary.methods:
-            row = found.get((task, method.name))
+            row = finals.get((task, method.name))
             if row is not None:
                 search = row.search or SearchChoice(lr_factor=None)
                 lines.append(
@@ -435,27 +435,29 @@ def _choices(summary: Summary, rows: Rows) -> list[dict[str, Any]]:
                         "head_lr": plain_text(row.head_lr),
                         "weight_decay": plain_text(row.weight_decay),
                         "trials": len(search.trials),
-                        "edge": ", ".join(["rate"] * search.lr_on_edge + ["decay"] * search.weight_decay_on_edge),
+                        "edge": ", ".join(
+                            ["learning rate"] * search.lr_on_edge + ["weight decay"] * search.weight_decay_on_edge
+                        ),
                     }
                 )
     return lines
 
 
 def _machines(rows: Rows) -> list[dict[str, Any]]:
-    """The distinct machines and versions that rows come from, with how many rows each."""
-    found: dict[str, dict[str, Any]] = {}
+    """Return the distinct machines and package versions with their number of rows."""
+    machines: dict[str, dict[str, Any]] = {}
     for row in rows:
         packages = {key.removesuffix("-version"): value for key, value in row.package_info.items() if value}
         key = repr((row.system_info, packages))
-        entry = found.setdefault(key, {"rows": 0, "dates": [], "system": row.system_info, "packages": packages})
+        entry = machines.setdefault(key, {"rows": 0, "dates": [], "system": row.system_info, "packages": packages})
         entry["rows"] += 1
         entry["dates"].append(row.created_at[:10])
-    for entry in found.values():
+    for entry in machines.values():
         first, last = min(entry["dates"]), max(entry["dates"])
         entry["dates"] = first if first == last else f"{first} to {last}"
-    return list(found.values())
+    return list(machines.values())
 
 
 def _picture(figure: Figure | None, name: str, description: str) -> Markup:
-    """A figure as markup, empty for none; `inline_svg` escapes what comes from the rows."""
+    """Return a figure as markup, empty for None; `inline_svg` escapes text from the rows."""
     return Markup("" if figure is None else inline_svg(figure, name, description))

@@ -1,4 +1,4 @@
-"""`run_cell`: train and evaluate one cell, once, and store its row."""
+"""Training and evaluation of one cell."""
 
 import json
 import os
@@ -42,13 +42,13 @@ from snella_lab.comparison.store import LOCKS, append_row, cell_lock, read_row, 
 
 
 def count_changed_weights(run: Path) -> int | None:
-    """Fold what a run has trained into its backbone and count the values that are other than before, the head aside.
+    """Merge a run's update into its backbone and count the changed weights, excluding the head.
 
     Args:
         run: Folder of a finished run.
 
     Returns:
-        None for a method that cannot be folded: it adds to the backbone and leaves its weights alone.
+        Number of changed weights; None for a method that cannot be merged, because it adds modules instead.
     """
     loaded = load_run(run, device="cpu")
     head = spec_of(loaded.model).head
@@ -60,12 +60,12 @@ def count_changed_weights(run: Path) -> int | None:
 
 
 def count_differences(model: nn.Module, other: nn.Module, head: str) -> int:
-    """How many values of the parameters of two models of one architecture differ.
+    """Count the differing weights of two models with the same architecture.
 
     Args:
-        model: One.
-        other: The other.
-        head: Name of the module that is left out.
+        model: First model.
+        other: Second model.
+        head: Name of the module to skip.
     """
     values = dict(other.named_parameters())
     return sum(
@@ -79,17 +79,17 @@ _FOLDS = 5
 
 
 def measure_forgetting(run: Path, data: str, images: int, cache: Path, batch_size: int = 32) -> dict[str, Any]:
-    """Compare a run's features with those of its backbone.
+    """Compare the linear probe accuracy of adapted and frozen features on other data.
 
     Args:
         run: Folder of a finished run.
-        data: Other data than the run's.
-        images: Maximum number of its images.
-        cache: Folder where the accuracy of frozen features is kept, which all runs of a backbone share.
-        batch_size: Images at a time.
+        data: Probe data, different from the run's.
+        images: Maximum number of probe images.
+        cache: Folder that caches the accuracy of frozen features for all runs of a backbone.
+        batch_size: Batch size.
 
     Returns:
-        Fields of `CellResults`: `forgetting` (a share of 1; negative where the adapted features are better),
+        Fields of `CellResults`: `forgetting` (a fraction; negative if the adapted features are better),
         `forgetting_data`, `probe_accuracy_frozen` and `probe_accuracy_adapted`.
     """
     loaded = load_run(run)
@@ -117,26 +117,26 @@ def measure_forgetting(run: Path, data: str, images: int, cache: Path, batch_siz
 
 
 def probe_accuracy(features: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
-    """Accuracy of a logistic regression in stratified cross-validation.
+    """Return the accuracy of a logistic regression in stratified cross-validation.
 
     Args:
-        features: `[images, width]`.
-        labels: `[images]`; every class twice at least.
+        features: Features, `[images, width]`.
+        labels: Class indices, `[images]`, at least two images per class.
     """
     folds = min(_FOLDS, int(np.bincount(labels)[np.unique(labels)].min()))
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the last digits of the fit change no prediction
+        warnings.simplefilter("ignore", ConvergenceWarning)  # predictions do not depend on full convergence
         split = StratifiedKFold(folds, shuffle=True, random_state=0)
         predicted = cross_val_predict(probe, features, labels, cv=split)
     return float((predicted == labels).mean())
 
 
 def probe_images(data: str, images: int) -> tuple[list[ImageDataset], NDArray[np.int64]]:
-    """Training and validation images of a data set, a stratified choice of at most `images`, and their labels.
+    """Return a stratified sample of at most `images` training and validation images, and their labels.
 
     Raises:
-        ValueError: Cross-validation cannot be done, since a class has one image alone.
+        ValueError: If a class has a single image, which rules out cross-validation.
     """
     splits = load_data(data, seed=0)
     parts = [splits.train] if splits.val is None else [splits.train, splits.val]
@@ -145,20 +145,20 @@ def probe_images(data: str, images: int) -> tuple[list[ImageDataset], NDArray[np
         chosen = stratified_sample(labels, images, seed=0, classes=splits.classes, argument="forgetting_images")
         first = len(splits.train)
         inside = [[i for i in chosen if i < first], [i - first for i in chosen if i >= first]]
-        parts = [part.subset(own) for part, own in zip(parts, inside, strict=False) if own]
-    found = np.array([label for part in parts for label in part.labels])
-    counts = np.bincount(found, minlength=len(splits.classes))
+        parts = [part.subset(indices) for part, indices in zip(parts, inside, strict=False) if indices]
+    targets = np.array([label for part in parts for label in part.labels])
+    counts = np.bincount(targets, minlength=len(splits.classes))
     few = [name for name, count in zip(splits.classes, counts, strict=True) if count == 1]
     if few:
         raise ValueError(
-            f"forgetting on {data!r} needs two images of every class, got one of {', '.join(few)}; "
-            f"raise forgetting_images ({images}) or name other data"
+            f"forgetting on {data!r} requires two images of every class, got one of {', '.join(few)}; "
+            f"increase forgetting_images ({images}) or choose other data"
         )
-    return parts, found
+    return parts, targets
 
 
 def row_header(cell: Cell, experiment: Experiment, created_at: str) -> dict[str, Any]:
-    """The fields of a `CellRow` that are known before training."""
+    """Return the fields of a `CellRow` that are known before training."""
     rates = tuned_settings(experiment, cell.data, cell.method, cell.candidate)
     peft_type = find_method(cell.method.method).peft_type or parse_method(cell.method.method)[0].upper()
     packages = package_info()
@@ -188,7 +188,7 @@ def row_header(cell: Cell, experiment: Experiment, created_at: str) -> dict[str,
 
 
 def read_results(run: RunFolder) -> CellResults:
-    """What the files of a finished run say."""
+    """Read the results of a finished run from its files."""
     metrics, data = read(Metrics, run.path), read(RunInfo, run.path).data
     best = next(row for row in metrics.history if row.epoch == metrics.adapter_epoch)
     epochs = sum(row.epoch > 0 for row in metrics.history)
@@ -218,34 +218,34 @@ def read_results(run: RunFolder) -> CellResults:
 
 
 def _scores(scores: SplitScores | None) -> dict[str, float | None]:
-    """The scores of one split by name; None for what its task does not measure."""
-    of_tasks = [name for measures in MEASURES.values() for name in measures if hasattr(scores, name)]
-    names = dict.fromkeys(("accuracy", "balanced_accuracy", "loss", *of_tasks))
+    """Return the scores of one split by name; None for metrics that its task does not have."""
+    task_metrics = [name for measures in MEASURES.values() for name in measures if hasattr(scores, name)]
+    names = dict.fromkeys(("accuracy", "balanced_accuracy", "loss", *task_metrics))
     return {name: getattr(scores, name, None) for name in names}
 
 
 def _adapter_config(adapter: Path) -> dict[str, Any] | None:
-    """PEFT's configuration of an adapter; None for methods outside PEFT."""
+    """Return the PEFT configuration of an adapter; None for methods outside PEFT."""
     path = adapter / "adapter_config.json"
     return json.loads(path.read_text()) if path.is_file() else None
 
 
 def finish_tuning_run(root: Path, experiment: Experiment, cell: Cell, folder: Path) -> CellRow | None:
-    """Make a final run from the tuning run that it would repeat, and evaluate it on the test images.
+    """Reuse the tuning run with identical settings as the final run, and evaluate it on the test images.
 
     Args:
         root: Folder of the comparison.
-        experiment: What the cell belongs to.
+        experiment: The experiment.
         cell: The final cell.
-        folder: The folder of its run; must not exist.
+        folder: Folder of the final run; must not exist.
 
     Returns:
-        The tuning run's row; None where there is no such run, where its adapter is missing, or where it was trained
-        with other settings, by other versions or on another machine.
+        Row of the tuning run; None if the run or its adapter is missing, or if it was trained with other settings,
+        package versions or on another machine.
     """
     trial = replace(cell, is_final=False, search=None)
     if not cell.is_final or cell.config(experiment, "-") != trial.config(experiment, "-"):
-        return None  # under the final protocol it also trains on the images it was tuned on
+        return None  # under protocol final, the final run also trains on the validation images
     run = RunFolder(trial.folder(root))
     row = read_row(run.path)
     if row is None or row.status != "success" or not run.adapter.is_dir():
@@ -254,30 +254,30 @@ def finish_tuning_run(root: Path, experiment: Experiment, cell: Cell, folder: Pa
     if trained != (trial.config(experiment, trial.name).stored(), package_info(), system_info()):
         return None
     shutil.copytree(run.path, folder, ignore=shutil.ignore_patterns(CellRow.file))
-    own = RunFolder(folder)
-    config = replace(own.read_config(), out=str(folder))
-    own.write_config(config)
+    final_run = RunFolder(folder)
+    config = replace(final_run.read_config(), out=str(folder))
+    final_run.write_config(config)
     scores = evaluate(folder, split="test", batch_size=config.effective_batch_size, device=config.device)
-    own.write(replace(read(Metrics, folder), test=scores_from(scores)))
+    final_run.write(replace(read(Metrics, folder), test=scores_from(scores)))
     return row
 
 
 def drop_adapters(root: Path, experiment: Experiment, cell: Cell) -> None:
-    """Remove the adapters that no final run can use any more: all but the best tuning run's, and all once it is done.
+    """Remove adapters of tuning runs that no final run can reuse.
 
-    Of tuning runs that are equally good, as those that save the same model before training, each keeps its adapter.
+    Keeps the adapters of the best tuning run, including ties, until the final run is done.
 
     Args:
         root: Folder of the comparison.
-        experiment: What the cell belongs to.
-        cell: The one that was just finished; its method's tuning runs of its seed are checked.
+        experiment: The experiment.
+        cell: The cell just finished; selects the tuning runs of the same method and seed.
     """
     place = replace(cell, is_final=False).folder(root).parent
     rows = {path.parent: read_row(path.parent) for path in place.glob(f"*_seed-{cell.seed}/{CellRow.file}")}
     ranks = {folder: tuning_result(row).rank for folder, row in rows.items() if row is not None}
-    is_wanted = not cell.is_final and cell.seed < experiment.seeds
+    is_reusable = not cell.is_final and cell.seed < experiment.seeds
     for folder, rank in ranks.items():
-        if not is_wanted or rank < max(ranks.values()):
+        if not is_reusable or rank < max(ranks.values()):
             shutil.rmtree(RunFolder(folder).adapter, ignore_errors=True)
 
 
@@ -287,11 +287,11 @@ _ERROR_LENGTH = 400
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of `run_cell`.
+    """Outcome of `run_cell`.
 
     Args:
-        state: trained (here), found (its row exists already), or claimed (by another process).
-        row: Its row, where it has one.
+        state: trained (by this call), found (the row already existed) or claimed (by another process).
+        row: Row of the cell; None if claimed.
     """
 
     state: Literal["trained", "found", "claimed"]
@@ -299,19 +299,19 @@ class Outcome:
 
 
 def run_cell(root: Path, experiment: Experiment, cell: Cell, is_own_process: bool = False) -> Outcome:
-    """Train a cell and store its row, unless that is done already or claimed by another process.
+    """Train a cell and store its row, unless it is finished or claimed by another process.
 
-    Files of an interrupted attempt are removed first. A failed run becomes a row with its error.
+    Files of an interrupted attempt are removed first. A failed run is stored as a row with its error.
 
     Args:
         root: Folder of the comparison.
-        experiment: What the cell belongs to.
-        cell: Which.
-        is_own_process: Whether this process has done nothing else, so that its peak memory is the cell's.
+        experiment: The experiment.
+        cell: The cell.
+        is_own_process: True in a process dedicated to this cell, whose peak memory is that of the cell.
 
     Raises:
-        TrainingInterrupted: Ctrl-C; the cell is free for the next attempt.
-        OSError: The row could not be written.
+        TrainingInterrupted: On Ctrl-C; the lock of the cell is released.
+        OSError: If the row cannot be written.
     """
     folder = cell.folder(root)
     row = read_row(folder)
@@ -331,7 +331,7 @@ def run_cell(root: Path, experiment: Experiment, cell: Cell, is_own_process: boo
 
 
 def record_crash(root: Path, experiment: Experiment, cell: Cell, error: str) -> CellRow | None:
-    """Store the row of a cell whose process crashed; None where another process has claimed it."""
+    """Store the row of a cell whose process crashed; None if another process has claimed it."""
     folder = cell.folder(root)
     with cell_lock(root / LOCKS, cell.name) as is_acquired:
         row = read_row(folder)
@@ -345,7 +345,7 @@ def record_crash(root: Path, experiment: Experiment, cell: Cell, error: str) -> 
 
 
 def _row(root: Path, experiment: Experiment, cell: Cell, folder: Path, is_own_process: bool) -> CellRow:
-    """Train and measure; the row of the results, or of the failure."""
+    """Train and evaluate a cell, and return a row with its results or its error."""
     start, before_mib = time.monotonic(), psutil.Process().memory_info().rss / 2**20
     created_at = _now()
     log = root / LOGS / (cell.name.replace("/", "!") + ".txt")
@@ -386,12 +386,12 @@ def _row(root: Path, experiment: Experiment, cell: Cell, folder: Path, is_own_pr
 
 
 def _memory(run: RunFolder, trial: CellRow | None, before_mib: float | None) -> dict[str, Any]:
-    """Peak resident memory of the process that trained, and what of it came after the libraries were loaded.
+    """Return the peak resident memory of the training process, with and without the loaded libraries.
 
     Args:
         run: The run.
-        trial: The row of the tuning run that it was made from.
-        before_mib: What the process had when it began; None where it is not the run's own.
+        trial: Row of the reused tuning run, if any.
+        before_mib: Resident memory before the run; None if the process is not dedicated to it.
     """
     if trial is not None and trial.results is not None:
         return {"peak_rss_mib": trial.results.peak_rss_mib, "training_mib": trial.results.training_mib}
@@ -402,24 +402,24 @@ def _memory(run: RunFolder, trial: CellRow | None, before_mib: float | None) -> 
 
 
 def _forgetting(root: Path, experiment: Experiment, cell: Cell, run: RunFolder) -> dict[str, Any]:
-    """The fields of forgetting, for final runs."""
+    """Return the forgetting fields of a final run."""
     data = experiment.probe_data(cell.data) if cell.is_final else None
     return {} if data is None else measure_forgetting(run.path, data, experiment.forgetting_images, root / "frozen")
 
 
 def _failed(head: dict[str, Any], error: str, elapsed_s: float) -> CellRow:
-    """The row of a failed run."""
+    """Return the row of a failed run."""
     return CellRow(**head, status="failed", error=error, total_time=round(elapsed_s, 3))
 
 
 def _first_lines(error: Exception) -> str:
-    """An error's message, cut where libraries write pages; the log has all of it."""
+    """Return an error message, truncated; the log has the full text."""
     text = " ".join(str(error).split())
     return text if len(text) <= _ERROR_LENGTH else text[:_ERROR_LENGTH] + " …"
 
 
 def _now() -> str:
-    """The time of day, in UTC."""
+    """Return the current UTC time."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 

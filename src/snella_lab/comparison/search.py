@@ -1,8 +1,8 @@
 """Hyperparameter search: learning rate and weight decay, tuned on the validation set.
 
-The learning rate is searched first, with the method's own weight decay; then the weight decay at the best rate. While
-the best value lies on the grid's edge the grid grows there. The search is a function of the results so far alone, so
-that it resumes after any interruption, on any machine.
+The search tunes the learning rate at the method's default weight decay, then the weight decay at the best learning
+rate. The grid grows while the best value lies on its edge. The search depends only on the results so far, so it can
+resume after any interruption, on any machine.
 """
 
 import math
@@ -19,7 +19,7 @@ class Candidate:
     """One point of the grid.
 
     Args:
-        lr_factor: Times the method's default learning rate.
+        lr_factor: Factor on the method's default learning rate.
         weight_decay: None for the method's default.
     """
 
@@ -28,7 +28,7 @@ class Candidate:
 
     @property
     def label(self) -> str:
-        """Short name, for folders and lines."""
+        """Short name for folders and log lines."""
         decay = "" if self.weight_decay is None else f"_wd-{self.weight_decay:g}"
         return f"lr-x{self.lr_factor:g}{decay}"
 
@@ -42,25 +42,25 @@ class TuningResult:
 
     @property
     def rank(self) -> tuple[float, float]:
-        """Sort key: accuracy, then loss; a failed run is below all others."""
+        """Sort key: accuracy, then loss; failed runs come last."""
         if self.accuracy is None or self.loss is None:
             return -math.inf, -math.inf
         return self.accuracy, -self.loss
 
 
 Results = Mapping[Candidate, Sequence[TuningResult]]
-"""Finished tuning runs by candidate; a candidate is complete with one result per seed."""
+"""Finished tuning runs by candidate, one result per seed."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The result of the search.
+    """Result of the search.
 
     Args:
-        candidate: The best point; None where all tuning runs failed.
+        candidate: The best point; None if all tuning runs failed.
         tried: All points in the order of the axes.
-        lr_on_edge: Whether the best rate is the smallest or the largest that was tried.
-        weight_decay_on_edge: Whether the best weight decay is the largest of several; 0 is no edge.
+        lr_on_edge: True if the best learning rate is the smallest or largest one tried.
+        weight_decay_on_edge: True if the best weight decay is the largest of several; 0 is not an edge.
     """
 
     candidate: Candidate | None
@@ -69,21 +69,21 @@ class Choice:
     weight_decay_on_edge: bool
 
     def record(self, results: Results, tuned_settings: Callable[[Candidate], Mapping[str, Any]]) -> SearchChoice:
-        """The choice as a row holds it, with every result."""
+        """Convert the choice and all results to the form stored in a row."""
         trials = []
         for candidate in self.tried:
-            found = results.get(candidate, ())
-            if not found:
+            runs = results.get(candidate, ())
+            if not runs:
                 continue  # a single candidate needs no tuning run
-            accuracies = [r.accuracy for r in found if r.accuracy is not None]
-            is_whole = len(accuracies) == len(found)
+            accuracies = [r.accuracy for r in runs if r.accuracy is not None]
+            is_complete = len(accuracies) == len(runs)
             trials.append(
                 TriedCandidate(
                     lr_factor=candidate.lr_factor,
                     **tuned_settings(candidate),
-                    val_accuracy=sum(accuracies) / len(accuracies) if is_whole else None,
-                    val_loss=_mean([r.loss for r in found]) if is_whole else None,
-                    failed=len(found) - len(accuracies),
+                    val_accuracy=sum(accuracies) / len(accuracies) if is_complete else None,
+                    val_loss=_mean([r.loss for r in runs]) if is_complete else None,
+                    failed=len(runs) - len(accuracies),
                 )
             )
         factor = None if self.candidate is None else self.candidate.lr_factor
@@ -96,12 +96,12 @@ class Choice:
 
 
 def next_tuning_runs(grid: Grid, default_weight_decay: float, results: Results) -> list[Candidate] | Choice:
-    """The candidates to train before the choice can be made, or the choice.
+    """Return the candidates to train next, or the final choice.
 
     Args:
         grid: The axes.
-        default_weight_decay: The method's own; a grid of one point with it needs no tuning run.
-        results: What is finished so far.
+        default_weight_decay: The method's default; a grid with only this point needs no tuning run.
+        results: Finished tuning runs.
     """
     factors = sorted(set(grid.lr_factors))
     if len(factors) == 1 and not {w for w in grid.weight_decays if w != default_weight_decay}:
@@ -139,27 +139,27 @@ def next_tuning_runs(grid: Grid, default_weight_decay: float, results: Results) 
 
 
 def _missing(candidates: Sequence[Candidate], grid: Grid, results: Results) -> list[Candidate]:
-    """Candidates that lack the result of a seed."""
+    """Return candidates with unfinished seeds."""
     return [c for c in candidates if len(results.get(c, ())) < grid.seeds]
 
 
 def _best(candidates: Sequence[Candidate], results: Results) -> Candidate | None:
-    """The candidate with the highest mean over seeds; the first of equals, None where all failed."""
+    """Return the candidate with the highest mean over seeds; the first one on ties, None if all failed."""
     ranks = [(_mean_rank(results[c]), c) for c in candidates]
     rank, best = max(ranks, key=lambda item: item[0])
     return best if math.isfinite(rank[0]) else None
 
 
 def _mean_rank(results: Sequence[TuningResult]) -> tuple[float, float]:
-    """Means of accuracy and of negative loss."""
+    """Return the means of accuracy and negative loss."""
     accuracies, losses = zip(*(result.rank for result in results), strict=True)
     return sum(accuracies) / len(results), sum(losses) / len(results)
 
 
 def _beyond(factors: Sequence[float], best: float) -> float | None:
-    """The next factor outside the grid, where the best lies on its edge; None where it lies inside.
+    """Return the next factor beyond the grid if the best lies on its edge, else None.
 
-    It continues the grid over two steps: 30 after 1, 3, 10.
+    The extension repeats the ratio over two steps: 1, 3, 10 continues with 30.
     """
     if len(factors) < 2:
         return None
@@ -169,17 +169,17 @@ def _beyond(factors: Sequence[float], best: float) -> float | None:
 
 
 def _continued(factors: Sequence[float]) -> float:
-    """The number before the first one."""
+    """Return the extension before the first factor."""
     first, second, *more = factors
     return first * second / more[0] if more else first * first / second
 
 
 def _rounded(value: float) -> float:
-    """Two significant digits, so that a grid of 1, 3, 10 stays one."""
+    """Round to two significant digits, so that a 1, 3, 10 grid keeps its pattern."""
     return float(f"{value:.2g}")
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """The mean, None where a value is missing."""
+    """Return the mean, or None if a value is missing."""
     numbers = [value for value in values if value is not None]
     return sum(numbers) / len(numbers) if len(numbers) == len(values) and numbers else None

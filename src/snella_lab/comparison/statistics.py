@@ -1,4 +1,4 @@
-"""Statistics of a comparison: means, standard deviations, paired differences with Student's t intervals."""
+"""Statistics of a comparison: means, standard deviations and paired differences with Student's t intervals."""
 
 import math
 import statistics
@@ -10,7 +10,7 @@ from snella_app.records import CellRow
 
 LEVEL = 0.95
 MIN_UNITS = 5
-"""Tasks, or seeds of a single task, below which no difference is decided."""
+"""Minimum number of tasks (or seeds of a single task) to decide a difference."""
 
 Rows = Sequence[CellRow]
 Key = TypeVar("Key", bound=Hashable)
@@ -18,7 +18,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and standard deviation (n - 1) over `count` seeds; the deviation is NaN for a single one."""
+    """Mean and sample standard deviation (n - 1) over `count` seeds; the deviation is NaN for a single seed."""
 
     mean: float
     std: float
@@ -27,21 +27,21 @@ class Spread:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of paired differences between two methods, with the interval and the p-value of Student's t test.
+    """Mean paired difference between two methods, with the interval and p-value of Student's t test.
 
-    The test's units are tasks: each counts with its mean over seeds. With a single task they are its seeds.
+    The units of the test are tasks, each averaged over seeds. With a single task, the units are its seeds.
 
     Args:
         mean: Mean over units.
-        low: Lower end of the 95 % interval of this comparison alone; NaN for a single unit, which has none.
-        high: Upper end.
-        pairs: Pairs of the same task and seed.
-        tasks: Tasks they come from.
+        low: Lower end of the 95 % interval, without correction for multiple comparisons; NaN for a single unit.
+        high: Upper end of the interval.
+        pairs: Number of pairs of the same task and seed.
+        tasks: Number of tasks.
         p: Two-sided p-value of the t test; NaN for a single unit.
-        above: Units above zero.
-        below: Units below zero.
+        above: Number of units above zero.
+        below: Number of units below zero.
         adjusted_p: `p` after Holm's correction; NaN before `with_holm`.
-        comparisons: Comparisons that the correction is over.
+        comparisons: Number of comparisons in the correction.
     """
 
     mean: float
@@ -57,22 +57,22 @@ class Difference:
 
     @property
     def units(self) -> int:
-        """How many values the test has: tasks, or seeds of a single task."""
+        """Number of units in the test: tasks, or seeds of a single task."""
         return self.tasks if self.tasks > 1 else self.pairs
 
     @property
     def sign_p(self) -> float:
-        """Two-sided p-value of the sign test, without a correction; 1 where no unit differs from zero."""
-        from scipy.stats import binomtest  # a second, and only to test
+        """Two-sided p-value of the sign test, uncorrected; 1 if no unit differs from zero."""
+        from scipy.stats import binomtest  # slow import
 
         differing = self.above + self.below
         return float(binomtest(self.above, differing).pvalue) if differing else 1.0
 
     @property
     def direction(self) -> int:
-        """1 or -1 where the difference is decided, else 0.
+        """Sign of a decided difference, else 0.
 
-        Decided is what has at least `MIN_UNITS` units and an adjusted p-value of at most 1 - `LEVEL`.
+        A difference is decided with at least `MIN_UNITS` units and an adjusted p-value of at most 1 - `LEVEL`.
         """
         if self.units < MIN_UNITS or not self.adjusted_p <= 1 - LEVEL:
             return 0
@@ -80,54 +80,54 @@ class Difference:
 
 
 def final_rows(rows: Rows) -> list[CellRow]:
-    """The rows of the table: finished final runs."""
+    """Return the rows of finished final runs."""
     return [row for row in rows if row.purpose == "final" and row.status == "success"]
 
 
 def spread(rows: Rows, method: str, task: str, metric: str) -> Spread | None:
-    """A method on one task, over seeds; None without a row."""
+    """Return mean and deviation of a method on one task over seeds; None without a row."""
     values = [_value(row, metric) for row in rows if row.experiment_name == method and row.task_name == task]
     return _spread(values) if values else None
 
 
 def mean_over_tasks(rows: Rows, method: str, tasks: Sequence[str], metric: str) -> Spread | None:
-    """The mean of all tasks alike; the deviation is that of the seeds' means. None where a task has no row."""
+    """Return the mean over tasks and its deviation over seeds; None if a task has no row."""
     return _mean_of_groups(rows, method, [[task] for task in tasks], metric)
 
 
 def mean_over_groups(rows: Rows, method: str, groups: Mapping[str, Sequence[str]], metric: str) -> Spread | None:
-    """The mean of the groups' means, as VTAB's papers give it; None where a task has no row."""
+    """Return the mean over groups of the mean over tasks, as in VTAB papers; None if a task has no row."""
     return _mean_of_groups(rows, method, list(groups.values()), metric)
 
 
 def difference(rows: Rows, method: str, reference: str, tasks: Sequence[str], metric: str) -> Difference | None:
-    """Differences to the reference in pairs of the same task and seed, with Student's t interval.
+    """Compute the difference from the reference, paired by task and seed, with Student's t interval.
 
     Args:
         rows: Final rows.
-        method: The method.
-        reference: The method it is compared to.
-        tasks: Which tasks count.
-        metric: A column.
+        method: Method label.
+        reference: Label of the reference method.
+        tasks: Tasks to include.
+        metric: Row column.
 
     Returns:
-        Not corrected for other comparisons, which `with_holm` does. None where there is no pair.
+        The difference without correction (see `with_holm`), or None without pairs.
     """
-    pairs = [found for task in tasks if (found := _paired(rows, method, reference, task, metric))]
+    pairs = [values for task in tasks if (values := _paired(rows, method, reference, task, metric))]
     return difference_of(pairs) if pairs else None
 
 
 def difference_of(pairs: Sequence[Sequence[float]]) -> Difference:
-    """Student's t interval and test of paired differences.
+    """Compute Student's t interval and test of paired differences.
 
     mean ± t(0.975, n - 1) · s / sqrt(n)
 
-    over the n tasks' means, or over the n differences of a single task.
+    over the means of n tasks, or over the n differences of a single task.
 
     Args:
-        pairs: Differences of each task, a number a seed; at least one of each.
+        pairs: Differences of each task, one per seed; at least one task and one seed.
     """
-    values = [statistics.fmean(found) for found in pairs] if len(pairs) > 1 else list(pairs[0])
+    values = [statistics.fmean(seeds) for seeds in pairs] if len(pairs) > 1 else list(pairs[0])
     count, tasks = sum(map(len, pairs)), len(pairs)
     mean = statistics.fmean(values)
     above, below = sum(value > _EQUAL for value in values), sum(value < -_EQUAL for value in values)
@@ -135,7 +135,7 @@ def difference_of(pairs: Sequence[Sequence[float]]) -> Difference:
         return Difference(mean, math.nan, math.nan, count, tasks, math.nan, above, below)
     if statistics.stdev(values) / math.sqrt(len(values)) <= _EQUAL:  # equal differences
         return Difference(mean, mean, mean, count, tasks, 1.0 if abs(mean) <= _EQUAL else 0.0, above, below)
-    from scipy.stats import ttest_1samp  # a second, and only to test
+    from scipy.stats import ttest_1samp  # slow import
 
     test = ttest_1samp(values, 0)
     low, high = map(float, test.confidence_interval(LEVEL))
@@ -143,12 +143,12 @@ def difference_of(pairs: Sequence[Sequence[float]]) -> Difference:
 
 
 def with_holm(found: Mapping[Key, Difference | None]) -> dict[Key, Difference | None]:
-    """Set the p-values of comparisons that are shown together by Holm's correction.
+    """Set `adjusted_p` of a family of comparisons by Holm's correction.
 
     Of m p-values in ascending order, the k-th becomes the maximum of (m - i + 1) · p_i over i <= k, at most 1.
 
     Args:
-        found: Differences by any key; None and single units, which have no p-value, stay as they are.
+        found: Differences by any key; None and single units, which have no p-value, are unchanged.
 
     Returns:
         The same keys in the same order.
@@ -164,7 +164,7 @@ def with_holm(found: Mapping[Key, Difference | None]) -> dict[Key, Difference | 
 
 
 def average(rows: Rows, method: str, column: str) -> float | None:
-    """The mean of a column over a method's rows that have it: first over seeds, then over tasks."""
+    """Average a column over a method's rows, first over seeds, then over tasks; ignore missing values."""
     tasks: dict[str, list[float]] = {}
     for row in rows:
         value = row.column(column)
@@ -173,11 +173,11 @@ def average(rows: Rows, method: str, column: str) -> float | None:
     return statistics.fmean(statistics.fmean(values) for values in tasks.values()) if tasks else None
 
 
-_EQUAL = 1e-12  # shares are sums of a few rounded numbers
+_EQUAL = 1e-12  # tolerance for rounding of sums
 
 
 def _value(row: CellRow, metric: str) -> float:
-    """A score that methods are compared by, which every final run has."""
+    """Return a metric, which every final run must have."""
     value = row.column(metric)
     if value is None:
         raise ValueError(
@@ -187,28 +187,28 @@ def _value(row: CellRow, metric: str) -> float:
 
 
 def _spread(values: Sequence[float]) -> Spread:
-    """Mean and deviation."""
+    """Return mean and standard deviation."""
     deviation = statistics.stdev(values) if len(values) > 1 else math.nan
     return Spread(statistics.fmean(values), deviation, len(values))
 
 
 def _mean_of_groups(rows: Rows, method: str, groups: Sequence[Sequence[str]], metric: str) -> Spread | None:
-    """For every seed the mean over groups of the mean over their tasks, then the mean over seeds."""
+    """Average over the tasks of each group, then over groups, then over seeds."""
     table: dict[int, dict[str, float]] = {}
     for row in rows:
         if row.experiment_name == method:
             table.setdefault(row.seed, {})[row.task_name] = _value(row, metric)
-    wanted = {task for group in groups for task in group}
-    whole = [values for values in table.values() if wanted <= values.keys()]
-    if not whole or not wanted:
+    tasks = {task for group in groups for task in group}
+    complete = [values for values in table.values() if tasks <= values.keys()]
+    if not complete or not tasks:
         return None
     return _spread(
-        [statistics.fmean(statistics.fmean(values[task] for task in group) for group in groups) for values in whole]
+        [statistics.fmean(statistics.fmean(values[task] for task in group) for group in groups) for values in complete]
     )
 
 
 def _paired(rows: Rows, method: str, reference: str, task: str, metric: str) -> list[float]:
-    """Differences of one task, a number for every seed that both have."""
+    """Return the differences on one task for every seed that both methods have."""
     values: dict[str, dict[int, float]] = {method: {}, reference: {}}
     for row in rows:
         if row.task_name == task and row.experiment_name in values:

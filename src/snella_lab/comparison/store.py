@@ -1,12 +1,12 @@
-"""The rows of a comparison on disk, and the locks that give each cell to one process.
+"""Storage of a comparison's rows, and locks that assign each cell to one process.
 
-`results.jsonl` holds one line a cell, appended as cells finish, by several processes if need be; every cell also keeps
-its row as `cell.json` in its folder, written atomically. Each row carries the SHA-256 of its other columns, and a row
-without one is not checked. A line takes precedence over the folder's copy, and what is damaged or missing on one
-side is restored from the other, with every column that it has.
+`results.jsonl` holds one line per cell, appended by any number of processes. Each cell's folder holds a copy of the
+row in `cell.json`, written atomically. Each row carries the SHA-256 of its other columns; rows without a hash are not
+checked. A valid line takes precedence over the copy, and a damaged or missing row is restored from the other place
+with all its columns.
 
-Locks are those of the operating system, on files below `locks/` (`filelock`): they end with the process that holds
-them, whatever ended it, and know no clock. They hold on one machine; several machines share a comparison through Ray.
+Locks are operating system locks (`filelock`) on files below `locks/`. They are released when the process exits, for
+any reason, and have no timeout. They work on one machine; use Ray to share a comparison between machines.
 """
 
 import json
@@ -25,22 +25,22 @@ from snella_app.records import CellRow, plain, record_from, write
 FILE = "results.jsonl"
 LOCKS = "locks"
 _WAIT_S = 0.5
-"""How long to ask for a lock; more than `is_locked` takes to look at it."""
+"""Timeout for acquiring a lock; longer than `is_locked` holds it."""
 _WRITE_WAIT_S = 10.0
 _CELL_NAME = re.compile(r"(?!\.\.?(/|$))[A-Za-z0-9._+-]+(/(?!\.\.?(/|$))[A-Za-z0-9._+-]+)*")
 
 
 @contextmanager
 def cell_lock(folder: Path, name: str, timeout_s: float = _WAIT_S) -> Iterator[bool]:
-    """Hold the lock of a cell, if it is free.
+    """Try to acquire the lock of a cell.
 
     Args:
-        folder: Of all locks; created.
-        name: The cell's, unique; slashes are replaced.
-        timeout_s: How long to wait for it.
+        folder: Folder of all locks; created if missing.
+        name: Unique cell name; slashes are replaced.
+        timeout_s: Maximum waiting time.
 
     Yields:
-        Whether it was acquired; if not, another process is at work.
+        True if acquired, False if another process holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(_lock_file(folder, name))
@@ -56,7 +56,7 @@ def cell_lock(folder: Path, name: str, timeout_s: float = _WAIT_S) -> Iterator[b
 
 
 def is_locked(folder: Path, name: str) -> bool:
-    """Whether a living process holds the lock of a cell."""
+    """Return True if a running process holds the lock of a cell."""
     if not _lock_file(folder, name).exists():
         return False
     with cell_lock(folder, name, timeout_s=0) as is_acquired:
@@ -64,22 +64,25 @@ def is_locked(folder: Path, name: str) -> bool:
 
 
 def remove_lock(folder: Path, name: str) -> None:
-    """Remove the lock file of a cell that has its row: whoever still acquires it reads the row first."""
+    """Remove the lock file of a finished cell.
+
+    Safe once the row is stored, because every process reads the row after acquiring the lock.
+    """
     _lock_file(folder, name).unlink(missing_ok=True)
 
 
 def _lock_file(folder: Path, name: str) -> Path:
-    """The file of a lock."""
+    """Return the path of a lock file."""
     return folder / (name.replace("/", "!") + ".lock")
 
 
 def append_row(root: Path, folder: Path, row: CellRow) -> None:
-    """Store the row of a cell, in its folder and at the end of the file.
+    """Store the row of a cell in its folder and append it to the results file.
 
     Args:
-        root: Of the comparison.
-        folder: Of the cell; created.
-        row: Its row.
+        root: Folder of the comparison.
+        folder: Folder of the cell; created if missing.
+        row: Row of the cell.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write(row, folder)
@@ -96,19 +99,19 @@ def append_row(root: Path, folder: Path, row: CellRow) -> None:
 
 
 def read_row(folder: Path) -> CellRow | None:
-    """The row of one cell; None where it is not finished or its row is damaged."""
+    """Read the row of one cell; None if it is missing or damaged."""
     columns = _parsed(_text(folder / CellRow.file))
     return _record(columns) if columns is not None and _row_error(columns) is None else None
 
 
 def read_lines(path: Path) -> tuple[dict[str, CellRow], list[str]]:
-    """The rows of a results file by cell, the last of each, and notes about lines that are none."""
+    """Read the last row of each cell from a results file, and notes about invalid lines."""
     rows, notes = _columns_of_lines(path)
     return {name: _record(columns) for name, columns in rows.items()}, notes
 
 
 def _columns_of_lines(path: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """What `read_lines` returns, with the columns as they stand there."""
+    """Return rows as plain columns, and notes about invalid lines; see `read_lines`."""
     rows: dict[str, dict[str, Any]] = {}
     notes = []
     lines = _text(path).split("\n")
@@ -117,43 +120,46 @@ def _columns_of_lines(path: Path) -> tuple[dict[str, dict[str, Any]], list[str]]
             continue
         row = _parsed(line)
         if row is None:
-            error: str | None = "is cut off in mid-line" if number == len(lines) else "is no row of a comparison"
+            error: str | None = "is truncated" if number == len(lines) else "is not a comparison row"
         else:
             error = _row_error(row)
         if row is not None and error is None:
             rows[row["cell"]] = row
         else:
-            notes.append(f"{path}, line {number} {error} ({len(line)} characters) and was left out")
+            notes.append(f"{path}, line {number} {error} ({len(line)} characters) and was skipped")
     return rows, notes
 
 
 def collect(root: Path) -> tuple[dict[str, CellRow], list[str]]:
-    """All rows by cell, and notes about repairs.
+    """Read and repair all rows.
 
-    An intact line takes precedence over the row in its cell's folder. The file is rewritten where it lacks a row, holds
-    one twice, or is damaged; a `cell.json` that differs from the line is rewritten from it.
+    A valid line takes precedence over the `cell.json` of its cell. The results file is rewritten if rows are missing,
+    duplicate or damaged; a `cell.json` that differs from its line is rewritten.
 
     Args:
-        root: Of the comparison.
+        root: Folder of the comparison.
+
+    Returns:
+        Rows by cell name, and notes about repairs.
     """
     rows, notes = _columns_of_lines(root / FILE)
     merged = dict(rows)
     for path in sorted((root / "cells").rglob(CellRow.file)):
         name = path.parent.relative_to(root / "cells").as_posix()
         row = _parsed(_text(path))
-        error = "is no row of a comparison" if row is None else _row_error(row)
+        error = "is not a comparison row" if row is None else _row_error(row)
         if row is not None and error is None and row["cell"] != name:
-            error = f"is the row of {row['cell']!r}, another cell"
+            error = f"holds the row of another cell, {row['cell']!r}"
         if row is not None and error is None and name not in merged:
             merged[name] = row
         elif name in merged and row != merged[name]:
-            notes.append(f"{path} {error or 'differs from its line'}; it was restored from {FILE}")
+            notes.append(f"{path} {error or f'differs from {FILE}'}; restored from {FILE}")
             write_json(path, merged[name])
         elif error is not None:
-            notes.append(f"{path} {error} and was left out")
+            notes.append(f"{path} {error} and was skipped")
     restored = [name for name in merged if name not in rows]
     if notes and restored:
-        notes.append(f"{len(restored)} of the rows were restored from the cells' folders")
+        notes.append(f"{len(restored)} rows restored from cell folders")
     if merged and (notes or merged != rows or _line_count(root / FILE) != len(merged)):
         with cell_lock(root / LOCKS, FILE) as is_acquired:
             if is_acquired:  # else another process is writing it
@@ -162,16 +168,16 @@ def collect(root: Path) -> tuple[dict[str, CellRow], list[str]]:
 
 
 def drop_failed(root: Path) -> list[str]:
-    """Forget the cells that failed, so that they are trained again.
+    """Remove the rows of failed cells, so that they are trained again.
 
     Args:
-        root: Of the comparison.
+        root: Folder of the comparison.
 
     Returns:
-        Their names.
+        Names of the failed cells.
 
     Raises:
-        TimeoutError: Another process is writing the file.
+        TimeoutError: If another process is writing the results file.
     """
     rows, _ = collect(root)
     failed = [name for name, row in rows.items() if row.status == "failed"]
@@ -179,13 +185,13 @@ def drop_failed(root: Path) -> list[str]:
         with cell_lock(root / LOCKS, FILE, timeout_s=_WRITE_WAIT_S) as is_acquired:
             if not is_acquired:
                 raise TimeoutError(
-                    f"{root / FILE} is being written by another process, for longer than {_WRITE_WAIT_S:g} s; end it, "
-                    "then start again"
+                    f"{root / FILE} has been locked by another process for more than {_WRITE_WAIT_S:g} s; stop that "
+                    "process, then start again"
                 )
             for name in failed:
                 (root / "cells" / name / CellRow.file).unlink(missing_ok=True)
-            kept, _ = _columns_of_lines(root / FILE)  # with what other processes have added meanwhile
-            _write(root / FILE, [row for name, row in kept.items() if name not in failed])
+            current, _ = _columns_of_lines(root / FILE)  # includes concurrent additions by other processes
+            _write(root / FILE, [row for name, row in current.items() if name not in failed])
     return failed
 
 
@@ -196,7 +202,7 @@ def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def _parsed(text: str) -> dict[str, Any] | None:
-    """The columns of a row out of JSON; None where the text is none."""
+    """Parse the columns of a row from JSON; None if invalid."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -206,39 +212,39 @@ def _parsed(text: str) -> dict[str, Any] | None:
 
 
 def _record(columns: dict[str, Any]) -> CellRow:
-    """The row that columns are."""
+    """Convert columns to a row."""
     return record_from(CellRow, CellRow.decoded(columns))
 
 
 def _row_error(row: dict[str, Any]) -> str | None:
-    """What is wrong with the columns of a row, to follow its file's name; None if it can be used.
+    """Return the error of a row's columns, phrased to follow a file name, or None if valid.
 
-    The name of a cell becomes a path below the comparison's folder, so that it must be one that leads nowhere else.
+    The cell name becomes a path below the comparison's folder and must not escape it.
     """
     name = row["cell"]
     if not isinstance(name, str) or _CELL_NAME.fullmatch(name) is None:
-        return f"names the cell {name!r}, which must be a path such as 'digits/lora-8/seed-0' below the comparison"
+        return f"has the cell name {name!r}, which must be a relative path such as 'digits/lora-8/seed-0'"
     if not is_intact(row):
-        return f"was changed after it was written (the {SEAL} of {name!r} differs)"
+        return f"was modified after it was written (the {SEAL} of {name!r} differs)"
     try:
         _record(row)
     except ValueError as error:
-        return f"is no row of a comparison: {error}"
+        return f"is not a comparison row: {error}"
     return None
 
 
 def _text(path: Path) -> str:
-    """A file's text, `""` where there is none."""
+    """Return the text of a file, empty if missing."""
     return path.read_bytes().decode("utf-8", "replace") if path.is_file() else ""
 
 
 def _line_count(path: Path) -> int:
-    """Lines of a file."""
+    """Return the number of lines in a file."""
     return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
 def _ends_with_newline(path: Path) -> bool:
-    """Whether the last line is complete."""
+    """Return True if the last line is complete."""
     with path.open("rb") as file:
         file.seek(-1, os.SEEK_END)
         return file.read(1) == b"\n"

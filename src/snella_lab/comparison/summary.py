@@ -1,4 +1,4 @@
-"""The table of a comparison: the numbers of every method, for the report and the terminal."""
+"""Result tables of a comparison, for the report and the terminal."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -35,19 +35,19 @@ COSTS = (
 
 @dataclass(frozen=True)
 class MethodSummary:
-    """One line of the table.
+    """Results of one method, one line of the table.
 
     Args:
-        name: The method's label.
-        per_task: Mean and deviation on every task, by metric; None where a cell is missing.
+        name: Method label.
+        per_task: Mean and standard deviation on every task, by metric; None for a missing cell.
         over_tasks: Mean over tasks, by metric.
         over_groups: Mean over groups, by metric.
-        to_reference: Paired difference to the reference over all tasks, by metric, with Holm's correction over the
+        to_reference: Paired difference from the reference over all tasks, by metric, with Holm's correction over the
             methods; None for the reference.
-        to_reference_on: The same on each task, for the first metric; the correction is over methods and tasks.
-        costs: Means over tasks of the columns of cost, None where not measured.
-        edges: On how many tasks the chosen learning rate lies on the grid's edge.
-        failed: How many of its runs failed.
+        to_reference_on: Paired difference on each task for the first metric, corrected over methods and tasks.
+        costs: Means over tasks of the `COSTS` columns; None if not measured.
+        edges: Number of tasks whose selected learning rate lies on the edge of the grid.
+        failed: Number of failed runs.
     """
 
     name: str
@@ -63,17 +63,17 @@ class MethodSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """The whole table.
+    """Results of a comparison.
 
     Args:
-        methods: Lines, in the order of the experiment.
+        methods: Results of each method, in the order of the experiment.
         tasks: Tasks that have a row, in the order of the experiment.
-        groups: Their groups, by name.
-        reference: The method that others are compared to.
-        finals: Finished final runs.
-        expected: Final runs of the experiment.
+        groups: Tasks by group.
+        reference: Reference method.
+        finals: Number of finished final runs.
+        expected: Number of final runs in the experiment.
         failed: Rows of failed runs.
-        metrics: What is in the table, by column of the rows; the first decides.
+        metrics: Metric titles by row column; the first is the main metric.
     """
 
     methods: list[MethodSummary]
@@ -87,26 +87,26 @@ class Summary:
 
     @property
     def column(self) -> str:
-        """The column that decides, such as `test_accuracy`."""
+        """Column of the main metric, e.g. `test_accuracy`."""
         return next(iter(self.metrics))
 
     @property
     def measure(self) -> str:
-        """What it is called, such as accuracy."""
+        """Title of the main metric, e.g. accuracy."""
         return self.metrics[self.column]
 
     @property
     def has_groups(self) -> bool:
-        """Whether the mean over groups differs from the mean over tasks."""
+        """True if the mean over groups differs from the mean over tasks."""
         return 1 < len(self.groups) < len(self.tasks)
 
 
 def summarize(experiment: Experiment, rows: Rows) -> Summary:
-    """Compute the table.
+    """Compute the results of all methods.
 
     Args:
-        experiment: Order, groups and reference.
-        rows: All rows; those of other methods and tasks are left out.
+        experiment: The experiment, for order, groups and reference.
+        rows: All rows; other methods and tasks are ignored.
     """
     names, task_names = [m.name for m in experiment.methods], [d.name for d in experiment.data]
     rows = [row for row in rows if row.experiment_name in names and row.task_name in task_names]
@@ -142,10 +142,10 @@ def _line(
     failed: list[CellRow],
     metrics: Sequence[str],
 ) -> MethodSummary:
-    """The numbers of one method."""
+    """Compute the results of one method."""
     is_reference = name == reference
-    own = [row for row in rows if row.experiment_name == name]
-    on_edge = {row.task_name for row in own if row.search and row.search.lr_on_edge}
+    method_rows = [row for row in rows if row.experiment_name == name]
+    on_edge = {row.task_name for row in method_rows if row.search and row.search.lr_on_edge}
     return MethodSummary(
         name,
         {metric: {task: spread(rows, name, task, metric) for task in tasks} for metric in metrics},
@@ -160,7 +160,7 @@ def _line(
 
 
 def _corrected(lines: Sequence[MethodSummary]) -> list[MethodSummary]:
-    """The lines with Holm's correction: over the methods for each metric, over methods and tasks for single tasks."""
+    """Apply Holm's correction: over methods for each metric, over methods and tasks for single tasks."""
     metrics = lines[0].to_reference if lines else {}
     overall = {metric: with_holm({line.name: line.to_reference[metric] for line in lines}) for metric in metrics}
     single = with_holm({(line.name, task): d for line in lines for task, d in line.to_reference_on.items()})
@@ -175,7 +175,7 @@ def _corrected(lines: Sequence[MethodSummary]) -> list[MethodSummary]:
 
 
 def spread_text(value: Spread | None) -> str:
-    """A share with its deviation in percent: 85.2 ± 0.4."""
+    """Format a fraction with its standard deviation in percent: 85.2 ± 0.4."""
     if value is None:
         return "–"
     deviation = "" if math.isnan(value.std) else f" ± {100 * value.std:.1f}"
@@ -183,9 +183,9 @@ def spread_text(value: Spread | None) -> str:
 
 
 def difference_text(value: Difference | None, tasks: int) -> str:
-    """A difference in points with its interval, where it has one: -0.8 [-1.9, +0.2].
+    """Format a difference in points with its interval: -0.8 [-1.9, +0.2].
 
-    Says how many tasks it is about where that is not all of `tasks`.
+    Adds the number of tasks if it differs from `tasks`.
     """
     if value is None:
         return "–"
@@ -196,23 +196,23 @@ def difference_text(value: Difference | None, tasks: int) -> str:
 
 
 def p_text(value: float) -> str:
-    """A p-value: 0.66, 0.031, < 0.001."""
+    """Format a p-value: 0.66, 0.031, < 0.001."""
     if math.isnan(value):
         return "–"
     return f"{value:.2f}" if value >= 0.0995 else f"{value:.3f}" if value >= 0.001 else "< 0.001"
 
 
 def significance_texts(value: Difference | None) -> tuple[str, str]:
-    """The adjusted p-value of a difference, and on how many units it is above zero with the sign test's p-value."""
+    """Format the adjusted p-value, and the number of units above zero with the sign test's p-value."""
     if value is None:
         return "–", "–"
     return p_text(value.adjusted_p), f"{value.above} of {value.units} ({p_text(value.sign_p)})"
 
 
 def outcome_text(summary: Summary) -> str:
-    """The outcome in a sentence or two: the best mean, its difference to the reference, who else is clearly apart.
+    """Summarize the outcome: the best mean, its lead over the reference, and other decided differences.
 
-    Empty where no method is done.
+    Empty without results.
     """
     means = {m.name: value for m in summary.methods if (value := m.over_tasks[summary.column]) is not None}
     if not means:
@@ -240,36 +240,36 @@ def outcome_text(summary: Summary) -> str:
 
 
 def undecided_text(value: Difference) -> str:
-    """Why a difference is not decided: too few tasks or seeds, or the adjusted p-value."""
+    """Return the reason for an undecided difference: too few tasks or seeds, or the adjusted p-value."""
     if value.units < MIN_UNITS:
         unit = counted(value.units, "task" if value.tasks > 1 else "seed")
-        return f"not decided, {unit} of at least {MIN_UNITS}"
-    return f"not decided, p {p_text(value.adjusted_p)} with Holm's correction"
+        return f"not decided, {unit}, at least {MIN_UNITS} required"
+    return f"not decided, p {p_text(value.adjusted_p)} after Holm's correction"
 
 
 def recommendation_text(summary: Summary) -> str:
-    """Which method to take, in a sentence: accuracy within one standard error of the best, then memory, then time.
+    """Recommend a method: within one standard error of the best metric, then least memory, then least time.
 
-    The standard error is that of the best method's mean over seeds; memory within 5 % counts as the same. Empty where
-    no method is done; methods without a result are named.
+    The standard error is that of the best method's mean over seeds; memory within 5 % counts as equal. Lists methods
+    without results. Empty if no method has results.
     """
     means = {m.name: value for m in summary.methods if (value := m.over_tasks[summary.column]) is not None}
     if not means:
         return ""
     text = recommend(means, {m.name: m.costs for m in summary.methods}, summary.measure)[1]
     others = [m.name for m in summary.methods if m.name not in means]
-    return f"{text} Without a result so far: {', '.join(others)}." if others else text
+    return f"{text} No results yet: {', '.join(others)}." if others else text
 
 
 def recommend(
     means: Mapping[str, Spread], costs: Mapping[str, Mapping[str, float | None]], measure: str
 ) -> tuple[str, str]:
-    """The method to take, and why in a sentence, as `recommendation_text` has it.
+    """Return the recommended method and the reason as a sentence; see `recommendation_text`.
 
     Args:
-        means: Of the measure over seeds, by method.
+        means: Mean of the metric over seeds, by method.
         costs: `accelerator_memory_max`, `training_mib` and `train_time`, by method.
-        measure: What it is called.
+        measure: Title of the metric.
     """
     best = max(means, key=lambda name: means[name].mean)
     top = means[best]
@@ -277,17 +277,17 @@ def recommend(
     near = [name for name, value in means.items() if value.mean >= top.mean - error]
     if len(near) == 1:
         seeds = "a single seed has no standard error" if math.isnan(top.std) else f"{100 * error:.1f} points"
-        return best, f"Recommended: {best}, no other method is within one standard error of its {measure} ({seeds})."
+        return best, f"Recommended: {best}. No other method is within one standard error of its {measure} ({seeds})."
     chosen, reason = _cheapest(near, costs)
     texts = cost_texts({**dict.fromkeys(COSTS), **costs[chosen]})
     return chosen, (
         f"Recommended: {chosen}. {len(near)} methods are within one standard error ({100 * error:.1f} points) of the "
-        f"best {measure}, {100 * top.mean:.1f} % by {best}; {reason} (memory {texts['memory']}, time {texts['time']})."
+        f"best {measure}, {100 * top.mean:.1f} % for {best}; {reason} (memory {texts['memory']}, time {texts['time']})."
     )
 
 
 def _cheapest(names: Sequence[str], costs: Mapping[str, Mapping[str, float | None]]) -> tuple[str, str]:
-    """The method that needs the least memory, and of those that need as much the least time; and why."""
+    """Return the method with the least memory, ties broken by time, and the reason."""
 
     def memory(name: str) -> float:
         peak = costs[name]["accelerator_memory_max"]
@@ -302,18 +302,18 @@ def _cheapest(names: Sequence[str], costs: Mapping[str, Mapping[str, float | Non
     small = [name for name in names if memory(name) <= 1.05 * least or math.isinf(least)]
     chosen = min(small, key=time)
     if len(small) == 1:
-        return chosen, f"of these {chosen} needs the least memory"
-    what = "as little memory as any" if not math.isinf(least) else "memory that was not measured"
-    return chosen, f"of these {chosen} needs {what} and the least time"
+        return chosen, f"{chosen} needs the least memory"
+    tied = "memory is equal within 5 %" if not math.isinf(least) else "memory was not measured"
+    return chosen, f"{tied}, and {chosen} needs the least time"
 
 
 def part_text(value: Difference, tasks: int) -> str:
-    """How many of `tasks` a difference is about; empty where it is all of them."""
+    """Format the number of tasks of a difference; empty if it covers all `tasks`."""
     return "" if value.tasks == tasks else f" ({value.tasks} of {counted(tasks, 'task')})"
 
 
 def cost_texts(costs: Mapping[str, float | None]) -> dict[str, str]:
-    """Costs, human-readable."""
+    """Format costs."""
     memory = costs["accelerator_memory_max"]
     texts = {
         "trainable": _text(costs["num_trainable_params"], lambda v: count_text(round(v))),
@@ -328,7 +328,7 @@ def cost_texts(costs: Mapping[str, float | None]) -> dict[str, str]:
 
 
 def caption(summary: Summary) -> str:
-    """The caption of the tables."""
+    """Return the caption of the tables."""
     return (
         f"test {'/'.join(summary.metrics.values())} in percent, mean ± standard deviation over seeds; "
         f"{interval_text(summary)}"
@@ -336,21 +336,21 @@ def caption(summary: Summary) -> str:
 
 
 def interval_text(summary: Summary) -> str:
-    """How differences to the reference were tested."""
-    found = [d for m in summary.methods if (d := m.to_reference[summary.column]) is not None]
-    has_tasks = any(d.tasks > 1 for d in found)
-    units, each = ("tasks", ", each with its mean over seeds") if has_tasks else ("seeds", "")
+    """Describe the tests of differences from the reference."""
+    differences = [d for m in summary.methods if (d := m.to_reference[summary.column]) is not None]
+    has_tasks = any(d.tasks > 1 for d in differences)
+    units, averaging = ("tasks", " (seeds averaged per task)") if has_tasks else ("seeds", "")
     text = (
-        f"differences to {summary.reference} in points with Student's t {percent_text(LEVEL, 0)} interval over "
-        f"{units}{each}, p with Holm's correction over {counted(len(found), 'comparison')}, and on how many {units} "
-        "the method is above, with the sign test's p"
+        f"differences from {summary.reference} in points with Student's t {percent_text(LEVEL, 0)} interval over "
+        f"{units}{averaging}; p with Holm's correction over {counted(len(differences), 'comparison')}; above: number "
+        f"of {units} above {summary.reference}, with the sign test's p"
     )
-    few = bool(found) and all(d.units < MIN_UNITS for d in found)
-    return f"{text}; nothing is decided with fewer than {MIN_UNITS} tasks or seeds" if few else text
+    few = bool(differences) and all(d.units < MIN_UNITS for d in differences)
+    return f"{text}; no difference is decided with fewer than {MIN_UNITS} tasks or seeds" if few else text
 
 
 def print_summary(console: Console, experiment: Experiment, rows: Rows) -> None:
-    """Print the table."""
+    """Print the result tables, the outcome and the recommendation."""
     summary = summarize(experiment, rows)
     if not summary.finals:
         print_line(console, "no final run is finished yet")
@@ -363,17 +363,17 @@ def print_summary(console: Console, experiment: Experiment, rows: Rows) -> None:
     for row in summary.failed:
         print_line(console, f"FAILED {row.cell}: {row.error}")
     if summary.failed:
-        print_line(console, "--retry-failed trains failed runs again")
+        print_line(console, "add --retry-failed to train failed runs again")
 
 
 def table_cells(summary: Summary, metric: str, *, with_costs: bool) -> list[list[str]]:
-    """The table as text, its first line the headings: tasks, means, the difference to the reference, tests, costs."""
+    """Return the table as text, headings first: tasks, means, difference from the reference, tests, costs."""
     texts = [cost_texts(method.costs) for method in summary.methods]
     names = ("trainable", "changed", "file", "step", "memory", "forgetting") if with_costs else ()
     costs = [name for name in names if any(line[name] != "–" for line in texts)]
     headings = ["method", *summary.tasks, *(["mean over tasks"] if len(summary.tasks) > 1 else [])]
     headings += ["mean over groups"] if summary.has_groups else []
-    lines = [[*headings, f"difference to {summary.reference}", "p", "above", *costs]]
+    lines = [[*headings, f"difference from {summary.reference}", "p", "above", *costs]]
     for method in summary.methods:
         cells = [spread_text(method.per_task[metric][task]) for task in summary.tasks]
         cells += [spread_text(method.over_tasks[metric])] if len(summary.tasks) > 1 else []
@@ -386,11 +386,11 @@ def table_cells(summary: Summary, metric: str, *, with_costs: bool) -> list[list
 
 
 def _table(summary: Summary, metric: str, title: str) -> Table:
-    """The table for the terminal."""
+    """Return the console table."""
     headings, *lines = table_cells(summary, metric, with_costs=metric == summary.column)
     return make_table(headings, lines, title=f"test {title}")
 
 
 def _text(value: float | None, write: Any) -> str:
-    """A number written, or a dash."""
+    """Format a number, or return a dash for None."""
     return "–" if value is None else str(write(value))

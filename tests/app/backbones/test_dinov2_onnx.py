@@ -51,5 +51,5 @@ def test_a_graph_that_lacks_a_tensor_is_refused_with_its_name(tmp_path):
 
 def test_a_missing_onnx_package_is_named_with_the_command(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(ImportError, match="needs the package onnx; run `pip install onnx`"):
+    with pytest.raises(ImportError, match="require the package onnx; run `pip install onnx`"):
         convert_dinov2_onnx(tmp_path / "w.onnx")

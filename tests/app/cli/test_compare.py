@@ -28,7 +28,7 @@ def test_a_comparison_is_trained_and_gone_on_with(tmp_path, capsys):
     rows, _ = read_lines(tmp_path / "c" / "results.jsonl")
     assert {row.experiment_name for row in rows.values()} == {"linear", "bias"}
     assert main(["compare", "--out", out, "--draw-only"]) == 0
-    assert "difference to linear" in capsys.readouterr().out and (tmp_path / "c" / "comparison.html").exists()
+    assert "difference from linear" in capsys.readouterr().out and (tmp_path / "c" / "comparison.html").exists()
 
 
 def test_flags_become_an_experiment():

@@ -66,7 +66,7 @@ def test_elpv_is_defective_from_a_probability_of_one_half():
 def test_a_missing_package_is_named_with_the_command(spec, module, command, monkeypatch):
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == module else real(name))
-    with pytest.raises(ImportError, match=f"data {spec} comes inside the package '{module}', .*run `{command}`"):
+    with pytest.raises(ImportError, match=f"data {spec} requires the package '{module}', .*run `{command}`"):
         load_data(spec)
 
 

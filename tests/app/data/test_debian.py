@@ -54,12 +54,12 @@ def test_missing_fashion_mnist_is_named_with_the_command(tmp_path):
     ("content", "message"),
     [
         (b"not gzip", "Not a gzipped file"),
-        (gzip.compress(b"\x00\x00\x08\x01" + b"\x00" * 8), "no IDX file of 3 dimensions"),
-        (gzip.compress(b"\x00"), "no IDX file of 3 dimensions"),
+        (gzip.compress(b"\x00\x00\x08\x01" + b"\x00" * 8), "not an IDX file with 3 dimensions"),
+        (gzip.compress(b"\x00"), "not an IDX file with 3 dimensions"),
         (idx(np.zeros((2, 28, 28), np.uint8))[:-12], "Compressed file ended"),
         (
             gzip.compress(struct.pack(">BBBB3i", 0, 0, 8, 3, 2, 28, 28) + b"\x00" * 5),
-            r"\[2, 28, 28\] announced, 5 values",
+            r"the header says \[2, 28, 28\], got 5 values",
         ),
     ],
     ids=["no-gzip", "other-dimensions", "short", "cut", "too-few"],
@@ -73,7 +73,7 @@ def test_a_damaged_file_is_named(content, message, fashion):
 @pytest.mark.parametrize("labels", [np.zeros(9, np.uint8), np.full(10, 11, np.uint8)])
 def test_files_that_do_not_belong_together_are_refused(labels, fashion):
     (fashion / "t10k-labels-idx1-ubyte.gz").write_bytes(idx(labels))
-    message = f"test files in '.*' do not belong together: 10 images, {len(labels)} labels up to {labels.max()}"
+    message = f"test files in '.*' do not match: 10 images, {len(labels)} labels up to {labels.max()}"
     with pytest.raises(ValueError, match=message):
         load_fashion_mnist(str(fashion))
 
@@ -105,18 +105,19 @@ def test_small_categories_and_mirrored_stamps_are_left_out(tmp_path):
     Image.new("RGBA", (2, 2)).save(root / "c" / "kind" / "0_mirror.png")
     collection = load_stamps(str(root))
     assert collection.classes == ["a", "b"] and len(collection.train) == 25
-    assert collection.notes == ["stamps: categories of fewer than 12 pictures left out: c (11)"]
+    assert collection.notes == ["stamps: skipped categories with fewer than 12 images: c (11)"]
     assert collection.train.image(0).getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_too_few_categories_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"two or more categories of at least 12 PNGs, got \['a'\]"):
+    with pytest.raises(ValueError, match=r"at least 2 categories with 12 PNGs each, got \['a'\]"):
         load_stamps(str(stamps(tmp_path, {"a": 12, "b": 2})))
 
 
 def test_missing_stamps_are_named_with_the_command(tmp_path, monkeypatch):
     monkeypatch.setenv("SNELLA_STAMPS", str(tmp_path / "none"))
     with pytest.raises(
-        FileNotFoundError, match=r"none' is not there; run `apt install tuxpaint-stamps-default`, or set SNELLA_STAMPS"
+        FileNotFoundError,
+        match=r"none' does not exist; run `apt install tuxpaint-stamps-default`, or set SNELLA_STAMPS",
     ):
         load_data("stamps")

@@ -38,7 +38,7 @@ def test_the_parts_are_slabs_that_keep_a_distance(templates):
     for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
         assert min(abs(a - b) for a in heights[one] for b in heights[other]) > 3
     assert data.classes == ["background", "brain"]
-    assert any("one single head" in note for note in data.notes)
+    assert any("all slices come from one head" in note for note in data.notes)
     assert data.train.image(0).size == (70, 70)
     assert data.train.mask(0).sum() == 40 * 50
 
@@ -57,7 +57,7 @@ def test_patches_are_labeled_by_the_region_in_their_middle(templates):
 
 
 def test_missing_volumes_are_told_with_the_command(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"ch2.nii.gz' is not there; run `apt install mricron-data`"):
+    with pytest.raises(FileNotFoundError, match=r"ch2.nii.gz' does not exist; run `apt install mricron-data`"):
         load_mri(str(tmp_path))
 
 
@@ -76,7 +76,7 @@ def test_damaged_volumes_are_told(tmp_path):
     with pytest.raises(ValueError, match=r"v.nii.gz' is damaged: Not a gzipped file"):
         read_nifti(path)
     path.write_bytes(gzip.compress(b"junk" * 100))
-    with pytest.raises(ValueError, match="is no NIfTI-1 file"):
+    with pytest.raises(ValueError, match="must be a NIfTI-1 file"):
         read_nifti(path)
     write_nifti(path, np.zeros((2, 3, 4), np.uint8), kind=16)
     with pytest.raises(ValueError, match=r"must hold a volume of bytes, got shape \[2, 3, 4\] and data type 16"):
@@ -84,7 +84,7 @@ def test_damaged_volumes_are_told(tmp_path):
     write_nifti(path, np.zeros((2, 3, 4), np.uint8))
     content = gzip.decompress(path.read_bytes())
     path.write_bytes(gzip.compress(content[:-5]))
-    with pytest.raises(ValueError, match=r"\[2, 3, 4\] announced, 19 bytes there"):
+    with pytest.raises(ValueError, match=r"the header says \[2, 3, 4\], got 19 bytes"):
         read_nifti(path)
     with pytest.raises(FileNotFoundError):
         read_nifti(tmp_path / "none.nii.gz")

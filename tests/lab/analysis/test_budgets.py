@@ -87,5 +87,5 @@ def test_the_pictures_of_a_real_run_are_drawn(old_run, run):
 
 def test_a_run_without_budgets_is_refused(save_run):
     run = save_run("lora")
-    with pytest.raises(ValueError, match=r"must have weight budgets.* of 'lora-2' without allocation.json"):
+    with pytest.raises(ValueError, match=r"must have weight budgets.* with method 'lora-2' and no allocation.json"):
         allocation([run])

@@ -94,9 +94,9 @@ def test_a_users_kernel_joins_by_its_import_path(name, factor):
 @pytest.mark.parametrize(
     ("kernel", "message"),
     [
-        ("mixk", "must be of linear, .* got 'mixk'"),
-        ("nowhere:f", "holds 'nowhere:f', which cannot be imported"),
-        ("math:pi", "which must be a Kernel or a function of A and B, got 3.14"),
+        ("mixk", "must be among linear, .* got 'mixk'"),
+        ("nowhere:f", "cannot import kernel 'nowhere:f'"),
+        ("math:pi", "must be a Kernel subclass or a function of A and B, got 3.14"),
         ("torch:add", r"must return \[m, n\]"),
     ],
 )
@@ -107,7 +107,7 @@ def test_a_kernel_that_is_none_is_refused(kernel, message):
 
 def test_settings_out_of_range_are_listed_together():
     with pytest.raises(
-        ValueError, match=r"r must be a multiple of 2.*got 3; ranks must lie between 1 and size=8, got \[9\]"
+        ValueError, match=r"r must be a multiple of 2.*got 3; ranks must be in \[1, size=8\], got \[9\]"
     ):
         FitConfig(size=8, ranks=(9,), r=3)
     assert (PRESETS["paper"].steps, PRESETS["paper"].lr, PRESETS["paper"].matrices) == (100_000, 1e-4, 10)
@@ -132,7 +132,7 @@ def test_an_interrupted_call_fits_only_what_is_missing(tmp_path, monkeypatch):
     again = fit_matrices(short, tmp_path)
     assert fitted == ["p_linear"] and again[1].rows == whole[1].rows
     assert again[1].rows[0]["mse"] == pytest.approx(np.mean([row["mse"] for row in again[1].tables["matrices"][:2]]))
-    with pytest.raises(ValueError, match="has fits of other settings"):
+    with pytest.raises(ValueError, match="holds fits with other settings"):
         fit_matrices(FitConfig(size=6, ranks=(2, 4), matrices=2, r=2, steps=4), tmp_path)
     for plot in again:
         plot.draw().draw_without_rendering()

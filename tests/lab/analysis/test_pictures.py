@@ -36,7 +36,7 @@ def test_images_of_one_name_stand_below_each_other(tmp_path):
     both = ["0-0.png", "1-0.png"]
     assert shown == [("subject", "a.png"), *(("lora", n) for n in both), *(("snella", n) for n in both)]
     (tmp_path / "none").mkdir()
-    with pytest.raises(FileNotFoundError, match="none holds no image"):
+    with pytest.raises(FileNotFoundError, match="none holds no images"):
         images([tmp_path / "none"])
 
 

@@ -36,7 +36,7 @@ def test_a_plot_becomes_four_pictures_and_its_numbers(tmp_path):
 
 def test_an_existing_file_is_only_replaced_on_demand(tmp_path):
     (tmp_path / "one.csv").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"holds 'one\.csv' already"):
+    with pytest.raises(FileExistsError, match=r"already holds 'one\.csv'"):
         write_plots([Plot("one", ROWS, draw)], tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["one.csv"]
     write_plots([Plot("one", ROWS, draw)], tmp_path, overwrite=True)

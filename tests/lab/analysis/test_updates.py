@@ -145,9 +145,7 @@ def test_the_update_that_is_shown_is_of_a_matrix_with_a_budget(save_run):
 
 def test_one_run_has_no_overlap(save_run):
     run = save_run("a")
-    with pytest.raises(ValueError, match="overlap must compare at least 2 runs, got 1"):
+    with pytest.raises(ValueError, match="overlap requires at least 2 runs, got 1"):
         overlap([run])
-    with pytest.raises(
-        ValueError, match=r"matrix must be one that all runs changed, e\.g\. 'blocks.0.*got 'blocks.9.q'"
-    ):
+    with pytest.raises(ValueError, match=r"matrix must be changed by all runs, e\.g\. 'blocks.0.*got 'blocks.9.q'"):
         update([run], matrix="blocks.9.q")

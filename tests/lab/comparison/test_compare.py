@@ -198,11 +198,11 @@ def test_a_linear_probe_forgets_nothing(finished):
 def test_the_lines_tell_what_was_done_and_the_table_what_came_out(finished):
     root, text = finished
     before_the_first = text.partition("[1/6]")[0]
-    assert before_the_first.endswith("6 runs to train; a line for each as it ends\n")
+    assert before_the_first.endswith("6 runs to train\n")
     assert "[1/6] digits · linear · tuning lr-x0.3 · seed 0: validation 0." in text and "left\n" in text
     assert "[6/6] digits · lora-2 · final · seed 0: validation" in text
     assert text.count(", the selected tuning run)") == 2
-    assert "difference to lora-2" in text and "nothing is decided with fewer than 5 tasks or seeds\n" in text
+    assert "difference from lora-2" in text and "no difference is decided with fewer than 5 tasks or seeds\n" in text
     assert f"report {root / 'comparison.html'}" in text and (root / "comparison.html").stat().st_size > 20_000
     assert not list((root / "locks").glob("digits*"))
 
@@ -217,7 +217,7 @@ def test_a_finished_comparison_trains_nothing_again(copy, console, no_training):
 def test_what_the_folder_has_beyond_what_was_asked_for_is_named(experiment, copy, console, no_training):
     compare(replace(experiment, methods=experiment.methods[:1]), copy, workers=0, console=console)
     said = console.file.getvalue()
-    assert "note: the folder's comparison has more, which is trained too: methods lora-2\n" in said
+    assert "note: also training entries stored in the folder: methods lora-2\n" in said
     compare(experiment, copy, workers=0, console=console)
     assert console.file.getvalue().count("has more") == 1
 
@@ -240,7 +240,7 @@ def test_a_cell_without_its_row_is_trained_again_and_no_other(copy, console):
     new = rows_of(copy)
     assert set(new) == {*old, cell} and all(new[name] == old[name] for name in old)
     text = console.file.getvalue()
-    assert "note: " in text and "is cut off in mid-line (19 characters)" in text and "[6/6] digits · linear" in text
+    assert "note: " in text and "is truncated (19 characters)" in text and "[6/6] digits · linear" in text
 
 
 def test_a_training_that_fails_is_a_row_with_its_error_and_the_others_go_on(tiny, tmp_path, console):
@@ -323,7 +323,7 @@ def test_what_another_command_stores_in_the_meantime_is_not_lost(changes, tiny, 
     monkeypatch.setattr("snella_lab.comparison.compare.check_parts", store_another)
     monkeypatch.setattr("snella_lab.comparison.compare._train_all", train_nothing)
     if "train" in changes:
-        with pytest.raises(ValueError, match="epochs is 2 there and 1 here"):
+        with pytest.raises(ValueError, match="epochs is 2, got 1"):
             compare(tiny(), tmp_path / "c", workers=0, console=console)
         return
     compare(tiny(), tmp_path / "c", workers=0, console=console)
@@ -375,7 +375,7 @@ def test_workers_and_threads_must_be_numbers_that_make_sense(tiny, tmp_path, con
 
 def test_ray_that_is_not_installed_is_told_with_its_command(tiny, tmp_path, console, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
-    with pytest.raises(ImportError, match=r"ray=True needs Ray, which is not installed \(.*run `pip install ray`"):
+    with pytest.raises(ImportError, match=r"ray=True requires Ray \(.*run `pip install ray`"):
         compare(tiny(), tmp_path / "c", ray=True, console=console)
 
 

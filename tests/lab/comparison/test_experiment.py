@@ -63,7 +63,7 @@ def test_forgetting_is_never_probed_on_the_task_itself(tiny):
         ({"methods": ["linear", "lorra-8"]}, r"got 'lorra-8'; nearest: lora"),
         ({"methods": [{"method": "lora-2", "options": {"alpha": 3}}]}, r"method 'lora-2' has no option 'alpha'"),
         ({"methods": ["lora-2", "lora-2"]}, "methods must have distinct names, got 'lora-2' and 'lora-2'"),
-        ({"methods": [{"name": "x"}]}, r"methods must say 'method' in every entry, got \{'name': 'x'\}"),
+        ({"methods": [{"name": "x"}]}, r"methods must have 'method' in every entry, got \{'name': 'x'\}"),
         (
             {"methods": [{"method": "linear", "scalling": 3}]},
             r"'linear' has unknown settings: 'scalling' \(nearest",
@@ -87,7 +87,7 @@ def test_forgetting_is_never_probed_on_the_task_itself(tiny):
         ({"train": {"epochs": -1}}, "epochs must be at least 0, got -1"),
         ({"train": {"seed": 3}}, "train has unknown settings: 'seed'"),
         ({"sedes": 3}, r"the experiment has unknown settings: 'sedes' \(nearest: seeds"),
-        ({"backbone": ""}, "backbone must be given, e.g. backbone: NAME"),
+        ({"backbone": ""}, "backbone is required, e.g. backbone: NAME"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_trained(changes, message, tiny):
@@ -111,7 +111,7 @@ def test_a_part_of_the_file_that_is_no_mapping_is_named(key):
     [
         ("methods: [\n", r"experiment .*e\.yaml must be a YAML text file: "),
         ("- 1\n", r"experiment .*e\.yaml must hold settings such as 'seeds: 3', got list"),
-        ("seeds: 2\n", r"experiment .*e\.yaml: methods must be given"),
+        ("seeds: 2\n", r"experiment .*e\.yaml: methods is required"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_named(content, message, tmp_path):
@@ -179,10 +179,10 @@ def test_a_folder_keeps_the_papers_numbers_and_orderings_when_more_is_asked_for(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train": {"epochs": 7}}, "epochs is 1 there and 7 here"),
-        ({"backbone": "test_vit2"}, "backbone is 'test_vit' there and 'test_vit2' here"),
-        ({"grid": {"lr_factors": [1]}}, r"lr_factors is \[0.3, 1.0\] there and \[1.0\] here"),
-        ({"methods": [{"name": "linear", "method": "bias"}]}, "methods 'linear' is set up in another way"),
+        ({"train": {"epochs": 7}}, "epochs is 1, got 7"),
+        ({"backbone": "test_vit2"}, "backbone is 'test_vit', got 'test_vit2'"),
+        ({"grid": {"lr_factors": [1]}}, r"lr_factors is \[0.3, 1.0\], got \[1.0\]"),
+        ({"methods": [{"name": "linear", "method": "bias"}]}, "methods 'linear' has other settings"),
     ],
 )
 def test_a_folder_refuses_settings_that_its_rows_do_not_have(changes, message, tiny, tmp_path):

@@ -14,7 +14,7 @@ def test_it_has_a_line_for_each_method_and_says_where_the_numbers_come_from(tiny
     rows = [make_row(experiment, "digits", *key, test_accuracy=value) for key, value in found.items()]
     text = markdown_tables(experiment, [*rows, make_row(experiment, "digits", "linear", 0, purpose="trial")])
     table = [cells_of(line) for line in text.splitlines() if line.startswith("|")]
-    assert table[0][:3] == ["method", "digits", "difference to lora-2"]
+    assert table[0][:3] == ["method", "digits", "difference from lora-2"]
     assert table[2][:2] == ["linear", "60.0 ± 14.1"] and table[2][2].startswith("−25.0 [")
     assert table[3][:3] == ["lora-2", "85.0 ± 7.1", "–"]
     assert len({len(line) for line in table[:4]}) == 1

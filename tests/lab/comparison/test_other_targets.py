@@ -82,7 +82,10 @@ def test_what_is_known_of_the_data_is_said_before_the_first_run(parts, tmp_path,
     said = capsys.readouterr().out
     assert f"note: left out 1 of 41 rows of {parts}, 1 no such file: missing.png (no such file)\n" in said
     assert "note: classes are unbalanced: " in said
-    assert "note: methods are compared by accuracy; --monitor balanced_accuracy compares by that\n" in said
+    assert (
+        "note: methods are compared by accuracy; add --monitor balanced_accuracy to compare by balanced accuracy\n"
+        in said
+    )
     assert main([*words, "--skip-corrupt", "--monitor", "balanced_accuracy", "--out", str(tmp_path / "b")]) == 0
     said = capsys.readouterr().out
     assert "classes are unbalanced" in said and "compared by accuracy" not in said
@@ -90,7 +93,7 @@ def test_what_is_known_of_the_data_is_said_before_the_first_run(parts, tmp_path,
 
 def test_a_task_that_has_no_such_comparison_is_refused():
     values = {"methods": ["linear"], "data": ["digits"], "backbone": "test_vit"}
-    with pytest.raises(ValueError, match=r"task must be one of classification, .* to be compared, got 'segmentation'"):
+    with pytest.raises(ValueError, match=r"task must be one of classification, .* in a comparison, got 'segmentation'"):
         Experiment.from_dict({**values, "train": {"task": "segmentation"}})
     experiment = Experiment.from_dict({**values, "train": {"monitor": "balanced_accuracy"}})
     assert experiment.metric == "balanced_accuracy" and list(experiment.measures) == ["balanced_accuracy", "accuracy"]
@@ -134,7 +137,7 @@ def test_auto_takes_what_a_small_comparison_on_validation_recommends(
 
 def test_what_belongs_to_one_method_or_would_see_test_images_is_refused_with_auto(tmp_path):
     values = {"data": "digits", "backbone": "test_vit", "out": str(tmp_path), "method": "auto"}
-    with pytest.raises(ValueError, match=r"r 4 is for a method that is known, got method 'auto'; .*folds 3 is for"):
+    with pytest.raises(ValueError, match=r"r 4 needs a named method, got method 'auto'; .*folds 3 needs"):
         TrainConfig(**values, r=4, folds=3)
-    with pytest.raises(ValueError, match=r"train\(method='auto'\) and the command line choose one"):
+    with pytest.raises(ValueError, match=r"train\(method='auto'\) or the command line"):
         TrainConfig(**values).resolved()

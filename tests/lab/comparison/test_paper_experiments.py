@@ -153,7 +153,7 @@ def test_a_search_under_the_official_protocol_is_refused(experiments):
         ({"source": "T", "orderings": [{"higher": "a"}]}, r"must hold 'higher' and 'lower'.* got \{'higher': 'a'\}"),
         (
             {"source": "T", "orderings": [{"higher": "a", "lower": "b", "task": "cifr"}]},
-            "be of a 'task' among cifar, .* got 'cifr'",
+            "'task' in published.orderings must be one of cifar, .* got 'cifr'",
         ),
     ],
 )

@@ -89,7 +89,7 @@ def test_a_cell_whose_process_is_killed_is_recorded_and_the_others_go_on(tiny, t
         compare(tiny(methods=["linear"]), tmp_path / "c", workers=1, threads=1, console=Console(file=io.StringIO()))
     rows = rows_of(tmp_path / "c")
     assert rows[killed[0]]["status"] == "failed"
-    assert rows[killed[0]]["error"] == "its process was ended by SIGKILL; the machine may be out of memory"
+    assert rows[killed[0]]["error"] == "the process was killed by SIGKILL; the machine may be out of memory"
     final = rows["digits/linear/seed-0"]
     assert final["status"] == "success" and final["peak_rss_mib"] > final["training_mib"] > 1
 

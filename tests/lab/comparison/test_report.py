@@ -26,12 +26,12 @@ def test_the_page_has_its_sections_and_pictures_and_asks_the_network_for_nothing
 
 def test_the_page_states_how_its_numbers_came_about(page):
     tested = (
-        "the highest mean of each column is bold. The column “minus lora-8” shows differences to lora-8 in points with "
-        "Student&#39;s t 95\N{NO-BREAK SPACE}% interval over tasks, each with its mean over seeds, p with Holm&#39;s "
-        "correction over 11 comparisons, and on how many tasks the method is above, with the sign test&#39;s p. A "
-        "difference is decided where p is at most 0.05 with at least 5 tasks (seeds of a single task)."
+        "the highest mean of each column is bold. Column “minus lora-8”: differences from lora-8 in points with "
+        "Student&#39;s t 95\N{NO-BREAK SPACE}% interval over tasks (seeds averaged per task); p with Holm&#39;s "
+        "correction over 11 comparisons; above: number of tasks above lora-8, with the sign test&#39;s p. A "
+        "difference is decided if p is at most 0.05 with at least 5 tasks (for a single task, seeds)."
     )
-    for text in (tested, "360 tuning runs without test images", "minus lora-8"):
+    for text in (tested, "360 tuning runs that never saw test images", "minus lora-8"):
         assert text in page, text
     assert "natural (fashion, stamps)" in page and "snella compare --experiment large" in page
 
@@ -58,7 +58,7 @@ def test_two_seeds_decide_nothing_and_their_interval_is_wider_than_their_differe
     text = outcome_text(summarize(experiment, rows[:2]))
     assert text == "lora-2 has the highest test accuracy, 75.0 %."
     assert outcome_text(summarize(experiment, [])) == ""
-    assert recommendation_text(summarize(experiment, rows[:2])).endswith(" Without a result so far: bias.")
+    assert recommendation_text(summarize(experiment, rows[:2])).endswith(" No results yet: bias.")
     assert "Without" not in recommendation_text(summarize(experiment, rows))
 
 
@@ -89,7 +89,7 @@ def test_a_lead_that_is_not_decided_says_its_p_value(large, make_row):
     text = outcome_text(summarize(smaller, rows))
     assert text.endswith(
         "82.8 % in the mean over 6 tasks: 2.8 points above lora-8 (95\N{NO-BREAK SPACE}% interval \u22121.0 to +6.7; "
-        "not decided, p 0.12 with Holm's correction)."
+        "not decided, p 0.12 after Holm's correction)."
     )
 
 
@@ -226,15 +226,15 @@ def test_the_recommendation_is_the_cheapest_of_the_methods_that_are_as_good(tiny
 
     text = recommendation_text(summarize(experiment, rows(costs)))
     assert text == (
-        "Recommended: bias. 2 methods are within one standard error (2.0 points) of the best accuracy, 88.0 % by "
-        "lora-2; of these bias needs the least memory (memory 500\N{NO-BREAK SPACE}MiB, time 12.0\N{NO-BREAK SPACE}s)."
+        "Recommended: bias. 2 methods are within one standard error (2.0 points) of the best accuracy, 88.0 % for "
+        "lora-2; bias needs the least memory (memory 500\N{NO-BREAK SPACE}MiB, time 12.0\N{NO-BREAK SPACE}s)."
     )
     same = costs | {"lora-2": (510.0, 9.0)}
-    assert "lora-2 needs as little memory as any and the least time" in recommendation_text(
+    assert "memory is equal within 5 %, and lora-2 needs the least time" in recommendation_text(
         summarize(experiment, rows(same))
     )
     alone = [row for row in rows(costs) if row.seed == 0]
     assert recommendation_text(summarize(experiment, alone)).startswith(
-        "Recommended: lora-2, no other method is within one standard error of its accuracy (a single seed has"
+        "Recommended: lora-2. No other method is within one standard error of its accuracy (a single seed has"
     )
     assert recommendation_text(summarize(experiment, [])) == ""

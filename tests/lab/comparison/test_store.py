@@ -56,7 +56,7 @@ def test_a_file_cut_off_in_mid_line_is_mended_from_the_cells_and_said(root):
     path.write_bytes(path.read_bytes()[:-30])
     rows, notes = collect(root)
     assert sorted(rows) == ["c0", "c1", "c2"] and values(root) == {"c0": 0, "c1": 1, "c2": 2}
-    assert "results.jsonl, line 3 is cut off in mid-line" in notes[0] and "1 of the rows" in notes[1]
+    assert "results.jsonl, line 3 is truncated" in notes[0] and "1 rows restored" in notes[1]
     assert collect(root)[1] == []
 
 
@@ -94,7 +94,7 @@ def test_lines_of_another_kind_are_named(root):
     path = root / "results.jsonl"
     path.write_text('{"a": 1}\n[]\n' + path.read_text())
     notes = collect(root)[1]
-    assert "line 1 is no row of a comparison" in notes[0] and "line 2" in notes[1]
+    assert "line 1 is not a comparison row" in notes[0] and "line 2" in notes[1]
 
 
 def test_failed_cells_can_be_forgotten(root):
@@ -110,9 +110,7 @@ def test_failed_cells_are_not_forgotten_while_another_process_writes_the_rows(ro
     monkeypatch.setattr(store, "_WRITE_WAIT_S", 0.1)
     with (
         cell_lock(root / "locks", "results.jsonl"),
-        pytest.raises(
-            TimeoutError, match=r"results\.jsonl is being written by another process, for longer than 0\.1 s"
-        ),
+        pytest.raises(TimeoutError, match=r"results\.jsonl has been locked by another process for more than 0\.1 s"),
     ):
         drop_failed(root)
     assert (root / "results.jsonl").read_bytes() == before and (root / "cells" / "bad" / "cell.json").exists()
@@ -131,7 +129,9 @@ def test_a_row_whose_cell_leads_elsewhere_is_no_row(root, name):
     with (root / "results.jsonl").open("a") as file:
         file.write(json.dumps(plain(row(name, 9, "failed"))) + "\n")
     notes = read_lines(root / "results.jsonl")[1]
-    assert f"line 4 names the cell {name!r}, which must be a path such as 'digits/lora-8/seed-0'" in notes[0]
+    assert (
+        f"line 4 has the cell name {name!r}, which must be a relative path such as 'digits/lora-8/seed-0'" in notes[0]
+    )
     assert drop_failed(root) == [] and (victim / "cell.json").read_text() == "mine"
     assert sorted(collect(root)[0]) == ["c0", "c1", "c2"]
 
@@ -151,8 +151,10 @@ def test_an_altered_cell_does_not_go_before_an_intact_line_and_is_restored(root,
     altered(cell, '"seed": 1', '"seed": 7')
     rows, notes = collect(root)
     assert rows["c1"].seed == values(root)["c1"] == json.loads(cell.read_text())["seed"] == 1
-    reason = "was changed after it was written (the sha256 of 'c1' differs)" if has_digest else "differs from its line"
-    assert notes == [f"{cell} {reason}; it was restored from results.jsonl"]
+    reason = (
+        "was modified after it was written (the sha256 of 'c1' differs)" if has_digest else "differs from results.jsonl"
+    )
+    assert notes == [f"{cell} {reason}; restored from results.jsonl"]
     assert collect(root)[1] == []
 
 
@@ -160,7 +162,7 @@ def test_an_altered_line_is_restored_from_its_cell(root):
     altered(root / "results.jsonl", '"seed": 1', '"seed": 7')
     rows, notes = collect(root)
     assert rows["c1"].seed == values(root)["c1"] == 1
-    assert "line 2 was changed after it was written" in notes[0] and "1 of the rows were restored" in notes[1]
+    assert "line 2 was modified after it was written" in notes[0] and "1 rows restored" in notes[1]
 
 
 def test_a_row_that_is_altered_in_both_places_is_left_out(root):
@@ -173,7 +175,7 @@ def test_a_row_in_another_cells_folder_is_left_out(root):
     (root / "cells" / "c0").rename(root / "cells" / "other")
     (root / "results.jsonl").unlink()
     rows, notes = collect(root)
-    assert sorted(rows) == ["c1", "c2"] and "other/cell.json is the row of 'c0', another cell" in notes[0]
+    assert sorted(rows) == ["c1", "c2"] and "other/cell.json holds the row of another cell, 'c0'" in notes[0]
 
 
 def test_the_digest_does_not_depend_on_what_json_makes_of_values(tmp_path):
@@ -194,7 +196,7 @@ def test_columns_that_this_version_does_not_know_stay_when_the_file_is_written_a
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('"task_name": "t"', '"task": "t"', "is no row of a comparison: 'task_name' is missing (nearest: 'task'"),
+        ('"task_name": "t"', '"task": "t"', "is not a comparison row: 'task_name' is missing (nearest: 'task'"),
         ('"purpose": "final"', '"purpose": "last"', "'purpose' must be one of 'final', 'trial', got 'last'"),
         ('"kept_weights": null', '"kept_weights": "few"', "'results.kept_weights' must be an integer, got str 'few'"),
     ],
