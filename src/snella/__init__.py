@@ -5,7 +5,8 @@ Importing the package registers the method with PEFT:
     model = get_peft_model(model, SnellaConfig(r=8, target_modules="all-linear", modules_to_save=["head"]))
     BudgetAllocator(model, total_epochs=10, steps_per_epoch=len(loader)).attach(optimizer)
 
-`snella.train` trains as the command line does, and `snella.load` predicts; both are `snella_app`'s:
+`snella.train` runs the same training as `snella train`, and `snella.load` returns a predictor; `snella_app` provides
+both:
 
     run = snella.train(data="photos", backbone="vit_base_patch16_224.augreg_in21k", out="runs/photos")
     snella.load(run).predict("new.jpg").label
@@ -15,7 +16,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from snella.allocator import BudgetAllocator
-from snella.compat import registration as _registration  # noqa: F401 - makes PEFT know the method
+from snella.compat import registration as _registration  # noqa: F401 - registers the method with PEFT
 from snella.compat.hotswap import hotswap
 from snella.compat.sparse_file import load_sparse
 from snella.config import SnellaConfig
@@ -42,12 +43,12 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """The public names, imported or not."""
+    """Return the public names, including lazy ones."""
     return sorted(__all__)
 
 
 def __getattr__(name: str) -> Any:
-    """Import the callback, which needs transformers' Trainer, and the application's names on first use."""
+    """Import the callback (which needs transformers' Trainer) and the application's names on first use."""
     if name == "SnellaCallback":
         return importlib.import_module("snella.callback").SnellaCallback
     if name not in _APPLICATION:

@@ -1,4 +1,4 @@
-"""Lowers the global budget while training runs and allocates it among the matrices by their importance."""
+"""Budget allocator: reduces the global budget during training and allocates it among matrices by importance."""
 
 from __future__ import annotations
 
@@ -20,43 +20,42 @@ from snella.optimizer import MATCHER_ATTRIBUTE
 
 _STATE_KEY = "snella_allocator"  # in the first parameter group of an optimizer's state
 _FORMAT = 1
-_HISTORY_PARTS = 100  # points of a curve that a report draws
-_GRADIENT_STEPS = 5  # a head that starts at zero, or a block dropped by drop-path, has none in the first one or two
+_HISTORY_PARTS = 100  # points of a curve in a report
+_GRADIENT_STEPS = 5  # a zero-initialized head or drop-path can suppress the gradients of the first one or two steps
 
 __all__ = ["BudgetAllocator", "allocate"]
 
 
 class BudgetAllocator:
-    """The layer-level competition of SNELLA (section 3.3, Algorithm 1 of arXiv 2510.24037).
+    """Layer-level competition of SNELLA (section 3.3, Algorithm 1 of arXiv 2510.24037).
 
-    Every optimizer step updates the importance of every matrix; every epoch, or every N steps (`realloc_every`), the
-    global budget follows the schedule and is reallocated. After the last epoch, or from the fraction `schedule_end`
-    of the training on, it is exactly `b_T = (1 − target_sparsity)·(all adapted weights)`.
+    Every optimizer step updates the importance of every matrix. Every epoch, or every N steps (`realloc_every`), the
+    global budget follows the schedule and is reallocated. After the last epoch, or after the fraction `schedule_end`
+    of the training, it is exactly `b_T = (1 − target_sparsity)·(all adapted weights)`.
 
-    Usually one call suffices, in any training loop:
+    In most training loops one call suffices:
 
         allocator = BudgetAllocator(model, total_epochs=10, steps_per_epoch=len(loader))
         allocator.attach(optimizer)
 
-    From then on `optimizer.step()` does the rest, and `optimizer.state_dict()` carries the allocator's state, so that a
-    checkpoint of the optimizer is a checkpoint of the allocator. Without `attach`, call `update_and_allocate` yourself
-    between `loss.backward()` and `optimizer.step()`.
+    `optimizer.step()` then drives the allocator, and `optimizer.state_dict()` includes the allocator's state. Without
+    `attach`, call `update_and_allocate` between `loss.backward()` and `optimizer.step()`.
 
     Args:
-        model: Model with SNELLA layers, wrapped by PEFT, DDP, `torch.compile` or not.
-        total_epochs: Epochs of the whole training.
-        steps_per_epoch: Optimizer steps (not batches, where gradients are accumulated) of one epoch.
-        total_steps: Optimizer steps of the whole training, where it stops within an epoch; the last one always brings
+        model: Model with SNELLA layers, possibly wrapped by PEFT, DDP or `torch.compile`.
+        total_epochs: Number of training epochs.
+        steps_per_epoch: Optimizer steps per epoch. With gradient accumulation, steps differ from batches.
+        total_steps: Total number of optimizer steps, if training stops within an epoch. The last step always reaches
             the target budget.
-        adapter_name: The adapter to train, default the first active one.
+        adapter_name: Adapter to train; defaults to the first active one.
 
     Attributes:
-        history: One entry an allocation: `step`, `t` and `total` (the schedule's time), `budget`, and for every matrix
-            `budgets` and `importance`. The first entry is the start. Where allocations are frequent, only the last one
-            of each epoch and of each hundredth of the training stays, so that checkpoints do not grow with every step.
+        history: One entry per allocation: `step`, `t` and `total` (the schedule's time), `budget`, and `budgets` and
+            `importance` per matrix. The first entry is the start. With frequent allocations, only the last entry of
+            each epoch and of each hundredth of the training remains, which limits the size of checkpoints.
 
     Raises:
-        ValueError: The model has no such adapter, or a number of epochs or steps is below 1.
+        ValueError: If the model has no such adapter, or a number of epochs or steps is below 1.
     """
 
     def __init__(
@@ -91,95 +90,95 @@ class BudgetAllocator:
         self.step = 0
         self.history: list[dict[str, Any]] = []
         self._has_checked = False
-        self._has_read = self._has_stepped = False  # in this step, and since the gradients were cleared
+        self._has_read = self._has_stepped = False  # in this step; since the last zero_grad
         self._is_stepping = False
-        self._reads = 0  # of steps whose gradients were looked for
+        self._reads = 0  # steps checked for missing gradients
         self._untouched = {matrix.name for matrix in self.matrices}
-        self.has_exact_steps = False  # whether the number of steps is a trainer's own
+        self.has_exact_steps = False  # whether a trainer provides the number of steps
         self._handles: list[torch.utils.hooks.RemovableHandle | _ZeroGradHook] = []
         self._allocate(0)
 
-    # what it works towards -----------------------------------------------------------------------------------------
+    # budgets -------------------------------------------------------------------------------------------------------
 
     @property
     def total_weights(self) -> int:
-        """All adapted weights."""
+        """Number of adapted weights."""
         return sum(matrix.size for matrix in self.matrices)
 
     @property
     def start_budget(self) -> int:
-        """`b_0`, all adapted weights but `init_sparsity` of them."""
+        """`b_0 = (1 − init_sparsity)·(all adapted weights)`."""
         return self.total_weights - round(self.config.init_sparsity * self.total_weights)
 
     @property
     def target_budget(self) -> int:
-        """`b_T`."""
+        """`b_T = (1 − target_sparsity)·(all adapted weights)`."""
         return self.total_weights - round(self.config.target_sparsity * self.total_weights)
 
     @property
     def budgets(self) -> dict[str, int]:
-        """Entries that each matrix may keep now, by the name of the matrix."""
+        """Current budget of each matrix, by matrix name."""
         return {matrix.name: matrix.budget for matrix in self.matrices}
 
     @property
     def frozen(self) -> list[str]:
-        """Matrices without budget. They get no gradient, so that nothing but `min_layer_share` brings them back."""
+        """Names of matrices with budget 0. They get no gradient; only `min_layer_share` can restore them."""
         return [matrix.name for matrix in self.matrices if matrix.is_frozen]
 
     @property
     def has_reached_target(self) -> bool:
-        """Whether the budget is down to its target, as it stays from there on."""
+        """Whether the budget has reached its final value."""
         return self.history[-1]["budget"] == self.target_budget
 
     def is_realloc_step(self, step: int) -> bool:
-        """Whether the budget is reallocated after optimizer step `step`, counted from 1."""
+        """Return whether the budget is reallocated after optimizer step `step`, counted from 1."""
         every = self.config.realloc_every
         interval = self.steps_per_epoch if every == "epoch" else int(every)
         return step <= self.total_steps and (step % interval == 0 or step == self.total_steps)
 
     def _time(self, step: int) -> tuple[int, int]:
-        """`(t, T)` of the schedule after `step` steps: in epochs where it is due every epoch, else in steps."""
+        """Return the schedule's `(t, T)` after `step` steps, in epochs or steps according to `realloc_every`."""
         is_over = step >= self.total_steps
         if self.config.realloc_every == "epoch":
             total = math.ceil((self.config.schedule_end or 1.0) * self.total_epochs)
             return total if is_over else step // self.steps_per_epoch, total
         return step, math.ceil((self.config.schedule_end or 1.0) * self.total_steps)
 
-    # in a training loop --------------------------------------------------------------------------------------------
+    # training loop -------------------------------------------------------------------------------------------------
 
     def attach(self, optimizer: Optimizer) -> Self:
-        """Follow an optimizer: from now on its steps drive the allocator and its state carries the allocator's.
+        """Attach to an optimizer: its steps drive the allocator and its state dict includes the allocator's state.
 
-        The importance is read before the optimizer changes the parameters (after, with `preset="official"`), in
-        `optimizer.step(closure)` after the closure's first call; the budget changes after the step. A step that a
-        gradient scaler skips counts once `optimizer.zero_grad()` clears its overflowed gradients. Attaching after
-        `optimizer.load_state_dict` restores the allocator just as attaching before does.
+        The importance is updated before the optimizer changes the parameters (after, with `preset="official"`). In
+        `optimizer.step(closure)` it is updated after the closure's first call. The budget changes after the step. A
+        step that a gradient scaler skips counts when `optimizer.zero_grad()` clears its overflowed gradients.
+        `attach` works before and after `optimizer.load_state_dict`.
 
         Args:
-            optimizer: Any optimizer, wrapped by Accelerate or not.
+            optimizer: Any optimizer, possibly wrapped by Accelerate.
 
         Returns:
             The allocator.
 
         Raises:
-            RuntimeError: It is attached already.
-            ValueError: The optimizer has none of the adapter's factors, so that its steps say nothing about them.
-            NotImplementedError: It is DeepSpeed's, which keeps the gradients to itself.
+            RuntimeError: If the allocator is already attached.
+            ValueError: If the optimizer has none of the adapter's factors.
+            NotImplementedError: If the optimizer is DeepSpeed's, which hides the gradients.
         """
         if self._handles:
-            raise RuntimeError("the allocator is attached to an optimizer already; call detach() first")
+            raise RuntimeError("the allocator is already attached to an optimizer; call detach() first")
         _refuse_deepspeed(optimizer)
         while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
             optimizer = inner
         if not self._is_optimized_by(optimizer):
             raise ValueError(
-                f"{type(optimizer).__name__} holds none of the factors of adapter {self.adapter_name!r}; attach to the "
-                "optimizer that trains them, made after the adapter, e.g. with create_snella_optimizer(model, lr=…); "
-                "FSDP1 keeps them with use_orig_params=True"
+                f"{type(optimizer).__name__} has none of the factors of adapter {self.adapter_name!r}; create the "
+                "optimizer after the adapter, e.g. with create_snella_optimizer(model, lr=…), and attach to it; "
+                "with FSDP1, set use_orig_params=True"
             )
         if self.config.match_update and not hasattr(optimizer, MATCHER_ATTRIBUTE):
             warnings.warn(
-                f"match_update=True has no effect on this {type(optimizer).__name__}; make the optimizer with "
+                f"match_update=True has no effect on this {type(optimizer).__name__}; create the optimizer with "
                 "create_snella_optimizer(model, lr=…)",
                 stacklevel=2,
             )
@@ -196,36 +195,36 @@ class BudgetAllocator:
         return self
 
     def _is_optimized_by(self, optimizer: Optimizer) -> bool:
-        """Whether an optimizer holds factors of the adapter."""
+        """Return whether an optimizer has factors of the adapter."""
         optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         return any(id(factor) in optimized for factor in self._factors())
 
     def _factors(self) -> list[torch.Tensor]:
-        """The first factor of every matrix, as the optimizer sees it."""
+        """Return the factor `A` of every matrix, as the optimizer has it."""
         return [matrix.layer.snella_A[self.adapter_name] for matrix in self.matrices]
 
     def detach(self) -> None:
-        """Release the optimizer."""
+        """Remove the hooks from the optimizer."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
         self._watch(attached=False)
 
     def update_and_allocate(self, step: int) -> None:
-        """Update the importance and, if it is due, the budgets. For loops that do not `attach`.
+        """Update the importance, and the budgets if a reallocation is due. For loops without `attach`.
 
-        Call it once an optimizer step, between `loss.backward()` and `optimizer.step()` (after it with
-        `preset="official"`), and before the gradients are cleared.
+        Call it once per optimizer step, between `loss.backward()` and `optimizer.step()` (after `optimizer.step()` with
+        `preset="official"`), before clearing the gradients.
 
         Args:
-            step: Number of this optimizer step, counted from 1.
+            step: Index of this optimizer step, counted from 1.
         """
         self._watch(attached=True)
         self._update_importance()
         self._finish_step(step)
 
     def advance_to(self, step: int) -> None:
-        """Count steps that the optimizer never took, up to `step`, so that the budget still ends at its target.
+        """Count skipped steps up to `step`, so that the budget still reaches its target.
 
         For loops that skip steps and clear gradients without `optimizer.zero_grad()`. `SnellaCallback` calls this.
         """
@@ -237,9 +236,9 @@ class BudgetAllocator:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if not self._has_checked and not self._is_optimized_by(optimizer):
             raise NotImplementedError(
-                f"since the allocator was attached, the {type(optimizer).__name__} was given other parameters than the "
-                f"factors of adapter {self.adapter_name!r}, as deepspeed.initialize does, which takes their gradients "
-                "away; train with DDP or FSDP, or without an allocator (target_sparsity = init_sparsity)"
+                f"the parameters of {type(optimizer).__name__} were replaced after attach and no longer include the "
+                f"factors of adapter {self.adapter_name!r}, as deepspeed.initialize does; their gradients are "
+                "unavailable; train with DDP or FSDP, or without an allocator (target_sparsity = init_sparsity)"
             )
         self._has_checked = True
         self._has_read = False
@@ -254,7 +253,7 @@ class BudgetAllocator:
         return ((args[0], closure, *args[2:]), kwargs) if positional else (args, {**kwargs, "closure": closure})
 
     def _reading(self, closure: Callable[[], Any], optimizer: Optimizer) -> Callable[[], Any]:
-        """Wrap a step's closure: the importance is read after its first call, which computes the gradients."""
+        """Wrap a step's closure to update the importance after its first call, which computes the gradients."""
 
         def closure_and_read() -> Any:
             loss = closure()
@@ -264,7 +263,7 @@ class BudgetAllocator:
         return closure_and_read
 
     def _read_importance(self, optimizer: Optimizer) -> None:
-        """Update the importance unless this step already has."""
+        """Update the importance once per step."""
         if not self._has_read:
             self._has_read = True
             self._update_importance(_gradient_scale(optimizer))
@@ -275,8 +274,8 @@ class BudgetAllocator:
         self._finish_step(self.step + 1)
 
     def _before_zero_grad(self, optimizer: Optimizer) -> None:
-        """Count a step that a gradient scaler skipped: no step since the last call, and gradients that overflowed."""
-        if self._is_stepping:  # by the closure
+        """Count a step that a gradient scaler skipped: no step since the last call, and overflowed gradients."""
+        if self._is_stepping:  # called by the closure
             return
         has_stepped, self._has_stepped = self._has_stepped, False
         if has_stepped or any(is_sharded(factor) for factor in self._factors()):
@@ -286,7 +285,7 @@ class BudgetAllocator:
             self.advance_to(self.step + 1)
 
     def _watch(self, *, attached: bool) -> None:
-        """Tell the layers that somebody takes care of their budgets."""
+        """Record in the config's watch whether an allocator is attached."""
         self.config.watch.is_attached = attached
 
     def _update_importance(self, gradient_scale: float = 1.0) -> None:
@@ -295,16 +294,16 @@ class BudgetAllocator:
             self._look_for_gradients()
 
     def _look_for_gradients(self) -> None:
-        """After the first steps, name the matrices that got no gradient in any of them."""
+        """Warn about matrices without a gradient in all of the first steps."""
         self._reads += 1
-        # `SnellaModel` names those that the model never used; a matrix without budget has no gradient
+        # `SnellaModel` reports unused layers; a matrix without budget has no gradient
         seen = {m.name for m in self.matrices if m.is_frozen or not m.layer.is_applied}
         self._untouched -= self.importance.with_gradient() | seen
         if self._reads == min(_GRADIENT_STEPS, self.total_steps) and self._untouched:
             names = [matrix.name for matrix in self.matrices if matrix.name in self._untouched]
             warnings.warn(
                 f"{len(names)} of {len(self.matrices)} adapted matrices got no gradient in the first {self._reads} "
-                f"steps: {listed(map(repr, names))}; the loss does not depend on these layers; leave them out with "
+                f"steps: {listed(map(repr, names))}; the loss does not depend on these layers; exclude them with "
                 "exclude_modules",
                 stacklevel=3,
             )
@@ -316,15 +315,15 @@ class BudgetAllocator:
             self._allocate(step)
 
     def _allocate(self, step: int) -> None:
-        """Allocate the budget of the time after `step` steps and write it into the layers."""
+        """Allocate the budget after `step` steps and write it into the layers."""
         t, total = self._time(step)
         budget = budget_at(t, total, self.start_budget, self.target_budget, self.config.schedule)
         caps = [matrix.size for matrix in self.matrices]
         scores = _same_on_every_rank(self.importance.scores())
-        # before the first step nothing is known of any matrix: size decides, as it always does with "uniform"
+        # size decides before the first step, and always with "uniform"
         by_size = self.config.allocation == "uniform" or step == 0
         shares = [matrix.budget for matrix in self.matrices]
-        if step > 0 or sum(shares) != budget:  # those of an adapter that was trained to this budget stay
+        if step > 0 or sum(shares) != budget:  # an adapter already trained to this budget keeps its shares
             shares = allocate(
                 [float(cap) for cap in caps] if by_size else scores, caps, budget, self.config.min_layer_share
             )
@@ -344,7 +343,7 @@ class BudgetAllocator:
         )
 
     def _is_lasting(self, step: int, following: int) -> bool:
-        """Whether the entry of `step` stays in the history once that of `following` comes."""
+        """Return whether the history keeps the entry of `step` when it adds the entry of `following`."""
 
         def period(k: int) -> tuple[int, int]:
             return (k - 1) // self.steps_per_epoch, (k - 1) * _HISTORY_PARTS // self.total_steps
@@ -352,7 +351,7 @@ class BudgetAllocator:
         return step == 0 or period(step) != period(following)
 
     def _set_budgets(self, shares: list[int]) -> None:
-        """Write one budget a matrix into the layers."""
+        """Write one budget per matrix into the layers."""
         by_layer: dict[int, list[int]] = {}
         for matrix, share in zip(self.matrices, shares, strict=True):
             by_layer.setdefault(id(matrix.layer), []).append(share)
@@ -363,7 +362,7 @@ class BudgetAllocator:
     # state ---------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that `load_state_dict` needs: tensors and plain values only."""
+        """Return the state as a dict of tensors and plain values."""
         return {
             "format": _FORMAT,
             "step": self.step,
@@ -373,10 +372,10 @@ class BudgetAllocator:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken: the same budgets, averages and history.
+        """Restore budgets, averages and history from a `state_dict`.
 
         Raises:
-            ValueError: The state is of another format or of other matrices.
+            ValueError: If the state has another format or other matrices.
         """
         if state.get("format") != _FORMAT:
             raise ValueError(f"the allocator's state must have format {_FORMAT}, got {state.get('format')!r}")
@@ -384,7 +383,7 @@ class BudgetAllocator:
         if list(state["budgets"]) != names:
             different = sorted(set(state["budgets"]).symmetric_difference(names))[:3] or names[:3]
             raise ValueError(
-                f"the allocator's state is of other matrices than this model adapts, e.g. {different}; "
+                f"the allocator's state and this model have different matrices, e.g. {different}; "
                 "load it into a model with the same target_modules"
             )
         self.importance.load_state_dict(state["importance"])
@@ -404,11 +403,11 @@ class BudgetAllocator:
 
 
 class _ZeroGradHook:
-    """Calls a function before `optimizer.zero_grad()`, for which torch has no hook."""
+    """Hook that runs before `optimizer.zero_grad()`, for which torch has no API."""
 
     def __init__(self, optimizer: Optimizer, function: Callable[[Optimizer], None]) -> None:
         self.optimizer, self.function, self.zero_grad = optimizer, function, optimizer.zero_grad
-        # Accelerate asks for the signature; the attributes may be those of another such hook
+        # Accelerate inspects the signature; copying attributes could copy another hook's
         functools.update_wrapper(self, optimizer.zero_grad, updated=())
         optimizer.zero_grad = self  # type: ignore[method-assign]
 
@@ -417,32 +416,32 @@ class _ZeroGradHook:
         self.zero_grad(*args, **kwargs)
 
     def remove(self) -> None:
-        """Stop; where others have wrapped it since, it stays and only passes on."""
+        """Remove the hook. If `zero_grad` has been wrapped since, the hook stays and only forwards calls."""
         self.function = lambda _: None
         if self.optimizer.__dict__.get("zero_grad") is self:
             del self.optimizer.zero_grad
 
 
 def _refuse_deepspeed(optimizer: Any) -> None:
-    """Refuse an optimizer of DeepSpeed, wrapped by Accelerate or not: no gradient is where autograd would leave it."""
+    """Reject DeepSpeed optimizers, possibly wrapped by Accelerate, whose gradients are not in `.grad`."""
     inner = optimizer
     while inner is not None:
         if any(cls.__module__.partition(".")[0] == "deepspeed" for cls in type(inner).__mro__):
             raise NotImplementedError(
-                f"BudgetAllocator cannot follow DeepSpeed's {type(inner).__name__}, which takes the gradients of the "
-                "factors away; train with DDP or FSDP, or without an allocator (target_sparsity = init_sparsity)"
+                f"BudgetAllocator does not support DeepSpeed's {type(inner).__name__}, which hides the gradients of "
+                "the factors; train with DDP or FSDP, or without an allocator (target_sparsity = init_sparsity)"
             )
         inner = getattr(inner, "optimizer", None)
 
 
 def _gradient_scale(optimizer: Optimizer) -> float:
-    """What a gradient scaler left for a fused optimizer to divide by; others get their gradients divided before."""
+    """Return the gradient scale that a fused optimizer has yet to divide by; 1 if gradients are already unscaled."""
     scale = getattr(optimizer, "grad_scale", None)
     return 1.0 if scale is None else float(scale)
 
 
 def _same_on_every_rank(scores: list[float]) -> list[float]:
-    """The scores of rank 0 on every rank; gradients are averaged already, so that this only settles rounding."""
+    """Broadcast the scores of rank 0. Gradients are already averaged, so ranks differ only by rounding."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
         return scores

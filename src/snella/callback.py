@@ -1,4 +1,4 @@
-"""The allocator inside of transformers' `Trainer`."""
+"""Callback that runs the budget allocator inside transformers' `Trainer`."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from snella.allocator import BudgetAllocator
 
 
 class SnellaCallback(TrainerCallback):
-    """Attaches a `BudgetAllocator` when training starts: `Trainer(…, callbacks=[SnellaCallback()])`.
+    """Callback that attaches a `BudgetAllocator` when training starts: `Trainer(…, callbacks=[SnellaCallback()])`.
 
-    The allocator's state is part of the optimizer's, so that the Trainer's own checkpoints carry it and
+    The optimizer's state includes the allocator's state. The Trainer's checkpoints therefore contain it, and
     `resume_from_checkpoint` restores it.
 
     Args:
-        adapter_name: The adapter to train, default the first active one.
+        adapter_name: Adapter to train; defaults to the first active one.
 
     Attributes:
-        allocator: The allocator, from the start of training on.
+        allocator: The allocator, or `None` before training starts.
     """
 
     def __init__(self, adapter_name: str | None = None) -> None:
@@ -67,7 +67,7 @@ class SnellaCallback(TrainerCallback):
 
 
 def _steps_per_epoch(args: TrainingArguments, loader: Any) -> int:
-    """Optimizer steps of one epoch as the Trainer counts them, 0 where the data have no length."""
+    """Return the Trainer's optimizer steps per epoch, or 0 if the loader has no length."""
     if not isinstance(loader, Sized):
         return 0
     return math.ceil(len(loader) / args.gradient_accumulation_steps)

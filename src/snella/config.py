@@ -1,4 +1,4 @@
-"""Settings of one SNELLA adapter."""
+"""Configuration of a SNELLA adapter."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from snella.watch import TrainingWatch
 
 
 class PeftTypeName(str):
-    """Name of a method that PEFT's enumeration lacks: a plain string with what PEFT asks of an enumeration's member."""
+    """PEFT type that PEFT's own enum lacks: a string with the interface of an enum member."""
 
     @property
     def value(self) -> str:
-        """The name itself."""
+        """The plain name."""
         return str.__str__(self)
 
     def __str__(self) -> str:
-        """As a member of PEFT's enumeration prints itself; `get_model_status` takes what follows the dot."""
+        """Format like a member of PEFT's enum; `get_model_status` splits at the dot."""
         return f"PeftType.{self.value}"
 
 
@@ -41,11 +41,11 @@ PEFT_TYPE = PeftTypeName("SNELLA")
 _CARD_HEADING = "## How to load this adapter"
 _CARD_TEXT = f"""{_CARD_HEADING}
 
-It is a SNELLA adapter. PEFT knows the method once the package `snella` is imported; without it, loading ends in
+This is a SNELLA adapter. Import `snella` first, which registers the method with PEFT; otherwise loading fails with
 `KeyError: 'SNELLA'`.
 
 ```python
-import snella  # noqa: F401, makes PEFT know the method
+import snella  # noqa: F401, registers the method with PEFT
 from peft import PeftModel
 
 model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
@@ -58,31 +58,31 @@ ImportanceMetric = Literal["sensitivity", "magnitude", "delta_magnitude", "delta
 Bias = Literal["none", "all", "snella_only"]
 
 MATCHED_KERNELS = ("mix_k", "p_linear")
-"""Kernels whose steps `match_update` knows how to scale: sums of piecewise distances."""
+"""Kernels that `match_update` supports: sums of piecewise distances."""
 
-# what other methods of PEFT have under these names, and what to use instead
+# field names of other PEFT methods, and their SNELLA counterparts
 _INSTEAD = {
     **dict.fromkeys(("rank", "lora_r", "init_r", "target_r"), "the rank is r"),
-    **dict.fromkeys(("alpha", "lora_alpha"), "the factor before the update is scaling, without a division by r"),
+    **dict.fromkeys(("alpha", "lora_alpha"), "the update is multiplied by scaling, without division by r"),
     **dict.fromkeys(("dropout", "lora_dropout"), "dropout on the update's input is update_dropout"),
-    "sparsity": "the fraction of zeros at the end is target_sparsity",
+    "sparsity": "the final fraction of zeros is target_sparsity",
     **dict.fromkeys(("tinit", "tfinal", "total_step"), "the length of the schedule is an argument of BudgetAllocator"),
-    "deltaT": "the steps from one allocation to the next are realloc_every",
-    "alpha_pattern": "the factor before the update is scaling, the same for all layers",
-    "use_rslora": "the factor before the update is scaling, without a division by r",
+    "deltaT": "the allocation interval is realloc_every",
+    "alpha_pattern": "the update is multiplied by scaling, the same for all layers",
+    "use_rslora": "the update is multiplied by scaling, without division by r",
     "lora_bias": "bias='snella_only' trains the biases of the adapted layers",
     "init_lora_weights": "the field is init_weights",
     "fan_in_fan_out": "transposed weights (transformers' Conv1D) are recognized without it",
-    "target_parameters": "SNELLA adapts weights of linear layers and convolutions, not bare parameters; experts stored "
-    "as one parameter can be adapted by LoraConfig(target_parameters=…), or trained in full with parameters_to_save",
-    "use_dora": "there is no magnitude of its own in SNELLA; use LoraConfig(use_dora=True)",
+    "target_parameters": "SNELLA adapts weights of linear layers and convolutions, not bare parameters; for experts "
+    "stored as one parameter, use LoraConfig(target_parameters=…) or train them in full with parameters_to_save",
+    "use_dora": "SNELLA has no separate magnitude; use LoraConfig(use_dora=True)",
     "layer_replication": "build the model with the repeated layers, then adapt it",
-    "megatron_config": "use LoraConfig for layers of Megatron",
+    "megatron_config": "use LoraConfig for Megatron layers",
 }
 _NAME = re.compile(r"[\w.\-]+")
 _NO_UPDATE = "0.9 keeps a tenth of the update; to train nothing, remove the adapter (snella train --method linear)"
 
-# what a preset decides where the user leaves a field at None
+# a preset's values for fields left at None
 _PAPER: dict[str, Any] = {
     "sparsify_mode": "soft",
     "learn_piece_coeff": True,
@@ -104,7 +104,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "learn_temperature": True,
         "update_dropout": 0.1,
         "update_drop_path": 0.1,
-        # the output projection of the attention, by the names that libraries use
+        # the attention's output projection under its names in common libraries
         "dropout_exclude": ["proj", "out_proj", "o_proj", "to_out.0", "attn.c_proj", "attention.output.dense"],
         "parameters_to_save": ["cls_token"],
         "zero_init_ema": True,
@@ -116,107 +116,110 @@ _PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class SnellaConfig(PeftConfig):
-    """Settings of one SNELLA adapter: which matrices, how they are merged, how many weights survive.
+    """Configuration of a SNELLA adapter.
 
     Args:
-        r: Rank of the two factors; `num_pieces` must divide it.
+        r: Rank of the two factors; must be a multiple of `num_pieces`.
         kernel: Kernel function that merges the factors: `mix_k`, `p_linear` (SNELL), `normalized_rbf`, `rbf`,
             `sigmoid` or `linear` (LoRA's product).
-        num_pieces: Pieces that each factor row is cut into; `r` and every rank of `rank_pattern` are multiples of it.
-        target_sparsity: Fraction of the adapted weights that is zero in the update once training ends, in `[0, 1)`.
-        init_sparsity: The same when training starts, at most `target_sparsity`.
+        num_pieces: Number of pieces per factor row; must divide `r` and every rank in `rank_pattern`.
+        target_sparsity: Fraction of zeros in the update when training ends, in `[0, 1)`.
+        init_sparsity: Fraction of zeros in the update when training starts, at most `target_sparsity`.
         target_modules: Modules to adapt: a list of names or suffixes, a regular expression, or `"all-linear"` (every
-            linear layer of any model but the head, patch embedding and patch merging). `None` chooses by model: the
-            attention projections of Stable Diffusion 3, the image encoder of SAM, else `"all-linear"`; in a model
-            without linear layers besides its head, such as a ResNet, every ungrouped convolution but the first one
-            (the stem) and those called `downsample`.
-        exclude_modules: Modules to leave out, a list of names or suffixes or a regular expression.
-        layers_to_transform: Block numbers to adapt, with `target_modules` as a list.
+            linear layer except the head, patch embedding and patch merging). `None` chooses by model: the attention
+            projections of Stable Diffusion 3, the image encoder of SAM, otherwise `"all-linear"`. If the head has the
+            only linear layers (e.g. in a ResNet), `None` chooses every ungrouped convolution except the first one (the
+            stem) and those named `downsample`.
+        exclude_modules: Modules to exclude: a list of names or suffixes, or a regular expression.
+        layers_to_transform: Block indices to adapt; requires `target_modules` as a list.
         layers_pattern: Name of the list of blocks, if it is not the first numbered one.
-        qkv_groups: How fused query-key-value layers are cut into matrices that compete on their own. `"auto"` knows
-            the names that timm and transformers use; an integer cuts those layers into that many equal matrices (1:
-            not at all); a mapping from suffixes to an integer or a list of row counts decides layer by layer.
-        rank_pattern: Ranks of single layers, by name or suffix of the module, e.g. `{"attn.qkv": 16, "fc1": 4}`. Of
-            several that match a module, the longest decides; all others have `r`.
-        modules_to_save: Modules that are trained in full and saved with the adapter, such as the classifier head.
-        trainable_token_indices: Rows of the input embedding to train, or a mapping from the names of embeddings to
-            rows, as in `LoraConfig`.
-        ensure_weight_tying: Keep the output embedding tied where `modules_to_save` or `trainable_token_indices` train
-            an input embedding that it shares its weight with.
-        bias: Biases to train and save: `"none"`, `"all"` of the model's, or `"snella_only"`, those of adapted layers.
-        parameters_to_save: The same for bare parameters, such as `cls_token`, by name or suffix.
-        scaling: Factor before the update.
-        update_dropout: Dropout on the input of the update alone; takes two products instead of one.
-        update_drop_path: Chance that a sample skips the update; takes two products instead of one.
-        dropout_exclude: Suffixes of modules whose update sees no `update_dropout`.
-        preset: `"paper"`; `"official"` for what the authors' released code does; or `"matched"`, the paper's update
-            with steps that depend less on the learning rate (`match_update=True, schedule_end=0.7`). It decides the
-            fields left at `None`.
-        sparsify_mode: `"soft"` (eq. 13), `"official"`, or `"none"`: the update is the merged matrix itself, which is
-            kernelised LoRA; needs `target_sparsity=0`.
-        learn_piece_coeff: Whether the coefficients `α_p` are learned.
-        learn_temperature: Whether the softmax has a learned temperature.
-        zero_init_ema: Whether the importance's moving averages start at zero and are read after the optimizer's step,
-            as in the authors' code, instead of at the first value and before it.
-        allocation: `"competition"` shares the budget out by importance, `"uniform"` by size (SNELL).
-        schedule: How the budget shrinks: `cubic`, `quadratic`, `linear` or `constant`.
+        qkv_groups: Number of matrices in fused query-key-value layers; each matrix competes separately. `"auto"`
+            recognizes the names that timm and transformers use. An integer splits those layers into that many equal
+            matrices (1 disables splitting). A mapping from suffixes to an integer or a list of row counts sets it per
+            layer.
+        rank_pattern: Ranks per layer, by module name or suffix, e.g. `{"attn.qkv": 16, "fc1": 4}`. The longest
+            matching key wins; all other layers use `r`.
+        modules_to_save: Modules to train in full and save with the adapter, such as the classifier head.
+        trainable_token_indices: Rows of the input embedding to train, or a mapping from embedding names to rows, as in
+            `LoraConfig`.
+        ensure_weight_tying: Keep the output embedding tied to an input embedding that `modules_to_save` or
+            `trainable_token_indices` train.
+        bias: Biases to train and save: `"none"`, `"all"`, or `"snella_only"` (biases of adapted layers).
+        parameters_to_save: Parameters outside modules to train in full and save, such as `cls_token`, by name or
+            suffix.
+        scaling: Factor on the update.
+        update_dropout: Dropout probability on the input of the update. The layer then needs two products instead of
+            one.
+        update_drop_path: Probability that a sample skips the update. The layer then needs two products instead of one.
+        dropout_exclude: Suffixes of modules without `update_dropout`.
+        preset: Default values of the fields left at `None`: `"paper"`; `"official"`, the behavior of the authors'
+            released code; or `"matched"`, the paper's update with steps that depend less on the learning rate
+            (`match_update=True, schedule_end=0.7`).
+        sparsify_mode: `"soft"` (eq. 13), `"official"`, or `"none"`. With `"none"` the update is the merged matrix
+            (kernelized LoRA); requires `target_sparsity=0`.
+        learn_piece_coeff: Whether to learn the coefficients `α_p`.
+        learn_temperature: Whether to learn a temperature of the softmax.
+        zero_init_ema: Whether to start the moving averages of the importance at zero and update them after the
+            optimizer step, as in the authors' code. Otherwise they start at the first value and are updated before the
+            step.
+        allocation: `"competition"` allocates the budget by importance, `"uniform"` by size (SNELL).
+        schedule: Budget schedule: `cubic`, `quadratic`, `linear` or `constant`.
         match_update: Whether `create_snella_optimizer` scales the factors' steps so that each changes the update in
-            proportion to the weight it is added to (see `StepMatcher`); for the kernels `mix_k` and `p_linear`.
-        schedule_end: Fraction of the training after which the budget has reached its target, in `(0, 1]`; 1 is the
-            paper. Below 1, the steps that are left train the sparsity that was asked for.
-        importance: `sensitivity` (eq. 11), `magnitude` of the factors, `delta_magnitude` of the update entry by entry
-            (the paper's W-Magnitude; keeps two numbers for each adapted weight), or `delta_mean_magnitude`, the mean of
-            the update's magnitudes, one number a matrix.
-        realloc_every: `"epoch"`, or a number of optimizer steps.
+            proportion to its base weight (see `StepMatcher`). Requires the kernel `mix_k` or `p_linear`.
+        schedule_end: Fraction of the training after which the budget reaches its target, in `(0, 1]`. The paper uses 1.
+            Below 1, the remaining steps train at the target sparsity.
+        importance: Importance metric: `sensitivity` (eq. 11); `magnitude` of the factors; `delta_magnitude` of the
+            update per entry (the paper's W-Magnitude; stores two numbers per adapted weight); or
+            `delta_mean_magnitude`, the mean magnitude of the update (one number per matrix).
+        realloc_every: `"epoch"`, or the number of optimizer steps between allocations.
         beta1: Decay of the moving average of the importance.
-        beta2: Decay of the moving average of its uncertainty.
-        min_layer_share: Fraction of its uniform share that every matrix keeps; 0 is the paper.
+        beta2: Decay of the moving average of the importance's uncertainty.
+        min_layer_share: Fraction of its uniform share that every matrix keeps. The paper uses 0.
         softmax_dim: 0 normalizes each column of the merged matrix over its outputs, 1 each row over its inputs.
         center_softmax: Subtract the softmax's mean. Not in the paper.
-        cache_delta: Keep the merged matrix for the backward pass instead of rebuilding it (with numba the effective
-            weight), and in evaluation the effective weight of a layer whose base weight is quantized.
-        recompute_inputs: Do not keep an adapted layer's input where it is the output of a normalization or an
-            activation, whose own input autograd keeps anyway, or is made of one in a known block (windows, gates,
-            modulations): compute it again in the backward pass, to the same bits. Values written into such an output
-            through `.data` are not noticed, and give wrong gradients; set `False` for code that does so.
-        compress_activations: Keep the inputs of normalizations and activations in eight bits (see
-            `snella.memory.compression.encode`), and queries, keys and values in the place of what attention keeps: for
-            their own backward pass and for the layers behind them. Outputs stay exact, gradients are those at rounded
-            activations.
-        weight_gradient: What the updates' gradients in linear layers are computed from: `"exact"`; `"bfloat16"`, tokens
-            rounded to it, faster where the processor multiplies such numbers; or `"sample:P"`, a share `P` of the
-            tokens, such as `"sample:1/2"`, without bias (see `snella.memory.sampling.sample_tokens`). Outputs and all
-            other gradients stay exact; so do convolutions, `impl="reference"` and weights that a model reads for
-            something else than `F.linear`.
-        fixed_support: Let `layer.set_support` say once which entries may change (the paper's predefined mask), instead
-            of letting them compete: the update is then the merged matrix itself at these entries, unshrunk. Sparsities,
-            schedule and allocation mean nothing then.
-        impl: Implementation of the adapted layer: `"auto"`, `"triton"` (kernels on a CUDA device), `"numba"` (Numba
-            kernels on the CPU), `"eager"` or `"reference"`; see `snella.adapted_linear`.
-        init_weights: `True` starts with factors so small that the update of a weight of ViT-B's size starts near 5e-6,
-            and smaller than the paper's where a layer is narrow (`SnellaLayer.largest_start`); `False` draws larger
-            ones, for tests.
-        unused_modules: Written when an adapter is saved, not meant to be set: adapted modules that no pass has used, so
-            that they are not trained. Merging the loaded adapter names them.
+        cache_delta: Save the merged matrix (with numba the effective weight) for the backward pass instead of
+            rebuilding it. In evaluation, also cache the effective weight of layers with a quantized base weight.
+        recompute_inputs: Recompute an adapted layer's input in the backward pass instead of saving it. Applies to
+            outputs of normalizations and activations, whose input autograd saves anyway, and to tensors derived from
+            them in known blocks (windows, gates, modulations). The recomputed values are bit-identical. Writes into
+            such an output through `.data` go unnoticed and give wrong gradients; set `False` for such code.
+        compress_activations: Store the inputs of normalizations and activations in int8 (see
+            `snella.memory.compression.encode`), and queries, keys and values in int8 instead of attention's saved
+            tensors. The backward passes of these operations and of the layers that follow use the stored values.
+            Outputs stay exact; gradients are computed at the rounded activations.
+        weight_gradient: Inputs of the updates' gradients in linear layers: `"exact"`; `"bfloat16"`, tokens rounded to
+            bfloat16, which is faster on processors with bfloat16 instructions; or `"sample:P"`, an unbiased estimate
+            from a fraction `P` of the tokens, e.g. `"sample:1/2"` (see `snella.memory.sampling.sample_tokens`). Outputs
+            and all other gradients stay exact. Convolutions, `impl="reference"` and weights that a model reads for
+            anything but `F.linear` always use exact gradients.
+        fixed_support: Update only the entries set by `layer.set_support` (the paper's predefined mask) instead of
+            letting entries compete. The update is the merged matrix at these entries, without shrinkage. Sparsities,
+            schedule and allocation have no effect.
+        impl: Implementation of the adapted layer: `"auto"`, `"triton"` (Triton kernels on a CUDA device), `"numba"`
+            (Numba kernels on the CPU), `"eager"` or `"reference"`; see `snella.functional.adapted_linear`.
+        init_weights: `True` draws small factors: the update of a ViT-B-sized weight starts near 5e-6, and narrow layers
+            start smaller than in the paper (`SnellaLayer.largest_start`). `False` draws larger ones, for tests.
+        unused_modules: Read-only; set by `save_pretrained`. Adapted modules that no forward pass used and that are
+            therefore untrained. Merging the loaded adapter warns about them.
 
     Raises:
-        TypeError: A setting that there is not, with the nearest one or with what serves instead.
-        ValueError: One error that lists every setting of a wrong kind or out of range.
+        TypeError: If a field is unknown; the message suggests the closest field or its counterpart.
+        ValueError: If any field has a wrong type or is out of range; the message lists all of them.
     """
 
     r: int = field(default=8, metadata={"help": "rank of the two factors"})
     kernel: str = field(default="mix_k", metadata={"help": "kernel function that merges the factors"})
-    num_pieces: int = field(default=2, metadata={"help": "pieces that each factor row is cut into"})
+    num_pieces: int = field(default=2, metadata={"help": "number of pieces per factor row"})
     target_sparsity: float = field(default=0.7, metadata={"help": "fraction of zeros in the final update"})
     init_sparsity: float = field(default=0.0, metadata={"help": "fraction of zeros in the first update"})
     target_modules: set[str] | list[str] | str | None = field(default=None, metadata={"help": "modules to adapt"})
-    exclude_modules: set[str] | list[str] | str | None = field(default=None, metadata={"help": "modules to leave out"})
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "block numbers to adapt"})
+    exclude_modules: set[str] | list[str] | str | None = field(default=None, metadata={"help": "modules to exclude"})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "block indices to adapt"})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "name of the list of blocks"})
     qkv_groups: int | str | dict[str, int | list[int]] = field(
-        default="auto", metadata={"help": "how fused query-key-value layers are cut into matrices"}
+        default="auto", metadata={"help": "number of matrices in fused query-key-value layers"}
     )
-    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "ranks of single layers"})
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "ranks per layer"})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "modules trained in full"})
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "rows of the embedding to train"}
@@ -224,9 +227,9 @@ class SnellaConfig(PeftConfig):
     ensure_weight_tying: bool = field(default=False, metadata={"help": "keep tied embeddings tied"})
     bias: str = field(default="none", metadata={"help": "none, all or snella_only"})
     parameters_to_save: list[str] | None = field(default=None, metadata={"help": "bare parameters trained in full"})
-    scaling: float = field(default=1.0, metadata={"help": "factor before the update"})
+    scaling: float = field(default=1.0, metadata={"help": "factor on the update"})
     update_dropout: float | None = field(default=None, metadata={"help": "dropout on the update's input"})
-    update_drop_path: float | None = field(default=None, metadata={"help": "chance that a sample skips the update"})
+    update_drop_path: float | None = field(default=None, metadata={"help": "probability of skipping the update"})
     dropout_exclude: list[str] | None = field(default=None, metadata={"help": "modules without update_dropout"})
     preset: str = field(default="paper", metadata={"help": "paper, official or matched"})
     sparsify_mode: str | None = field(default=None, metadata={"help": "soft, official or none"})
@@ -234,33 +237,33 @@ class SnellaConfig(PeftConfig):
     learn_temperature: bool | None = field(default=None, metadata={"help": "learn the softmax temperature"})
     zero_init_ema: bool | None = field(default=None, metadata={"help": "moving averages as in the authors' code"})
     allocation: str = field(default="competition", metadata={"help": "competition or uniform"})
-    schedule: str = field(default="cubic", metadata={"help": "how the budget shrinks"})
+    schedule: str = field(default="cubic", metadata={"help": "budget schedule"})
     match_update: bool | None = field(default=None, metadata={"help": "match steps to the weights' size"})
     schedule_end: float | None = field(default=None, metadata={"help": "when the budget reaches its target"})
     importance: str = field(default="sensitivity", metadata={"help": "importance metric of the competition"})
-    realloc_every: int | str = field(default="epoch", metadata={"help": "epoch, or a number of steps"})
-    beta1: float = field(default=0.85, metadata={"help": "decay of the importance"})
-    beta2: float = field(default=0.85, metadata={"help": "decay of its uncertainty"})
+    realloc_every: int | str = field(default="epoch", metadata={"help": "epoch, or a number of optimizer steps"})
+    beta1: float = field(default=0.85, metadata={"help": "decay of the importance average"})
+    beta2: float = field(default=0.85, metadata={"help": "decay of the uncertainty average"})
     min_layer_share: float = field(default=0.0, metadata={"help": "share of the uniform budget each matrix keeps"})
     softmax_dim: int = field(default=0, metadata={"help": "axis of the softmax, 0 or 1"})
     center_softmax: bool = field(default=False, metadata={"help": "subtract the softmax's mean"})
-    cache_delta: bool = field(default=False, metadata={"help": "keep the merged matrix for the backward pass"})
-    recompute_inputs: bool = field(default=True, metadata={"help": "compute inputs again instead of keeping them"})
-    compress_activations: bool = field(default=False, metadata={"help": "keep activations in eight bits"})
+    cache_delta: bool = field(default=False, metadata={"help": "save the merged matrix for the backward pass"})
+    recompute_inputs: bool = field(default=True, metadata={"help": "recompute inputs in the backward pass"})
+    compress_activations: bool = field(default=False, metadata={"help": "store activations in int8"})
     weight_gradient: str = field(default="exact", metadata={"help": "exact, bfloat16, or sample:P of the tokens"})
-    fixed_support: bool = field(default=False, metadata={"help": "change entries that are given, see set_support"})
+    fixed_support: bool = field(default=False, metadata={"help": "update only the entries set by set_support"})
     impl: str = field(default="auto", metadata={"help": "implementation of the adapted layer"})
-    init_weights: bool = field(default=True, metadata={"help": "start next to the pre-trained model"})
-    unused_modules: list[str] | None = field(default=None, metadata={"help": "written on saving: modules never used"})
+    init_weights: bool = field(default=True, metadata={"help": "start close to the pre-trained model"})
+    unused_modules: list[str] | None = field(default=None, metadata={"help": "read-only: modules never used"})
 
     def __new__(cls, *args: Any, **settings: Any) -> Self:
-        """Refuse settings that there are not, with the remedy."""
+        """Reject unknown fields and suggest the closest one."""
         names = {setting.name for setting in fields(cls)}
         errors = []
         for name in [name for name in settings if name not in names]:
             near = did_you_mean(name, names)
             hint = _INSTEAD.get(name) or near or "see help(SnellaConfig)"
-            # in Python's words, by which PEFT tells settings of a newer version
+            # Python's wording: PEFT matches on it to detect fields of a newer version
             errors.append(f"{cls.__name__} got an unexpected keyword argument {name!r}; {hint}")
         if errors:
             raise TypeError("; ".join(errors))
@@ -268,10 +271,10 @@ class SnellaConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # PEFT's own enumeration has no such member, see snella.compat.registration
+        # PEFT's own enum has no such member, see snella.compat.registration
         self.peft_type = PEFT_TYPE
         self.watch = TrainingWatch()
-        # kinds first: what comes after may compare, hash and compile
+        # types first: the later checks compare, hash and compile the values
         if errors := self._kind_errors():
             raise ValueError("; ".join(errors))
         self._apply_preset()
@@ -283,7 +286,7 @@ class SnellaConfig(PeftConfig):
             setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
 
     def rank_of(self, module_name: str) -> int:
-        """Return the rank of a layer: that of the longest key of `rank_pattern` which is its name or a suffix of it."""
+        """Return the rank of a layer: the value of the longest matching key in `rank_pattern`, else `r`."""
         keys = [key for key in self.rank_pattern if module_name == key or module_name.endswith(f".{key}")]
         return self.rank_pattern[max(keys, key=len)] if keys else self.r
 
@@ -297,7 +300,7 @@ class SnellaConfig(PeftConfig):
         )
 
     def wanted_tokens(self) -> list[str]:
-        """Names of the bare parameters to train: the user's, or the preset's whatever another model made of them."""
+        """Return the parameters to train: the user's, or the preset's even if another model has resolved them."""
         return list(
             (self.parameters_to_save if self.requires_tokens else _PRESETS[self.preset]["parameters_to_save"]) or []
         )
@@ -305,12 +308,12 @@ class SnellaConfig(PeftConfig):
     # files ---------------------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings by name, sets as sorted lists, so that files have the same bytes in every process."""
+        """Return the fields as a dict, with sets as sorted lists so that saved files are reproducible."""
         settings: dict[str, Any] = super().to_dict()
         return {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json`, and say in the model card beside it which package loads the adapter."""
+        """Write `adapter_config.json` and add loading instructions to the model card next to it."""
         super().save_pretrained(save_directory, **kwargs)
         card = Path(save_directory) / "README.md"
         if card.is_file() and _CARD_HEADING not in (text := card.read_text(encoding="utf-8")):
@@ -320,15 +323,15 @@ class SnellaConfig(PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> SnellaConfig:
-        """Read the settings of a saved adapter.
+        """Load the configuration of a saved adapter.
 
         Args:
             pretrained_model_name_or_path: Folder of the adapter, or its name on the Hub.
-            subfolder: Folder within it.
-            kwargs: Settings of the download, as in `PeftConfig.from_pretrained`.
+            subfolder: Subfolder of the adapter.
+            kwargs: Download arguments, as in `PeftConfig.from_pretrained`.
 
         Raises:
-            ValueError: The ranks are not those of the tensors beside the settings; nothing has been allocated by then.
+            ValueError: If the ranks differ from the saved tensors' ranks. Raised before any allocation.
         """
         config: SnellaConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         path = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
@@ -341,13 +344,13 @@ class SnellaConfig(PeftConfig):
         return config
 
     def check_ranks(self, path: Path) -> None:
-        """Compare the ranks with those of the factors in a file, whose header alone is read.
+        """Compare the ranks with the factors in a file. Reads only the file's header.
 
         Args:
             path: A safetensors file.
 
         Raises:
-            ValueError: They differ.
+            ValueError: If the ranks differ.
         """
         with safe_open(path, framework="pt") as tensors:
             names = [name for name in tensors.keys() if name.endswith(".snella_A")]  # noqa: SIM118
@@ -356,20 +359,20 @@ class SnellaConfig(PeftConfig):
             rank = self.rank_of(name.removeprefix("base_model.model.").removesuffix(".snella_A"))
             if shape[-1:] != [rank]:
                 raise ValueError(
-                    f"the settings of the adapter ask for r={rank} where {path} holds {name} {shape}; "
-                    "adapter_config.json and the tensors beside it belong to different adapters"
+                    f"adapter_config.json sets r={rank}, but {path} contains {name} {shape}; "
+                    "the configuration and the tensors belong to different adapters"
                 )
 
     def _apply_preset(self) -> None:
-        """Fill what the user left at `None`."""
-        # a preset's tokens may be absent from a model, the user's own may not
+        """Fill the fields left at `None`."""
+        # a preset's parameters may be missing from a model, the user's may not
         self.requires_tokens = self.parameters_to_save is not None
         for name, value in _PRESETS[self.preset].items() if self.preset in list(_PRESETS) else ():
             if getattr(self, name) is None:
                 setattr(self, name, list(value) if isinstance(value, list) else value)
 
     def _choice_errors(self) -> list[str]:
-        """Name every field whose value is not among its choices, with the nearest one."""
+        """List every field whose value is not an allowed choice, with the closest choice."""
         choices = {
             "preset": get_args(Preset),
             "kernel": tuple(KERNELS),
@@ -382,7 +385,7 @@ class SnellaConfig(PeftConfig):
         errors = []
         for name, allowed in choices.items():
             value = getattr(self, name)
-            # a wrong preset leaves its dependants at None: one error, not seven
+            # an unknown preset leaves its fields at None: report one error, not seven
             if value not in allowed and not (value is None and self.preset not in list(_PRESETS)):
                 near = did_you_mean(str(value), allowed)
                 errors.append(f"{name} must be one of {list(allowed)}, got {value!r}{near and '; ' + near}")
@@ -392,11 +395,11 @@ class SnellaConfig(PeftConfig):
             except ValueError as error:
                 errors.append(str(error))
         if self.compress_activations and not self.recompute_inputs:
-            errors.append("compress_activations=True needs recompute_inputs=True, got False")
+            errors.append("compress_activations=True requires recompute_inputs=True, got False")
         return errors
 
     def _range_errors(self) -> list[str]:
-        """Name every number out of range."""
+        """List every number out of range."""
         errors = []
         cuts_rows = self.kernel in list(KERNELS) and "piece_coeff" in KERNELS[self.kernel].scalars
         errors += [
@@ -407,7 +410,7 @@ class SnellaConfig(PeftConfig):
         if not errors and cuts_rows and self.r % self.num_pieces:
             below = self.r // self.num_pieces * self.num_pieces
             near = " or ".join(f"r={rank}" for rank in (below, below + self.num_pieces) if rank > 0)
-            errors.append(f"r must be divisible by num_pieces={self.num_pieces}, got r={self.r}; {near} would fit")
+            errors.append(f"r must be divisible by num_pieces={self.num_pieces}, got r={self.r}; use {near}")
         for key, rank in self.rank_pattern.items():
             pieces = self.num_pieces if cuts_rows else 1
             if rank < 1 or rank % max(pieces, 1):
@@ -423,7 +426,7 @@ class SnellaConfig(PeftConfig):
             )
         if self.sparsify_mode == "none" and self.target_sparsity != 0:
             errors.append(
-                f"sparsify_mode='none' keeps every weight of the update: target_sparsity must be 0, got "
+                f"sparsify_mode='none' keeps every weight of the update; target_sparsity must be 0, got "
                 f"{self.target_sparsity}"
             )
         if not math.isfinite(self.scaling) or self.scaling == 0:
@@ -436,33 +439,33 @@ class SnellaConfig(PeftConfig):
             errors.append(f"min_layer_share must be in [0, 1], got {self.min_layer_share}")
         if self.match_update and self.kernel not in MATCHED_KERNELS:
             errors.append(
-                f"match_update=True needs a kernel of {list(MATCHED_KERNELS)}, got kernel={self.kernel!r}; "
+                f"match_update=True requires a kernel in {list(MATCHED_KERNELS)}, got kernel={self.kernel!r}; "
                 "set match_update=False"
             )
         if self.schedule_end is not None and not 0 < self.schedule_end <= 1:
-            errors.append(f"schedule_end must be in (0, 1], got {self.schedule_end}; 1 shrinks the budget to the end")
+            errors.append(f"schedule_end must be in (0, 1], got {self.schedule_end}; 1 is the end of training")
         if self.softmax_dim not in (0, 1):
             errors.append(f"softmax_dim must be 0 or 1, got {self.softmax_dim}")
         every = self.realloc_every
         if every != "epoch" and not (isinstance(every, int) and not isinstance(every, bool) and every >= 1):
-            errors.append(f"realloc_every must be 'epoch' or a number of steps of at least 1, got {every!r}")
+            errors.append(f"realloc_every must be 'epoch' or a positive number of steps, got {every!r}")
         if self.fixed_support and (self.update_dropout or self.update_drop_path):
             errors.append(
-                f"fixed_support=True needs update_dropout=0 and update_drop_path=0, got {self.update_dropout} and "
+                f"fixed_support=True requires update_dropout=0 and update_drop_path=0, got {self.update_dropout} and "
                 f"{self.update_drop_path}"
             )
         groups = self.qkv_groups
         if not (groups == "auto" or isinstance(groups, dict) or (isinstance(groups, int) and groups >= 1)):
-            errors.append(f"qkv_groups must be 'auto', a number of at least 1 or a mapping, got {groups!r}")
+            errors.append(f"qkv_groups must be 'auto', a positive integer or a mapping, got {groups!r}")
         return errors
 
     def _kind_errors(self) -> list[str]:
-        """Name every field whose value is of a wrong kind, with what is required."""
+        """List every field whose value has a wrong type, with the required type."""
         errors = []
         for names, is_right, required in _KINDS:
             for name in names:
                 value = getattr(self, name)
-                # a preset's fields may be left open; whatever else is None has that for its default
+                # None is valid only for fields whose default is None
                 if value is None and _DEFAULTS[name] is None:
                     continue
                 if not is_right(value):
@@ -470,7 +473,7 @@ class SnellaConfig(PeftConfig):
         return errors
 
     def _target_errors(self) -> list[str]:
-        """Name what cannot be read or combined in the selection of modules."""
+        """List invalid patterns and invalid combinations in the module selection."""
         errors = []
         for name in ("target_modules", "exclude_modules"):
             if isinstance(value := getattr(self, name), str):
@@ -478,22 +481,22 @@ class SnellaConfig(PeftConfig):
                     regex.compile(value)
                 except regex.error as error:
                     errors.append(f"{name} must be a regular expression or a list of names, got {value!r}: {error}")
-        # these become parts of regular expressions, PEFT's or ours
+        # PEFT and snella put these into regular expressions
         for name in ("modules_to_save", "rank_pattern", "layers_pattern"):
             names = getattr(self, name) or []
             for key in [names] if isinstance(names, str) else names:
                 if not _NAME.fullmatch(key):
-                    errors.append(f"{name} takes names or suffixes of modules, got {key!r}")
+                    errors.append(f"{name} must contain module names or suffixes, got {key!r}")
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
                 if self.target_modules.lower() == "all-linear":
                     continue
                 errors.append(
-                    f"{name} needs target_modules as a list, got target_modules={self.target_modules!r} "
-                    f"and {name}={getattr(self, name)!r}; put the block numbers into the regular expression"
+                    f"{name} requires target_modules as a list, got target_modules={self.target_modules!r} "
+                    f"and {name}={getattr(self, name)!r}; put the block indices into the regular expression"
                 )
         if self.layers_pattern and self.layers_to_transform is None:
-            errors.append(f"layers_pattern needs layers_to_transform, got layers_pattern={self.layers_pattern!r}")
+            errors.append(f"layers_pattern requires layers_to_transform, got layers_pattern={self.layers_pattern!r}")
         return errors
 
 
@@ -531,7 +534,7 @@ def _is_cut(value: Any) -> bool:
     )
 
 
-# names of fields, whether a value is of their kind, and what that is
+# field names, type check, and name of the required type
 _KINDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (("r", "num_pieces", "softmax_dim"), _is_integer, "an integer"),
     (
@@ -565,10 +568,14 @@ _KINDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (
         ("layers_to_transform",),
         lambda value: _is_integer(value) or _are_integers(value),
-        "an integer or a list of them",
+        "an integer or a list of integers",
     ),
-    (("rank_pattern",), lambda value: _is_mapping(value, _is_integer), "a mapping from names of modules to integers"),
-    (("trainable_token_indices",), _is_rows, "a list of integers or a mapping from names of embeddings to such lists"),
-    (("qkv_groups",), _is_cut, "'auto', a number of at least 1 or a mapping to numbers or lists of row counts"),
+    (("rank_pattern",), lambda value: _is_mapping(value, _is_integer), "a mapping from module names to integers"),
+    (
+        ("trainable_token_indices",),
+        _is_rows,
+        "a list of integers or a mapping from embedding names to lists of integers",
+    ),
+    (("qkv_groups",), _is_cut, "'auto', a positive integer or a mapping to integers or lists of row counts"),
 )
 _DEFAULTS = {setting.name: setting.default for setting in fields(SnellaConfig)}

@@ -1,4 +1,4 @@
-"""Heads that are used with their initial random values and are not trained."""
+"""Detection of frozen heads that still have their initial random values."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from torch import Tensor, nn
 
 from snella.targets import HEAD_NAMES, PREDICTOR_NAMES, head_modules
 
-_OUTPUTS = {"lm_head", "proj_out"}  # these come with the model
-_LEAST_ENTRIES = 256  # too few entries for the tests below
-_SIGMAS = 5.0  # of sampling noise: one fresh head in millions is missed by each test
+_OUTPUTS = {"lm_head", "proj_out"}  # pre-trained with the model
+_LEAST_ENTRIES = 256  # minimum for the statistical tests below
+_SIGMAS = 5.0  # of sampling noise: each test misses one new head in millions
 
 
 class NewHeads:
-    """The frozen layers of a model's head whose values look newly drawn, and whether the model calls them."""
+    """Frozen head layers with newly initialized values, with a record of their calls."""
 
     def __init__(self) -> None:
         self._notes: dict[str, tuple[nn.Module, _Note, torch.utils.hooks.RemovableHandle]] = {}
 
     def find(self, model: nn.Module) -> None:
-        """Look for them, and note their calls from now on."""
+        """Find such layers and record their calls from now on."""
         for name, layer in _head_layers(model).items():
             if not any(p.requires_grad for p in layer.parameters()) and looks_new(layer.weight, layer.bias):
                 note = _Note()
                 self._notes[name] = layer, note, layer.register_forward_hook(note)
 
     def frozen_and_used(self) -> list[str]:
-        """Names of those that were called and are still frozen; their calls are noted no more."""
+        """Return the names of layers that were called and are still frozen, and stop recording calls."""
         notes, self._notes = self._notes, {}
         for _, _, handle in notes.values():
             handle.remove()
@@ -43,7 +43,7 @@ class NewHeads:
 
 
 class _Note:
-    """A forward hook that notes a call; a class of its own, as models are copied and pickled with their hooks."""
+    """Forward hook that records a call. A class, not a closure, so that models stay copyable and picklable."""
 
     def __init__(self) -> None:
         self.is_called = False
@@ -53,7 +53,7 @@ class _Note:
 
 
 def _head_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
-    """The linear and convolutional layers of a model's classifiers and predictors, without those of adapters."""
+    """Return the linear and convolutional layers of a model's classifiers and predictors, outside adapters."""
     heads, layers = head_modules(model), {}
     held: list[str] = []
     for name, module in model.named_modules():
@@ -72,11 +72,11 @@ def _head_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
 
 @torch.no_grad()
 def looks_new(weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether a layer has the values that libraries draw for a new one.
+    """Return whether a layer's values look newly initialized.
 
-    Zeros; torch's own draw, `U(-1/√n, 1/√n)` for weight and bias, up to its very bound; or a bias of zeros and a
-    weight whose entries are independent by their mean, the norms of its rows and the angles between them. Training
-    leaves neither a bias of zeros nor that bound, and rows of class embeddings are not independent.
+    Three patterns count as new: all zeros; torch's default `U(-1/√n, 1/√n)` for weight and bias, reaching its bound;
+    or a zero bias with a weight of independent entries, judged by their mean, the row norms and the angles between
+    rows. A trained layer has neither a zero bias nor this bound, and rows of class embeddings are not independent.
 
     Args:
         weight: `[m, …]`.
@@ -99,7 +99,7 @@ def looks_new(weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def _is_torchs_own(rows: Tensor, bias: Tensor | None, eps: float) -> bool:
-    """Whether a layer is as `nn.Linear` and `nn.Conv2d` draw it."""
+    """Return whether a layer has the default initialization of `nn.Linear` and `nn.Conv2d`."""
     bound, count = 1 / math.sqrt(rows.shape[1]), rows.numel()
     largest, square = float(rows.abs().max()), float(rows.square().mean())
     is_bounded = largest <= bound * (1 + eps) and (bias is None or float(bias.abs().max()) <= bound * (1 + eps))
@@ -108,7 +108,7 @@ def _is_torchs_own(rows: Tensor, bias: Tensor | None, eps: float) -> bool:
 
 
 def _is_noise(rows: Tensor) -> bool:
-    """Whether the entries of a matrix look drawn independently from one symmetric distribution."""
+    """Return whether the entries of a matrix look i.i.d. from a symmetric distribution."""
     n = rows.shape[1]
     square = rows.square().mean()
     if float(rows.mean().abs()) > _SIGMAS * float((square / rows.numel()).sqrt()):
@@ -117,7 +117,7 @@ def _is_noise(rows: Tensor) -> bool:
     norms = rows.square().mean(1) / square  # [m]
     if spread > 4 or float((norms - 1).abs().max()) > _SIGMAS * math.sqrt(spread / n) + 1e-3:
         return False
-    some = nn.functional.normalize(rows[:512], dim=1)
-    cosines = (some @ some.T).square().triu(1).sum()
-    pairs = len(some) * (len(some) - 1) / 2
+    sample = nn.functional.normalize(rows[:512], dim=1)
+    cosines = (sample @ sample.T).square().triu(1).sum()
+    pairs = len(sample) * (len(sample) - 1) / 2
     return pairs == 0 or float(cosines) * n / pairs < 1 + _SIGMAS * math.sqrt(2 / pairs)

@@ -1,4 +1,4 @@
-"""How much each adapted matrix matters to the loss, smoothed over steps (eqs. 7–11)."""
+"""Importance of each adapted matrix, smoothed over steps (eqs. 7–11)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch.distributed.tensor import DTensor
 from snella.matrices import AdaptedMatrix
 
 OF_UPDATES = ("delta_magnitude", "delta_mean_magnitude")
-"""Metrics that look at the merged updates, not at the factors."""
+"""Metrics computed from the merged updates instead of the factors."""
 
 
 class _Read(NamedTuple):
-    """What the importance of one factor is computed from; without a gradient it is the magnitude of the value."""
+    """Inputs of the importance of one tensor; without a gradient, the importance is the magnitude of the value."""
 
     value: Tensor
     gradient: Tensor | None
@@ -25,7 +25,7 @@ class _Read(NamedTuple):
 
 @dataclass
 class _Flat:
-    """Both averages of all entries on one device, one beside the other, so that a step is a few operations."""
+    """Both averages of all entries on one device, concatenated so that a step needs few operations."""
 
     keys: list[str]
     averages: Tensor
@@ -33,7 +33,7 @@ class _Flat:
     first: Tensor | None = None
 
     def views_of(self, tensor: Tensor, shapes: Sequence[torch.Size]) -> dict[str, Tensor]:
-        """Cut one of them into its parts."""
+        """Split a flat tensor into views by key."""
         parts = tensor.split([shape.numel() for shape in shapes])
         return {key: part.view(shape) for key, part, shape in zip(self.keys, parts, shapes, strict=True)}
 
@@ -44,18 +44,18 @@ class ImportanceTracker:
         I = |∇X ⊙ X|                                     for X ∈ {A, B}; `magnitude`: |X|
         Ī ← β1·Ī + (1 − β1)·I                            Ī(0) = I(0)
         U ← β2·U + (1 − β2)·|Ī − I|                      U(0) = 0
-        p = mean(Ī_A ⊙ U_A) + mean(Ī_B ⊙ U_B)            one number a matrix
+        p = mean(Ī_A ⊙ U_A) + mean(Ī_B ⊙ U_B)            one number per matrix
 
-    `delta_magnitude` (W-Magnitude) reads eqs. 7 to 11 for the sparse update in place of the factors: `I = |S|`,
-    `p = mean(Ī_S ⊙ U_S)`; its averages are two numbers for each adapted weight. `delta_mean_magnitude` smooths the mean
-    of `|S|` instead, one number a matrix.
+    `delta_magnitude` (W-Magnitude) applies eqs. 7 to 11 to the sparse update instead of the factors: `I = |S|`,
+    `p = mean(Ī_S ⊙ U_S)`. It stores two numbers per adapted weight. `delta_mean_magnitude` smooths the mean of `|S|`,
+    one number per matrix.
 
     Args:
-        matrices: The competitors.
+        matrices: The adapted matrices.
         metric: `sensitivity`, `magnitude`, `delta_magnitude` or `delta_mean_magnitude`.
         beta1: Decay of Ī.
         beta2: Decay of U.
-        zero_init_ema: Start Ī at 0 instead, as the authors' code does.
+        zero_init_ema: Start Ī at 0, as the authors' code does.
     """
 
     def __init__(
@@ -75,15 +75,15 @@ class ImportanceTracker:
 
     @torch.no_grad()
     def update(self, gradient_scale: float = 1.0) -> None:
-        """Take the gradients and parameters as they are now into the averages.
+        """Update the averages with the current gradients and parameters.
 
         Args:
-            gradient_scale: What the gradients are multiplied by at present, by a gradient scaler.
+            gradient_scale: Current factor of a gradient scaler on the gradients.
         """
         read = self._read_updates() if self.metric in OF_UPDATES else self._read_factors()
         by_device: dict[torch.device, dict[str, _Read]] = {}
-        for key, one in read.items():
-            by_device.setdefault(one.value.device, {})[key] = one
+        for key, item in read.items():
+            by_device.setdefault(item.value.device, {})[key] = item
         for device, values in by_device.items():
             self._smooth(self._averages_on(device, values), list(values.values()), 1 / gradient_scale)
 
@@ -91,16 +91,20 @@ class ImportanceTracker:
     def with_gradient(self) -> set[str]:
         """Return the names of matrices whose factors have a nonzero gradient."""
         _, gradients = _whole_factors(self.matrices)
-        found = set()
+        names = set()
         for matrix in self.matrices:
-            of_A, of_B = gradients[id(matrix.layer)]
-            if of_A is not None and of_B is not None and any(bool(part.any()) for part in matrix.parts(of_A, of_B)):
-                found.add(matrix.name)
-        return found
+            grad_A, grad_B = gradients[id(matrix.layer)]
+            if (
+                grad_A is not None
+                and grad_B is not None
+                and any(bool(part.any()) for part in matrix.parts(grad_A, grad_B))
+            ):
+                names.add(matrix.name)
+        return names
 
     @torch.no_grad()
     def scores(self) -> list[float]:
-        """Return `p` of every matrix; 0 before the first update."""
+        """Return `p` of every matrix, 0 before the first update."""
         scores = []
         for matrix in self.matrices:
             keys = [f"{matrix.name}/{key}" for key in ("A", "B", "S") if f"{matrix.name}/{key}" in self._averages]
@@ -110,31 +114,31 @@ class ImportanceTracker:
         return torch.stack([score.cpu() for score in scores]).tolist() if scores else []
 
     def _read_factors(self) -> dict[str, _Read]:
-        """Factors and their gradients, by matrix and letter."""
+        """Return the factors and their gradients, by matrix name and letter."""
         read = {}
         values, gradients = _whole_factors(self.matrices)
         for matrix in self.matrices:
-            factors, (of_A, of_B) = matrix.parts(*values[id(matrix.layer)]), gradients[id(matrix.layer)]
+            factors, (grad_A, grad_B) = matrix.parts(*values[id(matrix.layer)]), gradients[id(matrix.layer)]
             if self.metric == "magnitude":
                 parts: tuple[Tensor | None, ...] = (None, None)
-            elif of_A is None or of_B is None:
+            elif grad_A is None or grad_B is None:
                 parts = tuple(map(torch.zeros_like, factors))
             else:
-                parts = matrix.parts(of_A, of_B)
+                parts = matrix.parts(grad_A, grad_B)
             for letter, factor, gradient in zip("AB", factors, parts, strict=True):
                 read[f"{matrix.name}/{letter}"] = _Read(factor.detach(), gradient)
         return read
 
     def _read_updates(self) -> dict[str, _Read]:
-        """Every sparse update, or its mean magnitude; a fused layer is merged once for all of its matrices.
+        """Return every sparse update, or its mean magnitude. Fused layers are merged once.
 
         Raises:
-            NotImplementedError: The factors are sharded, so that no update can be merged between two passes.
+            NotImplementedError: If the factors are sharded, because no update can be merged between passes.
         """
         if any(is_sharded(factor) for factor in _factors_of(self.matrices[0])):
             raise NotImplementedError(
-                f"importance={self.metric!r} merges the updates between two passes, when FSDP keeps parts of the "
-                "factors only; set importance='sensitivity', or train with DDP"
+                f"importance={self.metric!r} merges the updates between passes, when FSDP shards the factors; "
+                "set importance='sensitivity', or train with DDP"
             )
         merged: dict[int, list[Tensor]] = {}
         read = {}
@@ -146,19 +150,19 @@ class ImportanceTracker:
         return read
 
     def _averages_on(self, device: torch.device, values: Mapping[str, _Read]) -> _Flat:
-        """The averages of these entries, one beside the other; those that are not known yet begin."""
+        """Return the flat averages of these entries; initialize new ones."""
         flat = self._flat.get(device)
         if flat is None or flat.keys != list(values) or self._averages.get(flat.keys[0]) is not flat.first:
             averages, uncertainties = [], []
             for key, (value, _) in values.items():
-                nothing = torch.zeros(value.numel(), dtype=torch.float32, device=device)
-                known = self._averages.get(key)
-                # NaN: the first value is taken as it is
-                start = nothing if self.zero_init_ema else torch.full_like(nothing, torch.nan)
-                averages.append(start if known is None else known.to(device).reshape(-1))
+                zeros = torch.zeros(value.numel(), dtype=torch.float32, device=device)
+                average = self._averages.get(key)
+                # NaN marks an average that starts at its first value
+                start = zeros if self.zero_init_ema else torch.full_like(zeros, torch.nan)
+                averages.append(start if average is None else average.to(device).reshape(-1))
                 uncertainty = self._uncertainties.get(key)
-                uncertainties.append(nothing if uncertainty is None else uncertainty.to(device).reshape(-1))
-            shapes = [one.value.shape for one in values.values()]
+                uncertainties.append(zeros if uncertainty is None else uncertainty.to(device).reshape(-1))
+            shapes = [item.value.shape for item in values.values()]
             flat = self._flat[device] = _Flat(list(values), torch.cat(averages), torch.cat(uncertainties))
             self._averages |= flat.views_of(flat.averages, shapes)
             self._uncertainties |= flat.views_of(flat.uncertainties, shapes)
@@ -166,12 +170,12 @@ class ImportanceTracker:
         return flat
 
     def _smooth(self, flat: _Flat, read: Sequence[_Read], scale: float) -> None:
-        """One step of both moving averages, all entries at once; one that is not finite leaves its average as it is.
+        """Update both moving averages of all entries; non-finite values leave their averages unchanged.
 
-        A moving average never gets rid of an infinity, and one overflow of a half-precision gradient is no news.
+        A moving average never recovers from an infinity, and half-precision gradients overflow occasionally.
         """
-        value = torch.cat([one.value.reshape(-1) for one in read]).float()
-        gradients = [one.gradient.reshape(-1) for one in read if one.gradient is not None]
+        value = torch.cat([item.value.reshape(-1) for item in read]).float()
+        gradients = [item.gradient.reshape(-1) for item in read if item.gradient is not None]
         if gradients:
             value = torch.cat(gradients).float().mul_(scale).mul_(value)
         value.abs_()
@@ -182,14 +186,14 @@ class ImportanceTracker:
         flat.uncertainties.lerp_(value.sub_(flat.averages).abs_(), 1 - self.beta2)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that `load_state_dict` needs, tensors and plain values only."""
+        """Return the state as a dict of tensors and plain values."""
         return {"averages": dict(self._averages), "uncertainties": dict(self._uncertainties)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the averages.
 
         Raises:
-            ValueError: The state is of other matrices; the first that differs is named.
+            ValueError: If the state has other matrices.
         """
         known = {matrix.name: matrix for matrix in self.matrices}
         for key in state["averages"]:
@@ -197,7 +201,7 @@ class ImportanceTracker:
             if name not in known:
                 raise ValueError(
                     f"the allocator's state has the matrix {name!r}, which this model does not adapt; "
-                    f"it adapts e.g. {list(known)[:3]}"
+                    f"this model adapts e.g. {list(known)[:3]}"
                 )
         self._averages, self._uncertainties = (
             {key: value.clone().to(known[key.rpartition("/")[0]].factors[0].device) for key, value in part.items()}
@@ -206,19 +210,19 @@ class ImportanceTracker:
 
 
 def _factors_of(matrix: AdaptedMatrix) -> tuple[Tensor, Tensor]:
-    """Both factors of a matrix's layer, as the optimizer sees them."""
+    """Return both factors of a matrix's layer, as the optimizer has them."""
     return matrix.layer.snella_A[matrix.adapter_name], matrix.layer.snella_B[matrix.adapter_name]
 
 
 def is_sharded(factor: Tensor) -> bool:
-    """Whether this process holds a part of a factor: a `DTensor`, or a flat piece as FSDP1 leaves it."""
+    """Return whether a factor is sharded: a `DTensor`, or a flat piece of FSDP1."""
     return isinstance(factor, DTensor) or factor.dim() == 1
 
 
 def _whole_factors(
     matrices: Sequence[AdaptedMatrix],
 ) -> tuple[dict[int, list[Tensor]], dict[int, list[Tensor | None]]]:
-    """`A` and `B` of every layer, by its id, and their gradients; gathered from all processes if they are sharded."""
+    """Return `A` and `B` of every layer by its id, and their gradients; gather them if they are sharded."""
     values: dict[int, list[Tensor]] = {}
     gradients: dict[int, list[Tensor | None]] = {}
     pieces: list[tuple[int, int, torch.Size]] = []
@@ -247,10 +251,10 @@ def _whole_factors(
 def _gather_pieces(
     pieces: Sequence[tuple[Tensor, Tensor | None, torch.Size]],
 ) -> list[tuple[Tensor, Tensor | None]]:
-    """Tensors that FSDP1 cut into flat pieces in the order of the processes, and their gradients, whole again.
+    """Gather tensors that FSDP1 split into flat pieces in rank order, and their gradients.
 
     Raises:
-        NotImplementedError: The pieces of all processes are not one tensor, as with `HYBRID_SHARD`.
+        NotImplementedError: If the pieces of all processes do not form one tensor, as with `HYBRID_SHARD`.
     """
     distributed = torch.distributed
     world, device = distributed.get_world_size(), pieces[0][0].device
@@ -260,11 +264,11 @@ def _gather_pieces(
     stacked, numbers = torch.stack(by_process).cpu(), [shape.numel() for _, _, shape in pieces]
     if stacked.sum(0).tolist() != numbers:
         raise NotImplementedError(
-            f"BudgetAllocator needs factors of {sum(numbers)} numbers in one copy over all {world} processes, got "
-            f"{int(stacked.sum())}; use FSDP1's sharding_strategy FULL_SHARD or SHARD_GRAD_OP, FSDP2 or DDP"
+            f"BudgetAllocator requires one copy of the {sum(numbers)} factor entries over all {world} processes, got "
+            f"{int(stacked.sum())} entries; use FSDP1's sharding_strategy FULL_SHARD or SHARD_GRAD_OP, FSDP2 or DDP"
         )
     starts = stacked[: distributed.get_rank()].sum(0).tolist()
-    # each process writes its own pieces among zeros, so that a sum is a concatenation
+    # each process writes its pieces into zeros, so that all_reduce concatenates them
     whole = torch.zeros(2, sum(numbers), device=device)
     has_gradient = torch.zeros(len(pieces), device=device)
     parts = [part.split(numbers) for part in whole]

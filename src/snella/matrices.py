@@ -1,4 +1,4 @@
-"""The adapted matrices of a model, one by one: what the allocator shares its budget among and what reports show."""
+"""The adapted matrices of a model, used by the allocator and the reports."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _NUMBERED = re.compile(r"(.*(?:layer|block)_)?\d+")  # "3", or torchvision's "en
 
 @dataclass(frozen=True)
 class AdaptedMatrix:
-    """One matrix with its own factors and budget, a view of its layer.
+    """One adapted matrix with its factors and budget, a view of its layer.
 
     Args:
-        name: Name of the module, and of the part for fused ones: `"blocks.0.attn.qkv.q"`.
-        module_name: Name of the module.
-        kind: `name` without the number of the block and what precedes it: `"attn.q"`, `"mlp.fc1"`.
-        depth: Number of the block, counted through the whole model, or `None` outside of blocks.
+        name: Module name, plus the part in fused layers, e.g. `"blocks.0.attn.qkv.q"`.
+        module_name: Module name.
+        kind: Matrix type, `name` without the block prefix, e.g. `"attn.q"` or `"mlp.fc1"`.
+        depth: Block index, counted through the whole model, or `None` outside blocks.
         layer: The layer.
         adapter_name: The adapter.
-        group: Which of the layer's matrices this is.
+        group: Index of the matrix in its layer.
     """
 
     name: str
@@ -49,17 +49,17 @@ class AdaptedMatrix:
 
     @property
     def budget(self) -> int:
-        """Entries of the update that may differ from zero."""
+        """Maximum number of nonzero entries of the update."""
         return self.layer.budgets(self.adapter_name)[self.group]
 
     @property
     def sparsity(self) -> float:
-        """Fraction of the update that is zero by its budget."""
+        """Fraction of zeros in the update, according to the budget."""
         return 1 - self.budget / self.size
 
     @property
     def is_frozen(self) -> bool:
-        """Whether the matrix has no budget left, and therefore no gradient."""
+        """Whether the budget is 0, so that the matrix gets no gradient."""
         return self.budget == 0
 
     @property
@@ -68,28 +68,28 @@ class AdaptedMatrix:
         return self.parts(self.layer.snella_A[self.adapter_name], self.layer.snella_B[self.adapter_name])
 
     def parts(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """Cut this matrix's part out of anything laid out like the layer's factors."""
+        """Slice this matrix's part out of tensors with the layout of the layer's factors."""
         return A[self.group], B[self.layer.matrix_rows(self.adapter_name)[self.group]]
 
     @torch.no_grad()
     def sparse_update(self) -> Tensor:
-        """`S`, `[out, in]`, without `scaling`."""
+        """Return `S`, `[out, in]`, without `scaling`."""
         return self.layer.sparse_updates(self.adapter_name)[self.group]
 
     def nonzeros(self) -> int:
-        """Entries of the update that do differ from zero, counted."""
+        """Count the nonzero entries of the update."""
         return int(torch.count_nonzero(self.sparse_update()))
 
 
 def adapted_matrices(model: nn.Module, adapter_name: str | None = None) -> list[AdaptedMatrix]:
-    """List the adapted matrices of a model in the order of its modules.
+    """Return the adapted matrices of a model in module order.
 
     Args:
         model: A model with SNELLA layers, wrapped by PEFT or not.
-        adapter_name: The adapter, default the first active one.
+        adapter_name: The adapter; defaults to the first active one.
 
     Raises:
-        ValueError: The model has no SNELLA layer, or none with that adapter.
+        ValueError: If the model has no SNELLA layer, or none with this adapter.
     """
     if isinstance(model, BaseTuner):
         model = model.model
@@ -121,7 +121,7 @@ def adapted_matrices(model: nn.Module, adapter_name: str | None = None) -> list[
 
 
 def _plain_name(name: str) -> str:
-    """Strip what wrappers put before and into a module's name."""
+    """Remove the wrappers' parts from a module name."""
     parts = name.split(".")
     while parts and parts[0] in {"base_model", "module", "_orig_mod", "_fsdp_wrapped_module"}:
         wrapper = parts.pop(0)
@@ -131,20 +131,20 @@ def _plain_name(name: str) -> str:
 
 
 def _number_blocks(model: nn.Module, holders: Iterable[str]) -> dict[str, int]:
-    """Number the blocks through the whole model, adapted or not, so that a block keeps its number."""
+    """Number all blocks of the model, adapted or not, so that indices do not depend on the targets."""
     patterns = {_without_numbers(block) for block in (_split_name(name)[0] for name in holders) if block}
     blocks = dict.fromkeys(_split_name(_plain_name(name))[0] for name, _ in model.named_modules())
     return {block: depth for depth, block in enumerate(b for b in blocks if _without_numbers(b) in patterns)}
 
 
 def _without_numbers(name: str) -> str:
-    """The name of a block without saying which."""
+    """Replace the block indices in a name by `#`."""
     numbered = ((part, _NUMBERED.fullmatch(part)) for part in name.split("."))
     return ".".join(f"{match[1] or ''}#" if match else part for part, match in numbered)
 
 
 def _split_name(name: str) -> tuple[str, str]:
-    """Cut a name after its last number that something follows: the block, and the rest."""
+    """Split a name into the block prefix and the rest, after the last index that is not at the end."""
     parts = name.split(".")
     numbers = [k for k, part in enumerate(parts[:-1]) if _NUMBERED.fullmatch(part)]
     cut = numbers[-1] + 1 if numbers else 0
@@ -152,13 +152,13 @@ def _split_name(name: str) -> tuple[str, str]:
 
 
 def _part_names(name: str, count: int) -> Sequence[str]:
-    """Names of the matrices in one weight."""
+    """Return the names of the matrices in one weight."""
     if count == 2 and name.rpartition(".")[2] == "kv":
         return ["k", "v"]
     return {1: [""], 3: ["q", "k", "v"]}.get(count) or [str(k) for k in range(count)]
 
 
 def _kind(name: str, part: str) -> str:
-    """What a matrix is, without saying where: the fused layer's own name gives way to the part's."""
+    """Return the matrix type: the name inside the block, with the part in place of a fused layer's name."""
     rest = _split_name(name)[1]
     return f"{rest.rpartition('.')[0]}.{part}".lstrip(".") if part else rest

@@ -1,4 +1,4 @@
-"""The tuner: puts `SnellaLayer`s into a model, in PEFT's way."""
+"""The PEFT tuner that replaces a model's layers with `SnellaLayer`s."""
 
 from __future__ import annotations
 
@@ -48,27 +48,26 @@ from snella.targets import (
 
 logger = logging.getLogger(__name__)
 
-_LEAST_LIMIT = 1 << 24  # numbers in the factors that are never too many: 64 MiB
+_LEAST_LIMIT = 1 << 24  # number of factor entries that is always allowed: 64 MiB
 
 
 class SnellaModel(BaseTuner):
-    """A model whose weights carry sparse, high-rank updates (SNELLA, arXiv 2510.24037).
+    """A model with sparse, high-rank weight updates (SNELLA, arXiv 2510.24037).
 
-    Usually made by `peft.get_peft_model(model, SnellaConfig(…))`.
+    Usually created with `peft.get_peft_model(model, SnellaConfig(…))`.
 
     Args:
         model: Model to adapt, any `nn.Module`.
-        config: Settings of the first adapter.
-        adapter_name: Its name.
-        low_cpu_mem_usage: Create the factors on the meta device, to be filled by loading.
+        config: Configuration of the first adapter.
+        adapter_name: Name of the first adapter.
+        low_cpu_mem_usage: Create the factors on the meta device; loading fills them.
 
     Raises:
-        ValueError: No module matches `target_modules`, or a fused layer cannot be cut as `qkv_groups` says.
-        TypeError: A targeted module is neither linear nor a two-dimensional convolution.
-        NotImplementedError: A targeted module has a weight quantized in a way that is not supported or a `forward` of
-            its own, carries an adapter of another method, or is the output projection of an attention that is the whole
-            model.
-        RuntimeError: A targeted module of bitsandbytes is not quantized yet.
+        ValueError: If no module matches `target_modules`, or if `qkv_groups` does not fit a fused layer.
+        TypeError: If a targeted module is neither linear nor a 2D convolution.
+        NotImplementedError: If a targeted module has an unsupported quantized weight or a custom `forward`, already has
+            an adapter of another method, or is the output projection of an attention that is the whole model.
+        RuntimeError: If a targeted bitsandbytes module is not quantized yet.
     """
 
     prefix = "snella_"
@@ -76,13 +75,13 @@ class SnellaModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
-        """Leave the targets open; `_prepare_model` sees the model and chooses."""
+        """Keep the targets as they are; `_prepare_model` resolves them for the model."""
         return peft_config
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
-        """Resolve the targets, and refuse those that match nothing while the model is still untouched."""
+        """Resolve the targets and validate them before the model changes."""
         if not isinstance(peft_config, SnellaConfig):
-            raise TypeError(f"SnellaModel needs a SnellaConfig, got {type(peft_config).__name__}")
+            raise TypeError(f"config must be a SnellaConfig, got {type(peft_config).__name__}")
         names = [name for name, _ in model.named_modules()]
         for expression in (peft_config.target_modules, peft_config.exclude_modules):
             if isinstance(expression, str) and expression.lower() != "all-linear":
@@ -92,7 +91,7 @@ class SnellaModel(BaseTuner):
             targets if isinstance(targets, str) else set(targets), peft_config, model
         )
         peft_config.target_modules = targets
-        # only names that miss are refused here: what is excluded on purpose is PEFT's own business
+        # only unmatched names are an error here; PEFT handles excluded ones
         if not _matching(targets, model):
             raise ValueError(unmatched_message(targets, model))
         self._refuse_shared_weights(peft_config, model)
@@ -103,31 +102,31 @@ class SnellaModel(BaseTuner):
         )
 
     def _chosen_targets(self, targets: set[str] | list[str] | str | None, model: nn.Module) -> set[str] | str:
-        """Resolve `None` and `"all-linear"`, with a warning where they leave most of the weights out."""
+        """Resolve `None` and `"all-linear"`, and warn if they exclude most of the weights."""
         is_default = targets is None
         if targets is None:
             targets = default_targets(model)
             if isinstance(targets, str) and targets != "all-linear":
-                # by name, so that `layers_to_transform` can choose among them
+                # names, so that `layers_to_transform` can select among them
                 return _matching(targets, model)
         if not isinstance(targets, str):
             return set(targets)
         if targets.lower() != "all-linear":
             return targets
-        found = all_linear_names(model) or (plain_convolution_names(model) if is_default else [])
-        if not found:
+        names = all_linear_names(model) or (plain_convolution_names(model) if is_default else [])
+        if not names:
             convolutions = plain_convolution_names(model)
-            message = f"target_modules='all-linear' found no linear layer in {type(model).__name__} besides its head"
+            message = f"target_modules='all-linear' matches no linear layer in {type(model).__name__} besides its head"
             if convolutions:
                 message += f"; target_modules=None adapts its convolutions, e.g. {convolutions[0]!r}"
             raise ValueError(message)
         is_first = not any(isinstance(module, BaseTunerLayer) for module in model.modules())
-        if is_first and (coverage := describe_coverage(model, found)):
+        if is_first and (coverage := describe_coverage(model, names)):
             warnings.warn(coverage, stacklevel=2)
-        return set(found)
+        return set(names)
 
     def _check_ranks(self, peft_config: SnellaConfig, model: nn.Module) -> None:
-        """Refuse ranks of layers that are not adapted, and factors that would dwarf the weights, before they exist."""
+        """Reject ranks of layers that are not adapted, and factors far larger than the weights, before allocation."""
         names, weights, factors = [], 0, 0
         for name, module in model.named_modules():
             base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
@@ -147,16 +146,16 @@ class SnellaModel(BaseTuner):
                 factors += peft_config.rank_of(part) * (m + n)
         unused = [key for key in peft_config.rank_pattern if not any(n == key or n.endswith(f".{key}") for n in names)]
         if unused:
-            raise ValueError(f"rank_pattern={unused} names no adapted module; these are adapted: e.g. {names[:4]}")
+            raise ValueError(f"rank_pattern={unused} matches no adapted module; adapted modules are e.g. {names[:4]}")
         if factors > max(_LEAST_LIMIT, 4 * weights):
             ranks = max([peft_config.r, *peft_config.rank_pattern.values()])
             raise ValueError(
-                f"r={ranks} would give factors of {factors:,} numbers to the {weights:,} weights that they change; "
-                "choose a rank that leaves them smaller, e.g. 8"
+                f"r={ranks} creates {factors:,} factor entries for {weights:,} adapted weights; "
+                "choose a smaller rank, e.g. 8"
             )
 
     def _check_tied_modules(self, model: nn.Module, peft_config: PeftConfig) -> None:
-        """Look for tied embeddings as PEFT does, but by our own matching, whose time is limited."""
+        """Check for tied embeddings as PEFT does, but match expressions with a time limit."""
         targets = getattr(peft_config, "target_modules", None)
         if isinstance(targets, str) and targets.lower() != "all-linear":
             check_expression(targets, [name for name, _ in model.named_modules()])
@@ -167,7 +166,7 @@ class SnellaModel(BaseTuner):
             peft_config.target_modules = targets  # type: ignore[attr-defined]
 
     def _add_modules_to_save_to_tie(self, peft_config: SnellaConfig, tied_weight_keys: list[str]) -> None:
-        """Save the input embedding alone, and let PEFT tie to it whatever shares its weight."""
+        """Save only the input embedding; PEFT ties the modules that share its weight."""
         embedding = self.model.get_input_embeddings()
         name = next(name for name, module in self.model.named_modules() if module is embedding)
         tied = set(tied_weight_keys)
@@ -176,16 +175,16 @@ class SnellaModel(BaseTuner):
         peft_config.modules_to_save = list(dict.fromkeys([*others, name]))
 
     def _add_targets_to_tie(self, peft_config: SnellaConfig, tied_weight_keys: list[str]) -> None:
-        """Refuse: an update of one of two tied layers cannot be shared with the other."""
+        """Raise an error: tied layers cannot share an update."""
         raise NotImplementedError(
-            f"ensure_weight_tying=True with a target among the tied layers {sorted(tied_weight_keys)}: SNELLA adapts "
-            "no embedding; train it with modules_to_save or trainable_token_indices"
+            f"ensure_weight_tying=True does not support a target among the tied layers {sorted(tied_weight_keys)}: "
+            "SNELLA adapts no embedding; train it with modules_to_save or trainable_token_indices"
         )
 
     def _with_output_projections(
         self, targets: set[str] | str, peft_config: SnellaConfig, model: nn.Module
     ) -> set[str] | str:
-        """Let the name of a torch attention stand for all of its projections, the one of its output included."""
+        """Add the output projections of all targeted torch attentions."""
         probe = copy.copy(peft_config)
         probe.target_modules = targets
         outputs = {
@@ -200,7 +199,7 @@ class SnellaModel(BaseTuner):
         return targets | outputs
 
     def _refuse_shared_weights(self, peft_config: SnellaConfig, model: nn.Module) -> None:
-        """Refuse to adapt a weight that several modules use, or a module that has several names."""
+        """Reject targets whose weight several modules share, or that have several names."""
         users: dict[int, list[tuple[str, nn.Module]]] = {}
         for name, module in model.named_modules(remove_duplicate=False):
             base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
@@ -218,14 +217,14 @@ class SnellaModel(BaseTuner):
             is_alias = len({id(base) for _, base in sharing}) < len(sharing)
             if targeted and (is_alias or len(targeted) > 1):
                 raise NotImplementedError(
-                    f"target_modules matches {targeted[0]!r}, whose weight {[name for name, _ in sharing]} share; an "
-                    "update of one would change or miss the others; exclude them, or give each a weight of its own"
+                    f"target_modules matches {targeted[0]!r}, whose weight {[name for name, _ in sharing]} share; "
+                    "an update of one changes or misses the others; exclude them, or give each a separate weight"
                 )
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
-        """Match as PEFT does, but within a time limit, and let `layers_to_transform` choose among full names too."""
-        # what an adapted attention wraps is known by the name that it had before
+        """Match as PEFT does, but with a time limit, and apply `layers_to_transform` to full names too."""
+        # modules inside an adapted attention match under their original name
         key = key.replace(".base_layer.", ".")
         if not isinstance(peft_config, SnellaConfig):
             return check_target_module_exists(peft_config, key)
@@ -234,20 +233,20 @@ class SnellaModel(BaseTuner):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(expression := getattr(plain, name), str):
                 setattr(plain, name, {key} if _matches(expression, key) else set())
-        found = check_target_module_exists(plain, key)
-        wanted = peft_config.layers_to_transform
-        blocks = [wanted] if isinstance(wanted, int) else wanted
-        if found and blocks and block_number(key, peft_config.layers_pattern) not in blocks:
+        match = check_target_module_exists(plain, key)
+        layers = peft_config.layers_to_transform
+        blocks = [layers] if isinstance(layers, int) else layers
+        if match and blocks and block_number(key, peft_config.layers_pattern) not in blocks:
             return False
-        return found
+        return match
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Put one more adapter into the model; where that is refused, the model stays as it was."""
+        """Add an adapter to the model. On an error, the model stays unchanged."""
         children = [(module, dict(module._modules)) for module in model.modules()]
         flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             with warnings.catch_warnings():
-                # PEFT looks for these among the targets, where the projections of an attention have no name
+                # PEFT searches the targets, which do not list the projections of an attention
                 warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
@@ -266,15 +265,15 @@ class SnellaModel(BaseTuner):
             layers = [module for module in model.modules() if isinstance(module, SnellaLayer)]
             is_compressed = any(layer.snella_config[n].compress_activations for layer in layers for n in layer.snella_A)
             count = mark_outputs(model, compress=_Compression(layers) if is_compressed else None)
-            logger.info("inputs of adapted layers from %d normalizations and activations are computed again", count)
+            logger.info("recomputing inputs of adapted layers from %d normalizations and activations", count)
         layer = next((m for m in model.modules() if isinstance(m, SnellaLayer) and adapter_name in m.snella_A), None)
         if layer is not None and not layer.snella_A[adapter_name].is_meta:
             logger.info("adapter %r: impl=%r is %s", adapter_name, config.impl, layer.backend(adapter_name))
         is_on_cpu = layer is not None and layer.snella_A[adapter_name].device.type == "cpu"
         if config.weight_gradient == "bfloat16" and is_on_cpu and not _multiplies_bfloat16():
             warnings.warn(
-                "this processor multiplies no bfloat16 numbers, so that weight_gradient='bfloat16' makes a step "
-                "longer; 'exact' is the quicker one here",
+                "this processor has no bfloat16 instructions, so weight_gradient='bfloat16' slows training down; "
+                "use 'exact'",
                 stacklevel=2,
             )
         if not config.inference_mode:
@@ -289,7 +288,7 @@ class SnellaModel(BaseTuner):
         )
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Set the active adapters; refused before anything changes where they cannot be active together."""
+        """Set the active adapters. Raises before any change if they cannot be active together."""
         tokens = token_adapters(self.model)
         for token in tokens:
             token.check_active(adapter_name)
@@ -306,19 +305,19 @@ class SnellaModel(BaseTuner):
                 token.set_adapter(self.active_adapters)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Factors and scalars become float32; tokens keep the dtype of the model that they are a part of."""
+        """Cast factors and scalars to float32; tokens keep the model's dtype."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for token in token_adapters(self.model):
             token._move_adapter_to_device_of_base_layer(adapter_name)
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Add the updates to the base weights; what quantized ones lost is said once for all of them."""
+        """Add the updates to the base weights, with one warning for all requantization errors."""
         self._tell_of_unapplied(*args[:1], **kwargs)
         with one_warning():
             super().merge_adapter(*args, **kwargs)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]
-        """Give parameters back and take marks away once PEFT has merged and replaced everything else."""
+        """Restore parameters and remove marks after PEFT has merged and replaced all layers."""
         tokens = token_adapters(self.model)
         if kwargs.get("merge", not args or args[0]):
             self._tell_of_unapplied(**kwargs)
@@ -331,7 +330,7 @@ class SnellaModel(BaseTuner):
 
     def _watch_training(self, adapter_name: str) -> None:
         """Warn about silent mistakes in an adapter's first optimizer steps, and about training without an allocator."""
-        reference = weakref.ref(self.model)  # PEFT may keep the model alone
+        reference = weakref.ref(self.model)  # PEFT may keep only the model
         config = cast(SnellaConfig, self.peft_config[adapter_name])
         steps, heads = 0, NewHeads()
 
@@ -359,9 +358,9 @@ class SnellaModel(BaseTuner):
         check_after_step(check)
 
     def _tell_of_unapplied(self, adapter_names: list[str] | None = None, **_: Any) -> None:
-        """Name the layers that merging changes although nothing has used their updates, if others' were used.
+        """Warn about layers whose updates were never used but are merged, if other updates were used.
 
-        Where nothing has run since the adapters were loaded, those that were noted when they were saved.
+        If the model has not run since the adapters were loaded, use the saved `unused_modules`.
         """
         names = self.active_adapters if adapter_names is None else adapter_names
         layers = _adapted_layers(self.model, names)
@@ -372,8 +371,8 @@ class SnellaModel(BaseTuner):
         if 0 < len(unapplied) < len(layers):
             warnings.warn(
                 f"merging changes {len(unapplied)} of {len(layers)} modules whose updates the model has not used "
-                f"{when}: {', '.join(map(repr, unapplied))}; if it never calls them nor reads their weight, this does "
-                "nothing, or changes outputs where other code reads the merged weight",
+                f"{when}: {', '.join(map(repr, unapplied))}; if the model neither calls them nor reads their weight, "
+                "this has no effect, unless other code reads the merged weight",
                 stacklevel=3,
             )
 
@@ -388,7 +387,7 @@ class SnellaModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         if isinstance(parent, AdaptedAttention) and target_name != "out_proj":
-            return  # the attention itself, or a projection that its name stands for
+            return  # the attention, or a projection that targeting the attention already covers
         if isinstance(parent, (nn.MultiheadAttention, AdaptedAttention)) and target_name == "out_proj":
             self._adapt_output(peft_config, adapter_name, parent, current_key)
             return
@@ -399,8 +398,8 @@ class SnellaModel(BaseTuner):
             return
         if isinstance(target, BaseTunerLayer) and not isinstance(target, SnellaLayer):
             raise NotImplementedError(
-                f"target_modules matches {current_key!r}, which carries {class_name(target)} already; its update "
-                "would be lost under SNELLA's, merge or unload it first"
+                f"target_modules matches {current_key!r}, which already has an adapter, {class_name(target)}; SNELLA "
+                "would discard its update; merge or unload it first"
             )
         base = target.get_base_layer() if isinstance(target, SnellaLayer) else target
         layer_cls = choose_layer_class(base, current_key)
@@ -410,29 +409,29 @@ class SnellaModel(BaseTuner):
             return
         layer = layer_cls(target, adapter_name, peft_config, rows, module_name=current_key)
         if adapter_name not in self.active_adapters:
-            # an additional adapter is not trained until it is made active
+            # an additional adapter is trained only once it is active
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
     def _adapt_output(self, peft_config: SnellaConfig, adapter_name: str, parent: nn.Module, current_key: str) -> None:
-        """Adapt the projection of a torch attention's output, which only the attention itself can apply."""
+        """Adapt the output projection of a torch attention, which only the attention can apply."""
         name = current_key.replace(".base_layer.", ".").rpartition(".")[0]
         if not name:
             raise NotImplementedError(
-                f"target_modules matches {current_key!r} of a model that is itself an nn.MultiheadAttention, which can "
-                "only be adapted inside of another module; wrap it in one, e.g. nn.ModuleDict"
+                f"target_modules matches {current_key!r}, but the model is an nn.MultiheadAttention, which can "
+                "only be adapted inside another module; wrap it, e.g. in nn.ModuleDict"
             )
         attention = self.model.get_submodule(name)
         if not is_adaptable(attention):
             choose_layer_class(attention, name)
         outer = self.model.get_submodule(name.rpartition(".")[0])
         wrapper = self._wrapped(attention, name.rpartition(".")[2], outer)
-        # an output that was adapted before has two names here; the one of its adapter counts
+        # an already adapted output projection has two names here; use the adapter's
         if wrapper.find_projection("out_proj") is None or isinstance(parent, AdaptedAttention):
             self._adapt_projection(peft_config, adapter_name, wrapper, "out_proj", name)
 
     def _wrapped(self, attention: nn.Module, attention_name: str, parent: nn.Module) -> AdaptedAttention:
-        """The wrapper of a torch attention, put into the model where there is none yet."""
+        """Return the wrapper of a torch attention; create and insert it if necessary."""
         if isinstance(attention, AdaptedAttention):
             return attention
         wrapper = AdaptedAttention(cast(nn.MultiheadAttention, attention)).train(attention.training)
@@ -442,23 +441,23 @@ class SnellaModel(BaseTuner):
     def _adapt_projection(
         self, peft_config: SnellaConfig, adapter_name: str, wrapper: AdaptedAttention, name: str, attention_name: str
     ) -> None:
-        """Give one projection of a wrapped attention an adapter."""
+        """Add an adapter to one projection of a wrapped attention."""
         full_name = f"{attention_name}.{name}"
         base = wrapper.base_layer.get_parameter("out_proj.weight" if name == "out_proj" else f"{name}_weight")
         refuse_quantized_projection(base, full_name)
         rows = count_rows(full_name, base.shape[0], base.shape[1], wrapper, peft_config.qkv_groups)
         is_new = wrapper.adapt(name, adapter_name, peft_config, rows, full_name)
         if is_new and adapter_name not in self.active_adapters:
-            # an additional adapter is not trained until it is made active
+            # an additional adapter is trained only once it is active
             cast(Projection, wrapper.find_projection(name)).requires_grad_(False)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """Put a module into the place of another one."""
+        """Replace a module."""
         if isinstance(child, (AdaptedAttention, AuxiliaryTrainingWrapper)):
-            # given back as it is; PEFT would copy a `weight`, which an attention or a head of several layers lacks
+            # PEFT would copy a `weight`, which an attention or a head with several layers lacks
             setattr(parent, child_name, new_module)
             return
-        # PEFT moves the factors to where the base weight is now
+        # PEFT moves the factors to the base weight's current device
         off_meta = new_module.buffers_off_meta() if isinstance(new_module, SnellaLayer) else nullcontext()
         with onloaded(new_module, with_base=True), off_meta:
             super()._replace_module(parent, child_name, new_module, child)
@@ -466,25 +465,25 @@ class SnellaModel(BaseTuner):
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Refuse to make one adapter of several.
+        """Raise an error: one pair of factors cannot represent a sum of sparse updates.
 
         Raises:
-            NotImplementedError: Always, with what gives the same sum.
+            NotImplementedError: Always; the message shows an equivalent.
         """
         raise NotImplementedError(
-            f"add_weighted_adapter({adapters}, {weights}, {adapter_name!r}): a sum of sparse updates is no update of "
-            f"one pair of factors; make them active together, base_model.set_adapter({adapters}), with "
-            "layer.set_scale(name, weight) in every SnellaLayer, and merge them so if one set of weights is wanted"
+            f"add_weighted_adapter({adapters}, {weights}, {adapter_name!r}) is not supported: one pair of factors "
+            f"cannot represent a sum of sparse updates; activate all with base_model.set_adapter({adapters}) and call "
+            "layer.set_scale(name, weight) on every SnellaLayer; then merge to get one set of weights"
         )
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Iterator[None]:
-        """Refuse what would otherwise be ignored: one adapter for each sample of a batch."""
+        """Reject per-sample adapters, which PEFT would silently ignore."""
         if adapter_names is not None:
             raise NotImplementedError(
-                f"adapter_names={list(adapter_names)!r}: a batch cannot mix SNELLA adapters, because the update is "
-                "part of the weight; call set_adapter and pass the samples of one adapter at a time, or let "
-                "snella.TaskBank group them"
+                f"adapter_names={list(adapter_names)!r} is not supported: a batch cannot mix SNELLA adapters, because "
+                "the update is part of the weight; call set_adapter for the samples of each adapter, or group them "
+                "with snella.TaskBank"
             )
         yield
 
@@ -497,17 +496,17 @@ class SnellaModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """Select the entries as PEFT does, and tell what the adapter lacks, or has too much of."""
+        """Select the entries as PEFT does, and run the checks of `TrainingWatch.on_saving`."""
         layers = _adapted_layers(model, [adapter_name])
         if isinstance(config, SnellaConfig) and not any(layer.snella_budget[adapter_name].is_meta for layer in layers):
             config.watch.on_saving(model, *_budget_and_target(layers, adapter_name), config.target_sparsity)
             unused = [layer.module_name for layer in layers if not layer.is_applied]
-            if len(unused) < len(layers):  # else nothing has run here: what is noted is of another process
+            if len(unused) < len(layers):  # else nothing has run here, and the field comes from another process
                 config.unused_modules = unused or None
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
-        """Mark as PEFT does, and the biases of adapted attentions, which it does not know by name."""
+        """Mark as PEFT does, plus the biases of adapted attentions, whose names PEFT does not recognize."""
         super()._mark_only_adapters_as_trainable(model)
         if any(getattr(self.peft_config[name], "bias", "none") != "none" for name in self.active_adapters):
             for name in _attention_biases(model):
@@ -517,7 +516,7 @@ class SnellaModel(BaseTuner):
     def _get_learnable_bias_state_dict(
         cls, model: nn.Module, state_dict: dict[str, Tensor], config: PeftConfig
     ) -> dict[str, Tensor]:
-        """Select the biases as PEFT does, and those of adapted attentions."""
+        """Select the biases as PEFT does, plus the biases of adapted attentions."""
         biases: dict[str, Tensor] = super()._get_learnable_bias_state_dict(model, state_dict, config)
         if getattr(config, "bias", "none") != "none":
             biases |= {name: state_dict[name] for name in _attention_biases(model) if name in state_dict}
@@ -527,7 +526,7 @@ class SnellaModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Translate the keys as PEFT does, and refuse an adapter whose tensors do not fit this model."""
+        """Remap the keys as PEFT does, and reject an adapter whose tensors do not fit this model."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         expected = {
             f"{name}.{attribute}.{adapter_name}": getattr(module, attribute)[adapter_name]
@@ -538,11 +537,11 @@ class SnellaModel(BaseTuner):
         }
         errors = [f"{key} is missing" for key in expected if key not in remapped]
         errors += [
-            f"{key} is {list(remapped[key].shape)} where the model needs {list(tensor.shape)}"
+            f"{key} has shape {list(remapped[key].shape)}, the model needs {list(tensor.shape)}"
             for key, tensor in expected.items()
             if key in remapped and remapped[key].shape != tensor.shape
         ]
-        errors += [f"{key} fits no layer" for key in remapped if ".snella_" in key and key not in expected]
+        errors += [f"{key} matches no layer" for key in remapped if ".snella_" in key and key not in expected]
         if errors:
             raise ValueError(
                 f"the adapter does not fit {type(model).__name__}: {listed(errors, 3, '; ')}; "
@@ -555,15 +554,15 @@ class SnellaModel(BaseTuner):
         ]
         if broken:
             raise ValueError(
-                f"the adapter holds values that are not finite: {listed(broken, 3)}; its training "
-                "diverged or its file is damaged, load an earlier one"
+                f"the adapter contains non-finite values: {listed(broken, 3)}; its training "
+                "diverged or its file is corrupt; load an earlier checkpoint"
             )
         return remapped
 
 
 @dataclass(eq=False)
 class _Compression:
-    """Whether all active adapters that are in a model ask for activations in eight bits.
+    """Predicate: whether all active adapters of a model set `compress_activations`.
 
     Args:
         layers: The adapted layers of the model.
@@ -584,13 +583,13 @@ class _Compression:
 
 
 def _adapted_layers(model: nn.Module, adapter_names: list[str]) -> list[SnellaLayer]:
-    """The layers that one of these adapters updates."""
+    """Return the layers with at least one of these adapters."""
     layers = [module for module in model.modules() if isinstance(module, SnellaLayer)]
     return [layer for layer in layers if any(name in layer.snella_A for name in adapter_names)]
 
 
 def _budget_and_target(layers: list[SnellaLayer], adapter_name: str) -> tuple[int, int]:
-    """Entries that an adapter keeps now, and at the end; the same where its sparsity does not change."""
+    """Return an adapter's current and final number of entries; they are equal at constant sparsity."""
     budget = sum(sum(layer.budgets(adapter_name)) for layer in layers)
     config = layers[0].snella_config[adapter_name]
     size = sum(layer.out_features * layer.in_features for layer in layers)
@@ -599,61 +598,61 @@ def _budget_and_target(layers: list[SnellaLayer], adapter_name: str) -> tuple[in
 
 
 def _warn_of_unapplied(layers: list[SnellaLayer]) -> None:
-    """Name the layers that nothing has used until the first optimizer step."""
+    """Warn about layers that the model did not use before the first optimizer step."""
     if unapplied := [layer.module_name for layer in layers if not layer.is_applied]:
         warnings.warn(
-            f"{len(unapplied)} of {len(layers)} adapted modules had no part in the first optimizer step: "
-            f"{', '.join(map(repr, unapplied))}; the model neither called them nor read their weight, so that "
-            "they are not trained, while merging would change them; leave them out with exclude_modules",
+            f"{len(unapplied)} of {len(layers)} adapted modules were not used in the first optimizer step: "
+            f"{', '.join(map(repr, unapplied))}; the model neither called them nor read their weight, so "
+            "they are not trained, but merging would change them; exclude them with exclude_modules",
             stacklevel=2,
         )
 
 
 def _check_token_rows(peft_config: SnellaConfig, model: nn.Module) -> None:
-    """Refuse rows that an embedding does not have."""
-    wanted = peft_config.trainable_token_indices
-    if not wanted:
+    """Reject row indices outside an embedding."""
+    indices = peft_config.trainable_token_indices
+    if not indices:
         return
-    own: Any = getattr(model, "get_input_embeddings", lambda: None)
-    embedding = own()
+    get_embedding: Any = getattr(model, "get_input_embeddings", lambda: None)
+    embedding = get_embedding()
     for name, module in model.named_modules():
-        if isinstance(wanted, dict):
-            rows = next((rows for end, rows in wanted.items() if _matches({end}, name)), [])
+        if isinstance(indices, dict):
+            rows = next((rows for end, rows in indices.items() if _matches({end}, name)), [])
         else:
-            rows = wanted if module is embedding else []
+            rows = indices if module is embedding else []
         if not isinstance(module, nn.Embedding):
             continue
         count = module.num_embeddings
         if wrong := [row for row in rows if not 0 <= row < count]:
-            raise ValueError(f"trainable_token_indices must be from 0 to {count - 1}, rows of {name!r}, got {wrong[0]}")
+            raise ValueError(f"trainable_token_indices must be in [0, {count - 1}] for {name!r}, got {wrong[0]}")
 
 
 def _attention_biases(model: nn.Module) -> list[str]:
-    """Names of the biases of adapted projections of attentions, which lie in the attentions themselves."""
+    """Return the names of the biases of adapted attention projections, which the attentions own."""
     biases: dict[str, None] = {}
     for name, module in model.named_modules():
         for projection in module.projections() if isinstance(module, AdaptedAttention) else ():
-            own = projection.bias_name
-            if own is not None:
+            bias_name = projection.bias_name
+            if bias_name is not None:
                 plain = name.replace("_fsdp_wrapped_module.", "")
-                biases[f"{plain}.base_layer.{own}"] = None
+                biases[f"{plain}.base_layer.{bias_name}"] = None
     return list(biases)
 
 
 def _matching(targets: set[str] | str, model: nn.Module) -> set[str]:
-    """The names of the modules that the targets match."""
+    """Return the names of the modules that match the targets."""
     return {name for name, _ in model.named_modules() if _matches(targets, name)}
 
 
 def _matches(targets: set[str] | str, name: str) -> bool:
-    """Whether the targets alone match a module, whatever is excluded besides."""
+    """Return whether the targets match a module, ignoring exclusions."""
     if isinstance(targets, str):
         return matches_expression(targets, name)
     return name in targets or any(name.endswith(f".{target}") for target in targets)
 
 
 def _multiplies_bfloat16() -> bool:
-    """Whether this processor does, and not its library in its place."""
+    """Return whether the processor has bfloat16 instructions, rather than a software emulation."""
     if platform.machine() in ("x86_64", "AMD64"):
         return torch.cpu._is_avx512_bf16_supported()
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -1,4 +1,4 @@
-"""Optimizers with the right learning rate for each kind of parameter, and steps matched to the size of the weights."""
+"""Optimizers with a learning rate per kind of parameter, and steps matched to the size of the weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["StepMatcher", "create_snella_optimizer"]
 
 _FACTORS = ("snella_A", "snella_B")
 MATCHER_ATTRIBUTE = "snella_step_matcher"
-"""Where an optimizer holds the `StepMatcher` that is attached to it."""
+"""Attribute of an optimizer that holds its attached `StepMatcher`."""
 _STATE_KEY = MATCHER_ATTRIBUTE  # in the first parameter group of an optimizer's state
 
 
@@ -35,39 +35,40 @@ def create_snella_optimizer(
     match_update: bool | None = None,
     **optimizer_kwargs: Any,
 ) -> Optimizer:
-    """Create an optimizer whose parameter groups suit a SNELLA model, in the manner of `peft.optimizers`.
+    """Create an optimizer with parameter groups for a SNELLA model, like the functions in `peft.optimizers`.
 
-    The kernels' scalars need a small rate of their own and no weight decay: `β` shifts every entry of `ΔW` alike and
-    an adaptive optimizer moves it by one learning rate a step, so that at the factors' rate it soon exceeds the
-    kernel's own spread, and a coefficient `α_p` = ±0.1 flips its sign.
+    The kernels' scalars need a smaller learning rate and no weight decay. `β` shifts every entry of `ΔW`, and an
+    adaptive optimizer changes it by one learning rate per step. At the factors' learning rate, `β` soon exceeds the
+    kernel's spread, and a coefficient `α_p` = ±0.1 flips its sign.
 
     Args:
-        model: Any model; parameters that are not SNELLA's (the head) form groups of their own.
+        model: Any model. Trainable parameters outside SNELLA (the head) get separate groups.
         optimizer_cls: Class of the optimizer.
-        lr: Rate of the factors `A` and `B`.
-        scalar_lr: Rate of `α`, `β`, `α_p` and the temperature.
-        head_lr: Rate of everything else that is trained, default `lr`.
+        lr: Learning rate of the factors `A` and `B`.
+        scalar_lr: Learning rate of `α`, `β`, `α_p` and the temperature.
+        head_lr: Learning rate of all other trainable parameters; defaults to `lr`.
         weight_decay: Weight decay of the factors.
-        head_weight_decay: Weight decay of the other weights, default `weight_decay`; never on biases, norms and tokens.
-        match_update: Whether each step of the factors is scaled so that it changes the update by about `lr` times the
-            size of the adapted weights (see `StepMatcher`), default what the adapter's config says.
-        optimizer_kwargs: Passed on.
+        head_weight_decay: Weight decay of the other weights; defaults to `weight_decay`. Biases, norms and tokens have
+            no weight decay.
+        match_update: Whether to scale each step of the factors so that it changes the update by about `lr` times the
+            size of the adapted weights (see `StepMatcher`). Defaults to the adapter's config.
+        optimizer_kwargs: Further arguments of `optimizer_cls`.
 
     Returns:
-        An optimizer with the groups `factors`, `scalars`, `head` and `head_no_decay`, as far as they have parameters.
+        An optimizer with the groups `factors`, `scalars`, `head` and `head_no_decay`, without the empty ones.
 
     Raises:
-        ValueError: Nothing in the model is trainable, or `match_update` with a kernel it does not know.
+        ValueError: If the model has no trainable parameter, or if `match_update` does not support the kernel.
     """
     factors: list[nn.Parameter] = []
     scalars: list[nn.Parameter] = []
     for module in model.modules():
         if isinstance(module, SnellaLayer):
             for attribute in module.adapter_layer_names:
-                kind = factors if attribute in _FACTORS else scalars
-                kind.extend(p for p in getattr(module, attribute).values() if p.requires_grad)
-    of_adapter = {id(parameter) for parameter in (*factors, *scalars)}
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in of_adapter]
+                group = factors if attribute in _FACTORS else scalars
+                group.extend(p for p in getattr(module, attribute).values() if p.requires_grad)
+    adapter_ids = {id(parameter) for parameter in (*factors, *scalars)}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in adapter_ids]
     tokens = {id(p) for token in token_adapters(model) for p in token.snella_token.values()}
     decayed = [p for p in others if p.ndim > 1 and id(p) not in tokens]
     not_decayed = [p for p in others if p.ndim <= 1 or id(p) in tokens]
@@ -87,8 +88,8 @@ def create_snella_optimizer(
         )
     if head_lr is not None and not others:
         warnings.warn(
-            f"head_lr={head_lr} is given, but {type(model).__name__} trains nothing besides the adapter: a new head "
-            "keeps its random values; name it, e.g. SnellaConfig(modules_to_save=['head'])",
+            f"head_lr={head_lr} has no effect: {type(model).__name__} trains only the adapter, so a new head "
+            "keeps its random values; train it with e.g. SnellaConfig(modules_to_save=['head'])",
             stacklevel=2,
         )
     optimizer = optimizer_cls(groups, **optimizer_kwargs)
@@ -98,39 +99,40 @@ def create_snella_optimizer(
 
 
 def _is_matched(model: nn.Module) -> bool:
-    """Whether the config of a trained adapter asks for matched steps."""
+    """Return whether the config of any trained adapter sets `match_update`."""
     return any(layer.snella_config[name].match_update for layer, name in _trained_adapters(model))
 
 
 def _trained_adapters(model: nn.Module) -> list[tuple[SnellaLayer, str]]:
-    """Every layer with each of its adapters whose factors are trained."""
+    """Return all pairs of a layer and an adapter with trainable factors."""
     layers = [module for module in model.modules() if isinstance(module, SnellaLayer)]
     return [(layer, name) for layer in layers for name, A in layer.snella_A.items() if A.requires_grad]
 
 
 class StepMatcher:
-    """Scales the optimizer's steps of the factors so that each changes a matrix's update in proportion to its weight.
+    """Scale the factors' optimizer steps so that each changes a matrix's update in proportion to its base weight.
 
-    `S` is quadratic in `ΔW`: under Adam the update grows with the square of learning rate times steps, at a pace that
-    depends on `scaling`, on the matrix's shape and on the size of its weights. With
+    `S` is quadratic in `ΔW`. Under Adam the update grows with the square of learning rate times steps, at a pace that
+    depends on `scaling`, the matrix's shape and the size of its weights. With
 
-        τ = lr·rms(W0)/|scaling|               the change of S that one step may make
-        κ = 2·√mean|S|                         about rms(∂S/∂ΔW); 1 where S is ΔW itself
-        δ = 2τ / (κ + √(κ² + 4τ))              so that κ·δ + δ² = τ: the slope's part and the quadratic one
+        τ = lr·rms(W0)/|scaling|               the target change of S per step
+        κ = 2·√mean|S|                         about rms(∂S/∂ΔW); 1 where S = ΔW
+        δ = 2τ / (κ + √(κ² + 4τ))              solves κ·δ + δ² = τ: the linear and the quadratic term
         step ← step · δ / (lr·rms(α_p)·√r)     an Adam step of lr in every entry changes ΔW by about lr·rms(α_p)·√r
 
-    one step changes `scaling·S` by about `lr·rms(W0)`, whatever layer, backbone, scaling and time. Model, update and
-    files stay as they are. `mean|S|` is measured every `interval` steps; the learning rate is read at each step.
+    one step changes `scaling·S` by about `lr·rms(W0)` in every layer, for every backbone and scaling, throughout the
+    training. The model, the update and saved files do not change. `mean|S|` is measured every `interval` steps; the
+    learning rate is read at each step.
 
     Args:
         model: Model with SNELLA layers.
-        interval: Steps from one measurement of `mean|S|` to the next; one costs about a merge of every matrix.
+        interval: Steps between measurements of `mean|S|`. One measurement costs about one merge of every matrix.
 
     Attributes:
-        scales: By name of the layer and of the adapter, the factor on the last step of each matrix.
+        scales: Factors on the last step, one per matrix, by layer name and adapter name.
 
     Raises:
-        ValueError: No factor is trained, the kernel is not made of piecewise distances, or `interval` is below 1.
+        ValueError: If no factor is trainable, the kernel is not a sum of piecewise distances, or `interval` is below 1.
     """
 
     def __init__(self, model: nn.Module, interval: int = 5) -> None:
@@ -140,12 +142,12 @@ class StepMatcher:
         self._adapters = _trained_adapters(model)
         if not self._adapters:
             raise ValueError(
-                f"match_update needs a model whose SNELLA factors are trained, got {type(model).__name__} without any"
+                f"match_update requires a model with trainable SNELLA factors, got {type(model).__name__} without any"
             )
         for layer, name in self._adapters:
             kernel = layer.snella_config[name].kernel
             if kernel not in MATCHED_KERNELS:
-                raise ValueError(f"match_update needs a kernel of {list(MATCHED_KERNELS)}, got {kernel!r}")
+                raise ValueError(f"match_update requires a kernel in {list(MATCHED_KERNELS)}, got {kernel!r}")
         self._weight_rms = [self._measure_weight(layer, name) for layer, name in self._adapters]
         self._slopes: list[list[float]] = []
         self._before: list[tuple[Tensor, Tensor]] = []
@@ -153,7 +155,7 @@ class StepMatcher:
         self.scales: dict[tuple[str, str], list[float]] = {}
 
     def attach(self, optimizer: Optimizer) -> Self:
-        """Scale this optimizer's steps from now on; its state carries what a resumed run needs for the same bits."""
+        """Scale this optimizer's steps from now on. Its state dict includes the matcher's, for bit-exact resumption."""
         setattr(optimizer, MATCHER_ATTRIBUTE, self)
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
@@ -164,15 +166,15 @@ class StepMatcher:
     @staticmethod
     @torch.no_grad()
     def _measure_weight(layer: SnellaLayer, name: str) -> list[float]:
-        """`rms(W0)` of each matrix."""
+        """Return `rms(W0)` of each matrix."""
         weight = layer._weight()
-        whole = weight if isinstance(weight, Tensor) else weight.materialize()
-        return [float(whole[rows].float().square().mean().sqrt()) for rows in layer.matrix_rows(name)]
+        W0 = weight if isinstance(weight, Tensor) else weight.materialize()
+        return [float(W0[rows].float().square().mean().sqrt()) for rows in layer.matrix_rows(name)]
 
     @staticmethod
     @torch.no_grad()
     def _measure_slopes(layer: SnellaLayer, name: str) -> list[float]:
-        """`κ` of each matrix."""
+        """Return `κ` of each matrix."""
         config = layer.snella_config[name]
         if config.sparsify_mode == "none" or config.fixed_support:
             return [1.0] * len(layer.row_counts[name])
@@ -182,7 +184,7 @@ class StepMatcher:
         if self.step % self.interval == 0:
             self._slopes = [self._measure_slopes(layer, name) for layer, name in self._adapters]
         self.step += 1
-        # read anew at each step: accelerate's `prepare` replaces the groups
+        # read at each step, because accelerate's `prepare` replaces the groups
         rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
         for (layer, name), weight_rms, slopes in zip(self._adapters, self._weight_rms, self._slopes, strict=True):
             lr = rates.get(id(layer.snella_A[name]), 0.0)
@@ -206,7 +208,7 @@ class StepMatcher:
     def _scales_of(
         layer: SnellaLayer, name: str, lr: float, weight_rms: list[float], slopes: list[float]
     ) -> list[float]:
-        """The factor on the step of each matrix; 1 where no step is made."""
+        """Return the factor on the step of each matrix, 1 where the step is zero."""
         coeffs = layer.snella_piece_coeff[name].detach().float().square().mean(1).sqrt().tolist()
         scaling, rank = abs(layer.scaling[name]), layer.snella_config[name].rank_of(layer.module_name)
         scales = []
@@ -226,7 +228,7 @@ class StepMatcher:
         expected = [len(layer.row_counts[name]) for layer, name in self._adapters]
         if state["slopes"] and [len(slopes) for slopes in state["slopes"]] != expected:
             raise ValueError(
-                f"the optimizer's state must be of {len(expected)} adapted layers, got {len(state['slopes'])}; load it "
+                f"the optimizer's state must have {len(expected)} adapted layers, got {len(state['slopes'])}; load it "
                 "into a model with the same target_modules"
             )
         self.step, self._slopes = state["step"], [list(slopes) for slopes in state["slopes"]]

@@ -1,4 +1,4 @@
-"""Which modules of a model are adapted, and how fused ones are cut into matrices."""
+"""Selection of the modules to adapt, and the split of fused layers into matrices."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from snella.compat.attention import AdaptedAttention, is_adaptable
 from snella.compat.quantization import find_quantization
 from snella.layer import Conv2d, Linear, SnellaLayer
 
-# of the model's own children
+# names of direct children of the model
 HEAD_NAMES = {"head", "heads", "head_dist", "classifier", "score", "fc", "lm_head", "qa_outputs", "proj_out"}
-# of modules at any depth: the predictors of DeiT, detection and segmentation
+# names at any depth: the predictors of DeiT, detection and segmentation
 PREDICTOR_NAMES = {
     *("cls_classifier", "distillation_classifier", "class_labels_classifier", "bbox_predictor", "class_predictor"),
     *("mask_predictor", "mask_embedder", "class_embed", "bbox_embed", "enc_score_head", "enc_bbox_head"),
     *("class_head", "box_head", "decode_head", "auxiliary_head"),
 }
 _PATCH_NAMES = {"patch_embed", "patch_embedding", "patch_embeddings", "downsample", "patch_merging", "x_embedder"}
-_PATCH_CLASSES = ("PatchEmbed", "PatchMerging")  # parts of the names of classes
-_MATCHING_S = 5.0  # for all names of a model together; a sound expression takes a few milliseconds
+_PATCH_CLASSES = ("PatchEmbed", "PatchMerging")  # substrings of class names
+_MATCHING_S = 5.0  # for all names of a model; a typical expression takes a few milliseconds
 _FUSED_NAMES = {"qkv", "Wqkv", "to_qkv", "qkv_proj", "c_attn", "in_proj", "kv"}
 
-# by class name, so that neither library has to be imported
+# by class name, to avoid importing the libraries
 _DEFAULT_TARGETS: dict[str, str | list[str]] = {
     "SD3Transformer2DModel": ["to_q", "to_k", "to_v", "to_out.0"],
     "SamModel": r"vision_encoder\.layers\.\d+\.(attn\.(qkv|proj)|mlp\.lin\d)",
@@ -40,15 +40,15 @@ _DEFAULT_TARGETS: dict[str, str | list[str]] = {
 
 
 def default_targets(model: nn.Module) -> str | list[str]:
-    """Return the modules that the paper adapts in this kind of model, `"all-linear"` where it has no special rule."""
+    """Return the modules that the paper adapts in this model class, by default `"all-linear"`."""
     return _DEFAULT_TARGETS.get(type(model).__name__, "all-linear")
 
 
 def all_linear_names(model: nn.Module) -> list[str]:
-    """Return the names of all linear layers of any model that the method adapts.
+    """Return the names of all linear layers to adapt.
 
-    Linear layers, transformers' `Conv1D`, and `nn.MultiheadAttention` with its output projection, also those that carry
-    adapters already; left out are the head, patch embedding and patch merging, and what lies inside of adapters.
+    Includes linear layers, transformers' `Conv1D`, and `nn.MultiheadAttention` with its output projection, adapted or
+    not. Excludes the head, patch embedding, patch merging and modules inside adapters.
     """
     names = []
     for name, module in _candidates(model):
@@ -60,10 +60,10 @@ def all_linear_names(model: nn.Module) -> list[str]:
 
 
 def plain_convolution_names(model: nn.Module) -> list[str]:
-    """Return the names of the two-dimensional convolutions that are adapted in a model without linear layers.
+    """Return the names of the 2D convolutions to adapt in a model without linear layers.
 
-    Ungrouped ones with a `forward` that is torch's own; left out are the first convolution of the model (its stem), the
-    head, patch embedding and downsampling between stages, and what lies inside of adapters.
+    Includes ungrouped convolutions with torch's own `forward`. Excludes the model's first convolution (the stem), the
+    head, patch embedding, downsampling between stages and modules inside adapters.
     """
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     return [
@@ -76,9 +76,9 @@ def plain_convolution_names(model: nn.Module) -> list[str]:
 
 
 def _candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The modules of a model outside of its head, of patch embedding and merging, and of adapters."""
+    """Return the modules outside the head, patch embedding, patch merging and adapters."""
     heads = head_modules(model)
-    found: list[tuple[str, nn.Module]] = []
+    candidates: list[tuple[str, nn.Module]] = []
     inside: list[str] = []
     for name, module in model.named_modules():
         parts = name.split(".")
@@ -90,14 +90,14 @@ def _candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
             inside.append(name + ".")
             continue
         if name and not (PREDICTOR_NAMES | _PATCH_NAMES).intersection(parts):
-            found.append((name, module))
-    return found
+            candidates.append((name, module))
+    return candidates
 
 
 def describe_coverage(model: nn.Module, names: Iterable[str]) -> str | None:
-    """Say what the default targets leave out where that is more than they adapt; `None` elsewhere.
+    """Describe the weights that the default targets exclude, or return `None` if they adapt at least half.
 
-    Head, patch embedding and embeddings are not counted, as they are left out on purpose.
+    The head, patch embedding and embeddings do not count.
 
     Args:
         model: The model, without adapters.
@@ -109,11 +109,11 @@ def describe_coverage(model: nn.Module, names: Iterable[str]) -> str | None:
         if name in adapted and isinstance(module, (nn.Linear, Conv1D, nn.Conv2d)):
             rows, columns = matrix_shape(module)
             covered += rows * columns
-        elif name in adapted:  # an attention, which has all of its projections adapted
+        elif name in adapted:  # an attention with all projections adapted
             covered += sum(weight.numel() for weight in module.parameters() if weight.ndim > 1)
         elif not isinstance(module, nn.Embedding):
             for key, weight in module.named_parameters(recurse=False):
-                # a leading 1 is that of tokens and positions, which are added to a batch
+                # tokens and position embeddings have a leading 1
                 if weight.ndim > 1 and weight.shape[0] > 1:
                     left_out[f"{name}.{key}"] = (type(module).__name__, weight)
     missing = sum(weight.numel() for _, weight in left_out.values())
@@ -125,9 +125,9 @@ def describe_coverage(model: nn.Module, names: Iterable[str]) -> str | None:
     examples = ", ".join(f"{name!r} {shape} of {owner}" for name, owner, shape in list(kinds.values())[:3])
     return (
         f"the default target_modules adapt {covered / (covered + missing):.0%} of the weights of "
-        f"{type(model).__name__}, embeddings and head aside; {len(left_out)} others are left as they are, e.g. "
-        f"{examples}: convolutions can be named in target_modules, bare parameters such as experts and routers can be "
-        "trained in full with parameters_to_save"
+        f"{type(model).__name__}, not counting embeddings and head; {len(left_out)} others stay frozen, e.g. "
+        f"{examples}; add convolutions to target_modules, and train bare parameters such as experts and routers in "
+        "full with parameters_to_save"
     )
 
 
@@ -138,14 +138,14 @@ def _compile(expression: str) -> regex.Pattern[str]:
 
 @lru_cache(maxsize=1 << 16)
 def matches_expression(expression: str, name: str) -> bool:
-    """Whether a regular expression matches the whole of a name, found within a time limit.
+    """Return whether a regular expression matches a full name, with a time limit.
 
     Args:
-        expression: The expression, which may come with an adapter from anywhere.
+        expression: The expression, possibly from an untrusted adapter.
         name: Name of a module.
 
     Raises:
-        ValueError: It takes longer, as expressions that repeat a repetition can.
+        ValueError: If matching exceeds the time limit, e.g. because of nested quantifiers.
     """
     try:
         return _compile(expression).fullmatch(name, timeout=_MATCHING_S) is not None
@@ -154,7 +154,7 @@ def matches_expression(expression: str, name: str) -> bool:
 
 
 def check_expression(expression: str, names: Iterable[str]) -> None:
-    """Raise `ValueError` where matching all names would take longer than some seconds."""
+    """Raise `ValueError` if matching all names exceeds the time limit."""
     end = time.monotonic() + _MATCHING_S
     for name in names:
         matches_expression(expression, name)
@@ -165,32 +165,32 @@ def check_expression(expression: str, names: Iterable[str]) -> None:
 def _slow(expression: str, name: str) -> ValueError:
     return ValueError(
         f"the regular expression {expression!r} takes more than {_MATCHING_S:g} s to match names such as {name!r}; "
-        "write it without repetitions of repetitions, or give a list of names"
+        "remove nested quantifiers, or pass a list of names"
     )
 
 
 def head_modules(model: nn.Module) -> set[nn.Module]:
-    """The modules that the model, or a model within it, calls its classifier or its output embedding."""
+    """Return the classifiers and output embeddings of the model and its submodels."""
     heads: set[nn.Module] = set()
     for module, method in product(model.modules(), ("get_classifier", "get_output_embeddings")):
         getter = getattr(module, method, None)
         if not callable(getter):
             continue
         try:
-            found = getter()
+            head = getter()
         except (AttributeError, NotImplementedError):
-            # timm and transformers define these methods in base classes, whether or not the model has such a part
+            # timm and transformers define these methods in base classes, even for models without a head
             continue
-        heads.update(m for m in (found if isinstance(found, Iterable) else [found]) if isinstance(m, nn.Module))
+        heads.update(m for m in (head if isinstance(head, Iterable) else [head]) if isinstance(m, nn.Module))
     return heads
 
 
 def block_number(name: str, layers_pattern: list[str] | str | None) -> int | None:
-    """Return the number of the block that module `name` lies in, `None` outside of blocks.
+    """Return the index of the block that contains module `name`, or `None` outside blocks.
 
     Args:
         name: Full name of the module.
-        layers_pattern: Names of the lists of blocks, default whatever comes before the first number.
+        layers_pattern: Names of the lists of blocks; defaults to the part before the first number.
     """
     patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern or [r"[^.]+"]
     for pattern in patterns:
@@ -207,36 +207,36 @@ def count_rows(
     parent: nn.Module,
     qkv_groups: int | str | dict[str, int | list[int]],
 ) -> tuple[int, ...]:
-    """Return the row counts of the matrices that the weight of module `name` consists of.
+    """Return the row count of each matrix in the weight of module `name`.
 
     Args:
         name: Full name of the module.
         out_features: Rows of its weight.
         in_features: Columns of its weight.
-        parent: The module that holds it; its configuration tells how many key-value heads there are.
+        parent: Parent module; its config gives the number of key-value heads.
         qkv_groups: See `SnellaConfig`.
 
     Raises:
-        ValueError: A number of groups that does not divide the rows, or row counts that do not sum to them.
+        ValueError: If the number of groups does not divide the rows, or the row counts do not sum to them.
     """
     suffix = name.rpartition(".")[2]
-    wanted: int | list[int] = 1
+    groups: int | list[int] = 1
     if isinstance(qkv_groups, dict):
         keys = [key for key in qkv_groups if name == key or name.endswith(f".{key}")]
-        wanted = qkv_groups[max(keys, key=len)] if keys else 1
+        groups = qkv_groups[max(keys, key=len)] if keys else 1
     elif suffix in _FUSED_NAMES:
-        wanted = qkv_groups if isinstance(qkv_groups, int) else _recognize(suffix, out_features, in_features, parent)
-    counts = [out_features // wanted] * wanted if isinstance(wanted, int) else list(wanted)
+        groups = qkv_groups if isinstance(qkv_groups, int) else _recognize(suffix, out_features, in_features, parent)
+    counts = [out_features // groups] * groups if isinstance(groups, int) else list(groups)
     if sum(counts) != out_features or any(count < 1 for count in counts):
         raise ValueError(
-            f"qkv_groups={qkv_groups!r} cuts {name!r} into rows {counts}, but it has {out_features} rows; "
-            f"give a number that divides {out_features} or a list that sums to it"
+            f"qkv_groups={qkv_groups!r} splits {name!r} into rows {counts}, but it has {out_features} rows; "
+            f"use a number that divides {out_features} or a list that sums to it"
         )
     return tuple(counts)
 
 
 def _recognize(suffix: str, out_features: int, in_features: int, parent: nn.Module) -> int | list[int]:
-    """Tell how a layer with a fused one's name is laid out: equal parts, or fewer rows for keys and values."""
+    """Return the layout of a fused layer: a number of equal parts, or row counts with fewer rows for k and v."""
     if suffix == "kv":
         return 2 if out_features % 2 == 0 else 1
     config = getattr(parent, "config", None)
@@ -250,55 +250,55 @@ def _recognize(suffix: str, out_features: int, in_features: int, parent: nn.Modu
 
 
 def unmatched_message(targets: Iterable[str] | str, model: nn.Module) -> str:
-    """Say that `targets` match nothing, what is near, and what the model has."""
-    wanted = [targets] if isinstance(targets, str) else sorted(targets)
+    """Return the error message for unmatched `targets`, with close matches and names of the model."""
+    patterns = [targets] if isinstance(targets, str) else sorted(targets)
     names = all_linear_names(model)
     endings = {".".join(name.split(".")[-k:]) for name in names for k in (1, 2)}
-    near = [match for target in wanted for match in get_close_matches(target.split(".")[-1], endings, 2)]
+    near = [match for target in patterns for match in get_close_matches(target.split(".")[-1], endings, 2)]
     kinds: dict[str, str] = {}
     for name in names:
         kinds.setdefault(".".join(part for part in name.split(".") if not part.isdigit()), name)
-    message = f"no module matches target_modules={wanted if not isinstance(targets, str) else targets!r}"
+    message = f"no module matches target_modules={patterns if not isinstance(targets, str) else targets!r}"
     if kinds:
         message += f"; this model has e.g. {', '.join(map(repr, list(kinds.values())[:4]))}"
     return message + (f"; did you mean {', '.join(map(repr, dict.fromkeys(near)))}?" if near else "")
 
 
-# linear layers with a forward() of their own that is the same product
+# linear layers whose custom forward() computes the same product
 _PLAIN_LINEAR = {"transformers.models.falcon.modeling_falcon.FalconLinear"}
-# what serves where a module of another kind is to be trained
+# alternatives for unsupported modules
 _INSTEAD = {
-    nn.Embedding: "train rows of an embedding with trainable_token_indices, or all of it with modules_to_save",
+    nn.Embedding: "train rows of an embedding with trainable_token_indices, or the whole with modules_to_save",
     nn.Conv1d: "train it in full with modules_to_save",
     nn.Conv3d: "train it in full with modules_to_save",
 }
 
 
 def choose_layer_class(base: nn.Module, name: str) -> type[SnellaLayer]:
-    """Return the layer that can adapt a module.
+    """Return the `SnellaLayer` subclass that adapts a module.
 
     Args:
         base: The module, without adapters.
-        name: Its full name, for errors.
+        name: Full name of the module, for errors.
 
     Raises:
-        NotImplementedError: It has a `forward` of its own, or a weight quantized in a way that is not supported.
-        RuntimeError: It is to be quantized by bitsandbytes and is not yet.
-        TypeError: It is neither linear nor a two-dimensional convolution.
+        NotImplementedError: If the module has a custom `forward` or an unsupported quantized weight.
+        RuntimeError: If the module is a bitsandbytes layer that is not quantized yet.
+        TypeError: If the module is neither linear nor a 2D convolution.
     """
     if isinstance(base, nn.MultiheadAttention):
         raise NotImplementedError(
-            f"target_modules matches {name!r}, a {class_name(base)} with a forward() of its own, which may use the "
-            "weights in another way; leave it out with exclude_modules"
+            f"target_modules matches {name!r}, a {class_name(base)} with a custom forward(), which may use the "
+            "weights differently; exclude it with exclude_modules"
         )
     if find_quantization(base, name) is not None:
         return Linear
     kind = _kind(base)
-    own = own_methods(base)
-    if own:
+    overrides = own_methods(base)
+    if overrides:
         raise NotImplementedError(
-            f"target_modules matches {name!r}, a {class_name(base)} with a {own[0]}() of its own, which the update "
-            "would bypass; leave it out with exclude_modules"
+            f"target_modules matches {name!r}, a {class_name(base)} with a custom {overrides[0]}(), which the update "
+            "would bypass; exclude it with exclude_modules"
         )
     if kind is not None:
         return Conv2d if kind is nn.Conv2d else Linear
@@ -310,7 +310,7 @@ def choose_layer_class(base: nn.Module, name: str) -> type[SnellaLayer]:
 
 
 def matrix_shape(base: nn.Module) -> tuple[int, int]:
-    """`(m, n)` of the weight of a module that can be adapted, seen as a matrix."""
+    """Return `(m, n)` of an adaptable module's weight as a matrix."""
     if isinstance(base, nn.Linear):
         return base.out_features, base.in_features  # a quantized weight may have any shape
     weight: Tensor = base.weight.T if isinstance(base, Conv1D) else base.weight  # type: ignore[assignment]
@@ -318,22 +318,22 @@ def matrix_shape(base: nn.Module) -> tuple[int, int]:
 
 
 def refuse_quantized_projection(weight: Tensor, name: str) -> None:
-    """Raise `NotImplementedError` where a projection of a torch attention has a quantized weight."""
+    """Raise `NotImplementedError` if a projection of a torch attention has a quantized weight."""
     if type(weight).__module__.startswith(("bitsandbytes.", "torchao.")) or not weight.is_floating_point():
         raise NotImplementedError(
-            f"target_modules matches {name!r}, a projection of an nn.MultiheadAttention whose weight is a "
-            f"{type(weight).__name__} of {weight.dtype}; only linear layers can be adapted where they are quantized; "
-            "leave the attention unquantized"
+            f"target_modules matches {name!r}, a projection of an nn.MultiheadAttention whose weight is a quantized "
+            f"{type(weight).__name__} of {weight.dtype}; SNELLA supports quantized weights only in linear layers; "
+            "keep the attention unquantized"
         )
 
 
 def class_name(module: nn.Module) -> str:
-    """Full name of a module's class."""
+    """Return the qualified name of a module's class."""
     return f"{type(module).__module__}.{type(module).__name__}"
 
 
 def own_methods(base: nn.Module) -> list[str]:
-    """Names of the methods by which a class changes what torch's computes, e.g. timm's `Conv2dSame`."""
+    """Return the names of overridden forward methods, e.g. for timm's `Conv2dSame`."""
     kind = _kind(base)
     if kind is None or class_name(base) in _PLAIN_LINEAR:
         return []
@@ -342,5 +342,5 @@ def own_methods(base: nn.Module) -> list[str]:
 
 
 def _kind(base: nn.Module) -> type[nn.Module] | None:
-    """The kind of layer that a module is, among those that can be adapted."""
+    """Return the adaptable base class of a module, or `None`."""
     return next((kind for kind in (nn.Linear, Conv1D, nn.Conv2d) if isinstance(base, kind)), None)

@@ -128,9 +128,9 @@ def test_nothing_to_give_is_given_to_nobody():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (([1.0], [2, 3], 1), "importance and caps must have one length, got 1 and 2"),
+        (([1.0], [2, 3], 1), "importance and caps must have equal lengths, got 1 and 2"),
         (([1.0, 1.0], [2, -3], 0), "caps must not be negative, got -3"),
-        (([1.0, 1.0], [2, 3], 6), r"budget must be in \[0, 5\], the size of all matrices together, got 6"),
+        (([1.0, 1.0], [2, 3], 6), r"budget must be in \[0, 5\], the total size of all matrices, got 6"),
         (([1.0, 1.0], [2, 3], -1), r"budget must be in \[0, 5\].* got -1"),
         (([1.0, 1.0], [2, 3], 1, 1.5), r"min_layer_share must be in \[0, 1\], got 1\.5"),
     ],

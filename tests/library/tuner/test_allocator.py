@@ -336,7 +336,7 @@ def test_a_state_of_another_format_is_refused(mlp):
 
 def test_a_state_of_another_model_is_refused_with_a_name(mlp):
     state = allocator_of(mlp.adapted(target_modules=["lin1"])).state_dict()
-    with pytest.raises(ValueError, match=r"of other matrices than this model adapts, e\.g\. \['lin0'\]"):
+    with pytest.raises(ValueError, match=r"state and this model have different matrices, e\.g\. \['lin0'\]"):
         allocator_of(mlp.adapted()).load_state_dict(state)
 
 
@@ -419,7 +419,7 @@ def test_one_infinite_gradient_entry_does_not_freeze_its_matrix(mlp):
 def test_an_optimizer_without_the_factors_is_refused(mlp):
     model = mlp.adapted()
     other = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
-    with pytest.raises(ValueError, match="SGD holds none of the factors of adapter 'default'; attach to the optimizer"):
+    with pytest.raises(ValueError, match="SGD has none of the factors of adapter 'default'; create the optimizer"):
         allocator_of(model).attach(other)
 
 
@@ -468,7 +468,7 @@ def test_a_skipped_step_whose_gradients_nobody_clears_is_told_of_when_the_adapte
     for number in range(1, STEPS + 1):
         optimizer.zero_grad()
         scaled_step(mlp, model, optimizer, scaler, number == STEPS)
-    with pytest.warns(UserWarning, match=r"seen 2 of 3 optimizer steps; .*allocator\.advance_to\(3\) lowers"):
+    with pytest.warns(UserWarning, match=r"counted 2 of 3 optimizer steps; .*allocator\.advance_to\(3\) reduces"):
         model.save_pretrained(tmp_path)
     allocator.advance_to(3)
     assert sum(allocator.budgets.values()) == allocator.target_budget
@@ -618,7 +618,7 @@ def test_attaching_twice_is_refused(mlp):
     model = mlp.adapted()
     optimizer = make_optimizer(model)
     allocator = allocator_of(model).attach(optimizer)
-    with pytest.raises(RuntimeError, match=r"attached to an optimizer already; call detach\(\) first"):
+    with pytest.raises(RuntimeError, match=r"already attached to an optimizer; call detach\(\) first"):
         allocator.attach(optimizer)
 
 
@@ -693,6 +693,6 @@ def test_the_target_is_reached_once_the_schedule_ends_and_kept(mlp, every, end, 
 
 def test_an_optimizer_that_matches_no_steps_is_told_of_where_they_were_asked_for(mlp):
     model = mlp.adapted(preset="matched")
-    with pytest.warns(UserWarning, match="match_update=True has no effect on this AdamW; make the optimizer"):
+    with pytest.warns(UserWarning, match="match_update=True has no effect on this AdamW; create the optimizer"):
         allocator_of(model).attach(torch.optim.AdamW(model.parameters()))
     allocator_of(model).attach(create_snella_optimizer(model, lr=0.1))

@@ -478,12 +478,12 @@ def test_an_attention_with_a_forward_of_its_own_is_refused_by_name_and_left_out_
     model = make()
     model.attn = OwnForward(WIDTH, HEADS)
     assert all_linear_names(model) == ["before"]
-    with pytest.raises(NotImplementedError, match=r"matches 'attn', a .*OwnForward with a forward\(\) of its own"):
+    with pytest.raises(NotImplementedError, match=r"matches 'attn', a .*OwnForward with a custom forward\(\)"):
         adapt(model, targets=[target])
 
 
 def test_an_attention_that_is_the_whole_model_is_refused():
-    with pytest.raises(NotImplementedError, match=r"matches 'out_proj' of a model that is itself an nn\.Mul"):
+    with pytest.raises(NotImplementedError, match=r"matches 'out_proj', but the model is an nn\.Mul"):
         adapt(nn.MultiheadAttention(WIDTH, HEADS), targets=["out_proj"])
 
 

@@ -30,16 +30,16 @@ from snella.matrices import adapted_matrices
         ({"allocation": "unifrom"}, r"allocation must be one of .* got 'unifrom'; did you mean 'uniform'\?"),
         (
             {"match_update": True, "kernel": "rbf"},
-            r"match_update=True needs a kernel of .* got kernel='rbf'",
+            r"match_update=True requires a kernel in .* got kernel='rbf'",
         ),
-        ({"schedule_end": 0.0}, r"schedule_end must be in \(0, 1\], got 0.0; 1 shrinks the budget to the end"),
+        ({"schedule_end": 0.0}, r"schedule_end must be in \(0, 1\], got 0.0; 1 is the end of training"),
         ({"schedule_end": 1.5}, r"schedule_end must be in \(0, 1\], got 1.5"),
         ({"schedule": "cube"}, r"schedule must be one of .* got 'cube'; did you mean 'cubic'\?"),
         ({"importance": "sensitive"}, r"importance must be one of .* got 'sensitive'; did you mean 'sensitivity'\?"),
         ({"impl": "fast"}, r"impl must be one of .* got 'fast'"),
-        ({"r": 8, "num_pieces": 3}, "r must be divisible by num_pieces=3, got r=8; r=6 or r=9 would fit"),
-        ({"r": 7}, "r must be divisible by num_pieces=2, got r=7; r=6 or r=8 would fit"),
-        ({"r": 1}, "r must be divisible by num_pieces=2, got r=1; r=2 would fit"),
+        ({"r": 8, "num_pieces": 3}, "r must be divisible by num_pieces=3, got r=8; use r=6 or r=9"),
+        ({"r": 7}, "r must be divisible by num_pieces=2, got r=7; use r=6 or r=8"),
+        ({"r": 1}, "r must be divisible by num_pieces=2, got r=1; use r=2"),
         ({"r": 0}, "^r must be at least 1, got r=0$"),
         ({"num_pieces": 0, "kernel": "linear"}, "^num_pieces must be at least 1, got num_pieces=0$"),
         (
@@ -61,21 +61,21 @@ from snella.matrices import adapted_matrices
         ({"min_layer_share": 1.01}, r"min_layer_share must be in \[0, 1\], got 1\.01"),
         ({"weight_gradient": "sample:2"}, "weight_gradient must be 'exact', 'bfloat16' or .* got 'sample:2'"),
         ({"softmax_dim": 2}, "softmax_dim must be 0 or 1, got 2"),
-        ({"realloc_every": 0}, "realloc_every must be 'epoch' or a number of steps of at least 1, got 0"),
+        ({"realloc_every": 0}, "realloc_every must be 'epoch' or a positive number of steps, got 0"),
         ({"realloc_every": "step"}, "realloc_every must be 'epoch' or .* got 'step'"),
         ({"realloc_every": True}, "realloc_every must be 'epoch' or .* got True"),
-        ({"qkv_groups": 0}, "qkv_groups must be 'auto', a number of at least 1 or a mapping, got 0"),
+        ({"qkv_groups": 0}, "qkv_groups must be 'auto', a positive integer or a mapping, got 0"),
         ({"qkv_groups": "three"}, "qkv_groups must be .* got 'three'"),
         (
             {"target_modules": r".*fc\d", "layers_to_transform": [1]},
-            r"layers_to_transform needs target_modules as a list, got target_modules='\.\*fc.*' and "
-            r"layers_to_transform=\[1\]; put the block numbers into the regular expression",
+            r"layers_to_transform requires target_modules as a list, got target_modules='\.\*fc.*' and "
+            r"layers_to_transform=\[1\]; put the block indices into the regular expression",
         ),
         (
             {"target_modules": ".*fc", "layers_to_transform": [1], "layers_pattern": "h"},
-            "layers_pattern needs target_modules as a list",
+            "layers_pattern requires target_modules as a list",
         ),
-        ({"layers_pattern": "blocks"}, "layers_pattern needs layers_to_transform, got layers_pattern='blocks'"),
+        ({"layers_pattern": "blocks"}, "layers_pattern requires layers_to_transform, got layers_pattern='blocks'"),
     ],
 )
 def test_a_setting_out_of_range_is_refused(settings, message):
@@ -191,18 +191,18 @@ def test_faults_of_kind_are_reported_together():
     ("name", "hint"),
     [
         ("target_sparsitty", r"did you mean 'target_sparsity'\?"),
-        ("lora_alpha", "the factor before the update is scaling"),
-        ("alpha", "the factor before the update is scaling"),
+        ("lora_alpha", "the update is multiplied by scaling"),
+        ("alpha", "the update is multiplied by scaling"),
         ("rank", "the rank is r"),
         ("init_r", "the rank is r"),
         ("dropout", "update_dropout"),
         ("lora_dropout", "update_dropout"),
-        ("sparsity", "the fraction of zeros at the end is target_sparsity"),
+        ("sparsity", "the final fraction of zeros is target_sparsity"),
         ("tfinal", "the length of the schedule is an argument of BudgetAllocator"),
         ("deltaT", "realloc_every"),
         (
             "target_parameters",
-            r"adapted by LoraConfig\(target_parameters=…\), or trained in full with parameters_to_save",
+            r"use LoraConfig\(target_parameters=…\) or train them in full with parameters_to_save",
         ),
         ("use_dora", r"use LoraConfig\(use_dora=True\)"),
     ],
@@ -213,7 +213,7 @@ def test_settings_of_other_methods_are_refused_with_what_serves_instead(name, hi
 
 
 def test_every_unknown_setting_is_named_in_one_error():
-    message = r"argument 'rank'; the rank is r; .* argument 'alpha'; the factor before the update is scaling"
+    message = r"argument 'rank'; the rank is r; .* argument 'alpha'; the update is multiplied by scaling"
     with pytest.raises(TypeError, match=message):
         SnellaConfig(rank=8, alpha=16)
 
@@ -252,21 +252,21 @@ def test_the_model_card_says_which_package_loads_the_adapter(mlp, tmp_path):
     model.save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert card.count("import snella") == 1
-    assert "without it, loading ends in\n`KeyError: 'SNELLA'`" in card
+    assert "otherwise loading fails with\n`KeyError: 'SNELLA'`" in card
 
 
 def test_a_rank_that_the_tensors_do_not_have_is_refused_before_anything_is_allocated(mlp, tmp_path):
     mlp.adapted().save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"r": 1_000_000_000_000}))
-    with pytest.raises(ValueError, match=r"ask for r=1000000000000 where .* holds .*snella_A \[1, 10, 4\]"):
+    with pytest.raises(ValueError, match=r"sets r=1000000000000, but .* contains .*snella_A \[1, 10, 4\]"):
         PeftModel.from_pretrained(mlp.base(), tmp_path)
 
 
 def test_a_rank_is_refused_whose_factors_would_dwarf_the_weights(mlp):
-    with pytest.raises(ValueError, match=r"r=1000000000000 would give factors of [\d,]+ numbers to the 216 weights"):
+    with pytest.raises(ValueError, match=r"r=1000000000000 creates [\d,]+ factor entries for 216 adapted weights"):
         get_peft_model(mlp.base(), SnellaConfig(r=1_000_000_000_000))
-    with pytest.raises(ValueError, match=r"r=1000000000000 would give"):
+    with pytest.raises(ValueError, match=r"r=1000000000000 creates"):
         get_peft_model(mlp.base(), SnellaConfig(rank_pattern={"lin1": 1_000_000_000_000}))
 
 
@@ -292,5 +292,5 @@ def test_projections_of_an_attention_can_have_ranks_of_their_own(cases):
 
 
 def test_a_rank_of_no_adapted_layer_is_refused(mlp):
-    with pytest.raises(ValueError, match=r"rank_pattern=\['fc7'\] names no adapted module; .* \['lin0', 'lin1'\]"):
+    with pytest.raises(ValueError, match=r"rank_pattern=\['fc7'\] matches no adapted module; .* \['lin0', 'lin1'\]"):
         get_peft_model(mlp.base(), SnellaConfig(rank_pattern={"fc7": 4, "lin0": 2}))

@@ -47,7 +47,7 @@ def test_every_kind_of_parameter_has_its_group_rate_and_decay(vit):
 
 
 def test_a_rate_for_a_head_that_is_not_trained_is_told(vit):
-    with pytest.warns(UserWarning, match=r"head_lr=0\.5 is given, but PeftModel trains nothing besides the adapter"):
+    with pytest.warns(UserWarning, match=r"head_lr=0\.5 has no effect: PeftModel trains only the adapter"):
         groups_of(vit.adapted(), head_lr=0.5)
 
 
@@ -194,7 +194,7 @@ def test_state_of_other_layers_is_refused(mlp):
     matcher = StepMatcher(mlp.adapted())
     optimizer = create_snella_optimizer(mlp.adapted(), lr=0.1)
     optimizer.param_groups[0]["snella_step_matcher"] = {"step": 5, "slopes": [[1.0], [1.0], [1.0]]}
-    with pytest.raises(ValueError, match="state must be of 2 adapted layers, got 3"):
+    with pytest.raises(ValueError, match="state must have 2 adapted layers, got 3"):
         matcher._load_from(optimizer)
 
 
@@ -209,9 +209,9 @@ def test_the_config_decides_whether_steps_are_matched(mlp):
 
 
 def test_matching_is_refused_for_kernels_that_are_no_piecewise_distances(mlp):
-    with pytest.raises(ValueError, match=r"match_update needs a kernel of \['mix_k', 'p_linear'\], got 'rbf'"):
+    with pytest.raises(ValueError, match=r"match_update requires a kernel in \['mix_k', 'p_linear'\], got 'rbf'"):
         create_snella_optimizer(mlp.adapted(kernel="rbf"), lr=0.1, match_update=True)
-    with pytest.raises(ValueError, match="match_update needs a model whose SNELLA factors are trained, got MLP"):
+    with pytest.raises(ValueError, match="match_update requires a model with trainable SNELLA factors, got MLP"):
         StepMatcher(mlp.base())
     with pytest.raises(ValueError, match="interval must be at least 1, got 0"):
         StepMatcher(mlp.adapted(), interval=0)

@@ -215,7 +215,7 @@ def test_the_gradient_of_a_bias_is_that_of_the_merged_layer(mlp):
 
 @pytest.mark.parametrize("rows", [[1, 99], {"embed_tokens": [99]}, [-1]])
 def test_rows_that_an_embedding_does_not_have_are_refused(rows):
-    with pytest.raises(ValueError, match=r"trainable_token_indices must be from 0 to \d+, rows of '.*', got (99|-1)"):
+    with pytest.raises(ValueError, match=r"trainable_token_indices must be in \[0, \d+\] for '.*', got (99|-1)"):
         get_peft_model(llama(), large(trainable_token_indices=rows))
 
 

@@ -288,7 +288,7 @@ def test_the_choice_is_logged_once(caplog):
     with caplog.at_level(logging.INFO, "snella.model"):
         adapted(nn.GELU())
     lines = [record.message for record in caplog.records if "computed again" in record.message]
-    assert lines == ["inputs of adapted layers from 1 normalizations and activations are computed again"]
+    assert lines == ["recomputing inputs of adapted layers from 1 normalizations and activations"]
 
 
 def test_a_copied_and_a_pickled_model_still_mark(tmp_path):
@@ -562,7 +562,7 @@ def test_a_compiled_model_steps_aside():
 
 
 def test_inputs_that_are_kept_in_any_case_cannot_be_compressed():
-    with pytest.raises(ValueError, match="compress_activations=True needs recompute_inputs=True"):
+    with pytest.raises(ValueError, match="compress_activations=True requires recompute_inputs=True"):
         SnellaConfig(compress_activations=True, recompute_inputs=False)
     with pytest.raises((TypeError, ValueError), match="compress_activations"):
         SnellaConfig(compress_activations="int8")

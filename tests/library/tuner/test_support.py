@@ -121,5 +121,5 @@ def test_it_cannot_be_trained_together_with_another_adapter(supported):
 
 
 def test_regularization_of_the_update_is_refused():
-    with pytest.raises(ValueError, match=r"fixed_support=True needs update_dropout=0 .*got 0.1 and 0.1"):
+    with pytest.raises(ValueError, match=r"fixed_support=True requires update_dropout=0 .*got 0.1 and 0.1"):
         SnellaConfig(fixed_support=True, preset="official")

@@ -67,7 +67,7 @@ def test_all_linear_means_the_same_for_a_second_adapter(case):
 
 
 def test_all_linear_on_a_model_without_linear_layers_is_refused(cases):
-    with pytest.raises(ValueError, match="target_modules='all-linear' found no linear layer in Sequential"):
+    with pytest.raises(ValueError, match="target_modules='all-linear' matches no linear layer in Sequential"):
         get_peft_model(nn.Sequential(nn.Conv2d(1, 1, 1)), SnellaConfig())
 
 
@@ -212,14 +212,14 @@ def test_an_even_kernel_with_same_padding_says_what_to_do():
 
 def test_a_layer_with_a_forward_of_its_own_is_refused():
     model = nn.Sequential(Conv2dSame(1, 2, 3, stride=2))
-    with pytest.raises(NotImplementedError, match=r"matches '0', a timm\..*Conv2dSame with a forward\(\) of its own"):
+    with pytest.raises(NotImplementedError, match=r"matches '0', a timm\..*Conv2dSame with a custom forward\(\)"):
         get_peft_model(model, SnellaConfig(target_modules=["0"]))
 
 
 def test_a_layer_that_carries_another_methods_adapter_is_refused(mlp):
     model = inject_adapter_in_model(LoraConfig(r=2, target_modules=["lin0"]), mlp.base())
     del model.peft_config
-    with pytest.raises(NotImplementedError, match=r"'lin0', which carries peft\.tuners\.lora\.layer\.Linear already"):
+    with pytest.raises(NotImplementedError, match=r"'lin0', which already has an adapter, peft\.tuners\.lora\.layer\.Linear"):
         SnellaModel(model, SnellaConfig(target_modules=["lin0"]), "default")
 
 
@@ -270,8 +270,8 @@ def test_a_mapping_decides_layer_by_layer_and_the_longest_suffix_wins(vit):
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
-        (5, r"qkv_groups=5 cuts 'attn\.qkv_proj' into rows \[6, 6, 6, 6, 6\], but it has 32 rows"),
-        ({"qkv_proj": [16, 8]}, r"into rows \[16, 8\], but it has 32 rows; give a number that divides 32"),
+        (5, r"qkv_groups=5 splits 'attn\.qkv_proj' into rows \[6, 6, 6, 6, 6\], but it has 32 rows"),
+        ({"qkv_proj": [16, 8]}, r"into rows \[16, 8\], but it has 32 rows; use a number that divides 32"),
         ({"qkv_proj": [40, -8]}, r"into rows \[40, -8\], but it has 32 rows"),
     ],
 )
@@ -494,7 +494,7 @@ def test_experts_can_be_trained_in_full_by_name():
 @pytest.mark.parametrize(
     ("make", "hint"),
     [
-        (lambda: nn.Embedding(4, 4), "a Embedding; .*trainable_token_indices, or all of it with modules_to_save"),
+        (lambda: nn.Embedding(4, 4), "a Embedding; .*trainable_token_indices, or the whole with modules_to_save"),
         (lambda: nn.Conv1d(4, 4, 1), "a Conv1d; .*train it in full with modules_to_save"),
         (lambda: nn.Conv3d(4, 4, 1), "a Conv3d; .*train it in full with modules_to_save"),
     ],
